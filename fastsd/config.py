@@ -1,0 +1,361 @@
+"""Leaf: the schema of a config file and the only defaults there are.
+
+A config is TOML: a few keys at the top, the tables `[model] [data] [cache] [sample] [validate] [log]`, and an ordered list
+of `[[stage]]`. Files in `configs/` are deltas from the defaults below. Unknown keys are errors with a "did you mean";
+keys that a later version will fill are refused by name, never ignored.  Read next: `configs/xlsd.toml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastsd.errors import UserError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+Part = Literal["unet", "text_encoder"]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelTable(Table):
+    base: str                                      # diffusers folder, hub id, or one .safetensors in the original SD layout
+    vae: str = ""                                  # "" = the base's own; else a folder, hub id or .safetensors file
+    tokenizer: str = ""                            # "" = the base's own; a single file has none: name a folder or hub id
+    revision: str = ""                             # of a base that is a hub id; "" = its default branch
+    vae_scaling_factor: float | None = Field(None, gt=0)   # only for a VAE file that comes without its config
+    clip_skip: int = Field(0, ge=0)                # 0 = last layer; n = the n-th before it, then the final layer norm
+
+
+class DataTable(Table):
+    folders: list[str] = Field(min_length=1)       # searched recursively; `name.txt` beside an image is its caption
+    resolution: int = Field(512, ge=8)             # px, square: shorter side resized to it, then centre crop
+
+
+class CacheTable(Table):
+    dir: str = "cache"                             # may be shared: keys hold image, VAE and preprocessing
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"    # of the stored posterior mean; fp16 is 32 KiB an image at 512 px
+    precision: Literal["fp32", "bf16"] = "fp32"    # the VAE encoder's; never fp16, where SDXL's VAE overflows
+    batch: int = Field(8, ge=1)                    # images a VAE call, and the unit of work an interruption can lose
+    workers: int = Field(0, ge=0)                  # decoding threads; 0 = one per core
+
+
+class SampleTable(Table):
+    prompts: list[str] = []                        # one row of the grid each
+    prompts_file: str = ""                         # more prompts, one a line
+    negative: str = ""                             # the unconditional side of the guidance
+    images: int = Field(2, ge=1)                   # columns: images per prompt, each from its own fixed seed
+    seed: int = Field(0, ge=0)                     # of the first column; the next ones count up
+    sampler: Literal["ddim", "euler", "euler_a", "dpm++"] = "dpm++"
+    steps: int = Field(20, ge=1)
+    guidance: float = Field(7.0, ge=0)             # classifier-free guidance scale; 1 = off
+    size: int = Field(0, ge=0)                     # px; 0 = data.resolution
+
+
+class ValidateTable(Table):
+    """Filled by a later version; until then every key in it is refused by name."""
+
+
+class LogTable(Table):
+    every: int = Field(10, ge=1)                   # steps between log lines (values are read one line late, never waited for)
+    tensorboard: bool = True                       # event files under RUN/tensorboard; RUN/log.jsonl is always written
+    wandb: str = ""                                # project name; needs the extra: pip install "fastsd[wandb]"
+
+
+class StageTable(Table):
+    name: str = ""                                 # "" = stage-N; names the stage in logs, checkpoints and overrides
+    train: list[Part] = Field(min_length=1)        # everything else is frozen and costs nothing
+    until: int | str                               # 1000 or "1000 steps" | "2e" or "2 epochs" | "64000 images", of this stage
+    precision: Precision = "fp32"
+    batch: int = Field(32, ge=1)                   # images an optimizer step
+    micro_batch: int = Field(0, ge=0)              # images a forward; 0 = batch. Must divide batch: gradients are accumulated
+    checkpointing: Literal["none", "block"] = "none"   # block: recompute each UNet block in the backward, to save memory
+    optimizer: Literal["dlion", "lion", "adamw"] = "dlion"
+    lr: float | None = Field(None, gt=0)           # dlion: 1.0 (a factor on its own d); lion and adamw: must be given
+    betas: tuple[float, float] | None = Field(None, strict=False)    # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    decoupled_weight_decay: bool = False           # lion: decay by wd * lr / initial lr, as in lion-pytorch
+    d0: float = Field(1e-6, gt=0)                  # dlion's first estimate of the step size
+    schedule: Literal["constant"] = "constant"
+    warmup: int | float = Field(0, ge=0)           # steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
+    grad_clip: float = Field(0.0, ge=0)            # largest gradient norm over all trained parameters; 0 = no clipping
+    caption_dropout: float = Field(0.0, ge=0, le=1)    # share of captions replaced by ""
+    max_tags: int = Field(0, ge=0)                 # keep the first n tags of a caption; 0 = all
+    tag_separator: str = Field(",", min_length=1)  # what separates tags
+    sample_every: int = Field(0, ge=0)             # steps between sample grids; 0 = only at the end of the stage
+    checkpoint_every: int = Field(1000, ge=1)      # steps; there is always one at the end of the stage
+    keep_checkpoints: int = Field(3, ge=1)         # newest ones kept; stage ends are kept as well
+
+    @property
+    def rate(self) -> float:
+        """lr with D-Lion's default filled in."""
+        return 1.0 if self.lr is None else self.lr
+
+    @property
+    def micro(self) -> int:
+        return self.micro_batch or self.batch
+
+    def steps(self, images_per_epoch: int) -> int:
+        """Optimizer steps of this stage: `until` counted in steps, epochs or images, rounded up to whole steps."""
+        amount, unit = parse_until(self.until)
+        images = amount * {"steps": self.batch, "epochs": images_per_epoch, "images": 1}[unit]
+        return -(-images // self.batch)
+
+    def warmup_steps(self, total: int) -> int:
+        return int(self.warmup * total) if 0 < self.warmup < 1 else int(self.warmup)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StageTable:
+        parse_until(self.until)
+        if self.lr is None and self.optimizer != "dlion":
+            raise ValueError(f"lr is missing and {self.optimizer} needs one; write for example lr = 3e-6")
+        if len(set(self.train)) != len(self.train):
+            raise ValueError(f"train names a part twice: {self.train}; name each once")
+        if self.batch % self.micro:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}; choose a divisor")
+        if self.betas and not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}; both must be at least 0 and below 1")
+        return self
+
+
+class Config(Table):
+    model: ModelTable
+    data: DataTable
+    stage: list[StageTable] = Field(min_length=1)
+    cache: CacheTable = CacheTable()
+    sample: SampleTable = SampleTable()
+    validate_: ValidateTable = Field(ValidateTable(), alias="validate")
+    log: LogTable = LogTable()
+    run: str = "runs/run"                          # everything a run writes; the same line again resumes from here
+    seed: int = Field(0, ge=0, lt=2**63)           # of all noise, timesteps, dropout and order
+    kernels: Literal["auto", "triton", "reference"] = "auto"   # which Ops table; auto = triton on a GPU it is built for
+    device: str = "auto"                           # auto = cuda if there is one, else the cpu
+
+    def stage_name(self, index: int) -> str:
+        return self.stage[index].name or f"stage-{index + 1}"
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Config:
+        names = [self.stage_name(i) for i in range(len(self.stage))]
+        for i, name in enumerate(names):
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"stage {i + 1} is named {name!r}; use letters, digits, '.', '_' and '-'")
+            if name in names[:i]:
+                raise ValueError(f"two stages are named {name!r}; give each its own name")
+        return self
+
+
+# Keys a later version fills: (table, key) -> what it is.
+LATER = {
+    ("model", "lora"): "LoRA",
+    ("data", "crop"): "another crop than the centre",
+    ("data", "flip"): "flipped copies",
+    ("data", "buckets"): "aspect buckets",
+    ("data", "repeats"): "weights and repeats of folders",
+    ("data", "include"): "a filter by tag",
+    ("data", "exclude"): "a filter by tag",
+    ("cache", "hidden_states"): "cached hidden states",
+    ("stage", "ema"): "an EMA of the weights",
+    ("stage", "lora"): "LoRA",
+    ("stage", "prediction"): "v prediction",
+    ("stage", "loss"): "another loss than the mean square",
+    ("stage", "min_snr"): "min-SNR weighting",
+    ("stage", "zero_snr"): "a zero-terminal-SNR schedule",
+    ("stage", "noise_offset"): "offset noise",
+    ("stage", "timesteps"): "another timestep distribution than the uniform one",
+    ("stage", "state"): "optimizer state carried from stage to stage",
+    ("stage", "reinit"): "re-initialisation of parts",
+    ("stage", "cuda_graph"): "CUDA graphs",
+    ("stage", "growth_rate"): "D-Lion's guards",
+    ("stage", "d_max"): "D-Lion's guards",
+    ("stage", "freeze_d_after"): "D-Lion's guards",
+    ("stage", "shuffle_tags"): "tag shuffling",
+    ("stage", "tag_dropout"): "dropout of single tags",
+}
+LATER_VALUES = {
+    "train": {"lora": "LoRA", "*": "training parts by name pattern"},
+    "schedule": {"cosine": "the cosine schedule", "linear": "the linear schedule", "rex": "the REX schedule"},
+    "checkpointing": {"ff": "recomputing the feed-forward"},
+    "micro_batch": {"auto": "a planned micro-batch"},
+    "until": {"h": "stages that end by the clock", "hours": "stages that end by the clock"},
+}
+# What other trainers call it -> what it is called here.
+FAMILIAR = {
+    "learning_rate": "lr", "train_batch_size": "batch", "batch_size": "batch", "mixed_precision": "precision",
+    "pretrained_model_name_or_path": "model.base", "base_model": "model.base", "vae_path": "model.vae",
+    "max_train_steps": "until", "max_train_epochs": "until", "num_train_epochs": "until", "epochs": "until",
+    "steps": "until", "gradient_accumulation_steps": "micro_batch", "gradient_checkpointing": "checkpointing",
+    "optimizer_type": "optimizer", "lr_scheduler": "schedule", "lr_warmup_steps": "warmup", "warmup_steps": "warmup",
+    "max_grad_norm": "grad_clip", "caption_dropout_rate": "caption_dropout", "output_dir": "run", "logging_dir": "run",
+    "train_data_dir": "data.folders", "instance_data_dir": "data.folders", "folder": "folders", "images": "folders",
+    "save_every_n_steps": "checkpoint_every", "checkpointing_steps": "checkpoint_every", "initial_d": "d0",
+    "sample_every_n_steps": "sample_every", "sample_prompts": "sample.prompts", "cfg": "guidance",
+    "guidance_scale": "guidance", "num_inference_steps": "steps", "scheduler": "sampler", "decay": "weight_decay",
+    "train_unet": "train", "train_text_encoder": "train", "vae_batch_size": "cache.batch", "log_every": "log.every",
+}
+_TABLES: dict[str, type[Table]] = {
+    "model": ModelTable, "data": DataTable, "cache": CacheTable, "sample": SampleTable,
+    "validate": ValidateTable, "log": LogTable, "stage": StageTable,
+}
+
+
+def parse_until(until: int | str) -> tuple[int, str]:
+    """`1000`, `"1000 steps"`, `"2e"`, `"2 epochs"` or `"64000 images"` -> (amount, "steps" | "epochs" | "images").
+
+    Raises ValueError for anything else and for amounts below 1.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*(steps?|e|epochs?|images?)?\s*", str(until))
+    if not match or int(match[1]) < 1:
+        raise ValueError(f'until is {until!r}; write steps (1000), epochs ("2e") or images ("64000 images"), at least 1')
+    return int(match[1]), {"e": "epochs", "i": "images", "s": "steps"}[(match[2] or "s")[0]]
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, precision: str | None = None) -> Config:
+    """Read and check a config file.
+
+    Args:
+        path: the TOML file.
+        overrides: `key=value` with dotted keys, values in TOML (bare words are strings): `seed=7`, `model.vae=my-vae`,
+            `stage.0.lr=1e-5` (by index), `stage.unet.batch=8` (by name), `stage.batch=8` (in every stage).
+        precision: replaces the precision of every stage.
+
+    Raises:
+        UserError: one sentence a problem: file, field, what was found, what to do.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; give the path of a .toml, for example configs/xlsd.toml") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give the path of a .toml file in it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as TOML ({error}); mend that line") from None
+    for item in overrides or []:
+        _override(raw, item)
+    if precision is not None:
+        _override(raw, f"stage.precision={precision}")
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], source: str) -> Config:
+    """A parsed TOML dict -> Config. Raises UserError naming `source` and every problem, one a line."""
+    problems = _unknown_keys(raw)
+    try:
+        config = Config.model_validate(raw, strict=True)
+    except ValidationError as error:
+        for item in error.errors():
+            if item["type"] != "extra_forbidden":
+                problems.append(_sentence(item))
+    if problems:
+        raise UserError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config, defaults included, as JSON with sorted keys."""
+    return json.dumps(config.model_dump(by_alias=True), indent=2, sort_keys=True) + "\n"
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{item!r} is not an override; write key=value, for example stage.0.batch=8")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    targets: list[Any] = [raw]
+    for part in parents:
+        targets = [found for target in targets for found in _descend(target, part, key)]
+    for target in targets:
+        for table in target if isinstance(target, list) else [target]:
+            table[last] = value
+
+
+def _descend(target: Any, part: str, key: str) -> list[Any]:
+    if isinstance(target, list):
+        if part.isdigit() and int(part) < len(target):
+            return [target[int(part)]]
+        named = [stage for i, stage in enumerate(target) if stage.get("name", f"stage-{i + 1}") == part]
+        if not named:
+            raise UserError(f"override {key}: there is no stage {part!r}; stages count from 0 or go by their name")
+        return named
+    child = target.setdefault(part, {})
+    if not isinstance(child, (dict, list)):
+        raise UserError(f"override {key}: {part!r} is a value, not a table; write {part}=...")
+    return [child]
+
+
+def _unknown_keys(raw: dict[str, Any]) -> list[str]:
+    problems = []
+    top = {field.alias or name for name, field in Config.model_fields.items()}
+    for key in raw:
+        if key not in top:
+            problems.append(f"{key}: unknown key{_did_you_mean(key, sorted(top))}")
+    for name, table in _TABLES.items():
+        entries = raw.get(name, {})
+        for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+            place = f"stage.{i}" if name == "stage" else name
+            for key in entry if isinstance(entry, dict) else []:
+                if name == "validate":
+                    problems.append(f"{place}.{key}: validation is not in this version; remove the [validate] table")
+                elif (name, key) in LATER:
+                    problems.append(f"{place}.{key}: {LATER[name, key]} is not in this version; remove this line")
+                elif key not in table.model_fields:
+                    problems.append(f"{place}.{key}: unknown key{_did_you_mean(key, sorted(table.model_fields))}")
+    return problems
+
+
+def _did_you_mean(key: str, names: list[str]) -> str:
+    if key in FAMILIAR:
+        return f"; it is called {FAMILIAR[key]} here"
+    everywhere = {field: f"{table}.{field}" for table, cls in _TABLES.items() for field in cls.model_fields}
+    close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    if key in everywhere:
+        return f"; did you mean {everywhere[key]}?"
+    return f"; known here: {', '.join(names)}" if names else ""
+
+
+def _sentence(item: Any) -> str:
+    """One pydantic error -> `field: what was found; what to do`."""
+    place = ".".join(str(part) for part in item["loc"] if part not in ("int", "str", "float"))
+    found = item["input"]
+    field = str(next((part for part in reversed(item["loc"]) if isinstance(part, str)), ""))
+    if item["type"] == "missing":
+        if len(item["loc"]) == 1:
+            return f"[{place}] is missing; add that table"
+        return f"{place} is missing; add it"
+    later = LATER_VALUES.get(field, {})
+    word = str(found).strip().lower()
+    for value, what in later.items():
+        if word == value or (value == "*" and ("*" in word or "." in word)):
+            return f"{place} is {found!r}: {what} is not in this version; choose another value"
+    if item["type"] == "value_error":
+        message = str(item["ctx"]["error"])
+        for value, what in LATER_VALUES["until"].items():
+            if "until is" in message and re.search(rf"\d\s*{value}'", message):
+                return f"{place}: {message.split(';')[0]}: {what} are not in this version; count in steps, epochs or images"
+        return f"{place}: {message}" if place else message
+    expected = item["msg"].replace("Input should be ", "").replace("a valid ", "a ").replace("a integer", "a whole number")
+    if item["type"] == "literal_error":
+        return f"{place} is {found!r}; choose {expected}"
+    shown = found if len(repr(found)) < 80 else type(found).__name__
+    kind = f" (a {type(found).__name__})" if item["type"].endswith("_type") else ""
+    return f"{place} is {shown!r}{kind}; it must be {expected[0].lower()}{expected[1:]}"
+
+
+def parts() -> tuple[str, ...]:
+    """The parts of a model that can be trained."""
+    return get_args(Part)

@@ -1,0 +1,1 @@
+"""Floor 2: sources, captions, the latent cache and the loader."""

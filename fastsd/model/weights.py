@@ -1,0 +1,80 @@
+"""Floor 1: the UNet's weights under diffusers' names, exact both ways.
+
+Three things differ between the module and the names: self-attention's q/k/v are one matrix here, cross-attention's k/v are
+one, and the projections around a transformer are 1x1 convolutions there.  Read next: `fastsd/model/files.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fastsd.errors import UserError
+from fastsd.model.unet import UNet
+
+FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+
+
+def _pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The diffusers names of one parameter (or anything shaped like it), each with a view of its part."""
+    *parents, module, leaf = name.split(".")
+    if module in FUSED:
+        parts = FUSED[module]
+        for part, view in zip(parts, tensor.chunk(len(parts)), strict=True):
+            yield ".".join([*parents, part, leaf]), view
+    elif module in ("proj_in", "proj_out") and leaf == "weight":
+        yield name, tensor[:, :, None, None]
+    else:
+        yield name, tensor
+
+
+def diffusers_names(name: str) -> list[str]:
+    """The diffusers names that one parameter of `UNet` holds: one, or three for a fused q/k/v."""
+    return [piece for piece, _ in _pieces(name, torch.empty(6, 1, device="meta"))]
+
+
+def diffusers_state_dict(unet: UNet, grad: bool = False) -> dict[str, Tensor]:
+    """The parameters, or their gradients, under diffusers' names (686 for SD1.5).
+
+    Views into the module's memory, detached: nothing is copied, and a step taken later shows in them.
+    A parameter without a gradient is left out when `grad` is set.
+    """
+    out: dict[str, Tensor] = {}
+    for name, parameter in unet.named_parameters():
+        tensor = parameter.grad if grad else parameter
+        if tensor is not None:
+            out.update(_pieces(name, tensor.detach()))
+    return out
+
+
+@torch.no_grad()
+def load_diffusers_unet(unet: UNet, state_dict: Mapping[str, Tensor], place: str = "unet") -> None:
+    """Copy weights with diffusers' names into `unet`, converting to its dtype. Nothing is written unless all of them fit.
+
+    Raises:
+        UserError: names that are missing or left over, or a shape that differs; `place` opens the sentence.
+    """
+    targets = diffusers_state_dict(unet)
+    check_names(targets, state_dict, place)
+    for name, target in targets.items():
+        target.copy_(state_dict[name])
+
+
+def check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], place: str) -> None:
+    """Raise UserError, naming the first offender, unless `found` has exactly the names and shapes of `expected`."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    if missing or extra:
+        names, word = (missing, "missing") if missing else (extra, "not part of this model")
+        raise UserError(
+            f"{place}: {len(names)} of {len(expected)} tensors {'is' if len(names) == 1 else 'are'} {word}, "
+            f"the first is {names[0]}; give weights of the architecture its config describes"
+        )
+    for name, target in expected.items():
+        if target.shape != found[name].shape:
+            raise UserError(
+                f"{place}: {name} has shape {tuple(found[name].shape)}, expected {tuple(target.shape)}; "
+                "give weights of the architecture its config describes"
+            )
