@@ -1,4 +1,4 @@
-"""Leaf: the one exception a person is meant to read."""
+"""Leaf: the exceptions a person is meant to read."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with 2; any other exception is our fault (exit 1).
     """
+
+
+class Stopped(Exception):
+    """The user asked a run to stop, and it has saved and stopped. The command line exits with 130."""

@@ -70,10 +70,14 @@ class UNetConfig:
             norm_groups=config.get("norm_num_groups", 32),
             sample_size=config.get("sample_size") or 64,
         )
+        if not isinstance(found.heads, int):
+            raise UserError(f"{place}: attention_head_dim is {found.heads!r}, an SD2 UNet's; give an SD1.5 base model")
         ours = found.to_diffusers()
         for key, value in config.items():
+            if key.startswith("_") and key != "_class_name":
+                continue
             # Keys another version wrote with a neutral value (null, false) change nothing.
-            expected = ours.get(key, value if key in _NEUTRAL or key.startswith("_") or not value else None)
+            expected = ours.get(key, value if key in _NEUTRAL or not value else None)
             if _plain(value) != _plain(expected):
                 raise UserError(
                     f"{place}: {key} is {value!r}, which is not an SD1.5 UNet's ({expected!r}); give an SD1.5 base model"

@@ -35,15 +35,18 @@ def diffusers_names(name: str) -> list[str]:
     return [piece for piece, _ in _pieces(name, torch.empty(6, 1, device="meta"))]
 
 
-def diffusers_state_dict(unet: UNet, grad: bool = False) -> dict[str, Tensor]:
+def diffusers_state_dict(
+    unet: UNet, grad: bool = False, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The parameters, or their gradients, under diffusers' names (686 for SD1.5).
 
     Views into the module's memory, detached: nothing is copied, and a step taken later shows in them.
-    A parameter without a gradient is left out when `grad` is set.
+    A parameter without a gradient is left out when `grad` is set. `tensors`, by the module's own parameter names, stand in
+    for the parameters they name (fp32 masters of a bf16 module).
     """
     out: dict[str, Tensor] = {}
     for name, parameter in unet.named_parameters():
-        tensor = parameter.grad if grad else parameter
+        tensor = parameter.grad if grad else (tensors or {}).get(name, parameter)
         if tensor is not None:
             out.update(_pieces(name, tensor.detach()))
     return out

@@ -1,0 +1,146 @@
+"""Floor 4: the command line. Parses, calls, and turns a UserError into one sentence; torch is imported inside the commands.
+
+Exit codes: 0 done, 1 our fault (with a traceback), 2 the user must change something, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastsd.errors import Stopped, UserError
+
+app = typer.Typer(
+    help="Retrain Stable Diffusion 1.5, with another VAE swapped in, on one GPU.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Replace values: stage.0.batch=8")]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of every stage.")] = None,
+) -> None:
+    """Train the stages of CONFIG. The same line again resumes."""
+    from fastsd.config import load_config
+
+    loaded = load_config(config, overrides, precision and precision.value)
+    from fastsd.train.loop import train
+
+    _quiet()
+    train(loaded)
+
+
+@app.command()
+def cache(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every stored latent.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Delete shards that nothing uses any more.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Count what is there.")] = False,
+) -> None:
+    """Encode the images of CONFIG into its latent cache. The same line again does what is missing."""
+    from fastsd.config import load_config
+
+    loaded = load_config(config, overrides)
+    from fastsd.prepare import cache, inspect_cache
+
+    _quiet()
+    if verify or prune or stats:
+        inspect_cache(loaded, verify=verify, prune=prune, stats=stats)
+    else:
+        cache(loaded)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusers folder, single file, run or checkpoint.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the images and their grid.")] = Path("samples"),
+    images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first image of each prompt.")] = 0,
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 1 is off.")] = 7.0,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    sampler: Annotated[str, typer.Option(help="ddim, euler, euler_a or dpm++")] = "dpm++",
+    size: Annotated[int, typer.Option(min=0, help="Pixels a side; 0 is the model's own.")] = 0,
+    vae: Annotated[str, typer.Option(help="Decode with this VAE instead of the model's.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
+    clip_skip: Annotated[int, typer.Option(min=0)] = 0,
+    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
+    device: Annotated[str, typer.Option()] = "auto",
+) -> None:
+    """Draw images from MODEL."""
+    from fastsd.sample import sample_command
+
+    _quiet()
+    table = {
+        "prompts": prompt or [], "prompts_file": str(prompts or ""), "images": images, "seed": seed, "steps": steps,
+        "guidance": guidance, "negative": negative, "sampler": sampler, "size": size,
+    }  # fmt: skip
+    source = {"base": model, "vae": vae, "tokenizer": tokenizer, "clip_skip": clip_skip}
+    sample_command(source, table, out, precision.value, device)
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of every stage.")] = None,
+) -> None:
+    """Find everything that can be wrong with CONFIG before the long run."""
+    from fastsd.config import load_config
+
+    loaded = load_config(config, overrides, precision and precision.value)
+    from fastsd.prepare import check
+
+    _quiet()
+    check(loaded)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-out"),
+) -> None:
+    """The whole story in miniature: swap the VAE, cache, train, sample. A few minutes, CPU or GPU, no downloads."""
+    from fastsd.demo import demo
+
+    _quiet()
+    demo(out)
+
+
+def _quiet() -> None:
+    from fastsd.model.files import quiet_libraries
+
+    quiet_libraries()
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        print(f"fastsd: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        print(f"fastsd: {stopped}; the same line again goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

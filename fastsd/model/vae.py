@@ -1,0 +1,87 @@
+"""Floor 1: the VAE. diffusers' AutoencoderKL, with the numbers a trainer needs beside it.
+
+Latents are scaled by z = (raw - shift) * factor before the UNet sees them and back before decoding. The factor belongs to
+the VAE (0.18215 for SD1.5's, 0.13025 for SDXL's); using another one's shows as wrong colours.
+
+Shapes: B images, R pixels a side, C latent channels; latents are (B, C, R/downscale, R/downscale).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SD15_SCALING_FACTOR = 0.18215
+
+
+class Vae:
+    """An AutoencoderKL and its constants.
+
+    Attributes:
+        name: where it came from, for people.
+        hash: sha256 over the encoder's weights (as fp32) and shape: two VAEs with the same hash give the same latents.
+        channels, downscale: of the latent space.
+        scaling_factor, shift_factor: raw -> scaled latents, see above.
+    """
+
+    def __init__(self, module: Any, name: str) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.name = name
+        self.channels: int = module.config.latent_channels
+        self.downscale: int = 2 ** (len(module.config.block_out_channels) - 1)
+        self.scaling_factor: float = module.config.scaling_factor
+        self.shift_factor: float = getattr(module.config, "shift_factor", None) or 0.0
+        self.hash: str = _encoder_hash(module)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Vae:
+        self.module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, images_B3RR: Tensor) -> Tensor:
+        """Images (B, 3, R, R) in [-1, 1] -> the posterior's mean, raw (unscaled), fp32, on the VAE's device."""
+        images = images_B3RR.to(self.device, self.dtype, memory_format=torch.channels_last)
+        return self.module.encode(images).latent_dist.mean.float()
+
+    @torch.no_grad()
+    def encode_fp32(self, images_B3RR: Tensor) -> Tensor:
+        """As `encode`, in fp32 whatever the VAE's precision: for the rare image that overflows."""
+        dtype = self.dtype
+        try:
+            self.module.to(torch.float32)
+            return self.encode(images_B3RR)
+        finally:
+            self.module.to(dtype)
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Scaled latents -> images (B, 3, R, R) in [-1, 1], fp32. Every image is decoded alone: memory stays flat."""
+        raw = self.unscale(latents_BCHW.float()).to(self.device, self.dtype)
+        return torch.cat([self.module.decode(raw[i : i + 1]).sample.float() for i in range(len(raw))]).clamp(-1, 1)
+
+    def scale(self, raw_BCHW: Tensor) -> Tensor:
+        """Raw latents -> what the UNet sees."""
+        return (raw_BCHW - self.shift_factor) * self.scaling_factor
+
+    def unscale(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW / self.scaling_factor + self.shift_factor
+
+
+def _encoder_hash(module: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,192 @@
+"""Floor 3: what comes before training - `fastsd cache` and `fastsd check`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastsd.config import Config
+from fastsd.data import build, sources, store
+from fastsd.data.cache import LatentCache, view_name
+from fastsd.errors import UserError
+from fastsd.model.files import Model, load_model, load_vae
+from fastsd.sample import read_prompts
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+
+PLAIN_SECONDS = 10                                          # between progress lines when the output is not a terminal
+
+
+def cache(config: Config, console: Console | None = None) -> build.Counts:
+    """Encode what is missing and say what came of it. Raises UserError as `build_cache` does."""
+    console = console or Console()
+    for _ in sources.scan(config.data.folders):             # a wrong folder is said before a model is loaded
+        break
+    device = choose_device(config.device)
+    set_precision(config.cache.precision)
+    vae = load_vae(config.model).to(device, COMPUTE_DTYPE[config.cache.precision])
+    name = config.model.vae or config.model.base
+    _say(console, f"VAE {name}, {vae.channels} channels, factor {vae.scaling_factor:g}, {config.cache.precision} on {device}")
+    start = time.perf_counter()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        counts = build.build_cache(config, vae, _live(bar) if console.is_terminal else _plain(console))
+    seconds = time.perf_counter() - start
+    _say(console, f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {counts.encoded} encoded now, "
+         f"{counts.latents - counts.encoded} were there ({seconds:.1f} s)")  # fmt: skip
+    if counts.empty_captions:
+        _say(console, f"{counts.empty_captions} images have no caption or an empty one; they train as \"\"")
+    if counts.rejected:
+        _say(console, f"{counts.rejected} rejected: " + ", ".join(f"{n} x {why}" for why, n in counts.reasons.items()))
+        for example in counts.examples:
+            _say(console, f"  {example}")
+    return counts
+
+
+def _live(bar: Progress) -> build.Report:
+    tasks: dict[str, object] = {}
+
+    def show(event: build.Progress) -> None:
+        task = tasks.get(event.phase)
+        if task is None:
+            task = tasks[event.phase] = bar.add_task(event.phase, total=event.total or None, speed="")
+        bar.update(task, completed=event.done, speed=f"{event.images_per_second:.1f} img/s")  # type: ignore[arg-type]
+
+    return show
+
+
+def _plain(console: Console) -> build.Report:
+    last = time.monotonic()
+
+    def show(event: build.Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last > PLAIN_SECONDS:
+            last = time.monotonic()
+            _say(console, f"{event.phase} {event.done}/{event.total or '?'} | {event.images_per_second:.1f} img/s")
+
+    return show
+
+
+def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, console: Console | None = None) -> None:
+    """`fastsd cache` with --verify, --prune or --stats. Raises UserError when the verification finds damage."""
+    console = console or Console()
+    folder = config.cache.dir
+    problems = store.verify(folder) if verify else []
+    if verify and not problems:
+        _say(console, f"{folder}: every latent and view is as its sha256 says")
+    if prune:
+        gone = store.prune(folder)
+        _say(console, f"{folder}: {gone.shards} unused shards deleted, {gone.bytes / 1e6:.1f} MB")
+    if stats:
+        found = store.stats(folder)
+        _say(console, f"{folder}: {found.latents} latents in {found.shards} shards, {found.shard_bytes / 1e6:.1f} MB")
+        for name, meta in found.views.items():
+            _say(console, f"  view {name}: {meta.cached} of {meta.images} images at {meta.resolution} px, VAE {meta.vae_name}, "
+                 f"{meta.rejected} rejected, {meta.empty_captions} empty captions")  # fmt: skip
+        for reason, count in found.rejected.items():
+            _say(console, f"  rejected {count} x {reason}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def check(config: Config, console: Console | None = None) -> None:
+    """Go through everything a run needs, say what is there, and end with all that must be changed.
+
+    Raises:
+        UserError: every problem found, a sentence each.
+    """
+    console = console or Console()
+    problems: list[str] = []
+
+    def attempt(what: str, look: Callable[[], str]) -> None:
+        try:
+            _say(console, f"ok    {what}: {look()}")
+        except UserError as error:
+            problems.extend(str(error).split("\n"))
+            _say(console, f"wrong {what}")
+
+    models: list[Model] = []
+    images = sum(1 for _ in _quietly(config.data.folders))
+    attempt("device", lambda: f"{choose_device(config.device)}, kernels {choose_ops(config, choose_device(config.device)).name}")
+    attempt("images", lambda: f"{_count(config)} in {', '.join(config.data.folders)}")
+    attempt("model", lambda: _model(config, models))
+    if models:
+        attempt("cache", lambda: _cache(config, models[0]))
+        attempt("samples", lambda: _samples(config, models[0]))
+    for i, stage in enumerate(config.stage):
+        steps = stage.steps(images) if images else 0
+        _say(console, f"ok    {config.stage_name(i)}: {stage.optimizer} on {'+'.join(stage.train)}, {steps} steps of {stage.batch}")
+    attempt("run folder", lambda: _room(config, models))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _quietly(folders: list[str]) -> list[object]:
+    try:
+        return list(sources.scan(folders))
+    except UserError:
+        return []
+
+
+def _count(config: Config) -> str:
+    found = list(sources.scan(config.data.folders))
+    return f"{len(found)} images"
+
+
+def _model(config: Config, models: list[Model]) -> str:
+    model = load_model(config.model)
+    models.append(model)
+    build.check_resolution(config.data.resolution, model.vae.downscale)
+    step = model.vae.downscale * model.unet.cfg.downscale
+    if config.data.resolution % step:
+        low = max(config.data.resolution // step, 1) * step
+        raise UserError(f"data.resolution is {config.data.resolution}, no multiple of {step} as this UNet needs; use {low}")
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    return f"{config.model.base}, UNet {parameters:,} parameters, VAE factor {model.vae.scaling_factor:g}"
+
+
+def _cache(config: Config, model: Model) -> str:
+    latents = LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))
+    return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
+
+
+def _samples(config: Config, model: Model) -> str:
+    size = config.sample.size or config.data.resolution
+    step = model.vae.downscale * model.unet.cfg.downscale
+    if size % step:
+        raise UserError(f"sample.size is {size}; this model's images are multiples of {step} px")
+    return f"{len(read_prompts(config.sample))} prompts x {config.sample.images} at {size} px"
+
+
+def _room(config: Config, models: list[Model]) -> str:
+    """Disk for the checkpoints that can exist at once: fp32 weights, and two state tensors for those trained."""
+    folder = Path(config.run).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if not models:
+        return f"{free / 1e9:.1f} GB free"
+    model = models[0]
+    size = {part: sum(p.numel() for p in model.part(part).parameters()) * 4 for part in ("unet", "text_encoder")}
+    each = [sum(size[part] * (3 if s.optimizer != "lion" else 2) for part in s.train) for s in config.stage]
+    need = sum(size.values()) + max(
+        e * (s.keep_checkpoints + 1) for e, s in zip(each, config.stage, strict=True)
+    )
+    if need > free:
+        raise UserError(
+            f"run is {config.run!r}: its checkpoints need about {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
+            "free space, or lower keep_checkpoints"
+        )
+    return f"{config.run}, checkpoints need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+

@@ -1,0 +1,150 @@
+"""Floor 2: checkpoints - whole, verified, and loadable by every tool.
+
+    RUN/checkpoints/step-00001000/       a diffusers folder (unet, text_encoder, vae, tokenizer, scheduler) ...
+        state.safetensors  state.json    ... with the optimizers' state and where the run stands beside it
+        manifest.json                    sha256 of every file, written last
+
+A checkpoint appears by a rename after everything in it was flushed, so it is there whole or not at all. Files that did
+not change since the last one are hard links to it. Retention runs only after a commit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fastsd import __version__
+from fastsd.model.files import Model, part_state_dict, write_part, write_rest
+from fastsd.storage import (
+    link_or_copy, new_folder, read_safetensors, remove_leftovers, sha256_of, write_safetensors, write_text,
+)  # fmt: skip
+
+MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: stage number, steps done in it, steps and images done in all, images at the stage's start."""
+
+    stage: int = 0
+    stage_step: int = 0
+    step: int = 0
+    images: int = 0
+    stage_images: int = 0
+    stage_done: bool = False
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The committed checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def save(
+    folder: Path,
+    progress: Progress,
+    model: Model,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    changed: set[str],
+    state: Mapping[str, Tensor],
+) -> Path:
+    """Commit a checkpoint and return its folder.
+
+    Args:
+        folder: RUN/checkpoints.
+        weights: part name -> exact fp32 weights by parameter name.
+        changed: parts that differ from the last checkpoint's; the others' files are linked from it.
+        state: all other tensors (optimizers, smoothed loss).
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the older checkpoints stand as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = checkpoints(folder)
+    last = _manifest(earlier[-1]) if earlier else None
+    target = folder / name_of(progress.step)
+    with new_folder(target) as new:
+        manifest: dict[str, str] = {}
+        for part in weights:
+            if last and part not in changed:
+                manifest.update(_link(last, earlier[-1], new, lambda name, part=part: name.startswith(f"{part}/")))
+            else:
+                manifest.update(write_part(new, model, part, part_state_dict(model, part, weights[part])))
+        if last:
+            parts = tuple(f"{part}/" for part in weights)
+            manifest.update(_link(last, earlier[-1], new, lambda n: not n.startswith(parts) and n not in (STATE, TENSORS)))
+        else:
+            manifest.update(write_rest(new, model))
+        manifest[TENSORS] = write_safetensors(new / TENSORS, state)
+        manifest[STATE] = write_text(new / STATE, json.dumps({"fastsd": __version__, **asdict(progress)}, indent=2))
+        write_text(new / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+    return target
+
+
+def _link(manifest: dict[str, str], source: Path, target: Path, wanted: Callable[[str], bool]) -> dict[str, str]:
+    linked = {name: digest for name, digest in manifest.items() if wanted(name)}
+    for name in linked:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(source / name, target / name)
+    return linked
+
+
+def retain(folder: Path, keep: int, also: set[str]) -> None:
+    """Delete all but the newest `keep` checkpoints and those named in `also`."""
+    for path in checkpoints(folder)[:-keep]:
+        if path.name not in also:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
+    """The newest checkpoint whose manifest holds, or None if there is none. Says so when it must fall back."""
+    remove_leftovers(folder)
+    for path in reversed(checkpoints(folder)):
+        problem = verify(path)
+        if problem is None:
+            values = json.loads((path / STATE).read_text())
+            values.pop("fastsd")
+            return path, Progress(**values)
+        say(f"checkpoint {path.name} is damaged ({problem}); falling back to the one before it")
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """None if every file of a checkpoint is as its manifest says, else what is wrong."""
+    manifest = _manifest(path)
+    if manifest is None:
+        return f"no readable {MANIFEST}"
+    for name, digest in manifest.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(path / name) != digest:
+            return f"{name} has another sha256 than its manifest says"
+    return None
+
+
+def _manifest(path: Path) -> dict[str, str] | None:
+    try:
+        return json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    return read_safetensors(path / TENSORS)
+
+
+def export(checkpoint: Path, target: Path) -> None:
+    """A checkpoint's model without its training state, as a diffusers folder of its own (hard links)."""
+    manifest = _manifest(checkpoint)
+    assert manifest is not None, checkpoint
+    with new_folder(target) as new:
+        _link(manifest, checkpoint, new, lambda name: name not in (STATE, TENSORS))

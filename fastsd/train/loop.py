@@ -1,0 +1,151 @@
+"""Floor 3: the main loop. Everything a run does passes through `train`, in this order, every step."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastsd.config import Config
+from fastsd.data.loader import Stream
+from fastsd.errors import Stopped, UserError
+from fastsd.train.report import memory_gb
+from fastsd.train.run import Run, open_run
+from fastsd.train.schedule import learning_rate
+from fastsd.train.step import Step, StepResult
+
+MAX_SKIPPED_ROWS = 3                                        # log rows in a row without one finite gradient: the run is dead
+
+
+def train(config: Config, console: Console | None = None) -> None:
+    """Train all stages of a config, from the start or from where the run stands; ends with RUN/model.
+
+    Raises:
+        UserError: something the user must change; what was saved stands.
+        Stopped: after a checkpoint, when asked to stop.
+    """
+    with open_run(config, console or Console()) as run, stop_signal() as stop:
+        run.report.header(run.header())
+        for note in run.notes:
+            run.report.warn(note)
+        for index in range(run.progress.stage, len(config.stage)):
+            if not (run.progress.stage == index and run.progress.stage_done):
+                train_stage(run, index, stop)
+        run.report.say(f"model: {run.export()}")
+
+
+def train_stage(run: Run, index: int, stop: list[int]) -> None:
+    stage, step = run.config.stage[index], run.start_stage(index)
+    end = run.progress.stage_images + step.total * stage.batch
+    log = Log(run, step, index)
+    if run.progress.step == 0 and stage.sample_every:
+        run.sample(index)
+    with run.loader(index).stream(run.progress.images, end, stage.batch) as batches:
+        for batch in batches:
+            result = step(batch, run.progress.stage_step)
+            run.count(step, result)
+            done = run.progress.stage_step == step.total
+            if due(run, run.config.log.every) or done:
+                log.row(result, batches)
+            if done or (stage.sample_every and due(run, stage.sample_every)):
+                run.sample(index)
+            if done or stop or due(run, stage.checkpoint_every):
+                log.flush()
+                saved = run.save(step, done)
+                if stop and not done:
+                    raise Stopped(f"{run.folder}: stopped at step {run.progress.step}")
+                if done and not saved:
+                    raise UserError(f"{run.folder}: the end of stage {index + 1} could not be saved; free space, run again")
+    step.release()
+
+
+def due(run: Run, every: int) -> bool:
+    return run.progress.stage_step % every == 0
+
+
+class Log:
+    """Log rows, written one interval late: by then the device has long finished, so reading it waits for nothing."""
+
+    def __init__(self, run: Run, step: Step, index: int) -> None:
+        self.run, self.step, self.name = run, step, run.config.stage_name(index)
+        self.pending: tuple[dict[str, Any], dict[str, Tensor], dict[str, float]] | None = None
+        self.mark = (time.perf_counter(), run.progress.step, 0.0)
+        self.last_skipped, self.dead_rows = int(step.skipped), 0
+
+    def row(self, result: StepResult, batches: Stream) -> None:
+        self.flush()
+        run, now = self.run, time.perf_counter()
+        loss, weight = run.smooth
+        lr = learning_rate(self.step.stage, run.progress.stage_step - 1, self.step.total)
+        known = {
+            "step": run.progress.step, "stage": self.name, "stage_step": run.progress.stage_step,
+            "images": run.progress.images, "epoch": run.progress.images / run.images, "lr": lr,
+        }  # fmt: skip
+        d = next((value.clone() for value in self.step.d().values()), None)
+        device = {
+            "loss": result.loss, "loss_smooth": loss / weight, "grad_norm": result.grad_norm, "skipped": result.skipped
+        }  # fmt: skip
+        if d is not None:
+            device["d"] = d
+        started, steps, waited = self.mark
+        seconds = max(now - started, 1e-9)
+        speed = (run.progress.step - steps) / seconds
+        timing = {
+            "stage_steps": self.step.total, "images_per_second": speed * self.step.stage.batch,
+            "data_wait": (batches.waited - waited) / seconds, "memory_gb": memory_gb(run.device),
+            "eta": (run.total_steps() - run.progress.step) / speed,
+        }  # fmt: skip
+        self.pending = (known, device, timing)
+        self.mark = (now, run.progress.step, batches.waited)
+
+    def flush(self) -> None:
+        """Read and write the row that is waiting."""
+        if self.pending is None:
+            return
+        known, device, timing = self.pending
+        self.pending = None
+        read = {name: value.item() for name, value in device.items()}
+        read["skipped"] = int(read["skipped"])
+        self.run.report.row({**known, **read}, timing)
+        self._watch(read["skipped"], known["step"])
+
+    def _watch(self, skipped: int, step: int) -> None:
+        fresh = skipped - self.last_skipped
+        self.last_skipped = skipped
+        if fresh:
+            self.run.report.warn(f"{fresh} steps before step {step} had a gradient that is not finite and were skipped")
+        self.dead_rows = self.dead_rows + 1 if fresh >= self.run.config.log.every else 0
+        if self.dead_rows == MAX_SKIPPED_ROWS:
+            raise UserError(
+                f"{self.run.folder}: no finite gradient for {fresh * self.dead_rows} steps up to step {step}; "
+                "lower lr (or d0), or use precision fp32, and run again from the last checkpoint"
+            )
+
+
+@contextmanager
+def stop_signal() -> Iterator[list[int]]:
+    """A list that gets the signal's number on Ctrl-C or a polite kill; the loop then saves and stops. A second one stops at once."""
+    stop: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {kind: signal.signal(kind, ask) for kind in kinds}
+    except ValueError:                                      # not in the main thread: the caller handles signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -1,0 +1,173 @@
+"""Floor 2: what a person sees, and what is kept of it.
+
+    the console          a header, then one live line (plain lines when it is not a terminal)
+    RUN/log.jsonl        one row per log interval with nothing but what training determines: it is the same, bit for bit,
+                         however often the run was interrupted
+    RUN/timing.jsonl     speed, memory and waiting of the same steps
+    RUN/tensorboard      both
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fastsd.config import LogTable
+from fastsd.errors import UserError
+
+
+class Report:
+    """The console and log files of one run.
+
+    Args:
+        run: the run's folder.
+        table: `[log]` of the config.
+        step: steps done; rows of later steps, left by a run that was cut off, are removed.
+        saved_at: when the newest checkpoint was written, as time.time(); None if there is none.
+    """
+
+    def __init__(self, run: Path, table: LogTable, step: int, saved_at: float | None, console: Console) -> None:
+        self.console = console
+        self.log = _reopen(run / "log.jsonl", step)
+        self.timing = _reopen(run / "timing.jsonl", step)
+        self.board = _tensorboard(run, step) if table.tensorboard else None
+        self.wandb = _wandb(table.wandb, run) if table.wandb else None
+        self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        self.saved_at = saved_at
+
+    def header(self, rows: dict[str, str]) -> None:
+        grid = Table.grid(padding=(0, 2))
+        for name, value in rows.items():
+            grid.add_row(Text(name, style="bold"), Text(value))
+        self.console.print(grid)
+        if self.live:
+            self.live.start()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(Text(f"! {text}", style="bold yellow"), soft_wrap=True)
+
+    def saved(self) -> None:
+        self.saved_at = time.time()
+
+    def row(self, values: dict[str, Any], timing: dict[str, float]) -> None:
+        """One log interval: to the files and to the line."""
+        self.log.write(_json(values))
+        self.timing.write(_json({"step": values["step"], **timing}))
+        self.log.flush()
+        self.timing.flush()
+        scalars = {**values, **timing}
+        if self.board:
+            for name, value in scalars.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, values["step"])
+        if self.wandb:
+            self.wandb.log(scalars, step=values["step"])
+        line = _line(values, timing, self.saved_at)
+        if self.live:
+            self.live.update(Text(line))
+        else:
+            self.say(line)
+
+    def images(self, path: Path, step: int, image: Any) -> None:
+        """A sample grid (PIL image) was made and saved at `path`."""
+        self.say(f"samples: {path}")
+        if self.board:
+            import numpy as np
+
+            self.board.add_image(f"samples/{path.stem.rsplit('-', 1)[0]}", np.asarray(image), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Make what was logged durable; called before a checkpoint is committed."""
+        for file in (self.log, self.timing):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+        for sink in (self.log, self.timing, self.board):
+            if sink:
+                sink.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _json(values: dict[str, Any]) -> str:
+    """One row; JSON has no word for a number that is not finite, so that becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _line(values: dict[str, Any], timing: dict[str, float], saved_at: float | None) -> str:
+    lr = f"lr {values['lr']:.3g}"
+    if values.get("d") is not None:
+        lr = f"d*lr {values['d'] * values['lr']:.3g} (d {values['d']:.3g})"
+    saved = "not saved yet" if saved_at is None else f"saved {duration(max(0.0, time.time() - saved_at))} ago"
+    skipped = f" | skipped {values['skipped']}" if values["skipped"] else ""
+    return (
+        f"{values['stage']} {values['stage_step']}/{timing['stage_steps']} | epoch {values['epoch']:.2f} | "
+        f"loss {values['loss']:.4f} ~{values['loss_smooth']:.4f} | {lr} | grad {values['grad_norm']:.3g}{skipped} | "
+        f"{timing['images_per_second']:.1f} img/s | {timing['memory_gb']:.1f} GB | wait {timing['data_wait']:.0%} | "
+        f"ETA {duration(timing['eta'])} | {saved}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42s, 7m05s, 3h12m, 5d04h."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = int(seconds)
+    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // small:02d}{small_unit}"
+    return f"{seconds}s"
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak GPU memory this process allocated, or its resident memory on a CPU: GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def _reopen(path: Path, step: int) -> TextIO:
+    """Open a JSONL file for appending, without the rows after `step` and without a row that was cut off."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue
+    path.write_text("".join(kept), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
+
+
+def _tensorboard(run: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+
+def _wandb(project: str, run: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f'log.wandb is {project!r} and wandb is not installed; pip install "fastsd[wandb]"') from None
+    return wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")

@@ -1,0 +1,257 @@
+"""Floor 3: a run - its folder, its model, its cache, where it stands - opened anew or from its newest checkpoint.
+
+Read next: `fastsd/train/loop.py`, which moves it forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastsd.config import Config, dump_config
+from fastsd.data.cache import LatentCache, view_name
+from fastsd.data.loader import Loader
+from fastsd.errors import UserError
+from fastsd.model.files import Model, load_model
+from fastsd.sample import sample_grid
+from fastsd.storage import replace_file
+from fastsd.train import checkpoint
+from fastsd.train.checkpoint import Progress
+from fastsd.train.optim import flat_state, load_flat_state
+from fastsd.train.precision import choose_device, choose_ops, set_precision
+from fastsd.train.report import Report, memory_gb
+from fastsd.train.step import Step, StepResult
+
+# A change in one of these would make the rest of the run another run's.
+FIXED = ("model", "data", "seed")
+FIXED_IN_STAGE = ("train", "batch", "optimizer", "d0", "betas", "decoupled_weight_decay")
+SMOOTHING = 0.99                                            # of the smoothed loss: about the last 100 steps
+
+
+class Run:
+    """Everything that outlives a stage.
+
+    Args:
+        config: the resolved config.
+        console: where the report goes.
+
+    Raises:
+        UserError: whatever must be changed before training can start or go on.
+    """
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self.config, self.folder = config, Path(config.run)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = _lock(self.folder)
+        self.device = choose_device(config.device)
+        self.ops = choose_ops(config, self.device)
+        notes: list[str] = []
+        found = checkpoint.newest(self.folder / "checkpoints", notes.append)
+        notes += _compare_with_start(self.folder / "config.json", config, found[1] if found else None)
+        self.progress = found[1] if found else Progress()
+        self.saved: dict[str, Tensor] = checkpoint.load_state(found[0]) if found else {}
+        table = config.model
+        if found:
+            # The checkpoint is a whole model; the base need not be there any more.
+            table = table.model_copy(update={"base": str(found[0]), "vae": "", "tokenizer": "", "vae_scaling_factor": None})
+        self.model: Model = load_model(table, self.ops, config.stage[self.progress.stage].checkpointing)
+        self.cache = LatentCache.open(config.cache.dir, view_name(config, self.model.vae.hash))
+        for module in (self.model.unet, self.model.text.module):
+            module.to(self.device)
+        self.model.vae.to(self.device, torch.float32)
+        replace_file(self.folder / "config.json", dump_config(config))
+        saved_at = found[0].stat().st_mtime if found else None
+        self.report = Report(self.folder, config.log, self.progress.step, saved_at, console)
+        self.notes = notes
+        self.smooth = [self.saved.pop(key, torch.zeros((), dtype=torch.float64)).to(self.device) for key in ("loss", "weight")]
+        self.changed: set[str] = set()
+        self.unsaved = False
+
+    @property
+    def images(self) -> int:
+        return len(self.cache)
+
+    def total_steps(self) -> int:
+        return sum(stage.steps(self.images) for stage in self.config.stage)
+
+    def start_stage(self, index: int) -> Step:
+        """Make the stage's parts and optimizers, with the state of the checkpoint if the run was in the middle of it."""
+        stage = self.config.stage[index]
+        resumed = self.progress.stage == index and 0 < self.progress.stage_step and not self.progress.stage_done
+        if not resumed:
+            images = self.progress.images
+            self.progress = replace(self.progress, stage=index, stage_step=0, stage_images=images, stage_done=False)
+        self.model.unet.checkpointing = stage.checkpointing
+        set_precision(stage.precision)
+        step = Step(self.model, stage, stage.steps(self.images), self.config.seed)
+        if resumed:
+            for name, optimizer in step.optimizers.items():
+                own = {key.removeprefix(f"{name}|"): t for key, t in self.saved.items() if key.startswith(f"{name}|")}
+                load_flat_state(optimizer, step.parts[name].names, own)
+            step.skipped.copy_(self.saved["skipped"])
+        self.saved = {}
+        return step
+
+    def loader(self, index: int) -> Loader:
+        return Loader(self.cache, self.model.text.tokenize, self.config.seed, self.config.stage[index])
+
+    def count(self, step: Step, result: StepResult) -> None:
+        """One step is done."""
+        images = self.progress.images + step.stage.batch
+        self.progress = replace(
+            self.progress, stage_step=self.progress.stage_step + 1, step=self.progress.step + 1, images=images
+        )
+        self.changed.update(step.optimizers)
+        self.unsaved = True
+        loss, weight = self.smooth
+        finite = torch.isfinite(result.loss)
+        loss.copy_(torch.where(finite, SMOOTHING * loss + (1 - SMOOTHING) * result.loss.double(), loss))
+        weight.copy_(torch.where(finite, SMOOTHING * weight + (1 - SMOOTHING), weight))
+
+    def save(self, step: Step, done: bool) -> bool:
+        """Commit a checkpoint. False, and a line that says why, when the disk would not take it."""
+        self.progress = replace(self.progress, stage_done=done)
+        state: dict[str, Tensor] = {"loss": self.smooth[0], "weight": self.smooth[1], "skipped": step.skipped}
+        if not done:
+            for name, optimizer in step.optimizers.items():
+                own = flat_state(optimizer, step.parts[name].names)
+                state.update({f"{name}|{key}": tensor for key, tensor in own.items()})
+        weights = {name: part.state() for name, part in step.parts.items()}
+        folder = self.folder / "checkpoints"
+        self.report.flush()
+        try:
+            path = checkpoint.save(folder, self.progress, self.model, weights, self.changed, state)
+        except OSError as error:
+            self.report.warn(
+                f"checkpoint at step {self.progress.step} not saved: {error.strerror or error} ({folder}); "
+                "training goes on, the last checkpoint stands; free space on that disk"
+            )
+            return False
+        self.changed, self.unsaved = set(), False
+        self.report.saved()
+        if done:
+            self._remember_stage_end(path.name)
+        checkpoint.retain(folder, step.stage.keep_checkpoints, self._stage_ends())
+        return True
+
+    def _stage_ends(self) -> set[str]:
+        path = self.folder / "stage-ends.json"
+        return set(json.loads(path.read_text())) if path.exists() else set()
+
+    def _remember_stage_end(self, name: str) -> None:
+        replace_file(self.folder / "stage-ends.json", json.dumps(sorted(self._stage_ends() | {name})))
+
+    def sample(self, index: int) -> None:
+        """Draw the config's grid with the weights as they are. Touches nothing that training reads."""
+        size = self.config.sample.size or self.config.data.resolution
+        image = sample_grid(self.model, self.config.sample, size)
+        if image is not None:
+            path = self.folder / "samples" / f"{self.config.stage_name(index)}-{self.progress.step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            image.save(path)
+            self.report.images(path, self.progress.step, image)
+
+    def export(self) -> Path:
+        """The newest checkpoint's model as RUN/model, a diffusers folder for any tool."""
+        target = self.folder / "model"
+        checkpoint.export(checkpoint.checkpoints(self.folder / "checkpoints")[-1], target)
+        return target
+
+    def header(self) -> dict[str, str]:
+        """What a person checks before walking away."""
+        config, meta, vae = self.config, self.cache.meta, self.model.vae
+        trained = {part for stage in config.stage for part in stage.train}
+        counts = {part: sum(p.numel() for p in self.model.part(part).parameters()) for part in sorted(trained)}
+        stages = [
+            f"{config.stage_name(i)}: {'+'.join(s.train)} {s.optimizer} lr {s.rate:g} {s.precision}, "
+            f"batch {s.batch}{f' ({s.micro} a forward)' if s.micro != s.batch else ''}, {s.steps(self.images)} steps"
+            for i, s in enumerate(config.stage)
+        ]
+        at = f", resumed at step {self.progress.step}" if self.progress.step else ""
+        rejected = f", {meta.rejected} rejected" if meta.rejected else ""
+        empty = f", {meta.empty_captions} empty captions" if meta.empty_captions else ""
+        return {
+            "run": f"{self.folder} ({self.total_steps()} steps{at})",
+            "kernels": f"{self.ops.name} on {_device_name(self.device)}, {memory_gb(self.device):.1f} GB in use",
+            "base": config.model.base,
+            "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, factor {vae.scaling_factor:g}",
+            "images": f"{self.images} at {config.data.resolution} px{empty}",
+            "cache": f"{meta.cached} of {meta.images} images cached{rejected} ({config.cache.dir})",
+            "trained": ", ".join(f"{part} {count:,}" for part, count in counts.items()) + " parameters",
+            "stages": "\n".join(stages),
+        }
+
+    def close(self) -> None:
+        self.report.close()
+        self.cache.close()
+        self.lock.close()
+
+
+@contextlib.contextmanager
+def open_run(config: Config, console: Console) -> Iterator[Run]:
+    run = Run(config, console)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def _lock(folder: Path) -> Any:
+    """Hold RUN/lock for as long as the file object lives: two trainers in one folder would ruin each other's logs."""
+    file = open(folder / "lock", "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"run is {str(folder)!r}, in which another fastsd is training; wait for it or name another") from None
+    return file
+
+
+def _compare_with_start(path: Path, config: Config, progress: Progress | None) -> list[str]:
+    """Refuse what would break the run, note what changed otherwise since its last start."""
+    if progress is None or not path.exists():
+        return []
+    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(dump_config(config))
+    advice = "put it back, or start a new run with run=FOLDER"
+    for table in FIXED:
+        if old[table] != new[table]:
+            raise UserError(f"{path.parent} was started with another {_difference(table, old[table], new[table])}; {advice}")
+    notes = []
+    here = progress.stage
+    for i, (was, now) in enumerate(zip(old["stage"], new["stage"], strict=False)):
+        for key in was:
+            if was[key] != now[key]:
+                difference = _difference(f"stage.{i}.{key}", was[key], now[key])
+                if i < here or (i == here and key in FIXED_IN_STAGE and progress.stage_step):
+                    raise UserError(f"{path.parent} has already trained with another {difference}; {advice}")
+                notes.append(f"changed since the last start: {difference}")
+    if len(new["stage"]) <= here:
+        raise UserError(f"{path.parent} is in stage {here + 1} and the config has {len(new['stage'])}; {advice}")
+    return notes
+
+
+def _difference(place: str, was: Any, now: Any) -> str:
+    if isinstance(was, dict):
+        key = next(key for key in was if was[key] != now.get(key))
+        return _difference(f"{place}.{key}", was[key], now.get(key))
+    return f"{place}: {was!r}, now {now!r}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,11 @@
+"""Floor 2: the learning rate of a step."""
+
+from __future__ import annotations
+
+from fastsd.config import StageTable
+
+
+def learning_rate(stage: StageTable, step: int, total: int) -> float:
+    """lr of step `step` (from 0) of `total`: a linear warm-up that reaches the full rate at its last step, then constant."""
+    warmup = stage.warmup_steps(total)
+    return stage.rate * min(1.0, (step + 1) / warmup) if warmup else stage.rate

@@ -1,0 +1,82 @@
+"""The REFERENCE ops against their formulas in fp64, their layouts, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+
+from fastsd_kernels import REFERENCE, TRITON
+
+
+def relative(found, truth):
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("dtype, budget", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("n, l, h, d", [(1, 77, 2, 40), (63, 63, 3, 8), (97, 1025, 1, 80)])
+def test_attention(n, l, h, d, dtype, budget):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, l, 3, h, d, dtype=dtype)
+    q = torch.randn(2, n, h, d, dtype=dtype)
+    k, v = qkv[:, :, 1], qkv[:, :, 2]  # strided views, as a fused projection gives
+    o = REFERENCE.attention(q, k, v)
+    scores = torch.einsum("bnhd,blhd->bhnl", q.double(), k.double()) / math.sqrt(d)
+    truth = torch.einsum("bhnl,blhd->bnhd", scores.softmax(-1), v.double())
+    assert o.shape == q.shape and o.dtype == dtype
+    assert relative(o, truth) < budget
+
+
+@pytest.mark.parametrize("dtype, budget", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_group_norm(silu, shifted, dtype, budget):
+    torch.manual_seed(0)
+    x = (torch.randn(2, 24, 5, 7) + 3).to(dtype).to(memory_format=torch.channels_last)
+    w, b = torch.randn(24).to(dtype), torch.randn(24).to(dtype)
+    shift = torch.randn(2, 24).to(dtype) if shifted else None
+    y = REFERENCE.group_norm(x, w, b, 4, 1e-5, silu=silu, shift_BC=shift)
+    z = x.double() + (shift.double()[:, :, None, None] if shifted else 0)
+    g = z.reshape(2, 4, -1)
+    g = (g - g.mean(-1, keepdim=True)) / (g.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    truth = g.reshape(z.shape) * w.double()[:, None, None] + b.double()[:, None, None]
+    truth = truth * truth.sigmoid() if silu else truth
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
+    assert relative(y, truth) < budget
+
+
+@pytest.mark.parametrize("dtype, budget", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_layer_norm_and_geglu(dtype, budget):
+    torch.manual_seed(0)
+    x = (torch.randn(3, 7, 40) * 2 + 1).to(dtype)
+    w, b = torch.randn(40).to(dtype), torch.randn(40).to(dtype)
+    z = x.double()
+    truth = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert relative(REFERENCE.layer_norm(x, w, b, 1e-5), truth * w.double() + b.double()) < budget
+    value, gate = z[..., :20], z[..., 20:]
+    truth = value * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+    assert relative(REFERENCE.geglu(x), truth) < budget
+    tanh = value * torch.nn.functional.gelu(gate, approximate="tanh")
+    assert relative(tanh, truth) > 1e-5  # the other GELU would be told apart
+
+
+def test_ops_refuse_what_does_not_fit():
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="precision is 'fp8'"):
+        REFERENCE.attention(q, q, q, precision="fp8")
+    with pytest.raises(ValueError, match="do not fit"):
+        REFERENCE.attention(q, q[:, :, :1], q[:, :, :1])
+    with pytest.raises(ValueError, match="do not fit"):
+        REFERENCE.group_norm(torch.zeros(1, 6, 2, 2), torch.ones(6), torch.zeros(6), 4, 1e-5)
+    with pytest.raises(ValueError, match="shift is"):
+        REFERENCE.group_norm(torch.zeros(1, 6, 2, 2), torch.ones(6), torch.zeros(6), 3, 1e-5, shift_BC=torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="do not fit"):
+        REFERENCE.layer_norm(torch.zeros(2, 6), torch.ones(5), torch.zeros(5), 1e-5)
+    with pytest.raises(ValueError, match="odd"):
+        REFERENCE.geglu(torch.zeros(2, 5))
+
+
+def test_the_tables_are_what_they_say():
+    assert REFERENCE.name == "reference"
+    assert TRITON is None or TRITON.name == "triton"
+    with pytest.raises(AttributeError):
+        REFERENCE.attention = None

@@ -1,0 +1,322 @@
+"""Training end to end on a tiny model: exact resume, kills, cadence, precision, parts, a full disk, what comes out."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import job
+from rich.console import Console
+
+from fastsd.config import load_config
+from fastsd.errors import UserError
+from fastsd.prepare import cache
+from fastsd.storage import read_safetensors
+from fastsd.train import checkpoint
+from fastsd.train.loop import train
+
+TWO_STAGES = """
+[[stage]]
+name = "unet"
+train = ["unet"]
+until = 8
+batch = 6
+micro_batch = 3
+optimizer = "dlion"
+d0 = 1e-4
+caption_dropout = 0.2
+checkpoint_every = 3
+keep_checkpoints = 5
+[[stage]]
+name = "text"
+train = ["text_encoder"]
+until = "2e"
+batch = 6
+optimizer = "lion"
+lr = 1e-3
+warmup = 0.5
+max_tags = 2
+checkpoint_every = 2
+"""
+
+
+def run(path: Path, *overrides: str, precision: str | None = None) -> tuple[Path, str]:
+    """Cache and train in this process: (run folder, what was printed)."""
+    out = StringIO()
+    config = load_config(path, list(overrides), precision)
+    console = Console(file=out, width=200)
+    cache(config, console)
+    train(config, console)
+    return Path(config.run), out.getvalue()
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint, optimizer state included."""
+    last = checkpoint.checkpoints(folder / "checkpoints")[-1]
+    return {
+        f"{path.relative_to(last)}:{name}": tensor
+        for path in sorted(last.rglob("*.safetensors"))
+        for name, tensor in read_safetensors(path).items()
+    }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model, images):
+    """One uninterrupted run of the two stages."""
+    folder, _ = run(job(tmp_path_factory.mktemp("whole"), tiny_model, images, TWO_STAGES))
+    return folder
+
+
+def test_killed_anywhere_ends_the_same(whole, tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, TWO_STAGES)
+    command = [sys.executable, "-m", "fastsd.cli", "train", str(path)]
+    log, kills = tmp_path / "run" / "log.jsonl", 0
+    for rows in (2, 4, 6, 9, 12):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= rows):
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills >= 4
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert same(final(tmp_path / "run"), final(whole))
+    assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
+    assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
+
+
+def test_optimizer_state_survives_a_stop_in_mid_stage(whole, tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, TWO_STAGES)
+    folder, _ = run(path, "stage.unet.until=5", "stage.keep_checkpoints=9")
+    # The same stage, asked for longer from a checkpoint inside it, equals the run that was never stopped.
+    for later in checkpoint.checkpoints(folder / "checkpoints")[1:]:
+        shutil.rmtree(later)
+    (folder / "stage-ends.json").unlink()
+    assert checkpoint.checkpoints(folder / "checkpoints")[-1].name == "step-00000003"
+    state = checkpoint.load_state(folder / "checkpoints" / "step-00000003")
+    assert {"unet|d", "unet|numerator_weighted"} <= state.keys() and any(k.startswith("unet|s/") for k in state)
+    run(path)
+    assert same(final(folder), final(whole))
+    assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+def test_sampling_changes_nothing(whole, tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, TWO_STAGES)
+    folder, text = run(path, "stage.sample_every=2", "sample.sampler=euler_a", "log.tensorboard=true")
+    assert same(final(folder), final(whole))
+    assert len(list((folder / "samples").glob("*.png"))) > len(list((whole / "samples").glob("*.png"))) == 2
+    assert list((folder / "tensorboard").iterdir()) and "samples:" in text
+
+
+def test_the_seed_changes_everything(whole, tmp_path, tiny_model, images):
+    folder, _ = run(job(tmp_path, tiny_model, images, TWO_STAGES), "seed=1")
+    assert not same(final(folder), final(whole))
+
+
+def test_only_the_trained_part_moves(whole, tiny_model):
+    def weights(folder, part):
+        return read_safetensors(next((folder / part).glob("*.safetensors")))
+
+    first = whole / "checkpoints" / "step-00000008"
+    last = checkpoint.checkpoints(whole / "checkpoints")[-1]
+    assert same(weights(first, "text_encoder"), weights(tiny_model, "text_encoder"))
+    assert not same(weights(first, "unet"), weights(tiny_model, "unet"))
+    assert same(weights(last, "unet"), weights(first, "unet"))
+    assert not same(weights(last, "text_encoder"), weights(first, "text_encoder"))
+    for part in ("unet", "text_encoder", "vae"):
+        assert same(weights(whole / "model", part), weights(last, part))
+
+
+def test_accumulation_gives_the_batch_gradient(tmp_path, tiny_model, images):
+    stage = '[[stage]]\ntrain = ["unet", "text_encoder"]\nuntil = 2\nbatch = 6\noptimizer = "adamw"\nlr = 1e-3\n'
+    losses = []
+    for micro in (0, 3, 1):
+        folder = tmp_path / str(micro)
+        folder.mkdir()
+        out, _ = run(job(folder, tiny_model, images, stage), f"stage.micro_batch={micro}")
+        losses.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_bf16_trains_and_loses_no_bit_of_what_is_frozen(tmp_path, tiny_model, images):
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 6\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\ncheckpoint_every = 2\n'
+    folder, text = run(job(tmp_path, tiny_model, images, stage), precision="bf16")
+    assert "bf16" in text
+    values = final(folder)
+    unet = {name: t for name, t in values.items() if name.startswith("unet/")}
+    assert all(t.dtype == torch.float32 for t in unet.values())
+    # Exact masters: their low bits are in use, which bf16 weights could not hold.
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in unet.values())
+    last = checkpoint.checkpoints(folder / "checkpoints")[-1]
+    assert same(
+        read_safetensors(last / "text_encoder" / "model.safetensors"),
+        read_safetensors(tiny_model / "text_encoder" / "model.safetensors"),
+    )
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    other = tmp_path / "fp32"
+    other.mkdir()
+    reference, _ = run(job(other, tiny_model, images, stage), precision="fp32")
+    exact = [json.loads(line)["loss"] for line in (reference / "log.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx(exact, rel=0.03) and losses != exact
+
+
+def test_precision_may_change_on_resume(tmp_path, tiny_model, images):
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "dlion"\nd0 = 1e-4\ncheckpoint_every = 2\n'
+    path = job(tmp_path, tiny_model, images, stage)
+    folder, _ = run(path)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    before = read_safetensors(folder / "checkpoints" / "step-00000002" / "unet" / "diffusion_pytorch_model.safetensors")
+    _, text = run(path, precision="bf16")
+    assert "changed since the last start: stage.0.precision" in text
+    after = read_safetensors(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved and (folder / "log.jsonl").read_text().count("\n") == 4
+
+
+def test_a_full_disk_stops_no_training(tmp_path, tiny_model, images, monkeypatch):
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 6\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\ncheckpoint_every = 2\n'
+    path = job(tmp_path, tiny_model, images, stage)
+    write, calls = checkpoint.write_safetensors, []
+
+    def full(target, *rest):
+        calls.append(target)
+        if "step-00000004" in str(target):
+            target.write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(target, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    folder, text = run(path)
+    assert "checkpoint at step 4 not saved: No space left on device" in text
+    assert [p.name for p in checkpoint.checkpoints(folder / "checkpoints")] == ["step-00000002", "step-00000006"]
+    assert all(checkpoint.verify(p) is None for p in checkpoint.checkpoints(folder / "checkpoints"))
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(UserError, match="could not be saved; free space"):
+        run(path, f"run={tmp_path / 'other'}")
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, tiny_model, images):
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 6\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\ncheckpoint_every = 2\n'
+    path = job(tmp_path, tiny_model, images, stage)
+    folder, _ = run(path)
+    before = final(folder)
+    weights = folder / "checkpoints" / "step-00000006" / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.unlink()
+    weights.write_bytes(data)
+    (folder / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    (folder / "checkpoints" / ".tmp-step-00000008").mkdir()
+    _, text = run(path)
+    assert "step-00000006 is damaged (unet/diffusion_pytorch_model.safetensors has another sha256" in text
+    assert "step-00000004 is damaged (no readable manifest.json)" in text
+    assert "resumed at step 2" in text
+    assert same(final(folder), before)
+
+
+def test_retention_keeps_the_newest_and_the_stage_ends(whole):
+    names = [path.name for path in checkpoint.checkpoints(whole / "checkpoints")]
+    assert "step-00000008" in names and names[-1] == "step-00000015"
+    assert names == ["step-00000008", "step-00000012", "step-00000014", "step-00000015"]
+
+
+def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path, tiny_model, images, monkeypatch):
+    from fastsd.train import step as step_module
+
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "dlion"\ncheckpoint_every = 1\n'
+    true_loss, calls = step_module.Objective.loss, []
+
+    def broken(self, prediction, target):
+        calls.append(1)
+        return true_loss(self, prediction, target) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(step_module.Objective, "loss", broken)
+    folder, text = run(job(tmp_path, tiny_model, images, stage))
+    second, third = (
+        read_safetensors(folder / "checkpoints" / f"step-0000000{n}" / "unet" / "diffusion_pytorch_model.safetensors")
+        for n in (2, 3)
+    )
+    assert same(second, third)
+    assert "1 steps before step 3 had a gradient that is not finite" in text
+    row = json.loads((folder / "log.jsonl").read_text().splitlines()[2])
+    assert row["loss"] is None and row["skipped"] == 1
+
+    monkeypatch.setattr(step_module.Objective, "loss", lambda self, p, t: true_loss(self, p, t) * float("nan"))
+    with pytest.raises(UserError, match="no finite gradient for"):
+        run(job(tmp_path, tiny_model, images, stage), f"run={tmp_path / 'dead'}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_first(number, tmp_path, tiny_model, images):
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 5000\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\n'
+    path = job(tmp_path, tiny_model, images, stage)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastsd.cli", "train", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same line again goes on" in err
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints", print)[1].step >= 3
+
+
+def test_what_must_not_change_is_refused(whole, tmp_path, tiny_model, images):
+    shutil.copytree(whole, tmp_path / "run")
+    path = job(tmp_path, tiny_model, images, TWO_STAGES)
+    for change, words in [
+        ("seed=5", "another seed: 0, now 5"),
+        ("model.clip_skip=1", "another model.clip_skip: 0, now 1"),
+        ("stage.unet.batch=3", "already trained with another stage.0.batch: 6, now 3"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            run(path, change)
+    _, text = run(path, "log.every=5")
+    assert "resumed at step 15" in text
+
+
+def test_two_trainers_do_not_share_a_run(tmp_path, tiny_model, images):
+    from fastsd.train.run import open_run
+
+    config = load_config(job(tmp_path, tiny_model, images, TWO_STAGES))
+    cache(config, Console(file=StringIO()))
+    with open_run(config, Console(file=StringIO())):
+        with pytest.raises(UserError, match="in which another fastsd is training"):
+            train(config, Console(file=StringIO()))
+
+
+def test_no_device_value_is_read_between_log_rows(tmp_path, tiny_model, images):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fastsd.train.run import open_run
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default, "the step reads a value back"
+            return func(*args, **(kwargs or {}))
+
+    config = load_config(job(tmp_path, tiny_model, images, TWO_STAGES))
+    cache(config, Console(file=StringIO()))
+    with open_run(config, Console(file=StringIO())) as opened:
+        step = opened.start_stage(0)
+        batch = opened.loader(0).batch(0, 6)
+        with NoReading():
+            for i in range(3):
+                opened.count(step, step(batch, i))
