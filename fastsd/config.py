@@ -26,6 +26,7 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+# fmt: off
 class ModelTable(Table):
     base: str                                      # diffusers folder, hub id, or one .safetensors in the original SD layout
     vae: str = ""                                  # "" = the base's own; else a folder, hub id or .safetensors file
@@ -80,7 +81,7 @@ class StageTable(Table):
     checkpointing: Literal["none", "block"] = "none"   # block: recompute each UNet block in the backward, to save memory
     optimizer: Literal["dlion", "lion", "adamw"] = "dlion"
     lr: float | None = Field(None, gt=0)           # dlion: 1.0 (a factor on its own d); lion and adamw: must be given
-    betas: tuple[float, float] | None = Field(None, strict=False)    # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
+    betas: list[float] | None = Field(None, min_length=2, max_length=2)    # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     decoupled_weight_decay: bool = False           # lion: decay by wd * lr / initial lr, as in lion-pytorch
     d0: float = Field(1e-6, gt=0)                  # dlion's first estimate of the step size
@@ -153,6 +154,7 @@ class Config(Table):
         return self
 
 
+# fmt: on
 # Keys a later version fills: (table, key) -> what it is.
 LATER = {
     ("model", "lora"): "LoRA",
@@ -188,6 +190,7 @@ LATER_VALUES = {
     "until": {"h": "stages that end by the clock", "hours": "stages that end by the clock"},
 }
 # What other trainers call it -> what it is called here.
+# fmt: off
 FAMILIAR = {
     "learning_rate": "lr", "train_batch_size": "batch", "batch_size": "batch", "mixed_precision": "precision",
     "pretrained_model_name_or_path": "model.base", "base_model": "model.base", "vae_path": "model.vae",
@@ -205,6 +208,8 @@ _TABLES: dict[str, type[Table]] = {
     "model": ModelTable, "data": DataTable, "cache": CacheTable, "sample": SampleTable,
     "validate": ValidateTable, "log": LogTable, "stage": StageTable,
 }
+
+# fmt: on
 
 
 def parse_until(until: int | str) -> tuple[int, str]:

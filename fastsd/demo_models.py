@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import re
 import shutil
 import time
@@ -45,11 +46,14 @@ class VaeRecipe:
 
     seed: int
     kl_weight: float
+    steps: int
+    rate: float
 
 
-# The weaker the KL term, the wider the latents spread, the smaller the scaling factor.
-BASE_VAE = VaeRecipe(seed=1, kl_weight=3e-3)
-OTHER_VAE = VaeRecipe(seed=2, kl_weight=1e-5)
+BASE_VAE = VaeRecipe(seed=1, kl_weight=3e-3, steps=2500, rate=2e-3)
+OTHER_VAE = VaeRecipe(seed=2, kl_weight=1e-5, steps=300, rate=1e-3)
+# The other VAE's latent space starts as the base's: turned in two planes of its four channels, stretched, and moved.
+TURN, STRETCH, OFFSET = math.radians(60), 1.7, (0.3, -0.3, 0.2, -0.2)
 
 
 # --- tokenizer ---
@@ -186,15 +190,35 @@ def _picture_for_vae(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def train_vae(recipe: VaeRecipe, steps: int, batch: int = 8, rate: float = 2e-3) -> AutoencoderKL:
-    """A VAE trained on drawn pictures, its scaling factor set to what gives its latents unit variance."""
+@torch.no_grad()
+def relative(vae: AutoencoderKL) -> AutoencoderKL:
+    """A copy whose latent channels are mixed, stretched and moved: the same pictures, another space.
+
+    It stands to the base's VAE as SDXL's stands to SD1.5's: the parts of a picture stay where they were, what the
+    numbers mean there changes, and nearly a linear map leads from one to the other.  Training on from here adds the
+    rest.  (A VAE trained from other random weights can be learned as well, only not within a demo.)
+    """
+    other = copy.deepcopy(vae).requires_grad_(True)
+    cos, sin = math.cos(TURN), math.sin(TURN)
+    mixing = STRETCH * torch.block_diag(*[torch.tensor([[cos, -sin], [sin, cos]])] * 2)
+    into, out_of = other.quant_conv, other.post_quant_conv
+    into.weight[:4] = torch.einsum("ij,jkhw->ikhw", mixing, into.weight[:4])
+    into.bias[:4] = mixing @ into.bias[:4] + torch.tensor(OFFSET)
+    into.bias[4:] += 2 * math.log(STRETCH)
+    out_of.weight.copy_(torch.einsum("ijhw,jk->ikhw", out_of.weight, torch.linalg.inv(mixing)))
+    out_of.bias -= out_of.weight[:, :, 0, 0] @ torch.tensor(OFFSET)
+    return other
+
+
+def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> AutoencoderKL:
+    """Trains a VAE on drawn pictures and sets its scaling factor to what gives its latents unit variance."""
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    vae = new_vae().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    vae = vae.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=recipe.steps, pct_start=0.05)
     began = time.monotonic()
-    for step in range(steps):
+    for step in range(recipe.steps):
         pixels = to_tensor([_picture_for_vae(rng) for _ in range(batch)]).to(memory_format=torch.channels_last)
         posterior = vae.encode(pixels).latent_dist
         error = vae.decode(posterior.sample()).sample - pixels
@@ -234,9 +258,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """Captions as (n, 77) token ids, padded as SD1.5 pads them."""
-    return tokenizer(
-        texts, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
 def train_text_encoder(tokenizer: CLIPTokenizer, steps: int = 400, batch: int = 64) -> CLIPTextModel:
@@ -254,7 +276,7 @@ def train_text_encoder(tokenizer: CLIPTokenizer, steps: int = 400, batch: int = 
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
     for _ in range(steps):
         chosen = [combos[i] if rng.random() > 0.1 else None for i in rng.integers(len(combos), size=batch)]
-        ids = token_ids(tokenizer, [demo_world.caption(*pair, rng) if pair else "" for pair in chosen])
+        ids = token_ids(tokenizer, [demo_world.caption(pair[0], pair[1], rng) if pair else "" for pair in chosen])
         states, after = model(ids).last_hidden_state, ids == tokenizer.eos_token_id
         named = (
             [colours.index(pair[0]) if pair else len(colours) for pair in chosen],
@@ -358,12 +380,12 @@ def _replace(fresh: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--vae-steps", type=int, default=2500)
-    parser.add_argument("--base-steps", type=int, default=3000)
+    parser.add_argument("--base-steps", type=int, default=4500)
     arguments = parser.parse_args()
     out: Path = arguments.out
-    save_vae(out / "vae", train_vae(OTHER_VAE, arguments.vae_steps))
-    vae = train_vae(BASE_VAE, arguments.vae_steps)
+    torch.manual_seed(BASE_VAE.seed)
+    vae = train_vae(new_vae(), BASE_VAE)
+    save_vae(out / "vae", train_vae(relative(vae), OTHER_VAE))
     write_tokenizer(out / "base" / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(out / "base" / "tokenizer")
     text_encoder = train_text_encoder(tokenizer)

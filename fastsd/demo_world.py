@@ -39,7 +39,7 @@ TEMPLATES = (
 _SUPERSAMPLING = 4
 # The ring's hole, and the star's inner corners, relative to the outer radius; the cross's half arm width.
 _RING_HOLE, _STAR_WAIST, _CROSS_ARM = 0.55, 0.45, 0.3
-_LARGEST_TURN = 15.0
+_LARGEST_TURN = 8.0
 # Degrees after which a shape looks the same again; the judge tries turns up to it.
 _PERIOD = {"circle": 1, "square": 90, "triangle": 120, "star": 72, "cross": 90, "ring": 1}
 
@@ -82,8 +82,8 @@ def _coverage(shape: str, size: int, centre: tuple[float, float], radius: float,
 
 def draw(colour: str, shape: str, rng: np.random.Generator, size: int = 64) -> Image.Image:
     """One picture: the shape in its colour, at a random place, size and turn, on the light background."""
-    radius = rng.uniform(0.25, 0.33) * size
-    centre = (rng.uniform(0.42, 0.58) * size, rng.uniform(0.42, 0.58) * size)
+    radius = rng.uniform(0.27, 0.31) * size
+    centre = (rng.uniform(0.46, 0.54) * size, rng.uniform(0.46, 0.54) * size)
     coverage = _coverage(shape, size, centre, radius, rng.uniform(-_LARGEST_TURN, _LARGEST_TURN))
     picture = Image.new("RGB", (size, size), BACKGROUND)
     picture.paste(COLOURS[colour], (0, 0), coverage)

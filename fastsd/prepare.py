@@ -15,22 +15,25 @@ from fastsd.data import build, sources, store
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.errors import UserError
 from fastsd.model.files import Model, load_model, load_vae
-from fastsd.sample import read_prompts
+from fastsd.sample import check_samples
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 
-PLAIN_SECONDS = 10                                          # between progress lines when the output is not a terminal
+PLAIN_SECONDS = 10  # between progress lines when the output is not a terminal
 
 
 def cache(config: Config, console: Console | None = None) -> build.Counts:
     """Encode what is missing and say what came of it. Raises UserError as `build_cache` does."""
     console = console or Console()
-    for _ in sources.scan(config.data.folders):             # a wrong folder is said before a model is loaded
+    for _ in sources.scan(config.data.folders):  # a wrong folder is said before a model is loaded
         break
     device = choose_device(config.device)
     set_precision(config.cache.precision)
     vae = load_vae(config.model).to(device, COMPUTE_DTYPE[config.cache.precision])
     name = config.model.vae or config.model.base
-    _say(console, f"VAE {name}, {vae.channels} channels, factor {vae.scaling_factor:g}, {config.cache.precision} on {device}")
+    _say(
+        console,
+        f"VAE {name}, {vae.channels} channels, factor {vae.scaling_factor:g}, {config.cache.precision} on {device}",
+    )
     start = time.perf_counter()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
@@ -41,7 +44,7 @@ def cache(config: Config, console: Console | None = None) -> build.Counts:
     _say(console, f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {counts.encoded} encoded now, "
          f"{counts.latents - counts.encoded} were there ({seconds:.1f} s)")  # fmt: skip
     if counts.empty_captions:
-        _say(console, f"{counts.empty_captions} images have no caption or an empty one; they train as \"\"")
+        _say(console, f'{counts.empty_captions} images have no caption or an empty one; they train as ""')
     if counts.rejected:
         _say(console, f"{counts.rejected} rejected: " + ", ".join(f"{n} x {why}" for why, n in counts.reasons.items()))
         for example in counts.examples:
@@ -113,15 +116,21 @@ def check(config: Config, console: Console | None = None) -> None:
 
     models: list[Model] = []
     images = sum(1 for _ in _quietly(config.data.folders))
-    attempt("device", lambda: f"{choose_device(config.device)}, kernels {choose_ops(config, choose_device(config.device)).name}")
+    attempt(
+        "device",
+        lambda: f"{choose_device(config.device)}, kernels {choose_ops(config, choose_device(config.device)).name}",
+    )
     attempt("images", lambda: f"{_count(config)} in {', '.join(config.data.folders)}")
     attempt("model", lambda: _model(config, models))
     if models:
         attempt("cache", lambda: _cache(config, models[0]))
-        attempt("samples", lambda: _samples(config, models[0]))
+        attempt("samples", lambda: check_samples(models[0], config))
     for i, stage in enumerate(config.stage):
         steps = stage.steps(images) if images else 0
-        _say(console, f"ok    {config.stage_name(i)}: {stage.optimizer} on {'+'.join(stage.train)}, {steps} steps of {stage.batch}")
+        _say(
+            console,
+            f"ok    {config.stage_name(i)}: {stage.optimizer} on {'+'.join(stage.train)}, {steps} steps of {stage.batch}",
+        )
     attempt("run folder", lambda: _room(config, models))
     if problems:
         raise UserError("\n".join(problems))
@@ -156,14 +165,6 @@ def _cache(config: Config, model: Model) -> str:
     return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
 
 
-def _samples(config: Config, model: Model) -> str:
-    size = config.sample.size or config.data.resolution
-    step = model.vae.downscale * model.unet.cfg.downscale
-    if size % step:
-        raise UserError(f"sample.size is {size}; this model's images are multiples of {step} px")
-    return f"{len(read_prompts(config.sample))} prompts x {config.sample.images} at {size} px"
-
-
 def _room(config: Config, models: list[Model]) -> str:
     """Disk for the checkpoints that can exist at once: fp32 weights, and two state tensors for those trained."""
     folder = Path(config.run).absolute()
@@ -175,9 +176,7 @@ def _room(config: Config, models: list[Model]) -> str:
     model = models[0]
     size = {part: sum(p.numel() for p in model.part(part).parameters()) * 4 for part in ("unet", "text_encoder")}
     each = [sum(size[part] * (3 if s.optimizer != "lion" else 2) for part in s.train) for s in config.stage]
-    need = sum(size.values()) + max(
-        e * (s.keep_checkpoints + 1) for e, s in zip(each, config.stage, strict=True)
-    )
+    need = sum(size.values()) + max(e * (s.keep_checkpoints + 1) for e, s in zip(each, config.stage, strict=True))
     if need > free:
         raise UserError(
             f"run is {config.run!r}: its checkpoints need about {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
@@ -188,5 +187,3 @@ def _room(config: Config, models: list[Model]) -> str:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-

@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastsd.config import SampleTable
+from fastsd.config import Config, SampleTable
 from fastsd.errors import UserError
 from fastsd.model.files import Model
 from fastsd_kernels import noise
 
-BATCH = 8                                                   # images a UNet call; the guidance doubles it
+BATCH = 8  # images a UNet call; the guidance doubles it
 
 
 @torch.no_grad()
@@ -37,16 +37,29 @@ def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], table: 
     Raises:
         UserError: a size that the model's latents cannot have.
     """
-    step = model.vae.downscale * model.unet.cfg.downscale
-    if size < step or size % step:
-        lower = max(step, size // step * step)
-        raise UserError(f"sample.size is {size}; this model's images are multiples of {step} px, for example {lower}")
+    check_size(model, size)
     images: list[Image.Image] = []
     for start in range(0, len(prompts), BATCH):
         rows = slice(start, start + BATCH)
         latents = _denoise(model, list(prompts[rows]), list(seeds[rows]), table, size // model.vae.downscale)
         images += [to_image(image) for image in model.vae.decode(latents)]
     return images
+
+
+def check_size(model: Model, size: int) -> None:
+    """Raise UserError for an image size that the model's latents cannot have."""
+    step = model.vae.downscale * model.unet.cfg.downscale
+    if size < step or size % step:
+        lower = max(step, size // step * step)
+        raise UserError(f"sample.size is {size}; this model's images are multiples of {step} px, for example {lower}")
+
+
+def check_samples(model: Model, config: Config) -> str:
+    """Find what would stop a sample grid before training starts; returns what the grid will be. Raises UserError."""
+    table, size = config.sample, config.sample.size or config.data.resolution
+    prompts = read_prompts(table)
+    check_size(model, size)
+    return f"{len(prompts)} prompts x {table.images} at {size} px"
 
 
 def _denoise(model: Model, prompts: list[str], seeds: list[int], table: SampleTable, side: int) -> Tensor:
@@ -154,7 +167,7 @@ def sample_command(source: dict[str, Any], settings: dict[str, Any], out: Path, 
     if not prompts:
         raise UserError("there is nothing to draw; give --prompt TEXT or --prompts FILE")
     run = Path(source["base"])
-    if (run / "checkpoints").is_dir():                      # a run: its newest checkpoint
+    if (run / "checkpoints").is_dir():  # a run: its newest checkpoint
         found = checkpoints(run / "checkpoints")
         if not found:
             raise UserError(f"{run}: this run has no checkpoint yet; wait for one, or name a model")

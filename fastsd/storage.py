@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,7 +59,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         put(safetensors_header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata))
         for tensor in tensors.values():
             flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            put(memoryview(flat.numpy()))
+            put(flat.numpy().data)
         _flush(file)
     return digest.hexdigest()
 
@@ -144,6 +145,6 @@ def link_or_copy(source: Path, target: Path) -> None:
             _flush(file)
 
 
-def _flush(file) -> None:  # type: ignore[no-untyped-def]
+def _flush(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -105,7 +105,9 @@ def images(tmp_path_factory) -> Path:
 def job(tmp_path: Path, model: Path, images: Path, stages: str, **top: str) -> Path:
     """Write a config for the tiny model into `tmp_path` and return its path."""
     lines = [f'run = "{tmp_path / "run"}"', *(f"{key} = {value}" for key, value in top.items())]
-    text = "\n".join(lines) + f"""
+    text = (
+        "\n".join(lines)
+        + f"""
 [model]
 base = "{model}"
 [data]
@@ -122,6 +124,7 @@ every = 1
 tensorboard = false
 {stages}
 """
+    )
     path = tmp_path / "job.toml"
     path.write_text(text)
     return path

@@ -169,10 +169,7 @@ def test_two_vaes_and_two_folders_share_a_cache_and_never_mix(tmp_path):
     directory = tmp_path / "cache"
     assert LatentCache.open(directory).name == both.view and len(LatentCache.open(directory)) == 6
     assert LatentCache.open(directory, second.view).meta.scaling_factor == 0.25
-    used = [
-        {name for name, _ in cache_module.View(directory / f"views/{v.view}.safetensors").shards}
-        for v in (first, second)
-    ]
+    used = [{name for name, _ in cache_module.View(directory / f"views/{v.view}.safetensors").shards} for v in (first, second)]
     assert not used[0] & used[1]
     # A shard of the other VAE under this one's name is noticed at the first read.
     ours, theirs = used[0].pop(), used[1].pop()
@@ -196,9 +193,7 @@ def test_bad_files_are_put_aside_named_and_not_tried_again(tmp_path):
     if hasattr(os, "mkfifo"):
         os.mkfifo(images / "pipe.png")
     counts = build_cache(config(tmp_path), StubVae())
-    bad = {"text.jpg", "empty.png", "half.png", "gone.png", "latin.png"} | (
-        {"pipe.png"} if hasattr(os, "mkfifo") else set()
-    )
+    bad = {"text.jpg", "empty.png", "half.png", "gone.png", "latin.png"} | ({"pipe.png"} if hasattr(os, "mkfifo") else set())
     assert (counts.images, counts.cached, counts.rejected, counts.empty_captions) == (8 + len(bad), 8, len(bad), 2)
     assert {Path(line.split(": ")[0]).name for line in counts.examples} == bad
     assert sum(counts.reasons.values()) == len(bad) == sum(stats(tmp_path / "cache").rejected.values())

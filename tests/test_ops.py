@@ -13,10 +13,10 @@ def relative(found, truth):
 
 
 @pytest.mark.parametrize("dtype, budget", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("n, l, h, d", [(1, 77, 2, 40), (63, 63, 3, 8), (97, 1025, 1, 80)])
-def test_attention(n, l, h, d, dtype, budget):
+@pytest.mark.parametrize("n, keys, h, d", [(1, 77, 2, 40), (63, 63, 3, 8), (97, 1025, 1, 80)])
+def test_attention(n, keys, h, d, dtype, budget):
     torch.manual_seed(0)
-    qkv = torch.randn(2, l, 3, h, d, dtype=dtype)
+    qkv = torch.randn(2, keys, 3, h, d, dtype=dtype)
     q = torch.randn(2, n, h, d, dtype=dtype)
     k, v = qkv[:, :, 1], qkv[:, :, 2]  # strided views, as a fused projection gives
     o = REFERENCE.attention(q, k, v)

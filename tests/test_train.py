@@ -267,7 +267,10 @@ def test_asked_to_stop_it_saves_first(number, tmp_path, tiny_model, images):
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 5000\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\n'
     path = job(tmp_path, tiny_model, images, stage)
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastsd.cli", "train", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fastsd.cli", "train", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     log = tmp_path / "run" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):

@@ -71,7 +71,8 @@ def test_small_unet_equals_diffusers(side, tokens):
 @pytest.mark.parametrize(
     "cfg",
     [
-        UNetConfig(block_out_channels=(8,), attention=(True,), layers_per_block=2, heads=1, cross_attention_dim=8, norm_groups=4),
+        UNetConfig(block_out_channels=(8,), attention=(True,), layers_per_block=2, heads=1, cross_attention_dim=8,
+                   norm_groups=4),
         UNetConfig(block_out_channels=(8, 16), attention=(False, True), layers_per_block=3, heads=2, cross_attention_dim=8,
                    norm_groups=2, in_channels=16, out_channels=16),
     ],
@@ -113,7 +114,7 @@ def test_the_workload_is_the_unets():
     assert found["linear"] == workload.LINEAR
     assert found["parameters"] == workload.PARAMETERS
     assert len({(k.channels, k.side, k.eps) for k in workload.GROUP_NORM}) == 18
-    assert workload.FORWARD_FLOPS == pytest.approx(0.803e12, rel=1e-3)
+    assert pytest.approx(0.803e12, rel=1e-3) == workload.FORWARD_FLOPS
 
 
 def test_names_of_sd15():

@@ -288,9 +288,7 @@ class _Build:
                 means = encode(images)
         except torch.OutOfMemoryError:
             batch = self.config.cache.batch
-            raise UserError(
-                f"cache.batch is {batch}, too much for this GPU's memory; lower it, {batch // 2 or 1}"
-            ) from None
+            raise UserError(f"cache.batch is {batch}, too much for this GPU's memory; lower it, {batch // 2 or 1}") from None
         assert list(means.shape) == [len(images), *self.shape], f"the VAE returned {list(means.shape)}"
         return means.to(self.dtype).cpu()
 
@@ -318,9 +316,7 @@ class _Build:
             )
         counts = self._counts()
         if not counts.cached:
-            raise UserError(
-                f"data.folders: none of the {counts.images} images could be used; the first: {counts.examples[0]}"
-            )
+            raise UserError(f"data.folders: none of the {counts.images} images could be used; the first: {counts.examples[0]}")
         vae, config = self.vae, self.config
         meta = cache.CacheMeta(
             vae_hash=vae.hash,
@@ -348,17 +344,12 @@ class _Build:
 
     def _index(self) -> tuple[dict[str, np.ndarray], list[Any]]:
         """The arrays of the view, and its shards: those in use, numbered in the order of their making."""
-        query = (
-            "FROM sample JOIN latent ON latent.space = ? AND latent.content = sample.content"
-            " WHERE sample.reason IS NULL"
-        )
+        query = "FROM sample JOIN latent ON latent.space = ? AND latent.content = sample.content WHERE sample.reason IS NULL"
         used = {id for (id,) in self.db.execute(f"SELECT DISTINCT shard {query}", (self.space,))}
         shards = [shard for shard in self.store.shards(self.space) if shard.id in used]
         number = {shard.id: i for i, shard in enumerate(shards)}
         shard_n, row_n, offsets, blob = array("i"), array("i"), array("q", [0]), bytearray()
-        for shard, row, caption in self.db.execute(
-            f"SELECT shard, row, caption {query} ORDER BY sample.id", (self.space,)
-        ):
+        for shard, row, caption in self.db.execute(f"SELECT shard, row, caption {query} ORDER BY sample.id", (self.space,)):
             shard_n.append(number[shard])
             row_n.append(row)
             blob += caption.encode()
@@ -390,9 +381,7 @@ class _Build:
         )
 
 
-def _inspect(
-    source: Source, hint: tuple[int, int, bytes] | None
-) -> tuple[bytes, bytes | None, str, int, int, str | None]:
+def _inspect(source: Source, hint: tuple[int, int, bytes] | None) -> tuple[bytes, bytes | None, str, int, int, str | None]:
     """A row of `sample`. `hint`: size, mtime and hash as remembered from an earlier run."""
     path = os.fsencode(source.path)
     try:

@@ -174,9 +174,7 @@ class View:
                 self.arrays[name] = np.asarray(mapped[start + first : start + last]).view(kind)
             raw = json.loads(self.metadata["meta"])
             self.meta = CacheMeta(**{field.name: raw[field.name] for field in fields(CacheMeta)})
-            self.shards: list[tuple[str, list[int]]] = [
-                (name, shape) for name, shape in json.loads(self.metadata["shards"])
-            ]
+            self.shards: list[tuple[str, list[int]]] = [(name, shape) for name, shape in json.loads(self.metadata["shards"])]
         except (ValueError, LookupError, TypeError) as error:
             raise damaged(path, f"is no whole {VIEW_FORMAT} file ({error})") from None
 

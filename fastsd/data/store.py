@@ -173,9 +173,7 @@ class Store:
             (space,),
         )
         return [
-            Shard(
-                id, name, rows, json.loads(shape), dtype, json.loads(text), self.folder / f"shards/{name}.safetensors"
-            )
+            Shard(id, name, rows, json.loads(shape), dtype, json.loads(text), self.folder / f"shards/{name}.safetensors")
             for id, name, rows, shape, dtype, text in found
         ]
 
@@ -210,9 +208,7 @@ class Store:
             flush_folder(self.folder / "views")
         with self.transaction():
             # Without their view the other shards must not look unused to `prune`.
-            self.db.execute(
-                "UPDATE space SET unfinished = 1 WHERE id IN (SELECT space FROM shard WHERE id = ?)", (shard.id,)
-            )
+            self.db.execute("UPDATE space SET unfinished = 1 WHERE id IN (SELECT space FROM shard WHERE id = ?)", (shard.id,))
             marks = [(shard.id, row) for row in rows]
             self.db.executemany("UPDATE latent SET sha256 = NULL WHERE shard = ? AND row = ?", marks)
 
@@ -273,9 +269,7 @@ def _only_writer(folder: Path, exclusive: bool) -> Iterator[None]:
 
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"cache.dir {folder}: another `fastsd cache` is at work there; wait until it ends"
-            ) from None
+            raise UserError(f"cache.dir {folder}: another `fastsd cache` is at work there; wait until it ends") from None
         yield
 
 
@@ -306,9 +300,7 @@ def verify(dir: str | Path) -> list[str]:
                 what = "is missing, cut short or has a damaged head"
             else:
                 stored = shard.read_rows(row for row, _ in done)
-                bad = [
-                    row for (row, sha), data in zip(done, stored, strict=True) if hashlib.sha256(data).digest() != sha
-                ]
+                bad = [row for (row, sha), data in zip(done, stored, strict=True) if hashlib.sha256(data).digest() != sha]
                 some = ", ".join(map(str, bad[:9])) + (", ..." if len(bad) > 9 else "")
                 what = f"has {len(bad)} of {len(done)} rows that do not match their sha256: {some}"
             if bad:

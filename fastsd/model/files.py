@@ -147,10 +147,12 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
             tensor.copy_(found[name])
     source = locate(table.tokenizer, "model.tokenizer") if table.tokenizer else base
     where = source / "tokenizer" if (source / "tokenizer").is_dir() else source
+    if not ((where / "vocab.json").is_file() and (where / "merges.txt").is_file()):
+        raise UserError(f"{where}: no CLIP tokenizer there (vocab.json, merges.txt); set model.tokenizer to a folder with one")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(where, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: no CLIP tokenizer there ({str(error).splitlines()[0]}); set model.tokenizer") from None
+        raise UserError(f"{where}: its tokenizer does not load ({str(error).splitlines()[0]}); fetch it again") from None
     return TextEncoder(module, tokenizer, table.clip_skip, tokenizer_folder=where)
 
 
@@ -170,7 +172,7 @@ def load_vae(table: ModelTable, base: Path | None = None) -> Vae:
         source, name = (base, table.base) if base.is_file() else (_subfolder(base, "vae"), table.base)
     else:
         source, name = locate(table.vae, "model.vae"), table.vae
-        if (source / "vae").is_dir():                      # a whole model named as VAE: take the VAE in it
+        if (source / "vae").is_dir():  # a whole model named as VAE: take the VAE in it
             source = source / "vae"
     if source.is_file():
         config, state = original.vae(source)

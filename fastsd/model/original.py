@@ -79,7 +79,7 @@ def vae(path: Path) -> Loaded:
         raise UserError(f"{path}: no AutoencoderKL in it; give a VAE file or a whole SD1.5 model file")
     theirs = "encoder.down_blocks" if any(n.startswith("encoder.down_blocks") for n in state) else "encoder.down"
     conv1 = "{}.{}.resnets.{}.conv1.weight" if theirs.endswith("blocks") else "{}.{}.block.{}.conv1.weight"
-    widths = []
+    widths: list[int] = []
     while (name := conv1.format(theirs, len(widths), 0)) in state:
         widths.append(state[name].shape[0])
     layers = 0

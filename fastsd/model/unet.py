@@ -10,9 +10,9 @@ Read next: `kernels/fastsd_kernels/__init__.py` for the operations, `fastsd/mode
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,11 @@ class UNetConfig:
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    attention: tuple[bool, ...] = (True, True, True, False)    # per level: transformers after the resnets?
-    heads: int = 8                                             # diffusers calls this attention_head_dim, for history's sake
+    attention: tuple[bool, ...] = (True, True, True, False)  # per level: transformers after the resnets?
+    heads: int = 8  # diffusers calls this attention_head_dim, for history's sake
     cross_attention_dim: int = 768
     norm_groups: int = 32
-    sample_size: int = 64                                      # latent positions a side the model was made for
+    sample_size: int = 64  # latent positions a side the model was made for
 
     @classmethod
     def sd15(cls) -> UNetConfig:
@@ -117,9 +117,7 @@ class GroupNorm(nn.Module):
         self.groups, self.eps, self.silu, self.ops = groups, eps, silu, ops
 
     def forward(self, x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:
-        return self.ops.group_norm(
-            x_BCHW, self.weight, self.bias, self.groups, self.eps, silu=self.silu, shift_BC=shift_BC
-        )
+        return self.ops.group_norm(x_BCHW, self.weight, self.bias, self.groups, self.eps, silu=self.silu, shift_BC=shift_BC)
 
 
 class LayerNorm(nn.Module):
@@ -295,7 +293,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(cfg)
 
         self.down_blocks = nn.ModuleList()
-        skips = [first]                                     # widths of what the way up will concatenate
+        skips = [first]  # widths of what the way up will concatenate
         for level, (width, attends) in enumerate(zip(widths, cfg.attention, strict=True)):
             ins = [widths[max(level - 1, 0)]] + [width] * (cfg.layers_per_block - 1)
             block = Level([(w, width) for w in ins], attends, cfg, ops)
@@ -336,11 +334,11 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         x = latents_BCHW.to(dtype, memory_format=torch.channels_last)
         context_BLD = context_BLD.to(dtype)
-        time_BE = F.silu(self.time_embedding(t_B))          # every resnet projects the same activated embedding
+        time_BE = F.silu(self.time_embedding(t_B))  # every resnet projects the same activated embedding
 
         x = self.conv_in(x)
         skips = [x]
-        for block in self.down_blocks:
+        for block in cast(Iterable[Level], self.down_blocks):
             for i in range(len(block.resnets)):
                 x = self._run(block.layer, i, x, time_BE, context_BLD)
                 skips.append(x)
@@ -350,7 +348,7 @@ class UNet(nn.Module):
 
         x = self._run(self.mid_block, x, time_BE, context_BLD)
 
-        for block in self.up_blocks:
+        for block in cast(Iterable[Level], self.up_blocks):
             for i in range(len(block.resnets)):
                 x = self._run(block.layer, i, torch.cat([x, skips.pop()], dim=1), time_BE, context_BLD)
             if block.upsamplers is not None:

@@ -35,9 +35,7 @@ def diffusers_names(name: str) -> list[str]:
     return [piece for piece, _ in _pieces(name, torch.empty(6, 1, device="meta"))]
 
 
-def diffusers_state_dict(
-    unet: UNet, grad: bool = False, tensors: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The parameters, or their gradients, under diffusers' names (686 for SD1.5).
 
     Views into the module's memory, detached: nothing is copied, and a step taken later shows in them.

@@ -22,7 +22,13 @@ from torch import Tensor
 from fastsd import __version__
 from fastsd.model.files import Model, part_state_dict, write_part, write_rest
 from fastsd.storage import (
-    link_or_copy, new_folder, read_safetensors, remove_leftovers, sha256_of, write_safetensors, write_text,
+    link_or_copy,
+    new_folder,
+    read_safetensors,
+    remove_leftovers,
+    sha256_of,
+    write_safetensors,
+    write_text,
 )  # fmt: skip
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "state.safetensors"
@@ -76,12 +82,12 @@ def save(
         manifest: dict[str, str] = {}
         for part in weights:
             if last and part not in changed:
-                manifest.update(_link(last, earlier[-1], new, lambda name, part=part: name.startswith(f"{part}/")))
+                manifest.update(_link(last, earlier[-1], new, {name for name in last if name.startswith(f"{part}/")}))
             else:
                 manifest.update(write_part(new, model, part, part_state_dict(model, part, weights[part])))
         if last:
-            parts = tuple(f"{part}/" for part in weights)
-            manifest.update(_link(last, earlier[-1], new, lambda n: not n.startswith(parts) and n not in (STATE, TENSORS)))
+            other = {name for name in last if name.split("/")[0] not in (*weights, STATE, TENSORS)}
+            manifest.update(_link(last, earlier[-1], new, other))
         else:
             manifest.update(write_rest(new, model))
         manifest[TENSORS] = write_safetensors(new / TENSORS, state)
@@ -90,12 +96,11 @@ def save(
     return target
 
 
-def _link(manifest: dict[str, str], source: Path, target: Path, wanted: Callable[[str], bool]) -> dict[str, str]:
-    linked = {name: digest for name, digest in manifest.items() if wanted(name)}
-    for name in linked:
+def _link(manifest: dict[str, str], source: Path, target: Path, names: set[str]) -> dict[str, str]:
+    for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(source / name, target / name)
-    return linked
+    return {name: manifest[name] for name in names}
 
 
 def retain(folder: Path, keep: int, also: set[str]) -> None:
@@ -147,4 +152,4 @@ def export(checkpoint: Path, target: Path) -> None:
     manifest = _manifest(checkpoint)
     assert manifest is not None, checkpoint
     with new_folder(target) as new:
-        _link(manifest, checkpoint, new, lambda name: name not in (STATE, TENSORS))
+        _link(manifest, checkpoint, new, manifest.keys() - {STATE, TENSORS})

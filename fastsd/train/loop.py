@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from fastsd.train.run import Run, open_run
 from fastsd.train.schedule import learning_rate
 from fastsd.train.step import Step, StepResult
 
-MAX_SKIPPED_ROWS = 3                                        # log rows in a row without one finite gradient: the run is dead
+MAX_SKIPPED_ROWS = 3  # log rows in a row without one finite gradient: the run is dead
 
 
 def train(config: Config, console: Console | None = None) -> None:
@@ -111,9 +110,9 @@ class Log:
         known, device, timing = self.pending
         self.pending = None
         read = {name: value.item() for name, value in device.items()}
-        read["skipped"] = int(read["skipped"])
-        self.run.report.row({**known, **read}, timing)
-        self._watch(read["skipped"], known["step"])
+        skipped = int(read["skipped"])
+        self.run.report.row({**known, **read, "skipped": skipped}, timing)
+        self._watch(skipped, known["step"])
 
     def _watch(self, skipped: int, step: int) -> None:
         fresh = skipped - self.last_skipped
@@ -130,7 +129,7 @@ class Log:
 
 @contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """A list that gets the signal's number on Ctrl-C or a polite kill; the loop then saves and stops. A second one stops at once."""
+    """A list that gets the signal's number on Ctrl-C or a polite kill: the loop saves and stops. A second one stops at once."""
     stop: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
@@ -141,7 +140,7 @@ def stop_signal() -> Iterator[list[int]]:
     kinds = (signal.SIGINT, signal.SIGTERM)
     try:
         before = {kind: signal.signal(kind, ask) for kind in kinds}
-    except ValueError:                                      # not in the main thread: the caller handles signals
+    except ValueError:  # not in the main thread: the caller handles signals
         yield stop
         return
     try:

@@ -24,7 +24,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 _SHARED = "shared"
 
 
-class _Optimizer(Optimizer):
+class FastOptimizer(Optimizer):
     """What the three share: checked groups, lazy state, `step`, and loading that keeps bits and devices."""
 
     name: ClassVar[str]
@@ -97,7 +97,7 @@ class _Optimizer(Optimizer):
             self.state[owner] = {key: value.to(device, copy=True) for key, value in own.items()}
 
 
-class Lion(_Optimizer):
+class Lion(FastOptimizer):
     """Lion, bit-equal to lion-pytorch 0.2.5 on a CPU.
 
     Args:
@@ -143,7 +143,7 @@ class Lion(_Optimizer):
             lion_reference(*lists, lr=group["lr"], betas=group["betas"], weight_decay=wd, skip=skip)
 
 
-class DLion(_Optimizer):
+class DLion(FastOptimizer):
     """D-Adaptation Lion: `DAdaptLion` of dadaptation 3.2. One d for all parameters given: one optimizer a trained part.
 
     Args:
@@ -207,7 +207,7 @@ class DLion(_Optimizer):
         dlion_estimate_reference(d, numerator_weighted, dots_K, l1_K, lr=lr, beta2=betas[1], skip=skip)
 
 
-class AdamW(_Optimizer):
+class AdamW(FastOptimizer):
     """AdamW, bit-equal to torch.optim.AdamW (its plain form) on a CPU.
 
     Args:
@@ -258,7 +258,7 @@ class AdamW(_Optimizer):
             )
 
 
-def flat_state(optimizer: _Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+def flat_state(optimizer: FastOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
     """The state as named tensors, for safetensors.
 
     Args:
@@ -274,7 +274,7 @@ def flat_state(optimizer: _Optimizer, names: Sequence[str]) -> dict[str, Tensor]
     """
     named = _named(optimizer, names)
     owns = {name: optimizer._own(p) for name, p in named.items()}
-    tensors = {f"{slot}/{name}": own[slot].contiguous() for slot in optimizer.slots for name, own in owns.items()}
+    tensors = {f"{slot}/{name}": own[slot] for slot in optimizer.slots for name, own in owns.items()}
     if isinstance(optimizer, DLion):
         tensors |= optimizer.shared
     if isinstance(optimizer, AdamW):
@@ -283,7 +283,7 @@ def flat_state(optimizer: _Optimizer, names: Sequence[str]) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def load_flat_state(optimizer: _Optimizer, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
+def load_flat_state(optimizer: FastOptimizer, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
     """Set the state from `flat_state`'s tensors, on any device, bit by bit. Nothing is set if anything is wrong.
 
     Raises:
@@ -313,7 +313,7 @@ def load_flat_state(optimizer: _Optimizer, names: Sequence[str], tensors: dict[s
             value.copy_(tensors[key])
 
 
-def _named(optimizer: _Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+def _named(optimizer: FastOptimizer, names: Sequence[str]) -> dict[str, Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if len(set(names)) != len(params) or len(names) != len(params):
         raise ValueError(

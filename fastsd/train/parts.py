@@ -28,7 +28,7 @@ class Part:
     def __init__(self, name: str, module: nn.Module, trained: bool, precision: str) -> None:
         self.name, self.module, self.trained = name, module, trained
         self.names = [name for name, _ in module.named_parameters()]
-        self.weights = list(module.parameters())
+        self.weights: list[Tensor] = list(module.parameters())
         self.cast = COMPUTE_DTYPE[precision] != torch.float32
         self.masters: list[Tensor] = [weight.detach().clone() for weight in self.weights] if self.cast else self.weights
         if self.cast:

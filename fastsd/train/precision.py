@@ -1,8 +1,8 @@
 """Floor 2: the one place that picks a device and an Ops table, and sets every numerical switch PyTorch has.
 
-    fp32   IEEE fp32 everywhere: TF32 off for matmuls and for convolutions, whose PyTorch defaults differ
-    tf32   TF32 in both
-    bf16   the parts compute in bf16, their exact fp32 masters are what the optimizer steps (see parts.py)
+fp32   IEEE fp32 everywhere: TF32 off for matmuls and for convolutions, whose PyTorch defaults differ
+tf32   TF32 in both
+bf16   the parts compute in bf16, their exact fp32 masters are what the optimizer steps (see parts.py)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def set_precision(precision: str) -> str:
     """Set PyTorch's switches for a stage's precision and say in one phrase what was set."""
     fp32 = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32
-    torch.backends.cudnn.conv.fp32_precision = fp32
+    torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
     # Exact resume: the same algorithms whatever ran before.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -1,10 +1,10 @@
 """Floor 2: what a person sees, and what is kept of it.
 
-    the console          a header, then one live line (plain lines when it is not a terminal)
-    RUN/log.jsonl        one row per log interval with nothing but what training determines: it is the same, bit for bit,
-                         however often the run was interrupted
-    RUN/timing.jsonl     speed, memory and waiting of the same steps
-    RUN/tensorboard      both
+the console          a header, then one live line (plain lines when it is not a terminal)
+RUN/log.jsonl        one row per log interval with nothing but what training determines: it is the same, bit for bit,
+                     however often the run was interrupted
+RUN/timing.jsonl     speed, memory and waiting of the same steps
+RUN/tensorboard      both
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
 from fastsd.errors import UserError
 from fastsd.model.files import Model, load_model
-from fastsd.sample import sample_grid
+from fastsd.sample import check_samples, sample_grid
 from fastsd.storage import replace_file
 from fastsd.train import checkpoint
 from fastsd.train.checkpoint import Progress
@@ -34,7 +34,7 @@ from fastsd.train.step import Step, StepResult
 # A change in one of these would make the rest of the run another run's.
 FIXED = ("model", "data", "seed")
 FIXED_IN_STAGE = ("train", "batch", "optimizer", "d0", "betas", "decoupled_weight_decay")
-SMOOTHING = 0.99                                            # of the smoothed loss: about the last 100 steps
+SMOOTHING = 0.99  # of the smoothed loss: about the last 100 steps
 
 
 class Run:
@@ -64,6 +64,7 @@ class Run:
             # The checkpoint is a whole model; the base need not be there any more.
             table = table.model_copy(update={"base": str(found[0]), "vae": "", "tokenizer": "", "vae_scaling_factor": None})
         self.model: Model = load_model(table, self.ops, config.stage[self.progress.stage].checkpointing)
+        check_samples(self.model, config)
         self.cache = LatentCache.open(config.cache.dir, view_name(config, self.model.vae.hash))
         for module in (self.model.unet, self.model.text.module):
             module.to(self.device)
@@ -86,7 +87,7 @@ class Run:
     def start_stage(self, index: int) -> Step:
         """Make the stage's parts and optimizers, with the state of the checkpoint if the run was in the middle of it."""
         stage = self.config.stage[index]
-        resumed = self.progress.stage == index and 0 < self.progress.stage_step and not self.progress.stage_done
+        resumed = self.progress.stage == index and self.progress.stage_step > 0 and not self.progress.stage_done
         if not resumed:
             images = self.progress.images
             self.progress = replace(self.progress, stage=index, stage_step=0, stage_images=images, stage_done=False)
@@ -207,12 +208,12 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
 
 def _lock(folder: Path) -> Any:
     """Hold RUN/lock for as long as the file object lives: two trainers in one folder would ruin each other's logs."""
-    file = open(folder / "lock", "a")
+    file = open(folder / "lock", "a")  # noqa: SIM115 - held open on purpose
     try:
         if os.name == "nt":
             import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
         else:
             import fcntl
 

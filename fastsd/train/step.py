@@ -15,11 +15,11 @@ from fastsd.config import StageTable
 from fastsd.data.loader import Batch
 from fastsd.model.files import Model
 from fastsd.train.objective import Objective, alphas_cumprod
-from fastsd.train.optim import AdamW, DLion, Lion
+from fastsd.train.optim import AdamW, DLion, FastOptimizer, Lion
 from fastsd.train.parts import Part, gradient_norm
 from fastsd.train.schedule import learning_rate
 
-OPTIMIZERS = {"dlion": DLion, "lion": Lion, "adamw": AdamW}
+OPTIMIZERS: dict[str, type[FastOptimizer]] = {"dlion": DLion, "lion": Lion, "adamw": AdamW}
 PARTS = ("unet", "text_encoder")
 
 
@@ -101,10 +101,10 @@ class Step:
             part.release()
 
 
-def _optimizer(stage: StageTable, part: Part) -> torch.optim.Optimizer:
+def _optimizer(stage: StageTable, part: Part) -> FastOptimizer:
     settings: dict[str, Any] = {"lr": stage.rate, "weight_decay": stage.weight_decay}
     if stage.betas:
-        settings["betas"] = stage.betas
+        settings["betas"] = tuple(stage.betas)
     if stage.optimizer == "dlion":
         settings["d0"] = stage.d0
     if stage.optimizer == "lion":

@@ -23,10 +23,10 @@ class Ops:
     """One implementation of every operation, differentiable. Signatures are those of the references."""
 
     name: str
-    attention: Callable[..., Tensor]     # (q_BNHD, k_BLHD, v_BLHD, *, precision="ieee") -> o_BNHD
-    group_norm: Callable[..., Tensor]    # (x_BCHW, weight, bias, groups, eps, *, silu=False, shift_BC=None) -> y_BCHW
-    layer_norm: Callable[..., Tensor]    # (x, weight, bias, eps) -> y
-    geglu: Callable[..., Tensor]         # (x_2F) -> y_F
+    attention: Callable[..., Tensor]  # (q_BNHD, k_BLHD, v_BLHD, *, precision="ieee") -> o_BNHD
+    group_norm: Callable[..., Tensor]  # (x_BCHW, weight, bias, groups, eps, *, silu=False, shift_BC=None) -> y_BCHW
+    layer_norm: Callable[..., Tensor]  # (x, weight, bias, eps) -> y
+    geglu: Callable[..., Tensor]  # (x_2F) -> y_F
 
 
 REFERENCE = Ops(

@@ -32,14 +32,14 @@ _ROUNDS = 10
 class Purpose(IntEnum):
     """What a random number is for. Written into the counter: a new purpose gets a new number, an old one keeps its own."""
 
-    NOISE = 0        # eps of the forward process
-    TIMESTEP = 1     # t
-    ORDER = 2        # the permutation of an epoch; position = epoch
-    CAPTION = 3      # caption dropout and variants
-    SAMPLE = 4       # the first latents of a generated image; position = image seed
+    NOISE = 0  # eps of the forward process
+    TIMESTEP = 1  # t
+    ORDER = 2  # the permutation of an epoch; position = epoch
+    CAPTION = 3  # caption dropout and variants
+    SAMPLE = 4  # the first latents of a generated image; position = image seed
     SAMPLE_STEP = 5  # noise added by stochastic samplers; position = image seed
-    POSTERIOR = 6    # a draw from the VAE's posterior
-    INIT = 7         # initial weights
+    POSTERIOR = 6  # a draw from the VAE's posterior
+    INIT = 7  # initial weights
 
 
 def philox(seed: int, purpose: int, position_B: Tensor, block_K: Tensor) -> Tensor:

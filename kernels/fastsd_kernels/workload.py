@@ -206,8 +206,4 @@ PARAMETERS = {
     4: 1,
 }
 
-FORWARD_FLOPS = sum(
-    kind.flops * count
-    for table in (ATTENTION, CONV, LINEAR)
-    for kind, count in table.items()  # type: ignore[attr-defined]
-)
+FORWARD_FLOPS = sum(kind.flops * count for table in (ATTENTION, CONV, LINEAR) for kind, count in table.items())

@@ -1,0 +1,147 @@
+"""The config: defaults, overrides, and one sentence for everything that is wrong with it."""
+
+import pytest
+
+from fastsd.config import FAMILIAR, LATER, Config, dump_config, load_config, parse_until
+from fastsd.errors import UserError
+
+GOOD = """
+[model]
+base = "some/model"
+[data]
+folders = ["images"]
+[[stage]]
+name = "unet"
+train = ["unet"]
+until = "2e"
+[[stage]]
+train = ["text_encoder"]
+until = 250
+optimizer = "lion"
+lr = 3e-6
+warmup = 0.1
+"""
+
+
+def load(tmp_path, text, *overrides, precision=None):
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    return load_config(path, list(overrides), precision)
+
+
+def test_defaults_and_stages(tmp_path):
+    config = load(tmp_path, GOOD)
+    unet, text = config.stage
+    assert (unet.optimizer, unet.rate, unet.precision, unet.batch, unet.micro) == ("dlion", 1.0, "fp32", 32, 32)
+    assert [config.stage_name(i) for i in range(2)] == ["unet", "stage-2"]
+    assert unet.steps(100) == 7 and text.steps(100) == 250  # 200 images in batches of 32; steps are steps
+    assert text.warmup_steps(250) == 25
+    assert Config.model_validate_json(dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    "until, found",
+    [(7, (7, "steps")), ("7", (7, "steps")), ("7 steps", (7, "steps")), ("2e", (2, "epochs")),
+     ("2 epochs", (2, "epochs")), ("64000 images", (64000, "images"))],
+)  # fmt: skip
+def test_until(until, found):
+    assert parse_until(until) == found
+
+
+def test_overrides(tmp_path):
+    config = load(tmp_path, GOOD, "seed=7", "model.vae=other/vae", "stage.0.batch=8", "stage.stage-2.lr=1e-5",
+                  "stage.grad_clip=1.0", 'data.folders=["a", "b"]', "stage.unet.betas=[0.9, 0.95]",
+                  precision="bf16")  # fmt: skip
+    assert (config.seed, config.model.vae, config.data.folders) == (7, "other/vae", ["a", "b"])
+    assert [stage.batch for stage in config.stage] == [8, 32]
+    assert config.stage[1].lr == 1e-5 and config.stage[0].betas == [0.9, 0.95]
+    assert {stage.grad_clip for stage in config.stage} == {1.0}
+    assert {stage.precision for stage in config.stage} == {"bf16"}
+
+
+BAD = [
+    ("seeed = 1\n" + GOOD, "seeed: unknown key; did you mean seed?"),
+    ("learning_rate = 1\n" + GOOD, "learning_rate: unknown key; it is called lr here"),
+    (GOOD + "train_batch_size = 4\n", "stage.1.train_batch_size: unknown key; it is called batch here"),
+    (GOOD + "optimiser = 'lion'\n", "stage.1.optimiser: unknown key; did you mean optimizer?"),
+    (GOOD + "guidance = 3.0\n", "stage.1.guidance: unknown key; did you mean sample.guidance?"),
+    (GOOD + "[modell]\nbase = 'x'\n", "modell: unknown key; did you mean model?"),
+    (GOOD + "batch = '4'\n", "stage.1.batch is '4' (a str); it must be a whole number"),
+    (GOOD + "batch = 4.5\n", "stage.1.batch is 4.5 (a float); it must be a whole number"),
+    (GOOD + "batch = 0\n", "stage.1.batch is 0; it must be greater than or equal to 1"),
+    (GOOD + "batch = 4\nmicro_batch = 3\n", "stage.1: micro_batch 3 does not divide batch 4; choose a divisor"),
+    (GOOD + "betas = [0.9, 1.0]\n", "both must be at least 0 and below 1"),
+    (GOOD + "grad_clip = nan\n", "stage.1.grad_clip is nan; it must be a finite number"),
+    (GOOD + "caption_dropout = 1.5\n", "stage.1.caption_dropout is 1.5; it must be less than or equal to 1"),
+    (GOOD + "precision = 'fp16'\n", "stage.1.precision is 'fp16'; choose 'fp32', 'tf32' or 'bf16'"),
+    (GOOD + "optimizer2 = 1\n", "did you mean optimizer?"),
+    (GOOD.replace("until = 250", "until = '3 hours'"), "stages that end by the clock are not in this version"),
+    (GOOD.replace("until = 250", "until = 'soon'"), "until is 'soon'; write steps (1000)"),
+    (GOOD.replace("until = 250", "until = 0"), "until is 0; write steps"),
+    (GOOD.replace("until = 250", ""), "stage.1.until is missing; add it"),
+    (GOOD.replace("lr = 3e-6", ""), "lr is missing and lion needs one; write for example lr = 3e-6"),
+    (GOOD.replace('["text_encoder"]', '["lora"]'), "stage.1.train.0 is 'lora': LoRA is not in this version"),
+    (GOOD.replace('["text_encoder"]', '["unet.down*"]'), "training parts by name pattern is not in this version"),
+    (GOOD.replace('["text_encoder"]', "[]"), "stage.1.train is []"),
+    (GOOD.replace('["text_encoder"]', '["unet", "unet"]'), "train names a part twice"),
+    (GOOD.replace("[data]\nfolders = [\"images\"]", ""), "[data] is missing; add that table"),
+    (GOOD.replace('base = "some/model"', ""), "model.base is missing; add it"),
+    (GOOD.replace('name = "unet"', 'name = "a b"'), "stage 1 is named 'a b'; use letters"),
+    (GOOD.replace('name = "unet"', 'name = "stage-2"'), "two stages are named 'stage-2'"),
+    (GOOD + "schedule = 'cosine'\n", "the cosine schedule is not in this version"),
+    (GOOD + "micro_batch = 'auto'\n", "a planned micro-batch is not in this version"),
+    (GOOD + "[validate]\nevery = 5\n", "validate.every: validation is not in this version"),
+    (GOOD.replace("[[stage]]", "[[stage]\n"), "cannot be read as TOML"),
+    ("stage = 3\n" + GOOD.split("[[stage]]")[0], "stage is 3 (a int); it must be a list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, sentence", BAD, ids=[sentence[:40] for _, sentence in BAD])
+def test_bad_configs(tmp_path, text, sentence):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text)
+    lines = str(error.value).split("\n")
+    assert any(sentence in line for line in lines), str(error.value)
+    assert all(line.startswith(str(tmp_path / "job.toml")) for line in lines)
+
+
+@pytest.mark.parametrize("table, key", LATER)
+def test_what_a_later_version_fills_is_refused_by_name(tmp_path, table, key):
+    text = GOOD + f"{key} = 1\n" if table == "stage" else GOOD.replace(f"[{table}]", f"[{table}]\n{key} = 1", 1)
+    text = text if table in ("stage", "model", "data") else text + f"[{table}]\n{key} = 1\n"
+    with pytest.raises(UserError, match=f"{key}: .* is not in this version; remove this line"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "item, sentence",
+    [("seed", "write key=value"), ("stage.5.lr=1", "there is no stage '5'"), ("seed.x=1", "is a value, not a table"),
+     ("stage.0.x=1", "stage.0.x: unknown key")],
+)  # fmt: skip
+def test_bad_overrides(tmp_path, item, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path, "seed = 1\n" + GOOD, item)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "no.toml")
+    with pytest.raises(UserError, match="is a folder"):
+        load_config(tmp_path)
+
+
+def test_familiar_names_lead_to_names_that_exist():
+    tables = {"model", "data", "cache", "sample", "log"}
+    fields = Config.model_fields
+    for target in FAMILIAR.values():
+        table, _, key = target.rpartition(".")
+        if table in tables:
+            assert key in fields[table].annotation.model_fields, target
+
+
+@pytest.mark.parametrize("name", ["xlsd.toml", "demo.toml"])
+def test_shipped_configs_are_good(name):
+    from pathlib import Path
+
+    config = load_config(Path(__file__).parent.parent / "configs" / name)
+    assert config.stage
