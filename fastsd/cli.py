@@ -5,14 +5,18 @@ Exit codes: 0 done, 1 our fault (with a traceback), 2 the user must change somet
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastsd.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from fastsd.config import Config
 
 app = typer.Typer(
     help="Retrain Stable Diffusion 1.5, with another VAE swapped in, on one GPU.",
@@ -27,6 +31,7 @@ class Precision(StrEnum):
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, see configs/.")]
+Stages = Annotated[Precision | None, typer.Option("--precision", help="Of every stage.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Replace values: stage.0.batch=8")]
 
 
@@ -34,15 +39,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]"
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    precision: Annotated[Precision | None, typer.Option(help="Of every stage.")] = None,
+    precision: Stages = None,
 ) -> None:
     """Train the stages of CONFIG. The same line again resumes."""
-    from fastsd.config import load_config
-
-    loaded = load_config(config, overrides, precision and precision.value)
+    loaded = _load(config, overrides, precision)
     from fastsd.train.loop import train
 
-    _quiet()
     train(loaded)
 
 
@@ -55,12 +57,9 @@ def cache(
     stats: Annotated[bool, typer.Option("--stats", help="Count what is there.")] = False,
 ) -> None:
     """Encode the images of CONFIG into its latent cache. The same line again does what is missing."""
-    from fastsd.config import load_config
-
-    loaded = load_config(config, overrides)
+    loaded = _load(config, overrides)
     from fastsd.prepare import cache, inspect_cache
 
-    _quiet()
     if verify or prune or stats:
         inspect_cache(loaded, verify=verify, prune=prune, stats=stats)
     else:
@@ -89,7 +88,6 @@ def sample(
     """Draw images from MODEL."""
     from fastsd.sample import sample_command
 
-    _quiet()
     table = {
         "prompts": prompt or [], "prompts_file": str(prompts or ""), "images": images, "seed": seed, "steps": steps,
         "guidance": guidance, "negative": negative, "sampler": sampler, "size": size,
@@ -102,15 +100,12 @@ def sample(
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
-    precision: Annotated[Precision | None, typer.Option(help="Of every stage.")] = None,
+    precision: Stages = None,
 ) -> None:
     """Find everything that can be wrong with CONFIG before the long run."""
-    from fastsd.config import load_config
-
-    loaded = load_config(config, overrides, precision and precision.value)
+    loaded = _load(config, overrides, precision)
     from fastsd.prepare import check
 
-    _quiet()
     check(loaded)
 
 
@@ -121,17 +116,19 @@ def demo(
     """The whole story in miniature: swap the VAE, cache, train, sample. A few minutes, CPU or GPU, no downloads."""
     from fastsd.demo import demo
 
-    _quiet()
     demo(out)
 
 
-def _quiet() -> None:
-    from fastsd.model.files import quiet_libraries
+def _load(path: Path, overrides: list[str] | None, precision: Precision | None = None) -> Config:
+    from fastsd.config import load_config
 
-    quiet_libraries()
+    return load_config(path, overrides, precision and precision.value)
 
 
 def main() -> None:
+    # diffusers and transformers give advice on import that no one here can act on; errors still raise.
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     try:
         app()
     except UserError as error:

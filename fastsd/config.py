@@ -12,7 +12,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -359,8 +359,3 @@ def _sentence(item: Any) -> str:
     shown = found if len(repr(found)) < 80 else type(found).__name__
     kind = f" (a {type(found).__name__})" if item["type"].endswith("_type") else ""
     return f"{place} is {shown!r}{kind}; it must be {expected[0].lower()}{expected[1:]}"
-
-
-def parts() -> tuple[str, ...]:
-    """The parts of a model that can be trained."""
-    return get_args(Part)

@@ -94,7 +94,9 @@ def make_sampler(name: str, config: dict[str, Any]) -> Any:
         "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
         "dpm++": "DPMSolverMultistepScheduler",
     }  # fmt: skip
-    return getattr(diffusers, kinds[name]).from_config(config)
+    # Latents are not bounded by 1; a config that says nothing of clipping would get DDIM's default, which clips.
+    extra = {"clip_sample": False} if name == "ddim" else {}
+    return getattr(diffusers, kinds[name]).from_config(config, **extra)
 
 
 def to_image(image_3RR: Tensor) -> Image.Image:

@@ -73,13 +73,38 @@ def write_text(path: Path, text: str) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file as a mapping that reads a tensor when it is asked for, so that none stay in memory.
+
+    Args:
+        prefix: only names that begin with it; names stay unchanged.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+            self._names = dict.fromkeys(name for name in self._file.keys() if name.startswith(prefix))  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors ({error}); fetch or copy the file again") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def read_safetensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """All tensors of a file whose names begin with `prefix`, names unchanged. Raises UserError for a broken file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); fetch or copy the file again") from None
+    """All tensors of a file whose names begin with `prefix`, in memory. Raises UserError for a broken file."""
+    return dict(TensorFile(path, prefix))
 
 
 def sha256_of(path: Path) -> str:

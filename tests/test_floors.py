@@ -63,7 +63,7 @@ def test_the_command_line_imports_nothing_heavy():
     tree = ast.parse((ROOT / "fastsd/cli.py").read_text())
     top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {name for node in top for name in imports(ast.Module([node], []))}
-    assert names <= {"__future__", "sys", "enum", "pathlib", "typing", "typer", "fastsd.errors"}
+    assert names <= {"__future__", "os", "sys", "enum", "pathlib", "typing", "typer", "fastsd.errors"}
 
 
 def test_no_package_where_none_may_be():

@@ -114,6 +114,16 @@ def test_optimizer_state_survives_a_stop_in_mid_stage(whole, tmp_path, tiny_mode
     assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
 
+def test_the_last_stage_can_be_made_longer(whole, tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, TWO_STAGES)
+    run(path, "stage.text.until=5")
+    folder, text = run(path)
+    assert "changed since the last start: stage.1.until: 5, now '2e'" in text
+    # The warm-up is a share of the stage's length, so the weights differ; the steps and their losses go on.
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 16))
+
+
 def test_sampling_changes_nothing(whole, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, TWO_STAGES)
     folder, text = run(path, "stage.sample_every=2", "sample.sampler=euler_a", "log.tensorboard=true")
@@ -228,6 +238,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, tiny_model, images):
     assert "step-00000004 is damaged (no readable manifest.json)" in text
     assert "resumed at step 2" in text
     assert same(final(folder), before)
+    for path_ in checkpoint.checkpoints(folder / "checkpoints"):
+        (path_ / "state.json").unlink()
+    with pytest.raises(UserError, match="checkpoints is whole; start a new run"):
+        run(path)
 
 
 def test_retention_keeps_the_newest_and_the_stage_ends(whole):

@@ -8,7 +8,6 @@ Nothing here unpickles: a model that has only `.bin` or `.ckpt` weights is refus
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -295,9 +294,3 @@ MODEL_INDEX = {
     "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
 }  # fmt: skip
-
-
-def quiet_libraries() -> None:
-    """Keep diffusers' and transformers' advice from the console; call before their import. Errors still raise."""
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")

@@ -20,11 +20,12 @@ from pathlib import Path
 from torch import Tensor
 
 from fastsd import __version__
+from fastsd.errors import UserError
 from fastsd.model.files import Model, part_state_dict, write_part, write_rest
 from fastsd.storage import (
+    TensorFile,
     link_or_copy,
     new_folder,
-    read_safetensors,
     remove_leftovers,
     sha256_of,
     write_safetensors,
@@ -111,15 +112,28 @@ def retain(folder: Path, keep: int, also: set[str]) -> None:
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
-    """The newest checkpoint whose manifest holds, or None if there is none. Says so when it must fall back."""
+    """The newest checkpoint whose manifest holds, or None if there never was one.
+
+    Says so when it must fall back; a damaged one is renamed, so that nothing is linked to it.
+
+    Raises:
+        UserError: there are checkpoints, and every one is damaged.
+    """
     remove_leftovers(folder)
-    for path in reversed(checkpoints(folder)):
+    found = checkpoints(folder)
+    for i, path in reversed(list(enumerate(found))):
         problem = verify(path)
         if problem is None:
+            for damaged in found[i + 1 :]:
+                aside = damaged.with_name(f"damaged-{damaged.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.rename(aside)
             values = json.loads((path / STATE).read_text())
             values.pop("fastsd")
             return path, Progress(**values)
         say(f"checkpoint {path.name} is damaged ({problem}); falling back to the one before it")
+    if found:
+        raise UserError(f"{folder}: none of its {len(found)} checkpoints is whole; start a new run with run=FOLDER")
     return None
 
 
@@ -143,8 +157,9 @@ def _manifest(path: Path) -> dict[str, str] | None:
         return None
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
-    return read_safetensors(path / TENSORS)
+def load_state(path: Path) -> TensorFile:
+    """The state tensors of a checkpoint, each read when asked for: they can be twice the size of the model."""
+    return TensorFile(path / TENSORS)
 
 
 def export(checkpoint: Path, target: Path) -> None:

@@ -34,7 +34,7 @@ def train(config: Config, console: Console | None = None) -> None:
         for note in run.notes:
             run.report.warn(note)
         for index in range(run.progress.stage, len(config.stage)):
-            if not (run.progress.stage == index and run.progress.stage_done):
+            if not run.finished(index):
                 train_stage(run, index, stop)
         run.report.say(f"model: {run.export()}")
 

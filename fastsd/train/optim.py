@@ -7,7 +7,7 @@ step reads nothing back from the device, so it never waits. Read next: `fastsd_k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -283,7 +283,7 @@ def flat_state(optimizer: FastOptimizer, names: Sequence[str]) -> dict[str, Tens
 
 
 @torch.no_grad()
-def load_flat_state(optimizer: FastOptimizer, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
+def load_flat_state(optimizer: FastOptimizer, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
     """Set the state from `flat_state`'s tensors, on any device, bit by bit. Nothing is set if anything is wrong.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Run:
         found = checkpoint.newest(self.folder / "checkpoints", notes.append)
         notes += _compare_with_start(self.folder / "config.json", config, found[1] if found else None)
         self.progress = found[1] if found else Progress()
-        self.saved: dict[str, Tensor] = checkpoint.load_state(found[0]) if found else {}
+        self.saved: Mapping[str, Tensor] = checkpoint.load_state(found[0]) if found else {}
         table = config.model
         if found:
             # The checkpoint is a whole model; the base need not be there any more.
@@ -73,9 +73,8 @@ class Run:
         saved_at = found[0].stat().st_mtime if found else None
         self.report = Report(self.folder, config.log, self.progress.step, saved_at, console)
         self.notes = notes
-        self.smooth = [self.saved.pop(key, torch.zeros((), dtype=torch.float64)).to(self.device) for key in ("loss", "weight")]
+        self.smooth = [self.saved.get(key, torch.zeros((), dtype=torch.float64)).to(self.device) for key in ("loss", "weight")]
         self.changed: set[str] = set()
-        self.unsaved = False
 
     @property
     def images(self) -> int:
@@ -84,10 +83,16 @@ class Run:
     def total_steps(self) -> int:
         return sum(stage.steps(self.images) for stage in self.config.stage)
 
+    def finished(self, index: int) -> bool:
+        """Whether a stage needs no more steps. The last one can be made longer, for its end keeps the optimizer's state."""
+        here = self.progress
+        longer = here.stage_step < self.config.stage[index].steps(self.images) and "skipped" in self.saved
+        return here.stage > index or (here.stage == index and here.stage_done and not longer)
+
     def start_stage(self, index: int) -> Step:
         """Make the stage's parts and optimizers, with the state of the checkpoint if the run was in the middle of it."""
         stage = self.config.stage[index]
-        resumed = self.progress.stage == index and self.progress.stage_step > 0 and not self.progress.stage_done
+        resumed = self.progress.stage == index and self.progress.stage_step > 0
         if not resumed:
             images = self.progress.images
             self.progress = replace(self.progress, stage=index, stage_step=0, stage_images=images, stage_done=False)
@@ -96,8 +101,7 @@ class Run:
         step = Step(self.model, stage, stage.steps(self.images), self.config.seed)
         if resumed:
             for name, optimizer in step.optimizers.items():
-                own = {key.removeprefix(f"{name}|"): t for key, t in self.saved.items() if key.startswith(f"{name}|")}
-                load_flat_state(optimizer, step.parts[name].names, own)
+                load_flat_state(optimizer, step.parts[name].names, _Below(self.saved, f"{name}|"))
             step.skipped.copy_(self.saved["skipped"])
         self.saved = {}
         return step
@@ -112,7 +116,6 @@ class Run:
             self.progress, stage_step=self.progress.stage_step + 1, step=self.progress.step + 1, images=images
         )
         self.changed.update(step.optimizers)
-        self.unsaved = True
         loss, weight = self.smooth
         finite = torch.isfinite(result.loss)
         loss.copy_(torch.where(finite, SMOOTHING * loss + (1 - SMOOTHING) * result.loss.double(), loss))
@@ -121,8 +124,9 @@ class Run:
     def save(self, step: Step, done: bool) -> bool:
         """Commit a checkpoint. False, and a line that says why, when the disk would not take it."""
         self.progress = replace(self.progress, stage_done=done)
-        state: dict[str, Tensor] = {"loss": self.smooth[0], "weight": self.smooth[1], "skipped": step.skipped}
-        if not done:
+        state: dict[str, Tensor] = {"loss": self.smooth[0], "weight": self.smooth[1]}
+        if not done or self.progress.stage == len(self.config.stage) - 1:
+            state["skipped"] = step.skipped
             for name, optimizer in step.optimizers.items():
                 own = flat_state(optimizer, step.parts[name].names)
                 state.update({f"{name}|{key}": tensor for key, tensor in own.items()})
@@ -137,7 +141,7 @@ class Run:
                 "training goes on, the last checkpoint stands; free space on that disk"
             )
             return False
-        self.changed, self.unsaved = set(), False
+        self.changed = set()
         self.report.saved()
         if done:
             self._remember_stage_end(path.name)
@@ -195,6 +199,22 @@ class Run:
         self.report.close()
         self.cache.close()
         self.lock.close()
+
+
+class _Below(Mapping[str, Tensor]):
+    """The entries of a mapping under a prefix, by the rest of their names; nothing is read ahead."""
+
+    def __init__(self, whole: Mapping[str, Tensor], prefix: str) -> None:
+        self._whole, self._prefix = whole, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._whole if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @contextlib.contextmanager

@@ -37,9 +37,6 @@ class Purpose(IntEnum):
     ORDER = 2  # the permutation of an epoch; position = epoch
     CAPTION = 3  # caption dropout and variants
     SAMPLE = 4  # the first latents of a generated image; position = image seed
-    SAMPLE_STEP = 5  # noise added by stochastic samplers; position = image seed
-    POSTERIOR = 6  # a draw from the VAE's posterior
-    INIT = 7  # initial weights
 
 
 def philox(seed: int, purpose: int, position_B: Tensor, block_K: Tensor) -> Tensor:

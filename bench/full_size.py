@@ -1,0 +1,128 @@
+"""The main job at full size on this machine: a random SD1.5, cached, trained, stopped, resumed and sampled by the command line.
+
+    python bench/full_size.py [--folder DIR] [--json FILE]
+
+Makes a diffusers folder with SD1.5's real shapes and random weights, eight pictures, and runs the user's commands as processes
+of their own: seconds per step, peak resident memory of each, size of a checkpoint. Needs about 45 GB of disk, 20 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+CONFIG = """
+run = "run"
+[model]
+base = "base"
+[data]
+folders = ["images"]
+[cache]
+dir = "cache"
+batch = 1
+[log]
+every = 1
+[[stage]]
+train = ["unet"]
+until = 2
+batch = 1
+optimizer = "dlion"
+"""
+
+
+def make_base(folder: Path) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from fastsd.demo_models import write_tokenizer
+    from fastsd.model.files import SD15_SCHEDULER, Model, part_state_dict, write_part, write_rest
+    from fastsd.model.text import TextEncoder
+    from fastsd.model.unet import UNet, UNetConfig
+    from fastsd.model.vae import Vae
+
+    torch.manual_seed(0)
+    write_tokenizer(folder / "words")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    # CLIP-L's sizes; the ids of the small vocabulary are a part of its 49,408.
+    text = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4, scaling_factor=0.13025,
+    )  # fmt: skip
+    model = Model(
+        "random",
+        UNet(UNetConfig.sd15()),
+        TextEncoder(CLIPTextModel(text), tokenizer, 0, folder / "words"),
+        Vae(vae, "random"),
+        SD15_SCHEDULER,
+    )
+    for part in ("unet", "text_encoder"):
+        write_part(folder, model, part, part_state_dict(model, part))
+    write_rest(folder, model)
+
+
+def run(folder: Path, *words: str) -> dict[str, float]:
+    """One command as a process: seconds and peak resident GB."""
+    print("$ fastsd", *words, flush=True)
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "fastsd.cli", *words], cwd=folder)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"fastsd {words[0]} ended with status {status}")
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="working folder; default: a temporary one, deleted at the end")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-full-size-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    import torch
+
+    from fastsd.demo_world import write_dataset
+
+    if not (folder / "base" / "model_index.json").exists():
+        make_base(folder / "base")
+    write_dataset(folder / "images", 8, seed=0)
+    (folder / "job.toml").write_text(CONFIG)
+    figures: dict[str, object] = {}
+    figures["cache, 8 images at 512 px"] = run(folder, "cache", "job.toml")
+    figures["train, 2 steps"] = run(folder, "train", "job.toml")
+    figures["resume, 1 more"] = run(folder, "train", "job.toml", "stage.until=3")
+    figures["sample, 2 steps"] = run(folder, "sample", "run/model", "--prompt", "a red circle", "--steps", "2")
+    rows = [json.loads(line) for line in (folder / "run" / "timing.jsonl").read_text().splitlines()]
+    figures["seconds a step"] = [round(1 / row["images_per_second"], 1) for row in rows]
+    last = sorted((folder / "run" / "checkpoints").iterdir())[-1]
+    figures["checkpoint GB"] = round(sum(f.stat().st_size for f in last.rglob("*") if f.is_file()) / 1e9, 2)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    stamp = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "commit": commit, "machine": platform.machine(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "config": "full-size SD1.5, random weights, 512 px, batch 1, fp32, D-Lion",
+    }  # fmt: skip
+    text = json.dumps({"stamp": stamp, "figures": figures}, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(text + "\n")
+    if not arguments.folder:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
