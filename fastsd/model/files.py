@@ -258,6 +258,7 @@ def write_part(folder: Path, model: Model, part: str, state: Mapping[str, Tensor
         config = model.unet.cfg.to_diffusers()
     else:
         settings = model.text.module.config.to_dict()
+        settings.pop("_name_or_path", None)
         config = {**settings, "architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {
@@ -272,6 +273,7 @@ def write_rest(folder: Path, model: Model) -> dict[str, str]:
 
     def put(name: str, settings: Mapping[str, Any]) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in settings.items() if key != "_name_or_path"}  # a path of this machine
         hashes[name] = write_text(folder / name, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     put("model_index.json", MODEL_INDEX)
