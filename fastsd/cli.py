@@ -58,7 +58,7 @@ def cache(
 ) -> None:
     """Encode the images of CONFIG into its latent cache. The same line again does what is missing."""
     loaded = _load(config, overrides)
-    from fastsd.prepare import cache, inspect_cache
+    from fastsd.commands import cache, inspect_cache
 
     if verify or prune or stats:
         inspect_cache(loaded, verify=verify, prune=prune, stats=stats)
@@ -80,20 +80,23 @@ def sample(
     sampler: Annotated[str, typer.Option(help="ddim, euler, euler_a or dpm++")] = "dpm++",
     size: Annotated[int, typer.Option(min=0, help="Pixels a side; 0 is the model's own.")] = 0,
     vae: Annotated[str, typer.Option(help="Decode with this VAE instead of the model's.")] = "",
+    vae_scaling_factor: Annotated[float | None, typer.Option(help="For a VAE that is a single file.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
     clip_skip: Annotated[int, typer.Option(min=0)] = 0,
     precision: Annotated[Precision, typer.Option()] = Precision.fp32,
     device: Annotated[str, typer.Option()] = "auto",
 ) -> None:
     """Draw images from MODEL."""
-    from fastsd.sample import sample_command
+    from fastsd.commands import sample
 
     table = {
         "prompts": prompt or [], "prompts_file": str(prompts or ""), "images": images, "seed": seed, "steps": steps,
         "guidance": guidance, "negative": negative, "sampler": sampler, "size": size,
     }  # fmt: skip
-    source = {"base": model, "vae": vae, "tokenizer": tokenizer, "clip_skip": clip_skip}
-    sample_command(source, table, out, precision.value, device)
+    source = {
+        "base": model, "vae": vae, "vae_scaling_factor": vae_scaling_factor, "tokenizer": tokenizer, "clip_skip": clip_skip,
+    }  # fmt: skip
+    sample(source, table, out, precision.value, device)
 
 
 @app.command()
@@ -104,7 +107,7 @@ def check(
 ) -> None:
     """Find everything that can be wrong with CONFIG before the long run."""
     loaded = _load(config, overrides, precision)
-    from fastsd.prepare import check
+    from fastsd.commands import check
 
     check(loaded)
 

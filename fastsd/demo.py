@@ -17,9 +17,9 @@ from PIL import Image
 from rich.console import Console
 
 from fastsd import demo_world
+from fastsd.commands import cache
 from fastsd.config import Config, ModelTable, load_config
 from fastsd.model.files import load_model
-from fastsd.prepare import cache
 from fastsd.sample import generate
 from fastsd.train.loop import train
 from fastsd.train.precision import choose_device, set_precision

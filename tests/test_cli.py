@@ -106,10 +106,11 @@ def bad_jobs(tmp_path, tiny_model, images):
         (("sample", "/no/model", "--prompt", "x"), "no such folder or file"),
         (("sample", tiny_model, "--prompt", "x", "--sampler", "best"), "--sampler is 'best'"),
         (("sample", tiny_model, "--prompt", "x", "--size", "30"), "sample.size is 30"),
+        (("sample", tiny_model, "--prompt", "x", "--vae-scaling-factor", "-1"), "--vae-scaling-factor is -1.0"),
     ]
 
 
-@pytest.mark.parametrize("number", range(19))
+@pytest.mark.parametrize("number", range(20))
 def test_bad_input_gets_one_sentence_and_exit_2(number, run, tmp_path, tiny_model, images):
     assert run("cache", job(tmp_path, tiny_model, images, STAGE))[0] == 0
     words, sentence = bad_jobs(tmp_path, tiny_model, images)[number]

@@ -12,7 +12,7 @@ FLOORS = {
     "fastsd.model": 1,
     "fastsd.data": 2,
     "fastsd.train": 2,
-    "fastsd.sample": 3, "fastsd.prepare": 3, "fastsd.demo": 3, "fastsd.demo_world": 3, "fastsd.demo_models": 3,
+    "fastsd.sample": 3, "fastsd.commands": 3, "fastsd.demo": 3, "fastsd.demo_world": 3, "fastsd.demo_models": 3,
     "fastsd.train.step": 3, "fastsd.train.run": 3, "fastsd.train.loop": 3,
     "fastsd.cli": 4,
 }  # fmt: skip

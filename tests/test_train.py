@@ -16,9 +16,9 @@ import torch
 from conftest import job
 from rich.console import Console
 
+from fastsd.commands import cache
 from fastsd.config import load_config
 from fastsd.errors import UserError
-from fastsd.prepare import cache
 from fastsd.storage import read_safetensors
 from fastsd.train import checkpoint
 from fastsd.train.loop import train

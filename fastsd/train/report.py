@@ -9,6 +9,7 @@ RUN/tensorboard      both
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -66,10 +67,12 @@ class Report:
 
     def row(self, values: dict[str, Any], timing: dict[str, float]) -> None:
         """One log interval: to the files and to the line."""
-        self.log.write(_json(values))
-        self.timing.write(_json({"step": values["step"], **timing}))
-        self.log.flush()
-        self.timing.flush()
+        try:
+            for file, entry in ((self.log, values), (self.timing, {"step": values["step"], **timing})):
+                file.write(_json(entry))
+                file.flush()
+        except OSError as error:  # what is not written stays in the buffer, and the next row tries again
+            self.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training goes on")
         scalars = {**values, **timing}
         if self.board:
             for name, value in scalars.items():
@@ -92,7 +95,7 @@ class Report:
             self.board.add_image(f"samples/{path.stem.rsplit('-', 1)[0]}", np.asarray(image), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Make what was logged durable; called before a checkpoint is committed."""
+        """Make what was logged durable; called before a checkpoint is committed. Raises OSError if the disk is full."""
         for file in (self.log, self.timing):
             file.flush()
             os.fsync(file.fileno())
@@ -102,7 +105,8 @@ class Report:
             self.live.stop()
         for sink in (self.log, self.timing, self.board):
             if sink:
-                sink.close()
+                with contextlib.suppress(OSError):  # a full disk has been warned of already
+                    sink.close()
         if self.wandb:
             self.wandb.finish()
 

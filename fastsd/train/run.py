@@ -132,8 +132,8 @@ class Run:
                 state.update({f"{name}|{key}": tensor for key, tensor in own.items()})
         weights = {name: part.state() for name, part in step.parts.items()}
         folder = self.folder / "checkpoints"
-        self.report.flush()
         try:
+            self.report.flush()
             path = checkpoint.save(folder, self.progress, self.model, weights, self.changed, state)
         except OSError as error:
             self.report.warn(
@@ -161,8 +161,11 @@ class Run:
         image = sample_grid(self.model, self.config.sample, size)
         if image is not None:
             path = self.folder / "samples" / f"{self.config.stage_name(index)}-{self.progress.step:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            image.save(path)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                image.save(path)
+            except OSError as error:
+                return self.report.warn(f"samples not written: {error.strerror} ({path}); training goes on")
             self.report.images(path, self.progress.step, image)
 
     def export(self) -> Path:

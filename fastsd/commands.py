@@ -1,4 +1,4 @@
-"""Floor 3: what comes before training - `fastsd cache` and `fastsd check`."""
+"""Floor 3: what the command line does besides training - `fastsd cache`, `check` and `sample`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastsd.config import Config
+from fastsd.config import Config, ModelTable, SampleTable
 from fastsd.data import build, sources, store
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.errors import UserError
 from fastsd.model.files import Model, load_model, load_vae
-from fastsd.sample import check_samples
+from fastsd.sample import check_samples, generate, grid, read_prompts
+from fastsd.train.checkpoint import checkpoints
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 
+Options = TypeVar("Options", ModelTable, SampleTable)
 PLAIN_SECONDS = 10  # between progress lines when the output is not a terminal
 
 
@@ -183,6 +188,44 @@ def _room(config: Config, models: list[Model]) -> str:
             "free space, or lower keep_checkpoints"
         )
     return f"{config.run}, checkpoints need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+
+
+def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precision: str, device: str) -> None:
+    """`fastsd sample`: load a model, draw, write OUT/NNN-seed.png and OUT/grid.png. Raises UserError."""
+    table = _from_options(SampleTable, settings)
+    prompts = read_prompts(table)
+    if not prompts:
+        raise UserError("there is nothing to draw; give --prompt TEXT or --prompts FILE")
+    run = Path(source["base"])
+    if (run / "checkpoints").is_dir():  # a run: its newest checkpoint
+        found = checkpoints(run / "checkpoints")
+        if not found:
+            raise UserError(f"{run}: this run has no checkpoint yet; wait for one, or name a model")
+        source = {**source, "base": str(found[-1])}
+    where = choose_device(device)
+    set_precision(precision)
+    model = load_model(_from_options(ModelTable, source))
+    for module in (model.unet, model.text.module):
+        module.to(where, COMPUTE_DTYPE[precision])
+    model.vae.to(where, torch.float32)
+    size = table.size or model.unet.cfg.sample_size * model.vae.downscale
+    pairs = [(prompt, table.seed + column) for prompt in prompts for column in range(table.images)]
+    images = generate(model, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], table, size)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, (image, (_, seed)) in enumerate(zip(images, pairs, strict=True)):
+        image.save(out / f"{i:03d}-{seed}.png")
+    grid(images, table.images, prompts).save(out / "grid.png")
+    print(f"{len(images)} images and grid.png in {out}")
+
+
+def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:
+    """A config table from command line options. Raises UserError naming the option."""
+    try:
+        return table.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option} is {first['input']!r}; {first['msg'].lower()}") from None
 
 
 def _say(console: Console, text: str) -> None:
