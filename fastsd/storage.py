@@ -76,6 +76,8 @@ def write_text(path: Path, text: str) -> str:
 class TensorFile(Mapping[str, Tensor]):
     """A safetensors file as a mapping that reads a tensor when it is asked for, so that none stay in memory.
 
+    A tensor it gives is a private view of the mapped file, and keeps it mapped: copy what is to live on.
+
     Args:
         prefix: only names that begin with it; names stay unchanged.
 

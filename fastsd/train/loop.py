@@ -53,10 +53,12 @@ def train_stage(run: Run, index: int, stop: list[int]) -> None:
             if due(run, run.config.log.every) or done:
                 log.row(result, batches)
             if done or (stage.sample_every and due(run, stage.sample_every)):
-                run.sample(index)
+                with log.paused():
+                    run.sample(index)
             if done or stop or due(run, stage.checkpoint_every):
                 log.flush()
-                saved = run.save(step, done)
+                with log.paused():
+                    saved = run.save(step, done)
                 if stop and not done:
                     raise Stopped(f"{run.folder}: stopped at step {run.progress.step}")
                 if done and not saved:
@@ -86,12 +88,11 @@ class Log:
             "step": run.progress.step, "stage": self.name, "stage_step": run.progress.stage_step,
             "images": run.progress.images, "epoch": run.progress.images / run.images, "lr": lr,
         }  # fmt: skip
-        d = next((value.clone() for value in self.step.d().values()), None)
         device = {
-            "loss": result.loss, "loss_smooth": loss / weight, "grad_norm": result.grad_norm, "skipped": result.skipped
+            "loss": result.loss, "loss_smooth": loss / weight, "grad_norm": result.grad_norm, "skipped": result.skipped,
         }  # fmt: skip
-        if d is not None:
-            device["d"] = d
+        for i, (part, d) in enumerate(self.step.d().items()):  # one d a trained part; the line shows the first
+            device[f"d_{part}" if i else "d"] = d.clone()
         started, steps, waited = self.mark
         seconds = max(now - started, 1e-9)
         speed = (run.progress.step - steps) / seconds
@@ -102,6 +103,13 @@ class Log:
         }  # fmt: skip
         self.pending = (known, device, timing)
         self.mark = (now, run.progress.step, batches.waited)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep what is not training out of images per second."""
+        start = time.perf_counter()
+        yield
+        self.mark = (self.mark[0] + time.perf_counter() - start, *self.mark[1:])
 
     def flush(self) -> None:
         """Read and write the row that is waiting."""

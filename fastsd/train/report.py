@@ -166,7 +166,7 @@ def _reopen(path: Path, step: int) -> TextIO:
 def _tensorboard(run: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
 
 def _wandb(project: str, run: Path) -> Any:

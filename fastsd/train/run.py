@@ -73,7 +73,9 @@ class Run:
         saved_at = found[0].stat().st_mtime if found else None
         self.report = Report(self.folder, config.log, self.progress.step, saved_at, console)
         self.notes = notes
-        self.smooth = [self.saved.get(key, torch.zeros((), dtype=torch.float64)).to(self.device) for key in ("loss", "weight")]
+        self.smooth = [
+            self.saved.get(key, torch.zeros((), dtype=torch.float64)).to(self.device, copy=True) for key in ("loss", "weight")
+        ]
         self.changed: set[str] = set()
 
     @property
