@@ -342,6 +342,8 @@ def _sentence(item: Any) -> str:
         if len(item["loc"]) == 1:
             return f"[{place}] is missing; add that table"
         return f"{place} is missing; add it"
+    if place == "stage" and isinstance(found, dict):
+        return "stage is one table; stages are a list, write [[stage]] with two brackets"
     later = LATER_VALUES.get(field, {})
     word = str(found).strip().lower()
     for value, what in later.items():
@@ -356,6 +358,12 @@ def _sentence(item: Any) -> str:
     expected = item["msg"].replace("Input should be ", "").replace("a valid ", "a ").replace("a integer", "a whole number")
     if item["type"] == "literal_error":
         return f"{place} is {found!r}; choose {expected}"
+    if item["type"] in ("too_short", "too_long"):
+        limit = item["ctx"].get("min_length", item["ctx"].get("max_length"))
+        return f"{place} is {found!r}; it must have at {'least' if item['type'] == 'too_short' else 'most'} {limit} entries"
+    if "instance of" in expected:
+        expected = "a table"
     shown = found if len(repr(found)) < 80 else type(found).__name__
-    kind = f" (a {type(found).__name__})" if item["type"].endswith("_type") else ""
+    name = type(found).__name__
+    kind = f" (a{'n' if name[0] in 'aeiou' else ''} {name})" if item["type"].endswith("_type") else ""
     return f"{place} is {shown!r}{kind}; it must be {expected[0].lower()}{expected[1:]}"

@@ -82,7 +82,7 @@ BAD = [
     (GOOD.replace("lr = 3e-6", ""), "lr is missing and lion needs one; write for example lr = 3e-6"),
     (GOOD.replace('["text_encoder"]', '["lora"]'), "stage.1.train.0 is 'lora': LoRA is not in this version"),
     (GOOD.replace('["text_encoder"]', '["unet.down*"]'), "training parts by name pattern is not in this version"),
-    (GOOD.replace('["text_encoder"]', "[]"), "stage.1.train is []"),
+    (GOOD.replace('["text_encoder"]', "[]"), "stage.1.train is []; it must have at least 1 entries"),
     (GOOD.replace('["text_encoder"]', '["unet", "unet"]'), "train names a part twice"),
     (GOOD.replace("[data]\nfolders = [\"images\"]", ""), "[data] is missing; add that table"),
     (GOOD.replace('base = "some/model"', ""), "model.base is missing; add it"),
@@ -92,7 +92,8 @@ BAD = [
     (GOOD + "micro_batch = 'auto'\n", "a planned micro-batch is not in this version"),
     (GOOD + "[validate]\nevery = 5\n", "validate.every: validation is not in this version"),
     (GOOD.replace("[[stage]]", "[[stage]\n"), "cannot be read as TOML"),
-    ("stage = 3\n" + GOOD.split("[[stage]]")[0], "stage is 3 (a int); it must be a list"),
+    (GOOD.split("[[stage]]")[0] + "[stage]\ntrain = ['unet']\nuntil = 3\n", "write [[stage]] with two brackets"),
+    ("stage = 3\n" + GOOD.split("[[stage]]")[0], "stage is 3 (an int); it must be a list"),
 ]  # fmt: skip
 
 
