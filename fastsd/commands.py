@@ -120,18 +120,18 @@ def check(config: Config, console: Console | None = None) -> None:
             _say(console, f"wrong {what}")
 
     models: list[Model] = []
-    images = sum(1 for _ in _quietly(config.data.folders))
+    found: list[sources.Source] = []
     attempt(
         "device",
         lambda: f"{choose_device(config.device)}, kernels {choose_ops(config, choose_device(config.device)).name}",
     )
-    attempt("images", lambda: f"{_count(config)} in {', '.join(config.data.folders)}")
+    attempt("images", lambda: _images(config, found))
     attempt("model", lambda: _model(config, models))
     if models:
         attempt("cache", lambda: _cache(config, models[0]))
         attempt("samples", lambda: check_samples(models[0], config))
     for i, stage in enumerate(config.stage):
-        steps = stage.steps(images) if images else 0
+        steps = stage.steps(len(found)) if found else 0
         _say(
             console,
             f"ok    {config.stage_name(i)}: {stage.optimizer} on {'+'.join(stage.train)}, {steps} steps of {stage.batch}",
@@ -141,16 +141,9 @@ def check(config: Config, console: Console | None = None) -> None:
         raise UserError("\n".join(problems))
 
 
-def _quietly(folders: list[str]) -> list[object]:
-    try:
-        return list(sources.scan(folders))
-    except UserError:
-        return []
-
-
-def _count(config: Config) -> str:
-    found = list(sources.scan(config.data.folders))
-    return f"{len(found)} images"
+def _images(config: Config, found: list[sources.Source]) -> str:
+    found.extend(sources.scan(config.data.folders))
+    return f"{len(found)} in {', '.join(config.data.folders)}"
 
 
 def _model(config: Config, models: list[Model]) -> str:

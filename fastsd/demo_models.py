@@ -56,9 +56,6 @@ OTHER_VAE = VaeRecipe(seed=2, kl_weight=1e-5, steps=300, rate=1e-3)
 TURN, STRETCH, OFFSET = math.radians(60), 1.7, (0.3, -0.3, 0.2, -0.2)
 
 
-# --- tokenizer ---
-
-
 def _byte_letters() -> list[str]:
     """The 256 letters that byte-level BPE writes bytes with: printable bytes as themselves, the others moved up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -114,9 +111,6 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2) + "\n", encoding="utf-8")
 
 
-# --- models, untrained ---
-
-
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """CLIP's text model as in SD1.5, two layers deep."""
     config = CLIPTextConfig(
@@ -162,9 +156,6 @@ def new_vae() -> AutoencoderKL:
         latent_channels=4,
         sample_size=IMAGE_SIZE,
     )
-
-
-# --- VAE training ---
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
@@ -253,9 +244,6 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
     return to_images(vae.decode(latents / vae.config.scaling_factor).sample)
 
 
-# --- base training ---
-
-
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """Captions as (n, 77) token ids, padded as SD1.5 pads them."""
     return tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
@@ -338,9 +326,6 @@ def train_base(
         if step % 250 == 249:
             print(f"base: step {step + 1}, loss {loss.item():.4f}, {time.monotonic() - began:.0f} s")
     return average.eval()
-
-
-# --- storing ---
 
 
 def save_base(

@@ -124,8 +124,6 @@ def write_dataset(folder: Path, count: int, seed: int) -> None:
         (folder / f"{i:05d}.txt").write_text(caption(colour, shape, rng) + "\n", encoding="utf-8")
 
 
-# --- the judge ---
-
 # Distances in RGB (0..255): a background pixel's from the background, a shape's colour from the named one, and the mean
 # of the shape's own pixels from their median.  The named colours lie at least 80 apart.
 _BACKGROUND_TOLERANCE, _COLOUR_TOLERANCE, _SPREAD_TOLERANCE = 45.0, 48.0, 40.0
@@ -191,9 +189,6 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
     overlap = np.minimum(bank, found).sum(axis=1) / np.maximum(bank, found).sum(axis=1)
     best = int(overlap.argmax())
     return colour, names[best] if overlap[best] >= _LEAST_OVERLAP else None
-
-
-# --- the picture that tells the story ---
 
 
 def picture(

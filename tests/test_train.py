@@ -105,7 +105,6 @@ def test_optimizer_state_survives_a_stop_in_mid_stage(whole, tmp_path, tiny_mode
     # The same stage, asked for longer from a checkpoint inside it, equals the run that was never stopped.
     for later in checkpoint.checkpoints(folder / "checkpoints")[1:]:
         shutil.rmtree(later)
-    (folder / "stage-ends.json").unlink()
     assert checkpoint.checkpoints(folder / "checkpoints")[-1].name == "step-00000003"
     state = checkpoint.load_state(folder / "checkpoints" / "step-00000003")
     assert {"unet|d", "unet|numerator_weighted"} <= state.keys() and any(k.startswith("unet|s/") for k in state)
@@ -122,6 +121,18 @@ def test_the_last_stage_can_be_made_longer(whole, tmp_path, tiny_model, images):
     # The warm-up is a share of the stage's length, so the weights differ; the steps and their losses go on.
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 16))
+
+
+def test_the_next_stage_can_start_from_a_chosen_checkpoint(tmp_path, tiny_model, images):
+    """As phase 2 of xlsd.toml says: delete what came after the choice, shorten the stage to it, go on."""
+    path = job(tmp_path, tiny_model, images, TWO_STAGES)
+    run(path, "stage.unet.until=6", f"run={tmp_path / 'short'}")
+    folder, _ = run(path, "stage.keep_checkpoints=9")
+    for later in checkpoint.checkpoints(folder / "checkpoints"):
+        if later.name > "step-00000006":
+            shutil.rmtree(later)
+    run(path, "stage.unet.until=6")
+    assert same(final(folder), final(tmp_path / "short"))
 
 
 def test_sampling_changes_nothing(whole, tmp_path, tiny_model, images):

@@ -50,14 +50,14 @@ class Model:
         return self.unet if name == "unet" else self.text.module
 
 
-def load_model(table: ModelTable, ops: Ops = REFERENCE, checkpointing: str = "none") -> Model:
+def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
     """Load a base model in fp32 on the CPU, with the VAE the config names in place of its own.
 
     Raises:
         UserError: it cannot be found or reached, is of another kind, or its VAE and UNet do not fit.
     """
     base = locate(table.base, "model.base", table.revision)
-    unet = _load_unet(base, ops, checkpointing)
+    unet = _load_unet(base, ops)
     text = load_text(table, base)
     vae = load_vae(table, base)
     if vae.channels != unet.cfg.in_channels:
@@ -102,7 +102,7 @@ def locate(name: str, field: str, revision: str = "") -> Path:
         ) from None
 
 
-def _load_unet(base: Path, ops: Ops, checkpointing: str) -> UNet:
+def _load_unet(base: Path, ops: Ops) -> UNet:
     if base.is_file():
         config, state = original.unet(base)
         place = str(base)
@@ -112,7 +112,7 @@ def _load_unet(base: Path, ops: Ops, checkpointing: str) -> UNet:
         place = str(folder)
     cfg = UNetConfig.from_diffusers(config, f"{place}: config" if base.is_file() else f"{place}/config.json")
     with torch.device("meta"):
-        unet = UNet(cfg, ops, checkpointing)
+        unet = UNet(cfg, ops)
     unet.to_empty(device="cpu")
     load_diffusers_unet(unet, state, place)
     return unet

@@ -63,7 +63,7 @@ class Run:
         if found:
             # The checkpoint is a whole model; the base need not be there any more.
             table = table.model_copy(update={"base": str(found[0]), "vae": "", "tokenizer": "", "vae_scaling_factor": None})
-        self.model: Model = load_model(table, self.ops, config.stage[self.progress.stage].checkpointing)
+        self.model: Model = load_model(table, self.ops)
         check_samples(self.model, config)
         self.cache = LatentCache.open(config.cache.dir, view_name(config, self.model.vae.hash))
         for module in (self.model.unet, self.model.text.module):
