@@ -1,0 +1,34 @@
+"""Two things that Triton's interpreter does otherwise than a GPU, made equal: rounding to bf16, and dots of bf16.
+
+The interpreter cuts fp32 to bf16 instead of rounding it, and multiplies the bits of bf16 as integers. Compiled code is not
+touched: there both functions are the plain operation.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastsd_kernels.launch import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 x in `dtype`, to nearest, ties to even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        high = tl.where(x != x, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        return high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a b in fp32, through tensor cores for bf16 and "tf32", "tf32x3"; "ieee" is for fp32."""
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)

@@ -1,0 +1,90 @@
+"""How every kernel starts: one function, so that a call either runs on its device or is noted down for the atlas.
+
+`launch` runs a kernel. Inside `recording(target)` nothing runs: each launch is kept, with the very arguments it would have
+run with, so the atlas compiles what ships and cannot drift from it. Tensors may then be on the meta device.
+Tile choices ask `architecture` which GPU they are for.  Read next: `geglu.py`, the shortest kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastsd_kernels.absent import AVAILABLE
+
+# The architectures the tables are written for: 3090 is 86, 4090 is 89, 5090 is 120; 80 is A100, 90 is H100 and H200.
+ARCHITECTURES = (80, 86, 89, 90, 120)
+# TRITON_INTERPRET=1 runs kernels on CPU tensors, slowly and exactly; Triton reads it when a kernel is defined.
+INTERPRETED: bool = AVAILABLE and triton.knobs.runtime.interpret
+
+
+class Launch(NamedTuple):
+    """One noted launch. `options` holds the constexpr arguments by name and Triton's (num_warps, num_stages, ...)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class _Recorder:
+    """Where launches go: None, or the target they are noted for and the notes."""
+
+    target: int | None = None
+    notes: list[Launch] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run `kernel[grid](*arguments, **options)` on the device of its first tensor, or note it inside `recording`."""
+    if _Recorder.notes is not None:
+        _Recorder.notes.append(Launch(kernel, grid, arguments, options))
+        return
+    device = next(x.device for x in arguments if isinstance(x, Tensor))
+    if device.type == "cuda":
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def recording(target: int) -> Iterator[list[Launch]]:
+    """Note launches instead of running them, as on a GPU of compute capability `target` (89 is 8.9); yields the notes."""
+    before = _Recorder.target, _Recorder.notes
+    _Recorder.target, _Recorder.notes = target, []
+    try:
+        yield _Recorder.notes
+    finally:
+        _Recorder.target, _Recorder.notes = before
+
+
+def architecture(device: torch.device) -> int:
+    """Which of `ARCHITECTURES` to choose tiles for: the device's own, or the nearest that needs no more than it has."""
+    if _Recorder.target is not None:
+        return _Recorder.target
+    if device.type != "cuda":
+        return 86  # the interpreter
+    major, minor = torch.cuda.get_device_capability(device)
+    found = 10 * major + minor
+    if found in ARCHITECTURES:
+        return found
+    return 120 if found > 120 else 90 if found > 90 else 86
+
+
+def require_device(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors (None left out) are on one device on which kernels run."""
+    devices = {x.device for x in tensors if x is not None}
+    if len(devices) != 1:
+        raise ValueError(f"{op}: tensors are on {', '.join(sorted(map(str, devices)))}; put them on one device")
+    (device,) = devices
+    if device.type != "cuda" and not INTERPRETED and _Recorder.notes is None:
+        raise ValueError(
+            f"{op}: tensors are on {device}, and Triton kernels need an NVIDIA GPU; use REFERENCE, or set TRITON_INTERPRET=1"
+            " before the start to try kernels slowly on a CPU"
+        )

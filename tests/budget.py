@@ -1,0 +1,84 @@
+"""The error budget: a kernel may be at most twice as far from fp64 as PyTorch in the same dtype, output and every gradient.
+
+Uninitialised memory is filled with NaN while the kernel runs, so an element it does not write fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+
+
+@contextmanager
+def nan_filled_memory():
+    """`torch.empty` and its relatives give NaN (the highest integer) instead of whatever was there."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def check_budget(
+    label: str,
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: dict[str, Tensor],
+    *,
+    reference_inputs: dict[str, Tensor] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Compare outputs and gradients of `kernel` and `reference` with the reference's in fp64. Prints and asserts.
+
+    Args:
+        inputs: tensors in the dtype under test, any strides; each gets a gradient. They are the exact inputs of all three.
+        reference_inputs: what PyTorch gets instead, where it cannot take the same dtypes side by side.
+
+    Returns:
+        {"out0" | "d<input>": (error of the kernel, error of PyTorch)}, root mean squares relative to the truth's.
+    """
+    truth = _run(reference, {k: v.detach().double() for k, v in inputs.items()}, None)
+    with nan_filled_memory():
+        ours = _run(kernel, {k: v.detach() for k, v in inputs.items()}, truth["upstream"])
+    theirs = _run(reference, {k: v.detach() for k, v in (reference_inputs or inputs).items()}, truth["upstream"])
+    errors = {}
+    for name, want in truth["values"].items():
+        got, peer = ours["values"][name], theirs["values"][name]
+        assert got.shape == want.shape, f"{label} {name}: {tuple(got.shape)}, not {tuple(want.shape)}"
+        assert torch.isfinite(got).all(), f"{label} {name}: not finite, or never written"
+        # No result in this dtype is nearer to the truth than the truth rounded to it.
+        least = _error(want.to(got.dtype), want)
+        errors[name] = _error(got, want), max(_error(peer, want), least)
+    print(f"{label:40s}", "  ".join(f"{k} {a:.1e}/{b:.1e}" for k, (a, b) in errors.items()))
+    for name, (mine, yard) in errors.items():
+        assert mine <= FACTOR * yard, f"{label} {name}: error {mine:.2e} is over {FACTOR} x PyTorch's {yard:.2e}"
+    return errors
+
+
+def _run(function, inputs: dict[str, Tensor], upstream: list[Tensor] | None):
+    """Values and gradients for random upstream gradients, the same for every dtype (rounded to it)."""
+    leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if upstream is None:
+        generator = torch.Generator().manual_seed(1)
+        dtype = torch.bfloat16  # exact in every dtype under test
+        upstream = [torch.randn(o.shape, generator=generator).to(dtype).to(o.device).double() for o in outputs]
+    gradients = torch.autograd.grad(
+        outputs, list(leaves.values()), [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+    )
+    values = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
+    values |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return {"values": values, "upstream": upstream}
+
+
+def _error(found: Tensor, truth: Tensor) -> float:
+    distance, size = (found.double() - truth).norm().item(), truth.norm().item()
+    return distance / size if size else distance
