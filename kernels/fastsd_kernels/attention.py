@@ -4,13 +4,49 @@
 
 Shapes: B images, N queries, L keys, H heads, D head size.  q, k, v and o are (B, N, H, D): what a linear layer gives, seen
 as heads, with no permute and no copy.  q, k and v may be strided views of one fused projection.
-Bytes moved at best: q, k, v read once, o written once; the N x L scores never leave the chip.
+Bytes moved at best: q, k, v read once, o written once; the N x L scores never leave the chip.  Kept for the backward: q, k,
+v, o and one number a row, lse = log2 of the softmax's denominator.
+
+Forward (Dao 2023, "FlashAttention-2", algorithm 1): a program holds a tile of queries and streams the keys past it; m is the
+running maximum of a row, in log2 units so that the hardware's exp2 serves as it is.
+
+Backward, with P = exp2(q k^T scale - lse), dP = do v^T, delta = rowsum(o do), dS = P (dP - delta):
+
+    dq = dS k / sqrt(D)        one program a tile of queries, streams keys; writes delta on the way
+    dk = dS^T q / sqrt(D)      one program a tile of keys, streams queries
+    dv = P^T do
+
+Two kernels recompute P and dP twice: 7 matmuls where one kernel needs 5.  The one kernel would add its dq from many programs
+at once, and float atomics give other bits every time.  Where few keys leave the GPU idle, programs share the queries and
+write partial sums that are added in a fixed order.
+
+A head size is cut into slices (`head_tile.py`), powers of two, narrow at the end: 40 = 32 + 8.  One padded tile of 64 would
+run 60 % more multiply-adds; a matmul contracts at least 16, so only sums over D pad the last slice to 16.  Over a training step
+of SD1.5 the padding, of slices and of tiles of keys, costs 3.5 %.  Narrow slices also bound the registers: plain fp32 dots
+hold their whole operands, and tf32x3 holds each in two parts.  Where two held tiles still do not fit 255 registers (the
+backward of tf32x3, D = 160 in tf32), `HOLD` is off and both operands of q k^T and do v^T stream through in columns of 16.
+
+What lost: dk and dv in one kernel at D = 160 (368 B of spills in bf16, more in fp32); strides as plain arguments (a head's
+stride of 40 is no multiple of 16, and loads fall to 4 bytes); held tiles for tf32x3 (up to 950 B of spills at D = 80); the
+resident tile as the right operand (1.5 times the tensor instructions, and spills).
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastsd_kernels.attention_tiles import Tile, choose_tile, one_kernel_for_keys, slices
+from fastsd_kernels.head_tile import add_product, load_head, product, row_dots, scaled, store_head, streamed_product, zero_head
+from fastsd_kernels.interpreted import rounded
+from fastsd_kernels.launch import launch, require_device
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
@@ -45,3 +81,303 @@ def _check(q: Tensor, k: Tensor, v: Tensor, precision: str) -> None:
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; "
             "q must be (B, N, H, D), k and v (B, L, H, D)"
         )
+
+
+@triton.jit
+def _head(ptr, image_stride, head_stride, H):
+    """Where this program's image and head begin."""
+    i_image, i_head = tl.program_id(1) // H, tl.program_id(1) % H
+    return ptr + i_image.to(tl.int64) * (image_stride * 8) + i_head * (head_stride * 8)
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, H, N, L, scale,
+    q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, o_image, o_row, o_head,
+    D: tl.constexpr, SUM_D: tl.constexpr, OUT_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    EVEN: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (query tiles, B H). `scale` is log2(e) / sqrt(D); EVEN: L is a multiple of KEYS."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < N
+    q_ptrs = _head(q_ptr, q_image, q_head, H) + rows * (q_row * 8)
+    k_ptr = _head(k_ptr, k_image, k_head, H)
+    v_ptr = _head(v_ptr, v_image, v_head, H)
+    if HOLD:
+        q = load_head(q_ptrs, row_mask, SUM_D, D)
+    o = zero_head(ROWS, OUT_D)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, L, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        key_mask = None if EVEN else keys < L
+        k_ptrs = k_ptr + keys * (k_row * 8)
+        if HOLD:
+            s = product(q, load_head(k_ptrs, key_mask, SUM_D, D), PRECISION)
+        else:
+            s = streamed_product(q_ptrs, row_mask, k_ptrs, keys < L, D, PRECISION)
+        if not EVEN:
+            s = tl.where(keys[None, :] < L, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - new_top[:, None])
+        keep = tl.exp2(top - new_top)
+        total = total * keep + tl.sum(p, 1)
+        top = new_top
+        v = load_head(v_ptr + keys * (v_row * 8), key_mask, OUT_D, D)
+        o = add_product(scaled(o, keep[:, None]), rounded(p, v_ptr.dtype.element_ty), v, PRECISION)
+    o_ptrs = _head(o_ptr, o_image, o_head, H) + rows * (o_row * 8)
+    store_head(o_ptrs, row_mask, scaled(o, 1 / total[:, None]), OUT_D, D)
+    tl.store(lse_ptr + tl.program_id(1) * N + rows, top + tl.log2(total), mask=row_mask)
+
+
+@triton.jit
+def _backward_q(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, H, N, L, scale, root,
+    q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, o_image, o_row, o_head,
+    do_image, do_row, do_head, dq_image, dq_row, dq_head,
+    D: tl.constexpr, SUM_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    EVEN: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (query tiles, B H). Writes dq and delta. `root` is 1 / sqrt(D); EVEN: L is a multiple of KEYS."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < N
+    q_ptrs = _head(q_ptr, q_image, q_head, H) + rows * (q_row * 8)
+    do_ptrs = _head(do_ptr, do_image, do_head, H) + rows * (do_row * 8)
+    o_ptrs = _head(o_ptr, o_image, o_head, H) + rows * (o_row * 8)
+    k_ptr = _head(k_ptr, k_image, k_head, H)
+    v_ptr = _head(v_ptr, v_image, v_head, H)
+    if HOLD:
+        q = load_head(q_ptrs, row_mask, SUM_D, D)
+    do = load_head(do_ptrs, row_mask, SUM_D, D)
+    delta = row_dots(load_head(o_ptrs, row_mask, SUM_D, D), do)
+    stat_offs = tl.program_id(1) * N + rows
+    tl.store(delta_ptr + stat_offs, delta, mask=row_mask)
+    lse = tl.load(lse_ptr + stat_offs, mask=row_mask, other=0.0)
+    dq = zero_head(ROWS, SUM_D)
+    for start in range(0, L, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        key_mask = None if EVEN else keys < L
+        k_ptrs = k_ptr + keys * (k_row * 8)
+        v_ptrs = v_ptr + keys * (v_row * 8)
+        if HOLD:
+            k = load_head(k_ptrs, key_mask, SUM_D, D)
+            s = product(q, k, PRECISION)
+            dp = product(do, load_head(v_ptrs, key_mask, SUM_D, D), PRECISION)
+        else:
+            s = streamed_product(q_ptrs, row_mask, k_ptrs, keys < L, D, PRECISION)
+            dp = streamed_product(do_ptrs, row_mask, v_ptrs, keys < L, D, PRECISION)
+            k = load_head(k_ptrs, key_mask, SUM_D, D)
+        ds = tl.exp2(s * scale - lse[:, None]) * (dp - delta[:, None])
+        if not EVEN:
+            # A key that is not there has s = 0, whose exp2(-lse) may be infinite: 0 times it would be NaN.
+            ds = tl.where(keys[None, :] < L, ds, 0.0)
+        dq = add_product(dq, rounded(ds, k_ptr.dtype.element_ty), k, PRECISION)
+    dq_ptrs = _head(dq_ptr, dq_image, dq_head, H) + rows * (dq_row * 8)
+    store_head(dq_ptrs, row_mask, scaled(dq, root), SUM_D, D)
+
+
+@triton.jit
+def _backward_kv(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, H, N, L, scale, root, chunk,
+    q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, do_image, do_row, do_head,
+    dk_part, dk_image, dk_row, dk_head, dv_part, dv_image, dv_row, dv_head,
+    D: tl.constexpr, SUM_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    EVEN: tl.constexpr, HOLD: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (key tiles, B H, parts of `chunk` queries). Scores lie keys by queries here. EVEN: N is a multiple of ROWS."""
+    keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    key_mask = keys < L
+    k_ptrs = _head(k_ptr, k_image, k_head, H) + keys * (k_row * 8)
+    v_ptrs = _head(v_ptr, v_image, v_head, H) + keys * (v_row * 8)
+    q_ptr = _head(q_ptr, q_image, q_head, H)
+    do_ptr = _head(do_ptr, do_image, do_head, H)
+    lse_ptr += tl.program_id(1) * N
+    delta_ptr += tl.program_id(1) * N
+    if HOLD:
+        k = load_head(k_ptrs, key_mask, SUM_D, D)
+        if WITH_K:
+            v = load_head(v_ptrs, key_mask, SUM_D, D)
+    dk = zero_head(KEYS, SUM_D)
+    dv = zero_head(KEYS, SUM_D)
+    first = tl.program_id(2) * chunk
+    for start in range(first, min(first + chunk, N), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        row_mask = None if EVEN else rows < N
+        q_ptrs = q_ptr + rows * (q_row * 8)
+        do_ptrs = do_ptr + rows * (do_row * 8)
+        if HOLD:
+            q = load_head(q_ptrs, row_mask, SUM_D, D)
+            s = product(k, q, PRECISION)
+        else:
+            s = streamed_product(k_ptrs, key_mask, q_ptrs, rows < N, D, PRECISION)
+        # exp2(s - inf) = 0: a query that is not there adds nothing.
+        lse = tl.load(lse_ptr + rows, mask=row_mask, other=None if EVEN else float("inf"))
+        p = tl.exp2(s * scale - lse[None, :])
+        if HOLD or WITH_V:
+            do = load_head(do_ptrs, row_mask, SUM_D, D)
+        if WITH_V:
+            dv = add_product(dv, rounded(p, do_ptr.dtype.element_ty), do, PRECISION)
+        if WITH_K:
+            if HOLD:
+                dp = product(v, do, PRECISION)
+            else:
+                dp = streamed_product(v_ptrs, key_mask, do_ptrs, rows < N, D, PRECISION)
+                q = load_head(q_ptrs, row_mask, SUM_D, D)
+            delta = tl.load(delta_ptr + rows, mask=row_mask, other=None if EVEN else 0.0)
+            ds = p * (dp - delta[None, :])
+            dk = add_product(dk, rounded(ds, q_ptr.dtype.element_ty), q, PRECISION)
+    if WITH_K:
+        dk_ptr = _head(dk_ptr, dk_image, dk_head, H) + tl.program_id(2).to(tl.int64) * (dk_part * 8)
+        store_head(dk_ptr + keys * (dk_row * 8), key_mask, scaled(dk, root), SUM_D, D)
+    if WITH_V:
+        dv_ptr = _head(dv_ptr, dv_image, dv_head, H) + tl.program_id(2).to(tl.int64) * (dv_part * 8)
+        store_head(dv_ptr + keys * (dv_row * 8), key_mask, dv, SUM_D, D)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride // 8 for x in tensors for stride in x.stride()[:-1])
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x itself in any layout whose rows of D are whole and 16 bytes apart, else a contiguous copy."""
+    return x if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) else x.contiguous()
+
+
+def _options(tile: Tile, head_dim: int, precision: str) -> dict[str, Any]:
+    return {
+        "D": head_dim, "SUM_D": slices(head_dim, tile.widest, 16), "ROWS": tile.rows, "KEYS": tile.keys, "HOLD": tile.hold,
+        "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
+    }  # fmt: skip
+
+
+def attention_forward(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """o (B, N, H, D), contiguous, and lse (B, H, N) fp32, in log2 units."""
+    q, k, v = map(_readable, (q_BNHD, k_BLHD, v_BLHD))
+    (B, N, H, D), L = q.shape, k.shape[1]
+    o, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
+    tile = choose_tile("forward", D, L, q.dtype, precision, q.device)
+    launch(
+        _forward, (triton.cdiv(N, tile.rows), B * H),
+        q, k, v, o, lse, H, N, L, math.log2(math.e) / D**0.5, *_strides(q, k, v, o),
+        OUT_D=slices(D, tile.widest, 8), EVEN=L % tile.keys == 0, **_options(tile, D, precision),
+    )  # fmt: skip
+    return o, lse
+
+
+def attention_backward(
+    do_BNHD: Tensor, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, o_BNHD: Tensor, lse_BHN: Tensor, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, contiguous."""
+    do, q, k, v = map(_readable, (do_BNHD, q_BNHD, k_BLHD, v_BLHD))
+    (B, N, H, D), L = q.shape, k.shape[1]
+    dq, delta = q.new_empty((B, N, H, D)), torch.empty_like(lse_BHN)
+    tile = choose_tile("dq", D, L, q.dtype, precision, q.device)
+    launch(
+        _backward_q, (triton.cdiv(N, tile.rows), B * H),
+        q, k, v, o_BNHD, do, dq, lse_BHN, delta, H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5,
+        *_strides(q, k, v, o_BNHD, do, dq), EVEN=L % tile.keys == 0, **_options(tile, D, precision),
+    )  # fmt: skip
+    together = one_kernel_for_keys(D, q.dtype, precision)
+    key_gradients = [
+        _key_gradients(which, do, q, k, v, lse_BHN, delta, precision) for which in (("dkdv",) if together else ("dk", "dv"))
+    ]
+    dk, dv = (gradient for group in key_gradients for gradient in group)
+    if L == 1:
+        # The softmax of one score is 1 whatever q and k are. dP - delta would leave a rounding of it.
+        dq, dk = dq.zero_(), dk.zero_()
+    return dq, dk, dv
+
+
+def _key_gradients(
+    which: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, precision: str
+) -> list[Tensor]:
+    """One launch for "dk", "dv" or "dkdv"; returns what it names."""
+    (B, N, H, D), L = q.shape, k.shape[1]
+    tile = choose_tile(which, D, L, q.dtype, precision, q.device)
+    key_tiles, row_tiles = triton.cdiv(L, tile.keys), triton.cdiv(N, tile.rows)
+    # 512 programs fill a GPU. Fewer than 4 row tiles a part would spend more on its sums than it saves.
+    parts = min(triton.cdiv(512, key_tiles * B * H), triton.cdiv(row_tiles, 4))
+    chunk = triton.cdiv(row_tiles, parts) * tile.rows
+    parts = triton.cdiv(N, chunk)
+    kept = q.dtype if parts == 1 else torch.float32
+    outs = [q.new_empty((parts, B, L, H, D), dtype=kept) for _ in range(len(which) // 2)]
+    dk, dv = outs[0], outs[-1]
+    launch(
+        _backward_kv, (key_tiles, B * H, parts),
+        q, k, v, do, dk, dv, lse, delta, H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk,
+        *_strides(q, k, v, do, dk, dv), EVEN=N % tile.rows == 0, WITH_K="dk" in which, WITH_V="dv" in which,
+        **_options(tile, D, precision),
+    )  # fmt: skip
+    return [out[0] if parts == 1 else out.sum(0).to(q.dtype) for out in outs]
+
+
+@torch.library.custom_op("fastsd::attention", mutates_args=())
+def attention_op(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    return attention_forward(q, k, v, precision)
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    B, N, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastsd::attention_backward", mutates_args=())
+def attention_backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_backward(do, q, k, v, o, lse, precision)
+
+
+@attention_backward_op.register_fake
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.precision = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    q, k, v, o, lse = ctx.saved_tensors
+    return *attention_backward_op(do, q, k, v, o, lse, ctx.precision), None
+
+
+attention_op.register_autograd(_differentiate, setup_context=_save)
+
+
+# The work asked for, as PyTorch counts its own attention: 2 matmuls forward, 5 backward.
+@register_flop_formula(torch.ops.fastsd.attention)
+def _(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    (B, N, H, D), L = q_shape, k_shape[1]
+    return 4 * B * H * N * L * D
+
+
+@register_flop_formula(torch.ops.fastsd.attention_backward)
+def _(do_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    (B, N, H, D), L = q_shape, k_shape[1]
+    return 10 * B * H * N * L * D
+
+
+def attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, precision: str = "ieee") -> Tensor:
+    """`attention_reference` as fused kernels: bf16 or fp32, D any multiple of 8 up to 256, deterministic.
+
+    For fp32, `precision` picks the matmuls: "ieee" (fused multiply-adds), "tf32", or "tf32x3" (three TF32 products, about
+    as exact as ieee). bf16 goes through bf16 tensor cores whatever it says. Softmax and sums are fp32.
+    q, k, v are read where they lie if their rows of D are whole and strides are multiples of 8, else copied first.
+
+    Raises:
+        ValueError: as the reference; another dtype; a D that is no multiple of 8 or above 256; no keys; no GPU.
+    """
+    _check(q_BNHD, k_BLHD, v_BLHD, precision)
+    (B, _, H, D), L = q_BNHD.shape, k_BLHD.shape[1]
+    if {q_BNHD.dtype, k_BLHD.dtype, v_BLHD.dtype} not in ({torch.float32}, {torch.bfloat16}):
+        raise ValueError(f"attention: q, k, v are {q_BNHD.dtype}, {k_BLHD.dtype}, {v_BLHD.dtype}; give all in fp32 or in bf16")
+    if D % 8 or D > 256 or L == 0 or B * H > 65535:
+        raise ValueError(
+            f"attention: {L} keys, head size {D}, {B} x {H} images and heads; the kernels take 1 key or more, head sizes"
+            " that are multiples of 8 up to 256, and at most 65535 images and heads"
+        )
+    require_device("attention", q_BNHD, k_BLHD, v_BLHD)
+    return attention_op(q_BNHD, k_BLHD, v_BLHD, precision)[0]

@@ -1,0 +1,132 @@
+"""How the attention kernels are cut, for every GPU: one table. The kernels and their vocabulary are in `attention.py`.
+
+A row holds for head sizes up to its own, and, unless it names an architecture, for sm_80, 86, 89 and 120 alike, which share
+one kind of tensor core instruction (mma) and the 99 KB of shared memory of the smallest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from fastsd_kernels.launch import architecture
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut."""
+
+    rows: int  # queries of a tile
+    keys: int  # keys of a tile
+    warps: int
+    stages: int  # of the pipeline that loads the next tile while this one is worked on; 1: none
+    widest: int = 128  # slice of D
+    hold: bool = True  # the program's own tile stays in registers; else both stream past in columns
+    registers: int | None = None  # a thread, at most. Left alone, the assembler may spill to fit one more block on an SM
+
+
+HEAD_DIMS = (48, 96, 160, 256)
+
+# (kernel, head size up to, bf16 or fp32's precision, architecture or 0 for any): tile.  Reasons, in order of weight:
+# no spills; two blocks an SM (128 registers at 8 warps, 49 KB) or one large one; long tiles of what streams.
+_TILES: dict[tuple[str, int, str, int], Tile] = {
+    # bf16: a held tile of 128 rows halves what streams past. D = 160 pays for registers with shorter tiles.
+    ("forward", 48, "bf16", 0): Tile(128, 64, 8, 3),
+    ("forward", 96, "bf16", 0): Tile(128, 64, 8, 3),
+    ("forward", 160, "bf16", 0): Tile(128, 32, 8, 2),
+    ("forward", 256, "bf16", 0): Tile(64, 32, 8, 1, 64, hold=False),
+    ("dq", 48, "bf16", 0): Tile(128, 64, 8, 2),
+    ("dq", 96, "bf16", 0): Tile(128, 64, 8, 2),
+    ("dq", 160, "bf16", 0): Tile(64, 32, 8, 2),
+    ("dq", 256, "bf16", 0): Tile(32, 32, 8, 1, 64, hold=False),
+    ("dkdv", 48, "bf16", 0): Tile(64, 128, 8, 2),
+    ("dkdv", 96, "bf16", 0): Tile(32, 128, 8, 2),
+    ("dk", 160, "bf16", 0): Tile(32, 64, 8, 2),
+    ("dk", 256, "bf16", 0): Tile(32, 32, 8, 1, 64, hold=False),
+    ("dv", 160, "bf16", 0): Tile(64, 64, 8, 2),
+    ("dv", 256, "bf16", 0): Tile(32, 32, 8, 1, 64, hold=False),
+    # wgmma reads the streamed operand from shared memory, not registers: longer tiles fit.
+    ("forward", 48, "bf16", 90): Tile(128, 128, 8, 2),
+    ("forward", 96, "bf16", 90): Tile(128, 128, 8, 2),
+    # tf32: operands take twice the registers of bf16. At D = 160 only one row of mma tiles a warp is left.
+    ("forward", 48, "tf32", 0): Tile(128, 64, 8, 2),
+    ("forward", 96, "tf32", 0): Tile(128, 32, 8, 2, 32),
+    ("forward", 160, "tf32", 0): Tile(64, 32, 8, 2, 32),
+    ("forward", 256, "tf32", 0): Tile(64, 16, 8, 1, 32, hold=False),
+    ("dq", 48, "tf32", 0): Tile(128, 64, 8, 2, 32),
+    ("dq", 96, "tf32", 0): Tile(64, 32, 8, 2, 32),
+    ("dq", 160, "tf32", 0): Tile(64, 32, 8, 2, 16, hold=False),
+    ("dq", 256, "tf32", 0): Tile(32, 16, 8, 1, 16, hold=False),
+    ("dkdv", 48, "tf32", 0): Tile(32, 128, 8, 2),
+    ("dkdv", 96, "tf32", 0): Tile(16, 128, 8, 2, 32),
+    ("dk", 160, "tf32", 0): Tile(32, 64, 8, 2, 16, hold=False),
+    ("dk", 160, "tf32", 90): Tile(16, 64, 8, 2, 32, hold=False),  # 48 B of spills with the other one
+    ("dk", 256, "tf32", 0): Tile(16, 32, 8, 1, 16, hold=False),
+    ("dv", 160, "tf32", 0): Tile(16, 64, 8, 2, 32),
+    ("dv", 256, "tf32", 0): Tile(16, 32, 8, 1, 16, hold=False),
+    # tf32x3: every operand in two parts. What a held tile would take, the compiler keeps split for the whole loop.
+    ("forward", 48, "tf32x3", 0): Tile(64, 32, 4, 2, 16),
+    ("forward", 96, "tf32x3", 0): Tile(64, 16, 4, 2, 16),
+    ("forward", 160, "tf32x3", 0): Tile(64, 32, 8, 2, 16, hold=False),
+    ("forward", 256, "tf32x3", 0): Tile(64, 16, 8, 1, 16, hold=False),
+    ("dq", 48, "tf32x3", 0): Tile(64, 32, 8, 2, 16, hold=False),
+    ("dq", 96, "tf32x3", 0): Tile(64, 32, 8, 2, 16, hold=False),
+    ("dq", 160, "tf32x3", 0): Tile(64, 32, 8, 2, 16, hold=False),
+    ("dq", 256, "tf32x3", 0): Tile(32, 16, 8, 1, 16, hold=False),
+    ("dkdv", 48, "tf32x3", 0): Tile(16, 64, 4, 2, 16, hold=False),
+    ("dk", 96, "tf32x3", 0): Tile(32, 64, 8, 2, 16, hold=False),
+    ("dk", 160, "tf32x3", 0): Tile(16, 32, 4, 2, 32, hold=False),
+    ("dk", 256, "tf32x3", 0): Tile(16, 32, 8, 1, 16, hold=False),
+    ("dv", 96, "tf32x3", 0): Tile(32, 64, 4, 2, 16),
+    ("dv", 160, "tf32x3", 0): Tile(16, 32, 8, 2, 16),
+    ("dv", 256, "tf32x3", 0): Tile(16, 32, 8, 1, 16, hold=False),
+    # ieee: a thread holds its rows and columns of both operands, a slice long; 16 numbers of the result a thread give five
+    # multiply-adds a shared load. More a thread spills, fewer starve on loads.
+    ("forward", 48, "ieee", 0): Tile(64, 64, 8, 1, 32, registers=128),
+    ("forward", 96, "ieee", 0): Tile(64, 64, 8, 1, 16),
+    ("forward", 160, "ieee", 0): Tile(64, 32, 8, 1, 16),
+    ("forward", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
+    ("dq", 48, "ieee", 0): Tile(64, 32, 4, 2, 16),
+    ("dq", 96, "ieee", 0): Tile(64, 32, 8, 2, 16),
+    ("dq", 160, "ieee", 0): Tile(32, 32, 8, 1, 32),
+    ("dq", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
+    ("dkdv", 48, "ieee", 0): Tile(32, 64, 8, 2, 16, registers=128),
+    ("dkdv", 96, "ieee", 0): Tile(32, 32, 4, 2, 128),
+    ("dk", 160, "ieee", 0): Tile(32, 32, 8, 2, 32),
+    ("dk", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
+    ("dv", 160, "ieee", 0): Tile(32, 32, 8, 1, 32),
+    ("dv", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
+}
+
+
+def choose_tile(kernel: str, head_dim: int, keys: int, dtype: torch.dtype, precision: str, device: torch.device) -> Tile:
+    """The tile of "forward", "dq", "dk", "dv" or "dkdv", with fewer keys where the table's would be mostly padding."""
+    size, kind = _row(head_dim, dtype, precision)
+    tile = _TILES.get((kernel, size, kind, architecture(device))) or _TILES[kernel, size, kind, 0]
+    width = tile.keys
+    while width > 16 and triton.cdiv(keys, width) * width > 1.25 * keys:
+        width //= 2
+    return tile._replace(keys=width)
+
+
+def one_kernel_for_keys(head_dim: int, dtype: torch.dtype, precision: str) -> bool:
+    """Whether dk and dv fit one kernel; if not, each has its own and P is computed once more."""
+    size, kind = _row(head_dim, dtype, precision)
+    return ("dkdv", size, kind, 0) in _TILES
+
+
+def _row(head_dim: int, dtype: torch.dtype, precision: str) -> tuple[int, str]:
+    size = next(size for size in HEAD_DIMS if head_dim <= size)
+    return size, precision if dtype == torch.float32 else "bf16"
+
+
+def slices(head_dim: int, widest: int, least: int) -> tuple[tuple[int, int], ...]:
+    """(first column, width) of each slice of D: powers of two from `widest` down to `least`; the last may reach beyond D."""
+    cut: list[tuple[int, int]] = []
+    first = 0
+    while first < head_dim:
+        width = max(least, min(widest, 1 << (head_dim - first).bit_length() - 1))
+        cut.append((first, width))
+        first += width
+    return tuple(cut)

@@ -1,0 +1,106 @@
+# mypy: disable-error-code="assignment"
+"""The vocabulary of the attention kernels: tiles of one head, cut into slices of its D columns.
+
+A head tile is a tuple of 2-D tiles, one a slice; `SLICES` holds (first column, width) of each, and the last may reach beyond
+D.  `row_ptrs` point at column 0 of each of a tile's rows.  Slices are known at compile time: the loops over them unroll.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastsd_kernels.interpreted import dot, rounded
+
+
+@triton.jit
+def load_head(row_ptrs, row_mask, SLICES: tl.constexpr, D: tl.constexpr):
+    """A head tile; zeros where row_mask is false or beyond D. row_mask None: all rows are there."""
+    tiles = ()
+    for i in tl.static_range(len(SLICES)):
+        tiles = tiles + (_load_slice(row_ptrs, row_mask, SLICES[i][0], SLICES[i][1], D),)
+    return tiles
+
+
+@triton.jit
+def _load_slice(row_ptrs, row_mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    cols = FIRST + tl.arange(0, WIDTH)
+    ptrs = row_ptrs[:, None] + cols[None, :]
+    if row_mask is None:
+        if FIRST + WIDTH <= D:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, mask=cols[None, :] < D, other=0.0)
+    else:
+        if FIRST + WIDTH <= D:
+            return tl.load(ptrs, mask=row_mask[:, None], other=0.0)
+        else:
+            return tl.load(ptrs, mask=row_mask[:, None] & (cols[None, :] < D), other=0.0)
+
+
+@triton.jit
+def store_head(row_ptrs, row_mask, tiles, SLICES: tl.constexpr, D: tl.constexpr):
+    for i in tl.static_range(len(SLICES)):
+        cols = SLICES[i][0] + tl.arange(0, SLICES[i][1])
+        mask = row_mask[:, None] & (cols[None, :] < D)
+        tl.store(row_ptrs[:, None] + cols[None, :], rounded(tiles[i], row_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zero_head(ROWS: tl.constexpr, SLICES: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(len(SLICES)):
+        tiles = tiles + (_zero(ROWS, SLICES[i][1]),)
+    return tiles
+
+
+@triton.jit
+def _zero(ROWS: tl.constexpr, COLS: tl.constexpr):
+    return tl.zeros((ROWS, COLS), tl.float32)
+
+
+@triton.jit
+def scaled(tiles, factor):
+    scaled = ()
+    for i in tl.static_range(len(tiles)):
+        scaled = scaled + (tiles[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def row_dots(a, b):
+    dots = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(a)):
+        dots += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return dots
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a b^T, summed over D: two head tiles -> one tile of scores."""
+    scores = dot(a[0], tl.trans(b[0]), tl.zeros((a[0].shape[0], b[0].shape[0]), tl.float32), PRECISION)
+    for i in tl.static_range(1, len(a)):
+        scores = dot(a[i], tl.trans(b[i]), scores, PRECISION)
+    return scores
+
+
+@triton.jit
+def streamed_product(a_ptrs, a_mask, b_ptrs, b_mask, D: tl.constexpr, PRECISION: tl.constexpr):
+    """`product` of two head tiles still in memory, 16 columns at a time."""
+    cols = tl.arange(0, 16)[None, :]
+    scores = tl.zeros((a_ptrs.shape[0], b_ptrs.shape[0]), tl.float32)
+    for first in range(0, D, 16):
+        inside = cols < D - first
+        a = tl.load(a_ptrs[:, None] + first + cols, mask=a_mask[:, None] & inside, other=0.0)
+        b = tl.load(b_ptrs[:, None] + first + cols, mask=b_mask[:, None] & inside, other=0.0)
+        scores = dot(a, tl.trans(b), scores, PRECISION)
+    return scores
+
+
+@triton.jit
+def add_product(sums, weights, tiles, PRECISION: tl.constexpr):
+    """sums + weights tiles, summed over the tiles' rows: head tiles all three but the weights."""
+    added = ()
+    for i in tl.static_range(len(tiles)):
+        added = added + (dot(weights, tiles[i], sums[i], PRECISION),)
+    return added

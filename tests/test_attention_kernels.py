@@ -1,0 +1,178 @@
+"""The attention kernels against fp64 and PyTorch, in Triton's interpreter or on a GPU: errors, layouts, determinism."""
+
+import pytest
+import torch
+from budget import check_budget, nan_filled_memory
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastsd_kernels import workload
+from fastsd_kernels.attention import PRECISIONS, attention_backward_op, attention_op, attention_reference, attention_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODES = ("bf16", *PRECISIONS)
+
+
+def make(B, N, L, H, D, mode, seed=0):
+    """q, k, v as strided views of one fused projection (self attention) or of two (q apart)."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if mode == "bf16" else torch.float32
+    qkv_BN3HD = torch.randn(B, max(N, L), 3, H, D, generator=generator).to(DEVICE, dtype)
+    return {"q": qkv_BN3HD[:, :N, 0], "k": qkv_BN3HD[:, :L, 1], "v": qkv_BN3HD[:, :L, 2]}
+
+
+def check(label, inputs, mode):
+    precision = "ieee" if mode == "bf16" else mode
+    return check_budget(
+        f"attention {mode} {label}",
+        lambda q, k, v: attention_triton(q, k, v, precision=precision),
+        lambda q, k, v: attention_reference(q, k, v).contiguous(),
+        inputs,
+    )
+
+
+# The workload's kinds with lengths cut (the interpreter is slow): several tiles a side, whole ones or not as there.
+KINDS = sorted({(min(kind.queries, 128), min(kind.keys, 128), kind.head_dim) for kind in workload.ATTENTION})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n, keys, d", KINDS)
+def test_kinds_of_the_workload(n, keys, d, mode):
+    check(f"{n}x{keys} d{d}", make(1, n, keys, 1, d, mode), mode)
+
+
+@pytest.mark.parametrize("mode", ["bf16", "ieee"])
+@pytest.mark.parametrize(
+    "n, keys, d",
+    [(1, 1, 8), (63, 77, 16), (77, 63, 40), (97, 248, 24), (1025, 97, 8), (63, 1025, 40), (33, 231, 64), (1, 77, 160)],
+)
+def test_odd_lengths(n, keys, d, mode):
+    check(f"{n}x{keys} d{d}", make(2 if n * keys < 10_000 else 1, n, keys, 1, d, mode), mode)
+
+
+@pytest.mark.parametrize(
+    "d, mode", [*((d, mode) for d in (24, 72, 168) for mode in MODES), *((d, "bf16") for d in (8, 48, 56, 120, 136, 256))]
+)
+def test_head_sizes(d, mode):
+    check(f"20x33 d{d}", make(1, 20, 33, 1, d, mode, seed=d), mode)
+
+
+def transposed(x):
+    """The same numbers in memory as (B, H, N, D), as other code keeps them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def scattered(x):
+    """Columns that are not neighbours, and odd strides."""
+    out = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=x.device)[..., 1::2]
+    return out.copy_(x)
+
+
+@pytest.mark.parametrize("layout", [transposed, scattered, torch.Tensor.contiguous])
+def test_any_layout_gives_the_same_bits(layout):
+    inputs = make(2, 40, 50, 3, 40, "ieee")
+    results = []
+    for case in (inputs, {name: layout(x) for name, x in inputs.items()}):
+        leaves = {name: x.detach().requires_grad_() for name, x in case.items()}
+        o = attention_triton(*leaves.values())
+        results.append([o, *torch.autograd.grad(o, list(leaves.values()), layout(torch.ones_like(o)))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_without_memory_of_their_own():
+    leaves = [x.detach().requires_grad_() for x in make(1, 33, 20, 2, 16, "ieee").values()]
+    expanded = torch.autograd.grad(attention_triton(*leaves).sum(), leaves)  # one number, expanded
+    dense = torch.autograd.grad(attention_triton(*leaves), leaves, torch.ones(1, 33, 2, 16, device=DEVICE))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+def test_large_scores_do_not_overflow():
+    inputs = make(1, 40, 77, 1, 40, "ieee")
+    inputs["q"] = inputs["q"] * 300  # scores in the thousands, far past exp's range
+    o = attention_triton(*inputs.values())
+    truth = attention_reference(*(x.double() for x in inputs.values()))
+    assert (o - truth).abs().max() < 1e-3 * truth.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["bf16", "ieee"])
+def test_twenty_backward_passes_have_the_same_bits(mode):
+    # 1 image and 77 keys: the queries are shared by several programs, whose sums are added afterwards.
+    leaves = [x.detach().requires_grad_() for x in make(1, 700, 77, 1, 40, mode).values()]
+    dy = torch.randn_like(leaves[0])
+    first = None
+    for _ in range(20 if DEVICE == "cuda" else 3):
+        with nan_filled_memory():
+            gradients = torch.autograd.grad(attention_triton(*leaves), leaves, dy)
+        first = first or gradients
+        assert all(torch.equal(a, b) for a, b in zip(gradients, first, strict=True))
+
+
+def test_only_inputs_output_and_row_statistics_are_kept():
+    leaves = [x.detach().requires_grad_() for x in make(2, 48, 77, 2, 40, "ieee").values()]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        o = attention_triton(*leaves)
+    assert [tuple(x.shape) for x in kept] == [*(tuple(x.shape) for x in leaves), tuple(o.shape), (2, 2, 48)]
+    assert kept[4].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["bf16", "tf32"])
+def test_ops_are_ordinary_ops(mode):
+    q, k, v = make(2, 17, 33, 2, 16, mode).values()
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(attention_op, (*leaves, "tf32"))
+    o, lse = attention_op(q, k, v, "tf32")
+    torch.library.opcheck(attention_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32"))
+
+
+def test_the_flop_formula_counts_what_pytorch_counts():
+    leaves = [x.detach().requires_grad_() for x in make(2, 16, 24, 2, 8, "ieee").values()]
+    counted = []
+    for attention in (attention_triton, attention_reference):
+        with FlopCounterMode(display=False) as counter:
+            attention(*leaves).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == 14 * 2 * 2 * 16 * 24 * 8
+    if DEVICE == "cuda":
+        assert counted[0] == counted[1]
+
+
+def test_padding_costs_at_most_six_percent():
+    """Multiply-adds a UNet step runs over those it needs, the slices' and tiles' padding counted in every matmul."""
+    from fastsd_kernels.attention_tiles import choose_tile, one_kernel_for_keys, slices
+
+    for dtype, precision in ((torch.bfloat16, "ieee"), *((torch.float32, precision) for precision in PRECISIONS)):
+        needed = run = 0
+        for kind, count in workload.ATTENTION.items():
+            D, L = kind.head_dim, kind.keys
+
+            def tile(kernel, D=D, L=L, dtype=dtype, precision=precision):
+                return choose_tile(kernel, D, L, dtype, precision, torch.device("cpu"))
+
+            def width(kernel, least, D=D, tile=tile):
+                return sum(w for _, w in slices(D, tile(kernel).widest, least))
+
+            key_kernels = ("dkdv",) if one_kernel_for_keys(D, dtype, precision) else ("dk", "dv")
+            sums = {"forward": 1, "dq": 2, "dkdv": 2, "dk": 2, "dv": 1}  # matmuls that contract D
+            outs = {"forward": 1, "dq": 1, "dkdv": 2, "dk": 1, "dv": 1}  # matmuls whose result is D wide
+            for kernel in ("forward", "dq", *key_kernels):
+                padded = -(-L // tile(kernel).keys) * tile(kernel).keys
+                out = width(kernel, 8 if kernel == "forward" else 16)
+                run += count * kind.queries * kind.heads * padded * (sums[kernel] * width(kernel, 16) + outs[kernel] * out)
+                needed += count * kind.queries * kind.heads * L * (sums[kernel] + outs[kernel]) * D
+        step = 3 * workload.FORWARD_FLOPS / 2 - 3 * sum(k.flops * n for k, n in workload.ATTENTION.items()) / 2
+        ratio = (step + run) / (step + needed)
+        print(f"{dtype} {precision}: attention {run / needed:.3f}, step {ratio:.3f}")
+        assert ratio <= 1.06
+
+
+def test_what_does_not_fit_is_refused():
+    q = torch.zeros(1, 4, 2, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="precision is 'fp8'"):
+        attention_triton(q, q, q, precision="fp8")
+    with pytest.raises(ValueError, match="do not fit"):
+        attention_triton(q, q[:, :, :1], q[:, :, :1])
+    with pytest.raises(ValueError, match="give all in fp32 or in bf16"):
+        attention_triton(q, q.bfloat16(), q)
+    for bad in (torch.zeros(1, 4, 2, 12), torch.zeros(1, 4, 2, 264), torch.zeros(1, 0, 2, 8)):
+        with pytest.raises(ValueError, match="multiples of 8 up to 256"):
+            attention_triton(bad, bad, bad)
