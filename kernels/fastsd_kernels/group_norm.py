@@ -1,30 +1,55 @@
 """GroupNorm over channels-last images, with an optional shift added first and an optional SiLU after.
 
-    y = silu?( (x + shift - mean_g) / sqrt(var_g + eps) * weight + bias )
+    xhat = (x + shift - mean_g) * rstd_g        rstd_g = 1 / sqrt(var_g + eps)
+    z = xhat * weight + bias        y = z, or with SiLU z * sigmoid(z)
 
-mean_g and var_g run over the H*W positions and C/groups channels of one image's group, in fp32 whatever the dtype.
+    dz = dy, or with SiLU dy * sigmoid(z) * (1 + z * (1 - sigmoid(z)))        u = dz * weight
+    dx = rstd_g * (u - mean_g(u) - xhat * mean_g(u * xhat))        d shift = sum over positions of dx
+    d weight = sum over images and positions of dz * xhat        d bias = the same of dz
+
+Means and variances run over the H*W positions and C/groups channels of one image's group, in fp32 whatever the dtype.
 The shift is the time embedding of a residual block: one number per image and channel.
 
-Shapes: B images, C channels, H x W positions; memory is channels last, so a position's channels are neighbours.
-Bytes moved at best: forward 2 reads and 1 write of x, backward 2 reads of x and dy and 1 write of dx.
+Shapes: B images, C channels, G groups, P = H*W positions; memory is channels last, that is (B, P, C).  fp32 or bf16;
+weight, bias and shift may be fp32 beside a bf16 x.  mean and rstd are fp32 (B, G).
+Bytes moved, but for partial sums: forward 2 reads and 1 write of x, backward 2 reads of x and dy and 1 write of dx.
+Kept for the backward: x, shift, mean, rstd.  y is never kept: `group_norm_apply` rebuilds it, bit for bit.
+
+A group is 4 to 80 channels wide and P positions long: too narrow for 16-byte loads, too long for one program.  So tiles
+are cut without regard to groups, 64 channels (which divides every C of the workload) by 16 to 128 positions, and sum over
+positions only; a small second kernel merges their sums per channel into those of a group:
+
+    forward     _statistics      (x) -> mean and squared deviations of each tile's channels
+                _merge           -> mean, rstd of each group
+                _apply           (x) -> y
+    backward    _sums            (x, dy) -> sums of dz, dz * xhat and xhat over each tile's positions
+                _merge_sums      -> the two means of each group, the sums of each channel, d shift
+                _input_gradient  (x, dy) -> dx
+
+A tile takes deviations from its own mean, in registers, and tiles merge by Chan's formula: nowhere is there an
+E[x^2] - mean^2, which loses all digits where mean >> std.  Every order of summation is fixed, and an image's numbers do
+not depend on the images beside it.  d shift follows from sums at hand; xhat is summed for its sake.
+Lost: tiles of whole groups (loads of 4 and 8 bytes at C/G = 10, 20, 30, 60); adding the shift to the means of channels
+(the fewest operations, but a shift that cancels a large mean leaves noise); a sum of dx in its own kernel for d shift
+(one more set of partial sums, and a launch to add them).  Not built: one program for a whole small image.
+
+Read next: `attention.py`.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from fastsd_kernels.interpreted import rounded
+from fastsd_kernels.launch import launch, require_device
 
 
 def group_norm_reference(
-    x_BCHW: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    *,
-    silu: bool = False,
-    shift_BC: Tensor | None = None,
+    x_BCHW: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = False, shift_BC: Tensor | None = None
 ) -> Tensor:
     """GroupNorm, channels last in and out.
 
@@ -44,15 +69,369 @@ def group_norm_reference(
 
     Source: Wu and He 2018, equation 1.
     """
-    channels = x_BCHW.shape[1]
-    if x_BCHW.ndim != 4 or channels % groups or weight.shape != (channels,):
-        raise ValueError(f"group_norm: x {tuple(x_BCHW.shape)}, weight {tuple(weight.shape)}, {groups} groups do not fit")
+    _check(x_BCHW, weight, bias, groups, shift_BC)
     if shift_BC is not None:
-        if shift_BC.shape != x_BCHW.shape[:2]:
-            raise ValueError(f"group_norm: shift is {tuple(shift_BC.shape)}; it must be {tuple(x_BCHW.shape[:2])}")
         x_BCHW = x_BCHW + shift_BC[:, :, None, None]
     y = F.group_norm(x_BCHW, groups, weight, bias, eps)
     if silu:
         y = F.silu(y)
     # PyTorch's CUDA kernel returns the other layout.
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None) -> None:
+    if x.ndim != 4 or groups < 1 or x.shape[1] % groups or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
+        raise ValueError(f"group_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)}, {groups} groups do not fit")
+    if shift is not None and shift.shape != x.shape[:2]:
+        raise ValueError(f"group_norm: shift is {tuple(shift.shape)}; it must be {tuple(x.shape[:2])}")
+
+
+@triton.jit
+def _tile(i_chunk, i_image, n_positions, n_channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tile of one image: where it starts in memory, offsets, and channels (1, COLS), each with its mask."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    # Only the start may lie beyond 2^31.
+    start = (i_image.to(tl.int64) * n_positions + i_chunk * ROWS) * n_channels
+    return start, rows * n_channels + cols, rows < n_positions - i_chunk * ROWS, cols, cols < n_channels
+
+
+@triton.jit
+def _backwards(axis: tl.constexpr):
+    """The program's index, from the last to the first: what the kernel before read last may still be in the L2 cache."""
+    return tl.num_programs(axis) - 1 - tl.program_id(axis)
+
+
+@triton.jit
+def _load(x_ptr, shift_ptr, start, offs, mask, i_image, n_channels, cols, col_mask, SHIFT: tl.constexpr):
+    """x + shift over a tile, the sum first: where it cancels, as x - mean + shift it would lose what is left."""
+    x = tl.load(x_ptr + start + offs, mask, other=0.0).to(tl.float32)
+    if SHIFT:
+        x += tl.load(shift_ptr + i_image * n_channels + cols, col_mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, cols, col_mask, WIDTH: tl.constexpr):
+    """(mean, rstd, weight, bias) of each channel. A group is WIDTH of them."""
+    groups = i_image * (n_channels // WIDTH) + cols // WIDTH
+    mean = tl.load(mean_ptr + groups, col_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + groups, col_mask, other=0.0)
+    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(tl.float32)
+    return mean, rstd, weight, bias
+
+
+@triton.jit
+def _statistics(
+    x_ptr, shift_ptr, partial_ptr, n_positions, n_channels,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """partial (B, chunks, 2, C): mean and sum of squared deviations of each channel over a tile's positions."""
+    i_chunk, i_image = tl.program_id(1), tl.program_id(2)
+    start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
+    x = _load(x_ptr, shift_ptr, start, offs, row_mask & col_mask, i_image, n_channels, cols, col_mask, SHIFT)
+    count = tl.minimum(n_positions - i_chunk * ROWS, ROWS)
+    mean = tl.sum(tl.where(row_mask, x, 0.0), axis=0, keep_dims=True) / count
+    centred = tl.where(row_mask, x - mean, 0.0)
+    i_tile = i_image * tl.num_programs(1) + i_chunk
+    partial_ptrs = partial_ptr + i_tile.to(tl.int64) * 2 * n_channels + cols
+    tl.store(partial_ptrs, mean, col_mask)
+    tl.store(partial_ptrs + n_channels, tl.sum(centred * centred, axis=0, keep_dims=True), col_mask)
+
+
+@triton.jit
+def _merge(
+    partial_ptr, mean_ptr, rstd_ptr, n_positions, n_channels, n_chunks, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """mean and rstd (B, G) of each group from those of its tiles' channels. COLS covers a group, ROWS is a tile's."""
+    i_group, n_groups, i_image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    cols = tl.arange(0, COLS)[None, :]
+    col_mask = cols < WIDTH
+    stride = 2 * n_channels
+    partial_ptrs = partial_ptr + i_image.to(tl.int64) * n_chunks * stride + i_group * WIDTH + cols
+    elements = 1.0 * n_positions * WIDTH  # not in int32: it may pass 2^31
+
+    total = tl.zeros([CHUNKS, COLS], tl.float32)
+    for first in range(0, n_chunks, CHUNKS):
+        chunks = first + tl.arange(0, CHUNKS)[:, None]
+        mask = (chunks < n_chunks) & col_mask
+        mean = tl.load(partial_ptrs + chunks * stride, mask, other=0.0)
+        total += mean * tl.minimum(n_positions - chunks * ROWS, ROWS)
+    group_mean = tl.sum(total) / elements
+
+    total = tl.zeros([CHUNKS, COLS], tl.float32)
+    for first in range(0, n_chunks, CHUNKS):
+        chunks = first + tl.arange(0, CHUNKS)[:, None]
+        mask = (chunks < n_chunks) & col_mask
+        offs = chunks * stride
+        apart = tl.load(partial_ptrs + offs, mask, other=0.0) - group_mean
+        squares = tl.load(partial_ptrs + n_channels + offs, mask, other=0.0)
+        squares += apart * apart * tl.minimum(n_positions - chunks * ROWS, ROWS)
+        total += tl.where(mask, squares, 0.0)
+    variance = tl.sum(total) / elements
+
+    tl.store(mean_ptr + i_image * n_groups + i_group, group_mean)
+    tl.store(rstd_ptr + i_image * n_groups + i_group, tl.rsqrt(variance + eps))
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * z))
+
+
+@triton.jit
+def _apply(
+    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, shift_ptr, y_ptr, n_positions, n_channels,
+    SILU: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    i_chunk, i_image = _backwards(1), _backwards(2)
+    start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
+    mask = row_mask & col_mask
+    mean, rstd, weight, bias = _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, cols, col_mask, WIDTH)
+    x = _load(x_ptr, shift_ptr, start, offs, mask, i_image, n_channels, cols, col_mask, SHIFT)
+    y = (x - mean) * (rstd * weight) + bias
+    if SILU:
+        y *= _sigmoid(y)
+    tl.store(y_ptr + start + offs, rounded(y, y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _gradient_of_z(dy, xhat, weight, bias, SILU: tl.constexpr):
+    if SILU:
+        z = xhat * weight + bias
+        s = _sigmoid(z)
+        dy *= s * (1.0 + z * (1.0 - s))
+    return dy
+
+
+@triton.jit
+def _sums(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, shift_ptr, partial_ptr, n_positions, n_channels,
+    SILU: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """partial (B, chunks, 2 or 3, C): sums of dz, dz * xhat and, for d shift, xhat over a tile's positions."""
+    i_chunk, i_image = tl.program_id(1), tl.program_id(2)
+    start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
+    mask = row_mask & col_mask
+    mean, rstd, weight, bias = _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, cols, col_mask, WIDTH)
+    dy = tl.load(dy_ptr + start + offs, mask, other=0.0).to(tl.float32)
+    xhat = (_load(x_ptr, shift_ptr, start, offs, mask, i_image, n_channels, cols, col_mask, SHIFT) - mean) * rstd
+    dz = _gradient_of_z(dy, xhat, weight, bias, SILU)  # zero beyond the mask, as dy is
+
+    i_tile = i_image * tl.num_programs(1) + i_chunk
+    partial_ptrs = partial_ptr + i_tile.to(tl.int64) * (3 if SHIFT else 2) * n_channels + cols
+    tl.store(partial_ptrs, tl.sum(dz, axis=0, keep_dims=True), col_mask)
+    tl.store(partial_ptrs + n_channels, tl.sum(dz * xhat, axis=0, keep_dims=True), col_mask)
+    if SHIFT:
+        xhat = tl.where(row_mask, xhat, 0.0)
+        tl.store(partial_ptrs + 2 * n_channels, tl.sum(xhat, axis=0, keep_dims=True), col_mask)
+
+
+@triton.jit
+def _sum_chunks(ptrs, stride, n_chunks, col_mask, CHUNKS: tl.constexpr, COLS: tl.constexpr):
+    total = tl.zeros([CHUNKS, COLS], tl.float32)
+    for first in range(0, n_chunks, CHUNKS):
+        chunks = first + tl.arange(0, CHUNKS)[:, None]
+        total += tl.load(ptrs + chunks * stride, (chunks < n_chunks) & col_mask, other=0.0)
+    return tl.sum(total, axis=0, keep_dims=True)
+
+
+@triton.jit
+def _merge_sums(
+    partial_ptr, rstd_ptr, weight_ptr, u_mean_ptr, u_xhat_mean_ptr, total_ptr, dshift_ptr, n_positions, n_channels, n_chunks,
+    SHIFT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """mean(u), mean(u * xhat) (B, G) of each group; total (B, 2, C): sums of dz * xhat and dz; d shift (B, C)."""
+    i_group, n_groups, i_image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    cols = tl.arange(0, COLS)[None, :]
+    col_mask = cols < WIDTH
+    cols += i_group * WIDTH
+    elements = 1.0 * n_positions * WIDTH  # not in int32: it may pass 2^31
+    stride = (3 if SHIFT else 2) * n_channels
+    partial_ptrs = partial_ptr + i_image.to(tl.int64) * n_chunks * stride + cols
+    dz = _sum_chunks(partial_ptrs, stride, n_chunks, col_mask, CHUNKS, COLS)
+    dz_xhat = _sum_chunks(partial_ptrs + n_channels, stride, n_chunks, col_mask, CHUNKS, COLS)
+    total_ptrs = total_ptr + i_image * 2 * n_channels + cols
+    tl.store(total_ptrs, dz_xhat, col_mask)
+    tl.store(total_ptrs + n_channels, dz, col_mask)
+
+    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(tl.float32)
+    u_mean = tl.sum(dz * weight) / elements
+    u_xhat_mean = tl.sum(dz_xhat * weight) / elements
+    tl.store(u_mean_ptr + i_image * n_groups + i_group, u_mean)
+    tl.store(u_xhat_mean_ptr + i_image * n_groups + i_group, u_xhat_mean)
+    if SHIFT:
+        xhat = _sum_chunks(partial_ptrs + 2 * n_channels, stride, n_chunks, col_mask, CHUNKS, COLS)
+        rstd = tl.load(rstd_ptr + i_image * n_groups + i_group)
+        dshift = rstd * (dz * weight - n_positions * u_mean - xhat * u_xhat_mean)
+        tl.store(dshift_ptr + i_image * n_channels + cols, rounded(dshift, dshift_ptr.dtype.element_ty), col_mask)
+
+
+@triton.jit
+def _input_gradient(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, shift_ptr, u_mean_ptr, u_xhat_mean_ptr, dx_ptr,
+    n_positions, n_channels,
+    SILU: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    i_chunk, i_image = _backwards(1), _backwards(2)
+    start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
+    mask = row_mask & col_mask
+    mean, rstd, weight, bias = _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, cols, col_mask, WIDTH)
+    groups = i_image * (n_channels // WIDTH) + cols // WIDTH
+    u_mean = tl.load(u_mean_ptr + groups, col_mask, other=0.0)
+    u_xhat_mean = tl.load(u_xhat_mean_ptr + groups, col_mask, other=0.0)
+    dy = tl.load(dy_ptr + start + offs, mask, other=0.0).to(tl.float32)
+    xhat = (_load(x_ptr, shift_ptr, start, offs, mask, i_image, n_channels, cols, col_mask, SHIFT) - mean) * rstd
+    u = _gradient_of_z(dy, xhat, weight, bias, SILU) * weight
+    dx = rstd * (u - u_mean - xhat * u_xhat_mean)
+    tl.store(dx_ptr + start + offs, rounded(dx, dx_ptr.dtype.element_ty), mask)
+
+
+# {positions of a tile: warps}, for every dtype and architecture: nothing here but bandwidth counts.  A tile is 64 channels
+# wide, a cache line of bf16; 32 elements a thread keep four 16-byte loads of each bf16 operand in flight (eight of fp32).
+_TILES = {128: 8, 64: 4, 32: 2, 16: 1}
+_COLS = 64
+# The longest tile that cuts an image into so many programs is taken: few partial sums for large images (128 positions at
+# 64 x 64), enough programs for small ones (16 at 8 x 8).  The batch has no say, so an image's sums keep their order.
+_PROGRAMS = 64
+# Elements of a tile of partial sums: a group's channels, padded to a power of two, by as many chunks as fit.
+_MERGED = 1024
+
+
+def _plan(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int], dict[str, int]]:
+    """(positions, channels); grid and tile of the kernels that read x; tile of those that merge."""
+    images, channels, positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
+    width, blocks = channels // groups, triton.cdiv(channels, _COLS)
+    rows = next((r for r in _TILES if blocks * triton.cdiv(positions, r) >= _PROGRAMS), min(_TILES))
+    tile = {"ROWS": rows, "COLS": _COLS, "num_warps": _TILES[rows]}
+    cols = triton.next_power_of_2(width)
+    merge = {"WIDTH": width, "CHUNKS": max(1, _MERGED // cols), "COLS": cols, "num_warps": 4}
+    return (positions, channels), (blocks, triton.cdiv(positions, rows), images), tile, merge
+
+
+def _packed(x: Tensor) -> Tensor:
+    """x in channels-last memory: itself if it lies so, else the one copy that is made of it."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def group_norm_statistics(x_BCHW: Tensor, shift_BC: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of x + shift: fp32 (B, G)."""
+    x, shift = _packed(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
+    sizes, grid, tile, merge = _plan(x, groups)
+    _, chunks, images = grid
+    partial = x.new_empty(images, chunks, 2, x.shape[1], dtype=torch.float32)
+    mean, rstd = (x.new_empty(images, groups, dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        launch(_statistics, grid, x, shift, partial, *sizes, SHIFT=shift is not None, **tile)
+        launch(_merge, (groups, images), partial, mean, rstd, *sizes, chunks, eps, ROWS=tile["ROWS"], **merge)
+    return mean, rstd
+
+
+def group_norm_apply(
+    x_BCHW: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool,
+    shift_BC: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y, channels last, from x and its statistics: the last step of a forward, and all there is to a recomputation."""
+    x, shift = _packed(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
+    sizes, grid, tile, merge = _plan(x, groups)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    flags = {"SILU": silu, "SHIFT": shift is not None, "WIDTH": merge["WIDTH"]}
+    if x.numel():
+        launch(_apply, grid, x, mean, rstd, weight.contiguous(), bias.contiguous(), shift, y, *sizes, **flags, **tile)
+    return y
+
+
+def group_norm_backward(
+    dy_BCHW: Tensor, x_BCHW: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool,
+    shift_BC: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, channels last, dweight, dbias, dshift) from dy in any layout; without a shift dshift is empty."""
+    dy, x, shift = _packed(dy_BCHW), _packed(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
+    sizes, grid, tile, merge = _plan(x, groups)
+    _, chunks, images = grid
+    partial = x.new_empty(images, chunks, 2 if shift is None else 3, x.shape[1], dtype=torch.float32)
+    total = x.new_empty(images, 2, x.shape[1], dtype=torch.float32)
+    means = torch.empty_like(mean), torch.empty_like(mean)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dshift = x.new_empty(0) if shift is None else torch.empty_like(shift)
+    operands = dy, x, mean, rstd, weight.contiguous(), bias.contiguous(), shift
+    flags = {"SILU": silu, "SHIFT": shift is not None, "WIDTH": merge["WIDTH"]}
+    if x.numel():
+        launch(_sums, grid, *operands, partial, *sizes, **flags, **tile)
+        launch(
+            _merge_sums, (groups, images), partial, rstd, weight.contiguous(), *means, total, dshift, *sizes, chunks,
+            SHIFT=shift is not None, **merge,
+        )  # fmt: skip
+        launch(_input_gradient, grid, *operands, *means, dx, *sizes, **flags, **tile)
+    dweight, dbias = total[:, 0].sum(0), total[:, 1].sum(0)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dshift
+
+
+_group_norm_statistics = torch.library.custom_op("fastsd::group_norm_statistics", group_norm_statistics, mutates_args=())
+_group_norm_apply = torch.library.custom_op("fastsd::group_norm_apply", group_norm_apply, mutates_args=())
+_group_norm_backward = torch.library.custom_op("fastsd::group_norm_backward", group_norm_backward, mutates_args=())
+
+
+@torch.library.custom_op("fastsd::group_norm", mutates_args=())
+def _group_norm(
+    x_BCHW: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift_BC: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = group_norm_statistics(x_BCHW, shift_BC, groups, eps)
+    return group_norm_apply(x_BCHW, mean, rstd, weight, bias, groups, silu, shift_BC), mean, rstd
+
+
+@_group_norm_statistics.register_fake
+def _(x_BCHW, shift_BC, groups, eps):
+    return tuple(x_BCHW.new_empty(len(x_BCHW), groups, dtype=torch.float32) for _ in range(2))
+
+
+@_group_norm_apply.register_fake
+def _(x_BCHW, mean, rstd, weight, bias, groups, silu, shift_BC=None):
+    return torch.empty_like(x_BCHW, memory_format=torch.channels_last)
+
+
+@_group_norm_backward.register_fake
+def _(dy_BCHW, x_BCHW, mean, rstd, weight, bias, groups, silu, shift_BC=None):
+    dshift = x_BCHW.new_empty(0) if shift_BC is None else shift_BC.new_empty(shift_BC.shape)
+    dx = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
+    return dx, weight.new_empty(weight.shape), bias.new_empty(bias.shape), dshift
+
+
+@_group_norm.register_fake
+def _(x_BCHW, weight, bias, groups, eps, silu, shift_BC=None):
+    statistics = (x_BCHW.new_empty(len(x_BCHW), groups, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x_BCHW, memory_format=torch.channels_last), *statistics
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, ctx.groups, _, ctx.silu, shift = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, mean, rstd, weight, bias, shift)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _differentiate(ctx, dy, *_):
+    *saved, shift = ctx.saved_tensors
+    dx, dweight, dbias, dshift = _group_norm_backward(dy, *saved, ctx.groups, ctx.silu, shift)
+    return dx, dweight, dbias, None, None, None, None if shift is None else dshift
+
+
+_group_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+def group_norm_triton(
+    x_BCHW: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = False, shift_BC: Tensor | None = None
+) -> Tensor:
+    """`group_norm_reference` in three launches forward, three and two small sums backward; differentiable once.
+
+    Raises:
+        ValueError: as the reference, a dtype without a kernel, or tensors on a device that runs no kernels.
+    """
+    _check(x_BCHW, weight, bias, groups, shift_BC)
+    require_device("group_norm", x_BCHW, weight, bias, shift_BC)
+    if x_BCHW.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"group_norm: x is {x_BCHW.dtype}; the kernel takes float32 and bfloat16")
+    # An image in another layout is converted here, once: the copy is what the backward keeps and reads.
+    return _group_norm(_packed(x_BCHW), weight, bias, groups, eps, silu, shift_BC)[0]

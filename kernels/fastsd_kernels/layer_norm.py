@@ -1,24 +1,323 @@
-"""LayerNorm over the last dimension.
+"""LayerNorm over the last dimension, with an optional residual added first and handed back.
 
-    y = (x - mean) / sqrt(var + eps) * weight + bias        mean and var over one row's F numbers, in fp32
+    s = x + residual        rounded to the dtype of x; without a residual s is x
+    y = xhat * weight + bias        xhat = (s - mean) * rstd        rstd = 1 / sqrt(var + eps)
 
-Shapes: any leading dimensions, F features.  Bytes moved at best: forward 1 read and 1 write of x.
+    dx = d residual = ds + rstd * (u - mean_F(u) - xhat * mean_F(u * xhat))        u = dy * weight
+    d weight = sum_N(dy * xhat)        d bias = sum_N(dy)
+
+mean and var run over one row's F numbers, in fp32 whatever the dtype.
+
+Shapes: N rows (any leading dimensions), F features.  x, residual and y are fp32 or bf16; weight and bias may be fp32
+beside a bf16 x.  mean and rstd are fp32, one each a row.
+Bytes moved at best: forward 1 read and 1 write of x (with a residual 2 and 2); backward x and dy (and ds) read, dx
+written, and a sum of 8F bytes for each of some hundred programs.
+Kept for the backward: s, mean, rstd, weight.  y is never kept: `layer_norm_apply` rebuilds it, bit for bit.
+
+A tile holds whole rows, so mean and variance are taken in two passes over registers: E[x^2] - mean^2 would lose all
+digits where mean >> std.  In the backward a program walks down its share of rows with two sums per feature at hand, writes
+them once, and PyTorch adds those of all programs in a fixed order: no atomics, equal bits in every run.
+Lost: sums of the weight gradients in a kernel of their own, which reads x and dy again.
+
+Read next: `group_norm.py`, where no tile holds all that is averaged.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from fastsd_kernels.geglu import as_rows
+from fastsd_kernels.interpreted import rounded
+from fastsd_kernels.launch import launch, require_device
 
-def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of the last dimension: (..., F) -> (..., F) in the dtype of x; weight and bias are (F,).
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
+    """LayerNorm of the last dimension.
+
+    Args:
+        x: (..., F).
+        weight, bias: (F,).
+        eps: added to the variance, in units of x squared.
+        residual: as x, added to it before the norm.
+
+    Returns:
+        y (..., F) in the dtype of x; with a residual (y, s), where s is the sum that was normalised, in the dtype of x.
 
     Raises:
-        ValueError: weight or bias do not match the last dimension.
+        ValueError: weight or bias do not match the last dimension, or residual does not match x.
 
     Source: Ba, Kiros and Hinton 2016, equation 4.
     """
-    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+    _check(x, weight, bias, residual)
+    if residual is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    s = (x + residual).to(x.dtype)
+    return F.layer_norm(s, x.shape[-1:], weight, bias, eps), s
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    if x.ndim == 0 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(f"layer_norm: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"layer_norm: residual is {tuple(residual.shape)}; it must be {tuple(x.shape)} as x is")
+
+
+@triton.jit
+def _scale(centred, rstd, weight, bias):
+    """The last step of forward and apply: one function, so that both round alike."""
+    return centred * rstd * weight + bias
+
+
+@triton.jit
+def _forward(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr,
+    n_rows, n_cols, x_stride, residual_stride, eps,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    row_mask, col_mask = rows < n_rows, cols < n_cols
+    mask = row_mask & col_mask
+    rows = rows.to(tl.int64)  # rows * stride may pass 2^31
+
+    x = tl.load(x_ptr + rows * x_stride + cols, mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        x += tl.load(residual_ptr + rows * residual_stride + cols, mask, other=0.0).to(tl.float32)
+        s = rounded(x, s_ptr.dtype.element_ty)
+        tl.store(s_ptr + rows * n_cols + cols, s, mask)
+        x = s.to(tl.float32)  # the norm is of what is handed back, rounded as it is
+
+    mean = tl.sum(x, axis=1, keep_dims=True) / n_cols
+    centred = tl.where(mask, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / n_cols + eps)
+    tl.store(mean_ptr + rows, mean, row_mask)
+    tl.store(rstd_ptr + rows, rstd, row_mask)
+
+    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(tl.float32)
+    y = _scale(centred, rstd, weight, bias)
+    tl.store(y_ptr + rows * n_cols + cols, rounded(y, y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _apply(
+    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr, n_rows, n_cols, x_stride,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    row_mask, col_mask = rows < n_rows, cols < n_cols
+    mask = row_mask & col_mask
+    rows = rows.to(tl.int64)
+
+    x = tl.load(x_ptr + rows * x_stride + cols, mask, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
+    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(tl.float32)
+    y = _scale(x - mean, rstd, weight, bias)
+    tl.store(y_ptr + rows * n_cols + cols, rounded(y, y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward(
+    dy_ptr, ds_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, dx_ptr, partial_ptr,
+    n_rows, n_cols, dy_stride, ds_stride, x_stride, share,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    i_program = tl.program_id(0)
+    cols = tl.arange(0, COLS)[None, :]
+    col_mask = cols < n_cols
+    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, COLS], tl.float32)
+    dbias = tl.zeros([ROWS, COLS], tl.float32)
+
+    for first in range(i_program * share, min((i_program + 1) * share, n_rows), ROWS):
+        rows = first + tl.arange(0, ROWS)[:, None]
+        row_mask = rows < n_rows
+        mask = row_mask & col_mask
+        rows = rows.to(tl.int64)
+        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
+
+        # Beyond the mask xhat is not zero but dy is, and with it every product that is summed.
+        xhat = (x - mean) * rstd
+        u = dy * weight
+        u_mean = tl.sum(u, axis=1, keep_dims=True) / n_cols
+        u_xhat_mean = tl.sum(u * xhat, axis=1, keep_dims=True) / n_cols
+        dx = rstd * (u - u_mean - xhat * u_xhat_mean)
+        if RESIDUAL:
+            dx += tl.load(ds_ptr + rows * ds_stride + cols, mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + rows * n_cols + cols, rounded(dx, dx_ptr.dtype.element_ty), mask)
+        dweight += dy * xhat
+        dbias += dy
+
+    partial_ptrs = partial_ptr + i_program * 2 * n_cols + cols
+    tl.store(partial_ptrs, tl.sum(dweight, axis=0, keep_dims=True), col_mask)
+    tl.store(partial_ptrs + n_cols, tl.sum(dbias, axis=0, keep_dims=True), col_mask)
+
+
+# {columns of a tile: (rows, warps)}, for every dtype and architecture: nothing here but bandwidth counts.  A tile is as
+# wide as the next power of two above F, and 16 elements a thread keep two 16-byte loads of each bf16 operand in flight
+# (four of fp32) while the backward, which holds five numbers per element, stays under 128 registers.
+_TILES = {
+    512: (4, 4),  # F = 320: the smallest program, two warps a row; the more of them, the less they wait for each other
+    1024: (4, 8),  # F = 640
+    2048: (2, 8),  # F = 1280
+    4096: (1, 8),
+    8192: (1, 16),
+}
+# The backward's rows a program: enough programs to fill a GPU, but few sums to write and read back.
+_PROGRAMS, _MOST_ROWS = 256, 64
+
+
+def _tile(n_cols: int) -> dict[str, int]:
+    cols = max(min(_TILES), triton.next_power_of_2(n_cols))
+    rows, warps = _TILES[cols]
+    return {"ROWS": rows, "COLS": cols, "num_warps": warps}
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(y, s, mean, rstd): y and s as x and contiguous, mean and rstd fp32 (...). Without a residual s is None."""
+    rows, tile = as_rows(x), _tile(x.shape[-1])
+    other = None if residual is None else as_rows(residual)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    y = x.new_empty(x.shape)
+    s = None if residual is None else x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        launch(
+            _forward, (triton.cdiv(len(rows), tile["ROWS"]),), rows, other, weight, bias, y, s, mean, rstd, *rows.shape,
+            rows.stride(0), 0 if other is None else other.stride(0), eps, RESIDUAL=other is not None, **tile,
+        )  # fmt: skip
+    return y, s, mean, rstd
+
+
+def layer_norm_apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """y again, with the bits of the forward, from what it kept: x (or s), mean and rstd."""
+    rows, tile = as_rows(x), _tile(x.shape[-1])
+    y = x.new_empty(x.shape)
+    grid = (triton.cdiv(len(rows), tile["ROWS"]),)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    if x.numel():
+        launch(_apply, grid, rows, mean, rstd, weight, bias, y, *rows.shape, rows.stride(0), **tile)
+    return y
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias). x is what was normalised: with a residual s, then dx is the gradient of both its parts.
+
+    Args:
+        ds: the gradient of s by its other uses, added to dx.
+    """
+    rows, dy_rows, tile = as_rows(x), as_rows(dy), _tile(x.shape[-1])
+    ds_rows = None if ds is None else as_rows(ds)
+    n_rows, n_cols = rows.shape
+    share = min(max(triton.next_power_of_2(triton.cdiv(n_rows, _PROGRAMS)), tile["ROWS"]), _MOST_ROWS)
+    programs = triton.cdiv(n_rows, share)
+    dx = x.new_empty(x.shape)
+    partial = x.new_empty(programs, 2, n_cols, dtype=torch.float32)
+    if x.numel():
+        launch(
+            _backward, (programs,), dy_rows, ds_rows, rows, mean, rstd, weight.contiguous(), dx, partial, n_rows, n_cols,
+            dy_rows.stride(0), 0 if ds_rows is None else ds_rows.stride(0), rows.stride(0), share,
+            RESIDUAL=ds_rows is not None, **tile,
+        )  # fmt: skip
+    return dx, partial[:, 0].sum(0).to(weight.dtype), partial[:, 1].sum(0).to(weight.dtype)
+
+
+@torch.library.custom_op("fastsd::layer_norm", mutates_args=())
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, _, mean, rstd = layer_norm_forward(x, weight, bias, eps)
+    return y, mean, rstd
+
+
+@torch.library.custom_op("fastsd::layer_norm_residual", mutates_args=())
+def _layer_norm_residual(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, s, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual)
+    assert s is not None
+    return y, s, mean, rstd
+
+
+_layer_norm_apply = torch.library.custom_op("fastsd::layer_norm_apply", layer_norm_apply, mutates_args=())
+_layer_norm_backward = torch.library.custom_op("fastsd::layer_norm_backward", layer_norm_backward, mutates_args=())
+
+
+@_layer_norm.register_fake
+def _(x, weight, bias, eps):
+    return x.new_empty(x.shape), *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+
+
+@_layer_norm_residual.register_fake
+def _(x, residual, weight, bias, eps):
+    y, s = x.new_empty(x.shape), x.new_empty(x.shape)
+    return y, s, *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+
+
+@_layer_norm_apply.register_fake
+def _(x, mean, rstd, weight, bias):
+    return x.new_empty(x.shape)
+
+
+@_layer_norm_backward.register_fake
+def _(dy, x, mean, rstd, weight, ds=None):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, mean, rstd, weight)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _differentiate(ctx, dy, *_):
+    return *_layer_norm_backward(dy, *ctx.saved_tensors), None
+
+
+def _save_residual(ctx, inputs, output):
+    _, _, weight, _, _ = inputs
+    _, s, mean, rstd = output
+    ctx.save_for_backward(s, mean, rstd, weight)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _differentiate_residual(ctx, dy, ds, *_):
+    dx, dweight, dbias = _layer_norm_backward(dy, *ctx.saved_tensors, ds)
+    return dx, dx, dweight, dbias, None
+
+
+_layer_norm.register_autograd(_differentiate, setup_context=_save)
+_layer_norm_residual.register_autograd(_differentiate_residual, setup_context=_save_residual)
+
+
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
+    """`layer_norm_reference` as one kernel each way, contiguous out, differentiable once. F up to 8192, fp32 or bf16.
+
+    Raises:
+        ValueError: as the reference, more features, a dtype without a kernel, or tensors on a device that runs no kernels.
+    """
+    _check(x, weight, bias, residual)
+    require_device("layer_norm", x, weight, bias, residual)
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"layer_norm: x is {x.dtype}; the kernel takes float32 and bfloat16")
+    if x.shape[-1] > max(_TILES):
+        raise ValueError(f"layer_norm: {x.shape[-1]} features; the kernel takes up to {max(_TILES)}")
+    if residual is None:
+        return _layer_norm(x, weight, bias, eps)[0]
+    y, s, _, _ = _layer_norm_residual(x, residual, weight, bias, eps)
+    return y, s

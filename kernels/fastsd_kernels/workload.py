@@ -96,6 +96,18 @@ GROUP_NORM = {
     GroupNorm(320, 64, 32, 1e-05, True, False): 3,
     GroupNorm(320, 32, 32, 1e-05, True, False): 1,
 }
+# Of the SDXL VAE at 512 px, encoder and decoder together.
+VAE_GROUP_NORM = {
+    GroupNorm(512, 256, 32, 1e-06, True, False): 1,
+    GroupNorm(512, 128, 32, 1e-06, True, False): 9,
+    GroupNorm(512, 64, 32, 1e-06, True, False): 19,
+    GroupNorm(512, 64, 32, 1e-06, False, False): 2,
+    GroupNorm(256, 512, 32, 1e-06, True, False): 1,
+    GroupNorm(256, 256, 32, 1e-06, True, False): 8,
+    GroupNorm(256, 128, 32, 1e-06, True, False): 1,
+    GroupNorm(128, 512, 32, 1e-06, True, False): 10,
+    GroupNorm(128, 256, 32, 1e-06, True, False): 1,
+}
 LAYER_NORM = {
     LayerNorm(4096, 320, 1e-05): 15,
     LayerNorm(1024, 640, 1e-05): 15,

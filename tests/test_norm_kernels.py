@@ -1,0 +1,412 @@
+"""The GEGLU, LayerNorm and GroupNorm kernels: error budget over the workload, hostile shapes and layouts, exact repeats.
+
+Runs on a GPU where there is one, else under Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from budget import check_budget
+from torch import nn
+
+from fastsd_kernels import workload
+from fastsd_kernels.geglu import as_rows, geglu_backward, geglu_forward, geglu_reference, geglu_triton
+from fastsd_kernels.group_norm import (
+    group_norm_apply,
+    group_norm_backward,
+    group_norm_reference,
+    group_norm_statistics,
+    group_norm_triton,
+)
+from fastsd_kernels.launch import recording
+from fastsd_kernels.layer_norm import layer_norm_backward, layer_norm_forward, layer_norm_reference, layer_norm_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+CHANNELS_LAST = torch.channels_last
+OPS = torch.ops.fastsd
+# NumPy's, of the sigmoid of a large negative number: 1 / (1 + inf) is the zero that is meant.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+
+
+def normal(*shape: int, dtype=torch.float32, mean=0.0, std=1.0, seed=0) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return (mean + std * x).to(dtype).to(DEVICE)
+
+
+def equal(found, wanted) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+# GEGLU
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", workload.GEGLU, ids=str)
+def test_geglu_kinds(kind, dtype):
+    x = normal(2, 3, 2 * kind.features, dtype=dtype, std=2)
+    check_budget(f"{kind} {dtype}", geglu_triton, geglu_reference, {"x_2F": x})
+
+
+@DTYPES
+@pytest.mark.parametrize("rows, features", [(1, 7), (63, 1), (77, 97), (97, 300), (1025, 24)])
+def test_geglu_odd_sizes(rows, features, dtype):
+    x = normal(rows, 2 * features, dtype=dtype, std=2)
+    check_budget(f"geglu {rows} x {features} {dtype}", geglu_triton, geglu_reference, {"x_2F": x})
+
+
+@DTYPES
+def test_geglu_layouts(dtype):
+    wide = normal(2, 5, 100, dtype=dtype)
+    sliced = wide[..., 8:72]
+    assert as_rows(sliced).data_ptr() == sliced.data_ptr()  # used in place
+    for x in (sliced, wide.transpose(0, 1), wide.transpose(1, 2)[..., :4], wide[..., ::2], wide[0, 0]):
+        check_budget(f"geglu strides {x.stride()} {dtype}", geglu_triton, geglu_reference, {"x_2F": x})
+
+
+# LayerNorm
+
+
+def layer_norm_of(function, eps=1e-5):
+    return lambda x, weight, bias, **residual: function(x, weight, bias, eps, **residual)
+
+
+def layer_norm_inputs(*shape: int, dtype, residual=False, mean=0.5, parameters=None):
+    vectors = {name: normal(shape[-1], dtype=parameters or dtype, seed=i) for i, name in enumerate(("weight", "bias"))}
+    inputs = {"x": normal(*shape, dtype=dtype, mean=mean, std=2), **vectors}
+    return inputs | ({"residual": normal(*shape, dtype=dtype, seed=2)} if residual else {})
+
+
+@DTYPES
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("kind", workload.LAYER_NORM, ids=str)
+def test_layer_norm_kinds(kind, residual, dtype):
+    inputs = layer_norm_inputs(2, 5, kind.features, dtype=dtype, residual=residual)
+    check_budget(
+        f"{kind} {dtype}", layer_norm_of(layer_norm_triton, kind.eps), layer_norm_of(layer_norm_reference, kind.eps), inputs
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("rows, features, residual", [(63, 1, True), (77, 520, False), (97, 97, True), (2, 8191, False)])
+def test_layer_norm_odd_sizes(rows, features, residual, dtype):
+    inputs = layer_norm_inputs(rows, features, dtype=dtype, residual=residual)
+    label = f"layer_norm {rows} x {features} {dtype}"
+    check_budget(label, layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs)
+
+
+def test_layer_norm_of_many_rows():
+    inputs = layer_norm_inputs(1025, 24, dtype=torch.bfloat16, residual=True)
+    check_budget("layer_norm 1025 x 24", layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs)
+
+
+@DTYPES
+def test_layer_norm_of_one_row(dtype):
+    def each(function):
+        # One row has one rstd, and its error is one draw: a budget needs several.
+        return lambda x, weight, bias: torch.cat([function(row, weight, bias, 1e-5) for row in x.split(1)])
+
+    inputs = layer_norm_inputs(16, 33, dtype=dtype)
+    check_budget(f"layer_norm 1 x 33 {dtype}", each(layer_norm_triton), each(layer_norm_reference), inputs)
+
+
+@pytest.mark.parametrize("mean, dtype", [(1000.0, torch.float32), (64.0, torch.bfloat16)], ids=["fp32", "bf16"])
+def test_layer_norm_where_the_mean_is_large(mean, dtype):
+    inputs = layer_norm_inputs(9, 320, dtype=dtype, mean=mean)
+    check_budget(f"layer_norm mean {mean}", layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs)
+
+
+def test_layer_norm_with_fp32_parameters():
+    inputs = layer_norm_inputs(9, 320, dtype=torch.bfloat16, residual=True, parameters=torch.float32)
+    alike = {name: x.bfloat16() for name, x in inputs.items()}  # PyTorch's kernels on a GPU take one dtype
+    check_budget(
+        "layer_norm bf16, fp32 parameters", layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs,
+        reference_inputs=alike,
+    )  # fmt: skip
+
+
+@DTYPES
+def test_layer_norm_layouts(dtype):
+    wide = normal(2, 5, 100, dtype=dtype)
+    for x in (wide[..., 8:72], wide.transpose(0, 1), wide.transpose(1, 2), wide[..., ::2], wide[0, 0]):
+        inputs = layer_norm_inputs(*x.shape, dtype=dtype) | {"x": x, "residual": x.flip(0)}
+        inputs["weight"] = normal(2 * x.shape[-1], dtype=dtype)[::2]
+        label = f"layer_norm strides {x.stride()} {dtype}"
+        check_budget(label, layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs)
+
+
+def test_layer_norm_when_one_output_is_used():
+    x, residual = normal(5, 40).requires_grad_(), normal(5, 40, seed=1).requires_grad_()
+    weight, bias, upstream = normal(40).requires_grad_(), normal(40, seed=1).requires_grad_(), normal(5, 40, seed=2)
+    leaves = (x, residual, weight, bias)
+    for used in (0, 1):
+        found, wanted = (
+            torch.autograd.grad(f(x, weight, bias, 1e-5, residual=residual)[used], leaves, upstream, materialize_grads=True)
+            for f in (layer_norm_triton, layer_norm_reference)
+        )
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_residual_of_the_reference():
+    x, weight, bias, _ = layer_norm_inputs(5, 40, dtype=torch.bfloat16, residual=True).values()
+    residual = normal(5, 40)  # fp32: the sum is rounded to the dtype of x
+    y, s = layer_norm_reference(x, weight, bias, 1e-5, residual=residual)
+    assert torch.equal(s, (x.float() + residual).bfloat16())
+    assert torch.equal(y, layer_norm_reference(s, weight, bias, 1e-5))
+    assert torch.equal(layer_norm_triton(x, weight, bias, 1e-5, residual=residual)[1], s)
+
+
+# GroupNorm
+
+
+def group_norm_of(function, groups, eps=1e-5, silu=True):
+    return lambda x, weight, bias, shift_BC=None: function(x, weight, bias, groups, eps, silu=silu, shift_BC=shift_BC)
+
+
+def group_norm_inputs(*shape: int, dtype, shift=False, mean=0.5, parameters=None):
+    vectors = {name: normal(shape[1], dtype=parameters or dtype, seed=i) for i, name in enumerate(("weight", "bias"))}
+    inputs = {"x": normal(*shape, dtype=dtype, mean=mean, std=2).to(memory_format=CHANNELS_LAST), **vectors}
+    return inputs | ({"shift_BC": normal(*shape[:2], dtype=parameters or dtype, seed=2)} if shift else {})
+
+
+def check_group_norm(label, groups, inputs, eps=1e-5, silu=True, reference_inputs=None):
+    ours, theirs = (group_norm_of(f, groups, eps, silu) for f in (group_norm_triton, group_norm_reference))
+    check_budget(label, ours, theirs, inputs, reference_inputs=reference_inputs)
+
+
+# Kinds that differ in the side alone are one at a side of two.
+GROUP_NORM_KINDS = sorted({kind._replace(side=2) for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM)}, reverse=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", GROUP_NORM_KINDS, ids=lambda k: f"{k.channels}-{k.eps}-silu{k.silu:d}-shift{k.shift:d}")
+def test_group_norm_kinds(kind, dtype):
+    # The interpreter takes milliseconds a program: two images where each has its own shift, and in the tests below.
+    images = 2 if kind.shift else 1
+    inputs = group_norm_inputs(images, kind.channels, kind.side, kind.side, dtype=dtype, shift=kind.shift)
+    check_group_norm(f"{kind} {dtype}", kind.groups, inputs, kind.eps, kind.silu)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "images, channels, height, width, groups, shift",
+    [
+        (2, 64, 1, 1, 2, True),
+        (2, 35, 7, 9, 5, True),
+        (1, 66, 7, 11, 3, False),
+        (3, 6, 1, 97, 1, True),
+        (1, 12, 41, 25, 2, False),
+        (1, 1, 9, 7, 1, False),  # a group of one channel takes any shift off again
+    ],
+)
+def test_group_norm_odd_sizes(images, channels, height, width, groups, shift, dtype):
+    inputs = group_norm_inputs(images, channels, height, width, dtype=dtype, shift=shift)
+    check_group_norm(f"group_norm {images}x{channels}x{height}x{width} {dtype}", groups, inputs)
+
+
+@pytest.mark.parametrize("mean, dtype", [(1000.0, torch.float32), (64.0, torch.bfloat16)], ids=["fp32", "bf16"])
+def test_group_norm_where_the_mean_is_large(mean, dtype):
+    inputs = group_norm_inputs(2, 40, 7, 11, dtype=dtype, mean=mean, shift=True)
+    check_group_norm(f"group_norm mean {mean}", 4, inputs)
+    inputs["shift_BC"] = inputs["shift_BC"] + torch.full_like(inputs["shift_BC"], -mean)
+    check_group_norm(f"group_norm mean {mean}, taken off again", 4, inputs)
+
+
+def test_group_norm_with_fp32_parameters():
+    inputs = group_norm_inputs(2, 40, 5, 5, dtype=torch.bfloat16, shift=True, parameters=torch.float32)
+    alike = {name: x.bfloat16() for name, x in inputs.items()}
+    check_group_norm("group_norm bf16, fp32 parameters", 4, inputs, reference_inputs=alike)
+
+
+@DTYPES
+def test_group_norm_layouts(dtype):
+    wide = normal(2, 16, 6, 5, dtype=dtype)
+    last = wide.to(memory_format=CHANNELS_LAST)
+    for x in (wide, last[:, 4:12], last.transpose(2, 3), last[:, :, ::2], wide[:1].expand(3, -1, -1, -1)):
+        inputs = group_norm_inputs(*x.shape, dtype=dtype, shift=True) | {"x": x}
+        inputs["weight"] = normal(2 * x.shape[1], dtype=dtype)[::2]
+        inputs["shift_BC"] = normal(x.shape[1], len(x), dtype=dtype).t()
+        check_group_norm(f"group_norm strides {x.stride()} {dtype}", 2, inputs)
+    y = group_norm_triton(wide.requires_grad_(), *normal(2, 16, dtype=dtype), 2, 1e-5)
+    (dx,) = torch.autograd.grad(y, wide, wide.detach())  # dy in the other layout
+    assert y.is_contiguous(memory_format=CHANNELS_LAST) and dx.shape == wide.shape
+
+
+def test_an_image_does_not_depend_on_the_images_beside_it():
+    x, weight, bias, shift = group_norm_inputs(3, 96, 9, 5, dtype=torch.bfloat16, shift=True).values()
+    dy = normal(*x.shape, dtype=x.dtype, seed=5)
+
+    def run(these):
+        mean, rstd = group_norm_statistics(x[these], shift[these], 4, 1e-5)
+        dx, _, _, dshift = group_norm_backward(dy[these], x[these], mean, rstd, weight, bias, 4, True, shift[these])
+        return mean, rstd, dx, dshift
+
+    together = run(slice(0, 3))
+    assert equal(run(slice(1, 2)), [value[1:2] for value in together])
+
+
+# What holds for all three
+
+
+def runs(dtype=torch.bfloat16):
+    """{op: (function, its differentiable inputs)}."""
+    layer = layer_norm_inputs(70, 40, dtype=dtype, residual=True)
+    group = group_norm_inputs(2, 40, 5, 7, dtype=dtype, shift=True)
+    return {
+        "geglu": (geglu_triton, {"x_2F": normal(9, 80, dtype=dtype)}),
+        "layer_norm": (layer_norm_of(layer_norm_triton), layer),
+        "group_norm": (group_norm_of(group_norm_triton, 4), group),
+    }
+
+
+@pytest.mark.parametrize("op", ["geglu", "layer_norm", "group_norm"])
+def test_repeats_and_expanded_gradients(op):
+    function, inputs = runs()[op]
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    outputs = function(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    first = torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], retain_graph=True)
+    for _ in range(2 if DEVICE == "cpu" else 20):
+        assert equal(torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], retain_graph=True), first)
+    # The gradient of a sum has strides of zero.
+    assert equal(torch.autograd.grad(sum(y.sum() for y in outputs), leaves), first)
+
+
+@DTYPES
+def test_recomputed_outputs_have_the_same_bits(dtype):
+    x, weight, bias, residual = layer_norm_inputs(70, 40, dtype=dtype, residual=True).values()
+    y, s, mean, rstd = OPS.layer_norm_residual(x, residual, weight, bias, 1e-5)
+    assert torch.equal(OPS.layer_norm_apply(s, mean, rstd, weight, bias), y)
+    y, mean, rstd = OPS.layer_norm(x, weight, bias, 1e-5)
+    assert torch.equal(OPS.layer_norm_apply(x, mean, rstd, weight, bias), y)
+
+    x, weight, bias, shift = group_norm_inputs(2, 40, 5, 7, dtype=dtype, shift=True).values()
+    y, mean, rstd = OPS.group_norm(x, weight, bias, 4, 1e-5, True, shift)
+    assert equal(OPS.group_norm_statistics(x, shift, 4, 1e-5), (mean, rstd))
+    assert torch.equal(OPS.group_norm_apply(x, mean, rstd, weight, bias, 4, True, shift), y)
+
+
+@DTYPES
+def test_what_is_kept_for_the_backward(dtype):
+    kept = []
+    for function, inputs in runs(dtype).values():
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            function(**{name: x.requires_grad_() for name, x in inputs.items()})
+        big = max(x.numel() for x in inputs.values())
+        assert sum(x.numel() >= big for x in kept) == 1  # x alone, or what it became with the residual
+        kept.clear()
+
+
+def test_opcheck():
+    x, r, w, b = (t.requires_grad_() for t in (normal(5, 6), normal(5, 6, seed=1), normal(6), normal(6, seed=1)))
+    plain = [t.detach() for t in (x, r, w, b)]
+    _, mean, rstd = OPS.layer_norm(*plain[::2], plain[3], 1e-5)
+    image, shift = normal(2, 6, 2, 3).to(memory_format=CHANNELS_LAST), normal(2, 6)
+    statistics = OPS.group_norm_statistics(image, shift, 3, 1e-5)
+    differentiable = [t.clone().requires_grad_() for t in (image, w, b)]
+    cases = [
+        ("geglu", (x,)),
+        ("geglu_backward", (normal(5, 3), plain[0])),
+        ("layer_norm", (x, w, b, 1e-5)),
+        ("layer_norm_residual", (x, r, w, b, 1e-5)),
+        ("layer_norm_apply", (plain[0], mean, rstd, *plain[2:])),
+        ("layer_norm_backward", (plain[1], plain[0], mean, rstd, plain[2], plain[1])),
+        ("group_norm", (*differentiable, 3, 1e-5, True, shift.clone().requires_grad_())),
+        ("group_norm_statistics", (image, shift, 3, 1e-5)),
+        ("group_norm_apply", (image, *statistics, *plain[2:], 3, True, shift)),
+        ("group_norm_backward", (image.contiguous(), image, *statistics, *plain[2:], 3, True, shift)),
+    ]
+    for name, arguments in cases:
+        torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+def test_every_kind_can_be_noted_with_no_memory_behind_it():
+    """As the atlas does: meta tensors, at full size, more than 2^31 elements among them."""
+    with torch.device("meta"), recording(89) as notes:
+        for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM):
+            x = torch.empty(16, kind.channels, kind.side, kind.side).to(memory_format=CHANNELS_LAST)
+            weight, shift = torch.empty(kind.channels), torch.empty(16, kind.channels) if kind.shift else None
+            mean, rstd = group_norm_statistics(x, shift, kind.groups, kind.eps)
+            y = group_norm_apply(x, mean, rstd, weight, weight, kind.groups, kind.silu, shift)
+            group_norm_backward(y, x, mean, rstd, weight, weight, kind.groups, kind.silu, shift)
+        for kind in workload.LAYER_NORM:
+            x, weight = torch.empty(16, kind.rows, kind.features), torch.empty(kind.features)
+            y, s, mean, rstd = layer_norm_forward(x, weight, weight, kind.eps, residual=x)
+            layer_norm_backward(y, s, mean, rstd, weight, ds=y)
+        for kind in workload.GEGLU:
+            x = torch.empty(16, kind.rows, 2 * kind.features)
+            geglu_backward(geglu_forward(x), x)
+    norms = {"_statistics", "_merge", "_apply", "_sums", "_merge_sums", "_input_gradient"}
+    assert {note.kernel.__name__ for note in notes} == norms | {"_forward", "_backward"}
+    # CUDA's limits.
+    assert all(note.grid[0] < 2**31 and max(note.grid[1:], default=0) < 2**16 for note in notes)
+
+
+def test_the_workload_is_the_vaes():
+    from diffusers import AutoencoderKL
+
+    found = Counter()
+
+    def note(name):
+        def hook(module, inputs, output):
+            (x,) = inputs  # (B, C, H, W), or in attention (B, C, H*W)
+            side = x.shape[2] if x.ndim == 4 else round(x.shape[2] ** 0.5)
+            # Every norm but that of attention is followed by SiLU.
+            silu = not name.endswith("group_norm")
+            found[workload.GroupNorm(x.shape[1], side, module.num_groups, module.eps, silu, False)] += 1
+
+        return hook
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=2,
+        )
+        for name, module in vae.named_modules():
+            if isinstance(module, nn.GroupNorm):
+                module.register_forward_hook(note(name))
+        vae(torch.empty(1, 3, 512, 512))
+    assert found == workload.VAE_GROUP_NORM
+
+
+def test_kernels_refuse_what_does_not_fit():
+    x, image = torch.zeros(2, 6, device=DEVICE), torch.zeros(1, 6, 2, 2, device=DEVICE)
+    ones = torch.ones(6, device=DEVICE)
+    with pytest.raises(ValueError, match="odd"):
+        geglu_triton(x[:, :5])
+    with pytest.raises(ValueError, match="float16"):
+        geglu_triton(x.half())
+    with pytest.raises(ValueError, match="do not fit"):
+        layer_norm_triton(x, ones[:5], ones[:5], 1e-5)
+    with pytest.raises(ValueError, match="residual is"):
+        layer_norm_triton(x, ones, ones, 1e-5, residual=x[:1])
+    with pytest.raises(ValueError, match="residual is"):
+        layer_norm_reference(x, ones, ones, 1e-5, residual=x[:1])
+    with pytest.raises(ValueError, match="float64"):
+        layer_norm_triton(x.double(), ones, ones, 1e-5)
+    with pytest.raises(ValueError, match="up to 8192"):
+        layer_norm_triton(x.new_zeros(1, 8193), x.new_ones(8193), x.new_ones(8193), 1e-5)
+    with pytest.raises(ValueError, match="do not fit"):
+        group_norm_triton(image, ones, ones, 4, 1e-5)
+    with pytest.raises(ValueError, match="do not fit"):
+        group_norm_triton(image, ones, ones[:5], 3, 1e-5)
+    with pytest.raises(ValueError, match="shift is"):
+        group_norm_triton(image, ones, ones, 3, 1e-5, shift_BC=x)
+    with pytest.raises(ValueError, match="float16"):
+        group_norm_triton(image.half(), ones, ones, 3, 1e-5)
+    with pytest.raises(ValueError, match="put them on one device"):
+        group_norm_triton(image, ones.to("meta"), ones, 3, 1e-5)
+
+
+def test_empty_batches():
+    assert geglu_triton(normal(0, 6)).shape == (0, 3)
+    x, weight = normal(0, 6).requires_grad_(), normal(6).requires_grad_()
+    layer_norm_triton(x, weight, weight, 1e-5).sum().backward()
+    assert x.grad.shape == (0, 6) and not weight.grad.any()
+    image = normal(0, 6, 2, 2).requires_grad_()
+    group_norm_triton(image, weight, weight, 3, 1e-5).sum().backward()
+    assert image.grad.shape == image.shape and not weight.grad.any()
