@@ -5,18 +5,43 @@
     p = p - lr / (1 - b1^t)  m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
 Layout: lists of fp32 tensors as in `lion.py`; t is one 0-dim fp32 count a parameter, on the device (an arena passes a
-list of one).  Bytes moved at best, per element: p, m, v, g read, p, m, v written: 28.  The bias corrections are taken
-in fp64 and rounded once, as torch.optim.AdamW takes them in Python floats; on a CPU the result has its bits.
+list of one).  Bytes moved, per element: p, m, v, g read, p, m, v written: 28; options as in `arena.py`.  The bias
+corrections are taken in fp64 and rounded once, as torch.optim.AdamW takes them in Python floats; on a CPU the result has
+its bits.
+
+The kernel has the reference's bits in m and v where b1 > 1/2 (below, PyTorch's lerp starts from the other end and may round
+differently), and in p where PyTorch's root is IEEE's.  On a CPU with AVX-512 it is not: every fifth root is off by its last
+bit.  The kernel's roots and quotients are IEEE's; tl.sqrt and / would be approximate.
+
+Read next: `gradient_norm.py`, where the factor `scale` and the flag `skip` come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastsd_kernels.lion import pieces, unless
+from fastsd_kernels.arena import (
+    TILES,
+    active,
+    clear,
+    fma,
+    load,
+    load_gradient,
+    load_parameter,
+    masters,
+    operands,
+    pieces,
+    scalars,
+    store_parameter,
+    unless,
+)
+from fastsd_kernels.launch import launch
 
 
 @torch.no_grad()
@@ -32,36 +57,151 @@ def adamw_reference(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     skip: Tensor | None = None,
+    lows: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+    emas: Sequence[Tensor] | None = None,
+    ema_decay: float | Tensor = 0.9999,
+    zero_grads: bool = False,
 ) -> None:
     """One step of AdamW, in place on `params`, `exp_avgs`, `exp_avg_sqs` and `steps`.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: fp32, equal shapes at equal places. Gradients are only read.
+        params, grads, exp_avgs, exp_avg_sqs: fp32, equal shapes at equal places. Gradients may be bf16 and are only read.
         steps: 0-dim fp32, the steps each parameter has had; raised by one before use.
         lr: step size in units of the parameter; a float or a 0-dim fp32 tensor on the device.
         betas: decay of (first, second moment).
         eps: added to the root of the second moment, in units of the gradient.
         weight_decay: multiplies lr.
         skip: 0-dim bool or float on the device; nonzero leaves every byte as it was, whatever the gradients hold.
+        lows, scale, emas, ema_decay, zero_grads: as `lion_reference`.
 
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization", algorithm 2; torch.optim.AdamW.
     """
     if not params:
         return
     beta1, beta2 = betas
+    sizes, roots = _corrections(steps, lr, betas, skip)
+    options = masters(params, grads, lows=lows, scale=scale, emas=emas, ema_decay=ema_decay, zero_grads=zero_grads, skip=skip)
+    with options as (params, grads):
+        for p, g, m, v, size, root in pieces(params, grads, exp_avgs, exp_avg_sqs, sizes.unbind(), roots.unbind()):
+            with unless(skip, p, m, v):
+                torch._foreach_lerp_(m, g, 1 - beta1)
+                torch._foreach_mul_(v, beta2)
+                torch._foreach_addcmul_(v, g, g, 1 - beta2)
+                denom = torch._foreach_sqrt(v)
+                torch._foreach_div_(denom, root)
+                torch._foreach_add_(denom, eps)
+                if weight_decay:
+                    torch._foreach_mul_(p, 1 - lr * weight_decay)
+                torch._foreach_addcdiv_(p, torch._foreach_mul(m, size), denom)
+
+
+def _corrections(
+    steps: Sequence[Tensor], lr: float | Tensor, betas: tuple[float, float], skip: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Count the step, then fp32 (P,): -lr / (1 - b1^t) and sqrt(1 - b2^t)."""
     with unless(skip, steps):
         torch._foreach_add_(list(steps), 1)
         step_P = torch.stack(list(steps)).double()
-    sizes = (-lr / (1 - beta1**step_P)).float().unbind()
-    roots = (1 - beta2**step_P).sqrt().float().unbind()
-    for p, g, m, v, size, root in pieces(params, grads, exp_avgs, exp_avg_sqs, sizes, roots):
-        with unless(skip, p, m, v):
-            torch._foreach_lerp_(m, g, 1 - beta1)
-            torch._foreach_mul_(v, beta2)
-            torch._foreach_addcmul_(v, g, g, 1 - beta2)
-            denom = torch._foreach_sqrt(v)
-            torch._foreach_div_(denom, root)
-            torch._foreach_add_(denom, eps)
-            if weight_decay:
-                torch._foreach_mul_(p, 1 - lr * weight_decay)
-            torch._foreach_addcdiv_(p, torch._foreach_mul(m, size), denom)
+    return (-lr / (1 - betas[0] ** step_P)).float(), (1 - betas[1] ** step_P).sqrt().float()
+
+
+@triton.jit
+def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, mask, ZERO_GRADS: tl.constexpr):
+    low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr = options
+    rest1, beta2, rest2 = betas
+    if active(skip_ptr):
+        decay, size, root = tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2)
+        p = load_parameter(p_ptr, low_ptr, start, offs, mask)
+        g = load_gradient(g_ptr, scale_ptr, start, offs, mask)
+        m = load(m_ptr, start, offs, mask)
+        v = load(v_ptr, start, offs, mask)
+        m = fma(g - m, rest1, m)
+        v = fma(g * rest2, g, v * beta2)
+        denom = tl.div_rn(tl.sqrt_rn(v), root) + eps
+        tl.store(m_ptr + start + offs, m, mask)
+        tl.store(v_ptr + start + offs, v, mask)
+        store_parameter(p * decay + tl.div_rn(m * size, denom), p_ptr, low_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
+    if ZERO_GRADS:
+        clear(g_ptr, start, offs, mask)
+
+
+@triton.jit
+def _adamw(
+    p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr,
+    rest1, beta2, rest2, eps, n,
+    ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
+    offs = tl.arange(0, BLOCK)
+    options = low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr
+    betas = rest1, beta2, rest2
+    if start + BLOCK <= n:
+        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, None, ZERO_GRADS)
+    else:
+        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, offs < n - start, ZERO_GRADS)
+
+
+def adamw_step(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    factors: Tensor,
+    low: Tensor | None,
+    ema: Tensor | None,
+    ema_gain: Tensor | None,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    zero_grads: bool,
+) -> None:
+    """One launch over tensors of one dense layout, in place. factors: fp32 (1 - lr wd, -lr / (1 - b1^t), sqrt(1 - b2^t))."""
+    n, tile = p.numel(), TILES["adamw"]
+    options = low, ema, ema_gain, scale, skip
+    if n:
+        launch(
+            _adamw, (triton.cdiv(n, tile.span),), p, g, m, v, factors, *options, 1 - beta1, beta2, 1 - beta2, eps, n,
+            **tile.options(ZERO_GRADS=zero_grads),
+        )  # fmt: skip
+
+
+_adamw_op = torch.library.custom_op("fastsd::adamw", adamw_step, mutates_args=("p", "g", "m", "v", "low", "ema"))
+_adamw_op.register_fake(lambda *_: None)
+
+
+@torch.no_grad()
+def adamw_triton(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    skip: Tensor | None = None,
+    lows: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+    emas: Sequence[Tensor] | None = None,
+    ema_decay: float | Tensor = 0.9999,
+    zero_grads: bool = False,
+) -> None:
+    """`adamw_reference` as one launch a tensor; an arena is a list of one. A captured graph keeps an lr that is a float.
+
+    Raises:
+        ValueError: a dtype that `adamw_reference` does not name, tensors of one parameter that differ in shape or strides or
+            have gaps, or a device that runs no kernels.
+    """
+    options: dict[str, Any] = {"lows": lows, "scale": scale, "emas": emas, "ema_decay": ema_decay, "skip": skip}
+    each = operands("adamw", params, grads, exp_avgs, exp_avg_sqs, device_scalars=(lr, *steps), **options)
+    if not each:
+        return
+    sizes, roots = _corrections(steps, lr, betas, skip)
+    for (tensors, extra), size, root in zip(each, sizes.unbind(), roots.unbind(), strict=True):
+        factors = scalars(size.device, 1 - lr * weight_decay, size, root)
+        _adamw_op(*tensors, factors, *extra, *betas, eps, zero_grads)

@@ -12,8 +12,8 @@ num and l1 run over all parameters that share d, so a step has two parts: `dlion
 returns their partial sums; `dlion_estimate_reference` turns those of all lists into d.  d never falls, and stays as it
 is while l1 = 0 or lr = 0.
 
-Layout: lists of fp32 tensors as in `lion.py`; p, g, m, s fp32.  Bytes moved at best, per element: p, m, s, g read,
-p, m, s written: 28.
+Layout: lists of fp32 tensors as in `lion.py`; p, g, m, s fp32.  Bytes moved, per element: p, m, s, g read, p, m, s written:
+28, and nothing else of that size; options as in `arena.py`.
 
 d and NW are 0-dim fp64 on the device.  Upstream keeps them in Python floats and rounds to fp32 only the factors made of
 them (1 - dlr wd, dlr, (1 - b2) dlr, (1 - sb) dlr); with d in fp32 those differ by a rounding, d drifts from upstream's,
@@ -21,16 +21,42 @@ and a coordinate whose sign hangs on the last bit goes the other way.  A few fp6
 Partial sums are fp32, one a tensor or a run of a big tensor, and added in fp64 in a fixed order.  Where every tensor
 is contiguous and fits one run, p, m and s have upstream's bits on a CPU; elsewhere the two sums round differently, and
 come closer to fp64's than one long sum does.
+
+The kernel adds up 16384 consecutive elements a program: 8 to a lane in fp32, then the lanes as a tree, so a partial sum of
+|s| is off by 1e-6 at the very most, and 52k of them by less than 1e-8 as they are added in fp64 by a tail of one
+program.  Which element is added where follows from its place alone, not from the GPU, so d is the same on all of them.
+Given one d, elementwise results have the reference's bits; d itself differs from the reference's in the eighth digit.
+
+Read next: `adamw.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastsd_kernels.lion import pieces, unless
+from fastsd_kernels.arena import (
+    TILES,
+    active,
+    clear,
+    fma,
+    load,
+    load_gradient,
+    load_parameter,
+    masters,
+    operands,
+    pair_sum,
+    pieces,
+    sign,
+    store_parameter,
+    unless,
+)
+from fastsd_kernels.launch import launch, require_device
 
 
 @torch.no_grad()
@@ -45,16 +71,22 @@ def dlion_reference(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     skip: Tensor | None = None,
+    lows: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+    emas: Sequence[Tensor] | None = None,
+    ema_decay: float | Tensor = 0.9999,
+    zero_grads: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The elementwise pass of one step, in place on `params`, `exp_avgs` and `s`.
 
     Args:
-        params, grads, exp_avgs, s: fp32, equal shapes at equal places. Gradients are only read.
+        params, grads, exp_avgs, s: fp32, equal shapes at equal places. Gradients may be bf16 and are only read.
         d: 0-dim fp64, the estimate of the last step; not changed here.
         lr: factor on d, 1 unless there is a reason; a float or a 0-dim tensor on the device.
         betas: (of the update, of momentum and s).
         weight_decay: multiplies d lr.
         skip: 0-dim bool or float on the device; nonzero leaves every byte as it was, whatever the gradients hold.
+        lows, scale, emas, ema_decay, zero_grads: as `lion_reference`.
 
     Returns:
         (dots_K, l1_K): fp32 partial sums of <u, s> and |s|_1, for `dlion_estimate_reference`.
@@ -64,31 +96,37 @@ def dlion_reference(
     """
     beta1, beta2 = betas
     sb = beta2**0.5
-    dlr = d * lr
-    factors_4 = torch.stack((1 - dlr * weight_decay, -dlr, (1 - beta2) * dlr, (1 - sb) * dlr)).float()
-    decay, step, m_gain, s_gain = factors_4.unbind()
+    decay, step, m_gain, s_gain = _factors(d, lr, beta2, weight_decay).unbind()
     dots: list[Tensor] = []
     l1: list[Tensor] = []
-    for p, g, m, r in pieces(params, grads, exp_avgs, s):
-        n = len(p)
-        with unless(skip, p, m, r):
-            update = torch._foreach_mul(m, beta1)
-            torch._foreach_add_(update, g, alpha=1 - beta1)
-            torch._foreach_sign_(update)
-            if weight_decay:
-                torch._foreach_mul_(p, decay)
-            # addcmul with a 0-dim factor is add with a device-side alpha: one rounding on a CPU, as upstream's add_.
-            torch._foreach_addcmul_(p, update, [step] * n)
-            torch._foreach_mul_(m, beta2)
-            torch._foreach_addcmul_(m, g, [m_gain] * n)
-            dots += [torch.dot(x.flatten(), y.flatten()) for x, y in zip(update, r, strict=True)]
-            torch._foreach_mul_(r, sb)
-            torch._foreach_addcmul_(r, update, [s_gain] * n)
-            # Not _foreach_norm: on a CPU its fp32 accumulation is off by a percent at a million elements.
-            l1 += [x.sum() for x in torch._foreach_abs(r)]
+    options = masters(params, grads, lows=lows, scale=scale, emas=emas, ema_decay=ema_decay, zero_grads=zero_grads, skip=skip)
+    with options as (params, grads):
+        for p, g, m, r in pieces(params, grads, exp_avgs, s):
+            n = len(p)
+            with unless(skip, p, m, r):
+                update = torch._foreach_mul(m, beta1)
+                torch._foreach_add_(update, g, alpha=1 - beta1)
+                torch._foreach_sign_(update)
+                if weight_decay:
+                    torch._foreach_mul_(p, decay)
+                # addcmul with a 0-dim factor is add with a device-side alpha: one rounding on a CPU, as upstream's add_.
+                torch._foreach_addcmul_(p, update, [step] * n)
+                torch._foreach_mul_(m, beta2)
+                torch._foreach_addcmul_(m, g, [m_gain] * n)
+                dots += [torch.dot(x.flatten(), y.flatten()) for x, y in zip(update, r, strict=True)]
+                torch._foreach_mul_(r, sb)
+                torch._foreach_addcmul_(r, update, [s_gain] * n)
+                # Not _foreach_norm: on a CPU its fp32 accumulation is off by a percent at a million elements.
+                l1 += [x.sum() for x in torch._foreach_abs(r)]
     if not dots:
         return d.new_zeros(0, dtype=torch.float32), d.new_zeros(0, dtype=torch.float32)
     return torch.stack(dots), torch.stack(l1)
+
+
+def _factors(d: Tensor, lr: float | Tensor, beta2: float, weight_decay: float) -> Tensor:
+    """fp32 (1 - dlr wd, -dlr, (1 - b2) dlr, (1 - sb) dlr), each rounded once."""
+    dlr = d * lr
+    return torch.stack((1 - dlr * weight_decay, -dlr, (1 - beta2) * dlr, (1 - beta2**0.5) * dlr)).float()
 
 
 @torch.no_grad()
@@ -120,3 +158,190 @@ def dlion_estimate_reference(
         # A comparison, not maximum(): a d_hat that is not a number must not become d.
         d.copy_(torch.where(moved & (dlr > 0) & (d_hat > d), d_hat, d))
         numerator_weighted.copy_(torch.where(moved, weighted, numerator_weighted))
+
+
+@triton.jit
+def _sweep(
+    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, stop,
+    BOUNDED: tl.constexpr, ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Elements start .. stop, whole blocks unless BOUNDED; their <u, s> and |s|_1."""
+    low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr = options
+    beta1, rest1, beta2, sb = betas
+    decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
+    m_gain, s_gain = tl.load(factors_ptr + 2), tl.load(factors_ptr + 3)
+    live = active(skip_ptr)
+    offs = tl.arange(0, BLOCK)
+    dots = tl.zeros([BLOCK], tl.float32)
+    l1 = tl.zeros([BLOCK], tl.float32)
+    while start < stop:
+        if BOUNDED:
+            mask = offs < stop - start
+        else:
+            mask = None
+        if live:
+            p = load_parameter(p_ptr, low_ptr, start, offs, mask)
+            g = load_gradient(g_ptr, scale_ptr, start, offs, mask)
+            m = load(m_ptr, start, offs, mask)
+            s = load(s_ptr, start, offs, mask)
+            update = sign(fma(g, rest1, m * beta1))
+            dots += update * s
+            s = s * sb + update * s_gain
+            l1 += tl.abs(s)
+            tl.store(s_ptr + start + offs, s, mask)
+            tl.store(m_ptr + start + offs, fma(g, m_gain, m * beta2), mask)
+            store_parameter(p * decay + update * step, p_ptr, low_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
+        if ZERO_GRADS:
+            clear(g_ptr, start, offs, mask)
+        start += BLOCK
+    return pair_sum(dots), pair_sum(l1)
+
+
+@triton.jit
+def _dlion(
+    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr, sums_ptr,
+    beta1, rest1, beta2, sb, n,
+    ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr, TIMES: tl.constexpr,
+):  # fmt: skip
+    i_span = tl.program_id(0)
+    start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
+    stop = start + BLOCK * TIMES
+    options = low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr
+    betas = beta1, rest1, beta2, sb
+    if stop <= n:
+        dot, l1 = _sweep(
+            p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, stop, False, ZERO_GRADS, BLOCK
+        )  # fmt: skip
+    else:
+        # Narrow blocks: single elements need an address each, and registers for 8 of them in every stream run out.
+        dot, l1 = _sweep(
+            p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, n, True, ZERO_GRADS, BLOCK // 2
+        )  # fmt: skip
+    tl.store(sums_ptr + i_span, dot)
+    tl.store(sums_ptr + tl.num_programs(0) + i_span, l1)
+
+
+@triton.jit
+def _estimate(
+    d_ptr, numerator_ptr, dots_ptr, l1_ptr, dlr_ptr, skip_ptr,
+    sb: tl.float64, rest: tl.float64, n,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    dots = tl.zeros([BLOCK], tl.float64)
+    l1 = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        dots += tl.load(dots_ptr + offs, offs < n, other=0.0)
+        l1 += tl.load(l1_ptr + offs, offs < n, other=0.0)
+    if active(skip_ptr):
+        l1_sum = tl.sum(l1)
+        if l1_sum > 0:
+            d, dlr = tl.load(d_ptr), tl.load(dlr_ptr)
+            numerator = sb * tl.load(numerator_ptr) + rest * (dlr * tl.sum(dots))
+            d_hat = numerator / (rest * l1_sum)
+            # A comparison, not a maximum: a d_hat that is not a number must not become d.
+            tl.store(d_ptr, tl.where((dlr > 0) & (d_hat > d), d_hat, d))
+            tl.store(numerator_ptr, numerator)
+
+
+def dlion_step(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    s: Tensor,
+    factors: Tensor,
+    low: Tensor | None,
+    ema: Tensor | None,
+    ema_gain: Tensor | None,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    beta1: float,
+    beta2: float,
+    zero_grads: bool,
+) -> Tensor:
+    """One launch over tensors of one dense layout, in place. factors: `_factors`. Partial sums (2, K): <u, s>, |s|_1."""
+    n, tile = p.numel(), TILES["dlion"]
+    programs = triton.cdiv(n, tile.span)
+    sums_2K = p.new_empty(2, programs, dtype=torch.float32)
+    options = low, ema, ema_gain, scale, skip
+    if n:
+        launch(
+            _dlion, (programs,), p, g, m, s, factors, *options, sums_2K, beta1, 1 - beta1, beta2, beta2**0.5, n,
+            **tile.options(ZERO_GRADS=zero_grads, TIMES=tile.times),
+        )  # fmt: skip
+    return sums_2K
+
+
+def dlion_estimate(
+    d: Tensor, numerator: Tensor, dots_K: Tensor, l1_K: Tensor, dlr: Tensor, skip: Tensor | None, beta2: float
+) -> None:
+    """One launch of one program, in place on d and numerator (0-dim fp64, as is dlr)."""
+    tile, sb = TILES["tail"], beta2**0.5
+    launch(_estimate, (1,), d, numerator, dots_K, l1_K, dlr, skip, sb, 1 - sb, len(dots_K), **tile.options())
+
+
+_step_op = torch.library.custom_op("fastsd::dlion", dlion_step, mutates_args=("p", "g", "m", "s", "low", "ema"))
+_estimate_op = torch.library.custom_op("fastsd::dlion_estimate", dlion_estimate, mutates_args=("d", "numerator"))
+
+
+@_step_op.register_fake
+def _(p, *_):
+    return p.new_empty(2, (p.numel() + TILES["dlion"].span - 1) // TILES["dlion"].span, dtype=torch.float32)
+
+
+_estimate_op.register_fake(lambda *_: None)
+
+
+@torch.no_grad()
+def dlion_triton(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    s: Sequence[Tensor],
+    d: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    skip: Tensor | None = None,
+    lows: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+    emas: Sequence[Tensor] | None = None,
+    ema_decay: float | Tensor = 0.9999,
+    zero_grads: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`dlion_reference` as one launch a tensor; an arena is a list of one. A captured graph keeps an lr that is a float.
+
+    Returns one pair of sums per 16384 elements of a tensor.
+
+    Raises:
+        ValueError: a dtype that `dlion_reference` does not name, tensors of one parameter that differ in shape or strides or
+            have gaps, or a device that runs no kernels.
+    """
+    options: dict[str, Any] = {"lows": lows, "scale": scale, "emas": emas, "ema_decay": ema_decay, "skip": skip}
+    each = operands("dlion", params, grads, exp_avgs, s, device_scalars=(d, lr), **options)
+    factors = _factors(d, lr, betas[1], weight_decay)
+    sums = [_step_op(*tensors, factors, *extra, *betas, zero_grads) for tensors, extra in each]
+    sums_2K = torch.cat(sums, dim=1) if len(sums) > 1 else sums[0] if sums else d.new_zeros(2, 0, dtype=torch.float32)
+    dots_K, l1_K = sums_2K.unbind()
+    return dots_K, l1_K
+
+
+@torch.no_grad()
+def dlion_estimate_triton(
+    d: Tensor,
+    numerator_weighted: Tensor,
+    dots_K: Tensor,
+    l1_K: Tensor,
+    *,
+    lr: float | Tensor,
+    beta2: float = 0.99,
+    skip: Tensor | None = None,
+) -> None:
+    """`dlion_estimate_reference` as one launch of one program; takes the joined sums of several lists.
+
+    Raises:
+        ValueError: tensors on a device that runs no kernels, or on more than one.
+    """
+    require_device("dlion", d, numerator_weighted, dots_K, l1_K, skip, lr if isinstance(lr, Tensor) else None)
+    _estimate_op(d, numerator_weighted, dots_K.contiguous(), l1_K.contiguous(), d * lr, skip, beta2)

@@ -5,25 +5,41 @@
     m = b2 m + (1 - b2) g
 
 Layout: lists of fp32 tensors of any shape and strides; p, g, m of one parameter lie at the same place in their lists.
-Bytes moved at best, per element: p, m, g read, p, m written: 20.  Each line above is one or two operations of PyTorch,
-in lion-pytorch's order, so on a CPU the result has its bits.
+Kernels ask for dense ones.  p may be bf16 with low halves, g bf16: `arena.py`.
+Bytes moved, per element: p, m, g read, p, m written: 20; with g in bf16 18; 4 more to clear g, 8 more for an EMA.  In PyTorch
+each line above is one or two operations, in lion-pytorch's order, so on a CPU the result has its bits; the kernel
+has the reference's.
 
-`pieces` and `unless` below serve `dlion.py` and `adamw.py` too: they cut the lists into runs that stay in a CPU's cache
-between the operations, and undo a step that is to be skipped.
+Read next: `dlion.py`, Lion that finds its own step size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-# Elements of one run. Four arrays and their scratch fit a shared CPU cache (2**16 and below starves the threads);
-# on a GPU a run bounds the scratch only, and launches should be few.
-_RUN_CPU = 1 << 18
-_RUN_GPU = 1 << 26
+from fastsd_kernels.arena import (
+    TILES,
+    active,
+    clear,
+    fma,
+    load,
+    load_gradient,
+    load_parameter,
+    masters,
+    operands,
+    pieces,
+    scalars,
+    sign,
+    store_parameter,
+    unless,
+)
+from fastsd_kernels.launch import launch
 
 
 @torch.no_grad()
@@ -36,82 +52,130 @@ def lion_reference(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     skip: Tensor | None = None,
+    lows: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+    emas: Sequence[Tensor] | None = None,
+    ema_decay: float | Tensor = 0.9999,
+    zero_grads: bool = False,
 ) -> None:
     """One step of Lion, in place on `params` and `exp_avgs`.
 
     Args:
-        params, grads, exp_avgs: fp32, equal shapes at equal places. Gradients are only read.
+        params, grads, exp_avgs: fp32, equal shapes at equal places. Gradients may be bf16 and are only read.
         lr: step size in units of the parameter; a float or a 0-dim fp32 tensor on the device.
         betas: (of the update, of the momentum).
         weight_decay: multiplies lr.
         skip: 0-dim bool or float on the device; nonzero leaves every byte as it was, whatever the gradients hold.
+        lows: int16, low halves of the masters whose high halves `params` (then bf16) are; see `arena.py`.
+        scale: 0-dim fp32 on the device, multiplies the gradients: one over the loss scale, times the clip factor.
+        emas: fp32, moved towards the new parameters: ema + (1 - ema_decay)(p - ema).
+        ema_decay: a float or a 0-dim tensor on the device; fp64, for 1 - decay is small.
+        zero_grads: overwrite the gradients with zeros, also where `skip` is set: what it skips must not be added to.
 
     Source: Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2; lion-pytorch 0.2.5.
     """
     beta1, beta2 = betas
-    for p, g, m in pieces(params, grads, exp_avgs):
-        with unless(skip, p, m):
-            update = torch._foreach_mul(m, beta1)
-            torch._foreach_add_(update, g, alpha=1 - beta1)
-            torch._foreach_sign_(update)
-            # A sign times lr is exact, so this rounds as lion-pytorch's single p.add_(u, alpha=-lr) does.
-            torch._foreach_mul_(update, -lr)
-            if weight_decay:
-                torch._foreach_mul_(p, 1 - lr * weight_decay)
-            torch._foreach_add_(p, update)
-            torch._foreach_mul_(m, beta2)
-            torch._foreach_add_(m, g, alpha=1 - beta2)
+    options = masters(params, grads, lows=lows, scale=scale, emas=emas, ema_decay=ema_decay, zero_grads=zero_grads, skip=skip)
+    with options as (params, grads):
+        for p, g, m in pieces(params, grads, exp_avgs):
+            with unless(skip, p, m):
+                update = torch._foreach_mul(m, beta1)
+                torch._foreach_add_(update, g, alpha=1 - beta1)
+                torch._foreach_sign_(update)
+                # A sign times lr is exact, so this rounds as lion-pytorch's single p.add_(u, alpha=-lr) does.
+                torch._foreach_mul_(update, -lr)
+                if weight_decay:
+                    torch._foreach_mul_(p, 1 - lr * weight_decay)
+                torch._foreach_add_(p, update)
+                torch._foreach_mul_(m, beta2)
+                torch._foreach_add_(m, g, alpha=1 - beta2)
 
 
-def pieces(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Cut parallel lists of tensors into runs, each given as the same number of lists.
+@triton.jit
+def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask, ZERO_GRADS: tl.constexpr):
+    low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr = options
+    beta1, rest1, beta2, rest2 = betas
+    if active(skip_ptr):
+        decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
+        p = load_parameter(p_ptr, low_ptr, start, offs, mask)
+        g = load_gradient(g_ptr, scale_ptr, start, offs, mask)
+        m = load(m_ptr, start, offs, mask)
+        update = sign(fma(g, rest1, m * beta1))
+        tl.store(m_ptr + start + offs, fma(g, rest2, m * beta2), mask)
+        store_parameter(p * decay + update * step, p_ptr, low_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
+    if ZERO_GRADS:
+        clear(g_ptr, start, offs, mask)
 
-    A run holds about 2**18 elements a list on a CPU, 2**26 elsewhere: several small tensors or a part of a big one, as
-    1-D views in memory order. The cut depends on shapes only, so sums taken run by run have a fixed order. Tensors at
-    one place that differ in strides, or have gaps, stay whole and keep their shape. A one-element tensor (a factor of
-    its parameter) stays beside every part of a big neighbour.
+
+@triton.jit
+def _lion(
+    p_ptr, g_ptr, m_ptr, factors_ptr, low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr,
+    beta1, rest1, beta2, rest2, n,
+    ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
+    offs = tl.arange(0, BLOCK)
+    options = low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr
+    betas = beta1, rest1, beta2, rest2
+    if start + BLOCK <= n:
+        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, None, ZERO_GRADS)
+    else:
+        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, offs < n - start, ZERO_GRADS)
+
+
+def lion_step(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    factors: Tensor,
+    low: Tensor | None,
+    ema: Tensor | None,
+    ema_gain: Tensor | None,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    beta1: float,
+    beta2: float,
+    zero_grads: bool,
+) -> None:
+    """One launch over tensors of one dense layout, in place. factors: fp32 (1 - lr wd, -lr)."""
+    n, tile = p.numel(), TILES["lion"]
+    options = low, ema, ema_gain, scale, skip
+    if n:
+        launch(
+            _lion, (triton.cdiv(n, tile.span),), p, g, m, factors, *options, beta1, 1 - beta1, beta2, 1 - beta2, n,
+            **tile.options(ZERO_GRADS=zero_grads),
+        )  # fmt: skip
+
+
+_lion_op = torch.library.custom_op("fastsd::lion", lion_step, mutates_args=("p", "g", "m", "low", "ema"))
+_lion_op.register_fake(lambda *_: None)
+
+
+@torch.no_grad()
+def lion_triton(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    skip: Tensor | None = None,
+    lows: Sequence[Tensor] | None = None,
+    scale: Tensor | None = None,
+    emas: Sequence[Tensor] | None = None,
+    ema_decay: float | Tensor = 0.9999,
+    zero_grads: bool = False,
+) -> None:
+    """`lion_reference` as one launch a tensor; an arena is a list of one. A captured graph keeps an lr that is a float.
+
+    Raises:
+        ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or
+            have gaps, or a device that runs no kernels.
     """
-    if not lists[0]:
-        return
-    limit = _RUN_CPU if lists[0][0].is_cpu else _RUN_GPU
-    run: list[tuple[Tensor, ...]] = []
-    held = 0
-    for row in zip(*lists, strict=True):
-        size = row[0].numel()
-        for part in _cut(row, size, limit):
-            if run and held + part[0].numel() > limit:
-                yield [list(column) for column in zip(*run, strict=True)]
-                run, held = [], 0
-            run.append(part)
-            held += part[0].numel()
-    yield [list(column) for column in zip(*run, strict=True)]
-
-
-def _cut(row: tuple[Tensor, ...], size: int, limit: int) -> Iterator[tuple[Tensor, ...]]:
-    full = [t for t in row if t.numel() == size]
-    shape, stride = full[0].shape, full[0].stride()
-    span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if span != size or any(t.stride() != stride or t.shape != shape for t in full):
-        return iter([row])
-    flat = [t.as_strided((size,), (1,)) if t.numel() == size else t for t in row]
-    if size <= limit:
-        return iter([tuple(flat)])
-    count = -(-size // limit)
-    return zip(*(t.split(limit) if t.numel() == size else (t,) * count for t in flat), strict=True)
-
-
-@contextmanager
-def unless(skip: Tensor | None, *lists: Sequence[Tensor]) -> Iterator[None]:
-    """Put the bytes of `lists` back after the block where the device flag `skip` is nonzero, without reading it here.
-
-    Copies and selects rather than multiplying by zero, which would keep a NaN and turn -0.0 into 0.0.
-    """
-    if skip is None:
-        yield
-        return
-    tensors = [t for column in lists for t in column]
-    kept = [t.clone() for t in tensors]
-    yield
-    undo = skip != 0
-    for old, new in zip(kept, tensors, strict=True):
-        torch.where(undo, old, new, out=new)
+    options: dict[str, Any] = {"lows": lows, "scale": scale, "emas": emas, "ema_decay": ema_decay, "skip": skip}
+    each = operands("lion", params, grads, exp_avgs, device_scalars=(lr,), **options)
+    if each:
+        factors = scalars(params[0].device, 1 - lr * weight_decay, -lr)
+    for tensors, extra in each:
+        _lion_op(*tensors, factors, *extra, *betas, zero_grads)

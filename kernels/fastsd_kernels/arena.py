@@ -1,0 +1,350 @@
+"""What Lion, D-Lion and AdamW share: exact masters in two halves, the tile of elements, and lists of tensors.
+
+An arena is one flat tensor that holds all parameters of a part; beside it lie arenas of the same size for gradients and
+state.  A list of one arena is one launch.  Any dense tensors will do: a kernel walks memory and asks for no shape.
+
+Masters in halves.  A bf16 parameter with a 16-bit remainder is an fp32 number, exactly:
+
+    high = (bits + 0x8000) >> 16        the bf16 nearest, used by the forward as it is
+    low  = bits - (high << 16)          int16, signed
+    bits = (high << 16) + low
+
+for every finite number, subnormal or -0.0, and infinity; a carry of the rounding into the exponent is undone by the
+sum, so even fp32 numbers above bf16's largest (3.39e38), whose high half shows infinity, come back.  An exact tie goes
+away from zero where `bfloat16()` takes the even neighbour, one number in 2^17: 65537 fp32 numbers round to an even bf16
+and 16 bits tell 65536 apart, so no encoding has both.  All else equals `bfloat16()`.  A NaN stays one, without its payload:
+rounded like a number, 0x7fffffff would carry into -0.0 and hide.
+
+Options of all three, done in the pass that has the element in registers:
+
+    g = g * scale                                       ema = ema + (1 - ema_decay)(p - ema)        g = 0 in memory
+
+Roundings.  PyTorch rounds a + alpha b once, on a CPU and a GPU alike; so do `fma` here and everything the references
+do.  Kernels start with enable_fp_fusion=False: the compiler may then fuse no other product into a sum, and elementwise
+results have the reference's bits.  It costs nothing, for they wait for memory.  Scalars (lr, d, bias corrections) are taken
+in a few 0-dim operations of PyTorch in fp64, on the device: in the kernel every program would wait for them on a
+GeForce, whose fp64 runs at 1/64 of its fp32.
+
+Read next: `lion.py`, the shortest of the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsd_kernels.launch import INTERPRETED, require_device
+
+# Elements of one run. Four arrays and their scratch fit a shared CPU cache (2**16 and below starves the threads);
+# on a GPU a run bounds the scratch only, and launches should be few.
+_RUN_CPU = 1 << 18
+_RUN_GPU = 1 << 26
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 of any shape and strides -> (high bf16, low int16) of the same; the inverse of `join_master`."""
+    bits = master.view(torch.int32)
+    # The sum wraps for a NaN only; the conversion to int16 keeps the lower half.
+    high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    nan = master.isnan()
+    return torch.where(nan, torch.nan, high), torch.where(nan, 0, bits.to(torch.int16))
+
+
+def join_master(high: Tensor, low: Tensor) -> Tensor:
+    """(high bf16, low int16) -> the fp32 number they are, to the bit."""
+    return ((high.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+
+@contextmanager
+def masters(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    lows: Sequence[Tensor] | None,
+    scale: Tensor | None,
+    emas: Sequence[Tensor] | None,
+    ema_decay: float | Tensor,
+    zero_grads: bool,
+    skip: Tensor | None,
+) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    """fp32 parameters and scaled fp32 gradients for a reference to step; the options of a step are done around it."""
+    whole = params if lows is None else [join_master(high, low) for high, low in zip(params, lows, strict=True)]
+    wide = [g.float() for g in grads]
+    yield whole, wide if scale is None else [g * scale for g in wide]
+    if lows is not None:
+        with unless(skip, params, lows):
+            for high, low, master in zip(params, lows, whole, strict=True):
+                for half, new in zip((high, low), split_master(master), strict=True):
+                    half.copy_(new)
+    if emas:
+        with unless(skip, emas):
+            change = torch._foreach_sub(list(whole), list(emas))
+            torch._foreach_mul_(change, scalars(emas[0].device, 1 - ema_decay)[0])
+            torch._foreach_add_(list(emas), change)
+    if zero_grads and grads:
+        torch._foreach_zero_(list(grads))
+
+
+def pieces(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Cut parallel lists of tensors into runs, each given as the same number of lists.
+
+    A run holds about 2**18 elements a list on a CPU, 2**26 elsewhere: several small tensors or a part of a big one, as
+    1-D views in memory order. The cut depends on shapes only, so sums taken run by run have a fixed order. Tensors at
+    one place that differ in strides, or have gaps, stay whole and keep their shape. A one-element tensor (a factor of
+    its parameter) stays beside every part of a big neighbour.
+    """
+    if not lists[0]:
+        return
+    limit = _RUN_CPU if lists[0][0].is_cpu else _RUN_GPU
+    run: list[tuple[Tensor, ...]] = []
+    held = 0
+    for row in zip(*lists, strict=True):
+        size = row[0].numel()
+        for part in _cut(row, size, limit):
+            if run and held + part[0].numel() > limit:
+                yield [list(column) for column in zip(*run, strict=True)]
+                run, held = [], 0
+            run.append(part)
+            held += part[0].numel()
+    yield [list(column) for column in zip(*run, strict=True)]
+
+
+def _cut(row: tuple[Tensor, ...], size: int, limit: int) -> Iterator[tuple[Tensor, ...]]:
+    full = [t for t in row if t.numel() == size]
+    shape, stride = full[0].shape, full[0].stride()
+    span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if span != size or any(t.stride() != stride or t.shape != shape for t in full):
+        return iter([row])
+    flat = [t.as_strided((size,), (1,)) if t.numel() == size else t for t in row]
+    if size <= limit:
+        return iter([tuple(flat)])
+    count = -(-size // limit)
+    return zip(*(t.split(limit) if t.numel() == size else (t,) * count for t in flat), strict=True)
+
+
+@contextmanager
+def unless(skip: Tensor | None, *lists: Sequence[Tensor]) -> Iterator[None]:
+    """Put the bytes of `lists` back after the block where the device flag `skip` is nonzero, without reading it here.
+
+    Copies and selects rather than multiplying by zero, which would keep a NaN and turn -0.0 into 0.0.
+    """
+    if skip is None:
+        yield
+        return
+    tensors = [t for column in lists for t in column]
+    kept = [t.clone() for t in tensors]
+    yield
+    undo = skip != 0
+    for old, new in zip(kept, tensors, strict=True):
+        torch.where(undo, old, new, out=new)
+
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a b + c in fp32, rounded once."""
+    if _INTERPRETED:
+        # The interpreter's tl.fma rounds twice. fp64 holds the product; its sum rounds again about once in 2^29.
+        product = tl.to_tensor(a).to(tl.float64) * tl.to_tensor(b).to(tl.float64)
+        return (product + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def sign(x):
+    return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
+
+
+@triton.jit
+def pair_sum(x):
+    """Sum of a block of up to 2^16 elements: neighbours, then pairs of neighbours, and so on.
+
+    Whichever threads hold them: tl.sum first adds what a thread has, and that changes with the width of other operands.
+    """
+    for _ in tl.static_range(16):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), axis=1)
+    return tl.sum(x)
+
+
+@triton.jit
+def active(skip_ptr):
+    """Whether this step is to be done."""
+    if skip_ptr is None:
+        return True
+    else:
+        return tl.load(skip_ptr) == 0
+
+
+@triton.jit
+def load(ptr, start, offs, mask):
+    """A tile: `start` elements (int64) and then `offs` from ptr. Zeros where mask is False.
+
+    The mask is None in all tiles but an arena's last: bounds that are no multiple of 16 would break wide accesses up.
+    """
+    if mask is None:
+        return tl.load(ptr + start + offs)
+    else:
+        return tl.load(ptr + start + offs, mask, other=0.0)
+
+
+@triton.jit
+def load_gradient(g_ptr, scale_ptr, start, offs, mask):
+    g = load(g_ptr, start, offs, mask).to(tl.float32)
+    if scale_ptr is not None:
+        g = g * tl.load(scale_ptr)
+    return g
+
+
+@triton.jit
+def load_parameter(p_ptr, low_ptr, start, offs, mask):
+    p = load(p_ptr, start, offs, mask)
+    if low_ptr is not None:
+        high = p.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        p = (high + load(low_ptr, start, offs, mask).to(tl.int32)).to(tl.float32, bitcast=True)
+    return p
+
+
+@triton.jit
+def store_parameter(p, p_ptr, low_ptr, ema_ptr, ema_gain_ptr, start, offs, mask):
+    if low_ptr is None:
+        tl.store(p_ptr + start + offs, p, mask)
+    else:
+        bits = p.to(tl.int32, bitcast=True)
+        nan = p != p
+        high = tl.where(nan, 0x7FC0, (bits + 0x8000) >> 16).to(tl.int16)
+        tl.store(p_ptr + start + offs, high.to(tl.bfloat16, bitcast=True), mask)
+        tl.store(low_ptr + start + offs, tl.where(nan, 0, bits).to(tl.int16), mask)
+    if ema_ptr is not None:
+        ema = load(ema_ptr, start, offs, mask)
+        tl.store(ema_ptr + start + offs, ema + tl.load(ema_gain_ptr) * (p - ema), mask)
+
+
+@triton.jit
+def clear(g_ptr, start, offs, mask):
+    """Zeros in place of the gradient, once every thread has read its own."""
+    # Where a stream has 2 bytes an element, threads load and store other elements of a 4-byte one.
+    tl.debug_barrier()
+    tl.store(g_ptr + start + offs, 0.0, mask)
+
+
+class Tile(NamedTuple):
+    """`block` elements at a time, `times` in a row, by `warps` warps of at most `registers` registers a thread."""
+
+    block: int
+    warps: int
+    times: int
+    registers: int
+
+    @property
+    def span(self) -> int:
+        """Elements of one program."""
+        return self.block * self.times
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        """What a launch is told. Nothing fuses but `fma`: see the note."""
+        return {"BLOCK": self.block, "num_warps": self.warps, "maxnreg": self.registers, "enable_fp_fusion": False} | more
+
+
+# By kernel; the same for every architecture, dtype and size, so that a sum's order is, too.  2048 elements for 8 warps are 8
+# a thread: 128 bits of bf16 or int16, twice 128 of fp32.  Without a limit of registers the assembler spills some bytes for
+# one more block on an SM, where two are more than enough: they keep 64 KB of loads in flight.
+TILES = {
+    # Nothing is carried from element to element: short programs, and the scheduler keeps many in flight.
+    "lion": Tile(2048, 8, 1, 96),
+    "adamw": Tile(2048, 8, 1, 128),
+    # Two sums are: 8 tiles add up in registers, and one reduction and 8 bytes written serve 16384 elements.
+    "dlion": Tile(2048, 8, 8, 128),
+    "gradient_norm": Tile(2048, 8, 8, 96),
+    # One program reads 2 x 52k partial sums of SD1.5's UNet in 13 rounds.
+    "tail": Tile(4096, 16, 1, 128),
+}
+
+
+class Options(NamedTuple):
+    """Optional operands of one launch, in the order in which ops and kernels take them."""
+
+    low: Tensor | None
+    ema: Tensor | None
+    ema_gain: Tensor | None  # 0-dim fp32, 1 - decay
+    scale: Tensor | None
+    skip: Tensor | None
+
+
+def scalars(device: torch.device, *values: float | Tensor) -> Tensor:
+    """Numbers as one fp32 vector on the device, each rounded once; nothing is copied from the host."""
+    return torch.stack([v.float() if isinstance(v, Tensor) else torch.full((), v, device=device) for v in values])
+
+
+def operands(
+    op: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *states: Sequence[Tensor],
+    lows: Sequence[Tensor] | None,
+    scale: Tensor | None,
+    emas: Sequence[Tensor] | None,
+    ema_decay: float | Tensor,
+    skip: Tensor | None,
+    device_scalars: Sequence[Any] = (),
+) -> list[tuple[tuple[Tensor, ...], Options]]:
+    """Each parameter with its gradient and states, and its options; all checked before anything is launched.
+
+    Raises:
+        ValueError: a wrong dtype, tensors of one parameter that differ in shape or strides or have gaps, or are on several
+            devices.
+    """
+    if not params:
+        return []
+    given = [t for t in (scale, skip, ema_decay, *device_scalars) if isinstance(t, Tensor)]
+    gain = None if emas is None else scalars(params[0].device, 1 - ema_decay)[0]
+    none = (None,) * len(params)
+    result = []
+    for p, g, *state, low, ema in zip(params, grads, *states, lows or none, emas or none, strict=True):
+        wide = [t for t in (*state, ema) if t is not None]
+        require_device(op, p, g, low, *wide, *given)
+        require_dtype(op, "parameter", p, torch.float32 if low is None else torch.bfloat16)
+        require_dtype(op, "gradient", g, torch.float32, torch.bfloat16)
+        for t in wide:
+            require_dtype(op, "state", t, torch.float32)
+        if low is not None:
+            require_dtype(op, "low half", low, torch.int16)
+        for t in (p, g, low, *wide):
+            if t is not None and (not dense(t) or _layout(t) != _layout(p)):
+                raise ValueError(
+                    f"{op}: a tensor of shape {tuple(t.shape)} and strides {t.stride()} beside a parameter of {tuple(p.shape)}"
+                    f" and {p.stride()}; give tensors of one shape and one dense layout"
+                )
+        result.append(((p, g, *state), Options(low, ema, gain, scale, skip)))
+    return result
+
+
+def require_dtype(op: str, what: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    """Raise ValueError unless the tensor has one of the dtypes."""
+    if tensor.dtype not in dtypes:
+        want = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{op}: a {what} is {str(tensor.dtype).removeprefix('torch.')}; give {want}")
+
+
+def dense(t: Tensor) -> bool:
+    """Whether a tensor's elements are a stretch of memory without gaps, in whatever order."""
+    want = 1
+    for step, n in sorted(zip(t.stride(), t.shape, strict=True)):
+        if n > 1 and step != want:
+            return t.numel() == 0
+        want *= n
+    return True
+
+
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    # The stride of a dimension of one element means nothing.
+    return t.shape, [step for n, step in zip(t.shape, t.stride(), strict=True) if n > 1]
