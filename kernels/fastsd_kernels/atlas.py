@@ -1,0 +1,252 @@
+"""The atlas: what every shipped configuration of every kernel compiles to, for every target, with no GPU present.
+
+    python -m fastsd_kernels.atlas [--target sm_89 ...] [--op attention ...] [--json FILE]
+
+Each op's own host functions run on meta tensors of the workload's shapes inside `recording(target)`; every distinct launch
+they make is compiled as Triton would compile it there, and its machine code read. So a figure is of what ships, and a
+tile table cannot disagree with it. Columns:
+
+    regs      registers a thread
+    stack     bytes of local memory a thread: spills, and arrays the compiler could not keep in registers
+    in loop   local loads and stores inside loops
+    shared    bytes of shared memory a block
+    loads     global loads by width in bits; "async" is cp.async or TMA, straight into shared memory
+    tensor    tensor-core instructions
+    fma       fp32 fused multiply-adds, and their share of the longest loop's instructions
+
+A row over the limits (`_problems`) says so, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsd_kernels import adamw, attention, dlion, geglu, gradient_norm, group_norm, layer_norm, lion, noise, workload
+from fastsd_kernels.launch import ARCHITECTURES, INTERPRETED, recording
+from fastsd_kernels.machine_code import Code, compile_launch, specialise
+
+# What a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on GeForce.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
+BATCH = 16
+# Kernels that read a few statistics or partial sums a program: nothing to gain from wide loads.
+_SMALL = ("_merge", "_merge_sums", "_estimate", "_norm", "_normal")
+
+Call = Callable[[], object]
+
+
+class Entry(NamedTuple):
+    """One compiled configuration."""
+
+    op: str
+    kind: str  # the first of the workload's kinds that needs it
+    mode: str  # dtype, or precision of fp32
+    kernel: str
+    target: int
+    options: dict[str, Any]  # constexpr arguments, warps, stages
+    code: Code | None
+    problems: list[str]
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _attention() -> Iterator[tuple[str, str, Call]]:
+    for batch in (BATCH, 1):  # few programs share the work of cross attention's keys otherwise
+        for kind in workload.ATTENTION:
+            for mode in ("bf16", *attention.PRECISIONS):
+                dtype, precision = (torch.bfloat16, "ieee") if mode == "bf16" else (torch.float32, mode)
+                q = _meta(batch, kind.queries, kind.heads, kind.head_dim, dtype=dtype)
+                k = _meta(batch, kind.keys, kind.heads, kind.head_dim, dtype=dtype)
+
+                def call(q: Tensor = q, k: Tensor = k, precision: str = precision) -> None:
+                    o, lse = attention.attention_forward(q, k, k, precision)
+                    attention.attention_backward(o, q, k, k, o, lse, precision)
+
+                yield f"{kind.queries}x{kind.keys} d{kind.head_dim}", mode, call
+
+
+def _group_norm() -> Iterator[tuple[str, str, Call]]:
+    for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM):
+        for mode, dtype in DTYPES.items():
+            x = _meta(BATCH, kind.channels, kind.side, kind.side, dtype=dtype).to(memory_format=torch.channels_last)
+            w, shift = _meta(kind.channels, dtype=dtype), _meta(BATCH, kind.channels, dtype=dtype) if kind.shift else None
+
+            def call(kind: Any = kind, x: Tensor = x, w: Tensor = w, shift: Tensor | None = shift) -> None:
+                mean, rstd = group_norm.group_norm_statistics(x, shift, kind.groups, kind.eps)
+                group_norm.group_norm_apply(x, mean, rstd, w, w, kind.groups, kind.silu, shift)
+                group_norm.group_norm_backward(x, x, mean, rstd, w, w, kind.groups, kind.silu, shift)
+
+            yield f"{kind.channels}c {kind.side}px", mode, call
+
+
+def _layer_norm() -> Iterator[tuple[str, str, Call]]:
+    for kind in workload.LAYER_NORM:
+        for mode, dtype in DTYPES.items():
+            x, w = _meta(BATCH * kind.rows, kind.features, dtype=dtype), _meta(kind.features, dtype=dtype)
+
+            def call(kind: Any = kind, x: Tensor = x, w: Tensor = w) -> None:
+                _, *_, mean, rstd = layer_norm.layer_norm_forward(x, w, w, kind.eps)
+                layer_norm.layer_norm_forward(x, w, w, kind.eps, x)
+                layer_norm.layer_norm_apply(x, mean, rstd, w, w)
+                layer_norm.layer_norm_backward(x, x, mean, rstd, w)
+                layer_norm.layer_norm_backward(x, x, mean, rstd, w, x)
+
+            yield f"{kind.features} features", mode, call
+
+
+def _geglu() -> Iterator[tuple[str, str, Call]]:
+    for kind in workload.GEGLU:
+        for mode, dtype in DTYPES.items():
+            x, y = (_meta(BATCH * kind.rows, width * kind.features, dtype=dtype) for width in (2, 1))
+
+            def call(x: Tensor = x, y: Tensor = y) -> None:
+                geglu.geglu_forward(x)
+                geglu.geglu_backward(y, x)
+
+            yield f"{kind.features} features", mode, call
+
+
+def _optimizers() -> Iterator[tuple[str, str, Call]]:
+    n = sum(size * count for size, count in workload.PARAMETERS.items())
+    state, scalar, factors = _meta(n), _meta(), _meta(4)
+    for mode, gradients in (("fp32", "fp32"), ("bf16 halves", "bf16"), ("bf16 halves", "fp32")):
+        exact = mode == "fp32"
+        p, low = _meta(n, dtype=DTYPES["fp32" if exact else "bf16"]), None if exact else _meta(n, dtype=torch.int16)
+        g = _meta(n, dtype=DTYPES[gradients])
+        for ema in (None, state):
+            options: Any = low, ema, None if ema is None else scalar, scalar, scalar
+
+            def call(p: Tensor = p, g: Tensor = g, options: Any = options) -> None:
+                one: list[Any] = [p, g, state, factors, *options, 0.9, 0.99, True]
+                two: list[Any] = [p, g, state, state, factors, *options, 0.9, 0.99]
+                lion.lion_step(*one)
+                dlion.dlion_step(*[*two, True])
+                adamw.adamw_step(*[*two, 1e-8, True])
+
+            yield f"{gradients} gradients{' and EMA' if ema is not None else ''}", mode, call
+
+        def norm(g: Tensor = g) -> None:
+            gradient_norm.norm_of_sums(gradient_norm.square_sums(g), scalar)
+
+        yield f"{gradients} gradients", mode, norm
+    d = _meta(dtype=torch.float64)
+    yield "tail", "fp64", lambda: dlion.dlion_estimate(d, d, _meta(1 << 16), _meta(1 << 16), d, scalar, 0.99)
+
+
+def _noise() -> Iterator[tuple[str, str, Call]]:
+    position = _meta(BATCH, dtype=torch.int64)
+    for mode, dtype in DTYPES.items():
+        x = _meta(BATCH, 4, 64, 64, dtype=dtype)
+        for velocity in (False, True):
+
+            def call(x: Tensor = x, velocity: bool = velocity) -> None:
+                noise.noised_forward(x, position, position, _meta(1000), _meta(1000), 7, velocity)
+
+            yield "4x64x64", mode, call
+
+    def normal() -> None:
+        noise.normal_forward(7, 0, position, (4, 64, 64))
+
+    yield "4x64x64", "fp32", normal
+
+
+OPS: dict[str, Callable[[], Iterator[tuple[str, str, Call]]]] = {
+    "attention": _attention,
+    "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
+    "geglu": _geglu,
+    "optimizers": _optimizers,
+    "noise": _noise,
+}
+
+
+def survey(op: str, target: int, part: int = 0, parts: int = 1) -> list[Entry]:
+    """Compile the distinct configurations of one op for sm_`target`; of `parts` equal shares, the one numbered `part`."""
+    found: dict[str, Entry] = {}
+    with recording(target) as launches:
+        for kind, mode, call in OPS[op]():
+            launches.clear()
+            call()
+            for launch in launches:
+                compilation = specialise(launch, target)
+                if compilation.key not in found:
+                    entry = Entry(op, kind, mode, launch.kernel.__name__, target, launch.options, None, [])
+                    found[compilation.key] = entry
+                    if len(found) % parts == part:
+                        code = compile_launch(compilation)
+                        found[compilation.key] = entry._replace(code=code, problems=_problems(entry, code))
+    return [entry for entry in found.values() if entry.code is not None]
+
+
+def _problems(entry: Entry, code: Code) -> list[str]:
+    problems = []
+    # Attention on large heads may spill outside its loops: it is 2 % of attention's work.
+    allowed = 64 if entry.op == "attention" and entry.options["D"] > 80 else 0
+    if code.stack > allowed or code.spills_in_loop:
+        problems.append(f"stack {code.stack}, {code.spills_in_loop} in loops")
+    if code.shared > SHARED_LIMIT[entry.target]:
+        problems.append(f"shared {code.shared} > {SHARED_LIMIT[entry.target]}")
+    if entry.kernel not in _SMALL and not code.loads.keys() & {"128", "async"}:
+        problems.append("narrow loads only")
+    if entry.op == "attention" and (code.tensor == 0) != (entry.mode == "ieee"):
+        problems.append(f"{code.tensor} tensor-core instructions")
+    return problems
+
+
+def _line(entry: Entry) -> str:
+    code = entry.code
+    assert code is not None
+    loads = " ".join(f"{width}:{count}" for width, count in code.loads.items())
+    share = f"{100 * code.loop_fma // code.loop}%" if code.loop else "-"
+    tile = " ".join(
+        f"{k.removeprefix('num_').lower()}={v}" for k, v in entry.options.items() if isinstance(v, int) and k != "D"
+    )
+    counts = f"{code.registers:4} {code.stack:5} {code.spills_in_loop:7} {code.shared:6} {code.tensor:6} {code.fma:5}"
+    name = f"sm_{entry.target:<3} {entry.op:10} {entry.kernel:15} {entry.kind:26} {entry.mode:11}"
+    return f"{name} {counts} {share:>4}  {loads:26} {tile}{'  OVER: ' + '; '.join(entry.problems) if entry.problems else ''}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fastsd_kernels.atlas", description="Compile every kernel for every GPU.")
+    names = [f"sm_{target}" for target in ARCHITECTURES]
+    parser.add_argument("--target", nargs="+", choices=names, default=names, metavar="sm_NN", help=", ".join(names))
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
+    parser.add_argument("--json", type=argparse.FileType("w"), metavar="FILE", help="write the entries there, too")
+    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes (default: one a core)")
+    options = parser.parse_args(arguments)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set, under which nothing is compiled; unset it")
+    print(f"target {'op':10} {'kernel':15} {'kind':26} {'mode':11} regs stack in loop shared tensor   fma loop  loads")
+    parts = 4 * options.jobs  # small shares, so that no process waits long for the last one
+    shares = [(op, int(target[3:]), part, parts) for target in options.target for op in options.op for part in range(parts)]
+    entries: list[Entry] = []
+    # Not forked: a copy of a process that has used torch's threads may hang.
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for share in pool.map(survey, *zip(*shares, strict=True)):
+            entries += share
+            for entry in share:
+                print(_line(entry), flush=True)
+    over = [entry for entry in entries if entry.problems]
+    print(f"{len(entries)} configurations, {len(over)} over the limits")
+    if options.json:
+        rows = [{**entry._asdict(), "code": entry.code._asdict() if entry.code else None} for entry in entries]
+        json.dump(rows, options.json, indent=1)
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
