@@ -123,7 +123,7 @@ def check(config: Config, console: Console | None = None) -> None:
     found: list[sources.Source] = []
     attempt(
         "device",
-        lambda: f"{choose_device(config.device)}, kernels {choose_ops(config, choose_device(config.device)).name}",
+        lambda: f"{choose_device(config.device)}, kernels {choose_ops(config.kernels, choose_device(config.device)).name}",
     )
     attempt("images", lambda: _images(config, found))
     attempt("model", lambda: _model(config, models))
@@ -196,10 +196,10 @@ def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precisio
             raise UserError(f"{run}: this run has no checkpoint yet; wait for one, or name a model")
         source = {**source, "base": str(found[-1])}
     where = choose_device(device)
-    set_precision(precision)
-    model = load_model(_from_options(ModelTable, source))
+    model = load_model(_from_options(ModelTable, source), choose_ops("auto", where))
     for module in (model.unet, model.text.module):
         module.to(where, COMPUTE_DTYPE[precision])
+    set_precision(precision, model.unet)
     model.vae.to(where, torch.float32)
     size = table.size or model.unet.cfg.sample_size * model.vae.downscale
     pairs = [(prompt, table.seed + column) for prompt in prompts for column in range(table.images)]

@@ -22,7 +22,7 @@ from fastsd.config import Config, ModelTable, load_config
 from fastsd.model.files import load_model
 from fastsd.sample import generate
 from fastsd.train.loop import train
-from fastsd.train.precision import choose_device, set_precision
+from fastsd.train.precision import choose_device, choose_ops, set_precision
 
 MODELS = Path(__file__).parent / "demo_assets"
 PICTURES, PICTURE_SEED = 384, 1
@@ -80,10 +80,10 @@ def _config_file() -> Path:
 def _draw(config: Config, table: ModelTable) -> tuple[float, list[Image.Image]]:
     """Every prompt with every seed: (share that shows the colour and the shape asked for, images)."""
     device = choose_device(config.device)
-    set_precision("fp32")
-    model = load_model(table)
+    model = load_model(table, choose_ops(config.kernels, device))
     for module in (model.unet, model.text.module):
         module.to(device)
+    set_precision("fp32", model.unet)
     model.vae.to(device, torch.float32)
     asked = [(colour, shape, prompt, seed) for seed in SEEDS for colour, shape, prompt in demo_world.prompts()]
     size = config.data.resolution

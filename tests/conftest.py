@@ -13,6 +13,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Small tensors gain nothing from threads, and sums depend on their number: the same one here and in subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Kernels run on CPU tensors here unless there is a GPU. Read when a kernel is defined, so before any import of them.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def tiny_vae(channels: int = 4, factor: float = 0.5, seed: int = 0, groups: int = 4, width: int = 8):

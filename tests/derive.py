@@ -1,12 +1,13 @@
 """The workload of a UNet, read off the module itself: it runs on meta tensors and every op and layer notes its shapes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fastsd.model.unet import UNet, UNetConfig
-from fastsd_kernels import REFERENCE, Ops
+from fastsd_kernels import REFERENCE
 from fastsd_kernels import workload as w
 
 
@@ -41,7 +42,10 @@ def derive(cfg: UNetConfig, side: int, tokens: int = 77) -> dict[str, Counter]:
         found["linear"][w.Linear(rows, module.in_features, module.out_features)] += 1
 
     with torch.device("meta"):
-        unet = UNet(cfg, Ops("recording", attention, group_norm, layer_norm, geglu))
+        recording = replace(
+            REFERENCE, name="recording", attention=attention, group_norm=group_norm, layer_norm=layer_norm, geglu=geglu
+        )
+        unet = UNet(cfg, recording)
         for module in unet.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_hook(conv)

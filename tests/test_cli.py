@@ -96,7 +96,10 @@ def bad_jobs(tmp_path, tiny_model, images):
         (("cache", path, "model.base=/no/such/model"), "no such folder or file"),
         (("train", path, f"model.vae={tmp_path / 'vae8'}"), "has 8 latent channels and the UNet"),
         (("train", path, f"cache.dir={tmp_path / 'elsewhere'}"), "run `fastsd cache CONFIG` first"),
-        (("train", path, "kernels=triton"), 'kernels is "triton", whose table is not built'),
+        (
+            ("train", path, "kernels=triton"),
+            'kernels is "triton", which needs an NVIDIA GPU, and the device is cpu; use "auto" or "reference"',
+        ),
         (("train", path, "device=cuda:9"), "device is 'cuda:9', which does not work here"),
         (("train", path, "log.wandb=x"), "wandb is not installed"),
         (("train", path, "sample.size=33"), "multiples of 4 px"),

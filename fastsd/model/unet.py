@@ -136,6 +136,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_dim: int | None, heads: int, ops: Ops) -> None:
         super().__init__()
         self.heads, self.ops = heads, ops
+        self.precision = "ieee"  # of fp32, on a GPU
         if context_dim is None:
             self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         else:
@@ -149,7 +150,7 @@ class Attention(nn.Module):
         else:
             q = self.to_q(x_BNC).unflatten(-1, (self.heads, -1))
             k, v = self.to_kv(context_BLD).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        return self.to_out[0](self.ops.attention(q, k, v).flatten(2))
+        return self.to_out[0](self.ops.attention(q, k, v, precision=self.precision).flatten(2))
 
 
 class GegluProjection(nn.Module):
@@ -319,6 +320,12 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNorm(first, cfg.norm_groups, RESNET_EPS, True, ops)
         self.conv_out = nn.Conv2d(first, cfg.out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def set_attention_precision(self, precision: str) -> None:
+        """How fp32 attention multiplies on a GPU: "ieee", "tf32" or "tf32x3"."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.precision = precision
 
     def forward(self, latents_BCHW: Tensor, t_B: Tensor, context_BLD: Tensor) -> Tensor:
         """Predict the noise in x_t.

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from fastsd.config import Config
 from fastsd.errors import UserError
+from fastsd.model.unet import UNet
 from fastsd_kernels import REFERENCE, TRITON, Ops
+from fastsd_kernels.launch import INTERPRETED
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
@@ -29,21 +30,34 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_ops(config: Config, device: torch.device) -> Ops:
-    """The Ops table a config means. Raises UserError for kernels that cannot run here."""
-    if config.kernels == "triton" and TRITON is None:
-        raise UserError('kernels is "triton", whose table is not built in this version; use "auto" or "reference"')
-    if config.kernels == "reference" or TRITON is None or device.type != "cuda":
-        return REFERENCE
-    return TRITON
+def choose_ops(kernels: str, device: torch.device) -> Ops:
+    """The Ops table that `kernels` of a config means. Raises UserError for kernels that cannot run here."""
+    runs = TRITON is not None and (device.type == "cuda" or INTERPRETED)
+    if kernels == "triton" and not runs:
+        why = "is not installed" if TRITON is None else f"needs an NVIDIA GPU, and the device is {device}"
+        raise UserError(f'kernels is "triton", which {why}; use "auto" or "reference"')
+    # The interpreter is for trying kernels on a CPU, hundreds of times slower: never chosen unasked.
+    if kernels == "triton" or (kernels == "auto" and runs and device.type == "cuda"):
+        assert TRITON is not None
+        return TRITON
+    return REFERENCE
 
 
-def set_precision(precision: str) -> str:
-    """Set PyTorch's switches for a stage's precision and say in one phrase what was set."""
+def set_precision(precision: str, unet: UNet | None = None) -> str:
+    """Set PyTorch's switches and the attention of a UNet on its device, and say in one phrase what was set."""
     fp32 = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32
     torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
     # Exact resume: the same algorithms whatever ran before.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    return f"{precision} (fp32 matmuls and convolutions: {fp32})"
+    said = f"{precision} (fp32 matmuls and convolutions: {fp32})"
+    if unet is None:
+        return said
+    device = unet.conv_in.weight.device
+    attention = fp32
+    if fp32 == "ieee" and device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
+        # As exact to within a rounding, and tensor cores there are far ahead of fp32 units. On GeForce it is the other way.
+        attention = "tf32x3"
+    unet.set_attention_precision(attention)
+    return f"{said[:-1]}, attention: {attention})"

@@ -53,7 +53,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = _lock(self.folder)
         self.device = choose_device(config.device)
-        self.ops = choose_ops(config, self.device)
+        self.ops = choose_ops(config.kernels, self.device)
         notes: list[str] = []
         found = checkpoint.newest(self.folder / "checkpoints", notes.append)
         notes += _compare_with_start(self.folder / "config.json", config, found[1] if found else None)
@@ -99,7 +99,7 @@ class Run:
             images = self.progress.images
             self.progress = replace(self.progress, stage=index, stage_step=0, stage_images=images, stage_done=False)
         self.model.unet.checkpointing = stage.checkpointing
-        set_precision(stage.precision)
+        set_precision(stage.precision, self.model.unet)
         step = Step(self.model, stage, stage.steps(self.images), self.config.seed)
         if resumed:
             for name, optimizer in step.optimizers.items():

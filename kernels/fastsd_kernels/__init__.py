@@ -1,32 +1,47 @@
 """Floor 0: the operations a step is made of, each as a function with one signature and several implementations.
 
 `Ops` is a frozen table of them. REFERENCE is plain PyTorch: the truth in tests, and the path on a machine without a GPU.
-TRITON is the table of fused kernels; it is None until every entry of it is built, and nothing falls back in silence.
-A model is handed one table when it is made.  Read next: any one op's file, they share one order.
+TRITON is the table of fused kernels, or None where Triton is not installed (macOS); nothing falls back in silence.
+A model is handed one table when it is made.  Read next: `geglu.py`, the shortest kernel; all files share its order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from fastsd_kernels.attention import attention_reference
-from fastsd_kernels.geglu import geglu_reference
-from fastsd_kernels.group_norm import group_norm_reference
-from fastsd_kernels.layer_norm import layer_norm_reference
+from fastsd_kernels.absent import AVAILABLE, remove_stand_in
+from fastsd_kernels.adamw import adamw_reference, adamw_triton
+from fastsd_kernels.attention import attention_reference, attention_triton
+from fastsd_kernels.dlion import dlion_estimate_reference, dlion_estimate_triton, dlion_reference, dlion_triton
+from fastsd_kernels.geglu import geglu_reference, geglu_triton
+from fastsd_kernels.gradient_norm import gradient_norm_reference, gradient_norm_triton
+from fastsd_kernels.group_norm import group_norm_reference, group_norm_triton
+from fastsd_kernels.layer_norm import layer_norm_reference, layer_norm_triton
+from fastsd_kernels.lion import lion_reference, lion_triton
+from fastsd_kernels.noise import noised_reference, noised_triton
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation, differentiable. Signatures are those of the references."""
+    """One implementation of every operation. Signatures are those of the references; each is told in its own file."""
 
     name: str
+    # Of the model: differentiable.
     attention: Callable[..., Tensor]  # (q_BNHD, k_BLHD, v_BLHD, *, precision="ieee") -> o_BNHD
     group_norm: Callable[..., Tensor]  # (x_BCHW, weight, bias, groups, eps, *, silu=False, shift_BC=None) -> y_BCHW
-    layer_norm: Callable[..., Tensor]  # (x, weight, bias, eps) -> y
+    layer_norm: Callable[..., Any]  # (x, weight, bias, eps, *, residual=None) -> y, with a residual (y, x + residual)
     geglu: Callable[..., Tensor]  # (x_2F) -> y_F
+    # Of the step: in place, or without a gradient.
+    noised: Callable[..., tuple[Tensor, Tensor]]  # (latents_BCHW, positions_B, t_B, signal_T, level_T, seed) -> (x_t, target)
+    gradient_norm: Callable[..., tuple[Tensor, Tensor]]  # (grads, *, scale=None) -> (norm, skip)
+    lion: Callable[..., None]  # (params, grads, exp_avgs, *, lr, betas, ...)
+    dlion: Callable[..., tuple[Tensor, Tensor]]  # (params, grads, exp_avgs, s, d, *, lr, betas, ...) -> (dots_K, l1_K)
+    dlion_estimate: Callable[..., None]  # (d, numerator_weighted, dots_K, l1_K, *, lr, beta2, skip)
+    adamw: Callable[..., None]  # (params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, betas, ...)
 
 
 REFERENCE = Ops(
@@ -35,7 +50,28 @@ REFERENCE = Ops(
     group_norm=group_norm_reference,
     layer_norm=layer_norm_reference,
     geglu=geglu_reference,
+    noised=noised_reference,
+    gradient_norm=gradient_norm_reference,
+    lion=lion_reference,
+    dlion=dlion_reference,
+    dlion_estimate=dlion_estimate_reference,
+    adamw=adamw_reference,
 )
-TRITON: Ops | None = None
+TRITON: Ops | None = Ops(
+    name="triton",
+    attention=attention_triton,
+    group_norm=group_norm_triton,
+    layer_norm=layer_norm_triton,
+    geglu=geglu_triton,
+    noised=noised_triton,
+    gradient_norm=gradient_norm_triton,
+    lion=lion_triton,
+    dlion=dlion_triton,
+    dlion_estimate=dlion_estimate_triton,
+    adamw=adamw_triton,
+)
+if not AVAILABLE:
+    TRITON = None
+remove_stand_in()
 
 __all__ = ["REFERENCE", "TRITON", "Ops"]
