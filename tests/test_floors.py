@@ -59,17 +59,7 @@ def test_imports_run_downwards(path):
             if module == "fastsd_kernels.absent":
                 allowed |= {"importlib", "sys", "types"}
             if module.rpartition(".")[2] in ("atlas", "machine_code"):  # a tool, never imported by what trains
-                allowed |= {
-                    "argparse",
-                    "concurrent",
-                    "json",
-                    "multiprocessing",
-                    "pathlib",
-                    "re",
-                    "subprocess",
-                    "sys",
-                    "tempfile",
-                }
+                allowed |= set("argparse concurrent json multiprocessing pathlib re subprocess sys tempfile".split())
             assert top in allowed, f"{module} imports {imported}; floor 0 has torch and triton only"
 
 

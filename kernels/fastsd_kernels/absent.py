@@ -16,7 +16,9 @@ AVAILABLE = find_spec("triton") is not None
 
 class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        return self if name == "language" else lambda it=None, **_: it
+        if name.startswith("__"):  # no package: what else asks for Triton meanwhile finds no module in it
+            raise AttributeError(name)
+        return self if name == "language" else lambda it=None, **_: (lambda f: f) if it is None else it
 
 
 _NAMES = ("triton", "triton.language")

@@ -37,8 +37,8 @@ from fastsd_kernels.machine_code import Code, compile_launch, specialise
 # What a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on GeForce.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 BATCH = 16
-# Kernels that read a few statistics or partial sums a program: nothing to gain from wide loads.
-_SMALL = ("_merge", "_merge_sums", "_estimate", "_norm", "_normal")
+# Kernels that read a few statistics or partial sums a program, or next to nothing beside what they compute.
+_SMALL = ("_merge", "_merge_sums", "_estimate", "_norm", "_normal", "_noised")
 
 Call = Callable[[], object]
 
