@@ -1,0 +1,86 @@
+"""Attention, forward and backward, against each of PyTorch's backends on the same views.
+
+Flash, cuDNN and the memory-efficient backend take what they take; what a backend refuses is skipped, with its own words.
+The memory-efficient one computes fp32 as three TF32 products whatever the setting; "math" follows the setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from measure import DTYPES, Bench, Case, Operands, forward_and_backward, fp32_matmuls, label
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastsd_kernels import workload
+from fastsd_kernels.attention import attention_triton
+
+BACKENDS = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
+}
+PEERS = {
+    "bf16": tuple(BACKENDS),
+    "tf32": ("sdpa math",),
+    "ieee": ("sdpa efficient", "sdpa math"),
+    "tf32x3": (),
+}
+CASES = [
+    pytest.param(kind, mode, implementation, id=f"{label(kind)} {mode} {implementation}".replace(" ", "-"))
+    for mode, peers in PEERS.items()
+    for kind in workload.ATTENTION
+    for implementation in ("triton", *peers)
+]
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def attend(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            views = q_BNHD.transpose(1, 2), k_BLHD.transpose(1, 2), v_BLHD.transpose(1, 2)
+            return F.scaled_dot_product_attention(*views).transpose(1, 2)
+
+    return attend
+
+
+@pytest.mark.parametrize("kind, mode, implementation", CASES)
+def bench_attention(kind: workload.Attention, mode: str, implementation: str, bench: Bench) -> None:
+    dtype = DTYPES["bf16" if mode == "bf16" else "fp32"]
+    queries = bench.batch, kind.queries, kind.heads, kind.head_dim
+    keys = bench.batch, kind.keys, kind.heads, kind.head_dim
+
+    def make() -> Operands:
+        return tuple(bench.tensor(*shape, dtype=dtype) for shape in (queries, keys, keys)), (
+            bench.tensor(*queries, dtype=dtype),
+        )
+
+    if implementation == "triton":
+        precision = "ieee" if mode == "bf16" else mode
+        function = lambda q, k, v: attention_triton(q, k, v, precision=precision)  # noqa: E731
+    else:
+        function = _sdpa(BACKENDS[implementation])
+    # Forward: q, k, v in, o out; backward: those and do in, dq, dk, dv out.
+    elements = 6 * bench.batch * (kind.queries + kind.keys) * kind.heads * kind.head_dim
+    # 2 matmuls forward, 5 backward: what is asked for, whatever is recomputed.
+    flops = bench.batch * kind.flops * 7 // 2
+    count = workload.ATTENTION[kind]
+    case = Case("attention", label(kind), count, implementation, mode, elements * dtype.itemsize, flops)
+    with fp32_matmuls(mode):
+        if implementation != "triton":
+            _require(function, make)
+        bench.differentiated(case, function, make)
+
+
+def _require(function: Callable[..., Tensor], make: Callable[[], Operands]) -> None:
+    """Skip what a backend refuses, in either pass, or has no memory for."""
+    inputs, upstream = make()
+    try:
+        forward_and_backward(function, [(tuple(x.requires_grad_() for x in inputs), upstream)])
+    except torch.OutOfMemoryError:
+        pytest.skip("out of memory")
+    except RuntimeError as error:
+        pytest.skip(f"refused: {str(error).splitlines()[0]}")

@@ -1,0 +1,37 @@
+"""Noised latents and target from latents, against the same in PyTorch, and against PyTorch's own generator.
+
+"reference" is the same counter-based noise in PyTorch's integers; "torch.randn" another noise, drawn from a generator's
+state, that no one can make again for one sample: the least that PyTorch would ask for.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from measure import DTYPES, Bench, Case
+
+from fastsd_kernels import workload
+from fastsd_kernels.noise import noised_reference, noised_triton
+
+FIRST = min(workload.CONV, key=lambda conv: conv.inputs)  # the convolution that takes latents
+TIMESTEPS = 1000
+
+
+@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("implementation", ["triton", "reference", "torch.randn"])
+def bench_noised(mode: str, implementation: str, bench: Bench) -> None:
+    x = bench.tensor(bench.batch, FIRST.inputs, FIRST.side, FIRST.side, dtype=DTYPES[mode])
+    positions = torch.arange(bench.batch, device=x.device)
+    t = torch.randint(TIMESTEPS, (bench.batch,), device=x.device)
+    signal, level = (torch.rand(TIMESTEPS, device=x.device) for _ in range(2))
+
+    def randn() -> tuple[torch.Tensor, torch.Tensor]:
+        eps = torch.randn(x.shape, device=x.device)
+        return signal[t][:, None, None, None] * x + level[t][:, None, None, None] * eps, eps
+
+    noised = noised_triton if implementation == "triton" else noised_reference
+    work = randn if implementation == "torch.randn" else lambda: noised(x, positions, t, signal, level, 7)
+    # x in, x_t and target out.
+    kind = f"{FIRST.inputs}x{FIRST.side}x{FIRST.side}"
+    case = Case("noised", kind, 1, implementation, mode, x.numel() * (x.element_size() + 8))
+    bench.time(case, work)

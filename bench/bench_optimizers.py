@@ -1,0 +1,106 @@
+"""One step of each optimizer over all parameters of the UNet, and the norm of their gradients.
+
+The kernels and the references have one flat arena; the other packages have as many tensors as the module, whose q, k and v
+are fused: 638 where diffusers has 686.  "halves" is bf16 high halves with 16-bit low halves and bf16 gradients; the states are
+fp32.
+"triton in a step" also scales the gradients, asks a skip flag and zeroes the gradients, in the same pass.
+
+lion-pytorch and dadaptation are timed as they run, not captured: dadaptation reads two numbers back for every tensor.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from measure import Bench, Call, Case
+from torch import Tensor
+
+from fastsd_kernels import workload
+from fastsd_kernels.adamw import adamw_reference, adamw_triton
+from fastsd_kernels.dlion import dlion_estimate_reference, dlion_estimate_triton, dlion_reference, dlion_triton
+from fastsd_kernels.gradient_norm import gradient_norm_reference, gradient_norm_triton
+from fastsd_kernels.lion import lion_reference, lion_triton
+
+PEERS = {"lion": "lion-pytorch", "dlion": "dadaptation", "adamw": "torch fused"}
+CASES = [
+    pytest.param(op, mode, implementation, id=f"{op} {mode} {implementation}".replace(" ", "-"))
+    for op, peer in PEERS.items()
+    for mode, more in (("fp32", ("reference", peer)), ("halves", ()))
+    for implementation in ("triton", "triton in a step", *more)
+]
+_QUICK = 12_000  # elements of the largest tensor of a reduced arena, which has one of each size
+
+
+def _sizes(bench: Bench) -> list[int]:
+    if bench.quick:
+        return [size for size in workload.PARAMETERS if size <= _QUICK]
+    return [size for size, count in workload.PARAMETERS.items() for _ in range(count)]
+
+
+def _step(op: str, kernels: bool, p: Tensor, g: Tensor, options: dict) -> Call:
+    """A step over one arena by the kernels or the references."""
+    m = torch.zeros_like(p, dtype=torch.float32)
+    if op == "lion":
+        lion = lion_triton if kernels else lion_reference
+        return lambda: lion([p], [g], [m], lr=1e-4, **options)
+    other = torch.zeros_like(m)
+    if op == "adamw":
+        adamw, steps = adamw_triton if kernels else adamw_reference, [m.new_zeros(())]
+        return lambda: adamw([p], [g], [m], [other], steps, lr=1e-4, **options)
+    dlion, estimate = (dlion_triton, dlion_estimate_triton) if kernels else (dlion_reference, dlion_estimate_reference)
+    d, numerator = m.new_full((), 1e-6, dtype=torch.float64), m.new_zeros((), dtype=torch.float64)
+    skip = options.get("skip")
+
+    def step() -> None:
+        sums = dlion([p], [g], [m], [other], d, lr=1.0, **options)
+        estimate(d, numerator, *sums, lr=1.0, skip=skip)
+
+    return step
+
+
+def _peer(op: str, parameters: list[Tensor]) -> Call:
+    if op == "lion":
+        return pytest.importorskip("lion_pytorch").Lion(parameters, lr=1e-4).step
+    if op == "dlion":
+        return pytest.importorskip("dadaptation").DAdaptLion(parameters).step
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=parameters[0].is_cuda).step
+
+
+def _gradients(bench: Bench, sizes: list[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [bench.tensor(size, dtype=dtype) for size in sizes]
+
+
+@pytest.mark.parametrize("op, mode, implementation", CASES)
+def bench_optimizer(op: str, mode: str, implementation: str, bench: Bench) -> None:
+    sizes = _sizes(bench)
+    n, halves, in_step = sum(sizes), mode == "halves", implementation == "triton in a step"
+    # Parameter in and out, 4 bytes either way; gradient in; each state in and out.  Zeroing writes the gradient once.
+    gradient = (2 if halves else 4) * (2 if in_step else 1)
+    case = Case(op, "all parameters", 1, implementation, mode, n * (8 + gradient + (8 if op == "lion" else 16)))
+    if implementation == PEERS[op]:
+        parameters = [torch.nn.Parameter(bench.tensor(size)) for size in sizes]
+        for p in parameters:
+            p.grad = bench.tensor(p.numel())
+        step, captured = _peer(op, parameters), op == "adamw"
+        times = 1 if captured else 3
+        bench.time(case, lambda: [step() for _ in range(times)], calls=times, captured=captured)
+        return
+    p, g = (bench.tensor(n, dtype=torch.bfloat16 if halves else torch.float32) for _ in range(2))
+    options: dict = {"lows": [torch.zeros_like(p, dtype=torch.int16)]} if halves else {}
+    if in_step:
+        options |= {"scale": torch.ones((), device=p.device), "skip": torch.zeros((), device=p.device), "zero_grads": True}
+    bench.time(case, _step(op, implementation != "reference", p, g, options))
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("implementation", ["triton", "reference", "pytorch"])
+def bench_gradient_norm(mode: str, implementation: str, bench: Bench) -> None:
+    sizes, dtype = _sizes(bench), torch.bfloat16 if mode == "bf16" else torch.float32
+    case = Case("gradient_norm", "all parameters", 1, implementation, mode, sum(sizes) * dtype.itemsize)
+    if implementation == "pytorch":
+        grads = _gradients(bench, sizes, dtype)
+        bench.time(case, lambda: torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+    else:
+        (arena,) = _gradients(bench, [sum(sizes)], dtype)
+        norm = gradient_norm_triton if implementation == "triton" else gradient_norm_reference
+        bench.time(case, lambda: norm([arena]))

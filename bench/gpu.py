@@ -1,0 +1,259 @@
+"""Everything that a machine with a GPU is asked for, in one visit: the kernels' tests on the device, all benchmarks, the goals.
+
+    python bench/gpu.py [--only tests attention norms optimizers noise] [--limit SECONDS] [--batch 8] [--out bench/results]
+
+Writes one file, OUT/kernels-<gpu>.json: stamp, outcome of each part, every figure, every goal with what it is held against.
+What fails, is refused or falls short is in it, too; after a failed test the benchmarks still run.  The file is whole after
+each part, and a part cut off by --limit leaves what it had.  Another visit to the same GPU with the same sources, versions
+and batch adds to the file; else it starts anew.  A visit that was killed leaves lines beside the file, which the next takes in.
+
+Compiling takes longer than measuring.  So the files of tests run side by side, and the kernels of a suite are compiled by
+several processes into Triton's cache before one process alone times them.
+
+Exit status: 0 all ran, whatever the figures; 1 a test or benchmark failed or was cut off; 2 no GPU, or no pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels")]
+PARTS = {
+    "tests": [f"tests/test_{name}_kernels.py" for name in ("attention", "norm", "optimizer", "noise")],
+    "attention": ["bench/bench_attention.py"],
+    "norms": ["bench/bench_norms.py"],
+    "optimizers": ["bench/bench_optimizers.py"],
+    "noise": ["bench/bench_noise.py"],
+}
+COMPILED_FIRST = ("attention", "norms")
+# {module: what goes without it}.  The tests of the optimizers ask for the first two.
+OPTIONAL = {
+    "lion_pytorch": "lion-pytorch is left out",
+    "dadaptation": "dadaptation is left out, and so is the goal that names it",
+    "pytest_timeout": "a test that hangs is cut off by --limit alone",
+}
+
+
+def read_stamp(batch: int) -> dict[str, Any]:
+    """What a figure depends on: GPU and its limits, versions, sources."""
+    import torch
+    import triton
+
+    def ask(*command: str) -> str | None:
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    def smi(field: str) -> str | None:
+        # nvidia-smi counts all GPUs, CUDA those that are visible.
+        number = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        return ask("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={number}")
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    device = torch.cuda.get_device_properties(0)
+    # Figures of changes not yet committed must not be taken for the commit's, nor for those of other changes.
+    files = [p for folder in ("kernels/fastsd_kernels", "bench") for p in sorted((ROOT / folder).glob("*.py"))]
+    return {
+        "gpu": device.name, "capability": f"sm_{device.major}{device.minor}", "multiprocessors": device.multi_processor_count,
+        "memory_gb": round(device.total_memory / 1e9, 1), "l2_mb": round(device.L2_cache_size / 1e6, 1),
+        "power_limit": smi("power.limit"), "clock_limit": smi("clocks.max.sm"), "driver": smi("driver_version"),
+        "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__, "python": platform.python_version(),
+        "lion-pytorch": version("lion-pytorch"), "dadaptation": version("dadaptation"),
+        "commit": ask("git", "rev-parse", "--short", "HEAD"),
+        "sources": hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "batch": batch,
+    }  # fmt: skip
+
+
+def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None, float]:
+    """One pytest process a group of arguments, side by side: (worst exit status, None if one was cut off; seconds).
+
+    A single process writes to the terminal; the output of several is printed one after another when all are done.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # on a GPU kernels are compiled
+    paths = [str(ROOT / "bench"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    start = time.monotonic()
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) if len(groups) > 1 else None for _ in groups]
+        processes = [
+            subprocess.Popen([sys.executable, "-m", "pytest", *group], cwd=ROOT, env=environment, stdout=output, stderr=output)
+            for group, output in zip(groups, outputs, strict=True)
+        ]
+        worst: int | None = 0
+        for process, output in zip(processes, outputs, strict=True):
+            try:
+                status = process.wait(None if end is None else max(0.0, end - time.monotonic()))
+                worst = None if worst is None else max(worst, abs(status))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                worst = None
+            if output:
+                output.seek(0)
+                print(output.read(), flush=True)
+    return worst, time.monotonic() - start
+
+
+def run_part(name: str, lines: Path, options: argparse.Namespace, end: float | None) -> tuple[int | None, float]:
+    """A part of `PARTS`, its outcomes going to `lines`: as `run`."""
+    noting = ["-p", "outcomes", "--outcomes", str(lines)]
+    chosen = ["-k", options.k] if options.k else []
+    if name == "tests":
+        return run([[file, *noting, *chosen] for file in PARTS[name]], end)
+    arguments = [*PARTS[name], "--batch", str(options.batch), "--benchmark-quiet"]
+    arguments += ["--compiled"] if options.compiled else []
+    if name in COMPILED_FIRST:
+        shares = max(1, min(8, (os.cpu_count() or 1) // 2))  # each holds some 0.5 GB of the GPU's memory
+        kernels = ["-k", f"triton and ({options.k})" if options.k else "triton", "--benchmark-disable"]
+        # What fails here fails again below, where it is noted.
+        run([[*arguments, *kernels, "--shard", f"{i}/{shares}"] for i in range(shares)], end)
+    return run([[*arguments, *noting, *chosen]], end)
+
+
+def take_in(result: dict[str, Any], name: str, lines: Path, status: int | None, seconds: float) -> None:
+    """Add a part's outcomes and figures to the result; later figures of a case replace earlier ones. Removes the lines."""
+    outcomes = []
+    if lines.exists():
+        text = lines.read_text()
+        # A line without its end was being written when the process was killed.
+        outcomes = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    part = result["parts"].setdefault(name, {"runs": [], "failed": {}, "skipped": {}})
+    counts = Counter(outcome["outcome"] for outcome in outcomes)
+    part["runs"].append({"status": status, "seconds": round(seconds), "cut_off": status is None, **counts})
+    for outcome in outcomes:
+        for kind in ("failed", "skipped"):
+            part[kind].pop(outcome["test"], None)
+            if outcome["outcome"] == kind:
+                part[kind][outcome["test"]] = outcome["message"]
+    cases = {_case(record): record for record in result["records"]}
+    cases |= {_case(o["record"]): o["record"] for o in outcomes if "record" in o and "seconds" in o["record"]}
+    result["records"] = list(cases.values())
+    lines.unlink(missing_ok=True)
+
+
+def _case(record: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(record[key] for key in ("op", "kind", "mode", "implementation"))
+
+
+def open_result(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
+    """The result of an earlier visit, if all but the date is as it was, with what killed parts left; else a new one."""
+    new: dict[str, Any] = {"stamp": stamp, "parts": {}, "records": [], "verdicts": []}
+    if not path.exists():
+        return new
+    old = json.loads(path.read_text())
+    if {**old["stamp"], "date": None} != {**stamp, "date": None}:
+        for name in PARTS:
+            path.with_suffix(f".{name}.jsonl").unlink(missing_ok=True)
+        return new
+    for name in PARTS:
+        lines = path.with_suffix(f".{name}.jsonl")
+        if lines.exists():
+            take_in(old, name, lines, None, 0.0)
+    return {**old, "stamp": stamp}
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    from verdicts import verdicts
+
+    result["verdicts"] = [verdict._asdict() for verdict in verdicts(result["records"])]
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(path)
+
+
+def report(result: dict[str, Any]) -> bool:
+    """Print figures, failures and goals; whether every part ran to its end with nothing failed."""
+    from verdicts import table, verdicts
+
+    print("\n" + "\n".join(table(result["records"])))
+    print("\nSkipped: " + ("" if any(part["skipped"] for part in result["parts"].values()) else "none"))
+    for part in result["parts"].values():
+        for test, message in part["skipped"].items():
+            print(f"  {test.split('::')[-1]}: {message}")
+    good = True
+    print("\nParts:")
+    for name, part in result["parts"].items():
+        last = part["runs"][-1]
+        good &= last["status"] == 0 and not part["failed"]
+        words = ", ".join(f"{last[word]} {word}" for word in ("passed", "failed", "skipped") if word in last)
+        end = "CUT OFF" if last["cut_off"] else f"exit status {last['status']}"
+        print(f"  {name:10} {words or 'nothing ran'} in {last['seconds']} s, {end}")
+        for test, message in part["failed"].items():
+            errors = [line for line in message.splitlines() if line.startswith("E ")] or message.splitlines() or [""]
+            print(f"    FAILED {test}: {errors[-1][:200]}")
+    print("\nGoals:")
+    for verdict in verdicts(result["records"]):
+        print(f"  {verdict.line()}")
+    return good
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the result")
+    parser.add_argument("--batch", type=int, default=8, help="images a call (default: 8)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--skip-tests", action="store_true", help="benchmarks alone")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of all parts together; what is running then is cut off")
+    parser.add_argument("-k", metavar="EXPRESSION", help="of each part only what pytest selects by this")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile's norms and GEGLU as a peer, too")
+    options = parser.parse_args(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("No CUDA device: these are measurements of a GPU; `pytest bench` runs on any machine.", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        print("pytest-benchmark is missing: `pip install pytest-benchmark`.", file=sys.stderr)
+        return 2
+    for module, words in OPTIONAL.items():
+        if importlib.util.find_spec(module) is None:
+            print(f"!!! {module} is not installed: {words}. !!!", flush=True)
+    end = None if options.limit is None else time.monotonic() + options.limit
+    stamp = read_stamp(options.batch)
+    print(json.dumps(stamp, indent=1), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"kernels-{re.sub('[^a-z0-9]+', '-', stamp['gpu'].lower()).strip('-')}.json"
+    result = open_result(path, stamp)
+    write_result(result, path)
+    for name in options.only:
+        if name == "tests" and options.skip_tests:
+            continue
+        print(f"\n== {name}", flush=True)
+        lines = path.with_suffix(f".{name}.jsonl")
+        status, seconds = run_part(name, lines, options, end)
+        take_in(result, name, lines, status, seconds)
+        write_result(result, path)
+    good = report(result)
+    print(f"\nWritten: {path}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

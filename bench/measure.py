@@ -1,0 +1,222 @@
+"""How things are timed: whole forward-and-backward passes, cold, without the host in the way; and what the machine can do.
+
+On a GPU most of these kernels end sooner than Python starts them.  So work is warmed up, captured into a CUDA graph, and
+replays of the graph are timed, each long enough (`_REPLAY`) that starting and waiting for it does not count.  Between two
+uses of a tensor lie others that fill the L2 cache twice (`Bench.copies`), as in a step: all forwards, then all backwards
+from the last to the first.  What waits for the GPU inside cannot be captured; it is timed as its users run it, several steps a
+round, and its figures say "eager".
+
+Every figure is per call: the median of the rounds divided by the calls in one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsd_kernels import workload
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_REPLAY = 4e-3  # seconds: some 10 us around a replay are then 0.3 %
+
+Call = Callable[[], object]
+# Tensors that want gradients, and the gradients of the outputs.
+Operands = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed, and what it must do at best, forward and backward together."""
+
+    op: str
+    kind: str
+    count: int  # in the forward of one step and image
+    implementation: str
+    mode: str  # dtype, or precision of fp32
+    bytes: int
+    flops: int = 0
+    bytes_once: int = 0  # if every pass touched each tensor once; 0: no fewer than `bytes`
+
+
+class Machine(NamedTuple):
+    """What this machine does when nothing else is asked of it, measured beside the benchmarks."""
+
+    copy_gb_per_s: float  # read and written
+    matmul_tflop_per_s: dict[str, float]  # by mode
+
+
+def label(kind: Any) -> str:
+    """A kind of the workload in a few characters."""
+    if isinstance(kind, workload.Attention):
+        return f"{kind.queries}x{kind.keys} d{kind.head_dim}"
+    if isinstance(kind, workload.GroupNorm):
+        return f"{kind.channels}c {kind.side}px{' silu' if kind.silu else ''}{' shift' if kind.shift else ''}"
+    return f"{kind.rows}x{kind.features}"
+
+
+def smallest(table: dict[Any, int], count: int = 2) -> list[Any]:
+    """The kinds with the fewest elements."""
+
+    def elements(kind: Any) -> int:
+        if isinstance(kind, workload.Attention):
+            return (kind.queries + kind.keys) * kind.heads * kind.head_dim
+        if isinstance(kind, workload.GroupNorm):
+            return kind.channels * kind.side**2
+        return kind.rows * kind.features
+
+    return sorted(table, key=elements)[:count]
+
+
+@contextmanager
+def fp32_matmuls(mode: str) -> Iterator[None]:
+    """PyTorch's fp32 matmuls in TF32 inside, if the mode is "tf32", else IEEE."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if mode == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _seconds(call: Call, device: torch.device, repeats: int) -> float:
+    """Of one call: the median of five timings of `repeats`."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for i in range(7):
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wait()
+        if i > 1:
+            times.append((time.perf_counter() - start) / repeats)
+    return statistics.median(times)
+
+
+def measure_machine(device: torch.device) -> Machine:
+    """A copy of 1 GiB (256 MiB on a CPU) and square matmuls of 8192 (512)."""
+    gpu = device.type == "cuda"
+    source, target = (torch.ones((1 << 28) if gpu else (1 << 26), device=device) for _ in range(2))
+    copy = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, 10 if gpu else 1) / 1e9
+    rates, side = {}, 8192 if gpu else 512
+    for mode in ("bf16", "tf32", "ieee"):
+        a = torch.randn(side, side, device=device, dtype=DTYPES["bf16" if mode == "bf16" else "fp32"])
+        with fp32_matmuls(mode):
+            rates[mode] = 2 * side**3 / _seconds(partial(torch.matmul, a, a), device, 3) / 1e12
+    return Machine(copy, rates)
+
+
+def forward_and_backward(function: Callable[..., Any], sets: Sequence[Operands]) -> None:
+    """All forwards, then all backwards from the last to the first, as in a step."""
+    outputs = [function(*inputs) for inputs, _ in sets]
+    for inputs, upstream in reversed(sets):
+        output = outputs.pop()
+        torch.autograd.grad(output if isinstance(output, tuple) else (output,), inputs, upstream)
+
+
+def capture(work: Call) -> tuple[Call, int]:
+    """(a replay of some calls that ends when they have, how many they are): at least `_REPLAY` long."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            work()
+    torch.cuda.synchronize()
+    repeats = 1
+    while True:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                work()
+
+        def replay(graph: torch.cuda.CUDAGraph = graph) -> None:
+            graph.replay()
+            torch.cuda.synchronize()
+
+        replay()
+        start = time.perf_counter()
+        replay()
+        seconds = time.perf_counter() - start
+        if repeats > 1 or seconds >= _REPLAY:
+            return replay, repeats
+        repeats = math.ceil(_REPLAY / seconds)
+
+
+class Bench:
+    """One benchmark: makes its tensors, times it, and hands its figures to pytest-benchmark and to `note`."""
+
+    def __init__(
+        self, benchmark: Any, device: torch.device, batch: int, quick: bool, machine: Machine | None, note: Callable[..., None]
+    ) -> None:
+        self.benchmark, self.device, self.batch, self.quick = benchmark, device, batch, quick
+        self.machine, self.note = machine, note
+        self.gpu = device.type == "cuda"
+
+    def tensor(self, *shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+        """Normal numbers; an image (B, C, H, W) may lie channels last."""
+        x = torch.randn(shape, device=self.device, dtype=dtype)
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    def copies(self, make: Callable[[], Operands]) -> list[Operands]:
+        """So many sets of operands that they fill the L2 cache twice; inputs want gradients."""
+        sets = [make()]
+        size = sum(x.nbytes for group in sets[0] for x in group)
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.gpu else 0
+        sets += [make() for _ in range(math.ceil(2 * cache / size) - 1)]
+        for inputs, _ in sets:
+            for x in inputs:
+                x.requires_grad_()
+        return sets
+
+    def differentiated(self, case: Case, function: Callable[..., Any], make: Callable[[], Operands]) -> None:
+        """Time forward and backward of `function`."""
+        sets = self.copies(make)
+        self.time(case, lambda: forward_and_backward(function, sets), calls=len(sets))
+
+    def time(self, case: Case, work: Call, *, calls: int = 1, captured: bool = True) -> None:
+        """Time `work`, which is so many calls of the case. captured: as a CUDA graph, where there is CUDA."""
+        rounds = 3 if self.quick else 20
+        if not self.gpu:
+            run, warm = work, 1
+        elif captured:
+            run, repeats = capture(work)
+            calls, warm = calls * repeats, 3
+        else:
+
+            def run() -> None:
+                work()
+                torch.cuda.synchronize()
+
+            rounds, warm = min(rounds, 5), 1
+        self.benchmark.group = f"{case.op}, {case.kind}, {case.mode}"
+        self.benchmark.pedantic(run, rounds=rounds, warmup_rounds=warm)
+        how = "eager" if not (self.gpu and captured) else "graph"
+        info = {**asdict(case), "batch": self.batch, "timed": how, "calls_a_round": calls}
+        if self.machine and self.benchmark.stats:
+            stats = self.benchmark.stats.stats
+            info |= {"rounds": rounds, "seconds": stats.median / calls, "seconds_min": stats.min / calls}
+            info |= {"seconds_iqr": stats.iqr / calls, **rates(case, stats.median / calls, self.machine)}
+        self.benchmark.extra_info.update(info)
+        self.note(info)
+
+
+def rates(case: Case, seconds: float, machine: Machine) -> dict[str, float]:
+    """What was achieved, and its share of what the machine does."""
+    found = {"gb_per_s": case.bytes / seconds / 1e9, "copy_gb_per_s": machine.copy_gb_per_s}
+    found["share_of_copy"] = found["gb_per_s"] / machine.copy_gb_per_s
+    if case.bytes_once:
+        found["share_of_copy_once"] = found["share_of_copy"] * case.bytes_once / case.bytes
+    if case.flops:
+        # tf32x3 is three TF32 products for each it counts: a third is all there is.
+        rate = machine.matmul_tflop_per_s["tf32" if case.mode == "tf32x3" else case.mode]
+        found |= {"tflop_per_s": case.flops / seconds / 1e12, "matmul_tflop_per_s": rate}
+        found["share_of_matmul"] = found["tflop_per_s"] / rate
+    return found

@@ -1,0 +1,48 @@
+"""A pytest plugin that writes each outcome, and the figures of each benchmark, as a line of JSON the moment it is there.
+
+    PYTHONPATH=bench pytest -p outcomes --outcomes FILE ...
+
+So a machine that goes away takes no more with it than the one test it was at.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_LONGEST = 2000  # characters of a message: the end of a traceback
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("fastsd").addoption("--outcomes", type=Path, help="append each outcome to this file, as JSON lines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("outcomes")
+    if path:
+        config.pluginmanager.register(_Writer(path))
+
+
+class _Writer:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._write(report, {})
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._write(report, {"seconds": round(report.duration, 3), **dict(report.user_properties)})
+
+    def _write(self, report: Any, more: dict[str, Any]) -> None:
+        line: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome, **more}
+        if report.skipped:
+            line["message"] = report.longrepr[2].removeprefix("Skipped: ")
+        elif report.failed:
+            line["message"] = str(report.longrepr)[-_LONGEST:]
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")

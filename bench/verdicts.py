@@ -1,0 +1,189 @@
+"""What the figures amount to: a table of them, and each goal with the figure it is held against. Pure functions of the records.
+
+A record is one benchmark's figures, as `measure.Bench.time` notes them; the kernels' own have an implementation that begins
+with "triton".  Whatever a goal asks of a shape, the worst shape decides; where it asks for a whole step, kinds count as often
+as they occur in one.  A kind that a peer has a figure for and the kernels have none is a goal not met; a goal that holds on the
+kinds that were measured, and not all were, is left open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fastsd_kernels import workload
+
+Record = dict[str, Any]
+OURS = "triton"
+
+
+class Verdict(NamedTuple):
+    goal: str
+    at_least: float
+    figure: float | None
+    met: bool | None  # None: nothing was measured, or not everything
+    detail: str
+
+    def line(self) -> str:
+        found = "not measured" if self.figure is None else f"{self.figure:.2f}"
+        word = {True: "met", False: "NOT MET", None: "open"}[self.met]
+        return f"{word:8} {found:>12} (at least {self.at_least:.2f})  {self.goal}{': ' if self.detail else ''}{self.detail}"
+
+
+def verdicts(records: Sequence[Record]) -> list[Verdict]:
+    """Every goal, whether or not anything was measured for it."""
+    timed = [r for r in records if "seconds" in r]
+    return [*_attention(timed), *_group_norm(timed), *_optimizers(timed)]
+
+
+def _attention(records: Sequence[Record]) -> list[Verdict]:
+    attention, shapes = [r for r in records if r["op"] == "attention"], len(workload.ATTENTION)
+    bf16 = _Ratios.of(attention, "bf16", ("bf16",), "sdpa", shapes)
+    # SDPA's best fp32, also where its "math" may use TF32.
+    tf32 = _Ratios.of(attention, "tf32", ("ieee", "tf32"), "sdpa", shapes)
+    return [
+        bf16.worst("attention bf16, each shape over the best of SDPA", 1.0),
+        bf16.mean("attention bf16 over the best of SDPA, geometric mean of shapes", 1.2, weighted=False),
+        bf16.mean("attention bf16 over the best of SDPA, geometric mean by count", 1.2, weighted=True),
+        tf32.worst("attention tf32, each shape over SDPA's best fp32", 2.0),
+        tf32.mean("attention tf32 over SDPA's best fp32, geometric mean by count", 2.0, weighted=True),
+    ]
+
+
+def _group_norm(records: Sequence[Record]) -> list[Verdict]:
+    found, shapes = [], sum(kind.silu for kind in workload.GROUP_NORM)
+    for mode in ("bf16", "fp32"):
+        norms = [r for r in records if r["op"] == "group_norm+silu" and r["mode"] == mode]
+        ours = [r for r in norms if r["implementation"] == OURS]
+        ratios = _Ratios.of(norms, mode, (mode,), "pytorch", shapes)
+        name = f"GroupNorm+SiLU {mode}"
+        found += [
+            _step_share(f"{name}, a whole step, of copy bandwidth", 0.80, ours, shapes),
+            _worst_share(f"{name}, each shape, of copy bandwidth", 0.80, ours, shapes),
+            ratios.step(f"{name}, a whole step over PyTorch's", 3.0),
+            ratios.worst(f"{name}, each shape over PyTorch's", 3.0),
+        ]
+    return found
+
+
+def _optimizers(records: Sequence[Record]) -> list[Verdict]:
+    found = []
+    for op, name in (("lion", "Lion"), ("dlion", "D-Lion"), ("adamw", "AdamW")):
+        for mode in ("fp32", "halves"):
+            ours = [r for r in records if r["op"] == op and r["mode"] == mode and r["implementation"].startswith(OURS)]
+            found.append(_worst_share(f"{name} {mode}, of copy bandwidth", 0.85, ours, 2))
+    dlion = _Ratios.of([r for r in records if r["op"] == "dlion"], "fp32", ("fp32",), "dadaptation", 1)
+    return [*found, dlion.worst("D-Lion fp32 over dadaptation's", 20.0)]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One kind, by the kernel and by the fastest peer."""
+
+    kind: str
+    count: int
+    ours: float  # seconds
+    theirs: float
+    peer: str
+
+    @property
+    def ratio(self) -> float:
+        return self.theirs / self.ours
+
+
+class _Ratios(NamedTuple):
+    pairs: list[_Pair]
+    missing: list[str]  # kinds that only a peer has a figure for
+    expected: int
+
+    @classmethod
+    def of(cls, records: Iterable[Record], mode: str, peer_modes: Sequence[str], peer: str, expected: int) -> _Ratios:
+        """The kernel in `mode` over the fastest implementation whose name begins with `peer`, in any of `peer_modes`."""
+        ours: dict[str, Record] = {}
+        best: dict[str, Record] = {}
+        for r in records:
+            if r["implementation"] == OURS and r["mode"] == mode:
+                ours[r["kind"]] = r
+            elif r["implementation"].startswith(peer) and r["mode"] in peer_modes:
+                best[r["kind"]] = min(best.get(r["kind"], r), r, key=lambda x: x["seconds"])
+        pairs = [
+            _Pair(kind, r["count"], r["seconds"], best[kind]["seconds"], best[kind]["implementation"])
+            for kind, r in ours.items()
+            if kind in best
+        ]
+        return cls(pairs, [kind for kind in best if kind not in ours], expected)
+
+    def worst(self, goal: str, at_least: float) -> Verdict:
+        if not self.pairs:
+            return self._verdict(goal, at_least, None, "")
+        worst = min(self.pairs, key=lambda p: p.ratio)
+        below = sum(p.ratio < at_least for p in self.pairs)
+        return self._verdict(goal, at_least, worst.ratio, f"{worst.kind} over {worst.peer}; {below} of {len(self.pairs)} below")
+
+    def mean(self, goal: str, at_least: float, *, weighted: bool) -> Verdict:
+        """Geometric."""
+        weights = [p.count if weighted else 1 for p in self.pairs]
+        logs = sum(w * math.log(p.ratio) for w, p in zip(weights, self.pairs, strict=True))
+        return self._verdict(goal, at_least, math.exp(logs / sum(weights)) if weights else None, f"{len(weights)} shapes")
+
+    def step(self, goal: str, at_least: float) -> Verdict:
+        """Of the times of one step."""
+        ours, theirs = sum(p.count * p.ours for p in self.pairs), sum(p.count * p.theirs for p in self.pairs)
+        return self._verdict(goal, at_least, theirs / ours if self.pairs else None, f"{len(self.pairs)} shapes")
+
+    def _verdict(self, goal: str, at_least: float, figure: float | None, detail: str) -> Verdict:
+        return _verdict(goal, at_least, figure, detail, self.expected - len(self.pairs), self.missing)
+
+
+def _step_share(goal: str, at_least: float, ours: Sequence[Record], expected: int) -> Verdict:
+    """Bytes that must move in a step, over what a copy would have moved in that time."""
+    if not ours:
+        return _verdict(goal, at_least, None, "", expected)
+    could = sum(r["count"] * r["seconds"] * r["copy_gb_per_s"] * 1e9 for r in ours)
+    share = sum(r["count"] * r["bytes"] for r in ours) / could
+    once = sum(r["count"] * (r["bytes_once"] or r["bytes"]) for r in ours) / could
+    return _verdict(goal, at_least, share, f"{len(ours)} shapes; {once:.2f} if each pass reads once", expected - len(ours))
+
+
+def _worst_share(goal: str, at_least: float, ours: Sequence[Record], expected: int) -> Verdict:
+    if not ours:
+        return _verdict(goal, at_least, None, "", expected)
+    worst = min(ours, key=lambda r: r["share_of_copy"])
+    below = sum(r["share_of_copy"] < at_least for r in ours)
+    what = f"{worst['kind']}, {worst['implementation']}; {below} of {len(ours)} below"
+    return _verdict(goal, at_least, worst["share_of_copy"], what, expected - len(ours))
+
+
+def _verdict(
+    goal: str, at_least: float, figure: float | None, detail: str, lacking: int, missing: Sequence[str] = ()
+) -> Verdict:
+    if missing:
+        return Verdict(goal, at_least, figure, False, f"no figure for {', '.join(missing)}; {detail}".rstrip("; "))
+    if figure is None:
+        return Verdict(goal, at_least, None, None, "")
+    if figure < at_least:
+        return Verdict(goal, at_least, figure, False, detail)
+    return Verdict(goal, at_least, figure, None if lacking else True, detail + (f"; {lacking} not measured" if lacking else ""))
+
+
+def table(records: Sequence[Record]) -> list[str]:
+    """A line a record; `x` is how much longer it takes than the kernel of the same op, kind and mode."""
+    ours = {(r["op"], r["kind"], r["mode"]): r["seconds"] for r in records if r["implementation"] == OURS and "seconds" in r}
+    lines = [
+        f"{'op':20} {'kind':16} {'n':>3} {'mode':7} {'implementation':22} {'timed':6}"
+        f" {'ms':>9} {'GB/s':>6} {'of copy':>7} {'TFLOP/s':>7} {'of mm':>6} {'x':>6}"
+    ]
+    for r in records:
+        start = f"{r['op']:20} {r['kind']:16} {r['count']:3} {r['mode']:7} {r['implementation']:22} {r['timed']:6}"
+        if "seconds" not in r:
+            lines.append(f"{start} {'-':>9}")
+            continue
+        own = ours.get((r["op"], r["kind"], r["mode"]))
+        flops = f"{r['tflop_per_s']:7.1f} {r['share_of_matmul']:6.0%}" if "tflop_per_s" in r else f"{'':14}"
+        ratio = f"{r['seconds'] / own:6.2f}" if own else ""
+        lines.append(
+            f"{start} {1e3 * r['seconds']:9.4f} {r['gb_per_s']:6.0f} {r['share_of_copy']:7.0%} {flops} {ratio}".rstrip()
+        )
+    return lines
