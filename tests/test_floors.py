@@ -59,7 +59,8 @@ def test_imports_run_downwards(path):
             if module == "fastsd_kernels.absent":
                 allowed |= {"importlib", "sys", "types"}
             if module.rpartition(".")[2] in ("atlas", "machine_code"):  # a tool, never imported by what trains
-                allowed |= set("argparse concurrent json multiprocessing pathlib re subprocess sys tempfile".split())
+                allowed |= {"argparse", "concurrent", "json", "multiprocessing", "pathlib", "re", "subprocess", "sys",
+                            "tempfile"}  # fmt: skip
             assert top in allowed, f"{module} imports {imported}; floor 0 has torch and triton only"
 
 
