@@ -76,7 +76,7 @@ def problem(dtype=torch.float32, shape=(4, 16, 24)):
 def test_noised_equals_objective(shape, dtype):
     objective, latents = problem(dtype, shape)
     want, t_B, eps = objective.noised(latents.float(), POSITIONS)
-    tables = objective.signal, objective.noise, 11
+    tables = objective.signal, objective.level, 11
     with nan_filled_memory():
         x_t, target = noised_triton(latents, POSITIONS, t_B, *tables)
     reference = noised_reference(latents, POSITIONS, t_B, *tables)
@@ -86,14 +86,15 @@ def test_noised_equals_objective(shape, dtype):
     x_v, velocity = noised_triton(latents, POSITIONS, t_B, *tables, prediction="v_prediction")
     reference = noised_reference(latents, POSITIONS, t_B, *tables, prediction="v_prediction")
     assert torch.equal(x_v, x_t) and torch.equal(velocity, reference[1])
-    signal, level = objective.signal[t_B][:, None, None, None], objective.noise[t_B][:, None, None, None]
+    signal, level = objective.signal[t_B][:, None, None, None], objective.level[t_B][:, None, None, None]
+    assert torch.equal(want, signal * latents.float() + level * eps)
     torch.testing.assert_close(velocity, signal * eps - level * latents.float(), rtol=0, atol=0)
 
 
 def test_a_number_does_not_depend_on_batch_or_strides():
     objective, latents = problem()
     _, t_B, _ = objective.noised(latents, POSITIONS)
-    tables = objective.signal, objective.noise, 11
+    tables = objective.signal, objective.level, 11
     whole = noised_triton(latents, POSITIONS, t_B, *tables)
     rows = [noised_triton(latents[i : i + 1], POSITIONS[i : i + 1], t_B[i : i + 1], *tables) for i in range(len(t_B))]
     for both, single in zip(whole, zip(*rows, strict=True), strict=True):
@@ -107,7 +108,7 @@ def test_a_number_does_not_depend_on_batch_or_strides():
 def test_opcheck():
     objective, latents = problem(shape=(3, 5, 7))
     t_B = torch.zeros(len(latents), dtype=torch.int64, device=DEVICE)
-    operands = (latents, POSITIONS, t_B, objective.signal, objective.noise, -3)
+    operands = (latents, POSITIONS, t_B, objective.signal, objective.level, -3)
     torch.library.opcheck(torch.ops.fastsd.noised.default, (*operands, False))
     torch.library.opcheck(torch.ops.fastsd.noised.default, (*operands, True))
     torch.library.opcheck(torch.ops.fastsd.normal.default, (7, 4, POSITIONS, (3, 5, 7)))
@@ -115,7 +116,7 @@ def test_opcheck():
 
 def test_bad_input():
     objective, latents = problem()
-    rest = POSITIONS, torch.zeros_like(POSITIONS), objective.signal, objective.noise, 0
+    rest = POSITIONS, torch.zeros_like(POSITIONS), objective.signal, objective.level, 0
     for function in (noised_reference, noised_triton):
         with pytest.raises(ValueError, match='prediction is "x0"; give "epsilon" or "v_prediction"'):
             function(latents, *rest, prediction="x0")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd_kernels import noise
+from fastsd_kernels import REFERENCE, Ops, noise
 
 
 def alphas_cumprod(scheduler: dict[str, Any]) -> Tensor:
@@ -29,18 +29,18 @@ class Objective:
     Args:
         alphas_cumprod: abar_t, fp32 (T,), on the training device.
         seed: of noise and timesteps.
+        ops: the implementation that draws the noise.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, seed: int) -> None:
-        self.signal, self.noise = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-        self.seed = seed
+    def __init__(self, alphas_cumprod: Tensor, seed: int, ops: Ops = REFERENCE) -> None:
+        self.signal, self.level = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        self.seed, self.ops = seed, ops
 
     def noised(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled latents and their sample positions -> (x_t fp32, t int64 (B,), target fp32)."""
         t_B = noise.integers(self.seed, noise.Purpose.TIMESTEP, positions_B, len(self.signal))
-        eps_BCHW = noise.normal(self.seed, noise.Purpose.NOISE, positions_B, tuple(latents_BCHW.shape[1:]))
-        signal, level = self.signal[t_B][:, None, None, None], self.noise[t_B][:, None, None, None]
-        return signal * latents_BCHW + level * eps_BCHW, t_B, eps_BCHW
+        x_BCHW, target_BCHW = self.ops.noised(latents_BCHW, positions_B, t_B, self.signal, self.level, self.seed)
+        return x_BCHW, t_B, target_BCHW
 
     def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
         """Mean square over everything, in fp32: 0-dim."""

@@ -50,7 +50,7 @@ class Step:
         self.parts = {name: Part(name, model.part(name), name in stage.train, stage.precision) for name in PARTS}
         self.optimizers = {name: _optimizer(stage, self.parts[name]) for name in stage.train}
         device = model.unet.conv_in.weight.device
-        self.objective = Objective(alphas_cumprod(model.scheduler).to(device), seed)
+        self.objective = Objective(alphas_cumprod(model.scheduler).to(device), seed, model.unet.ops)
         self.skipped = torch.zeros((), device=device)
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
