@@ -37,7 +37,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels")]
 PARTS = {
-    "tests": [f"tests/test_{name}_kernels.py" for name in ("attention", "norm", "optimizer", "noise")],
+    "tests": [
+        f"tests/test_{name}.py"
+        for name in ("attention_kernels", "norm_kernels", "optimizer_kernels", "noise_kernels", "triton_unet")
+    ],
     "attention": ["bench/bench_attention.py"],
     "norms": ["bench/bench_norms.py"],
     "optimizers": ["bench/bench_optimizers.py"],

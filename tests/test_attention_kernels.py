@@ -1,8 +1,11 @@
 """The attention kernels against fp64 and PyTorch, in Triton's interpreter or on a GPU: errors, layouts, determinism."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from budget import check_budget, nan_filled_memory
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsd_kernels import workload
@@ -20,14 +23,27 @@ def make(B, N, L, H, D, mode, seed=0):
     return {"q": qkv_BN3HD[:, :N, 0], "k": qkv_BN3HD[:, :L, 1], "v": qkv_BN3HD[:, :L, 2]}
 
 
+@contextmanager
+def pytorch_in(mode):
+    """PyTorch's fp32 attention by the same means: TF32 matmuls for "tf32", which only its plain backend uses, else its best."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if mode == "tf32" else "ieee"
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if mode == "tf32" else nullcontext():
+            yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def check(label, inputs, mode):
     precision = "ieee" if mode == "bf16" else mode
-    return check_budget(
-        f"attention {mode} {label}",
-        lambda q, k, v: attention_triton(q, k, v, precision=precision),
-        lambda q, k, v: attention_reference(q, k, v).contiguous(),
-        inputs,
-    )
+    with pytorch_in(mode):
+        check_budget(
+            f"attention {mode} {label}",
+            lambda q, k, v: attention_triton(q, k, v, precision=precision),
+            lambda q, k, v: attention_reference(q, k, v).contiguous(),
+            inputs,
+        )
 
 
 # The workload's kinds with lengths cut (the interpreter is slow): several tiles a side, whole ones or not as there.
