@@ -189,6 +189,12 @@ def test_what_does_not_fit_is_refused():
         attention_triton(q, q[:, :, :1], q[:, :, :1])
     with pytest.raises(ValueError, match="give all in fp32 or in bf16"):
         attention_triton(q, q.bfloat16(), q)
-    for bad in (torch.zeros(1, 4, 2, 12), torch.zeros(1, 4, 2, 264), torch.zeros(1, 0, 2, 8)):
-        with pytest.raises(ValueError, match="multiples of 8 up to 256"):
-            attention_triton(bad, bad, bad)
+    refused = {
+        (1, 4, 2, 12): "multiples of 8",
+        (1, 4, 2, 264): "up to 256",
+        (1, 0, 2, 8): "is empty",
+        (40000, 1, 2, 8): "split",
+    }
+    for shape, why in refused.items():
+        with pytest.raises(ValueError, match=why):
+            attention_triton(*(torch.zeros(shape, device=DEVICE),) * 3)

@@ -368,16 +368,17 @@ def attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, precisio
     q, k, v are read where they lie if their rows of D are whole and strides are multiples of 8, else copied first.
 
     Raises:
-        ValueError: as the reference; another dtype; a D that is no multiple of 8 or above 256; no keys; no GPU.
+        ValueError: as the reference; another dtype; empty tensors; a D that is no multiple of 8 or above 256; no GPU.
     """
     _check(q_BNHD, k_BLHD, v_BLHD, precision)
-    (B, _, H, D), L = q_BNHD.shape, k_BLHD.shape[1]
     if {q_BNHD.dtype, k_BLHD.dtype, v_BLHD.dtype} not in ({torch.float32}, {torch.bfloat16}):
         raise ValueError(f"attention: q, k, v are {q_BNHD.dtype}, {k_BLHD.dtype}, {v_BLHD.dtype}; give all in fp32 or in bf16")
-    if D % 8 or D > 256 or L == 0 or B * H > 65535:
-        raise ValueError(
-            f"attention: {L} keys, head size {D}, {B} x {H} images and heads; the kernels take 1 key or more, head sizes"
-            " that are multiples of 8 up to 256, and at most 65535 images and heads"
-        )
+    if q_BNHD.numel() == 0 or k_BLHD.numel() == 0:
+        raise ValueError(f"attention: q {tuple(q_BNHD.shape)} or k {tuple(k_BLHD.shape)} is empty; give one row or more")
+    B, _, H, D = q_BNHD.shape
+    if D % 8 or D > 256:
+        raise ValueError(f"attention: head size {D}; the kernels take multiples of 8 up to 256")
+    if B * H > 65535:
+        raise ValueError(f"attention: {B} images x {H} heads; the kernels take 65535 at most, so split the batch")
     require_device("attention", q_BNHD, k_BLHD, v_BLHD)
     return attention_op(q_BNHD, k_BLHD, v_BLHD, precision)[0]
