@@ -153,7 +153,8 @@ def fma(a, b, c):
     """a b + c in fp32, rounded once."""
     if _INTERPRETED:
         # The interpreter's tl.fma rounds twice. fp64 holds the product; its sum rounds again about once in 2^29.
-        product = tl.to_tensor(a).to(tl.float64) * tl.to_tensor(b).to(tl.float64)
+        b = tl.where(c == c, b, b)  # a kernel's float argument is a Python float there
+        product = a.to(tl.float64) * b.to(tl.float64)
         return (product + c.to(tl.float64)).to(tl.float32)
     else:
         return tl.fma(a, b, c)
