@@ -16,7 +16,8 @@ from verdicts import table, verdicts  # noqa: E402
 
 from fastsd_kernels import workload  # noqa: E402
 
-NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+# Where these tests run in parallel, the benchmarks they start do not: pytest-benchmark would switch itself off.
+NO_GPU = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")} | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_every_suite_runs_on_a_cpu(tmp_path):
@@ -52,6 +53,7 @@ def test_without_a_gpu_the_script_says_so_in_one_sentence():
 def visit(tmp_path, monkeypatch):
     """`gpu.main` as on a machine with a GPU, but for the GPU; returns (exit status, what it wrote)."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(gpu, "read_stamp", lambda batch: {"gpu": "Some GPU", "batch": batch, "date": "today"})
 

@@ -21,7 +21,6 @@ import psutil
 import torch
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from fastsd.config import LogTable
@@ -48,10 +47,10 @@ class Report:
         self.saved_at = saved_at
 
     def header(self, rows: dict[str, str]) -> None:
-        grid = Table.grid(padding=(0, 2))
+        width = max(map(len, rows)) + 2
         for name, value in rows.items():
-            grid.add_row(Text(name, style="bold"), Text(value))
-        self.console.print(grid)
+            # Whole lines: a table would break them at 80 columns in a log file.
+            self.console.print(Text.assemble((name.ljust(width), "bold"), value), soft_wrap=True)
         if self.live:
             self.live.start()
 
