@@ -83,8 +83,7 @@ _TILES: dict[tuple[str, int, str, int], Tile] = {
     ("dv", 256, "tf32x3", 0): Tile(16, 32, 8, 1, 16, hold=False),
     # ieee: a thread holds its rows and columns of both operands, a slice long; 16 numbers of the result a thread give five
     # multiply-adds a shared load. More a thread spills, fewer starve on loads.
-    ("forward", 48, "ieee", 0): Tile(64, 64, 8, 1, 32, registers=128),
-    ("forward", 48, "ieee", 80): Tile(64, 64, 8, 1, 32, registers=168),  # 128 spill 16 B there
+    ("forward", 48, "ieee", 0): Tile(64, 64, 8, 1, 32, registers=255),
     ("forward", 96, "ieee", 0): Tile(64, 64, 8, 1, 16),
     ("forward", 160, "ieee", 0): Tile(64, 32, 8, 1, 16),
     ("forward", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
@@ -92,8 +91,9 @@ _TILES: dict[tuple[str, int, str, int], Tile] = {
     ("dq", 96, "ieee", 0): Tile(64, 32, 8, 2, 16),
     ("dq", 160, "ieee", 0): Tile(32, 32, 8, 1, 32),
     ("dq", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
-    ("dkdv", 48, "ieee", 0): Tile(32, 64, 8, 2, 16, registers=128),
-    ("dkdv", 48, "ieee", 80): Tile(32, 64, 8, 2, 16, registers=168),  # 128 spill 216 B there
+    ("dkdv", 48, "ieee", 0): Tile(32, 64, 8, 2, 16, registers=255),
+    ("dkdv", 48, "ieee", 86): Tile(32, 64, 8, 2, 16, registers=128),  # two blocks an SM; elsewhere 128 spill
+    ("dkdv", 48, "ieee", 89): Tile(32, 64, 8, 2, 16, registers=128),
     ("dkdv", 96, "ieee", 0): Tile(32, 32, 4, 2, 128),
     ("dk", 160, "ieee", 0): Tile(32, 32, 8, 2, 32),
     ("dk", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
