@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from fastsd.errors import UserError
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.train.precision import choose_ops
 from fastsd_kernels import REFERENCE, TRITON
@@ -66,6 +67,15 @@ def test_which_table_a_run_gets():
         assert choose_ops("auto", torch.device("cuda")) is TRITON
     else:
         assert choose_ops("triton", cpu) is TRITON  # asked for, and TRITON_INTERPRET is set
+
+
+def test_a_gpu_without_triton_is_said_aloud(monkeypatch):
+    monkeypatch.setattr("fastsd.train.precision.TRITON", None)
+    with pytest.raises(UserError, match="Triton is not installed"):
+        choose_ops("auto", torch.device("cuda"))
+    with pytest.raises(UserError, match="is not installed"):
+        choose_ops("triton", torch.device("cuda"))
+    assert choose_ops("auto", torch.device("cpu")) is REFERENCE
 
 
 def test_without_triton_the_references_still_run():

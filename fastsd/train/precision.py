@@ -36,6 +36,11 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
     if kernels == "triton" and not runs:
         why = "is not installed" if TRITON is None else f"needs an NVIDIA GPU, and the device is {device}"
         raise UserError(f'kernels is "triton", which {why}; use "auto" or "reference"')
+    if kernels == "auto" and TRITON is None and device.type == "cuda":
+        raise UserError(
+            "Triton is not installed, without which a GPU runs far below its speed; install it (pip install triton, on Windows"
+            ' triton-windows), or set kernels to "reference"'
+        )
     # The interpreter is for trying kernels on a CPU, hundreds of times slower: never chosen unasked.
     if kernels == "triton" or (kernels == "auto" and runs and device.type == "cuda"):
         assert TRITON is not None
