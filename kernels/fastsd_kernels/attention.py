@@ -23,8 +23,8 @@ write partial sums that are added in a fixed order.
 A head size is cut into slices (`head_tile.py`), powers of two, narrow at the end: 40 = 32 + 8.  One padded tile of 64 would
 run 60 % more multiply-adds; a matmul contracts at least 16, so only sums over D pad the last slice to 16.  Over a training step
 of SD1.5 the padding, of slices and of tiles of keys, costs 3.5 %.  Narrow slices also bound the registers: plain fp32 dots
-hold their whole operands, and tf32x3 holds each in two parts.  Where two held tiles still do not fit 255 registers (the
-backward of tf32x3, D = 160 in tf32), `HOLD` is off and both operands of q k^T and do v^T stream through in columns of 16.
+hold their whole operands, and tf32x3 holds each in two parts.  Where two held tiles still do not fit 255 registers (dq
+and dk of tf32x3, and of tf32 at D = 160), `HOLD` is off and both operands of q k^T and do v^T stream through in columns of 16.
 
 What lost: dk and dv in one kernel at D = 160 (368 B of spills in bf16, more in fp32); strides as plain arguments (a head's
 stride of 40 is no multiple of 16, and loads fall to 4 bytes); held tiles for tf32x3 (up to 950 B of spills at D = 80); the

@@ -49,7 +49,7 @@ _TILES: dict[tuple[str, int, str, int], Tile] = {
     # wgmma reads the streamed operand from shared memory, not registers: longer tiles fit.
     ("forward", 48, "bf16", 90): Tile(128, 128, 8, 2),
     ("forward", 96, "bf16", 90): Tile(128, 128, 8, 2),
-    # tf32: operands take twice the registers of bf16. At D = 160 only one row of mma tiles a warp is left.
+    # tf32: operands take twice the registers of bf16. At D = 160 two held tiles leave none: dq and dk stream.
     ("forward", 48, "tf32", 0): Tile(128, 64, 8, 2),
     ("forward", 96, "tf32", 0): Tile(128, 32, 8, 2, 32),
     ("forward", 160, "tf32", 0): Tile(64, 32, 8, 2, 32),

@@ -62,7 +62,6 @@ def _forward(x_ptr, y_ptr, n_rows, n_cols, x_stride, ROWS: tl.constexpr, COLS: t
     x_ptrs = x_ptr + rows * x_stride + cols
     value = tl.load(x_ptrs, mask, other=0.0).to(tl.float32)
     gate = tl.load(x_ptrs + n_cols, mask, other=0.0).to(tl.float32)
-    # A store rounds to the dtype of its pointer.
     tl.store(y_ptr + rows * n_cols + cols, rounded(value * gate * _cdf(gate), y_ptr.dtype.element_ty), mask)
 
 
