@@ -80,7 +80,7 @@ def adamw_reference(
     if not params:
         return
     beta1, beta2 = betas
-    sizes, roots = _corrections(steps, lr, betas, skip)
+    sizes, roots = corrections(steps, lr, betas, skip)
     options = masters(params, grads, lows=lows, scale=scale, emas=emas, ema_decay=ema_decay, zero_grads=zero_grads, skip=skip)
     with options as (params, grads):
         for p, g, m, v, size, root in pieces(params, grads, exp_avgs, exp_avg_sqs, sizes.unbind(), roots.unbind()):
@@ -96,7 +96,7 @@ def adamw_reference(
                 torch._foreach_addcdiv_(p, torch._foreach_mul(m, size), denom)
 
 
-def _corrections(
+def corrections(
     steps: Sequence[Tensor], lr: float | Tensor, betas: tuple[float, float], skip: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Count the step, then fp32 (P,): -lr / (1 - b1^t) and sqrt(1 - b2^t)."""
@@ -201,7 +201,7 @@ def adamw_triton(
     each = operands("adamw", params, grads, exp_avgs, exp_avg_sqs, device_scalars=(lr, *steps), **options)
     if not each:
         return
-    sizes, roots = _corrections(steps, lr, betas, skip)
+    sizes, roots = corrections(steps, lr, betas, skip)
     for (tensors, extra), size, root in zip(each, sizes.unbind(), roots.unbind(), strict=True):
         factors = scalars(size.device, 1 - lr * weight_decay, size, root)
         _adamw_op(*tensors, factors, *extra, *betas, eps, zero_grads)

@@ -320,7 +320,7 @@ def operands(
         if low is not None:
             require_dtype(op, "low half", low, torch.int16)
         for t in (p, g, low, *wide):
-            if t is not None and (not dense(t) or _layout(t) != _layout(p)):
+            if t is not None and (not dense(t) or memory_order(t) != memory_order(p)):
                 raise ValueError(
                     f"{op}: a tensor of shape {tuple(t.shape)} and strides {t.stride()} beside a parameter of {tuple(p.shape)}"
                     f" and {p.stride()}; give tensors of one shape and one dense layout"
@@ -346,6 +346,6 @@ def dense(t: Tensor) -> bool:
     return True
 
 
-def _layout(t: Tensor) -> tuple[Any, ...]:
+def memory_order(t: Tensor) -> tuple[Any, ...]:
     # The stride of a dimension of one element means nothing.
     return t.shape, [step for n, step in zip(t.shape, t.stride(), strict=True) if n > 1]

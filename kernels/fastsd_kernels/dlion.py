@@ -96,7 +96,7 @@ def dlion_reference(
     """
     beta1, beta2 = betas
     sb = beta2**0.5
-    decay, step, m_gain, s_gain = _factors(d, lr, beta2, weight_decay).unbind()
+    decay, step, m_gain, s_gain = step_factors(d, lr, beta2, weight_decay).unbind()
     dots: list[Tensor] = []
     l1: list[Tensor] = []
     options = masters(params, grads, lows=lows, scale=scale, emas=emas, ema_decay=ema_decay, zero_grads=zero_grads, skip=skip)
@@ -123,7 +123,7 @@ def dlion_reference(
     return torch.stack(dots), torch.stack(l1)
 
 
-def _factors(d: Tensor, lr: float | Tensor, beta2: float, weight_decay: float) -> Tensor:
+def step_factors(d: Tensor, lr: float | Tensor, beta2: float, weight_decay: float) -> Tensor:
     """fp32 (1 - dlr wd, -dlr, (1 - b2) dlr, (1 - sb) dlr), each rounded once."""
     dlr = d * lr
     return torch.stack((1 - dlr * weight_decay, -dlr, (1 - beta2) * dlr, (1 - beta2**0.5) * dlr)).float()
@@ -259,7 +259,7 @@ def dlion_step(
     beta2: float,
     zero_grads: bool,
 ) -> Tensor:
-    """One launch over tensors of one dense layout, in place. factors: `_factors`. Partial sums (2, K): <u, s>, |s|_1."""
+    """One launch over tensors of one dense layout, in place. factors: `step_factors`. Partial sums (2, K): <u, s>, |s|_1."""
     n, tile = p.numel(), TILES["dlion"]
     programs = triton.cdiv(n, tile.span)
     sums_2K = p.new_empty(2, programs, dtype=torch.float32)
@@ -320,7 +320,7 @@ def dlion_triton(
     """
     options: dict[str, Any] = {"lows": lows, "scale": scale, "emas": emas, "ema_decay": ema_decay, "skip": skip}
     each = operands("dlion", params, grads, exp_avgs, s, device_scalars=(d, lr), **options)
-    factors = _factors(d, lr, betas[1], weight_decay)
+    factors = step_factors(d, lr, betas[1], weight_decay)
     sums = [_step_op(*tensors, factors, *extra, *betas, zero_grads) for tensors, extra in each]
     sums_2K = torch.cat(sums, dim=1) if len(sums) > 1 else sums[0] if sums else d.new_zeros(2, 0, dtype=torch.float32)
     dots_K, l1_K = sums_2K.unbind()
