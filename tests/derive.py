@@ -1,14 +1,37 @@
-"""The workload of a UNet, read off the module itself: it runs on meta tensors and every op and layer notes its shapes."""
+"""The workload of a UNet, read off the module itself: it runs on meta tensors and every op and matmul notes its shapes."""
 
 from collections import Counter
 from dataclasses import replace
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd_kernels import REFERENCE
 from fastsd_kernels import workload as w
+
+
+class Matmuls(TorchFunctionMode):
+    """Notes convolutions and linears; a linear over an image is a 1x1 convolution."""
+
+    def __init__(self, found: dict[str, Counter]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function is F.conv2d:
+            outputs, inputs, kernel, _ = args[1].shape
+            stride = (kwargs or {}).get("stride", args[3] if len(args) > 3 else 1)
+            stride = stride if isinstance(stride, int) else stride[0]
+            self.found["conv"][w.Conv(inputs, outputs, kernel, stride, output.shape[2])] += 1
+        elif function is F.linear and args[0].ndim == 4:
+            self.found["conv"][w.Conv(args[0].shape[3], output.shape[3], 1, 1, output.shape[2])] += 1
+        elif function is F.linear:
+            rows = args[0].shape[1] if args[0].ndim == 3 else 1
+            self.found["linear"][w.Linear(rows, args[0].shape[-1], output.shape[-1])] += 1
+        return output
 
 
 def derive(cfg: UNetConfig, side: int, tokens: int = 77) -> dict[str, Counter]:
@@ -16,41 +39,27 @@ def derive(cfg: UNetConfig, side: int, tokens: int = 77) -> dict[str, Counter]:
     found: dict[str, Counter] = {
         k: Counter() for k in ("attention", "group_norm", "layer_norm", "geglu", "conv", "linear", "parameters")
     }
+    pieces = REFERENCE.pieces
 
-    def attention(q, k, v, *, precision="ieee"):
+    def attention(q, k, v, precision):
         found["attention"][w.Attention(q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
-        return REFERENCE.attention(q, k, v)
+        return pieces.attention(q, k, v, precision)
 
-    def group_norm(x, weight, bias, groups, eps, *, silu=False, shift_BC=None):
-        found["group_norm"][w.GroupNorm(x.shape[1], x.shape[2], groups, eps, silu, shift_BC is not None)] += 1
-        return REFERENCE.group_norm(x, weight, bias, groups, eps, silu=silu, shift_BC=shift_BC)
+    def group_norm(x, weight, bias, groups, eps, silu, shift):
+        found["group_norm"][w.GroupNorm(x.shape[1], x.shape[2], groups, eps, silu, shift is not None)] += 1
+        return pieces.group_norm(x, weight, bias, groups, eps, silu, shift)
 
-    def layer_norm(x, weight, bias, eps):
+    def layer_norm(x, weight, bias, eps, residual):
         found["layer_norm"][w.LayerNorm(x.shape[1], x.shape[2], eps)] += 1
-        return REFERENCE.layer_norm(x, weight, bias, eps)
+        return pieces.layer_norm(x, weight, bias, eps, residual)
 
     def geglu(x):
         found["geglu"][w.Geglu(x.shape[1], x.shape[2] // 2)] += 1
-        return REFERENCE.geglu(x)
+        return pieces.geglu(x)
 
-    def conv(module, inputs, output):
-        kind = w.Conv(module.in_channels, module.out_channels, module.kernel_size[0], module.stride[0], output.shape[2])
-        found["conv"][kind] += 1
-
-    def linear(module, inputs, output):
-        rows = inputs[0].shape[1] if inputs[0].ndim == 3 else 1
-        found["linear"][w.Linear(rows, module.in_features, module.out_features)] += 1
-
-    with torch.device("meta"):
-        recording = replace(
-            REFERENCE, name="recording", attention=attention, group_norm=group_norm, layer_norm=layer_norm, geglu=geglu
-        )
-        unet = UNet(cfg, recording)
-        for module in unet.modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(conv)
-            elif isinstance(module, nn.Linear):
-                module.register_forward_hook(linear)
+    recording = replace(pieces, attention=attention, group_norm=group_norm, layer_norm=layer_norm, geglu=geglu)
+    with torch.device("meta"), Matmuls(found):
+        unet = UNet(cfg, replace(REFERENCE, name="recording", pieces=recording))
         unet(
             torch.empty(1, cfg.in_channels, side, side),
             torch.zeros(1, dtype=torch.long),

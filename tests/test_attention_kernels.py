@@ -9,7 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsd_kernels import workload
-from fastsd_kernels.attention import PRECISIONS, attention_backward_op, attention_op, attention_reference, attention_triton
+from fastsd_kernels.attention import (
+    PRECISIONS,
+    attention_backward_op,
+    attention_op,
+    attention_packed_backward_op,
+    attention_reference,
+    attention_triton,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = ("bf16", *PRECISIONS)
@@ -138,6 +145,21 @@ def test_ops_are_ordinary_ops(mode):
     torch.library.opcheck(attention_op, (*leaves, "tf32"))
     o, lse = attention_op(q, k, v, "tf32")
     torch.library.opcheck(attention_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32"))
+    torch.library.opcheck(attention_packed_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32", False))
+    torch.library.opcheck(attention_packed_backward_op, (torch.randn_like(o), q, q, q, o, lse, "tf32", True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_gradients_are_the_gradients(mode):
+    """Written where the fused projections want them, in one part or added up from several."""
+    precision = "ieee" if mode == "bf16" else mode
+    for queries, keys, own in ((40, 33, False), (40, 40, True), (600, 9, False)):
+        q, k, v = make(1, queries, keys, 2, 40, mode).values()
+        o, lse = attention_op(q, k, v, precision)
+        given = torch.randn_like(o), q, k, v, o, lse, precision
+        first, second = attention_packed_backward_op(*given, own)
+        packed = first.unbind(2) if own else (first, *second.unbind(2))
+        assert all(torch.equal(a, b) for a, b in zip(packed, attention_backward_op(*given), strict=True))
 
 
 def test_the_flop_formula_counts_what_pytorch_counts():

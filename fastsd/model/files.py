@@ -49,6 +49,10 @@ class Model:
         """The trainable module called "unet" or "text_encoder"."""
         return self.unet if name == "unet" else self.text.module
 
+    def trainable(self, name: str) -> set[str]:
+        """Names of a part's parameters that the prediction depends on: clip_skip leaves out the last layers."""
+        return {name for name, _ in self.unet.named_parameters()} if name == "unet" else self.text.used_parameters()
+
 
 def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
     """Load a base model in fp32 on the CPU, with the VAE the config names in place of its own.

@@ -51,6 +51,13 @@ class TextEncoder:
         states = self.module(token_ids_BL, output_hidden_states=True).hidden_states
         return self.final_layer_norm(states[-(self.clip_skip + 1)])
 
+    def used_parameters(self) -> set[str]:
+        """Names of the module's parameters that `encode` depends on."""
+        names = {name for name, _ in self.module.named_parameters()}
+        depth = self.module.config.num_hidden_layers
+        skipped = [f"layers.{i}." for i in range(depth - self.clip_skip, depth)]
+        return {name for name in names if not any(layer in name for layer in skipped)}
+
     @property
     def final_layer_norm(self) -> torch.nn.Module:
         # transformers before 5 keeps the layers one level down.

@@ -1,21 +1,25 @@
 """Floor 0: the operations a step is made of, each as a function with one signature and several implementations.
 
 `Ops` is a frozen table of them. REFERENCE is plain PyTorch: the truth in tests, and the path on a machine without a GPU.
-TRITON is the table of fused kernels, or None where Triton is not installed (macOS); nothing falls back in silence.
+TRITON is the table of fused kernels, or None where Triton is not installed (macOS).  CPU is REFERENCE with the optimizers
+and the gradient norm in C, compiled at first use.  Nothing falls back in silence: `fastest` chooses, its name is printed.
 A model is handed one table when it is made.  Read next: `geglu.py`, the shortest kernel; all files share its order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsd_kernels.absent import AVAILABLE, remove_stand_in
 from fastsd_kernels.adamw import adamw_reference, adamw_triton
 from fastsd_kernels.attention import attention_reference, attention_triton
+from fastsd_kernels.cpu import adamw_cpu, dlion_cpu, gradient_norm_cpu, lion_cpu
+from fastsd_kernels.cpu import problem as cpu_problem
 from fastsd_kernels.dlion import dlion_estimate_reference, dlion_estimate_triton, dlion_reference, dlion_triton
 from fastsd_kernels.geglu import geglu_reference, geglu_triton
 from fastsd_kernels.gradient_norm import gradient_norm_reference, gradient_norm_triton
@@ -23,6 +27,7 @@ from fastsd_kernels.group_norm import group_norm_reference, group_norm_triton
 from fastsd_kernels.layer_norm import layer_norm_reference, layer_norm_triton
 from fastsd_kernels.lion import lion_reference, lion_triton
 from fastsd_kernels.noise import noised_reference, noised_triton
+from fastsd_kernels.pieces import REFERENCE_PIECES, TRITON_PIECES, Pieces
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Ops:
     group_norm: Callable[..., Tensor]  # (x_BCHW, weight, bias, groups, eps, *, silu=False, shift_BC=None) -> y_BCHW
     layer_norm: Callable[..., Any]  # (x, weight, bias, eps, *, residual=None) -> y, with a residual (y, x + residual)
     geglu: Callable[..., Tensor]  # (x_2F) -> y_F
+    pieces: Pieces  # of the four above, for layers that keep less
     # Of the step: in place, or without a gradient.
     noised: Callable[..., tuple[Tensor, Tensor]]  # (latents_BCHW, positions_B, t_B, signal_T, level_T, seed) -> (x_t, target)
     gradient_norm: Callable[..., tuple[Tensor, Tensor]]  # (grads, *, scale=None) -> (norm, skip)
@@ -50,6 +56,7 @@ REFERENCE = Ops(
     group_norm=group_norm_reference,
     layer_norm=layer_norm_reference,
     geglu=geglu_reference,
+    pieces=REFERENCE_PIECES,
     noised=noised_reference,
     gradient_norm=gradient_norm_reference,
     lion=lion_reference,
@@ -63,6 +70,7 @@ TRITON: Ops | None = Ops(
     group_norm=group_norm_triton,
     layer_norm=layer_norm_triton,
     geglu=geglu_triton,
+    pieces=TRITON_PIECES,
     noised=noised_triton,
     gradient_norm=gradient_norm_triton,
     lion=lion_triton,
@@ -73,5 +81,27 @@ TRITON: Ops | None = Ops(
 if not AVAILABLE:
     TRITON = None
 remove_stand_in()
+# What `cpu.problem()` says nothing against; its functions raise ValueError where it does.
+CPU = replace(
+    REFERENCE,
+    name="cpu",
+    gradient_norm=gradient_norm_cpu,
+    lion=lion_cpu,
+    dlion=dlion_cpu,
+    adamw=adamw_cpu,
+)
 
-__all__ = ["REFERENCE", "TRITON", "Ops"]
+
+def fastest(device: torch.device) -> Ops:
+    """The table for tensors on this device: TRITON on a GPU, CPU on a CPU, REFERENCE where that one cannot be used.
+
+    On a CPU it may compile, about a second once a machine; `cpu.problem()` tells what kept it from that.
+    """
+    if device.type == "cuda" and TRITON is not None:
+        return TRITON
+    if device.type == "cpu" and cpu_problem() is None:
+        return CPU
+    return REFERENCE
+
+
+__all__ = ["CPU", "REFERENCE", "TRITON", "Ops", "fastest"]

@@ -265,12 +265,13 @@ def attention_forward(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision:
 
 
 def attention_backward(
-    do_BNHD: Tensor, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, o_BNHD: Tensor, lse_BHN: Tensor, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, contiguous."""
+    do_BNHD: Tensor, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, o_BNHD: Tensor, lse_BHN: Tensor, precision: str,
+    into: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv: written `into` tensors of any strides that q, k, v may have, or contiguous."""
     do, q, k, v = map(_readable, (do_BNHD, q_BNHD, k_BLHD, v_BLHD))
-    (B, N, H, D), L = q.shape, k.shape[1]
-    dq, delta = q.new_empty((B, N, H, D)), torch.empty_like(lse_BHN)
+    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    (B, N, H, D), L, delta = q.shape, k.shape[1], torch.empty_like(lse_BHN)
     tile = choose_tile("dq", D, L, q.dtype, precision, q.device)
     launch(
         _backward_q, (triton.cdiv(N, tile.rows), B * H),
@@ -278,20 +279,19 @@ def attention_backward(
         *_strides(q, k, v, o_BNHD, do, dq), EVEN=L % tile.keys == 0, **_options(tile, D, precision),
     )  # fmt: skip
     together = one_kernel_for_keys(D, q.dtype, precision)
-    key_gradients = [
-        _key_gradients(which, do, q, k, v, lse_BHN, delta, precision) for which in (("dkdv",) if together else ("dk", "dv"))
-    ]
-    dk, dv = (gradient for group in key_gradients for gradient in group)
+    for which, outs in (("dkdv", [dk, dv]),) if together else (("dk", [dk]), ("dv", [dv])):
+        _key_gradients(which, outs, do, q, k, v, lse_BHN, delta, precision)
     if L == 1:
         # The softmax of one score is 1 whatever q and k are. dP - delta would leave a rounding of it.
-        dq, dk = dq.zero_(), dk.zero_()
+        dq.zero_()
+        dk.zero_()
     return dq, dk, dv
 
 
 def _key_gradients(
-    which: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, precision: str
-) -> list[Tensor]:
-    """One launch for "dk", "dv" or "dkdv"; returns what it names."""
+    which: str, outs: list[Tensor], do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, precision: str
+) -> None:
+    """One launch for "dk", "dv" or "dkdv", into `outs`."""
     (B, N, H, D), L = q.shape, k.shape[1]
     tile = choose_tile(which, D, L, q.dtype, precision, q.device)
     key_tiles, row_tiles = triton.cdiv(L, tile.keys), triton.cdiv(N, tile.rows)
@@ -299,16 +299,18 @@ def _key_gradients(
     parts = min(triton.cdiv(512, key_tiles * B * H), triton.cdiv(row_tiles, 4))
     chunk = triton.cdiv(row_tiles, parts) * tile.rows
     parts = triton.cdiv(N, chunk)
-    kept = q.dtype if parts == 1 else torch.float32
-    outs = [q.new_empty((parts, B, L, H, D), dtype=kept) for _ in range(len(which) // 2)]
-    dk, dv = outs[0], outs[-1]
+    # One part is written where the gradient is wanted; several are added up in fp32 first.
+    partial = [q.new_empty((parts, B, L, H, D), dtype=torch.float32) if parts > 1 else out[None] for out in outs]
+    dk, dv = partial[0], partial[-1]
     launch(
         _backward_kv, (key_tiles, B * H, parts),
         q, k, v, do, dk, dv, lse, delta, H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk,
         *_strides(q, k, v, do, dk, dv), EVEN=N % tile.rows == 0, WITH_K="dk" in which, WITH_V="dv" in which,
         **_options(tile, D, precision),
     )  # fmt: skip
-    return [out[0] if parts == 1 else out.sum(0).to(q.dtype) for out in outs]
+    if parts > 1:
+        for out, sums in zip(outs, partial, strict=True):
+            out.copy_(sums.sum(0))
 
 
 @torch.library.custom_op("fastsd::attention", mutates_args=())
@@ -334,6 +336,27 @@ def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, preci
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@torch.library.custom_op("fastsd::attention_packed_backward", mutates_args=())
+def attention_packed_backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, own: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients where the projections want them: (dqkv_BN3HD, empty) if q, k, v are `own`, of one matmul; (dq, dkv_BL2HD)."""
+    if own:
+        dqkv, none = q.new_empty((*q.shape[:2], 3, *q.shape[2:])), q.new_empty(0)
+        attention_backward(do, q, k, v, o, lse, precision, dqkv.unbind(2))
+        return dqkv, none
+    dq, dkv = q.new_empty(q.shape), k.new_empty((*k.shape[:2], 2, *k.shape[2:]))
+    attention_backward(do, q, k, v, o, lse, precision, (dq, *dkv.unbind(2)))
+    return dq, dkv
+
+
+@attention_packed_backward_op.register_fake
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, own: bool) -> tuple[Tensor, Tensor]:
+    if own:
+        return q.new_empty((*q.shape[:2], 3, *q.shape[2:])), q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty((*k.shape[:2], 2, *k.shape[2:]))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.precision = inputs
     ctx.save_for_backward(q, k, v, *output)
@@ -354,7 +377,7 @@ def _(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = Non
     return 4 * B * H * N * L * D
 
 
-@register_flop_formula(torch.ops.fastsd.attention_backward)
+@register_flop_formula([torch.ops.fastsd.attention_backward, torch.ops.fastsd.attention_packed_backward])
 def _(do_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     (B, N, H, D), L = q_shape, k_shape[1]
     return 10 * B * H * N * L * D
@@ -370,6 +393,12 @@ def attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, precisio
     Raises:
         ValueError: as the reference; another dtype; empty tensors; a D that is no multiple of 8 or above 256; no GPU.
     """
+    require_supported(q_BNHD, k_BLHD, v_BLHD, precision)
+    return attention_op(q_BNHD, k_BLHD, v_BLHD, precision)[0]
+
+
+def require_supported(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> None:
+    """Raise the ValueError of `attention_triton`, if there is a reason."""
     _check(q_BNHD, k_BLHD, v_BLHD, precision)
     if {q_BNHD.dtype, k_BLHD.dtype, v_BLHD.dtype} not in ({torch.float32}, {torch.bfloat16}):
         raise ValueError(f"attention: q, k, v are {q_BNHD.dtype}, {k_BLHD.dtype}, {v_BLHD.dtype}; give all in fp32 or in bf16")
@@ -381,4 +410,3 @@ def attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, precisio
     if B * H > 65535:
         raise ValueError(f"attention: {B} images x {H} heads; the kernels take 65535 at most, so split the batch")
     require_device("attention", q_BNHD, k_BLHD, v_BLHD)
-    return attention_op(q_BNHD, k_BLHD, v_BLHD, precision)[0]

@@ -125,16 +125,16 @@ def as_rows(x: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-_geglu = torch.library.custom_op("fastsd::geglu", geglu_forward, mutates_args=())
-_geglu_backward = torch.library.custom_op("fastsd::geglu_backward", geglu_backward, mutates_args=())
+geglu_op = torch.library.custom_op("fastsd::geglu", geglu_forward, mutates_args=())
+geglu_backward_op = torch.library.custom_op("fastsd::geglu_backward", geglu_backward, mutates_args=())
 
 
-@_geglu.register_fake
+@geglu_op.register_fake
 def _(x_2F):
     return x_2F.new_empty(*x_2F.shape[:-1], x_2F.shape[-1] // 2)
 
 
-@_geglu_backward.register_fake
+@geglu_backward_op.register_fake
 def _(dy_F, x_2F):
     return x_2F.new_empty(x_2F.shape)
 
@@ -144,10 +144,10 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy_F):
-    return _geglu_backward(dy_F, *ctx.saved_tensors)
+    return geglu_backward_op(dy_F, *ctx.saved_tensors)
 
 
-_geglu.register_autograd(_differentiate, setup_context=_save)
+geglu_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def geglu_triton(x_2F: Tensor) -> Tensor:
@@ -160,4 +160,4 @@ def geglu_triton(x_2F: Tensor) -> Tensor:
     require_device("geglu", x_2F)
     if x_2F.dtype not in _TILES:
         raise ValueError(f"geglu: x is {x_2F.dtype}; the kernel takes float32 and bfloat16")
-    return _geglu(x_2F)
+    return geglu_op(x_2F)

@@ -369,37 +369,37 @@ def group_norm_backward(
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dshift
 
 
-_group_norm_statistics = torch.library.custom_op("fastsd::group_norm_statistics", group_norm_statistics, mutates_args=())
-_group_norm_apply = torch.library.custom_op("fastsd::group_norm_apply", group_norm_apply, mutates_args=())
-_group_norm_backward = torch.library.custom_op("fastsd::group_norm_backward", group_norm_backward, mutates_args=())
+group_norm_statistics_op = torch.library.custom_op("fastsd::group_norm_statistics", group_norm_statistics, mutates_args=())
+group_norm_apply_op = torch.library.custom_op("fastsd::group_norm_apply", group_norm_apply, mutates_args=())
+group_norm_backward_op = torch.library.custom_op("fastsd::group_norm_backward", group_norm_backward, mutates_args=())
 
 
 @torch.library.custom_op("fastsd::group_norm", mutates_args=())
-def _group_norm(
+def group_norm_op(
     x_BCHW: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift_BC: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = group_norm_statistics(x_BCHW, shift_BC, groups, eps)
     return group_norm_apply(x_BCHW, mean, rstd, weight, bias, groups, silu, shift_BC), mean, rstd
 
 
-@_group_norm_statistics.register_fake
+@group_norm_statistics_op.register_fake
 def _(x_BCHW, shift_BC, groups, eps):
     return tuple(x_BCHW.new_empty(len(x_BCHW), groups, dtype=torch.float32) for _ in range(2))
 
 
-@_group_norm_apply.register_fake
+@group_norm_apply_op.register_fake
 def _(x_BCHW, mean, rstd, weight, bias, groups, silu, shift_BC=None):
     return torch.empty_like(x_BCHW, memory_format=torch.channels_last)
 
 
-@_group_norm_backward.register_fake
+@group_norm_backward_op.register_fake
 def _(dy_BCHW, x_BCHW, mean, rstd, weight, bias, groups, silu, shift_BC=None):
     dshift = x_BCHW.new_empty(0) if shift_BC is None else shift_BC.new_empty(shift_BC.shape)
     dx = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
     return dx, weight.new_empty(weight.shape), bias.new_empty(bias.shape), dshift
 
 
-@_group_norm.register_fake
+@group_norm_op.register_fake
 def _(x_BCHW, weight, bias, groups, eps, silu, shift_BC=None):
     statistics = (x_BCHW.new_empty(len(x_BCHW), groups, dtype=torch.float32) for _ in range(2))
     return torch.empty_like(x_BCHW, memory_format=torch.channels_last), *statistics
@@ -414,11 +414,11 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy, *_):
     *saved, shift = ctx.saved_tensors
-    dx, dweight, dbias, dshift = _group_norm_backward(dy, *saved, ctx.groups, ctx.silu, shift)
+    dx, dweight, dbias, dshift = group_norm_backward_op(dy, *saved, ctx.groups, ctx.silu, shift)
     return dx, dweight, dbias, None, None, None, None if shift is None else dshift
 
 
-_group_norm.register_autograd(_differentiate, setup_context=_save)
+group_norm_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def group_norm_triton(
@@ -434,4 +434,4 @@ def group_norm_triton(
     if x_BCHW.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"group_norm: x is {x_BCHW.dtype}; the kernel takes float32 and bfloat16")
     # An image in another layout is converted here, once: the copy is what the backward keeps and reads.
-    return _group_norm(_packed(x_BCHW), weight, bias, groups, eps, silu, shift_BC)[0]
+    return group_norm_op(_packed(x_BCHW), weight, bias, groups, eps, silu, shift_BC)[0]

@@ -239,13 +239,13 @@ def layer_norm_backward(
 
 
 @torch.library.custom_op("fastsd::layer_norm", mutates_args=())
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y, _, mean, rstd = layer_norm_forward(x, weight, bias, eps)
     return y, mean, rstd
 
 
 @torch.library.custom_op("fastsd::layer_norm_residual", mutates_args=())
-def _layer_norm_residual(
+def layer_norm_residual_op(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, s, mean, rstd = layer_norm_forward(x, weight, bias, eps, residual)
@@ -253,27 +253,27 @@ def _layer_norm_residual(
     return y, s, mean, rstd
 
 
-_layer_norm_apply = torch.library.custom_op("fastsd::layer_norm_apply", layer_norm_apply, mutates_args=())
-_layer_norm_backward = torch.library.custom_op("fastsd::layer_norm_backward", layer_norm_backward, mutates_args=())
+layer_norm_apply_op = torch.library.custom_op("fastsd::layer_norm_apply", layer_norm_apply, mutates_args=())
+layer_norm_backward_op = torch.library.custom_op("fastsd::layer_norm_backward", layer_norm_backward, mutates_args=())
 
 
-@_layer_norm.register_fake
+@layer_norm_op.register_fake
 def _(x, weight, bias, eps):
     return x.new_empty(x.shape), *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
 
 
-@_layer_norm_residual.register_fake
+@layer_norm_residual_op.register_fake
 def _(x, residual, weight, bias, eps):
     y, s = x.new_empty(x.shape), x.new_empty(x.shape)
     return y, s, *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
 
 
-@_layer_norm_apply.register_fake
+@layer_norm_apply_op.register_fake
 def _(x, mean, rstd, weight, bias):
     return x.new_empty(x.shape)
 
 
-@_layer_norm_backward.register_fake
+@layer_norm_backward_op.register_fake
 def _(dy, x, mean, rstd, weight, ds=None):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
@@ -286,7 +286,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, *_):
-    return *_layer_norm_backward(dy, *ctx.saved_tensors), None
+    return *layer_norm_backward_op(dy, *ctx.saved_tensors), None
 
 
 def _save_residual(ctx, inputs, output):
@@ -297,12 +297,12 @@ def _save_residual(ctx, inputs, output):
 
 
 def _differentiate_residual(ctx, dy, ds, *_):
-    dx, dweight, dbias = _layer_norm_backward(dy, *ctx.saved_tensors, ds)
+    dx, dweight, dbias = layer_norm_backward_op(dy, *ctx.saved_tensors, ds)
     return dx, dx, dweight, dbias, None
 
 
-_layer_norm.register_autograd(_differentiate, setup_context=_save)
-_layer_norm_residual.register_autograd(_differentiate_residual, setup_context=_save_residual)
+layer_norm_op.register_autograd(_differentiate, setup_context=_save)
+layer_norm_residual_op.register_autograd(_differentiate_residual, setup_context=_save_residual)
 
 
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
@@ -318,6 +318,6 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, re
     if x.shape[-1] > max(_TILES):
         raise ValueError(f"layer_norm: {x.shape[-1]} features; the kernel takes up to {max(_TILES)}")
     if residual is None:
-        return _layer_norm(x, weight, bias, eps)[0]
-    y, s, _, _ = _layer_norm_residual(x, residual, weight, bias, eps)
+        return layer_norm_op(x, weight, bias, eps)[0]
+    y, s, _, _ = layer_norm_residual_op(x, residual, weight, bias, eps)
     return y, s

@@ -1,0 +1,137 @@
+"""Floor 1: a model that has shapes and no data, for planning - from a config's model, or from one that is loaded.
+
+Only `config.json` files are read. Where there are none, SD1.5's shapes stand in, and that is said.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsd.config import ModelTable
+from fastsd.errors import UserError
+from fastsd.model.files import SD15_SCHEDULER, Model
+from fastsd.model.text import TextEncoder
+from fastsd.model.unet import UNet, UNetConfig
+from fastsd.model.vae import Vae
+from fastsd_kernels import Ops
+
+SD15_TEXT = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+}  # fmt: skip
+SD15_VAE = {
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """All that a model's memory depends on: its UNet's config, and those of its text encoder and VAE as in config.json."""
+
+    unet: UNetConfig
+    text: dict[str, Any]
+    vae: dict[str, Any]
+    clip_skip: int = 0
+
+    @classmethod
+    def of(cls, model: Model) -> Shapes:
+        return cls(model.unet.cfg, model.text.module.config.to_dict(), dict(model.vae.module.config), model.text.clip_skip)
+
+    def side(self, resolution: int) -> int:
+        """Latent positions a side of images of so many px. Raises UserError for a resolution the model cannot have."""
+        downscale = 2 ** (len(self.vae["block_out_channels"]) - 1)
+        step = downscale * self.unet.downscale
+        if resolution % step:
+            low = max(resolution // step, 1) * step
+            raise UserError(f"data.resolution is {resolution}, no multiple of {step} as this UNet needs; use {low}")
+        return resolution // downscale
+
+
+def read_shapes(table: ModelTable) -> tuple[Shapes, str]:
+    """The shapes of a config's model, as far as its config files are on this machine, and a phrase on where they are from.
+
+    Raises:
+        UserError: a file that is there and cannot be used, or parts that do not fit.
+    """
+    parts: dict[str, tuple[str, str, list[str]]] = {  # name, revision, where its config.json may be
+        "UNet": (table.base, table.revision, ["unet"]),
+        "text encoder": (table.base, table.revision, ["text_encoder"]),
+        "VAE": (table.vae, "", ["vae", "."]) if table.vae else (table.base, table.revision, ["vae"]),
+    }
+    found = {part: _settings(*where) for part, where in parts.items()}
+    missing = [f"{part} ({parts[part][0]})" for part, settings in found.items() if settings is None]
+    note = f"SD1.5's in place of what has no config.json here: {', '.join(missing)}" if missing else f"those of {table.base}"
+    unet = UNetConfig.sd15() if found["UNet"] is None else UNetConfig.from_diffusers(found["UNet"], f"{table.base}: unet config")
+    shapes = Shapes(unet, found["text encoder"] or SD15_TEXT, found["VAE"] or SD15_VAE, table.clip_skip)
+    channels, width = shapes.vae.get("latent_channels", 4), shapes.text.get("hidden_size", 512)
+    if channels != unet.in_channels or width != unet.cross_attention_dim:
+        raise UserError(
+            f"model: the UNet takes {unet.in_channels} latent channels and text {unet.cross_attention_dim} wide, but the VAE has "
+            f"{channels} and the text encoder is {width} wide ({note}); give parts that belong together"
+        )
+    return shapes, note
+
+
+def _settings(name: str, revision: str, folders: list[str]) -> dict[str, Any] | None:
+    """A model's config.json from the first of its `folders` that has one: a folder, or a hub id that is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for folder in folders:
+        path = Path(name).expanduser() / folder / "config.json"
+        if not path.is_file():
+            try:
+                cached = try_to_load_from_cache(name, f"{folder}/config.json".removeprefix("./"), revision=revision or None)
+            except HFValidationError:  # a path, and no id
+                continue
+            if not isinstance(cached, str):
+                continue
+            path = Path(cached)
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as JSON ({error}); fetch or copy the file again") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"{path}: holds a {type(settings).__name__}, expected a table of settings; fetch the file again")
+        return settings
+    return None
+
+
+class _ShapedVae(Vae):
+    """A VAE without data, and so without a hash."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.scaling_factor, self.shift_factor = 1.0, 0.0
+
+
+def empty_model(shapes: Shapes, ops: Ops) -> Model:
+    """A model on the meta device, without tokenizer or hash; `materialize` its modules before a step."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        unet = UNet(shapes.unet, ops)
+        text = CLIPTextModel(CLIPTextConfig.from_dict(shapes.text))
+        vae = AutoencoderKL.from_config(shapes.vae)
+    return Model("", unet, TextEncoder(text, None, shapes.clip_skip, Path()), _ShapedVae(vae), SD15_SCHEDULER)
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Put tensors without data in place of all parameters and buffers, of the same layout, on `device`."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            setattr(child, name, nn.Parameter(empty(parameter), parameter.requires_grad))
+        for name, buffer in child.named_buffers(recurse=False):
+            setattr(child, name, empty(buffer))
