@@ -12,7 +12,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -77,16 +77,23 @@ class StageTable(Table):
     until: int | str                               # 1000 or "1000 steps" | "2e" or "2 epochs" | "64000 images", of this stage
     precision: Precision = "fp32"
     batch: int = Field(32, ge=1)                   # images an optimizer step
-    micro_batch: int = Field(0, ge=0)              # images a forward; 0 = batch. Must divide batch: gradients are accumulated
-    checkpointing: Literal["none", "block"] = "none"   # block: recompute each UNet block in the backward, to save memory
+    # Images a forward, a divisor of batch: gradients are accumulated. 0 = batch, "auto" = the most that fits
+    micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    # What the backward computes again. ff: the feed-forwards' first matmul, for a third less memory; block: everything, for
+    # very little memory and a third more time. `fastsd plan` has the figures.
+    checkpointing: Literal["none", "ff", "block"] = "none"
     optimizer: Literal["dlion", "lion", "adamw"] = "dlion"
-    lr: float | None = Field(None, gt=0)           # dlion: 1.0 (a factor on its own d); lion and adamw: must be given
+    # dlion: 1.0 (a factor on its own d); lion and adamw: must be given. One for all, or { unet = 1e-6, text_encoder = 3e-6 }
+    lr: Annotated[float, Field(gt=0)] | dict[Part, Annotated[float, Field(gt=0)]] | None = None
     betas: list[float] | None = Field(None, min_length=2, max_length=2)    # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     decoupled_weight_decay: bool = False           # lion: decay by wd * lr / initial lr, as in lion-pytorch
     d0: float = Field(1e-6, gt=0)                  # dlion's first estimate of the step size
     schedule: Literal["constant"] = "constant"
     warmup: int | float = Field(0, ge=0)           # steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
+    fused_backward: bool = False                   # step each parameter as its gradient arrives: no memory for gradients. Needs
+                                                   # micro_batch = batch and no grad_clip
+    ema: float = Field(0.0, ge=0, lt=1)            # decay of an average of the weights, from the stage's start; 0 = none
     grad_clip: float = Field(0.0, ge=0)            # largest gradient norm over all trained parameters; 0 = no clipping
     caption_dropout: float = Field(0.0, ge=0, le=1)    # share of captions replaced by ""
     max_tags: int = Field(0, ge=0)                 # keep the first n tags of a caption; 0 = all
@@ -95,14 +102,15 @@ class StageTable(Table):
     checkpoint_every: int = Field(1000, ge=1)      # steps; there is always one at the end of the stage
     keep_checkpoints: int = Field(3, ge=1)         # newest ones kept; stage ends are kept as well
 
-    @property
-    def rate(self) -> float:
-        """lr with D-Lion's default filled in."""
-        return 1.0 if self.lr is None else self.lr
+    def rate_of(self, part: str) -> float:
+        """lr of a trained part, with D-Lion's default filled in."""
+        lr = self.lr[part] if isinstance(self.lr, dict) else self.lr  # type: ignore[index]
+        return 1.0 if lr is None else lr
 
     @property
     def micro(self) -> int:
-        return self.micro_batch or self.batch
+        """Images a forward; what "auto" comes to is for the trainer to find out, here it is the batch."""
+        return self.batch if self.micro_batch in (0, "auto") else int(self.micro_batch)
 
     def steps(self, images_per_epoch: int) -> int:
         """Optimizer steps of this stage: `until` counted in steps, epochs or images, rounded up to whole steps."""
@@ -118,6 +126,12 @@ class StageTable(Table):
         parse_until(self.until)
         if self.lr is None and self.optimizer != "dlion":
             raise ValueError(f"lr is missing and {self.optimizer} needs one; write for example lr = 3e-6")
+        if isinstance(self.lr, dict) and set(self.lr) != set(self.train):
+            named = ", ".join(self.lr) or "no part"
+            raise ValueError(f"lr names {named} and train names {', '.join(self.train)}; give each trained part one")
+        if self.fused_backward and (self.batch != self.micro or self.micro_batch == "auto" or self.grad_clip):
+            which = "grad_clip" if self.grad_clip else "micro_batch"
+            raise ValueError(f"fused_backward steps parameters before the last gradient is known; remove {which}, or it")
         if len(set(self.train)) != len(self.train):
             raise ValueError(f"train names a part twice: {self.train}; name each once")
         if self.batch % self.micro:
@@ -139,6 +153,8 @@ class Config(Table):
     seed: int = Field(0, ge=0, lt=2**63)           # of all noise, timesteps, dropout and order
     kernels: Literal["auto", "triton", "reference"] = "auto"   # which Ops table; auto = triton on a GPU it is built for
     device: str = "auto"                           # auto = cuda if there is one, else the cpu
+    cuda_graph: bool = True                        # replay the whole step as one CUDA graph on a GPU; equal in result
+    deterministic: bool = True                     # exact resume on a GPU; false: cuDNN times its algorithms, anew each time
 
     def stage_name(self, index: int) -> str:
         return self.stage[index].name or f"stage-{index + 1}"
@@ -165,7 +181,6 @@ LATER = {
     ("data", "include"): "a filter by tag",
     ("data", "exclude"): "a filter by tag",
     ("cache", "hidden_states"): "cached hidden states",
-    ("stage", "ema"): "an EMA of the weights",
     ("stage", "lora"): "LoRA",
     ("stage", "prediction"): "v prediction",
     ("stage", "loss"): "another loss than the mean square",
@@ -175,7 +190,6 @@ LATER = {
     ("stage", "timesteps"): "another timestep distribution than the uniform one",
     ("stage", "state"): "optimizer state carried from stage to stage",
     ("stage", "reinit"): "re-initialisation of parts",
-    ("stage", "cuda_graph"): "CUDA graphs",
     ("stage", "growth_rate"): "D-Lion's guards",
     ("stage", "d_max"): "D-Lion's guards",
     ("stage", "freeze_d_after"): "D-Lion's guards",
@@ -185,9 +199,12 @@ LATER = {
 LATER_VALUES = {
     "train": {"lora": "LoRA", "*": "training parts by name pattern"},
     "schedule": {"cosine": "the cosine schedule", "linear": "the linear schedule", "rex": "the REX schedule"},
-    "checkpointing": {"ff": "recomputing the feed-forward"},
-    "micro_batch": {"auto": "a planned micro-batch"},
     "until": {"h": "stages that end by the clock", "hours": "stages that end by the clock"},
+}
+# What a key takes that takes several kinds of things.
+KINDS = {
+    "micro_batch": 'a whole number, 0 for the whole batch, or "auto"',
+    "lr": "a number above 0, or one for each trained part: { unet = 1e-6, text_encoder = 3e-6 }",
 }
 # What other trainers call it -> what it is called here.
 # fmt: off
@@ -337,6 +354,9 @@ def _sentence(item: Any) -> str:
     """One pydantic error -> `field: what was found; what to do`."""
     place = ".".join(str(part) for part in item["loc"] if part not in ("int", "str", "float"))
     found = item["input"]
+    for i, part in enumerate(item["loc"]):
+        if part in KINDS and item["type"] != "value_error":
+            return f"{'.'.join(map(str, item['loc'][: i + 1]))} is {found!r}; it must be {KINDS[str(part)]}"
     field = str(next((part for part in reversed(item["loc"]) if isinstance(part, str)), ""))
     if item["type"] == "missing":
         if len(item["loc"]) == 1:

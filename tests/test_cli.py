@@ -55,7 +55,7 @@ def test_cache_train_sample(run, tmp_path, tiny_model, images):
     assert code == 0 and "ok    model" in out and "ok    cache" in out
     code, out, err = run("train", "--precision", "fp32", path, "log.every=1")
     assert code == 0, err
-    for word in ("images", "reference on cpu", "factor 0.5", "21 of 21 images cached", "loss", "img/s", "ETA", "GB", "saved"):
+    for word in ("images", "cpu on cpu", "factor 0.5", "21 of 21 images cached", "loss", "img/s", "ETA", "GB", "saved"):
         assert word in out
     for model in (tmp_path / "run", tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "step-00000002"):
         code, out, err = run("sample", model, "--prompt", "a", "--prompt", "b", "--steps", 2, "--images", 2,

@@ -32,7 +32,7 @@ def load(tmp_path, text, *overrides, precision=None):
 def test_defaults_and_stages(tmp_path):
     config = load(tmp_path, GOOD)
     unet, text = config.stage
-    assert (unet.optimizer, unet.rate, unet.precision, unet.batch, unet.micro) == ("dlion", 1.0, "fp32", 32, 32)
+    assert (unet.optimizer, unet.rate_of("unet"), unet.precision, unet.batch, unet.micro) == ("dlion", 1.0, "fp32", 32, 32)
     assert [config.stage_name(i) for i in range(2)] == ["unet", "stage-2"]
     assert unet.steps(100) == 7 and text.steps(100) == 250  # 200 images in batches of 32; steps are steps
     assert text.warmup_steps(250) == 25
@@ -89,7 +89,12 @@ BAD = [
     (GOOD.replace('name = "unet"', 'name = "a b"'), "stage 1 is named 'a b'; use letters"),
     (GOOD.replace('name = "unet"', 'name = "stage-2"'), "two stages are named 'stage-2'"),
     (GOOD + "schedule = 'cosine'\n", "the cosine schedule is not in this version"),
-    (GOOD + "micro_batch = 'auto'\n", "a planned micro-batch is not in this version"),
+    (GOOD + "micro_batch = 'most'\n", "stage.1.micro_batch is 'most'"),
+    (GOOD.replace("lr = 3e-6", "lr = { unet = 1e-6 }"), "lr names unet and train names text_encoder"),
+    (GOOD.replace("lr = 3e-6", "lr = { text_encoder = 0.0 }"), "lr is 0.0; it must be a number above 0, or one for each"),
+    (GOOD + "fused_backward = true\ngrad_clip = 1.0\n", "remove grad_clip, or it"),
+    (GOOD + "fused_backward = true\nmicro_batch = 8\n", "remove micro_batch, or it"),
+    (GOOD + "ema = 1.0\n", "stage.1.ema is 1.0; it must be less than 1"),
     (GOOD + "[validate]\nevery = 5\n", "validate.every: validation is not in this version"),
     (GOOD.replace("[[stage]]", "[[stage]\n"), "cannot be read as TOML"),
     (GOOD.split("[[stage]]")[0] + "[stage]\ntrain = ['unet']\nuntil = 3\n", "write [[stage]] with two brackets"),

@@ -8,8 +8,8 @@ import torch
 
 from fastsd.errors import UserError
 from fastsd.model.unet import UNet, UNetConfig
-from fastsd.train.precision import choose_ops
-from fastsd_kernels import REFERENCE, TRITON
+from fastsd.train.precision import choose_ops, describe_ops
+from fastsd_kernels import CPU, REFERENCE, TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CFG = UNetConfig(
@@ -62,7 +62,7 @@ def test_compiles_into_one_graph():
 def test_which_table_a_run_gets():
     cpu = torch.device("cpu")
     assert choose_ops("reference", cpu) is REFERENCE
-    assert choose_ops("auto", cpu) is REFERENCE  # the interpreter is never chosen unasked
+    assert choose_ops("auto", cpu) is CPU  # the interpreter is never chosen unasked
     if DEVICE == "cuda":
         assert choose_ops("auto", torch.device("cuda")) is TRITON
     else:
@@ -75,7 +75,15 @@ def test_a_gpu_without_triton_is_said_aloud(monkeypatch):
         choose_ops("auto", torch.device("cuda"))
     with pytest.raises(UserError, match="is not installed"):
         choose_ops("triton", torch.device("cuda"))
-    assert choose_ops("auto", torch.device("cpu")) is REFERENCE
+    assert choose_ops("auto", torch.device("cpu")) is CPU
+
+
+def test_a_cpu_without_a_compiler_is_said_aloud(monkeypatch):
+    for place in ("fastsd_kernels", "fastsd.train.precision"):
+        monkeypatch.setattr(f"{place}.cpu_problem", lambda: "no C compiler found")
+    table = choose_ops("auto", torch.device("cpu"))
+    assert table is REFERENCE
+    assert describe_ops(table) == "reference (no C compiler found: optimizer steps are several times slower)"
 
 
 def test_without_triton_the_references_still_run():

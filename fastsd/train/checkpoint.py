@@ -37,7 +37,10 @@ MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "state.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: stage number, steps done in it, steps and images done in all, images at the stage's start."""
+    """Where a run stands: stage number, steps done in it, steps and images done in all, images at the stage's start.
+
+    `micro` is the images a forward of this stage, found for `micro_asked` or fallen to when memory ran out.
+    """
 
     stage: int = 0
     stage_step: int = 0
@@ -45,6 +48,8 @@ class Progress:
     images: int = 0
     stage_images: int = 0
     stage_done: bool = False
+    micro: int = 0
+    micro_asked: int | str = 0
 
 
 def name_of(step: int) -> str:
@@ -60,7 +65,7 @@ def save(
     folder: Path,
     progress: Progress,
     model: Model,
-    weights: Mapping[str, Mapping[str, Tensor]],
+    weights: Mapping[str, Callable[[], Mapping[str, Tensor]]],
     changed: set[str],
     state: Mapping[str, Tensor],
 ) -> Path:
@@ -68,7 +73,7 @@ def save(
 
     Args:
         folder: RUN/checkpoints.
-        weights: part name -> exact fp32 weights by parameter name.
+        weights: part name -> gives its exact fp32 weights by parameter name.
         changed: parts that differ from the last checkpoint's; the others' files are linked from it.
         state: all other tensors (optimizers, smoothed loss).
 
@@ -85,7 +90,7 @@ def save(
             if last and part not in changed:
                 manifest.update(_link(last, earlier[-1], new, {name for name in last if name.startswith(f"{part}/")}))
             else:
-                manifest.update(write_part(new, model, part, part_state_dict(model, part, weights[part])))
+                manifest.update(write_part(new, model, part, part_state_dict(model, part, weights[part]())))
         if last:
             other = {name for name in last if name.split("/")[0] not in (*weights, STATE, TENSORS)}
             manifest.update(_link(last, earlier[-1], new, other))
@@ -162,9 +167,17 @@ def load_state(path: Path) -> TensorFile:
     return TensorFile(path / TENSORS)
 
 
-def export(checkpoint: Path, target: Path) -> None:
-    """A checkpoint's model without its training state, as a diffusers folder of its own (hard links)."""
+def export(checkpoint: Path, target: Path, model: Model, averages: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+    """A checkpoint's model without its training state, as a diffusers folder of its own (hard links).
+
+    Args:
+        averages: part name -> tensors by parameter name that take the place of the checkpoint's.
+    """
     manifest = _manifest(checkpoint)
     assert manifest is not None, checkpoint
+    averages = averages or {}
+    names = {name for name in manifest.keys() - {STATE, TENSORS} if name.split("/")[0] not in averages}
     with new_folder(target) as new:
-        _link(manifest, checkpoint, new, manifest.keys() - {STATE, TENSORS})
+        _link(manifest, checkpoint, new, names)
+        for part, tensors in averages.items():
+            write_part(new, model, part, part_state_dict(model, part, tensors))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -70,12 +71,30 @@ def due(run: Run, every: int) -> bool:
     return run.progress.stage_step % every == 0
 
 
+class Readback:
+    """Numbers on their way from the device: copied behind the work that makes them, read when they have long arrived."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.names = list(values)
+        there = torch.stack([value.double() for value in values.values()])
+        self.here = torch.empty(there.shape, dtype=there.dtype, pin_memory=there.is_cuda)
+        self.here.copy_(there, non_blocking=True)
+        self.arrived = torch.cuda.Event() if there.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        if self.arrived:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.here.tolist(), strict=True))
+
+
 class Log:
     """Log rows, written one interval late: by then the device has long finished, so reading it waits for nothing."""
 
     def __init__(self, run: Run, step: Step, index: int) -> None:
         self.run, self.step, self.name = run, step, run.config.stage_name(index)
-        self.pending: tuple[dict[str, Any], dict[str, Tensor], dict[str, float]] | None = None
+        self.pending: tuple[dict[str, Any], Readback, dict[str, float]] | None = None
         self.mark = (time.perf_counter(), run.progress.step, 0.0)
         self.last_skipped, self.dead_rows = int(step.skipped), 0
 
@@ -83,16 +102,18 @@ class Log:
         self.flush()
         run, now = self.run, time.perf_counter()
         loss, weight = run.smooth
-        lr = learning_rate(self.step.stage, run.progress.stage_step - 1, self.step.total)
-        known = {
+        known: dict[str, Any] = {
             "step": run.progress.step, "stage": self.name, "stage_step": run.progress.stage_step,
-            "images": run.progress.images, "epoch": run.progress.images / run.images, "lr": lr,
+            "images": run.progress.images, "epoch": run.progress.images / run.images,
         }  # fmt: skip
+        for i, part in enumerate(self.step.optimizers):  # one lr and one d a trained part; the line shows the first
+            lr = learning_rate(self.step.stage, run.progress.stage_step - 1, self.step.total, part)
+            known[f"lr_{part}" if i else "lr"] = lr
         device = {
             "loss": result.loss, "loss_smooth": loss / weight, "grad_norm": result.grad_norm, "skipped": result.skipped,
         }  # fmt: skip
-        for i, (part, d) in enumerate(self.step.d().items()):  # one d a trained part; the line shows the first
-            device[f"d_{part}" if i else "d"] = d.clone()
+        for i, (part, d) in enumerate(self.step.d().items()):
+            device[f"d_{part}" if i else "d"] = d
         started, steps, waited = self.mark
         seconds = max(now - started, 1e-9)
         speed = (run.progress.step - steps) / seconds
@@ -101,7 +122,7 @@ class Log:
             "data_wait": (batches.waited - waited) / seconds, "memory_gb": memory_gb(run.device),
             "eta": (run.total_steps() - run.progress.step) / speed,
         }  # fmt: skip
-        self.pending = (known, device, timing)
+        self.pending = (known, Readback(device), timing)
         self.mark = (now, run.progress.step, batches.waited)
 
     @contextmanager
@@ -117,7 +138,7 @@ class Log:
             return
         known, device, timing = self.pending
         self.pending = None
-        read = {name: value.item() for name, value in device.items()}
+        read: dict[str, Any] = device.read()
         skipped = int(read["skipped"])
         self.run.report.row({**known, **read, "skipped": skipped}, timing)
         self._watch(skipped, known["step"])

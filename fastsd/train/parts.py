@@ -1,18 +1,50 @@
-"""Floor 2: the trainable parts of a model - compute weights, exact fp32 masters, gradients.
+"""Floor 2: the trainable parts of a model, each in flat allocations - arenas - of which its parameters are views.
 
-In fp32 and tf32 a part's parameters are its masters. In bf16 the module is cast down and the fp32 originals stay beside
-it: gradients are added up there in fp32, the optimizer steps them, and the result is rounded into the module. So changing
-precision between stages loses no bit, and a frozen part comes back as it was.
+    weights     fp32, tf32: 4 bytes a parameter.  bf16: a bf16 high half, which the forward uses as it is, and a 16-bit low
+                half; together they are the exact fp32 master (`fastsd_kernels/arena.py`)
+    gradient    of the weights' dtype; fp32 also in bf16 where micro-batches are added up
+    state       the optimizer's, in the same layout
+    ema         fp32, if there is one
+
+One launch steps a part. Each parameter's gradient is taken as soon as autograd has it: copied into the arena by the first
+micro-batch, added by the others, so nothing is ever zeroed; or stepped at once, and then there is no gradient arena.
+Changing precision between stages loses no bit, and a frozen part comes back as it was. Read next: `fastsd/train/step.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from fastsd.train.optim import FastOptimizer
 from fastsd.train.precision import COMPUTE_DTYPE
+from fastsd_kernels.arena import join_master, split_master
+
+ALIGN = 128  # elements: every parameter starts on a 256-byte boundary even in bf16, as matmul libraries like it
+
+
+class Layout:
+    """Where each tensor of a list lies in one flat tensor. The gaps between them are never anything but zero.
+
+    Attributes:
+        size: elements of the flat tensor.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._places: list[tuple[torch.Size, tuple[int, ...], int]] = []
+        self.size = 0
+        for tensor in tensors:
+            self._places.append((tensor.shape, torch.empty_like(tensor, device="meta").stride(), self.size))
+            self.size += -(-tensor.numel() // ALIGN) * ALIGN
+
+    def view(self, flat: Tensor, i: int) -> Tensor:
+        return flat.as_strided(*self._places[i])
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        return [flat.as_strided(*place) for place in self._places]
 
 
 class Part:
@@ -21,58 +53,144 @@ class Part:
     Args:
         name: "unet" or "text_encoder".
         module: its fp32 module, on the training device.
-        trained: whether the stage's optimizer steps it; otherwise no gradient is ever made.
+        trained: names of the parameters that the stage's optimizer steps; for the others no gradient is ever made.
         precision: "fp32", "tf32" or "bf16".
+        accumulates: whether a step has several micro-batches.
+        arena: whether gradients are collected; if not, `on_gradient` must be set.
+        ema: whether to keep an average of the weights.
+
+    Attributes:
+        high: the flat weights that the module computes with, or None if nothing is trained.
+        low: their low halves in bf16, else None.
+        gradient, ema: flat, or None.
+        on_gradient: called with (number of the parameter, its gradient) instead of collecting it.
+        fresh: whether the next gradients are the first of a step.
     """
 
-    def __init__(self, name: str, module: nn.Module, trained: bool, precision: str) -> None:
-        self.name, self.module, self.trained = name, module, trained
-        self.names = [name for name, _ in module.named_parameters()]
-        self.weights: list[Tensor] = list(module.parameters())
-        self.cast = COMPUTE_DTYPE[precision] != torch.float32
-        self.masters: list[Tensor] = [weight.detach().clone() for weight in self.weights] if self.cast else self.weights
-        if self.cast:
-            # In place of the data only: the parameters stay the same objects.
-            for weight in self.weights:
-                weight.data = weight.data.to(COMPUTE_DTYPE[precision])
-        module.requires_grad_(trained)
+    def __init__(
+        self, name: str, module: nn.Module, trained: set[str], precision: str, *, accumulates: bool = False, arena: bool = True,
+        ema: bool = False,
+    ) -> None:  # fmt: skip
+        self.name, self.module, self.dtype = name, module, COMPUTE_DTYPE[precision]
+        parameters = dict(module.named_parameters())
+        self.names = [name for name in parameters if name in trained]
+        self.weights = [parameters[name] for name in self.names]
+        self.layout = Layout(self.weights)
+        self.high: Tensor | None = None
+        self.low: Tensor | None = None
+        self.gradient: Tensor | None = None
+        self._gradients: list[Tensor] = []
+        self.ema: Tensor | None = None
+        self.on_gradient: Callable[[int, Tensor], None] = self._collect
+        self.fresh = True
+        # Exact weights of frozen parameters whose low halves wait in main memory.
+        self._frozen = {key: parameter for key, parameter in parameters.items() if key not in trained}
+        self._frozen_lows: dict[str, Tensor] = {}
+        module.requires_grad_(False)
+        with torch.no_grad():
+            self._freeze()
+            if self.weights:
+                self._gather(ema)
+        if self.weights:
+            assert self.high is not None
+            if arena:
+                wide = self.dtype == torch.float32 or accumulates
+                self.gradient = torch.zeros_like(self.high, dtype=torch.float32 if wide else self.dtype)
+                self._gradients = self.layout.views(self.gradient)
+        self._hooks = [
+            weight.requires_grad_().register_post_accumulate_grad_hook(partial(self._arrived, i))
+            for i, weight in enumerate(self.weights)
+        ]
 
-    def collect_gradients(self) -> None:
-        """Add what the last backward left in the bf16 weights to the masters' gradients (fp32: they are there already)."""
-        if not self.cast:
+    def _freeze(self) -> None:
+        if self.dtype == torch.float32:
             return
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if weight.grad is not None:
-                gradient = weight.grad.float()
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-                weight.grad = None
+        for name, parameter in self._frozen.items():
+            high, low = split_master(parameter.data)
+            parameter.data, self._frozen_lows[name] = high, low.cpu()
 
-    def gradients(self) -> list[Tensor]:
-        return [master.grad for master in self.masters if master.grad is not None]
+    def _gather(self, ema: bool) -> None:
+        """Move the trained parameters into arenas, one by one: no more than one exists twice."""
+        device = self.weights[0].device
+        self.high = torch.zeros(self.layout.size, dtype=self.dtype, device=device)
+        self.low = torch.zeros_like(self.high, dtype=torch.int16) if self.dtype != torch.float32 else None
+        self.ema = torch.zeros_like(self.high, dtype=torch.float32) if ema else None
+        for i, weight in enumerate(self.weights):
+            view = self.layout.view(self.high, i)
+            if self.ema is not None:
+                self.layout.view(self.ema, i).copy_(weight.data)
+            if self.low is None:
+                view.copy_(weight.data)
+            else:
+                high, low = split_master(weight.data)
+                view.copy_(high)
+                self.layout.view(self.low, i).copy_(low)
+            # In place of the data only: the parameters stay the same objects.
+            weight.data = view
 
-    def zero_gradients(self) -> None:
-        for master in self.masters:
-            master.grad = None
+    @property
+    def trained(self) -> bool:
+        return bool(self.weights)
 
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Round the stepped masters into the bf16 weights."""
-        if self.cast:
-            torch._foreach_copy_(self.weights, self.masters)
+    def optimize(self, make: Callable[..., FastOptimizer]) -> FastOptimizer:
+        """The optimizer of this part's arena; `make` takes parameter groups."""
+        assert self.high is not None
+        lows = [] if self.low is None else [self.low]
+        emas = [] if self.ema is None else [self.ema]
+        return make([{"params": [self.high], "lows": lows, "emas": emas}])
+
+    def _arrived(self, i: int, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        self.on_gradient(i, gradient)
+
+    def _collect(self, i: int, gradient: Tensor) -> None:
+        if self.fresh:
+            self._gradients[i].copy_(gradient)
+        else:
+            self._gradients[i].add_(gradient)
+
+    def widen(self) -> None:
+        """From now on a step has several micro-batches: bf16 gradients are to be added up in fp32."""
+        if self.gradient is not None and self.gradient.dtype != torch.float32:
+            assert self.high is not None
+            self.gradient, self._gradients = None, []
+            self.gradient = torch.zeros_like(self.high, dtype=torch.float32)
+            self._gradients = self.layout.views(self.gradient)
+
+    def owners(self) -> dict[str, list[Tensor]]:
+        """The tensors on the device that live as long as the stage: "weights", "gradients", "ema"."""
+        frozen = [parameter.data for parameter in self._frozen.values()]
+        weights = [t for t in (self.high, self.low) if t is not None]
+        return {
+            "weights": weights + frozen,
+            "gradients": [] if self.gradient is None else [self.gradient],
+            "ema": [] if self.ema is None else [self.ema],
+        }
 
     def state(self) -> dict[str, Tensor]:
         """The exact fp32 weights by the module's parameter names."""
-        return dict(zip(self.names, self.masters, strict=True))
+        tensors = {name: self._exact(name) for name in self._frozen}
+        if self.high is not None:
+            highs = self.layout.views(self.high)
+            if self.low is not None:
+                highs = [join_master(h.cpu(), w.cpu()) for h, w in zip(highs, self.layout.views(self.low), strict=True)]
+            tensors |= dict(zip(self.names, highs, strict=True))
+        return tensors
+
+    def ema_state(self) -> dict[str, Tensor]:
+        """The averages, fp32 views by parameter name; empty without an EMA."""
+        return {} if self.ema is None else dict(zip(self.names, self.layout.views(self.ema), strict=True))
+
+    def _exact(self, name: str) -> Tensor:
+        data = self._frozen[name].data
+        return join_master(data.cpu(), self._frozen_lows[name]) if name in self._frozen_lows else data
 
     def release(self) -> None:
         """End the stage: the module holds its exact fp32 weights again, and no gradients."""
-        if self.cast:
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                weight.data = master
-        for weight in self.weights:
-            weight.grad = None
-
-
-def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all gradients, 0-dim fp32 on their device; not finite if any gradient is not."""
-    return torch.stack(torch._foreach_norm(list(gradients))).norm()
+        for hook in self._hooks:
+            hook.remove()
+        exact = self.state()
+        for name, parameter in self.module.named_parameters():
+            parameter.data = exact[name].to(parameter.device)
+            parameter.grad = None

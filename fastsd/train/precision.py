@@ -3,6 +3,8 @@
 fp32   IEEE fp32 everywhere: TF32 off for matmuls and for convolutions, whose PyTorch defaults differ
 tf32   TF32 in both
 bf16   the parts compute in bf16, their exact fp32 masters are what the optimizer steps (see parts.py)
+
+Norm statistics, softmax, loss and optimizer arithmetic are fp32 in all three.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import torch
 
 from fastsd.errors import UserError
 from fastsd.model.unet import UNet
-from fastsd_kernels import REFERENCE, TRITON, Ops
+from fastsd_kernels import REFERENCE, TRITON, Ops, fastest
+from fastsd_kernels.cpu import problem as cpu_problem
 from fastsd_kernels.launch import INTERPRETED
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -41,22 +44,36 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
             "Triton is not installed, without which a GPU runs far below its speed; install it (pip install triton, on Windows"
             ' triton-windows), or set kernels to "reference"'
         )
-    # The interpreter is for trying kernels on a CPU, hundreds of times slower: never chosen unasked.
-    if kernels == "triton" or (kernels == "auto" and runs and device.type == "cuda"):
+    if kernels == "triton":
         assert TRITON is not None
         return TRITON
-    return REFERENCE
+    # The interpreter is for trying kernels on a CPU, hundreds of times slower: never chosen unasked.
+    return REFERENCE if kernels == "reference" else fastest(device)
 
 
-def set_precision(precision: str, unet: UNet | None = None) -> str:
-    """Set PyTorch's switches and the attention of a UNet on its device, and say in one phrase what was set."""
+def describe_ops(ops: Ops) -> str:
+    """The table's name, and why it is not the fastest one if it is not."""
+    why = cpu_problem() if ops is REFERENCE and not torch.cuda.is_available() else None
+    return f"{ops.name} ({why}: optimizer steps are several times slower)" if why else ops.name
+
+
+def set_precision(precision: str, unet: UNet | None = None, deterministic: bool = True) -> str:
+    """Set PyTorch's switches and the attention of a UNet on its device, and say in one phrase what was set.
+
+    Args:
+        precision: "fp32", "tf32" or "bf16".
+        deterministic: cuDNN uses the same algorithms in every run, for exact resume; else it times them and takes the fastest.
+    """
     fp32 = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32
     torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
-    # Exact resume: the same algorithms whatever ran before.
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    said = f"{precision} (fp32 matmuls and convolutions: {fp32})"
+    torch.backends.mkldnn.matmul.fp32_precision = fp32  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
+    # Partial sums of a bf16 matmul that is split over K stay fp32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    said = f"{precision} (fp32 matmuls and convolutions: {fp32}{'' if deterministic else ', cuDNN times its algorithms'})"
     if unet is None:
         return said
     device = unet.conv_in.weight.device

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastsd.config import Config, dump_config
+from fastsd.config import Config, StageTable, dump_config
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
 from fastsd.errors import UserError
@@ -27,9 +27,9 @@ from fastsd.storage import replace_file
 from fastsd.train import checkpoint
 from fastsd.train.checkpoint import Progress
 from fastsd.train.optim import flat_state, load_flat_state
-from fastsd.train.precision import choose_device, choose_ops, set_precision
+from fastsd.train.precision import choose_device, choose_ops, describe_ops, set_precision
 from fastsd.train.report import Report, memory_gb
-from fastsd.train.step import Step, StepResult
+from fastsd.train.step import PARTS, Step, StepResult
 
 # A change in one of these would make the rest of the run another run's.
 FIXED = ("model", "data", "seed")
@@ -99,14 +99,31 @@ class Run:
             images = self.progress.images
             self.progress = replace(self.progress, stage=index, stage_step=0, stage_images=images, stage_done=False)
         self.model.unet.checkpointing = stage.checkpointing
-        set_precision(stage.precision, self.model.unet)
-        step = Step(self.model, stage, stage.steps(self.images), self.config.seed)
+        said = set_precision(stage.precision, self.model.unet, self.config.deterministic)
+        self.report.say(f"{self.config.stage_name(index)}: {said}")
+        step = Step(
+            self.model, stage, stage.steps(self.images), self.config.seed, self._micro(index, resumed),
+            graph=self.config.cuda_graph, warn=self.report.warn,
+        )  # fmt: skip
         if resumed:
             for name, optimizer in step.optimizers.items():
-                load_flat_state(optimizer, step.parts[name].names, _Below(self.saved, f"{name}|"))
+                part, saved = step.parts[name], _Below(self.saved, f"{name}|")
+                load_flat_state(optimizer, part.names, saved, part.layout.views)
+                for key, average in part.ema_state().items():
+                    if f"{name}@ema/{key}" in self.saved:  # else it was switched on just now
+                        average.copy_(self.saved[f"{name}@ema/{key}"])
             step.skipped.copy_(self.saved["skipped"])
         self.saved = {}
         return step
+
+    def _micro(self, index: int, resumed: bool) -> int:
+        """Images a forward: as the config says, or what was found for it before, so that a resumed run has the same sums."""
+        stage, here = self.config.stage[index], self.progress
+        if resumed and here.micro and here.micro_asked == stage.micro_batch:
+            return here.micro
+        if stage.micro_batch != "auto":
+            return stage.micro
+        return stage.micro
 
     def loader(self, index: int) -> Loader:
         return Loader(self.cache, self.model.text.tokenize, self.config.seed, self.config.stage[index])
@@ -115,8 +132,9 @@ class Run:
         """One step is done."""
         images = self.progress.images + step.stage.batch
         self.progress = replace(
-            self.progress, stage_step=self.progress.stage_step + 1, step=self.progress.step + 1, images=images
-        )
+            self.progress, stage_step=self.progress.stage_step + 1, step=self.progress.step + 1, images=images,
+            micro=step.micro, micro_asked=step.stage.micro_batch,
+        )  # fmt: skip
         self.changed.update(step.optimizers)
         loss, weight = self.smooth
         finite = torch.isfinite(result.loss)
@@ -130,9 +148,11 @@ class Run:
         if not done or self.progress.stage == len(self.config.stage) - 1:
             state["skipped"] = step.skipped
             for name, optimizer in step.optimizers.items():
-                own = flat_state(optimizer, step.parts[name].names)
+                own = flat_state(optimizer, step.parts[name].names, step.parts[name].layout.views)
                 state.update({f"{name}|{key}": tensor for key, tensor in own.items()})
-        weights = {name: part.state() for name, part in step.parts.items()}
+        for name, part in step.parts.items():
+            state.update({f"{name}@ema/{key}": tensor for key, tensor in part.ema_state().items()})
+        weights = {name: part.state for name, part in step.parts.items()}
         folder = self.folder / "checkpoints"
         try:
             self.report.flush()
@@ -171,9 +191,13 @@ class Run:
             self.report.images(path, self.progress.step, image)
 
     def export(self) -> Path:
-        """The newest checkpoint's model as RUN/model, a diffusers folder for any tool."""
-        target = self.folder / "model"
-        checkpoint.export(checkpoint.checkpoints(self.folder / "checkpoints")[-1], target)
+        """The newest checkpoint's model as RUN/model, a diffusers folder for any tool; its averages as RUN/model-ema."""
+        newest, target = checkpoint.checkpoints(self.folder / "checkpoints")[-1], self.folder / "model"
+        checkpoint.export(newest, target, self.model)
+        state = checkpoint.load_state(newest)
+        averages = {part: found for part in PARTS if len(found := _Below(state, f"{part}@ema/"))}
+        if averages:
+            checkpoint.export(newest, self.folder / "model-ema", self.model, averages)
         return target
 
     def header(self) -> dict[str, str]:
@@ -181,17 +205,13 @@ class Run:
         config, meta, vae = self.config, self.cache.meta, self.model.vae
         trained = {part for stage in config.stage for part in stage.train}
         counts = {part: sum(p.numel() for p in self.model.part(part).parameters()) for part in sorted(trained)}
-        stages = [
-            f"{config.stage_name(i)}: {'+'.join(s.train)} {s.optimizer} lr {s.rate:g} {s.precision}, "
-            f"batch {s.batch}{f' ({s.micro} a forward)' if s.micro != s.batch else ''}, {s.steps(self.images)} steps"
-            for i, s in enumerate(config.stage)
-        ]
+        stages = [f"{config.stage_name(i)}: {_said(s)}, {s.steps(self.images)} steps" for i, s in enumerate(config.stage)]
         at = f", resumed at step {self.progress.step}" if self.progress.step else ""
         rejected = f", {meta.rejected} rejected" if meta.rejected else ""
         empty = f", {meta.empty_captions} empty captions" if meta.empty_captions else ""
         return {
             "run": f"{self.folder} ({self.total_steps()} steps{at})",
-            "kernels": f"{self.ops.name} on {_device_name(self.device)}, {memory_gb(self.device):.1f} GB in use",
+            "kernels": f"{describe_ops(self.ops)} on {_device_name(self.device)}, {memory_gb(self.device):.1f} GB in use",
             "base": config.model.base,
             "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, factor {vae.scaling_factor:g}",
             "images": f"{self.images} at {config.data.resolution} px{empty}",
@@ -204,6 +224,13 @@ class Run:
         self.report.close()
         self.cache.close()
         self.lock.close()
+
+
+def _said(stage: StageTable) -> str:
+    """A stage in half a line."""
+    rates = "/".join(f"{stage.rate_of(part):g}" for part in stage.train)
+    forward = f" ({stage.micro_batch} a forward)" if stage.micro_batch else ""
+    return f"{'+'.join(stage.train)} {stage.optimizer} lr {rates} {stage.precision}, batch {stage.batch}{forward}"
 
 
 class _Below(Mapping[str, Tensor]):

@@ -1,11 +1,16 @@
-"""Floor 3: one optimizer step. `train`, the demo and every later benchmark call this and nothing else.
+"""Floor 3: one optimizer step. `train`, the demo and every benchmark call this and nothing else.
 
-The step never reads a device value: loss, gradient norm and skip counter stay on the device until the log asks.
+    batch -> [ micro-batch: noise, text, UNet, loss, backward ] x n -> gradient norm -> one launch a part -> StepResult
+
+The step never reads a device value: loss, gradient norm and skip counter stay on the device until the log asks, and what
+varies from step to step (lr) is written to the device. So the whole of it can be a CUDA graph (`graph.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +18,14 @@ from torch import Tensor
 
 from fastsd.config import StageTable
 from fastsd.data.loader import Batch
+from fastsd.errors import UserError
 from fastsd.model.files import Model
+from fastsd.train.graph import Graphed
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import AdamW, DLion, FastOptimizer, Lion
-from fastsd.train.parts import Part, gradient_norm
+from fastsd.train.parts import Part
 from fastsd.train.schedule import learning_rate
+from fastsd_kernels.gradient_norm import clip_scale
 
 OPTIMIZERS: dict[str, type[FastOptimizer]] = {"dlion": DLion, "lion": Lion, "adamw": AdamW}
 PARTS = ("unet", "text_encoder")
@@ -25,7 +33,7 @@ PARTS = ("unet", "text_encoder")
 
 @dataclass(frozen=True)
 class StepResult:
-    """0-dim fp32 tensors on the device: mean loss of the batch, gradient norm before clipping, steps skipped so far."""
+    """0-dim tensors on the device: mean loss of the batch, gradient norm before clipping, steps skipped so far."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -40,73 +48,175 @@ class Step:
         stage: what to train and how.
         total: optimizer steps of the stage, for the schedule.
         seed: of noise and timesteps.
+        micro: images a forward; None = as the stage says.
+        graph: capture the step as a CUDA graph, one per number of images; the results are the same.
+        warn: takes a line about something the user should know.
 
     Attributes:
         parts: all trainable parts by name; those the stage trains have an entry in `optimizers` too.
+        micro: images a forward. Falls to the next smaller divisor of the batch when memory runs out.
     """
 
-    def __init__(self, model: Model, stage: StageTable, total: int, seed: int) -> None:
-        self.model, self.stage, self.total = model, stage, total
-        self.parts = {name: Part(name, model.part(name), name in stage.train, stage.precision) for name in PARTS}
-        self.optimizers = {name: _optimizer(stage, self.parts[name]) for name in stage.train}
-        device = model.unet.conv_in.weight.device
-        self.objective = Objective(alphas_cumprod(model.scheduler).to(device), seed, model.unet.ops)
-        self.skipped = torch.zeros((), device=device)
+    def __init__(
+        self, model: Model, stage: StageTable, total: int, seed: int, micro: int | None = None, graph: bool = False,
+        warn: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        self.model, self.stage, self.total, self.warn = model, stage, total, warn
+        self.micro = micro or stage.micro
+        self.device = model.unet.conv_in.weight.device
+        self.ops = model.unet.ops
+        self.parts = {name: self._part(name) for name in PARTS}
+        self.lrs: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in stage.train}
+        self.optimizers: dict[str, FastOptimizer] = {name: self._optimizer(name) for name in stage.train}
+        self.objective = Objective(alphas_cumprod(model.scheduler).to(self.device), seed, self.ops)
+        self.skipped = torch.zeros((), device=self.device)
+        if stage.fused_backward:
+            # Whether the step at hand has met anything that is not finite.
+            self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
+            self._norms: list[Tensor] = []
+            for name in stage.train:
+                self.parts[name].on_gradient = partial(self._update_one, name)
+        self._touched = False  # whether the step at hand has begun to change weights
+        self._run = Graphed(self._compute) if graph and self.device.type == "cuda" else self._compute
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Train on one batch as step number `step` (from 0) of the stage."""
-        loss = self._accumulate(batch)
-        trained = [self.parts[name] for name in self.optimizers]
-        gradients = [gradient for part in trained for gradient in part.gradients()]
-        norm = gradient_norm(gradients)
-        # A gradient that is not finite must not reach any state: the optimizers leave every byte when `skip` is set.
-        skip = ~torch.isfinite(norm)
-        self.skipped += skip
-        if self.stage.grad_clip:
-            torch._foreach_mul_(gradients, (self.stage.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.stage, step, self.total)
-            optimizer.step(skip=skip)
-            self.parts[name].write_back()
-            self.parts[name].zero_gradients()
-        return StepResult(loss, norm, self.skipped.clone())
+        for name, lr in self.lrs.items():
+            lr.fill_(learning_rate(self.stage, step, self.total, name))
+        inputs = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
+        on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
+        while True:
+            try:
+                return StepResult(*self._run(*on_device))
+            except torch.OutOfMemoryError as error:
+                self._shrink(str(error).splitlines()[0])
 
-    def _accumulate(self, batch: Batch) -> Tensor:
+    def _compute(self, latents_BCHW: Tensor, token_ids_BL: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, gradient norm, steps skipped) of one step. Nothing here waits for the device or asks it anything."""
+        loss = self._accumulate(latents_BCHW, token_ids_BL, positions_B)
+        if self.stage.fused_backward:
+            # Every parameter was stepped when its gradient came.
+            norm, skip = torch.stack(self._norms).norm(), self._bad
+        else:
+            # A gradient that is not finite must not reach any state: the optimizers leave every byte when `skip` is set.
+            norm, skip = self.ops.gradient_norm([self._gradient(name) for name in self.optimizers])
+            scale = clip_scale(norm, self.stage.grad_clip) if self.stage.grad_clip else None
+            self._touched = True
+            for name, optimizer in self.optimizers.items():
+                optimizer.update(self._gradient(name), skip=skip, scale=scale)
+        for optimizer in self.optimizers.values():
+            optimizer.finish(skip=skip)
+        self.skipped += skip
+        return loss, norm, self.skipped.clone()
+
+    def _accumulate(self, latents_BCHW: Tensor, token_ids_BL: Tensor, positions_B: Tensor) -> Tensor:
         """Gradients of the batch's mean loss, one micro-batch at a time; returns that loss."""
-        count, device = len(batch.positions_B), self.skipped.device
-        total = torch.zeros((), device=device)
-        for start in range(0, count, self.stage.micro):
-            rows = slice(start, start + self.stage.micro)
-            latents = self.model.vae.scale(batch.latents_BCHW[rows].to(device, non_blocking=True).float())
-            positions = batch.positions_B[rows].to(device, non_blocking=True)
-            ids = batch.token_ids_BL[rows].to(device, non_blocking=True)
-            noisy, t_B, target = self.objective.noised(latents, positions)
-            with torch.set_grad_enabled("text_encoder" in self.optimizers):
-                context = self.model.text.encode(ids)
-            loss = self.objective.loss(self.model.unet(noisy, t_B, context), target) * (len(positions) / count)
+        count, trains_text = len(positions_B), "text_encoder" in self.optimizers
+        total = torch.zeros((), device=self.device)
+        self._begin()
+        for start in range(0, count, self.micro):
+            rows = slice(start, start + self.micro)
+            latents = self.model.vae.scale(latents_BCHW[rows].float())
+            noisy, t_B, target = self.objective.noised(latents, positions_B[rows])
+            with torch.set_grad_enabled(trains_text):
+                context = self.model.text.encode(token_ids_BL[rows])
+            loss = self.objective.loss(self.model.unet(noisy, t_B, context), target) * (len(latents) / count)
+            if self.stage.fused_backward:
+                self._bad = ~torch.isfinite(loss.detach())
             loss.backward()
-            for name in self.optimizers:
-                self.parts[name].collect_gradients()
             total += loss.detach()
+            for part in self.parts.values():
+                part.fresh = False
         return total
+
+    def _begin(self) -> None:
+        self._touched = self.stage.fused_backward
+        for part in self.parts.values():
+            part.fresh = True
+        if self.stage.fused_backward:
+            self._norms = []
+
+    def _update_one(self, name: str, i: int, gradient: Tensor) -> None:
+        """Step parameter number i of a part now. From the first gradient that is not finite on, nothing is stepped."""
+        norm, skip = self.ops.gradient_norm([gradient])
+        self._bad = self._bad | skip
+        self._norms.append(norm)
+        layout = self.parts[name].layout
+        self.optimizers[name].update(gradient, cut=lambda flat: layout.view(flat, i), skip=self._bad)
+
+    def _gradient(self, name: str) -> Tensor:
+        gradient = self.parts[name].gradient
+        assert gradient is not None
+        return gradient
+
+    def _shrink(self, reason: str) -> None:
+        """Go on with a smaller micro-batch: nothing of the step that failed has touched weights or state."""
+        self._forget()
+        smaller = [n for n in range(1, self.micro) if self.stage.batch % n == 0]
+        if not smaller or self._touched:
+            what = "weights were being stepped" if self._touched else "not even one image a forward fits"
+            raise UserError(
+                f"out of memory ({reason}), and {what}; set a smaller micro_batch or more checkpointing, which `fastsd plan` "
+                "tells, and run again from the last checkpoint"
+            ) from None
+        self.warn(
+            f"out of memory at {self.micro} images a forward: going on with {smaller[-1]}, the same batch of "
+            f"{self.stage.batch}; set micro_batch = {smaller[-1]} to start so"
+        )
+        self.micro = smaller[-1]
+        for part in self.parts.values():
+            part.widen()
+
+    def _forget(self) -> None:
+        """Drop a step that did not end, and its memory."""
+        for optimizer in self.optimizers.values():
+            optimizer.forget()
+        for part in self.parts.values():
+            for weight in part.weights:
+                weight.grad = None
+        if isinstance(self._run, Graphed):
+            self._run.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def d(self) -> dict[str, Tensor]:
         """D-Lion's estimates by part, 0-dim on the device; empty for other optimizers."""
         return {name: opt.shared["d"] for name, opt in self.optimizers.items() if isinstance(opt, DLion)}
+
+    def owners(self) -> dict[str, list[Tensor]]:
+        """The tensors on the device that live as long as the stage, by what they are for."""
+        found: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
+        for part in self.parts.values():
+            for owner, tensors in part.owners().items():
+                found[owner] += tensors
+        for optimizer in self.optimizers.values():
+            found["state"] += [tensor for own in optimizer.state.values() for tensor in own.values()]
+        return found
 
     def release(self) -> None:
         """End the stage: the model holds its exact fp32 weights."""
         for part in self.parts.values():
             part.release()
 
+    def _part(self, name: str) -> Part:
+        stage, module = self.stage, self.model.part(name)
+        trained = self.model.trainable(name) if name in stage.train else set()
+        return Part(
+            name, module, trained, stage.precision, accumulates=stage.batch > self.micro, arena=not stage.fused_backward,
+            ema=stage.ema > 0,
+        )  # fmt: skip
 
-def _optimizer(stage: StageTable, part: Part) -> FastOptimizer:
-    settings: dict[str, Any] = {"lr": stage.rate, "weight_decay": stage.weight_decay}
-    if stage.betas:
-        settings["betas"] = tuple(stage.betas)
-    if stage.optimizer == "dlion":
-        settings["d0"] = stage.d0
-    if stage.optimizer == "lion":
-        settings["decoupled_weight_decay"] = stage.decoupled_weight_decay
-    return OPTIMIZERS[stage.optimizer](part.masters, **settings)
+    def _optimizer(self, name: str) -> FastOptimizer:
+        stage = self.stage
+        settings: dict[str, Any] = {"lr": stage.rate_of(name), "weight_decay": stage.weight_decay, "ops": self.ops}
+        if stage.betas:
+            settings["betas"] = tuple(stage.betas)
+        if stage.optimizer == "dlion":
+            settings["d0"] = stage.d0
+        if stage.optimizer == "lion":
+            settings["decoupled_weight_decay"] = stage.decoupled_weight_decay
+        optimizer = self.parts[name].optimize(partial(OPTIMIZERS[stage.optimizer], **settings))
+        (group,) = optimizer.param_groups
+        group["lr"] = self.lrs[name]
+        group["ema_decay"] = stage.ema
+        return optimizer
