@@ -64,16 +64,23 @@ class Graphed:
         with torch.cuda.stream(self._stream):
             outputs = self.function(*tensors)
         current.wait_stream(self._stream)
-        for tensor in (*tensors, *outputs):
+        for tensor in tensors:
             tensor.record_stream(self._stream)
+        for tensor in outputs:
+            tensor.record_stream(current)
         return outputs
 
     def _record(self, tensors: tuple[Tensor, ...]) -> _Recorded:
         inputs = [tensor.clone() for tensor in tensors]
         torch.cuda.empty_cache()  # what the plain calls hold, the graph's own pool will need
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            outputs = self.function(*inputs)
+        try:
+            # thread_local: the loader's thread pins its batches meanwhile, which must not end the recording.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = self.function(*inputs)
+        except RuntimeError as error:
+            # Ending a recording that ran out of memory fails once more; the first reason is the one to handle.
+            raise error.__context__ if isinstance(error.__context__, torch.OutOfMemoryError) else error
         self._pool = graph.pool()  # graphs of other shapes share it: only one of them runs at a time
         return _Recorded(graph, inputs, outputs)
 

@@ -1,0 +1,138 @@
+"""Loss curves of the demo's job in fp32, tf32 and bf16: the same seeds, one picture, one table.
+
+    python bench/precision_curves.py [--steps 200] [--out bench/results]        needs matplotlib: pip install -e ".[plots]"
+
+The demo's first stage (D-Lion, batch 32) is trained in each precision from the same seed, and in fp32 from other seeds: how far
+those lie apart is the noise that a change of precision must stay within. Curves are smoothed over about 20 steps.
+
+A CPU has no TF32. There "tf32" is emulated: every operand of a matmul, convolution or attention, forward and backward, is
+rounded to 10 bits of mantissa first, as the tensor cores do, and the products are summed in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import tempfile
+from contextlib import nullcontext
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from fastsd import demo
+from fastsd.commands import cache
+from fastsd.config import load_config
+from fastsd.train.loop import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+SMOOTHING = 0.95
+MULTIPLIES = {
+    "mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+}  # fmt: skip
+
+
+def rounded(value: Any) -> Any:
+    """An fp32 tensor to the nearest number of TF32 (10 bits of mantissa, ties away from zero); all else as it is."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        return value
+    return ((value.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class EmulatedTf32(TorchDispatchMode):
+    """Rounds the operands of everything that multiplies matrices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.removeprefix("aten::") in MULTIPLIES:
+            args = tree_map(rounded, args)
+        return func(*args, **(kwargs or {}))
+
+
+def losses(out: Path, precision: str, seed: int, steps: int) -> list[float]:
+    """The loss of every step of one run."""
+    run = out / f"{precision}-{seed}"
+    overrides = [f"run={run}", f"seed={seed}", f"stage.unet.until={steps}", "stage.unet.sample_every=0", "log.every=1"]
+    overrides += ["stage.unet.checkpoint_every=100000", "sample.prompts=[]", "log.tensorboard=false"]
+    config = load_config(out / "demo.toml", overrides, precision)
+    config = config.model_copy(update={"stage": config.stage[:1]})
+    quiet = Console(file=StringIO())
+    cache(config, quiet)
+    emulated = precision == "tf32" and not torch.cuda.is_available()
+    with EmulatedTf32() if emulated else nullcontext():
+        train(config, quiet)
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def smooth(values: list[float]) -> list[float]:
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total, weight = SMOOTHING * total + value, SMOOTHING * weight + 1
+        result.append(total / weight)
+    return result
+
+
+def draw(curves: dict[tuple[str, int], list[float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps = range(1, len(curves["fp32", 0]) + 1)
+    seeds = [smooth(curves["fp32", seed]) for seed in SEEDS]
+    band = [min(row) for row in zip(*seeds, strict=True)], [max(row) for row in zip(*seeds, strict=True)]
+    left.fill_between(steps, *band, color="0.85", label=f"fp32, {len(SEEDS)} seeds")
+    for precision, style in (("fp32", "k-"), ("tf32", "C0--"), ("bf16", "C1:")):
+        curve = smooth(curves[precision, 0])
+        left.plot(steps, curve, style, label=f"{precision}, seed 0")
+        apart = [a / b - 1 for a, b in zip(curve, smooth(curves["fp32", 0]), strict=True)]
+        right.plot(steps, [100 * value for value in apart], style, label=precision)
+    for axes, title in ((left, "loss, smoothed"), (right, "difference to fp32, same seed, %")):
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        demo._lay_out(Path(scratch), Console(file=StringIO()))
+        wanted = [("fp32", seed) for seed in SEEDS] + [("tf32", 0), ("bf16", 0)]
+        curves = {key: losses(Path(scratch), *key, options.steps) for key in wanted}
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw(curves, options.out / "precision-curves.png")
+    last = {f"{precision} seed {seed}": smooth(values)[-1] for (precision, seed), values in curves.items()}
+    exact = smooth(curves["fp32", 0])
+    apart = {
+        precision: max(abs(a / b - 1) for a, b in zip(smooth(curves[precision, 0])[20:], exact[20:], strict=True))
+        for precision in ("tf32", "bf16")
+    }
+    noise = max(abs(last[f"fp32 seed {seed}"] / last["fp32 seed 0"] - 1) for seed in SEEDS)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    result = {
+        "stamp": {"device": device, "tf32": "hardware" if torch.cuda.is_available() else "emulated", "commit": commit,
+                  "torch": torch.__version__, "python": platform.python_version()},
+        "steps": options.steps, "smoothed_loss_at_the_end": last, "largest_difference_to_fp32_after_20_steps": apart,
+        "largest_difference_between_seeds_at_the_end": noise, "losses": {f"{p} seed {s}": v for (p, s), v in curves.items()},
+    }  # fmt: skip
+    (options.out / "precision-curves.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
