@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ class Model:
     def part(self, name: str) -> torch.nn.Module:
         """The trainable module called "unet" or "text_encoder"."""
         return self.unet if name == "unet" else self.text.module
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Of all parts, the VAE's as well."""
+        for module in (self.unet, self.text.module, self.vae.module):
+            yield from module.parameters()
 
     def trainable(self, name: str) -> set[str]:
         """Names of a part's parameters that the prediction depends on: clip_skip leaves out the last layers."""

@@ -54,8 +54,8 @@ class Shapes:
         return resolution // downscale
 
 
-def read_shapes(table: ModelTable) -> tuple[Shapes, str]:
-    """The shapes of a config's model, as far as its config files are on this machine, and a phrase on where they are from.
+def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
+    """The shapes of a config's model, as far as its config files are on this machine, and a line on each that is not.
 
     Raises:
         UserError: a file that is there and cannot be used, or parts that do not fit.
@@ -66,17 +66,18 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, str]:
         "VAE": (table.vae, "", ["vae", "."]) if table.vae else (table.base, table.revision, ["vae"]),
     }
     found = {part: _settings(*where) for part, where in parts.items()}
-    missing = [f"{part} ({parts[part][0]})" for part, settings in found.items() if settings is None]
-    note = f"SD1.5's in place of what has no config.json here: {', '.join(missing)}" if missing else f"those of {table.base}"
-    unet = UNetConfig.sd15() if found["UNet"] is None else UNetConfig.from_diffusers(found["UNet"], f"{table.base}: unet config")
+    notes = [f"{part}: SD1.5's, for {parts[part][0]} has no config.json here" for part in found if found[part] is None]
+    unet = (
+        UNetConfig.sd15() if found["UNet"] is None else UNetConfig.from_diffusers(found["UNet"], f"{table.base}: unet config")
+    )
     shapes = Shapes(unet, found["text encoder"] or SD15_TEXT, found["VAE"] or SD15_VAE, table.clip_skip)
     channels, width = shapes.vae.get("latent_channels", 4), shapes.text.get("hidden_size", 512)
     if channels != unet.in_channels or width != unet.cross_attention_dim:
         raise UserError(
-            f"model: the UNet takes {unet.in_channels} latent channels and text {unet.cross_attention_dim} wide, but the VAE has "
-            f"{channels} and the text encoder is {width} wide ({note}); give parts that belong together"
+            f"model: the UNet takes {unet.in_channels} latent channels and text {unet.cross_attention_dim} wide, but the VAE "
+            f"has {channels} and the text encoder is {width} wide; give parts that belong together"
         )
-    return shapes, note
+    return shapes, notes
 
 
 def _settings(name: str, revision: str, folders: list[str]) -> dict[str, Any] | None:

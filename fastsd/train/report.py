@@ -148,6 +148,14 @@ def memory_gb(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still allocate: what the device has left, and what PyTorch holds of it unused."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def _reopen(path: Path, step: int) -> TextIO:
     """Open a JSONL file for appending, without the rows after `step` and without a row that was cut off."""
     kept = []

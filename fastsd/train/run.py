@@ -22,13 +22,15 @@ from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
 from fastsd.errors import UserError
 from fastsd.model.files import Model, load_model
+from fastsd.model.shapes import Shapes
+from fastsd.plan import SCRATCH, plan_stage
 from fastsd.sample import check_samples, sample_grid
 from fastsd.storage import replace_file
 from fastsd.train import checkpoint
 from fastsd.train.checkpoint import Progress
 from fastsd.train.optim import flat_state, load_flat_state
 from fastsd.train.precision import choose_device, choose_ops, describe_ops, set_precision
-from fastsd.train.report import Report, memory_gb
+from fastsd.train.report import Report, free_memory, memory_gb
 from fastsd.train.step import PARTS, Step, StepResult
 
 # A change in one of these would make the rest of the run another run's.
@@ -123,7 +125,17 @@ class Run:
             return here.micro
         if stage.micro_batch != "auto":
             return stage.micro
-        return stage.micro
+        # What is free, and what the model holds of it already: the plan counts the model, too.
+        scratch = SCRATCH if self.device.type == "cuda" else 0
+        room = free_memory(self.device) - scratch + sum(p.numel() * p.element_size() for p in self.model.parameters())
+        planned = plan_stage(Shapes.of(self.model), stage, self.config.data.resolution, room, self.ops).largest_micro_batch()
+        if planned == 0:
+            raise UserError(
+                f"stage {self.config.stage_name(index)!r} does not fit with one image a forward into {room / 1e9:.1f} GB on "
+                f"{self.device}; see `fastsd plan` for checkpointing, precisions and optimizers that do"
+            )
+        self.report.say(f"micro-batch {planned}: the most that fits {room / 1e9:.1f} GB by plan; the first steps will show")
+        return planned
 
     def loader(self, index: int) -> Loader:
         return Loader(self.cache, self.model.text.tokenize, self.config.seed, self.config.stage[index])
@@ -177,10 +189,18 @@ class Run:
     def _remember_stage_end(self, name: str) -> None:
         replace_file(self.folder / "stage-ends.json", json.dumps(sorted(self._stage_ends() | {name})))
 
-    def sample(self, index: int) -> None:
+    def sample(self, index: int, step: Step) -> None:
         """Draw the config's grid with the weights as they are. Touches nothing that training reads."""
         size = self.config.sample.size or self.config.data.resolution
-        image = sample_grid(self.model, self.config.sample, size)
+        try:
+            image = sample_grid(self.model, self.config.sample, size)
+        except torch.OutOfMemoryError:
+            # A recorded step keeps its memory between steps; it can be recorded anew.
+            self.report.warn(
+                "no memory for samples beside the CUDA graph: recording it again after them; cuda_graph = false avoids it"
+            )
+            step.clear_graphs()
+            image = sample_grid(self.model, self.config.sample, size)
         if image is not None:
             path = self.folder / "samples" / f"{self.config.stage_name(index)}-{self.progress.step:08d}.png"
             try:
