@@ -34,6 +34,13 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file,
 Stages = Annotated[Precision | None, typer.Option("--precision", help="Of every stage.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Replace values: stage.0.batch=8")]
 
+BenchWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[WHAT] [CONFIG] [key=value ...]", help="WHAT: step, memory, kernels, optim, loader or cache; step if left out."
+    ),
+]
+
 
 @app.command()
 def train(
@@ -110,6 +117,48 @@ def check(
     from fastsd.commands import check
 
     check(loaded)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    precision: Stages = None,
+    vram: Annotated[float | None, typer.Option(metavar="GB", help="Memory of the card; 24 if no card is named.")] = None,
+    card: Annotated[str, typer.Option(metavar="NAME", help="Estimates for this one only, for example 4090.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there as well.")] = None,
+) -> None:
+    """Tell from CONFIG alone whether it fits a card, with which micro-batch, how long it takes and what disk."""
+    loaded = _load(config, overrides, precision)
+    from fastsd.plan import plan
+
+    plan(loaded, vram, card, json_file)
+
+
+@app.command()
+def bench(
+    words: BenchWords = None,
+    precision: Stages = None,
+    small: Annotated[bool, typer.Option("--small", help="A tiny model: shows in seconds that everything runs.")] = False,
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels a side; 512 without a config.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="dlion, lion or adamw")] = None,
+    peers: Annotated[str | None, typer.Option(help="diffusers,compiled,dadaptation,lion-pytorch; or none")] = None,
+    graph: Annotated[bool | None, typer.Option("--graph/--no-graph", help="The step as a CUDA graph.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Rounds to time; batches of the loader.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="optim: share of the UNet's tensors.")] = None,
+    rate: Annotated[float, typer.Option(help="loader: images a second of the step it feeds.")] = 10.0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there as well.")] = None,
+) -> None:
+    """Measure the real step, its memory, kernels, optimizers or loader, beside their peers."""
+    from fastsd.bench import bench
+
+    options = {"size": size, "batch": batch, "micro_batch": micro_batch, "optimizer": optimizer, "graph": graph}
+    bench(
+        words or [], json_file, options, precision=precision and precision.value, small=small, peers=peers, steps=steps,
+        fraction=fraction, rate=rate,
+    )  # fmt: skip
 
 
 @app.command()
