@@ -3,22 +3,29 @@
 import itertools
 import json
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 from conftest import job, make_tiny_model
 from test_train import final, run, same
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastsd.config import StageTable
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
 from fastsd.model.files import load_model
+from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
+from fastsd.model.unet import UNetConfig
 from fastsd.storage import read_safetensors
 from fastsd.train import checkpoint
 from fastsd.train.parts import ALIGN, Layout, Part
 from fastsd.train.precision import choose_ops
 from fastsd.train.step import Step
+from fastsd_kernels import TRITON
 from fastsd_kernels.arena import join_master
+from fastsd_kernels.launch import recording
 
 OPTIMIZERS = {"lion": {"optimizer": "lion", "lr": 1e-3}, "adamw": {"optimizer": "adamw", "lr": 1e-3}, "dlion": {"d0": 1e-4}}
 
@@ -303,3 +310,53 @@ def test_the_average_of_the_weights(tmp_path, tiny_model, images):
         shutil.rmtree(later)
     run(path)
     assert same(final(folder), whole) and same(read_safetensors(folder / "model-ema" / file), exported)
+
+
+class Elsewhere(TorchDispatchMode):
+    """Notes operations with a tensor that is not on the step's device: a CUDA graph cannot hold a copy from or to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self.operations = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device.type != "meta" for tensor in tensors):
+            self.found.append(func)
+        return result
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "optimizer": "dlion",
+            "precision": "bf16",
+            "train": ["unet", "text_encoder"],
+            "micro_batch": 2,
+            "grad_clip": 1.0,
+            "ema": 0.9,
+        },
+        {"optimizer": "lion", "lr": 1e-4, "precision": "fp32", "checkpointing": "block"},
+        {"optimizer": "adamw", "lr": 1e-4, "precision": "tf32", "checkpointing": "ff", "fused_backward": True},
+    ],
+)
+def test_a_steady_step_stays_on_its_device(settings):
+    """On tensors without data whatever comes from the host or is asked by it shows: what a CUDA graph could not record."""
+    unet = UNetConfig(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, heads=2, norm_groups=4)
+    empty = empty_model(Shapes(unet, {**SD15_TEXT, "num_hidden_layers": 2}, SD15_VAE, clip_skip=1), TRITON)
+    with (
+        recording(86),
+        mock.patch.object(torch.Tensor, "cpu", lambda self: self),
+    ):  # low halves of frozen parts leave at the start
+        step = Step(empty, stage_of(**settings), 9, seed=0)
+        shapes = (4, 4, 16, 16), (4, 77), (4,)
+        inputs = [
+            torch.empty(shape, dtype=torch.float16 if i == 0 else torch.int64, device="meta") for i, shape in enumerate(shapes)
+        ]
+        step._compute(*inputs)
+        with Elsewhere() as watch:
+            step._compute(*inputs)
+    assert watch.operations > 1000 and not watch.found

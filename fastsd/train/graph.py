@@ -80,7 +80,9 @@ class Graphed:
                 outputs = self.function(*inputs)
         except RuntimeError as error:
             # Ending a recording that ran out of memory fails once more; the first reason is the one to handle.
-            raise error.__context__ if isinstance(error.__context__, torch.OutOfMemoryError) else error
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         self._pool = graph.pool()  # graphs of other shapes share it: only one of them runs at a time
         return _Recorded(graph, inputs, outputs)
 

@@ -45,7 +45,7 @@ def train_stage(run: Run, index: int, stop: list[int]) -> None:
     end = run.progress.stage_images + step.total * stage.batch
     log = Log(run, step, index)
     if run.progress.step == 0 and stage.sample_every:
-        run.sample(index)
+        run.sample(index, step)
     with run.loader(index).stream(run.progress.images, end, stage.batch) as batches:
         for batch in batches:
             result = step(batch, run.progress.stage_step)
@@ -55,7 +55,7 @@ def train_stage(run: Run, index: int, stop: list[int]) -> None:
                 log.row(result, batches)
             if done or (stage.sample_every and due(run, stage.sample_every)):
                 with log.paused():
-                    run.sample(index)
+                    run.sample(index, step)
             if done or stop or due(run, stage.checkpoint_every):
                 log.flush()
                 with log.paused():

@@ -174,6 +174,10 @@ class Step:
         for part in self.parts.values():
             for weight in part.weights:
                 weight.grad = None
+        self.clear_graphs()
+
+    def clear_graphs(self) -> None:
+        """Give back the memory of recorded steps; they are recorded anew."""
         if isinstance(self._run, Graphed):
             self._run.clear()
         if self.device.type == "cuda":
