@@ -93,44 +93,19 @@ def test_a_precision_and_back_is_the_same_bits(model):
         assert all(torch.equal(after[name], bits) for name, bits in before.items())
 
 
-SWITCHING = """
-[[stage]]
-name = "a"
-train = ["unet"]
-until = 3
-batch = 4
-precision = "fp32"
-optimizer = "{0}"
-lr = {1}
-checkpoint_every = 1
-keep_checkpoints = 99
-[[stage]]
-name = "b"
-train = ["unet", "text_encoder"]
-until = 3
-batch = 4
-micro_batch = 2
-precision = "bf16"
-optimizer = "{0}"
-lr = {1}
-checkpoint_every = 1
-keep_checkpoints = 99
-[[stage]]
-name = "c"
-train = ["unet"]
-until = 3
-batch = 4
-precision = "fp32"
-optimizer = "{0}"
-lr = {1}
-checkpoint_every = 1
-keep_checkpoints = 99
-"""
+def switching(optimizer: str, lr: float) -> str:
+    """fp32, bf16 accumulated over both parts, fp32: three steps each, a checkpoint after every one."""
+    stages = ("fp32", '["unet"]', 4), ("bf16", '["unet", "text_encoder"]', 2), ("fp32", '["unet"]', 4)
+    return "".join(
+        f'[[stage]]\ntrain = {parts}\nuntil = 3\nbatch = 4\nmicro_batch = {micro}\nprecision = "{precision}"\n'
+        f'optimizer = "{optimizer}"\nlr = {lr}\ncheckpoint_every = 1\nkeep_checkpoints = 99\n'
+        for precision, parts, micro in stages
+    )
 
 
 @pytest.mark.parametrize("optimizer, lr", [("dlion", 1.0), ("lion", 1e-4), ("adamw", 1e-4)])
 def test_a_run_that_switches_twice_resumes_from_anywhere(optimizer, lr, tmp_path, tiny_model, images):
-    path = job(tmp_path, tiny_model, images, SWITCHING.format(optimizer, lr))
+    path = job(tmp_path, tiny_model, images, switching(optimizer, lr))
     whole, _ = run(path)
     found = checkpoint.checkpoints(whole / "checkpoints")
     assert [p.name[-2:] for p in found] == [f"{n:02d}" for n in range(1, 10)]
@@ -360,3 +335,22 @@ def test_a_steady_step_stays_on_its_device(settings):
         with Elsewhere() as watch:
             step._compute(*inputs)
     assert watch.operations > 1000 and not watch.found
+
+
+def test_auto_takes_what_fits(tmp_path, tiny_model, images, monkeypatch):
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 12\nmicro_batch = "auto"\noptimizer = "lion"\nlr = 1e-4\n'
+    path = job(tmp_path, tiny_model, images, stage)
+    found = {}
+    for megabytes in (1000, 13, 10, 0):
+        monkeypatch.setattr("fastsd.train.run.free_memory", lambda device, free=megabytes: free << 20)
+        if megabytes == 0:
+            with pytest.raises(UserError, match="'stage-1' does not fit with one image a forward into"):
+                run(path, f"run={tmp_path / 'none'}")
+            break
+        folder, text = run(path, f"run={tmp_path / str(megabytes)}")
+        found[megabytes] = checkpoint.newest(folder / "checkpoints", print)[1].micro
+        assert f"micro-batch {found[megabytes]}: the most that fits" in text
+    assert found[1000] == 12 > found[13] > found[10] >= 1 and all(12 % micro == 0 for micro in found.values())
+    monkeypatch.setattr("fastsd.train.run.free_memory", lambda device: 1000 << 20)
+    _, text = run(path, f"run={tmp_path / '10'}", "stage.0.until=4")  # resumed with more memory: the same sums as before
+    assert checkpoint.newest(tmp_path / "10" / "checkpoints", print)[1].micro == found[10]
