@@ -1,14 +1,19 @@
 """What the figures amount to: a table of them, and each goal with the figure it is held against. Pure functions of the records.
 
-A record is one benchmark's figures, as `measure.Bench.time` notes them; the kernels' own have an implementation that begins
-with "triton".  Whatever a goal asks of a shape, the worst shape decides; where it asks for a whole step, kinds count as often
-as they occur in one.  A kind that a peer has a figure for and the kernels have none is a goal not met; a goal that holds on the
-kinds that were measured, and not all were, is left open.
+A record of a kernel is one benchmark's figures, as `measure.Bench.time` notes them; the kernels' own have an implementation
+that begins with "triton".  Whatever a goal asks of a shape, the worst shape decides; where it asks for a whole step, kinds count
+as often as they occur in one.  A kind that a peer has a figure for and the kernels have none is a goal not met; a goal that holds
+on the kinds that were measured, and not all were, is left open.
+
+A record of whole steps is one contender's, as `steps.py` notes it. Ratios are of contenders in turn in one process; the worst
+decides. A goal of images a second is the best setting's, and an H200's.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +22,16 @@ from fastsd_kernels import workload
 
 Record = dict[str, Any]
 OURS = "triton"
+# Where the time of a step goes: the first that matches the name of an operation or, of a kernel that none launched, the kernel's.
+KINDS = {
+    "attention": r"attention|flash|fmha",
+    "optimizer": r"fastsd::(lion|dlion|adamw|square_sums|norm_of_sums)|optimizer|_foreach_|_fused_adam|vector_norm",
+    "norms": r"norm(?!al)",
+    "convolutions": r"conv(?!ert)|cudnn",
+    "matmuls": r"mm\b|mmbackward|gemm|nvjet|::linear|::matmul",
+    "other": r"::(sum|mean|embedding)",
+    "elementwise, copies": r"aten::|fastsd::|mem(cpy|set)|elementwise",
+}
 
 
 class Verdict(NamedTuple):
@@ -187,3 +202,100 @@ def table(records: Sequence[Record]) -> list[str]:
             f"{start} {1e3 * r['seconds']:9.4f} {r['gb_per_s']:6.0f} {r['share_of_copy']:7.0%} {flops} {ratio}".rstrip()
         )
     return lines
+
+
+def step_verdicts(records: Sequence[Record]) -> list[Verdict]:
+    """Every goal of whole steps. What a tiny model did counts for nothing."""
+    real = [r for r in records if not r["small"]]
+    ours = [r for r in real if r["op"] == "step" and r["implementation"] == "fastsd"]
+    # A step of a graph is one launch for the host, so those without count as well.
+    steady = [r for r in real if r["op"] in ("step", "graph") and r["implementation"] in ("fastsd", "graph", "no graph")]
+    waits = max((sum(r["host_waits"].values()) for r in steady), default=0)
+    free = sum(not r["host_waits"] for r in steady) / len(steady) if steady else None
+    return [
+        _fastest(ours, "bf16", 150.0, " (the aim is 200)"),
+        _over_peer(real, "bf16", "diffusers", 2.0),
+        _over_peer(real, "bf16", "compiled", 1.3),
+        _fastest(ours, "tf32", 110.0, ""),
+        _over_peer(real, "fp32", "diffusers", 1.3),
+        _verdict("share of settings whose steady step never makes the host wait", 1.0, free, f"{waits} waits at most", 0),
+        _most_images(real, "fp32", "dlion", 8),
+        _most_images(real, "bf16", "lion", 32),
+        _plan(real),
+    ]
+
+
+def _fastest(ours: Sequence[Record], mode: str, at_least: float, aim: str) -> Verdict:
+    goal = f"{mode}, 512 px, images a second on an H200{aim}"
+    best = max((r for r in ours if r["mode"] == mode), key=lambda r: r["img_per_s"], default=None)
+    if best is None:
+        return Verdict(goal, at_least, None, None, "")
+    if "H200" not in best["device"]:
+        return Verdict(goal, at_least, best["img_per_s"], None, f"{best['kind']}, and this is {best['device']}")
+    return _verdict(goal, at_least, best["img_per_s"], f"{best['kind']}, MFU {best['mfu']:.0%}", 0)
+
+
+def _over_peer(records: Sequence[Record], mode: str, peer: str, at_least: float) -> Verdict:
+    """Both with AdamW."""
+    goal = f"{mode}, 512 px, whole steps over {peer}"
+    found = [r for r in records if r["op"] == "step" and (r["mode"], r["implementation"]) == (mode, peer)]
+    if not found:
+        notes = [note for r in records if r["mode"] == mode for note in r.get("notes", []) if peer in note]
+        return Verdict(goal, at_least, None, None, notes[0] if notes else "")
+    worst = min(found, key=lambda r: r["times"])
+    below = sum(r["times"] < at_least for r in found)
+    return _verdict(goal, at_least, worst["times"], f"{worst['kind']}; {below} of {len(found)} below", 0)
+
+
+def _most_images(records: Sequence[Record], mode: str, optimizer: str, at_least: int) -> Verdict:
+    found = [r for r in records if r["op"] == "micro-batch" and r["mode"] == mode and r["optimizer"] == optimizer]
+    ours = {r["checkpointing"]: r["images"] for r in found if r["implementation"] == "fastsd"}
+    each = [f"{images} with {level}" for level, images in ours.items()]
+    each += [f"{r['images']} by {r['implementation']}" for r in found if r["implementation"] != "fastsd"]
+    goal = f"{mode}, {optimizer}, images a forward in 24 GB"
+    return _verdict(goal, at_least, max(ours.values(), default=None), ", ".join(each), 0)
+
+
+def _plan(records: Sequence[Record]) -> Verdict:
+    goal, found = "peak of a step as planned, 1 less the share it is off by", [r for r in records if r["op"] == "plan"]
+    if not found:
+        return Verdict(goal, 0.93, None, None, "")
+    worst = max(found, key=lambda r: abs(r["ratio"] - 1))
+    what = f"{worst['mode']}, {worst['kind']}: planned / measured {worst['ratio']:.3f}; {len(found)} combinations"
+    return _verdict(goal, 0.93, 1 - abs(worst["ratio"] - 1), what, max(0, 6 - len(found)))
+
+
+def time_by_kind(rows: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
+    """Kind of operation -> milliseconds and their share, most first; of rows of (operation or "", kernel or "", milliseconds)."""
+    spent: Counter[str] = Counter()
+    for operation, kernel, ms in rows:
+        name = operation or kernel
+        spent[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")] += ms
+    total = sum(spent.values()) or 1.0
+    return {kind: {"ms": ms, "share": ms / total} for kind, ms in spent.most_common()}
+
+
+def step_table(records: Sequence[Record]) -> list[str]:
+    """A line a record, and its notes; `x` is how much longer a step takes than ours in the same process."""
+    lines = []
+    for r in records:
+        lines.append(f"{r['op']:11} {r['mode']:4} {r['kind']:36} {r['implementation']:12} {_figures(r)}")
+        lines += [f"    {note}" for note in r.get("notes", [])]
+    return lines
+
+
+def _figures(r: Record) -> str:
+    if r["op"] == "micro-batch":
+        planned = f", {r['planned']} planned" if "planned" in r else ""
+        return f"{r['images']} images a forward{planned}; peak {r['peak_gb']:.1f} GB, {r['reserved_gb']:.1f} with gaps"
+    if r["op"] == "plan":
+        return (
+            f"planned {r['planned_gb']:.2f} GB, measured {r['peak_gb']:.2f}: {r['ratio']:.3f}; {r['reserved_gb']:.2f} with gaps"
+        )
+    if r["op"] == "profile":
+        kinds = ", ".join(f"{kind} {row['ms']:.1f} ms ({row['share']:.0%})" for kind, row in r["kinds"].items())
+        return f"{r['step_ms']:.1f} ms: {kinds}"
+    waits = "-" if r["host_waits"] is None else sum(r["host_waits"].values())
+    peak = "-" if r["peak_gb"] is None else f"{r['peak_gb']:.1f}"
+    speed = f"{r['img_per_s']:7.1f} img/s {r['ms']['median']:8.1f} ms {r['mfu']:4.0%} MFU"
+    return f"{speed} {peak:>6} GB {r['launches'] or '-':>6} launches {waits:>4} waits {r['times']:6.2f} x"
