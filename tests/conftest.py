@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -89,6 +90,13 @@ def write_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> Non
         small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         small.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.png")
         (folder / f"{i:04d}.txt").write_text(", ".join(rng.permutation(words)[:3]))
+
+
+@pytest.fixture
+def whole_machine(tmp_path_factory):
+    """For a test that takes most of the memory: one at a time, whichever processes the tests run in."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "whole-machine.lock"):
+        yield
 
 
 @pytest.fixture(scope="session")

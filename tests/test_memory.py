@@ -135,7 +135,8 @@ def theirs() -> nn.Module:
     return UNet2DConditionModel.from_config(UNetConfig.sd15().to_diffusers())
 
 
-def test_the_full_size_unet_keeps_half_of_diffusers():
+@pytest.mark.timeout(600)
+def test_the_full_size_unet_keeps_half_of_diffusers(whole_machine):
     diffusers, none = full_size(theirs, data=True), full_size(ours("none"), data=True)
     # The rest without data: the same bytes, in a second instead of many.
     assert (full_size(theirs, data=False), full_size(ours("none"), data=False)) == (diffusers, none)

@@ -341,7 +341,7 @@ def test_auto_takes_what_fits(tmp_path, tiny_model, images, monkeypatch):
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 12\nmicro_batch = "auto"\noptimizer = "lion"\nlr = 1e-4\n'
     path = job(tmp_path, tiny_model, images, stage)
     found = {}
-    for megabytes in (1000, 13, 10, 0):
+    for megabytes in (1000, 10, 0):
         monkeypatch.setattr("fastsd.train.run.free_memory", lambda device, free=megabytes: free << 20)
         if megabytes == 0:
             with pytest.raises(UserError, match="'stage-1' does not fit with one image a forward into"):
@@ -350,7 +350,7 @@ def test_auto_takes_what_fits(tmp_path, tiny_model, images, monkeypatch):
         folder, text = run(path, f"run={tmp_path / str(megabytes)}")
         found[megabytes] = checkpoint.newest(folder / "checkpoints", print)[1].micro
         assert f"micro-batch {found[megabytes]}: the most that fits" in text
-    assert found[1000] == 12 > found[13] > found[10] >= 1 and all(12 % micro == 0 for micro in found.values())
+    assert found[1000] == 12 > found[10] >= 1 and all(12 % micro == 0 for micro in found.values())
     monkeypatch.setattr("fastsd.train.run.free_memory", lambda device: 1000 << 20)
     _, text = run(path, f"run={tmp_path / '10'}", "stage.0.until=4")  # resumed with more memory: the same sums as before
     assert checkpoint.newest(tmp_path / "10" / "checkpoints", print)[1].micro == found[10]

@@ -83,7 +83,7 @@ def test_other_widths_and_depths_equal_diffusers(cfg):
 
 
 @pytest.mark.timeout(600)
-def test_full_size_unet_equals_diffusers():
+def test_full_size_unet_equals_diffusers(whole_machine):
     torch.set_num_threads(os.cpu_count() or 1)
     try:
         check(*theirs_and_ours(UNetConfig.sd15(), 64, 1), count=686)
