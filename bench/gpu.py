@@ -1,11 +1,12 @@
-"""Everything that a machine with a GPU is asked for, in one visit: the kernels' tests on the device, all benchmarks, the goals.
+"""Everything that a machine with a GPU is asked for, in one visit: the tests on the device, all benchmarks, the goals.
 
-    python bench/gpu.py [--only tests attention norms optimizers noise] [--limit SECONDS] [--batch 8] [--out bench/results]
+    python bench/gpu.py [--only tests attention norms optimizers noise steps] [--limit SECONDS] [--batch 8] [--steps a b c d e]
 
-Writes one file, OUT/kernels-<gpu>.json: stamp, outcome of each part, every figure, every goal with what it is held against.
-What fails, is refused or falls short is in it, too; after a failed test the benchmarks still run.  The file is whole after
-each part, and a part cut off by --limit leaves what it had.  Another visit to the same GPU with the same sources, versions
-and batch adds to the file; else it starts anew.  A visit that was killed leaves lines beside the file, which the next takes in.
+Writes OUT/kernels-<gpu>.json and, of whole steps, OUT/steps-<gpu>.json: stamp, outcome of each part, every figure, every goal
+with what it is held against.  What fails, is refused or falls short is in them, too; after a failed test the benchmarks still
+run.  A file is whole after each part, and a part cut off by --limit leaves what it had.  Another visit to the same GPU with
+the same sources, versions and batch adds to a file; else it starts anew.  A visit that was killed leaves lines beside the
+file, which the next takes in.
 
 Compiling takes longer than measuring.  So the files of tests run side by side, and the kernels of a suite are compiled by
 several processes into Triton's cache before one process alone times them.
@@ -35,27 +36,31 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels")]
+PATHS = [str(ROOT / folder) for folder in ("", "bench", "kernels")]
+sys.path[:0] = PATHS
+TESTS = "attention_kernels norm_kernels optimizer_kernels noise_kernels triton_unet graph step bench_command"
 PARTS = {
-    "tests": [
-        f"tests/test_{name}.py"
-        for name in ("attention_kernels", "norm_kernels", "optimizer_kernels", "noise_kernels", "triton_unet")
-    ],
+    "tests": [f"tests/test_{name}.py" for name in TESTS.split()],
     "attention": ["bench/bench_attention.py"],
     "norms": ["bench/bench_norms.py"],
     "optimizers": ["bench/bench_optimizers.py"],
     "noise": ["bench/bench_noise.py"],
+    "steps": ["bench/steps.py"],
 }
 COMPILED_FIRST = ("attention", "norms")
+PYTEST = ("-m", "pytest")
+# Of files whose other tests are a CPU's: what pytest selects by this.
+ON_GPU = {"tests/test_bench_command.py": "cuda"}
 # {module: what goes without it}.  The tests of the optimizers ask for the first two.
 OPTIONAL = {
     "lion_pytorch": "lion-pytorch is left out",
     "dadaptation": "dadaptation is left out, and so is the goal that names it",
+    "diffusers": "there are no whole steps",
     "pytest_timeout": "a test that hangs is cut off by --limit alone",
 }
 
 
-def read_stamp(batch: int) -> dict[str, Any]:
+def read_stamp() -> dict[str, Any]:
     """What a figure depends on: GPU and its limits, versions, sources."""
     import torch
     import triton
@@ -79,33 +84,32 @@ def read_stamp(batch: int) -> dict[str, Any]:
 
     device = torch.cuda.get_device_properties(0)
     # Figures of changes not yet committed must not be taken for the commit's, nor for those of other changes.
-    files = [p for folder in ("kernels/fastsd_kernels", "bench") for p in sorted((ROOT / folder).glob("*.py"))]
+    files = [p for folder in ("kernels/fastsd_kernels", "bench", "fastsd") for p in sorted((ROOT / folder).rglob("*.py"))]
     return {
         "gpu": device.name, "capability": f"sm_{device.major}{device.minor}", "multiprocessors": device.multi_processor_count,
         "memory_gb": round(device.total_memory / 1e9, 1), "l2_mb": round(device.L2_cache_size / 1e6, 1),
         "power_limit": smi("power.limit"), "clock_limit": smi("clocks.max.sm"), "driver": smi("driver_version"),
         "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__, "python": platform.python_version(),
-        "lion-pytorch": version("lion-pytorch"), "dadaptation": version("dadaptation"),
+        **{package: version(package) for package in ("lion-pytorch", "dadaptation", "diffusers", "transformers")},
         "commit": ask("git", "rev-parse", "--short", "HEAD"),
         "sources": hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12],
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "batch": batch,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
 def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None, float]:
-    """One pytest process a group of arguments, side by side: (worst exit status, None if one was cut off; seconds).
+    """One Python process a group of arguments, side by side: (worst exit status, None if one was cut off; seconds).
 
     A single process writes to the terminal; the output of several is printed one after another when all are done.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # on a GPU kernels are compiled
-    paths = [str(ROOT / "bench"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*PATHS, os.environ.get("PYTHONPATH", "")]))
     start = time.monotonic()
     with ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) if len(groups) > 1 else None for _ in groups]
         processes = [
-            subprocess.Popen([sys.executable, "-m", "pytest", *group], cwd=ROOT, env=environment, stdout=output, stderr=output)
+            subprocess.Popen([sys.executable, *group], cwd=ROOT, env=environment, stdout=output, stderr=output)
             for group, output in zip(groups, outputs, strict=True)
         ]
         worst: int | None = 0
@@ -126,17 +130,26 @@ def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None,
 def run_part(name: str, lines: Path, options: argparse.Namespace, end: float | None) -> tuple[int | None, float]:
     """A part of `PARTS`, its outcomes going to `lines`: as `run`."""
     noting = ["-p", "outcomes", "--outcomes", str(lines)]
-    chosen = ["-k", options.k] if options.k else []
+    if name == "steps":
+        small = ["--small", "--rounds", "1"] if options.small else []
+        return run([[*PARTS[name], "--lines", str(lines), "--only", *options.steps, *small]], end)
     if name == "tests":
-        return run([[file, *noting, *chosen] for file in PARTS[name]], end)
-    arguments = [*PARTS[name], "--batch", str(options.batch), "--benchmark-quiet"]
+        chosen = [[*noting, *_selected(ON_GPU.get(file), options.k), file] for file in PARTS[name]]
+        return run([[*PYTEST, *arguments] for arguments in chosen], end)
+    arguments = [*PYTEST, *PARTS[name], "--batch", str(options.batch), "--benchmark-quiet"]
     arguments += ["--compiled"] if options.compiled else []
     if name in COMPILED_FIRST:
         shares = max(1, min(8, (os.cpu_count() or 1) // 2))  # each holds some 0.5 GB of the GPU's memory
-        kernels = ["-k", f"triton and ({options.k})" if options.k else "triton", "--benchmark-disable"]
+        kernels = [*_selected("triton", options.k), "--benchmark-disable"]
         # What fails here fails again below, where it is noted.
         run([[*arguments, *kernels, "--shard", f"{i}/{shares}"] for i in range(shares)], end)
-    return run([[*arguments, *noting, *chosen]], end)
+    return run([[*arguments, *noting, *_selected(options.k)]], end)
+
+
+def _selected(*expressions: str | None) -> list[str]:
+    """pytest's arguments for what all of these select."""
+    given = [f"({expression})" for expression in expressions if expression]
+    return ["-k", " and ".join(given)] if given else []
 
 
 def take_in(result: dict[str, Any], name: str, lines: Path, status: int | None, seconds: float) -> None:
@@ -156,6 +169,7 @@ def take_in(result: dict[str, Any], name: str, lines: Path, status: int | None, 
                 part[kind][outcome["test"]] = outcome["message"]
     cases = {_case(record): record for record in result["records"]}
     cases |= {_case(o["record"]): o["record"] for o in outcomes if "record" in o and "seconds" in o["record"]}
+    cases |= {_case(record): record for o in outcomes for record in o.get("records", [])}
     result["records"] = list(cases.values())
     lines.unlink(missing_ok=True)
 
@@ -182,18 +196,23 @@ def open_result(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    from verdicts import verdicts
-
-    result["verdicts"] = [verdict._asdict() for verdict in verdicts(result["records"])]
+    judge, _ = _judges(path)
+    result["verdicts"] = [verdict._asdict() for verdict in judge(result["records"])]
     aside = path.with_suffix(".part")
     aside.write_text(json.dumps(result, indent=1) + "\n")
     aside.replace(path)
 
 
-def report(result: dict[str, Any]) -> bool:
-    """Print figures, failures and goals; whether every part ran to its end with nothing failed."""
-    from verdicts import table, verdicts
+def _judges(path: Path) -> tuple[Any, Any]:
+    """(goals, table) of the records in a file."""
+    from verdicts import step_table, step_verdicts, table, verdicts
 
+    return (step_verdicts, step_table) if path.name.startswith("steps-") else (verdicts, table)
+
+
+def report(result: dict[str, Any], path: Path) -> bool:
+    """Print figures, failures and goals; whether every part ran to its end with nothing failed."""
+    judge, table = _judges(path)
     print("\n" + "\n".join(table(result["records"])))
     print("\nSkipped: " + ("" if any(part["skipped"] for part in result["parts"].values()) else "none"))
     for part in result["parts"].values():
@@ -211,8 +230,9 @@ def report(result: dict[str, Any]) -> bool:
             errors = [line for line in message.splitlines() if line.startswith("E ")] or message.splitlines() or [""]
             print(f"    FAILED {test}: {errors[-1][:200]}")
     print("\nGoals:")
-    for verdict in verdicts(result["records"]):
+    for verdict in judge(result["records"]):
         print(f"  {verdict.line()}")
+    print(f"\nWritten: {path}")
     return good
 
 
@@ -226,36 +246,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="of all parts together; what is running then is cut off")
     parser.add_argument("-k", metavar="EXPRESSION", help="of each part only what pytest selects by this")
     parser.add_argument("--compiled", action="store_true", help="torch.compile's norms and GEGLU as a peer, too")
+    parser.add_argument("--steps", nargs="+", choices="abcde", default=list("abcde"), help="of whole steps these parts alone")
+    parser.add_argument("--small", action="store_true", help="whole steps of a tiny model: a trial, and no figures")
     options = parser.parse_args(arguments)
     import torch
 
     if not torch.cuda.is_available():
         print("No CUDA device: these are measurements of a GPU; `pytest bench` runs on any machine.", file=sys.stderr)
         return 2
-    if importlib.util.find_spec("pytest_benchmark") is None:
+    if options.only != ["steps"] and importlib.util.find_spec("pytest_benchmark") is None:
         print("pytest-benchmark is missing: `pip install pytest-benchmark`.", file=sys.stderr)
         return 2
     for module, words in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
             print(f"!!! {module} is not installed: {words}. !!!", flush=True)
     end = None if options.limit is None else time.monotonic() + options.limit
-    stamp = read_stamp(options.batch)
+    stamp = read_stamp()
     print(json.dumps(stamp, indent=1), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"kernels-{re.sub('[^a-z0-9]+', '-', stamp['gpu'].lower()).strip('-')}.json"
-    result = open_result(path, stamp)
-    write_result(result, path)
+    gpu = re.sub("[^a-z0-9]+", "-", stamp["gpu"].lower()).strip("-")
+    results: dict[Path, dict[str, Any]] = {}
     for name in options.only:
         if name == "tests" and options.skip_tests:
             continue
         print(f"\n== {name}", flush=True)
+        path = options.out / f"{'steps' if name == 'steps' else 'kernels'}-{gpu}.json"
+        if path not in results:
+            asked = {"small": options.small} if name == "steps" else {"batch": options.batch}
+            results[path] = open_result(path, {**stamp, **asked})
+            write_result(results[path], path)
         lines = path.with_suffix(f".{name}.jsonl")
         status, seconds = run_part(name, lines, options, end)
-        take_in(result, name, lines, status, seconds)
-        write_result(result, path)
-    good = report(result)
-    print(f"\nWritten: {path}")
-    return 0 if good else 1
+        take_in(results[path], name, lines, status, seconds)
+        write_result(results[path], path)
+    good = [report(result, path) for path, result in results.items()]
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What the figures amount to: a table of them, and each goal with the figure it is held against. Pure functions of the records.
 
 A record of a kernel is one benchmark's figures, as `measure.Bench.time` notes them; the kernels' own have an implementation
-that begins with "triton".  Whatever a goal asks of a shape, the worst shape decides; where it asks for a whole step, kinds count
-as often as they occur in one.  A kind that a peer has a figure for and the kernels have none is a goal not met; a goal that holds
-on the kinds that were measured, and not all were, is left open.
+that begins with "triton".  Whatever a goal asks of a shape, the worst shape decides; where it asks for a whole step, kinds
+count as often as they occur in one.  A kind that a peer has a figure for and the kernels have none is a goal not met; a goal
+that holds on the kinds that were measured, and not all were, is left open.
 
 A record of whole steps is one contender's, as `steps.py` notes it. Ratios are of contenders in turn in one process; the worst
 decides. A goal of images a second is the best setting's, and an H200's.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from fastsd_kernels import workload
 
 Record = dict[str, Any]
 OURS = "triton"
-# Where the time of a step goes: the first that matches the name of an operation or, of a kernel that none launched, the kernel's.
+# Where the time of a step goes: the first that matches an operation's name, or that of a kernel that no operation launched.
 KINDS = {
     "attention": r"attention|flash|fmha",
     "optimizer": r"fastsd::(lion|dlion|adamw|square_sums|norm_of_sums)|optimizer|_foreach_|_fused_adam|vector_norm",
@@ -266,13 +266,13 @@ def _plan(records: Sequence[Record]) -> Verdict:
 
 
 def time_by_kind(rows: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
-    """Kind of operation -> milliseconds and their share, most first; of rows of (operation or "", kernel or "", milliseconds)."""
-    spent: Counter[str] = Counter()
+    """Kind of operation -> milliseconds and their share, most first. rows: (operation or "", kernel or "", milliseconds)."""
+    spent: dict[str, float] = defaultdict(float)
     for operation, kernel, ms in rows:
         name = operation or kernel
         spent[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")] += ms
     total = sum(spent.values()) or 1.0
-    return {kind: {"ms": ms, "share": ms / total} for kind, ms in spent.most_common()}
+    return {kind: {"ms": ms, "share": ms / total} for kind, ms in sorted(spent.items(), key=lambda item: -item[1])}
 
 
 def step_table(records: Sequence[Record]) -> list[str]:

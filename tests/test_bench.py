@@ -4,16 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu  # noqa: E402
-from verdicts import table, verdicts  # noqa: E402
+import steps  # noqa: E402
+from verdicts import step_table, step_verdicts, table, time_by_kind, verdicts  # noqa: E402
 
+from fastsd import peers  # noqa: E402
 from fastsd_kernels import workload  # noqa: E402
 
 # Where these tests run in parallel, the benchmarks they start do not: pytest-benchmark would switch itself off.
@@ -55,12 +61,12 @@ def visit(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(gpu, "read_stamp", lambda batch: {"gpu": "Some GPU", "batch": batch, "date": "today"})
+    monkeypatch.setattr(gpu, "read_stamp", lambda: {"gpu": "Some GPU", "date": "today"})
 
-    def call(*arguments: str) -> tuple[int, dict]:
+    def call(*arguments: str, of: str = "kernels") -> tuple[int, dict]:
         status = gpu.main(["--out", str(tmp_path), *arguments])
-        (file,) = tmp_path.glob("kernels-*")
-        assert file.name == "kernels-some-gpu.json"
+        (file,) = tmp_path.glob("*-some-gpu*")
+        assert file.name == f"{of}-some-gpu.json"
         return status, json.loads(file.read_text())
 
     return call
@@ -178,3 +184,202 @@ def test_optimizer_goals():
         # The reference is faster than dadaptation, and not what the goal names.
         records.append(figure("dlion", "all parameters", 2.0, "reference", "fp32"))
         assert goal(records, "D-Lion fp32 over").met is met
+
+
+def test_whole_steps_in_small(visit, monkeypatch, capfd):
+    """Every kind of measurement but those of a GPU's memory, which say why not."""
+    status, result = visit("--only", "steps", "--steps", "b", "c", "d", "e", "--small", of="steps")
+    part, records = result["parts"]["steps"], result["records"]
+    assert status == 0 and part["runs"][0]["passed"] == 9 and not part["failed"] and result["stamp"]["small"]
+    assert set(part["skipped"].values()) == {"left out: the memory of a GPU, for there is none"} and len(part["skipped"]) == 14
+    whole = {(r["mode"], r["kind"], r["implementation"]): r for r in records if r["op"] == "step"}
+    ours, theirs = (whole["fp32", "batch 8, none, adamw", name] for name in ("fastsd", "diffusers"))
+    assert theirs["times"] == pytest.approx(theirs["ms"]["median"] / ours["ms"]["median"])
+    assert ours["host_waits"] == {} and ours["launches"] > 0 and ours["peak_gb"] > 0
+    (timed,) = [r for key, r in whole.items() if key[:2] == ("tf32", "batch 32, none, adamw, cuDNN timed")]
+    assert "left out: peer compiled, whose compiler takes minutes for a CPU" in timed["notes"]
+    graphs = [(r["kind"], r["implementation"]) for r in records if r["op"] == "graph"]
+    assert graphs == [(f"batch {n}", name) for n in (1, 4, 16, 32) for name in ("graph", "no graph")]
+    for name in ("fastsd", "diffusers"):
+        (profile,) = [r for r in records if r["op"] == "profile" and r["implementation"] == name]
+        assert {"convolutions", "matmuls", "attention", "norms"} <= profile["kinds"].keys()
+        assert sum(row["share"] for row in profile["kinds"].values()) == pytest.approx(1)
+    assert [v["met"] for v in result["verdicts"]] == [None] * len(step_verdicts([]))  # a tiny model meets no goal
+    out = capfd.readouterr().out
+    assert "left out: the time of kernels" in out and out.count("open") == len(step_verdicts([]))
+
+
+def test_a_measurement_that_fails_or_dies_leaves_the_others(tmp_path, monkeypatch):
+    """Each of these four is a line; after one that failed and one that died there is a new process."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "for name in sys.argv[sys.argv.index('--serve') + 1 :]:\n"
+        "    if name == 'd: dies':\n"
+        "        os.abort()\n"
+        "    outcome = 'failed' if 'fails' in name else 'passed'\n"
+        "    print(json.dumps({'test': name, 'outcome': outcome, 'in': os.getpid()}), flush=True)\n"
+        "    if outcome == 'failed':\n"
+        "        break\n"
+    )
+    monkeypatch.setattr(steps, "__file__", str(script))
+    chosen = [steps.Measurement("d", what, lambda given: []) for what in ("works", "fails", "dies", "goes on")]
+    chosen += [steps.Measurement("d", what, lambda given: [], alone=True) for what in ("alone", "alone, too")]
+    lines = list(steps.taken(chosen, []))
+    assert [line["outcome"] for line in lines] == ["passed", "failed", "failed", "passed", "passed", "passed"]
+    assert "ended with status -" in lines[2]["message"]
+    works, fails, _, *others = lines
+    assert works["in"] == fails["in"] and len({line["in"] for line in (works, *others)}) == 4
+
+
+def test_what_a_measurement_raises_is_its_outcome():
+    given = steps.Given(torch.device("cpu"), True, 1)
+
+    def broken(given):
+        raise RuntimeError("planted")
+
+    line = steps.outcome(steps.Measurement("a", "x", broken), given)
+    assert line["outcome"] == "failed" and line["message"].rstrip().endswith("RuntimeError: planted")
+    assert steps.outcome(steps.Measurement("a", "x", lambda given: []), given)["outcome"] == "passed"
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 100])
+def test_the_largest_that_fits_is_found(most):
+    for limit in range(12):
+        asked = Mock(side_effect=lambda n, limit=limit: n <= limit)
+        assert steps.largest(asked, most) == min(limit, most)
+        tried = [call.args[0] for call in asked.call_args_list]
+        assert max(tried) <= most and len(tried) == len(set(tried))
+
+
+@pytest.mark.parametrize("name", ["fastsd", "lion-pytorch"])
+def test_images_are_added_until_memory_runs_out(name, monkeypatch):
+    """On a CPU that runs out of memory at more than five images."""
+    capped = []
+    played = {
+        "set_per_process_memory_fraction": capped.append, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=48 << 30),
+        "max_memory_allocated": lambda: 7e9, "max_memory_reserved": lambda: 8e9,
+    }  # fmt: skip
+    for function, play in played.items():
+        monkeypatch.setattr(torch.cuda, function, play)
+    monkeypatch.setattr(steps, "planned_images", lambda *given: 6)
+    text = {**steps.SMALL[0].text, "hidden_size": peers.SMALL.cross_attention_dim}
+    monkeypatch.setattr(steps, "SMALL", (replace(steps.SMALL[0], unet=peers.SMALL, text=text), 16))
+    loss = torch.nn.functional.mse_loss
+
+    def mse_loss(prediction, target):
+        if len(prediction) > 5:
+            raise torch.OutOfMemoryError("no more")
+        return loss(prediction, target)
+
+    monkeypatch.setattr(torch.nn.functional, "mse_loss", mse_loss)
+    (record,) = steps.most_images("bf16", "lion", "ff", name, steps.Given(torch.device("cpu"), True, 1))
+    assert capped == [0.5] and record["images"] == 5 and record["peak_gb"] == 7 and record["kind"] == "24 GB, lion, ff"
+    assert record.get("planned") == (6 if name == "fastsd" else None)
+    monkeypatch.setattr(peers, "require", lambda name: (_ for _ in ()).throw(steps.UserError(f"peer {name} is not installed")))
+    if name != "fastsd":
+        with pytest.raises(steps.LeftOut, match="left out: peer lion-pytorch is not installed"):
+            steps.most_images("bf16", "lion", "ff", name, steps.Given(torch.device("cpu"), True, 1))
+
+
+def test_kernels_are_counted_once_by_what_launched_them():
+    def event(name, microseconds=0.0, kernels=(), gpu=False, annotation=False):
+        found = [SimpleNamespace(name=kernel, duration=spent) for kernel, spent in kernels]
+        where, spent = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU, microseconds
+        time = SimpleNamespace(elapsed_us=lambda: spent)
+        return SimpleNamespace(name=name, is_user_annotation=annotation, device_type=where, time_range=time, kernels=found)
+
+    events = [
+        event("aten::cudnn_convolution", kernels=[("nchwToNhwc", 1000.0), ("sm90_kernel", 5000.0)]),
+        event("fastsd::layer_norm", kernels=[("_forward", 2000.0)]),
+        event("Optimizer.step#AdamW.step", kernels=[("Optimizer.step#AdamW.step", 9000.0)], annotation=True),
+        event("Optimizer.step#AdamW.step", 9000.0, gpu=True, annotation=True),
+        event("nchwToNhwc", 1000.0, gpu=True), event("sm90_kernel", 5000.0, gpu=True),
+        event("_forward", 2000.0, gpu=True), event("_forward", 500.0, gpu=True), event("nvjet_tst", 1500.0, gpu=True),
+    ]  # fmt: skip
+    spent = steps._of_kernels(events)
+    assert sum(spent.values()) == 10000 and spent["", "_forward"] == 500
+    kinds = time_by_kind([(*key, microseconds / 1e3) for key, microseconds in spent.items()])
+    assert {kind: row["ms"] for kind, row in kinds.items()} == {"convolutions": 6, "norms": 2, "matmuls": 1.5, "other": 0.5}
+    assert kinds["convolutions"]["share"] == 0.6
+
+
+def test_kinds_of_operations():
+    names = {
+        "attention": ["aten::_flash_attention_backward", "fastsd::attention_packed_backward"],
+        "optimizer": ["fastsd::norm_of_sums", "aten::_foreach_lerp_", "aten::_fused_adamw_", "fastsd::dlion_estimate"],
+        "norms": ["fastsd::group_norm_apply", "aten::native_layer_norm_backward"],
+        "convolutions": ["aten::convolution_backward", "aten::cudnn_convolution"],
+        "matmuls": ["aten::addmm", "aten::mm", "aten::bmm", "nvjet_tst_128x256"],
+        "elementwise, copies": [
+            "aten::normal_",
+            "aten::convert",
+            "aten::copy_",
+            "fastsd::geglu",
+            "fastsd::normal",
+            "Memset (Device)",
+        ],
+        "other": ["aten::sum", "cudaThing"],
+    }
+    for kind, operations in names.items():
+        assert list(time_by_kind([(name, "", 1.0) for name in operations])) == [kind]
+
+
+def whole(implementation, mode="bf16", img_per_s=100.0, times=1.0, kind="batch 32, none, adamw", op="step", **more):
+    """A record of whole steps on an H200."""
+    return {
+        "op": op, "kind": kind, "mode": mode, "implementation": implementation, "device": "NVIDIA H200", "small": False,
+        "img_per_s": img_per_s, "times": times, "mfu": 0.5, "host_waits": {}, "peak_gb": 40.0, "launches": 3000,
+        "ms": {"median": 1e3}, **more,
+    }  # fmt: skip
+
+
+def step_goal(records, start):
+    (found,) = [v for v in step_verdicts(records) if v.goal.startswith(start)]
+    return found
+
+
+def test_goals_of_whole_steps():
+    for mode, at_least in (("bf16", 150.0), ("tf32", 110.0)):
+        slow, fast = whole("fastsd", mode, at_least - 1), whole("fastsd", mode, at_least, kind="batch 64")
+        assert step_goal([slow], f"{mode}, 512 px, images").met is False
+        assert step_goal([slow, fast], f"{mode}, 512 px, images").met is True
+        elsewhere = step_goal([fast | {"device": "NVIDIA B200"}], f"{mode}, 512 px, images")
+        assert elsewhere.met is None and elsewhere.figure == at_least and "B200" in elsewhere.detail
+    for mode, peer, at_least in (("bf16", "diffusers", 2.0), ("bf16", "compiled", 1.3), ("fp32", "diffusers", 1.3)):
+        good, bad = whole(peer, mode, times=at_least), whole(peer, mode, times=at_least - 0.01, kind="batch 64, none, adamw")
+        assert step_goal([good], f"{mode}, 512 px, whole steps over {peer}").met is True
+        worst = step_goal([good, bad], f"{mode}, 512 px, whole steps over {peer}")
+        assert worst.met is False and worst.detail == "batch 64, none, adamw; 1 of 2 below"
+    missing = whole("fastsd", notes=["left out: peer compiled, torch.compile failed (no compiler)"])
+    left_out = step_goal([missing], "bf16, 512 px, whole steps over compiled")
+    assert left_out.met is None and "torch.compile failed" in left_out.detail
+    assert step_goal([whole("fastsd"), whole("no graph", op="graph")], "share of settings").met is True
+    waits = whole("fastsd", host_waits={"wait": 3})
+    assert step_goal([whole("fastsd"), waits, whole("diffusers", host_waits={"wait": 9})], "share of settings").figure == 0.5
+
+
+def test_goals_of_memory():
+    def most(mode, optimizer, level, images, name="fastsd"):
+        about = {"optimizer": optimizer, "checkpointing": level, "images": images, "reserved_gb": 25.0}
+        return whole(name, mode, kind=f"24 GB, {optimizer}, {level}", op="micro-batch", **about)
+
+    for mode, optimizer, at_least in (("fp32", "dlion", 8), ("bf16", "lion", 32)):
+        records = [most(mode, optimizer, "none", at_least - 1), most(mode, optimizer, "none", 99, "a peer")]
+        assert step_goal(records, f"{mode}, {optimizer}").met is False
+        found = step_goal([*records, most(mode, optimizer, "ff", at_least)], f"{mode}, {optimizer}")
+        assert found.met is True and found.detail == f"{at_least - 1} with none, {at_least} with ff, 99 by a peer"
+
+    def plan(*ratios):
+        about = {"planned_gb": 1.0, "reserved_gb": 1.0}
+        return [whole("fastsd", op="plan", kind=f"{i}", ratio=ratio, **about) for i, ratio in enumerate(ratios)]
+
+    good = plan(0.94, 1.06, 1.0, 1.0, 1.0, 1.0)
+    assert step_goal(good, "peak of a step").met is True and step_goal(good[:5], "peak of a step").met is None
+    for ratio in (0.92, 1.08):
+        assert step_goal(plan(1.0, ratio), "peak of a step").met is False
+    profile = whole("fastsd", op="profile", step_ms=2.0, kinds={"norms": {"ms": 1.0, "share": 1.0}})
+    records = [*good, profile, most("bf16", "lion", "ff", 40), whole("compiled", host_waits=None, peak_gb=None, launches=None)]
+    assert len(step_table(records)) == len(records)
+    assert {v.met for v in step_verdicts([record | {"small": True} for record in records])} == {None}

@@ -1,0 +1,450 @@
+"""Whole steps on a GPU: how fast beside diffusers', how many images in 24 GB, whether `fastsd plan` is right, where time goes.
+
+    python bench/steps.py [--only a b c d e] [--small] [--rounds 3] [--lines FILE]
+
+    a   bf16: batch 32 and 64, checkpointing none and ff, cuDNN's algorithms fixed and timed, three optimizers, their peers
+    b   tf32 and IEEE fp32 likewise, in short
+    c   with and without a CUDA graph, batch 1 to 32
+    d   the most images a forward under a cap of 24 GB, ours and the peers'; the peak of real steps against the planned one
+    e   where the time of one step goes, by kind of operation, ours and eager diffusers'
+
+SD1.5's shape, random weights, 512 px; the step is `fastsd train`'s and its peers are those of `fastsd bench`. Every measurement
+is one line of JSON, written when it is there, the most telling first: a is begun before c and e and ended after them.
+
+A measurement that fails is noted, and the next goes on in a new process, for a broken CUDA context breaks all that follows.
+Those whose memory is capped have a process each; the others share one, and memory is given back between them. A process that
+serves ends when the one it serves does.  Figures become goals in `verdicts.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from plan_check import FULL, SMALL, planned, stage_of
+from torch.autograd import DeviceType
+from verdicts import step_table, time_by_kind
+
+from fastsd import bench, counters, peers
+from fastsd.config import StageTable
+from fastsd.data.loader import Batch
+from fastsd.errors import UserError
+from fastsd.model.files import Model
+from fastsd.model.shapes import empty_model, materialize
+from fastsd.plan import RESERVED, plan_stage
+from fastsd.train.graph import WARM_UP
+from fastsd.train.precision import choose_device, choose_ops, set_precision
+
+Record = dict[str, Any]
+Case = tuple[str, str, int, int, str, dict[str, Any]]  # as `plan_check.CASES`
+CAP = 24 << 30  # bytes of PyTorch's allocator; the CUDA context and libraries, some 0.5 GB, are not among them
+LONGEST = 2000  # characters of a message: its end
+# Of batches that a GPU is used with.
+CASES: list[Case] = [
+    ("bf16", "lion", 32, 1, "none", {}), ("bf16", "lion", 32, 1, "ff", {}), ("fp32", "dlion", 8, 1, "none", {}),
+    ("fp32", "dlion", 8, 2, "ff", {}), ("bf16", "dlion", 16, 2, "ff", {}), ("bf16", "adamw", 16, 1, "block", {"ema": 0.999}),
+    ("bf16", "lion", 16, 1, "none", {"fused_backward": True}), ("tf32", "adamw", 16, 1, "none", {}),
+]  # fmt: skip
+
+
+class LeftOut(Exception):
+    """What cannot be measured here, and why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of a whole step: one stage, and how it is run."""
+
+    precision: str
+    optimizer: str
+    batch: int
+    checkpointing: str = "none"
+    deterministic: bool = True
+    graph: bool = True
+
+    @property
+    def kind(self) -> str:
+        timed = "" if self.deterministic else ", cuDNN timed"
+        return f"batch {self.batch}, {self.checkpointing}, {self.optimizer}{timed}"
+
+
+@dataclass(frozen=True)
+class Given:
+    """The command line, and where it runs."""
+
+    device: torch.device
+    small: bool
+    rounds: int
+
+    def asked(self, setting: Setting, names: list[str]) -> bench.Asked:
+        words = {
+            "stage.0.optimizer": setting.optimizer, "stage.0.batch": setting.batch,
+            "stage.0.checkpointing": setting.checkpointing, "deterministic": setting.deterministic, "cuda_graph": setting.graph,
+        }  # fmt: skip
+        changes = [f"{key}={json.dumps(value)}" for key, value in words.items()]
+        more: dict[str, Any] = {"steps": self.rounds, "peers": ",".join(names) or "none"}
+        return bench.Asked("step", None, changes, setting.precision, self.small, **more)
+
+    def record(self, op: str, kind: str, mode: str, implementation: str, **figures: Any) -> Record:
+        about = {"op": op, "kind": kind, "mode": mode, "implementation": implementation}
+        return {**about, "device": counters.device_name(self.device), "small": self.small, **figures}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    part: str
+    what: str
+    take: Callable[[Given], list[Record]]
+    alone: bool = False  # in a process of its own
+
+    @property
+    def name(self) -> str:
+        return f"{self.part}: {self.what}"
+
+
+def measurements() -> list[Measurement]:
+    """All, in the order in which they are taken."""
+    adamw = partial(Setting, "bf16", "adamw")
+    first = [
+        _steps("a", adamw(32), "diffusers"),
+        _steps("a", adamw(32, deterministic=False), "compiled"),
+        _steps("a", Setting("bf16", "lion", 64, deterministic=False)),
+        _steps("a", Setting("bf16", "dlion", 32), "dadaptation"),
+        _steps("a", Setting("bf16", "lion", 32), "lion-pytorch"),
+        _steps("a", adamw(64), "diffusers"),
+    ]
+    graphs = [Measurement("c", f"graph, batch {batch}", partial(graph_or_not, adamw(batch))) for batch in (1, 4, 16, 32)]
+    profile = Measurement("e", "where the time goes", partial(where_time_goes, adamw(32, graph=False)))
+    crossed = [
+        _steps("a", adamw(*one))
+        for one in ((64, "none", False), (32, "ff", True), (32, "ff", False), (64, "ff", True), (64, "ff", False))
+    ]
+    others = [
+        _steps("b", Setting("tf32", "adamw", 32), "diffusers"),
+        _steps("b", Setting("fp32", "adamw", 8), "diffusers"),  # a step of 32 takes seconds
+        _steps("b", Setting("tf32", "lion", 64, deterministic=False)),
+        _steps("b", Setting("tf32", "adamw", 32, deterministic=False), "compiled"),
+    ]
+    stages = [("bf16", "lion"), ("fp32", "dlion")]
+    memory = [_most(*stage, level, peers.OURS) for stage in stages for level in ("none", "ff")]
+    plans = [Measurement("d", f"plan, {case[0]}, {_words(case)}", partial(against_plan, case)) for case in CASES]
+    theirs = [_most(*stage, "none", peers.SAME_OPTIMIZER[stage[1]]) for stage in stages]
+    return [*first, *graphs, profile, *crossed, *others, *memory, *plans, *theirs]
+
+
+def _steps(part: str, setting: Setting, *names: str) -> Measurement:
+    beside = f" beside {' and '.join(names)}" if names else ""
+    return Measurement(part, f"{setting.precision}, {setting.kind}{beside}", partial(whole_steps, setting, names))
+
+
+def _most(precision: str, optimizer: str, level: str, name: str) -> Measurement:
+    take = partial(most_images, precision, optimizer, level, name)
+    return Measurement("d", f"24 GB, {precision}, {optimizer}, {level}, {name}", take, alone=True)
+
+
+def _words(case: Case) -> str:
+    _, *words, more = case
+    return "{}, {} x {}, {}".format(*words) + "".join(f", {key}" for key in more)
+
+
+def whole_steps(setting: Setting, names: tuple[str, ...], given: Given) -> list[Record]:
+    """Ours beside those of the peers that can be had, by `fastsd bench step`."""
+    there, notes = list[str](), list[str]()
+    for name in names:
+        if name == "compiled" and given.device.type == "cpu":
+            notes.append("left out: peer compiled, whose compiler takes minutes for a CPU")
+        elif peers.attempt(name, notes, partial(peers.require, name)):
+            there.append(name)
+    _, figures = bench.bench_step(given.asked(setting, there), partial(print, flush=True))
+    notes += figures["misses"]
+    kept = ("img_per_s", "tflop_per_s", "mfu", "peak_gb", "held_gb", "launches", "host_waits", "times", "ms", "first_loss")
+    same = {"optimizer": setting.optimizer, "batch": setting.batch, "switches": figures["settings"]["switches"]}
+    same["matmul_tflop_per_s"] = figures["matmul_tflop_per_s"]
+    records = [
+        given.record("step", setting.kind, setting.precision, row["name"], **same, **{key: row[key] for key in kept})
+        for row in figures["results"]
+    ]
+    records[0]["notes"] = notes
+    return records
+
+
+def graph_or_not(setting: Setting, given: Given) -> list[Record]:
+    """The same step as one CUDA graph and launch by launch; `times` of the second is what the graph gains."""
+    records = []
+    for graph, name in ((True, "graph"), (False, "no graph")):
+        (record,) = whole_steps(replace(setting, graph=graph), (), given)
+        records.append(record | {"op": "graph", "kind": f"batch {setting.batch}", "implementation": name})
+        give_back()
+    records[1]["times"] = records[1]["ms"]["median"] / records[0]["ms"]["median"]
+    return records
+
+
+def where_time_goes(setting: Setting, given: Given) -> list[Record]:
+    """One step by `torch.profiler`: time of kernels by the operation that launched them; on a CPU, of operations."""
+    of, notes = bench.subject(given.asked(setting, [])), list[str]()
+    model = peers.made_model(of.cfg, of.ops)
+    model.unet.to(of.device)
+    model.text.module.to(of.device)
+    set_precision(setting.precision, model.unet)
+    batches = peers.made_batches(of.cfg.in_channels, of.side, of.stage.batch)
+    records, gpu = [], of.device.type == "cuda"
+    if not gpu:
+        notes.append("left out: the time of kernels, for there is no GPU; these are operations on a CPU")
+    for contender in peers.contenders(peers.Work(model, of.stage, batches, of.device), ["diffusers"], notes):
+        with contender.turn():
+            for _ in range(WARM_UP):
+                contender.step()
+            wall = counters.seconds(contender.step, of.device)
+            activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
+            with torch.profiler.profile(activities=activities) as profile:
+                contender.step()
+                counters.synchronize(of.device)
+        operations = {(row.key, ""): row.self_cpu_time_total for row in profile.key_averages()}
+        spent = _of_kernels(profile.events()) if gpu else Counter(operations)
+        rows = [(name, kernel[:120], microseconds / 1e3) for (name, kernel), microseconds in spent.most_common()]
+        figures = {"rows": rows, "kinds": time_by_kind(rows), "step_ms": 1e3 * wall, "notes": notes}
+        records.append(given.record("profile", setting.kind, setting.precision, contender.name, **figures))
+    return records
+
+
+def _of_kernels(events: Any) -> Counter[tuple[str, str]]:
+    """Microseconds by (operation that launched it, kernel); no operation: by none that the profiler saw."""
+    spent: Counter[tuple[str, str]] = Counter()
+    ran: Counter[str] = Counter()
+    for event in events:
+        # A range that a program marked spans kernels that are counted themselves.
+        if event.is_user_annotation:
+            continue
+        if event.device_type == DeviceType.CUDA:
+            ran[event.name] += event.time_range.elapsed_us()
+        for kernel in event.kernels:
+            spent[event.name, kernel.name] += kernel.duration
+    for (_, kernel), microseconds in spent.items():
+        ran[kernel] -= microseconds
+    spent.update({("", kernel): left for kernel, left in ran.items() if left > 0.5})
+    return spent
+
+
+def most_images(precision: str, optimizer: str, level: str, name: str, given: Given) -> list[Record]:
+    """The most images a forward under `CAP`, by real steps that run out of memory or do not.
+
+    Ours holds what a run does, its text encoder and VAE included, and records its graph; a peer has its UNet alone.
+    """
+    ours, notes = name == peers.OURS, list[str]()
+    if not ours and not peers.attempt(name, notes, partial(peers.require, name)):
+        raise LeftOut(*notes)
+    shapes, resolution = SMALL if given.small else FULL
+    side, most, peaks = shapes.side(resolution), 8 if given.small else 512, dict[int, tuple[int, int]]()
+    stage = stage_of((precision, optimizer, most, 1, level, {}))
+    torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(given.device).total_memory)
+    # The weights that a peer begins with stay in main memory.
+    model = whole_model(given, stage) if ours else peers.made_model(shapes.unet, choose_ops("auto", given.device))
+    model.text.module.to(given.device)
+    set_precision(precision)
+    work = peers.Work(model, stage, [], given.device, graph=ours)
+    contender: Any = peers.Ours(work, _refuse) if ours else peers.peer_maker(work)(name)
+
+    def fits(images: int) -> bool:
+        make = token_batches if ours else peers.made_batches
+        work.batches = make(shapes.unet.in_channels, side, images)
+        try:
+            with contender.turn():
+                peaks[images] = peak(lambda: [contender.step() for _ in range(WARM_UP + 2)])
+        except (torch.OutOfMemoryError, UserError) as error:
+            print(f"{name}: {images} images do not fit: {str(error).splitlines()[0][:200]}", flush=True)
+            return False
+        finally:
+            contender.trainer.clear_graphs() if ours else contender.optimizer.zero_grad()
+            give_back()
+        return True
+
+    images = largest(fits, most)
+    allocated, reserved = peaks.get(images, (0, 0))
+    figures: dict[str, Any] = {"images": images, "cap_gb": CAP / 1e9, "peak_gb": allocated / 1e9, "reserved_gb": reserved / 1e9}
+    if ours:
+        figures["planned"] = planned_images(given, stage, most)
+    return [given.record("micro-batch", f"24 GB, {optimizer}, {level}", precision, name, **figures)]
+
+
+def _refuse(line: str) -> None:
+    """In place of going on with fewer images a forward."""
+    raise torch.OutOfMemoryError(line)
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, 0 if none, where all below one that fits do: by doubling, then bisection."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def planned_images(given: Given, stage: StageTable, most: int) -> int:
+    """What `fastsd plan --vram 24` says."""
+    shapes, resolution = SMALL if given.small else FULL
+    plan = plan_stage(shapes, stage, resolution, CAP - RESERVED, choose_ops("auto", given.device))
+
+    def fits(images: int) -> bool:
+        # The whole batch at once, whatever its size: gradients are not added up.
+        plan.stage = stage.model_copy(update={"batch": images})
+        return plan.need(images).total <= plan.device_bytes
+
+    return largest(fits, most)
+
+
+def against_plan(case: Case, given: Given) -> list[Record]:
+    """The peak of a step, once its state is there, and what plan says; without a graph, whose memory is the same."""
+    shapes, resolution = SMALL if given.small else FULL
+    stage, before = stage_of(case), torch.cuda.memory_allocated(given.device)
+    says = planned(shapes, resolution, stage, choose_ops("auto", given.device))["peak"]
+    batches = token_batches(shapes.unet.in_channels, shapes.side(resolution), stage.batch)
+    ours = peers.Ours(peers.Work(whole_model(given, stage), stage, batches, given.device))
+    for _ in range(2):
+        ours.step()
+    allocated, reserved = peak(ours.step)
+    found = allocated - before
+    sizes = {"planned_gb": says / 1e9, "peak_gb": found / 1e9, "reserved_gb": reserved / 1e9, "before_gb": before / 1e9}
+    return [given.record("plan", _words(case), stage.precision, peers.OURS, ratio=says / found, **sizes)]
+
+
+def whole_model(given: Given, stage: StageTable) -> Model:
+    """All parts of a model on the device, as a run holds them, with random weights; set up for the stage."""
+    shapes, _ = SMALL if given.small else FULL
+    model = empty_model(shapes, choose_ops("auto", given.device))
+    for module in (model.unet, model.text.module, model.vae.module):
+        materialize(module, given.device)
+        with torch.no_grad():
+            for tensor in module.parameters():
+                tensor.normal_(0, 0.02)
+    for positions in model.text.module.buffers():
+        positions.copy_(torch.arange(positions.numel()).view_as(positions))
+    model.unet.checkpointing = stage.checkpointing
+    set_precision(stage.precision, model.unet)
+    return model
+
+
+def token_batches(channels: int, side: int, batch: int) -> list[Batch]:
+    """As `peers.made_batches`, with texts of 77 tokens."""
+    made = peers.made_batches(channels, side, batch)[0]
+    return [replace(made, token_ids_BL=torch.zeros(batch, 77, dtype=torch.int64))]
+
+
+def peak(run: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes of tensors, and of what the allocator took for them, at the worst moment of `run()`."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def give_back() -> None:
+    """Memory of what is no longer used, compiled code included."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def outcome(measurement: Measurement, given: Given) -> dict[str, Any]:
+    """Take a measurement: its line."""
+    line: dict[str, Any] = {"test": measurement.name, "outcome": "passed"}
+    start = time.monotonic()
+    try:
+        if measurement.part == "d" and given.device.type == "cpu":
+            raise LeftOut("left out: the memory of a GPU, for there is none")
+        line["records"] = measurement.take(given)
+    except LeftOut as reason:
+        line |= {"outcome": "skipped", "message": str(reason)}
+    except Exception:
+        line |= {"outcome": "failed", "message": traceback.format_exc()[-LONGEST:]}
+    return line | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def serve(chosen: list[Measurement], given: Given) -> None:
+    """Take measurements one after another, a line of JSON each, up to one that fails."""
+    # Standard output is for the lines alone: what else is printed goes to the terminal.
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # its end is that of who is served
+    for measurement in chosen:
+        print(f"\n-- {measurement.name}", flush=True)
+        line = outcome(measurement, given)
+        print(json.dumps(line), file=lines, flush=True)
+        if line["outcome"] == "failed":
+            return
+        give_back()
+
+
+def taken(chosen: list[Measurement], options: list[str]) -> Iterator[dict[str, Any]]:
+    """The lines of all that were chosen, from as many processes as it takes."""
+    left = list(chosen)
+    while left:
+        share = left[:1] if left[0].alone else list(takewhile(lambda one: not one.alone, left))
+        command = [sys.executable, __file__, *options, "--serve", *(measurement.name for measurement in share)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            count, last = 0, {"outcome": ""}
+            for line in process.stdout:
+                count, last = count + 1, json.loads(line)
+                yield last
+        if count < len(share) and last["outcome"] != "failed":
+            message = f"the process ended with status {process.returncode}"
+            yield {"test": share[count].name, "outcome": "failed", "message": message}
+            count += 1
+        left = left[count:]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 1 if anything failed, whatever the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices="abcde", default=list("abcde"), metavar="PART", help="a b c d e")
+    parser.add_argument("--small", action="store_true", help="a tiny model, on any device, in seconds: these are no figures")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, of 4 steps on a GPU (default: 3)")
+    parser.add_argument("--lines", type=Path, metavar="FILE", help="append every outcome, as JSON lines")
+    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    every = measurements()
+    if options.serve:
+        given = Given(choose_device("auto"), options.small, options.rounds)
+        serve([one for one in every if one.name in options.serve], given)
+        return 0
+    if not (torch.cuda.is_available() or options.small):
+        print("No CUDA device: these are measurements of a GPU; --small runs on any machine.", file=sys.stderr)
+        return 2
+    failed = False
+    passed_on = ["--rounds", str(options.rounds), *(["--small"] if options.small else [])]
+    # Without a GPU those that would be alone are left out at once.
+    chosen = [replace(one, alone=one.alone and torch.cuda.is_available()) for one in every if one.part in options.only]
+    for line in taken(chosen, passed_on):
+        if options.lines:
+            with options.lines.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        failed |= line["outcome"] == "failed"
+        print(f"{line['outcome']:7} {line['test']} {line.get('message', '')}".rstrip())
+        print("\n".join(step_table(line.get("records", []))), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
