@@ -164,7 +164,7 @@ def _cache(config: Config, model: Model) -> str:
 
 
 def _room(config: Config, models: list[Model]) -> str:
-    """Disk for the checkpoints that can exist at once: fp32 weights, and two state tensors for those trained."""
+    """Disk for the checkpoints that can exist at once: fp32 weights, state tensors and the average of those trained."""
     folder = Path(config.run).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -173,7 +173,7 @@ def _room(config: Config, models: list[Model]) -> str:
         return f"{free / 1e9:.1f} GB free"
     model = models[0]
     size = {part: sum(p.numel() for p in model.part(part).parameters()) * 4 for part in ("unet", "text_encoder")}
-    each = [sum(size[part] * (3 if s.optimizer != "lion" else 2) for part in s.train) for s in config.stage]
+    each = [sum(size[part] * (2 + (s.optimizer != "lion") + (s.ema > 0)) for part in s.train) for s in config.stage]
     need = sum(size.values()) + max(e * (s.keep_checkpoints + 1) for e, s in zip(each, config.stage, strict=True))
     if need > free:
         raise UserError(
