@@ -32,7 +32,8 @@ def kept_for_backward(run: Callable[[], object], *modules: nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
             found[storage._cdata] = storage
-        return tensor
+        # Not the tensor itself: an output that is saved would hold the node that holds it, for ever.
+        return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
