@@ -3,7 +3,7 @@
 A convolution or linear after a norm needs the norm's output for its weight gradient, and the norm needs its own input: two
 tensors, of which the second can be had from the first for one pass over memory. So each function here joins a norm (or
 GEGLU, attention, nearest-neighbour growth) with the matmul behind it, keeps what lies before, and makes the matmul's input
-again in the backward. At 512 px that is 250 M numbers an image for SD1.5's UNet, of 468 M in diffusers'.
+again in the backward. At 512 px that is 252 M numbers an image for SD1.5's UNet, of 468 M in diffusers'.
 
     norm_conv           [x, skip] -> GroupNorm + SiLU -> conv 3x3, and the 1x1 shortcut of the same   keeps x, skip
     group_norm_linear   GroupNorm -> linear                                                           keeps x
