@@ -7,7 +7,6 @@ keys that a later version will fill are refused by name, never ignored.  Read ne
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastsd.complaints import sentence, unknown_keys
 from fastsd.errors import UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -36,9 +36,64 @@ class ModelTable(Table):
     clip_skip: int = Field(0, ge=0)                # 0 = last layer; n = the n-th before it, then the final layer norm
 
 
+class FolderTable(Table):
+    path: str                                      # a folder, searched recursively; a .tar; or a pattern: {00000..00099}.tar
+    repeats: int = Field(1, ge=1)                  # how often an epoch has each of its images
+    weight: float | None = Field(None, gt=0)       # or its part of an epoch, beside the weights of other folders
+
+
+class BucketTable(Table):
+    """Aspect buckets; keys and meaning are kohya's."""
+
+    min: int = Field(256, ge=8)                    # px, the shortest side
+    max: int = Field(1024, ge=8)                   # px, the longest side
+    step: int = Field(64, ge=8)                    # px, sides are its multiples
+    no_upscale: bool = False                       # never enlarge: small images get buckets of their own size
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> BucketTable:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max {self.max}; min must not be above max")
+        for name, side in (("min", self.min), ("max", self.max)):
+            if side % self.step:
+                near = max(side // self.step, 1) * self.step
+                raise ValueError(f"{name} is {side}, no multiple of step {self.step}; use {near}")
+        return self
+
+
 class DataTable(Table):
-    folders: list[str] = Field(min_length=1)       # searched recursively; `name.txt` beside an image is its caption
-    resolution: int = Field(512, ge=8)             # px, square: shorter side resized to it, then centre crop
+    # Each a path or { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }. A caption lies beside its image (.txt or
+    # .caption, several lines = variants), in the folder's metadata.jsonl or .parquet, or in the tar.
+    folders: list[str | FolderTable] = Field(min_length=1)
+    resolution: int = Field(512, ge=8)             # px: the square's side, or the root of the buckets' largest area
+    crop: Literal["centre", "random"] = "centre"   # where the square or bucket is cut from the resized image
+    crops: int = Field(1, ge=1, le=64)             # random crops stored of each image; training draws one each time
+    flip: bool = False                             # store mirrored latents as well; training takes either
+    buckets: BucketTable | None = None             # aspect buckets instead of squares: a table [data.buckets]
+    latents: Literal["", "img_sdxl", "img_sdvae", "npz"] = ""   # "" = encode; else take over what another trainer encoded
+    caption_key: str = ""                          # in metadata and .json; "" = the first of text, caption, prompt
+    include: list[str] = []                        # only images with one of these tags
+    exclude: list[str] = []                        # no image with one of these tags
+
+    @property
+    def roots(self) -> list[FolderTable]:
+        return [FolderTable(path=f) if isinstance(f, str) else f for f in self.folders]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DataTable:
+        if self.crops > 1 and self.crop != "random":
+            raise ValueError(f"crops is {self.crops} and crop {self.crop!r}: one centre is all there is; use crop = \"random\"")
+        if self.latents and (self.crop != "centre" or self.buckets):
+            which = "buckets" if self.buckets else "crop"
+            raise ValueError(f"latents is {self.latents!r}, cut already by another trainer; remove {which}")
+        if self.latents.startswith("img") and self.flip:
+            raise ValueError(f"flip is true and {self.latents} files hold no mirrored latents; remove flip")
+        if self.buckets and self.buckets.min > self.resolution:
+            raise ValueError(f"buckets.min is {self.buckets.min}, above resolution {self.resolution}; lower it")
+        for root in self.roots:
+            if root.weight is not None and root.repeats != 1:
+                raise ValueError(f"folder {root.path} has repeats and weight; give one of them")
+        return self
 
 
 class CacheTable(Table):
@@ -47,6 +102,9 @@ class CacheTable(Table):
     precision: Literal["fp32", "bf16"] = "fp32"    # the VAE encoder's; never fp16, where SDXL's VAE overflows
     batch: int = Field(8, ge=1)                    # images a VAE call, and the unit of work an interruption can lose
     workers: int = Field(0, ge=0)                  # decoding threads; 0 = one per core
+    # Store the text encoder's states of every caption as well: training then has no text encoder on the GPU. For stages that
+    # leave it and the captions as they are; 116 KiB a caption in fp16. `precision` is the encoder's, too
+    hidden_states: bool = False
 
 
 class SampleTable(Table):
@@ -98,6 +156,10 @@ class StageTable(Table):
     caption_dropout: float = Field(0.0, ge=0, le=1)    # share of captions replaced by ""
     max_tags: int = Field(0, ge=0)                 # keep the first n tags of a caption; 0 = all
     tag_separator: str = Field(",", min_length=1)  # what separates tags
+    shuffle_tags: bool = False                     # tags in random order
+    keep_tags: int = Field(0, ge=0)                # the first n tags are neither shuffled nor dropped
+    tag_dropout: float = Field(0.0, ge=0, le=1)    # share of single tags left out
+    shuffle_sentences: bool = False                # sentences, ended by full stops, in random order
     sample_every: int = Field(0, ge=0)             # steps between sample grids; 0 = only at the end of the stage
     checkpoint_every: int = Field(1000, ge=1)      # steps; there is always one at the end of the stage
     keep_checkpoints: int = Field(3, ge=1)         # newest ones kept; stage ends are kept as well
@@ -160,6 +222,17 @@ class Config(Table):
         return self.stage[index].name or f"stage-{index + 1}"
 
     @model_validator(mode="after")
+    def _states_hold(self) -> Config:
+        for i, stage in enumerate(self.stage if self.cache.hidden_states else ()):
+            name, advice = self.stage_name(i), "remove one of the two"
+            if "text_encoder" in stage.train:
+                raise ValueError(f"cache.hidden_states needs a frozen text encoder and stage {name!r} trains it; {advice}")
+            for key in ("shuffle_tags", "tag_dropout", "max_tags", "shuffle_sentences"):
+                if getattr(stage, key):
+                    raise ValueError(f"cache.hidden_states needs captions as they are and stage {name!r} has {key}; {advice}")
+        return self
+
+    @model_validator(mode="after")
     def _names_differ(self) -> Config:
         names = [self.stage_name(i) for i in range(len(self.stage))]
         for i, name in enumerate(names):
@@ -170,59 +243,8 @@ class Config(Table):
         return self
 
 
-# fmt: on
-# Keys a later version fills: (table, key) -> what it is.
-LATER = {
-    ("model", "lora"): "LoRA",
-    ("data", "crop"): "another crop than the centre",
-    ("data", "flip"): "flipped copies",
-    ("data", "buckets"): "aspect buckets",
-    ("data", "repeats"): "weights and repeats of folders",
-    ("data", "include"): "a filter by tag",
-    ("data", "exclude"): "a filter by tag",
-    ("cache", "hidden_states"): "cached hidden states",
-    ("stage", "lora"): "LoRA",
-    ("stage", "prediction"): "v prediction",
-    ("stage", "loss"): "another loss than the mean square",
-    ("stage", "min_snr"): "min-SNR weighting",
-    ("stage", "zero_snr"): "a zero-terminal-SNR schedule",
-    ("stage", "noise_offset"): "offset noise",
-    ("stage", "timesteps"): "another timestep distribution than the uniform one",
-    ("stage", "state"): "optimizer state carried from stage to stage",
-    ("stage", "reinit"): "re-initialisation of parts",
-    ("stage", "growth_rate"): "D-Lion's guards",
-    ("stage", "d_max"): "D-Lion's guards",
-    ("stage", "freeze_d_after"): "D-Lion's guards",
-    ("stage", "shuffle_tags"): "tag shuffling",
-    ("stage", "tag_dropout"): "dropout of single tags",
-}
-LATER_VALUES = {
-    "train": {"lora": "LoRA", "*": "training parts by name pattern"},
-    "schedule": {"cosine": "the cosine schedule", "linear": "the linear schedule", "rex": "the REX schedule"},
-    "until": {"h": "stages that end by the clock", "hours": "stages that end by the clock"},
-}
-# What a key takes that takes several kinds of things.
-KINDS = {
-    "micro_batch": 'a whole number, 0 for the whole batch, or "auto"',
-    "lr": "a number above 0, or one for each trained part: { unet = 1e-6, text_encoder = 3e-6 }",
-}
-# What other trainers call it -> what it is called here.
-# fmt: off
-FAMILIAR = {
-    "learning_rate": "lr", "train_batch_size": "batch", "batch_size": "batch", "mixed_precision": "precision",
-    "pretrained_model_name_or_path": "model.base", "base_model": "model.base", "vae_path": "model.vae",
-    "max_train_steps": "until", "max_train_epochs": "until", "num_train_epochs": "until", "epochs": "until",
-    "steps": "until", "gradient_accumulation_steps": "micro_batch", "gradient_checkpointing": "checkpointing",
-    "optimizer_type": "optimizer", "lr_scheduler": "schedule", "lr_warmup_steps": "warmup", "warmup_steps": "warmup",
-    "max_grad_norm": "grad_clip", "caption_dropout_rate": "caption_dropout", "output_dir": "run", "logging_dir": "run",
-    "train_data_dir": "data.folders", "instance_data_dir": "data.folders", "folder": "folders", "images": "folders",
-    "save_every_n_steps": "checkpoint_every", "checkpointing_steps": "checkpoint_every", "initial_d": "d0",
-    "sample_every_n_steps": "sample_every", "sample_prompts": "sample.prompts", "cfg": "guidance",
-    "guidance_scale": "guidance", "num_inference_steps": "steps", "scheduler": "sampler", "decay": "weight_decay",
-    "train_unet": "train", "train_text_encoder": "train", "vae_batch_size": "cache.batch", "log_every": "log.every",
-}
 _TABLES: dict[str, type[Table]] = {
-    "model": ModelTable, "data": DataTable, "cache": CacheTable, "sample": SampleTable,
+    "model": ModelTable, "data": DataTable, "data.buckets": BucketTable, "cache": CacheTable, "sample": SampleTable,
     "validate": ValidateTable, "log": LogTable, "stage": StageTable,
 }
 
@@ -270,13 +292,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None, precision:
 
 def parse_config(raw: dict[str, Any], source: str) -> Config:
     """A parsed TOML dict -> Config. Raises UserError naming `source` and every problem, one a line."""
-    problems = _unknown_keys(raw)
+    problems = unknown_keys(raw, {field.alias or name for name, field in Config.model_fields.items()}, _TABLES)
     try:
         config = Config.model_validate(raw, strict=True)
     except ValidationError as error:
         for item in error.errors():
             if item["type"] != "extra_forbidden":
-                problems.append(_sentence(item))
+                problems.append(sentence(item))
     if problems:
         raise UserError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
     return config
@@ -316,74 +338,3 @@ def _descend(target: Any, part: str, key: str) -> list[Any]:
     if not isinstance(child, (dict, list)):
         raise UserError(f"override {key}: {part!r} is a value, not a table; write {part}=...")
     return [child]
-
-
-def _unknown_keys(raw: dict[str, Any]) -> list[str]:
-    problems = []
-    top = {field.alias or name for name, field in Config.model_fields.items()}
-    for key in raw:
-        if key not in top:
-            problems.append(f"{key}: unknown key{_did_you_mean(key, sorted(top))}")
-    for name, table in _TABLES.items():
-        entries = raw.get(name, {})
-        for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-            place = f"stage.{i}" if name == "stage" else name
-            for key in entry if isinstance(entry, dict) else []:
-                if name == "validate":
-                    problems.append(f"{place}.{key}: validation is not in this version; remove the [validate] table")
-                elif (name, key) in LATER:
-                    problems.append(f"{place}.{key}: {LATER[name, key]} is not in this version; remove this line")
-                elif key not in table.model_fields:
-                    problems.append(f"{place}.{key}: unknown key{_did_you_mean(key, sorted(table.model_fields))}")
-    return problems
-
-
-def _did_you_mean(key: str, names: list[str]) -> str:
-    if key in FAMILIAR:
-        return f"; it is called {FAMILIAR[key]} here"
-    everywhere = {field: f"{table}.{field}" for table, cls in _TABLES.items() for field in cls.model_fields}
-    close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]}?"
-    if key in everywhere:
-        return f"; did you mean {everywhere[key]}?"
-    return f"; known here: {', '.join(names)}" if names else ""
-
-
-def _sentence(item: Any) -> str:
-    """One pydantic error -> `field: what was found; what to do`."""
-    place = ".".join(str(part) for part in item["loc"] if part not in ("int", "str", "float"))
-    found = item["input"]
-    for i, part in enumerate(item["loc"]):
-        if part in KINDS and item["type"] != "value_error":
-            return f"{'.'.join(map(str, item['loc'][: i + 1]))} is {found!r}; it must be {KINDS[str(part)]}"
-    field = str(next((part for part in reversed(item["loc"]) if isinstance(part, str)), ""))
-    if item["type"] == "missing":
-        if len(item["loc"]) == 1:
-            return f"[{place}] is missing; add that table"
-        return f"{place} is missing; add it"
-    if place == "stage" and isinstance(found, dict):
-        return "stage is one table; stages are a list, write [[stage]] with two brackets"
-    later = LATER_VALUES.get(field, {})
-    word = str(found).strip().lower()
-    for value, what in later.items():
-        if word == value or (value == "*" and ("*" in word or "." in word)):
-            return f"{place} is {found!r}: {what} is not in this version; choose another value"
-    if item["type"] == "value_error":
-        message = str(item["ctx"]["error"])
-        for value, what in LATER_VALUES["until"].items():
-            if "until is" in message and re.search(rf"\d\s*{value}'", message):
-                return f"{place}: {message.split(';')[0]}: {what} are not in this version; count in steps, epochs or images"
-        return f"{place}: {message}" if place else message
-    expected = item["msg"].replace("Input should be ", "").replace("a valid ", "a ").replace("a integer", "a whole number")
-    if item["type"] == "literal_error":
-        return f"{place} is {found!r}; choose {expected}"
-    if item["type"] in ("too_short", "too_long"):
-        limit = item["ctx"].get("min_length", item["ctx"].get("max_length"))
-        return f"{place} is {found!r}; it must have at {'least' if item['type'] == 'too_short' else 'most'} {limit} entries"
-    if "instance of" in expected:
-        expected = "a table"
-    shown = found if len(repr(found)) < 80 else type(found).__name__
-    name = type(found).__name__
-    kind = f" (a{'n' if name[0] in 'aeiou' else ''} {name})" if item["type"].endswith("_type") else ""
-    return f"{place} is {shown!r}{kind}; it must be {expected[0].lower()}{expected[1:]}"

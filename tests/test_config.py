@@ -2,7 +2,8 @@
 
 import pytest
 
-from fastsd.config import FAMILIAR, LATER, Config, dump_config, load_config, parse_until
+from fastsd.complaints import FAMILIAR, LATER
+from fastsd.config import Config, dump_config, load_config, parse_until
 from fastsd.errors import UserError
 
 GOOD = """
