@@ -1,32 +1,15 @@
-"""Finding images and captions, and decoding everything that people keep in a folder of images."""
+"""Finding images and captions in folders, and everything that people keep beside them."""
 
-import io
+import inspect
 import os
-import struct
-import zlib
+import sys
 
-import numpy as np
 import pytest
-from PIL import Image, ImageOps, PngImagePlugin
 
-from fastsd.data.sources import MAX_CAPTION_BYTES, Rejected, decode, read_caption, scan, shown
+from fastsd.config import FolderTable
+from fastsd.data import sources
+from fastsd.data.sources import MAX_CAPTION_BYTES, Rejected, Source, captions_of, read_bytes, scan, shown
 from fastsd.errors import UserError
-
-R = 32
-
-
-def encoded(image, format="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def plain(mode="RGB", size=(40, 48), colour=(200, 30, 40)):
-    return Image.new(mode, size, colour)
-
-
-def mean_colour(data):
-    return decode(data, R).reshape(3, -1).mean(1).round().tolist()
 
 
 def touch(folder, *names):
@@ -36,14 +19,19 @@ def touch(folder, *names):
         path.write_bytes(b"")
 
 
-def names(folder, *folders):
-    return [os.path.relpath(source.path, folder) for source in scan([str(f) for f in folders or [folder]])]
+def found(*folders, **options):
+    return list(scan([FolderTable(path=os.fspath(folder)) for folder in folders], **options))
+
+
+def names(folder, *folders, **options):
+    return [os.path.relpath(source.path, folder) for source in found(*(folders or [folder]), **options)]
 
 
 def test_scan_is_recursive_sorted_and_skips_hidden_files(tmp_path):
-    touch(tmp_path, "b.JPG", "a.png", "d/c.webp", "d/e/f.bmp", "c.jpeg", "c.txt", ".x.png", ".git/y.png", "notes.md")
+    touch(tmp_path, "b.JPG", "a.png", "d/c.webp", "d/e/f.bmp", "c.jpeg", "c.txt", ".x.png", ".git/y.png", "notes.md", "jpg")
     assert names(tmp_path) == ["a.png", "b.JPG", "c.jpeg", "d/c.webp", "d/e/f.bmp"]
-    assert [bool(source.caption_path) for source in scan([str(tmp_path)])] == [False, False, True, False, False]
+    assert [bool(source.caption_path) for source in found(tmp_path)] == [False, False, True, False, False]
+    assert not any(source.problem or source.root for source in found(tmp_path))
 
 
 def test_scan_follows_links_once_and_lists_no_path_twice(tmp_path):
@@ -51,11 +39,21 @@ def test_scan_follows_links_once_and_lists_no_path_twice(tmp_path):
     (tmp_path / "a/loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "a/self.png").symlink_to(tmp_path / "a/self.png")
     assert sorted(names(tmp_path)) == ["a/self.png", "a/x.png", "b/y.png"]
-    assert names(tmp_path, tmp_path / "b", tmp_path) == ["b/y.png", "a/self.png", "a/x.png"]
-    assert len(names(tmp_path, tmp_path, tmp_path / "b")) == 3
+    two = found(tmp_path / "b", tmp_path)
+    assert [os.path.relpath(source.path, tmp_path) for source in two] == ["b/y.png", "a/self.png", "a/x.png"]
+    assert [source.root for source in two] == [0, 1, 1]
 
 
-@pytest.mark.parametrize("kind", ["missing", "file", "empty"])
+def test_an_inner_folder_comes_first_or_not_at_all(tmp_path):
+    touch(tmp_path, "a/x.png", "b/y.png", "ab/z.png")
+    assert names(tmp_path, tmp_path / "a", tmp_path / "ab", tmp_path) == ["a/x.png", "ab/z.png", "b/y.png"]
+    assert names(tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "ab", tmp_path) == ["a/x.png", "b/y.png", "ab/z.png"]
+    for inner, said in [(tmp_path / "a", "lies within"), (tmp_path, "is listed twice")]:
+        with pytest.raises(UserError, match=rf"^data.folders: [^\n]* {said}[^\n]*; remove it or list it first$"):
+            found(tmp_path, inner)
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "{00..09}"])
 def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, kind):
     folder = tmp_path / kind
     if kind == "file":
@@ -63,23 +61,80 @@ def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, kind):
     elif kind == "empty":
         touch(folder, "notes.txt")
     with pytest.raises(UserError, match=r"^data.folders: [^\n]*;[^\n]*$") as error:
-        list(scan([str(folder)]))
+        found(folder)
     assert str(folder) in str(error.value)
 
 
+def test_patterns_expand_as_in_a_shell(tmp_path):
+    touch(tmp_path, "008/a.png", "009/a.png", "010/a.png", "x-1/a.png", "y-2/a.png", "{odd}/a.png")
+    assert names(tmp_path, tmp_path / "{008..010}") == ["008/a.png", "009/a.png", "010/a.png"]
+    assert names(tmp_path, tmp_path / "{x,y}-{1..2}")[::3] == ["x-1/a.png", "y-2/a.png"]
+    assert names(tmp_path, tmp_path / "{odd}") == ["{odd}/a.png"]
+    missing = [source for source in found(tmp_path / "{008..012}") if source.problem]
+    assert [source.name for source in missing] == [str(tmp_path / name) for name in ("011", "012")]
+    assert all("No such file" in source.problem for source in missing)
+
+
+def no_permission(path):
+    """Folders below `path` cannot be listed: root's own rights do not count here."""
+    real = os.scandir
+
+    def scandir(folder):
+        if os.fspath(folder).startswith(str(path)):
+            raise PermissionError(13, "Permission denied", os.fspath(folder))
+        return real(folder)
+
+    return scandir
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "a/x.png", "b/y.png")
+    monkeypatch.setattr(os, "scandir", no_permission(tmp_path / "a"))
+    locked, fine = found(tmp_path)
+    assert locked == Source(str(tmp_path / "a"), problem="this folder cannot be searched (Permission denied)")
+    assert fine.path == str(tmp_path / "b/y.png")
+    with pytest.raises(UserError, match=r"/a: this folder cannot be searched \(Permission denied\); make it readable"):
+        found(tmp_path / "a")
+
+
+def test_folders_deeper_than_pythons_stack(tmp_path):
+    deep = tmp_path / "/".join("a" * 200)
+    touch(deep, "x.png")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        (source,) = found(tmp_path)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert source.path == str(deep / "x.png")
+
+
+@pytest.mark.parametrize("name", [b"a\nb.png", "🐈.png".encode(), b"caf\xe9.png", b"a b'\".png", b"-rf.png"])
+def test_odd_names(tmp_path, name):
+    path = os.fsencode(tmp_path) + b"/" + name
+    with open(path, "wb") as file:
+        file.write(b"x")
+    with open(path[:-4] + b".txt", "w") as file:
+        file.write("caption")
+    (source,) = found(tmp_path)
+    assert os.fsencode(source.path) == path and captions_of(source) == ("caption",) and read_bytes(source) == b"x"
+    assert "\n" not in shown(source.name)
+
+
 @pytest.mark.parametrize(
-    "data, caption",
+    "data, captions",
     [
-        (b"a red circle\nmore", "a red circle"),
-        (b"\xef\xbb\xbf\r\n  \r\n  a, b \r\n", "a, b"),
-        ("naïve café 🐈".encode(), "naïve café 🐈"),
-        (b"", ""),
-        (b" \n\t\n", ""),
+        (b"a red circle\nmore\n", ("a red circle", "more")),
+        (b"\xef\xbb\xbf\r\n  \r\n  a, b \r\n", ("a, b",)),
+        ("naïve café 🐈".encode(), ("naïve café 🐈",)),
+        (b"x" * MAX_CAPTION_BYTES, ("x" * MAX_CAPTION_BYTES,)),
+        (b"", ()),
+        (b" \n\t\n", ()),
     ],
 )
-def test_caption_is_the_first_line_that_says_something(tmp_path, data, caption):
+def test_captions_are_the_lines_that_say_something(tmp_path, data, captions):
     (tmp_path / "x.txt").write_bytes(data)
-    assert read_caption(str(tmp_path / "x.txt")) == caption
+    assert captions_of(Source("x.png", caption_path=str(tmp_path / "x.txt"))) == captions
 
 
 @pytest.mark.parametrize(
@@ -89,119 +144,63 @@ def test_caption_is_the_first_line_that_says_something(tmp_path, data, caption):
 def test_bad_captions_are_rejected(tmp_path, data, reason):
     if data is not None:
         (tmp_path / "x.txt").write_bytes(data)
-    with pytest.raises(Rejected, match=reason):
-        read_caption(str(tmp_path / "x.txt"))
-
-
-@pytest.mark.parametrize(
-    "data, colour",
-    [
-        (encoded(plain(), "JPEG", quality=95), [200, 30, 40]),
-        (encoded(plain("L", colour=90), "JPEG"), [90, 90, 90]),
-        (encoded(plain(), "WEBP", lossless=True), [200, 30, 40]),
-        (encoded(plain(), "BMP"), [200, 30, 40]),
-        (encoded(plain().quantize(4)), [200, 30, 40]),
-        (encoded(plain("RGBA", colour=(200, 30, 40, 0))), [255, 255, 255]),
-        (encoded(plain("RGBA", colour=(0, 0, 0, 51))), [204, 204, 204]),
-        (encoded(plain("LA", colour=(0, 51))), [204, 204, 204]),
-        (encoded(plain().quantize(4), transparency=0), [255, 255, 255]),
-        (encoded(plain("L", colour=90), transparency=90), [255, 255, 255]),
-        (encoded(plain("1", colour=1)), [255, 255, 255]),
-        (encoded(plain("CMYK", colour=(0, 255, 255, 0)), "JPEG", quality=95), [254, 0, 0]),
-        (encoded(Image.fromarray(np.full((48, 40), 0x8040, np.uint16))), [128, 128, 128]),
-        (encoded(plain(), "PNG", save_all=True, append_images=[plain(colour="blue")]), [200, 30, 40]),
-        (encoded(plain(), "WEBP", lossless=True, save_all=True, append_images=[plain(colour="blue")]), [200, 30, 40]),
-        (encoded(plain(size=(1, 1))), [200, 30, 40]),
-        (encoded(plain(size=(1, 20000))), [200, 30, 40]),
-    ],
-)  # fmt: skip
-def test_every_kind_of_image_becomes_rgb(data, colour):
-    pixels = decode(data, R)
-    assert pixels.shape == (3, R, R) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
-    assert np.abs(np.subtract(mean_colour(data), colour)).max() <= 2
-
-
-def test_shorter_side_and_centre_crop():
-    image = plain(size=(3 * R, R), colour="blue")
-    image.paste("lime", (R, 0, 2 * R, R))
-    assert (decode(encoded(image), R) == np.array([0, 255, 0])[:, None, None])[:, :, 4:-4].all()
-    # Beside the seams, where the resampling kernel of the half-size image reaches the neighbour, nothing is blue.
-    assert mean_colour(encoded(image.resize((6 * R, 2 * R), Image.Resampling.NEAREST)))[1] > 240
-
-
-def test_resizing_equals_resize_then_crop():
-    # Away from black and white, where the kernel's overshoot would be clipped between Pillow's two passes.
-    pixels = np.random.default_rng(0).integers(64, 192, (90, 60, 3), dtype=np.uint8)
-    ours = decode(encoded(Image.fromarray(pixels)), R).transpose(1, 2, 0)
-    whole = Image.fromarray(pixels).resize((R, 90 * R // 60), Image.Resampling.LANCZOS)
-    top = (90 * R // 60 - R) // 2
-    assert np.abs(ours.astype(int) - np.asarray(whole)[top : top + R]).max() <= 1
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation):
-    image = plain(size=(2 * R, R), colour="black")
-    image.paste("white", (R // 2, 0, R, R // 2))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(image, "JPEG", exif=exif, quality=95)
-    with Image.open(io.BytesIO(data)) as opened:
-        upright = encoded(ImageOps.exif_transpose(opened))
-    assert np.abs(decode(data, R).astype(int) - decode(upright, R)).max() <= 3
-
-
-def test_broken_exif_does_no_harm():
-    data = encoded(plain(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage")
-    assert mean_colour(data)[0] > 190
-
-
-def png_of(width, height):
-    """A few bytes that promise a giant."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
-
-
-JPEG = encoded(Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
-TEXT_BOMB = PngImagePlugin.PngInfo()
-TEXT_BOMB.add_text("comment", "x" * (2 << 20), zip=True)
-
-
-@pytest.mark.parametrize(
-    "data, reason",
-    [
-        (b"", "empty"),
-        (b"this is text", "no JPEG"),
-        (b"\x89PNG\r\n\x1a\n", "no JPEG|cannot be decoded"),
-        (JPEG[:10], "no JPEG|cannot be decoded"),
-        (JPEG[:200], "no JPEG|cannot be decoded"),
-        (JPEG[: len(JPEG) // 2], "truncated"),
-        (JPEG[:-300], "truncated"),
-        (encoded(plain())[:60], "cannot be decoded"),
-        (png_of(20000, 20000), "pixels"),
-        (png_of(50000, 5000), "pixels"),
-        (png_of(100, 100), "cannot be decoded"),
-        (encoded(plain(), pnginfo=TEXT_BOMB), "cannot be decoded"),
-        (encoded(plain(), "TIFF"), "no JPEG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no JPEG"),
-    ],
-)
-def test_bad_images_are_rejected_with_one_short_sentence(data, reason):
     with pytest.raises(Rejected, match=reason) as error:
-        decode(data, R)
-    assert "\n" not in error.value.reason and len(error.value.reason) < 160
+        captions_of(Source("x.png", caption_path=str(tmp_path / "x.txt")))
+    assert not error.value.lasting
 
 
-def test_cutting_a_file_anywhere_never_crashes():
-    for data in (JPEG, encoded(plain()), encoded(plain(), "WEBP"), encoded(plain(), "BMP")):
-        for cut in range(0, len(data), max(1, len(data) // 25)):
-            try:
-                assert decode(data[:cut], R).shape == (3, R, R)
-            except Rejected as error:
-                assert error.reason
+def test_sidecars(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.png", "c.txt/d.png")
+    for name, text in {"a.txt": "text", "a.caption": "caption", "b.caption": "only\nthis"}.items():
+        (tmp_path / name).write_text(text)
+    assert [captions_of(source) for source in found(tmp_path)] == [("text",), ("only", "this"), (), ()]
+
+
+def test_reading(tmp_path, monkeypatch):
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"0123456789")
+    assert read_bytes(Source(str(path))) == b"0123456789"
+    assert read_bytes(Source(str(path), member="m", offset=3, length=4)) == b"3456"
+    os.mkfifo(tmp_path / "pipe")
+    for source, reason in [
+        (Source(str(path), offset=8, length=4), "ends within"),
+        (Source(str(tmp_path / "no.png")), "cannot be read"),
+        (Source(str(tmp_path / "pipe")), "no regular file"),
+        (Source(str(path), length=sources.MAX_IMAGE_BYTES + 1), "larger than 1024 MiB"),
+    ]:
+        with pytest.raises(Rejected, match=reason) as error:
+            read_bytes(source)
+        assert not error.value.lasting
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(Rejected, match="Permission denied"):
+        read_bytes(Source(str(path)))
+    with pytest.raises(Rejected, match=r"its caption cannot be read \(Permission denied\)"):
+        captions_of(Source("x.png", caption_path=str(path)))
+
+
+def test_latents_are_found_in_place_of_images(tmp_path):
+    touch(tmp_path, "a.png", "a.img_sdxl", "a.img_sdvae", "a.txt", "d/b.img_sdxl", "d/b.caption", "c.png", "c.img_sdxl.webp")
+    for kind in ("img_sdxl", "img_sdvae"):
+        sources = found(tmp_path, latents=kind)
+        assert sources[0] == Source(str(tmp_path / f"a.{kind}"), caption_path=str(tmp_path / "a.txt"))
+    assert names(tmp_path, latents="img_sdxl") == ["a.img_sdxl", "d/b.img_sdxl"]
+    with pytest.raises(UserError, match=r"holds no image \(\.npz\)"):
+        found(tmp_path, latents="npz")
+
+
+def test_kohyas_names(tmp_path):
+    latents = ("a.npz", "b_sd.npz", "c_0512x0768_sd.npz", "d_0512x0768_sdxl.npz", "e_sd.npz", "f_1x2.npz")
+    touch(tmp_path, *latents, "a_te_outputs.npz", "e_sd.jpg")
+    for stem in ("a", "b", "c", "d", "e_sd", "f"):
+        (tmp_path / f"{stem}.txt").write_text(stem)
+    assert [captions_of(source)[0] for source in found(tmp_path, latents="npz")] == ["a", "b", "c", "d", "e_sd", "f"]
+    touch(tmp_path, "c_0512x0512_sd.npz", "d_0512x0768_sd.npz")
+    problems = [os.path.basename(source.path) for source in found(tmp_path, latents="npz") if source.problem]
+    assert problems == ["c_0512x0512_sd.npz", "c_0512x0768_sd.npz", "d_0512x0768_sd.npz", "d_0512x0768_sdxl.npz"]
 
 
 def test_paths_are_shown_on_one_line():

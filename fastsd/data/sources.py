@@ -1,122 +1,204 @@
-"""Images and captions as they lie on disk: finding them, reading captions, decoding pixels.
+"""Finding images and captions: folders, metadata files, WebDataset tars, and other trainers' latents beside the images.
 
-`scan` walks folders, `read_caption` reads the text beside an image, `decode` turns the bytes of an image file into a
-square of pixels.  What a single file does wrong becomes `Rejected` with a reason and stops nothing; what the user must
-change (a folder) becomes `UserError`.
+`scan` yields a `Source` per image, `captions_of` and `read_bytes` read what it points at.  What a single file does wrong
+becomes a problem or `Rejected` with a reason and stops nothing; what the user must change (a folder) becomes `UserError`.
+Read next: `metadata.py`, `tars.py`, `imports.py`.
 """
 
 from __future__ import annotations
 
-import io
+import itertools
 import os
+import re
+import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from typing import TypeAlias
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
+from fastsd.config import DataTable, FolderTable
+from fastsd.data import metadata, tars
+from fastsd.data.source import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Rejected, Source, shown, text_captions
 from fastsd.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# What may hide behind those names (a camera's MPO counts as JPEG); Pillow's other decoders stay out of reach.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_PIXELS = 178_956_970  # twice Pillow's own bound, where it stops warning and refuses
-MAX_CAPTION_BYTES = 1 << 20
-MAX_IMAGE_BYTES = 1 << 30
-_EXIF_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_SIDECARS = (".txt", ".caption")
+# What is looked for, by data.latents; the group is the image's name without extension. sd-scripts writes foo.npz, or
+# foo_0512x0768_sd.npz with the image's width and height, and outputs of text encoders under a similar name.
+_FILES = {
+    "": re.compile(rf"(.+)(?:{'|'.join(map(re.escape, EXTENSIONS))})", re.DOTALL | re.IGNORECASE),
+    "img_sdxl": re.compile(r"(.+)\.img_sdxl", re.DOTALL),
+    "img_sdvae": re.compile(r"(.+)\.img_sdvae", re.DOTALL),
+    "npz": re.compile(r"(.+?)(?:_\d+x\d+)?(?:_sdxl|_sd)?(?<!_te_outputs)\.npz", re.DOTALL),
 }
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+_Found: TypeAlias = "Iterator[Source | _Found]"
 
 
-class Rejected(Exception):
-    """One file that cannot be used. `reason` is a short sentence without the path.
+def scan(roots: Sequence[FolderTable], *, caption_key: str = "", latents: str = "") -> Iterator[Source]:
+    """Every image in `roots`, lazily: roots in order, sorted within each; and everything that is wrong with them.
 
-    `lasting` says that the bytes themselves are at fault, so trying again is pointless until the file changes.
-    """
+    A root is a folder, a tar, or a pattern of them such as `shards/{00000..00099}.tar`.  Folders are searched recursively:
+    hidden files are skipped, links followed, a folder that a link leads back to is searched once, tars read in their order.
+    What an earlier root has is left out of a later one around it.  A caption comes from the nearest `metadata.jsonl` or
+    `.parquet` beside or above the image, within its root, that lists it; else from the `.txt`, else the `.caption` beside it.
 
-    def __init__(self, reason: str, lasting: bool = True):
-        super().__init__(reason)
-        self.reason = reason
-        self.lasting = lasting
-
-
-@dataclass(frozen=True)
-class Source:
-    """An image file and the caption beside it ("" = none), or a folder that could not be searched (`problem`)."""
-
-    path: str
-    caption_path: str = ""
-    problem: str = ""
-
-
-def shown(path: str | bytes) -> str:
-    """A path fit for one line of a terminal: undecodable bytes and control characters are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
-def scan(folders: Sequence[str]) -> Iterator[Source]:
-    """Every image below `folders`, lazily: folders in the given order, sorted within each, no path twice.
-
-    Hidden files and folders are skipped, links are followed, and a folder that a link leads back to is searched once.
+    Args:
+        caption_key: column of metadata files, key of a tar's `.json`; "" = the first of text, caption, prompt.
+        latents: find another trainer's latents instead, `img_sdxl`, `img_sdvae` or `npz`; captions by the image's name.
 
     Raises:
-        UserError: a folder that is missing, is no folder, or (once it has been searched) holds no image.
+        UserError: a root that is missing, neither folder nor tar, within an earlier one, unreadable, or (once it has been
+            searched) without an image.
     """
-    for folder in folders:
-        if not os.path.exists(folder):
-            raise UserError(f"data.folders: {shown(folder)} does not exist; correct the path or remove it")
-        if not os.path.isdir(folder):
-            raise UserError(f"data.folders: {shown(folder)} is a file; name the folder that holds it")
-    return _scan(folders)
+    places: list[tuple[int, str]] = []
+    taken: set[str] = set()
+    for number, root in enumerate(roots):
+        paths = [root.path] if os.path.exists(root.path) else list(dict.fromkeys(_expanded(root.path)))
+        if not any(map(os.path.exists, paths)):
+            raise UserError(f"data.folders: {shown(root.path)} does not exist; correct the path or remove it")
+        for path in map(os.path.abspath, paths):
+            if os.path.isfile(path) and not path.lower().endswith(tars.TARS):
+                raise UserError(f"data.folders: {shown(path)} is a file, and no .tar; name the folder that holds it")
+            if above := _within(path, taken):
+                where = "is listed twice" if above == path else f"lies within {shown(above)}, which comes before it"
+                raise UserError(f"data.folders: {shown(path)} {where}; remove it or list it first")
+            taken.add(path)
+            places.append((number, path))
+    return _scan([root.path for root in roots], places, caption_key, latents)
 
 
-def _scan(folders: Sequence[str]) -> Iterator[Source]:
-    searched: set[str] = set()
-    for folder in folders:
-        found = 0
-        places = set()
-        root = os.path.abspath(folder)
-        for source in _walk(root, set()):
-            if source.problem and source.path == root:
-                raise UserError(f"data.folders: {shown(folder)}: {source.problem}; make it readable or remove it")
-            found += not source.problem
-            place = os.path.dirname(source.path)
-            places.add(place)
-            if place not in searched:  # folders of the config may lie within each other
-                yield source
+def _scan(names: list[str], places: list[tuple[int, str]], caption_key: str, latents: str) -> Iterator[Source]:
+    taken: set[str] = set()
+    for number, group in itertools.groupby(places, lambda place: place[0]):
+        found, trouble, walk = False, "", _Walk(number, caption_key, latents)
+        for _, path in group:
+            inside = os.path.join(path, "")
+            inner = {other for other in taken if other.startswith(inside)} if os.path.isdir(path) else set()
+            for source in walk.search(path):
+                if not source.problem:
+                    found = True
+                elif not trouble:
+                    trouble = f"; its first trouble: {shown(source.name)}: {source.problem}"
+                if not inner or not _within(source.path, inner):
+                    yield source
+            taken.add(path)
         if not found:
-            wanted = ", ".join(EXTENSIONS)
-            raise UserError(f"data.folders: {shown(folder)} holds no image ({wanted}); put some there or remove it")
-        searched |= places
+            wanted = ", ".join(walk.extensions)
+            what = f"{shown(names[number])} holds no image ({wanted})"
+            raise UserError(f"data.folders: {what}; put some there or remove it{trouble}")
 
 
-def _walk(folder: str, visited: set[str]) -> Iterator[Source]:
-    real = os.path.realpath(folder)
-    if real in visited:
+def _within(path: str, folders: set[str]) -> str:
+    """The one of `folders` that holds `path` or is it; "" = none."""
+    while path not in folders:
+        path, below = os.path.dirname(path), path
+        if path == below:
+            return ""
+    return path
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """`{a,b}` and `{000..123}` as a shell has them."""
+    match = _BRACES.search(pattern)
+    if not match:
+        yield pattern
         return
-    visited.add(real)
-    try:
-        with os.scandir(folder) as entries:
-            is_folder = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
-    except OSError as error:
-        yield Source(folder, problem=f"this folder cannot be searched ({error.strerror})")
-        return
-    for name in sorted(is_folder):
-        path = os.path.join(folder, name)
-        stem, extension = os.path.splitext(name)
-        if is_folder[name]:
-            yield from _walk(path, visited)
-        elif extension.lower() in EXTENSIONS:
-            caption = f"{stem}.txt"
-            yield Source(path, os.path.join(folder, caption) if caption in is_folder else "")
+    words = match[1].split(",")
+    if numbers := _RANGE.fullmatch(match[1]):
+        first, last = numbers.groups()
+        width = len(first) if first.startswith("0") else 0
+        words = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
+    for word in words:
+        yield from _expanded(pattern[: match.start()] + word + pattern[match.end() :])
+
+
+class _Walk:
+    """The search of one root."""
+
+    def __init__(self, root: int, caption_key: str, latents: str) -> None:
+        self.root, self.caption_key, self.latents = root, caption_key, latents
+        self.extensions = (f".{latents}",) if latents else EXTENSIONS
+        self.visited: set[tuple[int, int]] = set()  # folders by device and inode, against loops of links
+
+    def search(self, top: str) -> Iterator[Source]:
+        """All below a folder, or in a tar. Raises UserError: `top` is unreadable."""
+        if not os.path.isdir(top):
+            yield from self._tar(top)
+            return
+        stack: list[_Found] = [self._folder(top, [])]  # folders may lie deeper than Python's own stack
+        while stack:
+            found = next(stack[-1], None)
+            if found is None:
+                stack.pop()
+            elif not isinstance(found, Source):
+                stack.append(found)
+            elif found.problem and found.path == top:
+                raise UserError(f"data.folders: {shown(top)}: {found.problem}; make it readable or remove it")
+            else:
+                yield found
+
+    def _folder(self, folder: str, above: list[metadata.Metadata]) -> _Found:
+        """Its images, and the searches of what it holds. `above`: metadata of the folders around, the nearest first."""
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in self.visited:
+                return
+            self.visited.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                beside = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
+        except OSError as error:
+            yield Source(folder, self.root, problem=f"this folder cannot be searched ({error.strerror})")
+            return
+        prefix = os.path.join(folder, "")
+        with ExitStack() as open_tables:
+            own = [
+                open_tables.enter_context(closing(metadata.Metadata(prefix + name, self.caption_key, bool(self.latents))))
+                for name in metadata.FILES
+                if beside.get(name) is False
+            ]
+            for table in own:
+                yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.load())
+            rivals = Counter(self._stem(name, beside) for name in beside) if self.latents == "npz" else Counter()
+            for name in sorted(beside):
+                if beside[name]:
+                    yield self._folder(prefix + name, own + above)
+                elif name.lower().endswith(tars.TARS):
+                    yield self._tar(prefix + name)
+                elif stem := self._stem(name, beside):
+                    if rivals[stem] > 1:
+                        reason = "the image has other latents beside these; keep those of one VAE and size"
+                        yield Source(prefix + name, self.root, problem=reason)
+                    else:
+                        yield self._image(prefix, name, stem, beside, own + above)
+            for table in own:
+                yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
+
+    def _tar(self, path: str) -> Iterator[Source]:
+        return tars.samples(path, self.root, self.extensions, self.caption_key)
+
+    def _stem(self, name: str, beside: dict[str, bool]) -> str:
+        """The image's name without extension; "" = a file of another kind."""
+        match = _FILES[self.latents].fullmatch(name)
+        if not match:
+            return ""
+        whole = name.rpartition(".")[0]  # of foo_sd.npz: an image foo_sd, if there is one, rather than foo
+        return whole if any(whole + extension in beside for extension in EXTENSIONS + _SIDECARS) else match[1]
+
+    def _image(self, prefix: str, name: str, stem: str, beside: dict[str, bool], tables: list[metadata.Metadata]) -> Source:
+        captions, problem = None, ""
+        for table in tables:  # all of them, for each is to know which of its images are there
+            try:
+                said = table.captions(prefix + (stem if self.latents else name))
+            except Rejected as error:
+                said, problem = (), problem or (error.reason if captions is None else "")
+            captions = said if captions is None else captions
+        if captions is not None:
+            return Source(prefix + name, self.root, captions=captions, problem=problem)
+        caption = next((prefix + stem + extension for extension in _SIDECARS if beside.get(stem + extension) is False), "")
+        return Source(prefix + name, self.root, caption_path=caption)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -124,96 +206,37 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
-def read_caption(path: str) -> str:
-    """The first non-empty line of a text file, stripped; "" when it has none.
+def count(data: DataTable) -> tuple[int, int]:
+    """(images, images an epoch with repeats), by their names, before a filter by tag. Raises UserError as `scan`."""
+    found = scan(data.roots, caption_key=data.caption_key, latents=data.latents)
+    each = Counter(source.root for source in found if not source.problem)
+    return each.total(), sum(data.roots[root].repeats * images for root, images in each.items())
 
-    Raises:
-        Rejected: the file cannot be read, is no UTF-8 text, or is larger than any caption.
-    """
+
+def captions_of(source: Source) -> tuple[str, ...]:
+    """The captions of an image, each stripped and not empty; () = it has none. Raises Rejected: a bad text file."""
+    if not source.caption_path:
+        return source.captions
+    return text_captions(_read(source.caption_path, "its caption", MAX_CAPTION_BYTES))
+
+
+def read_bytes(source: Source) -> bytes:
+    """The file of an image, or its part of a tar. Raises Rejected: it cannot be read, or is larger than 1 GiB."""
+    data = _read(source.path, "it", MAX_IMAGE_BYTES, source.offset, source.length)
+    if len(data) < source.length:
+        raise Rejected("the tar ends within it", lasting=False)
+    return data
+
+
+def _read(path: str, what: str, limit: int, offset: int = 0, length: int = -1) -> bytes:
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+            raise Rejected(f"{what} is no regular file", lasting=False)
+        if (status.st_size if length < 0 else length) > limit:
+            raise Rejected(f"{what} is larger than {limit >> 20} MiB", lasting=False)
         with open(path, "rb") as file:
-            data = file.read(MAX_CAPTION_BYTES + 1)
+            file.seek(offset)
+            return file.read(length)
     except OSError as error:
-        raise Rejected(f"its caption cannot be read ({error.strerror})", lasting=False) from None
-    if len(data) > MAX_CAPTION_BYTES:
-        raise Rejected("its caption file is larger than 1 MiB", lasting=False)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Rejected(f"its caption is not UTF-8 (byte {error.start})", lasting=False) from None
-    if "\0" in text:
-        raise Rejected("its caption holds NUL characters, so it is no UTF-8 text", lasting=False)
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
-def decode(data: bytes, resolution: int) -> np.ndarray:
-    """The bytes of an image file -> its centre square.
-
-    EXIF orientation is applied, transparency lies over white, 16 bit is scaled down to 8, every other mode is
-    converted to RGB, and of an animation the first frame counts.  The shorter side becomes `resolution`, up or down.
-
-    Args:
-        data: the whole file.
-        resolution: R, pixels.
-
-    Returns:
-        uint8 (3, R, R), contiguous.
-
-    Raises:
-        Rejected: the file is empty, no image, damaged, or of more than `MAX_PIXELS`.
-    """
-    if not data:
-        raise Rejected("the file is empty")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Rejected(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-            pixels = np.asarray(_square(image, resolution))
-    except Rejected:
-        raise
-    except UnidentifiedImageError:
-        raise Rejected("the content is no JPEG, PNG, WebP or BMP image") from None
-    except Image.DecompressionBombError:
-        raise Rejected(f"it has more than {MAX_PIXELS} pixels") from None
-    except MemoryError:
-        raise Rejected("there is not enough memory to decode it", lasting=False) from None
-    except Exception as error:  # Pillow's decoders raise anything from struct.error to SyntaxError on damaged files
-        words = " ".join(str(error).split())[:120]
-        raise Rejected(f"it cannot be decoded ({words or type(error).__name__})") from None
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _square(image: Image.Image, resolution: int) -> Image.Image:
-    """RGB (R, R). The middle is cut out by the resize itself: a strip of 1 x 20000 never becomes a giant first."""
-    turn = _orientation(image)
-    # JPEG only, elsewhere nothing happens: the decoder itself halves the size as long as both sides stay >= R.
-    image.draft(None, (resolution, resolution))
-    image = _eight_bit(image)
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-    if turn in _TURNS:
-        image = image.transpose(_TURNS[turn])
-    if image.mode == "RGBA":
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        return 1
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Any mode -> L, RGB or RGBA, so that resampling works on colours, not on palette indices or 16-bit words."""
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips at 255 instead of scaling.
-        words = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((words >> 8).astype(np.uint8), "L")
-    if image.has_transparency_data:
-        return image.convert("RGBA")
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+        raise Rejected(f"{what} cannot be read ({error.strerror})", lasting=False) from None
