@@ -1,9 +1,9 @@
-"""Floor 1: the VAE. diffusers' AutoencoderKL, with the numbers a trainer needs beside it.
+"""Floor 1: the VAE. diffusers' AutoencoderKL, encoded by our own layers, with the numbers a trainer needs beside it.
 
 Latents are scaled by z = (raw - shift) * factor before the UNet sees them and back before decoding. The factor belongs to
 the VAE (0.18215 for SD1.5's, 0.13025 for SDXL's); using another one's shows as wrong colours.
 
-Shapes: B images, R pixels a side, C latent channels; latents are (B, C, R/downscale, R/downscale).
+Shapes: B images of H x W pixels, multiples of the downscale; C latent channels; latents are (B, C, h, w).
 """
 
 from __future__ import annotations
@@ -14,22 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsd.model.encoder import Encoder
+from fastsd_kernels import REFERENCE, Ops
+
 SD15_SCALING_FACTOR = 0.18215
 
 
 class Vae:
     """An AutoencoderKL and its constants.
 
-    Attributes:
+    Args:
+        module: diffusers' AutoencoderKL; its weights become channels last.
         name: where it came from, for people.
+        ops: the implementations that encode. Decoding is diffusers'.
+
+    Attributes:
         hash: sha256 over the encoder's weights (as fp32) and shape: two VAEs with the same hash give the same latents.
         channels, downscale: of the latent space.
         scaling_factor, shift_factor: raw -> scaled latents, see above.
     """
 
-    def __init__(self, module: Any, name: str) -> None:
-        self.module = module.eval().requires_grad_(False)
+    def __init__(self, module: Any, name: str, ops: Ops = REFERENCE) -> None:
+        self.module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.name = name
+        self.encoder = Encoder(module, ops)
         self.channels: int = module.config.latent_channels
         self.downscale: int = 2 ** (len(module.config.block_out_channels) - 1)
         self.scaling_factor: float = module.config.scaling_factor
@@ -49,18 +57,33 @@ class Vae:
         return next(self.module.parameters()).device
 
     @torch.no_grad()
-    def encode(self, images_B3RR: Tensor) -> Tensor:
-        """Images (B, 3, R, R) in [-1, 1] -> the posterior's mean, raw (unscaled), fp32, on the VAE's device."""
-        images = images_B3RR.to(self.device, self.dtype, memory_format=torch.channels_last)
-        return self.module.encode(images).latent_dist.mean.float()
+    def moments(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> the posterior's mean and log variance.
 
-    @torch.no_grad()
-    def encode_fp32(self, images_B3RR: Tensor) -> Tensor:
+        Returns:
+            Two of (B, C, h, w), raw (unscaled), fp32, on the VAE's device; log variances lie in [-30, 20].
+
+        Raises:
+            ValueError: a side that is no multiple of the downscale.
+
+        Source: Rombach et al. 2022, appendix G.
+        """
+        if any(side % self.downscale for side in images_B3HW.shape[2:]):
+            raise ValueError(f"images are {tuple(images_B3HW.shape)}; their sides must be multiples of {self.downscale}")
+        images = images_B3HW.to(self.device, self.dtype, memory_format=torch.channels_last)
+        mean, logvar = self.encoder(images)
+        return mean.float(), logvar.float()
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """As `moments`, the mean alone."""
+        return self.moments(images_B3HW)[0]
+
+    def encode_fp32(self, images_B3HW: Tensor) -> Tensor:
         """As `encode`, in fp32 whatever the VAE's precision: for the rare image that overflows."""
         dtype = self.dtype
         try:
             self.module.to(torch.float32)
-            return self.encode(images_B3RR)
+            return self.encode(images_B3HW)
         finally:
             self.module.to(dtype)
 

@@ -108,6 +108,16 @@ VAE_GROUP_NORM = {
     GroupNorm(128, 512, 32, 1e-06, True, False): 10,
     GroupNorm(128, 256, 32, 1e-06, True, False): 1,
 }
+# What our encoder asks for at 512 px with these kernels: a convolution's bias is the shift of the norm behind it.
+VAE_ENCODER_GROUP_NORM = {
+    GroupNorm(512, 128, 32, 1e-06, True, True): 3,
+    GroupNorm(512, 64, 32, 1e-06, True, True): 9,
+    GroupNorm(512, 64, 32, 1e-06, False, True): 1,
+    GroupNorm(256, 256, 32, 1e-06, True, True): 3,
+    GroupNorm(256, 128, 32, 1e-06, True, True): 1,
+    GroupNorm(128, 512, 32, 1e-06, True, True): 4,
+    GroupNorm(128, 256, 32, 1e-06, True, True): 1,
+}
 LAYER_NORM = {
     LayerNorm(4096, 320, 1e-05): 15,
     LayerNorm(1024, 640, 1e-05): 15,
