@@ -20,10 +20,13 @@ from safetensors import safe_open
 
 from fastsd.config import parse_config
 from fastsd.data import cache as cache_module
+from fastsd.data import rows as rows_module
+from fastsd.data.buckets import Buckets
 from fastsd.data.build import build_cache
 from fastsd.data.cache import LatentCache, read_header, view_name
-from fastsd.data.sources import decode
-from fastsd.data.store import Shard, Store, prune, stats, verify
+from fastsd.data.decode import decode, probe
+from fastsd.data.store import Shard, Store
+from fastsd.data.upkeep import prune, stats, verify
 from fastsd.errors import UserError
 
 R = 32
@@ -78,7 +81,8 @@ def draw_many(root, count=10):
 
 
 def expected(path, vae=None):
-    pixels = torch.from_numpy(decode(path.read_bytes(), R))[None].float() / 127.5 - 1
+    data = path.read_bytes()
+    pixels = torch.from_numpy(decode(data, Buckets(R, None).place(*probe(data))))[None].float() / 127.5 - 1
     return (vae or StubVae()).encode(pixels)[0]
 
 
@@ -114,7 +118,7 @@ def test_shards_are_plain_safetensors_with_aligned_data(tmp_path, dtype):
     assert read_header(shard, "latents-1")[2] % 4096 == 0
     with safe_open(shard, "pt") as file:
         mean, metadata = file.get_tensor("mean"), file.metadata()
-    assert metadata["vae"] == "stub" and metadata["scaling_factor"] == "0.5" and metadata["bucket"] == f"{R}x{R}"
+    assert metadata["vae"] == "stub" and metadata["scaling_factor"] == "0.5" and metadata["shape"] == "[4, 4, 4]"
     assert json.loads(metadata["preprocessing"])["dtype"] == dtype
     latents = LatentCache.open(tmp_path / "cache").get(range(6))["latents"]
     assert latents.dtype == mean.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
@@ -361,7 +365,7 @@ def test_prune_takes_only_what_no_view_needs(tmp_path):
 
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "SHARD_ROWS", 3)
-    monkeypatch.setattr(cache_module, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(rows_module, "_OPEN_SHARDS", 2)
     draw_many(tmp_path, 20)
     build_cache(config(tmp_path), StubVae())
     cache = LatentCache.open(tmp_path / "cache")
@@ -397,7 +401,9 @@ def nursery(root, seed):
         if kills in (0, 3, 5):
             time.sleep(moment)
             os.kill(child, signal.SIGKILL)
-        if os.waitpid(child, 0)[1] == 0:
+        status = os.waitpid(child, 0)[1]
+        if os.WIFEXITED(status):
+            assert status == 0, "it ended by itself, and not well"
             break
         kills += 1
     print(kills)

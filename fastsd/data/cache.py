@@ -2,13 +2,16 @@
 
     DIR/cache.sqlite              the truth while caching (see `build.py`); training never opens it
     DIR/shards/S.safetensors      one tensor "mean" (n <= 4096, C, h, w): the raw posterior mean, unscaled
-    DIR/views/V.safetensors       frozen: the shard, row and caption of every sample; training maps this file
+    DIR/views/V.safetensors       frozen: where every sample's latents lie, and its captions; training maps this file
+    DIR/tokens, DIR/states        what `tokens.py` and `states.py` add of the captions of a view
 
-Both kinds of file are ordinary safetensors; a shard's header is padded with spaces until the data starts at a multiple
-of 4096.  One view belongs to one (folders, preprocessing, VAE, dtype); its name follows from the config, so training
-finds it without looking at a single image.  Its tensors are shard, row (int32, n), caption_offsets (int64, n + 1) and
-captions (UTF-8 bytes); a reader ignores tensors it does not know.  Sample i has the caption
-captions[caption_offsets[i] : caption_offsets[i + 1]].
+Shards and views are ordinary safetensors, see `rows.py`.  One view belongs to one (folders, preprocessing, VAE, dtype); its
+name follows from the config, so training finds it without looking at a single image.
+
+Samples lie in groups of one shape and one folder of the config.  Each has V versions (crops, and their mirror images). A
+view's tensors are shard, row (int32) and check (int64, the xxh3 of the row's bytes), each (n * V); caption_offsets (int64,
+n + 1) and captions (UTF-8 bytes); a reader ignores tensors it does not know.  The captions of sample i are the lines of
+captions[caption_offsets[i] : caption_offsets[i + 1]], one a variant.
 
 Alone, it takes three lines:
 
@@ -16,19 +19,16 @@ Alone, it takes three lines:
     cache = LatentCache.open("cache")
     latents = cache.get([0, 1, 2])["latents"]          # times cache.meta.scaling_factor, and a model can train on them
 
-Shapes: B samples, C x h x w latents.
+Shapes: B samples of one shape, V versions, C x h x w latents.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import math
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,13 @@ import torch
 from torch import Tensor
 
 from fastsd.config import Config
+from fastsd.data.rows import LATENTS, Index, Rows, damaged, read_header
 from fastsd.errors import UserError
-from fastsd.storage import DTYPES as CODES
-from fastsd.storage import flush_folder, write_safetensors
 
-# The key `fastsd` of a file's metadata says what it is.
-SHARD_FORMAT, VIEW_FORMAT = "latents-1", "view-1"
 SHARD_ROWS = 4096
 ALIGN = 4096
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_VIEW_TENSORS = {"caption_offsets": np.int64, "shard": np.int32, "row": np.int32, "captions": np.uint8}
-_OPEN_SHARDS = 256  # well below the 1024 files a process may have open
-_READERS = 8  # more threads do not make cold reads faster
-_PER_READER = 4  # rows below which another thread costs more than it brings
+Positions = Sequence[int] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -73,17 +67,38 @@ class CacheMeta:
     rejected: int
     empty_captions: int
     latents: int
+    crops: int
+    flip: bool
+
+    @property
+    def versions(self) -> int:
+        """Latents stored of each image. Version v is crop v // 2, mirrored if v is odd, with `flip`; else crop v."""
+        return self.crops * (1 + self.flip)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples [first, first + count) of a view: those of one latent shape (C, h, w) from one of the config's folders."""
+
+    shape: tuple[int, ...]
+    root: int
+    first: int
+    count: int
 
 
 def preprocessing(config: Config) -> dict[str, Any]:
-    """All that decides the stored bytes besides the image and the VAE. A change in the code counts up `version`."""
-    return {
-        "version": 1,
-        "resolution": config.data.resolution,
-        "resize": "shorter side, lanczos",
-        "crop": "centre",
+    """All that decides the stored bytes besides the image, its version and the VAE. A change in the code counts up
+    `version`."""
+    data = config.data
+    said = {"version": 2, "dtype": config.cache.dtype}
+    if data.latents:
+        return said | {"latents": data.latents}
+    return said | {
+        "resolution": data.resolution,
+        "buckets": data.buckets and data.buckets.model_dump(),
+        "resize": "lanczos",
+        "crop": data.crop,
         "precision": config.cache.precision,
-        "dtype": config.cache.dtype,
     }
 
 
@@ -99,44 +114,21 @@ def space_name(config: Config, vae_hash: str) -> str:
 
 def view_name(config: Config, vae_hash: str) -> str:
     """Name of the view that caching `config` with this VAE freezes."""
-    folders = [os.fsencode(os.path.abspath(folder)).hex() for folder in config.data.folders]
-    return digest(vae_hash, preprocessing(config), folders)[:16]
+    data = config.data
+    folders = [os.fsencode(os.path.abspath(root.path)).hex() for root in data.roots]
+    return digest(vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key)[:16]
 
 
-def read_header(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, str], int]:
-    """-> (tensors, metadata, where the data starts) of one of our files.
-
-    Raises:
-        UserError: not a whole file of the `wanted` format.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length)) if length <= 1 << 30 else {}
-        metadata = entries.pop("__metadata__")
-        end = max(entry["data_offsets"][1] for entry in entries.values())
-        if metadata["fastsd"] != wanted:
-            raise ValueError(f"it is {metadata['fastsd']}")
-        if path.stat().st_size != 8 + length + end:
-            raise ValueError("cut short")
-    except FileNotFoundError:
-        raise damaged(path, "is missing") from None
-    except OSError as error:
-        raise damaged(path, f"cannot be read ({error.strerror})") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise damaged(path, f"is no whole {wanted} file ({error})") from None
-    return entries, metadata, 8 + length
-
-
-def damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} {what}; run `fastsd cache CONFIG` again, it makes what is missing")
-
-
-def freeze(folder: Path, name: str, arrays: dict[str, np.ndarray], shards: list[Any], meta: CacheMeta) -> None:
+def freeze(
+    folder: Path, name: str, arrays: dict[str, np.ndarray], shards: list[Any], groups: Sequence[Group], meta: CacheMeta
+) -> None:
     """Write a view atomically, as the newest one. `shards`: [name, [C, h, w]] by the index used in `shard`."""
     path = folder / "views" / f"{name}.safetensors"
-    content = {"shards": json.dumps(shards), "meta": json.dumps(asdict(meta), sort_keys=True)}
-    sha = content_hash(arrays, content)
+    content = {
+        "shards": json.dumps(shards),
+        "groups": json.dumps([[group.shape, group.root, group.count] for group in groups]),
+        "meta": json.dumps(asdict(meta), sort_keys=True),
+    }
     serials = {}
     for other in view_paths(folder):
         try:
@@ -144,67 +136,79 @@ def freeze(folder: Path, name: str, arrays: dict[str, np.ndarray], shards: list[
         except UserError:
             continue  # a damaged one is no rival
     newest = max(serials.values(), default=0)
-    if serials.get(path) == newest and View(path).metadata["sha256"] == sha:
-        return
-    metadata = {"fastsd": VIEW_FORMAT, "serial": str(newest + 1), "sha256": sha, **content}
-    temporary = path.with_name(f".{path.name}")
-    write_safetensors(temporary, {key: torch.from_numpy(arrays[key]) for key in _VIEW_TENSORS}, metadata)
-    os.replace(temporary, path)
-    flush_folder(path.parent)
+    with contextlib.suppress(UserError):  # damaged behind its header: it is made anew
+        if serials.get(path) == newest and View(path).metadata["sha256"] == View.content_hash(arrays, content):
+            return
+    View.write(path, arrays, content, serial=str(newest + 1))
 
 
-def content_hash(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
-    """sha256 over all that a view says; its serial number is not part of it."""
-    sha = hashlib.sha256(json.dumps([metadata["shards"], metadata["meta"]]).encode())
-    for name in _VIEW_TENSORS:
-        sha.update(arrays[name].data)
-    return sha.hexdigest()
+class View(Index):
+    """The index of a cache's samples; `groups`, `meta`."""
 
+    FORMAT, SAID = "view-2", ("shards", "groups", "meta")
+    TENSORS = {"caption_offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32, "captions": np.uint8}
 
-class View:
-    """A frozen view, mapped: `shard`, `row`, `caption_offsets`, `captions` as `arrays`; `shards`, `meta`."""
+    def _understand(self) -> None:
+        raw = json.loads(self.metadata["meta"])
+        self.meta = CacheMeta(**{field.name: raw[field.name] for field in fields(CacheMeta)})
+        self.groups: list[Group] = []
+        for shape, root, count in json.loads(self.metadata["groups"]):
+            self.groups.append(Group(tuple(shape), root, self.samples, count))
+        if len(self) * self.meta.versions != len(self.arrays["row"]) or self.samples != len(self):
+            raise ValueError("its parts do not fit together")
 
-    def __init__(self, path: Path):
-        tensors, self.metadata, start = read_header(path, VIEW_FORMAT)
-        mapped = np.memmap(path, np.uint8, "r")
-        self.arrays = {}
-        try:
-            for name, kind in _VIEW_TENSORS.items():
-                first, last = tensors[name]["data_offsets"]
-                self.arrays[name] = np.asarray(mapped[start + first : start + last]).view(kind)
-            raw = json.loads(self.metadata["meta"])
-            self.meta = CacheMeta(**{field.name: raw[field.name] for field in fields(CacheMeta)})
-            self.shards: list[tuple[str, list[int]]] = [(name, shape) for name, shape in json.loads(self.metadata["shards"])]
-        except (ValueError, LookupError, TypeError) as error:
-            raise damaged(path, f"is no whole {VIEW_FORMAT} file ({error})") from None
+    @property
+    def samples(self) -> int:
+        return self.groups[-1].first + self.groups[-1].count if self.groups else 0
 
     def __len__(self) -> int:
-        return len(self.arrays["row"])
+        return len(self.arrays["caption_offsets"]) - 1
 
 
 def _serial(path: Path) -> int:
-    return int(read_header(path, VIEW_FORMAT)[1]["serial"])
+    said = read_header(path, View.FORMAT)[1].get("serial", "")
+    if not said.isdecimal():
+        raise damaged(path, f"is no whole {View.FORMAT} file (serial {said!r})")
+    return int(said)
 
 
 def view_paths(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "views").glob("*.safetensors") if not path.name.startswith("."))
+    return _whole_files(folder / "views")
 
 
-class LatentCache:
+class StatesIndex(Index):
+    """The index of the text encoder's states of a view's captions, see `states.py`."""
+
+    FORMAT, SAID = "states-index-1", ("shards", "view", "space")
+    TENSORS = {"offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32}
+
+
+def states_paths(folder: Path) -> list[Path]:
+    return _whole_files(folder / "states")
+
+
+def indexes(folder: Path) -> list[tuple[Path, type[Index]]]:
+    """Everything that refers to shards, each with what reads it."""
+    return [(path, View) for path in view_paths(folder)] + [(path, StatesIndex) for path in states_paths(folder)]
+
+
+def _whole_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
+class LatentCache(Rows):
     """Random access to the samples of one view. Threads may share it.
 
-    `meta`: see `CacheMeta`.  `name`: of the view.
+    `meta`: see `CacheMeta`.  `name`, `path`, `sha256`: of the view.  `groups`: its samples by shape and folder, see `Group`.
+    `versions`: latents stored of each sample.
     """
 
     def __init__(self, folder: Path, path: Path):
-        self.name = path.stem
-        self._folder = folder / "shards"
+        self.name, self.path = path.stem, path
         self._view = View(path)
-        self.meta = self._view.meta
-        self._dtype = DTYPES[self.meta.dtype]
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
-        self._lock = threading.Lock()
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastsd-read")
+        self.meta, self.groups = self._view.meta, self._view.groups
+        self.sha256, self.versions = self._view.metadata["sha256"], self.meta.versions
+        super().__init__(folder, self._view, DTYPES[self.meta.dtype], {"fastsd": LATENTS, "vae": self.meta.vae_hash})
 
     @classmethod
     def open(cls, dir: str | Path, view: str | None = None) -> LatentCache:
@@ -227,91 +231,39 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self._view)
 
-    def get(self, positions: Sequence[int] | np.ndarray | Tensor) -> dict[str, Tensor]:
+    def get(self, positions: Positions, versions: Positions | None = None) -> dict[str, Tensor]:
         """Read samples.
 
         Args:
-            positions: B indices in [0, len), in any order, repeats allowed.
+            positions: B indices in [0, len), in any order, repeats allowed, all of one shape.
+            versions: which crop or mirror image of each, B numbers in [0, V); None = the first.
 
         Returns:
             "latents": (B, C, h, w), raw posterior mean in the stored dtype, on the CPU (pinned when there is a GPU).
 
         Raises:
-            UserError: a shard is missing or damaged.
+            UserError: a shard is missing, or its bytes are not those that were written.
         """
+        index_B = self._checked(positions) * self.versions
+        if versions is not None:
+            version_B = np.asarray(versions, dtype=np.int64)
+            assert version_B.min() >= 0 and version_B.max() < self.versions, f"versions lie outside [0, {self.versions})"
+            index_B += version_B
+        return {"latents": self._read(index_B)}
+
+    def captions(self, positions: Positions) -> list[str]:
+        """The first caption of each sample, "" for none."""
+        return [variants[0] for variants in self.variants(positions)]
+
+    def variants(self, positions: Positions) -> list[list[str]]:
+        """All captions of each sample, [""] for none."""
         index_B = self._checked(positions)
-        shard_B, row_B = self._view.arrays["shard"][index_B], self._view.arrays["row"][index_B]
-        shapes = {tuple(self._view.shards[shard][1]) for shard in np.unique(shard_B)}
-        assert len(shapes) == 1, f"a batch needs samples of one shape, not {sorted(shapes)}"
-        latents = torch.empty((len(index_B), *shapes.pop()), dtype=self._dtype, pin_memory=torch.cuda.is_available())
-        flat = latents.view(torch.uint8).view(-1).numpy().data
-        size = len(flat) // len(index_B)
-        order = np.lexsort((row_B, shard_B))  # along the disk, where it matters
-        parts = min(_READERS, -(-len(order) // _PER_READER))
+        starts, ends = (self._view.take("caption_offsets", index).tolist() for index in (index_B, index_B + 1))
+        texts = (self._view.cut("captions", start, end).tobytes() for start, end in zip(starts, ends, strict=True))
+        return [text.decode().split("\n") for text in texts]
 
-        def read(slots: np.ndarray) -> None:
-            for slot in slots.tolist():
-                self._shard(int(shard_B[slot])).read_row(int(row_B[slot]), flat[slot * size : (slot + 1) * size])
-
-        for _ in self._readers.map(read, np.array_split(order, parts)):
-            pass
-        return {"latents": latents}
-
-    def captions(self, positions: Sequence[int] | np.ndarray | Tensor) -> list[str]:
-        """The captions of samples, "" for none."""
-        offsets, blob = self._view.arrays["caption_offsets"], self._view.arrays["captions"]
-        index_B = self._checked(positions)
-        starts, ends = offsets[index_B].tolist(), offsets[index_B + 1].tolist()
-        return [blob[start:end].tobytes().decode() for start, end in zip(starts, ends, strict=True)]
-
-    def close(self) -> None:
-        """Close the files; an interpreter that ends does it too."""
-        self._readers.shutdown()
-        self._open.clear()
-
-    def _checked(self, positions: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
-        index_B = np.asarray(positions, dtype=np.int64)
+    def _checked(self, positions: Positions) -> np.ndarray:
+        index_B = np.array(positions, dtype=np.int64)
         assert index_B.ndim == 1 and len(index_B), "positions are a flat, non-empty list"
         assert index_B.min() >= 0 and index_B.max() < len(self), f"positions lie outside [0, {len(self)})"
         return index_B
-
-    def _shard(self, number: int) -> _Shard:
-        with self._lock:
-            if number not in self._open:
-                name, shape = self._view.shards[number]
-                self._open[number] = _Shard(self._folder / f"{name}.safetensors", shape, self.meta)
-                if len(self._open) > _OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(number)
-            return self._open[number]
-
-
-class _Shard:
-    """An open shard. Put out of the table it lives on in threads that still read; the last reference closes it."""
-
-    def __init__(self, path: Path, shape: list[int], meta: CacheMeta):
-        tensors, metadata, self._start = read_header(path, SHARD_FORMAT)
-        mean = tensors.get("mean", {})
-        if metadata.get("vae") != meta.vae_hash or mean.get("shape", [])[1:] != shape:
-            raise damaged(path, "belongs to another VAE or shape than this view")
-        if mean["dtype"] != CODES[DTYPES[meta.dtype]]:
-            raise damaged(path, f"holds {mean['dtype']} where the view expects {meta.dtype}")
-        self._path = path
-        self._row_bytes = math.prod(shape) * DTYPES[meta.dtype].itemsize
-        self._file = path.open("rb", buffering=0)
-        self._lock = threading.Lock()
-
-    def read_row(self, row: int, into: memoryview) -> None:
-        at = self._start + row * self._row_bytes
-        if hasattr(os, "preadv"):
-            count = os.preadv(self._file.fileno(), [into], at)
-        else:  # Windows: one position per file, so one reader at a time
-            with self._lock:
-                self._file.seek(at)
-                count = self._file.readinto(into)
-        if count != len(into):
-            raise damaged(self._path, "is cut short")
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()

@@ -1,0 +1,302 @@
+"""Rows on the disk: the shards they lie in, and the frozen indexes that say where.
+
+    shard    one tensor of at most 4096 rows; the header is padded with spaces until the data starts at a multiple of 4096
+    index    for every entry shard, row (int32) and check (int64, the xxh3 of the row's bytes), beside what its kind adds; a
+             reader ignores tensors it does not know
+
+Both are ordinary safetensors files; the key `fastsd` of their metadata says what they are.  What writes them is `store.py`.
+Read next: `cache.py`, `states.py`.
+
+Shapes: B entries of an index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from fastsd.errors import UserError
+from fastsd.storage import DTYPES as CODES
+from fastsd.storage import flush_folder, write_safetensors
+
+LATENTS, STATES = "latents-1", "states-1"
+TENSOR = {LATENTS: "mean", STATES: "states"}  # the one tensor of a shard, by its format
+_OPEN_SHARDS = 256  # well below the 1024 files a process may have open
+_HASHED = 16 << 20  # bytes of an index in memory while it is hashed
+_READERS = 8  # more threads do not make cold reads faster
+_PER_READER = 4  # rows below which another thread costs more than it brings
+
+
+def read_header(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, str], int]:
+    """-> (tensors, metadata, where the data starts) of one of our files.
+
+    Raises:
+        UserError: not a whole file of the `wanted` format.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length)) if length <= 1 << 30 else {}
+        metadata = entries.pop("__metadata__")
+        end = max(entry["data_offsets"][1] for entry in entries.values())
+        if metadata["fastsd"] != wanted:
+            raise ValueError(f"it is {metadata['fastsd']}")
+        if path.stat().st_size != 8 + length + end:
+            raise ValueError("cut short")
+    except FileNotFoundError:
+        raise damaged(path, "is missing") from None
+    except OSError as error:
+        raise damaged(path, f"cannot be read ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise damaged(path, f"is no whole {wanted} file ({error})") from None
+    return entries, metadata, 8 + length
+
+
+def damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} {what}; run `fastsd cache CONFIG` again, it makes what is missing")
+
+
+def row_check(data: Any) -> int:
+    """What tells a reader that a row's bytes are the ones that were written: xxh3, as a signed 64-bit number."""
+    return int.from_bytes(xxhash.xxh3_64_digest(data), "big", signed=True)
+
+
+class Frozen:
+    """A frozen file of flat tensors, mapped: `arrays` by name, `metadata`. Raises UserError: it is missing or damaged."""
+
+    def __init__(self, path: Path, wanted: str, kinds: Mapping[str, type[np.generic]]):
+        tensors, self.metadata, start = read_header(path, wanted)
+        self._path = path
+        self._file = path.open("rb", buffering=0)  # closed with the last reference
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = np.frombuffer(self._map, np.uint8)
+        self.arrays: dict[str, np.ndarray] = {}
+        self._starts: dict[str, int] = {}
+        try:
+            for name, kind in kinds.items():
+                first, last = tensors[name]["data_offsets"]
+                self.arrays[name] = np.asarray(mapped[start + first : start + last]).view(kind)
+                self._starts[name] = start + first
+        except (ValueError, LookupError, TypeError) as error:
+            raise damaged(path, f"is no whole {wanted} file ({error})") from None
+
+    def take(self, name: str, index_B: np.ndarray) -> np.ndarray:
+        """Entries of a tensor.
+
+        Read, not looked up in the mapping: there each look brings in up to a megabyte around it, to stay until the whole
+        file is in memory.
+        """
+        first, last = int(index_B[0]), int(index_B[-1]) + 1
+        if np.array_equal(index_B, np.arange(first, last)):
+            return self.cut(name, first, last)
+        array = self.arrays[name]
+        if not hasattr(os, "pread"):
+            return array[index_B]
+        file, size, start = self._file.fileno(), array.itemsize, self._starts[name]
+        return self._entries([os.pread(file, size, start + i * size) for i in index_B.tolist()], len(index_B), array.dtype)
+
+    def cut(self, name: str, first: int, last: int) -> np.ndarray:
+        """Entries [first, last) of a tensor, read as by `take`."""
+        array = self.arrays[name]
+        if not hasattr(os, "pread"):
+            return array[first:last]
+        size = array.itemsize
+        found = os.pread(self._file.fileno(), (last - first) * size, self._starts[name] + first * size)
+        return self._entries([found], last - first, array.dtype)
+
+    def _entries(self, pieces: list[bytes], count: int, kind: np.dtype[Any]) -> np.ndarray:
+        data = b"".join(pieces)
+        if len(data) != count * kind.itemsize:
+            raise damaged(self._path, "is cut short")
+        return np.frombuffer(data, kind)
+
+
+class Index(Frozen):
+    """A frozen index; `shards`: name and shape of a row of each, by number.
+
+    A kind of index is a subclass with the FORMAT's name, its TENSORS, and the keys of its metadata that the sha256 covers
+    as well.  Raises UserError: it is missing or damaged.
+    """
+
+    FORMAT: ClassVar[str]
+    TENSORS: ClassVar[dict[str, type[np.generic]]]
+    SAID: ClassVar[tuple[str, ...]]
+
+    def __init__(self, path: Path):
+        super().__init__(path, self.FORMAT, self.TENSORS)
+        try:
+            self.shards: list[tuple[str, list[int]]] = [(name, shape) for name, shape in json.loads(self.metadata["shards"])]
+            self._understand()
+            if not self.is_sound():  # of a caption, unlike of a row, nothing else tells that it is the one that was written
+                raise ValueError("it does not match its sha256")
+        except (ValueError, LookupError, TypeError) as error:
+            raise damaged(path, f"is no whole {self.FORMAT} file ({error})") from None
+
+    def _understand(self) -> None:
+        """What a kind reads beyond that. Raises ValueError, LookupError or TypeError: it cannot be."""
+
+    def _give_back(self) -> None:
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)  # from this process, not from the page cache
+
+    def is_sound(self) -> bool:
+        """Whether every byte is the one that was written; reads the file once."""
+        return self.content_hash(self.arrays, self.metadata, self._give_back) == self.metadata.get("sha256")
+
+    @classmethod
+    def content_hash(
+        cls, arrays: dict[str, np.ndarray], metadata: dict[str, str], between: Callable[[], None] = lambda: None
+    ) -> str:
+        """sha256 over all that an index says. `between`: called every few megabytes."""
+        sha = hashlib.sha256(json.dumps([metadata[key] for key in cls.SAID]).encode())
+        for name in cls.TENSORS:
+            data = arrays[name].view(np.uint8)
+            for start in range(0, len(data), _HASHED):
+                sha.update(data[start : start + _HASHED].data)
+                between()
+        return sha.hexdigest()
+
+    @classmethod
+    def write(cls, path: Path, arrays: dict[str, np.ndarray], said: dict[str, str], **more: str) -> None:
+        """Write one atomically. `said`: the metadata that its sha256 covers; `more`: what that does not."""
+        metadata = {"fastsd": cls.FORMAT, **more, "sha256": cls.content_hash(arrays, said), **said}
+        temporary = path.with_name(f".{path.name}")
+        write_safetensors(
+            temporary, {name: torch.from_numpy(np.require(arrays[name], None, "W")) for name in cls.TENSORS}, metadata
+        )
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+
+
+class Rows:
+    """Rows of shards, read at random by their entry in an index. Threads may share it.
+
+    Args:
+        folder: of the cache.
+        index: says where rows lie.
+        dtype: theirs.
+        owner: what every shard's metadata must say: its format, as `fastsd`, and whose rows it holds.
+    """
+
+    def __init__(self, folder: Path, index: Index, dtype: torch.dtype, owner: dict[str, str]):
+        self._folder, self._index, self._dtype, self._owner = folder / "shards", index, dtype, owner
+        self._starts: dict[int, int] = {}
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastsd-read")
+
+    def close(self) -> None:
+        """Close the files; an interpreter that ends does it too."""
+        self._readers.shutdown()
+        self._open.clear()
+
+    def _read(self, index_B: np.ndarray) -> Tensor:
+        """Rows of one shape by their entries: (B, ...) on the CPU (pinned when there is a GPU). Raises UserError: damage."""
+        shard_B, row_B, check_B = (self._index.take(name, index_B) for name in ("shard", "row", "check"))
+        shapes = {tuple(self._index.shards[shard][1]) for shard in np.unique(shard_B)}
+        assert len(shapes) == 1, f"a batch needs samples of one shape, not {sorted(shapes)}"
+        found = torch.empty((len(index_B), *shapes.pop()), dtype=self._dtype, pin_memory=torch.cuda.is_available())
+        flat = found.view(torch.uint8).view(-1).numpy().data
+        size = len(flat) // len(index_B)
+        rows = [
+            (self._shard(shard), row, flat[slot * size : (slot + 1) * size])
+            for slot, (shard, row) in enumerate(zip(shard_B.tolist(), row_B.tolist(), strict=True))
+        ]
+        # What lies in memory is copied here and now; for the rest the disk is asked at once, then waited for in threads.
+        absent = [row for row in rows if not row[0].read_cached(row[1], row[2])]
+        absent.sort(key=lambda row: (row[0].path, row[1]))  # along the disk, where it matters
+        for shard, row, into in absent:
+            shard.expect(row, len(into))
+        parts = min(_READERS, -(-len(absent) // _PER_READER))
+        for _ in self._readers.map(_read_all, [absent[i::parts] for i in range(parts)]):
+            pass
+        for (shard, row, into), check in zip(rows, check_B.tolist(), strict=True):
+            if row_check(into) != check:
+                raise UserError(
+                    f"{shard.path}: row {row} is damaged; `fastsd cache CONFIG --verify` finds all that is, and "
+                    "`fastsd cache CONFIG` then makes it again"
+                )
+        return found
+
+    def _shard(self, number: int) -> _Shard:
+        with self._lock:
+            if number not in self._open:
+                name, shape = self._index.shards[number]
+                path = self._folder / f"{name}.safetensors"
+                if number not in self._starts:  # what was sound when it was opened first is not examined again
+                    self._starts[number] = self._start(path, shape)
+                self._open[number] = _Shard(path, self._starts[number])
+                if len(self._open) > _OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return self._open[number]
+
+    def _start(self, path: Path, shape: list[int]) -> int:
+        """Where a shard's data starts. Raises UserError: it is not the one the index means."""
+        kind = self._owner["fastsd"]
+        tensors, metadata, start = read_header(path, kind)
+        rows = tensors.get(TENSOR[kind], {})
+        if metadata | self._owner != metadata or rows.get("shape", [])[1:] != shape:
+            raise damaged(path, "belongs to another VAE, text encoder or shape than its index")
+        if rows["dtype"] != CODES[self._dtype]:
+            raise damaged(path, f"holds {rows['dtype']} where its index expects {CODES[self._dtype]}")
+        return start
+
+
+class _Shard:
+    """An open shard. Put out of the table it lives on in threads that still read; the last reference closes it."""
+
+    def __init__(self, path: Path, start: int):
+        self.path, self._start = path, start
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise damaged(path, f"cannot be read ({error.strerror})") from None
+        self._lock = threading.Lock()
+
+    def read_cached(self, row: int, into: memoryview) -> bool:
+        """Copy a row if it lies in the page cache; False if it does not, or the system cannot tell (Linux can)."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            return os.preadv(self._file.fileno(), [into], self._start + row * len(into), os.RWF_NOWAIT) == len(into)
+        except OSError:  # it would block, or this file system does not know the question
+            return False
+
+    def expect(self, row: int, size: int) -> None:
+        """Have the disk fetch a row, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), self._start + row * size, size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, row: int, into: memoryview) -> None:
+        at = self._start + row * len(into)
+        if hasattr(os, "preadv"):
+            count = os.preadv(self._file.fileno(), [into], at)
+        else:  # Windows: one position per file, so one reader at a time
+            with self._lock:
+                self._file.seek(at)
+                count = self._file.readinto(into)
+        if count != len(into):
+            raise damaged(self.path, "is cut short")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
+def _read_all(rows: Sequence[tuple[_Shard, int, memoryview]]) -> None:
+    for shard, row, into in rows:
+        shard.read(row, into)
