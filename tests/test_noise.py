@@ -62,3 +62,35 @@ def test_permutation_is_one(count):
     assert torch.equal(order, noise.permutation(5, noise.Purpose.ORDER, 3, count))
     if count == 1000:
         assert not torch.equal(order, noise.permutation(5, noise.Purpose.ORDER, 4, count))
+
+
+@pytest.mark.parametrize("count", [1, 7, noise.SORTED, noise.SORTED + 1, 100_003, 10**6])
+def test_permuted_is_one_without_being_made_whole(count):
+    order = noise.permuted(5, noise.Purpose.ORDER, 3, count, torch.arange(count))
+    assert torch.equal(order.sort().values, torch.arange(count))
+    some = torch.tensor([count - 1, 0, count // 2, 0])
+    assert torch.equal(noise.permuted(5, noise.Purpose.ORDER, 3, count, some), order[some])
+    if count <= noise.SORTED:
+        assert torch.equal(order, noise.permutation(5, noise.Purpose.ORDER, 3, count))
+
+
+def test_permuted_has_the_statistics_of_a_random_permutation():
+    count, some = 2_000_003, torch.arange(50_000) * 40 + 7  # a grid over the whole, and a run of neighbours
+    for index in (some, torch.arange(50_000) + 1_234_567):
+        images = [noise.permuted(*key, count, index) for key in ((5, 2, 3), (5, 2, 4), (5, 6, 3), (6, 2, 3))]
+        for i, image in enumerate(images):
+            share = image.double() / count  # uniform, so mean 1/2 and variance 1/12
+            counts = torch.histc(share, 100, 0, 1)
+            assert ((counts - 500) ** 2 / 500).sum() < 99 + 6 * 198**0.5  # chi-square
+            others = [share[:-1], index.double() / count, *(other.double() / count for other in images[:i])]
+            for other in others:  # its neighbour, where it came from, the other permutations
+                pair = torch.corrcoef(torch.stack((share[-len(other) :], other)))
+                assert abs(pair[0, 1]) < 5 / len(index) ** 0.5
+            steps = (image[1:] - image[:-1]) % count
+            assert len(steps.unique()) > 0.98 * len(steps)  # neighbours do not stay at one distance
+
+
+def test_permuted_leaves_as_many_in_place_as_chance_does():
+    count = 70_001
+    fixed = sum((noise.permuted(0, 2, at, count, torch.arange(count)) == torch.arange(count)).sum().item() for at in range(30))
+    assert abs(fixed - 30) < 5 * 30**0.5  # one a permutation, in the mean

@@ -1,40 +1,116 @@
-"""What happens to a caption between the cache and the tokenizer: a pure function of (seed, sample position)."""
+"""What happens to a caption between the cache and the tokenizer: a pure function of (seed, sample position).
+
+In this order: a variant is chosen, the caption may drop out, sentences are shuffled, tags are shuffled, dropped, cut to a
+number.  The order of the tags' edits is that of kohya's trainers, where the keys are called shuffle_caption, keep_tokens
+and caption_tag_dropout_rate.  What no key asks for leaves the caption as it is, byte for byte.
+
+Random numbers of a position, by lane: 0 caption dropout, 1 the variant; then four for each piece of the caption, 4 + 4 i
+its order among the tags, 5 + 4 i whether it drops out, 6 + 4 i its order among the sentences.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from fastsd.config import StageTable
+from fastsd.data.cache import LatentCache
+from fastsd.errors import UserError
 from fastsd_kernels.noise import Purpose, uniform
 
+_USUAL_PIECES = 64  # numbers for so many are drawn for a whole batch at once
+_CHUNK = 4096  # samples whose captions are looked at together
+# A full stop before a space or the end, but not one after a single letter (e.g., U.S., J. Smith) or a common short form.
+_SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b(?:mr|ms|dr|st|vs))(?<!\bmrs)\.(?:\s+|$)", re.IGNORECASE)
 
-def captions_for(texts: Sequence[str], positions_B: Tensor, stage: StageTable, seed: int) -> list[str]:
+
+def captions_for(variants_B: Sequence[Sequence[str]], positions_B: Tensor, stage: StageTable, seed: int) -> list[str]:
     """Captions as the model is to see them.
 
     Args:
-        texts: B captions.
-        positions_B: int64, their global sample positions; they alone decide which captions drop out.
-        stage: `max_tags` keeps the first n tags, joined by ", "; `caption_dropout` is the share replaced by "".
+        variants_B: the captions of B samples, at least one each; all are as likely.
+        positions_B: int64, the samples' global positions; with the seed they alone decide what chance does.
+        stage: `caption_dropout` is the share replaced by "".  `shuffle_sentences` reorders what full stops end.
+            `shuffle_tags`, `tag_dropout` and `max_tags` work on tags, the first `keep_tags` of which stay where they are;
+            they are stripped, empty ones go, and ", " joins them again.
         seed: the run's.
     """
-    assert len(texts) == len(positions_B)
-    if stage.caption_dropout > 0:
-        dropped = (uniform(seed, Purpose.CAPTION, positions_B)[:, 0] < stage.caption_dropout).tolist()
-    else:
-        dropped = [False] * len(texts)
-    return ["" if drop else _first_tags(text, stage) for text, drop in zip(texts, dropped, strict=True)]
+    assert len(variants_B) == len(positions_B)
+    first_B2 = uniform(seed, Purpose.CAPTION, positions_B, 2).tolist()
+    chosen = [variants[int(lane * len(variants))] for variants, (_, lane) in zip(variants_B, first_B2, strict=True)]
+    captions = ["" if lane < stage.caption_dropout else text for text, (lane, _) in zip(chosen, first_B2, strict=True)]
+    in_tags = bool(stage.shuffle_tags or stage.tag_dropout or stage.max_tags)
+    if in_tags or stage.shuffle_sentences:
+        for i, draws in enumerate(_draws(captions, positions_B, stage, seed)):
+            if stage.shuffle_sentences:
+                captions[i] = _shuffled_sentences(captions[i], draws[2])
+            if in_tags:
+                captions[i] = _edited_tags(captions[i], stage, draws[0], draws[1])
+    return captions
 
 
-def edit(caption: str, position: int, stage: StageTable, seed: int) -> str:
-    """`captions_for` a single caption at a global sample position."""
-    return captions_for([caption], torch.tensor([position]), stage, seed)[0]
+def _draws(captions: list[str], positions_B: Tensor, stage: StageTable, seed: int) -> Iterator[list[list[float]]]:
+    """For every caption its random numbers: of each lane one for each piece it can have."""
+    # Shuffled sentences are joined anew, which may make one separator more of each full stop.
+    pieces = [1 + text.count(stage.tag_separator) + text.count(".") for text in captions]
+    usual = min(max(pieces), _USUAL_PIECES)
+    draws_BK = uniform(seed, Purpose.CAPTION, positions_B, 4 + 4 * usual)
+    for count, position_1, draws_K in zip(pieces, positions_B.split(1), draws_BK, strict=True):
+        if count > usual:
+            draws_K = uniform(seed, Purpose.CAPTION, position_1, 4 + 4 * count)[0]
+        yield draws_K[4:].view(-1, 4).T.tolist()
 
 
-def _first_tags(text: str, stage: StageTable) -> str:
-    if not stage.max_tags:
+def _edited_tags(text: str, stage: StageTable, order: list[float], dropout: list[float]) -> str:
+    tags = [tag for part in text.split(stage.tag_separator) if (tag := part.strip())]
+    numbers: Sequence[int] = range(stage.keep_tags, len(tags))
+    if stage.shuffle_tags:
+        numbers = sorted(numbers, key=order.__getitem__)
+    kept = [tags[i] for i in numbers if dropout[i] >= stage.tag_dropout]
+    return ", ".join([*tags[: stage.keep_tags], *kept][: stage.max_tags or None])
+
+
+def _shuffled_sentences(text: str, order: list[float]) -> str:
+    sentences = [sentence for part in _SENTENCE_END.split(text) if (sentence := part.strip())]
+    if len(sentences) < 2:
         return text
-    tags = [tag.strip() for tag in text.split(stage.tag_separator)]
-    return ", ".join([tag for tag in tags if tag][: stage.max_tags])
+    numbers = sorted(range(len(sentences)), key=order.__getitem__)
+    return ". ".join(sentences[i] for i in numbers) + ("." if text.rstrip().endswith(".") else "")
+
+
+def select(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...], separator: str) -> np.ndarray | None:
+    """Samples by their tags: those with one of `include` (if there are any) and with none of `exclude`.
+
+    Tags are what lies between separators in any of a sample's captions, compared without spaces around them and in
+    whatever case.
+
+    Returns:
+        Sorted int64 indices, or None for all samples.
+
+    Raises:
+        UserError: no sample is left.
+    """
+    return _selected(cache, include, exclude, separator) if include or exclude else None
+
+
+@lru_cache(maxsize=2)  # every stage of a run asks for the same
+def _selected(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...], separator: str) -> np.ndarray:
+    wanted, unwanted = ({tag.strip().casefold() for tag in tags} for tags in (include, exclude))
+    chosen = []
+    for first in range(0, len(cache), _CHUNK):
+        chunk = range(first, min(first + _CHUNK, len(cache)))
+        kept = []
+        for index, variants in zip(chunk, cache.variants(chunk), strict=True):
+            tags = {tag.strip() for text in variants for tag in text.casefold().split(separator.casefold())}
+            if (not wanted or not wanted.isdisjoint(tags)) and unwanted.isdisjoint(tags):
+                kept.append(index)
+        chosen.append(np.array(kept, np.int64))
+    selected = np.concatenate(chosen)
+    if not len(selected):
+        found = " and ".join(f"data.{key} {list(tags)}" for key, tags in (("include", include), ("exclude", exclude)) if tags)
+        raise UserError(f"{found} leave none of the {len(cache)} images; remove tags from it, or see how captions write them")
+    return selected

@@ -1,30 +1,35 @@
-"""The way from the cache to the step: which sample is read at which position, its caption, its token ids.
+"""The way from the cache to the step: the samples at a position of the run, their captions, their token ids.
 
-A run counts its samples p = 0, 1, 2, ... over all stages.  Sample p is number `permutation(seed, epoch)[p % n]` of the
-view, with epoch = p // n, so a batch is a pure function of (seed, p): it may lie across the end of an epoch, nothing is
-lost to a remainder, and a resumed run needs to know no more than p.
+A run counts its samples p = 0, 1, 2, ... over all stages.  Which sample that is (`order.py`), which of its versions and
+what becomes of its caption (`captions.py`) are functions of (seed, p).  So a batch does not depend on the batches before
+it: nothing is lost to a remainder, a resumed run needs to know no more than p, and with several workers each makes its
+rows of the same global batch.
 
 Shapes: B samples, C x H x W latents, L tokens.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fastsd.config import StageTable
+from fastsd.config import DataTable, StageTable
 from fastsd.data.cache import LatentCache
-from fastsd.data.captions import captions_for
-from fastsd_kernels.noise import Purpose, permutation
+from fastsd.data.captions import captions_for, select
+from fastsd.data.order import Order
+from fastsd.data.states import States
+from fastsd.data.tokens import Tokens
+from fastsd_kernels.noise import Purpose, integers
 
-PREFETCH = 3  # batches ready ahead of the step
+PREFETCH = 8  # batches ready ahead of the step, or on their way
+_MAKERS = 2  # of them made at a time: one waits for the disk while the other tokenizes
 _MEMO = 1 << 16  # captions whose token ids are kept
 
 
@@ -33,13 +38,15 @@ class Batch:
     """What one step consumes, on the CPU (pinned when there is a GPU).
 
     latents_BCHW: raw posterior mean, unscaled, in the cache's dtype.  token_ids_BL: int64.  positions_B: int64 global
-    sample positions, the key of all randomness.  captions: as tokenized, after edits and dropout.
+    sample positions, the key of all randomness.  captions: as tokenized, after edits and dropout.  states_BLD: the text
+    encoder's, where they are cached, in the cache's dtype.
     """
 
     latents_BCHW: Tensor
     token_ids_BL: Tensor
     positions_B: Tensor
     captions: list[str]
+    states_BLD: Tensor | None = None
 
 
 class Loader:
@@ -49,115 +56,143 @@ class Loader:
         cache: the samples.
         tokenize: list of captions -> int64 (B, L), the same L in every call.
         seed: the run's.
-        stage: what happens to captions, see `captions_for`.
+        stage: its batch, and what happens to captions, see `captions_for`.
+        data: repeats and weights of folders, and the filter by tag; None = every image once.
+        origin: global position at which the stage began.
+        rank, world: this worker makes the rank-th of `world` equal parts of every global batch.
+        tokens: token ids of the cache's captions; None = all are tokenized here.
+        states: the text encoder's states of the captions; None = the step encodes.
+
+    Raises:
+        UserError: the filter leaves no image.
     """
 
-    def __init__(self, cache: LatentCache, tokenize: Callable[[list[str]], Tensor], seed: int, stage: StageTable):
-        self.cache = cache
-        self.stage = stage
-        self.seed = seed
-        self._tokenize = tokenize
+    def __init__(
+        self,
+        cache: LatentCache,
+        tokenize: Callable[[list[str]], Tensor],
+        seed: int,
+        stage: StageTable,
+        *,
+        data: DataTable | None = None,
+        origin: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        tokens: Tokens | None = None,
+        states: States | None = None,
+    ) -> None:
+        assert 0 <= rank < world
+        self.cache, self.stage, self.seed, self.rank, self.world = cache, stage, seed, rank, world
+        self._tokenize, self._tokens, self._states = tokenize, tokens, states
         self._memo: dict[str, Tensor] = {}
-        # Two, because a batch may need the end of one epoch and the start of the next.
-        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, Purpose.ORDER, epoch, len(cache)))
+        self._memo_lock = threading.Lock()
+        selected = select(cache, tuple(data.include), tuple(data.exclude), stage.tag_separator) if data else None
+        shares = data.roots if data else ()
+        self._order = Order(cache.groups, shares, seed, batch=stage.batch, origin=origin, selected=selected)
 
-    def indices(self, positions_B: Tensor) -> Tensor:
-        """Global sample positions -> indices in the cache's view: int64 (B,)."""
-        n = len(self.cache)
-        index_B = torch.empty_like(positions_B)
-        for epoch in torch.unique(positions_B // n).tolist():
-            here = positions_B // n == epoch
-            index_B[here] = self._order(epoch)[positions_B[here] % n]
-        return index_B
+    @property
+    def images(self) -> int:
+        """Images an epoch, repeats and weights counted."""
+        return self._order.epoch
 
     def batch(self, position: int, count: int) -> Batch:
-        """The samples at global positions [position, position + count). Raises UserError for a damaged cache."""
-        positions_B = torch.arange(position, position + count)
-        index_B = self.indices(positions_B)
-        captions = captions_for(self.cache.captions(index_B), positions_B, self.stage, self.seed)
-        latents = self.cache.get(index_B)["latents"]
-        return Batch(latents, _pinned(self._token_ids(captions)), _pinned(positions_B), captions)
+        """This worker's part of the samples at global positions [position, position + count), all of one shape.
+
+        With several shapes the positions must lie within one batch of the stage.
+
+        Raises:
+            ValueError: `count` is not divisible by the number of workers.
+            UserError: the cache is damaged.
+        """
+        if count % self.world:
+            raise ValueError(f"a batch of {count} cannot be divided among {self.world} workers; choose a multiple")
+        share = count // self.world
+        position += self.rank * share
+        positions_B = torch.arange(position, position + share)
+        index_B = self._order.batch(position, share)
+        variants_B = self.cache.variants(index_B)
+        captions = captions_for(variants_B, positions_B, self.stage, self.seed)
+        # Which of its sample's captions each one is; -1 = none of them.
+        pairs = zip(captions, variants_B, strict=True)
+        variant_B = [variants.index(caption) if caption in variants else -1 for caption, variants in pairs]
+        token_ids_BL = self._token_ids(captions, variant_B, index_B)
+        several = self.cache.versions > 1
+        version_B = integers(self.seed, Purpose.VERSION, positions_B, self.cache.versions) if several else None
+        latents = self.cache.get(index_B, version_B)["latents"]
+        states = None
+        if self._states is not None:
+            assert not any(caption for caption, variant in zip(captions, variant_B, strict=True) if variant < 0)
+            states = self._states.get(index_B, variant_B)
+        return Batch(latents, _pinned(token_ids_BL), _pinned(positions_B), captions, states)
 
     def stream(self, start: int, stop: int, step: int) -> Stream:
         """Batches of `step` samples from position `start` until `stop` (the last one may be shorter), made ahead."""
         return Stream(lambda at: self.batch(at, min(step, stop - at)), range(start, stop, step))
 
-    def _token_ids(self, captions: list[str]) -> Tensor:
-        if len(self._memo) + len(captions) > _MEMO:
-            self._memo = {}
-        # A local name: another thread may start a new memo, and this one must stay whole until the stack below.
-        memo = self._memo
-        unknown = [caption for caption in dict.fromkeys(captions) if caption not in memo]
-        if unknown:
-            memo.update(zip(unknown, self._tokenize(unknown), strict=True))
-        return torch.stack([memo[caption] for caption in captions])
+    def _token_ids(self, captions: list[str], variant_B: list[int], index_B: Tensor) -> Tensor:
+        rows: dict[int, Tensor] = {}
+        if self._tokens is not None:
+            for i, (variant, index) in enumerate(zip(variant_B, index_B.tolist(), strict=True)):
+                if variant >= 0:
+                    rows[i] = self._tokens.row(index, variant)
+        others = [i for i in range(len(captions)) if i not in rows]
+        rows.update(zip(others, self._tokenized([captions[i] for i in others]), strict=True))
+        return torch.stack([rows[i] for i in range(len(captions))])
+
+    def _tokenized(self, captions: list[str]) -> list[Tensor]:
+        with self._memo_lock:  # also because not every tokenizer can serve two threads
+            if len(self._memo) + len(captions) > _MEMO:
+                self._memo = {}
+            unknown = [caption for caption in dict.fromkeys(captions) if caption not in self._memo]
+            if unknown:
+                self._memo.update(zip(unknown, self._tokenize(unknown), strict=True))
+            return [self._memo[caption] for caption in captions]
 
 
 class Stream(Iterator[Batch]):
-    """Iterates over batches that a background thread prepares. `waited`: seconds the consumer has spent waiting.
+    """Iterates over batches that background threads prepare. `waited`: seconds the consumer has spent waiting.
 
-    An exception in the thread is raised by `next`. `close` (or leaving a `with` block) stops the thread.
+    An exception in a thread is raised by `next`. `close` (or leaving a `with` block) stops the threads; so does dropping
+    the stream.
     """
 
     def __init__(self, make: Callable[[int], Batch], positions: range):
         self.waited = 0.0
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH)
-        self._closed = threading.Event()
-        # The thread knows the queue, not this object: a stream that is dropped without `close` still ends its thread.
-        arguments = (make, positions, self._queue, self._closed)
-        self._thread = threading.Thread(target=_produce, args=arguments, name="fastsd-loader", daemon=True)
-        self._thread.start()
+        self._make, self._positions = make, iter(positions)
+        self._makers = ThreadPoolExecutor(_MAKERS, thread_name_prefix="fastsd-loader")
+        self._ahead: deque[Future[Batch]] = deque()
+        for _ in range(PREFETCH):
+            self._order_next()
 
     def __next__(self) -> Batch:
-        if self._closed.is_set():
+        if not self._ahead:
+            self.close()
             raise StopIteration
         start = time.perf_counter()
-        item = self._queue.get()
+        try:
+            batch = self._ahead.popleft().result()
+        except BaseException:
+            self.close()
+            raise
         self.waited += time.perf_counter() - start
-        if isinstance(item, Batch):
-            return item
-        self.close()
-        if item is None:
-            raise StopIteration
-        raise item
+        self._order_next()
+        return batch
+
+    def _order_next(self) -> None:
+        for position in self._positions:
+            self._ahead.append(self._makers.submit(self._make, position))
+            return
 
     def close(self) -> None:
-        self._closed.set()
-        while not self._queue.empty():  # a producer that waits for room wakes up and sees that it is over
-            self._queue.get_nowait()
-        self._thread.join()
+        self._positions = iter(())
+        self._ahead.clear()
+        self._makers.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        self._closed.set()
-
-
-def _produce(
-    make: Callable[[int], Batch],
-    positions: range,
-    ready: queue.Queue[Batch | BaseException | None],
-    closed: threading.Event,
-) -> None:
-    def hand_over(item: Batch | BaseException | None) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-
-    try:
-        for position in positions:
-            if closed.is_set():
-                return
-            hand_over(make(position))
-        hand_over(None)
-    except BaseException as error:  # whatever it is, it belongs to the consumer
-        hand_over(error)
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,6 @@ class Model:
     def part(self, name: str) -> torch.nn.Module:
         """The trainable module called "unet" or "text_encoder"."""
         return self.unet if name == "unet" else self.text.module
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Of all parts, the VAE's as well."""
-        for module in (self.unet, self.text.module, self.vae.module):
-            yield from module.parameters()
 
     def trainable(self, name: str) -> set[str]:
         """Names of a part's parameters that the prediction depends on: clip_skip leaves out the last layers."""
@@ -129,15 +124,11 @@ def _load_unet(base: Path, ops: Ops) -> UNet:
 
 def load_text(table: ModelTable, base: Path) -> TextEncoder:
     """The text encoder and tokenizer of a located base model."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
+    tokenizer, where = load_tokenizer(table, base)
     if base.is_file():
         settings, state = original.text_encoder(base)
-        if not table.tokenizer:
-            raise UserError(
-                f"model.base is the single file {base}, which has no tokenizer; "
-                'set model.tokenizer to a folder or hub id that has one, for example "openai/clip-vit-large-patch14"'
-            )
         place = str(base)
     else:
         folder = _subfolder(base, "text_encoder")
@@ -153,15 +144,31 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
     with torch.no_grad():
         for name, tensor in targets.items():
             tensor.copy_(found[name])
+    return TextEncoder(module, tokenizer, table.clip_skip, tokenizer_folder=where)
+
+
+def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Path]:
+    """The tokenizer a config means, without the text encoder: transformers' CLIPTokenizer, and the folder of its files.
+
+    Raises:
+        UserError: there is none, or it does not load.
+    """
+    from transformers import CLIPTokenizer
+
+    base = base or locate(table.base, "model.base", table.revision)
+    if base.is_file() and not table.tokenizer:
+        raise UserError(
+            f"model.base is the single file {base}, which has no tokenizer; "
+            'set model.tokenizer to a folder or hub id that has one, for example "openai/clip-vit-large-patch14"'
+        )
     source = locate(table.tokenizer, "model.tokenizer") if table.tokenizer else base
     where = source / "tokenizer" if (source / "tokenizer").is_dir() else source
     if not ((where / "vocab.json").is_file() and (where / "merges.txt").is_file()):
         raise UserError(f"{where}: no CLIP tokenizer there (vocab.json, merges.txt); set model.tokenizer to a folder with one")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(where, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(where, local_files_only=True), where
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: its tokenizer does not load ({str(error).splitlines()[0]}); fetch it again") from None
-    return TextEncoder(module, tokenizer, table.clip_skip, tokenizer_folder=where)
 
 
 def _fill_position_ids(module: torch.nn.Module) -> None:
@@ -171,7 +178,7 @@ def _fill_position_ids(module: torch.nn.Module) -> None:
         buffer.copy_(torch.arange(buffer.shape[-1]))
 
 
-def load_vae(table: ModelTable, base: Path | None = None) -> Vae:
+def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) -> Vae:
     """The VAE a config means: `model.vae`, or the base's own. fp32, on the CPU."""
     from diffusers import AutoencoderKL
 
@@ -207,7 +214,7 @@ def load_vae(table: ModelTable, base: Path | None = None) -> Vae:
             raise UserError(f"{source}: not a VAE that loads ({str(error).splitlines()[0]}); fetch it again") from None
         if table.vae_scaling_factor is not None:
             module.register_to_config(scaling_factor=table.vae_scaling_factor)
-    return Vae(module, name)
+    return Vae(module, name, ops)
 
 
 def _load_scheduler(base: Path) -> dict[str, Any]:

@@ -5,6 +5,9 @@ Shapes: B captions, L tokens (the position table's length, 77 for SD1.5), D cont
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,7 @@ class TextEncoder:
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Captions -> token ids int64 (B, L) on the CPU, cut or padded to the position table's length."""
-        return self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        ).input_ids
+        return assemble(self.tokenizer, ids_of(self.tokenizer, captions), self.length)
 
     def encode(self, token_ids_BL: Tensor) -> Tensor:
         """Token ids -> context states (B, L, D), differentiable."""
@@ -59,6 +60,33 @@ class TextEncoder:
         return {name for name in names if not any(layer in name for layer in skipped)}
 
     @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
     def final_layer_norm(self) -> torch.nn.Module:
         # transformers before 5 keeps the layers one level down.
         return getattr(self.module, "text_model", self.module).final_layer_norm
+
+
+def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, uncut, without those that begin and end a sequence."""
+    # Always the same way: told to cut or pad in one call, a tokenizer would change under another thread's.
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+
+
+def assemble(tokenizer: Any, ids_B: Sequence[Sequence[int]], length: int) -> Tensor:
+    """What `ids_of` gives -> int64 (B, length): begin, the ids as far as they fit, end, padding."""
+    begin, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = [[begin, *ids[: length - 2], end, *[padding] * (length - 2 - len(ids))] for ids in ids_B]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, length)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what decides a tokenizer's ids: 64 hex digits."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # transformers before 5 has CLIP's in Python
+        said = {"vocab": tokenizer.get_vocab(), "merges": list(tokenizer.bpe_ranks)}
+    else:
+        said = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # left from an earlier call
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -43,6 +43,8 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+SORTED = 1 << 16  # elements up to which a permutation is made by sorting
+_FEISTEL_ROUNDS = 8  # even, so that the halves end where they began
 
 
 class Purpose(IntEnum):
@@ -50,9 +52,12 @@ class Purpose(IntEnum):
 
     NOISE = 0  # eps of the forward process
     TIMESTEP = 1  # t
-    ORDER = 2  # the permutation of an epoch; position = epoch
-    CAPTION = 3  # caption dropout and variants
+    ORDER = 2  # the permutation of an epoch; position = epoch, and 2**40 times the shape's number
+    CAPTION = 3  # caption dropout, variants, tags and sentences
     SAMPLE = 4  # the first latents of a generated image; position = image seed
+    BATCHES = 5  # the order of an epoch's batches of several shapes; position = the first sample's
+    ROTATION = 6  # the fixed order in which a folder's images take turns; position = the group's number
+    VERSION = 7  # which crop or mirror image
 
 
 def philox(seed: int, purpose: int, position_B: Tensor, block_K: Tensor) -> Tensor:
@@ -115,6 +120,40 @@ def permutation(seed: int, purpose: int, position: int, count: int) -> Tensor:
     """
     words = _words(seed, purpose, torch.tensor([position]), 2 * count)[0].view(-1, 2)[:count]
     return torch.argsort(words[:, 0] << 30 ^ words[:, 1], stable=True)
+
+
+def permuted(seed: int, purpose: int, position: int, count: int, index_B: Tensor) -> Tensor:
+    """Elements of a permutation of range(count) that is never made whole: int64 (B,) on the device of `index_B`.
+
+    Up to `SORTED` elements it is `permutation`; above, a generalised Feistel network over a x b >= count, a and b about
+    sqrt(count), its round function Philox; what falls outside range(count) goes through again until it falls inside.
+
+    Args:
+        position: with seed and purpose it chooses the permutation.
+        count: below 2**48.
+        index_B: int64 in [0, count).
+
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, sections 4 and 5.
+    """
+    if count <= SORTED:
+        return permutation(seed, purpose, position, count).to(index_B.device)[index_B]
+    assert count <= 1 << 48
+    a = math.isqrt(count - 1) + 1
+    b = -(-count // a)
+    where = torch.tensor([position], device=index_B.device)
+
+    def network(index_B: Tensor) -> Tensor:
+        left_B, right_B = index_B % a, index_B // a
+        for i in range(_FEISTEL_ROUNDS):
+            # Four rounds share a block's words; halves stay below 2^24, so the next four find other blocks.
+            word_B = philox(seed, purpose, where, right_B + (i // 4 << 24))[0, :, i % 4]
+            left_B, right_B = right_B, (left_B + word_B) % (b if i % 2 else a)
+        return left_B + a * right_B
+
+    out_B = network(index_B)
+    while (outside_B := out_B >= count).any():
+        out_B[outside_B] = network(out_B[outside_B])
+    return out_B
 
 
 @torch.no_grad()

@@ -1,0 +1,174 @@
+"""Which sample is read at which position: a pure function of (data, seed, stage, position), nothing walked through.
+
+Every shape b has an endless sequence of its own.  An epoch of it has L_b = sum_f L_fb positions, L_fb of them for the
+samples of folder f, in the order permutation(seed, (epoch, b)) of L_b slots.  Slot o of folder f in epoch e is the
+folder's turn e * L_fb + o, and in its turns the folder goes through its images in strict rotation.
+
+    one shape        position p of the run is position p of the sequence, whatever the batch
+    several shapes   a batch has one shape.  Epoch E of a stage gives b the batches floor(E L_b / batch) up to
+                     floor((E + 1) L_b / batch) of its sequence, and all of them come in the order permutation(seed, E).
+                     So what does not fill a batch is carried into the next epoch, and a shape with fewer samples than
+                     a batch comes up every so many epochs.
+
+Shapes: B positions, S shapes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsd.config import FolderTable
+from fastsd.data.cache import Group
+from fastsd_kernels.noise import Purpose, permuted
+
+_BLOCK = 1024  # positions worked out at once: a permutation costs nearly as much for one as for a hundred
+_BLOCKS = 64  # of them kept: half a megabyte
+_EPOCHS = 1 << 40  # a shape's epochs before they would run into those of the next
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One folder's samples of one shape."""
+
+    number: int
+    root: int
+    first: int  # in the view, or in what is selected of it
+    count: int
+    length: int = 0  # positions in an epoch
+
+
+class Order:
+    """The order of a stage.
+
+    A folder without a weight has each of its images `repeats` times in an epoch.  The folders with weights have together
+    as many positions as they have images, divided in proportion to their weights: {weight 3, 100 images} beside
+    {weight 1, 300 images} gives 300 positions to the first, so that every image of it comes three times, and 100 to the
+    second, so that a third of it comes in each epoch.  Both kinds beside each other: weights divide only what the folders
+    with weights bring.  Within a folder shapes keep their proportions, rounded to whole positions, at least one.
+
+    Args:
+        groups: the samples, group by group of one shape and folder.
+        shares: `repeats` and `weight` of each folder, by its number; () = every image once.
+        seed: the run's.
+        batch: of the stage.
+        origin: global position at which the stage began.  Of several shapes each goes on at its share of that, origin *
+            L_b / L; a stage that ended within an epoch may have read a few batches more or fewer of it.
+        selected: sorted indices of the samples that are used; None = all.
+
+    `epoch`: positions in an epoch, sum_b L_b.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        shares: Sequence[FolderTable],
+        seed: int,
+        *,
+        batch: int,
+        origin: int = 0,
+        selected: np.ndarray | None = None,
+    ) -> None:
+        self.seed, self.batch_size, self.origin, self._selected = seed, batch, origin, selected
+        shapes: dict[tuple[int, ...], list[_Part]] = {}
+        for number, group in enumerate(groups):
+            first, end = group.first, group.first + group.count
+            if selected is not None:
+                first, end = np.searchsorted(selected, (first, end)).tolist()
+            if end > first:
+                shapes.setdefault(tuple(group.shape), []).append(_Part(number, group.root, first, end - first))
+        assert shapes, "there is no sample"
+        self._shapes = _with_lengths(list(shapes.values()), shares)
+        self._lengths = [sum(part.length for part in parts) for parts in self._shapes]
+        self.epoch = sum(self._lengths)
+        self._block = lru_cache(_BLOCKS)(self._make_block)
+        self._slots = lru_cache(2)(self._make_slots)
+
+    def batch(self, position: int, count: int) -> Tensor:
+        """Indices of the samples at global positions [position, position + count): int64 (count,), all of one shape.
+
+        With several shapes the positions must lie within one batch of the stage.
+        """
+        shape, start = (0, position) if len(self._shapes) == 1 else self._place(position, count)
+        size = self._block_size(shape)
+        numbers = range(start // size, (start + count - 1) // size + 1)
+        blocks = torch.cat([self._block(shape, number) for number in numbers])
+        return blocks[start - numbers[0] * size :][:count]
+
+    def _place(self, position: int, count: int) -> tuple[int, int]:
+        """The shape of a batch, and the position in that shape's sequence."""
+        batch, row = divmod(position - self.origin, self.batch_size)
+        assert batch >= 0 and row + count <= self.batch_size, f"[{position}, {position + count}) is not within a batch"
+        # Before epoch E there are at most E * self.epoch / batch_size batches, and fewer by less than one a shape.
+        low = batch * self.batch_size // self.epoch
+        high = (batch + len(self._shapes) + 1) * self.batch_size // self.epoch + 2
+        epoch = low + bisect_right(range(low, high), batch, key=lambda epoch: sum(self._batches(epoch))) - 1
+        begun = self._batches(epoch)
+        own = [end - start for start, end in zip(begun, self._batches(epoch + 1), strict=True)]
+        slot = self._slot(self.origin + sum(begun) * self.batch_size, sum(own), batch - sum(begun))
+        shape = 0
+        while slot >= own[shape]:
+            slot -= own[shape]
+            shape += 1
+        before = self.origin * self._lengths[shape] // self.epoch
+        return shape, before + (begun[shape] + slot) * self.batch_size + row
+
+    def _batches(self, epoch: int) -> list[int]:
+        """Batches of every shape before an epoch: S numbers."""
+        return [epoch * length // self.batch_size for length in self._lengths]
+
+    def _slot(self, position: int, count: int, index: int) -> int:
+        return self._slots(position, count, index // _BLOCK)[index % _BLOCK]
+
+    def _make_slots(self, position: int, count: int, block: int) -> list[int]:
+        index_B = torch.arange(block * _BLOCK, min(count, (block + 1) * _BLOCK))
+        return permuted(self.seed, Purpose.BATCHES, position, count, index_B).tolist()
+
+    def _block_size(self, shape: int) -> int:
+        # A block of very few samples would be hundreds of epochs, each with its permutation.
+        return min(max(self._lengths[shape], 64), _BLOCK)
+
+    def _make_block(self, shape: int, number: int) -> Tensor:
+        """Indices of a block of a shape's sequence."""
+        size, length = self._block_size(shape), self._lengths[shape]
+        position_B = torch.arange(number * size, (number + 1) * size)
+        epoch_B = position_B // length
+        slot_B = position_B % length
+        for epoch in epoch_B.unique().tolist():
+            here = epoch_B == epoch
+            where = shape * _EPOCHS + epoch
+            slot_B[here] = permuted(self.seed, Purpose.ORDER, where, length, slot_B[here])
+        index_B = torch.empty_like(slot_B)
+        start = 0
+        for part in self._shapes[shape]:
+            here = (slot_B >= start) & (slot_B < start + part.length)
+            turn_B = (epoch_B[here] * part.length + slot_B[here] - start) % part.count
+            if part.length % part.count:  # else an epoch has them all as often, in whichever order they take turns
+                turn_B = permuted(self.seed, Purpose.ROTATION, part.number, part.count, turn_B)
+            index_B[here] = part.first + turn_B
+            start += part.length
+        return index_B if self._selected is None else torch.from_numpy(self._selected[index_B])
+
+
+def _with_lengths(shapes: list[list[_Part]], shares: Sequence[FolderTable]) -> list[list[_Part]]:
+    """Fill in how many positions of an epoch every part has."""
+    counts: dict[int, int] = {}
+    for part in (part for parts in shapes for part in parts):
+        counts[part.root] = counts.get(part.root, 0) + part.count
+    shares = shares or [FolderTable(path="")] * (max(counts) + 1)
+    weights = {root: weight for root in counts if (weight := shares[root].weight) is not None}
+    together = sum(counts[root] for root in weights)
+
+    def length(part: _Part) -> int:
+        if part.root not in weights:
+            return part.count * shares[part.root].repeats
+        share = weights[part.root] / sum(weights.values())
+        return max(round(together * share * part.count / counts[part.root]), 1)
+
+    return [[_Part(p.number, p.root, p.first, p.count, length(p)) for p in parts] for parts in shapes]

@@ -1,0 +1,180 @@
+"""Token ids of every caption of a view, made once: DIR/tokens/VIEW-TOKENIZER.safetensors, an ordinary safetensors file.
+
+Its tensors are offsets (int64, n + 1) and ids (16 bits, or 32 for a vocabulary that needs them; unsigned, whatever the
+header calls them).  Sample i has ids[offsets[i] : offsets[i + 1]]: the ids of each of its captions, uncut and without
+those that begin and end a sequence, each followed by END, the largest number there is.  The file belongs to one view by
+its sha256 and to one tokenizer by `tokenizer_hash`.
+
+Shapes: n samples, L tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsd.data.cache import LatentCache
+from fastsd.data.rows import Frozen, damaged, read_header
+from fastsd.errors import UserError
+from fastsd.model.text import assemble, ids_of, tokenizer_hash
+from fastsd.storage import TEMPORARY, flush_folder, safetensors_header
+
+TOKENS_FORMAT = "tokens-1"
+_HEADER = 4096  # bytes kept for the header, whose size is known before what it says is
+_CHUNK = 1024  # samples tokenized together
+
+
+class Tokens:
+    """The token ids of a cache's captions, mapped. Threads may share it.
+
+    Args:
+        cache: whose captions they are.
+        tokenizer: the one they must come from.
+        length: tokens the text encoder takes, those that begin and end a sequence among them.
+
+    Raises:
+        UserError: they are missing, damaged, or of another state of the view.
+    """
+
+    def __init__(self, cache: LatentCache, tokenizer: Any, length: int) -> None:
+        key = tokenizer_hash(tokenizer)
+        self.path, self.length, self._tokenizer = _path(cache, key), length, tokenizer
+        self._file = Frozen(self.path, TOKENS_FORMAT, {"offsets": np.int64, "ids": _kind(tokenizer)})
+        self._metadata, self._ids = self._file.metadata, self._file.arrays["ids"]
+        if (self._metadata.get("view"), self._metadata.get("tokenizer")) != (cache.sha256, key):
+            raise damaged(self.path, "belongs to captions as they were before")
+        offsets = self._file.arrays["offsets"]
+        if len(offsets) != len(cache) + 1 or offsets[-1] != len(self._ids):
+            raise damaged(self.path, "has parts that do not fit together")
+        if not self.is_sound():
+            raise damaged(self.path, "does not match its sha256")
+        self._end = np.iinfo(self._ids.dtype).max
+
+    def row(self, sample: int, variant: int) -> Tensor:
+        """Token ids of a caption as the text encoder takes them: int64 (L,). Raises UserError where they are damaged."""
+        first, last = self._file.cut("offsets", sample, sample + 2).tolist()
+        ids = self._file.cut("ids", first, last)
+        ends = [-1, *np.flatnonzero(ids == self._end).tolist()]
+        own = ids[ends[variant] + 1 : ends[variant + 1]] if variant + 1 < len(ends) else None
+        if own is None or len(ids) != last - first or own.max(initial=0) >= len(self._tokenizer):
+            raise damaged(self.path, f"is damaged at sample {sample}")
+        return assemble(self._tokenizer, [own.tolist()], self.length)[0]
+
+    def over_length(self) -> int:
+        """Captions that the text encoder will not see whole."""
+        over, last = 0, -1
+        for first in range(0, len(self._ids), 1 << 22):
+            ends = first + np.flatnonzero(self._ids[first : first + (1 << 22)] == self._end)
+            over += int((np.diff(ends, prepend=last) - 1 > self.length - 2).sum())
+            last = ends[-1] if len(ends) else last
+        return over
+
+    def is_sound(self) -> bool:
+        """Whether every byte is the one that was written; reads the file once."""
+        with open(self.path, "rb") as file:
+            return _content_hash(file) == self._metadata.get("sha256")
+
+
+def unsound(path: Path) -> str:
+    """What is wrong with a file of token ids, whichever tokenizer's; "" if it is as it was written. Reads it once."""
+    try:
+        metadata = read_header(path, TOKENS_FORMAT)[1]
+        with open(path, "rb") as file:
+            return "" if _content_hash(file) == metadata.get("sha256") else "does not match its sha256"
+    except (UserError, OSError) as error:
+        return str(error).removeprefix(f"{path} ").partition(";")[0]
+
+
+def view_of(path: Path) -> str:
+    """sha256 of the view a file of token ids belongs to; "" where it cannot be read."""
+    try:
+        return read_header(path, TOKENS_FORMAT)[1].get("view", "")
+    except UserError:
+        return ""
+
+
+def token_files(folder: Path) -> list[Path]:
+    return sorted((folder / "tokens").glob("*.safetensors"))
+
+
+def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], None] = lambda done: None) -> bool:
+    """Tokenize all captions of a cache, unless that is done. One process at a time.
+
+    Args:
+        tokenizer: transformers' CLIPTokenizer.
+        report: is told the samples done, now and then.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        OSError: the disk does not take it; nothing is left behind.
+    """
+    with contextlib.suppress(UserError):
+        Tokens(cache, tokenizer, 2)
+        return False
+    key = tokenizer_hash(tokenizer)
+    path = _path(cache, key)
+    temporary = path.with_name(TEMPORARY + path.name)
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with open(temporary, "w+b") as file:
+            ids = _write_content(file, cache, tokenizer, report)
+            kind = {2: torch.int16, 4: torch.int32}[_kind(tokenizer)().itemsize]
+            about = {"fastsd": TOKENS_FORMAT, "view": cache.sha256, "tokenizer": key, "sha256": _content_hash(file)}
+            shapes = {"offsets": (torch.int64, (len(cache) + 1,)), "ids": (kind, (ids,))}
+            header = safetensors_header(shapes, about, align=_HEADER)
+            assert len(header) == _HEADER
+            file.seek(0)
+            file.write(header)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+    return True
+
+
+def _write_content(file: Any, cache: LatentCache, tokenizer: Any, report: Callable[[int], None]) -> int:
+    """Both tensors, chunk by chunk, each in its place; the number of ids, END included."""
+    kind, samples, done = _kind(tokenizer), len(cache), 0
+    end, first_id = np.iinfo(kind).max, _HEADER + 8 * (samples + 1)
+    file.seek(_HEADER)
+    file.write(bytes(8))
+    for first in range(0, samples, _CHUNK):
+        variants = cache.variants(range(first, min(first + _CHUNK, samples)))
+        rows = ids_of(tokenizer, list(chain.from_iterable(variants)))
+        ids = np.fromiter(chain.from_iterable((*row, end) for row in rows), kind)
+        row_ends = np.cumsum([len(row) + 1 for row in rows], dtype=np.int64)
+        sample_ends = row_ends[np.cumsum([len(texts) for texts in variants]) - 1]
+        file.seek(_HEADER + 8 * (first + 1))
+        file.write(done + sample_ends)
+        file.seek(first_id + done * ids.itemsize)
+        file.write(ids)
+        done += len(ids)
+        report(first + len(variants))
+    return done
+
+
+def _path(cache: LatentCache, key: str) -> Path:
+    return cache.path.parent.parent / "tokens" / f"{cache.path.stem}-{key[:16]}.safetensors"
+
+
+def _kind(tokenizer: Any) -> type[np.unsignedinteger]:
+    return np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
+
+
+def _content_hash(file: Any) -> str:
+    file.seek(_HEADER)
+    return hashlib.file_digest(file, "sha256").hexdigest()
