@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd.cards import CARDS, MATMUL_SHARE, MEMORY_SHARE, Card, Recorder, Work, find_card
-from fastsd.config import Config, StageTable, parse_until
+from fastsd.config import Config, DataTable, StageTable, parse_until
 from fastsd.data import sources
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
@@ -78,8 +78,10 @@ class Need:
 class StagePlan:
     """What one stage needs, at any micro-batch and level of checkpointing. Made by `plan_stage`."""
 
-    def __init__(self, shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None = None) -> None:
-        self.shapes, self.stage, self.device_bytes = shapes, stage, device_bytes
+    def __init__(
+        self, shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None, states: bool
+    ) -> None:  # fmt: skip
+        self.shapes, self.stage, self.device_bytes, self.states = shapes, stage, device_bytes, states
         self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
         self._rehearsals: dict[bool, _Rehearsal] = {}
         self._needs: dict[tuple[int, str], Need] = {}
@@ -96,7 +98,8 @@ class StagePlan:
         if (micro, level) not in self._needs:
             whole = micro == self.stage.batch
             if whole not in self._rehearsals:
-                self._rehearsals[whole] = _Rehearsal(self.shapes, self.stage, self.side, self.ops, 0 if whole else 1)
+                made = _Rehearsal(self.shapes, self.stage, self.side, self.ops, 0 if whole else 1, self.states)
+                self._rehearsals[whole] = made
             self._needs[micro, level] = self._rehearsals[whole].step(micro, level)
         return self._needs[micro, level]
 
@@ -137,7 +140,9 @@ class StagePlan:
         return parts, rehearsal.owners["optimizer state"] + rehearsal.owners["EMA"]
 
 
-def plan_stage(shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None = None) -> StagePlan:
+def plan_stage(
+    shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None = None, states: bool = False
+) -> StagePlan:  # fmt: skip
     """Plan one stage.
 
     Args:
@@ -146,11 +151,12 @@ def plan_stage(shapes: Shapes, stage: StageTable, resolution: int, device_bytes:
         device_bytes: what all tensors of the run together may take: a card's memory less `RESERVED`, or, in a process
             that has its context already, what is free and what its own tensors hold, less `SCRATCH`.
         ops: the table the step will run with; None = TRITON on a GPU, or where there is no Triton REFERENCE on a CPU.
+        states: the text encoder's states are cached, and it takes no memory.
 
     Raises:
         UserError: a resolution that the model cannot have.
     """
-    return StagePlan(shapes, stage, resolution, device_bytes, ops)
+    return StagePlan(shapes, stage, resolution, device_bytes, ops, states)
 
 
 class _Rehearsal:
@@ -158,14 +164,15 @@ class _Rehearsal:
 
     Args:
         micro: images a forward, as a stage has it: what is trained at once (0) needs other gradients than what is added up.
+        states: batches bring the text encoder's states.
 
     Attributes:
         modules: of the model, by part.
         owners: bytes that live as long as the stage.
     """
 
-    def __init__(self, shapes: Shapes, stage: StageTable, side: int, ops: Ops, micro: int) -> None:
-        self._side = side
+    def __init__(self, shapes: Shapes, stage: StageTable, side: int, ops: Ops, micro: int, states: bool) -> None:
+        self._side, self._states = side, states
         # A GPU's tensors are stood for by those of the meta device. A CPU's, which the references look at, must seem to be
         # there: that takes PyTorch's fake tensors, five times as long.
         self._device = torch.device("meta" if ops is TRITON else "cpu")
@@ -176,9 +183,10 @@ class _Rehearsal:
         self._model = empty_model(shapes, _traceable(ops, self._mark))
         self.modules = {"unet": self._model.unet, "text_encoder": self._model.text.module, "vae": self._model.vae.module}
         with self._tracing():
-            for module in self.modules.values():
-                materialize(module, self._device)
-            self._step = Step(self._model, stage.model_copy(update={"micro_batch": micro}), total=1, seed=0)
+            for name, module in self.modules.items():
+                if not (states and name == "text_encoder"):
+                    materialize(module, self._device)
+            self._step = Step(self._model, stage.model_copy(update={"micro_batch": micro}), total=1, seed=0, states=states)
             for name, optimizer in self._step.optimizers.items():  # state is made at first use; this is one
                 part = self._step.parts[name]
                 flat_state(optimizer, part.names, part.layout.views)
@@ -193,13 +201,14 @@ class _Rehearsal:
         self._model.unet.checkpointing, self._step.micro = checkpointing, micro
         self._recorder.operations, self._updates, self._forwards = [], [], []
         with self._without_data:
-            channels, length = self._model.unet.cfg.in_channels, self._model.text.length
+            channels, text = self._model.unet.cfg.in_channels, self._model.text
             latents = torch.empty(micro, channels, self._side, self._side, dtype=torch.float16)
-            ids, positions = (torch.empty(micro, *more, dtype=torch.int64) for more in ((length,), ()))
+            ids, positions = (torch.empty(micro, *more, dtype=torch.int64) for more in ((text.length,), ()))
+            context = torch.empty(micro, text.length, text.width, dtype=torch.float16) if self._states else None
         with self._tracing(), self._recorder:
             self._live.restart()
             before = self._live.now
-            self._step(Batch(latents, ids, positions, []), 0)
+            self._step(Batch(latents, ids, positions, [], context), 0)
         forward, operations = self._forwards[0], self._recorder.operations
         # A step that is fused with the backward has one micro-batch, and no update apart.
         update = len(operations) if self._step.stage.fused_backward else self._updates[0]
@@ -215,8 +224,11 @@ class _Rehearsal:
             self._live.restart()
             before = self._live.now
             latents = torch.empty(count, model.unet.cfg.in_channels, self._side, self._side, device=self._device)
-            ids = torch.empty(count, model.text.length, dtype=torch.int64, device=self._device)
-            model.unet(latents, torch.empty(count, device=self._device), model.text.encode(ids))
+            if self._states:  # they come from an encoder in main memory
+                context = torch.empty(count, model.text.length, model.text.width, device=self._device)
+            else:
+                context = model.text.encode(torch.empty(count, model.text.length, dtype=torch.int64, device=self._device))
+            model.unet(latents, torch.empty(count, device=self._device), context)
             model.vae.decode(latents[:1])
         return self._live.peak - before
 
@@ -282,7 +294,7 @@ def plan(
         raise UserError(f"--vram is {vram:g}; give the card's memory in GB, for example 24")
     shapes, notes = read_shapes(config.model)
     ops = REFERENCE if config.kernels == "reference" else TRITON or REFERENCE
-    images = _count(config.data.folders)
+    images = _count(config.data)
     report: dict[str, Any] = {
         "vram_gib": vram, "reserved_gib": RESERVED / GIB, "notes": notes, "kernels": ops.name,
         "resolution": config.data.resolution, "images": images, "stages": [],
@@ -300,7 +312,8 @@ def plan(
                 "sample_every": 0, "checkpoint_every": 1, "keep_checkpoints": 1}  # fmt: skip
         alike = stage.model_copy(update=same)
         found = next((plan for plan in plans if plan.stage == alike), None)
-        plans.append(found or plan_stage(shapes, alike, config.data.resolution, int(vram * GIB) - RESERVED, ops))
+        room, states = int(vram * GIB) - RESERVED, config.cache.hidden_states
+        plans.append(found or plan_stage(shapes, alike, config.data.resolution, room, ops, states))
         entry = _describe(plans[-1], stage, config.stage_name(i), cards, images)
         report["stages"].append(entry)
         _say_stage(entry, vram, say)
@@ -313,10 +326,10 @@ def plan(
             raise UserError(f"--json is {str(path)!r}: cannot be written ({error.strerror}); name another file") from None
 
 
-def _count(folders: list[str]) -> int | None:
-    """Images in the folders; None where they cannot be read."""
+def _count(data: DataTable) -> int | None:
+    """Images an epoch, before a filter by tag; None where the folders cannot be read."""
     try:
-        return sum(not source.problem for source in sources.scan(folders))
+        return sources.count(data)[1]
     except UserError:
         return None
 
@@ -393,7 +406,10 @@ def _verdict(entry: dict[str, Any], vram: float) -> str:
 
 def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | None) -> dict[str, Any]:
     """Bytes on the disk, at the end or at the fullest moment."""
-    cached = shapes.unet.in_channels * plans[0].side ** 2 * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
+    numbers = shapes.unet.in_channels * plans[0].side ** 2
+    if config.cache.hidden_states:  # of one caption an image
+        numbers += shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
+    cached = numbers * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
     model, _ = plans[0].files()
     # Frozen parts are links to the base's files written once; one checkpoint more exists while the oldest is not yet deleted.
     each = [sum(model[part] for part in plan.stage.train) + plan.files()[1] for plan in plans]

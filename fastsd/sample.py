@@ -66,7 +66,7 @@ def _denoise(model: Model, prompts: list[str], seeds: list[int], table: SampleTa
     device = model.unet.conv_in.weight.device
     count, guided = len(prompts), table.guidance != 1.0
     ids = model.text.tokenize(prompts + [table.negative] * count if guided else prompts)
-    context_BLD = model.text.encode(ids.to(device))
+    context_BLD = model.text.encode(ids.to(model.text.device)).to(device)  # an encoder that training leaves out lies elsewhere
     scheduler = make_sampler(table.sampler, model.scheduler)
     scheduler.set_timesteps(table.steps, device=device)
     shape = (model.unet.cfg.in_channels, side, side)

@@ -104,7 +104,7 @@ class Log:
         loss, weight = run.smooth
         known: dict[str, Any] = {
             "step": run.progress.step, "stage": self.name, "stage_step": run.progress.stage_step,
-            "images": run.progress.images, "epoch": run.progress.images / run.images,
+            "images": run.progress.images, "epoch": run.progress.images / run.images[run.progress.stage],
         }  # fmt: skip
         for i, part in enumerate(self.step.optimizers):  # one lr and one d a trained part; the line shows the first
             lr = learning_rate(self.step.stage, run.progress.stage_step - 1, self.step.total, part)

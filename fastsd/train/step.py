@@ -50,22 +50,23 @@ class Step:
         seed: of noise and timesteps.
         micro: images a forward; None = as the stage says.
         graph: capture the step as a CUDA graph, one per number of images; the results are the same.
+        states: batches bring the text encoder's states; it is no part of the step then, wherever it lies.
         warn: takes a line about something the user should know.
 
     Attributes:
-        parts: all trainable parts by name; those the stage trains have an entry in `optimizers` too.
+        parts: all trainable parts of the step by name; those the stage trains have an entry in `optimizers` too.
         micro: images a forward. Falls to the next smaller divisor of the batch when memory runs out.
     """
 
     def __init__(
         self, model: Model, stage: StageTable, total: int, seed: int, micro: int | None = None, graph: bool = False,
-        warn: Callable[[str], None] = print,
+        states: bool = False, warn: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self.model, self.stage, self.total, self.warn = model, stage, total, warn
         self.micro = micro or stage.micro
         self.device = model.unet.conv_in.weight.device
         self.ops = model.unet.ops
-        self.parts = {name: self._part(name) for name in PARTS}
+        self.parts = {name: self._part(name) for name in PARTS if not (states and name == "text_encoder")}
         self.lrs: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in stage.train}
         self.optimizers: dict[str, FastOptimizer] = {name: self._optimizer(name) for name in stage.train}
         self.objective = Objective(alphas_cumprod(model.scheduler).to(self.device), seed, self.ops)
@@ -83,7 +84,9 @@ class Step:
         """Train on one batch as step number `step` (from 0) of the stage."""
         for name, lr in self.lrs.items():
             lr.fill_(learning_rate(self.stage, step, self.total, name))
-        inputs = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
+        assert (batch.states_BLD is None) == ("text_encoder" in self.parts)
+        text = batch.token_ids_BL if batch.states_BLD is None else batch.states_BLD
+        inputs = batch.latents_BCHW, text, batch.positions_B
         on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
         while True:
             try:
@@ -91,9 +94,12 @@ class Step:
             except torch.OutOfMemoryError as error:
                 self._shrink(str(error).splitlines()[0])
 
-    def _compute(self, latents_BCHW: Tensor, token_ids_BL: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, gradient norm, steps skipped) of one step. Nothing here waits for the device or asks it anything."""
-        loss = self._accumulate(latents_BCHW, token_ids_BL, positions_B)
+    def _compute(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, gradient norm, steps skipped) of one step. Nothing here waits for the device or asks it anything.
+
+        `text_BL`: token ids, or the text encoder's states, which have one dimension more.
+        """
+        loss = self._accumulate(latents_BCHW, text_BL, positions_B)
         if self.stage.fused_backward:
             # Every parameter was stepped when its gradient came.
             norm, skip = torch.stack(self._norms).norm(), self._bad
@@ -109,7 +115,7 @@ class Step:
         self.skipped += skip
         return loss, norm, self.skipped.clone()
 
-    def _accumulate(self, latents_BCHW: Tensor, token_ids_BL: Tensor, positions_B: Tensor) -> Tensor:
+    def _accumulate(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor) -> Tensor:
         """Gradients of the batch's mean loss, one micro-batch at a time; returns that loss."""
         count, trains_text = len(positions_B), "text_encoder" in self.optimizers
         total = torch.zeros((), device=self.device)
@@ -118,8 +124,10 @@ class Step:
             rows = slice(start, start + self.micro)
             latents = self.model.vae.scale(latents_BCHW[rows].float())
             noisy, t_B, target = self.objective.noised(latents, positions_B[rows])
-            with torch.set_grad_enabled(trains_text):
-                context = self.model.text.encode(token_ids_BL[rows])
+            context = text_BL[rows]
+            if context.ndim == 2:
+                with torch.set_grad_enabled(trains_text):
+                    context = self.model.text.encode(context)
             loss = self.objective.loss(self.model.unet(noisy, t_B, context), target) * (len(latents) / count)
             if self.stage.fused_backward:
                 self._bad = ~torch.isfinite(loss.detach())
