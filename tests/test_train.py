@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import job
+from PIL import Image
 from rich.console import Console
 
 from fastsd.commands import cache
@@ -348,3 +349,51 @@ def test_no_device_value_is_read_between_log_rows(tmp_path, tiny_model, images):
         with NoReading():
             for i in range(3):
                 opened.count(step, step(batch, i))
+
+
+def test_images_that_came_in_between_are_said(tmp_path, tiny_model, images):
+    own = shutil.copytree(images, tmp_path / "own")
+    path = job(tmp_path, tiny_model, own, PLAIN)
+    folder, text = run(path)
+    assert "images at the last start" not in text
+    shutil.copy(own / "0003.png", own / "more.png")
+    _, text = run(path, "stage.0.until=6")
+    assert "the cache had 21 images at the last start and has 22: from here on the order is another" in text
+    (own / "more.txt").write_text("another caption")
+    _, text = run(path, "stage.0.until=8")
+    assert "captions or images have changed in the cache since the last start" in text
+    # What an earlier version has not written down had its default.
+    said = json.loads((folder / "config.json").read_text())
+    del said["data"]["crops"], said["stage"][0]["shuffle_tags"], said["cache"]["hidden_states"]
+    (folder / "config.json").write_text(json.dumps(said))
+    assert "resumed at step 8" in run(path, "stage.0.until=9")[1]
+
+
+PLAIN = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\n'
+
+
+def test_buckets_repeats_and_shuffled_tags_resume_exactly(tmp_path, tiny_model, images):
+    """Shapes that change from step to step, mirror images, folders with shares, captions edited on the way."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for i, size in enumerate([(60, 40), (40, 60), (64, 40), (40, 64), (50, 50)]):
+        Image.effect_noise(size, 60).convert("RGB").save(other / f"{i}.png")
+        (other / f"{i}.txt").write_text(f"one, two, three\nvariant, {i}")
+    stage = PLAIN.replace(
+        "until = 4", 'until = "2e"\nshuffle_tags = true\nkeep_tags = 1\ntag_dropout = 0.3\ncheckpoint_every = 2'
+    )
+    path = job(tmp_path, tiny_model, images, stage)
+    keys = [
+        f'data.folders=["{images}", {{ path = "{other}", repeats = 3 }}]', "data.flip=true",
+        "data.buckets={ min = 16, max = 64, step = 8 }", f'cache.dir="{tmp_path / "cache"}"',
+    ]  # fmt: skip
+    folder, text = run(path, *keys)
+    assert "26 at 32 px in 3 sizes, 36 an epoch" in text and "12 steps" in text
+    whole = final(folder)
+    for step in (2, 6, 10):
+        shutil.rmtree(folder / "model")
+        for later in checkpoint.checkpoints(folder / "checkpoints"):
+            if int(later.name.split("-")[1]) > step:
+                shutil.rmtree(later)
+        _, text = run(path, *keys)
+        assert same(final(folder), whole)

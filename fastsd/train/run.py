@@ -17,9 +17,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastsd.config import Config, StageTable, dump_config
+from fastsd.config import Config, StageTable, dump_config, parse_config
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
+from fastsd.data.states import States
+from fastsd.data.tokens import Tokens
 from fastsd.errors import UserError
 from fastsd.model.files import Model, load_model
 from fastsd.model.shapes import Shapes
@@ -68,9 +70,19 @@ class Run:
         self.model: Model = load_model(table, self.ops)
         check_samples(self.model, config)
         self.cache = LatentCache.open(config.cache.dir, view_name(config, self.model.vae.hash))
-        for module in (self.model.unet, self.model.text.module):
+        notes += _compare_images(self.folder / "images.json", self.cache, resumed=found is not None)
+        self.tokens: Tokens | None = None
+        try:
+            self.tokens = Tokens(self.cache, self.model.text.tokenizer, self.model.text.length)
+        except UserError as error:
+            notes.append(f"captions are tokenized on the way: {error}")
+        self.states = States(config.cache, self.cache, self.model.text) if config.cache.hidden_states else None
+        # What the step needs: with states that are cached, no text encoder.
+        self.resident = [self.model.unet, self.model.vae.module] + ([] if self.states else [self.model.text.module])
+        # An epoch of each stage; they differ only where stages divide captions into tags differently.
+        self.images = [self.loader(index).images for index in range(len(config.stage))]
+        for module in self.resident:
             module.to(self.device)
-        self.model.vae.to(self.device, torch.float32)
         replace_file(self.folder / "config.json", dump_config(config))
         saved_at = found[0].stat().st_mtime if found else None
         self.report = Report(self.folder, config.log, self.progress.step, saved_at, console)
@@ -80,17 +92,13 @@ class Run:
         ]
         self.changed: set[str] = set()
 
-    @property
-    def images(self) -> int:
-        return len(self.cache)
-
     def total_steps(self) -> int:
-        return sum(stage.steps(self.images) for stage in self.config.stage)
+        return sum(stage.steps(images) for stage, images in zip(self.config.stage, self.images, strict=True))
 
     def finished(self, index: int) -> bool:
         """Whether a stage needs no more steps. The last one can be made longer, for its end keeps the optimizer's state."""
         here = self.progress
-        longer = here.stage_step < self.config.stage[index].steps(self.images) and "skipped" in self.saved
+        longer = here.stage_step < self.config.stage[index].steps(self.images[index]) and "skipped" in self.saved
         return here.stage > index or (here.stage == index and here.stage_done and not longer)
 
     def start_stage(self, index: int) -> Step:
@@ -104,8 +112,8 @@ class Run:
         said = set_precision(stage.precision, self.model.unet, self.config.deterministic)
         self.report.say(f"{self.config.stage_name(index)}: {said}")
         step = Step(
-            self.model, stage, stage.steps(self.images), self.config.seed, self._micro(index, resumed),
-            graph=self.config.cuda_graph, warn=self.report.warn,
+            self.model, stage, stage.steps(self.images[index]), self.config.seed, self._micro(index, resumed),
+            graph=self.config.cuda_graph, states=self.states is not None, warn=self.report.warn,
         )  # fmt: skip
         if resumed:
             for name, optimizer in step.optimizers.items():
@@ -127,8 +135,11 @@ class Run:
             return stage.micro
         # What is free, and what the model holds of it already: the plan counts the model, too.
         scratch = SCRATCH if self.device.type == "cuda" else 0
-        room = free_memory(self.device) - scratch + sum(p.numel() * p.element_size() for p in self.model.parameters())
-        planned = plan_stage(Shapes.of(self.model), stage, self.config.data.resolution, room, self.ops).largest_micro_batch()
+        held = sum(p.numel() * p.element_size() for module in self.resident for p in module.parameters())
+        room = free_memory(self.device) - scratch + held
+        planned = plan_stage(
+            Shapes.of(self.model), stage, self.config.data.resolution, room, self.ops, states=self.states is not None
+        ).largest_micro_batch()
         if planned == 0:
             raise UserError(
                 f"stage {self.config.stage_name(index)!r} does not fit with one image a forward into {room / 1e9:.1f} GB on "
@@ -138,7 +149,10 @@ class Run:
         return planned
 
     def loader(self, index: int) -> Loader:
-        return Loader(self.cache, self.model.text.tokenize, self.config.seed, self.config.stage[index])
+        return Loader(
+            self.cache, self.model.text.tokenize, self.config.seed, self.config.stage[index],
+            data=self.config.data, origin=self.progress.stage_images, tokens=self.tokens, states=self.states,
+        )  # fmt: skip
 
     def count(self, step: Step, result: StepResult) -> None:
         """One step is done."""
@@ -164,7 +178,8 @@ class Run:
                 state.update({f"{name}|{key}": tensor for key, tensor in own.items()})
         for name, part in step.parts.items():
             state.update({f"{name}@ema/{key}": tensor for key, tensor in part.ema_state().items()})
-        weights = {name: part.state for name, part in step.parts.items()}
+        # A part that the step does without is as it was loaded: nothing takes the place of its weights.
+        weights = dict.fromkeys(PARTS, dict) | {name: part.state for name, part in step.parts.items()}
         folder = self.folder / "checkpoints"
         try:
             self.report.flush()
@@ -225,17 +240,22 @@ class Run:
         config, meta, vae = self.config, self.cache.meta, self.model.vae
         trained = {part for stage in config.stage for part in stage.train}
         counts = {part: sum(p.numel() for p in self.model.part(part).parameters()) for part in sorted(trained)}
-        stages = [f"{config.stage_name(i)}: {_said(s)}, {s.steps(self.images)} steps" for i, s in enumerate(config.stage)]
+        stages = [f"{config.stage_name(i)}: {_said(s)}, {s.steps(self.images[i])} steps" for i, s in enumerate(config.stage)]
+        epochs = " or ".join(str(images) for images in dict.fromkeys(self.images))
+        epoch = f", {epochs} an epoch" if epochs != str(len(self.cache)) else ""
         at = f", resumed at step {self.progress.step}" if self.progress.step else ""
         rejected = f", {meta.rejected} rejected" if meta.rejected else ""
         empty = f", {meta.empty_captions} empty captions" if meta.empty_captions else ""
+        states = ", and the text encoder's states" if self.states else ""
+        sizes = len({group.shape for group in self.cache.groups})
+        shapes = f" in {sizes} sizes" if sizes > 1 else ""
         return {
             "run": f"{self.folder} ({self.total_steps()} steps{at})",
             "kernels": f"{describe_ops(self.ops)} on {_device_name(self.device)}, {memory_gb(self.device):.1f} GB in use",
             "base": config.model.base,
             "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, factor {vae.scaling_factor:g}",
-            "images": f"{self.images} at {config.data.resolution} px{empty}",
-            "cache": f"{meta.cached} of {meta.images} images cached{rejected} ({config.cache.dir})",
+            "images": f"{len(self.cache)} at {config.data.resolution} px{shapes}{epoch}{empty}",
+            "cache": f"{meta.cached} of {meta.images} images cached{rejected}{states} ({config.cache.dir})",
             "trained": ", ".join(f"{part} {count:,}" for part, count in counts.items()) + " parameters",
             "stages": "\n".join(stages),
         }
@@ -243,6 +263,8 @@ class Run:
     def close(self) -> None:
         self.report.close()
         self.cache.close()
+        if self.states:
+            self.states.close()
         self.lock.close()
 
 
@@ -300,7 +322,9 @@ def _compare_with_start(path: Path, config: Config, progress: Progress | None) -
     """Refuse what would break the run, note what changed otherwise since its last start."""
     if progress is None or not path.exists():
         return []
-    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(dump_config(config))
+    # Read as a config: keys that were not there at the time have their defaults.
+    old = json.loads(dump_config(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))))
+    new = json.loads(dump_config(config))
     advice = "put it back, or start a new run with run=FOLDER"
     for table in FIXED:
         if old[table] != new[table]:
@@ -317,6 +341,17 @@ def _compare_with_start(path: Path, config: Config, progress: Progress | None) -
     if len(new["stage"]) <= here:
         raise UserError(f"{path.parent} is in stage {here + 1} and the config has {len(new['stage'])}; {advice}")
     return notes
+
+
+def _compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]:
+    """Note what the order of a run depends on, and say so where it is not that of the last start any more."""
+    now = {"samples": len(latents), "view": latents.sha256}
+    was = json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else now
+    replace_file(path, json.dumps(now))
+    if was["samples"] != now["samples"]:
+        changed = f"the cache had {was['samples']} images at the last start and has {now['samples']}"
+        return [f"{changed}: from here on the order is another"]
+    return [] if was == now else ["captions or images have changed in the cache since the last start"]
 
 
 def _difference(place: str, was: Any, now: Any) -> str:
