@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,47 +17,100 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastsd.config import Config, ModelTable, SampleTable
-from fastsd.data import build, sources, store
+from fastsd.data import build, sources, upkeep
 from fastsd.data.cache import LatentCache, view_name
+from fastsd.data.collect import one_at_a_time
+from fastsd.data.loader import Loader
+from fastsd.data.states import States, write_states
+from fastsd.data.store import Store, disk_errors
+from fastsd.data.tokens import Tokens, write_tokens
 from fastsd.errors import UserError
-from fastsd.model.files import Model, load_model, load_vae
+from fastsd.model.files import Model, load_model, load_text, load_tokenizer, load_vae, locate
 from fastsd.sample import check_samples, generate, grid, read_prompts
 from fastsd.train.checkpoint import checkpoints
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 
 Options = TypeVar("Options", ModelTable, SampleTable)
+REASONS = 8  # why images were rejected, that are told
 PLAIN_SECONDS = 10  # between progress lines when the output is not a terminal
 
 
 def cache(config: Config, console: Console | None = None) -> build.Counts:
-    """Encode what is missing and say what came of it. Raises UserError as `build_cache` does."""
+    """Encode what is missing and say what came of it; under torchrun each process on a GPU of its own.
+
+    Raises UserError as `build_cache` does.
+    """
     console = console or Console()
-    for _ in sources.scan(config.data.folders):  # a wrong folder is said before a model is loaded
-        break
+    data = config.data
+    for _ in sources.scan(data.roots, caption_key=data.caption_key, latents=data.latents):
+        break  # a wrong folder is said before a model is loaded
     device = choose_device(config.device)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     set_precision(config.cache.precision)
-    vae = load_vae(config.model).to(device, COMPUTE_DTYPE[config.cache.precision])
+    vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])
     name = config.model.vae or config.model.base
     _say(
         console,
         f"VAE {name}, {vae.channels} channels, factor {vae.scaling_factor:g}, {config.cache.precision} on {device}",
     )
+    try:
+        tokenizer = load_tokenizer(config.model)[0]
+    except UserError as error:  # training will need it; encoding does not
+        tokenizer = None
+        _say(console, f"note: {error}")
     start = time.perf_counter()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(), console=console, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
-        counts = build.build_cache(config, vae, _live(bar) if console.is_terminal else _plain(console))
+        report = _live(bar) if console.is_terminal else _plain(console)
+        counts = build.build_cache(config, vae, report, lambda line: _say(console, line))
+        if tokenizer:
+            _cache_tokens(config, counts.view, tokenizer, console)
+        if config.cache.hidden_states:
+            _cache_states(config, counts.view, device, report, console)
     seconds = time.perf_counter() - start
     _say(console, f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {counts.encoded} encoded now, "
          f"{counts.latents - counts.encoded} were there ({seconds:.1f} s)")  # fmt: skip
+    if counts.encoded:
+        _say(console, ", ".join(f"{stage} {rate:.1f} img/s" for stage, rate in counts.rates.items()) + ", each by itself")
     if counts.empty_captions:
         _say(console, f'{counts.empty_captions} images have no caption or an empty one; they train as ""')
     if counts.rejected:
-        _say(console, f"{counts.rejected} rejected: " + ", ".join(f"{n} x {why}" for why, n in counts.reasons.items()))
+        _say(console, f"{counts.rejected} rejected:")
+        _say_reasons(console, counts.reasons)
         for example in counts.examples:
             _say(console, f"  {example}")
+        if counts.rejected > len(counts.examples):
+            _say(console, f"  and {counts.rejected - len(counts.examples)} more, in the table `rejected` of cache.sqlite")
     return counts
+
+
+def _say_reasons(console: Console, reasons: dict[str, int]) -> None:
+    """The commonest ones: some tell a place in a file, so there may be as many as files."""
+    for reason, count in list(reasons.items())[:REASONS]:
+        _say(console, f"  {count} x {reason}")
+    if len(reasons) > REASONS:
+        _say(console, f"  and {len(reasons) - REASONS} other reasons")
+
+
+def _cache_tokens(config: Config, view: str, tokenizer: Any, console: Console) -> None:
+    with (
+        Store.open(Path(config.cache.dir), lock="shared") as store,
+        one_at_a_time(store, lambda line: _say(console, line)),
+        disk_errors(store.folder),
+        closing(LatentCache.open(store.folder, view)) as latents,
+    ):
+        write_tokens(latents, tokenizer)
+
+
+def _cache_states(config: Config, view: str, device: torch.device, report: build.Report, console: Console) -> None:
+    text = load_text(config.model, locate(config.model.base, "model.base", config.model.revision))
+    text.module.to(device)
+    with closing(LatentCache.open(config.cache.dir, view)) as latents:
+        made = write_states(config.cache, latents, text, report, lambda line: _say(console, line))
+    _say(console, f"{made.captions} captions, the text encoder's states of {made.encoded} of them encoded now")
 
 
 def _live(bar: Progress) -> build.Report:
@@ -64,7 +120,7 @@ def _live(bar: Progress) -> build.Report:
         task = tasks.get(event.phase)
         if task is None:
             task = tasks[event.phase] = bar.add_task(event.phase, total=event.total or None, speed="")
-        bar.update(task, completed=event.done, speed=f"{event.images_per_second:.1f} img/s")  # type: ignore[arg-type]
+        bar.update(task, completed=event.done, speed=_speed(event))  # type: ignore[arg-type]
 
     return show
 
@@ -76,31 +132,64 @@ def _plain(console: Console) -> build.Report:
         nonlocal last
         if time.monotonic() - last > PLAIN_SECONDS:
             last = time.monotonic()
-            _say(console, f"{event.phase} {event.done}/{event.total or '?'} | {event.images_per_second:.1f} img/s")
+            left = (event.total - event.done) / max(event.images_per_second, 1e-9)
+            eta = f" | ETA {timedelta(seconds=round(left))}" if event.total else ""
+            _say(console, f"{event.phase} {event.done}/{event.total or '?'} | {_speed(event)}{eta}")
 
     return show
+
+
+def _speed(event: build.Progress) -> str:
+    what = "captions" if event.phase == "states" else "img"
+    return f"{event.images_per_second:.1f} {what}/s" + (f" | {event.limit} limits" if event.limit else "")
 
 
 def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, console: Console | None = None) -> None:
     """`fastsd cache` with --verify, --prune or --stats. Raises UserError when the verification finds damage."""
     console = console or Console()
     folder = config.cache.dir
-    problems = store.verify(folder) if verify else []
+    problems = upkeep.verify(folder) if verify else []
     if verify and not problems:
         _say(console, f"{folder}: every latent and view is as its sha256 says")
     if prune:
-        gone = store.prune(folder)
+        gone = upkeep.prune(folder)
         _say(console, f"{folder}: {gone.shards} unused shards deleted, {gone.bytes / 1e6:.1f} MB")
     if stats:
-        found = store.stats(folder)
-        _say(console, f"{folder}: {found.latents} latents in {found.shards} shards, {found.shard_bytes / 1e6:.1f} MB")
-        for name, meta in found.views.items():
-            _say(console, f"  view {name}: {meta.cached} of {meta.images} images at {meta.resolution} px, VAE {meta.vae_name}, "
-                 f"{meta.rejected} rejected, {meta.empty_captions} empty captions")  # fmt: skip
-        for reason, count in found.rejected.items():
-            _say(console, f"  rejected {count} x {reason}")
+        found = upkeep.stats(folder)
+        missing = f", {found.planned} not encoded (rejected since, or caching was interrupted)" if found.planned else ""
+        states = f" and {found.states} states of captions" if found.states else ""
+        size = f"{found.shards} shards, {found.shard_bytes / 1e6:.1f} MB"
+        _say(console, f"{folder}: {found.latents} latents{states} in {size}{missing}")
+        for name, view in found.views.items():
+            _say_view(console, name, view)
+            _say_over_length(config, name, console)
+        for problem in found.damaged:
+            _say(console, f"  damaged: {problem}")
+        if found.rejected:
+            _say(console, f"  {sum(found.rejected.values())} rejected:")
+            _say_reasons(console, found.rejected)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _say_view(console: Console, name: str, view: upkeep.ViewStats) -> None:
+    meta = view.meta
+    versions = f", {meta.versions} latents each" if meta.versions > 1 else ""
+    _say(console, f"  view {name}: {meta.cached} of {meta.images} images{versions}, VAE {meta.vae_name}, "
+         f"{meta.rejected} rejected, {meta.empty_captions} empty captions")  # fmt: skip
+    _say(console, "    sizes: " + ", ".join(f"{size} x {count}" for size, count in view.buckets.items()))
+    channels = ", ".join(f"{mean:+.2f} ± {std:.2f}" for mean, std in zip(view.mean, view.std, strict=True))
+    _say(console, f"    scaled channels, mean ± std over {view.measured} latents: {channels}")
+    if view.warning:
+        _say(console, f"    warning: {view.warning}")
+
+
+def _say_over_length(config: Config, view: str, console: Console) -> None:
+    """How many captions the text encoder will not see whole, where their token ids are cached."""
+    with suppress(UserError), closing(LatentCache.open(config.cache.dir, view)) as latents:
+        tokenizer = load_tokenizer(config.model)[0]
+        tokens = Tokens(latents, tokenizer, tokenizer.model_max_length)
+        _say(console, f"    {tokens.over_length()} captions are longer than {tokens.length} tokens and will be cut")
 
 
 def check(config: Config, console: Console | None = None) -> None:
@@ -120,18 +209,18 @@ def check(config: Config, console: Console | None = None) -> None:
             _say(console, f"wrong {what}")
 
     models: list[Model] = []
-    found: list[sources.Source] = []
+    epoch: list[int] = []
     attempt(
         "device",
         lambda: f"{choose_device(config.device)}, kernels {choose_ops(config.kernels, choose_device(config.device)).name}",
     )
-    attempt("images", lambda: _images(config, found))
+    attempt("images", lambda: _images(config, epoch))
     attempt("model", lambda: _model(config, models))
     if models:
-        attempt("cache", lambda: _cache(config, models[0]))
+        attempt("cache", lambda: _cache(config, models[0], epoch))
         attempt("samples", lambda: check_samples(models[0], config))
     for i, stage in enumerate(config.stage):
-        steps = stage.steps(len(found)) if found else 0
+        steps = stage.steps(epoch[0]) if epoch else 0
         _say(
             console,
             f"ok    {config.stage_name(i)}: {stage.optimizer} on {'+'.join(stage.train)}, {steps} steps of {stage.batch}",
@@ -141,26 +230,29 @@ def check(config: Config, console: Console | None = None) -> None:
         raise UserError("\n".join(problems))
 
 
-def _images(config: Config, found: list[sources.Source]) -> str:
-    found.extend(sources.scan(config.data.folders))
-    return f"{len(found)} in {', '.join(config.data.folders)}"
+def _images(config: Config, epoch: list[int]) -> str:
+    images, repeated = sources.count(config.data)
+    epoch.append(repeated)
+    again = f", {repeated} an epoch" if repeated != images else ""
+    return f"{images} in {', '.join(root.path for root in config.data.roots)}{again}"
 
 
 def _model(config: Config, models: list[Model]) -> str:
     model = load_model(config.model)
     models.append(model)
-    build.check_resolution(config.data.resolution, model.vae.downscale)
-    step = model.vae.downscale * model.unet.cfg.downscale
-    if config.data.resolution % step:
-        low = max(config.data.resolution // step, 1) * step
-        raise UserError(f"data.resolution is {config.data.resolution}, no multiple of {step} as this UNet needs; use {low}")
+    build.check_resolution(config, model.vae.downscale)
+    if not config.data.buckets:  # whose sides may be odd numbers of cells: the UNet's ways down and up remember them
+        build.check_resolution(config, model.vae.downscale * model.unet.cfg.downscale, "UNet")
     parameters = sum(p.numel() for p in model.unet.parameters())
     return f"{config.model.base}, UNet {parameters:,} parameters, VAE factor {model.vae.scaling_factor:g}"
 
 
-def _cache(config: Config, model: Model) -> str:
-    latents = LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))
-    return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
+def _cache(config: Config, model: Model, epoch: list[int]) -> str:
+    with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
+        if config.cache.hidden_states:
+            States(config.cache, latents, model.text).close()
+        epoch[:] = [Loader(latents, model.text.tokenize, config.seed, config.stage[0], data=config.data).images]
+        return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
 
 
 def _room(config: Config, models: list[Model]) -> str:
