@@ -5,6 +5,7 @@
     kernels   the suites under bench/, where the source is
     optim     one optimizer step over the tensors of a UNet, against lion-pytorch, dadaptation and PyTorch
     loader    samples a second from the cache to the step
+    cache     images a second from files to latents, by stage, and the VAE's encoder beside diffusers'
 
 Without a config the UNet has SD1.5's shape and random weights, and the data is made here. Contenders take turns in every round,
 so what the machine does meanwhile happens to all of them; figures are medians, ratios those of medians. What did not run is
@@ -16,12 +17,11 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastsd import counters, peers
+from fastsd import bench_data, counters, peers
 from fastsd.config import Config, StageTable, load_config
-from fastsd.data.cache import LatentCache, view_name
-from fastsd.data.loader import Loader
 from fastsd.errors import UserError
-from fastsd.model.files import load_model, load_text, load_vae, locate
+from fastsd.model.files import load_model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, read_shapes
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import diffusers_state_dict
@@ -375,49 +373,6 @@ def bench_optim(asked: Asked, say: Say) -> Figures:
     }  # fmt: skip
 
 
-def bench_loader(asked: Asked, say: Say) -> Figures:
-    """Samples a second from the cache to the step, which does nothing but take them."""
-    if asked.rate <= 0:
-        raise UserError(f"--rate is {asked.rate:g}; give the images a second of a step")
-    config, count = settings(asked), asked.steps or (8 if asked.small else 32)
-    batch = config.stage[0].batch if asked.config or asked.changed("batch") else 32
-    passes = []
-    with _loader(config, asked) as loader:
-        for p in range(4):
-            with loader.stream(p * count * batch, (p + 1) * count * batch, batch) as stream:
-                passes.append(count * batch / counters.seconds(lambda: list(stream), torch.device("cpu")))
-        row_bytes = loader.cache.get([0])["latents"].nbytes
-        samples = len(loader.cache)
-    # The first pass may read from the disk what the later ones find in memory.
-    table = [["", "samples/s", "MB/s", "ms a batch", f"of a step at {asked.rate:g} img/s"]]
-    rows = []
-    for name, speed in (("first pass", passes[0]), ("later", statistics.median(passes[1:]))):
-        row = {"name": name, "samples_per_s": speed, "mb_per_s": speed * row_bytes / 1e6, "share_of_step": asked.rate / speed}
-        figures = [f"{speed:.4g}", f"{row['mb_per_s']:.3g}", f"{batch / speed * 1e3:.3g}", f"{row['share_of_step']:.1%}"]
-        rows.append(row)
-        table.append([name, *figures])
-    counters.say_table(table, say)
-    say(f"{samples} samples of {row_bytes} bytes, batch {batch}; made ahead of the step, which waits only above 100 %")
-    given = {"batch": batch, "batches": count, "samples": samples, "sample_bytes": row_bytes, "passes": passes}
-    return torch.device("cpu"), {"settings": given, "results": rows, "misses": []}
-
-
-@contextmanager
-def _loader(config: Config, asked: Asked) -> Iterator[Loader]:
-    """The config's loader, or one over a cache that is made and removed here."""
-    stage, model = config.stage[0], config.model
-    with ExitStack() as stack:
-        if asked.config:
-            text, vae = load_text(model, locate(model.base, "model.base", model.revision)), load_vae(model)
-            cache = LatentCache.open(config.cache.dir, view_name(config, vae.hash))
-            loader = Loader(cache, text.tokenize, config.seed, stage)
-        else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastsd-bench-")))
-            loader = peers.made_loader(folder, stage, 256 if asked.small else 8192, config.data.resolution // 8)
-        stack.callback(loader.cache.close)
-        yield loader
-
-
 def run_suites(asked: Asked, say: Say) -> Figures:
     """The kernels' suites of a source tree, by pytest. Raises UserError where there is none, or a suite failed."""
     if not (SUITES / "conftest.py").is_file():
@@ -436,11 +391,8 @@ def run_suites(asked: Asked, say: Say) -> Figures:
     return choose_device("auto"), {"settings": {}, "results": figures, "misses": []}
 
 
-def no_cache(asked: Asked, say: Say) -> Figures:
-    raise UserError("bench cache is not in this version; `fastsd cache CONFIG` tells its own speed")
-
-
 WHAT: dict[str, Callable[[Asked, Say], Figures]] = {
-    "step": bench_step, "memory": bench_memory, "kernels": run_suites, "optim": bench_optim, "loader": bench_loader,
-    "cache": no_cache,
+    "step": bench_step, "memory": bench_memory, "kernels": run_suites, "optim": bench_optim,
+    "loader": lambda asked, say: bench_data.bench_loader(asked, settings(asked), say),
+    "cache": lambda asked, say: bench_data.bench_cache(asked, settings(asked), say),
 }  # fmt: skip

@@ -27,18 +27,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastsd.config import Config, StageTable
 from fastsd.counters import SLOTS
-from fastsd.data.cache import SHARD_ROWS, CacheMeta, LatentCache, freeze, view_name
+from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Batch, Loader
-from fastsd.data.store import Store
 from fastsd.errors import UserError
 from fastsd.model.files import SD15_SCHEDULER, Model
 from fastsd.model.unet import UNet, UNetConfig
@@ -63,7 +60,6 @@ SMALL = UNetConfig(
     sample_size=8,
 )  # fmt: skip
 BATCHES = 3  # different ones, used in turn
-_WORDS = ("a", "photo", "of", "red", "green", "blue", "circle", "square", "star", "on", "white", "with", "soft", "light")
 
 
 class States:
@@ -132,49 +128,13 @@ def cached_batches(config: Config, model: Model, device: torch.device) -> list[B
     """
     stage = config.stage[0]
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as cache:
-        loader = Loader(cache, model.text.tokenize, config.seed, stage)
+        loader = Loader(cache, model.text.tokenize, config.seed, stage, data=config.data)
         batches = [loader.batch(i * stage.batch, stage.batch) for i in range(BATCHES)]
     model.text.module.to(device)
     with torch.no_grad():
         states = [model.text.encode(batch.token_ids_BL.to(device)) for batch in batches]
     model.text = cast(Any, States(torch.cat(states)))
     return [_pinned(batch.latents_BCHW, batch.positions_B, batch.positions_B) for batch in batches]
-
-
-def made_loader(folder: Path, stage: StageTable, samples: int, side: int) -> Loader:
-    """A loader over a cache of random latents (4, side, side) and captions of 20 words, written to an empty folder."""
-    from transformers import CLIPTokenizer
-
-    generator = np.random.default_rng(0)
-    with Store.open(folder, create=True) as store:
-        space = store.space("bench", {"vae": "bench"}, "fp16")
-        for first in range(0, samples, SHARD_ROWS):
-            count = min(SHARD_ROWS, samples - first)
-            with store.transaction():
-                contents = [(first + i).to_bytes(32, "big") for i in range(count)]
-                store.add_shard(space, f"bench-{first}", [4, side, side], contents)
-        shards = store.shards(space)
-        for shard in shards:
-            shard.write_rows([(row, generator.bytes(shard.row_bytes)) for row in range(shard.rows)])
-    captions = [" ".join(generator.choice(_WORDS, 20)).encode() for _ in range(samples)]
-    arrays = {
-        "shard": np.concatenate([np.full(shard.rows, i, np.int32) for i, shard in enumerate(shards)]),
-        "row": np.concatenate([np.arange(shard.rows, dtype=np.int32) for shard in shards]),
-        "caption_offsets": np.cumsum([0, *map(len, captions)]),
-        "captions": np.array(bytearray(b"".join(captions)), np.uint8),
-    }
-    meta = CacheMeta(
-        vae_hash="bench", vae_name="bench", scaling_factor=SD15_SCALING_FACTOR, shift_factor=0.0, channels=4, downscale=8,
-        resolution=8 * side, dtype="fp16", preprocessing={}, folders=[], images=samples, cached=samples, rejected=0,
-        empty_captions=0, latents=samples,
-    )  # fmt: skip
-    freeze(folder, "bench", arrays, [[shard.name, shard.shape] for shard in shards], meta)
-    tokenizer = CLIPTokenizer.from_pretrained(Path(__file__).parent / "demo_assets" / "base" / "tokenizer")
-
-    def tokenize(captions: list[str]) -> Tensor:
-        return tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
-
-    return Loader(LatentCache.open(folder), tokenize, 0, stage)
 
 
 def _pinned(latents_BCHW: Tensor, numbers_B: Tensor, positions_B: Tensor) -> Batch:

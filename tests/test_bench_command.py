@@ -408,7 +408,6 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits():
     [
         ("stpe", "bench 'stpe' is nothing that can be measured; did you mean step?"),
         ("everything", "choose from step, memory, kernels, optim, loader, cache, or name a config"),
-        ("cache", "bench cache is not in this version"),
         ("no.toml", "no.toml: no such config file"),
         ("step --peers apex", "--peers names 'apex'; choose from diffusers, compiled, dadaptation, lion-pytorch, or none"),
         ("--size 100", "data.resolution is 100, no multiple of 64 as this UNet needs; use 64"),

@@ -1,0 +1,330 @@
+"""The latent cache at scale on this machine: many files, kill -9, ten million rows, random reads beside a file per image.
+
+    python bench/cache.py [--only files kills rows reads] [--small] [--folder DIR] [--json FILE]
+
+    files   20,000 JPEG and PNG of mixed sizes through the demo's VAE: speed of every stage; again; after edits
+    kills   2,000 images, 200 times kill -9 at a random moment, then to the end: the same shards as without
+    rows    ten million samples in sparse shards: seconds to open, to the first batch, memory; two world sizes
+    reads   random batches of 64 from 4 GB of 512 px latents, against one .npz and one torch.save file an image, warm and cold
+
+Needs about 20 GB of disk. What must hold is asserted; speeds are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastsd import commands, counters
+from fastsd.bench_data import freeze_made, write_cache
+from fastsd.config import Config, StageTable, parse_config
+from fastsd.data.build import build_cache
+from fastsd.data.cache import SHARD_ROWS, LatentCache
+from fastsd.data.order import Order
+from fastsd.data.rows import row_check
+from fastsd.data.store import Store
+from fastsd.data.upkeep import verify
+from fastsd.model.files import load_vae
+
+DEMO = Path(commands.__file__).parent / "demo_assets" / "base"
+ROW = (4, 64, 64)  # 32 KiB in fp16: a latent of 512 px
+BATCH = 64
+
+
+def job(folder: Path, **cache: Any) -> Config:
+    raw = {
+        "model": {"base": str(DEMO)},
+        "data": {"folders": [str(folder / "images")], "resolution": 64},
+        "cache": {"dir": str(folder / "cache"), "batch": 32} | cache,
+        "stage": [{"train": ["unet"], "until": 1}],
+        "device": "cpu",
+    }
+    return parse_config(raw, "bench")
+
+
+def draw(path: Path, seed: int) -> None:
+    """A smooth picture with grain, of a size and shape of its own, and its caption."""
+    chance = np.random.default_rng(seed)
+    width, height = (int(side) for side in chance.integers(64, 640, 2))
+    small = Image.fromarray(chance.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    grain = chance.integers(-8, 8, (height, width, 1))
+    image = Image.fromarray((np.asarray(small) + grain).clip(0, 255).astype(np.uint8))
+    image.save(path, **({"quality": 90} if path.suffix == ".jpg" else {"compress_level": 1}))
+    path.with_suffix(".txt").write_text(f"picture, number {seed}")
+
+
+def draw_some(folder: Path, numbers: range) -> None:
+    for i in numbers:
+        place = folder / "images" / f"{i // 1000:03}"
+        place.mkdir(parents=True, exist_ok=True)
+        draw(place / f"{i:06}.{'jpg' if i % 2 else 'png'}", i)
+
+
+def draw_all(folder: Path, count: int) -> None:
+    parts = [range(first, min(first + 500, count)) for first in range(0, count, 500)]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(draw_some, itertools.repeat(folder), parts))
+
+
+def files(folder: Path, small: bool) -> dict[str, Any]:
+    count = 300 if small else 20_000
+    draw_all(folder, count)
+    config, figures = job(folder), {"images": count}
+
+    def cached(name: str) -> Any:
+        start = time.perf_counter()
+        counts = commands.cache(config)
+        figures[name] = {"seconds": time.perf_counter() - start, "encoded": counts.encoded, "img_per_s": counts.rates}
+        return counts
+
+    first = cached("first run")
+    assert first.encoded == first.cached == count and first.rejected == 0
+    assert cached("second run").encoded == 0
+    places = sorted((folder / "images").rglob("*.jpg"))
+    for i in range(3):
+        draw(places[i], count + i)
+    for i in range(5):
+        draw(folder / "images" / f"new-{i}.png", count + 10 + i)
+    for path in places[10:17]:
+        for old in (path, path.with_suffix(".txt")):
+            old.rename(old.with_stem(f"renamed-{old.stem}"))
+    for path in places[20:22]:
+        path.unlink()
+    edited = cached("3 edited, 5 new, 7 renamed, 2 deleted")
+    assert (edited.encoded, edited.cached) == (8, count + 3), edited
+    return figures
+
+
+def kills(folder: Path, small: bool) -> dict[str, Any]:
+    count, wanted = (120, 8) if small else (2000, 200)
+    draw_all(folder, count)
+    config = job(folder, batch=4, workers=2)
+    torch.set_num_threads(1)  # a forked process must not find locks of threads it does not have
+    vae = load_vae(config.model)
+    start = time.perf_counter()
+    view = build_cache(config, vae).view
+    whole = time.perf_counter() - start
+    made = {path.relative_to(folder): path.read_bytes() for path in (folder / "cache").glob("*s/*.safetensors")}
+    shutil.rmtree(folder / "cache")
+    chance, killed = random.Random(0), 0
+    # Moments are spread over looking through the folders, planning and a few blocks of encoding.
+    reach = 0.3 + whole / wanted
+    while killed < wanted:
+        moment, child = chance.uniform(0, reach), os.fork()
+        if child == 0:
+            build_cache(config, vae)
+            os._exit(0)
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] != 0
+    left = build_cache(config, vae)
+    again = {path.relative_to(folder): path.read_bytes() for path in (folder / "cache").glob("*s/*.safetensors")}
+    latents = LatentCache.open(folder / "cache", view)
+    captions = latents.captions(range(len(latents)))
+    assert len(set(captions)) == len(captions) == count, "lost or twice"
+    assert {path: data for path, data in again.items() if "shards" in path.parts} == {
+        path: data for path, data in made.items() if "shards" in path.parts
+    }, "shards differ"
+    assert again == made and verify(folder / "cache") == []
+    return {"images": count, "kills": killed, "left to the last run": left.encoded, "shards equal": True}
+
+
+def rows(folder: Path, small: bool) -> dict[str, Any]:
+    count = 100_000 if small else 10_000_000
+    start = time.perf_counter()
+    made_rows(folder / "cache", count)
+    written = time.perf_counter() - start
+    code = "import sys; from pathlib import Path; import cache; cache.open_rows(Path(sys.argv[1]))"
+    ran = subprocess.run([sys.executable, "-c", code, str(folder / "cache")], cwd=Path(__file__).parent, text=True,
+                         capture_output=True, check=False)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    figures = {"rows": count, "seconds to write the index": written, **json.loads(ran.stdout)}
+    shares = parse_config({"model": {"base": "x"}, "data": {"folders": ["a"]}, "stage": [{"train": ["unet"], "until": 1}]}, "x")
+    latents = LatentCache.open(folder / "cache")
+    order = Order(latents.groups, shares.data.roots, 0, batch=BATCH)
+    steps = [0, 1, 2, count // BATCH - 1, count // BATCH, 3 * count // BATCH] + list(range(1000, 1032))
+    start = time.perf_counter()
+    for step in steps:
+        whole = order.batch(step * BATCH, BATCH)
+        assert len(whole) == BATCH and int(whole.max()) < count
+    figures["ms for the order of a batch at random places"] = (time.perf_counter() - start) / len(steps) * 1e3
+    return figures
+
+
+def made_rows(folder: Path, count: int) -> None:
+    """A cache whose index is real and whose shards are holes: every row is zeros."""
+    zeros = bytes(32768)
+    shards = []
+    with Store.open(folder, create=True) as store:
+        space = store.space("made", {"vae": "made"}, "fp16")
+        for first in range(0, count, SHARD_ROWS):
+            with store.transaction():
+                store.db.execute(
+                    "INSERT INTO shard (space, name, rows, shape) VALUES (?, ?, ?, ?)",
+                    (space, f"made-{first}", min(SHARD_ROWS, count - first), json.dumps(ROW)),
+                )
+        fallocate, os.posix_fallocate = os.posix_fallocate, lambda *arguments: None
+        try:
+            for shard in store.shards(space):
+                shard.create()
+                shards.append([shard.name, shard.shape])
+        finally:
+            os.posix_fallocate = fallocate
+    number = np.arange(count, dtype=np.int64)
+    texts = np.char.add("a picture, number ", number.astype(str)).astype(bytes)
+    arrays = {
+        "shard": (number // SHARD_ROWS).astype(np.int32),
+        "row": (number % SHARD_ROWS).astype(np.int32),
+        "check": np.full(count, row_check(zeros)),
+        "caption_offsets": np.concatenate([[0], np.cumsum(np.char.str_len(texts))]).astype(np.int64),
+        "captions": np.frombuffer(b"".join(texts.tolist()), np.uint8),
+    }
+    freeze_made(folder, ROW, arrays, shards)
+
+
+def open_rows(folder: Path) -> None:
+    """In a process of its own: the loader opened, its first batches, and what memory it takes; by two world sizes."""
+    import psutil
+
+    from fastsd.data.loader import Loader
+
+    before = psutil.Process().memory_info().rss
+    stage = StageTable(train=["unet"], until=1, batch=BATCH)
+    tokenize = lambda captions: torch.zeros(len(captions), 77, dtype=torch.int64)  # noqa: E731
+    start = time.perf_counter()
+    latents = LatentCache.open(folder)
+    alone = Loader(latents, tokenize, 0, stage)
+    opened = time.perf_counter()
+    alone.batch(0, BATCH)
+    first = time.perf_counter()
+    starts = [*range(0, 20 * BATCH, BATCH), len(latents) // BATCH * BATCH, 2 * len(latents) // BATCH * BATCH]
+    for world in (2, 8):
+        loaders = [Loader(latents, tokenize, 0, stage, rank=rank, world=world) for rank in range(world)]
+        for at in starts:
+            parts = [loader.batch(at, BATCH) for loader in loaders]
+            whole = alone.batch(at, BATCH)
+            assert torch.equal(torch.cat([part.positions_B for part in parts]), whole.positions_B)
+            assert [caption for part in parts for caption in part.captions] == whole.captions
+    resident = psutil.Process().memory_info().rss
+    figures = {"seconds to open": opened - start, "seconds to the first batch": first - opened, "resident MB": resident / 1e6,
+               "of which libraries": before / 1e6, "global batches equal for worlds of 1, 2, 8": True}  # fmt: skip
+    print(json.dumps(figures))
+
+
+def reads(folder: Path, small: bool) -> dict[str, Any]:
+    count, batches = (2048, 8) if small else (131_072, 100)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_reads(folder, count)
+    latents, chance = LatentCache.open(folder / "cache"), np.random.default_rng(1)
+
+    def npz(i: int) -> torch.Tensor:
+        with np.load(folder / f"npz/{i // 1000}/{i}.npz") as file:
+            return torch.from_numpy(file["latents"])
+
+    def pt(i: int) -> torch.Tensor:
+        return torch.load(folder / f"pt/{i // 1000}/{i}.pt")
+
+    threads = ThreadPoolExecutor(8)
+    ways = {
+        "ours": lambda some: latents.get(some)["latents"],
+        "npz": lambda some: torch.stack([npz(i) for i in some]),
+        "torch.load": lambda some: torch.stack([pt(i) for i in some]),
+        "npz, 8 threads": lambda some: torch.stack(list(threads.map(npz, some))),
+        "torch.load, 8 threads": lambda some: torch.stack(list(threads.map(pt, some))),
+    }
+    figures: dict[str, Any] = {"samples": count, "gb": count * 32768 / 1e9, "cold by": dropped()}
+    some = chance.integers(0, count, BATCH).tolist()
+    assert torch.equal(ways["ours"](some), ways["npz"](some)) and torch.equal(ways["ours"](some), ways["torch.load"](some))
+    known = chance.choice(count, min(count, 8192), replace=False)  # what is in memory when it is warm
+    for cold in (True, False):
+        speeds: dict[str, list[float]] = {name: [] for name in ways}
+        for round_, (name, way) in itertools.product(range(3), ways.items()):
+            if cold:
+                dropped()
+            elif round_ == 0:
+                for some in np.array_split(known, len(known) // BATCH):
+                    way(some.tolist())
+            share = batches if name == "ours" or not cold else max(batches // 4, 1)
+            picked = [chance.choice(count if cold else known, BATCH).tolist() for _ in range(share)]
+            start = time.perf_counter()
+            for some in picked:
+                way(some)
+            speeds[name].append(share * BATCH / (time.perf_counter() - start))
+        medians = {name: statistics.median(values) for name, values in speeds.items()}
+        ratios = {name: medians["ours"] / value for name, value in medians.items()}
+        figures["cold" if cold else "warm"] = {"samples_per_s": medians, "ours over": ratios}
+    return figures
+
+
+def made_reads(folder: Path, count: int) -> None:
+    """The same random latents as a cache, as .npz and as torch.save files, a thousand a folder."""
+
+    def rows() -> Iterator[bytes]:
+        chance = torch.Generator().manual_seed(0)
+        for i in range(count):
+            for kind in ("npz", "pt") if i % 1000 == 0 else ():
+                (folder / f"{kind}/{i // 1000}").mkdir(parents=True)
+            latent = torch.randn(ROW, generator=chance).half()
+            np.savez(folder / f"npz/{i // 1000}/{i}.npz", latents=latent.numpy())
+            torch.save(latent, folder / f"pt/{i // 1000}/{i}.pt")
+            yield latent.numpy().tobytes()
+
+    write_cache(folder / "cache", ROW, rows(), [b""] * count).close()
+
+
+def dropped() -> str:
+    """Empty the page cache, names of files included; "" where that is not allowed, and the cold figures are warm ones."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    except OSError:
+        return ""
+    return "drop_caches"
+
+
+PARTS = {"files": files, "kills": kills, "rows": rows, "reads": reads}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--small", action="store_true", help="shows in seconds that everything runs")
+    parser.add_argument("--folder", type=Path, help="working folder; default: a temporary one, deleted at the end")
+    parser.add_argument("--json", type=Path, help="write the figures here too, beside those of other parts")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists():
+        figures = json.loads(arguments.json.read_text())
+    for name in arguments.only:
+        folder = Path(tempfile.mkdtemp(prefix=f"fastsd-cache-{name}-", dir=arguments.folder))
+        try:
+            figures[name] = {"stamp": counters.stamp(torch.device("cpu")), **PARTS[name](folder / "data", arguments.small)}
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        print(name, json.dumps(figures[name], indent=1), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
