@@ -1,12 +1,13 @@
 """Everything that a machine with a GPU is asked for, in one visit: the tests on the device, all benchmarks, the goals.
 
-    python bench/gpu.py [--only tests attention norms optimizers noise steps] [--limit SECONDS] [--batch 8] [--steps a b c d e]
+    python bench/gpu.py [--only tests attention norms optimizers noise vae steps] [--limit SECONDS] [--batch 8]
+                        [--steps a b c d e]
 
-Writes OUT/kernels-<gpu>.json and, of whole steps, OUT/steps-<gpu>.json: stamp, outcome of each part, every figure, every goal
-with what it is held against.  What fails, is refused or falls short is in them, too; after a failed test the benchmarks still
-run.  A file is whole after each part, and a part cut off by --limit leaves what it had.  Another visit to the same GPU with
-the same sources, versions and batch adds to a file; else it starts anew.  A visit that was killed leaves lines beside the
-file, which the next takes in.
+Writes OUT/kernels-<gpu>.json, OUT/steps-<gpu>.json of whole steps and OUT/vae-<gpu>.json of the VAE's encoder: stamp, outcome
+of each part, every figure, every goal with what it is held against.  What fails, is refused or falls short is in them, too;
+after a failed test the benchmarks still run.  A file is whole after each part; a part cut off by --limit leaves what it had.
+Another visit to the same GPU with the same sources, versions and batch adds to a file; else it starts anew.  A visit that was
+killed leaves lines beside the file, which the next takes in.
 
 Compiling takes longer than measuring.  So the files of tests run side by side, and the kernels of a suite are compiled by
 several processes into Triton's cache before one process alone times them.
@@ -45,8 +46,11 @@ PARTS = {
     "norms": ["bench/bench_norms.py"],
     "optimizers": ["bench/bench_optimizers.py"],
     "noise": ["bench/bench_noise.py"],
+    "vae": ["bench/vae.py"],
     "steps": ["bench/steps.py"],
 }
+# Programs of their own, each with a file of its own; the rest are pytest's.
+SCRIPTS = ("vae", "steps")
 COMPILED_FIRST = ("attention", "norms")
 PYTEST = ("-m", "pytest")
 # Of files whose other tests are a CPU's: what pytest selects by this.
@@ -55,7 +59,7 @@ ON_GPU = {"tests/test_bench_command.py": "cuda"}
 OPTIONAL = {
     "lion_pytorch": "lion-pytorch is left out",
     "dadaptation": "dadaptation is left out, and so is the goal that names it",
-    "diffusers": "there are no whole steps",
+    "diffusers": "there are no whole steps, and no VAE",
     "pytest_timeout": "a test that hangs is cut off by --limit alone",
 }
 
@@ -130,9 +134,10 @@ def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None,
 def run_part(name: str, lines: Path, options: argparse.Namespace, end: float | None) -> tuple[int | None, float]:
     """A part of `PARTS`, its outcomes going to `lines`: as `run`."""
     noting = ["-p", "outcomes", "--outcomes", str(lines)]
-    if name == "steps":
+    if name in SCRIPTS:
         small = ["--small", "--rounds", "1"] if options.small else []
-        return run([[*PARTS[name], "--lines", str(lines), "--only", *options.steps, *small]], end)
+        chosen = ["--only", *options.steps] if name == "steps" else []
+        return run([[*PARTS[name], "--lines", str(lines), *chosen, *small]], end)
     if name == "tests":
         chosen = [[*noting, *_selected(ON_GPU.get(file), options.k), file] for file in PARTS[name]]
         return run([[*PYTEST, *arguments] for arguments in chosen], end)
@@ -205,6 +210,10 @@ def write_result(result: dict[str, Any], path: Path) -> None:
 
 def _judges(path: Path) -> tuple[Any, Any]:
     """(goals, table) of the records in a file."""
+    if path.name.startswith("vae-"):
+        from vae import vae_table, vae_verdicts
+
+        return vae_verdicts, vae_table
     from verdicts import step_table, step_verdicts, table, verdicts
 
     return (step_verdicts, step_table) if path.name.startswith("steps-") else (verdicts, table)
@@ -247,14 +256,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-k", metavar="EXPRESSION", help="of each part only what pytest selects by this")
     parser.add_argument("--compiled", action="store_true", help="torch.compile's norms and GEGLU as a peer, too")
     parser.add_argument("--steps", nargs="+", choices="abcde", default=list("abcde"), help="of whole steps these parts alone")
-    parser.add_argument("--small", action="store_true", help="whole steps of a tiny model: a trial, and no figures")
+    parser.add_argument("--small", action="store_true", help="whole steps and VAE of a tiny model: a trial, and no figures")
     options = parser.parse_args(arguments)
     import torch
 
     if not torch.cuda.is_available():
         print("No CUDA device: these are measurements of a GPU; `pytest bench` runs on any machine.", file=sys.stderr)
         return 2
-    if options.only != ["steps"] and importlib.util.find_spec("pytest_benchmark") is None:
+    if not {*options.only} <= {*SCRIPTS} and importlib.util.find_spec("pytest_benchmark") is None:
         print("pytest-benchmark is missing: `pip install pytest-benchmark`.", file=sys.stderr)
         return 2
     for module, words in OPTIONAL.items():
@@ -270,9 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "tests" and options.skip_tests:
             continue
         print(f"\n== {name}", flush=True)
-        path = options.out / f"{'steps' if name == 'steps' else 'kernels'}-{gpu}.json"
+        path = options.out / f"{name if name in SCRIPTS else 'kernels'}-{gpu}.json"
         if path not in results:
-            asked = {"small": options.small} if name == "steps" else {"batch": options.batch}
+            asked = {"small": options.small} if name in SCRIPTS else {"batch": options.batch}
             results[path] = open_result(path, {**stamp, **asked})
             write_result(results[path], path)
         lines = path.with_suffix(f".{name}.jsonl")

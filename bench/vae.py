@@ -1,0 +1,189 @@
+"""The VAE's encoder, ours beside diffusers', in turn in one process: images a second, share of a matmul's rate, memory.
+
+    python bench/vae.py [--precision fp32 bf16] [--batch N ...] [--resolution 512] [--rounds 5] [--small] [--json FILE]
+
+    fastsd          as `fastsd cache` encodes
+    diffusers       AutoencoderKL as its user runs it: contiguous tensors, eager
+    channels last   the same with weights and images channels last
+    compiled        that, its encoder by torch.compile; on a GPU, at the first batch alone
+
+SD1.5's and SDXL's VAE have one shape; weights are random. Nothing is timed that computes something else: `error`, of the mean,
+is relative to diffusers' fp32, and ours may be 1e-4 in fp32 and in bf16 twice that of diffusers' bf16. FLOPs are those of the
+matmuls and convolutions asked for. A share is of a square matmul's rate in the same precision, measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from verdicts import Verdict
+
+from fastsd import counters
+from fastsd.model.shapes import SD15_VAE
+from fastsd.model.vae import Vae
+from fastsd.storage import replace_file
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+
+Record = dict[str, Any]
+SMALL = {
+    **SD15_VAE, "block_out_channels": [32, 64], "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}  # fmt: skip
+OURS, THEIRS, LAST, COMPILED = "fastsd", "diffusers", "channels last", "compiled"
+
+
+def encoders(module: Any, dtype: torch.dtype, device: torch.device, compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Contenders, ours first: fp32 images on the device -> the raw mean."""
+    plain = copy.deepcopy(module).to(device=device, dtype=dtype)
+    vae = Vae(copy.deepcopy(module), "random weights", choose_ops("auto", device)).to(device, dtype)
+
+    def theirs(module: Any, layout: torch.memory_format, images: Tensor) -> Tensor:
+        return module.encode(images.to(dtype=dtype, memory_format=layout)).latent_dist.mean
+
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        OURS: vae.encode,
+        THEIRS: partial(theirs, plain, torch.contiguous_format),
+        LAST: partial(theirs, vae.module, torch.channels_last),
+    }
+    if compiled:
+        other = copy.deepcopy(vae.module)
+        other.encoder = torch.compile(other.encoder)
+        found[COMPILED] = partial(theirs, other, torch.channels_last)
+    return found
+
+
+def random_vae(small: bool) -> Any:
+    """An AutoencoderKL without its decoder."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    module = AutoencoderKL.from_config(SMALL if small else SD15_VAE).eval().requires_grad_(False)
+    module.decoder = None
+    return module
+
+
+def flops(small: bool, resolution: int) -> int:
+    """Of one image, counted without computing."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        random_vae(small).encode(torch.empty(1, 3, resolution, resolution))
+    return counter.get_total_flops()
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def measure(precision: str, batch: int, first: bool, asked: argparse.Namespace) -> list[Record]:
+    """A record a contender. Raises AssertionError if ours computes something else than diffusers'."""
+    device = choose_device("auto")
+    switches, module = set_precision(precision), random_vae(asked.small)
+    contenders = encoders(module, COMPUTE_DTYPE[precision], device, first and device.type == "cuda")
+    images = torch.rand(batch, 3, asked.resolution, asked.resolution, device=device) * 2 - 1
+    turns: dict[str, counters.Turn] = {}
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        truth = module.to(device).encode(images[:1]).latent_dist.mean
+        for name, encode in contenders.items():
+            run = partial(encode, images)
+            error = distance(run()[:1], truth)
+            rows.append({"name": name, "error": error, "peak_gb": counters.rise(run, device) / 1e9})
+            turns[name] = run, nullcontext
+        ours, theirs = rows[0]["error"], rows[1]["error"]
+        assert ours <= (2 * theirs if precision == "bf16" else 1e-4), f"an error of {ours:.1e}, and diffusers' is {theirs:.1e}"
+        order = counters.in_turns(turns, asked.rounds, device)
+    rate, work = counters.matmul_rate(device, precision, asked.small), flops(asked.small, asked.resolution)
+    same = {"device": counters.device_name(device), "gpu": device.type == "cuda", "small": asked.small, "switches": switches}
+    same |= {"tflop_per_image": work / 1e12, "matmul_tflop_per_s": rate / 1e12}
+    records = []
+    for row in rows:
+        counters.put_times(row, order, rows[0])
+        speed = 1e3 * batch / row["ms"]["median"]
+        kind = {
+            "op": "vae",
+            "kind": f"batch {batch}, {asked.resolution} px",
+            "mode": precision,
+            "implementation": row.pop("name"),
+        }
+        figures = {"img_per_s": speed, "tflop_per_s": speed * work / 1e12, "share_of_matmul": speed * work / rate}
+        records.append({**kind, **same, **row, **figures})
+    return records
+
+
+def vae_verdicts(records: Sequence[Record]) -> list[Verdict]:
+    """Every goal of the encoder: ratios at the worst batch, the share at the best. What a tiny one did counts for nothing."""
+    real = [r for r in records if not r["small"]]
+    gpu = not real or real[0]["gpu"]
+    found = []
+    for mode, at_least in (("fp32", 1.0), ("bf16", 2.0 if gpu else 1.0)):
+        ratios = [(r["times"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == (mode, THEIRS)]
+        found.append(_verdict(f"VAE {mode}, encoding over diffusers", at_least, min(ratios, default=None)))
+    shares = [(r["share_of_matmul"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == ("bf16", OURS)]
+    return [*found, *([_verdict("VAE bf16, share of a matmul's rate", 0.4, max(shares, default=None))] if gpu else [])]
+
+
+def _verdict(goal: str, at_least: float, found: tuple[float, str] | None) -> Verdict:
+    figure, kind = found or (None, "")
+    return Verdict(goal, at_least, figure, None if figure is None else figure >= at_least, kind)
+
+
+def vae_table(records: Sequence[Record]) -> list[str]:
+    """A line a record; `x` is how much longer it takes than ours."""
+    return [
+        f"vae {r['mode']} {r['kind']:18} {r['implementation']:13} {r['img_per_s']:8.3f} img/s {r['ms']['median']:8.1f} ms"
+        f" ({r['ms']['min']:.1f} - {r['ms']['max']:.1f}) {r['tflop_per_s']:7.3f} TFLOP/s {r['share_of_matmul']:4.0%}"
+        f" {r['peak_gb']:6.2f} GB {r['times']:5.2f} x, error {r['error']:.1e}"
+        for r in records
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 1 if anything failed, whatever the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", choices=COMPUTE_DTYPE, default=["bf16", "fp32"])
+    parser.add_argument("--batch", nargs="+", type=int, help="images a call (default: 8 and 1; on a CPU 1)")
+    parser.add_argument("--resolution", type=int, default=512, help="px (default: 512)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, of 4 calls on a GPU (default: 5)")
+    parser.add_argument("--small", action="store_true", help="a tiny encoder, in seconds: these are no figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--lines", type=Path, metavar="FILE", help="append every outcome, as JSON lines")
+    asked = parser.parse_args(arguments)
+    device, records, failed = choose_device("auto"), list[Record](), False
+    for precision in asked.precision:
+        for i, batch in enumerate(asked.batch or ([8, 1] if device.type == "cuda" else [1])):
+            line: dict[str, Any] = {"test": f"vae: {precision}, batch {batch}", "outcome": "passed"}
+            start = time.monotonic()
+            try:
+                line["records"] = measure(precision, batch, i == 0, asked)
+            except Exception:
+                line |= {"outcome": "failed", "message": traceback.format_exc()[-2000:]}
+                failed = True
+            line["seconds"] = round(time.monotonic() - start, 1)
+            records += line.get("records", [])
+            print(line.get("message") or "\n".join(vae_table(line["records"])), flush=True)
+            if asked.lines:
+                with asked.lines.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    goals = vae_verdicts(records)
+    print("\n".join(goal.line() for goal in goals))
+    if asked.json:
+        settings = {"resolution": asked.resolution, "rounds": asked.rounds}
+        result = {"stamp": counters.stamp(device), "settings": settings, "results": records}
+        replace_file(asked.json, json.dumps({**result, "verdicts": [goal._asdict() for goal in goals]}, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
