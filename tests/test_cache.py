@@ -151,6 +151,18 @@ def test_only_what_changed_is_encoded_again(tmp_path):
     assert cache.captions([0]) == ["another caption"]
 
 
+def test_a_large_index_is_read_as_a_small_one_is(tmp_path, monkeypatch):
+    draw_many(tmp_path, 9)
+    build_cache(config(tmp_path), StubVae())
+    order = [5, 0, 8, 8, 3]
+    looks = (lambda cache: cache.get(order)["latents"].tolist(), lambda cache: cache.get(range(9))["latents"].tolist(),
+             lambda cache: cache.captions(order), lambda cache: cache.captions(range(2, 7)))  # fmt: skip
+    mapped = LatentCache.open(tmp_path / "cache")
+    small = [look(mapped) for look in looks]
+    monkeypatch.setattr(rows_module, "_MAPPED", 0)
+    assert [look(LatentCache.open(tmp_path / "cache")) for look in looks] == small
+
+
 def test_the_same_image_twice_is_encoded_once_with_both_captions(tmp_path):
     for name in "ab":
         draw(tmp_path / f"images/{name}.png", 1, f"caption {name}")

@@ -35,6 +35,7 @@ from fastsd.storage import flush_folder, write_safetensors
 LATENTS, STATES = "latents-1", "states-1"
 TENSOR = {LATENTS: "mean", STATES: "states"}  # the one tensor of a shard, by its format
 _OPEN_SHARDS = 256  # well below the 1024 files a process may have open
+_MAPPED = 32 << 20  # bytes of a tensor that may come to lie in memory
 _HASHED = 16 << 20  # bytes of an index in memory while it is hashed
 _READERS = 8  # more threads do not make cold reads faster
 _PER_READER = 4  # rows below which another thread costs more than it brings
@@ -96,26 +97,29 @@ class Frozen:
     def take(self, name: str, index_B: np.ndarray) -> np.ndarray:
         """Entries of a tensor.
 
-        Read, not looked up in the mapping: there each look brings in up to a megabyte around it, to stay until the whole
-        file is in memory.
+        Of a large tensor they are read, not looked up in the mapping: there each look brings in up to a megabyte around it,
+        to stay until the whole file is in memory.
         """
+        if not self._is_large(name):
+            return self.arrays[name][index_B]
         first, last = int(index_B[0]), int(index_B[-1]) + 1
         if np.array_equal(index_B, np.arange(first, last)):
             return self.cut(name, first, last)
         array = self.arrays[name]
-        if not hasattr(os, "pread"):
-            return array[index_B]
         file, size, start = self._file.fileno(), array.itemsize, self._starts[name]
         return self._entries([os.pread(file, size, start + i * size) for i in index_B.tolist()], len(index_B), array.dtype)
 
     def cut(self, name: str, first: int, last: int) -> np.ndarray:
         """Entries [first, last) of a tensor, read as by `take`."""
         array = self.arrays[name]
-        if not hasattr(os, "pread"):
+        if not self._is_large(name):
             return array[first:last]
         size = array.itemsize
         found = os.pread(self._file.fileno(), (last - first) * size, self._starts[name] + first * size)
         return self._entries([found], last - first, array.dtype)
+
+    def _is_large(self, name: str) -> bool:
+        return self.arrays[name].nbytes > _MAPPED and hasattr(os, "pread")
 
     def _entries(self, pieces: list[bytes], count: int, kind: np.dtype[Any]) -> np.ndarray:
         data = b"".join(pieces)
