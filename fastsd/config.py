@@ -90,6 +90,8 @@ class DataTable(Table):
             raise ValueError(f"flip is true and {self.latents} files hold no mirrored latents; remove flip")
         if self.buckets and self.buckets.min > self.resolution:
             raise ValueError(f"buckets.min is {self.buckets.min}, above resolution {self.resolution}; lower it")
+        if self.buckets and self.buckets.max < self.resolution:
+            raise ValueError(f"buckets.max is {self.buckets.max}, below resolution {self.resolution}; raise it")
         for root in self.roots:
             if root.weight is not None and root.repeats != 1:
                 raise ValueError(f"folder {root.path} has repeats and weight; give one of them")

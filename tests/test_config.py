@@ -1,9 +1,11 @@
 """The config: defaults, overrides, and one sentence for everything that is wrong with it."""
 
+import tomllib
+
 import pytest
 
 from fastsd.complaints import FAMILIAR, LATER
-from fastsd.config import Config, dump_config, load_config, parse_until
+from fastsd.config import Config, dump_config, load_config, parse_config, parse_until
 from fastsd.errors import UserError
 
 GOOD = """
@@ -101,6 +103,35 @@ BAD = [
     (GOOD.split("[[stage]]")[0] + "[stage]\ntrain = ['unet']\nuntil = 3\n", "write [[stage]] with two brackets"),
     ("stage = 3\n" + GOOD.split("[[stage]]")[0], "stage is 3 (an int); it must be a list"),
 ]  # fmt: skip
+
+
+BAD_DATA = [
+    ('folders = ["a", { path = "b", repeat = 2 }]', "data.folders is {'path': 'b', 'repeat': 2}; it must be a list of paths"),
+    ('folders = ["a", { path = "b", repeats = 0 }]', "it must be a list of paths"),
+    ('folders = [{ path = "b", repeats = 2, weight = 0.5 }]', "folder b has repeats and weight; give one of them"),
+    ("crops = 2", 'crops is 2 and crop \'centre\': one centre is all there is; use crop = "random"'),
+    ('crop = "left"', "data.crop is 'left'; choose 'centre' or 'random'"),
+    ('latents = "npz"\ncrop = "random"', "latents is 'npz', cut already by another trainer; remove crop"),
+    ('latents = "img_sdxl"\nflip = true', "img_sdxl files hold no mirrored latents; remove flip"),
+    ("buckets = true", "data.buckets is True (a bool); it must be a table"),
+    ("buckets = { mn = 128 }", "data.buckets.mn: unknown key; did you mean min?"),
+    ("buckets = { min_bucket_reso = 128 }", "data.buckets.min_bucket_reso: unknown key; it is called data.buckets.min here"),
+    ("buckets = { min = 100 }", "min is 100, no multiple of step 64; use 64"),
+    ("buckets = { min = 512, max = 256 }", "min is 512 and max 256; min must not be above max"),
+    ("buckets = { min = 576, max = 1024 }", "buckets.min is 576, above resolution 512; lower it"),
+    ("buckets = { max = 448 }", "buckets.max is 448, below resolution 512; raise it"),
+    ("enable_bucket = true", "data.enable_bucket: unknown key; it is called data.buckets here"),
+    ('include = "cat"', "data.include is 'cat' (a str); it must be a list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line, sentence", BAD_DATA, ids=[line[:40] for line, _ in BAD_DATA])
+def test_bad_data(line, sentence):
+    data = {"folders": ["a"]} | tomllib.loads(line)
+    raw = {"model": {"base": "m"}, "data": data, "stage": [{"train": ["unet"], "until": 1}]}
+    with pytest.raises(UserError) as error:
+        parse_config(raw, "job.toml")
+    assert sentence in str(error.value) and str(error.value).startswith("job.toml: data")
 
 
 @pytest.mark.parametrize("text, sentence", BAD, ids=[sentence[:40] for _, sentence in BAD])

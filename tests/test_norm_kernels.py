@@ -176,8 +176,9 @@ def check_group_norm(label, groups, inputs, eps=1e-5, silu=True, reference_input
     check_budget(label, ours, theirs, inputs, reference_inputs=reference_inputs)
 
 
+ALL_KINDS = (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM, *workload.VAE_ENCODER_GROUP_NORM)
 # Kinds that differ in the side alone are one at a side of two.
-GROUP_NORM_KINDS = sorted({kind._replace(side=2) for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM)}, reverse=True)
+GROUP_NORM_KINDS = sorted({kind._replace(side=2) for kind in ALL_KINDS}, reverse=True)
 
 
 @DTYPES
@@ -325,7 +326,7 @@ def test_opcheck():
 def test_every_kind_can_be_noted_with_no_memory_behind_it():
     """As the atlas does: meta tensors, at full size, more than 2^31 elements among them."""
     with torch.device("meta"), recording(89) as notes:
-        for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM):
+        for kind in ALL_KINDS:
             x = torch.empty(16, kind.channels, kind.side, kind.side).to(memory_format=CHANNELS_LAST)
             weight, shift = torch.empty(kind.channels), torch.empty(16, kind.channels) if kind.shift else None
             mean, rstd = group_norm_statistics(x, shift, kind.groups, kind.eps)

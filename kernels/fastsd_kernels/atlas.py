@@ -79,17 +79,19 @@ def _attention() -> Iterator[tuple[str, str, Call]]:
 
 
 def _group_norm() -> Iterator[tuple[str, str, Call]]:
-    for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM):
+    for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM, *workload.VAE_ENCODER_GROUP_NORM):
         for mode, dtype in DTYPES.items():
             x = _meta(BATCH, kind.channels, kind.side, kind.side, dtype=dtype).to(memory_format=torch.channels_last)
-            w, shift = _meta(kind.channels, dtype=dtype), _meta(BATCH, kind.channels, dtype=dtype) if kind.shift else None
+            # The VAE's shifts are sums of biases, kept in fp32.
+            shift_dtype = torch.float32 if kind in workload.VAE_ENCODER_GROUP_NORM else dtype
+            w, shift = _meta(kind.channels, dtype=dtype), _meta(BATCH, kind.channels, dtype=shift_dtype) if kind.shift else None
 
             def call(kind: Any = kind, x: Tensor = x, w: Tensor = w, shift: Tensor | None = shift) -> None:
                 mean, rstd = group_norm.group_norm_statistics(x, shift, kind.groups, kind.eps)
                 group_norm.group_norm_apply(x, mean, rstd, w, w, kind.groups, kind.silu, shift)
                 group_norm.group_norm_backward(x, x, mean, rstd, w, w, kind.groups, kind.silu, shift)
 
-            yield f"{kind.channels}c {kind.side}px", mode, call
+            yield f"{kind.channels}c {kind.side}px{' shifted' if kind.shift else ''}", mode, call
 
 
 def _layer_norm() -> Iterator[tuple[str, str, Call]]:
