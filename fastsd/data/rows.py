@@ -38,7 +38,8 @@ _OPEN_SHARDS = 256  # well below the 1024 files a process may have open
 _MAPPED = 32 << 20  # bytes of a tensor that may come to lie in memory
 _HASHED = 16 << 20  # bytes of an index in memory while it is hashed
 _READERS = 8  # more threads do not make cold reads faster
-_PER_READER = 4  # rows below which another thread costs more than it brings
+# Rows below which another thread costs more than it brings: few where the disk is asked for all of them beforehand.
+_PER_READER = 32 if hasattr(os, "posix_fadvise") else 4
 
 
 def read_header(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, str], int]:
