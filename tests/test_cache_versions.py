@@ -140,6 +140,12 @@ def test_latents_of_other_trainers_are_taken_over(tmp_path, kind):
     cache = LatentCache.open(tmp_path / "cache")
     assert torch.equal(cache.get(range(6))["latents"], torch.from_numpy(latents).half())
     assert cache.captions(range(6)) == [f"caption {i}" for i in range(6)]
+    if not flip:  # the same within a tar
+        with tarfile.open(tmp_path / "set.tar", "w") as tar:
+            for path in sorted((tmp_path / "images").glob("[0-5].*")):
+                tar.add(path, path.name)
+        made = with_data(tmp_path, latents=kind, folders=[str(tmp_path / "set.tar")])
+        assert (again := build_cache(made, StubVae())).cached == 6 and again.encoded == 0
     if flip:
         assert torch.equal(cache.get([2], [1])["latents"][0], torch.from_numpy(latents[2, ..., ::-1].copy()).half())
     assert verify(tmp_path / "cache") == []

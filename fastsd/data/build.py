@@ -138,10 +138,11 @@ class _Build:
     def _check_imported(self) -> None:
         """Whether other trainers' latents look like this VAE's. Raises UserError."""
         kind, found = self.config.data.latents, []
-        few = "SELECT file FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ? FROM sample) = 0"
-        for (path,) in self.db.execute(few, (_EXAMPLES,)):
+        few = "SELECT file, offset, length FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ? FROM sample) = 0"
+        for path, offset, length in self.db.execute(few, (_EXAMPLES,)):
             with contextlib.suppress(Rejected):  # its turn to be named comes
-                mean, _ = imports.read_latent(sources.read_bytes(Source(os.fsdecode(path))), kind)
+                data = sources.read_bytes(Source(os.fsdecode(path), offset=offset, length=length))
+                mean, _ = imports.read_latent(data, kind)
                 found.append(mean.reshape(len(mean), -1))
         if found and len({len(mean) for mean in found}) == 1:
             problem = imports.check_scale(np.concatenate(found, axis=1).std(axis=1).tolist(), self.vae.scaling_factor)
