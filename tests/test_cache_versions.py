@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -93,6 +94,32 @@ def test_random_crops_differ_and_are_the_same_every_time(tmp_path):
     assert more.encoded == 8  # the fourth crop and its mirror image
     again = LatentCache.open(tmp_path / "cache", more.view)
     assert torch.equal(torch.stack([again.get(range(4), [v] * 4)["latents"] for v in range(6)]), versions)
+
+
+def test_switching_mirror_images_on_never_mixes_versions_up(tmp_path):
+    """With `flip` the second version is a mirror image, without it the second crop: whatever was cached before, and how far."""
+    for i in range(4):
+        draw_sized(tmp_path / f"images/{i}.png", 90, 40, seed=i)
+
+    def latents(root, **keys):
+        cache = LatentCache.open(root / "cache", build_cache(with_data(root, crop="random", **keys), StubVae()).view)
+        return torch.stack([cache.get(range(4), [v] * 4)["latents"] for v in range(cache.versions)])
+
+    def interrupted(**keys):
+        class Dies(StubVae):
+            def encode(self, images):
+                raise RuntimeError("gone")
+
+        with pytest.raises(RuntimeError):
+            build_cache(with_data(tmp_path, crop="random", **keys), Dies())
+
+    interrupted(crops=2, flip=True)
+    crops = latents(tmp_path, crops=2)
+    both = latents(tmp_path, crops=2, flip=True)
+    assert torch.equal(both[0::2], crops) and not torch.equal(both[1], crops[1])
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(latents(tmp_path, crops=2, flip=True), both)
+    assert torch.equal(latents(tmp_path, crops=2), crops)
 
 
 def test_tars_and_folders_give_the_same_latents(tmp_path):

@@ -98,7 +98,8 @@ class _Build:
         self.db = store.db
         self.workers = config.cache.workers or _cores()
         self.view = cache.view_name(config, vae.hash)
-        self.versions = config.data.crops * (1 + config.data.flip)
+        self.stored = cache.stored_versions(config.data)
+        self.versions = len(self.stored)
         self.space_name = cache.space_name(config, vae.hash)
         about = {
             "vae": vae.hash,
@@ -155,7 +156,7 @@ class _Build:
             f"SELECT bucket_height AS height, bucket_width AS width, content, {version} AS version FROM sample WHERE reason"
             f" IS NULL AND NOT EXISTS (SELECT 1 FROM latent WHERE space = {self.space} AND latent.content = sample.content"
             f" AND latent.version = {version})"
-            for version in range(self.versions)
+            for version in self.stored
         )
         new = self.db.execute(
             f"SELECT DISTINCT height, width, content, version FROM ({missing}) ORDER BY 1, 2, 3, 4"
@@ -231,13 +232,13 @@ class _Build:
 
     _USED = (
         "FROM sample JOIN latent ON latent.space = ? AND latent.content = sample.content"
-        " WHERE sample.reason IS NULL AND version < ?"
+        " WHERE sample.reason IS NULL AND version IN (SELECT value FROM json_each(?))"
     )
 
     def _index(self, scratch: Path, samples: int) -> tuple[dict[str, np.ndarray], list[Any], list[cache.Group]]:
         """The arrays of the view, in files so that memory stays flat; its shards, numbered in the order of their making; its
         groups."""
-        used = self.db.execute(f"SELECT DISTINCT shard {self._USED}", (self.space, self.versions))
+        used = self.db.execute(f"SELECT DISTINCT shard {self._USED}", (self.space, json.dumps(self.stored)))
         wanted = {shard for (shard,) in used}
         shards = [shard for shard in self.store.shards(self.space) if shard.id in wanted]
         number = {shard.id: i for i, shard in enumerate(shards)}
@@ -255,7 +256,7 @@ class _Build:
             " ORDER BY bucket_height, bucket_width, root, id, version"
         )
         groups: Counter[tuple[int, int, int]] = Counter()
-        cursor = self.db.execute(query, (self.space, self.versions))
+        cursor = self.db.execute(query, (self.space, json.dumps(self.stored)))
         done = at = 0
         while chunk := cursor.fetchmany(self.versions << 14):
             shard, row, check, *group, captions = zip(*chunk, strict=True)

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsd.config import Config
+from fastsd.config import Config, DataTable
 from fastsd.data.rows import LATENTS, Index, Rows, damaged, read_header
 from fastsd.errors import UserError
 
@@ -84,6 +84,12 @@ class Group:
     root: int
     first: int
     count: int
+
+
+def stored_versions(data: DataTable) -> list[int]:
+    """What a view's versions are called in the database, where they keep their names whatever `flip` says: 2 * crop, + 1 for
+    its mirror image."""
+    return [2 * crop + mirrored for crop in range(data.crops) for mirrored in range(1 + data.flip)]
 
 
 def preprocessing(config: Config) -> dict[str, Any]:

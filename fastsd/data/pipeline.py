@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import queue
 import threading
@@ -125,6 +126,7 @@ class Pipeline:
         self.claims = Claims(store.folder)
         self.clock = Clock(workers)
         self.encoded = 0
+        self.wanted = (space, json.dumps(cache.stored_versions(config.data)))
 
     def run(self) -> None:
         """Until nothing is left to do, here or in another process."""
@@ -155,15 +157,15 @@ class Pipeline:
         self.report(Progress("encode", done, total, done / (time.perf_counter() - start), self.clock.limit()))
 
     _WANTED = (
-        "FROM latent WHERE space = ? AND sha256 IS NULL AND EXISTS"
+        "FROM latent WHERE space = ? AND version IN (SELECT value FROM json_each(?)) AND sha256 IS NULL AND EXISTS"
         " (SELECT 1 FROM sample WHERE sample.content = latent.content AND reason IS NULL)"
     )
 
     def _pending(self) -> int:
-        return int(self.store.db.execute(f"SELECT COUNT(*) {self._WANTED}", (self.space,)).fetchone()[0])
+        return int(self.store.db.execute(f"SELECT COUNT(*) {self._WANTED}", self.wanted).fetchone()[0])
 
     def _unfinished(self) -> bool:
-        return bool(self.store.db.execute(f"SELECT EXISTS (SELECT 1 {self._WANTED})", (self.space,)).fetchone()[0])
+        return bool(self.store.db.execute(f"SELECT EXISTS (SELECT 1 {self._WANTED})", self.wanted).fetchone()[0])
 
     def _claimed(self) -> Iterator[_Block]:
         """Fixed blocks of `cache.batch` rows of a shard, less those that are done, not wanted, or in other hands."""
@@ -172,7 +174,8 @@ class Pipeline:
         query = (
             f"SELECT row, version, latent.content, {columns} FROM latent JOIN sample ON sample.id ="
             " (SELECT id FROM sample WHERE sample.content = latent.content AND reason IS NULL ORDER BY id LIMIT 1)"
-            " WHERE space = ? AND shard = ? AND row >= ? AND row < ? AND sha256 IS NULL ORDER BY row"
+            " WHERE space = ? AND version IN (SELECT value FROM json_each(?)) AND shard = ? AND row >= ? AND row < ?"
+            " AND sha256 IS NULL ORDER BY row"
         )
         for shard in self.store.shards(self.space):
             firsts = self.store.db.execute(
@@ -184,7 +187,7 @@ class Pipeline:
                 if not self.claims.take(shard.id, first, batch):
                     continue
                 # Asked for after the claim: another process may have finished the block just before.
-                found = self.store.db.execute(query, (self.space, shard.id, first, first + batch)).fetchall()
+                found = self.store.db.execute(query, (*self.wanted, shard.id, first, first + batch)).fetchall()
                 rows = [
                     _Row(row, version, content, key, Source(_path(file), offset=offset, length=length), width, height)
                     for row, version, content, key, file, offset, length, width, height in found
@@ -215,9 +218,9 @@ class Pipeline:
             found = [mean if row.version == 0 or mirrored is None else mirrored for row in rows]
         else:
             place, found = self.buckets.place(row.width, row.height), []
-            for crop, versions in itertools.groupby(rows, lambda row: row.version >> settings.flip):
+            for crop, versions in itertools.groupby(rows, lambda row: row.version // 2):
                 pixels = decode(data, place, _crop_at(row.content, crop) if settings.crop == "random" else (0.5, 0.5))
-                mirrors = [settings.flip and row.version & 1 for row in versions]
+                mirrors = [row.version % 2 for row in versions]
                 found += [np.ascontiguousarray(pixels[..., ::-1]) if mirror else pixels for mirror in mirrors]
         self.clock.decoded(time.perf_counter() - start, len(rows))
         return found
