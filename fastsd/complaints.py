@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 Tables = Mapping[str, Any]  # a table's name, data.buckets for one within another -> its pydantic model
 
-# Keys a later version fills: (table, key) -> what it is.
-LATER = {
-    ("model", "lora"): "LoRA",
-    ("stage", "lora"): "LoRA",
-    ("stage", "prediction"): "v prediction",
-    ("stage", "loss"): "another loss than the mean square",
-    ("stage", "min_snr"): "min-SNR weighting",
-    ("stage", "zero_snr"): "a zero-terminal-SNR schedule",
-    ("stage", "noise_offset"): "offset noise",
-    ("stage", "timesteps"): "another timestep distribution than the uniform one",
-    ("stage", "state"): "optimizer state carried from stage to stage",
-    ("stage", "reinit"): "re-initialisation of parts",
-    ("stage", "growth_rate"): "D-Lion's guards",
-    ("stage", "d_max"): "D-Lion's guards",
-    ("stage", "freeze_d_after"): "D-Lion's guards",
-}
-LATER_VALUES = {
-    "train": {"lora": "LoRA", "*": "training parts by name pattern"},
-    "schedule": {"cosine": "the cosine schedule", "linear": "the linear schedule", "rex": "the REX schedule"},
-    "until": {"h": "stages that end by the clock", "hours": "stages that end by the clock"},
-}
 # What a key takes that takes several kinds of things.
 KINDS = {
     "folders": 'a list of paths, each a string or { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }',
     "micro_batch": 'a whole number, 0 for the whole batch, or "auto"',
     "lr": "a number above 0, or one for each trained part: { unet = 1e-6, text_encoder = 3e-6 }",
+    "until": 'a number of steps, or "2e", "64000 images", "12h"',
+    "validate.every": 'a number of steps, or "1e", "30m"',
+    "sample_every": 'a number of steps, 0 for never, or "1e", "30m"',
+    "checkpoint_every": 'a number of steps, or "1e", "30m"',
+    "checkpoint_at": 'a list of steps or "1e", "5000 images"',
 }
 # What other trainers call it -> what it is called here.
 # fmt: off
@@ -55,6 +38,18 @@ FAMILIAR = {
     "keep_tokens": "keep_tags", "caption_tag_dropout_rate": "tag_dropout", "caption_separator": "tag_separator",
     "caption_column": "data.caption_key", "cache_latents": "cache.dir", "cache_text_encoder_outputs": "cache.hidden_states",
     "train_unet": "train", "train_text_encoder": "train", "vae_batch_size": "cache.batch", "log_every": "log.every",
+    "lora": "model.lora", "network_dim": "model.lora.rank", "network_alpha": "model.lora.alpha", "lora_rank": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha", "target_modules": "model.lora.targets", "network_weights": "model.lora.file",
+    "prediction": "model.prediction", "prediction_type": "model.prediction", "v_parameterization": "model.prediction",
+    "zero_snr": "model.zero_snr", "zero_terminal_snr": "model.zero_snr", "rescale_betas_zero_snr": "model.zero_snr",
+    "max_token_length": "model.chunks", "loss_type": "loss", "huber_c": "huber_delta", "min_snr": "weighting",
+    "min_snr_gamma": "weighting_gamma", "snr_gamma": "weighting_gamma", "debiased_estimation_loss": "weighting",
+    "p2_gamma": "weighting_gamma", "multires_noise_discount": "pyramid_noise", "ip_noise_gamma": "input_perturbation",
+    "min_timestep": "timestep_range", "max_timestep": "timestep_range", "timestep_sampling": "timesteps",
+    "logit_mean": "timestep_mean", "logit_std": "timestep_std", "masked_loss": "data.masks", "masked_training": "data.masks",
+    "lr_scheduler_num_cycles": "restarts", "lr_scheduler_min_lr_ratio": "lr_floor", "min_lr": "lr_floor",
+    "use_ema": "ema", "ema_decay": "ema", "ema_max_decay": "ema", "num_validation_images": "validate.held_out",
+    "validation_split": "validate.held_out", "validation_steps": "validate.every", "freeze": "train", "unfreeze": "train",
 }
 # fmt: on
 
@@ -72,11 +67,7 @@ def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> l
         for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
             place = f"stage.{i}" if name == "stage" else name
             for key in entry if isinstance(entry, dict) else []:
-                if name == "validate":
-                    problems.append(f"{place}.{key}: validation is not in this version; remove the [validate] table")
-                elif (name, key) in LATER:
-                    problems.append(f"{place}.{key}: {LATER[name, key]} is not in this version; remove this line")
-                elif key not in table.model_fields:
+                if key not in table.model_fields:
                     problems.append(f"{place}.{key}: unknown key{_did_you_mean(key, sorted(table.model_fields), tables)}")
     return problems
 
@@ -98,25 +89,18 @@ def sentence(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"] if part not in ("int", "str", "float"))
     found = item["input"]
     for i, part in enumerate(item["loc"]):
-        if part in KINDS and item["type"] != "value_error":
-            return f"{'.'.join(map(str, item['loc'][: i + 1]))} is {found!r}; it must be {KINDS[str(part)]}"
-    field = str(next((part for part in reversed(item["loc"]) if isinstance(part, str)), ""))
+        here = ".".join(map(str, item["loc"][: i + 1]))
+        kind = KINDS.get(here) or KINDS.get(str(part))
+        if kind and item["type"] not in ("value_error", "missing"):
+            return f"{here} is {found!r}; it must be {kind}"
     if item["type"] == "missing":
         if len(item["loc"]) == 1:
             return f"[{place}] is missing; add that table"
         return f"{place} is missing; add it"
     if place == "stage" and isinstance(found, dict):
         return "stage is one table; stages are a list, write [[stage]] with two brackets"
-    later = LATER_VALUES.get(field, {})
-    word = str(found).strip().lower()
-    for value, what in later.items():
-        if word == value or (value == "*" and ("*" in word or "." in word)):
-            return f"{place} is {found!r}: {what} is not in this version; choose another value"
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
-        for value, what in LATER_VALUES["until"].items():
-            if "until is" in message and re.search(rf"\d\s*{value}'", message):
-                return f"{place}: {message.split(';')[0]}: {what} are not in this version; count in steps, epochs or images"
         return f"{place}: {message}" if place else message
     expected = item["msg"].replace("Input should be ", "").replace("a valid ", "a ").replace("a integer", "a whole number")
     if item["type"] == "literal_error":

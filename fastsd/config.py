@@ -11,22 +11,27 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fastsd.complaints import sentence, unknown_keys
 from fastsd.errors import UserError
-
-Precision = Literal["fp32", "tf32", "bf16"]
-Part = Literal["unet", "text_encoder"]
-
-
-class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from fastsd.stages import Amount, StageTable, Table, parse_amount
 
 
 # fmt: off
+class LoraTable(Table):
+    """Low-rank adapters: every target's weight W becomes W + alpha / rank * up @ down."""
+
+    rank: int = Field(4, ge=1)
+    alpha: float | None = Field(None, gt=0)        # unset = rank, a factor of 1
+    targets: list[str] = Field(["attention"], min_length=1)    # groups or names of linear layers, as in train without the part
+    conv: int = Field(0, ge=0)                     # rank of adapters of the 3x3 convolutions; 0 = none
+    text_encoder: bool = False                     # adapters in the text encoder's targets, too
+    file: str = ""                                 # start from this LoRA (.safetensors, diffusers' names)
+
+
 class ModelTable(Table):
     base: str                                      # diffusers folder, hub id, or one .safetensors in the original SD layout
     vae: str = ""                                  # "" = the base's own; else a folder, hub id or .safetensors file
@@ -34,12 +39,24 @@ class ModelTable(Table):
     revision: str = ""                             # of a base that is a hub id; "" = its default branch
     vae_scaling_factor: float | None = Field(None, gt=0)   # only for a VAE file that comes without its config
     clip_skip: int = Field(0, ge=0)                # 0 = last layer; n = the n-th before it, then the final layer norm
+    chunks: int = Field(1, ge=1, le=8)             # 1 = captions end after 75 tokens; n = n times 75, each encoded by itself
+    prediction: Literal["", "epsilon", "v_prediction"] = ""    # what the UNet tells of x_t; "" = as the base does
+    zero_snr: bool | None = None                   # rescale the noise schedule to end in pure noise; unset = as the base does
+    lora: LoraTable | None = None                  # adapters that train = ["lora"] trains: a table [model.lora]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelTable:
+        if self.zero_snr and self.prediction == "epsilon":
+            advice = 'in pure noise there is nothing to tell; use "v_prediction"'
+            raise ValueError(f'zero_snr is true and prediction "epsilon": {advice}')
+        return self
 
 
 class FolderTable(Table):
     path: str                                      # a folder, searched recursively; a .tar; or a pattern: {00000..00099}.tar
     repeats: int = Field(1, ge=1)                  # how often an epoch has each of its images
     weight: float | None = Field(None, gt=0)       # or its part of an epoch, beside the weights of other folders
+    loss_weight: float = Field(1.0, ge=0)          # of its images' losses
 
 
 class BucketTable(Table):
@@ -72,6 +89,8 @@ class DataTable(Table):
     buckets: BucketTable | None = None             # aspect buckets instead of squares: a table [data.buckets]
     latents: Literal["", "img_sdxl", "img_sdvae", "npz"] = ""   # "" = encode; else take over what another trainer encoded
     caption_key: str = ""                          # in metadata and .json; "" = the first of text, caption, prompt
+    weight_key: str = ""                           # in metadata: a number that an image's loss is multiplied by; "" = none
+    masks: str = ""                                # ending of masks beside images, "-mask.png": white is learned; "" = none
     include: list[str] = []                        # only images with one of these tags
     exclude: list[str] = []                        # no image with one of these tags
 
@@ -122,87 +141,21 @@ class SampleTable(Table):
 
 
 class ValidateTable(Table):
-    """Filled by a later version; until then every key in it is refused by name."""
+    """A loss to compare by: the same images, noise and timesteps every time, before the first step and as often as `every`."""
+
+    held_out: int = Field(0, ge=0)                 # images that are never trained on; 0 = none
+    stabilised: int = Field(0, ge=0)               # images that are, measured the same way: training loss without its noise
+    every: Amount = "1e"                           # between measurements: steps, "1e", "30m"; also where a stage starts or ends
+    bands: int = Field(5, ge=1, le=100)            # equal parts of the timesteps, told apart
+    per_band: int = Field(2, ge=1)                 # timesteps of each image in each band
+    batch: int = Field(8, ge=1)                    # images a forward
+    seed: int = Field(0, ge=0, lt=2**63)           # which images, noise and timesteps
 
 
 class LogTable(Table):
     every: int = Field(10, ge=1)                   # steps between log lines (values are read one line late, never waited for)
     tensorboard: bool = True                       # event files under RUN/tensorboard; RUN/log.jsonl is always written
     wandb: str = ""                                # project name; needs the extra: pip install "fastsd[wandb]"
-
-
-class StageTable(Table):
-    name: str = ""                                 # "" = stage-N; names the stage in logs, checkpoints and overrides
-    train: list[Part] = Field(min_length=1)        # everything else is frozen and costs nothing
-    until: int | str                               # 1000 or "1000 steps" | "2e" or "2 epochs" | "64000 images", of this stage
-    precision: Precision = "fp32"
-    batch: int = Field(32, ge=1)                   # images an optimizer step
-    # Images a forward, a divisor of batch: gradients are accumulated. 0 = batch, "auto" = the most that fits
-    micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
-    # What the backward computes again. ff: the feed-forwards' first matmul, for a third less memory; block: everything, for
-    # very little memory and a third more time. `fastsd plan` has the figures.
-    checkpointing: Literal["none", "ff", "block"] = "none"
-    optimizer: Literal["dlion", "lion", "adamw"] = "dlion"
-    # dlion: 1.0 (a factor on its own d); lion and adamw: must be given. One for all, or { unet = 1e-6, text_encoder = 3e-6 }
-    lr: Annotated[float, Field(gt=0)] | dict[Part, Annotated[float, Field(gt=0)]] | None = None
-    betas: list[float] | None = Field(None, min_length=2, max_length=2)    # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    decoupled_weight_decay: bool = False           # lion: decay by wd * lr / initial lr, as in lion-pytorch
-    d0: float = Field(1e-6, gt=0)                  # dlion's first estimate of the step size
-    schedule: Literal["constant"] = "constant"
-    warmup: int | float = Field(0, ge=0)           # steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
-    fused_backward: bool = False                   # step each parameter as its gradient arrives: no memory for gradients. Needs
-                                                   # micro_batch = batch and no grad_clip
-    ema: float = Field(0.0, ge=0, lt=1)            # decay of an average of the weights, from the stage's start; 0 = none
-    grad_clip: float = Field(0.0, ge=0)            # largest gradient norm over all trained parameters; 0 = no clipping
-    caption_dropout: float = Field(0.0, ge=0, le=1)    # share of captions replaced by ""
-    max_tags: int = Field(0, ge=0)                 # keep the first n tags of a caption; 0 = all
-    tag_separator: str = Field(",", min_length=1)  # what separates tags
-    shuffle_tags: bool = False                     # tags in random order
-    keep_tags: int = Field(0, ge=0)                # the first n tags are neither shuffled nor dropped
-    tag_dropout: float = Field(0.0, ge=0, le=1)    # share of single tags left out
-    shuffle_sentences: bool = False                # sentences, ended by full stops, in random order
-    sample_every: int = Field(0, ge=0)             # steps between sample grids; 0 = only at the end of the stage
-    checkpoint_every: int = Field(1000, ge=1)      # steps; there is always one at the end of the stage
-    keep_checkpoints: int = Field(3, ge=1)         # newest ones kept; stage ends are kept as well
-
-    def rate_of(self, part: str) -> float:
-        """lr of a trained part, with D-Lion's default filled in."""
-        lr = self.lr[part] if isinstance(self.lr, dict) else self.lr  # type: ignore[index]
-        return 1.0 if lr is None else lr
-
-    @property
-    def micro(self) -> int:
-        """Images a forward; what "auto" comes to is for the trainer to find out, here it is the batch."""
-        return self.batch if self.micro_batch in (0, "auto") else int(self.micro_batch)
-
-    def steps(self, images_per_epoch: int) -> int:
-        """Optimizer steps of this stage: `until` counted in steps, epochs or images, rounded up to whole steps."""
-        amount, unit = parse_until(self.until)
-        images = amount * {"steps": self.batch, "epochs": images_per_epoch, "images": 1}[unit]
-        return -(-images // self.batch)
-
-    def warmup_steps(self, total: int) -> int:
-        return int(self.warmup * total) if 0 < self.warmup < 1 else int(self.warmup)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> StageTable:
-        parse_until(self.until)
-        if self.lr is None and self.optimizer != "dlion":
-            raise ValueError(f"lr is missing and {self.optimizer} needs one; write for example lr = 3e-6")
-        if isinstance(self.lr, dict) and set(self.lr) != set(self.train):
-            named = ", ".join(self.lr) or "no part"
-            raise ValueError(f"lr names {named} and train names {', '.join(self.train)}; give each trained part one")
-        if self.fused_backward and (self.batch != self.micro or self.micro_batch == "auto" or self.grad_clip):
-            which = "grad_clip" if self.grad_clip else "micro_batch"
-            raise ValueError(f"fused_backward steps parameters before the last gradient is known; remove {which}, or it")
-        if len(set(self.train)) != len(self.train):
-            raise ValueError(f"train names a part twice: {self.train}; name each once")
-        if self.batch % self.micro:
-            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}; choose a divisor")
-        if self.betas and not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"betas are {list(self.betas)}; both must be at least 0 and below 1")
-        return self
 
 
 class Config(Table):
@@ -235,6 +188,29 @@ class Config(Table):
         return self
 
     @model_validator(mode="after")
+    def _stages_fit(self) -> Config:
+        for i, stage in enumerate(self.stage):
+            name, before = self.stage_name(i), self.stage[i - 1] if i else None
+            if "lora" in stage.train and self.model.lora is None:
+                raise ValueError(f'stage {name!r} trains "lora" and there is none; add a table [model.lora]')
+            if stage.state == "carry":
+                if before is None:
+                    raise ValueError(f'stage {name!r} has state = "carry" and none before it; remove it')
+                for key in ("optimizer", "betas", "train"):
+                    was, now = getattr(before, key), getattr(stage, key)
+                    if was != now:
+                        raise ValueError(
+                            f'stage {name!r} has state = "carry" and another {key} than the stage before it ({now!r}, before '
+                            f'{was!r}), whose state cannot go on; use "reset"'
+                        )
+        measured = self.validate_.held_out or self.validate_.stabilised
+        if measured:
+            parse_amount("validate.every", self.validate_.every)
+        elif self.validate_.every != ValidateTable().every:
+            raise ValueError("validate.every is given and there is nothing to measure; set validate.held_out, for example 256")
+        return self
+
+    @model_validator(mode="after")
     def _names_differ(self) -> Config:
         names = [self.stage_name(i) for i in range(len(self.stage))]
         for i, name in enumerate(names):
@@ -246,22 +222,11 @@ class Config(Table):
 
 
 _TABLES: dict[str, type[Table]] = {
-    "model": ModelTable, "data": DataTable, "data.buckets": BucketTable, "cache": CacheTable, "sample": SampleTable,
-    "validate": ValidateTable, "log": LogTable, "stage": StageTable,
+    "model": ModelTable, "model.lora": LoraTable, "data": DataTable, "data.buckets": BucketTable, "cache": CacheTable,
+    "sample": SampleTable, "validate": ValidateTable, "log": LogTable, "stage": StageTable,
 }
 
 # fmt: on
-
-
-def parse_until(until: int | str) -> tuple[int, str]:
-    """`1000`, `"1000 steps"`, `"2e"`, `"2 epochs"` or `"64000 images"` -> (amount, "steps" | "epochs" | "images").
-
-    Raises ValueError for anything else and for amounts below 1.
-    """
-    match = re.fullmatch(r"\s*(\d+)\s*(steps?|e|epochs?|images?)?\s*", str(until))
-    if not match or int(match[1]) < 1:
-        raise ValueError(f'until is {until!r}; write steps (1000), epochs ("2e") or images ("64000 images"), at least 1')
-    return int(match[1]), {"e": "epochs", "i": "images", "s": "steps"}[(match[2] or "s")[0]]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, precision: str | None = None) -> Config:
