@@ -1,6 +1,6 @@
 """Loss curves of the demo's job in fp32, tf32 and bf16: the same seeds, one picture, one table.
 
-    python bench/precision_curves.py [--steps 200] [--out bench/results]        needs matplotlib: pip install -e ".[plots]"
+    python bench/precision_curves.py [--steps 200] [--out bench/results]
 
 The demo's first stage (D-Lion, batch 32) is trained in each precision from the same seed, and in fp32 from other seeds: how far
 those lie apart is the noise that a change of precision must stay within. Curves are smoothed over about 20 steps.

@@ -35,7 +35,7 @@ from torch import Tensor
 from fastsd import bench_data, counters, peers
 from fastsd.config import Config, StageTable, load_config
 from fastsd.errors import UserError
-from fastsd.model.files import load_model
+from fastsd.model.adapted import load_to_train
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, read_shapes
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import diffusers_state_dict
@@ -271,7 +271,7 @@ def _work(asked: Asked, of: Subject, misses: list[str]) -> peers.Work:
     """The model on its device, the config's batches if there is a cache of it, else made ones."""
     stage = of.stage
     if asked.config:
-        model = load_model(of.config.model, of.ops)
+        model = load_to_train(of.config.model, of.ops)
         try:
             batches = peers.cached_batches(of.config, model, of.device)
         except UserError as error:

@@ -27,12 +27,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd.cards import CARDS, MATMUL_SHARE, MEMORY_SHARE, Card, Recorder, Work, find_card
-from fastsd.config import Config, DataTable, StageTable, parse_until
+from fastsd.config import Config, DataTable, StageTable
 from fastsd.data import sources
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
+from fastsd.model.select import changed_parts
 from fastsd.model.shapes import Shapes, empty_model, materialize, read_shapes
 from fastsd.sample import BATCH
+from fastsd.stages import ENDLESS, parse_amount
 from fastsd.storage import replace_file
 from fastsd.train.memory import LiveBytes
 from fastsd.train.optim import flat_state
@@ -91,6 +93,12 @@ class StagePlan:
         """The images a forward that this stage may have, fewest first."""
         batch = self.stage.batch
         return [n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or not self.stage.fused_backward)]
+
+    @property
+    def trained(self) -> list[str]:
+        """The parts of the model that the stage changes."""
+        self.need(self.stage.batch)
+        return changed_parts(self._rehearsals[True].trained)
 
     def need(self, micro: int, checkpointing: str | None = None) -> Need:
         """Memory and work of a step with `micro` images a forward, found by running it without data."""
@@ -169,6 +177,7 @@ class _Rehearsal:
     Attributes:
         modules: of the model, by part.
         owners: bytes that live as long as the stage.
+        trained: the parts that the stage changes, each with the names of the parameters it trains.
     """
 
     def __init__(self, shapes: Shapes, stage: StageTable, side: int, ops: Ops, micro: int, states: bool) -> None:
@@ -190,6 +199,7 @@ class _Rehearsal:
             for name, optimizer in self._step.optimizers.items():  # state is made at first use; this is one
                 part = self._step.parts[name]
                 flat_state(optimizer, part.names, part.layout.views)
+        self.trained = self._step.trained
         self.owners = self._owned()
         # Beside the owners live some small tables; on a CPU, what frozen parts keep in main memory as well.
         self._others = self._live.now - sum(self.owners.values())
@@ -339,8 +349,9 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], 
     largest = plan.largest_micro_batch()
     micro = stage.micro if stage.micro_batch != "auto" else largest or plan.micro_batches[0]
     need = plan.need(micro)
-    amount, unit = parse_until(stage.until)
-    steps = stage.steps(images or amount) if images or unit != "epochs" else None
+    unit = parse_amount("until", stage.until)[1]
+    steps = stage.steps(images or 1) if images or unit != "epochs" else None
+    steps = None if steps == ENDLESS else steps  # the clock ends it
     levels = {}
     for level in LEVELS:
         most = plan.largest_micro_batch(checkpointing=level)
@@ -408,13 +419,13 @@ def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | 
     """Bytes on the disk, at the end or at the fullest moment."""
     numbers = shapes.unet.in_channels * plans[0].side ** 2
     if config.cache.hidden_states:  # of one caption an image
-        numbers += shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
+        numbers += shapes.chunks * shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
     cached = numbers * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
     model, _ = plans[0].files()
     # Frozen parts are links to the base's files written once; one checkpoint more exists while the oldest is not yet deleted.
-    each = [sum(model[part] for part in plan.stage.train) + plan.files()[1] for plan in plans]
+    each = [sum(model[part] for part in plan.trained) + plan.files()[1] for plan in plans]
     most = max(size * (stage.keep_checkpoints + 1) for size, stage in zip(each, config.stage, strict=True))
-    ends = sum(model[part] for stage in config.stage[:-1] for part in stage.train)
+    ends = sum(model[part] for plan in plans[:-1] for part in plan.trained)
     return {
         "cache_an_image": cached, "cache": images and images * cached, "a_checkpoint": each,
         "checkpoints": sum(model.values()) + most + ends, "model": sum(model.values()),

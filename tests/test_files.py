@@ -185,7 +185,7 @@ BAD = [
     (lambda f: (f / "unet" / "config.json").write_text("{"), "cannot be read as JSON"),
     (edit_json("unet/config.json", cross_attention_dim=24), "expected"),
     (edit_json("unet/config.json", class_embed_type="timestep"), "not an SD1.5 UNet's"),
-    (edit_json("scheduler/scheduler_config.json", prediction_type="v_prediction"), "is not in this version"),
+    (edit_json("scheduler/scheduler_config.json", prediction_type="sample"), "prediction_type is 'sample'; give a base with"),
     (lambda f: shutil.rmtree(f / "tokenizer"), "no CLIP tokenizer there"),
     (edit_json("vae/config.json", _class_name="AutoencoderTiny"), "give an AutoencoderKL"),
     (edit_json("text_encoder/config.json", num_hidden_layers=3), "missing"),

@@ -18,6 +18,16 @@ CASES = {
     "bf16, accumulated and clipped": {"precision": "bf16", "micro_batch": 2, "grad_clip": 0.5, "ema": 0.9},
     "bf16, gradients used at once": {"precision": "bf16", "fused_backward": True},
     "bf16, block": {"precision": "bf16", "checkpointing": "block"},
+    "bf16, noise and loss of several kinds": {
+        "precision": "bf16",
+        "immiscible": 3,
+        "pyramid_noise": 0.3,
+        "noise_offset": 0.1,
+        "input_perturbation": 0.1,
+        "loss": "huber",
+        "weighting": "min_snr",
+        "timesteps": "logit_normal",
+    },
     "both parts": {"precision": "bf16", "train": ["unet", "text_encoder"]},
 }
 

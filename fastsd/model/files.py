@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsd.config import ModelTable
+from fastsd.config import LoraTable, ModelTable
 from fastsd.errors import UserError
 from fastsd.model import original
 from fastsd.model.text import TextEncoder
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import SD15_SCALING_FACTOR, Vae
-from fastsd.model.weights import check_names, diffusers_state_dict, load_diffusers_unet
+from fastsd.model.weights import ADAPTER, check_names, diffusers_state_dict, load_diffusers_unet, plain_name
 from fastsd.storage import read_safetensors, write_safetensors, write_text
 from fastsd_kernels import REFERENCE, Ops
 
@@ -37,13 +37,25 @@ PART_FILES = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder"
 
 @dataclass
 class Model:
-    """Everything that makes an image: the parts, and the scheduler settings the base was trained with."""
+    """Everything that makes an image: the parts, and the settings of the noise schedule, as diffusers has them.
+
+    Attributes:
+        notes: what a user should know of it, a sentence each.
+        lora: the adapters that it has (`fastsd/model/lora.py`).
+    """
 
     name: str
     unet: UNet
     text: TextEncoder
     vae: Vae
     scheduler: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    lora: LoraTable | None = None
+
+    @property
+    def prediction(self) -> str:
+        """What the UNet tells of x_t: "epsilon" or "v_prediction"."""
+        return self.scheduler.get("prediction_type", "epsilon")
 
     def part(self, name: str) -> torch.nn.Module:
         """The trainable module called "unet" or "text_encoder"."""
@@ -74,7 +86,7 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
             f"model.base: the text encoder of {table.base} is {text.width} wide and its UNet reads "
             f"{unet.cfg.cross_attention_dim}; give a base whose parts belong together"
         )
-    return Model(table.base, unet, text, vae, _load_scheduler(base))
+    return Model(table.base, unet, text, vae, *_load_scheduler(base, table))
 
 
 def locate(name: str, field: str, revision: str = "") -> Path:
@@ -144,7 +156,7 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
     with torch.no_grad():
         for name, tensor in targets.items():
             tensor.copy_(found[name])
-    return TextEncoder(module, tokenizer, table.clip_skip, tokenizer_folder=where)
+    return TextEncoder(module, tokenizer, table.clip_skip, where, table.chunks)
 
 
 def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Path]:
@@ -217,14 +229,30 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
     return Vae(module, name, ops)
 
 
-def _load_scheduler(base: Path) -> dict[str, Any]:
-    path = base / "scheduler" / "scheduler_config.json"
+def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list[str]]:
+    """(The base's scheduler config with what the table says instead, notes)."""
+    path, notes = base / "scheduler" / "scheduler_config.json", []
     config = dict(SD15_SCHEDULER) if base.is_file() or not path.exists() else _read_json(path)
-    kind = config.get("prediction_type", "epsilon")
-    if kind != "epsilon" or config.get("rescale_betas_zero_snr"):
-        what = "a zero-terminal-SNR schedule" if kind == "epsilon" else f"prediction_type {kind!r}"
-        raise UserError(f"{path}: {what} is not in this version; give a base with epsilon prediction")
-    return config
+    own = config.get("prediction_type", "epsilon")
+    if own not in ("epsilon", "v_prediction"):
+        raise UserError(f"{path}: prediction_type is {own!r}; give a base with epsilon or v_prediction")
+    if table.prediction and table.prediction != own:
+        config["prediction_type"] = table.prediction
+        notes.append(
+            f'the base predicts {own} and model.prediction is "{table.prediction}": the UNet has to learn it anew, '
+            "so the loss starts high"
+        )
+    if table.zero_snr is not None:
+        config["rescale_betas_zero_snr"] = table.zero_snr
+    if config.get("rescale_betas_zero_snr"):
+        if (table.prediction or own) == "epsilon":
+            raise UserError(
+                f"model: the noise schedule of {table.base} is to end in pure noise, of which epsilon tells nothing; set "
+                'model.prediction = "v_prediction", or model.zero_snr = false'
+            )
+        # Samples must start at the last timestep (Lin et al. 2024, section 3.3). SD1.5's PNDM cannot be told the schedule.
+        config |= {"timestep_spacing": "trailing", "_class_name": "DDIMScheduler", "clip_sample": False}
+    return config, notes
 
 
 def _subfolder(base: Path, part: str) -> Path:
@@ -260,11 +288,11 @@ def classic_text_name(name: str) -> str:
 
 
 def part_state_dict(model: Model, part: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A trainable part under the names its file uses. `tensors` replaces parameters (masters in another precision)."""
+    """A trainable part without adapters, as its file names it. `tensors` replaces parameters (masters in another precision)."""
     if part == "unet":
         return diffusers_state_dict(model.unet, tensors=tensors)
     state = {**model.text.module.state_dict(), **(tensors or {})}
-    return {classic_text_name(name): tensor.detach() for name, tensor in state.items()}
+    return {classic_text_name(plain_name(name)): t.detach() for name, t in state.items() if ADAPTER not in name}
 
 
 def write_part(folder: Path, model: Model, part: str, state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -292,7 +320,8 @@ def write_rest(folder: Path, model: Model) -> dict[str, str]:
         settings = {key: value for key, value in settings.items() if key != "_name_or_path"}  # a path of this machine
         hashes[name] = write_text(folder / name, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
-    put("model_index.json", MODEL_INDEX)
+    sampler = ["diffusers", model.scheduler.get("_class_name", "PNDMScheduler")]
+    put("model_index.json", {**MODEL_INDEX, "scheduler": sampler})
     put("scheduler/scheduler_config.json", model.scheduler)
     put("vae/config.json", json.loads(model.vae.module.to_json_string()))
     weights = "vae/diffusion_pytorch_model.safetensors"
@@ -308,7 +337,7 @@ def write_rest(folder: Path, model: Model) -> dict[str, str]:
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0", "feature_extractor": [None, None],
-    "requires_safety_checker": False, "safety_checker": [None, None], "scheduler": ["diffusers", "PNDMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    "requires_safety_checker": False, "safety_checker": [None, None], "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
 }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsd.config import ModelTable
+from fastsd.config import LoraTable, ModelTable
 from fastsd.errors import UserError
 from fastsd.model.files import SD15_SCHEDULER, Model
 from fastsd.model.text import TextEncoder
@@ -39,10 +39,15 @@ class Shapes:
     text: dict[str, Any]
     vae: dict[str, Any]
     clip_skip: int = 0
+    chunks: int = 1
+    lora: LoraTable | None = None
 
     @classmethod
     def of(cls, model: Model) -> Shapes:
-        return cls(model.unet.cfg, model.text.module.config.to_dict(), dict(model.vae.module.config), model.text.clip_skip)
+        text = model.text
+        return cls(
+            model.unet.cfg, text.module.config.to_dict(), dict(model.vae.module.config), text.clip_skip, text.chunks, model.lora
+        )  # fmt: skip
 
     def side(self, resolution: int) -> int:
         """Latent positions a side of images of so many px. Raises UserError for a resolution the model cannot have."""
@@ -70,7 +75,9 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
     unet = (
         UNetConfig.sd15() if found["UNet"] is None else UNetConfig.from_diffusers(found["UNet"], f"{table.base}: unet config")
     )
-    shapes = Shapes(unet, found["text encoder"] or SD15_TEXT, found["VAE"] or SD15_VAE, table.clip_skip)
+    shapes = Shapes(
+        unet, found["text encoder"] or SD15_TEXT, found["VAE"] or SD15_VAE, table.clip_skip, table.chunks, table.lora
+    )
     channels, width = shapes.vae.get("latent_channels", 4), shapes.text.get("hidden_size", 512)
     if channels != unet.in_channels or width != unet.cross_attention_dim:
         raise UserError(
@@ -122,7 +129,13 @@ def empty_model(shapes: Shapes, ops: Ops) -> Model:
         unet = UNet(shapes.unet, ops)
         text = CLIPTextModel(CLIPTextConfig.from_dict(shapes.text))
         vae = AutoencoderKL.from_config(shapes.vae)
-    return Model("", unet, TextEncoder(text, None, shapes.clip_skip, Path()), _ShapedVae(vae), SD15_SCHEDULER)
+    encoder = TextEncoder(text, None, shapes.clip_skip, Path(), shapes.chunks)
+    model = Model("", unet, encoder, _ShapedVae(vae), SD15_SCHEDULER)
+    if shapes.lora is not None:
+        from fastsd.model.lora import add_lora
+
+        add_lora(model, shapes.lora, seed=0)
+    return model
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:

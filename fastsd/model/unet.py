@@ -111,6 +111,13 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def operands(layer: nn.Module) -> lean.Layer:
+    """What `fastsd.model.lean` takes of a linear or convolution: weight, bias, and its adapter's down and up if it has one."""
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        return layer.weight, layer.bias, None, None
+    return cast(Any, layer).operands()  # `fastsd.model.lora`
+
+
 class Norm(nn.Module):
     """Weight and bias of a GroupNorm or LayerNorm; the layer behind it does the arithmetic (`fastsd/model/lean.py`)."""
 
@@ -135,8 +142,7 @@ class Attention(nn.Module):
 
     def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
         """Packed q, k, v; or q and packed k, v -> (B, N, C)."""
-        out = cast(nn.Linear, self.to_out[0])
-        return lean.attention_linear(self.ops.pieces, self.precision, self.heads, q_BNC, kv_BLC, out.weight, out.bias)
+        return lean.attention_linear(self.ops.pieces, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0]))
 
 
 class GegluProjection(nn.Module):
@@ -152,8 +158,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([GegluProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
-    def linears(self) -> tuple[nn.Linear, nn.Linear]:
-        return cast(GegluProjection, self.net[0]).proj, cast(nn.Linear, self.net[2])
+    def operands(self) -> tuple[Tensor | None, ...]:
+        return *operands(cast(GegluProjection, self.net[0]).proj), *operands(self.net[2])
 
 
 class TransformerBlock(nn.Module):
@@ -166,16 +172,17 @@ class TransformerBlock(nn.Module):
         self.norm3, self.ff = Norm(width), FeedForward(width)
 
     def forward(self, x_BNC: Tensor, context_BLD: Tensor) -> Tensor:
-        def normed(norm: Norm, x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return lean.layer_norm_linear(self.ops.pieces, LAYER_NORM_EPS, x, residual, norm.weight, norm.bias, weight)
+        def normed(norm: Norm, x: Tensor, residual: Tensor | None, linear: nn.Module) -> tuple[Tensor, Tensor]:
+            return lean.layer_norm_linear(
+                self.ops.pieces, LAYER_NORM_EPS, x, residual, norm.weight, norm.bias, *operands(linear)
+            )
 
-        qkv, _ = normed(self.norm1, x_BNC, None, self.attn1.to_qkv.weight)
-        q, x_BNC = normed(self.norm2, self.attn1(qkv), x_BNC, self.attn2.to_q.weight)
+        qkv, _ = normed(self.norm1, x_BNC, None, self.attn1.to_qkv)
+        q, x_BNC = normed(self.norm2, self.attn1(qkv), x_BNC, self.attn2.to_q)
         attended = self.attn2(q, self.attn2.to_kv(context_BLD))
-        first, second = self.ff.linears()
         return lean.feed_forward(
             self.ops.pieces, LAYER_NORM_EPS, self.keep_hidden, attended, x_BNC, self.norm3.weight, self.norm3.bias,
-            first.weight, first.bias, second.weight, second.bias,
+            *self.ff.operands(),
         )  # fmt: skip
 
 
@@ -191,9 +198,9 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(width, width)
 
     def forward(self, x_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
-        norm, project = self.norm, self.proj_in
+        norm = self.norm
         x_BNC = lean.group_norm_linear(
-            self.ops.pieces, self.groups, ATTENTION_EPS, x_BCHW, norm.weight, norm.bias, project.weight, project.bias
+            self.ops.pieces, self.groups, ATTENTION_EPS, x_BCHW, norm.weight, norm.bias, *operands(self.proj_in)
         )
         x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD))
         return x_BCHW + lean.image(x_BNC, x_BCHW.shape[2:])
@@ -222,10 +229,8 @@ def convolved(
     shortcut: nn.Conv2d | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """conv(silu(norm([x, skip] + shift))), and shortcut([x, skip]) if there is one."""
-    short = (None, None) if shortcut is None else (shortcut.weight, shortcut.bias)
-    return lean.norm_conv(
-        ops.pieces, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, conv.weight, conv.bias, *short
-    )  # fmt: skip
+    layers = operands(conv) if shortcut is None else (*operands(conv), *operands(shortcut))
+    return lean.norm_conv(ops.pieces, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *layers)
 
 
 class Downsample(nn.Module):
@@ -247,7 +252,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor, size: torch.Size) -> Tensor:
-        return lean.upsample_conv(*size, x_BCHW, self.conv.weight, self.conv.bias)
+        return lean.upsample_conv(*size, x_BCHW, *operands(self.conv))
 
 
 class Level(nn.Module):

@@ -15,10 +15,19 @@ from fastsd.errors import UserError
 from fastsd.model.unet import UNet
 
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+ADAPTER = ".lora_"  # in the names of adapters' parameters
 
 
-def _pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The diffusers names of one parameter (or anything shaped like it), each with a view of its part."""
+def plain_name(name: str) -> str:
+    """A parameter's name as it is without adapters: a layer that has one lies a level deeper."""
+    return name.replace(".base_layer.", ".")
+
+
+def diffusers_pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The diffusers names of one parameter (or anything shaped like it), each with a view of its part. Adapters have none."""
+    if ADAPTER in name:
+        return
+    name = plain_name(name)
     *parents, module, leaf = name.split(".")
     if module in FUSED:
         parts = FUSED[module]
@@ -31,8 +40,8 @@ def _pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def diffusers_names(name: str) -> list[str]:
-    """The diffusers names that one parameter of `UNet` holds: one, or three for a fused q/k/v."""
-    return [piece for piece, _ in _pieces(name, torch.empty(6, 1, device="meta"))]
+    """The diffusers names that one parameter of `UNet` holds: one, or three for a fused q/k/v; none of an adapter."""
+    return [piece for piece, _ in diffusers_pieces(name, torch.empty(6, 1, device="meta"))]
 
 
 def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -46,7 +55,7 @@ def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, T
     for name, parameter in unet.named_parameters():
         tensor = parameter.grad if grad else (tensors or {}).get(name, parameter)
         if tensor is not None:
-            out.update(_pieces(name, tensor.detach()))
+            out.update(diffusers_pieces(name, tensor.detach()))
     return out
 
 
@@ -63,7 +72,10 @@ def load_diffusers_unet(unet: UNet, state_dict: Mapping[str, Tensor], place: str
         target.copy_(state_dict[name])
 
 
-def check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], place: str) -> None:
+def check_names(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], place: str,
+    advice: str = "give weights of the architecture its config describes",
+) -> None:  # fmt: skip
     """Raise UserError, naming the first offender, unless `found` has exactly the names and shapes of `expected`."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
@@ -71,11 +83,8 @@ def check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], pla
         names, word = (missing, "missing") if missing else (extra, "not part of this model")
         raise UserError(
             f"{place}: {len(names)} of {len(expected)} tensors {'is' if len(names) == 1 else 'are'} {word}, "
-            f"the first is {names[0]}; give weights of the architecture its config describes"
+            f"the first is {names[0]}; {advice}"
         )
     for name, target in expected.items():
         if target.shape != found[name].shape:
-            raise UserError(
-                f"{place}: {name} has shape {tuple(found[name].shape)}, expected {tuple(target.shape)}; "
-                "give weights of the architecture its config describes"
-            )
+            raise UserError(f"{place}: {name} has shape {tuple(found[name].shape)}, expected {tuple(target.shape)}; {advice}")

@@ -11,6 +11,7 @@ not change since the last one are hard links to it. Retention runs only after a 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,9 +21,13 @@ from pathlib import Path
 from torch import Tensor
 
 from fastsd import __version__
+from fastsd.config import ModelTable
 from fastsd.errors import UserError
+from fastsd.model.adapted import ADAPTERS, MADE_BY, Averages, load_merged, write_adapters, write_lora_file
 from fastsd.model.files import Model, part_state_dict, write_part, write_rest
+from fastsd.stages import PARTS
 from fastsd.storage import (
+    TEMPORARY,
     TensorFile,
     link_or_copy,
     new_folder,
@@ -33,13 +38,15 @@ from fastsd.storage import (
 )  # fmt: skip
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "state.safetensors"
+OWN = (STATE, TENSORS, ADAPTERS, MADE_BY)  # what is no part of the base model in a checkpoint
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands: stage number, steps done in it, steps and images done in all, images at the stage's start.
 
-    `micro` is the images a forward of this stage, found for `micro_asked` or fallen to when memory ran out.
+    `micro` is the images a forward of this stage, found for `micro_asked` or fallen to when memory ran out.  `seconds`: how
+    long the stage has run.  `carried`: steps of stages before it whose optimizer state and average go on in it.
     """
 
     stage: int = 0
@@ -50,6 +57,8 @@ class Progress:
     stage_done: bool = False
     micro: int = 0
     micro_asked: int | str = 0
+    seconds: float = 0.0
+    carried: int = 0
 
 
 def name_of(step: int) -> str:
@@ -68,6 +77,7 @@ def save(
     weights: Mapping[str, Callable[[], Mapping[str, Tensor]]],
     changed: set[str],
     state: Mapping[str, Tensor],
+    adapters: Averages | None = None,
 ) -> Path:
     """Commit a checkpoint and return its folder.
 
@@ -76,6 +86,7 @@ def save(
         weights: part name -> gives its exact fp32 weights by parameter name.
         changed: parts that differ from the last checkpoint's; the others' files are linked from it.
         state: all other tensors (optimizers, smoothed loss).
+        adapters: part -> its exact adapters by parameter name, of a model that has some.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the older checkpoints stand as they were.
@@ -92,10 +103,12 @@ def save(
             else:
                 manifest.update(write_part(new, model, part, part_state_dict(model, part, weights[part]())))
         if last:
-            other = {name for name in last if name.split("/")[0] not in (*weights, STATE, TENSORS)}
+            other = {name for name in last if name.split("/")[0] not in (*weights, *OWN)}
             manifest.update(_link(last, earlier[-1], new, other))
         else:
             manifest.update(write_rest(new, model))
+        if adapters is not None:
+            manifest |= write_adapters(new, model, adapters)
         manifest[TENSORS] = write_safetensors(new / TENSORS, state)
         manifest[STATE] = write_text(new / STATE, json.dumps({"fastsd": __version__, **asdict(progress)}, indent=2))
         write_text(new / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
@@ -167,8 +180,11 @@ def load_state(path: Path) -> TensorFile:
     return TensorFile(path / TENSORS)
 
 
-def export(checkpoint: Path, target: Path, model: Model, averages: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
-    """A checkpoint's model without its training state, as a diffusers folder of its own (hard links).
+def export(checkpoint: Path, target: Path, model: Model, averages: Averages | None = None) -> Path:
+    """A checkpoint's model without its training state, as a diffusers folder of its own; returns what to hand on of it.
+
+    What is as in the checkpoint is a hard link. Adapters are merged into the folder's weights, and stand alone beside it, in
+    TARGET's name with "lora" in place of "model".
 
     Args:
         averages: part name -> tensors by parameter name that take the place of the checkpoint's.
@@ -176,8 +192,18 @@ def export(checkpoint: Path, target: Path, model: Model, averages: Mapping[str, 
     manifest = _manifest(checkpoint)
     assert manifest is not None, checkpoint
     averages = averages or {}
-    names = {name for name in manifest.keys() - {STATE, TENSORS} if name.split("/")[0] not in averages}
+    merged = model if model.lora is None else load_merged(ModelTable(base=str(checkpoint)), averages=averages)
+    adapted = PARTS[: 0 if model.lora is None else 1 + model.lora.text_encoder]
+    written = {*averages, *adapted}
     with new_folder(target) as new:
-        _link(manifest, checkpoint, new, names)
-        for part, tensors in averages.items():
-            write_part(new, model, part, part_state_dict(model, part, tensors))
+        _link(manifest, checkpoint, new, {name for name in manifest.keys() - set(OWN) if name.split("/")[0] not in written})
+        for part in written:
+            tensors = averages.get(part) if model.lora is None else None
+            write_part(new, merged, part, part_state_dict(merged, part, tensors))
+    if model.lora is None:
+        return target
+    alone = target.with_name(target.name.replace("model", "lora") + ".safetensors")
+    temporary = alone.with_name(TEMPORARY + alone.name)
+    write_lora_file(temporary, model, averages)
+    os.replace(temporary, alone)
+    return alone

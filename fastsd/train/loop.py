@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import Tensor
 
 from fastsd.config import Config
-from fastsd.data.loader import Stream
+from fastsd.data.loader import Batch, Stream
 from fastsd.errors import Stopped, UserError
 from fastsd.train.report import memory_gb
 from fastsd.train.run import Run, open_run
-from fastsd.train.schedule import learning_rate
+from fastsd.train.schedule import Every, learning_rate, points
 from fastsd.train.step import Step, StepResult
+from fastsd.train.watch import DWatch
 
 MAX_SKIPPED_ROWS = 3  # log rows in a row without one finite gradient: the run is dead
 
@@ -43,32 +44,72 @@ def train(config: Config, console: Console | None = None) -> None:
 def train_stage(run: Run, index: int, stop: list[int]) -> None:
     stage, step = run.config.stage[index], run.start_stage(index)
     end = run.progress.stage_images + step.total * stage.batch
-    log = Log(run, step, index)
-    if run.progress.step == 0 and stage.sample_every:
-        run.sample(index, step)
+    log, due = Log(run, step, index), Due(run, index)
+    if run.progress.step == 0:
+        run.validate(index, step)
+        if stage.sample_every:
+            run.sample(index, step)
     with run.loader(index).stream(run.progress.images, end, stage.batch) as batches:
         for batch in batches:
             result = step(batch, run.progress.stage_step)
             run.count(step, result)
-            done = run.progress.stage_step == step.total
-            if due(run, run.config.log.every) or done:
-                log.row(result, batches)
-            if done or (stage.sample_every and due(run, stage.sample_every)):
-                with log.paused():
-                    run.sample(index, step)
-            if done or stop or due(run, stage.checkpoint_every):
+            done = run.at_end(index)
+            if due.log() or done:
+                log.row(result, batch, batches)
+            if due.validation() or done:
                 log.flush()
                 with log.paused():
-                    saved = run.save(step, done)
+                    run.validate(index, step)
+            if due.sample() or done:
+                with log.paused():
+                    run.sample(index, step)
+            keep = due.kept()
+            if due.checkpoint() or keep or done or stop:
+                log.flush()
+                with log.paused():
+                    saved = run.save(step, done, keep)
                 if stop and not done:
                     raise Stopped(f"{run.folder}: stopped at step {run.progress.step}")
                 if done and not saved:
                     raise UserError(f"{run.folder}: the end of stage {index + 1} could not be saved; free space, run again")
+            if done:
+                break
     step.release()
 
 
-def due(run: Run, every: int) -> bool:
-    return run.progress.stage_step % every == 0
+class Due:
+    """What a step of a stage is followed by."""
+
+    def __init__(self, run: Run, index: int) -> None:
+        stage, epoch = run.config.stage[index], run.images[index]
+        self.run, self.points = run, points(stage, epoch)
+        measured = run.config.validate_.every if run.sets.measured else 0
+        self._log, self._sample, self._checkpoint, self._validation = (
+            Every(key, amount, stage.batch, epoch, run.elapsed())
+            for key, amount in (
+                ("log.every", run.config.log.every), ("sample_every", stage.sample_every),
+                ("checkpoint_every", stage.checkpoint_every), ("validate.every", measured),
+            )
+        )  # fmt: skip
+
+    def log(self) -> bool:
+        return self._is(self._log)
+
+    def validation(self) -> bool:
+        return self._is(self._validation)
+
+    def sample(self) -> bool:
+        return self._is(self._sample) | self.run.asked("sample")
+
+    def checkpoint(self) -> bool:
+        return self._is(self._checkpoint)
+
+    def kept(self) -> bool:
+        """A checkpoint that stays: `checkpoint_at` names it, or someone asks for it now."""
+        return (self.run.progress.stage_step in self.points) | self.run.asked("checkpoint")
+
+    def _is(self, every: Every) -> bool:
+        return every.due(self.run.progress.stage_step, self.run.elapsed())
 
 
 class Readback:
@@ -97,14 +138,16 @@ class Log:
         self.pending: tuple[dict[str, Any], Readback, dict[str, float]] | None = None
         self.mark = (time.perf_counter(), run.progress.step, 0.0)
         self.last_skipped, self.dead_rows = int(step.skipped), 0
+        self.guards = {part: DWatch(part, step.stage, run.report.rows(self.name)) for part in step.d()}
 
-    def row(self, result: StepResult, batches: Stream) -> None:
+    def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
         self.flush()
         run, now = self.run, time.perf_counter()
         loss, weight = run.smooth
         known: dict[str, Any] = {
             "step": run.progress.step, "stage": self.name, "stage_step": run.progress.stage_step,
             "images": run.progress.images, "epoch": run.progress.images / run.images[run.progress.stage],
+            **self.step.seen(batch),
         }  # fmt: skip
         for i, part in enumerate(self.step.optimizers):  # one lr and one d a trained part; the line shows the first
             lr = learning_rate(self.step.stage, run.progress.stage_step - 1, self.step.total, part)
@@ -118,9 +161,9 @@ class Log:
         seconds = max(now - started, 1e-9)
         speed = (run.progress.step - steps) / seconds
         timing = {
-            "stage_steps": self.step.total, "images_per_second": speed * self.step.stage.batch,
+            "stage_steps": self.step.total, "seconds": run.elapsed(), "images_per_second": speed * self.step.stage.batch,
             "data_wait": (batches.waited - waited) / seconds, "memory_gb": memory_gb(run.device),
-            "eta": (run.total_steps() - run.progress.step) / speed,
+            "eta": run.seconds_left(speed),
         }  # fmt: skip
         self.pending = (known, Readback(device), timing)
         self.mark = (now, run.progress.step, batches.waited)
@@ -142,6 +185,9 @@ class Log:
         skipped = int(read["skipped"])
         self.run.report.row({**known, **read, "skipped": skipped}, timing)
         self._watch(skipped, known["step"])
+        for i, guard in enumerate(self.guards.values()):
+            for warning in guard.row(known["stage_step"], read[f"d_{guard.part}" if i else "d"]):
+                self.run.report.warn(warning)
 
     def _watch(self, skipped: int, step: int) -> None:
         fresh = skipped - self.last_skipped

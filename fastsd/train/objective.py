@@ -1,47 +1,166 @@
-"""Floor 2: what is learned - to tell the noise from the noised latents.
+"""Floor 2: what is learned - to tell the noise in noised latents, or their velocity - and how much each error counts.
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps        loss = mean |eps_theta(x_t, t, text) - eps|^2
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps        target = eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+    loss = mean over images of  w(t) w_image  mean over elements of  m d(prediction, target)
 
-(Ho et al. 2020, equations 4 and 14.)  Noise and timestep are functions of (seed, sample position): see
-`fastsd_kernels.noise`.  Shapes: B images, C latent channels, H x W positions, L tokens.
+(Ho et al. 2020, equations 4 and 14; v: Salimans and Ho 2022, appendix D.)  What eps is made of, `noising.py` tells. Noise
+and timestep are functions of (seed, sample position) - immiscible noise of the image, too - so no batch split changes them:
+see `fastsd_kernels.noise`.  Shapes: B images, C latent channels, H x W positions, T timesteps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from fastsd.errors import UserError
+from fastsd.stages import StageTable
+from fastsd.train.noising import Noising
 from fastsd_kernels import REFERENCE, Ops, noise
+
+ALL_TIMESTEPS = StageTable.model_fields["timestep_range"].default
 
 
 def alphas_cumprod(scheduler: dict[str, Any]) -> Tensor:
-    """abar_t of a diffusers scheduler config: fp32 (timesteps,)."""
+    """abar_t of a diffusers scheduler config: fp32 (timesteps,). With zero terminal SNR the last is 0, exactly.
+
+    Source: Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", algorithm 1, for
+    `rescale_betas_zero_snr`.
+    """
     from diffusers import DDPMScheduler
 
     return DDPMScheduler.from_config(scheduler).alphas_cumprod.float()
 
 
 class Objective:
-    """Noise prediction with uniform timesteps and a plain mean square.
+    """What a stage learns from a batch.
 
     Args:
         alphas_cumprod: abar_t, fp32 (T,), on the training device.
         seed: of noise and timesteps.
         ops: the implementation that draws the noise.
+        stage: its loss, weighting, noise and timesteps; None = plain noise, uniform timesteps and a plain mean square.
+        prediction: "epsilon" or "v_prediction".
+
+    Raises:
+        UserError: timesteps that the noise schedule does not have.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, seed: int, ops: Ops = REFERENCE) -> None:
+    def __init__(
+        self, alphas_cumprod: Tensor, seed: int, ops: Ops = REFERENCE, stage: StageTable | None = None,
+        prediction: str = "epsilon",
+    ) -> None:  # fmt: skip
+        self.stage = stage or StageTable(train=["unet"], until=1)
         self.signal, self.level = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-        self.seed, self.ops = seed, ops
+        self.seed, self.ops, self.prediction = seed, ops, prediction
+        self.first, self.end = _range(self.stage, len(alphas_cumprod))
+        self.noising = Noising(self.stage, seed, ops)
+        self.weights_T = timestep_weights(self.stage, alphas_cumprod, prediction)
+        huber = partial(F.huber_loss, delta=self.stage.huber_delta)
+        distances: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": huber}
+        self._distance = distances[self.stage.loss]
+
+    def timesteps(self, positions_B: Tensor) -> Tensor:
+        """t of each sample position: int64 (B,) on the device of `positions_B`, within the stage's `timestep_range`.
+
+        A share of the range is drawn, rounded down to whole timesteps: uniform; with a normal logit (Esser et al. 2024,
+        "Scaling rectified flow transformers", section 3.1, where a share of 1 is pure noise, too); or "cubic", 1 - u^3, which
+        favours noisy ones (Mou et al. 2023, "T2I-Adapter", non-uniform time step sampling).
+        """
+        draw, stage, count = (self.seed, noise.Purpose.TIMESTEP, positions_B), self.stage, self.end - self.first
+        if stage.timesteps == "uniform":
+            return self.first + noise.integers(*draw, count)
+        if stage.timesteps == "cubic":
+            share_B = 1 - noise.uniform(*draw)[:, 0] ** 3
+        else:
+            share_B = torch.sigmoid(stage.timestep_mean + stage.timestep_std * noise.normal(*draw, (1,))[:, 0].double())
+        return self.first + (share_B * count).long().clamp(max=count - 1)  # a share may round to 1
 
     def noised(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled latents and their sample positions -> (x_t fp32, t int64 (B,), target fp32)."""
-        t_B = noise.integers(self.seed, noise.Purpose.TIMESTEP, positions_B, len(self.signal))
-        x_BCHW, target_BCHW = self.ops.noised(latents_BCHW, positions_B, t_B, self.signal, self.level, self.seed)
-        return x_BCHW, t_B, target_BCHW
+        t_B = self.timesteps(positions_B)
+        tables = self.signal, self.level
+        if self.noising.plain:
+            given = latents_BCHW, positions_B, t_B, *tables, self.seed
+            x_BCHW, target_BCHW = self.ops.noised(*given, prediction=self.prediction)
+            return x_BCHW, t_B, target_BCHW
+        latents_BCHW = latents_BCHW.float()
+        eps_BCHW, input_BCHW = self.noising(latents_BCHW, positions_B)
+        signal, level = (table_T[t_B][:, None, None, None] for table_T in tables)
+        velocity = self.prediction == "v_prediction"
+        target_BCHW = signal * eps_BCHW - level * latents_BCHW if velocity else eps_BCHW
+        return signal * latents_BCHW + level * input_BCHW, t_B, target_BCHW
 
-    def loss(self, prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-        """Mean square over everything, in fp32: 0-dim."""
-        return torch.nn.functional.mse_loss(prediction_BCHW.float(), target_BCHW)
+    def loss(
+        self, prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor, weight_B: Tensor | None = None,
+        mask_B1HW: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Mean over the images of their mean errors, weighted: 0-dim fp32.
+
+        Args:
+            t_B: the timesteps of `noised`.
+            weight_B: a factor of each image's loss.
+            mask_B1HW: in [0, 1]; an element counts by unmasked_weight + (1 - unmasked_weight) * mask. The mean is over all
+                elements, as in sd-scripts and, unless asked otherwise, OneTrainer: divided by its mask's area, an image with
+                little to learn would count as much as a whole one.
+        """
+        prediction_BCHW = prediction_BCHW.float()
+        if self.weights_T is None and weight_B is None and mask_B1HW is None:
+            return self._distance(prediction_BCHW, target_BCHW)
+        error_BCHW = self._distance(prediction_BCHW, target_BCHW, reduction="none")
+        if mask_B1HW is not None:
+            rest = self.stage.unmasked_weight
+            error_BCHW = error_BCHW * (rest + (1 - rest) * mask_B1HW.float())
+        loss_B = error_BCHW.flatten(1).mean(1)
+        if self.weights_T is not None:
+            loss_B = loss_B * self.weights_T[t_B]
+        if weight_B is not None:
+            loss_B = loss_B * weight_B.float()
+        return loss_B.mean()
+
+
+def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str) -> Tensor | None:
+    """How much the loss counts at each timestep: fp32 (T,); None where all count the same.
+
+    By SNR = abar / (1 - abar). The papers' weights are of the loss in eps; with
+
+        |eps - eps'|^2 = SNR |x_0 - x_0'|^2        |v - v'|^2 = (SNR + 1) |x_0 - x_0'|^2
+
+    (Salimans and Ho 2022, section 4) each is brought to x_0, and from there to the model's own prediction:
+
+        min_snr   min(SNR, gamma) / SNR    gamma 5    Hang et al. 2023, "Efficient diffusion training via min-SNR"
+        debiased  1 / sqrt(SNR)                       Yu et al. 2024, "Unmasking bias in diffusion model training"
+        p2        1 / (1 + SNR)^gamma      gamma 1    Choi et al. 2022, "Perception prioritized training", k = 1
+
+    Of v all three are 0 where SNR is 0: nothing is learned from pure noise. They are not normalised.
+    """
+    if stage.weighting == "none":
+        return None
+    abar_T = alphas_cumprod.double()
+    snr_T = abar_T / (1 - abar_T).clamp(min=2.0**-24)  # finite where abar rounds to 1
+    if stage.weighting == "min_snr":
+        of_x0_T = snr_T.clamp(max=stage.weighting_gamma or 5.0)
+    elif stage.weighting == "debiased":
+        of_x0_T = snr_T.sqrt()
+    else:
+        of_x0_T = snr_T / (1 + snr_T) ** (stage.weighting_gamma or 1.0)
+    return (of_x0_T / (snr_T + 1 if prediction == "v_prediction" else snr_T)).float()
+
+
+def _range(stage: StageTable, timesteps: int) -> tuple[int, int]:
+    """First timestep, and the one after the last."""
+    if stage.timestep_range == ALL_TIMESTEPS:  # unasked for: all there are
+        return 0, timesteps
+    first, end = stage.timestep_range
+    if end > timesteps:
+        where = f"stage {stage.name!r}: " if stage.name else "stage: "
+        raise UserError(
+            f"{where}timestep_range is {[first, end]} and the model's noise schedule has {timesteps} timesteps; "
+            f"end at {timesteps} or before"
+        )
+    return first, end

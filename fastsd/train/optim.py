@@ -213,6 +213,11 @@ class DLion(FastOptimizer):
         betas: (of the update, of momentum and s).
         weight_decay: multiplies d lr.
         d0: first estimate of d, in units of the parameter.
+        growth_rate: d grows by no more than this factor a step; None = without limit, as upstream's default.
+        d_max: d stays at or below this; None = without limit.
+
+    Attributes:
+        frozen: 0-dim bool on the device, or None; true: d stays as it is.
 
     Raises:
         ValueError: a hyper-parameter out of range, or groups that differ in betas; in `step`, groups that differ in lr.
@@ -230,9 +235,15 @@ class DLion(FastOptimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         d0: float = 1e-6,
+        growth_rate: float | None = None,
+        d_max: float | None = None,
         ops: Ops | None = None,
     ) -> None:
         _require(self.name, "d0", d0, 0 < d0 < math.inf, "a finite number above 0")
+        _require(self.name, "growth_rate", growth_rate, growth_rate is None or growth_rate > 1, "above 1, or None")
+        _require(self.name, "d_max", d_max, d_max is None or d_max >= d0, f"d0 ({d0}) or more, or None")
+        self.growth_rate, self.d_max = growth_rate, d_max
+        self.frozen: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, ops)
         self._sums: list[tuple[Tensor, Tensor]] = []
         device = self.param_groups[0]["params"][0].device
@@ -271,8 +282,16 @@ class DLion(FastOptimizer):
     def _finish(self, skip: Tensor | None) -> None:
         dots_K, l1_K = (torch.cat(part) for part in zip(*self._sums, strict=True))
         self._sums = []
-        first = self.param_groups[0]
+        first, d = self.param_groups[0], self.shared["d"]
+        guarded = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
+        before = d.clone() if guarded else d
         self.ops.dlion_estimate(*self.shared.values(), dots_K, l1_K, lr=first["lr"], beta2=first["betas"][1], skip=skip)
+        if self.growth_rate is not None:
+            d.copy_(torch.minimum(d, before * self.growth_rate))
+        if self.d_max is not None:
+            d.clamp_(max=self.d_max)
+        if self.frozen is not None:
+            d.copy_(torch.where(self.frozen, before, d))
 
 
 class AdamW(FastOptimizer):

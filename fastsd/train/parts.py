@@ -13,7 +13,8 @@ Changing precision between stages loses no bit, and a frozen part comes back as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -45,6 +46,11 @@ class Layout:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         return [flat.as_strided(*place) for place in self._places]
+
+
+def computed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a stage computes with in place of fp32 weights: themselves, or their high halves."""
+    return weight if dtype == torch.float32 else split_master(weight)[0]
 
 
 class Part:
@@ -168,19 +174,33 @@ class Part:
             "ema": [] if self.ema is None else [self.ema],
         }
 
-    def state(self) -> dict[str, Tensor]:
-        """The exact fp32 weights by the module's parameter names."""
-        tensors = {name: self._exact(name) for name in self._frozen}
+    def state(self, only: str = "") -> dict[str, Tensor]:
+        """The exact fp32 weights by the module's parameter names, of which `only` is a part."""
+        tensors = {name: self._exact(name) for name in self._frozen if only in name}
         if self.high is not None:
             highs = self.layout.views(self.high)
-            if self.low is not None:
-                highs = [join_master(h.cpu(), w.cpu()) for h, w in zip(highs, self.layout.views(self.low), strict=True)]
-            tensors |= dict(zip(self.names, highs, strict=True))
+            lows = self.layout.views(self.low) if self.low is not None else [None] * len(highs)
+            for name, high, low in zip(self.names, highs, lows, strict=True):
+                if only in name:
+                    tensors[name] = high if low is None else join_master(high.cpu(), low.cpu())
         return tensors
 
     def ema_state(self) -> dict[str, Tensor]:
         """The averages, fp32 views by parameter name; empty without an EMA."""
         return {} if self.ema is None else dict(zip(self.names, self.layout.views(self.ema), strict=True))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Compute with the averages for a while, in the place of the weights, which wait in main memory and come back as they
+        were, bit for bit."""
+        assert self.high is not None and self.ema is not None
+        weights = torch.empty_like(self.high, device="cpu").copy_(self.high)
+        try:
+            for view, average in zip(self.layout.views(self.high), self.layout.views(self.ema), strict=True):
+                view.copy_(computed(average, self.dtype))
+            yield
+        finally:
+            self.high.copy_(weights)
 
     def _exact(self, name: str) -> Tensor:
         data = self._frozen[name].data

@@ -4,7 +4,8 @@ the console          a header, then one live line (plain lines when it is not a 
 RUN/log.jsonl        one row per log interval with nothing but what training determines: it is the same, bit for bit,
                      however often the run was interrupted
 RUN/timing.jsonl     speed, memory and waiting of the same steps
-RUN/tensorboard      both
+RUN/validation.jsonl one row per measurement, set and kind of weights, exact in the same way
+RUN/tensorboard      all of them
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from rich.text import Text
 
 from fastsd.config import LogTable
 from fastsd.errors import UserError
+from fastsd.stages import ENDLESS
+from fastsd.train.validation import in_a_line
 
 
 class Report:
@@ -39,8 +42,11 @@ class Report:
 
     def __init__(self, run: Path, table: LogTable, step: int, saved_at: float | None, console: Console) -> None:
         self.console = console
+        self.run = run
         self.log = _reopen(run / "log.jsonl", step)
         self.timing = _reopen(run / "timing.jsonl", step)
+        if (run / "validation.jsonl").exists():
+            _reopen(run / "validation.jsonl", step or -1).close()  # before the first step it is measured again
         self.board = _tensorboard(run, step) if table.tensorboard else None
         self.wandb = _wandb(table.wandb, run) if table.wandb else None
         self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
@@ -72,18 +78,42 @@ class Report:
                 file.flush()
         except OSError as error:  # what is not written stays in the buffer, and the next row tries again
             self.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training goes on")
-        scalars = {**values, **timing}
-        if self.board:
-            for name, value in scalars.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(name, value, values["step"])
-        if self.wandb:
-            self.wandb.log(scalars, step=values["step"])
+        self._scalars({**values, **timing}, values["step"])
         line = _line(values, timing, self.saved_at)
         if self.live:
             self.live.update(Text(line))
         else:
             self.say(line)
+
+    def _scalars(self, scalars: dict[str, Any], step: int) -> None:
+        if self.board:
+            for name, value in scalars.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
+
+    def validation(self, rows: list[dict[str, Any]]) -> None:
+        """What was measured after a step, see `validation.py`."""
+        step, scalars = rows[0]["step"], {}
+        for row in rows:
+            name = row["set"] + ("_ema" if row["weights"] == "ema" else "")
+            scalars[f"validation/{name}"] = row["loss"]
+            scalars |= {f"validation_{name}/t{first}-{end - 1}": loss for first, end, loss, _ in row["bands"]}
+        try:
+            with open(self.run / "validation.jsonl", "a", encoding="utf-8") as file:
+                file.write("".join(map(_json, rows)))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self.warn(f"validation of step {step} not written: {error.strerror}; training goes on")
+        self._scalars(scalars, step)
+        self.say(f"validation at step {step}: {in_a_line(rows)}")
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """What was logged of a stage until now."""
+        lines = (self.run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [row for row in map(json.loads, lines) if row["stage"] == stage]
 
     def images(self, path: Path, step: int, image: Any) -> None:
         """A sample grid (PIL image) was made and saved at `path`."""
@@ -112,8 +142,15 @@ class Report:
 
 def _json(values: dict[str, Any]) -> str:
     """One row; JSON has no word for a number that is not finite, so that becomes null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(_finite(values), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(values: dict[str, Any], timing: dict[str, float], saved_at: float | None) -> str:
@@ -121,9 +158,10 @@ def _line(values: dict[str, Any], timing: dict[str, float], saved_at: float | No
     if values.get("d") is not None:
         lr = f"d*lr {values['d'] * values['lr']:.3g} (d {values['d']:.3g})"
     saved = "not saved yet" if saved_at is None else f"saved {duration(max(0.0, time.time() - saved_at))} ago"
+    of = f"/{timing['stage_steps']}" if timing["stage_steps"] < ENDLESS else ""
     skipped = f" | skipped {values['skipped']}" if values["skipped"] else ""
     return (
-        f"{values['stage']} {values['stage_step']}/{timing['stage_steps']} | epoch {values['epoch']:.2f} | "
+        f"{values['stage']} {values['stage_step']}{of} | epoch {values['epoch']:.2f} | "
         f"loss {values['loss']:.4f} ~{values['loss_smooth']:.4f} | {lr} | grad {values['grad_norm']:.3g}{skipped} | "
         f"{timing['images_per_second']:.1f} img/s | {timing['memory_gb']:.1f} GB | wait {timing['data_wait']:.0%} | "
         f"ETA {duration(timing['eta'])} | {saved}"

@@ -7,37 +7,44 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastsd.config import Config, StageTable, dump_config, parse_config
+from fastsd.config import Config, StageTable, dump_config
 from fastsd.data.cache import LatentCache, view_name
+from fastsd.data.held_out import choose_sets
 from fastsd.data.loader import Loader
 from fastsd.data.states import States
 from fastsd.data.tokens import Tokens
 from fastsd.errors import UserError
-from fastsd.model.files import Model, load_model
+from fastsd.model.adapted import load_to_train
+from fastsd.model.files import Model
+from fastsd.model.select import changed_parts, reinitialise, selected, size_of
 from fastsd.model.shapes import Shapes
+from fastsd.model.weights import ADAPTER
 from fastsd.plan import SCRATCH, plan_stage
-from fastsd.sample import check_samples, sample_grid
+from fastsd.sample import check_samples, read_prompts, sample_grid, save_grid
+from fastsd.stages import ENDLESS, PARTS
 from fastsd.storage import replace_file
 from fastsd.train import checkpoint
 from fastsd.train.checkpoint import Progress
 from fastsd.train.optim import flat_state, load_flat_state
 from fastsd.train.precision import choose_device, choose_ops, describe_ops, set_precision
 from fastsd.train.report import Report, free_memory, memory_gb
-from fastsd.train.step import PARTS, Step, StepResult
+from fastsd.train.restart import compare_images, compare_with_start, lock
+from fastsd.train.schedule import check_length
+from fastsd.train.step import Step, StepResult
+from fastsd.train.validation import Validation
 
-# A change in one of these would make the rest of the run another run's.
-FIXED = ("model", "data", "seed")
-FIXED_IN_STAGE = ("train", "batch", "optimizer", "d0", "betas", "decoupled_weight_decay")
+_STATE = {"reset": "begins anew", "carry": "carried over from the stage before"}
+Result = TypeVar("Result")
 SMOOTHING = 0.99  # of the smoothed loss: about the last 100 steps
 
 
@@ -55,32 +62,38 @@ class Run:
     def __init__(self, config: Config, console: Console) -> None:
         self.config, self.folder = config, Path(config.run)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = _lock(self.folder)
+        self.lock = lock(self.folder)
         self.device = choose_device(config.device)
         self.ops = choose_ops(config.kernels, self.device)
         notes: list[str] = []
         found = checkpoint.newest(self.folder / "checkpoints", notes.append)
-        notes += _compare_with_start(self.folder / "config.json", config, found[1] if found else None)
+        notes += compare_with_start(self.folder / "config.json", config, found[1] if found else None)
         self.progress = found[1] if found else Progress()
         self.saved: Mapping[str, Tensor] = checkpoint.load_state(found[0]) if found else {}
         table = config.model
         if found:
             # The checkpoint is a whole model; the base need not be there any more.
             table = table.model_copy(update={"base": str(found[0]), "vae": "", "tokenizer": "", "vae_scaling_factor": None})
-        self.model: Model = load_model(table, self.ops)
+        self.model: Model = load_to_train(table, self.ops, config.seed, found[0] if found else None)
+        notes += self.model.notes
         check_samples(self.model, config)
         self.cache = LatentCache.open(config.cache.dir, view_name(config, self.model.vae.hash))
-        notes += _compare_images(self.folder / "images.json", self.cache, resumed=found is not None)
+        notes += compare_images(self.folder / "images.json", self.cache, resumed=found is not None)
         self.tokens: Tokens | None = None
         try:
-            self.tokens = Tokens(self.cache, self.model.text.tokenizer, self.model.text.length)
+            self.tokens = Tokens(self.cache, self.model.text.tokenizer, self.model.text.window, self.model.text.chunks)
         except UserError as error:
             notes.append(f"captions are tokenized on the way: {error}")
         self.states = States(config.cache, self.cache, self.model.text) if config.cache.hidden_states else None
         # What the step needs: with states that are cached, no text encoder.
         self.resident = [self.model.unet, self.model.vae.module] + ([] if self.states else [self.model.text.module])
+        self.sets = choose_sets(self.cache, config)
         # An epoch of each stage; they differ only where stages divide captions into tags differently.
         self.images = [self.loader(index).images for index in range(len(config.stage))]
+        names = [config.stage_name(index) for index in range(len(config.stage))]
+        self.steps = [check_length(*of) for of in zip(config.stage, names, self.images, strict=True)]
+        self.trained = [self._parameters(index) for index in range(len(config.stage))]
+        self.validation = Validation(self.model, self.loader(0), self.sets, config.validate_)
         for module in self.resident:
             module.to(self.device)
         replace_file(self.folder / "config.json", dump_config(config))
@@ -91,37 +104,72 @@ class Run:
             self.saved.get(key, torch.zeros((), dtype=torch.float64)).to(self.device, copy=True) for key in ("loss", "weight")
         ]
         self.changed: set[str] = set()
+        self.sample_seconds: float | None = None  # an image, last measured
+        self.started = time.monotonic()
 
-    def total_steps(self) -> int:
-        return sum(stage.steps(images) for stage, images in zip(self.config.stage, self.images, strict=True))
+    def _parameters(self, index: int) -> int:
+        """How many numbers a stage trains. Raises UserError for a part that is none."""
+        stage, said = self.config.stage[index], f"stage {self.config.stage_name(index)!r}"
+        selected(self.model, stage.reinit, f"{said}: reinit")
+        return size_of(self.model, selected(self.model, stage.train, f"{said}: train"))
+
+    def seconds_left(self, speed: float) -> float:
+        """Of all stages, at a speed in steps a second."""
+        here, left = self.progress, 0.0
+        for index in range(here.stage, len(self.steps)):
+            begun, limit = index == here.stage, self.config.stage[index].seconds
+            if limit is not None:
+                left += limit - (self.elapsed() if begun else 0)
+            else:
+                left += (self.steps[index] - (here.stage_step if begun else 0)) / speed
+        return left
+
+    def elapsed(self) -> float:
+        """Seconds that the stage has run, over all starts."""
+        return self.progress.seconds + time.monotonic() - self.started
+
+    def at_end(self, index: int) -> bool:
+        """Whether the stage that runs has all its steps, or its time."""
+        limit = self.config.stage[index].seconds
+        return self.progress.stage_step >= self.steps[index] or (limit is not None and self.elapsed() >= limit)
 
     def finished(self, index: int) -> bool:
         """Whether a stage needs no more steps. The last one can be made longer, for its end keeps the optimizer's state."""
         here = self.progress
-        longer = here.stage_step < self.config.stage[index].steps(self.images[index]) and "skipped" in self.saved
+        longer = index == len(self.steps) - 1 and not self.at_end(index) and "skipped" in self.saved
         return here.stage > index or (here.stage == index and here.stage_done and not longer)
 
     def start_stage(self, index: int) -> Step:
-        """Make the stage's parts and optimizers, with the state of the checkpoint if the run was in the middle of it."""
-        stage = self.config.stage[index]
-        resumed = self.progress.stage == index and self.progress.stage_step > 0
+        """Make the stage's parts and optimizers, with the state of the checkpoint if the run was in the middle of it, or of
+        the stage before if that is carried over."""
+        stage, name, here = self.config.stage[index], self.config.stage_name(index), self.progress
+        resumed = here.stage == index and here.stage_step > 0
         if not resumed:
-            images = self.progress.images
-            self.progress = replace(self.progress, stage=index, stage_step=0, stage_images=images, stage_done=False)
+            carried = here.carried + here.stage_step if stage.state == "carry" else 0
+            self.progress = replace(
+                here, stage=index, stage_step=0, stage_images=here.images, stage_done=False, seconds=0.0, carried=carried
+            )
+        self.started = time.monotonic()
         self.model.unet.checkpointing = stage.checkpointing
         said = set_precision(stage.precision, self.model.unet, self.config.deterministic)
-        self.report.say(f"{self.config.stage_name(index)}: {said}")
+        state = f"; optimizer state: {_STATE[stage.state]}" if index else ""
+        self.report.say(f"{name}: {said}{state}")
+        if stage.reinit and not resumed:
+            drawn = reinitialise(self.model, stage.reinit, self.config.seed, f"stage {name!r}: reinit")
+            self.changed.update(entry.split(".")[0] for entry in stage.reinit)
+            self.report.say(f"{name}: {drawn:,} parameters start from new random weights ({', '.join(stage.reinit)})")
         step = Step(
-            self.model, stage, stage.steps(self.images[index]), self.config.seed, self._micro(index, resumed),
-            graph=self.config.cuda_graph, states=self.states is not None, warn=self.report.warn,
+            self.model, stage, self.steps[index], self.config.seed, self._micro(index, resumed),
+            graph=self.config.cuda_graph, states=self.states is not None, carried=self.progress.carried, warn=self.report.warn,
         )  # fmt: skip
-        if resumed:
-            for name, optimizer in step.optimizers.items():
-                part, saved = step.parts[name], _Below(self.saved, f"{name}|")
+        if resumed or stage.state == "carry":
+            for part_name, optimizer in step.optimizers.items():
+                part, saved = step.parts[part_name], _Below(self.saved, f"{part_name}|")
                 load_flat_state(optimizer, part.names, saved, part.layout.views)
                 for key, average in part.ema_state().items():
-                    if f"{name}@ema/{key}" in self.saved:  # else it was switched on just now
-                        average.copy_(self.saved[f"{name}@ema/{key}"])
+                    if f"{part_name}@ema/{key}" in self.saved:  # else it was switched on just now
+                        average.copy_(self.saved[f"{part_name}@ema/{key}"])
+        if resumed:
             step.skipped.copy_(self.saved["skipped"])
         self.saved = {}
         return step
@@ -152,26 +200,30 @@ class Run:
         return Loader(
             self.cache, self.model.text.tokenize, self.config.seed, self.config.stage[index],
             data=self.config.data, origin=self.progress.stage_images, tokens=self.tokens, states=self.states,
+            left_out=self.sets.left_out,
         )  # fmt: skip
 
     def count(self, step: Step, result: StepResult) -> None:
         """One step is done."""
-        images = self.progress.images + step.stage.batch
+        now = time.monotonic()
         self.progress = replace(
-            self.progress, stage_step=self.progress.stage_step + 1, step=self.progress.step + 1, images=images,
-            micro=step.micro, micro_asked=step.stage.micro_batch,
+            self.progress, stage_step=self.progress.stage_step + 1, step=self.progress.step + 1,
+            images=self.progress.images + step.stage.batch, micro=step.micro, micro_asked=step.stage.micro_batch,
+            seconds=self.progress.seconds + now - self.started,
         )  # fmt: skip
-        self.changed.update(step.optimizers)
+        self.started = now
+        self.changed.update(changed_parts(step.trained))
         loss, weight = self.smooth
         finite = torch.isfinite(result.loss)
         loss.copy_(torch.where(finite, SMOOTHING * loss + (1 - SMOOTHING) * result.loss.double(), loss))
         weight.copy_(torch.where(finite, SMOOTHING * weight + (1 - SMOOTHING), weight))
 
-    def save(self, step: Step, done: bool) -> bool:
-        """Commit a checkpoint. False, and a line that says why, when the disk would not take it."""
+    def save(self, step: Step, done: bool, keep: bool = False) -> bool:
+        """Commit a checkpoint; with `keep`, one that stays. False, and a line on why, when the disk would not take it."""
         self.progress = replace(self.progress, stage_done=done)
         state: dict[str, Tensor] = {"loss": self.smooth[0], "weight": self.smooth[1]}
-        if not done or self.progress.stage == len(self.config.stage) - 1:
+        following = self.config.stage[self.progress.stage + 1 :]
+        if not done or not following or following[0].state == "carry":
             state["skipped"] = step.skipped
             for name, optimizer in step.optimizers.items():
                 own = flat_state(optimizer, step.parts[name].names, step.parts[name].layout.views)
@@ -183,7 +235,8 @@ class Run:
         folder = self.folder / "checkpoints"
         try:
             self.report.flush()
-            path = checkpoint.save(folder, self.progress, self.model, weights, self.changed, state)
+            adapters = {name: part.state(ADAPTER) for name, part in step.parts.items()} if self.model.lora else None
+            path = checkpoint.save(folder, self.progress, self.model, weights, self.changed, state, adapters)
         except OSError as error:
             self.report.warn(
                 f"checkpoint at step {self.progress.step} not saved: {error.strerror or error} ({folder}); "
@@ -192,55 +245,97 @@ class Run:
             return False
         self.changed = set()
         self.report.saved()
+        if done and following and following[0].state == "carry":
+            self.saved = checkpoint.load_state(path)
         if done:
-            self._remember_stage_end(path.name)
-        checkpoint.retain(folder, step.stage.keep_checkpoints, self._stage_ends())
+            self._note_cost()
+        if done or keep:
+            replace_file(self.folder / "kept.json", json.dumps(sorted(self._kept() | {path.name})))
+        checkpoint.retain(folder, step.stage.keep_checkpoints, self._kept())
         return True
 
-    def _stage_ends(self) -> set[str]:
-        path = self.folder / "stage-ends.json"
+    def _kept(self) -> set[str]:
+        """Names of the checkpoints that stay: stage ends, and those that were asked for."""
+        path = self.folder / "kept.json"
         return set(json.loads(path.read_text())) if path.exists() else set()
 
-    def _remember_stage_end(self, name: str) -> None:
-        replace_file(self.folder / "stage-ends.json", json.dumps(sorted(self._stage_ends() | {name})))
+    def _note_cost(self, **more: Any) -> None:
+        """Note what the run took, and its last stage, in RUN/cost.json: for `fastsd compare`."""
+        here, path = self.progress, self.folder / "cost.json"
+        cost = json.loads(path.read_text()) if path.exists() else {"stages": []}
+        took = {
+            "name": self.config.stage_name(here.stage), "trained": self.trained[here.stage], "steps": here.stage_step,
+            "images": here.images - here.stage_images, "seconds": here.seconds, "memory_gb": memory_gb(self.device),
+        }  # fmt: skip
+        if here.stage_step and not more:
+            cost["stages"] = [stage for stage in cost["stages"] if stage["name"] != took["name"]] + [took]
+        if self.sample_seconds:
+            cost["sample_seconds"] = self.sample_seconds
+        replace_file(path, json.dumps(cost | more, indent=2))
+
+    def asked(self, what: str) -> bool:
+        """Whether someone has put a file trigger.WHAT into the run's folder; it is taken away."""
+        try:
+            (self.folder / f"trigger.{what}").unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def sample(self, index: int, step: Step) -> None:
         """Draw the config's grid with the weights as they are. Touches nothing that training reads."""
-        size = self.config.sample.size or self.config.data.resolution
-        try:
-            image = sample_grid(self.model, self.config.sample, size)
-        except torch.OutOfMemoryError:
-            # A recorded step keeps its memory between steps; it can be recorded anew.
-            self.report.warn(
-                "no memory for samples beside the CUDA graph: recording it again after them; cuda_graph = false avoids it"
-            )
-            step.clear_graphs()
-            image = sample_grid(self.model, self.config.sample, size)
+        size, start = self.config.sample.size or self.config.data.resolution, time.monotonic()
+        image = self._beside(step, "samples", lambda: sample_grid(self.model, self.config.sample, size))
         if image is not None:
+            self.sample_seconds = (time.monotonic() - start) / (
+                len(read_prompts(self.config.sample)) * self.config.sample.images
+            )
             path = self.folder / "samples" / f"{self.config.stage_name(index)}-{self.progress.step:08d}.png"
             try:
                 path.parent.mkdir(exist_ok=True)
-                image.save(path)
+                save_grid(image, path, self.config.stage_name(index), self.progress.step)
             except OSError as error:
                 return self.report.warn(f"samples not written: {error.strerror} ({path}); training goes on")
             self.report.images(path, self.progress.step, image)
 
+    def validate(self, index: int, step: Step) -> None:
+        """Measure the config's sets with the weights as they are, and with their averages. Touches nothing that is trained."""
+        if self.sets.measured:
+            here, stage = self.progress, self.config.stage_name(index)
+            rows = self._beside(step, "validation", lambda: self.validation.rows(step.parts.values()))
+            self.report.validation([{"step": here.step, "images": here.images, "stage": stage, **row} for row in rows])
+
+    def _beside(self, step: Step, what: str, work: Callable[[], Result]) -> Result:
+        """Do what needs memory beside that of a recorded step, which keeps it between steps but can be recorded anew."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            self.report.warn(f"no memory for {what} beside the CUDA graph: recording it again; cuda_graph = false avoids it")
+        step.clear_graphs()
+        return work()
+
     def export(self) -> Path:
-        """The newest checkpoint's model as RUN/model, a diffusers folder for any tool; its averages as RUN/model-ema."""
-        newest, target = checkpoint.checkpoints(self.folder / "checkpoints")[-1], self.folder / "model"
-        checkpoint.export(newest, target, self.model)
+        """The newest checkpoint's model as RUN/model, a diffusers folder for any tool; its averages as RUN/model-ema. Of
+        adapters also RUN/lora.safetensors, and lora-ema. Returns what to hand on."""
+        newest = checkpoint.checkpoints(self.folder / "checkpoints")[-1]
+        made = checkpoint.export(newest, self.folder / "model", self.model)
+        files = [made] if made.is_file() else [path for path in made.rglob("*") if path.is_file()]
+        self._note_cost(file_bytes=sum(path.stat().st_size for path in files))
         state = checkpoint.load_state(newest)
         averages = {part: found for part in PARTS if len(found := _Below(state, f"{part}@ema/"))}
         if averages:
             checkpoint.export(newest, self.folder / "model-ema", self.model, averages)
-        return target
+        return made
 
     def header(self) -> dict[str, str]:
         """What a person checks before walking away."""
         config, meta, vae = self.config, self.cache.meta, self.model.vae
-        trained = {part for stage in config.stage for part in stage.train}
-        counts = {part: sum(p.numel() for p in self.model.part(part).parameters()) for part in sorted(trained)}
-        stages = [f"{config.stage_name(i)}: {_said(s)}, {s.steps(self.images[i])} steps" for i, s in enumerate(config.stage)]
+        lengths = [
+            f"{steps} steps" if steps < ENDLESS else str(s.until) for s, steps in zip(config.stage, self.steps, strict=True)
+        ]
+        stages = [
+            f"{config.stage_name(i)}: {_said(s)}, {self.trained[i]:,} parameters, {lengths[i]}"
+            for i, s in enumerate(config.stage)
+        ]
         epochs = " or ".join(str(images) for images in dict.fromkeys(self.images))
         epoch = f", {epochs} an epoch" if epochs != str(len(self.cache)) else ""
         at = f", resumed at step {self.progress.step}" if self.progress.step else ""
@@ -250,15 +345,14 @@ class Run:
         sizes = len({group.shape for group in self.cache.groups})
         shapes = f" in {sizes} sizes" if sizes > 1 else ""
         return {
-            "run": f"{self.folder} ({self.total_steps()} steps{at})",
+            "run": f"{self.folder} ({', '.join(lengths)}{at})",
             "kernels": f"{describe_ops(self.ops)} on {_device_name(self.device)}, {memory_gb(self.device):.1f} GB in use",
             "base": config.model.base,
             "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, factor {vae.scaling_factor:g}",
             "images": f"{len(self.cache)} at {config.data.resolution} px{shapes}{epoch}{empty}",
             "cache": f"{meta.cached} of {meta.images} images cached{rejected}{states} ({config.cache.dir})",
-            "trained": ", ".join(f"{part} {count:,}" for part, count in counts.items()) + " parameters",
             "stages": "\n".join(stages),
-        }
+        } | ({"validation": f"{self.validation}, every {config.validate_.every}"} if self.sets.measured else {})
 
     def close(self) -> None:
         self.report.close()
@@ -270,7 +364,7 @@ class Run:
 
 def _said(stage: StageTable) -> str:
     """A stage in half a line."""
-    rates = "/".join(f"{stage.rate_of(part):g}" for part in stage.train)
+    rates = "/".join(f"{stage.rate_of(part):g}" for part in (stage.lr if isinstance(stage.lr, dict) else [""]))
     forward = f" ({stage.micro_batch} a forward)" if stage.micro_batch else ""
     return f"{'+'.join(stage.train)} {stage.optimizer} lr {rates} {stage.precision}, batch {stage.batch}{forward}"
 
@@ -298,67 +392,6 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         yield run
     finally:
         run.close()
-
-
-def _lock(folder: Path) -> Any:
-    """Hold RUN/lock for as long as the file object lives: two trainers in one folder would ruin each other's logs."""
-    file = open(folder / "lock", "a")  # noqa: SIM115 - held open on purpose
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"run is {str(folder)!r}, in which another fastsd is training; wait for it or name another") from None
-    return file
-
-
-def _compare_with_start(path: Path, config: Config, progress: Progress | None) -> list[str]:
-    """Refuse what would break the run, note what changed otherwise since its last start."""
-    if progress is None or not path.exists():
-        return []
-    # Read as a config: keys that were not there at the time have their defaults.
-    old = json.loads(dump_config(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))))
-    new = json.loads(dump_config(config))
-    advice = "put it back, or start a new run with run=FOLDER"
-    for table in FIXED:
-        if old[table] != new[table]:
-            raise UserError(f"{path.parent} was started with another {_difference(table, old[table], new[table])}; {advice}")
-    notes = []
-    here = progress.stage
-    for i, (was, now) in enumerate(zip(old["stage"], new["stage"], strict=False)):
-        for key in was:
-            if was[key] != now[key]:
-                difference = _difference(f"stage.{i}.{key}", was[key], now[key])
-                if i < here or (i == here and key in FIXED_IN_STAGE and progress.stage_step):
-                    raise UserError(f"{path.parent} has already trained with another {difference}; {advice}")
-                notes.append(f"changed since the last start: {difference}")
-    if len(new["stage"]) <= here:
-        raise UserError(f"{path.parent} is in stage {here + 1} and the config has {len(new['stage'])}; {advice}")
-    return notes
-
-
-def _compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]:
-    """Note what the order of a run depends on, and say so where it is not that of the last start any more."""
-    now = {"samples": len(latents), "view": latents.sha256}
-    was = json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else now
-    replace_file(path, json.dumps(now))
-    if was["samples"] != now["samples"]:
-        changed = f"the cache had {was['samples']} images at the last start and has {now['samples']}"
-        return [f"{changed}: from here on the order is another"]
-    return [] if was == now else ["captions or images have changed in the cache since the last start"]
-
-
-def _difference(place: str, was: Any, now: Any) -> str:
-    if isinstance(was, dict):
-        key = next(key for key in was if was[key] != now.get(key))
-        return _difference(f"{place}.{key}", was[key], now.get(key))
-    return f"{place}: {was!r}, now {now!r}"
 
 
 def _device_name(device: torch.device) -> str:

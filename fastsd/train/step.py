@@ -14,21 +14,24 @@ from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from fastsd.config import StageTable
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
 from fastsd.model.files import Model
+from fastsd.model.select import selected
+from fastsd.stages import PARTS
 from fastsd.train.graph import Graphed
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import AdamW, DLion, FastOptimizer, Lion
 from fastsd.train.parts import Part
-from fastsd.train.schedule import learning_rate
+from fastsd.train.schedule import ema_decay, learning_rate
+from fastsd_kernels import noise
 from fastsd_kernels.gradient_norm import clip_scale
 
 OPTIMIZERS: dict[str, type[FastOptimizer]] = {"dlion": DLion, "lion": Lion, "adamw": AdamW}
-PARTS = ("unet", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Step:
         micro: images a forward; None = as the stage says.
         graph: capture the step as a CUDA graph, one per number of images; the results are the same.
         states: batches bring the text encoder's states; it is no part of the step then, wherever it lies.
+        carried: steps of earlier stages whose optimizer state and average go on here.
         warn: takes a line about something the user should know.
 
     Attributes:
@@ -60,22 +64,27 @@ class Step:
 
     def __init__(
         self, model: Model, stage: StageTable, total: int, seed: int, micro: int | None = None, graph: bool = False,
-        states: bool = False, warn: Callable[[str], None] = print,
+        states: bool = False, carried: int = 0, warn: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        self.model, self.stage, self.total, self.warn = model, stage, total, warn
+        self.model, self.stage, self.total, self.carried, self.warn = model, stage, total, carried, warn
+        self.trained = selected(model, stage.train, f"stage {stage.name!r}: train")
         self.micro = micro or stage.micro
         self.device = model.unet.conv_in.weight.device
         self.ops = model.unet.ops
         self.parts = {name: self._part(name) for name in PARTS if not (states and name == "text_encoder")}
-        self.lrs: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in stage.train}
-        self.optimizers: dict[str, FastOptimizer] = {name: self._optimizer(name) for name in stage.train}
-        self.objective = Objective(alphas_cumprod(model.scheduler).to(self.device), seed, self.ops)
+        # What changes from step to step lies on the device, where a recorded step reads it.
+        self.lrs: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.trained}
+        self.ema_decay = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.frozen = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.optimizers: dict[str, FastOptimizer] = {name: self._optimizer(name) for name in self.trained}
+        abar = alphas_cumprod(model.scheduler).to(self.device)
+        self.objective = Objective(abar, seed, self.ops, stage, model.prediction)
         self.skipped = torch.zeros((), device=self.device)
         if stage.fused_backward:
             # Whether the step at hand has met anything that is not finite.
             self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
             self._norms: list[Tensor] = []
-            for name in stage.train:
+            for name in self.trained:
                 self.parts[name].on_gradient = partial(self._update_one, name)
         self._touched = False  # whether the step at hand has begun to change weights
         self._run = Graphed(self._compute) if graph and self.device.type == "cuda" else self._compute
@@ -84,22 +93,29 @@ class Step:
         """Train on one batch as step number `step` (from 0) of the stage."""
         for name, lr in self.lrs.items():
             lr.fill_(learning_rate(self.stage, step, self.total, name))
+        if self.stage.ema:
+            self.ema_decay.fill_(ema_decay(self.stage, self.carried + step))
+        if self.stage.freeze_d_after:
+            self.frozen.fill_(step >= self.stage.freeze_d_after)
         assert (batch.states_BLD is None) == ("text_encoder" in self.parts)
         text = batch.token_ids_BL if batch.states_BLD is None else batch.states_BLD
-        inputs = batch.latents_BCHW, text, batch.positions_B
-        on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs]
+        inputs = batch.latents_BCHW, text, batch.positions_B, batch.weight_B, batch.mask_B1HW
+        on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs if tensor is not None]
         while True:
             try:
                 return StepResult(*self._run(*on_device))
             except torch.OutOfMemoryError as error:
                 self._shrink(str(error).splitlines()[0])
 
-    def _compute(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _compute(
+        self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *counts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, gradient norm, steps skipped) of one step. Nothing here waits for the device or asks it anything.
 
-        `text_BL`: token ids, or the text encoder's states, which have one dimension more.
+        `text_BL`: token ids, or the text encoder's states, which have one dimension more.  `counts`: those of weight_B and
+        mask_B1HW that the batch has.
         """
-        loss = self._accumulate(latents_BCHW, text_BL, positions_B)
+        loss = self._accumulate(latents_BCHW, text_BL, positions_B, *counts)
         if self.stage.fused_backward:
             # Every parameter was stepped when its gradient came.
             norm, skip = torch.stack(self._norms).norm(), self._bad
@@ -115,9 +131,11 @@ class Step:
         self.skipped += skip
         return loss, norm, self.skipped.clone()
 
-    def _accumulate(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor) -> Tensor:
+    def _accumulate(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *counts: Tensor) -> Tensor:
         """Gradients of the batch's mean loss, one micro-batch at a time; returns that loss."""
         count, trains_text = len(positions_B), "text_encoder" in self.optimizers
+        weight_B = next((tensor for tensor in counts if tensor.ndim == 1), None)
+        mask_B1HW = next((tensor / 255 for tensor in counts if tensor.ndim == 4), None)
         total = torch.zeros((), device=self.device)
         self._begin()
         for start in range(0, count, self.micro):
@@ -128,7 +146,8 @@ class Step:
             if context.ndim == 2:
                 with torch.set_grad_enabled(trains_text):
                     context = self.model.text.encode(context)
-            loss = self.objective.loss(self.model.unet(noisy, t_B, context), target) * (len(latents) / count)
+            given = [tensor if tensor is None else tensor[rows] for tensor in (weight_B, mask_B1HW)]
+            loss = self.objective.loss(self.model.unet(noisy, t_B, context), target, t_B, *given) * (len(latents) / count)
             if self.stage.fused_backward:
                 self._bad = ~torch.isfinite(loss.detach())
             loss.backward()
@@ -195,6 +214,14 @@ class Step:
         """D-Lion's estimates by part, 0-dim on the device; empty for other optimizers."""
         return {name: opt.shared["d"] for name, opt in self.optimizers.items() if isinstance(opt, DLion)}
 
+    def seen(self, batch: Batch) -> dict[str, str]:
+        """Hashes of what decides a step besides weights: which samples, which timesteps, which noise (of the first sample)."""
+        t_B = self.objective.timesteps(batch.positions_B)
+        shape = tuple(batch.latents_BCHW.shape[1:])
+        eps = noise.normal(self.objective.seed, noise.Purpose.NOISE, batch.positions_B[:1], shape)
+        found = {"order": batch.samples_B, "timesteps": t_B, "noise": eps}
+        return {name: xxhash.xxh3_64_hexdigest(of.cpu().numpy().tobytes()) for name, of in found.items() if of is not None}
+
     def owners(self) -> dict[str, list[Tensor]]:
         """The tensors on the device that live as long as the stage, by what they are for."""
         found: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
@@ -212,7 +239,7 @@ class Step:
 
     def _part(self, name: str) -> Part:
         stage, module = self.stage, self.model.part(name)
-        trained = self.model.trainable(name) if name in stage.train else set()
+        trained = self.trained.get(name, set())
         return Part(
             name, module, trained, stage.precision, accumulates=stage.batch > self.micro, arena=not stage.fused_backward,
             ema=stage.ema > 0,
@@ -224,11 +251,13 @@ class Step:
         if stage.betas:
             settings["betas"] = tuple(stage.betas)
         if stage.optimizer == "dlion":
-            settings["d0"] = stage.d0
+            settings |= {"d0": stage.d0, "growth_rate": stage.growth_rate, "d_max": stage.d_max}
         if stage.optimizer == "lion":
             settings["decoupled_weight_decay"] = stage.decoupled_weight_decay
         optimizer = self.parts[name].optimize(partial(OPTIMIZERS[stage.optimizer], **settings))
         (group,) = optimizer.param_groups
         group["lr"] = self.lrs[name]
-        group["ema_decay"] = stage.ema
+        group["ema_decay"] = self.ema_decay if stage.ema_power or stage.ema_after else stage.ema
+        if isinstance(optimizer, DLion) and stage.freeze_d_after:
+            optimizer.frozen = self.frozen
         return optimizer

@@ -26,7 +26,7 @@ from fastsd_kernels.gradient_norm import gradient_norm_reference, gradient_norm_
 from fastsd_kernels.group_norm import group_norm_reference, group_norm_triton
 from fastsd_kernels.layer_norm import layer_norm_reference, layer_norm_triton
 from fastsd_kernels.lion import lion_reference, lion_triton
-from fastsd_kernels.noise import noised_reference, noised_triton
+from fastsd_kernels.noise import noised_reference, noised_triton, normal, normal_triton
 from fastsd_kernels.pieces import REFERENCE_PIECES, TRITON_PIECES, Pieces
 
 
@@ -42,6 +42,7 @@ class Ops:
     geglu: Callable[..., Tensor]  # (x_2F) -> y_F
     pieces: Pieces  # of the four above, for layers that keep less
     # Of the step: in place, or without a gradient.
+    normal: Callable[..., Tensor]  # (seed, purpose, positions_B, shape) -> standard normals (B, *shape)
     noised: Callable[..., tuple[Tensor, Tensor]]  # (latents_BCHW, positions_B, t_B, signal_T, level_T, seed) -> (x_t, target)
     gradient_norm: Callable[..., tuple[Tensor, Tensor]]  # (grads, *, scale=None) -> (norm, skip)
     lion: Callable[..., None]  # (params, grads, exp_avgs, *, lr, betas, ...)
@@ -57,6 +58,7 @@ REFERENCE = Ops(
     layer_norm=layer_norm_reference,
     geglu=geglu_reference,
     pieces=REFERENCE_PIECES,
+    normal=normal,
     noised=noised_reference,
     gradient_norm=gradient_norm_reference,
     lion=lion_reference,
@@ -71,6 +73,7 @@ TRITON: Ops | None = Ops(
     layer_norm=layer_norm_triton,
     geglu=geglu_triton,
     pieces=TRITON_PIECES,
+    normal=normal_triton,
     noised=noised_triton,
     gradient_norm=gradient_norm_triton,
     lion=lion_triton,

@@ -58,6 +58,15 @@ class Purpose(IntEnum):
     BATCHES = 5  # the order of an epoch's batches of several shapes; position = the first sample's
     ROTATION = 6  # the fixed order in which a folder's images take turns; position = the group's number
     VERSION = 7  # which crop or mirror image
+    REINIT = 8  # new weights for parts that start again; position = a hash of the parameter's name
+    IMMISCIBLE = 9  # more noises for eps to be chosen from
+    PYRAMID = 10  # coarser noises added to eps
+    OFFSET = 11  # one number a channel added to eps
+    PERTURBATION = 12  # what is added to eps in the input alone
+    ADAPTER = 13  # the first weights of low-rank adapters; position = a hash of the parameter's name
+    HELD_OUT = 14  # which images are held out of training, and which are measured beside them; position = the image's check
+    VALIDATION = 15  # timesteps and noises of a measured image; position = the image's check, block = the part of the timesteps
+    REDRAW = 16  # an image drawn anew: position = its number in the cache's view, and 2**40 more for the sampler's own noise
 
 
 def philox(seed: int, purpose: int, position_B: Tensor, block_K: Tensor) -> Tensor:

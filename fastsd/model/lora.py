@@ -1,0 +1,311 @@
+"""Floor 1: low-rank adapters (LoRA) in the UNet and the text encoder.
+
+A target's weight W becomes W + alpha / rank * up @ down (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
+section 4.1); W is frozen, down starts at random and up at zero. peft puts them in by its config; what they compute is
+`fastsd/model/lean.py`'s, so that the path with adapters is the path without.
+
+A weight that n projections share has an adapter for each one that is a target, as if they were separate. Down is stacked,
+(n R, F_in), and so is up, (n F, R). In files they are separate:
+
+    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight      down, as diffusers' `save_lora_weights`
+    text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight            up
+
+Rank and alpha are in the file's header, where diffusers from 0.35 on reads them; older tools take alpha = rank.
+
+Shapes: F features, C channels, R the rank of one adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastsd.config import LoraTable
+from fastsd.errors import UserError
+from fastsd.model import lean
+from fastsd.model.files import Model, classic_text_name
+from fastsd.model.select import matches, uniform_like
+from fastsd.model.weights import ADAPTER, check_names, diffusers_pieces
+from fastsd.stages import PARTS
+from fastsd.storage import read_safetensors, write_safetensors
+from fastsd_kernels.noise import Purpose
+
+NAME = "default"  # peft's name of the one adapter
+METADATA = "lora_adapter_metadata"  # diffusers' place for rank and alpha in a file's header
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that gets an adapter.
+
+    Attributes:
+        blocks: the module in files of each projection that shares the weight; "" for one that gets none.
+        ndim: of the weight in files, 4 for a convolution, of which the UNet has some as linears.
+        wide: whether it is a 3x3 convolution.
+    """
+
+    blocks: tuple[str, ...]
+    ndim: int
+    wide: bool
+
+    @property
+    def modules(self) -> list[str]:
+        return [block for block in self.blocks if block]
+
+
+class Adapted(nn.Module, LoraLayer):
+    """A linear or convolution `base_layer` with adapters: what peft puts in its place.
+
+    Attributes:
+        lora_A, lora_B: down (n R, F_in), or (n R, C, 3, 3) of a 3x3 convolution, and up (n F, R), each a dict of one.
+    """
+
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, target: Target, rank: int, alpha: float) -> None:
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, base)
+        self.target, self.count = target, len(target.modules)
+        self.r[NAME], self.lora_alpha[NAME], self.scaling[NAME] = rank, alpha, alpha / rank
+        outputs, inputs, *kernel = base.weight.shape
+        down = base.weight.new_zeros(self.count * rank, inputs, *(kernel if target.wide else []))
+        if target.wide:
+            down = down.to(memory_format=torch.channels_last)
+        up = base.weight.new_zeros(self.count * outputs // len(target.blocks), rank)
+        self.lora_A, self.lora_B = nn.ParameterDict({NAME: down}), nn.ParameterDict({NAME: up})
+
+    def operands(self) -> lean.Layer:
+        """Weight, bias, down, and for each projection that shares the weight its up with the factor alpha / rank, or None."""
+        up = self.lora_B[NAME]
+        if self.scaling[NAME] != 1:
+            up = self.scaling[NAME] * up
+        ups = iter(up.chunk(self.count))
+        up_or_none = [next(ups) if block else None for block in self.target.blocks]
+        return self.base_layer.weight, self.base_layer.bias, self.lora_A[NAME], *up_or_none
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, _, down, *ups = self.operands()
+        if weight.ndim == 2:
+            return lean.linear(x, *self.operands())
+        conv = self.base_layer
+        low = F.conv2d(x, down, stride=conv.stride, padding=conv.padding)
+        return conv(x) + F.conv2d(low, ups[0][:, :, None, None])
+
+    def pieces(self, letter: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What a file has of lora_A or lora_B, or of a tensor shaped like it: names without the part, and views."""
+        for module, piece in zip(self.target.modules, tensor.chunk(self.count), strict=True):
+            yield f"{module}.lora_{letter}.weight", piece[(...,) + (None,) * (self.target.ndim - piece.ndim)]
+
+
+def add_lora(model: Model, table: LoraTable, seed: int) -> None:
+    """Put adapters into a model that has none; its predictions stay as they are. `table.file` is not read.
+
+    Args:
+        seed: of the downs, which are functions of (seed, name in files): uniform within 1 / sqrt(fan in), as peft draws them.
+
+    Raises:
+        UserError: a target that no layer is.
+    """
+    assert model.lora is None
+    parts = PARTS if table.text_encoder else PARTS[:1]
+    found = {part: _targets(model, part, table) for part in parts}
+    _check_targets(table, found)
+    for part, (targets, _) in found.items():
+        _inject(model.part(part), targets, table)
+    model.lora = table
+    for name, down in lora_state_dict(model).items():
+        if ".lora_A." in name and not down.is_meta:
+            down.copy_(uniform_like(down, seed, Purpose.ADAPTER, name) / math.sqrt(down[0].numel()))
+
+
+def _inject(module: nn.Module, targets: Mapping[str, Target], table: LoraTable) -> None:
+    by_layer = {module.get_submodule(path): target for path, target in targets.items()}
+
+    def adapted(base: Any, _: str, *, r: int, lora_alpha: float, **others: Any) -> Adapted:
+        return Adapted(base, by_layer[base], r, lora_alpha)
+
+    config = LoraConfig(**_settings(table, {path: target.wide for path, target in targets.items()}))
+    config._register_custom_module({nn.Module: cast(type[nn.Module], adapted)})
+    inject_adapter_in_model(config, module, NAME)
+
+
+def _targets(model: Model, part: str, table: LoraTable) -> tuple[dict[str, Target], set[str]]:
+    """Path of a layer in a part's module -> what adapters it gets; and those of the table's targets that are layers here."""
+    usable = model.trainable(part)
+    named: dict[str, Target] = {}
+    convs: dict[str, Target] = {}
+    met: set[str] = set()
+    for path, layer in model.part(part).named_modules():
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or f"{path}.weight" not in usable:
+            continue
+        wide = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+        if wide and not table.conv:
+            continue
+        pieces = dict(_pieces(part, f"{path}.weight", layer.weight))
+        hits = {name: {pattern for pattern in table.targets if matches(part, pattern, name)} for name in pieces}
+        met.update(*hits.values())
+        blocks = tuple(name.removesuffix(".weight") if hit else "" for name, hit in hits.items())
+        target = Target(blocks, next(iter(pieces.values())).ndim, wide)
+        if any(blocks):
+            named[path] = target
+        elif wide and path not in ("conv_in", "conv_out"):
+            convs[path] = replace(target, blocks=(path,))
+    if not any(target.wide for target in named.values()):
+        named |= convs  # the 3x3 convolutions that targets name; all but the first and the last if they name none
+    return named, met
+
+
+def _check_targets(table: LoraTable, found: Mapping[str, tuple[dict[str, Target], set[str]]]) -> None:
+    """Raise UserError for a target that no part has, and for a part that has none of them."""
+    said = {part: f"the {part.replace('_', ' ')}" for part in found}
+    for pattern in table.targets:
+        if not any(pattern in met for _, met in found.values()):
+            convolutions = "" if table.conv else ", or set model.lora.conv if it means 3x3 convolutions"
+            raise UserError(
+                f"model.lora.targets has {pattern!r}, which no linear layer of {' or '.join(said.values())} is; give groups, "
+                f'for example "attention", or names of layers as diffusers has them, "to_q"{convolutions}'
+            )
+    for part, (targets, _) in found.items():
+        if not targets:
+            raise UserError(
+                f"model.lora.targets: no layer of {said[part]} is one of {', '.join(table.targets)}; add one that is, "
+                'for example "attention", or leave that part out'
+            )
+
+
+def _pieces(part: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The names that one parameter has in a part's file, each with a view of its part."""
+    yield from diffusers_pieces(name, tensor) if part == "unet" else [(classic_text_name(name), tensor)]
+
+
+def _settings(table: LoraTable, wide: Mapping[str, bool]) -> dict[str, Any]:
+    """What peft's LoraConfig says of adapters in these modules, of which `wide` tells the 3x3 convolutions."""
+    alpha = table.alpha or table.rank
+    # No linear has the last name of a 3x3 convolution: conv1, conv2, conv, conv_in, conv_out.
+    convs = sorted({name.rpartition(".")[2] for name in wide if wide[name]})
+    return {
+        "r": table.rank, "lora_alpha": alpha, "target_modules": sorted(wide),
+        "rank_pattern": dict.fromkeys(convs, table.conv), "alpha_pattern": dict.fromkeys(convs, table.alpha or table.conv),
+    }  # fmt: skip
+
+
+def _adapted(model: Model, part: str) -> list[tuple[str, Adapted]]:
+    return [(path, layer) for path, layer in model.part(part).named_modules() if isinstance(layer, Adapted)]
+
+
+def lora_parameters(model: Model, part: str) -> set[str]:
+    """Names of the adapters' parameters in a part's module."""
+    return {name for name, _ in model.part(part).named_parameters() if ADAPTER in name}
+
+
+def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
+    """All adapters under the names that files have, detached views.
+
+    Args:
+        tensors_by_part: by the module's parameter names, stand in for parameters (fp32 masters, averages).
+    """
+    state: dict[str, Tensor] = {}
+    for part in PARTS:
+        given = (tensors_by_part or {}).get(part, {})
+        for path, layer in _adapted(model, part):
+            for letter, parameters in (("A", layer.lora_A), ("B", layer.lora_B)):
+                tensor = given.get(f"{path}.lora_{letter}.{NAME}", parameters[NAME])
+                state |= {f"{part}.{name}": view for name, view in layer.pieces(letter, tensor.detach())}
+    return state
+
+
+def write_lora(path: Path, model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None) -> str:
+    """Write what `lora_state_dict` gives into one .safetensors file, rank and alpha in its header; returns its sha256."""
+    assert model.lora is not None
+    header: dict[str, Any] = {}
+    for part in PARTS:
+        # Paths that end as the modules of any transformers do: from 5 on they do not begin with text_model.
+        wide = {
+            module.removeprefix("text_model."): layer.target.wide
+            for _, layer in _adapted(model, part)
+            for module in layer.target.modules
+        }
+        if wide:
+            header |= {f"{part}.{key}": value for key, value in _settings(model.lora, wide).items()}
+    return write_safetensors(path, lora_state_dict(model, tensors_by_part), {METADATA: json.dumps(header, sort_keys=True)})
+
+
+def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
+    """Copy adapters, as `write_lora` or diffusers wrote them, into those that the model has. Nothing is copied unless all fit.
+
+    Args:
+        source: a .safetensors file, or what `lora_state_dict` gives.
+
+    Raises:
+        UserError: not such a file, or of other layers, another rank or another alpha than the model's.
+    """
+    assert model.lora is not None
+    mapping, place = (source, "lora") if isinstance(source, Mapping) else (read_safetensors(source), str(source))
+    kohya = next((name for name in mapping if name.startswith(("lora_unet_", "lora_te"))), None)
+    if kohya:
+        raise UserError(f"{place}: has kohya's names ({kohya}); convert it to diffusers', unet. ... .lora_A.weight")
+    found = {_classic(name): tensor for name, tensor in mapping.items()}
+    targets = lora_state_dict(model)
+    check_names(targets, found, place, "make rank, targets, conv and text_encoder of model.lora those of the file")
+    if not isinstance(source, Mapping):
+        _check_scales(model, source)
+    for name, target in targets.items():
+        target.copy_(found[name])
+
+
+def _classic(name: str) -> str:
+    """A name with the `text_model.` that transformers 5 leaves out."""
+    part, _, rest = name.partition(".")
+    return f"{part}.{classic_text_name(rest)}" if part == "text_encoder" else name
+
+
+def _check_scales(model: Model, path: Path) -> None:
+    """Raise UserError unless a file's alphas and the model's come to the same factors."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(METADATA, "{}")
+    try:
+        header = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {METADATA} in its header is no table ({error}); write the file again") from None
+    for part in PARTS:
+        for _, layer in _adapted(model, part):
+            rank, ours = layer.r[NAME], layer.scaling[NAME]
+            alphas = header.get(f"{part}.alpha_pattern", {})
+            key = get_pattern_key(alphas, layer.target.modules[0])
+            alpha = alphas.get(key, header.get(f"{part}.lora_alpha", rank))
+            theirs = alpha / math.sqrt(rank) if header.get(f"{part}.use_rslora") else alpha / rank
+            if not math.isclose(ours, theirs):
+                raise UserError(
+                    f"{path}: its adapters count {theirs:g} times and model.lora.alpha makes it {ours:g}; set it to "
+                    f"{theirs * rank:g}"
+                )
+
+
+@torch.no_grad()
+def merge_lora(model: Model) -> None:
+    """Add the adapters to the weights, rounded once, and take them out."""
+    for part in PARTS:
+        for path, layer in _adapted(model, part):
+            weight, _, down, *ups = layer.operands()
+            assert weight.dtype == torch.float32
+            downs = iter(down.double().flatten(1).chunk(layer.count))
+            for rows, up in zip(weight.chunk(len(ups)), ups, strict=True):
+                if up is not None:
+                    rows.copy_(rows.double() + (up.double() @ next(downs)).view_as(rows))
+            model.part(part).set_submodule(path, layer.base_layer)
+        vars(model.part(part)).pop("peft_config", None)
+    model.lora = None
