@@ -107,6 +107,21 @@ def sample(
 
 
 @app.command()
+def validate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusers folder, single file, run or checkpoint.")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+    precision: Annotated[Precision | None, typer.Option(help="That of CONFIG's last stage if left out.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there as well.")] = None,
+) -> None:
+    """Measure the loss of MODEL on the images that CONFIG holds out of training, and on those it measures beside them."""
+    loaded = _load(config, overrides, precision)
+    from fastsd.validate import validate
+
+    validate(model, loaded, json_file)
+
+
+@app.command()
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -159,6 +174,82 @@ def bench(
         words or [], json_file, options, precision=precision and precision.value, small=small, peers=peers, steps=steps,
         fraction=fraction, rate=rate,
     )  # fmt: skip
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option(help="The page; its pictures go into a folder beside it.")] = Path("report.html"),
+    baseline: Annotated[str, typer.Option(metavar="RUN", help="What others are measured against; the first if left out.")] = "",
+    draw: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=a,b,c", help="Draw the finished models anew, each way: clip_skip=0,1,2."),
+    ] = None,
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Draw anew from every checkpoint that was kept.")] = False,
+) -> None:
+    """Lay runs side by side in one page: settings, curves, samples, cost, and how far they are from a baseline."""
+    from fastsd.compare.report import compare
+
+    compare(runs, out, baseline, draw or [], from_checkpoints=checkpoints)
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    values: Annotated[list[str], typer.Argument(metavar="key=a,b,c ...", help="Swept; key=value is the same in all runs.")],
+    precision: Stages = None,
+    baseline: Annotated[str, typer.Option(metavar="NAME", help="Run that others are measured against; the config's own.")] = "",
+) -> None:
+    """Train runs that differ in these values and in nothing else, and compare them. The same line again resumes."""
+    from fastsd.sweep import sweep
+
+    sweep(config, values, precision and precision.value, baseline)
+
+
+@app.command(name="lr-probe")
+def lr_probe(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    precision: Stages = None,
+    steps: Annotated[int, typer.Option(min=40, help="Of the short D-Lion run.")] = 400,
+    stage: Annotated[str, typer.Option(metavar="NAME", help="The stage to probe; the first if left out.")] = "",
+) -> None:
+    """Find a learning rate for Lion by a short run of D-Lion."""
+    loaded = _load(config, overrides, precision)
+    from fastsd.lr_probe import lr_probe
+
+    lr_probe(loaded, steps, stage)
+
+
+@app.command(name="long-clip")
+def long_clip(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Diffusers folder, single file or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new diffusers folder.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Positions the text encoder will have.")] = 248,
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
+) -> None:
+    """Stretch the text encoder of BASE to long captions, as Long-CLIP does before it trains."""
+    from fastsd.long_clip import long_clip
+
+    long_clip(base, out, tokens, tokenizer)
+
+
+@app.command()
+def redraw(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusers folder, single file, run or checkpoint.")],
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or one that the same line has begun.")],
+    overrides: Overrides = None,
+    start: Annotated[int | None, typer.Option(metavar="T", help="Timestep of the noise on each image; 0 only decodes.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
+    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
+    device: Annotated[str, typer.Option(help="The config's if left out.")] = "",
+) -> None:
+    """Make a data set with MODEL: the images of CONFIG drawn anew, from their captions alone or from T on."""
+    loaded = _load(config, overrides)
+    from fastsd.redraw import redraw
+
+    redraw(model, loaded, out, start, limit, precision.value, device)
 
 
 @app.command()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,15 +21,22 @@ from fastsd.config import Config, ModelTable, SampleTable
 from fastsd.data import build, sources, upkeep
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.collect import one_at_a_time
+from fastsd.data.held_out import choose_sets
 from fastsd.data.loader import Loader
 from fastsd.data.states import States, write_states
 from fastsd.data.store import Store, disk_errors
 from fastsd.data.tokens import Tokens, write_tokens
 from fastsd.errors import UserError
-from fastsd.model.files import Model, load_model, load_text, load_tokenizer, load_vae, locate
-from fastsd.sample import check_samples, generate, grid, read_prompts
+from fastsd.model.adapted import load_to_train
+from fastsd.model.files import Model, load_text, load_tokenizer, load_vae, locate
+from fastsd.model.select import selected, size_of
+from fastsd.sample import check_samples, generate, grid, load_to_sample, read_prompts, save_grid
+from fastsd.stages import ENDLESS, PARTS
 from fastsd.train.checkpoint import checkpoints
+from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+from fastsd.train.schedule import check_length
+from fastsd.train.validation import Validation
 
 Options = TypeVar("Options", ModelTable, SampleTable)
 REASONS = 8  # why images were rejected, that are told
@@ -60,11 +68,7 @@ def cache(config: Config, console: Console | None = None) -> build.Counts:
         tokenizer = None
         _say(console, f"note: {error}")
     start = time.perf_counter()
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
-        report = _live(bar) if console.is_terminal else _plain(console)
+    with progress(console) as report:
         counts = build.build_cache(config, vae, report, lambda line: _say(console, line))
         if tokenizer:
             _cache_tokens(config, counts.view, tokenizer, console)
@@ -111,6 +115,16 @@ def _cache_states(config: Config, view: str, device: torch.device, report: build
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
         made = write_states(config.cache, latents, text, report, lambda line: _say(console, line))
     _say(console, f"{made.captions} captions, the text encoder's states of {made.encoded} of them encoded now")
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[build.Report]:
+    """What shows how far a long work is: a live line on a terminal, else one every few seconds."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        yield _live(bar) if console.is_terminal else _plain(console)
 
 
 def _live(bar: Progress) -> build.Report:
@@ -188,8 +202,9 @@ def _say_over_length(config: Config, view: str, console: Console) -> None:
     """How many captions the text encoder will not see whole, where their token ids are cached."""
     with suppress(UserError), closing(LatentCache.open(config.cache.dir, view)) as latents:
         tokenizer = load_tokenizer(config.model)[0]
-        tokens = Tokens(latents, tokenizer, tokenizer.model_max_length)
-        _say(console, f"    {tokens.over_length()} captions are longer than {tokens.length} tokens and will be cut")
+        tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks)
+        room = tokens.chunks * tokens.window
+        _say(console, f"    {tokens.over_length()} captions are longer than {room} tokens and will be cut")
 
 
 def check(config: Config, console: Console | None = None) -> None:
@@ -218,16 +233,16 @@ def check(config: Config, console: Console | None = None) -> None:
     attempt("model", lambda: _model(config, models))
     if models:
         attempt("cache", lambda: _cache(config, models[0], epoch))
+        if config.validate_.held_out or config.validate_.stabilised:
+            attempt("validation", lambda: _validation(config, models[0], epoch))
         attempt("samples", lambda: check_samples(models[0], config))
-    for i, stage in enumerate(config.stage):
-        steps = stage.steps(epoch[0]) if epoch else 0
-        _say(
-            console,
-            f"ok    {config.stage_name(i)}: {stage.optimizer} on {'+'.join(stage.train)}, {steps} steps of {stage.batch}",
-        )
+    for i in range(len(config.stage)):
+        attempt(config.stage_name(i), partial(_stage, config, i, models, epoch))
+    for note in models[0].notes if models else []:
+        _say(console, f"note  {note}")
     attempt("run folder", lambda: _room(config, models))
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
 
 
 def _images(config: Config, epoch: list[int]) -> str:
@@ -238,7 +253,7 @@ def _images(config: Config, epoch: list[int]) -> str:
 
 
 def _model(config: Config, models: list[Model]) -> str:
-    model = load_model(config.model)
+    model = load_to_train(config.model, seed=config.seed)
     models.append(model)
     build.check_resolution(config, model.vae.downscale)
     if not config.data.buckets:  # whose sides may be odd numbers of cells: the UNet's ways down and up remember them
@@ -247,12 +262,31 @@ def _model(config: Config, models: list[Model]) -> str:
     return f"{config.model.base}, UNet {parameters:,} parameters, VAE factor {model.vae.scaling_factor:g}"
 
 
+def _stage(config: Config, index: int, models: list[Model], epoch: list[int]) -> str:
+    stage, name, trained = config.stage[index], config.stage_name(index), ""
+    if models:
+        selected(models[0], stage.reinit, f"stage {name!r}: reinit")
+        Objective(alphas_cumprod(models[0].scheduler), config.seed, stage=stage, prediction=models[0].prediction)
+        trained = f" ({size_of(models[0], selected(models[0], stage.train, f'stage {name!r}: train')):,} parameters)"
+    steps = check_length(stage, name, epoch[0]) if epoch else None
+    length = f"{steps} steps" if steps and steps < ENDLESS else str(stage.until)
+    return f"{stage.optimizer} on {'+'.join(stage.train)}{trained}, {length} of {stage.batch} images"
+
+
 def _cache(config: Config, model: Model, epoch: list[int]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
         if config.cache.hidden_states:
             States(config.cache, latents, model.text).close()
         epoch[:] = [Loader(latents, model.text.tokenize, config.seed, config.stage[0], data=config.data).images]
         return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
+
+
+def _validation(config: Config, model: Model, epoch: list[int]) -> str:
+    with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
+        sets, of = choose_sets(latents, config), (latents, model.text.tokenize, config.seed, config.stage[0])
+        loader = Loader(*of, data=config.data, left_out=sets.left_out)
+        epoch[:] = [loader.images]
+        return f"{Validation(model, loader, sets, config.validate_)}, every {config.validate_.every}"
 
 
 def _room(config: Config, models: list[Model]) -> str:
@@ -264,8 +298,12 @@ def _room(config: Config, models: list[Model]) -> str:
     if not models:
         return f"{free / 1e9:.1f} GB free"
     model = models[0]
-    size = {part: sum(p.numel() for p in model.part(part).parameters()) * 4 for part in ("unet", "text_encoder")}
-    each = [sum(size[part] * (2 + (s.optimizer != "lion") + (s.ema > 0)) for part in s.train) for s in config.stage]
+    size = {part: sum(p.numel() for p in model.part(part).parameters()) * 4 for part in PARTS}
+    each = []
+    for stage in config.stage:
+        trained = selected(model, stage.train, "train")
+        slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
+        each.append(sum(size[part] for part in trained) + 4 * slots * size_of(model, trained))
     need = sum(size.values()) + max(e * (s.keep_checkpoints + 1) for e, s in zip(each, config.stage, strict=True))
     if need > free:
         raise UserError(
@@ -281,26 +319,27 @@ def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precisio
     prompts = read_prompts(table)
     if not prompts:
         raise UserError("there is nothing to draw; give --prompt TEXT or --prompts FILE")
-    run = Path(source["base"])
-    if (run / "checkpoints").is_dir():  # a run: its newest checkpoint
-        found = checkpoints(run / "checkpoints")
-        if not found:
-            raise UserError(f"{run}: this run has no checkpoint yet; wait for one, or name a model")
-        source = {**source, "base": str(found[-1])}
-    where = choose_device(device)
-    model = load_model(_from_options(ModelTable, source), choose_ops("auto", where))
-    for module in (model.unet, model.text.module):
-        module.to(where, COMPUTE_DTYPE[precision])
-    set_precision(precision, model.unet)
-    model.vae.to(where, torch.float32)
+    source = {**source, "base": model_named(source["base"])}
+    model = load_to_sample(_from_options(ModelTable, source), device, precision)
     size = table.size or model.unet.cfg.sample_size * model.vae.downscale
     pairs = [(prompt, table.seed + column) for prompt in prompts for column in range(table.images)]
     images = generate(model, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], table, size)
     out.mkdir(parents=True, exist_ok=True)
     for i, (image, (_, seed)) in enumerate(zip(images, pairs, strict=True)):
         image.save(out / f"{i:03d}-{seed}.png")
-    grid(images, table.images, prompts).save(out / "grid.png")
+    save_grid(grid(images, table.images, prompts, table.seed), out / "grid.png")
     print(f"{len(images)} images and grid.png in {out}")
+
+
+def model_named(name: str) -> str:
+    """MODEL of a command line: of a run its newest checkpoint, else what it names. Raises UserError: there is none yet."""
+    folder = Path(name) / "checkpoints"
+    if not folder.is_dir():
+        return name
+    found = checkpoints(folder)
+    if not found:
+        raise UserError(f"{name}: this run has no checkpoint yet; wait for one, or name a model")
+    return str(found[-1])
 
 
 def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:

@@ -8,12 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "fastsd_kernels": 0,
-    "fastsd.errors": 0, "fastsd.complaints": 0, "fastsd.config": 0, "fastsd.storage": 0, "fastsd": 0,
+    "fastsd.errors": 0, "fastsd.complaints": 0, "fastsd.config": 0, "fastsd.stages": 0, "fastsd.storage": 0, "fastsd": 0,
     "fastsd.model": 1,
     "fastsd.data": 2,
     "fastsd.train": 2,
     "fastsd.bench": 3, "fastsd.bench_data": 3, "fastsd.peers": 3, "fastsd.counters": 3, "fastsd.plan": 3, "fastsd.cards": 0,
-    "fastsd.sample": 3, "fastsd.commands": 3, "fastsd.demo": 3, "fastsd.demo_world": 3, "fastsd.demo_models": 3,
+    "fastsd.sample": 3, "fastsd.commands": 3, "fastsd.compare": 3, "fastsd.sweep": 3, "fastsd.validate": 3, "fastsd.redraw": 3,
+    "fastsd.long_clip": 3, "fastsd.lr_probe": 3, "fastsd.demo": 3, "fastsd.demo_world": 3, "fastsd.demo_models": 3,
     "fastsd.train.step": 3, "fastsd.train.run": 3, "fastsd.train.loop": 3,
     "fastsd.cli": 4,
 }  # fmt: skip

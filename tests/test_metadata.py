@@ -202,6 +202,49 @@ def test_latents_take_their_captions_by_the_image_name(tmp_path):
     assert read(tmp_path, latents="img_sdxl") == ({"a.img_sdxl": ("a",), "d/b.img_sdxl": ("b",)}, {})
 
 
+def weights(folder, key="score"):
+    found = scan([FolderTable(path=str(folder))], weight_key=key)
+    return {os.path.relpath(source.name, folder): source.problem or (source.weight, *captions_of(source)) for source in found}
+
+
+@BOTH
+def test_weights_beside_captions_and_alone(tmp_path, write, kind):
+    images(tmp_path, "a.png", "b.png", "c.png", "d/e.png")
+    rows = [{"file_name": "a.png", "text": "A", "score": 2.0}, {"file_name": "b.png", "text": "B", "score": None},
+            {"file_name": "d/e.png", "text": "E", "score": 0.0}]  # fmt: skip
+    write(tmp_path, rows)
+    assert weights(tmp_path) == {"a.png": (2.0, "A"), "b.png": (None, "B"), "c.png": (None,), "d/e.png": (0.0, "E")}
+    assert weights(tmp_path, "")["a.png"] == (None, "A")
+    (tmp_path / "a.txt").write_text("beside")
+    (tmp_path / "d/e.txt").write_text("too")
+    write(tmp_path, [{"file_name": row["file_name"], "score": row["score"]} for row in rows])  # captions lie beside the images
+    assert weights(tmp_path) == {"a.png": (2.0, "beside"), "b.png": (None,), "c.png": (None,), "d/e.png": (0.0, "too")}
+    assert "none of text, caption, prompt" in weights(tmp_path, "")[f"metadata.{'jsonl' if kind == 'line' else 'parquet'}"]
+
+
+def test_the_nearest_file_with_a_weight_counts(tmp_path):
+    images(tmp_path, "d/a.png", "d/b.png")
+    jsonl(tmp_path, [{"file_name": "d/a.png", "score": 3}, {"file_name": "d/b.png", "score": 4}])
+    parquet(
+        tmp_path / "d", [{"file_name": "a.png", "text": "a", "score": 5}, {"file_name": "b.png", "text": "b", "score": None}]
+    )
+    assert weights(tmp_path) == {"d/a.png": (5.0, "a"), "d/b.png": (4.0, "b")}
+
+
+@pytest.mark.parametrize("value, said", [
+    (-0.5, "is -0.5, and must be finite and at least 0"), (float("nan"), "is nan, and must be finite and at least 0"),
+    (float("inf"), "is inf, and must be finite and at least 0"), (1e39, "is 1e+39, and must be finite and at least 0"),
+    ("0.5", "is no number but str"), (True, "is no number but bool"), ([1], "is no number but list"),
+])  # fmt: skip
+@BOTH
+def test_a_weight_that_is_none_puts_its_image_aside(tmp_path, write, kind, value, said):
+    images(tmp_path, "a.png", "b.png")
+    write(tmp_path, [{"file_name": "a.png", "text": "a", "score": value}, {"file_name": "b.png", "text": "b"}])
+    name = "jsonl" if kind == "line" else "parquet"
+    assert weights(tmp_path) == {"a.png": f"its weight (score) {said}: {kind} 1 of metadata.{name}", "b.png": (None, "b")}
+    assert weights(tmp_path, "")["a.png"] == (None, "a")
+
+
 @BOTH
 def test_a_file_without_permission_is_named_and_sidecars_count(tmp_path, write, kind, monkeypatch):
     images(tmp_path, "a.png")

@@ -192,6 +192,22 @@ def test_latents_are_found_in_place_of_images(tmp_path):
         found(tmp_path, latents="npz")
 
 
+def test_masks_lie_beside_and_are_no_images(tmp_path):
+    touch(
+        tmp_path, "a.png", "a-mask.png", "a.mask.png", "b.JPG", "b-MASK.png", "c.png", "d/a.png", "d/c-mask.png", "c-masks.png"
+    )
+    (tmp_path / "e.png").touch()
+    (tmp_path / "e-mask.png").mkdir()
+    sources = found(tmp_path, masks="-mask.png")
+    masks = {os.path.relpath(source.path, tmp_path): source.mask and os.path.basename(source.mask.path) for source in sources}
+    assert masks == {
+        "a.mask.png": None, "a.png": "a-mask.png", "b.JPG": "b-MASK.png", "c-masks.png": None, "c.png": None, "d/a.png": None,
+        "d/c-mask.png": None, "e.png": None,
+    }  # fmt: skip
+    assert [os.path.relpath(source.path, tmp_path) for source in sources if source.problem] == ["d/c-mask.png"]
+    assert names(tmp_path).count("a-mask.png") == 1
+
+
 def test_kohyas_names(tmp_path):
     latents = ("a.npz", "b_sd.npz", "c_0512x0768_sd.npz", "d_0512x0768_sdxl.npz", "e_sd.npz", "f_1x2.npz")
     touch(tmp_path, *latents, "a_te_outputs.npz", "e_sd.jpg")

@@ -130,6 +130,40 @@ def test_captions_in_json(tmp_path):
     assert sorted(name[0] for name in bad) == ["d", "e", "f", "g"]
 
 
+def test_weights_in_json(tmp_path):
+    rows = {
+        "a": {"score": 0.5, "caption": "of no account"},
+        "b": {"score": 3},
+        "c": {"score": None},
+        "d": {},
+        "e": {"score": "x"},
+    }
+    members = [part for key, row in rows.items() for part in (*sample(key, key), (f"{key}.json", json.dumps(row).encode()))]
+    path = tar(tmp_path / "x.tar", *members, *sample("f"), *sample("g"), ("g.json", b"{"))
+    found = {source.member[0]: source for source in samples(str(path), 0, EXTENSIONS, "", "score")}
+    assert [found[key].weight for key in "abcdf"] == [0.5, 3, None, None, None]
+    assert [captions_of(found[key]) for key in "ab"] == [("a",), ("b",)]
+    assert found["e"].problem == "its weight (score) is no number but str (.json)"
+    assert found["g"].problem == "it is no JSON object (.json)"
+    assert not any(source.problem or source.weight for source in samples(str(path), 0, EXTENSIONS, ""))
+
+
+def test_masks_are_found_wherever_they_lie(tmp_path):
+    late = ("a_m.png", b"A"), ("k/b_M.PNG", b"B"), ("c_m.png", b"C")
+    path = tar(tmp_path / "x.tar", *sample("a"), *sample("aa"), *sample("k/b"), *sample("b"), *late)
+    found = list(samples(str(path), 0, EXTENSIONS, "", masks="_m.png"))
+    assert [source.member for source in found[:4]] == ["a.jpg", "aa.jpg", "k/b.jpg", "b.jpg"]
+    assert [source.mask and read_bytes(source.mask) for source in found[:4]] == [b"A", None, b"B", None]
+    assert found[2].mask.name == f"{path}/k/b_M.PNG"
+    (orphan,) = found[4:]
+    assert orphan.member.startswith("c_m.png") and "there is no image of that name" in orphan.problem
+    assert len(read(path)[0]) == 7  # images, where nothing says what they are
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"b.jpg", data.index(b"aa.txt")) - 2])  # cut off behind aa
+    *_, last, cut = samples(str(path), 0, EXTENSIONS, "", masks="_m.png")
+    assert last.member == "aa.jpg" and last.problem.startswith("its mask may be missing: ") and CUT in cut.problem
+
+
 @pytest.mark.parametrize(
     "caption, reason", [(b"caf\xe9", "not UTF-8"), (b"a\0b", "NUL"), (b"x" * ((1 << 20) + 1), "larger than 1 MiB")]
 )

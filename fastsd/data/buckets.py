@@ -16,6 +16,7 @@ side.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -87,6 +88,21 @@ class Buckets:
     def _whole(self, side: float) -> int:
         """Rounded to a pixel, then down to the step."""
         return _rounded(side) // self._step * self._step
+
+
+def cut_at(rule: str, content: bytes, crop: int) -> tuple[float, float]:
+    """Where a bucket lies in the resized picture: fractions of the room there is, from left and from top.
+
+    Args:
+        rule: data.crop.
+        content: sha256 of the image, which decides where its random crops lie.
+        crop: their number.
+    """
+    if rule == "centre":
+        return 0.5, 0.5
+    words = hashlib.sha256(content + crop.to_bytes(4, "little")).digest()
+    x, y = (int.from_bytes(words[i : i + 4], "little") / (2**32 - 1) for i in (0, 4))
+    return x, y
 
 
 def _rounded(side: float) -> int:

@@ -1,6 +1,7 @@
 """Caching: images -> VAE -> shards, once.
 
     collect.py    what the folders hold: a table of samples
+    masks.py      what their masks come to, in the cells of a latent
     here          every distinct image content gets its (shard, row) before the first is encoded
     pipeline.py   decode, encode, write
     here          the view of all samples is frozen, see `cache.py`
@@ -30,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from fastsd.config import Config
-from fastsd.data import cache, collect, imports, sources
+from fastsd.data import cache, collect, imports, masks, sources
 from fastsd.data.pipeline import Encoder, Pipeline, Progress
 from fastsd.data.sources import Rejected, Source, shown
 from fastsd.data.store import Store, disk_errors
@@ -71,8 +72,7 @@ def build_cache(config: Config, vae: Encoder, report: Report | None = None, say:
         Stopped: by Ctrl-C; what was encoded is kept.
     """
     check_resolution(config, vae.downscale)
-    data = config.data
-    found = sources.scan(data.roots, caption_key=data.caption_key, latents=data.latents)
+    found = sources.scan_for(config.data)
     try:
         with Store.open(Path(config.cache.dir), create=True, lock="shared") as store:
             return _Build(config, vae, store, report or (lambda event: None), say or (lambda line: None)).run(found)
@@ -115,10 +115,15 @@ class _Build:
         pipeline = Pipeline(self.config, self.vae, self.store, self.space, pool, self.workers, self._reject, self.report)
 
         def prepare() -> None:
+            data, downscale = self.config.data, self.vae.downscale
             collect.fill(
-                self.store, self.space, found, self.config.data, pool,
+                self.store, self.space, found, data, downscale, pool,
                 lambda done, rate: self.report(Progress("scan", done, 0, rate)),
             )  # fmt: skip
+            self._check_asked()
+            if data.masks:
+                self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
+                masks.make(self.store, data, downscale, pool, lambda *event: self.report(Progress("masks", *event)))
             self.store.forget_broken(self.space)
             if self.config.data.latents:
                 self._check_imported()
@@ -135,6 +140,14 @@ class _Build:
                         return self._freeze(pipeline)
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _check_asked(self) -> None:
+        """Raises UserError: weights or masks are asked for and no image has any, so the name is wrong."""
+        count = "SELECT COUNT(*) FILTER (WHERE reason IS NULL), COUNT(weight), COUNT(mask_path) FROM sample"
+        good, weights, masked = self.db.execute(count).fetchone()
+        for key, found, what in (("weight_key", weights, "number in its metadata"), ("masks", masked, "file beside it")):
+            if good and not found and (asked := getattr(self.config.data, key)):
+                raise UserError(f"data.{key} is {asked!r} and no image has such a {what}; correct or remove it")
 
     def _check_imported(self) -> None:
         """Whether other trainers' latents look like this VAE's. Raises UserError."""
@@ -226,6 +239,8 @@ class _Build:
         with disk_errors(self.store.folder), tempfile.TemporaryDirectory(dir=self.store.folder / "work") as scratch:
             arrays, shards, groups = self._index(Path(scratch), counts.cached)
             cache.freeze(self.store.folder, counts.view, arrays, shards, groups, meta)
+            if config.data.masks:
+                masks.freeze(self.store, counts.view, config.data.crops)
         with self.store.transaction():
             self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
         return counts
@@ -245,21 +260,25 @@ class _Build:
         text = "SELECT SUM(LENGTH(CAST(captions AS BLOB))) FROM sample WHERE reason IS NULL"
         length = int(self.db.execute(text).fetchone()[0])
         rows = samples * self.versions
-        kinds = {"shard": (np.int32, rows), "row": (np.int32, rows), "check": (np.int64, rows),
-                 "caption_offsets": (np.int64, samples + 1), "captions": (np.uint8, length)}  # fmt: skip
+        kinds: dict[str, tuple[type[np.generic], int]] = {
+            "shard": (np.int32, rows), "row": (np.int32, rows), "check": (np.int64, rows),
+            "caption_offsets": (np.int64, samples + 1), "captions": (np.uint8, length),
+        }  # fmt: skip
+        if self.config.data.weight_key:
+            kinds["weight"] = np.float32, samples
         arrays: dict[str, np.ndarray] = {
             name: np.memmap(scratch / name, kind, "w+", shape=(size,)) if size else np.zeros(0, kind)
             for name, (kind, size) in kinds.items()
         }
         query = (
-            f"SELECT shard, row, check64, bucket_height, bucket_width, root, captions {self._USED}"
-            " ORDER BY bucket_height, bucket_width, root, id, version"
+            f"SELECT shard, row, check64, bucket_height, bucket_width, root, IFNULL(weight, 1), captions {self._USED}"
+            f" ORDER BY {cache.ORDER}, version"
         )
         groups: Counter[tuple[int, int, int]] = Counter()
         cursor = self.db.execute(query, (self.space, json.dumps(self.stored)))
         done = at = 0
         while chunk := cursor.fetchmany(self.versions << 14):
-            shard, row, check, *group, captions = zip(*chunk, strict=True)
+            shard, row, check, *group, weight, captions = zip(*chunk, strict=True)
             here = slice(done * self.versions, done * self.versions + len(chunk))
             arrays["shard"][here], arrays["row"][here], arrays["check"][here] = [number[id] for id in shard], row, check
             each = slice(None, None, self.versions)  # a sample's versions lie together
@@ -268,6 +287,8 @@ class _Build:
             ends = at + np.cumsum([len(blob) for blob in blobs])
             arrays["captions"][at : ends[-1]] = np.frombuffer(b"".join(blobs), np.uint8)
             arrays["caption_offsets"][done + 1 : done + 1 + len(blobs)] = ends
+            if "weight" in arrays:
+                arrays["weight"][done : done + len(blobs)] = weight[each]
             done, at = done + len(blobs), int(ends[-1])
         found, first = [], 0
         for (height, width, root), count in groups.items():

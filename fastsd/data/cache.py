@@ -4,14 +4,16 @@
     DIR/shards/S.safetensors      one tensor "mean" (n <= 4096, C, h, w): the raw posterior mean, unscaled
     DIR/views/V.safetensors       frozen: where every sample's latents lie, and its captions; training maps this file
     DIR/tokens, DIR/states        what `tokens.py` and `states.py` add of the captions of a view
+    DIR/masks                     what `masks.py` adds of the masks of its images
 
 Shards and views are ordinary safetensors, see `rows.py`.  One view belongs to one (folders, preprocessing, VAE, dtype); its
 name follows from the config, so training finds it without looking at a single image.
 
 Samples lie in groups of one shape and one folder of the config.  Each has V versions (crops, and their mirror images). A
 view's tensors are shard, row (int32) and check (int64, the xxh3 of the row's bytes), each (n * V); caption_offsets (int64,
-n + 1) and captions (UTF-8 bytes); a reader ignores tensors it does not know.  The captions of sample i are the lines of
-captions[caption_offsets[i] : caption_offsets[i + 1]], one a variant.
+n + 1) and captions (UTF-8 bytes); with data.weight_key also weight (fp32, n), of each sample's loss; a reader ignores
+tensors it does not know.  The captions of sample i are the lines of captions[caption_offsets[i] : caption_offsets[i + 1]],
+one a variant.
 
 Alone, it takes three lines:
 
@@ -44,6 +46,7 @@ from fastsd.errors import UserError
 SHARD_ROWS = 4096
 ALIGN = 4096
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+ORDER = "bucket_height, bucket_width, root, id"  # of samples in a view, as `collect.py` calls these
 Positions = Sequence[int] | np.ndarray | Tensor
 
 
@@ -122,7 +125,9 @@ def view_name(config: Config, vae_hash: str) -> str:
     """Name of the view that caching `config` with this VAE freezes."""
     data = config.data
     folders = [os.fsencode(os.path.abspath(root.path)).hex() for root in data.roots]
-    return digest(vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key)[:16]
+    # What came later counts where it is asked for, so that views keep the names they have.
+    more = [{key: value} for key in ("weight_key", "masks") if (value := getattr(data, key))]
+    return digest(vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key, *more)[:16]
 
 
 def freeze(
@@ -143,7 +148,7 @@ def freeze(
             continue  # a damaged one is no rival
     newest = max(serials.values(), default=0)
     with contextlib.suppress(UserError):  # damaged behind its header: it is made anew
-        if serials.get(path) == newest and View(path).metadata["sha256"] == View.content_hash(arrays, content):
+        if serials.get(path) == newest and View.hashes(arrays, content).items() <= View(path).metadata.items():
             return
     View.write(path, arrays, content, serial=str(newest + 1))
 
@@ -151,16 +156,18 @@ def freeze(
 class View(Index):
     """The index of a cache's samples; `groups`, `meta`."""
 
-    FORMAT, SAID = "view-2", ("shards", "groups", "meta")
+    FORMAT, SAID, MORE = "view-2", ("shards", "groups", "meta"), {"weight": np.float32}
     TENSORS = {"caption_offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32, "captions": np.uint8}
 
     def _understand(self) -> None:
+        super()._understand()
         raw = json.loads(self.metadata["meta"])
         self.meta = CacheMeta(**{field.name: raw[field.name] for field in fields(CacheMeta)})
         self.groups: list[Group] = []
         for shape, root, count in json.loads(self.metadata["groups"]):
             self.groups.append(Group(tuple(shape), root, self.samples, count))
-        if len(self) * self.meta.versions != len(self.arrays["row"]) or self.samples != len(self):
+        weights = len(self.arrays.get("weight", range(len(self))))
+        if len(self) * self.meta.versions != len(self.arrays["row"]) or not self.samples == len(self) == weights:
             raise ValueError("its parts do not fit together")
 
     @property
@@ -257,6 +264,10 @@ class LatentCache(Rows):
             index_B += version_B
         return {"latents": self._read(index_B)}
 
+    def checks(self, first: int, last: int) -> np.ndarray:
+        """What tells samples [first, last) apart by content: the xxh3 of the bytes of their first versions, int64."""
+        return self._view.cut("check", first * self.versions, last * self.versions)[:: self.versions]
+
     def captions(self, positions: Positions) -> list[str]:
         """The first caption of each sample, "" for none."""
         return [variants[0] for variants in self.variants(positions)]
@@ -267,6 +278,12 @@ class LatentCache(Rows):
         starts, ends = (self._view.take("caption_offsets", index).tolist() for index in (index_B, index_B + 1))
         texts = (self._view.cut("captions", start, end).tobytes() for start, end in zip(starts, ends, strict=True))
         return [text.decode().split("\n") for text in texts]
+
+    def weights(self, positions: Positions) -> Tensor | None:
+        """What the loss of each sample is multiplied by, fp32 (B,); None where the view was made without data.weight_key."""
+        if "weight" not in self._view.arrays:
+            return None
+        return torch.from_numpy(self._view.take("weight", self._checked(positions)).copy())
 
     def _checked(self, positions: Positions) -> np.ndarray:
         index_B = np.array(positions, dtype=np.int64)

@@ -8,6 +8,9 @@ through the folders; those that come while it is at work share its table, so tha
     content    sha256 of these bytes        width, height    as displayed; of imported latents: their cells
     bucket_width, bucket_height             pixels of the crop, of imported latents: their cells
     captions   the variants, a line each    reason           why it cannot be used; NULL = it can
+    weight     of its loss, NULL = none is given
+    mask       what decides the cells of its mask, the key of the table `mask`; NULL = it has none
+    mask_path, mask_file, mask_offset, mask_length           as those of the image
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from fastsd.config import DataTable
-from fastsd.data import imports, sources
+from fastsd.data import imports, masks, sources
 from fastsd.data.buckets import Buckets
 from fastsd.data.decode import probe
 from fastsd.data.sources import Rejected, Source
@@ -33,7 +36,8 @@ from fastsd.data.store import Store, disk_errors, lock_file, wait_for
 _TABLE = """
 CREATE TABLE work.sample (id INTEGER PRIMARY KEY, path BLOB, root INTEGER, file BLOB, offset INTEGER, length INTEGER,
     content BLOB, width INTEGER, height INTEGER, bucket_width INTEGER, bucket_height INTEGER, captions TEXT, size INTEGER,
-    mtime_ns INTEGER, reason TEXT)
+    mtime_ns INTEGER, reason TEXT, weight REAL, mask BLOB, mask_path BLOB, mask_file BLOB, mask_offset INTEGER,
+    mask_length INTEGER)
 """
 _CHUNK = 512  # files whose hashes one commit keeps
 # A file may change again within the resolution of its time stamp; younger ones are hashed again in the next run.
@@ -57,6 +61,28 @@ class Sample(NamedTuple):
     size: int = -1
     mtime_ns: int = -1
     reason: str | None = None
+    weight: float | None = None
+    mask: bytes | None = None
+    mask_path: bytes | None = None
+    mask_file: bytes | None = None
+    mask_offset: int = 0
+    mask_length: int = 0
+
+
+class _File(NamedTuple):
+    """A row of the table `file`: what is known of an image or a mask as long as its size and time stay as they are."""
+
+    path: bytes
+    size: int
+    mtime_ns: int
+    content: bytes
+    width: int
+    height: int
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Its size as displayed; of imported latents in cells."""
+        return self.width, self.height
 
 
 @contextmanager
@@ -102,59 +128,85 @@ def _remove(database: os.PathLike[str]) -> None:
 
 
 def fill(
-    store: Store, space: int, found: Iterator[Source], data: DataTable, pool: ThreadPoolExecutor,
+    store: Store, space: int, found: Iterator[Source], data: DataTable, downscale: int, pool: ThreadPoolExecutor,
     report: Callable[[int, float], None],
 ) -> None:  # fmt: skip
     """Fill `sample`. `report` is given the number of files so far and files a second."""
-    buckets = Buckets(data.resolution, data.buckets)
-    known = "SELECT size, mtime_ns, content, width, height FROM file WHERE path = ?"
     refused = "SELECT size, mtime_ns, reason FROM rejected WHERE space = ? AND path = ?"
     insert = f"INSERT INTO sample ({', '.join(Sample._fields)}) VALUES ({', '.join('?' * len(Sample._fields))})"
+    inspect = functools.partial(_inspect, data=data, buckets=Buckets(data.resolution, data.buckets), downscale=downscale)
     done, start = 0, time.perf_counter()
+
+    def known(source: Source | None) -> _File | None:
+        if source is None:
+            return None
+        row = store.db.execute("SELECT * FROM file WHERE path = ?", (os.fsencode(source.name),)).fetchone()
+        return row and _File(*row)
+
     while chunk := list(itertools.islice(found, _CHUNK)):
-        keys = [os.fsencode(source.name) for source in chunk]
-        hints = [store.db.execute(known, (key,)).fetchone() for key in keys]
-        bad = [store.db.execute(refused, (space, key)).fetchone() for key in keys]
-        inspect = functools.partial(_inspect, latents=data.latents, buckets=buckets)
+        hints = [(known(source), known(source.mask)) for source in chunk]
+        bad = [store.db.execute(refused, (space, os.fsencode(source.name))).fetchone() for source in chunk]
         with store.transaction():
-            for sample in pool.map(inspect, chunk, hints, bad):
+            for hint, (sample, files) in zip(hints, pool.map(inspect, chunk, hints, bad), strict=True):
                 store.db.execute(insert, sample)
-                if sample.content and sample.mtime_ns < time.time_ns() - _YOUNG_NS:
-                    remembered = (sample.path, sample.size, sample.mtime_ns, sample.content, sample.width, sample.height)
-                    store.db.execute("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", remembered)
+                new = [file for file in files if file not in hint and file.mtime_ns < time.time_ns() - _YOUNG_NS]
+                store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", new)
         done += len(chunk)
         report(done, done / (time.perf_counter() - start))
     with store.transaction():
         store.db.execute("CREATE INDEX work.sample_content ON sample (content)")
+        if data.masks:
+            store.db.execute("CREATE INDEX work.sample_mask ON sample (mask)")
 
 
 def _inspect(
-    source: Source, hint: tuple[int, int, bytes, int, int] | None, refused: tuple[int, int, str] | None, *, latents: str,
-    buckets: Buckets,
-) -> Sample:  # fmt: skip
-    """A row of `sample`. `hint`, `refused`: size, mtime and what was found out about the file in an earlier run."""
+    source: Source, hints: tuple[_File | None, _File | None], refused: tuple[int, int, str] | None, *, data: DataTable,
+    buckets: Buckets, downscale: int,
+) -> tuple[Sample, list[_File]]:  # fmt: skip
+    """A row of `sample`, and what is known of its files. `hints`, of image and mask, and `refused`: from an earlier run."""
     sample = Sample(os.fsencode(source.name), source.root, os.fsencode(source.path), source.offset, source.length)
+    files: list[_File] = []
     try:
         if source.problem:
             raise Rejected(source.problem)
         captions = "\n".join(sources.captions_of(source))
         stamp = _stamp(source)
-        sample = sample._replace(captions=captions, size=stamp[0], mtime_ns=stamp[1])
+        sample = sample._replace(captions=captions, weight=source.weight, size=stamp[0], mtime_ns=stamp[1])
         if refused and refused[:2] == stamp:  # the same bytes will not do better now
             raise Rejected(refused[2])
-        if hint and hint[:2] == stamp:
-            content, width, height = hint[2:]
-        else:
-            data = sources.read_bytes(source)
-            content = hashlib.sha256(data).digest()
-            width, height = imports.probe_latent(data, latents)[:0:-1] if latents else probe(data)
-        sample = sample._replace(content=content, width=width, height=height)
-        bucket = (width, height) if latents else buckets.place(width, height).size
-        return sample._replace(bucket_width=bucket[0], bucket_height=bucket[1])
+        image = _identified(source, stamp, hints[0], data.latents)
+        files.append(image)
+        sample = sample._replace(content=image.content, width=image.width, height=image.height)
+        bucket = image.shown if data.latents else buckets.place(*image.shown).size
+        sample = sample._replace(bucket_width=bucket[0], bucket_height=bucket[1])
+        if source.mask:
+            sample = _with_place(sample, source.mask)
+            with masks.of_mask():
+                if source.mask.problem:
+                    raise Rejected(source.mask.problem)
+                mask = _identified(source.mask, _stamp(source.mask), hints[1])
+                files.append(mask)
+                masks.check_shape(mask.shown, image.shown)
+            sample = sample._replace(mask=masks.key_of(data, downscale, mask.content, image.content, image.shown))
     except Rejected as error:
         if not error.lasting:
             sample = sample._replace(size=-1, mtime_ns=-1)
-        return sample._replace(reason=error.reason)
+        sample = sample._replace(reason=error.reason)
+    return sample, files
+
+
+def _with_place(sample: Sample, mask: Source) -> Sample:
+    path, file = os.fsencode(mask.name), os.fsencode(mask.path)
+    return sample._replace(mask_path=path, mask_file=file, mask_offset=mask.offset, mask_length=mask.length)
+
+
+def _identified(source: Source, stamp: tuple[int, int], hint: _File | None, latents: str = "") -> _File:
+    """Content and size of a file, from what is known of it or from its bytes. Raises Rejected."""
+    if hint and hint[1:3] == stamp:
+        return hint
+    data = sources.read_bytes(source)
+    width, height = imports.probe_latent(data, latents)[:0:-1] if latents else probe(data)
+    return _File(os.fsencode(source.name), *stamp, hashlib.sha256(data).digest(), width, height)
 
 
 def _stamp(source: Source) -> tuple[int, int]:

@@ -9,6 +9,8 @@ Colours come out as sRGB on a white ground, whatever the file holds:
     CMYK        through its profile, else by Pillow's plain rule; ink is stored inverted where Adobe's marker says so
     animation   the first frame
 
+A mask goes the same way, as brightness alone: what is transparent counts as it would without, for painters leave it at that.
+
 Pillow's decoders and its resize leave the interpreter to other threads.  A JPEG is decoded at 1/2, 1/4 or 1/8 of its size
 where that still is no smaller than the resized picture, and nothing outside the crop is resized: a strip of 1 x 20000
 pixels never becomes a giant first.  What a file does wrong becomes `Rejected`, and so does one that ends early.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -74,20 +76,50 @@ def decode(data: bytes, place: Place, crop: tuple[float, float] = (0.5, 0.5), fl
     Raises:
         Rejected: as `probe`, or it ends early or is damaged.
     """
+    pixels = _cut(data, place, crop, _rgb)
+    return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
+
+
+def decode_mask(data: bytes, place: Place, crop: tuple[float, float], cell: int) -> np.ndarray:
+    """The bytes of a mask -> how much each cell of the image's latent counts, 255 = fully.
+
+    Args:
+        data: the whole file.
+        place: of the image, over which the mask is stretched.
+        crop: the image's.
+        cell: pixels of a cell's side, a divisor of the sides of `place.size`.
+
+    Returns:
+        uint8 (H / cell, W / cell): the mean brightness of each cell's pixels, rounded.
+
+    Raises:
+        Rejected: as `decode`.
+    """
+    grey = _cut(data, place, crop, _brightness)[0]
+    height, width = grey.shape
+    sums = grey.reshape(height // cell, cell, width // cell, cell).sum((1, 3), dtype=np.uint32)
+    return ((2 * sums + cell**2) // (2 * cell**2)).astype(np.uint8)
+
+
+def _cut(
+    data: bytes, place: Place, crop: tuple[float, float], render: Callable[[Image.Image, Box, Size], np.ndarray]
+) -> np.ndarray:
+    """A part of a picture as displayed: (channels, H, W), for a `render` that brings a box of the picture as stored to a size.
+
+    See `decode`.
+    """
     with _opened(data) as image:
         if image.format == "PNG":
             with Image.open(io.BytesIO(data), formats=["PNG"]) as checked:
                 checked.verify()  # checksums of the pixels, which the decoder skips
         columns, rows, swap = turn = _turn(image)
         box = _aimed(image, place, crop, turn)
-        pixels = _rgb(image, box, place.size[::-1] if swap else place.size)
+        pixels = render(image, box, place.size[::-1] if swap else place.size)
         if columns:
             pixels = pixels[:, :, ::-1]
         if rows:
             pixels = pixels[:, ::-1]
-        if swap:
-            pixels = pixels.transpose(0, 2, 1)
-        return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
+        return pixels.transpose(0, 2, 1) if swap else pixels
 
 
 @contextmanager
@@ -162,12 +194,22 @@ def _rgb(image: Image.Image, box: Box, size: Size) -> np.ndarray:
     return lines.reshape(size[1], 3, size[0]).transpose(1, 0, 2)
 
 
+def _brightness(image: Image.Image, box: Box, size: Size) -> np.ndarray:
+    """uint8 (1, H, W), resized without the overshoot at edges that makes photographs crisp."""
+    grey = _eight_bits(np.asarray(image)) if image.mode == "I;16" else image.convert("L")
+    return np.asarray(grey.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=3.0))[None]
+
+
+def _eight_bits(words: np.ndarray) -> Image.Image:
+    # Pillow's own conversion clips at 255 instead of scaling.
+    return Image.fromarray((words >> 8).astype(np.uint8))
+
+
 def _colours(image: Image.Image) -> Image.Image:
     """Any mode -> L, LA, RGB, RGBA or CMYK: what can be resampled, no palette indices and no 16-bit words."""
     if image.mode == "I;16":
-        # Pillow's own conversion clips at 255 instead of scaling.
         words, clear = np.asarray(image), image.info.get("transparency")
-        grey = Image.fromarray((words >> 8).astype(np.uint8))
+        grey = _eight_bits(words)
         if clear is not None:
             grey.putalpha(Image.fromarray((words != clear).astype(np.uint8) * 255))
         return grey

@@ -16,13 +16,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastsd.config import DataTable, StageTable
 from fastsd.data.cache import LatentCache
 from fastsd.data.captions import captions_for, select
+from fastsd.data.masks import open_masks
 from fastsd.data.order import Order
 from fastsd.data.states import States
 from fastsd.data.tokens import Tokens
@@ -30,6 +33,7 @@ from fastsd_kernels.noise import Purpose, integers
 
 PREFETCH = 8  # batches ready ahead of the step, or on their way
 _MAKERS = 2  # of them made at a time: one waits for the disk while the other tokenizes
+_Given = TypeVar("_Given", Tensor, Tensor | None)
 _MEMO = 1 << 16  # captions whose token ids are kept
 
 
@@ -39,7 +43,9 @@ class Batch:
 
     latents_BCHW: raw posterior mean, unscaled, in the cache's dtype.  token_ids_BL: int64.  positions_B: int64 global
     sample positions, the key of all randomness.  captions: as tokenized, after edits and dropout.  states_BLD: the text
-    encoder's, where they are cached, in the cache's dtype.
+    encoder's, where they are cached, in the cache's dtype.  samples_B: int64, which samples of the cache.  weight_B: fp32, what
+    each one's loss is multiplied by; None = all count the same.  mask_B1HW: uint8, 255 where the loss counts in full; None =
+    everywhere.
     """
 
     latents_BCHW: Tensor
@@ -47,6 +53,9 @@ class Batch:
     positions_B: Tensor
     captions: list[str]
     states_BLD: Tensor | None = None
+    samples_B: Tensor | None = None
+    weight_B: Tensor | None = None
+    mask_B1HW: Tensor | None = None
 
 
 class Loader:
@@ -57,14 +66,16 @@ class Loader:
         tokenize: list of captions -> int64 (B, L), the same L in every call.
         seed: the run's.
         stage: its batch, and what happens to captions, see `captions_for`.
-        data: repeats and weights of folders, and the filter by tag; None = every image once.
+        data: repeats and weights of folders, the filter by tag, and whether images have weights and masks; None = every
+            image once, and in full.
         origin: global position at which the stage began.
         rank, world: this worker makes the rank-th of `world` equal parts of every global batch.
         tokens: token ids of the cache's captions; None = all are tokenized here.
         states: the text encoder's states of the captions; None = the step encodes.
+        left_out: samples that no batch may have, see `held_out.py`.
 
     Raises:
-        UserError: the filter leaves no image.
+        UserError: the filter leaves no image, or the masks are not there.
     """
 
     def __init__(
@@ -80,13 +91,21 @@ class Loader:
         world: int = 1,
         tokens: Tokens | None = None,
         states: States | None = None,
+        left_out: np.ndarray | None = None,
     ) -> None:
         assert 0 <= rank < world
         self.cache, self.stage, self.seed, self.rank, self.world = cache, stage, seed, rank, world
         self._tokenize, self._tokens, self._states = tokenize, tokens, states
         self._memo: dict[str, Tensor] = {}
         self._memo_lock = threading.Lock()
+        self._weighted, self._masks = bool(data and data.weight_key), open_masks(cache) if data and data.masks else None
+        self._first_G = torch.tensor([group.first for group in cache.groups])
+        weights = [data.roots[group.root].loss_weight if data else 1.0 for group in cache.groups]
+        self._weight_G = torch.tensor(weights) if any(weight != 1 for weight in weights) else None
         selected = select(cache, tuple(data.include), tuple(data.exclude), stage.tag_separator) if data else None
+        if left_out is not None and len(left_out):
+            samples = np.arange(len(cache)) if selected is None else selected
+            selected = samples[np.isin(samples, left_out, invert=True)]
         shares = data.roots if data else ()
         self._order = Order(cache.groups, shares, seed, batch=stage.batch, origin=origin, selected=selected)
 
@@ -123,7 +142,30 @@ class Loader:
         if self._states is not None:
             assert not any(caption for caption, variant in zip(captions, variant_B, strict=True) if variant < 0)
             states = self._states.get(index_B, variant_B)
-        return Batch(latents, _pinned(token_ids_BL), _pinned(positions_B), captions, states)
+        ids, weights = _pinned(token_ids_BL), self._weights(index_B)
+        masks = self._masks.get(index_B, version_B, latents.shape[-2:]) if self._masks else None
+        return Batch(latents, ids, _pinned(positions_B), captions, states, index_B, _pinned(weights), _pinned(masks))
+
+    def _weights(self, index_B: Tensor) -> Tensor | None:
+        """Of samples: that of the folder times the image's own."""
+        own_B = self.cache.weights(index_B) if self._weighted else None
+        if self._weight_G is None:
+            return own_B
+        folder_B = self._weight_G[torch.searchsorted(self._first_G, index_B, right=True) - 1]
+        return folder_B if own_B is None else folder_B * own_B
+
+    def as_they_are(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Samples of one shape without anything random - their first versions, their first captions.
+
+        Returns:
+            raw latents (B, C, H, W); token ids (B, L) or, where they are cached, the text encoder's states (B, L, D).
+        """
+        first = [0] * len(samples)
+        latents_BCHW = self.cache.get(samples)["latents"]
+        if self._states is not None:
+            return latents_BCHW, self._states.get(samples, first)
+        ids_BL = self._token_ids(self.cache.captions(samples), first, torch.from_numpy(samples))
+        return latents_BCHW, _pinned(ids_BL)
 
     def stream(self, start: int, stop: int, step: int) -> Stream:
         """Batches of `step` samples from position `start` until `stop` (the last one may be shorter), made ahead."""
@@ -195,5 +237,5 @@ class Stream(Iterator[Batch]):
         self.close()
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+def _pinned(tensor: _Given) -> _Given:
+    return tensor.pin_memory() if tensor is not None and torch.cuda.is_available() else tensor

@@ -1,7 +1,8 @@
 """Captions of a whole folder in one file: `metadata.jsonl` or `metadata.parquet`, as Hugging Face's imagefolder has them.
 
-A row names an image (`file_name`, relative to the file's folder, perhaps in a subfolder) and its caption.  Rows come in any
-order and images in another, so they go through a temporary database on disk: memory stays flat however many there are.
+A row names an image (`file_name`, relative to the file's folder, perhaps in a subfolder), its caption, and perhaps the weight
+of its loss.  A file may hold weights alone; captions then lie beside the images.  Rows come in any order and images in
+another, so they go through a temporary database on disk: memory stays flat however many there are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastsd.data.source import CAPTION_KEYS, Rejected, json_object, row_captions, shown
+from fastsd.data.source import CAPTION_KEYS, Rejected, json_object, row_captions, row_weight, shown
 from fastsd.errors import UserError
 
 FILES = ("metadata.jsonl", "metadata.parquet")
@@ -23,6 +24,7 @@ _MAX_LINE = 1 << 20
 _BATCH = 256  # rows of a parquet file in memory
 _SHOWN_COLUMNS = 20
 
+Said = tuple[tuple[str, ...] | None, float | None]  # an image's captions and weight; None = nothing is said of it
 _Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number from 1, the row or what is wrong with it
 
 
@@ -31,11 +33,13 @@ class Metadata:
 
     Args:
         caption_key: the column with captions; "" = the first of text, caption, prompt.
+        weight_key: the column with weights; "" = none.
         stems: images are known by their path without extension, because latents stand for them.
     """
 
-    def __init__(self, path: str, caption_key: str, stems: bool) -> None:
-        self.path, self._key, self._stems = path, caption_key, stems
+    def __init__(self, path: str, caption_key: str, weight_key: str, stems: bool) -> None:
+        self.path, self._key, self._weight_key, self._stems = path, caption_key, weight_key, stems
+        self._captioned = True  # whether any row has a caption
         self._parquet = path.endswith(".parquet")
         self._prefix = len(os.path.join(os.path.dirname(path), ""))
         self._seen = bytearray()  # of each stored row whether its image was asked for
@@ -43,7 +47,8 @@ class Metadata:
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA cache_size = -32768; BEGIN;"
-            "CREATE TABLE row (image BLOB PRIMARY KEY, id INTEGER, number INTEGER, captions TEXT, reason TEXT) WITHOUT ROWID"
+            "CREATE TABLE row (image BLOB PRIMARY KEY, id INTEGER, number INTEGER, captions TEXT, weight REAL, reason TEXT)"
+            " WITHOUT ROWID"
         )
 
     def close(self) -> None:
@@ -75,17 +80,18 @@ class Metadata:
                 " or set TMPDIR to another"
             ) from None
 
-    def captions(self, image: str) -> tuple[str, ...] | None:
-        """What the file says of an image (its path, or its stem where `stems`); None = nothing. Raises Rejected."""
+    def said_of(self, image: str) -> Said:
+        """What the file says of an image (its path, or its stem where `stems`). Raises Rejected."""
         key = self._image(image[self._prefix :].replace(os.sep, "/"))
-        found = self._db.execute("SELECT id, number, captions, reason FROM row WHERE image = ?", (key,)).fetchone()
+        found = self._db.execute("SELECT id, number, captions, weight, reason FROM row WHERE image = ?", (key,)).fetchone()
         if not found:
-            return None
-        id, number, captions, reason = found
+            return None, None
+        id, number, captions, weight, reason = found
         self._seen[id] = 1
         if reason:
             raise Rejected(f"{reason}: {self._where(number)} of {os.path.basename(self.path)}", lasting=False)
-        return tuple(captions.split("\n")) if captions else ()
+        texts = tuple(captions.split("\n")) if captions else ()
+        return texts if self._captioned else None, weight
 
     def unmatched(self) -> Iterator[tuple[str, str]]:
         """(row, reason) of every row whose image nobody asked for."""
@@ -109,13 +115,14 @@ class Metadata:
         place = posixpath.normpath(name)
         if os.path.isabs(name) or place.split("/")[0] == "..":
             return f"its file_name {_words(name)} leads out of the folder"
-        captions, reason = None, None
+        captions, weight, reason = None, None, None
         try:
             captions = "\n".join(row_captions(row, self._key) or ())
+            weight = row_weight(row, self._weight_key)
         except Rejected as error:
             reason = error.reason
-        values = (self._image(place), len(self._seen), number, captions, reason)
-        if not self._db.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?, ?)", values).rowcount:
+        values = (self._image(place), len(self._seen), number, captions, weight, reason)
+        if not self._db.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?, ?, ?)", values).rowcount:
             return f"it names {_words(name)} again; the first row counts"
         self._seen.append(0)
         return ""
@@ -123,15 +130,19 @@ class Metadata:
     def _lacking(self) -> str:
         """What the file needs and no row has, as a sentence."""
         wanted = (self._key,) if self._key else CAPTION_KEYS
-        names = captions = False
+        names = captions = weights = False
         found: dict[str, None] = {}
         for columns in self._columns():
             names = names or "file_name" in columns
             captions = captions or any(key in columns for key in wanted)
+            weights = weights or bool(self._weight_key and self._weight_key in columns)
             if names and captions:
                 return ""
             if len(found) < _SHOWN_COLUMNS:
                 found |= dict.fromkeys(columns)
+        if names and weights:
+            self._captioned = False
+            return ""
         has = ", ".join(map(_words, list(found)[:_SHOWN_COLUMNS])) or "nothing"
         if not names:
             return f"it has no file_name (found: {has}), so none of its captions is used; name the images in that column"
@@ -147,7 +158,7 @@ class Metadata:
     def _rows(self) -> _Rows:
         if not self._parquet:
             return _json_rows(self.path)
-        wanted = ("file_name", *((self._key,) if self._key else CAPTION_KEYS))
+        wanted = ("file_name", self._weight_key, *((self._key,) if self._key else CAPTION_KEYS))
         return _parquet_rows(self.path, [name for name in _parquet_names(self.path) if name in wanted])
 
 

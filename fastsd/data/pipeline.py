@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastsd.config import Config
 from fastsd.data import cache, imports, sources
-from fastsd.data.buckets import Buckets
+from fastsd.data.buckets import Buckets, cut_at
 from fastsd.data.decode import decode
 from fastsd.data.sources import Rejected, Source
 from fastsd.data.store import Claims, Shard, Store
@@ -219,7 +219,7 @@ class Pipeline:
         else:
             place, found = self.buckets.place(row.width, row.height), []
             for crop, versions in itertools.groupby(rows, lambda row: row.version // 2):
-                pixels = decode(data, place, _crop_at(row.content, crop) if settings.crop == "random" else (0.5, 0.5))
+                pixels = decode(data, place, cut_at(settings.crop, row.content, crop))
                 mirrors = [row.version % 2 for row in versions]
                 found += [np.ascontiguousarray(pixels[..., ::-1]) if mirror else pixels for mirror in mirrors]
         self.clock.decoded(time.perf_counter() - start, len(rows))
@@ -319,13 +319,6 @@ class Clock:
 
 def _path(file: bytes) -> str:
     return os.fsdecode(file)
-
-
-def _crop_at(content: bytes, crop: int) -> tuple[float, float]:
-    """Where random crop number `crop` of a content lies: fractions of the room there is, from left and from top."""
-    words = hashlib.sha256(content + crop.to_bytes(4, "little")).digest()
-    x, y = (int.from_bytes(words[i : i + 4], "little") / (2**32 - 1) for i in (0, 4))
-    return x, y
 
 
 def _as_they_are(latents: Tensor) -> Tensor:

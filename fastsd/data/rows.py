@@ -77,9 +77,17 @@ def row_check(data: Any) -> int:
 
 
 class Frozen:
-    """A frozen file of flat tensors, mapped: `arrays` by name, `metadata`. Raises UserError: it is missing or damaged."""
+    """A frozen file of flat tensors, mapped: `arrays` by name, `metadata`. Raises UserError: it is missing or damaged.
 
-    def __init__(self, path: Path, wanted: str, kinds: Mapping[str, type[np.generic]]):
+    Args:
+        wanted: its format.
+        kinds: of its tensors.
+        more: of those that may be missing.
+    """
+
+    def __init__(
+        self, path: Path, wanted: str, kinds: Mapping[str, type[np.generic]], more: Mapping[str, type[np.generic]] = {}
+    ):
         tensors, self.metadata, start = read_header(path, wanted)
         self._path = path
         self._file = path.open("rb", buffering=0)  # closed with the last reference
@@ -88,7 +96,7 @@ class Frozen:
         self.arrays: dict[str, np.ndarray] = {}
         self._starts: dict[str, int] = {}
         try:
-            for name, kind in kinds.items():
+            for name, kind in [*kinds.items(), *(item for item in more.items() if item[0] in tensors)]:
                 first, last = tensors[name]["data_offsets"]
                 self.arrays[name] = np.asarray(mapped[start + first : start + last]).view(kind)
                 self._starts[name] = start + first
@@ -129,21 +137,22 @@ class Frozen:
         return np.frombuffer(data, kind)
 
 
-class Index(Frozen):
-    """A frozen index; `shards`: name and shape of a row of each, by number.
+class Sealed(Frozen):
+    """A frozen file that holds the sha256 of all it says.
 
-    A kind of index is a subclass with the FORMAT's name, its TENSORS, and the keys of its metadata that the sha256 covers
-    as well.  Raises UserError: it is missing or damaged.
+    A kind is a subclass with the FORMAT's name, its TENSORS, and the keys of its metadata that the sha256 covers as well.
+    What others refer to a file by is that sha256; tensors of MORE, which may be left out, have one of their own, so that a
+    change in them disturbs nobody.  Raises UserError: it is missing or damaged.
     """
 
     FORMAT: ClassVar[str]
     TENSORS: ClassVar[dict[str, type[np.generic]]]
+    MORE: ClassVar[dict[str, type[np.generic]]] = {}
     SAID: ClassVar[tuple[str, ...]]
 
     def __init__(self, path: Path):
-        super().__init__(path, self.FORMAT, self.TENSORS)
+        super().__init__(path, self.FORMAT, self.TENSORS, self.MORE)
         try:
-            self.shards: list[tuple[str, list[int]]] = [(name, shape) for name, shape in json.loads(self.metadata["shards"])]
             self._understand()
             if not self.is_sound():  # of a caption, unlike of a row, nothing else tells that it is the one that was written
                 raise ValueError("it does not match its sha256")
@@ -159,31 +168,43 @@ class Index(Frozen):
 
     def is_sound(self) -> bool:
         """Whether every byte is the one that was written; reads the file once."""
-        return self.content_hash(self.arrays, self.metadata, self._give_back) == self.metadata.get("sha256")
+        wanted = {key: self.metadata.get(key) for key in ("sha256", *(f"sha256_{name}" for name in self.MORE))}
+        return self.hashes(self.arrays, self.metadata, self._give_back) == {key: sha for key, sha in wanted.items() if sha}
 
     @classmethod
-    def content_hash(
+    def hashes(
         cls, arrays: dict[str, np.ndarray], metadata: dict[str, str], between: Callable[[], None] = lambda: None
-    ) -> str:
-        """sha256 over all that an index says. `between`: called every few megabytes."""
-        sha = hashlib.sha256(json.dumps([metadata[key] for key in cls.SAID]).encode())
-        for name in cls.TENSORS:
-            data = arrays[name].view(np.uint8)
-            for start in range(0, len(data), _HASHED):
-                sha.update(data[start : start + _HASHED].data)
-                between()
-        return sha.hexdigest()
+    ) -> dict[str, str]:
+        """`sha256` over all that a file says, and of each tensor of MORE that it has. `between`: called every few megabytes."""
+        said = json.dumps([metadata[key] for key in cls.SAID])
+        parts = {"sha256": (said, list(cls.TENSORS))} | {f"sha256_{name}": ("", [name]) for name in cls.MORE if name in arrays}
+        found = {}
+        for key, (said, names) in parts.items():
+            sha = hashlib.sha256(said.encode())
+            for name in names:
+                data = arrays[name].view(np.uint8)
+                for start in range(0, len(data), _HASHED):
+                    sha.update(data[start : start + _HASHED].data)
+                    between()
+            found[key] = sha.hexdigest()
+        return found
 
     @classmethod
     def write(cls, path: Path, arrays: dict[str, np.ndarray], said: dict[str, str], **more: str) -> None:
         """Write one atomically. `said`: the metadata that its sha256 covers; `more`: what that does not."""
-        metadata = {"fastsd": cls.FORMAT, **more, "sha256": cls.content_hash(arrays, said), **said}
+        metadata = {"fastsd": cls.FORMAT, **more, **cls.hashes(arrays, said), **said}
         temporary = path.with_name(f".{path.name}")
-        write_safetensors(
-            temporary, {name: torch.from_numpy(np.require(arrays[name], None, "W")) for name in cls.TENSORS}, metadata
-        )
+        names = [*cls.TENSORS, *(name for name in cls.MORE if name in arrays)]
+        write_safetensors(temporary, {name: torch.from_numpy(np.require(arrays[name], None, "W")) for name in names}, metadata)
         os.replace(temporary, path)
         flush_folder(path.parent)
+
+
+class Index(Sealed):
+    """A frozen index; `shards`: name and shape of a row of each, by number."""
+
+    def _understand(self) -> None:
+        self.shards: list[tuple[str, list[int]]] = [(name, shape) for name, shape in json.loads(self.metadata["shards"])]
 
 
 class Rows:

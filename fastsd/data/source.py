@@ -1,4 +1,4 @@
-"""Leaf of this floor: what looking through folders finds, why something is put aside, and how captions are written down."""
+"""Leaf of this floor: what looking through folders finds, why something is put aside, how captions and weights are written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 30
+MAX_WEIGHT = float.fromhex("0x1.fffffep+127")  # what fp32 holds
+NO_IMAGE = "it counts as a mask (data.masks), and there is no image of that name beside it"
 CAPTION_KEYS = ("text", "caption", "prompt")
 
 
@@ -27,7 +29,7 @@ class Rejected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an image and its captions lie, or (`problem`) something that cannot be used and why."""
+    """Where an image, its captions and its mask lie, or (`problem`) something that cannot be used and why."""
 
     path: str  # the file that is read
     root: int = 0  # index in data.folders
@@ -37,6 +39,8 @@ class Source:
     caption_path: str = ""  # a text file, read by `captions_of`
     captions: tuple[str, ...] = ()  # known already, from metadata or a tar
     problem: str = ""
+    weight: float | None = None  # of its loss, as metadata has it
+    mask: Source | None = None
 
     @property
     def name(self) -> str:
@@ -48,6 +52,11 @@ def shown(path: str | bytes) -> str:
     """A path fit for one line of a terminal: undecodable bytes and control characters are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+def ends_in(name: str, ending: str) -> bool:
+    """Whether a name has the ending ("" = none has), in whatever case."""
+    return bool(ending) and name[-len(ending) :].lower() == ending.lower()
 
 
 def text_captions(data: bytes) -> tuple[str, ...]:
@@ -86,6 +95,18 @@ def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
         lines = (" ".join(text_captions(text.encode("utf-8", "surrogatepass"))) for text in texts)
         return tuple(line for line in lines if line)
     return None
+
+
+def row_weight(row: Mapping[str, Any], key: str) -> float | None:
+    """The weight of an image's loss in a JSON object or table row; None: it has none. Raises Rejected: it cannot be one."""
+    value = row.get(key) if key else None
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Rejected(f"its weight ({key}) is no number but {type(value).__name__}", lasting=False)
+    if not 0 <= value <= MAX_WEIGHT:
+        raise Rejected(f"its weight ({key}) is {value}, and must be finite and at least 0", lasting=False)
+    return float(value)
 
 
 def json_object(data: bytes) -> dict[str, Any]:

@@ -12,13 +12,23 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import TypeAlias
 
 from fastsd.config import DataTable, FolderTable
 from fastsd.data import metadata, tars
-from fastsd.data.source import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Rejected, Source, shown, text_captions
+from fastsd.data.source import (
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    NO_IMAGE,
+    Rejected,
+    Source,
+    ends_in,
+    shown,
+    text_captions,
+)
 from fastsd.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -37,22 +47,31 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _Found: TypeAlias = "Iterator[Source | _Found]"
 
 
-def scan(roots: Sequence[FolderTable], *, caption_key: str = "", latents: str = "") -> Iterator[Source]:
+def scan(
+    roots: Sequence[FolderTable], *, caption_key: str = "", weight_key: str = "", latents: str = "", masks: str = ""
+) -> Iterator[Source]:
     """Every image in `roots`, lazily: roots in order, sorted within each; and everything that is wrong with them.
 
     A root is a folder, a tar, or a pattern of them such as `shards/{00000..00099}.tar`.  Folders are searched recursively:
     hidden files are skipped, links followed, a folder that a link leads back to is searched once, tars read in their order.
     What an earlier root has is left out of a later one around it.  A caption comes from the nearest `metadata.jsonl` or
     `.parquet` beside or above the image, within its root, that lists it; else from the `.txt`, else the `.caption` beside it.
+    A weight comes from the nearest that has one for it, a mask from the image's own folder.
 
     Args:
         caption_key: column of metadata files, key of a tar's `.json`; "" = the first of text, caption, prompt.
+        weight_key: column of metadata files, key of a tar's `.json`: what an image's loss is multiplied by; "" = nothing.
         latents: find another trainer's latents instead, `img_sdxl`, `img_sdvae` or `npz`; captions by the image's name.
+        masks: what takes the extension's place in the name of an image's mask, which is no image itself; "" = there are none.
 
     Raises:
         UserError: a root that is missing, neither folder nor tar, within an earlier one, unreadable, or (once it has been
-            searched) without an image.
+            searched) without an image; masks that cannot be told from images, or of latents.
     """
+    if masks and latents:
+        raise UserError(f"data.masks is {masks!r} and data.latents {latents!r}, cut by rules unknown here; remove one of them")
+    if any(ends_in(extension, masks) for extension in EXTENSIONS):
+        raise UserError(f'data.masks is {masks!r}, and so end images, too; write what only masks end in, such as "-mask.png"')
     places: list[tuple[int, str]] = []
     taken: set[str] = set()
     for number, root in enumerate(roots):
@@ -67,13 +86,13 @@ def scan(roots: Sequence[FolderTable], *, caption_key: str = "", latents: str = 
                 raise UserError(f"data.folders: {shown(path)} {where}; remove it or list it first")
             taken.add(path)
             places.append((number, path))
-    return _scan([root.path for root in roots], places, caption_key, latents)
+    return _scan([root.path for root in roots], places, lambda root: _Walk(root, (caption_key, weight_key), latents, masks))
 
 
-def _scan(names: list[str], places: list[tuple[int, str]], caption_key: str, latents: str) -> Iterator[Source]:
+def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[Source]:
     taken: set[str] = set()
     for number, group in itertools.groupby(places, lambda place: place[0]):
-        found, trouble, walk = False, "", _Walk(number, caption_key, latents)
+        found, trouble, walk = False, "", walk_of(number)
         for _, path in group:
             inside = os.path.join(path, "")
             inner = {other for other in taken if other.startswith(inside)} if os.path.isdir(path) else set()
@@ -118,8 +137,8 @@ def _expanded(pattern: str) -> Iterator[str]:
 class _Walk:
     """The search of one root."""
 
-    def __init__(self, root: int, caption_key: str, latents: str) -> None:
-        self.root, self.caption_key, self.latents = root, caption_key, latents
+    def __init__(self, root: int, keys: tuple[str, str], latents: str, masks: str) -> None:
+        self.root, self.keys, self.latents, self.masks = root, keys, latents, masks
         self.extensions = (f".{latents}",) if latents else EXTENSIONS
         self.visited: set[tuple[int, int]] = set()  # folders by device and inode, against loops of links
 
@@ -155,50 +174,60 @@ class _Walk:
         prefix = os.path.join(folder, "")
         with ExitStack() as open_tables:
             own = [
-                open_tables.enter_context(closing(metadata.Metadata(prefix + name, self.caption_key, bool(self.latents))))
+                open_tables.enter_context(closing(metadata.Metadata(prefix + name, *self.keys, bool(self.latents))))
                 for name in metadata.FILES
                 if beside.get(name) is False
             ]
             for table in own:
                 yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.load())
-            rivals = Counter(self._stem(name, beside) for name in beside) if self.latents == "npz" else Counter()
+            stems = Counter(self._stem(name, beside) for name in beside) if self.masks or self.latents == "npz" else Counter()
+            masks = {
+                name[: -len(self.masks)]: Source(prefix + name, self.root)
+                for name in sorted(beside)
+                if ends_in(name, self.masks) and not beside[name]
+            }
             for name in sorted(beside):
                 if beside[name]:
                     yield self._folder(prefix + name, own + above)
                 elif name.lower().endswith(tars.TARS):
                     yield self._tar(prefix + name)
                 elif stem := self._stem(name, beside):
-                    if rivals[stem] > 1:
+                    if self.latents and stems[stem] > 1:
                         reason = "the image has other latents beside these; keep those of one VAE and size"
                         yield Source(prefix + name, self.root, problem=reason)
                     else:
-                        yield self._image(prefix, name, stem, beside, own + above)
+                        yield self._image(prefix, name, stem, beside, own + above, masks.get(stem))
+            yield from (replace(mask, problem=NO_IMAGE) for stem, mask in masks.items() if stem not in stems)
             for table in own:
                 yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
 
     def _tar(self, path: str) -> Iterator[Source]:
-        return tars.samples(path, self.root, self.extensions, self.caption_key)
+        return tars.samples(path, self.root, self.extensions, *self.keys, self.masks)
 
     def _stem(self, name: str, beside: dict[str, bool]) -> str:
         """The image's name without extension; "" = a file of another kind."""
         match = _FILES[self.latents].fullmatch(name)
-        if not match:
+        if not match or ends_in(name, self.masks):
             return ""
         whole = name.rpartition(".")[0]  # of foo_sd.npz: an image foo_sd, if there is one, rather than foo
         return whole if any(whole + extension in beside for extension in EXTENSIONS + _SIDECARS) else match[1]
 
-    def _image(self, prefix: str, name: str, stem: str, beside: dict[str, bool], tables: list[metadata.Metadata]) -> Source:
-        captions, problem = None, ""
+    def _image(
+        self, prefix: str, name: str, stem: str, beside: dict[str, bool], tables: list[metadata.Metadata], mask: Source | None
+    ) -> Source:
+        captions, weight, problem = None, None, ""
         for table in tables:  # all of them, for each is to know which of its images are there
+            found: metadata.Said = (), None
             try:
-                said = table.captions(prefix + (stem if self.latents else name))
+                found = table.said_of(prefix + (stem if self.latents else name))
             except Rejected as error:
-                said, problem = (), problem or (error.reason if captions is None else "")
-            captions = said if captions is None else captions
+                problem = problem or (error.reason if captions is None else "")
+            captions = found[0] if captions is None else captions
+            weight = found[1] if weight is None else weight
         if captions is not None:
-            return Source(prefix + name, self.root, captions=captions, problem=problem)
+            return Source(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
         caption = next((prefix + stem + extension for extension in _SIDECARS if beside.get(stem + extension) is False), "")
-        return Source(prefix + name, self.root, caption_path=caption)
+        return Source(prefix + name, self.root, caption_path=caption, weight=weight, mask=mask)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -206,10 +235,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
+def scan_for(data: DataTable) -> Iterator[Source]:
+    """`scan` as a config asks for it."""
+    return scan(data.roots, caption_key=data.caption_key, weight_key=data.weight_key, latents=data.latents, masks=data.masks)
+
+
 def count(data: DataTable) -> tuple[int, int]:
     """(images, images an epoch with repeats), by their names, before a filter by tag. Raises UserError as `scan`."""
-    found = scan(data.roots, caption_key=data.caption_key, latents=data.latents)
-    each = Counter(source.root for source in found if not source.problem)
+    each = Counter(source.root for source in scan_for(data) if not source.problem)
     return each.total(), sum(data.roots[root].repeats * images for root, images in each.items())
 
 

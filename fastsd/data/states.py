@@ -119,7 +119,8 @@ def _about(table: CacheTable, text: TextEncoder) -> dict[str, str]:
 def encoder_hash(text: TextEncoder) -> str:
     """sha256 of all that decides the states of a caption: weights as fp32, shape, clip skip, tokenizer. 64 hex digits."""
     config, used = text.module.config, text.used_parameters()
-    shape = [config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps, text.length]
+    shape = [config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps, text.window]
+    shape += [text.chunks] if text.chunks > 1 else []
     sha = hashlib.sha256(json.dumps([shape, text.clip_skip, tokenizer_hash(text.tokenizer)]).encode())
     for name, tensor in sorted(text.module.named_parameters()):
         if name in used:
@@ -153,7 +154,7 @@ class _Writing:
         self, table: CacheTable, latents: LatentCache, text: TextEncoder, store: Store, report: Callable[[Progress], None]
     ) -> None:
         self.latents, self.text, self.store, self.report, self.db = latents, text, store, report, store.db
-        self.tokens = Tokens(latents, text.tokenizer, text.length)
+        self.tokens = Tokens(latents, text.tokenizer, text.window, text.chunks)
         about = _about(table, text)
         self.name = _space_name(table, about)
         self.space = store.space(self.name, about, table.dtype)

@@ -6,6 +6,7 @@
     latent     where a version of a content lies, or what an encoder makes of a caption, whose content is its token ids;
                sha256 and check of the bytes once they are on disk, NULL before
     rejected   what was put aside and why; a size of -1 means that trying again may help
+    mask       what masks come to in the cells of a latent, see `masks.py`
 
 A path is the file's, or tar/member; stored as bytes, since a file name need not be text.  Several processes may fill a cache
 at once: each holds `cache.lock` shared, and locks the bytes of `claims.lock` that stand for the rows it is encoding.  The
@@ -49,6 +50,7 @@ CREATE INDEX latent_missing ON latent (space, shard, row) WHERE sha256 IS NULL;
 CREATE TABLE rejected (space INTEGER, path BLOB, reason TEXT, size INTEGER, mtime_ns INTEGER, PRIMARY KEY (space, path))
     WITHOUT ROWID;
 """
+_LATER = "CREATE TABLE IF NOT EXISTS mask (key BLOB, crop INTEGER, cells BLOB, PRIMARY KEY (key, crop))"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of SQLite's result codes, those that the disk or its owner answers for; the others are our fault.
 _SQLITE_FULL = 13
@@ -169,6 +171,7 @@ class Store:
                         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                     elif version != SCHEMA_VERSION:
                         raise UserError(f"cache.dir {folder} is of another version ({version}); choose another folder")
+                    db.execute(_LATER)
                 yield cls(folder, db)
             finally:
                 db.close()

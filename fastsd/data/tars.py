@@ -2,6 +2,7 @@
 
 A sample is a run of neighbouring members whose names agree up to the first dot of the base name, the key; what follows the
 dot, in lower case, is the extension.  One pass over the headers finds every image's offset; captions are read on the way.
+Masks, whose names are a key and an ending, are found in a pass of their own: sorted by name they need not lie beside it.
 Written down by hand because a member is then a few microseconds, and no header, however false, costs memory or time.
 
 Layout of a header: POSIX.1-2017, pax, "ustar Interchange Format"; GNU tar's manual, "Basic Tar Format".
@@ -13,21 +14,26 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from fastsd.data.source import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
+    NO_IMAGE,
     Rejected,
     Source,
+    ends_in,
     json_object,
     row_captions,
+    row_weight,
     shown,
     text_captions,
 )
 
+_Said = TypeVar("_Said")
 TARS = (".tar", ".tar.gz", ".tgz")
 _BLOCK = 512
 _MAX_EXTENDED = 1 << 20  # bytes of a header that holds a long name
@@ -57,7 +63,9 @@ class _Group:
     members: dict[str, _Member] = field(default_factory=dict)
 
 
-def samples(path: str, root: int, extensions: tuple[str, ...], caption_key: str) -> Iterator[Source]:
+def samples(
+    path: str, root: int, extensions: tuple[str, ...], caption_key: str, weight_key: str = "", masks: str = ""
+) -> Iterator[Source]:
     """The images in a tar, in its order, and what is wrong with it.
 
     Captions come from `.txt`, else `.caption` (a line each), else `.json`; with a `caption_key` from `.json` first.
@@ -66,13 +74,15 @@ def samples(path: str, root: int, extensions: tuple[str, ...], caption_key: str)
         root: index in data.folders, to be noted in each source.
         extensions: of images, with their dot.
         caption_key: of the `.json`; "" = the first of text, caption, prompt.
+        weight_key: of the `.json`; "" = there are no weights.
+        masks: what follows the key in the name of a mask; "" = there are none.
     """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
             raise Rejected("it is no regular file")
         with open(path, "rb") as file:
-            yield from _Tar(file, status.st_size, path, root, extensions, caption_key).samples()
+            yield from _Tar(file, status.st_size, path, root, extensions, caption_key, weight_key, masks).samples()
     except OSError as error:
         yield Source(path, root, problem=f"it cannot be read ({error.strerror})")
     except Rejected as error:
@@ -87,16 +97,20 @@ class _Tar:
     root: int
     extensions: tuple[str, ...]
     caption_key: str
+    weight_key: str
+    masks: str
     known: set[bytes] = field(default_factory=set)  # hashes of the keys so far
+    masked: dict[str, _Member] = field(default_factory=dict)  # masks by the keys of samples that have not come yet
 
     def samples(self) -> Iterator[Source]:
         """Raises Rejected where it stops being a tar."""
+        self._find_masks()
         group = _Group("")
         try:
             for member in self._members():
                 match = _KEY.fullmatch(member.name)
                 key, extension = (match[1], match[2].lower()) if match else ("", "")
-                if not member.problem and not self._wanted(extension):
+                if ends_in(member.name, self.masks) or (not member.problem and not self._wanted(extension)):
                     continue
                 if key != group.key:
                     yield from self._finish(group)
@@ -113,6 +127,16 @@ class _Tar:
             yield from self._finish(group, error.reason)
             raise
         yield from self._finish(group)
+        for member in self.masked.values():
+            yield self._bad(member, NO_IMAGE)
+
+    def _find_masks(self) -> None:
+        with suppress(Rejected):  # said when the images are read
+            for member in self._members() if self.masks else ():
+                if ends_in(member.name, self.masks):
+                    key = member.name[: -len(self.masks)]
+                    again = "the tar holds it more than once" if key in self.masked else member.problem
+                    self.masked[key] = member._replace(problem=again)
 
     def _met(self, key: str) -> bool:
         digest = hashlib.blake2b(os.fsencode(key), digest_size=8).digest()
@@ -144,37 +168,48 @@ class _Tar:
                 )
                 yield self._bad(member, reason)
         if images:
-            captions, problem = self._captions(group.members)
-            if cut and not captions:
-                problem = problem or f"its caption may be missing: {cut}"
+            captions, weight, problem = self._said(group.members)
+            mask = self.masked.pop(group.key, None)
+            beside = mask and Source(self.path, self.root, mask.name, mask.offset, mask.size, problem=mask.problem)
+            if cut and (not captions or (self.masks and not mask)):
+                problem = problem or f"its {'mask' if captions else 'caption'} may be missing: {cut}"
             for name, offset, size, wrong in images:
-                yield Source(self.path, self.root, name, offset, size, captions=captions, problem=wrong or problem)
+                place = self.path, self.root, name, offset, size
+                yield Source(*place, captions=captions, problem=wrong or problem, weight=weight, mask=beside)
 
-    def _captions(self, members: dict[str, _Member]) -> tuple[tuple[str, ...], str]:
-        """The captions of a sample, or why there are none."""
+    def _said(self, members: dict[str, _Member]) -> tuple[tuple[str, ...], float | None, str]:
+        """The captions and the weight of a sample, or why it cannot be used."""
         order = ("json", *_TEXTS) if self.caption_key else (*_TEXTS, "json")
         try:
+            weighted = self.weight_key and "json" in members
+            weight = self._read_json(members["json"], row_weight, self.weight_key) if weighted else None
             for extension in order:
                 if extension in members:
                     found = self._read_captions(members[extension], extension)
                     if found is not None:
-                        return found, ""
+                        return found, weight, ""
         except Rejected as error:
-            return (), error.reason
-        return (), ""
+            return (), None, error.reason
+        return (), weight, ""
 
     def _read_captions(self, member: _Member, extension: str) -> tuple[str, ...] | None:
-        if member.problem:
-            raise Rejected(f"its caption {shown(member.name)} is of no use: {member.problem}")
-        data = self._read(member.offset, min(member.size, MAX_CAPTION_BYTES + 1))
-        if extension != "json":
-            return text_captions(data)
+        if extension == "json":
+            return self._read_json(member, row_captions, self.caption_key)
+        return text_captions(self._content(member))
+
+    def _read_json(self, member: _Member, read: Callable[[dict[str, Any], str], _Said], key: str) -> _Said:
+        data = self._content(member)
         if len(data) > MAX_CAPTION_BYTES:
             raise Rejected("its .json is larger than 1 MiB")
         try:
-            return row_captions(json_object(data), self.caption_key)
+            return read(json_object(data), key)
         except Rejected as error:
             raise Rejected(f"{error.reason} (.json)") from None
+
+    def _content(self, member: _Member) -> bytes:
+        if member.problem:
+            raise Rejected(f"its caption {shown(member.name)} is of no use: {member.problem}")
+        return self._read(member.offset, min(member.size, MAX_CAPTION_BYTES + 1))
 
     def _bad(self, member: _Member, reason: str) -> Source:
         """Of a member that may share its name with another."""

@@ -39,15 +39,16 @@ class Tokens:
     Args:
         cache: whose captions they are.
         tokenizer: the one they must come from.
-        length: tokens the text encoder takes, those that begin and end a sequence among them.
+        window: tokens the text encoder takes at once, those that begin and end a sequence among them.
+        chunks: windows a caption may fill.
 
     Raises:
         UserError: they are missing, damaged, or of another state of the view.
     """
 
-    def __init__(self, cache: LatentCache, tokenizer: Any, length: int) -> None:
+    def __init__(self, cache: LatentCache, tokenizer: Any, window: int, chunks: int = 1) -> None:
         key = tokenizer_hash(tokenizer)
-        self.path, self.length, self._tokenizer = _path(cache, key), length, tokenizer
+        self.path, self.window, self.chunks, self._tokenizer = _path(cache, key), window, chunks, tokenizer
         self._file = Frozen(self.path, TOKENS_FORMAT, {"offsets": np.int64, "ids": _kind(tokenizer)})
         self._metadata, self._ids = self._file.metadata, self._file.arrays["ids"]
         if (self._metadata.get("view"), self._metadata.get("tokenizer")) != (cache.sha256, key):
@@ -67,14 +68,14 @@ class Tokens:
         own = ids[ends[variant] + 1 : ends[variant + 1]] if variant + 1 < len(ends) else None
         if own is None or len(ids) != last - first or own.max(initial=0) >= len(self._tokenizer):
             raise damaged(self.path, f"is damaged at sample {sample}")
-        return assemble(self._tokenizer, [own.tolist()], self.length)[0]
+        return assemble(self._tokenizer, [own.tolist()], self.window, self.chunks)[0]
 
     def over_length(self) -> int:
         """Captions that the text encoder will not see whole."""
         over, last = 0, -1
         for first in range(0, len(self._ids), 1 << 22):
             ends = first + np.flatnonzero(self._ids[first : first + (1 << 22)] == self._end)
-            over += int((np.diff(ends, prepend=last) - 1 > self.length - 2).sum())
+            over += int((np.diff(ends, prepend=last) - 1 > self.chunks * (self.window - 2)).sum())
             last = ends[-1] if len(ends) else last
         return over
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsd.data import cache, tokens
+from fastsd.data import cache, masks, tokens
 from fastsd.data.rows import LATENTS, STATES
 from fastsd.data.store import Store, disk_errors
 from fastsd.errors import UserError
@@ -40,6 +40,9 @@ def verify(dir: str | Path) -> list[str]:
             if wrong := tokens.unsound(path):
                 path.unlink()
                 problems.append(f"{path} {wrong}; removed, `fastsd cache CONFIG` makes it again")
+        for path in masks.damaged_files(store):
+            path.unlink()
+            problems.append(f"{path} is not as it was written; removed, `fastsd cache CONFIG` makes it again")
         for shard in store.shards():
             done = store.done_rows(shard)
             if not done:
@@ -61,13 +64,14 @@ def verify(dir: str | Path) -> list[str]:
 @dataclass(frozen=True)
 class ViewStats:
     """A view: what it says of itself; samples by "width x height" of their pixels; mean and std of each latent channel, scaled
-    as the model sees them, over `measured` latents."""
+    as the model sees them, over `measured` latents; samples that have a mask."""
 
     meta: cache.CacheMeta
     buckets: dict[str, int]
     mean: list[float]
     std: list[float]
     measured: int
+    masked: int
 
     @property
     def warning(self) -> str:
@@ -137,7 +141,8 @@ def _measure(folder: Path, path: Path) -> ViewStats:
                 measured += len(some)
         mean = sums / cells
         std = (squares / cells - mean.square()).clamp(min=0).sqrt()
-        return ViewStats(meta, dict(buckets.most_common()), mean.tolist(), std.tolist(), measured)
+        masked = masks.Masks(latents).count if masks.mask_path(folder, latents.name).exists() else 0
+        return ViewStats(meta, dict(buckets.most_common()), mean.tolist(), std.tolist(), measured, masked)
     finally:
         latents.close()
 
@@ -149,7 +154,7 @@ class Pruned:
 
 
 def prune(dir: str | Path) -> Pruned:
-    """Delete shards that no view and no states of its captions refer to, and what is remembered of image files that are gone.
+    """Delete shards that no view and no states of its captions refer to, masks alike, and what is known of files that are gone.
 
     A space whose caching was interrupted is left alone until it is finished.  To give up a view, or the states of its
     captions, delete that file first.
@@ -173,6 +178,8 @@ def prune(dir: str | Path) -> Pruned:
             for shard in unused:
                 store.db.execute("DELETE FROM latent WHERE shard = ?", (shard.id,))
                 store.db.execute("DELETE FROM shard WHERE id = ?", (shard.id,))
+            stale = [path for path in tokens.token_files(store.folder) if tokens.view_of(path) not in alive]
+            stale += masks.prune(store, alive, rows=not busy)
             for table in ("file", "rejected"):
                 paths = {path for (path,) in store.db.execute(f"SELECT path FROM {table}") if not _exists(path)}
                 store.db.executemany(f"DELETE FROM {table} WHERE path = ?", [(path,) for path in paths])
@@ -183,7 +190,6 @@ def prune(dir: str | Path) -> Pruned:
         with disk_errors(store.folder):
             # Also files of shards forgotten earlier, should a prune have been cut off here, and what an interrupted run left.
             orphans = [path for path in (store.folder / "shards").iterdir() if path.name not in kept]
-            stale = [path for path in tokens.token_files(store.folder) if tokens.view_of(path) not in alive]
             for path in orphans + stale:
                 freed += path.stat().st_size
                 path.unlink()

@@ -1,0 +1,1 @@
+"""Floor 3: `fastsd compare` - several runs side by side in one page."""

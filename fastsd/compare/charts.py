@@ -1,0 +1,195 @@
+"""Floor 3: the curves of `fastsd compare`. A run has one colour everywhere; images trained are the x of every curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+
+from fastsd.compare.numbers import called
+from fastsd.compare.runs import Row, RunData, column
+
+WIDTH, DPI = 12.0, 150  # inches, dots per inch: 1800 px, sharp where a page shows 1200
+POINTS = 3000  # of a curve that are drawn
+BANDS = 10  # panels of timestep bands; more are averaged to so many
+DASHES = ("-", "--", ":", "-.")
+INK = "#222222"
+
+
+def thin(x: np.ndarray, y: np.ndarray, limit: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """A curve of many points as one of `limit`, that looks the same: the lowest and highest of each stretch are kept."""
+    known = np.isfinite(y)
+    x, y = x[known], y[known]
+    if len(x) <= limit:
+        return x, y
+    kept = [np.array([0, len(x) - 1])]
+    edges = np.linspace(0, len(x), limit // 2 + 1).astype(int)
+    for start, end in pairwise(edges):
+        kept.append(start + np.array([y[start:end].argmin(), y[start:end].argmax()]))
+    order = np.unique(np.concatenate(kept))
+    return x[order], y[order]
+
+
+def loss_chart(runs: Sequence[RunData]) -> Figure:
+    """Training loss, raw (faint) and smoothed, with the borders of stages."""
+    figure, (axes,) = _panels(1, 4.8)
+    seen = []
+    for run in runs:
+        raw = run.logged("loss")
+        _by_stage(axes, run, raw, alpha=0.22, linewidth=0.7)
+        _by_stage(axes, run, run.smoothed(), linewidth=1.9)
+        seen.append(raw[np.isfinite(raw)])
+    values = np.concatenate(seen)
+    if len(values):  # one spike must not flatten the rest
+        low, high = np.percentile(values, [0.3, 99.7])
+        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - room, high + room)
+    axes.set_ylabel("training loss")
+    _borders(axes, runs)
+    return _finish(figure, runs)
+
+
+def validation_chart(runs: Sequence[RunData]) -> Figure | None:
+    """Loss of the fixed sets with ± one standard error: a panel a set, dashed for averaged weights. None without any."""
+    sets = list(dict.fromkeys(name for run in runs for name, _ in run.measured()))
+    if not sets:
+        return None
+    figure, panels = _panels(len(sets), 4.4)
+    for axes, name in zip(panels, sets, strict=True):
+        for run in runs:
+            for which in run.measured():
+                if which[0] == name:
+                    rows = run.validated(which)
+                    _with_errors(axes, run, rows, column(rows, "loss"), column(rows, "se"), dashed=which[1] != "raw")
+        axes.set_title(f"{name.replace('_', '-')} images", fontsize=11)
+        _borders(axes, runs, names=len(sets) == 1)
+    panels[0].set_ylabel("validation loss")
+    averaged = any(weights != "raw" for run in runs for _, weights in run.measured())
+    return _finish(figure, runs, [("raw weights", "-"), ("EMA", "--")] if averaged else [])
+
+
+def band_chart(runs: Sequence[RunData]) -> Figure | None:
+    """A panel for each band of timesteps, of the first set that was measured; None without any."""
+    which = next((which for run in runs for which in run.measured()), None)
+    curves = {run.label: [row for row in run.validated(which) if _bands(row)] for run in runs} if which else {}
+    count = max((len(_bands(row)) for rows in curves.values() for row in rows), default=0)
+    if not count or which is None:
+        return None
+    across = min(count, 5)
+    figure, panels = _panels(count, 2.9 * -(-count // across), across)
+    for number, axes in enumerate(panels):
+        for run in runs:
+            rows = [row for row in curves[run.label] if number < len(_bands(row))]
+            if rows:
+                first, last, *_ = _bands(rows[-1])[number]
+                axes.set_title(f"t {first:g} to {last:g}", fontsize=10)
+                values = np.array([_bands(row)[number][2:] for row in rows])
+                _with_errors(axes, run, rows, values[:, 0], values[:, 1])
+        axes.tick_params(labelsize=8)
+    figure.suptitle(f"{called(which)} loss by timestep", fontsize=11)
+    return _finish(figure, runs)
+
+
+def rate_chart(runs: Sequence[RunData]) -> Figure:
+    """lr, and where D-Lion found one d and d*lr; a dash style for each trained part."""
+    suffixes = list(dict.fromkeys(key[2:] for run in runs for row in run.log for key in row if key[:3] in ("lr", "lr_")))
+    with_d = any(key[:2] in ("d", "d_") for run in runs for row in run.log for key in row)
+    kinds: list[tuple[str, Callable[[RunData, str], np.ndarray]]] = [("lr", lambda run, part: run.logged(f"lr{part}"))]
+    if with_d:
+        kinds.append(("d", lambda run, part: run.logged(f"d{part}")))
+        kinds.append(("d · lr", lambda run, part: run.logged(f"d{part}") * run.logged(f"lr{part}")))
+    figure, panels = _panels(len(kinds), 3.8)
+    for axes, (name, values) in zip(panels, kinds, strict=True):
+        drawn = []
+        for run in runs:
+            for i, part in enumerate(suffixes):
+                drawn.append(values(run, part))
+                _by_stage(axes, run, drawn[-1], linewidth=1.7, linestyle=DASHES[i % len(DASHES)])
+        _log_if_wide(axes, np.concatenate(drawn))
+        axes.set_xlim(panels[0].get_xlim())
+        axes.set_title(name, fontsize=11)
+        _borders(axes, runs, names=False)
+    dashes = [(suffix[1:].replace("_", " ") or "first part", DASHES[i % 4]) for i, suffix in enumerate(suffixes)]
+    return _finish(figure, runs, dashes if len(suffixes) > 1 else [])
+
+
+def _bands(row: Row) -> list[list[float]]:
+    """[from, to, loss, se] of each band of a row; of many, neighbours together."""
+    bands: list[list[float]] = row.get("bands") or []
+    size = -(-len(bands) // BANDS)
+    if size < 2:
+        return bands
+    groups = [np.array(bands[i : i + size], dtype=float) for i in range(0, len(bands), size)]
+    return [[g[0, 0], g[-1, 1], g[:, 2].mean(), np.sqrt((g[:, 3] ** 2).sum()) / len(g)] for g in groups]
+
+
+def _by_stage(axes: Axes, run: RunData, y: np.ndarray, **style: Any) -> None:
+    """A curve over images that is interrupted where a stage begins; a dot where it is one point."""
+    x, stages = run.logged("images"), run.stages()
+    for rows in stages:
+        points = thin(x[rows], y[rows], POINTS // len(stages))
+        axes.plot(*points, color=run.colour, marker="." if len(points[0]) == 1 else "", **style)
+
+
+def _with_errors(
+    axes: Axes, run: RunData, rows: Sequence[Row], y: np.ndarray, error: np.ndarray, dashed: bool = False
+) -> None:  # fmt: skip
+    many = len(rows) > 40
+    axes.errorbar(
+        column(rows, "images"), y, error, color=run.colour, linestyle="--" if dashed else "-", linewidth=1.6,
+        marker="" if many else "o", markersize=3.5, capsize=0 if many else 2.5, elinewidth=0.9,
+    )  # fmt: skip
+
+
+def _panels(count: int, height: float, across: int | None = None) -> tuple[Figure, list[Axes]]:
+    across = across or count
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    panels = figure.subplots(-(-count // across), across, squeeze=False).ravel().tolist()
+    for axes in panels:
+        axes.set_visible(False)
+    for axes in panels[:count]:
+        axes.set_visible(True)
+        axes.set_xlabel("images trained")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(color="#e8e8e8", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=INK)
+    return figure, panels[:count]
+
+
+def _borders(axes: Axes, runs: Sequence[RunData], names: bool = True) -> None:
+    """A line where a stage begins: grey where it is the same for all runs, else in the run's colour."""
+    each = [run.begun() for run in runs]
+    shared = all(borders == each[0] for borders in each)
+    for run, borders in zip(runs[:1] if shared else runs, each, strict=False):
+        colour = "#888888" if shared else run.colour
+        for name, images in borders if len(borders) > 1 else []:
+            if images:
+                axes.axvline(images, color=colour, linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.8, zorder=0)
+            if names and shared:
+                axes.text(images, 1.01, name, transform=axes.get_xaxis_transform(), fontsize=8.5, color="#555555", va="bottom")
+
+
+def _log_if_wide(axes: Axes, values: np.ndarray) -> None:
+    above = values[values > 0]
+    if len(above) and above.max() > 30 * above.min():
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+
+
+def _finish(figure: Figure, runs: Sequence[RunData], dashes: Sequence[tuple[str, str]] = ()) -> Figure:
+    """One legend for the whole figure, below it, with the runs' names and what dash styles mean."""
+    handles = [Line2D([], [], color=run.colour, linewidth=2.4, label=run.label.replace("$", r"\$")) for run in runs]
+    handles += [Line2D([], [], color="#555555", ls=dash, label=name) for name, dash in dashes]
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    lines = -(-len(handles) // max(1, 150 // (longest + 8)))
+    across = -(-len(handles) // lines)  # the lines about equally long
+    figure.legend(handles=handles, loc="outside lower center", ncols=across, frameon=False, fontsize=9)
+    return figure

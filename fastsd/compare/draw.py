@@ -1,0 +1,122 @@
+"""Floor 3: pictures that compare draws itself - finished models or checkpoints, with other sampling settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from pydantic import ValidationError
+
+from fastsd.compare.pictures import sheet
+from fastsd.compare.runs import Grid, RunData, read_grids
+from fastsd.compare.settings import combinations, said
+from fastsd.complaints import sentence
+from fastsd.config import ModelTable, SampleTable
+from fastsd.errors import UserError
+from fastsd.model.files import Model
+from fastsd.sample import generate, load_to_sample, read_prompts, sample_grid, save_grid
+from fastsd.train.checkpoint import checkpoints
+
+KEYS = ("clip_skip", "guidance", "negative", "sampler", "seed", "size", "steps")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample. `clip_skip` None: each run's own."""
+
+    label: str
+    table: SampleTable
+    clip_skip: int | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to sample: a run's finished one, or one of its checkpoints."""
+
+    label: str
+    run: RunData
+    folder: Path
+
+    def load(self, clip_skip: int | None) -> Model:
+        own = {"base": str(self.folder), "vae": "", "tokenizer": "", "vae_scaling_factor": None}
+        skip = {} if clip_skip is None else {"clip_skip": clip_skip}
+        return load_to_sample(self.run.config.model.model_copy(update=own | skip))
+
+
+def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
+    """The combinations of `--draw KEY=a,b,c` words; what they leave open is as in the baseline's [sample].
+
+    Raises:
+        UserError: a key that sampling does not have, a value that it cannot take, no prompts.
+    """
+    config, settings = baseline.config, []
+    if not read_prompts(config.sample):
+        raise UserError(f"there is nothing to draw, {baseline.folder} has no sample.prompts; name a --baseline with some")
+    for combination in combinations(words):
+        values = {key.removeprefix("sample.").removeprefix("model."): value for key, (_, value) in combination.items()}
+        unknown = next((key for key in values if key not in KEYS), None)
+        if unknown:
+            raise UserError(f"--draw has the key {unknown!r}, which is no setting of sampling; choose from {', '.join(KEYS)}")
+        clip_skip = values.pop("clip_skip", None)
+        try:
+            table = SampleTable.model_validate(config.sample.model_dump() | values)
+            if clip_skip is not None:
+                ModelTable.model_validate({"base": "x", "clip_skip": clip_skip})
+        except ValidationError as error:
+            raise UserError(f"--draw: {sentence(error.errors()[0])}") from None
+        label = "\n".join(f"{key.split('.')[-1]} {said(value)}" for key, (_, value) in combination.items())
+        settings.append(Setting(label, table, clip_skip))
+    return settings
+
+
+def finished_models(runs: Sequence[RunData]) -> list[Source]:
+    """RUN/model of each run, else its newest checkpoint. Raises UserError if a run has neither."""
+    return [
+        Source(run.label, run, run.folder / "model" if run.finished else sources_of(run)[-1].folder) for run in runs
+    ]  # fmt: skip
+
+
+def sources_of(run: RunData) -> list[Source]:
+    """A run's checkpoints, oldest first. Raises UserError if it has none."""
+    found = checkpoints(run.folder / "checkpoints")
+    if not found:
+        raise UserError(f"{run.folder} has no checkpoint to draw from; leave it out, or wait for one")
+    return [Source(f"step {int(path.name.removeprefix('step-')):,}", run, path) for path in found]
+
+
+def draw_settings(sources: Sequence[Source], settings: Sequence[Setting]) -> Iterator[tuple[str, Image.Image]]:
+    """For each prompt (prompt, a sheet of models x settings at one seed)."""
+    prompts = read_prompts(settings[0].table)
+    drawn = [_draw(source, settings, prompts) for source in sources]
+    for p, prompt in enumerate(prompts):
+        rows = [(source.label, [images[p] for images in by_setting]) for source, by_setting in zip(sources, drawn, strict=True)]
+        yield prompt, sheet([setting.label for setting in settings], rows)
+
+
+def _draw(source: Source, settings: Sequence[Setting], prompts: list[str]) -> list[list[Image.Image]]:
+    """By setting and prompt. The model is loaded once for each clip skip, which belongs to it."""
+    images: dict[int, list[Image.Image]] = {}
+    for clip_skip in dict.fromkeys(setting.clip_skip for setting in settings):
+        model = source.load(clip_skip)
+        for i, setting in enumerate(settings):
+            if setting.clip_skip == clip_skip:
+                table = setting.table
+                size = table.size or source.run.config.data.resolution
+                images[i] = generate(model, prompts, [table.seed] * len(prompts), table, size)
+    return [images[i] for i in range(len(settings))]
+
+
+def draw_checkpoints(run: RunData, table: SampleTable, folder: Path, say: Callable[[str], None]) -> list[Grid]:
+    """The grid of `table` from each checkpoint that a run has kept, as `folder`/STAGE-STEP.png."""
+    folder.mkdir(parents=True)
+    stages = run.begun("step")
+    for source in sources_of(run):
+        step = int(source.folder.name.removeprefix("step-"))
+        stage = next((name for name, begun in reversed(stages) if begun < step), stages[0][0])
+        say(f"drawing {run.label}, {source.label}")
+        picture = sample_grid(source.load(None), table, table.size or run.config.data.resolution)
+        assert picture is not None, "read_settings has seen prompts"
+        save_grid(picture, folder / f"{stage}-{step:08d}.png", stage, step)
+    return read_grids(folder)

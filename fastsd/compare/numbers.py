@@ -1,0 +1,243 @@
+"""Floor 3: what is told of runs in numbers - as tables of words, for the page to lay out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastsd.compare.runs import SMOOTHING, RunData, column
+from fastsd.compare.settings import ABSENT, differences
+from fastsd.train.report import duration
+
+SEEN = {"order": "images in the same order", "timesteps": "same timesteps", "noise": "same noise"}
+PER = 1000  # images that a slope is told for
+LEAST = 3  # points of a fit
+
+
+Words = list[str | RunData]  # a run stands for its name in its colour
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of words under a head, with a note on how to read them."""
+
+    title: str
+    note: str
+    head: Sequence[str | RunData]
+    rows: list[Words]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A least-squares line: slope and its standard error (nan for two points), and its values at the first and last x."""
+
+    slope: float
+    error: float
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How far pictures of equal prompt and seed lie apart: mean |difference| of 255, PSNR in dB, how many there were."""
+
+    mean: float
+    psnr: float
+    count: int
+
+
+def fit(x: np.ndarray, y: np.ndarray) -> Line | None:
+    """The line through points; None where all x are one."""
+    off = x - x.mean() if len(x) else x
+    if len(x) < 2 or not off.any():
+        return None
+    slope = float(off @ y / (off @ off))
+    middle = float(y.mean())
+    rest = y - middle - slope * off
+    error = math.sqrt(rest @ rest / (len(x) - 2) / (off @ off)) if len(x) > 2 else math.nan
+    return Line(slope, error, middle + slope * float(off[0]), middle + slope * float(off[-1]))
+
+
+def ends(x: np.ndarray, y: np.ndarray) -> tuple[Line | None, Line | None]:
+    """Lines through the first and the last fifth of the finite points, of three points at the least."""
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    count = max(len(x) // 5, LEAST)
+    return fit(x[:count], y[:count]), fit(x[-count:], y[-count:])
+
+
+def overview(runs: Sequence[RunData], baseline: RunData) -> Table:
+    measured = _measured(runs)
+    rows: list[Words] = []
+    for run in runs:
+        last, state = run.log[-1], "finished" if run.finished else "not finished"
+        rows.append([
+            run, state + (", baseline" if run is baseline and len(runs) > 1 else ""), f"{last['step']:,}",
+            f"{last['images']:,}", _number(last.get("epoch"), ".2f"), _number(_smooth_end(run), ".5f"),
+            *(_last_validation(run, which) for which in measured),
+        ])  # fmt: skip
+    head = ["run", "", "steps", "images", "epochs", "smoothed loss", *(f"{called(which)} loss" for which in measured)]
+    note = f"Values at the end of each run. The smoothed loss is a moving average over {SMOOTHING:.0%} of the log's rows."
+    return Table("Runs", note, head, rows)
+
+
+def settings(runs: Sequence[RunData]) -> Table:
+    rows: list[Words] = [[key, *row] for key, row in differences([run.config for run in runs]).items()]
+    note = "Every other setting is the same." if rows else "Every setting is the same."
+    return Table("Settings that differ", note, ["setting", *runs], rows)
+
+
+def trends(runs: Sequence[RunData]) -> Table:
+    """Start, end and slopes of the training loss and of every kind of validation loss."""
+    rows: list[Words] = []
+    for run in runs:
+        first, last = ends(run.logged("images"), run.logged("loss"))
+        start, end = first.first if first else math.nan, last.last if last else math.nan
+        rows.append([run, "training", *_trend(start, end, first, last)])
+    for which in _measured(runs):
+        for run in runs:
+            if found := run.validated(which):
+                y = column(found, "loss")
+                rows.append([run, called(which), *_trend(y[0], y[-1], *ends(column(found, "images"), y))])
+    note = (
+        f"Slopes per {PER:,} images, of lines through the first and the last fifth of the points, ± their standard error. "
+        "Start and end of the training loss are those lines' ends, of a validation loss what was measured."
+    )
+    return Table(
+        "Start, end and slope", note, ["run", "loss", "start", "end", "change", "slope at start", "slope at end"], rows
+    )
+
+
+def agreement(runs: Sequence[RunData], baseline: RunData) -> Table:
+    """Whether each run saw what the baseline saw, by the hashes in the rows of equal step."""
+    rows: list[Words] = []
+    theirs = {row["step"]: row for row in baseline.log}
+    for run in runs:
+        if run is not baseline:
+            common = [(row, theirs[row["step"]]) for row in run.log if row["step"] in theirs]
+            rows.append([run, *(_agree(common, key) for key in SEEN)])
+    note = f"Beside {baseline.label}, by the hashes in the log rows of equal step."
+    return Table("Did they see the same?", note, ["run", *SEEN.values()], rows)
+
+
+def _agree(common: Sequence[tuple[Any, Any]], key: str) -> str:
+    both = [(a, b) for a, b in common if a.get(key) is not None and b.get(key) is not None]
+    if not both:
+        return "no common step" if not common else "not logged"
+    apart = next((a["step"] for a, b in both if a[key] != b[key]), None)
+    if apart is None:
+        return f"the same in all {len(both):,} common rows"
+    return f"they part at step {apart:,}"
+
+
+def against(runs: Sequence[RunData], baseline: RunData, pixels: Mapping[str, Pixels]) -> Table:
+    """Each run less the baseline, at their ends; `pixels` by a run's label."""
+    measured = [which for which in _measured(runs) if baseline.validated(which)]
+    rows: list[Words] = []
+    for run in runs:
+        if run is not baseline:
+            seen = pixels.get(run.label)
+            rows.append([
+                run, _number(_smooth_end(run) - _smooth_end(baseline), "+.5f"),
+                *(_validation_difference(run, baseline, which) for which in measured),
+                *((f"{seen.mean:.2f} of 255", _psnr(seen.psnr), str(seen.count)) if seen else (ABSENT,) * 3),
+            ])  # fmt: skip
+    together = (
+        " ± is the two standard errors together; both are of the same images, noise and timesteps, so the difference itself is "
+        "known better than that."
+    )
+    note = f"Each run at its end, less {baseline.label} at its own.{together if measured else ''}"
+    losses = ["smoothed loss", *(f"{called(which)} loss" for which in measured)]
+    head = ["run", *losses, "mean |difference| of pixels", "PSNR", "pictures"]
+    return Table("Difference from the baseline", f"{note} Pictures are compared at equal prompt and seed.", head, rows)
+
+
+def costs(runs: Sequence[RunData]) -> Table:
+    rows: list[Words] = []
+    for run in runs:
+        stages = (run.cost or {}).get("stages") or []
+        trained = dict.fromkeys(_number(stage.get("trained"), ",") for stage in stages)
+        rows.append([
+            run, " / ".join(trained) or ABSENT, *_time_and_memory(run, stages), _number(_speed(run), ".3g"),
+            _size((run.cost or {}).get("file_bytes")), _number((run.cost or {}).get("sample_seconds"), ".3g", " s"),
+        ])  # fmt: skip
+    note = "Of all stages. ≈ where a run has not told its cost, by its log."
+    head = ["run", "trained parameters", "training time", "peak memory", "images a second", "exported file", "a sampled image"]
+    return Table("Cost", note if any("≈" in str(word) for row in rows for word in row) else "Of all stages.", head, rows)
+
+
+def _time_and_memory(run: RunData, stages: Sequence[Any]) -> tuple[str, str]:
+    about = "" if stages else "≈ "
+    if stages:
+        seconds = sum(stage.get("seconds") or 0 for stage in stages)
+        memory = max(stage.get("memory_gb") or 0 for stage in stages)
+    else:
+        rates = {row["step"]: row.get("images_per_second") for row in run.timing}
+        seconds, done = 0.0, 0
+        for row in run.log:
+            seconds += (row["images"] - done) / rates[row["step"]] if rates.get(row["step"]) else 0
+            done = row["images"]
+        memory = max(column(run.timing, "memory_gb"), default=0.0)
+    return about + duration(seconds) if seconds else ABSENT, f"{about}{memory:.2f} GB" if memory > 0 else ABSENT
+
+
+def _speed(run: RunData) -> float:
+    """Images a second, the median over the run's log rows."""
+    rates = column(run.timing, "images_per_second")
+    rates = rates[np.isfinite(rates)]
+    return float(np.median(rates)) if len(rates) else math.nan
+
+
+def called(which: tuple[str, str]) -> str:
+    """(set, weights) of a validation as a person says it."""
+    name, weights = which
+    return f"{name.replace('_', '-')}{'' if weights == 'raw' else f' {weights.upper()}'}"
+
+
+def _measured(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(which for run in runs for which in run.measured()))
+
+
+def _last_validation(run: RunData, which: tuple[str, str]) -> str:
+    found = run.validated(which)
+    return f"{found[-1]['loss']:.5f} ± {found[-1]['se']:.2g}" if found else ABSENT
+
+
+def _validation_difference(run: RunData, baseline: RunData, which: tuple[str, str]) -> str:
+    found = run.validated(which)
+    if not found:
+        return ABSENT
+    one, other = found[-1], baseline.validated(which)[-1]
+    return f"{one['loss'] - other['loss']:+.5f} ± {math.hypot(one['se'], other['se']):.2g}"
+
+
+def _trend(start: float, end: float, first: Line | None, last: Line | None) -> list[str]:
+    slopes = [f"{line.slope * PER:+#.3g}{_error(line.error * PER)}" if line else ABSENT for line in (first, last)]
+    return [_number(start, ".5f"), _number(end, ".5f"), _number(end - start, "+.5f"), *slopes]
+
+
+def _error(error: float) -> str:
+    return f" ± {error:#.2g}" if math.isfinite(error) else ""
+
+
+def _smooth_end(run: RunData) -> float:
+    values = run.smoothed()
+    values = values[np.isfinite(values)]
+    return float(values[-1]) if len(values) else math.nan
+
+
+def _number(value: Any, form: str, unit: str = "") -> str:
+    known = isinstance(value, (int, float)) and math.isfinite(value)
+    return f"{value:{form}}{unit}" if known else ABSENT
+
+
+def _size(count: Any) -> str:
+    return _number(count and count / 1e6, ",.3g" if (count or 0) < 1e8 else ",.0f", " MB")
+
+
+def _psnr(psnr: float) -> str:
+    return f"{psnr:.1f} dB" if math.isfinite(psnr) else "equal"

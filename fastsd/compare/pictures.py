@@ -1,0 +1,180 @@
+"""Floor 3: samples of runs laid side by side - over checkpoints, beside each other, less a baseline, as an animation."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from fastsd.compare.numbers import Pixels
+from fastsd.compare.runs import WHOLE, Cell, Grid, RunData
+
+Row = tuple[str, Sequence[Image.Image | None]]  # its label and its pictures
+
+WIDTH, HEIGHT = 1200, 1700  # px that a sheet keeps to where cells need not be narrower than the narrowest
+CELL = (72, 260)  # px: no cell is narrower, and none wider that its picture does not fill
+MARGIN, GAP, HEAD = 170, 6, 58  # px: labels at the left, between cells, column heads
+COLUMNS, ROWS = 12, 12  # of a sheet over checkpoints; of more checkpoints some are shown, evenly spaced
+FRAMES, FRAME_WIDTH = 60, 640  # of an animation
+INK, GREY = "#222222", "#666666"
+
+
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and has more letters than Pillow's own."""
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size)
+
+
+def sheet(heads: Sequence[str], rows: Sequence[Row], colours: Sequence[str] = ()) -> Image.Image:
+    """Pictures in rows under column heads, each row's label at its left; a bar of its colour over each column."""
+    shown = [image for _, images in rows for image in images if image]
+    least, most = CELL[0], max([CELL[1], *(image.width for image in shown)])
+    ratio = max((image.height / image.width for image in shown), default=1.0)
+    room = min((WIDTH - MARGIN) // len(heads) - GAP, round(((HEIGHT - HEAD) // len(rows) - GAP) / ratio))
+    side = max(least, min(most, room))
+    high = round(side * ratio)
+    page = Image.new("RGB", (MARGIN + len(heads) * (side + GAP), HEAD + len(rows) * (high + GAP)), "white")
+    pen = ImageDraw.Draw(page)
+    for c, head in enumerate(heads):
+        left = MARGIN + c * (side + GAP)
+        if colours:
+            pen.rectangle((left, HEAD - 7, left + side - 1, HEAD - 4), fill=colours[c])
+        pen.multiline_text((left, HEAD - 10), _wrapped(head, 11, side, 3), font=font(11), fill=INK, anchor="ld", spacing=2)
+    for r, (label, images) in enumerate(rows):
+        top = HEAD + r * (high + GAP)
+        text = _wrapped(label, 12, MARGIN - 16, max(1, high // 16))
+        pen.multiline_text((0, top + high / 2), text, font=font(12), fill=INK, anchor="lm", spacing=3)
+        for c, image in enumerate(images):
+            left = MARGIN + c * (side + GAP)
+            if image is None:
+                pen.rectangle((left, top, left + side - 1, top + high - 1), fill="#f4f4f4")
+            else:
+                page.paste(_fitted(image, side, high), (left, top))
+    return page
+
+
+def over_checkpoints(run: RunData) -> Image.Image:
+    """Prompts x checkpoints at the same seeds: a row a prompt and seed, a column a checkpoint."""
+    chosen = [run.grids[i] for i in _spread(len(run.grids), COLUMNS)]
+    cut = [grid.cut() for grid in chosen]
+    rows = [(_label(cell, cut), [cells.get(cell) for cells in cut]) for cell in _cells(cut)]
+    heads = [f"{grid.stage}\nstep {grid.step:,}\nepoch {round(run.epoch(grid.step), 1):g}" for grid in chosen]
+    return sheet(heads, rows)
+
+
+def side_by_side(runs: Sequence[RunData]) -> Image.Image | None:
+    """The last samples of every run: a row a prompt and seed, a column a run. None if no run has any."""
+    cut = [run.grids[-1].cut() if run.grids else {} for run in runs]
+    rows = [(_label(cell, cut), [cells.get(cell) for cells in cut]) for cell in _cells(cut)]
+    return sheet([run.label for run in runs], rows, [run.colour for run in runs]) if rows else None
+
+
+def against(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixels], Image.Image | None, int]:
+    """The last samples less the baseline's.
+
+    Returns:
+        by a run's label how far it is; the baseline's pictures beside |difference| x factor; the factor. None and 1 where no
+        other run has a picture of equal prompt, seed and size.
+    """
+    theirs = baseline.grids[-1].cut() if baseline.grids else {}
+    theirs.pop(WHOLE, None)
+    apart: dict[str, dict[Cell, np.ndarray]] = {}  # |difference| of each
+    for run in runs:
+        if run is not baseline and run.grids:
+            mine = run.grids[-1].cut()
+            common = [cell for cell in theirs if cell in mine and mine[cell].size == theirs[cell].size]
+            apart[run.label] = {cell: np.abs(_pixels(mine[cell]) - _pixels(theirs[cell])) for cell in common}
+    apart = {label: found for label, found in apart.items() if found}
+    if not apart:
+        return {}, None, 1
+    high = float(np.percentile(np.concatenate([d.ravel() for found in apart.values() for d in found.values()]), 99))
+    factor = 2 ** max(0, math.floor(math.log2(255 / max(high, 1.0))))
+    others = [run for run in runs if run.label in apart]
+    rows: list[Row] = []
+    for cell in _cells([theirs]):
+        shown = [
+            Image.fromarray((found[cell] * factor).clip(0, 255).astype(np.uint8)) if cell in found else None
+            for found in (apart[run.label] for run in others)
+        ]
+        rows.append((_label(cell, [theirs]), [theirs[cell], *shown]))
+    heads = [baseline.label, *(f"|difference| × {factor}:\n{run.label}" for run in others)]
+    picture = sheet(heads, rows, [baseline.colour, *(run.colour for run in others)])
+    return {label: _distance(list(found.values())) for label, found in apart.items()}, picture, factor
+
+
+def frames(grids: Sequence[Grid]) -> list[tuple[Grid, Image.Image]]:
+    """The whole grids of a run in turn, of one size, for a slider or an animation; of very many some, evenly spaced."""
+    chosen = [grids[i] for i in _spread(len(grids), FRAMES)]
+    sheets = [(grid, _narrowed(grid.whole())) for grid in chosen]
+    size = (max(s.width for _, s in sheets), max(s.height for _, s in sheets))
+    return [(grid, _fitted(picture, *size)) for grid, picture in sheets]
+
+
+def write_gif(path: Path, label: str, pictures: Sequence[tuple[Grid, Image.Image]]) -> None:
+    """An animation with stage, step and run above each frame; it rests on the last one."""
+    pages = []
+    for grid, picture in pictures:
+        page = Image.new("RGB", (picture.width, picture.height + HEAD), "white")
+        page.paste(picture, (0, HEAD))
+        pen = ImageDraw.Draw(page)
+        pen.text((6, 6), f"{grid.stage} {grid.step:,}", font=font(16, bold=True), fill=INK)
+        pen.text((6, 32), _wrapped(label, 12, picture.width - 12, 1), font=font(12), fill=GREY)
+        palette = page.quantize(method=Image.Quantize.MAXCOVERAGE)  # Pillow dithers only to a palette that it is given
+        pages.append(page.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
+    each = max(80, min(700, 9000 // len(pages)))
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=[each] * (len(pages) - 1) + [2500], loop=0)
+
+
+def _distance(differences: Sequence[np.ndarray]) -> Pixels:
+    every = np.concatenate([difference.ravel() for difference in differences]).astype(np.float64)
+    square = float(np.square(every).mean())
+    return Pixels(float(every.mean()), 10 * math.log10(255**2 / square) if square else math.inf, len(differences))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.int16)
+
+
+def _cells(cut: Sequence[dict[Cell, Image.Image]]) -> list[Cell]:
+    """The rows to show: every prompt's first seed before any second one, `ROWS` at the most, prompt by prompt."""
+    every = list(dict.fromkeys(cell for cells in cut for cell in cells))
+    prompts = list(dict.fromkeys(prompt for prompt, _ in every))
+    rank = {cell: sum(other[0] == cell[0] for other in every[:i]) for i, cell in enumerate(every)}
+    chosen = sorted(every, key=lambda cell: rank[cell])[:ROWS]
+    return sorted(chosen, key=lambda cell: (prompts.index(cell[0]), rank[cell]))
+
+
+def _label(cell: Cell, cut: Sequence[dict[Cell, Image.Image]]) -> str:
+    """A prompt, with its seed where there are several."""
+    seeds = {seed for cells in cut for _, seed in cells}
+    return cell[0] + (f"\n(seed {cell[1]})" if len(seeds) > 1 else "")
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    """All of `count` indices, or `limit` of them, evenly spaced with the first and the last."""
+    return list(range(count)) if count <= limit else np.linspace(0, count - 1, limit).round().astype(int).tolist()
+
+
+def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    """An image in a field of this size, as large as it fits."""
+    return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
+
+
+def _narrowed(image: Image.Image) -> Image.Image:
+    width = min(2 * image.width, FRAME_WIDTH)  # no more than twice as large: small pictures gain nothing
+    return _fitted(image, width, max(1, round(image.height * width / image.width)))
+
+
+def _wrapped(text: str, size: int, width: int, lines: int) -> str:
+    """Text in lines that fit a width, of which the last shown ends in "…" if there are more."""
+    text = re.sub(r",(?=\S)", ", ", text)
+    letters = max(4, int(width * len(text) / max(1.0, font(size).getlength(" ".join(text.split())))))
+    every = [line for part in text.split("\n") for line in textwrap.wrap(part, letters, break_on_hyphens=True) or [""]]
+    if len(every) > lines:
+        every = [*every[: lines - 1], every[lines - 1][: letters - 1] + "…"]
+    return "\n".join(every)

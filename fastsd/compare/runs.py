@@ -1,0 +1,205 @@
+"""Floor 3: what a run's folder tells, read as it is - also while it trains, after a kill, or from an older version."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastsd.compare.settings import short_names
+from fastsd.config import Config, parse_config
+from fastsd.errors import UserError
+from fastsd.sample import GRID_CHUNK
+
+Row = dict[str, Any]
+Cell = tuple[str, int]  # prompt and seed
+Box = tuple[int, int, int, int]  # left, top, right, bottom: px
+SMOOTHING = 0.04  # of a run's log rows that a smoothed loss goes over
+PNG_END = b"IEND\xaeB`\x82"
+WHOLE: Cell = ("", 0)  # the one cell of a grid that does not say where its cells lie
+
+# Ten that are told apart by most eyes, also on paper; with more runs they come again.
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c564b", "#5a5a5a", "#a6a61d",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A picture of samples and where its cells lie."""
+
+    path: Path
+    stage: str
+    step: int
+    cells: dict[Cell, Box]
+
+    def whole(self) -> Image.Image:
+        with Image.open(self.path) as sheet:
+            return sheet.convert("RGB")
+
+    def cut(self) -> dict[Cell, Image.Image]:
+        sheet = self.whole()
+        return {cell: sheet.crop(box) for cell, box in self.cells.items()}
+
+
+@dataclass
+class RunData:
+    """One run. Rows are those of its .jsonl files, without any that was cut off."""
+
+    folder: Path
+    label: str
+    colour: str
+    config: Config
+    log: list[Row]
+    timing: list[Row]
+    validation: list[Row]
+    cost: Row | None
+    grids: list[Grid] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "model").is_dir()
+
+    def logged(self, key: str) -> np.ndarray:
+        """A column of the log as float64, nan where a row has none."""
+        return column(self.log, key)
+
+    def epoch(self, step: int) -> float:
+        """Epochs at a step, between log rows in proportion."""
+        steps, epochs = (np.concatenate([[0.0], self.logged(key)]) for key in ("step", "epoch"))
+        return float(np.interp(step, steps, epochs))
+
+    def begun(self, count: str = "images") -> list[tuple[str, int]]:
+        """(name, images or steps before it) of each stage that has a log row."""
+        starts = [rows.start for rows in self.stages()]
+        return [(self.log[start]["stage"], self.log[start - 1][count] if start else 0) for start in starts]
+
+    def stages(self) -> list[slice]:
+        """The log rows of each stage."""
+        starts = [i for i, row in enumerate(self.log) if not i or row["stage"] != self.log[i - 1]["stage"]]
+        return [slice(*pair) for pair in pairwise([*starts, len(self.log)])]
+
+    def smoothed(self) -> np.ndarray:
+        """The logged loss as a moving average, twice, over `SMOOTHING` of the rows, that does not cross a stage's border."""
+        loss = self.logged("loss")
+        half = max(3, round(len(loss) * SMOOTHING / 2))
+        for rows in self.stages():
+            known = np.isfinite(loss[rows])
+            loss[rows][known] = _average(_average(loss[rows][known], half), half)
+        return loss
+
+    def measured(self) -> list[tuple[str, str]]:
+        """(set, weights) of its validation, in a fixed order."""
+        order = ["held_out", "stabilised", "raw", "ema"]
+        pairs = {(row["set"], row["weights"]) for row in self.validation}
+        return sorted(pairs, key=lambda pair: [order.index(word) if word in order else len(order) for word in pair])
+
+    def validated(self, which: tuple[str, str]) -> list[Row]:
+        return [row for row in self.validation if (row["set"], row["weights"]) == which]
+
+
+def _average(y: np.ndarray, half: int) -> np.ndarray:
+    """Mean over up to `half` neighbours on either side."""
+    total, at = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(y))
+    return (total[high] - total[low]) / (high - low)
+
+
+def column(rows: Sequence[Row], key: str) -> np.ndarray:
+    numbers = [row.get(key) for row in rows]
+    return np.array([n if isinstance(n, (int, float)) else np.nan for n in numbers], dtype=np.float64)
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """The runs in these folders, each with a name of its own and a colour.
+
+    Raises:
+        UserError: a folder that is no run, holds no log row yet, or is named twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise UserError(f"{folders[i]} is named twice; name each run once")
+    labels = short_names([path.as_posix() for path in paths])
+    return [
+        _read(folder, labels[path.as_posix()], COLOURS[i % len(COLOURS)])
+        for i, (folder, path) in enumerate(zip(folders, paths, strict=True))
+    ]
+
+
+def _read(folder: Path, label: str, colour: str) -> RunData:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no run, it has no config.json; give the folder that a config's `run` names") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); start the run again, which writes it") from None
+    config = parse_config(raw, str(path))
+    log = _rows(folder / "log.jsonl", {"step": int, "images": int, "stage": str})
+    if not log:
+        advice = f"it gets one every {config.log.every} steps (log.every)"
+        raise UserError(f"{folder / 'log.jsonl'} has no row yet; {advice}, so wait for the first")
+    return RunData(
+        folder, label, colour, config, log,
+        timing=_rows(folder / "timing.jsonl", {"step": int}),
+        validation=_rows(
+            folder / "validation.jsonl",
+            {"step": int, "images": int, "set": str, "weights": str, "loss": (int, float), "se": (int, float)},
+        ),
+        cost=_table(folder / "cost.json"), grids=read_grids(folder / "samples"),
+    )  # fmt: skip
+
+
+def _rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Row]:
+    """Rows of a JSONL file that are whole: the last one may have been cut off by a kill."""
+    rows: list[Row] = []
+    if not path.is_file():
+        return rows
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in needed.items()):
+            rows.append(row)
+    return rows
+
+
+def _table(path: Path) -> Row | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_grids(folder: Path) -> list[Grid]:
+    """The sample grids STAGE-STEP.png in a folder, by step; those that are not whole are left out."""
+    grids = []
+    for path in folder.glob("*.png"):
+        match = re.fullmatch(r"(?!\.)(.+)-(\d+)\.png", path.name)
+        if match:
+            try:
+                if path.read_bytes().endswith(PNG_END):
+                    with Image.open(path) as sheet:
+                        grids.append(_grid(path, match[1], int(match[2]), sheet))
+            except (OSError, SyntaxError):  # Pillow's word for a broken PNG
+                continue
+    return sorted(grids, key=lambda grid: (grid.step, grid.path.name))
+
+
+def _grid(path: Path, stage: str, step: int, sheet: Image.Image) -> Grid:
+    try:
+        said = json.loads(sheet.info[GRID_CHUNK])
+        cells = {(str(cell["prompt"]), int(cell["seed"])): tuple(map(int, cell["box"])) for cell in said["cells"]}
+    except (KeyError, TypeError, ValueError):
+        cells = {}
+    return Grid(path, stage, step, cells or {WHOLE: (0, 0, *sheet.size)})  # type: ignore[arg-type]
