@@ -29,7 +29,7 @@ from fastsd.data.tokens import Tokens, write_tokens
 from fastsd.errors import UserError
 from fastsd.model.adapted import load_to_train
 from fastsd.model.files import Model, load_text, load_tokenizer, load_vae, locate
-from fastsd.model.select import selected, size_of
+from fastsd.model.select import changed_parts, selected, size_of
 from fastsd.sample import check_samples, generate, grid, load_to_sample, read_prompts, save_grid
 from fastsd.stages import ENDLESS, PARTS
 from fastsd.train.checkpoint import checkpoints
@@ -50,7 +50,7 @@ def cache(config: Config, console: Console | None = None) -> build.Counts:
     """
     console = console or Console()
     data = config.data
-    for _ in sources.scan(data.roots, caption_key=data.caption_key, latents=data.latents):
+    for _ in sources.scan_for(data):
         break  # a wrong folder is said before a model is loaded
     device = choose_device(config.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
@@ -191,6 +191,8 @@ def _say_view(console: Console, name: str, view: upkeep.ViewStats) -> None:
     versions = f", {meta.versions} latents each" if meta.versions > 1 else ""
     _say(console, f"  view {name}: {meta.cached} of {meta.images} images{versions}, VAE {meta.vae_name}, "
          f"{meta.rejected} rejected, {meta.empty_captions} empty captions")  # fmt: skip
+    if view.masked:
+        _say(console, f"    {view.masked} of them with a mask")
     _say(console, "    sizes: " + ", ".join(f"{size} x {count}" for size, count in view.buckets.items()))
     channels = ", ".join(f"{mean:+.2f} ± {std:.2f}" for mean, std in zip(view.mean, view.std, strict=True))
     _say(console, f"    scaled channels, mean ± std over {view.measured} latents: {channels}")
@@ -299,12 +301,14 @@ def _room(config: Config, models: list[Model]) -> str:
         return f"{free / 1e9:.1f} GB free"
     model = models[0]
     size = {part: sum(p.numel() for p in model.part(part).parameters()) * 4 for part in PARTS}
-    each = []
+    each = [0]
     for stage in config.stage:
-        trained = selected(model, stage.train, "train")
-        slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
-        each.append(sum(size[part] for part in trained) + 4 * slots * size_of(model, trained))
-    need = sum(size.values()) + max(e * (s.keep_checkpoints + 1) for e, s in zip(each, config.stage, strict=True))
+        with suppress(UserError):  # what is wrong with a stage has been said
+            trained = selected(model, stage.train, "train")
+            slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
+            own = sum(size[part] for part in changed_parts(trained)) + 4 * slots * size_of(model, trained)
+            each.append(own * (stage.keep_checkpoints + 1))
+    need = sum(size.values()) + max(each)
     if need > free:
         raise UserError(
             f"run is {config.run!r}: its checkpoints need about {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "

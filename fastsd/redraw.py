@@ -37,7 +37,7 @@ from fastsd.data.pipeline import Progress
 from fastsd.errors import Stopped, UserError
 from fastsd.model.files import Model, load_vae
 from fastsd.model.vae import Vae
-from fastsd.sample import BATCH, denoise, load_to_sample, to_image
+from fastsd.sample import BATCH, check_steps, denoise, load_to_sample, to_image
 from fastsd.storage import TEMPORARY, flush_folder, replace_file
 from fastsd.train.objective import alphas_cumprod
 from fastsd.train.precision import choose_device, set_precision
@@ -112,8 +112,7 @@ def _load(table: ModelTable, config: Config, start: int | None, precision: str, 
     if start is not None and not 0 < start < timesteps:
         advice = f"give 1 to {timesteps - 1}, or 0 to decode the latents as they are"
         raise UserError(f"--start is {start} and the noise schedule of {table.base} has {timesteps} timesteps; {advice}")
-    if config.sample.steps > timesteps:
-        raise UserError(f"sample.steps is {config.sample.steps}, and {table.base} has {timesteps} timesteps; lower it")
+    check_steps(model, config.sample)
     return model, model.vae
 
 

@@ -56,6 +56,7 @@ def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], table: 
         UserError: a size that the model's latents cannot have.
     """
     check_size(model, size)
+    check_steps(model, table)
     images: list[Image.Image] = []
     side, device = size // model.vae.downscale, model.unet.conv_in.weight.device
     for start in range(0, len(prompts), BATCH):
@@ -75,11 +76,19 @@ def check_size(model: Model, size: int) -> None:
         raise UserError(f"sample.size is {size}; this model's images are multiples of {step} px, for example {lower}")
 
 
+def check_steps(model: Model, table: SampleTable) -> None:
+    """Raise UserError for more steps than the noise schedule has."""
+    timesteps = model.scheduler.get("num_train_timesteps", 1000)
+    if table.steps > timesteps:
+        raise UserError(f"sample.steps is {table.steps}, and {model.name} has {timesteps} timesteps; lower it")
+
+
 def check_samples(model: Model, config: Config) -> str:
     """Find what would stop a sample grid before training starts; returns what the grid will be. Raises UserError."""
     table, size = config.sample, config.sample.size or config.data.resolution
     prompts = read_prompts(table)
     check_size(model, size)
+    check_steps(model, table)
     return f"{len(prompts)} prompts x {table.images} at {size} px"
 
 

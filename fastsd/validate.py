@@ -76,7 +76,8 @@ def _table(base: str, table: ModelTable) -> ModelTable:
         return table
     own: dict[str, Any] = {"base": base, "vae": "", "revision": ""}
     if Path(base).is_file():
-        return table.model_copy(update=own | {"tokenizer": table.tokenizer or table.base})
+        factor = None if table.vae else table.vae_scaling_factor  # of the config's VAE, which may be another
+        return table.model_copy(update=own | {"tokenizer": table.tokenizer or table.base, "vae_scaling_factor": factor})
     return table.model_copy(update=own | {"tokenizer": "", "prediction": "", "zero_snr": None, "vae_scaling_factor": None})
 
 

@@ -29,6 +29,8 @@ CASES = {
         "timesteps": "logit_normal",
     },
     "both parts": {"precision": "bf16", "train": ["unet", "text_encoder"]},
+    "weights and masks": {"precision": "bf16", "counted": True, "unmasked_weight": 0.1},
+    "a group, a warm average": {"precision": "bf16", "train": ["unet.cross_attention"], "ema": 0.9, "ema_power": 0.75},
 }
 
 
@@ -45,19 +47,23 @@ def gpu_model(folder, precision):
     return model
 
 
-def pinned(sizes: list[int]):
-    """One batch a size, in pinned memory as the loader's are."""
+def pinned(sizes: list[int], counted: bool = False):
+    """One batch a size, in pinned memory as the loader's are; with weights and masks of the images if they are `counted`."""
     for i, size in enumerate(sizes):
         batch = batches(1, size, seed=i)[0]
-        yield type(batch)(batch.latents_BCHW.pin_memory(), batch.token_ids_BL.pin_memory(), batch.positions_B.pin_memory(), [])
+        weight_B, mask_B1HW = (
+            (None, None) if not counted else (torch.rand(size), torch.randint(256, (size, 1, 16, 16), dtype=torch.uint8))
+        )
+        tensors = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
+        yield type(batch)(*(tensor.pin_memory() for tensor in tensors), [], weight_B=weight_B, mask_B1HW=mask_B1HW)
 
 
-def trained(folder, graph, sizes, between=lambda step: None, **settings):
+def trained(folder, graph, sizes, between=lambda step: None, counted=False, **settings):
     model = gpu_model(folder, settings["precision"])
     model.unet.checkpointing = settings.get("checkpointing", "none")
     step = Step(model, stage_of(**settings), len(sizes), seed=0, graph=graph)
     losses = []
-    for i, batch in enumerate(pinned(sizes)):
+    for i, batch in enumerate(pinned(sizes, counted)):
         losses.append(step(batch, i).loss)
         between(step)
     tensors = [tensor.clone() for tensors in step.owners().values() for tensor in tensors]

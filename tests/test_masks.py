@@ -1,32 +1,28 @@
-"""Masks and weights: from files to the batch and the step. What a mask covers is what the latent's cells show."""
+"""Masks, from files to the batch: each cell of a mask is what that cell of the latent shows. Read next: `test_weights.py`."""
 
 import io
 import os
 import tarfile
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_model
 from PIL import Image
-from test_cache import StubVae, draw_many, flip
+from test_cache import StubVae, flip
 from test_cache_versions import BUCKETS, with_data
 
-from fastsd.config import ModelTable, StageTable, parse_config
+from fastsd.config import StageTable, parse_config
 from fastsd.data import masks, sources
 from fastsd.data.buckets import Buckets
 from fastsd.data.build import build_cache
-from fastsd.data.cache import LatentCache, View, view_name
+from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.decode import decode_mask
-from fastsd.data.loader import Batch, Loader
+from fastsd.data.loader import Loader
 from fastsd.data.masks import Masks, mask_path
 from fastsd.data.upkeep import prune, stats, verify
 from fastsd.errors import UserError
-from fastsd.model.files import load_model
-from fastsd.train.step import Step, StepResult
 
 ENDING = "-mask.png"
 GREY = StubVae().encode(torch.ones(1, 3, 8, 8))[0, 0]  # what a white pixel comes to in channel 0
@@ -392,134 +388,3 @@ def test_masks_in_a_batch_follow_the_latents(tmp_path):
         again = loader(made, cache).batch(8, 4)
         assert torch.equal(again.mask_B1HW, loader(made, cache).batch(8, 4).mask_B1HW)
         assert loader(made, cache)._masks is loader(made, cache)._masks  # mapped once a run
-
-
-def weighted(root, key="score", loss_weights=(1.0, 1.0), **keys):
-    folders = [{"path": str(root / name), "loss_weight": weight} for name, weight in zip("ab", loss_weights, strict=True)]
-    return with_data(root, folders=folders, weight_key=key, **keys)
-
-
-def write_weights(root):
-    """Two folders of three images each; those of `a` have weights, in metadata beside their captions."""
-    for folder in "ab":
-        draw_many(root / folder, 3)
-    rows = ['{"file_name": "images/000.png", "score": 2}', '{"file_name": "images/001.png", "score": 0.25}']
-    (root / "a/metadata.jsonl").write_text("\n".join(rows))
-
-
-def test_weights_reach_the_batch(tmp_path):
-    write_weights(tmp_path)
-    made = weighted(tmp_path)
-    assert build_cache(made, StubVae()).encoded == 3  # both folders hold the same pictures
-    view = view_name(made, "stub")
-    with closing(LatentCache.open(made.cache.dir, view)) as cache:
-        assert cache.captions(range(6)) == [f"picture {i}" for i in range(3)] * 2
-        assert cache.weights([1, 0, 5, 1]).tolist() == [0.25, 2, 1, 0.25]
-        for folders, wanted in [((1.0, 1.0), [2, 0.25, 1, 1, 1, 1]), ((0.5, 3.0), [1, 0.125, 0.5, 3, 3, 3])]:
-            batch = loader(weighted(tmp_path, loss_weights=folders), cache).batch(0, 6)
-            assert batch.weight_B.dtype == torch.float32 and batch.mask_B1HW is None
-            assert batch.weight_B.tolist() == [wanted[i] for i in batch.samples_B.tolist()]
-        alone = loader(weighted(tmp_path, "", (0.5, 3.0)), cache).batch(0, 6)
-        assert alone.weight_B.tolist() == [0.5 if i < 3 else 3.0 for i in alone.samples_B.tolist()]
-        assert loader(weighted(tmp_path, ""), cache).batch(0, 6).weight_B is None
-
-
-def test_editing_a_weight_makes_nothing_anew_but_the_view(tmp_path):
-    write_weights(tmp_path)
-    made = weighted(tmp_path)
-    build_cache(made, StubVae())
-    directory = tmp_path / "cache"
-    path = directory / f"views/{view_name(made, 'stub')}.safetensors"
-    before = View(path).metadata
-    table = tmp_path / "a/metadata.jsonl"
-    table.write_text(table.read_text().replace("0.25", "0.75"))
-    assert build_cache(made, StubVae()).encoded == 0
-    with closing(LatentCache.open(directory)) as cache:
-        assert cache.weights([0, 1, 2]).tolist() == [2, 0.75, 1]
-    after = View(path).metadata
-    assert after["sha256"] == before["sha256"]  # so token ids and states stay
-    assert after["sha256_weight"] != before["sha256_weight"]
-    stamp = path.stat().st_mtime_ns
-    build_cache(made, StubVae())
-    assert path.stat().st_mtime_ns == stamp
-    flip(path, path.stat().st_size - View(path).arrays["captions"].nbytes - 2)
-    assert verify(directory) and not path.exists()
-    assert build_cache(made, StubVae()).encoded == 0 and verify(directory) == []
-    plain = build_cache(weighted(tmp_path, ""), StubVae())
-    with closing(LatentCache.open(directory, plain.view)) as cache:
-        assert cache.weights([0]) is None
-    assert plain.encoded == 0
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("model")
-    make_tiny_model(made)
-    return made
-
-
-def train(folder, batch=None, change=None, **keys):
-    """One step, if there is a batch: the UNet's weights, loss, gradient norm."""
-    step = Step(load_model(ModelTable(base=str(folder))), stage(**keys), 9, seed=0)
-    if change:
-        change(step)
-    result = step(batch, 0) if batch else StepResult(*torch.zeros(3))
-    weights = torch.cat([tensor.flatten() for tensor in step.parts["unet"].state().values()])
-    assert result.skipped == 0
-    return weights, result.loss.item(), result.grad_norm.item()
-
-
-def batch_of(latents, **more):
-    ids = torch.randint(1, 20, (4, 77), generator=torch.Generator().manual_seed(1))
-    return Batch(latents, ids, torch.arange(4), [""] * 4, **more)
-
-
-LATENTS = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("keys", [{}, {"micro_batch": 1}, {"fused_backward": True}, {"loss": "huber"}], ids=str)
-def test_weight_0_teaches_nothing(folder, keys):
-    weight = torch.tensor([1.0, 0.0, 2.0, 0.0])
-    other = torch.where(weight[:, None, None, None] > 0, LATENTS, -3 * LATENTS)
-    one, *seen = train(folder, batch_of(LATENTS, weight_B=weight), **keys)
-    two, *same = train(folder, batch_of(other, weight_B=weight), **keys)
-    assert torch.equal(one, two) and seen == same and seen[0] > 0
-    plain, *wanted = train(folder, batch_of(LATENTS), **keys)
-    assert not torch.equal(one, plain)
-    assert train(folder, batch_of(LATENTS, weight_B=torch.ones(4)), **keys)[1:] == pytest.approx(wanted, rel=1e-5)
-    assert train(folder, batch_of(LATENTS, weight_B=torch.full((4,), 3.0)), **keys)[1] == pytest.approx(3 * wanted[0], rel=1e-5)
-    nothing, *result = train(folder, batch_of(LATENTS, weight_B=torch.zeros(4)), **keys)
-    assert result == [0, 0] and torch.equal(nothing, train(folder)[0])
-
-
-@pytest.mark.parametrize("keys", [{}, {"micro_batch": 2, "precision": "bf16"}], ids=str)
-def test_black_teaches_nothing_and_white_all(folder, keys):
-    black, white = (torch.full((4, 1, 16, 16), level, dtype=torch.uint8) for level in (0, 255))
-    untouched, *result = train(folder, batch_of(LATENTS, mask_B1HW=black), **keys)
-    assert result == [0, 0] and torch.equal(untouched, train(folder)[0])
-    _, *wanted = train(folder, batch_of(LATENTS), **keys)
-    assert train(folder, batch_of(LATENTS, mask_B1HW=white), **keys)[1:] == pytest.approx(wanted, rel=1e-4)
-    twice = {"mask_B1HW": black, "weight_B": torch.full((4,), 2.0)}
-    assert train(folder, batch_of(LATENTS, **twice), unmasked_weight=0.25, **keys)[1] == pytest.approx(wanted[0] / 2, rel=1e-5)
-    halves = [torch.cat(sides, dim=3) for sides in ((white, black), (black, white))]
-    sides = [train(folder, batch_of(LATENTS, mask_B1HW=mask[..., 8:24].contiguous()), **keys)[1] for mask in halves]
-    assert min(sides) > 0 and sum(sides) == pytest.approx(wanted[0], rel=1e-5)
-
-
-def test_a_folder_of_weight_0_trains_as_if_its_losses_were_0(tmp_path, folder):
-    write_weights(tmp_path)
-    made = weighted(tmp_path, "", (1.0, 0.0), resolution=128)
-    build_cache(made, StubVae())
-    with closing(LatentCache.open(made.cache.dir)) as cache:
-        batch = loader(made, cache).batch(0, 4)
-    of_a = batch.samples_B < 3
-    assert 0 < of_a.sum() < 4 and torch.equal(batch.weight_B, of_a.float())
-    keeps = iter(of_a.float())
-
-    def zero_others(step):
-        loss = step.objective.loss
-        step.objective.loss = lambda prediction, target, t_B, *_: loss(prediction, target, t_B) * next(keeps)
-
-    got, *_ = train(folder, batch, micro_batch=1)
-    wanted, *_ = train(folder, replace(batch, weight_B=None), zero_others, micro_batch=1)
-    assert torch.equal(got, wanted)

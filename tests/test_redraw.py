@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -193,6 +194,15 @@ def test_images_begin_in_latents_of_the_models_own_vae(data, made, tmp_path):
     data.run("cache", key)
     for start in (0, 300):
         assert "holds no latents of these images by the VAE of" in made("x", key, "--start", start, code=2)[1]
+
+
+def test_the_config_says_of_a_model_what_it_does_not_say_itself(tmp_path):
+    table = ModelTable(base="b", vae="v", vae_scaling_factor=0.13, clip_skip=1, chunks=2, prediction="v_prediction")
+    assert redraw._table("m", table) == ModelTable(base="m", clip_skip=1, chunks=2)
+    file = str(tmp_path / "m.safetensors")
+    Path(file).touch()
+    kept = {"clip_skip": 1, "chunks": 2, "prediction": "v_prediction"}
+    assert redraw._table(file, table) == ModelTable(base=file, tokenizer="b", **kept)
 
 
 BAD = [

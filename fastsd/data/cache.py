@@ -279,6 +279,11 @@ class LatentCache(Rows):
         texts = (self._view.cut("captions", start, end).tobytes() for start, end in zip(starts, ends, strict=True))
         return [text.decode().split("\n") for text in texts]
 
+    @property
+    def weight_hash(self) -> str:
+        """sha256 of the weights, "" where there are none."""
+        return self._view.metadata.get("sha256_weight", "")
+
     def weights(self, positions: Positions) -> Tensor | None:
         """What the loss of each sample is multiplied by, fp32 (B,); None where the view was made without data.weight_key."""
         if "weight" not in self._view.arrays:

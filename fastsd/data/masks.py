@@ -111,6 +111,12 @@ def mask_path(folder: Path, view: str) -> Path:
     return folder / "masks" / f"{view}.safetensors"
 
 
+def mask_hash(latents: cache.LatentCache) -> str:
+    """sha256 of the masks of a view, "" where it has none. Raises UserError: the file is damaged."""
+    path = mask_path(latents.path.parent.parent, latents.name)
+    return read_header(path, MasksFile.FORMAT)[1].get("sha256", "") if path.exists() else ""
+
+
 def mask_files(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "masks").glob("*.safetensors") if not path.name.startswith("."))
 

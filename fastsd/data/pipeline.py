@@ -65,7 +65,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """For a live line. `phase`: "scan" (total unknown: 0) or "encode" (latents that were not cached yet); `limit`: the stage
+    """For a live line. `phase`: "scan" (total unknown: 0), "masks" or "encode" (what was not cached yet); `limit`: the stage
     that holds up the others, "decode", "encode" or "write"."""
 
     phase: str

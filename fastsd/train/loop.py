@@ -24,8 +24,8 @@ from fastsd.train.watch import DWatch
 MAX_SKIPPED_ROWS = 3  # log rows in a row without one finite gradient: the run is dead
 
 
-def train(config: Config, console: Console | None = None) -> None:
-    """Train all stages of a config, from the start or from where the run stands; ends with RUN/model.
+def train(config: Config, console: Console | None = None, *, export: bool = True) -> None:
+    """Train all stages of a config, from the start or from where the run stands; ends with RUN/model, if that is wanted.
 
     Raises:
         UserError: something the user must change; what was saved stands.
@@ -38,7 +38,8 @@ def train(config: Config, console: Console | None = None) -> None:
         for index in range(run.progress.stage, len(config.stage)):
             if not run.finished(index):
                 train_stage(run, index, stop)
-        run.report.say(f"model: {run.export()}")
+        if export:
+            run.report.say(f"model: {run.export()}")
 
 
 def train_stage(run: Run, index: int, stop: list[int]) -> None:

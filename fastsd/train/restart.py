@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from fastsd.config import Config, dump_config, parse_config
 from fastsd.data.cache import LatentCache
+from fastsd.data.masks import mask_hash
 from fastsd.errors import UserError
 from fastsd.storage import replace_file
 from fastsd.train.checkpoint import Progress
@@ -66,13 +67,17 @@ def compare_with_start(path: Path, config: Config, progress: Progress | None) ->
 
 def compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]:
     """Note what the order of a run depends on, and say so where it is not that of the last start any more."""
-    now = {"samples": len(latents), "view": latents.sha256}
-    was = json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else now
+    now = {"samples": len(latents), "view": latents.sha256, "weights": latents.weight_hash, "masks": mask_hash(latents)}
+    was = now | json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else now
     replace_file(path, json.dumps(now))
     if was["samples"] != now["samples"]:
         changed = f"the cache had {was['samples']} images at the last start and has {now['samples']}"
         return [f"{changed}: from here on the order is another"]
-    return [] if was == now else ["captions or images have changed in the cache since the last start"]
+    changed = {key for key in now if was[key] != now[key]}
+    if not changed:
+        return []
+    what = "captions or images" if "view" in changed else " and ".join(sorted(changed))
+    return [f"{what} have changed in the cache since the last start"]
 
 
 def _difference(place: str, was: Any, now: Any) -> str:
