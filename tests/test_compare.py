@@ -393,3 +393,25 @@ def test_clip_skip_beyond_the_layers_is_said(trained, tmp_path):
     with pytest.raises(UserError, match="clip_skip is 2 and the text encoder has 2 layers"):
         compare(trained, tmp_path / "r.html", drawing=["clip_skip=0,2"], console=Console(file=StringIO()))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_of_validation_has_the_error_of_the_difference(tmp_path):
+    """Image by image where both measured the same ones, else both standard errors together."""
+    from fastsd.compare.numbers import _validation_difference
+
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.3, 0.1, 64)
+    other = base + rng.normal(0.01, 0.002, 64)
+
+    def row(each, items):
+        return {"loss": each.mean(), "se": each.std(ddof=1) / 8, "items": items, "each": each.tolist()}
+
+    class Run:
+        def __init__(self, *rows):
+            self.validated = lambda which: list(rows)
+
+    which = ("held_out", "raw")
+    paired = _validation_difference(Run(row(other, "a")), Run(row(base, "a")), which)
+    assert paired == f"{(other - base).mean():+.5f} ± {(other - base).std(ddof=1) / 8:.2g}"
+    apart = _validation_difference(Run(row(other, "b")), Run(row(base, "a")), which)
+    assert float(apart.split("± ")[1]) > 20 * float(paired.split("± ")[1])

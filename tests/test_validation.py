@@ -57,7 +57,8 @@ def rows_of(folder) -> list[dict]:
 def last(folder, weights="raw") -> list[dict]:
     """The last rows of a run, as `fastsd validate` has them."""
     found = [row for row in rows_of(folder) if row["weights"] == weights]
-    return [{**{key: row[key] for key in ("loss", "se", "bands", "set")}, "weights": "raw"} for row in found[-2:]]
+    kept = ("loss", "se", "bands", "set", "items", "each")
+    return [{**{key: row[key] for key in kept}, "weights": "raw"} for row in found[-2:]]
 
 
 def opened(path, *overrides) -> tuple[LatentCache, Sets]:
@@ -215,7 +216,7 @@ def test_the_same_to_the_last_bit(whole, tmp_path, tiny_model, images):
 
 def last_at(folder, step) -> list[dict]:
     at = [row for row in rows_of(folder) if row["step"] == step and row["weights"] == "raw"]
-    return [{key: row[key] for key in ("set", "weights", "loss", "se", "bands")} for row in at]
+    return [{key: row[key] for key in ("set", "weights", "loss", "se", "bands", "items", "each")} for row in at]
 
 
 def test_what_a_run_writes(whole):
@@ -225,7 +226,7 @@ def test_what_a_run_writes(whole):
     assert [(row["step"], row["set"], row["weights"]) for row in found] == [
         (step, *kind) for step in (0, 2, 4, 6) for kind in kinds
     ]
-    assert list(found[0]) == ["step", "images", "stage", "set", "weights", "loss", "se", "bands"]
+    assert list(found[0]) == ["step", "images", "stage", "set", "weights", "loss", "se", "bands", "items", "each"]
     assert all(row["images"] == 4 * row["step"] and row["stage"] == "one" and len(row["bands"]) == 2 for row in found)
     assert found[0]["loss"] == found[2]["loss"] != found[4]["loss"] != found[6]["loss"]  # the average starts as the weights
     (line,) = [line for line in said.splitlines() if line.startswith("validation at step 6: ")]

@@ -147,8 +147,8 @@ def against(runs: Sequence[RunData], baseline: RunData, pixels: Mapping[str, Pix
                 *((f"{seen.mean:.2f} of 255", _psnr(seen.psnr), str(seen.count)) if seen else (ABSENT,) * 3),
             ])  # fmt: skip
     together = (
-        " ± is the two standard errors together; both are of the same images, noise and timesteps, so the difference itself is "
-        "known better than that."
+        " ± is the standard error of the difference, image by image, where both measured the same images, noise and timesteps; "
+        "else the two standard errors together."
     )
     note = f"Each run at its end, less {baseline.label} at its own.{together if measured else ''}"
     losses = ["smoothed loss", *(f"{called(which)} loss" for which in measured)]
@@ -212,7 +212,11 @@ def _validation_difference(run: RunData, baseline: RunData, which: tuple[str, st
     if not found:
         return ABSENT
     one, other = found[-1], baseline.validated(which)[-1]
-    return f"{one['loss'] - other['loss']:+.5f} ± {math.hypot(one['se'], other['se']):.2g}"
+    error = math.hypot(one["se"], other["se"])
+    if one.get("items") and one["items"] == other.get("items") and None not in one["each"] + other["each"]:
+        apart = np.subtract(one["each"], other["each"])
+        error = apart.std(ddof=1) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
+    return f"{one['loss'] - other['loss']:+.5f} ± {error:.2g}"
 
 
 def _trend(start: float, end: float, first: Line | None, last: Line | None) -> list[str]:

@@ -73,10 +73,10 @@ def compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]
     if was["samples"] != now["samples"]:
         changed = f"the cache had {was['samples']} images at the last start and has {now['samples']}"
         return [f"{changed}: from here on the order is another"]
-    changed = {key for key in now if was[key] != now[key]}
-    if not changed:
+    others = sorted(key for key in now if was[key] != now[key])
+    if not others:
         return []
-    what = "captions or images" if "view" in changed else " and ".join(sorted(changed))
+    what = "captions or images" if "view" in others else " and ".join(others)
     return [f"{what} have changed in the cache since the last start"]
 
 

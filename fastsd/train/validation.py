@@ -11,7 +11,7 @@ Timestep and noise are functions of (validate.seed, the image's own bytes, the p
 measured, or in which batches. Sums are exact (`math.fsum`): no order changes them.
 
 `se` is how far the loss would move with other images. On the same images and noise similar models share most of that, so their
-difference is known better than either loss.
+difference is known better than either loss: rows keep every m_i ("each") for it, and what was measured ("items").
 
 Shapes: n images, B of them in a forward, S parts.
 """
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from fastsd.config import ValidateTable
 from fastsd.data.held_out import Sets
@@ -36,7 +37,8 @@ from fastsd.train.objective import alphas_cumprod
 from fastsd.train.parts import Part
 from fastsd_kernels.noise import Purpose, philox
 
-Row = dict[str, Any]  # {"set", "weights", "loss", "se", "bands": [[first timestep, last + 1, loss, se], ...]}
+# {"set", "weights", "loss", "se", "bands": [[first timestep, last + 1, loss, se], ...], "items": hash, "each": [m_i, ...]}
+Row = dict[str, Any]
 
 
 class Validation:
@@ -95,8 +97,15 @@ class Validation:
         rows = []
         for name, batches in self._batches.items():
             errors_nS = [errors_S for batch in batches for errors_S in self._errors(batch)]
-            rows.append({"set": name, "weights": weights, **summary(errors_nS, self._edges, self.table.per_band)})
+            each = [math.fsum(errors_S) / len(errors_S) for errors_S in errors_nS]
+            found = summary(errors_nS, self._edges, self.table.per_band)
+            rows.append({"set": name, "weights": weights, **found, "items": self._items(batches), "each": each})
         return rows
+
+    def _items(self, batches: Sequence[np.ndarray]) -> str:
+        """What is measured, in its order, at which timesteps and with which noise: a hash."""
+        drawn = [tensor.numpy().tobytes() for batch in batches for tensor in self._draw(batch)]
+        return xxhash.xxh3_64_hexdigest(b"".join(drawn))
 
     def _errors(self, samples: np.ndarray) -> list[list[float]]:
         """Mean square errors, (B, S)."""
