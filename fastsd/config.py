@@ -150,6 +150,9 @@ class ValidateTable(Table):
     per_band: int = Field(2, ge=1)                 # timesteps of each image in each band
     batch: int = Field(8, ge=1)                    # images a forward
     seed: int = Field(0, ge=0, lt=2**63)           # which images, noise and timesteps
+    # What decides with it: an image's own latents, wherever it lies and whatever is added; or its number in the cache, for sets
+    # whose images correspond, as those of `fastsd redraw` do
+    by: Literal["content", "number"] = "content"
 
 
 class LogTable(Table):

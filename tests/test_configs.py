@@ -175,6 +175,9 @@ def test_generated_images(world):
     folders = ",".join(json.dumps([str(path)]) for path in (world.images, *(world.folder / name for name in sets)))
     keys = [key for key in world.keys("generated") if not key.startswith("data.folders")]
     sweep(ROOT / "configs/generated.toml", [*keys, f"data.folders={folders}"], console=console)
+    runs = [world.folder / "generated" / run for run in json.loads((world.folder / "generated/sweep.json").read_text())["runs"]]
+    orders = [[row["order"] for row in rows(run)] for run in runs]
+    assert all(order == orders[0] for order in orders)
     table = json.loads((world.folder / "generated/report/tables.json").read_text())
     assert len(json.loads((world.folder / "generated/sweep.json").read_text())["runs"]) == 4 and table
     shutil.rmtree(world.folder / "generated")

@@ -114,6 +114,22 @@ def test_copies_are_held_out_together_and_measured_once(tmp_path, tiny_model):
     assert content(again, more.left_out) == content(latents, sets.left_out)
 
 
+def test_numbers_may_choose_instead(tmp_path, tiny_model):
+    """Sets whose images correspond: the same places, timesteps and noise, whatever lies there."""
+    places, drawn = [], []
+    for name, seed in (("a", 0), ("b", 9)):
+        write_images(tmp_path / name, 20, seed=seed)
+        (tmp_path / f"of-{name}").mkdir()
+        path = job(tmp_path / f"of-{name}", tiny_model, tmp_path / name, STAGE)
+        _, sets = opened(path, 'validate.by="number"')
+        places.append({name: samples.tolist() for name, samples in sets.measured.items()})
+        with open_run(load_config(path, [*SIZES, 'validate.by="number"']), Console(file=StringIO())) as of:
+            drawn.append([row["items"] for row in of.validation.rows()])
+    assert places[0] == places[1] and drawn[0] == drawn[1]
+    _, other = opened(path)
+    assert {name: samples.tolist() for name, samples in other.measured.items()} != places[1]
+
+
 def test_filters_are_heeded(tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
     latents, sets = opened(path, 'data.include=["star"]', "validate.held_out=3", "validate.stabilised=2")

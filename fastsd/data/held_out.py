@@ -3,7 +3,8 @@
 A picture's own latents decide. Its key is a random number by (validate.seed, the xxh3 of its stored bytes); those with the
 smallest keys are held out, those with the next smallest stay in training and are measured as well: "stabilised". So it does
 not matter where a picture lies or how it is captioned; new pictures push out only as many as have smaller keys; and copies of a
-picture share its key: they are held out with it, and it is measured once.
+picture share its key: they are held out with it, and it is measured once.  With validate.by = "number" the sample's number
+stands for its bytes: the same places of sets that correspond, with the same noise and timesteps, and copies are no matter.
 
 Shapes: N samples of the cache.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastsd.config import Config
+from fastsd.config import Config, ValidateTable
 from fastsd.data.cache import LatentCache
 from fastsd.data.captions import select
 from fastsd.errors import UserError
@@ -47,7 +48,7 @@ def choose_sets(cache: LatentCache, config: Config) -> Sets:
     wanted = {"held_out": table.held_out, "stabilised": table.stabilised}
     if not any(wanted.values()):
         return Sets({}, np.empty(0, np.int64))
-    key_N = _keys(cache, table.seed)
+    key_N = _keys(cache, table)
     selected = select(cache, tuple(data.include), tuple(data.exclude), config.stage[0].tag_separator)
     keys, first = np.unique(key_N if selected is None else key_N[selected], return_index=True)
     samples = first if selected is None else selected[first]
@@ -60,12 +61,17 @@ def choose_sets(cache: LatentCache, config: Config) -> Sets:
     return Sets(measured, np.flatnonzero(np.isin(key_N, keys[: table.held_out])))
 
 
-def _keys(cache: LatentCache, seed: int) -> np.ndarray:
-    """62 random bits of every sample, the same for equal latents: int64 (N,)."""
+def identities(cache: LatentCache, table: ValidateTable, first: int, last: int) -> np.ndarray:
+    """What tells samples [first, last) from others, int64."""
+    return cache.checks(first, last) if table.by == "content" else np.arange(first, last)
+
+
+def _keys(cache: LatentCache, table: ValidateTable) -> np.ndarray:
+    """62 random bits of every sample, the same for equal identities: int64 (N,)."""
     block, keys = torch.zeros(1, dtype=torch.int64), [np.empty(0, np.int64)]
     for first in range(0, len(cache), _CHUNK):
-        check_B = torch.tensor(cache.checks(first, min(first + _CHUNK, len(cache))))
-        words = philox(seed, Purpose.HELD_OUT, check_B, block)[:, 0]
+        identity_B = torch.tensor(identities(cache, table, first, min(first + _CHUNK, len(cache))))
+        words = philox(table.seed, Purpose.HELD_OUT, identity_B, block)[:, 0]
         keys.append((words[:, 0] << 30 ^ words[:, 1]).numpy())
     return np.concatenate(keys)
 

@@ -17,7 +17,7 @@ from fastsd.storage import replace_file
 from fastsd.train.checkpoint import Progress
 
 # A change in one of these would make the rest of the run another run's.
-FIXED = ("model", "data", "seed", "validate.held_out", "validate.seed")
+FIXED = ("model", "data", "seed", "validate.held_out", "validate.seed", "validate.by")
 FIXED_IN_STAGE = ("train", "state", "reinit", "batch", "optimizer", "d0", "betas", "decoupled_weight_decay")
 
 

@@ -7,8 +7,8 @@ own:
     loss = mean of e_is over images and parts, of a band over its parts
     se   = sqrt(sum_i (m_i - loss)^2 / (n - 1) / n)                     m_i = mean of e_is over parts; 0 for a single image
 
-Timestep and noise are functions of (validate.seed, the image's own bytes, the part), so they stay the same whatever else is
-measured, or in which batches. Sums are exact (`math.fsum`): no order changes them.
+Timestep and noise are functions of (validate.seed, what tells the image from others, the part), so they stay the same whatever
+else is measured, or in which batches. Sums are exact (`math.fsum`): no order changes them.
 
 `se` is how far the loss would move with other images. On the same images and noise similar models share most of that, so their
 difference is known better than either loss: rows keep every m_i ("each") for it, and what was measured ("items").
@@ -29,7 +29,7 @@ import torch
 import xxhash
 
 from fastsd.config import ValidateTable
-from fastsd.data.held_out import Sets
+from fastsd.data.held_out import Sets, identities
 from fastsd.data.loader import Loader
 from fastsd.errors import UserError
 from fastsd.model.files import Model
@@ -127,8 +127,8 @@ class Validation:
     def _draw(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Timesteps, and the positions of the noise: int64 (S, B)."""
         edges, cache = torch.tensor(self._edges)[:, None], self.loader.cache
-        check_B = torch.tensor([int(cache.checks(sample, sample + 1)[0]) for sample in samples.tolist()])
-        words = philox(self.table.seed, Purpose.VALIDATION, check_B, torch.arange(len(edges) - 1)).transpose(0, 1)
+        own_B = torch.tensor([int(identities(cache, self.table, number, number + 1)[0]) for number in samples.tolist()])
+        words = philox(self.table.seed, Purpose.VALIDATION, own_B, torch.arange(len(edges) - 1)).transpose(0, 1)
         t_SB = edges[:-1] + (words[..., 0] * edges.diff(dim=0) >> 32)
         return t_SB, words[..., 1] << 32 | words[..., 2]
 
