@@ -47,8 +47,6 @@ class World:
             small |= {"validate.held_out": 8, "validate.every": 2, "validate.bands": 2, "validate.per_band": 1}
         if "stabilised" in text:
             small["validate.stabilised"] = 8
-        if "warmup = 100" in text:
-            small["stage.warmup"] = 1
         return [
             f"{key}={json.dumps(value) if isinstance(value, (list, bool)) else value}" for key, value in (small | own).items()
         ]
