@@ -178,7 +178,7 @@ def bench(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs.")],
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN ...", help="Folders of runs.")] = None,
     out: Annotated[Path, typer.Option(help="The page; its pictures go into a folder beside it.")] = Path("report.html"),
     baseline: Annotated[str, typer.Option(metavar="RUN", help="What others are measured against; the first if left out.")] = "",
     draw: Annotated[
@@ -190,20 +190,22 @@ def compare(
     """Lay runs side by side in one page: settings, curves, samples, cost, and how far they are from a baseline."""
     from fastsd.compare.report import compare
 
-    compare(runs, out, baseline, draw or [], from_checkpoints=checkpoints)
+    compare(runs or [], out, baseline, draw or [], from_checkpoints=checkpoints)
 
 
 @app.command()
 def sweep(
     config: ConfigPath,
-    values: Annotated[list[str], typer.Argument(metavar="key=a,b,c ...", help="Swept; key=value is the same in all runs.")],
+    values: Annotated[
+        list[str] | None, typer.Argument(metavar="key=a,b,c ...", help="Swept; key=value is the same in all runs.")
+    ] = None,
     precision: Stages = None,
     baseline: Annotated[str, typer.Option(metavar="NAME", help="Run that others are measured against; the config's own.")] = "",
 ) -> None:
     """Train runs that differ in these values and in nothing else, and compare them. The same line again resumes."""
     from fastsd.sweep import sweep
 
-    sweep(config, values, precision and precision.value, baseline)
+    sweep(config, values or [], precision and precision.value, baseline)
 
 
 @app.command(name="lr-probe")

@@ -284,6 +284,7 @@ def test_what_fails_half_way_leaves_the_old_report(made, tmp_path, monkeypatch):
 
 
 BAD = [
+    ((), "there is nothing to compare; name folders of runs"),
     (("none",), "none is no run, it has no config.json; give the folder that a config's `run` names"),
     (("empty",), "log.jsonl has no row yet; it gets one every 1 steps (log.every), so wait for the first"),
     (("run", "run"), "run is named twice; name each run once"),

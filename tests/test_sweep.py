@@ -155,6 +155,7 @@ BAD = [
     (["stage.lr=1e-3,0.001"], "stage.lr has the value 0.001 twice; leave one out"),
     (["stage.lr=1e-3,2e-3", "stage.lr=3e-3"], "stage.lr is given twice; write all its values in one: stage.lr=a,b,c"),
     (["stage.lr"], "'stage.lr' names no values; write key=a,b,c"),
+    ([], "there is nothing to sweep; give a key several values"),
     (["seed=3"], "there is nothing to sweep; give a key several values, for example stage.caption_dropout=0.04,0.1"),
     (["run=a,b"], "run has several values; name one folder, below which each run gets its own"),
     (["sample.negative=a b,a-b"], "two runs would share the folder"),

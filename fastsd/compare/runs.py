@@ -121,8 +121,10 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
     """The runs in these folders, each with a name of its own and a colour.
 
     Raises:
-        UserError: a folder that is no run, holds no log row yet, or is named twice.
+        UserError: no folder, one that is no run, holds no log row yet, or is named twice.
     """
+    if not folders:
+        raise UserError("there is nothing to compare; name folders of runs, for example runs/a runs/b")
     paths = [folder.resolve() for folder in folders]
     for i, path in enumerate(paths):
         if path in paths[:i]:
