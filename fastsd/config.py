@@ -279,14 +279,19 @@ def dump_config(config: Config) -> str:
     return json.dumps(config.model_dump(by_alias=True), indent=2, sort_keys=True) + "\n"
 
 
+def parse_value(text: str) -> Any:
+    """A value on the command line: TOML, or else the text itself."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
 def _override(raw: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise UserError(f"{item!r} is not an override; write key=value, for example stage.0.batch=8")
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = parse_value(text)
     *parents, last = key.strip().split(".")
     targets: list[Any] = [raw]
     for part in parents:

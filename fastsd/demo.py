@@ -12,17 +12,14 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
 from rich.console import Console
 
 from fastsd import demo_world
 from fastsd.commands import cache
 from fastsd.config import Config, ModelTable, load_config
-from fastsd.model.files import load_model
-from fastsd.sample import generate
+from fastsd.sample import generate, load_to_sample
 from fastsd.train.loop import train
-from fastsd.train.precision import choose_device, choose_ops, set_precision
 
 MODELS = Path(__file__).parent / "demo_assets"
 PICTURES, PICTURE_SEED = 384, 1
@@ -79,12 +76,7 @@ def _config_file() -> Path:
 
 def _draw(config: Config, table: ModelTable) -> tuple[float, list[Image.Image]]:
     """Every prompt with every seed: (share that shows the colour and the shape asked for, images)."""
-    device = choose_device(config.device)
-    model = load_model(table, choose_ops(config.kernels, device))
-    for module in (model.unet, model.text.module):
-        module.to(device)
-    set_precision("fp32", model.unet)
-    model.vae.to(device, torch.float32)
+    model = load_to_sample(table, config.device)
     asked = [(colour, shape, prompt, seed) for seed in SEEDS for colour, shape, prompt in demo_world.prompts()]
     size = config.data.resolution
     images = generate(model, [prompt for _, _, prompt, _ in asked], [seed for *_, seed in asked], config.sample, size)

@@ -63,9 +63,8 @@ def lr_probe(config: Config, steps: int, stage: str = "", console: Console | Non
     console = console or Console()
     probing = _probing(config, steps, stage)
     folder = Path(probing.run)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a probe begins anew
     train(probing, console, export=False)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the next probe begins anew
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     found = [_read(part, i, rows, probing.stage[0].d0) for i, part in enumerate(_parts(rows))]
     for probe in found:

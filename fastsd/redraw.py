@@ -38,7 +38,7 @@ from fastsd.errors import Stopped, UserError
 from fastsd.model.files import Model, load_vae
 from fastsd.model.vae import Vae
 from fastsd.sample import BATCH, check_steps, denoise, load_to_sample, to_image
-from fastsd.storage import TEMPORARY, flush_folder, replace_file
+from fastsd.storage import TEMPORARY, flush_folder, replace_file, write_bytes
 from fastsd.train.objective import alphas_cumprod
 from fastsd.train.precision import choose_device, set_precision
 from fastsd.validate import latents_of
@@ -211,8 +211,5 @@ class _Work:
 
 def _write(path: Path, data: bytes) -> None:
     temporary = path.with_name(TEMPORARY + path.name)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_bytes(temporary, data)
     os.replace(temporary, path)

@@ -66,7 +66,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 def write_text(path: Path, text: str) -> str:
     """Write a small text file, flush it to the disk, return its sha256."""
-    data = text.encode()
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write a small file, flush it to the disk, return its sha256."""
     with open(path, "wb") as file:
         file.write(data)
         _flush(file)

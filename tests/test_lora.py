@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastsd.config import LoraTable, ModelTable
 from fastsd.errors import UserError
 from fastsd.model.files import Model, load_model, part_state_dict
-from fastsd.model.lora import Adapted, add_lora, load_lora, lora_parameters, lora_state_dict, merge_lora, write_lora
+from fastsd.model.lora import Adapted, add_lora, load_lora, lora_state_dict, merge_lora, write_lora
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNet, UNetConfig
-from fastsd.model.weights import diffusers_names, diffusers_state_dict
+from fastsd.model.weights import ADAPTER, diffusers_names, diffusers_state_dict
 from fastsd.storage import read_safetensors, write_safetensors
 from fastsd_kernels import CPU, REFERENCE, TRITON
 
@@ -36,6 +36,11 @@ TABLES = {
     "some convolutions": LoraTable(targets=["to_q", "conv_out", "mid_block.resnets.1.conv2"], conv=3, alpha=2.0),
     "everything": EVERYTHING,
 }
+
+
+def lora_parameters(model: Model, part: str) -> set[str]:
+    """Names of the adapters' parameters in a part's module."""
+    return {name for name, _ in model.part(part).named_parameters() if ADAPTER in name}
 
 
 def small(table: LoraTable | None, ops=REFERENCE, cfg=SMALL, seed: int = 0) -> Model:

@@ -1,6 +1,7 @@
 """`fastsd lr-probe`: what it says of a d that settles, rises or stands still, and that it leaves nothing heavy behind."""
 
 import json
+import signal
 from io import StringIO
 from pathlib import Path
 
@@ -54,6 +55,26 @@ def test_it_trains_with_dlion_and_reads_its_log(tmp_path, tiny_model, images):
     )
     (again,), _, _ = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
     assert again == probe
+
+
+def test_a_probe_that_was_stopped_goes_on(tmp_path, tiny_model, images, monkeypatch):
+    from fastsd.errors import Stopped
+    from fastsd.train import loop
+
+    (whole,), _, _ = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", "run=" + str(tmp_path / "whole"), steps=40)
+
+    class Asking(loop.Due):
+        def log(self):
+            if self.run.progress.step == 9:
+                signal.raise_signal(signal.SIGINT)
+            return super().log()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Due", Asking)
+        with pytest.raises(Stopped):
+            probed(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
+    (again,), said, _ = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
+    assert "resumed at step 9" in said and again == whole
 
 
 def test_each_part_has_its_own(tmp_path, tiny_model, images):

@@ -316,6 +316,8 @@ def test_triggers_ask_for_a_checkpoint_and_samples(tmp_path, tiny_model, images,
             if self.run.progress.step == 5:
                 (self.run.folder / "trigger.checkpoint").touch()
                 (self.run.folder / "trigger.sample").touch()
+            if self.run.progress.step == 7:  # what is no file asks for nothing, and stops nothing
+                (self.run.folder / "trigger.sample").mkdir()
             return super().log()
 
     monkeypatch.setattr(loop, "Due", Touching)
@@ -323,7 +325,7 @@ def test_triggers_ask_for_a_checkpoint_and_samples(tmp_path, tiny_model, images,
     folder, _ = run(job(tmp_path, tiny_model, images, text))
     assert [int(path.name[5:]) for path in checkpoint.checkpoints(folder / "checkpoints")] == [5, 12]
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["one-00000005.png", "one-00000012.png"]
-    assert not list(folder.glob("trigger.*"))
+    assert [path.is_dir() for path in folder.glob("trigger.*")] == [True]
 
 
 def test_runs_that_differ_in_one_thing_see_the_same(tmp_path, tiny_model, images):

@@ -22,6 +22,7 @@ from fastsd.config import load_config
 from fastsd.errors import UserError
 from fastsd.storage import read_safetensors
 from fastsd.train import checkpoint
+from fastsd.train import run as run_module
 from fastsd.train.loop import train
 
 TWO_STAGES = """
@@ -231,6 +232,29 @@ def test_a_full_disk_stops_no_training(tmp_path, tiny_model, images, monkeypatch
     monkeypatch.setattr(checkpoint, "write_safetensors", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(UserError, match="could not be saved; free space"):
         run(path, f"run={tmp_path / 'other'}")
+
+
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path, tiny_model, images, monkeypatch):
+    """Neither notes on a checkpoint nor the finished model can be written: a line, a sentence; the same line again goes on."""
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\n'
+    more = "checkpoint_every = 1\nkeep_checkpoints = 1\ncheckpoint_at = [2]\n"
+    path = job(tmp_path, tiny_model, images, stage + more)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        notes = run_module.replace_file
+        patch.setattr(run_module, "replace_file", lambda path, text: full() if path.name == "kept.json" else notes(path, text))
+        patch.setattr(checkpoint, "export", full)
+        with pytest.raises(
+            UserError, match="the model could not be written .No space left on device.; free space on that disk"
+        ):
+            run(path)
+    names = [p.name for p in checkpoint.checkpoints(tmp_path / "run/checkpoints")]
+    assert names == ["step-00000002", "step-00000004"]  # what is to stay stays, though it could not be noted
+    folder, said = run(path)
+    assert (folder / "model/unet").is_dir() and "resumed at step 4" in said
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, tiny_model, images):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from fastsd.config import Config
+from fastsd.config import Config, parse_value
 from fastsd.errors import UserError
 
 ABSENT, UNSET = "—", "unset"
@@ -29,10 +28,7 @@ def choices(word: str) -> tuple[str, dict[str, Any]]:
         if not item:
             what = "has an empty one among its values" if text else "has no values"
             raise UserError(f'{key} {what} ({word!r}); write key=a,b,c, and "" for an empty text')
-        try:
-            value = tomllib.loads(f"v = {item}")["v"]
-        except tomllib.TOMLDecodeError:
-            value = item
+        value = parse_value(item)
         if said(value) in map(said, found.values()):
             raise UserError(f"{key} has the value {item} twice; leave one out")
         found[item] = value

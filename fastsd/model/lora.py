@@ -37,7 +37,7 @@ from fastsd.errors import UserError
 from fastsd.model import lean
 from fastsd.model.files import Model, classic_text_name
 from fastsd.model.select import matches, uniform_like
-from fastsd.model.weights import ADAPTER, check_names, diffusers_pieces
+from fastsd.model.weights import check_names, diffusers_pieces
 from fastsd.stages import PARTS
 from fastsd.storage import read_safetensors, write_safetensors
 from fastsd_kernels.noise import Purpose
@@ -205,11 +205,6 @@ def _settings(table: LoraTable, wide: Mapping[str, bool]) -> dict[str, Any]:
 
 def _adapted(model: Model, part: str) -> list[tuple[str, Adapted]]:
     return [(path, layer) for path, layer in model.part(part).named_modules() if isinstance(layer, Adapted)]
-
-
-def lora_parameters(model: Model, part: str) -> set[str]:
-    """Names of the adapters' parameters in a part's module."""
-    return {name for name, _ in model.part(part).named_parameters() if ADAPTER in name}
 
 
 def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:

@@ -39,7 +39,13 @@ def train(config: Config, console: Console | None = None, *, export: bool = True
             if not run.finished(index):
                 train_stage(run, index, stop)
         if export:
-            run.report.say(f"model: {run.export()}")
+            try:
+                run.report.say(f"model: {run.export()}")
+            except OSError as error:
+                raise UserError(
+                    f"{run.folder}: all is trained and saved, but the model could not be written ({error.strerror or error}); "
+                    "free space on that disk, and the same line again writes it"
+                ) from error
 
 
 def train_stage(run: Run, index: int, stop: list[int]) -> None:

@@ -104,6 +104,9 @@ class Run:
             self.saved.get(key, torch.zeros((), dtype=torch.float64)).to(self.device, copy=True) for key in ("loss", "weight")
         ]
         self.changed: set[str] = set()
+        # Names of the checkpoints that stay: stage ends, and those that were asked for. stage-ends.json is of older versions.
+        noted = [self.folder / name for name in ("kept.json", "stage-ends.json")]
+        self.kept: set[str] = {name for path in noted if path.exists() for name in json.loads(path.read_text())}
         self.sample_seconds: float | None = None  # an image, last measured
         self.started = time.monotonic()
 
@@ -119,7 +122,7 @@ class Run:
         for index in range(here.stage, len(self.steps)):
             begun, limit = index == here.stage, self.config.stage[index].seconds
             if limit is not None:
-                left += limit - (self.elapsed() if begun else 0)
+                left += max(limit - (self.elapsed() if begun else 0), 0)
             else:
                 left += (self.steps[index] - (here.stage_step if begun else 0)) / speed
         return left
@@ -247,17 +250,17 @@ class Run:
         self.report.saved()
         if done and following and following[0].state == "carry":
             self.saved = checkpoint.load_state(path)
-        if done:
-            self._note_cost()
-        if done or keep:
-            replace_file(self.folder / "kept.json", json.dumps(sorted(self._kept() | {path.name})))
-        checkpoint.retain(folder, step.stage.keep_checkpoints, self._kept())
+        self.kept |= {path.name} if done or keep else set()
+        try:
+            replace_file(self.folder / "kept.json", json.dumps(sorted(self.kept)))
+            if done:
+                self._note_cost()
+        except OSError as error:
+            self.report.warn(
+                f"{path.name} is saved, but not noted in {self.folder} ({error.strerror}); free space on that disk"
+            )
+        checkpoint.retain(folder, step.stage.keep_checkpoints, self.kept)
         return True
-
-    def _kept(self) -> set[str]:
-        """Names of the checkpoints that stay: stage ends, and those that were asked for."""
-        path = self.folder / "kept.json"
-        return set(json.loads(path.read_text())) if path.exists() else set()
 
     def _note_cost(self, **more: Any) -> None:
         """Note what the run took, and its last stage, in RUN/cost.json: for `fastsd compare`."""
@@ -277,7 +280,7 @@ class Run:
         """Whether someone has put a file trigger.WHAT into the run's folder; it is taken away."""
         try:
             (self.folder / f"trigger.{what}").unlink()
-        except FileNotFoundError:
+        except OSError:  # there is none, or one that cannot be taken away and would ask at every step
             return False
         return True
 
