@@ -1,7 +1,7 @@
-"""Leaf: writing so that a crash loses nothing.
+"""Leaf: writing so that a crash loses nothing, and reading what strangers have written.
 
 A file or folder is written under a temporary name, flushed to the disk, renamed, and its parent flushed: after a kill or
-a power cut there is either the old one or the whole new one.  Tensors go to safetensors one at a time, so memory stays
+a power cut there is either the old one or the whole new one.  Tensors go to safetensors block by block, so memory stays
 flat, and their sha256 is taken on the way.
 """
 
@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,67 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 TEMPORARY = ".tmp-"
+BLOCK = 1 << 24  # bytes of a tensor that are in memory when it is streamed
+MAX_HEADER = 16 << 20  # bytes; that of SD1.5 in one file has 140 thousand
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, not read yet: contiguous, from byte `offset` on."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def view(self, shape: torch.Size) -> Stored:
+        """The same numbers in another shape."""
+        assert shape.numel() == self.numel()
+        return replace(self, shape=shape)
+
+    def read(self) -> Tensor:
+        """All of it, in memory of its own."""
+        return self._read(0, self.numel()).view(self.shape)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All of it in flat pieces of at most BLOCK bytes, each in memory of its own."""
+        step = BLOCK // self.dtype.itemsize
+        yield from (self._read(first, min(first + step, self.numel())) for first in range(0, self.numel(), step))
+
+    def _read(self, first: int, last: int) -> Tensor:
+        size = (last - first) * self.dtype.itemsize
+        if not size:
+            return torch.empty(0, dtype=self.dtype)
+        data = bytearray(size)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + first * self.dtype.itemsize)
+            got, view = 0, memoryview(data)
+            while count := file.readinto(view[got:]):
+                got += count
+        if got != size:
+            raise UserError(f"{self.path}: has become shorter while it was read; copy the file again")
+        return torch.frombuffer(data, dtype=self.dtype)
+
+
+Tensors = Mapping[str, Tensor | Stored]
+
+
+def whole(tensor: Tensor | Stored) -> Tensor:
+    """A tensor in memory, whichever it was."""
+    return tensor.read() if isinstance(tensor, Stored) else tensor
+
+
+def _blocks(tensor: Tensor | Stored) -> Iterator[Tensor]:
+    """Flat pieces of a tensor in any layout, on the CPU."""
+    if isinstance(tensor, Stored):
+        yield from tensor.blocks()
+    elif tensor.is_cpu and tensor.is_contiguous():
+        yield from tensor.detach().flatten().split(BLOCK // tensor.dtype.itemsize)
+    else:
+        yield tensor.detach().cpu().contiguous().flatten()
 
 
 def safetensors_header(
@@ -47,21 +109,47 @@ def safetensors_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write tensors, in any layout and on any device, one at a time; flush to the disk; return the file's sha256."""
+def write_safetensors(
+    path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None,
+    finite: str = "",
+) -> str:  # fmt: skip
+    """Write tensors, in any layout and on any device, block by block; flush to the disk; return the file's sha256.
+
+    Args:
+        dtype: what floating-point tensors become; None = as they are.
+        finite: the model they belong to, if all of its numbers must be finite.
+
+    Raises:
+        UserError: a number that is not, or is not any more in `dtype`.
+    """
     digest = hashlib.sha256()
+    kinds = {name: dtype if dtype and t.dtype.is_floating_point else t.dtype for name, t in tensors.items()}
     with open(path, "wb") as file:
 
         def put(data: bytes | memoryview) -> None:
             file.write(data)
             digest.update(data)
 
-        put(safetensors_header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata))
-        for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            put(flat.numpy().data)
+        put(safetensors_header({name: (kinds[name], tuple(t.shape)) for name, t in tensors.items()}, metadata))
+        for name, tensor in tensors.items():
+            for block in _blocks(tensor):
+                cast = block.to(kinds[name])
+                if finite:
+                    check_finite(name, block, finite)
+                if finite and cast is not block:
+                    check_finite(name, cast, finite, f" in {kinds[name]}; choose another dtype")
+                put(cast.view(torch.uint8).numpy().data)
         _flush(file)
     return digest.hexdigest()
+
+
+def check_finite(name: str, tensor: Tensor, place: str, advice: str = "; fetch or train it again") -> None:
+    """Raise UserError for a number that is NaN or infinite."""
+    # The sum is one pass without a temporary; it can overflow by itself, so it accuses no one.
+    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise UserError(f"{place}: {bad} of {tensor.numel()} numbers of {name} are not finite{advice}")
 
 
 def write_text(path: Path, text: str) -> str:
@@ -91,10 +179,29 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         try:
+            self._header = _read_header(path)
             self._file = safe_open(path, framework="pt")
             self._names = dict.fromkeys(name for name in self._file.keys() if name.startswith(prefix))  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as safetensors ({error}); fetch or copy the file again") from None
+        self._path = path
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self._header[1].get("__metadata__") or {}
+
+    def stored(self) -> dict[str, Stored]:
+        """All tensors, unread, in the file's order. Raises UserError for a type of numbers that is none of SD1.5's."""
+        data, entries = self._header
+        found = {}
+        for name, entry in entries.items():
+            if name not in self._names:
+                continue
+            kind = next((dtype for dtype, said in DTYPES.items() if said == entry["dtype"]), None)
+            if kind is None:
+                raise UserError(f"{self._path}: {name} is of type {entry['dtype']}; give a model in fp16, bf16 or fp32")
+            found[name] = Stored(self._path, data + entry["data_offsets"][0], kind, torch.Size(entry["shape"]))
+        return found
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -111,6 +218,30 @@ class TensorFile(Mapping[str, Tensor]):
 def read_safetensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """All tensors of a file whose names begin with `prefix`, in memory. Raises UserError for a broken file."""
     return dict(TensorFile(path, prefix))
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """(First byte of the data, the header) of a safetensors file. Raises ValueError for one that no honest writer makes."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        left = os.fstat(file.fileno()).st_size - 8
+        if length > left:
+            raise ValueError(f"its header claims {length} bytes and {max(left, 0)} follow")
+        if length > MAX_HEADER:
+            raise ValueError(f"its header has {length} bytes and no model's has more than {MAX_HEADER}")
+        text = file.read(length)
+    header = json.loads(text, object_pairs_hook=_no_name_twice)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table")
+    return 8 + length, header
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"its header has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 def sha256_of(path: Path) -> str:
@@ -142,6 +273,22 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` when the block ends, and vanishes when it raises.
+
+    What is written there in the block must have been flushed by its writer. An existing `path` is replaced.
+    """
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what an interrupted `new_folder` left in `folder`."""
     for path in folder.glob(TEMPORARY + "*"):
@@ -150,10 +297,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def replace_file(path: Path, text: str) -> None:
     """Replace a small text file in one move."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    write_text(temporary, text)
-    os.replace(temporary, path)
-    flush_folder(path.parent)
+    with new_file(path) as temporary:
+        write_text(temporary, text)
 
 
 def flush_folder(path: Path) -> None:

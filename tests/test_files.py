@@ -202,7 +202,7 @@ def test_broken_folders(tmp_path, tiny_model, change, sentence):
 def test_what_cannot_be_found_or_does_not_fit(tmp_path, tiny_model):
     with pytest.raises(UserError, match="no such folder or file, and not a hub id"):
         load_model(ModelTable(base=str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match="not a .safetensors file"):
+    with pytest.raises(UserError, match="pickled weights; run `fastsd convert"):
         (tmp_path / "x.ckpt").write_bytes(b"x")
         load_model(ModelTable(base=str(tmp_path / "x.ckpt")))
     tiny_vae(channels=16).save_pretrained(tmp_path / "vae16")

@@ -7,14 +7,18 @@ one, and the projections around a transformer are 1x1 convolutions there.  Read 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsd.errors import UserError
-from fastsd.model.unet import UNet
+from fastsd.model.names import classic_text_name
+from fastsd.model.unet import UNet, UNetConfig
+from fastsd.storage import Tensors, check_finite, whole
 
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+MAX_LAYERS = 1000  # as a config may ask for; SD1.5's text encoder has 12
 ADAPTER = ".lora_"  # in the names of adapters' parameters
 
 
@@ -59,21 +63,60 @@ def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, T
     return out
 
 
-@torch.no_grad()
-def load_diffusers_unet(unet: UNet, state_dict: Mapping[str, Tensor], place: str = "unet") -> None:
+def load_diffusers_unet(unet: UNet, state_dict: Tensors, place: str = "unet") -> None:
     """Copy weights with diffusers' names into `unet`, converting to its dtype. Nothing is written unless all of them fit.
 
     Raises:
-        UserError: names that are missing or left over, or a shape that differs; `place` opens the sentence.
+        UserError: names that are missing or left over, a shape that differs, or numbers that are not finite; `place` opens
+            the sentence.
     """
-    targets = diffusers_state_dict(unet)
-    check_names(targets, state_dict, place)
+    copy_tensors(diffusers_state_dict(unet), state_dict, place)
+
+
+@torch.no_grad()
+def copy_tensors(targets: Mapping[str, Tensor], found: Tensors, place: str) -> None:
+    """Copy tensors into those of the same name, as `load_diffusers_unet` does."""
+    check_names(targets, found, place)
     for name, target in targets.items():
-        target.copy_(state_dict[name])
+        tensor = whole(found[name])
+        check_finite(name, tensor, place)
+        target.copy_(tensor)
+
+
+def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str, Tensor]:
+    """The tensors, without data, that a config asks for, by the names of its part's file.
+
+    Args:
+        part: "unet", "vae" or "text_encoder"; `config` is its config.json, which lies at `place`.
+
+    Raises:
+        UserError: it is of another kind of model, or describes none.
+    """
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if part == "vae" and config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise UserError(f"{place}: the class is {config['_class_name']}; give an AutoencoderKL")
+    for key in ("num_hidden_layers", "layers_per_block"):
+        if isinstance(count := config.get(key), int) and count > MAX_LAYERS:
+            raise UserError(f"{place}: {key} is {count}; give a model of SD1.5's family")
+    try:
+        with torch.device("meta"):
+            if part == "unet":
+                return diffusers_state_dict(UNet(UNetConfig.from_diffusers(config, place)))
+            if part == "vae":
+                return AutoencoderKL.from_config(config).state_dict()
+            text = CLIPTextModel(CLIPTextConfig.from_dict(config)).state_dict()
+            return {classic_text_name(name): tensor for name, tensor in text.items()}
+    except UserError:
+        raise
+    except Exception as error:  # whatever a library makes of a config that is none
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{place}: describes no {part.replace('_', ' ')} ({why}); fetch it again") from None
 
 
 def check_names(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], place: str,
+    expected: Mapping[str, Tensor], found: Tensors, place: str,
     advice: str = "give weights of the architecture its config describes",
 ) -> None:  # fmt: skip
     """Raise UserError, naming the first offender, unless `found` has exactly the names and shapes of `expected`."""
