@@ -357,13 +357,10 @@ def test_diffusers_own_file_is_read(tiny, tiny_model, tmp_path):
     assert all(torch.equal(tensor, ours[name]) for name, tensor in lora_state_dict(other).items())
 
 
-def kohya(state):
-    return {name.replace("unet.", "lora_unet_").replace(".lora_A.", ".lora_down."): tensor for name, tensor in state.items()}
-
-
+MORE = {"unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.zeros(16, 2, 1, 1)}
 BAD = [
-    (lambda s: dict(list(s.items())[1:]), BOTH, r"1 of \d+ tensors is missing, the first is text_encoder.text_model"),
-    (lambda s: {**s, "unet.x.lora_A.weight": torch.zeros(1)}, BOTH, "unet.x.lora_A.weight; make rank, targets, conv and"),
+    (lambda s: dict(list(s.items())[2:]), BOTH, r"2 of \d+ tensors are missing, the first is text_encoder.text_model"),
+    (lambda s: {**s, **MORE}, BOTH, "unet.conv_in.lora_A.weight; make rank, targets, conv and"),
     (dict, BOTH.model_copy(update={"rank": 4}), r"has shape \(3, 16, 1, 1\), expected \(4, 16, 1, 1\); make rank"),
     (dict, BOTH.model_copy(update={"conv": 1}), r"has shape \(2, 16, 3, 3\), expected \(1, 16, 3, 3\)"),
     (dict, BOTH.model_copy(update={"text_encoder": False}), r"24 of \d+ tensors are not part of this model"),
@@ -372,7 +369,6 @@ BAD = [
         BOTH.model_copy(update={"alpha": 3.0}),
         "its adapters count 2.25 times and model.lora.alpha makes it 1.5; set it to 4.5",
     ),
-    (kohya, BOTH, "has kohya's names .lora_unet_down_blocks.*convert it to diffusers'"),
 ]
 
 

@@ -78,11 +78,18 @@ def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | No
     return model
 
 
-def write_lora_file(path: Path, model: Model, tensors: Averages) -> str:
-    """Write the adapters as other tools read them; `tensors` stand in for the model's own. Returns the file's sha256."""
+def write_lora_file(
+    path: Path, model: Model, tensors: Averages, names: str = "kohya", metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write the adapters as other tools read them; `tensors` stand in for the model's own. Returns the file's sha256.
+
+    Args:
+        names: "kohya", which every tool reads, or "peft", diffusers' own.
+        metadata: for the file's header.
+    """
     from fastsd.model.lora import write_lora
 
-    return write_lora(path, model, tensors)
+    return write_lora(path, model, tensors, names, metadata)
 
 
 def write_adapters(folder: Path, model: Model, tensors: Averages) -> dict[str, str]:
@@ -90,6 +97,6 @@ def write_adapters(folder: Path, model: Model, tensors: Averages) -> dict[str, s
     assert model.lora is not None
     said = {"lora": model.lora.model_dump(), "clip_skip": model.text.clip_skip}
     return {
-        ADAPTERS: write_lora_file(folder / ADAPTERS, model, tensors),
+        ADAPTERS: write_lora_file(folder / ADAPTERS, model, tensors, "peft"),
         MADE_BY: write_text(folder / MADE_BY, json.dumps(said, indent=2) + "\n"),
     }

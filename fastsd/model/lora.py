@@ -10,14 +10,13 @@ A weight that n projections share has an adapter for each one that is a target, 
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight      down, as diffusers' `save_lora_weights`
     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight            up
 
-Rank and alpha are in the file's header, where diffusers from 0.35 on reads them; older tools take alpha = rank.
+Other tools' files, and where rank and alpha stand: `fastsd/model/lora_files.py`.
 
 Shapes: F features, C channels, R the rank of one adapter.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,22 +27,19 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastsd.config import LoraTable
 from fastsd.errors import UserError
 from fastsd.model import lean
 from fastsd.model.files import Model, classic_text_name
+from fastsd.model.lora_files import PEFT_CONFIG, LoraFile, peft_config, read_lora, write_kohya, write_peft
 from fastsd.model.select import matches, uniform_like
 from fastsd.model.weights import check_names, diffusers_pieces
 from fastsd.stages import PARTS
-from fastsd.storage import read_safetensors, write_safetensors
 from fastsd_kernels.noise import Purpose
 
 NAME = "default"  # peft's name of the one adapter
-METADATA = "lora_adapter_metadata"  # diffusers' place for rank and alpha in a file's header
 
 
 @dataclass(frozen=True)
@@ -223,71 +219,54 @@ def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Ten
     return state
 
 
-def write_lora(path: Path, model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None) -> str:
-    """Write what `lora_state_dict` gives into one .safetensors file, rank and alpha in its header; returns its sha256."""
-    assert model.lora is not None
-    header: dict[str, Any] = {}
-    for part in PARTS:
-        # Paths that end as the modules of any transformers do: from 5 on they do not begin with text_model.
-        wide = {
-            module.removeprefix("text_model."): layer.target.wide
-            for _, layer in _adapted(model, part)
-            for module in layer.target.modules
-        }
-        if wide:
-            header |= {f"{part}.{key}": value for key, value in _settings(model.lora, wide).items()}
-    return write_safetensors(path, lora_state_dict(model, tensors_by_part), {METADATA: json.dumps(header, sort_keys=True)})
+def _alphas(model: Model) -> dict[str, float]:
+    """By `<part>.<module>` as files name it."""
+    return {
+        f"{part}.{module}": float(layer.lora_alpha[NAME])
+        for part in PARTS
+        for _, layer in _adapted(model, part)
+        for module in layer.target.modules
+    }
+
+
+def write_lora(
+    path: Path, model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None, names: str = "peft",
+    metadata: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
+    """Write what `lora_state_dict` gives into one .safetensors file; returns its sha256.
+
+    Args:
+        names: "kohya", or "peft" for diffusers'.
+        metadata: for the file's header.
+    """
+    lora = LoraFile(lora_state_dict(model, tensors_by_part), _alphas(model))
+    lora = replace(lora, metadata={PEFT_CONFIG: peft_config(lora), **(metadata or {})})
+    return {"kohya": write_kohya, "peft": write_peft}[names](path, lora)
 
 
 def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
-    """Copy adapters, as `write_lora` or diffusers wrote them, into those that the model has. Nothing is copied unless all fit.
+    """Copy adapters into those that the model has. Nothing is copied unless all fit.
 
     Args:
-        source: a .safetensors file, or what `lora_state_dict` gives.
+        source: a file of any kind that `read_lora` reads, or what `lora_state_dict` gives.
 
     Raises:
         UserError: not such a file, or of other layers, another rank or another alpha than the model's.
     """
     assert model.lora is not None
-    mapping, place = (source, "lora") if isinstance(source, Mapping) else (read_safetensors(source), str(source))
-    kohya = next((name for name in mapping if name.startswith(("lora_unet_", "lora_te"))), None)
-    if kohya:
-        raise UserError(f"{place}: has kohya's names ({kohya}); convert it to diffusers', unet. ... .lora_A.weight")
-    found = {_classic(name): tensor for name, tensor in mapping.items()}
+    lora = LoraFile(dict(source), {}) if isinstance(source, Mapping) else read_lora(source)
+    place = "lora" if isinstance(source, Mapping) else str(source)
     targets = lora_state_dict(model)
-    check_names(targets, found, place, "make rank, targets, conv and text_encoder of model.lora those of the file")
-    if not isinstance(source, Mapping):
-        _check_scales(model, source)
+    check_names(targets, lora.tensors, place, "make rank, targets, conv and text_encoder of model.lora those of the file")
+    for module, alpha in _alphas(model).items():
+        if not math.isclose(alpha, theirs := lora.alphas.get(module, alpha), rel_tol=1e-6):
+            rank = lora.ranks[module]
+            raise UserError(
+                f"{place}: its adapters count {theirs / rank:g} times and model.lora.alpha makes it {alpha / rank:g}; set it "
+                f"to {theirs:g} ({module})"
+            )
     for name, target in targets.items():
-        target.copy_(found[name])
-
-
-def _classic(name: str) -> str:
-    """A name with the `text_model.` that transformers 5 leaves out."""
-    part, _, rest = name.partition(".")
-    return f"{part}.{classic_text_name(rest)}" if part == "text_encoder" else name
-
-
-def _check_scales(model: Model, path: Path) -> None:
-    """Raise UserError unless a file's alphas and the model's come to the same factors."""
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(METADATA, "{}")
-    try:
-        header = dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {METADATA} in its header is no table ({error}); write the file again") from None
-    for part in PARTS:
-        for _, layer in _adapted(model, part):
-            rank, ours = layer.r[NAME], layer.scaling[NAME]
-            alphas = header.get(f"{part}.alpha_pattern", {})
-            key = get_pattern_key(alphas, layer.target.modules[0])
-            alpha = alphas.get(key, header.get(f"{part}.lora_alpha", rank))
-            theirs = alpha / math.sqrt(rank) if header.get(f"{part}.use_rslora") else alpha / rank
-            if not math.isclose(ours, theirs):
-                raise UserError(
-                    f"{path}: its adapters count {theirs:g} times and model.lora.alpha makes it {ours:g}; set it to "
-                    f"{theirs * rank:g}"
-                )
+        target.copy_(lora.tensors[name])
 
 
 @torch.no_grad()
