@@ -33,6 +33,7 @@ from fastsd.model.select import changed_parts, selected, size_of
 from fastsd.sample import check_samples, generate, grid, load_to_sample, read_prompts, save_grid
 from fastsd.stages import ENDLESS, PARTS
 from fastsd.train.checkpoint import checkpoints
+from fastsd.train.export import export_bytes
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 from fastsd.train.schedule import check_length
@@ -292,7 +293,7 @@ def _validation(config: Config, model: Model, epoch: list[int]) -> str:
 
 
 def _room(config: Config, models: list[Model]) -> str:
-    """Disk for the checkpoints that can exist at once: fp32 weights, state tensors and the average of those trained."""
+    """Disk for the checkpoints that can exist at once - fp32 weights, state tensors, averages - and for what is exported."""
     folder = Path(config.run).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -300,7 +301,8 @@ def _room(config: Config, models: list[Model]) -> str:
     if not models:
         return f"{free / 1e9:.1f} GB free"
     model = models[0]
-    size = {part: sum(p.numel() for p in model.part(part).parameters()) * 4 for part in PARTS}
+    modules = {part: model.part(part) for part in PARTS} | {"vae": model.vae.module}
+    size = {part: sum(p.numel() for p in module.parameters()) * 4 for part, module in modules.items()}
     each = [0]
     for stage in config.stage:
         with suppress(UserError):  # what is wrong with a stage has been said
@@ -308,13 +310,13 @@ def _room(config: Config, models: list[Model]) -> str:
             slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
             own = sum(size[part] for part in changed_parts(trained)) + 4 * slots * size_of(model, trained)
             each.append(own * (stage.keep_checkpoints + 1))
-    need = sum(size.values()) + max(each)
+    need = sum(size.values()) + max(each) + export_bytes(config, size)
     if need > free:
         raise UserError(
-            f"run is {config.run!r}: its checkpoints need about {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
-            "free space, or lower keep_checkpoints"
+            f"run is {config.run!r}: checkpoints and exported models need about {need / 1e9:.1f} GB and the disk has "
+            f"{free / 1e9:.1f} GB; free space, lower keep_checkpoints, or set export.single_file = false"
         )
-    return f"{config.run}, checkpoints need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    return f"{config.run}, checkpoints and exported models need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
 
 
 def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precision: str, device: str) -> None:

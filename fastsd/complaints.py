@@ -49,6 +49,8 @@ FAMILIAR = {
     "logit_mean": "timestep_mean", "logit_std": "timestep_std", "masked_loss": "data.masks", "masked_training": "data.masks",
     "lr_scheduler_num_cycles": "restarts", "lr_scheduler_min_lr_ratio": "lr_floor", "min_lr": "lr_floor",
     "use_ema": "ema", "ema_decay": "ema", "ema_max_decay": "ema", "num_validation_images": "validate.held_out",
+    "save_precision": "export.dtype", "save_model_as": "export.single_file", "metadata_title": "export.title",
+    "metadata_author": "export.author", "metadata_license": "export.license",
     "validation_split": "validate.held_out", "validation_steps": "validate.every", "freeze": "train", "unfreeze": "train",
 }
 # fmt: on

@@ -1,8 +1,8 @@
 """Leaf: the schema of a config file and the only defaults there are.
 
-A config is TOML: a few keys at the top, the tables `[model] [data] [cache] [sample] [validate] [log]`, and an ordered list
-of `[[stage]]`. Files in `configs/` are deltas from the defaults below. Unknown keys are errors with a "did you mean";
-keys that a later version will fill are refused by name, never ignored.  Read next: `configs/xlsd.toml`.
+A config is TOML: a few keys at the top, the tables `[model] [data] [cache] [sample] [validate] [log] [export]`, and an
+ordered list of `[[stage]]`. Files in `configs/` are deltas from the defaults below. Unknown keys are errors with a "did you
+mean"; keys that a later version will fill are refused by name, never ignored.  Read next: `configs/xlsd.toml`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LoraTable(Table):
     targets: list[str] = Field(["attention"], min_length=1)    # groups or names of linear layers, as in train without the part
     conv: int = Field(0, ge=0)                     # rank of adapters of the 3x3 convolutions; 0 = none
     text_encoder: bool = False                     # adapters in the text encoder's targets, too
-    file: str = ""                                 # start from this LoRA (.safetensors, diffusers' names)
+    file: str = ""                                 # start from this LoRA (.safetensors, by any tool's names)
 
 
 class ModelTable(Table):
@@ -161,6 +161,18 @@ class LogTable(Table):
     wandb: str = ""                                # project name; needs the extra: pip install "fastsd[wandb]"
 
 
+class ExportTable(Table):
+    """What a run ends with beside RUN/model, which is always there: a diffusers folder in fp32, exact as the checkpoint."""
+
+    single_file: bool = True                       # RUN/model.safetensors as well, the original SD layout of ComfyUI and A1111
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"    # of that file
+    fold: bool = True                              # put the VAE's factor into its weights: other tools take 0.18215 for granted
+    lora: Literal["kohya", "peft"] = "kohya"       # names in RUN/lora.safetensors: all tools read kohya's; peft's is diffusers'
+    title: str = ""                                # in files and model card; "" = the name of the run's folder
+    author: str = ""                               # the same; "" = not told
+    license: str = ""                              # the same, as the hub names it: "creativeml-openrail-m"; "" = not told
+
+
 class Config(Table):
     model: ModelTable
     data: DataTable
@@ -169,6 +181,7 @@ class Config(Table):
     sample: SampleTable = SampleTable()
     validate_: ValidateTable = Field(ValidateTable(), alias="validate")
     log: LogTable = LogTable()
+    export: ExportTable = ExportTable()
     run: str = "runs/run"                          # everything a run writes; the same line again resumes from here
     seed: int = Field(0, ge=0, lt=2**63)           # of all noise, timesteps, dropout and order
     kernels: Literal["auto", "triton", "reference"] = "auto"   # which Ops table; auto = triton on a GPU it is built for
@@ -226,7 +239,7 @@ class Config(Table):
 
 _TABLES: dict[str, type[Table]] = {
     "model": ModelTable, "model.lora": LoraTable, "data": DataTable, "data.buckets": BucketTable, "cache": CacheTable,
-    "sample": SampleTable, "validate": ValidateTable, "log": LogTable, "stage": StageTable,
+    "sample": SampleTable, "validate": ValidateTable, "log": LogTable, "export": ExportTable, "stage": StageTable,
 }
 
 # fmt: on

@@ -36,6 +36,7 @@ from fastsd.model.shapes import Shapes, empty_model, materialize, read_shapes
 from fastsd.sample import BATCH
 from fastsd.stages import ENDLESS, parse_amount
 from fastsd.storage import replace_file
+from fastsd.train.export import export_bytes
 from fastsd.train.memory import LiveBytes
 from fastsd.train.optim import flat_state
 from fastsd.train.step import Step
@@ -428,7 +429,7 @@ def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | 
     ends = sum(model[part] for plan in plans[:-1] for part in plan.trained)
     return {
         "cache_an_image": cached, "cache": images and images * cached, "a_checkpoint": each,
-        "checkpoints": sum(model.values()) + most + ends, "model": sum(model.values()),
+        "checkpoints": sum(model.values()) + most + ends, "model": sum(model.values()), "export": export_bytes(config, model),
     }  # fmt: skip
 
 
@@ -439,6 +440,7 @@ def _say_disk(disk: dict[str, Any], say: Callable[[str], None]) -> None:
     say(f"\ndisk       {cache / 1e9:.1f} GB cache{of}, {per_image / 1024:g} KiB an image")
     say(f"           {disk['checkpoints'] / 1e9:.1f} GB checkpoints at most, up to {own / 1e9:.1f} GB each, the rest links")
     say(f"           {disk['model'] / 1e9:.1f} GB finished model, links to the last checkpoint: no more until it is copied")
+    say(f"           {disk['export'] / 1e9:.1f} GB the same for other tools, in single files, and what else is no link")
 
 
 def _duration(seconds: float) -> str:

@@ -145,22 +145,22 @@ def _read(folder: Path, label: str, colour: str) -> RunData:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); start the run again, which writes it") from None
     config = parse_config(raw, str(path))
-    log = _rows(folder / "log.jsonl", {"step": int, "images": int, "stage": str})
+    log = read_rows(folder / "log.jsonl", {"step": int, "images": int, "stage": str})
     if not log:
         advice = f"it gets one every {config.log.every} steps (log.every)"
         raise UserError(f"{folder / 'log.jsonl'} has no row yet; {advice}, so wait for the first")
     return RunData(
         folder, label, colour, config, log,
-        timing=_rows(folder / "timing.jsonl", {"step": int}),
-        validation=_rows(
+        timing=read_rows(folder / "timing.jsonl", {"step": int}),
+        validation=read_rows(
             folder / "validation.jsonl",
             {"step": int, "images": int, "set": str, "weights": str, "loss": (int, float), "se": (int, float)},
         ),
-        cost=_table(folder / "cost.json"), grids=read_grids(folder / "samples"),
+        cost=read_table(folder / "cost.json"), grids=read_grids(folder / "samples"),
     )  # fmt: skip
 
 
-def _rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Row]:
+def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Row]:
     """Rows of a JSONL file that are whole: the last one may have been cut off by a kill."""
     rows: list[Row] = []
     if not path.is_file():
@@ -175,7 +175,8 @@ def _rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Row]:
     return rows
 
 
-def _table(path: Path) -> Row | None:
+def read_table(path: Path) -> Row | None:
+    """A JSON file's table; None where there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -185,17 +186,25 @@ def _table(path: Path) -> Row | None:
 
 def read_grids(folder: Path) -> list[Grid]:
     """The sample grids STAGE-STEP.png in a folder, by step; those that are not whole are left out."""
-    grids = []
-    for path in folder.glob("*.png"):
-        match = re.fullmatch(r"(?!\.)(.+)-(\d+)\.png", path.name)
-        if match:
-            try:
-                if path.read_bytes().endswith(PNG_END):
-                    with Image.open(path) as sheet:
-                        grids.append(_grid(path, match[1], int(match[2]), sheet))
-            except (OSError, SyntaxError):  # Pillow's word for a broken PNG
-                continue
+    grids = [grid for path, stage, step in grid_files(folder) if (grid := read_grid(path, stage, step))]
     return sorted(grids, key=lambda grid: (grid.step, grid.path.name))
+
+
+def grid_files(folder: Path) -> list[tuple[Path, str, int]]:
+    """(Path, stage, step) of what is named as a sample grid in a folder."""
+    found = [(path, re.fullmatch(r"(?!\.)(.+)-(\d+)\.png", path.name)) for path in folder.glob("*.png")]
+    return [(path, match[1], int(match[2])) for path, match in found if match]
+
+
+def read_grid(path: Path, stage: str, step: int) -> Grid | None:
+    """A sample grid, or None for a file that is not whole."""
+    try:
+        if path.read_bytes().endswith(PNG_END):
+            with Image.open(path) as sheet:
+                return _grid(path, stage, step, sheet)
+    except (OSError, SyntaxError):  # Pillow's word for a broken PNG
+        pass
+    return None
 
 
 def _grid(path: Path, stage: str, step: int, sheet: Image.Image) -> Grid:

@@ -11,7 +11,6 @@ not change since the last one are hard links to it. Retention runs only after a 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,11 +22,10 @@ from torch import Tensor
 from fastsd import __version__
 from fastsd.config import ModelTable
 from fastsd.errors import UserError
-from fastsd.model.adapted import ADAPTERS, MADE_BY, Averages, load_merged, write_adapters, write_lora_file
+from fastsd.model.adapted import ADAPTERS, MADE_BY, Averages, load_merged, write_adapters
 from fastsd.model.files import Model, part_state_dict, write_part, write_rest
 from fastsd.stages import PARTS
 from fastsd.storage import (
-    TEMPORARY,
     TensorFile,
     link_or_copy,
     new_folder,
@@ -180,18 +178,28 @@ def load_state(path: Path) -> TensorFile:
     return TensorFile(path / TENSORS)
 
 
-def export(checkpoint: Path, target: Path, model: Model, averages: Averages | None = None) -> Path:
-    """A checkpoint's model without its training state, as a diffusers folder of its own; returns what to hand on of it.
+def averages_of(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The averaged weights in a checkpoint: part -> tensors by parameter name, each a view of the mapped file."""
+    found = dict[str, dict[str, Tensor]]()
+    state = load_state(path) if (path / TENSORS).exists() else {}  # a model without a run has none
+    for name in state:
+        part, _, parameter = name.partition("@ema/")
+        if parameter:
+            found.setdefault(part, {})[parameter] = state[name]
+    return found
 
-    What is as in the checkpoint is a hard link. Adapters are merged into the folder's weights, and stand alone beside it, in
-    TARGET's name with "lora" in place of "model".
+
+def export(checkpoint: Path, target: Path, model: Model, averages: Averages, finish: Callable[[Path], None]) -> None:
+    """A checkpoint's model without its training state, as a diffusers folder of its own, with adapters merged into its weights.
+
+    What is as in the checkpoint is a hard link.
 
     Args:
         averages: part name -> tensors by parameter name that take the place of the checkpoint's.
+        finish: writes what else belongs into the folder, before it appears.
     """
     manifest = _manifest(checkpoint)
     assert manifest is not None, checkpoint
-    averages = averages or {}
     merged = model if model.lora is None else load_merged(ModelTable(base=str(checkpoint)), averages=averages)
     adapted = PARTS[: 0 if model.lora is None else 1 + model.lora.text_encoder]
     written = {*averages, *adapted}
@@ -200,10 +208,4 @@ def export(checkpoint: Path, target: Path, model: Model, averages: Averages | No
         for part in written:
             tensors = averages.get(part) if model.lora is None else None
             write_part(new, merged, part, part_state_dict(merged, part, tensors))
-    if model.lora is None:
-        return target
-    alone = target.with_name(target.name.replace("model", "lora") + ".safetensors")
-    temporary = alone.with_name(TEMPORARY + alone.name)
-    write_lora_file(temporary, model, averages)
-    os.replace(temporary, alone)
-    return alone
+        finish(new)

@@ -25,7 +25,7 @@ MAX_SKIPPED_ROWS = 3  # log rows in a row without one finite gradient: the run i
 
 
 def train(config: Config, console: Console | None = None, *, export: bool = True) -> None:
-    """Train all stages of a config, from the start or from where the run stands; ends with RUN/model, if that is wanted.
+    """Train all stages of a config, from the start or from where the run stands, and export the model, if that is wanted.
 
     Raises:
         UserError: something the user must change; what was saved stands.
@@ -40,7 +40,7 @@ def train(config: Config, console: Console | None = None, *, export: bool = True
                 train_stage(run, index, stop)
         if export:
             try:
-                run.report.say(f"model: {run.export()}")
+                run.export()
             except OSError as error:
                 raise UserError(
                     f"{run.folder}: all is trained and saved, but the model could not be written ({error.strerror or error}); "

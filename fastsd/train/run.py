@@ -35,6 +35,7 @@ from fastsd.stages import ENDLESS, PARTS
 from fastsd.storage import replace_file
 from fastsd.train import checkpoint
 from fastsd.train.checkpoint import Progress
+from fastsd.train.export import bytes_of, export
 from fastsd.train.optim import flat_state, load_flat_state
 from fastsd.train.precision import choose_device, choose_ops, describe_ops, set_precision
 from fastsd.train.report import Report, free_memory, memory_gb
@@ -316,18 +317,9 @@ class Run:
         step.clear_graphs()
         return work()
 
-    def export(self) -> Path:
-        """The newest checkpoint's model as RUN/model, a diffusers folder for any tool; its averages as RUN/model-ema. Of
-        adapters also RUN/lora.safetensors, and lora-ema. Returns what to hand on."""
-        newest = checkpoint.checkpoints(self.folder / "checkpoints")[-1]
-        made = checkpoint.export(newest, self.folder / "model", self.model)
-        files = [made] if made.is_file() else [path for path in made.rglob("*") if path.is_file()]
-        self._note_cost(file_bytes=sum(path.stat().st_size for path in files))
-        state = checkpoint.load_state(newest)
-        averages = {part: found for part in PARTS if len(found := _Below(state, f"{part}@ema/"))}
-        if averages:
-            checkpoint.export(newest, self.folder / "model-ema", self.model, averages)
-        return made
+    def export(self) -> None:
+        """The newest checkpoint's model for any tool, see `fastsd/train/export.py`."""
+        self._note_cost(file_bytes=bytes_of(export(self.config, self.model, self.report.say)))
 
     def header(self) -> dict[str, str]:
         """What a person checks before walking away."""
