@@ -39,7 +39,7 @@ optimizer = "dlion"
 """
 
 
-def make_base(folder: Path) -> None:
+def make_base(folder: Path, factor: float = 0.13025) -> None:
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -60,7 +60,7 @@ def make_base(folder: Path) -> None:
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4, scaling_factor=0.13025,
+        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4, scaling_factor=factor,
     )  # fmt: skip
     model = Model(
         "random",
@@ -85,6 +85,17 @@ def run(folder: Path, *words: str) -> dict[str, float]:
     return {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}
 
 
+def stamp(config: str) -> dict[str, object]:
+    """What figures were taken with."""
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "commit": commit, "machine": platform.machine(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "config": config,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="working folder; default: a temporary one, deleted at the end")
@@ -92,8 +103,6 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-full-size-"))
     folder.mkdir(parents=True, exist_ok=True)
-    import torch
-
     from fastsd.demo_world import write_dataset
 
     if not (folder / "base" / "model_index.json").exists():
@@ -109,13 +118,8 @@ def main() -> None:
     figures["seconds a step"] = [round(1 / row["images_per_second"], 1) for row in rows]
     last = sorted((folder / "run" / "checkpoints").iterdir())[-1]
     figures["checkpoint GB"] = round(sum(f.stat().st_size for f in last.rglob("*") if f.is_file()) / 1e9, 2)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    stamp = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "commit": commit, "machine": platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-        "config": "full-size SD1.5, random weights, 512 px, batch 1, fp32, D-Lion",
-    }  # fmt: skip
-    text = json.dumps({"stamp": stamp, "figures": figures}, indent=2)
+    said = stamp("full-size SD1.5, random weights, 512 px, batch 1, fp32, D-Lion")
+    text = json.dumps({"stamp": said, "figures": figures}, indent=2)
     print(text)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

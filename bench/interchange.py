@@ -1,0 +1,139 @@
+"""Models in and out at full size: a random SD1.5 through every form and back, in processes of their own.
+
+    python bench/interchange.py [--folder DIR] [--json FILE]
+
+Converts a diffusers folder to a single file and back (VAE's factor 0.18215, and 0.13025 with the fold), compares all bits, the
+names with those that diffusers' own conversion functions know, and one image: diffusers from the folder, diffusers from the
+file, and our sampler, from the same latents. Each process's peak of memory stands beside that of one that only imports the
+libraries. Needs 25 GB of disk and 12 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from full_size import make_base, stamp
+
+PARTS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text_encoder": "text_encoder/model"}
+PROMPT, SIZE, STEPS, GUIDANCE = "a red circle", 128, 2, 3.0
+
+
+def process(code: str, *words: str) -> dict[str, float]:
+    """Run Python code in a process of its own: seconds and peak resident MB, which a parent's would else be counted into."""
+    start = time.perf_counter()
+    peak = 'print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))'
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{peak}", *words], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_mb": round(int(done.stdout.split()[-1]) / 1024)}
+
+
+def convert(*words: Path | str) -> dict[str, float]:
+    print("$ fastsd convert", *words, flush=True)
+    return process("from fastsd.cli import app\napp(standalone_mode=False)", "convert", *map(str, words))
+
+
+def equal(a: Path, b: Path) -> dict[str, str]:
+    """How many tensors of each part have the same names and bits."""
+    from fastsd.storage import TensorFile
+
+    said = {}
+    for part, name in PARTS.items():
+        mine, theirs = TensorFile(a / f"{name}.safetensors"), TensorFile(b / f"{name}.safetensors")
+        assert set(mine) == set(theirs), part
+        same = sum(torch.equal(mine[name], theirs[name]) for name in mine)
+        said[part] = f"{same} of {len(mine)} bit-equal"
+    return said
+
+
+def known_names(file: Path) -> str:
+    """Whether the names are those from which diffusers' conversion functions make a whole model."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    from fastsd.model.shapes import SD15_TEXT, SD15_VAE
+    from fastsd.model.unet import UNetConfig
+    from fastsd.model.weights import expected_tensors
+    from fastsd.storage import TensorFile
+
+    state: dict[str, Any] = {name: torch.empty(t.shape, device="meta") for name, t in TensorFile(file).stored().items()}
+    known = 0
+    for part, config, back in (
+        ("unet", UNetConfig.sd15().to_diffusers(), theirs.convert_ldm_unet_checkpoint),
+        ("vae", SD15_VAE, theirs.convert_ldm_vae_checkpoint),
+        ("text_encoder", SD15_TEXT, lambda state, config: theirs.convert_ldm_clip_checkpoint(state)),
+    ):
+        found, wanted = back(dict(state), config), expected_tensors(part, config, "")
+        assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in wanted.items()}, part
+        known += len(found)
+    return f"{known} of {len(state)} names known, none missing"
+
+
+def images(folder: Path, file: Path) -> dict[str, float]:
+    """Largest difference of a channel (0 to 1) between our image and those of diffusers, from the same latents."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from fastsd.config import ModelTable, SampleTable
+    from fastsd.sample import denoise, load_to_sample
+    from fastsd_kernels import noise
+
+    eps = noise.normal(0, noise.Purpose.SAMPLE, torch.tensor([0]), (4, SIZE // 8, SIZE // 8))
+
+    def of_diffusers(load: Any, source: Path, **words: Any) -> torch.Tensor:
+        pipe = load(source, local_files_only=True, **words)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        return pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=eps, output_type="pt").images[0]
+
+    model = load_to_sample(ModelTable(base=str(folder)), "cpu")
+    latents = denoise(model, [PROMPT], eps, [0], SampleTable(sampler="ddim", steps=STEPS, guidance=GUIDANCE))
+    ours = model.vae.decode(latents)[0] / 2 + 0.5
+    del model
+    theirs = {
+        "from_pretrained": of_diffusers(StableDiffusionPipeline.from_pretrained, folder),
+        "from_single_file": of_diffusers(StableDiffusionPipeline.from_single_file, file, config=str(folder)),
+    }
+    return {name: float((ours - image).abs().max()) for name, image in theirs.items()} | {"spread": float(ours.std())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="working folder; default: a temporary one, deleted at the end")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    work = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-interchange-"))
+    work.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {}
+    imports = process("import fastsd.convert; from diffusers import AutoencoderKL; from transformers import CLIPTextModel")
+    for factor in (0.18215, 0.13025):
+        base, file, back = work / f"base-{factor}", work / f"{factor}.safetensors", work / f"back-{factor}"
+        for leftover in (file, back):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        if not (base / "model_index.json").exists():
+            make_base(base, factor)
+        out = convert(base, file)
+        into = convert(file, back, "--tokenizer", base)
+        found = {"to one file": out, "back": into, "bits": equal(base, back), "names": known_names(file)}
+        if factor == 0.18215:
+            found["images"] = images(back, file)
+        print(json.dumps(found, indent=1), flush=True)
+        figures[f"factor {factor}"] = found
+    figures["libraries alone, peak MB"] = imports["peak_mb"]
+    figures["largest tensor, MB"] = round(49408 * 768 * 4 / 2**20)
+    text = json.dumps({"stamp": stamp("full-size SD1.5, random weights, fp32"), "figures": figures}, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+    if not arguments.folder:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
