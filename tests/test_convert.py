@@ -95,24 +95,38 @@ def test_names_are_the_original_ones():
     assert found == {"unet": 686, "vae": 248, "text_encoder": 196}
 
 
-def test_diffusers_draws_our_image_from_folder_and_file(model, file):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+def assert_ours(folder, *pipes):
+    """Pipelines of diffusers draw what our sampler draws of a folder, from the same latents."""
+    from diffusers import DDIMScheduler
 
     from fastsd.sample import denoise, load_to_sample
     from fastsd_kernels import noise
 
-    ours = load_to_sample(ModelTable(base=str(model)), "cpu")
+    ours = load_to_sample(ModelTable(base=str(folder)), "cpu")
     eps = noise.normal(0, noise.Purpose.SAMPLE, torch.tensor([5]), (4, 16, 16))
     latents = denoise(ours, ["a red circle"], eps, [5], SampleTable(sampler="ddim", steps=3, guidance=3.0))
     image = ours.vae.decode(latents)[0] / 2 + 0.5
-    for pipe in (
-        StableDiffusionPipeline.from_pretrained(model, local_files_only=True),
-        StableDiffusionPipeline.from_single_file(file, config=str(model), local_files_only=True),
-    ):
+    for pipe in pipes:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         theirs = pipe("a red circle", num_inference_steps=3, guidance_scale=3.0, latents=eps, output_type="pt").images[0]
         assert (image - theirs).abs().max() <= 1e-4
+
+
+def test_diffusers_draws_our_image(model, file, tmp_path):
+    """From the folder, from the file, and of a VAE of another factor from a file that is read as one of SD1.5's."""
+    from diffusers import StableDiffusionPipeline
+
+    load = StableDiffusionPipeline.from_single_file
+    assert_ours(
+        model,
+        StableDiffusionPipeline.from_pretrained(model, local_files_only=True),
+        load(file, config=str(model), local_files_only=True),
+    )
+    shutil.copytree(model, tmp_path / "xl")
+    tiny_vae(groups=32, width=32, factor=0.13025, seed=5).save_pretrained(tmp_path / "xl" / "vae")
+    converted(tmp_path / "xl", tmp_path / "xl.safetensors")
+    assert_ours(tmp_path / "xl", load(tmp_path / "xl.safetensors", config=str(model), local_files_only=True))
 
 
 def test_dtype_variant_and_shards(model, tmp_path):
