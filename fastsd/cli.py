@@ -30,6 +30,19 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class Dtype(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class Form(StrEnum):
+    diffusers = "diffusers"
+    single_file = "single-file"
+    lora_kohya = "lora-kohya"
+    lora_peft = "lora-peft"
+
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, see configs/.")]
 Stages = Annotated[Precision | None, typer.Option("--precision", help="Of every stage.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Replace values: stage.0.batch=8")]
@@ -234,6 +247,52 @@ def long_clip(
     from fastsd.long_clip import long_clip
 
     long_clip(base, out, tokens, tokenizer)
+
+
+@app.command(name="swap-vae")
+def swap_vae(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Diffusers folder, single file or hub id.")],
+    vae: Annotated[str, typer.Argument(metavar="VAE", help="The same, or a VAE alone.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new diffusers folder.")],
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Align the UNet to the new latents by these.")] = None,
+    limit: Annotated[int, typer.Option(min=8, metavar="N", help="Images to look at.")] = 256,
+    fit: Annotated[str, typer.Option(help="plain, orthogonal, affine or kernel; that of the smallest loss if left out.")] = "",
+    vae_scaling_factor: Annotated[float | None, typer.Option(help="For a VAE that is a single file.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
+    resolution: Annotated[int, typer.Option(min=0, help="Pixels a side; 0 is the model's own.")] = 0,
+    precision: Annotated[Precision, typer.Option(help="To measure in; written is fp32.")] = Precision.fp32,
+    device: Annotated[str, typer.Option()] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Which images, noise and timesteps.")] = 0,
+) -> None:
+    """Put VAE into BASE. With images, training starts from a model that already speaks the new latents."""
+    from fastsd.swap_vae import swap_vae
+
+    swap_vae(
+        base, vae, out, images, fit, limit, resolution, vae_scaling_factor, tokenizer, precision.value, device, seed
+    )  # fmt: skip
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or a new .safetensors file.")],
+    to: Annotated[Form | None, typer.Option(help="As the ending of OUT says if left out.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; as they are if left out.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights.")] = False,
+    fold: Annotated[bool, typer.Option("--fold/--no-fold", help="Single file: make the VAE one of factor 0.18215.")] = True,
+    variant: Annotated[str, typer.Option(metavar="WORD", help="diffusers: in the weights' names, for example fp16.")] = "",
+    shard: Annotated[float, typer.Option(metavar="GB", min=0.0, help="diffusers: begin another file above this size.")] = 0.0,
+    vae: Annotated[str, typer.Option(help="In place of the model's own.")] = "",
+    vae_scaling_factor: Annotated[float | None, typer.Option(help="For a VAE that is a single file.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
+    revision: Annotated[str, typer.Option(help="Of a hub id.")] = "",
+) -> None:
+    """Write a model in the form of another tool: diffusers' folder, one file, or a LoRA in kohya's or PEFT's names."""
+    from fastsd.convert import Options, convert
+
+    convert(source, out, to.value if to else "", Options(
+        dtype.value if dtype else "", ema, fold, variant, shard, vae, vae_scaling_factor, tokenizer, revision,
+    ))  # fmt: skip
 
 
 @app.command()

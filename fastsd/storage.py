@@ -182,7 +182,7 @@ class TensorFile(Mapping[str, Tensor]):
             self._header = _read_header(path)
             self._file = safe_open(path, framework="pt")
             self._names = dict.fromkeys(name for name in self._file.keys() if name.startswith(prefix))  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as safetensors ({error}); fetch or copy the file again") from None
         self._path = path
 

@@ -14,8 +14,9 @@ FLOORS = {
     "fastsd.train": 2,
     "fastsd.bench": 3, "fastsd.bench_data": 3, "fastsd.peers": 3, "fastsd.counters": 3, "fastsd.plan": 3, "fastsd.cards": 0,
     "fastsd.sample": 3, "fastsd.commands": 3, "fastsd.compare": 3, "fastsd.sweep": 3, "fastsd.validate": 3, "fastsd.redraw": 3,
+    "fastsd.convert": 3, "fastsd.model_card": 3, "fastsd.train.export": 3,
     "fastsd.long_clip": 3, "fastsd.lr_probe": 3, "fastsd.demo": 3, "fastsd.demo_world": 3, "fastsd.demo_models": 3,
-    "fastsd.train.step": 3, "fastsd.train.run": 3, "fastsd.train.loop": 3,
+    "fastsd.swap_vae": 3, "fastsd.train.step": 3, "fastsd.train.run": 3, "fastsd.train.loop": 3,
     "fastsd.cli": 4,
 }  # fmt: skip
 FILES = sorted([*ROOT.glob("fastsd/**/*.py"), *ROOT.glob("kernels/**/*.py")])

@@ -97,9 +97,11 @@ def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str,
 
     if part == "vae" and config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(f"{place}: the class is {config['_class_name']}; give an AutoencoderKL")
-    for key in ("num_hidden_layers", "layers_per_block"):
-        if isinstance(count := config.get(key), int) and count > MAX_LAYERS:
-            raise UserError(f"{place}: {key} is {count}; give a model of SD1.5's family")
+    for key in ("num_hidden_layers", "layers_per_block", "block_out_channels"):
+        asked = config.get(key)
+        count = len(asked) if isinstance(asked, list) else asked
+        if isinstance(count, int) and count > MAX_LAYERS:
+            raise UserError(f"{place}: {key} asks for {count} layers; give a model of SD1.5's family")
     try:
         with torch.device("meta"):
             if part == "unet":

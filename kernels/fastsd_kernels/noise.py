@@ -67,6 +67,7 @@ class Purpose(IntEnum):
     HELD_OUT = 14  # which images are held out of training, and which are measured beside them; position = the image's check
     VALIDATION = 15  # timesteps and noises of a measured image; position = the image's check, block = the part of the timesteps
     REDRAW = 16  # an image drawn anew: position = its number in the cache's view, and 2**40 more for the sampler's own noise
+    ALIGNMENT = 17  # images two VAEs encode: which are taken; timesteps and noises, position = its number, block = the part
 
 
 def philox(seed: int, purpose: int, position_B: Tensor, block_K: Tensor) -> Tensor:
