@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 CONFIG = """
@@ -85,17 +83,6 @@ def run(folder: Path, *words: str) -> dict[str, float]:
     return {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}
 
 
-def stamp(config: str) -> dict[str, object]:
-    """What figures were taken with."""
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "commit": commit, "machine": platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(), "config": config,
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="working folder; default: a temporary one, deleted at the end")
@@ -103,6 +90,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-full-size-"))
     folder.mkdir(parents=True, exist_ok=True)
+    import torch
+
+    from fastsd.counters import stamp
     from fastsd.demo_world import write_dataset
 
     if not (folder / "base" / "model_index.json").exists():
@@ -118,7 +108,7 @@ def main() -> None:
     figures["seconds a step"] = [round(1 / row["images_per_second"], 1) for row in rows]
     last = sorted((folder / "run" / "checkpoints").iterdir())[-1]
     figures["checkpoint GB"] = round(sum(f.stat().st_size for f in last.rglob("*") if f.is_file()) / 1e9, 2)
-    said = stamp("full-size SD1.5, random weights, 512 px, batch 1, fp32, D-Lion")
+    said = {"config": "full-size SD1.5, random weights, 512 px, batch 1, fp32, D-Lion", **stamp(torch.device("cpu"))}
     text = json.dumps({"stamp": said, "figures": figures}, indent=2)
     print(text)
     if arguments.json:

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import make_base, stamp
+from full_size import make_base
+
+from fastsd.counters import stamp
 
 PARTS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text_encoder": "text_encoder/model"}
 PROMPT, SIZE, STEPS, GUIDANCE = "a red circle", 128, 2, 3.0
@@ -127,7 +129,7 @@ def main() -> None:
         figures[f"factor {factor}"] = found
     figures["libraries alone, peak MB"] = imports["peak_mb"]
     figures["largest tensor, MB"] = round(49408 * 768 * 4 / 2**20)
-    text = json.dumps({"stamp": stamp("full-size SD1.5, random weights, fp32"), "figures": figures}, indent=2)
+    text = json.dumps({"stamp": stamp(torch.device("cpu")), "figures": figures}, indent=2)
     print(text)
     if arguments.json:
         arguments.json.write_text(text + "\n")
