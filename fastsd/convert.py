@@ -77,7 +77,7 @@ def convert(name: str, out: Path, to: str = "", options: Options | None = None, 
                 say(note)
             notes = _write(source, *_told(name, source, options), out, to, options)
     except OSError as error:
-        raise UserError(f"OUT {out} cannot be written ({error.strerror or error}); mend that and run it again") from error
+        raise UserError(f"{error.filename or out}: {error.strerror or error}; mend that and run it again") from error
     for note in notes:
         say(note)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
@@ -99,7 +99,7 @@ def _write(
 ) -> list[str]:  # fmt: skip
     if to == "single-file":
         vae, unet = source.parts.get("vae"), source.parts["unet"].config
-        downscale = 2 ** (len(vae.config["block_out_channels"]) - 1) if vae else 8
+        downscale = 2 ** (len(vae.config.get("block_out_channels", "1")) - 1) if vae else 8
         metadata = metadata_of(summary, source.scheduler, (unet.get("sample_size") or 64) * downscale, title=out.stem)
         return write_single_file(source, out, dtype=options.dtype, fold=options.fold, metadata=metadata)
     with new_folder(out) as folder:
@@ -135,13 +135,13 @@ def _source(name: str, options: Options) -> Source:
         if found is None:
             raise UserError(f"--vae is {options.vae!r}, which has none; give an AutoencoderKL")
         source.parts["vae"] = checked("vae", found, notes)
-    vae, takes = source.parts.get("vae"), source.parts["unet"].config["in_channels"]
+    vae, takes = source.parts.get("vae"), source.parts["unet"].config.get("out_channels", 4)
     if vae is not None and options.vae_scaling_factor is not None:
         source.parts["vae"] = replace(vae, config={**vae.config, "scaling_factor": options.vae_scaling_factor})
-    if vae is not None and vae.config["latent_channels"] != takes:
+    if vae is not None and (channels := vae.config.get("latent_channels", 4)) != takes:
         raise UserError(
-            f"{vae.place}: has {vae.config['latent_channels']} latent channels and the UNet takes {takes}; give a VAE with "
-            f"{takes}, or use `fastsd swap-vae`"
+            f"{vae.place}: has {channels} latent channels and the UNet makes {takes}; give a VAE with {takes}, or use "
+            "`fastsd swap-vae`"
         )
     return source
 

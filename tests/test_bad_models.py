@@ -190,6 +190,8 @@ BAD = {
     "endless config": (setting("text_encoder/config.json", num_hidden_layers=10**9), "asks for 1000000000 layers"),
     "endless list": (setting("vae/config.json", block_out_channels=[8] * 10**5), "block_out_channels asks for 100000 layers"),
     "odd VAE": (setting("vae/config.json", down_block_types=7), "vae/config.json: describes no vae"),
+    "odd factor": (setting("vae/config.json", scaling_factor="big"), "scaling_factor is 'big' and .*; give numbers"),
+    "no factor": (setting("vae/config.json", scaling_factor=0), "scaling_factor is 0 and .*; give numbers"),
     "odd header": (in_file(lambda s: None, {"fastsd.configs": "[1"}), "fastsd.configs in its header is no table"),
     "nothing": (lambda folder, file, place: place, "there is no unet/config.json in it"),
     "nowhere": (lambda folder, file, place: place / "nowhere", "no such folder or file, and not a hub id"),
@@ -221,7 +223,8 @@ def test_what_out_may_be(made, tmp_path):
         ([file, folder], "which exists; name a new folder"),
         ([folder, tmp_path / "x", "--to", "single-file"], "end it in .safetensors"),
         ([folder, tmp_path / "x.safetensors", "--to", "diffusers"], "name a folder"),
-        ([folder, file.with_name("y") / ".." / "m.safetensors" / "x.safetensors"], "cannot be written"),
+        ([folder, file / "x.safetensors"], "m.safetensors: (Not a directory|File exists); mend that"),
+        ([file, tmp_path / "x", "--tokenizer", tmp_path], "where no vocab.json and merges.txt are"),
         ([file, tmp_path / "x", "--ema"], r"has no averaged \(EMA\) weights; leave --ema out"),
         ([folder, tmp_path / "x", "--ema"], r"has no averaged \(EMA\) weights; leave --ema out"),
     ):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastsd.config import LoraTable, ModelTable
 from fastsd.errors import UserError
+from fastsd.model.fold import scale_of
 from fastsd.model.names import classic_text_name
 from fastsd.model.original import SD15_SCHEDULER as SD15_SCHEDULER
 from fastsd.model.source import Part, find_tokenizer, locate, open_file, read_part, read_scheduler
@@ -181,6 +182,7 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
     if table.vae_scaling_factor is not None:
         config["scaling_factor"] = table.vae_scaling_factor
     expected_tensors("vae", config, part.where)
+    scale_of(config, part.where)
     module = AutoencoderKL.from_config(config)
     copy_tensors(module.state_dict(), part.tensors, part.place)
     return Vae(module, name, ops)

@@ -30,9 +30,13 @@ _NAMES = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "pos
 _SETTINGS = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv")
 
 
-def scale_of(config: dict[str, Any]) -> tuple[float, float]:
-    """(factor, shift) of a VAE's config."""
-    return config.get("scaling_factor") or SD15_SCALING_FACTOR, config.get("shift_factor") or 0.0
+def scale_of(config: dict[str, Any], place: str) -> tuple[float, float]:
+    """(factor, shift) of a VAE's config, which `place` names. Raises UserError for what are none."""
+    said = config.get("scaling_factor"), config.get("shift_factor")
+    factor, shift = SD15_SCALING_FACTOR if said[0] is None else said[0], 0.0 if said[1] is None else said[1]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in (factor, shift)) or not factor:
+        raise UserError(f"{place}: scaling_factor is {factor!r} and shift_factor {shift!r}; give numbers, the factor not 0")
+    return factor, shift
 
 
 def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str, Any], Tensors]:
@@ -41,9 +45,7 @@ def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str
     Raises:
         UserError: a factor or a convolution that cannot be folded.
     """
-    factor, shift = scale_of(config)
-    if not (math.isfinite(factor) and math.isfinite(shift)):
-        raise UserError(f"{place}: scaling_factor is {factor} and shift_factor {shift}; mend its config")
+    factor, shift = scale_of(config, place)
     old = _edges(config, tensors)
     for name in _NAMES[::2]:
         if old[name].shape[2:] != (1, 1):
@@ -66,7 +68,7 @@ def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str
 def _edges(config: dict[str, Any], tensors: Tensors) -> dict[str, Tensor]:
     """The two 1x1 convolutions at the latents, or such that change nothing."""
     found = {name: whole(tensors[name]) for name in _NAMES if name in tensors}
-    channels = config["latent_channels"]
+    channels = config.get("latent_channels", 4)
     for name, count in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
         found.setdefault(f"{name}.weight", torch.eye(count)[:, :, None, None])
         found.setdefault(f"{name}.bias", torch.zeros(count))

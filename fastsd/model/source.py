@@ -91,12 +91,16 @@ def open_source(
     """
     base, notes = locate(name, field, revision, pickled=pickled), list[str]()
     file = open_file(base, notes) if base.is_file() else None
+    if ema and file is None:
+        raise UserError(f"{field} is {name!r}, a folder without averaged (EMA) weights; leave --ema out")
     parts = {}
-    for name in ("unet", "text_encoder", "vae"):
-        part = file.part(name, notes, ema=ema) if file else read_part(base, name, notes, pickled=pickled)
+    for kind in ("unet", "text_encoder", "vae"):
+        part = file.part(kind, notes, ema=ema) if file else read_part(base, kind, notes, pickled=pickled)
         if part is not None:
-            parts[name] = checked(name, part, notes)
+            parts[kind] = checked(kind, part, notes)
     folder = find_tokenizer(base, tokenizer, notes=notes)
+    if tokenizer and folder is None:
+        raise UserError(f"--tokenizer is {tokenizer!r}, where no vocab.json and merges.txt are; name a folder that has them")
     if "text_encoder" not in parts and folder is not None and (folder.parent / "text_encoder" / "config.json").is_file():
         parts["text_encoder"] = checked("text_encoder", read_part(folder.parent, "text_encoder", notes), notes)
     if file and (others := original.ignored(file.tensors)):
@@ -107,6 +111,8 @@ def open_source(
 def checked(name: str, part: Part, notes: list[str]) -> Part:
     """The part, and a line on it. Raises UserError unless it has the tensors that its config asks for."""
     check_names(expected_tensors(name, part.config, part.where), part.tensors, part.place)
+    if name == "vae":
+        fold.scale_of(part.config, part.where)
     notes.append(f"{name}: {part.file}, {len(part.tensors)} tensors in {_dtypes(part.tensors)}")
     return part
 

@@ -131,8 +131,9 @@ def write_single_file(
     """
     parts, notes, header = dict(source.parts), list[str](), dict(metadata or {})
     tensors: dict[str, Any] = {}
-    if "vae" in parts and folding.scale_of(parts["vae"].config) != (SD15_SCALING_FACTOR, 0.0):
-        vae, (factor, shift) = parts["vae"], folding.scale_of(parts["vae"].config)
+    vae = parts.get("vae")
+    factor, shift = folding.scale_of(vae.config, vae.where) if vae else (SD15_SCALING_FACTOR, 0.0)
+    if vae and (factor, shift) != (SD15_SCALING_FACTOR, 0.0):
         said = f"VAE: factor {factor:g}" + (f" and shift {shift:g}" if shift else "")
         if fold:
             config, folded = folding.fold(vae.config, vae.tensors, vae.place)
