@@ -1,6 +1,12 @@
 """Small models and data sets that the tests share. Everything is made on the spot from fixed seeds."""
 
+import functools
+import importlib.util
+import inspect
+import multiprocessing
 import os
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +23,17 @@ torch.set_num_threads(1)
 # Kernels run on CPU tensors here unless there is a GPU. Read when a kernel is defined, so before any import of them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from triton.language.core import is_builtin
+        from triton.runtime import interpreter
+
+        @functools.cache
+        def builtins(language) -> list[str]:
+            return [name for name, member in inspect.getmembers(language) if is_builtin(member)]
+
+        # The interpreter searches the whole language for builtins at every call of a function, a third of its time: here once.
+        interpreter.inspect = types.SimpleNamespace(**vars(inspect))
+        interpreter.inspect.getmembers = lambda language: [(name, getattr(language, name)) for name in builtins(language)]
 
 
 def tiny_vae(channels: int = 4, factor: float = 0.5, seed: int = 0, groups: int = 4, width: int = 8):
@@ -106,6 +123,35 @@ def pytest_collection_modifyitems(items):
     for i, item in enumerate(long):
         rest.insert(i * len(rest) // (2 * len(long)), item)
     items[:] = rest
+
+
+def command_line(words: list[str], said: Path) -> None:
+    from fastsd import cli
+
+    for stream in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv = ["fastsd", *words]
+    cli.main()
+
+
+@pytest.fixture(scope="session")
+def start():
+    """`start(said, "train", ...)`: `fastsd train ...` in a process of its own, what it says appended to the file `said`.
+
+    It is forked, where a system can, from one that has imported what commands import: that takes longer than to train here.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    own = ("fastsd.train.loop", "fastsd.commands", "fastsd.model.text")
+    lazy = ("diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip")
+    context.set_forkserver_preload(["conftest", *own, *lazy])
+
+    def begin(said: Path, *words: str):
+        process = context.Process(target=command_line, args=(list(words), said))
+        process.start()
+        return process
+
+    return begin
 
 
 @pytest.fixture(scope="session")

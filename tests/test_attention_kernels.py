@@ -1,6 +1,7 @@
 """The attention kernels against fp64 and PyTorch, in Triton's interpreter or on a GPU: errors, layouts, determinism."""
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -90,15 +91,14 @@ def scattered(x):
     return out.copy_(x)
 
 
-@pytest.mark.parametrize("layout", [transposed, scattered, torch.Tensor.contiguous])
-def test_any_layout_gives_the_same_bits(layout):
-    inputs = make(2, 40, 50, 3, 40, "ieee")
-    results = []
-    for case in (inputs, {name: layout(x) for name, x in inputs.items()}):
-        leaves = {name: x.detach().requires_grad_() for name, x in case.items()}
-        o = attention_triton(*leaves.values())
-        results.append([o, *torch.autograd.grad(o, list(leaves.values()), layout(torch.ones_like(o)))])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+def test_any_layout_gives_the_same_bits():
+    inputs, first = make(2, 40, 50, 3, 40, "ieee").values(), None
+    for layout in (torch.Tensor.detach, transposed, scattered, torch.Tensor.contiguous):
+        leaves = [layout(x).detach().requires_grad_() for x in inputs]
+        o = attention_triton(*leaves)
+        found = o, *torch.autograd.grad(o, leaves, layout(torch.ones_like(o)))
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), layout
 
 
 def test_gradients_without_memory_of_their_own():
@@ -119,10 +119,10 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize("mode", ["bf16", "ieee"])
 def test_twenty_backward_passes_have_the_same_bits(mode):
     # 1 image and 77 keys: the queries are shared by several programs, whose sums are added afterwards.
-    leaves = [x.detach().requires_grad_() for x in make(1, 700, 77, 1, 40, mode).values()]
+    leaves = [x.detach().requires_grad_() for x in make(1, 300, 77, 1, 40, mode).values()]
     dy = torch.randn_like(leaves[0])
     first = None
-    for _ in range(20 if DEVICE == "cuda" else 3):
+    for _ in range(20 if DEVICE == "cuda" else 2):
         with nan_filled_memory():
             gradients = torch.autograd.grad(attention_triton(*leaves), leaves, dy)
         first = first or gradients
@@ -142,18 +142,21 @@ def test_only_inputs_output_and_row_statistics_are_kept():
 def test_ops_are_ordinary_ops(mode):
     q, k, v = make(2, 17, 33, 2, 16, mode).values()
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(attention_op, (*leaves, "tf32"))
+    # How a graph is made does not depend on the dtype: once will do, for it takes most of the time.
+    tests = [f"test_{name}" for name in ("schema", "autograd_registration", "faketensor")]
+    check = partial(torch.library.opcheck, test_utils=tests if mode == "bf16" else [*tests, "test_aot_dispatch_dynamic"])
+    check(attention_op, (*leaves, "tf32"))
     o, lse = attention_op(q, k, v, "tf32")
-    torch.library.opcheck(attention_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32"))
-    torch.library.opcheck(attention_packed_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32", False))
-    torch.library.opcheck(attention_packed_backward_op, (torch.randn_like(o), q, q, q, o, lse, "tf32", True))
+    check(attention_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32"))
+    check(attention_packed_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32", False))
+    check(attention_packed_backward_op, (torch.randn_like(o), q, q, q, o, lse, "tf32", True))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_packed_gradients_are_the_gradients(mode):
     """Written where the fused projections want them, in one part or added up from several."""
     precision = "ieee" if mode == "bf16" else mode
-    for queries, keys, own in ((40, 33, False), (40, 40, True), (600, 9, False)):
+    for queries, keys, own in ((40, 33, False), (40, 40, True), (300, 9, False)):
         q, k, v = make(1, queries, keys, 2, 40, mode).values()
         o, lse = attention_op(q, k, v, precision)
         given = torch.randn_like(o), q, k, v, o, lse, precision

@@ -91,12 +91,15 @@ def test_a_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
 
     from fastsd import demo as module
 
+    some = demo_world.prompts()[::3]
+    monkeypatch.setattr(demo_world, "prompts", lambda: some)
     monkeypatch.setattr(module, "SEEDS", (0,))
-    text = re.sub(r"until = \d+", "until = 1", module._config_file().read_text())
+    monkeypatch.setattr(module, "PICTURES", 64)
+    text = re.sub(r"until = \d+", "until = 1", module._config_file().read_text()).replace("images = 4", "images = 1")
     monkeypatch.setattr(module, "_config_file", lambda: tmp_path / "short.toml")
     (tmp_path / "short.toml").write_text(text)
     out = StringIO()
     result = demo(tmp_path / "demo", Console(file=out, width=200))
     assert "$ fastsd cache" in out.getvalue() and "$ fastsd train" in out.getvalue()
-    assert (tmp_path / "demo" / "demo.png").exists() and result["samples"] == 48
+    assert (tmp_path / "demo" / "demo.png").exists() and result["samples"] == len(some) == 16
     assert result["base"] >= 0.8 and result["before"] <= 0.5

@@ -18,6 +18,7 @@ from fastsd.errors import UserError
 from fastsd.model.files import load_model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNetConfig
+from fastsd.plan import plan_stage
 from fastsd.storage import read_safetensors
 from fastsd.train import checkpoint
 from fastsd.train.parts import ALIGN, Layout, Part
@@ -340,7 +341,14 @@ def test_a_steady_step_stays_on_its_device(settings):
 def test_auto_takes_what_fits(tmp_path, tiny_model, images, monkeypatch):
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 12\nmicro_batch = "auto"\noptimizer = "lion"\nlr = 1e-4\n'
     path = job(tmp_path, tiny_model, images, stage)
-    found = {}
+    found, plans = {}, []
+
+    def planned_once(*given, **more):  # its needs do not depend on the room, which is the fourth
+        plans[:] = plans or [plan_stage(*given, **more)]
+        plans[0].device_bytes = given[3]
+        return plans[0]
+
+    monkeypatch.setattr("fastsd.train.run.plan_stage", planned_once)
     for megabytes in (1000, 10, 0):
         monkeypatch.setattr("fastsd.train.run.free_memory", lambda device, free=megabytes: free << 20)
         if megabytes == 0:

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from io import StringIO
 from pathlib import Path
@@ -81,21 +79,24 @@ def whole(tmp_path_factory, tiny_model, images):
     return folder
 
 
-def test_killed_anywhere_ends_the_same(whole, tmp_path, tiny_model, images):
-    path = job(tmp_path, tiny_model, images, TWO_STAGES)
-    command = [sys.executable, "-m", "fastsd.cli", "train", str(path)]
+def wait_for_rows(process, log: Path, rows: int) -> None:
+    while process.is_alive() and not (log.exists() and log.read_text().count("\n") >= rows):
+        time.sleep(0.002)
+
+
+def test_killed_anywhere_ends_the_same(whole, tmp_path, tiny_model, images, start):
+    path, said = job(tmp_path, tiny_model, images, TWO_STAGES), tmp_path / "said"
     log, kills = tmp_path / "run" / "log.jsonl", 0
     for rows in (2, 4, 6, 9, 12):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= rows):
-            time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        process = start(said, "train", str(path))
+        wait_for_rows(process, log, rows)
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     assert kills >= 4
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
+    done = start(said, "train", str(path))
+    done.join(250)
+    assert done.exitcode == 0, said.read_text()
     assert same(final(tmp_path / "run"), final(whole))
     assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
@@ -313,21 +314,14 @@ def test_a_gradient_that_is_not_finite_touches_nothing(tmp_path, tiny_model, ima
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_first(number, tmp_path, tiny_model, images):
+def test_asked_to_stop_it_saves_first(number, tmp_path, tiny_model, images, start):
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 5000\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\n'
     path = job(tmp_path, tiny_model, images, stage)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastsd.cli", "train", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same line again goes on" in err
+    process, said = start(tmp_path / "said", "train", str(path)), tmp_path / "said"
+    wait_for_rows(process, tmp_path / "run" / "log.jsonl", 3)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 130 and "the same line again goes on" in said.read_text()
     assert checkpoint.newest(tmp_path / "run" / "checkpoints", print)[1].step >= 3
 
 
