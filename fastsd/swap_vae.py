@@ -1,7 +1,7 @@
 """Floor 3: `fastsd swap-vae` - a base model with another VAE in place, its edges brought to the new latents by images.
 
     OUT/             a diffusers folder: the base's UNet and text encoder, the new VAE
-    OUT/swap.json    how it was made: the fits, their R^2 and losses; in words on the card, README.md
+    OUT/swap.json    how it was made: the fits, their maps, R^2 and losses; in words on the card, README.md
 
 The mathematics is in `fastsd/model/align.py`. Images are drawn from all of the folder by --seed; a quarter of them takes no
 part in the fits and measures them, by what training will minimise: the mean square error of the UNet's prediction, with the
@@ -102,7 +102,7 @@ def swap_vae(
         if not math.isfinite(folded["own"].loss["loss"]):
             raise UserError(f"BASE is {base!r}, which predicts what is not finite from its own latents; fetch it again")
         said |= pairs.counts() | {"fit": fit or min(FITS, key=lambda name: folded[name].loss["loss"])}
-        said["fits"] = {name: {"r2": one.r2, **one.loss} for name, one in folded.items()}
+        said["fits"] = {name: {"r2": one.r2, **one.loss, **one.map} for name, one in folded.items()}
         _say_table(say, said)
         edges = folded[said["fit"]].edges
     else:
@@ -256,11 +256,12 @@ def _read(source: Source, buckets: Buckets) -> tuple[Tensor, str]:
 
 @dataclass
 class _Measured:
-    """A fit as it came out: R^2 a channel of the base ([] of the base itself), {"loss", "se"}."""
+    """A fit as it came out: R^2 a channel of the base ([] of the base itself), {"loss", "se"}, {"A", "c"} where it has them."""
 
     edges: align.Edges
     r2: list[float] = field(default_factory=list)
     loss: dict[str, float] = field(default_factory=dict)
+    map: dict[str, Any] = field(default_factory=dict)
 
 
 class _Alignment:
@@ -291,7 +292,8 @@ class _Alignment:
             folded = align.fold(edges, fit)
             if name == "kernel":
                 folded = self._refitted(folded)
-            found[name] = _Measured(folded, unseen.r2(fit), self._loss(folded, self.pairs.y_NDHW))
+            known = {"A": fit.A.tolist(), "c": fit.c.tolist()} if fit.A is not None and fit.c is not None else {}
+            found[name] = _Measured(folded, unseen.r2(fit), self._loss(folded, self.pairs.y_NDHW), known)
         return found
 
     def _refitted(self, edges: align.Edges) -> align.Edges:

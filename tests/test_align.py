@@ -160,8 +160,8 @@ def test_a_known_pair_of_vaes_draws_right_at_once(find, stretch):
     fit, cos, sin = find(pairs, means), math.cos(TURN), math.sin(TURN)
     back = torch.block_diag(*[torch.tensor([[cos, sin], [-sin, cos]])] * 2)
     c = -back @ torch.tensor(OFFSET) * own.scaling_factor / STRETCH
-    assert (fit.into[4::9, 4::9] - back / stretch).abs().max() <= 2e-4
-    assert (fit.offset[4::9] / means.signal - c).abs().max() <= 2e-4
+    assert (fit.into[4::9, 4::9] - back / stretch).abs().max() <= 2e-5
+    assert (fit.offset[4::9] / means.signal - c).abs().max() <= 2e-5
 
     def share() -> float:
         asked = demo_world.prompts()[:10]

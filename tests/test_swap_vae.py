@@ -46,6 +46,9 @@ def test_it_aligns_measures_and_takes_the_best(tmp_path, tiny_model, vaes, image
     assert found["fit"] == min(losses, key=losses.get) and losses["kernel"] < losses["plain"]
     assert (found["fitted"], found["measured"], found["put_aside"], found["resolution"]) == (9, 3, {}, 32)
     assert all(len(found["fits"][name]["r2"]) == 4 for name in FITS) and found["fits"]["own"]["r2"] == []
+    turn = torch.tensor(found["fits"]["orthogonal"]["A"], dtype=torch.float64)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(4, dtype=torch.float64))
+    assert len(found["fits"]["affine"]["c"]) == 4 and "A" not in found["fits"]["kernel"]
     assert all(f"\n{name} " in said and f"{losses[name]:.4f} ± " in said for name in FITS)
     assert model.vae.hash == load_vae(ModelTable(base=str(vaes / "other"), vae=str(vaes / "other"))).hash
     assert model.vae.scaling_factor == 0.7

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from fastsd.model.unet import UNet
 
-RIDGE = 1e-5  # of the affine fit, times the mean variance of y
+RIDGE = 1e-7  # of the affine fit, times the mean variance of y
 LAST_RIDGE = 1e-3  # of conv_out, times the mean variance of a feature
 # {"conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias"}: fp64, on the CPU.
 Edges = dict[str, Tensor]
@@ -133,12 +133,15 @@ class Fit:
     Attributes:
         into, offset: patches of y_t -> patches of x_t, (9 C, 9 D) and (9 C).
         back, shift: n or v of x -> that of y, (D, C) and (D).
+        A, c: x ~ A y + c of a fit of single positions, (C, D) and (C).
     """
 
     into: Tensor
     offset: Tensor
     back: Tensor
     shift: Tensor
+    A: Tensor | None = None
+    c: Tensor | None = None
 
 
 def fit_plain(channels: int, new_channels: int) -> Fit:
@@ -177,7 +180,7 @@ def fit_kernel(pairs: Pairs, schedule: Schedule) -> Fit:
     yy = noised(pairs.yy, pairs.mean_y, pairs.mean_y, torch.eye(len(Q.T)))
     into = torch.linalg.solve(yy, xy, left=False)
     offset = schedule.signal * (pairs.mean_x - into @ pairs.mean_y)
-    return replace(fit_orthogonal(pairs, schedule), into=into, offset=offset)
+    return replace(fit_orthogonal(pairs, schedule), into=into, offset=offset, A=None, c=None)
 
 
 def _procrustes(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -190,7 +193,7 @@ def _procrustes(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def _pointwise(A: Tensor, c: Tensor, schedule: Schedule) -> Fit:
     A, c, back = A.double(), c.double(), torch.linalg.pinv(A.double())
     shift = schedule.level * back @ c * schedule.velocity
-    return Fit(torch.kron(A, torch.eye(9)), schedule.signal * c.repeat_interleave(9), back, shift)
+    return Fit(torch.kron(A, torch.eye(9)), schedule.signal * c.repeat_interleave(9), back, shift, A, c)
 
 
 def edges_of(unet: UNet) -> Edges:
