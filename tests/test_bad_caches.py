@@ -92,7 +92,7 @@ def test_a_vae_that_is_swapped_in_between(folder, tmp_path, tiny_model, monkeypa
     assert fresh.items() < again.items()  # beside the old one's
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    assert "not a VAE that loads" in folder.run("cache", base, code=2)
+    assert f"{weights}: cannot be read as safetensors" in folder.run("cache", base, code=2)
 
 
 def test_a_disk_that_is_full_at_any_moment(folder, monkeypatch):
