@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -167,6 +168,23 @@ def test_averages_pickles_and_what_lies_beside(model, file, tmp_path):
     converted(tmp_path / "old.ckpt", tmp_path / "ema", tokenizer=str(model), ema=True)
     mine, theirs = states(model)["unet"], states(tmp_path / "ema")["unet"]
     assert mine.keys() == theirs.keys() and all(torch.equal(theirs[name], t * 2) for name, t in mine.items())
+
+
+def test_a_checkpoint_that_names_its_trainers_class(file, tmp_path, monkeypatch):
+    """As the first models' do, as a key beside their weights; the trainer is not here, and nothing of it is made."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    trainer = types.ModuleType(name)
+    trainer.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    parents = ("pytorch_lightning", "pytorch_lightning.callbacks")
+    with monkeypatch.context() as there:
+        for parent in parents:
+            there.setitem(sys.modules, parent, types.ModuleType(parent))
+        there.setitem(sys.modules, name, trainer)
+        whole = {"state_dict": read_safetensors(file), "callbacks": {trainer.ModelCheckpoint: {"best": 1.0}}}
+        torch.save(whole, tmp_path / "old.ckpt")
+    converted(tmp_path / "old.ckpt", tmp_path / "new.safetensors")
+    mine, theirs = read_safetensors(file), read_safetensors(tmp_path / "new.safetensors")
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_folders_of_pickled_weights(model, tmp_path):
