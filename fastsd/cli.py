@@ -290,9 +290,11 @@ def convert(
     """Write a model in the form of another tool: diffusers' folder, one file, or a LoRA in kohya's or PEFT's names."""
     from fastsd.convert import Options, convert
 
-    convert(source, out, to.value if to else "", Options(
-        dtype.value if dtype else "", ema, fold, variant, shard, vae, vae_scaling_factor, tokenizer, revision,
-    ))  # fmt: skip
+    options = Options(
+        dtype=dtype.value if dtype else "", ema=ema, fold=fold, variant=variant, shard=shard, vae=vae,
+        vae_scaling_factor=vae_scaling_factor, tokenizer=tokenizer, revision=revision,
+    )  # fmt: skip
+    convert(source, out, to.value if to else "", options)
 
 
 @app.command()

@@ -19,8 +19,6 @@ from fastsd.stages import PARTS
 from fastsd.storage import TensorFile, new_folder
 from fastsd.train.checkpoint import averages_of
 
-FORMS = ("diffusers", "single-file", "lora-kohya", "lora-peft")
-
 
 @dataclass(frozen=True)
 class Options:
@@ -52,7 +50,7 @@ def convert(name: str, out: Path, to: str = "", options: Options | None = None, 
 
     Args:
         name: a diffusers folder, hub id, single file (`.ckpt` and `.bin`, too), LoRA file, run or checkpoint.
-        to: one of FORMS; "" = what the ending of `out` says.
+        to: diffusers, single-file, lora-kohya or lora-peft; "" = what the ending of `out` says.
 
     Raises:
         UserError: a model that is damaged or of another family, or an `out` that is there or cannot be written. Nothing is
@@ -99,7 +97,7 @@ def _write(
 ) -> list[str]:  # fmt: skip
     if to == "single-file":
         vae, unet = source.parts.get("vae"), source.parts["unet"].config
-        downscale = 2 ** (len(vae.config.get("block_out_channels", "1")) - 1) if vae else 8
+        downscale = 2 ** (len(vae.config.get("block_out_channels", (64,))) - 1) if vae else 8
         metadata = metadata_of(summary, source.scheduler, (unet.get("sample_size") or 64) * downscale, title=out.stem)
         return write_single_file(source, out, dtype=options.dtype, fold=options.fold, metadata=metadata)
     with new_folder(out) as folder:

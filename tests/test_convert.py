@@ -328,13 +328,19 @@ def test_a_tokenizer_from_the_hubs_cache(model, file, tmp_path, monkeypatch):
 
     place = tmp_path / "hub" / "models--openai--clip-vit-large-patch14"
     shutil.copytree(model / "tokenizer", place / "snapshots" / "abc")
+    (place / "snapshots" / "abc" / "config.json").write_text("{}")  # of the whole CLIP that lies there
+    (place / "snapshots" / "abc" / "special_tokens_map.json").write_bytes(b'{"unk_token": "\xff"}\r\n')  # copied, never read
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("abc")
     with pytest.raises(UserError, match="has no tokenizer; name one, --tokenizer openai/clip-vit-large-patch14 for example"):
         converted(file, tmp_path / "out")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert "tokenizer: openai/clip-vit-large-patch14's, from the hub's cache" in converted(file, tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer" / "vocab.json").read_text() == (model / "tokenizer" / "vocab.json").read_text()
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "out" / "tokenizer" / name).read_bytes() == (model / "tokenizer" / name).read_bytes()
+    assert not (tmp_path / "out" / "tokenizer" / "config.json").exists()
+    assert (tmp_path / "out" / "tokenizer" / "special_tokens_map.json").read_bytes().endswith(b'\xff"}\r\n')
+    (place / "snapshots" / "abc" / "special_tokens_map.json").unlink()
     assert load_model(ModelTable(base=str(file))).text.tokenize(["a"]).shape == (1, 77)
 
 

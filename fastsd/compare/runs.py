@@ -199,12 +199,12 @@ def grid_files(folder: Path) -> list[tuple[Path, str, int]]:
 def read_grid(path: Path, stage: str, step: int) -> Grid | None:
     """A sample grid, or None for a file that is not whole."""
     try:
-        if path.read_bytes().endswith(PNG_END):
-            with Image.open(path) as sheet:
-                return _grid(path, stage, step, sheet)
+        if not path.read_bytes().endswith(PNG_END):
+            return None
+        with Image.open(path) as sheet:
+            return _grid(path, stage, step, sheet)
     except (OSError, SyntaxError):  # Pillow's word for a broken PNG
-        pass
-    return None
+        return None
 
 
 def _grid(path: Path, stage: str, step: int, sheet: Image.Image) -> Grid:

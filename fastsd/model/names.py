@@ -48,7 +48,7 @@ def original_names(part: str, config: dict[str, Any], names: Iterable[str]) -> d
         cfg = UNetConfig.from_diffusers(config)
         return {name: _unet_name(name, cfg) for name in names}
     if part == "vae":
-        return {name: _vae_name(name, len(config.get("block_out_channels", "1"))) for name in names}
+        return {name: _vae_name(name, len(config.get("block_out_channels", (64,)))) for name in names}
     return {name: name for name in names}
 
 

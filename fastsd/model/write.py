@@ -20,7 +20,7 @@ from fastsd.model.names import PREFIX, original_names
 from fastsd.model.original import CONFIGS, V_PREDICTION, ZERO_SNR
 from fastsd.model.source import Source
 from fastsd.model.vae import SD15_SCALING_FACTOR
-from fastsd.storage import Stored, Tensors, new_file, write_safetensors, write_text
+from fastsd.storage import Stored, Tensors, new_file, write_bytes, write_safetensors, write_text
 
 DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODEL_INDEX = {
@@ -29,6 +29,9 @@ MODEL_INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }  # fmt: skip
+TOKENIZER = (  # its files, which may lie beside those of a whole CLIP
+    "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
 _STEM = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 
@@ -104,10 +107,9 @@ def write_pipeline(folder: Path, scheduler: Mapping[str, Any], tokenizer: Path) 
         "model_index.json": _write_json(folder / "model_index.json", {**MODEL_INDEX, "scheduler": sampler}),
         "scheduler/scheduler_config.json": _write_json(folder / "scheduler" / "scheduler_config.json", scheduler),
     }
-    for source in sorted(tokenizer.iterdir()):
-        if source.suffix in (".json", ".txt") and source.is_file():
-            name = f"tokenizer/{source.name}"
-            hashes[name] = write_text(folder / name, source.read_text(encoding="utf-8"))
+    for name in TOKENIZER:
+        if (tokenizer / name).is_file():
+            hashes[f"tokenizer/{name}"] = write_bytes(folder / "tokenizer" / name, (tokenizer / name).read_bytes())
     return hashes
 
 
