@@ -23,12 +23,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastsd import demo, demo_world
-from fastsd.commands import cache
-from fastsd.config import Config, ModelTable, load_config
-from fastsd.counters import stamp
-from fastsd.swap_vae import swap_vae
-from fastsd.train.loop import train
+from fastsd.bench.counters import stamp
+from fastsd.commands.cache import cache
+from fastsd.commands.swap_vae import swap_vae
+from fastsd.config.schema import Config, ModelTable, load_config
+from fastsd.demo import demo, world
+from fastsd.run.loop import train
 
 EVERY, ENOUGH = 25, 0.9
 STARTS = ("plain", "aligned")
@@ -95,13 +95,13 @@ def compared(folder: Path, way: str, seed: int) -> dict[str, Any]:
 
 def picture(folder: Path, way: str, seed: int, path: Path) -> None:
     """Samples at three steps, the plain start above the aligned one."""
-    prompts = [prompt for *_, prompt in demo_world.prompts()[:SHOWN]]
+    prompts = [prompt for *_, prompt in world.prompts()[:SHOWN]]
     rows = []
     for start in STARTS:
         config = config_of(folder, way, start, seed)
         panels = [(step, *drawn(config, step)) for step in PANELS]
         titles = [(f"{start}, step {step}: {share:.0%}", images[:SHOWN]) for step, share, images in panels]
-        rows.append(demo_world.picture(titles, prompts))
+        rows.append(world.picture(titles, prompts))
     sheet = Image.new("RGB", (rows[0].width, 2 * rows[0].height))
     for i, row in enumerate(rows):
         sheet.paste(row, (0, i * row.height))
@@ -119,7 +119,7 @@ def main() -> None:
         folder = Path(scratch)
         config = demo._lay_out(folder, QUIET)
         base, vae = config.model.base, config.model.vae
-        demo_world.write_dataset(folder / "others", 256, seed=9)
+        world.write_dataset(folder / "others", 256, seed=9)
         swap_vae(base, vae, folder / "plain", console=QUIET)
         aligned = swap_vae(base, vae, folder / "aligned", folder / "others")
         cache(config_of(folder, args.ways[0], "plain", 0), QUIET)

@@ -33,18 +33,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastsd import commands, counters
-from fastsd.bench_data import freeze_made, write_cache
-from fastsd.config import Config, StageTable, parse_config
-from fastsd.data.build import build_cache
+from fastsd.bench import counters
+from fastsd.bench.data import freeze_made, write_cache
+from fastsd.commands.cache import cache
+from fastsd.config.schema import Config, StageTable, parse_config
+from fastsd.data.building.build import build_cache
+from fastsd.data.building.store import Store
+from fastsd.data.building.upkeep import verify
 from fastsd.data.cache import SHARD_ROWS, LatentCache
 from fastsd.data.order import Order
 from fastsd.data.rows import row_check
-from fastsd.data.store import Store
-from fastsd.data.upkeep import verify
-from fastsd.model.files import load_vae
+from fastsd.demo.demo import MODELS
+from fastsd.model.formats.load import load_vae
 
-DEMO = Path(commands.__file__).parent / "demo_assets" / "base"
+DEMO = MODELS / "base"
 ROW = (4, 64, 64)  # 32 KiB in fp16: a latent of 512 px
 BATCH = 64
 
@@ -93,7 +95,7 @@ def files(folder: Path, small: bool) -> dict[str, Any]:
 
     def cached(name: str) -> Any:
         start = time.perf_counter()
-        counts = commands.cache(config)
+        counts = cache(config)
         figures[name] = {"seconds": time.perf_counter() - start, "encoded": counts.encoded, "img_per_s": counts.rates}
         return counts
 

@@ -42,9 +42,10 @@ def make_base(folder: Path, factor: float = 0.13025) -> None:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from fastsd.demo_models import write_tokenizer
-    from fastsd.model.files import SD15_SCHEDULER, Model, part_state_dict, write_part, write_rest
-    from fastsd.model.text import TextEncoder
+    from fastsd.demo.models import write_tokenizer
+    from fastsd.model.formats.load import part_state_dict, write_part, write_rest
+    from fastsd.model.model import SD15_SCHEDULER, Model
+    from fastsd.model.text_encoder import TextEncoder
     from fastsd.model.unet import UNet, UNetConfig
     from fastsd.model.vae import Vae
 
@@ -92,8 +93,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     import torch
 
-    from fastsd.counters import stamp
-    from fastsd.demo_world import write_dataset
+    from fastsd.bench.counters import stamp
+    from fastsd.demo.world import write_dataset
 
     if not (folder / "base" / "model_index.json").exists():
         make_base(folder / "base")

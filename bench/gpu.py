@@ -54,7 +54,7 @@ SCRIPTS = ("vae", "steps")
 COMPILED_FIRST = ("attention", "norms")
 PYTEST = ("-m", "pytest")
 # Of files whose other tests are a CPU's: what pytest selects by this.
-ON_GPU = {"tests/test_bench_command.py": "cuda"}
+ON_GPU = {"tests/bench/test_bench_command.py": "cuda"}
 # {module: what goes without it}.  The tests of the optimizers ask for the first two.
 OPTIONAL = {
     "lion_pytorch": "lion-pytorch is left out",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from full_size import make_base
 
-from fastsd.counters import stamp
+from fastsd.bench.counters import stamp
 
 PARTS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text_encoder": "text_encoder/model"}
 PROMPT, SIZE, STEPS, GUIDANCE = "a red circle", 128, 2, 3.0
@@ -83,8 +83,8 @@ def images(folder: Path, file: Path) -> dict[str, float]:
     """Largest difference of a channel (0 to 1) between our image and those of diffusers, from the same latents."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from fastsd.config import ModelTable, SampleTable
-    from fastsd.sample import denoise, load_to_sample
+    from fastsd.config.schema import ModelTable, SampleTable
+    from fastsd.sampling.generate import denoise, load_to_sample
     from fastsd_kernels import noise
 
     eps = noise.normal(0, noise.Purpose.SAMPLE, torch.tensor([0]), (4, SIZE // 8, SIZE // 8))
@@ -113,7 +113,9 @@ def main() -> None:
     work = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-interchange-"))
     work.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
-    imports = process("import fastsd.convert; from diffusers import AutoencoderKL; from transformers import CLIPTextModel")
+    imports = process(
+        "import fastsd.commands.convert; from diffusers import AutoencoderKL; from transformers import CLIPTextModel"
+    )
     for factor in (0.18215, 0.13025):
         base, file, back = work / f"base-{factor}", work / f"{factor}.safetensors", work / f"back-{factor}"
         for leftover in (file, back):

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastsd import demo
-from fastsd.commands import cache
-from fastsd.config import Config, load_config
-from fastsd.counters import stamp
-from fastsd.lr_probe import lr_probe
-from fastsd.train.loop import train
+from fastsd.bench.counters import stamp
+from fastsd.commands.cache import cache
+from fastsd.commands.lr_probe import lr_probe
+from fastsd.config.schema import Config, load_config
+from fastsd.demo import demo
+from fastsd.run.loop import train
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from fastsd.config import StageTable
+from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model, materialize
 from fastsd.model.unet import UNetConfig
-from fastsd.plan import plan_stage
+from fastsd.plan.plan import plan_stage
 from fastsd.train.memory import LiveBytes
 from fastsd.train.precision import set_precision
 from fastsd.train.step import Step

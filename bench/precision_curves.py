@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from fastsd import demo
-from fastsd.commands import cache
-from fastsd.config import load_config
-from fastsd.train.loop import train
+from fastsd.commands.cache import cache
+from fastsd.config.schema import load_config
+from fastsd.demo import demo
+from fastsd.run.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)

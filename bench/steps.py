@@ -40,13 +40,13 @@ from plan_check import FULL, SMALL, planned, stage_of
 from torch.autograd import DeviceType
 from verdicts import step_table, time_by_kind
 
-from fastsd import bench, counters, peers
-from fastsd.config import StageTable
+from fastsd.bench import baselines, counters, options, suites
+from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
-from fastsd.model.files import Model
+from fastsd.model.model import Model
 from fastsd.model.shapes import empty_model, materialize
-from fastsd.plan import RESERVED, plan_stage
+from fastsd.plan.plan import RESERVED, plan_stage
 from fastsd.train.graph import WARM_UP
 from fastsd.train.precision import choose_device, choose_ops, set_precision
 
@@ -91,14 +91,14 @@ class Given:
     small: bool
     rounds: int
 
-    def asked(self, setting: Setting, names: list[str]) -> bench.Asked:
+    def asked(self, setting: Setting, names: list[str]) -> options.Asked:
         words = {
             "stage.0.optimizer": setting.optimizer, "stage.0.batch": setting.batch,
             "stage.0.checkpointing": setting.checkpointing, "deterministic": setting.deterministic, "cuda_graph": setting.graph,
         }  # fmt: skip
         changes = [f"{key}={json.dumps(value)}" for key, value in words.items()]
         more: dict[str, Any] = {"steps": self.rounds, "peers": ",".join(names) or "none"}
-        return bench.Asked("step", None, changes, setting.precision, self.small, **more)
+        return options.Asked("step", None, changes, setting.precision, self.small, **more)
 
     def record(self, op: str, kind: str, mode: str, implementation: str, **figures: Any) -> Record:
         about = {"op": op, "kind": kind, "mode": mode, "implementation": implementation}
@@ -141,9 +141,9 @@ def measurements() -> list[Measurement]:
         _steps("b", Setting("tf32", "adamw", 32, deterministic=False), "compiled"),
     ]
     stages = [("bf16", "lion"), ("fp32", "dlion")]
-    memory = [_most(*stage, level, peers.OURS) for stage in stages for level in ("none", "ff")]
+    memory = [_most(*stage, level, baselines.OURS) for stage in stages for level in ("none", "ff")]
     plans = [Measurement("d", f"plan, {case[0]}, {_words(case)}", partial(against_plan, case)) for case in CASES]
-    theirs = [_most(*stage, "none", peers.SAME_OPTIMIZER[stage[1]]) for stage in stages]
+    theirs = [_most(*stage, "none", baselines.SAME_OPTIMIZER[stage[1]]) for stage in stages]
     return [*first, *graphs, profile, *crossed, *others, *memory, *plans, *theirs]
 
 
@@ -168,9 +168,9 @@ def whole_steps(setting: Setting, names: tuple[str, ...], given: Given) -> list[
     for name in names:
         if name == "compiled" and given.device.type == "cpu":
             notes.append("left out: peer compiled, whose compiler takes minutes for a CPU")
-        elif peers.attempt(name, notes, partial(peers.require, name)):
+        elif baselines.attempt(name, notes, partial(baselines.require, name)):
             there.append(name)
-    _, figures = bench.bench_step(given.asked(setting, there), partial(print, flush=True))
+    _, figures = suites.bench_step(given.asked(setting, there), partial(print, flush=True))
     notes += figures["misses"]
     kept = ("img_per_s", "tflop_per_s", "mfu", "peak_gb", "held_gb", "launches", "host_waits", "times", "ms", "first_loss")
     same = {"optimizer": setting.optimizer, "batch": setting.batch, "switches": figures["settings"]["switches"]}
@@ -196,16 +196,16 @@ def graph_or_not(setting: Setting, given: Given) -> list[Record]:
 
 def where_time_goes(setting: Setting, given: Given) -> list[Record]:
     """One step by `torch.profiler`: time of kernels by the operation that launched them; on a CPU, of operations."""
-    of, notes = bench.subject(given.asked(setting, [])), list[str]()
-    model = peers.made_model(of.cfg, of.ops)
+    of, notes = options.subject(given.asked(setting, [])), list[str]()
+    model = baselines.made_model(of.cfg, of.ops)
     model.unet.to(of.device)
     model.text.module.to(of.device)
     set_precision(setting.precision, model.unet)
-    batches = peers.made_batches(of.cfg.in_channels, of.side, of.stage.batch)
+    batches = baselines.made_batches(of.cfg.in_channels, of.side, of.stage.batch)
     records, gpu = [], of.device.type == "cuda"
     if not gpu:
         notes.append("left out: the time of kernels, for there is no GPU; these are operations on a CPU")
-    for contender in peers.contenders(peers.Work(model, of.stage, batches, of.device), ["diffusers"], notes):
+    for contender in baselines.contenders(baselines.Work(model, of.stage, batches, of.device), ["diffusers"], notes):
         with contender.turn():
             for _ in range(WARM_UP):
                 contender.step()
@@ -245,22 +245,22 @@ def most_images(precision: str, optimizer: str, level: str, name: str, given: Gi
 
     Ours holds what a run does, its text encoder and VAE included, and records its graph; a peer has its UNet alone.
     """
-    ours, notes = name == peers.OURS, list[str]()
-    if not ours and not peers.attempt(name, notes, partial(peers.require, name)):
+    ours, notes = name == baselines.OURS, list[str]()
+    if not ours and not baselines.attempt(name, notes, partial(baselines.require, name)):
         raise LeftOut(*notes)
     shapes, resolution = SMALL if given.small else FULL
     side, most, peaks = shapes.side(resolution), 8 if given.small else 512, dict[int, tuple[int, int]]()
     stage = stage_of((precision, optimizer, most, 1, level, {}))
     torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(given.device).total_memory)
     # The weights that a peer begins with stay in main memory.
-    model = whole_model(given, stage) if ours else peers.made_model(shapes.unet, choose_ops("auto", given.device))
+    model = whole_model(given, stage) if ours else baselines.made_model(shapes.unet, choose_ops("auto", given.device))
     model.text.module.to(given.device)
     set_precision(precision)
-    work = peers.Work(model, stage, [], given.device, graph=ours)
-    contender: Any = peers.Ours(work, _refuse) if ours else peers.peer_maker(work)(name)
+    work = baselines.Work(model, stage, [], given.device, graph=ours)
+    contender: Any = baselines.Ours(work, _refuse) if ours else baselines.peer_maker(work)(name)
 
     def fits(images: int) -> bool:
-        make = token_batches if ours else peers.made_batches
+        make = token_batches if ours else baselines.made_batches
         work.batches = make(shapes.unet.in_channels, side, images)
         try:
             with contender.turn():
@@ -317,13 +317,13 @@ def against_plan(case: Case, given: Given) -> list[Record]:
     stage, before = stage_of(case), torch.cuda.memory_allocated(given.device)
     says = planned(shapes, resolution, stage, choose_ops("auto", given.device))["peak"]
     batches = token_batches(shapes.unet.in_channels, shapes.side(resolution), stage.batch)
-    ours = peers.Ours(peers.Work(whole_model(given, stage), stage, batches, given.device))
+    ours = baselines.Ours(baselines.Work(whole_model(given, stage), stage, batches, given.device))
     for _ in range(2):
         ours.step()
     allocated, reserved = peak(ours.step)
     found = allocated - before
     sizes = {"planned_gb": says / 1e9, "peak_gb": found / 1e9, "reserved_gb": reserved / 1e9, "before_gb": before / 1e9}
-    return [given.record("plan", _words(case), stage.precision, peers.OURS, ratio=says / found, **sizes)]
+    return [given.record("plan", _words(case), stage.precision, baselines.OURS, ratio=says / found, **sizes)]
 
 
 def whole_model(given: Given, stage: StageTable) -> Model:
@@ -344,7 +344,7 @@ def whole_model(given: Given, stage: StageTable) -> Model:
 
 def token_batches(channels: int, side: int, batch: int) -> list[Batch]:
     """As `peers.made_batches`, with texts of 77 tokens."""
-    made = peers.made_batches(channels, side, batch)[0]
+    made = baselines.made_batches(channels, side, batch)[0]
     return [replace(made, token_ids_BL=torch.zeros(batch, 77, dtype=torch.int64))]
 
 

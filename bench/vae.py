@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from verdicts import Verdict
 
-from fastsd import counters
+from fastsd.bench import counters, timing
 from fastsd.model.shapes import SD15_VAE
 from fastsd.model.vae import Vae
 from fastsd.storage import replace_file
@@ -92,7 +92,7 @@ def measure(precision: str, batch: int, first: bool, asked: argparse.Namespace) 
     switches, module = set_precision(precision), random_vae(asked.small)
     contenders = encoders(module, COMPUTE_DTYPE[precision], device, first and device.type == "cuda")
     images = torch.rand(batch, 3, asked.resolution, asked.resolution, device=device) * 2 - 1
-    turns: dict[str, counters.Turn] = {}
+    turns: dict[str, timing.Turn] = {}
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         truth = module.to(device).encode(images[:1]).latent_dist.mean
@@ -103,7 +103,7 @@ def measure(precision: str, batch: int, first: bool, asked: argparse.Namespace) 
             turns[name] = run, nullcontext
         ours, theirs = rows[0]["error"], rows[1]["error"]
         assert ours <= (2 * theirs if precision == "bf16" else 1e-4), f"an error of {ours:.1e}, and diffusers' is {theirs:.1e}"
-        order = counters.in_turns(turns, asked.rounds, device)
+        order = timing.in_turns(turns, asked.rounds, device)
     rate, work = counters.matmul_rate(device, precision, asked.small), flops(asked.small, asked.resolution)
     same = {"device": counters.device_name(device), "gpu": device.type == "cuda", "small": asked.small, "switches": switches}
     same |= {"tflop_per_image": work / 1e12, "matmul_tflop_per_s": rate / 1e12}

@@ -1,4 +1,4 @@
-"""Floor 4: the command line. Parses, calls, and turns a UserError into one sentence; torch is imported inside the commands.
+"""The command line. Parses, calls, and turns a UserError into one sentence; torch is imported inside the commands.
 
 Exit codes: 0 done, 1 our fault (with a traceback), 2 the user must change something, 130 stopped by Ctrl-C.
 """
@@ -16,7 +16,7 @@ import typer
 from fastsd.errors import Stopped, UserError
 
 if TYPE_CHECKING:
-    from fastsd.config import Config
+    from fastsd.config.schema import Config
 
 app = typer.Typer(
     help="Retrain Stable Diffusion 1.5, with another VAE swapped in, on one GPU.",
@@ -63,7 +63,7 @@ def train(
 ) -> None:
     """Train the stages of CONFIG. The same line again resumes."""
     loaded = _load(config, overrides, precision)
-    from fastsd.train.loop import train
+    from fastsd.run.loop import train
 
     train(loaded)
 
@@ -78,7 +78,7 @@ def cache(
 ) -> None:
     """Encode the images of CONFIG into its latent cache. The same line again does what is missing."""
     loaded = _load(config, overrides)
-    from fastsd.commands import cache, inspect_cache
+    from fastsd.commands.cache import cache, inspect_cache
 
     if verify or prune or stats:
         inspect_cache(loaded, verify=verify, prune=prune, stats=stats)
@@ -107,7 +107,7 @@ def sample(
     device: Annotated[str, typer.Option()] = "auto",
 ) -> None:
     """Draw images from MODEL."""
-    from fastsd.commands import sample
+    from fastsd.commands.sample import sample
 
     table = {
         "prompts": prompt or [], "prompts_file": str(prompts or ""), "images": images, "seed": seed, "steps": steps,
@@ -129,7 +129,7 @@ def validate(
 ) -> None:
     """Measure the loss of MODEL on the images that CONFIG holds out of training, and on those it measures beside them."""
     loaded = _load(config, overrides, precision)
-    from fastsd.validate import validate
+    from fastsd.commands.validate import validate
 
     validate(model, loaded, json_file)
 
@@ -142,7 +142,7 @@ def check(
 ) -> None:
     """Find everything that can be wrong with CONFIG before the long run."""
     loaded = _load(config, overrides, precision)
-    from fastsd.commands import check
+    from fastsd.commands.check import check
 
     check(loaded)
 
@@ -158,7 +158,7 @@ def plan(
 ) -> None:
     """Tell from CONFIG alone whether it fits a card, with which micro-batch, how long it takes and what disk."""
     loaded = _load(config, overrides, precision)
-    from fastsd.plan import plan
+    from fastsd.plan.plan import plan
 
     plan(loaded, vram, card, json_file)
 
@@ -180,7 +180,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there as well.")] = None,
 ) -> None:
     """Measure the real step, its memory, kernels, optimizers or loader, beside their peers."""
-    from fastsd.bench import bench
+    from fastsd.bench.suites import bench
 
     options = {"size": size, "batch": batch, "micro_batch": micro_batch, "optimizer": optimizer, "graph": graph}
     bench(
@@ -201,7 +201,7 @@ def compare(
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Draw anew from every checkpoint that was kept.")] = False,
 ) -> None:
     """Lay runs side by side in one page: settings, curves, samples, cost, and how far they are from a baseline."""
-    from fastsd.compare.report import compare
+    from fastsd.compare.compare import compare
 
     compare(runs or [], out, baseline, draw or [], from_checkpoints=checkpoints)
 
@@ -216,7 +216,7 @@ def sweep(
     baseline: Annotated[str, typer.Option(metavar="NAME", help="Run that others are measured against; the config's own.")] = "",
 ) -> None:
     """Train runs that differ in these values and in nothing else, and compare them. The same line again resumes."""
-    from fastsd.sweep import sweep
+    from fastsd.compare.sweep import sweep
 
     sweep(config, values or [], precision and precision.value, baseline)
 
@@ -231,7 +231,7 @@ def lr_probe(
 ) -> None:
     """Find a learning rate for Lion by a short run of D-Lion."""
     loaded = _load(config, overrides, precision)
-    from fastsd.lr_probe import lr_probe
+    from fastsd.commands.lr_probe import lr_probe
 
     lr_probe(loaded, steps, stage)
 
@@ -244,7 +244,7 @@ def long_clip(
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
 ) -> None:
     """Stretch the text encoder of BASE to long captions, as Long-CLIP does before it trains."""
-    from fastsd.long_clip import long_clip
+    from fastsd.commands.long_clip import long_clip
 
     long_clip(base, out, tokens, tokenizer)
 
@@ -265,7 +265,7 @@ def swap_vae(
     seed: Annotated[int, typer.Option(min=0, help="Which images, noise and timesteps.")] = 0,
 ) -> None:
     """Put VAE into BASE. With images, training starts from a model that already speaks the new latents."""
-    from fastsd.swap_vae import swap_vae
+    from fastsd.commands.swap_vae import swap_vae
 
     swap_vae(
         base, vae, out, images, fit, limit, resolution, vae_scaling_factor, tokenizer, precision.value, device, seed
@@ -288,7 +288,7 @@ def convert(
     revision: Annotated[str, typer.Option(help="Of a hub id.")] = "",
 ) -> None:
     """Write a model in the form of another tool: diffusers' folder, one file, or a LoRA in kohya's or PEFT's names."""
-    from fastsd.convert import Options, convert
+    from fastsd.commands.convert import Options, convert
 
     options = Options(
         dtype=dtype.value if dtype else "", ema=ema, fold=fold, variant=variant, shard=shard, vae=vae,
@@ -310,7 +310,7 @@ def redraw(
 ) -> None:
     """Make a data set with MODEL: the images of CONFIG drawn anew, from their captions alone or from T on."""
     loaded = _load(config, overrides)
-    from fastsd.redraw import redraw
+    from fastsd.commands.redraw import redraw
 
     redraw(model, loaded, out, start, limit, precision.value, device)
 
@@ -320,13 +320,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-out"),
 ) -> None:
     """The whole story in miniature: swap the VAE, cache, train, sample. A few minutes, CPU or GPU, no downloads."""
-    from fastsd.demo import demo
+    from fastsd.demo.demo import demo
 
     demo(out)
 
 
 def _load(path: Path, overrides: list[str] | None, precision: Precision | None = None) -> Config:
-    from fastsd.config import load_config
+    from fastsd.config.schema import load_config
 
     return load_config(path, overrides, precision and precision.value)
 

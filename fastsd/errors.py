@@ -1,4 +1,4 @@
-"""Leaf: the exceptions a person is meant to read."""
+"""The exceptions a person is meant to read."""
 
 
 class UserError(ValueError):

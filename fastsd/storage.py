@@ -1,4 +1,4 @@
-"""Leaf: writing so that a crash loses nothing, and reading what strangers have written.
+"""Writing so that a crash loses nothing, and reading what strangers have written.
 
 A file or folder is written under a temporary name, flushed to the disk, renamed, and its parent flushed: after a kill or
 a power cut there is either the old one or the whole new one.  Tensors go to safetensors block by block, so memory stays

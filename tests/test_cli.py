@@ -5,23 +5,8 @@ import sys
 import time
 
 import pytest
-from conftest import job, tiny_vae, write_images
-
-from fastsd import cli
-
-STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 2\noptimizer = "lion"\nlr = 1e-4\n'
-
-
-def fastsd(*words, monkeypatch, capsys) -> tuple[int, str, str]:
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["fastsd", *map(str, words)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+from commandline import STAGE, fastsd
+from tiny import job, tiny_vae, write_images
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Floor 3: `fastsd compare` - several runs side by side in one page."""
+"""Floor 8: pages over several runs, and the sweeps that make them."""

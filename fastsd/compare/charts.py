@@ -1,4 +1,4 @@
-"""Floor 3: the curves of `fastsd compare`. A run has one colour everywhere; images trained are the x of every curve."""
+"""The curves of `fastsd compare`. A run has one colour everywhere; images trained are the x of every curve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from fastsd.compare.numbers import called
-from fastsd.compare.runs import Row, RunData, column
+from fastsd.compare.runs import RunData, column
+from fastsd.run.folder import Row
 
 WIDTH, DPI = 12.0, 150  # inches, dots per inch: 1800 px, sharp where a page shows 1200
 POINTS = 3000  # of a curve that are drawn

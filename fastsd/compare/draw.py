@@ -1,4 +1,4 @@
-"""Floor 3: pictures that compare draws itself - finished models or checkpoints, with other sampling settings."""
+"""Pictures that compare draws itself - finished models or checkpoints, with other sampling settings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from PIL import Image
 from pydantic import ValidationError
 
 from fastsd.compare.pictures import sheet
-from fastsd.compare.runs import Grid, RunData, read_grids
-from fastsd.compare.settings import combinations, said
-from fastsd.complaints import sentence
-from fastsd.config import ModelTable, SampleTable
+from fastsd.compare.runs import RunData, read_grids
+from fastsd.config.config_errors import sentence
+from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.errors import UserError
-from fastsd.model.files import Model
-from fastsd.sample import generate, load_to_sample, read_prompts, sample_grid, save_grid
-from fastsd.train.checkpoint import checkpoints
+from fastsd.model.model import Model
+from fastsd.run.checkpoint import checkpoints
+from fastsd.run.folder import Grid
+from fastsd.run.settings import combinations, said
+from fastsd.sampling.generate import generate, load_to_sample
+from fastsd.sampling.grid import read_prompts, sample_grid, save_grid
 
 KEYS = ("clip_skip", "guidance", "negative", "sampler", "seed", "size", "steps")
 

@@ -1,4 +1,4 @@
-"""Floor 3: what is told of runs in numbers - as tables of words, for the page to lay out."""
+"""What is told of runs in numbers - as tables of words, for the page to lay out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fastsd.compare.runs import SMOOTHING, RunData, column
-from fastsd.compare.settings import ABSENT, differences
-from fastsd.train.report import duration
+from fastsd.run.report import duration
+from fastsd.run.settings import ABSENT, differences
 
 SEEN = {"order": "images in the same order", "timesteps": "same timesteps", "noise": "same noise"}
 PER = 1000  # images that a slope is told for

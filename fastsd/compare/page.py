@@ -1,4 +1,4 @@
-"""Floor 3: the page of `fastsd compare` - one HTML file with everything in it, which needs no network."""
+"""The page of `fastsd compare` - one HTML file with everything in it, which needs no network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from string import Template
 from PIL import Image
 
 from fastsd.compare.numbers import Table
-from fastsd.compare.runs import Grid, RunData
+from fastsd.compare.runs import RunData
+from fastsd.run.folder import Grid
 
 LONG = 44  # letters of a table's cell that stays on one line
 Frames = Sequence[tuple[Grid, Image.Image]]

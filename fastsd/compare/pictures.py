@@ -1,4 +1,4 @@
-"""Floor 3: samples of runs laid side by side - over checkpoints, beside each other, less a baseline, as an animation."""
+"""Samples of runs laid side by side - over checkpoints, beside each other, less a baseline, as an animation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastsd.compare.numbers import Pixels
-from fastsd.compare.runs import WHOLE, Cell, Grid, RunData
+from fastsd.compare.runs import RunData
+from fastsd.run.folder import WHOLE, Cell, Grid
 
 Row = tuple[str, Sequence[Image.Image | None]]  # its label and its pictures
 

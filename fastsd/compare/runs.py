@@ -1,52 +1,26 @@
-"""Floor 3: what a run's folder tells, read as it is - also while it trains, after a kill, or from an older version."""
+"""What a run's folder tells, read as it is - also while it trains, after a kill, or from an older version."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from fastsd.compare.settings import short_names
-from fastsd.config import Config, parse_config
+from fastsd.config.schema import Config, parse_config
 from fastsd.errors import UserError
-from fastsd.sample import GRID_CHUNK
+from fastsd.run.folder import Grid, Row, grid_files, read_grid, read_rows, read_table
+from fastsd.run.settings import short_names
 
-Row = dict[str, Any]
-Cell = tuple[str, int]  # prompt and seed
-Box = tuple[int, int, int, int]  # left, top, right, bottom: px
 SMOOTHING = 0.04  # of a run's log rows that a smoothed loss goes over
-PNG_END = b"IEND\xaeB`\x82"
-WHOLE: Cell = ("", 0)  # the one cell of a grid that does not say where its cells lie
 
 # Ten that are told apart by most eyes, also on paper; with more runs they come again.
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c564b", "#5a5a5a", "#a6a61d",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A picture of samples and where its cells lie."""
-
-    path: Path
-    stage: str
-    step: int
-    cells: dict[Cell, Box]
-
-    def whole(self) -> Image.Image:
-        with Image.open(self.path) as sheet:
-            return sheet.convert("RGB")
-
-    def cut(self) -> dict[Cell, Image.Image]:
-        sheet = self.whole()
-        return {cell: sheet.crop(box) for cell, box in self.cells.items()}
 
 
 @dataclass
@@ -160,57 +134,7 @@ def _read(folder: Path, label: str, colour: str) -> RunData:
     )  # fmt: skip
 
 
-def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Row]:
-    """Rows of a JSONL file that are whole: the last one may have been cut off by a kill."""
-    rows: list[Row] = []
-    if not path.is_file():
-        return rows
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in needed.items()):
-            rows.append(row)
-    return rows
-
-
-def read_table(path: Path) -> Row | None:
-    """A JSON file's table; None where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def read_grids(folder: Path) -> list[Grid]:
     """The sample grids STAGE-STEP.png in a folder, by step; those that are not whole are left out."""
     grids = [grid for path, stage, step in grid_files(folder) if (grid := read_grid(path, stage, step))]
     return sorted(grids, key=lambda grid: (grid.step, grid.path.name))
-
-
-def grid_files(folder: Path) -> list[tuple[Path, str, int]]:
-    """(Path, stage, step) of what is named as a sample grid in a folder."""
-    found = [(path, re.fullmatch(r"(?!\.)(.+)-(\d+)\.png", path.name)) for path in folder.glob("*.png")]
-    return [(path, match[1], int(match[2])) for path, match in found if match]
-
-
-def read_grid(path: Path, stage: str, step: int) -> Grid | None:
-    """A sample grid, or None for a file that is not whole."""
-    try:
-        if not path.read_bytes().endswith(PNG_END):
-            return None
-        with Image.open(path) as sheet:
-            return _grid(path, stage, step, sheet)
-    except (OSError, SyntaxError):  # Pillow's word for a broken PNG
-        return None
-
-
-def _grid(path: Path, stage: str, step: int, sheet: Image.Image) -> Grid:
-    try:
-        said = json.loads(sheet.info[GRID_CHUNK])
-        cells = {(str(cell["prompt"]), int(cell["seed"])): tuple(map(int, cell["box"])) for cell in said["cells"]}
-    except (KeyError, TypeError, ValueError):
-        cells = {}
-    return Grid(path, stage, step, cells or {WHOLE: (0, 0, *sheet.size)})  # type: ignore[arg-type]

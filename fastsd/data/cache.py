@@ -3,7 +3,7 @@
     DIR/cache.sqlite              the truth while caching (see `build.py`); training never opens it
     DIR/shards/S.safetensors      one tensor "mean" (n <= 4096, C, h, w): the raw posterior mean, unscaled
     DIR/views/V.safetensors       frozen: where every sample's latents lie, and its captions; training maps this file
-    DIR/tokens, DIR/states        what `tokens.py` and `states.py` add of the captions of a view
+    DIR/tokens, DIR/states        what `tokens.py` and `text_embeddings.py` add of the captions of a view
     DIR/masks                     what `masks.py` adds of the masks of its images
 
 Shards and views are ordinary safetensors, see `rows.py`.  One view belongs to one (folders, preprocessing, VAE, dtype); its
@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsd.config import Config, DataTable
+from fastsd.config.schema import Config, DataTable
 from fastsd.data.rows import LATENTS, Index, Rows, damaged, read_header
 from fastsd.errors import UserError
 
@@ -190,7 +190,7 @@ def view_paths(folder: Path) -> list[Path]:
 
 
 class StatesIndex(Index):
-    """The index of the text encoder's states of a view's captions, see `states.py`."""
+    """The index of the text encoder's states of a view's captions, see `text_embeddings.py`."""
 
     FORMAT, SAID = "states-index-1", ("shards", "view", "space")
     TENSORS = {"offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32}

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from torch import Tensor
 
-from fastsd.config import StageTable
+from fastsd.config.schema import StageTable
 from fastsd.data.cache import LatentCache
 from fastsd.errors import UserError
 from fastsd_kernels.noise import Purpose, uniform

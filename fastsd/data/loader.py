@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsd.config import DataTable, StageTable
+from fastsd.config.schema import DataTable, StageTable
 from fastsd.data.cache import LatentCache
 from fastsd.data.captions import captions_for, select
 from fastsd.data.masks import open_masks
 from fastsd.data.order import Order
-from fastsd.data.states import States
+from fastsd.data.text_embeddings import States
 from fastsd.data.tokens import Tokens
 from fastsd_kernels.noise import Purpose, integers
 
@@ -72,7 +72,7 @@ class Loader:
         rank, world: this worker makes the rank-th of `world` equal parts of every global batch.
         tokens: token ids of the cache's captions; None = all are tokenized here.
         states: the text encoder's states of the captions; None = the step encodes.
-        left_out: samples that no batch may have, see `held_out.py`.
+        left_out: samples that no batch may have, see `validation_split.py`.
 
     Raises:
         UserError: the filter leaves no image, or the masks are not there.

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsd.config import FolderTable
+from fastsd.config.schema import FolderTable
 from fastsd.data.cache import Group
 from fastsd_kernels.noise import Purpose, permuted
 

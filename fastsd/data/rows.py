@@ -5,7 +5,7 @@
              reader ignores tensors it does not know
 
 Both are ordinary safetensors files; the key `fastsd` of their metadata says what they are.  What writes them is `store.py`.
-Read next: `cache.py`, `states.py`.
+Read next: `cache.py`, `text_embeddings.py`.
 
 Shapes: B entries of an index.
 """

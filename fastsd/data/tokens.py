@@ -3,34 +3,27 @@
 Its tensors are offsets (int64, n + 1) and ids (16 bits, or 32 for a vocabulary that needs them; unsigned, whatever the
 header calls them).  Sample i has ids[offsets[i] : offsets[i + 1]]: the ids of each of its captions, uncut and without
 those that begin and end a sequence, each followed by END, the largest number there is.  The file belongs to one view by
-its sha256 and to one tokenizer by `tokenizer_hash`.
+its sha256 and to one tokenizer by `tokenizer_hash`.  `fastsd/data/building/tokenize.py` writes it.
 
 Shapes: n samples, L tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastsd.data.cache import LatentCache
 from fastsd.data.rows import Frozen, damaged, read_header
 from fastsd.errors import UserError
-from fastsd.model.text import assemble, ids_of, tokenizer_hash
-from fastsd.storage import TEMPORARY, flush_folder, safetensors_header
+from fastsd.model.text_encoder import assemble, tokenizer_hash
 
 TOKENS_FORMAT = "tokens-1"
-_HEADER = 4096  # bytes kept for the header, whose size is known before what it says is
-_CHUNK = 1024  # samples tokenized together
+HEADER_BYTES = 4096  # bytes kept for the header, whose size is known before what it says is
 
 
 class Tokens:
@@ -48,8 +41,8 @@ class Tokens:
 
     def __init__(self, cache: LatentCache, tokenizer: Any, window: int, chunks: int = 1) -> None:
         key = tokenizer_hash(tokenizer)
-        self.path, self.window, self.chunks, self._tokenizer = _path(cache, key), window, chunks, tokenizer
-        self._file = Frozen(self.path, TOKENS_FORMAT, {"offsets": np.int64, "ids": _kind(tokenizer)})
+        self.path, self.window, self.chunks, self._tokenizer = tokens_path(cache, key), window, chunks, tokenizer
+        self._file = Frozen(self.path, TOKENS_FORMAT, {"offsets": np.int64, "ids": id_dtype(tokenizer)})
         self._metadata, self._ids = self._file.metadata, self._file.arrays["ids"]
         if (self._metadata.get("view"), self._metadata.get("tokenizer")) != (cache.sha256, key):
             raise damaged(self.path, "belongs to captions as they were before")
@@ -82,7 +75,7 @@ class Tokens:
     def is_sound(self) -> bool:
         """Whether every byte is the one that was written; reads the file once."""
         with open(self.path, "rb") as file:
-            return _content_hash(file) == self._metadata.get("sha256")
+            return content_hash(file) == self._metadata.get("sha256")
 
 
 def unsound(path: Path) -> str:
@@ -90,7 +83,7 @@ def unsound(path: Path) -> str:
     try:
         metadata = read_header(path, TOKENS_FORMAT)[1]
         with open(path, "rb") as file:
-            return "" if _content_hash(file) == metadata.get("sha256") else "does not match its sha256"
+            return "" if content_hash(file) == metadata.get("sha256") else "does not match its sha256"
     except (UserError, OSError) as error:
         return str(error).removeprefix(f"{path} ").partition(";")[0]
 
@@ -107,75 +100,14 @@ def token_files(folder: Path) -> list[Path]:
     return sorted((folder / "tokens").glob("*.safetensors"))
 
 
-def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], None] = lambda done: None) -> bool:
-    """Tokenize all captions of a cache, unless that is done. One process at a time.
-
-    Args:
-        tokenizer: transformers' CLIPTokenizer.
-        report: is told the samples done, now and then.
-
-    Returns:
-        Whether there was anything to do.
-
-    Raises:
-        OSError: the disk does not take it; nothing is left behind.
-    """
-    with contextlib.suppress(UserError):
-        Tokens(cache, tokenizer, 2)
-        return False
-    key = tokenizer_hash(tokenizer)
-    path = _path(cache, key)
-    temporary = path.with_name(TEMPORARY + path.name)
-    path.parent.mkdir(exist_ok=True)
-    try:
-        with open(temporary, "w+b") as file:
-            ids = _write_content(file, cache, tokenizer, report)
-            kind = {2: torch.int16, 4: torch.int32}[_kind(tokenizer)().itemsize]
-            about = {"fastsd": TOKENS_FORMAT, "view": cache.sha256, "tokenizer": key, "sha256": _content_hash(file)}
-            shapes = {"offsets": (torch.int64, (len(cache) + 1,)), "ids": (kind, (ids,))}
-            header = safetensors_header(shapes, about, align=_HEADER)
-            assert len(header) == _HEADER
-            file.seek(0)
-            file.write(header)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
-    return True
-
-
-def _write_content(file: Any, cache: LatentCache, tokenizer: Any, report: Callable[[int], None]) -> int:
-    """Both tensors, chunk by chunk, each in its place; the number of ids, END included."""
-    kind, samples, done = _kind(tokenizer), len(cache), 0
-    end, first_id = np.iinfo(kind).max, _HEADER + 8 * (samples + 1)
-    file.seek(_HEADER)
-    file.write(bytes(8))
-    for first in range(0, samples, _CHUNK):
-        variants = cache.variants(range(first, min(first + _CHUNK, samples)))
-        rows = ids_of(tokenizer, list(chain.from_iterable(variants)))
-        ids = np.fromiter(chain.from_iterable((*row, end) for row in rows), kind)
-        row_ends = np.cumsum([len(row) + 1 for row in rows], dtype=np.int64)
-        sample_ends = row_ends[np.cumsum([len(texts) for texts in variants]) - 1]
-        file.seek(_HEADER + 8 * (first + 1))
-        file.write(done + sample_ends)
-        file.seek(first_id + done * ids.itemsize)
-        file.write(ids)
-        done += len(ids)
-        report(first + len(variants))
-    return done
-
-
-def _path(cache: LatentCache, key: str) -> Path:
+def tokens_path(cache: LatentCache, key: str) -> Path:
     return cache.path.parent.parent / "tokens" / f"{cache.path.stem}-{key[:16]}.safetensors"
 
 
-def _kind(tokenizer: Any) -> type[np.unsignedinteger]:
+def id_dtype(tokenizer: Any) -> type[np.unsignedinteger]:
     return np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
 
 
-def _content_hash(file: Any) -> str:
-    file.seek(_HEADER)
+def content_hash(file: Any) -> str:
+    file.seek(HEADER_BYTES)
     return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,1 +1,1 @@
-"""Floor 1: the UNet, the VAE, the text encoder, and the formats their weights come and go in."""
+"""Floor 1: the UNet, the VAE, the text encoder, adapters, and a whole `Model` of them. `formats/` reads and writes them."""

@@ -1,4 +1,4 @@
-"""Floor 1: the UNet's first and last convolution brought to another VAE's latents, by the linear map between the two spaces.
+"""The UNet's first and last convolution brought to another VAE's latents, by the linear map between the two spaces.
 
 x are the scaled latents of the VAE that a UNet has learned, y those of another one, of the same images at the same positions.
 The UNet knows x_t = a x + b n with a = sqrt(abar_t), b = sqrt(1 - abar_t) and white n; it will be given y_t = a y + b e. Both

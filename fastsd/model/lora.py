@@ -1,8 +1,8 @@
-"""Floor 1: low-rank adapters (LoRA) in the UNet and the text encoder.
+"""Low-rank adapters (LoRA) in the UNet and the text encoder.
 
 A target's weight W becomes W + alpha / rank * up @ down (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
 section 4.1); W is frozen, down starts at random and up at zero. peft puts them in by its config; what they compute is
-`fastsd/model/lean.py`'s, so that the path with adapters is the path without.
+`fastsd/model/recompute.py`'s, so that the path with adapters is the path without.
 
 A weight that n projections share has an adapter for each one that is a target, as if they were separate. Down is stacked,
 (n R, F_in), and so is up, (n F, R). In files they are separate:
@@ -10,7 +10,7 @@ A weight that n projections share has an adapter for each one that is a target, 
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight      down, as diffusers' `save_lora_weights`
     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight            up
 
-Other tools' files, and where rank and alpha stand: `fastsd/model/lora_files.py`.
+Other tools' files, and where rank and alpha stand: `fastsd/model/formats/lora_files.py`.
 
 Shapes: F features, C channels, R the rank of one adapter.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,14 +28,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fastsd.config import LoraTable
+from fastsd.config.schema import LoraTable
+from fastsd.config.stages import PARTS
 from fastsd.errors import UserError
-from fastsd.model import lean
-from fastsd.model.files import Model, classic_text_name
-from fastsd.model.lora_files import PEFT_CONFIG, LoraFile, peft_config, read_lora, write_kohya, write_peft
+from fastsd.model import recompute
+from fastsd.model.model import Model
 from fastsd.model.select import matches, uniform_like
-from fastsd.model.weights import check_names, diffusers_pieces
-from fastsd.stages import PARTS
+from fastsd.model.weights import classic_text_name, diffusers_pieces
 from fastsd_kernels.noise import Purpose
 
 NAME = "default"  # peft's name of the one adapter
@@ -84,7 +82,7 @@ class Adapted(nn.Module, LoraLayer):
         up = base.weight.new_zeros(self.count * outputs // len(target.blocks), rank)
         self.lora_A, self.lora_B = nn.ParameterDict({NAME: down}), nn.ParameterDict({NAME: up})
 
-    def operands(self) -> lean.Layer:
+    def operands(self) -> recompute.Layer:
         """Weight, bias, down, and for each projection that shares the weight its up with the factor alpha / rank, or None."""
         up = self.lora_B[NAME]
         if self.scaling[NAME] != 1:
@@ -96,7 +94,7 @@ class Adapted(nn.Module, LoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         weight, _, down, *ups = self.operands()
         if weight.ndim == 2:
-            return lean.linear(x, *self.operands())
+            return recompute.linear(x, *self.operands())
         conv = self.base_layer
         low = F.conv2d(x, down, stride=conv.stride, padding=conv.padding)
         return conv(x) + F.conv2d(low, ups[0][:, :, None, None])
@@ -199,7 +197,7 @@ def _settings(table: LoraTable, wide: Mapping[str, bool]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _adapted(model: Model, part: str) -> list[tuple[str, Adapted]]:
+def adapted_layers(model: Model, part: str) -> list[tuple[str, Adapted]]:
     return [(path, layer) for path, layer in model.part(part).named_modules() if isinstance(layer, Adapted)]
 
 
@@ -212,68 +210,18 @@ def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Ten
     state: dict[str, Tensor] = {}
     for part in PARTS:
         given = (tensors_by_part or {}).get(part, {})
-        for path, layer in _adapted(model, part):
+        for path, layer in adapted_layers(model, part):
             for letter, parameters in (("A", layer.lora_A), ("B", layer.lora_B)):
                 tensor = given.get(f"{path}.lora_{letter}.{NAME}", parameters[NAME])
                 state |= {f"{part}.{name}": view for name, view in layer.pieces(letter, tensor.detach())}
     return state
 
 
-def _alphas(model: Model) -> dict[str, float]:
-    """By `<part>.<module>` as files name it."""
-    return {
-        f"{part}.{module}": float(layer.lora_alpha[NAME])
-        for part in PARTS
-        for _, layer in _adapted(model, part)
-        for module in layer.target.modules
-    }
-
-
-def write_lora(
-    path: Path, model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None, names: str = "peft",
-    metadata: Mapping[str, str] | None = None,
-) -> str:  # fmt: skip
-    """Write what `lora_state_dict` gives into one .safetensors file; returns its sha256.
-
-    Args:
-        names: "kohya", or "peft" for diffusers'.
-        metadata: for the file's header.
-    """
-    lora = LoraFile(lora_state_dict(model, tensors_by_part), _alphas(model))
-    lora = replace(lora, metadata={PEFT_CONFIG: peft_config(lora), **(metadata or {})})
-    return {"kohya": write_kohya, "peft": write_peft}[names](path, lora)
-
-
-def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
-    """Copy adapters into those that the model has. Nothing is copied unless all fit.
-
-    Args:
-        source: a file of any kind that `read_lora` reads, or what `lora_state_dict` gives.
-
-    Raises:
-        UserError: not such a file, or of other layers, another rank or another alpha than the model's.
-    """
-    assert model.lora is not None
-    lora = LoraFile(dict(source), {}) if isinstance(source, Mapping) else read_lora(source)
-    place = "lora" if isinstance(source, Mapping) else str(source)
-    targets = lora_state_dict(model)
-    check_names(targets, lora.tensors, place, "make rank, targets, conv and text_encoder of model.lora those of the file")
-    for module, alpha in _alphas(model).items():
-        if not math.isclose(alpha, theirs := lora.alphas.get(module, alpha), rel_tol=1e-6):
-            rank = lora.ranks[module]
-            raise UserError(
-                f"{place}: its adapters count {theirs / rank:g} times and model.lora.alpha makes it {alpha / rank:g}; set it "
-                f"to {theirs:g} ({module})"
-            )
-    for name, target in targets.items():
-        target.copy_(lora.tensors[name])
-
-
 @torch.no_grad()
 def merge_lora(model: Model) -> None:
     """Add the adapters to the weights, rounded once, and take them out."""
     for part in PARTS:
-        for path, layer in _adapted(model, part):
+        for path, layer in adapted_layers(model, part):
             weight, _, down, *ups = layer.operands()
             assert weight.dtype == torch.float32
             downs = iter(down.double().flatten(1).chunk(layer.count))

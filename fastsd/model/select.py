@@ -1,4 +1,4 @@
-"""Floor 1: which parameters an entry of `train` or `reinit` means, and new weights for those that start again.
+"""Which parameters an entry of `train` or `reinit` means, and new weights for those that start again.
 
     "unet", "text_encoder"      the whole part
     "lora"                      the adapters of both
@@ -20,10 +20,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from fastsd.config.stages import PARTS
 from fastsd.errors import UserError
-from fastsd.model.files import Model
+from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER, diffusers_names, plain_name
-from fastsd.stages import PARTS
 from fastsd_kernels.noise import Purpose, uniform
 
 # Regular expressions, found anywhere in a name.

@@ -1,4 +1,4 @@
-"""Floor 1: a model that has shapes and no data, for planning - from a config's model, or from one that is loaded.
+"""A model that has shapes and no data, for planning - from a config's model, or from one that is loaded.
 
 Only `config.json` files are read. Where there are none, SD1.5's shapes stand in, and that is said.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsd.config import LoraTable, ModelTable
+from fastsd.config.schema import LoraTable, ModelTable
 from fastsd.errors import UserError
-from fastsd.model.files import SD15_SCHEDULER, Model
-from fastsd.model.text import TextEncoder
+from fastsd.model.model import SD15_SCHEDULER, Model
+from fastsd.model.text_encoder import TextEncoder
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import Vae
 from fastsd_kernels import Ops

@@ -1,4 +1,4 @@
-"""Floor 1: the UNet of Stable Diffusion 1.5, at any width and depth, channels last, on a table of `Ops`.
+"""The UNet of Stable Diffusion 1.5, at any width and depth, channels last, on a table of `Ops`.
 
 Modules carry diffusers' names, so a weight's path here is its path in every SD tool; only q/k/v are fused into one matmul
 (`to_qkv`, `to_kv`) and the 1x1 projections around attention are linears. `fastsd.model.weights` translates at the border.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastsd.errors import UserError
-from fastsd.model import lean
+from fastsd.model import recompute
 from fastsd_kernels import REFERENCE, Ops
 
 RESNET_EPS, ATTENTION_EPS, LAYER_NORM_EPS = 1e-5, 1e-6, 1e-5
@@ -111,15 +111,15 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def operands(layer: nn.Module) -> lean.Layer:
-    """What `fastsd.model.lean` takes of a linear or convolution: weight, bias, and its adapter's down and up if it has one."""
+def operands(layer: nn.Module) -> recompute.Layer:
+    """What `recompute` takes of a linear or convolution: weight, bias, and its adapter's down and up if it has one."""
     if isinstance(layer, nn.Linear | nn.Conv2d):
         return layer.weight, layer.bias, None, None
     return cast(Any, layer).operands()  # `fastsd.model.lora`
 
 
 class Norm(nn.Module):
-    """Weight and bias of a GroupNorm or LayerNorm; the layer behind it does the arithmetic (`fastsd/model/lean.py`)."""
+    """Weight and bias of a GroupNorm or LayerNorm; the layer behind it does the arithmetic (`fastsd/model/recompute.py`)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Attention(nn.Module):
 
     def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
         """Packed q, k, v; or q and packed k, v -> (B, N, C)."""
-        return lean.attention_linear(self.ops.pieces, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0]))
+        return recompute.attention_linear(self.ops.pieces, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0]))
 
 
 class GegluProjection(nn.Module):
@@ -173,14 +173,14 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_BNC: Tensor, context_BLD: Tensor) -> Tensor:
         def normed(norm: Norm, x: Tensor, residual: Tensor | None, linear: nn.Module) -> tuple[Tensor, Tensor]:
-            return lean.layer_norm_linear(
+            return recompute.layer_norm_linear(
                 self.ops.pieces, LAYER_NORM_EPS, x, residual, norm.weight, norm.bias, *operands(linear)
             )
 
         qkv, _ = normed(self.norm1, x_BNC, None, self.attn1.to_qkv)
         q, x_BNC = normed(self.norm2, self.attn1(qkv), x_BNC, self.attn2.to_q)
         attended = self.attn2(q, self.attn2.to_kv(context_BLD))
-        return lean.feed_forward(
+        return recompute.feed_forward(
             self.ops.pieces, LAYER_NORM_EPS, self.keep_hidden, attended, x_BNC, self.norm3.weight, self.norm3.bias,
             *self.ff.operands(),
         )  # fmt: skip
@@ -199,11 +199,11 @@ class Transformer(nn.Module):
 
     def forward(self, x_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
         norm = self.norm
-        x_BNC = lean.group_norm_linear(
+        x_BNC = recompute.group_norm_linear(
             self.ops.pieces, self.groups, ATTENTION_EPS, x_BCHW, norm.weight, norm.bias, *operands(self.proj_in)
         )
         x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD))
-        return x_BCHW + lean.image(x_BNC, x_BCHW.shape[2:])
+        return x_BCHW + recompute.image(x_BNC, x_BCHW.shape[2:])
 
 
 class Resnet(nn.Module):
@@ -230,7 +230,7 @@ def convolved(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """conv(silu(norm([x, skip] + shift))), and shortcut([x, skip]) if there is one."""
     layers = operands(conv) if shortcut is None else (*operands(conv), *operands(shortcut))
-    return lean.norm_conv(ops.pieces, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *layers)
+    return recompute.norm_conv(ops.pieces, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *layers)
 
 
 class Downsample(nn.Module):
@@ -252,7 +252,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor, size: torch.Size) -> Tensor:
-        return lean.upsample_conv(*size, x_BCHW, *operands(self.conv))
+        return recompute.upsample_conv(*size, x_BCHW, *operands(self.conv))
 
 
 class Level(nn.Module):

@@ -1,4 +1,4 @@
-"""Floor 1: the VAE. diffusers' AutoencoderKL, encoded by our own layers, with the numbers a trainer needs beside it.
+"""The VAE. diffusers' AutoencoderKL, encoded by our own layers, with the numbers a trainer needs beside it.
 
 Latents are scaled by z = (raw - shift) * factor before the UNet sees them and back before decoding. The factor belongs to
 the VAE (0.18215 for SD1.5's, 0.13025 for SDXL's); using another one's shows as wrong colours.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd.model.encoder import Encoder
+from fastsd.model.vae_encoder import Encoder
 from fastsd_kernels import REFERENCE, Ops
 
 SD15_SCALING_FACTOR = 0.18215

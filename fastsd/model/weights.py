@@ -1,7 +1,7 @@
-"""Floor 1: the UNet's weights under diffusers' names, exact both ways.
+"""The UNet's weights under diffusers' names, exact both ways.
 
 Three things differ between the module and the names: self-attention's q/k/v are one matrix here, cross-attention's k/v are
-one, and the projections around a transformer are 1x1 convolutions there.  Read next: `fastsd/model/files.py`.
+one, and the projections around a transformer are 1x1 convolutions there.  Read next: `fastsd/model/formats/load.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastsd.errors import UserError
-from fastsd.model.names import classic_text_name
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.storage import Tensors, check_finite, whole
 
@@ -133,3 +132,8 @@ def check_names(
     for name, target in expected.items():
         if target.shape != found[name].shape:
             raise UserError(f"{place}: {name} has shape {tuple(found[name].shape)}, expected {tuple(target.shape)}; {advice}")
+
+
+def classic_text_name(name: str) -> str:
+    """A CLIP text weight's name with the `text_model.` that transformers 5 leaves out and older loaders need."""
+    return name if name.startswith("text_model.") else f"text_model.{name}"

@@ -1,1 +1,1 @@
-"""Floor 2-3: precision, optimizers, objective, schedule, step, loop and checkpoints."""
+"""Floor 3: one optimizer step - precision, arenas, optimizers, noise, objective, schedule, CUDA graph, memory."""

@@ -1,4 +1,4 @@
-"""Floor 2: a training step as a CUDA graph - thousands of launches become one.
+"""A training step as a CUDA graph - thousands of launches become one.
 
 A step of this UNet launches some 3,000 kernels; at batch 1 a GPU waits for Python most of the time. The first calls
 of a shape run as they are, which lets libraries load, kernels compile and cuDNN choose; they are steps like any other. Then

@@ -1,4 +1,4 @@
-"""Floor 2: memory, counted - what autograd keeps for a backward, and how many bytes live at the worst moment and whose.
+"""Memory, counted - what autograd keeps for a backward, and how many bytes live at the worst moment and whose.
 
 Both count storages, not tensors: views are free. They work on real, meta and fake tensors alike, so that a plan (`plan.py`)
 and a measurement are one code. On a GPU the peak as it was is `torch.cuda.max_memory_allocated`; the scratch that a library

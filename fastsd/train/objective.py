@@ -1,9 +1,9 @@
-"""Floor 2: what is learned - to tell the noise in noised latents, or their velocity - and how much each error counts.
+"""What is learned - to tell the noise in noised latents, or their velocity - and how much each error counts.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps        target = eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
     loss = mean over images of  w(t) w_image  mean over elements of  m d(prediction, target)
 
-(Ho et al. 2020, equations 4 and 14; v: Salimans and Ho 2022, appendix D.)  What eps is made of, `noising.py` tells. Noise
+(Ho et al. 2020, equations 4 and 14; v: Salimans and Ho 2022, appendix D.)  `noise_sampler.py` defines eps. Noise
 and timestep are functions of (seed, sample position) - immiscible noise of the image, too - so no batch split changes them:
 see `fastsd_kernels.noise`.  Shapes: B images, C latent channels, H x W positions, T timesteps.
 """
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastsd.config.stages import StageTable
 from fastsd.errors import UserError
-from fastsd.stages import StageTable
-from fastsd.train.noising import Noising
+from fastsd.train.noise_sampler import Noising
 from fastsd_kernels import REFERENCE, Ops, noise
 
 ALL_TIMESTEPS = StageTable.model_fields["timestep_range"].default

@@ -2,7 +2,7 @@
 
 The arithmetic is `fastsd_kernels.lion`, `.dlion`, `.adamw`; here are parameter groups, state and hyper-parameters. A
 step reads nothing back from the device, so it never waits. Any list of parameters will do; training gives each optimizer
-one, the arena of a part (`parts.py`). Read next: `fastsd_kernels/dlion.py`.
+one, the arena of a part (`trainable.py`). Read next: `fastsd_kernels/dlion.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Floor 2: the one place that picks a device and an Ops table, and sets every numerical switch PyTorch has.
+"""The one place that picks a device and an Ops table, and sets every numerical switch PyTorch has.
 
 fp32   IEEE fp32 everywhere: TF32 off for matmuls and for convolutions, whose PyTorch defaults differ
 tf32   TF32 in both
-bf16   the parts compute in bf16, their exact fp32 masters are what the optimizer steps (see parts.py)
+bf16   the parts compute in bf16, their exact fp32 masters are what the optimizer steps (see `trainable.py`)
 
 Norm statistics, softmax, loss and optimizer arithmetic are fp32 in all three.
 """
@@ -14,7 +14,7 @@ import torch
 from fastsd.errors import UserError
 from fastsd.model.unet import UNet
 from fastsd_kernels import REFERENCE, TRITON, Ops, fastest
-from fastsd_kernels.cpu import problem as cpu_problem
+from fastsd_kernels.cpu_optimizers import problem as cpu_problem
 from fastsd_kernels.launch import INTERPRETED
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}

@@ -1,12 +1,12 @@
-"""Floor 2: what follows a schedule - the learning rate of a step, the decay of the average, and when something is due."""
+"""What follows a schedule - the learning rate of a step, the decay of the average, and when something is due."""
 
 from __future__ import annotations
 
 import math
 
-from fastsd.config import StageTable
+from fastsd.config.schema import StageTable
+from fastsd.config.stages import Amount, parse_amount, steps_of
 from fastsd.errors import UserError
-from fastsd.stages import Amount, parse_amount, steps_of
 
 
 def learning_rate(stage: StageTable, step: int, total: int, part: str) -> float:
@@ -64,7 +64,7 @@ class Every:
     """When something is due that a stage does every so many steps, epochs, images or seconds.
 
     Args:
-        key, amount: what a config says, see `fastsd.stages.parse_amount`; 0 = never.
+        key, amount: what a config says, see `fastsd.config.stages.parse_amount`; 0 = never.
         batch: images a step.
         epoch: images an epoch.
         seconds: how long the stage has run.

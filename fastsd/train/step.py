@@ -1,4 +1,4 @@
-"""Floor 3: one optimizer step. `train`, the demo and every benchmark call this and nothing else.
+"""One optimizer step. `train`, the demo and every benchmark call this and nothing else.
 
     batch -> [ micro-batch: noise, text, UNet, loss, backward ] x n -> gradient norm -> one launch a part -> StepResult
 
@@ -17,17 +17,17 @@ import torch
 import xxhash
 from torch import Tensor
 
-from fastsd.config import StageTable
+from fastsd.config.schema import StageTable
+from fastsd.config.stages import PARTS
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
-from fastsd.model.files import Model
+from fastsd.model.model import Model
 from fastsd.model.select import selected
-from fastsd.stages import PARTS
 from fastsd.train.graph import Graphed
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import AdamW, DLion, FastOptimizer, Lion
-from fastsd.train.parts import Part
 from fastsd.train.schedule import ema_decay, learning_rate
+from fastsd.train.trainable import Part
 from fastsd_kernels import noise
 from fastsd_kernels.gradient_norm import clip_scale
 

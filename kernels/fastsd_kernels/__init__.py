@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd_kernels.absent import AVAILABLE, remove_stand_in
 from fastsd_kernels.adamw import adamw_reference, adamw_triton
 from fastsd_kernels.attention import attention_reference, attention_triton
-from fastsd_kernels.cpu import adamw_cpu, dlion_cpu, gradient_norm_cpu, lion_cpu
-from fastsd_kernels.cpu import problem as cpu_problem
+from fastsd_kernels.cpu_optimizers import adamw_cpu, dlion_cpu, gradient_norm_cpu, lion_cpu
+from fastsd_kernels.cpu_optimizers import problem as cpu_problem
 from fastsd_kernels.dlion import dlion_estimate_reference, dlion_estimate_triton, dlion_reference, dlion_triton
+from fastsd_kernels.forward_backward import REFERENCE_PIECES, TRITON_PIECES, Pieces
 from fastsd_kernels.geglu import geglu_reference, geglu_triton
 from fastsd_kernels.gradient_norm import gradient_norm_reference, gradient_norm_triton
 from fastsd_kernels.group_norm import group_norm_reference, group_norm_triton
 from fastsd_kernels.layer_norm import layer_norm_reference, layer_norm_triton
 from fastsd_kernels.lion import lion_reference, lion_triton
+from fastsd_kernels.no_triton import AVAILABLE, remove_stand_in
 from fastsd_kernels.noise import noised_reference, noised_triton, normal, normal_triton
-from fastsd_kernels.pieces import REFERENCE_PIECES, TRITON_PIECES, Pieces
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ TRITON: Ops | None = Ops(
 if not AVAILABLE:
     TRITON = None
 remove_stand_in()
-# What `cpu.problem()` says nothing against; its functions raise ValueError where it does.
+# What `cpu_optimizers.problem()` says nothing against; its functions raise ValueError where it does.
 CPU = replace(
     REFERENCE,
     name="cpu",
@@ -98,7 +98,7 @@ CPU = replace(
 def fastest(device: torch.device) -> Ops:
     """The table for tensors on this device: TRITON on a GPU, CPU on a CPU, REFERENCE where that one cannot be used.
 
-    On a CPU it may compile, about a second once a machine; `cpu.problem()` tells what kept it from that.
+    On a CPU it may compile, about a second once a machine; `cpu_optimizers.problem()` tells what kept it from that.
     """
     if device.type == "cuda" and TRITON is not None:
         return TRITON

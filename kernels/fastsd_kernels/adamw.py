@@ -19,7 +19,7 @@ Read next: `gradient_norm.py`, where the factor `scale` and the flag `skip` come
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 import triton
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastsd_kernels.arena import (
     TILES,
+    StepOptions,
     active,
     clear,
     fma,
@@ -56,12 +57,7 @@ def adamw_reference(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
-    skip: Tensor | None = None,
-    lows: Sequence[Tensor] | None = None,
-    scale: Tensor | None = None,
-    emas: Sequence[Tensor] | None = None,
-    ema_decay: float | Tensor = 0.9999,
-    zero_grads: bool = False,
+    **options: Unpack[StepOptions],
 ) -> None:
     """One step of AdamW, in place on `params`, `exp_avgs`, `exp_avg_sqs` and `steps`.
 
@@ -72,19 +68,17 @@ def adamw_reference(
         betas: decay of (first, second moment).
         eps: added to the root of the second moment, in units of the gradient.
         weight_decay: multiplies lr.
-        skip: 0-dim bool or float on the device; nonzero leaves every byte as it was, whatever the gradients hold.
-        lows, scale, emas, ema_decay, zero_grads: as `lion_reference`.
+        options: see `StepOptions`.
 
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization", algorithm 2; torch.optim.AdamW.
     """
     if not params:
         return
     beta1, beta2 = betas
-    sizes, roots = corrections(steps, lr, betas, skip)
-    options = masters(params, grads, lows=lows, scale=scale, emas=emas, ema_decay=ema_decay, zero_grads=zero_grads, skip=skip)
-    with options as (params, grads):
+    sizes, roots = corrections(steps, lr, betas, options.get("skip"))
+    with masters(params, grads, **options) as (params, grads):
         for p, g, m, v, size, root in pieces(params, grads, exp_avgs, exp_avg_sqs, sizes.unbind(), roots.unbind()):
-            with unless(skip, p, m, v):
+            with unless(options.get("skip"), p, m, v):
                 torch._foreach_lerp_(m, g, 1 - beta1)
                 torch._foreach_mul_(v, beta2)
                 torch._foreach_addcmul_(v, g, g, 1 - beta2)
@@ -184,12 +178,7 @@ def adamw_triton(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
-    skip: Tensor | None = None,
-    lows: Sequence[Tensor] | None = None,
-    scale: Tensor | None = None,
-    emas: Sequence[Tensor] | None = None,
-    ema_decay: float | Tensor = 0.9999,
-    zero_grads: bool = False,
+    **options: Unpack[StepOptions],
 ) -> None:
     """`adamw_reference` as one launch a tensor; an arena is a list of one. A captured graph keeps an lr that is a float.
 
@@ -197,11 +186,10 @@ def adamw_triton(
         ValueError: a dtype that `adamw_reference` does not name, tensors of one parameter that differ in shape or strides or
             have gaps, or a device that runs no kernels.
     """
-    options: dict[str, Any] = {"lows": lows, "scale": scale, "emas": emas, "ema_decay": ema_decay, "skip": skip}
     each = operands("adamw", params, grads, exp_avgs, exp_avg_sqs, device_scalars=(lr, *steps), **options)
     if not each:
         return
-    sizes, roots = corrections(steps, lr, betas, skip)
+    sizes, roots = corrections(steps, lr, betas, options.get("skip"))
     for (tensors, extra), size, root in zip(each, sizes.unbind(), roots.unbind(), strict=True):
         factors = scalars(size.device, 1 - lr * weight_decay, size, root)
-        _adamw_op(*tensors, factors, *extra, *betas, eps, zero_grads)
+        _adamw_op(*tensors, factors, *extra, *betas, eps, options.get("zero_grads", False))

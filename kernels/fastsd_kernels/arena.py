@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 import triton
@@ -45,6 +45,28 @@ from fastsd_kernels.launch import INTERPRETED, require_device
 # on a GPU a run bounds the scratch only, and launches should be few.
 _RUN_CPU = 1 << 18
 _RUN_GPU = 1 << 26
+
+EMA_DECAY = 0.9999
+
+
+class StepOptions(TypedDict, total=False):
+    """What every optimizer's op takes beside its hyper-parameters; None as if it were left out.
+
+    Attributes:
+        skip: 0-dim bool or float on the device; nonzero leaves every byte as it was, whatever the gradients hold.
+        lows: int16, low halves of the masters whose high halves the parameters (then bf16) are.
+        scale: 0-dim fp32 on the device, multiplies the gradients: one over the loss scale, times the clip factor.
+        emas: fp32, moved towards the new parameters: ema + (1 - ema_decay)(p - ema).
+        ema_decay: a float or a 0-dim tensor on the device; fp64, for 1 - decay is small. `EMA_DECAY` by default.
+        zero_grads: overwrite the gradients with zeros, also where `skip` is set: what it skips must not be added to.
+    """
+
+    skip: Tensor | None
+    lows: Sequence[Tensor] | None
+    scale: Tensor | None
+    emas: Sequence[Tensor] | None
+    ema_decay: float | Tensor
+    zero_grads: bool
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,15 +87,10 @@ def join_master(high: Tensor, low: Tensor) -> Tensor:
 def masters(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    *,
-    lows: Sequence[Tensor] | None,
-    scale: Tensor | None,
-    emas: Sequence[Tensor] | None,
-    ema_decay: float | Tensor,
-    zero_grads: bool,
-    skip: Tensor | None,
+    **options: Unpack[StepOptions],
 ) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """fp32 parameters and scaled fp32 gradients for a reference to step; the options of a step are done around it."""
+    lows, emas, scale, skip = options.get("lows"), options.get("emas"), options.get("scale"), options.get("skip")
     whole = params if lows is None else [join_master(high, low) for high, low in zip(params, lows, strict=True)]
     wide = [g.float() for g in grads]
     yield whole, wide if scale is None else [g * scale for g in wide]
@@ -85,9 +102,9 @@ def masters(
     if emas:
         with unless(skip, emas):
             change = torch._foreach_sub(list(whole), list(emas))
-            torch._foreach_mul_(change, scalars(emas[0].device, 1 - ema_decay)[0])
+            torch._foreach_mul_(change, scalars(emas[0].device, 1 - options.get("ema_decay", EMA_DECAY))[0])
             torch._foreach_add_(list(emas), change)
-    if zero_grads and grads:
+    if grads and options.get("zero_grads"):
         torch._foreach_zero_(list(grads))
 
 
@@ -291,12 +308,8 @@ def operands(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     *states: Sequence[Tensor],
-    lows: Sequence[Tensor] | None,
-    scale: Tensor | None,
-    emas: Sequence[Tensor] | None,
-    ema_decay: float | Tensor,
-    skip: Tensor | None,
     device_scalars: Sequence[Any] = (),
+    **options: Unpack[StepOptions],
 ) -> list[tuple[tuple[Tensor, ...], Options]]:
     """Each parameter with its gradient and states, and its options; all checked before anything is launched.
 
@@ -306,6 +319,8 @@ def operands(
     """
     if not params:
         return []
+    lows, emas, scale, skip = options.get("lows"), options.get("emas"), options.get("scale"), options.get("skip")
+    ema_decay = options.get("ema_decay", EMA_DECAY)
     given = [t for t in (scale, skip, ema_decay, *device_scalars) if isinstance(t, Tensor)]
     gain = None if emas is None else scalars(params[0].device, 1 - ema_decay)[0]
     none = (None,) * len(params)

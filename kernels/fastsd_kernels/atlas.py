@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fastsd_kernels import adamw, attention, dlion, geglu, gradient_norm, group_norm, layer_norm, lion, noise, workload
 from fastsd_kernels.launch import ARCHITECTURES, INTERPRETED, recording
-from fastsd_kernels.machine_code import Code, compile_launch, specialise
+from fastsd_kernels.sass import Code, compile_launch, specialise
 
 # What a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on GeForce.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}

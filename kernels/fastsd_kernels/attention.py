@@ -45,7 +45,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastsd_kernels.attention_tiles import Tile, choose_tile, one_kernel_for_keys, slices
 from fastsd_kernels.head_tile import add_product, load_head, product, row_dots, scaled, store_head, streamed_product, zero_head
-from fastsd_kernels.interpreted import rounded
+from fastsd_kernels.interpreter import rounded
 from fastsd_kernels.launch import launch, require_device
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")

@@ -33,7 +33,7 @@ Read next: `adamw.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 import triton
@@ -42,6 +42,7 @@ from torch import Tensor
 
 from fastsd_kernels.arena import (
     TILES,
+    StepOptions,
     active,
     clear,
     fma,
@@ -70,12 +71,7 @@ def dlion_reference(
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
-    skip: Tensor | None = None,
-    lows: Sequence[Tensor] | None = None,
-    scale: Tensor | None = None,
-    emas: Sequence[Tensor] | None = None,
-    ema_decay: float | Tensor = 0.9999,
-    zero_grads: bool = False,
+    **options: Unpack[StepOptions],
 ) -> tuple[Tensor, Tensor]:
     """The elementwise pass of one step, in place on `params`, `exp_avgs` and `s`.
 
@@ -85,8 +81,7 @@ def dlion_reference(
         lr: factor on d, 1 unless there is a reason; a float or a 0-dim tensor on the device.
         betas: (of the update, of momentum and s).
         weight_decay: multiplies d lr.
-        skip: 0-dim bool or float on the device; nonzero leaves every byte as it was, whatever the gradients hold.
-        lows, scale, emas, ema_decay, zero_grads: as `lion_reference`.
+        options: see `StepOptions`.
 
     Returns:
         (dots_K, l1_K): fp32 partial sums of <u, s> and |s|_1, for `dlion_estimate_reference`.
@@ -99,11 +94,10 @@ def dlion_reference(
     decay, step, m_gain, s_gain = step_factors(d, lr, beta2, weight_decay).unbind()
     dots: list[Tensor] = []
     l1: list[Tensor] = []
-    options = masters(params, grads, lows=lows, scale=scale, emas=emas, ema_decay=ema_decay, zero_grads=zero_grads, skip=skip)
-    with options as (params, grads):
+    with masters(params, grads, **options) as (params, grads):
         for p, g, m, r in pieces(params, grads, exp_avgs, s):
             n = len(p)
-            with unless(skip, p, m, r):
+            with unless(options.get("skip"), p, m, r):
                 update = torch._foreach_mul(m, beta1)
                 torch._foreach_add_(update, g, alpha=1 - beta1)
                 torch._foreach_sign_(update)
@@ -303,12 +297,7 @@ def dlion_triton(
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
-    skip: Tensor | None = None,
-    lows: Sequence[Tensor] | None = None,
-    scale: Tensor | None = None,
-    emas: Sequence[Tensor] | None = None,
-    ema_decay: float | Tensor = 0.9999,
-    zero_grads: bool = False,
+    **options: Unpack[StepOptions],
 ) -> tuple[Tensor, Tensor]:
     """`dlion_reference` as one launch a tensor; an arena is a list of one. A captured graph keeps an lr that is a float.
 
@@ -318,10 +307,9 @@ def dlion_triton(
         ValueError: a dtype that `dlion_reference` does not name, tensors of one parameter that differ in shape or strides or
             have gaps, or a device that runs no kernels.
     """
-    options: dict[str, Any] = {"lows": lows, "scale": scale, "emas": emas, "ema_decay": ema_decay, "skip": skip}
     each = operands("dlion", params, grads, exp_avgs, s, device_scalars=(d, lr), **options)
     factors = step_factors(d, lr, betas[1], weight_decay)
-    sums = [_step_op(*tensors, factors, *extra, *betas, zero_grads) for tensors, extra in each]
+    sums = [_step_op(*tensors, factors, *extra, *betas, options.get("zero_grads", False)) for tensors, extra in each]
     sums_2K = torch.cat(sums, dim=1) if len(sums) > 1 else sums[0] if sums else d.new_zeros(2, 0, dtype=torch.float32)
     dots_K, l1_K = sums_2K.unbind()
     return dots_K, l1_K

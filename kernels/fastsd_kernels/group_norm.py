@@ -44,7 +44,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd_kernels.interpreted import rounded
+from fastsd_kernels.interpreter import rounded
 from fastsd_kernels.launch import launch, require_device
 
 

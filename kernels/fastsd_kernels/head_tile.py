@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastsd_kernels.interpreted import dot, rounded
+from fastsd_kernels.interpreter import dot, rounded
 
 
 @triton.jit

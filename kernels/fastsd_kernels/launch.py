@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastsd_kernels.absent import AVAILABLE
+from fastsd_kernels.no_triton import AVAILABLE
 
 # The architectures the tables are written for: 3090 is 86, 4090 is 89, 5090 is 120; 80 is A100, 90 is H100 and H200.
 ARCHITECTURES = (80, 86, 89, 90, 120)

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsd_kernels.geglu import as_rows
-from fastsd_kernels.interpreted import rounded
+from fastsd_kernels.interpreter import rounded
 from fastsd_kernels.launch import launch, require_device
 
 

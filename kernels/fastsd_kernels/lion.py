@@ -16,7 +16,7 @@ Read next: `dlion.py`, Lion that finds its own step size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastsd_kernels.arena import (
     TILES,
+    StepOptions,
     active,
     clear,
     fma,
@@ -51,12 +52,7 @@ def lion_reference(
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
-    skip: Tensor | None = None,
-    lows: Sequence[Tensor] | None = None,
-    scale: Tensor | None = None,
-    emas: Sequence[Tensor] | None = None,
-    ema_decay: float | Tensor = 0.9999,
-    zero_grads: bool = False,
+    **options: Unpack[StepOptions],
 ) -> None:
     """One step of Lion, in place on `params` and `exp_avgs`.
 
@@ -65,20 +61,14 @@ def lion_reference(
         lr: step size in units of the parameter; a float or a 0-dim fp32 tensor on the device.
         betas: (of the update, of the momentum).
         weight_decay: multiplies lr.
-        skip: 0-dim bool or float on the device; nonzero leaves every byte as it was, whatever the gradients hold.
-        lows: int16, low halves of the masters whose high halves `params` (then bf16) are; see `arena.py`.
-        scale: 0-dim fp32 on the device, multiplies the gradients: one over the loss scale, times the clip factor.
-        emas: fp32, moved towards the new parameters: ema + (1 - ema_decay)(p - ema).
-        ema_decay: a float or a 0-dim tensor on the device; fp64, for 1 - decay is small.
-        zero_grads: overwrite the gradients with zeros, also where `skip` is set: what it skips must not be added to.
+        options: see `StepOptions`.
 
     Source: Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2; lion-pytorch 0.2.5.
     """
     beta1, beta2 = betas
-    options = masters(params, grads, lows=lows, scale=scale, emas=emas, ema_decay=ema_decay, zero_grads=zero_grads, skip=skip)
-    with options as (params, grads):
+    with masters(params, grads, **options) as (params, grads):
         for p, g, m in pieces(params, grads, exp_avgs):
-            with unless(skip, p, m):
+            with unless(options.get("skip"), p, m):
                 update = torch._foreach_mul(m, beta1)
                 torch._foreach_add_(update, g, alpha=1 - beta1)
                 torch._foreach_sign_(update)
@@ -160,12 +150,7 @@ def lion_triton(
     lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
-    skip: Tensor | None = None,
-    lows: Sequence[Tensor] | None = None,
-    scale: Tensor | None = None,
-    emas: Sequence[Tensor] | None = None,
-    ema_decay: float | Tensor = 0.9999,
-    zero_grads: bool = False,
+    **options: Unpack[StepOptions],
 ) -> None:
     """`lion_reference` as one launch a tensor; an arena is a list of one. A captured graph keeps an lr that is a float.
 
@@ -173,9 +158,8 @@ def lion_triton(
         ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or
             have gaps, or a device that runs no kernels.
     """
-    options: dict[str, Any] = {"lows": lows, "scale": scale, "emas": emas, "ema_decay": ema_decay, "skip": skip}
     each = operands("lion", params, grads, exp_avgs, device_scalars=(lr,), **options)
     if each:
         factors = scalars(params[0].device, 1 - lr * weight_decay, -lr)
     for tensors, extra in each:
-        _lion_op(*tensors, factors, *extra, *betas, zero_grads)
+        _lion_op(*tensors, factors, *extra, *betas, options.get("zero_grads", False))

@@ -1,0 +1,278 @@
+"""How a piece of work is measured: in turns, by what it asks of the machine, and beside what the machine can do at best.
+
+    host waits    the host must have a number before it goes on: a scalar read back, a tensor copied to the host, an operation
+                  whose output's shape depends on its input's values. Counted on a CPU too, where nothing waits, because
+                  the same code will wait on a GPU
+    launches      kernels on a GPU; on a CPU operations that compute something
+    memory        how far it rises while the work goes on; and by arithmetic, before any is taken
+    FLOPs         of the matmuls and convolutions that are asked for: what is computed twice counts once
+
+On a CPU calls are watched, which tells nothing about compiled code; there a copy to the host is one that says so: `.cpu()`,
+`.to("cpu")`, `.numpy()`, `.tolist()`. On a GPU PyTorch's own sync debug mode counts the waits, and its profiler the kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastsd.config.schema import StageTable
+from fastsd.model.unet import UNetConfig
+from fastsd.train.memory import LiveBytes
+from fastsd.train.precision import COMPUTE_DTYPE
+
+if TYPE_CHECKING:
+    pass
+
+SCALAR, COPY, SHAPE, ANY = "scalar read back", "copy to the host", "shape from data", "wait"
+_SCALARS = {"_local_scalar_dense", "equal", "allclose"}
+_SHAPES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave", "bincount"}
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "dadaptation", "lion-pytorch")
+_COPIES = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
+# fp32 numbers of state a parameter, of our optimizers and of the peers.
+SLOTS = {"dlion": 2, "lion": 1, "adamw": 2, "diffusers": 2, "compiled": 2, "dadaptation": 2, "lion-pytorch": 1}
+# Bytes kept for the backward an image, of SD1.5's shape at 64 x 64 latents in fp32; measured (`fastsd bench memory`).
+KEPT = {"none": 1009e6, "ff": 640e6, "block": 73e6}
+KEPT_BY_DIFFUSERS = {"none": 1871e6, "ff": 1871e6, "block": 309e6}
+WORKSPACE = 0.5e9  # of PyTorch, its libraries and the largest operation
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations that compute, and those among them that make the host wait."""
+
+    def __init__(self, waits: Counter[str], on_host: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.waits, self.launches = waits, 0
+        self._on_host = {tensor.untyped_storage()._cdata for tensor in on_host}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in _SCALARS:
+            self.waits[SCALAR] += args[0].untyped_storage()._cdata not in self._on_host
+        elif _masks(name, args) or (name in _SHAPES and (kwargs or {}).get("output_size") is None):
+            self.waits[SHAPE] += 1
+        if not func.is_view and not name.startswith("empty"):
+            self.launches += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _masks(name: str, args: Any) -> bool:
+    """Whether an indexing call holds a mask whose elements must be counted first; to fill with one number needs no count."""
+    if name not in ("index", "index_put", "index_put_") or (len(args) > 2 and args[2].numel() == 1):
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+class _Methods(TorchFunctionMode):
+    """Counts copies to the host, which on a CPU reach no operation."""
+
+    def __init__(self, waits: Counter[str]) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _COPIES or (func is Tensor.to and "cpu" in (*args[1:2], kwargs.get("device"))):
+            self.waits[COPY] += 1
+        return func(*args, **kwargs)
+
+
+def host_waits(run: Callable[[], object], device: torch.device, on_host: Iterable[Tensor] = ()) -> tuple[Counter[str], int]:
+    """Waits of the host in `run()` by kind, and its launches. On a CPU `run` must not call compiled code.
+
+    on_host: tensors that lie in main memory on any machine, whose values the host may read.
+    """
+    waits: Counter[str] = Counter()
+    if device.type == "cuda":
+        _sync_debug(run, waits)
+        return waits, _kernels(run)
+    with _Operations(waits, on_host) as operations, _Methods(waits):
+        run()
+    return +waits, operations.launches
+
+
+def _sync_debug(run: Callable[[], object], waits: Counter[str]) -> None:
+    """Every wait that sync debug mode "error" would refuse is a warning here."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    count = sum("synchronizing CUDA operation" in str(warning.message) for warning in said)
+    if count:
+        waits[ANY] = count
+
+
+def _kernels(run: Callable[[], object]) -> int:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def rise(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes by which memory rises at most while `run()` goes on: allocated on a GPU, of live tensors on a CPU."""
+    if device.type == "cpu":
+        with LiveBytes(device) as live:
+            run()
+        return live.peak
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    run()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - start
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had without taking any from others."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Of one of `repeats` calls in a row, from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes a contender holds between steps and what comes on top within one."""
+
+    name: str
+    held: float
+    rise: float
+
+
+def needs(cfg: UNetConfig, parameters: int, stage: StageTable, side: int, names: list[str], device: torch.device) -> list[Need]:
+    """What ours and the named peers take, by arithmetic: parameters x bytes, and activations in proportion to the work."""
+    bf16, gpu = stage.precision == "bf16", device.type == "cuda"
+    scale = stage.micro * (side / 64) ** 2 * cfg.block_out_channels[0] / 320 / (2 if bf16 else 1)
+    gradients = 0 if stage.fused_backward else 2 if bf16 and stage.batch == stage.micro else 4
+    fixed = 4 + 4 * SLOTS[stage.optimizer] + (4 if stage.ema else 0)
+    activations = KEPT[stage.checkpointing] * scale
+    # A GPU keeps our gradients' arena, and a graph its activations, between turns.
+    lasting = gradients * parameters + activations if gpu else 0.0
+    found = [Need("fastsd", fixed * parameters + lasting, activations + gradients * parameters - lasting)]
+    rise = parameters * (6 if bf16 else 4) + KEPT_BY_DIFFUSERS[stage.checkpointing] * scale
+    shared = False
+    for name in names:
+        own = 4 * SLOTS[name] + (4 if name == "compiled" or not shared else 0)
+        shared = shared or name != "compiled"
+        found.append(Need(name, own * parameters, rise))
+    return found
+
+
+def total_need(found: list[Need]) -> float:
+    """Bytes at the worst moment: everything held, and the largest step."""
+    return sum(need.held for need in found) + max(need.rise for need in found) + WORKSPACE
+
+
+def forward_flops(cfg: UNetConfig, side: int) -> int:
+    """Of the UNet's forward for one image of side x side latents, 77 text tokens; counted without computing."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet = UNet2DConditionModel.from_config(cfg.to_diffusers())
+        latents = torch.empty(1, cfg.in_channels, side, side)
+        unet(latents, torch.empty(1, dtype=torch.long), torch.empty(1, 77, cfg.cross_attention_dim))
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, precision: str, small: bool = False) -> float:
+    """FLOP/s of a square matmul in the compute dtype of `precision`, with PyTorch's switches as they are: the best of five."""
+    side = 256 if small else 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=device).to(COMPUTE_DTYPE[precision]) for _ in range(2))
+    out = torch.empty_like(a)
+    times = [seconds(lambda: torch.mm(a, b, out=out), device, 1 if device.type == "cpu" else 10) for _ in range(7)]
+    return 2 * side**3 / min(times[2:])
+
+
+def copy_rate(device: torch.device, small: bool = False) -> float:
+    """Bytes read and written a second by a plain copy of 1 GiB (64 MiB on a CPU, 1 MiB if small): the median of five."""
+    size = 1 << (18 if small else 24 if device.type == "cpu" else 28)
+    source, target = (torch.ones(size, device=device) for _ in range(2))
+    times = [seconds(lambda: target.copy_(source), device, 1 if device.type == "cpu" else 10) for _ in range(7)]
+    return 2 * source.nbytes / statistics.median(times[2:])
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device; with the threads in use on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = named[0].partition(":")[2].strip() if named else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def stamp(device: torch.device) -> dict[str, Any]:
+    """What every figure depends on besides its settings: device, versions, source, day."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {
+        "device": device_name(device), "memory_gb": (gpu.total_memory if gpu else psutil.virtual_memory().total) / 1e9,
+        "python": platform.python_version(), "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if gpu else None, **{name: version(name) for name in PACKAGES},
+        "commit": git("rev-parse", "--short", "HEAD"), "changed": bool(git("status", "--porcelain", "--", ".", "../kernels")),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def put_times(row: dict[str, Any], order: list[tuple[str, float]], ours: dict[str, Any]) -> None:
+    """Put a contender's times, and how much faster ours is, into its row; ours comes first."""
+    times = [1e3 * spent for name, spent in order if name == row["name"]]
+    row["ms"] = {"median": statistics.median(times), "min": min(times), "max": max(times), "all": times}
+    row["times"] = row["ms"]["median"] / ours["ms"]["median"]
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    ms = row["ms"]
+    return f"{ms['median']:.4g} ({ms['min']:.4g} - {ms['max']:.4g})"

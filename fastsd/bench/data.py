@@ -1,0 +1,203 @@
+"""`fastsd bench loader` and `fastsd bench cache`: from the cache to the step, and from image files to the cache.
+
+Without a config everything is made here, and removed again.  Shapes: C x h x w latents.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastsd.bench import counters, options, timing
+from fastsd.config.schema import Config, DataTable
+from fastsd.data.building.build import build_cache
+from fastsd.data.building.store import Store
+from fastsd.data.cache import SHARD_ROWS, CacheMeta, Group, LatentCache, freeze, view_name
+from fastsd.data.loader import Loader
+from fastsd.data.rows import row_check
+from fastsd.errors import UserError
+from fastsd.model.formats.load import load_text, load_vae, locate
+from fastsd.model.shapes import SD15_VAE
+from fastsd.model.text_encoder import assemble, ids_of
+from fastsd.model.vae import SD15_SCALING_FACTOR, Vae
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+
+if TYPE_CHECKING:
+    from fastsd.bench.options import Asked, Figures, Say
+
+ASSETS = Path(__file__).parents[1] / "demo" / "assets"
+_WORDS = ("a", "photo", "of", "red", "green", "blue", "circle", "square", "star", "on", "white", "with", "soft", "light")
+_PICTURE = (1024, 768)  # px: what a camera's or a web page's picture has at the least
+
+
+def bench_loader(asked: Asked, config: Config, say: Say) -> Figures:
+    """Samples a second from the cache to the step, which does nothing but take them."""
+    if asked.rate <= 0:
+        raise UserError(f"--rate is {asked.rate:g}; give the images a second of a step")
+    count = asked.steps or (8 if asked.small else 32)
+    batch = config.stage[0].batch if asked.config or asked.changed("batch") else 32
+    passes = []
+    with _loader(config, batch, asked) as loader:
+        for p in range(4):
+            with loader.stream(p * count * batch, (p + 1) * count * batch, batch) as stream:
+                passes.append(count * batch / counters.seconds(lambda: list(stream), torch.device("cpu")))
+        row_bytes = loader.cache.get([0])["latents"].nbytes
+        samples = len(loader.cache)
+    # The first pass may read from the disk what the later ones find in memory.
+    table = [["", "samples/s", "MB/s", "ms a batch", f"of a step at {asked.rate:g} img/s"]]
+    rows = []
+    for name, speed in (("first pass", passes[0]), ("later", statistics.median(passes[1:]))):
+        row = {"name": name, "samples_per_s": speed, "mb_per_s": speed * row_bytes / 1e6, "share_of_step": asked.rate / speed}
+        figures = [f"{speed:.4g}", f"{row['mb_per_s']:.3g}", f"{batch / speed * 1e3:.3g}", f"{row['share_of_step']:.1%}"]
+        rows.append(row)
+        table.append([name, *figures])
+    options.say_table(table, say)
+    say(f"{samples} samples of {row_bytes} bytes, batch {batch}; made ahead of the step, which waits only above 100 %")
+    given = {"batch": batch, "batches": count, "samples": samples, "sample_bytes": row_bytes, "passes": passes}
+    return torch.device("cpu"), {"settings": given, "results": rows, "misses": []}
+
+
+@contextmanager
+def _loader(config: Config, batch: int, asked: Asked) -> Iterator[Loader]:
+    """The config's loader, or one over a cache that is made and removed here."""
+    stage, model = config.stage[0].model_copy(update={"batch": batch}), config.model
+    with ExitStack() as stack:
+        if asked.config:
+            text, vae = load_text(model, locate(model.base, "model.base", model.revision)), load_vae(model)
+            cache = LatentCache.open(config.cache.dir, view_name(config, vae.hash))
+            loader = Loader(cache, text.tokenize, config.seed, stage, data=config.data)
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastsd-bench-")))
+            side = config.data.resolution // 8
+            cache = made_cache(folder, 256 if asked.small else 8192, (4, side, side))
+            loader = Loader(cache, _demo_tokenizer(), 0, stage)
+        stack.callback(cache.close)
+        yield loader
+
+
+def _demo_tokenizer() -> Callable[[list[str]], Tensor]:
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "base" / "tokenizer")
+    return lambda captions: assemble(tokenizer, ids_of(tokenizer, captions), 77)
+
+
+def made_cache(folder: Path, samples: int, shape: tuple[int, int, int]) -> LatentCache:
+    """A cache of random latents and captions of 20 words, written to an empty folder."""
+    generator = np.random.default_rng(0)
+    size = int(np.prod(shape)) * 2
+    captions = [" ".join(generator.choice(_WORDS, 20)).encode() for _ in range(samples)]
+    return write_cache(folder, shape, (generator.bytes(size) for _ in range(samples)), captions)
+
+
+def write_cache(folder: Path, shape: tuple[int, int, int], rows: Iterable[bytes], captions: list[bytes]) -> LatentCache:
+    """A cache of given fp16 latents, one a caption, written to an empty folder."""
+    samples, left, checks = len(captions), iter(rows), list[int]()
+    with Store.open(folder, create=True) as store:
+        space = store.space("made", {"vae": "made"}, "fp16")
+        for first in range(0, samples, SHARD_ROWS):
+            count = min(SHARD_ROWS, samples - first)
+            with store.transaction():
+                contents = [((first + i).to_bytes(32, "big"), 0) for i in range(count)]
+                store.add_shard(space, f"made-{first}", list(shape), contents)
+        shards = store.shards(space)
+        for shard in shards:
+            shard.create()
+            data = [(row, next(left)) for row in range(shard.rows)]
+            shard.write_rows(data)
+            checks += [row_check(blob) for _, blob in data]
+    number = np.arange(samples)
+    arrays: dict[str, np.ndarray] = {
+        "shard": (number // SHARD_ROWS).astype(np.int32),
+        "row": (number % SHARD_ROWS).astype(np.int32),
+        "check": np.array(checks, np.int64),
+        "caption_offsets": np.cumsum([0, *map(len, captions)], dtype=np.int64),
+        "captions": np.frombuffer(b"".join(captions), np.uint8),
+    }
+    freeze_made(folder, shape, arrays, [[shard.name, shard.shape] for shard in shards])
+    return LatentCache.open(folder)
+
+
+def freeze_made(folder: Path, shape: tuple[int, int, int], arrays: dict[str, np.ndarray], shards: list[Any]) -> None:
+    """The view of made latents, all of one shape."""
+    samples = len(arrays["row"])
+    meta = CacheMeta(
+        vae_hash="made", vae_name="made", scaling_factor=SD15_SCALING_FACTOR, shift_factor=0.0, channels=shape[0], downscale=8,
+        resolution=8 * shape[1], dtype="fp16", preprocessing={}, folders=[], images=samples, cached=samples, rejected=0,
+        empty_captions=0, latents=samples, crops=1, flip=False,
+    )  # fmt: skip
+    freeze(folder, "made", arrays, shards, [Group(shape, 0, 0, samples)], meta)
+
+
+def bench_cache(asked: Asked, config: Config, say: Say) -> Figures:
+    """Images a second from JPEG files to latents, by stage; and the VAE's encoder in turn with diffusers'."""
+    device = choose_device(config.device)
+    ops = choose_ops(config.kernels, device)
+    set_precision(config.cache.precision)
+    vae = load_vae(config.model, ops=ops) if asked.config else _made_vae(asked.small, ops)
+    vae.to(device, COMPUTE_DTYPE[config.cache.precision])
+    gpu = device.type == "cuda"
+    count = (asked.steps or 1) * (8 if asked.small or not gpu else 512)
+    batch = config.cache.batch if gpu or asked.small or asked.config else 1
+    size = config.data.resolution
+    say(f"{counters.device_name(device)}, kernels {ops.name}, {config.cache.precision}, {size} px, batch {batch}")
+    with tempfile.TemporaryDirectory(prefix="fastsd-bench-") as folder:
+        _draw(Path(folder) / "images", count)
+        job = config.model_copy(update={
+            "data": DataTable(folders=[str(Path(folder) / "images")], resolution=size),
+            "cache": config.cache.model_copy(update={"dir": str(Path(folder) / "cache"), "batch": batch}),
+        })  # fmt: skip
+        images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        contenders = {"fastsd": partial(vae.encode, images), "diffusers": partial(_diffusers, vae, images)}
+        for call in contenders.values():
+            call()
+        order = timing.in_turns({name: (call, nullcontext) for name, call in contenders.items()}, 5, device)
+        counts = build_cache(job, vae)
+    times = {name: statistics.median(seconds for other, seconds in order if other == name) for name in contenders}
+    rows: list[dict[str, Any]] = [{"name": stage, "img_per_s": rate} for stage, rate in counts.rates.items()]
+    rows += [{"name": f"encoder, {name}", "img_per_s": batch / seconds} for name, seconds in times.items()]
+    ratio = times["diffusers"] / times["fastsd"]
+    options.say_table([["", "img/s"]] + [[row["name"], f"{row['img_per_s']:.4g}"] for row in rows], say)
+    width, height = _PICTURE
+    say(
+        f"{count} JPEG files of {width} x {height}; above, the stages of a whole run, each by itself; below, the encoder in "
+        f"turn with diffusers', {ratio:.2f}x its speed"
+    )
+    given = {"batch": batch, "images": count, "size": size, "precision": config.cache.precision, "kernels": ops.name}
+    return device, {"settings": given, "results": rows, "ratio": ratio, "order": order, "misses": []}
+
+
+def _made_vae(small: bool, ops: Any) -> Vae:
+    """Small: the demo's. Else of SD1.5's shape, with random weights."""
+    from diffusers import AutoencoderKL
+
+    if small:
+        return Vae(AutoencoderKL.from_pretrained(ASSETS / "base" / "vae", local_files_only=True), "demo", ops)
+    torch.manual_seed(0)
+    return Vae(AutoencoderKL.from_config(dict(SD15_VAE)), "random weights", ops)
+
+
+def _diffusers(vae: Vae, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return vae.module.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
+
+
+def _draw(folder: Path, count: int) -> None:
+    """Photograph-like JPEG files: smooth colours with grain."""
+    folder.mkdir(parents=True)
+    chance = np.random.default_rng(0)
+    for i in range(count):
+        small = Image.fromarray(chance.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(small.resize(_PICTURE, Image.Resampling.BICUBIC), np.int16)
+        grain = chance.integers(-8, 8, (*smooth.shape[:2], 1), dtype=np.int16)
+        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(folder / f"{i:05}.jpg", quality=90)

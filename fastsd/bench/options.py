@@ -1,0 +1,114 @@
+"""What `fastsd bench` was asked to measure, as a config and a device, and how figures are printed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsd.bench import baselines, counters
+from fastsd.config.schema import Config, StageTable, load_config
+from fastsd.errors import UserError
+from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, read_shapes
+from fastsd.model.unet import UNet, UNetConfig
+from fastsd.model.weights import diffusers_state_dict
+from fastsd.train.precision import choose_device, choose_ops
+from fastsd_kernels import Ops
+
+# What a command line says of a config's values, beside key=value.
+OPTIONS = {
+    "batch": "stage.0.batch", "micro_batch": "stage.0.micro_batch", "optimizer": "stage.0.optimizer", "size": "data.resolution",
+    "graph": "cuda_graph",
+}  # fmt: skip
+MADE = """
+model = {{ base = "random weights" }}
+data = {{ folders = ["made here"], resolution = {size} }}
+stage = [{{ train = ["unet"], until = 1, batch = {batch}, optimizer = "{optimizer}", lr = {lr} }}]
+"""
+Say = Callable[[str], None]
+Figures = tuple[torch.device, dict[str, Any]]  # where they were taken; "settings", "results", "misses" and more
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line. `changes`: key=value for the config. None means a default that fits the machine."""
+
+    what: str
+    config: str | None
+    changes: list[str]
+    precision: str | None = None
+    small: bool = False
+    steps: int | None = None
+    peers: str | None = None
+    fraction: float | None = None
+    rate: float = 10.0
+
+    def changed(self, key: str) -> str | None:
+        """The value given for a key of the first stage."""
+        changes = [change.partition("=") for change in self.changes]
+        return next((value.strip('"') for name, _, value in reversed(changes) if name.split(".")[-1] == key), None)
+
+
+@dataclass
+class Subject:
+    """What is measured: the first stage of a config on a device, for a UNet of some shape on latents of `side`."""
+
+    config: Config
+    stage: StageTable
+    device: torch.device
+    ops: Ops
+    cfg: UNetConfig
+    side: int
+    free: float  # bytes, before anything is made
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each tensor, as diffusers names them: 686 for SD1.5."""
+        with torch.device("meta"):
+            return [tensor.numel() for tensor in diffusers_state_dict(UNet(self.cfg)).values()]
+
+
+def settings(asked: Asked) -> Config:
+    """The config that was named, or one for random weights; with the changes of the command line. Raises UserError."""
+    if asked.config:
+        return load_config(asked.config, asked.changes, asked.precision)
+    gpu = choose_device(asked.changed("device") or "auto").type == "cuda"
+    # Two contenders' state of D-Lion would not fit the main memory of an ordinary machine.
+    optimizer = asked.changed("optimizer") or ("dlion" if gpu or asked.small else "lion")
+    text = MADE.format(
+        size=64 if asked.small else 512, batch=2 if asked.small else 1, optimizer=optimizer,
+        lr=1.0 if optimizer == "dlion" else 1e-6,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.toml"
+        path.write_text(text, encoding="utf-8")
+        try:
+            return load_config(path, asked.changes, asked.precision)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), "bench")) from None
+
+
+def subject(asked: Asked) -> Subject:
+    """What was asked for, with no weights loaded yet. Raises UserError."""
+    config = settings(asked)
+    device = choose_device(config.device)
+    if asked.config:
+        shapes, _ = read_shapes(config.model)
+    else:
+        shapes = Shapes(baselines.SMALL if asked.small else UNetConfig.sd15(), SD15_TEXT, SD15_VAE)
+    side = shapes.side(config.data.resolution)
+    ops, free = choose_ops(config.kernels, device), counters.free_bytes(device)
+    return Subject(config, config.stage[0], device, ops, shapes.unet, side, free)
+
+
+def say_table(rows: list[list[str]], say: Callable[[str], None]) -> None:
+    """Words to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    words = [not any(character.isdigit() for character in text) for text in rows[-1]]
+    for row in rows:
+        cells = [t.ljust(w) if left else t.rjust(w) for t, w, left in zip(row, widths, words, strict=True)]
+        say("  ".join(cells).rstrip())

@@ -1,0 +1,311 @@
+"""`fastsd bench`: the real step beside its peers, in one process, in turn; the same for memory, optimizers and the loader.
+
+    step      whole steps - noise, forward, backward, optimizer - of the contenders in `baselines.py`
+    memory    bytes kept for the backward, and the peak of forward and backward, by level of checkpointing
+    kernels   the suites under bench/, where the source is
+    optim     one optimizer step over the tensors of a UNet, against lion-pytorch, dadaptation and PyTorch
+    loader    samples a second from the cache to the step
+    cache     images a second from files to latents, by stage, and the VAE's encoder beside diffusers'
+
+Without a config the UNet has SD1.5's shape and random weights, and the data is made here. Contenders take turns in every round,
+so what the machine does meanwhile happens to all of them; figures are medians, ratios those of medians. What did not run is
+said and written, with the reason.  Read next: `fastsd/bench/baselines.py`, then `fastsd/bench/counters.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastsd.bench import baselines, counters, data, options, timing
+from fastsd.bench.options import OPTIONS, Asked, Figures, Say, Subject, settings, subject
+from fastsd.errors import UserError
+from fastsd.model.formats.adapters import load_to_train
+from fastsd.model.unet import UNet
+from fastsd.storage import replace_file
+from fastsd.train.memory import kept_for_backward
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, describe_ops, set_precision
+
+SUITES = Path(__file__).resolve().parents[2] / "bench"
+
+
+def bench(
+    words: Sequence[str], json_file: Path | None = None, options: dict[str, Any] | None = None, console: Console | None = None,
+    **more: Any,
+) -> None:  # fmt: skip
+    """`fastsd bench`.
+
+    Args:
+        words: [WHAT] [CONFIG] [key=value ...].
+        json_file: where all figures go, too.
+        options: entries of `OPTIONS`; None is left out.
+        more: the other fields of `Asked`.
+
+    Raises:
+        UserError: what the user must change: a word, a value, a package, or more memory than there is.
+    """
+    what, config, changes = _parsed(words)
+    changes += [f"{OPTIONS[name]}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
+    asked, out = Asked(what, config, changes, **more), console or Console()
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another")
+
+    def say(text: str) -> None:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    device, figures = WHAT[what](asked, say)
+    for miss in figures["misses"]:
+        say(f"note: {miss}")
+    if json_file:
+        about = {"stamp": counters.stamp(device), "asked": asdict(asked)}
+        replace_file(json_file, json.dumps({**about, **figures}, indent=1) + "\n")
+
+
+def _parsed(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
+    """(what, config, changes) of the words of a command line."""
+    rest = list(words)
+    what = rest.pop(0) if rest and rest[0] in WHAT else None
+    config = rest.pop(0) if rest and "=" not in rest[0] else None
+    if config and not what and not config.endswith(".toml") and not Path(config).exists():
+        close = difflib.get_close_matches(config, WHAT, n=1)
+        guess = f"did you mean {close[0]}?" if close else f"choose from {', '.join(WHAT)}, or name a config"
+        raise UserError(f"bench {config!r} is nothing that can be measured; {guess}")
+    return what or "step", config, rest
+
+
+def bench_step(asked: Asked, say: Say) -> Figures:
+    """Whole steps of ours and of the peers, in turn."""
+    of, misses = subject(asked), list[str]()
+    if of.stage.train != ["unet"]:
+        found = f"stage.0.train is {of.stage.train}"
+        raise UserError(f'{found}, and bench step compares training of the UNet; add stage.0.train=["unet"]')
+    names = _fitting(asked, of, misses)
+    stage, work = of.stage, _work(asked, of, misses)
+    switches = set_precision(stage.precision, work.model.unet, of.config.deterministic)
+    graph = "CUDA graph" if work.graph else "no graph"
+    say(f"{counters.device_name(of.device)}, kernels {describe_ops(of.ops)}, {switches}, {graph}")
+    each = f"batch {stage.batch} ({stage.micro} a forward), checkpointing {stage.checkpointing}, {stage.optimizer}"
+    say(f"UNet of {sum(of.sizes):,} parameters, {of.config.data.resolution} px, {each}")
+    rows, turns = list[dict[str, Any]](), dict[str, timing.Turn]()
+    for contender in baselines.contenders(work, names, misses):
+        row = baselines.attempt(contender.name, misses, partial(timing.first_steps, contender, of.device))
+        if row:
+            rows.append(row)
+            turns[contender.name] = contender.step, contender.turn
+    count = asked.steps or (20 if of.device.type == "cuda" else 5)
+    order = timing.in_turns(turns, count, of.device)
+    rate = counters.matmul_rate(of.device, stage.precision, asked.small)
+    flops = 3 * stage.batch * counters.forward_flops(of.cfg, of.side)
+    for row in rows:
+        counters.put_times(row, order, rows[0])
+        seconds = row["ms"]["median"] / 1e3
+        row |= {"img_per_s": stage.batch / seconds, "tflop_per_s": flops / seconds / 1e12, "mfu": flops / seconds / rate}
+    misses += [f"fastsd is slower than {row['name']}, {row['times']:.2f}x" for row in rows if row["times"] < 1]
+    table = [["", "img/s", "ms a step (min - max)", "TFLOP/s", "MFU", "peak GB", "launches", "waits", "fastsd is"]]
+    for row in rows:
+        blind = row["host_waits"] is None
+        seen = ["-"] * 3 if blind else [f"{row['peak_gb']:.3g}", str(row["launches"]), str(sum(row["host_waits"].values()))]
+        speed = [f"{row['img_per_s']:.3g}", counters.milliseconds(row), f"{row['tflop_per_s']:.3g}", f"{row['mfu']:.0%}"]
+        table.append([row["name"], *speed, *seen, f"{row['times']:.2f}x"])
+    options.say_table(table, say)
+    say(f"a matmul: {rate / 1e12:.3g} TFLOP/s; a step: {flops / 1e12:.3g} TFLOP; text states are given to all")
+    for row in rows[1:]:
+        say(f"{row['name']}: {baselines.PEERS[row['name']]}")
+    given = {"stage": stage.model_dump(), "resolution": of.config.data.resolution, "graph": work.graph, "switches": switches}
+    return of.device, {
+        "settings": {**given, "kernels": of.ops.name, "rounds": count}, "matmul_tflop_per_s": rate / 1e12,
+        "tflop": flops / 1e12, "resident_gb": psutil.Process().memory_info().rss / 1e9, "results": rows,
+        "order": [name for name, _ in order], "misses": misses,
+    }  # fmt: skip
+
+
+def _fitting(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
+    """The peers that take part; chooses a micro-batch or batch that was left open. Raises UserError if memory is short."""
+    names, parameters = _peer_names(asked, of, misses), sum(of.sizes)
+
+    def need() -> float:
+        return counters.total_need(counters.needs(of.cfg, parameters, of.stage, of.side, names, of.device))
+
+    while asked.peers is None and len(names) > 1 and need() > of.free:
+        misses.append(f"left out: peer {names[-1]}, for memory is short; --peers {names[-1]} runs it alone")
+        names.pop()
+    one, choices = of.stage, list[dict[str, int]]()
+    if one.micro_batch == "auto":
+        choices = [{"micro_batch": images} for images in range(one.batch, 0, -1) if one.batch % images == 0]
+    elif of.device.type == "cuda" and not asked.config and not asked.changed("batch"):
+        choices = [{"batch": images} for images in (32, 16, 8, 4, 2, 1)]
+    for choice in choices:
+        of.stage = one.model_copy(update=choice)
+        if need() <= of.free:
+            break
+    if need() > of.free:
+        each = counters.needs(of.cfg, parameters, of.stage, of.side, names, of.device)
+        parts = [f"{n.name} {n.held / 1e9:.1f}" for n in each] + [f"a step {max(n.rise for n in each) / 1e9:.1f}"]
+        raise UserError(
+            f"bench step needs {need() / 1e9:.1f} GB ({', '.join(parts)}, libraries 0.5) and {of.free / 1e9:.1f} GB are "
+            "free; use --optimizer lion, fewer --peers, a smaller --batch or --size, or --small"
+        )
+    return names
+
+
+def _peer_names(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
+    """Those that were named, or the usual ones that are installed. Raises UserError for a name that cannot be had."""
+    if asked.peers is not None:
+        names = [] if asked.peers == "none" else asked.peers.split(",")
+        for name in names:
+            if name not in baselines.PEERS:
+                raise UserError(f"--peers names {name!r}; choose from {', '.join(baselines.PEERS)}, or none")
+            baselines.require(name)
+        return names
+    same = baselines.SAME_OPTIMIZER[of.stage.optimizer]
+    # A compiler for the CPU takes minutes, and full size has room for one peer.
+    usual = (
+        ["diffusers", "compiled", "dadaptation"] if of.device.type == "cuda" else ["diffusers", same] if asked.small else [same]
+    )
+    return [name for name in dict.fromkeys(usual) if baselines.attempt(name, misses, partial(baselines.require, name))]
+
+
+def _work(asked: Asked, of: Subject, misses: list[str]) -> baselines.Work:
+    """The model on its device, the config's batches if there is a cache of it, else made ones."""
+    stage = of.stage
+    if asked.config:
+        model = load_to_train(of.config.model, of.ops)
+        try:
+            batches = baselines.cached_batches(of.config, model, of.device)
+        except UserError as error:
+            misses.append(f"latents and text states are made here: {error}")
+            model.text = baselines.made_states(of.cfg, model.text.length)
+            batches = baselines.made_batches(of.cfg.in_channels, of.side, stage.batch)
+    else:
+        model, batches = baselines.made_model(of.cfg, of.ops), baselines.made_batches(of.cfg.in_channels, of.side, stage.batch)
+    model.unet.to(of.device)
+    model.text.module.to(of.device)
+    model.unet.checkpointing = stage.checkpointing
+    return baselines.Work(model, stage, batches, of.device, of.config.seed, of.config.cuda_graph and of.device.type == "cuda")
+
+
+def bench_memory(asked: Asked, say: Say) -> Figures:
+    """What the backward keeps, by level of checkpointing: ours and diffusers', both with weights in the compute dtype."""
+    of = subject(asked)
+    dtype, images = COMPUTE_DTYPE[of.stage.precision], of.stage.micro if asked.changed("batch") else 1
+    # Two models, the gradients of one, and what diffusers' keeps.
+    need = 12 * sum(of.sizes) + images * 2e9 * (of.side / 64) ** 2 * of.cfg.block_out_channels[0] / 320
+    if need > of.free:
+        gb = f"{need / 1e9:.1f} GB and {of.free / 1e9:.1f} GB are free"
+        raise UserError(f"bench memory needs about {gb}; use a smaller --batch or --size, or --small")
+    set_precision(of.stage.precision)
+    with of.device:
+        unet = UNet(of.cfg, of.ops)
+        peer = baselines.diffusers_unet(unet, of.device).to(dtype)
+        latents = torch.randn(images, of.cfg.in_channels, of.side, of.side).to(dtype)
+        text, t_B = torch.randn(images, 77, of.cfg.cross_attention_dim).to(dtype), torch.full((images,), 500)
+    unet.to(dtype)
+    rows: list[dict[str, Any]] = []
+
+    def count(name: str, level: str, module: torch.nn.Module, predict: Callable[[], Tensor]) -> None:
+        kept = kept_for_backward(predict, module)
+        peak = counters.rise(lambda: predict().float().square().mean().backward(), of.device)
+        module.zero_grad()
+        rows.append({"name": name, "checkpointing": level, "kept_mb": kept / images / 1e6, "peak_mb": peak / 1e6})
+
+    for level in ("none", "block"):
+        (peer.enable_gradient_checkpointing if level == "block" else peer.disable_gradient_checkpointing)()
+        count("diffusers", level, peer, lambda: peer(latents, t_B, text).sample)
+    for level in ("none", "ff", "block"):
+        unet.checkpointing = level
+        count(baselines.OURS, level, unet, lambda: unet(latents, t_B, text))
+    table = [["", "checkpointing", "kept MB an image", "of diffusers'", "peak MB, gradients included"]]
+    for row in rows:
+        row["share"] = row["kept_mb"] / rows[0]["kept_mb"]
+        figures = [f"{row['kept_mb']:.4g}", f"{row['share']:.2f}x", f"{row['peak_mb']:.4g}"]
+        table.append([row["name"], row["checkpointing"], *figures])
+    say(f"{of.config.data.resolution} px, {images} a forward, {of.stage.precision}, kernels {of.ops.name}")
+    options.say_table(table, say)
+    given = {"precision": of.stage.precision, "resolution": of.config.data.resolution, "images": images, "kernels": of.ops.name}
+    return of.device, {"settings": given, "results": rows, "misses": []}
+
+
+def bench_optim(asked: Asked, say: Say) -> Figures:
+    """One step of each optimizer, ours and its peers in turn, over the UNet's tensors or an even choice of them."""
+    of = subject(asked)
+    chosen, halves = asked.changed("optimizer"), of.stage.precision == "bf16"
+    families = [of.stage.optimizer] if chosen or asked.config else list(baselines.MOVED)
+    each = max(baselines.optimizer_bytes(family, halves) for family in families)
+    fraction = asked.fraction if asked.fraction is not None else min(1.0, 0.7 * of.free / (each * sum(of.sizes)))
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction is {fraction:g}; give the share of the UNet's tensors to use, above 0 and at most 1")
+    sizes = baselines.even_choice(of.sizes, fraction)
+    if each * sum(sizes) > of.free:
+        gb = f"{each * sum(sizes) / 1e9:.1f} GB and {of.free / 1e9:.1f} GB are free"
+        raise UserError(f"bench optim needs {gb}; use a smaller --fraction, or one --optimizer")
+    arenas = baselines.made_arenas(sizes, of.device)
+    copy, count = counters.copy_rate(of.device, asked.small), asked.steps or 7
+    say(f"{counters.device_name(of.device)}, kernels {describe_ops(of.ops)}, a copy: {copy / 1e9:.3g} GB/s")
+    say(f"{len(sizes)} of {len(of.sizes)} tensors, {sum(sizes):,} numbers")
+    rows, order, misses = list[dict[str, Any]](), list[str](), list[str]()
+    for family in families:
+        steps = baselines.optimizer_steps(family, arenas, of.ops, halves, misses)
+        first = len(rows)
+        for name, step in steps.items():
+            step.run()
+            waits, launches = counters.host_waits(step.run, of.device, step.on_host())
+            rows.append({"name": name, "optimizer": family, "bytes": step.moved})
+            rows[-1] |= {"host_waits": dict(waits), "launches": launches}
+        turns = timing.in_turns({name: (step.run, nullcontext) for name, step in steps.items()}, count, of.device)
+        order += [f"{family}: {name}" for name, _ in turns]
+        for row in rows[first:]:
+            counters.put_times(row, turns, rows[first])
+            row["gb_per_s"] = row["bytes"] / row["ms"]["median"] / 1e6
+            row["share_of_copy"] = row["gb_per_s"] * 1e9 / copy
+        del steps
+    table = [["optimizer", "", "ms (min - max)", "GB/s", "of a copy", "waits", "fastsd is"]]
+    for row in rows:
+        figures = [counters.milliseconds(row), f"{row['gb_per_s']:.3g}", f"{row['share_of_copy']:.0%}"]
+        figures += [str(sum(row["host_waits"].values())), f"{row['times']:.2f}x"]
+        table.append([row["optimizer"], row["name"], *figures])
+    options.say_table(table, say)
+    given = {"fraction": fraction, "tensors": len(sizes), "numbers": sum(sizes), "rounds": count, "kernels": of.ops.name}
+    return of.device, {
+        "settings": {**given, "precision": of.stage.precision}, "copy_gb_per_s": copy / 1e9, "results": rows,
+        "order": order, "misses": misses,
+    }  # fmt: skip
+
+
+def run_suites(asked: Asked, say: Say) -> Figures:
+    """The kernels' suites of a source tree, by pytest. Raises UserError where there is none, or a suite failed."""
+    if not (SUITES / "conftest.py").is_file():
+        raise UserError("the kernels' suites come with the source only; clone it and run `fastsd bench kernels` there")
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise UserError("pytest-benchmark is not installed; pip install pytest-benchmark")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        quick = ["--quick"] if asked.small else []
+        words = [sys.executable, "-m", "pytest", str(SUITES), "--benchmark-json", str(file), *quick]
+        status = subprocess.run(words, cwd=SUITES.parent).returncode
+        if status:
+            raise UserError(f"a suite of the kernels failed, see above (pytest ended with {status})")
+        figures = [benchmark["extra_info"] for benchmark in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]]
+    say("on a GPU, with goals and a stamped file: python bench/gpu.py")
+    return choose_device("auto"), {"settings": {}, "results": figures, "misses": []}
+
+
+WHAT: dict[str, Callable[[Asked, Say], Figures]] = {
+    "step": bench_step, "memory": bench_memory, "kernels": run_suites, "optim": bench_optim,
+    "loader": lambda asked, say: data.bench_loader(asked, settings(asked), say),
+    "cache": lambda asked, say: data.bench_cache(asked, settings(asked), say),
+}  # fmt: skip

@@ -1,0 +1,156 @@
+"""`fastsd cache`: images and captions -> the latent cache, and a look at one that is there."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastsd.commands.progress import print_line, progress
+from fastsd.config.schema import Config
+from fastsd.data.building import build, upkeep
+from fastsd.data.building.collect import one_at_a_time
+from fastsd.data.building.embed_captions import write_states
+from fastsd.data.building.store import Store, disk_errors
+from fastsd.data.building.tokenize import write_tokens
+from fastsd.data.cache import LatentCache
+from fastsd.data.sources import folders
+from fastsd.data.tokens import Tokens
+from fastsd.errors import UserError
+from fastsd.model.formats.load import load_text, load_tokenizer, load_vae, locate
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+
+REASONS = 8  # why images were rejected, that are told
+
+
+def cache(config: Config, console: Console | None = None) -> build.Counts:
+    """Encode what is missing and say what came of it; under torchrun each process on a GPU of its own.
+
+    Raises UserError as `build_cache` does.
+    """
+    console = console or Console()
+    data = config.data
+    for _ in folders.scan_for(data):
+        break  # a wrong folder is said before a model is loaded
+    device = choose_device(config.device)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    set_precision(config.cache.precision)
+    vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])
+    name = config.model.vae or config.model.base
+    print_line(
+        console,
+        f"VAE {name}, {vae.channels} channels, factor {vae.scaling_factor:g}, {config.cache.precision} on {device}",
+    )
+    try:
+        tokenizer = load_tokenizer(config.model)[0]
+    except UserError as error:  # training will need it; encoding does not
+        tokenizer = None
+        print_line(console, f"note: {error}")
+    start = time.perf_counter()
+    with progress(console) as report:
+        counts = build.build_cache(config, vae, report, lambda line: print_line(console, line))
+        if tokenizer:
+            _cache_tokens(config, counts.view, tokenizer, console)
+        if config.cache.hidden_states:
+            _cache_states(config, counts.view, device, report, console)
+    seconds = time.perf_counter() - start
+    print_line(
+        console,
+        f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {counts.encoded} encoded now, "
+        f"{counts.latents - counts.encoded} were there ({seconds:.1f} s)",
+    )
+    if counts.encoded:
+        print_line(console, ", ".join(f"{stage} {rate:.1f} img/s" for stage, rate in counts.rates.items()) + ", each by itself")
+    if counts.empty_captions:
+        print_line(console, f'{counts.empty_captions} images have no caption or an empty one; they train as ""')
+    if counts.rejected:
+        print_line(console, f"{counts.rejected} rejected:")
+        _say_reasons(console, counts.reasons)
+        for example in counts.examples:
+            print_line(console, f"  {example}")
+        if counts.rejected > len(counts.examples):
+            print_line(console, f"  and {counts.rejected - len(counts.examples)} more, in the table `rejected` of cache.sqlite")
+    return counts
+
+
+def _say_reasons(console: Console, reasons: dict[str, int]) -> None:
+    """The commonest ones: some tell a place in a file, so there may be as many as files."""
+    for reason, count in list(reasons.items())[:REASONS]:
+        print_line(console, f"  {count} x {reason}")
+    if len(reasons) > REASONS:
+        print_line(console, f"  and {len(reasons) - REASONS} other reasons")
+
+
+def _cache_tokens(config: Config, view: str, tokenizer: Any, console: Console) -> None:
+    with (
+        Store.open(Path(config.cache.dir), lock="shared") as store,
+        one_at_a_time(store, lambda line: print_line(console, line)),
+        disk_errors(store.folder),
+        closing(LatentCache.open(store.folder, view)) as latents,
+    ):
+        write_tokens(latents, tokenizer)
+
+
+def _cache_states(config: Config, view: str, device: torch.device, report: build.Report, console: Console) -> None:
+    text = load_text(config.model, locate(config.model.base, "model.base", config.model.revision))
+    text.module.to(device)
+    with closing(LatentCache.open(config.cache.dir, view)) as latents:
+        made = write_states(config.cache, latents, text, report, lambda line: print_line(console, line))
+    print_line(console, f"{made.captions} captions, the text encoder's states of {made.encoded} of them encoded now")
+
+
+def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, console: Console | None = None) -> None:
+    """`fastsd cache` with --verify, --prune or --stats. Raises UserError when the verification finds damage."""
+    console = console or Console()
+    folder = config.cache.dir
+    problems = upkeep.verify(folder) if verify else []
+    if verify and not problems:
+        print_line(console, f"{folder}: every latent and view is as its sha256 says")
+    if prune:
+        gone = upkeep.prune(folder)
+        print_line(console, f"{folder}: {gone.shards} unused shards deleted, {gone.bytes / 1e6:.1f} MB")
+    if stats:
+        found = upkeep.stats(folder)
+        missing = f", {found.planned} not encoded (rejected since, or caching was interrupted)" if found.planned else ""
+        states = f" and {found.states} states of captions" if found.states else ""
+        size = f"{found.shards} shards, {found.shard_bytes / 1e6:.1f} MB"
+        print_line(console, f"{folder}: {found.latents} latents{states} in {size}{missing}")
+        for name, view in found.views.items():
+            _say_view(console, name, view)
+            _say_over_length(config, name, console)
+        for problem in found.damaged:
+            print_line(console, f"  damaged: {problem}")
+        if found.rejected:
+            print_line(console, f"  {sum(found.rejected.values())} rejected:")
+            _say_reasons(console, found.rejected)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _say_view(console: Console, name: str, view: upkeep.ViewStats) -> None:
+    meta = view.meta
+    versions = f", {meta.versions} latents each" if meta.versions > 1 else ""
+    print_line(console, f"  view {name}: {meta.cached} of {meta.images} images{versions}, VAE {meta.vae_name}, "
+         f"{meta.rejected} rejected, {meta.empty_captions} empty captions")  # fmt: skip
+    if view.masked:
+        print_line(console, f"    {view.masked} of them with a mask")
+    print_line(console, "    sizes: " + ", ".join(f"{size} x {count}" for size, count in view.buckets.items()))
+    channels = ", ".join(f"{mean:+.2f} ± {std:.2f}" for mean, std in zip(view.mean, view.std, strict=True))
+    print_line(console, f"    scaled channels, mean ± std over {view.measured} latents: {channels}")
+    if view.warning:
+        print_line(console, f"    warning: {view.warning}")
+
+
+def _say_over_length(config: Config, view: str, console: Console) -> None:
+    """How many captions the text encoder will not see whole, where their token ids are cached."""
+    with suppress(UserError), closing(LatentCache.open(config.cache.dir, view)) as latents:
+        tokenizer = load_tokenizer(config.model)[0]
+        tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks)
+        room = tokens.chunks * tokens.window
+        print_line(console, f"    {tokens.over_length()} captions are longer than {room} tokens and will be cut")

@@ -1,0 +1,140 @@
+"""`fastsd check`: everything that can be wrong with a job, found before the long run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from fastsd.commands.progress import print_line
+from fastsd.config.schema import Config
+from fastsd.config.stages import ENDLESS, PARTS
+from fastsd.data.building import build
+from fastsd.data.cache import LatentCache, view_name
+from fastsd.data.loader import Loader
+from fastsd.data.sources import folders
+from fastsd.data.text_embeddings import States
+from fastsd.data.validation_split import choose_sets
+from fastsd.errors import UserError
+from fastsd.model.formats.adapters import load_to_train
+from fastsd.model.model import Model
+from fastsd.model.select import changed_parts, selected, size_of
+from fastsd.plan.disk import export_bytes
+from fastsd.run.validation import Validation
+from fastsd.sampling.grid import check_samples
+from fastsd.train.objective import Objective, alphas_cumprod
+from fastsd.train.precision import choose_device, choose_ops
+from fastsd.train.schedule import check_length
+
+
+def check(config: Config, console: Console | None = None) -> None:
+    """Go through everything a run needs, say what is there, and end with all that must be changed.
+
+    Raises:
+        UserError: every problem found, a sentence each.
+    """
+    console = console or Console()
+    problems: list[str] = []
+
+    def attempt(what: str, look: Callable[[], str]) -> None:
+        try:
+            print_line(console, f"ok    {what}: {look()}")
+        except UserError as error:
+            problems.extend(str(error).split("\n"))
+            print_line(console, f"wrong {what}")
+
+    models: list[Model] = []
+    epoch: list[int] = []
+    attempt(
+        "device",
+        lambda: f"{choose_device(config.device)}, kernels {choose_ops(config.kernels, choose_device(config.device)).name}",
+    )
+    attempt("images", lambda: _images(config, epoch))
+    attempt("model", lambda: _model(config, models))
+    if models:
+        attempt("cache", lambda: _cache(config, models[0], epoch))
+        if config.validate_.held_out or config.validate_.stabilised:
+            attempt("validation", lambda: _validation(config, models[0], epoch))
+        attempt("samples", lambda: check_samples(models[0], config))
+    for i in range(len(config.stage)):
+        attempt(config.stage_name(i), partial(_stage, config, i, models, epoch))
+    for note in models[0].notes if models else []:
+        print_line(console, f"note  {note}")
+    attempt("run folder", lambda: _room(config, models))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _images(config: Config, epoch: list[int]) -> str:
+    images, repeated = folders.count(config.data)
+    epoch.append(repeated)
+    again = f", {repeated} an epoch" if repeated != images else ""
+    return f"{images} in {', '.join(root.path for root in config.data.roots)}{again}"
+
+
+def _model(config: Config, models: list[Model]) -> str:
+    model = load_to_train(config.model, seed=config.seed)
+    models.append(model)
+    build.check_resolution(config, model.vae.downscale)
+    if not config.data.buckets:  # whose sides may be odd numbers of cells: the UNet's ways down and up remember them
+        build.check_resolution(config, model.vae.downscale * model.unet.cfg.downscale, "UNet")
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    return f"{config.model.base}, UNet {parameters:,} parameters, VAE factor {model.vae.scaling_factor:g}"
+
+
+def _stage(config: Config, index: int, models: list[Model], epoch: list[int]) -> str:
+    stage, name, trained = config.stage[index], config.stage_name(index), ""
+    if models:
+        selected(models[0], stage.reinit, f"stage {name!r}: reinit")
+        Objective(alphas_cumprod(models[0].scheduler), config.seed, stage=stage, prediction=models[0].prediction)
+        trained = f" ({size_of(models[0], selected(models[0], stage.train, f'stage {name!r}: train')):,} parameters)"
+    steps = check_length(stage, name, epoch[0]) if epoch else None
+    length = f"{steps} steps" if steps and steps < ENDLESS else str(stage.until)
+    return f"{stage.optimizer} on {'+'.join(stage.train)}{trained}, {length} of {stage.batch} images"
+
+
+def _cache(config: Config, model: Model, epoch: list[int]) -> str:
+    with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
+        if config.cache.hidden_states:
+            States(config.cache, latents, model.text).close()
+        epoch[:] = [Loader(latents, model.text.tokenize, config.seed, config.stage[0], data=config.data).images]
+        return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
+
+
+def _validation(config: Config, model: Model, epoch: list[int]) -> str:
+    with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
+        sets, of = choose_sets(latents, config), (latents, model.text.tokenize, config.seed, config.stage[0])
+        loader = Loader(*of, data=config.data, left_out=sets.left_out)
+        epoch[:] = [loader.images]
+        return f"{Validation(model, loader, sets, config.validate_)}, every {config.validate_.every}"
+
+
+def _room(config: Config, models: list[Model]) -> str:
+    """Disk for the checkpoints that can exist at once - fp32 weights, state tensors, averages - and for what is exported."""
+    folder = Path(config.run).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if not models:
+        return f"{free / 1e9:.1f} GB free"
+    model = models[0]
+    modules = {part: model.part(part) for part in PARTS} | {"vae": model.vae.module}
+    size = {part: sum(p.numel() for p in module.parameters()) * 4 for part, module in modules.items()}
+    each = [0]
+    for stage in config.stage:
+        with suppress(UserError):  # what is wrong with a stage has been said
+            trained = selected(model, stage.train, "train")
+            slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
+            own = sum(size[part] for part in changed_parts(trained)) + 4 * slots * size_of(model, trained)
+            each.append(own * (stage.keep_checkpoints + 1))
+    need = sum(size.values()) + max(each) + export_bytes(config, size)
+    if need > free:
+        raise UserError(
+            f"run is {config.run!r}: checkpoints and exported models need about {need / 1e9:.1f} GB and the disk has "
+            f"{free / 1e9:.1f} GB; free space, lower keep_checkpoints, or set export.single_file = false"
+        )
+    return f"{config.run}, checkpoints and exported models need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free"

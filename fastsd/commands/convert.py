@@ -1,0 +1,167 @@
+"""`fastsd convert` - a model as another tool wants it: a diffusers folder, one file, LoRA by any names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastsd.config.schema import ModelTable
+from fastsd.config.stages import PARTS
+from fastsd.errors import UserError
+from fastsd.model.formats.adapters import ADAPTERS, MADE_BY, load_merged
+from fastsd.model.formats.load import part_state_dict
+from fastsd.model.formats.model_source import Part, Source, checked, locate, open_file, open_source, read_part
+from fastsd.model.formats.model_summary import Summary, metadata_of, read_summary, summary_in
+from fastsd.model.formats.write import write_folder, write_single_file
+from fastsd.run.checkpoint import averages_of
+from fastsd.run.folder import model_named
+from fastsd.run.model_card import SAMPLES, last_samples, summarize, write_card
+from fastsd.storage import TensorFile, new_folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `convert` reads and writes; each is an option of the command line.
+
+    Attributes:
+        dtype: fp32, fp16 or bf16; "" = as it is.
+        ema: the averaged weights.
+        fold: single file: fold a scaling factor other than 0.18215 into the VAE.
+        variant, shard: diffusers folder: a word in the weights' names; GB of a file above which another begins, 0 = one a part.
+        vae, vae_scaling_factor, tokenizer, revision: as in `[model]` of a config.
+    """
+
+    dtype: str = ""
+    ema: bool = False
+    fold: bool = True
+    variant: str = ""
+    shard: float = 0.0
+    vae: str = ""
+    vae_scaling_factor: float | None = None
+    tokenizer: str = ""
+    revision: str = ""
+
+
+def convert(name: str, out: Path, to: str = "", options: Options | None = None, say: Callable[[str], None] = print) -> None:
+    """Write a model to `out` in another form, and say what was found and what was ignored.
+
+    A block of a tensor is in memory at a time; but averages of a run, and adapters that are to be merged, take a whole model.
+
+    Args:
+        name: a diffusers folder, hub id, single file (`.ckpt` and `.bin`, too), LoRA file, run or checkpoint.
+        to: diffusers, single-file, lora-kohya or lora-peft; "" = what the ending of `out` says.
+
+    Raises:
+        UserError: a model that is damaged or of another family, or an `out` that is there or cannot be written. Nothing is
+            left of `out` then.
+    """
+    options = options or Options()
+    to = to or _guess(name, out)
+    if out.exists():
+        raise UserError(f"OUT is {str(out)!r}, which exists; name a new {'folder' if to == 'diffusers' else 'file'}")
+    if (out.suffix == ".safetensors") == (to == "diffusers"):
+        advice = "name a folder" if to == "diffusers" else "end it in .safetensors"
+        raise UserError(f"OUT is {str(out)!r} and --to {to}; {advice}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if to.startswith("lora"):
+            from fastsd.model.formats.lora_files import convert_lora
+
+            notes = convert_lora(_lora_file(name, options.ema), out, to, options.dtype)
+        else:
+            source = _source(name, options)
+            for note in source.notes:
+                say(note)
+            notes = _write(source, *_told(name, source, options), out, to, options)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or error}; mend that and run it again") from error
+    for note in notes:
+        say(note)
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    say(f"{out}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB, {to}")
+
+
+def _guess(name: str, out: Path) -> str:
+    if out.suffix != ".safetensors":
+        return "diffusers"
+    path = Path(name)
+    names = TensorFile(path) if path.is_file() and path.suffix == ".safetensors" else ()
+    if names and all("lora" in tensor for tensor in names):
+        return "lora-peft" if any(tensor.startswith("lora_") for tensor in names) else "lora-kohya"
+    return "single-file"
+
+
+def _write(
+    source: Source, summary: Summary | None, samples: Path | None, out: Path, to: str, options: Options
+) -> list[str]:  # fmt: skip
+    if to == "single-file":
+        vae, unet = source.parts.get("vae"), source.parts["unet"].config
+        downscale = 2 ** (len(vae.config.get("block_out_channels", (64,))) - 1) if vae else 8
+        metadata = metadata_of(summary, source.scheduler, (unet.get("sample_size") or 64) * downscale, title=out.stem)
+        return write_single_file(source, out, dtype=options.dtype, fold=options.fold, metadata=metadata)
+    with new_folder(out) as folder:
+        shard = round(options.shard * 1e9)
+        write_folder(source, folder, dtype=options.dtype, variant=options.variant, shard=shard)
+        write_card(folder, summary or Summary(title=out.name), samples=samples)
+    return []
+
+
+def _told(name: str, source: Source, options: Options) -> tuple[Summary | None, Path | None]:
+    """What is known of the model's making, and the picture of its samples: of a run, or what lies in the folder or the file."""
+    run = Path(name) if (Path(name) / "checkpoints").is_dir() else None
+    if run:
+        trained = summarize(run, source.place, "ema" if options.ema else "raw")
+        return trained, last_samples(run, trained.steps or 0)
+    samples = source.place / SAMPLES
+    summary = summary_in(source.metadata) if source.place.is_file() else read_summary(source.place)
+    return summary, samples if samples.is_file() else None
+
+
+def _source(name: str, options: Options) -> Source:
+    """The model that is converted, of a run that of its newest checkpoint, with the VAE that is named in place of its own."""
+    base = model_named(name)
+    made_here = (Path(base) / MADE_BY).is_file() or (options.ema and Path(base).is_dir())
+    source = open_source(
+        base, revision=options.revision, pickled=True, ema=options.ema and not made_here, tokenizer=options.tokenizer
+    )
+    if made_here:
+        source.parts |= _in_memory(Path(base), source, options.ema)
+    if options.vae:
+        where, notes = locate(options.vae, "--vae", pickled=True), source.notes
+        found = open_file(where).part("vae", notes) if where.is_file() else read_part(where, "vae", notes, pickled=True)
+        if found is None:
+            raise UserError(f"--vae is {options.vae!r}, which has none; give an AutoencoderKL")
+        source.parts["vae"] = checked("vae", found, notes)
+    vae, takes = source.parts.get("vae"), source.parts["unet"].config.get("out_channels", 4)
+    if vae is not None and options.vae_scaling_factor is not None:
+        source.parts["vae"] = replace(vae, config={**vae.config, "scaling_factor": options.vae_scaling_factor})
+    if vae is not None and (channels := vae.config.get("latent_channels", 4)) != takes:
+        raise UserError(
+            f"{vae.place}: has {channels} latent channels and the UNet makes {takes}; give a VAE with {takes}, or use "
+            "`fastsd swap-vae`"
+        )
+    return source
+
+
+def _in_memory(checkpoint: Path, source: Source, ema: bool) -> dict[str, Part]:
+    """The parts of a checkpoint that its weights' files do not have: averages, and weights with adapters merged into them."""
+    averages = averages_of(checkpoint) if ema else {}
+    if ema and not averages:
+        raise UserError(f"{checkpoint}: has no averaged (EMA) weights; leave --ema out")
+    model = load_merged(ModelTable(base=str(checkpoint)), averages=averages)
+    adapted = (checkpoint / MADE_BY).is_file()
+    tensors = {part: part_state_dict(model, part, None if adapted else averages.get(part)) for part in PARTS}
+    source.notes.append(f"{checkpoint.name}: {'averages' if ema else 'weights'}{', adapters merged' if adapted else ''}")
+    return {part: replace(source.parts[part], tensors=tensors[part]) for part in PARTS}
+
+
+def _lora_file(name: str, ema: bool) -> Path:
+    """The adapters that are converted: a file, peft's folder, or those of a run's newest checkpoint."""
+    path = Path(model_named(name))
+    if ema:
+        averaged = Path(name) / "lora-ema.safetensors"
+        if not averaged.is_file():
+            raise UserError(f"{name}: has no lora-ema.safetensors, which a run with an average ends with; leave --ema out")
+        return averaged
+    return path / ADAPTERS if (path / ADAPTERS).is_file() else path

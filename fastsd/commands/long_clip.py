@@ -1,0 +1,42 @@
+"""`fastsd long-clip` - a model whose text encoder reads 248 tokens at once instead of 77."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from fastsd.config.schema import ModelTable
+from fastsd.config.stages import PARTS
+from fastsd.errors import UserError
+from fastsd.model.formats.load import load_model, part_state_dict, write_part, write_rest
+from fastsd.model.text_encoder import stretch
+from fastsd.storage import new_folder, write_text
+
+KEPT = 20  # positions that stay as they are: nearly all that CLIP has learned from its short captions
+
+
+def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", say: Callable[[str], None] = print) -> None:
+    """Write the base to `out` as a diffusers folder, its table of positions stretched to `tokens`.
+
+    Raises:
+        UserError: a base that does not load, an `out` that is there, or no more tokens than the encoder has.
+    """
+    if out.exists():
+        raise UserError(f"OUT is {str(out)!r}, which exists; name a new folder")
+    model = load_model(ModelTable(base=base, tokenizer=tokenizer))
+    before = model.text.window
+    try:
+        stretch(model.text.module, tokens, KEPT)
+    except ValueError as error:
+        raise UserError(f"--tokens: {error}") from None
+    with new_folder(out) as new:
+        for part in PARTS:
+            write_part(new, model, part, part_state_dict(model, part))
+        write_rest(new, model)
+        settings = new / "tokenizer" / "tokenizer_config.json"
+        said = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+        write_text(settings, json.dumps(said | {"model_max_length": tokens}, indent=2) + "\n")
+    say(
+        f"{out}: {before} positions stretched to {tokens}, the first {KEPT} kept; train the text encoder before relying on more"
+    )

@@ -1,0 +1,118 @@
+"""`fastsd lr-probe` - a short D-Lion run that ends in a learning rate for Lion.
+
+D-Lion's step is d lr sign(...), Lion's lr sign(...); d rises from d0 until the distance it estimates is that to a solution,
+and then stays. The two signs differ: Lion's is of a gradient averaged over a hundred steps, while D-Lion's momentum is scaled
+by d lr beside a gradient that is not, so that its sign is nearly that of each gradient alone. Lion's steps point the same way
+for longer, and a third of the size does; `bench/lr_probe.py` has how near that comes to the best of a sweep.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fastsd.config.schema import Config
+from fastsd.config.stages import PARTS
+from fastsd.errors import UserError
+from fastsd.run.loop import train
+
+SHARE = 1 / 3  # Lion's lr of D-Lion's d lr
+LAST, FLAT = 4, 1.02  # a plateau: in the last of so many parts of the run d lr has grown by no more than this factor
+ROWS = 100
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the log of a probe says of one part.
+
+    Attributes:
+        plateau: d lr at the end.
+        growth: by what factor it grew in the last quarter.
+        left: whether d ever left d0.
+    """
+
+    part: str
+    plateau: float
+    growth: float
+    left: bool
+
+    @property
+    def rate(self) -> float:
+        """The lr for Lion."""
+        return self.plateau * SHARE
+
+    @property
+    def settled(self) -> bool:
+        return self.left and self.growth <= FLAT
+
+
+def lr_probe(config: Config, steps: int, stage: str = "", console: Console | None = None) -> list[Probe]:
+    """Train one stage of a config for `steps` with D-Lion, in RUN/lr-probe, and say what Lion should have.
+
+    Args:
+        stage: its name; "" = the first.
+
+    Raises:
+        UserError: no such stage, or whatever stops a training.
+    """
+    console = console or Console()
+    probing = _probing(config, steps, stage)
+    folder = Path(probing.run)
+    train(probing, console, export=False)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the next probe begins anew
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [_read(part, i, rows, probing.stage[0].d0) for i, part in enumerate(_parts(rows))]
+    for probe in found:
+        console.print(_sentence(probe, steps), markup=False, highlight=False, soft_wrap=True)
+    return found
+
+
+def _probing(config: Config, steps: int, stage: str) -> Config:
+    names = [config.stage_name(i) for i in range(len(config.stage))]
+    if stage and stage not in names:
+        raise UserError(f"--stage is {stage!r}; the stages of this config are {', '.join(names)}")
+    index = names.index(stage) if stage else 0
+    of = config.stage[index]
+    plain = {
+        "until": steps, "optimizer": "dlion", "lr": 1.0, "schedule": "constant", "warmup": min(steps // 10, 100), "restarts": 0,
+        "betas": None, "state": "reset", "growth_rate": None, "d_max": None, "freeze_d_after": 0, "ema": 0.0, "ema_power": 0.0,
+        "ema_after": 0, "decoupled_weight_decay": False, "sample_every": 0, "checkpoint_every": steps, "checkpoint_at": [],
+    }  # fmt: skip
+    nothing = config.validate_.model_copy(update={"stabilised": 0})
+    return config.model_copy(
+        update={
+            "run": str(Path(config.run) / "lr-probe"),
+            "stage": [of.model_copy(update=plain)],
+            "sample": config.sample.model_copy(update={"prompts": [], "prompts_file": ""}),
+            "log": config.log.model_copy(update={"every": max(steps // ROWS, 1), "tensorboard": False, "wandb": ""}),
+            "validate_": nothing,
+        }
+    )
+
+
+def _parts(rows: list[dict[str, Any]]) -> list[str]:
+    """The parts that a log has a d of; the first one's is called "d", and needs no name if it is the only one."""
+    return list(PARTS) if any(key.startswith("d_") for key in rows[0]) else [""]
+
+
+def _read(part: str, index: int, rows: list[dict[str, Any]], d0: float) -> Probe:
+    key = f"d_{part}" if index else "d"
+    d = [row[key] for row in rows]
+    return Probe(part, d[-1], d[-1] / d[-1 - len(d) // LAST], d[-1] > d0)
+
+
+def _sentence(probe: Probe, steps: int) -> str:
+    where = f" for the {probe.part}" if probe.part else ""
+    if not probe.left:
+        return f"d never left d0 in {steps} steps{where}: no lr found; give --steps {3 * steps}, or a larger d0"
+    if not probe.settled:
+        return (
+            f"d was still rising after {steps} steps{where}, by {probe.growth - 1:.0%} in the last quarter, and stands at "
+            f"{probe.plateau:.2g}; give --steps {2 * steps}, or use lion, lr = {probe.rate:.1e} as a lower bound"
+        )
+    return f"d settled at {probe.plateau:.2g}{where}: use lion, lr = {probe.rate:.1e}"

@@ -1,0 +1,60 @@
+"""Progress of a long command: a live line on a terminal, else one every few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastsd.data.building import build
+
+PLAIN_SECONDS = 10  # between progress lines when the output is not a terminal
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[build.Report]:
+    """What shows how far a long work is: a live line on a terminal, else one every few seconds."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        yield _live(bar) if console.is_terminal else _plain(console)
+
+
+def _live(bar: Progress) -> build.Report:
+    tasks: dict[str, object] = {}
+
+    def show(event: build.Progress) -> None:
+        task = tasks.get(event.phase)
+        if task is None:
+            task = tasks[event.phase] = bar.add_task(event.phase, total=event.total or None, speed="")
+        bar.update(task, completed=event.done, speed=_speed(event))  # type: ignore[arg-type]
+
+    return show
+
+
+def _plain(console: Console) -> build.Report:
+    last = time.monotonic()
+
+    def show(event: build.Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last > PLAIN_SECONDS:
+            last = time.monotonic()
+            left = (event.total - event.done) / max(event.images_per_second, 1e-9)
+            eta = f" | ETA {timedelta(seconds=round(left))}" if event.total else ""
+            print_line(console, f"{event.phase} {event.done}/{event.total or '?'} | {_speed(event)}{eta}")
+
+    return show
+
+
+def _speed(event: build.Progress) -> str:
+    what = "captions" if event.phase == "states" else "img"
+    return f"{event.images_per_second:.1f} {what}/s" + (f" | {event.limit} limits" if event.limit else "")
+
+
+def print_line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

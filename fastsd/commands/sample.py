@@ -1,0 +1,44 @@
+"""`fastsd sample`: images from any model, and their grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from fastsd.config.schema import ModelTable, SampleTable
+from fastsd.errors import UserError
+from fastsd.run.folder import model_named
+from fastsd.sampling.generate import generate, load_to_sample
+from fastsd.sampling.grid import grid, read_prompts, save_grid
+
+Options = TypeVar("Options", ModelTable, SampleTable)
+
+
+def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precision: str, device: str) -> None:
+    """`fastsd sample`: load a model, draw, write OUT/NNN-seed.png and OUT/grid.png. Raises UserError."""
+    table = _from_options(SampleTable, settings)
+    prompts = read_prompts(table)
+    if not prompts:
+        raise UserError("there is nothing to draw; give --prompt TEXT or --prompts FILE")
+    source = {**source, "base": model_named(source["base"])}
+    model = load_to_sample(_from_options(ModelTable, source), device, precision)
+    size = table.size or model.unet.cfg.sample_size * model.vae.downscale
+    pairs = [(prompt, table.seed + column) for prompt in prompts for column in range(table.images)]
+    images = generate(model, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], table, size)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, (image, (_, seed)) in enumerate(zip(images, pairs, strict=True)):
+        image.save(out / f"{i:03d}-{seed}.png")
+    save_grid(grid(images, table.images, prompts, table.seed), out / "grid.png")
+    print(f"{len(images)} images and grid.png in {out}")
+
+
+def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:
+    """A config table from command line options. Raises UserError naming the option."""
+    try:
+        return table.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option} is {first['input']!r}; {first['msg'].lower()}") from None

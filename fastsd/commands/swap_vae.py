@@ -1,0 +1,356 @@
+"""`fastsd swap-vae` - a base model with another VAE in place, its edges brought to the new latents by images.
+
+    OUT/             a diffusers folder: the base's UNet and text encoder, the new VAE
+    OUT/swap.json    how it was made: the fits, their maps, R^2 and losses; in words on the card, README.md
+
+The mathematics is in `fastsd/model/align.py`. Images are drawn from all of the folder by --seed; a quarter of them takes no
+part in the fits and measures them, by what training will minimise: the mean square error of the UNet's prediction, with the
+images' captions, at a timestep of each of `STRATA` equal parts of the schedule. Timesteps and noise are a function of (seed,
+number of the image, part), so that all fits see the same.
+
+Shapes: N images, B of them in a forward, C latent channels of the base, D of the new VAE, S strata of timesteps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastsd.commands.progress import progress
+from fastsd.config.schema import FolderTable, ModelTable
+from fastsd.data.building.buckets import Buckets
+from fastsd.data.building.build import Report
+from fastsd.data.building.decode import decode, probe
+from fastsd.data.building.pipeline import Progress
+from fastsd.data.sources import folders
+from fastsd.data.sources.image import Rejected, Source
+from fastsd.errors import UserError
+from fastsd.model import align
+from fastsd.model.formats.load import load_model, load_vae, part_state_dict, write_part, write_rest
+from fastsd.model.model import Model
+from fastsd.model.vae import Vae
+from fastsd.run.model_card import untrained, write_card
+from fastsd.run.validation import summary
+from fastsd.storage import new_folder, write_text
+from fastsd.train.objective import alphas_cumprod
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+from fastsd_kernels.noise import Purpose, permutation, philox
+
+FITS = ("plain", "orthogonal", "affine", "kernel")
+FEWEST, SHARE = 8, 4  # images that a fit needs; of so many one measures
+STRATA, BATCH = 10, 8
+_WHICH = 1 << 40  # a position that no image has: which images are taken
+
+
+def swap_vae(
+    base: str, vae: str, out: Path, images: Path | None = None, fit: str = "", limit: int = 256, resolution: int = 0,
+    vae_scaling_factor: float | None = None, tokenizer: str = "", precision: str = "fp32", device: str = "auto", seed: int = 0,
+    console: Console | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write `base` with `vae` in place to `out`; returns what swap.json says.
+
+    Args:
+        base, vae, tokenizer, vae_scaling_factor: as `model.base` and so on of a config.
+        images: a folder of images, with captions if they have some; None = the VAE is swapped and nothing else.
+        fit: one of `FITS`; "" = the one of the smallest loss, or plain without images.
+        limit: images to look at.
+        resolution: px a side that they are brought to; 0 = the UNet's own.
+        precision: of the UNet that is measured: fp32 or bf16. What is written is fp32.
+
+    Raises:
+        UserError: what does not load or fit together, images that are missing, unreadable or too few, an `out` that is there.
+    """
+    console = console or Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    if out.exists():
+        raise UserError(f"OUT is {str(out)!r}, which exists; name a new folder")
+    if fit and fit not in FITS:
+        raise UserError(f"--fit is {fit!r}; choose {', '.join(FITS)}")
+    if fit not in ("", "plain") and images is None:
+        raise UserError(f"--fit is {fit!r}, which is found from images; add --images DIR")
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"--precision is {precision!r}; choose fp32 or bf16")
+    if vae_scaling_factor is not None and not vae_scaling_factor > 0:
+        raise UserError(f"--vae-scaling-factor is {vae_scaling_factor:g}; give a number above 0")
+    found = _images(images) if images else []
+    where = choose_device(device)
+    table = ModelTable(base=base, tokenizer=tokenizer)
+    model = load_model(table, choose_ops("auto", where))
+    new = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
+    _check(model.vae, new, vae, aligning=bool(images))
+    _say_changes(say, model, new)
+    kept = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # fp32, whatever is computed in
+    edges = align.edges_of(model.unet)
+    said: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new.scaling_factor, "fit": "plain"}
+    if images:
+        said |= {"images": str(images), "seed": seed, "precision": precision}
+        with progress(console) as report:
+            pairs = _encoded(model, new.to(where, torch.float32), found, limit, seed, resolution, report)
+            model.unet.to(where, COMPUTE_DTYPE[precision])
+            set_precision(precision, model.unet)
+            folded = _Alignment(model, pairs, seed, report).compare(edges)
+        if not math.isfinite(folded["own"].loss["loss"]):
+            raise UserError(f"BASE is {base!r}, which predicts what is not finite from its own latents; fetch it again")
+        said |= pairs.counts() | {"fit": fit or min(FITS, key=lambda name: folded[name].loss["loss"])}
+        said["fits"] = {name: {"r2": one.r2, **one.loss, **one.map} for name, one in folded.items()}
+        _say_table(say, said)
+        edges = folded[said["fit"]].edges
+    else:
+        edges = align.fold(edges, align.fit_plain(model.vae.channels, new.channels))
+    align.put(model.unet, edges)
+    tensors = kept | {name: tensor.float() for name, tensor in edges.items()}
+    try:
+        with new_folder(out) as folder:
+            write_part(folder, model, "unet", part_state_dict(model, "unet", tensors))
+            write_part(folder, model, "text_encoder", part_state_dict(model, "text_encoder"))
+            write_rest(folder, replace(model, vae=new))
+            write_text(folder / "swap.json", json.dumps(said, indent=2) + "\n")
+            write_card(folder, untrained(out.name, base, vae, _told(said)))
+    except OSError as error:
+        raise UserError(f"OUT {out} cannot be written ({error.strerror or error}); mend that and run it again") from error
+    say(f"{out}: {base} with the VAE {vae}, {said['fit']} fit")
+    return said
+
+
+def _told(said: Mapping[str, Any]) -> str:
+    """How the model was made, for its card."""
+    plainly = "Only its VAE was replaced; it has to be trained before its pictures are right."
+    if "fits" not in said:
+        return plainly
+    losses = {name: f"{one['loss']:.4f} ± {one['se']:.4f}" for name, one in said["fits"].items()}
+    mapped = f"Its first and last convolution were mapped to the new latents ({said['fit']} fit, {said['fitted']} images)."
+    return (
+        f"Nothing was trained. {mapped if said['fit'] != 'plain' else plainly} Loss before training: {losses[said['fit']]}, "
+        f"with the VAE replaced and nothing mapped {losses['plain']}, the base with its own VAE {losses['own']}."
+    )
+
+
+def _images(folder: Path) -> list[Source]:
+    """All that is found, what cannot be used included."""
+    try:
+        return list(folders.scan([FolderTable(path=str(folder))]))
+    except UserError as error:
+        raise UserError(str(error).replace("data.folders", "--images")) from None
+
+
+def _check(own: Vae, new: Vae, name: str, *, aligning: bool) -> None:
+    """Raise UserError for VAEs between which there is nothing to swap, or to align."""
+
+    def latents(vae: Vae) -> tuple[Any, ...]:
+        return vae.hash, vae.scaling_factor, vae.shift_factor
+
+    if latents(own) == latents(new):
+        state, other = own.module.state_dict(), new.module.state_dict()
+        if state.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in state.items()):
+            raise UserError(f"VAE {name} is the base's own; name another one")
+        if aligning:
+            raise UserError(f"VAE {name} has the latents of the base's own and only decodes otherwise; leave out --images")
+    if aligning and own.downscale != new.downscale:
+        raise UserError(
+            f"VAE {name} makes latents {new.downscale} times smaller than images and the base's own {own.downscale} times, so "
+            "their positions do not correspond; leave out --images, and train"
+        )
+
+
+def _say_changes(say: Callable[[str], None], model: Model, new: Vae) -> None:
+    own, channels = model.vae, model.unet.cfg.in_channels
+    say(f"VAE's factor {own.scaling_factor:g} -> {new.scaling_factor:g}")
+    for note in model.notes:
+        say(f"note: {note}")
+    if new.channels != channels:
+        word = "widened" if new.channels > channels else "narrowed"
+        say(f"latent channels {channels} -> {new.channels}: first and last convolution {word}, new channels begin at zero")
+    if new.downscale != own.downscale:
+        say(f"latents {own.downscale} -> {new.downscale} times smaller than images: other sizes than the UNet has learned")
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Images by both VAEs, in the order drawn.
+
+    Attributes:
+        numbers_N: of the images in their folder: where their noise comes from.
+        x_NCHW, y_NDHW: scaled latents, fp32, on the CPU.
+        context_NLD: the text encoder's states.
+        put_aside: images that cannot be read, by the reason.
+    """
+
+    resolution: int
+    numbers_N: Tensor
+    x_NCHW: Tensor
+    y_NDHW: Tensor
+    context_NLD: Tensor
+    put_aside: Counter[str]
+
+    def part(self, *, measuring: bool) -> Tensor:
+        """Indices of the images that measure, or of those that are fitted to."""
+        index_N = torch.arange(len(self.numbers_N))
+        return index_N[(index_N % SHARE == 0) == measuring]
+
+    def counts(self) -> dict[str, Any]:
+        sizes = {"fitted": len(self.part(measuring=False)), "measured": len(self.part(measuring=True))}
+        return {"resolution": self.resolution, **sizes, "put_aside": dict(self.put_aside)}
+
+
+@torch.no_grad()
+def _encoded(
+    model: Model, new: Vae, found: Sequence[Source], limit: int, seed: int, resolution: int, report: Report
+) -> _Pairs:  # fmt: skip
+    """Raises UserError: a resolution that the model cannot have, or too few images."""
+    device, own, began = new.device, model.vae, time.perf_counter()
+    own.to(device, torch.float32)
+    model.text.module.to(device)
+    resolution, step = resolution or model.unet.cfg.sample_size * own.downscale, own.downscale * model.unet.cfg.downscale
+    if resolution % step:
+        near = max(resolution // step, 1) * step
+        raise UserError(f"--resolution is {resolution}, no multiple of {step}, which this base needs; use {near}")
+    buckets, put_aside = Buckets(resolution, None), Counter[str]()
+    rows: list[tuple[Tensor, ...]] = []
+    for number in permutation(seed, Purpose.ALIGNMENT, _WHICH, len(found)):
+        if len(rows) == limit:
+            break
+        try:
+            pixels, caption = _read(found[number], buckets)
+            image = pixels.to(device)[None].float() / 127.5 - 1
+            x, y = (vae.scale(vae.encode(image)).cpu() for vae in (own, new))
+            if not (x.isfinite().all() and y.isfinite().all()):
+                raise Rejected("its latent is not finite")
+        except Rejected as error:
+            put_aside[error.reason] += 1
+            continue
+        states = model.text.encode(model.text.tokenize([caption]).to(device)).cpu()
+        rows.append((number[None], x, y, states))
+        report(Progress("encode", len(rows), min(limit, len(found)), len(rows) / (time.perf_counter() - began)))
+    why = f"; put aside: {_reasons(put_aside)}" if put_aside else ""
+    if len(rows) < FEWEST:
+        raise UserError(f"--images has {len(rows)} that can be used, and a fit needs {FEWEST} or more; add some{why}")
+    numbers, x, y, states = (torch.cat(column) for column in zip(*rows, strict=True))
+    pairs = _Pairs(resolution, numbers, x, y, states, put_aside)
+    positions = len(pairs.part(measuring=False)) * math.prod(x.shape[2:])
+    needed = max(9 * new.channels, -(-9 * model.unet.cfg.block_out_channels[0] // STRATA)) + 1
+    if positions < needed:
+        raise UserError(
+            f"--images: {len(rows)} at {resolution} px have {positions} positions to fit to and need {needed}; add some, "
+            f"or raise --resolution{why}"
+        )
+    return pairs
+
+
+def _read(source: Source, buckets: Buckets) -> tuple[Tensor, str]:
+    """Pixels uint8 (3, R, R), and the caption, "" without one. Raises Rejected."""
+    if source.problem:
+        raise Rejected(source.problem)
+    data, captions = folders.read_bytes(source), folders.captions_of(source)
+    return torch.from_numpy(decode(data, buckets.place(*probe(data)))), captions[0] if captions else ""
+
+
+@dataclass
+class _Measured:
+    """A fit as it came out: R^2 a channel of the base ([] of the base itself), {"loss", "se"}, {"A", "c"} where it has them."""
+
+    edges: align.Edges
+    r2: list[float] = field(default_factory=list)
+    loss: dict[str, float] = field(default_factory=dict)
+    map: dict[str, Any] = field(default_factory=dict)
+
+
+class _Alignment:
+    """Fits and measures.
+
+    Args:
+        model: its UNet on its device, in the precision to measure in.
+    """
+
+    def __init__(self, model: Model, pairs: _Pairs, seed: int, report: Report) -> None:
+        self.model, self.pairs, self.seed, self.report = model, pairs, seed, report
+        self.abar_T = alphas_cumprod(model.scheduler)
+        self.fitted, self.measuring = pairs.part(measuring=False), pairs.part(measuring=True)
+        self.began, self.done = time.perf_counter(), 0
+        self.total = len(self.fitted) + (1 + len(FITS)) * len(self.measuring)
+
+    @torch.no_grad()
+    def compare(self, edges: align.Edges) -> dict[str, _Measured]:
+        """The base with its own VAE ("own"), then each of `FITS`."""
+        moments, unseen = (align.Pairs(self.pairs.x_NCHW[i], self.pairs.y_NDHW[i]) for i in (self.fitted, self.measuring))
+        schedule = align.Schedule.of(self.abar_T, self.model.prediction)
+        fits = {
+            "plain": align.fit_plain(*moments.channels), "orthogonal": align.fit_orthogonal(moments, schedule),
+            "affine": align.fit_affine(moments, schedule), "kernel": align.fit_kernel(moments, schedule),
+        }  # fmt: skip
+        found = {"own": _Measured(edges, loss=self._loss(edges, self.pairs.x_NCHW))}
+        for name, fit in fits.items():
+            folded = align.fold(edges, fit)
+            if name == "kernel":
+                folded = self._refitted(folded)
+            known = {"A": fit.A.tolist(), "c": fit.c.tolist()} if fit.A is not None and fit.c is not None else {}
+            found[name] = _Measured(folded, unseen.r2(fit), self._loss(folded, self.pairs.y_NDHW), known)
+        return found
+
+    def _refitted(self, edges: align.Edges) -> align.Edges:
+        align.put(self.model.unet, align.reading_features(edges))
+        columns = edges["conv_out.weight"][0].numel() + len(edges["conv_out.weight"])
+        moments = align.Moments(columns, self.model.unet.conv_in.weight.device)
+        for features_BFHW, target_BDHW in self._forwards(self.fitted, self.pairs.y_NDHW):
+            for features_FHW, target_DHW in zip(features_BFHW, target_BDHW, strict=True):  # patches of one image in memory
+                moments.add(torch.cat([align.patches(features_FHW[None]), target_DHW.flatten(1).T], dim=1))
+        return align.refit_last(edges, moments)
+
+    def _loss(self, edges: align.Edges, latents_NCHW: Tensor) -> dict[str, float]:
+        align.put(self.model.unet, edges)
+        errors = [
+            (predicted.double() - target.double()).square().flatten(1).mean(1)
+            for predicted, target in self._forwards(self.measuring, latents_NCHW)
+        ]
+        batches = [torch.stack(errors[i : i + STRATA], dim=1) for i in range(0, len(errors), STRATA)]
+        found = summary(torch.cat(batches).tolist(), self._edges(), STRATA)
+        return {"loss": found["loss"], "se": found["se"]}
+
+    def _forwards(self, index_N: Tensor, latents_NCHW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(What the UNet returns, target), fp32, of each batch and in it of each part of the timesteps."""
+        unet, prediction = self.model.unet, self.model.prediction
+        device = unet.conv_in.weight.device
+        tables = self.abar_T.sqrt().to(device), (1 - self.abar_T).sqrt().to(device)
+        first_S = torch.tensor(self._edges())
+        for index_B in index_N.split(BATCH):
+            latents_BCHW, context_BLD = latents_NCHW[index_B].to(device), self.pairs.context_NLD[index_B].to(device)
+            words = philox(self.seed, Purpose.ALIGNMENT, self.pairs.numbers_N[index_B], torch.arange(STRATA))
+            t_BS = first_S[:-1] + (words[..., 0] * first_S.diff() >> 32)
+            position_BS = words[..., 1] << 32 | words[..., 2]
+            for t_B, position_B in zip(t_BS.T.to(device), position_BS.T.to(device), strict=True):
+                given = latents_BCHW, position_B, t_B, *tables, self.seed
+                noisy_BCHW, target_BCHW = unet.ops.noised(*given, prediction=prediction)
+                yield unet(noisy_BCHW, t_B, context_BLD).float(), target_BCHW
+            self.done += len(index_B)
+            speed = self.done / (time.perf_counter() - self.began)
+            self.report(Progress("measure", self.done, self.total, speed))
+
+    def _edges(self) -> list[int]:
+        """The timesteps where the parts begin, and the end."""
+        return [part * len(self.abar_T) // STRATA for part in range(STRATA + 1)]
+
+
+def _reasons(put_aside: Mapping[str, int]) -> str:
+    """The commonest ones: some tell a place in a file, so there may be as many as files."""
+    return "; ".join(f"{count} x {reason}" for reason, count in Counter(put_aside).most_common(3))
+
+
+def _say_table(say: Callable[[str], None], said: dict[str, Any]) -> None:
+    images = f"images of {said['images']} at {said['resolution']} px"
+    say(f"{said['fitted']} {images} to fit to, {said['measured']} others to measure")
+    if said["put_aside"]:
+        say(f"{sum(said['put_aside'].values())} put aside: {_reasons(said['put_aside'])}")
+    say(f"{'fit':12}{'step-0 loss':20}R^2 of each channel")
+    for name, one in said["fits"].items():
+        loss, r2 = f"{one['loss']:.4f} ± {one['se']:.4f}", " ".join(f"{share:.4f}" for share in one["r2"])
+        say(f"{name:12}{loss:20}{r2 or 'the base with its own VAE'}")

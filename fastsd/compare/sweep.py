@@ -1,0 +1,206 @@
+"""`fastsd sweep CONFIG key=a,b,c ...` - runs that differ in these keys and in nothing else, one after the other.
+
+The same line again goes on where it was stopped: finished runs are passed over, the one that was interrupted resumes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastsd.commands.cache import cache
+from fastsd.compare.compare import compare
+from fastsd.config.schema import Config, dump_config, load_config
+from fastsd.data.cache import LatentCache, view_name
+from fastsd.errors import UserError
+from fastsd.model.formats.adapters import load_to_train
+from fastsd.run.checkpoint import STATE, checkpoints
+from fastsd.run.loop import train
+from fastsd.run.settings import combinations, safe_name, said, short_names
+from fastsd.sampling.grid import check_samples
+from fastsd.storage import replace_file
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a sweep. `name` is that of its folder, "lr=1e-05,clip_skip=1"; `values` are those of the swept keys."""
+
+    name: str
+    values: dict[str, Any]
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run)
+
+
+def sweep(
+    path: Path, words: Sequence[str], precision: str | None = None, baseline: str = "", console: Console | None = None
+) -> None:
+    """Make the runs of all combinations; RUN/sweep.json says which folder has which values, RUN/report.html compares them.
+
+    Args:
+        path: the config; its `run` is the folder of the sweep.
+        words: `key=a,b,c`, swept, and `key=value`, the same in all runs.
+        precision: replaces the precision of every stage.
+        baseline: name of the run that the report measures others against; "" = the one with the config's own values, or if
+            there is none the first.
+
+    Raises:
+        UserError: before anything is trained, for words, configs or models that are wrong; at the end, for runs that failed.
+    """
+    console = console or Console()
+    variants = plan_sweep(path, words, precision)
+    base = _baseline(variants, baseline, path, words, precision)
+    root = base.folder.parent
+    _say(console, f"{len(variants)} runs in {root}, measured against {base.name}")
+    for variant in variants:
+        _say(console, f"  {variant.name}: " + ", ".join(f"{key} = {said(value)}" for key, value in variant.values.items()))
+    _prepare(variants, console)
+    root.mkdir(parents=True, exist_ok=True)
+    table = {"config": str(path), "baseline": base.name, "runs": {variant.name: variant.values for variant in variants}}
+    replace_file(root / "sweep.json", json.dumps(table, indent=2) + "\n")
+    failed = _train_all(variants, console)
+    logged = [v for v in variants if (log := v.folder / "log.jsonl").is_file() and log.stat().st_size]
+    if logged:
+        measured = base if base in logged else logged[0]
+        compare([v.folder for v in logged], root / "report.html", str(measured.folder), console=console)
+    if failed:
+        raise UserError("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
+
+
+def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -> list[Variant]:
+    """The runs of a sweep, the last key's values following each other fastest.
+
+    Raises:
+        UserError: a key without values or with one twice, nothing to sweep, an unknown key or a bad value, two runs that
+            would be the same or share a folder.
+    """
+    picked = combinations(words)
+    swept = [key for key in picked[0] if len({said(each[key][1]) for each in picked}) > 1]
+    if not swept:
+        raise UserError("there is nothing to sweep; give a key several values, for example stage.caption_dropout=0.04,0.1")
+    if "run" in swept:
+        raise UserError("run has several values; name one folder, below which each run gets its own")
+    short = short_names(swept)
+    problems: list[str] = []
+    variants: list[Variant] = []
+    for each in picked:
+        try:
+            config = load_config(path, [f"{key}={text}" for key, (text, _) in each.items()], precision)
+        except UserError as error:
+            problems += str(error).split("\n")
+            continue
+        name = ",".join(f"{short[key]}={safe_name(said(each[key][1]))}" for key in swept)
+        own = config.model_copy(update={"run": str(Path(config.run) / name)})
+        variants.append(Variant(name, {key: each[key][1] for key in swept}, own))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    names: dict[str, Variant] = {}
+    contents: dict[str, Variant] = {}
+    for variant in variants:
+        other = names.setdefault(variant.name.casefold(), variant)
+        if other is not variant:
+            pair = " and ".join(str(v.values) for v in (other, variant))
+            raise UserError(f"two runs would share the folder {variant.folder}: {pair}; sweep them one at a time")
+        other = contents.setdefault(_settings(variant.config), variant)
+        if other is not variant:
+            raise UserError(f"{other.name} and {variant.name} are the same run; leave one out")
+    return variants
+
+
+def _baseline(variants: list[Variant], name: str, path: Path, words: Sequence[str], precision: str | None) -> Variant:
+    """The run of that name; without one that with the config's own values, else the first."""
+    if name:
+        found = next((variant for variant in variants if variant.name == name), None)
+        if found is None:
+            among = ", ".join(variant.name for variant in variants)
+            raise UserError(f"--baseline is {name!r}, which is not among the runs ({among}); name one of them")
+        return found
+    fixed = [word for word in words if word.partition("=")[0].strip() not in variants[0].values]
+    try:
+        own = _settings(load_config(path, fixed, precision))
+    except UserError:  # it lacks what is swept
+        return variants[0]
+    return next((variant for variant in variants if _settings(variant.config) == own), variants[0])
+
+
+def _settings(config: Config) -> str:
+    return dump_config(config.model_copy(update={"run": ""}))
+
+
+def _prepare(variants: Sequence[Variant], console: Console) -> None:
+    """Load every model once, so that one that is wrong is told before the first run, and make the caches that are missing.
+
+    Runs that have a checkpoint have passed this.
+    """
+    problems: list[str] = []
+    missing: dict[str, Config] = {}
+    for variant in variants:
+        config = variant.config
+        if checkpoints(variant.folder / "checkpoints"):
+            continue
+        try:
+            model = load_to_train(config.model)
+            check_samples(model, config)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        try:
+            view = view_name(config, model.vae.hash)
+            with closing(LatentCache.open(config.cache.dir, view)):
+                pass
+            if config.cache.hidden_states:  # of which there may be none for this encoder
+                missing[f"{view} {config.model.model_dump_json()}"] = config
+        except UserError:
+            missing[f"{config.cache.model_dump_json()} {view}"] = config
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    for config in missing.values():
+        cache(config, console)
+
+
+def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
+    """Train those that are not finished; returns what stopped the ones that failed, by name."""
+    failed = {}
+    for i, variant in enumerate(variants, 1):
+        _say(console, f"\n[{i}/{len(variants)}] {variant.name}")
+        if _finished(variant):
+            _say(console, "finished already")
+            continue
+        try:
+            train(variant.config, console)
+        except UserError as error:
+            failed[variant.name] = str(error)
+            _say(console, f"! {error}\nthe others go on")
+        # Nothing of this run may stay in memory beside the next one, nor in its peak.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return failed
+
+
+def _finished(variant: Variant) -> bool:
+    """Whether a run of this very config has its model, told without opening it."""
+    found = checkpoints(variant.folder / "checkpoints")
+    if not found or not (variant.folder / "model").is_dir():
+        return False
+    try:
+        same = (variant.folder / "config.json").read_text(encoding="utf-8") == dump_config(variant.config)
+        state = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
+        return same and state["stage_done"] and state["stage"] == len(variant.config.stage) - 1
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

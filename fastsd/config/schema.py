@@ -1,0 +1,328 @@
+"""The schema of a config file and the only defaults there are.
+
+A config is TOML: a few keys at the top, the tables `[model] [data] [cache] [sample] [validate] [log] [export]`, and an
+ordered list of `[[stage]]`. Files in `configs/` are deltas from the defaults below. Unknown keys are errors with a "did you
+mean"; keys that a later version will fill are refused by name, never ignored.  Read next: `configs/xlsd.toml`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from fastsd.config.config_errors import sentence, unknown_keys
+from fastsd.config.stages import Amount, StageTable, Table, parse_amount
+from fastsd.errors import UserError
+
+
+# fmt: off
+class LoraTable(Table):
+    """Low-rank adapters: every target's weight W becomes W + alpha / rank * up @ down."""
+
+    rank: int = Field(4, ge=1)
+    alpha: float | None = Field(None, gt=0)        # unset = rank, a factor of 1
+    targets: list[str] = Field(["attention"], min_length=1)    # groups or names of linear layers, as in train without the part
+    conv: int = Field(0, ge=0)                     # rank of adapters of the 3x3 convolutions; 0 = none
+    text_encoder: bool = False                     # adapters in the text encoder's targets, too
+    file: str = ""                                 # start from this LoRA (.safetensors, by any tool's names)
+
+
+class ModelTable(Table):
+    base: str                                      # diffusers folder, hub id, or one .safetensors in the original SD layout
+    vae: str = ""                                  # "" = the base's own; else a folder, hub id or .safetensors file
+    tokenizer: str = ""                            # "" = the base's own; a single file has none: name a folder or hub id
+    revision: str = ""                             # of a base that is a hub id; "" = its default branch
+    vae_scaling_factor: float | None = Field(None, gt=0)   # only for a VAE file that comes without its config
+    clip_skip: int = Field(0, ge=0)                # 0 = last layer; n = the n-th before it, then the final layer norm
+    chunks: int = Field(1, ge=1, le=8)             # 1 = captions end after 75 tokens; n = n times 75, each encoded by itself
+    prediction: Literal["", "epsilon", "v_prediction"] = ""    # what the UNet tells of x_t; "" = as the base does
+    zero_snr: bool | None = None                   # rescale the noise schedule to end in pure noise; unset = as the base does
+    lora: LoraTable | None = None                  # adapters that train = ["lora"] trains: a table [model.lora]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelTable:
+        if self.zero_snr and self.prediction == "epsilon":
+            advice = 'in pure noise there is nothing to tell; use "v_prediction"'
+            raise ValueError(f'zero_snr is true and prediction "epsilon": {advice}')
+        return self
+
+
+class FolderTable(Table):
+    path: str                                      # a folder, searched recursively; a .tar; or a pattern: {00000..00099}.tar
+    repeats: int = Field(1, ge=1)                  # how often an epoch has each of its images
+    weight: float | None = Field(None, gt=0)       # or its part of an epoch, beside the weights of other folders
+    loss_weight: float = Field(1.0, ge=0)          # of its images' losses
+
+
+class BucketTable(Table):
+    """Aspect buckets; keys and meaning are kohya's."""
+
+    min: int = Field(256, ge=8)                    # px, the shortest side
+    max: int = Field(1024, ge=8)                   # px, the longest side
+    step: int = Field(64, ge=8)                    # px, sides are its multiples
+    no_upscale: bool = False                       # never enlarge: small images get buckets of their own size
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> BucketTable:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max {self.max}; min must not be above max")
+        for name, side in (("min", self.min), ("max", self.max)):
+            if side % self.step:
+                near = max(side // self.step, 1) * self.step
+                raise ValueError(f"{name} is {side}, no multiple of step {self.step}; use {near}")
+        return self
+
+
+class DataTable(Table):
+    # Each a path or { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }. A caption lies beside its image (.txt or
+    # .caption, several lines = variants), in the folder's metadata.jsonl or .parquet, or in the tar.
+    folders: list[str | FolderTable] = Field(min_length=1)
+    resolution: int = Field(512, ge=8)             # px: the square's side, or the root of the buckets' largest area
+    crop: Literal["centre", "random"] = "centre"   # where the square or bucket is cut from the resized image
+    crops: int = Field(1, ge=1, le=64)             # random crops stored of each image; training draws one each time
+    flip: bool = False                             # store mirrored latents as well; training takes either
+    buckets: BucketTable | None = None             # aspect buckets instead of squares: a table [data.buckets]
+    latents: Literal["", "img_sdxl", "img_sdvae", "npz"] = ""   # "" = encode; else take over what another trainer encoded
+    caption_key: str = ""                          # in metadata and .json; "" = the first of text, caption, prompt
+    weight_key: str = ""                           # in metadata: a number that an image's loss is multiplied by; "" = none
+    masks: str = ""                                # ending of masks beside images, "-mask.png": white is learned; "" = none
+    include: list[str] = []                        # only images with one of these tags
+    exclude: list[str] = []                        # no image with one of these tags
+
+    @property
+    def roots(self) -> list[FolderTable]:
+        return [FolderTable(path=f) if isinstance(f, str) else f for f in self.folders]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DataTable:
+        if self.crops > 1 and self.crop != "random":
+            raise ValueError(f"crops is {self.crops} and crop {self.crop!r}: one centre is all there is; use crop = \"random\"")
+        if self.latents and (self.crop != "centre" or self.buckets):
+            which = "buckets" if self.buckets else "crop"
+            raise ValueError(f"latents is {self.latents!r}, cut already by another trainer; remove {which}")
+        if self.latents.startswith("img") and self.flip:
+            raise ValueError(f"flip is true and {self.latents} files hold no mirrored latents; remove flip")
+        if self.buckets and self.buckets.min > self.resolution:
+            raise ValueError(f"buckets.min is {self.buckets.min}, above resolution {self.resolution}; lower it")
+        if self.buckets and self.buckets.max < self.resolution:
+            raise ValueError(f"buckets.max is {self.buckets.max}, below resolution {self.resolution}; raise it")
+        for root in self.roots:
+            if root.weight is not None and root.repeats != 1:
+                raise ValueError(f"folder {root.path} has repeats and weight; give one of them")
+        return self
+
+
+class CacheTable(Table):
+    dir: str = "cache"                             # may be shared: keys hold image, VAE and preprocessing
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"    # of the stored posterior mean; fp16 is 32 KiB an image at 512 px
+    precision: Literal["fp32", "bf16"] = "fp32"    # the VAE encoder's; never fp16, where SDXL's VAE overflows
+    batch: int = Field(8, ge=1)                    # images a VAE call, and the unit of work an interruption can lose
+    workers: int = Field(0, ge=0)                  # decoding threads; 0 = one per core
+    # Store the text encoder's states of every caption as well: training then has no text encoder on the GPU. For stages that
+    # leave it and the captions as they are; 116 KiB a caption in fp16. `precision` is the encoder's, too
+    hidden_states: bool = False
+
+
+class SampleTable(Table):
+    prompts: list[str] = []                        # one row of the grid each
+    prompts_file: str = ""                         # more prompts, one a line
+    negative: str = ""                             # the unconditional side of the guidance
+    images: int = Field(2, ge=1)                   # columns: images per prompt, each from its own fixed seed
+    seed: int = Field(0, ge=0)                     # of the first column; the next ones count up
+    sampler: Literal["ddim", "euler", "euler_a", "dpm++"] = "dpm++"
+    steps: int = Field(20, ge=1)
+    guidance: float = Field(7.0, ge=0)             # classifier-free guidance scale; 1 = off
+    size: int = Field(0, ge=0)                     # px; 0 = data.resolution
+
+
+class ValidateTable(Table):
+    """A loss to compare by: the same images, noise and timesteps every time, before the first step and as often as `every`."""
+
+    held_out: int = Field(0, ge=0)                 # images that are never trained on; 0 = none
+    stabilised: int = Field(0, ge=0)               # images that are, measured the same way: training loss without its noise
+    every: Amount = "1e"                           # between measurements: steps, "1e", "30m"; also where a stage starts or ends
+    bands: int = Field(5, ge=1, le=100)            # equal parts of the timesteps, told apart
+    per_band: int = Field(2, ge=1)                 # timesteps of each image in each band
+    batch: int = Field(8, ge=1)                    # images a forward
+    seed: int = Field(0, ge=0, lt=2**63)           # which images, noise and timesteps
+    # What decides with it: an image's own latents, wherever it lies and whatever is added; or its number in the cache, for sets
+    # whose images correspond, as those of `fastsd redraw` do
+    by: Literal["content", "number"] = "content"
+
+
+class LogTable(Table):
+    every: int = Field(10, ge=1)                   # steps between log lines (values are read one line late, never waited for)
+    tensorboard: bool = True                       # event files under RUN/tensorboard; RUN/log.jsonl is always written
+    wandb: str = ""                                # project name; needs the extra: pip install "fastsd[wandb]"
+
+
+class ExportTable(Table):
+    """What a run ends with beside RUN/model, which is always there: a diffusers folder in fp32, exact as the checkpoint."""
+
+    single_file: bool = True                       # RUN/model.safetensors as well, the original SD layout of ComfyUI and A1111
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"    # of that file
+    fold: bool = True                              # put the VAE's factor into its weights: other tools take 0.18215 for granted
+    lora: Literal["kohya", "peft"] = "kohya"       # names in RUN/lora.safetensors: all tools read kohya's; peft's is diffusers'
+    title: str = ""                                # in files and model card; "" = the name of the run's folder
+    author: str = ""                               # the same; "" = not told
+    license: str = ""                              # the same, as the hub names it: "creativeml-openrail-m"; "" = not told
+
+
+class Config(Table):
+    model: ModelTable
+    data: DataTable
+    stage: list[StageTable] = Field(min_length=1)
+    cache: CacheTable = CacheTable()
+    sample: SampleTable = SampleTable()
+    validate_: ValidateTable = Field(ValidateTable(), alias="validate")
+    log: LogTable = LogTable()
+    export: ExportTable = ExportTable()
+    run: str = "runs/run"                          # everything a run writes; the same line again resumes from here
+    seed: int = Field(0, ge=0, lt=2**63)           # of all noise, timesteps, dropout and order
+    kernels: Literal["auto", "triton", "reference"] = "auto"   # which Ops table; auto = triton on a GPU it is built for
+    device: str = "auto"                           # auto = cuda if there is one, else the cpu
+    cuda_graph: bool = True                        # replay the whole step as one CUDA graph on a GPU; equal in result
+    deterministic: bool = True                     # exact resume on a GPU; false: cuDNN times its algorithms, anew each time
+
+    def stage_name(self, index: int) -> str:
+        return self.stage[index].name or f"stage-{index + 1}"
+
+    @model_validator(mode="after")
+    def _states_hold(self) -> Config:
+        for i, stage in enumerate(self.stage if self.cache.hidden_states else ()):
+            name, advice = self.stage_name(i), "remove one of the two"
+            if "text_encoder" in stage.train:
+                raise ValueError(f"cache.hidden_states needs a frozen text encoder and stage {name!r} trains it; {advice}")
+            for key in ("shuffle_tags", "tag_dropout", "max_tags", "shuffle_sentences"):
+                if getattr(stage, key):
+                    raise ValueError(f"cache.hidden_states needs captions as they are and stage {name!r} has {key}; {advice}")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Config:
+        for i, stage in enumerate(self.stage):
+            name, before = self.stage_name(i), self.stage[i - 1] if i else None
+            if "lora" in stage.train and self.model.lora is None:
+                raise ValueError(f'stage {name!r} trains "lora" and there is none; add a table [model.lora]')
+            if stage.state == "carry":
+                if before is None:
+                    raise ValueError(f'stage {name!r} has state = "carry" and none before it; remove it')
+                for key in ("optimizer", "betas", "train"):
+                    was, now = getattr(before, key), getattr(stage, key)
+                    if was != now:
+                        raise ValueError(
+                            f'stage {name!r} has state = "carry" and another {key} than the stage before it ({now!r}, before '
+                            f'{was!r}), whose state cannot go on; use "reset"'
+                        )
+        measured = self.validate_.held_out or self.validate_.stabilised
+        if measured:
+            parse_amount("validate.every", self.validate_.every)
+        elif self.validate_.every != ValidateTable().every:
+            raise ValueError("validate.every is given and there is nothing to measure; set validate.held_out, for example 256")
+        return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Config:
+        names = [self.stage_name(i) for i in range(len(self.stage))]
+        for i, name in enumerate(names):
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"stage {i + 1} is named {name!r}; use letters, digits, '.', '_' and '-'")
+            if name in names[:i]:
+                raise ValueError(f"two stages are named {name!r}; give each its own name")
+        return self
+
+
+_TABLES: dict[str, type[Table]] = {
+    "model": ModelTable, "model.lora": LoraTable, "data": DataTable, "data.buckets": BucketTable, "cache": CacheTable,
+    "sample": SampleTable, "validate": ValidateTable, "log": LogTable, "export": ExportTable, "stage": StageTable,
+}
+
+# fmt: on
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, precision: str | None = None) -> Config:
+    """Read and check a config file.
+
+    Args:
+        path: the TOML file.
+        overrides: `key=value` with dotted keys, values in TOML (bare words are strings): `seed=7`, `model.vae=my-vae`,
+            `stage.0.lr=1e-5` (by index), `stage.unet.batch=8` (by name), `stage.batch=8` (in every stage).
+        precision: replaces the precision of every stage.
+
+    Raises:
+        UserError: one sentence a problem: file, field, what was found, what to do.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; give the path of a .toml, for example configs/xlsd.toml") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give the path of a .toml file in it") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as TOML ({error}); mend that line") from None
+    for item in overrides or []:
+        _override(raw, item)
+    if precision is not None:
+        _override(raw, f"stage.precision={precision}")
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], source: str) -> Config:
+    """A parsed TOML dict -> Config. Raises UserError naming `source` and every problem, one a line."""
+    problems = unknown_keys(raw, {field.alias or name for name, field in Config.model_fields.items()}, _TABLES)
+    try:
+        config = Config.model_validate(raw, strict=True)
+    except ValidationError as error:
+        for item in error.errors():
+            if item["type"] != "extra_forbidden":
+                problems.append(sentence(item))
+    if problems:
+        raise UserError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config, defaults included, as JSON with sorted keys."""
+    return json.dumps(config.model_dump(by_alias=True), indent=2, sort_keys=True) + "\n"
+
+
+def parse_value(text: str) -> Any:
+    """A value on the command line: TOML, or else the text itself."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{item!r} is not an override; write key=value, for example stage.0.batch=8")
+    value = parse_value(text)
+    *parents, last = key.strip().split(".")
+    targets: list[Any] = [raw]
+    for part in parents:
+        targets = [found for target in targets for found in _descend(target, part, key)]
+    for target in targets:
+        for table in target if isinstance(target, list) else [target]:
+            table[last] = value
+
+
+def _descend(target: Any, part: str, key: str) -> list[Any]:
+    if isinstance(target, list):
+        if part.isdigit() and int(part) < len(target):
+            return [target[int(part)]]
+        named = [stage for i, stage in enumerate(target) if stage.get("name", f"stage-{i + 1}") == part]
+        if not named:
+            raise UserError(f"override {key}: there is no stage {part!r}; stages count from 0 or go by their name")
+        return named
+    child = target.setdefault(part, {})
+    if not isinstance(child, (dict, list)):
+        raise UserError(f"override {key}: {part!r} is a value, not a table; write {part}=...")
+    return [child]

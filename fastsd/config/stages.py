@@ -1,0 +1,226 @@
+"""What a `[[stage]]` of a config may say - what is trained, for how long, by which objective - and its defaults."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["fp32", "tf32", "bf16"]
+Rate = Annotated[float, Field(gt=0)]
+Amount = int | str  # of steps, epochs, images or time, see `parse_amount`
+PARTS = ("unet", "text_encoder")
+ENDLESS = 1 << 40  # steps of a stage that the clock ends
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# fmt: off
+class StageTable(Table):
+    name: str = ""                                 # "" = stage-N; names the stage in logs, checkpoints and overrides
+    # What is trained; all else is frozen and costs nothing. "unet", "text_encoder", "lora" (the adapters of [model.lora]), or
+    # some of a part: a group (unet.attention, unet.cross_attention, unet.norms, unet.in, unet.mid, unet.out, unet.conv_in, ...)
+    # or names as diffusers has them, with * for any: "unet.up_blocks.3.*", "text_encoder.layers.11"
+    train: list[str] = Field(min_length=1)
+    # 1000 or "1000 steps" | "2e" or "2 epochs" | "64000 images" | "90m" or "12 hours", of this stage
+    until: Amount
+    # What the stage before leaves: "reset" = its weights only; "carry" = its optimizer state, d and EMA go on, too
+    state: Literal["reset", "carry"] = "reset"
+    reinit: list[str] = []                         # parts, named as in train, that start from new random weights
+    precision: Precision = "fp32"
+    batch: int = Field(32, ge=1)                   # images an optimizer step
+    # Images a forward, a divisor of batch: gradients are accumulated. 0 = batch, "auto" = the most that fits
+    micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    # What the backward computes again. ff: the feed-forwards' first matmul, for a third less memory; block: everything, for
+    # very little memory and a third more time. `fastsd plan` has the figures.
+    checkpointing: Literal["none", "ff", "block"] = "none"
+    fused_backward: bool = False                   # step each parameter as its gradient arrives: no memory for gradients. Needs
+                                                   # micro_batch = batch and no grad_clip
+
+    optimizer: Literal["dlion", "lion", "adamw"] = "dlion"
+    # dlion: 1.0 (a factor on its own d); lion and adamw: must be given. One for all, or { unet = 1e-6, text_encoder = 3e-6 }
+    lr: Rate | dict[Literal["unet", "text_encoder"], Rate] | None = None
+    betas: list[float] | None = Field(None, min_length=2, max_length=2)    # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    decoupled_weight_decay: bool = False           # lion: decay by wd * lr / initial lr, as in lion-pytorch
+    d0: float = Field(1e-6, gt=0)                  # dlion's first estimate of the step size
+    growth_rate: float | None = Field(None, gt=1)  # dlion: d grows by no more than this factor a step, for example 1.02
+    d_max: float | None = Field(None, gt=0)        # dlion: d stays at or below this
+    freeze_d_after: int = Field(0, ge=0)           # dlion: d stays as it is after so many steps of the stage; 0 = never
+    schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"    # of lr, after the warm-up
+    lr_floor: float = Field(0.0, ge=0, le=1)       # what the schedule ends at, as a share of lr
+    restarts: int = Field(0, ge=0)                 # how often the schedule starts again, in equal cycles
+    warmup: int | float = Field(0, ge=0)           # steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
+    grad_clip: float = Field(0.0, ge=0)            # largest gradient norm over all trained parameters; 0 = no clipping
+    ema: float = Field(0.0, ge=0, lt=1)            # decay of an average of the weights, from the stage's start; 0 = none
+    ema_power: float = Field(0.0, ge=0)            # warm-up: in step n the decay is at most 1 - (1 + n)^-power; 2/3; 0 = none
+    ema_after: int = Field(0, ge=0)                # steps before which the average is the weights themselves
+
+    loss: Literal["mse", "mae", "huber"] = "mse"
+    huber_delta: float = Field(1.0, gt=0)          # huber: squares below, straight lines above
+    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"    # of timesteps
+    weighting_gamma: float | None = Field(None, gt=0)    # min_snr: 5.0, p2: 1.0
+    noise_offset: float = Field(0.0, ge=0, le=1)   # standard deviation of noise that is one number a channel; 0.05 to 0.1
+    pyramid_noise: float = Field(0.0, ge=0, lt=1)  # share of noise at half the resolution, its square at a quarter, ...; 0.3
+    input_perturbation: float = Field(0.0, ge=0, le=1)   # more noise in the input than in the target; 0.1
+    immiscible: int = Field(1, ge=1, le=64)        # noises drawn for an image, of which the nearest to it is used; 1 = plain
+    timesteps: Literal["uniform", "logit_normal", "cubic"] = "uniform"
+    timestep_range: list[int] = Field([0, 1000], min_length=2, max_length=2)     # from the first up to but not the second
+    timestep_mean: float = 0.0                     # logit_normal: above 0 more noise, below 0 less
+    timestep_std: float = Field(1.0, gt=0)         # logit_normal: how far timesteps spread
+    unmasked_weight: float = Field(0.0, ge=0, le=1)      # of the loss where a mask (data.masks) is black
+
+    caption_dropout: float = Field(0.0, ge=0, le=1)    # share of captions replaced by ""
+    max_tags: int = Field(0, ge=0)                 # keep the first n tags of a caption; 0 = all
+    tag_separator: str = Field(",", min_length=1)  # what separates tags
+    shuffle_tags: bool = False                     # tags in random order
+    keep_tags: int = Field(0, ge=0)                # the first n tags are neither shuffled nor dropped
+    tag_dropout: float = Field(0.0, ge=0, le=1)    # share of single tags left out
+    shuffle_sentences: bool = False                # sentences, ended by full stops, in random order
+
+    sample_every: Amount = 0                       # between sample grids: steps, "1e", "30m"; 0 = only at the stage's end
+    checkpoint_every: Amount = 1000                # the same for checkpoints; there is always one at the end of the stage
+    keep_checkpoints: int = Field(3, ge=1)         # newest ones kept; stage ends, checkpoint_at and those asked for stay
+    checkpoint_at: list[Amount] = []               # checkpoints to keep: ["1e", "10e", 5000]
+    # fmt: on
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts that `train` names. What "lora" stands for depends on the model."""
+        return list(dict.fromkeys(entry.split(".")[0] for entry in self.train if entry != "lora"))
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the stage trains, if the clock ends it."""
+        amount, unit = parse_amount("until", self.until)
+        return amount if unit == "seconds" else None
+
+    def rate_of(self, part: str) -> float:
+        """lr of a trained part, with D-Lion's default filled in."""
+        lr = self.lr[part] if isinstance(self.lr, dict) else self.lr  # type: ignore[index]
+        return 1.0 if lr is None else lr
+
+    @property
+    def micro(self) -> int:
+        """Images a forward; what "auto" comes to is for the trainer to find out, here it is the batch."""
+        return self.batch if self.micro_batch in (0, "auto") else int(self.micro_batch)
+
+    def steps(self, images_per_epoch: int) -> int:
+        """Optimizer steps of this stage: `until` in whole steps, rounded up; `ENDLESS` if the clock ends it."""
+        return steps_of("until", self.until, self.batch, images_per_epoch) or ENDLESS
+
+    def warmup_steps(self, total: int) -> int:
+        return int(self.warmup * total) if 0 < self.warmup < 1 else int(self.warmup)
+
+    @model_validator(mode="after")
+    def _trains(self) -> StageTable:
+        for entry in self.train + self.reinit:
+            if entry != "lora" and entry.split(".")[0] not in PARTS:
+                key = "train" if entry in self.train else "reinit"
+                raise ValueError(f'{key} names {entry!r}; parts are "unet", "text_encoder", "lora", or groups like "unet.mid"')
+        if "lora" in self.reinit:
+            raise ValueError('reinit names "lora", which starts anew in every run; remove it')
+        if len(set(self.train)) != len(self.train):
+            raise ValueError(f"train names a part twice: {self.train}; name each once")
+        for part in PARTS:
+            some = [entry for entry in self.train if entry.startswith(f"{part}.")]
+            if part in self.train and some:
+                raise ValueError(f"train names {part!r} and {some[0]!r}, which is in it; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _learns(self) -> StageTable:
+        if self.lr is None and self.optimizer != "dlion":
+            raise ValueError(f"lr is missing and {self.optimizer} needs one; write for example lr = 3e-6")
+        if isinstance(self.lr, dict):
+            needed = set(self.parts) | ({"unet"} if "lora" in self.train else set())
+            if not needed <= set(self.lr) or ("lora" not in self.train and set(self.lr) - needed):
+                named = ", ".join(self.lr) or "no part"
+                raise ValueError(f"lr names {named} and train names {', '.join(self.train)}; give each trained part one")
+        for key in ("growth_rate", "d_max", "freeze_d_after"):
+            if getattr(self, key) and self.optimizer != "dlion":
+                raise ValueError(f"{key} is a guard of dlion's d and optimizer is {self.optimizer!r}; remove it")
+        if self.d_max is not None and self.d_max < self.d0:
+            raise ValueError(f"d_max is {self.d_max:g}, below d0 {self.d0:g} where d starts; raise it or lower d0")
+        if self.fused_backward and (self.batch != self.micro or self.micro_batch == "auto" or self.grad_clip):
+            which = "grad_clip" if self.grad_clip else "micro_batch"
+            raise ValueError(f"fused_backward steps parameters before the last gradient is known; remove {which}, or it")
+        if self.batch % self.micro:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}; choose a divisor")
+        if self.betas and not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}; both must be at least 0 and below 1")
+        if (self.ema_power or self.ema_after) and not self.ema:
+            key = "ema_power" if self.ema_power else "ema_after"
+            raise ValueError(f"{key} is given and ema is 0, so there is no average; set ema, for example 0.9999")
+        return self
+
+    @model_validator(mode="after")
+    def _ends(self) -> StageTable:
+        amount, unit = parse_amount("until", self.until)
+        if unit == "steps" and self.warmup_steps(int(amount)) > amount:
+            raise ValueError(f"warmup is {self.warmup:g} steps and the stage has {amount:g}; shorten it, or write a share: 0.1")
+        if unit == "seconds" and (self.schedule != "constant" or 0 < self.warmup < 1):
+            which = f"schedule {self.schedule!r}" if self.schedule != "constant" else f"warmup {self.warmup:g}"
+            raise ValueError(f"until is {self.until!r}, and {which} needs a number of steps; count in steps, epochs or images")
+        if self.restarts and self.schedule == "constant":
+            raise ValueError("restarts is given and schedule is constant; choose linear, cosine or rex")
+        for key in ("sample_every", "checkpoint_every"):
+            if getattr(self, key) != 0 or key == "checkpoint_every":
+                parse_amount(key, getattr(self, key))
+        for point in self.checkpoint_at:
+            if parse_amount("checkpoint_at", point)[1] == "seconds":
+                raise ValueError(f"checkpoint_at has {point!r}; count in steps, epochs or images")
+        return self
+
+    @model_validator(mode="after")
+    def _objective(self) -> StageTable:
+        low, high = self.timestep_range
+        if not 0 <= low < high:
+            raise ValueError(f"timestep_range is {[low, high]}; write [from, to], at least 0 and from below to")
+        if self.weighting_gamma is not None and self.weighting not in ("min_snr", "p2"):
+            raise ValueError(f"weighting_gamma is given and weighting is {self.weighting!r}; it belongs to min_snr and p2")
+        for key, of, value in (
+            ("huber_delta", "loss", "huber"), ("timestep_mean", "timesteps", "logit_normal"),
+            ("timestep_std", "timesteps", "logit_normal"),
+        ):  # fmt: skip
+            if getattr(self, of) != value and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is given and {of} is {getattr(self, of)!r}; it belongs to {value}")
+        return self
+
+
+_UNITS = {
+    "": ("steps", 1), "step": ("steps", 1), "e": ("epochs", 1), "epoch": ("epochs", 1), "image": ("images", 1),
+    "s": ("seconds", 1), "second": ("seconds", 1), "m": ("seconds", 60), "min": ("seconds", 60), "minute": ("seconds", 60),
+    "h": ("seconds", 3600), "hour": ("seconds", 3600), "d": ("seconds", 86400), "day": ("seconds", 86400),
+}  # fmt: skip
+
+
+def parse_amount(key: str, amount: Amount) -> tuple[float, str]:
+    """`1000`, `"1000 steps"`, `"2e"`, `"1.5 epochs"`, `"64000 images"`, `"90m"`, `"12 hours"` -> (number, unit).
+
+    Returns:
+        The unit is "steps", "epochs", "images" or "seconds"; steps and images are whole.
+
+    Raises:
+        ValueError: anything else, and amounts that are not above 0. `key` is what it is called.
+    """
+    match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*([a-z]*)\s*", str(amount).lower())
+    word = match[2] if match else "?"
+    unit = _UNITS.get(word) or _UNITS.get(word.removesuffix("s"))
+    if not match or unit is None or float(match[1]) <= 0 or ("." in match[1] and unit[0] in ("steps", "images")):
+        raise ValueError(
+            f'{key} is {amount!r}; write steps (1000), epochs ("2e"), images ("64000 images") or a time ("90m", "12h"), above 0'
+        )
+    return float(match[1]) * unit[1], unit[0]
+
+
+def steps_of(key: str, amount: Amount, batch: int, images_per_epoch: int) -> int | None:
+    """Steps of `batch` images that an amount comes to, rounded up; None for a time."""
+    number, unit = parse_amount(key, amount)
+    if unit == "seconds":
+        return None
+    images = number * {"steps": batch, "epochs": images_per_epoch, "images": 1}[unit]
+    return -(-round(images) // batch)

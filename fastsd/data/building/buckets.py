@@ -1,0 +1,119 @@
+"""Where a picture goes: the size it is brought to, and the size that is cut out of that.
+
+Keys and rules are those of kohya's sd-scripts (`BucketManager`), so that a data set falls into the same buckets here:
+
+    buckets        every width from min to max in steps, with the greatest height that keeps width x height within
+                   resolution^2; the same on its side; and the square.  A picture goes to the bucket nearest in width / height
+                   (the first in sorted order of those equally near) and is resized, up or down, until it just covers it.
+    no_upscale     nothing is enlarged and nothing predefined: pictures of more than resolution^2 pixels shrink to that, with
+                   one side a multiple of the step, and what is cut out is each side rounded down to the step.  min and max
+                   have no say, as there.
+    none           one bucket, the square.
+
+Nearest in width / height is not nearest in height / width: a picture on its side may go to another bucket than that on its
+side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+from fastsd.config.schema import BucketTable
+from fastsd.data.sources.image import Rejected
+
+Size = tuple[int, int]  # width, height in pixels
+
+
+class Place(NamedTuple):
+    """What becomes of a picture as displayed: `resized` covers `size`, which is cut out of it."""
+
+    resized: Size
+    size: Size
+
+
+class Buckets:
+    """The buckets of a resolution.
+
+    Args:
+        resolution: R, pixels: no predefined bucket has more than R x R.
+        table: `data.buckets`; None = the R x R square alone.
+
+    Attributes:
+        sizes: the predefined buckets, sorted; none with `no_upscale`.
+    """
+
+    def __init__(self, resolution: int, table: BucketTable | None) -> None:
+        self.sizes: list[Size] = [(resolution, resolution)] if table is None else []
+        self._area = resolution**2
+        self._step = table.step if table else resolution
+        if table and not table.no_upscale:
+            self.sizes = _predefined(resolution, table)
+
+    def place(self, width: int, height: int) -> Place:
+        """Where a picture of this size, as displayed, goes.
+
+        Raises:
+            Rejected: it is too small for a bucket, or too narrow, and `no_upscale` forbids to enlarge it.
+        """
+        if not self.sizes:
+            resized = self._shrunk(width, height)
+            bucket = self._whole(resized[0]), self._whole(resized[1])
+            if not all(bucket):
+                raise Rejected(f"{width} x {height} pixels give no bucket of {self._step} px a side without enlarging")
+            return Place(resized, bucket)
+        ratio = width / height
+        bucket = (width, height)
+        if bucket not in self.sizes:
+            bucket = min(self.sizes, key=lambda size: abs(size[0] / size[1] - ratio))
+        scale = bucket[1] / height if ratio > bucket[0] / bucket[1] else bucket[0] / width
+        return Place((_rounded(width * scale), _rounded(height * scale)), bucket)
+
+    def _shrunk(self, width: int, height: int) -> Size:
+        if width * height <= self._area:
+            return width, height
+        ratio = width / height
+        ideal = math.sqrt(self._area * ratio)
+        wide, high = self._whole(ideal), self._whole(self._area / ideal)
+
+        def error(width: int, height: int) -> float:
+            return abs(width / height - ratio) if height else math.inf
+
+        # One side becomes whole steps: the one whose bucket comes nearer to the picture's shape.
+        if error(wide, self._whole(wide / ratio)) < error(self._whole(high * ratio), high):
+            return wide, _rounded(wide / ratio)
+        return _rounded(high * ratio), high
+
+    def _whole(self, side: float) -> int:
+        """Rounded to a pixel, then down to the step."""
+        return _rounded(side) // self._step * self._step
+
+
+def cut_at(rule: str, content: bytes, crop: int) -> tuple[float, float]:
+    """Where a bucket lies in the resized picture: fractions of the room there is, from left and from top.
+
+    Args:
+        rule: data.crop.
+        content: sha256 of the image, which decides where its random crops lie.
+        crop: their number.
+    """
+    if rule == "centre":
+        return 0.5, 0.5
+    words = hashlib.sha256(content + crop.to_bytes(4, "little")).digest()
+    x, y = (int.from_bytes(words[i : i + 4], "little") / (2**32 - 1) for i in (0, 4))
+    return x, y
+
+
+def _rounded(side: float) -> int:
+    return int(side + 0.5)
+
+
+def _predefined(resolution: int, table: BucketTable) -> list[Size]:
+    def side(limit: int) -> int:
+        return min(table.max, limit // table.step * table.step)
+
+    widths = range(table.min, table.max + 1, table.step)
+    upright = {(width, side(resolution**2 // width)) for width in widths}
+    upright = {size for size in upright if size[1] >= table.min}
+    return sorted({(side(resolution),) * 2} | upright | {(height, width) for width, height in upright})

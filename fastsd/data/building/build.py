@@ -1,0 +1,323 @@
+"""Caching: images -> VAE -> shards, once.
+
+    collect.py    what the folders hold: a table of samples
+    masks.py      what their masks come to, in the cells of a latent
+    here          every distinct image content gets its (shard, row) before the first is encoded
+    pipeline.py   decode, encode, write
+    here          the view of all samples is frozen, see `cache.py`
+
+While it lasts, SQLite is the truth, see `store.py`.  A process that is killed anywhere loses the blocks it had in hand, and the
+next one writes the same bytes to the same places.  Started several times, or under torchrun, the processes share the work.
+
+Shapes: C x h x w latents, V versions (crops, mirror images) of an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastsd.config.schema import Config
+from fastsd.data import cache
+from fastsd.data.building import collect, mask_cells
+from fastsd.data.building.pipeline import Encoder, Pipeline, Progress
+from fastsd.data.building.store import Store, disk_errors
+from fastsd.data.sources import folders, imported_latents
+from fastsd.data.sources.folders import Rejected, Source, shown
+from fastsd.errors import Stopped, UserError
+
+_EXAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What caching came to: `images` found = `cached` samples + `rejected`; `latents` are the distinct ones behind the
+    samples, `encoded` those of them made by this process; `examples`: up to 20 of the rejected, "path: reason"; `rates`:
+    images a second that decoding, encoding and writing would each do alone, of those stages that had work."""
+
+    images: int
+    cached: int
+    latents: int
+    encoded: int
+    rejected: int
+    empty_captions: int
+    reasons: dict[str, int]
+    examples: list[str]
+    view: str
+    rates: dict[str, float]
+
+
+Report = Callable[[Progress], None]
+
+
+def build_cache(config: Config, vae: Encoder, report: Report | None = None, say: Callable[[str], None] | None = None) -> Counts:
+    """Bring the latents of `config` up to date and freeze their view.
+
+    Only what is new is encoded.  Interrupted anywhere, the same call goes on where it stopped; other processes that make
+    it at the same time share the work.  `say` is given a line where something out of the ordinary takes time.
+
+    Raises:
+        UserError: a folder, the resolution, the disk or the GPU's memory; or no image could be used at all.
+        Stopped: by Ctrl-C; what was encoded is kept.
+    """
+    check_resolution(config, vae.downscale)
+    found = folders.scan_for(config.data)
+    try:
+        with Store.open(Path(config.cache.dir), create=True, lock="shared") as store:
+            return _Build(config, vae, store, report or (lambda event: None), say or (lambda line: None)).run(found)
+    except KeyboardInterrupt:
+        raise Stopped(f"{config.cache.dir}: caching stopped") from None
+
+
+def check_resolution(config: Config, downscale: int, whose: str = "VAE") -> None:
+    """Raises UserError for a resolution, or a step of the buckets, that the model cannot shrink evenly."""
+    data = config.data
+    field, size = ("buckets.step", data.buckets.step) if data.buckets else ("resolution", data.resolution)
+    if size % downscale and not data.latents:
+        low = size // downscale * downscale
+        near = " or ".join(str(size) for size in (low, low + downscale) if size)
+        raise UserError(f"data.{field} is {size}, no multiple of {downscale} as this {whose} needs; use {near}")
+
+
+class _Build:
+    """One run over one (folders, preprocessing, VAE)."""
+
+    def __init__(self, config: Config, vae: Encoder, store: Store, report: Report, say: Callable[[str], None]):
+        self.config, self.vae, self.store, self.report, self.say = config, vae, store, report, say
+        self.db = store.db
+        self.workers = config.cache.workers or _cores()
+        self.view = cache.view_name(config, vae.hash)
+        self.stored = cache.stored_versions(config.data)
+        self.versions = len(self.stored)
+        self.space_name = cache.space_name(config, vae.hash)
+        about = {
+            "vae": vae.hash,
+            "vae_name": vae.name,
+            "scaling_factor": repr(float(vae.scaling_factor)),
+            "shift_factor": repr(float(vae.shift_factor or 0.0)),
+            "preprocessing": json.dumps(cache.preprocessing(config), sort_keys=True),
+        }
+        self.space = store.space(self.space_name, about, config.cache.dtype)
+
+    def run(self, found: Iterator[Source]) -> Counts:
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastsd-decode")
+        pipeline = Pipeline(self.config, self.vae, self.store, self.space, pool, self.workers, self._reject, self.report)
+
+        def prepare() -> None:
+            data, downscale = self.config.data, self.vae.downscale
+            collect.fill(
+                self.store, self.space, found, data, downscale, pool,
+                lambda done, rate: self.report(Progress("scan", done, 0, rate)),
+            )  # fmt: skip
+            self._check_asked()
+            if data.masks:
+                self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
+                mask_cells.make(self.store, data, downscale, pool, lambda *event: self.report(Progress("masks", *event)))
+            self.store.forget_broken(self.space)
+            if self.config.data.latents:
+                self._check_imported()
+            self._plan()
+
+        try:
+            with warnings.catch_warnings():
+                # Pillow's remarks on odd files; what matters comes back as a reason.
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+                with collect.collected(self.store, self.view, prepare, self.say):
+                    pipeline.run()
+                    with collect.one_at_a_time(self.store, self.say):
+                        return self._freeze(pipeline)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _check_asked(self) -> None:
+        """Raises UserError: weights or masks are asked for and no image has any, so the name is wrong."""
+        count = "SELECT COUNT(*) FILTER (WHERE reason IS NULL), COUNT(weight), COUNT(mask_path) FROM sample"
+        good, weights, masked = self.db.execute(count).fetchone()
+        for key, found, what in (("weight_key", weights, "number in its metadata"), ("masks", masked, "file beside it")):
+            if good and not found and (asked := getattr(self.config.data, key)):
+                raise UserError(f"data.{key} is {asked!r} and no image has such a {what}; correct or remove it")
+
+    def _check_imported(self) -> None:
+        """Whether other trainers' latents look like this VAE's. Raises UserError."""
+        kind, found = self.config.data.latents, []
+        few = "SELECT file, offset, length FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ? FROM sample) = 0"
+        for path, offset, length in self.db.execute(few, (_EXAMPLES,)):
+            with contextlib.suppress(Rejected):  # its turn to be named comes
+                data = folders.read_bytes(Source(os.fsdecode(path), offset=offset, length=length))
+                mean, _ = imported_latents.read_latent(data, kind)
+                found.append(mean.reshape(len(mean), -1))
+        if found and len({len(mean) for mean in found}) == 1:
+            problem = imported_latents.check_scale(np.concatenate(found, axis=1).std(axis=1).tolist(), self.vae.scaling_factor)
+            if problem:
+                raise UserError(f"data.latents is {kind!r}: {problem}; name their VAE in model.vae, or encode the images anew")
+
+    def _plan(self) -> None:
+        """Give every new version of a content its place, in sorted order, in new shards of one shape."""
+        missing = " UNION ALL ".join(
+            f"SELECT bucket_height AS height, bucket_width AS width, content, {version} AS version FROM sample WHERE reason"
+            f" IS NULL AND NOT EXISTS (SELECT 1 FROM latent WHERE space = {self.space} AND latent.content = sample.content"
+            f" AND latent.version = {version})"
+            for version in self.stored
+        )
+        new = self.db.execute(
+            f"SELECT DISTINCT height, width, content, version FROM ({missing}) ORDER BY 1, 2, 3, 4"
+        ).fetchall()
+        with self.store.transaction():
+            self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
+            for (height, width), places in itertools.groupby(new, lambda row: row[:2]):
+                contents = (place[2:] for place in places)
+                self.store.plan(self.space, self.space_name[:8], self._shape(width, height), contents, cache.SHARD_ROWS)
+        self.store.check_room(self.space)
+
+    def _shape(self, width: int, height: int) -> list[int]:
+        """A latent's shape, from a bucket's size. Imported latents are counted in cells, images in pixels."""
+        cell = 1 if self.config.data.latents else self.vae.downscale
+        return [self.vae.channels, height // cell, width // cell]
+
+    def _reject(self, store: Store, content: bytes, key: bytes, error: Rejected) -> None:
+        """Put aside every file with this content, or only this one when its bytes are not to blame."""
+        which, value = ("content = ?", content) if error.lasting else ("path = ?", key)
+        again = "" if error.lasting else ", size = -1"
+        store.db.execute(f"UPDATE sample SET reason = ?{again} WHERE {which}", (error.reason, value))
+        if not error.lasting:  # what is known of it may be what is wrong
+            store.db.execute("DELETE FROM file WHERE path = ?", (key,))
+        self._remember_rejected(store, which, value)
+
+    def _remember_rejected(self, store: Store, which: str, value: Any) -> None:
+        refused = f"SELECT ?, path, reason, size, mtime_ns FROM sample WHERE reason IS NOT NULL AND {which}"
+        store.db.execute(f"REPLACE INTO rejected {refused}", (self.space, value))
+
+    def _freeze(self, pipeline: Pipeline) -> Counts:
+        """Write the view of all samples that have their latents."""
+        with self.store.transaction():
+            self._remember_rejected(self.store, "id > ?", 0)
+            self.db.execute(
+                "DELETE FROM rejected WHERE space = ? AND path IN (SELECT path FROM sample WHERE reason IS NULL)",
+                (self.space,),
+            )
+            for root in self.config.data.roots:  # what was put aside there once and is gone
+                place = os.fsencode(os.path.abspath(root.path))
+                self.db.execute(
+                    "DELETE FROM rejected WHERE space = ? AND path > ? AND path < ? AND path NOT IN (SELECT path FROM sample)",
+                    (self.space, place + b"/", place + b"0"),  # "0" comes next to "/"
+                )
+        counts = self._counts(pipeline)
+        if not counts.cached:
+            raise UserError(f"data.folders: none of the {counts.images} images could be used; the first: {counts.examples[0]}")
+        vae, config = self.vae, self.config
+        meta = cache.CacheMeta(
+            vae_hash=vae.hash,
+            vae_name=vae.name,
+            scaling_factor=float(vae.scaling_factor),
+            shift_factor=float(vae.shift_factor or 0.0),
+            channels=vae.channels,
+            downscale=vae.downscale,
+            resolution=config.data.resolution,
+            dtype=config.cache.dtype,
+            preprocessing=cache.preprocessing(config),
+            folders=[shown(root.path) for root in config.data.roots],
+            images=counts.images,
+            cached=counts.cached,
+            rejected=counts.rejected,
+            empty_captions=counts.empty_captions,
+            latents=counts.latents,
+            crops=config.data.crops,
+            flip=config.data.flip,
+        )
+        with disk_errors(self.store.folder), tempfile.TemporaryDirectory(dir=self.store.folder / "work") as scratch:
+            arrays, shards, groups = self._index(Path(scratch), counts.cached)
+            cache.freeze(self.store.folder, counts.view, arrays, shards, groups, meta)
+            if config.data.masks:
+                mask_cells.freeze(self.store, counts.view, config.data.crops)
+        with self.store.transaction():
+            self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
+        return counts
+
+    _USED = (
+        "FROM sample JOIN latent ON latent.space = ? AND latent.content = sample.content"
+        " WHERE sample.reason IS NULL AND version IN (SELECT value FROM json_each(?))"
+    )
+
+    def _index(self, scratch: Path, samples: int) -> tuple[dict[str, np.ndarray], list[Any], list[cache.Group]]:
+        """The arrays of the view, in files so that memory stays flat; its shards, numbered in the order of their making; its
+        groups."""
+        used = self.db.execute(f"SELECT DISTINCT shard {self._USED}", (self.space, json.dumps(self.stored)))
+        wanted = {shard for (shard,) in used}
+        shards = [shard for shard in self.store.shards(self.space) if shard.id in wanted]
+        number = {shard.id: i for i, shard in enumerate(shards)}
+        text = "SELECT SUM(LENGTH(CAST(captions AS BLOB))) FROM sample WHERE reason IS NULL"
+        length = int(self.db.execute(text).fetchone()[0])
+        rows = samples * self.versions
+        kinds: dict[str, tuple[type[np.generic], int]] = {
+            "shard": (np.int32, rows), "row": (np.int32, rows), "check": (np.int64, rows),
+            "caption_offsets": (np.int64, samples + 1), "captions": (np.uint8, length),
+        }  # fmt: skip
+        if self.config.data.weight_key:
+            kinds["weight"] = np.float32, samples
+        arrays: dict[str, np.ndarray] = {
+            name: np.memmap(scratch / name, kind, "w+", shape=(size,)) if size else np.zeros(0, kind)
+            for name, (kind, size) in kinds.items()
+        }
+        query = (
+            f"SELECT shard, row, check64, bucket_height, bucket_width, root, IFNULL(weight, 1), captions {self._USED}"
+            f" ORDER BY {cache.ORDER}, version"
+        )
+        groups: Counter[tuple[int, int, int]] = Counter()
+        cursor = self.db.execute(query, (self.space, json.dumps(self.stored)))
+        done = at = 0
+        while chunk := cursor.fetchmany(self.versions << 14):
+            shard, row, check, *group, weight, captions = zip(*chunk, strict=True)
+            here = slice(done * self.versions, done * self.versions + len(chunk))
+            arrays["shard"][here], arrays["row"][here], arrays["check"][here] = [number[id] for id in shard], row, check
+            each = slice(None, None, self.versions)  # a sample's versions lie together
+            groups.update(zip(*(column[each] for column in group), strict=True))
+            blobs = [text.encode() for text in captions[each]]
+            ends = at + np.cumsum([len(blob) for blob in blobs])
+            arrays["captions"][at : ends[-1]] = np.frombuffer(b"".join(blobs), np.uint8)
+            arrays["caption_offsets"][done + 1 : done + 1 + len(blobs)] = ends
+            if "weight" in arrays:
+                arrays["weight"][done : done + len(blobs)] = weight[each]
+            done, at = done + len(blobs), int(ends[-1])
+        found, first = [], 0
+        for (height, width, root), count in groups.items():
+            found.append(cache.Group(tuple(self._shape(width, height)), root, first, count))
+            first += count
+        return arrays, [[shard.name, shard.shape] for shard in shards], found
+
+    def _counts(self, pipeline: Pipeline) -> Counts:
+        images, cached, empty, latents = self.db.execute(
+            "SELECT COUNT(*), COUNT(*) FILTER (WHERE reason IS NULL), COUNT(*) FILTER (WHERE reason IS NULL AND"
+            " captions = ''), COUNT(DISTINCT CASE WHEN reason IS NULL THEN content END) FROM sample"
+        ).fetchone()
+        rejected = self.db.execute("SELECT path, reason FROM sample WHERE reason IS NOT NULL ORDER BY id").fetchall()
+        clock = pipeline.clock
+        return Counts(
+            images=images,
+            cached=cached,
+            latents=latents * self.versions,
+            encoded=pipeline.encoded,
+            rejected=len(rejected),
+            empty_captions=empty,
+            reasons=dict(Counter(reason for _, reason in rejected).most_common()),
+            examples=[f"{shown(path)}: {reason}" for path, reason in rejected[:_EXAMPLES]],
+            view=self.view,
+            rates={stage: clock.images[stage] / busy for stage, busy in clock.seconds.items() if busy > 0},
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,224 @@
+"""What the folders hold at this moment: the table `sample`, one row per image found, made anew by every `fastsd cache`.
+
+It lives in a database of its own, `work/VIEW.sqlite`, which is thrown away in the end.  The first process of a view looks
+through the folders; those that come while it is at work share its table, so that a million files are looked at once.
+
+    path       the file, or tar/member; the key of everything that is remembered about it
+    file, offset, length   where its bytes are; length -1 = the whole file
+    content    sha256 of these bytes        width, height    as displayed; of imported latents: their cells
+    bucket_width, bucket_height             pixels of the crop, of imported latents: their cells
+    captions   the variants, a line each    reason           why it cannot be used; NULL = it can
+    weight     of its loss, NULL = none is given
+    mask       what decides the cells of its mask, the key of the table `mask`; NULL = it has none
+    mask_path, mask_file, mask_offset, mask_length           as those of the image
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from fastsd.config.schema import DataTable
+from fastsd.data.building import mask_cells
+from fastsd.data.building.buckets import Buckets
+from fastsd.data.building.decode import probe
+from fastsd.data.building.store import Store, disk_errors, lock_file, wait_for
+from fastsd.data.sources import folders, imported_latents
+from fastsd.data.sources.folders import Rejected, Source
+
+_TABLE = """
+CREATE TABLE work.sample (id INTEGER PRIMARY KEY, path BLOB, root INTEGER, file BLOB, offset INTEGER, length INTEGER,
+    content BLOB, width INTEGER, height INTEGER, bucket_width INTEGER, bucket_height INTEGER, captions TEXT, size INTEGER,
+    mtime_ns INTEGER, reason TEXT, weight REAL, mask BLOB, mask_path BLOB, mask_file BLOB, mask_offset INTEGER,
+    mask_length INTEGER)
+"""
+_CHUNK = 512  # files whose hashes one commit keeps
+# A file may change again within the resolution of its time stamp; younger ones are hashed again in the next run.
+_YOUNG_NS = 2_000_000_000
+
+
+class Sample(NamedTuple):
+    """A row of the table, without its id."""
+
+    path: bytes
+    root: int
+    file: bytes
+    offset: int
+    length: int
+    content: bytes | None = None
+    width: int = 0
+    height: int = 0
+    bucket_width: int = 0
+    bucket_height: int = 0
+    captions: str = ""
+    size: int = -1
+    mtime_ns: int = -1
+    reason: str | None = None
+    weight: float | None = None
+    mask: bytes | None = None
+    mask_path: bytes | None = None
+    mask_file: bytes | None = None
+    mask_offset: int = 0
+    mask_length: int = 0
+
+
+class _File(NamedTuple):
+    """A row of the table `file`: what is known of an image or a mask as long as its size and time stay as they are."""
+
+    path: bytes
+    size: int
+    mtime_ns: int
+    content: bytes
+    width: int
+    height: int
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Its size as displayed; of imported latents in cells."""
+        return self.width, self.height
+
+
+@contextmanager
+def collected(store: Store, view: str, prepare: Callable[[], None], waiting: Callable[[str], None]) -> Iterator[None]:
+    """Attach `sample`. `prepare` is to fill it, unless other processes work with it already; it runs in one at a time."""
+    folder = store.folder / "work"
+    with disk_errors(store.folder):
+        folder.mkdir(exist_ok=True)
+        users = (folder / f"{view}.lock").open("a+b")
+    database = folder / f"{view}.sqlite"
+    with users:
+        with one_at_a_time(store, waiting):
+            alone = lock_file(users, exclusive=True)
+            if alone:
+                _remove(database)
+            store.attach(database)
+            if alone:
+                store.db.execute(_TABLE)
+                prepare()
+            lock_file(users, exclusive=False)
+        yield
+        store.db.execute("DETACH work")
+        if lock_file(users, exclusive=True):
+            _remove(database)
+
+
+@contextmanager
+def one_at_a_time(
+    store: Store, waiting: Callable[[str], None], name: str = "turn", doing: str = "looking through the folders"
+) -> Iterator[None]:
+    """What processes that share a cache must not do side by side: looking through folders, freezing a view; by `name`."""
+    with disk_errors(store.folder):
+        turn = (store.folder / f"{name}.lock").open("a+b")
+    with turn:
+        wait_for(lambda: lock_file(turn, exclusive=True), lambda: waiting(f"another process is {doing}"))
+        yield
+
+
+def _remove(database: os.PathLike[str]) -> None:
+    for name in (os.fspath(database) + suffix for suffix in ("", "-wal", "-shm")):
+        if os.path.exists(name):
+            os.remove(name)
+
+
+def fill(
+    store: Store, space: int, found: Iterator[Source], data: DataTable, downscale: int, pool: ThreadPoolExecutor,
+    report: Callable[[int, float], None],
+) -> None:  # fmt: skip
+    """Fill `sample`. `report` is given the number of files so far and files a second."""
+    refused = "SELECT size, mtime_ns, reason FROM rejected WHERE space = ? AND path = ?"
+    insert = f"INSERT INTO sample ({', '.join(Sample._fields)}) VALUES ({', '.join('?' * len(Sample._fields))})"
+    inspect = functools.partial(_inspect, data=data, buckets=Buckets(data.resolution, data.buckets), downscale=downscale)
+    done, start = 0, time.perf_counter()
+
+    def known(source: Source | None) -> _File | None:
+        if source is None:
+            return None
+        row = store.db.execute("SELECT * FROM file WHERE path = ?", (os.fsencode(source.name),)).fetchone()
+        return row and _File(*row)
+
+    while chunk := list(itertools.islice(found, _CHUNK)):
+        hints = [(known(source), known(source.mask)) for source in chunk]
+        bad = [store.db.execute(refused, (space, os.fsencode(source.name))).fetchone() for source in chunk]
+        with store.transaction():
+            for hint, (sample, files) in zip(hints, pool.map(inspect, chunk, hints, bad), strict=True):
+                store.db.execute(insert, sample)
+                new = [file for file in files if file not in hint and file.mtime_ns < time.time_ns() - _YOUNG_NS]
+                store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", new)
+        done += len(chunk)
+        report(done, done / (time.perf_counter() - start))
+    with store.transaction():
+        store.db.execute("CREATE INDEX work.sample_content ON sample (content)")
+        if data.masks:
+            store.db.execute("CREATE INDEX work.sample_mask ON sample (mask)")
+
+
+def _inspect(
+    source: Source, hints: tuple[_File | None, _File | None], refused: tuple[int, int, str] | None, *, data: DataTable,
+    buckets: Buckets, downscale: int,
+) -> tuple[Sample, list[_File]]:  # fmt: skip
+    """A row of `sample`, and what is known of its files. `hints`, of image and mask, and `refused`: from an earlier run."""
+    sample = Sample(os.fsencode(source.name), source.root, os.fsencode(source.path), source.offset, source.length)
+    files: list[_File] = []
+    try:
+        if source.problem:
+            raise Rejected(source.problem)
+        captions = "\n".join(folders.captions_of(source))
+        stamp = _stamp(source)
+        sample = sample._replace(captions=captions, weight=source.weight, size=stamp[0], mtime_ns=stamp[1])
+        if refused and refused[:2] == stamp:  # the same bytes will not do better now
+            raise Rejected(refused[2])
+        image = _identified(source, stamp, hints[0], data.latents)
+        files.append(image)
+        sample = sample._replace(content=image.content, width=image.width, height=image.height)
+        bucket = image.shown if data.latents else buckets.place(*image.shown).size
+        sample = sample._replace(bucket_width=bucket[0], bucket_height=bucket[1])
+        if source.mask:
+            sample = _with_place(sample, source.mask)
+            with mask_cells.of_mask():
+                if source.mask.problem:
+                    raise Rejected(source.mask.problem)
+                mask = _identified(source.mask, _stamp(source.mask), hints[1])
+                files.append(mask)
+                mask_cells.check_shape(mask.shown, image.shown)
+            sample = sample._replace(mask=mask_cells.key_of(data, downscale, mask.content, image.content, image.shown))
+    except Rejected as error:
+        if not error.lasting:
+            sample = sample._replace(size=-1, mtime_ns=-1)
+        sample = sample._replace(reason=error.reason)
+    return sample, files
+
+
+def _with_place(sample: Sample, mask: Source) -> Sample:
+    path, file = os.fsencode(mask.name), os.fsencode(mask.path)
+    return sample._replace(mask_path=path, mask_file=file, mask_offset=mask.offset, mask_length=mask.length)
+
+
+def _identified(source: Source, stamp: tuple[int, int], hint: _File | None, latents: str = "") -> _File:
+    """Content and size of a file, from what is known of it or from its bytes. Raises Rejected."""
+    if hint and hint[1:3] == stamp:
+        return hint
+    data = folders.read_bytes(source)
+    width, height = imported_latents.probe_latent(data, latents)[:0:-1] if latents else probe(data)
+    return _File(os.fsencode(source.name), *stamp, hashlib.sha256(data).digest(), width, height)
+
+
+def _stamp(source: Source) -> tuple[int, int]:
+    """(bytes, time of the last change) by which an unchanged image is known again. Raises Rejected."""
+    try:
+        status = os.stat(source.path)
+    except OSError as error:
+        raise Rejected(f"it cannot be read ({error.strerror})", lasting=False) from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+        raise Rejected("it is no regular file")
+    size = status.st_size if source.length < 0 else source.length
+    if size > folders.MAX_IMAGE_BYTES:
+        raise Rejected("it is larger than 1 GiB")
+    return size, status.st_mtime_ns

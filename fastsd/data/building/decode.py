@@ -1,0 +1,238 @@
+"""From the bytes of an image file to pixels: `probe` reads the size off the head, `decode` cuts a place out of the picture.
+
+Colours come out as sRGB on a white ground, whatever the file holds:
+
+    EXIF        sizes, crops and pixels are those of the picture as displayed
+    alpha       over white; of palettes and of a single transparent colour (tRNS) as well
+    16 bit      scaled down to 8
+    ICC         to sRGB, after the resize; a profile that is broken or of another kind than the pixels is left out
+    CMYK        through its profile, else by Pillow's plain rule; ink is stored inverted where Adobe's marker says so
+    animation   the first frame
+
+A mask goes the same way, as brightness alone: what is transparent counts as it would without, for painters leave it at that.
+
+Pillow's decoders and its resize leave the interpreter to other threads.  A JPEG is decoded at 1/2, 1/4 or 1/8 of its size
+where that still is no smaller than the resized picture, and nothing outside the crop is resized: a strip of 1 x 20000
+pixels never becomes a giant first.  What a file does wrong becomes `Rejected`, and so does one that ends early.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+
+from fastsd.data.building.buckets import Place, Size
+from fastsd.data.sources.image import Rejected
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Turn = tuple[bool, bool, bool]  # what brings a picture upright: mirror its columns, then its rows, then swap the two
+# A camera's MPO counts as JPEG; Pillow's other decoders stay out of reach.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MAX_PIXELS = 178_956_970  # twice Pillow's own bound, where it stops warning and refuses
+_MAX_PROFILE_BYTES = 4 << 20
+_ORIENTATION = 0x0112
+# By EXIF's orientation.
+_TURNS: dict[int, Turn] = {
+    2: (True, False, False),
+    3: (True, True, False),
+    4: (False, True, False),
+    5: (False, False, True),
+    6: (False, True, True),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+_NO_TURN = (False, False, False)
+
+
+def probe(data: bytes) -> tuple[int, int]:
+    """(width, height) of an image file as displayed, in pixels; no pixel is decoded.
+
+    Raises:
+        Rejected: the file is empty, no image, damaged in its head, or of more than `MAX_PIXELS`.
+    """
+    with _opened(data) as image:
+        width, height = image.size
+        return (height, width) if _turn(image)[2] else (width, height)
+
+
+def decode(data: bytes, place: Place, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> np.ndarray:
+    """The bytes of an image file -> pixels: resized to `place.resized`, of which `place.size` is cut out.
+
+    Args:
+        data: the whole file.
+        place: of the size that `probe` gives.
+        crop: where the cut lies, from 0 (left, top) to 1 (right, bottom) of the picture as displayed; whole pixels.
+        flip: mirror left and right, last of all.
+
+    Returns:
+        uint8 (3, H, W) for a `place.size` of (W, H), contiguous.
+
+    Raises:
+        Rejected: as `probe`, or it ends early or is damaged.
+    """
+    pixels = _cut(data, place, crop, _rgb)
+    return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
+
+
+def decode_mask(data: bytes, place: Place, crop: tuple[float, float], cell: int) -> np.ndarray:
+    """The bytes of a mask -> how much each cell of the image's latent counts, 255 = fully.
+
+    Args:
+        data: the whole file.
+        place: of the image, over which the mask is stretched.
+        crop: the image's.
+        cell: pixels of a cell's side, a divisor of the sides of `place.size`.
+
+    Returns:
+        uint8 (H / cell, W / cell): the mean brightness of each cell's pixels, rounded.
+
+    Raises:
+        Rejected: as `decode`.
+    """
+    grey = _cut(data, place, crop, _brightness)[0]
+    height, width = grey.shape
+    sums = grey.reshape(height // cell, cell, width // cell, cell).sum((1, 3), dtype=np.uint32)
+    return ((2 * sums + cell**2) // (2 * cell**2)).astype(np.uint8)
+
+
+def _cut(
+    data: bytes, place: Place, crop: tuple[float, float], render: Callable[[Image.Image, Box, Size], np.ndarray]
+) -> np.ndarray:
+    """A part of a picture as displayed: (channels, H, W), for a `render` that brings a box of the picture as stored to a size.
+
+    See `decode`.
+    """
+    with _opened(data) as image:
+        if image.format == "PNG":
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as checked:
+                checked.verify()  # checksums of the pixels, which the decoder skips
+        columns, rows, swap = turn = _turn(image)
+        box = _aimed(image, place, crop, turn)
+        pixels = render(image, box, place.size[::-1] if swap else place.size)
+        if columns:
+            pixels = pixels[:, :, ::-1]
+        if rows:
+            pixels = pixels[:, ::-1]
+        return pixels.transpose(0, 2, 1) if swap else pixels
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image with its head read; what goes wrong inside is `Rejected`."""
+    if not data:
+        raise Rejected("the file is empty")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Rejected(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+            yield image
+    except Rejected:
+        raise
+    except UnidentifiedImageError:
+        raise Rejected("the content is no JPEG, PNG, WebP, BMP or GIF image") from None
+    except Image.DecompressionBombError:
+        raise Rejected(f"it has more than {MAX_PIXELS} pixels") from None
+    except MemoryError:
+        raise Rejected("there is not enough memory to decode it", lasting=False) from None
+    except Exception as error:  # Pillow's decoders raise anything from struct.error to SyntaxError on damaged files
+        words = " ".join(str(error).split())[:120]
+        if "truncated" in words.lower():  # of the many ways to say so some count bytes, each its own reason
+            raise Rejected("it ends early") from None
+        raise Rejected(f"it cannot be decoded ({words or type(error).__name__})") from None
+
+
+def _turn(image: Image.Image) -> Turn:
+    try:
+        # The base class's: PNG's own decodes all pixels to look behind them.
+        return _TURNS.get(int(Image.Image.getexif(image).get(_ORIENTATION, 1)), _NO_TURN)
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return _NO_TURN
+
+
+def _aimed(image: Image.Image, place: Place, crop: tuple[float, float], turn: Turn) -> Box:
+    """Where the cut lies in the image as stored, whose decoder is told to make it no larger than needed."""
+    columns, rows, swap = turn
+    (resized_w, resized_h), (w, h) = place
+    # Of n + 1 places those up to n; the middle one is that of kohya and PyTorch, n // 2.
+    left, top = (
+        max(math.ceil(at * (whole - part + 1)) - 1, 0) for at, whole, part in zip(crop, place.resized, place.size, strict=True)
+    )
+    if swap:
+        resized_w, resized_h, w, h, left, top = resized_h, resized_w, h, w, top, left
+    if columns:
+        left = resized_w - left - w
+    if rows:
+        top = resized_h - top - h
+    drafted = image.draft(None, (resized_w, resized_h))  # None unless it is a JPEG
+    width, height = drafted[1][2:] if drafted else image.size
+    x, y = width / resized_w, height / resized_h
+    return left * x, top * y, (left + w) * x, (top + h) * y
+
+
+def _rgb(image: Image.Image, box: Box, size: Size) -> np.ndarray:
+    """uint8 (3, H, W): the box of the image as stored, brought to (W, H)."""
+    profile, adobe = image.info.get("icc_profile"), "adobe" in image.info
+    image = _colours(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+    if image.mode == "CMYK" and not adobe:
+        image = ImageChops.invert(image)  # Pillow takes every file for Adobe's
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    if alpha:
+        image = image.convert(image.mode.removesuffix("A"))
+    transform = _to_srgb(profile, image.mode) if profile and len(profile) <= _MAX_PROFILE_BYTES else None
+    image = transform.apply(image) if transform else image.convert("RGB")
+    if alpha:
+        ground = Image.new("RGB", size, "white")
+        ground.paste(image, mask=alpha)
+        image = ground
+    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)  # a line of red, one of green, one of blue
+    return lines.reshape(size[1], 3, size[0]).transpose(1, 0, 2)
+
+
+def _brightness(image: Image.Image, box: Box, size: Size) -> np.ndarray:
+    """uint8 (1, H, W), resized without the overshoot at edges that makes photographs crisp."""
+    grey = _eight_bits(np.asarray(image)) if image.mode == "I;16" else image.convert("L")
+    return np.asarray(grey.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=3.0))[None]
+
+
+def _eight_bits(words: np.ndarray) -> Image.Image:
+    # Pillow's own conversion clips at 255 instead of scaling.
+    return Image.fromarray((words >> 8).astype(np.uint8))
+
+
+def _colours(image: Image.Image) -> Image.Image:
+    """Any mode -> L, LA, RGB, RGBA or CMYK: what can be resampled, no palette indices and no 16-bit words."""
+    if image.mode == "I;16":
+        words, clear = np.asarray(image), image.info.get("transparency")
+        grey = _eight_bits(words)
+        if clear is not None:
+            grey.putalpha(Image.fromarray((words != clear).astype(np.uint8) * 255))
+        return grey
+    if image.has_transparency_data:
+        return image.convert("LA" if image.mode in ("L", "LA", "1") else "RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From an ICC profile to sRGB, for pixels of a mode; None if there is nothing to do, or nothing that can be done."""
+    try:
+        source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, target, mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    if mode == "RGB":
+        # Of sRGB there are many editions; what leaves colours as they are is one.
+        levels = np.arange(0, 256, 17, dtype=np.uint8)
+        swatch = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+        changed = np.asarray(transform.apply(Image.fromarray(swatch))).astype(int) - swatch
+        if np.abs(changed).max() <= 1:
+            return None
+    return transform

@@ -1,0 +1,219 @@
+"""Encoding the captions of a view, once. The layout of shards and index: `fastsd/data/text_embeddings.py`.
+
+Rows are keyed by the sha256 of their token ids, so a caption is encoded once however many images have it, and only new ones
+are when captions change.  What `build.py` says of interruptions holds here too; of several processes one encodes.
+
+Shapes: B captions, L tokens, D context width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsd.config.schema import CacheTable
+from fastsd.data import cache
+from fastsd.data.building.collect import one_at_a_time
+from fastsd.data.building.pipeline import Progress
+from fastsd.data.building.store import Shard, Store, disk_errors
+from fastsd.data.cache import DTYPES, LatentCache, StatesIndex
+from fastsd.data.text_embeddings import index_path, open_index, shard_metadata, space_name
+from fastsd.data.tokens import Tokens
+from fastsd.errors import UserError
+from fastsd.model.text_encoder import TextEncoder
+
+_SHARD_BYTES = 512 << 20
+_BLOCK = 64  # captions encoded, written and committed together: what an interruption can lose
+_CHUNK = 1024  # samples whose captions are looked at together
+
+
+@dataclass(frozen=True)
+class Counts:
+    """`captions` of all samples; `encoded`: distinct ones, "" among them, whose states were made now."""
+
+    captions: int
+    encoded: int
+
+
+def write_states(
+    table: CacheTable,
+    latents: LatentCache,
+    text: TextEncoder,
+    report: Callable[[Progress], None] = lambda event: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Counts:
+    """Bring the states of a view's captions up to date and freeze their index.
+
+    Args:
+        table: `dir`, and `dtype` and `precision` of the states.
+        latents: the view; its token ids must have been written.
+        text: in fp32, on the device that is to encode; left in `precision`.
+        report: is given a `Progress` a block, of captions.
+        say: is given a line where something out of the ordinary takes time.
+
+    Raises:
+        UserError: token ids are missing, the disk, or states that are not finite in `dtype`.
+    """
+    with (
+        Store.open(Path(table.dir), lock="shared") as store,
+        one_at_a_time(store, say, "states", "encoding captions"),
+    ):
+        return _Writing(table, latents, text, store, report).run()
+
+
+class _Writing:
+    """One call of `write_states`."""
+
+    def __init__(
+        self, table: CacheTable, latents: LatentCache, text: TextEncoder, store: Store, report: Callable[[Progress], None]
+    ) -> None:
+        self.latents, self.text, self.store, self.report, self.db = latents, text, store, report, store.db
+        self.tokens = Tokens(latents, text.tokenizer, text.window, text.chunks)
+        about = shard_metadata(table, text)
+        self.name = space_name(table, about)
+        self.space = store.space(self.name, about, table.dtype)
+        self.dtype = DTYPES[table.dtype]
+        self.empty_L = text.tokenize([""])[0]
+        text.module.to(DTYPES[table.precision])
+
+    def run(self) -> Counts:
+        self.store.forget_broken(self.space)
+        current = self._current()
+        if current is not None:
+            return Counts(int(current.arrays["offsets"][-1]), 0)
+        # SQLite keeps temporary tables in a file without a name, which goes with the process, however that ends.
+        self.db.execute("CREATE TEMP TABLE caption (entry INTEGER PRIMARY KEY, content BLOB)")
+        self.offsets = self._array(np.int64, len(self.latents) + 1)
+        self._collect()
+        self._plan()
+        encoded = self._encode_all()
+        self._freeze()
+        return Counts(int(self.offsets[-1]), encoded)
+
+    def _current(self) -> StatesIndex | None:
+        """The index, if it is there and whole, and all its shards are known."""
+        with contextlib.suppress(UserError):
+            index = open_index(self.latents, self.name)
+            known = {shard.name for shard in self.store.shards(self.space)}
+            if known.issuperset(name for name, _ in index.shards):
+                return index
+        return None
+
+    def _array(self, kind: type[np.generic], size: int) -> np.ndarray:
+        """Zeros in such a file, so that memory stays flat."""
+        with disk_errors(self.store.folder), tempfile.TemporaryFile(dir=self.store.folder) as file:
+            return np.memmap(file, kind, "w+", shape=(size,))
+
+    def _collect(self) -> None:
+        """Fill `offsets`, and the table of what every entry's token ids are."""
+        samples, insert = len(self.latents), "INSERT INTO caption VALUES (?, ?)"
+        for first in range(0, samples, _CHUNK):
+            chunk = range(first, min(first + _CHUNK, samples))
+            counts = [len(variants) for variants in self.latents.variants(chunk)]
+            rows = [self.tokens.row(i, variant) for i, count in zip(chunk, counts, strict=True) for variant in range(count)]
+            start = int(self.offsets[first])
+            self.offsets[first + 1 : chunk.stop + 1] = start + np.cumsum(counts)
+            self.db.executemany(insert, [(start + i, _content(ids_L)) for i, ids_L in enumerate(rows)])
+        self.db.execute(insert, (int(self.offsets[-1]), _content(self.empty_L)))
+        self.db.execute("CREATE INDEX temp.caption_content ON caption (content)")
+
+    def _plan(self) -> None:
+        """Give everything new its place, in sorted order."""
+        shape = [self.text.length, self.text.width]
+        rows = min(cache.SHARD_ROWS, max(_SHARD_BYTES // (math.prod(shape) * self.dtype.itemsize), 1))
+        self.db.execute(
+            "CREATE TEMP TABLE missing AS SELECT DISTINCT content FROM caption WHERE NOT EXISTS"
+            " (SELECT 1 FROM latent WHERE space = ? AND latent.content = caption.content) ORDER BY content",
+            (self.space,),
+        )
+        with self.store.transaction():
+            self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
+            new = self.db.execute("SELECT content FROM missing ORDER BY rowid")
+            self.store.plan(self.space, self.name[:8], shape, ((content, 0) for (content,) in new), rows)
+        self.store.check_room(self.space)
+
+    _WANTED = "FROM latent JOIN caption USING (content) WHERE space = ? AND sha256 IS NULL"
+
+    def _encode_all(self) -> int:
+        """The number of captions that were not encoded yet."""
+        total = int(self.db.execute(f"SELECT COUNT(DISTINCT content) {self._WANTED}", (self.space,)).fetchone()[0])
+        behind, done, start = None, 0, time.perf_counter()
+        for block in itertools.chain(self._blocks(), [None]):
+            ahead = self._encode(*block) if block else None  # on a GPU still being computed while the last one is written
+            if behind:
+                self._write(*behind)
+                done += len(behind[1])
+                self.report(Progress("states", done, total, done / (time.perf_counter() - start)))
+            behind = ahead
+        return done
+
+    def _blocks(self) -> Iterator[tuple[Shard, list[tuple[int, int]]]]:
+        """What is left to do: (row, an entry with its token ids) of a shard."""
+        query = f"SELECT row, MIN(entry) {self._WANTED} AND shard = ? GROUP BY row ORDER BY row"
+        for shard in self.store.shards(self.space):
+            todo = self.db.execute(query, (self.space, shard.id)).fetchall()
+            for first in range(0, len(todo), _BLOCK):
+                yield shard, todo[first : first + _BLOCK]
+
+    def _encode(self, shard: Shard, todo: list[tuple[int, int]]) -> tuple[Shard, list[int], Tensor]:
+        rows, entries = zip(*todo, strict=True)
+        ids_BL = torch.stack([self._ids(entry) for entry in entries])
+        with torch.no_grad():
+            states_BLD = self.text.encode(ids_BL.to(self.text.device))
+        return shard, list(rows), states_BLD.to(self.dtype)
+
+    def _ids(self, entry: int) -> Tensor:
+        """Token ids of an entry: int64 (L,)."""
+        sample = int(np.searchsorted(self.offsets, entry, "right")) - 1
+        return self.empty_L if sample == len(self.latents) else self.tokens.row(sample, entry - int(self.offsets[sample]))
+
+    def _write(self, shard: Shard, rows: list[int], states_BLD: Tensor) -> None:
+        states_BLD = states_BLD.cpu()
+        if not states_BLD.isfinite().all():
+            raise UserError(
+                f"cache.hidden_states: the text encoder's states are not finite in {shard.dtype};"
+                ' use cache.dtype = "fp32", or see whether the model is whole'
+            )
+        data = [(row, one.view(torch.uint8).numpy().tobytes()) for row, one in zip(rows, states_BLD, strict=True)]
+        self.store.write(shard, data)
+        with self.store.transaction():
+            self.store.mark_done(shard, data)
+
+    def _freeze(self) -> None:
+        used = "FROM caption JOIN latent USING (content) WHERE space = ?"
+        wanted = {shard for (shard,) in self.db.execute(f"SELECT DISTINCT shard {used}", (self.space,))}
+        shards = [shard for shard in self.store.shards(self.space) if shard.id in wanted]
+        number = {shard.id: i for i, shard in enumerate(shards)}
+        entries = int(self.offsets[-1]) + 1
+        arrays = {"offsets": self.offsets, "check": self._array(np.int64, entries)}
+        arrays |= {name: self._array(np.int32, entries) for name in ("shard", "row")}
+        cursor, done = self.db.execute(f"SELECT shard, row, check64 {used} ORDER BY entry", (self.space,)), 0
+        while chunk := cursor.fetchmany(_CHUNK):
+            here = slice(done, done + len(chunk))
+            shard, arrays["row"][here], arrays["check"][here] = zip(*chunk, strict=True)
+            arrays["shard"][here] = [number[id] for id in shard]
+            done += len(chunk)
+        assert done == entries, f"{entries - done} captions have no states"
+        path = index_path(self.latents, self.name)
+        said = {"shards": json.dumps([[shard.name, shard.shape] for shard in shards]), "view": self.latents.sha256}
+        with disk_errors(self.store.folder):
+            path.parent.mkdir(exist_ok=True)
+            StatesIndex.write(path, arrays, said | {"space": self.name})
+        with self.store.transaction():
+            self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
+
+
+def _content(ids_L: Tensor) -> bytes:
+    return hashlib.sha256(ids_L.numpy().tobytes()).digest()

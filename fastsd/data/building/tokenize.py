@@ -1,0 +1,81 @@
+"""Tokenizing the captions of a view, once. The file's layout: `fastsd/data/tokens.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsd.data.cache import LatentCache
+from fastsd.data.tokens import HEADER_BYTES, TOKENS_FORMAT, Tokens, content_hash, id_dtype, tokens_path
+from fastsd.errors import UserError
+from fastsd.model.text_encoder import ids_of, tokenizer_hash
+from fastsd.storage import TEMPORARY, flush_folder, safetensors_header
+
+_CHUNK = 1024  # samples tokenized together
+
+
+def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], None] = lambda done: None) -> bool:
+    """Tokenize all captions of a cache, unless that is done. One process at a time.
+
+    Args:
+        tokenizer: transformers' CLIPTokenizer.
+        report: is told the samples done, now and then.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        OSError: the disk does not take it; nothing is left behind.
+    """
+    with contextlib.suppress(UserError):
+        Tokens(cache, tokenizer, 2)
+        return False
+    key = tokenizer_hash(tokenizer)
+    path = tokens_path(cache, key)
+    temporary = path.with_name(TEMPORARY + path.name)
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with open(temporary, "w+b") as file:
+            ids = _write_content(file, cache, tokenizer, report)
+            kind = {2: torch.int16, 4: torch.int32}[id_dtype(tokenizer)().itemsize]
+            about = {"fastsd": TOKENS_FORMAT, "view": cache.sha256, "tokenizer": key, "sha256": content_hash(file)}
+            shapes = {"offsets": (torch.int64, (len(cache) + 1,)), "ids": (kind, (ids,))}
+            header = safetensors_header(shapes, about, align=HEADER_BYTES)
+            assert len(header) == HEADER_BYTES
+            file.seek(0)
+            file.write(header)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+    return True
+
+
+def _write_content(file: Any, cache: LatentCache, tokenizer: Any, report: Callable[[int], None]) -> int:
+    """Both tensors, chunk by chunk, each in its place; the number of ids, END included."""
+    kind, samples, done = id_dtype(tokenizer), len(cache), 0
+    end, first_id = np.iinfo(kind).max, HEADER_BYTES + 8 * (samples + 1)
+    file.seek(HEADER_BYTES)
+    file.write(bytes(8))
+    for first in range(0, samples, _CHUNK):
+        variants = cache.variants(range(first, min(first + _CHUNK, samples)))
+        rows = ids_of(tokenizer, list(chain.from_iterable(variants)))
+        ids = np.fromiter(chain.from_iterable((*row, end) for row in rows), kind)
+        row_ends = np.cumsum([len(row) + 1 for row in rows], dtype=np.int64)
+        sample_ends = row_ends[np.cumsum([len(texts) for texts in variants]) - 1]
+        file.seek(HEADER_BYTES + 8 * (first + 1))
+        file.write(done + sample_ends)
+        file.seek(first_id + done * ids.itemsize)
+        file.write(ids)
+        done += len(ids)
+        report(first + len(variants))
+    return done

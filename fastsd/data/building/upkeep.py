@@ -1,0 +1,202 @@
+"""Looking after a cache folder: is every byte as it was written, what is there, what is there for nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastsd.data import cache, masks, tokens
+from fastsd.data.building import mask_cells
+from fastsd.data.building.store import Store, disk_errors
+from fastsd.data.rows import LATENTS, STATES
+from fastsd.errors import UserError
+
+MEASURED = 1024  # latents of a view from which its channels' mean and std are taken
+# Scaled latents have a std near 1: that is what the factor is for. SD1.5's and SDXL's lie within 10 % of it on photographs.
+USUAL_STD = (0.5, 2.0)
+
+
+def verify(dir: str | Path) -> list[str]:
+    """Compare every finished row and every index with its sha256. Returns one sentence per file that differs.
+
+    What differs is set to be encoded again by the next `fastsd cache`, and indexes that refer to it are removed, so that
+    nothing trains on it meanwhile.
+    """
+    problems = []
+    with Store.open(Path(dir)) as store:
+        for path, kind in cache.indexes(store.folder):
+            try:
+                kind(path)
+            except UserError:
+                store.db.execute("UPDATE space SET unfinished = 1")  # whose index it was cannot be told
+                path.unlink()
+                problems.append(f"{path} does not match its sha256; removed, `fastsd cache CONFIG` makes it again")
+        for path in tokens.token_files(store.folder):
+            if wrong := tokens.unsound(path):
+                path.unlink()
+                problems.append(f"{path} {wrong}; removed, `fastsd cache CONFIG` makes it again")
+        for path in mask_cells.damaged_files(store):
+            path.unlink()
+            problems.append(f"{path} is not as it was written; removed, `fastsd cache CONFIG` makes it again")
+        for shard in store.shards():
+            done = store.done_rows(shard)
+            if not done:
+                continue
+            if not shard.whole():
+                bad = [row for row, _ in done]
+                what = "is missing, cut short or has a damaged head"
+            else:
+                stored = shard.read_rows(row for row, _ in done)
+                bad = [row for (row, sha), data in zip(done, stored, strict=True) if hashlib.sha256(data).digest() != sha]
+                some = ", ".join(map(str, bad[:9])) + (", ..." if len(bad) > 9 else "")
+                what = f"has {len(bad)} of {len(done)} rows that do not match their sha256: {some}"
+            if bad:
+                store.forget(shard, bad)
+                problems.append(f"{shard.path} {what}; `fastsd cache CONFIG` encodes them again")
+    return problems
+
+
+@dataclass(frozen=True)
+class ViewStats:
+    """A view: what it says of itself; samples by "width x height" of their pixels; mean and std of each latent channel, scaled
+    as the model sees them, over `measured` latents; samples that have a mask."""
+
+    meta: cache.CacheMeta
+    buckets: dict[str, int]
+    mean: list[float]
+    std: list[float]
+    measured: int
+    masked: int
+
+    @property
+    def warning(self) -> str:
+        """One sentence if the latents do not look like this VAE's, else ""."""
+        low, high = USUAL_STD
+        std = sum(self.std) / len(self.std)
+        if low <= std <= high:
+            return ""
+        return (
+            f"the scaled latents have a standard deviation of {std:.2f}, far from 1; is {self.meta.scaling_factor:g} this "
+            "VAE's factor (model.vae_scaling_factor)?"
+        )
+
+
+@dataclass(frozen=True)
+class Stats:
+    """`views` by name, and a sentence for each that is `damaged`.  `latents` encoded and `states` of captions, `planned` ones
+    of both missing still or for good (rejected), in `shards` of `shard_bytes` on disk.  `rejected`: reason -> files."""
+
+    views: dict[str, ViewStats]
+    damaged: list[str]
+    latents: int
+    states: int
+    planned: int
+    shards: int
+    shard_bytes: int
+    rejected: dict[str, int]
+
+
+def stats(dir: str | Path) -> Stats:
+    """Count what a cache folder holds; may run beside a process that fills it. Raises UserError: no cache there."""
+    with Store.open(Path(dir), lock="") as store:
+        formats = {shard.id: shard.format for shard in store.shards()}
+        made: Counter[str] = Counter()
+        planned = 0
+        for shard, done, rows in store.db.execute("SELECT shard, COUNT(sha256), COUNT(*) FROM latent GROUP BY shard"):
+            made[formats[shard]] += done
+            planned += rows - done
+        files = [path for path in (store.folder / "shards").glob("*.safetensors") if path.exists()]
+        views, damaged = dict[str, ViewStats](), list[str]()
+        for path in cache.view_paths(store.folder):
+            try:
+                views[path.stem] = _measure(store.folder, path)
+            except UserError as error:
+                damaged.append(str(error))
+        reasons = Counter(dict(store.db.execute("SELECT reason, COUNT(*) FROM rejected GROUP BY reason")))
+        size = sum(path.stat().st_size for path in files)
+        return Stats(views, damaged, made[LATENTS], made[STATES], planned, len(files), size, dict(reasons.most_common()))
+
+
+def _measure(folder: Path, path: Path) -> ViewStats:
+    latents = cache.LatentCache(folder, path)
+    try:
+        meta, total = latents.meta, len(latents)
+        buckets: Counter[str] = Counter()
+        sums, squares = torch.zeros(2, meta.channels, dtype=torch.float64)
+        cells = measured = 0
+        for group in latents.groups:
+            _, height, width = group.shape
+            buckets[f"{width * meta.downscale}x{height * meta.downscale}"] += group.count
+            count = -(-min(MEASURED, total) * group.count // total)  # its share, one at the least
+            for some in np.array_split(np.linspace(0, group.count - 1, count, dtype=np.int64), -(-count // 64)):
+                x = (latents.get(group.first + some)["latents"].double() - meta.shift_factor) * meta.scaling_factor
+                sums += x.sum((0, 2, 3))
+                squares += x.square().sum((0, 2, 3))
+                cells += len(some) * height * width
+                measured += len(some)
+        mean = sums / cells
+        std = (squares / cells - mean.square()).clamp(min=0).sqrt()
+        masked = masks.Masks(latents).count if masks.mask_path(folder, latents.name).exists() else 0
+        return ViewStats(meta, dict(buckets.most_common()), mean.tolist(), std.tolist(), measured, masked)
+    finally:
+        latents.close()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    shards: int
+    bytes: int
+
+
+def prune(dir: str | Path) -> Pruned:
+    """Delete shards that no view and no states of its captions refer to, masks alike, and what is known of files that are gone.
+
+    A space whose caching was interrupted is left alone until it is finished.  To give up a view, or the states of its
+    captions, delete that file first.
+    Raises UserError: no cache there, or a damaged view, which might need what looks unused.
+    """
+    with Store.open(Path(dir)) as store:
+        views = cache.view_paths(store.folder)
+        names = {path.stem for path in views}
+        with disk_errors(store.folder):
+            # The states of its captions go with a view. When only its captions have changed, most of them will still serve.
+            for path in cache.states_paths(store.folder):
+                if path.stem.partition("-")[0] not in names:
+                    path.unlink()
+        used = {name for path, kind in cache.indexes(store.folder) for name, _ in kind(path).shards}
+        alive = {cache.View(path).metadata["sha256"] for path in views}
+        busy = {id for (id,) in store.db.execute("SELECT id FROM space WHERE unfinished")}
+        spaces = dict(store.db.execute("SELECT id, space FROM shard"))
+        shards = store.shards()
+        unused = [shard for shard in shards if shard.name not in used and spaces[shard.id] not in busy]
+        with store.transaction():
+            for shard in unused:
+                store.db.execute("DELETE FROM latent WHERE shard = ?", (shard.id,))
+                store.db.execute("DELETE FROM shard WHERE id = ?", (shard.id,))
+            stale = [path for path in tokens.token_files(store.folder) if tokens.view_of(path) not in alive]
+            stale += mask_cells.prune(store, alive, rows=not busy)
+            for table in ("file", "rejected"):
+                paths = {path for (path,) in store.db.execute(f"SELECT path FROM {table}") if not _exists(path)}
+                store.db.executemany(f"DELETE FROM {table} WHERE path = ?", [(path,) for path in paths])
+        # Also those of views whose plan went with a lost database.
+        kept = {shard.path.name for shard in shards} - {shard.path.name for shard in unused}
+        kept |= {f"{name}.safetensors" for name in used}
+        freed = 0
+        with disk_errors(store.folder):
+            # Also files of shards forgotten earlier, should a prune have been cut off here, and what an interrupted run left.
+            orphans = [path for path in (store.folder / "shards").iterdir() if path.name not in kept]
+            for path in orphans + stale:
+                freed += path.stat().st_size
+                path.unlink()
+        return Pruned(len(orphans), freed)
+
+
+def _exists(path: bytes) -> bool:
+    """Whether the file, or the tar a member lies in, is there."""
+    return os.path.lexists(path) or os.path.isfile(path.partition(b".tar/")[0] + b".tar")

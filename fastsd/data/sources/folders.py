@@ -1,0 +1,277 @@
+"""Finding images and captions: folders, metadata files, WebDataset tars, and other trainers' latents beside the images.
+
+`scan` yields a `Source` per image, `captions_of` and `read_bytes` read what it points at.  What a single file does wrong
+becomes a problem or `Rejected` with a reason and stops nothing; what the user must change (a folder) becomes `UserError`.
+Read next: `metadata.py`, `tars.py`, `imported_latents.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from typing import TypeAlias
+
+from fastsd.config.schema import DataTable, FolderTable
+from fastsd.data.sources import metadata, tars
+from fastsd.data.sources.image import (
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    NO_IMAGE,
+    Rejected,
+    Source,
+    ends_in,
+    shown,
+    text_captions,
+)
+from fastsd.errors import UserError
+
+# What is looked for, by data.latents; the group is the image's name without extension. sd-scripts writes foo.npz, or
+# foo_0512x0768_sd.npz with the image's width and height, and outputs of text encoders under a similar name.
+_FILES = {
+    "": re.compile(rf"(.+)(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))})", re.DOTALL | re.IGNORECASE),
+    "img_sdxl": re.compile(r"(.+)\.img_sdxl", re.DOTALL),
+    "img_sdvae": re.compile(r"(.+)\.img_sdvae", re.DOTALL),
+    "npz": re.compile(r"(.+?)(?:_\d+x\d+)?(?:_sdxl|_sd)?(?<!_te_outputs)\.npz", re.DOTALL),
+}
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+_Found: TypeAlias = "Iterator[Source | _Found]"
+
+
+def scan(
+    roots: Sequence[FolderTable], *, caption_key: str = "", weight_key: str = "", latents: str = "", masks: str = ""
+) -> Iterator[Source]:
+    """Every image in `roots`, lazily: roots in order, sorted within each; and everything that is wrong with them.
+
+    A root is a folder, a tar, or a pattern of them such as `shards/{00000..00099}.tar`.  Folders are searched recursively:
+    hidden files are skipped, links followed, a folder that a link leads back to is searched once, tars read in their order.
+    What an earlier root has is left out of a later one around it.  A caption comes from the nearest `metadata.jsonl` or
+    `.parquet` beside or above the image, within its root, that lists it; else from the `.txt`, else the `.caption` beside it.
+    A weight comes from the nearest that has one for it, a mask from the image's own folder.
+
+    Args:
+        caption_key: column of metadata files, key of a tar's `.json`; "" = the first of text, caption, prompt.
+        weight_key: column of metadata files, key of a tar's `.json`: what an image's loss is multiplied by; "" = nothing.
+        latents: find another trainer's latents instead, `img_sdxl`, `img_sdvae` or `npz`; captions by the image's name.
+        masks: what takes the extension's place in the name of an image's mask, which is no image itself; "" = there are none.
+
+    Raises:
+        UserError: a root that is missing, neither folder nor tar, within an earlier one, unreadable, or (once it has been
+            searched) without an image; masks that cannot be told from images, or of latents.
+    """
+    if masks and latents:
+        raise UserError(f"data.masks is {masks!r} and data.latents {latents!r}, cut by rules unknown here; remove one of them")
+    if any(ends_in(extension, masks) for extension in IMAGE_EXTENSIONS):
+        raise UserError(f'data.masks is {masks!r}, and so end images, too; write what only masks end in, such as "-mask.png"')
+    places: list[tuple[int, str]] = []
+    taken: set[str] = set()
+    for number, root in enumerate(roots):
+        paths = [root.path] if os.path.exists(root.path) else list(dict.fromkeys(_expanded(root.path)))
+        if not any(map(os.path.exists, paths)):
+            raise UserError(f"data.folders: {shown(root.path)} does not exist; correct the path or remove it")
+        for path in map(os.path.abspath, paths):
+            if os.path.isfile(path) and not path.lower().endswith(tars.TARS):
+                raise UserError(f"data.folders: {shown(path)} is a file, and no .tar; name the folder that holds it")
+            if above := _within(path, taken):
+                where = "is listed twice" if above == path else f"lies within {shown(above)}, which comes before it"
+                raise UserError(f"data.folders: {shown(path)} {where}; remove it or list it first")
+            taken.add(path)
+            places.append((number, path))
+    return _scan([root.path for root in roots], places, lambda root: _Walk(root, (caption_key, weight_key), latents, masks))
+
+
+def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[Source]:
+    taken: set[str] = set()
+    for number, group in itertools.groupby(places, lambda place: place[0]):
+        found, trouble, walk = False, "", walk_of(number)
+        for _, path in group:
+            inside = os.path.join(path, "")
+            inner = {other for other in taken if other.startswith(inside)} if os.path.isdir(path) else set()
+            for source in walk.search(path):
+                if not source.problem:
+                    found = True
+                elif not trouble:
+                    trouble = f"; its first trouble: {shown(source.name)}: {source.problem}"
+                if not inner or not _within(source.path, inner):
+                    yield source
+            taken.add(path)
+        if not found:
+            wanted = ", ".join(walk.extensions)
+            what = f"{shown(names[number])} holds no image ({wanted})"
+            raise UserError(f"data.folders: {what}; put some there or remove it{trouble}")
+
+
+def _within(path: str, folders: set[str]) -> str:
+    """The one of `folders` that holds `path` or is it; "" = none."""
+    while path not in folders:
+        path, below = os.path.dirname(path), path
+        if path == below:
+            return ""
+    return path
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """`{a,b}` and `{000..123}` as a shell has them."""
+    match = _BRACES.search(pattern)
+    if not match:
+        yield pattern
+        return
+    words = match[1].split(",")
+    if numbers := _RANGE.fullmatch(match[1]):
+        first, last = numbers.groups()
+        width = len(first) if first.startswith("0") else 0
+        words = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
+    for word in words:
+        yield from _expanded(pattern[: match.start()] + word + pattern[match.end() :])
+
+
+class _Walk:
+    """The search of one root."""
+
+    def __init__(self, root: int, keys: tuple[str, str], latents: str, masks: str) -> None:
+        self.root, self.keys, self.latents, self.masks = root, keys, latents, masks
+        self.extensions = (f".{latents}",) if latents else IMAGE_EXTENSIONS
+        self.visited: set[tuple[int, int]] = set()  # folders by device and inode, against loops of links
+
+    def search(self, top: str) -> Iterator[Source]:
+        """All below a folder, or in a tar. Raises UserError: `top` is unreadable."""
+        if not os.path.isdir(top):
+            yield from self._tar(top)
+            return
+        stack: list[_Found] = [self._folder(top, [])]  # folders may lie deeper than Python's own stack
+        while stack:
+            found = next(stack[-1], None)
+            if found is None:
+                stack.pop()
+            elif not isinstance(found, Source):
+                stack.append(found)
+            elif found.problem and found.path == top:
+                raise UserError(f"data.folders: {shown(top)}: {found.problem}; make it readable or remove it")
+            else:
+                yield found
+
+    def _folder(self, folder: str, above: list[metadata.Metadata]) -> _Found:
+        """Its images, and the searches of what it holds. `above`: metadata of the folders around, the nearest first."""
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in self.visited:
+                return
+            self.visited.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                beside = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
+        except OSError as error:
+            yield Source(folder, self.root, problem=f"this folder cannot be searched ({error.strerror})")
+            return
+        prefix = os.path.join(folder, "")
+        with ExitStack() as open_tables:
+            own = [
+                open_tables.enter_context(closing(metadata.Metadata(prefix + name, *self.keys, bool(self.latents))))
+                for name in metadata.FILES
+                if beside.get(name) is False
+            ]
+            for table in own:
+                yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.load())
+            stems = Counter(self._stem(name, beside) for name in beside) if self.masks or self.latents == "npz" else Counter()
+            masks = {
+                name[: -len(self.masks)]: Source(prefix + name, self.root)
+                for name in sorted(beside)
+                if ends_in(name, self.masks) and not beside[name]
+            }
+            for name in sorted(beside):
+                if beside[name]:
+                    yield self._folder(prefix + name, own + above)
+                elif name.lower().endswith(tars.TARS):
+                    yield self._tar(prefix + name)
+                elif stem := self._stem(name, beside):
+                    if self.latents and stems[stem] > 1:
+                        reason = "the image has other latents beside these; keep those of one VAE and size"
+                        yield Source(prefix + name, self.root, problem=reason)
+                    else:
+                        yield self._image(prefix, name, stem, beside, own + above, masks.get(stem))
+            yield from (replace(mask, problem=NO_IMAGE) for stem, mask in masks.items() if stem not in stems)
+            for table in own:
+                yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
+
+    def _tar(self, path: str) -> Iterator[Source]:
+        return tars.samples(path, self.root, self.extensions, *self.keys, self.masks)
+
+    def _stem(self, name: str, beside: dict[str, bool]) -> str:
+        """The image's name without extension; "" = a file of another kind."""
+        match = _FILES[self.latents].fullmatch(name)
+        if not match or ends_in(name, self.masks):
+            return ""
+        whole = name.rpartition(".")[0]  # of foo_sd.npz: an image foo_sd, if there is one, rather than foo
+        return whole if any(whole + extension in beside for extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS) else match[1]
+
+    def _image(
+        self, prefix: str, name: str, stem: str, beside: dict[str, bool], tables: list[metadata.Metadata], mask: Source | None
+    ) -> Source:
+        captions, weight, problem = None, None, ""
+        for table in tables:  # all of them, for each is to know which of its images are there
+            found: metadata.Said = (), None
+            try:
+                found = table.said_of(prefix + (stem if self.latents else name))
+            except Rejected as error:
+                problem = problem or (error.reason if captions is None else "")
+            captions = found[0] if captions is None else captions
+            weight = found[1] if weight is None else weight
+        if captions is not None:
+            return Source(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
+        caption = next(
+            (prefix + stem + extension for extension in CAPTION_EXTENSIONS if beside.get(stem + extension) is False), ""
+        )
+        return Source(prefix + name, self.root, caption_path=caption, weight=weight, mask=mask)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # Following the link by hand: `entry.is_dir()` raises on one that leads to itself.
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def scan_for(data: DataTable) -> Iterator[Source]:
+    """`scan` as a config asks for it."""
+    return scan(data.roots, caption_key=data.caption_key, weight_key=data.weight_key, latents=data.latents, masks=data.masks)
+
+
+def count(data: DataTable) -> tuple[int, int]:
+    """(images, images an epoch with repeats), by their names, before a filter by tag. Raises UserError as `scan`."""
+    each = Counter(source.root for source in scan_for(data) if not source.problem)
+    return each.total(), sum(data.roots[root].repeats * images for root, images in each.items())
+
+
+def captions_of(source: Source) -> tuple[str, ...]:
+    """The captions of an image, each stripped and not empty; () = it has none. Raises Rejected: a bad text file."""
+    if not source.caption_path:
+        return source.captions
+    return text_captions(_read(source.caption_path, "its caption", MAX_CAPTION_BYTES))
+
+
+def read_bytes(source: Source) -> bytes:
+    """The file of an image, or its part of a tar. Raises Rejected: it cannot be read, or is larger than 1 GiB."""
+    data = _read(source.path, "it", MAX_IMAGE_BYTES, source.offset, source.length)
+    if len(data) < source.length:
+        raise Rejected("the tar ends within it", lasting=False)
+    return data
+
+
+def _read(path: str, what: str, limit: int, offset: int = 0, length: int = -1) -> bytes:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+            raise Rejected(f"{what} is no regular file", lasting=False)
+        if (status.st_size if length < 0 else length) > limit:
+            raise Rejected(f"{what} is larger than {limit >> 20} MiB", lasting=False)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+    except OSError as error:
+        raise Rejected(f"{what} cannot be read ({error.strerror})", lasting=False) from None

@@ -1,0 +1,153 @@
+"""Latents that other trainers have left beside the images, taken over instead of encoding again.
+
+    img_sdxl, img_sdvae   foo.img_sdxl: safetensors, `latent` is the raw posterior mean, fp32 (C, h, w) or (1, C, h, w)
+    npz                   sd-scripts' foo.npz, foo_0512x0768_sd.npz (the image's width and height): `latents`, fp32 (C, h, w),
+                          and of mirrored images `latents_flipped`; or both with a size behind, `latents_64x48` (h x w)
+
+None of them names its VAE.  sd-scripts stores one raw sample of the posterior, not its mean; the posterior of SD's and
+SDXL's VAE is so narrow that they hardly differ.  Its masks and crop boxes are left behind.
+
+Shapes: C channels, h x w cells of the latent.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from fastsd.data.sources.image import Rejected
+
+_KEY = "latent"
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_MAX_VALUES = 1 << 24  # 16 channels of 8192 x 8192 pixels
+_LATENTS = re.compile(r"latents((?:_\d+x\d+)?)\.npy")
+_NEAR = (0.5, 2.0)  # of a standard deviation of 1
+
+
+def probe_latent(data: bytes, kind: str) -> tuple[int, int, int]:
+    """(C, h, w) of a file of latents, from its head.
+
+    Args:
+        data: the whole file.
+        kind: data.latents.
+
+    Raises:
+        Rejected: not such a file, damaged, or of another shape.
+    """
+    shape, _ = _npz(data, read=False) if kind == "npz" else _safetensors(data)
+    return shape
+
+
+def read_latent(data: bytes, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """The latents in a file: fp32 (C, h, w), unscaled, and those of the mirrored image if it holds them.
+
+    Raises:
+        Rejected: as `probe_latent`, or a value that is not finite.
+    """
+    _, arrays = _npz(data, read=True) if kind == "npz" else _safetensors(data)
+    for array in arrays:
+        if not np.isfinite(array).all():
+            raise Rejected("its latent has values that are not finite")
+    return arrays[0], arrays[1] if len(arrays) > 1 else None
+
+
+def check_scale(std_C: Sequence[float], scaling_factor: float) -> str | None:
+    """Whether latents look as the VAE's scaling factor expects raw ones: a sentence if they do not.
+
+    A scaling factor is one over the standard deviation of raw latents, which is near 5.5 for SD1.5's VAE (0.18215) and near
+    7 for SDXL's (0.13025).  Their product strays from 1 with the images: plain drawings lie lower.  Outside of 0.5 to 2
+    something is wrong: latents that were scaled before they were stored come out near 0.15.  What it cannot tell are these
+    two VAEs from each other: one's latents under the other's factor come out at 0.7 or 1.4, as some sets of images do with
+    their own.  A shift does not change it.
+
+    Args:
+        std_C: standard deviation of each channel over many images, raw as stored.
+        scaling_factor: the VAE's.
+    """
+    std = math.sqrt(sum(value * value for value in std_C) / len(std_C))
+    product = std * scaling_factor
+    if _NEAR[0] <= product <= _NEAR[1]:
+        return None
+    if _NEAR[0] <= std <= _NEAR[1]:
+        why = f"as if they had been scaled before they were stored, and training would scale them by {scaling_factor:g} again"
+    elif _NEAR[0] <= product * scaling_factor <= _NEAR[1]:
+        why = f"as if they had been divided by {scaling_factor:g} before they were stored"
+    else:
+        why = "so they are another VAE's, or damaged, or of images that all look alike"
+    return f"the latents' standard deviation is {std:.3g}; times the scaling factor {product:.3g}, where 1 is right: {why}"
+
+
+def _safetensors(data: bytes) -> tuple[tuple[int, int, int], list[np.ndarray]]:
+    try:
+        tensors: dict[str, dict[str, Any]] = dict(deserialize(data))
+    except SafetensorError as error:
+        raise Rejected(f"it is no whole safetensors file ({' '.join(str(error).split())[:120]})") from None
+    if _KEY not in tensors:
+        raise Rejected(f"it has no tensor `{_KEY}` (found: {_listed(tensors)})")
+    tensor = tensors[_KEY]
+    if tensor["dtype"] not in _FLOATS:
+        raise Rejected(f"its `{_KEY}` is of {tensor['dtype']}, not of floats")
+    shape = _latent_shape(tensor["shape"])
+    values = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]])
+    if tensor["dtype"] == "BF16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return shape, [values.astype(np.float32).reshape(shape)]
+
+
+def _npz(data: bytes, read: bool) -> tuple[tuple[int, int, int], list[np.ndarray]]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            names = file.namelist()
+            found = [match for name in names if (match := _LATENTS.fullmatch(name))]
+            if not found:
+                raise Rejected(f"it has no array `latents` (found: {_listed(name.removesuffix('.npy') for name in names)})")
+            if len(found) > 1:
+                raise Rejected(f"it holds latents of several sizes ({_listed(m[0][:-4] for m in found)}); keep one")
+            mirrored = f"latents_flipped{found[0][1]}.npy"
+            wanted = [found[0][0], mirrored] if mirrored in names else [found[0][0]]
+            shapes = [_npy_shape(file, name) for name in wanted]
+            if shapes[0] != shapes[-1]:
+                raise Rejected(f"its mirrored latents are {shapes[1]}, the others {shapes[0]}")
+            return shapes[0], [_npy(file, name, shapes[0]) for name in wanted] if read else []
+    except Rejected:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise anything from KeyError to struct.error on damaged files
+        words = " ".join(str(error).split())[:120]
+        raise Rejected(f"it cannot be read as npz ({words or type(error).__name__})") from None
+
+
+def _npy_shape(file: zipfile.ZipFile, name: str) -> tuple[int, int, int]:
+    """Read before the values are, so that a few bytes that promise a giant cost nothing."""
+    with file.open(name) as part:
+        version = np.lib.format.read_magic(part)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(part)
+    if dtype.kind != "f":
+        raise Rejected(f"its {name.removesuffix('.npy')} are of {dtype}, not of floats")
+    return _latent_shape(shape)
+
+
+def _npy(file: zipfile.ZipFile, name: str, shape: tuple[int, int, int]) -> np.ndarray:
+    with file.open(name) as part:
+        values = np.lib.format.read_array(part, allow_pickle=False)
+    return np.ascontiguousarray(values.reshape(shape), np.float32)
+
+
+def _latent_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    sizes = tuple(shape[1:]) if len(shape) == 4 and shape[0] == 1 else tuple(shape)
+    if len(sizes) != 3 or 0 in sizes:
+        raise Rejected(f"its latent has the shape {list(shape)}, where (channels, height, width) is expected")
+    if math.prod(sizes) > _MAX_VALUES:
+        raise Rejected(f"its latent has the shape {list(shape)}, larger than that of any image")
+    return sizes
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(map(repr, names))[:8]) or "nothing"

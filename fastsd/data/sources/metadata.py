@@ -1,0 +1,215 @@
+"""Captions of a whole folder in one file: `metadata.jsonl` or `metadata.parquet`, as Hugging Face's imagefolder has them.
+
+A row names an image (`file_name`, relative to the file's folder, perhaps in a subfolder), its caption, and perhaps the weight
+of its loss.  A file may hold weights alone; captions then lie beside the images.  Rows come in any order and images in
+another, so they go through a temporary database on disk: memory stays flat however many there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import posixpath
+import sqlite3
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastsd.data.sources.image import CAPTION_KEYS, Rejected, json_object, row_captions, row_weight, shown
+from fastsd.errors import UserError
+
+FILES = ("metadata.jsonl", "metadata.parquet")
+_MAX_LINE = 1 << 20
+_BATCH = 256  # rows of a parquet file in memory
+_SHOWN_COLUMNS = 20
+
+Said = tuple[tuple[str, ...] | None, float | None]  # an image's captions and weight; None = nothing is said of it
+_Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number from 1, the row or what is wrong with it
+
+
+class Metadata:
+    """One such file.
+
+    Args:
+        caption_key: the column with captions; "" = the first of text, caption, prompt.
+        weight_key: the column with weights; "" = none.
+        stems: images are known by their path without extension, because latents stand for them.
+    """
+
+    def __init__(self, path: str, caption_key: str, weight_key: str, stems: bool) -> None:
+        self.path, self._key, self._weight_key, self._stems = path, caption_key, weight_key, stems
+        self._captioned = True  # whether any row has a caption
+        self._parquet = path.endswith(".parquet")
+        self._prefix = len(os.path.join(os.path.dirname(path), ""))
+        self._seen = bytearray()  # of each stored row whether its image was asked for
+        # Whoever iterates may do so from another thread each time, never from two at once.
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._db.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA cache_size = -32768; BEGIN;"
+            "CREATE TABLE row (image BLOB PRIMARY KEY, id INTEGER, number INTEGER, captions TEXT, weight REAL, reason TEXT)"
+            " WITHOUT ROWID"
+        )
+
+    def close(self) -> None:
+        self._db.close()
+
+    def load(self) -> Iterator[tuple[str, str]]:
+        """Read the file. Yields what is wrong: (row, reason), with row "" for the file as a whole.
+
+        Raises:
+            UserError: the disk has no room for the temporary database.
+        """
+        try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would wait for ever
+                raise Rejected("it is no regular file")
+            lacking = self._lacking()
+            if lacking:
+                raise Rejected(lacking)
+            for number, row in self._rows():
+                reason = row if isinstance(row, str) else self._add(number, row)
+                if reason:
+                    yield self._where(number), reason
+        except OSError as error:
+            yield "", f"it cannot be read ({error.strerror})"
+        except Rejected as error:
+            yield "", error.reason
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"{shown(self.path)}: the folder for temporary files cannot hold its index ({error}); free some space there"
+                " or set TMPDIR to another"
+            ) from None
+
+    def said_of(self, image: str) -> Said:
+        """What the file says of an image (its path, or its stem where `stems`). Raises Rejected."""
+        key = self._image(image[self._prefix :].replace(os.sep, "/"))
+        found = self._db.execute("SELECT id, number, captions, weight, reason FROM row WHERE image = ?", (key,)).fetchone()
+        if not found:
+            return None, None
+        id, number, captions, weight, reason = found
+        self._seen[id] = 1
+        if reason:
+            raise Rejected(f"{reason}: {self._where(number)} of {os.path.basename(self.path)}", lasting=False)
+        texts = tuple(captions.split("\n")) if captions else ()
+        return texts if self._captioned else None, weight
+
+    def unmatched(self) -> Iterator[tuple[str, str]]:
+        """(row, reason) of every row whose image nobody asked for."""
+        if 0 in self._seen:
+            for image, id, number in self._db.execute("SELECT image, id, number FROM row ORDER BY image"):
+                if not self._seen[id]:
+                    yield self._where(number), f"it names {shown(image)}, and no such image is there"
+
+    def _where(self, number: int) -> str:
+        return f"{'row' if self._parquet else 'line'} {number}"
+
+    def _image(self, relative: str) -> bytes:
+        key = posixpath.splitext(relative)[0] if self._stems else relative
+        return key.encode("utf-8", "surrogatepass")
+
+    def _add(self, number: int, row: dict[str, Any]) -> str:
+        """Store a row, or say why not."""
+        name = row.get("file_name")
+        if not name or not isinstance(name, str):
+            return "it has no file_name"
+        place = posixpath.normpath(name)
+        if os.path.isabs(name) or place.split("/")[0] == "..":
+            return f"its file_name {_words(name)} leads out of the folder"
+        captions, weight, reason = None, None, None
+        try:
+            captions = "\n".join(row_captions(row, self._key) or ())
+            weight = row_weight(row, self._weight_key)
+        except Rejected as error:
+            reason = error.reason
+        values = (self._image(place), len(self._seen), number, captions, weight, reason)
+        if not self._db.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?, ?, ?)", values).rowcount:
+            return f"it names {_words(name)} again; the first row counts"
+        self._seen.append(0)
+        return ""
+
+    def _lacking(self) -> str:
+        """What the file needs and no row has, as a sentence."""
+        wanted = (self._key,) if self._key else CAPTION_KEYS
+        names = captions = weights = False
+        found: dict[str, None] = {}
+        for columns in self._columns():
+            names = names or "file_name" in columns
+            captions = captions or any(key in columns for key in wanted)
+            weights = weights or bool(self._weight_key and self._weight_key in columns)
+            if names and captions:
+                return ""
+            if len(found) < _SHOWN_COLUMNS:
+                found |= dict.fromkeys(columns)
+        if names and weights:
+            self._captioned = False
+            return ""
+        has = ", ".join(map(_words, list(found)[:_SHOWN_COLUMNS])) or "nothing"
+        if not names:
+            return f"it has no file_name (found: {has}), so none of its captions is used; name the images in that column"
+        which = f"no {self._key}" if self._key else f"none of {', '.join(CAPTION_KEYS)}"
+        return f"it has {which} (found: {has}); set data.caption_key to the column that holds the captions"
+
+    def _columns(self) -> Iterator[list[str]]:
+        if self._parquet:
+            yield list(_parquet_names(self.path))
+        else:
+            yield from (list(row) for _, row in _json_rows(self.path) if isinstance(row, dict))
+
+    def _rows(self) -> _Rows:
+        if not self._parquet:
+            return _json_rows(self.path)
+        wanted = ("file_name", self._weight_key, *((self._key,) if self._key else CAPTION_KEYS))
+        return _parquet_rows(self.path, [name for name in _parquet_names(self.path) if name in wanted])
+
+
+def _words(text: str) -> str:
+    """A text from a file, fit for one line of a terminal."""
+    return shown(text.encode("utf-8", "surrogatepass"))[:200]
+
+
+def _json_rows(path: str) -> _Rows:
+    with open(path, "rb") as file:
+        number = 0
+        while line := file.readline(_MAX_LINE):
+            number += 1
+            if len(line) == _MAX_LINE and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(_MAX_LINE)
+                yield number, "it is longer than 1 MiB"
+            elif line.strip():
+                try:
+                    yield number, json_object(line)
+                except Rejected as error:
+                    yield number, error.reason
+
+
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    """An open `pyarrow.parquet.ParquetFile`. Raises Rejected, also for what goes wrong while it is read."""
+    import pyarrow.parquet as pq
+
+    try:
+        with open(path, "rb") as file:
+            yield pq.ParquetFile(file, pre_buffer=False)
+    except Exception as error:  # pyarrow raises anything from ArrowException to UnicodeDecodeError on damaged files
+        raise Rejected(f"it cannot be read as parquet ({_words(str(error))})") from None
+
+
+def _parquet_names(path: str) -> list[str]:
+    with _parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def _parquet_rows(path: str, columns: list[str]) -> _Rows:
+    with _parquet(path) as file:
+        rows = map(_batch_rows, file.iter_batches(_BATCH, columns=columns, use_threads=False))
+        yield from enumerate(itertools.chain.from_iterable(rows), 1)
+
+
+def _batch_rows(batch: Any) -> list[dict[str, Any] | str]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return ["it is not UTF-8"]
+        return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1))]

@@ -1,0 +1,90 @@
+"""Which images a validation measures: some that are never trained on, and some that are.
+
+A picture's own latents decide. Its key is a random number by (validate.seed, the xxh3 of its stored bytes); those with the
+smallest keys are held out, those with the next smallest stay in training and are measured as well: "stabilised". So it does
+not matter where a picture lies or how it is captioned; new pictures push out only as many as have smaller keys; and copies of a
+picture share its key: they are held out with it, and it is measured once.  With validate.by = "number" the sample's number
+stands for its bytes: the same places of sets that correspond, with the same noise and timesteps, and copies are no matter.
+
+Shapes: N samples of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastsd.config.schema import Config, ValidateTable
+from fastsd.data.cache import LatentCache
+from fastsd.data.captions import select
+from fastsd.errors import UserError
+from fastsd_kernels.noise import Purpose, philox
+
+_CHUNK = 1 << 16  # samples whose keys are drawn at once
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Samples of a cache by number.
+
+    Attributes:
+        measured: "held_out" and "stabilised", int64, one of each picture, in the order of their keys; none that is empty.
+        left_out: the held out pictures and all their copies, int64, sorted: what no stage may read.
+    """
+
+    measured: dict[str, np.ndarray]
+    left_out: np.ndarray
+
+
+def choose_sets(cache: LatentCache, config: Config) -> Sets:
+    """The sets of `[validate]`, chosen among the images that data.include and data.exclude leave (to the first stage).
+
+    Raises:
+        UserError: there are too few of them.
+    """
+    table, data = config.validate_, config.data
+    wanted = {"held_out": table.held_out, "stabilised": table.stabilised}
+    if not any(wanted.values()):
+        return Sets({}, np.empty(0, np.int64))
+    key_N = _keys(cache, table)
+    selected = select(cache, tuple(data.include), tuple(data.exclude), config.stage[0].tag_separator)
+    keys, first = np.unique(key_N if selected is None else key_N[selected], return_index=True)
+    samples = first if selected is None else selected[first]
+    _check_room(wanted, len(samples))
+    measured, start = {}, 0
+    for name, count in wanted.items():
+        if count:
+            measured[name] = samples[start : start + count]
+        start += count
+    return Sets(measured, np.flatnonzero(np.isin(key_N, keys[: table.held_out])))
+
+
+def identities(cache: LatentCache, table: ValidateTable, first: int, last: int) -> np.ndarray:
+    """What tells samples [first, last) from others, int64."""
+    return cache.checks(first, last) if table.by == "content" else np.arange(first, last)
+
+
+def _keys(cache: LatentCache, table: ValidateTable) -> np.ndarray:
+    """62 random bits of every sample, the same for equal identities: int64 (N,)."""
+    block, keys = torch.zeros(1, dtype=torch.int64), [np.empty(0, np.int64)]
+    for first in range(0, len(cache), _CHUNK):
+        identity_B = torch.tensor(identities(cache, table, first, min(first + _CHUNK, len(cache))))
+        words = philox(table.seed, Purpose.HELD_OUT, identity_B, block)[:, 0]
+        keys.append((words[:, 0] << 30 ^ words[:, 1]).numpy())
+    return np.concatenate(keys)
+
+
+def _check_room(wanted: dict[str, int], pictures: int) -> None:
+    half, left = pictures // 2, pictures - wanted["held_out"]
+    if wanted["held_out"] > half:
+        raise UserError(
+            f"validate.held_out is {wanted['held_out']} and there are {pictures} different images to choose from, of which no "
+            f"more than half may be held out; lower it to {half} or below"
+        )
+    if wanted["stabilised"] > left:
+        raise UserError(
+            f"validate.stabilised is {wanted['stabilised']} and {left} different images are trained on; lower it to {left} or "
+            "below"
+        )

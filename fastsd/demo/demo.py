@@ -1,0 +1,94 @@
+"""`fastsd demo` - the whole story in miniature, on a machine with nothing but Python.
+
+A tiny model of SD1.5's shape knows coloured shapes. Another VAE is swapped in, and its pictures come out wrong; then the
+user's own commands - cache, train, sample - teach it the new latents. It ends with one picture and two figures.
+The models ship with the package (`fastsd/demo/models.py` made them), the pictures are drawn on the spot.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+
+from fastsd.commands.cache import cache
+from fastsd.config.schema import Config, ModelTable, load_config
+from fastsd.demo import world
+from fastsd.run.loop import train
+from fastsd.sampling.generate import generate, load_to_sample
+
+MODELS = Path(__file__).parent / "assets"
+PICTURES, PICTURE_SEED = 384, 1
+SEEDS = (0, 1)  # each of the 48 prompts is drawn with both
+SHOWN = 9  # samples a panel of the final picture
+
+
+def demo(out: Path, console: Console | None = None) -> dict[str, float]:
+    """Tell the story in `out`; returns and writes (result.json) the accuracies before and after, and the seconds it took."""
+    console, start = console or Console(), time.perf_counter()
+    config = _lay_out(out, console)
+    table = config.model
+    own = _draw(config, table.model_copy(update={"vae": ""}))
+    swapped = _draw(config, table)
+    _say(console, f"the base with its own VAE: {own[0]:.0%} of {len(own[1])} samples show the colour and shape asked for")
+    _say(console, f"the base with the other VAE: {swapped[0]:.0%}\n")
+    _say(console, f"$ fastsd cache {out / 'demo.toml'}")
+    cache(config, console)
+    _say(console, f"\n$ fastsd train {out / 'demo.toml'}")
+    train(config, console)
+    model = Path(config.run) / "model"
+    _say(console, f"\n$ fastsd sample {model} --prompt ...")
+    after = _draw(config, ModelTable(base=str(model)))
+    _picture(out / "demo.png", own, swapped, after)
+    result = {
+        "base": own[0], "before": swapped[0], "after": after[0], "samples": len(after[1]),
+        "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
+    (out / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    _say(
+        console,
+        f"colour and shape as asked, of {len(after[1])} samples: {own[0]:.0%} base, {swapped[0]:.0%} with the VAE swapped, "
+        f"{after[0]:.0%} after retraining ({result['seconds']:.0f} s)\npicture: {out / 'demo.png'}",
+    )
+    return result
+
+
+def _lay_out(out: Path, console: Console) -> Config:
+    """Models, pictures and config, all in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(MODELS, out / "models", dirs_exist_ok=True)
+    world.write_dataset(out / "images", PICTURES, PICTURE_SEED)
+    text = _config_file().read_text(encoding="utf-8").replace("demo-out", out.as_posix())
+    (out / "demo.toml").write_text(text, encoding="utf-8")
+    _say(console, f"{PICTURES} captioned pictures in {out / 'images'}, a tiny SD1.5 and another VAE in {out / 'models'}")
+    return load_config(out / "demo.toml")
+
+
+def _config_file() -> Path:
+    """configs/demo.toml of the checkout, or the copy of it in an installed wheel."""
+    here = Path(__file__).parent
+    return next(path for path in (here.parent.parent / "configs" / "demo.toml", here / "demo.toml") if path.exists())
+
+
+def _draw(config: Config, table: ModelTable) -> tuple[float, list[Image.Image]]:
+    """Every prompt with every seed: (share that shows the colour and the shape asked for, images)."""
+    model = load_to_sample(table, config.device)
+    asked = [(colour, shape, prompt, seed) for seed in SEEDS for colour, shape, prompt in world.prompts()]
+    size = config.data.resolution
+    images = generate(model, [prompt for _, _, prompt, _ in asked], [seed for *_, seed in asked], config.sample, size)
+    right = [world.judge(image) == (colour, shape) for image, (colour, shape, _, _) in zip(images, asked, strict=True)]
+    return sum(right) / len(right), images
+
+
+def _picture(path: Path, *columns: tuple[float, list[Image.Image]]) -> None:
+    titles = ("base", "VAE swapped", "retrained")
+    panels = [(f"{title}  {share:.0%}", images[:SHOWN]) for title, (share, images) in zip(titles, columns, strict=True)]
+    world.picture(panels, [prompt for _, _, prompt in world.prompts()[:SHOWN]]).save(path)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,382 @@
+"""Makes the two models that `fastsd demo` ships with, from nothing: `python -m fastsd.demo.models OUT`.
+
+`OUT/base` is a Stable Diffusion 1.5 in miniature (a diffusers folder: tokenizer, text encoder, UNet, VAE, scheduler)
+that knows the shapes of `demo_world`; `OUT/vae` is a second VAE of the same build with another latent space and
+another scaling factor.  All weights are stored as fp16 safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from fastsd.demo import world
+
+IMAGE_SIZE, LATENT_SIZE = 64, 8
+CONTEXT_LENGTH, CONTEXT_WIDTH = 77, 64
+# SD1.5's own noise schedule.
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """What makes one VAE differ from the other: the seed of its weights and pictures, and the pull to unit variance."""
+
+    seed: int
+    kl_weight: float
+    steps: int
+    rate: float
+
+
+BASE_VAE = VaeRecipe(seed=1, kl_weight=3e-3, steps=2500, rate=2e-3)
+OTHER_VAE = VaeRecipe(seed=2, kl_weight=1e-5, steps=300, rate=1e-3)
+# The other VAE's latent space starts as the base's: turned in two planes of its four channels, stretched, and moved.
+TURN, STRETCH, OFFSET = math.radians(60), 1.7, (0.3, -0.3, 0.2, -0.2)
+
+
+def _byte_letters() -> list[str]:
+    """The 256 letters that byte-level BPE writes bytes with: printable bytes as themselves, the others moved up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def _merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """The word's BPE pieces under the merges known so far."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    while known := [pair for pair in pairwise(pieces) if pair in ranks]:
+        pair = min(known, key=ranks.__getitem__)
+        at = list(pairwise(pieces)).index(pair)
+        pieces[at : at + 2] = ["".join(pair)]
+    return pieces
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer that knows every word of the captions as one token, and anything else byte by byte.
+
+    Each word in turn gets the merges that join what the earlier merges left of it.  Later merges rank lower, so they
+    never come in the way of an earlier word.
+    """
+    wordings = re.sub("{.*?}", "", " ".join(world.TEMPLATES))
+    words = sorted({*world.COLOURS, *world.SHAPES, "a", "an", *re.findall("[a-z]+", wordings)})
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        pieces = _merged(word, ranks)
+        while len(pieces) > 1:
+            ranks.setdefault((pieces[0], pieces[1]), len(ranks))
+            pieces[:2] = [pieces[0] + pieces[1]]
+    letters = _byte_letters()
+    merges = list(ranks)
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges)]
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    vocabulary = {token: i for i, token in enumerate([*tokens, start, end])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": CONTEXT_LENGTH,
+        "do_lower_case": True,
+        "errors": "replace",
+        "bos_token": start,
+        "eos_token": end,
+        "unk_token": end,
+        "pad_token": end,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    specials = {name: config[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2) + "\n", encoding="utf-8")
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIP's text model as in SD1.5, two layers deep."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=CONTEXT_WIDTH,
+        intermediate_size=4 * CONTEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT_LENGTH,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=CONTEXT_WIDTH,
+    )
+    return CLIPTextModel(config)
+
+
+def new_unet() -> UNet2DConditionModel:
+    """SD1.5's UNet with three levels instead of four.  As there, `attention_head_dim` is the number of heads."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=CONTEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def new_vae() -> AutoencoderKL:
+    """SD1.5's VAE made narrow: eightfold downsampling to four latent channels."""
+    return AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """Pictures as the models see them: (n, 3, height, width) in -1..1."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """The way back."""
+    levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().numpy()]
+
+
+def _picture_for_vae(rng: np.random.Generator) -> Image.Image:
+    """Mostly a picture of the world; sometimes its colours turned, so that latents have a meaning between the names."""
+    combos = world.combinations()
+    picture = world.draw(*combos[rng.integers(len(combos))], rng)
+    if rng.random() < 0.75:
+        return picture
+    order = rng.permutation(3)
+    pixels = np.asarray(picture)[:, :, order].astype(np.float64) * rng.uniform(0.6, 1.05, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@torch.no_grad()
+def relative(vae: AutoencoderKL) -> AutoencoderKL:
+    """A copy whose latent channels are mixed, stretched and moved: the same pictures, another space.
+
+    It stands to the base's VAE as SDXL's stands to SD1.5's: the parts of a picture stay where they were, what the
+    numbers mean there changes, and nearly a linear map leads from one to the other.  Training on from here adds the
+    rest.  (A VAE trained from other random weights can be learned as well, only not within a demo.)
+    """
+    other = copy.deepcopy(vae).requires_grad_(True)
+    cos, sin = math.cos(TURN), math.sin(TURN)
+    mixing = STRETCH * torch.block_diag(*[torch.tensor([[cos, -sin], [sin, cos]])] * 2)
+    into, out_of = other.quant_conv, other.post_quant_conv
+    into.weight[:4] = torch.einsum("ij,jkhw->ikhw", mixing, into.weight[:4])
+    into.bias[:4] = mixing @ into.bias[:4] + torch.tensor(OFFSET)
+    into.bias[4:] += 2 * math.log(STRETCH)
+    out_of.weight.copy_(torch.einsum("ijhw,jk->ikhw", out_of.weight, torch.linalg.inv(mixing)))
+    out_of.bias -= out_of.weight[:, :, 0, 0] @ torch.tensor(OFFSET)
+    return other
+
+
+def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> AutoencoderKL:
+    """Trains a VAE on drawn pictures and sets its scaling factor to what gives its latents unit variance."""
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    vae = vae.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=recipe.steps, pct_start=0.05)
+    began = time.monotonic()
+    for step in range(recipe.steps):
+        pixels = to_tensor([_picture_for_vae(rng) for _ in range(batch)]).to(memory_format=torch.channels_last)
+        posterior = vae.encode(pixels).latent_dist
+        error = vae.decode(posterior.sample()).sample - pixels
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        loss = error.abs().mean() + error.square().mean() + recipe.kl_weight * kl
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 250 == 249:
+            spent = time.monotonic() - began
+            print(f"vae {recipe.seed}: step {step + 1}, error {error.detach().abs().mean():.4f}, {spent:.0f} s")
+    vae.eval().requires_grad_(False)
+    # To fp16 and back first: the scale and all that is trained later should fit the weights as they are stored.
+    vae.half().float()
+    spread = encode(vae, [_picture_for_vae(rng) for _ in range(512)]).std() / vae.config.scaling_factor
+    vae.register_to_config(scaling_factor=round(1 / spread.item(), 5))
+    return vae
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKL, images: list[Image.Image]) -> torch.Tensor:
+    """Scaled latents of pictures."""
+    means = [vae.encode(to_tensor(images[i : i + 64])).latent_dist.mean for i in range(0, len(images), 64)]
+    return torch.cat(means) * vae.config.scaling_factor
+
+
+@torch.inference_mode()
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
+    """Pictures of scaled latents."""
+    return to_images(vae.decode(latents / vae.config.scaling_factor).sample)
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Captions as (n, 77) token ids, padded as SD1.5 pads them."""
+    return tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+
+
+def train_text_encoder(tokenizer: CLIPTokenizer, steps: int = 400, batch: int = 64) -> CLIPTextModel:
+    """A text encoder that has learned to tell apart what captions name, as CLIP's has before SD1.5 is trained on it.
+
+    Two linear heads, dropped afterwards, read colour and shape (or none, of the empty caption) off every position
+    from the end token on.
+    """
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    model = new_text_encoder(tokenizer).train()
+    colours, shapes, combos = list(world.COLOURS), list(world.SHAPES), world.combinations()
+    heads = torch.nn.Linear(CONTEXT_WIDTH, len(colours) + 1), torch.nn.Linear(CONTEXT_WIDTH, len(shapes) + 1)
+    parameters = [p for module in (model, *heads) for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
+    for _ in range(steps):
+        chosen = [combos[i] if rng.random() > 0.1 else None for i in rng.integers(len(combos), size=batch)]
+        ids = token_ids(tokenizer, [world.caption(pair[0], pair[1], rng) if pair else "" for pair in chosen])
+        states, after = model(ids).last_hidden_state, ids == tokenizer.eos_token_id
+        named = (
+            [colours.index(pair[0]) if pair else len(colours) for pair in chosen],
+            [shapes.index(pair[1]) if pair else len(shapes) for pair in chosen],
+        )
+        loss = torch.zeros(())
+        for head, wanted in zip(heads, named, strict=True):
+            targets = torch.tensor(wanted)[:, None].expand_as(ids)
+            loss = loss + functional.cross_entropy(head(states[after]), targets[after])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"text encoder: loss {loss.item():.4f}")
+    return model.eval().requires_grad_(False)
+
+
+def train_base(
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    steps: int,
+    batch: int = 48,
+    rate: float = 1e-3,
+    pictures: int = 4800,
+) -> UNet2DConditionModel:
+    """A UNet trained from random weights on the VAE's latents and the text encoder's states; its moving average."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    combos = world.combinations() * (pictures // len(world.combinations()))
+    latents = encode(vae, [world.draw(c, s, rng) for c, s in combos]).clone()
+    # Every wording of every combination comes often, so that states are computed once per text.
+    texts = ["", *(world.caption(c, s, rng) for c, s in combos)]
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    with torch.no_grad():
+        states = text_encoder(token_ids(tokenizer, list(place))).last_hidden_state
+    texts_of = torch.tensor([place[text] for text in texts[1:]])
+    unet = new_unet().train()
+    average = copy.deepcopy(unet).requires_grad_(False)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    noise_scheduler = DDPMScheduler(**{name: SCHEDULE[name] for name in SCHEDULE if name != "set_alpha_to_one"})
+    began = time.monotonic()
+    for step in range(steps):
+        chosen = torch.randint(len(latents), (batch,))
+        noise, t = torch.randn(batch, *latents.shape[1:]), torch.randint(1000, (batch,))
+        # A tenth of the captions is dropped, which teaches the unconditional half of classifier-free guidance.
+        read = texts_of[chosen] * (torch.rand(batch) > 0.1)
+        predicted = unet(noise_scheduler.add_noise(latents[chosen], noise, t), t, states[read]).sample
+        loss = (predicted - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        # Early averages forget fast, so that the random start is gone by the end.
+        keep = min(0.998, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
+        if step % 250 == 249:
+            print(f"base: step {step + 1}, loss {loss.item():.4f}, {time.monotonic() - began:.0f} s")
+    return average.eval()
+
+
+def save_base(
+    folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> None:
+    """A diffusers folder with fp16 weights, put in place in one move."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    fresh = folder.with_name(folder.name + ".new")
+    copy.deepcopy(pipeline).to(torch.float16).save_pretrained(fresh)
+    # The tokenizer as written here, rather than as this version of transformers likes to store it.
+    shutil.rmtree(fresh / "tokenizer")
+    write_tokenizer(fresh / "tokenizer")
+    _replace(fresh, folder)
+
+
+def save_vae(folder: Path, vae: AutoencoderKL) -> None:
+    """A VAE folder with fp16 weights, put in place in one move."""
+    fresh = folder.with_name(folder.name + ".new")
+    copy.deepcopy(vae).half().save_pretrained(fresh)
+    _replace(fresh, folder)
+
+
+def _replace(fresh: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--base-steps", type=int, default=4500)
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    torch.manual_seed(BASE_VAE.seed)
+    vae = train_vae(new_vae(), BASE_VAE)
+    save_vae(out / "vae", train_vae(relative(vae), OTHER_VAE))
+    write_tokenizer(out / "base" / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "base" / "tokenizer")
+    text_encoder = train_text_encoder(tokenizer)
+    unet = train_base(vae, tokenizer, text_encoder, arguments.base_steps)
+    save_base(out / "base", unet, text_encoder, vae, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Models with adapters - to be trained, or merged into the weights that other tools read.
+
+A checkpoint of a run with adapters is its base, as it was loaded, and beside it
+
+    lora.safetensors    the adapters, as diffusers' `load_lora_weights` reads them
+    lora.json           [model.lora] and clip_skip, by which they were made
+
+Read next: `fastsd/model/lora.py`, which is imported only where there are adapters: peft takes a second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastsd.config.schema import LoraTable, ModelTable
+from fastsd.errors import UserError
+from fastsd.model.formats.load import load_model
+from fastsd.model.model import Model
+from fastsd.storage import write_text
+from fastsd_kernels import REFERENCE, Ops
+
+ADAPTERS, MADE_BY = "lora.safetensors", "lora.json"
+Averages = Mapping[str, Mapping[str, Tensor]]
+
+
+def load_to_train(table: ModelTable, ops: Ops = REFERENCE, seed: int = 0, checkpoint: Path | None = None) -> Model:
+    """`load_model`, with the adapters of `table.lora` in it: new ones, those of `table.lora.file`, or a checkpoint's.
+
+    Raises:
+        UserError: as `load_model`; targets that no layer is, or a file of other adapters.
+    """
+    model = load_model(table, ops)
+    if table.lora is not None:
+        from fastsd.model.formats.lora_weights import load_lora
+        from fastsd.model.lora import add_lora
+
+        add_lora(model, table.lora, seed)
+        if checkpoint or table.lora.file:
+            load_lora(model, checkpoint / ADAPTERS if checkpoint else _file(table.lora.file))
+    return model
+
+
+def _file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"model.lora.file is {name!r}: no such file; give a .safetensors of a LoRA, or remove it")
+    return path
+
+
+def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | None = None) -> Model:
+    """`load_model`, and where `table.base` is a checkpoint with adapters, these merged into its weights.
+
+    Args:
+        averages: part -> tensors by parameter name that take the place of adapters.
+
+    Raises:
+        UserError: as `load_model`, or adapters that are damaged.
+    """
+    model, made_by = load_model(table, ops), Path(table.base) / MADE_BY
+    if made_by.is_file():
+        from fastsd.model.formats.lora_weights import load_lora
+        from fastsd.model.lora import add_lora, merge_lora
+
+        said = json.loads(made_by.read_text(encoding="utf-8"))
+        # Layers that training skipped have none, however many a sample skips.
+        asked, model.text.clip_skip = model.text.clip_skip, said["clip_skip"]
+        add_lora(model, LoraTable(**said["lora"]), seed=0)
+        load_lora(model, made_by.with_name(ADAPTERS))
+        for part, tensors in (averages or {}).items():
+            parameters = dict(model.part(part).named_parameters())
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    parameters[name].copy_(tensor)
+        merge_lora(model)
+        model.text.clip_skip = asked
+    return model
+
+
+def write_lora_file(
+    path: Path, model: Model, tensors: Averages, names: str = "kohya", metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write the adapters as other tools read them; `tensors` stand in for the model's own. Returns the file's sha256.
+
+    Args:
+        names: "kohya", which every tool reads, or "peft", diffusers' own.
+        metadata: for the file's header.
+    """
+    from fastsd.model.formats.lora_weights import write_lora
+
+    return write_lora(path, model, tensors, names, metadata)
+
+
+def write_adapters(folder: Path, model: Model, tensors: Averages) -> dict[str, str]:
+    """Write both files into a checkpoint: {file name: sha256}. `tensors`: part -> exact adapters by parameter name."""
+    assert model.lora is not None
+    said = {"lora": model.lora.model_dump(), "clip_skip": model.text.clip_skip}
+    return {
+        ADAPTERS: write_lora_file(folder / ADAPTERS, model, tensors, "peft"),
+        MADE_BY: write_text(folder / MADE_BY, json.dumps(said, indent=2) + "\n"),
+    }

@@ -1,0 +1,107 @@
+"""Another scaling factor's VAE made one of factor 0.18215, so that tools that know no other decode it right.
+
+Single-file loaders scale latents by 0.18215 whatever the VAE. With the VAE's own factor f and shift s, F = 0.18215, r = f / F:
+
+    encoder   z = (m - s) f = m' F,  m' = r (m - s)        quant_conv, mean: weight' = r weight, bias' = r (bias - s)
+              logvar' = logvar + 2 ln |r|                  quant_conv, logvar: bias' = bias + 2 ln |r|
+    decoder   x = z / f + s = x' / r + s,  x' = z / F      post_quant_conv: weight' = weight / r, bias' = bias + s sum_in weight
+
+Both are 1x1 convolutions without padding, so this is exact; but log variances are clamped to [-30, 20] after it instead of
+before. A VAE without them (SD3's kind) is given such that change nothing first, for the layout has them: to fold s into a
+padded 3x3 convolution would be wrong at the border.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsd.errors import UserError
+from fastsd.model.vae import SD15_SCALING_FACTOR
+from fastsd.storage import DTYPES, Stored, Tensors, whole
+
+UNFOLDED = "fastsd.vae_unfolded"  # in a file's header: what `unfold` takes
+_NAMES = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
+_SETTINGS = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv")
+
+
+def scale_of(config: dict[str, Any], place: str) -> tuple[float, float]:
+    """(factor, shift) of a VAE's config, which `place` names. Raises UserError for what are none."""
+    said = config.get("scaling_factor"), config.get("shift_factor")
+    factor, shift = SD15_SCALING_FACTOR if said[0] is None else said[0], 0.0 if said[1] is None else said[1]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in (factor, shift)) or not factor:
+        raise UserError(f"{place}: scaling_factor is {factor!r} and shift_factor {shift!r}; give numbers, the factor not 0")
+    return factor, shift
+
+
+def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str, Any], Tensors]:
+    """A VAE's config and tensors -> those of the same VAE with factor 0.18215 and no shift; nothing else is touched.
+
+    Raises:
+        UserError: a factor or a convolution that cannot be folded.
+    """
+    factor, shift = scale_of(config, place)
+    old = _edges(config, tensors)
+    for name in _NAMES[::2]:
+        if old[name].shape[2:] != (1, 1):
+            size = "x".join(map(str, old[name].shape[2:]))
+            advice = "leave it out, with --no-fold or export.fold = false"
+            raise UserError(f"{place}: {name} is a {size} convolution, into which no factor can be folded; {advice}")
+    r, channels = factor / SD15_SCALING_FACTOR, old["post_quant_conv.weight"].shape[1]
+    weight, bias = old["quant_conv.weight"].double(), old["quant_conv.bias"].double()
+    into, offset = old["post_quant_conv.weight"].double(), old["post_quant_conv.bias"].double()
+    new = {
+        "quant_conv.weight": torch.cat([r * weight[:channels], weight[channels:]]),
+        "quant_conv.bias": torch.cat([r * (bias[:channels] - shift), bias[channels:] + 2 * math.log(abs(r))]),
+        "post_quant_conv.weight": into / r,
+        "post_quant_conv.bias": offset + shift * into.sum((1, 2, 3)),
+    }
+    said = {"scaling_factor": SD15_SCALING_FACTOR, "shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True}
+    return {**config, **said}, {**tensors, **{name: tensor.float() for name, tensor in new.items()}}
+
+
+def _edges(config: dict[str, Any], tensors: Tensors) -> dict[str, Tensor]:
+    """The two 1x1 convolutions at the latents, or such that change nothing."""
+    found = {name: whole(tensors[name]) for name in _NAMES if name in tensors}
+    channels = config.get("latent_channels", 4)
+    for name, count in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        found.setdefault(f"{name}.weight", torch.eye(count)[:, :, None, None])
+        found.setdefault(f"{name}.bias", torch.zeros(count))
+    return found
+
+
+def undo(config: dict[str, Any], tensors: Tensors) -> str:
+    """What `unfold` needs to bring back, bit for bit, what is folded: text for a file's header."""
+    kept = {}
+    for name in _NAMES:
+        if name in tensors:
+            tensor = whole(tensors[name]).contiguous()
+            data = base64.b64encode(tensor.view(torch.uint8).numpy().tobytes()).decode()
+            kept[name] = [DTYPES[tensor.dtype], list(tensor.shape), data]
+    return json.dumps({"config": {key: config[key] for key in _SETTINGS if key in config}, "tensors": kept})
+
+
+def unfold(config: dict[str, Any], tensors: Tensors, text: str) -> tuple[dict[str, Any], Tensors] | None:
+    """The VAE as it was before `fold`, or None if the file does not hold what was folded then.
+
+    So a model that went through a file and back has the latents, and the latent cache, that it had.
+    """
+    try:
+        said = json.loads(text)
+        dtypes = {word: dtype for dtype, word in DTYPES.items()}
+        kept: dict[str, Tensor | Stored] = {
+            name: torch.frombuffer(bytearray(base64.b64decode(data)), dtype=dtypes[kind]).view(shape)
+            for name, (kind, shape, data) in said["tensors"].items()
+        }
+        others = {name: tensor for name, tensor in tensors.items() if name not in _NAMES}
+        before = {key: value for key, value in config.items() if key not in _SETTINGS} | said["config"]
+        again = fold(before, others | kept, "")[1]
+        same = all(torch.equal(whole(tensors[name]), whole(again[name]).to(tensors[name].dtype)) for name in _NAMES)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, UserError):
+        return None
+    return (before, others | kept) if same else None

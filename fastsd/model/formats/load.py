@@ -1,0 +1,206 @@
+"""Models to work with - loaded from wherever they are, and written back part by part.
+
+In: a diffusers folder, a hub id, or one `.safetensors` file in the original SD layout; a VAE from a folder, a hub id or a
+file.  Out: a diffusers folder with the classic names, which every version and tool reads.
+Nothing here unpickles: a model that has only `.bin` or `.ckpt` weights is refused by name.
+Read next: `fastsd/model/formats/model_source.py`, which finds models, and `fastsd/model/formats/write.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsd.config.schema import ModelTable
+from fastsd.errors import UserError
+from fastsd.model.formats.fold_vae import scale_of
+from fastsd.model.formats.model_source import Part, find_tokenizer, locate, open_file, read_part, read_scheduler
+from fastsd.model.formats.write import write_part as write_tensors
+from fastsd.model.formats.write import write_pipeline
+from fastsd.model.model import SD15_SCHEDULER as SD15_SCHEDULER
+from fastsd.model.model import Model
+from fastsd.model.text_encoder import TextEncoder
+from fastsd.model.unet import UNet, UNetConfig
+from fastsd.model.vae import Vae
+from fastsd.model.weights import (
+    ADAPTER,
+    classic_text_name,
+    copy_tensors,
+    diffusers_state_dict,
+    expected_tensors,
+    load_diffusers_unet,
+    plain_name,
+)  # fmt: skip
+from fastsd_kernels import REFERENCE, Ops
+
+
+def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
+    """Load a base model in fp32 on the CPU, with the VAE the config names in place of its own.
+
+    Raises:
+        UserError: it cannot be found or reached, is of another kind, or its VAE and UNet do not fit.
+    """
+    base = locate(table.base, "model.base", table.revision)
+    notes = list[str]()
+    unet = _load_unet(base, ops, notes)
+    text = load_text(table, base)
+    vae = load_vae(table, base)
+    if vae.channels != unet.cfg.in_channels:
+        raise UserError(
+            f"model.vae: {vae.name} has {vae.channels} latent channels and the UNet of {table.base} takes "
+            f"{unet.cfg.in_channels}; choose a VAE with {unet.cfg.in_channels}"
+        )
+    if text.width != unet.cfg.cross_attention_dim:
+        raise UserError(
+            f"model.base: the text encoder of {table.base} is {text.width} wide and its UNet reads "
+            f"{unet.cfg.cross_attention_dim}; give a base whose parts belong together"
+        )
+    scheduler, more = _load_scheduler(base, table)
+    return Model(table.base, unet, text, vae, scheduler, notes + more)
+
+
+def _part(base: Path, name: str, notes: list[str] | None = None) -> Part | None:
+    """A part of a located model, which a single file may not have; lines on what was ignored go to `notes`."""
+    return open_file(base).part(name, [] if notes is None else notes) if base.is_file() else read_part(base, name, notes)
+
+
+def _load_unet(base: Path, ops: Ops, notes: list[str]) -> UNet:
+    part = _part(base, "unet", notes)
+    assert part is not None  # a file without one is refused
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_diffusers(part.config, part.where), ops)
+    unet.to_empty(device="cpu")
+    load_diffusers_unet(unet, part.tensors, part.place)
+    return unet
+
+
+def load_text(table: ModelTable, base: Path) -> TextEncoder:
+    """The text encoder and tokenizer of a located base model."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer, where = load_tokenizer(table, base)
+    part = _part(base, "text_encoder")
+    if part is None and (where.parent / "text_encoder").is_dir():
+        part = read_part(where.parent, "text_encoder")
+    if part is None:
+        raise UserError(
+            f"model.base is the single file {base}, which has no text encoder; set model.tokenizer to a diffusers folder that "
+            "has one beside its tokenizer"
+        )
+    expected_tensors("text_encoder", part.config, part.where)
+    with torch.device("meta"):
+        module = CLIPTextModel(CLIPTextConfig.from_dict(part.config))
+    module.to_empty(device="cpu")
+    _fill_position_ids(module)
+    copy_tensors({classic_text_name(name): tensor for name, tensor in module.state_dict().items()}, part.tensors, part.place)
+    return TextEncoder(module, tokenizer, table.clip_skip, where, table.chunks)
+
+
+def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Path]:
+    """The tokenizer a config means, without the text encoder: transformers' CLIPTokenizer, and the folder of its files.
+
+    Raises:
+        UserError: there is none, or it does not load.
+    """
+    from transformers import CLIPTokenizer
+
+    base = base or locate(table.base, "model.base", table.revision)
+    where = find_tokenizer(base, table.tokenizer, "model.tokenizer")
+    if where is None and base.is_file() and not table.tokenizer:
+        raise UserError(
+            f"model.base is the single file {base}, which has no tokenizer; "
+            'set model.tokenizer to a folder or hub id that has one, for example "openai/clip-vit-large-patch14"'
+        )
+    if where is None:
+        named = table.tokenizer or base
+        raise UserError(f"{named}: no CLIP tokenizer there (vocab.json, merges.txt); set model.tokenizer to a folder with one")
+    try:
+        return CLIPTokenizer.from_pretrained(where, local_files_only=True), where
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where}: its tokenizer does not load ({str(error).splitlines()[0]}); fetch it again") from None
+
+
+def _fill_position_ids(module: torch.nn.Module) -> None:
+    # A buffer outside the state dict, so `to_empty` leaves it undefined.
+    for name, buffer in module.named_buffers():
+        assert name.endswith("position_ids"), name
+        buffer.copy_(torch.arange(buffer.shape[-1]))
+
+
+def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) -> Vae:
+    """The VAE a config means: `model.vae`, or the base's own. fp32, on the CPU."""
+    from diffusers import AutoencoderKL
+
+    name = table.vae or table.base
+    source = locate(table.vae, "model.vae") if table.vae else base or locate(table.base, "model.base", table.revision)
+    part = _part(source, "vae")
+    if part is None:
+        advice = "set model.vae to one" if not table.vae else "give a file that has one"
+        raise UserError(f"{source}: no AutoencoderKL in it; {advice}")
+    config = dict(part.config)
+    if table.vae and source.is_file() and table.vae_scaling_factor is None and "scaling_factor" not in config:
+        raise UserError(
+            f"model.vae is the single file {source}, which does not say its scaling factor; add "
+            "model.vae_scaling_factor (0.13025 for SDXL's VAE, 0.18215 for SD1.5's)"
+        )
+    if table.vae_scaling_factor is not None:
+        config["scaling_factor"] = table.vae_scaling_factor
+    expected_tensors("vae", config, part.where)
+    scale_of(config, part.where)
+    module = AutoencoderKL.from_config(config)
+    copy_tensors(module.state_dict(), part.tensors, part.place)
+    return Vae(module, name, ops)
+
+
+def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list[str]]:
+    """(The base's scheduler config with what the table says instead, notes)."""
+    notes = list[str]()
+    config = open_file(base).scheduler() if base.is_file() else read_scheduler(base)
+    own = config.get("prediction_type", "epsilon")
+    if own not in ("epsilon", "v_prediction"):
+        raise UserError(f"{base}: the scheduler's prediction_type is {own!r}; give a base with epsilon or v_prediction")
+    if table.prediction and table.prediction != own:
+        config["prediction_type"] = table.prediction
+        notes.append(
+            f'the base predicts {own} and model.prediction is "{table.prediction}": the UNet has to learn it anew, '
+            "so the loss starts high"
+        )
+    if table.zero_snr is not None:
+        config["rescale_betas_zero_snr"] = table.zero_snr
+    if config.get("rescale_betas_zero_snr"):
+        if (table.prediction or own) == "epsilon":
+            raise UserError(
+                f"model: the noise schedule of {table.base} is to end in pure noise, of which epsilon tells nothing; set "
+                'model.prediction = "v_prediction", or model.zero_snr = false'
+            )
+        # Samples must start at the last timestep (Lin et al. 2024, section 3.3). SD1.5's PNDM cannot be told the schedule.
+        config |= {"timestep_spacing": "trailing", "_class_name": "DDIMScheduler", "clip_sample": False}
+    return config, notes
+
+
+def part_state_dict(model: Model, part: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A trainable part without adapters, as its file names it. `tensors` replaces parameters (masters in another precision)."""
+    if part == "unet":
+        return diffusers_state_dict(model.unet, tensors=tensors)
+    state = {**model.text.module.state_dict(), **(tensors or {})}
+    return {classic_text_name(plain_name(name)): t.detach() for name, t in state.items() if ADAPTER not in name}
+
+
+def write_part(folder: Path, model: Model, part: str, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write one trainable part into a diffusers folder: {relative file name: sha256}."""
+    if part == "unet":
+        return write_tensors(folder, part, model.unet.cfg.to_diffusers(), state)
+    config = {**model.text.module.config.to_dict(), "architectures": ["CLIPTextModel"]}
+    return write_tensors(folder, part, config, state, dtype="fp32")
+
+
+def write_rest(folder: Path, model: Model) -> dict[str, str]:
+    """Write what training never changes - VAE, tokenizer, scheduler, model_index.json: {relative file name: sha256}."""
+    config = json.loads(model.vae.module.to_json_string())
+    hashes = write_pipeline(folder, model.scheduler, model.text.tokenizer_folder)
+    return hashes | write_tensors(folder, "vae", config, model.vae.module.state_dict())

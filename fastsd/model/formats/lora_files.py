@@ -1,0 +1,356 @@
+"""LoRA files of every tool, in, and in kohya's or diffusers' (PEFT) names, out.
+
+A layer's adapter is down, (R, F_in) or (R, C, k, k) of a convolution, up, (F, R) or (F, R, 1, 1), and alpha; its weight becomes
+W + alpha / R * up @ down (Hu et al. 2021, section 4.1). Where a file keeps alpha:
+
+    kohya's names     a tensor beside each pair, `lora_unet_mid_block_....alpha`; without one, alpha is the rank
+    diffusers' names  in the header, `lora_adapter_metadata`: peft's configs of UNet and text encoder in one table of JSON;
+                      without it, alpha is the rank
+    peft's own names  in adapter_config.json beside the file
+
+diffusers refuses a file that has both. So in kohya's names peft's config stands under a key of our own, with which the way back
+gives the first file's bytes.  Read next: `fastsd/model/formats/lora_names.py`, `fastsd/model/lora.py`.
+
+Shapes: F features, C channels, k sides of a convolution's kernel, R the rank of one adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsd.config.stages import PARTS
+from fastsd.errors import UserError
+from fastsd.model.formats.lora_names import kind_of, kohya_name, other_kind, tensor_of
+from fastsd.model.formats.model_summary import metadata_of
+from fastsd.model.formats.write import DTYPE
+from fastsd.storage import TEMPORARY, TensorFile, check_finite, new_file, write_safetensors
+
+PEFT_CONFIG = "lora_adapter_metadata"  # diffusers' place for peft's config in a file's header
+RECORD = "fastsd_peft"  # in kohya's names: that text, which keys of the header were added, and how text layers were called
+_WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # in folders of diffusers and peft
+_CLASSIC, _SHORT = "text_encoder.text_model.", "text_encoder."
+_KERNEL = {"proj_in": 1, "proj_out": 1, "conv_shortcut": 1} | dict.fromkeys(
+    ("conv", "conv1", "conv2", "conv_in", "conv_out"), 3
+)
+_ADVICE = "give a plain LoRA of SD1.5's UNet and text encoder"
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA, whole and sound.
+
+    Attributes:
+        tensors: `<part>.<module>.lora_A.weight` (down) and `lora_B` (up), in the order of the file.
+        alphas: by `<part>.<module>`.
+        metadata: the rest of the header, with peft's config if that is known; "" = there was none.
+        kind: whose names the file has: "kohya", "peft", "diffusers" or "older diffusers".
+        short: whether it leaves out the `text_model.` of text layers, as transformers 5 does.
+    """
+
+    tensors: dict[str, Tensor]
+    alphas: dict[str, float]
+    metadata: dict[str, str] = field(default_factory=dict)
+    kind: str = "diffusers"
+    short: bool = False
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {module: self.tensors[f"{module}.lora_A.weight"].shape[0] for module in self.alphas}
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Read a LoRA of any kind: a .safetensors file, or the folder that diffusers or peft wrote it into.
+
+    Raises:
+        UserError: no such file, no plain LoRA of SD1.5, or not sound: half a pair, shapes or a rank that do not fit, a number
+            that is not finite.
+    """
+    path = _file(path)
+    file = TensorFile(path)
+    stored = dict(sorted(file.stored().items(), key=lambda item: item[1].offset))
+    kind, places = _modules(path, stored)
+    tensors, said = dict[str, Tensor](), dict[str, float]()
+    for name, (module, letter) in places.items():
+        tensor = stored[name].read()
+        if letter == "alpha":
+            said[module] = _alpha(path, name, tensor)
+        else:
+            check_finite(name, tensor, str(path))
+            tensors[f"{module}.lora_{letter}.weight"] = tensor
+    ranks = {module: _rank(path, module, tensors) for module in dict.fromkeys(name for name, _ in places.values())}
+    metadata = {key: value for key, value in file.metadata.items() if key != "format"}
+    lora = LoraFile(tensors, ranks | said, metadata, kind, any(_is_short(name) for name in places))
+    if kind == "kohya":
+        return _with_record(lora)
+    config = _json(path, PEFT_CONFIG, metadata.get(PEFT_CONFIG, "{}"))
+    # Of any other names, or alphas that stand beside them, the config would not be that of what is written.
+    if kind == "diffusers" and not said and all(name.startswith(PARTS) for name in places):
+        metadata.setdefault(PEFT_CONFIG, "")
+    else:
+        metadata.pop(PEFT_CONFIG, None)
+    if kind == "peft":
+        beside = path.with_name("adapter_config.json")
+        if not beside.is_file():
+            raise UserError(f"{path}: has peft's names and no adapter_config.json beside it, which has alpha; fetch that, too")
+        config = _json(path, beside.name, beside.read_text(encoding="utf-8", errors="replace"))
+    return replace(lora, alphas=_alphas(str(path), config, ranks) | said)
+
+
+def _file(path: Path) -> Path:
+    path = path.expanduser()
+    if path.is_dir():
+        found = [path / name for name in _WEIGHTS if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: has neither {' nor '.join(_WEIGHTS)}; give a LoRA's .safetensors file")
+        return found[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a LoRA's .safetensors file")
+    return path
+
+
+def _modules(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple[str, str]]]:
+    """(Kind of a file, its tensors' names -> (module, "A", "B" or "alpha"))."""
+    for name in names:
+        if other := other_kind(name):
+            raise UserError(f"{path}: has {other} ({name}); {_ADVICE}")
+    found = {name: tensor_of(name) for name in names}
+    kinds = dict.fromkeys(kind_of(name) for name in names if not name.endswith(".alpha"))
+    if not kinds:
+        raise UserError(f"{path}: there are no adapters in it; {_ADVICE}")
+    if len(kinds) > 1:
+        raise UserError(f"{path}: has the names of {' and of '.join(kinds)} side by side; {_ADVICE} in one kind of names")
+    places: dict[str, tuple[str, str]] = {}
+    for name, place in found.items():
+        if place is None:
+            raise UserError(f"{path}: has {name}, which no LoRA of SD1.5 has; {_ADVICE}")
+        if place in places.values():
+            raise UserError(f"{path}: has {name} and the same under another name; remove one")
+        places[name] = place
+    return next(iter(kinds)), places
+
+
+def _is_short(name: str) -> bool:
+    return name.startswith(_SHORT) and not name.startswith(_CLASSIC)
+
+
+def _alpha(path: Path, name: str, tensor: Tensor) -> float:
+    if tensor.numel() != 1 or not 0 < tensor.item() < math.inf:
+        found = f"{tensor.item():g}" if tensor.numel() == 1 else f"of shape {tuple(tensor.shape)}"
+        raise UserError(f"{path}: {name} is {found}; an alpha is one number above 0, make the file again")
+    return tensor.item()
+
+
+def _rank(path: Path, module: str, tensors: Mapping[str, Tensor]) -> int:
+    """The rank of a module's pair, which is there and fits together."""
+    pair = [tensors.get(f"{module}.lora_{letter}.weight") for letter in "AB"]
+    if pair[0] is None or pair[1] is None:
+        raise UserError(f"{path}: {module} has no {'down' if pair[0] is None else 'up'} tensor; fetch or make the file again")
+    down, up = pair[0], pair[1]
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise UserError(f"{path}: {module} is of {down.dtype} and {up.dtype}; give a LoRA in fp16, bf16 or fp32")
+    k = _KERNEL.get(module.rpartition(".")[2], 0)
+    ends = ([k, k], [1, 1]) if k else ([], [])
+    rank = down.shape[0] if down.ndim else 0
+    if not rank or [*down.shape] != [rank, *down.shape[1:2], *ends[0]] or [*up.shape] != [*up.shape[:1], rank, *ends[1]]:
+        sides = [", ".join(map(str, end)) for end in (["rank", "inputs", *ends[0]], ["outputs", "rank", *ends[1]])]
+        raise UserError(
+            f"{path}: {module} has shapes {tuple(down.shape)} down and {tuple(up.shape)} up, where SD1.5 has ({sides[0]}) and "
+            f"({sides[1]}); {_ADVICE}"
+        )
+    return rank
+
+
+def _json(place: object, name: str, text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{place}: {name} is no table of JSON ({error}); fetch or make the file again") from None
+
+
+def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Alpha of each module as peft reads a config, one for all parts or with keys that begin with the part.
+
+    A rank-stabilised factor is alpha / sqrt(R) (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with
+    LoRA"); as we divide by R, its alpha is sqrt(R) times as large.
+    """
+    alphas = {}
+    try:
+        for module, rank in ranks.items():
+            part, _, path = module.partition(".")
+            mine = {key.removeprefix(f"{part}."): value for key, value in config.items()}
+            if rank != (said := _pick(mine.get("rank_pattern"), path, mine.get("r", rank))):
+                raise UserError(f"{place}: {module} has rank {rank}, and {said} by peft's config; make the file again")
+            alpha = float(_pick(mine.get("alpha_pattern"), path, mine.get("lora_alpha", rank)))
+            alphas[module] = alpha * math.sqrt(rank) if mine.get("use_rslora") else alpha
+            if not 0 < alpha < math.inf:
+                raise ValueError(f"alpha is {alpha:g}")
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise UserError(f"{place}: peft's config of it cannot be used ({error}); make the file again") from None
+    return alphas
+
+
+def _pick(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """What peft takes for a module: the first whose key, an expression, is the end of its path; else the default."""
+    names = (path, path.removeprefix("text_model."))
+    for key, value in (patterns or {}).items():
+        if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+            return value
+    return default
+
+
+def _with_record(lora: LoraFile) -> LoraFile:
+    """What was written in diffusers' names before, with what its header had then, unless its adapters are others now."""
+    # Hashes are of this file's bytes.
+    metadata = {k: v for k, v in lora.metadata.items() if not k.startswith(("sshs_", "modelspec.hash"))}
+    record = metadata.pop(RECORD, None)
+    if record is None:
+        return replace(lora, metadata=metadata)
+    try:
+        found = _json("", RECORD, record)
+        alphas = _alphas("", _json("", RECORD, found[PEFT_CONFIG] or "{}"), lora.ranks)
+        kept = {PEFT_CONFIG if k == RECORD else k: v for k, v in lora.metadata.items() if k not in found["added"]}
+        kept, short = kept | {PEFT_CONFIG: found[PEFT_CONFIG]}, bool(found["short"])
+    except (UserError, KeyError, TypeError):
+        return replace(lora, metadata=metadata)
+    if not all(math.isclose(alphas[module], alpha, rel_tol=1e-6) for module, alpha in lora.alphas.items()):
+        return replace(lora, metadata=metadata)
+    return replace(lora, alphas=alphas, metadata=kept, short=short)
+
+
+def write_peft(path: Path, lora: LoraFile) -> str:
+    """Write a LoRA in diffusers' names, with peft's config in its header; returns the file's sha256."""
+    metadata = lora.metadata if PEFT_CONFIG in lora.metadata else {**lora.metadata, PEFT_CONFIG: peft_config(lora)}
+    metadata = {key: value for key, value in metadata.items() if value or key != PEFT_CONFIG}
+    shorten = (lambda name: name.replace(_CLASSIC, _SHORT)) if lora.short else str
+    return write_safetensors(path, {shorten(name): tensor for name, tensor in lora.tensors.items()}, metadata)
+
+
+def peft_config(lora: LoraFile) -> str:
+    """peft's config of a LoRA as diffusers keeps it: rank and alpha that most modules have, and patterns for the others."""
+    ranks, config = lora.ranks, dict[str, Any]()
+    for part in PARTS:
+        # As transformers 5 calls text layers; older versions look for the end of their names as well.
+        path = {m: m.removeprefix(f"{part}.").removeprefix("text_model.") for m in ranks if m.startswith(f"{part}.")}
+        if path:
+            rank, alpha = (_most(values[m] for m in path) for values in (ranks, lora.alphas))
+            config |= {
+                f"{part}.r": rank, f"{part}.lora_alpha": _whole(alpha), f"{part}.target_modules": sorted(path.values()),
+                f"{part}.rank_pattern": {path[m]: ranks[m] for m in path if ranks[m] != rank},
+                f"{part}.alpha_pattern": {path[m]: _whole(lora.alphas[m]) for m in path if lora.alphas[m] != alpha},
+            }  # fmt: skip
+    return json.dumps(config, sort_keys=True)
+
+
+def _most(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str] | None = None) -> str:
+    """Write a LoRA in kohya's names, an alpha beside each pair; returns the file's sha256.
+
+    Args:
+        metadata: for the header, of keys that the LoRA's own has not.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in lora.tensors.items():
+        module, letter, _ = name.rsplit(".", 2)
+        stem = kohya_name(module)
+        tensors.setdefault(f"{stem}.alpha", _scalar(lora.alphas[module], tensor.dtype))
+        tensors[f"{stem}.{'lora_down' if letter == 'lora_A' else 'lora_up'}.weight"] = tensor
+    title = path.name.removeprefix(TEMPORARY).removesuffix(".safetensors")
+    added = metadata_of(None, {}, 512, title=title, lora=True) | _network(lora) | dict(metadata or {})
+    added = {key: value for key, value in added.items() if key not in lora.metadata}
+    header = {RECORD if key == PEFT_CONFIG else key: value for key, value in lora.metadata.items()}
+    if RECORD in header:
+        header[RECORD] = json.dumps({"added": [*added], "short": lora.short, PEFT_CONFIG: lora.metadata[PEFT_CONFIG]})
+    return write_safetensors(path, tensors, header | added)
+
+
+def _scalar(alpha: float, dtype: torch.dtype) -> Tensor:
+    """Of the weights' dtype, as sd-scripts has it, if that can hold it."""
+    tensor = torch.tensor(alpha, dtype=dtype)
+    return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
+
+
+def _network(lora: LoraFile) -> dict[str, str]:
+    """Rank and alpha as sd-scripts tells them, of 3x3 convolutions apart; "Dynamic" where they differ by module."""
+
+    def said(values: Mapping[str, Any], wide: bool) -> str:
+        found = {f"{values[m]:g}" for m in values if (_KERNEL.get(m.rpartition(".")[2]) == 3) == wide}
+        return found.pop() if len(found) == 1 else "Dynamic" if found else ""
+
+    (dim, conv_dim), (alpha, conv_alpha) = ([said(v, wide) for wide in (False, True)] for v in (lora.ranks, lora.alphas))
+    told = {"ss_network_dim": dim or conv_dim, "ss_network_alpha": alpha or conv_alpha}
+    if conv_dim:
+        told["ss_network_args"] = json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_alpha})
+    return told
+
+
+def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]:
+    """Write a LoRA in other names; lines on what was found.
+
+    Args:
+        to: "lora-kohya" or "lora-peft".
+        dtype: fp32, fp16 or bf16; "" = as it is.
+
+    Raises:
+        UserError: as `read_lora`; OUT is there; a number that is not finite in `dtype`.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    lora = read_lora(source)
+    if out.exists():
+        raise UserError(f"{out}: is there already; give a new name, or remove it")
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: a LoRA is one file; give a name that ends in .safetensors")
+    notes = [f"{source}: {describe(lora)}"]
+    if dtype:
+        cast = {name: tensor.to(DTYPE[dtype]) for name, tensor in lora.tensors.items()}
+        for name, tensor in cast.items():
+            check_finite(name, tensor, str(source), f" in {dtype}; choose another dtype")
+        lora = replace(lora, tensors=cast)
+    with new_file(out) as temporary:
+        if to == "lora-peft":
+            write_peft(temporary, lora)
+        else:
+            made = datetime.fromtimestamp(int(_file(source).stat().st_mtime)).isoformat()
+            write_kohya(temporary, lora, {"modelspec.date": made})
+            notes += _misread(lora)
+    return notes
+
+
+def _misread(lora: LoraFile) -> list[str]:
+    # Its `get_peft_kwargs` puts the others under names that no layer of attention has.
+    for part in PARTS:
+        alphas = {module: alpha for module, alpha in lora.alphas.items() if module.startswith(f"{part}.")}
+        if any("attn" in module and alpha != _most(alphas.values()) for module, alpha in alphas.items()):
+            return [
+                "warning: alpha differs by module, and of kohya's names diffusers (0.42) takes the most common one for all of "
+                "attention; give it a file made by --to lora-peft"
+            ]
+    return []
+
+
+def describe(lora: LoraFile) -> str:
+    """What a LoRA is, in one line."""
+    counts = Counter(module.partition(".")[0].replace("_", " ").replace("unet", "UNet") for module in lora.alphas)
+    layers = ", ".join(f"{part} {count}" for part, count in counts.items())
+    told = [", ".join(f"{value:g}" for value in sorted(set(values.values()))) for values in (lora.ranks, lora.alphas)]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in lora.tensors.values()})
+    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {told[0]}, alpha {told[1]}, {' and '.join(dtypes)}"

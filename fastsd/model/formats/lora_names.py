@@ -1,0 +1,119 @@
+"""What the tensors of a LoRA are called, in every tool that makes one for SD1.5.
+
+    unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight           diffusers today, and the names used here
+    base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight     peft
+    unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight    diffusers before peft
+    lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight         kohya's sd-scripts
+    lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_down.weight                 by the original layout's names
+
+A is down, B is up. kohya's names have one sign for what divides two words and two modules; as the modules of SD1.5 are known,
+there is one way to read each.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import torch
+
+from fastsd.model.formats.original_names import original_names
+from fastsd.model.unet import UNet, UNetConfig
+from fastsd.model.weights import diffusers_state_dict
+
+# Every linear layer and convolution, its part first. `\.` stands for what divides modules and nothing else does.
+_MODULES = r"""
+    unet\.(?:
+        conv_(?:in|out) | time_embedding\.linear_[12]
+      | (?:(?:down|up)_blocks\.\d+|mid_block)\.(?:
+            resnets\.\d+\.(?:conv[12]|conv_shortcut|time_emb_proj)
+          | (?:down|up)samplers\.0\.conv
+          | attentions\.\d+\.(?:
+                proj_(?:in|out)
+              | transformer_blocks\.0\.(?:attn[12]\.to_(?:[qkv]|out\.0)|ff\.net\.(?:0\.proj|2)))))
+  | text_encoder\.text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])
+"""
+_DOTTED = re.compile(_MODULES, re.VERBOSE)
+_UNDERSCORED = re.compile(_MODULES.replace(r"\.", "(_)"), re.VERBOSE)
+_PREFIXES = {"lora_unet_": "unet_", "lora_te_": "text_encoder_"}  # kohya's, and the part's with kohya's sign
+_TENSOR = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.\w+)?\.weight)")
+_WORDS = {  # of other tools and versions, and today's; applied in this order
+    r"^base_model\.model\.": "", r"^text_encoder\.encoder\.": "text_encoder.text_model.encoder.", r"\.processor\.": ".",
+    r"self_attn\.to_(q|k|v|out)$": r"self_attn.\1_proj", r"\.to_out$": ".to_out.0",
+}  # fmt: skip
+
+# What is no plain LoRA of SD1.5, by a piece of its names; the first that fits tells what it is.
+_OTHERS = {
+    "LoHa's weights": r"\.hada_",
+    "LoKr's weights": r"\.lokr_",
+    "DoRA's weights": r"dora_scale|lora_magnitude_vector",
+    "OFT's weights": r"\boft_",
+    "weights in Tucker's decomposition": r"\.lora_mid\.",
+    "whole differences of weights": r"\.diff(?:_b)?$",
+    "a ControlNet's weights": r"controlnet|lllite",
+    "weights of Flux or SD3": r"^transformer\.|^lora_transformer_|(?:double|single|joint)_(?:transformer_)?blocks|^lora_te3_",
+    "weights of SDXL": r"^lora_te[12]_|^text_encoder_2\.|transformer_blocks[._][1-9]|add_embedding|label_emb",
+    "a model's weights": r"^(?:model\.diffusion_model|cond_stage_model|first_stage_model)\.",
+}
+
+
+def kohya_name(module: str) -> str:
+    """kohya's name of a module: "unet.conv_in" -> "lora_unet_conv_in"."""
+    underscored = module.replace(".", "_")
+    theirs, ours = next(pair for pair in _PREFIXES.items() if underscored.startswith(pair[1]))
+    return theirs + underscored.removeprefix(ours)
+
+
+def kohya_module(name: str) -> str | None:
+    """The module that kohya's name means, with its part; None if SD1.5 has none."""
+    theirs, ours = next(pair for pair in _PREFIXES.items() if name.startswith(pair[0]))
+    underscored = ours + name.removeprefix(theirs)
+    match = _UNDERSCORED.fullmatch(underscored)
+    if match is None:
+        return _by_original_names().get(name)
+    letters = list(underscored)
+    for start, _ in match.regs[1:]:
+        if start >= 0:
+            letters[start] = "."
+    return "".join(letters)
+
+
+@cache
+def _by_original_names() -> dict[str, str]:
+    """kohya's names made of those in the original layout, of the UNet of SD1.5's size -> modules."""
+    cfg = UNetConfig.sd15()
+    with torch.device("meta"):
+        names = [name for name in diffusers_state_dict(UNet(cfg)) if name.endswith(".weight")]
+    originals = original_names("unet", cfg.to_diffusers(), names)
+    modules = ((f"unet.{name.removesuffix('.weight')}" for name in pair) for pair in originals.items())
+    return {kohya_name(theirs): ours for ours, theirs in modules if _DOTTED.fullmatch(ours)}
+
+
+def tensor_of(name: str) -> tuple[str, str] | None:
+    """(Module with its part, "A", "B" or "alpha") of a tensor, in whichever names; None if SD1.5's LoRAs have none such."""
+    match = _TENSOR.fullmatch(name)
+    if match is None:
+        return None
+    module = kohya_module(match[1]) if kind_of(name) == "kohya" else _dotted_module(match[1])
+    return (module, match[2] or {"down": "A", "up": "B"}.get(match[3], match[3])) if module else None
+
+
+def _dotted_module(name: str) -> str | None:
+    for old, new in _WORDS.items():
+        name = re.sub(old, new, name)
+    wholes = (prefix + name for prefix in ("", "unet.", "text_encoder.", "text_encoder.text_model."))
+    return next((whole for whole in wholes if _DOTTED.fullmatch(whole)), None)
+
+
+def kind_of(name: str) -> str:
+    """Whose name it is: "kohya", "peft", "diffusers", or "older diffusers"."""
+    if name.startswith(tuple(_PREFIXES)):
+        return "kohya"
+    if name.startswith("base_model.model."):
+        return "peft"
+    return "diffusers" if re.search(r"\.lora_[AB]\.", name) else "older diffusers"
+
+
+def other_kind(name: str) -> str | None:
+    """What a tensor is of that no plain LoRA of SD1.5 has, as far as its name tells."""
+    return next((what for what, piece in _OTHERS.items() if re.search(piece, name)), None)

@@ -1,0 +1,67 @@
+"""The adapters of a model, copied from a LoRA file and written into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from fastsd.config.stages import PARTS
+from fastsd.errors import UserError
+from fastsd.model.formats.lora_files import PEFT_CONFIG, LoraFile, peft_config, read_lora, write_kohya, write_peft
+from fastsd.model.lora import NAME, adapted_layers, lora_state_dict
+from fastsd.model.model import Model
+from fastsd.model.weights import check_names
+
+
+def _alphas(model: Model) -> dict[str, float]:
+    """By `<part>.<module>` as files name it."""
+    return {
+        f"{part}.{module}": float(layer.lora_alpha[NAME])
+        for part in PARTS
+        for _, layer in adapted_layers(model, part)
+        for module in layer.target.modules
+    }
+
+
+def write_lora(
+    path: Path, model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None, names: str = "peft",
+    metadata: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
+    """Write what `lora_state_dict` gives into one .safetensors file; returns its sha256.
+
+    Args:
+        names: "kohya", or "peft" for diffusers'.
+        metadata: for the file's header.
+    """
+    lora = LoraFile(lora_state_dict(model, tensors_by_part), _alphas(model))
+    lora = replace(lora, metadata={PEFT_CONFIG: peft_config(lora), **(metadata or {})})
+    return {"kohya": write_kohya, "peft": write_peft}[names](path, lora)
+
+
+def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
+    """Copy adapters into those that the model has. Nothing is copied unless all fit.
+
+    Args:
+        source: a file of any kind that `read_lora` reads, or what `lora_state_dict` gives.
+
+    Raises:
+        UserError: not such a file, or of other layers, another rank or another alpha than the model's.
+    """
+    assert model.lora is not None
+    lora = LoraFile(dict(source), {}) if isinstance(source, Mapping) else read_lora(source)
+    place = "lora" if isinstance(source, Mapping) else str(source)
+    targets = lora_state_dict(model)
+    check_names(targets, lora.tensors, place, "make rank, targets, conv and text_encoder of model.lora those of the file")
+    for module, alpha in _alphas(model).items():
+        if not math.isclose(alpha, theirs := lora.alphas.get(module, alpha), rel_tol=1e-6):
+            rank = lora.ranks[module]
+            raise UserError(
+                f"{place}: its adapters count {theirs / rank:g} times and model.lora.alpha makes it {alpha / rank:g}; set it "
+                f"to {theirs:g} ({module})"
+            )
+    for name, target in targets.items():
+        target.copy_(lora.tensors[name])

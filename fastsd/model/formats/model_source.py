@@ -1,0 +1,335 @@
+"""A model as it lies on the disk - found and described, no tensor read yet.
+
+In: a diffusers folder of any version, whole or in shards, full or a variant; a hub id; one file in the original Stable
+Diffusion layout (`single_file_layout.py`).  Out: `Source`, its parts under the names that diffusers has for them today.
+Nothing is unpickled but for a caller who asks for it, and then by torch's loader of weights, which runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsd.errors import UserError
+from fastsd.model import model
+from fastsd.model.formats import fold_vae, single_file_layout
+from fastsd.model.formats.original_names import PREFIX, current_vae_name
+from fastsd.model.weights import check_names, classic_text_name, expected_tensors
+from fastsd.storage import TensorFile, Tensors
+
+# Where the tokenizer of a single file may lie already, since it has none: CLIP's is the same in all of SD1.5's family.
+CLIP_TOKENIZERS = (
+    "openai/clip-vit-large-patch14", "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
+    "CompVis/stable-diffusion-v1-4",
+)  # fmt: skip
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+_VARIANTS = ("", ".fp16", ".bf16", ".fp32")
+_STEMS = {".safetensors": ("diffusion_pytorch_model", "model"), ".bin": ("diffusion_pytorch_model", "pytorch_model")}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model: its config.json, its tensors by diffusers' (or transformers') names, and where they were found.
+
+    Attributes:
+        place: a folder, or a file that has no config.
+        file: the name of the weights.
+    """
+
+    config: dict[str, Any]
+    tensors: Tensors
+    place: str
+    file: str
+
+    @property
+    def where(self) -> str:
+        """What is said to describe it."""
+        return self.place if self.place.endswith(self.file) else f"{self.place}/config.json"
+
+
+@dataclass
+class Source:
+    """A model on the disk.
+
+    Attributes:
+        parts: "unet", "text_encoder" and "vae", as far as they are there.
+        scheduler: scheduler_config.json.
+        tokenizer: the folder of its files, or None.
+        metadata: of the header, of a single file.
+        notes: what was found and what was ignored, a line each.
+    """
+
+    place: Path
+    parts: dict[str, Part]
+    scheduler: dict[str, Any]
+    tokenizer: Path | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def open_source(
+    name: str, field: str = "IN", revision: str = "", *, pickled: bool = False, ema: bool = False, tokenizer: str = ""
+) -> Source:
+    """Find a model and check that its tensors are those of its configs; nothing else of them is read.
+
+    Args:
+        name: a folder, a file or a hub id; `field` is what it is called in an error, `revision` the hub id's.
+        pickled: read `.ckpt` and `.bin`, too.
+        ema: of a single file that has both, the averaged weights of the UNet.
+        tokenizer: a folder or hub id that has one; "" = the model's own, or CLIP's from the hub's cache.
+
+    Raises:
+        UserError: it is not there, or no model of SD1.5's family that is whole.
+    """
+    base, notes = locate(name, field, revision, pickled=pickled), list[str]()
+    file = open_file(base, notes) if base.is_file() else None
+    if ema and file is None:
+        raise UserError(f"{field} is {name!r}, a folder without averaged (EMA) weights; leave --ema out")
+    parts = {}
+    for kind in ("unet", "text_encoder", "vae"):
+        part = file.part(kind, notes, ema=ema) if file else read_part(base, kind, notes, pickled=pickled)
+        if part is not None:
+            parts[kind] = checked(kind, part, notes)
+    folder = find_tokenizer(base, tokenizer, notes=notes)
+    if tokenizer and folder is None:
+        raise UserError(f"--tokenizer is {tokenizer!r}, where no vocab.json and merges.txt are; name a folder that has them")
+    if "text_encoder" not in parts and folder is not None and (folder.parent / "text_encoder" / "config.json").is_file():
+        parts["text_encoder"] = checked("text_encoder", read_part(folder.parent, "text_encoder", notes), notes)
+    if file and (others := single_file_layout.ignored(file.tensors)):
+        notes.append(f"{base.name}: ignored {', '.join(others)}")
+    return Source(base, parts, file.scheduler() if file else read_scheduler(base), folder, file.metadata if file else {}, notes)
+
+
+def checked(name: str, part: Part, notes: list[str]) -> Part:
+    """The part, and a line on it. Raises UserError unless it has the tensors that its config asks for."""
+    check_names(expected_tensors(name, part.config, part.where), part.tensors, part.place)
+    if name == "vae":
+        fold_vae.scale_of(part.config, part.where)
+    notes.append(f"{name}: {part.file}, {len(part.tensors)} tensors in {_dtypes(part.tensors)}")
+    return part
+
+
+@dataclass(frozen=True)
+class File:
+    """One file with the tensors of a whole model, or of a VAE."""
+
+    path: Path
+    tensors: Tensors
+    metadata: Mapping[str, str]
+
+    def part(self, name: str, notes: list[str], *, ema: bool = False) -> Part | None:
+        """A part of it, or None; as `read_part`."""
+        found = single_file_layout.read_part(self.path, self.tensors, self.metadata, name, notes, ema=ema)
+        if found is None:
+            if name == "unet":
+                raise UserError(f"{self.path}: no UNet in the original SD layout ({PREFIX[name]}...); give a whole SD1.5 model")
+            return None
+        if name == "vae" and fold_vae.UNFOLDED in self.metadata:
+            before = fold_vae.unfold(*found, self.metadata[fold_vae.UNFOLDED])
+            notes.append("vae: its own scaling factor " + ("unfolded" if before else "not unfolded: it was changed since"))
+            found = before or found
+        return Part(*found, str(self.path), self.path.name)
+
+    def scheduler(self) -> dict[str, Any]:
+        """scheduler_config.json, as far as a file tells of it, and else SD1.5's."""
+        return single_file_layout.scheduler(self.path, self.tensors, self.metadata)
+
+
+def open_file(path: Path, notes: list[str] | None = None) -> File:
+    """A file in the original layout: `.safetensors`, or pickled."""
+    if path.suffix == ".safetensors":
+        found = TensorFile(path)
+        return File(path, found.stored(), found.metadata)
+    return File(path, unpickled(path, [] if notes is None else notes), {})
+
+
+def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) -> Path:
+    """The local folder or file of a model: a path, or a hub id that is cached or can be fetched.
+
+    Raises:
+        UserError: neither there nor reachable.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix == ".safetensors" or (pickled and path.suffix in PICKLED):
+            return path
+        if path.suffix in PICKLED:
+            raise UserError(f"{field} is {name!r}, pickled weights; run `fastsd convert {name} OUT` and give OUT")
+        raise UserError(f"{field} is {name!r}, not a .safetensors file; give a model")
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise UserError(f"{field} is {name!r}: no such folder or file, and not a hub id (owner/name); check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    # Not the single files that lie beside the folders, of gigabytes each, nor parts that no one here reads.
+    wanted = ["*.json", "*.txt", "*diffusion_pytorch_model*.safetensors", "text_encoder/*.safetensors"]
+    unwanted = ["*non_ema*", "safety_checker/*", "feature_extractor/*"]
+    try:
+        fetch = partial(snapshot_download, name, revision=revision or None, ignore_patterns=unwanted, etag_timeout=10)
+        folder = Path(fetch(allow_patterns=wanted))
+        if pickled and not any(folder.rglob("*.safetensors")):
+            folder = Path(fetch(allow_patterns=[pattern.replace(".safetensors", ".bin") for pattern in wanted]))
+        return folder
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+        why = str(error).strip().split("\n")[0][:160]
+        raise UserError(
+            f"{field} is {name!r}: no such folder here, and the hub did not give it ({type(error).__name__}: {why}); "
+            "check the name, or download it and give its folder"
+        ) from None
+
+
+def read_part(folder: Path, part: str, notes: list[str] | None = None, *, pickled: bool = False) -> Part:
+    """A part of a diffusers folder; lines on what was found and what was ignored go to `notes`.
+
+    Args:
+        folder: of the model, or of the part itself.
+        part: "unet", "text_encoder" or "vae".
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    notes = [] if notes is None else notes
+    base, alone = folder, not (folder / part).is_dir() and not (folder / "model_index.json").exists()
+    folder = folder if alone else folder / part
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{base}: there is no {part}/config.json in it; give a diffusers folder with all its parts")
+    config, files = read_json(folder / "config.json"), _weights(folder, pickled)
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
+    tensors = _in_shards(files[0], notes) if files[0].suffix == ".json" else _tensors(files[0], notes)
+    if others:
+        notes.append(f"{part}: ignored {', '.join(others)}")
+    rename = {"text_encoder": classic_text_name, "vae": current_vae_name}.get(part, str)
+    named = {rename(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    return Part(config, named, str(folder), files[0].name)
+
+
+def read_scheduler(base: Path) -> dict[str, Any]:
+    """scheduler_config.json of a diffusers folder, or SD1.5's."""
+    path = base / "scheduler" / "scheduler_config.json"
+    return read_json(path) if path.exists() else dict(model.SD15_SCHEDULER)
+
+
+def find_tokenizer(base: Path, name: str = "", field: str = "--tokenizer", notes: list[str] | None = None) -> Path | None:
+    """The folder of a tokenizer's files: of the one that is named, of the model, or of CLIP's in the hub's cache.
+
+    Args:
+        field: what `name` is called in an error.
+    """
+    if not name and base.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        for owner in CLIP_TOKENIZERS:
+            for place in ("vocab.json", "tokenizer/vocab.json"):
+                cached = try_to_load_from_cache(owner, place)
+                if isinstance(cached, str) and Path(cached).with_name("merges.txt").is_file():
+                    if notes is not None:
+                        notes.append(f"tokenizer: {owner}'s, from the hub's cache")
+                    return Path(cached).parent
+        return None
+    source = locate(name, field) if name else base
+    where = source / "tokenizer" if (source / "tokenizer").is_dir() else source
+    return where if (where / "vocab.json").is_file() and (where / "merges.txt").is_file() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); fetch or copy the file again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a {type(data).__name__}, expected a table of settings; fetch the file again")
+    return data
+
+
+def unpickled(path: Path, notes: list[str]) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped from the disk where its format allows. Nothing in it is executed.
+
+    Raises:
+        UserError: it is damaged, holds no tensors, or wants anything run.
+    """
+    # Files of the first models name their trainer's class, as a key of what is not read here.
+    known = [(_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+    try:
+        with torch.serialization.safe_globals(known):  # type: ignore[arg-type]
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged or a hostile file leads to
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked:
+            raise UserError(
+                f"{path}: asks to run {asked[1]}, which no weights need, and nothing of it was run; get a .safetensors instead"
+            ) from None
+        why = (str(error).splitlines() or [""])[0][:120]
+        raise UserError(f"{path}: cannot be read as weights ({type(error).__name__}: {why}); fetch or copy it again") from None
+    state = data.get("state_dict", data) if isinstance(data, dict) else {}
+    tensors = {str(name): t for name, t in state.items() if isinstance(t, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors by name; give a model's weights")
+    beside = ", ".join(sorted(str(name) for name in data if name != "state_dict")) if state is not data else ""
+    if beside:
+        notes.append(f"{path.name}: ignored what lies beside state_dict: {beside}")
+    return tensors
+
+
+class _Nothing:
+    """Stands for a class that need not be here."""
+
+
+def _tensors(path: Path, notes: list[str]) -> Tensors:
+    return TensorFile(path).stored() if path.suffix == ".safetensors" else unpickled(path, notes)
+
+
+def _weights(folder: Path, pickled: bool) -> list[Path]:
+    """The file of a part's weights, or the index of its shards and these."""
+    for ending in (".safetensors", ".bin") if pickled else (".safetensors",):
+        for variant in _VARIANTS:
+            for stem in _STEMS[ending]:
+                index = folder / f"{stem}{ending}.index{variant}.json"
+                if (folder / f"{stem}{variant}{ending}").is_file():
+                    return [folder / f"{stem}{variant}{ending}"]
+                if index.is_file():
+                    return [index, *_shards(index)]
+    found = [path.name for path in folder.iterdir() if path.suffix in PICKLED]
+    if found:
+        raise UserError(f"{folder}: only pickled weights ({found[0]}); run `fastsd convert` on it, and give what that writes")
+    expected = ", ".join(f"{stem}.safetensors" for stem in _STEMS[".safetensors"])
+    raise UserError(f"{folder}: no weights; expected one of {expected}")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files an index names. Raises UserError for one that is not beside it."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: weight_map is {type(places).__name__}, expected file names by tensor; fetch it again")
+    for name in dict.fromkeys(places.values()):
+        if not isinstance(name, str) or name != Path(name).name or "\\" in name or name in ("", ".", ".."):
+            raise UserError(f"{index}: names the file {name!r}, which is not one beside it; do not trust this model")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index}: names {name}, which is not there; fetch the missing file")
+    return [index.parent / name for name in dict.fromkeys(places.values())]
+
+
+def _in_shards(index: Path, notes: list[str]) -> Tensors:
+    files = {path.name: _tensors(path, notes) for path in _shards(index)}
+    tensors = {}
+    for name, file in read_json(index)["weight_map"].items():
+        if name not in files[file]:
+            raise UserError(f"{index}: says that {name} is in {file}, and it is not; fetch both again")
+        tensors[name] = files[file][name]
+    return tensors
+
+
+def _dtypes(tensors: Tensors) -> str:
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    words = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+    return " and ".join(sorted(words.get(kind, kind) for kind in kinds))

@@ -1,0 +1,181 @@
+"""One file in the original Stable Diffusion layout - what it holds, under diffusers' names.
+
+A file has no configs: widths and depths are read off the shapes, and what shapes cannot tell - heads, norm groups - is
+SD1.5's. Files of our own say it in their header.  Read next: `fastsd/model/formats/model_source.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastsd.errors import UserError
+from fastsd.model.formats.original_names import EMA, PREFIX, current_vae_name, ema_name, original_names
+from fastsd.model.model import SD15_SCHEDULER
+from fastsd.model.unet import UNetConfig
+from fastsd.model.weights import classic_text_name, expected_tensors
+from fastsd.storage import Tensors
+
+CONFIGS = "fastsd.configs"  # in the header: {part or "scheduler": its config.json}
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors without numbers, by which other tools know
+_VAE_TOPS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_OTHERS = {
+    "conditioner.": "an SDXL", "model.diffusion_model.label_emb.": "an SDXL", "cond_stage_model.model.": "an SD2",
+    "model.diffusion_model.joint_blocks.": "an SD3", "model.diffusion_model.double_blocks.": "a Flux",
+    "double_blocks.": "a Flux", "control_model.": "a ControlNet", "lora_unet_": "a LoRA", "lora_te": "a LoRA",
+}  # fmt: skip
+
+
+def read_part(
+    path: Path, tensors: Tensors, metadata: Mapping[str, str], part: str, notes: list[str], *, ema: bool = False
+) -> tuple[dict[str, Any], Tensors] | None:
+    """A part of a single file: (its config as diffusers or transformers has it, its tensors by their names), or None.
+
+    A VAE may lie alone in the file, by the original names or by diffusers'. `ema`: the UNet's averages.
+
+    Raises:
+        UserError: the file is of another model family, or its part is not whole.
+    """
+    for name in tensors:
+        other = next((family for begin, family in _OTHERS.items() if name.startswith(begin)), None)
+        if other:
+            raise UserError(f"{path}: {other} file ({name}); give a model of SD1.5's family")
+    given: Tensors = {
+        name.removeprefix(PREFIX[part]): tensor for name, tensor in tensors.items() if name.startswith(PREFIX[part])
+    }
+    if part == "vae" and not given:
+        given = {name: tensor for name, tensor in tensors.items() if name.startswith(_VAE_TOPS)}
+    if not given:
+        return None
+    config = configs(path, metadata).get(part) or _FROM_SHAPES[part](given, path)
+    if part == "vae" and any(name.startswith("encoder.down_blocks.") for name in given):
+        return config, {current_vae_name(name): tensor for name, tensor in given.items()}
+    if part == "text_encoder":
+        return config, {classic_text_name(name): tensor for name, tensor in given.items() if not name.endswith("position_ids")}
+    targets = expected_tensors(part, config, str(path))
+    named = original_names(part, config, targets)
+    if part == "unet":
+        given = _averaged(path, tensors, given, named, notes, ema)
+    found = {name: given[old] for name, old in named.items() if old in given}
+    # The original VAE's attention is of 1x1 convolutions: the same numbers in another shape.
+    found |= {name: t.view(targets[name].shape) for name, t in found.items() if t.shape == (*targets[name].shape, 1, 1)}
+    return config, found | {name: given[name] for name in given.keys() - set(named.values())}
+
+
+def _averaged(
+    path: Path, tensors: Tensors, given: Tensors, named: Mapping[str, str], notes: list[str], ema: bool
+) -> Tensors:  # fmt: skip
+    """The UNet's weights, or where they are asked for, the averages of them."""
+    averages = sum(name.startswith(EMA) for name in tensors)
+    if averages:
+        notes.append(f"unet: {averages} averaged (EMA) tensors " + ("taken" if ema else "ignored, --ema takes them"))
+    elif ema:
+        raise UserError(f"{path}: has no averaged (EMA) weights; leave --ema out")
+    return {old: tensors[ema_name(old)] for old in named.values() if ema_name(old) in tensors} if ema else given
+
+
+def ignored(tensors: Tensors) -> list[str]:
+    """What no part of a single file reads, the first word of each name once."""
+    known = (*PREFIX.values(), EMA, *_VAE_TOPS)
+    others = [name for name in tensors if not name.startswith(known) and name not in (V_PREDICTION, ZERO_SNR)]
+    return list(dict.fromkeys(name.split(".")[0] for name in others))
+
+
+def configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the header of a file of our own says of its parts and its scheduler; nothing of another's."""
+    try:
+        found = json.loads(metadata.get(CONFIGS, "{}"))
+        return {str(part): dict(config) for part, config in found.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: {CONFIGS} in its header is no table ({error}); write the file again") from None
+
+
+def scheduler(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The scheduler_config.json of a file: what it tells of it, and else SD1.5's."""
+    if said := configs(path, metadata).get("scheduler"):
+        return said
+    v_prediction = V_PREDICTION in tensors or metadata.get("modelspec.prediction_type") == "v"
+    told = {"prediction_type": "v_prediction"} if v_prediction else {}
+    return SD15_SCHEDULER | told | ({"rescale_betas_zero_snr": True} if ZERO_SNR in tensors else {})
+
+
+def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
+    if "input_blocks.0.0.weight" not in state or "out.2.weight" not in state:
+        raise UserError(f"{path}: no whole UNet in the original SD layout in it; give a whole SD1.5 model file")
+    widths, attention, layers, per_level = [], [], 0, []
+    blocks = sorted({int(m[1]) for name in state if (m := re.match(r"input_blocks\.(\d+)\.", name))})
+    for i in blocks[1:]:
+        block = f"input_blocks.{i}"
+        if f"{block}.0.op.weight" in state:
+            per_level.append(layers)
+            layers = 0
+            continue
+        if layers == 0:
+            last = f"{block}.0.out_layers.3.weight"
+            if last not in state:
+                raise UserError(f"{path}: {PREFIX['unet']}{last} is missing; give a whole SD1.5 model file")
+            widths.append(state[last].shape[0])
+            attention.append(f"{block}.1.proj_in.weight" in state)
+        layers += 1
+    per_level.append(layers)
+    if len(set(per_level)) != 1 or not layers:
+        raise UserError(f"{path}: its levels have {per_level} blocks; an SD1.5 UNet has the same number in each")
+    context = next((t.shape[-1] for name, t in state.items() if name.endswith("attn2.to_k.weight")), None)
+    if context is None:
+        raise UserError(f"{path}: its UNet has no cross-attention; give an SD1.5 model")
+    return UNetConfig(
+        in_channels=_side(state, "input_blocks.0.0.weight", 1, path),
+        out_channels=_side(state, "out.2.weight", 0, path),
+        block_out_channels=tuple(widths),
+        layers_per_block=per_level[0],
+        attention=tuple(attention),
+        cross_attention_dim=context,
+    ).to_diffusers()
+
+
+def _vae_config(state: Tensors, path: Path) -> dict[str, Any]:
+    if "encoder.conv_in.weight" not in state or "post_quant_conv.weight" not in state:
+        raise UserError(f"{path}: no whole AutoencoderKL in it; give a VAE file or a whole SD1.5 model file")
+    theirs = any(name.startswith("encoder.down_blocks.") for name in state)
+    conv1 = "encoder.down_blocks.{}.resnets.{}.conv1.weight" if theirs else "encoder.down.{}.block.{}.conv1.weight"
+    widths: list[int] = []
+    while (name := conv1.format(len(widths), 0)) in state:
+        widths.append(_side(state, name, 0, path))
+    layers = 0
+    while conv1.format(0, layers) in state:
+        layers += 1
+    return {
+        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "layers_per_block": layers, "latent_channels": _side(state, "post_quant_conv.weight", 1, path), "norm_num_groups": 32,
+    }  # fmt: skip
+
+
+def _text_config(state: Tensors, path: Path) -> dict[str, Any]:
+    state = {classic_text_name(name): tensor for name, tensor in state.items()}
+    embeddings, first = "text_model.embeddings.", "text_model.encoder.layers.0.mlp.fc1.weight"
+    needed = [f"{embeddings}position_embedding.weight", f"{embeddings}token_embedding.weight", first]
+    missing = next((name for name in needed if name not in state), None)
+    if missing:
+        raise UserError(f"{path}: no whole CLIP text encoder in it ({missing} is missing); give a whole SD1.5 model file")
+    layers = {int(m[1]) for name in state if (m := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
+    width = _side(state, needed[0], 1, path)
+    return {
+        "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": _side(state, needed[1], 0, path),
+        "hidden_size": width, "max_position_embeddings": _side(state, needed[0], 0, path), "num_hidden_layers": len(layers),
+        "intermediate_size": _side(state, first, 0, path), "num_attention_heads": max(1, width // 64),
+        "hidden_act": "quick_gelu", "projection_dim": 768,
+    }  # fmt: skip
+
+
+_FROM_SHAPES = {"unet": _unet_config, "vae": _vae_config, "text_encoder": _text_config}
+
+
+def _side(state: Tensors, name: str, dim: int, path: Path) -> int:
+    shape = tuple(state[name].shape)
+    if len(shape) <= dim:
+        raise UserError(f"{path}: {name} has shape {shape}; give a whole SD1.5 model file")
+    return shape[dim]

@@ -1,0 +1,168 @@
+"""Models as other tools read them - a diffusers folder with the classic names, one file in the original layout.
+
+Tensors pass through a block at a time: the memory this takes does not depend on the model. Nothing appears until all of it
+is written and flushed.  Source of the names: `original_names.py`; of the fold: `fold_vae.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsd.errors import UserError
+from fastsd.model.formats import fold_vae as folding
+from fastsd.model.formats.model_source import Source
+from fastsd.model.formats.original_names import PREFIX, original_names
+from fastsd.model.formats.single_file_layout import CONFIGS, V_PREDICTION, ZERO_SNR
+from fastsd.model.vae import SD15_SCALING_FACTOR
+from fastsd.storage import Stored, Tensors, new_file, write_bytes, write_safetensors, write_text
+
+DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0", "feature_extractor": [None, None],
+    "requires_safety_checker": False, "safety_checker": [None, None], "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}  # fmt: skip
+TOKENIZER = (  # its files, which may lie beside those of a whole CLIP
+    "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
+_STEM = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+
+
+def write_folder(source: Source, folder: Path, *, dtype: str = "", variant: str = "", shard: int = 0) -> dict[str, str]:
+    """Write a whole model into a folder that is there, as diffusers reads it: {relative file name: sha256}.
+
+    Args:
+        dtype: fp32, fp16 or bf16; "" = as it is.
+        variant: a word in the weights' names, for `from_pretrained(variant=...)`.
+        shard: bytes of a file of weights above which another begins; 0 = one file a part.
+
+    Raises:
+        UserError: a part or the tokenizer is missing, or a number is not finite.
+    """
+    missing = [part for part in _STEM if part not in source.parts]
+    if missing:
+        advice = {"vae": "name one with --vae", "text_encoder": "name a model that has one with --tokenizer"}
+        raise UserError(f"{source.place}: there is no {missing[0].replace('_', ' ')} in it; {advice[missing[0]]}")
+    if source.tokenizer is None:
+        raise UserError(f"{source.place}: has no tokenizer; name one, --tokenizer openai/clip-vit-large-patch14 for example")
+    hashes = write_pipeline(folder, source.scheduler, source.tokenizer)
+    for name, part in source.parts.items():
+        hashes |= write_part(folder, name, part.config, part.tensors, dtype, variant, shard, str(source.place))
+    return hashes
+
+
+def write_part(
+    folder: Path, part: str, config: Mapping[str, Any], tensors: Tensors, dtype: str = "", variant: str = "", shard: int = 0,
+    finite: str = "",
+) -> dict[str, str]:  # fmt: skip
+    """Write one part into a model's folder, as `write_folder` does. `finite`: as `write_safetensors` takes it."""
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    config = _portable(config)
+    if dtype and part == "text_encoder":
+        said = str(DTYPE[dtype]).removeprefix("torch.")
+        config |= {"dtype": said, "torch_dtype": said}
+    hashes = {f"{part}/config.json": _write_json(folder / part / "config.json", config)}
+    stem, kind = f"{_STEM[part]}{variant and f'.{variant}'}", DTYPE.get(dtype)
+    groups = _shards(tensors, shard, kind)
+    names = [f"{stem}.safetensors"]
+    if len(groups) > 1:
+        names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+        places = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
+        size = sum(_size(tensor, kind) for tensor in tensors.values())
+        index = f"{part}/{_STEM[part]}.safetensors.index{variant and f'.{variant}'}.json"
+        hashes[index] = _write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": places})
+    for name, group in zip(names, groups, strict=True):
+        hashes[f"{part}/{name}"] = write_safetensors(folder / part / name, group, dtype=kind, finite=finite)
+    return hashes
+
+
+def _shards(tensors: Tensors, limit: int, kind: torch.dtype | None) -> list[Tensors]:
+    groups, filled = [dict[str, Any]()], 0
+    for name, tensor in tensors.items():
+        if limit and filled and filled + _size(tensor, kind) > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = tensor
+        filled += _size(tensor, kind)
+    return list(groups)
+
+
+def _size(tensor: torch.Tensor | Stored, kind: torch.dtype | None) -> int:
+    return tensor.numel() * (kind if kind and tensor.dtype.is_floating_point else tensor.dtype).itemsize
+
+
+def write_pipeline(folder: Path, scheduler: Mapping[str, Any], tokenizer: Path) -> dict[str, str]:
+    """Write what holds a model's parts together - index, scheduler, tokenizer: {relative file name: sha256}."""
+    for part in ("scheduler", "tokenizer"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    sampler = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
+    hashes = {
+        "model_index.json": _write_json(folder / "model_index.json", {**MODEL_INDEX, "scheduler": sampler}),
+        "scheduler/scheduler_config.json": _write_json(folder / "scheduler" / "scheduler_config.json", scheduler),
+    }
+    for name in TOKENIZER:
+        if (tokenizer / name).is_file():
+            hashes[f"tokenizer/{name}"] = write_bytes(folder / "tokenizer" / name, (tokenizer / name).read_bytes())
+    return hashes
+
+
+def _write_json(path: Path, settings: Mapping[str, Any]) -> str:
+    return write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def write_single_file(
+    source: Source, path: Path, *, dtype: str = "", fold: bool = True, metadata: Mapping[str, str] | None = None
+) -> list[str]:
+    """Write all parts of a model into one file in the original layout; an older file is replaced. Lines on what was done.
+
+    Args:
+        dtype: fp32, fp16 or bf16; "" = as it is.
+        fold: make a VAE of another scaling factor one of 0.18215, which loaders take for granted.
+        metadata: for the header, beside what this adds for reading the file back.
+
+    Raises:
+        UserError: a number is not finite, or a VAE that cannot be folded.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    parts, notes, header = dict(source.parts), list[str](), dict(metadata or {})
+    tensors: dict[str, Any] = {}
+    vae = parts.get("vae")
+    factor, shift = folding.scale_of(vae.config, vae.where) if vae else (SD15_SCALING_FACTOR, 0.0)
+    if vae and (factor, shift) != (SD15_SCALING_FACTOR, 0.0):
+        said = f"VAE: factor {factor:g}" + (f" and shift {shift:g}" if shift else "")
+        if fold:
+            config, folded = folding.fold(vae.config, vae.tensors, vae.place)
+            header[folding.UNFOLDED] = folding.undo(vae.config, vae.tensors)
+            parts["vae"] = replace(vae, config=config, tensors=folded)
+            notes.append(f"{said} folded into its 1x1 convolutions, so that 0.18215 is right, which single-file loaders use")
+        else:
+            notes.append(f"warning: {said} not folded: tools that take 0.18215 for granted will show wrong colours")
+    for name in ("unet", "vae", "text_encoder"):
+        if name in parts:
+            part = parts[name]
+            for ours, theirs in original_names(name, part.config, part.tensors).items():
+                tensor = part.tensors[ours]
+                if name == "vae" and ".attentions." in ours and len(tensor.shape) == 2:
+                    tensor = tensor.view(torch.Size([*tensor.shape, 1, 1]))
+                tensors[PREFIX[name] + theirs] = tensor
+    if source.scheduler.get("prediction_type") == "v_prediction":
+        tensors[V_PREDICTION] = torch.empty(0)
+    if source.scheduler.get("rescale_betas_zero_snr"):
+        tensors[ZERO_SNR] = torch.empty(0)
+    configs = {name: _portable(part.config) for name, part in parts.items()} | {"scheduler": source.scheduler}
+    header[CONFIGS] = json.dumps(configs, sort_keys=True)
+    with new_file(path) as temporary:
+        write_safetensors(temporary, tensors, header, DTYPE.get(dtype), str(source.place))
+    return notes
+
+
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the path that it was loaded from, on another machine."""
+    return {key: value for key, value in config.items() if key != "_name_or_path"}

@@ -1,0 +1,359 @@
+"""Layers that keep the input of a norm or a gate, not its output.
+
+A convolution or linear after a norm needs the norm's output for its weight gradient, and the norm needs its own input: two
+tensors, of which the second can be had from the first for one pass over memory. So each function here joins a norm (or
+GEGLU, attention, nearest-neighbour growth) with the matmul behind it, keeps what lies before, and makes the matmul's input
+again in the backward. At 512 px that is 252 M numbers an image for SD1.5's UNet, of 468 M in diffusers'.
+
+    norm_conv           [x, skip] -> GroupNorm + SiLU -> conv 3x3, and the 1x1 shortcut of the same   keeps x, skip
+    group_norm_linear   GroupNorm -> linear                                                           keeps x
+    layer_norm_linear   x + residual -> LayerNorm -> linear                                           keeps the sum
+    attention_linear    q, k, v -> attention -> linear                                                keeps q, k, v, o
+    feed_forward        x + residual -> LayerNorm -> linear -> GEGLU -> linear, added                 keeps the sum, hidden
+    upsample_conv       nearest neighbour -> conv 3x3                                                 keeps the small x
+    linear              x -> linear with an adapter                                                   keeps x
+
+A concatenation of skips is made twice and kept never. A weight that is frozen costs no gradient.  All are as exact as the plain
+layers: what is made again has the forward's bits.
+
+Every matmul is a `Layer`: weight and bias, and where it has a low-rank adapter the adapter's down (R, F_in; R, C, 3, 3 of a
+convolution) and up (F_out, R). Then y = weight x + bias + up (down x), and down x is made again, too, so that an adapter keeps
+nothing.  A weight that n projections share has n ups, each for its part of y and its part of down x, or None.  A linear's small
+product comes first and the matmul adds to it before it rounds: added to a result that is bf16 already, a quarter of a change
+by 1/600 is lost, and two thirds of one by 1/2000. A convolution cannot, and adds after.
+
+Shapes: B images, C channels, H x W positions, N tokens, F features, R ranks of the adapters of all that is fused in one weight;
+x_BCHW is channels last, so its tokens are a view.
+Read next: `kernels/fastsd_kernels/forward_backward.py`, what these functions call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fastsd_kernels.forward_backward import Pieces
+
+Gradient = Tensor | None
+Layer = Sequence[Any]  # tensors or None: weight, bias, down, up; with more ups for a weight that projections share
+Gradients = tuple[Gradient, ...]  # of a layer's tensors
+
+
+def tokens(x_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) channels last -> (B, N, C), a view."""
+    return x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def image(x_BNC: Tensor, size: torch.Size) -> Tensor:
+    """(B, N, C) -> (B, C, H, W) channels last, a view."""
+    return x_BNC.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def _join(x: Tensor, skip: Tensor | None) -> Tensor:
+    return x if skip is None else torch.cat([x, skip], dim=1)
+
+
+def _first(x_BHWC: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W), a view."""
+    return x_BHWC.permute(0, 3, 1, 2)
+
+
+def _last(x_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), a view."""
+    return x_BCHW.permute(0, 2, 3, 1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _reads_input(needs: Sequence[bool]) -> bool:
+    """Whether a layer whose gradients these are must have its input for them: all but the bias's do."""
+    return needs[0] or any(needs[2:])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, *ups: Any) -> Tensor:
+    """x weight^T + bias + (x down^T) up^T over the last dimension."""
+    if down is None:
+        return F.linear(x, weight, bias)
+    rows = _rows(x)
+    low = F.linear(rows, down)
+    if len(ups) == 1:
+        y = F.linear(low, ups[0], bias)
+    else:
+        assert bias is None
+        y = rows.new_empty(len(rows), len(weight))
+        for place, share, up in _blocks(y, low, ups):
+            if up is None:
+                place.zero_()
+            else:
+                torch.mm(share, up.t(), out=place)
+    return torch.addmm(y, rows, weight.t(), out=y).unflatten(0, x.shape[:-1])
+
+
+def _linear_backward(
+    dy: Tensor, x: Tensor | None, layer: Layer, need_x: bool, needs: Sequence[bool]
+) -> tuple[Gradient, Gradients]:
+    """dx, and the gradients of a layer, of `_linear`; None where not needed. x as `_reads_input` says."""
+    weight, _, down, *ups = layer
+    rows, inputs = _rows(dy), None if x is None else _rows(x)
+    dx = dweight = ddown = None
+    dups: list[Gradient] = [None] * len(ups)
+    if down is not None:
+        dlow = rows.new_empty(len(rows), len(down))
+        for dy_block, share, up in _blocks(rows, dlow, ups):
+            if up is not None:
+                torch.mm(dy_block, up, out=share)
+        if need_x:
+            dx = dlow @ down
+            torch.addmm(dx, rows, weight, out=dx)
+        if needs[2] and inputs is not None:
+            ddown = dlow.t() @ inputs
+        if any(needs[3:]) and inputs is not None:
+            blocks = _blocks(rows, inputs @ down.t(), ups)
+            dups = [None if up is None else dy_block.t() @ share for dy_block, share, up in blocks]
+    elif need_x:
+        dx = rows @ weight
+    if needs[0] and inputs is not None:
+        dweight = rows.t() @ inputs
+    return dx if dx is None else dx.unflatten(0, dy.shape[:-1]), (dweight, rows.sum(0) if needs[1] else None, ddown, *dups)
+
+
+def _blocks(y: Tensor, low: Tensor, ups: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """For each projection that shares a weight: its columns of y, its adapter's of down x, and its up; or y's, None, None."""
+    shares = iter(low.chunk(sum(up is not None for up in ups), dim=1))
+    for place, up in zip(y.chunk(len(ups), dim=1), ups, strict=True):
+        yield place, None if up is None else next(shares), up
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> Tensor:
+    """A 3x3 convolution with padding 1, and up (1x1) of one with down."""
+    y = F.conv2d(x, weight, bias, padding=1)
+    if down is not None and up is not None:
+        y += _first(F.linear(_last(F.conv2d(x, down, padding=1)), up))
+    return y
+
+
+def _conv_backward(dy: Tensor, x: Tensor, layer: Layer, need_x: bool, needs: Sequence[bool]) -> tuple[Gradient, Gradients]:
+    """dx, and the gradients of a layer, of `_conv`; None where not needed. Of x only the shape, unless `_reads_input`."""
+    weight, _, down, up = layer
+    dx, dweight, dbias = _conv3_backward(dy, x, weight, [need_x, needs[0], needs[1]])
+    if down is None or up is None:
+        return dx, (dweight, dbias, None, None)
+    dlow = _first(_last(dy) @ up)
+    through, ddown, _ = _conv3_backward(dlow, x, down, [need_x, needs[2], False])
+    if dx is not None and through is not None:
+        dx += through
+    dup = _rows(_last(dy)).t() @ _rows(_last(F.conv2d(x, down, padding=1))) if needs[3] else None
+    return dx, (dweight, dbias, ddown, dup)
+
+
+def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Gradient, Gradient, Gradient]:
+    """(dx, dweight, dbias) of a 3x3 convolution with padding 1."""
+    sizes = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+    return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *sizes, needs)
+
+
+class NormConv(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pieces: Pieces, groups: int, eps: float, x: Tensor, skip: Tensor | None, shift: Tensor | None,
+        norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """`layers`: the convolution, and the shortcut if there is one."""
+        whole = _join(x, skip)
+        y, mean, rstd = pieces.group_norm(whole, norm_weight, norm_bias, groups, eps, True, shift)
+        short = _first(_linear(_last(whole), *_matrix(layers[4:]))) if layers[4:] else None
+        ctx.save_for_backward(x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers)
+        ctx.pieces, ctx.groups, ctx.eps = pieces, groups, eps
+        return _conv(y, *layers[:4]), short
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dshort: Gradient) -> tuple[Gradient, ...]:
+        x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers = ctx.saved_tensors
+        _, _, _, need_x, need_skip, need_shift, need_norm, _, *needs = ctx.needs_input_grad
+        need_y = need_x or need_skip or need_shift or need_norm
+        whole = _join(x, skip)
+        norm = norm_weight, norm_bias, ctx.groups, ctx.eps, True, shift
+        y = ctx.pieces.group_norm_again(whole, mean, rstd, *norm) if _reads_input(needs[:4]) else whole
+        dy, gradients = _conv_backward(dout, y, layers[:4], need_y, needs[:4])
+        del y
+        dx = dskip = dnorm_weight = dnorm_bias = dshift = None
+        if need_y:
+            dx, dnorm_weight, dnorm_bias, dshift = ctx.pieces.group_norm_backward(dy, whole, mean, rstd, *norm)
+        if dshort is not None and layers[4:]:
+            through, own = _linear_backward(_last(dshort), _last(whole), _matrix(layers[4:]), need_y, needs[4:])
+            gradients += None if own[0] is None else own[0].view_as(layers[4]), *own[1:]
+            if dx is not None and through is not None:
+                dx = dx + _first(through)
+        if dx is not None and skip is not None:
+            dx, dskip = dx.split([x.shape[1], skip.shape[1]], dim=1)
+        return None, None, None, dx, dskip, dshift, dnorm_weight, dnorm_bias, *gradients
+
+
+def _matrix(layer: Layer) -> Layer:
+    """A 1x1 convolution as a linear."""
+    return layer[0].flatten(1), *layer[1:]
+
+
+class GroupNormLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pieces: Pieces, groups: int, eps: float, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *layer: Any
+    ) -> Tensor:
+        y, mean, rstd = pieces.group_norm(x, norm_weight, norm_bias, groups, eps, False, None)
+        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, *layer)
+        ctx.pieces, ctx.groups, ctx.eps = pieces, groups, eps
+        return _linear(tokens(y), *layer)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
+        x, mean, rstd, norm_weight, norm_bias, *layer = ctx.saved_tensors
+        _, _, _, need_x, need_norm, _, *needs = ctx.needs_input_grad
+        norm = norm_weight, norm_bias, ctx.groups, ctx.eps, False, None
+        y = tokens(ctx.pieces.group_norm_again(x, mean, rstd, *norm)) if _reads_input(needs) else None
+        dy, gradients = _linear_backward(dout, y, layer, need_x or need_norm, needs)
+        dx = dnorm_weight = dnorm_bias = None
+        if dy is not None:
+            dy = image(dy, x.shape[2:])
+            dx, dnorm_weight, dnorm_bias, _ = ctx.pieces.group_norm_backward(dy, x, mean, rstd, *norm)
+        return None, None, None, dx, dnorm_weight, dnorm_bias, *gradients
+
+
+class LayerNormLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pieces: Pieces, eps: float, x: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
+        *layer: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        y, s, mean, rstd = pieces.layer_norm(x, norm_weight, norm_bias, eps, residual)
+        ctx.save_for_backward(s, mean, rstd, norm_weight, norm_bias, *layer)
+        ctx.pieces, ctx.eps, ctx.added = pieces, eps, residual is not None
+        return _linear(y, *layer), s if residual is not None else None
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, ds: Gradient) -> tuple[Gradient, ...]:
+        s, mean, rstd, norm_weight, norm_bias, *layer = ctx.saved_tensors
+        _, _, need_x, need_residual, need_norm, _, *needs = ctx.needs_input_grad
+        need_y = need_x or need_residual or need_norm
+        y = ctx.pieces.layer_norm_again(s, mean, rstd, norm_weight, norm_bias, ctx.eps) if _reads_input(needs) else None
+        dy, gradients = _linear_backward(dout, y, layer, need_y, needs)
+        dx = dnorm_weight = dnorm_bias = None
+        if dy is not None:
+            dx, dnorm_weight, dnorm_bias = ctx.pieces.layer_norm_backward(dy, s, mean, rstd, norm_weight, norm_bias, ds)
+        return None, None, dx, dx if ctx.added else None, dnorm_weight, dnorm_bias, *gradients
+
+
+class AttentionLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pieces: Pieces, precision: str, heads: int, q: Tensor, kv: Tensor | None, *layer: Any
+    ) -> Tensor:  # fmt: skip
+        parts = _heads(q, kv, heads)
+        o, lse = pieces.attention(*parts, precision)
+        ctx.save_for_backward(q, kv, o, lse, *layer)
+        ctx.pieces, ctx.precision, ctx.heads = pieces, precision, heads
+        return _linear(o.flatten(2), *layer)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
+        q, kv, o, lse, *layer = ctx.saved_tensors
+        _, _, _, need_q, need_kv, *needs = ctx.needs_input_grad
+        do, gradients = _linear_backward(dout, o.flatten(2), layer, need_q or need_kv, needs)
+        dq = dkv = None
+        if do is not None:
+            do = do.unflatten(-1, (ctx.heads, -1))
+            dq, dkv = ctx.pieces.attention_backward(do, *_heads(q, kv, ctx.heads), o, lse, ctx.precision, kv is None)
+            dq, dkv = dq.flatten(2), None if kv is None else dkv.flatten(2)
+        return None, None, None, dq, dkv, *gradients
+
+
+def _heads(q: Tensor, kv: Tensor | None, heads: int) -> tuple[Tensor, ...]:
+    """q, k, v (B, N, heads, D) of one packed (B, N, 3C), or of q (B, N, C) and packed k, v (B, L, 2C): views."""
+    if kv is None:
+        return q.unflatten(-1, (3, heads, -1)).unbind(2)
+    return q.unflatten(-1, (heads, -1)), *kv.unflatten(-1, (2, heads, -1)).unbind(2)
+
+
+class FeedForward(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pieces: Pieces, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor,
+        norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
+    ) -> Tensor:  # fmt: skip
+        """`layers`: the first linear and the second."""
+        y, s, mean, rstd = pieces.layer_norm(x, norm_weight, norm_bias, eps, residual)
+        hidden = _linear(y, *layers[:4])
+        kept = hidden if keep_hidden else None
+        ctx.save_for_backward(s, mean, rstd, kept, norm_weight, norm_bias, *layers)
+        ctx.pieces, ctx.eps = pieces, eps
+        return s + _linear(pieces.geglu(hidden), *layers[4:])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
+        s, mean, rstd, hidden, norm_weight, norm_bias, *layers = ctx.saved_tensors
+        _, _, _, need_x, need_residual, need_norm, _, *needs = ctx.needs_input_grad
+        need_y = need_x or need_residual or need_norm
+        y: Any = None
+        if hidden is None or _reads_input(needs[:4]):
+            y = ctx.pieces.layer_norm_again(s, mean, rstd, norm_weight, norm_bias, ctx.eps)
+        if hidden is None:
+            hidden = _linear(y, *layers[:4])
+        gated = ctx.pieces.geglu(hidden) if _reads_input(needs[4:]) else None
+        dgated, second = _linear_backward(dout, gated, layers[4:], need_y or any(needs[:4]), needs[4:])
+        del gated
+        dx = dnorm_weight = dnorm_bias = None
+        first: Gradients = (None,) * 4
+        if dgated is not None:
+            dhidden = ctx.pieces.geglu_backward(dgated, hidden)
+            del dgated, hidden
+            dy, first = _linear_backward(dhidden, y, layers[:4], need_y, needs[:4])
+            del dhidden, y
+            if dy is not None:
+                dx, dnorm_weight, dnorm_bias = ctx.pieces.layer_norm_backward(dy, s, mean, rstd, norm_weight, norm_bias, dout)
+        return None, None, None, dx, dx, dnorm_weight, dnorm_bias, *first, *second
+
+
+class UpsampleConv(Function):
+    @staticmethod
+    def forward(ctx: Any, height: int, width: int, x: Tensor, *layer: Any) -> Tensor:
+        ctx.save_for_backward(x, *layer)
+        ctx.size = height, width
+        return _conv(F.interpolate(x, size=ctx.size, mode="nearest"), *layer)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
+        x, *layer = ctx.saved_tensors
+        _, _, need_x, *needs = ctx.needs_input_grad
+        large = F.interpolate(x, size=ctx.size, mode="nearest")
+        dlarge, gradients = _conv_backward(dout, large, layer, need_x, needs)
+        dx = torch.ops.aten.upsample_nearest2d_backward(dlarge, ctx.size, x.shape) if need_x else None
+        return None, None, dx, *gradients
+
+
+class Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *layer: Any) -> Tensor:
+        ctx.save_for_backward(x, *layer)
+        return _linear(x, *layer)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Gradient, ...]:
+        x, *layer = ctx.saved_tensors
+        need_x, *needs = ctx.needs_input_grad
+        dx, gradients = _linear_backward(dy, x, layer, need_x, needs)
+        return dx, *gradients
+
+
+norm_conv = NormConv.apply
+group_norm_linear = GroupNormLinear.apply
+layer_norm_linear = LayerNormLinear.apply
+attention_linear = AttentionLinear.apply
+feed_forward = FeedForward.apply
+upsample_conv = UpsampleConv.apply
+linear = Linear.apply

@@ -1,0 +1,152 @@
+"""The way from pixels to the posterior, on an `Ops` table: diffusers' AutoencoderKL, its weights, our layers.
+
+`Encoder` reads the submodules of the diffusers module each time, so whatever moves or casts that module moves this.  It is
+for inference alone: sums are taken in place, and tensors let go with their last reader.
+
+    x = conv_in(image)
+    each level       x = short(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))         short: a 1 x 1, where widths differ
+                     x = conv(x, zeros to the right and below), stride 2              not after the last level
+    in the middle    such a sum, x = x + attention(norm(x)), such a sum
+    mean, logvar = quant_conv(conv_out(silu(norm_out(x))))
+
+cuDNN's convolutions leave the bias to a pass of its own over their output.  With the Triton table there is no such pass: x
+stands for x + `late`, a number a channel that the next norm adds as it reads.  Between a convolution and a norm lie sums,
+which add both parts, and convolutions, which turn a constant into a constant, if what they find beyond the edge is -late.
+With other tables `late` is None: there the convolution adds its bias for nothing.
+
+Shapes: B images, C channels, H x W positions; all activations are channels last.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsd.errors import UserError
+from fastsd_kernels import Ops
+from fastsd_kernels.attention import attention_reference
+
+# What DiagonalGaussianDistribution of diffusers does to log variances.
+LOGVAR_BOUNDS = (-30.0, 20.0)
+_LARGEST_HEAD = 256  # of the attention kernels; the VAEs of SD and SDXL have one head of 512
+_BLOCK = "DownEncoderBlock2D"
+
+# x, and what is still to be added to each of its channels, fp32 (C,).
+Late = Tensor | None
+
+
+class Encoder:
+    """The encoder and quant_conv of a diffusers AutoencoderKL.
+
+    Args:
+        module: the AutoencoderKL; its config says widths, depths, groups, whether it has a quant_conv and attention.
+        ops: the implementations of norm and attention.
+
+    Raises:
+        UserError: blocks that the VAEs of Stable Diffusion do not have.
+    """
+
+    def __init__(self, module: Any, ops: Ops) -> None:
+        self.module, self.ops = module, ops
+        self._defers = ops.name == "triton"
+        others = sorted({*module.config.down_block_types} - {_BLOCK})
+        if others or module.config.act_fn != "silu":
+            found = ", ".join(others) or f"act_fn {module.config.act_fn}"
+            raise UserError(f"model.vae: its config has {found}, and the encoder knows {_BLOCK} with silu; give another VAE")
+
+    def __call__(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, channels last, like the weights in dtype and device -> (mean, logvar), each (B, C, h, w), logvar bounded."""
+        encoder = self.module.encoder
+        x, late = self._conv(encoder.conv_in, images_B3HW)
+        for block in encoder.down_blocks:
+            halves = block.downsamplers is not None
+            for resnet in block.resnets:
+                x, late = self._resnet(resnet, x, late, edge=halves and resnet is block.resnets[-1])
+            if halves:
+                x, late = self._conv(block.downsamplers[0].conv, x, late)
+        middle = encoder.mid_block
+        x, late = self._resnet(middle.resnets[0], x, late)
+        for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+            if attention is not None:
+                self._attend(attention, x, late)
+            x, late = self._resnet(resnet, x, late)
+        x = encoder.conv_out(self._norm(encoder.conv_norm_out, x, late))
+        if self.module.quant_conv is not None:
+            x = self.module.quant_conv(x)
+        mean, logvar = x.chunk(2, dim=1)
+        return mean, logvar.clamp(*LOGVAR_BOUNDS)
+
+    def _conv(self, conv: nn.Conv2d, x: Tensor, late: Late = None) -> tuple[Tensor, Late]:
+        """Of x + late; whatever `conv` pads x with must stand for zeros."""
+        if not self._defers or conv.bias is None:
+            return conv(x), None
+        y, bias = F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias.float()
+        return y, bias if late is None else bias + conv.weight.float().sum((2, 3)) @ late
+
+    def _norm(self, norm: nn.GroupNorm, x: Tensor, late: Late, silu: bool = True) -> Tensor:
+        if x.is_cpu and x.dtype == torch.float32 and not self._defers:
+            return _group_norm_by_slabs(x, norm, silu)
+        shift = None if late is None else late.expand(len(x), -1)
+        return self.ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift_BC=shift)
+
+    def _resnet(self, resnet: Any, x: Tensor, late: Late, edge: bool = False) -> tuple[Tensor, Late]:
+        """edge: with one more row and column, for a convolution of stride 2."""
+        h, own = self._conv(resnet.conv1, self._norm(resnet.norm1, x, late))
+        h = self._norm(resnet.norm2, h, own)  # a line of its own: what goes in is let go before the convolution
+        h, own = self._conv(resnet.conv2, h)
+        if resnet.conv_shortcut is not None:
+            x, late = self._conv(resnet.conv_shortcut, x, late)
+        late = None if late is None or own is None else late + own
+        return (_sum_with_edge(h, x, late) if edge else h.add_(x)), late
+
+    def _attend(self, attention: Any, x: Tensor, late: Late) -> None:
+        """Add attention over all positions to x."""
+        B, C, H, W = x.shape
+        normed = self._norm(attention.group_norm, x, late, silu=False).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        q, k, v = (
+            linear(normed).unflatten(2, (attention.heads, -1)) for linear in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        # Beyond the kernels' head sizes PyTorch's, which is what the reference is.
+        head = q.shape[3]
+        function = self.ops.attention if head <= _LARGEST_HEAD and head % 8 == 0 else attention_reference
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        out = attention.to_out[0](function(q, k, v, precision=precision).reshape(B, H * W, C))
+        x.add_(out.view(B, H, W, C).permute(0, 3, 1, 2))
+
+
+def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
+    """`group_norm_reference` of fp32 on a CPU, for images whose size PyTorch's own is not made for.
+
+    That one adds up all positions of a group one by one, in fp32: an error of 1e-5 at 512 x 512 and of 1e-4 at 1024 x 1024,
+    for each norm.  Here it normalises slabs of a few lines, and what they are off by is mended as SiLU is applied.
+    """
+    B, C, H, W = x.shape
+    G, lines = norm.num_groups, math.gcd(H, 8)
+    slabs = x.permute(0, 2, 3, 1).reshape(-1, lines, W, C).permute(0, 3, 1, 2)
+    y, mean, rstd = torch.native_group_norm(slabs, None, None, len(slabs), C, lines * W, G, norm.eps)
+    mean_BSG, rstd_BSG = mean.double().view(B, -1, G), rstd.double().view(B, -1, G)
+    apart = mean_BSG - mean_BSG.mean(1, keepdim=True)
+    total = (rstd_BSG**-2 + apart**2).mean(1, keepdim=True).rsqrt()  # eps is in each, and so in their mean
+
+    def spread(x_BSG: Tensor) -> Tensor:
+        return x_BSG.float().view(-1, G).repeat_interleave(C // G, 1)
+
+    scale, shift = spread(total / rstd_BSG) * norm.weight, spread(apart * total) * norm.weight + norm.bias
+    torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None], out=y)
+    if silu:
+        F.silu(y, inplace=True)
+    return y.permute(0, 2, 3, 1).view(B, H, W, C).permute(0, 3, 1, 2)
+
+
+def _sum_with_edge(h: Tensor, x: Tensor, late: Late) -> Tensor:
+    """h + x within an image of one more row and column, which stand for zeros: so it need not be copied to be padded."""
+    B, C, H, W = h.shape
+    out = torch.empty(B, C, H + 1, W + 1, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
+    zero = torch.zeros(C, dtype=h.dtype, device=h.device) if late is None else -late.to(h.dtype)
+    out[:, :, H:] = out[:, :, :, W:] = zero[:, None, None]
+    torch.add(h, x, out=out[:, :, :H, :W])
+    return out

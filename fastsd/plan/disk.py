@@ -1,0 +1,22 @@
+"""What a run leaves on the disk, before it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastsd.config.schema import Config
+from fastsd.config.stages import PARTS
+from fastsd.model.formats.write import DTYPE
+
+
+def export_bytes(config: Config, parts: Mapping[str, int]) -> int:
+    """What an export takes on the disk beside the checkpoints: single files, and parts that are no links.
+
+    Args:
+        parts: bytes of each part of the model in fp32.
+    """
+    averaged, lora = config.stage[-1].ema > 0, config.model.lora
+    adapted = PARTS[: 1 + lora.text_encoder] if lora else ()
+    anew = [*adapted * (1 + averaged), *(config.stage[-1].parts if averaged and not lora else ())]
+    single = sum(parts.values()) * DTYPE[config.export.dtype].itemsize // 4 if config.export.single_file else 0
+    return sum(parts[part] for part in anew) + single * (1 + averaged)

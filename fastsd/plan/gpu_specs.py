@@ -1,0 +1,143 @@
+"""What graphics cards can do, and how long one takes for a list of operations. An estimate, for `fastsd plan`.
+
+    seconds of an operation = max(FLOPs / (MATMUL_SHARE * rate), bytes / (MEMORY_SHARE * bandwidth))
+
+An operation's bytes are its operands read once and its results written once; operations follow one another. What a host
+adds is left out (a step is one CUDA graph), and so is the loader (it works ahead).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fastsd.errors import UserError
+
+# What a whole step reaches: of the matmul rate below in convolutions, matmuls and attention, of the bandwidth elsewhere.
+# Chosen, not measured: in bf16 they give 163 images/s of SD1.5 at 512 px on an H200, where MLPerf v5.0's best entry has
+# 149.5, and 26.5 with checkpointing on an RTX 4090, where a user of another trainer reports 28.4.
+MATMUL_SHARE, MEMORY_SHARE = 0.6, 0.8
+
+
+@dataclass(frozen=True)
+class Card:
+    """One kind of card. memory in GiB, bandwidth in GB/s (data sheet), the others in TFLOP/s of dense matmuls."""
+
+    name: str
+    memory: float
+    bandwidth: float
+    bf16: float
+    tf32: float
+    fp32: float
+
+
+# Rates of large matmuls as measured for RTX 4090, RTX 5090, H200 (bf16 also for RTX 3090); H100 is H200's chip with other
+# memory; the others are the data sheet's, for A100 less a seventh, which large matmuls lose on H200.
+# fmt: off
+CARDS = [
+    Card("RTX 3090",  24,  936,  77,  35.7, 35.7),
+    Card("RTX 4090",  24, 1008, 178,  90,   58),
+    Card("RTX 5090",  32, 1792, 253, 125,   83),
+    Card("A100",      80, 2039, 267, 134,   17),
+    Card("H100",      80, 3350, 853, 427,   48),
+    Card("H200",     139, 4800, 853, 427,   48),
+]
+# fmt: on
+
+
+def find_card(name: str) -> Card:
+    """ "4090", "rtx-4090" or "RTX 4090" -> the card. Raises UserError for one that is not in the table."""
+    plain = {_plain(card.name): card for card in CARDS}
+    found = [card for key, card in plain.items() if _plain(name) and key.endswith(_plain(name))]
+    if len(found) == 1:
+        return found[0]
+    close = difflib.get_close_matches(_plain(name), plain, n=1)
+    hint = f"did you mean {plain[close[0]].name}?" if close else "give --vram GB instead"
+    raise UserError(f"--card is {name!r}; known are {', '.join(card.name for card in CARDS)}; {hint}")
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+class Operation(NamedTuple):
+    flops: int
+    bytes: int
+    narrow: bool  # operands in bf16
+    attention: bool
+
+
+@dataclass
+class Work:
+    """The operations of one step: of its forward and backward, once a micro-batch, and of its update, once a step."""
+
+    accumulate: list[Operation] = field(default_factory=list)
+    update: list[Operation] = field(default_factory=list)
+
+    @property
+    def flops(self) -> int:
+        """Of one micro-batch."""
+        return sum(operation.flops for operation in self.accumulate)
+
+    def seconds(self, card: Card, precision: str, micro_batches: int) -> float:
+        """Of a step of that many micro-batches, see the file's note."""
+        once = sum(_seconds(operation, card, precision) for operation in self.accumulate)
+        return micro_batches * once + sum(_seconds(operation, card, precision) for operation in self.update)
+
+
+def _seconds(operation: Operation, card: Card, precision: str) -> float:
+    rate = card.bf16 if operation.narrow else card.tf32 if precision == "tf32" else card.fp32
+    if operation.attention and not operation.narrow:
+        rate = max(rate, card.tf32 / 3)  # exact attention goes the faster of two ways, see `set_precision`
+    return max(operation.flops / (MATMUL_SHARE * rate * 1e12), operation.bytes / (MEMORY_SHARE * card.bandwidth * 1e9))
+
+
+_EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# PyTorch counts its attention on GPUs only.
+_COUNTED_AS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operations that run in the `with` block in `operations`, by PyTorch's FLOP formulas; views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name, places, new = _kind(func)
+        if (places or new) and name not in _EMPTY:
+            read = _tensors((args, kwargs))
+            written = _tensors([args[place] for place in places if place < len(args)]) + (_tensors(result) if new else [])
+            formula = flop_registry.get(_COUNTED_AS.get(func.overloadpacket, func.overloadpacket))
+            flops = formula(*args, **kwargs, out_val=result) if formula else 0
+            moved = sum(t.numel() * t.itemsize for t in (*read, *written))
+            narrow = any(t.dtype == torch.bfloat16 for t in read)
+            self.operations.append(Operation(flops, moved, narrow, "attention" in name))
+        return result
+
+
+@cache
+def _kind(func: Any) -> tuple[str, list[int], bool]:
+    """An operation's name, which of its arguments it writes, and whether its results are new tensors (else views of some)."""
+    places = [i for i, argument in enumerate(func._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
+    return func.overloadpacket.__name__, places, not any(value.alias_info for value in func._schema.returns)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

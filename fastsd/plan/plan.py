@@ -1,0 +1,450 @@
+"""What a job needs - memory, time, disk - before a GPU is touched, from the config alone.
+
+Nothing here is a second formula: the step that trains is run on tensors that have shapes and no data, its memory is
+counted as it comes and goes (`train/memory.py`) and its operations are noted (`gpu_specs.py`). A micro-batch costs a second to
+try, whatever its size, so none is extrapolated from another.
+
+    weights, gradients, state, EMA    what `Step.owners` names
+    activations                       born in the forward and alive when it ends
+    working memory                    what the worst moment of the step needs beyond all of these
+
+What no tensor shows is a constant (`RESERVED`): the CUDA context, libraries and the scratch they take within an operation.
+Read next: `fastsd/train/step.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsd.config.schema import Config, DataTable, StageTable
+from fastsd.config.stages import ENDLESS, parse_amount
+from fastsd.data.loader import Batch
+from fastsd.data.sources import folders
+from fastsd.errors import UserError
+from fastsd.model.select import changed_parts
+from fastsd.model.shapes import Shapes, empty_model, materialize, read_shapes
+from fastsd.plan.disk import export_bytes
+from fastsd.plan.gpu_specs import CARDS, MATMUL_SHARE, MEMORY_SHARE, Card, Recorder, Work, find_card
+from fastsd.sampling.generate import BATCH
+from fastsd.storage import replace_file
+from fastsd.train.memory import LiveBytes
+from fastsd.train.optim import flat_state
+from fastsd.train.step import Step
+from fastsd_kernels import REFERENCE, TRITON, Ops
+from fastsd_kernels.launch import recording
+
+GIB = 1 << 30
+# Set aside for what no tensor shows: the CUDA context with its kernels and library handles, and room for the scratch that
+# convolutions take and the gaps that an allocator leaves. Not measured here.
+CONTEXT, SCRATCH = int(0.5 * GIB), int(0.7 * GIB)
+RESERVED = CONTEXT + SCRATCH
+LEVELS = ("none", "ff", "block")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage needs at one micro-batch, in bytes; and what it does.
+
+    Attributes:
+        owners: what lives as long as the stage, by owner.
+        kept: activations alive when the forward of one micro-batch ends.
+        working: what the worst moment of the step needs beyond these two.
+        sampling: what drawing samples, between steps, needs beyond `owners`.
+    """
+
+    micro: int
+    owners: dict[str, int]
+    kept: int
+    working: int
+    sampling: int
+    work: Work
+
+    @property
+    def step(self) -> int:
+        return sum(self.owners.values()) + self.kept + self.working
+
+    @property
+    def total(self) -> int:
+        return sum(self.owners.values()) + max(self.kept + self.working, self.sampling)
+
+
+class StagePlan:
+    """What one stage needs, at any micro-batch and level of checkpointing. Made by `plan_stage`."""
+
+    def __init__(
+        self, shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None, states: bool
+    ) -> None:  # fmt: skip
+        self.shapes, self.stage, self.device_bytes, self.states = shapes, stage, device_bytes, states
+        self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
+        self._rehearsals: dict[bool, _Rehearsal] = {}
+        self._needs: dict[tuple[int, str], Need] = {}
+
+    @property
+    def micro_batches(self) -> list[int]:
+        """The images a forward that this stage may have, fewest first."""
+        batch = self.stage.batch
+        return [n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or not self.stage.fused_backward)]
+
+    @property
+    def trained(self) -> list[str]:
+        """The parts of the model that the stage changes."""
+        self.need(self.stage.batch)
+        return changed_parts(self._rehearsals[True].trained)
+
+    def need(self, micro: int, checkpointing: str | None = None) -> Need:
+        """Memory and work of a step with `micro` images a forward, found by running it without data."""
+        level = checkpointing or self.stage.checkpointing
+        if (micro, level) not in self._needs:
+            whole = micro == self.stage.batch
+            if whole not in self._rehearsals:
+                made = _Rehearsal(self.shapes, self.stage, self.side, self.ops, 0 if whole else 1, self.states)
+                self._rehearsals[whole] = made
+            self._needs[micro, level] = self._rehearsals[whole].step(micro, level)
+        return self._needs[micro, level]
+
+    def largest_micro_batch(self, bytes: int | None = None, checkpointing: str | None = None) -> int:
+        """The most images a forward with which a stage fits.
+
+        Args:
+            bytes: what all tensors of the run together may take, weights included; None = `device_bytes`.
+            checkpointing: None = the stage's own.
+
+        Returns:
+            A divisor of the batch; 0 if not even the smallest fits.
+        """
+        room = self.device_bytes if bytes is None else bytes
+        *candidates, whole = self.micro_batches
+        # First the whole batch, which may need less than its half: bf16 gradients that are added up are fp32.
+        if self.need(whole, checkpointing).total <= room:
+            return whole
+        fits = 0
+        while candidates:
+            middle = len(candidates) // 2
+            if self.need(candidates[middle], checkpointing).total <= room:
+                fits, candidates = candidates[middle], candidates[middle + 1 :]
+            else:
+                candidates = candidates[:middle]
+        return fits
+
+    def images_per_second(self, card: Card, micro: int, checkpointing: str | None = None) -> float:
+        """An estimate, see `gpu_specs.py`."""
+        work = self.need(micro, checkpointing).work
+        return self.stage.batch / work.seconds(card, self.stage.precision, self.stage.batch // micro)
+
+    def files(self) -> tuple[dict[str, int], int]:
+        """Bytes as written: of each part of the model, in fp32, and of the stage's state."""
+        self.need(self.stage.batch)
+        rehearsal = self._rehearsals[True]
+        parts = {name: sum(4 * p.numel() for p in module.parameters()) for name, module in rehearsal.modules.items()}
+        return parts, rehearsal.owners["optimizer state"] + rehearsal.owners["EMA"]
+
+
+def plan_stage(
+    shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None = None, states: bool = False
+) -> StagePlan:  # fmt: skip
+    """Plan one stage.
+
+    Args:
+        shapes: of the model, `Shapes.of(model)` or `read_shapes(table)`.
+        resolution: px a side.
+        device_bytes: what all tensors of the run together may take: a card's memory less `RESERVED`, or, in a process
+            that has its context already, what is free and what its own tensors hold, less `SCRATCH`.
+        ops: the table the step will run with; None = TRITON on a GPU, or where there is no Triton REFERENCE on a CPU.
+        states: the text encoder's states are cached, and it takes no memory.
+
+    Raises:
+        UserError: a resolution that the model cannot have.
+    """
+    return StagePlan(shapes, stage, resolution, device_bytes, ops, states)
+
+
+class _Rehearsal:
+    """The step of a stage on tensors without data.
+
+    Args:
+        micro: images a forward, as a stage has it: what is trained at once (0) needs other gradients than what is added up.
+        states: batches bring the text encoder's states.
+
+    Attributes:
+        modules: of the model, by part.
+        owners: bytes that live as long as the stage.
+        trained: the parts that the stage changes, each with the names of the parameters it trains.
+    """
+
+    def __init__(self, shapes: Shapes, stage: StageTable, side: int, ops: Ops, micro: int, states: bool) -> None:
+        self._side, self._states = side, states
+        # A GPU's tensors are stood for by those of the meta device. A CPU's, which the references look at, must seem to be
+        # there: that takes PyTorch's fake tensors, five times as long.
+        self._device = torch.device("meta" if ops is TRITON else "cpu")
+        self._without_data = _ToMainMemory() if ops is TRITON else FakeTensorMode()
+        self._live, self._recorder = LiveBytes(self._device), Recorder()
+        self._forwards: list[int] = []  # bytes alive when a forward of the UNet ended
+        self._updates: list[int] = []  # at which operation an update began
+        self._model = empty_model(shapes, _traceable(ops, self._mark))
+        self.modules = {"unet": self._model.unet, "text_encoder": self._model.text.module, "vae": self._model.vae.module}
+        with self._tracing():
+            for name, module in self.modules.items():
+                if not (states and name == "text_encoder"):
+                    materialize(module, self._device)
+            self._step = Step(self._model, stage.model_copy(update={"micro_batch": micro}), total=1, seed=0, states=states)
+            for name, optimizer in self._step.optimizers.items():  # state is made at first use; this is one
+                part = self._step.parts[name]
+                flat_state(optimizer, part.names, part.layout.views)
+        self.trained = self._step.trained
+        self.owners = self._owned()
+        # Beside the owners live some small tables; on a CPU, what frozen parts keep in main memory as well.
+        self._others = self._live.now - sum(self.owners.values())
+        self._sampling = self._sample()
+        self._model.unet.register_forward_hook(lambda *_: self._forwards.append(self._live.now))
+
+    def step(self, micro: int, checkpointing: str) -> Need:
+        """One forward, backward and update of `micro` images."""
+        self._model.unet.checkpointing, self._step.micro = checkpointing, micro
+        self._recorder.operations, self._updates, self._forwards = [], [], []
+        with self._without_data:
+            channels, text = self._model.unet.cfg.in_channels, self._model.text
+            latents = torch.empty(micro, channels, self._side, self._side, dtype=torch.float16)
+            ids, positions = (torch.empty(micro, *more, dtype=torch.int64) for more in ((text.length,), ()))
+            context = torch.empty(micro, text.length, text.width, dtype=torch.float16) if self._states else None
+        with self._tracing(), self._recorder:
+            self._live.restart()
+            before = self._live.now
+            self._step(Batch(latents, ids, positions, [], context), 0)
+        forward, operations = self._forwards[0], self._recorder.operations
+        # A step that is fused with the backward has one micro-batch, and no update apart.
+        update = len(operations) if self._step.stage.fused_backward else self._updates[0]
+        return Need(
+            micro, self.owners, forward - before, self._live.peak - forward + self._others, self._sampling,
+            Work(operations[:update], operations[update:]),
+        )  # fmt: skip
+
+    def _sample(self) -> int:
+        """Peak of drawing a full batch of guided samples, beyond what lives anyway; images are decoded one by one."""
+        model, count = self._model, 2 * BATCH
+        with self._tracing(), torch.no_grad():
+            self._live.restart()
+            before = self._live.now
+            latents = torch.empty(count, model.unet.cfg.in_channels, self._side, self._side, device=self._device)
+            if self._states:  # they come from an encoder in main memory
+                context = torch.empty(count, model.text.length, model.text.width, device=self._device)
+            else:
+                context = model.text.encode(torch.empty(count, model.text.length, dtype=torch.int64, device=self._device))
+            model.unet(latents, torch.empty(count, device=self._device), context)
+            model.vae.decode(latents[:1])
+        return self._live.peak - before
+
+    def _owned(self) -> dict[str, int]:
+        found, owners = self._step.owners(), {}
+        for name, part in self._step.parts.items():
+            which = "trained" if part.trained else "frozen"
+            owners[f"weights of the {name.replace('_', ' ')}, {which}"] = part.owners()["weights"]
+        owners["VAE, for samples"] = [p.data for p in self.modules["vae"].parameters()]
+        owners |= {"gradients": found["gradients"], "optimizer state": found["state"], "EMA": found["ema"]}
+        return {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
+
+    def _mark(self) -> None:
+        self._updates.append(len(self._recorder.operations))
+
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        # 86: an RTX 3090's tiles. Nothing that is counted here depends on them, but the kernels ask.
+        with recording(86), self._without_data, self._live:
+            yield
+
+
+class _ToMainMemory(TorchDispatchMode):
+    """Lets tensors without data be copied to main memory, where they take none, for it is not what is planned."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros((), dtype=kwargs.get("dtype") or args[0].dtype).expand(args[0].shape)
+        return func(*args, **kwargs)
+
+
+def _traceable(ops: Ops, mark: Callable[[], None]) -> Ops:
+    """`ops` such that tensors without data pass, with a call of `mark` where the update begins."""
+    if ops.name == "cpu" and TRITON is not None:
+        # What is called by address cannot be traced. These work in place as well and take next to nothing besides.
+        ops = replace(ops, gradient_norm=TRITON.gradient_norm, lion=TRITON.lion, dlion=TRITON.dlion, adamw=TRITON.adamw,
+                      dlion_estimate=TRITON.dlion_estimate)  # fmt: skip
+
+    def gradient_norm(*args: Any, **kwargs: Any) -> Any:
+        mark()
+        return ops.gradient_norm(*args, **kwargs)
+
+    return replace(ops, gradient_norm=gradient_norm)
+
+
+def plan(
+    config: Config, vram: float | None = None, card: str = "", path: Path | None = None, say: Callable[[str], None] = print
+) -> None:  # fmt: skip
+    """`fastsd plan`: say what every stage needs, how fast it may go, and what it leaves on the disk.
+
+    Args:
+        vram: GiB of the card; None = the memory of `card`, or 24.
+        card: a name in `cards.CARDS`; "" = estimates for all of them.
+        path: also write everything as JSON there.
+
+    Raises:
+        UserError: what the user must change; that a stage does not fit is an answer, and no error.
+    """
+    cards = [find_card(card)] if card else CARDS
+    vram = vram if vram is not None else cards[0].memory if card else 24.0
+    if not 0 < vram < math.inf:
+        raise UserError(f"--vram is {vram:g}; give the card's memory in GB, for example 24")
+    shapes, notes = read_shapes(config.model)
+    ops = REFERENCE if config.kernels == "reference" else TRITON or REFERENCE
+    images = _count(config.data)
+    report: dict[str, Any] = {
+        "vram_gib": vram, "reserved_gib": RESERVED / GIB, "notes": notes, "kernels": ops.name,
+        "resolution": config.data.resolution, "images": images, "stages": [],
+    }  # fmt: skip
+    what = "" if ops is TRITON else ", as on a CPU: they take more memory than kernels for a GPU"
+    say("shapes     " + ("\n           ".join(notes) or f"those of {config.model.base}"))
+    say(f"kernels    {ops.name}{what}")
+    say(f"memory     {vram:g} GB, of which {RESERVED / GIB:.1f} are set aside for the CUDA context, libraries, their scratch")
+    say(f"speed      an estimate: every operation at {MATMUL_SHARE} of a card's matmul rate or {MEMORY_SHARE} of its bandwidth")
+    say(f"images     {images or 'not found: data.folders cannot be read here'}")
+    plans: list[StagePlan] = []
+    for i, stage in enumerate(config.stage):
+        # Stages that differ in these only are planned once.
+        same = {"name": "", "until": 1, "lr": 1.0, "micro_batch": 0, "warmup": 0, "caption_dropout": 0.0, "max_tags": 0,
+                "sample_every": 0, "checkpoint_every": 1, "keep_checkpoints": 1}  # fmt: skip
+        alike = stage.model_copy(update=same)
+        found = next((plan for plan in plans if plan.stage == alike), None)
+        room, states = int(vram * GIB) - RESERVED, config.cache.hidden_states
+        plans.append(found or plan_stage(shapes, alike, config.data.resolution, room, ops, states))
+        entry = _describe(plans[-1], stage, config.stage_name(i), cards, images)
+        report["stages"].append(entry)
+        _say_stage(entry, vram, say)
+    report["disk"] = _disk(config, shapes, plans, images)
+    _say_disk(report["disk"], say)
+    if path:
+        try:
+            replace_file(path, json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json is {str(path)!r}: cannot be written ({error.strerror}); name another file") from None
+
+
+def _count(data: DataTable) -> int | None:
+    """Images an epoch, before a filter by tag; None where the folders cannot be read."""
+    try:
+        return folders.count(data)[1]
+    except UserError:
+        return None
+
+
+def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], images: int | None) -> dict[str, Any]:
+    """One stage as JSON: sizes in bytes, times in seconds."""
+    largest = plan.largest_micro_batch()
+    micro = stage.micro if stage.micro_batch != "auto" else largest or plan.micro_batches[0]
+    need = plan.need(micro)
+    unit = parse_amount("until", stage.until)[1]
+    steps = stage.steps(images or 1) if images or unit != "epochs" else None
+    steps = None if steps == ENDLESS else steps  # the clock ends it
+    levels = {}
+    for level in LEVELS:
+        most = plan.largest_micro_batch(checkpointing=level)
+        one = plan.need(most or plan.micro_batches[0], level)
+        levels[level] = {
+            "largest_micro_batch": most, "activations_an_image": one.kept // one.micro,
+            "flops_an_image": one.work.flops // one.micro, "total": one.total + RESERVED,
+        }  # fmt: skip
+    speeds = {card.name: plan.images_per_second(card, micro) for card in cards}
+    return {
+        "name": name, "train": stage.train, "optimizer": stage.optimizer, "precision": stage.precision, "batch": stage.batch,
+        "micro_batch": micro, "checkpointing": stage.checkpointing, "fused_backward": stage.fused_backward, "steps": steps,
+        "memory": {**need.owners, "activations": need.kept, "working memory": need.working, "reserved": RESERVED},
+        "sampling": need.sampling, "total": need.total + RESERVED, "fits": need.total <= plan.device_bytes,
+        "largest_micro_batch": largest, "levels": levels, "images_per_second": speeds,
+        "seconds": {card: steps and steps * stage.batch / speed for card, speed in speeds.items()},
+    }  # fmt: skip
+
+
+def _say_stage(entry: dict[str, Any], vram: float, say: Callable[[str], None]) -> None:
+    micro, batch = entry["micro_batch"], entry["batch"]
+    fused = ", stepped in the backward" if entry["fused_backward"] else ""
+    say(f"\n{entry['name']}: {'+'.join(entry['train'])}, {entry['optimizer']}, {entry['precision']}, checkpointing "
+        f"{entry['checkpointing']}{fused}, batch {batch} = {batch // micro} x {micro}")  # fmt: skip
+    words = {
+        "activations": f"activations kept for the backward, {micro} x {entry['memory']['activations'] / micro / GIB:.2f}",
+        "working memory": "working memory at the worst moment of a step",
+        "reserved": "CUDA context, libraries, their scratch",
+    }
+    rows = [(words.get(owner, owner), size) for owner, size in entry["memory"].items() if size]
+    more = entry["total"] - sum(size for _, size in rows)
+    for owner, size in [*rows, *([("more while samples are drawn", more)] if more else []), ("total", entry["total"])]:
+        say(f"  {size / GIB:9.2f} GiB  {owner}")
+    say("  checkpointing   GiB an image   TFLOP an image   largest micro-batch")
+    for level, row in entry["levels"].items():
+        kept, flops = row["activations_an_image"] / GIB, row["flops_an_image"] / 1e12
+        say(f"  {level:<13}   {kept:12.3f}   {flops:14.2f}   {row['largest_micro_batch'] or 'none fits':>19}")
+    speeds, seconds = entry["images_per_second"], entry["seconds"]
+    if entry["steps"] is None:
+        steps, seconds = "1,000,000 images", {card: 1e6 / speed for card, speed in speeds.items()}
+    else:
+        steps = f"{entry['steps']:,} steps"
+    width = max(len(steps), len("estimate"))
+    say(f"  {'estimate':<{width}}" + "".join(f"{card:>10}" for card in speeds))
+    say(f"  {'images/s':<{width}}" + "".join(f"{speed:10.1f}" for speed in speeds.values()))
+    say(f"  {steps:<{width}}" + "".join(f"{_duration(took):>10}" for took in seconds.values()))
+    say("  " + _verdict(entry, vram))
+
+
+def _verdict(entry: dict[str, Any], vram: float) -> str:
+    most, card = entry["largest_micro_batch"], f"{vram:g} GB"
+    if entry["fits"]:
+        return f"fits {card}: micro-batch up to {most}"
+    if most:
+        return f"does not fit {card} at micro-batch {entry['micro_batch']}: set micro_batch = {most}"
+    levels = {level: row for level, row in entry["levels"].items() if row["largest_micro_batch"]}
+    if levels:
+        level, row = next(iter(levels.items()))
+        return f'does not fit {card}: set checkpointing = "{level}" and micro_batch = {row["largest_micro_batch"]}'
+    least = min(row["total"] for row in entry["levels"].values())
+    return f"does not fit {card} at any micro-batch: the least it needs is {least / GIB:.1f} GiB"
+
+
+def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | None) -> dict[str, Any]:
+    """Bytes on the disk, at the end or at the fullest moment."""
+    numbers = shapes.unet.in_channels * plans[0].side ** 2
+    if config.cache.hidden_states:  # of one caption an image
+        numbers += shapes.chunks * shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
+    cached = numbers * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
+    model, _ = plans[0].files()
+    # Frozen parts are links to the base's files written once; one checkpoint more exists while the oldest is not yet deleted.
+    each = [sum(model[part] for part in plan.trained) + plan.files()[1] for plan in plans]
+    most = max(size * (stage.keep_checkpoints + 1) for size, stage in zip(each, config.stage, strict=True))
+    ends = sum(model[part] for plan in plans[:-1] for part in plan.trained)
+    return {
+        "cache_an_image": cached, "cache": images and images * cached, "a_checkpoint": each,
+        "checkpoints": sum(model.values()) + most + ends, "model": sum(model.values()), "export": export_bytes(config, model),
+    }  # fmt: skip
+
+
+def _say_disk(disk: dict[str, Any], say: Callable[[str], None]) -> None:
+    per_image, own = disk["cache_an_image"], max(disk["a_checkpoint"])
+    cache = disk["cache"] or per_image * 1_000_000
+    of = "" if disk["cache"] else " for a million images"
+    say(f"\ndisk       {cache / 1e9:.1f} GB cache{of}, {per_image / 1024:g} KiB an image")
+    say(f"           {disk['checkpoints'] / 1e9:.1f} GB checkpoints at most, up to {own / 1e9:.1f} GB each, the rest links")
+    say(f"           {disk['model'] / 1e9:.1f} GB finished model, links to the last checkpoint: no more until it is copied")
+    say(f"           {disk['export'] / 1e9:.1f} GB the same for other tools, in single files, and what else is no link")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,44 @@
+"""What a run took - RUN/cost.json, for `fastsd compare` and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsd.config.schema import Config
+from fastsd.run.checkpoint import Progress
+from fastsd.run.report import memory_gb
+from fastsd.storage import replace_file
+
+
+class Cost:
+    """Seconds, steps and memory of each stage, in RUN/cost.json.
+
+    Args:
+        trained: parameters each stage trains.
+
+    Attributes:
+        sample_seconds: an image, as last measured; None before that.
+    """
+
+    def __init__(self, config: Config, trained: Sequence[int], device: torch.device) -> None:
+        self.config, self.trained, self.device = config, trained, device
+        self.path = Path(config.run) / "cost.json"
+        self.sample_seconds: float | None = None
+
+    def note(self, here: Progress, **more: Any) -> None:
+        """Write what the current stage took so far, or `more` about the run as a whole. Raises OSError if the disk is full."""
+        cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
+        took = {
+            "name": self.config.stage_name(here.stage), "trained": self.trained[here.stage], "steps": here.stage_step,
+            "images": here.images - here.stage_images, "seconds": here.seconds, "memory_gb": memory_gb(self.device),
+        }  # fmt: skip
+        if here.stage_step and not more:
+            cost["stages"] = [stage for stage in cost["stages"] if stage["name"] != took["name"]] + [took]
+        if self.sample_seconds:
+            cost["sample_seconds"] = self.sample_seconds
+        replace_file(self.path, json.dumps(cost | more, indent=2))

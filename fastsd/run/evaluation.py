@@ -1,0 +1,69 @@
+"""Looking at a run while it trains - sample grids and validation, drawn and measured between two steps.
+
+Neither touches anything that training reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from fastsd.config.schema import Config
+from fastsd.data.validation_split import Sets
+from fastsd.model.model import Model
+from fastsd.run.cost import Cost
+from fastsd.run.position import Position
+from fastsd.run.report import Report
+from fastsd.run.validation import Validation
+from fastsd.sampling.grid import read_prompts, sample_grid, save_grid
+from fastsd.train.step import Step
+
+Result = TypeVar("Result")
+
+
+class Evaluation:
+    """Samples and validation of the stage a run is in."""
+
+    def __init__(
+        self, config: Config, model: Model, sets: Sets, validation: Validation, position: Position, report: Report, cost: Cost
+    ) -> None:
+        self.config, self.model, self.sets, self.validation = config, model, sets, validation
+        self.position, self.report, self.cost = position, report, cost
+
+    def sample(self, step: Step) -> None:
+        """Draw the config's grid with the current weights."""
+        config, here = self.config, self.position.progress
+        size, start = config.sample.size or config.data.resolution, time.monotonic()
+        image = _beside_graphs(step, "samples", self.report, lambda: sample_grid(self.model, config.sample, size))
+        if image is None:
+            return
+        self.cost.sample_seconds = (time.monotonic() - start) / (len(read_prompts(config.sample)) * config.sample.images)
+        stage = config.stage_name(here.stage)
+        path = Path(config.run) / "samples" / f"{stage}-{here.step:08d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_grid(image, path, stage, here.step)
+        except OSError as error:
+            return self.report.warn(f"samples not written: {error.strerror} ({path}); training goes on")
+        self.report.images(path, here.step, image)
+
+    def validate(self, step: Step) -> None:
+        """Measure the config's sets with the current weights, and with their averages."""
+        if self.sets.measured:
+            here, stage = self.position.progress, self.config.stage_name(self.position.progress.stage)
+            rows = _beside_graphs(step, "validation", self.report, lambda: self.validation.rows(step.parts.values()))
+            self.report.validation([{"step": here.step, "images": here.images, "stage": stage, **row} for row in rows])
+
+
+def _beside_graphs(step: Step, what: str, report: Report, work: Callable[[], Result]) -> Result:
+    """Do work that needs memory while the step's CUDA graphs hold theirs; if it runs out, free the graphs and do it again."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        report.warn(f"no memory for {what} beside the CUDA graph: recording it again; cuda_graph = false avoids it")
+    step.clear_graphs()
+    return work()

@@ -1,0 +1,75 @@
+"""What a run ends with - its newest checkpoint as every tool reads it, written anew by every start that finds it done.
+
+RUN/model               a diffusers folder in fp32, linked from the checkpoint, with its model card
+RUN/model.safetensors   the same in one file of the original layout, for ComfyUI and A1111
+RUN/lora.safetensors    of a run that trains adapters, these alone; RUN/model has them merged
+RUN/model-ema ...       all of it again with averaged weights, where there are any
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastsd.config.schema import Config
+from fastsd.config.stages import PARTS
+from fastsd.model.formats.adapters import Averages, write_lora_file
+from fastsd.model.formats.model_source import Source, read_part
+from fastsd.model.formats.model_summary import metadata_of
+from fastsd.model.formats.write import write_single_file
+from fastsd.model.model import Model
+from fastsd.run import checkpoint
+from fastsd.run.model_card import last_samples, summarize, write_card
+from fastsd.storage import new_file
+
+
+def export_newest(config: Config, model: Model, say: Callable[[str], None]) -> Path:
+    """Export the newest checkpoint of `config.run`, whose model is given, and say what was written; returns what to hand on.
+
+    Raises:
+        UserError: numbers that the single file's dtype cannot hold, or a VAE that cannot be folded.
+        OSError: the disk is full or the folder cannot be written.
+    """
+    newest = checkpoint.checkpoints(Path(config.run) / "checkpoints")[-1]
+    averages = checkpoint.averages_of(newest)
+    made = _export(config, newest, model, {}, say)
+    if averages:
+        _export(config, newest, model, averages, say)
+    return made
+
+
+def _export(config: Config, newest: Path, model: Model, averages: Averages, say: Callable[[str], None]) -> Path:
+    run, table, ending = Path(config.run), config.export, "-ema" if averages else ""
+    folder, single, alone = (
+        run / name for name in (f"model{ending}", f"model{ending}.safetensors", f"lora{ending}.safetensors")
+    )
+    summary = summarize(run, newest, "ema" if averages else "raw")
+    named, samples = single.name if table.single_file else "", last_samples(run, summary.steps or 0)
+
+    def finish(new: Path) -> None:
+        write_card(new, summary, single=named, fold=table.fold, samples=samples)
+
+    def metadata(lora: bool = False) -> dict[str, str]:
+        return metadata_of(summary, model.scheduler, model.unet.cfg.sample_size * model.vae.downscale, lora=lora)
+
+    checkpoint.export(newest, folder, model, averages, finish)
+    made = [(folder, "a diffusers folder in fp32")]
+    if not table.single_file:
+        single.unlink(missing_ok=True)  # an older one would be of other weights than the folder
+    else:
+        parts = {part: read_part(folder, part) for part in (*PARTS, "vae")}  # just written: there is nothing to check
+        source = Source(folder, parts, model.scheduler, None)
+        notes = write_single_file(source, single, dtype=table.dtype, fold=table.fold, metadata=metadata())
+        made.append((single, "; ".join([f"one file in {table.dtype}", *notes])))
+    if model.lora is not None:
+        with new_file(alone) as temporary:
+            write_lora_file(temporary, model, averages, table.lora, metadata(lora=True))
+        made.append((alone, f"the adapters in {table.lora} names"))
+    for path, what in made:
+        say(f"model: {path}, {bytes_of(path) / 1e6:,.1f} MB, {what}")
+    return made[-1][0]
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())

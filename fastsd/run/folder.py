@@ -1,0 +1,101 @@
+"""What the folder of a run holds, read as it is - also while it trains, after a kill, or from an older version."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fastsd.errors import UserError
+from fastsd.run.checkpoint import checkpoints
+from fastsd.sampling.grid import GRID_CHUNK
+
+
+def model_named(name: str) -> str:
+    """MODEL of a command line: of a run its newest checkpoint, else what it names. Raises UserError: there is none yet."""
+    folder = Path(name) / "checkpoints"
+    if not folder.is_dir():
+        return name
+    found = checkpoints(folder)
+    if not found:
+        raise UserError(f"{name}: this run has no checkpoint yet; wait for one, or name a model")
+    return str(found[-1])
+
+
+Row = dict[str, Any]
+Cell = tuple[str, int]  # prompt and seed
+Box = tuple[int, int, int, int]  # left, top, right, bottom: px
+PNG_END = b"IEND\xaeB`\x82"
+WHOLE: Cell = ("", 0)  # the one cell of a grid that does not say where its cells lie
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A picture of samples and where its cells lie."""
+
+    path: Path
+    stage: str
+    step: int
+    cells: dict[Cell, Box]
+
+    def whole(self) -> Image.Image:
+        with Image.open(self.path) as sheet:
+            return sheet.convert("RGB")
+
+    def cut(self) -> dict[Cell, Image.Image]:
+        sheet = self.whole()
+        return {cell: sheet.crop(box) for cell, box in self.cells.items()}
+
+
+def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Row]:
+    """Rows of a JSONL file that are whole: the last one may have been cut off by a kill."""
+    rows: list[Row] = []
+    if not path.is_file():
+        return rows
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in needed.items()):
+            rows.append(row)
+    return rows
+
+
+def read_table(path: Path) -> Row | None:
+    """A JSON file's table; None where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def grid_files(folder: Path) -> list[tuple[Path, str, int]]:
+    """(Path, stage, step) of what is named as a sample grid in a folder."""
+    found = [(path, re.fullmatch(r"(?!\.)(.+)-(\d+)\.png", path.name)) for path in folder.glob("*.png")]
+    return [(path, match[1], int(match[2])) for path, match in found if match]
+
+
+def read_grid(path: Path, stage: str, step: int) -> Grid | None:
+    """A sample grid, or None for a file that is not whole."""
+    try:
+        if not path.read_bytes().endswith(PNG_END):
+            return None
+        with Image.open(path) as sheet:
+            return _grid(path, stage, step, sheet)
+    except (OSError, SyntaxError):  # Pillow's word for a broken PNG
+        return None
+
+
+def _grid(path: Path, stage: str, step: int, sheet: Image.Image) -> Grid:
+    try:
+        said = json.loads(sheet.info[GRID_CHUNK])
+        cells = {(str(cell["prompt"]), int(cell["seed"])): tuple(map(int, cell["box"])) for cell in said["cells"]}
+    except (KeyError, TypeError, ValueError):
+        cells = {}
+    return Grid(path, stage, step, cells or {WHOLE: (0, 0, *sheet.size)})  # type: ignore[arg-type]

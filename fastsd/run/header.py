@@ -1,0 +1,54 @@
+"""The first lines of a run - what a person checks before walking away."""
+
+from __future__ import annotations
+
+import torch
+
+from fastsd.config.schema import StageTable
+from fastsd.config.stages import ENDLESS
+from fastsd.run.report import memory_gb
+from fastsd.run.run import Run
+from fastsd.train.precision import describe_ops
+
+
+def header(run: Run) -> dict[str, str]:
+    """Title -> line, in order."""
+    config, data, vae, steps = run.config, run.data, run.model.vae, run.position.steps
+    meta = data.latents.meta
+    lengths = [f"{n} steps" if n < ENDLESS else str(s.until) for s, n in zip(config.stage, steps, strict=True)]
+    stages = [
+        f"{config.stage_name(i)}: {_in_a_line(stage)}, {run.trained[i]:,} parameters, {lengths[i]}"
+        for i, stage in enumerate(config.stage)
+    ]
+    images = len(data.latents)
+    epochs = " or ".join(str(epoch) for epoch in dict.fromkeys(data.epochs))
+    epoch = f", {epochs} an epoch" if epochs != str(images) else ""
+    step = run.position.progress.step
+    at = f", resumed at step {step}" if step else ""
+    rejected = f", {meta.rejected} rejected" if meta.rejected else ""
+    empty = f", {meta.empty_captions} empty captions" if meta.empty_captions else ""
+    states = ", and the text encoder's states" if data.states else ""
+    sizes = len({group.shape for group in data.latents.groups})
+    shapes = f" in {sizes} sizes" if sizes > 1 else ""
+    lines = {
+        "run": f"{run.folder} ({', '.join(lengths)}{at})",
+        "kernels": f"{describe_ops(run.ops)} on {_device_name(run.device)}, {memory_gb(run.device):.1f} GB in use",
+        "base": config.model.base,
+        "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, factor {vae.scaling_factor:g}",
+        "images": f"{images} at {config.data.resolution} px{shapes}{epoch}{empty}",
+        "cache": f"{meta.cached} of {meta.images} images cached{rejected}{states} ({config.cache.dir})",
+        "stages": "\n".join(stages),
+    }
+    if data.sets.measured:
+        lines["validation"] = f"{run.evaluation.validation}, every {config.validate_.every}"
+    return lines
+
+
+def _in_a_line(stage: StageTable) -> str:
+    rates = "/".join(f"{stage.rate_of(part):g}" for part in (stage.lr if isinstance(stage.lr, dict) else [""]))
+    forward = f" ({stage.micro_batch} a forward)" if stage.micro_batch else ""
+    return f"{'+'.join(stage.train)} {stage.optimizer} lr {rates} {stage.precision}, batch {stage.batch}{forward}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"

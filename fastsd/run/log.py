@@ -1,0 +1,111 @@
+"""Log rows on their way from the device - collected after a step, read one interval later without waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsd.data.loader import Batch, Stream
+from fastsd.errors import UserError
+from fastsd.run.dlion_monitor import DWatch
+from fastsd.run.report import memory_gb
+from fastsd.run.run import Run
+from fastsd.train.schedule import learning_rate
+from fastsd.train.step import Step, StepResult
+
+MAX_SKIPPED_ROWS = 3  # log rows in a row without one finite gradient: the run is dead
+
+
+class Readback:
+    """Numbers on their way from the device: copied behind the work that makes them, read when they have long arrived."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.names = list(values)
+        there = torch.stack([value.double() for value in values.values()])
+        self.here = torch.empty(there.shape, dtype=there.dtype, pin_memory=there.is_cuda)
+        self.here.copy_(there, non_blocking=True)
+        self.arrived = torch.cuda.Event() if there.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        if self.arrived:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.here.tolist(), strict=True))
+
+
+class Log:
+    """Log rows, written one interval late: by then the device has long finished, so reading it waits for nothing."""
+
+    def __init__(self, run: Run, step: Step, index: int) -> None:
+        self.run, self.step, self.name = run, step, run.config.stage_name(index)
+        self.pending: tuple[dict[str, Any], Readback, dict[str, float]] | None = None
+        self.mark = (time.perf_counter(), run.position.progress.step, 0.0)
+        self.last_skipped, self.dead_rows = int(step.skipped), 0
+        self.guards = {part: DWatch(part, step.stage, run.report.rows(self.name)) for part in step.d()}
+
+    def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
+        self.flush()
+        run, here, now = self.run, self.run.position.progress, time.perf_counter()
+        known: dict[str, Any] = {
+            "step": here.step, "stage": self.name, "stage_step": here.stage_step,
+            "images": here.images, "epoch": here.images / run.data.epochs[here.stage],
+            **self.step.seen(batch),
+        }  # fmt: skip
+        for i, part in enumerate(self.step.optimizers):  # one lr and one d a trained part; the line shows the first
+            lr = learning_rate(self.step.stage, here.stage_step - 1, self.step.total, part)
+            known[f"lr_{part}" if i else "lr"] = lr
+        device = {
+            "loss": result.loss, "loss_smooth": run.smoothed.value(), "grad_norm": result.grad_norm, "skipped": result.skipped,
+        }  # fmt: skip
+        for i, (part, d) in enumerate(self.step.d().items()):
+            device[f"d_{part}" if i else "d"] = d
+        started, steps, waited = self.mark
+        seconds = max(now - started, 1e-9)
+        speed = (here.step - steps) / seconds
+        timing = {
+            "stage_steps": self.step.total, "seconds": run.position.elapsed(), 
+            "images_per_second": speed * self.step.stage.batch,
+            "data_wait": (batches.waited - waited) / seconds, "memory_gb": memory_gb(run.device),
+            "eta": run.position.seconds_left(speed),
+        }  # fmt: skip
+        self.pending = (known, Readback(device), timing)
+        self.mark = (now, here.step, batches.waited)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep what is not training out of images per second."""
+        start = time.perf_counter()
+        yield
+        self.mark = (self.mark[0] + time.perf_counter() - start, *self.mark[1:])
+
+    def flush(self) -> None:
+        """Read and write the row that is waiting."""
+        if self.pending is None:
+            return
+        known, device, timing = self.pending
+        self.pending = None
+        read: dict[str, Any] = device.read()
+        skipped = int(read["skipped"])
+        self.run.report.row({**known, **read, "skipped": skipped}, timing)
+        self._watch(skipped, known["step"])
+        for i, guard in enumerate(self.guards.values()):
+            for warning in guard.row(known["stage_step"], read[f"d_{guard.part}" if i else "d"]):
+                self.run.report.warn(warning)
+
+    def _watch(self, skipped: int, step: int) -> None:
+        fresh = skipped - self.last_skipped
+        self.last_skipped = skipped
+        if fresh:
+            self.run.report.warn(f"{fresh} steps before step {step} had a gradient that is not finite and were skipped")
+        self.dead_rows = self.dead_rows + 1 if fresh >= self.run.config.log.every else 0
+        if self.dead_rows == MAX_SKIPPED_ROWS:
+            raise UserError(
+                f"{self.run.folder}: no finite gradient for {fresh * self.dead_rows} steps up to step {step}; "
+                "lower lr (or d0), or use precision fp32, and run again from the last checkpoint"
+            )

@@ -1,0 +1,109 @@
+"""The main loop. Everything a run does passes through `train`, in this order, every step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from fastsd.config.schema import Config
+from fastsd.errors import Stopped, UserError
+from fastsd.run.export import bytes_of, export_newest
+from fastsd.run.header import header
+from fastsd.run.log import Log
+from fastsd.run.run import Run, open_run
+from fastsd.run.stage_start import start_stage
+from fastsd.run.triggers import Due
+
+
+def train(config: Config, console: Console | None = None, *, export: bool = True) -> None:
+    """Train all stages of a config, from the start or from where the run stands, and export the model, if that is wanted.
+
+    Raises:
+        UserError: something the user must change; what was saved stands.
+        Stopped: after a checkpoint, when asked to stop.
+    """
+    with open_run(config, console or Console()) as run, stop_signal() as stop:
+        run.report.header(header(run))
+        for note in run.notes:
+            run.report.warn(note)
+        for index in range(run.position.progress.stage, len(config.stage)):
+            if not run.position.finished(index):
+                train_stage(run, index, stop)
+        if export:
+            export_run(run)
+
+
+def train_stage(run: Run, index: int, stop: list[int]) -> None:
+    """Train one stage to its end: each step is counted, then logged, measured, drawn and saved, where that is due."""
+    stage, step, position = run.config.stage[index], start_stage(run, index), run.position
+    log, due, begun = Log(run, step, index), Due(run, index), position.progress
+    end = begun.stage_images + step.total * stage.batch
+    if begun.step == 0:
+        run.evaluation.validate(step)
+        if stage.sample_every:
+            run.evaluation.sample(step)
+    with run.data.loader(index, begun.stage_images).stream(begun.images, end, stage.batch) as batches:
+        for batch in batches:
+            result = step(batch, position.progress.stage_step)
+            run.advance(step, result)
+            done = position.at_end(index)
+            if due.log() or done:
+                log.row(result, batch, batches)
+            if due.validation() or done:
+                log.flush()
+                with log.paused():
+                    run.evaluation.validate(step)
+            if due.sample() or done:
+                with log.paused():
+                    run.evaluation.sample(step)
+            keep = due.kept()
+            if due.checkpoint() or keep or done or stop:
+                log.flush()
+                with log.paused():
+                    saved = run.saving.save(step, done, keep)
+                if stop and not done:
+                    raise Stopped(f"{run.folder}: stopped at step {position.progress.step}")
+                if done and not saved:
+                    raise UserError(f"{run.folder}: the end of stage {index + 1} could not be saved; free space, run again")
+            if done:
+                break
+    step.release()
+
+
+def export_run(run: Run) -> None:
+    """Write the newest checkpoint's model for other tools. Raises UserError if the disk does not take it."""
+    try:
+        model = export_newest(run.config, run.model, run.report.say)
+        run.cost.note(run.position.progress, file_bytes=bytes_of(model))
+    except OSError as error:
+        raise UserError(
+            f"{run.folder}: all is trained and saved, but the model could not be written ({error.strerror or error}); "
+            "free space on that disk, and the same line again writes it"
+        ) from error
+
+
+@contextmanager
+def stop_signal() -> Iterator[list[int]]:
+    """A list that gets the signal's number on Ctrl-C or a polite kill: the loop saves and stops. A second one stops at once."""
+    stop: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {kind: signal.signal(kind, ask) for kind in kinds}
+    except ValueError:  # not in the main thread: the caller handles signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

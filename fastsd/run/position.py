@@ -1,0 +1,82 @@
+"""Where a run stands - how much is done of which stage, and how much is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fastsd.config.stages import StageTable
+from fastsd.run.checkpoint import Progress
+from fastsd.train.step import Step
+
+
+class Position:
+    """Where a run stands among its stages.
+
+    Args:
+        progress: as the newest checkpoint has it, or a fresh one.
+        stages: of the config.
+        steps: of each stage, `ENDLESS` for one that time ends.
+        extendable: the checkpoint holds optimizer state, so a finished last stage can be made longer.
+
+    Attributes:
+        progress: what a checkpoint saves.
+    """
+
+    def __init__(self, progress: Progress, stages: Sequence[StageTable], steps: Sequence[int], extendable: bool) -> None:
+        self.progress, self.stages, self.steps = progress, stages, steps
+        self._extendable = extendable
+        self._since = time.monotonic()  # when `progress.seconds` was brought up to date
+
+    def finished(self, index: int) -> bool:
+        """True if the stage needs no more steps. The last stage may be extended if its checkpoint keeps the optimizer state."""
+        here = self.progress
+        longer = index == len(self.steps) - 1 and not self.at_end(index) and self._extendable
+        return here.stage > index or (here.stage == index and here.stage_done and not longer)
+
+    def at_end(self, index: int) -> bool:
+        """True if the current stage has all its steps, or has used up its time."""
+        limit = self.stages[index].seconds
+        return self.progress.stage_step >= self.steps[index] or (limit is not None and self.elapsed() >= limit)
+
+    def begin(self, index: int) -> bool:
+        """Move to a stage. True if the run was already in the middle of it."""
+        here, stage = self.progress, self.stages[index]
+        resumed = here.stage == index and here.stage_step > 0
+        if not resumed:
+            carried = here.carried + here.stage_step if stage.state == "carry" else 0
+            self.progress = replace(
+                here, stage=index, stage_step=0, stage_images=here.images, stage_done=False, seconds=0.0, carried=carried
+            )
+        self._since = time.monotonic()
+        return resumed
+
+    def advance(self, step: Step) -> None:
+        """Count one optimizer step."""
+        now = time.monotonic()
+        self.progress = replace(
+            self.progress, stage_step=self.progress.stage_step + 1, step=self.progress.step + 1,
+            images=self.progress.images + step.stage.batch, micro=step.micro, micro_asked=step.stage.micro_batch,
+            seconds=self.progress.seconds + now - self._since,
+        )  # fmt: skip
+        self._since = now
+
+    def mark_done(self, done: bool) -> None:
+        """Note whether the current stage has ended."""
+        self.progress = replace(self.progress, stage_done=done)
+
+    def elapsed(self) -> float:
+        """Seconds the current stage has run, over all starts."""
+        return self.progress.seconds + time.monotonic() - self._since
+
+    def seconds_left(self, steps_per_second: float) -> float:
+        """Seconds until all stages are done."""
+        here, left = self.progress, 0.0
+        for index in range(here.stage, len(self.steps)):
+            begun, limit = index == here.stage, self.stages[index].seconds
+            if limit is not None:
+                left += max(limit - (self.elapsed() if begun else 0), 0)
+            else:
+                left += (self.steps[index] - (here.stage_step if begun else 0)) / steps_per_second
+        return left

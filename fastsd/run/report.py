@@ -1,0 +1,222 @@
+"""What a person sees, and what is kept of it.
+
+the console          a header, then one live line (plain lines when it is not a terminal)
+RUN/log.jsonl        one row per log interval with nothing but what training determines: it is the same, bit for bit,
+                     however often the run was interrupted
+RUN/timing.jsonl     speed, memory and waiting of the same steps
+RUN/validation.jsonl one row per measurement, set and kind of weights, exact in the same way
+RUN/tensorboard      all of them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from fastsd.config.schema import LogTable
+from fastsd.config.stages import ENDLESS
+from fastsd.errors import UserError
+from fastsd.run.validation import in_a_line
+
+
+class Report:
+    """The console and log files of one run.
+
+    Args:
+        run: the run's folder.
+        table: `[log]` of the config.
+        step: steps done; rows of later steps, left by a run that was cut off, are removed.
+        saved_at: when the newest checkpoint was written, as time.time(); None if there is none.
+    """
+
+    def __init__(self, run: Path, table: LogTable, step: int, saved_at: float | None, console: Console) -> None:
+        self.console = console
+        self.run = run
+        self.log = _reopen(run / "log.jsonl", step)
+        self.timing = _reopen(run / "timing.jsonl", step)
+        if (run / "validation.jsonl").exists():
+            _reopen(run / "validation.jsonl", step or -1).close()  # before the first step it is measured again
+        self.board = _tensorboard(run, step) if table.tensorboard else None
+        self.wandb = _wandb(table.wandb, run) if table.wandb else None
+        self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        self.saved_at = saved_at
+
+    def header(self, rows: dict[str, str]) -> None:
+        width = max(map(len, rows)) + 2
+        for name, value in rows.items():
+            # Whole lines: a table would break them at 80 columns in a log file.
+            self.console.print(Text.assemble((name.ljust(width), "bold"), value), soft_wrap=True)
+        if self.live:
+            self.live.start()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(Text(f"! {text}", style="bold yellow"), soft_wrap=True)
+
+    def saved(self) -> None:
+        self.saved_at = time.time()
+
+    def row(self, values: dict[str, Any], timing: dict[str, float]) -> None:
+        """One log interval: to the files and to the line."""
+        try:
+            for file, entry in ((self.log, values), (self.timing, {"step": values["step"], **timing})):
+                file.write(_json(entry))
+                file.flush()
+        except OSError as error:  # what is not written stays in the buffer, and the next row tries again
+            self.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training goes on")
+        self._scalars({**values, **timing}, values["step"])
+        line = _line(values, timing, self.saved_at)
+        if self.live:
+            self.live.update(Text(line))
+        else:
+            self.say(line)
+
+    def _scalars(self, scalars: dict[str, Any], step: int) -> None:
+        if self.board:
+            for name, value in scalars.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
+
+    def validation(self, rows: list[dict[str, Any]]) -> None:
+        """What was measured after a step, see `validation.py`."""
+        step, scalars = rows[0]["step"], {}
+        for row in rows:
+            name = row["set"] + ("_ema" if row["weights"] == "ema" else "")
+            scalars[f"validation/{name}"] = row["loss"]
+            scalars |= {f"validation_{name}/t{first}-{end - 1}": loss for first, end, loss, _ in row["bands"]}
+        try:
+            with open(self.run / "validation.jsonl", "a", encoding="utf-8") as file:
+                file.write("".join(map(_json, rows)))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self.warn(f"validation of step {step} not written: {error.strerror}; training goes on")
+        self._scalars(scalars, step)
+        self.say(f"validation at step {step}: {in_a_line(rows)}")
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """What was logged of a stage until now."""
+        lines = (self.run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [row for row in map(json.loads, lines) if row["stage"] == stage]
+
+    def images(self, path: Path, step: int, image: Any) -> None:
+        """A sample grid (PIL image) was made and saved at `path`."""
+        self.say(f"samples: {path}")
+        if self.board:
+            import numpy as np
+
+            self.board.add_image(f"samples/{path.stem.rsplit('-', 1)[0]}", np.asarray(image), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Make what was logged durable; called before a checkpoint is committed. Raises OSError if the disk is full."""
+        for file in (self.log, self.timing):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+        for sink in (self.log, self.timing, self.board):
+            if sink:
+                with contextlib.suppress(OSError):  # a full disk has been warned of already
+                    sink.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _json(values: dict[str, Any]) -> str:
+    """One row; JSON has no word for a number that is not finite, so that becomes null."""
+    return json.dumps(_finite(values), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(values: dict[str, Any], timing: dict[str, float], saved_at: float | None) -> str:
+    lr = f"lr {values['lr']:.3g}"
+    if values.get("d") is not None:
+        lr = f"d*lr {values['d'] * values['lr']:.3g} (d {values['d']:.3g})"
+    saved = "not saved yet" if saved_at is None else f"saved {duration(max(0.0, time.time() - saved_at))} ago"
+    of = f"/{timing['stage_steps']}" if timing["stage_steps"] < ENDLESS else ""
+    skipped = f" | skipped {values['skipped']}" if values["skipped"] else ""
+    return (
+        f"{values['stage']} {values['stage_step']}{of} | epoch {values['epoch']:.2f} | "
+        f"loss {values['loss']:.4f} ~{values['loss_smooth']:.4f} | {lr} | grad {values['grad_norm']:.3g}{skipped} | "
+        f"{timing['images_per_second']:.1f} img/s | {timing['memory_gb']:.1f} GB | wait {timing['data_wait']:.0%} | "
+        f"ETA {duration(timing['eta'])} | {saved}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42s, 7m05s, 3h12m, 5d04h."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = int(seconds)
+    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // small:02d}{small_unit}"
+    return f"{seconds}s"
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak GPU memory this process allocated, or its resident memory on a CPU: GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still allocate: what the device has left, and what PyTorch holds of it unused."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _reopen(path: Path, step: int) -> TextIO:
+    """Open a JSONL file for appending, without the rows after `step` and without a row that was cut off."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue
+    path.write_text("".join(kept), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
+
+
+def _tensorboard(run: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+
+def _wandb(project: str, run: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f'log.wandb is {project!r} and wandb is not installed; pip install "fastsd[wandb]"') from None
+    return wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")

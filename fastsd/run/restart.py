@@ -1,0 +1,87 @@
+"""Starting a run again - one trainer a folder, and what may differ from the last start."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any, TextIO
+
+from fastsd.config.schema import Config, dump_config, parse_config
+from fastsd.data.cache import LatentCache
+from fastsd.data.masks import mask_hash
+from fastsd.errors import UserError
+from fastsd.run.checkpoint import Progress
+from fastsd.storage import replace_file
+
+# A change in one of these would make the rest of the run another run's.
+FIXED = ("model", "data", "seed", "validate.held_out", "validate.seed", "validate.by")
+FIXED_IN_STAGE = ("train", "state", "reinit", "batch", "optimizer", "d0", "betas", "decoupled_weight_decay")
+
+
+def lock(folder: Path) -> TextIO:
+    """Hold RUN/lock for as long as the file object lives: two trainers in one folder would ruin each other's logs."""
+    file = open(folder / "lock", "a")  # noqa: SIM115 - held open on purpose
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"run is {str(folder)!r}, in which another fastsd is training; wait for it or name another") from None
+    return file
+
+
+def compare_with_start(path: Path, config: Config, progress: Progress | None) -> list[str]:
+    """Refuse what would break the run, note what changed otherwise since its last start."""
+    if progress is None or not path.exists():
+        return []
+    # Read as a config: keys that were not there at the time have their defaults.
+    old = json.loads(dump_config(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))))
+    new = json.loads(dump_config(config))
+    advice = "put it back, or start a new run with run=FOLDER"
+    for place in FIXED:
+        was, now = (reduce(getitem, place.split("."), config) for config in (old, new))
+        if was != now:
+            raise UserError(f"{path.parent} was started with another {_difference(place, was, now)}; {advice}")
+    notes = []
+    here = progress.stage
+    for i, (was, now) in enumerate(zip(old["stage"], new["stage"], strict=False)):
+        for key in was:
+            if was[key] != now[key]:
+                difference = _difference(f"stage.{i}.{key}", was[key], now[key])
+                if i < here or (i == here and key in FIXED_IN_STAGE and progress.stage_step):
+                    raise UserError(f"{path.parent} has already trained with another {difference}; {advice}")
+                notes.append(f"changed since the last start: {difference}")
+    if len(new["stage"]) <= here:
+        raise UserError(f"{path.parent} is in stage {here + 1} and the config has {len(new['stage'])}; {advice}")
+    return notes
+
+
+def compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]:
+    """Note what the order of a run depends on, and say so where it is not that of the last start any more."""
+    now = {"samples": len(latents), "view": latents.sha256, "weights": latents.weight_hash, "masks": mask_hash(latents)}
+    was = now | json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else now
+    replace_file(path, json.dumps(now))
+    if was["samples"] != now["samples"]:
+        changed = f"the cache had {was['samples']} images at the last start and has {now['samples']}"
+        return [f"{changed}: from here on the order is another"]
+    others = sorted(key for key in now if was[key] != now[key])
+    if not others:
+        return []
+    what = "captions or images" if "view" in others else " and ".join(others)
+    return [f"{what} have changed in the cache since the last start"]
+
+
+def _difference(place: str, was: Any, now: Any) -> str:
+    if isinstance(was, dict):
+        key = next(key for key in was if was[key] != now.get(key))
+        return _difference(f"{place}.{key}", was[key], now.get(key))
+    return f"{place}: {was!r}, now {now!r}"

@@ -1,0 +1,135 @@
+"""A run - its folder, its model, its data, where it stands - opened fresh or from its newest checkpoint.
+
+Read next: `fastsd/run/loop.py`, which moves it forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from fastsd.config.schema import Config, dump_config
+from fastsd.model.formats.adapters import load_to_train
+from fastsd.model.model import Model
+from fastsd.model.select import changed_parts, selected, size_of
+from fastsd.run import checkpoint
+from fastsd.run.checkpoint import Progress
+from fastsd.run.cost import Cost
+from fastsd.run.evaluation import Evaluation
+from fastsd.run.position import Position
+from fastsd.run.report import Report
+from fastsd.run.restart import compare_images, compare_with_start, lock
+from fastsd.run.saving import Saving
+from fastsd.run.smoothed_loss import SmoothedLoss
+from fastsd.run.training_data import TrainingData
+from fastsd.run.validation import Validation
+from fastsd.sampling.grid import check_samples
+from fastsd.storage import replace_file
+from fastsd.train.precision import choose_device, choose_ops
+from fastsd.train.schedule import check_length
+from fastsd.train.step import Step, StepResult
+from fastsd_kernels import Ops
+
+
+@dataclass
+class Run:
+    """Everything that outlives a stage.
+
+    Attributes:
+        position: which stage it is in, and how far.
+        saving: its checkpoints.
+        evaluation: its samples and its validation.
+        cost: what it took.
+        trained: parameters each stage trains.
+        notes: what a user should know of this start, a line each.
+    """
+
+    config: Config
+    folder: Path
+    device: torch.device
+    ops: Ops
+    model: Model
+    data: TrainingData
+    position: Position
+    smoothed: SmoothedLoss
+    saving: Saving
+    evaluation: Evaluation
+    cost: Cost
+    report: Report
+    trained: list[int]
+    notes: list[str]
+
+    @property
+    def resident(self) -> list[nn.Module]:
+        """The modules that lie on the device: with cached text embeddings, no text encoder."""
+        return [self.model.unet, self.model.vae.module] + ([] if self.data.states else [self.model.text.module])
+
+    def advance(self, step: Step, result: StepResult) -> None:
+        """Count one optimizer step and what it changed."""
+        self.position.advance(step)
+        self.saving.changed.update(changed_parts(step.trained))
+        self.smoothed.update(result.loss)
+
+
+@contextmanager
+def open_run(config: Config, console: Console) -> Iterator[Run]:
+    """Open the run of a config; nobody else can until it is closed.
+
+    Raises:
+        UserError: whatever must be changed before training can start or go on.
+    """
+    folder = Path(config.run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(lock(folder))
+        device = choose_device(config.device)
+        ops = choose_ops(config.kernels, device)
+        notes, data_notes = list[str](), list[str]()
+        newest = checkpoint.newest(folder / "checkpoints", notes.append)
+        progress = newest[1] if newest else Progress()
+        notes += compare_with_start(folder / "config.json", config, newest[1] if newest else None)
+        saved: Mapping[str, Tensor] = checkpoint.load_state(newest[0]) if newest else {}
+        model = _load_model(config, ops, newest[0] if newest else None)
+        notes += model.notes
+        check_samples(model, config)
+        data = stack.enter_context(closing(TrainingData(config, model, data_notes.append)))
+        notes += compare_images(folder / "images.json", data.latents, resumed=newest is not None) + data_notes
+        names = [config.stage_name(index) for index in range(len(config.stage))]
+        steps = [check_length(*each) for each in zip(config.stage, names, data.epochs, strict=True)]
+        trained = [_parameters(config, index, model) for index in range(len(config.stage))]
+        validation = Validation(model, data.loader(0), data.sets, config.validate_)
+
+        replace_file(folder / "config.json", dump_config(config))
+        position = Position(progress, config.stage, steps, extendable="skipped" in saved)
+        saved_at = newest[0].stat().st_mtime if newest else None
+        report = stack.enter_context(closing(Report(folder, config.log, progress.step, saved_at, console)))
+        smoothed, cost = SmoothedLoss(saved, device), Cost(config, trained, device)
+        saving = Saving(config, model, position, smoothed, report, cost, saved)
+        evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
+        run = Run(
+            config, folder, device, ops, model, data, position, smoothed, saving, evaluation, cost, report, trained, notes
+        )
+        for module in run.resident:
+            module.to(device)
+        yield run
+
+
+def _load_model(config: Config, ops: Ops, newest: Path | None) -> Model:
+    table = config.model
+    if newest:
+        # The checkpoint is a whole model; the base need not be there any more.
+        table = table.model_copy(update={"base": str(newest), "vae": "", "tokenizer": "", "vae_scaling_factor": None})
+    return load_to_train(table, ops, config.seed, newest)
+
+
+def _parameters(config: Config, index: int, model: Model) -> int:
+    """How many numbers a stage trains. Raises UserError for a name that is no parameter."""
+    stage, where = config.stage[index], f"stage {config.stage_name(index)!r}"
+    selected(model, stage.reinit, f"{where}: reinit")
+    return size_of(model, selected(model, stage.train, f"{where}: train"))

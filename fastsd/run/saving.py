@@ -1,0 +1,102 @@
+"""Saving a run - what a checkpoint holds beside the model, and which checkpoints stay.
+
+Read next: `fastsd/run/checkpoint.py`, how one is written so that a crash loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fastsd.config.schema import Config
+from fastsd.config.stages import PARTS
+from fastsd.model.model import Model
+from fastsd.model.weights import ADAPTER
+from fastsd.run import checkpoint
+from fastsd.run.cost import Cost
+from fastsd.run.position import Position
+from fastsd.run.report import Report
+from fastsd.run.smoothed_loss import SmoothedLoss
+from fastsd.storage import replace_file
+from fastsd.train.optim import flat_state
+from fastsd.train.step import Step
+
+
+class Saving:
+    """Writes the checkpoints of a run.
+
+    Args:
+        state: tensors of the checkpoint the run was resumed from, read as they are asked for.
+
+    Attributes:
+        state: what the next stage to start takes its optimizer state from; empty once it has.
+        changed: parts whose weights differ from those in the newest checkpoint.
+        kept: names of the checkpoints that stay: stage ends, and those that were asked for.
+    """
+
+    def __init__(
+        self, config: Config, model: Model, position: Position, smoothed: SmoothedLoss, report: Report, cost: Cost,
+        state: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        self.config, self.model, self.position, self.smoothed = config, model, position, smoothed
+        self.report, self.cost, self.state = report, cost, state
+        self.folder = Path(config.run)
+        self.changed: set[str] = set()
+        noted = [self.folder / name for name in ("kept.json", "stage-ends.json")]  # the second is of older versions
+        self.kept: set[str] = {name for path in noted if path.exists() for name in json.loads(path.read_text())}
+
+    def save(self, step: Step, done: bool, keep: bool = False) -> bool:
+        """Commit a checkpoint. Returns False after a warning if the disk does not take it.
+
+        Args:
+            done: the stage has ended.
+            keep: the checkpoint is to stay.
+        """
+        self.position.mark_done(done)
+        here, folder = self.position.progress, self.folder / "checkpoints"
+        following = self.config.stage[here.stage + 1 :]
+        carried = bool(following) and following[0].state == "carry"
+        state = self.smoothed.state()
+        if not done or not following or carried:
+            state |= optimizer_state(step)
+        for name, part in step.parts.items():
+            state |= {f"{name}@ema/{key}": tensor for key, tensor in part.ema_state().items()}
+        # A part that the step does without is as it was loaded: nothing takes the place of its weights.
+        weights = dict.fromkeys(PARTS, dict) | {name: part.state for name, part in step.parts.items()}
+        try:
+            self.report.flush()
+            adapters = {name: part.state(ADAPTER) for name, part in step.parts.items()} if self.model.lora else None
+            path = checkpoint.save(folder, here, self.model, weights, self.changed, state, adapters)
+        except OSError as error:
+            self.report.warn(
+                f"checkpoint at step {here.step} not saved: {error.strerror or error} ({folder}); "
+                "training goes on, the last checkpoint stands; free space on that disk"
+            )
+            return False
+        self.changed = set()
+        self.report.saved()
+        if done and carried:
+            self.state = checkpoint.load_state(path)
+        self.kept |= {path.name} if done or keep else set()
+        try:
+            replace_file(self.folder / "kept.json", json.dumps(sorted(self.kept)))
+            if done:
+                self.cost.note(here)
+        except OSError as error:
+            self.report.warn(
+                f"{path.name} is saved, but not noted in {self.folder} ({error.strerror}); free space on that disk"
+            )
+        checkpoint.retain(folder, step.stage.keep_checkpoints, self.kept)
+        return True
+
+
+def optimizer_state(step: Step) -> dict[str, Tensor]:
+    """The step's optimizer state by the names a checkpoint has: `PART|KEY`, and the count of skipped steps."""
+    state = {"skipped": step.skipped}
+    for name, optimizer in step.optimizers.items():
+        tensors = flat_state(optimizer, step.parts[name].names, step.parts[name].layout.views)
+        state |= {f"{name}|{key}": tensor for key, tensor in tensors.items()}
+    return state

@@ -1,0 +1,97 @@
+"""Starting a stage - its step, with the state of the checkpoint or of the stage before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from fastsd.errors import UserError
+from fastsd.model.select import reinitialise
+from fastsd.model.shapes import Shapes
+from fastsd.plan.plan import SCRATCH, plan_stage
+from fastsd.run.report import free_memory
+from fastsd.run.run import Run
+from fastsd.train.optim import load_flat_state
+from fastsd.train.precision import set_precision
+from fastsd.train.step import Step
+
+_STATE = {"reset": "begins anew", "carry": "carried over from the stage before"}
+
+
+def start_stage(run: Run, index: int) -> Step:
+    """Make a stage's step. Its optimizers take the checkpoint's state if the run was in the middle of the stage, or that
+    of the stage before if the config carries it over.
+
+    Raises:
+        UserError: the stage does not fit into the device's memory.
+    """
+    config, stage, name = run.config, run.config.stage[index], run.config.stage_name(index)
+    resumed = run.position.begin(index)
+    run.model.unet.checkpointing = stage.checkpointing
+    switches = set_precision(stage.precision, run.model.unet, config.deterministic)
+    state = f"; optimizer state: {_STATE[stage.state]}" if index else ""
+    run.report.say(f"{name}: {switches}{state}")
+    if stage.reinit and not resumed:
+        drawn = reinitialise(run.model, stage.reinit, config.seed, f"stage {name!r}: reinit")
+        run.saving.changed.update(entry.split(".")[0] for entry in stage.reinit)
+        run.report.say(f"{name}: {drawn:,} parameters start from new random weights ({', '.join(stage.reinit)})")
+    step = Step(
+        run.model, stage, run.position.steps[index], config.seed, _micro_batch(run, index, resumed),
+        graph=config.cuda_graph, states=run.data.states is not None, carried=run.position.progress.carried,
+        warn=run.report.warn,
+    )  # fmt: skip
+    if resumed or stage.state == "carry":
+        _load_state(step, run.saving.state)
+    if resumed:
+        step.skipped.copy_(run.saving.state["skipped"])
+    run.saving.state = {}
+    return step
+
+
+def _load_state(step: Step, saved: Mapping[str, Tensor]) -> None:
+    for name, optimizer in step.optimizers.items():
+        part = step.parts[name]
+        load_flat_state(optimizer, part.names, _PrefixView(saved, f"{name}|"), part.layout.views)
+        for key, average in part.ema_state().items():
+            if f"{name}@ema/{key}" in saved:  # else it was switched on just now
+                average.copy_(saved[f"{name}@ema/{key}"])
+
+
+def _micro_batch(run: Run, index: int, resumed: bool) -> int:
+    """Images a forward: as the config says, or as was found before, so that a resumed run has the same sums."""
+    stage, here = run.config.stage[index], run.position.progress
+    if resumed and here.micro and here.micro_asked == stage.micro_batch:
+        return here.micro
+    if stage.micro_batch != "auto":
+        return stage.micro
+    # What is free, and what the model holds of it already: the plan counts the model, too.
+    scratch = SCRATCH if run.device.type == "cuda" else 0
+    held = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
+    room = free_memory(run.device) - scratch + held
+    planned = plan_stage(
+        Shapes.of(run.model), stage, run.config.data.resolution, room, run.ops, states=run.data.states is not None
+    ).largest_micro_batch()
+    if planned == 0:
+        raise UserError(
+            f"stage {run.config.stage_name(index)!r} does not fit with one image a forward into {room / 1e9:.1f} GB on "
+            f"{run.device}; see `fastsd plan` for checkpointing, precisions and optimizers that do"
+        )
+    run.report.say(f"micro-batch {planned}: the most that fits {room / 1e9:.1f} GB by plan; the first steps will show")
+    return planned
+
+
+class _PrefixView(Mapping[str, Tensor]):
+    """The entries of a mapping under a prefix, by the rest of their names; nothing is read ahead."""
+
+    def __init__(self, whole: Mapping[str, Tensor], prefix: str) -> None:
+        self._whole, self._prefix = whole, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._whole[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._whole if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

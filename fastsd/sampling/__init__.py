@@ -1,0 +1,1 @@
+"""Floor 4: images from a model, and grids of them."""

@@ -1,0 +1,105 @@
+"""The noise that latents are mixed with - plain, or made to suit them.
+
+Each kind that a stage asks for is put on what the ones above it leave:
+
+    1. immiscible          of several plain noises the one nearest to the image
+    2. pyramid_noise       coarser noises added, and the sum brought back to unit standard deviation
+    3. noise_offset        one number a channel added
+    4. input_perturbation  more plain noise, in the input only: the target stays what 1 to 3 made
+
+Every number comes from the counter-based generator by (seed, sample position), so the noise of an image is the same in any
+batch.  Shapes: B images, K noises to choose from, C latent channels, H x W positions.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastsd.config.stages import StageTable
+from fastsd_kernels import Ops
+from fastsd_kernels.noise import Purpose
+
+
+class Noising:
+    """The noise of a stage.
+
+    Attributes:
+        plain: it is standard normal noise and nothing else, which `Ops.noised` makes on its way.
+    """
+
+    def __init__(self, stage: StageTable, seed: int, ops: Ops) -> None:
+        self.stage, self.seed, self.ops = stage, seed, ops
+        special = stage.pyramid_noise, stage.noise_offset, stage.input_perturbation
+        self.plain = stage.immiscible == 1 and not any(special)
+
+    def __call__(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 latents and their sample positions -> (eps to be predicted, eps in the input): both fp32 (B, C, H, W).
+
+        Input perturbation adds gamma xi, xi standard normal (Ning et al. 2023, "Input perturbation reduces exposure bias in
+        diffusion models", algorithm 1); an offset adds sigma n_c, the same all over a channel (Guttenberg 2023, "Diffusion
+        with offset noise").
+        """
+        stage, (channels, height, width) = self.stage, latents_BCHW.shape[1:]
+        eps_BCHW = self._nearest(latents_BCHW, positions_B)
+        if stage.pyramid_noise:
+            eps_BCHW = self._with_coarser(eps_BCHW, positions_B)
+        if stage.noise_offset:
+            eps_BCHW = eps_BCHW + stage.noise_offset * self._draw(Purpose.OFFSET, positions_B, channels, 1, 1)
+        if not stage.input_perturbation:
+            return eps_BCHW, eps_BCHW
+        more_BCHW = self._draw(Purpose.PERTURBATION, positions_B, channels, height, width)
+        return eps_BCHW, eps_BCHW + stage.input_perturbation * more_BCHW
+
+    def _draw(self, purpose: Purpose, positions_B: Tensor, *shape: int) -> Tensor:
+        return self.ops.normal(self.seed, purpose, positions_B, shape)
+
+    def _nearest(self, latents_BCHW: Tensor, positions_B: Tensor) -> Tensor:
+        """Plain noise, or of `immiscible` plain noises the nearest to the latents in L2; the first is the plain one.
+
+        Source: Li et al. 2025, "Improved immiscible diffusion", the k-nearest form: an image's noises are its own. Li et al.
+        2024, "Immiscible diffusion", assigns the noises of a batch to its images, so that noise would depend on the batch.
+        """
+        shape, others = tuple(latents_BCHW.shape[1:]), self.stage.immiscible - 1
+        plain_BCHW = self._draw(Purpose.NOISE, positions_B, *shape)
+        if not others:
+            return plain_BCHW
+        all_BKCHW = torch.cat((plain_BCHW[:, None], self._draw(Purpose.IMMISCIBLE, positions_B, others, *shape)), dim=1)
+        # In fp64 no order of summation, which a GPU chooses by the batch, can turn the choice.
+        distance_BK = (all_BKCHW - latents_BCHW[:, None]).square().flatten(2).sum(2, dtype=torch.float64)
+        return all_BKCHW[torch.arange(len(all_BKCHW), device=all_BKCHW.device), distance_BK.argmin(1)]
+
+    def _with_coarser(self, eps_BCHW: Tensor, positions_B: Tensor) -> Tensor:
+        """eps plus share^i of noise at 1 / 2^i the size for i = 1, 2, ... down to a side of 1, stretched bilinearly.
+
+        Then divided by its standard deviation over images and positions as the numbers say it is, a function of size and
+        share, not by that of the noise at hand: it stays normal and independent of the batch.
+
+        Source: Whitaker 2023, "Multi-resolution noise for diffusion model training"; there factors are random in [2, 4).
+        """
+        share, (channels, height, width) = self.stage.pyramid_noise, eps_BCHW.shape[1:]
+        sides = [(height >> i, width >> i) for i in range(1, min(height, width).bit_length())]
+        counts = [channels * h * w for h, w in sides]
+        variance = 1.0
+        parts = self._draw(Purpose.PYRAMID, positions_B, sum(counts)).split(counts, dim=1)
+        for i, (part, (h, w)) in enumerate(zip(parts, sides, strict=True), start=1):
+            coarse_BCHW = part.unflatten(1, (channels, h, w))
+            stretched_BCHW = F.interpolate(coarse_BCHW, size=(height, width), mode="bilinear")
+            eps_BCHW = eps_BCHW + share**i * stretched_BCHW
+            variance += share ** (2 * i) * _kept_variance(h, height) * _kept_variance(w, width)
+        return eps_BCHW / math.sqrt(variance)
+
+
+@cache
+def _kept_variance(count: int, stretched: int) -> float:
+    """Mean variance of `count` unit normals stretched linearly to `stretched` numbers: of the sums of squared weights."""
+    total = 0.0
+    for i in range(stretched):
+        place = min(max((i + 0.5) * count / stretched - 0.5, 0.0), count - 1.0)
+        part = place % 1
+        total += part**2 + (1 - part) ** 2
+    return total / stretched

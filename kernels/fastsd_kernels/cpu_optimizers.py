@@ -1,0 +1,314 @@
+"""Lion, D-Lion, AdamW and the gradient norm on a CPU: `optimizers.c`, compiled at first use and called through ctypes.
+
+Signatures are the references', layouts and errors the Triton kernels', arithmetic that of `optimizers.c`: elementwise
+results have the reference's bits, with AdamW's two exceptions (`adamw.py`).  A step is one call for a whole list of
+tensors, on as many threads as PyTorch has been given (`torch.set_num_threads`); their number changes no bit.
+
+The library lies in $XDG_CACHE_HOME/fastsd, or ~/.cache/fastsd.  Its name holds a digest of source, flags, compiler and
+instruction set, so another CPU has another file, and one of its own bytes, so a damaged file is known and made anew.  It is
+written under a temporary name and renamed: processes may start side by side.  PyTorch's own loader of extensions would
+need ninja, a C++ compiler and headers that nothing here uses.
+
+A machine without a compiler is no error: `problem` says why the kernels cannot be used, and REFERENCE remains.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from fastsd_kernels.adamw import corrections
+from fastsd_kernels.arena import EMA_DECAY, StepOptions, dense, memory_order, require_dtype, scalars
+from fastsd_kernels.dlion import step_factors
+
+_SOURCE = Path(__file__).with_name("optimizers.c")
+# The last two change no result: without them roots stay scalar and a comparison may not become a select.
+_FLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# The first that works. A compiler without OpenMP (Apple's) makes kernels of one thread.
+_MACHINES = [["-march=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"]]
+
+_SPAN, _WORDS = 16384, 10  # of optimizers.c: elements of a span, words of a `Row`
+_POINTER = ctypes.c_void_p
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # p, g, m, s, low, ema
+
+
+class _Options(ctypes.Structure):
+    """As `Options` of optimizers.c."""
+
+    _fields_ = [
+        ("scale", _POINTER),
+        ("ema_gain", _POINTER),
+        ("skip", _POINTER),
+        ("zero_grads", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+def problem() -> str | None:
+    """None if the kernels can be used, else why not, in one phrase. Compiles them if nobody has; memoised."""
+    return _built()[1]
+
+
+@cache
+def _built() -> tuple[ctypes.CDLL | None, str | None]:
+    """(library, None) or (None, what is missing)."""
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+        compiler = next((c for c in (named, ["cc"], ["gcc"], ["clang"]) if c and shutil.which(c[0])), None)
+    except ValueError as error:  # a quotation that does not end
+        return None, f"$CC cannot be read: {error}"
+    if compiler is None:
+        return None, "no C compiler: neither $CC nor cc, gcc or clang is found"
+    why = ""
+    for machine in _MACHINES:
+        try:
+            return _load([*compiler, *_FLAGS, *machine]), None
+        except (OSError, RuntimeError) as error:
+            why = f"{_SOURCE.name} does not compile or load: {error}"
+    return None, why
+
+
+def _load(command: list[str]) -> ctypes.CDLL:
+    """The library that this command makes, out of the cache if it is there."""
+    # The macros name the compiler's version and every extension of the instruction set that `native` stands for.
+    macros = _output([*command, "-dM", "-E", "-x", "c", os.devnull])
+    key = _digest(_SOURCE.read_bytes() + repr(command).encode() + macros)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsd"
+    for path in folder.glob(f"optimizers-{key}-*.so"):
+        if path.stem.endswith(_digest(path.read_bytes())):
+            return _declared(path)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "optimizers.so"
+        _output([*command, "-shared", str(_SOURCE), "-o", str(made), "-lm"])
+        library = _declared(made)  # one that cannot be loaded is not kept
+        made.replace(folder / f"optimizers-{key}-{_digest(made.read_bytes())}.so")
+    return library
+
+
+def _output(command: list[str]) -> bytes:
+    """What a compiler prints. Raises RuntimeError with the first line that tells of an error."""
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").splitlines() or [f"{command[0]} ends with {done.returncode}"]
+        raise RuntimeError(next((line for line in lines if "error" in line), lines[0]).strip())
+    return done.stdout
+
+
+def _digest(data: bytes) -> str:
+    return sha256(data).hexdigest()[:32]
+
+
+def _declared(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for op in ("lion", "dlion", "adamw", "gradient_norm"):
+        function = getattr(library, f"fastsd_{op}")
+        function.argtypes = [_POINTER, ctypes.c_int64, ctypes.POINTER(_Options), _POINTER, _POINTER, _POINTER]
+        function.restype = None
+    return library
+
+
+def _library(op: str) -> ctypes.CDLL:
+    library, why = _built()
+    if library is None:
+        raise ValueError(f"{op}: the kernels for a CPU cannot be used: {why}; use REFERENCE")
+    return library
+
+
+def _require_cpu(op: str, *tensors: Any) -> None:
+    """Raise ValueError unless all that are tensors are on the CPU."""
+    elsewhere = {str(t.device) for t in tensors if isinstance(t, Tensor) and not t.is_cpu}
+    if elsewhere:
+        raise ValueError(f"{op}: tensors are on {', '.join(sorted(elsewhere))}, and these kernels need all of them on the CPU")
+
+
+def _operands(
+    op: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *states: Sequence[Tensor],
+    given: Sequence[Any],
+    **options: Unpack[StepOptions],
+) -> list[_Operands]:
+    """What lies at one place of the lists, checked as `arena.operands` checks it, but for a CPU."""
+    _require_cpu(op, *given, options.get("skip"), options.get("scale"), options.get("ema_decay"))
+    lows, emas, none = options.get("lows"), options.get("emas"), (None,) * len(params)
+    both = states if len(states) == 2 else (states[0], none)
+    each = list(zip(params, grads, *both, lows or none, emas or none, strict=True))
+    for p, g, m, s, low, ema in each:
+        shape, stride = p.shape, p.stride()
+        for t in (p, g, m, s, low, ema):
+            if t is None:
+                continue
+            if not t.is_cpu:
+                _require_cpu(op, t)
+            if t.shape == shape and t.stride() == stride and (t is not p or p.is_contiguous()):
+                continue
+            if not dense(t) or memory_order(t) != memory_order(p):
+                raise ValueError(
+                    f"{op}: a tensor of shape {tuple(t.shape)} and strides {t.stride()} beside a parameter of {tuple(shape)}"
+                    f" and {stride}; give tensors of one shape and one dense layout"
+                )
+        require_dtype(op, "parameter", p, torch.float32 if low is None else torch.bfloat16)
+        require_dtype(op, "gradient", g, torch.float32, torch.bfloat16)
+        for t in (m, s, ema):
+            if t is not None:
+                require_dtype(op, "state", t, torch.float32)
+        if low is not None:
+            require_dtype(op, "low half", low, torch.int16)
+    return each
+
+
+def _sweep(
+    op: str,
+    each: Sequence[tuple[Tensor | None, ...]],
+    factors: Tensor | None,
+    constants: Sequence[float],
+    **options: Unpack[StepOptions],
+) -> Tensor:
+    """One call over all tensors, in place. factors: fp32 (F,), or (P, F).  Sums, fp64 (2, P), empty tensors left out."""
+    words: list[int] = []
+    address, step = (0, 0) if factors is None else (factors.data_ptr(), factors.stride(0) * 4 if factors.ndim == 2 else 0)
+    spans = 0
+    for i, (p, g, *rest) in enumerate(each):
+        assert g is not None
+        n = g.numel()
+        if n:
+            words += (0 if t is None else t.data_ptr() for t in (p, g, *rest))
+            words += (address + i * step, g.dtype == torch.bfloat16, n, spans)
+            spans += -(-n // _SPAN)
+    count = len(words) // _WORDS
+    sums_2P = torch.empty(2, count, dtype=torch.float64)
+    if not count:
+        return sums_2P
+    # These are held until the call is over, for C is given addresses.
+    scale, skip, zero_grads = options.get("scale"), options.get("skip"), options.get("zero_grads", False)
+    scale = None if scale is None else scale.float()
+    gain = scalars(torch.device("cpu"), 1 - options.get("ema_decay", EMA_DECAY))
+    skip = None if skip is None else skip != 0
+    scratch_2K = torch.empty(2, spans, dtype=torch.float64)
+    passed = _Options(*(0 if t is None else t.data_ptr() for t in (scale, gain, skip)), zero_grads, torch.get_num_threads())
+    rows, floats = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * len(constants))(*constants)
+    function = getattr(_library(op), f"fastsd_{op}")
+    function(rows, count, ctypes.byref(passed), floats, scratch_2K.data_ptr(), sums_2P.data_ptr())
+    # PyTorch has not seen the writes, and a backward over a graph that holds these tensors must.
+    written = (t for p, g, *rest in each for t in (p, g if zero_grads else None, *rest))
+    torch.autograd.graph.increment_version([t for t in written if t is not None])
+    return sums_2P
+
+
+@torch.no_grad()
+def lion_cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    **options: Unpack[StepOptions],
+) -> None:
+    """`lion_reference` in one pass.
+
+    Raises:
+        ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or
+            have gaps, a tensor that is not on the CPU, or kernels that cannot be used (`problem`).
+    """
+    each = _operands("lion", params, grads, exp_avgs, given=(lr,), **options)
+    factors = scalars(torch.device("cpu"), 1 - lr * weight_decay, -lr)
+    constants = betas[0], 1 - betas[0], betas[1], 1 - betas[1]
+    _sweep("lion", each, factors, constants, **options)
+
+
+@torch.no_grad()
+def dlion_cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    s: Sequence[Tensor],
+    d: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    **options: Unpack[StepOptions],
+) -> tuple[Tensor, Tensor]:
+    """`dlion_reference` in one pass.
+
+    Returns:
+        (dots_K, l1_K): one pair of sums a tensor that is not empty, fp64; `dlion_estimate_reference` takes them.
+
+    Raises:
+        ValueError: as `lion_cpu`.
+    """
+    each = _operands("dlion", params, grads, exp_avgs, s, given=(d, lr), **options)
+    factors = step_factors(d, lr, betas[1], weight_decay)
+    constants = betas[0], 1 - betas[0], betas[1], betas[1] ** 0.5
+    dots_K, l1_K = _sweep("dlion", each, factors, constants, **options).unbind()
+    return dots_K, l1_K
+
+
+@torch.no_grad()
+def adamw_cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    **options: Unpack[StepOptions],
+) -> None:
+    """`adamw_reference` in one pass.
+
+    Raises:
+        ValueError: as `lion_cpu`, or not one count of steps a parameter.
+    """
+    each = _operands("adamw", params, grads, exp_avgs, exp_avg_sqs, given=(lr, *steps), **options)
+    if len(steps) != len(each):
+        raise ValueError(f"adamw: {len(steps)} counts of steps for {len(each)} parameters; give one each")
+    if not each:
+        return
+    _library("adamw")  # before a step is counted
+    sizes_P, roots_P = corrections(steps, lr, betas, options.get("skip"))
+    decay = scalars(sizes_P.device, 1 - lr * weight_decay)
+    factors = torch.stack((decay.expand_as(sizes_P), sizes_P, roots_P), dim=1)
+    constants = 1 - betas[0], betas[1], 1 - betas[1], eps
+    _sweep("adamw", each, factors, constants, **options)
+
+
+@torch.no_grad()
+def gradient_norm_cpu(grads: Sequence[Tensor], *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`gradient_norm_reference` in one pass.
+
+    Raises:
+        ValueError: no gradients, a dtype other than fp32 and bf16, a tensor that is not on the CPU, or kernels that cannot be
+            used (`problem`).
+    """
+    if not grads:
+        raise ValueError("gradient_norm: no gradients; give at least one")
+    _require_cpu("gradient_norm", scale, *grads)
+    for g in grads:
+        require_dtype("gradient_norm", "gradient", g, torch.float32, torch.bfloat16)
+    # Only a gradient with gaps or repeats, which no backward leaves in a parameter, is copied.
+    grads = [g if dense(g) else g.contiguous() for g in grads]
+    each = [(None, g, None, None, None, None) for g in grads]
+    total = _sweep("gradient_norm", each, None, ())[0].sum()
+    if scale is not None:
+        total = total * scale.double().square()
+    return total.sqrt().float(), ~torch.isfinite(total)

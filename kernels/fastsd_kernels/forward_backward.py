@@ -1,0 +1,208 @@
+"""The pieces of the differentiable operations, for layers that keep an input and rebuild what follows from it.
+
+An operation of `Ops` keeps for its backward what it alone needs. A layer that joins a norm and a convolution keeps less:
+the norm's input, from which its output, the convolution's input, is made again. Such a layer is an autograd function
+of its own (`fastsd/model/recompute.py`) and calls forward and backward by hand; these are the hands.
+
+Nothing here is differentiable.  Shapes: B images, C channels, H x W positions, N tokens, L keys, F features.
+Read next: `group_norm.py`, whose three kernels are three pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsd_kernels.attention import attention_op, attention_packed_backward_op, require_supported
+from fastsd_kernels.geglu import geglu_backward_op, geglu_reference, geglu_triton
+from fastsd_kernels.group_norm import group_norm_apply_op, group_norm_backward_op, group_norm_op
+from fastsd_kernels.layer_norm import layer_norm_apply_op, layer_norm_backward_op, layer_norm_op, layer_norm_residual_op
+
+Shift = Tensor | None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """One implementation of every piece. `_again` gives the forward's y once more, from what was kept."""
+
+    # (q_BNHD, k_BLHD, v_BLHD, precision) -> (o_BNHD, lse);  (do, q, k, v, o, lse, precision, own) -> packed, see the reference
+    attention: Callable[..., tuple[Tensor, Tensor]]
+    attention_backward: Callable[..., tuple[Tensor, Tensor]]
+    # (x_BCHW, weight, bias, groups, eps, silu, shift_BC) -> (y, mean, rstd);  (x, mean, rstd, weight, ...) -> y
+    # (dy, x, mean, rstd, weight, ...) -> (dx, dweight, dbias, dshift or None)
+    group_norm: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    group_norm_again: Callable[..., Tensor]
+    group_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Shift]]
+    # (x, weight, bias, eps, residual or None) -> (y, s = x + residual, mean, rstd);  (s, mean, rstd, weight, bias, eps) -> y
+    # (dy, s, mean, rstd, weight, bias, ds or None) -> (ds in all, dweight, dbias)
+    layer_norm: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    layer_norm_again: Callable[..., Tensor]
+    layer_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    # (x_2F) -> y_F;  (dy_F, x_2F) -> dx_2F
+    geglu: Callable[[Tensor], Tensor]
+    geglu_backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _attention_reference(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BLHD, v_BLHD))
+    if not q.is_cpu:  # what a GPU's backends keep differs between them, so the backward starts anew
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2), q.new_empty(0)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return o.transpose(1, 2), lse
+
+
+def _attention_backward_reference(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, own: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients packed as the projections that made q, k, v: (dqkv_BN3HD, empty) if `own`, else (dq_BNHD, dkv_BL2HD)."""
+    if q.is_cpu:
+        heads = [x.transpose(1, 2) for x in (do, q, k, v, o)]
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, False)
+    else:
+        with torch.enable_grad():
+            q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v))
+            gradients = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), do.transpose(1, 2))
+    dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
+    if own:
+        return torch.stack((dq, dk, dv), dim=2), q.new_empty(0)
+    return dq, torch.stack((dk, dv), dim=2)
+
+
+def _group_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = _shifted(x, shift)
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
+    return F.silu(y) if silu else y, mean, rstd
+
+
+def _group_norm_again_reference(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
+) -> Tensor:
+    return _group_norm_reference(x, weight, bias, groups, eps, silu, shift)[0]
+
+
+def _group_norm_backward_reference(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
+    shift: Shift,
+) -> tuple[Tensor, Tensor, Tensor, Shift]:  # fmt: skip
+    x = _shifted(x, shift)
+    if silu:
+        z = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)[0]
+        dy = torch.ops.aten.silu_backward(dy, z)
+    dy = dy.contiguous(memory_format=torch.channels_last if x.is_cpu else torch.contiguous_format)
+    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        dy, x, mean, rstd, weight, *_sizes(x), groups, [True, True, True]
+    )
+    return dx, dweight, dbias, None if shift is None else dx.sum((2, 3))
+
+
+def _shifted(x: Tensor, shift: Shift) -> Tensor:
+    """x + shift in the memory order that PyTorch's kernel reads: channels last on a CPU only."""
+    x = x if shift is None else x + shift[:, :, None, None]
+    return x.contiguous(memory_format=torch.channels_last if x.is_cpu else torch.contiguous_format)
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
+def _layer_norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s = x if residual is None else x + residual
+    y, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], weight, bias, eps)
+    return y, s, mean, rstd
+
+
+def _layer_norm_again_reference(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:  # fmt: skip
+    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)[0]
+
+
+def _layer_norm_backward_reference(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = torch.ops.aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True])
+    dx, dweight, dbias = gradients
+    return dx if ds is None else dx + ds, dweight, dbias
+
+
+def _geglu_backward_reference(dy_F: Tensor, x_2F: Tensor) -> Tensor:
+    value, gate = x_2F.chunk(2, dim=-1)
+    dx_2F = torch.empty_like(x_2F)
+    dvalue, dgate = dx_2F.chunk(2, dim=-1)
+    torch.mul(dy_F, F.gelu(gate), out=dvalue)
+    torch.ops.aten.gelu_backward.grad_input(dy_F * value, gate, grad_input=dgate)
+    return dx_2F
+
+
+def _attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    require_supported(q_BNHD, k_BLHD, v_BLHD, precision)
+    return attention_op(q_BNHD, k_BLHD, v_BLHD, precision)
+
+
+def _group_norm_again_triton(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
+) -> Tensor:
+    return group_norm_apply_op(x, mean, rstd, weight, bias, groups, silu, shift)
+
+
+def _group_norm_backward_triton(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
+    shift: Shift,
+) -> tuple[Tensor, Tensor, Tensor, Shift]:  # fmt: skip
+    dx, dweight, dbias, dshift = group_norm_backward_op(dy, x, mean, rstd, weight, bias, groups, silu, shift)
+    return dx, dweight, dbias, None if shift is None else dshift
+
+
+def _layer_norm_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if residual is not None:
+        return layer_norm_residual_op(x, residual, weight, bias, eps)
+    y, mean, rstd = layer_norm_op(x, weight, bias, eps)
+    return y, x, mean, rstd
+
+
+def _layer_norm_again_triton(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:  # fmt: skip
+    return layer_norm_apply_op(x, mean, rstd, weight, bias)
+
+
+def _layer_norm_backward_triton(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return layer_norm_backward_op(dy, x, mean, rstd, weight, ds)
+
+
+REFERENCE_PIECES = Pieces(
+    attention=_attention_reference,
+    attention_backward=_attention_backward_reference,
+    group_norm=_group_norm_reference,
+    group_norm_again=_group_norm_again_reference,
+    group_norm_backward=_group_norm_backward_reference,
+    layer_norm=_layer_norm_reference,
+    layer_norm_again=_layer_norm_again_reference,
+    layer_norm_backward=_layer_norm_backward_reference,
+    geglu=geglu_reference,
+    geglu_backward=_geglu_backward_reference,
+)
+TRITON_PIECES = Pieces(
+    attention=_attention_triton,
+    attention_backward=attention_packed_backward_op,
+    group_norm=group_norm_op,
+    group_norm_again=_group_norm_again_triton,
+    group_norm_backward=_group_norm_backward_triton,
+    layer_norm=_layer_norm_triton,
+    layer_norm_again=_layer_norm_again_triton,
+    layer_norm_backward=_layer_norm_backward_triton,
+    geglu=geglu_triton,
+    geglu_backward=geglu_backward_op,
+)

@@ -1,0 +1,419 @@
+"""`fastsd compare`: what it reads of whole, killed and odd runs, its numbers, its pictures, its page, and what it refuses."""
+
+import json
+import math
+import sys
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from tiny import job
+
+from fastsd import cli
+from fastsd.commands.cache import cache
+from fastsd.compare import charts, draw, numbers, pictures
+from fastsd.compare.compare import TABLES, compare
+from fastsd.compare.runs import RunData, read_grids, read_runs
+from fastsd.config.schema import dump_config, load_config
+from fastsd.errors import UserError
+from fastsd.run.folder import WHOLE
+from fastsd.run.loop import train
+from fastsd.run.settings import ABSENT, choices, combinations, differences, short_names
+from fastsd.sampling.grid import grid, save_grid
+
+STAGE = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 4\nbatch = 2\noptimizer = "lion"\nlr = 1e-3\n'
+STAGE += "sample_every = 2\ncheckpoint_every = 2\n"
+SECOND = STAGE.replace("unet", "text").replace('["text"]', '["text_encoder"]')
+
+
+def row(step: int, stage: str = "unet", **more) -> dict:
+    loss = 0.5 / step + 0.1
+    hashes = {"order": f"o{step}", "timesteps": f"t{step}", "noise": f"n{step}"}
+    return {"step": step, "stage": stage, "images": 4 * step, "epoch": step / 5, "lr": 1e-3, "loss": loss, **hashes, **more}
+
+
+def measured(step: int, loss: float, which: str = "held_out", weights: str = "raw") -> dict:
+    bands = [[250 * b, 250 * b + 250, loss + b / 100, 0.02] for b in range(4)]
+    return {"step": step, "images": 4 * step, "stage": "unet", "set": which, "weights": weights, "loss": loss, "se": 0.01,
+            "bands": bands}  # fmt: skip
+
+
+def jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(r) + "\n" for r in rows)
+
+
+def colours(shades: list[int]) -> list[Image.Image]:
+    return [Image.new("RGB", (32, 32), (shade, 0, 255 - shade)) for shade in shades]
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Makes the folder of a run: its log, and files by name; pictures as {step: shades of two prompts x two seeds}."""
+
+    def make(name: str, rows: list[dict], *overrides: str, stages: str = STAGE, shades=None, **files: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        config = load_config(job(tmp_path, tmp_path / "model", tmp_path / "images", stages), list(overrides))
+        (folder / "config.json").write_text(dump_config(config))
+        (folder / "log.jsonl").write_text(jsonl(rows))
+        for file, text in files.items():
+            (folder / file.replace("_json", ".json")).write_text(text)
+        for step, four in (shades or {}).items():
+            (folder / "samples").mkdir(exist_ok=True)
+            sheet = grid(colours(four), 2, ["red circle", "blue <star>"], seed=7)
+            save_grid(sheet, folder / "samples" / f"unet-{step:08d}.png", "unet", step)
+        return folder
+
+    return make
+
+
+def only(folder: Path) -> RunData:
+    return read_runs([folder])[0]
+
+
+def words(table: numbers.Table) -> list[list[str]]:
+    return [[word.label if isinstance(word, RunData) else word for word in row] for row in table.rows]
+
+
+def test_values_are_toml_and_commas_in_brackets_part_nothing():
+    assert choices('stage.train=["unet"],["unet", "text_encoder"]')[1] == {
+        '["unet"]': ["unet"], '["unet", "text_encoder"]': ["unet", "text_encoder"],
+    }  # fmt: skip
+    assert choices("a = 1e-5, x ,\"b, \\\" c\",'d,e',true,{u = 1, t = 2}")[1] == {
+        "1e-5": 1e-5, "x": "x", '"b, \\" c"': 'b, " c', "'d,e'": "d,e", "true": True, "{u = 1, t = 2}": {"u": 1, "t": 2},
+    }  # fmt: skip
+    both = [{key: value for key, (_, value) in each.items()} for each in combinations(["a=1,2", "b=x", "c=3,4"])]
+    assert both == [{"a": a, "b": "x", "c": c} for a in (1, 2) for c in (3, 4)]
+
+
+def test_names_are_as_short_as_tells_them_apart():
+    assert list(short_names(["/a/b/run", "/a/c/run", "/other"]).values()) == ["b/run", "c/run", "other"]
+    assert list(short_names(["stage.0.lr", "stage.1.lr", "seed"]).values()) == ["0.lr", "1.lr", "seed"]
+
+
+def test_settings_that_differ(made):
+    a = only(made("a", [row(1)])).config
+    b = only(made("b", [row(1)], "model.clip_skip=1", "stage.0.lr=2e-3", "seed=3")).config
+    c = only(made("c", [row(1)], stages=STAGE + SECOND)).config
+    assert differences([a, b]) == {"seed": ["0", "3"], "model.clip_skip": ["0", "1"], "stage.lr": ["0.001", "0.002"]}
+    assert differences([a, a]) == {}
+    (key, (without, has)), *others = differences([a, c]).items()
+    assert (key, without) == ("stage.text", ABSENT) and 'train = ["text_encoder"]' in has and "lr = 0.001" in has
+    assert not others
+    with_lora = a.model_copy(update={"model": a.model.model_validate({"base": a.model.base, "lora": {"rank": 8}})})
+    assert differences([a, with_lora])["model.lora.rank"] == [ABSENT, "8"] and "model.lora" not in differences([a, with_lora])
+
+
+def test_a_killed_run_is_read_up_to_the_row_that_was_cut(made):
+    folder = made("run", [row(1), row(2)])
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "ima')
+    (folder / "samples").mkdir()
+    (folder / "samples" / "unet-00000002.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    run = only(folder)
+    assert [r["step"] for r in run.log] == [1, 2] and not run.finished and not run.grids
+    assert run.validation == [] and run.cost is None
+
+
+def test_a_long_curve_is_drawn_with_few_points_and_all_its_peaks():
+    x = np.arange(200_000.0)
+    y = np.sin(x / 30_000)
+    y[123_456], y[77_777] = 9.0, -9.0
+    y[5] = np.nan
+    fewer, drawn = charts.thin(x, y)
+    assert len(fewer) <= charts.POINTS + 2 and drawn.max() == 9 and drawn.min() == -9 and not np.isnan(drawn).any()
+    assert fewer[0] == 0 and fewer[-1] == 199_999 and (np.diff(fewer) > 0).all()
+    assert charts.thin(x[:9], y[:9])[0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
+
+
+def test_smoothing_does_not_reach_over_a_stage(made):
+    rows = [row(i, loss=1.0) for i in range(1, 31)] + [row(i, "text", loss=3.0) for i in range(31, 61)]
+    rows[3]["loss"] = None
+    smooth = only(made("run", rows)).smoothed()
+    known = np.isfinite(smooth)
+    assert known.sum() == 59 and np.allclose(smooth[:30][known[:30]], 1) and np.allclose(smooth[30:], 3)
+
+
+def test_lines_are_least_squares():
+    rng = np.random.default_rng(0)
+    x = np.arange(40.0)
+    y = 3 - 0.25 * x + rng.normal(0, 0.3, 40)
+    line = numbers.fit(x, y)
+    (slope, middle), covariance = np.polyfit(x, y, 1, cov=True)
+    assert math.isclose(line.slope, slope) and math.isclose(line.error, math.sqrt(covariance[0, 0]), rel_tol=1e-6)
+    assert math.isclose(line.first, middle) and math.isclose(line.last, middle + 39 * slope)
+    first, last = numbers.ends(x, np.where(x == 2, np.nan, y))
+    assert math.isclose(first.slope, np.polyfit(np.delete(x, 2)[:7], np.delete(y, 2)[:7], 1)[0])
+    assert math.isclose(last.slope, np.polyfit(x[-7:], y[-7:], 1)[0])
+    assert numbers.fit(x[:1], y[:1]) is None and numbers.ends(x[:0], y[:0]) == (None, None)
+
+
+def test_start_end_and_slope(made):
+    rows = [row(i, loss=1 - 0.01 * i) for i in range(1, 51)]
+    validation = jsonl([measured(i, 0.9 - 0.002 * i) for i in (0, 10, 20, 30, 40, 50)])
+    folder = made("run", rows)
+    (folder / "validation.jsonl").write_text(validation)
+    training, held_out = words(numbers.trends([only(folder)]))
+    assert training[1:] == ["training", "0.99000", "0.50000", "-0.49000", *training[5:]]
+    assert [t.split(" ±")[0] for t in training[5:]] == ["-2.50", "-2.50"]  # 0.01 a step of 4 images, per 1,000
+    assert held_out[1:5] == ["held-out", "0.90000", "0.80000", "-0.10000"] and held_out[5].startswith("-0.500")
+
+
+def test_what_runs_saw_is_told_from_the_hashes(made):
+    a = made("a", [row(i) for i in range(1, 11)])
+    b = made("b", [row(i, noise=f"n{i}" if i < 7 else "other") for i in range(2, 21, 1)])
+    c = made("c", [row(i, order=None) for i in range(50, 60)])
+    runs = read_runs([a, b, c])
+    assert words(numbers.agreement(runs, runs[0])) == [
+        ["b", "the same in all 9 common rows", "the same in all 9 common rows", "they part at step 7"],
+        ["c", *["no common step"] * 3],
+    ]
+    assert words(numbers.agreement([runs[1], read_runs([made("d", [row(2, order=None)])])[0]], runs[1]))[0][1] == "not logged"
+
+
+def test_difference_from_the_baseline(made):
+    four = [0, 50, 100, 150]
+    a = made("a", [row(i) for i in range(1, 9)], shades={2: [9, 9, 9, 9], 4: four})
+    b = made("b", [row(i, loss=0.2) for i in range(1, 9)], shades={4: [shade + 10 for shade in four]})
+    c = made("c", [row(1)], shades={4: four})
+    (a / "validation.jsonl").write_text(jsonl([measured(0, 0.5), measured(8, 0.3), measured(8, 0.2, weights="ema")]))
+    (b / "validation.jsonl").write_text(jsonl([measured(8, 0.35)]))
+    runs = read_runs([a, b, c])
+    pixels, picture, factor = pictures.against(runs, runs[0])
+    assert math.isclose(pixels["b"].mean, 20 / 3) and math.isclose(pixels["b"].psnr, 10 * math.log10(255**2 / (200 / 3)))
+    assert pixels["b"].count == 4 and pixels["c"].psnr == math.inf and factor == 16 and picture.width > 300
+    one, other = words(numbers.against(runs, runs[0], pixels))
+    assert one[2:] == ["+0.05000 ± 0.014", ABSENT, "6.67 of 255", "29.9 dB", "4"]
+    assert other[-3:] == ["0.00 of 255", "equal", "4"]
+    assert pictures.against(runs[:1], runs[0]) == ({}, None, 1)
+
+
+def test_a_grid_tells_where_its_cells_lie(tmp_path):
+    images = colours([10, 90, 170, 250])
+    save_grid(grid(images, 2, ["a", "b" * 300], seed=3), tmp_path / "unet-2-00000010.png", "unet-2", 10)
+    (found,) = read_grids(tmp_path)
+    assert (found.stage, found.step) == ("unet-2", 10)
+    cells = found.cut()
+    assert list(cells) == [("a", 3), ("a", 4), ("b" * 300, 3), ("b" * 300, 4)]
+    assert [np.array_equal(cell, image) for cell, image in zip(cells.values(), images, strict=True)] == [True] * 4
+    found.whole().save(tmp_path / "text-00000002.png")  # as if by a tool that keeps no text
+    old, _ = read_grids(tmp_path)
+    assert list(old.cells) == [WHOLE] and old.cut()[WHOLE].size == found.whole().size
+    assert [path.name for path in tmp_path.glob(".tmp-*")] == []
+
+
+def test_many_checkpoints_keep_the_first_and_the_last(made):
+    run = only(made("run", [row(1)], shades={step: [step, 0, 0, 0] for step in range(0, 200, 2)}))
+    frames = pictures.frames(run.grids)
+    assert len(frames) == pictures.FRAMES and frames[0][0].step == 0 and frames[-1][0].step == 198
+    sheet = pictures.over_checkpoints(run)
+    assert sheet.width <= pictures.WIDTH
+    assert sheet.getpixel((pictures.MARGIN + 5, pictures.HEAD + 5)) == (0, 0, 255)
+    assert sheet.getpixel((sheet.width - pictures.GAP - 5, pictures.HEAD + 5)) == (198, 0, 57)
+
+
+class Page(HTMLParser):
+    """Tags that are open, addresses of everything loaded, text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+        self.said = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.loaded += [value for key, value in attrs if key in ("src", "href") and value]
+        if tag not in ("meta", "img", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said += data
+
+
+def test_the_page_is_whole_and_needs_nothing_else(made, tmp_path):
+    name = "<i>a&b'\"$x$"
+    shades = {step: [step, 50, 100, 150] for step in (0, 2, 4)}
+    cost = {"stages": [{"name": "unet", "trained": 1234, "steps": 4, "images": 16, "seconds": 75.0, "memory_gb": 1.5}],
+            "file_bytes": 3_200_000, "sample_seconds": 0.25}  # fmt: skip
+    first = made(name, [row(i, d=1e-6 * i) for i in range(1, 5)], shades=shades, cost_json=json.dumps(cost))
+    rows = [measured(i, 0.5 - i / 50, which, weights) for i in (0, 2, 4) for which in ("held_out", "stabilised")
+            for weights in ("raw", "ema")]  # fmt: skip
+    (first / "validation.jsonl").write_text(jsonl(rows))
+    second = made("x/run", [row(i, lr_text_encoder=1e-5) for i in range(1, 3)] + [row(3, "text")], stages=STAGE + SECOND)
+    third = made("y/run", [row(1, loss=None)], "seed=5", shades={2: [0, 0, 0, 0]})
+    (third / "timing.jsonl").write_text(jsonl([{"step": 1, "images_per_second": 2.0, "memory_gb": 0.5}]))
+    out = tmp_path / "reports" / "page.html"
+    compare([first, second, third], out, "x/run", console=Console(file=StringIO()))
+    text = out.read_text()
+    page = Page(text)
+    assert page.open == [] and "http" not in text
+    assert all(address.startswith(("data:image/webp;base64,", "#")) for address in page.loaded)
+    for said in (name, "x/run", "y/run", "seed", "Through training", "1,234", "1m15s", "3.2 MB", "≈ 2s", "stabilised EMA loss"):
+        assert said in page.said, said
+    films = json.loads(text.split("const films = ")[1].split(";\n")[0])
+    assert [[frame[:2] for frame in film] for film in films] == [[[0, "unet 0"], [2, "unet 2"], [4, "unet 4"]]]
+    beside = out.with_suffix("")
+    names = {path.name for path in beside.iterdir()}
+    assert {"loss.png", "validation.png", "bands.png", "rates.png", "samples.png", TABLES} <= names
+    assert {"checkpoints-1-i-a-b-x.gif", "checkpoints-1-i-a-b-x.png"} <= names
+    with Image.open(beside / "checkpoints-1-i-a-b-x.gif") as film:
+        assert film.n_frames == 3
+    assert json.loads((beside / TABLES).read_text())["Cost"]["rows"][0][1:4] == ["1,234", "1m15s", "1.50 GB"]
+    compare([third], out, console=Console(file=StringIO()))  # one run, and an older report in its place
+    assert Page(out.read_text()).open == [] and "Settings that differ" not in out.read_text()
+    assert not [path for path in beside.iterdir() if path.suffix == ".gif"] and not list(out.parent.glob(".tmp-*"))
+
+
+def test_what_fails_half_way_leaves_the_old_report(made, tmp_path, monkeypatch):
+    folder, out = made("run", [row(1)]), tmp_path / "page.html"
+    compare([folder], out, console=Console(file=StringIO()))
+    before = out.read_text(), sorted(path.name for path in (tmp_path / "page").iterdir())
+    monkeypatch.setattr(charts, "rate_chart", lambda runs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare([folder], out, console=Console(file=StringIO()))
+    assert before == (out.read_text(), sorted(path.name for path in (tmp_path / "page").iterdir()))
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+BAD = [
+    ((), "there is nothing to compare; name folders of runs"),
+    (("none",), "none is no run, it has no config.json; give the folder that a config's `run` names"),
+    (("empty",), "log.jsonl has no row yet; it gets one every 1 steps (log.every), so wait for the first"),
+    (("run", "run"), "run is named twice; name each run once"),
+    (("broken",), "config.json: cannot be read as JSON"),
+    (
+        ("run", "other", "--baseline", "none"),
+        "--baseline is 'none', which is not among the runs (run, other); name one of them",
+    ),
+    (
+        ("run", "--draw", "cfg=1,2"),
+        "--draw has the key 'cfg', which is no setting of sampling; choose from clip_skip, guidance",
+    ),
+    (("run", "--draw", "guidance="), "guidance has no values ('guidance='); write key=a,b,c"),
+    (("run", "--draw", "guidance=1,,2"), "guidance has an empty one among its values"),
+    (("run", "--draw", "guidance=1,1"), "guidance has the value 1 twice; leave one out"),
+    (("run", "--draw", "guidance"), "'guidance' names no values; write key=a,b,c"),
+    (("run", "--draw", "steps=1", "--draw", "steps=2"), "steps is given twice; write all its values in one: steps=a,b,c"),
+    (("run", "--draw", "sampler=best"), "--draw: sampler is 'best'; choose 'ddim'"),
+    (("run", "--draw", "clip_skip=-1"), "--draw: clip_skip is -1; it must be greater than or equal to 0"),
+    (("run", "--draw", "clip_skip=1"), "run has no checkpoint to draw from; leave it out, or wait for one"),
+    (("run", "--checkpoints"), "run has no checkpoint to draw from"),
+    (("silent", "--checkpoints"), "there is nothing to draw, silent has no sample.prompts"),
+    (("run", "--out", "page"), "--out is 'page'; give a file that ends in .html"),
+    (("run", "--out", "run.html"), "--out is 'run.html' and its pictures would go into run, which is in use"),
+    (("run", "--out", "folder.html"), "--out is 'folder.html', which is a folder"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: " ".join(case[0]))
+def test_bad_input_gets_one_sentence_and_writes_nothing(case, made, tmp_path, monkeypatch, capsys):
+    for name in ("run", "other"):
+        made(name, [row(1)])
+    made("empty", [])
+    made("broken", [row(1)], config_json="{")
+    made("silent", [row(1)], "sample.prompts=[]")
+    (tmp_path / "folder.html").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fastsd", "compare", *case[0]])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and case[1] in err and len(err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model, images) -> list[Path]:
+    """Two real runs that differ in clip skip."""
+    folders = []
+    for skip in (0, 1):
+        path = job(tmp_path_factory.mktemp("trained"), tiny_model, images, STAGE)
+        config = load_config(path, [f"model.clip_skip={skip}", f"run={path.parent / f'skip-{skip}'}", "sample.images=2"])
+        console = Console(file=StringIO())
+        cache(config, console)
+        train(config, console)
+        folders.append(Path(config.run))
+    return folders
+
+
+def test_what_is_drawn_anew_is_what_was_drawn(trained, tmp_path):
+    """From the model with the run's own settings: its last samples; from the checkpoints: the grids of those steps."""
+    runs = read_runs(trained)
+    settings = draw.read_settings(["clip_skip=0,1", "guidance=7,1"], runs[0])
+    assert [setting.label for setting in settings] == [f"clip_skip {s}\nguidance {g}" for s in (0, 1) for g in (7, 1)]
+    sheets = dict(draw.draw_settings(draw.finished_models(runs), settings))
+    assert list(sheets) == ["red circle", "blue star"]
+    side = (sheets["red circle"].width - pictures.MARGIN) // 4 - pictures.GAP
+    for r, run in enumerate(runs):
+        samples = {cell: np.asarray(image.resize((side, side), 1)) for cell, image in whole_cells(run).items()}
+        for prompt, sheet in sheets.items():
+            cells = [np.asarray(sheet.crop(box(side, r, c))) for c in range(4)]
+            assert np.array_equal(cells[2 * r], samples[prompt, 0])
+            assert not any(np.array_equal(cells[2 * r], cells[c]) for c in range(4) if c != 2 * r)
+    drawn = draw.draw_checkpoints(runs[1], runs[1].config.sample, tmp_path / "drawn", lambda line: None)
+    assert [(g.stage, g.step) for g in drawn] == [("unet", 2), ("unet", 4)]
+    for one, other in zip(drawn, runs[1].grids[1:], strict=True):
+        assert np.array_equal(one.whole(), other.whole())
+
+
+def whole_cells(run: RunData) -> dict:
+    """The last samples, cut as `grid` lays them, whether or not the picture says so."""
+    sheet = run.grids[-1].whole()
+    boxes = grid(colours([0] * 4), 2, run.config.sample.prompts).info["cells"]
+    return {(cell["prompt"], cell["seed"]): sheet.crop(cell["box"]) for cell in boxes}
+
+
+def box(side: int, r: int, c: int) -> tuple[int, int, int, int]:
+    left, top = pictures.MARGIN + c * (side + pictures.GAP), pictures.HEAD + r * (side + pictures.GAP)
+    return left, top, left + side, top + side
+
+
+def test_a_page_with_everything_drawn(trained, tmp_path):
+    out = StringIO()
+    compare(
+        trained, tmp_path / "r.html", "skip-1", ["clip_skip=0,1"], from_checkpoints=True, console=Console(file=out, width=200)
+    )
+    page = Page((tmp_path / "r.html").read_text())
+    for said in ("Models x sampling settings", "skip-0: red circle", "Through training", "the same in all 4 common rows"):
+        assert said in page.said
+    names = {path.relative_to(tmp_path / "r").as_posix() for path in (tmp_path / "r").rglob("*.png")}
+    assert {"draw-1-skip-0-1.png", "draw-2-skip-1-2.png", "1-skip-0/unet-00000002.png", "difference.png"} <= names
+    assert "r.html: 2 runs" in out.getvalue()
+
+
+def test_clip_skip_beyond_the_layers_is_said(trained, tmp_path):
+    with pytest.raises(UserError, match="clip_skip is 2 and the text encoder has 2 layers"):
+        compare(trained, tmp_path / "r.html", drawing=["clip_skip=0,2"], console=Console(file=StringIO()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_of_validation_has_the_error_of_the_difference(tmp_path):
+    """Image by image where both measured the same ones, else both standard errors together."""
+    from fastsd.compare.numbers import _validation_difference
+
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.3, 0.1, 64)
+    other = base + rng.normal(0.01, 0.002, 64)
+
+    def row(each, items):
+        return {"loss": each.mean(), "se": each.std(ddof=1) / 8, "items": items, "each": each.tolist()}
+
+    class Run:
+        def __init__(self, *rows):
+            self.validated = lambda which: list(rows)
+
+    which = ("held_out", "raw")
+    paired = _validation_difference(Run(row(other, "a")), Run(row(base, "a")), which)
+    assert paired == f"{(other - base).mean():+.5f} ± {(other - base).std(ddof=1) / 8:.2g}"
+    apart = _validation_difference(Run(row(other, "b")), Run(row(base, "a")), which)
+    assert float(apart.split("± ")[1]) > 20 * float(paired.split("± ")[1])

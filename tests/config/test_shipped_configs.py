@@ -1,0 +1,182 @@
+"""Every config of configs/ in miniature: the demo's model and pictures, a few steps, and the report its README promises."""
+
+import json
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from environment import ROOT
+from PIL import Image
+from rich.console import Console
+from runs import same
+
+from fastsd.commands.cache import cache
+from fastsd.commands.check import check
+from fastsd.commands.long_clip import long_clip
+from fastsd.commands.redraw import redraw
+from fastsd.compare.compare import compare
+from fastsd.compare.sweep import sweep
+from fastsd.config.schema import load_config
+from fastsd.demo.demo import MODELS
+from fastsd.demo.world import write_dataset
+from fastsd.model.formats.load import load_model
+from fastsd.run import checkpoint
+from fastsd.run.loop import train
+from fastsd.storage import read_safetensors
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.toml"))
+
+
+class World:
+    """Two dozen pictures and what makes a shipped config small."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.images = folder, folder / "images"
+        write_dataset(self.images, 24, seed=1)
+
+    def keys(self, name: str, **own: object) -> list[str]:
+        """Overrides of configs/NAME.toml, by dotted keys."""
+        text = (ROOT / "configs" / f"{name}.toml").read_text()
+        small: dict[str, object] = {
+            "model.base": MODELS / "base", "data.folders": [str(self.images)], "data.resolution": 64, "run": self.folder / name,
+            "cache.dir": self.folder / "cache", "sample.prompts": ["a red circle", "a blue star"], "sample.images": 1,
+            "sample.steps": 2, "sample.guidance": 2.0, "log.every": 1, "log.tensorboard": False, "stage.until": 4,
+            "stage.batch": 4, "stage.micro_batch": 2, "stage.sample_every": 2, "stage.checkpoint_every": 2,
+        }  # fmt: skip
+        if "[validate]" in text:
+            small |= {"validate.held_out": 4, "validate.every": 2, "validate.bands": 2, "validate.per_band": 1}
+        if "stabilised" in text:
+            small["validate.stabilised"] = 4
+        return [
+            f"{key}={json.dumps(value) if isinstance(value, (list, bool)) else value}" for key, value in (small | own).items()
+        ]
+
+    def config(self, name: str, **own: object):
+        return load_config(ROOT / "configs" / f"{name}.toml", self.keys(name, **own))
+
+    def train(self, name: str, **own: object) -> Path:
+        config, console = self.config(name, **own), Console(file=StringIO())
+        cache(config, console)
+        train(config, console)
+        return Path(config.run)
+
+    def report(self, name: str, *runs: Path, **options) -> dict:
+        """The tables of a report, and that its page holds pictures."""
+        out = self.folder / f"{name}.html"
+        compare(runs, out, console=Console(file=StringIO()), **options)
+        assert "data:image" in out.read_text()
+        for picture in (self.folder / name).glob("*.png"):
+            assert Image.open(picture).size[0] > 100
+        return json.loads((self.folder / name / "tables.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def rows(run: Path, file: str = "log") -> list[dict]:
+    return [json.loads(line) for line in (run / f"{file}.jsonl").read_text().splitlines()]
+
+
+def ends(run: Path) -> list[Path]:
+    """The checkpoints at stages' ends, of four steps each."""
+    return [path for path in checkpoint.checkpoints(run / "checkpoints") if int(path.name[5:]) % 4 == 0]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "demo.toml"])
+def test_check_passes_with_faked_folders(name, world):
+    """As shipped, but for what a machine has to have: base, VAE, folders."""
+    config = world.config(name.removesuffix(".toml"))
+    shipped = load_config(ROOT / "configs" / name)
+    faked = {"base": str(MODELS / "base"), "vae": str(MODELS / "vae") if shipped.model.vae else ""}
+    config = shipped.model_copy(
+        update={
+            "model": shipped.model.model_copy(update=faked),
+            "cache": config.cache,
+            "run": config.run,
+            "validate_": config.validate_,
+            "data": shipped.data.model_copy(update={"folders": [str(world.images)], "resolution": 64}),
+            "sample": shipped.sample.model_copy(update={"size": 64}),
+        }
+    )
+    out = StringIO()
+    cache(config, Console(file=out))
+    check(config, Console(file=out, width=200))
+    assert "wrong" not in out.getvalue() and out.getvalue().count("ok    ") >= 6 + len(config.stage) - 1
+
+
+def test_xlsd(world):
+    """Swapped VAE, three stages, then a longer text encoder."""
+    run = world.train("xlsd", **{"model.vae": MODELS / "vae"})
+    texts = [read_safetensors(path / "text_encoder/model.safetensors") for path in ends(run)]
+    unets = [read_safetensors(path / "unet/diffusion_pytorch_model.safetensors") for path in ends(run)]
+    assert same(unets[0], unets[1]) and not same(unets[1], unets[2])
+    assert not same(texts[0], texts[1]) and same(texts[1], texts[2])
+    assert {row["set"] for row in rows(run, "validation")} == {"held_out", "stabilised"}
+    longer = world.folder / "xlsd-248"
+    long_clip(str(run / "model"), longer, 248, say=lambda _: None)
+    again = world.train("xlsd-long", **{"model.base": longer})
+    assert (
+        load_model(load_config(ROOT / "configs/demo.toml", [f"model.base={again}/model", "model.vae="]).model).text.window
+        == 248
+    )
+    world.report("xlsd-report", run, again)
+
+
+def test_overtraining(world):
+    """Both share their first stage to the bit; then one part stands still in each."""
+    points = {"stage.checkpoint_at": [1], "stage.keep_checkpoints": 1}
+    unet, text = (world.train(f"overtrain-{which}", **points) for which in ("unet", "text"))
+    first = [rows(run)[:4] for run in (unet, text)]
+    assert first[0] == first[1]
+    for run, still, file in (
+        (unet, "text_encoder", "model"), (text, "unet", "diffusion_pytorch_model"),
+    ):  # fmt: skip
+        weights = [read_safetensors(path / still / f"{file}.safetensors") for path in ends(run)]
+        assert len(weights) == 3 and same(weights[0], weights[1]) and same(weights[1], weights[2])
+        kept = [int(path.name[5:]) for path in checkpoint.checkpoints(run / "checkpoints")]
+        assert kept == [1, 4, 5, 8, 9, 12]
+    tables = world.report("overtrain", unet, text, drawing=["guidance=2"], from_checkpoints=True)
+    assert tables and list((world.folder / "overtrain").glob("*.gif"))
+
+
+def test_one_parameter(world):
+    """Runs that differ in clip skip alone see the same, and are drawn with each clip skip in sampling."""
+    config = ROOT / "configs/one-parameter.toml"
+    sweep(config, [*world.keys("one-parameter"), "model.clip_skip=0,1"], console=Console(file=StringIO()))
+    root = world.folder / "one-parameter"
+    runs = [root / "clip_skip=0", root / "clip_skip=1"]
+    seen = [[(row["order"], row["timesteps"], row["noise"]) for row in rows(run)] for run in runs]
+    assert seen[0] == seen[1] and [row["loss"] for row in rows(runs[0])] != [row["loss"] for row in rows(runs[1])]
+    assert (root / "report.html").stat().st_size > 10_000
+    world.report("clip-skip", *runs, drawing=["clip_skip=0,1"])
+
+
+def test_fine_tuning_against_lora(world):
+    full, lora = (world.train(name) for name in ("finetune", "lora"))
+    costs = [json.loads((run / "cost.json").read_text()) for run in (full, lora)]
+    assert costs[0]["stages"][0]["trained"] > 20 * costs[1]["stages"][0]["trained"]
+    assert costs[0]["file_bytes"] > 20 * costs[1]["file_bytes"] == 20 * (lora / "lora.safetensors").stat().st_size
+    assert (full / "model-ema").is_dir() and (lora / "model").is_dir()
+    world.report("finetune-lora", full, lora)
+
+
+def test_generated_images(world):
+    """Three sets drawn by a model, and equal training on each and on the originals."""
+    config, console = world.config("generated"), Console(file=StringIO())
+    cache(config, console)
+    sets = {"drawn": None, "decoded": 0, "renoised": 200}
+    for name, start in sets.items():
+        redraw(str(MODELS / "base"), config, world.folder / name, start=start, console=console)
+        assert len(list((world.folder / name).glob("*.png"))) == len(list((world.folder / name).glob("*.txt"))) == 24
+    folders = ",".join(json.dumps([str(path)]) for path in (world.images, *(world.folder / name for name in sets)))
+    keys = [key for key in world.keys("generated") if not key.startswith("data.folders")]
+    sweep(ROOT / "configs/generated.toml", [*keys, f"data.folders={folders}"], console=console)
+    runs = [world.folder / "generated" / run for run in json.loads((world.folder / "generated/sweep.json").read_text())["runs"]]
+    orders = [[row["order"] for row in rows(run)] for run in runs]
+    assert all(order == orders[0] for order in orders)
+    table = json.loads((world.folder / "generated/report/tables.json").read_text())
+    assert len(json.loads((world.folder / "generated/sweep.json").read_text())["runs"]) == 4 and table
+    shutil.rmtree(world.folder / "generated")

@@ -1,0 +1,83 @@
+"""Several processes that fill one cache: no image twice, none left out, the same shards, whoever dies."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+from caching import StubVae, config, draw, draw_many, shard_bytes
+from commandline import function_process
+
+from fastsd.data import cache as cache_module
+from fastsd.data.building.build import build_cache
+from fastsd.data.building.upkeep import verify
+from fastsd.data.cache import LatentCache
+
+IMAGES = 160
+
+
+def work(root, delay):
+    """Runs in a process of its own: one `build_cache`, its counts printed."""
+    torch.set_num_threads(1)
+    cache_module.SHARD_ROWS = 64
+    vae = StubVae(delay=float(delay))
+    counts = build_cache(config(Path(root)), vae)
+    print(json.dumps([vae.encoded, counts.encoded, counts.cached, counts.view]))
+
+
+def start(root, delay=0.02):
+    return function_process(__file__, "work", root, delay)
+
+
+def ended(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def alone(root, monkeypatch):
+    """Shards and view of a run with one process; the cache is gone afterwards."""
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 64)
+    view = build_cache(config(root), StubVae()).view
+    made = shard_bytes(root), (root / f"cache/views/{view}.safetensors").read_bytes()
+    shutil.rmtree(root / "cache")
+    return made, view
+
+
+def test_processes_share_the_work(tmp_path, monkeypatch):
+    draw_many(tmp_path, IMAGES)
+    (shards, frozen), view = alone(tmp_path, monkeypatch)
+    results = [ended(process) for process in [start(tmp_path) for _ in range(3)]]
+    assert sum(result[0] for result in results) == sum(result[1] for result in results) == IMAGES
+    assert sum(result[0] > 0 for result in results) >= 2  # the third may come when all is in hand
+    assert {(cached, name) for _, _, cached, name in results} == {(IMAGES, view)}
+    assert shard_bytes(tmp_path) == shards
+    assert (tmp_path / f"cache/views/{view}.safetensors").read_bytes() == frozen
+    assert [path.suffix for path in (tmp_path / "cache/work").iterdir()] == [".lock"]
+
+
+def test_what_a_killed_process_had_in_hand_is_done_by_the_others(tmp_path, monkeypatch):
+    draw_many(tmp_path, IMAGES)
+    (shards, _), _ = alone(tmp_path, monkeypatch)
+    slow = start(tmp_path, delay=0.2)
+    while not list((tmp_path / "cache").glob("shards/*.safetensors")):
+        assert slow.poll() is None and time.sleep(0.05) is None
+    other = start(tmp_path, delay=0.001)
+    time.sleep(0.5)
+    os.kill(slow.pid, signal.SIGKILL)
+    slow.communicate()
+    assert ended(other)[2] == IMAGES
+    assert shard_bytes(tmp_path) == shards
+    assert verify(tmp_path / "cache") == []
+    assert ended(start(tmp_path))[0] == 0
+
+
+def test_one_who_comes_later_finds_what_was_added(tmp_path):
+    draw_many(tmp_path, 5)
+    build_cache(config(tmp_path), StubVae())
+    draw(tmp_path / "images/one-more.png", 99)
+    assert ended(start(tmp_path))[:3] == [1, 1, 6]
+    assert len(LatentCache.open(tmp_path / "cache")) == 6

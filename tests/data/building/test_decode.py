@@ -1,0 +1,408 @@
+"""Decoding everything that people keep in a folder of images, each against colours that are known."""
+
+import io
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, PngImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
+
+from fastsd.data.building.buckets import Buckets, Place
+from fastsd.data.building.decode import decode, probe
+from fastsd.data.sources.image import Rejected
+
+R = 32
+SQUARE = Place((R, R), (R, R))
+RED = (200, 30, 40)
+
+
+def encoded(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def plain(mode="RGB", size=(40, 48), colour=RED):
+    return Image.new(mode, size, colour)
+
+
+def noise(width, height, low=0, high=256, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(low, high, (height, width, 3), dtype=np.uint8))
+
+
+def colour(data):
+    """What a picture of one colour comes out as: everywhere the same."""
+    pixels = decode(data, Buckets(R, None).place(*probe(data)))
+    assert pixels.shape == (3, R, R) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+    assert np.ptp(pixels.reshape(3, -1).astype(int), axis=1).max() <= 1
+    return pixels[:, R // 2, R // 2].tolist()
+
+
+def assert_colour(data, expected, tolerance=2):
+    assert np.abs(np.subtract(colour(data), expected)).max() <= tolerance
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, depth, kind, lines, *chunks):
+    """A PNG made by hand: bits a sample, colour type, its lines each with their filter byte, chunks before them."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def png16(kind, samples, *chunks):
+    """40 x 48 pixels of one colour in 16 bits."""
+    return png(40, 48, 16, kind, (b"\0" + struct.pack(f">{len(samples)}H", *samples) * 40) * 48, *chunks)
+
+
+# As libjpeg stores ink: what Pillow writes is inverted and says so in a marker of 16 bytes, behind the first two.
+INK = encoded(plain("CMYK", colour=(0, 255, 255, 0)), "JPEG", quality=95)
+BARE_INK = encoded(plain("CMYK", colour=(255, 0, 0, 255)), "JPEG", quality=95)
+BARE_INK = BARE_INK[:2] + BARE_INK[18:]
+# Y, Cb, Cr of (0, 255, 255), which is cyan as light and red as ink; the marker's last byte says that it is that.
+YCCK = bytearray(encoded(plain("CMYK", colour=(255 - 179, 255 - 171, 255, 0)), "JPEG", quality=95))
+assert INK[6:11] == b"Adobe" and YCCK[17] == 0
+YCCK[17] = 2
+BLUE = plain(colour="blue")
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (encoded(plain(), "JPEG", quality=95), RED),
+        (encoded(plain("L", colour=90), "JPEG"), (90, 90, 90)),
+        (encoded(plain(), "WEBP", lossless=True), RED),
+        (encoded(plain(), "BMP"), RED),
+        (encoded(plain(), "GIF"), RED),
+        (encoded(plain().quantize(4)), RED),
+        (encoded(plain("1", colour=1)), (255, 255, 255)),
+        (encoded(plain("1", colour=1), "BMP"), (255, 255, 255)),
+        # Alpha lies over white.
+        (encoded(plain("RGBA", colour=(*RED, 0))), (255, 255, 255)),
+        (encoded(plain("RGBA", colour=(0, 0, 0, 51))), (204, 204, 204)),
+        (encoded(plain("RGBA", colour=(0, 0, 0, 51)), "WEBP", lossless=True), (204, 204, 204)),
+        (encoded(plain("LA", colour=(0, 51))), (204, 204, 204)),
+        (encoded(plain().quantize(4), transparency=0), (255, 255, 255)),
+        (encoded(plain().quantize(4), transparency=b"\x33"), (244, 210, 212)),
+        (encoded(plain().quantize(4), "GIF", transparency=0), (255, 255, 255)),
+        (encoded(plain(), transparency=RED), (255, 255, 255)),
+        (encoded(plain(), transparency=(1, 2, 3)), RED),
+        (encoded(plain("L", colour=90), transparency=90), (255, 255, 255)),
+        (encoded(plain("1", colour=0), transparency=0), (255, 255, 255)),
+        # 16 bits are scaled, not clipped.
+        (png16(0, [0x8040]), (128, 128, 128)),
+        (png16(0, [0x0140]), (1, 1, 1)),
+        (png16(0, [0xFFFF]), (255, 255, 255)),
+        (png16(0, [0x8040], chunk(b"tRNS", b"\x80\x40")), (255, 255, 255)),
+        (png16(0, [0x8040], chunk(b"tRNS", b"\x80\x41")), (128, 128, 128)),
+        (png16(2, [0xC8FF, 0x1E00, 0x2880]), RED),
+        (png16(4, [0x0000, 0x3333]), (204, 204, 204)),
+        (png16(6, [0x0000, 0x0000, 0x0000, 0x3333]), (204, 204, 204)),
+        (INK, (254, 0, 0)),
+        (BARE_INK, (254, 0, 0)),
+        (bytes(YCCK), (254, 0, 0)),
+        # Of an animation the first frame counts.
+        (encoded(plain(), save_all=True, append_images=[BLUE]), RED),
+        (encoded(plain(), "GIF", save_all=True, append_images=[BLUE]), RED),
+        (encoded(plain(), "WEBP", lossless=True, save_all=True, append_images=[BLUE]), RED),
+        (encoded(plain(), "MPO", quality=95, save_all=True, append_images=[BLUE]), RED),
+        (encoded(plain(size=(1, 1))), RED),
+        (encoded(plain(size=(1, 20000))), RED),
+        (encoded(plain(size=(20000, 1))), RED),
+    ],
+)  # fmt: skip
+def test_every_kind_of_image_becomes_srgb_on_white(data, expected):
+    assert_colour(data, expected)
+
+
+def s15(*numbers):
+    return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
+
+
+def profile(space, connection, tags):
+    """An ICC profile made by hand."""
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(data))
+        body += data + b"\0" * (-len(data) % 4)
+    head = b"\0" * 4 + struct.pack(">I", 0x02400000) + b"prtr" + space + connection + b"\0" * 12 + b"acsp" + b"\0" * 28
+    head += s15(0.9642, 1.0, 0.8249) + b"\0" * 48
+    return struct.pack(">I", 4 + len(head + table + body)) + head + table + body
+
+
+def curve(*values):
+    return b"curv" + struct.pack(">II", 0, len(values)) + struct.pack(f">{len(values)}H", *values)
+
+
+def light(v):
+    """What sRGB's value v stands for."""
+    return v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+
+
+SRGB_CURVE = curve(*(round(65535 * light(i / 1023)) for i in range(1024)))
+LINEAR = curve(256)  # an exponent, in 256ths
+WHITE = b"XYZ \0\0\0\0" + s15(0.9642, 1.0, 0.8249)
+XYZ = (0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)  # of sRGB, adapted to D50
+PRIMARIES = [b"XYZ \0\0\0\0" + s15(*xyz) for xyz in XYZ]
+
+
+def matrix_profile(primaries, trc):
+    names = [b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC"]
+    return profile(b"RGB ", b"XYZ ", {b"wtpt": WHITE, **dict(zip(names, [*primaries, trc, trc, trc], strict=True))})
+
+
+def ink_profile(lab):
+    """Cyan, magenta and yellow, and none of them, are all this colour (L, a, b); black is black."""
+    ramp = bytes(range(256))
+    point = bytes([round(lab[0] * 2.55), lab[1] + 128, lab[2] + 128])
+    head = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    table = head + ramp * 4 + (point + bytes([0, 128, 128])) * 8 + ramp * 3
+    return profile(b"CMYK", b"Lab ", {b"wtpt": WHITE, b"A2B0": table})
+
+
+OTHER_SRGB = matrix_profile(PRIMARIES, SRGB_CURVE)
+SWAPPED = matrix_profile(PRIMARIES[::-1], SRGB_CURVE)
+LINEAR_RGB = matrix_profile(PRIMARIES, LINEAR)
+LINEAR_GREY = profile(b"GRAY", b"XYZ ", {b"wtpt": WHITE, b"kTRC": LINEAR})
+RED_INK = ink_profile((54, 81, 70))
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (encoded(plain(), icc_profile=SWAPPED), RED[::-1]),
+        (encoded(plain(), "JPEG", quality=95, icc_profile=SWAPPED), RED[::-1]),
+        (encoded(plain(), "WEBP", lossless=True, icc_profile=SWAPPED), RED[::-1]),
+        (encoded(plain().quantize(4), icc_profile=SWAPPED), RED[::-1]),
+        (encoded(plain("RGBA", colour=(200, 30, 40, 51)), icc_profile=SWAPPED), (212, 210, 244)),
+        (encoded(plain(colour=(128, 26, 255)), icc_profile=LINEAR_RGB), (188, 90, 255)),
+        (encoded(plain("L", colour=128), icc_profile=LINEAR_GREY), (188, 188, 188)),
+        (encoded(plain("LA", colour=(128, 51)), icc_profile=LINEAR_GREY), (242, 242, 242)),
+        (png16(0, [0x8000], chunk(b"iCCP", b"x\0\0" + zlib.compress(LINEAR_GREY))), (188, 188, 188)),
+        (encoded(plain("CMYK", colour=(9, 99, 199, 0)), "JPEG", quality=95, icc_profile=RED_INK), (253, 0, 0)),
+    ],
+)
+def test_profiles_are_turned_into_srgb(data, expected):
+    assert_colour(data, expected, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [OTHER_SRGB, LINEAR_GREY, RED_INK, b"no profile", SWAPPED[:200], b"\0" * 500, b"x" * (5 << 20)]
+)
+def test_a_profile_that_is_srgb_or_broken_or_of_another_kind_changes_no_bit(wrong):
+    image = noise(48, 48)
+    marked = encoded(image, "JPEG", icc_profile=wrong)
+    assert np.array_equal(decode(marked, SQUARE), decode(encoded(image, "JPEG"), SQUARE))
+
+
+def test_a_profile_of_light_leaves_ink_alone():
+    assert_colour(encoded(plain("CMYK", colour=(0, 255, 255, 0)), "JPEG", icc_profile=SWAPPED), (254, 0, 0))
+
+
+def test_one_profile_in_many_threads():
+    files = [encoded(noise(R, R, seed=seed), icc_profile=SWAPPED) for seed in range(8)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda data: decode(data, SQUARE), files))
+    assert all(np.array_equal(pixels, decode(data, SQUARE)) for pixels, data in zip(together, files, strict=True))
+
+
+def window(image, place, left, top):
+    """Resized as a whole and then cut."""
+    whole = image.convert("RGB").resize(place.resized, Image.Resampling.LANCZOS)
+    return np.asarray(whole.crop((left, top, left + place.size[0], top + place.size[1]))).transpose(2, 0, 1).astype(int)
+
+
+# Away from black and white, where the kernel's overshoot would be clipped between Pillow's two passes.
+MUTED = noise(90, 60, 64, 192)
+
+
+@pytest.mark.parametrize(
+    "place, crop, left, top",
+    [
+        (Place((48, 32), (32, 32)), (0.5, 0.5), 8, 0),
+        (Place((49, 32), (32, 32)), (0.5, 0.5), 8, 0),  # of 17 to spare 8 are left of the middle, as kohya's 17 // 2
+        (Place((48, 32), (32, 32)), (0.0, 0.0), 0, 0),
+        (Place((48, 32), (32, 32)), (1.0, 1.0), 16, 0),
+        (Place((72, 48), (40, 32)), (0.25, 0.75), 8, 12),
+        (Place((90, 60), (64, 56)), (0.5, 0.5), 13, 2),
+        (Place((300, 200), (256, 192)), (0.9, 0.1), 40, 0),
+        (Place((9, 6), (8, 5)), (0.5, 0.5), 0, 0),
+    ],
+)
+@pytest.mark.parametrize("flip", [False, True])
+def test_resize_with_the_crop_equals_resize_then_crop(place, crop, left, top, flip):
+    expected = window(MUTED, place, left, top)
+    found = decode(encoded(MUTED), place, crop, flip).astype(int)
+    assert found.shape == expected.shape
+    # Shrunk more than sixfold, Pillow takes averages of blocks first.
+    assert np.abs(found - (expected[:, :, ::-1] if flip else expected)).max() <= (1 if place.resized[0] > 15 else 8)
+
+
+@settings(max_examples=30)
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(2, 40), st.integers(2, 40), st.booleans())
+def test_any_crop_lies_within(fx, fy, width, height, flip):
+    place = Buckets(16, None).place(width, height)
+    assert decode(encoded(noise(width, height)), place, (fx, fy), flip).shape == (3, 16, 16)
+
+
+def oriented(orientation, image=None):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"data": encoded(image or MUTED, exif=exif), "exif": exif}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    data = oriented(orientation)["data"]
+    with Image.open(io.BytesIO(data)) as opened:
+        upright = ImageOps.exif_transpose(opened)
+    assert probe(data) == upright.size
+    place = Buckets(R, None).place(*probe(data))
+    assert place.resized != place.size
+    for crop in ((0.5, 0.5), (0.1, 0.9), (0.8, 0.3)):
+        for flip in (False, True):
+            expected = decode(encoded(upright), place, crop, flip)
+            assert np.array_equal(decode(data, place, crop, flip), expected)
+    assert np.array_equal(decode(data, place, (0.5, 0.5), True), decode(data, place)[:, :, ::-1])
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage", b"Exif\0\0", b"x" * 900])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_does_no_harm(exif, format):
+    data = encoded(plain(), format, exif=exif)
+    assert probe(data) == (40, 48)
+    assert_colour(data, RED, 6)
+
+
+@pytest.mark.parametrize(
+    "size, place, orientation, decoded",
+    [
+        ((2048, 1536), Buckets(512, None).place(2048, 1536), 1, (1024, 768)),
+        ((1536, 2048), Buckets(512, None).place(2048, 1536), 6, (768, 1024)),
+        ((1366, 1024), Buckets(512, None).place(1366, 1024), 1, (683, 512)),
+        ((1365, 1024), Buckets(512, None).place(1365, 1024), 1, (1365, 1024)),  # half of it is a pixel short
+        ((1024, 768), Buckets(512, None).place(1024, 768), 1, (1024, 768)),
+        ((1000, 900), Place((125, 113), (64, 64)), 1, (250, 225)),
+        ((1000, 904), Place((125, 113), (64, 64)), 1, (125, 113)),
+        ((300, 200), Buckets(512, None).place(300, 200), 1, (300, 200)),
+    ],
+)
+def test_a_jpeg_is_decoded_no_larger_than_needed(size, place, orientation, decoded, monkeypatch):
+    sizes, draft = [], JpegImageFile.draft
+
+    def spy(image, *arguments):
+        result = draft(image, *arguments)
+        sizes.append(image.size)
+        return result
+
+    monkeypatch.setattr(JpegImageFile, "draft", spy)
+    image = plain(size=size)
+    image.paste("blue", (0, 0, size[0] // 2, size[1]))
+    pixels = decode(encoded(image, "JPEG", quality=95, exif=oriented(orientation)["exif"]), place)
+    assert sizes == [decoded]
+    half = pixels[:, : pixels.shape[1] // 2 - 8] if orientation == 6 else pixels[:, :, : pixels.shape[2] // 2 - 8]
+    assert np.abs(half.reshape(3, -1).astype(int) - np.array([[0], [0], [255]])).max() <= 6
+
+
+def test_the_box_of_a_drafted_picture_is_that_of_the_whole():
+    """An odd side is rounded up when it is halved; colours must not move."""
+    ramp = np.linspace(0, 255, 1001).round().astype(np.uint8)
+    data = encoded(Image.fromarray(np.broadcast_to(ramp, (901, 1001)).copy()), "JPEG", quality=100)
+    place = Place((250, 225), (250, 225))
+    expected = np.linspace(0, 255, 1001)[np.clip((np.arange(250) + 0.5) * 1001 / 250, 0, 1000).astype(int)]
+    found = decode(data, place)[0].astype(float)
+    assert np.abs(found - expected)[:, 4:-4].max() <= 1.6 and abs((found - expected)[:, 4:-4].mean()) < 0.3
+
+
+def test_a_giant_is_rejected_by_its_head():
+    giant = png(20000, 20000, 1, 0, bytes(2501 * 20000))
+    assert len(giant) < 50_000
+    Image.core.reset_stats()
+    for data in (giant, png(50000, 5000, 8, 2, b""), png(1 << 31, 1 << 31, 8, 2, b"")):
+        for attempt in (probe, lambda data: decode(data, SQUARE)):
+            with pytest.raises(Rejected, match="pixels|cannot be decoded"):
+                attempt(data)
+    assert Image.core.get_stats()["new_count"] == 0, "memory for pixels was asked for"
+
+
+@pytest.mark.parametrize(
+    "format, options", [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {})]
+)
+def test_probe_reads_the_head_alone(format, options):
+    data = encoded(noise(400, 300), format, **options)
+    head = data if format == "WEBP" else data[:2000]
+    assert probe(head) == (400, 300)
+
+
+TEXT_BOMB = PngImagePlugin.PngInfo()
+TEXT_BOMB.add_text("comment", "x" * (2 << 20), zip=True)
+JPEG = encoded(noise(64, 64), "JPEG")
+
+
+def flipped(data, position):
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "empty"),
+        (b"this is text", "no JPEG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no JPEG"),
+        (encoded(plain(), "TIFF"), "no JPEG"),
+        (encoded(Image.new("F", (9, 9)), "TIFF"), "no JPEG"),
+        (b"\x89PNG\r\n\x1a\n", "no JPEG|cannot be decoded"),
+        (png(100, 100, 8, 2, bytes(99)), "ends early"),
+        (png(0, 0, 8, 2, b""), "no JPEG|cannot be decoded"),
+        (png(9, 9, 7, 2, b""), "no JPEG|cannot be decoded"),
+        (png(9, 9, 8, 2, bytes(28 * 9), chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(64 << 20)))), "cannot be decoded"),
+        (encoded(plain(), pnginfo=TEXT_BOMB), "cannot be decoded"),
+        # A checksum: of the head, of the pixels, and pixels with one bit changed.
+        (flipped(encoded(plain()), 30), "no JPEG|broken PNG"),
+        (flipped(encoded(plain()), -14), "broken PNG"),
+        (flipped(encoded(noise(40, 40)), 2000), "broken PNG"),
+        (JPEG[:10], "no JPEG|ends early"),
+        (JPEG[:200], "no JPEG|ends early"),
+        (JPEG[: len(JPEG) // 2], "ends early"),
+        (JPEG[:-300], "ends early"),
+        (JPEG[:-1], "ends early"),
+        (b"GIF89a" + bytes(50), "cannot be decoded|no JPEG"),
+        (b"RIFF\x20\0\0\0WEBPVP8 " + bytes(20), "cannot be decoded|no JPEG"),
+    ],
+)
+def test_bad_images_are_rejected_with_one_short_sentence(data, reason):
+    with pytest.raises(Rejected, match=reason) as error:
+        decode(data, SQUARE)
+    assert "\n" not in error.value.reason and len(error.value.reason) < 160 and error.value.lasting
+
+
+@pytest.mark.parametrize(
+    "format, options",
+    [
+        ("JPEG", {}), ("JPEG", {"progressive": True}), ("JPEG", {"restart_marker_rows": 1}), ("PNG", {}), ("WEBP", {}),
+        ("WEBP", {"lossless": True}), ("GIF", {}), ("BMP", {}), ("MPO", {"save_all": True, "append_images": [BLUE]}),
+    ],
+)  # fmt: skip
+def test_a_file_that_ends_early_is_rejected_and_never_filled_up(format, options):
+    data = encoded(noise(64, 64), format, **options)
+    for place in (SQUARE, Place((8, 8), (8, 8))):
+        whole = decode(data, place)
+        for cut in range(0, len(data), 61):
+            try:
+                # Nothing is lost with a second picture, nor with the few bytes that say "the end".
+                assert np.array_equal(decode(data[:cut], place), whole)
+                assert format == "MPO" or len(data) - cut <= 4
+            except Rejected as error:
+                assert error.reason
+        if format == "JPEG":
+            for cut in range(1, 40):
+                with pytest.raises(Rejected):
+                    decode(data[:-cut], place)

@@ -1,0 +1,225 @@
+"""Finding images and captions in folders, and everything that people keep beside them."""
+
+import inspect
+import os
+import sys
+
+import pytest
+
+from fastsd.config.schema import FolderTable
+from fastsd.data.sources import folders
+from fastsd.data.sources.folders import MAX_CAPTION_BYTES, Rejected, Source, captions_of, read_bytes, scan, shown
+from fastsd.errors import UserError
+
+
+def touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def found(*folders, **options):
+    return list(scan([FolderTable(path=os.fspath(folder)) for folder in folders], **options))
+
+
+def names(folder, *folders, **options):
+    return [os.path.relpath(source.path, folder) for source in found(*(folders or [folder]), **options)]
+
+
+def test_scan_is_recursive_sorted_and_skips_hidden_files(tmp_path):
+    touch(tmp_path, "b.JPG", "a.png", "d/c.webp", "d/e/f.bmp", "c.jpeg", "c.txt", ".x.png", ".git/y.png", "notes.md", "jpg")
+    assert names(tmp_path) == ["a.png", "b.JPG", "c.jpeg", "d/c.webp", "d/e/f.bmp"]
+    assert [bool(source.caption_path) for source in found(tmp_path)] == [False, False, True, False, False]
+    assert not any(source.problem or source.root for source in found(tmp_path))
+
+
+def test_scan_follows_links_once_and_lists_no_path_twice(tmp_path):
+    touch(tmp_path, "a/x.png", "b/y.png")
+    (tmp_path / "a/loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "a/self.png").symlink_to(tmp_path / "a/self.png")
+    assert sorted(names(tmp_path)) == ["a/self.png", "a/x.png", "b/y.png"]
+    two = found(tmp_path / "b", tmp_path)
+    assert [os.path.relpath(source.path, tmp_path) for source in two] == ["b/y.png", "a/self.png", "a/x.png"]
+    assert [source.root for source in two] == [0, 1, 1]
+
+
+def test_an_inner_folder_comes_first_or_not_at_all(tmp_path):
+    touch(tmp_path, "a/x.png", "b/y.png", "ab/z.png")
+    assert names(tmp_path, tmp_path / "a", tmp_path / "ab", tmp_path) == ["a/x.png", "ab/z.png", "b/y.png"]
+    assert names(tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "ab", tmp_path) == ["a/x.png", "b/y.png", "ab/z.png"]
+    for inner, said in [(tmp_path / "a", "lies within"), (tmp_path, "is listed twice")]:
+        with pytest.raises(UserError, match=rf"^data.folders: [^\n]* {said}[^\n]*; remove it or list it first$"):
+            found(tmp_path, inner)
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "{00..09}"])
+def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, kind):
+    folder = tmp_path / kind
+    if kind == "file":
+        folder.write_text("x")
+    elif kind == "empty":
+        touch(folder, "notes.txt")
+    with pytest.raises(UserError, match=r"^data.folders: [^\n]*;[^\n]*$") as error:
+        found(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_patterns_expand_as_in_a_shell(tmp_path):
+    touch(tmp_path, "008/a.png", "009/a.png", "010/a.png", "x-1/a.png", "y-2/a.png", "{odd}/a.png")
+    assert names(tmp_path, tmp_path / "{008..010}") == ["008/a.png", "009/a.png", "010/a.png"]
+    assert names(tmp_path, tmp_path / "{x,y}-{1..2}")[::3] == ["x-1/a.png", "y-2/a.png"]
+    assert names(tmp_path, tmp_path / "{odd}") == ["{odd}/a.png"]
+    missing = [source for source in found(tmp_path / "{008..012}") if source.problem]
+    assert [source.name for source in missing] == [str(tmp_path / name) for name in ("011", "012")]
+    assert all("No such file" in source.problem for source in missing)
+
+
+def no_permission(path):
+    """Folders below `path` cannot be listed: root's own rights do not count here."""
+    real = os.scandir
+
+    def scandir(folder):
+        if os.fspath(folder).startswith(str(path)):
+            raise PermissionError(13, "Permission denied", os.fspath(folder))
+        return real(folder)
+
+    return scandir
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "a/x.png", "b/y.png")
+    monkeypatch.setattr(os, "scandir", no_permission(tmp_path / "a"))
+    locked, fine = found(tmp_path)
+    assert locked == Source(str(tmp_path / "a"), problem="this folder cannot be searched (Permission denied)")
+    assert fine.path == str(tmp_path / "b/y.png")
+    with pytest.raises(UserError, match=r"/a: this folder cannot be searched \(Permission denied\); make it readable"):
+        found(tmp_path / "a")
+
+
+def test_folders_deeper_than_pythons_stack(tmp_path):
+    deep = tmp_path / "/".join("a" * 200)
+    touch(deep, "x.png")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        (source,) = found(tmp_path)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert source.path == str(deep / "x.png")
+
+
+@pytest.mark.parametrize("name", [b"a\nb.png", "🐈.png".encode(), b"caf\xe9.png", b"a b'\".png", b"-rf.png"])
+def test_odd_names(tmp_path, name):
+    path = os.fsencode(tmp_path) + b"/" + name
+    with open(path, "wb") as file:
+        file.write(b"x")
+    with open(path[:-4] + b".txt", "w") as file:
+        file.write("caption")
+    (source,) = found(tmp_path)
+    assert os.fsencode(source.path) == path and captions_of(source) == ("caption",) and read_bytes(source) == b"x"
+    assert "\n" not in shown(source.name)
+
+
+@pytest.mark.parametrize(
+    "data, captions",
+    [
+        (b"a red circle\nmore\n", ("a red circle", "more")),
+        (b"\xef\xbb\xbf\r\n  \r\n  a, b \r\n", ("a, b",)),
+        ("naïve café 🐈".encode(), ("naïve café 🐈",)),
+        (b"x" * MAX_CAPTION_BYTES, ("x" * MAX_CAPTION_BYTES,)),
+        (b"", ()),
+        (b" \n\t\n", ()),
+    ],
+)
+def test_captions_are_the_lines_that_say_something(tmp_path, data, captions):
+    (tmp_path / "x.txt").write_bytes(data)
+    assert captions_of(Source("x.png", caption_path=str(tmp_path / "x.txt"))) == captions
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [(b"caf\xe9", "not UTF-8"), (b"a\0b", "NUL"), (b"x" * (MAX_CAPTION_BYTES + 1), "1 MiB"), (None, "cannot be read")],
+)
+def test_bad_captions_are_rejected(tmp_path, data, reason):
+    if data is not None:
+        (tmp_path / "x.txt").write_bytes(data)
+    with pytest.raises(Rejected, match=reason) as error:
+        captions_of(Source("x.png", caption_path=str(tmp_path / "x.txt")))
+    assert not error.value.lasting
+
+
+def test_sidecars(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.png", "c.txt/d.png")
+    for name, text in {"a.txt": "text", "a.caption": "caption", "b.caption": "only\nthis"}.items():
+        (tmp_path / name).write_text(text)
+    assert [captions_of(source) for source in found(tmp_path)] == [("text",), ("only", "this"), (), ()]
+
+
+def test_reading(tmp_path, monkeypatch):
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"0123456789")
+    assert read_bytes(Source(str(path))) == b"0123456789"
+    assert read_bytes(Source(str(path), member="m", offset=3, length=4)) == b"3456"
+    os.mkfifo(tmp_path / "pipe")
+    for source, reason in [
+        (Source(str(path), offset=8, length=4), "ends within"),
+        (Source(str(tmp_path / "no.png")), "cannot be read"),
+        (Source(str(tmp_path / "pipe")), "no regular file"),
+        (Source(str(path), length=folders.MAX_IMAGE_BYTES + 1), "larger than 1024 MiB"),
+    ]:
+        with pytest.raises(Rejected, match=reason) as error:
+            read_bytes(source)
+        assert not error.value.lasting
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(Rejected, match="Permission denied"):
+        read_bytes(Source(str(path)))
+    with pytest.raises(Rejected, match=r"its caption cannot be read \(Permission denied\)"):
+        captions_of(Source("x.png", caption_path=str(path)))
+
+
+def test_latents_are_found_in_place_of_images(tmp_path):
+    touch(tmp_path, "a.png", "a.img_sdxl", "a.img_sdvae", "a.txt", "d/b.img_sdxl", "d/b.caption", "c.png", "c.img_sdxl.webp")
+    for kind in ("img_sdxl", "img_sdvae"):
+        sources = found(tmp_path, latents=kind)
+        assert sources[0] == Source(str(tmp_path / f"a.{kind}"), caption_path=str(tmp_path / "a.txt"))
+    assert names(tmp_path, latents="img_sdxl") == ["a.img_sdxl", "d/b.img_sdxl"]
+    with pytest.raises(UserError, match=r"holds no image \(\.npz\)"):
+        found(tmp_path, latents="npz")
+
+
+def test_masks_lie_beside_and_are_no_images(tmp_path):
+    touch(
+        tmp_path, "a.png", "a-mask.png", "a.mask.png", "b.JPG", "b-MASK.png", "c.png", "d/a.png", "d/c-mask.png", "c-masks.png"
+    )
+    (tmp_path / "e.png").touch()
+    (tmp_path / "e-mask.png").mkdir()
+    sources = found(tmp_path, masks="-mask.png")
+    masks = {os.path.relpath(source.path, tmp_path): source.mask and os.path.basename(source.mask.path) for source in sources}
+    assert masks == {
+        "a.mask.png": None, "a.png": "a-mask.png", "b.JPG": "b-MASK.png", "c-masks.png": None, "c.png": None, "d/a.png": None,
+        "d/c-mask.png": None, "e.png": None,
+    }  # fmt: skip
+    assert [os.path.relpath(source.path, tmp_path) for source in sources if source.problem] == ["d/c-mask.png"]
+    assert names(tmp_path).count("a-mask.png") == 1
+
+
+def test_kohyas_names(tmp_path):
+    latents = ("a.npz", "b_sd.npz", "c_0512x0768_sd.npz", "d_0512x0768_sdxl.npz", "e_sd.npz", "f_1x2.npz")
+    touch(tmp_path, *latents, "a_te_outputs.npz", "e_sd.jpg")
+    for stem in ("a", "b", "c", "d", "e_sd", "f"):
+        (tmp_path / f"{stem}.txt").write_text(stem)
+    assert [captions_of(source)[0] for source in found(tmp_path, latents="npz")] == ["a", "b", "c", "d", "e_sd", "f"]
+    touch(tmp_path, "c_0512x0512_sd.npz", "d_0512x0768_sd.npz")
+    problems = [os.path.basename(source.path) for source in found(tmp_path, latents="npz") if source.problem]
+    assert problems == ["c_0512x0512_sd.npz", "c_0512x0768_sd.npz", "d_0512x0768_sd.npz", "d_0512x0768_sdxl.npz"]
+
+
+def test_paths_are_shown_on_one_line():
+    assert shown("a\nb.png") == r"a\nb.png"
+    assert shown("🐈.png") == "🐈.png"
+    assert shown(b"caf\xe9.png") == r"caf\xe9.png"

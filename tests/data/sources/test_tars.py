@@ -1,0 +1,399 @@
+"""WebDataset tars: samples, captions, every kind of member that must not be used, damage, and headers that lie."""
+
+import gzip
+import io
+import json
+import os
+import tarfile
+import tracemalloc
+
+import numpy as np
+import pytest
+from tar_bytes import END, raw
+
+from fastsd.config.schema import FolderTable
+from fastsd.data.sources.folders import captions_of, read_bytes, scan
+from fastsd.data.sources.image import IMAGE_EXTENSIONS
+from fastsd.data.sources.tars import samples
+from fastsd.errors import UserError
+
+CUT = "may be cut off"
+
+
+def member(name, data=b"x", kind=tarfile.REGTYPE, **fields):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = len(data) if kind == tarfile.REGTYPE else 0, kind
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, data
+
+
+def tar(path, *members, format=tarfile.GNU_FORMAT):
+    """`members`: (name, data) or what `member` gives."""
+    with tarfile.open(path, "w", format=format) as file:
+        for name, data in members:
+            info = name if isinstance(name, tarfile.TarInfo) else member(name, data)[0]
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key, caption="caption", extension="jpg"):
+    return (f"{key}.{extension}", f"bytes of {key}".encode()), (f"{key}.txt", caption.encode())
+
+
+def read(path, caption_key=""):
+    """What is found in one tar: {name: (bytes, captions)}, {name: problem}."""
+    good, bad = {}, {}
+    for source in samples(str(path), 0, IMAGE_EXTENSIONS, caption_key):
+        assert source.name not in bad and source.member not in good
+        if source.problem:
+            assert "\n" not in source.problem
+            bad[os.path.relpath(source.name, path)] = source.problem
+        else:
+            good[source.member] = (read_bytes(source), captions_of(source))
+    return good, bad
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_format_gives_what_tarfile_gives(tmp_path, format):
+    long = "/".join(["folder" * 5] * 6) + "/" + "n" * 60
+    keys = ["a", "./b", "d/c", long, "é🐈", "e" * 96] + ([] if format == tarfile.USTAR_FORMAT else ["x" * 300])
+    members = [part for key in keys for part in sample(key, key)]
+    path = tar(tmp_path / "x.tar", member("d", kind=tarfile.DIRTYPE), *members, format=format)
+    good, bad = read(path)
+    with tarfile.open(path) as file:
+        assert {name: data for name, (data, _) in good.items()} == {
+            info.name: file.extractfile(info).read() for info in file if info.name.endswith(".jpg")
+        }
+    assert [captions for _, captions in good.values()] == [(key,) for key in keys] and not bad
+
+
+def test_names_that_are_no_text(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as file:
+        for name in ("caf\xe9.jpg", "a\nb.jpg"):
+            info, data = member(name)
+            file.addfile(info, io.BytesIO(data))
+    good, bad = read(tmp_path / "x.tar")
+    assert [os.fsencode(name) for name in good] == [b"caf\xe9.jpg", b"a\nb.jpg"] and not bad
+
+
+def test_grouping_is_webdatasets(tmp_path):
+    members = [
+        ("k.txt", b"before its image\nsecond"), ("k.cls", b"7"), ("k.JPG", b"1"), ("k.seg.png", b"mask"),
+        ("d/k.png", b"2"), ("d/k.caption", b"other folder"), ("README", b"no sample"), ("d/k.jpg", b"3"),
+        ("._k.jpg", b"hidden"), ("only.txt", b"no image"), ("w.webp", b"4"), ("w.caption", b"no"), ("w.txt", b"yes"),
+        ("none.bmp", b"5"), ("dot.ted/x.jpg", b"6"),
+    ]  # fmt: skip
+    good, bad = read(tar(tmp_path / "x.tar", *members))
+    assert good == {
+        "k.JPG": (b"1", ("before its image", "second")), "d/k.png": (b"2", ("other folder",)),
+        "d/k.jpg": (b"3", ("other folder",)), "w.webp": (b"4", ("yes",)), "none.bmp": (b"5", ()), "dot.ted/x.jpg": (b"6", ()),
+    }  # fmt: skip
+    assert not bad
+
+
+def test_captions_in_json(tmp_path):
+    def both(key, found, text=None):
+        parts = [(f"{key}.jpg", b"x"), (f"{key}.json", found if isinstance(found, bytes) else json.dumps(found).encode())]
+        return parts + ([(f"{key}.txt", text)] if text is not None else [])
+
+    path = tar(
+        tmp_path / "x.tar",
+        *both("a", {"caption": "json\ncaption", "long": ["l1", "l2"]}, b"text"),
+        *both("b", {"caption": "json\ncaption", "width": 3}),
+        *both("c", {"url": "http://x"}),
+        *both("d", b"{", b"text"),
+        *both("e", b"[1]"),
+        *both("f", {"caption": 3, "long": 3}),
+        *both("g", b'{"caption": "' + b"x" * (1 << 20) + b'"}'),
+    )
+    good, bad = read(path)
+    captions = {name[0]: captions for name, (_, captions) in good.items()}
+    assert captions == {"a": ("text",), "b": ("json caption",), "c": (), "d": ("text",)}
+    assert {name[0]: problem for name, problem in bad.items()} == {
+        "e": "it is no JSON object (.json)", "f": "its caption (caption) is no text but int (.json)",
+        "g": "its .json is larger than 1 MiB",
+    }  # fmt: skip
+    good, bad = read(path, caption_key="long")
+    assert {name[0]: captions for name, (_, captions) in good.items()} == {"a": ("l1", "l2"), "b": (), "c": ()}
+    assert sorted(name[0] for name in bad) == ["d", "e", "f", "g"]
+
+
+def test_weights_in_json(tmp_path):
+    rows = {
+        "a": {"score": 0.5, "caption": "of no account"},
+        "b": {"score": 3},
+        "c": {"score": None},
+        "d": {},
+        "e": {"score": "x"},
+    }
+    members = [part for key, row in rows.items() for part in (*sample(key, key), (f"{key}.json", json.dumps(row).encode()))]
+    path = tar(tmp_path / "x.tar", *members, *sample("f"), *sample("g"), ("g.json", b"{"))
+    found = {source.member[0]: source for source in samples(str(path), 0, IMAGE_EXTENSIONS, "", "score")}
+    assert [found[key].weight for key in "abcdf"] == [0.5, 3, None, None, None]
+    assert [captions_of(found[key]) for key in "ab"] == [("a",), ("b",)]
+    assert found["e"].problem == "its weight (score) is no number but str (.json)"
+    assert found["g"].problem == "it is no JSON object (.json)"
+    assert not any(source.problem or source.weight for source in samples(str(path), 0, IMAGE_EXTENSIONS, ""))
+
+
+def test_masks_are_found_wherever_they_lie(tmp_path):
+    late = ("a_m.png", b"A"), ("k/b_M.PNG", b"B"), ("c_m.png", b"C")
+    path = tar(tmp_path / "x.tar", *sample("a"), *sample("aa"), *sample("k/b"), *sample("b"), *late)
+    found = list(samples(str(path), 0, IMAGE_EXTENSIONS, "", masks="_m.png"))
+    assert [source.member for source in found[:4]] == ["a.jpg", "aa.jpg", "k/b.jpg", "b.jpg"]
+    assert [source.mask and read_bytes(source.mask) for source in found[:4]] == [b"A", None, b"B", None]
+    assert found[2].mask.name == f"{path}/k/b_M.PNG"
+    (orphan,) = found[4:]
+    assert orphan.member.startswith("c_m.png") and "there is no image of that name" in orphan.problem
+    assert len(read(path)[0]) == 7  # images, where nothing says what they are
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"b.jpg", data.index(b"aa.txt")) - 2])  # cut off behind aa
+    *_, last, cut = samples(str(path), 0, IMAGE_EXTENSIONS, "", masks="_m.png")
+    assert last.member == "aa.jpg" and last.problem.startswith("its mask may be missing: ") and CUT in cut.problem
+
+
+@pytest.mark.parametrize(
+    "caption, reason", [(b"caf\xe9", "not UTF-8"), (b"a\0b", "NUL"), (b"x" * ((1 << 20) + 1), "larger than 1 MiB")]
+)
+def test_a_bad_caption_puts_its_image_aside(tmp_path, caption, reason):
+    good, bad = read(tar(tmp_path / "x.tar", ("a.jpg", b"1"), ("a.txt", caption), *sample("b")))
+    assert list(good) == ["b.jpg"] and list(bad) == ["a.jpg"] and reason in bad["a.jpg"]
+
+
+def test_members_that_must_not_be_used_are_named(tmp_path):
+    path = tar(
+        tmp_path / "x.tar",
+        *sample("first"),
+        member("../up.jpg"),
+        member("a/../../up.jpg"),
+        member("/etc/abs.jpg"),
+        member("soft.jpg", kind=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        member("hard.jpg", kind=tarfile.LNKTYPE, linkname="first.jpg"),
+        member("char.jpg", kind=tarfile.CHRTYPE),
+        member("block.jpg", kind=tarfile.BLKTYPE),
+        member("pipe.jpg", kind=tarfile.FIFOTYPE),
+        member("sparse.jpg", pax_headers={"GNU.sparse.major": "1"}),
+        ("captioned.jpg", b"x"),
+        member("captioned.txt", kind=tarfile.SYMTYPE, linkname="first.txt"),
+        member("null", kind=tarfile.CHRTYPE),
+        *sample("last"),
+        format=tarfile.PAX_FORMAT,
+    )
+    assert list(read(path)[0]) == ["first.jpg", "last.jpg"]
+    reasons = {
+        "../up.jpg": "leads out", "a/../../up.jpg": "leads out", "/etc/abs.jpg": "leads out", "soft.jpg": "symbolic link",
+        "hard.jpg": "hard link", "char.jpg": "device", "block.jpg": "device", "pipe.jpg": "pipe", "sparse.jpg": "sparse",
+        "captioned.txt": "symbolic link", "captioned.jpg": "its caption captioned.txt is of no use: it is a symbolic link",
+    }  # fmt: skip
+    found = {source.member: source.problem for source in samples(str(path), 0, IMAGE_EXTENSIONS, "") if source.problem}
+    assert len(found) == len(reasons) + 1
+    assert all(reason in found[name] for name, reason in reasons.items())
+    assert any(name.startswith("null (at byte ") and "device" in problem for name, problem in found.items())
+
+
+def test_gnu_sparse_members_are_named_and_skipped(tmp_path):
+    head = bytearray(raw("s.jpg", 512, b"S", magic=b"ustar  \0"))
+    head[482] = 1  # two more blocks of its map follow
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    more = bytes(504) + b"\1" + bytes(7)
+    path = tmp_path / "x.tar"
+    path.write_bytes(bytes(head) + more + bytes(512) + b"s" * 512 + raw("b.jpg", 1, data=b"b") + END)
+    assert read(path) == ({"b.jpg": (b"b", ())}, {"s.jpg": "it is a sparse file"})
+
+
+def test_duplicates_are_named_and_the_first_counts(tmp_path):
+    path = tar(
+        tmp_path / "x.tar",
+        ("a.jpg", b"1"), ("a.jpg", b"2"), ("a.txt", b"one"), ("a.TXT", b"two"),
+        *sample("b"),
+        ("a.png", b"3"), ("a.txt", b"three"),
+        *sample("b", "again"),
+        ("c.jpg", b"4"), ("d.jpg", b"5"), ("c.txt", b"too late"),
+    )  # fmt: skip
+    good, bad = read(path)
+    assert {name: captions for name, (_, captions) in good.items()} == {
+        "a.jpg": ("one",), "b.jpg": ("caption",), "c.jpg": (), "d.jpg": ()
+    }  # fmt: skip
+    assert good["a.jpg"][0] == b"1"
+    assert [name.split(" (at")[0] for name in bad] == ["a.jpg", "a.TXT", "a.png", "b.jpg", "c.txt"]
+    reasons = list(bad.values())
+    assert all("more than once" in reason for reason in reasons[:2])
+    assert all("must lie side by side" in reason and "tar --sort=name" in reason for reason in reasons[2:])
+
+
+def test_names_with_more_dots_are_named_unless_another_image_is_there(tmp_path):
+    good, bad = read(tar(tmp_path / "x.tar", *sample("v1.5"), *sample("ok")))
+    assert list(good) == ["ok.jpg"]
+    ((name, reason),) = bad.items()
+    assert name.startswith("v1.5.jpg") and "it counts as the file .5.jpg of sample v1" in reason
+
+
+def test_a_crowd_in_one_sample_stays_small(tmp_path):
+    members = [member(f"a.{i}", kind=tarfile.SYMTYPE) for i in range(200)]
+    good, bad = read(tar(tmp_path / "x.tar", *members))
+    assert not good and len(bad) == 200 and sum("more than 64 files" in reason for reason in bad.values()) == 136
+
+
+@pytest.mark.parametrize(
+    "end, good, bad",
+    [
+        (0, [], {"": "the file is empty"}),
+        (100, [], {"": "it is no tar"}),
+        (600, [], {"": "cut off at byte 600, within a.jpg"}),
+        (1 * 3072, ["a.jpg"], {"": CUT}),
+        (1 * 3072 + 1536, ["a.jpg"], {"b.jpg": "its caption may be missing", "": CUT}),
+        (1 * 3072 + 2500, ["a.jpg"], {"b.jpg": "its caption may be missing", "": "within b.txt"}),
+        (2 * 3072 + 300, ["a.jpg", "b.jpg"], {"": CUT}),
+        (2 * 3072 + 1000, ["a.jpg", "b.jpg"], {"": "within c.jpg"}),
+        (3 * 3072 - 300, ["a.jpg", "b.jpg", "c.jpg"], {"": CUT}),
+        (3 * 3072, ["a.jpg", "b.jpg", "c.jpg"], {"": CUT}),
+    ],
+)
+def test_what_lies_before_a_cut_is_used(tmp_path, end, good, bad):
+    parts = b"".join(raw(f"{key}.{e}", 700, data=b"x" * 700) for key in "abc" for e in ("jpg", "txt"))
+    assert len(parts) == 3 * 3072
+    (tmp_path / "x.tar").write_bytes(parts[:end])
+    found, problems = read(tmp_path / "x.tar")
+    assert list(found) == good and all(captions for _, captions in found.values())
+    problems = {name if name != "." else "": reason for name, reason in problems.items()}
+    assert problems.keys() == bad.keys() and all(reason in problems[name] for name, reason in bad.items())
+
+
+def test_damage_in_the_middle(tmp_path):
+    parts = [raw(f"{key}.jpg", 700, data=b"x" * 700) for key in "abc"]
+    parts[1] = b"y" + parts[1][1:]
+    (tmp_path / "x.tar").write_bytes(b"".join(parts) + END)
+    good, bad = read(tmp_path / "x.tar")
+    assert list(good) == [] and "it is damaged at byte 1536; what came before is used" in bad["."]
+    assert "its caption may be missing" in bad["a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.tgz"])
+def test_compressed_tars_are_named(tmp_path, name):
+    data = tar(tmp_path / "plain", *sample("a")).read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(data))
+    good, bad = read(tmp_path / name)
+    assert not good and "unpack it with gunzip first" in bad["."]
+    with pytest.raises(UserError, match=r"holds no image .*; its first trouble: .*gunzip"):
+        list(scan([FolderTable(path=str(tmp_path / name))]))
+
+
+def test_headers_that_lie_cost_nothing(tmp_path):
+    path = tmp_path / "x.tar"
+    fine = raw("a.jpg", 1, data=b"a") + raw("a.txt", 1, data=b"t")
+    pax = b"30 path=" + b"y" * 21 + b"\n"
+    bombs = {
+        "cut off at byte": [
+            raw("big.jpg", 8 << 30),
+            raw("big.jpg", 1 << 80),
+            raw("pax", 1 << 30, b"x"),
+            raw("l", 1 << 40, b"L"),
+        ],
+        "larger than 1 MiB": [raw("p", 2 << 20, b"x", bytes(2 << 20)), raw("p", 2 << 20, b"L", bytes(2 << 20))],
+        "extended header is damaged": [
+            raw("p", len(data), b"x", data)
+            for data in (b"x", b"99 path=a\n", b"-5 a=b\n", b"9" * 9999, b"12 size=abc\n", pax[1:])
+        ],
+    }
+    tracemalloc.start()
+    for reason, heads in bombs.items():
+        for head in heads:
+            path.write_bytes(fine + head + raw("b.jpg", 1, data=b"b") + raw("c.jpg", 1, data=b"c") + END)
+            tracemalloc.reset_peak()
+            good, bad = read(path)
+            assert "a.jpg" in good and any(reason in said for said in bad.values()), (head[:20], good, bad)
+            assert ("c.jpg" in good) == (reason != "cut off at byte") and "b.jpg" not in good
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_a_giant_member_is_named_and_passed_over(tmp_path):
+    path = tmp_path / "x.tar"
+    size = (1 << 30) + 1
+    with path.open("wb") as file:  # sparse on the disk
+        file.write(raw("big.jpg", size))
+        file.seek(-(-size // 512) * 512, os.SEEK_CUR)
+        file.write(raw("b.jpg", 1, data=b"b") + END)
+    assert read(path) == ({"b.jpg": (b"b", ())}, {"big.jpg": "it is larger than 1 GiB"})
+
+
+def test_sizes_beyond_octal(tmp_path):
+    path = tmp_path / "x.tar"
+    pax = raw("pax", 12, b"x", b"12 size=700\n")
+    path.write_bytes(pax + raw("a.jpg", 0) + b"x" * 700 + bytes(324) + raw("b.jpg", 1, data=b"b") + END)
+    good, bad = read(path)
+    assert [len(data) for data, _ in good.values()] == [700, 1] and not bad
+
+
+def test_any_cut_and_any_flipped_byte_is_survived(tmp_path):
+    data = tar(
+        tmp_path / "x.tar", *sample("a"), *sample("d/" + "n" * 120), member("s.jpg", kind=tarfile.SYMTYPE), *sample("é"),
+        format=tarfile.PAX_FORMAT,
+    ).read_bytes()  # fmt: skip
+    random = np.random.default_rng(0)
+    path = tmp_path / "y.tar"
+    for _ in range(400):
+        broken = bytearray(data[: random.integers(len(data))] if random.random() < 0.3 else data)
+        for place in random.integers(0, max(len(broken), 1), random.integers(4)):
+            broken[place : place + 1] = random.bytes(1)
+        path.write_bytes(broken)
+        good, _ = read(path)
+        assert all(name.endswith(".jpg") for name in good)
+
+
+@pytest.mark.parametrize("kind", ["missing", "pipe", "folder"])
+def test_what_cannot_be_opened_is_named(tmp_path, kind, monkeypatch):
+    path = tmp_path / "x.tar"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    good, bad = read(path)
+    assert not good and ("cannot be read" if kind == "missing" else "no regular file") in bad["."]
+
+
+def test_a_tar_without_permission_is_named(tmp_path, monkeypatch):
+    tar(tmp_path / "x.tar", *sample("a"))
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    assert read(tmp_path / "x.tar") == ({}, {".": "it cannot be read (Permission denied)"})
+
+
+def test_what_img2dataset_leaves_is_found_in_a_folder_or_by_a_pattern(tmp_path):
+    folder = tmp_path / "shards"
+    (folder / "more").mkdir(parents=True)
+    for i, place in enumerate(("00000.tar", "00001.tar", "more/00002.tar")):
+        parts = [part for j in range(2) for part in sample(f"{i:05d}{j:04d}", f"{i} {j}")]
+        tar(folder / place, *parts)
+        (folder / place).with_suffix(".parquet").write_bytes(b"never read")
+        (folder / place.replace(".tar", "_stats.json")).write_text("{}")
+    (folder / "loose.png").write_bytes(b"x")
+
+    def captions(path):
+        return [" ".join(captions_of(source)) for source in scan([FolderTable(path=str(path))])]
+
+    assert captions(folder) == ["0 0", "0 1", "1 0", "1 1", "", "2 0", "2 1"]
+    assert captions(folder / "{00000..00001}.tar") == ["0 0", "0 1", "1 0", "1 1"]
+    assert captions(folder / "more/00002.tar") == ["2 0", "2 1"]
+    whole = [FolderTable(path=str(folder / "00001.tar")), FolderTable(path=str(folder))]
+    found = [(source.root, *captions_of(source)) for source in scan(whole)]
+    assert found[:3] == [(0, "1 0"), (0, "1 1"), (1, "0 0")] and len(found) == 7
+
+
+def test_memory_stays_flat(tmp_path):
+    path = tmp_path / "x.tar"
+    with path.open("wb") as file:
+        for i in range(3000):
+            for extension in ("jpg", "json", "txt"):
+                file.write(raw(f"{i:06d}.{extension}", 600, data=b"x" * 600))
+        file.write(END)
+    tracemalloc.start()
+    count = sum(not source.problem for source in samples(str(path), 0, IMAGE_EXTENSIONS, ""))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 3000 and peak < 1 << 20

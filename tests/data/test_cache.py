@@ -1,0 +1,375 @@
+"""The latent cache: encoded once, right after every change, whole after every interruption, readable alone."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from caching import R, StubVae, config, draw, draw_many, expected, flip, shard_bytes
+from commandline import function_process
+from safetensors import safe_open
+
+from fastsd.data import cache as cache_module
+from fastsd.data import rows as rows_module
+from fastsd.data.building.build import build_cache
+from fastsd.data.building.store import Shard, Store
+from fastsd.data.building.upkeep import prune, stats, verify
+from fastsd.data.cache import LatentCache, read_header, view_name
+from fastsd.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_what_is_cached_is_what_the_vae_says(tmp_path):
+    draw_many(tmp_path)
+    events = []
+    counts = build_cache(config(tmp_path), StubVae(), events.append)
+    assert (counts.images, counts.cached, counts.latents, counts.encoded, counts.rejected) == (10, 10, 10, 10, 0)
+    assert events[-1].phase == "encode" and events[-1].done == events[-1].total == 10
+    with_none, named = LatentCache.open(tmp_path / "cache"), LatentCache.open(tmp_path / "cache", counts.view)
+    assert view_name(config(tmp_path), "stub") == counts.view == with_none.name
+    order = [7, 0, 9, 9, 3]
+    for cache in (with_none, named):
+        latents = cache.get(order)["latents"]
+        assert latents.shape == (5, 4, R // 8, R // 8) and latents.dtype == torch.float16
+        for i, latent in zip(order, latents, strict=True):
+            assert torch.equal(latent, expected(tmp_path / f"images/{i:03}.png").half())
+        assert cache.captions(torch.tensor(order)) == [f"picture {i}" for i in order]
+        assert len(cache) == 10 and cache.meta.scaling_factor == 0.5 and cache.meta.shift_factor == 0.0
+        assert (cache.meta.vae_hash, cache.meta.channels, cache.meta.resolution) == ("stub", 4, R)
+        cache.close()
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_shards_are_plain_safetensors_with_aligned_data(tmp_path, dtype):
+    draw_many(tmp_path, 6)
+    build_cache(config(tmp_path, dtype=dtype), StubVae())
+    (shard,) = (tmp_path / "cache/shards").iterdir()
+    assert read_header(shard, "latents-1")[2] % 4096 == 0
+    with safe_open(shard, "pt") as file:
+        mean, metadata = file.get_tensor("mean"), file.metadata()
+    assert metadata["vae"] == "stub" and metadata["scaling_factor"] == "0.5" and metadata["shape"] == "[4, 4, 4]"
+    assert json.loads(metadata["preprocessing"])["dtype"] == dtype
+    latents = LatentCache.open(tmp_path / "cache").get(range(6))["latents"]
+    assert latents.dtype == mean.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    assert sorted(latents.flatten(1).tolist()) == sorted(mean.flatten(1).tolist())
+
+
+def test_only_what_changed_is_encoded_again(tmp_path):
+    draw_many(tmp_path, 20)
+    build_cache(config(tmp_path), StubVae())
+    again = StubVae()
+    assert build_cache(config(tmp_path), again).encoded == again.encoded == 0
+    for i in (1, 2, 3):
+        draw(tmp_path / f"images/{i:03}.png", 100 + i)
+    for i in range(5):
+        draw(tmp_path / f"images/new/{i}.png", 200 + i)
+    for i in range(4, 11):
+        for kind in (".png", ".txt"):
+            old = tmp_path / f"images/{i:03}{kind}"
+            old.rename(tmp_path / f"images/renamed-{i}{kind}")
+    for i in (18, 19):
+        (tmp_path / f"images/{i:03}.png").unlink()
+    (tmp_path / "images/000.txt").write_text("another caption")
+    changed = StubVae()
+    counts = build_cache(config(tmp_path), changed)
+    assert counts.encoded == changed.encoded == 8 and counts.cached == 23
+    cache = LatentCache.open(tmp_path / "cache")
+    paths = sorted((tmp_path / "images").rglob("*.png"), key=lambda path: path.parts)
+    for path, latent in zip(paths, cache.get(range(23))["latents"], strict=True):
+        assert torch.equal(latent, expected(path).half())
+    assert cache.captions([0]) == ["another caption"]
+
+
+def test_a_large_index_is_read_as_a_small_one_is(tmp_path, monkeypatch):
+    draw_many(tmp_path, 9)
+    build_cache(config(tmp_path), StubVae())
+    order = [5, 0, 8, 8, 3]
+    looks = (lambda cache: cache.get(order)["latents"].tolist(), lambda cache: cache.get(range(9))["latents"].tolist(),
+             lambda cache: cache.captions(order), lambda cache: cache.captions(range(2, 7)))  # fmt: skip
+    mapped = LatentCache.open(tmp_path / "cache")
+    small = [look(mapped) for look in looks]
+    monkeypatch.setattr(rows_module, "_MAPPED", 0)
+    assert [look(LatentCache.open(tmp_path / "cache")) for look in looks] == small
+
+
+def test_the_same_image_twice_is_encoded_once_with_both_captions(tmp_path):
+    for name in "ab":
+        draw(tmp_path / f"images/{name}.png", 1, f"caption {name}")
+    counts = build_cache(config(tmp_path), StubVae())
+    assert (counts.cached, counts.latents, counts.encoded) == (2, 1, 1)
+    cache = LatentCache.open(tmp_path / "cache")
+    assert cache.captions([0, 1]) == ["caption a", "caption b"]
+    assert torch.equal(*cache.get([0, 1])["latents"])
+
+
+def test_two_vaes_and_two_folders_share_a_cache_and_never_mix(tmp_path):
+    draw_many(tmp_path, 5)
+    draw(tmp_path / "more/x.png", 77)
+    one, two = config(tmp_path), config(tmp_path, ("images", "more"))
+    first = build_cache(one, StubVae("first"))
+    second = build_cache(one, StubVae("second", scaling_factor=0.25))
+    both = build_cache(two, StubVae("first"))
+    assert (first.encoded, second.encoded, both.encoded) == (5, 5, 1)
+    assert len({first.view, second.view, both.view}) == 3
+    directory = tmp_path / "cache"
+    assert LatentCache.open(directory).name == both.view and len(LatentCache.open(directory)) == 6
+    assert LatentCache.open(directory, second.view).meta.scaling_factor == 0.25
+    used = [{name for name, _ in cache_module.View(directory / f"views/{v.view}.safetensors").shards} for v in (first, second)]
+    assert not used[0] & used[1]
+    # A shard of the other VAE under this one's name is noticed at the first read.
+    ours, theirs = used[0].pop(), used[1].pop()
+    shutil.copy(directory / f"shards/{theirs}.safetensors", directory / f"shards/{ours}.safetensors")
+    with pytest.raises(UserError, match="another VAE"):
+        LatentCache.open(directory, first.view).get([0])
+    assert build_cache(one, StubVae("first")).encoded == 5
+
+
+def test_bad_files_are_put_aside_named_and_not_tried_again(tmp_path):
+    draw_many(tmp_path, 6)
+    images = tmp_path / "images"
+    (images / "text.jpg").write_text("no image")
+    (images / "empty.png").write_bytes(b"")
+    (images / "half.png").write_bytes((images / "000.png").read_bytes()[:900])
+    (images / "gone.png").symlink_to("nowhere.png")
+    draw(images / "silent.png", 50, caption=None)
+    draw(images / "blank.png", 51, caption=" \n")
+    draw(images / "latin.png", 52)
+    (images / "latin.txt").write_bytes(b"caf\xe9")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(images / "pipe.png")
+    counts = build_cache(config(tmp_path), StubVae())
+    bad = {"text.jpg", "empty.png", "half.png", "gone.png", "latin.png"} | ({"pipe.png"} if hasattr(os, "mkfifo") else set())
+    assert (counts.images, counts.cached, counts.rejected, counts.empty_captions) == (8 + len(bad), 8, len(bad), 2)
+    assert {Path(line.split(": ")[0]).name for line in counts.examples} == bad
+    assert sum(counts.reasons.values()) == len(bad) == sum(stats(tmp_path / "cache").rejected.values())
+    before = shard_bytes(tmp_path)
+    again = build_cache(config(tmp_path), StubVae())
+    assert again.rejected == len(bad) and again.encoded == 0 and shard_bytes(tmp_path) == before
+    draw(images / "half.png", 53)
+    (images / "latin.txt").write_text("fine now")
+    mended = build_cache(config(tmp_path), StubVae())
+    assert mended.encoded == 2 and mended.rejected == len(bad) - 2 and mended.cached == 10
+
+
+def test_not_finite_latents_are_tried_alone_and_then_rejected(tmp_path):
+    draw_many(tmp_path, 6)
+    marks = {expected(tmp_path / f"images/00{i}.png")[0, 0, 0].item(): i for i in range(6)}
+
+    class Overflows(StubVae):
+        def encode(self, images):
+            means = super().encode(images)
+            for mean in means:
+                i = marks[mean[0, 0, 0].item()]
+                if i == 2 or (i == 3 and len(images) > 1):
+                    mean[0, 0, 0] = float("nan")
+            return means
+
+    counts = build_cache(config(tmp_path), Overflows())
+    assert counts.cached == 5 and counts.rejected == 1
+    assert counts.examples[0].endswith("002.png: its latent is not finite in fp16")
+    assert LatentCache.open(tmp_path / "cache").get(range(5))["latents"].isfinite().all()
+
+
+def test_no_usable_image_or_resolution_is_one_sentence(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_text("no image")
+    with pytest.raises(UserError, match="none of the 1 images could be used"):
+        build_cache(config(tmp_path), StubVae())
+    odd = StubVae()
+    odd.downscale = 12
+    with pytest.raises(UserError, match=r"data.resolution is 32, no multiple of 12.*; use 24 or 36"):
+        build_cache(config(tmp_path), odd)
+    with pytest.raises(UserError, match="run `fastsd cache CONFIG` first"):
+        LatentCache.open(tmp_path / "cache")
+    with pytest.raises(UserError, match="run `fastsd cache CONFIG` first"):
+        LatentCache.open(tmp_path / "elsewhere", "0123")
+
+
+def test_a_tiny_diffusers_vae(tmp_path):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    module = AutoencoderKL(
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+
+    class Kl(StubVae):
+        downscale = 2
+
+        def encode(self, images):
+            return module.encode(images).latent_dist.mean
+
+    draw_many(tmp_path, 5)
+    build_cache(config(tmp_path, dtype="fp32"), Kl())
+    latents = LatentCache.open(tmp_path / "cache").get([4, 1])["latents"]
+    for i, latent in zip((4, 1), latents, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(latent, expected(tmp_path / f"images/00{i}.png", Kl()))
+
+
+@pytest.mark.parametrize("code, sentence", [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "cannot be used")])
+def test_a_full_or_forbidden_disk_is_a_sentence_and_the_next_run_goes_on(tmp_path, monkeypatch, code, sentence):
+    draw_many(tmp_path, 12)
+    calls = []
+    write = Shard.write_rows
+
+    def failing(shard, rows):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise OSError(code, os.strerror(code))
+        write(shard, rows)
+
+    monkeypatch.setattr(Shard, "write_rows", failing)
+    with pytest.raises(UserError, match=sentence) as error:
+        build_cache(config(tmp_path), StubVae())
+    assert str(tmp_path / "cache") in str(error.value)
+    monkeypatch.undo()
+    assert build_cache(config(tmp_path), StubVae()).encoded == 8
+    assert verify(tmp_path / "cache") == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    draw(tmp_path / "images/one-more.png", 99)
+    with pytest.raises(UserError, match=r"need 0.0 GB and the disk has 0.0 GB left"):
+        build_cache(config(tmp_path), StubVae())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be used"):
+        build_cache(config(tmp_path, dir=str(tmp_path / "file")), StubVae())
+
+
+def test_one_writer_at_a_time(tmp_path):
+    draw_many(tmp_path, 3)
+    with Store.open(tmp_path / "cache", create=True), pytest.raises(UserError, match="another `fastsd cache`"):
+        build_cache(config(tmp_path), StubVae())
+    assert build_cache(config(tmp_path), StubVae()).encoded == 3
+
+
+def test_verify_finds_a_flipped_bit_and_it_is_encoded_again(tmp_path):
+    draw_many(tmp_path)
+    view = build_cache(config(tmp_path), StubVae()).view
+    before = shard_bytes(tmp_path)
+    assert verify(tmp_path / "cache") == []
+    (shard,) = (tmp_path / "cache/shards").iterdir()
+    flip(shard, -5)
+    (problem,) = verify(tmp_path / "cache")
+    assert shard.name in problem and "1 of 10 rows" in problem and "sha256: 9;" in problem
+    with pytest.raises(UserError, match="run `fastsd cache CONFIG` first"):
+        LatentCache.open(tmp_path / "cache", view)  # nothing trains on it meanwhile
+    assert build_cache(config(tmp_path), StubVae()).encoded == 1
+    assert shard_bytes(tmp_path) == before and verify(tmp_path / "cache") == []
+    flip(tmp_path / f"cache/views/{view}.safetensors", -3)
+    assert len(verify(tmp_path / "cache")) == 1
+    assert build_cache(config(tmp_path), StubVae()).encoded == 0
+    assert verify(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "deleted", "header"])
+def test_a_broken_shard_is_named_by_the_reader_and_encoded_again(tmp_path, damage):
+    draw_many(tmp_path)
+    build_cache(config(tmp_path), StubVae())
+    before = shard_bytes(tmp_path)
+    (shard,) = (tmp_path / "cache/shards").iterdir()
+    if damage == "cut":
+        os.truncate(shard, shard.stat().st_size - 100)
+    elif damage == "deleted":
+        shard.unlink()
+    else:
+        flip(shard, 9)
+    with pytest.raises(UserError, match=shard.name):
+        LatentCache.open(tmp_path / "cache").get([0])
+    assert build_cache(config(tmp_path), StubVae()).encoded == 10
+    assert shard_bytes(tmp_path) == before
+
+
+def test_prune_takes_only_what_no_view_needs(tmp_path):
+    draw_many(tmp_path, 5)
+    view = build_cache(config(tmp_path), StubVae("old")).view
+    build_cache(config(tmp_path), StubVae("new"))
+    assert prune(tmp_path / "cache").shards == 0
+    (tmp_path / f"cache/views/{view}.safetensors").unlink()
+    assert prune(tmp_path / "cache").shards == 1
+    found = stats(tmp_path / "cache")
+    assert (found.latents, found.planned, found.shards, len(found.views)) == (5, 0, 1, 1)
+    assert build_cache(config(tmp_path), StubVae("new")).encoded == 0
+    assert build_cache(config(tmp_path), StubVae("old")).encoded == 5
+
+
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 3)
+    monkeypatch.setattr(rows_module, "_OPEN_SHARDS", 2)
+    draw_many(tmp_path, 20)
+    build_cache(config(tmp_path), StubVae())
+    cache = LatentCache.open(tmp_path / "cache")
+    assert len(list((tmp_path / "cache/shards").iterdir())) == 7
+    for _ in range(3):
+        for i, latent in enumerate(cache.get(range(20))["latents"]):
+            assert torch.equal(latent, expected(tmp_path / f"images/{i:03}.png").half())
+        assert len(cache._open) <= 2
+
+
+def nursery(root, seed):
+    """Runs in a process of its own: forks cachers, kills them at random moments, and ends with one that may finish."""
+    cache_module.SHARD_ROWS = 16
+    torch.set_num_threads(1)
+    root, chance, kills, flush = Path(root), random.Random(int(seed)), 0, os.fsync
+
+    def deadly(handle):
+        """An fsync that ends the process, before or after doing its work, in one of its first calls."""
+        deadly.calls -= 1
+        if deadly.late or deadly.calls:
+            flush(handle)
+        if not deadly.calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    while True:
+        moment, deadly.calls, deadly.late = chance.uniform(0.0, 0.2), chance.randrange(1, 8), chance.random() < 0.5
+        child = os.fork()
+        if child == 0:
+            if kills in (1, 2, 4, 6):  # between writing, flushing and committing, where a clock rarely hits
+                os.fsync = deadly
+            build_cache(config(root), StubVae(delay=0.01))
+            os._exit(0)
+        if kills in (0, 3, 5):
+            time.sleep(moment)
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFEXITED(status):
+            assert status == 0, "it ended by itself, and not well"
+            break
+        kills += 1
+    print(kills)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its victims")
+def test_kill_9_at_any_moment_leaves_the_same_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 16)
+    draw_many(tmp_path, 150)
+    (tmp_path / "images/030.png").write_bytes(b"broken")
+    build_cache(config(tmp_path), StubVae())
+    whole = shard_bytes(tmp_path)
+    (view,) = (tmp_path / "cache/views").iterdir()
+    frozen = view.read_bytes()
+    shutil.rmtree(tmp_path / "cache")
+    process = function_process(__file__, "nursery", tmp_path, 7)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert int(out) == 7
+    assert shard_bytes(tmp_path) == whole
+    assert view.read_bytes() == frozen
+    assert verify(tmp_path / "cache") == []
+    assert build_cache(config(tmp_path), StubVae()).encoded == 0

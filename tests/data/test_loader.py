@@ -1,0 +1,277 @@
+"""The loader: batches that depend on their position alone, whoever makes them, and clean ends of prefetching."""
+
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from fastsd.commands.cache import cache as make_cache
+from fastsd.config.schema import DataTable, StageTable, parse_config
+from fastsd.data.building.tokenize import write_tokens
+from fastsd.data.cache import Group, LatentCache
+from fastsd.data.loader import PREFETCH, Loader
+from fastsd.data.tokens import Tokens
+from fastsd.errors import UserError
+from fastsd.model.formats.load import load_text
+
+LENGTH = 4
+SQUARE, WIDE = (4, 2, 2), (4, 1, 4)
+
+
+class Samples:
+    """Stands for a cache; the latents of sample i's version v are i in channel 0 and v in channel 1, its caption "tag i"."""
+
+    def __init__(self, *counts, versions=1):
+        """counts: (shape, root, count) of each group, or one number of squares."""
+        self.groups, self.versions = [], versions
+        for shape, root, count in counts if isinstance(counts[0], tuple) else [(SQUARE, 0, *counts)]:
+            self.groups.append(Group(shape, root, len(self), count))
+
+    def __len__(self):
+        return self.groups[-1].first + self.groups[-1].count if self.groups else 0
+
+    def get(self, positions, versions=None):
+        positions = torch.as_tensor(positions)
+        (shape,) = {group.shape for i in positions.tolist() for group in self.groups if 0 <= i - group.first < group.count}
+        latents = torch.zeros(len(positions), *shape)
+        latents[:, 0] = positions[:, None, None]
+        latents[:, 1] = 0 if versions is None else torch.as_tensor(versions)[:, None, None]
+        return {"latents": latents}
+
+    def variants(self, positions):
+        return [[f"tag {i}, a,b ,  c"] * (1 + i % 2) for i in positions]
+
+
+def stage(**keys):
+    return StageTable(**{"train": ["unet"], "until": 1, "batch": 4} | keys)
+
+
+def tokenize(texts):
+    return torch.tensor([[len(text)] * LENGTH for text in texts])
+
+
+def loader(cache=None, seed=3, tokenize=tokenize, data=None, origin=0, rank=0, world=1, tokens=None, **keys):
+    cache = cache or Samples(10)
+    return Loader(cache, tokenize, seed, stage(**keys), data=data, origin=origin, rank=rank, world=world, tokens=tokens)
+
+
+def seen(batch):
+    return batch.latents_BCHW[:, 0, 0, 0].long().tolist()
+
+
+def seen_in(batches):
+    return [index for batch in batches for index in seen(batch)]
+
+
+def same(a, b):
+    tensors = ("latents_BCHW", "token_ids_BL", "positions_B")
+    return a.captions == b.captions and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+
+
+BUCKETS = Samples((SQUARE, 0, 21), (SQUARE, 1, 14), (WIDE, 0, 5), (WIDE, 1, 30), versions=4)
+SHARES = DataTable(folders=[{"path": "a", "repeats": 3}, {"path": "b", "weight": 0.5}])
+EDITS = {"caption_dropout": 0.2, "shuffle_tags": True, "tag_dropout": 0.2}
+
+
+def test_every_epoch_has_every_sample_once_and_its_own_order():
+    assert loader().images == 10
+    flat = seen_in(loader().stream(0, 30, 3))
+    epochs = [flat[i : i + 10] for i in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_batch_depends_on_seed_and_position_alone():
+    whole = loader().batch(0, 24)
+    for step in (1, 5, 8, 24):
+        parts = list(loader().stream(0, 24, step))
+        assert seen_in(parts) == seen(whole)
+        assert torch.equal(torch.cat([part.token_ids_BL for part in parts]), whole.token_ids_BL)
+        assert torch.equal(torch.cat([part.positions_B for part in parts]), torch.arange(24))
+    assert seen(loader().batch(7, 9)) == seen(whole)[7:16]
+    assert seen(loader(seed=4).batch(0, 24)) != seen(whole)
+    assert [len(part.captions) for part in loader().stream(0, 10, 4)] == [4, 4, 2]
+
+
+def test_a_batch_may_span_many_epochs_of_a_tiny_set():
+    batch = loader(Samples(3)).batch(1, 11)
+    assert sorted(seen(batch)[2:5]) == sorted(seen(batch)[5:8]) == [0, 1, 2]
+
+
+def test_captions_follow_their_latents_and_repeats_are_tokenized_once():
+    calls = []
+    one = loader(tokenize=lambda texts: (calls.append(list(texts)), tokenize(texts))[1], max_tags=1)
+    batch = one.batch(0, 10)
+    assert batch.captions == [f"tag {i}" for i in seen(batch)]
+    assert batch.token_ids_BL.tolist() == [[len(caption)] * LENGTH for caption in batch.captions]
+    one.batch(10, 20)
+    assert sum(map(len, calls)) == 10
+
+
+@pytest.mark.parametrize("cache, data", [(Samples(10), None), (BUCKETS, None), (BUCKETS, SHARES)])
+def test_any_number_of_workers_sees_the_same_global_batches(cache, data):
+    def batches(rank, world):
+        return list(loader(cache, data=data, batch=12, origin=24, rank=rank, world=world, **EDITS).stream(24, 240, 12))
+
+    whole = batches(0, 1)
+    for world in (2, 3, 12):
+        for i, parts in enumerate(zip(*(batches(rank, world) for rank in range(world)), strict=True)):
+            for name in ("latents_BCHW", "token_ids_BL", "positions_B"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole[i], name))
+            assert [caption for part in parts for caption in part.captions] == whole[i].captions
+    with pytest.raises(ValueError, match="a batch of 12 cannot be divided among 5 workers"):
+        loader(cache, world=5, batch=12, origin=24).batch(24, 12)
+
+
+@pytest.mark.parametrize("data", [None, SHARES])
+def test_a_resumed_run_reads_what_the_uninterrupted_one_does(data):
+    whole = list(loader(BUCKETS, data=data, origin=8, **EDITS).stream(8, 400, 4))
+    resumed = list(loader(BUCKETS, data=data, origin=8, **EDITS).stream(8 + 37 * 4, 400, 4))
+    assert len(resumed) == len(whole) - 37 and all(same(*pair) for pair in zip(whole[37:], resumed, strict=True))
+    assert len({batch.latents_BCHW.shape for batch in whole}) == 2
+
+
+def test_repeats_and_weights_count():
+    one = loader(BUCKETS, data=SHARES, batch=1)
+    assert one.images == 3 * 26 + 44
+    flat = seen_in(one.stream(0, one.images, 1))
+    assert all(flat.count(i) == (3 if i < 21 or 35 <= i < 40 else 1) for i in range(70))
+
+
+def test_the_filter_leaves_what_is_asked_for():
+    some = loader(data=DataTable(folders=["a"], include=["TAG 3", "tag 7", "tag 8"], exclude=["tag 8"]))
+    assert some.images == 2 and sorted(seen(some.batch(0, 4))) == [3, 3, 7, 7]
+    with pytest.raises(UserError, match=r"data.exclude \['c'\] leave none of the 10 images"):
+        loader(data=DataTable(folders=["a"], exclude=["c"]))
+
+
+def test_versions_follow_from_the_position():
+    whole = loader(Samples(50, versions=6)).batch(0, 3000).latents_BCHW[:, 1, 0, 0].long()
+    assert all(abs(count - 500) < 100 for count in torch.bincount(whole, minlength=6).tolist())
+    assert torch.equal(loader(Samples(50, versions=6)).batch(40, 9).latents_BCHW[:, 1, 0, 0].long(), whole[40:49])
+    assert not torch.equal(loader(Samples(50, versions=6), seed=4).batch(0, 3000).latents_BCHW[:, 1, 0, 0].long(), whole)
+    assert not loader(Samples(50)).batch(0, 100).latents_BCHW[:, 1].any()
+
+
+class Known:
+    """Stands for cached token ids."""
+
+    def row(self, sample, variant):
+        return torch.tensor([sample, variant, 0, 0])
+
+
+def test_cached_token_ids_serve_captions_as_they_are():
+    calls = []
+    one = loader(tokenize=lambda texts: (calls.append(list(texts)), tokenize(texts))[1], tokens=Known(), caption_dropout=0.5)
+    batch = one.batch(0, 20)
+    for index, caption, row in zip(seen(batch), batch.captions, batch.token_ids_BL.tolist(), strict=True):
+        assert row == ([index, 0, 0, 0] if caption else [0] * LENGTH)
+    assert calls == [[""]] and 3 < batch.captions.count("") < 17
+    edited = loader(tokens=Known(), max_tags=2).batch(0, 10)  # as without them
+    assert torch.equal(edited.token_ids_BL, loader(max_tags=2).batch(0, 10).token_ids_BL)
+
+
+def test_a_tokenizer_never_serves_two_threads():
+    busy, most = [], []
+
+    def slow(texts):
+        busy.append(1)
+        most.append(len(busy))
+        time.sleep(0.002)
+        busy.pop()
+        return tokenize(texts)
+
+    assert len(list(loader(Samples(400), tokenize=slow).stream(0, 200, 4))) == 50
+    assert max(most) == 1
+
+
+def test_a_cache_of_buckets_crops_and_mirror_images(tmp_path, tiny_model):
+    for i in range(30):
+        path = tmp_path / "images" / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.radial_gradient("L").resize([(32, 32), (48, 24), (24, 48)][i % 3]).convert("RGB").point(
+            lambda v, i=i: v + i
+        ).save(path)
+        path.with_suffix(".txt").write_text(f"red circle {i}\nblue star, {i}")
+    raw = {
+        "model": {"base": str(tiny_model)},
+        "data": {"folders": [str(path.parent)], "resolution": 32, "crop": "random", "crops": 2, "flip": True,
+                 "buckets": {"min": 16, "max": 64, "step": 8}},
+        "cache": {"dir": str(tmp_path / "cache")},
+        "stage": [{"train": ["unet"], "until": 1, "batch": 4, "caption_dropout": 0.2}],
+    }  # fmt: skip
+    config = parse_config(raw, "test")
+    make_cache(config)
+    cache, text = LatentCache.open(config.cache.dir), load_text(config.model, tiny_model)
+    write_tokens(cache, text.tokenizer)
+
+    def batches(**keys):
+        made = Loader(cache, text.tokenize, 3, config.stage[0], data=config.data, **keys)
+        return list(made.stream(0, made.images * 4, 4))
+
+    plain, known = batches(), batches(tokens=Tokens(cache, text.tokenizer, text.length))
+    assert all(same(*pair) for pair in zip(plain, known, strict=True))
+    shapes = {tuple(batch.latents_BCHW.shape[1:]) for batch in plain}
+    assert len(shapes) == 3 == len(cache.groups) and len({batch.latents_BCHW[0].double().sum().item() for batch in plain}) > 25
+    captions = {caption for batch in plain for caption in batch.captions}
+    assert "" in captions and len(captions) > 45  # both variants of nearly all
+    cache.close()
+
+
+def test_stream_works_ahead_and_counts_the_waiting():
+    slow = loader()
+    made = []
+    fast_batch = slow.batch
+    slow.batch = lambda position, count: (made.append(position), time.sleep(0.05), fast_batch(position, count))[2]
+    with slow.stream(0, 100, 5) as stream:
+        next(stream)
+        assert stream.waited >= 0.04
+        while len(made) < PREFETCH + 1:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert sorted(made) == [5 * i for i in range(PREFETCH + 1)]  # ahead, but not without bound
+        waited = stream.waited
+        for _ in range(PREFETCH):
+            next(stream)
+        assert stream.waited - waited < 0.04
+
+
+def test_batches_come_in_order_whichever_is_made_first():
+    uneven = loader()
+    batch = uneven.batch
+    uneven.batch = lambda position, count: (time.sleep(0.02 if position % 10 else 0), batch(position, count))[1]
+    assert [int(made.positions_B[0]) for made in uneven.stream(0, 60, 5)] == list(range(0, 60, 5))
+
+
+def test_an_exception_reaches_the_consumer():
+    broken = loader()
+    broken.cache.get = lambda *_: 1 / 0
+    stream = broken.stream(0, 10, 5)
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastsd-loader")]
+
+
+def test_a_stream_stops_when_closed_dropped_or_done():
+    stream = loader().stream(0, 10**9, 2)
+    next(stream)
+    start = time.perf_counter()
+    stream.close()
+    assert time.perf_counter() - start < 1 and not threads()
+    with pytest.raises(StopIteration):
+        next(stream)
+    dropped = loader().stream(0, 10**9, 2)
+    next(dropped)
+    del dropped
+    assert len(list(loader().stream(0, 10, 2))) == 5
+    deadline = time.perf_counter() + 3
+    while threads() and time.perf_counter() < deadline:
+        time.sleep(0.02)
+    assert not threads()

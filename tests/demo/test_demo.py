@@ -1,0 +1,105 @@
+"""The demo's world: a judge that knows the shapes and is not fooled, a tokenizer for any text, the shipped models."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from fastsd.config.schema import ModelTable, SampleTable
+from fastsd.demo import world
+from fastsd.demo.demo import MODELS, SHOWN, demo
+from fastsd.demo.models import write_tokenizer
+from fastsd.model.formats.load import load_model
+from fastsd.sampling.generate import generate
+
+
+def share_right(change) -> float:
+    rng = np.random.default_rng(7)
+    combos = world.combinations() * 6
+    images = [change(world.draw(colour, shape, rng), rng) for colour, shape in combos]
+    return float(np.mean([world.judge(image) == pair for image, pair in zip(images, combos, strict=True)]))
+
+
+def noisy(image, rng):
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(1)), dtype=float) + rng.normal(0, 10, (64, 64, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def test_the_judge_knows_the_shapes():
+    assert share_right(lambda image, rng: image) >= 0.99
+    assert share_right(noisy) >= 0.97
+
+
+def test_the_judge_is_not_fooled():
+    rng = np.random.default_rng(3)
+    empty = Image.new("RGB", (64, 64), world.BACKGROUND)
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(50)]
+    assert all(world.judge(image) == (None, None) for image in [empty, grey, *noise])
+    turned = [world.draw("red", "circle", rng), world.draw("blue", "star", rng)]
+    assert world.judge(turned[0]) != ("blue", "circle") and world.judge(turned[1]) != ("blue", "circle")
+
+
+def test_the_data_set_is_the_same_every_time(tmp_path):
+    for name in ("a", "b"):
+        world.write_dataset(tmp_path / name, 48, seed=1)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(files) == 96
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    captions = {path.read_text().strip() for path in (tmp_path / "a").glob("*.txt")}
+    assert all(any(c in text for c in world.COLOURS) and any(s in text for s in world.SHAPES) for text in captions)
+
+
+def test_the_tokenizer_takes_any_text(tmp_path):
+    from transformers import CLIPTokenizer
+
+    write_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("a red circle", padding="max_length", max_length=77).input_ids
+    assert len(ids) == 77 and ids[0] == tokenizer.bos_token_id and ids[4] == tokenizer.eos_token_id
+    for text in ("wörld, 123!", "日本語", "A  RED\tCircle"):
+        assert tokenizer.unk_token_id not in tokenizer(text).input_ids[1:-1]
+
+
+def test_what_ships_is_small_and_loads():
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 8e6
+    base = load_model(ModelTable(base=str(MODELS / "base")))
+    other = load_model(ModelTable(base=str(MODELS / "base"), vae=str(MODELS / "vae")))
+    assert base.vae.scaling_factor != other.vae.scaling_factor and base.vae.hash != other.vae.hash
+
+
+def test_the_base_draws_what_it_is_asked_for():
+    model = load_model(ModelTable(base=str(MODELS / "base")))
+    asked = world.prompts()[:16]
+    images = generate(model, [p for *_, p in asked], [0] * 16, SampleTable(steps=12, guidance=2.0), 64)
+    assert sum(world.judge(i) == (c, s) for i, (c, s, _) in zip(images, asked, strict=True)) >= 13
+
+
+def test_the_picture_is_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [world.draw("red", "ring", rng)] * SHOWN
+    sheet = world.picture([("one", images), ("two", images)], ["a red ring"] * SHOWN)
+    assert sheet.width > 600 and sheet.height > 400
+
+
+@pytest.mark.timeout(600)
+def test_a_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from fastsd.demo import demo as module
+
+    some = world.prompts()[::3]
+    monkeypatch.setattr(world, "prompts", lambda: some)
+    monkeypatch.setattr(module, "SEEDS", (0,))
+    monkeypatch.setattr(module, "PICTURES", 64)
+    text = re.sub(r"until = \d+", "until = 1", module._config_file().read_text()).replace("images = 4", "images = 1")
+    monkeypatch.setattr(module, "_config_file", lambda: tmp_path / "short.toml")
+    (tmp_path / "short.toml").write_text(text)
+    out = StringIO()
+    result = demo(tmp_path / "demo", Console(file=out, width=200))
+    assert "$ fastsd cache" in out.getvalue() and "$ fastsd train" in out.getvalue()
+    assert (tmp_path / "demo" / "demo.png").exists() and result["samples"] == len(some) == 16
+    assert result["base"] >= 0.8 and result["before"] <= 0.5

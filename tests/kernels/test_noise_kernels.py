@@ -1,0 +1,126 @@
+"""Noise made in the kernel: Philox's known answers, normals and noised latents with the reference's bits."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from budget import nan_filled_memory
+from philox import KNOWN
+
+from fastsd.train.objective import Objective
+from fastsd_kernels.launch import launch
+from fastsd_kernels.noise import Purpose, noised_reference, noised_triton, normal, normal_triton, philox, philox_words
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POSITIONS = torch.tensor([0, 5, 2**33 + 1, 17, -1, 2**62 + 12345], device=DEVICE)
+
+
+@triton.jit(do_not_specialize=["seed", "purpose", "first"])
+def _words(out_ptr, position_ptr, seed: tl.int64, purpose: tl.int64, first: tl.int64, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    words = philox_words(seed, purpose.to(tl.uint32), tl.load(position_ptr), first + offs)
+    for lane in tl.static_range(4):
+        tl.store(out_ptr + offs * 4 + lane, words[lane].to(tl.int64))
+
+
+def words(seed, purpose, position, first, count):
+    out = torch.empty(count, 4, dtype=torch.int64, device=DEVICE)
+    position_1 = torch.tensor([position], device=DEVICE)
+    launch(_words, (1,), out, position_1, seed - (seed >> 63 << 64), purpose, first, BLOCK=count)
+    return out
+
+
+@pytest.mark.parametrize("counter, key, expected", KNOWN)
+def test_philox_known_answers(counter, key, expected):
+    position = counter[1] | counter[2] << 32
+    position -= (position >> 63) << 64  # as int64
+    assert words(key[0] | key[1] << 32, counter[3], position, counter[0], 1).flatten().tolist() == list(expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7, 2**31, 2**40 + 3, 2**63, 2**64 - 1])
+def test_words_equal_philox(seed):
+    for position in (0, 16, 2**33 + 1, 2**63 - 1, -(2**63)):
+        want = philox(seed, Purpose.SAMPLE, torch.tensor([position]), torch.arange(64))[0]
+        assert torch.equal(words(seed, Purpose.SAMPLE, position, 0, 64).cpu(), want)
+
+
+@pytest.mark.parametrize("shape", [(1,), (63,), (3, 5, 7), (4, 16, 16), (1025,), (0,)])
+def test_normals_equal_the_reference(shape):
+    for seed, purpose in ((7, Purpose.NOISE), (2**64 - 1, Purpose.SAMPLE)):
+        with nan_filled_memory():
+            ours = normal_triton(seed, purpose, POSITIONS, shape)
+        assert torch.equal(ours.cpu(), normal(seed, purpose, POSITIONS.cpu(), shape))
+    assert normal_triton(7, Purpose.NOISE, POSITIONS[:0], shape).shape == (0, *shape)
+
+
+def test_last_bits_of_100_000_normals():
+    ours = normal_triton(3, Purpose.NOISE, torch.arange(7, device=DEVICE), (4, 64, 64)).cpu()
+    reference = normal(3, Purpose.NOISE, torch.arange(7), (4, 64, 64))
+    differ = (ours != reference).sum().item()
+    print(f"{differ} of {ours.numel()} normals differ, by {(ours - reference).abs().max():.1e} at most")
+    # Both round from fp64, so one in about 10^7 falls to the other side of a tie.
+    assert differ <= 1
+    torch.testing.assert_close(ours, reference, rtol=2.0**-22, atol=0)
+
+
+def problem(dtype=torch.float32, shape=(4, 16, 24)):
+    gen = torch.Generator().manual_seed(0)
+    abar = torch.linspace(0.9999, 0.0047, 1000)
+    objective = Objective(abar.to(DEVICE), 11)
+    latents = torch.randn(len(POSITIONS), *shape, generator=gen).to(DEVICE, dtype)
+    return objective, latents
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(4, 16, 24), (3, 5, 7), (16, 1, 1)])
+def test_noised_equals_objective(shape, dtype):
+    objective, latents = problem(dtype, shape)
+    want, t_B, eps = objective.noised(latents.float(), POSITIONS)
+    tables = objective.signal, objective.level, 11
+    with nan_filled_memory():
+        x_t, target = noised_triton(latents, POSITIONS, t_B, *tables)
+    reference = noised_reference(latents, POSITIONS, t_B, *tables)
+    assert x_t.dtype == target.dtype == torch.float32
+    for ours, theirs, plain in ((x_t, want, reference[0]), (target, eps, reference[1])):
+        assert torch.equal(ours, theirs) and torch.equal(ours, plain)
+    x_v, velocity = noised_triton(latents, POSITIONS, t_B, *tables, prediction="v_prediction")
+    reference = noised_reference(latents, POSITIONS, t_B, *tables, prediction="v_prediction")
+    assert torch.equal(x_v, x_t) and torch.equal(velocity, reference[1])
+    signal, level = objective.signal[t_B][:, None, None, None], objective.level[t_B][:, None, None, None]
+    assert torch.equal(want, signal * latents.float() + level * eps)
+    torch.testing.assert_close(velocity, signal * eps - level * latents.float(), rtol=0, atol=0)
+
+
+def test_a_number_does_not_depend_on_batch_or_strides():
+    objective, latents = problem()
+    _, t_B, _ = objective.noised(latents, POSITIONS)
+    tables = objective.signal, objective.level, 11
+    whole = noised_triton(latents, POSITIONS, t_B, *tables)
+    rows = [noised_triton(latents[i : i + 1], POSITIONS[i : i + 1], t_B[i : i + 1], *tables) for i in range(len(t_B))]
+    for both, single in zip(whole, zip(*rows, strict=True), strict=True):
+        assert torch.equal(both, torch.cat(single))
+    spread = torch.stack((t_B, t_B), dim=1)[:, 0]
+    for other in (latents.contiguous(memory_format=torch.channels_last), latents.flip(3).flip(3), latents[..., :]):
+        again = noised_triton(other, POSITIONS, spread, *tables)
+        assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1])
+
+
+def test_opcheck():
+    objective, latents = problem(shape=(3, 5, 7))
+    t_B = torch.zeros(len(latents), dtype=torch.int64, device=DEVICE)
+    operands = (latents, POSITIONS, t_B, objective.signal, objective.level, -3)
+    torch.library.opcheck(torch.ops.fastsd.noised.default, (*operands, False))
+    torch.library.opcheck(torch.ops.fastsd.noised.default, (*operands, True))
+    torch.library.opcheck(torch.ops.fastsd.normal.default, (7, 4, POSITIONS, (3, 5, 7)))
+
+
+def test_bad_input():
+    objective, latents = problem()
+    rest = POSITIONS, torch.zeros_like(POSITIONS), objective.signal, objective.level, 0
+    for function in (noised_reference, noised_triton):
+        with pytest.raises(ValueError, match='prediction is "x0"; give "epsilon" or "v_prediction"'):
+            function(latents, *rest, prediction="x0")
+    with pytest.raises(ValueError, match="latents are torch.float64"):
+        noised_triton(latents.double(), *rest)
+    with pytest.raises(ValueError, match="put them on one device"):
+        noised_triton(latents.to("meta"), *rest)

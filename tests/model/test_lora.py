@@ -1,0 +1,397 @@
+"""Adapters: what they compute, at what cost, and the files that carry them to other tools and back."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from adapters import BOTH, move, relative
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+from unets import CFG as SMALL
+from unets import full_size
+
+from fastsd.config.schema import LoraTable, ModelTable
+from fastsd.errors import UserError
+from fastsd.model.formats.load import load_model, part_state_dict
+from fastsd.model.formats.lora_weights import load_lora, write_lora
+from fastsd.model.lora import Adapted, add_lora, lora_state_dict, merge_lora
+from fastsd.model.model import Model
+from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
+from fastsd.model.unet import UNet, UNetConfig
+from fastsd.model.weights import ADAPTER, diffusers_names, diffusers_state_dict
+from fastsd.storage import read_safetensors, write_safetensors
+from fastsd_kernels import CPU, REFERENCE, TRITON
+
+SINGLE = replace(SMALL, block_out_channels=(16,), attention=(True,))
+# Every kind of layer: fused, 1x1 convolutions that are linears here, 3x3 ones inside and outside of `lean`, the shortcut.
+EVERYTHING = LoraTable(rank=3, alpha=7.0, conv=2, targets=["*"])
+TABLES = {
+    "attention": LoraTable(),
+    "one of a fused weight": LoraTable(targets=["to_v"], alpha=1.0),
+    "two of a fused weight": LoraTable(targets=["attn1.to_q", "attn1.to_v", "attn2.to_k"]),
+    "around the transformers": LoraTable(targets=["proj_in", "proj_out"]),
+    "feed-forward": LoraTable(targets=["feed_forward"]),
+    "time": LoraTable(targets=["time"]),
+    "shortcuts": LoraTable(targets=["conv_shortcut"]),
+    "convolutions": LoraTable(targets=["to_q"], conv=3),
+    "some convolutions": LoraTable(targets=["to_q", "conv_out", "mid_block.resnets.1.conv2"], conv=3, alpha=2.0),
+    "everything": EVERYTHING,
+}
+
+
+def lora_parameters(model: Model, part: str) -> set[str]:
+    """Names of the adapters' parameters in a part's module."""
+    return {name for name, _ in model.part(part).named_parameters() if ADAPTER in name}
+
+
+def small(table: LoraTable | None, ops=REFERENCE, cfg=SMALL, seed: int = 0) -> Model:
+    """A UNet with fixed random weights, exact in bf16, and given a table random adapters that change what it predicts."""
+    torch.manual_seed(0)
+    model = Model("small", UNet(cfg, ops), SimpleNamespace(module=nn.Module()), None, {})
+    if table:
+        add_lora(model, table, seed)
+        move(model)
+    for p in model.unet.parameters():
+        p.data = p.data.bfloat16().float()
+    return model
+
+
+def inputs(dtype: torch.dtype = torch.float32, batch: int = 2):
+    generator = torch.Generator().manual_seed(2)
+    x, context = torch.randn(batch, 4, 4, 4, generator=generator), torch.randn(batch, 5, 16, generator=generator)
+    return x.bfloat16().to(dtype), torch.tensor([3, 700])[:batch], context.bfloat16().to(dtype)
+
+
+def predict(model: Model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.unet(*inputs())
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_applied_equals_merged(table):
+    model, before = small(table), predict(small(None))
+    applied = predict(model)
+    merge_lora(model)
+    error, change = relative(predict(model), applied), relative(before, applied)
+    print(f"{error:.1e} of {change:.1e}")
+    assert error <= 1e-5 and change > 1e-3
+    assert not lora_parameters(model, "unet") and model.lora is None
+    assert [name for name, _ in model.unet.named_parameters()] == [name for name, _ in UNet(SMALL).named_parameters()]
+
+
+def effective(model: Model, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a UNet without adapters that predicts the same, written down anew: W + alpha / rank * up @ down."""
+    dtype = next(iter(adapters.values())).dtype
+    weights = {name: p.detach().to(dtype) for name, p in small(None, cfg=model.unet.cfg).unet.named_parameters()}
+    for path, layer in model.unet.named_modules():
+        if not isinstance(layer, Adapted):
+            continue
+        down, up = (adapters[f"{path}.lora_{letter}.default"] for letter in "AB")
+        chosen = [i for i, block in enumerate(layer.target.blocks) if block]
+        weight, rank = weights[f"{path}.weight"], layer.r["default"]
+        factor, blocks = (model.lora.alpha or rank) / rank, list(weight.chunk(len(layer.target.blocks)))
+        for i, a, b in zip(chosen, down.split(rank), up.chunk(len(chosen)), strict=True):
+            blocks[i] = blocks[i] + factor * (b @ a.flatten(1)).view_as(blocks[i])
+        weights[f"{path}.weight"] = torch.cat(blocks)
+    return weights
+
+
+def gradients(model: Model, dtype: torch.dtype, plain: bool) -> dict[str, torch.Tensor]:
+    """Prediction and gradients of all adapters, ours or through whole weights and autograd."""
+    names = lora_parameters(model, "unet")
+    unet = model.unet.to(dtype)
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in unet.named_parameters() if name in names}
+    given = inputs(dtype, batch=1 if unet.cfg == SINGLE else 2)  # interpreted kernels are slow
+    if plain:
+        out = functional_call(small(None, cfg=unet.cfg).unet.to(dtype), effective(model, leaves), given)
+    else:
+        out = functional_call(unet, leaves, given)
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    found = torch.autograd.grad((out * target).sum(), list(leaves.values()))
+    return {"out": out.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+@pytest.mark.parametrize(
+    "ops, dtype, cfg",
+    [(REFERENCE, torch.float32, SMALL), (REFERENCE, torch.bfloat16, SMALL), (CPU, torch.float32, SMALL),
+     (CPU, torch.bfloat16, SMALL), (TRITON, torch.float32, SINGLE)],
+    ids=lambda value: getattr(value, "name", ""),
+)  # fmt: skip
+def test_gradients_are_as_near_to_fp64_as_autograds(ops, dtype, cfg):
+    truth = gradients(small(EVERYTHING, cfg=cfg), torch.float64, plain=True)
+    ours, theirs = gradients(small(EVERYTHING, ops, cfg), dtype, False), gradients(small(EVERYTHING, cfg=cfg), dtype, True)
+    assert truth.keys() == ours.keys() and all(value.any() for value in ours.values())
+    errors = [
+        torch.tensor([relative(found[name], want) for name, want in truth.items()]).norm().item() for found in (ours, theirs)
+    ]
+    print(f"{errors[0]:.2e} against {errors[1]:.2e}")
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_recomputation_changes_no_gradient():
+    model, found = small(EVERYTHING), []
+    for level in ("none", "ff", "block"):
+        model.unet.checkpointing = level
+        model.unet.zero_grad()
+        model.unet(*inputs()).square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in model.unet.named_parameters() if p.grad is not None})
+    assert found[0].keys() == lora_parameters(model, "unet")  # a frozen weight has no gradient
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
+
+
+def test_a_small_change_survives_bf16():
+    """Of a change below bf16's step all arrives in the mean, and little through a weight that it was merged into."""
+    model = small(LoraTable(targets=["transformers"]))
+    move(model, size=2e-4)
+    shares = []
+    for layer in (layer.bfloat16() for layer in model.unet.modules() if isinstance(layer, Adapted)):
+        weight, bias, down, *ups = (None if value is None else value.detach() for value in layer.operands())
+        up = torch.block_diag(*ups)
+        x = (torch.randn(256, weight.shape[1]) + 3 * down.sum(0)).bfloat16()
+        change = x.double() @ down.double().t() @ up.double().t()
+        merged = (weight.double() + up.double() @ down.double()).bfloat16()
+        plain = nn.functional.linear(x, weight, bias)
+        assert relative(plain + change, plain) < 2e-3
+        for y in (layer(x).detach(), nn.functional.linear(x, merged, bias)):
+            shares.append((((y.double() - plain) * change).sum() / change.square().sum()).item())
+    applied, merged = torch.tensor(shares).view(-1, 2).mean(0).tolist()
+    print(f"applied {applied:.3f}, merged {merged:.3f}")
+    assert applied == pytest.approx(1, abs=0.05) and merged < 0.5
+
+
+def flops(unet: UNet) -> list[dict]:
+    """Of the matmuls and convolutions in a forward and a backward of one image at 512 px, by operation."""
+    found = []
+
+    def counted(run):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            out = run()
+        found.append(counter.get_flop_counts()["Global"])
+        return out
+
+    out = counted(lambda: unet(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)))
+    counted(lambda: out.backward(torch.ones_like(out)))
+    return found
+
+
+def test_frozen_weights_cost_no_gradient():
+    with torch.device("meta"):
+        (forward, backward), adapted = flops(UNet(UNetConfig.sd15())), flops(full(LoraTable()).unet)
+    total, total_back, own, own_back = (sum(of.values()) / 1e12 for of in (forward, backward, *adapted))
+    weights = total - forward[torch.ops.aten.bmm] / 1e12  # attention's matmuls have none
+    print(f"TFLOP {own:.3f} of {total:.3f} forward, {own_back:.3f} of {total_back:.3f} backward")
+    assert own < 1.005 * total
+    # Gradients of weights take as much as the forward.
+    assert own_back < total_back - 0.99 * weights
+
+
+def full(table: LoraTable, seed: int = 0) -> Model:
+    """A model of SD1.5's size without data, with adapters."""
+    model = empty_model(Shapes(UNetConfig.sd15(), SD15_TEXT, SD15_VAE), REFERENCE)
+    add_lora(model, table, seed)
+    return model
+
+
+def test_full_size_is_as_small_as_with_other_tools(tmp_path):
+    model = full(LoraTable())
+    weights = {name: torch.zeros_like(model.unet.get_parameter(name), device="cpu") for name in lora_parameters(model, "unet")}
+    assert sum(weight.numel() for weight in weights.values()) == 797_184
+    write_lora(tmp_path / "lora.safetensors", model, {"unet": weights})
+    size = (tmp_path / "lora.safetensors").stat().st_size
+    print(f"{size / 1e6:.3f} MB")
+    assert size == pytest.approx(3.2e6, rel=0.05)
+    assert len(read_safetensors(tmp_path / "lora.safetensors")) == 2 * 128
+
+
+@pytest.mark.parametrize("table", [LoraTable(), EVERYTHING], ids=["attention", "everything"])
+def test_diffusers_names_stay_exact(table):
+    model = full(table)
+    names = [piece for name, _ in model.unet.named_parameters() for piece in diffusers_names(name)]
+    assert len(names) == len(set(names)) == 686
+    assert set(names) == set(diffusers_state_dict(model.unet))
+    assert sum(t.numel() for t in diffusers_state_dict(model.unet).values()) == 859_520_964
+
+
+def test_no_more_is_kept_than_for_training_all():
+    def kept(table: LoraTable | None) -> int:
+        return full_size(lambda: full(table).unet if table else UNet(UNetConfig.sd15()), data=False)
+
+    whole, attention, everything = (kept(table) for table in (None, LoraTable(), LoraTable(conv=4, targets=["*"])))
+    print(f"kept for an image at 512 px, MB: {whole / 1e6:.1f}, {attention / 1e6:.1f}, {everything / 1e6:.1f}")
+    assert attention < 0.96 * whole
+    assert everything < 1.0005 * whole  # what the convolutions outside of `lean` do keep: rank numbers a position
+
+
+@pytest.fixture
+def tiny(tiny_model):
+    """Makes the whole tiny model, with random adapters if there is a table."""
+
+    def make(table: LoraTable | None = None, seed: int = 0, moved: bool = True, **settings) -> Model:
+        model = load_model(ModelTable(base=str(tiny_model), **settings))
+        if table:
+            add_lora(model, table, seed)
+            if moved:
+                move(model)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_the_text_encoders_adapters(tiny, clip_skip):
+    model, plain = tiny(BOTH, moved=False, clip_skip=clip_skip), tiny(clip_skip=clip_skip)
+    ids = model.text.tokenize(["a red circle", ""])
+    assert len(lora_parameters(model, "text_encoder")) == 2 * 6 * (2 - clip_skip)  # none in a layer that is left out
+    assert lora_parameters(model, "text_encoder") < model.trainable("text_encoder")
+    assert relative(model.text.encode(ids), plain.text.encode(ids)) < 1e-6  # as it was, up is zero
+    move(model)
+    applied = model.text.encode(ids)
+    applied.square().mean().backward()
+    gradients = {name: p.grad is not None for name, p in model.text.module.named_parameters()}
+    assert {name for name, has in gradients.items() if has} == lora_parameters(model, "text_encoder")
+    merge_lora(model)
+    assert relative(model.text.encode(ids), applied) < 1e-5 < 1e-2 < relative(plain.text.encode(ids), applied)
+    assert part_state_dict(model, "text_encoder").keys() == part_state_dict(plain, "text_encoder").keys()
+
+
+def test_a_part_is_written_as_without_adapters(tiny):
+    adapted, plain = tiny(BOTH), tiny()
+    for part in ("unet", "text_encoder"):
+        state, want = part_state_dict(adapted, part), part_state_dict(plain, part)
+        assert state.keys() == want.keys() and all(torch.equal(state[name], want[name]) for name in want)
+        name = next(name for name, _ in adapted.part(part).named_parameters() if "base_layer.weight" in name)
+        replaced = part_state_dict(adapted, part, {name: torch.full_like(adapted.part(part).get_parameter(name), 7.0)})
+        assert sum(bool((tensor == 7).all()) for tensor in replaced.values()) == len(diffusers_names(name))
+
+
+def test_the_start_depends_on_seed_and_name_alone(tiny):
+    state = lora_state_dict(tiny(BOTH, moved=False, seed=5))
+    torch.manual_seed(123)
+    some = lora_state_dict(tiny(LoraTable(rank=3, targets=["to_k"]), moved=False, seed=5))
+    assert len(some) == 2 * 2 * 4 and all(torch.equal(tensor, state[name]) for name, tensor in some.items())
+    other = lora_state_dict(tiny(BOTH, moved=False, seed=6))
+    for name, down in state.items():
+        if "lora_B" in name:
+            assert not down.any()
+            continue
+        bound = down[0].numel() ** -0.5
+        assert 0.8 * bound < down.abs().max() < bound and not torch.equal(down, other[name])
+    assert len({down.flatten()[0].item() for name, down in state.items() if "lora_A" in name}) == len(state) / 2
+
+
+def test_there_and_back(tiny, tmp_path):
+    model = tiny(BOTH)
+    digest = write_lora(tmp_path / "a.safetensors", model)
+    assert write_lora(tmp_path / "b.safetensors", model) == digest
+    for source in (tmp_path / "a.safetensors", lora_state_dict(model)):
+        other = tiny(BOTH, seed=9)
+        load_lora(other, source)
+        for part in ("unet", "text_encoder"):
+            mine = dict(other.part(part).named_parameters())
+            assert all(torch.equal(p, mine[name]) for name, p in model.part(part).named_parameters())
+    # Tensors that stand in for parameters, as a run's exact weights or averages do.
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    ups = torch.arange(3 * 32 * 3.0).view(96, 3)
+    write_lora(tmp_path / "c.safetensors", model, {"unet": {f"{path}.to_qkv.lora_B.default": ups}})
+    found, before = (read_safetensors(tmp_path / f"{name}.safetensors") for name in "ca")
+    assert torch.equal(found.pop(f"unet.{path}.to_k.lora_B.weight"), ups[32:64])
+    changed = {name for name, tensor in found.items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"unet.{path}.{name}.lora_B.weight" for name in ("to_q", "to_v")}
+
+
+@pytest.mark.parametrize("table", [LoraTable(), LoraTable(conv=3, text_encoder=True), BOTH], ids=["plain", "conv", "all"])
+def test_diffusers_gives_our_result(tiny, tiny_model, tmp_path, table):
+    from diffusers import StableDiffusionPipeline
+
+    model = tiny(table)
+    write_lora(tmp_path / "lora.safetensors", model)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)
+    ids, x, t = model.text.tokenize(["a red circle"]), torch.randn(2, 4, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        states = model.text.encode(ids)
+        ours, context = model.unet(x, t, states.expand(2, -1, -1)), states.expand(2, -1, -1)
+        before, states_before = pipe.unet(x, t, context).sample, pipe.text_encoder(ids).last_hidden_state
+        pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+        theirs, their_states = pipe.unet(x, t, context).sample, pipe.text_encoder(ids).last_hidden_state
+    print(f"UNet {relative(theirs, ours):.1e}, text {relative(their_states, states):.1e}")
+    assert relative(theirs, ours) <= 1e-5 and relative(their_states, states) <= 1e-5
+    assert relative(before, ours) > 1e-2 and (relative(states_before, states) > 1e-2) == table.text_encoder
+
+
+def test_diffusers_own_file_is_read(tiny, tiny_model, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    from peft import get_peft_model_state_dict
+
+    model = tiny(BOTH)
+    write_lora(tmp_path / "ours.safetensors", model)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)
+    pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", adapter_name="default")
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    pipe.save_lora_weights(
+        tmp_path,
+        weight_name="t.safetensors",
+        **{f"{part}_lora_layers": get_peft_model_state_dict(module) for part, module in parts.items()},
+        **{f"{part}_lora_adapter_metadata": module.peft_config["default"].to_dict() for part, module in parts.items()},
+    )
+    theirs, ours = (read_safetensors(tmp_path / name) for name in ("t.safetensors", "ours.safetensors"))
+    assert {name.replace("text_model.", "") for name in ours} == {name.replace("text_model.", "") for name in theirs}
+    other = tiny(BOTH, seed=1)
+    load_lora(other, tmp_path / "t.safetensors")
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in lora_state_dict(other).items())
+
+
+MORE = {"unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.zeros(16, 2, 1, 1)}
+BAD = [
+    (lambda s: dict(list(s.items())[2:]), BOTH, r"2 of \d+ tensors are missing, the first is text_encoder.text_model"),
+    (lambda s: {**s, **MORE}, BOTH, "unet.conv_in.lora_A.weight; make rank, targets, conv and"),
+    (dict, BOTH.model_copy(update={"rank": 4}), r"has shape \(3, 16, 1, 1\), expected \(4, 16, 1, 1\); make rank"),
+    (dict, BOTH.model_copy(update={"conv": 1}), r"has shape \(2, 16, 3, 3\), expected \(1, 16, 3, 3\)"),
+    (dict, BOTH.model_copy(update={"text_encoder": False}), r"24 of \d+ tensors are not part of this model"),
+    (
+        dict,
+        BOTH.model_copy(update={"alpha": 3.0}),
+        "its adapters count 2.25 times and model.lora.alpha makes it 1.5; set it to 4.5",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, table, sentence", BAD, ids=[sentence[:30] for *_, sentence in BAD])
+def test_files_that_do_not_fit(tiny, tmp_path, change, table, sentence):
+    made, path = tmp_path / "made.safetensors", tmp_path / "lora.safetensors"
+    write_lora(made, tiny(BOTH))
+    if change is dict:
+        path = made
+    else:
+        write_safetensors(path, change(read_safetensors(made)))
+    model = tiny(table, seed=2)
+    before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+    with pytest.raises(UserError, match=sentence) as error:
+        load_lora(model, path)
+    assert str(path) in str(error.value) and "\\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lora_state_dict(model).items())
+
+
+def test_what_is_no_lora(tiny, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        load_lora(tiny(BOTH), tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "table, sentence",
+    [
+        (LoraTable(targets=["attention", "to_x"]), "targets has 'to_x', which no linear layer of the unet is"),
+        (LoraTable(targets=["norms"]), "targets has 'norms', which no linear"),
+        (LoraTable(targets=["conv1"]), "targets has 'conv1', which .* or set model.lora.conv if it means 3x3 convolutions"),
+        (LoraTable(targets=["to_q"], text_encoder=True), "no layer of the text encoder is one of to_q; add one"),
+        (LoraTable(targets=["to_q", "to_x"], text_encoder=True), "which no linear layer of the unet or the text encoder is"),
+        (LoraTable(targets=["layers.1"], text_encoder=True), "no layer of the unet is one of layers.1; add one"),
+    ],
+)
+def test_targets_that_are_not_there(tiny, table, sentence):
+    model = tiny()
+    with pytest.raises(UserError, match=sentence):
+        add_lora(model, table, 0)
+    assert model.lora is None and not any("lora" in name for name, _ in model.unet.named_parameters())

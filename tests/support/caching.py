@@ -1,0 +1,80 @@
+"""A stub of a VAE, pictures and configs to fill caches with."""
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from fastsd.config.schema import parse_config
+from fastsd.data.building.buckets import Buckets
+from fastsd.data.building.decode import decode, probe
+
+R = 32
+
+
+class StubVae:
+    """Average pooling and a fixed projection: each image's latent is independent of its batch."""
+
+    name, shift_factor, channels, downscale = "stub", None, 4, 8
+
+    def __init__(self, key="stub", scaling_factor=0.5, delay=0.0):
+        self.hash, self.scaling_factor, self.delay, self.encoded = key, scaling_factor, delay, 0
+
+    def encode(self, images_B3RR):
+        assert images_B3RR.dtype == torch.float32 and images_B3RR.abs().max() <= 1
+        self.encoded += len(images_B3RR)
+        time.sleep(self.delay)
+        weight = torch.linspace(-1, 1, 12).reshape(4, 3, 1, 1)
+        pooled = F.avg_pool2d(images_B3RR, self.downscale)
+        return (pooled[:, None] * weight[None, :, :, 0, 0, None, None]).sum(2)
+
+
+def config(root, folders=("images",), **cache_keys):
+    raw = {
+        "model": {"base": "none"},
+        "data": {"folders": [str(root / folder) for folder in folders], "resolution": R},
+        "cache": {"dir": str(root / "cache"), "batch": 4, "workers": 2} | cache_keys,
+        "stage": [{"train": ["unet"], "until": 1}],
+    }
+    return parse_config(raw, "test")
+
+
+def draw(path, seed, caption="a picture"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+
+
+def draw_many(root, count=10):
+    for i in range(count):
+        draw(root / f"images/{i:03}.png", i, f"picture {i}")
+
+
+def expected(path, vae=None):
+    data = path.read_bytes()
+    pixels = torch.from_numpy(decode(data, Buckets(R, None).place(*probe(data))))[None].float() / 127.5 - 1
+    return (vae or StubVae()).encode(pixels)[0]
+
+
+def shard_bytes(root):
+    return {path.name: path.read_bytes() for path in (root / "cache/shards").iterdir()}
+
+
+def flip(path, at):
+    with path.open("r+b") as file:
+        file.seek(at, 0 if at >= 0 else 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 4]))
+
+
+def with_data(root, **keys):
+    made = config(root)
+    return type(made).model_validate(made.model_dump(by_alias=True) | {"data": made.data.model_dump() | keys})
+
+
+BUCKETS = {"min": 16, "max": 64, "step": 8, "no_upscale": False}

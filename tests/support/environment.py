@@ -1,0 +1,34 @@
+"""What holds in every process of the tests: one thread, and Triton's interpreter where there is no GPU. Imported first."""
+
+import functools
+import importlib.util
+import inspect
+import os
+import signal
+import types
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Small tensors gain nothing from threads, and sums depend on their number: the same one here and in subprocesses.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+# A shell that starts the tests in the background has told them to ignore Ctrl-C, which some of them send themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# Kernels run on CPU tensors here unless there is a GPU. Read when a kernel is defined, so before any import of them.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from triton.language.core import is_builtin
+        from triton.runtime import interpreter
+
+        @functools.cache
+        def builtins(language) -> list[str]:
+            return [name for name, member in inspect.getmembers(language) if is_builtin(member)]
+
+        # The interpreter searches the whole language for builtins at every call of a function, a third of its time: here once.
+        interpreter.inspect = types.SimpleNamespace(**vars(inspect))
+        interpreter.inspect.getmembers = lambda language: [(name, getattr(language, name)) for name in builtins(language)]

@@ -1,0 +1,37 @@
+"""Runs in this process, and what their last checkpoint holds."""
+
+from io import StringIO
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fastsd.commands.cache import cache
+from fastsd.config.schema import load_config
+from fastsd.run import checkpoint
+from fastsd.run.loop import train
+from fastsd.storage import read_safetensors
+
+
+def run(path: Path, *overrides: str, precision: str | None = None) -> tuple[Path, str]:
+    """Cache and train in this process: (run folder, what was printed)."""
+    out = StringIO()
+    config = load_config(path, list(overrides), precision)
+    console = Console(file=out, width=200)
+    cache(config, console)
+    train(config, console)
+    return Path(config.run), out.getvalue()
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint, optimizer state included."""
+    last = checkpoint.checkpoints(folder / "checkpoints")[-1]
+    return {
+        f"{path.relative_to(last)}:{name}": tensor
+        for path in sorted(last.rglob("*.safetensors"))
+        for name, tensor in read_safetensors(path).items()
+    }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,109 @@
+"""Tiny models, pictures and jobs, made from fixed seeds."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def tiny_vae(channels: int = 4, factor: float = 0.5, seed: int = 0, groups: int = 4, width: int = 8):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=(width, width),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=channels,
+        norm_num_groups=groups,
+        layers_per_block=1,
+        scaling_factor=factor,
+    )
+
+
+def make_tiny_model(folder: Path, cfg=None, seed: int = 0):
+    """A whole SD1.5-shaped model with random weights, written as a diffusers folder: 32 px images, 16x16 latents."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from fastsd.demo.models import write_tokenizer
+    from fastsd.model.formats.load import part_state_dict, write_part, write_rest
+    from fastsd.model.model import SD15_SCHEDULER, Model
+    from fastsd.model.text_encoder import TextEncoder
+    from fastsd.model.unet import UNet, UNetConfig
+    from fastsd.model.vae import Vae
+
+    cfg = cfg or UNetConfig(
+        block_out_channels=(16, 32),
+        attention=(True, False),
+        layers_per_block=1,
+        heads=2,
+        cross_attention_dim=16,
+        norm_groups=4,
+        sample_size=16,
+    )
+    torch.manual_seed(seed)
+    write_tokenizer(folder / "source-tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "source-tokenizer")
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=cfg.cross_attention_dim,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model = Model(
+        str(folder),
+        UNet(cfg),
+        TextEncoder(text, tokenizer, 0, folder / "source-tokenizer"),
+        Vae(tiny_vae(cfg.in_channels), str(folder)),
+        SD15_SCHEDULER,
+    )
+    for part in ("unet", "text_encoder"):
+        write_part(folder, model, part, part_state_dict(model, part))
+    write_rest(folder, model)
+    return model
+
+
+def write_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> None:
+    """Random smooth colour pictures with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    words = ["red", "green", "blue", "circle", "square", "star"]
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.txt").write_text(", ".join(rng.permutation(words)[:3]))
+
+
+def job(tmp_path: Path, model: Path, images: Path, stages: str, **top: str) -> Path:
+    """Write a config for the tiny model into `tmp_path` and return its path."""
+    lines = [f'run = "{tmp_path / "run"}"', *(f"{key} = {value}" for key, value in top.items())]
+    text = (
+        "\n".join(lines)
+        + f"""
+[model]
+base = "{model}"
+[data]
+folders = ["{images}"]
+resolution = 32
+[cache]
+dir = "{images.parent / "cache"}"
+[sample]
+prompts = ["red circle", "blue star"]
+steps = 2
+images = 1
+[log]
+every = 1
+tensorboard = false
+{stages}
+"""
+    )
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    return path

@@ -1,0 +1,34 @@
+"""UNets of SD1.5's shape, at full size without data and in small."""
+
+import contextlib
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastsd.model.shapes import materialize
+from fastsd.model.unet import UNetConfig
+from fastsd.train.memory import kept_for_backward
+
+
+def full_size(make, data: bool = False, dtype: torch.dtype = torch.float32, side: int = 64) -> int:
+    """Bytes that a UNet of SD1.5's size keeps for the backward of one image, at 512 px as a rule; values play no part."""
+    with torch.device("meta"):
+        unet = make().to(dtype)
+    with contextlib.nullcontext() if data else FakeTensorMode():
+        materialize(unet, torch.device("cpu"))
+        if data:
+            for parameter in unet.parameters():
+                parameter.data.zero_()
+        x, context = torch.zeros(1, 4, side, side, dtype=dtype), torch.zeros(1, 77, 768, dtype=dtype)
+        return kept_for_backward(lambda: unet(x, torch.zeros(1), context), unet)
+
+
+CFG = UNetConfig(
+    block_out_channels=(16, 16),
+    attention=(False, True),
+    layers_per_block=1,
+    heads=2,
+    cross_attention_dim=16,
+    norm_groups=4,
+    sample_size=4,
+)

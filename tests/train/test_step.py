@@ -1,0 +1,330 @@
+"""The step: arenas, exact masters, precision switched without losing a bit, memory running out, gradients used at once."""
+
+import itertools
+import json
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from runs import final, run, same
+from step_inputs import OPTIMIZERS, Elsewhere, batches, stage_of
+from tiny import job, make_tiny_model
+
+from fastsd.config.schema import StageTable
+from fastsd.errors import UserError
+from fastsd.model.formats.load import load_model
+from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
+from fastsd.model.unet import UNetConfig
+from fastsd.plan.plan import plan_stage
+from fastsd.run import checkpoint
+from fastsd.storage import read_safetensors
+from fastsd.train.precision import choose_ops
+from fastsd.train.step import Step
+from fastsd.train.trainable import ALIGN, Layout, Part
+from fastsd_kernels import TRITON
+from fastsd_kernels.arena import join_master
+from fastsd_kernels.launch import recording
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A fresh model each time, on the table a run on this machine gets."""
+    made = make_tiny_model(tmp_path / "model")
+    from fastsd.config.schema import ModelTable
+
+    return load_model(ModelTable(base=str(tmp_path / "model")), choose_ops("auto", made.unet.conv_in.weight.device))
+
+
+def weights_after(model, stage: StageTable, steps: int = 3, warn=print, **more) -> tuple[dict[str, torch.Tensor], Step]:
+    step = Step(model, stage, steps, seed=0, warn=warn, **more)
+    for i, batch in enumerate(batches(steps, stage.batch)):
+        step(batch, i)
+    return {name: tensor.clone() for part in step.parts.values() for name, tensor in part.state().items()}, step
+
+
+def test_an_arena_holds_every_parameter_in_its_own_order():
+    tensors = [
+        torch.randn(3, 5), torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last), torch.randn(7), torch.randn(2, 9).t()
+    ]  # fmt: skip
+    layout = Layout(tensors)
+    flat = torch.full((layout.size,), torch.nan)
+    for view, tensor in zip(layout.views(flat), tensors, strict=True):
+        assert view.stride() == tensor.stride() and view.storage_offset() % ALIGN == 0
+        assert view.isnan().all()  # no element belongs to two
+        view.copy_(tensor)
+    assert all(torch.equal(view, tensor) for view, tensor in zip(layout.views(flat), tensors, strict=True))
+
+
+def test_a_precision_and_back_is_the_same_bits(model):
+    module = model.unet
+    names = [name for name, _ in module.named_parameters()]
+    with torch.no_grad():  # numbers of every kind: all exponents, subnormal, ties, -0.0
+        for parameter in module.parameters():
+            bits = torch.randint(-(2**31), 2**31, parameter.shape, dtype=torch.int64).to(torch.int32)
+            wild = bits.view(torch.float32)
+            parameter.copy_(torch.where(wild.isfinite(), wild, -0.0))
+    before = {name: parameter.detach().clone().view(torch.int32) for name, parameter in module.named_parameters()}
+    for trained, precision in itertools.product((set(names), set(names[::2]), set()), ("bf16", "fp32", "tf32", "bf16")):
+        part = Part("unet", module, trained, precision)
+        exact = part.state()
+        assert all(torch.equal(exact[name].view(torch.int32), bits) for name, bits in before.items())
+        wanted = torch.bfloat16 if precision == "bf16" else torch.float32
+        assert {parameter.dtype for parameter in module.parameters()} == {wanted}
+        part.release()
+        after = {name: parameter.detach().view(torch.int32) for name, parameter in module.named_parameters()}
+        assert all(torch.equal(after[name], bits) for name, bits in before.items())
+
+
+def switching(optimizer: str, lr: float) -> str:
+    """fp32, bf16 accumulated over both parts, fp32: three steps each, a checkpoint after every one."""
+    stages = ("fp32", '["unet"]', 4), ("bf16", '["unet", "text_encoder"]', 2), ("fp32", '["unet"]', 4)
+    return "".join(
+        f'[[stage]]\ntrain = {parts}\nuntil = 3\nbatch = 4\nmicro_batch = {micro}\nprecision = "{precision}"\n'
+        f'optimizer = "{optimizer}"\nlr = {lr}\ncheckpoint_every = 1\nkeep_checkpoints = 99\n'
+        for precision, parts, micro in stages
+    )
+
+
+@pytest.mark.parametrize("optimizer, lr", [("dlion", 1.0), ("lion", 1e-4), ("adamw", 1e-4)])
+def test_a_run_that_switches_twice_resumes_from_anywhere(optimizer, lr, tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, switching(optimizer, lr))
+    whole, _ = run(path)
+    found = checkpoint.checkpoints(whole / "checkpoints")
+    assert [p.name[-2:] for p in found] == [f"{n:02d}" for n in range(1, 10)]
+    for n in range(1, 9, 1 if optimizer == "dlion" else 3):
+        folder = tmp_path / f"from-{n}"
+        shutil.copytree(whole, folder)
+        for later in checkpoint.checkpoints(folder / "checkpoints")[n:]:
+            shutil.rmtree(later)
+        run(path, f"run={folder}")
+        assert same(final(folder), final(whole)), f"resumed at step {n}"
+        assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masters_in_halves_train_as_fp32_ones_do(name, tmp_path):
+    """The same gradients give the same master, in one tensor or in two halves."""
+    masters = []
+    for precision in ("fp32", "bf16"):
+        step = Step(make_tiny_model(tmp_path / precision), stage_of(precision=precision, **OPTIMIZERS[name]), 3, seed=0)
+        part, optimizer = step.parts["unet"], step.optimizers["unet"]
+        step.lrs["unet"].fill_(1e-3 if name != "dlion" else 1.0)
+        for i in range(20):
+            optimizer.update(torch.randn(part.layout.size, generator=torch.Generator().manual_seed(i)))
+            optimizer.finish()
+        masters.append(part.high if part.low is None else join_master(part.high, part.low))
+    assert torch.equal(masters[0], masters[1])
+
+
+def test_one_step_leaves_nothing_for_the_next(model):
+    """The second step's gradient is the second batch's alone, accumulated or not."""
+    found = []
+    for micro in (4, 2, 1):
+        step = Step(model, stage_of(**OPTIMIZERS["lion"]), 2, seed=0, micro=micro)
+        gradients = []
+        for batch in batches(2, 4):
+            step._accumulate(batch.latents_BCHW, batch.token_ids_BL, batch.positions_B)
+            gradients.append(step.parts["unet"].gradient.clone())
+        found.append(gradients)
+        step.release()
+    for gradients in found[1:]:
+        for ours, whole in zip(gradients, found[0], strict=True):
+            assert (ours - whole).norm() <= 1e-5 * whole.norm()
+    assert (found[0][0] - found[0][1]).norm() > 0.1 * found[0][0].norm()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_used_as_they_come_train_the_same(name, precision, tmp_path, tiny_model, images):
+    stage = stage_of(precision=precision, train=["unet", "text_encoder"], **OPTIMIZERS[name])
+    found = []
+    for fused in (False, True):
+        made = make_tiny_model(tmp_path / str(fused))
+        weights, step = weights_after(made, stage.model_copy(update={"fused_backward": fused}))
+        found.append((weights, {part: float(d) for part, d in step.d().items()}))
+        assert bool(step.owners()["gradients"]) is not fused
+    (collected, d), (at_once, d_at_once) = found
+    assert d == pytest.approx(d_at_once, rel=1e-6)
+    if name == "dlion":  # its sums over all parameters are taken in another order, so d has other last digits
+        error = max(float((collected[key] - at_once[key]).norm() / collected[key].norm()) for key in collected)
+        assert error < 1e-5
+    else:
+        assert same(collected, at_once)
+
+
+def test_gradients_used_as_they_come_stop_at_the_first_bad_one(tmp_path):
+    model = make_tiny_model(tmp_path / "model")
+    step = Step(model, stage_of(fused_backward=True, **OPTIMIZERS["lion"]), 3, seed=0)
+    good, bad = batches(2, 4)
+    step(good, 0)
+    before = {name: tensor.clone() for name, tensor in step.parts["unet"].state().items()}
+    bad.latents_BCHW[0, 0, 0, 0] = torch.inf
+    result = step(bad, 1)
+    assert same(step.parts["unet"].state(), before) and float(result.skipped) == 1
+    assert float(step(good, 2).skipped) == 1 and not same(step.parts["unet"].state(), before)
+
+
+def out_of_memory_above(monkeypatch, model, limit: int) -> list[int]:
+    """From now on the UNet has memory for `limit` images; returns the sizes it is asked for."""
+    forward, sizes = model.unet.forward, []
+
+    def limited(latents, *rest):
+        sizes.append(len(latents))
+        if len(latents) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore words")
+        return forward(latents, *rest)
+
+    monkeypatch.setattr(model.unet, "forward", limited)
+    return sizes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_out_of_memory_halves_the_micro_batch_not_the_batch(precision, tmp_path, monkeypatch):
+    stage = stage_of(batch=6, precision=precision, **OPTIMIZERS["adamw"])
+    expected, _ = weights_after(make_tiny_model(tmp_path / "a"), stage, micro=2)
+    model, said = make_tiny_model(tmp_path / "b"), []
+    sizes = out_of_memory_above(monkeypatch, model, 2)
+    found, step = weights_after(model, stage, warn=said.append)
+    assert sizes[:4] == [6, 3, 2, 2] and step.micro == 2
+    assert len(said) == 2 and "going on with 2, the same batch of 6; set micro_batch = 2" in said[1]
+    assert same(found, expected)  # as if it had started so
+    assert step.parts["unet"].gradient.dtype == torch.float32
+
+
+def test_out_of_memory_with_one_image_is_said(tmp_path, monkeypatch):
+    model = make_tiny_model(tmp_path / "model")
+    out_of_memory_above(monkeypatch, model, 0)
+    with pytest.raises(UserError, match="not even one image a forward fits; set a smaller micro_batch"):
+        weights_after(model, stage_of(**OPTIMIZERS["lion"]))
+
+
+def test_a_run_that_fell_back_resumes_so(tmp_path, tiny_model, images, monkeypatch):
+    from fastsd.model.unet import UNet
+
+    forward = UNet.forward
+
+    def limited(self, latents, *rest):
+        if self.training and torch.is_grad_enabled() and len(latents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, latents, *rest)
+
+    monkeypatch.setattr(UNet, "forward", limited)
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\ncheckpoint_every = 2\n'
+    path = job(tmp_path, tiny_model, images, stage)
+    folder, text = run(path)
+    assert "going on with 3" in text and "going on with 2" in text
+    whole = final(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    _, text = run(path)
+    assert "out of memory" not in text and same(final(folder), whole)
+
+
+def test_each_part_has_its_own_lr(tmp_path):
+    def moved(lr) -> list[float]:
+        model = make_tiny_model(tmp_path / str(lr))
+        before = [p.detach().clone() for p in (model.unet.conv_in.weight, *model.text.module.parameters())]
+        stage = stage_of(train=["unet", "text_encoder"], optimizer="lion", lr=lr)
+        step = Step(model, stage, 1, seed=0)
+        step(batches(1, 4)[0], 0)
+        step.release()
+        after = [model.unet.conv_in.weight, *model.text.module.parameters()]
+        changes = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)]
+        return [changes[0], max(changes[1:])]
+
+    assert moved({"unet": 1e-3, "text_encoder": 1e-5}) == pytest.approx([1e-3, 1e-5], rel=1e-2)
+    assert moved(1e-4) == pytest.approx([1e-4, 1e-4], rel=1e-2)
+
+
+def test_layers_that_clip_skip_leaves_out_are_not_trained(tmp_path):
+    model = make_tiny_model(tmp_path / "model")
+    assert model.trainable("text_encoder") == {name for name, _ in model.text.module.named_parameters()}
+    model.text.clip_skip = 1
+    left_out = {name for name, _ in model.text.module.named_parameters()} - model.trainable("text_encoder")
+    assert left_out and all("layers.1." in name for name in left_out)
+    stage = stage_of(train=["text_encoder"], optimizer="lion", lr=1e-3, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.text.module.named_parameters()}
+    after, _ = weights_after(model, stage)
+    assert all(torch.equal(after[name], before[name]) for name in left_out)
+    assert all(not torch.equal(after[name], before[name]) for name in before.keys() - left_out - {"position_ids"})
+
+
+def test_the_average_of_the_weights(tmp_path, tiny_model, images):
+    stage = (
+        '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "lion"\nlr = 1e-3\nema = 0.5\ncheckpoint_every = 1\n'
+    )
+    path = job(tmp_path, tiny_model, images, stage + "keep_checkpoints = 9\n")
+    folder, _ = run(path)
+    name, file = "conv_in.weight", "unet/diffusion_pytorch_model.safetensors"
+    average = read_safetensors(tiny_model / file)[name].double()
+    for step in checkpoint.checkpoints(folder / "checkpoints"):
+        average += 0.5 * (read_safetensors(step / file)[name].double() - average)
+        torch.testing.assert_close(checkpoint.load_state(step)[f"unet@ema/{name}"].double(), average, rtol=1e-6, atol=1e-7)
+    exported = read_safetensors(folder / "model-ema" / file)
+    assert torch.equal(exported[name], checkpoint.load_state(step)[f"unet@ema/{name}"])
+    assert json.loads((folder / "model-ema" / "model_index.json").read_text())
+    whole = final(folder)
+    for later in checkpoint.checkpoints(folder / "checkpoints")[2:]:
+        shutil.rmtree(later)
+    run(path)
+    assert same(final(folder), whole) and same(read_safetensors(folder / "model-ema" / file), exported)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "optimizer": "dlion",
+            "precision": "bf16",
+            "train": ["unet", "text_encoder"],
+            "micro_batch": 2,
+            "grad_clip": 1.0,
+            "ema": 0.9,
+        },
+        {"optimizer": "lion", "lr": 1e-4, "precision": "fp32", "checkpointing": "block"},
+        {"optimizer": "adamw", "lr": 1e-4, "precision": "tf32", "checkpointing": "ff", "fused_backward": True},
+    ],
+)
+def test_a_steady_step_stays_on_its_device(settings):
+    """On tensors without data whatever comes from the host or is asked by it shows: what a CUDA graph could not record."""
+    unet = UNetConfig(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, heads=2, norm_groups=4)
+    empty = empty_model(Shapes(unet, {**SD15_TEXT, "num_hidden_layers": 2}, SD15_VAE, clip_skip=1), TRITON)
+    with (
+        recording(86),
+        mock.patch.object(torch.Tensor, "cpu", lambda self: self),
+    ):  # low halves of frozen parts leave at the start
+        step = Step(empty, stage_of(**settings), 9, seed=0)
+        shapes = (4, 4, 16, 16), (4, 77), (4,)
+        inputs = [
+            torch.empty(shape, dtype=torch.float16 if i == 0 else torch.int64, device="meta") for i, shape in enumerate(shapes)
+        ]
+        step._compute(*inputs)
+        with Elsewhere() as watch:
+            step._compute(*inputs)
+    assert watch.operations > 1000 and not watch.found
+
+
+def test_auto_takes_what_fits(tmp_path, tiny_model, images, monkeypatch):
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 12\nmicro_batch = "auto"\noptimizer = "lion"\nlr = 1e-4\n'
+    path = job(tmp_path, tiny_model, images, stage)
+    found, plans = {}, []
+
+    def planned_once(*given, **more):  # its needs do not depend on the room, which is the fourth
+        plans[:] = plans or [plan_stage(*given, **more)]
+        plans[0].device_bytes = given[3]
+        return plans[0]
+
+    monkeypatch.setattr("fastsd.run.stage_start.plan_stage", planned_once)
+    for megabytes in (1000, 10, 0):
+        monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device, free=megabytes: free << 20)
+        if megabytes == 0:
+            with pytest.raises(UserError, match="'stage-1' does not fit with one image a forward into"):
+                run(path, f"run={tmp_path / 'none'}")
+            break
+        folder, text = run(path, f"run={tmp_path / str(megabytes)}")
+        found[megabytes] = checkpoint.newest(folder / "checkpoints", print)[1].micro
+        assert f"micro-batch {found[megabytes]}: the most that fits" in text
+    assert found[1000] == 12 > found[10] >= 1 and all(12 % micro == 0 for micro in found.values())
+    monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device: 1000 << 20)
+    _, text = run(path, f"run={tmp_path / '10'}", "stage.0.until=4")  # resumed with more memory: the same sums as before
+    assert checkpoint.newest(tmp_path / "10" / "checkpoints", print)[1].micro == found[10]
