@@ -39,16 +39,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = [str(ROOT / folder) for folder in ("", "bench", "kernels")]
 sys.path[:0] = PATHS
-TESTS = "attention_kernels norm_kernels optimizer_kernels noise_kernels triton_unet graph step bench_command"
 PARTS = {
-    "tests": [f"tests/test_{name}.py" for name in TESTS.split()],
+    "tests": [
+        "tests/kernels/test_attention_kernels.py", "tests/kernels/test_norm_kernels.py",
+        "tests/kernels/test_optimizer_kernels.py", "tests/kernels/test_noise_kernels.py", "tests/model/test_triton_unet.py",
+        "tests/train/test_graph.py", "tests/train/test_step.py", "tests/bench/test_bench_command.py",
+    ],
     "attention": ["bench/bench_attention.py"],
     "norms": ["bench/bench_norms.py"],
     "optimizers": ["bench/bench_optimizers.py"],
     "noise": ["bench/bench_noise.py"],
     "vae": ["bench/vae.py"],
     "steps": ["bench/steps.py"],
-}
+}  # fmt: skip
 # Programs of their own, each with a file of its own; the rest are pytest's.
 SCRIPTS = ("vae", "steps")
 COMPILED_FIRST = ("attention", "norms")

@@ -69,6 +69,11 @@ def visit(tmp_path, monkeypatch):
     return call
 
 
+def test_a_visit_runs_files_that_are_there():
+    assert all((ROOT / file).is_file() for files in gpu.PARTS.values() for file in files)
+    assert gpu.ON_GPU.keys() <= set(gpu.PARTS["tests"])
+
+
 def test_one_visit_keeps_failures_and_goes_on(visit, tmp_path, monkeypatch, capfd):
     broken = tmp_path / "test_broken.py"
     broken.write_text("def test_a(): pass\ndef test_b(): assert 1 == 2, 'wrong'\n")
