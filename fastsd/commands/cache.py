@@ -17,7 +17,7 @@ from fastsd.data.building import build, upkeep
 from fastsd.data.building.collect import one_at_a_time
 from fastsd.data.building.embed_captions import write_states
 from fastsd.data.building.store import Store, disk_errors
-from fastsd.data.building.tokenize import write_tokens
+from fastsd.data.building.tokenize_captions import write_tokens
 from fastsd.data.cache import LatentCache
 from fastsd.data.sources import folders
 from fastsd.data.tokens import Tokens

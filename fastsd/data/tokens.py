@@ -3,7 +3,7 @@
 Its tensors are offsets (int64, n + 1) and ids (16 bits, or 32 for a vocabulary that needs them; unsigned, whatever the
 header calls them).  Sample i has ids[offsets[i] : offsets[i + 1]]: the ids of each of its captions, uncut and without
 those that begin and end a sequence, each followed by END, the largest number there is.  The file belongs to one view by
-its sha256 and to one tokenizer by `tokenizer_hash`.  `fastsd/data/building/tokenize.py` writes it.
+its sha256 and to one tokenizer by `tokenizer_hash`.  `fastsd/data/building/tokenize_captions.py` writes it.
 
 Shapes: n samples, L tokens.
 """

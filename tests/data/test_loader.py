@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastsd.commands.cache import cache as make_cache
 from fastsd.config.schema import DataTable, StageTable, parse_config
-from fastsd.data.building.tokenize import write_tokens
+from fastsd.data.building.tokenize_captions import write_tokens
 from fastsd.data.cache import Group, LatentCache
 from fastsd.data.loader import PREFETCH, Loader
 from fastsd.data.tokens import Tokens

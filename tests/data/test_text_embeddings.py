@@ -23,7 +23,7 @@ from fastsd.data import cache as cache_module
 from fastsd.data.building import embed_captions
 from fastsd.data.building.build import build_cache
 from fastsd.data.building.embed_captions import Counts, write_states
-from fastsd.data.building.tokenize import write_tokens
+from fastsd.data.building.tokenize_captions import write_tokens
 from fastsd.data.building.upkeep import prune, stats, verify
 from fastsd.data.cache import LatentCache
 from fastsd.data.loader import Batch, Loader

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastsd.config.schema import ModelTable
-from fastsd.data.building import tokenize
-from fastsd.data.building.tokenize import write_tokens
+from fastsd.data.building import tokenize_captions
+from fastsd.data.building.tokenize_captions import write_tokens
 from fastsd.data.tokens import Tokens
 from fastsd.demo.models import write_tokenizer
 from fastsd.errors import UserError
@@ -96,7 +96,7 @@ def test_the_tokenizer_loads_without_the_text_encoder(tiny_model, monkeypatch, t
 
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 def test_rows_are_what_tokenizing_gives(tokenizer, tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(tokenize, "_CHUNK", chunk)
+    monkeypatch.setattr(tokenize_captions, "_CHUNK", chunk)
     cache, done = mixed(tmp_path), []
     assert write_tokens(cache, tokenizer, done.append)
     assert done[-1] == 40 and done == sorted(done)
@@ -191,7 +191,7 @@ def test_a_flipped_bit_is_found(tokenizer, tmp_path):
 
 def test_an_interrupted_write_leaves_nothing(tokenizer, tmp_path, monkeypatch):
     cache = mixed(tmp_path)
-    monkeypatch.setattr(tokenize, "_CHUNK", 8)
+    monkeypatch.setattr(tokenize_captions, "_CHUNK", 8)
 
     def stop(done):
         if done > 20:
@@ -224,7 +224,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path):
 
 
 def test_writing_takes_as_much_memory_for_many_as_for_few(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize, "_CHUNK", 32)
+    monkeypatch.setattr(tokenize_captions, "_CHUNK", 32)
 
     def peak(count, name):
         (tmp_path / name).mkdir()
