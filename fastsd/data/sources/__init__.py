@@ -1,1 +1,1 @@
-"""Floor 2: what folders, tars and metadata files hold - images, their captions, masks and latents of other trainers."""
+"""Floor 2: discovery of images, captions, masks and other trainers' latents in folders, tars and metadata files."""

@@ -1,7 +1,9 @@
-"""Finding images and captions: folders, metadata files, WebDataset tars, and other trainers' latents beside the images.
+"""Discovery of images and captions: folders, metadata files, WebDataset tars, and other trainers' latents beside the images.
 
-`scan` yields a `Source` per image, `captions_of` and `read_bytes` read what it points at.  What a single file does wrong
-becomes a problem or `Rejected` with a reason and stops nothing; what the user must change (a folder) becomes `UserError`.
+`scan` yields one `Source` per image. `captions_of` and `read_bytes` read the files it points to. An error in a single file
+becomes `Source.problem` or raises `Rejected`, with a reason, and does not stop the scan. An error the user must fix, such
+as a missing folder, raises `UserError`.
+
 Read next: `metadata.py`, `tars.py`, `imported_latents.py`.
 """
 
@@ -33,8 +35,8 @@ from fastsd.data.sources.image import (
 )
 from fastsd.errors import UserError
 
-# What is looked for, by data.latents; the group is the image's name without extension. sd-scripts writes foo.npz, or
-# foo_0512x0768_sd.npz with the image's width and height, and outputs of text encoders under a similar name.
+# Filename patterns by data.latents; the group is the image's name without extension. sd-scripts writes foo.npz, or
+# foo_0512x0768_sd.npz with the image's width and height. It gives text encoder outputs a similar name, excluded here.
 _FILES = {
     "": re.compile(rf"(.+)(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))})", re.DOTALL | re.IGNORECASE),
     "img_sdxl": re.compile(r"(.+)\.img_sdxl", re.DOTALL),
@@ -50,23 +52,25 @@ _Found: TypeAlias = "Iterator[Source | _Found]"
 def scan(
     roots: Sequence[FolderTable], *, caption_key: str = "", weight_key: str = "", latents: str = "", masks: str = ""
 ) -> Iterator[Source]:
-    """Every image in `roots`, lazily: roots in order, sorted within each; and everything that is wrong with them.
+    """Yield every image in `roots`, and every problem found, lazily: roots in order, sorted within each.
 
-    A root is a folder, a tar, or a pattern of them such as `shards/{00000..00099}.tar`.  Folders are searched recursively:
-    hidden files are skipped, links followed, a folder that a link leads back to is searched once, tars read in their order.
-    What an earlier root has is left out of a later one around it.  A caption comes from the nearest `metadata.jsonl` or
-    `.parquet` beside or above the image, within its root, that lists it; else from the `.txt`, else the `.caption` beside it.
-    A weight comes from the nearest that has one for it, a mask from the image's own folder.
+    A root is a folder, a tar, or a pattern of them such as `shards/{00000..00099}.tar`. Folders are searched recursively.
+    Hidden files are skipped. Links are followed, but a folder reached again through a link is searched once. Tars are read
+    in their own order. If a later root contains an earlier one, it leaves out the images of the earlier one.
+
+    A caption comes from the nearest `metadata.jsonl` or `.parquet` that lists the image. That file lies beside or above the
+    image, within its root. Without one, the caption comes from the `.txt`, or else the `.caption`, beside the image. A
+    weight comes from the nearest metadata file with a weight for the image. A mask comes from the image's own folder.
 
     Args:
         caption_key: column of metadata files, key of a tar's `.json`; "" = the first of text, caption, prompt.
-        weight_key: column of metadata files, key of a tar's `.json`: what an image's loss is multiplied by; "" = nothing.
-        latents: find another trainer's latents instead, `img_sdxl`, `img_sdvae` or `npz`; captions by the image's name.
-        masks: what takes the extension's place in the name of an image's mask, which is no image itself; "" = there are none.
+        weight_key: column of metadata files, key of a tar's `.json`, with the factor on an image's loss; "" = no weights.
+        latents: find another trainer's latents instead, `img_sdxl`, `img_sdvae` or `npz`; captions go by the image's name.
+        masks: ending that replaces the extension in a mask's filename; such files are not images; "" = no masks.
 
     Raises:
-        UserError: a root that is missing, neither folder nor tar, within an earlier one, unreadable, or (once it has been
-            searched) without an image; masks that cannot be told from images, or of latents.
+        UserError: a root is missing, neither folder nor tar, within an earlier one, unreadable, or (once it has been
+            searched) without an image; `masks` also matches image names, or is combined with `latents`.
     """
     if masks and latents:
         raise UserError(f"data.masks is {masks!r} and data.latents {latents!r}, cut by rules unknown here; remove one of them")
@@ -111,7 +115,7 @@ def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[in
 
 
 def _within(path: str, folders: set[str]) -> str:
-    """The one of `folders` that holds `path` or is it; "" = none."""
+    """Return the entry of `folders` that equals or contains `path`, "" if there is no such entry."""
     while path not in folders:
         path, below = os.path.dirname(path), path
         if path == below:
@@ -120,7 +124,7 @@ def _within(path: str, folders: set[str]) -> str:
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    """`{a,b}` and `{000..123}` as a shell has them."""
+    """Expand `{a,b}` and `{000..123}` like a shell."""
     match = _BRACES.search(pattern)
     if not match:
         yield pattern
@@ -135,19 +139,19 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 
 class _Walk:
-    """The search of one root."""
+    """Search of one root."""
 
     def __init__(self, root: int, keys: tuple[str, str], latents: str, masks: str) -> None:
         self.root, self.keys, self.latents, self.masks = root, keys, latents, masks
         self.extensions = (f".{latents}",) if latents else IMAGE_EXTENSIONS
-        self.visited: set[tuple[int, int]] = set()  # folders by device and inode, against loops of links
+        self.visited: set[tuple[int, int]] = set()  # (device, inode) of each folder, against loops of links
 
     def search(self, top: str) -> Iterator[Source]:
-        """All below a folder, or in a tar. Raises UserError: `top` is unreadable."""
+        """Yield all sources below a folder or in a tar. Raises UserError if the folder `top` is unreadable."""
         if not os.path.isdir(top):
             yield from self._tar(top)
             return
-        stack: list[_Found] = [self._folder(top, [])]  # folders may lie deeper than Python's own stack
+        stack: list[_Found] = [self._folder(top, [])]  # folders may nest deeper than Python's own stack
         while stack:
             found = next(stack[-1], None)
             if found is None:
@@ -160,7 +164,7 @@ class _Walk:
                 yield found
 
     def _folder(self, folder: str, above: list[metadata.Metadata]) -> _Found:
-        """Its images, and the searches of what it holds. `above`: metadata of the folders around, the nearest first."""
+        """Yield a folder's sources, and an iterator per subfolder or tar. `above`: metadata of its parents, nearest first."""
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in self.visited:
@@ -205,18 +209,18 @@ class _Walk:
         return tars.samples(path, self.root, self.extensions, *self.keys, self.masks)
 
     def _stem(self, name: str, beside: dict[str, bool]) -> str:
-        """The image's name without extension; "" = a file of another kind."""
+        """Return the image's name without extension, "" for a file of another kind."""
         match = _FILES[self.latents].fullmatch(name)
         if not match or ends_in(name, self.masks):
             return ""
-        whole = name.rpartition(".")[0]  # of foo_sd.npz: an image foo_sd, if there is one, rather than foo
+        whole = name.rpartition(".")[0]  # foo_sd.npz belongs to foo_sd if such an image or caption exists, otherwise to foo
         return whole if any(whole + extension in beside for extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS) else match[1]
 
     def _image(
         self, prefix: str, name: str, stem: str, beside: dict[str, bool], tables: list[metadata.Metadata], mask: Source | None
     ) -> Source:
         captions, weight, problem = None, None, ""
-        for table in tables:  # all of them, for each is to know which of its images are there
+        for table in tables:  # ask every table, because each records which of its images exist
             found: metadata.Said = (), None
             try:
                 found = table.said_of(prefix + (stem if self.latents else name))
@@ -233,30 +237,30 @@ class _Walk:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # Following the link by hand: `entry.is_dir()` raises on one that leads to itself.
+    # Follow the link explicitly: `entry.is_dir()` raises on a link to itself.
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
 def scan_for(data: DataTable) -> Iterator[Source]:
-    """`scan` as a config asks for it."""
+    """Call `scan` with the settings of a config."""
     return scan(data.roots, caption_key=data.caption_key, weight_key=data.weight_key, latents=data.latents, masks=data.masks)
 
 
 def count(data: DataTable) -> tuple[int, int]:
-    """(images, images an epoch with repeats), by their names, before a filter by tag. Raises UserError as `scan`."""
+    """Count (images, images per epoch with repeats) by filename, before any filter by tag. Raises UserError like `scan`."""
     each = Counter(source.root for source in scan_for(data) if not source.problem)
     return each.total(), sum(data.roots[root].repeats * images for root, images in each.items())
 
 
 def captions_of(source: Source) -> tuple[str, ...]:
-    """The captions of an image, each stripped and not empty; () = it has none. Raises Rejected: a bad text file."""
+    """Return an image's captions, each stripped and not empty; () if it has no caption. Raises Rejected for a bad text file."""
     if not source.caption_path:
         return source.captions
     return text_captions(_read(source.caption_path, "its caption", MAX_CAPTION_BYTES))
 
 
 def read_bytes(source: Source) -> bytes:
-    """The file of an image, or its part of a tar. Raises Rejected: it cannot be read, or is larger than 1 GiB."""
+    """Read an image's file or tar member. Raises Rejected if it is unreadable, cut off, or larger than 1 GiB."""
     data = _read(source.path, "it", MAX_IMAGE_BYTES, source.offset, source.length)
     if len(data) < source.length:
         raise Rejected("the tar ends within it", lasting=False)
@@ -266,7 +270,7 @@ def read_bytes(source: Source) -> bytes:
 def _read(path: str, what: str, limit: int, offset: int = 0, length: int = -1) -> bytes:
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
             raise Rejected(f"{what} is no regular file", lasting=False)
         if (status.st_size if length < 0 else length) > limit:
             raise Rejected(f"{what} is larger than {limit >> 20} MiB", lasting=False)

@@ -1,4 +1,4 @@
-"""What looking through folders finds, why something is put aside, how captions and weights are written."""
+"""Sources found in folders, reasons for rejecting them, and the parsing of captions and weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-CAPTION_EXTENSIONS = (".txt", ".caption")  # beside an image; the first that is there counts
+CAPTION_EXTENSIONS = (".txt", ".caption")  # beside an image; the first that exists is used
 MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 30
-MAX_WEIGHT = float.fromhex("0x1.fffffep+127")  # what fp32 holds
+MAX_WEIGHT = float.fromhex("0x1.fffffep+127")  # the largest finite fp32 number
 NO_IMAGE = "it counts as a mask (data.masks), and there is no image of that name beside it"
 CAPTION_KEYS = ("text", "caption", "prompt")
 
 
 class Rejected(Exception):
-    """One file that cannot be used. `reason` is a short sentence without the path.
+    """Raised for a file that cannot be used. `reason` is a short sentence without the path.
 
-    `lasting` says that the bytes themselves are at fault, so trying again is pointless until the file changes.
+    `lasting` is True if the bytes themselves are at fault, so a retry is pointless until the file changes.
     """
 
     def __init__(self, reason: str, lasting: bool = True):
@@ -31,41 +31,41 @@ class Rejected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an image, its captions and its mask lie, or (`problem`) something that cannot be used and why."""
+    """Location of an image, its captions and its mask, or (`problem`) of an unusable file or row, with the reason."""
 
-    path: str  # the file that is read
+    path: str  # the file to read
     root: int = 0  # index in data.folders
-    member: str = ""  # name inside a tar; of a problem in a metadata file its line or row
-    offset: int = 0  # of the image's bytes within `path`
+    member: str = ""  # name inside a tar; for a problem in a metadata file, its line or row
+    offset: int = 0  # of the image's bytes in `path`
     length: int = -1  # -1 = the whole file
     caption_path: str = ""  # a text file, read by `captions_of`
-    captions: tuple[str, ...] = ()  # known already, from metadata or a tar
+    captions: tuple[str, ...] = ()  # already read, from metadata or a tar
     problem: str = ""
-    weight: float | None = None  # of its loss, as metadata has it
+    weight: float | None = None  # factor on the image's loss, from metadata
     mask: Source | None = None
 
     @property
     def name(self) -> str:
-        """What people are shown, and the key by which the image is remembered."""
+        """Display name, also the key of the image in the cache's database."""
         return f"{self.path}/{self.member}" if self.member else self.path
 
 
 def shown(path: str | bytes) -> str:
-    """A path fit for one line of a terminal: undecodable bytes and control characters are escaped."""
+    """Format a path for one line of a terminal: undecodable bytes and control characters are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return text if text.isprintable() else repr(text)[1:-1]
 
 
 def ends_in(name: str, ending: str) -> bool:
-    """Whether a name has the ending ("" = none has), in whatever case."""
+    """Return True if a name has the ending, ignoring case. The ending "" matches no name."""
     return bool(ending) and name[-len(ending) :].lower() == ending.lower()
 
 
 def text_captions(data: bytes) -> tuple[str, ...]:
-    """The captions in a text file: its lines, stripped, without empty ones.
+    """Split a text file into captions: its lines, stripped, without empty ones.
 
     Raises:
-        Rejected: it is no UTF-8 text or larger than any caption.
+        Rejected: it is not UTF-8 text, or larger than `MAX_CAPTION_BYTES`.
     """
     if len(data) > MAX_CAPTION_BYTES:
         raise Rejected("its caption is larger than 1 MiB", lasting=False)
@@ -79,12 +79,13 @@ def text_captions(data: bytes) -> tuple[str, ...]:
 
 
 def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
-    """The captions in a JSON object or table row: under `key`, or the first of `CAPTION_KEYS` ("") that is not null.
+    """Return the captions in a JSON object or table row, None if it has no caption.
 
-    A string is one caption, whose line breaks become spaces; a list of strings are variants.  None: it has none.
+    The value is at `key` or, if `key` is "", at the first of `CAPTION_KEYS` that is not null. A string is one caption, and
+    its line breaks become spaces. A list of strings holds the variants of a caption.
 
     Raises:
-        Rejected: it is neither, or no UTF-8 text, or larger than any caption.
+        Rejected: the value is neither, is not UTF-8 text, or is larger than `MAX_CAPTION_BYTES`.
     """
     for name in (key,) if key else CAPTION_KEYS:
         value = row.get(name)
@@ -100,7 +101,7 @@ def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
 
 
 def row_weight(row: Mapping[str, Any], key: str) -> float | None:
-    """The weight of an image's loss in a JSON object or table row; None: it has none. Raises Rejected: it cannot be one."""
+    """Return the loss weight in a JSON object or table row, None if absent. Raises Rejected if the value is no valid weight."""
     value = row.get(key) if key else None
     if value is None:
         return None
@@ -112,7 +113,7 @@ def row_weight(row: Mapping[str, Any], key: str) -> float | None:
 
 
 def json_object(data: bytes) -> dict[str, Any]:
-    """Raises Rejected: it is something else, or no JSON at all."""
+    """Parse a JSON object. Raises Rejected for any other value and for invalid JSON."""
     try:
         found = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):

@@ -1,11 +1,11 @@
-"""Latents that other trainers have left beside the images, taken over instead of encoding again.
+"""Import of latents that other trainers left beside the images, instead of encoding the images again.
 
-    img_sdxl, img_sdvae   foo.img_sdxl: safetensors, `latent` is the raw posterior mean, fp32 (C, h, w) or (1, C, h, w)
-    npz                   sd-scripts' foo.npz, foo_0512x0768_sd.npz (the image's width and height): `latents`, fp32 (C, h, w),
-                          and of mirrored images `latents_flipped`; or both with a size behind, `latents_64x48` (h x w)
+    img_sdxl, img_sdvae   foo.img_sdxl: safetensors; `latent` is the raw posterior mean, fp32 (C, h, w) or (1, C, h, w)
+    npz                   sd-scripts' foo.npz or foo_0512x0768_sd.npz (the image's width and height): `latents`, fp32 (C, h, w),
+                          and for the mirrored image `latents_flipped`; both may end in a size, `latents_64x48` (h x w)
 
-None of them names its VAE.  sd-scripts stores one raw sample of the posterior, not its mean; the posterior of SD's and
-SDXL's VAE is so narrow that they hardly differ.  Its masks and crop boxes are left behind.
+No format names its VAE. sd-scripts stores one raw sample of the posterior, not its mean. The posteriors of SD's and SDXL's
+VAE are so narrow that sample and mean hardly differ. The masks and crop boxes of sd-scripts are ignored.
 
 Shapes: C channels, h x w cells of the latent.
 """
@@ -26,30 +26,30 @@ from fastsd.data.sources.image import Rejected
 
 _KEY = "latent"
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_MAX_VALUES = 1 << 24  # 16 channels of 8192 x 8192 pixels
+_MAX_VALUES = 1 << 24  # 16 channels at 8192 x 8192 pixels
 _LATENTS = re.compile(r"latents((?:_\d+x\d+)?)\.npy")
-_NEAR = (0.5, 2.0)  # of a standard deviation of 1
+_NEAR = (0.5, 2.0)  # accepted range of a standard deviation that should be 1
 
 
 def probe_latent(data: bytes, kind: str) -> tuple[int, int, int]:
-    """(C, h, w) of a file of latents, from its head.
+    """Return the shape (C, h, w) of a file of latents. The values of an npz are not read.
 
     Args:
         data: the whole file.
-        kind: data.latents.
+        kind: the format, as in data.latents.
 
     Raises:
-        Rejected: not such a file, damaged, or of another shape.
+        Rejected: the file has another format, is damaged, or does not have the shape of a latent.
     """
     shape, _ = _npz(data, read=False) if kind == "npz" else _safetensors(data)
     return shape
 
 
 def read_latent(data: bytes, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """The latents in a file: fp32 (C, h, w), unscaled, and those of the mirrored image if it holds them.
+    """Read a file's latents, unscaled fp32 (C, h, w), and those of the mirrored image, None if the file lacks them.
 
     Raises:
-        Rejected: as `probe_latent`, or a value that is not finite.
+        Rejected: as for `probe_latent`, or a value is not finite.
     """
     _, arrays = _npz(data, read=True) if kind == "npz" else _safetensors(data)
     for array in arrays:
@@ -59,17 +59,19 @@ def read_latent(data: bytes, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def check_scale(std_C: Sequence[float], scaling_factor: float) -> str | None:
-    """Whether latents look as the VAE's scaling factor expects raw ones: a sentence if they do not.
+    """Check raw latents against the VAE's scaling factor. Return None if they match, otherwise a sentence with the reason.
 
-    A scaling factor is one over the standard deviation of raw latents, which is near 5.5 for SD1.5's VAE (0.18215) and near
-    7 for SDXL's (0.13025).  Their product strays from 1 with the images: plain drawings lie lower.  Outside of 0.5 to 2
-    something is wrong: latents that were scaled before they were stored come out near 0.15.  What it cannot tell are these
-    two VAEs from each other: one's latents under the other's factor come out at 0.7 or 1.4, as some sets of images do with
-    their own.  A shift does not change it.
+    A scaling factor is one over the standard deviation of raw latents. That deviation is near 5.5 for SD1.5's VAE (0.18215)
+    and near 7 for SDXL's (0.13025). The product of factor and deviation should be 1 and varies with the images: plain
+    drawings give less. A product outside of 0.5 to 2 indicates an error. For example, latents that were scaled before they
+    were stored give about 0.15. A shift does not change the product.
+
+    The check cannot distinguish these two VAEs from each other: latents of one give 0.7 or 1.4 with the factor of the other,
+    and so do some image sets with their own factor.
 
     Args:
         std_C: standard deviation of each channel over many images, raw as stored.
-        scaling_factor: the VAE's.
+        scaling_factor: the VAE's scaling factor.
     """
     std = math.sqrt(sum(value * value for value in std_C) / len(std_C))
     product = std * scaling_factor
@@ -124,7 +126,7 @@ def _npz(data: bytes, read: bool) -> tuple[tuple[int, int, int], list[np.ndarray
 
 
 def _npy_shape(file: zipfile.ZipFile, name: str) -> tuple[int, int, int]:
-    """Read before the values are, so that a few bytes that promise a giant cost nothing."""
+    """Read an array's shape before its values, so that a small file that declares a huge array costs nothing."""
     with file.open(name) as part:
         version = np.lib.format.read_magic(part)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -1,8 +1,10 @@
-"""Captions of a whole folder in one file: `metadata.jsonl` or `metadata.parquet`, as Hugging Face's imagefolder has them.
+"""Captions of a folder in one file: `metadata.jsonl` or `metadata.parquet`, in the format of Hugging Face's imagefolder.
 
-A row names an image (`file_name`, relative to the file's folder, perhaps in a subfolder), its caption, and perhaps the weight
-of its loss.  A file may hold weights alone; captions then lie beside the images.  Rows come in any order and images in
-another, so they go through a temporary database on disk: memory stays flat however many there are.
+A row has an image's `file_name` (relative to the file's folder, possibly in a subfolder), its caption, and optionally its loss
+weight. A file may hold weights only; captions then lie beside the images.
+
+Rows and images come in different orders, so the rows go through a temporary database on disk. Memory use does not grow with
+the number of rows.
 """
 
 from __future__ import annotations
@@ -24,26 +26,26 @@ _MAX_LINE = 1 << 20
 _BATCH = 256  # rows of a parquet file in memory
 _SHOWN_COLUMNS = 20
 
-Said = tuple[tuple[str, ...] | None, float | None]  # an image's captions and weight; None = nothing is said of it
-_Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number from 1, the row or what is wrong with it
+Said = tuple[tuple[str, ...] | None, float | None]  # an image's captions and weight; None = not given
+_Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number from 1; the row, or the reason it is unusable
 
 
 class Metadata:
-    """One such file.
+    """One `metadata.jsonl` or `metadata.parquet`.
 
     Args:
         caption_key: the column with captions; "" = the first of text, caption, prompt.
-        weight_key: the column with weights; "" = none.
-        stems: images are known by their path without extension, because latents stand for them.
+        weight_key: the column with weights; "" = no weights.
+        stems: match images by their path without extension, because latents take the place of the images.
     """
 
     def __init__(self, path: str, caption_key: str, weight_key: str, stems: bool) -> None:
         self.path, self._key, self._weight_key, self._stems = path, caption_key, weight_key, stems
-        self._captioned = True  # whether any row has a caption
+        self._captioned = True  # False if the file holds weights only
         self._parquet = path.endswith(".parquet")
         self._prefix = len(os.path.join(os.path.dirname(path), ""))
-        self._seen = bytearray()  # of each stored row whether its image was asked for
-        # Whoever iterates may do so from another thread each time, never from two at once.
+        self._seen = bytearray()  # 1 for each stored row with an image that was looked up
+        # Successive calls may come from different threads, but never from two at once.
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA cache_size = -32768; BEGIN;"
@@ -55,13 +57,13 @@ class Metadata:
         self._db.close()
 
     def load(self) -> Iterator[tuple[str, str]]:
-        """Read the file. Yields what is wrong: (row, reason), with row "" for the file as a whole.
+        """Read the file. Yield each problem as (row, reason), with row "" for the file as a whole.
 
         Raises:
             UserError: the disk has no room for the temporary database.
         """
         try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe would wait for ever
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # reading a pipe could block forever
                 raise Rejected("it is no regular file")
             lacking = self._lacking()
             if lacking:
@@ -81,7 +83,7 @@ class Metadata:
             ) from None
 
     def said_of(self, image: str) -> Said:
-        """What the file says of an image (its path, or its stem where `stems`). Raises Rejected."""
+        """Look up an image by its path (its stem if `stems`). Raises Rejected if its row is invalid."""
         key = self._image(image[self._prefix :].replace(os.sep, "/"))
         found = self._db.execute("SELECT id, number, captions, weight, reason FROM row WHERE image = ?", (key,)).fetchone()
         if not found:
@@ -94,7 +96,7 @@ class Metadata:
         return texts if self._captioned else None, weight
 
     def unmatched(self) -> Iterator[tuple[str, str]]:
-        """(row, reason) of every row whose image nobody asked for."""
+        """Yield (row, reason) for every row with an image that was never looked up."""
         if 0 in self._seen:
             for image, id, number in self._db.execute("SELECT image, id, number FROM row ORDER BY image"):
                 if not self._seen[id]:
@@ -108,7 +110,7 @@ class Metadata:
         return key.encode("utf-8", "surrogatepass")
 
     def _add(self, number: int, row: dict[str, Any]) -> str:
-        """Store a row, or say why not."""
+        """Store a row and return "", or return the reason why it is not stored."""
         name = row.get("file_name")
         if not name or not isinstance(name, str):
             return "it has no file_name"
@@ -128,7 +130,7 @@ class Metadata:
         return ""
 
     def _lacking(self) -> str:
-        """What the file needs and no row has, as a sentence."""
+        """Return a sentence about a required column that no row has, or "". Sets `_captioned`."""
         wanted = (self._key,) if self._key else CAPTION_KEYS
         names = captions = weights = False
         found: dict[str, None] = {}
@@ -163,7 +165,7 @@ class Metadata:
 
 
 def _words(text: str) -> str:
-    """A text from a file, fit for one line of a terminal."""
+    """Format text from a file for one line of a terminal, at most 200 characters."""
     return shown(text.encode("utf-8", "surrogatepass"))[:200]
 
 
@@ -185,7 +187,7 @@ def _json_rows(path: str) -> _Rows:
 
 @contextmanager
 def _parquet(path: str) -> Iterator[Any]:
-    """An open `pyarrow.parquet.ParquetFile`. Raises Rejected, also for what goes wrong while it is read."""
+    """Open a `pyarrow.parquet.ParquetFile`. Raises Rejected, also for errors inside the `with` block."""
     import pyarrow.parquet as pq
 
     try:

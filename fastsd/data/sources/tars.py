@@ -1,9 +1,9 @@
-"""WebDataset tars: images and captions in tar files, read where they lie, never extracted.
+"""WebDataset tars: images and captions in tar files, read in place, never extracted.
 
-A sample is a run of neighbouring members whose names agree up to the first dot of the base name, the key; what follows the
-dot, in lower case, is the extension.  One pass over the headers finds every image's offset; captions are read on the way.
-Masks, whose names are a key and an ending, are found in a pass of their own: sorted by name they need not lie beside it.
-Written down by hand because a member is then a few microseconds, and no header, however false, costs memory or time.
+A sample is a run of adjacent members with the same key. The key is a member's name up to the first dot of the base name; the
+rest, in lower case, is the extension. One pass over the headers finds the offset of every image and reads the captions.
+The name of a mask is a key and an ending. Sorted by name, a mask need not be adjacent to its sample, so an earlier pass
+finds all masks. The parser is written by hand: a member takes a few microseconds, and no false header costs memory or time.
 
 Layout of a header: POSIX.1-2017, pax, "ustar Interchange Format"; GNU tar's manual, "Basic Tar Format".
 """
@@ -37,7 +37,7 @@ from fastsd.data.sources.image import (
 _Said = TypeVar("_Said")
 TARS = (".tar", ".tar.gz", ".tgz")
 _BLOCK = 512
-_MAX_EXTENDED = 1 << 20  # bytes of a header that holds a long name
+_MAX_EXTENDED = 1 << 20  # bytes of an extended header, such as a long name
 _MAX_GROUP = 64  # members of one sample
 _TEXTS = tuple(extension.removeprefix(".") for extension in CAPTION_EXTENSIONS)
 _GZIP = b"\x1f\x8b"
@@ -57,7 +57,7 @@ class _Member(NamedTuple):
 
 @dataclass
 class _Group:
-    """The sample that is being read: its members by extension. `again`: its key was met before."""
+    """The sample being read: its members by extension. `again`: its key occurred earlier in the tar."""
 
     key: str
     again: bool = False
@@ -67,20 +67,20 @@ class _Group:
 def samples(
     path: str, root: int, extensions: tuple[str, ...], caption_key: str, weight_key: str = "", masks: str = ""
 ) -> Iterator[Source]:
-    """The images in a tar, in its order, and what is wrong with it.
+    """Yield the images in a tar, in its order, and every problem found.
 
-    Captions come from `.txt`, else `.caption` (a line each), else `.json`; with a `caption_key` from `.json` first.
+    Captions come from `.txt`, then `.caption` (one per line), then `.json`. With a `caption_key`, `.json` comes first.
 
     Args:
-        root: index in data.folders, to be noted in each source.
-        extensions: of images, with their dot.
-        caption_key: of the `.json`; "" = the first of text, caption, prompt.
-        weight_key: of the `.json`; "" = there are no weights.
-        masks: what follows the key in the name of a mask; "" = there are none.
+        root: index in data.folders, stored in each source.
+        extensions: image extensions, with their dot.
+        caption_key: key in the `.json`; "" = the first of text, caption, prompt.
+        weight_key: key in the `.json`; "" = no weights.
+        masks: ending after the key in a mask's name; "" = no masks.
     """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
             raise Rejected("it is no regular file")
         with open(path, "rb") as file:
             yield from _Tar(file, status.st_size, path, root, extensions, caption_key, weight_key, masks).samples()
@@ -101,10 +101,10 @@ class _Tar:
     weight_key: str
     masks: str
     known: set[bytes] = field(default_factory=set)  # hashes of the keys so far
-    masked: dict[str, _Member] = field(default_factory=dict)  # masks by the keys of samples that have not come yet
+    masked: dict[str, _Member] = field(default_factory=dict)  # masks by key, for samples not read yet
 
     def samples(self) -> Iterator[Source]:
-        """Raises Rejected where it stops being a tar."""
+        """Yield the tar's sources. Raises Rejected where the tar is damaged or cut off."""
         self._find_masks()
         group = _Group("")
         try:
@@ -132,7 +132,7 @@ class _Tar:
             yield self._bad(member, NO_IMAGE)
 
     def _find_masks(self) -> None:
-        with suppress(Rejected):  # said when the images are read
+        with suppress(Rejected):  # reported when the images are read
             for member in self._members() if self.masks else ():
                 if ends_in(member.name, self.masks):
                     key = member.name[: -len(self.masks)]
@@ -150,7 +150,7 @@ class _Tar:
         return extension in _TEXTS or extension == "json" or f".{extension}".endswith(self.extensions)
 
     def _finish(self, group: _Group, cut: str = "") -> Iterator[Source]:
-        """The images of a sample. `cut`: the tar broke off behind it, so its caption may be missing."""
+        """Yield the images of a sample. `cut`: "", or the error that ended the tar here, so its caption may be missing."""
         if not group.members:
             return
         if group.again:
@@ -179,7 +179,7 @@ class _Tar:
                 yield Source(*place, captions=captions, problem=wrong or problem, weight=weight, mask=beside)
 
     def _said(self, members: dict[str, _Member]) -> tuple[tuple[str, ...], float | None, str]:
-        """The captions and the weight of a sample, or why it cannot be used."""
+        """Return the captions and weight of a sample, and the reason it cannot be used, or ""."""
         order = ("json", *_TEXTS) if self.caption_key else (*_TEXTS, "json")
         try:
             weighted = self.weight_key and "json" in members
@@ -213,7 +213,7 @@ class _Tar:
         return self._read(member.offset, min(member.size, MAX_CAPTION_BYTES + 1))
 
     def _bad(self, member: _Member, reason: str) -> Source:
-        """Of a member that may share its name with another."""
+        """Report a problem with a member. The offset identifies it, because several members may have the same name."""
         return Source(self.path, self.root, f"{member.name} (at byte {member.offset})", problem=reason)
 
     def _read(self, offset: int, size: int) -> bytes:
@@ -221,7 +221,7 @@ class _Tar:
         return self.file.read(size)
 
     def _members(self) -> Iterator[_Member]:
-        """Every member but folders. Raises Rejected: the tar is damaged, cut short, compressed, or none."""
+        """Yield every member except folders. Raises Rejected if the file is damaged, cut off, compressed, or not a tar."""
         at, extended = 0, _Extended()
         while True:
             header = self._read(at, _BLOCK)
@@ -266,7 +266,7 @@ class _Tar:
 
 @dataclass
 class _Extended:
-    """What special headers say of the member that follows them."""
+    """Contents of the extended headers that precede a member."""
 
     name: str = ""
     size: int = -1
@@ -284,7 +284,7 @@ class _Extended:
                 self.problem = "its extended header is damaged"
 
     def _records(self, data: bytes) -> None:
-        """pax: a record is "length key=value\\n", its length counted with all of that."""
+        """Parse pax records: "length key=value\\n", where length counts the whole record, itself included."""
         at = 0
         while at < len(data) and data[at]:
             length = int(data[at : data.index(b" ", at)])
@@ -314,7 +314,7 @@ def _problem(kind: bytes, name: str, size: int, extended: _Extended) -> str:
 def _name(header: bytes, extended: _Extended) -> str:
     if extended.name:
         return extended.name
-    # GNU's own format keeps times where POSIX has the beginning of a long name.
+    # GNU's own format has times where POSIX has the start of a long name.
     prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
     return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
 
@@ -324,7 +324,7 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or GNU's binary for large numbers; -1 = neither."""
+    """Parse octal digits, or GNU's binary form of large numbers; -1 for anything else."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
     try:
