@@ -1,7 +1,7 @@
-"""Floor 2.5: making the cache. In the order of the way:
+"""Floor 2.5: building the cache. Modules in the order of processing:
 
-buckets, decode                                 from a file's bytes to pixels of a size
-collect, build, pipeline, store                 what is new gets its place, is encoded, is written
-mask_cells, tokenize_captions, embed_captions   what is made of masks and captions
-upkeep                                          is it whole, what is there, what is there for nothing
+buckets, decode                                 decode image files to pixels of a bucket's size
+collect, build, pipeline, store                 find new images, assign their rows, encode and write them
+mask_cells, tokenize_captions, embed_captions   compute mask cells, token ids and text embeddings
+upkeep                                          verify the cache, measure it, prune what is unused
 """

@@ -1,17 +1,17 @@
-"""Where a picture goes: the size it is brought to, and the size that is cut out of that.
+"""Buckets: the size an image is resized to, and the size that is cropped from it.
 
-Keys and rules are those of kohya's sd-scripts (`BucketManager`), so that a data set falls into the same buckets here:
+Keys and rules are those of kohya's sd-scripts (`BucketManager`), so a data set falls into the same buckets here:
 
     buckets        every width from min to max in steps, with the greatest height that keeps width x height within
-                   resolution^2; the same on its side; and the square.  A picture goes to the bucket nearest in width / height
-                   (the first in sorted order of those equally near) and is resized, up or down, until it just covers it.
-    no_upscale     nothing is enlarged and nothing predefined: pictures of more than resolution^2 pixels shrink to that, with
-                   one side a multiple of the step, and what is cut out is each side rounded down to the step.  min and max
-                   have no say, as there.
+                   resolution^2; the same with width and height swapped; and the square. An image goes to the bucket nearest
+                   in width / height (on a tie, the first in sorted order) and is resized, up or down, until it just covers it.
+    no_upscale     no image is enlarged and no bucket is predefined. Images of more than resolution^2 pixels shrink to that
+                   area, with one side a multiple of the step. The crop is each side rounded down to the step. min and max
+                   have no effect, as in sd-scripts.
     none           one bucket, the square.
 
-Nearest in width / height is not nearest in height / width: a picture on its side may go to another bucket than that on its
-side.
+The nearest width / height is not always the nearest height / width. An image turned by 90 degrees may therefore go to a
+bucket that is not its former bucket turned by 90 degrees.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Size = tuple[int, int]  # width, height in pixels
 
 
 class Place(NamedTuple):
-    """What becomes of a picture as displayed: `resized` covers `size`, which is cut out of it."""
+    """Resize and crop of an image as displayed: `resized` covers `size`, which is cropped from it."""
 
     resized: Size
     size: Size
@@ -37,11 +37,11 @@ class Buckets:
     """The buckets of a resolution.
 
     Args:
-        resolution: R, pixels: no predefined bucket has more than R x R.
-        table: `data.buckets`; None = the R x R square alone.
+        resolution: R, in pixels; no predefined bucket has more than R x R pixels.
+        table: `data.buckets`; None = only the R x R square.
 
     Attributes:
-        sizes: the predefined buckets, sorted; none with `no_upscale`.
+        sizes: the predefined buckets, sorted; empty with `no_upscale`.
     """
 
     def __init__(self, resolution: int, table: BucketTable | None) -> None:
@@ -52,10 +52,10 @@ class Buckets:
             self.sizes = _predefined(resolution, table)
 
     def place(self, width: int, height: int) -> Place:
-        """Where a picture of this size, as displayed, goes.
+        """Choose the resize and crop for an image of this size, as displayed.
 
         Raises:
-            Rejected: it is too small for a bucket, or too narrow, and `no_upscale` forbids to enlarge it.
+            Rejected: the image is too small or too narrow for a bucket, and `no_upscale` forbids enlarging it.
         """
         if not self.sizes:
             resized = self._shrunk(width, height)
@@ -80,23 +80,23 @@ class Buckets:
         def error(width: int, height: int) -> float:
             return abs(width / height - ratio) if height else math.inf
 
-        # One side becomes whole steps: the one whose bucket comes nearer to the picture's shape.
+        # One side becomes a multiple of the step: the side that brings the bucket nearer to the image's aspect ratio.
         if error(wide, self._whole(wide / ratio)) < error(self._whole(high * ratio), high):
             return wide, _rounded(wide / ratio)
         return _rounded(high * ratio), high
 
     def _whole(self, side: float) -> int:
-        """Rounded to a pixel, then down to the step."""
+        """Round to a pixel, then down to a multiple of the step."""
         return _rounded(side) // self._step * self._step
 
 
 def cut_at(rule: str, content: bytes, crop: int) -> tuple[float, float]:
-    """Where a bucket lies in the resized picture: fractions of the room there is, from left and from top.
+    """Return the position of a crop in the resized image, as fractions of the free room from the left and from the top.
 
     Args:
         rule: data.crop.
-        content: sha256 of the image, which decides where its random crops lie.
-        crop: their number.
+        content: sha256 of the image file, which determines its random crops.
+        crop: index of the crop.
     """
     if rule == "centre":
         return 0.5, 0.5

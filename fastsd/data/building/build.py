@@ -1,13 +1,13 @@
-"""Caching: images -> VAE -> shards, once.
+"""Cache building: encode images with the VAE into shards, once.
 
-    collect.py    what the folders hold: a table of samples
-    masks.py      what their masks come to, in the cells of a latent
-    here          every distinct image content gets its (shard, row) before the first is encoded
-    pipeline.py   decode, encode, write
-    here          the view of all samples is frozen, see `cache.py`
+    collect.py      lists the contents of the folders in a table of samples
+    mask_cells.py   averages their masks over the cells of a latent
+    this module     assigns every distinct image content a (shard, row), before the first one is encoded
+    pipeline.py     decodes, encodes, writes
+    this module     freezes the view of all samples, see `cache.py`
 
-While it lasts, SQLite is the truth, see `store.py`.  A process that is killed anywhere loses the blocks it had in hand, and the
-next one writes the same bytes to the same places.  Started several times, or under torchrun, the processes share the work.
+During a build, the SQLite database is authoritative, see `store.py`. A process killed at any point loses only its blocks in
+progress, and the next one writes the same bytes to the same places. Several processes, also under torchrun, share the work.
 
 Shapes: C x h x w latents, V versions (crops, mirror images) of an image.
 """
@@ -44,20 +44,18 @@ _EXAMPLES = 20
 
 @dataclass(frozen=True)
 class Counts:
-    """What caching came to: `images` found = `cached` samples + `rejected`; `latents` are the distinct ones behind the
-    samples, `encoded` those of them made by this process; `examples`: up to 20 of the rejected, "path: reason"; `rates`:
-    images a second that decoding, encoding and writing would each do alone, of those stages that had work."""
+    """Result of building a cache."""
 
-    images: int
-    cached: int
-    latents: int
-    encoded: int
-    rejected: int
-    empty_captions: int
-    reasons: dict[str, int]
-    examples: list[str]
-    view: str
-    rates: dict[str, float]
+    images: int  # found: `cached` + `rejected`
+    cached: int  # samples of the view
+    latents: int  # distinct latents of these samples, all versions
+    encoded: int  # latents encoded by this process
+    rejected: int  # images
+    empty_captions: int  # samples without a caption
+    reasons: dict[str, int]  # reason -> rejected images
+    examples: list[str]  # up to 20 of the rejected images, "path: reason"
+    view: str  # its name
+    rates: dict[str, float]  # images/s that decode, encode and write would each reach alone; only steps that had work
 
 
 Report = Callable[[Progress], None]
@@ -66,12 +64,12 @@ Report = Callable[[Progress], None]
 def build_cache(config: Config, vae: Encoder, report: Report | None = None, say: Callable[[str], None] | None = None) -> Counts:
     """Bring the latents of `config` up to date and freeze their view.
 
-    Only what is new is encoded.  Interrupted anywhere, the same call goes on where it stopped; other processes that make
-    it at the same time share the work.  `say` is given a line where something out of the ordinary takes time.
+    Only new images are encoded. After an interruption, the same call continues where it stopped. Other processes that make
+    the call at the same time share the work. `say` receives a line when something unusual takes time.
 
     Raises:
-        UserError: a folder, the resolution, the disk or the GPU's memory; or no image could be used at all.
-        Stopped: by Ctrl-C; what was encoded is kept.
+        UserError: a problem with a folder, the resolution, the disk or the GPU's memory; or no image is usable.
+        Stopped: by Ctrl-C; the latents encoded so far remain in the cache.
     """
     check_resolution(config, vae.downscale)
     found = folders.scan_for(config.data)
@@ -83,7 +81,7 @@ def build_cache(config: Config, vae: Encoder, report: Report | None = None, say:
 
 
 def check_resolution(config: Config, downscale: int, whose: str = "VAE") -> None:
-    """Raises UserError for a resolution, or a step of the buckets, that the model cannot shrink evenly."""
+    """Raise UserError unless `downscale` divides the resolution, or the buckets' step. Imported latents are exempt."""
     data = config.data
     field, size = ("buckets.step", data.buckets.step) if data.buckets else ("resolution", data.resolution)
     if size % downscale and not data.latents:
@@ -93,7 +91,7 @@ def check_resolution(config: Config, downscale: int, whose: str = "VAE") -> None
 
 
 class _Build:
-    """One run over one (folders, preprocessing, VAE)."""
+    """One build for one (folders, preprocessing, VAE)."""
 
     def __init__(self, config: Config, vae: Encoder, store: Store, report: Report, say: Callable[[str], None]):
         self.config, self.vae, self.store, self.report, self.say = config, vae, store, report, say
@@ -133,7 +131,7 @@ class _Build:
 
         try:
             with warnings.catch_warnings():
-                # Pillow's remarks on odd files; what matters comes back as a reason.
+                # Silences Pillow's remarks on odd files; errors that matter are reported as reasons.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
                 with collect.collected(self.store, self.view, prepare, self.say):
@@ -144,7 +142,7 @@ class _Build:
             pool.shutdown(cancel_futures=True)
 
     def _check_asked(self) -> None:
-        """Raises UserError: weights or masks are asked for and no image has any, so the name is wrong."""
+        """Raise UserError if weights or masks are requested and no image has any, because then the name is wrong."""
         count = "SELECT COUNT(*) FILTER (WHERE reason IS NULL), COUNT(weight), COUNT(mask_path) FROM sample"
         good, weights, masked = self.db.execute(count).fetchone()
         for key, found, what in (("weight_key", weights, "number in its metadata"), ("masks", masked, "file beside it")):
@@ -152,11 +150,11 @@ class _Build:
                 raise UserError(f"data.{key} is {asked!r} and no image has such a {what}; correct or remove it")
 
     def _check_imported(self) -> None:
-        """Whether other trainers' latents look like this VAE's. Raises UserError."""
+        """Raise UserError if other trainers' latents do not look like this VAE's."""
         kind, found = self.config.data.latents, []
         few = "SELECT file, offset, length FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ? FROM sample) = 0"
         for path, offset, length in self.db.execute(few, (_EXAMPLES,)):
-            with contextlib.suppress(Rejected):  # its turn to be named comes
+            with contextlib.suppress(Rejected):  # the pipeline will report it
                 data = folders.read_bytes(Source(os.fsdecode(path), offset=offset, length=length))
                 mean, _ = imported_latents.read_latent(data, kind)
                 found.append(mean.reshape(len(mean), -1))
@@ -166,7 +164,7 @@ class _Build:
                 raise UserError(f"data.latents is {kind!r}: {problem}; name their VAE in model.vae, or encode the images anew")
 
     def _plan(self) -> None:
-        """Give every new version of a content its place, in sorted order, in new shards of one shape."""
+        """Assign every new version of a content a row, in sorted order, in new shards of one shape each."""
         missing = " UNION ALL ".join(
             f"SELECT bucket_height AS height, bucket_width AS width, content, {version} AS version FROM sample WHERE reason"
             f" IS NULL AND NOT EXISTS (SELECT 1 FROM latent WHERE space = {self.space} AND latent.content = sample.content"
@@ -184,16 +182,16 @@ class _Build:
         self.store.check_room(self.space)
 
     def _shape(self, width: int, height: int) -> list[int]:
-        """A latent's shape, from a bucket's size. Imported latents are counted in cells, images in pixels."""
+        """Return a latent's shape for a bucket's size, which is in cells for imported latents and in pixels for images."""
         cell = 1 if self.config.data.latents else self.vae.downscale
         return [self.vae.channels, height // cell, width // cell]
 
     def _reject(self, store: Store, content: bytes, key: bytes, error: Rejected) -> None:
-        """Put aside every file with this content, or only this one when its bytes are not to blame."""
+        """Reject every file with this content, or only this file if its bytes are not at fault."""
         which, value = ("content = ?", content) if error.lasting else ("path = ?", key)
         again = "" if error.lasting else ", size = -1"
         store.db.execute(f"UPDATE sample SET reason = ?{again} WHERE {which}", (error.reason, value))
-        if not error.lasting:  # what is known of it may be what is wrong
+        if not error.lasting:  # the stored facts may be wrong
             store.db.execute("DELETE FROM file WHERE path = ?", (key,))
         self._remember_rejected(store, which, value)
 
@@ -202,18 +200,18 @@ class _Build:
         store.db.execute(f"REPLACE INTO rejected {refused}", (self.space, value))
 
     def _freeze(self, pipeline: Pipeline) -> Counts:
-        """Write the view of all samples that have their latents."""
+        """Write the view of all samples that have latents."""
         with self.store.transaction():
             self._remember_rejected(self.store, "id > ?", 0)
             self.db.execute(
                 "DELETE FROM rejected WHERE space = ? AND path IN (SELECT path FROM sample WHERE reason IS NULL)",
                 (self.space,),
             )
-            for root in self.config.data.roots:  # what was put aside there once and is gone
+            for root in self.config.data.roots:  # forget files that were rejected earlier and no longer exist
                 place = os.fsencode(os.path.abspath(root.path))
                 self.db.execute(
                     "DELETE FROM rejected WHERE space = ? AND path > ? AND path < ? AND path NOT IN (SELECT path FROM sample)",
-                    (self.space, place + b"/", place + b"0"),  # "0" comes next to "/"
+                    (self.space, place + b"/", place + b"0"),  # "0" follows "/" in ASCII
                 )
         counts = self._counts(pipeline)
         if not counts.cached:
@@ -253,8 +251,7 @@ class _Build:
     )
 
     def _index(self, scratch: Path, samples: int) -> tuple[dict[str, np.ndarray], list[Any], list[cache.Group]]:
-        """The arrays of the view, in files so that memory stays flat; its shards, numbered in the order of their making; its
-        groups."""
+        """Return the view's arrays (in files, to keep memory flat), its shards in order of creation, and its groups."""
         used = self.db.execute(f"SELECT DISTINCT shard {self._USED}", (self.space, json.dumps(self.stored)))
         wanted = {shard for (shard,) in used}
         shards = [shard for shard in self.store.shards(self.space) if shard.id in wanted]
@@ -283,7 +280,7 @@ class _Build:
             shard, row, check, *group, weight, captions = zip(*chunk, strict=True)
             here = slice(done * self.versions, done * self.versions + len(chunk))
             arrays["shard"][here], arrays["row"][here], arrays["check"][here] = [number[id] for id in shard], row, check
-            each = slice(None, None, self.versions)  # a sample's versions lie together
+            each = slice(None, None, self.versions)  # a sample's versions are adjacent
             groups.update(zip(*(column[each] for column in group), strict=True))
             blobs = [text.encode() for text in captions[each]]
             ends = at + np.cumsum([len(blob) for blob in blobs])

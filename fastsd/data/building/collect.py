@@ -1,16 +1,16 @@
-"""What the folders hold at this moment: the table `sample`, one row per image found, made anew by every `fastsd cache`.
+"""The table `sample`: one row per image found in the folders, rebuilt by every `fastsd cache`.
 
-It lives in a database of its own, `work/VIEW.sqlite`, which is thrown away in the end.  The first process of a view looks
-through the folders; those that come while it is at work share its table, so that a million files are looked at once.
+It lives in its own database, `work/VIEW.sqlite`, which is deleted at the end. The first process of a view scans the folders.
+Processes that start while the table is in use share it, so a million files are inspected only once.
 
-    path       the file, or tar/member; the key of everything that is remembered about it
-    file, offset, length   where its bytes are; length -1 = the whole file
-    content    sha256 of these bytes        width, height    as displayed; of imported latents: their cells
-    bucket_width, bucket_height             pixels of the crop, of imported latents: their cells
-    captions   the variants, a line each    reason           why it cannot be used; NULL = it can
-    weight     of its loss, NULL = none is given
-    mask       what decides the cells of its mask, the key of the table `mask`; NULL = it has none
-    mask_path, mask_file, mask_offset, mask_length           as those of the image
+    path       the file, or tar/member; the key of everything stored about it
+    file, offset, length   location of its bytes; length -1 = the whole file
+    content    sha256 of these bytes        width, height    as displayed; in cells for imported latents
+    bucket_width, bucket_height             pixels of the crop; cells for imported latents
+    captions   the variants, a line each    reason           why it is rejected; NULL = it is usable
+    weight     factor on its loss; NULL = not given
+    mask       key in the table `mask`, a hash of all that determines the mask's cells; NULL = no mask
+    mask_path, mask_file, mask_offset, mask_length           as for the image
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ CREATE TABLE work.sample (id INTEGER PRIMARY KEY, path BLOB, root INTEGER, file 
     mtime_ns INTEGER, reason TEXT, weight REAL, mask BLOB, mask_path BLOB, mask_file BLOB, mask_offset INTEGER,
     mask_length INTEGER)
 """
-_CHUNK = 512  # files whose hashes one commit keeps
-# A file may change again within the resolution of its time stamp; younger ones are hashed again in the next run.
+_CHUNK = 512  # images inspected between two commits
+# A file may change again within the resolution of its timestamp, so the next run hashes files younger than this again.
 _YOUNG_NS = 2_000_000_000
 
 
@@ -71,7 +71,7 @@ class Sample(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A row of the table `file`: what is known of an image or a mask as long as its size and time stay as they are."""
+    """A row of the table `file`: facts about an image or a mask, valid while its size and mtime are unchanged."""
 
     path: bytes
     size: int
@@ -82,13 +82,13 @@ class _File(NamedTuple):
 
     @property
     def shown(self) -> tuple[int, int]:
-        """Its size as displayed; of imported latents in cells."""
+        """Size as displayed; in cells for imported latents."""
         return self.width, self.height
 
 
 @contextmanager
 def collected(store: Store, view: str, prepare: Callable[[], None], waiting: Callable[[str], None]) -> Iterator[None]:
-    """Attach `sample`. `prepare` is to fill it, unless other processes work with it already; it runs in one at a time."""
+    """Attach `sample`. Calls `prepare` to fill it, in one process at a time, unless other processes already use the table."""
     folder = store.folder / "work"
     with disk_errors(store.folder):
         folder.mkdir(exist_ok=True)
@@ -114,7 +114,7 @@ def collected(store: Store, view: str, prepare: Callable[[], None], waiting: Cal
 def one_at_a_time(
     store: Store, waiting: Callable[[str], None], name: str = "turn", doing: str = "looking through the folders"
 ) -> Iterator[None]:
-    """What processes that share a cache must not do side by side: looking through folders, freezing a view; by `name`."""
+    """Let only one process of a cache at a time run a block: scanning folders, freezing a view. `name` selects the lock."""
     with disk_errors(store.folder):
         turn = (store.folder / f"{name}.lock").open("a+b")
     with turn:
@@ -132,7 +132,7 @@ def fill(
     store: Store, space: int, found: Iterator[Source], data: DataTable, downscale: int, pool: ThreadPoolExecutor,
     report: Callable[[int, float], None],
 ) -> None:  # fmt: skip
-    """Fill `sample`. `report` is given the number of files so far and files a second."""
+    """Fill `sample`. `report` receives the number of files so far and files per second."""
     refused = "SELECT size, mtime_ns, reason FROM rejected WHERE space = ? AND path = ?"
     insert = f"INSERT INTO sample ({', '.join(Sample._fields)}) VALUES ({', '.join('?' * len(Sample._fields))})"
     inspect = functools.partial(_inspect, data=data, buckets=Buckets(data.resolution, data.buckets), downscale=downscale)
@@ -164,7 +164,7 @@ def _inspect(
     source: Source, hints: tuple[_File | None, _File | None], refused: tuple[int, int, str] | None, *, data: DataTable,
     buckets: Buckets, downscale: int,
 ) -> tuple[Sample, list[_File]]:  # fmt: skip
-    """A row of `sample`, and what is known of its files. `hints`, of image and mask, and `refused`: from an earlier run."""
+    """Make a row of `sample` and the rows of `file`. `hints` (of image and mask) and `refused` come from an earlier run."""
     sample = Sample(os.fsencode(source.name), source.root, os.fsencode(source.path), source.offset, source.length)
     files: list[_File] = []
     try:
@@ -173,7 +173,7 @@ def _inspect(
         captions = "\n".join(folders.captions_of(source))
         stamp = _stamp(source)
         sample = sample._replace(captions=captions, weight=source.weight, size=stamp[0], mtime_ns=stamp[1])
-        if refused and refused[:2] == stamp:  # the same bytes will not do better now
+        if refused and refused[:2] == stamp:  # the same bytes would be rejected again
             raise Rejected(refused[2])
         image = _identified(source, stamp, hints[0], data.latents)
         files.append(image)
@@ -202,7 +202,7 @@ def _with_place(sample: Sample, mask: Source) -> Sample:
 
 
 def _identified(source: Source, stamp: tuple[int, int], hint: _File | None, latents: str = "") -> _File:
-    """Content and size of a file, from what is known of it or from its bytes. Raises Rejected."""
+    """Return the content hash and size of a file, from `hint` if still valid, else from its bytes. Raises Rejected."""
     if hint and hint[1:3] == stamp:
         return hint
     data = folders.read_bytes(source)
@@ -211,12 +211,12 @@ def _identified(source: Source, stamp: tuple[int, int], hint: _File | None, late
 
 
 def _stamp(source: Source) -> tuple[int, int]:
-    """(bytes, time of the last change) by which an unchanged image is known again. Raises Rejected."""
+    """Return (size in bytes, mtime in ns), which identify an unchanged file. Raises Rejected."""
     try:
         status = os.stat(source.path)
     except OSError as error:
         raise Rejected(f"it cannot be read ({error.strerror})", lasting=False) from None
-    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
         raise Rejected("it is no regular file")
     size = status.st_size if source.length < 0 else source.length
     if size > folders.MAX_IMAGE_BYTES:

@@ -1,19 +1,19 @@
-"""From the bytes of an image file to pixels: `probe` reads the size off the head, `decode` cuts a place out of the picture.
+"""Decoding of image files to pixels: `probe` reads the size from the header, `decode` resizes and crops the image.
 
-Colours come out as sRGB on a white ground, whatever the file holds:
+The output is sRGB on a white background for every kind of input:
 
-    EXIF        sizes, crops and pixels are those of the picture as displayed
-    alpha       over white; of palettes and of a single transparent colour (tRNS) as well
+    EXIF        sizes, crops and pixels are those of the image as displayed
+    alpha       composited over white, also for palettes and a single transparent colour (tRNS)
     16 bit      scaled down to 8
-    ICC         to sRGB, after the resize; a profile that is broken or of another kind than the pixels is left out
-    CMYK        through its profile, else by Pillow's plain rule; ink is stored inverted where Adobe's marker says so
+    ICC         converted to sRGB after the resize; a profile that is broken or does not fit the pixels is ignored
+    CMYK        converted with its profile, otherwise by Pillow's plain rule; Adobe's marker means that ink is stored inverted
     animation   the first frame
 
-A mask goes the same way, as brightness alone: what is transparent counts as it would without, for painters leave it at that.
+A mask is decoded the same way, to brightness only. Its transparency is ignored, because people who paint masks leave it alone.
 
-Pillow's decoders and its resize leave the interpreter to other threads.  A JPEG is decoded at 1/2, 1/4 or 1/8 of its size
-where that still is no smaller than the resized picture, and nothing outside the crop is resized: a strip of 1 x 20000
-pixels never becomes a giant first.  What a file does wrong becomes `Rejected`, and so does one that ends early.
+Pillow's decoders and its resize release the GIL. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still no smaller
+than the resized image. Nothing outside the crop is resized, so a strip of 1 x 20000 pixels never becomes a huge image first.
+Any error in a file, including an early end, raises `Rejected`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fastsd.data.building.buckets import Place, Size
 from fastsd.data.sources.image import Rejected
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-Turn = tuple[bool, bool, bool]  # what brings a picture upright: mirror its columns, then its rows, then swap the two
-# A camera's MPO counts as JPEG; Pillow's other decoders stay out of reach.
+Turn = tuple[bool, bool, bool]  # steps that turn an image upright: mirror its columns, then its rows, then swap the two
+# A camera's MPO counts as JPEG. Pillow's other decoders are not used.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_PIXELS = 178_956_970  # twice Pillow's own bound, where it stops warning and refuses
+MAX_PIXELS = 178_956_970  # twice Pillow's own limit: above this, Pillow raises instead of warning
 _MAX_PROFILE_BYTES = 4 << 20
 _ORIENTATION = 0x0112
-# By EXIF's orientation.
+# By EXIF orientation.
 _TURNS: dict[int, Turn] = {
     2: (True, False, False),
     3: (True, True, False),
@@ -51,10 +51,10 @@ _NO_TURN = (False, False, False)
 
 
 def probe(data: bytes) -> tuple[int, int]:
-    """(width, height) of an image file as displayed, in pixels; no pixel is decoded.
+    """Return (width, height) of an image file as displayed, in pixels, without decoding any pixel.
 
     Raises:
-        Rejected: the file is empty, no image, damaged in its head, or of more than `MAX_PIXELS`.
+        Rejected: the file is empty, is no image, has a damaged header, or has more than `MAX_PIXELS` pixels.
     """
     with _opened(data) as image:
         width, height = image.size
@@ -62,38 +62,38 @@ def probe(data: bytes) -> tuple[int, int]:
 
 
 def decode(data: bytes, place: Place, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> np.ndarray:
-    """The bytes of an image file -> pixels: resized to `place.resized`, of which `place.size` is cut out.
+    """Decode an image file, resize it to `place.resized`, and crop `place.size` from that.
 
     Args:
         data: the whole file.
-        place: of the size that `probe` gives.
-        crop: where the cut lies, from 0 (left, top) to 1 (right, bottom) of the picture as displayed; whole pixels.
-        flip: mirror left and right, last of all.
+        place: resize and crop for the size that `probe` returns.
+        crop: position of the crop, from 0 (left, top) to 1 (right, bottom) of the image as displayed; in whole pixels.
+        flip: mirror left and right, as the last operation.
 
     Returns:
         uint8 (3, H, W) for a `place.size` of (W, H), contiguous.
 
     Raises:
-        Rejected: as `probe`, or it ends early or is damaged.
+        Rejected: as for `probe`, or the file ends early or is damaged.
     """
     pixels = _cut(data, place, crop, _rgb)
     return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
 
 
 def decode_mask(data: bytes, place: Place, crop: tuple[float, float], cell: int) -> np.ndarray:
-    """The bytes of a mask -> how much each cell of the image's latent counts, 255 = fully.
+    """Decode a mask file to the weight of each cell of the image's latent, 255 = in full.
 
     Args:
         data: the whole file.
-        place: of the image, over which the mask is stretched.
-        crop: the image's.
-        cell: pixels of a cell's side, a divisor of the sides of `place.size`.
+        place: resize and crop of the image; the mask is stretched to the size of the image.
+        crop: position of the image's crop.
+        cell: side of a cell in pixels, a divisor of the sides of `place.size`.
 
     Returns:
         uint8 (H / cell, W / cell): the mean brightness of each cell's pixels, rounded.
 
     Raises:
-        Rejected: as `decode`.
+        Rejected: as for `decode`.
     """
     grey = _cut(data, place, crop, _brightness)[0]
     height, width = grey.shape
@@ -104,14 +104,14 @@ def decode_mask(data: bytes, place: Place, crop: tuple[float, float], cell: int)
 def _cut(
     data: bytes, place: Place, crop: tuple[float, float], render: Callable[[Image.Image, Box, Size], np.ndarray]
 ) -> np.ndarray:
-    """A part of a picture as displayed: (channels, H, W), for a `render` that brings a box of the picture as stored to a size.
+    """Return the crop of an image as displayed, (channels, H, W); see `decode`.
 
-    See `decode`.
+    `render` resizes a box of the image as stored to a given size.
     """
     with _opened(data) as image:
         if image.format == "PNG":
             with Image.open(io.BytesIO(data), formats=["PNG"]) as checked:
-                checked.verify()  # checksums of the pixels, which the decoder skips
+                checked.verify()  # verify the checksums of the pixels, which the decoder skips
         columns, rows, swap = turn = _turn(image)
         box = _aimed(image, place, crop, turn)
         pixels = render(image, box, place.size[::-1] if swap else place.size)
@@ -124,7 +124,7 @@ def _cut(
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image with its head read; what goes wrong inside is `Rejected`."""
+    """Open an image and read its header. Raises Rejected, also for errors inside the `with` block."""
     if not data:
         raise Rejected("the file is empty")
     try:
@@ -142,24 +142,24 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise Rejected("there is not enough memory to decode it", lasting=False) from None
     except Exception as error:  # Pillow's decoders raise anything from struct.error to SyntaxError on damaged files
         words = " ".join(str(error).split())[:120]
-        if "truncated" in words.lower():  # of the many ways to say so some count bytes, each its own reason
+        if "truncated" in words.lower():  # some of Pillow's messages count bytes; one reason for all
             raise Rejected("it ends early") from None
         raise Rejected(f"it cannot be decoded ({words or type(error).__name__})") from None
 
 
 def _turn(image: Image.Image) -> Turn:
     try:
-        # The base class's: PNG's own decodes all pixels to look behind them.
+        # The method of the base class: PNG's override decodes all pixels to look for EXIF data after them.
         return _TURNS.get(int(Image.Image.getexif(image).get(_ORIENTATION, 1)), _NO_TURN)
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    except Exception:  # a broken EXIF block does not affect the pixels
         return _NO_TURN
 
 
 def _aimed(image: Image.Image, place: Place, crop: tuple[float, float], turn: Turn) -> Box:
-    """Where the cut lies in the image as stored, whose decoder is told to make it no larger than needed."""
+    """Return the box of the crop in the image as stored, after setting a JPEG's decoder to the smallest sufficient size."""
     columns, rows, swap = turn
     (resized_w, resized_h), (w, h) = place
-    # Of n + 1 places those up to n; the middle one is that of kohya and PyTorch, n // 2.
+    # One of n + 1 offsets, 0 to n; the middle one is n // 2, as in kohya's code and PyTorch.
     left, top = (
         max(math.ceil(at * (whole - part + 1)) - 1, 0) for at, whole, part in zip(crop, place.resized, place.size, strict=True)
     )
@@ -176,11 +176,11 @@ def _aimed(image: Image.Image, place: Place, crop: tuple[float, float], turn: Tu
 
 
 def _rgb(image: Image.Image, box: Box, size: Size) -> np.ndarray:
-    """uint8 (3, H, W): the box of the image as stored, brought to (W, H)."""
+    """Resize a box of the image as stored to (W, H) and convert it to sRGB: uint8 (3, H, W)."""
     profile, adobe = image.info.get("icc_profile"), "adobe" in image.info
     image = _colours(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
     if image.mode == "CMYK" and not adobe:
-        image = ImageChops.invert(image)  # Pillow takes every file for Adobe's
+        image = ImageChops.invert(image)  # Pillow assumes Adobe's marker for every file
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     if alpha:
         image = image.convert(image.mode.removesuffix("A"))
@@ -195,7 +195,7 @@ def _rgb(image: Image.Image, box: Box, size: Size) -> np.ndarray:
 
 
 def _brightness(image: Image.Image, box: Box, size: Size) -> np.ndarray:
-    """uint8 (1, H, W), resized without the overshoot at edges that makes photographs crisp."""
+    """Resize the brightness of a box: uint8 (1, H, W), without the overshoot at edges that makes photographs crisp."""
     grey = _eight_bits(np.asarray(image)) if image.mode == "I;16" else image.convert("L")
     return np.asarray(grey.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=3.0))[None]
 
@@ -206,7 +206,7 @@ def _eight_bits(words: np.ndarray) -> Image.Image:
 
 
 def _colours(image: Image.Image) -> Image.Image:
-    """Any mode -> L, LA, RGB, RGBA or CMYK: what can be resampled, no palette indices and no 16-bit words."""
+    """Convert any mode to L, LA, RGB, RGBA or CMYK. Palette indices and 16-bit words cannot be resampled."""
     if image.mode == "I;16":
         words, clear = np.asarray(image), image.info.get("transparency")
         grey = _eight_bits(words)
@@ -222,14 +222,14 @@ def _colours(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From an ICC profile to sRGB, for pixels of a mode; None if there is nothing to do, or nothing that can be done."""
+    """Build the transform of an ICC profile to sRGB for pixels of a mode; None if it is unnecessary or impossible."""
     try:
         source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(source, target, mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
     if mode == "RGB":
-        # Of sRGB there are many editions; what leaves colours as they are is one.
+        # sRGB profiles come in many editions. A profile that leaves colours unchanged, to one level, is one of them.
         levels = np.arange(0, 256, 17, dtype=np.uint8)
         swatch = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
         changed = np.asarray(transform.apply(Image.fromarray(swatch))).astype(int) - swatch

@@ -1,9 +1,9 @@
-"""Encoding the captions of a view, once. The layout of shards and index: `fastsd/data/text_embeddings.py`.
+"""Encoding of a view's captions to text embeddings. `fastsd/data/text_embeddings.py` defines the shards and the index.
 
-Rows are keyed by the sha256 of their token ids, so a caption is encoded once however many images have it, and only new ones
-are when captions change.  What `build.py` says of interruptions holds here too; of several processes one encodes.
+Rows are keyed by the sha256 of their token ids. A caption is therefore encoded once, however many images have it, and when
+captions change only new ones are encoded. Interruptions are handled as in `build.py`. One process at a time encodes.
 
-Shapes: B captions, L tokens, D context width.
+Shapes: B captions, L tokens, D width of the text embeddings.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from fastsd.errors import UserError
 from fastsd.model.text_encoder import TextEncoder
 
 _SHARD_BYTES = 512 << 20
-_BLOCK = 64  # captions encoded, written and committed together: what an interruption can lose
-_CHUNK = 1024  # samples whose captions are looked at together
+_BLOCK = 64  # captions encoded, written and committed together: the most an interruption can lose
+_CHUNK = 1024  # samples, or entries of the index, processed together
 
 
 @dataclass(frozen=True)
 class Counts:
-    """`captions` of all samples; `encoded`: distinct ones, "" among them, whose states were made now."""
+    """Result of `write_states`."""
 
-    captions: int
-    encoded: int
+    captions: int  # of all samples
+    encoded: int  # distinct captions, including "", that this call encoded
 
 
 def write_states(
@@ -54,17 +54,17 @@ def write_states(
     report: Callable[[Progress], None] = lambda event: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Counts:
-    """Bring the states of a view's captions up to date and freeze their index.
+    """Bring the text embeddings of a view's captions up to date and freeze their index.
 
     Args:
-        table: `dir`, and `dtype` and `precision` of the states.
-        latents: the view; its token ids must have been written.
-        text: in fp32, on the device that is to encode; left in `precision`.
-        report: is given a `Progress` a block, of captions.
-        say: is given a line where something out of the ordinary takes time.
+        table: `dir`, and `dtype` and `precision` of the text embeddings.
+        latents: the view; its token ids must already be written.
+        text: the text encoder in fp32, on the device to encode on; it is converted to `precision` in place.
+        report: receives a `Progress`, in captions, for every block.
+        say: receives a line when something unusual takes time.
 
     Raises:
-        UserError: token ids are missing, the disk, or states that are not finite in `dtype`.
+        UserError: token ids are missing, the disk fails, or text embeddings are not finite in `dtype`.
     """
     with (
         Store.open(Path(table.dir), lock="shared") as store,
@@ -93,7 +93,7 @@ class _Writing:
         current = self._current()
         if current is not None:
             return Counts(int(current.arrays["offsets"][-1]), 0)
-        # SQLite keeps temporary tables in a file without a name, which goes with the process, however that ends.
+        # SQLite stores temporary tables in an unnamed file, which disappears when the process ends for any reason.
         self.db.execute("CREATE TEMP TABLE caption (entry INTEGER PRIMARY KEY, content BLOB)")
         self.offsets = self._array(np.int64, len(self.latents) + 1)
         self._collect()
@@ -103,7 +103,7 @@ class _Writing:
         return Counts(int(self.offsets[-1]), encoded)
 
     def _current(self) -> StatesIndex | None:
-        """The index, if it is there and whole, and all its shards are known."""
+        """Return the index if it exists, is intact and all its shards are known, otherwise None."""
         with contextlib.suppress(UserError):
             index = open_index(self.latents, self.name)
             known = {shard.name for shard in self.store.shards(self.space)}
@@ -112,12 +112,12 @@ class _Writing:
         return None
 
     def _array(self, kind: type[np.generic], size: int) -> np.ndarray:
-        """Zeros in such a file, so that memory stays flat."""
+        """Allocate zeros in an unnamed file, to keep memory flat."""
         with disk_errors(self.store.folder), tempfile.TemporaryFile(dir=self.store.folder) as file:
             return np.memmap(file, kind, "w+", shape=(size,))
 
     def _collect(self) -> None:
-        """Fill `offsets`, and the table of what every entry's token ids are."""
+        """Fill `offsets`, and the table `caption` with the hash of every entry's token ids."""
         samples, insert = len(self.latents), "INSERT INTO caption VALUES (?, ?)"
         for first in range(0, samples, _CHUNK):
             chunk = range(first, min(first + _CHUNK, samples))
@@ -130,7 +130,7 @@ class _Writing:
         self.db.execute("CREATE INDEX temp.caption_content ON caption (content)")
 
     def _plan(self) -> None:
-        """Give everything new its place, in sorted order."""
+        """Assign every new caption a row, in sorted order."""
         shape = [self.text.length, self.text.width]
         rows = min(cache.SHARD_ROWS, max(_SHARD_BYTES // (math.prod(shape) * self.dtype.itemsize), 1))
         self.db.execute(
@@ -147,11 +147,11 @@ class _Writing:
     _WANTED = "FROM latent JOIN caption USING (content) WHERE space = ? AND sha256 IS NULL"
 
     def _encode_all(self) -> int:
-        """The number of captions that were not encoded yet."""
+        """Encode all captions not encoded yet and return their number."""
         total = int(self.db.execute(f"SELECT COUNT(DISTINCT content) {self._WANTED}", (self.space,)).fetchone()[0])
         behind, done, start = None, 0, time.perf_counter()
         for block in itertools.chain(self._blocks(), [None]):
-            ahead = self._encode(*block) if block else None  # on a GPU still being computed while the last one is written
+            ahead = self._encode(*block) if block else None  # a GPU computes this while the previous block is written
             if behind:
                 self._write(*behind)
                 done += len(behind[1])
@@ -160,7 +160,7 @@ class _Writing:
         return done
 
     def _blocks(self) -> Iterator[tuple[Shard, list[tuple[int, int]]]]:
-        """What is left to do: (row, an entry with its token ids) of a shard."""
+        """Yield the blocks left to encode: a shard, and (row, an entry with the row's token ids) for each caption."""
         query = f"SELECT row, MIN(entry) {self._WANTED} AND shard = ? GROUP BY row ORDER BY row"
         for shard in self.store.shards(self.space):
             todo = self.db.execute(query, (self.space, shard.id)).fetchall()
@@ -175,7 +175,7 @@ class _Writing:
         return shard, list(rows), states_BLD.to(self.dtype)
 
     def _ids(self, entry: int) -> Tensor:
-        """Token ids of an entry: int64 (L,)."""
+        """Return the token ids of an entry, int64 (L,)."""
         sample = int(np.searchsorted(self.offsets, entry, "right")) - 1
         return self.empty_L if sample == len(self.latents) else self.tokens.row(sample, entry - int(self.offsets[sample]))
 

@@ -1,7 +1,7 @@
-"""Making the masks of a cache: decoded into the table `mask` of cache.sqlite, frozen into the file that training maps.
+"""Masks of a cache: decoded into the table `mask` of cache.sqlite, then frozen into the file that training maps.
 
-The table has the cells of every crop, zlib's deflate of uint8 (h, w), by a key of all that decides them.  So an edited mask
-alone is decoded again, and an edited caption decodes none.  The file's layout: `fastsd/data/masks.py`.
+The table holds the cells of every crop, zlib's deflate of uint8 (h, w). The key is a hash of all that determines the cells. So
+only an edited mask is decoded again, and an edited caption causes no decoding. `fastsd/data/masks.py` defines the file layout.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from fastsd.data.sources import folders
 from fastsd.data.sources.image import Rejected, Source
 from fastsd.errors import UserError
 
-_VERSION = 1  # of what is made of a mask; counts up when the code changes it
+_VERSION = 1  # of the decoded cells; increment when the code changes them
 _CHUNK = 256  # masks decoded between two commits
 
 
 @contextlib.contextmanager
 def of_mask() -> Iterator[None]:
-    """What is wrong with a mask is said of its image, whose own bytes are not to blame."""
+    """Turn the rejection of a mask into one of its image. It is not `lasting`: the image's own bytes are not at fault."""
     try:
         yield
     except Rejected as error:
@@ -46,9 +46,9 @@ def of_mask() -> Iterator[None]:
 
 
 def check_shape(mask: Size, image: Size) -> None:
-    """Raises Rejected: a mask of this size as displayed does not belong to an image of this one.
+    """Raise Rejected unless a mask has the aspect ratio of its image, by their sizes as displayed.
 
-    It may be smaller or larger, but has its shape, to a pixel of the larger of the two.
+    The mask may be smaller or larger. The tolerance is one pixel of the larger of the two.
     """
     if abs(mask[0] * image[1] - mask[1] * image[0]) > max(*mask, *image):
         ours, its = (f"{width} x {height}" for width, height in (mask, image))
@@ -56,12 +56,12 @@ def check_shape(mask: Size, image: Size) -> None:
 
 
 def key_of(data: DataTable, downscale: int, mask: bytes, image: bytes, size: Size) -> bytes:
-    """All that decides a mask's cells, hashed.
+    """Hash all that determines a mask's cells.
 
     Args:
-        downscale: pixels of a cell's side.
-        mask: sha256 of its file.
-        image: sha256 of the image's file, which decides where random crops lie.
+        downscale: side of a cell in pixels.
+        mask: sha256 of the mask file.
+        image: sha256 of the image file, which determines the random crops.
         size: of the image as displayed.
     """
     buckets = data.buckets and data.buckets.model_dump()
@@ -73,9 +73,9 @@ def key_of(data: DataTable, downscale: int, mask: bytes, image: bytes, size: Siz
 def make(
     store: Store, data: DataTable, downscale: int, pool: ThreadPoolExecutor, report: Callable[[int, int, float], None]
 ) -> None:
-    """Bring the table `mask` up to date with `sample`; put aside what has a mask of no use.
+    """Bring the table `mask` up to date with `sample`, and reject samples with an unusable mask.
 
-    `report` is given the masks done, those there are to do, and masks a second.
+    `report` receives the number of masks done, the number of masks to do, and masks per second.
     """
     lacking = (
         "SELECT MIN(id) FROM sample WHERE reason IS NULL AND mask IS NOT NULL AND"
@@ -94,7 +94,7 @@ def make(
                 key, path = row[:2]
                 if isinstance(made, Rejected):
                     store.db.execute("UPDATE sample SET reason = ?, size = -1 WHERE mask = ?", (made.reason, key))
-                    store.db.execute("DELETE FROM file WHERE path = ?", (path,))  # what is known may be what is wrong
+                    store.db.execute("DELETE FROM file WHERE path = ?", (path,))  # the stored facts may be wrong
                 else:
                     crops = [(key, crop, cells) for crop, cells in enumerate(made)]
                     store.db.executemany("REPLACE INTO mask VALUES (?, ?, ?)", crops)
@@ -103,7 +103,7 @@ def make(
 
 
 def _decoded(row: tuple[Any, ...], *, data: DataTable, downscale: int, buckets: Buckets) -> list[bytes] | Rejected:
-    """The cells of every crop of a mask, deflated."""
+    """Decode a mask to the cells of every crop, deflated."""
     key, _, file, offset, length, image, width, height = row
     try:
         with of_mask():
@@ -118,10 +118,10 @@ def _decoded(row: tuple[Any, ...], *, data: DataTable, downscale: int, buckets: 
 
 
 def freeze(store: Store, view: str, crops: int) -> None:
-    """Write the masks of a frozen view atomically, unless they are there.
+    """Write the masks of a frozen view atomically, unless the file is already up to date.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the disk does not accept the file.
     """
     path = mask_path(store.folder, view)
     said = {"view": read_header(store.folder / "views" / path.name, cache.View.FORMAT)[1]["sha256"]}
@@ -146,7 +146,7 @@ def freeze(store: Store, view: str, crops: int) -> None:
 
 
 def damaged_files(store: Store) -> list[Path]:
-    """Frozen masks that are not as they were written, and all that were frozen while the table was damaged, which is mended."""
+    """Return damaged mask files, or all if the table has damaged rows, because any may contain these. Deletes the rows."""
     rows = store.db.execute("SELECT rowid, cells FROM mask")
     bad = [(id,) for id, cells in rows if inflated(cells, [-1]) is None]
     with store.transaction():
@@ -161,11 +161,11 @@ def _is_sound(path: Path) -> bool:
 
 
 def prune(store: Store, alive: set[str], rows: bool) -> list[Path]:
-    """Forget masks that no view refers to; returns the files that belong to no view. Raises UserError: a damaged file.
+    """Delete masks that no view refers to from the table; return the files of no view. Raises UserError for a damaged file.
 
     Args:
         alive: sha256 of the views.
-        rows: whether to clear the table, too.
+        rows: also delete from the table; otherwise only find the files.
     """
     files = {path: MasksFile(path) for path in mask_files(store.folder)}
     kept = {path: file for path, file in files.items() if file.metadata["view"] in alive}

@@ -1,9 +1,9 @@
-"""From planned rows to shards on the disk: decoding threads -> VAE -> a writing thread, each ahead of the next.
+"""Pipeline from planned rows to shards on disk: decoding threads -> VAE -> a writing thread, each ahead of the next.
 
-Work goes in blocks: `cache.batch` neighbouring rows of a shard, so of one shape.  A block is claimed, decoded, encoded,
-written, flushed, and only then marked as done by one commit: a process that is killed loses the blocks it had in hand, and
-whoever comes next writes the same bytes to the same places.  Blocks that another process has claimed are left to it; if it
-dies, its claims are free again.
+The unit of work is a block: `cache.batch` adjacent rows of a shard, all of one shape. A block is claimed, decoded, encoded,
+written, flushed, and only then marked as done by one commit. A process that is killed loses only its blocks in progress, and
+the next process writes the same bytes to the same places. A block claimed by another process is left to it. If that process
+dies, its claims become free.
 
 Shapes: B rows of a block, W x H pixels, C x h x w latents.
 """
@@ -38,15 +38,15 @@ from fastsd.data.sources.folders import Rejected, Source
 from fastsd.errors import UserError
 
 _WRITES_AHEAD = 8  # encoded blocks that may wait for the disk
-_PATIENCE = 0.2  # seconds between looks at what other processes have left
+_PATIENCE = 0.2  # seconds between checks for work that other processes have left
 
 
 class Encoder(Protocol):
-    """What caching needs of a VAE; `fastsd.model.vae.Vae` is one.
+    """VAE interface that building a cache needs; `fastsd.model.vae.Vae` implements it.
 
-    `encode` takes fp32 (B, 3, H, W) in [-1, 1], on `device` if the encoder has one, else on the CPU, and returns the raw
-    posterior mean (B, C, h, w). An encoder that computes below fp32 may offer `encode_fp32` too, for the rare image that
-    overflows.
+    `encode` takes fp32 (B, 3, H, W) in [-1, 1] and returns the raw posterior mean (B, C, h, w). The images are on `device` if
+    the encoder has this attribute, otherwise on the CPU. An encoder that computes below fp32 may also have `encode_fp32`, for
+    the rare image that overflows.
     """
 
     @property
@@ -66,14 +66,13 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """For a live line. `phase`: "scan" (total unknown: 0), "masks" or "encode" (what was not cached yet); `limit`: the stage
-    that holds up the others, "decode", "encode" or "write"."""
+    """Progress of a build, for a live line."""
 
-    phase: str
+    phase: str  # "scan", "masks", "encode" (images not cached before) or "states" (captions)
     done: int
-    total: int
+    total: int  # 0 = unknown, in "scan"
     images_per_second: float
-    limit: str = ""
+    limit: str = ""  # the pipeline step that the others wait for: "decode", "encode" or "write"
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class _Row:
 
 @dataclass
 class _Block:
-    """Rows of one shard in hand. `loading`: their pixels, a future a content."""
+    """Rows of one shard in progress. `loading`: their pixels, one future per content."""
 
     shard: Shard
     first: int
@@ -100,19 +99,19 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A block that the writer is to finish: its rows' numbers and bytes."""
+    """A block ready for the writer, with (number, bytes) of its rows."""
 
     block: _Block
     rows: list[tuple[int, bytes]]
 
 
 class Pipeline:
-    """Encodes what is planned and wanted in one space.
+    """Encodes the planned rows of one space that the config needs.
 
     Args:
-        workers: threads of `pool`, for the reckoning.
-        reject: puts a row aside in the database, within a transaction on the given store.
-        report: is given a `Progress` a block.
+        workers: number of threads in `pool`, to set the read-ahead depth and for timing.
+        reject: rejects a row in the database, within a transaction on the given store.
+        report: receives a `Progress` for every block.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class Pipeline:
         self.wanted = (space, json.dumps(cache.stored_versions(config.data)))
 
     def run(self) -> None:
-        """Until nothing is left to do, here or in another process."""
+        """Run until nothing is left to do, here or in another process."""
         total, start, done = self._pending(), time.perf_counter(), 0
         ahead: deque[_Block] = deque()
         depth = 1 + -(-2 * self.workers // self.config.cache.batch)
@@ -150,7 +149,7 @@ class Pipeline:
                 if at_work:
                     done += self._hand_over(at_work, writer)
                     self._say(min(done, total), total, start)
-                elif self._unfinished():  # the rest is in other hands, or waits for this process's own disk
+                elif self._unfinished():  # the rest is with other processes, or with this one's writer
                     time.sleep(_PATIENCE)
                 writer.drain()
 
@@ -169,7 +168,7 @@ class Pipeline:
         return bool(self.store.db.execute(f"SELECT EXISTS (SELECT 1 {self._WANTED})", self.wanted).fetchone()[0])
 
     def _claimed(self) -> Iterator[_Block]:
-        """Fixed blocks of `cache.batch` rows of a shard, less those that are done, not wanted, or in other hands."""
+        """Claim and yield blocks of `cache.batch` rows of a shard, less rows that are done, unwanted or claimed elsewhere."""
         batch = self.config.cache.batch
         columns = "path, file, offset, length, width, height"
         query = (
@@ -187,7 +186,7 @@ class Pipeline:
                 first = number * batch
                 if not self.claims.take(shard.id, first, batch):
                     continue
-                # Asked for after the claim: another process may have finished the block just before.
+                # Query after the claim, because another process may have finished the block just before it.
                 found = self.store.db.execute(query, (*self.wanted, shard.id, first, first + batch)).fetchall()
                 rows = [
                     _Row(row, version, content, key, Source(_path(file), offset=offset, length=length), width, height)
@@ -203,7 +202,7 @@ class Pipeline:
             block.loading.append(self.pool.submit(self._decode, list(rows), tuple(block.shard.shape)))
 
     def _decode(self, rows: list[_Row], shape: tuple[int, ...]) -> list[np.ndarray]:
-        """All wanted versions of one content: uint8 (3, H, W), or imported latents. Raises Rejected."""
+        """Load all wanted versions of one content: uint8 (3, H, W), or imported latents. Raises Rejected."""
         start = time.perf_counter()
         row = rows[0]
         data = folders.read_bytes(row.source)
@@ -227,7 +226,7 @@ class Pipeline:
         return found
 
     def _encode(self, block: _Block) -> tuple[_Block, list[_Row], Tensor, Tensor]:
-        """Start the VAE on a block: rows, images and means, which are still being computed on a GPU."""
+        """Start the VAE on a block. Return the block, its rows, images and means; a GPU may still be computing the means."""
         pixels: list[np.ndarray] = []
         rows: list[_Row] = []
         with self.clock.waiting("decode"):
@@ -265,7 +264,7 @@ class Pipeline:
         return means.to(self.dtype)
 
     def _hand_over(self, at_work: tuple[_Block, list[_Row], Tensor, Tensor], writer: _Writer) -> int:
-        """Take the means from the device, try those that are not finite alone in fp32, give all to the writer."""
+        """Fetch the means, retry non-finite ones singly in fp32, and queue the block for writing. Return its row count."""
         block, rows, images, means = at_work
         done: list[tuple[int, bytes]] = []
         with self.clock.busy("encode"):
@@ -288,7 +287,7 @@ class Pipeline:
 
 
 class Clock:
-    """Seconds each stage was at work, and seconds the main thread waited for its neighbours."""
+    """Seconds each pipeline step was busy, and seconds the main thread waited for decoding and writing."""
 
     def __init__(self, workers: int):
         self.workers, self._lock = workers, threading.Lock()
@@ -314,7 +313,7 @@ class Clock:
         self.waited[stage] += time.perf_counter() - start
 
     def limit(self) -> str:
-        """The stage the others wait for."""
+        """Return the pipeline step that the others wait for."""
         return max({**self.waited, "encode": self.seconds["encode"]}.items(), key=lambda item: item[1])[0]
 
 
@@ -327,7 +326,7 @@ def _as_they_are(latents: Tensor) -> Tensor:
 
 
 class _Writer:
-    """The thread that puts rows on the disk and then into the database, several blocks a commit when it falls behind."""
+    """Thread that writes rows to disk and then marks them in the database, several blocks per commit when it falls behind."""
 
     def __init__(self, pipeline: Pipeline):
         self._pipeline = pipeline
@@ -349,7 +348,7 @@ class _Writer:
             raise self._error
 
     def drain(self) -> None:
-        """Until everything given is on the disk."""
+        """Wait until all queued blocks are on disk."""
         reached = threading.Event()
         self._queue.put(reached)
         reached.wait()
@@ -372,7 +371,7 @@ class _Writer:
                     if isinstance(item, threading.Event):
                         item.set()
                         item = self._queue.get()
-        except BaseException as error:  # it belongs to the main thread, which must not wait for this one for ever
+        except BaseException as error:  # `put` and `drain` raise it; they must not wait forever for this thread
             self._error = error
             while item is not None:
                 if isinstance(item, threading.Event):

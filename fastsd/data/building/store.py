@@ -1,16 +1,16 @@
-"""The writing side of the cache on disk: its SQLite tables, its shards, its locks.
+"""Writing side of the cache on disk: SQLite tables, shards and locks.
 
     space      one VAE and one preprocessing, or one text encoder
     file       content hashes by (path, size, mtime), so that an unchanged file is not read again
     shard      n rows of one shape; planned here before its file exists
-    latent     where a version of a content lies, or what an encoder makes of a caption, whose content is its token ids;
-               sha256 and check of the bytes once they are on disk, NULL before
-    rejected   what was put aside and why; a size of -1 means that trying again may help
-    mask       what masks come to in the cells of a latent, see `masks.py`
+    latent     the (shard, row) of a version of a content: latents of an image file, or text embeddings of a caption's token
+               ids; sha256 and check of the row's bytes once they are on disk, NULL before
+    rejected   rejected files and the reasons; a size of -1 means that a retry may help
+    mask       masks averaged over the cells of a latent, see `mask_cells.py`
 
-A path is the file's, or tar/member; stored as bytes, since a file name need not be text.  Several processes may fill a cache
-at once: each holds `cache.lock` shared, and locks the bytes of `claims.lock` that stand for the rows it is encoding.  The
-system lifts both when a process ends, however it ends.
+A path is a file, or tar/member. It is stored as bytes, since a filename need not be text. Several processes may fill a cache
+at once. Each holds a shared lock on `cache.lock`, and locks the bytes of `claims.lock` that correspond to the rows it is
+encoding. The operating system releases both locks when a process ends for any reason.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ CREATE TABLE rejected (space INTEGER, path BLOB, reason TEXT, size INTEGER, mtim
 """
 _LATER = "CREATE TABLE IF NOT EXISTS mask (key BLOB, crop INTEGER, cells BLOB, PRIMARY KEY (key, crop))"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of SQLite's result codes, those that the disk or its owner answers for; the others are our fault.
+# SQLite's result codes for problems with the disk or the user's setup; any other code is a bug of ours.
 _SQLITE_FULL = 13
 _SQLITE_DISK = {3: "no permission", 5: "busy", 8: "read-only", 10: "i/o error", 14: "cannot be opened", _SQLITE_FULL: "full"}
 _SQLITE_DAMAGED = {11: "malformed", 26: "no database"}
-_PATIENCE = 0.1  # seconds between looks at a lock that another process holds
+_PATIENCE = 0.1  # seconds between attempts at a lock that another process holds
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A planned shard. `shape` is that of a row; `path` need not exist yet; its format is what `metadata` calls `fastsd`."""
+    """A planned shard. `shape` is the shape of a row. `path` may not exist yet. `metadata["fastsd"]` is the format."""
 
     id: int
     name: str
@@ -76,7 +76,7 @@ class Shard:
         return math.prod(self.shape) * cache.DTYPES[self.dtype].itemsize
 
     def whole(self) -> bool:
-        """Whether the file is there with its header and its full length; says nothing about the rows."""
+        """Return True if the file exists with the right header and its full length. Does not check the rows."""
         try:
             tensors, metadata, _ = read_header(self.path, self.format)
         except UserError:
@@ -93,7 +93,7 @@ class Shard:
                 yield file.read(self.row_bytes)
 
     def write_rows(self, rows: Sequence[tuple[int, bytes]]) -> None:
-        """Put rows in their places, on the disk when this returns. The file must be there, see `create`."""
+        """Write rows to their places; they are on disk on return. The file must exist, see `create`."""
         start = self._start()
         with self.path.open("r+b") as file:
             for row, data in rows:
@@ -111,7 +111,7 @@ class Shard:
         return self.metadata.get("fastsd", LATENTS)
 
     def create(self) -> None:
-        """Make the file at its full length."""
+        """Create the file at its full length."""
         shapes = {TENSOR[self.format]: (cache.DTYPES[self.dtype], (self.rows, *self.shape))}
         metadata = {"fastsd": self.format, **self.metadata, "shape": json.dumps(self.shape)}
         head = safetensors_header(shapes, metadata, cache.ALIGN)
@@ -121,7 +121,7 @@ class Shard:
             file.write(head)
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):
-                try:  # a full disk shows here, not in the middle of a row
+                try:  # a full disk fails here, not in the middle of a row
                     os.posix_fallocate(file.fileno(), 0, size)
                 except OSError as error:
                     if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
@@ -133,7 +133,7 @@ class Shard:
 
 
 class Store:
-    """An open cache folder. `db` runs in autocommit; group statements by `transaction`. `work`: see `attach`."""
+    """An open cache folder. `db` is in autocommit mode; group statements with `transaction`. `work`: see `attach`."""
 
     work: Path
 
@@ -146,11 +146,11 @@ class Store:
         """Open a cache folder for writing.
 
         Args:
-            lock: "exclusive" (alone), "shared" (with other processes that encode) or "" (only looks, or is within a process
-                that holds one already).
+            lock: "exclusive" (no other process), "shared" (with other processes that encode) or "" (no lock: for reading, or
+                within a process that already holds a lock).
 
         Raises:
-            UserError: no cache there, another process is in the way, another version's, or an unusable disk.
+            UserError: there is no cache, another process holds the lock, the cache has another version, or the disk fails.
         """
         database = folder / "cache.sqlite"
         if not create and not database.is_file():
@@ -182,14 +182,14 @@ class Store:
             yield
 
     def attach(self, work: Path) -> None:
-        """Have the tables of another database file under the name `work`: what may be lost, for it can be found out again."""
+        """Attach another database file under the name `work`. Its tables may be lost, because they can be rebuilt."""
         self.db.execute("ATTACH ? AS work", (os.fspath(work),))
         self.db.execute("PRAGMA work.journal_mode = WAL")
         self.db.execute("PRAGMA work.synchronous = OFF")
         self.work = work
 
     def space(self, name: str, metadata: dict[str, str], dtype: str) -> int:
-        """The id of a space; what it says about its VAE is fixed when it is first met, so its shards never change."""
+        """Return the id of a space, created on first use. Its metadata is fixed from then on, so its shards never change."""
         with self.transaction():
             self.db.execute(
                 "INSERT OR IGNORE INTO space (name, metadata, dtype) VALUES (?, ?, ?)",
@@ -212,12 +212,12 @@ class Store:
         """Plan shards of at most `rows` rows for all of `contents`, see `add_shard`."""
         rest = iter(contents)
         while some := list(itertools.islice(rest, rows)):
-            # The name follows from what is planned, so that it is the same however often caching was interrupted.
+            # The name depends only on the planned content, so it is the same however often the build was interrupted.
             said = b"".join(content + version.to_bytes(4, "little") for content, version in some)
             self.add_shard(space, f"{prefix}-{hashlib.sha256(said).hexdigest()[:16]}", shape, some)
 
     def check_room(self, space: int) -> None:
-        """Raises UserError: the disk has not the room for what is planned."""
+        """Raise UserError if the disk lacks room for the planned shards."""
         need = sum(shard.rows * shard.row_bytes for shard in self.shards(space) if not shard.path.exists())
         free = shutil.disk_usage(self.folder).free
         if need > free:
@@ -227,7 +227,7 @@ class Store:
             )
 
     def add_shard(self, space: int, name: str, shape: list[int], contents: Sequence[tuple[bytes, int]]) -> None:
-        """Plan a shard whose row i is that of `contents[i]`: (content, version). To be called within a transaction."""
+        """Plan a shard with row i for `contents[i]`, a (content, version). Call this within a transaction."""
         added = self.db.execute(
             "INSERT INTO shard (space, name, rows, shape) VALUES (?, ?, ?, ?)",
             (space, name, len(contents), json.dumps(shape)),
@@ -236,16 +236,16 @@ class Store:
         self.db.executemany("INSERT INTO latent VALUES (?, ?, ?, ?, ?, NULL, NULL)", places)
 
     def write(self, shard: Shard, rows: Sequence[tuple[int, bytes]]) -> None:
-        """Put rows on the disk, where they are when this returns; `mark_done` is to follow."""
+        """Write rows; they are on disk on return. Call `mark_done` next."""
         with disk_errors(self.folder):
             if not shard.path.exists():
-                with self.transaction():  # keeps other processes from making it at the same time
+                with self.transaction():  # keeps other processes from creating it at the same time
                     if not shard.path.exists():
                         shard.create()
             shard.write_rows(rows)
 
     def mark_done(self, shard: Shard, rows: Iterable[tuple[int, bytes]]) -> None:
-        """Record rows that `write` has put on the disk; to be called within a transaction."""
+        """Record rows that `write` has put on disk. Call this within a transaction."""
         hashed = [(hashlib.sha256(data).digest(), row_check(data), shard.id, row) for row, data in rows]
         self.db.executemany("UPDATE latent SET sha256 = ?, check64 = ? WHERE shard = ? AND row = ?", hashed)
 
@@ -254,24 +254,24 @@ class Store:
         return self.db.execute(query, (shard.id,)).fetchall()
 
     def forget(self, shard: Shard, rows: Iterable[int]) -> None:
-        """Have rows encoded again, and take away the indexes that would have them read before that is done."""
+        """Mark rows to be encoded again, and delete the indexes that refer to their shard, so they are not read until then."""
         with disk_errors(self.folder):
             for path, kind in cache.indexes(self.folder):
                 try:
                     stale = shard.name in {name for name, _ in kind(path).shards}
                 except UserError:
-                    stale = False  # damaged: nothing can read it, so nothing is misled by it
+                    stale = False  # a damaged index cannot be read, so it misleads no reader
                 if stale:
                     path.unlink()
                     flush_folder(path.parent)
         with self.transaction():
-            # Without their index the other shards must not look unused to `prune`.
+            # Keeps `prune` from deleting the other shards, which have lost their index.
             self.db.execute("UPDATE space SET unfinished = 1 WHERE id IN (SELECT space FROM shard WHERE id = ?)", (shard.id,))
             marks = [(shard.id, row) for row in rows]
             self.db.executemany("UPDATE latent SET sha256 = NULL, check64 = NULL WHERE shard = ? AND row = ?", marks)
 
     def forget_broken(self, space: int) -> None:
-        """Plan lost or cut shards again. Cheap: looks at heads and lengths only, see `verify` for the rest."""
+        """Plan lost or truncated shards again. Cheap: reads only headers and lengths; `verify` checks the rest."""
         for shard in self.shards(space):
             if not shard.whole():
                 done = [row for row, _ in self.done_rows(shard)]
@@ -283,7 +283,7 @@ class Store:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns an OSError from writing below `folder` into a UserError."""
+    """Turn an OSError from writing below `folder` into a UserError."""
     try:
         yield
     except OSError as error:
@@ -292,7 +292,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def database_errors(folder: Path) -> Iterator[None]:
-    """Turns what the disk does to SQLite into a UserError."""
+    """Turn an SQLite error caused by the disk into a UserError."""
     try:
         yield
     except sqlite3.Error as error:
@@ -319,7 +319,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # A full disk may have rolled back by itself already.
+        # SQLite may already have rolled back when the disk was full.
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
@@ -340,9 +340,9 @@ def _folder_lock(folder: Path, kind: str) -> Iterator[None]:
 
 
 def lock_file(handle: IO[bytes], exclusive: bool) -> bool:
-    """Lock a whole open file unless another process is in the way; until it is closed, or locked otherwise by this."""
+    """Lock a whole file until it is closed or locked differently. Return False if another process holds a conflicting lock."""
     try:
-        if sys.platform == "win32":  # knows no shared locks: one process at a time
+        if sys.platform == "win32":  # has no shared locks: one process at a time
             import msvcrt
 
             handle.seek(0)
@@ -357,7 +357,7 @@ def lock_file(handle: IO[bytes], exclusive: bool) -> bool:
 
 
 def wait_for(attempt: Callable[[], bool], waiting: Callable[[], None]) -> None:
-    """Until `attempt` succeeds; `waiting` is called once when it does not at first."""
+    """Repeat `attempt` until it succeeds. Calls `waiting` once if the first attempt fails."""
     if attempt():
         return
     waiting()
@@ -366,9 +366,9 @@ def wait_for(attempt: Callable[[], bool], waiting: Callable[[], None]) -> None:
 
 
 class Claims:
-    """Who encodes which rows: locks on the bytes of a file that is never written, byte = place of the row among all shards.
+    """Claims on rows being encoded: locks on bytes of a file that is never written, byte = index of a row among all shards.
 
-    Locks are the process's. Closing any handle of the file gives all of them up, so there is one `Claims` a process.
+    The locks belong to the process. Closing any handle of the file releases all of them, so use one `Claims` per process.
     """
 
     def __init__(self, folder: Path):
@@ -390,7 +390,7 @@ class Claims:
         self._file.close()
 
     def _lock(self, start: int, count: int) -> bool:
-        if sys.platform == "win32":  # the folder's lock has kept the others out
+        if sys.platform == "win32":  # the folder's lock already excludes other processes
             return True
         import fcntl
 

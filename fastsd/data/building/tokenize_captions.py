@@ -1,4 +1,4 @@
-"""Tokenizing the captions of a view, once. The file's layout: `fastsd/data/tokens.py`."""
+"""Tokenization of a view's captions, done once. `fastsd/data/tokens.py` defines the file layout."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _CHUNK = 1024  # samples tokenized together
 
 
 def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], None] = lambda done: None) -> bool:
-    """Tokenize all captions of a cache, unless that is done. One process at a time.
+    """Tokenize all captions of a cache, unless that is already done. Only one process at a time may call this.
 
     Args:
         tokenizer: transformers' CLIPTokenizer.
-        report: is told the samples done, now and then.
+        report: receives the number of samples done, after every chunk.
 
     Returns:
-        Whether there was anything to do.
+        True if there was anything to do.
 
     Raises:
-        OSError: the disk does not take it; nothing is left behind.
+        OSError: the disk does not accept the file; no partial file is left behind.
     """
     with contextlib.suppress(UserError):
         Tokens(cache, tokenizer, 2)
@@ -61,7 +61,7 @@ def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], Non
 
 
 def _write_content(file: Any, cache: LatentCache, tokenizer: Any, report: Callable[[int], None]) -> int:
-    """Both tensors, chunk by chunk, each in its place; the number of ids, END included."""
+    """Write both tensors, chunk by chunk, each in its place. Return the number of token ids, END included."""
     kind, samples, done = id_dtype(tokenizer), len(cache), 0
     end, first_id = np.iinfo(kind).max, HEADER_BYTES + 8 * (samples + 1)
     file.seek(HEADER_BYTES)

@@ -1,4 +1,4 @@
-"""Looking after a cache folder: is every byte as it was written, what is there, what is there for nothing."""
+"""Maintenance of a cache folder: verify every byte, report the contents, prune what is unused."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.rows import LATENTS, STATES
 from fastsd.errors import UserError
 
-MEASURED = 1024  # latents of a view from which its channels' mean and std are taken
-# Scaled latents have a std near 1: that is what the factor is for. SD1.5's and SDXL's lie within 10 % of it on photographs.
+MEASURED = 1024  # latents of a view used to measure the mean and std of its channels
+# The scaling factor brings the std of latents near 1. SD1.5's and SDXL's are within 10 % of 1 on photographs.
 USUAL_STD = (0.5, 2.0)
 
 
 def verify(dir: str | Path) -> list[str]:
-    """Compare every finished row and every index with its sha256. Returns one sentence per file that differs.
+    """Compare every finished row and every index with its sha256. Return one sentence per file that differs.
 
-    What differs is set to be encoded again by the next `fastsd cache`, and indexes that refer to it are removed, so that
-    nothing trains on it meanwhile.
+    The next `fastsd cache` encodes differing rows again. Until then no training can use them, because the indexes that refer
+    to them are removed.
     """
     problems = []
     with Store.open(Path(dir)) as store:
@@ -34,7 +34,7 @@ def verify(dir: str | Path) -> list[str]:
             try:
                 kind(path)
             except UserError:
-                store.db.execute("UPDATE space SET unfinished = 1")  # whose index it was cannot be told
+                store.db.execute("UPDATE space SET unfinished = 1")  # the space of a damaged index is unknown
                 path.unlink()
                 problems.append(f"{path} does not match its sha256; removed, `fastsd cache CONFIG` makes it again")
         for path in tokens.token_files(store.folder):
@@ -64,19 +64,18 @@ def verify(dir: str | Path) -> list[str]:
 
 @dataclass(frozen=True)
 class ViewStats:
-    """A view: what it says of itself; samples by "width x height" of their pixels; mean and std of each latent channel, scaled
-    as the model sees them, over `measured` latents; samples that have a mask."""
+    """Metadata of a view and statistics of its samples."""
 
     meta: cache.CacheMeta
-    buckets: dict[str, int]
-    mean: list[float]
-    std: list[float]
-    measured: int
-    masked: int
+    buckets: dict[str, int]  # "width x height" in pixels -> samples
+    mean: list[float]  # of each latent channel, scaled as the model sees it, over `measured` latents
+    std: list[float]  # as for `mean`
+    measured: int  # latents
+    masked: int  # samples that have a mask
 
     @property
     def warning(self) -> str:
-        """One sentence if the latents do not look like this VAE's, else ""."""
+        """A sentence if the latents do not look like this VAE's, otherwise ""."""
         low, high = USUAL_STD
         std = sum(self.std) / len(self.std)
         if low <= std <= high:
@@ -89,21 +88,20 @@ class ViewStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """`views` by name, and a sentence for each that is `damaged`.  `latents` encoded and `states` of captions, `planned` ones
-    of both missing still or for good (rejected), in `shards` of `shard_bytes` on disk.  `rejected`: reason -> files."""
+    """Contents of a cache folder."""
 
-    views: dict[str, ViewStats]
-    damaged: list[str]
-    latents: int
-    states: int
-    planned: int
-    shards: int
-    shard_bytes: int
-    rejected: dict[str, int]
+    views: dict[str, ViewStats]  # by name
+    damaged: list[str]  # a sentence for each damaged view
+    latents: int  # encoded
+    states: int  # captions with text embeddings
+    planned: int  # rows of both kinds that are not encoded yet, or never will be (rejected)
+    shards: int  # files on disk
+    shard_bytes: int  # their size
+    rejected: dict[str, int]  # reason -> files
 
 
 def stats(dir: str | Path) -> Stats:
-    """Count what a cache folder holds; may run beside a process that fills it. Raises UserError: no cache there."""
+    """Count the contents of a cache folder, possibly while another process fills it. Raises UserError if it is no cache."""
     with Store.open(Path(dir), lock="") as store:
         formats = {shard.id: shard.format for shard in store.shards()}
         made: Counter[str] = Counter()
@@ -133,7 +131,7 @@ def _measure(folder: Path, path: Path) -> ViewStats:
         for group in latents.groups:
             _, height, width = group.shape
             buckets[f"{width * meta.downscale}x{height * meta.downscale}"] += group.count
-            count = -(-min(MEASURED, total) * group.count // total)  # its share, one at the least
+            count = -(-min(MEASURED, total) * group.count // total)  # its share, at least one
             for some in np.array_split(np.linspace(0, group.count - 1, count, dtype=np.int64), -(-count // 64)):
                 x = (latents.get(group.first + some)["latents"].double() - meta.shift_factor) * meta.scaling_factor
                 sums += x.sum((0, 2, 3))
@@ -155,17 +153,19 @@ class Pruned:
 
 
 def prune(dir: str | Path) -> Pruned:
-    """Delete shards that no view and no states of its captions refer to, masks alike, and what is known of files that are gone.
+    """Delete shards, token ids and masks that no view or text embeddings index uses, and the records of missing files.
 
-    A space whose caching was interrupted is left alone until it is finished.  To give up a view, or the states of its
-    captions, delete that file first.
-    Raises UserError: no cache there, or a damaged view, which might need what looks unused.
+    A space with an interrupted build is not touched until the build is finished. To discard a view, or the text embeddings
+    of its captions, delete its file first.
+
+    Raises:
+        UserError: there is no cache, or a view is damaged and might refer to files that look unused.
     """
     with Store.open(Path(dir)) as store:
         views = cache.view_paths(store.folder)
         names = {path.stem for path in views}
         with disk_errors(store.folder):
-            # The states of its captions go with a view. When only its captions have changed, most of them will still serve.
+            # A text embeddings index is deleted with its view. If only captions have changed, most embeddings remain useful.
             for path in cache.states_paths(store.folder):
                 if path.stem.partition("-")[0] not in names:
                     path.unlink()
@@ -184,12 +184,12 @@ def prune(dir: str | Path) -> Pruned:
             for table in ("file", "rejected"):
                 paths = {path for (path,) in store.db.execute(f"SELECT path FROM {table}") if not _exists(path)}
                 store.db.executemany(f"DELETE FROM {table} WHERE path = ?", [(path,) for path in paths])
-        # Also those of views whose plan went with a lost database.
+        # Keep also the shards that views use and a lost database had planned.
         kept = {shard.path.name for shard in shards} - {shard.path.name for shard in unused}
         kept |= {f"{name}.safetensors" for name in used}
         freed = 0
         with disk_errors(store.folder):
-            # Also files of shards forgotten earlier, should a prune have been cut off here, and what an interrupted run left.
+            # Includes shards of an earlier prune that was interrupted here, and leftovers of an interrupted build.
             orphans = [path for path in (store.folder / "shards").iterdir() if path.name not in kept]
             for path in orphans + stale:
                 freed += path.stat().st_size
@@ -198,5 +198,5 @@ def prune(dir: str | Path) -> Pruned:
 
 
 def _exists(path: bytes) -> bool:
-    """Whether the file, or the tar a member lies in, is there."""
+    """Return True if the file, or the tar that holds the member, exists."""
     return os.path.lexists(path) or os.path.isfile(path.partition(b".tar/")[0] + b".tar")
