@@ -1,11 +1,11 @@
-"""Checkpoints - whole, verified, and loadable by every tool.
+"""Checkpoints: complete, verified, and loadable by other tools as a diffusers folder.
 
-    RUN/checkpoints/step-00001000/       a diffusers folder (unet, text_encoder, vae, tokenizer, scheduler) ...
-        state.safetensors  state.json    ... with the optimizers' state and where the run stands beside it
+    RUN/checkpoints/step-00001000/       a diffusers folder (unet, text_encoder, vae, tokenizer, scheduler), plus
+        state.safetensors  state.json    the optimizer state and the progress of the run
         manifest.json                    sha256 of every file, written last
 
-A checkpoint appears by a rename after everything in it was flushed, so it is there whole or not at all. Files that did
-not change since the last one are hard links to it. Retention runs only after a commit.
+A checkpoint is written to a temporary folder, flushed and renamed, so it exists either completely or not at all. Unchanged
+files are hard links to the previous checkpoint. Old checkpoints are deleted only after a new one is committed.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from fastsd.storage import (
 )  # fmt: skip
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "state.safetensors"
-OWN = (STATE, TENSORS, ADAPTERS, MADE_BY)  # what is no part of the base model in a checkpoint
+OWN = (STATE, TENSORS, ADAPTERS, MADE_BY)  # files of a checkpoint that do not belong to the base model
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: stage number, steps done in it, steps and images done in all, images at the stage's start.
+    """Progress of a run: the stage's index, steps done in it, steps and images done in total, images at the stage's start.
 
-    `micro` is the images a forward of this stage, found for `micro_asked` or fallen to when memory ran out.  `seconds`: how
-    long the stage has run.  `carried`: steps of stages before it whose optimizer state and average go on in it.
+    `micro` is the micro-batch of this stage, found for the setting `micro_asked` or reduced when memory ran out. `seconds` is
+    the time the stage has run. `carried` counts the steps of earlier stages that passed on their optimizer state and EMA.
     """
 
     stage: int = 0
@@ -65,7 +65,7 @@ def name_of(step: int) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The committed checkpoints in a folder, oldest first."""
+    """List the committed checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
@@ -82,13 +82,13 @@ def save(
 
     Args:
         folder: RUN/checkpoints.
-        weights: part name -> gives its exact fp32 weights by parameter name.
-        changed: parts that differ from the last checkpoint's; the others' files are linked from it.
-        state: all other tensors (optimizers, smoothed loss).
-        adapters: part -> its exact adapters by parameter name, of a model that has some.
+        weights: component name -> function that returns its exact fp32 weights by parameter name.
+        changed: components that differ from the previous checkpoint; the files of the others are linked from it.
+        state: all other tensors (optimizer state, EMA weights, smoothed loss).
+        adapters: component name -> its exact adapters by parameter name, if the model has adapters.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the older checkpoints stand as they were.
+        OSError: the disk is full or the folder is not writable; earlier checkpoints stay intact.
     """
     folder.mkdir(parents=True, exist_ok=True)
     earlier = checkpoints(folder)
@@ -122,19 +122,19 @@ def _link(manifest: dict[str, str], source: Path, target: Path, names: set[str])
 
 
 def retain(folder: Path, keep: int, also: set[str]) -> None:
-    """Delete all but the newest `keep` checkpoints and those named in `also`."""
+    """Delete all checkpoints except the newest `keep` and those named in `also`."""
     for path in checkpoints(folder)[:-keep]:
         if path.name not in also:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
-    """The newest checkpoint whose manifest holds, or None if there never was one.
+    """Return the newest checkpoint with a valid manifest, or None if the folder has no checkpoints.
 
-    Says so when it must fall back; a damaged one is renamed, so that nothing is linked to it.
+    Reports each damaged checkpoint it skips through `say`, and renames it when an older one is valid: nothing is linked to it.
 
     Raises:
-        UserError: there are checkpoints, and every one is damaged.
+        UserError: there are checkpoints, but all of them are damaged.
     """
     remove_leftovers(folder)
     found = checkpoints(folder)
@@ -155,7 +155,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | 
 
 
 def verify(path: Path) -> str | None:
-    """None if every file of a checkpoint is as its manifest says, else what is wrong."""
+    """Return None if every file of a checkpoint matches its manifest, otherwise a short description of the problem."""
     manifest = _manifest(path)
     if manifest is None:
         return f"no readable {MANIFEST}"
@@ -175,14 +175,14 @@ def _manifest(path: Path) -> dict[str, str] | None:
 
 
 def load_state(path: Path) -> TensorFile:
-    """The state tensors of a checkpoint, each read when asked for: they can be twice the size of the model."""
+    """Open the state tensors of a checkpoint. They are read lazily, because they can be twice the size of the model."""
     return TensorFile(path / TENSORS)
 
 
 def averages_of(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The averaged weights in a checkpoint: part -> tensors by parameter name, each a view of the mapped file."""
+    """Return the EMA weights in a checkpoint: component name -> tensors by parameter name, views of the mapped file."""
     found = dict[str, dict[str, Tensor]]()
-    state = load_state(path) if (path / TENSORS).exists() else {}  # a model without a run has none
+    state = load_state(path) if (path / TENSORS).exists() else {}  # a model folder without a run has no state file
     for name in state:
         part, _, parameter = name.partition("@ema/")
         if parameter:
@@ -191,13 +191,13 @@ def averages_of(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def export(checkpoint: Path, target: Path, model: Model, averages: Averages, finish: Callable[[Path], None]) -> None:
-    """A checkpoint's model without its training state, as a diffusers folder of its own, with adapters merged into its weights.
+    """Write a checkpoint's model as a separate diffusers folder, without training state and with adapters merged.
 
-    What is as in the checkpoint is a hard link.
+    Files that are the same as in the checkpoint are hard links to it.
 
     Args:
-        averages: part name -> tensors by parameter name that take the place of the checkpoint's.
-        finish: writes what else belongs into the folder, before it appears.
+        averages: component name -> tensors by parameter name that replace those of the checkpoint.
+        finish: called with the temporary folder before it is renamed to `target`, to write additional files into it.
     """
     manifest = _manifest(checkpoint)
     assert manifest is not None, checkpoint

@@ -1,4 +1,4 @@
-"""What a run took - RUN/cost.json, for `fastsd compare` and the model card."""
+"""Cost of a run, saved in RUN/cost.json for `fastsd compare` and the model card."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastsd.storage import replace_file
 
 
 class Cost:
-    """Seconds, steps and memory of each stage, in RUN/cost.json.
+    """Seconds, steps and memory of each stage, saved in RUN/cost.json.
 
     Args:
-        trained: parameters each stage trains.
+        trained: number of parameters each stage trains.
 
     Attributes:
-        sample_seconds: an image, as last measured; None before that.
+        sample_seconds: seconds per sampled image, as last measured; None before the first measurement.
     """
 
     def __init__(self, config: Config, trained: Sequence[int], device: torch.device) -> None:
@@ -31,7 +31,7 @@ class Cost:
         self.sample_seconds: float | None = None
 
     def note(self, here: Progress, **more: Any) -> None:
-        """Write what the current stage took so far, or `more` about the run as a whole. Raises OSError if the disk is full."""
+        """Record the cost of the current stage so far, or `more` for the whole run. Raises OSError if the disk is full."""
         cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
         took = {
             "name": self.config.stage_name(here.stage), "trained": self.trained[here.stage], "steps": here.stage_step,

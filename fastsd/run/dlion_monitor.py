@@ -1,4 +1,4 @@
-"""An eye on D-Lion's d, which never falls: too small it trains nothing, too large it ruins the model."""
+"""Warnings about D-Lion's d, which never decreases: if it is too small nothing is trained, if too large the model is ruined."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Any
 
 from fastsd.config.stages import StageTable
 
-STILL = 200  # steps within which d should have left d0
-PLATEAU = 100  # steps without growth that make a plateau, or a fifth of those so far
-RISE = 1.1  # growth after a plateau that is warned of
+STILL = 200  # steps by which d should have grown above d0
+PLATEAU = 100  # a plateau lasts at least this many steps without growth, or a fifth of the steps so far if that is more
+RISE = 1.1  # factor that counts as growth; growth after a plateau triggers a warning
 
 
 class DWatch:
-    """Follows the d of one part through a stage's log rows and says what its user should know.
+    """Follows the d of one component through a stage's log rows and returns warnings for the user.
 
     Args:
-        part: whose d it is.
-        stage: its d0, and the guards to recommend.
-        rows: of the log, what the stage has logged so far.
+        part: name of the component.
+        stage: config of the stage, for its `d0`.
+        rows: the rows the stage has logged so far.
     """
 
     def __init__(self, part: str, stage: StageTable, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self.part, self.stage = part, stage
         self._told_still = False
-        self._plateau = (0, 0.0)  # the step since when d has not grown by RISE, and its value then
+        self._plateau = (0, 0.0)  # the step at which d last grew by RISE, and its value there
         for row in rows:
             self.row(row["stage_step"], row.get(f"d_{part}", row.get("d")) or 0.0)
 
     def row(self, step: int, d: float) -> list[str]:
-        """Warnings that step number `step` of the stage gives rise to, each of them once."""
+        """Return the warnings for step number `step` of the stage. Each event is reported once."""
         said = []
         if step >= STILL and d <= self.stage.d0 and not self._told_still:
             self._told_still = True

@@ -1,7 +1,4 @@
-"""Looking at a run while it trains - sample grids and validation, drawn and measured between two steps.
-
-Neither touches anything that training reads.
-"""
+"""Sample grids and validation of a run, between two training steps. Neither changes anything that training reads."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class Evaluation:
-    """Samples and validation of the stage a run is in."""
+    """Draws samples and runs validation in the run's current stage."""
 
     def __init__(
         self, config: Config, model: Model, sets: Sets, validation: Validation, position: Position, report: Report, cost: Cost
@@ -35,7 +32,7 @@ class Evaluation:
         self.position, self.report, self.cost = position, report, cost
 
     def sample(self, step: Step) -> None:
-        """Draw the config's grid with the current weights."""
+        """Draw the config's sample grid with the current weights."""
         config, here = self.config, self.position.progress
         size, start = config.sample.size or config.data.resolution, time.monotonic()
         image = _beside_graphs(step, "samples", self.report, lambda: sample_grid(self.model, config.sample, size))
@@ -52,7 +49,7 @@ class Evaluation:
         self.report.images(path, here.step, image)
 
     def validate(self, step: Step) -> None:
-        """Measure the config's sets with the current weights, and with their averages."""
+        """Measure the config's validation sets with the current weights, and with the EMA weights if there are any."""
         if self.sets.measured:
             here, stage = self.position.progress, self.config.stage_name(self.position.progress.stage)
             rows = _beside_graphs(step, "validation", self.report, lambda: self.validation.rows(step.parts.values()))
@@ -60,7 +57,7 @@ class Evaluation:
 
 
 def _beside_graphs(step: Step, what: str, report: Report, work: Callable[[], Result]) -> Result:
-    """Do work that needs memory while the step's CUDA graphs hold theirs; if it runs out, free the graphs and do it again."""
+    """Run `work` while the step's CUDA graphs keep their memory. If memory runs out, free the graphs and run it again."""
     try:
         return work()
     except torch.OutOfMemoryError:

@@ -1,9 +1,9 @@
-"""What a run ends with - its newest checkpoint as every tool reads it, written anew by every start that finds it done.
+"""Export of a run's newest checkpoint for other tools. Every start of a finished run writes these files again.
 
-RUN/model               a diffusers folder in fp32, linked from the checkpoint, with its model card
-RUN/model.safetensors   the same in one file of the original layout, for ComfyUI and A1111
-RUN/lora.safetensors    of a run that trains adapters, these alone; RUN/model has them merged
-RUN/model-ema ...       all of it again with averaged weights, where there are any
+RUN/model               a diffusers folder in fp32, hard-linked to the checkpoint, with its model card
+RUN/model.safetensors   the same model in one file of the original layout, for ComfyUI and A1111
+RUN/lora.safetensors    the adapters alone, if the run trains adapters; RUN/model has them merged
+RUN/model-ema ...       all of the above with EMA weights, if the checkpoint has any
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from fastsd.storage import new_file
 
 
 def export_newest(config: Config, model: Model, say: Callable[[str], None]) -> Path:
-    """Export the newest checkpoint of `config.run`, whose model is given, and say what was written; returns what to hand on.
+    """Export the newest checkpoint of `config.run`, which holds `model`, and report written files through `say`. Return the
+    path to share (without EMA): the LoRA file if there is one, otherwise the single file, otherwise the folder.
 
     Raises:
-        UserError: numbers that the single file's dtype cannot hold, or a VAE that cannot be folded.
-        OSError: the disk is full or the folder cannot be written.
+        UserError: values that the single file's dtype cannot represent, or a VAE that cannot be folded.
+        OSError: the disk is full or the folder is not writable.
     """
     newest = checkpoint.checkpoints(Path(config.run) / "checkpoints")[-1]
     averages = checkpoint.averages_of(newest)
@@ -55,9 +56,9 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, say:
     checkpoint.export(newest, folder, model, averages, finish)
     made = [(folder, "a diffusers folder in fp32")]
     if not table.single_file:
-        single.unlink(missing_ok=True)  # an older one would be of other weights than the folder
+        single.unlink(missing_ok=True)  # an older file would not match the weights in the folder
     else:
-        parts = {part: read_part(folder, part) for part in (*PARTS, "vae")}  # just written: there is nothing to check
+        parts = {part: read_part(folder, part) for part in (*PARTS, "vae")}  # just written, so no check is needed
         source = Source(folder, parts, model.scheduler, None)
         notes = write_single_file(source, single, dtype=table.dtype, fold=table.fold, metadata=metadata())
         made.append((single, "; ".join([f"one file in {table.dtype}", *notes])))
@@ -71,5 +72,5 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, say:
 
 
 def bytes_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Return the size of a file, or of all files in a folder, in bytes."""
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, read as it is - also while it trains, after a kill, or from an older version."""
+"""Readers for the files in a run's folder. They also work while the run trains, after a kill, and for older versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastsd.sampling.grid import GRID_CHUNK
 
 
 def model_named(name: str) -> str:
-    """MODEL of a command line: of a run its newest checkpoint, else what it names. Raises UserError: there is none yet."""
+    """Resolve MODEL of a command line: a run to its newest checkpoint (UserError if it has none), other names unchanged."""
     folder = Path(name) / "checkpoints"
     if not folder.is_dir():
         return name
@@ -30,12 +30,12 @@ Row = dict[str, Any]
 Cell = tuple[str, int]  # prompt and seed
 Box = tuple[int, int, int, int]  # left, top, right, bottom: px
 PNG_END = b"IEND\xaeB`\x82"
-WHOLE: Cell = ("", 0)  # the one cell of a grid that does not say where its cells lie
+WHOLE: Cell = ("", 0)  # the only cell of a grid without stored cell positions
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A picture of samples and where its cells lie."""
+    """A sample grid image and the positions of its cells."""
 
     path: Path
     stage: str
@@ -52,7 +52,7 @@ class Grid:
 
 
 def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Row]:
-    """Rows of a JSONL file that are whole: the last one may have been cut off by a kill."""
+    """Read the complete rows of a JSONL file that have the `needed` keys. A kill may have truncated the last row."""
     rows: list[Row] = []
     if not path.is_file():
         return rows
@@ -67,7 +67,7 @@ def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Ro
 
 
 def read_table(path: Path) -> Row | None:
-    """A JSON file's table; None where there is none that can be read."""
+    """Read the table in a JSON file. Return None if the file is missing or invalid."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -76,19 +76,19 @@ def read_table(path: Path) -> Row | None:
 
 
 def grid_files(folder: Path) -> list[tuple[Path, str, int]]:
-    """(Path, stage, step) of what is named as a sample grid in a folder."""
+    """List (path, stage, step) of the files in a folder that are named like sample grids."""
     found = [(path, re.fullmatch(r"(?!\.)(.+)-(\d+)\.png", path.name)) for path in folder.glob("*.png")]
     return [(path, match[1], int(match[2])) for path, match in found if match]
 
 
 def read_grid(path: Path, stage: str, step: int) -> Grid | None:
-    """A sample grid, or None for a file that is not whole."""
+    """Read a sample grid. Return None if the file is incomplete or missing."""
     try:
         if not path.read_bytes().endswith(PNG_END):
             return None
         with Image.open(path) as sheet:
             return _grid(path, stage, step, sheet)
-    except (OSError, SyntaxError):  # Pillow's word for a broken PNG
+    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
         return None
 
 

@@ -1,4 +1,4 @@
-"""The first lines of a run - what a person checks before walking away."""
+"""First lines of a run's output, for the user to check before leaving the run alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastsd.train.precision import describe_ops
 
 
 def header(run: Run) -> dict[str, str]:
-    """Title -> line, in order."""
+    """Return the header lines of a run, title -> text, in order."""
     config, data, vae, steps = run.config, run.data, run.model.vae, run.position.steps
     meta = data.latents.meta
     lengths = [f"{n} steps" if n < ENDLESS else str(s.until) for s, n in zip(config.stage, steps, strict=True)]

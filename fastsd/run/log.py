@@ -1,4 +1,4 @@
-"""Log rows on their way from the device - collected after a step, read one interval later without waiting."""
+"""Log rows. Device values are collected after a step and read one log interval later, without waiting."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastsd.run.run import Run
 from fastsd.train.schedule import learning_rate
 from fastsd.train.step import Step, StepResult
 
-MAX_SKIPPED_ROWS = 3  # log rows in a row without one finite gradient: the run is dead
+MAX_SKIPPED_ROWS = 3  # consecutive log rows without a finite gradient after which the run stops with an error
 
 
 class Readback:
-    """Numbers on their way from the device: copied behind the work that makes them, read when they have long arrived."""
+    """Device scalars, copied asynchronously behind the kernels that compute them and read later without waiting."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.names = list(values)
@@ -40,7 +40,7 @@ class Readback:
 
 
 class Log:
-    """Log rows, written one interval late: by then the device has long finished, so reading it waits for nothing."""
+    """Writes log rows one interval late. By then the device has finished, so reading its values does not wait."""
 
     def __init__(self, run: Run, step: Step, index: int) -> None:
         self.run, self.step, self.name = run, step, run.config.stage_name(index)
@@ -57,7 +57,7 @@ class Log:
             "images": here.images, "epoch": here.images / run.data.epochs[here.stage],
             **self.step.seen(batch),
         }  # fmt: skip
-        for i, part in enumerate(self.step.optimizers):  # one lr and one d a trained part; the line shows the first
+        for i, part in enumerate(self.step.optimizers):  # one lr and d per component; the console shows the first
             lr = learning_rate(self.step.stage, here.stage_step - 1, self.step.total, part)
             known[f"lr_{part}" if i else "lr"] = lr
         device = {
@@ -79,13 +79,13 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what is not training out of images per second."""
+        """Exclude the time of the `with` block from images per second."""
         start = time.perf_counter()
         yield
         self.mark = (self.mark[0] + time.perf_counter() - start, *self.mark[1:])
 
     def flush(self) -> None:
-        """Read and write the row that is waiting."""
+        """Read the values of the pending row and write it."""
         if self.pending is None:
             return
         known, device, timing = self.pending

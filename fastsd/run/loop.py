@@ -1,4 +1,4 @@
-"""The main loop. Everything a run does passes through `train`, in this order, every step."""
+"""The training loop. `train` calls everything a run does, in the order in which it happens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastsd.run.triggers import Due
 
 
 def train(config: Config, console: Console | None = None, *, export: bool = True) -> None:
-    """Train all stages of a config, from the start or from where the run stands, and export the model, if that is wanted.
+    """Train all stages of a config, from the start or from the newest checkpoint, and export the model if `export` is True.
 
     Raises:
-        UserError: something the user must change; what was saved stands.
-        Stopped: after a checkpoint, when asked to stop.
+        UserError: the user must change something; saved checkpoints stay intact.
+        Stopped: a stop signal arrived; a checkpoint is written first.
     """
     with open_run(config, console or Console()) as run, stop_signal() as stop:
         run.report.header(header(run))
@@ -38,7 +38,7 @@ def train(config: Config, console: Console | None = None, *, export: bool = True
 
 
 def train_stage(run: Run, index: int, stop: list[int]) -> None:
-    """Train one stage to its end: each step is counted, then logged, measured, drawn and saved, where that is due."""
+    """Train one stage to its end. After each step, write a log row, validate, sample and save a checkpoint if they are due."""
     stage, step, position = run.config.stage[index], start_stage(run, index), run.position
     log, due, begun = Log(run, step, index), Due(run, index), position.progress
     end = begun.stage_images + step.total * stage.batch
@@ -75,7 +75,7 @@ def train_stage(run: Run, index: int, stop: list[int]) -> None:
 
 
 def export_run(run: Run) -> None:
-    """Write the newest checkpoint's model for other tools. Raises UserError if the disk does not take it."""
+    """Write the newest checkpoint's model for other tools. Raises UserError if it cannot be written."""
     try:
         model = export_newest(run.config, run.model, run.report.say)
         run.cost.note(run.position.progress, file_bytes=bytes_of(model))
@@ -88,7 +88,7 @@ def export_run(run: Run) -> None:
 
 @contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """A list that gets the signal's number on Ctrl-C or a polite kill: the loop saves and stops. A second one stops at once."""
+    """Yield a list that receives the number of a SIGINT or SIGTERM: the loop then saves and stops. A second stops at once."""
     stop: list[int] = []
 
     def ask(number: int, frame: Any) -> None:

@@ -1,10 +1,10 @@
-"""Model cards - what a run made, from what, how well it went and how to load it, beside the exported folder.
+"""Model cards for exported folders: origin of the model, training, results, and how to load it.
 
-    fastsd.json    the summary (`fastsd/model/formats/model_summary.py`), which stays with the model whatever it is converted to
-    README.md      the card: YAML that the hub reads, then text
-    samples.png    the grid that was drawn last
+    fastsd.json    the summary (`fastsd/model/formats/model_summary.py`), retained when the model is converted
+    README.md      the card: YAML front matter for the hub, then text
+    samples.png    the most recent sample grid
 
-Of paths only the last words are told, so that a card can be published as it is.
+Paths are shortened to their last element, so a card can be published unchanged.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from fastsd.storage import link_or_copy, write_text
 
 CARD, SAMPLES = "README.md", "samples.png"
 SDXL_SCALING_FACTOR = 0.13025
-WINDOW = 77  # tokens that SD1.5's text encoder reads at once
-# Of a stage: what its row tells, and what changes no weight.
+WINDOW = 77  # context length of SD1.5's text encoder, in tokens
+# Stage settings that are columns of the card's table, and those that do not affect the weights.
 _TOLD = {"name", "train", "optimizer", "lr", "precision", "batch", "until"}
 _NO_MATTER = {"micro_batch", "checkpointing", "fused_backward", "sample_every", "checkpoint_every", "keep_checkpoints",
               "checkpoint_at"}  # fmt: skip
-# Of the whole run: what changes the weights and names no place on a disk.
+# Run settings that affect the weights and contain no paths.
 _OF_RUN: dict[str, Any] = {
     "data": {"crop", "crops", "flip", "buckets", "include", "exclude", "masks", "weight_key"}, "cache": {"dtype"},
 }  # fmt: skip
 
 
 def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> Summary:
-    """What a run had done when it wrote a checkpoint.
+    """Summarize a run up to one of its checkpoints.
 
     Args:
-        run: its folder.
+        run: the run's folder.
         checkpoint: one of its checkpoints.
-        weights: "raw", or "ema" for their averages.
+        weights: the exported weights: "raw", or "ema" for their exponential moving average.
 
     Raises:
-        UserError: the run's config.json is none.
+        UserError: the run's config.json is missing or invalid.
     """
     found, state = read_table(run / "config.json"), read_table(checkpoint / STATE) or {}
     if found is None:
@@ -75,12 +75,12 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> Summary:
 
 
 def untrained(title: str, base: str, vae: str = "", note: str = "") -> Summary:
-    """The summary of a model that was put together rather than trained; `note` says how, in a sentence or more."""
+    """Return the summary of a model that was assembled, not trained. `note` explains how, in one or more sentences."""
     return Summary(version=__version__, title=title, base=called(base), vae=called(vae or base), note=note)
 
 
 def called(name: str) -> str:
-    """What a model is called where others read it: a hub id; of a path the title of what lies there, or its last word."""
+    """Return a model's public name: a hub id unchanged; for a path, the title of the model there or the last path element."""
     path = Path(name).expanduser()
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return name
@@ -89,7 +89,7 @@ def called(name: str) -> str:
 
 
 def last_samples(run: Path, step: int) -> Path | None:
-    """The picture of samples that a run had drawn last at a step."""
+    """Return the path of a run's most recent sample grid up to a step, or None."""
     grid = _last_grid(run, step)
     return grid.path if grid else None
 
@@ -100,7 +100,7 @@ def _last_grid(run: Path, step: int) -> Grid | None:
 
 
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSummary]:
-    """What was trained, in order, up to a checkpoint. Steps and images of ended stages are those that were noted."""
+    """Summarize the stages trained up to a checkpoint, in order. Finished stages take steps and images from cost.json."""
     noted = {row["name"]: row for row in (read_table(run / "cost.json") or {}).get("stages", [])}
     here, rows = state.get("stage", 0), []
     for i, stage in enumerate(config.stage[: here + 1]):
@@ -138,17 +138,17 @@ def _losses(run: Path, step: int) -> list[Loss]:
 
 
 def write_card(folder: Path, summary: Summary, *, single: str = "", fold: bool = True, samples: Path | None = None) -> None:
-    """Write summary, card and samples into a diffusers folder.
+    """Write the summary, the card and the samples into a diffusers folder.
 
     Args:
-        folder: whole, but for these.
-        summary: of the model in it.
-        single: name of a single file of the same weights that lies beside the folder.
-        fold: that file has the VAE's factor in its weights.
-        samples: a picture for the card; None = the one that is in the folder.
+        folder: complete except for these files.
+        summary: summary of the model in it.
+        single: name of a single file with the same weights, next to the folder; "" = there is no such file.
+        fold: True if the single file has the VAE's scaling factor folded into its weights.
+        samples: image for the card; None = use the one in the folder.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OSError: the disk is full or the folder is not writable.
     """
     if samples is not None:
         (folder / SAMPLES).unlink(missing_ok=True)
@@ -158,7 +158,7 @@ def write_card(folder: Path, summary: Summary, *, single: str = "", fold: bool =
 
 
 class _Card:
-    """The text of a card. What the folder's configs tell, such as the VAE's factor, is taken from there."""
+    """Text of a card. Values in the folder's configs, such as the VAE's scaling factor, are read from there."""
 
     def __init__(self, folder: Path, summary: Summary, single: str, fold: bool) -> None:
         vae, text = (read_table(folder / part / "config.json") or {} for part in ("vae", "text_encoder"))
@@ -169,7 +169,7 @@ class _Card:
         self.velocity = scheduler.get("prediction_type") == "v_prediction"
         self.zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
         self.skip, self.sampled = summary.clip_skip or 0, (folder / SAMPLES).is_file()
-        self.foreign = self.factor != SD15_SCALING_FACTOR  # other tools would scale its latents wrongly
+        self.foreign = self.factor != SD15_SCALING_FACTOR  # other tools would scale its latents incorrectly
         self.overflows = self.factor == SDXL_SCALING_FACTOR
 
     def text(self) -> str:
@@ -293,7 +293,7 @@ class _Card:
         return f"`StableDiffusionPipeline.from_single_file` reads `{self.single}`, {how}.{more}"
 
     def _tools(self) -> list[str]:
-        """ComfyUI and A1111, with all that they do not learn from the file."""
+        """Return instructions for ComfyUI and A1111, with every setting they cannot read from the file."""
         if self.channels != 4:
             return [
                 f"**ComfyUI, A1111** take SD1.5's latents to have 4 channels and cannot load this model of {self.channels}."
@@ -353,7 +353,7 @@ def _listed(settings: Mapping[str, str]) -> str:
 
 
 def _linked(name: str) -> str:
-    """A hub id as a link, any other name as code."""
+    """Format a hub id as a link and any other name as code."""
     return f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
 
 

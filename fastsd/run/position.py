@@ -1,4 +1,4 @@
-"""Where a run stands - how much is done of which stage, and how much is left."""
+"""Position of a run: its current stage, the steps done, and the time left."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fastsd.train.step import Step
 
 
 class Position:
-    """Where a run stands among its stages.
+    """Position of a run in its stages.
 
     Args:
-        progress: as the newest checkpoint has it, or a fresh one.
-        stages: of the config.
-        steps: of each stage, `ENDLESS` for one that time ends.
-        extendable: the checkpoint holds optimizer state, so a finished last stage can be made longer.
+        progress: from the newest checkpoint, or a new one.
+        stages: stages of the config.
+        steps: number of steps of each stage; `ENDLESS` for a stage that ends by time.
+        extendable: True if the checkpoint holds optimizer state, so that a finished last stage can be extended.
 
     Attributes:
-        progress: what a checkpoint saves.
+        progress: current progress, as a checkpoint stores it.
     """
 
     def __init__(self, progress: Progress, stages: Sequence[StageTable], steps: Sequence[int], extendable: bool) -> None:
@@ -30,18 +30,18 @@ class Position:
         self._since = time.monotonic()  # when `progress.seconds` was brought up to date
 
     def finished(self, index: int) -> bool:
-        """True if the stage needs no more steps. The last stage may be extended if its checkpoint keeps the optimizer state."""
+        """Return True if the stage is complete. The last stage may be extended if its checkpoint has optimizer state."""
         here = self.progress
         longer = index == len(self.steps) - 1 and not self.at_end(index) and self._extendable
         return here.stage > index or (here.stage == index and here.stage_done and not longer)
 
     def at_end(self, index: int) -> bool:
-        """True if the current stage has all its steps, or has used up its time."""
+        """Return True if the current stage, number `index`, has done all its steps or used up its time."""
         limit = self.stages[index].seconds
         return self.progress.stage_step >= self.steps[index] or (limit is not None and self.elapsed() >= limit)
 
     def begin(self, index: int) -> bool:
-        """Move to a stage. True if the run was already in the middle of it."""
+        """Enter a stage. Return True if the run was already in the middle of it."""
         here, stage = self.progress, self.stages[index]
         resumed = here.stage == index and here.stage_step > 0
         if not resumed:
@@ -63,15 +63,15 @@ class Position:
         self._since = now
 
     def mark_done(self, done: bool) -> None:
-        """Note whether the current stage has ended."""
+        """Record whether the current stage is complete."""
         self.progress = replace(self.progress, stage_done=done)
 
     def elapsed(self) -> float:
-        """Seconds the current stage has run, over all starts."""
+        """Return the seconds the current stage has run, over all starts."""
         return self.progress.seconds + time.monotonic() - self._since
 
     def seconds_left(self, steps_per_second: float) -> float:
-        """Seconds until all stages are done."""
+        """Estimate the seconds until all stages are complete, at a given speed."""
         here, left = self.progress, 0.0
         for index in range(here.stage, len(self.steps)):
             begun, limit = index == here.stage, self.stages[index].seconds

@@ -1,11 +1,11 @@
-"""What a person sees, and what is kept of it.
+"""Console output and log files of a run.
 
-the console          a header, then one live line (plain lines when it is not a terminal)
-RUN/log.jsonl        one row per log interval with nothing but what training determines: it is the same, bit for bit,
-                     however often the run was interrupted
-RUN/timing.jsonl     speed, memory and waiting of the same steps
-RUN/validation.jsonl one row per measurement, set and kind of weights, exact in the same way
-RUN/tensorboard      all of them
+console              a header, then one live line (plain lines if it is not a terminal)
+RUN/log.jsonl        one row per log interval; bit for bit the same however often the run is interrupted, because it holds
+                     only values that training determines
+RUN/timing.jsonl     speed, memory and data waiting time of the same steps
+RUN/validation.jsonl one row per measurement, set and kind of weights; reproducible in the same way
+RUN/tensorboard      all of the above
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Report:
     Args:
         run: the run's folder.
         table: `[log]` of the config.
-        step: steps done; rows of later steps, left by a run that was cut off, are removed.
-        saved_at: when the newest checkpoint was written, as time.time(); None if there is none.
+        step: steps done; rows of later steps, left by an interrupted run, are removed.
+        saved_at: time of the newest checkpoint, as `time.time()`; None without a checkpoint.
     """
 
     def __init__(self, run: Path, table: LogTable, step: int, saved_at: float | None, console: Console) -> None:
@@ -46,7 +46,7 @@ class Report:
         self.log = _reopen(run / "log.jsonl", step)
         self.timing = _reopen(run / "timing.jsonl", step)
         if (run / "validation.jsonl").exists():
-            _reopen(run / "validation.jsonl", step or -1).close()  # before the first step it is measured again
+            _reopen(run / "validation.jsonl", step or -1).close()  # the measurement before step 1 is repeated
         self.board = _tensorboard(run, step) if table.tensorboard else None
         self.wandb = _wandb(table.wandb, run) if table.wandb else None
         self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
@@ -55,13 +55,13 @@ class Report:
     def header(self, rows: dict[str, str]) -> None:
         width = max(map(len, rows)) + 2
         for name, value in rows.items():
-            # Whole lines: a table would break them at 80 columns in a log file.
+            # Unwrapped lines, because a rich table would wrap them at 80 columns in a log file.
             self.console.print(Text.assemble((name.ljust(width), "bold"), value), soft_wrap=True)
         if self.live:
             self.live.start()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print a permanent line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -71,12 +71,12 @@ class Report:
         self.saved_at = time.time()
 
     def row(self, values: dict[str, Any], timing: dict[str, float]) -> None:
-        """One log interval: to the files and to the line."""
+        """Write the row of one log interval to the files and to the console line."""
         try:
             for file, entry in ((self.log, values), (self.timing, {"step": values["step"], **timing})):
                 file.write(_json(entry))
                 file.flush()
-        except OSError as error:  # what is not written stays in the buffer, and the next row tries again
+        except OSError as error:  # unwritten text stays in the buffer, and the next row retries
             self.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training goes on")
         self._scalars({**values, **timing}, values["step"])
         line = _line(values, timing, self.saved_at)
@@ -94,7 +94,7 @@ class Report:
             self.wandb.log(scalars, step=step)
 
     def validation(self, rows: list[dict[str, Any]]) -> None:
-        """What was measured after a step, see `validation.py`."""
+        """Write the validation rows measured after a step, see `validation.py`."""
         step, scalars = rows[0]["step"], {}
         for row in rows:
             name = row["set"] + ("_ema" if row["weights"] == "ema" else "")
@@ -111,12 +111,12 @@ class Report:
         self.say(f"validation at step {step}: {in_a_line(rows)}")
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
-        """What was logged of a stage until now."""
+        """Read the rows logged so far for a stage."""
         lines = (self.run / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return [row for row in map(json.loads, lines) if row["stage"] == stage]
 
     def images(self, path: Path, step: int, image: Any) -> None:
-        """A sample grid (PIL image) was made and saved at `path`."""
+        """Report a sample grid (PIL image) that was saved at `path`."""
         self.say(f"samples: {path}")
         if self.board:
             import numpy as np
@@ -124,7 +124,7 @@ class Report:
             self.board.add_image(f"samples/{path.stem.rsplit('-', 1)[0]}", np.asarray(image), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Make what was logged durable; called before a checkpoint is committed. Raises OSError if the disk is full."""
+        """Flush the logs to disk. Called before a checkpoint is committed. Raises OSError if the disk is full."""
         for file in (self.log, self.timing):
             file.flush()
             os.fsync(file.fileno())
@@ -134,14 +134,14 @@ class Report:
             self.live.stop()
         for sink in (self.log, self.timing, self.board):
             if sink:
-                with contextlib.suppress(OSError):  # a full disk has been warned of already
+                with contextlib.suppress(OSError):  # the user was already warned about a full disk
                     sink.close()
         if self.wandb:
             self.wandb.finish()
 
 
 def _json(values: dict[str, Any]) -> str:
-    """One row; JSON has no word for a number that is not finite, so that becomes null."""
+    """Encode one row. JSON cannot represent numbers that are not finite, so these become null."""
     return json.dumps(_finite(values), allow_nan=False) + "\n"
 
 
@@ -169,7 +169,7 @@ def _line(values: dict[str, Any], timing: dict[str, float], saved_at: float | No
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42s, 7m05s, 3h12m, 5d04h."""
+    """Format seconds for reading: 42s, 7m05s, 3h12m, 5d04h."""
     if not math.isfinite(seconds):
         return "?"
     seconds = int(seconds)
@@ -180,14 +180,14 @@ def duration(seconds: float) -> str:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak GPU memory this process allocated, or its resident memory on a CPU: GB."""
+    """Return the peak GPU memory this process allocated, or its resident memory on a CPU, in GB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process could still allocate: what the device has left, and what PyTorch holds of it unused."""
+    """Return the bytes this process can still allocate: free device memory, and unused memory that PyTorch has reserved."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -195,7 +195,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _reopen(path: Path, step: int) -> TextIO:
-    """Open a JSONL file for appending, without the rows after `step` and without a row that was cut off."""
+    """Remove truncated rows and rows after `step` from a JSONL file, and open it for appending."""
     kept = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):

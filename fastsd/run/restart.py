@@ -1,4 +1,4 @@
-"""Starting a run again - one trainer a folder, and what may differ from the last start."""
+"""Restarting a run: a lock for one trainer per folder, and checks of what changed since the last start."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastsd.errors import UserError
 from fastsd.run.checkpoint import Progress
 from fastsd.storage import replace_file
 
-# A change in one of these would make the rest of the run another run's.
+# Changing one of these settings would turn the rest of the run into a different run.
 FIXED = ("model", "data", "seed", "validate.held_out", "validate.seed", "validate.by")
 FIXED_IN_STAGE = ("train", "state", "reinit", "batch", "optimizer", "d0", "betas", "decoupled_weight_decay")
 
 
 def lock(folder: Path) -> TextIO:
-    """Hold RUN/lock for as long as the file object lives: two trainers in one folder would ruin each other's logs."""
+    """Hold RUN/lock while the returned file object exists. Two trainers in one folder would corrupt each other's logs."""
     file = open(folder / "lock", "a")  # noqa: SIM115 - held open on purpose
     try:
         if os.name == "nt":
@@ -40,10 +40,10 @@ def lock(folder: Path) -> TextIO:
 
 
 def compare_with_start(path: Path, config: Config, progress: Progress | None) -> list[str]:
-    """Refuse what would break the run, note what changed otherwise since its last start."""
+    """Raise UserError for changes that would break the run. Return notes on other changes since the last start."""
     if progress is None or not path.exists():
         return []
-    # Read as a config: keys that were not there at the time have their defaults.
+    # Parsed as a config, so that keys added since then get their defaults.
     old = json.loads(dump_config(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))))
     new = json.loads(dump_config(config))
     advice = "put it back, or start a new run with run=FOLDER"
@@ -66,7 +66,7 @@ def compare_with_start(path: Path, config: Config, progress: Progress | None) ->
 
 
 def compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]:
-    """Note what the order of a run depends on, and say so where it is not that of the last start any more."""
+    """Record the state of the cache that a run depends on. Return notes on what changed since the last start."""
     now = {"samples": len(latents), "view": latents.sha256, "weights": latents.weight_hash, "masks": mask_hash(latents)}
     was = now | json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else now
     replace_file(path, json.dumps(now))

@@ -1,4 +1,4 @@
-"""A run - its folder, its model, its data, where it stands - opened fresh or from its newest checkpoint.
+"""A run: its folder, model, data and position, opened new or from the newest checkpoint.
 
 Read next: `fastsd/run/loop.py`, which moves it forward.
 """
@@ -39,15 +39,15 @@ from fastsd_kernels import Ops
 
 @dataclass
 class Run:
-    """Everything that outlives a stage.
+    """State of a run that outlives its stages.
 
     Attributes:
-        position: which stage it is in, and how far.
-        saving: its checkpoints.
-        evaluation: its samples and its validation.
-        cost: what it took.
-        trained: parameters each stage trains.
-        notes: what a user should know of this start, a line each.
+        position: current stage and progress.
+        saving: writes the checkpoints.
+        evaluation: draws samples and runs validation.
+        cost: seconds, steps and memory of each stage.
+        trained: number of parameters each stage trains.
+        notes: messages to the user about this start, one line each.
     """
 
     config: Config
@@ -67,11 +67,11 @@ class Run:
 
     @property
     def resident(self) -> list[nn.Module]:
-        """The modules that lie on the device: with cached text embeddings, no text encoder."""
+        """The modules on the training device. The text encoder is not among them if text embeddings are cached."""
         return [self.model.unet, self.model.vae.module] + ([] if self.data.states else [self.model.text.module])
 
     def advance(self, step: Step, result: StepResult) -> None:
-        """Count one optimizer step and what it changed."""
+        """Record one optimizer step: the progress, the changed components and the smoothed loss."""
         self.position.advance(step)
         self.saving.changed.update(changed_parts(step.trained))
         self.smoothed.update(result.loss)
@@ -79,10 +79,10 @@ class Run:
 
 @contextmanager
 def open_run(config: Config, console: Console) -> Iterator[Run]:
-    """Open the run of a config; nobody else can until it is closed.
+    """Open the run of a config, and lock its folder until the context exits.
 
     Raises:
-        UserError: whatever must be changed before training can start or go on.
+        UserError: the user must change something before training can start or continue.
     """
     folder = Path(config.run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,13 +123,13 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
 def _load_model(config: Config, ops: Ops, newest: Path | None) -> Model:
     table = config.model
     if newest:
-        # The checkpoint is a whole model; the base need not be there any more.
+        # The checkpoint is a complete model, so the base is no longer needed.
         table = table.model_copy(update={"base": str(newest), "vae": "", "tokenizer": "", "vae_scaling_factor": None})
     return load_to_train(table, ops, config.seed, newest)
 
 
 def _parameters(config: Config, index: int, model: Model) -> int:
-    """How many numbers a stage trains. Raises UserError for a name that is no parameter."""
+    """Count the parameters a stage trains. Raises UserError for a name that matches no parameter."""
     stage, where = config.stage[index], f"stage {config.stage_name(index)!r}"
     selected(model, stage.reinit, f"{where}: reinit")
     return size_of(model, selected(model, stage.train, f"{where}: train"))

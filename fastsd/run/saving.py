@@ -1,6 +1,6 @@
-"""Saving a run - what a checkpoint holds beside the model, and which checkpoints stay.
+"""Saving of a run: collects the tensors of a checkpoint and decides which checkpoints are retained.
 
-Read next: `fastsd/run/checkpoint.py`, how one is written so that a crash loses nothing.
+Read next: `fastsd/run/checkpoint.py`, which writes a checkpoint so that a crash loses nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Saving:
     """Writes the checkpoints of a run.
 
     Args:
-        state: tensors of the checkpoint the run was resumed from, read as they are asked for.
+        state: tensors of the checkpoint the run resumed from, read lazily.
 
     Attributes:
-        state: what the next stage to start takes its optimizer state from; empty once it has.
-        changed: parts whose weights differ from those in the newest checkpoint.
-        kept: names of the checkpoints that stay: stage ends, and those that were asked for.
+        state: tensors from which the next stage to start loads its optimizer state; empty afterwards.
+        changed: components with weights that differ from those in the newest checkpoint.
+        kept: names of the checkpoints that are never deleted: ends of stages, and requested ones.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class Saving:
         self.report, self.cost, self.state = report, cost, state
         self.folder = Path(config.run)
         self.changed: set[str] = set()
-        noted = [self.folder / name for name in ("kept.json", "stage-ends.json")]  # the second is of older versions
+        noted = [self.folder / name for name in ("kept.json", "stage-ends.json")]  # older versions wrote the second
         self.kept: set[str] = {name for path in noted if path.exists() for name in json.loads(path.read_text())}
 
     def save(self, step: Step, done: bool, keep: bool = False) -> bool:
-        """Commit a checkpoint. Returns False after a warning if the disk does not take it.
+        """Commit a checkpoint. Return False, after a warning, if it cannot be written.
 
         Args:
-            done: the stage has ended.
-            keep: the checkpoint is to stay.
+            done: True if the stage is complete.
+            keep: True if the checkpoint must never be deleted.
         """
         self.position.mark_done(done)
         here, folder = self.position.progress, self.folder / "checkpoints"
@@ -64,7 +64,7 @@ class Saving:
             state |= optimizer_state(step)
         for name, part in step.parts.items():
             state |= {f"{name}@ema/{key}": tensor for key, tensor in part.ema_state().items()}
-        # A part that the step does without is as it was loaded: nothing takes the place of its weights.
+        # A component the step does not need keeps its loaded weights.
         weights = dict.fromkeys(PARTS, dict) | {name: part.state for name, part in step.parts.items()}
         try:
             self.report.flush()
@@ -94,7 +94,7 @@ class Saving:
 
 
 def optimizer_state(step: Step) -> dict[str, Tensor]:
-    """The step's optimizer state by the names a checkpoint has: `PART|KEY`, and the count of skipped steps."""
+    """Return the step's optimizer state under its checkpoint names, `PART|KEY`, and the number of skipped steps."""
     state = {"skipped": step.skipped}
     for name, optimizer in step.optimizers.items():
         tensors = flat_state(optimizer, step.parts[name].names, step.parts[name].layout.views)

@@ -1,4 +1,4 @@
-"""Settings as dotted keys - in which ones runs differ, and `key=a,b,c` as the command line has it."""
+"""Settings as dotted keys: differences between runs, and `key=a,b,c` from the command line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ABSENT, UNSET = "—", "unset"
 
 
 def choices(word: str) -> tuple[str, dict[str, Any]]:
-    """`key=a,b,c` -> (key, {text: value}). Values are TOML, bare words are strings; commas in brackets or quotes part nothing.
+    """Parse `key=a,b,c` into (key, {text: value}). Values are TOML; a bare word is a string. See `split` for commas.
 
     Raises:
-        UserError: no key, no value, or one that is there twice.
+        UserError: the key or a value is missing, or a value occurs twice.
     """
     key, equals, text = (part.strip() for part in word.partition("="))
     if not equals or not key:
@@ -36,7 +36,7 @@ def choices(word: str) -> tuple[str, dict[str, Any]]:
 
 
 def split(text: str) -> list[str]:
-    """Parts between commas, but for those within brackets or quotes."""
+    """Split text at its commas, except at those inside brackets or quotes."""
     parts, depth, quote, before = [""], 0, "", ""
     for char in text:
         if quote:
@@ -54,10 +54,10 @@ def split(text: str) -> list[str]:
 
 
 def combinations(words: Sequence[str]) -> list[dict[str, tuple[str, Any]]]:
-    """Every combination of `key=a,b,c` words as {key: (text, value)}, the last key running fastest.
+    """Return every combination of `key=a,b,c` words as {key: (text, value)}. The last key varies fastest.
 
     Raises:
-        UserError: as `choices`, and for a key that is there twice.
+        UserError: as for `choices`, or a key occurs twice.
     """
     chosen: dict[str, dict[str, Any]] = {}
     for word in words:
@@ -70,7 +70,7 @@ def combinations(words: Sequence[str]) -> list[dict[str, tuple[str, Any]]]:
 
 
 def said(value: Any) -> str:
-    """A setting's value in a word: JSON, but text without its quotes."""
+    """Format a setting's value as JSON, but text without quotes (unless it is empty) and None as `UNSET`."""
     if value is None:
         return UNSET
     if isinstance(value, float):
@@ -79,12 +79,12 @@ def said(value: Any) -> str:
 
 
 def safe_name(text: str) -> str:
-    """A text as a file's name that every system takes."""
+    """Convert text to a file name that is valid on every system."""
     return re.sub(r"[^\w.=+-]+", "-", text).strip("-.")[:80]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Dotted (or slashed) keys -> their ends, each just long enough to be told from the others."""
+    """Map each dotted (or slashed) key to its shortest ending that no other key has."""
     mark = "/" if any("/" in key for key in keys) else "."
     short = {}
     for key in keys:
@@ -96,10 +96,10 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
-    """Dotted keys in which configs differ -> the value of each, in words; `ABSENT` where one has no such table.
+    """Map each dotted key in which configs differ to its values as text, one per config; `ABSENT` if a config lacks the key.
 
-    Stages go by name, or by none where every run has one only. Of a stage that some runs lack, one row `stage.NAME` tells what
-    it sets. `run` is no setting: it is where a run lies.
+    Stages are matched by name, unless every run has only one stage. A stage that some runs lack gets a single row
+    `stage.NAME` with the values it sets. `run` is ignored: it is the location of a run, not a setting.
     """
     single = all(len(config.stage) == 1 for config in configs)
     columns = [_flat(config.model_dump(by_alias=True) | {"stage": None, "run": None}) for config in configs]

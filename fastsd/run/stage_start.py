@@ -1,4 +1,4 @@
-"""Starting a stage - its step, with the state of the checkpoint or of the stage before it."""
+"""Start of a stage: builds its step and loads the state of the checkpoint or of the previous stage."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _STATE = {"reset": "begins anew", "carry": "carried over from the stage before"}
 
 
 def start_stage(run: Run, index: int) -> Step:
-    """Make a stage's step. Its optimizers take the checkpoint's state if the run was in the middle of the stage, or that
-    of the stage before if the config carries it over.
+    """Create a stage's step. It loads the optimizer state of the checkpoint if the run was in the middle of the stage, or
+    that of the previous stage if the config carries it over.
 
     Raises:
         UserError: the stage does not fit into the device's memory.
@@ -54,18 +54,18 @@ def _load_state(step: Step, saved: Mapping[str, Tensor]) -> None:
         part = step.parts[name]
         load_flat_state(optimizer, part.names, _PrefixView(saved, f"{name}|"), part.layout.views)
         for key, average in part.ema_state().items():
-            if f"{name}@ema/{key}" in saved:  # else it was switched on just now
+            if f"{name}@ema/{key}" in saved:  # missing if EMA was enabled only now
                 average.copy_(saved[f"{name}@ema/{key}"])
 
 
 def _micro_batch(run: Run, index: int, resumed: bool) -> int:
-    """Images a forward: as the config says, or as was found before, so that a resumed run has the same sums."""
+    """Return the micro-batch: the config's, or the one used before, so that a resumed run computes the same sums."""
     stage, here = run.config.stage[index], run.position.progress
     if resumed and here.micro and here.micro_asked == stage.micro_batch:
         return here.micro
     if stage.micro_batch != "auto":
         return stage.micro
-    # What is free, and what the model holds of it already: the plan counts the model, too.
+    # Free memory plus the memory of the resident modules, because the plan counts the model too.
     scratch = SCRATCH if run.device.type == "cuda" else 0
     held = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
     room = free_memory(run.device) - scratch + held
@@ -82,7 +82,7 @@ def _micro_batch(run: Run, index: int, resumed: bool) -> int:
 
 
 class _PrefixView(Mapping[str, Tensor]):
-    """The entries of a mapping under a prefix, by the rest of their names; nothing is read ahead."""
+    """Lazy view of a mapping's entries under a prefix, by their names without the prefix."""
 
     def __init__(self, whole: Mapping[str, Tensor], prefix: str) -> None:
         self._whole, self._prefix = whole, prefix

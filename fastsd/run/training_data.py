@@ -1,4 +1,4 @@
-"""What a run trains on - its view of the cache, token ids or text embeddings, and the images that are held out."""
+"""Training data of a run: its cache view, token ids or text embeddings, and the held-out split."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fastsd.model.model import Model
 
 
 class TrainingData:
-    """The data of a run, open.
+    """Data of a run, opened for reading.
 
     Args:
-        config: the run's.
-        model: whose VAE and tokenizer the cache must fit.
-        note: is given a line on what a user should know.
+        config: config of the run.
+        model: model with the VAE and tokenizer that the cache must match.
+        note: called with one-line messages for the user.
 
     Attributes:
-        latents: the view of the cache.
-        tokens: token ids of its captions; None = tokenized as they are read.
-        states: text embeddings of its captions, where they are cached.
-        sets: what a validation measures, and what is left out of training for it.
-        epochs: images in an epoch of each stage. They differ where stages split captions into tags differently.
+        latents: the cache view.
+        tokens: token ids of its captions; None = captions are tokenized when they are read.
+        states: text embeddings of its captions; None = they are not cached.
+        sets: samples that validation measures, and the held-out samples that training skips.
+        epochs: images per epoch of each stage. They differ if stages split captions into tags differently.
 
     Raises:
-        UserError: the cache is missing, damaged, or of another model.
+        UserError: the cache is missing, damaged, or built for another model.
     """
 
     def __init__(self, config: Config, model: Model, note: Callable[[str], None]) -> None:
@@ -46,7 +46,7 @@ class TrainingData:
         self.epochs = [self.loader(index).images for index in range(len(config.stage))]
 
     def loader(self, index: int, origin: int = 0) -> Loader:
-        """Batches for a stage that began after `origin` images of the run."""
+        """Return the loader of batches for a stage that started after `origin` images of the run."""
         return Loader(
             self.latents, self._model.text.tokenize, self._config.seed, self._config.stage[index],
             data=self._config.data, origin=origin, tokens=self.tokens, states=self.states, left_out=self.sets.left_out,

@@ -1,4 +1,4 @@
-"""What a step is followed by - at every so many steps, at chosen ones, or because someone asks for it."""
+"""Triggers after a step for logging, validation, sampling and saving: intervals, chosen steps, and requests by the user."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastsd.train.schedule import Every, points
 
 
 class Due:
-    """Tells after each step of a stage what is due. Each method must be called once a step."""
+    """Reports after each step of a stage which actions are due. Each method must be called exactly once per step."""
 
     def __init__(self, run: Run, index: int) -> None:
         stage, epoch = run.config.stage[index], run.data.epochs[index]
@@ -34,16 +34,16 @@ class Due:
         return self._is(self._checkpoint)
 
     def kept(self) -> bool:
-        """True for a checkpoint that stays: `checkpoint_at` names it, or someone asks for it now."""
+        """Return True if a checkpoint to retain is due: `checkpoint_at` lists this step, or the user requests one now."""
         return (self.run.position.progress.stage_step in self.points) | self._asked("checkpoint")
 
     def _is(self, every: Every) -> bool:
         return every.due(self.run.position.progress.stage_step, self.run.position.elapsed())
 
     def _asked(self, what: str) -> bool:
-        """True if someone has put a file trigger.WHAT into the run's folder; it is taken away."""
+        """Return True if the user has put a file trigger.WHAT into the run's folder, and delete that file."""
         try:
             (self.run.folder / f"trigger.{what}").unlink()
-        except OSError:  # there is none, or one that cannot be taken away and would ask at every step
+        except OSError:  # missing, or not deletable: such a file would trigger every step
             return False
         return True

@@ -1,19 +1,19 @@
-"""A loss to compare by - the same images, noise and timesteps every time, whatever a stage's own objective is.
+"""Validation loss: always on the same images, noise and timesteps, whatever the stage's own objective is.
 
-The timesteps are divided into bands and those into parts; an image is measured at one timestep of each part, with noise of its
-own:
+Timesteps are divided into bands, and bands into strata. An image is measured at one timestep per stratum, with its own noise:
 
-    e_is = mean over elements of |prediction - target|^2                image i, part s; target as `model.prediction` says
-    loss = mean of e_is over images and parts, of a band over its parts
-    se   = sqrt(sum_i (m_i - loss)^2 / (n - 1) / n)                     m_i = mean of e_is over parts; 0 for a single image
+    e_is = mean over elements of |prediction - target|^2                image i, stratum s; `model.prediction` sets the target
+    loss = mean of e_is over images and strata; for a band, over its strata
+    se   = sqrt(sum_i (m_i - loss)^2 / (n - 1) / n)                     m_i = mean of e_is over strata; 0 for a single image
 
-Timestep and noise are functions of (validate.seed, what tells the image from others, the part), so they stay the same whatever
-else is measured, or in which batches. Sums are exact (`math.fsum`): no order changes them.
+Timestep and noise are functions of (validate.seed, identity of the image, stratum), so they do not depend on the batches or on
+the other images measured. Sums are exact (`math.fsum`), so they do not depend on the order.
 
-`se` is how far the loss would move with other images. On the same images and noise similar models share most of that, so their
-difference is known better than either loss: rows keep every m_i ("each") for it, and what was measured ("items").
+`se` estimates how far the loss would move with other images. On the same images and noise, similar models share most of this
+movement, so their difference is known better than either loss. To compute it, rows store every m_i ("each") and a hash of the
+images, timesteps and noise ("items").
 
-Shapes: n images, B of them in a forward, S parts.
+Shapes: n images, B images per forward, S strata.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Validation:
     """Measures a model on fixed sets of images.
 
     Args:
-        model: on its device, in whatever precision; nothing of it is changed.
-        loader: reads the images, without what its stage does to them.
-        sets: what is measured.
-        table: `[validate]`.
+        model: on its device, in any precision; it is not modified.
+        loader: reads the images; the random changes of its stage are not applied.
+        sets: sets of samples to measure.
+        table: `[validate]` of the config.
 
     Raises:
-        UserError: more parts than timesteps.
+        UserError: there are more strata than timesteps.
     """
 
     def __init__(self, model: Model, loader: Loader, sets: Sets, table: ValidateTable) -> None:
@@ -75,12 +75,12 @@ class Validation:
 
     @property
     def forwards(self) -> int:
-        """Of the UNet, to measure one set of weights."""
+        """Number of UNet forwards needed to measure one set of weights."""
         return sum(map(len, self._batches.values())) * (len(self._edges) - 1)
 
     @torch.no_grad()
     def rows(self, parts: Iterable[Part] = ()) -> list[Row]:
-        """Measure the weights as they are, and with the averages of those parts that have one in their place.
+        """Measure the current weights; if any of `parts` has an EMA, measure again with EMA weights in those components.
 
         Raises:
             UserError: the cache is damaged.
@@ -103,12 +103,12 @@ class Validation:
         return rows
 
     def _items(self, batches: Sequence[np.ndarray]) -> str:
-        """What is measured, in its order, at which timesteps and with which noise: a hash."""
+        """Hash the timesteps and noise positions of all samples in measuring order. They identify the samples, too."""
         drawn = [tensor.numpy().tobytes() for batch in batches for tensor in self._draw(batch)]
         return xxhash.xxh3_64_hexdigest(b"".join(drawn))
 
     def _errors(self, samples: np.ndarray) -> list[list[float]]:
-        """Mean square errors, (B, S)."""
+        """Return the mean squared errors, (B, S)."""
         model, table, device = self.model, self.table, self.model.unet.conv_in.weight.device
         raw_BCHW, context = (tensor.to(device) for tensor in self.loader.as_they_are(samples))
         latents_BCHW = model.vae.scale(raw_BCHW.float())
@@ -125,7 +125,7 @@ class Validation:
         return torch.stack(errors, dim=1).tolist()
 
     def _draw(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps, and the positions of the noise: int64 (S, B)."""
+        """Return the timesteps and the positions of the noise, both int64 (S, B)."""
         edges, cache = torch.tensor(self._edges)[:, None], self.loader.cache
         own_B = torch.tensor([int(identities(cache, self.table, number, number + 1)[0]) for number in samples.tolist()])
         words = philox(self.table.seed, Purpose.VALIDATION, own_B, torch.arange(len(edges) - 1)).transpose(0, 1)
@@ -133,7 +133,7 @@ class Validation:
         return t_SB, words[..., 1] << 32 | words[..., 2]
 
     def _in_batches(self, samples: np.ndarray) -> list[np.ndarray]:
-        """Samples by shape, at most `validate.batch` together."""
+        """Group samples by shape into batches of at most `validate.batch`."""
         groups, shapes = self.loader.cache.groups, dict[tuple[int, ...], list[int]]()
         for sample in samples.tolist():
             group = groups[bisect_right(groups, sample, key=lambda group: group.first) - 1]
@@ -143,7 +143,7 @@ class Validation:
 
 
 def summary(errors_nS: Sequence[Sequence[float]], edges: Sequence[int], per_band: int) -> Row:
-    """{"loss", "se", "bands"} of the errors of n images at S timesteps; band b begins at timestep edges[b * per_band]."""
+    """Return {"loss", "se", "bands"} for the errors of n images at S timesteps. Band b starts at edges[b * per_band]."""
     bands = []
     for first in range(0, len(edges) - 1, per_band):
         own = [errors_S[first : first + per_band] for errors_S in errors_nS]
@@ -160,13 +160,13 @@ def _mean_and_error(errors: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def in_a_line(rows: Sequence[Row]) -> str:
-    """held out 0.1432 ± 0.0021, stabilised 0.1398 ± 0.0020, by band 0.31 0.16 0.11 0.08 0.04 (of the first)"""
+    """Format as "held out 0.1432 ± 0.0021, stabilised 0.1398 ± 0.0020, by band 0.31 0.16 ..."; bands of the first row."""
     losses = ", ".join(f"{_name(row)} {row['loss']:.4f} ± {row['se']:.4f}" for row in rows)
     return f"{losses}, by band {' '.join(f'{loss:.2g}' for _, _, loss, _ in rows[0]['bands'])}"
 
 
 def in_a_table(rows: Sequence[Row]) -> str:
-    """A line a band, a column a row."""
+    """Format as a table with one line per band and one column per row."""
     lines = [["timesteps", *map(_name, rows)]]
     for bands in zip(*(row["bands"] for row in rows), strict=True):
         lines.append([f"{bands[0][0]}-{bands[0][1] - 1}", *(f"{loss:.4f} ± {se:.4f}" for _, _, loss, se in bands)])
