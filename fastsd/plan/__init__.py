@@ -1,1 +1,1 @@
-"""Floor 5: memory, time and disk of a job, before a GPU is touched."""
+"""Floor 5: estimates of the memory, time and disk space of a job, made without a GPU."""

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk, before it is there."""
+"""Disk space that a run will take."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastsd.model.formats.write import DTYPE
 
 
 def export_bytes(config: Config, parts: Mapping[str, int]) -> int:
-    """What an export takes on the disk beside the checkpoints: single files, and parts that are no links.
+    """Return the bytes an export takes in addition to the checkpoints: single files, and components that are not hard links.
 
     Args:
-        parts: bytes of each part of the model in fp32.
+        parts: bytes of each component of the model in fp32.
     """
     averaged, lora = config.stage[-1].ema > 0, config.model.lora
     adapted = PARTS[: 1 + lora.text_encoder] if lora else ()

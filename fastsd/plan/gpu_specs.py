@@ -1,9 +1,9 @@
-"""What graphics cards can do, and how long one takes for a list of operations. An estimate, for `fastsd plan`.
+"""GPU specifications, and an estimate of the time a GPU needs for a list of operations. Used by `fastsd plan`.
 
     seconds of an operation = max(FLOPs / (MATMUL_SHARE * rate), bytes / (MEMORY_SHARE * bandwidth))
 
-An operation's bytes are its operands read once and its results written once; operations follow one another. What a host
-adds is left out (a step is one CUDA graph), and so is the loader (it works ahead).
+An operation reads its operands once and writes its results once. Operations run one after another. The host's overhead is
+ignored (a step is one CUDA graph), and so is the data loader (it works ahead).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.utils.flop_counter import flop_registry
 
 from fastsd.errors import UserError
 
-# What a whole step reaches: of the matmul rate below in convolutions, matmuls and attention, of the bandwidth elsewhere.
-# Chosen, not measured: in bf16 they give 163 images/s of SD1.5 at 512 px on an H200, where MLPerf v5.0's best entry has
-# 149.5, and 26.5 with checkpointing on an RTX 4090, where a user of another trainer reports 28.4.
+# Efficiency of a whole step: convolutions, matmuls and attention reach this share of the matmul rate below, all other
+# operations this share of the bandwidth. Chosen, not measured. For SD1.5 in bf16 at 512 px they predict 163 images/s on an
+# H200 (best entry of MLPerf v5.0: 149.5), and 26.5 with checkpointing on an RTX 4090 (a user of another trainer: 28.4).
 MATMUL_SHARE, MEMORY_SHARE = 0.6, 0.8
 
 
 @dataclass(frozen=True)
 class Card:
-    """One kind of card. memory in GiB, bandwidth in GB/s (data sheet), the others in TFLOP/s of dense matmuls."""
+    """One type of GPU: `memory` in GiB, `bandwidth` in GB/s (data sheet), and rates of dense matmuls in TFLOP/s."""
 
     name: str
     memory: float
@@ -39,8 +39,8 @@ class Card:
     fp32: float
 
 
-# Rates of large matmuls as measured for RTX 4090, RTX 5090, H200 (bf16 also for RTX 3090); H100 is H200's chip with other
-# memory; the others are the data sheet's, for A100 less a seventh, which large matmuls lose on H200.
+# Matmul rates are measured with large matmuls on RTX 4090, RTX 5090 and H200 (bf16 also on RTX 3090). H100 is the chip of H200
+# with other memory. The rest are from data sheets; A100's are reduced by a seventh, the loss of large matmuls on H200.
 # fmt: off
 CARDS = [
     Card("RTX 3090",  24,  936,  77,  35.7, 35.7),
@@ -54,7 +54,7 @@ CARDS = [
 
 
 def find_card(name: str) -> Card:
-    """ "4090", "rtx-4090" or "RTX 4090" -> the card. Raises UserError for one that is not in the table."""
+    """Find a card by a name such as "4090", "rtx-4090" or "RTX 4090". Raises UserError if it is unknown or ambiguous."""
     plain = {_plain(card.name): card for card in CARDS}
     found = [card for key, card in plain.items() if _plain(name) and key.endswith(_plain(name))]
     if len(found) == 1:
@@ -77,18 +77,18 @@ class Operation(NamedTuple):
 
 @dataclass
 class Work:
-    """The operations of one step: of its forward and backward, once a micro-batch, and of its update, once a step."""
+    """Operations of one step: `accumulate`, forward and backward of each micro-batch, and `update`, once per step."""
 
     accumulate: list[Operation] = field(default_factory=list)
     update: list[Operation] = field(default_factory=list)
 
     @property
     def flops(self) -> int:
-        """Of one micro-batch."""
+        """FLOPs of one micro-batch."""
         return sum(operation.flops for operation in self.accumulate)
 
     def seconds(self, card: Card, precision: str, micro_batches: int) -> float:
-        """Of a step of that many micro-batches, see the file's note."""
+        """Estimate the seconds of a step with `micro_batches` micro-batches, see the module docstring."""
         once = sum(_seconds(operation, card, precision) for operation in self.accumulate)
         return micro_batches * once + sum(_seconds(operation, card, precision) for operation in self.update)
 
@@ -96,12 +96,12 @@ class Work:
 def _seconds(operation: Operation, card: Card, precision: str) -> float:
     rate = card.bf16 if operation.narrow else card.tf32 if precision == "tf32" else card.fp32
     if operation.attention and not operation.narrow:
-        rate = max(rate, card.tf32 / 3)  # exact attention goes the faster of two ways, see `set_precision`
+        rate = max(rate, card.tf32 / 3)  # fp32 attention uses the faster of two methods, see `set_precision`
     return max(operation.flops / (MATMUL_SHARE * rate * 1e12), operation.bytes / (MEMORY_SHARE * card.bandwidth * 1e9))
 
 
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# PyTorch counts its attention on GPUs only.
+# PyTorch has FLOP formulas only for its GPU attention.
 _COUNTED_AS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -111,7 +111,7 @@ _COUNTED_AS = {
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the operations that run in the `with` block in `operations`, by PyTorch's FLOP formulas; views are free."""
+    """Records the operations of the `with` block in `operations`, with PyTorch's FLOP formulas. Views are free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
 
 @cache
 def _kind(func: Any) -> tuple[str, list[int], bool]:
-    """An operation's name, which of its arguments it writes, and whether its results are new tensors (else views of some)."""
+    """Return an operation's name, the indices of arguments it writes, and True if its results are new tensors, not views."""
     places = [i for i, argument in enumerate(func._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
     return func.overloadpacket.__name__, places, not any(value.alias_info for value in func._schema.returns)
 

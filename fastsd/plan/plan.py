@@ -1,14 +1,14 @@
-"""What a job needs - memory, time, disk - before a GPU is touched, from the config alone.
+"""Memory, time and disk space of a job, planned from the config alone, without a GPU.
 
-Nothing here is a second formula: the step that trains is run on tensors that have shapes and no data, its memory is
-counted as it comes and goes (`train/memory.py`) and its operations are noted (`gpu_specs.py`). A micro-batch costs a second to
-try, whatever its size, so none is extrapolated from another.
+No formulas model the step. The plan runs the real training step on tensors with shapes but no data, counts memory as it is
+allocated and freed (`train/memory.py`), and records the operations (`gpu_specs.py`). Trying one micro-batch takes a second
+at any size, so no result is extrapolated from another.
 
-    weights, gradients, state, EMA    what `Step.owners` names
-    activations                       born in the forward and alive when it ends
-    working memory                    what the worst moment of the step needs beyond all of these
+    weights, gradients, state, EMA    tensors listed by `Step.owners`
+    activations                       allocated in the forward and alive when it ends
+    working memory                    needed at the peak of the step, beyond all of these
 
-What no tensor shows is a constant (`RESERVED`): the CUDA context, libraries and the scratch they take within an operation.
+`RESERVED` is a constant for memory no tensor shows: the CUDA context, libraries, and their scratch within an operation.
 Read next: `fastsd/train/step.py`.
 """
 
@@ -44,8 +44,8 @@ from fastsd_kernels import REFERENCE, TRITON, Ops
 from fastsd_kernels.launch import recording
 
 GIB = 1 << 30
-# Set aside for what no tensor shows: the CUDA context with its kernels and library handles, and room for the scratch that
-# convolutions take and the gaps that an allocator leaves. Not measured here.
+# Memory that no tensor shows: the CUDA context with its kernels and library handles, and scratch, which covers the workspace
+# of convolutions and the fragmentation of the allocator. Not measured here.
 CONTEXT, SCRATCH = int(0.5 * GIB), int(0.7 * GIB)
 RESERVED = CONTEXT + SCRATCH
 LEVELS = ("none", "ff", "block")
@@ -53,13 +53,13 @@ LEVELS = ("none", "ff", "block")
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs at one micro-batch, in bytes; and what it does.
+    """Memory of a stage at one micro-batch, in bytes, and its operations.
 
     Attributes:
-        owners: what lives as long as the stage, by owner.
+        owners: memory that lives as long as the stage, by owner.
         kept: activations alive when the forward of one micro-batch ends.
-        working: what the worst moment of the step needs beyond these two.
-        sampling: what drawing samples, between steps, needs beyond `owners`.
+        working: needed at the peak of the step, beyond `owners` and `kept`.
+        sampling: needed to draw samples between steps, beyond `owners`.
     """
 
     micro: int
@@ -79,7 +79,7 @@ class Need:
 
 
 class StagePlan:
-    """What one stage needs, at any micro-batch and level of checkpointing. Made by `plan_stage`."""
+    """Plan of one stage at any micro-batch and checkpointing level. Created by `plan_stage`."""
 
     def __init__(
         self, shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None, states: bool
@@ -91,18 +91,18 @@ class StagePlan:
 
     @property
     def micro_batches(self) -> list[int]:
-        """The images a forward that this stage may have, fewest first."""
+        """Micro-batches that this stage may have, smallest first."""
         batch = self.stage.batch
         return [n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or not self.stage.fused_backward)]
 
     @property
     def trained(self) -> list[str]:
-        """The parts of the model that the stage changes."""
+        """Components of the model that the stage changes."""
         self.need(self.stage.batch)
         return changed_parts(self._rehearsals[True].trained)
 
     def need(self, micro: int, checkpointing: str | None = None) -> Need:
-        """Memory and work of a step with `micro` images a forward, found by running it without data."""
+        """Return memory and operations of a step with a micro-batch of `micro` images, found by running it without data."""
         level = checkpointing or self.stage.checkpointing
         if (micro, level) not in self._needs:
             whole = micro == self.stage.batch
@@ -113,18 +113,18 @@ class StagePlan:
         return self._needs[micro, level]
 
     def largest_micro_batch(self, bytes: int | None = None, checkpointing: str | None = None) -> int:
-        """The most images a forward with which a stage fits.
+        """Find the largest micro-batch with which the stage fits.
 
         Args:
-            bytes: what all tensors of the run together may take, weights included; None = `device_bytes`.
-            checkpointing: None = the stage's own.
+            bytes: limit for all tensors of the run together, weights included; None = `device_bytes`.
+            checkpointing: checkpointing level; None = the stage's.
 
         Returns:
-            A divisor of the batch; 0 if not even the smallest fits.
+            A divisor of the batch; 0 if not even the smallest micro-batch fits.
         """
         room = self.device_bytes if bytes is None else bytes
         *candidates, whole = self.micro_batches
-        # First the whole batch, which may need less than its half: bf16 gradients that are added up are fp32.
+        # The whole batch comes first. It may need less than half of it, because accumulated bf16 gradients are fp32.
         if self.need(whole, checkpointing).total <= room:
             return whole
         fits = 0
@@ -137,12 +137,12 @@ class StagePlan:
         return fits
 
     def images_per_second(self, card: Card, micro: int, checkpointing: str | None = None) -> float:
-        """An estimate, see `gpu_specs.py`."""
+        """Estimate the training speed, see `gpu_specs.py`."""
         work = self.need(micro, checkpointing).work
         return self.stage.batch / work.seconds(card, self.stage.precision, self.stage.batch // micro)
 
     def files(self) -> tuple[dict[str, int], int]:
-        """Bytes as written: of each part of the model, in fp32, and of the stage's state."""
+        """Return the bytes of each component of the model in fp32, and of the stage's optimizer state and EMA, as written."""
         self.need(self.stage.batch)
         rehearsal = self._rehearsals[True]
         parts = {name: sum(4 * p.numel() for p in module.parameters()) for name, module in rehearsal.modules.items()}
@@ -155,15 +155,15 @@ def plan_stage(
     """Plan one stage.
 
     Args:
-        shapes: of the model, `Shapes.of(model)` or `read_shapes(table)`.
-        resolution: px a side.
-        device_bytes: what all tensors of the run together may take: a card's memory less `RESERVED`, or, in a process
-            that has its context already, what is free and what its own tensors hold, less `SCRATCH`.
-        ops: the table the step will run with; None = TRITON on a GPU, or where there is no Triton REFERENCE on a CPU.
-        states: the text encoder's states are cached, and it takes no memory.
+        shapes: shapes of the model, from `Shapes.of(model)` or `read_shapes(table)`.
+        resolution: image size in px per side.
+        device_bytes: limit for all tensors of the run together: the card's memory minus `RESERVED`; or, in a process that
+            already has a CUDA context, free memory plus that of its own tensors, minus `SCRATCH`.
+        ops: the ops the step will use; None = `TRITON` on a GPU, or `REFERENCE` on a CPU if Triton is missing.
+        states: True if text embeddings are cached, so that the text encoder takes no memory.
 
     Raises:
-        UserError: a resolution that the model cannot have.
+        UserError: the model does not support the resolution.
     """
     return StagePlan(shapes, stage, resolution, device_bytes, ops, states)
 
@@ -172,24 +172,24 @@ class _Rehearsal:
     """The step of a stage on tensors without data.
 
     Args:
-        micro: images a forward, as a stage has it: what is trained at once (0) needs other gradients than what is added up.
-        states: batches bring the text encoder's states.
+        micro: `micro_batch` as in a config. The whole batch at once (0) needs other gradients than accumulation does.
+        states: True if batches contain text embeddings.
 
     Attributes:
-        modules: of the model, by part.
-        owners: bytes that live as long as the stage.
-        trained: the parts that the stage changes, each with the names of the parameters it trains.
+        modules: modules of the model by component name.
+        owners: bytes that live as long as the stage, by owner.
+        trained: components that the stage changes -> names of the parameters it trains.
     """
 
     def __init__(self, shapes: Shapes, stage: StageTable, side: int, ops: Ops, micro: int, states: bool) -> None:
         self._side, self._states = side, states
-        # A GPU's tensors are stood for by those of the meta device. A CPU's, which the references look at, must seem to be
-        # there: that takes PyTorch's fake tensors, five times as long.
+        # Meta tensors replace the tensors of a GPU. The reference ops for a CPU inspect their tensors, which must therefore
+        # appear to be on the CPU. This needs PyTorch's fake tensors and takes five times as long.
         self._device = torch.device("meta" if ops is TRITON else "cpu")
         self._without_data = _ToMainMemory() if ops is TRITON else FakeTensorMode()
         self._live, self._recorder = LiveBytes(self._device), Recorder()
-        self._forwards: list[int] = []  # bytes alive when a forward of the UNet ended
-        self._updates: list[int] = []  # at which operation an update began
+        self._forwards: list[int] = []  # bytes alive at the end of each UNet forward
+        self._updates: list[int] = []  # index of the operation at which each update starts
         self._model = empty_model(shapes, _traceable(ops, self._mark))
         self.modules = {"unet": self._model.unet, "text_encoder": self._model.text.module, "vae": self._model.vae.module}
         with self._tracing():
@@ -197,18 +197,18 @@ class _Rehearsal:
                 if not (states and name == "text_encoder"):
                     materialize(module, self._device)
             self._step = Step(self._model, stage.model_copy(update={"micro_batch": micro}), total=1, seed=0, states=states)
-            for name, optimizer in self._step.optimizers.items():  # state is made at first use; this is one
+            for name, optimizer in self._step.optimizers.items():  # allocates the state, which is lazy
                 part = self._step.parts[name]
                 flat_state(optimizer, part.names, part.layout.views)
         self.trained = self._step.trained
         self.owners = self._owned()
-        # Beside the owners live some small tables; on a CPU, what frozen parts keep in main memory as well.
+        # Memory outside the owners: some small tables, and on a CPU also data that frozen components keep in main memory.
         self._others = self._live.now - sum(self.owners.values())
         self._sampling = self._sample()
         self._model.unet.register_forward_hook(lambda *_: self._forwards.append(self._live.now))
 
     def step(self, micro: int, checkpointing: str) -> Need:
-        """One forward, backward and update of `micro` images."""
+        """Run one forward, backward and update with `micro` images."""
         self._model.unet.checkpointing, self._step.micro = checkpointing, micro
         self._recorder.operations, self._updates, self._forwards = [], [], []
         with self._without_data:
@@ -221,7 +221,7 @@ class _Rehearsal:
             before = self._live.now
             self._step(Batch(latents, ids, positions, [], context), 0)
         forward, operations = self._forwards[0], self._recorder.operations
-        # A step that is fused with the backward has one micro-batch, and no update apart.
+        # A step fused with the backward has one micro-batch and no separate update.
         update = len(operations) if self._step.stage.fused_backward else self._updates[0]
         return Need(
             micro, self.owners, forward - before, self._live.peak - forward + self._others, self._sampling,
@@ -229,13 +229,13 @@ class _Rehearsal:
         )  # fmt: skip
 
     def _sample(self) -> int:
-        """Peak of drawing a full batch of guided samples, beyond what lives anyway; images are decoded one by one."""
+        """Return the peak bytes of drawing a full batch of guided samples, beyond those alive before. Decodes one by one."""
         model, count = self._model, 2 * BATCH
         with self._tracing(), torch.no_grad():
             self._live.restart()
             before = self._live.now
             latents = torch.empty(count, model.unet.cfg.in_channels, self._side, self._side, device=self._device)
-            if self._states:  # they come from an encoder in main memory
+            if self._states:  # the text encoder runs in main memory
                 context = torch.empty(count, model.text.length, model.text.width, device=self._device)
             else:
                 context = model.text.encode(torch.empty(count, model.text.length, dtype=torch.int64, device=self._device))
@@ -257,13 +257,13 @@ class _Rehearsal:
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
-        # 86: an RTX 3090's tiles. Nothing that is counted here depends on them, but the kernels ask.
+        # 86 selects the tiles of an RTX 3090. The kernels need some choice; the counts do not depend on it.
         with recording(86), self._without_data, self._live:
             yield
 
 
 class _ToMainMemory(TorchDispatchMode):
-    """Lets tensors without data be copied to main memory, where they take none, for it is not what is planned."""
+    """Allows tensors without data to be copied to main memory. The copies take no memory, since main memory is not planned."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -273,9 +273,9 @@ class _ToMainMemory(TorchDispatchMode):
 
 
 def _traceable(ops: Ops, mark: Callable[[], None]) -> Ops:
-    """`ops` such that tensors without data pass, with a call of `mark` where the update begins."""
+    """Return a variant of `ops` that accepts tensors without data and calls `mark` where the update starts."""
     if ops.name == "cpu" and TRITON is not None:
-        # What is called by address cannot be traced. These work in place as well and take next to nothing besides.
+        # Ops that pass addresses cannot be traced. The Triton ops also work in place and need almost no extra memory.
         ops = replace(ops, gradient_norm=TRITON.gradient_norm, lion=TRITON.lion, dlion=TRITON.dlion, adamw=TRITON.adamw,
                       dlion_estimate=TRITON.dlion_estimate)  # fmt: skip
 
@@ -289,15 +289,15 @@ def _traceable(ops: Ops, mark: Callable[[], None]) -> Ops:
 def plan(
     config: Config, vram: float | None = None, card: str = "", path: Path | None = None, say: Callable[[str], None] = print
 ) -> None:  # fmt: skip
-    """`fastsd plan`: say what every stage needs, how fast it may go, and what it leaves on the disk.
+    """Print memory, estimated speed and disk space of every stage. Implements `fastsd plan`.
 
     Args:
-        vram: GiB of the card; None = the memory of `card`, or 24.
-        card: a name in `cards.CARDS`; "" = estimates for all of them.
-        path: also write everything as JSON there.
+        vram: memory of the card in GiB; None = that of `card`, or 24.
+        card: a name in `gpu_specs.CARDS`; "" = estimates for all of them.
+        path: file to which all results are also written as JSON; None = no file.
 
     Raises:
-        UserError: what the user must change; that a stage does not fit is an answer, and no error.
+        UserError: the user must change something. A stage that does not fit is a result, not an error.
     """
     cards = [find_card(card)] if card else CARDS
     vram = vram if vram is not None else cards[0].memory if card else 24.0
@@ -318,7 +318,7 @@ def plan(
     say(f"images     {images or 'not found: data.folders cannot be read here'}")
     plans: list[StagePlan] = []
     for i, stage in enumerate(config.stage):
-        # Stages that differ in these only are planned once.
+        # Stages that differ only in these settings are planned once.
         same = {"name": "", "until": 1, "lr": 1.0, "micro_batch": 0, "warmup": 0, "caption_dropout": 0.0, "max_tags": 0,
                 "sample_every": 0, "checkpoint_every": 1, "keep_checkpoints": 1}  # fmt: skip
         alike = stage.model_copy(update=same)
@@ -338,7 +338,7 @@ def plan(
 
 
 def _count(data: DataTable) -> int | None:
-    """Images an epoch, before a filter by tag; None where the folders cannot be read."""
+    """Count the images per epoch, before filtering by tag. Return None if the folders cannot be read."""
     try:
         return folders.count(data)[1]
     except UserError:
@@ -346,13 +346,13 @@ def _count(data: DataTable) -> int | None:
 
 
 def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], images: int | None) -> dict[str, Any]:
-    """One stage as JSON: sizes in bytes, times in seconds."""
+    """Describe one stage as JSON, with sizes in bytes and times in seconds."""
     largest = plan.largest_micro_batch()
     micro = stage.micro if stage.micro_batch != "auto" else largest or plan.micro_batches[0]
     need = plan.need(micro)
     unit = parse_amount("until", stage.until)[1]
     steps = stage.steps(images or 1) if images or unit != "epochs" else None
-    steps = None if steps == ENDLESS else steps  # the clock ends it
+    steps = None if steps == ENDLESS else steps  # the stage ends by time
     levels = {}
     for level in LEVELS:
         most = plan.largest_micro_batch(checkpointing=level)
@@ -417,13 +417,13 @@ def _verdict(entry: dict[str, Any], vram: float) -> str:
 
 
 def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | None) -> dict[str, Any]:
-    """Bytes on the disk, at the end or at the fullest moment."""
+    """Return the bytes on the disk, at the end of the run or at its peak."""
     numbers = shapes.unet.in_channels * plans[0].side ** 2
-    if config.cache.hidden_states:  # of one caption an image
+    if config.cache.hidden_states:  # for one caption per image
         numbers += shapes.chunks * shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
     cached = numbers * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
     model, _ = plans[0].files()
-    # Frozen parts are links to the base's files written once; one checkpoint more exists while the oldest is not yet deleted.
+    # Frozen components are hard links to files written once. One more checkpoint exists until the oldest is deleted.
     each = [sum(model[part] for part in plan.trained) + plan.files()[1] for plan in plans]
     most = max(size * (stage.keep_checkpoints + 1) for size, stage in zip(each, config.stage, strict=True))
     ends = sum(model[part] for plan in plans[:-1] for part in plan.trained)
