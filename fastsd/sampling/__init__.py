@@ -1,1 +1,1 @@
-"""Floor 4: images from a model, and grids of them."""
+"""Floor 4: image generation and sample grids."""

@@ -1,9 +1,9 @@
-"""Images from a model - for grids during training, `fastsd sample`, and the demo.
+"""Image generation for sample grids during training, `fastsd sample`, and the demo.
 
-The first latents of an image are a function of its seed alone, so the same seeds show the same composition as a model
-changes, and sampling draws on no generator that training uses.  The schedulers are diffusers'.
+The initial latents of an image depend only on its seed, so the same seed shows the same composition while a model changes.
+Sampling uses no random generator that training uses. The schedulers are those of diffusers.
 
-Shapes: B images, C latent channels, H x W latent positions, L tokens, D context width.
+Shapes: B images, C latent channels, H x W latent positions, L tokens, D width of the text embeddings.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastsd.model.model import Model
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 from fastsd_kernels import noise
 
-BATCH = 8  # images a UNet call; the guidance doubles it
+BATCH = 8  # images per UNet call; guidance doubles it
 
 
 def load_to_sample(table: ModelTable, device: str = "auto", precision: str = "fp32") -> Model:
-    """A model on its device, ready for `generate`; its VAE decodes in fp32. Raises UserError as `load_model` does."""
+    """Load a model onto its device, ready for `generate`. The VAE decodes in fp32. Raises UserError as `load_model` does."""
     where = choose_device(device)
     model = load_merged(table, choose_ops("auto", where))
     for module in (model.unet, model.text.module):
@@ -38,16 +38,16 @@ def load_to_sample(table: ModelTable, device: str = "auto", precision: str = "fp
 
 @torch.no_grad()
 def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], table: SampleTable, size: int) -> list[Image.Image]:
-    """One image per (prompt, seed) pair.
+    """Generate one image per (prompt, seed) pair.
 
     Args:
-        model: on its device, in any precision; its weights and mode stay as they are.
-        prompts, seeds: of equal length.
+        model: on its device, in any precision; its weights and mode are not changed.
+        prompts, seeds: sequences of equal length.
         table: sampler, steps, guidance and negative prompt.
-        size: px a side.
+        size: image size in px per side.
 
     Raises:
-        UserError: a size that the model's latents cannot have.
+        UserError: the model does not support the size, or its noise schedule has fewer timesteps than `table.steps`.
     """
     check_size(model, size)
     check_steps(model, table)
@@ -63,7 +63,7 @@ def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], table: 
 
 
 def check_size(model: Model, size: int) -> None:
-    """Raise UserError for an image size that the model's latents cannot have."""
+    """Raise UserError if the model does not support an image size."""
     step = model.vae.downscale * model.unet.cfg.downscale
     if size < step or size % step:
         lower = max(step, size // step * step)
@@ -71,7 +71,7 @@ def check_size(model: Model, size: int) -> None:
 
 
 def check_steps(model: Model, table: SampleTable) -> None:
-    """Raise UserError for more steps than the noise schedule has."""
+    """Raise UserError if there are more sampling steps than timesteps in the noise schedule."""
     timesteps = model.scheduler.get("num_train_timesteps", 1000)
     if table.steps > timesteps:
         raise UserError(f"sample.steps is {table.steps}, and {model.name} has {timesteps} timesteps; lower it")
@@ -82,17 +82,17 @@ def denoise(
     model: Model, prompts: Sequence[str], eps_BCHW: Tensor, seeds: Sequence[int], table: SampleTable,
     latents_BCHW: Tensor | None = None, start: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Noise -> scaled latents of images, fp32 (B, C, H, W).
+    """Denoise noise to the scaled latents of images, fp32 (B, C, H, W).
 
     Args:
-        eps_BCHW: standard normals, on the UNet's device.
-        seeds: of what a stochastic sampler adds on its way; B numbers below 2**32.
+        eps_BCHW: standard normal noise, on the UNet's device.
+        seeds: B numbers below 2**32, seeds of the noise that stochastic samplers add in each step.
         table: sampler, steps, guidance and negative prompt.
-        latents_BCHW, start: scaled latents to noise to timestep `start` and to go on from; None = from pure noise.
+        latents_BCHW, start: scaled latents to which noise is added at timestep `start` before denoising; None = pure noise.
     """
     device, count, guided = eps_BCHW.device, len(prompts), table.guidance != 1.0
     ids = model.text.tokenize([*prompts, *[table.negative] * count] if guided else list(prompts))
-    context_BLD = model.text.encode(ids.to(model.text.device)).to(device)  # an encoder that training leaves out lies elsewhere
+    context_BLD = model.text.encode(ids.to(model.text.device)).to(device)  # an encoder unused in training is on the CPU
     scheduler = make_sampler(table.sampler, model.scheduler)
     scheduler.set_timesteps(table.steps, device=device)
     if latents_BCHW is None:
@@ -100,7 +100,7 @@ def denoise(
     else:
         _begin_at(scheduler, start)
         x_BCHW = scheduler.add_noise(latents_BCHW, eps_BCHW, scheduler.timesteps[:1].expand(count))
-    # Stochastic samplers draw their own noise: from generators of their own, one an image.
+    # Stochastic samplers draw additional noise, from a separate generator per image.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     extra = {} if table.sampler == "dpm++" else {"generator": generators}
     for t in scheduler.timesteps:
@@ -115,11 +115,11 @@ def denoise(
 
 
 def _begin_at(scheduler: Any, start: int) -> None:
-    """Have a sampler begin at any timestep and go down in steps as long as those of a whole drawing.
+    """Make a sampler start at any timestep, with steps as long as those of a full sampling.
 
-    diffusers' image-to-image begins at one of the sampler's own timesteps; with few steps the nearest would be far off.
+    diffusers' image-to-image starts at one of the sampler's own timesteps. With few steps the nearest one is far off.
     """
-    length = scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # the only one that DDIM can go
+    length = scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # the only step length DDIM has
     timesteps = torch.arange(start, -1, -length)
     scheduler.timesteps = timesteps.to(scheduler.timesteps)
     if hasattr(scheduler, "sigmas"):
@@ -128,19 +128,19 @@ def _begin_at(scheduler: Any, start: int) -> None:
 
 
 def make_sampler(name: str, config: dict[str, Any]) -> Any:
-    """A diffusers scheduler by its short name, with the noise schedule and prediction of a model's scheduler config."""
+    """Create a diffusers scheduler by its short name, with the noise schedule and prediction type of a scheduler config."""
     import diffusers
 
     kinds = {
         "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
         "dpm++": "DPMSolverMultistepScheduler",
     }  # fmt: skip
-    # Latents are not bounded by 1; a config that says nothing of clipping would get DDIM's default, which clips.
+    # Latents are not bounded by 1, but DDIM clips by default if the config does not mention clipping.
     extra = {"clip_sample": False} if name == "ddim" else {}
     return getattr(diffusers, kinds[name]).from_config(config, **extra)
 
 
 def to_image(image_3RR: Tensor) -> Image.Image:
-    """(3, R, R) in [-1, 1] -> PIL."""
+    """Convert a tensor (3, R, R) in [-1, 1] to a PIL image."""
     pixels = ((image_3RR.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

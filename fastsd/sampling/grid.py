@@ -1,4 +1,4 @@
-"""Prompts and grids - which images a config asks for, laid out in rows with their captions."""
+"""Prompts and sample grids: the images a config requests, arranged in rows with captions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastsd.model.model import Model
 from fastsd.sampling.generate import check_size, check_steps, generate
 from fastsd.storage import TEMPORARY
 
-GRID_CHUNK = "fastsd"  # the text chunk of a grid's PNG that says what it shows
+GRID_CHUNK = "fastsd"  # key of the PNG text chunk that describes a grid
 
 
 def check_samples(model: Model, config: Config) -> str:
-    """Find what would stop a sample grid before training starts; returns what the grid will be. Raises UserError."""
+    """Return a description of the config's sample grid. Raises UserError before training if it could not be drawn."""
     table, size = config.sample, config.sample.size or config.data.resolution
     prompts = read_prompts(table)
     check_size(model, size)
@@ -30,7 +30,7 @@ def check_samples(model: Model, config: Config) -> str:
 
 
 def read_prompts(table: SampleTable) -> list[str]:
-    """The prompts of a config: those in the list, then the lines of the file. Raises UserError if it cannot be read."""
+    """Return the prompts of a config: the list, then the lines of the file. Raises UserError if the file cannot be read."""
     prompts = list(table.prompts)
     if table.prompts_file:
         try:
@@ -42,7 +42,7 @@ def read_prompts(table: SampleTable) -> list[str]:
 
 
 def sample_grid(model: Model, table: SampleTable, size: int) -> Image.Image | None:
-    """The fixed grid of a config: a row a prompt, a column a seed. None without prompts."""
+    """Draw the fixed grid of a config, one row per prompt and one column per seed. Return None without prompts."""
     prompts = read_prompts(table)
     if not prompts:
         return None
@@ -52,9 +52,9 @@ def sample_grid(model: Model, table: SampleTable, size: int) -> Image.Image | No
 
 
 def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str], seed: int = 0) -> Image.Image:
-    """Images in rows of `columns`, each row's caption under it.
+    """Arrange images in rows of `columns`, each with its caption below. `seed` is the seed of the first column.
 
-    Its `info["cells"]` holds {"box": [left, top, right, bottom] in px, "prompt", "seed"} of each; `seed` is the first column's.
+    The result's `info["cells"]` holds {"box": [left, top, right, bottom] in px, "prompt", "seed"} for each image.
     """
     width, height = images[0].size
     text, gap = max(14, height // 18), max(4, width // 32)
@@ -73,10 +73,10 @@ def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str], s
 
 
 def save_grid(sheet: Image.Image, path: Path, stage: str = "", step: int = 0) -> None:
-    """Write a grid as a PNG whose text chunk `fastsd` says in JSON what it shows: stage, step and `info["cells"]`.
+    """Save a grid as a PNG. Its text chunk `fastsd` holds the stage, the step and `info["cells"]` as JSON.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; an older file of the name stands as it was.
+        OSError: the disk is full or the folder is not writable; an older file with this name stays intact.
     """
     said, temporary = PngInfo(), path.with_name(TEMPORARY + path.name)
     said.add_text(GRID_CHUNK, json.dumps({"stage": stage, "step": step, "cells": sheet.info["cells"]}))
