@@ -1,1 +1,1 @@
-"""Floor 4: what `fastsd bench` measures: the real step, its memory, optimizers, loader and cache, beside their baselines."""
+"""Floor 4: `fastsd bench`, which measures the real step, its memory, optimizers, loader and cache against baselines."""

@@ -1,23 +1,23 @@
-"""Who is compared by `fastsd bench`: the real step and diffusers' UNet as its users train it; optimizers; what they are given.
+"""Candidates of `fastsd bench`: the real step, baselines (diffusers' UNet as its users train it), optimizers, and their inputs.
 
     fastsd          `Step`, as `fastsd train` calls it
-    diffusers       UNet2DConditionModel, eager; bf16 by autocast over fp32 weights; SDPA; torch.optim.AdamW as it comes
-    compiled        the same channels last, torch.compile, AdamW(fused=True)
+    diffusers       UNet2DConditionModel, eager; bf16 by autocast over fp32 weights; SDPA; torch.optim.AdamW with its defaults
+    compiled        the same with channels last, torch.compile and AdamW(fused=True)
     dadaptation     as diffusers, with D-Lion: DAdaptLion
     lion-pytorch    as diffusers, with its Lion
 
-The work is the same for all: starting weights, batches, text states, timesteps, loss, micro-batches, clipping. How it is done
-is each one's own: ours draws noise from a counter-based generator and looks for gradients that are not finite, peers call
-torch.randn and DDPMScheduler.add_noise and do not look. Text states are given, computed before the clock starts: 0.5 %
-of a step that nobody spends here. PyTorch's switches follow the precision for all in what is computed (fp32, tf32); in how,
-ours are those of a run, the peers' PyTorch's defaults, and the compiled one lets cuDNN time its algorithms.
+All candidates do the same work: starting weights, batches, text embeddings, timesteps, loss, micro-batches and clipping. Their
+methods differ. Ours draws noise from a counter-based generator and checks gradients for values that are not finite; baselines
+call torch.randn and DDPMScheduler.add_noise and do not check. Text embeddings are computed before the clock starts, which saves
+every candidate 0.5 % of a step. PyTorch's switches for what is computed (fp32, tf32) follow the precision for all; those for
+how it is computed are a run's for ours and PyTorch's defaults for baselines, and `compiled` lets cuDNN time its algorithms.
 
-Memory, without any swapping. The eager peers share one model, which they step in turn, and each has its own optimizer state;
-so the second's first loss is that of weights that the first has stepped.
-Peers' gradients are freed by `zero_grad`, as is usual, so they weigh only within a step. On a CPU our gradients' arena is
-handed back between our turns, too, and is there again before the clock starts.
+No memory is swapped out. The eager baselines share one model, which they step in turn, each with its own optimizer state. So
+the first loss of the second baseline comes from weights that the first has already stepped. Baselines free their gradients by
+`zero_grad`, as is usual, so these take memory only within a step. On a CPU our gradient arena is also released between our
+turns, and allocated again before the clock starts.
 
-Shapes: B images, C channels, H x W latent positions, L tokens, D context width, N kinds of text states.
+Shapes: B images, C channels, H x W latent positions, L tokens, D width of the text embeddings, N different texts.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ SMALL = UNetConfig(
     block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, heads=2, cross_attention_dim=32, norm_groups=8,
     sample_size=8,
 )  # fmt: skip
-BATCHES = 3  # different ones, used in turn
+BATCHES = 3  # different batches, used in turn
 
 
 class States:
-    """Stands in for a text encoder whose states are known: a token id is the number of a kind of text."""
+    """Replaces a text encoder by precomputed text embeddings. A token id is the index of a text."""
 
     def __init__(self, states_NLD: Tensor) -> None:
         self._shape = states_NLD.shape[1:]
         self.module = nn.Embedding.from_pretrained(states_NLD.flatten(1))
 
     def encode(self, ids_B1: Tensor) -> Tensor:
-        """-> (B, L, D)"""
+        """Look up text embeddings, (B, L, D)."""
         return self.module(ids_B1[:, 0]).unflatten(1, self._shape)
 
     def used_parameters(self) -> set[str]:
@@ -78,7 +78,7 @@ class States:
 
 
 class Latents:
-    """Stands in for a VAE: what the step needs of it is its factor."""
+    """Replaces a VAE. The step needs only its scaling factor."""
 
     def scale(self, raw_BCHW: Tensor) -> Tensor:
         return raw_BCHW * SD15_SCALING_FACTOR
@@ -86,7 +86,7 @@ class Latents:
 
 @dataclass
 class Work:
-    """What every contender is given. `model` is on its device and its text encoder is a `States`."""
+    """Inputs of every candidate. `model` is on its device, and its text encoder is a `States`."""
 
     model: Model
     stage: StageTable
@@ -100,7 +100,7 @@ class Work:
 
 
 def made_model(cfg: UNetConfig, ops: Ops) -> Model:
-    """Random weights of a shape, and nothing to load."""
+    """Create a model of a given shape with random weights, without loading files."""
     torch.manual_seed(0)
     return Model("random weights", UNet(cfg, ops), made_states(cfg, 77), cast(Any, Latents()), SD15_SCHEDULER)
 
@@ -110,7 +110,7 @@ def made_states(cfg: UNetConfig, length: int) -> Any:
 
 
 def made_batches(channels: int, side: int, batch: int) -> list[Batch]:
-    """Normal latents, as raw as a cache holds them: fp16 (B, C, side, side), and the numbers of `made_states`."""
+    """Create batches of normal latents, unscaled as in a cache, fp16 (B, C, side, side), with indices into `made_states`."""
     generator = torch.Generator().manual_seed(2)
     batches = []
     for i in range(BATCHES):
@@ -121,10 +121,10 @@ def made_batches(channels: int, side: int, batch: int) -> list[Batch]:
 
 
 def cached_batches(config: Config, model: Model, device: torch.device) -> list[Batch]:
-    """The first batches of the first stage, from the config's cache; the model's text encoder becomes their `States`.
+    """Read the first batches of the first stage from the config's cache. Their `States` replace the model's text encoder.
 
     Raises:
-        UserError: there is no cache of this config, or it is damaged.
+        UserError: the config has no cache, or the cache is damaged.
     """
     stage = config.stage[0]
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as cache:
@@ -138,7 +138,7 @@ def cached_batches(config: Config, model: Model, device: torch.device) -> list[B
 
 
 def _pinned(latents_BCHW: Tensor, numbers_B: Tensor, positions_B: Tensor) -> Batch:
-    """A batch as the loader hands it over."""
+    """Create a batch as the loader returns it."""
     tensors = latents_BCHW, numbers_B[:, None], positions_B
     if torch.cuda.is_available():
         tensors = tuple(tensor.pin_memory() for tensor in tensors)  # type: ignore[assignment]
@@ -146,33 +146,33 @@ def _pinned(latents_BCHW: Tensor, numbers_B: Tensor, positions_B: Tensor) -> Bat
 
 
 class Ours:
-    """The real step."""
+    """Our candidate: the real step."""
 
     name = OURS
 
     def __init__(self, work: Work, warn: Callable[[str], None] = print) -> None:
         self.work, self.done = work, 0
         self.trainer = Step(work.model, work.stage, 1 << 30, work.seed, graph=work.graph, warn=warn)
-        # Only the arena alone moves: a CUDA graph knows its address.
+        # The arena is released between turns on a CPU only: a CUDA graph has recorded its address.
         self._parked = self.trainer.owners()["gradients"] if work.device.type == "cpu" else []
 
     def step(self) -> Tensor:
-        """One whole step; its loss, 0-dim on the device."""
+        """Run one whole step and return its loss, 0-dim on the device."""
         loss = self.trainer(self.work.batch(self.done), self.done).loss
         self.done += 1
         return loss
 
     def on_host(self) -> list[Tensor]:
-        """Tensors that lie in main memory on any machine."""
+        """Return the tensors that are in main memory on every machine."""
         return []
 
     def held(self) -> int:
-        """Bytes between two steps, the gradients' arena included."""
+        """Return the bytes held between two steps, including the gradient arena."""
         return sum(tensor.nbytes for tensors in self.trainer.owners().values() for tensor in tensors)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """What must hold while it steps. The first turn finds the arena as it was made."""
+        """On a CPU, allocate the gradient arena for one turn. At the first turn it is still allocated from its creation."""
         for tensor in self._parked:
             tensor.untyped_storage().resize_(tensor.numel() * tensor.itemsize)
             tensor.zero_()
@@ -182,7 +182,7 @@ class Ours:
 
 
 class Peer:
-    """diffusers' UNet, stepped as its training examples do."""
+    """A baseline: diffusers' UNet, stepped as in its training examples."""
 
     def __init__(self, name: str, unet: Any, optimizer: torch.optim.Optimizer, work: Work) -> None:
         from diffusers import DDPMScheduler
@@ -194,7 +194,7 @@ class Peer:
         self.layout = torch.channels_last if self.compiled else torch.contiguous_format
 
     def step(self) -> Tensor:
-        """One whole step; its loss, 0-dim on the device."""
+        """Run one whole step and return its loss, 0-dim on the device."""
         work = self.work
         batch = work.batch(self.done)
         count, device = len(batch.positions_B), work.device
@@ -220,17 +220,17 @@ class Peer:
         return total
 
     def on_host(self) -> list[Tensor]:
-        """Tensors that lie in main memory on any machine."""
+        """Return the tensors that are in main memory on every machine."""
         return step_counts(self.optimizer)
 
     def held(self) -> int:
-        """Bytes between two steps; a shared model counts as its own."""
+        """Return the bytes held between two steps. A shared model counts fully."""
         own = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         return sum(tensor.nbytes for tensor in (*self.parameters, *own))
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """PyTorch's own defaults in place of ours, where they decide how and not what is computed."""
+        """Use PyTorch's defaults instead of our settings for switches that change the method, not what is computed."""
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
         before = cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction
         cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction = False, self.compiled, True
@@ -244,13 +244,13 @@ Contender = Ours | Peer
 
 
 def draw(latents_BCHW: Tensor, positions_B: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
-    """(noise, t int64 (B,)) as diffusers' examples draw them; the positions are for those who draw by them."""
+    """Draw (noise, t int64 (B,)) as diffusers' examples do. `positions_B` is for substitutes that draw by position."""
     t_B = torch.randint(0, timesteps, (len(latents_BCHW),), device=latents_BCHW.device)
     return torch.randn_like(latents_BCHW), t_B
 
 
 def require(name: str) -> bool:
-    """True; or raises UserError, with the command that mends it, if a peer's package is missing."""
+    """Return True if a baseline's package is installed. Otherwise raise UserError with the command that installs it."""
     package = {"dadaptation": "dadaptation", "lion-pytorch": "lion_pytorch"}.get(name, "diffusers")
     try:
         importlib.import_module(package)
@@ -260,7 +260,7 @@ def require(name: str) -> bool:
 
 
 def peer_optimizer(name: str, parameters: Sequence[Tensor], lr: float = 1e-6) -> torch.optim.Optimizer:
-    """The optimizer of a peer; a small lr keeps random weights sound. Raises UserError if it is not installed."""
+    """Create a baseline's optimizer. A small lr keeps random weights stable. Raises UserError if it is not installed."""
     require(name)
     if name == "dadaptation":
         return importlib.import_module("dadaptation").DAdaptLion(parameters)
@@ -271,12 +271,12 @@ def peer_optimizer(name: str, parameters: Sequence[Tensor], lr: float = 1e-6) ->
 
 
 def step_counts(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The counts of steps that torch.optim keeps in main memory, a tensor for each parameter."""
+    """Return the step counters that torch.optim stores in main memory, one tensor per parameter."""
     return [state["step"] for state in optimizer.state.values() if isinstance(state.get("step"), Tensor)]
 
 
 def diffusers_unet(unet: UNet, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
-    """diffusers' module of the same shape with the same weights, fp32, in training mode."""
+    """Create diffusers' UNet with the same shape and weights, in fp32 and training mode."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -287,9 +287,9 @@ def diffusers_unet(unet: UNet, device: torch.device, memory_format: torch.memory
 
 
 def peer_maker(work: Work) -> Callable[[str], Peer]:
-    """A function that makes peers by name, to be made before the first of any steps. The eager ones share one model.
+    """Return a function that creates baselines by name. Create all of them before one steps: the eager ones share a model.
 
-    Raises (that function): UserError if a peer's package is missing.
+    Raises (the returned function): UserError if a baseline's package is missing.
     """
     eager: list[Any] = []
 
@@ -309,7 +309,7 @@ def peer_maker(work: Work) -> Callable[[str], Peer]:
 
 
 def contenders(work: Work, names: list[str], misses: list[str]) -> list[Contender]:
-    """Ours, and those of the named peers that can be made. Peers come first: ours may turn the weights to bf16."""
+    """Create our candidate and the available baselines of `names`. Baselines come first: ours may turn weights to bf16."""
     make = peer_maker(work)
     peers = [attempt(name, misses, partial(make, name)) for name in names]
     ours = attempt(OURS, misses, lambda: Ours(work, misses.append))
@@ -317,7 +317,7 @@ def contenders(work: Work, names: list[str], misses: list[str]) -> list[Contende
 
 
 def attempt(name: str, misses: list[str], do: Callable[[], T]) -> T | None:
-    """What `do` returns, or None and a line why a peer is left out. Raises UserError if it is ours that does not fit."""
+    """Return the result of `do`. If a baseline fails, add the reason to `misses` and return None; if ours fails, raise."""
     try:
         return do()
     except (UserError, torch.OutOfMemoryError) as error:
@@ -326,30 +326,30 @@ def attempt(name: str, misses: list[str], do: Callable[[], T]) -> T | None:
             raise UserError(f"bench: {why}; use a smaller --batch, or fewer --peers") from None
         misses.append(f"left out: {why}" if isinstance(error, UserError) else f"left out: peer {name}, out of memory ({why})")
     except Exception as error:
-        if name != "compiled":  # whatever a compiler says against it, the others go on
+        if name != "compiled":  # any compiler error skips only this baseline
             raise
         misses.append(f"left out: peer compiled, torch.compile failed ({str(error).strip().splitlines()[0][:160]})")
     return None
 
 
 OPTIMIZER_PEERS = {"lion": ("lion-pytorch",), "dlion": ("dadaptation",), "adamw": ("torch foreach", "torch fused")}
-# Bytes an optimizer must move for a parameter: weight in and out, gradient in, each state in and out.
+# Bytes an optimizer must move per parameter: it reads and writes the weight and each state, and reads the gradient.
 MOVED = {"lion": 20, "dlion": 28, "adamw": 28}
 
 
 def optimizer_bytes(family: str, halves: bool) -> int:
-    """Bytes a parameter that `optimizer_steps` takes: weights and gradient, and the state of each that takes part."""
+    """Return the bytes per parameter that `optimizer_steps` needs: weights, gradient, and the state of every candidate."""
     return 8 + 4 * SLOTS[family] * (2 + len(OPTIMIZER_PEERS[family])) + (halves and 6 + 4 * SLOTS[family])
 
 
 def even_choice(sizes: list[int], fraction: float) -> list[int]:
-    """That share of the tensors, taken evenly from the smallest to the largest; the largest at least."""
+    """Return a share `fraction` of the sizes, taken evenly from smallest to largest and including the largest."""
     ordered = sorted(sizes, reverse=True)
     return [size for i, size in enumerate(ordered) if i == 0 or int((i + 1) * fraction) > int(i * fraction)]
 
 
 class Arenas(NamedTuple):
-    """Weights and their gradients, flat, and where each tensor lies in them."""
+    """Flat weights and gradients, and the location of each tensor in them."""
 
     layout: Layout
     weights: Tensor
@@ -360,13 +360,13 @@ def made_arenas(sizes: list[int], device: torch.device) -> Arenas:
     layout = Layout([torch.empty(size, device="meta") for size in sizes])
     flats = [torch.zeros(layout.size, device=device) for _ in range(2)]
     for flat, scale in zip(flats, (2e-2, 1e-4), strict=True):
-        for view in layout.views(flat):  # not the gaps, which are zero
+        for view in layout.views(flat):  # the gaps between views stay zero
             view.normal_(std=scale)
     return Arenas(layout, *flats)
 
 
 class OptimizerStep(NamedTuple):
-    """`run` is one step, `moved` the bytes it must move, `on_host` what of it lies in main memory on any machine."""
+    """`run` does one step, `moved` is the bytes it must move, `on_host` returns its tensors that are always in main memory."""
 
     run: Callable[[], object]
     moved: int
@@ -374,10 +374,10 @@ class OptimizerStep(NamedTuple):
 
 
 def optimizer_steps(family: str, arenas: Arenas, ops: Ops, halves: bool, misses: list[str]) -> dict[str, OptimizerStep]:
-    """Ours over an arena, as `Step` calls it, and over a list of parameters; the peers over that list.
+    """Create our steps over an arena, as `Step` calls it, and over a list of parameters; and the baselines' over that list.
 
-    All step the same weights with the same gradients in turn; the tensors of the list are views of the arena, each on a
-    256-byte boundary. halves: a copy of the arena, too, as bf16 with its 16-bit low halves and bf16 gradients.
+    All step the same weights with the same gradients in turn. The tensors of the list are views of the arena, each on a
+    256-byte boundary. `halves` adds our step over a bf16 copy of the arena with 16-bit low halves and bf16 gradients.
     """
     layout, weights, gradient = arenas
     listed = [nn.Parameter(view) for view in layout.views(weights)]

@@ -1,14 +1,14 @@
-"""How a piece of work is measured: in turns, by what it asks of the machine, and beside what the machine can do at best.
+"""Measurements of a piece of work: time, host waits, launches, memory, FLOPs; and the best rates of the device.
 
-    host waits    the host must have a number before it goes on: a scalar read back, a tensor copied to the host, an operation
-                  whose output's shape depends on its input's values. Counted on a CPU too, where nothing waits, because
-                  the same code will wait on a GPU
-    launches      kernels on a GPU; on a CPU operations that compute something
-    memory        how far it rises while the work goes on; and by arithmetic, before any is taken
-    FLOPs         of the matmuls and convolutions that are asked for: what is computed twice counts once
+    host waits    the host needs a device value before it continues: a scalar read back, a tensor copied to the host, an
+                  operation with an output shape that depends on input values. Also counted on a CPU, where nothing waits,
+                  because the same code waits on a GPU
+    launches      kernels on a GPU; on a CPU, operations that compute something
+    memory        peak rise during the work; also an estimate by arithmetic, before any memory is allocated
+    FLOPs         of the requested matmuls and convolutions; recomputed ones count once
 
-On a CPU calls are watched, which tells nothing about compiled code; there a copy to the host is one that says so: `.cpu()`,
-`.to("cpu")`, `.numpy()`, `.tolist()`. On a GPU PyTorch's own sync debug mode counts the waits, and its profiler the kernels.
+On a CPU, calls are intercepted, which does not work for compiled code. Only explicit copies to the host count there: `.cpu()`,
+`.to("cpu")`, `.numpy()`, `.tolist()`. On a GPU, PyTorch's sync debug mode counts the waits and its profiler the kernels.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _SCALARS = {"_local_scalar_dense", "equal", "allclose"}
 _SHAPES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave", "bincount"}
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "dadaptation", "lion-pytorch")
 _COPIES = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
-# fp32 numbers of state a parameter, of our optimizers and of the peers.
+# fp32 state elements per parameter, for our optimizers and the baselines.
 SLOTS = {"dlion": 2, "lion": 1, "adamw": 2, "diffusers": 2, "compiled": 2, "dadaptation": 2, "lion-pytorch": 1}
-# Bytes kept for the backward an image, of SD1.5's shape at 64 x 64 latents in fp32; measured (`fastsd bench memory`).
+# Bytes saved for backward per image, for SD1.5's shape at 64 x 64 latents in fp32; measured with `fastsd bench memory`.
 KEPT = {"none": 1009e6, "ff": 640e6, "block": 73e6}
 KEPT_BY_DIFFUSERS = {"none": 1871e6, "ff": 1871e6, "block": 309e6}
-WORKSPACE = 0.5e9  # of PyTorch, its libraries and the largest operation
+WORKSPACE = 0.5e9  # bytes for PyTorch, its libraries and the largest operation
 
 
 class _Operations(TorchDispatchMode):
@@ -74,14 +74,14 @@ class _Operations(TorchDispatchMode):
 
 
 def _masks(name: str, args: Any) -> bool:
-    """Whether an indexing call holds a mask whose elements must be counted first; to fill with one number needs no count."""
+    """Return True if an indexing call has a mask with elements to count first. Filling with one number needs no count."""
     if name not in ("index", "index_put", "index_put_") or (len(args) > 2 and args[2].numel() == 1):
         return False
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
 class _Methods(TorchFunctionMode):
-    """Counts copies to the host, which on a CPU reach no operation."""
+    """Counts copies to the host. On a CPU these do not dispatch an operation."""
 
     def __init__(self, waits: Counter[str]) -> None:
         super().__init__()
@@ -95,9 +95,10 @@ class _Methods(TorchFunctionMode):
 
 
 def host_waits(run: Callable[[], object], device: torch.device, on_host: Iterable[Tensor] = ()) -> tuple[Counter[str], int]:
-    """Waits of the host in `run()` by kind, and its launches. On a CPU `run` must not call compiled code.
+    """Count the host's waits in `run()` by kind, and its launches. On a CPU `run` must not call compiled code.
 
-    on_host: tensors that lie in main memory on any machine, whose values the host may read.
+    Args:
+        on_host: tensors that are in main memory on every machine; reading their values is not a wait.
     """
     waits: Counter[str] = Counter()
     if device.type == "cuda":
@@ -109,7 +110,7 @@ def host_waits(run: Callable[[], object], device: torch.device, on_host: Iterabl
 
 
 def _sync_debug(run: Callable[[], object], waits: Counter[str]) -> None:
-    """Every wait that sync debug mode "error" would refuse is a warning here."""
+    """Count the warnings of PyTorch's sync debug mode: one for every wait that its mode "error" would reject."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -132,7 +133,7 @@ def _kernels(run: Callable[[], object]) -> int:
 
 
 def rise(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes by which memory rises at most while `run()` goes on: allocated on a GPU, of live tensors on a CPU."""
+    """Return the peak rise of memory in bytes during `run()`: allocated memory on a GPU, live tensors on a CPU."""
     if device.type == "cpu":
         with LiveBytes(device) as live:
             run()
@@ -146,18 +147,18 @@ def rise(run: Callable[[], object], device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had without taking any from others."""
+    """Return the bytes of memory that are available without taking any from other processes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Of one of `repeats` calls in a row, from an idle device to an idle device."""
+    """Return the mean seconds of `repeats` consecutive calls, from an idle device to an idle device."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -168,7 +169,7 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes a contender holds between steps and what comes on top within one."""
+    """Bytes a candidate holds between steps, and the rise on top of them within a step."""
 
     name: str
     held: float
@@ -176,13 +177,13 @@ class Need:
 
 
 def needs(cfg: UNetConfig, parameters: int, stage: StageTable, side: int, names: list[str], device: torch.device) -> list[Need]:
-    """What ours and the named peers take, by arithmetic: parameters x bytes, and activations in proportion to the work."""
+    """Estimate the memory of ours and the named baselines: parameters x bytes, and activations in proportion to the work."""
     bf16, gpu = stage.precision == "bf16", device.type == "cuda"
     scale = stage.micro * (side / 64) ** 2 * cfg.block_out_channels[0] / 320 / (2 if bf16 else 1)
     gradients = 0 if stage.fused_backward else 2 if bf16 and stage.batch == stage.micro else 4
     fixed = 4 + 4 * SLOTS[stage.optimizer] + (4 if stage.ema else 0)
     activations = KEPT[stage.checkpointing] * scale
-    # A GPU keeps our gradients' arena, and a graph its activations, between turns.
+    # On a GPU our gradient arena and the activations of a CUDA graph stay allocated between turns.
     lasting = gradients * parameters + activations if gpu else 0.0
     found = [Need("fastsd", fixed * parameters + lasting, activations + gradients * parameters - lasting)]
     rise = parameters * (6 if bf16 else 4) + KEPT_BY_DIFFUSERS[stage.checkpointing] * scale
@@ -195,12 +196,12 @@ def needs(cfg: UNetConfig, parameters: int, stage: StageTable, side: int, names:
 
 
 def total_need(found: list[Need]) -> float:
-    """Bytes at the worst moment: everything held, and the largest step."""
+    """Return the bytes at the peak: everything held, plus the largest rise of a step."""
     return sum(need.held for need in found) + max(need.rise for need in found) + WORKSPACE
 
 
 def forward_flops(cfg: UNetConfig, side: int) -> int:
-    """Of the UNet's forward for one image of side x side latents, 77 text tokens; counted without computing."""
+    """Count the FLOPs of the UNet's forward for one image of side x side latents and 77 text tokens, without running it."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -211,7 +212,7 @@ def forward_flops(cfg: UNetConfig, side: int) -> int:
 
 
 def matmul_rate(device: torch.device, precision: str, small: bool = False) -> float:
-    """FLOP/s of a square matmul in the compute dtype of `precision`, with PyTorch's switches as they are: the best of five."""
+    """Measure FLOP/s of a square matmul in the compute dtype of `precision`, with PyTorch's current switches: best of five."""
     side = 256 if small else 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device).to(COMPUTE_DTYPE[precision]) for _ in range(2))
     out = torch.empty_like(a)
@@ -220,7 +221,7 @@ def matmul_rate(device: torch.device, precision: str, small: bool = False) -> fl
 
 
 def copy_rate(device: torch.device, small: bool = False) -> float:
-    """Bytes read and written a second by a plain copy of 1 GiB (64 MiB on a CPU, 1 MiB if small): the median of five."""
+    """Measure bytes read and written per second by a copy of 1 GiB (64 MiB on a CPU, 1 MiB if `small`): median of five."""
     size = 1 << (18 if small else 24 if device.type == "cpu" else 28)
     source, target = (torch.ones(size, device=device) for _ in range(2))
     times = [seconds(lambda: target.copy_(source), device, 1 if device.type == "cpu" else 10) for _ in range(7)]
@@ -228,7 +229,7 @@ def copy_rate(device: torch.device, small: bool = False) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device; with the threads in use on a CPU."""
+    """Return the device's product name, for a CPU with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -240,7 +241,7 @@ def device_name(device: torch.device) -> str:
 
 
 def stamp(device: torch.device) -> dict[str, Any]:
-    """What every figure depends on besides its settings: device, versions, source, day."""
+    """Return everything a result depends on besides its settings: device, versions, source commit, date."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str | None:
@@ -267,7 +268,7 @@ def stamp(device: torch.device) -> dict[str, Any]:
 
 
 def put_times(row: dict[str, Any], order: list[tuple[str, float]], ours: dict[str, Any]) -> None:
-    """Put a contender's times, and how much faster ours is, into its row; ours comes first."""
+    """Add a candidate's times, and the speedup of ours over it, to its row. Call it for our row first."""
     times = [1e3 * spent for name, spent in order if name == row["name"]]
     row["ms"] = {"median": statistics.median(times), "min": min(times), "max": max(times), "all": times}
     row["times"] = row["ms"]["median"] / ours["ms"]["median"]

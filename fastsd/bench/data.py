@@ -1,6 +1,6 @@
-"""`fastsd bench loader` and `fastsd bench cache`: from the cache to the step, and from image files to the cache.
+"""`fastsd bench loader` and `fastsd bench cache`: rates from the cache to the step, and from image files to the cache.
 
-Without a config everything is made here, and removed again.  Shapes: C x h x w latents.
+Without a config, all data is generated and removed again.  Shapes: C x h x w latents.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 _WORDS = ("a", "photo", "of", "red", "green", "blue", "circle", "square", "star", "on", "white", "with", "soft", "light")
-_PICTURE = (1024, 768)  # px: what a camera's or a web page's picture has at the least
+_PICTURE = (1024, 768)  # px: minimum size of images from cameras and web pages
 
 
 def bench_loader(asked: Asked, config: Config, say: Say) -> Figures:
-    """Samples a second from the cache to the step, which does nothing but take them."""
+    """Measure samples per second from the cache to a step that only receives them."""
     if asked.rate <= 0:
         raise UserError(f"--rate is {asked.rate:g}; give the images a second of a step")
     count = asked.steps or (8 if asked.small else 32)
@@ -53,7 +53,7 @@ def bench_loader(asked: Asked, config: Config, say: Say) -> Figures:
                 passes.append(count * batch / counters.seconds(lambda: list(stream), torch.device("cpu")))
         row_bytes = loader.cache.get([0])["latents"].nbytes
         samples = len(loader.cache)
-    # The first pass may read from the disk what the later ones find in memory.
+    # The first pass may read from the disk; later passes find the data in memory.
     table = [["", "samples/s", "MB/s", "ms a batch", f"of a step at {asked.rate:g} img/s"]]
     rows = []
     for name, speed in (("first pass", passes[0]), ("later", statistics.median(passes[1:]))):
@@ -69,7 +69,7 @@ def bench_loader(asked: Asked, config: Config, say: Say) -> Figures:
 
 @contextmanager
 def _loader(config: Config, batch: int, asked: Asked) -> Iterator[Loader]:
-    """The config's loader, or one over a cache that is made and removed here."""
+    """Yield the config's loader, or one over a temporary cache."""
     stage, model = config.stage[0].model_copy(update={"batch": batch}), config.model
     with ExitStack() as stack:
         if asked.config:
@@ -93,7 +93,7 @@ def _demo_tokenizer() -> Callable[[list[str]], Tensor]:
 
 
 def made_cache(folder: Path, samples: int, shape: tuple[int, int, int]) -> LatentCache:
-    """A cache of random latents and captions of 20 words, written to an empty folder."""
+    """Write a cache of random latents and captions of 20 words to an empty folder."""
     generator = np.random.default_rng(0)
     size = int(np.prod(shape)) * 2
     captions = [" ".join(generator.choice(_WORDS, 20)).encode() for _ in range(samples)]
@@ -101,7 +101,7 @@ def made_cache(folder: Path, samples: int, shape: tuple[int, int, int]) -> Laten
 
 
 def write_cache(folder: Path, shape: tuple[int, int, int], rows: Iterable[bytes], captions: list[bytes]) -> LatentCache:
-    """A cache of given fp16 latents, one a caption, written to an empty folder."""
+    """Write a cache of given fp16 latents, one per caption, to an empty folder."""
     samples, left, checks = len(captions), iter(rows), list[int]()
     with Store.open(folder, create=True) as store:
         space = store.space("made", {"vae": "made"}, "fp16")
@@ -129,7 +129,7 @@ def write_cache(folder: Path, shape: tuple[int, int, int], rows: Iterable[bytes]
 
 
 def freeze_made(folder: Path, shape: tuple[int, int, int], arrays: dict[str, np.ndarray], shards: list[Any]) -> None:
-    """The view of made latents, all of one shape."""
+    """Freeze the cache view of generated latents that all have one shape."""
     samples = len(arrays["row"])
     meta = CacheMeta(
         vae_hash="made", vae_name="made", scaling_factor=SD15_SCALING_FACTOR, shift_factor=0.0, channels=shape[0], downscale=8,
@@ -140,7 +140,7 @@ def freeze_made(folder: Path, shape: tuple[int, int, int], arrays: dict[str, np.
 
 
 def bench_cache(asked: Asked, config: Config, say: Say) -> Figures:
-    """Images a second from JPEG files to latents, by stage; and the VAE's encoder in turn with diffusers'."""
+    """Measure images per second from JPEG files to latents, by pipeline step, and the VAE's encoder in turn with diffusers'."""
     device = choose_device(config.device)
     ops = choose_ops(config.kernels, device)
     set_precision(config.cache.precision)
@@ -178,7 +178,7 @@ def bench_cache(asked: Asked, config: Config, say: Say) -> Figures:
 
 
 def _made_vae(small: bool, ops: Any) -> Vae:
-    """Small: the demo's. Else of SD1.5's shape, with random weights."""
+    """Return the demo's VAE if `small`, otherwise one of SD1.5's shape with random weights."""
     from diffusers import AutoencoderKL
 
     if small:
@@ -193,7 +193,7 @@ def _diffusers(vae: Vae, images: Tensor) -> Tensor:
 
 
 def _draw(folder: Path, count: int) -> None:
-    """Photograph-like JPEG files: smooth colours with grain."""
+    """Write photograph-like JPEG files: smooth colours with grain."""
     folder.mkdir(parents=True)
     chance = np.random.default_rng(0)
     for i in range(count):

@@ -1,4 +1,4 @@
-"""What `fastsd bench` was asked to measure, as a config and a device, and how figures are printed."""
+"""Options of `fastsd bench`, resolved to a config and a device, and printing of results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastsd.model.weights import diffusers_state_dict
 from fastsd.train.precision import choose_device, choose_ops
 from fastsd_kernels import Ops
 
-# What a command line says of a config's values, beside key=value.
+# Command line options that set config values, in addition to key=value.
 OPTIONS = {
     "batch": "stage.0.batch", "micro_batch": "stage.0.micro_batch", "optimizer": "stage.0.optimizer", "size": "data.resolution",
     "graph": "cuda_graph",
@@ -30,12 +30,12 @@ data = {{ folders = ["made here"], resolution = {size} }}
 stage = [{{ train = ["unet"], until = 1, batch = {batch}, optimizer = "{optimizer}", lr = {lr} }}]
 """
 Say = Callable[[str], None]
-Figures = tuple[torch.device, dict[str, Any]]  # where they were taken; "settings", "results", "misses" and more
+Figures = tuple[torch.device, dict[str, Any]]  # the measured device; "settings", "results", "misses" and more
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The command line. `changes`: key=value for the config. None means a default that fits the machine."""
+    """The command line. `changes` are key=value settings for the config. None means a default that fits the machine."""
 
     what: str
     config: str | None
@@ -48,14 +48,14 @@ class Asked:
     rate: float = 10.0
 
     def changed(self, key: str) -> str | None:
-        """The value given for a key of the first stage."""
+        """Return the last value that `changes` set for a key, given by the last part of its dotted name; None if unset."""
         changes = [change.partition("=") for change in self.changes]
         return next((value.strip('"') for name, _, value in reversed(changes) if name.split(".")[-1] == key), None)
 
 
 @dataclass
 class Subject:
-    """What is measured: the first stage of a config on a device, for a UNet of some shape on latents of `side`."""
+    """Subject of a measurement: a config's first stage on a device, for a UNet of shape `cfg` on latents of `side`."""
 
     config: Config
     stage: StageTable
@@ -63,21 +63,21 @@ class Subject:
     ops: Ops
     cfg: UNetConfig
     side: int
-    free: float  # bytes, before anything is made
+    free: float  # bytes, before anything is allocated
 
     @property
     def sizes(self) -> list[int]:
-        """Elements of each tensor, as diffusers names them: 686 for SD1.5."""
+        """Number of elements of each tensor that diffusers has: 686 tensors for SD1.5."""
         with torch.device("meta"):
             return [tensor.numel() for tensor in diffusers_state_dict(UNet(self.cfg)).values()]
 
 
 def settings(asked: Asked) -> Config:
-    """The config that was named, or one for random weights; with the changes of the command line. Raises UserError."""
+    """Load the named config, or one for random weights, with the changes of the command line. Raises UserError."""
     if asked.config:
         return load_config(asked.config, asked.changes, asked.precision)
     gpu = choose_device(asked.changed("device") or "auto").type == "cuda"
-    # Two contenders' state of D-Lion would not fit the main memory of an ordinary machine.
+    # D-Lion's state for two candidates would not fit into the main memory of an ordinary machine.
     optimizer = asked.changed("optimizer") or ("dlion" if gpu or asked.small else "lion")
     text = MADE.format(
         size=64 if asked.small else 512, batch=2 if asked.small else 1, optimizer=optimizer,
@@ -93,7 +93,7 @@ def settings(asked: Asked) -> Config:
 
 
 def subject(asked: Asked) -> Subject:
-    """What was asked for, with no weights loaded yet. Raises UserError."""
+    """Determine the subject of a measurement, without loading weights. Raises UserError."""
     config = settings(asked)
     device = choose_device(config.device)
     if asked.config:
@@ -106,7 +106,7 @@ def subject(asked: Asked) -> Subject:
 
 
 def say_table(rows: list[list[str]], say: Callable[[str], None]) -> None:
-    """Words to the left, figures to the right."""
+    """Print a table with words aligned left and numbers aligned right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     words = [not any(character.isdigit() for character in text) for text in rows[-1]]
     for row in rows:

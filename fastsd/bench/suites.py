@@ -1,15 +1,15 @@
-"""`fastsd bench`: the real step beside its peers, in one process, in turn; the same for memory, optimizers and the loader.
+"""`fastsd bench`: compares the real step with baselines, in one process and in turn; also memory, optimizers and the loader.
 
-    step      whole steps - noise, forward, backward, optimizer - of the contenders in `baselines.py`
-    memory    bytes kept for the backward, and the peak of forward and backward, by level of checkpointing
-    kernels   the suites under bench/, where the source is
+    step      whole steps (noise, forward, backward, optimizer) of the candidates in `baselines.py`
+    memory    bytes saved for backward, and the peak of forward and backward, by checkpointing level
+    kernels   the suites under bench/, if the source tree is present
     optim     one optimizer step over the tensors of a UNet, against lion-pytorch, dadaptation and PyTorch
-    loader    samples a second from the cache to the step
-    cache     images a second from files to latents, by stage, and the VAE's encoder beside diffusers'
+    loader    samples per second from the cache to the step
+    cache     images per second from files to latents, by pipeline step, and the VAE's encoder against diffusers'
 
-Without a config the UNet has SD1.5's shape and random weights, and the data is made here. Contenders take turns in every round,
-so what the machine does meanwhile happens to all of them; figures are medians, ratios those of medians. What did not run is
-said and written, with the reason.  Read next: `fastsd/bench/baselines.py`, then `fastsd/bench/counters.py`.
+Without a config, the UNet has SD1.5's shape and random weights, and the data is generated. Candidates take turns in every
+round, so disturbances of the machine affect all of them. Times are medians; ratios are ratios of medians. Skipped measurements
+are printed and saved with the reason.  Read next: `fastsd/bench/baselines.py`, then `fastsd/bench/counters.py`.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def bench(
     words: Sequence[str], json_file: Path | None = None, options: dict[str, Any] | None = None, console: Console | None = None,
     **more: Any,
 ) -> None:  # fmt: skip
-    """`fastsd bench`.
+    """Run `fastsd bench`.
 
     Args:
         words: [WHAT] [CONFIG] [key=value ...].
-        json_file: where all figures go, too.
-        options: entries of `OPTIONS`; None is left out.
+        json_file: file to which all results are also written; None = no file.
+        options: entries of `OPTIONS`; values of None are ignored.
         more: the other fields of `Asked`.
 
     Raises:
-        UserError: what the user must change: a word, a value, a package, or more memory than there is.
+        UserError: a word or a value is invalid, a package is missing, or there is too little memory.
     """
     what, config, changes = _parsed(words)
     changes += [f"{OPTIONS[name]}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
@@ -77,7 +77,7 @@ def bench(
 
 
 def _parsed(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
-    """(what, config, changes) of the words of a command line."""
+    """Parse the words of a command line into (what, config, changes)."""
     rest = list(words)
     what = rest.pop(0) if rest and rest[0] in WHAT else None
     config = rest.pop(0) if rest and "=" not in rest[0] else None
@@ -89,7 +89,7 @@ def _parsed(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
 
 
 def bench_step(asked: Asked, say: Say) -> Figures:
-    """Whole steps of ours and of the peers, in turn."""
+    """Time whole steps of ours and of the baselines, in turn."""
     of, misses = subject(asked), list[str]()
     if of.stage.train != ["unet"]:
         found = f"stage.0.train is {of.stage.train}"
@@ -135,7 +135,7 @@ def bench_step(asked: Asked, say: Say) -> Figures:
 
 
 def _fitting(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
-    """The peers that take part; chooses a micro-batch or batch that was left open. Raises UserError if memory is short."""
+    """Return the baselines that fit, and choose a batch or micro-batch left open. Raises UserError if memory is short."""
     names, parameters = _peer_names(asked, of, misses), sum(of.sizes)
 
     def need() -> float:
@@ -164,7 +164,7 @@ def _fitting(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
 
 
 def _peer_names(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
-    """Those that were named, or the usual ones that are installed. Raises UserError for a name that cannot be had."""
+    """Return the named baselines, or the usual ones that are installed. Raises UserError if a named one is unavailable."""
     if asked.peers is not None:
         names = [] if asked.peers == "none" else asked.peers.split(",")
         for name in names:
@@ -173,7 +173,7 @@ def _peer_names(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
             baselines.require(name)
         return names
     same = baselines.SAME_OPTIMIZER[of.stage.optimizer]
-    # A compiler for the CPU takes minutes, and full size has room for one peer.
+    # Compiling for a CPU takes minutes, and at full size memory suffices for only one baseline.
     usual = (
         ["diffusers", "compiled", "dadaptation"] if of.device.type == "cuda" else ["diffusers", same] if asked.small else [same]
     )
@@ -181,7 +181,7 @@ def _peer_names(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
 
 
 def _work(asked: Asked, of: Subject, misses: list[str]) -> baselines.Work:
-    """The model on its device, the config's batches if there is a cache of it, else made ones."""
+    """Load the model onto its device, with batches from the config's cache, or generated ones if no cache is usable."""
     stage = of.stage
     if asked.config:
         model = load_to_train(of.config.model, of.ops)
@@ -200,10 +200,10 @@ def _work(asked: Asked, of: Subject, misses: list[str]) -> baselines.Work:
 
 
 def bench_memory(asked: Asked, say: Say) -> Figures:
-    """What the backward keeps, by level of checkpointing: ours and diffusers', both with weights in the compute dtype."""
+    """Measure bytes saved for backward by checkpointing level, ours and diffusers', with weights in the compute dtype."""
     of = subject(asked)
     dtype, images = COMPUTE_DTYPE[of.stage.precision], of.stage.micro if asked.changed("batch") else 1
-    # Two models, the gradients of one, and what diffusers' keeps.
+    # Two models, the gradients of one, and the bytes diffusers' UNet saves for backward.
     need = 12 * sum(of.sizes) + images * 2e9 * (of.side / 64) ** 2 * of.cfg.block_out_channels[0] / 320
     if need > of.free:
         gb = f"{need / 1e9:.1f} GB and {of.free / 1e9:.1f} GB are free"
@@ -241,7 +241,7 @@ def bench_memory(asked: Asked, say: Say) -> Figures:
 
 
 def bench_optim(asked: Asked, say: Say) -> Figures:
-    """One step of each optimizer, ours and its peers in turn, over the UNet's tensors or an even choice of them."""
+    """Time one step of each optimizer, ours and baselines in turn, over the UNet's tensors or an even choice of them."""
     of = subject(asked)
     chosen, halves = asked.changed("optimizer"), of.stage.precision == "bf16"
     families = [of.stage.optimizer] if chosen or asked.config else list(baselines.MOVED)
@@ -287,7 +287,7 @@ def bench_optim(asked: Asked, say: Say) -> Figures:
 
 
 def run_suites(asked: Asked, say: Say) -> Figures:
-    """The kernels' suites of a source tree, by pytest. Raises UserError where there is none, or a suite failed."""
+    """Run the kernels' suites of a source tree with pytest. Raises UserError if there is no source or a suite fails."""
     if not (SUITES / "conftest.py").is_file():
         raise UserError("the kernels' suites come with the source only; clone it and run `fastsd bench kernels` there")
     if importlib.util.find_spec("pytest_benchmark") is None:

@@ -1,4 +1,4 @@
-"""Timing of contenders that take turns, so that what the machine does meanwhile happens to all of them."""
+"""Timing of candidates in turn, so that disturbances of the machine affect all of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Turn = tuple[Callable[[], object], Callable[[], AbstractContextManager[None]]]
 
 
 def in_turns(contenders: Mapping[str, Turn], rounds: int, device: torch.device) -> list[tuple[str, float]]:
-    """Time (call, what must hold meanwhile) of each contender once a round, one after another.
+    """Time each candidate, a (call, context manager) pair, once per round, one after another.
 
-    A GPU gets several calls a turn, for in training the host runs ahead of it.
+    A GPU gets several calls per turn, because in training the host runs ahead of it.
 
     Returns:
-        (name, seconds of one call) in the order in which they ran.
+        (name, seconds of one call) in the order in which the turns ran.
     """
     repeats = 4 if device.type == "cuda" else 1
     order = []
@@ -37,10 +37,10 @@ def in_turns(contenders: Mapping[str, Turn], rounds: int, device: torch.device) 
 
 
 def first_steps(contender: Contender, device: torch.device) -> dict[str, Any]:
-    """Warm a contender up and count what one of its steps takes, as a row of figures. None: cannot be seen from outside.
+    """Warm up a candidate and measure one of its steps, as a row of results. None = not measurable from outside.
 
-    The peak is what it holds and what comes on top: on a GPU in the first steps, which make state and record a graph, on a CPU
-    in the second.
+    The peak is the memory the candidate holds plus the rise on top: on a GPU during the first steps, which allocate state and
+    record a graph; on a CPU during the second step.
     """
     blind = device.type == "cpu" and contender.name == "compiled"
     row: dict[str, Any] = {"name": contender.name}
