@@ -1,12 +1,12 @@
-"""The exceptions a person is meant to read."""
+"""Exceptions with messages written for the user."""
 
 
 class UserError(ValueError):
-    """Something the user must change. Its text is the whole message: place, field, what was found, what to do.
+    """An error that the user must fix. Its text is the whole message: place, field, value found, what to do.
 
-    The command line prints it without a traceback and exits with 2; any other exception is our fault (exit 1).
+    The command line prints it without a traceback and exits with 2; any other exception is a bug in fastsd (exit 1).
     """
 
 
 class Stopped(Exception):
-    """The user asked a run to stop, and it has saved and stopped. The command line exits with 130."""
+    """Raised after a run has saved and stopped at the user's request. The command line exits with 130."""

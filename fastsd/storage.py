@@ -1,8 +1,8 @@
-"""Writing so that a crash loses nothing, and reading what strangers have written.
+"""Crash-safe writing of files and folders, and validated reading of safetensors files from any source.
 
-A file or folder is written under a temporary name, flushed to the disk, renamed, and its parent flushed: after a kill or
-a power cut there is either the old one or the whole new one.  Tensors go to safetensors block by block, so memory stays
-flat, and their sha256 is taken on the way.
+A file or folder is written under a temporary name, flushed to the disk and renamed; then its parent is flushed.  After a
+kill or a power cut there is either the old version or the complete new one.  Tensors are written to safetensors block by
+block, which keeps memory use constant, and their sha256 is computed on the way.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 TEMPORARY = ".tmp-"
-BLOCK = 1 << 24  # bytes of a tensor that are in memory when it is streamed
-MAX_HEADER = 16 << 20  # bytes; that of SD1.5 in one file has 140 thousand
+BLOCK = 1 << 24  # bytes in memory while a tensor is streamed
+MAX_HEADER = 16 << 20  # bytes; the header of SD1.5 in one file has 140 thousand
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, not read yet: contiguous, from byte `offset` on."""
+    """A tensor in a file that has not been read yet. It is contiguous and starts at byte `offset`."""
 
     path: Path
     offset: int
@@ -45,16 +45,16 @@ class Stored:
         return self.shape.numel()
 
     def view(self, shape: torch.Size) -> Stored:
-        """The same numbers in another shape."""
+        """Return the same tensor with another shape."""
         assert shape.numel() == self.numel()
         return replace(self, shape=shape)
 
     def read(self) -> Tensor:
-        """All of it, in memory of its own."""
+        """Read the whole tensor into new memory."""
         return self._read(0, self.numel()).view(self.shape)
 
     def blocks(self) -> Iterator[Tensor]:
-        """All of it in flat pieces of at most BLOCK bytes, each in memory of its own."""
+        """Yield the tensor in flat blocks of at most `BLOCK` bytes, each in new memory."""
         step = BLOCK // self.dtype.itemsize
         yield from (self._read(first, min(first + step, self.numel())) for first in range(0, self.numel(), step))
 
@@ -77,12 +77,12 @@ Tensors = Mapping[str, Tensor | Stored]
 
 
 def whole(tensor: Tensor | Stored) -> Tensor:
-    """A tensor in memory, whichever it was."""
+    """Return the tensor in memory, reading it if it is `Stored`."""
     return tensor.read() if isinstance(tensor, Stored) else tensor
 
 
 def _blocks(tensor: Tensor | Stored) -> Iterator[Tensor]:
-    """Flat pieces of a tensor in any layout, on the CPU."""
+    """Yield a tensor of any layout in flat blocks on the CPU."""
     if isinstance(tensor, Stored):
         yield from tensor.blocks()
     elif tensor.is_cpu and tensor.is_contiguous():
@@ -94,9 +94,9 @@ def _blocks(tensor: Tensor | Stored) -> Iterator[Tensor]:
 def safetensors_header(
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None, align: int = 8
 ) -> bytes:
-    """The length and JSON header of a safetensors file with these tensors, in this order.
+    """Build the length and JSON header of a safetensors file with these tensors, in this order.
 
-    Padded with spaces so that the data begins at a multiple of `align` bytes.
+    The header is padded with spaces until the data starts at a multiple of `align` bytes.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -113,14 +113,14 @@ def write_safetensors(
     path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None,
     finite: str = "",
 ) -> str:  # fmt: skip
-    """Write tensors, in any layout and on any device, block by block; flush to the disk; return the file's sha256.
+    """Write tensors of any layout and device block by block, flush to the disk and return the file's sha256.
 
     Args:
-        dtype: what floating-point tensors become; None = as they are.
-        finite: the model they belong to, if all of its numbers must be finite.
+        dtype: floating-point tensors are cast to this dtype; None leaves them unchanged.
+        finite: require finite numbers; the string names the model in the error message. "" skips the check.
 
     Raises:
-        UserError: a number that is not, or is not any more in `dtype`.
+        UserError: `finite` is set and a number is not finite, or overflows in `dtype`.
     """
     digest = hashlib.sha256()
     kinds = {name: dtype if dtype and t.dtype.is_floating_point else t.dtype for name, t in tensors.items()}
@@ -144,8 +144,8 @@ def write_safetensors(
 
 
 def check_finite(name: str, tensor: Tensor, place: str, advice: str = "; fetch or train it again") -> None:
-    """Raise UserError for a number that is NaN or infinite."""
-    # The sum is one pass without a temporary; it can overflow by itself, so it accuses no one.
+    """Raise UserError if a number is NaN or infinite."""
+    # The sum is one pass without a temporary. It can overflow although all numbers are finite, so the elements decide.
     if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
         bad = int((~tensor.isfinite()).sum())
         if bad:
@@ -153,12 +153,12 @@ def check_finite(name: str, tensor: Tensor, place: str, advice: str = "; fetch o
 
 
 def write_text(path: Path, text: str) -> str:
-    """Write a small text file, flush it to the disk, return its sha256."""
+    """Write a small text file, flush it to the disk and return its sha256."""
     return write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> str:
-    """Write a small file, flush it to the disk, return its sha256."""
+    """Write a small file, flush it to the disk and return its sha256."""
     with open(path, "wb") as file:
         file.write(data)
         _flush(file)
@@ -166,12 +166,12 @@ def write_bytes(path: Path, data: bytes) -> str:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file as a mapping that reads a tensor when it is asked for, so that none stay in memory.
+    """A safetensors file as a mapping that reads each tensor on access, so no tensor stays in memory.
 
-    A tensor it gives is a private view of the mapped file, and keeps it mapped: copy what is to live on.
+    A returned tensor is a private view of the mapped file and keeps it mapped. Copy a tensor that must live longer.
 
     Args:
-        prefix: only names that begin with it; names stay unchanged.
+        prefix: restrict the mapping to names with this prefix; the names are not shortened.
 
     Raises:
         UserError: the file cannot be read.
@@ -191,7 +191,7 @@ class TensorFile(Mapping[str, Tensor]):
         return self._header[1].get("__metadata__") or {}
 
     def stored(self) -> dict[str, Stored]:
-        """All tensors, unread, in the file's order. Raises UserError for a type of numbers that is none of SD1.5's."""
+        """Return all tensors, unread, in the file's order. Raises UserError for a dtype that is not in `DTYPES`."""
         data, entries = self._header
         found = {}
         for name, entry in entries.items():
@@ -216,12 +216,12 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def read_safetensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """All tensors of a file whose names begin with `prefix`, in memory. Raises UserError for a broken file."""
+    """Read all tensors with names that begin with `prefix`. Raises UserError for a broken file."""
     return dict(TensorFile(path, prefix))
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """(First byte of the data, the header) of a safetensors file. Raises ValueError for one that no honest writer makes."""
+    """Read a safetensors header: (first byte of the data, header). Raises ValueError if it is implausible or malformed."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         left = os.fstat(file.fileno()).st_size - 8
@@ -251,9 +251,9 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends, and vanishes when it raises.
+    """Yield a temporary folder beside `path`; rename it to `path` when the block ends, delete it when the block raises.
 
-    Files written in the block must have been flushed by their writers. An existing `path` is replaced.
+    The writers of files inside the block must flush them. An existing `path` is replaced.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -275,9 +275,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block ends, and vanishes when it raises.
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends, delete it when the block raises.
 
-    What is written there in the block must have been flushed by its writer. An existing `path` is replaced.
+    The writer of the file must flush it inside the block. An existing `path` is replaced.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     try:
@@ -290,19 +290,19 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what an interrupted `new_folder` left in `folder`."""
+    """Delete temporary folders that an interrupted `new_folder` left in `folder`."""
     for path in folder.glob(TEMPORARY + "*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Replace a small text file in one move."""
+    """Replace a small text file atomically."""
     with new_file(path) as temporary:
         write_text(temporary, text)
 
 
 def flush_folder(path: Path) -> None:
-    """Make renames inside a folder durable. Windows has no such call and needs none."""
+    """Make renames inside a folder durable. Windows neither has nor needs such a call."""
     if os.name != "nt":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -312,7 +312,7 @@ def flush_folder(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under another name: a hard link, or a flushed copy where the file system has none."""
+    """Create `target` as a hard link to `source`, or as a flushed copy if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""Floor 0.5: what a config may say, and the only defaults there are."""
+"""Floor 0.5: the schema of config files and all of its defaults."""
 
 from fastsd.config.schema import Config as Config
 from fastsd.config.schema import load_config as load_config

@@ -1,4 +1,4 @@
-"""What a wrong config is told - one sentence a problem: field, what was found, what to do."""
+"""Error messages for invalid configs: one sentence per problem, with the field, the value found and what to do."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-Tables = Mapping[str, Any]  # a table's name, data.buckets for one within another -> its pydantic model
+Tables = Mapping[str, Any]  # table name -> its pydantic model; a nested table has a dotted name: data.buckets
 
-# What a key takes that takes several kinds of things.
+# Accepted values of the keys that take more than one type.
 KINDS = {
     "folders": 'a list of paths, each a string or { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }',
     "micro_batch": 'a whole number, 0 for the whole batch, or "auto"',
@@ -19,7 +19,7 @@ KINDS = {
     "checkpoint_every": 'a number of steps, or "1e", "30m"',
     "checkpoint_at": 'a list of steps or "1e", "5000 images"',
 }
-# What other trainers call it -> what it is called here.
+# Name in other trainers -> name of the same setting here.
 # fmt: off
 FAMILIAR = {
     "learning_rate": "lr", "train_batch_size": "batch", "batch_size": "batch", "mixed_precision": "precision",
@@ -57,7 +57,7 @@ FAMILIAR = {
 
 
 def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> list[str]:
-    """A sentence for every key that is not in the schema. `top`: the keys outside of tables."""
+    """Return one sentence per key that is not in the schema. `top` holds the valid keys outside of tables."""
     problems = []
     for key in raw:
         if key not in top:
@@ -87,7 +87,7 @@ def _did_you_mean(key: str, names: list[str], tables: Tables) -> str:
 
 
 def sentence(item: Any) -> str:
-    """One pydantic error -> `field: what was found; what to do`."""
+    """Turn one pydantic error into a sentence `field: value found; what to do`."""
     place = ".".join(str(part) for part in item["loc"] if part not in ("int", "str", "float"))
     found = item["input"]
     for i, part in enumerate(item["loc"]):

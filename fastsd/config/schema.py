@@ -1,8 +1,8 @@
-"""The schema of a config file and the only defaults there are.
+"""The schema of a config file and all of its defaults.
 
-A config is TOML: a few keys at the top, the tables `[model] [data] [cache] [sample] [validate] [log] [export]`, and an
-ordered list of `[[stage]]`. Files in `configs/` are deltas from the defaults below. Unknown keys are errors with a "did you
-mean"; keys that a later version will fill are refused by name, never ignored.  Read next: `configs/xlsd.toml`.
+A config is TOML: a few top-level keys, the tables `[model] [data] [cache] [sample] [validate] [log] [export]`, and an
+ordered list of `[[stage]]`.  Files in `configs/` are deltas from the defaults below.  An unknown key is an error with a "did
+you mean" suggestion; keys reserved for a later version are refused by name, never ignored.  Read next: `configs/xlsd.toml`.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from fastsd.errors import UserError
 
 # fmt: off
 class LoraTable(Table):
-    """Low-rank adapters: every target's weight W becomes W + alpha / rank * up @ down."""
+    """Low-rank adapters (LoRA): the weight W of every target becomes W + alpha / rank * up @ down."""
 
     rank: int = Field(4, ge=1)
-    alpha: float | None = Field(None, gt=0)        # unset = rank, a factor of 1
-    targets: list[str] = Field(["attention"], min_length=1)    # groups or names of linear layers, as in train without the part
-    conv: int = Field(0, ge=0)                     # rank of adapters of the 3x3 convolutions; 0 = none
-    text_encoder: bool = False                     # adapters in the text encoder's targets, too
-    file: str = ""                                 # start from this LoRA (.safetensors, by any tool's names)
+    alpha: float | None = Field(None, gt=0)        # unset = rank, which gives a factor of 1
+    targets: list[str] = Field(["attention"], min_length=1)    # groups or names of linear layers, as in train minus component
+    conv: int = Field(0, ge=0)                     # rank of the adapters of 3x3 convolutions; 0 = none
+    text_encoder: bool = False                     # also add adapters to the targets in the text encoder
+    file: str = ""                                 # start from this LoRA (.safetensors, with the names of any tool)
 
 
 class ModelTable(Table):
     base: str                                      # diffusers folder, hub id, or one .safetensors in the original SD layout
-    vae: str = ""                                  # "" = the base's own; else a folder, hub id or .safetensors file
-    tokenizer: str = ""                            # "" = the base's own; a single file has none: name a folder or hub id
+    vae: str = ""                                  # folder, hub id or .safetensors file; "" = the VAE of the base
+    tokenizer: str = ""                            # "" = that of the base; a single file has none, so give a folder or hub id
     revision: str = ""                             # of a base that is a hub id; "" = its default branch
-    vae_scaling_factor: float | None = Field(None, gt=0)   # only for a VAE file that comes without its config
+    vae_scaling_factor: float | None = Field(None, gt=0)   # only for a VAE file without a config
     clip_skip: int = Field(0, ge=0)                # 0 = last layer; n = the n-th before it, then the final layer norm
-    chunks: int = Field(1, ge=1, le=8)             # 1 = captions end after 75 tokens; n = n times 75, each encoded by itself
-    prediction: Literal["", "epsilon", "v_prediction"] = ""    # what the UNet tells of x_t; "" = as the base does
-    zero_snr: bool | None = None                   # rescale the noise schedule to end in pure noise; unset = as the base does
-    lora: LoraTable | None = None                  # adapters that train = ["lora"] trains: a table [model.lora]
+    chunks: int = Field(1, ge=1, le=8)             # 1 = cut captions at 75 tokens; n = n windows of 75, encoded separately
+    prediction: Literal["", "epsilon", "v_prediction"] = ""    # output of the UNet for x_t; "" = as in the base
+    zero_snr: bool | None = None                   # rescale the noise schedule to end in pure noise; unset = as in the base
+    lora: LoraTable | None = None                  # adapters, trained by train = ["lora"]: a table [model.lora]
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelTable:
@@ -54,18 +54,18 @@ class ModelTable(Table):
 
 class FolderTable(Table):
     path: str                                      # a folder, searched recursively; a .tar; or a pattern: {00000..00099}.tar
-    repeats: int = Field(1, ge=1)                  # how often an epoch has each of its images
-    weight: float | None = Field(None, gt=0)       # or its part of an epoch, beside the weights of other folders
-    loss_weight: float = Field(1.0, ge=0)          # of its images' losses
+    repeats: int = Field(1, ge=1)                  # times each of its images occurs in an epoch
+    weight: float | None = Field(None, gt=0)       # instead of repeats: share of an epoch relative to other folders' weights
+    loss_weight: float = Field(1.0, ge=0)          # factor of the loss of its images
 
 
 class BucketTable(Table):
-    """Aspect buckets; keys and meaning are kohya's."""
+    """Aspect-ratio buckets, with the keys and meanings of kohya's trainers."""
 
-    min: int = Field(256, ge=8)                    # px, the shortest side
-    max: int = Field(1024, ge=8)                   # px, the longest side
-    step: int = Field(64, ge=8)                    # px, sides are its multiples
-    no_upscale: bool = False                       # never enlarge: small images get buckets of their own size
+    min: int = Field(256, ge=8)                    # px, shortest side of a bucket
+    max: int = Field(1024, ge=8)                   # px, longest side of a bucket
+    step: int = Field(64, ge=8)                    # px, all sides are multiples of it
+    no_upscale: bool = False                       # never enlarge images: small ones get buckets of their own size
 
     @model_validator(mode="after")
     def _fits_together(self) -> BucketTable:
@@ -79,20 +79,20 @@ class BucketTable(Table):
 
 
 class DataTable(Table):
-    # Each a path or { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }. A caption lies beside its image (.txt or
-    # .caption, several lines = variants), in the folder's metadata.jsonl or .parquet, or in the tar.
+    # Each entry is a path, { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }. Captions lie beside their images
+    # (.txt or .caption, several lines = variants), in the folder's metadata.jsonl or .parquet, or in the tar.
     folders: list[str | FolderTable] = Field(min_length=1)
-    resolution: int = Field(512, ge=8)             # px: the square's side, or the root of the buckets' largest area
-    crop: Literal["centre", "random"] = "centre"   # where the square or bucket is cut from the resized image
-    crops: int = Field(1, ge=1, le=64)             # random crops stored of each image; training draws one each time
-    flip: bool = False                             # store mirrored latents as well; training takes either
-    buckets: BucketTable | None = None             # aspect buckets instead of squares: a table [data.buckets]
-    latents: Literal["", "img_sdxl", "img_sdvae", "npz"] = ""   # "" = encode; else take over what another trainer encoded
-    caption_key: str = ""                          # in metadata and .json; "" = the first of text, caption, prompt
-    weight_key: str = ""                           # in metadata: a number that an image's loss is multiplied by; "" = none
-    masks: str = ""                                # ending of masks beside images, "-mask.png": white is learned; "" = none
-    include: list[str] = []                        # only images with one of these tags
-    exclude: list[str] = []                        # no image with one of these tags
+    resolution: int = Field(512, ge=8)             # px: side of the square, or square root of the largest bucket area
+    crop: Literal["centre", "random"] = "centre"   # position of the square or bucket in the resized image
+    crops: int = Field(1, ge=1, le=64)             # random crops stored per image; training picks one each time
+    flip: bool = False                             # also store mirrored latents; training picks either version
+    buckets: BucketTable | None = None             # aspect-ratio buckets instead of squares: a table [data.buckets]
+    latents: Literal["", "img_sdxl", "img_sdvae", "npz"] = ""   # "" = encode; otherwise import latents of another trainer
+    caption_key: str = ""                          # key in metadata and .json; "" = the first of text, caption, prompt
+    weight_key: str = ""                           # key in metadata of a factor of the image's loss; "" = none
+    masks: str = ""                                # suffix of masks beside images, "-mask.png": white is learned; "" = none
+    include: list[str] = []                        # use only images with at least one of these tags
+    exclude: list[str] = []                        # use no image with any of these tags
 
     @property
     def roots(self) -> list[FolderTable]:
@@ -118,22 +118,22 @@ class DataTable(Table):
 
 
 class CacheTable(Table):
-    dir: str = "cache"                             # may be shared: keys hold image, VAE and preprocessing
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"    # of the stored posterior mean; fp16 is 32 KiB an image at 512 px
-    precision: Literal["fp32", "bf16"] = "fp32"    # the VAE encoder's; never fp16, where SDXL's VAE overflows
-    batch: int = Field(8, ge=1)                    # images a VAE call, and the unit of work an interruption can lose
+    dir: str = "cache"                             # may be shared: keys include image, VAE and preprocessing
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"    # of the stored posterior mean; fp16 is 32 KiB per image at 512 px
+    precision: Literal["fp32", "bf16"] = "fp32"    # of the VAE encoder; no fp16, because SDXL's VAE overflows in it
+    batch: int = Field(8, ge=1)                    # images per VAE call, and the unit of work an interruption can lose
     workers: int = Field(0, ge=0)                  # decoding threads; 0 = one per core
-    # Store the text encoder's states of every caption as well: training then has no text encoder on the GPU. For stages that
-    # leave it and the captions as they are; 116 KiB a caption in fp16. `precision` is the encoder's, too
+    # Also store the text embeddings of every caption, so that training needs no text encoder on the GPU. For stages that
+    # neither train it nor edit captions. 116 KiB per caption in fp16. `precision` applies to the text encoder, too
     hidden_states: bool = False
 
 
 class SampleTable(Table):
-    prompts: list[str] = []                        # one row of the grid each
-    prompts_file: str = ""                         # more prompts, one a line
-    negative: str = ""                             # the unconditional side of the guidance
-    images: int = Field(2, ge=1)                   # columns: images per prompt, each from its own fixed seed
-    seed: int = Field(0, ge=0)                     # of the first column; the next ones count up
+    prompts: list[str] = []                        # one row of the grid per prompt
+    prompts_file: str = ""                         # file of more prompts, one per line
+    negative: str = ""                             # negative prompt: the unconditional side of the guidance
+    images: int = Field(2, ge=1)                   # columns: images per prompt, each with its own fixed seed
+    seed: int = Field(0, ge=0)                     # of the first column; each further column adds 1
     sampler: Literal["ddim", "euler", "euler_a", "dpm++"] = "dpm++"
     steps: int = Field(20, ge=1)
     guidance: float = Field(7.0, ge=0)             # classifier-free guidance scale; 1 = off
@@ -141,36 +141,36 @@ class SampleTable(Table):
 
 
 class ValidateTable(Table):
-    """A loss to compare by: the same images, noise and timesteps every time, before the first step and as often as `every`."""
+    """A loss for comparisons: the same images, noise and timesteps before the first step and at every interval `every`."""
 
     held_out: int = Field(0, ge=0)                 # images that are never trained on; 0 = none
-    stabilised: int = Field(0, ge=0)               # images that are, measured the same way: training loss without its noise
-    every: Amount = "1e"                           # between measurements: steps, "1e", "30m"; also where a stage starts or ends
-    bands: int = Field(5, ge=1, le=100)            # equal parts of the timesteps, told apart
-    per_band: int = Field(2, ge=1)                 # timesteps of each image in each band
-    batch: int = Field(8, ge=1)                    # images a forward
-    seed: int = Field(0, ge=0, lt=2**63)           # which images, noise and timesteps
-    # What decides with it: an image's own latents, wherever it lies and whatever is added; or its number in the cache, for sets
-    # whose images correspond, as those of `fastsd redraw` do
+    stabilised: int = Field(0, ge=0)               # training images measured the same way: training loss without its noise
+    every: Amount = "1e"                           # interval: steps, "1e", "30m"; also measured where a stage starts or ends
+    bands: int = Field(5, ge=1, le=100)            # equal ranges of timesteps, reported separately
+    per_band: int = Field(2, ge=1)                 # timesteps measured per image and band
+    batch: int = Field(8, ge=1)                    # images per forward
+    seed: int = Field(0, ge=0, lt=2**63)           # selects images, noise and timesteps
+    # Identity of an image, used with `seed`. "content" = its latents: neither its path nor added images matter. "number" = its
+    # number in the cache: for data sets with corresponding images, such as those of `fastsd redraw`
     by: Literal["content", "number"] = "content"
 
 
 class LogTable(Table):
-    every: int = Field(10, ge=1)                   # steps between log lines (values are read one line late, never waited for)
+    every: int = Field(10, ge=1)                   # steps between log lines; values are read one line late, without waiting
     tensorboard: bool = True                       # event files under RUN/tensorboard; RUN/log.jsonl is always written
     wandb: str = ""                                # project name; needs the extra: pip install "fastsd[wandb]"
 
 
 class ExportTable(Table):
-    """What a run ends with beside RUN/model, which is always there: a diffusers folder in fp32, exact as the checkpoint."""
+    """Output of a run besides RUN/model, which is always written: a diffusers folder in fp32, as exact as the checkpoint."""
 
-    single_file: bool = True                       # RUN/model.safetensors as well, the original SD layout of ComfyUI and A1111
+    single_file: bool = True                       # also write RUN/model.safetensors, the SD layout of ComfyUI and A1111
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"    # of that file
-    fold: bool = True                              # put the VAE's factor into its weights: other tools take 0.18215 for granted
-    lora: Literal["kohya", "peft"] = "kohya"       # names in RUN/lora.safetensors: all tools read kohya's; peft's is diffusers'
+    fold: bool = True                              # fold the VAE's scaling factor into its weights: other tools assume 0.18215
+    lora: Literal["kohya", "peft"] = "kohya"       # names in RUN/lora.safetensors: kohya's, read by all tools, or diffusers'
     title: str = ""                                # in files and model card; "" = the name of the run's folder
-    author: str = ""                               # the same; "" = not told
-    license: str = ""                              # the same, as the hub names it: "creativeml-openrail-m"; "" = not told
+    author: str = ""                               # in files and model card; "" = omitted
+    license: str = ""                              # in files and model card, a hub name: "creativeml-openrail-m"; "" = omitted
 
 
 class Config(Table):
@@ -182,12 +182,12 @@ class Config(Table):
     validate_: ValidateTable = Field(ValidateTable(), alias="validate")
     log: LogTable = LogTable()
     export: ExportTable = ExportTable()
-    run: str = "runs/run"                          # everything a run writes; the same line again resumes from here
+    run: str = "runs/run"                          # folder of all files of a run; the same command again resumes from it
     seed: int = Field(0, ge=0, lt=2**63)           # of all noise, timesteps, dropout and order
-    kernels: Literal["auto", "triton", "reference"] = "auto"   # which Ops table; auto = triton on a GPU it is built for
-    device: str = "auto"                           # auto = cuda if there is one, else the cpu
-    cuda_graph: bool = True                        # replay the whole step as one CUDA graph on a GPU; equal in result
-    deterministic: bool = True                     # exact resume on a GPU; false: cuDNN times its algorithms, anew each time
+    kernels: Literal["auto", "triton", "reference"] = "auto"   # the Ops table; auto = triton on a GPU it is built for
+    device: str = "auto"                           # auto = cuda if available, otherwise cpu
+    cuda_graph: bool = True                        # replay the whole step as one CUDA graph on a GPU; results are equal
+    deterministic: bool = True                     # exact resume on a GPU; false = cuDNN times its algorithms at every start
 
     def stage_name(self, index: int) -> str:
         return self.stage[index].name or f"stage-{index + 1}"
@@ -250,12 +250,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None, precision:
 
     Args:
         path: the TOML file.
-        overrides: `key=value` with dotted keys, values in TOML (bare words are strings): `seed=7`, `model.vae=my-vae`,
+        overrides: `key=value` with dotted keys and TOML values (bare words are strings): `seed=7`, `model.vae=my-vae`,
             `stage.0.lr=1e-5` (by index), `stage.unet.batch=8` (by name), `stage.batch=8` (in every stage).
         precision: replaces the precision of every stage.
 
     Raises:
-        UserError: one sentence a problem: file, field, what was found, what to do.
+        UserError: the config is invalid. The message has one sentence per problem: file, field, value found, what to do.
     """
     path = Path(path)
     try:
@@ -274,7 +274,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, precision:
 
 
 def parse_config(raw: dict[str, Any], source: str) -> Config:
-    """A parsed TOML dict -> Config. Raises UserError naming `source` and every problem, one a line."""
+    """Validate a parsed TOML dict. Raises UserError with one line per problem; each line starts with `source`."""
     problems = unknown_keys(raw, {field.alias or name for name, field in Config.model_fields.items()}, _TABLES)
     try:
         config = Config.model_validate(raw, strict=True)
@@ -288,12 +288,12 @@ def parse_config(raw: dict[str, Any], source: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config, defaults included, as JSON with sorted keys."""
+    """Serialise the resolved config, including defaults, as JSON with sorted keys."""
     return json.dumps(config.model_dump(by_alias=True), indent=2, sort_keys=True) + "\n"
 
 
 def parse_value(text: str) -> Any:
-    """A value on the command line: TOML, or else the text itself."""
+    """Parse a value from the command line as TOML, or return the text unchanged if it is not TOML."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""What a `[[stage]]` of a config may say - what is trained, for how long, by which objective - and its defaults."""
+"""Schema and defaults of a `[[stage]]` in a config: what to train, for how long and with which objective."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Rate = Annotated[float, Field(gt=0)]
-Amount = int | str  # of steps, epochs, images or time, see `parse_amount`
+Amount = int | str  # a number of steps, epochs or images, or a time; see `parse_amount`
 PARTS = ("unet", "text_encoder")
-ENDLESS = 1 << 40  # steps of a stage that the clock ends
+ENDLESS = 1 << 40  # steps of a stage with a time limit
 
 
 class Table(BaseModel):
@@ -20,96 +20,96 @@ class Table(BaseModel):
 
 # fmt: off
 class StageTable(Table):
-    name: str = ""                                 # "" = stage-N; names the stage in logs, checkpoints and overrides
-    # What is trained; all else is frozen and costs nothing. "unet", "text_encoder", "lora" (the adapters of [model.lora]), or
-    # some of a part: a group (unet.attention, unet.cross_attention, unet.norms, unet.in, unet.mid, unet.out, unet.conv_in, ...)
-    # or names as diffusers has them, with * for any: "unet.up_blocks.3.*", "text_encoder.layers.11"
+    name: str = ""                                 # name of the stage in logs, checkpoints and overrides; "" = stage-N
+    # What to train; everything else is frozen and costs nothing. "unet", "text_encoder", "lora" (the adapters of [model.lora]),
+    # a group of a component (unet.attention, unet.cross_attention, unet.norms, unet.in, unet.mid, unet.out, unet.conv_in, ...)
+    # or parameter names as in diffusers, with * as wildcard: "unet.up_blocks.3.*", "text_encoder.layers.11"
     train: list[str] = Field(min_length=1)
-    # 1000 or "1000 steps" | "2e" or "2 epochs" | "64000 images" | "90m" or "12 hours", of this stage
+    # Length of this stage: 1000 or "1000 steps" | "2e" or "2 epochs" | "64000 images" | "90m" or "12 hours"
     until: Amount
-    # What the stage before leaves: "reset" = its weights only; "carry" = its optimizer state, d and EMA go on, too
+    # Taken over from the previous stage: "reset" = only the weights; "carry" = also the optimizer state, d and EMA
     state: Literal["reset", "carry"] = "reset"
-    reinit: list[str] = []                         # parts, named as in train, that start from new random weights
+    reinit: list[str] = []                         # start these from new random weights; named as in train
     precision: Precision = "fp32"
-    batch: int = Field(32, ge=1)                   # images an optimizer step
-    # Images a forward, a divisor of batch: gradients are accumulated. 0 = batch, "auto" = the most that fits
+    batch: int = Field(32, ge=1)                   # images per optimizer step
+    # Images per forward, a divisor of batch; gradients are accumulated. 0 = batch, "auto" = the largest that fits
     micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
-    # What the backward computes again. ff: the feed-forwards' first matmul, for a third less memory; block: everything, for
-    # very little memory and a third more time. `fastsd plan` has the figures.
+    # Recomputation in the backward. ff: the first matmul of the feed-forwards, for a third less memory; block: everything, for
+    # very little memory and a third more time. `fastsd plan` prints the figures.
     checkpointing: Literal["none", "ff", "block"] = "none"
-    fused_backward: bool = False                   # step each parameter as its gradient arrives: no memory for gradients. Needs
-                                                   # micro_batch = batch and no grad_clip
+    fused_backward: bool = False                   # update each parameter when its gradient arrives: no gradient memory.
+                                                   # Requires micro_batch = batch and no grad_clip
 
     optimizer: Literal["dlion", "lion", "adamw"] = "dlion"
-    # dlion: 1.0 (a factor on its own d); lion and adamw: must be given. One for all, or { unet = 1e-6, text_encoder = 3e-6 }
+    # dlion: 1.0 by default (a factor on its own d); lion and adamw: required. One lr, or { unet = 1e-6, text_encoder = 3e-6 }
     lr: Rate | dict[Literal["unet", "text_encoder"], Rate] | None = None
     betas: list[float] | None = Field(None, min_length=2, max_length=2)    # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
-    decoupled_weight_decay: bool = False           # lion: decay by wd * lr / initial lr, as in lion-pytorch
-    d0: float = Field(1e-6, gt=0)                  # dlion's first estimate of the step size
-    growth_rate: float | None = Field(None, gt=1)  # dlion: d grows by no more than this factor a step, for example 1.02
-    d_max: float | None = Field(None, gt=0)        # dlion: d stays at or below this
-    freeze_d_after: int = Field(0, ge=0)           # dlion: d stays as it is after so many steps of the stage; 0 = never
+    decoupled_weight_decay: bool = False           # lion: decay by weight_decay * lr / initial lr, as in lion-pytorch
+    d0: float = Field(1e-6, gt=0)                  # dlion: first estimate of the step size
+    growth_rate: float | None = Field(None, gt=1)  # dlion: largest factor by which d grows per step, for example 1.02
+    d_max: float | None = Field(None, gt=0)        # dlion: upper limit of d
+    freeze_d_after: int = Field(0, ge=0)           # dlion: d is constant after this many steps of the stage; 0 = never
     schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"    # of lr, after the warm-up
-    lr_floor: float = Field(0.0, ge=0, le=1)       # what the schedule ends at, as a share of lr
-    restarts: int = Field(0, ge=0)                 # how often the schedule starts again, in equal cycles
+    lr_floor: float = Field(0.0, ge=0, le=1)       # final value of the schedule, as a share of lr
+    restarts: int = Field(0, ge=0)                 # restarts of the schedule, in cycles of equal length
     warmup: int | float = Field(0, ge=0)           # steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
     grad_clip: float = Field(0.0, ge=0)            # largest gradient norm over all trained parameters; 0 = no clipping
-    ema: float = Field(0.0, ge=0, lt=1)            # decay of an average of the weights, from the stage's start; 0 = none
-    ema_power: float = Field(0.0, ge=0)            # warm-up: in step n the decay is at most 1 - (1 + n)^-power; 2/3; 0 = none
-    ema_after: int = Field(0, ge=0)                # steps before which the average is the weights themselves
+    ema: float = Field(0.0, ge=0, lt=1)            # decay of the EMA of the weights, from the stage's start; 0 = no EMA
+    ema_power: float = Field(0.0, ge=0)            # warm-up: decay in step n is at most 1 - (1 + n)^-power, e.g. 2/3; 0 = none
+    ema_after: int = Field(0, ge=0)                # steps during which the EMA equals the weights
 
     loss: Literal["mse", "mae", "huber"] = "mse"
-    huber_delta: float = Field(1.0, gt=0)          # huber: squares below, straight lines above
+    huber_delta: float = Field(1.0, gt=0)          # huber: quadratic below this error, linear above
     weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"    # of timesteps
-    weighting_gamma: float | None = Field(None, gt=0)    # min_snr: 5.0, p2: 1.0
-    noise_offset: float = Field(0.0, ge=0, le=1)   # standard deviation of noise that is one number a channel; 0.05 to 0.1
-    pyramid_noise: float = Field(0.0, ge=0, lt=1)  # share of noise at half the resolution, its square at a quarter, ...; 0.3
-    input_perturbation: float = Field(0.0, ge=0, le=1)   # more noise in the input than in the target; 0.1
-    immiscible: int = Field(1, ge=1, le=64)        # noises drawn for an image, of which the nearest to it is used; 1 = plain
+    weighting_gamma: float | None = Field(None, gt=0)    # default: min_snr 5.0, p2 1.0
+    noise_offset: float = Field(0.0, ge=0, le=1)   # standard deviation of noise constant over a channel, e.g. 0.05 to 0.1
+    pyramid_noise: float = Field(0.0, ge=0, lt=1)  # share of noise at half resolution, squared at a quarter, ...; e.g. 0.3
+    input_perturbation: float = Field(0.0, ge=0, le=1)   # additional noise in the input, not in the target; e.g. 0.1
+    immiscible: int = Field(1, ge=1, le=64)        # noises drawn per image; the one nearest to it is used; 1 = plain noise
     timesteps: Literal["uniform", "logit_normal", "cubic"] = "uniform"
-    timestep_range: list[int] = Field([0, 1000], min_length=2, max_length=2)     # from the first up to but not the second
+    timestep_range: list[int] = Field([0, 1000], min_length=2, max_length=2)     # [first, end), the end is excluded
     timestep_mean: float = 0.0                     # logit_normal: above 0 more noise, below 0 less
-    timestep_std: float = Field(1.0, gt=0)         # logit_normal: how far timesteps spread
-    unmasked_weight: float = Field(0.0, ge=0, le=1)      # of the loss where a mask (data.masks) is black
+    timestep_std: float = Field(1.0, gt=0)         # logit_normal: spread of the timesteps
+    unmasked_weight: float = Field(0.0, ge=0, le=1)      # loss weight where a mask (data.masks) is black
 
     caption_dropout: float = Field(0.0, ge=0, le=1)    # share of captions replaced by ""
     max_tags: int = Field(0, ge=0)                 # keep the first n tags of a caption; 0 = all
-    tag_separator: str = Field(",", min_length=1)  # what separates tags
-    shuffle_tags: bool = False                     # tags in random order
+    tag_separator: str = Field(",", min_length=1)  # separator between tags
+    shuffle_tags: bool = False                     # put tags in random order
     keep_tags: int = Field(0, ge=0)                # the first n tags are neither shuffled nor dropped
-    tag_dropout: float = Field(0.0, ge=0, le=1)    # share of single tags left out
-    shuffle_sentences: bool = False                # sentences, ended by full stops, in random order
+    tag_dropout: float = Field(0.0, ge=0, le=1)    # share of individual tags that are dropped
+    shuffle_sentences: bool = False                # put sentences, which end with full stops, in random order
 
-    sample_every: Amount = 0                       # between sample grids: steps, "1e", "30m"; 0 = only at the stage's end
-    checkpoint_every: Amount = 1000                # the same for checkpoints; there is always one at the end of the stage
-    keep_checkpoints: int = Field(3, ge=1)         # newest ones kept; stage ends, checkpoint_at and those asked for stay
-    checkpoint_at: list[Amount] = []               # checkpoints to keep: ["1e", "10e", 5000]
+    sample_every: Amount = 0                       # interval of sample grids: steps, "1e", "30m"; 0 = only at the stage's end
+    checkpoint_every: Amount = 1000                # interval of checkpoints, same units; the stage's end always has one
+    keep_checkpoints: int = Field(3, ge=1)         # newest ones retained; stage ends, checkpoint_at and requested ones stay
+    checkpoint_at: list[Amount] = []               # checkpoints to retain for good: ["1e", "10e", 5000]
     # fmt: on
 
     @property
     def parts(self) -> list[str]:
-        """The parts that `train` names. What "lora" stands for depends on the model."""
+        """Components named in `train`. Without "lora", because its components depend on the model."""
         return list(dict.fromkeys(entry.split(".")[0] for entry in self.train if entry != "lora"))
 
     @property
     def seconds(self) -> float | None:
-        """How long the stage trains, if the clock ends it."""
+        """Duration of the stage in seconds if `until` is a time, otherwise None."""
         amount, unit = parse_amount("until", self.until)
         return amount if unit == "seconds" else None
 
     def rate_of(self, part: str) -> float:
-        """lr of a trained part, with D-Lion's default filled in."""
+        """Return the lr of a trained component, with D-Lion's default filled in."""
         lr = self.lr[part] if isinstance(self.lr, dict) else self.lr  # type: ignore[index]
         return 1.0 if lr is None else lr
 
     @property
     def micro(self) -> int:
-        """Images a forward; what "auto" comes to is for the trainer to find out, here it is the batch."""
+        """Images per forward. "auto" counts as the whole batch here; the trainer resolves it."""
         return self.batch if self.micro_batch in (0, "auto") else int(self.micro_batch)
 
     def steps(self, images_per_epoch: int) -> int:
-        """Optimizer steps of this stage: `until` in whole steps, rounded up; `ENDLESS` if the clock ends it."""
+        """Return the optimizer steps of this stage: `until` in steps, rounded up, or `ENDLESS` if it is a time."""
         return steps_of("until", self.until, self.batch, images_per_epoch) or ENDLESS
 
     def warmup_steps(self, total: int) -> int:
@@ -199,13 +199,13 @@ _UNITS = {
 
 
 def parse_amount(key: str, amount: Amount) -> tuple[float, str]:
-    """`1000`, `"1000 steps"`, `"2e"`, `"1.5 epochs"`, `"64000 images"`, `"90m"`, `"12 hours"` -> (number, unit).
+    """Parse `1000`, `"1000 steps"`, `"2e"`, `"1.5 epochs"`, `"64000 images"`, `"90m"` or `"12 hours"`.
 
     Returns:
-        The unit is "steps", "epochs", "images" or "seconds"; steps and images are whole.
+        (number, unit). The unit is "steps", "epochs", "images" or "seconds". Steps and images are whole numbers.
 
     Raises:
-        ValueError: anything else, and amounts that are not above 0. `key` is what it is called.
+        ValueError: `amount` has another form or is not above 0. The message names it by `key`.
     """
     match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*([a-z]*)\s*", str(amount).lower())
     word = match[2] if match else "?"
@@ -218,7 +218,7 @@ def parse_amount(key: str, amount: Amount) -> tuple[float, str]:
 
 
 def steps_of(key: str, amount: Amount, batch: int, images_per_epoch: int) -> int | None:
-    """Steps of `batch` images that an amount comes to, rounded up; None for a time."""
+    """Convert an amount to steps of `batch` images, rounded up. Return None for a time."""
     number, unit = parse_amount(key, amount)
     if unit == "seconds":
         return None
