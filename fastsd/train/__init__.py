@@ -1,1 +1,1 @@
-"""Floor 3: one optimizer step - precision, arenas, optimizers, noise, objective, schedule, CUDA graph, memory."""
+"""Floor 3: one optimizer step with its precision, arenas, optimizers, noise, objective, schedule, CUDA graph and memory."""

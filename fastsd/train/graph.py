@@ -1,11 +1,11 @@
-"""A training step as a CUDA graph - thousands of launches become one.
+"""Capture of a training step as a CUDA graph, which turns thousands of launches into one.
 
-A step of this UNet launches some 3,000 kernels; at batch 1 a GPU waits for Python most of the time. The first calls
-of a shape run as they are, which lets libraries load, kernels compile and cuDNN choose; they are steps like any other. Then
-the function is recorded, which does nothing but record, and replayed from there on.
+A step of this UNet launches some 3,000 kernels; at batch 1 a GPU waits for Python most of the time.  The first calls of a
+shape run eagerly, which lets libraries load, kernels compile and cuDNN choose algorithms; they are ordinary training steps.
+The next call captures the function without executing it; this and all later calls replay the graph.
 
-What is replayed reads and writes the very memory that was recorded. So inputs are copied into buffers, what varies
-lies in tensors that the caller fills, and results are cloned before the next replay overwrites them.
+A replay reads and writes the same memory as the capture.  Therefore inputs are copied into buffers, values that change
+between steps lie in tensors that the caller fills, and results are cloned before the next replay overwrites them.
 
 Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls of a shape before it is recorded
+WARM_UP = 3  # eager calls of a shape before its capture
 
 
 @dataclass
@@ -30,11 +30,11 @@ class _Recorded:
 
 
 class Graphed:
-    """`function` as one CUDA graph per shapes and dtypes of its arguments; the same results.
+    """A function replayed as CUDA graphs, one per combination of argument shapes and dtypes. The results are unchanged.
 
     Args:
-        function: of tensors on the current GPU, returns a tuple of them. Reads no device value and allocates nothing that
-            must outlive a call, but in the calls before it is recorded.
+        function: takes tensors on the current GPU and returns a tuple of them. During capture it must not read device
+            values or allocate memory that must outlive a call; in the eager calls before it may do both.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -58,7 +58,7 @@ class Graphed:
         return tuple(output.clone() for output in recorded.outputs)
 
     def _plain(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # On the stream of the recording: autograd's leaves remember the stream they were first used on.
+        # Use the stream of the capture: autograd's leaves remember the stream of their first use.
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -72,22 +72,22 @@ class Graphed:
 
     def _record(self, tensors: tuple[Tensor, ...]) -> _Recorded:
         inputs = [tensor.clone() for tensor in tensors]
-        torch.cuda.empty_cache()  # what the plain calls hold, the graph's own pool will need
+        torch.cuda.empty_cache()  # the graph's own pool needs the memory that the eager calls have cached
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the loader's thread pins its batches meanwhile, which must not end the recording.
+            # thread_local: the loader's threads pin batches meanwhile, which must not invalidate the capture.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = self.function(*inputs)
         except RuntimeError as error:
-            # Ending a recording that ran out of memory fails once more; the first reason is the one to handle.
+            # Ending a capture that ran out of memory raises a second error; handle the first one.
             if isinstance(error.__context__, torch.OutOfMemoryError):
                 raise error.__context__ from None
             raise
-        self._pool = graph.pool()  # graphs of other shapes share it: only one of them runs at a time
+        self._pool = graph.pool()  # shared by the graphs of all shapes, because only one of them runs at a time
         return _Recorded(graph, inputs, outputs)
 
     def clear(self) -> None:
-        """Drop all graphs and their memory; shapes are recorded anew."""
+        """Drop all graphs and their memory. Each shape is captured again after new eager calls."""
         self._recorded.clear()
         self._calls.clear()
         self._pool = None

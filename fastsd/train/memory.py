@@ -1,8 +1,8 @@
-"""Memory, counted - what autograd keeps for a backward, and how many bytes live at the worst moment and whose.
+"""Memory counters: bytes saved for backward, and live bytes at the peak with their owners.
 
-Both count storages, not tensors: views are free. They work on real, meta and fake tensors alike, so that a plan (`plan.py`)
-and a measurement are one code. On a GPU the peak as it was is `torch.cuda.max_memory_allocated`; the scratch that a library
-takes and gives back within one operation shows there only.
+Both count storages, not tensors, so views are free.  They work on real, meta and fake tensors alike; a plan (`plan.py`) and
+a measurement therefore share one implementation.  The true peak on a GPU is `torch.cuda.max_memory_allocated`, which alone
+includes the scratch memory that a library allocates and frees within one operation.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch.utils._pytree import tree_leaves
 
 
 def kept_for_backward(run: Callable[[], object], *modules: nn.Module) -> int:
-    """Bytes of all different storages that autograd stores while `run()` executes, those of the modules' parameters left out.
+    """Count the bytes of distinct storages that autograd saves while `run()` executes, without the modules' parameters.
 
-    What a checkpointed function stores while it is computed again is not counted, its inputs are.
+    For a checkpointed function, its inputs are counted but not the tensors it saves during recomputation.
     """
     parameters = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
-    # Held until the end: a freed storage's address may become another one's.
+    # Hold every storage until the end, because the address of a freed one may be reused.
     found: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
             found[storage._cdata] = storage
-        # Not the tensor itself: an output that is saved would hold the node that holds it, for ever.
+        # Detach, because a saved output would form a reference cycle with its autograd node.
         return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -41,23 +41,23 @@ def kept_for_backward(run: Callable[[], object], *modules: nn.Module) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows every storage born on one device inside the `with` block, from birth to death.
+    """Context manager that tracks every storage allocated on one device inside the block until it is freed.
 
     Args:
-        device: others are not counted.
+        device: the device to count; storages on other devices are ignored.
 
     Attributes:
-        now: bytes alive.
-        peak: most bytes alive at once, since the start or `restart`.
+        now: live bytes.
+        peak: maximum of `now` since the start or the last `restart`.
     """
 
     def __init__(self, device: torch.device | str) -> None:
         super().__init__()
         self.device = torch.device(device)
         self.now = self.peak = 0
-        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # address -> storage, its number
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # address -> (storage, its number)
         self._sizes: list[int] = []  # bytes by number
-        self._events: list[int] = []  # n: number n was born; -n - 1: it died
+        self._events: list[int] = []  # n: storage number n was allocated; -n - 1: it was freed
         self._peak_event = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,18 +67,18 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def count(self, *tensors: Tensor) -> None:
-        """Follow these, too: tensors from before the block. Those of other devices, and what is followed already, are left."""
+        """Track tensors from before the block as well. Other devices and storages already tracked are skipped."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if tensor.device == self.device and storage._cdata not in self._alive:
                 self._born(storage)
 
     def restart(self) -> None:
-        """Begin the peak anew."""
+        """Reset the peak to the bytes that are live now."""
         self.peak, self._peak_event = self.now, len(self._events)
 
     def at_peak(self, owners: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
-        """Bytes alive at the peak by owner, and "other": what belongs to none of the tensors named, which must still live."""
+        """Return the live bytes at the peak by owner. "other" counts the rest; the tensors in `owners` must still be alive."""
         whose = {
             self._alive[tensor.untyped_storage()._cdata][1]: owner
             for owner, tensors in owners.items()
@@ -108,5 +108,5 @@ class LiveBytes(TorchDispatchMode):
 
 @cache
 def _gives_back(func: Any) -> bool:
-    """Whether all results are views of operands, or operands written in place: not new, though maybe from before the block."""
+    """Return True if all results alias operands (views or in-place); such storages may be older than the block."""
     return all(value.alias_info for value in func._schema.returns)

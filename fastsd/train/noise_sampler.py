@@ -1,14 +1,14 @@
-"""The noise that latents are mixed with - plain, or made to suit them.
+"""Sampling of the noise that is mixed with latents: standard normal, or modified as a stage asks.
 
-Each kind that a stage asks for is put on what the ones above it leave:
+The modifications that a stage enables are applied in this order, each to the result of the previous one:
 
-    1. immiscible          of several plain noises the one nearest to the image
-    2. pyramid_noise       coarser noises added, and the sum brought back to unit standard deviation
-    3. noise_offset        one number a channel added
-    4. input_perturbation  more plain noise, in the input only: the target stays what 1 to 3 made
+    1. immiscible          draw several standard normal noises and choose the one nearest to the image
+    2. pyramid_noise       add coarser noises and rescale the sum to unit standard deviation
+    3. noise_offset        add one number per channel
+    4. input_perturbation  add more standard normal noise to the input only; the target stays the result of 1 to 3
 
-Every number comes from the counter-based generator by (seed, sample position), so the noise of an image is the same in any
-batch.  Shapes: B images, K noises to choose from, C latent channels, H x W positions.
+Every number comes from the counter-based generator keyed by (seed, sample position), so the noise of an image is the same in
+any batch.  Shapes: B images, K noises to choose from, C latent channels, H x W positions.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fastsd_kernels.noise import Purpose
 
 
 class Noising:
-    """The noise of a stage.
+    """The noise sampler of a stage.
 
     Attributes:
-        plain: it is standard normal noise and nothing else, which `Ops.noised` makes on its way.
+        plain: True if the noise is unmodified standard normal noise, which `Ops.noised` generates itself.
     """
 
     def __init__(self, stage: StageTable, seed: int, ops: Ops) -> None:
@@ -38,11 +38,11 @@ class Noising:
         self.plain = stage.immiscible == 1 and not any(special)
 
     def __call__(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 latents and their sample positions -> (eps to be predicted, eps in the input): both fp32 (B, C, H, W).
+        """Return (eps to predict, eps in the input), both fp32 (B, C, H, W), for fp32 latents and their sample positions.
 
-        Input perturbation adds gamma xi, xi standard normal (Ning et al. 2023, "Input perturbation reduces exposure bias in
-        diffusion models", algorithm 1); an offset adds sigma n_c, the same all over a channel (Guttenberg 2023, "Diffusion
-        with offset noise").
+        Input perturbation adds gamma xi with standard normal xi (Ning et al. 2023, "Input perturbation reduces exposure bias
+        in diffusion models", algorithm 1).  A noise offset adds sigma n_c, constant over a channel (Guttenberg 2023,
+        "Diffusion with offset noise").
         """
         stage, (channels, height, width) = self.stage, latents_BCHW.shape[1:]
         eps_BCHW = self._nearest(latents_BCHW, positions_B)
@@ -59,27 +59,27 @@ class Noising:
         return self.ops.normal(self.seed, purpose, positions_B, shape)
 
     def _nearest(self, latents_BCHW: Tensor, positions_B: Tensor) -> Tensor:
-        """Plain noise, or of `immiscible` plain noises the nearest to the latents in L2; the first is the plain one.
+        """Draw `immiscible` standard normal noises and choose the nearest to the latents in L2; the first is the plain noise.
 
-        Source: Li et al. 2025, "Improved immiscible diffusion", the k-nearest form: an image's noises are its own. Li et al.
-        2024, "Immiscible diffusion", assigns the noises of a batch to its images, so that noise would depend on the batch.
+        Source: Li et al. 2025, "Improved immiscible diffusion", the k-nearest form, where each image has its own noises.
+        Rejected: Li et al. 2024, "Immiscible diffusion", assigns a batch's noises to its images, so noise depends on the batch.
         """
         shape, others = tuple(latents_BCHW.shape[1:]), self.stage.immiscible - 1
         plain_BCHW = self._draw(Purpose.NOISE, positions_B, *shape)
         if not others:
             return plain_BCHW
         all_BKCHW = torch.cat((plain_BCHW[:, None], self._draw(Purpose.IMMISCIBLE, positions_B, others, *shape)), dim=1)
-        # In fp64 no order of summation, which a GPU chooses by the batch, can turn the choice.
+        # fp64: the order of summation, which a GPU chooses by the batch size, cannot change the choice.
         distance_BK = (all_BKCHW - latents_BCHW[:, None]).square().flatten(2).sum(2, dtype=torch.float64)
         return all_BKCHW[torch.arange(len(all_BKCHW), device=all_BKCHW.device), distance_BK.argmin(1)]
 
     def _with_coarser(self, eps_BCHW: Tensor, positions_B: Tensor) -> Tensor:
-        """eps plus share^i of noise at 1 / 2^i the size for i = 1, 2, ... down to a side of 1, stretched bilinearly.
+        """Add share^i times noise at 1 / 2^i of the size, stretched bilinearly, for i = 1, 2, ... down to a side of 1.
 
-        Then divided by its standard deviation over images and positions as the numbers say it is, a function of size and
-        share, not by that of the noise at hand: it stays normal and independent of the batch.
+        The sum is divided by its theoretical standard deviation over images and positions, a function of size and share.  With
+        the standard deviation of the actual sample instead, the noise would not be normal and would depend on the batch.
 
-        Source: Whitaker 2023, "Multi-resolution noise for diffusion model training"; there factors are random in [2, 4).
+        Source: Whitaker 2023, "Multi-resolution noise for diffusion model training", where the factors are random in [2, 4).
         """
         share, (channels, height, width) = self.stage.pyramid_noise, eps_BCHW.shape[1:]
         sides = [(height >> i, width >> i) for i in range(1, min(height, width).bit_length())]
@@ -96,7 +96,7 @@ class Noising:
 
 @cache
 def _kept_variance(count: int, stretched: int) -> float:
-    """Mean variance of `count` unit normals stretched linearly to `stretched` numbers: of the sums of squared weights."""
+    """Return the mean variance of `count` unit normals stretched linearly to `stretched`: the mean sum of squared weights."""
     total = 0.0
     for i in range(stretched):
         place = min(max((i + 0.5) * count / stretched - 0.5, 0.0), count - 1.0)

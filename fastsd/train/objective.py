@@ -1,11 +1,11 @@
-"""What is learned - to tell the noise in noised latents, or their velocity - and how much each error counts.
+"""The training objective: noisy latents, the target (noise or velocity) and the weighted loss.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps        target = eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
     loss = mean over images of  w(t) w_image  mean over elements of  m d(prediction, target)
 
-(Ho et al. 2020, equations 4 and 14; v: Salimans and Ho 2022, appendix D.)  `noise_sampler.py` defines eps. Noise
-and timestep are functions of (seed, sample position) - immiscible noise of the image, too - so no batch split changes them:
-see `fastsd_kernels.noise`.  Shapes: B images, C latent channels, H x W positions, T timesteps.
+(Ho et al. 2020, equations 4 and 14; v: Salimans and Ho 2022, appendix D.)  `noise_sampler.py` defines eps.  Noise and
+timestep are functions of (seed, sample position), so splitting a batch does not change them (see `fastsd_kernels.noise`);
+immiscible noise also depends on the image.  Shapes: B images, C latent channels, H x W positions, T timesteps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALL_TIMESTEPS = StageTable.model_fields["timestep_range"].default
 
 
 def alphas_cumprod(scheduler: dict[str, Any]) -> Tensor:
-    """abar_t of a diffusers scheduler config: fp32 (timesteps,). With zero terminal SNR the last is 0, exactly.
+    """Compute abar_t of a diffusers scheduler config, fp32 (timesteps,). With zero terminal SNR the last is exactly 0.
 
     Source: Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", algorithm 1, for
     `rescale_betas_zero_snr`.
@@ -38,17 +38,17 @@ def alphas_cumprod(scheduler: dict[str, Any]) -> Tensor:
 
 
 class Objective:
-    """What a stage learns from a batch.
+    """The objective of a stage.
 
     Args:
         alphas_cumprod: abar_t, fp32 (T,), on the training device.
-        seed: of noise and timesteps.
+        seed: seed of noise and timesteps.
         ops: the implementation that draws the noise.
-        stage: its loss, weighting, noise and timesteps; None = plain noise, uniform timesteps and a plain mean square.
+        stage: provides loss, weighting, noise and timesteps; None = plain noise, uniform timesteps, unweighted mean square.
         prediction: "epsilon" or "v_prediction".
 
     Raises:
-        UserError: timesteps that the noise schedule does not have.
+        UserError: `timestep_range` exceeds the timesteps of the noise schedule.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Objective:
         self._distance = distances[self.stage.loss]
 
     def timesteps(self, positions_B: Tensor) -> Tensor:
-        """t of each sample position: int64 (B,) on the device of `positions_B`, within the stage's `timestep_range`.
+        """Draw t for each sample position: int64 (B,) on the device of `positions_B`, within the stage's `timestep_range`.
 
-        A share of the range is drawn, rounded down to whole timesteps: uniform; with a normal logit (Esser et al. 2024,
-        "Scaling rectified flow transformers", section 3.1, where a share of 1 is pure noise, too); or "cubic", 1 - u^3, which
-        favours noisy ones (Mou et al. 2023, "T2I-Adapter", non-uniform time step sampling).
+        A share of the range is drawn and rounded down to a whole timestep.  The share is uniform; has a normal logit (Esser et
+        al. 2024, "Scaling rectified flow transformers", section 3.1, where 1 also means pure noise); or is "cubic", 1 - u^3,
+        which favours noisy timesteps (Mou et al. 2023, "T2I-Adapter", non-uniform time step sampling).
         """
         draw, stage, count = (self.seed, noise.Purpose.TIMESTEP, positions_B), self.stage, self.end - self.first
         if stage.timesteps == "uniform":
@@ -82,7 +82,7 @@ class Objective:
         return self.first + (share_B * count).long().clamp(max=count - 1)  # a share may round to 1
 
     def noised(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled latents and their sample positions -> (x_t fp32, t int64 (B,), target fp32)."""
+        """Add noise to scaled latents at their sample positions: (x_t fp32, t int64 (B,), target fp32)."""
         t_B = self.timesteps(positions_B)
         tables = self.signal, self.level
         if self.noising.plain:
@@ -100,14 +100,14 @@ class Objective:
         self, prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor, weight_B: Tensor | None = None,
         mask_B1HW: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Mean over the images of their mean errors, weighted: 0-dim fp32.
+        """Compute the mean over images of their weighted mean errors: 0-dim fp32.
 
         Args:
-            t_B: the timesteps of `noised`.
-            weight_B: a factor of each image's loss.
-            mask_B1HW: in [0, 1]; an element counts by unmasked_weight + (1 - unmasked_weight) * mask. The mean is over all
-                elements, as in sd-scripts and, unless asked otherwise, OneTrainer: divided by its mask's area, an image with
-                little to learn would count as much as a whole one.
+            t_B: the timesteps that `noised` returned.
+            weight_B: a factor for each image's loss.
+            mask_B1HW: in [0, 1]; the weight of an element is unmasked_weight + (1 - unmasked_weight) * mask. The mean is over
+                all elements, as in sd-scripts and by default in OneTrainer. If it were divided by the area of the mask, an
+                image with a small mask would count as much as a whole image.
         """
         prediction_BCHW = prediction_BCHW.float()
         if self.weights_T is None and weight_B is None and mask_B1HW is None:
@@ -125,19 +125,19 @@ class Objective:
 
 
 def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str) -> Tensor | None:
-    """How much the loss counts at each timestep: fp32 (T,); None where all count the same.
+    """Compute the loss weight of each timestep: fp32 (T,), or None if all are equal.
 
-    By SNR = abar / (1 - abar). The papers' weights are of the loss in eps; with
+    The weights depend on SNR = abar / (1 - abar).  The papers give them for the loss in eps.  With
 
         |eps - eps'|^2 = SNR |x_0 - x_0'|^2        |v - v'|^2 = (SNR + 1) |x_0 - x_0'|^2
 
-    (Salimans and Ho 2022, section 4) each is brought to x_0, and from there to the model's own prediction:
+    (Salimans and Ho 2022, section 4) each is converted to the loss in x_0 and then to the model's own prediction:
 
         min_snr   min(SNR, gamma) / SNR    gamma 5    Hang et al. 2023, "Efficient diffusion training via min-SNR"
         debiased  1 / sqrt(SNR)                       Yu et al. 2024, "Unmasking bias in diffusion model training"
         p2        1 / (1 + SNR)^gamma      gamma 1    Choi et al. 2022, "Perception prioritized training", k = 1
 
-    Of v all three are 0 where SNR is 0: nothing is learned from pure noise. They are not normalised.
+    For v all three are 0 where SNR is 0: nothing is learned from pure noise.  The weights are not normalised.
     """
     if stage.weighting == "none":
         return None
@@ -153,8 +153,8 @@ def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str)
 
 
 def _range(stage: StageTable, timesteps: int) -> tuple[int, int]:
-    """First timestep, and the one after the last."""
-    if stage.timestep_range == ALL_TIMESTEPS:  # unasked for: all there are
+    """Return the first timestep and the end, which is exclusive."""
+    if stage.timestep_range == ALL_TIMESTEPS:  # the default means all timesteps of the model
         return 0, timesteps
     first, end = stage.timestep_range
     if end > timesteps:

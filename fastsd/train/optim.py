@@ -1,8 +1,8 @@
 """Lion, D-Lion and AdamW as torch optimizers, and their state as named tensors for a checkpoint.
 
-The arithmetic is `fastsd_kernels.lion`, `.dlion`, `.adamw`; here are parameter groups, state and hyper-parameters. A
-step reads nothing back from the device, so it never waits. Any list of parameters will do; training gives each optimizer
-one, the arena of a part (`trainable.py`). Read next: `fastsd_kernels/dlion.py`.
+The arithmetic is in `fastsd_kernels.lion`, `.dlion` and `.adamw`; this module handles parameter groups, state and
+hyper-parameters.  A step reads nothing back from the device and therefore never waits.  Any list of parameters works; training
+gives each optimizer a single one, the arena of a component (`trainable.py`).  Read next: `fastsd_kernels/dlion.py`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Cut = Callable[[Tensor], Tensor]
 Views = Callable[[Tensor], list[Tensor]]
 
-SMALL = 1 << 22  # elements: 16 MB of each tensor
-# State of the whole optimizer lies in `state` beside the parameters' own: torch saves, loads and copies such entries.
+SMALL = 1 << 22  # elements: 16 MB per fp32 tensor
+# Optimizer-wide state lies in `state` beside the state of parameters, because torch saves, loads and copies such entries.
 _SHARED = "shared"
 
 
 class FastOptimizer(Optimizer):
-    """What the three share: checked groups, lazy state, `step`, and loading that keeps bits and devices.
+    """Base class of the three optimizers: checked groups, lazy state, `step`, and loading that preserves bits and devices.
 
-    `ops` is the implementation. By default it is the device's fastest, but on a CPU, for fewer than SMALL elements in all, the
-    reference: as fast there, and its sums and roots have the peers' last bits.
+    `ops` is the implementation.  The default is the fastest one for the device, except on a CPU with fewer than SMALL
+    elements in total: there the reference is as fast, and its sums and roots equal the original optimizers' to the last bit.
 
-    A group may hold, parallel to its "params": "lows", int16 halves that make bf16 parameters exact fp32 masters, and
-    "emas", fp32 averages moved with "ema_decay" (see `fastsd_kernels/arena.py`). lr may be a 0-dim fp64 tensor on the device.
+    A group may hold two lists parallel to its "params": "lows", int16 halves that make bf16 parameters exact fp32 masters, and
+    "emas", fp32 averages updated with "ema_decay" (see `fastsd_kernels/arena.py`).  lr may be a 0-dim fp64 device tensor.
     """
 
     name: ClassVar[str]
@@ -46,7 +46,7 @@ class FastOptimizer(Optimizer):
         self.ops = ops or (REFERENCE if small else fastest(everything[0].device))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, as `torch.optim.Optimizer.add_param_group`.
+        """Add parameters like `torch.optim.Optimizer.add_param_group`.
 
         Raises:
             ValueError: a hyper-parameter out of range, a parameter that is not fp32, or a second device.
@@ -59,7 +59,7 @@ class FastOptimizer(Optimizer):
             raise
 
     def _check(self, group: dict[str, Any]) -> None:
-        if not isinstance(group["lr"], Tensor):  # a tensor's value is not read: that would wait
+        if not isinstance(group["lr"], Tensor):  # reading a tensor's value would wait for the device
             _require(self.name, "lr", group["lr"], 0 <= group["lr"] < math.inf, "a finite number, 0 or more")
         betas = group["betas"]
         _require(self.name, "betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
@@ -77,8 +77,8 @@ class FastOptimizer(Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: evaluated first with gradients on; its value is returned.
-            skip: 0-dim bool or float on the parameters' device. Nonzero: no byte of parameters or state changes.
+            closure: evaluated first, with gradients enabled; its value is returned.
+            skip: 0-dim bool or float on the parameters' device. If nonzero, no byte of parameters or state changes.
         """
         loss = None
         if closure is not None:
@@ -94,10 +94,11 @@ class FastOptimizer(Optimizer):
     def update(
         self, gradient: Tensor, *, cut: Cut | None = None, skip: Tensor | None = None, scale: Tensor | None = None
     ) -> None:
-        """Update the only parameter there is, an arena; or the part of it that `cut` takes from any tensor of its layout.
+        """Update the optimizer's only parameter, an arena, or a part of it.
 
         Args:
-            gradient: fp32 or bf16, of the arena's or the part's layout.
+            gradient: fp32 or bf16, in the layout of the arena or of the part.
+            cut: extracts the part to update from any tensor of the arena's layout; None = the whole arena.
             scale: 0-dim fp32 on the device, multiplies the gradient.
 
         Every element must be updated once before `finish` ends the step.
@@ -107,23 +108,23 @@ class FastOptimizer(Optimizer):
 
     @torch.no_grad()
     def finish(self, *, skip: Tensor | None = None) -> None:
-        """End a step that was made of `update`s."""
+        """End a step that consists of calls of `update`."""
         self._finish(skip)
 
     def forget(self) -> None:
-        """Drop what the updates of a step that will not be finished have left; no parameter is put back."""
+        """Drop intermediate results of an unfinished step. Parameters that it has updated are not restored."""
 
     def _update(
         self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None, **options: Tensor | None
     ) -> None:
-        """Launch the elementwise pass for the parameters at `rows` of a group, or for the part of them that `cut` takes."""
+        """Launch the elementwise pass for the parameters at `rows` of a group, or for the part that `cut` extracts."""
         raise NotImplementedError
 
     def _finish(self, skip: Tensor | None) -> None:
-        """What is left to do once all parameters are updated."""
+        """Complete the step after all parameters are updated."""
 
     def _own(self, p: Tensor) -> dict[str, Tensor]:
-        """The state of one parameter, made of zeros at first use."""
+        """Return the state of one parameter, initialised to zeros on first use."""
         own = self.state[p]
         if not own:
             own.update({slot: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for slot in self.slots})
@@ -132,7 +133,7 @@ class FastOptimizer(Optimizer):
     def _lists(
         self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None
     ) -> tuple[list[list[Tensor]], dict[str, Any]]:
-        """(parameters, gradients and each slot's state as parallel lists; keyword arguments of every op)."""
+        """Return (parallel lists of parameters, gradients and each slot's state; keyword arguments common to all ops)."""
         cut = cut or (lambda t: t)
         owns = [self._own(group["params"][i]) for i in rows]
         lists = [[cut(group["params"][i]) for i in rows], grads]
@@ -146,7 +147,7 @@ class FastOptimizer(Optimizer):
         return lists, options
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a `state_dict()` bit by bit; the tensors are copied, so the source may go on.
+        """Load a `state_dict()` bit by bit. The tensors are copied, so the source may continue to train.
 
         Raises:
             ValueError: groups or their sizes differ from this optimizer's.
@@ -163,9 +164,9 @@ class Lion(FastOptimizer):
     Args:
         params: fp32 parameters or groups of them, on one device.
         lr: step size in units of the parameter.
-        betas: (of the update, of the momentum).
-        weight_decay: multiplies lr.
-        decoupled_weight_decay: divide weight_decay by the lr given here, so that only its schedule scales the decay.
+        betas: (decay for the update, decay of the momentum).
+        weight_decay: is multiplied by lr.
+        decoupled_weight_decay: divide weight_decay by the lr given here, so only the schedule of lr scales the decay.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -205,22 +206,22 @@ class Lion(FastOptimizer):
 
 
 class DLion(FastOptimizer):
-    """D-Adaptation Lion: `DAdaptLion` of dadaptation 3.2. One d for all parameters given: one optimizer a trained part.
+    """D-Adaptation Lion, `DAdaptLion` of dadaptation 3.2. All its parameters share one d: use one per trained component.
 
     Args:
         params: fp32 parameters or groups of them, on one device. Groups may differ in weight_decay only.
-        lr: factor on d; leave it at 1 and let a schedule move it.
-        betas: (of the update, of momentum and s).
-        weight_decay: multiplies d lr.
+        lr: factor on d; leave it at 1 and let a schedule change it.
+        betas: (decay for the update, decay of momentum and s).
+        weight_decay: is multiplied by d lr.
         d0: first estimate of d, in units of the parameter.
-        growth_rate: d grows by no more than this factor a step; None = without limit, as upstream's default.
-        d_max: d stays at or below this; None = without limit.
+        growth_rate: largest factor by which d grows per step; None = no limit, the upstream default.
+        d_max: upper limit of d; None = no limit.
 
     Attributes:
-        frozen: 0-dim bool on the device, or None; true: d stays as it is.
+        frozen: 0-dim bool on the device, or None. While true, d is constant.
 
     Raises:
-        ValueError: a hyper-parameter out of range, or groups that differ in betas; in `step`, groups that differ in lr.
+        ValueError: a hyper-parameter is out of range or groups differ in betas; in `step`: groups differ in lr.
 
     Source: Defazio and Mishchenko 2023, "Learning-rate-free learning by D-Adaptation".
     """
@@ -259,18 +260,18 @@ class DLion(FastOptimizer):
 
     @property
     def shared(self) -> dict[str, Tensor]:
-        """ "d" and "numerator_weighted", 0-dim fp64 on the device: for a log that must not wait."""
+        """Return "d" and "numerator_weighted", 0-dim fp64 on the device, for logging without waiting."""
         return self.state[_SHARED]  # type: ignore[index]
 
     def d(self) -> float:
-        """The estimate that the next step uses. Waits for the device."""
+        """Return the estimate that the next step uses. Waits for the device."""
         return float(self.shared["d"])
 
     def _update(
         self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None, **options: Tensor | None
     ) -> None:
         lr = self.param_groups[0]["lr"]
-        if group["lr"] is not lr:  # two tensors are not compared: that would wait
+        if group["lr"] is not lr:  # comparing two tensors would wait for the device
             same = not isinstance(lr, Tensor) and group["lr"] == lr
             _require(self.name, "lr", group["lr"], same, f"{lr} in every group, or one optimizer a part")
         lists, settings = self._lists(group, rows, grads, cut)
@@ -300,9 +301,9 @@ class AdamW(FastOptimizer):
     Args:
         params: fp32 parameters or groups of them, on one device.
         lr: step size in units of the parameter.
-        betas: decay of (first, second moment).
+        betas: decay of (first, second) moment.
         eps: added to the root of the second moment, in units of the gradient.
-        weight_decay: multiplies lr.
+        weight_decay: is multiplied by lr.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -340,7 +341,7 @@ class AdamW(FastOptimizer):
     ) -> None:
         lists, settings = self._lists(group, rows, grads, cut)
         steps = [self._own(group["params"][i])["step"] for i in rows]
-        if cut:  # each part counts the step on a copy, `_finish` counts it once
+        if cut:  # every part increments a copy of the step count; `_finish` increments the original once
             self._cut, steps = True, [step.clone() for step in steps]
         self.ops.adamw(*lists, steps, eps=group["eps"], **settings, **options)
 
@@ -351,19 +352,19 @@ class AdamW(FastOptimizer):
 
 
 def flat_state(optimizer: FastOptimizer, names: Sequence[str], views: Views | None = None) -> dict[str, Tensor]:
-    """The state as named tensors, for safetensors.
+    """Return the optimizer state as named tensors, for safetensors.
 
     Args:
-        names: the parameters' names, in the order of `optimizer.param_groups`; of an arena, those of its parts.
-        views: of an arena: takes a tensor of its layout apart, into one view a name.
+        names: names of the parameters, in the order of `optimizer.param_groups`; for an arena, names of its parameters.
+        views: for an arena: splits a tensor of its layout into one view per name.
 
     Returns:
-        "<slot>/<name>" fp32 of the parameter's shape for each slot of the optimizer; for D-Lion "d" and
-        "numerator_weighted", fp64 0-dim; for AdamW "step", fp32, one number a parameter or arena. Zeros for a parameter that
-        never had a gradient. Dense state is given as it is, not copied: write or clone it before the next step.
+        "<slot>/<name>", fp32 in the parameter's shape, for each slot of the optimizer; for D-Lion also "d" and
+        "numerator_weighted", fp64 0-dim; for AdamW also "step", fp32, one number per parameter or arena. A parameter that
+        never had a gradient has zeros. Only "step" is a copy: write or clone the other tensors before the next step.
 
     Raises:
-        ValueError: not one distinct name a parameter.
+        ValueError: `names` has duplicates or does not match the number of parameters.
     """
     owns = [optimizer._own(p) for group in optimizer.param_groups for p in group["params"]]
     tensors: dict[str, Tensor] = {}
@@ -385,10 +386,10 @@ def flat_state(optimizer: FastOptimizer, names: Sequence[str], views: Views | No
 def load_flat_state(
     optimizer: FastOptimizer, names: Sequence[str], tensors: Mapping[str, Tensor], views: Views | None = None
 ) -> None:
-    """Set the state from `flat_state`'s tensors, on any device, bit by bit. Nothing is set if anything is wrong.
+    """Restore the state bit by bit from the tensors of `flat_state`, on any device. An error leaves it unchanged.
 
     Raises:
-        ValueError: an entry missing, unexpected, or of another shape or dtype; or not one distinct name a parameter.
+        ValueError: an entry is missing, unexpected, or of another shape or dtype; or `names` is invalid as in `flat_state`.
     """
     expected = flat_state(optimizer, names, views)
     advice = f"the state is of other parameters or not of {optimizer.name}; start its optimizer anew"
@@ -405,14 +406,14 @@ def load_flat_state(
             raise ValueError(f"optimizer state {key!r} is {found}, needs {needed}: {advice}")
     for key, value in expected.items():
         value.copy_(tensors[key])
-    if isinstance(optimizer, AdamW):  # the stack of the counts is a copy
+    if isinstance(optimizer, AdamW):  # `flat_state` stacks the step counts, which copies them
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p, step in zip(params, tensors["step"], strict=True):
             optimizer._own(p)["step"].copy_(step)
 
 
 def _laid_out(p: Tensor) -> Tensor:
-    """The gradient in the parameter's memory order, which autograd sees to and a hand-made gradient may not have."""
+    """Return the gradient in the parameter's memory order. Autograd ensures it, but a manually set gradient may differ."""
     assert p.grad is not None
     return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
 

@@ -1,8 +1,8 @@
-"""The one place that picks a device and an Ops table, and sets every numerical switch PyTorch has.
+"""Choice of the device and the Ops table, and of all numerical switches of PyTorch. No other module sets them.
 
-fp32   IEEE fp32 everywhere: TF32 off for matmuls and for convolutions, whose PyTorch defaults differ
-tf32   TF32 in both
-bf16   the parts compute in bf16, their exact fp32 masters are what the optimizer steps (see `trainable.py`)
+fp32   IEEE fp32 everywhere: TF32 is off for matmuls and for convolutions, which have different defaults in PyTorch
+tf32   TF32 for both
+bf16   components compute in bf16, and the optimizer updates their exact fp32 masters (see `trainable.py`)
 
 Norm statistics, softmax, loss and optimizer arithmetic are fp32 in all three.
 """
@@ -21,7 +21,7 @@ COMPUTE_DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfl
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" or a torch device name -> the device. Raises UserError if it is not there."""
+    """Return the device for "auto" or a torch device name. Raises UserError if it is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,7 +34,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_ops(kernels: str, device: torch.device) -> Ops:
-    """The Ops table that `kernels` of a config means. Raises UserError for kernels that cannot run here."""
+    """Return the Ops table for the config key `kernels`. Raises UserError for kernels that cannot run here."""
     runs = TRITON is not None and (device.type == "cuda" or INTERPRETED)
     if kernels == "triton" and not runs:
         why = "is not installed" if TRITON is None else f"needs an NVIDIA GPU, and the device is {device}"
@@ -47,29 +47,29 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
     if kernels == "triton":
         assert TRITON is not None
         return TRITON
-    # The interpreter is for trying kernels on a CPU, hundreds of times slower: never chosen unasked.
+    # "auto" never chooses the interpreter, which only serves to try kernels on a CPU and is hundreds of times slower.
     return REFERENCE if kernels == "reference" else fastest(device)
 
 
 def describe_ops(ops: Ops) -> str:
-    """The table's name, and why it is not the fastest one if it is not."""
+    """Return the table's name, followed by the reason if it is not the fastest one."""
     why = cpu_problem() if ops is REFERENCE and not torch.cuda.is_available() else None
     return f"{ops.name} ({why}: optimizer steps are several times slower)" if why else ops.name
 
 
 def set_precision(precision: str, unet: UNet | None = None, deterministic: bool = True) -> str:
-    """Set PyTorch's switches and the attention of a UNet on its device, and say in one phrase what was set.
+    """Set PyTorch's switches and the UNet's attention precision for its device. Return a short description of the settings.
 
     Args:
         precision: "fp32", "tf32" or "bf16".
-        deterministic: cuDNN uses the same algorithms in every run, for exact resume; else it times them and takes the fastest.
+        deterministic: make cuDNN use the same algorithms in every run, for exact resume; False = time them, use the fastest.
     """
     fp32 = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fp32
     torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
     torch.backends.mkldnn.matmul.fp32_precision = fp32  # type: ignore[attr-defined]
     torch.backends.mkldnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
-    # Partial sums of a bf16 matmul that is split over K stay fp32.
+    # Keep the partial sums of a bf16 matmul that is split over K in fp32.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
@@ -79,7 +79,7 @@ def set_precision(precision: str, unet: UNet | None = None, deterministic: bool 
     device = unet.conv_in.weight.device
     attention = fp32
     if fp32 == "ieee" and device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
-        # As exact to within a rounding, and tensor cores there are far ahead of fp32 units. On GeForce it is the other way.
+        # As exact to within a rounding. Tensor cores of these GPUs far outrun their fp32 units; on a GeForce they do not.
         attention = "tf32x3"
     unet.set_attention_precision(attention)
     return f"{said[:-1]}, attention: {attention})"

@@ -1,4 +1,4 @@
-"""What follows a schedule - the learning rate of a step, the decay of the average, and when something is due."""
+"""Schedules: the learning rate of a step, the decay of the EMA, and the steps at which recurring actions are due."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fastsd.errors import UserError
 
 
 def learning_rate(stage: StageTable, step: int, total: int, part: str) -> float:
-    """lr of a part in step `step` (from 0) of `total`: a linear warm-up, full at its last step, then the schedule.
+    """Compute the lr of a component in step `step` (from 0) of `total`.
 
-    With x the share of a cycle that is done, from 0 to below 1, and a cycle one of restarts + 1 equal parts of what follows
-    the warm-up:
+    A linear warm-up reaches the full lr at its last step.  The steps after it are divided into restarts + 1 equal cycles.
+    With x in [0, 1) as the completed share of a cycle, the schedules are
 
         linear   1 - x
         cosine   (1 + cos(pi x)) / 2
         rex      (1 - x) / (1 - x / 2)
 
-    from 1 at the first step of a cycle to `lr_floor`, which it would reach one step after its last.
+    scaled to fall from 1 at the first step of a cycle to `lr_floor`, which would be reached one step after the last.
 
     Source: Loshchilov and Hutter 2017, "SGDR: stochastic gradient descent with warm restarts", equation 5; Chen, Wolfe and
     Kyrillidis 2022, "REX: revisiting budgeted training with an improved schedule", section 3.
@@ -36,7 +36,7 @@ def learning_rate(stage: StageTable, step: int, total: int, part: str) -> float:
 
 
 def check_length(stage: StageTable, name: str, epoch: int) -> int:
-    """The steps of a stage with so many images an epoch. Raises UserError for a warm-up that is longer."""
+    """Return the steps of a stage with `epoch` images per epoch. Raises UserError if the warm-up is longer than that."""
     total = stage.steps(epoch)
     if stage.warmup_steps(total) > total:
         raise UserError(
@@ -47,12 +47,12 @@ def check_length(stage: StageTable, name: str, epoch: int) -> int:
 
 
 def ema_decay(stage: StageTable, step: int) -> float:
-    """Decay of the average in step `step` (from 0) since it began: average = decay average + (1 - decay) weights.
+    """Compute the EMA decay in step `step` (from 0) since the EMA started: EMA = decay EMA + (1 - decay) weights.
 
-    0 for the first `ema_after` steps, for the average to be the weights; then `ema`, at most 1 - (1 + n)^-ema_power in the
-    n-th step (from 1) with a warm-up.
+    The decay is 0 for the first `ema_after` steps, in which the EMA equals the weights.  After them it is `ema`; with a
+    warm-up, it is at most 1 - (1 + n)^-ema_power in the n-th step (from 1).
 
-    Source: the warm-up of timm's and diffusers' averages; a power of 2/3 suits a million steps, 3/4 some ten thousand.
+    Source: the EMA warm-up of timm and diffusers; a power of 2/3 suits a million steps, 3/4 some ten thousand.
     """
     after = step - stage.ema_after
     if after < 0:
@@ -61,13 +61,13 @@ def ema_decay(stage: StageTable, step: int) -> float:
 
 
 class Every:
-    """When something is due that a stage does every so many steps, epochs, images or seconds.
+    """A recurring trigger of a stage, with an interval in steps, epochs, images or seconds.
 
     Args:
-        key, amount: what a config says, see `fastsd.config.stages.parse_amount`; 0 = never.
-        batch: images a step.
-        epoch: images an epoch.
-        seconds: how long the stage has run.
+        key, amount: a config key and its value, see `fastsd.config.stages.parse_amount`; 0 = never.
+        batch: images per step.
+        epoch: images per epoch.
+        seconds: seconds that the stage has already run.
     """
 
     def __init__(self, key: str, amount: Amount, batch: int, epoch: int, seconds: float = 0.0) -> None:
@@ -80,7 +80,7 @@ class Every:
                 self._images = number * {"steps": batch, "epochs": epoch, "images": 1}[unit]
 
     def due(self, step: int, seconds: float) -> bool:
-        """Whether step number `step` of the stage (from 1), done after `seconds` of it, has reached or passed a multiple."""
+        """Return True if step `step` of the stage (from 1), done after `seconds`, completes or passes another interval."""
         if self._images:
             return int(step * self._batch / self._images + 1e-9) > int((step - 1) * self._batch / self._images + 1e-9)
         if self._seconds and seconds - self._last >= self._seconds:
@@ -90,5 +90,5 @@ class Every:
 
 
 def points(stage: StageTable, epoch: int) -> set[int]:
-    """The steps of a stage, from 1, after which `checkpoint_at` wants a checkpoint."""
+    """Return the steps of a stage (from 1) after which `checkpoint_at` asks for a checkpoint."""
     return {steps_of("checkpoint_at", point, stage.batch, epoch) or 0 for point in stage.checkpoint_at}

@@ -1,9 +1,9 @@
-"""One optimizer step. `train`, the demo and every benchmark call this and nothing else.
+"""One optimizer step: the only implementation, shared by `train`, the demo and every benchmark.
 
-    batch -> [ micro-batch: noise, text, UNet, loss, backward ] x n -> gradient norm -> one launch a part -> StepResult
+    batch -> [ micro-batch: noise, text, UNet, loss, backward ] x n -> gradient norm -> one launch per component -> StepResult
 
-The step never reads a device value: loss, gradient norm and skip counter stay on the device until the log asks, and what
-varies from step to step (lr) is written to the device. So the whole of it can be a CUDA graph (`graph.py`).
+The step never reads a device value.  Loss, gradient norm and skip counter stay on the device until the log needs them, and
+values that change from step to step (lr) are written to the device.  So the whole step can be a CUDA graph (`graph.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, type[FastOptimizer]] = {"dlion": DLion, "lion": Lion, "ada
 
 @dataclass(frozen=True)
 class StepResult:
-    """0-dim tensors on the device: mean loss of the batch, gradient norm before clipping, steps skipped so far."""
+    """0-dim device tensors: mean loss of the batch, gradient norm before clipping, number of steps skipped so far."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -47,19 +47,19 @@ class Step:
     """Forward, backward and update for one stage.
 
     Args:
-        model: on its device, fp32.
-        stage: what to train and how.
+        model: fp32, on its device.
+        stage: the stage to train.
         total: optimizer steps of the stage, for the schedule.
-        seed: of noise and timesteps.
-        micro: images a forward; None = as the stage says.
+        seed: seed of noise and timesteps.
+        micro: images per forward; None = `stage.micro`.
         graph: capture the step as a CUDA graph, one per number of images; the results are the same.
-        states: batches bring the text encoder's states; it is no part of the step then, wherever it lies.
-        carried: steps of earlier stages whose optimizer state and average go on here.
-        warn: takes a line about something the user should know.
+        states: batches contain text embeddings. The step then does not use the text encoder, on whatever device it is.
+        carried: number of steps of earlier stages from which this stage continues the optimizer state and EMA.
+        warn: called with a line of text to warn the user.
 
     Attributes:
-        parts: all trainable parts of the step by name; those the stage trains have an entry in `optimizers` too.
-        micro: images a forward. Falls to the next smaller divisor of the batch when memory runs out.
+        parts: all components of the step by name; those that the stage trains also have an entry in `optimizers`.
+        micro: images per forward. Reduced to the next smaller divisor of the batch when memory runs out.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Step:
         self.device = model.unet.conv_in.weight.device
         self.ops = model.unet.ops
         self.parts = {name: self._part(name) for name in PARTS if not (states and name == "text_encoder")}
-        # What changes from step to step lies on the device, where a recorded step reads it.
+        # Values that change from step to step lie on the device, where a captured step reads them.
         self.lrs: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.trained}
         self.ema_decay = torch.zeros((), dtype=torch.float64, device=self.device)
         self.frozen = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -81,12 +81,12 @@ class Step:
         self.objective = Objective(abar, seed, self.ops, stage, model.prediction)
         self.skipped = torch.zeros((), device=self.device)
         if stage.fused_backward:
-            # Whether the step at hand has met anything that is not finite.
+            # True once the current step has met a value that is not finite.
             self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
             self._norms: list[Tensor] = []
             for name in self.trained:
                 self.parts[name].on_gradient = partial(self._update_one, name)
-        self._touched = False  # whether the step at hand has begun to change weights
+        self._touched = False  # True once the current step may have changed weights
         self._run = Graphed(self._compute) if graph and self.device.type == "cuda" else self._compute
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
@@ -110,17 +110,17 @@ class Step:
     def _compute(
         self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *counts: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, gradient norm, steps skipped) of one step. Nothing here waits for the device or asks it anything.
+        """Run one step and return (loss, gradient norm, steps skipped), without waiting for the device or reading from it.
 
-        `text_BL`: token ids, or the text encoder's states, which have one dimension more.  `counts`: those of weight_B and
-        mask_B1HW that the batch has.
+        `text_BL` holds token ids, or text embeddings with one more dimension.  `counts` holds weight_B and mask_B1HW, each if
+        the batch has it.
         """
         loss = self._accumulate(latents_BCHW, text_BL, positions_B, *counts)
         if self.stage.fused_backward:
-            # Every parameter was stepped when its gradient came.
+            # Every parameter was already updated when its gradient arrived.
             norm, skip = torch.stack(self._norms).norm(), self._bad
         else:
-            # A gradient that is not finite must not reach any state: the optimizers leave every byte when `skip` is set.
+            # A gradient that is not finite must not reach any state: with `skip` set, the optimizers change no byte.
             norm, skip = self.ops.gradient_norm([self._gradient(name) for name in self.optimizers])
             scale = clip_scale(norm, self.stage.grad_clip) if self.stage.grad_clip else None
             self._touched = True
@@ -132,7 +132,7 @@ class Step:
         return loss, norm, self.skipped.clone()
 
     def _accumulate(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *counts: Tensor) -> Tensor:
-        """Gradients of the batch's mean loss, one micro-batch at a time; returns that loss."""
+        """Accumulate gradients of the batch's mean loss, one micro-batch at a time, and return that loss."""
         count, trains_text = len(positions_B), "text_encoder" in self.optimizers
         weight_B = next((tensor for tensor in counts if tensor.ndim == 1), None)
         mask_B1HW = next((tensor / 255 for tensor in counts if tensor.ndim == 4), None)
@@ -164,7 +164,7 @@ class Step:
             self._norms = []
 
     def _update_one(self, name: str, i: int, gradient: Tensor) -> None:
-        """Step parameter number i of a part now. From the first gradient that is not finite on, nothing is stepped."""
+        """Update parameter number i of a component now. After a gradient that is not finite, nothing more is updated."""
         norm, skip = self.ops.gradient_norm([gradient])
         self._bad = self._bad | skip
         self._norms.append(norm)
@@ -177,7 +177,7 @@ class Step:
         return gradient
 
     def _shrink(self, reason: str) -> None:
-        """Go on with a smaller micro-batch: nothing of the step that failed has touched weights or state."""
+        """Continue with a smaller micro-batch. Raises UserError if none is left or weights may have changed."""
         self._forget()
         smaller = [n for n in range(1, self.micro) if self.stage.batch % n == 0]
         if not smaller or self._touched:
@@ -195,7 +195,7 @@ class Step:
             part.widen()
 
     def _forget(self) -> None:
-        """Drop a step that did not end, and its memory."""
+        """Discard an unfinished step and free its memory."""
         for optimizer in self.optimizers.values():
             optimizer.forget()
         for part in self.parts.values():
@@ -204,18 +204,18 @@ class Step:
         self.clear_graphs()
 
     def clear_graphs(self) -> None:
-        """Give back the memory of recorded steps; they are recorded anew."""
+        """Free the memory of captured steps. They are captured again when needed."""
         if isinstance(self._run, Graphed):
             self._run.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def d(self) -> dict[str, Tensor]:
-        """D-Lion's estimates by part, 0-dim on the device; empty for other optimizers."""
+        """Return D-Lion's estimates by component, 0-dim on the device. Empty for other optimizers."""
         return {name: opt.shared["d"] for name, opt in self.optimizers.items() if isinstance(opt, DLion)}
 
     def seen(self, batch: Batch) -> dict[str, str]:
-        """Hashes of what decides a step besides weights: which samples, which timesteps, which noise (of the first sample)."""
+        """Hash the inputs of a step besides the weights: samples, timesteps and the noise of the first sample."""
         t_B = self.objective.timesteps(batch.positions_B)
         shape = tuple(batch.latents_BCHW.shape[1:])
         eps = noise.normal(self.objective.seed, noise.Purpose.NOISE, batch.positions_B[:1], shape)
@@ -223,7 +223,7 @@ class Step:
         return {name: xxhash.xxh3_64_hexdigest(of.cpu().numpy().tobytes()) for name, of in found.items() if of is not None}
 
     def owners(self) -> dict[str, list[Tensor]]:
-        """The tensors on the device that live as long as the stage, by what they are for."""
+        """Return the device tensors that live as long as the stage, by purpose."""
         found: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
         for part in self.parts.values():
             for owner, tensors in part.owners().items():
@@ -233,7 +233,7 @@ class Step:
         return found
 
     def release(self) -> None:
-        """End the stage: the model holds its exact fp32 weights."""
+        """End the stage and restore the model's exact fp32 weights."""
         for part in self.parts.values():
             part.release()
 

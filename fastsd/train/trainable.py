@@ -1,14 +1,14 @@
-"""The trainable parts of a model, each in flat allocations - arenas - of which its parameters are views.
+"""Arenas: flat allocations of a component's parameters, gradients and state. The parameters are views into them.
 
-    weights     fp32, tf32: 4 bytes a parameter.  bf16: a bf16 high half, which the forward uses as it is, and a 16-bit low
+    weights     fp32, tf32: 4 bytes per parameter.  bf16: a bf16 high half, which the forward uses directly, and a 16-bit low
                 half; together they are the exact fp32 master (`fastsd_kernels/arena.py`)
-    gradient    of the weights' dtype; fp32 also in bf16 where micro-batches are added up
-    state       the optimizer's, in the same layout
-    ema         fp32, if there is one
+    gradient    in the dtype of the weights, but fp32 if a bf16 component accumulates micro-batches
+    state       of the optimizer, in the same layout
+    ema         fp32, optional
 
-One launch steps a part. Each parameter's gradient is taken as soon as autograd has it: copied into the arena by the first
-micro-batch, added by the others, so nothing is ever zeroed; or stepped at once, and then there is no gradient arena.
-Changing precision between stages loses no bit, and a frozen part comes back as it was. Read next: `fastsd/train/step.py`.
+One launch updates a component.  A gradient is consumed as soon as autograd produces it.  The first micro-batch copies it into
+the arena and the others add to it, so nothing is ever zeroed; or the parameter is updated at once and no gradient arena exists.
+Changing precision between stages loses no bit, and frozen weights come back unchanged.  Read next: `fastsd/train/step.py`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fastsd.train.optim import FastOptimizer
 from fastsd.train.precision import COMPUTE_DTYPE
 from fastsd_kernels.arena import join_master, split_master
 
-ALIGN = 128  # elements: every parameter starts on a 256-byte boundary even in bf16, as matmul libraries like it
+ALIGN = 128  # elements: even in bf16 every parameter starts on a 256-byte boundary, which matmul libraries prefer
 
 
 class Layout:
-    """Where each tensor of a list lies in one flat tensor. The gaps between them are never anything but zero.
+    """Positions of a list of tensors in one flat tensor. The gaps between them are always zero.
 
     Attributes:
         size: elements of the flat tensor.
@@ -49,28 +49,28 @@ class Layout:
 
 
 def computed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a stage computes with in place of fp32 weights: themselves, or their high halves."""
+    """Convert fp32 weights to the tensor that a stage computes with: unchanged for fp32, otherwise their high half."""
     return weight if dtype == torch.float32 else split_master(weight)[0]
 
 
 class Part:
-    """One module of a model during a stage.
+    """One component of a model during a stage.
 
     Args:
         name: "unet" or "text_encoder".
-        module: its fp32 module, on the training device.
-        trained: names of the parameters that the stage's optimizer steps; for the others no gradient is ever made.
+        module: the component's fp32 module, on the training device.
+        trained: names of the parameters that the optimizer updates; no gradient is computed for the others.
         precision: "fp32", "tf32" or "bf16".
-        accumulates: whether a step has several micro-batches.
-        arena: whether gradients are collected; if not, `on_gradient` must be set.
-        ema: whether to keep an average of the weights.
+        accumulates: True if a step has several micro-batches.
+        arena: collect gradients in an arena; if False, `on_gradient` must be replaced.
+        ema: maintain an EMA of the weights.
 
     Attributes:
         high: the flat weights that the module computes with, or None if nothing is trained.
-        low: their low halves in bf16, else None.
+        low: the flat low halves with bf16, otherwise None.
         gradient, ema: flat, or None.
-        on_gradient: called with (number of the parameter, its gradient) instead of collecting it.
-        fresh: whether the next gradients are the first of a step.
+        on_gradient: called with (number of the parameter, its gradient); by default it collects the gradient.
+        fresh: True if the next gradients are the first of a step.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Part:
         self.ema: Tensor | None = None
         self.on_gradient: Callable[[int, Tensor], None] = self._collect
         self.fresh = True
-        # Exact weights of frozen parameters whose low halves wait in main memory.
+        # Frozen parameters. With bf16 their low halves stay in main memory.
         self._frozen = {key: parameter for key, parameter in parameters.items() if key not in trained}
         self._frozen_lows: dict[str, Tensor] = {}
         module.requires_grad_(False)
@@ -116,7 +116,7 @@ class Part:
             parameter.data, self._frozen_lows[name] = high, low.cpu()
 
     def _gather(self, ema: bool) -> None:
-        """Move the trained parameters into arenas, one by one: no more than one exists twice."""
+        """Move the trained parameters into arenas one by one, so at most one exists twice at a time."""
         device = self.weights[0].device
         self.high = torch.zeros(self.layout.size, dtype=self.dtype, device=device)
         self.low = torch.zeros_like(self.high, dtype=torch.int16) if self.dtype != torch.float32 else None
@@ -131,7 +131,7 @@ class Part:
                 high, low = split_master(weight.data)
                 view.copy_(high)
                 self.layout.view(self.low, i).copy_(low)
-            # In place of the data only: the parameters stay the same objects.
+            # Replace only the data: the parameters must stay the same objects.
             weight.data = view
 
     @property
@@ -139,7 +139,7 @@ class Part:
         return bool(self.weights)
 
     def optimize(self, make: Callable[..., FastOptimizer]) -> FastOptimizer:
-        """The optimizer of this part's arena; `make` takes parameter groups."""
+        """Create the optimizer of this component's arena. `make` is called with parameter groups."""
         assert self.high is not None
         lows = [] if self.low is None else [self.low]
         emas = [] if self.ema is None else [self.ema]
@@ -157,7 +157,7 @@ class Part:
             self._gradients[i].add_(gradient)
 
     def widen(self) -> None:
-        """From now on a step has several micro-batches: bf16 gradients are to be added up in fp32."""
+        """Switch to several micro-batches per step: bf16 gradients are accumulated in fp32 from now on."""
         if self.gradient is not None and self.gradient.dtype != torch.float32:
             assert self.high is not None
             self.gradient, self._gradients = None, []
@@ -165,7 +165,7 @@ class Part:
             self._gradients = self.layout.views(self.gradient)
 
     def owners(self) -> dict[str, list[Tensor]]:
-        """The tensors on the device that live as long as the stage: "weights", "gradients", "ema"."""
+        """Return the device tensors that live as long as the stage, by purpose: "weights", "gradients", "ema"."""
         frozen = [parameter.data for parameter in self._frozen.values()]
         weights = [t for t in (self.high, self.low) if t is not None]
         return {
@@ -175,7 +175,7 @@ class Part:
         }
 
     def state(self, only: str = "") -> dict[str, Tensor]:
-        """The exact fp32 weights by the module's parameter names, of which `only` is a part."""
+        """Return the exact fp32 weights by parameter name, for names that contain `only`."""
         tensors = {name: self._exact(name) for name in self._frozen if only in name}
         if self.high is not None:
             highs = self.layout.views(self.high)
@@ -186,13 +186,12 @@ class Part:
         return tensors
 
     def ema_state(self) -> dict[str, Tensor]:
-        """The averages, fp32 views by parameter name; empty without an EMA."""
+        """Return the EMA weights as fp32 views by parameter name. Empty without an EMA."""
         return {} if self.ema is None else dict(zip(self.names, self.layout.views(self.ema), strict=True))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Compute with the averages for a while, in the place of the weights, which wait in main memory and come back as they
-        were, bit for bit."""
+        """Use the EMA weights inside the block. The weights wait in main memory and are restored bit for bit."""
         assert self.high is not None and self.ema is not None
         weights = torch.empty_like(self.high, device="cpu").copy_(self.high)
         try:
@@ -207,7 +206,7 @@ class Part:
         return join_master(data.cpu(), self._frozen_lows[name]) if name in self._frozen_lows else data
 
     def release(self) -> None:
-        """End the stage: the module holds its exact fp32 weights again, and no gradients."""
+        """End the stage: restore the module's exact fp32 weights and drop its gradients."""
         for hook in self._hooks:
             hook.remove()
         exact = self.state()
