@@ -1,25 +1,25 @@
-"""The latent cache on disk: its format, and `LatentCache`, which reads it.
+"""The latent cache on disk: its format, and its reader `LatentCache`.
 
-    DIR/cache.sqlite              the truth while caching (see `build.py`); training never opens it
+    DIR/cache.sqlite              the authoritative state while caching (see `build.py`); training never opens it
     DIR/shards/S.safetensors      one tensor "mean" (n <= 4096, C, h, w): the raw posterior mean, unscaled
-    DIR/views/V.safetensors       frozen: where every sample's latents lie, and its captions; training maps this file
-    DIR/tokens, DIR/states        what `tokens.py` and `text_embeddings.py` add of the captions of a view
-    DIR/masks                     what `masks.py` adds of the masks of its images
+    DIR/views/V.safetensors       frozen: the position of every sample's latents, and its captions; training maps this file
+    DIR/tokens, DIR/states        token ids (`tokens.py`) and text embeddings (`text_embeddings.py`) of a view's captions
+    DIR/masks                     masks of a view's images (`masks.py`)
 
-Shards and views are ordinary safetensors, see `rows.py`.  One view belongs to one (folders, preprocessing, VAE, dtype); its
-name follows from the config, so training finds it without looking at a single image.
+Shards and views are ordinary safetensors files, see `rows.py`.  A view belongs to one (folders, preprocessing, VAE, dtype).
+Its name is a function of the config and the VAE, so training finds it without reading any image.
 
-Samples lie in groups of one shape and one folder of the config.  Each has V versions (crops, and their mirror images). A
-view's tensors are shard, row (int32) and check (int64, the xxh3 of the row's bytes), each (n * V); caption_offsets (int64,
-n + 1) and captions (UTF-8 bytes); with data.weight_key also weight (fp32, n), of each sample's loss; a reader ignores
-tensors it does not know.  The captions of sample i are the lines of captions[caption_offsets[i] : caption_offsets[i + 1]],
-one a variant.
+Samples are stored in groups of one shape and one folder of the config.  Each sample has V versions (crops and their mirror
+images).  A view contains the tensors shard, row (int32) and check (int64, the xxh3 of the row's bytes), each (n * V);
+caption_offsets (int64, n + 1) and captions (UTF-8 bytes); and with data.weight_key also weight (fp32, n), the factor of each
+sample's loss.  A reader ignores unknown tensors.  The captions of sample i are the lines of
+captions[caption_offsets[i] : caption_offsets[i + 1]], one line per variant.
 
-Alone, it takes three lines:
+Minimal use:
 
     from fastsd.data.cache import LatentCache
     cache = LatentCache.open("cache")
-    latents = cache.get([0, 1, 2])["latents"]          # times cache.meta.scaling_factor, and a model can train on them
+    latents = cache.get([0, 1, 2])["latents"]          # multiply by cache.meta.scaling_factor to train a model on them
 
 Shapes: B samples of one shape, V versions, C x h x w latents.
 """
@@ -46,14 +46,14 @@ from fastsd.errors import UserError
 SHARD_ROWS = 4096
 ALIGN = 4096
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-ORDER = "bucket_height, bucket_width, root, id"  # of samples in a view, as `collect.py` calls these
+ORDER = "bucket_height, bucket_width, root, id"  # order of samples in a view, as columns of the table of `collect.py`
 Positions = Sequence[int] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """What a view says about itself. Counts: `images` files found = `cached` samples + `rejected`; `empty_captions` of
-    the samples; `latents` distinct ones behind them."""
+    """Metadata of a view. Counts: `images` (files found) = `cached` (samples) + `rejected`; `empty_captions` (samples with
+    an empty caption); `latents` (distinct latents of the samples)."""
 
     vae_hash: str
     vae_name: str
@@ -75,13 +75,13 @@ class CacheMeta:
 
     @property
     def versions(self) -> int:
-        """Latents stored of each image. Version v is crop v // 2, mirrored if v is odd, with `flip`; else crop v."""
+        """Latents stored per image. With `flip`, version v is crop v // 2, mirrored if v is odd; without it, crop v."""
         return self.crops * (1 + self.flip)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Samples [first, first + count) of a view: those of one latent shape (C, h, w) from one of the config's folders."""
+    """Samples [first, first + count) of a view: all with one latent shape (C, h, w) from one folder of the config."""
 
     shape: tuple[int, ...]
     root: int
@@ -90,14 +90,14 @@ class Group:
 
 
 def stored_versions(data: DataTable) -> list[int]:
-    """What a view's versions are called in the database, where they keep their names whatever `flip` says: 2 * crop, + 1 for
-    its mirror image."""
+    """Return the database numbers of a view's versions: 2 * crop, + 1 for the mirror image. They do not depend on `flip`, so
+    changing it keeps the stored versions valid."""
     return [2 * crop + mirrored for crop in range(data.crops) for mirrored in range(1 + data.flip)]
 
 
 def preprocessing(config: Config) -> dict[str, Any]:
-    """All that decides the stored bytes besides the image, its version and the VAE. A change in the code counts up
-    `version`."""
+    """Return all settings that determine the stored bytes besides the image, its version and the VAE. Increment `version`
+    when the code changes the bytes."""
     data = config.data
     said = {"version": 2, "dtype": config.cache.dtype}
     if data.latents:
@@ -112,20 +112,20 @@ def preprocessing(config: Config) -> dict[str, Any]:
 
 
 def digest(*parts: Any) -> str:
-    """sha256 of JSON, 64 hex digits."""
+    """Return the sha256 of the parts as JSON, 64 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def space_name(config: Config, vae_hash: str) -> str:
-    """Name of the latents that one VAE and one preprocessing give; latents of two spaces never share a shard."""
+    """Return the name of the space of latents of one VAE and one preprocessing. Two spaces never share a shard."""
     return digest(vae_hash, preprocessing(config))[:16]
 
 
 def view_name(config: Config, vae_hash: str) -> str:
-    """Name of the view that caching `config` with this VAE freezes."""
+    """Return the name of the view that caching `config` with this VAE writes."""
     data = config.data
     folders = [os.fsencode(os.path.abspath(root.path)).hex() for root in data.roots]
-    # What came later counts where it is asked for, so that views keep the names they have.
+    # Keys added in later versions enter the name only if they are set, so existing views keep their names.
     more = [{key: value} for key in ("weight_key", "masks") if (value := getattr(data, key))]
     return digest(vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key, *more)[:16]
 
@@ -133,7 +133,7 @@ def view_name(config: Config, vae_hash: str) -> str:
 def freeze(
     folder: Path, name: str, arrays: dict[str, np.ndarray], shards: list[Any], groups: Sequence[Group], meta: CacheMeta
 ) -> None:
-    """Write a view atomically, as the newest one. `shards`: [name, [C, h, w]] by the index used in `shard`."""
+    """Write a view atomically and make it the newest one. `shards` holds [name, [C, h, w]] by the index used in `shard`."""
     path = folder / "views" / f"{name}.safetensors"
     content = {
         "shards": json.dumps(shards),
@@ -145,16 +145,16 @@ def freeze(
         try:
             serials[other] = _serial(other)
         except UserError:
-            continue  # a damaged one is no rival
+            continue  # damaged views do not count
     newest = max(serials.values(), default=0)
-    with contextlib.suppress(UserError):  # damaged behind its header: it is made anew
+    with contextlib.suppress(UserError):  # if the view is damaged after its header, write it again
         if serials.get(path) == newest and View.hashes(arrays, content).items() <= View(path).metadata.items():
             return
     View.write(path, arrays, content, serial=str(newest + 1))
 
 
 class View(Index):
-    """The index of a cache's samples; `groups`, `meta`."""
+    """The index of a cache's samples, with the attributes `groups` and `meta`."""
 
     FORMAT, SAID, MORE = "view-2", ("shards", "groups", "meta"), {"weight": np.float32}
     TENSORS = {"caption_offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32, "captions": np.uint8}
@@ -190,7 +190,7 @@ def view_paths(folder: Path) -> list[Path]:
 
 
 class StatesIndex(Index):
-    """The index of the text encoder's states of a view's captions, see `text_embeddings.py`."""
+    """The index of the text embeddings of a view's captions, see `text_embeddings.py`."""
 
     FORMAT, SAID = "states-index-1", ("shards", "view", "space")
     TENSORS = {"offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32}
@@ -201,7 +201,7 @@ def states_paths(folder: Path) -> list[Path]:
 
 
 def indexes(folder: Path) -> list[tuple[Path, type[Index]]]:
-    """Everything that refers to shards, each with what reads it."""
+    """List all files that refer to shards, each with the class that reads it."""
     return [(path, View) for path in view_paths(folder)] + [(path, StatesIndex) for path in states_paths(folder)]
 
 
@@ -210,10 +210,10 @@ def _whole_files(folder: Path) -> list[Path]:
 
 
 class LatentCache(Rows):
-    """Random access to the samples of one view. Threads may share it.
+    """Random access to the samples of one view. Thread-safe.
 
     `meta`: see `CacheMeta`.  `name`, `path`, `sha256`: of the view.  `groups`: its samples by shape and folder, see `Group`.
-    `versions`: latents stored of each sample.
+    `versions`: number of latents stored per sample.
     """
 
     def __init__(self, folder: Path, path: Path):
@@ -225,7 +225,7 @@ class LatentCache(Rows):
 
     @classmethod
     def open(cls, dir: str | Path, view: str | None = None) -> LatentCache:
-        """Open a view of the cache in `dir` by its name (see `view_name`), or the one frozen last.
+        """Open a view of the cache in `dir` by its name (see `view_name`), or the newest view.
 
         Raises:
             UserError: there is no such view, or it is damaged.
@@ -248,14 +248,14 @@ class LatentCache(Rows):
         """Read samples.
 
         Args:
-            positions: B indices in [0, len), in any order, repeats allowed, all of one shape.
-            versions: which crop or mirror image of each, B numbers in [0, V); None = the first.
+            positions: B indices in [0, len) of samples of one shape, in any order; repeats are allowed.
+            versions: the crop or mirror image of each sample, B numbers in [0, V); None = the first version.
 
         Returns:
-            "latents": (B, C, h, w), raw posterior mean in the stored dtype, on the CPU (pinned when there is a GPU).
+            "latents": (B, C, h, w), raw posterior mean in the stored dtype, on the CPU (pinned if there is a GPU).
 
         Raises:
-            UserError: a shard is missing, or its bytes are not those that were written.
+            UserError: a shard is missing, or its bytes differ from those that were written.
         """
         index_B = self._checked(positions) * self.versions
         if versions is not None:
@@ -265,15 +265,15 @@ class LatentCache(Rows):
         return {"latents": self._read(index_B)}
 
     def checks(self, first: int, last: int) -> np.ndarray:
-        """What tells samples [first, last) apart by content: the xxh3 of the bytes of their first versions, int64."""
+        """Return content hashes of samples [first, last): the xxh3 of the bytes of their first versions, int64."""
         return self._view.cut("check", first * self.versions, last * self.versions)[:: self.versions]
 
     def captions(self, positions: Positions) -> list[str]:
-        """The first caption of each sample, "" for none."""
+        """Return the first caption of each sample, "" if it has none."""
         return [variants[0] for variants in self.variants(positions)]
 
     def variants(self, positions: Positions) -> list[list[str]]:
-        """All captions of each sample, [""] for none."""
+        """Return all captions of each sample, [""] if it has none."""
         index_B = self._checked(positions)
         starts, ends = (self._view.take("caption_offsets", index).tolist() for index in (index_B, index_B + 1))
         texts = (self._view.cut("captions", start, end).tobytes() for start, end in zip(starts, ends, strict=True))
@@ -281,11 +281,11 @@ class LatentCache(Rows):
 
     @property
     def weight_hash(self) -> str:
-        """sha256 of the weights, "" where there are none."""
+        """sha256 of the weights, or "" if there are no weights."""
         return self._view.metadata.get("sha256_weight", "")
 
     def weights(self, positions: Positions) -> Tensor | None:
-        """What the loss of each sample is multiplied by, fp32 (B,); None where the view was made without data.weight_key."""
+        """Return the factor of each sample's loss, fp32 (B,), or None if the view was made without data.weight_key."""
         if "weight" not in self._view.arrays:
             return None
         return torch.from_numpy(self._view.take("weight", self._checked(positions)).copy())

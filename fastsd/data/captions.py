@@ -1,11 +1,11 @@
-"""What happens to a caption between the cache and the tokenizer: a pure function of (seed, sample position).
+"""Caption edits between the cache and the tokenizer, as a pure function of (seed, sample position).
 
-In this order: a variant is chosen, the caption may drop out, sentences are shuffled, tags are shuffled, dropped, cut to a
-number.  The order of the tags' edits is that of kohya's trainers, where the keys are called shuffle_caption, keep_tokens
-and caption_tag_dropout_rate.  What no key asks for leaves the caption as it is, byte for byte.
+The steps in order: choose a variant; replace it by "" (caption dropout); shuffle sentences; shuffle tags, drop tags, limit
+their number.  The tag edits have the order of kohya's trainers, which call the keys shuffle_caption, keep_tokens and
+caption_tag_dropout_rate.  If no key asks for an edit, the caption stays unchanged byte for byte.
 
-Random numbers of a position, by lane: 0 caption dropout, 1 the variant; then four for each piece of the caption, 4 + 4 i
-its order among the tags, 5 + 4 i whether it drops out, 6 + 4 i its order among the sentences.
+Random numbers of a position, by lane: 0 caption dropout, 1 variant; then four for each tag or sentence i of the caption,
+4 + 4 i its order among the tags, 5 + 4 i its dropout, 6 + 4 i its order among the sentences.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from fastsd.data.cache import LatentCache
 from fastsd.errors import UserError
 from fastsd_kernels.noise import Purpose, uniform
 
-_USUAL_PIECES = 64  # numbers for so many are drawn for a whole batch at once
-_CHUNK = 4096  # samples whose captions are looked at together
-# A full stop before a space or the end, but not one after a single letter (e.g., U.S., J. Smith) or a common short form.
+_USUAL_PIECES = 64  # tags or sentences per caption up to which one draw serves a whole batch
+_CHUNK = 4096  # samples with captions read together
+# A full stop before a space or the end, except after a single letter (e.g., U.S., J. Smith) or a common abbreviation.
 _SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b(?:mr|ms|dr|st|vs))(?<!\bmrs)\.(?:\s+|$)", re.IGNORECASE)
 
 
 def captions_for(variants_B: Sequence[Sequence[str]], positions_B: Tensor, stage: StageTable, seed: int) -> list[str]:
-    """Captions as the model is to see them.
+    """Choose and edit the captions of a batch for the model.
 
     Args:
-        variants_B: the captions of B samples, at least one each; all are as likely.
-        positions_B: int64, the samples' global positions; with the seed they alone decide what chance does.
-        stage: `caption_dropout` is the share replaced by "".  `shuffle_sentences` reorders what full stops end.
-            `shuffle_tags`, `tag_dropout` and `max_tags` work on tags, the first `keep_tags` of which stay where they are;
-            they are stripped, empty ones go, and ", " joins them again.
-        seed: the run's.
+        variants_B: the captions of B samples, at least one per sample; all variants are equally likely.
+        positions_B: int64, the samples' global positions; together with the seed they determine all random choices.
+        stage: `caption_dropout` is the share replaced by "".  `shuffle_sentences` reorders sentences, which end with full
+            stops.  `shuffle_tags`, `tag_dropout` and `max_tags` edit tags, except that neither shuffling nor dropout affects
+            the first `keep_tags`.  Edited tags are stripped, empty ones removed, and the rest joined with ", ".
+        seed: the seed of the run.
     """
     assert len(variants_B) == len(positions_B)
     first_B2 = uniform(seed, Purpose.CAPTION, positions_B, 2).tolist()
@@ -54,8 +54,8 @@ def captions_for(variants_B: Sequence[Sequence[str]], positions_B: Tensor, stage
 
 
 def _draws(captions: list[str], positions_B: Tensor, stage: StageTable, seed: int) -> Iterator[list[list[float]]]:
-    """For every caption its random numbers: of each lane one for each piece it can have."""
-    # Shuffled sentences are joined anew, which may make one separator more of each full stop.
+    """Yield four lists of random numbers per caption, each with one number per tag or sentence that it can have."""
+    # Joining shuffled sentences may add one tag separator for each full stop.
     pieces = [1 + text.count(stage.tag_separator) + text.count(".") for text in captions]
     usual = min(max(pieces), _USUAL_PIECES)
     draws_BK = uniform(seed, Purpose.CAPTION, positions_B, 4 + 4 * usual)
@@ -83,10 +83,9 @@ def _shuffled_sentences(text: str, order: list[float]) -> str:
 
 
 def select(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...], separator: str) -> np.ndarray | None:
-    """Samples by their tags: those with one of `include` (if there are any) and with none of `exclude`.
+    """Select samples that have at least one tag of `include` (if it is not empty) and no tag of `exclude`.
 
-    Tags are what lies between separators in any of a sample's captions, compared without spaces around them and in
-    whatever case.
+    Tags are the text between separators in any of a sample's captions, compared without surrounding spaces and case.
 
     Returns:
         Sorted int64 indices, or None for all samples.
@@ -97,7 +96,7 @@ def select(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...
     return _selected(cache, include, exclude, separator) if include or exclude else None
 
 
-@lru_cache(maxsize=2)  # every stage of a run asks for the same
+@lru_cache(maxsize=2)  # usually all stages of a run have the same arguments
 def _selected(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...], separator: str) -> np.ndarray:
     wanted, unwanted = ({tag.strip().casefold() for tag in tags} for tags in (include, exclude))
     chosen = []

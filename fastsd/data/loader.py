@@ -1,9 +1,8 @@
-"""The way from the cache to the step: the samples at a position of the run, their captions, their token ids.
+"""Loading of batches: the samples at given positions of the run, with their captions and token ids.
 
-A run counts its samples p = 0, 1, 2, ... over all stages.  Which sample that is (`order.py`), which of its versions and
-what becomes of its caption (`captions.py`) are functions of (seed, p).  So a batch does not depend on the batches before
-it: nothing is lost to a remainder, a resumed run needs to know no more than p, and with several workers each makes its
-rows of the same global batch.
+A run numbers its samples p = 0, 1, 2, ... over all stages.  The sample at p (`order.py`), its version and the edits of its
+caption (`captions.py`) are functions of (seed, p).  A batch therefore does not depend on earlier batches: no remainder is
+lost, a resumed run needs only p, and each of several workers makes its own rows of the same global batch.
 
 Shapes: B samples, C x H x W latents, L tokens.
 """
@@ -31,21 +30,25 @@ from fastsd.data.text_embeddings import States
 from fastsd.data.tokens import Tokens
 from fastsd_kernels.noise import Purpose, integers
 
-PREFETCH = 8  # batches ready ahead of the step, or on their way
-_MAKERS = 2  # of them made at a time: one waits for the disk while the other tokenizes
+PREFETCH = 8  # batches ahead of the step, ready or in preparation
+_MAKERS = 2  # batches prepared at a time: one waits for the disk while the other tokenizes
 _Given = TypeVar("_Given", Tensor, Tensor | None)
-_MEMO = 1 << 16  # captions whose token ids are kept
+_MEMO = 1 << 16  # captions with memoised token ids
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step consumes, on the CPU (pinned when there is a GPU).
+    """The input of one step, on the CPU (pinned if there is a GPU).
 
-    latents_BCHW: raw posterior mean, unscaled, in the cache's dtype.  token_ids_BL: int64.  positions_B: int64 global
-    sample positions, the key of all randomness.  captions: as tokenized, after edits and dropout.  states_BLD: the text
-    encoder's, where they are cached, in the cache's dtype.  samples_B: int64, which samples of the cache.  weight_B: fp32, what
-    each one's loss is multiplied by; None = all count the same.  mask_B1HW: uint8, 255 where the loss counts in full; None =
-    everywhere.
+    Attributes:
+        latents_BCHW: raw posterior mean, unscaled, in the cache's dtype.
+        token_ids_BL: int64.
+        positions_B: int64 global sample positions, the key of all randomness.
+        captions: the tokenized text, after edits and dropout.
+        states_BLD: text embeddings in the cache's dtype, if they are cached.
+        samples_B: int64 indices of the samples in the cache.
+        weight_B: fp32 factor of each sample's loss; None = all are 1.
+        mask_B1HW: uint8, 255 where the loss counts in full; None = everywhere.
     """
 
     latents_BCHW: Tensor
@@ -59,23 +62,23 @@ class Batch:
 
 
 class Loader:
-    """Batches of a cache in the order of a run.
+    """Loads batches of a cache in the order of a run.
 
     Args:
         cache: the samples.
-        tokenize: list of captions -> int64 (B, L), the same L in every call.
-        seed: the run's.
-        stage: its batch, and what happens to captions, see `captions_for`.
-        data: repeats and weights of folders, the filter by tag, and whether images have weights and masks; None = every
+        tokenize: maps a list of captions to int64 (B, L), with the same L in every call.
+        seed: the seed of the run.
+        stage: its batch size and its caption edits, see `captions_for`.
+        data: repeats and weights of folders, the filter by tag, and the use of image weights and masks; None = every
             image once, and in full.
-        origin: global position at which the stage began.
-        rank, world: this worker makes the rank-th of `world` equal parts of every global batch.
-        tokens: token ids of the cache's captions; None = all are tokenized here.
-        states: the text encoder's states of the captions; None = the step encodes.
-        left_out: samples that no batch may have, see `validation_split.py`.
+        origin: global position at which the stage starts.
+        rank, world: this worker makes part number `rank` of `world` equal parts of every global batch.
+        tokens: token ids of the cache's captions; None = tokenize all captions here.
+        states: text embeddings of the captions; None = the step runs the text encoder.
+        left_out: samples that no batch may contain, see `validation_split.py`.
 
     Raises:
-        UserError: the filter leaves no image, or the masks are not there.
+        UserError: the filter leaves no image, or the masks are missing or damaged.
     """
 
     def __init__(
@@ -111,13 +114,13 @@ class Loader:
 
     @property
     def images(self) -> int:
-        """Images an epoch, repeats and weights counted."""
+        """Images per epoch, including repeats and weights."""
         return self._order.epoch
 
     def batch(self, position: int, count: int) -> Batch:
-        """This worker's part of the samples at global positions [position, position + count), all of one shape.
+        """Load this worker's part of the samples at global positions [position, position + count), all of one shape.
 
-        With several shapes the positions must lie within one batch of the stage.
+        With several shapes, the positions must lie within one batch of the stage.
 
         Raises:
             ValueError: `count` is not divisible by the number of workers.
@@ -131,7 +134,7 @@ class Loader:
         index_B = self._order.batch(position, share)
         variants_B = self.cache.variants(index_B)
         captions = captions_for(variants_B, positions_B, self.stage, self.seed)
-        # Which of its sample's captions each one is; -1 = none of them.
+        # Index of each caption among the captions of its sample; -1 = not among them, because it was edited or dropped.
         pairs = zip(captions, variants_B, strict=True)
         variant_B = [variants.index(caption) if caption in variants else -1 for caption, variants in pairs]
         token_ids_BL = self._token_ids(captions, variant_B, index_B)
@@ -147,7 +150,7 @@ class Loader:
         return Batch(latents, ids, _pinned(positions_B), captions, states, index_B, _pinned(weights), _pinned(masks))
 
     def _weights(self, index_B: Tensor) -> Tensor | None:
-        """Of samples: that of the folder times the image's own."""
+        """Return the loss factor of each sample: the factor of its folder times its own."""
         own_B = self.cache.weights(index_B) if self._weighted else None
         if self._weight_G is None:
             return own_B
@@ -155,10 +158,10 @@ class Loader:
         return folder_B if own_B is None else folder_B * own_B
 
     def as_they_are(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Samples of one shape without anything random - their first versions, their first captions.
+        """Load samples of one shape without randomness: their first versions and first captions.
 
         Returns:
-            raw latents (B, C, H, W); token ids (B, L) or, where they are cached, the text encoder's states (B, L, D).
+            Raw latents (B, C, H, W), and token ids (B, L) or, if they are cached, text embeddings (B, L, D).
         """
         first = [0] * len(samples)
         latents_BCHW = self.cache.get(samples)["latents"]
@@ -168,7 +171,7 @@ class Loader:
         return latents_BCHW, _pinned(ids_BL)
 
     def stream(self, start: int, stop: int, step: int) -> Stream:
-        """Batches of `step` samples from position `start` until `stop` (the last one may be shorter), made ahead."""
+        """Prefetch batches of `step` samples from position `start` up to `stop`. The last one may be smaller."""
         return Stream(lambda at: self.batch(at, min(step, stop - at)), range(start, stop, step))
 
     def _token_ids(self, captions: list[str], variant_B: list[int], index_B: Tensor) -> Tensor:
@@ -182,7 +185,7 @@ class Loader:
         return torch.stack([rows[i] for i in range(len(captions))])
 
     def _tokenized(self, captions: list[str]) -> list[Tensor]:
-        with self._memo_lock:  # also because not every tokenizer can serve two threads
+        with self._memo_lock:  # also because not every tokenizer is thread-safe
             if len(self._memo) + len(captions) > _MEMO:
                 self._memo = {}
             unknown = [caption for caption in dict.fromkeys(captions) if caption not in self._memo]
@@ -192,10 +195,9 @@ class Loader:
 
 
 class Stream(Iterator[Batch]):
-    """Iterates over batches that background threads prepare. `waited`: seconds the consumer has spent waiting.
+    """Iterates over batches that background threads prepare. `waited` counts the seconds the consumer spent waiting.
 
-    An exception in a thread is raised by `next`. `close` (or leaving a `with` block) stops the threads; so does dropping
-    the stream.
+    `next` raises an exception of a thread. `close`, the end of a `with` block or dropping the stream stops the threads.
     """
 
     def __init__(self, make: Callable[[int], Batch], positions: range):

@@ -1,12 +1,12 @@
-"""Masks, which tell what of a picture is learned, made once: DIR/masks/VIEW.safetensors, an ordinary safetensors file.
+"""Masks of the image areas to learn, built once: DIR/masks/VIEW.safetensors, an ordinary safetensors file.
 
-A mask lies beside its image, white (255) where the loss counts and black where it does not.  It has the image's shape as
-displayed, goes through the same resize, crop and mirror, and is averaged over each cell of the latent.  An image without one
-counts in full.  A mask that is of no use rejects its image: to train on all of it is not what was asked for.
+A mask lies beside its image: white (255) where the loss counts, black where it does not.  It has the aspect ratio of the
+displayed image, gets the same resize, crop and mirroring, and is averaged over each cell of the latents.  An image without
+a mask counts in full.  If a mask is unusable, its image is rejected: training on all of it would contradict the mask.
 
-The file's tensors are keys (uint8, n * 32, zeros = no mask), offsets (int64, n * crops + 1) and cells (uint8).  Crop c of
-sample i is cells[offsets[i * crops + c] : offsets[i * crops + c + 1]], zlib's deflate of uint8 (h, w), or nothing.  Of mirrored
-latents it is mirrored when it is read.  The file belongs to one view by its sha256.
+The file contains the tensors keys (uint8, n * 32, zeros = no mask), offsets (int64, n * crops + 1) and cells (uint8).  Crop c
+of sample i is cells[offsets[i * crops + c] : offsets[i * crops + c + 1]], the zlib-compressed uint8 (h, w), or empty.  For
+mirrored latents it is mirrored on reading.  The file names the view it belongs to by sha256.
 
 Shapes: n samples, B of a batch, h x w cells of their latents.
 """
@@ -29,17 +29,17 @@ KEY_BYTES = 32
 
 
 class MasksFile(Sealed):
-    """The file of a view's masks."""
+    """The file that holds the masks of a view."""
 
     FORMAT, SAID = "masks-1", ("view",)
     TENSORS = {"keys": np.uint8, "offsets": np.int64, "cells": np.uint8}
 
 
 class Masks:
-    """The masks of a cache's samples, mapped. Threads may share it.
+    """The memory-mapped masks of a cache's samples. Thread-safe.
 
     Raises:
-        UserError: they are missing, damaged, or of another state of the view.
+        UserError: the masks are missing, damaged, or belong to another state of the view.
     """
 
     def __init__(self, latents: cache.LatentCache) -> None:
@@ -50,15 +50,15 @@ class Masks:
 
     @property
     def count(self) -> int:
-        """Samples that have one."""
+        """Number of samples with a mask."""
         return int(self._file.arrays["keys"].reshape(-1, KEY_BYTES).any(1).sum())
 
     def get(self, samples: cache.Positions, versions: cache.Positions | None, shape: Sequence[int]) -> Tensor:
-        """uint8 (B, 1, h, w), 255 = learned in full.
+        """Read the masks of a batch: uint8 (B, 1, h, w), 255 = learned in full.
 
         Args:
-            samples: B indices as of the cache, all of one shape.
-            versions: which crop or mirror image of each, as of the cache; None = the first.
+            samples: B cache indices of samples of one shape.
+            versions: the crop or mirror image of each sample, as in `LatentCache.get`; None = the first version.
             shape: (h, w).
 
         Raises:
@@ -77,11 +77,11 @@ class Masks:
         return found
 
 
-open_masks = lru_cache(maxsize=2)(Masks)  # every stage of a run asks for the same
+open_masks = lru_cache(maxsize=2)(Masks)  # all stages of a run open the same masks
 
 
 def inflated(deflated: bytes, shape: Sequence[int]) -> Tensor | None:
-    """Deflated cells -> uint8 (h, w); None if they are damaged, which zlib's checksum tells."""
+    """Decompress cells to uint8 (h, w). Return None if zlib's checksum or their size shows damage."""
     try:
         return torch.frombuffer(bytearray(zlib.decompress(deflated)), dtype=torch.uint8).view(shape)
     except (zlib.error, RuntimeError, ValueError):
@@ -93,7 +93,7 @@ def mask_path(folder: Path, view: str) -> Path:
 
 
 def mask_hash(latents: cache.LatentCache) -> str:
-    """sha256 of the masks of a view, "" where it has none. Raises UserError: the file is damaged."""
+    """Return the sha256 of a view's masks, or "" if it has no masks. Raises UserError if the file is damaged."""
     path = mask_path(latents.path.parent.parent, latents.name)
     return read_header(path, MasksFile.FORMAT)[1].get("sha256", "") if path.exists() else ""
 

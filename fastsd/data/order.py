@@ -1,14 +1,14 @@
-"""Which sample is read at which position: a pure function of (data, seed, stage, position), nothing walked through.
+"""The order of samples: the sample at a position is a pure function of (data, seed, stage, position), without iteration.
 
-Every shape b has an endless sequence of its own.  An epoch of it has L_b = sum_f L_fb positions, L_fb of them for the
-samples of folder f, in the order permutation(seed, (epoch, b)) of L_b slots.  Slot o of folder f in epoch e is the
-folder's turn e * L_fb + o, and in its turns the folder goes through its images in strict rotation.
+Every shape b has its own endless sequence.  An epoch of it has L_b = sum_f L_fb positions; L_fb of them belong to folder f.
+The L_b slots of an epoch are ordered by permutation(seed, (epoch, b)).  Slot o of folder f in epoch e is turn number
+e * L_fb + o of the folder.  The turns of a folder cycle through its images in strict rotation.
 
-    one shape        position p of the run is position p of the sequence, whatever the batch
-    several shapes   a batch has one shape.  Epoch E of a stage gives b the batches floor(E L_b / batch) up to
-                     floor((E + 1) L_b / batch) of its sequence, and all of them come in the order permutation(seed, E).
-                     So what does not fill a batch is carried into the next epoch, and a shape with fewer samples than
-                     a batch comes up every so many epochs.
+    one shape        position p of the run is position p of the sequence, for any batch size
+    several shapes   a batch has one shape.  Epoch E of a stage contains the batches floor(E L_b / batch) up to
+                     floor((E + 1) L_b / batch) of each sequence b, all in the order permutation(seed, E).
+                     Samples that do not fill a batch are carried into the next epoch.  A shape with fewer samples
+                     than a batch therefore does not occur in every epoch.
 
 Shapes: B positions, S shapes.
 """
@@ -28,18 +28,18 @@ from fastsd.config.schema import FolderTable
 from fastsd.data.cache import Group
 from fastsd_kernels.noise import Purpose, permuted
 
-_BLOCK = 1024  # positions worked out at once: a permutation costs nearly as much for one as for a hundred
-_BLOCKS = 64  # of them kept: half a megabyte
-_EPOCHS = 1 << 40  # a shape's epochs before they would run into those of the next
+_BLOCK = 1024  # positions computed at once: a permutation costs nearly as much for one as for a hundred
+_BLOCKS = 64  # blocks in memory: half a megabyte
+_EPOCHS = 1 << 40  # distance between the permutation keys of two shapes, in epochs
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One folder's samples of one shape."""
+    """The samples of one folder and one shape in the order of an epoch."""
 
     number: int
     root: int
-    first: int  # in the view, or in what is selected of it
+    first: int  # index in the view, or in the selection if there is one
     count: int
     length: int = 0  # positions in an epoch
 
@@ -47,20 +47,20 @@ class _Part:
 class Order:
     """The order of a stage.
 
-    A folder without a weight has each of its images `repeats` times in an epoch.  The folders with weights have together
-    as many positions as they have images, divided in proportion to their weights: {weight 3, 100 images} beside
-    {weight 1, 300 images} gives 300 positions to the first, so that every image of it comes three times, and 100 to the
-    second, so that a third of it comes in each epoch.  Both kinds beside each other: weights divide only what the folders
-    with weights bring.  Within a folder shapes keep their proportions, rounded to whole positions, at least one.
+    A folder without a weight contributes each of its images `repeats` times per epoch.  All folders with weights together
+    get as many positions as they have images, divided in proportion to the weights.  Example: {weight 3, 100 images} and
+    {weight 1, 300 images} share 400 positions.  The first gets 300, so each of its images occurs three times per epoch; the
+    second gets 100, a third of its images per epoch.  If both kinds of folders are mixed, weights divide only the positions
+    of the folders with weights.  Within a folder, shapes keep their proportions, rounded to at least one whole position.
 
     Args:
-        groups: the samples, group by group of one shape and folder.
+        groups: the samples, in groups of one shape and folder.
         shares: `repeats` and `weight` of each folder, by its number; () = every image once.
-        seed: the run's.
-        batch: of the stage.
-        origin: global position at which the stage began.  Of several shapes each goes on at its share of that, origin *
-            L_b / L; a stage that ended within an epoch may have read a few batches more or fewer of it.
-        selected: sorted indices of the samples that are used; None = all.
+        seed: the seed of the run.
+        batch: the batch size of the stage.
+        origin: global position at which the stage starts.  With several shapes, each sequence continues at its share of it,
+            origin * L_b / L.  A stage that ended within an epoch may have read a few batches more or fewer of a shape.
+        selected: sorted indices of the samples to use; None = all.
 
     `epoch`: positions in an epoch, sum_b L_b.
     """
@@ -91,9 +91,9 @@ class Order:
         self._slots = lru_cache(2)(self._make_slots)
 
     def batch(self, position: int, count: int) -> Tensor:
-        """Indices of the samples at global positions [position, position + count): int64 (count,), all of one shape.
+        """Return the samples at global positions [position, position + count): int64 indices (count,), all of one shape.
 
-        With several shapes the positions must lie within one batch of the stage.
+        With several shapes, the positions must lie within one batch of the stage.
         """
         shape, start = (0, position) if len(self._shapes) == 1 else self._place(position, count)
         size = self._block_size(shape)
@@ -102,10 +102,10 @@ class Order:
         return blocks[start - numbers[0] * size :][:count]
 
     def _place(self, position: int, count: int) -> tuple[int, int]:
-        """The shape of a batch, and the position in that shape's sequence."""
+        """Return the shape of a batch and the position in the sequence of that shape."""
         batch, row = divmod(position - self.origin, self.batch_size)
         assert batch >= 0 and row + count <= self.batch_size, f"[{position}, {position + count}) is not within a batch"
-        # Before epoch E there are at most E * self.epoch / batch_size batches, and fewer by less than one a shape.
+        # There are at most E * self.epoch / batch_size batches before epoch E, and fewer by less than one per shape.
         low = batch * self.batch_size // self.epoch
         high = (batch + len(self._shapes) + 1) * self.batch_size // self.epoch + 2
         epoch = low + bisect_right(range(low, high), batch, key=lambda epoch: sum(self._batches(epoch))) - 1
@@ -120,7 +120,7 @@ class Order:
         return shape, before + (begun[shape] + slot) * self.batch_size + row
 
     def _batches(self, epoch: int) -> list[int]:
-        """Batches of every shape before an epoch: S numbers."""
+        """Return the number of batches of every shape before an epoch: S numbers."""
         return [epoch * length // self.batch_size for length in self._lengths]
 
     def _slot(self, position: int, count: int, index: int) -> int:
@@ -131,11 +131,11 @@ class Order:
         return permuted(self.seed, Purpose.BATCHES, position, count, index_B).tolist()
 
     def _block_size(self, shape: int) -> int:
-        # A block of very few samples would be hundreds of epochs, each with its permutation.
+        # A full block of a shape with very few samples would span hundreds of epochs, each with its own permutation.
         return min(max(self._lengths[shape], 64), _BLOCK)
 
     def _make_block(self, shape: int, number: int) -> Tensor:
-        """Indices of a block of a shape's sequence."""
+        """Compute the sample indices of one block of a shape's sequence."""
         size, length = self._block_size(shape), self._lengths[shape]
         position_B = torch.arange(number * size, (number + 1) * size)
         epoch_B = position_B // length
@@ -149,7 +149,7 @@ class Order:
         for part in self._shapes[shape]:
             here = (slot_B >= start) & (slot_B < start + part.length)
             turn_B = (epoch_B[here] * part.length + slot_B[here] - start) % part.count
-            if part.length % part.count:  # else an epoch has them all as often, in whichever order they take turns
+            if part.length % part.count:  # otherwise all images occur equally often in an epoch, for any order of turns
                 turn_B = permuted(self.seed, Purpose.ROTATION, part.number, part.count, turn_B)
             index_B[here] = part.first + turn_B
             start += part.length
@@ -157,7 +157,7 @@ class Order:
 
 
 def _with_lengths(shapes: list[list[_Part]], shares: Sequence[FolderTable]) -> list[list[_Part]]:
-    """Fill in how many positions of an epoch every part has."""
+    """Fill in `length`, the number of positions of each part in an epoch."""
     counts: dict[int, int] = {}
     for part in (part for parts in shapes for part in parts):
         counts[part.root] = counts.get(part.root, 0) + part.count

@@ -1,10 +1,10 @@
-"""Rows on the disk: the shards they lie in, and the frozen indexes that say where.
+"""Rows on the disk: the shards that contain them and the frozen indexes that locate them.
 
     shard    one tensor of at most 4096 rows; the header is padded with spaces until the data starts at a multiple of 4096
-    index    for every entry shard, row (int32) and check (int64, the xxh3 of the row's bytes), beside what its kind adds; a
-             reader ignores tensors it does not know
+    index    for every entry: shard, row (int32) and check (int64, the xxh3 of the row's bytes), and further tensors that depend
+             on the kind of index; a reader ignores unknown tensors
 
-Both are ordinary safetensors files; the key `fastsd` of their metadata says what they are.  What writes them is `store.py`.
+Both are ordinary safetensors files; the key `fastsd` of their metadata names the format.  `store.py` writes the shards.
 Read next: `cache.py`, `text_embeddings.py`.
 
 Shapes: B entries of an index.
@@ -35,18 +35,18 @@ from fastsd.storage import flush_folder, write_safetensors
 LATENTS, STATES = "latents-1", "states-1"
 TENSOR = {LATENTS: "mean", STATES: "states"}  # the one tensor of a shard, by its format
 _OPEN_SHARDS = 256  # well below the 1024 files a process may have open
-_MAPPED = 32 << 20  # bytes of a tensor that may come to lie in memory
+_MAPPED = 32 << 20  # bytes: tensors up to this size are read through the mapping and may become resident as a whole
 _HASHED = 16 << 20  # bytes of an index in memory while it is hashed
 _READERS = 8  # more threads do not make cold reads faster
-# Rows below which another thread costs more than it brings: few where the disk is asked for all of them beforehand.
+# Rows below which another thread costs more than it gains. More where the disk is asked for all rows beforehand.
 _PER_READER = 32 if hasattr(os, "posix_fadvise") else 4
 
 
 def read_header(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, str], int]:
-    """-> (tensors, metadata, where the data starts) of one of our files.
+    """Read the header of a fastsd file: (tensors, metadata, offset of the data).
 
     Raises:
-        UserError: not a whole file of the `wanted` format.
+        UserError: the file is not a complete file of the `wanted` format.
     """
     try:
         with path.open("rb") as file:
@@ -72,17 +72,17 @@ def damaged(path: Path, what: str) -> UserError:
 
 
 def row_check(data: Any) -> int:
-    """What tells a reader that a row's bytes are the ones that were written: xxh3, as a signed 64-bit number."""
+    """Return the checksum that detects a damaged row: xxh3 of its bytes, as a signed 64-bit number."""
     return int.from_bytes(xxhash.xxh3_64_digest(data), "big", signed=True)
 
 
 class Frozen:
-    """A frozen file of flat tensors, mapped: `arrays` by name, `metadata`. Raises UserError: it is missing or damaged.
+    """A memory-mapped frozen file: its flat tensors `arrays` and its `metadata`. Raises UserError if missing or damaged.
 
     Args:
-        wanted: its format.
-        kinds: of its tensors.
-        more: of those that may be missing.
+        wanted: format of the file.
+        kinds: dtypes of the required tensors, by name.
+        more: dtypes of the optional tensors, by name.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class Frozen:
             raise damaged(path, f"is no whole {wanted} file ({error})") from None
 
     def take(self, name: str, index_B: np.ndarray) -> np.ndarray:
-        """Entries of a tensor.
+        """Return entries of a tensor.
 
-        Of a large tensor they are read, not looked up in the mapping: there each look brings in up to a megabyte around it,
-        to stay until the whole file is in memory.
+        Entries of a large tensor are read with `pread`. Through the mapping, each access would load up to a megabyte around
+        the entry that stays resident, until the whole file is in memory.
         """
         if not self._is_large(name):
             return self.arrays[name][index_B]
@@ -119,7 +119,7 @@ class Frozen:
         return self._entries([os.pread(file, size, start + i * size) for i in index_B.tolist()], len(index_B), array.dtype)
 
     def cut(self, name: str, first: int, last: int) -> np.ndarray:
-        """Entries [first, last) of a tensor, read as by `take`."""
+        """Return entries [first, last) of a tensor, read as in `take`."""
         array = self.arrays[name]
         if not self._is_large(name):
             return array[first:last]
@@ -138,11 +138,10 @@ class Frozen:
 
 
 class Sealed(Frozen):
-    """A frozen file that holds the sha256 of all it says.
+    """A frozen file that contains the sha256 of its contents. Raises UserError if it is missing or damaged.
 
-    A kind is a subclass with the FORMAT's name, its TENSORS, and the keys of its metadata that the sha256 covers as well.
-    What others refer to a file by is that sha256; tensors of MORE, which may be left out, have one of their own, so that a
-    change in them disturbs nobody.  Raises UserError: it is missing or damaged.
+    A subclass defines a kind of file: its `FORMAT`, its `TENSORS`, and `SAID`, the metadata keys that the sha256 also covers.
+    Other files refer to it by this sha256.  Optional tensors, `MORE`, have separate hashes: changing them breaks no reference.
     """
 
     FORMAT: ClassVar[str]
@@ -154,20 +153,20 @@ class Sealed(Frozen):
         super().__init__(path, self.FORMAT, self.TENSORS, self.MORE)
         try:
             self._understand()
-            if not self.is_sound():  # of a caption, unlike of a row, nothing else tells that it is the one that was written
+            if not self.is_sound():  # captions, unlike rows, have no other checksum
                 raise ValueError("it does not match its sha256")
         except (ValueError, LookupError, TypeError) as error:
             raise damaged(path, f"is no whole {self.FORMAT} file ({error})") from None
 
     def _understand(self) -> None:
-        """What a kind reads beyond that. Raises ValueError, LookupError or TypeError: it cannot be."""
+        """Parse the contents specific to a subclass. Raises ValueError, LookupError or TypeError if they are invalid."""
 
     def _give_back(self) -> None:
         if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)  # from this process, not from the page cache
+            self._map.madvise(mmap.MADV_DONTNEED)  # drops the pages from this process, not from the page cache
 
     def is_sound(self) -> bool:
-        """Whether every byte is the one that was written; reads the file once."""
+        """Return True if all bytes match their hashes. Reads the file once."""
         wanted = {key: self.metadata.get(key) for key in ("sha256", *(f"sha256_{name}" for name in self.MORE))}
         return self.hashes(self.arrays, self.metadata, self._give_back) == {key: sha for key, sha in wanted.items() if sha}
 
@@ -175,7 +174,7 @@ class Sealed(Frozen):
     def hashes(
         cls, arrays: dict[str, np.ndarray], metadata: dict[str, str], between: Callable[[], None] = lambda: None
     ) -> dict[str, str]:
-        """`sha256` over all that a file says, and of each tensor of MORE that it has. `between`: called every few megabytes."""
+        """Compute the `sha256` of a file and one for each tensor of `MORE` it has. Calls `between` every few megabytes."""
         said = json.dumps([metadata[key] for key in cls.SAID])
         parts = {"sha256": (said, list(cls.TENSORS))} | {f"sha256_{name}": ("", [name]) for name in cls.MORE if name in arrays}
         found = {}
@@ -191,7 +190,7 @@ class Sealed(Frozen):
 
     @classmethod
     def write(cls, path: Path, arrays: dict[str, np.ndarray], said: dict[str, str], **more: str) -> None:
-        """Write one atomically. `said`: the metadata that its sha256 covers; `more`: what that does not."""
+        """Write a file atomically. Its sha256 covers the metadata in `said` but not the metadata in `more`."""
         metadata = {"fastsd": cls.FORMAT, **more, **cls.hashes(arrays, said), **said}
         temporary = path.with_name(f".{path.name}")
         names = [*cls.TENSORS, *(name for name in cls.MORE if name in arrays)]
@@ -201,20 +200,20 @@ class Sealed(Frozen):
 
 
 class Index(Sealed):
-    """A frozen index; `shards`: name and shape of a row of each, by number."""
+    """A frozen index. `shards` holds (name, shape of a row) of each shard, by number."""
 
     def _understand(self) -> None:
         self.shards: list[tuple[str, list[int]]] = [(name, shape) for name, shape in json.loads(self.metadata["shards"])]
 
 
 class Rows:
-    """Rows of shards, read at random by their entry in an index. Threads may share it.
+    """Random access to rows of shards by their entry in an index. Thread-safe.
 
     Args:
-        folder: of the cache.
-        index: says where rows lie.
-        dtype: theirs.
-        owner: what every shard's metadata must say: its format, as `fastsd`, and whose rows it holds.
+        folder: folder of the cache.
+        index: locates the rows.
+        dtype: dtype of the rows.
+        owner: required metadata of every shard: its format under the key `fastsd`, and the origin of its rows.
     """
 
     def __init__(self, folder: Path, index: Index, dtype: torch.dtype, owner: dict[str, str]):
@@ -225,12 +224,12 @@ class Rows:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastsd-read")
 
     def close(self) -> None:
-        """Close the files; an interpreter that ends does it too."""
+        """Close the files. Optional, because the end of the interpreter closes them too."""
         self._readers.shutdown()
         self._open.clear()
 
     def _read(self, index_B: np.ndarray) -> Tensor:
-        """Rows of one shape by their entries: (B, ...) on the CPU (pinned when there is a GPU). Raises UserError: damage."""
+        """Read rows of one shape: (B, ...) on the CPU (pinned if there is a GPU). Raises UserError if a row is damaged."""
         shard_B, row_B, check_B = (self._index.take(name, index_B) for name in ("shard", "row", "check"))
         shapes = {tuple(self._index.shards[shard][1]) for shard in np.unique(shard_B)}
         assert len(shapes) == 1, f"a batch needs samples of one shape, not {sorted(shapes)}"
@@ -241,9 +240,9 @@ class Rows:
             (self._shard(shard), row, flat[slot * size : (slot + 1) * size])
             for slot, (shard, row) in enumerate(zip(shard_B.tolist(), row_B.tolist(), strict=True))
         ]
-        # What lies in memory is copied here and now; for the rest the disk is asked at once, then waited for in threads.
+        # Copy rows that are in the page cache at once. Request all others from the disk, then read them in threads.
         absent = [row for row in rows if not row[0].read_cached(row[1], row[2])]
-        absent.sort(key=lambda row: (row[0].path, row[1]))  # along the disk, where it matters
+        absent.sort(key=lambda row: (row[0].path, row[1]))  # in disk order, which matters on some disks
         for shard, row, into in absent:
             shard.expect(row, len(into))
         parts = min(_READERS, -(-len(absent) // _PER_READER))
@@ -262,7 +261,7 @@ class Rows:
             if number not in self._open:
                 name, shape = self._index.shards[number]
                 path = self._folder / f"{name}.safetensors"
-                if number not in self._starts:  # what was sound when it was opened first is not examined again
+                if number not in self._starts:  # check the header only when the shard is first opened
                     self._starts[number] = self._start(path, shape)
                 self._open[number] = _Shard(path, self._starts[number])
                 if len(self._open) > _OPEN_SHARDS:
@@ -271,7 +270,7 @@ class Rows:
             return self._open[number]
 
     def _start(self, path: Path, shape: list[int]) -> int:
-        """Where a shard's data starts. Raises UserError: it is not the one the index means."""
+        """Return the offset of a shard's data. Raises UserError if the shard does not match the index."""
         kind = self._owner["fastsd"]
         tensors, metadata, start = read_header(path, kind)
         rows = tensors.get(TENSOR[kind], {})
@@ -283,7 +282,7 @@ class Rows:
 
 
 class _Shard:
-    """An open shard. Put out of the table it lives on in threads that still read; the last reference closes it."""
+    """An open shard. After eviction, threads that still read keep it alive; dropping the last reference closes it."""
 
     def __init__(self, path: Path, start: int):
         self.path, self._start = path, start
@@ -294,16 +293,16 @@ class _Shard:
         self._lock = threading.Lock()
 
     def read_cached(self, row: int, into: memoryview) -> bool:
-        """Copy a row if it lies in the page cache; False if it does not, or the system cannot tell (Linux can)."""
+        """Copy a row if it is in the page cache. Return False if it is not or the system cannot tell (Linux can)."""
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         try:
             return os.preadv(self._file.fileno(), [into], self._start + row * len(into), os.RWF_NOWAIT) == len(into)
-        except OSError:  # it would block, or this file system does not know the question
+        except OSError:  # the read would block, or the file system does not support RWF_NOWAIT
             return False
 
     def expect(self, row: int, size: int) -> None:
-        """Have the disk fetch a row, without waiting for it."""
+        """Ask the disk to fetch a row, without waiting for it."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), self._start + row * size, size, os.POSIX_FADV_WILLNEED)
 
@@ -311,7 +310,7 @@ class _Shard:
         at = self._start + row * len(into)
         if hasattr(os, "preadv"):
             count = os.preadv(self._file.fileno(), [into], at)
-        else:  # Windows: one position per file, so one reader at a time
+        else:  # Windows: the file has one position, so only one thread may read at a time
             with self._lock:
                 self._file.seek(at)
                 count = self._file.readinto(into)

@@ -1,12 +1,12 @@
-"""The text encoder's states of every caption of a view, encoded once: an option for training with that encoder frozen.
+"""Text embeddings of every caption of a view, encoded once: an option for training with a frozen text encoder.
 
     DIR/shards/S.safetensors      one tensor "states" (n, L, D), n <= 4096 and no more than 512 MiB
-    DIR/states/V-K.safetensors    frozen: where the states of every caption of view V lie; training maps this file
+    DIR/states/V-K.safetensors    frozen: the position of the embeddings of every caption of view V; training maps this file
 
-K stands for the encoder, `cache.dtype` and `cache.precision`.  Variant j of sample i is entry offsets[i] + j of the index; the
-last entry, offsets[-1], is "", for captions that drop out.  offsets are int64 (samples + 1).
+K identifies the text encoder, `cache.dtype` and `cache.precision`.  Variant j of sample i is entry offsets[i] + j of the index.
+The last entry, offsets[-1], is "", used for dropped captions.  offsets are int64 (samples + 1).
 
-They are made by `fastsd/data/building/embed_captions.py`.
+`fastsd/data/building/embed_captions.py` writes these files.
 
 Shapes: B captions, L tokens, D context width.
 """
@@ -29,15 +29,15 @@ from fastsd.model.text_encoder import TextEncoder, tokenizer_hash
 
 
 class States(Rows):
-    """Random access to the states of a cache's captions. Threads may share it.
+    """Random access to the text embeddings of a cache's captions. Thread-safe.
 
     Args:
-        table: `dtype` and `precision` of the states.
-        latents: whose captions they are.
-        text: whose states they must be; in fp32.
+        table: `dtype` and `precision` of the text embeddings.
+        latents: the cache with the captions.
+        text: the text encoder that must have produced them, in fp32.
 
     Raises:
-        UserError: they are missing, damaged, or of another state of the view.
+        UserError: the embeddings are missing, damaged, or belong to another state of the view.
     """
 
     def __init__(self, table: CacheTable, latents: LatentCache, text: TextEncoder) -> None:
@@ -46,14 +46,14 @@ class States(Rows):
         super().__init__(Path(table.dir), index, DTYPES[table.dtype], about)
 
     def get(self, samples: cache.Positions, variants: cache.Positions) -> Tensor:
-        """(B, L, D) in the stored dtype, on the CPU (pinned when there is a GPU).
+        """Read text embeddings: (B, L, D) in the stored dtype, on the CPU (pinned if there is a GPU).
 
         Args:
-            samples: B indices as of the cache.
-            variants: which caption of each, -1 for "".
+            samples: B cache indices of samples.
+            variants: index of the caption of each sample, -1 for "".
 
         Raises:
-            UserError: a shard is missing, or its bytes are not those that were written.
+            UserError: a shard is missing, or its bytes differ from those that were written.
         """
         variant_B = np.asarray(variants)
         entry_B = self._index.take("offsets", np.asarray(samples)) + variant_B
@@ -61,12 +61,12 @@ class States(Rows):
 
 
 def shard_metadata(table: CacheTable, text: TextEncoder) -> dict[str, str]:
-    """What the shards say of whose states they hold."""
+    """Return the metadata of the shards, which identifies the origin of their text embeddings."""
     return {"fastsd": STATES, "encoder": encoder_hash(text), "precision": table.precision}
 
 
 def encoder_hash(text: TextEncoder) -> str:
-    """sha256 of all that decides the states of a caption: weights as fp32, shape, clip skip, tokenizer. 64 hex digits."""
+    """Hash all that determines text embeddings: fp32 weights, shape, clip skip, tokenizer. sha256, 64 hex digits."""
     config, used = text.module.config, text.used_parameters()
     shape = [config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps, text.window]
     shape += [text.chunks] if text.chunks > 1 else []
@@ -74,7 +74,7 @@ def encoder_hash(text: TextEncoder) -> str:
     for name, tensor in sorted(text.module.named_parameters()):
         if name in used:
             assert tensor.dtype == torch.float32, "the hash is that of the exact weights"
-            # Not every version of transformers has the prefix.
+            # Only some versions of transformers have the prefix.
             sha.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}\n".encode())
             sha.update(tensor.detach().cpu().contiguous().numpy().data)
     return sha.hexdigest()

@@ -1,9 +1,9 @@
-"""Token ids of every caption of a view, made once: DIR/tokens/VIEW-TOKENIZER.safetensors, an ordinary safetensors file.
+"""Token ids of every caption of a view, built once: DIR/tokens/VIEW-TOKENIZER.safetensors, an ordinary safetensors file.
 
-Its tensors are offsets (int64, n + 1) and ids (16 bits, or 32 for a vocabulary that needs them; unsigned, whatever the
-header calls them).  Sample i has ids[offsets[i] : offsets[i + 1]]: the ids of each of its captions, uncut and without
-those that begin and end a sequence, each followed by END, the largest number there is.  The file belongs to one view by
-its sha256 and to one tokenizer by `tokenizer_hash`.  `fastsd/data/building/tokenize_captions.py` writes it.
+It contains the tensors offsets (int64, n + 1) and ids (16 bits, or 32 if the vocabulary needs them; unsigned, although the
+header declares them as signed).  Sample i has ids[offsets[i] : offsets[i + 1]]: the ids of each of its captions, untruncated
+and without the start and end tokens, each caption followed by END, the largest number of the dtype.  The file names its view
+by sha256 and its tokenizer by `tokenizer_hash`.  `fastsd/data/building/tokenize_captions.py` writes it.
 
 Shapes: n samples, L tokens.
 """
@@ -23,20 +23,20 @@ from fastsd.errors import UserError
 from fastsd.model.text_encoder import assemble, tokenizer_hash
 
 TOKENS_FORMAT = "tokens-1"
-HEADER_BYTES = 4096  # bytes kept for the header, whose size is known before what it says is
+HEADER_BYTES = 4096  # reserved for the header, which is written last because it contains the sha256 of the data
 
 
 class Tokens:
-    """The token ids of a cache's captions, mapped. Threads may share it.
+    """The memory-mapped token ids of a cache's captions. Thread-safe.
 
     Args:
-        cache: whose captions they are.
-        tokenizer: the one they must come from.
-        window: tokens the text encoder takes at once, those that begin and end a sequence among them.
-        chunks: windows a caption may fill.
+        cache: the cache with the captions.
+        tokenizer: the tokenizer that must have produced the ids.
+        window: tokens the text encoder takes at once, including start and end token.
+        chunks: number of windows a caption may fill.
 
     Raises:
-        UserError: they are missing, damaged, or of another state of the view.
+        UserError: the ids are missing, damaged, or belong to another state of the view.
     """
 
     def __init__(self, cache: LatentCache, tokenizer: Any, window: int, chunks: int = 1) -> None:
@@ -54,7 +54,7 @@ class Tokens:
         self._end = np.iinfo(self._ids.dtype).max
 
     def row(self, sample: int, variant: int) -> Tensor:
-        """Token ids of a caption as the text encoder takes them: int64 (L,). Raises UserError where they are damaged."""
+        """Return the token ids of a caption as the text encoder takes them: int64 (L,). Raises UserError on damage."""
         first, last = self._file.cut("offsets", sample, sample + 2).tolist()
         ids = self._file.cut("ids", first, last)
         ends = [-1, *np.flatnonzero(ids == self._end).tolist()]
@@ -64,7 +64,7 @@ class Tokens:
         return assemble(self._tokenizer, [own.tolist()], self.window, self.chunks)[0]
 
     def over_length(self) -> int:
-        """Captions that the text encoder will not see whole."""
+        """Count the captions that are truncated for the text encoder."""
         over, last = 0, -1
         for first in range(0, len(self._ids), 1 << 22):
             ends = first + np.flatnonzero(self._ids[first : first + (1 << 22)] == self._end)
@@ -73,13 +73,13 @@ class Tokens:
         return over
 
     def is_sound(self) -> bool:
-        """Whether every byte is the one that was written; reads the file once."""
+        """Return True if all bytes match their sha256. Reads the file once."""
         with open(self.path, "rb") as file:
             return content_hash(file) == self._metadata.get("sha256")
 
 
 def unsound(path: Path) -> str:
-    """What is wrong with a file of token ids, whichever tokenizer's; "" if it is as it was written. Reads it once."""
+    """Describe the damage of a file of token ids, of any tokenizer, or return "" if it is intact. Reads the file once."""
     try:
         metadata = read_header(path, TOKENS_FORMAT)[1]
         with open(path, "rb") as file:
@@ -89,7 +89,7 @@ def unsound(path: Path) -> str:
 
 
 def view_of(path: Path) -> str:
-    """sha256 of the view a file of token ids belongs to; "" where it cannot be read."""
+    """Return the sha256 of the view that a file of token ids belongs to, or "" if the file cannot be read."""
     try:
         return read_header(path, TOKENS_FORMAT)[1].get("view", "")
     except UserError:

@@ -1,10 +1,10 @@
-"""Which images a validation measures: some that are never trained on, and some that are.
+"""Choice of the images for validation: the held-out split is never trained on, the stabilised split is.
 
-A picture's own latents decide. Its key is a random number by (validate.seed, the xxh3 of its stored bytes); those with the
-smallest keys are held out, those with the next smallest stay in training and are measured as well: "stabilised". So it does
-not matter where a picture lies or how it is captioned; new pictures push out only as many as have smaller keys; and copies of a
-picture share its key: they are held out with it, and it is measured once.  With validate.by = "number" the sample's number
-stands for its bytes: the same places of sets that correspond, with the same noise and timesteps, and copies are no matter.
+The choice depends on the latents of an image.  Its key is a random number, a function of (validate.seed, xxh3 of its stored
+bytes).  Images with the smallest keys are held out; those with the next smallest stay in training and are measured as well.
+The path and captions of an image therefore do not matter, and a new image displaces another only if its key is smaller.  Copies
+of an image share its key: all are held out together, and the image is measured once.  With validate.by = "number" the sample's
+number replaces its bytes: corresponding data sets use the same samples, noise and timesteps, and copies are not detected.
 
 Shapes: N samples of the cache.
 """
@@ -22,16 +22,16 @@ from fastsd.data.captions import select
 from fastsd.errors import UserError
 from fastsd_kernels.noise import Purpose, philox
 
-_CHUNK = 1 << 16  # samples whose keys are drawn at once
+_CHUNK = 1 << 16  # samples per draw of keys
 
 
 @dataclass(frozen=True)
 class Sets:
-    """Samples of a cache by number.
+    """The splits of a cache, as sample numbers.
 
     Attributes:
-        measured: "held_out" and "stabilised", int64, one of each picture, in the order of their keys; none that is empty.
-        left_out: the held out pictures and all their copies, int64, sorted: what no stage may read.
+        measured: "held_out" and "stabilised", int64, one sample per image, in the order of their keys. Empty splits are absent.
+        left_out: the held-out images with all their copies, int64, sorted. No stage may train on them.
     """
 
     measured: dict[str, np.ndarray]
@@ -39,10 +39,10 @@ class Sets:
 
 
 def choose_sets(cache: LatentCache, config: Config) -> Sets:
-    """The sets of `[validate]`, chosen among the images that data.include and data.exclude leave (to the first stage).
+    """Choose the splits of `[validate]` among the images that data.include and data.exclude leave (for the first stage).
 
     Raises:
-        UserError: there are too few of them.
+        UserError: there are too few images.
     """
     table, data = config.validate_, config.data
     wanted = {"held_out": table.held_out, "stabilised": table.stabilised}
@@ -62,12 +62,12 @@ def choose_sets(cache: LatentCache, config: Config) -> Sets:
 
 
 def identities(cache: LatentCache, table: ValidateTable, first: int, last: int) -> np.ndarray:
-    """What tells samples [first, last) from others, int64."""
+    """Return the identities of samples [first, last), int64: content hashes or sample numbers."""
     return cache.checks(first, last) if table.by == "content" else np.arange(first, last)
 
 
 def _keys(cache: LatentCache, table: ValidateTable) -> np.ndarray:
-    """62 random bits of every sample, the same for equal identities: int64 (N,)."""
+    """Draw 62 random bits per sample, the same for equal identities: int64 (N,)."""
     block, keys = torch.zeros(1, dtype=torch.int64), [np.empty(0, np.int64)]
     for first in range(0, len(cache), _CHUNK):
         identity_B = torch.tensor(identities(cache, table, first, min(first + _CHUNK, len(cache))))

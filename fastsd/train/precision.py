@@ -1,4 +1,4 @@
-"""Choice of the device and the Ops table, and of all numerical switches of PyTorch. No other module sets them.
+"""Choice of the device and the Ops table, and all numerical switches of PyTorch, in one place.
 
 fp32   IEEE fp32 everywhere: TF32 is off for matmuls and for convolutions, which have different defaults in PyTorch
 tf32   TF32 for both
