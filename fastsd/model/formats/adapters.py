@@ -1,11 +1,11 @@
-"""Models with adapters - to be trained, or merged into the weights that other tools read.
+"""Loading and writing of models with adapters: to train the adapters, or to merge them into the weights for other tools.
 
-A checkpoint of a run with adapters is its base, as it was loaded, and beside it
+A checkpoint of a run with adapters contains its base model, unchanged since loading, and beside it
 
     lora.safetensors    the adapters, as diffusers' `load_lora_weights` reads them
-    lora.json           [model.lora] and clip_skip, by which they were made
+    lora.json           the settings `[model.lora]` and `clip_skip` that the adapters were made with
 
-Read next: `fastsd/model/lora.py`, which is imported only where there are adapters: peft takes a second.
+Read next: `fastsd/model/lora.py`. It is imported only if there are adapters, because importing peft takes a second.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Averages = Mapping[str, Mapping[str, Tensor]]
 
 
 def load_to_train(table: ModelTable, ops: Ops = REFERENCE, seed: int = 0, checkpoint: Path | None = None) -> Model:
-    """`load_model`, with the adapters of `table.lora` in it: new ones, those of `table.lora.file`, or a checkpoint's.
+    """Load a model and add the adapters of `table.lora` to it: new ones, those of `table.lora.file`, or a checkpoint's.
 
     Raises:
-        UserError: as `load_model`; targets that no layer is, or a file of other adapters.
+        UserError: see `load_model`; or a target matches no layer, or a file holds other adapters.
     """
     model = load_model(table, ops)
     if table.lora is not None:
@@ -53,13 +53,13 @@ def _file(name: str) -> Path:
 
 
 def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | None = None) -> Model:
-    """`load_model`, and where `table.base` is a checkpoint with adapters, these merged into its weights.
+    """Load a model. If `table.base` is a checkpoint with adapters, merge them into its weights.
 
     Args:
-        averages: part -> tensors by parameter name that take the place of adapters.
+        averages: component -> tensors by parameter name, used in place of the stored adapters.
 
     Raises:
-        UserError: as `load_model`, or adapters that are damaged.
+        UserError: see `load_model`; or the adapters are damaged.
     """
     model, made_by = load_model(table, ops), Path(table.base) / MADE_BY
     if made_by.is_file():
@@ -67,7 +67,7 @@ def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | No
         from fastsd.model.lora import add_lora, merge_lora
 
         said = json.loads(made_by.read_text(encoding="utf-8"))
-        # Layers that training skipped have none, however many a sample skips.
+        # The training's clip_skip decides which layers have adapters, whatever clip_skip the caller asks for.
         asked, model.text.clip_skip = model.text.clip_skip, said["clip_skip"]
         add_lora(model, LoraTable(**said["lora"]), seed=0)
         load_lora(model, made_by.with_name(ADAPTERS))
@@ -84,11 +84,11 @@ def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | No
 def write_lora_file(
     path: Path, model: Model, tensors: Averages, names: str = "kohya", metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write the adapters as other tools read them; `tensors` stand in for the model's own. Returns the file's sha256.
+    """Write the adapters for other tools. `tensors` replace the model's own. Returns the file's sha256.
 
     Args:
-        names: "kohya", which every tool reads, or "peft", diffusers' own.
-        metadata: for the file's header.
+        names: "kohya", which every tool reads, or "peft", the names of diffusers.
+        metadata: entries for the file's header.
     """
     from fastsd.model.formats.lora_weights import write_lora
 
@@ -96,7 +96,7 @@ def write_lora_file(
 
 
 def write_adapters(folder: Path, model: Model, tensors: Averages) -> dict[str, str]:
-    """Write both files into a checkpoint: {file name: sha256}. `tensors`: part -> exact adapters by parameter name."""
+    """Write both files into a checkpoint: {file name: sha256}. `tensors`: component -> exact adapters by parameter name."""
     assert model.lora is not None
     said = {"lora": model.lora.model_dump(), "clip_skip": model.text.clip_skip}
     return {

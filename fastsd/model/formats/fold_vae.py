@@ -1,14 +1,14 @@
-"""Another scaling factor's VAE made one of factor 0.18215, so that tools that know no other decode it right.
+"""Folding of a VAE's scaling factor into its weights, for tools that assume the factor 0.18215.
 
-Single-file loaders scale latents by 0.18215 whatever the VAE. With the VAE's own factor f and shift s, F = 0.18215, r = f / F:
+Single-file loaders scale latents by 0.18215 for every VAE. With the VAE's own factor f and shift s, F = 0.18215, r = f / F:
 
     encoder   z = (m - s) f = m' F,  m' = r (m - s)        quant_conv, mean: weight' = r weight, bias' = r (bias - s)
               logvar' = logvar + 2 ln |r|                  quant_conv, logvar: bias' = bias + 2 ln |r|
     decoder   x = z / f + s = x' / r + s,  x' = z / F      post_quant_conv: weight' = weight / r, bias' = bias + s sum_in weight
 
-Both are 1x1 convolutions without padding, so this is exact; but log variances are clamped to [-30, 20] after it instead of
-before. A VAE without them (SD3's kind) is given such that change nothing first, for the layout has them: to fold s into a
-padded 3x3 convolution would be wrong at the border.
+Both layers are 1x1 convolutions without padding, so folding is exact, except that log variances are clamped to [-30, 20]
+after folding instead of before. A VAE without these layers (SD3's kind) first gets identities, because the layout requires
+them. Folding s into a padded 3x3 convolution instead would be wrong at the border.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fastsd.errors import UserError
 from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.storage import DTYPES, Stored, Tensors, whole
 
-UNFOLDED = "fastsd.vae_unfolded"  # in a file's header: what `unfold` takes
+UNFOLDED = "fastsd.vae_unfolded"  # header key of the text that `unfold` takes
 _NAMES = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
 _SETTINGS = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv")
 
 
 def scale_of(config: dict[str, Any], place: str) -> tuple[float, float]:
-    """(factor, shift) of a VAE's config, which `place` names. Raises UserError for what are none."""
+    """Return (factor, shift) of a VAE's config. Raises UserError, naming `place`, if they are not valid numbers."""
     said = config.get("scaling_factor"), config.get("shift_factor")
     factor, shift = SD15_SCALING_FACTOR if said[0] is None else said[0], 0.0 if said[1] is None else said[1]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (factor, shift)) or not factor:
@@ -40,10 +40,10 @@ def scale_of(config: dict[str, Any], place: str) -> tuple[float, float]:
 
 
 def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str, Any], Tensors]:
-    """A VAE's config and tensors -> those of the same VAE with factor 0.18215 and no shift; nothing else is touched.
+    """Return the config and tensors of the same VAE with factor 0.18215 and no shift. Nothing else changes.
 
     Raises:
-        UserError: a factor or a convolution that cannot be folded.
+        UserError: the factor is invalid, or a convolution cannot be folded.
     """
     factor, shift = scale_of(config, place)
     old = _edges(config, tensors)
@@ -66,7 +66,7 @@ def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str
 
 
 def _edges(config: dict[str, Any], tensors: Tensors) -> dict[str, Tensor]:
-    """The two 1x1 convolutions at the latents, or such that change nothing."""
+    """Return the two 1x1 convolutions next to the latents, or identities where they are missing."""
     found = {name: whole(tensors[name]) for name in _NAMES if name in tensors}
     channels = config.get("latent_channels", 4)
     for name, count in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
@@ -76,7 +76,7 @@ def _edges(config: dict[str, Any], tensors: Tensors) -> dict[str, Tensor]:
 
 
 def undo(config: dict[str, Any], tensors: Tensors) -> str:
-    """What `unfold` needs to bring back, bit for bit, what is folded: text for a file's header."""
+    """Return header text from which `unfold` restores the unfolded tensors and settings bit for bit."""
     kept = {}
     for name in _NAMES:
         if name in tensors:
@@ -87,9 +87,9 @@ def undo(config: dict[str, Any], tensors: Tensors) -> str:
 
 
 def unfold(config: dict[str, Any], tensors: Tensors, text: str) -> tuple[dict[str, Any], Tensors] | None:
-    """The VAE as it was before `fold`, or None if the file does not hold what was folded then.
+    """Return the VAE as it was before `fold`, or None if the file's tensors are not the result of that fold.
 
-    So a model that went through a file and back has the latents, and the latent cache, that it had.
+    A model that is written to a file and read back therefore has the same latents, and keeps its latent cache.
     """
     try:
         said = json.loads(text)

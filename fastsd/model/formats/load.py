@@ -1,8 +1,8 @@
-"""Models to work with - loaded from wherever they are, and written back part by part.
+"""Loading of models from any supported place, and writing them back component by component.
 
-In: a diffusers folder, a hub id, or one `.safetensors` file in the original SD layout; a VAE from a folder, a hub id or a
-file.  Out: a diffusers folder with the classic names, which every version and tool reads.
-Nothing here unpickles: a model that has only `.bin` or `.ckpt` weights is refused by name.
+Input: a diffusers folder, a hub id, or one `.safetensors` file in the original SD layout; a VAE from a folder, a hub id or a
+file. Output: a diffusers folder with the classic names, which every version and tool reads.
+Nothing here unpickles: a model that has only `.bin` or `.ckpt` weights is refused with an error that names them.
 Read next: `fastsd/model/formats/model_source.py`, which finds models, and `fastsd/model/formats/write.py`.
 """
 
@@ -40,10 +40,10 @@ from fastsd_kernels import REFERENCE, Ops
 
 
 def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
-    """Load a base model in fp32 on the CPU, with the VAE the config names in place of its own.
+    """Load a base model in fp32 on the CPU, with the VAE that the config names in place of its own.
 
     Raises:
-        UserError: it cannot be found or reached, is of another kind, or its VAE and UNet do not fit.
+        UserError: the model cannot be found or reached, is of another kind, or its components do not fit together.
     """
     base = locate(table.base, "model.base", table.revision)
     notes = list[str]()
@@ -65,13 +65,13 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
 
 
 def _part(base: Path, name: str, notes: list[str] | None = None) -> Part | None:
-    """A part of a located model, which a single file may not have; lines on what was ignored go to `notes`."""
+    """Return a component of a located model, or None if a single file has none. Lines on what was ignored go to `notes`."""
     return open_file(base).part(name, [] if notes is None else notes) if base.is_file() else read_part(base, name, notes)
 
 
 def _load_unet(base: Path, ops: Ops, notes: list[str]) -> UNet:
     part = _part(base, "unet", notes)
-    assert part is not None  # a file without one is refused
+    assert part is not None  # a file without a UNet is refused
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_diffusers(part.config, part.where), ops)
     unet.to_empty(device="cpu")
@@ -80,7 +80,7 @@ def _load_unet(base: Path, ops: Ops, notes: list[str]) -> UNet:
 
 
 def load_text(table: ModelTable, base: Path) -> TextEncoder:
-    """The text encoder and tokenizer of a located base model."""
+    """Load the text encoder and tokenizer of a located base model."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer, where = load_tokenizer(table, base)
@@ -102,10 +102,10 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
 
 
 def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Path]:
-    """The tokenizer a config means, without the text encoder: transformers' CLIPTokenizer, and the folder of its files.
+    """Load a config's tokenizer without the text encoder. Returns transformers' CLIPTokenizer and the folder of its files.
 
     Raises:
-        UserError: there is none, or it does not load.
+        UserError: there is no tokenizer, or it does not load.
     """
     from transformers import CLIPTokenizer
 
@@ -126,14 +126,14 @@ def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Pa
 
 
 def _fill_position_ids(module: torch.nn.Module) -> None:
-    # A buffer outside the state dict, so `to_empty` leaves it undefined.
+    # This buffer is not in the state dict, so it is undefined after `to_empty`.
     for name, buffer in module.named_buffers():
         assert name.endswith("position_ids"), name
         buffer.copy_(torch.arange(buffer.shape[-1]))
 
 
 def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) -> Vae:
-    """The VAE a config means: `model.vae`, or the base's own. fp32, on the CPU."""
+    """Load a config's VAE, `model.vae` or the base's own, in fp32 on the CPU."""
     from diffusers import AutoencoderKL
 
     name = table.vae or table.base
@@ -158,7 +158,7 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
 
 
 def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list[str]]:
-    """(The base's scheduler config with what the table says instead, notes)."""
+    """Return (the base's scheduler config with the settings of `table` in place of its own, notes)."""
     notes = list[str]()
     config = open_file(base).scheduler() if base.is_file() else read_scheduler(base)
     own = config.get("prediction_type", "epsilon")
@@ -178,13 +178,13 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
                 f"model: the noise schedule of {table.base} is to end in pure noise, of which epsilon tells nothing; set "
                 'model.prediction = "v_prediction", or model.zero_snr = false'
             )
-        # Samples must start at the last timestep (Lin et al. 2024, section 3.3). SD1.5's PNDM cannot be told the schedule.
+        # Samples must start at the last timestep (Lin et al. 2024, section 3.3). SD1.5's PNDM does not support this schedule.
         config |= {"timestep_spacing": "trailing", "_class_name": "DDIMScheduler", "clip_sample": False}
     return config, notes
 
 
 def part_state_dict(model: Model, part: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A trainable part without adapters, as its file names it. `tensors` replaces parameters (masters in another precision)."""
+    """Return a trainable component without adapters, as its file names it. `tensors` replace parameters (fp32 masters, EMA)."""
     if part == "unet":
         return diffusers_state_dict(model.unet, tensors=tensors)
     state = {**model.text.module.state_dict(), **(tensors or {})}
@@ -192,7 +192,7 @@ def part_state_dict(model: Model, part: str, tensors: Mapping[str, Tensor] | Non
 
 
 def write_part(folder: Path, model: Model, part: str, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write one trainable part into a diffusers folder: {relative file name: sha256}."""
+    """Write one trainable component into a diffusers folder. Returns {relative file name: sha256}."""
     if part == "unet":
         return write_tensors(folder, part, model.unet.cfg.to_diffusers(), state)
     config = {**model.text.module.config.to_dict(), "architectures": ["CLIPTextModel"]}
@@ -200,7 +200,7 @@ def write_part(folder: Path, model: Model, part: str, state: Mapping[str, Tensor
 
 
 def write_rest(folder: Path, model: Model) -> dict[str, str]:
-    """Write what training never changes - VAE, tokenizer, scheduler, model_index.json: {relative file name: sha256}."""
+    """Write what training never changes: VAE, tokenizer, scheduler, model_index.json. Returns {relative file name: sha256}."""
     config = json.loads(model.vae.module.to_json_string())
     hashes = write_pipeline(folder, model.scheduler, model.text.tokenizer_folder)
     return hashes | write_tensors(folder, "vae", config, model.vae.module.state_dict())

@@ -1,15 +1,15 @@
-"""LoRA files of every tool, in, and in kohya's or diffusers' (PEFT) names, out.
+"""LoRA files: read with the names of any tool, written with kohya's or diffusers' (PEFT) names.
 
-A layer's adapter is down, (R, F_in) or (R, C, k, k) of a convolution, up, (F, R) or (F, R, 1, 1), and alpha; its weight becomes
-W + alpha / R * up @ down (Hu et al. 2021, section 4.1). Where a file keeps alpha:
+A layer's adapter is down, (R, F_in) or (R, C, k, k) of a convolution, up, (F, R) or (F, R, 1, 1), and alpha. The weight becomes
+W + alpha / R * up @ down (Hu et al. 2021, section 4.1). Files store alpha in different places:
 
     kohya's names     a tensor beside each pair, `lora_unet_mid_block_....alpha`; without one, alpha is the rank
-    diffusers' names  in the header, `lora_adapter_metadata`: peft's configs of UNet and text encoder in one table of JSON;
+    diffusers' names  in the header, `lora_adapter_metadata`: peft's configs of UNet and text encoder in one JSON table;
                       without it, alpha is the rank
     peft's own names  in adapter_config.json beside the file
 
-diffusers refuses a file that has both. So in kohya's names peft's config stands under a key of our own, with which the way back
-gives the first file's bytes.  Read next: `fastsd/model/formats/lora_names.py`, `fastsd/model/lora.py`.
+diffusers refuses a file with alpha tensors and the header entry. Files with kohya's names therefore have peft's config under a
+key of our own; converting back reproduces the first file byte for byte. Read next: `lora_names.py`, `fastsd/model/lora.py`.
 
 Shapes: F features, C channels, k sides of a convolution's kernel, R the rank of one adapter.
 """
@@ -36,9 +36,9 @@ from fastsd.model.formats.model_summary import metadata_of
 from fastsd.model.formats.write import DTYPE
 from fastsd.storage import TEMPORARY, TensorFile, check_finite, new_file, write_safetensors
 
-PEFT_CONFIG = "lora_adapter_metadata"  # diffusers' place for peft's config in a file's header
-RECORD = "fastsd_peft"  # in kohya's names: that text, which keys of the header were added, and how text layers were called
-_WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # in folders of diffusers and peft
+PEFT_CONFIG = "lora_adapter_metadata"  # diffusers' header key for peft's config
+RECORD = "fastsd_peft"  # header key with kohya's names: peft's config, header keys we added, naming of text layers
+_WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # file names of diffusers and of peft
 _CLASSIC, _SHORT = "text_encoder.text_model.", "text_encoder."
 _KERNEL = {"proj_in": 1, "proj_out": 1, "conv_shortcut": 1} | dict.fromkeys(
     ("conv", "conv1", "conv2", "conv_in", "conv_out"), 3
@@ -48,14 +48,14 @@ _ADVICE = "give a plain LoRA of SD1.5's UNet and text encoder"
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA, whole and sound.
+    """A complete and valid LoRA.
 
     Attributes:
         tensors: `<part>.<module>.lora_A.weight` (down) and `lora_B` (up), in the order of the file.
         alphas: by `<part>.<module>`.
-        metadata: the rest of the header, with peft's config if that is known; "" = there was none.
-        kind: whose names the file has: "kohya", "peft", "diffusers" or "older diffusers".
-        short: whether it leaves out the `text_model.` of text layers, as transformers 5 does.
+        metadata: the rest of the header, including peft's config if it is known; "" means the file had none.
+        kind: the naming of the file: "kohya", "peft", "diffusers" or "older diffusers".
+        short: True if the names of text layers omit `text_model.`, as in transformers 5.
     """
 
     tensors: dict[str, Tensor]
@@ -70,11 +70,11 @@ class LoraFile:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA of any kind: a .safetensors file, or the folder that diffusers or peft wrote it into.
+    """Read a LoRA with any names: a .safetensors file, or a folder written by diffusers or peft.
 
     Raises:
-        UserError: no such file, no plain LoRA of SD1.5, or not sound: half a pair, shapes or a rank that do not fit, a number
-            that is not finite.
+        UserError: no such file, not a plain LoRA of SD1.5, or an invalid one: half a pair, a shape or a rank that does not fit,
+            a number that is not finite.
     """
     path = _file(path)
     file = TensorFile(path)
@@ -94,7 +94,7 @@ def read_lora(path: Path) -> LoraFile:
     if kind == "kohya":
         return _with_record(lora)
     config = _json(path, PEFT_CONFIG, metadata.get(PEFT_CONFIG, "{}"))
-    # Of any other names, or alphas that stand beside them, the config would not be that of what is written.
+    # A stored config can be reused only if the file has the names that we write, and no alpha tensors.
     if kind == "diffusers" and not said and all(name.startswith(PARTS) for name in places):
         metadata.setdefault(PEFT_CONFIG, "")
     else:
@@ -120,7 +120,7 @@ def _file(path: Path) -> Path:
 
 
 def _modules(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple[str, str]]]:
-    """(Kind of a file, its tensors' names -> (module, "A", "B" or "alpha"))."""
+    """Return the naming of a file, and a map from each tensor's name to (module, "A", "B" or "alpha")."""
     for name in names:
         if other := other_kind(name):
             raise UserError(f"{path}: has {other} ({name}); {_ADVICE}")
@@ -152,7 +152,7 @@ def _alpha(path: Path, name: str, tensor: Tensor) -> float:
 
 
 def _rank(path: Path, module: str, tensors: Mapping[str, Tensor]) -> int:
-    """The rank of a module's pair, which is there and fits together."""
+    """Return the rank of a module's pair. Raises UserError if the pair is incomplete or its shapes do not fit."""
     pair = [tensors.get(f"{module}.lora_{letter}.weight") for letter in "AB"]
     if pair[0] is None or pair[1] is None:
         raise UserError(f"{path}: {module} has no {'down' if pair[0] is None else 'up'} tensor; fetch or make the file again")
@@ -179,10 +179,10 @@ def _json(place: object, name: str, text: str) -> dict[str, Any]:
 
 
 def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """Alpha of each module as peft reads a config, one for all parts or with keys that begin with the part.
+    """Return each module's alpha as peft reads a config: one for all components, or with keys that begin with the component.
 
     A rank-stabilised factor is alpha / sqrt(R) (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with
-    LoRA"); as we divide by R, its alpha is sqrt(R) times as large.
+    LoRA"). Since we divide by R, alpha is multiplied by sqrt(R).
     """
     alphas = {}
     try:
@@ -203,7 +203,7 @@ def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> 
 
 
 def _pick(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """What peft takes for a module: the first whose key, an expression, is the end of its path; else the default."""
+    """Return peft's value for a module: the first with a key (a regular expression) that ends its path, or `default`."""
     names = (path, path.removeprefix("text_model."))
     for key, value in (patterns or {}).items():
         if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
@@ -212,8 +212,8 @@ def _pick(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
 
 
 def _with_record(lora: LoraFile) -> LoraFile:
-    """What was written in diffusers' names before, with what its header had then, unless its adapters are others now."""
-    # Hashes are of this file's bytes.
+    """Restore alphas, header and naming as recorded by a conversion to kohya's names, unless rank or alpha has changed."""
+    # Hashes are valid only for the bytes of this file.
     metadata = {k: v for k, v in lora.metadata.items() if not k.startswith(("sshs_", "modelspec.hash"))}
     record = metadata.pop(RECORD, None)
     if record is None:
@@ -231,7 +231,7 @@ def _with_record(lora: LoraFile) -> LoraFile:
 
 
 def write_peft(path: Path, lora: LoraFile) -> str:
-    """Write a LoRA in diffusers' names, with peft's config in its header; returns the file's sha256."""
+    """Write a LoRA with diffusers' names and with peft's config in its header. Returns the file's sha256."""
     metadata = lora.metadata if PEFT_CONFIG in lora.metadata else {**lora.metadata, PEFT_CONFIG: peft_config(lora)}
     metadata = {key: value for key, value in metadata.items() if value or key != PEFT_CONFIG}
     shorten = (lambda name: name.replace(_CLASSIC, _SHORT)) if lora.short else str
@@ -239,10 +239,10 @@ def write_peft(path: Path, lora: LoraFile) -> str:
 
 
 def peft_config(lora: LoraFile) -> str:
-    """peft's config of a LoRA as diffusers keeps it: rank and alpha that most modules have, and patterns for the others."""
+    """Return peft's config of a LoRA in diffusers' form: the most common rank and alpha, and patterns for the other modules."""
     ranks, config = lora.ranks, dict[str, Any]()
     for part in PARTS:
-        # As transformers 5 calls text layers; older versions look for the end of their names as well.
+        # Text layers are named as in transformers 5. In older versions peft finds these as the end of a longer name.
         path = {m: m.removeprefix(f"{part}.").removeprefix("text_model.") for m in ranks if m.startswith(f"{part}.")}
         if path:
             rank, alpha = (_most(values[m] for m in path) for values in (ranks, lora.alphas))
@@ -263,10 +263,10 @@ def _whole(alpha: float) -> float:
 
 
 def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str] | None = None) -> str:
-    """Write a LoRA in kohya's names, an alpha beside each pair; returns the file's sha256.
+    """Write a LoRA with kohya's names and an alpha beside each pair. Returns the file's sha256.
 
     Args:
-        metadata: for the header, of keys that the LoRA's own has not.
+        metadata: further header entries. Keys that the LoRA's own metadata has are ignored.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in lora.tensors.items():
@@ -284,13 +284,13 @@ def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str] | None =
 
 
 def _scalar(alpha: float, dtype: torch.dtype) -> Tensor:
-    """Of the weights' dtype, as sd-scripts has it, if that can hold it."""
+    """Return alpha as a tensor in the weights' dtype, as sd-scripts stores it, or in fp32 if that dtype cannot represent it."""
     tensor = torch.tensor(alpha, dtype=dtype)
     return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
 
 
 def _network(lora: LoraFile) -> dict[str, str]:
-    """Rank and alpha as sd-scripts tells them, of 3x3 convolutions apart; "Dynamic" where they differ by module."""
+    """Return rank and alpha as sd-scripts records them, 3x3 convolutions separately; "Dynamic" where they differ by module."""
 
     def said(values: Mapping[str, Any], wide: bool) -> str:
         found = {f"{values[m]:g}" for m in values if (_KERNEL.get(m.rpartition(".")[2]) == 3) == wide}
@@ -304,14 +304,14 @@ def _network(lora: LoraFile) -> dict[str, str]:
 
 
 def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]:
-    """Write a LoRA in other names; lines on what was found.
+    """Write a LoRA with other names. Returns notes on what was found.
 
     Args:
         to: "lora-kohya" or "lora-peft".
-        dtype: fp32, fp16 or bf16; "" = as it is.
+        dtype: fp32, fp16 or bf16; "" = unchanged.
 
     Raises:
-        UserError: as `read_lora`; OUT is there; a number that is not finite in `dtype`.
+        UserError: see `read_lora`; or `out` exists or is not a .safetensors name; or a number is not finite in `dtype`.
         OSError: the disk is full, or the folder cannot be written.
     """
     lora = read_lora(source)
@@ -336,7 +336,7 @@ def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]
 
 
 def _misread(lora: LoraFile) -> list[str]:
-    # Its `get_peft_kwargs` puts the others under names that no layer of attention has.
+    # diffusers' `get_peft_kwargs` stores the other alphas under names that no attention layer has.
     for part in PARTS:
         alphas = {module: alpha for module, alpha in lora.alphas.items() if module.startswith(f"{part}.")}
         if any("attn" in module and alpha != _most(alphas.values()) for module, alpha in alphas.items()):
@@ -348,7 +348,7 @@ def _misread(lora: LoraFile) -> list[str]:
 
 
 def describe(lora: LoraFile) -> str:
-    """What a LoRA is, in one line."""
+    """Describe a LoRA in one line."""
     counts = Counter(module.partition(".")[0].replace("_", " ").replace("unet", "UNet") for module in lora.alphas)
     layers = ", ".join(f"{part} {count}" for part, count in counts.items())
     told = [", ".join(f"{value:g}" for value in sorted(set(values.values()))) for values in (lora.ranks, lora.alphas)]

@@ -1,13 +1,13 @@
-"""What the tensors of a LoRA are called, in every tool that makes one for SD1.5.
+"""Names of LoRA tensors, in every tool that makes LoRAs for SD1.5.
 
-    unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight           diffusers today, and the names used here
+    unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight           current diffusers, and fastsd internally
     base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight     peft
     unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight    diffusers before peft
     lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight         kohya's sd-scripts
-    lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_down.weight                 by the original layout's names
+    lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_down.weight                 with the original layout's names
 
-A is down, B is up. kohya's names have one sign for what divides two words and two modules; as the modules of SD1.5 are known,
-there is one way to read each.
+A is down, B is up. In kohya's names an underscore separates both words and modules. Since the modules of SD1.5 are known,
+each name has only one reading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastsd.model.formats.original_names import original_names
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import diffusers_state_dict
 
-# Every linear layer and convolution, its part first. `\.` stands for what divides modules and nothing else does.
+# Every linear layer and convolution, prefixed with its component. `\.` marks separators of modules, and only these.
 _MODULES = r"""
     unet\.(?:
         conv_(?:in|out) | time_embedding\.linear_[12]
@@ -35,14 +35,14 @@ _MODULES = r"""
 """
 _DOTTED = re.compile(_MODULES, re.VERBOSE)
 _UNDERSCORED = re.compile(_MODULES.replace(r"\.", "(_)"), re.VERBOSE)
-_PREFIXES = {"lora_unet_": "unet_", "lora_te_": "text_encoder_"}  # kohya's, and the part's with kohya's sign
+_PREFIXES = {"lora_unet_": "unet_", "lora_te_": "text_encoder_"}  # kohya's prefix -> component with kohya's separator
 _TENSOR = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.\w+)?\.weight)")
-_WORDS = {  # of other tools and versions, and today's; applied in this order
+_WORDS = {  # names of other tools and versions -> current names; applied in this order
     r"^base_model\.model\.": "", r"^text_encoder\.encoder\.": "text_encoder.text_model.encoder.", r"\.processor\.": ".",
     r"self_attn\.to_(q|k|v|out)$": r"self_attn.\1_proj", r"\.to_out$": ".to_out.0",
 }  # fmt: skip
 
-# What is no plain LoRA of SD1.5, by a piece of its names; the first that fits tells what it is.
+# Tensors that are not of a plain LoRA of SD1.5: kind -> pattern of the name. The first match counts.
 _OTHERS = {
     "LoHa's weights": r"\.hada_",
     "LoKr's weights": r"\.lokr_",
@@ -58,14 +58,14 @@ _OTHERS = {
 
 
 def kohya_name(module: str) -> str:
-    """kohya's name of a module: "unet.conv_in" -> "lora_unet_conv_in"."""
+    """Return kohya's name of a module: "unet.conv_in" -> "lora_unet_conv_in"."""
     underscored = module.replace(".", "_")
     theirs, ours = next(pair for pair in _PREFIXES.items() if underscored.startswith(pair[1]))
     return theirs + underscored.removeprefix(ours)
 
 
 def kohya_module(name: str) -> str | None:
-    """The module that kohya's name means, with its part; None if SD1.5 has none."""
+    """Return the module (with its component) for one of kohya's names; None if SD1.5 has no such module."""
     theirs, ours = next(pair for pair in _PREFIXES.items() if name.startswith(pair[0]))
     underscored = ours + name.removeprefix(theirs)
     match = _UNDERSCORED.fullmatch(underscored)
@@ -80,7 +80,7 @@ def kohya_module(name: str) -> str | None:
 
 @cache
 def _by_original_names() -> dict[str, str]:
-    """kohya's names made of those in the original layout, of the UNet of SD1.5's size -> modules."""
+    """Map kohya's names made from the original layout's names, for a UNet of SD1.5's size, to modules."""
     cfg = UNetConfig.sd15()
     with torch.device("meta"):
         names = [name for name in diffusers_state_dict(UNet(cfg)) if name.endswith(".weight")]
@@ -90,7 +90,7 @@ def _by_original_names() -> dict[str, str]:
 
 
 def tensor_of(name: str) -> tuple[str, str] | None:
-    """(Module with its part, "A", "B" or "alpha") of a tensor, in whichever names; None if SD1.5's LoRAs have none such."""
+    """Return (module with its component, "A", "B" or "alpha") for a tensor name of any tool; None for other names."""
     match = _TENSOR.fullmatch(name)
     if match is None:
         return None
@@ -106,7 +106,7 @@ def _dotted_module(name: str) -> str | None:
 
 
 def kind_of(name: str) -> str:
-    """Whose name it is: "kohya", "peft", "diffusers", or "older diffusers"."""
+    """Return which naming a tensor's name follows: "kohya", "peft", "diffusers" or "older diffusers"."""
     if name.startswith(tuple(_PREFIXES)):
         return "kohya"
     if name.startswith("base_model.model."):
@@ -115,5 +115,5 @@ def kind_of(name: str) -> str:
 
 
 def other_kind(name: str) -> str | None:
-    """What a tensor is of that no plain LoRA of SD1.5 has, as far as its name tells."""
+    """Return the kind of a tensor that plain LoRAs of SD1.5 lack, for example "weights of SDXL"; None if no pattern matches."""
     return next((what for what, piece in _OTHERS.items() if re.search(piece, name)), None)

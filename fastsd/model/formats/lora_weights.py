@@ -1,4 +1,4 @@
-"""The adapters of a model, copied from a LoRA file and written into one."""
+"""Reading of a model's adapters from a LoRA file, and writing of a LoRA file from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastsd.model.weights import check_names
 
 
 def _alphas(model: Model) -> dict[str, float]:
-    """By `<part>.<module>` as files name it."""
+    """Return the alphas by `<part>.<module>`, named as in files."""
     return {
         f"{part}.{module}": float(layer.lora_alpha[NAME])
         for part in PARTS
@@ -31,11 +31,11 @@ def write_lora(
     path: Path, model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None, names: str = "peft",
     metadata: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
-    """Write what `lora_state_dict` gives into one .safetensors file; returns its sha256.
+    """Write the result of `lora_state_dict` into one .safetensors file. Returns its sha256.
 
     Args:
-        names: "kohya", or "peft" for diffusers'.
-        metadata: for the file's header.
+        names: "kohya", or "peft" for diffusers' names.
+        metadata: entries for the file's header.
     """
     lora = LoraFile(lora_state_dict(model, tensors_by_part), _alphas(model))
     lora = replace(lora, metadata={PEFT_CONFIG: peft_config(lora), **(metadata or {})})
@@ -43,13 +43,13 @@ def write_lora(
 
 
 def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
-    """Copy adapters into those that the model has. Nothing is copied unless all fit.
+    """Copy adapters into the model's own. Nothing is copied unless all of them fit.
 
     Args:
-        source: a file of any kind that `read_lora` reads, or what `lora_state_dict` gives.
+        source: a file with any names that `read_lora` reads, or a result of `lora_state_dict`.
 
     Raises:
-        UserError: not such a file, or of other layers, another rank or another alpha than the model's.
+        UserError: the file is not a LoRA, or its layers, a rank or an alpha differ from the model's.
     """
     assert model.lora is not None
     lora = LoraFile(dict(source), {}) if isinstance(source, Mapping) else read_lora(source)

@@ -1,8 +1,8 @@
-"""A model as it lies on the disk - found and described, no tensor read yet.
+"""Models on the disk, found and described before any tensor is read.
 
-In: a diffusers folder of any version, whole or in shards, full or a variant; a hub id; one file in the original Stable
-Diffusion layout (`single_file_layout.py`).  Out: `Source`, its parts under the names that diffusers has for them today.
-Nothing is unpickled but for a caller who asks for it, and then by torch's loader of weights, which runs no code.
+Input: a diffusers folder of any version, whole or in shards, full or a variant; a hub id; or one file in the original Stable
+Diffusion layout (`single_file_layout.py`). Output: a `Source` with components under diffusers' current names. Nothing is
+unpickled unless the caller asks for it. In that case torch's loader for weights is used, which runs no code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastsd.model.formats.original_names import PREFIX, current_vae_name
 from fastsd.model.weights import check_names, classic_text_name, expected_tensors
 from fastsd.storage import TensorFile, Tensors
 
-# Where the tokenizer of a single file may lie already, since it has none: CLIP's is the same in all of SD1.5's family.
+# Hub ids with CLIP's tokenizer, which the whole SD1.5 family uses. Single files come without a tokenizer.
 CLIP_TOKENIZERS = (
     "openai/clip-vit-large-patch14", "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
     "CompVis/stable-diffusion-v1-4",
@@ -38,11 +38,11 @@ _STEMS = {".safetensors": ("diffusion_pytorch_model", "model"), ".bin": ("diffus
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model: its config.json, its tensors by diffusers' (or transformers') names, and where they were found.
+    """A component of a model: its config.json, its tensors by diffusers' (or transformers') names, and where they were found.
 
     Attributes:
         place: a folder, or a file that has no config.
-        file: the name of the weights.
+        file: the name of the weights file.
     """
 
     config: dict[str, Any]
@@ -52,7 +52,7 @@ class Part:
 
     @property
     def where(self) -> str:
-        """What is said to describe it."""
+        """The file that describes the component, for error messages."""
         return self.place if self.place.endswith(self.file) else f"{self.place}/config.json"
 
 
@@ -61,10 +61,10 @@ class Source:
     """A model on the disk.
 
     Attributes:
-        parts: "unet", "text_encoder" and "vae", as far as they are there.
+        parts: the components found, of "unet", "text_encoder" and "vae".
         scheduler: scheduler_config.json.
-        tokenizer: the folder of its files, or None.
-        metadata: of the header, of a single file.
+        tokenizer: the folder of the tokenizer's files, or None.
+        metadata: the header entries of a single file.
         notes: what was found and what was ignored, a line each.
     """
 
@@ -79,16 +79,16 @@ class Source:
 def open_source(
     name: str, field: str = "IN", revision: str = "", *, pickled: bool = False, ema: bool = False, tokenizer: str = ""
 ) -> Source:
-    """Find a model and check that its tensors are those of its configs; nothing else of them is read.
+    """Find a model and check that its tensors match its configs. Their values are not read.
 
     Args:
-        name: a folder, a file or a hub id; `field` is what it is called in an error, `revision` the hub id's.
-        pickled: read `.ckpt` and `.bin`, too.
-        ema: of a single file that has both, the averaged weights of the UNet.
+        name: a folder, a file or a hub id; `field` is its name in error messages, `revision` the hub id's.
+        pickled: also read `.ckpt` and `.bin`.
+        ema: use the EMA weights of the UNet in a single file that has both.
         tokenizer: a folder or hub id that has one; "" = the model's own, or CLIP's from the hub's cache.
 
     Raises:
-        UserError: it is not there, or no model of SD1.5's family that is whole.
+        UserError: there is no such model, or it is not a complete model of SD1.5's family.
     """
     base, notes = locate(name, field, revision, pickled=pickled), list[str]()
     file = open_file(base, notes) if base.is_file() else None
@@ -110,7 +110,7 @@ def open_source(
 
 
 def checked(name: str, part: Part, notes: list[str]) -> Part:
-    """The part, and a line on it. Raises UserError unless it has the tensors that its config asks for."""
+    """Return the component, and add a note on it. Raises UserError unless it has the tensors that its config requires."""
     check_names(expected_tensors(name, part.config, part.where), part.tensors, part.place)
     if name == "vae":
         fold_vae.scale_of(part.config, part.where)
@@ -127,7 +127,7 @@ class File:
     metadata: Mapping[str, str]
 
     def part(self, name: str, notes: list[str], *, ema: bool = False) -> Part | None:
-        """A part of it, or None; as `read_part`."""
+        """Return a component of the file, or None; see `read_part`."""
         found = single_file_layout.read_part(self.path, self.tensors, self.metadata, name, notes, ema=ema)
         if found is None:
             if name == "unet":
@@ -140,12 +140,12 @@ class File:
         return Part(*found, str(self.path), self.path.name)
 
     def scheduler(self) -> dict[str, Any]:
-        """scheduler_config.json, as far as a file tells of it, and else SD1.5's."""
+        """Return scheduler_config.json as far as the file defines it, and SD1.5's for the rest."""
         return single_file_layout.scheduler(self.path, self.tensors, self.metadata)
 
 
 def open_file(path: Path, notes: list[str] | None = None) -> File:
-    """A file in the original layout: `.safetensors`, or pickled."""
+    """Open a file in the original layout, `.safetensors` or pickled."""
     if path.suffix == ".safetensors":
         found = TensorFile(path)
         return File(path, found.stored(), found.metadata)
@@ -153,10 +153,10 @@ def open_file(path: Path, notes: list[str] | None = None) -> File:
 
 
 def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) -> Path:
-    """The local folder or file of a model: a path, or a hub id that is cached or can be fetched.
+    """Return the local folder or file of a model: a path, or a hub id that is cached or can be fetched.
 
     Raises:
-        UserError: neither there nor reachable.
+        UserError: the model is neither local nor reachable, or its file type is not accepted.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -172,7 +172,7 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    # Not the single files that lie beside the folders, of gigabytes each, nor parts that no one here reads.
+    # Skip the single files beside the folders, of gigabytes each, and components that fastsd never reads.
     wanted = ["*.json", "*.txt", "*diffusion_pytorch_model*.safetensors", "text_encoder/*.safetensors"]
     unwanted = ["*non_ema*", "safety_checker/*", "feature_extractor/*"]
     try:
@@ -190,14 +190,14 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
 
 
 def read_part(folder: Path, part: str, notes: list[str] | None = None, *, pickled: bool = False) -> Part:
-    """A part of a diffusers folder; lines on what was found and what was ignored go to `notes`.
+    """Read a component of a diffusers folder. Lines on what was found and what was ignored are added to `notes`.
 
     Args:
-        folder: of the model, or of the part itself.
+        folder: of the model, or of the component itself.
         part: "unet", "text_encoder" or "vae".
 
     Raises:
-        UserError: it is not there, or cannot be read.
+        UserError: the component is missing or cannot be read.
     """
     notes = [] if notes is None else notes
     base, alone = folder, not (folder / part).is_dir() and not (folder / "model_index.json").exists()
@@ -215,16 +215,16 @@ def read_part(folder: Path, part: str, notes: list[str] | None = None, *, pickle
 
 
 def read_scheduler(base: Path) -> dict[str, Any]:
-    """scheduler_config.json of a diffusers folder, or SD1.5's."""
+    """Read scheduler_config.json of a diffusers folder, or return SD1.5's."""
     path = base / "scheduler" / "scheduler_config.json"
     return read_json(path) if path.exists() else dict(model.SD15_SCHEDULER)
 
 
 def find_tokenizer(base: Path, name: str = "", field: str = "--tokenizer", notes: list[str] | None = None) -> Path | None:
-    """The folder of a tokenizer's files: of the one that is named, of the model, or of CLIP's in the hub's cache.
+    """Return the folder of a tokenizer's files: the one named, the model's, or for a single file CLIP's in the hub's cache.
 
     Args:
-        field: what `name` is called in an error.
+        field: the name of the argument `name` in error messages.
     """
     if not name and base.is_file():
         from huggingface_hub import try_to_load_from_cache
@@ -253,17 +253,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unpickled(path: Path, notes: list[str]) -> dict[str, Tensor]:
-    """The tensors of a pickled file, mapped from the disk where its format allows. Nothing in it is executed.
+    """Return the tensors of a pickled file, mapped from the disk if its format allows that. Nothing in it is executed.
 
     Raises:
-        UserError: it is damaged, holds no tensors, or wants anything run.
+        UserError: the file is damaged, holds no tensors, or asks to run anything.
     """
-    # Files of the first models name their trainer's class, as a key of what is not read here.
+    # Files of the first models name their trainer's class, as a key in data that is not read here.
     known = [(_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
     try:
         with torch.serialization.safe_globals(known):  # type: ignore[arg-type]
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a damaged or a hostile file leads to
+    except Exception as error:  # damaged or hostile files raise many types of errors
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked:
             raise UserError(
@@ -282,7 +282,7 @@ def unpickled(path: Path, notes: list[str]) -> dict[str, Tensor]:
 
 
 class _Nothing:
-    """Stands for a class that need not be here."""
+    """Stand-in for a class that need not be installed."""
 
 
 def _tensors(path: Path, notes: list[str]) -> Tensors:
@@ -290,7 +290,7 @@ def _tensors(path: Path, notes: list[str]) -> Tensors:
 
 
 def _weights(folder: Path, pickled: bool) -> list[Path]:
-    """The file of a part's weights, or the index of its shards and these."""
+    """Return the file of a component's weights, or the index of its shards followed by the shards."""
     for ending in (".safetensors", ".bin") if pickled else (".safetensors",):
         for variant in _VARIANTS:
             for stem in _STEMS[ending]:
@@ -307,7 +307,7 @@ def _weights(folder: Path, pickled: bool) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files an index names. Raises UserError for one that is not beside it."""
+    """Return the files that an index names. Raises UserError for one that is not beside it."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index}: weight_map is {type(places).__name__}, expected file names by tensor; fetch it again")

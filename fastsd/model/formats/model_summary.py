@@ -1,8 +1,8 @@
-"""What a model tells of its making - in a folder as fastsd.json, in a single file as metadata.
+"""Summary of how a model was made, stored in a folder as fastsd.json and in a single file as metadata.
 
-The keys of a file's metadata are those of the Stability AI Model Metadata Standard 1.0.0 (`modelspec.`), with the values that
-kohya's sd-scripts give them; in a LoRA also kohya's own (`ss_`), for the tools that look for these; and the summary
-(`fastsd.`), from which a folder made of the file gets its fastsd.json again.
+The metadata keys of a file are those of the Stability AI Model Metadata Standard 1.0.0 (`modelspec.`), with the values that
+kohya's sd-scripts write. A LoRA also has kohya's own keys (`ss_`), for tools that look for them. The summary is stored under
+keys `fastsd.`, and a folder made from the file gets its fastsd.json from these.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Told(BaseModel):
 
 
 class StageSummary(_Told):
-    """A stage as it ran. `settings`: what else differed from the defaults."""
+    """A stage as it ran. `settings` are its other settings that differ from the defaults."""
 
     name: str
     train: list[str]
@@ -37,7 +37,7 @@ class StageSummary(_Told):
 
 
 class Loss(_Told):
-    """What was measured of a set of images with one kind of weights, first and last; `se` is the standard error of the last."""
+    """First and last measured loss of a set of images with one kind of weights; `se` is the standard error of the last."""
 
     set: str
     weights: str
@@ -49,7 +49,7 @@ class Loss(_Told):
 
 
 class Samples(_Told):
-    """The picture of samples that was drawn last."""
+    """The image grid of samples that was drawn last."""
 
     step: int
     prompts: list[str]
@@ -59,7 +59,7 @@ class Samples(_Told):
 
 
 class Adapters(_Told):
-    """`[model.lora]`, its alpha filled in."""
+    """The settings of `[model.lora]`, with alpha filled in."""
 
     rank: int
     alpha: float
@@ -69,16 +69,16 @@ class Adapters(_Told):
 
 
 class Summary(_Told):
-    """What was made, from what, and how; each of it may be unknown.
+    """A model's origin and training. Any field may be unknown.
 
     Attributes:
-        version, date: of fastsd; of the checkpoint, ISO 8601 in UTC.
-        weights: "raw" or "ema", their average.
-        base, vae: hub ids, or the last words of paths. `vae_factor`: what was trained with.
-        clip_skip, chunks, resolution (px), seed, precision: as in the config; every stage's precision.
-        steps, images: trained and seen, over all stages. `dataset`: images that there were.
-        settings: others of the run that differ from the defaults.
-        note: anything else there is to say, in sentences.
+        version, date: version of fastsd; date of the checkpoint, ISO 8601 in UTC.
+        weights: "raw" or "ema" (exponential moving average of the weights).
+        base, vae: hub ids; for paths, the title found there or the last part of the path. `vae_factor`: as in training.
+        clip_skip, chunks, resolution (px), seed: as in the config. `precision`: of every stage.
+        steps, images: trained and seen, over all stages. `dataset`: number of images available.
+        settings: other settings of the run that differ from the defaults.
+        note: further remarks, in sentences.
     """
 
     version: str = ""
@@ -106,12 +106,12 @@ class Summary(_Told):
     note: str = ""
 
     def table(self) -> dict[str, Any]:
-        """What is known, as JSON has it."""
+        """Return the known fields as JSON values."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """The summary in a diffusers folder; None where there is none that can be read."""
+    """Read the summary in a diffusers folder. Returns None if it is missing or unreadable."""
     try:
         return Summary.model_validate_json((folder / SUMMARY).read_bytes())
     except (OSError, ValidationError):
@@ -119,29 +119,29 @@ def read_summary(folder: Path) -> Summary | None:
 
 
 def summary_in(metadata: Mapping[str, str]) -> Summary | None:
-    """The summary in the metadata of a single file; None where there is none that can be read."""
+    """Read the summary in the metadata of a single file. Returns None if it is missing or unreadable."""
     told = {key: metadata[f"{PREFIX}{key}"] for key in Summary.model_fields if f"{PREFIX}{key}" in metadata}
     try:
         return Summary.model_validate({key: json.loads(value) for key, value in told.items()}) if told else None
-    except (ValueError, RecursionError):  # pydantic's error is a ValueError, too
+    except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
         return None
 
 
 def metadata_of(
     summary: Summary | None, scheduler: Mapping[str, Any], resolution: int, *, title: str = "", lora: bool = False
 ) -> dict[str, str]:  # fmt: skip
-    """The metadata of a single file. The same arguments give the same bytes.
+    """Build the metadata of a single file. The same arguments give the same bytes.
 
     Args:
-        summary: of the model, if it has one.
+        summary: the model's summary, if it has one.
         scheduler: its scheduler_config.json.
-        resolution: px, of a model whose summary does not tell it.
-        title: of a model whose summary does not tell it.
-        lora: the file holds adapters alone.
+        resolution: px, used if the summary has no resolution.
+        title: used if the summary has no title.
+        lora: True if the file holds adapters only.
     """
     told = summary or Summary()
     side, title = told.resolution or resolution, told.title or title
-    # Counted from 1, as other tools count clip skip.
+    # Other tools count clip skip from 1.
     layer = "" if told.clip_skip is None else str(told.clip_skip + 1)
     spec = {
         "sai_model_spec": "1.0.0",

@@ -1,12 +1,12 @@
-"""What a weight is called in the original Stable Diffusion layout, from its name in diffusers.
+"""Names of weights in the original Stable Diffusion layout, from their names in diffusers.
 
     down_blocks.0.resnets.0.conv1.weight            model.diffusion_model.input_blocks.1.0.in_layers.2.weight
     encoder.down_blocks.0.resnets.0.norm1.weight    first_stage_model.encoder.down.0.block.0.norm1.weight
     text_model.final_layer_norm.weight              cond_stage_model.transformer.text_model.final_layer_norm.weight
 
-The original UNet numbers its blocks through (a downsampler is a block, an upsampler the last module of one); the original VAE's
-decoder counts its levels from the largest picture, and its attention is of 1x1 convolutions. All else is other words.
-Source: Rombach et al. 2022, the released code's `openaimodel.py` and `model.py`.
+The original UNet numbers its blocks consecutively; a downsampler is a block, an upsampler the last module of one. The decoder
+of the original VAE counts its levels from the highest resolution, and its attention uses 1x1 convolutions. All other
+differences are in wording. Source: Rombach et al. 2022, the released code's `openaimodel.py` and `model.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DEPRECATED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to
 
 
 def original_names(part: str, config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """Names of a part's tensors in diffusers -> their original names, without the prefix.
+    """Map the diffusers names of a component's tensors to their original names, without the prefix.
 
     Args:
         part: "unet", "vae" or "text_encoder"; `config` is its config.json.
@@ -81,11 +81,11 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 def ema_name(original: str) -> str:
-    """What the average of a weight of the UNet is called, by its original name without the prefix."""
+    """Return the name of the EMA of a UNet weight. `original` is the weight's original name without the prefix."""
     return f"{EMA}diffusion_model{original.replace('.', '')}"
 
 
 def current_vae_name(name: str) -> str:
-    """A weight of a VAE as diffusers calls it since 0.17; its attention had other words before."""
+    """Return the name of a VAE weight in diffusers since 0.17. Older versions use other words for the attention."""
     match = re.fullmatch(r"(.+\.attentions\.\d+\.)(query|key|value|proj_attn)(\..+)", name)
     return f"{match[1]}{_DEPRECATED[match[2]]}{match[3]}" if match else name

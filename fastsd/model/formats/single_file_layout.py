@@ -1,7 +1,7 @@
-"""One file in the original Stable Diffusion layout - what it holds, under diffusers' names.
+"""Contents of a single file in the original Stable Diffusion layout, under diffusers' names.
 
-A file has no configs: widths and depths are read off the shapes, and what shapes cannot tell - heads, norm groups - is
-SD1.5's. Files of our own say it in their header.  Read next: `fastsd/model/formats/model_source.py`.
+A file has no configs. Widths and depths follow from the shapes. Heads and norm groups do not, and are assumed to be SD1.5's.
+Files written by fastsd have their configs in the header. Read next: `fastsd/model/formats/model_source.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastsd.model.unet import UNetConfig
 from fastsd.model.weights import classic_text_name, expected_tensors
 from fastsd.storage import Tensors
 
-CONFIGS = "fastsd.configs"  # in the header: {part or "scheduler": its config.json}
-V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors without numbers, by which other tools know
+CONFIGS = "fastsd.configs"  # header key of {component or "scheduler": its config.json}
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors that mark these settings for other tools
 _VAE_TOPS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _OTHERS = {
     "conditioner.": "an SDXL", "model.diffusion_model.label_emb.": "an SDXL", "cond_stage_model.model.": "an SD2",
@@ -32,12 +32,12 @@ _OTHERS = {
 def read_part(
     path: Path, tensors: Tensors, metadata: Mapping[str, str], part: str, notes: list[str], *, ema: bool = False
 ) -> tuple[dict[str, Any], Tensors] | None:
-    """A part of a single file: (its config as diffusers or transformers has it, its tensors by their names), or None.
+    """Return (config, tensors) of a component with diffusers' or transformers' names, or None if the file lacks it.
 
-    A VAE may lie alone in the file, by the original names or by diffusers'. `ema`: the UNet's averages.
+    The file may hold only a VAE, with the original names or with diffusers'. `ema`: use the UNet's EMA weights.
 
     Raises:
-        UserError: the file is of another model family, or its part is not whole.
+        UserError: the file is of another model family, or the component is incomplete.
     """
     for name in tensors:
         other = next((family for begin, family in _OTHERS.items() if name.startswith(begin)), None)
@@ -60,7 +60,7 @@ def read_part(
     if part == "unet":
         given = _averaged(path, tensors, given, named, notes, ema)
     found = {name: given[old] for name, old in named.items() if old in given}
-    # The original VAE's attention is of 1x1 convolutions: the same numbers in another shape.
+    # The original VAE's attention uses 1x1 convolutions: the same numbers in another shape.
     found |= {name: t.view(targets[name].shape) for name, t in found.items() if t.shape == (*targets[name].shape, 1, 1)}
     return config, found | {name: given[name] for name in given.keys() - set(named.values())}
 
@@ -68,7 +68,7 @@ def read_part(
 def _averaged(
     path: Path, tensors: Tensors, given: Tensors, named: Mapping[str, str], notes: list[str], ema: bool
 ) -> Tensors:  # fmt: skip
-    """The UNet's weights, or where they are asked for, the averages of them."""
+    """Return the UNet's weights, or their EMA if `ema` is set."""
     averages = sum(name.startswith(EMA) for name in tensors)
     if averages:
         notes.append(f"unet: {averages} averaged (EMA) tensors " + ("taken" if ema else "ignored, --ema takes them"))
@@ -78,14 +78,14 @@ def _averaged(
 
 
 def ignored(tensors: Tensors) -> list[str]:
-    """What no part of a single file reads, the first word of each name once."""
+    """List the first word of each tensor name that no component reads, without repetition."""
     known = (*PREFIX.values(), EMA, *_VAE_TOPS)
     others = [name for name in tensors if not name.startswith(known) and name not in (V_PREDICTION, ZERO_SNR)]
     return list(dict.fromkeys(name.split(".")[0] for name in others))
 
 
 def configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the header of a file of our own says of its parts and its scheduler; nothing of another's."""
+    """Return the configs of components and scheduler in the header of a file that fastsd wrote; {} for other files."""
     try:
         found = json.loads(metadata.get(CONFIGS, "{}"))
         return {str(part): dict(config) for part, config in found.items()}
@@ -94,7 +94,7 @@ def configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def scheduler(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The scheduler_config.json of a file: what it tells of it, and else SD1.5's."""
+    """Return the scheduler_config.json of a file: its own settings where it has any, and SD1.5's for the rest."""
     if said := configs(path, metadata).get("scheduler"):
         return said
     v_prediction = V_PREDICTION in tensors or metadata.get("modelspec.prediction_type") == "v"

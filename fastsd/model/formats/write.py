@@ -1,7 +1,7 @@
-"""Models as other tools read them - a diffusers folder with the classic names, one file in the original layout.
+"""Writing of models for other tools: a diffusers folder with the classic names, or one file in the original layout.
 
-Tensors pass through a block at a time: the memory this takes does not depend on the model. Nothing appears until all of it
-is written and flushed.  Source of the names: `original_names.py`; of the fold: `fold_vae.py`.
+Tensors are streamed block by block, so memory use does not depend on the model's size. A file appears only after all of it
+is written and flushed. See `original_names.py` for the names, and `fold_vae.py` for the folding.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ MODEL_INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }  # fmt: skip
-TOKENIZER = (  # its files, which may lie beside those of a whole CLIP
+TOKENIZER = (  # the files to copy; those of a whole CLIP may lie beside them
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
 )  # fmt: skip
 _STEM = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 
 def write_folder(source: Source, folder: Path, *, dtype: str = "", variant: str = "", shard: int = 0) -> dict[str, str]:
-    """Write a whole model into a folder that is there, as diffusers reads it: {relative file name: sha256}.
+    """Write a whole model into an existing folder, in diffusers' format. Returns {relative file name: sha256}.
 
     Args:
-        dtype: fp32, fp16 or bf16; "" = as it is.
-        variant: a word in the weights' names, for `from_pretrained(variant=...)`.
-        shard: bytes of a file of weights above which another begins; 0 = one file a part.
+        dtype: fp32, fp16 or bf16; "" = unchanged.
+        variant: a word in the names of weights files, for `from_pretrained(variant=...)`.
+        shard: size in bytes above which weights continue in another file; 0 = one file per component.
 
     Raises:
-        UserError: a part or the tokenizer is missing, or a number is not finite.
+        UserError: a component or the tokenizer is missing, or a number is not finite.
     """
     missing = [part for part in _STEM if part not in source.parts]
     if missing:
@@ -62,7 +62,7 @@ def write_part(
     folder: Path, part: str, config: Mapping[str, Any], tensors: Tensors, dtype: str = "", variant: str = "", shard: int = 0,
     finite: str = "",
 ) -> dict[str, str]:  # fmt: skip
-    """Write one part into a model's folder, as `write_folder` does. `finite`: as `write_safetensors` takes it."""
+    """Write one component into a model's folder, as `write_folder` does. `finite`: see `write_safetensors`."""
     (folder / part).mkdir(parents=True, exist_ok=True)
     config = _portable(config)
     if dtype and part == "text_encoder":
@@ -99,7 +99,7 @@ def _size(tensor: torch.Tensor | Stored, kind: torch.dtype | None) -> int:
 
 
 def write_pipeline(folder: Path, scheduler: Mapping[str, Any], tokenizer: Path) -> dict[str, str]:
-    """Write what holds a model's parts together - index, scheduler, tokenizer: {relative file name: sha256}."""
+    """Write the files that join a model's components: index, scheduler, tokenizer. Returns {relative file name: sha256}."""
     for part in ("scheduler", "tokenizer"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     sampler = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
@@ -120,15 +120,15 @@ def _write_json(path: Path, settings: Mapping[str, Any]) -> str:
 def write_single_file(
     source: Source, path: Path, *, dtype: str = "", fold: bool = True, metadata: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Write all parts of a model into one file in the original layout; an older file is replaced. Lines on what was done.
+    """Write all components into one file in the original layout, replacing an older file. Returns notes on what was done.
 
     Args:
-        dtype: fp32, fp16 or bf16; "" = as it is.
-        fold: make a VAE of another scaling factor one of 0.18215, which loaders take for granted.
-        metadata: for the header, beside what this adds for reading the file back.
+        dtype: fp32, fp16 or bf16; "" = unchanged.
+        fold: convert a VAE with another scaling factor to 0.18215, which loaders assume.
+        metadata: header entries, in addition to those needed to read the file back.
 
     Raises:
-        UserError: a number is not finite, or a VAE that cannot be folded.
+        UserError: a number is not finite, or the VAE cannot be folded.
         OSError: the disk is full, or the folder cannot be written.
     """
     parts, notes, header = dict(source.parts), list[str](), dict(metadata or {})
@@ -164,5 +164,5 @@ def write_single_file(
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the path that it was loaded from, on another machine."""
+    """Return a config without the path it was loaded from, which means nothing on another machine."""
     return {key: value for key, value in config.items() if key != "_name_or_path"}
