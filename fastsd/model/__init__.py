@@ -1,1 +1,1 @@
-"""Floor 1: the UNet, the VAE, the text encoder, adapters, and a whole `Model` of them. `formats/` reads and writes them."""
+"""Floor 1: the UNet, the VAE, the text encoder, LoRA adapters, and `Model`, which holds them. `formats/` reads and writes."""

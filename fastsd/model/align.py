@@ -1,35 +1,35 @@
-"""The UNet's first and last convolution brought to another VAE's latents, by the linear map between the two spaces.
+"""Alignment of a UNet's edge layers (first and last convolution) with another VAE's latents, by a linear map.
 
-x are the scaled latents of the VAE that a UNet has learned, y those of another one, of the same images at the same positions.
-The UNet knows x_t = a x + b n with a = sqrt(abar_t), b = sqrt(1 - abar_t) and white n; it will be given y_t = a y + b e. Both
-convolutions are linear, so a linear map from y_t to x_t goes into the first one and the way back into the last one: same
-shapes, same speed. What a map x ~ A y + c makes of y_t is a x + b A e, once a c is added. With hats for what is predicted:
+x are scaled latents of the VAE that the UNet was trained on. y are those of another VAE, for the same images and positions.
+The UNet was trained on x_t = a x + b n with a = sqrt(abar_t), b = sqrt(1 - abar_t) and white noise n. It will receive
+y_t = a y + b e. Both convolutions are linear, so a linear map from y_t to x_t is folded into the first and its inverse into
+the last, at the same shapes and speed. A map x ~ A y + c turns y_t into a x + b A e, once a c is added. Predictions have hats:
 
     x^ = (x_t - b n^) / a,  y^ = (y_t - b e^) / a,  x^ = A y^ + c      =>   e^ = A^-1 n^
     v = a e - b x                                                      =>   v^_y = A^-1 v^_x + b A^-1 c
 
-plain        Nothing is mapped. Channels that one space has more than the other get zero weights.
-orthogonal   A = Q with Q^T Q = 1, nearest to x over all positions (Schoenemann 1966: U V^T of the cross-covariance's SVD).
-             Exact: the noise, for Q e is as white as e, at every timestep; and whatever of x is Q y.
-             Approximate: the rest of x, a stretch of the space above all; the offset, see below.
-affine       A by least squares with a ridge towards Q, its inverse behind.
-             Exact: the linear part of the map, so that pictures without noise come out nearer.
-             Approximate: the noise, A e, is stronger in some directions and weaker in others than the UNet has learned. Not
-             where A is far from orthogonal, or for a training on noisy timesteps alone.
-kernel       A 3x3 kernel in front, by least squares from patches of y_t to patches of x_t = a x + b Q e, of images and noise
-             at all timesteps: the noise is the ridge that draws it to Q. Behind, conv_out anew by least squares from the UNet's
-             own last features to the target, drawn towards Q^T conv_out (`refit_last`).
-             Exact: nothing, even where Q would be. It has the smallest error of all on what it was fitted to, and 9 F + 1
-             unknowns an output channel: not for few images, or images unlike those to be trained on.
+plain        No map. If one space has more channels than the other, the extra channels get zero weights.
+orthogonal   A = Q with Q^T Q = 1, closest to x over all positions (Schoenemann 1966: U V^T of the cross-covariance's SVD).
+             Exact: the noise, because Q e is as white as e at every timestep; and the part of x that equals Q y.
+             Approximate: the rest of x, mainly a stretch of the space; the offset, see below.
+affine       A by least squares with a ridge towards Q; its inverse in the last convolution.
+             Exact: the linear part of the map, so images without noise are mapped more closely.
+             Approximate: the noise A e is stronger in some directions and weaker in others than in the UNet's training. Do
+             not use it if A is far from orthogonal, or for training on noisy timesteps only.
+kernel       A 3x3 kernel in the first convolution, by least squares from patches of y_t to patches of x_t = a x + b Q e, of
+             images and noise at all timesteps. The noise acts as a ridge towards Q. The last convolution is fitted again by
+             least squares from the UNet's own last features to the target, with a ridge towards Q^T conv_out (`refit_last`).
+             Exact: nothing, even where Q would be. This fit has the smallest error on the data it was fitted to, and
+             9 F + 1 unknowns per output channel. Do not use it with few images, or with images unlike the training images.
 
-Approximate in all: the offset reaches x_t as a c, which a bias cannot follow; it is E_t[a] c, the least squares over uniform
-timesteps (b A^-1 c behind, of v, likewise). At the border the UNet pads x_t with zeros; the bias puts c there as everywhere,
-and only the kernel weighs that. All are one linear map of a position or its neighbours: spaces that nothing of the kind
-connects (R^2 well below 0.9), or of different downscale, have to be trained instead.
-Other channel counts: Q and A are rectangular. Of more channels the UNet sees a projection, and predicts no noise beside it.
+All fits share these limits. The offset enters x_t as a c, which changes with t, but a bias is constant. The bias is E_t[a] c,
+the least-squares value over uniform timesteps (for v, likewise b A^-1 c in the last convolution). At the border the UNet pads
+x_t with zeros, but the bias adds c there too; only the kernel fit accounts for that. Every fit is one linear map of a
+position or its neighbours. Spaces without such a relation (R^2 well below 0.9), or with another downscale, need training.
+If channel counts differ, Q and A are rectangular. If y has more, the UNet sees a projection and predicts no noise outside it.
 
-Shapes: B images, C channels of x, D of y, H x W positions; patches are 3x3, flattened channel first as convolutions have them:
-9 C or 9 D numbers. F features of the last convolution. K columns of N rows.
+Shapes: B images, C channels of x, D of y, H x W positions. Patches are 3x3, flattened channel first like convolution weights:
+9 C or 9 D numbers. F features enter the last convolution. K columns of N rows.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from torch import Tensor, nn
 
 from fastsd.model.unet import UNet
 
-RIDGE = 1e-7  # of the affine fit, times the mean variance of y
-LAST_RIDGE = 1e-3  # of conv_out, times the mean variance of a feature
-# {"conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias"}: fp64, on the CPU.
+RIDGE = 1e-7  # ridge of the affine fit, as a multiple of the mean variance of y
+LAST_RIDGE = 1e-3  # ridge of the fit of conv_out, as a multiple of the mean variance of a feature
+# The edge layers: {"conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias"}, fp64, on the CPU.
 Edges = dict[str, Tensor]
 
 
 class Moments:
-    """Mean and covariance of rows that are given in batches, summed in fp64."""
+    """Mean and covariance of rows that are added in batches, summed in fp64."""
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
@@ -57,7 +57,7 @@ class Moments:
         self._gram_KK = torch.zeros(columns, columns, dtype=torch.float64, device=device)
 
     def add(self, rows_NK: Tensor) -> None:
-        """Products are computed in the rows' own dtype."""
+        """Add a batch of rows. Products are computed in the dtype of the rows."""
         self.count += len(rows_NK)
         self._sum_K += rows_NK.sum(0, dtype=torch.float64)
         self._gram_KK += rows_NK.T @ rows_NK
@@ -72,7 +72,7 @@ class Moments:
 
 
 def patches(z_BCHW: Tensor) -> Tensor:
-    """What a 3x3 convolution sees at each position, zeros beyond the border: (B H W, 9 C)."""
+    """Return the 3x3 patch around each position, with zeros beyond the border: (B H W, 9 C)."""
     return F.unfold(z_BCHW, 3, padding=1).transpose(1, 2).flatten(0, 1)
 
 
@@ -82,24 +82,24 @@ class Pairs:
     Attributes:
         mean_x, mean_y: (9 C), (9 D).
         xx, xy, yy: covariances (9 C, 9 C), (9 C, 9 D), (9 D, 9 D).
-        inside: (9), how often each place of a patch lies within the image.
+        inside: (9), the share of patches in which each of the 9 places lies within the image.
     """
 
     def __init__(self, x_BCHW: Tensor, y_BDHW: Tensor) -> None:
         self.channels = x_BCHW.shape[1], y_BDHW.shape[1]
         moments = Moments(9 * (sum(self.channels) + 1))
-        for x_CHW, y_DHW in zip(x_BCHW.double(), y_BDHW.double(), strict=True):  # patches of one image in memory
+        for x_CHW, y_DHW in zip(x_BCHW.double(), y_BDHW.double(), strict=True):  # patches of one image at a time
             moments.add(patches(torch.cat([x_CHW, y_DHW, torch.ones_like(x_CHW[:1])])[None]))
         sizes = [9 * self.channels[0], 9 * self.channels[1], 9]
         self.mean_x, self.mean_y, self.inside = moments.mean.split(sizes)
         (self.xx, self.xy, _), (_, self.yy, _), _ = (rows.split(sizes, 1) for rows in moments.covariance.split(sizes))
 
     def centres(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of single positions: xy (C, D), yy (D, D), mean x, mean y."""
+        """Return the moments of single positions: xy (C, D), yy (D, D), mean_x (C), mean_y (D)."""
         return self.xy[4::9, 4::9], self.yy[4::9, 4::9], self.mean_x[4::9], self.mean_y[4::9]
 
     def r2(self, fit: Fit) -> list[float]:
-        """Share of the variance of each channel of x that a fit tells from y without noise."""
+        """Return the share of each x channel's variance that a fit predicts from y without noise."""
         into, xx, xy = fit.into[4::9], self.xx[4::9, 4::9], self.xy[4::9]
         rest = xx - into @ xy.T - xy @ into.T + into @ self.yy @ into.T
         return (1 - rest.diagonal() / xx.diagonal()).tolist()
@@ -107,11 +107,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Means over uniform timesteps, and what the UNet predicts.
+    """Means over uniform timesteps, and the kind of prediction.
 
     Attributes:
-        signal, level: of a and b.
-        power: of a^2.
+        signal, level: means of a and of b.
+        power: mean of a^2.
     """
 
     signal: float
@@ -128,12 +128,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Fit:
-    """What goes into the two convolutions.
+    """The maps to fold into the two edge layers.
 
     Attributes:
-        into, offset: patches of y_t -> patches of x_t, (9 C, 9 D) and (9 C).
-        back, shift: n or v of x -> that of y, (D, C) and (D).
-        A, c: x ~ A y + c of a fit of single positions, (C, D) and (C).
+        into, offset: from patches of y_t to patches of x_t, (9 C, 9 D) and (9 C).
+        back, shift: from n or v of x to that of y, (D, C) and (D).
+        A, c: x ~ A y + c, for fits of single positions, (C, D) and (C); None for other fits.
     """
 
     into: Tensor
@@ -145,18 +145,18 @@ class Fit:
 
 
 def fit_plain(channels: int, new_channels: int) -> Fit:
-    """Channel i stays channel i."""
+    """Map channel i to channel i."""
     return _pointwise(torch.eye(channels, new_channels), torch.zeros(channels), Schedule(0, 0, 0, False))
 
 
 def fit_orthogonal(pairs: Pairs, schedule: Schedule) -> Fit:
-    """Q, and c from the means. Source: Schoenemann 1966, "A generalized solution of the orthogonal Procrustes problem"."""
+    """Fit Q, and c from the means. Source: Schoenemann 1966, "A generalized solution of the orthogonal Procrustes problem"."""
     Q, _, _, mean_x, mean_y = _procrustes(pairs)
     return _pointwise(Q, mean_x - Q @ mean_y, schedule)
 
 
 def fit_affine(pairs: Pairs, schedule: Schedule) -> Fit:
-    """argmin over A and c of mean |x - A y - c|^2 + r |A - Q|^2; r is `RIDGE` times the mean variance of a channel of y."""
+    """Fit argmin over A and c of mean |x - A y - c|^2 + r |A - Q|^2; r is `RIDGE` times the mean variance of a channel of y."""
     Q, xy, yy, mean_x, mean_y = _procrustes(pairs)
     r = RIDGE * yy.diagonal().mean()
     A = torch.linalg.solve(yy + r * torch.eye(len(yy)), xy + r * Q, left=False)
@@ -164,9 +164,9 @@ def fit_affine(pairs: Pairs, schedule: Schedule) -> Fit:
 
 
 def fit_kernel(pairs: Pairs, schedule: Schedule) -> Fit:
-    """Least squares from patches of y_t = a y + b e to patches of x_t = a x + b Q e over data, white noise e and timesteps.
+    """Fit a map from patches of y_t = a y + b e to patches of x_t = a x + b Q e, by least squares over data and timesteps.
 
-    With E over timesteps, and noise that is zero beyond the border like all else:
+    With white noise e, which is zero beyond the border like all other inputs, and E over timesteps:
 
         Cov(x_t, y_t) = E[a^2] (Cov(x, y) + mean_x mean_y^T) - E[a]^2 mean_x mean_y^T + E[b^2] Q (x) diag(inside)
     """
@@ -184,7 +184,7 @@ def fit_kernel(pairs: Pairs, schedule: Schedule) -> Fit:
 
 
 def _procrustes(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Q (C, D), then `Pairs.centres`."""
+    """Return Q (C, D), followed by the results of `Pairs.centres`."""
     xy, *others = pairs.centres()
     U, _, V = torch.linalg.svd(xy, full_matrices=False)
     return U @ V, xy, *others
@@ -197,14 +197,14 @@ def _pointwise(A: Tensor, c: Tensor, schedule: Schedule) -> Fit:
 
 
 def edges_of(unet: UNet) -> Edges:
-    """Copies of the weights of the first and last convolution."""
+    """Copy the weights and biases of the edge layers."""
     layers = {"conv_in": unet.conv_in, "conv_out": unet.conv_out}
     return {f"{name}.{of}": tensor.detach().cpu().double() for name, conv in layers.items()
             for of, tensor in conv.named_parameters()}  # fmt: skip
 
 
 def fold(edges: Edges, fit: Fit) -> Edges:
-    """The convolutions of a UNet that takes y_t and predicts e or v of y, where `edges` take x_t."""
+    """Return edge layers for a UNet that takes y_t and predicts e or v of y. The given `edges` take x_t."""
     first, last = edges["conv_in.weight"], edges["conv_out.weight"]
     return {
         "conv_in.weight": (first.flatten(1) @ fit.into).unflatten(1, (-1, 3, 3)),
@@ -215,20 +215,20 @@ def fold(edges: Edges, fit: Fit) -> Edges:
 
 
 def reading_features(edges: Edges) -> Edges:
-    """`edges` with a last convolution that hands on what it is given: the UNet then returns features (B, F, H, W)."""
+    """Return `edges` with an identity as the last convolution. The UNet then returns its features (B, F, H, W)."""
     last = edges["conv_out.weight"]
     through = nn.init.dirac_(torch.empty(last.shape[1], *last.shape[1:], dtype=last.dtype))
     return edges | {"conv_out.weight": through, "conv_out.bias": torch.zeros(len(through), dtype=last.dtype)}
 
 
 def refit_last(edges: Edges, moments: Moments) -> Edges:
-    """`edges` with the last convolution w that is the least squares from features to targets.
+    """Return `edges` with a last convolution w fitted by least squares from features to targets.
 
-    argmin over w and its bias of mean |target - w * features|^2 + r |w - w_0|^2, w_0 as it was, r = `LAST_RIDGE` times the mean
-    variance of a feature.
+    The fit minimises mean |target - w * features|^2 + r |w - w_0|^2 over w and its bias; w_0 is the given weight, r is
+    `LAST_RIDGE` times the mean variance of a feature.
 
     Args:
-        moments: of rows (patches of features, targets): 9 F + D columns.
+        moments: moments of rows (patches of features, targets), 9 F + D columns.
     """
     start_DP = edges["conv_out.weight"].flatten(1)
     inputs = start_DP.shape[1]
@@ -242,7 +242,7 @@ def refit_last(edges: Edges, moments: Moments) -> Edges:
 
 @torch.no_grad()
 def put(unet: UNet, edges: Edges) -> None:
-    """Give a UNet these convolutions, in its own dtype and on its device; its config follows their channels."""
+    """Install edge layers in a UNet, in its dtype and on its device, and update the channel counts in its config."""
     like = unet.conv_in.weight
     for name in ("conv_in", "conv_out"):
         weight, bias = edges[f"{name}.weight"], edges[f"{name}.bias"]

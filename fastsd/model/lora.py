@@ -1,16 +1,16 @@
 """Low-rank adapters (LoRA) in the UNet and the text encoder.
 
-A target's weight W becomes W + alpha / rank * up @ down (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
-section 4.1); W is frozen, down starts at random and up at zero. peft puts them in by its config; what they compute is
-`fastsd/model/recompute.py`'s, so that the path with adapters is the path without.
+The weight W of a target becomes W + alpha / rank * up @ down (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language
+Models", section 4.1). W is frozen, down starts at random values and up at zero. peft inserts the adapters according to its
+config. `fastsd/model/recompute.py` computes them, so models with and without adapters run the same code.
 
-A weight that n projections share has an adapter for each one that is a target, as if they were separate. Down is stacked,
-(n R, F_in), and so is up, (n F, R). In files they are separate:
+A fused weight has one adapter for each of its projections that is a target, as if the projections were separate. n downs are
+stacked to (n R, F_in) and n ups to (n F, R). Files store them separately:
 
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight      down, as diffusers' `save_lora_weights`
     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight            up
 
-Other tools' files, and where rank and alpha stand: `fastsd/model/formats/lora_files.py`.
+`fastsd/model/formats/lora_files.py` describes other tools' files, and where files store rank and alpha.
 
 Shapes: F features, C channels, R the rank of one adapter.
 """
@@ -37,7 +37,7 @@ from fastsd.model.select import matches, uniform_like
 from fastsd.model.weights import classic_text_name, diffusers_pieces
 from fastsd_kernels.noise import Purpose
 
-NAME = "default"  # peft's name of the one adapter
+NAME = "default"  # peft's name for the only adapter
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Target:
     """A layer that gets an adapter.
 
     Attributes:
-        blocks: the module in files of each projection that shares the weight; "" for one that gets none.
-        ndim: of the weight in files, 4 for a convolution, of which the UNet has some as linears.
-        wide: whether it is a 3x3 convolution.
+        blocks: for each projection of the weight, its module in files, or "" if it gets no adapter.
+        ndim: dimensions of the weight in files, 4 for a convolution. Some convolutions in files are linears in the UNet.
+        wide: True for a 3x3 convolution.
     """
 
     blocks: tuple[str, ...]
@@ -60,10 +60,10 @@ class Target:
 
 
 class Adapted(nn.Module, LoraLayer):
-    """A linear or convolution `base_layer` with adapters: what peft puts in its place.
+    """A linear or convolution `base_layer` with adapters. peft puts it in the place of the layer.
 
     Attributes:
-        lora_A, lora_B: down (n R, F_in), or (n R, C, 3, 3) of a 3x3 convolution, and up (n F, R), each a dict of one.
+        lora_A, lora_B: down (n R, F_in), or (n R, C, 3, 3) for a 3x3 convolution; up (n F, R). Each is a dict of one entry.
     """
 
     base_layer: Any
@@ -83,7 +83,7 @@ class Adapted(nn.Module, LoraLayer):
         self.lora_A, self.lora_B = nn.ParameterDict({NAME: down}), nn.ParameterDict({NAME: up})
 
     def operands(self) -> recompute.Layer:
-        """Weight, bias, down, and for each projection that shares the weight its up with the factor alpha / rank, or None."""
+        """Return weight, bias, down, and for each projection its up times alpha / rank (None without an adapter)."""
         up = self.lora_B[NAME]
         if self.scaling[NAME] != 1:
             up = self.scaling[NAME] * up
@@ -100,19 +100,19 @@ class Adapted(nn.Module, LoraLayer):
         return conv(x) + F.conv2d(low, ups[0][:, :, None, None])
 
     def pieces(self, letter: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What a file has of lora_A or lora_B, or of a tensor shaped like it: names without the part, and views."""
+        """Yield the file entries of lora_A, lora_B or a tensor shaped like one: (name without the component, view)."""
         for module, piece in zip(self.target.modules, tensor.chunk(self.count), strict=True):
             yield f"{module}.lora_{letter}.weight", piece[(...,) + (None,) * (self.target.ndim - piece.ndim)]
 
 
 def add_lora(model: Model, table: LoraTable, seed: int) -> None:
-    """Put adapters into a model that has none; its predictions stay as they are. `table.file` is not read.
+    """Add adapters to a model that has none. Its predictions do not change. `table.file` is not read.
 
     Args:
-        seed: of the downs, which are functions of (seed, name in files): uniform within 1 / sqrt(fan in), as peft draws them.
+        seed: seed of the downs. They are functions of (seed, name in files), uniform within 1 / sqrt(fan in) as in peft.
 
     Raises:
-        UserError: a target that no layer is.
+        UserError: a target matches no layer, or a component has no layer that matches a target.
     """
     assert model.lora is None
     parts = PARTS if table.text_encoder else PARTS[:1]
@@ -138,7 +138,7 @@ def _inject(module: nn.Module, targets: Mapping[str, Target], table: LoraTable) 
 
 
 def _targets(model: Model, part: str, table: LoraTable) -> tuple[dict[str, Target], set[str]]:
-    """Path of a layer in a part's module -> what adapters it gets; and those of the table's targets that are layers here."""
+    """Return the layers of a component that get adapters (module path -> `Target`), and the patterns that match a layer."""
     usable = model.trainable(part)
     named: dict[str, Target] = {}
     convs: dict[str, Target] = {}
@@ -159,12 +159,12 @@ def _targets(model: Model, part: str, table: LoraTable) -> tuple[dict[str, Targe
         elif wide and path not in ("conv_in", "conv_out"):
             convs[path] = replace(target, blocks=(path,))
     if not any(target.wide for target in named.values()):
-        named |= convs  # the 3x3 convolutions that targets name; all but the first and the last if they name none
+        named |= convs  # no target names a 3x3 convolution, so adapt all of them but the first and the last
     return named, met
 
 
 def _check_targets(table: LoraTable, found: Mapping[str, tuple[dict[str, Target], set[str]]]) -> None:
-    """Raise UserError for a target that no part has, and for a part that has none of them."""
+    """Raise UserError for a target that matches no layer, and for a component without any matching layer."""
     said = {part: f"the {part.replace('_', ' ')}" for part in found}
     for pattern in table.targets:
         if not any(pattern in met for _, met in found.values()):
@@ -182,14 +182,14 @@ def _check_targets(table: LoraTable, found: Mapping[str, tuple[dict[str, Target]
 
 
 def _pieces(part: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The names that one parameter has in a part's file, each with a view of its part."""
+    """Yield the names that a parameter has in its component's file, each with a view of its part."""
     yield from diffusers_pieces(name, tensor) if part == "unet" else [(classic_text_name(name), tensor)]
 
 
 def _settings(table: LoraTable, wide: Mapping[str, bool]) -> dict[str, Any]:
-    """What peft's LoraConfig says of adapters in these modules, of which `wide` tells the 3x3 convolutions."""
+    """Return the arguments of peft's LoraConfig. `wide` maps each module path to True if it is a 3x3 convolution."""
     alpha = table.alpha or table.rank
-    # No linear has the last name of a 3x3 convolution: conv1, conv2, conv, conv_in, conv_out.
+    # The last name is enough as a pattern: no linear is called conv1, conv2, conv, conv_in or conv_out.
     convs = sorted({name.rpartition(".")[2] for name in wide if wide[name]})
     return {
         "r": table.rank, "lora_alpha": alpha, "target_modules": sorted(wide),
@@ -202,10 +202,10 @@ def adapted_layers(model: Model, part: str) -> list[tuple[str, Adapted]]:
 
 
 def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
-    """All adapters under the names that files have, detached views.
+    """Return all adapters under their names in files, as detached views.
 
     Args:
-        tensors_by_part: by the module's parameter names, stand in for parameters (fp32 masters, averages).
+        tensors_by_part: by the module's parameter names, used in place of those parameters (fp32 masters, EMA).
     """
     state: dict[str, Tensor] = {}
     for part in PARTS:
@@ -219,7 +219,7 @@ def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Ten
 
 @torch.no_grad()
 def merge_lora(model: Model) -> None:
-    """Add the adapters to the weights, rounded once, and take them out."""
+    """Add the adapters to the weights, rounding once, and remove them from the model."""
     for part in PARTS:
         for path, layer in adapted_layers(model, part):
             weight, _, down, *ups = layer.operands()

@@ -1,4 +1,4 @@
-"""A whole model - UNet, text encoder, VAE - and the settings of its noise schedule."""
+"""A complete model: UNet, text encoder, VAE, and the settings of the noise schedule."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SD15_SCHEDULER = {
 
 @dataclass
 class Model:
-    """Everything that makes an image: the parts, and the settings of the noise schedule, as diffusers has them.
+    """The components that generate an image, and the settings of the noise schedule in diffusers' form.
 
     Attributes:
-        notes: what a user should know of it, a sentence each.
-        lora: the adapters that it has (`fastsd/model/lora.py`).
+        notes: messages for the user about this model, one sentence each.
+        lora: the settings of the model's adapters (`fastsd/model/lora.py`); None without adapters.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Model:
 
     @property
     def prediction(self) -> str:
-        """What the UNet tells of x_t: "epsilon" or "v_prediction"."""
+        """The quantity the UNet predicts from x_t: "epsilon" or "v_prediction"."""
         return self.scheduler.get("prediction_type", "epsilon")
 
     def part(self, name: str) -> torch.nn.Module:
-        """The trainable module called "unet" or "text_encoder"."""
+        """Return the trainable module of the component "unet" or "text_encoder"."""
         return self.unet if name == "unet" else self.text.module
 
     def trainable(self, name: str) -> set[str]:
-        """Names of a part's parameters that the prediction depends on: clip_skip leaves out the last layers."""
+        """Return the names of a component's parameters that affect the prediction; `clip_skip` excludes the last layers."""
         return {name for name, _ in self.unet.named_parameters()} if name == "unet" else self.text.used_parameters()

@@ -1,30 +1,30 @@
-"""Layers that keep the input of a norm or a gate, not its output.
+"""Layers that save the input of a norm or a gate for backward, instead of its output.
 
-A convolution or linear after a norm needs the norm's output for its weight gradient, and the norm needs its own input: two
-tensors, of which the second can be had from the first for one pass over memory. So each function here joins a norm (or
-GEGLU, attention, nearest-neighbour growth) with the matmul behind it, keeps what lies before, and makes the matmul's input
-again in the backward. At 512 px that is 252 M numbers an image for SD1.5's UNet, of 468 M in diffusers'.
+A convolution or linear after a norm needs the norm's output for its weight gradient, and the norm needs its own input. One
+pass over memory computes the output from the input. Each function here therefore joins a norm (or GEGLU, attention,
+nearest-neighbour upsampling) with the matmul after it, saves its own input, and recomputes the matmul's input in the
+backward. SD1.5's UNet at 512 px then has 252 M numbers per image saved for backward, against 468 M in diffusers.
 
-    norm_conv           [x, skip] -> GroupNorm + SiLU -> conv 3x3, and the 1x1 shortcut of the same   keeps x, skip
-    group_norm_linear   GroupNorm -> linear                                                           keeps x
-    layer_norm_linear   x + residual -> LayerNorm -> linear                                           keeps the sum
-    attention_linear    q, k, v -> attention -> linear                                                keeps q, k, v, o
-    feed_forward        x + residual -> LayerNorm -> linear -> GEGLU -> linear, added                 keeps the sum, hidden
-    upsample_conv       nearest neighbour -> conv 3x3                                                 keeps the small x
-    linear              x -> linear with an adapter                                                   keeps x
+    norm_conv           [x, skip] -> GroupNorm + SiLU -> conv 3x3, and the 1x1 shortcut of [x, skip]  saves x, skip
+    group_norm_linear   GroupNorm -> linear                                                           saves x
+    layer_norm_linear   x + residual -> LayerNorm -> linear                                           saves the sum
+    attention_linear    q, k, v -> attention -> linear                                                saves q, k, v, o
+    feed_forward        x + residual -> LayerNorm -> linear -> GEGLU -> linear, added                 saves the sum, hidden
+    upsample_conv       nearest neighbour -> conv 3x3                                                 saves the small x
+    linear              x -> linear with an adapter                                                   saves x
 
-A concatenation of skips is made twice and kept never. A weight that is frozen costs no gradient.  All are as exact as the plain
-layers: what is made again has the forward's bits.
+A concatenation with a skip is computed twice and never saved. A frozen weight costs no gradient. All layers are as exact as
+the plain ones: a recomputed tensor equals the forward's bit for bit.
 
-Every matmul is a `Layer`: weight and bias, and where it has a low-rank adapter the adapter's down (R, F_in; R, C, 3, 3 of a
-convolution) and up (F_out, R). Then y = weight x + bias + up (down x), and down x is made again, too, so that an adapter keeps
-nothing.  A weight that n projections share has n ups, each for its part of y and its part of down x, or None.  A linear's small
-product comes first and the matmul adds to it before it rounds: added to a result that is bf16 already, a quarter of a change
-by 1/600 is lost, and two thirds of one by 1/2000. A convolution cannot, and adds after.
+The tensors of a matmul are a `Layer`: weight, bias and, for a low-rank adapter, down (R, F_in; R, C, 3, 3 of a convolution)
+and up (F_out, R). Then y = weight x + bias + up (down x). down x is recomputed too, so the adapter's activations are not
+saved. A fused weight of n projections has n ups. Each is None or maps its part of down x to its part of y. A linear computes
+the small product first, and the large matmul adds to it before rounding. Adding the small product to a bf16 result instead
+loses a quarter of a relative change of 1/600, and two thirds of one of 1/2000. A convolution cannot do this and adds last.
 
-Shapes: B images, C channels, H x W positions, N tokens, F features, R ranks of the adapters of all that is fused in one weight;
+Shapes: B images, C channels, H x W positions, N tokens, F features, R the sum of the ranks of all adapters of one weight;
 x_BCHW is channels last, so its tokens are a view.
-Read next: `kernels/fastsd_kernels/forward_backward.py`, what these functions call.
+Read next: `kernels/fastsd_kernels/forward_backward.py`, the operations that these functions call.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from torch.autograd import Function
 from fastsd_kernels.forward_backward import Pieces
 
 Gradient = Tensor | None
-Layer = Sequence[Any]  # tensors or None: weight, bias, down, up; with more ups for a weight that projections share
-Gradients = tuple[Gradient, ...]  # of a layer's tensors
+Layer = Sequence[Any]  # tensors or None: weight, bias, down, up; a fused weight has one up per projection
+Gradients = tuple[Gradient, ...]  # one per tensor of a `Layer`
 
 
 def tokens(x_BCHW: Tensor) -> Tensor:
-    """(B, C, H, W) channels last -> (B, N, C), a view."""
+    """View (B, C, H, W) channels last as (B, N, C)."""
     return x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def image(x_BNC: Tensor, size: torch.Size) -> Tensor:
-    """(B, N, C) -> (B, C, H, W) channels last, a view."""
+    """View (B, N, C) as (B, C, H, W) channels last."""
     return x_BNC.unflatten(1, size).permute(0, 3, 1, 2)
 
 
@@ -59,12 +59,12 @@ def _join(x: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def _first(x_BHWC: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W), a view."""
+    """View (B, H, W, C) as (B, C, H, W)."""
     return x_BHWC.permute(0, 3, 1, 2)
 
 
 def _last(x_BCHW: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C), a view."""
+    """View (B, C, H, W) as (B, H, W, C)."""
     return x_BCHW.permute(0, 2, 3, 1)
 
 
@@ -73,12 +73,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _reads_input(needs: Sequence[bool]) -> bool:
-    """Whether a layer whose gradients these are must have its input for them: all but the bias's do."""
+    """Return True if computing the needed gradients of a layer requires its input. All but the bias gradient do."""
     return needs[0] or any(needs[2:])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, *ups: Any) -> Tensor:
-    """x weight^T + bias + (x down^T) up^T over the last dimension."""
+    """Compute x weight^T + bias + (x down^T) up^T over the last dimension."""
     if down is None:
         return F.linear(x, weight, bias)
     rows = _rows(x)
@@ -99,7 +99,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None,
 def _linear_backward(
     dy: Tensor, x: Tensor | None, layer: Layer, need_x: bool, needs: Sequence[bool]
 ) -> tuple[Gradient, Gradients]:
-    """dx, and the gradients of a layer, of `_linear`; None where not needed. x as `_reads_input` says."""
+    """Return dx and the layer's gradients for `_linear`, None where not needed. x may be None if `_reads_input` is False."""
     weight, _, down, *ups = layer
     rows, inputs = _rows(dy), None if x is None else _rows(x)
     dx = dweight = ddown = None
@@ -125,14 +125,14 @@ def _linear_backward(
 
 
 def _blocks(y: Tensor, low: Tensor, ups: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """For each projection that shares a weight: its columns of y, its adapter's of down x, and its up; or y's, None, None."""
+    """Yield per projection (columns of y, columns of down x, up), or (columns of y, None, None) if it has no adapter."""
     shares = iter(low.chunk(sum(up is not None for up in ups), dim=1))
     for place, up in zip(y.chunk(len(ups), dim=1), ups, strict=True):
         yield place, None if up is None else next(shares), up
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> Tensor:
-    """A 3x3 convolution with padding 1, and up (1x1) of one with down."""
+    """Compute a 3x3 convolution with padding 1, plus up (1x1) of a 3x3 convolution with down."""
     y = F.conv2d(x, weight, bias, padding=1)
     if down is not None and up is not None:
         y += _first(F.linear(_last(F.conv2d(x, down, padding=1)), up))
@@ -140,7 +140,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, u
 
 
 def _conv_backward(dy: Tensor, x: Tensor, layer: Layer, need_x: bool, needs: Sequence[bool]) -> tuple[Gradient, Gradients]:
-    """dx, and the gradients of a layer, of `_conv`; None where not needed. Of x only the shape, unless `_reads_input`."""
+    """Return dx and the layer's gradients for `_conv`, None where not needed. Reads only x's shape unless `_reads_input`."""
     weight, _, down, up = layer
     dx, dweight, dbias = _conv3_backward(dy, x, weight, [need_x, needs[0], needs[1]])
     if down is None or up is None:
@@ -154,7 +154,7 @@ def _conv_backward(dy: Tensor, x: Tensor, layer: Layer, need_x: bool, needs: Seq
 
 
 def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Gradient, Gradient, Gradient]:
-    """(dx, dweight, dbias) of a 3x3 convolution with padding 1."""
+    """Return (dx, dweight, dbias) of a 3x3 convolution with padding 1."""
     sizes = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
     return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *sizes, needs)
 
@@ -165,7 +165,7 @@ class NormConv(Function):
         ctx: Any, pieces: Pieces, groups: int, eps: float, x: Tensor, skip: Tensor | None, shift: Tensor | None,
         norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """`layers`: the convolution, and the shortcut if there is one."""
+        """Apply the layer. `layers` has the tensors of the convolution, and those of the shortcut if there is one."""
         whole = _join(x, skip)
         y, mean, rstd = pieces.group_norm(whole, norm_weight, norm_bias, groups, eps, True, shift)
         short = _first(_linear(_last(whole), *_matrix(layers[4:]))) if layers[4:] else None
@@ -197,7 +197,7 @@ class NormConv(Function):
 
 
 def _matrix(layer: Layer) -> Layer:
-    """A 1x1 convolution as a linear."""
+    """View a 1x1 convolution as a linear."""
     return layer[0].flatten(1), *layer[1:]
 
 
@@ -274,7 +274,7 @@ class AttentionLinear(Function):
 
 
 def _heads(q: Tensor, kv: Tensor | None, heads: int) -> tuple[Tensor, ...]:
-    """q, k, v (B, N, heads, D) of one packed (B, N, 3C), or of q (B, N, C) and packed k, v (B, L, 2C): views."""
+    """View one packed (B, N, 3C), or q (B, N, C) and packed k, v (B, L, 2C), as q, k, v (B, N, heads, D)."""
     if kv is None:
         return q.unflatten(-1, (3, heads, -1)).unbind(2)
     return q.unflatten(-1, (heads, -1)), *kv.unflatten(-1, (2, heads, -1)).unbind(2)
@@ -286,7 +286,7 @@ class FeedForward(Function):
         ctx: Any, pieces: Pieces, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor,
         norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
     ) -> Tensor:  # fmt: skip
-        """`layers`: the first linear and the second."""
+        """Apply the layer. `layers` has the tensors of the first linear and of the second."""
         y, s, mean, rstd = pieces.layer_norm(x, norm_weight, norm_bias, eps, residual)
         hidden = _linear(y, *layers[:4])
         kept = hidden if keep_hidden else None

@@ -1,10 +1,10 @@
-"""Which parameters an entry of `train` or `reinit` means, and new weights for those that start again.
+"""Selection of parameters by the entries of `train` and `reinit`, and reinitialisation of selected parameters.
 
-    "unet", "text_encoder"      the whole part
-    "lora"                      the adapters of both
-    "unet.cross_attention"      a group, see GROUPS
+    "unet", "text_encoder"      the whole component
+    "lora"                      the adapters of both components
+    "unet.cross_attention"      a group, see `GROUPS`
     "unet.up_blocks.3", "unet.*.attn2.to_v.*", "text_encoder.layers.11"
-                                names as diffusers and transformers have them: whole components, with * for any text
+                                names as in diffusers and transformers: whole words between dots, with * for any text
 
 Read next: `fastsd/train/step.py`.
 """
@@ -26,7 +26,7 @@ from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER, diffusers_names, plain_name
 from fastsd_kernels.noise import Purpose, uniform
 
-# Regular expressions, found anywhere in a name.
+# Regular expressions, searched anywhere in a name.
 GROUPS: dict[str, dict[str, str]] = {
     "unet": {
         "attention": r"\.attn[12]\.", "self_attention": r"\.attn1\.", "cross_attention": r"\.attn2\.",
@@ -42,8 +42,8 @@ GROUPS: dict[str, dict[str, str]] = {
 
 
 def matches(part: str, pattern: str, name: str) -> bool:
-    """Whether a pattern (an entry without the part) means the parameter that diffusers or transformers call `name`."""
-    if part == "text_encoder":  # as of transformers 5; before, layers lie two levels down
+    """Return True if a pattern (an entry without its component) selects the parameter `name` of diffusers or transformers."""
+    if part == "text_encoder":  # transformers before 5 nests layers two levels deeper
         name = name.removeprefix("text_model.").removeprefix("encoder.")
     if group := GROUPS[part].get(pattern):
         return re.search(group, name) is not None
@@ -53,13 +53,13 @@ def matches(part: str, pattern: str, name: str) -> bool:
 
 
 def selected(model: Model, entries: Iterable[str], where: str) -> dict[str, set[str]]:
-    """The parameters that entries mean: part -> their names in its module. Parts without any are left out.
+    """Return the parameters that entries select: component -> parameter names in its module. Omits components without any.
 
     Args:
-        where: what holds the entries, for the sentence, for example "stage 'unet': train".
+        where: the origin of the entries, for error messages, for example "stage 'unet': train".
 
     Raises:
-        UserError: an entry that means nothing, a layer that clip_skip leaves out, or a piece of a matrix that is one here.
+        UserError: an entry selects nothing, only layers that `clip_skip` leaves out, or only a part of a fused weight.
     """
     found: dict[str, set[str]] = {part: set() for part in PARTS}
     for entry in entries:
@@ -98,25 +98,25 @@ def _of_part(model: Model, part: str, pattern: str, said: str) -> set[str]:
 
 
 def changed_parts(names: Mapping[str, Iterable[str]]) -> list[str]:
-    """The parts whose own weights what `selected` gives would change: not those of which it has adapters only."""
+    """Return the components in which a selection (see `selected`) has parameters other than adapters."""
     return [part for part, found in names.items() if any(ADAPTER not in name for name in found)]
 
 
 def size_of(model: Model, names: Mapping[str, Iterable[str]]) -> int:
-    """How many numbers what `selected` gives comes to."""
+    """Return the total number of elements in the parameters of a selection (see `selected`)."""
     sizes = {part: {name: p.numel() for name, p in model.part(part).named_parameters()} for part in names}
     return sum(sizes[part][name] for part in names for name in names[part])
 
 
 @torch.no_grad()
 def reinitialise(model: Model, entries: Iterable[str], seed: int, where: str) -> int:
-    """Draw the weights that entries mean anew, as PyTorch's layers begin; returns how many numbers.
+    """Draw new values for selected parameters, as PyTorch initialises its layers. Returns how many numbers were drawn.
 
-    Norms become 1, biases of norms 0; other weights and biases are uniform within 1 / sqrt(fan in), embeddings normal with
-    0.02. A function of (seed, the parameter's name).
+    Norms become 1 and their biases 0. Other weights and biases are uniform within 1 / sqrt(fan in). Embeddings are normal with
+    standard deviation 0.02. The values are a function of (seed, the parameter's name).
 
     Raises:
-        UserError: as `selected`.
+        UserError: see `selected`.
 
     Source: PyTorch's Linear and Conv2d (kaiming_uniform with a = sqrt(5)); CLIP's embeddings (Radford et al. 2021).
     """
@@ -143,6 +143,6 @@ def _draw(parameters: dict[str, torch.nn.Parameter], name: str, seed: int) -> No
 
 
 def uniform_like(tensor: Tensor, seed: int, purpose: Purpose, name: str) -> Tensor:
-    """Uniforms in (-1, 1) of a tensor's shape, fp64 on the CPU, in its logical order: a function of (seed, purpose, name)."""
+    """Draw uniforms in (-1, 1) in a tensor's shape and logical order, fp64 on the CPU. A function of (seed, purpose, name)."""
     key = torch.tensor([xxhash.xxh3_64_intdigest(name.encode()) >> 1])
     return (2 * uniform(seed, purpose, key, tensor.numel())[0] - 1).view(tensor.shape)

@@ -1,6 +1,6 @@
-"""A model that has shapes and no data, for planning - from a config's model, or from one that is loaded.
+"""A model with shapes but no data, for planning, built from a config's model or from a loaded one.
 
-Only `config.json` files are read. Where there are none, SD1.5's shapes stand in, and that is said.
+Only `config.json` files are read. A component without one gets SD1.5's shapes, and a note reports that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SD15_VAE = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """All that a model's memory depends on: its UNet's config, and those of its text encoder and VAE as in config.json."""
+    """Everything that determines a model's memory: the UNet's config, and text encoder and VAE configs as in config.json."""
 
     unet: UNetConfig
     text: dict[str, Any]
@@ -50,7 +50,7 @@ class Shapes:
         )  # fmt: skip
 
     def side(self, resolution: int) -> int:
-        """Latent positions a side of images of so many px. Raises UserError for a resolution the model cannot have."""
+        """Return the latent positions per side for images of `resolution` px. Raises UserError if the model cannot use it."""
         downscale = 2 ** (len(self.vae["block_out_channels"]) - 1)
         step = downscale * self.unet.downscale
         if resolution % step:
@@ -60,12 +60,12 @@ class Shapes:
 
 
 def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
-    """The shapes of a config's model, as far as its config files are on this machine, and a line on each that is not.
+    """Read the shapes of a config's model from config files on this machine. Returns them and a note for each missing file.
 
     Raises:
-        UserError: a file that is there and cannot be used, or parts that do not fit.
+        UserError: a file exists and cannot be used, or components do not fit together.
     """
-    parts: dict[str, tuple[str, str, list[str]]] = {  # name, revision, where its config.json may be
+    parts: dict[str, tuple[str, str, list[str]]] = {  # name, revision, folders that may have its config.json
         "UNet": (table.base, table.revision, ["unet"]),
         "text encoder": (table.base, table.revision, ["text_encoder"]),
         "VAE": (table.vae, "", ["vae", "."]) if table.vae else (table.base, table.revision, ["vae"]),
@@ -88,7 +88,7 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
 
 
 def _settings(name: str, revision: str, folders: list[str]) -> dict[str, Any] | None:
-    """A model's config.json from the first of its `folders` that has one: a folder, or a hub id that is in the cache."""
+    """Read a model's config.json from the first of `folders` that has one. The model is a folder, or a hub id in the cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -97,7 +97,7 @@ def _settings(name: str, revision: str, folders: list[str]) -> dict[str, Any] | 
         if not path.is_file():
             try:
                 cached = try_to_load_from_cache(name, f"{folder}/config.json".removeprefix("./"), revision=revision or None)
-            except HFValidationError:  # a path, and no id
+            except HFValidationError:  # a path, not a hub id
                 continue
             if not isinstance(cached, str):
                 continue
@@ -113,7 +113,7 @@ def _settings(name: str, revision: str, folders: list[str]) -> dict[str, Any] | 
 
 
 class _ShapedVae(Vae):
-    """A VAE without data, and so without a hash."""
+    """A VAE without data, and therefore without a hash."""
 
     def __init__(self, module: Any) -> None:
         self.module = module.eval().requires_grad_(False)
@@ -121,7 +121,7 @@ class _ShapedVae(Vae):
 
 
 def empty_model(shapes: Shapes, ops: Ops) -> Model:
-    """A model on the meta device, without tokenizer or hash; `materialize` its modules before a step."""
+    """Build a model on the meta device, without tokenizer or hash. `materialize` its modules before running a step."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -139,7 +139,7 @@ def empty_model(shapes: Shapes, ops: Ops) -> Model:
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:
-    """Put tensors without data in place of all parameters and buffers, of the same layout, on `device`."""
+    """Replace all parameters and buffers by uninitialised tensors of the same layout on `device`."""
 
     def empty(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

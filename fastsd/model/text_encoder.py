@@ -1,10 +1,10 @@
-"""The text encoder. transformers' CLIPTextModel and CLIPTokenizer, with clip skip, for captions of any length.
+"""The text encoder: transformers' CLIPTextModel and CLIPTokenizer, with clip skip, for captions of any length.
 
-What a CLIP encoder reads at once is its window, the length of its position table: 77 tokens for SD1.5's, begin and end among
-them, 248 for Long-CLIP's. Longer captions are read in chunks, each a window of its own with its begin and end, and the UNet
-attends to the states of all of them in a row, as ComfyUI and A1111 do. `stretch` makes a longer window of a short one.
+A CLIP encoder reads one window at a time. A window is as long as the position table, begin and end tokens included: 77 tokens
+for SD1.5, 248 for Long-CLIP. Longer captions are read in chunks. Each chunk is a window with its own begin and end tokens.
+The UNet attends to the text embeddings of all chunks in a row, as in ComfyUI and A1111. `stretch` lengthens the window.
 
-Shapes: B captions, W tokens of a window, L = chunks W tokens, D context width.
+Shapes: B captions, W tokens of a window, L = chunks * W tokens, D width of the text embeddings.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fastsd.errors import UserError
 
 
 class TextEncoder:
-    """A CLIP text model, its tokenizer, and which layer's states the UNet reads.
+    """A CLIP text model, its tokenizer, and the choice of the layer that the UNet reads.
 
     Args:
         module: transformers' CLIPTextModel.
         tokenizer: transformers' CLIPTokenizer.
-        clip_skip: 0 = the last layer; n = the n-th before it, followed by the final layer norm.
-        tokenizer_folder: its files, which are copied beside an exported model as they are.
-        chunks: windows that a caption may fill.
+        clip_skip: 0 = the last layer; n = the n-th layer before it, followed by the final layer norm.
+        tokenizer_folder: the folder of the tokenizer's files, which are copied unchanged into an exported model.
+        chunks: the number of windows a caption may fill.
 
     Attributes:
         window, length, width: W, L and D.
 
     Raises:
-        UserError: clip_skip leaves no layer.
+        UserError: `clip_skip` leaves no layer.
     """
 
     def __init__(self, module: Any, tokenizer: Any, clip_skip: int, tokenizer_folder: Path, chunks: int = 1) -> None:
@@ -54,11 +54,11 @@ class TextEncoder:
         return self.chunks * self.window
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """Captions -> token ids int64 (B, L) on the CPU, cut or padded to what the encoder takes."""
+        """Tokenize captions to int64 token ids (B, L) on the CPU, truncated or padded to L."""
         return assemble(self.tokenizer, ids_of(self.tokenizer, captions), self.window, self.chunks)
 
     def encode(self, token_ids_BL: Tensor) -> Tensor:
-        """Token ids -> context states (B, L, D), differentiable."""
+        """Encode token ids (B, L) to text embeddings (B, L, D). Differentiable."""
         ids = token_ids_BL.reshape(-1, self.window)
         if self.clip_skip == 0:
             states = self.module(ids).last_hidden_state
@@ -68,7 +68,7 @@ class TextEncoder:
         return states.reshape(len(token_ids_BL), -1, self.width)
 
     def used_parameters(self) -> set[str]:
-        """Names of the module's parameters that `encode` depends on."""
+        """Return the names of the module's parameters that `encode` depends on."""
         names = {name for name, _ in self.module.named_parameters()}
         depth = self.module.config.num_hidden_layers
         skipped = [f"layers.{i}." for i in range(depth - self.clip_skip, depth)]
@@ -80,18 +80,18 @@ class TextEncoder:
 
     @property
     def final_layer_norm(self) -> torch.nn.Module:
-        # transformers before 5 keeps the layers one level down.
+        # Before version 5, transformers nests the layers one level deeper.
         return getattr(self.module, "text_model", self.module).final_layer_norm
 
 
 def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, uncut, without those that begin and end a sequence."""
-    # Always the same way: told to cut or pad in one call, a tokenizer would change under another thread's.
+    """Return the token ids of each text, not truncated, without the begin and end tokens."""
+    # Never truncate or pad here: these options change the tokenizer's state, which other threads share.
     return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
 
 
 def assemble(tokenizer: Any, ids_B: Sequence[Sequence[int]], window: int, chunks: int = 1) -> Tensor:
-    """What `ids_of` gives -> int64 (B, chunks W): each window begins, holds as many ids as fit, ends, and is padded."""
+    """Pack ids from `ids_of` into int64 (B, chunks * W). A window holds begin, as many ids as fit, end, and padding."""
     begin, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     room = window - 2
     rows = [
@@ -104,17 +104,17 @@ def assemble(tokenizer: Any, ids_B: Sequence[Sequence[int]], window: int, chunks
 
 @torch.no_grad()
 def stretch(module: Any, tokens: int = 248, keep: int = 20) -> None:
-    """Give a CLIP text model a longer window: its first `keep` positions stay, the others are stretched over the rest.
+    """Lengthen the window of a CLIP text model: keep the first `keep` positions and stretch the others over the rest.
 
-    Position j >= keep reads the old table at keep + (j - keep) (W - keep) / (tokens - keep), between two entries linearly, and
-    beyond the last one on the line through the last two. From 77 to 248 that is a factor of 4. The states of long captions mean
-    little before some training.
+    Position j >= keep reads the old table at keep + (j - keep) (W - keep) / (tokens - keep). A place between two entries is
+    interpolated linearly. A place beyond the last entry is extrapolated along the line through the last two. From 77 to 248
+    tokens, the stretch is a factor of 4. The text embeddings of long captions mean little before some training.
 
     Raises:
-        ValueError: no more tokens than there are.
+        ValueError: `tokens` is not larger than the number of positions.
 
     Source: Zhang et al. 2024, "Long-CLIP: unlocking the long-text capability of CLIP", section 3.2, knowledge-preserved
-    stretching, and its released code for what lies beyond the last entry.
+    stretching; its released code for the extrapolation beyond the last entry.
     """
     embeddings = getattr(module, "text_model", module).embeddings
     old = embeddings.position_embedding.weight
@@ -132,10 +132,10 @@ def stretch(module: Any, tokens: int = 248, keep: int = 20) -> None:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what decides a tokenizer's ids: 64 hex digits."""
+    """Return the sha256 (64 hex digits) of everything that determines a tokenizer's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # transformers before 5 has CLIP's in Python
+    if backend is None:  # before version 5, transformers implements CLIP's tokenizer in Python
         said = {"vocab": tokenizer.get_vocab(), "merges": list(tokenizer.bpe_ranks)}
     else:
-        said = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # left from an earlier call
+        said = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # may remain from an earlier call
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,9 @@
 """The UNet of Stable Diffusion 1.5, at any width and depth, channels last, on a table of `Ops`.
 
-Modules carry diffusers' names, so a weight's path here is its path in every SD tool; only q/k/v are fused into one matmul
-(`to_qkv`, `to_kv`) and the 1x1 projections around attention are linears. `fastsd.model.weights` translates at the border.
+Modules have diffusers' names, so a weight's path here is its path in every SD tool. `fastsd.model.weights` converts the two
+exceptions: q/k/v are fused into one matmul (`to_qkv`, `to_kv`), and the 1x1 projections around attention are linears.
 
-Shapes: B images, C channels, H x W latent positions, N = H*W tokens, L text tokens, D context width, E time embedding width.
+Shapes: B images, C channels, H x W latent positions, N = H*W tokens, L text tokens, D text and E time embedding width.
 Read next: `kernels/fastsd_kernels/__init__.py` for the operations, `fastsd/model/weights.py` for the names.
 """
 
@@ -28,21 +28,21 @@ RESNET_EPS, ATTENTION_EPS, LAYER_NORM_EPS = 1e-5, 1e-6, 1e-5
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a UNet of SD1.5's kind. The defaults are SD1.5's."""
+    """The dimensions of a UNet of the SD1.5 family. The defaults are SD1.5's."""
 
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    attention: tuple[bool, ...] = (True, True, True, False)  # per level: transformers after the resnets?
-    heads: int = 8  # diffusers calls this attention_head_dim, for history's sake
+    attention: tuple[bool, ...] = (True, True, True, False)  # per level: True if transformers follow the resnets
+    heads: int = 8  # for historical reasons, diffusers names this attention_head_dim
     cross_attention_dim: int = 768
     norm_groups: int = 32
-    sample_size: int = 64  # latent positions a side the model was made for
+    sample_size: int = 64  # latent positions per side that the model is designed for
 
     @classmethod
     def sd15(cls) -> UNetConfig:
-        """Stable Diffusion 1.5: 859,520,964 parameters in 686 tensors."""
+        """Return the config of Stable Diffusion 1.5: 859,520,964 parameters in 686 tensors."""
         return cls()
 
     @property
@@ -56,7 +56,7 @@ class UNetConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any], place: str = "unet/config.json") -> UNetConfig:
-        """From the dict of a diffusers config.json. Raises UserError for a UNet of another kind than SD1.5's."""
+        """Build a config from the dict of a diffusers config.json. Raises UserError for a UNet outside the SD1.5 family."""
         widths = tuple(config.get("block_out_channels", cls.block_out_channels))
         down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
         known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -77,7 +77,7 @@ class UNetConfig:
         for key, value in config.items():
             if key.startswith("_") and key != "_class_name":
                 continue
-            # Keys another version wrote with a neutral value (null, false) change nothing.
+            # Keys that another version wrote with a neutral value (null, false) have no effect.
             expected = ours.get(key, value if key in _NEUTRAL or not value else None)
             if _plain(value) != _plain(expected):
                 raise UserError(
@@ -86,7 +86,7 @@ class UNetConfig:
         return found
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The dict that diffusers writes as config.json for this UNet."""
+        """Return the dict that diffusers writes as config.json for this UNet."""
         down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in self.attention]
         up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(self.attention)]
         return {
@@ -103,7 +103,7 @@ class UNetConfig:
         }  # fmt: skip
 
 
-# Written by diffusers, without meaning for a UNet of this kind.
+# Keys that diffusers writes but that have no effect on a UNet of this family.
 _NEUTRAL = {"upcast_attention", "addition_embed_type_num_heads", "projection_class_embeddings_input_dim"}
 
 
@@ -112,14 +112,14 @@ def _plain(value: Any) -> Any:
 
 
 def operands(layer: nn.Module) -> recompute.Layer:
-    """What `recompute` takes of a linear or convolution: weight, bias, and its adapter's down and up if it has one."""
+    """Return weight, bias, down and up of a linear or convolution for `recompute`; down and up are None without an adapter."""
     if isinstance(layer, nn.Linear | nn.Conv2d):
         return layer.weight, layer.bias, None, None
     return cast(Any, layer).operands()  # `fastsd.model.lora`
 
 
 class Norm(nn.Module):
-    """Weight and bias of a GroupNorm or LayerNorm; the layer behind it does the arithmetic (`fastsd/model/recompute.py`)."""
+    """Weight and bias of a GroupNorm or LayerNorm. The layer after it does the arithmetic (`fastsd/model/recompute.py`)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -127,12 +127,12 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Weights of self-attention (context_dim None, one fused q/k/v matmul) or cross-attention (fused k/v over the text)."""
+    """Weights of self-attention (`context_dim` None, one fused q/k/v matmul) or cross-attention (fused k/v of the text)."""
 
     def __init__(self, width: int, context_dim: int | None, heads: int, ops: Ops) -> None:
         super().__init__()
         self.heads, self.ops = heads, ops
-        self.precision = "ieee"  # of fp32, on a GPU
+        self.precision = "ieee"  # of fp32 matmuls on a GPU
         if context_dim is None:
             self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         else:
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
-        """Packed q, k, v; or q and packed k, v -> (B, N, C)."""
+        """Attend with packed q, k, v, or with q and packed k, v. Returns (B, N, C)."""
         return recompute.attention_linear(self.ops.pieces, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0]))
 
 
@@ -152,7 +152,7 @@ class GegluProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Weights of linear, GEGLU, linear. Place 1 is a dropout of 0 in diffusers: it keeps the second linear's name."""
+    """Weights of linear, GEGLU, linear. Index 1, a dropout of 0 in diffusers, is a placeholder for the second linear's name."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, width: int, cfg: UNetConfig, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.keep_hidden = True  # or compute the feed-forward's first matmul again: checkpointing = "ff"
+        self.keep_hidden = True  # False: recompute the feed-forward's first matmul (checkpointing = "ff")
         self.norm1, self.attn1 = Norm(width), Attention(width, None, cfg.heads, ops)
         self.norm2, self.attn2 = Norm(width), Attention(width, cfg.cross_attention_dim, cfg.heads, ops)
         self.norm3, self.ff = Norm(width), FeedForward(width)
@@ -187,7 +187,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The positions of an image as tokens: norm, project, one block, project back, add. Channels last makes both views."""
+    """Attention over positions as tokens: norm, project, one block, project back, add. Channels last makes tokens a view."""
 
     def __init__(self, width: int, cfg: UNetConfig, ops: Ops) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x_BCHW: Tensor, skip_BCHW: Tensor | None, time_BE: Tensor) -> Tensor:
-        """`skip_BCHW`: more channels of the input, from the way down."""
+        """Apply the block. `skip_BCHW` holds further channels of the input, from the down blocks."""
         h, short = convolved(self.ops, self.groups, self.norm1, self.conv1, x_BCHW, skip_BCHW, shortcut=self.conv_shortcut)
         h, _ = convolved(self.ops, self.groups, self.norm2, self.conv2, h, shift=self.time_emb_proj(time_BE))
         return h + (x_BCHW if short is None else short)
@@ -228,13 +228,13 @@ def convolved(
     ops: Ops, groups: int, norm: Norm, conv: nn.Conv2d, x: Tensor, skip: Tensor | None = None, shift: Tensor | None = None,
     shortcut: nn.Conv2d | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """conv(silu(norm([x, skip] + shift))), and shortcut([x, skip]) if there is one."""
+    """Return conv(silu(norm([x, skip] + shift))) and, if `shortcut` is given, shortcut([x, skip]); otherwise None."""
     layers = operands(conv) if shortcut is None else (*operands(conv), *operands(shortcut))
     return recompute.norm_conv(ops.pieces, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *layers)
 
 
 class Downsample(nn.Module):
-    """Halves the positions with a convolution of stride 2."""
+    """A convolution of stride 2, which halves height and width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Grows the positions to a given size (nearest neighbour), then convolves."""
+    """Nearest-neighbour upsampling to a given size, followed by a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Resnets of one resolution, each followed by a transformer where the level attends."""
+    """Resnets of one resolution, each followed by a transformer if the level has attention."""
 
     def __init__(self, widths: list[tuple[int, int]], attends: bool, cfg: UNetConfig, ops: Ops) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class MidBlock(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t (cosines first), then a two-layer perceptron."""
+    """Sinusoids of t (cosines first), followed by a two-layer perceptron."""
 
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
@@ -305,10 +305,10 @@ class UNet(nn.Module):
     Args:
         cfg: widths and depths.
         ops: the implementations of attention, norms and GEGLU.
-        checkpointing: what the backward computes again instead of keeping it: "none" (norms and gates only), "ff" (the
-            feed-forwards' first matmul, too) or "block" (every resnet and transformer).
+        checkpointing: what the backward recomputes instead of saving: "none" (norms and gates only), "ff" (also the
+            feed-forwards' first matmul) or "block" (every resnet and transformer).
 
-    Kept for the backward at 64 x 64 latents, of SD1.5's shape: 252 M numbers an image, 160 M with "ff", 18 M with "block".
+    Saved for backward at 64 x 64 latents in SD1.5: 252 M numbers per image, 160 M with "ff", 18 M with "block".
     """
 
     def __init__(self, cfg: UNetConfig, ops: Ops = REFERENCE, checkpointing: str = "none") -> None:
@@ -319,7 +319,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(cfg)
 
         self.down_blocks = nn.ModuleList()
-        skips = [first]  # widths of what the way up will concatenate
+        skips = [first]  # widths of the skip connections to the up blocks
         for level, (width, attends) in enumerate(zip(widths, cfg.attention, strict=True)):
             ins = [widths[max(level - 1, 0)]] + [width] * (cfg.layers_per_block - 1)
             block = Level([(w, width) for w in ins], attends, cfg, ops)
@@ -349,7 +349,7 @@ class UNet(nn.Module):
 
     @property
     def checkpointing(self) -> str:
-        """What the backward computes again: "none", "ff" or "block"; may be set at any time between steps."""
+        """The activations that the backward recomputes: "none", "ff" or "block". May be set at any time between steps."""
         return self._checkpointing
 
     @checkpointing.setter
@@ -362,7 +362,7 @@ class UNet(nn.Module):
                 module.keep_hidden = level != "ff"
 
     def set_attention_precision(self, precision: str) -> None:
-        """How fp32 attention multiplies on a GPU: "ieee", "tf32" or "tf32x3"."""
+        """Set how attention multiplies fp32 on a GPU: "ieee", "tf32" or "tf32x3"."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.precision = precision
@@ -371,9 +371,9 @@ class UNet(nn.Module):
         """Predict the noise in x_t.
 
         Args:
-            latents_BCHW: noisy latents x_t (B, in_channels, H, W), scaled by the VAE's factor.
+            latents_BCHW: noisy latents x_t (B, in_channels, H, W), scaled by the VAE's scaling factor.
             t_B: timesteps (B,), 0 to 999.
-            context_BLD: text encoder states (B, L, cross_attention_dim).
+            context_BLD: text embeddings (B, L, cross_attention_dim).
 
         Returns:
             (B, out_channels, H, W), channels last, in the dtype of the weights.
@@ -406,5 +406,5 @@ class UNet(nn.Module):
     def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.checkpointing != "block" or not torch.is_grad_enabled():
             return function(*args)
-        # No random numbers are drawn inside, so there is no generator state to keep.
+        # No random numbers are drawn inside, so no generator state needs saving.
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

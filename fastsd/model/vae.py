@@ -1,7 +1,7 @@
-"""The VAE. diffusers' AutoencoderKL, encoded by our own layers, with the numbers a trainer needs beside it.
+"""The VAE: diffusers' AutoencoderKL, encoded with our own layers, and the constants of its latent space.
 
-Latents are scaled by z = (raw - shift) * factor before the UNet sees them and back before decoding. The factor belongs to
-the VAE (0.18215 for SD1.5's, 0.13025 for SDXL's); using another one's shows as wrong colours.
+Latents are scaled by z = (raw - shift) * factor before the UNet sees them, and unscaled before decoding. The factor belongs
+to the VAE (0.18215 for SD1.5, 0.13025 for SDXL). Using another VAE's factor gives wrong colours.
 
 Shapes: B images of H x W pixels, multiples of the downscale; C latent channels; latents are (B, C, h, w).
 """
@@ -21,17 +21,17 @@ SD15_SCALING_FACTOR = 0.18215
 
 
 class Vae:
-    """An AutoencoderKL and its constants.
+    """An AutoencoderKL and the constants of its latent space.
 
     Args:
-        module: diffusers' AutoencoderKL; its weights become channels last.
-        name: where it came from, for people.
-        ops: the implementations that encode. Decoding is diffusers'.
+        module: diffusers' AutoencoderKL. Its weights are converted to channels last.
+        name: the origin of the VAE, for display.
+        ops: the implementations used for encoding. Decoding uses diffusers.
 
     Attributes:
-        hash: sha256 over the encoder's weights (as fp32) and shape: two VAEs with the same hash give the same latents.
-        channels, downscale: of the latent space.
-        scaling_factor, shift_factor: raw -> scaled latents, see above.
+        hash: sha256 over the encoder's shapes and its weights (as fp32). Two VAEs with the same hash give the same latents.
+        channels, downscale: latent channels; pixels per latent position along a side.
+        scaling_factor, shift_factor: factor and shift of the formula above.
     """
 
     def __init__(self, module: Any, name: str, ops: Ops = REFERENCE) -> None:
@@ -58,13 +58,13 @@ class Vae:
 
     @torch.no_grad()
     def moments(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> the posterior's mean and log variance.
+        """Encode images (B, 3, H, W) in [-1, 1] to the posterior's mean and log variance.
 
         Returns:
-            Two of (B, C, h, w), raw (unscaled), fp32, on the VAE's device; log variances lie in [-30, 20].
+            (mean, log variance), each (B, C, h, w), raw (unscaled), fp32, on the VAE's device. Log variances lie in [-30, 20].
 
         Raises:
-            ValueError: a side that is no multiple of the downscale.
+            ValueError: a side is not a multiple of the downscale.
 
         Source: Rombach et al. 2022, appendix G.
         """
@@ -75,11 +75,11 @@ class Vae:
         return mean.float(), logvar.float()
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        """As `moments`, the mean alone."""
+        """Encode images as `moments` does, and return only the mean."""
         return self.moments(images_B3HW)[0]
 
     def encode_fp32(self, images_B3HW: Tensor) -> Tensor:
-        """As `encode`, in fp32 whatever the VAE's precision: for the rare image that overflows."""
+        """Encode as `encode` does, but in fp32 whatever the VAE's own precision; for the rare image that overflows."""
         dtype = self.dtype
         try:
             self.module.to(torch.float32)
@@ -89,12 +89,12 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Scaled latents -> images (B, 3, R, R) in [-1, 1], fp32. Every image is decoded alone: memory stays flat."""
+        """Decode scaled latents to images (B, 3, H, W) in [-1, 1], fp32. Decodes one image at a time to bound memory."""
         raw = self.unscale(latents_BCHW.float()).to(self.device, self.dtype)
         return torch.cat([self.module.decode(raw[i : i + 1]).sample.float() for i in range(len(raw))]).clamp(-1, 1)
 
     def scale(self, raw_BCHW: Tensor) -> Tensor:
-        """Raw latents -> what the UNet sees."""
+        """Scale raw latents for the UNet."""
         return (raw_BCHW - self.shift_factor) * self.scaling_factor
 
     def unscale(self, latents_BCHW: Tensor) -> Tensor:

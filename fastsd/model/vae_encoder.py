@@ -1,18 +1,18 @@
-"""The way from pixels to the posterior, on an `Ops` table: diffusers' AutoencoderKL, its weights, our layers.
+"""The VAE's encoder on an `Ops` table: the weights of diffusers' AutoencoderKL in our own layers.
 
-`Encoder` reads the submodules of the diffusers module each time, so whatever moves or casts that module moves this.  It is
-for inference alone: sums are taken in place, and tensors let go with their last reader.
+`Encoder` looks up the submodules of the diffusers module at each call, so moving or casting that module affects the encoder
+too. It is for inference only: sums are computed in place, and tensors are freed after their last use.
 
     x = conv_in(image)
-    each level       x = short(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))         short: a 1 x 1, where widths differ
+    each level       x = short(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))         short: a 1x1, where widths differ
                      x = conv(x, zeros to the right and below), stride 2              not after the last level
-    in the middle    such a sum, x = x + attention(norm(x)), such a sum
+    mid block        another such sum, x = x + attention(norm(x)), another such sum
     mean, logvar = quant_conv(conv_out(silu(norm_out(x))))
 
-cuDNN's convolutions leave the bias to a pass of its own over their output.  With the Triton table there is no such pass: x
-stands for x + `late`, a number a channel that the next norm adds as it reads.  Between a convolution and a norm lie sums,
-which add both parts, and convolutions, which turn a constant into a constant, if what they find beyond the edge is -late.
-With other tables `late` is None: there the convolution adds its bias for nothing.
+cuDNN adds a convolution's bias in a separate pass over the output. The Triton table avoids that pass: there, x represents
+x + `late`, one number per channel that the next norm adds as it reads x. Only sums and convolutions lie between a convolution
+and a norm. A sum adds the `late` of both terms. A convolution maps a constant to a constant if its padding holds -late, which
+represents zero. With other tables `late` is None, because the convolution adds its bias at no cost there.
 
 Shapes: B images, C channels, H x W positions; all activations are channels last.
 """
@@ -30,12 +30,12 @@ from fastsd.errors import UserError
 from fastsd_kernels import Ops
 from fastsd_kernels.attention import attention_reference
 
-# What DiagonalGaussianDistribution of diffusers does to log variances.
+# The range to which diffusers' DiagonalGaussianDistribution clamps log variances.
 LOGVAR_BOUNDS = (-30.0, 20.0)
-_LARGEST_HEAD = 256  # of the attention kernels; the VAEs of SD and SDXL have one head of 512
+_LARGEST_HEAD = 256  # limit of the attention kernels; the VAEs of SD and SDXL have one head of 512
 _BLOCK = "DownEncoderBlock2D"
 
-# x, and what is still to be added to each of its channels, fp32 (C,).
+# A constant that is still to be added to each channel of a tensor: fp32 (C,), or None.
 Late = Tensor | None
 
 
@@ -43,11 +43,11 @@ class Encoder:
     """The encoder and quant_conv of a diffusers AutoencoderKL.
 
     Args:
-        module: the AutoencoderKL; its config says widths, depths, groups, whether it has a quant_conv and attention.
+        module: the AutoencoderKL. Its config defines widths, depths, groups, and whether it has a quant_conv and attention.
         ops: the implementations of norm and attention.
 
     Raises:
-        UserError: blocks that the VAEs of Stable Diffusion do not have.
+        UserError: the config has blocks or an activation that the VAEs of Stable Diffusion do not have.
     """
 
     def __init__(self, module: Any, ops: Ops) -> None:
@@ -59,7 +59,7 @@ class Encoder:
             raise UserError(f"model.vae: its config has {found}, and the encoder knows {_BLOCK} with silu; give another VAE")
 
     def __call__(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, channels last, like the weights in dtype and device -> (mean, logvar), each (B, C, h, w), logvar bounded."""
+        """Encode channels-last images, in the weights' dtype and device, to (mean, clamped logvar), each (B, C, h, w)."""
         encoder = self.module.encoder
         x, late = self._conv(encoder.conv_in, images_B3HW)
         for block in encoder.down_blocks:
@@ -81,7 +81,7 @@ class Encoder:
         return mean, logvar.clamp(*LOGVAR_BOUNDS)
 
     def _conv(self, conv: nn.Conv2d, x: Tensor, late: Late = None) -> tuple[Tensor, Late]:
-        """Of x + late; whatever `conv` pads x with must stand for zeros."""
+        """Convolve x + late. Elements that pad x must represent zero, so they hold -late."""
         if not self._defers or conv.bias is None:
             return conv(x), None
         y, bias = F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias.float()
@@ -94,9 +94,9 @@ class Encoder:
         return self.ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift_BC=shift)
 
     def _resnet(self, resnet: Any, x: Tensor, late: Late, edge: bool = False) -> tuple[Tensor, Late]:
-        """edge: with one more row and column, for a convolution of stride 2."""
+        """Apply a resnet. With `edge`, the result has one more row and column, for a convolution of stride 2."""
         h, own = self._conv(resnet.conv1, self._norm(resnet.norm1, x, late))
-        h = self._norm(resnet.norm2, h, own)  # a line of its own: what goes in is let go before the convolution
+        h = self._norm(resnet.norm2, h, own)  # a separate statement: it frees the norm's input before the convolution
         h, own = self._conv(resnet.conv2, h)
         if resnet.conv_shortcut is not None:
             x, late = self._conv(resnet.conv_shortcut, x, late)
@@ -104,13 +104,13 @@ class Encoder:
         return (_sum_with_edge(h, x, late) if edge else h.add_(x)), late
 
     def _attend(self, attention: Any, x: Tensor, late: Late) -> None:
-        """Add attention over all positions to x."""
+        """Add self-attention over all positions to x, in place."""
         B, C, H, W = x.shape
         normed = self._norm(attention.group_norm, x, late, silu=False).permute(0, 2, 3, 1).reshape(B, H * W, C)
         q, k, v = (
             linear(normed).unflatten(2, (attention.heads, -1)) for linear in (attention.to_q, attention.to_k, attention.to_v)
         )
-        # Beyond the kernels' head sizes PyTorch's, which is what the reference is.
+        # Head sizes that the kernels do not support use the reference, which is PyTorch's attention.
         head = q.shape[3]
         function = self.ops.attention if head <= _LARGEST_HEAD and head % 8 == 0 else attention_reference
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -119,10 +119,10 @@ class Encoder:
 
 
 def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
-    """`group_norm_reference` of fp32 on a CPU, for images whose size PyTorch's own is not made for.
+    """Compute `group_norm_reference` in fp32 on a CPU, for images too large for PyTorch's own implementation.
 
-    That one adds up all positions of a group one by one, in fp32: an error of 1e-5 at 512 x 512 and of 1e-4 at 1024 x 1024,
-    for each norm.  Here it normalises slabs of a few lines, and what they are off by is mended as SiLU is applied.
+    PyTorch sums all positions of a group one by one in fp32. Each norm then has an error of 1e-5 at 512 x 512, and of 1e-4 at
+    1024 x 1024. This function normalises slabs of a few lines and corrects their statistics to those of the image before SiLU.
     """
     B, C, H, W = x.shape
     G, lines = norm.num_groups, math.gcd(H, 8)
@@ -130,7 +130,7 @@ def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
     y, mean, rstd = torch.native_group_norm(slabs, None, None, len(slabs), C, lines * W, G, norm.eps)
     mean_BSG, rstd_BSG = mean.double().view(B, -1, G), rstd.double().view(B, -1, G)
     apart = mean_BSG - mean_BSG.mean(1, keepdim=True)
-    total = (rstd_BSG**-2 + apart**2).mean(1, keepdim=True).rsqrt()  # eps is in each, and so in their mean
+    total = (rstd_BSG**-2 + apart**2).mean(1, keepdim=True).rsqrt()  # each rstd includes eps, so the mean does too
 
     def spread(x_BSG: Tensor) -> Tensor:
         return x_BSG.float().view(-1, G).repeat_interleave(C // G, 1)
@@ -143,7 +143,7 @@ def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
 
 
 def _sum_with_edge(h: Tensor, x: Tensor, late: Late) -> Tensor:
-    """h + x within an image of one more row and column, which stand for zeros: so it need not be copied to be padded."""
+    """Return h + x with one more row and column that represent zeros, so that no copy is needed for padding."""
     B, C, H, W = h.shape
     out = torch.empty(B, C, H + 1, W + 1, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
     zero = torch.zeros(C, dtype=h.dtype, device=h.device) if late is None else -late.to(h.dtype)

@@ -1,7 +1,7 @@
-"""The UNet's weights under diffusers' names, exact both ways.
+"""Exact conversion between the UNet's parameters and weights with diffusers' names.
 
-Three things differ between the module and the names: self-attention's q/k/v are one matrix here, cross-attention's k/v are
-one, and the projections around a transformer are 1x1 convolutions there.  Read next: `fastsd/model/formats/load.py`.
+Three things differ. The UNet here fuses q/k/v of self-attention into one weight and k/v of cross-attention into one weight,
+and the projections around a transformer are 1x1 convolutions in diffusers. Read next: `fastsd/model/formats/load.py`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from fastsd.model.unet import UNet, UNetConfig
 from fastsd.storage import Tensors, check_finite, whole
 
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
-MAX_LAYERS = 1000  # as a config may ask for; SD1.5's text encoder has 12
-ADAPTER = ".lora_"  # in the names of adapters' parameters
+MAX_LAYERS = 1000  # upper limit of the counts in a config; SD1.5's text encoder has 12
+ADAPTER = ".lora_"  # occurs in the names of adapter parameters only
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name as it is without adapters: a layer that has one lies a level deeper."""
+    """Return the name that a parameter has without adapters. A layer with an adapter lies one level deeper."""
     return name.replace(".base_layer.", ".")
 
 
 def diffusers_pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The diffusers names of one parameter (or anything shaped like it), each with a view of its part. Adapters have none."""
+    """Yield (diffusers name, view of its part) for a parameter, or a tensor shaped like it. Adapters have no such names."""
     if ADAPTER in name:
         return
     name = plain_name(name)
@@ -43,16 +43,18 @@ def diffusers_pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def diffusers_names(name: str) -> list[str]:
-    """The diffusers names that one parameter of `UNet` holds: one, or three for a fused q/k/v; none of an adapter."""
+    """List the diffusers names of one parameter of `UNet`: one, two or three for a fused weight, none for an adapter."""
     return [piece for piece, _ in diffusers_pieces(name, torch.empty(6, 1, device="meta"))]
 
 
 def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The parameters, or their gradients, under diffusers' names (686 for SD1.5).
+    """Return the parameters, or their gradients, under diffusers' names (686 for SD1.5).
 
-    Views into the module's memory, detached: nothing is copied, and a step taken later shows in them.
-    A parameter without a gradient is left out when `grad` is set. `tensors`, by the module's own parameter names, stand in
-    for the parameters they name (fp32 masters of a bf16 module).
+    The tensors are detached views of the module's memory: nothing is copied, and later steps change them.
+
+    Args:
+        grad: return gradients. Parameters without a gradient are omitted.
+        tensors: by the module's parameter names, used in place of those parameters (fp32 masters of a bf16 module).
     """
     out: dict[str, Tensor] = {}
     for name, parameter in unet.named_parameters():
@@ -63,18 +65,17 @@ def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, T
 
 
 def load_diffusers_unet(unet: UNet, state_dict: Tensors, place: str = "unet") -> None:
-    """Copy weights with diffusers' names into `unet`, converting to its dtype. Nothing is written unless all of them fit.
+    """Copy weights with diffusers' names into `unet`, converting to its dtype. All names and shapes are checked first.
 
     Raises:
-        UserError: names that are missing or left over, a shape that differs, or numbers that are not finite; `place` opens
-            the sentence.
+        UserError: a name is missing or unexpected, a shape differs, or a number is not finite. The message begins with `place`.
     """
     copy_tensors(diffusers_state_dict(unet), state_dict, place)
 
 
 @torch.no_grad()
 def copy_tensors(targets: Mapping[str, Tensor], found: Tensors, place: str) -> None:
-    """Copy tensors into those of the same name, as `load_diffusers_unet` does."""
+    """Copy tensors into the targets of the same name, with the checks of `load_diffusers_unet`."""
     check_names(targets, found, place)
     for name, target in targets.items():
         tensor = whole(found[name])
@@ -83,13 +84,13 @@ def copy_tensors(targets: Mapping[str, Tensor], found: Tensors, place: str) -> N
 
 
 def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str, Tensor]:
-    """The tensors, without data, that a config asks for, by the names of its part's file.
+    """Return the tensors that a config requires, without data, under the names in its component's file.
 
     Args:
-        part: "unet", "vae" or "text_encoder"; `config` is its config.json, which lies at `place`.
+        part: "unet", "vae" or "text_encoder". `config` is its config.json, found at `place`.
 
     Raises:
-        UserError: it is of another kind of model, or describes none.
+        UserError: the config describes another kind of model, or is invalid.
     """
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -111,7 +112,7 @@ def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str,
             return {classic_text_name(name): tensor for name, tensor in text.items()}
     except UserError:
         raise
-    except Exception as error:  # whatever a library makes of a config that is none
+    except Exception as error:  # the libraries raise many types of errors for an invalid config
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{place}: describes no {part.replace('_', ' ')} ({why}); fetch it again") from None
 
@@ -135,5 +136,5 @@ def check_names(
 
 
 def classic_text_name(name: str) -> str:
-    """A CLIP text weight's name with the `text_model.` that transformers 5 leaves out and older loaders need."""
+    """Return a CLIP text weight's name with the prefix `text_model.`, which transformers 5 omits and older loaders need."""
     return name if name.startswith("text_model.") else f"text_model.{name}"
