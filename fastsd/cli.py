@@ -1,5 +1,6 @@
-"""The command line. Parses, calls, and turns a UserError into one sentence; torch is imported inside the commands.
+"""The command line: parses arguments, calls a command, and prints a `UserError` as one sentence.
 
+Commands import torch themselves, so that `--help` stays fast.
 Exit codes: 0 done, 1 our fault (with a traceback), 2 the user must change something, 130 stopped by Ctrl-C.
 """
 
@@ -61,7 +62,7 @@ def train(
     overrides: Overrides = None,
     precision: Stages = None,
 ) -> None:
-    """Train the stages of CONFIG. The same line again resumes."""
+    """Train the stages of CONFIG. Run the same command again to resume."""
     loaded = _load(config, overrides, precision)
     from fastsd.run.loop import train
 
@@ -76,7 +77,7 @@ def cache(
     prune: Annotated[bool, typer.Option("--prune", help="Delete shards that nothing uses any more.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Count what is there.")] = False,
 ) -> None:
-    """Encode the images of CONFIG into its latent cache. The same line again does what is missing."""
+    """Encode the images of CONFIG into its latent cache. Run the same command again to encode what is missing."""
     loaded = _load(config, overrides)
     from fastsd.commands.cache import cache, inspect_cache
 
@@ -106,7 +107,7 @@ def sample(
     precision: Annotated[Precision, typer.Option()] = Precision.fp32,
     device: Annotated[str, typer.Option()] = "auto",
 ) -> None:
-    """Draw images from MODEL."""
+    """Generate images from prompts with MODEL."""
     from fastsd.commands.sample import sample
 
     table = {
@@ -127,7 +128,7 @@ def validate(
     precision: Annotated[Precision | None, typer.Option(help="That of CONFIG's last stage if left out.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there as well.")] = None,
 ) -> None:
-    """Measure the loss of MODEL on the images that CONFIG holds out of training, and on those it measures beside them."""
+    """Measure the validation loss of MODEL. The images are the held-out and the stabilised ones of CONFIG."""
     loaded = _load(config, overrides, precision)
     from fastsd.commands.validate import validate
 
@@ -140,7 +141,7 @@ def check(
     overrides: Overrides = None,
     precision: Stages = None,
 ) -> None:
-    """Find everything that can be wrong with CONFIG before the long run."""
+    """Find every problem of CONFIG before the long run."""
     loaded = _load(config, overrides, precision)
     from fastsd.commands.check import check
 
@@ -156,7 +157,7 @@ def plan(
     card: Annotated[str, typer.Option(metavar="NAME", help="Estimates for this one only, for example 4090.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there as well.")] = None,
 ) -> None:
-    """Tell from CONFIG alone whether it fits a card, with which micro-batch, how long it takes and what disk."""
+    """Estimate memory, time and disk space from CONFIG alone. Shows which GPU it fits, and with which micro-batch."""
     loaded = _load(config, overrides, precision)
     from fastsd.plan.plan import plan
 
@@ -179,7 +180,7 @@ def bench(
     rate: Annotated[float, typer.Option(help="loader: images a second of the step it feeds.")] = 10.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there as well.")] = None,
 ) -> None:
-    """Measure the real step, its memory, kernels, optimizers or loader, beside their peers."""
+    """Benchmark the training step beside baselines. WHAT selects its memory, kernels, optimizers, loader or cache instead."""
     from fastsd.bench.suites import bench
 
     options = {"size": size, "batch": batch, "micro_batch": micro_batch, "optimizer": optimizer, "graph": graph}
@@ -200,7 +201,7 @@ def compare(
     ] = None,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Draw anew from every checkpoint that was kept.")] = False,
 ) -> None:
-    """Lay runs side by side in one page: settings, curves, samples, cost, and how far they are from a baseline."""
+    """Compare runs on one HTML page. It shows settings, curves, samples, cost, and differences from a baseline."""
     from fastsd.compare.compare import compare
 
     compare(runs or [], out, baseline, draw or [], from_checkpoints=checkpoints)
@@ -215,7 +216,7 @@ def sweep(
     precision: Stages = None,
     baseline: Annotated[str, typer.Option(metavar="NAME", help="Run that others are measured against; the config's own.")] = "",
 ) -> None:
-    """Train runs that differ in these values and in nothing else, and compare them. The same line again resumes."""
+    """Train runs that differ only in these values, and compare them. Run the same command again to resume."""
     from fastsd.compare.sweep import sweep
 
     sweep(config, values or [], precision and precision.value, baseline)
@@ -229,7 +230,7 @@ def lr_probe(
     steps: Annotated[int, typer.Option(min=40, help="Of the short D-Lion run.")] = 400,
     stage: Annotated[str, typer.Option(metavar="NAME", help="The stage to probe; the first if left out.")] = "",
 ) -> None:
-    """Find a learning rate for Lion by a short run of D-Lion."""
+    """Find a learning rate for Lion with a short D-Lion run."""
     loaded = _load(config, overrides, precision)
     from fastsd.commands.lr_probe import lr_probe
 
@@ -243,7 +244,7 @@ def long_clip(
     tokens: Annotated[int, typer.Option(min=1, help="Positions the text encoder will have.")] = 248,
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
 ) -> None:
-    """Stretch the text encoder of BASE to long captions, as Long-CLIP does before it trains."""
+    """Stretch the text encoder of BASE for long captions. Long-CLIP does the same before its training."""
     from fastsd.commands.long_clip import long_clip
 
     long_clip(base, out, tokens, tokenizer)
@@ -264,7 +265,7 @@ def swap_vae(
     device: Annotated[str, typer.Option()] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Which images, noise and timesteps.")] = 0,
 ) -> None:
-    """Put VAE into BASE. With images, training starts from a model that already speaks the new latents."""
+    """Replace the VAE of BASE. With --images, the UNet is aligned to the new latents before any training."""
     from fastsd.commands.swap_vae import swap_vae
 
     swap_vae(
@@ -287,7 +288,7 @@ def convert(
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
     revision: Annotated[str, typer.Option(help="Of a hub id.")] = "",
 ) -> None:
-    """Write a model in the form of another tool: diffusers' folder, one file, or a LoRA in kohya's or PEFT's names."""
+    """Convert a model to another format. Writes a diffusers folder, a single file, or a LoRA with kohya or PEFT names."""
     from fastsd.commands.convert import Options, convert
 
     options = Options(
@@ -308,7 +309,7 @@ def redraw(
     precision: Annotated[Precision, typer.Option()] = Precision.fp32,
     device: Annotated[str, typer.Option(help="The config's if left out.")] = "",
 ) -> None:
-    """Make a data set with MODEL: the images of CONFIG drawn anew, from their captions alone or from T on."""
+    """Make a data set by redrawing images with MODEL. Images of CONFIG are redrawn from captions or from noised latents."""
     loaded = _load(config, overrides)
     from fastsd.commands.redraw import redraw
 
@@ -319,7 +320,7 @@ def redraw(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-out"),
 ) -> None:
-    """The whole story in miniature: swap the VAE, cache, train, sample. A few minutes, CPU or GPU, no downloads."""
+    """Try the whole workflow on tiny models. Swaps the VAE, caches, trains, samples: minutes on CPU or GPU, no downloads."""
     from fastsd.demo.demo import demo
 
     demo(out)
@@ -332,7 +333,7 @@ def _load(path: Path, overrides: list[str] | None, precision: Precision | None =
 
 
 def main() -> None:
-    # diffusers and transformers give advice on import that no one here can act on; errors still raise.
+    # diffusers and transformers print advice on import that the user cannot act on; errors still raise.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     try:

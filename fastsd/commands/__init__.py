@@ -1,1 +1,1 @@
-"""Floor 7: the commands beside `train`, `plan`, `bench`, `compare` and `demo`, a file each."""
+"""Floor 7: one file for each command except `train`, `plan`, `bench`, `compare`, `sweep` and `demo`."""

@@ -1,4 +1,4 @@
-"""`fastsd cache`: images and captions -> the latent cache, and a look at one that is there."""
+"""`fastsd cache`: encode images and captions into the latent cache, or inspect an existing cache."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from fastsd.errors import UserError
 from fastsd.model.formats.load import load_text, load_tokenizer, load_vae, locate
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 
-REASONS = 8  # why images were rejected, that are told
+REASONS = 8  # rejection reasons that are printed
 
 
 def cache(config: Config, console: Console | None = None) -> build.Counts:
-    """Encode what is missing and say what came of it; under torchrun each process on a GPU of its own.
+    """Encode what is missing and print a summary. Under torchrun each process uses its own GPU.
 
     Raises UserError as `build_cache` does.
     """
     console = console or Console()
     data = config.data
     for _ in folders.scan_for(data):
-        break  # a wrong folder is said before a model is loaded
+        break  # a wrong folder is reported before a model is loaded
     device = choose_device(config.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -80,7 +80,7 @@ def cache(config: Config, console: Console | None = None) -> build.Counts:
 
 
 def _say_reasons(console: Console, reasons: dict[str, int]) -> None:
-    """The commonest ones: some tell a place in a file, so there may be as many as files."""
+    """Print the most common reasons. Some include a position in a file, so there may be as many reasons as files."""
     for reason, count in list(reasons.items())[:REASONS]:
         print_line(console, f"  {count} x {reason}")
     if len(reasons) > REASONS:
@@ -106,7 +106,7 @@ def _cache_states(config: Config, view: str, device: torch.device, report: build
 
 
 def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, console: Console | None = None) -> None:
-    """`fastsd cache` with --verify, --prune or --stats. Raises UserError when the verification finds damage."""
+    """Run `fastsd cache` with --verify, --prune or --stats. Raises UserError if the verification finds damage."""
     console = console or Console()
     folder = config.cache.dir
     problems = upkeep.verify(folder) if verify else []
@@ -148,7 +148,7 @@ def _say_view(console: Console, name: str, view: upkeep.ViewStats) -> None:
 
 
 def _say_over_length(config: Config, view: str, console: Console) -> None:
-    """How many captions the text encoder will not see whole, where their token ids are cached."""
+    """Print how many captions will be truncated for the text encoder, if their token ids are cached."""
     with suppress(UserError), closing(LatentCache.open(config.cache.dir, view)) as latents:
         tokenizer = load_tokenizer(config.model)[0]
         tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks)

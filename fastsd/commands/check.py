@@ -1,4 +1,4 @@
-"""`fastsd check`: everything that can be wrong with a job, found before the long run."""
+"""`fastsd check`: find everything that can be wrong with a config before the long run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from fastsd.train.schedule import check_length
 
 
 def check(config: Config, console: Console | None = None) -> None:
-    """Go through everything a run needs, say what is there, and end with all that must be changed.
+    """Check everything a run needs, print what is found, and list all problems in one error.
 
     Raises:
-        UserError: every problem found, a sentence each.
+        UserError: every problem found, one sentence each.
     """
     console = console or Console()
     problems: list[str] = []
@@ -80,7 +80,7 @@ def _model(config: Config, models: list[Model]) -> str:
     model = load_to_train(config.model, seed=config.seed)
     models.append(model)
     build.check_resolution(config, model.vae.downscale)
-    if not config.data.buckets:  # whose sides may be odd numbers of cells: the UNet's ways down and up remember them
+    if not config.data.buckets:  # bucket sides may be odd in latents: the UNet upsamples to its skip connections' sizes
         build.check_resolution(config, model.vae.downscale * model.unet.cfg.downscale, "UNet")
     parameters = sum(p.numel() for p in model.unet.parameters())
     return f"{config.model.base}, UNet {parameters:,} parameters, VAE factor {model.vae.scaling_factor:g}"
@@ -114,7 +114,7 @@ def _validation(config: Config, model: Model, epoch: list[int]) -> str:
 
 
 def _room(config: Config, models: list[Model]) -> str:
-    """Disk for the checkpoints that can exist at once - fp32 weights, state tensors, averages - and for what is exported."""
+    """Check the disk space for the exports and all checkpoints that can exist at once (fp32 weights, optimizer state, EMA)."""
     folder = Path(config.run).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -126,7 +126,7 @@ def _room(config: Config, models: list[Model]) -> str:
     size = {part: sum(p.numel() for p in module.parameters()) * 4 for part, module in modules.items()}
     each = [0]
     for stage in config.stage:
-        with suppress(UserError):  # what is wrong with a stage has been said
+        with suppress(UserError):  # `_stage` has reported it
             trained = selected(model, stage.train, "train")
             slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
             own = sum(size[part] for part in changed_parts(trained)) + 4 * slots * size_of(model, trained)

@@ -1,4 +1,4 @@
-"""`fastsd convert` - a model as another tool wants it: a diffusers folder, one file, LoRA by any names."""
+"""`fastsd convert`: write a model as a diffusers folder, a single file, or a LoRA with kohya or PEFT names."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from fastsd.storage import TensorFile, new_folder
 
 @dataclass(frozen=True)
 class Options:
-    """How `convert` reads and writes; each is an option of the command line.
+    """Settings of `convert`. Each is an option of the command line.
 
     Attributes:
-        dtype: fp32, fp16 or bf16; "" = as it is.
-        ema: the averaged weights.
-        fold: single file: fold a scaling factor other than 0.18215 into the VAE.
-        variant, shard: diffusers folder: a word in the weights' names; GB of a file above which another begins, 0 = one a part.
+        dtype: fp32, fp16 or bf16; "" = unchanged.
+        ema: write the averaged (EMA) weights.
+        fold: for a single file: fold a scaling factor other than 0.18215 into the VAE.
+        variant: for a diffusers folder: a word in the names of the weight files, such as fp16.
+        shard: for a diffusers folder: GB above which a weight file is split; 0 = one file a component.
         vae, vae_scaling_factor, tokenizer, revision: as in `[model]` of a config.
     """
 
@@ -44,17 +45,16 @@ class Options:
 
 
 def convert(name: str, out: Path, to: str = "", options: Options | None = None, say: Callable[[str], None] = print) -> None:
-    """Write a model to `out` in another form, and say what was found and what was ignored.
+    """Write a model to `out` in another format, and print what was found and what was ignored.
 
-    A block of a tensor is in memory at a time; but averages of a run, and adapters that are to be merged, take a whole model.
+    Only one block of a tensor is in memory at a time. Two cases load a whole model: the EMA of a run, and merging adapters.
 
     Args:
-        name: a diffusers folder, hub id, single file (`.ckpt` and `.bin`, too), LoRA file, run or checkpoint.
-        to: diffusers, single-file, lora-kohya or lora-peft; "" = what the ending of `out` says.
+        name: a diffusers folder, hub id, single file (also `.ckpt` and `.bin`), LoRA file, run or checkpoint.
+        to: diffusers, single-file, lora-kohya or lora-peft; "" = guessed from the ending of `out` and from `name`.
 
     Raises:
-        UserError: a model that is damaged or of another family, or an `out` that is there or cannot be written. Nothing is
-            left of `out` then.
+        UserError: the model is damaged or of another family, or `out` exists or cannot be written. No partial `out` is left.
     """
     options = options or Options()
     to = to or _guess(name, out)
@@ -108,7 +108,7 @@ def _write(
 
 
 def _told(name: str, source: Source, options: Options) -> tuple[Summary | None, Path | None]:
-    """What is known of the model's making, and the picture of its samples: of a run, or what lies in the folder or the file."""
+    """Find the training summary and the sample grid of a model: those of the run, or those stored with the model."""
     run = Path(name) if (Path(name) / "checkpoints").is_dir() else None
     if run:
         trained = summarize(run, source.place, "ema" if options.ema else "raw")
@@ -119,7 +119,7 @@ def _told(name: str, source: Source, options: Options) -> tuple[Summary | None, 
 
 
 def _source(name: str, options: Options) -> Source:
-    """The model that is converted, of a run that of its newest checkpoint, with the VAE that is named in place of its own."""
+    """Open the model to convert (of a run its newest checkpoint), with its VAE replaced by `--vae` if that is given."""
     base = model_named(name)
     made_here = (Path(base) / MADE_BY).is_file() or (options.ema and Path(base).is_dir())
     source = open_source(
@@ -145,7 +145,7 @@ def _source(name: str, options: Options) -> Source:
 
 
 def _in_memory(checkpoint: Path, source: Source, ema: bool) -> dict[str, Part]:
-    """The parts of a checkpoint that its weights' files do not have: averages, and weights with adapters merged into them."""
+    """Build the components that a checkpoint's weight files do not hold: EMA weights, and weights with merged adapters."""
     averages = averages_of(checkpoint) if ema else {}
     if ema and not averages:
         raise UserError(f"{checkpoint}: has no averaged (EMA) weights; leave --ema out")
@@ -157,7 +157,7 @@ def _in_memory(checkpoint: Path, source: Source, ema: bool) -> dict[str, Part]:
 
 
 def _lora_file(name: str, ema: bool) -> Path:
-    """The adapters that are converted: a file, peft's folder, or those of a run's newest checkpoint."""
+    """Find the adapters to convert: a file, a PEFT folder, or those of a run's newest checkpoint."""
     path = Path(model_named(name))
     if ema:
         averaged = Path(name) / "lora-ema.safetensors"

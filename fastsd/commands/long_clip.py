@@ -1,4 +1,4 @@
-"""`fastsd long-clip` - a model whose text encoder reads 248 tokens at once instead of 77."""
+"""`fastsd long-clip`: stretch a model's text encoder to read 248 tokens at once instead of 77."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastsd.model.formats.load import load_model, part_state_dict, write_part, w
 from fastsd.model.text_encoder import stretch
 from fastsd.storage import new_folder, write_text
 
-KEPT = 20  # positions that stay as they are: nearly all that CLIP has learned from its short captions
+KEPT = 20  # first positions, which do not change: they hold nearly all that CLIP has learned from its short captions
 
 
 def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", say: Callable[[str], None] = print) -> None:
-    """Write the base to `out` as a diffusers folder, its table of positions stretched to `tokens`.
+    """Write `base` to `out` as a diffusers folder, with its position embeddings stretched to `tokens`.
 
     Raises:
-        UserError: a base that does not load, an `out` that is there, or no more tokens than the encoder has.
+        UserError: the base does not load, `out` exists, or `tokens` is not more than the encoder has.
     """
     if out.exists():
         raise UserError(f"OUT is {str(out)!r}, which exists; name a new folder")

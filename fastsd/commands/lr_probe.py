@@ -1,9 +1,9 @@
-"""`fastsd lr-probe` - a short D-Lion run that ends in a learning rate for Lion.
+"""`fastsd lr-probe`: a short D-Lion run that finds a learning rate for Lion.
 
-D-Lion's step is d lr sign(...), Lion's lr sign(...); d rises from d0 until the distance it estimates is that to a solution,
-and then stays. The two signs differ: Lion's is of a gradient averaged over a hundred steps, while D-Lion's momentum is scaled
-by d lr beside a gradient that is not, so that its sign is nearly that of each gradient alone. Lion's steps point the same way
-for longer, and a third of the size does; `bench/lr_probe.py` has how near that comes to the best of a sweep.
+D-Lion's step is d lr sign(...), Lion's is lr sign(...). d rises from d0 until it estimates the distance to a solution, and then
+stays. The two signs differ: Lion takes the sign of a gradient averaged over a hundred steps. D-Lion scales its momentum by
+d lr but not the gradient it adds, so its sign is nearly that of each gradient alone. Lion's steps keep their direction for
+longer, and a third of the step size suffices. `bench/lr_probe.py` shows how near that comes to the best of a sweep.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from fastsd.config.stages import PARTS
 from fastsd.errors import UserError
 from fastsd.run.loop import train
 
-SHARE = 1 / 3  # Lion's lr of D-Lion's d lr
-LAST, FLAT = 4, 1.02  # a plateau: in the last of so many parts of the run d lr has grown by no more than this factor
+SHARE = 1 / 3  # Lion's lr divided by D-Lion's d lr
+LAST, FLAT = 4, 1.02  # a plateau: over the last 1 / LAST of the run, d lr has grown by at most the factor FLAT
 ROWS = 100
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the log of a probe says of one part.
+    """Result of a probe for one component, read from the log.
 
     Attributes:
         plateau: d lr at the end.
-        growth: by what factor it grew in the last quarter.
-        left: whether d ever left d0.
+        growth: factor by which it grew in the last quarter.
+        left: True if d has left d0.
     """
 
     part: str
@@ -52,19 +52,19 @@ class Probe:
 
 
 def lr_probe(config: Config, steps: int, stage: str = "", console: Console | None = None) -> list[Probe]:
-    """Train one stage of a config for `steps` with D-Lion, in RUN/lr-probe, and say what Lion should have.
+    """Train one stage of a config for `steps` with D-Lion in RUN/lr-probe, and print the learning rate for Lion.
 
     Args:
-        stage: its name; "" = the first.
+        stage: name of the stage; "" = the first.
 
     Raises:
-        UserError: no such stage, or whatever stops a training.
+        UserError: there is no such stage, or the training fails.
     """
     console = console or Console()
     probing = _probing(config, steps, stage)
     folder = Path(probing.run)
     train(probing, console, export=False)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the next probe begins anew
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the next probe must not resume this one
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     found = [_read(part, i, rows, probing.stage[0].d0) for i, part in enumerate(_parts(rows))]
     for probe in found:
@@ -96,7 +96,7 @@ def _probing(config: Config, steps: int, stage: str) -> Config:
 
 
 def _parts(rows: list[dict[str, Any]]) -> list[str]:
-    """The parts that a log has a d of; the first one's is called "d", and needs no name if it is the only one."""
+    """Return the components that have a d in the log. The first one's key is "d"; a single component needs no name."""
     return list(PARTS) if any(key.startswith("d_") for key in rows[0]) else [""]
 
 

@@ -1,4 +1,4 @@
-"""Progress of a long command: a live line on a terminal, else one every few seconds."""
+"""Progress of a long command: a live line on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN_SECONDS = 10  # between progress lines when the output is not a terminal
 
 @contextmanager
 def progress(console: Console) -> Iterator[build.Report]:
-    """What shows how far a long work is: a live line on a terminal, else one every few seconds."""
+    """Yield a callback that shows progress: a live line on a terminal, otherwise a line every few seconds."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(), console=console, disable=not console.is_terminal,

@@ -1,11 +1,13 @@
-"""`fastsd redraw` - a data set made by a model: what it draws from another one's captions, or from its images.
+"""`fastsd redraw`: a data set that a model generates from the captions or images of another data set.
 
-    OUT/redraw.json                  which model, images, settings and start; written first
+    OUT/redraw.json                  the model, images, settings and start; written first
     OUT/00000012.png 00000012.txt    number 12 of the cached images, and its first caption
 
-Three ways, by where an image starts: from pure noise; from its latent, noised to a timestep; from its latent as it is, which
-is only decoded (timestep 0).  Noise is a function of (seed, number).  Batches are the same however many of their images are
-asked for or there already, so a set has the same bits whether it was made at once, piece by piece, or after interruptions.
+An image starts in one of three ways: from pure noise; from its latent, noised to a timestep; or from its unchanged latent,
+which is only decoded (timestep 0).
+
+Noise is a function of (seed, number).  Batches do not depend on how many of their images are requested or already exist.
+A data set therefore has the same bits if it is made at once, piece by piece, or after interruptions.
 
 Shapes: B images of one size, C latent channels, H x W latent positions.
 """
@@ -47,7 +49,7 @@ from fastsd.train.precision import choose_device, set_precision
 from fastsd_kernels import noise
 
 SAID = "redraw.json"
-_OWN = 1 << 40  # added to a number: noise that a stochastic sampler adds on its own
+_OWN = 1 << 40  # added to an image's number: position of the noise that a stochastic sampler adds
 _SAMPLING = {"sampler", "steps", "guidance", "negative"}
 
 
@@ -55,19 +57,22 @@ def redraw(
     name: str, config: Config, out: Path, start: int | None = None, limit: int | None = None, precision: str = "fp32",
     device: str = "", console: Console | None = None,
 ) -> int:  # fmt: skip
-    """Draw the cached images of a config anew, into a folder that can be `data.folders` of another; how many were drawn now.
+    """Redraw the cached images of a config into a folder that another config can use in `data.folders`.
 
     Args:
-        name: MODEL - diffusers folder, hub id, single file, a run (its newest checkpoint) or a checkpoint.
-        config: its images, filter by tag, [sample] and seed; of its [model] what the model itself does not say.
-        start: the timestep to which latents are noised; 0 = they are only decoded; None = from pure noise.
-        limit: only the first so many images; None = all.
+        name: a diffusers folder, hub id, single file, run (its newest checkpoint) or checkpoint.
+        config: gives the images, tag filter, [sample] and seed, and those [model] settings that the model does not store.
+        start: timestep to which latents are noised; 0 = only decode them; None = start from pure noise.
+        limit: number of images to draw, from the first on; None = all.
         device: "" = the config's.
 
+    Returns:
+        The number of images drawn in this call.
+
     Raises:
-        UserError: a model that does not load, a start that its noise schedule does not have, no latents, or an `out` that is
+        UserError: the model does not load, its noise schedule does not have `start`, there are no latents, or `out` is
             something else, was made with other settings or cannot be written.
-        Stopped: by Ctrl-C; what was drawn is kept.
+        Stopped: by Ctrl-C. The images drawn so far remain.
     """
     console, began = console or Console(), time.perf_counter()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -95,17 +100,17 @@ def redraw(
 
 
 def _table(base: str, table: ModelTable) -> ModelTable:
-    """What loads the model as it is, with its own VAE: how captions are read, and what a file does not say, is the config's."""
+    """Describe the model with its own VAE. Caption settings, and all a single file does not store, are the config's."""
     if not Path(base).is_file():
         revision = table.revision if base == table.base else ""
         return ModelTable(base=base, revision=revision, clip_skip=table.clip_skip, chunks=table.chunks)
-    factor = None if table.vae else table.vae_scaling_factor  # of the config's VAE, which may be another
+    factor = None if table.vae else table.vae_scaling_factor  # it belongs to model.vae, which may be another VAE
     own = {"base": base, "vae": "", "vae_scaling_factor": factor, "tokenizer": table.tokenizer or table.base, "lora": None}
     return table.model_copy(update=own)
 
 
 def _load(table: ModelTable, config: Config, start: int | None, precision: str, device: str) -> tuple[Model | None, Vae]:
-    """The model, where one draws, and the VAE that decodes."""
+    """Load the model (None if latents are only decoded) and the VAE that decodes."""
     if start == 0:
         set_precision(precision)
         return None, load_vae(table).to(choose_device(device), torch.float32)
@@ -119,7 +124,7 @@ def _load(table: ModelTable, config: Config, start: int | None, precision: str, 
 
 
 def _any_latents(table: ModelTable, config: Config, vae: Vae) -> LatentCache:
-    """The latents of the config, for their captions and sizes alone: of whatever VAE."""
+    """Open the config's latents, which may be from any VAE: only their captions and sizes are used."""
     latents = LatentCache.open(config.cache.dir, view_name(config, load_vae(config.model).hash))
     if latents.meta.downscale != vae.downscale:
         raise UserError(
@@ -130,7 +135,7 @@ def _any_latents(table: ModelTable, config: Config, vae: Vae) -> LatentCache:
 
 
 def _said(table: ModelTable, config: Config, latents: LatentCache, start: int | None, precision: str) -> dict[str, Any]:
-    """All that decides what a set is but how many of its images are there."""
+    """Collect everything that determines a data set, except the number of its images that exist."""
     base = os.path.abspath(table.base) if os.path.exists(table.base) else table.base
     return {
         **table.model_dump(exclude={"lora"}), "base": base, "precision": precision, "start": start,
@@ -140,7 +145,7 @@ def _said(table: ModelTable, config: Config, latents: LatentCache, start: int | 
 
 
 def _claim(out: Path, said: dict[str, Any]) -> None:
-    """Say in `out` what it is going to be. Raises UserError: it is something else already."""
+    """Record in `out` what it will contain. Raises UserError if it already contains something else."""
     path = out / SAID
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(not name.startswith(TEMPORARY) for name in os.listdir(out))):
@@ -159,7 +164,7 @@ def _claim(out: Path, said: dict[str, Any]) -> None:
 
 
 def _batches(latents: LatentCache, selected: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Numbers of images of one size."""
+    """Yield batches of numbers of images that have one size."""
     for group in latents.groups:
         numbers = np.arange(group.first, group.first + group.count)
         if selected is not None:
@@ -169,7 +174,7 @@ def _batches(latents: LatentCache, selected: np.ndarray | None) -> Iterator[np.n
 
 @dataclass(frozen=True)
 class _Work:
-    """What draws. `model` None: nothing does, latents are decoded."""
+    """Draws images. If `model` is None, it only decodes latents."""
 
     config: Config
     latents: LatentCache
@@ -178,7 +183,7 @@ class _Work:
     start: int | None
 
     def make(self, out: Path, batches: Iterator[np.ndarray], wanted: int, report: Report) -> int:
-        """Draw those of the first `wanted` images that are not there; their number."""
+        """Draw those of the first `wanted` images that do not exist yet, and return how many were drawn."""
         began, done, made = time.perf_counter(), 0, 0
         for numbers_B in batches:
             names = [f"{number:08d}" for number in numbers_B[: wanted - done].tolist()]
@@ -199,7 +204,7 @@ class _Work:
         return made
 
     def draw(self, numbers_B: np.ndarray, captions: list[str]) -> Tensor:
-        """Images (B, 3, 8 H, 8 W) in [-1, 1]."""
+        """Return images (B, 3, 8 H, 8 W) in [-1, 1]."""
         latents_BCHW = self.vae.scale(self.latents.get(numbers_B)["latents"].to(self.vae.device).float())
         if self.model is None:
             return self.vae.decode(latents_BCHW)

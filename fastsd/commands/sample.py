@@ -1,4 +1,4 @@
-"""`fastsd sample`: images from any model, and their grid."""
+"""`fastsd sample`: generate images with any model, and a grid of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Options = TypeVar("Options", ModelTable, SampleTable)
 
 
 def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precision: str, device: str) -> None:
-    """`fastsd sample`: load a model, draw, write OUT/NNN-seed.png and OUT/grid.png. Raises UserError."""
+    """Load a model, generate images, and write OUT/NNN-seed.png and OUT/grid.png. Raises UserError."""
     table = _from_options(SampleTable, settings)
     prompts = read_prompts(table)
     if not prompts:
@@ -35,7 +35,7 @@ def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precisio
 
 
 def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:
-    """A config table from command line options. Raises UserError naming the option."""
+    """Build a config table from command line options. Raises UserError naming the option."""
     try:
         return table.model_validate(settings)
     except ValidationError as error:

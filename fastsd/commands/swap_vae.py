@@ -1,12 +1,12 @@
-"""`fastsd swap-vae` - a base model with another VAE in place, its edges brought to the new latents by images.
+"""`fastsd swap-vae`: replace a base model's VAE and, given images, align its edge layers to the new latents.
 
     OUT/             a diffusers folder: the base's UNet and text encoder, the new VAE
-    OUT/swap.json    how it was made: the fits, their maps, R^2 and losses; in words on the card, README.md
+    OUT/swap.json    how it was made: the fits, their maps, R^2 and losses; the model card README.md describes it in words
 
-The mathematics is in `fastsd/model/align.py`. Images are drawn from all of the folder by --seed; a quarter of them takes no
-part in the fits and measures them, by what training will minimise: the mean square error of the UNet's prediction, with the
-images' captions, at a timestep of each of `STRATA` equal parts of the schedule. Timesteps and noise are a function of (seed,
-number of the image, part), so that all fits see the same.
+The mathematics is in `fastsd/model/align.py`. --seed selects images from the whole folder. A quarter of them are left out of
+the fits and measure them by the loss that training will minimise: the mean square error of the UNet's prediction, with the
+images' captions, at one timestep of each of `STRATA` equal strata of the schedule. Timesteps and noise are a function of
+(seed, number of the image, stratum), so all fits see the same.
 
 Shapes: N images, B of them in a forward, C latent channels of the base, D of the new VAE, S strata of timesteps.
 """
@@ -48,9 +48,9 @@ from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set
 from fastsd_kernels.noise import Purpose, permutation, philox
 
 FITS = ("plain", "orthogonal", "affine", "kernel")
-FEWEST, SHARE = 8, 4  # images that a fit needs; of so many one measures
+FEWEST, SHARE = 8, 4  # images that a fit needs; one image in SHARE measures
 STRATA, BATCH = 10, 8
-_WHICH = 1 << 40  # a position that no image has: which images are taken
+_WHICH = 1 << 40  # a position that no image has, for the permutation that selects images
 
 
 def swap_vae(
@@ -58,18 +58,19 @@ def swap_vae(
     vae_scaling_factor: float | None = None, tokenizer: str = "", precision: str = "fp32", device: str = "auto", seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write `base` with `vae` in place to `out`; returns what swap.json says.
+    """Write `base` with `vae` in place of its own VAE to `out`, and return the contents of swap.json.
 
     Args:
         base, vae, tokenizer, vae_scaling_factor: as `model.base` and so on of a config.
-        images: a folder of images, with captions if they have some; None = the VAE is swapped and nothing else.
-        fit: one of `FITS`; "" = the one of the smallest loss, or plain without images.
-        limit: images to look at.
-        resolution: px a side that they are brought to; 0 = the UNet's own.
-        precision: of the UNet that is measured: fp32 or bf16. What is written is fp32.
+        images: a folder of images, with captions if they have some; None = only swap the VAE.
+        fit: one of `FITS`; "" = the one with the smallest loss, or plain without images.
+        limit: largest number of images to use.
+        resolution: px a side that images are resized and cropped to; 0 = the UNet's own.
+        precision: fp32 or bf16, of the UNet while it is measured. The output is fp32.
 
     Raises:
-        UserError: what does not load or fit together, images that are missing, unreadable or too few, an `out` that is there.
+        UserError: a model does not load, the two do not fit together, images are missing, unreadable or too few, or `out`
+            exists.
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -90,7 +91,7 @@ def swap_vae(
     new = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
     _check(model.vae, new, vae, aligning=bool(images))
     _say_changes(say, model, new)
-    kept = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # fp32, whatever is computed in
+    kept = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # fp32, for the output
     edges = align.edges_of(model.unet)
     said: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new.scaling_factor, "fit": "plain"}
     if images:
@@ -124,7 +125,7 @@ def swap_vae(
 
 
 def _told(said: Mapping[str, Any]) -> str:
-    """How the model was made, for its card."""
+    """Describe for the model card how the model was made."""
     plainly = "Only its VAE was replaced; it has to be trained before its pictures are right."
     if "fits" not in said:
         return plainly
@@ -137,7 +138,7 @@ def _told(said: Mapping[str, Any]) -> str:
 
 
 def _images(folder: Path) -> list[Source]:
-    """All that is found, what cannot be used included."""
+    """List all images of a folder, including those that cannot be used."""
     try:
         return list(folders.scan([FolderTable(path=str(folder))]))
     except UserError as error:
@@ -145,7 +146,7 @@ def _images(folder: Path) -> list[Source]:
 
 
 def _check(own: Vae, new: Vae, name: str, *, aligning: bool) -> None:
-    """Raise UserError for VAEs between which there is nothing to swap, or to align."""
+    """Raise UserError if the VAE is the base's own, or if its latents need no alignment or cannot be aligned."""
 
     def latents(vae: Vae) -> tuple[Any, ...]:
         return vae.hash, vae.scaling_factor, vae.shift_factor
@@ -177,13 +178,13 @@ def _say_changes(say: Callable[[str], None], model: Model, new: Vae) -> None:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Images by both VAEs, in the order drawn.
+    """Images encoded by both VAEs, in the order drawn.
 
     Attributes:
-        numbers_N: of the images in their folder: where their noise comes from.
-        x_NCHW, y_NDHW: scaled latents, fp32, on the CPU.
-        context_NLD: the text encoder's states.
-        put_aside: images that cannot be read, by the reason.
+        numbers_N: numbers of the images in their folder, which determine their noise.
+        x_NCHW, y_NDHW: scaled latents of the base's and of the new VAE, fp32, on the CPU.
+        context_NLD: text embeddings.
+        put_aside: number of rejected images by reason.
     """
 
     resolution: int
@@ -194,7 +195,7 @@ class _Pairs:
     put_aside: Counter[str]
 
     def part(self, *, measuring: bool) -> Tensor:
-        """Indices of the images that measure, or of those that are fitted to."""
+        """Return the indices of the images that measure, or of those used for the fits."""
         index_N = torch.arange(len(self.numbers_N))
         return index_N[(index_N % SHARE == 0) == measuring]
 
@@ -207,7 +208,7 @@ class _Pairs:
 def _encoded(
     model: Model, new: Vae, found: Sequence[Source], limit: int, seed: int, resolution: int, report: Report
 ) -> _Pairs:  # fmt: skip
-    """Raises UserError: a resolution that the model cannot have, or too few images."""
+    """Encode images and captions. Raises UserError for a resolution that the model cannot have, or too few images."""
     device, own, began = new.device, model.vae, time.perf_counter()
     own.to(device, torch.float32)
     model.text.module.to(device)
@@ -248,7 +249,7 @@ def _encoded(
 
 
 def _read(source: Source, buckets: Buckets) -> tuple[Tensor, str]:
-    """Pixels uint8 (3, R, R), and the caption, "" without one. Raises Rejected."""
+    """Return the pixels, uint8 (3, R, R), and the caption, "" without one. Raises Rejected."""
     if source.problem:
         raise Rejected(source.problem)
     data, captions = folders.read_bytes(source), folders.captions_of(source)
@@ -257,7 +258,7 @@ def _read(source: Source, buckets: Buckets) -> tuple[Tensor, str]:
 
 @dataclass
 class _Measured:
-    """A fit as it came out: R^2 a channel of the base ([] of the base itself), {"loss", "se"}, {"A", "c"} where it has them."""
+    """A measured fit: R^2 a channel of the base ([] for the base itself), {"loss", "se"}, and {"A", "c"} if it has them."""
 
     edges: align.Edges
     r2: list[float] = field(default_factory=list)
@@ -266,10 +267,10 @@ class _Measured:
 
 
 class _Alignment:
-    """Fits and measures.
+    """Computes the fits and measures them.
 
     Args:
-        model: its UNet on its device, in the precision to measure in.
+        model: a model with its UNet on its device, in the precision to measure in.
     """
 
     def __init__(self, model: Model, pairs: _Pairs, seed: int, report: Report) -> None:
@@ -281,7 +282,7 @@ class _Alignment:
 
     @torch.no_grad()
     def compare(self, edges: align.Edges) -> dict[str, _Measured]:
-        """The base with its own VAE ("own"), then each of `FITS`."""
+        """Measure the base with its own VAE ("own"), then each of `FITS`."""
         moments, unseen = (align.Pairs(self.pairs.x_NCHW[i], self.pairs.y_NDHW[i]) for i in (self.fitted, self.measuring))
         schedule = align.Schedule.of(self.abar_T, self.model.prediction)
         fits = {
@@ -302,7 +303,7 @@ class _Alignment:
         columns = edges["conv_out.weight"][0].numel() + len(edges["conv_out.weight"])
         moments = align.Moments(columns, self.model.unet.conv_in.weight.device)
         for features_BFHW, target_BDHW in self._forwards(self.fitted, self.pairs.y_NDHW):
-            for features_FHW, target_DHW in zip(features_BFHW, target_BDHW, strict=True):  # patches of one image in memory
+            for features_FHW, target_DHW in zip(features_BFHW, target_BDHW, strict=True):  # only one image's patches in memory
                 moments.add(torch.cat([align.patches(features_FHW[None]), target_DHW.flatten(1).T], dim=1))
         return align.refit_last(edges, moments)
 
@@ -317,7 +318,7 @@ class _Alignment:
         return {"loss": found["loss"], "se": found["se"]}
 
     def _forwards(self, index_N: Tensor, latents_NCHW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(What the UNet returns, target), fp32, of each batch and in it of each part of the timesteps."""
+        """Yield (UNet output, target), fp32, for each batch and, within it, each timestep stratum."""
         unet, prediction = self.model.unet, self.model.prediction
         device = unet.conv_in.weight.device
         tables = self.abar_T.sqrt().to(device), (1 - self.abar_T).sqrt().to(device)
@@ -336,12 +337,12 @@ class _Alignment:
             self.report(Progress("measure", self.done, self.total, speed))
 
     def _edges(self) -> list[int]:
-        """The timesteps where the parts begin, and the end."""
+        """Return the first timestep of each stratum, and the end."""
         return [part * len(self.abar_T) // STRATA for part in range(STRATA + 1)]
 
 
 def _reasons(put_aside: Mapping[str, int]) -> str:
-    """The commonest ones: some tell a place in a file, so there may be as many as files."""
+    """Return the most common reasons. Some include a position in a file, so there may be as many reasons as files."""
     return "; ".join(f"{count} x {reason}" for reason, count in Counter(put_aside).most_common(3))
 
 

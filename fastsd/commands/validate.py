@@ -1,4 +1,4 @@
-"""`fastsd validate` - the loss of any model on the images that a config measures."""
+"""`fastsd validate`: measure the loss of any model on the validation images of a config."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from fastsd.train.trainable import computed
 
 
 def validate(name: str, config: Config, json_file: Path | None = None, console: Console | None = None) -> list[Row]:
-    """Measure a model on the sets of a config, in the precision of its last stage, and print a table.
+    """Measure a model on the validation sets of a config, in the precision of its last stage, and print a table.
 
-    A run's checkpoint comes out, to the last bit, as the run itself has measured it in that precision.
+    For a run's checkpoint the result equals, to the last bit, what the run itself measured in that precision.
 
     Args:
-        name: MODEL - diffusers folder, hub id, single file, a run (its newest checkpoint) or a checkpoint. The config's own
-            base is measured as a run begins with it, any other model with the VAE that it has.
-        config: its data, cache and [validate]; of its [model] what the model itself does not say.
-        json_file: where the rows go, too.
+        name: a diffusers folder, hub id, single file, run (its newest checkpoint) or checkpoint. The config's own base is
+            measured with the config's VAE, as at the start of a run; any other model with its own VAE.
+        config: gives data, cache and [validate], and those [model] settings that the model does not store.
+        json_file: a file to write the rows to as well.
 
     Raises:
-        UserError: the config measures nothing, there are no latents of the model's VAE, or what `load_model` raises.
+        UserError: the config measures nothing, there are no latents of the model's VAE, the folder of `json_file` does not
+            exist, or `load_model` fails.
     """
     console, table = console or Console(), config.validate_
     if not (table.held_out or table.stabilised):
@@ -70,20 +71,20 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
 
 
 def _table(base: str, table: ModelTable) -> ModelTable:
-    """What loads the model: the config's base as the config says, others with their own VAE. A folder says all but how captions
-    are read; a file has no tokenizer, and does not say what it predicts or its VAE's factor."""
+    """Describe the model: the config's base as in the config, any other with its own VAE. A folder stores all but the caption
+    settings. A file has no tokenizer, and stores neither its prediction type nor its VAE's scaling factor."""
     if base == table.base:
         return table
     own: dict[str, Any] = {"base": base, "vae": "", "revision": ""}
     if Path(base).is_file():
-        factor = None if table.vae else table.vae_scaling_factor  # of the config's VAE, which may be another
+        factor = None if table.vae else table.vae_scaling_factor  # it belongs to model.vae, which may be another VAE
         return table.model_copy(update=own | {"tokenizer": table.tokenizer or table.base, "vae_scaling_factor": factor})
     return table.model_copy(update=own | {"tokenizer": "", "prediction": "", "zero_snr": None, "vae_scaling_factor": None})
 
 
 @contextmanager
 def latents_of(base: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
-    """The latents of a config's images by the VAE of a model. Raises UserError: there are none."""
+    """Open the latents of a config's images by a model's VAE. Raises UserError if there are none."""
     view = view_name(config, vae.hash)
     if not (Path(config.cache.dir) / "views" / f"{view}.safetensors").is_file():
         raise UserError(
@@ -96,7 +97,7 @@ def latents_of(base: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
 
 @contextmanager
 def _states(config: Config, latents: LatentCache, model: Model, console: Console) -> Iterator[States | None]:
-    """The states that a run of the config would read, if they are this text encoder's."""
+    """Open the cached text embeddings that a run of the config would read, if this text encoder made them."""
     states = None
     if config.cache.hidden_states:
         try:
