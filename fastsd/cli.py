@@ -1,6 +1,5 @@
-"""The command line: parses arguments, calls a command, and prints a `UserError` as one sentence.
+"""The command line: parses arguments, calls a command (which imports torch), and prints a `UserError` as one sentence.
 
-Commands import torch themselves, so that `--help` stays fast.
 Exit codes: 0 done, 1 our fault (with a traceback), 2 the user must change something, 130 stopped by Ctrl-C.
 """
 

@@ -1,1 +1,1 @@
-"""Floor 8: pages over several runs, and the sweeps that make them."""
+"""Floor 8: pages that compare several runs, and the sweeps that train them."""

@@ -1,4 +1,4 @@
-"""The curves of `fastsd compare`. A run has one colour everywhere; images trained are the x of every curve."""
+"""Charts of `fastsd compare`. A run has the same colour in all of them; the x axis is the number of images trained."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastsd.compare.runs import RunData, column
 from fastsd.run.folder import Row
 
 WIDTH, DPI = 12.0, 150  # inches, dots per inch: 1800 px, sharp where a page shows 1200
-POINTS = 3000  # of a curve that are drawn
-BANDS = 10  # panels of timestep bands; more are averaged to so many
+POINTS = 3000  # of a curve, at most
+BANDS = 10  # panels of timestep bands, at most; neighbouring bands are averaged if there are more
 DASHES = ("-", "--", ":", "-.")
 INK = "#222222"
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """A curve of many points as one of `limit`, that looks the same: the lowest and highest of each stretch are kept."""
+    """Reduce a curve to about `limit` points that look the same: the lowest and the highest point of each stretch."""
     known = np.isfinite(y)
     x, y = x[known], y[known]
     if len(x) <= limit:
@@ -38,7 +38,7 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = POINTS) -> tuple[np.ndarray,
 
 
 def loss_chart(runs: Sequence[RunData]) -> Figure:
-    """Training loss, raw (faint) and smoothed, with the borders of stages."""
+    """Plot the training loss, raw (faint) and smoothed, with the borders of stages."""
     figure, (axes,) = _panels(1, 4.8)
     seen = []
     for run in runs:
@@ -57,7 +57,7 @@ def loss_chart(runs: Sequence[RunData]) -> Figure:
 
 
 def validation_chart(runs: Sequence[RunData]) -> Figure | None:
-    """Loss of the fixed sets with ± one standard error: a panel a set, dashed for averaged weights. None without any."""
+    """Plot the loss of each validation set ± one standard error, dashed for EMA weights. None if nothing was measured."""
     sets = list(dict.fromkeys(name for run in runs for name, _ in run.measured()))
     if not sets:
         return None
@@ -76,7 +76,7 @@ def validation_chart(runs: Sequence[RunData]) -> Figure | None:
 
 
 def band_chart(runs: Sequence[RunData]) -> Figure | None:
-    """A panel for each band of timesteps, of the first set that was measured; None without any."""
+    """Plot the loss of the first measured set in one panel for each timestep band. None if nothing was measured."""
     which = next((which for run in runs for which in run.measured()), None)
     curves = {run.label: [row for row in run.validated(which) if _bands(row)] for run in runs} if which else {}
     count = max((len(_bands(row)) for rows in curves.values() for row in rows), default=0)
@@ -98,7 +98,7 @@ def band_chart(runs: Sequence[RunData]) -> Figure | None:
 
 
 def rate_chart(runs: Sequence[RunData]) -> Figure:
-    """lr, and where D-Lion found one d and d*lr; a dash style for each trained part."""
+    """Plot lr and, for D-Lion, d and d*lr. Each trained component has its own dash style."""
     suffixes = list(dict.fromkeys(key[2:] for run in runs for row in run.log for key in row if key[:3] in ("lr", "lr_")))
     with_d = any(key[:2] in ("d", "d_") for run in runs for row in run.log for key in row)
     kinds: list[tuple[str, Callable[[RunData, str], np.ndarray]]] = [("lr", lambda run, part: run.logged(f"lr{part}"))]
@@ -121,7 +121,7 @@ def rate_chart(runs: Sequence[RunData]) -> Figure:
 
 
 def _bands(row: Row) -> list[list[float]]:
-    """[from, to, loss, se] of each band of a row; of many, neighbours together."""
+    """Return [from, to, loss, se] of each band of a row. More than `BANDS` bands are averaged with their neighbours."""
     bands: list[list[float]] = row.get("bands") or []
     size = -(-len(bands) // BANDS)
     if size < 2:
@@ -131,7 +131,7 @@ def _bands(row: Row) -> list[list[float]]:
 
 
 def _by_stage(axes: Axes, run: RunData, y: np.ndarray, **style: Any) -> None:
-    """A curve over images that is interrupted where a stage begins; a dot where it is one point."""
+    """Plot a curve over images, with a gap where a stage starts and a dot for a single point."""
     x, stages = run.logged("images"), run.stages()
     for rows in stages:
         points = thin(x[rows], y[rows], POINTS // len(stages))
@@ -165,7 +165,7 @@ def _panels(count: int, height: float, across: int | None = None) -> tuple[Figur
 
 
 def _borders(axes: Axes, runs: Sequence[RunData], names: bool = True) -> None:
-    """A line where a stage begins: grey where it is the same for all runs, else in the run's colour."""
+    """Draw a line where a stage starts: grey if all runs share the borders, otherwise in the run's colour."""
     each = [run.begun() for run in runs]
     shared = all(borders == each[0] for borders in each)
     for run, borders in zip(runs[:1] if shared else runs, each, strict=False):
@@ -186,11 +186,11 @@ def _log_if_wide(axes: Axes, values: np.ndarray) -> None:
 
 
 def _finish(figure: Figure, runs: Sequence[RunData], dashes: Sequence[tuple[str, str]] = ()) -> Figure:
-    """One legend for the whole figure, below it, with the runs' names and what dash styles mean."""
+    """Add one legend below the whole figure, with the runs' names and the meaning of dash styles."""
     handles = [Line2D([], [], color=run.colour, linewidth=2.4, label=run.label.replace("$", r"\$")) for run in runs]
     handles += [Line2D([], [], color="#555555", ls=dash, label=name) for name, dash in dashes]
     longest = max(len(str(handle.get_label())) for handle in handles)
     lines = -(-len(handles) // max(1, 150 // (longest + 8)))
-    across = -(-len(handles) // lines)  # the lines about equally long
+    across = -(-len(handles) // lines)  # makes all lines of the legend about equally long
     figure.legend(handles=handles, loc="outside lower center", ncols=across, frameon=False, fontsize=9)
     return figure

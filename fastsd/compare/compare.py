@@ -1,4 +1,4 @@
-"""`fastsd compare RUN ... --out report.html` - reads the runs, draws, and writes the page and its pictures."""
+"""`fastsd compare RUN ... --out report.html`: read runs, and write a page that compares them and its pictures."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from fastsd.errors import UserError
 from fastsd.run.settings import safe_name
 from fastsd.storage import new_folder, replace_file, write_text
 
-TABLES = "tables.json"  # the page's tables, for programs; a folder that holds it is a report's, and may be replaced
+TABLES = "tables.json"  # the page's tables, for programs; it marks a folder as a report's, which may be replaced
 
 
 def compare(
     folders: Sequence[Path], out: Path, baseline: str = "", drawing: Sequence[str] = (), *, from_checkpoints: bool = False,
     console: Console | None = None,
 ) -> None:  # fmt: skip
-    """Write `out`, and its pictures and animations into a folder beside it.
+    """Write the page `out`, and its pictures and animations into a folder beside it.
 
     Args:
-        folders: of runs.
-        out: the page, .html; an older one is replaced.
-        baseline: the run that others are measured against, by folder or by name; "" = the first.
-        drawing: `KEY=a,b,c` words: draw the baseline's prompts anew with these sampling settings.
-        from_checkpoints: draw from the checkpoints that the runs kept: the grids over training, and what `drawing` asks for.
+        folders: folders of runs.
+        out: the page, .html; an existing one is replaced.
+        baseline: the run that others are measured against, by folder or by label; "" = the first.
+        drawing: `KEY=a,b,c` words: draw the baseline's prompts again with these sampling settings.
+        from_checkpoints: draw from the runs' saved checkpoints: the grids over training, and the models of `drawing`.
 
     Raises:
-        UserError: a folder that is no run, a baseline that is not among them, a setting that cannot be drawn, a page that
-            cannot be written; nothing has been written then.
+        UserError: a folder is not a run, the baseline is not among the runs, a setting cannot be drawn, or the page cannot
+            be written. Nothing has been written then.
     """
     console = console or Console()
     runs = read_runs(folders)
@@ -62,7 +62,7 @@ def compare(
 
 
 class Report:
-    """A page in the making: sections in their order, pictures written to `folder` as they come."""
+    """A page under construction. Sections are added in order; pictures are written to `folder` at once."""
 
     def __init__(self, runs: Sequence[RunData], baseline: RunData, folder: Path, console: Console) -> None:
         self.runs, self.baseline, self.folder, self.console = runs, baseline, folder, console
@@ -72,7 +72,7 @@ class Report:
         self.names = {run.label: f"{i}-{safe_name(run.label)}" for i, run in enumerate(runs, 1)}
 
     def redraw(self) -> None:
-        """Grids from the checkpoints take the place of those drawn while training."""
+        """Replace the grids drawn during training by grids drawn from the checkpoints."""
         for run in self.runs:
             folder = self.folder / self.names[run.label]
             run.grids = draw.draw_checkpoints(run, self.baseline.config.sample, folder, self.console.print)
@@ -170,7 +170,7 @@ def _baseline(runs: Sequence[RunData], name: str) -> RunData:
 
 
 def _beside(out: Path) -> Path:
-    """The folder of a page's pictures. Raises UserError where page or folder would take the place of something else."""
+    """Return the folder for a page's pictures. Raises UserError if the page or the folder would replace something else."""
     folder = out.with_suffix("")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out is {str(out)!r}; give a file that ends in .html")

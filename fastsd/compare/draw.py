@@ -1,4 +1,4 @@
-"""Pictures that compare draws itself - finished models or checkpoints, with other sampling settings."""
+"""Pictures that `compare` draws itself, from finished models or checkpoints with other sampling settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = ("clip_skip", "guidance", "negative", "sampler", "seed", "size", "steps")
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to sample. `clip_skip` None: each run's own."""
+    """One way to sample. If `clip_skip` is None, each run's own value applies."""
 
     label: str
     table: SampleTable
@@ -35,7 +35,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Source:
-    """A model to sample: a run's finished one, or one of its checkpoints."""
+    """A model to sample: a run's finished model, or one of its checkpoints."""
 
     label: str
     run: RunData
@@ -48,10 +48,10 @@ class Source:
 
 
 def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
-    """The combinations of `--draw KEY=a,b,c` words; what they leave open is as in the baseline's [sample].
+    """Return the combinations of `--draw KEY=a,b,c` words. All other settings are those of the baseline's [sample].
 
     Raises:
-        UserError: a key that sampling does not have, a value that it cannot take, no prompts.
+        UserError: a key is not a sampling setting, a value is not valid, or there are no prompts.
     """
     config, settings = baseline.config, []
     if not read_prompts(config.sample):
@@ -74,14 +74,14 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
 
 
 def finished_models(runs: Sequence[RunData]) -> list[Source]:
-    """RUN/model of each run, else its newest checkpoint. Raises UserError if a run has neither."""
+    """Return RUN/model of each run, or its newest checkpoint if it is unfinished. Raises UserError if a run has neither."""
     return [
         Source(run.label, run, run.folder / "model" if run.finished else sources_of(run)[-1].folder) for run in runs
     ]  # fmt: skip
 
 
 def sources_of(run: RunData) -> list[Source]:
-    """A run's checkpoints, oldest first. Raises UserError if it has none."""
+    """Return a run's checkpoints, oldest first. Raises UserError if it has none."""
     found = checkpoints(run.folder / "checkpoints")
     if not found:
         raise UserError(f"{run.folder} has no checkpoint to draw from; leave it out, or wait for one")
@@ -89,7 +89,7 @@ def sources_of(run: RunData) -> list[Source]:
 
 
 def draw_settings(sources: Sequence[Source], settings: Sequence[Setting]) -> Iterator[tuple[str, Image.Image]]:
-    """For each prompt (prompt, a sheet of models x settings at one seed)."""
+    """Yield for each prompt (prompt, sheet of models x settings at one seed)."""
     prompts = read_prompts(settings[0].table)
     drawn = [_draw(source, settings, prompts) for source in sources]
     for p, prompt in enumerate(prompts):
@@ -98,7 +98,7 @@ def draw_settings(sources: Sequence[Source], settings: Sequence[Setting]) -> Ite
 
 
 def _draw(source: Source, settings: Sequence[Setting], prompts: list[str]) -> list[list[Image.Image]]:
-    """By setting and prompt. The model is loaded once for each clip skip, which belongs to it."""
+    """Return images by setting and prompt. The model is loaded once for each clip skip, which is a setting of the model."""
     images: dict[int, list[Image.Image]] = {}
     for clip_skip in dict.fromkeys(setting.clip_skip for setting in settings):
         model = source.load(clip_skip)
@@ -111,7 +111,7 @@ def _draw(source: Source, settings: Sequence[Setting], prompts: list[str]) -> li
 
 
 def draw_checkpoints(run: RunData, table: SampleTable, folder: Path, say: Callable[[str], None]) -> list[Grid]:
-    """The grid of `table` from each checkpoint that a run has kept, as `folder`/STAGE-STEP.png."""
+    """Draw the grid of `table` from each saved checkpoint of a run, as `folder`/STAGE-STEP.png."""
     folder.mkdir(parents=True)
     stages = run.begun("step")
     for source in sources_of(run):

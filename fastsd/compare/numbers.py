@@ -1,4 +1,4 @@
-"""What is told of runs in numbers - as tables of words, for the page to lay out."""
+"""Tables of numbers about runs, as text that the page lays out."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fastsd.run.report import duration
 from fastsd.run.settings import ABSENT, differences
 
 SEEN = {"order": "images in the same order", "timesteps": "same timesteps", "noise": "same noise"}
-PER = 1000  # images that a slope is told for
-LEAST = 3  # points of a fit
+PER = 1000  # images that a slope refers to
+LEAST = 3  # points of a fit, at least
 
 
-Words = list[str | RunData]  # a run stands for its name in its colour
+Words = list[str | RunData]  # a run is shown as its label in its colour
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of words under a head, with a note on how to read them."""
+    """Rows of text under a head, with a note on how to read them."""
 
     title: str
     note: str
@@ -43,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Pixels:
-    """How far pictures of equal prompt and seed lie apart: mean |difference| of 255, PSNR in dB, how many there were."""
+    """Distance between pictures of equal prompt and seed: mean |difference| of 255, PSNR in dB, number of pictures."""
 
     mean: float
     psnr: float
@@ -51,7 +51,7 @@ class Pixels:
 
 
 def fit(x: np.ndarray, y: np.ndarray) -> Line | None:
-    """The line through points; None where all x are one."""
+    """Fit a line through points. Return None if there are fewer than two different x."""
     off = x - x.mean() if len(x) else x
     if len(x) < 2 or not off.any():
         return None
@@ -63,7 +63,7 @@ def fit(x: np.ndarray, y: np.ndarray) -> Line | None:
 
 
 def ends(x: np.ndarray, y: np.ndarray) -> tuple[Line | None, Line | None]:
-    """Lines through the first and the last fifth of the finite points, of three points at the least."""
+    """Fit a line to the first and one to the last fifth of the finite points, each to three points at least."""
     finite = np.isfinite(y)
     x, y = x[finite], y[finite]
     count = max(len(x) // 5, LEAST)
@@ -92,7 +92,7 @@ def settings(runs: Sequence[RunData]) -> Table:
 
 
 def trends(runs: Sequence[RunData]) -> Table:
-    """Start, end and slopes of the training loss and of every kind of validation loss."""
+    """Build the table of start, end and slopes of the training loss and of every kind of validation loss."""
     rows: list[Words] = []
     for run in runs:
         first, last = ends(run.logged("images"), run.logged("loss"))
@@ -113,7 +113,7 @@ def trends(runs: Sequence[RunData]) -> Table:
 
 
 def agreement(runs: Sequence[RunData], baseline: RunData) -> Table:
-    """Whether each run saw what the baseline saw, by the hashes in the rows of equal step."""
+    """Compare the data that each run saw with the baseline's, by the hashes in the rows of equal step."""
     rows: list[Words] = []
     theirs = {row["step"]: row for row in baseline.log}
     for run in runs:
@@ -135,7 +135,7 @@ def _agree(common: Sequence[tuple[Any, Any]], key: str) -> str:
 
 
 def against(runs: Sequence[RunData], baseline: RunData, pixels: Mapping[str, Pixels]) -> Table:
-    """Each run less the baseline, at their ends; `pixels` by a run's label."""
+    """Build the table of each run minus the baseline, at their ends. `pixels` is keyed by a run's label."""
     measured = [which for which in _measured(runs) if baseline.validated(which)]
     rows: list[Words] = []
     for run in runs:
@@ -186,14 +186,14 @@ def _time_and_memory(run: RunData, stages: Sequence[Any]) -> tuple[str, str]:
 
 
 def _speed(run: RunData) -> float:
-    """Images a second, the median over the run's log rows."""
+    """Return images a second, the median over the run's log rows."""
     rates = column(run.timing, "images_per_second")
     rates = rates[np.isfinite(rates)]
     return float(np.median(rates)) if len(rates) else math.nan
 
 
 def called(which: tuple[str, str]) -> str:
-    """(set, weights) of a validation as a person says it."""
+    """Return the display name of a validation, given as (set, weights)."""
     name, weights = which
     return f"{name.replace('_', '-')}{'' if weights == 'raw' else f' {weights.upper()}'}"
 

@@ -1,4 +1,4 @@
-"""The page of `fastsd compare` - one HTML file with everything in it, which needs no network."""
+"""The page of `fastsd compare`: one self-contained HTML file, which needs no network."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastsd.compare.numbers import Table
 from fastsd.compare.runs import RunData
 from fastsd.run.folder import Grid
 
-LONG = 44  # letters of a table's cell that stays on one line
+LONG = 44  # letters of the longest table cell that stays on one line
 Frames = Sequence[tuple[Grid, Image.Image]]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence on how to read what follows, and HTML."""
+    """A heading, a sentence on how to read the section, and its HTML."""
 
     title: str
     note: str
@@ -50,14 +50,14 @@ def table_section(table: Table) -> Section:
 
 
 def picture(image: Image.Image, said: str, caption: str | RunData = "", *, lossless: bool = False) -> str:
-    """A picture with the text that stands for it. `lossless` suits charts, the rest is for photographs."""
+    """Return the HTML of a picture with the alternative text `said`. `lossless` suits charts, lossy suits photographs."""
     text = f"<figcaption>{_word(caption)}</figcaption>" if caption else ""
     width = f' style="max-width:{image.width}px"' if not lossless else ""
     return f'<figure>{text}<img src="{_uri(image, lossless)}" alt="{_safe(said)}"{width}></figure>\n'
 
 
 def film(films: Sequence[tuple[RunData, Frames]]) -> str:
-    """One slider over the grids of all runs: each shows its newest grid up to the step chosen."""
+    """Return the HTML of one slider over the grids of all runs. Each run shows its newest grid up to the chosen step."""
     figures = "".join(
         f'<figure><figcaption>{_word(run)} <small></small></figcaption><img alt="samples of {_safe(run.label)}"></figure>\n'
         for run, _ in films
@@ -67,7 +67,7 @@ def film(films: Sequence[tuple[RunData, Frames]]) -> str:
 
 
 def _cell(word: str | RunData) -> str:
-    """Short words stay on one line, long ones may break anywhere."""
+    """Return the HTML of a table cell. Short text stays on one line; long text may break anywhere."""
     kind = ' class="long"' if isinstance(word, str) and len(word) > LONG else ""
     return f"<td{kind}>{_word(word)}</td>"
 

@@ -1,4 +1,4 @@
-"""Samples of runs laid side by side - over checkpoints, beside each other, less a baseline, as an animation."""
+"""Sheets of samples: over checkpoints, runs side by side, differences from a baseline, and animations."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fastsd.compare.numbers import Pixels
 from fastsd.compare.runs import RunData
 from fastsd.run.folder import WHOLE, Cell, Grid
 
-Row = tuple[str, Sequence[Image.Image | None]]  # its label and its pictures
+Row = tuple[str, Sequence[Image.Image | None]]  # label and pictures
 
-WIDTH, HEIGHT = 1200, 1700  # px that a sheet keeps to where cells need not be narrower than the narrowest
-CELL = (72, 260)  # px: no cell is narrower, and none wider that its picture does not fill
+WIDTH, HEIGHT = 1200, 1700  # px: largest sheet, unless its cells would be narrower than CELL[0]
+CELL = (72, 260)  # px: narrowest cell, and widest cell unless its picture is wider
 MARGIN, GAP, HEAD = 170, 6, 58  # px: labels at the left, between cells, column heads
-COLUMNS, ROWS = 12, 12  # of a sheet over checkpoints; of more checkpoints some are shown, evenly spaced
-FRAMES, FRAME_WIDTH = 60, 640  # of an animation
+COLUMNS, ROWS = 12, 12  # of a sheet, at most; of more checkpoints, evenly spaced ones are shown
+FRAMES, FRAME_WIDTH = 60, 640  # of an animation, at most
 INK, GREY = "#222222", "#666666"
 
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and has more letters than Pillow's own."""
+    """Load DejaVu Sans, which comes with matplotlib and has more letters than Pillow's own font."""
     return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size)
 
 
 def sheet(heads: Sequence[str], rows: Sequence[Row], colours: Sequence[str] = ()) -> Image.Image:
-    """Pictures in rows under column heads, each row's label at its left; a bar of its colour over each column."""
+    """Lay out pictures in rows under column heads, with a label left of each row and a colour bar over each column."""
     shown = [image for _, images in rows for image in images if image]
     least, most = CELL[0], max([CELL[1], *(image.width for image in shown)])
     ratio = max((image.height / image.width for image in shown), default=1.0)
@@ -60,7 +60,7 @@ def sheet(heads: Sequence[str], rows: Sequence[Row], colours: Sequence[str] = ()
 
 
 def over_checkpoints(run: RunData) -> Image.Image:
-    """Prompts x checkpoints at the same seeds: a row a prompt and seed, a column a checkpoint."""
+    """Lay out a run's samples: a row for each prompt and seed, a column for each checkpoint."""
     chosen = [run.grids[i] for i in _spread(len(run.grids), COLUMNS)]
     cut = [grid.cut() for grid in chosen]
     rows = [(_label(cell, cut), [cells.get(cell) for cells in cut]) for cell in _cells(cut)]
@@ -69,18 +69,18 @@ def over_checkpoints(run: RunData) -> Image.Image:
 
 
 def side_by_side(runs: Sequence[RunData]) -> Image.Image | None:
-    """The last samples of every run: a row a prompt and seed, a column a run. None if no run has any."""
+    """Lay out the last samples of every run: a row for each prompt and seed, a column for each run. None without samples."""
     cut = [run.grids[-1].cut() if run.grids else {} for run in runs]
     rows = [(_label(cell, cut), [cells.get(cell) for cells in cut]) for cell in _cells(cut)]
     return sheet([run.label for run in runs], rows, [run.colour for run in runs]) if rows else None
 
 
 def against(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixels], Image.Image | None, int]:
-    """The last samples less the baseline's.
+    """Compare each run's last samples with the baseline's, pixel by pixel.
 
     Returns:
-        by a run's label how far it is; the baseline's pictures beside |difference| x factor; the factor. None and 1 where no
-        other run has a picture of equal prompt, seed and size.
+        Distances by a run's label; a sheet of the baseline's pictures beside |difference| x factor; the factor. The sheet is
+        None and the factor 1 if no other run has a picture of equal prompt, seed and size.
     """
     theirs = baseline.grids[-1].cut() if baseline.grids else {}
     theirs.pop(WHOLE, None)
@@ -109,7 +109,7 @@ def against(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixel
 
 
 def frames(grids: Sequence[Grid]) -> list[tuple[Grid, Image.Image]]:
-    """The whole grids of a run in turn, of one size, for a slider or an animation; of very many some, evenly spaced."""
+    """Return a run's whole grids in one size, for a slider or an animation. More than `FRAMES` are thinned out evenly."""
     chosen = [grids[i] for i in _spread(len(grids), FRAMES)]
     sheets = [(grid, _narrowed(grid.whole())) for grid in chosen]
     size = (max(s.width for _, s in sheets), max(s.height for _, s in sheets))
@@ -117,7 +117,7 @@ def frames(grids: Sequence[Grid]) -> list[tuple[Grid, Image.Image]]:
 
 
 def write_gif(path: Path, label: str, pictures: Sequence[tuple[Grid, Image.Image]]) -> None:
-    """An animation with stage, step and run above each frame; it rests on the last one."""
+    """Write an animation with stage, step and run above each frame. It pauses on the last frame."""
     pages = []
     for grid, picture in pictures:
         page = Image.new("RGB", (picture.width, picture.height + HEAD), "white")
@@ -125,7 +125,7 @@ def write_gif(path: Path, label: str, pictures: Sequence[tuple[Grid, Image.Image
         pen = ImageDraw.Draw(page)
         pen.text((6, 6), f"{grid.stage} {grid.step:,}", font=font(16, bold=True), fill=INK)
         pen.text((6, 32), _wrapped(label, 12, picture.width - 12, 1), font=font(12), fill=GREY)
-        palette = page.quantize(method=Image.Quantize.MAXCOVERAGE)  # Pillow dithers only to a palette that it is given
+        palette = page.quantize(method=Image.Quantize.MAXCOVERAGE)  # Pillow dithers only to a given palette
         pages.append(page.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
     each = max(80, min(700, 9000 // len(pages)))
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=[each] * (len(pages) - 1) + [2500], loop=0)
@@ -142,7 +142,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def _cells(cut: Sequence[dict[Cell, Image.Image]]) -> list[Cell]:
-    """The rows to show: every prompt's first seed before any second one, `ROWS` at the most, prompt by prompt."""
+    """Choose at most `ROWS` rows: every prompt's first seed before any second seed. They are sorted by prompt."""
     every = list(dict.fromkeys(cell for cells in cut for cell in cells))
     prompts = list(dict.fromkeys(prompt for prompt, _ in every))
     rank = {cell: sum(other[0] == cell[0] for other in every[:i]) for i, cell in enumerate(every)}
@@ -151,18 +151,18 @@ def _cells(cut: Sequence[dict[Cell, Image.Image]]) -> list[Cell]:
 
 
 def _label(cell: Cell, cut: Sequence[dict[Cell, Image.Image]]) -> str:
-    """A prompt, with its seed where there are several."""
+    """Return a prompt, with its seed if there are several seeds."""
     seeds = {seed for cells in cut for _, seed in cells}
     return cell[0] + (f"\n(seed {cell[1]})" if len(seeds) > 1 else "")
 
 
 def _spread(count: int, limit: int) -> list[int]:
-    """All of `count` indices, or `limit` of them, evenly spaced with the first and the last."""
+    """Return all `count` indices, or `limit` evenly spaced ones with the first and the last."""
     return list(range(count)) if count <= limit else np.linspace(0, count - 1, limit).round().astype(int).tolist()
 
 
 def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """An image in a field of this size, as large as it fits."""
+    """Fit an image into a field of this size, as large as possible."""
     return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
 
 
@@ -172,7 +172,7 @@ def _narrowed(image: Image.Image) -> Image.Image:
 
 
 def _wrapped(text: str, size: int, width: int, lines: int) -> str:
-    """Text in lines that fit a width, of which the last shown ends in "…" if there are more."""
+    """Wrap text to a width in px. The last of at most `lines` lines ends in "…" if there are more."""
     text = re.sub(r",(?=\S)", ", ", text)
     letters = max(4, int(width * len(text) / max(1.0, font(size).getlength(" ".join(text.split())))))
     every = [line for part in text.split("\n") for line in textwrap.wrap(part, letters, break_on_hyphens=True) or [""]]

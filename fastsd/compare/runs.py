@@ -1,4 +1,4 @@
-"""What a run's folder tells, read as it is - also while it trains, after a kill, or from an older version."""
+"""Logs and samples of a run's folder. It can be read while the run trains, after a kill, or from an older version."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastsd.errors import UserError
 from fastsd.run.folder import Grid, Row, grid_files, read_grid, read_rows, read_table
 from fastsd.run.settings import short_names
 
-SMOOTHING = 0.04  # of a run's log rows that a smoothed loss goes over
+SMOOTHING = 0.04  # share of a run's log rows that a smoothed loss averages
 
-# Ten that are told apart by most eyes, also on paper; with more runs they come again.
+# Ten colours that most eyes can distinguish, also on paper. With more runs they repeat.
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c564b", "#5a5a5a", "#a6a61d",
 )  # fmt: skip
@@ -25,7 +25,7 @@ COLOURS = (
 
 @dataclass
 class RunData:
-    """One run. Rows are those of its .jsonl files, without any that was cut off."""
+    """One run. Rows are the complete rows of its .jsonl files."""
 
     folder: Path
     label: str
@@ -42,26 +42,26 @@ class RunData:
         return (self.folder / "model").is_dir()
 
     def logged(self, key: str) -> np.ndarray:
-        """A column of the log as float64, nan where a row has none."""
+        """Return a column of the log as float64, nan where a row lacks it."""
         return column(self.log, key)
 
     def epoch(self, step: int) -> float:
-        """Epochs at a step, between log rows in proportion."""
+        """Return the epochs done at a step, interpolated between log rows."""
         steps, epochs = (np.concatenate([[0.0], self.logged(key)]) for key in ("step", "epoch"))
         return float(np.interp(step, steps, epochs))
 
     def begun(self, count: str = "images") -> list[tuple[str, int]]:
-        """(name, images or steps before it) of each stage that has a log row."""
+        """Return (name, images or steps before it) of each stage that has a log row."""
         starts = [rows.start for rows in self.stages()]
         return [(self.log[start]["stage"], self.log[start - 1][count] if start else 0) for start in starts]
 
     def stages(self) -> list[slice]:
-        """The log rows of each stage."""
+        """Return the log rows of each stage."""
         starts = [i for i, row in enumerate(self.log) if not i or row["stage"] != self.log[i - 1]["stage"]]
         return [slice(*pair) for pair in pairwise([*starts, len(self.log)])]
 
     def smoothed(self) -> np.ndarray:
-        """The logged loss as a moving average, twice, over `SMOOTHING` of the rows, that does not cross a stage's border."""
+        """Return the loss after two moving averages over `SMOOTHING` of the rows, which do not cross a stage's border."""
         loss = self.logged("loss")
         half = max(3, round(len(loss) * SMOOTHING / 2))
         for rows in self.stages():
@@ -70,7 +70,7 @@ class RunData:
         return loss
 
     def measured(self) -> list[tuple[str, str]]:
-        """(set, weights) of its validation, in a fixed order."""
+        """Return the (set, weights) that validation measured, in a fixed order."""
         order = ["held_out", "stabilised", "raw", "ema"]
         pairs = {(row["set"], row["weights"]) for row in self.validation}
         return sorted(pairs, key=lambda pair: [order.index(word) if word in order else len(order) for word in pair])
@@ -80,7 +80,7 @@ class RunData:
 
 
 def _average(y: np.ndarray, half: int) -> np.ndarray:
-    """Mean over up to `half` neighbours on either side."""
+    """Average over up to `half` neighbours on either side."""
     total, at = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
     low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(y))
     return (total[high] - total[low]) / (high - low)
@@ -92,10 +92,10 @@ def column(rows: Sequence[Row], key: str) -> np.ndarray:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """The runs in these folders, each with a name of its own and a colour.
+    """Read the runs in these folders, and give each a unique label and a colour.
 
     Raises:
-        UserError: no folder, one that is no run, holds no log row yet, or is named twice.
+        UserError: no folder is given, or one is not a run, holds no log row yet, or is named twice.
     """
     if not folders:
         raise UserError("there is nothing to compare; name folders of runs, for example runs/a runs/b")
@@ -135,6 +135,6 @@ def _read(folder: Path, label: str, colour: str) -> RunData:
 
 
 def read_grids(folder: Path) -> list[Grid]:
-    """The sample grids STAGE-STEP.png in a folder, by step; those that are not whole are left out."""
+    """Read the sample grids STAGE-STEP.png in a folder, by step. Incomplete files are left out."""
     grids = [grid for path, stage, step in grid_files(folder) if (grid := read_grid(path, stage, step))]
     return sorted(grids, key=lambda grid: (grid.step, grid.path.name))

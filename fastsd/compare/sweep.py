@@ -1,6 +1,6 @@
-"""`fastsd sweep CONFIG key=a,b,c ...` - runs that differ in these keys and in nothing else, one after the other.
+"""`fastsd sweep CONFIG key=a,b,c ...`: train runs that differ only in these keys, one after the other.
 
-The same line again goes on where it was stopped: finished runs are passed over, the one that was interrupted resumes.
+The same command continues a stopped sweep: finished runs are skipped, and an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastsd.storage import replace_file
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of a sweep. `name` is that of its folder, "lr=1e-05,clip_skip=1"; `values` are those of the swept keys."""
+    """One run of a sweep. `name` names its folder, as "lr=1e-05,clip_skip=1"; `values` are those of the swept keys."""
 
     name: str
     values: dict[str, Any]
@@ -45,17 +45,17 @@ class Variant:
 def sweep(
     path: Path, words: Sequence[str], precision: str | None = None, baseline: str = "", console: Console | None = None
 ) -> None:
-    """Make the runs of all combinations; RUN/sweep.json says which folder has which values, RUN/report.html compares them.
+    """Train the runs of all combinations. RUN/sweep.json lists the values of each folder; RUN/report.html compares them.
 
     Args:
         path: the config; its `run` is the folder of the sweep.
-        words: `key=a,b,c`, swept, and `key=value`, the same in all runs.
+        words: `key=a,b,c` is swept; `key=value` is the same in all runs.
         precision: replaces the precision of every stage.
-        baseline: name of the run that the report measures others against; "" = the one with the config's own values, or if
-            there is none the first.
+        baseline: name of the run that the report measures others against; "" = the run with the config's own values, or
+            the first run if no run has them.
 
     Raises:
-        UserError: before anything is trained, for words, configs or models that are wrong; at the end, for runs that failed.
+        UserError: before any training, for invalid words, configs or models; at the end, for runs that failed.
     """
     console = console or Console()
     variants = plan_sweep(path, words, precision)
@@ -78,11 +78,11 @@ def sweep(
 
 
 def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -> list[Variant]:
-    """The runs of a sweep, the last key's values following each other fastest.
+    """Return the runs of a sweep. The values of the last key vary fastest.
 
     Raises:
-        UserError: a key without values or with one twice, nothing to sweep, an unknown key or a bad value, two runs that
-            would be the same or share a folder.
+        UserError: a key without values or with one twice, nothing to sweep, an unknown key, a bad value, or two runs that
+            would be equal or share a folder.
     """
     picked = combinations(words)
     swept = [key for key in picked[0] if len({said(each[key][1]) for each in picked}) > 1]
@@ -118,7 +118,7 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
 
 
 def _baseline(variants: list[Variant], name: str, path: Path, words: Sequence[str], precision: str | None) -> Variant:
-    """The run of that name; without one that with the config's own values, else the first."""
+    """Return the run of that name; without a name, the run with the config's own values, otherwise the first."""
     if name:
         found = next((variant for variant in variants if variant.name == name), None)
         if found is None:
@@ -128,7 +128,7 @@ def _baseline(variants: list[Variant], name: str, path: Path, words: Sequence[st
     fixed = [word for word in words if word.partition("=")[0].strip() not in variants[0].values]
     try:
         own = _settings(load_config(path, fixed, precision))
-    except UserError:  # it lacks what is swept
+    except UserError:  # it is not valid without the swept values
         return variants[0]
     return next((variant for variant in variants if _settings(variant.config) == own), variants[0])
 
@@ -138,9 +138,9 @@ def _settings(config: Config) -> str:
 
 
 def _prepare(variants: Sequence[Variant], console: Console) -> None:
-    """Load every model once, so that one that is wrong is told before the first run, and make the caches that are missing.
+    """Load every model once, to report errors before the first run, and build missing caches.
 
-    Runs that have a checkpoint have passed this.
+    Runs that have a checkpoint have passed this check and are skipped.
     """
     problems: list[str] = []
     missing: dict[str, Config] = {}
@@ -158,7 +158,7 @@ def _prepare(variants: Sequence[Variant], console: Console) -> None:
             view = view_name(config, model.vae.hash)
             with closing(LatentCache.open(config.cache.dir, view)):
                 pass
-            if config.cache.hidden_states:  # of which there may be none for this encoder
+            if config.cache.hidden_states:  # this encoder's text embeddings may be missing
                 missing[f"{view} {config.model.model_dump_json()}"] = config
         except UserError:
             missing[f"{config.cache.model_dump_json()} {view}"] = config
@@ -169,7 +169,7 @@ def _prepare(variants: Sequence[Variant], console: Console) -> None:
 
 
 def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
-    """Train those that are not finished; returns what stopped the ones that failed, by name."""
+    """Train the unfinished runs. Return the error messages of those that failed, by name."""
     failed = {}
     for i, variant in enumerate(variants, 1):
         _say(console, f"\n[{i}/{len(variants)}] {variant.name}")
@@ -181,7 +181,7 @@ def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
         except UserError as error:
             failed[variant.name] = str(error)
             _say(console, f"! {error}\nthe others go on")
-        # Nothing of this run may stay in memory beside the next one, nor in its peak.
+        # The next run needs the memory of this one, and measures its own peak.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -190,7 +190,7 @@ def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
 
 
 def _finished(variant: Variant) -> bool:
-    """Whether a run of this very config has its model, told without opening it."""
+    """Return True if a run of exactly this config has exported its model. Does not load the model."""
     found = checkpoints(variant.folder / "checkpoints")
     if not found or not (variant.folder / "model").is_dir():
         return False
