@@ -1,1 +1,1 @@
-"""Floor 8: the whole story in miniature, and the tiny models it ships with."""
+"""Floor 8: the whole workflow in miniature, and the tiny models it ships with."""

@@ -1,8 +1,8 @@
-"""`fastsd demo` - the whole story in miniature, on a machine with nothing but Python.
+"""`fastsd demo`: the whole workflow in miniature, on a machine that has only Python.
 
-A tiny model of SD1.5's shape knows coloured shapes. Another VAE is swapped in, and its pictures come out wrong; then the
-user's own commands - cache, train, sample - teach it the new latents. It ends with one picture and two figures.
-The models ship with the package (`fastsd/demo/models.py` made them), the pictures are drawn on the spot.
+A tiny model with SD1.5's architecture can draw coloured shapes. Its VAE is replaced by another one, and its pictures come out
+wrong. Then the user's own commands (cache, train, sample) teach it the new latents. The demo ends with one picture and the
+accuracies. The models ship with the package (`fastsd/demo/models.py` made them); the pictures are drawn on the spot.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHOWN = 9  # samples a panel of the final picture
 
 
 def demo(out: Path, console: Console | None = None) -> dict[str, float]:
-    """Tell the story in `out`; returns and writes (result.json) the accuracies before and after, and the seconds it took."""
+    """Run the demo in `out`. Returns the accuracies and the seconds it took, and writes them to result.json."""
     console, start = console or Console(), time.perf_counter()
     config = _lay_out(out, console)
     table = config.model
@@ -58,7 +58,7 @@ def demo(out: Path, console: Console | None = None) -> dict[str, float]:
 
 
 def _lay_out(out: Path, console: Console) -> Config:
-    """Models, pictures and config, all in `out`."""
+    """Write models, pictures and config into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(MODELS, out / "models", dirs_exist_ok=True)
     world.write_dataset(out / "images", PICTURES, PICTURE_SEED)
@@ -69,13 +69,13 @@ def _lay_out(out: Path, console: Console) -> Config:
 
 
 def _config_file() -> Path:
-    """configs/demo.toml of the checkout, or the copy of it in an installed wheel."""
+    """Return configs/demo.toml of the checkout, or its copy in an installed wheel."""
     here = Path(__file__).parent
     return next(path for path in (here.parent.parent / "configs" / "demo.toml", here / "demo.toml") if path.exists())
 
 
 def _draw(config: Config, table: ModelTable) -> tuple[float, list[Image.Image]]:
-    """Every prompt with every seed: (share that shows the colour and the shape asked for, images)."""
+    """Draw every prompt with every seed. Returns (share of images with the requested colour and shape, images)."""
     model = load_to_sample(table, config.device)
     asked = [(colour, shape, prompt, seed) for seed in SEEDS for colour, shape, prompt in world.prompts()]
     size = config.data.resolution

@@ -1,7 +1,7 @@
-"""Makes the two models that `fastsd demo` ships with, from nothing: `python -m fastsd.demo.models OUT`.
+"""Train the two models that `fastsd demo` ships with, from scratch: `python -m fastsd.demo.models OUT`.
 
 `OUT/base` is a Stable Diffusion 1.5 in miniature (a diffusers folder: tokenizer, text encoder, UNet, VAE, scheduler)
-that knows the shapes of `demo_world`; `OUT/vae` is a second VAE of the same build with another latent space and
+that can draw the shapes of `world`.  `OUT/vae` is a second VAE of the same architecture with another latent space and
 another scaling factor.  All weights are stored as fp16 safetensors.
 """
 
@@ -42,7 +42,7 @@ SCHEDULE = {
 
 @dataclass(frozen=True)
 class VaeRecipe:
-    """What makes one VAE differ from the other: the seed of its weights and pictures, and the pull to unit variance."""
+    """Settings that differ between the VAEs: the seed of weights and pictures, and the pull to unit variance above all."""
 
     seed: int
     kl_weight: float
@@ -52,19 +52,19 @@ class VaeRecipe:
 
 BASE_VAE = VaeRecipe(seed=1, kl_weight=3e-3, steps=2500, rate=2e-3)
 OTHER_VAE = VaeRecipe(seed=2, kl_weight=1e-5, steps=300, rate=1e-3)
-# The other VAE's latent space starts as the base's: turned in two planes of its four channels, stretched, and moved.
+# The other VAE's latent space starts as the base's, turned in two planes of its four channels, stretched and shifted.
 TURN, STRETCH, OFFSET = math.radians(60), 1.7, (0.3, -0.3, 0.2, -0.2)
 
 
 def _byte_letters() -> list[str]:
-    """The 256 letters that byte-level BPE writes bytes with: printable bytes as themselves, the others moved up."""
+    """Return the 256 letters that byte-level BPE uses for bytes: printable bytes as themselves, the others moved up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def _merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """The word's BPE pieces under the merges known so far."""
+    """Return the word's BPE pieces under the merges known so far."""
     pieces = [*word[:-1], word[-1] + "</w>"]
     while known := [pair for pair in pairwise(pieces) if pair in ranks]:
         pair = min(known, key=ranks.__getitem__)
@@ -74,10 +74,10 @@ def _merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A CLIP tokenizer that knows every word of the captions as one token, and anything else byte by byte.
+    """Write a CLIP tokenizer that has one token for every word of the captions, and splits anything else into bytes.
 
-    Each word in turn gets the merges that join what the earlier merges left of it.  Later merges rank lower, so they
-    never come in the way of an earlier word.
+    Each word in turn gets the merges that join the pieces which earlier merges left.  Later merges rank lower, so they
+    never change the tokens of an earlier word.
     """
     wordings = re.sub("{.*?}", "", " ".join(world.TEMPLATES))
     words = sorted({*world.COLOURS, *world.SHAPES, "a", "an", *re.findall("[a-z]+", wordings)})
@@ -112,7 +112,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's text model as in SD1.5, two layers deep."""
+    """Create CLIP's text model as in SD1.5, but with two layers."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=CONTEXT_WIDTH,
@@ -130,7 +130,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """SD1.5's UNet with three levels instead of four.  As there, `attention_head_dim` is the number of heads."""
+    """Create SD1.5's UNet with three levels instead of four.  As there, `attention_head_dim` is the number of heads."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=4,
@@ -146,7 +146,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_vae() -> AutoencoderKL:
-    """SD1.5's VAE made narrow: eightfold downsampling to four latent channels."""
+    """Create a narrow version of SD1.5's VAE, with eightfold downsampling to four latent channels."""
     return AutoencoderKL(
         block_out_channels=(16, 16, 32, 32),
         layers_per_block=1,
@@ -159,19 +159,19 @@ def new_vae() -> AutoencoderKL:
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
-    """Pictures as the models see them: (n, 3, height, width) in -1..1."""
+    """Convert pictures to the models' input: (n, 3, height, width) in -1..1."""
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """The way back."""
+    """Convert (n, 3, height, width) in -1..1 to pictures."""
     levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 def _picture_for_vae(rng: np.random.Generator) -> Image.Image:
-    """Mostly a picture of the world; sometimes its colours turned, so that latents have a meaning between the names."""
+    """Draw a picture of the world. A quarter get other colours, so that latents also cover colours without a name."""
     combos = world.combinations()
     picture = world.draw(*combos[rng.integers(len(combos))], rng)
     if rng.random() < 0.75:
@@ -183,11 +183,11 @@ def _picture_for_vae(rng: np.random.Generator) -> Image.Image:
 
 @torch.no_grad()
 def relative(vae: AutoencoderKL) -> AutoencoderKL:
-    """A copy whose latent channels are mixed, stretched and moved: the same pictures, another space.
+    """Return a copy with mixed, stretched and shifted latent channels: the same pictures, another latent space.
 
-    It stands to the base's VAE as SDXL's stands to SD1.5's: the parts of a picture stay where they were, what the
-    numbers mean there changes, and nearly a linear map leads from one to the other.  Training on from here adds the
-    rest.  (A VAE trained from other random weights can be learned as well, only not within a demo.)
+    It relates to the base's VAE as SDXL's VAE does to SD1.5's: the parts of a picture stay where they were, the meaning of
+    the numbers there changes, and a nearly linear map leads from one to the other.  Further training adds the rest.  (A
+    UNet can also learn a VAE that was trained from other random weights, only not within a demo.)
     """
     other = copy.deepcopy(vae).requires_grad_(True)
     cos, sin = math.cos(TURN), math.sin(TURN)
@@ -202,7 +202,7 @@ def relative(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> AutoencoderKL:
-    """Trains a VAE on drawn pictures and sets its scaling factor to what gives its latents unit variance."""
+    """Train a VAE on drawn pictures, and set the scaling factor that gives its latents unit variance."""
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     vae = vae.train().to(memory_format=torch.channels_last)
@@ -224,7 +224,7 @@ def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> Autoenco
             spent = time.monotonic() - began
             print(f"vae {recipe.seed}: step {step + 1}, error {error.detach().abs().mean():.4f}, {spent:.0f} s")
     vae.eval().requires_grad_(False)
-    # To fp16 and back first: the scale and all that is trained later should fit the weights as they are stored.
+    # Round to fp16 first: the scaling factor and all later training should fit the stored weights.
     vae.half().float()
     spread = encode(vae, [_picture_for_vae(rng) for _ in range(512)]).std() / vae.config.scaling_factor
     vae.register_to_config(scaling_factor=round(1 / spread.item(), 5))
@@ -233,27 +233,27 @@ def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> Autoenco
 
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, images: list[Image.Image]) -> torch.Tensor:
-    """Scaled latents of pictures."""
+    """Encode pictures into scaled latents."""
     means = [vae.encode(to_tensor(images[i : i + 64])).latent_dist.mean for i in range(0, len(images), 64)]
     return torch.cat(means) * vae.config.scaling_factor
 
 
 @torch.inference_mode()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
-    """Pictures of scaled latents."""
+    """Decode scaled latents into pictures."""
     return to_images(vae.decode(latents / vae.config.scaling_factor).sample)
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Captions as (n, 77) token ids, padded as SD1.5 pads them."""
+    """Convert captions to (n, 77) token ids, padded as SD1.5 pads them."""
     return tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
 def train_text_encoder(tokenizer: CLIPTokenizer, steps: int = 400, batch: int = 64) -> CLIPTextModel:
-    """A text encoder that has learned to tell apart what captions name, as CLIP's has before SD1.5 is trained on it.
+    """Train a text encoder to distinguish what captions name, as CLIP's was trained before SD1.5 used it.
 
-    Two linear heads, dropped afterwards, read colour and shape (or none, of the empty caption) off every position
-    from the end token on.
+    Two linear heads, dropped afterwards, predict colour and shape (or none, for the empty caption) from every position
+    after and including the end token.
     """
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -290,12 +290,12 @@ def train_base(
     rate: float = 1e-3,
     pictures: int = 4800,
 ) -> UNet2DConditionModel:
-    """A UNet trained from random weights on the VAE's latents and the text encoder's states; its moving average."""
+    """Train a UNet from random weights on the VAE's latents and the text embeddings, and return its EMA."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     combos = world.combinations() * (pictures // len(world.combinations()))
     latents = encode(vae, [world.draw(c, s, rng) for c, s in combos]).clone()
-    # Every wording of every combination comes often, so that states are computed once per text.
+    # Each text occurs many times, so its embeddings are computed only once.
     texts = ["", *(world.caption(c, s, rng) for c, s in combos)]
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     with torch.no_grad():
@@ -319,7 +319,7 @@ def train_base(
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        # Early averages forget fast, so that the random start is gone by the end.
+        # The decay starts low, so the random initial weights have left the average by the end.
         keep = min(0.998, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
@@ -331,7 +331,7 @@ def train_base(
 def save_base(
     folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL, tokenizer: CLIPTokenizer
 ) -> None:
-    """A diffusers folder with fp16 weights, put in place in one move."""
+    """Write a diffusers folder with fp16 weights, and put it in place in one move."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -344,14 +344,14 @@ def save_base(
     )
     fresh = folder.with_name(folder.name + ".new")
     copy.deepcopy(pipeline).to(torch.float16).save_pretrained(fresh)
-    # The tokenizer as written here, rather than as this version of transformers likes to store it.
+    # Replace the tokenizer files: the form in which transformers stores them depends on its version.
     shutil.rmtree(fresh / "tokenizer")
     write_tokenizer(fresh / "tokenizer")
     _replace(fresh, folder)
 
 
 def save_vae(folder: Path, vae: AutoencoderKL) -> None:
-    """A VAE folder with fp16 weights, put in place in one move."""
+    """Write a VAE folder with fp16 weights, and put it in place in one move."""
     fresh = folder.with_name(folder.name + ".new")
     copy.deepcopy(vae).half().save_pretrained(fresh)
     _replace(fresh, folder)

@@ -1,8 +1,8 @@
-"""The miniature world of `fastsd demo`: captioned pictures of coloured shapes, and a judge without a network.
+"""The miniature world of `fastsd demo`: captioned pictures of coloured shapes, and a judge without a neural network.
 
-The world is small enough for a model that trains on a CPU within minutes, yet asks the same of it as the real one:
-the caption's two words (a colour, a shape) must steer the picture, and the colours only come out right when UNet and
-VAE agree on the latent space.
+The world is small enough for a model that trains on a CPU within minutes, but makes the same demands as the real one:
+the caption's two words (a colour, a shape) must steer the picture, and the colours are right only if UNet and VAE agree
+on the latent space.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PERIOD = {"circle": 1, "square": 90, "triangle": 120, "star": 72, "cross": 90, 
 
 
 def _outline(shape: str, radius: float, turn: float) -> np.ndarray:
-    """Corners (n, 2) of a polygonal shape about the origin, y pointing down as in pictures."""
+    """Return the corners (n, 2) of a polygonal shape about the origin, y pointing down as in pictures."""
     if shape == "square":
         steps, reach = np.arange(4) + 0.5, np.full(4, 1.2)
     elif shape == "triangle":
@@ -65,7 +65,7 @@ def _outline(shape: str, radius: float, turn: float) -> np.ndarray:
 
 
 def _coverage(shape: str, size: int, centre: tuple[float, float], radius: float, turn: float) -> Image.Image:
-    """How much of each pixel the shape covers, as an 8-bit picture."""
+    """Draw the share of each pixel that the shape covers, as an 8-bit picture."""
     k = _SUPERSAMPLING
     canvas = Image.new("L", (size * k, size * k))
     pen = ImageDraw.Draw(canvas)
@@ -81,7 +81,7 @@ def _coverage(shape: str, size: int, centre: tuple[float, float], radius: float,
 
 
 def draw(colour: str, shape: str, rng: np.random.Generator, size: int = 64) -> Image.Image:
-    """One picture: the shape in its colour, at a random place, size and turn, on the light background."""
+    """Draw one picture: the shape in its colour, at a random place, size and turn, on the light background."""
     radius = rng.uniform(0.27, 0.31) * size
     centre = (rng.uniform(0.46, 0.54) * size, rng.uniform(0.46, 0.54) * size)
     coverage = _coverage(shape, size, centre, radius, rng.uniform(-_LARGEST_TURN, _LARGEST_TURN))
@@ -95,22 +95,22 @@ def _say(template: str, colour: str, shape: str) -> str:
 
 
 def caption(colour: str, shape: str, rng: np.random.Generator) -> str:
-    """A caption naming both, in one of a few wordings."""
+    """Return a caption that names both, in one of a few wordings."""
     return _say(TEMPLATES[rng.integers(len(TEMPLATES))], colour, shape)
 
 
 def combinations() -> list[tuple[str, str]]:
-    """Every (colour, shape), ordered so that any few neighbours differ in both."""
+    """Return every (colour, shape), in an order in which any few neighbours differ in both."""
     return [(colour, SHAPES[(i + j) % len(SHAPES)]) for j in range(len(SHAPES)) for i, colour in enumerate(COLOURS)]
 
 
 def prompts() -> list[tuple[str, str, str]]:
-    """The (colour, shape, prompt) of every combination: what a model is judged by."""
+    """Return (colour, shape, prompt) for every combination. Models are judged by these."""
     return [(c, s, _say(TEMPLATES[i % len(TEMPLATES)], c, s)) for i, (c, s) in enumerate(combinations())]
 
 
 def write_dataset(folder: Path, count: int, seed: int) -> None:
-    """Writes `count` pictures (every fifth a JPEG) with a caption file each; all combinations come alike often."""
+    """Write `count` pictures (every fifth a JPEG) with a caption file each. All combinations are equally frequent."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     every = combinations()
@@ -133,7 +133,7 @@ _GRID = 28
 
 
 def _normalised(coverage: np.ndarray) -> np.ndarray:
-    """The shape moved to the middle and scaled to unit area, sampled on a fixed grid and flattened."""
+    """Move the shape to the middle, scale it to unit area, sample it on a fixed grid and flatten it."""
     height, width = coverage.shape
     area = coverage.sum()
     y = (coverage.sum(axis=1) @ np.arange(height)) / area
@@ -149,7 +149,7 @@ def _normalised(coverage: np.ndarray) -> np.ndarray:
 
 @cache
 def _templates() -> tuple[tuple[str, ...], np.ndarray]:
-    """Every shape at every turn, normalised: names and a matrix with one row each."""
+    """Return every shape at every turn, normalised: names and a matrix with one row each."""
     turned = [(shape, float(turn)) for shape in SHAPES for turn in range(0, _PERIOD[shape], 6)]
     rows = [
         _normalised(np.asarray(_coverage(shape, 64, (32.0, 32.0), 20.0, turn), dtype=np.float64) / 255)
@@ -159,10 +159,10 @@ def _templates() -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def judge(image: Image.Image) -> tuple[str | None, str | None]:
-    """The (colour, shape) a picture shows, from its pixels alone; None where it shows none of the known ones.
+    """Return the (colour, shape) that a picture shows, from its pixels alone; None for an unknown one.
 
-    The frame must be background.  What differs from it is the shape: its median colour names the colour, and its
-    coverage, brought to unit area, is compared with every shape at every turn (soft intersection over union).
+    The frame must be background.  The pixels that differ from it are the shape: their median gives the colour, and their
+    coverage, scaled to unit area, is compared with every shape at every turn (soft intersection over union).
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, 0], pixels[:, -1]])
@@ -194,7 +194,7 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
 def picture(
     columns: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str], scale: int = 2, across: int = 3
 ) -> Image.Image:
-    """Panels side by side, one per (title, samples): the samples enlarged in rows of `across`, a caption under each."""
+    """Draw one panel for each (title, samples), side by side: enlarged samples in rows of `across`, each with a caption."""
     tile = max(image.width for _, images in columns for image in images) * scale
     gap, margin, head, foot = 10, 28, 54, 38
     rows = -(-len(captions) // across)
