@@ -69,8 +69,7 @@ def swap_vae(
         precision: fp32 or bf16, of the UNet while it is measured. The output is fp32.
 
     Raises:
-        UserError: a model does not load, the two do not fit together, images are missing, unreadable or too few, or `out`
-            exists.
+        UserError: a model does not load or the two do not fit; images are missing, unreadable or too few; `out` exists.
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)

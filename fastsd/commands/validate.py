@@ -39,8 +39,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
         json_file: a file to write the rows to as well.
 
     Raises:
-        UserError: the config measures nothing, there are no latents of the model's VAE, the folder of `json_file` does not
-            exist, or `load_model` fails.
+        UserError: the config measures nothing, there are no latents of the model's VAE, or `load_model` raises it.
     """
     console, table = console or Console(), config.validate_
     if not (table.held_out or table.stabilised):
@@ -84,7 +83,7 @@ def _table(base: str, table: ModelTable) -> ModelTable:
 
 @contextmanager
 def latents_of(base: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
-    """Open the latents of a config's images by a model's VAE. Raises UserError if there are none."""
+    """Open the latents of a config's images by a model's VAE. Raises UserError if they do not exist."""
     view = view_name(config, vae.hash)
     if not (Path(config.cache.dir) / "views" / f"{view}.safetensors").is_file():
         raise UserError(

@@ -51,8 +51,7 @@ def sweep(
         path: the config; its `run` is the folder of the sweep.
         words: `key=a,b,c` is swept; `key=value` is the same in all runs.
         precision: replaces the precision of every stage.
-        baseline: name of the run that the report measures others against; "" = the run with the config's own values, or
-            the first run if no run has them.
+        baseline: name of the run that others are measured against; "" = the one with the config's own values, or the first.
 
     Raises:
         UserError: before any training, for invalid words, configs or models; at the end, for runs that failed.

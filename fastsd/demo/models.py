@@ -29,8 +29,7 @@ from fastsd.demo import world
 
 IMAGE_SIZE, LATENT_SIZE = 64, 8
 CONTEXT_LENGTH, CONTEXT_WIDTH = 77, 64
-# SD1.5's own noise schedule.
-SCHEDULE = {
+SCHEDULE = {  # SD1.5's own
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -250,10 +249,9 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def train_text_encoder(tokenizer: CLIPTokenizer, steps: int = 400, batch: int = 64) -> CLIPTextModel:
-    """Train a text encoder to distinguish what captions name, as CLIP's was trained before SD1.5 used it.
+    """Train a text encoder to distinguish the things that captions name, as CLIP's was trained before SD1.5.
 
-    Two linear heads, dropped afterwards, predict colour and shape (or none, for the empty caption) from every position
-    after and including the end token.
+    Two linear heads, dropped later, predict colour and shape (none for an empty caption) at all positions from the end token.
     """
     torch.manual_seed(0)
     rng = np.random.default_rng(0)

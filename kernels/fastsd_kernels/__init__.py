@@ -2,8 +2,8 @@
 
 `Ops` is a frozen table of them. REFERENCE is plain PyTorch: the truth in tests, and the path on a machine without a GPU.
 TRITON is the table of fused kernels, or None where Triton is not installed (macOS).  CPU is REFERENCE with the optimizers
-and the gradient norm in C, compiled at first use.  Nothing falls back in silence: `fastest` chooses, its name is printed.
-A model is handed one table when it is made.  Read next: `geglu.py`, the shortest kernel; all files share its order.
+and the gradient norm in C, compiled at first use.  No fallback is silent: `fastest` chooses, and the table's name is printed.
+A model gets one table when it is created.  Read next: `geglu.py`, the shortest kernel; all files share its order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastsd_kernels.noise import noised_reference, noised_triton, normal, normal
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation. Signatures are those of the references; each is told in its own file."""
+    """One implementation of every operation. Signatures are those of the references, which document them."""
 
     name: str
     # Of the model: differentiable.
@@ -40,7 +40,7 @@ class Ops:
     group_norm: Callable[..., Tensor]  # (x_BCHW, weight, bias, groups, eps, *, silu=False, shift_BC=None) -> y_BCHW
     layer_norm: Callable[..., Any]  # (x, weight, bias, eps, *, residual=None) -> y, with a residual (y, x + residual)
     geglu: Callable[..., Tensor]  # (x_2F) -> y_F
-    pieces: Pieces  # of the four above, for layers that keep less
+    pieces: Pieces  # of the four above, for layers that save less for backward
     # Of the step: in place, or without a gradient.
     normal: Callable[..., Tensor]  # (seed, purpose, positions_B, shape) -> standard normals (B, *shape)
     noised: Callable[..., tuple[Tensor, Tensor]]  # (latents_BCHW, positions_B, t_B, signal_T, level_T, seed) -> (x_t, target)
@@ -84,7 +84,7 @@ TRITON: Ops | None = Ops(
 if not AVAILABLE:
     TRITON = None
 remove_stand_in()
-# What `cpu_optimizers.problem()` says nothing against; its functions raise ValueError where it does.
+# Usable if `cpu_optimizers.problem()` returns None; otherwise its own functions raise ValueError.
 CPU = replace(
     REFERENCE,
     name="cpu",
@@ -96,9 +96,9 @@ CPU = replace(
 
 
 def fastest(device: torch.device) -> Ops:
-    """The table for tensors on this device: TRITON on a GPU, CPU on a CPU, REFERENCE where that one cannot be used.
+    """Return the table for tensors on this device: TRITON on a GPU, CPU on a CPU, REFERENCE if that one cannot be used.
 
-    On a CPU it may compile, about a second once a machine; `cpu_optimizers.problem()` tells what kept it from that.
+    On a CPU this may compile, for about a second once a machine; `cpu_optimizers.problem()` returns the reason if it cannot.
     """
     if device.type == "cuda" and TRITON is not None:
         return TRITON

@@ -1,4 +1,4 @@
-"""AdamW: Adam with weight decay apart from the gradient.
+"""AdamW: Adam with weight decay decoupled from the gradient.
 
     p = p (1 - lr wd)
     m = m + (1 - b1)(g - m)             v = b2 v + (1 - b2) g^2
@@ -6,11 +6,11 @@
 
 Layout: lists of fp32 tensors as in `lion.py`; t is one 0-dim fp32 count a parameter, on the device (an arena passes a
 list of one).  Bytes moved, per element: p, m, v, g read, p, m, v written: 28; options as in `arena.py`.  The bias
-corrections are taken in fp64 and rounded once, as torch.optim.AdamW takes them in Python floats; on a CPU the result has
-its bits.
+corrections are computed in fp64 and rounded once, as torch.optim.AdamW computes them in Python floats; on a CPU the result
+has its bits.
 
 The kernel has the reference's bits in m and v where b1 > 1/2 (below, PyTorch's lerp starts from the other end and may round
-differently), and in p where PyTorch's root is IEEE's.  On a CPU with AVX-512 it is not: every fifth root is off by its last
+differently), and in p where PyTorch's root is IEEE's.  On a CPU with AVX-512 it is not: one root in five is off by its last
 bit.  The kernel's roots and quotients are IEEE's; tl.sqrt and / would be approximate.
 
 Read next: `gradient_norm.py`, where the factor `scale` and the flag `skip` come from.
@@ -93,7 +93,7 @@ def adamw_reference(
 def corrections(
     steps: Sequence[Tensor], lr: float | Tensor, betas: tuple[float, float], skip: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Count the step, then fp32 (P,): -lr / (1 - b1^t) and sqrt(1 - b2^t)."""
+    """Count the step, then return fp32 (P,): -lr / (1 - b1^t) and sqrt(1 - b2^t)."""
     with unless(skip, steps):
         torch._foreach_add_(list(steps), 1)
         step_P = torch.stack(list(steps)).double()
@@ -180,7 +180,7 @@ def adamw_triton(
     weight_decay: float = 0.01,
     **options: Unpack[StepOptions],
 ) -> None:
-    """`adamw_reference` as one launch a tensor; an arena is a list of one. A captured graph keeps an lr that is a float.
+    """`adamw_reference` as one launch a tensor; an arena is a list of one. In a captured graph a float lr is constant.
 
     Raises:
         ValueError: a dtype that `adamw_reference` does not name, tensors of one parameter that differ in shape or strides or

@@ -1,29 +1,29 @@
-"""What Lion, D-Lion and AdamW share: exact masters in two halves, the tile of elements, and lists of tensors.
+"""Code that Lion, D-Lion and AdamW share: exact masters in two halves, the tile of elements, and lists of tensors.
 
-An arena is one flat tensor that holds all parameters of a part; beside it lie arenas of the same size for gradients and
-state.  A list of one arena is one launch.  Any dense tensors will do: a kernel walks memory and asks for no shape.
+An arena is one flat tensor that holds all parameters of a component; arenas of the same size hold gradients and state.  A
+list of one arena is one launch.  Any dense tensors will do: a kernel walks memory and ignores shapes.
 
 Masters in halves.  A bf16 parameter with a 16-bit remainder is an fp32 number, exactly:
 
-    high = (bits + 0x8000) >> 16        the bf16 nearest, used by the forward as it is
+    high = (bits + 0x8000) >> 16        the nearest bf16, used by the forward directly
     low  = bits - (high << 16)          int16, signed
     bits = (high << 16) + low
 
-for every finite number, subnormal or -0.0, and infinity; a carry of the rounding into the exponent is undone by the
-sum, so even fp32 numbers above bf16's largest (3.39e38), whose high half shows infinity, come back.  An exact tie goes
-away from zero where `bfloat16()` takes the even neighbour, one number in 2^17: 65537 fp32 numbers round to an even bf16
-and 16 bits tell 65536 apart, so no encoding has both.  All else equals `bfloat16()`.  A NaN stays one, without its payload:
-rounded like a number, 0x7fffffff would carry into -0.0 and hide.
+This holds for every finite number, also subnormal or -0.0, and for infinity.  The sum undoes a carry of the rounding into the
+exponent, so even fp32 numbers above bf16's largest (3.39e38) come back, although their high half is infinity.  An exact tie,
+one number in 2^17, rounds away from zero, where `bfloat16()` takes the even neighbour: 65537 fp32 numbers round to an even
+bf16 and 16 bits distinguish 65536, so no encoding can do both.  All other numbers equal `bfloat16()`.  A NaN stays a NaN,
+without its payload: rounded like a number, 0x7fffffff would carry into -0.0 and hide.
 
-Options of all three, done in the pass that has the element in registers:
+Options of all three, applied in the pass that has the element in registers:
 
     g = g * scale                                       ema = ema + (1 - ema_decay)(p - ema)        g = 0 in memory
 
 Roundings.  PyTorch rounds a + alpha b once, on a CPU and a GPU alike; so do `fma` here and everything the references
 do.  Kernels start with enable_fp_fusion=False: the compiler may then fuse no other product into a sum, and elementwise
-results have the reference's bits.  It costs nothing, for they wait for memory.  Scalars (lr, d, bias corrections) are taken
-in a few 0-dim operations of PyTorch in fp64, on the device: in the kernel every program would wait for them on a
-GeForce, whose fp64 runs at 1/64 of its fp32.
+results have the reference's bits.  It costs nothing, because kernels wait for memory.  Scalars (lr, d, bias corrections) are
+computed in a few 0-dim operations of PyTorch in fp64, on the device: in the kernel every program would wait for them on a
+GeForce, where fp64 runs at 1/64 of the rate of fp32.
 
 Read next: `lion.py`, the shortest of the three.
 """
@@ -50,15 +50,15 @@ EMA_DECAY = 0.9999
 
 
 class StepOptions(TypedDict, total=False):
-    """What every optimizer's op takes beside its hyper-parameters; None as if it were left out.
+    """Options of every optimizer's op beside its hyper-parameters. None is the same as leaving an option out.
 
     Attributes:
-        skip: 0-dim bool or float on the device; nonzero leaves every byte as it was, whatever the gradients hold.
-        lows: int16, low halves of the masters whose high halves the parameters (then bf16) are.
+        skip: 0-dim bool or float on the device; nonzero leaves every byte unchanged, whatever the gradients hold.
+        lows: int16, low halves of the masters. The parameters, then bf16, are the high halves.
         scale: 0-dim fp32 on the device, multiplies the gradients: one over the loss scale, times the clip factor.
         emas: fp32, moved towards the new parameters: ema + (1 - ema_decay)(p - ema).
-        ema_decay: a float or a 0-dim tensor on the device; fp64, for 1 - decay is small. `EMA_DECAY` by default.
-        zero_grads: overwrite the gradients with zeros, also where `skip` is set: what it skips must not be added to.
+        ema_decay: a float or a 0-dim tensor on the device; fp64, because 1 - decay is small. `EMA_DECAY` by default.
+        zero_grads: overwrite the gradients with zeros, also if `skip` is set: later gradients must not add to skipped ones.
     """
 
     skip: Tensor | None
@@ -79,7 +79,7 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(high: Tensor, low: Tensor) -> Tensor:
-    """(high bf16, low int16) -> the fp32 number they are, to the bit."""
+    """(high bf16, low int16) -> the fp32 number they represent, to the bit."""
     return ((high.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
 
 
@@ -89,7 +89,7 @@ def masters(
     grads: Sequence[Tensor],
     **options: Unpack[StepOptions],
 ) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """fp32 parameters and scaled fp32 gradients for a reference to step; the options of a step are done around it."""
+    """Yield fp32 parameters and scaled fp32 gradients for a reference to step, and apply the step's options around it."""
     lows, emas, scale, skip = options.get("lows"), options.get("emas"), options.get("scale"), options.get("skip")
     whole = params if lows is None else [join_master(high, low) for high, low in zip(params, lows, strict=True)]
     wide = [g.float() for g in grads]
@@ -147,7 +147,7 @@ def _cut(row: tuple[Tensor, ...], size: int, limit: int) -> Iterator[tuple[Tenso
 
 @contextmanager
 def unless(skip: Tensor | None, *lists: Sequence[Tensor]) -> Iterator[None]:
-    """Put the bytes of `lists` back after the block where the device flag `skip` is nonzero, without reading it here.
+    """Restore the bytes of `lists` after the block if the device flag `skip` is nonzero, without reading it on the host.
 
     Copies and selects rather than multiplying by zero, which would keep a NaN and turn -0.0 into 0.0.
     """
@@ -186,7 +186,7 @@ def sign(x):
 def pair_sum(x):
     """Sum of a block of up to 2^16 elements: neighbours, then pairs of neighbours, and so on.
 
-    Whichever threads hold them: tl.sum first adds what a thread has, and that changes with the width of other operands.
+    Independent of the threads: tl.sum first adds what a thread has, and that changes with the width of other operands.
     """
     for _ in tl.static_range(16):
         if x.shape[0] > 1:
@@ -196,7 +196,7 @@ def pair_sum(x):
 
 @triton.jit
 def active(skip_ptr):
-    """Whether this step is to be done."""
+    """Return True unless this step is to be skipped."""
     if skip_ptr is None:
         return True
     else:
@@ -205,9 +205,9 @@ def active(skip_ptr):
 
 @triton.jit
 def load(ptr, start, offs, mask):
-    """A tile: `start` elements (int64) and then `offs` from ptr. Zeros where mask is False.
+    """Load a tile: `start` elements (int64) and then `offs` from ptr. Zeros where mask is False.
 
-    The mask is None in all tiles but an arena's last: bounds that are no multiple of 16 would break wide accesses up.
+    The mask is None in all tiles but an arena's last: bounds that are not a multiple of 16 would break up wide accesses.
     """
     if mask is None:
         return tl.load(ptr + start + offs)
@@ -249,8 +249,8 @@ def store_parameter(p, p_ptr, low_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
 
 @triton.jit
 def clear(g_ptr, start, offs, mask):
-    """Zeros in place of the gradient, once every thread has read its own."""
-    # Where a stream has 2 bytes an element, threads load and store other elements of a 4-byte one.
+    """Overwrite the gradient with zeros, once every thread has read its elements."""
+    # If a stream has 2 bytes an element, a thread stores other elements of a 4-byte stream than it loads.
     tl.debug_barrier()
     tl.store(g_ptr + start + offs, 0.0, mask)
 
@@ -269,18 +269,18 @@ class Tile(NamedTuple):
         return self.block * self.times
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """What a launch is told. Nothing fuses but `fma`: see the note."""
+        """Options of a launch. Only `fma` fuses: see "Roundings" above."""
         return {"BLOCK": self.block, "num_warps": self.warps, "maxnreg": self.registers, "enable_fp_fusion": False} | more
 
 
-# By kernel; the same for every architecture, dtype and size, so that a sum's order is, too.  2048 elements for 8 warps are 8
+# By kernel.  A tile, and so a sum's order, is the same for every architecture, dtype and size.  2048 elements for 8 warps are 8
 # a thread: 128 bits of bf16 or int16, twice 128 of fp32.  Without a limit of registers the assembler spills some bytes for
 # one more block on an SM, where two are more than enough: they keep 64 KB of loads in flight.
 TILES = {
     # Nothing is carried from element to element: short programs, and the scheduler keeps many in flight.
     "lion": Tile(2048, 8, 1, 96),
     "adamw": Tile(2048, 8, 1, 128),
-    # Two sums are: 8 tiles add up in registers, and one reduction and 8 bytes written serve 16384 elements.
+    # Two sums are carried: 8 tiles add up in registers, and one reduction and 8 bytes written serve 16384 elements.
     "dlion": Tile(2048, 8, 8, 128),
     "gradient_norm": Tile(2048, 8, 8, 96),
     # One program reads 2 x 52k partial sums of SD1.5's UNet in 13 rounds.
@@ -311,7 +311,7 @@ def operands(
     device_scalars: Sequence[Any] = (),
     **options: Unpack[StepOptions],
 ) -> list[tuple[tuple[Tensor, ...], Options]]:
-    """Each parameter with its gradient and states, and its options; all checked before anything is launched.
+    """Group each parameter with its gradient, states and options. All are checked before anything is launched.
 
     Raises:
         ValueError: a wrong dtype, tensors of one parameter that differ in shape or strides or have gaps, or are on several
@@ -352,7 +352,7 @@ def require_dtype(op: str, what: str, tensor: Tensor, *dtypes: torch.dtype) -> N
 
 
 def dense(t: Tensor) -> bool:
-    """Whether a tensor's elements are a stretch of memory without gaps, in whatever order."""
+    """Return True if a tensor's elements are a stretch of memory without gaps, in any order."""
     want = 1
     for step, n in sorted(zip(t.stride(), t.shape, strict=True)):
         if n > 1 and step != want:

@@ -1,10 +1,10 @@
-"""The atlas: what every shipped configuration of every kernel compiles to, for every target, with no GPU present.
+"""The atlas: the machine code of every shipped configuration of every kernel for every target, with no GPU present.
 
     python -m fastsd_kernels.atlas [--target sm_89 ...] [--op attention ...] [--json FILE]
 
-Each op's own host functions run on meta tensors of the workload's shapes inside `recording(target)`; every distinct launch
-they make is compiled as Triton would compile it there, and its machine code read. So a figure is of what ships, and a
-tile table cannot disagree with it. Columns:
+Each op's own host functions run on meta tensors of the workload's shapes inside `recording(target)`. Every distinct launch is
+compiled as Triton would compile it there, and its machine code is read. So all figures are those of the shipped code, and
+tile tables cannot disagree with them. Columns:
 
     regs      registers a thread
     stack     bytes of local memory a thread: spills, and arrays the compiler could not keep in registers
@@ -14,7 +14,7 @@ tile table cannot disagree with it. Columns:
     tensor    tensor-core instructions
     fma       fp32 fused multiply-adds, and their share of the longest loop's instructions
 
-A row over the limits (`_problems`) says so, and the exit status is 1.
+A row over the limits (`_problems`) is marked, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from fastsd_kernels import adamw, attention, dlion, geglu, gradient_norm, group_
 from fastsd_kernels.launch import ARCHITECTURES, INTERPRETED, recording
 from fastsd_kernels.sass import Code, compile_launch, specialise
 
-# What a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on GeForce.
+# Shared memory that a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on GeForce.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 BATCH = 16
-# Kernels that read a few statistics or partial sums a program, or next to nothing beside what they compute.
+# Kernels that read only a few statistics or partial sums a program, or very little compared with what they compute.
 _SMALL = ("_merge", "_merge_sums", "_estimate", "_norm", "_normal", "_noised")
 
 Call = Callable[[], object]
@@ -64,7 +64,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def _attention() -> Iterator[tuple[str, str, Call]]:
-    for batch in (BATCH, 1):  # few programs share the work of cross attention's keys otherwise
+    for batch in (BATCH, 1):  # at batch 1 more programs share the queries in cross attention's backward
         for kind in workload.ATTENTION:
             for mode in ("bf16", *attention.PRECISIONS):
                 dtype, precision = (torch.bfloat16, "ieee") if mode == "bf16" else (torch.float32, mode)
@@ -82,7 +82,7 @@ def _group_norm() -> Iterator[tuple[str, str, Call]]:
     for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM, *workload.VAE_ENCODER_GROUP_NORM):
         for mode, dtype in DTYPES.items():
             x = _meta(BATCH, kind.channels, kind.side, kind.side, dtype=dtype).to(memory_format=torch.channels_last)
-            # The VAE's shifts are sums of biases, kept in fp32.
+            # The VAE's shifts are sums of biases, stored in fp32.
             shift_dtype = torch.float32 if kind in workload.VAE_ENCODER_GROUP_NORM else dtype
             w, shift = _meta(kind.channels, dtype=dtype), _meta(BATCH, kind.channels, dtype=shift_dtype) if kind.shift else None
 
@@ -176,7 +176,7 @@ OPS: dict[str, Callable[[], Iterator[tuple[str, str, Call]]]] = {
 
 
 def survey(op: str, target: int, part: int = 0, parts: int = 1) -> list[Entry]:
-    """Compile the distinct configurations of one op for sm_`target`; of `parts` equal shares, the one numbered `part`."""
+    """Compile the distinct configurations of one op for sm_`target`, or only share number `part` of `parts` equal shares."""
     found: dict[str, Entry] = {}
     with recording(target) as launches:
         for kind, mode, call in OPS[op]():
@@ -222,7 +222,7 @@ def _line(entry: Entry) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastsd_kernels.atlas", description="Compile every kernel for every GPU.")
     names = [f"sm_{target}" for target in ARCHITECTURES]
     parser.add_argument("--target", nargs="+", choices=names, default=names, metavar="sm_NN", help=", ".join(names))

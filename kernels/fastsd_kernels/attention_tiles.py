@@ -1,7 +1,7 @@
-"""How the attention kernels are cut, for every GPU: one table. The kernels and their vocabulary are in `attention.py`.
+"""Tile sizes of the attention kernels for every GPU, in one table. The kernels and their terms are in `attention.py`.
 
-A row holds for head sizes up to its own, and, unless it names an architecture, for sm_80, 86, 89 and 120 alike, which share
-one kind of tensor core instruction (mma) and the 99 KB of shared memory of the smallest.
+A row applies to head sizes up to its own. Unless it names an architecture, it suits sm_80, 86, 89 and 120 alike: they share one
+kind of tensor core instruction (mma), and tiles fit the 99 KB of shared memory of the smallest.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from fastsd_kernels.launch import architecture
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut."""
+    """Tile sizes of a kernel, and its launch options."""
 
     rows: int  # queries of a tile
     keys: int  # keys of a tile
     warps: int
-    stages: int  # of the pipeline that loads the next tile while this one is worked on; 1: none
+    stages: int  # of the pipeline that loads the next tile while this one is processed; 1: no pipeline
     widest: int = 128  # slice of D
-    hold: bool = True  # the program's own tile stays in registers; else both stream past in columns
-    registers: int | None = None  # a thread, at most. Left alone, the assembler may spill to fit one more block on an SM
+    hold: bool = True  # the program's own tile stays in registers; otherwise both stream past in columns
+    registers: int | None = None  # a thread, at most. Without a limit the assembler may spill to fit one more block on an SM
 
 
 HEAD_DIMS = (48, 96, 160, 256)
@@ -61,11 +61,11 @@ _TILES: dict[tuple[str, int, str, int], Tile] = {
     ("dkdv", 48, "tf32", 0): Tile(32, 128, 8, 2),
     ("dkdv", 96, "tf32", 0): Tile(16, 128, 8, 2, 32),
     ("dk", 160, "tf32", 0): Tile(32, 64, 8, 2, 16, hold=False),
-    ("dk", 160, "tf32", 90): Tile(16, 64, 8, 2, 32, hold=False),  # 48 B of spills with the other one
+    ("dk", 160, "tf32", 90): Tile(16, 64, 8, 2, 32, hold=False),  # the row above spills 48 B there
     ("dk", 256, "tf32", 0): Tile(16, 32, 8, 1, 16, hold=False),
     ("dv", 160, "tf32", 0): Tile(16, 64, 8, 2, 32),
     ("dv", 256, "tf32", 0): Tile(16, 32, 8, 1, 16, hold=False),
-    # tf32x3: every operand in two parts. What a held tile would take, the compiler keeps split for the whole loop.
+    # tf32x3: every operand has two parts, and the compiler keeps both parts of a held tile for the whole loop.
     ("forward", 48, "tf32x3", 0): Tile(64, 32, 4, 2, 16),
     ("forward", 96, "tf32x3", 0): Tile(64, 16, 4, 2, 16),
     ("forward", 160, "tf32x3", 0): Tile(64, 32, 8, 2, 16, hold=False),
@@ -82,7 +82,7 @@ _TILES: dict[tuple[str, int, str, int], Tile] = {
     ("dv", 160, "tf32x3", 0): Tile(16, 32, 8, 2, 16),
     ("dv", 256, "tf32x3", 0): Tile(16, 32, 8, 1, 16, hold=False),
     # ieee: a thread holds its rows and columns of both operands, a slice long; 16 numbers of the result a thread give five
-    # multiply-adds a shared load. More a thread spills, fewer starve on loads.
+    # multiply-adds a shared load. More of them spill, fewer wait for loads.
     ("forward", 48, "ieee", 0): Tile(64, 64, 8, 1, 32, registers=255),
     ("forward", 96, "ieee", 0): Tile(64, 64, 8, 1, 16),
     ("forward", 160, "ieee", 0): Tile(64, 32, 8, 1, 16),
@@ -103,7 +103,7 @@ _TILES: dict[tuple[str, int, str, int], Tile] = {
 
 
 def choose_tile(kernel: str, head_dim: int, keys: int, dtype: torch.dtype, precision: str, device: torch.device) -> Tile:
-    """The tile of "forward", "dq", "dk", "dv" or "dkdv", with fewer keys where the table's would be mostly padding."""
+    """Return the tile of "forward", "dq", "dk", "dv" or "dkdv". It has fewer keys if padding would add over a quarter."""
     size, kind = _row(head_dim, dtype, precision)
     tile = _TILES.get((kernel, size, kind, architecture(device))) or _TILES[kernel, size, kind, 0]
     width = tile.keys
@@ -113,7 +113,7 @@ def choose_tile(kernel: str, head_dim: int, keys: int, dtype: torch.dtype, preci
 
 
 def one_kernel_for_keys(head_dim: int, dtype: torch.dtype, precision: str) -> bool:
-    """Whether dk and dv fit one kernel; if not, each has its own and P is computed once more."""
+    """Return True if dk and dv fit one kernel. If not, each has its own and P is computed once more."""
     size, kind = _row(head_dim, dtype, precision)
     return ("dkdv", size, kind, 0) in _TILES
 
@@ -124,7 +124,7 @@ def _row(head_dim: int, dtype: torch.dtype, precision: str) -> tuple[int, str]:
 
 
 def slices(head_dim: int, widest: int, least: int) -> tuple[tuple[int, int], ...]:
-    """(first column, width) of each slice of D: powers of two from `widest` down to `least`; the last may reach beyond D."""
+    """Return (first column, width) of each slice of D: powers of two from `widest` to `least`; the last may reach beyond D."""
     cut: list[tuple[int, int]] = []
     first = 0
     while first < head_dim:

@@ -1,15 +1,15 @@
 """Lion, D-Lion, AdamW and the gradient norm on a CPU: `optimizers.c`, compiled at first use and called through ctypes.
 
-Signatures are the references', layouts and errors the Triton kernels', arithmetic that of `optimizers.c`: elementwise
-results have the reference's bits, with AdamW's two exceptions (`adamw.py`).  A step is one call for a whole list of
-tensors, on as many threads as PyTorch has been given (`torch.set_num_threads`); their number changes no bit.
+Signatures are those of the references, layouts and errors those of the Triton kernels, and `optimizers.c` has the arithmetic.
+Elementwise results have the reference's bits, with AdamW's two exceptions (`adamw.py`).  A step is one call for a whole list
+of tensors, on as many threads as PyTorch uses (`torch.set_num_threads`); their number changes no bit.
 
-The library lies in $XDG_CACHE_HOME/fastsd, or ~/.cache/fastsd.  Its name holds a digest of source, flags, compiler and
-instruction set, so another CPU has another file, and one of its own bytes, so a damaged file is known and made anew.  It is
-written under a temporary name and renamed: processes may start side by side.  PyTorch's own loader of extensions would
-need ninja, a C++ compiler and headers that nothing here uses.
+The library is stored in $XDG_CACHE_HOME/fastsd, or ~/.cache/fastsd.  Its name has two digests: one of source, flags, compiler
+and instruction set, so another CPU has another file, and one of its own bytes, so a damaged file is detected and rebuilt.
+It is written under a temporary name and renamed, so processes may start at the same time.  PyTorch's own loader of extensions
+would need ninja, a C++ compiler and headers that nothing here uses.
 
-A machine without a compiler is no error: `problem` says why the kernels cannot be used, and REFERENCE remains.
+A machine without a compiler is not an error: `problem` returns the reason, and REFERENCE is used instead.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from fastsd_kernels.dlion import step_factors
 _SOURCE = Path(__file__).with_name("optimizers.c")
 # The last two change no result: without them roots stay scalar and a comparison may not become a select.
 _FLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# The first that works. A compiler without OpenMP (Apple's) makes kernels of one thread.
+# The first set that works is used. A compiler without OpenMP (Apple's) makes single-threaded kernels.
 _MACHINES = [["-march=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"]]
 
-_SPAN, _WORDS = 16384, 10  # of optimizers.c: elements of a span, words of a `Row`
+_SPAN, _WORDS = 16384, 10  # as in optimizers.c: elements of a span, words of a `Row`
 _POINTER = ctypes.c_void_p
 _Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # p, g, m, s, low, ema
 
 
 class _Options(ctypes.Structure):
-    """As `Options` of optimizers.c."""
+    """The struct `Options` of optimizers.c."""
 
     _fields_ = [
         ("scale", _POINTER),
@@ -57,17 +57,17 @@ class _Options(ctypes.Structure):
 
 
 def problem() -> str | None:
-    """None if the kernels can be used, else why not, in one phrase. Compiles them if nobody has; memoised."""
+    """Return None if the kernels are usable, otherwise a short reason. Compiles them on first use; the result is cached."""
     return _built()[1]
 
 
 @cache
 def _built() -> tuple[ctypes.CDLL | None, str | None]:
-    """(library, None) or (None, what is missing)."""
+    """Return (library, None) or (None, reason)."""
     try:
         named = shlex.split(os.environ.get("CC", ""))
         compiler = next((c for c in (named, ["cc"], ["gcc"], ["clang"]) if c and shutil.which(c[0])), None)
-    except ValueError as error:  # a quotation that does not end
+    except ValueError as error:  # an unclosed quotation
         return None, f"$CC cannot be read: {error}"
     if compiler is None:
         return None, "no C compiler: neither $CC nor cc, gcc or clang is found"
@@ -81,8 +81,8 @@ def _built() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _load(command: list[str]) -> ctypes.CDLL:
-    """The library that this command makes, out of the cache if it is there."""
-    # The macros name the compiler's version and every extension of the instruction set that `native` stands for.
+    """Load the library that this command builds, from the cache if it is there."""
+    # The macros name the compiler's version and every extension of the instruction set that `native` means.
     macros = _output([*command, "-dM", "-E", "-x", "c", os.devnull])
     key = _digest(_SOURCE.read_bytes() + repr(command).encode() + macros)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsd"
@@ -93,13 +93,13 @@ def _load(command: list[str]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / "optimizers.so"
         _output([*command, "-shared", str(_SOURCE), "-o", str(made), "-lm"])
-        library = _declared(made)  # one that cannot be loaded is not kept
+        library = _declared(made)  # raises before a library that cannot be loaded is stored
         made.replace(folder / f"optimizers-{key}-{_digest(made.read_bytes())}.so")
     return library
 
 
 def _output(command: list[str]) -> bytes:
-    """What a compiler prints. Raises RuntimeError with the first line that tells of an error."""
+    """Return the output of a compiler. Raises RuntimeError with the first line that mentions an error."""
     done = subprocess.run(command, capture_output=True)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines() or [f"{command[0]} ends with {done.returncode}"]
@@ -128,7 +128,7 @@ def _library(op: str) -> ctypes.CDLL:
 
 
 def _require_cpu(op: str, *tensors: Any) -> None:
-    """Raise ValueError unless all that are tensors are on the CPU."""
+    """Raise ValueError unless all tensors among the arguments are on the CPU."""
     elsewhere = {str(t.device) for t in tensors if isinstance(t, Tensor) and not t.is_cpu}
     if elsewhere:
         raise ValueError(f"{op}: tensors are on {', '.join(sorted(elsewhere))}, and these kernels need all of them on the CPU")
@@ -142,7 +142,7 @@ def _operands(
     given: Sequence[Any],
     **options: Unpack[StepOptions],
 ) -> list[_Operands]:
-    """What lies at one place of the lists, checked as `arena.operands` checks it, but for a CPU."""
+    """Group the tensors of each parameter, and check them as `arena.operands` does, here for tensors on a CPU."""
     _require_cpu(op, *given, options.get("skip"), options.get("scale"), options.get("ema_decay"))
     lows, emas, none = options.get("lows"), options.get("emas"), (None,) * len(params)
     both = states if len(states) == 2 else (states[0], none)
@@ -178,7 +178,7 @@ def _sweep(
     constants: Sequence[float],
     **options: Unpack[StepOptions],
 ) -> Tensor:
-    """One call over all tensors, in place. factors: fp32 (F,), or (P, F).  Sums, fp64 (2, P), empty tensors left out."""
+    """Call C once for all tensors, in place. factors: fp32 (F,) or (P, F). Returns sums, fp64 (2, P), without empty tensors."""
     words: list[int] = []
     address, step = (0, 0) if factors is None else (factors.data_ptr(), factors.stride(0) * 4 if factors.ndim == 2 else 0)
     spans = 0
@@ -193,7 +193,7 @@ def _sweep(
     sums_2P = torch.empty(2, count, dtype=torch.float64)
     if not count:
         return sums_2P
-    # These are held until the call is over, for C is given addresses.
+    # C gets addresses, so these must live until the call is over.
     scale, skip, zero_grads = options.get("scale"), options.get("skip"), options.get("zero_grads", False)
     scale = None if scale is None else scale.float()
     gain = scalars(torch.device("cpu"), 1 - options.get("ema_decay", EMA_DECAY))
@@ -203,7 +203,7 @@ def _sweep(
     rows, floats = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * len(constants))(*constants)
     function = getattr(_library(op), f"fastsd_{op}")
     function(rows, count, ctypes.byref(passed), floats, scratch_2K.data_ptr(), sums_2P.data_ptr())
-    # PyTorch has not seen the writes, and a backward over a graph that holds these tensors must.
+    # PyTorch has not seen the writes; a backward over a graph that holds these tensors must detect them.
     written = (t for p, g, *rest in each for t in (p, g if zero_grads else None, *rest))
     torch.autograd.graph.increment_version([t for t in written if t is not None])
     return sums_2P
@@ -305,7 +305,7 @@ def gradient_norm_cpu(grads: Sequence[Tensor], *, scale: Tensor | None = None) -
     _require_cpu("gradient_norm", scale, *grads)
     for g in grads:
         require_dtype("gradient_norm", "gradient", g, torch.float32, torch.bfloat16)
-    # Only a gradient with gaps or repeats, which no backward leaves in a parameter, is copied.
+    # Only a gradient with gaps or repeats is copied; no backward leaves such a gradient in a parameter.
     grads = [g if dense(g) else g.contiguous() for g in grads]
     each = [(None, g, None, None, None, None) for g in grads]
     total = _sweep("gradient_norm", each, None, ())[0].sum()

@@ -1,4 +1,4 @@
-"""D-Lion: Lion whose step size is d lr, with d estimated from the steps taken (D-Adaptation).
+"""D-Lion: Lion with the step size d lr, where d is estimated from the steps taken (D-Adaptation).
 
     dlr = d lr                          sb = sqrt(b2)
     p = p (1 - dlr wd)
@@ -9,23 +9,23 @@
     NW = sb NW + (1 - sb) num           d = max(d, NW / ((1 - sb) l1))      from the next step on
 
 num and l1 run over all parameters that share d, so a step has two parts: `dlion_reference`, the elementwise pass,
-returns their partial sums; `dlion_estimate_reference` turns those of all lists into d.  d never falls, and stays as it
-is while l1 = 0 or lr = 0.
+returns their partial sums; `dlion_estimate_reference` turns those of all lists into d.  d never falls, and stays constant
+while l1 = 0 or lr = 0.
 
 Layout: lists of fp32 tensors as in `lion.py`; p, g, m, s fp32.  Bytes moved, per element: p, m, s, g read, p, m, s written:
 28, and nothing else of that size; options as in `arena.py`.
 
 d and NW are 0-dim fp64 on the device.  Upstream keeps them in Python floats and rounds to fp32 only the factors made of
 them (1 - dlr wd, dlr, (1 - b2) dlr, (1 - sb) dlr); with d in fp32 those differ by a rounding, d drifts from upstream's,
-and a coordinate whose sign hangs on the last bit goes the other way.  A few fp64 scalars a step cost nothing on a GPU.
+and a coordinate with a sign that depends on the last bit goes the other way.  A few fp64 scalars a step cost nothing on a GPU.
 Partial sums are fp32, one a tensor or a run of a big tensor, and added in fp64 in a fixed order.  Where every tensor
 is contiguous and fits one run, p, m and s have upstream's bits on a CPU; elsewhere the two sums round differently, and
 come closer to fp64's than one long sum does.
 
 The kernel adds up 16384 consecutive elements a program: 8 to a lane in fp32, then the lanes as a tree, so a partial sum of
-|s| is off by 1e-6 at the very most, and 52k of them by less than 1e-8 as they are added in fp64 by a tail of one
-program.  Which element is added where follows from its place alone, not from the GPU, so d is the same on all of them.
-Given one d, elementwise results have the reference's bits; d itself differs from the reference's in the eighth digit.
+|s| is off by 1e-6 at most.  The total of 52k of them is off by less than 1e-8, because one program at the end adds them in
+fp64.  The order of the sum depends only on the elements' places, not on the GPU, so d is the same on all GPUs.
+Given the same d, elementwise results have the reference's bits; d itself differs from the reference's in the eighth digit.
 
 Read next: `adamw.py`.
 """
@@ -159,7 +159,7 @@ def _sweep(
     p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, stop,
     BOUNDED: tl.constexpr, ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Elements start .. stop, whole blocks unless BOUNDED; their <u, s> and |s|_1."""
+    """Step elements start .. stop, in whole blocks unless BOUNDED. Returns their <u, s> and |s|_1."""
     low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr = options
     beta1, rest1, beta2, sb = betas
     decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
@@ -299,7 +299,7 @@ def dlion_triton(
     weight_decay: float = 0.0,
     **options: Unpack[StepOptions],
 ) -> tuple[Tensor, Tensor]:
-    """`dlion_reference` as one launch a tensor; an arena is a list of one. A captured graph keeps an lr that is a float.
+    """`dlion_reference` as one launch a tensor; an arena is a list of one. In a captured graph a float lr is constant.
 
     Returns one pair of sums per 16384 elements of a tensor.
 

@@ -1,11 +1,11 @@
-"""The pieces of the differentiable operations, for layers that keep an input and rebuild what follows from it.
+"""Forward, recomputation and backward of the differentiable operations, each as a separate function.
 
-An operation of `Ops` keeps for its backward what it alone needs. A layer that joins a norm and a convolution keeps less:
-the norm's input, from which its output, the convolution's input, is made again. Such a layer is an autograd function
-of its own (`fastsd/model/recompute.py`) and calls forward and backward by hand; these are the hands.
+An operation of `Ops` saves for backward what it alone needs. A layer that joins a norm and a convolution saves less: only the
+norm's input. Its backward rebuilds the norm's output, which is the convolution's input. Such a layer is an autograd function
+of its own (`fastsd/model/recompute.py`) and calls the functions of this file.
 
 Nothing here is differentiable.  Shapes: B images, C channels, H x W positions, N tokens, L keys, F features.
-Read next: `group_norm.py`, whose three kernels are three pieces.
+Read next: `group_norm.py`, which has a function for each of the three.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Shift = Tensor | None
 
 @dataclass(frozen=True)
 class Pieces:
-    """One implementation of every piece. `_again` gives the forward's y once more, from what was kept."""
+    """One implementation of every function. `_again` rebuilds the forward's y from the saved tensors."""
 
     # (q_BNHD, k_BLHD, v_BLHD, precision) -> (o_BNHD, lse);  (do, q, k, v, o, lse, precision, own) -> packed, see the reference
     attention: Callable[..., tuple[Tensor, Tensor]]
@@ -49,7 +49,7 @@ class Pieces:
 
 def _attention_reference(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BLHD, v_BLHD))
-    if not q.is_cpu:  # what a GPU's backends keep differs between them, so the backward starts anew
+    if not q.is_cpu:  # a GPU's backends save different tensors, so the backward repeats the forward
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2), q.new_empty(0)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     return o.transpose(1, 2), lse
@@ -58,7 +58,7 @@ def _attention_reference(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precisi
 def _attention_backward_reference(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, own: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients packed as the projections that made q, k, v: (dqkv_BN3HD, empty) if `own`, else (dq_BNHD, dkv_BL2HD)."""
+    """Return gradients packed like the projections of q, k, v: (dqkv_BN3HD, empty) if `own`, else (dq_BNHD, dkv_BL2HD)."""
     if q.is_cpu:
         heads = [x.transpose(1, 2) for x in (do, q, k, v, o)]
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, False)
@@ -102,7 +102,7 @@ def _group_norm_backward_reference(
 
 
 def _shifted(x: Tensor, shift: Shift) -> Tensor:
-    """x + shift in the memory order that PyTorch's kernel reads: channels last on a CPU only."""
+    """Return x + shift in the memory order that PyTorch's kernel reads: channels last on a CPU only."""
     x = x if shift is None else x + shift[:, :, None, None]
     return x.contiguous(memory_format=torch.channels_last if x.is_cpu else torch.contiguous_format)
 

@@ -12,8 +12,8 @@ The shift is the time embedding of a residual block: one number per image and ch
 
 Shapes: B images, C channels, G groups, P = H*W positions; memory is channels last, that is (B, P, C).  fp32 or bf16;
 weight, bias and shift may be fp32 beside a bf16 x.  mean and rstd are fp32 (B, G).
-Bytes moved, but for partial sums: forward 2 reads and 1 write of x, backward 2 reads of x and dy and 1 write of dx.
-Kept for the backward: x, shift, mean, rstd.  y is never kept: `group_norm_apply` rebuilds it, bit for bit.
+Bytes moved, without partial sums: forward 2 reads and 1 write of x, backward 2 reads of x and dy and 1 write of dx.
+Saved for backward: x, shift, mean, rstd.  y is never saved: `group_norm_apply` rebuilds it, bit for bit.
 
 A group is 4 to 80 channels wide and P positions long: too narrow for 16-byte loads, too long for one program.  So tiles
 are cut without regard to groups, 64 channels (which divides every C of the workload) by 16 to 128 positions, and sum over
@@ -26,9 +26,9 @@ positions only; a small second kernel merges their sums per channel into those o
                 _merge_sums      -> the two means of each group, the sums of each channel, d shift
                 _input_gradient  (x, dy) -> dx
 
-A tile takes deviations from its own mean, in registers, and tiles merge by Chan's formula: nowhere is there an
+A tile takes deviations from its own mean, in registers, and tiles merge by Chan's formula.  Nothing computes
 E[x^2] - mean^2, which loses all digits where mean >> std.  Every order of summation is fixed, and an image's numbers do
-not depend on the images beside it.  d shift follows from sums at hand; xhat is summed for its sake.
+not depend on the images beside it.  d shift is computed from the sums of each channel; xhat is summed only for this.
 Lost: tiles of whole groups (loads of 4 and 8 bytes at C/G = 10, 20, 30, 60); adding the shift to the means of channels
 (the fewest operations, but a shift that cancels a large mean leaves noise); a sum of dx in its own kernel for d shift
 (one more set of partial sums, and a launch to add them).  Not built: one program for a whole small image.
@@ -88,7 +88,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor |
 
 @triton.jit
 def _tile(i_chunk, i_image, n_positions, n_channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A tile of one image: where it starts in memory, offsets, and channels (1, COLS), each with its mask."""
+    """A tile of one image: its start in memory, then offsets and channels (1, COLS), each with its mask."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     # Only the start may lie beyond 2^31.
@@ -98,13 +98,13 @@ def _tile(i_chunk, i_image, n_positions, n_channels, ROWS: tl.constexpr, COLS: t
 
 @triton.jit
 def _backwards(axis: tl.constexpr):
-    """The program's index, from the last to the first: what the kernel before read last may still be in the L2 cache."""
+    """Return the program's index, counted from the last: the previous kernel's last reads may still be in the L2 cache."""
     return tl.num_programs(axis) - 1 - tl.program_id(axis)
 
 
 @triton.jit
 def _load(x_ptr, shift_ptr, start, offs, mask, i_image, n_channels, cols, col_mask, SHIFT: tl.constexpr):
-    """x + shift over a tile, the sum first: where it cancels, as x - mean + shift it would lose what is left."""
+    """Load x + shift over a tile. The shift is added first: where it cancels x, x - mean + shift would lose what is left."""
     x = tl.load(x_ptr + start + offs, mask, other=0.0).to(tl.float32)
     if SHIFT:
         x += tl.load(shift_ptr + i_image * n_channels + cols, col_mask, other=0.0).to(tl.float32)
@@ -289,12 +289,12 @@ def _input_gradient(
     tl.store(dx_ptr + start + offs, rounded(dx, dx_ptr.dtype.element_ty), mask)
 
 
-# {positions of a tile: warps}, for every dtype and architecture: nothing here but bandwidth counts.  A tile is 64 channels
+# {positions of a tile: warps}, for every dtype and architecture: only bandwidth matters here.  A tile is 64 channels
 # wide, a cache line of bf16; 32 elements a thread keep four 16-byte loads of each bf16 operand in flight (eight of fp32).
 _TILES = {128: 8, 64: 4, 32: 2, 16: 1}
 _COLS = 64
-# The longest tile that cuts an image into so many programs is taken: few partial sums for large images (128 positions at
-# 64 x 64), enough programs for small ones (16 at 8 x 8).  The batch has no say, so an image's sums keep their order.
+# The longest tile that cuts an image into this many programs is used: few partial sums for large images (128 positions at
+# 64 x 64), enough programs for small ones (16 at 8 x 8).  The batch size is ignored, so an image's sums keep their order.
 _PROGRAMS = 64
 # Elements of a tile of partial sums: a group's channels, padded to a power of two, by as many chunks as fit.
 _MERGED = 1024
@@ -312,7 +312,7 @@ def _plan(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, int, int]
 
 
 def _packed(x: Tensor) -> Tensor:
-    """x in channels-last memory: itself if it lies so, else the one copy that is made of it."""
+    """Return x in channels-last memory: x itself if it has that layout, otherwise a copy."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -333,7 +333,7 @@ def group_norm_apply(
     x_BCHW: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool,
     shift_BC: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y, channels last, from x and its statistics: the last step of a forward, and all there is to a recomputation."""
+    """y, channels last, from x and its statistics: the last step of a forward, and the whole of a recomputation."""
     x, shift = _packed(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
     sizes, grid, tile, merge = _plan(x, groups)
     y = torch.empty_like(x, memory_format=torch.channels_last)
@@ -433,5 +433,5 @@ def group_norm_triton(
     require_device("group_norm", x_BCHW, weight, bias, shift_BC)
     if x_BCHW.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"group_norm: x is {x_BCHW.dtype}; the kernel takes float32 and bfloat16")
-    # An image in another layout is converted here, once: the copy is what the backward keeps and reads.
+    # An image in another layout is converted here, once: the backward saves and reads the copy.
     return group_norm_op(_packed(x_BCHW), weight, bias, groups, eps, silu, shift_BC)[0]

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""The vocabulary of the attention kernels: tiles of one head, cut into slices of its D columns.
+"""Building blocks of the attention kernels: tiles of one head, cut into slices of its D columns.
 
 A head tile is a tuple of 2-D tiles, one a slice; `SLICES` holds (first column, width) of each, and the last may reach beyond
 D.  `row_ptrs` point at column 0 of each of a tile's rows.  Slices are known at compile time: the loops over them unroll.
@@ -15,7 +15,7 @@ from fastsd_kernels.interpreter import dot, rounded
 
 @triton.jit
 def load_head(row_ptrs, row_mask, SLICES: tl.constexpr, D: tl.constexpr):
-    """A head tile; zeros where row_mask is false or beyond D. row_mask None: all rows are there."""
+    """Load a head tile, with zeros where row_mask is false or beyond D. If row_mask is None, all rows exist."""
     tiles = ()
     for i in tl.static_range(len(SLICES)):
         tiles = tiles + (_load_slice(row_ptrs, row_mask, SLICES[i][0], SLICES[i][1], D),)
@@ -99,7 +99,7 @@ def streamed_product(a_ptrs, a_mask, b_ptrs, b_mask, D: tl.constexpr, PRECISION:
 
 @triton.jit
 def add_product(sums, weights, tiles, PRECISION: tl.constexpr):
-    """sums + weights tiles, summed over the tiles' rows: head tiles all three but the weights."""
+    """sums + weights tiles, summed over the tiles' rows. All but weights are head tiles."""
     added = ()
     for i in tl.static_range(len(tiles)):
         added = added + (dot(weights, tiles[i], sums[i], PRECISION),)

@@ -1,7 +1,7 @@
-"""Two things that Triton's interpreter does otherwise than a GPU, made equal: rounding to bf16, and dots of bf16.
+"""Rounding to bf16 and dots of bf16 that give the same result in Triton's interpreter as on a GPU.
 
-The interpreter cuts fp32 to bf16 instead of rounding it, and multiplies the bits of bf16 as integers. Compiled code is not
-touched: there both functions are the plain operation.
+The interpreter truncates fp32 to bf16 instead of rounding it, and multiplies the bits of bf16 as integers. Compiled code is
+not affected: there both functions are the plain operation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """fp32 x in `dtype`, to nearest, ties to even."""
+    """Round fp32 x to `dtype`, to nearest, ties to even."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         high = tl.where(x != x, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)

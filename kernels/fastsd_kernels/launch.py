@@ -1,8 +1,8 @@
-"""How every kernel starts: one function, so that a call either runs on its device or is noted down for the atlas.
+"""The one function that starts kernels: it runs a kernel on its device, or records the launch for the atlas.
 
-`launch` runs a kernel. Inside `recording(target)` nothing runs: each launch is kept, with the very arguments it would have
-run with, so the atlas compiles what ships and cannot drift from it. Tensors may then be on the meta device.
-Tile choices ask `architecture` which GPU they are for.  Read next: `geglu.py`, the shortest kernel.
+`launch` runs a kernel. Inside `recording(target)` nothing runs: each launch is stored with the very arguments it would have
+run with, so the atlas compiles the shipped code and cannot drift from it. Tensors may then be on the meta device.
+`architecture` returns the GPU that tiles are chosen for.  Read next: `geglu.py`, the shortest kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INTERPRETED: bool = AVAILABLE and triton.knobs.runtime.interpret
 
 
 class Launch(NamedTuple):
-    """One noted launch. `options` holds the constexpr arguments by name and Triton's (num_warps, num_stages, ...)."""
+    """One recorded launch. `options` holds the constexpr arguments by name and Triton's (num_warps, num_stages, ...)."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -33,14 +33,14 @@ class Launch(NamedTuple):
 
 
 class _Recorder:
-    """Where launches go: None, or the target they are noted for and the notes."""
+    """State of `recording`: the target and the recorded launches, or None outside of it."""
 
     target: int | None = None
     notes: list[Launch] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run `kernel[grid](*arguments, **options)` on the device of its first tensor, or note it inside `recording`."""
+    """Run `kernel[grid](*arguments, **options)` on the device of its first tensor, or record it inside `recording`."""
     if _Recorder.notes is not None:
         _Recorder.notes.append(Launch(kernel, grid, arguments, options))
         return
@@ -55,7 +55,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 @contextmanager
 def recording(target: int) -> Iterator[list[Launch]]:
-    """Note launches instead of running them, as on a GPU of compute capability `target` (89 is 8.9); yields the notes."""
+    """Record launches instead of running them, as on a GPU of compute capability `target` (89 is 8.9). Yields their list."""
     before = _Recorder.target, _Recorder.notes
     _Recorder.target, _Recorder.notes = target, []
     try:
@@ -65,7 +65,7 @@ def recording(target: int) -> Iterator[list[Launch]]:
 
 
 def architecture(device: torch.device) -> int:
-    """Which of `ARCHITECTURES` to choose tiles for: the device's own, or the nearest that needs no more than it has."""
+    """Return the `ARCHITECTURES` entry to choose tiles for: the device's own, or the nearest that needs no more than it has."""
     if _Recorder.target is not None:
         return _Recorder.target
     if device.type != "cuda":

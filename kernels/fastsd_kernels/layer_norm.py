@@ -1,4 +1,4 @@
-"""LayerNorm over the last dimension, with an optional residual added first and handed back.
+"""LayerNorm over the last dimension, with an optional residual that is added first; the sum is returned, too.
 
     s = x + residual        rounded to the dtype of x; without a residual s is x
     y = xhat * weight + bias        xhat = (s - mean) * rstd        rstd = 1 / sqrt(var + eps)
@@ -12,14 +12,14 @@ Shapes: N rows (any leading dimensions), F features.  x, residual and y are fp32
 beside a bf16 x.  mean and rstd are fp32, one each a row.
 Bytes moved at best: forward 1 read and 1 write of x (with a residual 2 and 2); backward x and dy (and ds) read, dx
 written, and a sum of 8F bytes for each of some hundred programs.
-Kept for the backward: s, mean, rstd, weight.  y is never kept: `layer_norm_apply` rebuilds it, bit for bit.
+Saved for backward: s, mean, rstd, weight.  y is never saved: `layer_norm_apply` rebuilds it, bit for bit.
 
 A tile holds whole rows, so mean and variance are taken in two passes over registers: E[x^2] - mean^2 would lose all
-digits where mean >> std.  In the backward a program walks down its share of rows with two sums per feature at hand, writes
+digits where mean >> std.  In the backward a program walks down its share of rows with two sums per feature in registers, writes
 them once, and PyTorch adds those of all programs in a fixed order: no atomics, equal bits in every run.
 Lost: sums of the weight gradients in a kernel of their own, which reads x and dy again.
 
-Read next: `group_norm.py`, where no tile holds all that is averaged.
+Read next: `group_norm.py`, where no tile holds all the elements of a mean.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 
 @triton.jit
 def _scale(centred, rstd, weight, bias):
-    """The last step of forward and apply: one function, so that both round alike."""
+    """The last step of forward and apply. They share one function to round alike."""
     return centred * rstd * weight + bias
 
 
@@ -91,7 +91,7 @@ def _forward(
         x += tl.load(residual_ptr + rows * residual_stride + cols, mask, other=0.0).to(tl.float32)
         s = rounded(x, s_ptr.dtype.element_ty)
         tl.store(s_ptr + rows * n_cols + cols, s, mask)
-        x = s.to(tl.float32)  # the norm is of what is handed back, rounded as it is
+        x = s.to(tl.float32)  # the norm is of the returned sum, after rounding
 
     mean = tl.sum(x, axis=1, keep_dims=True) / n_cols
     centred = tl.where(mask, x - mean, 0.0)
@@ -165,7 +165,7 @@ def _backward(
     tl.store(partial_ptrs + n_cols, tl.sum(dbias, axis=0, keep_dims=True), col_mask)
 
 
-# {columns of a tile: (rows, warps)}, for every dtype and architecture: nothing here but bandwidth counts.  A tile is as
+# {columns of a tile: (rows, warps)}, for every dtype and architecture: only bandwidth matters here.  A tile is as
 # wide as the next power of two above F, and 16 elements a thread keep two 16-byte loads of each bf16 operand in flight
 # (four of fp32) while the backward, which holds five numbers per element, stays under 128 registers.
 _TILES = {
@@ -188,7 +188,7 @@ def _tile(n_cols: int) -> dict[str, int]:
 def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(y, s, mean, rstd): y and s as x and contiguous, mean and rstd fp32 (...). Without a residual s is None."""
+    """(y, s, mean, rstd): y and s like x but contiguous, mean and rstd fp32 (...). Without a residual s is None."""
     rows, tile = as_rows(x), _tile(x.shape[-1])
     other = None if residual is None else as_rows(residual)
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -204,7 +204,7 @@ def layer_norm_forward(
 
 
 def layer_norm_apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """y again, with the bits of the forward, from what it kept: x (or s), mean and rstd."""
+    """Rebuild y with the bits of the forward, from the saved x (or s), mean and rstd."""
     rows, tile = as_rows(x), _tile(x.shape[-1])
     y = x.new_empty(x.shape)
     grid = (triton.cdiv(len(rows), tile["ROWS"]),)
@@ -217,7 +217,7 @@ def layer_norm_apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias
 def layer_norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias). x is what was normalised: with a residual s, then dx is the gradient of both its parts.
+    """(dx, dweight, dbias). x is the normalised input. With a residual it is s, and dx is the gradient of both summands.
 
     Args:
         ds: the gradient of s by its other uses, added to dx.

@@ -5,7 +5,7 @@
     m = b2 m + (1 - b2) g
 
 Layout: lists of fp32 tensors of any shape and strides; p, g, m of one parameter lie at the same place in their lists.
-Kernels ask for dense ones.  p may be bf16 with low halves, g bf16: `arena.py`.
+Kernels need dense ones.  p may be bf16 with low halves, g bf16: `arena.py`.
 Bytes moved, per element: p, m, g read, p, m written: 20; with g in bf16 18; 4 more to clear g, 8 more for an EMA.  In PyTorch
 each line above is one or two operations, in lion-pytorch's order, so on a CPU the result has its bits; the kernel
 has the reference's.
@@ -152,7 +152,7 @@ def lion_triton(
     weight_decay: float = 0.0,
     **options: Unpack[StepOptions],
 ) -> None:
-    """`lion_reference` as one launch a tensor; an arena is a list of one. A captured graph keeps an lr that is a float.
+    """`lion_reference` as one launch a tensor; an arena is a list of one. In a captured graph a float lr is constant.
 
     Raises:
         ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or

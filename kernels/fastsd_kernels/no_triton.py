@@ -1,7 +1,7 @@
-"""Where Triton does not exist (macOS), kernel files must still be read, for their references lie beside the kernels.
+"""A stand-in for Triton where it does not exist (macOS): kernel files also contain the references and must be importable.
 
-Imported before them by the package, this puts a stand-in in Triton's place, under which decorators and constants do
-nothing, until `remove_stand_in`: nobody else is to take it for Triton.
+The package imports this module before the kernel files. It puts the stand-in in Triton's place; decorators and constants
+then do nothing. `remove_stand_in` removes it again, so no other code mistakes it for Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ AVAILABLE = find_spec("triton") is not None
 
 class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # no package: what else asks for Triton meanwhile finds no module in it
+        if name.startswith("__"):  # not a package: other code that imports Triton meanwhile finds no module in it
             raise AttributeError(name)
         return self if name == "language" else lambda it=None, **_: (lambda f: f) if it is None else it
 
@@ -27,7 +27,7 @@ if not AVAILABLE:
 
 
 def remove_stand_in() -> None:
-    """To be called once all kernel files are imported."""
+    """Remove the stand-in. Call this once all kernel files are imported."""
     if not AVAILABLE:
         for name in _NAMES:
             del sys.modules[name]

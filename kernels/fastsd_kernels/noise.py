@@ -1,6 +1,6 @@
 """Counter-based randomness: every random number of a run is a pure function of (seed, purpose, sample position, element).
 
-Nothing keeps a generator state, so resuming, sampling or validating in between, another batch split or another number of
+There is no generator state, so resuming, sampling or validating in between, another batch split or another number of
 GPUs change no number.  The generator is Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011) with
 
@@ -8,19 +8,19 @@ SC 2011) with
     counter = (block of four elements, position low 32, position high 32, purpose)
 
 One call gives four 32-bit words.  Words become uniforms in the open interval by u = (floor(w / 2^9) + 1/2) * 2^-23, exact in
-fp32, and pairs of them normals by Box and Muller: r = sqrt(-2 ln u1), (r cos 2 pi u2, r sin 2 pi u2), so |n| <= 5.65.
+fp32.  Pairs of them become normals by Box and Muller: r = sqrt(-2 ln u1), (r cos 2 pi u2, r sin 2 pi u2), so |n| <= 5.65.
 The integer part is exact on any device.  The reference takes logarithm and cosine in fp64 and rounds once, so that a
 number does not depend on where in a vector register it was computed.
 
-`noised` is the forward process in one pass, the noise made where it is used and never stored but as the target:
+`noised` is the forward process in one pass.  The noise is generated where it is used, and stored only as the target:
 
     x_t = signal_t x_0 + level_t eps        target = eps, or v = signal_t eps - level_t x_0
 
 Bytes moved, per element: x_0 read, x_t and target written: 12, or 10 with x_0 in 16 bits.  The kernel takes logarithm and
-cosine in fp64, too, so its normals are the reference's but for one in about 10^7, which differs in the last bit.  On a GeForce
-fp64 runs at 1/64 of the rate of fp32, and its 80 operations a number take 0.2 ms for 32 images of 64x64x4: nothing beside a
-step.  Lost: tl.cos, whose fp64 takes any angle and needs a table in local memory for that; here the angle is a multiple
-of 2^-24 turns, quarters come off exactly in integers, and a short series does the rest.
+cosine in fp64, too, so its normals equal the reference's, except for one in about 10^7 that differs in the last bit.  On a
+GeForce fp64 runs at 1/64 of the rate of fp32, and 80 fp64 operations a number take 0.2 ms for 32 images of 64x64x4, which is
+negligible in a step.  Lost: tl.cos, which takes any angle in fp64 and needs a table in local memory for that.  Here the angle
+is a multiple of 2^-24 turns: quarter turns are split off exactly in integers, and a short series does the rest.
 
 Shapes: B samples, K blocks.  32-bit words live in int64 tensors, which torch multiplies on every device.
 """
@@ -48,7 +48,7 @@ _FEISTEL_ROUNDS = 8  # even, so that the halves end where they began
 
 
 class Purpose(IntEnum):
-    """What a random number is for. Written into the counter: a new purpose gets a new number, an old one keeps its own."""
+    """The use of a random number. It is written into the counter: a new purpose gets a new number, an old one keeps its own."""
 
     NOISE = 0  # eps of the forward process
     TIMESTEP = 1  # t
@@ -58,16 +58,16 @@ class Purpose(IntEnum):
     BATCHES = 5  # the order of an epoch's batches of several shapes; position = the first sample's
     ROTATION = 6  # the fixed order in which a folder's images take turns; position = the group's number
     VERSION = 7  # which crop or mirror image
-    REINIT = 8  # new weights for parts that start again; position = a hash of the parameter's name
-    IMMISCIBLE = 9  # more noises for eps to be chosen from
+    REINIT = 8  # new weights for reinitialised layers; position = a hash of the parameter's name
+    IMMISCIBLE = 9  # further noises that eps is chosen from
     PYRAMID = 10  # coarser noises added to eps
     OFFSET = 11  # one number a channel added to eps
-    PERTURBATION = 12  # what is added to eps in the input alone
+    PERTURBATION = 12  # noise added to eps in the input only
     ADAPTER = 13  # the first weights of low-rank adapters; position = a hash of the parameter's name
-    HELD_OUT = 14  # which images are held out of training, and which are measured beside them; position = the image's check
-    VALIDATION = 15  # timesteps and noises of a measured image; position = the image's check, block = the part of the timesteps
-    REDRAW = 16  # an image drawn anew: position = its number in the cache's view, and 2**40 more for the sampler's own noise
-    ALIGNMENT = 17  # images two VAEs encode: which are taken; timesteps and noises, position = its number, block = the part
+    HELD_OUT = 14  # the choice of held-out and stabilised images; position = the image's checksum or number
+    VALIDATION = 15  # timesteps and noises of a measured image; position = its checksum or number, block = the timestep stratum
+    REDRAW = 16  # a redrawn image; position = its number in the cache view, and 2**40 more for the sampler's own noise
+    ALIGNMENT = 17  # the choice of images that align two VAEs; their timesteps and noises, position = number, block = stratum
 
 
 def philox(seed: int, purpose: int, position_B: Tensor, block_K: Tensor) -> Tensor:
@@ -133,13 +133,13 @@ def permutation(seed: int, purpose: int, position: int, count: int) -> Tensor:
 
 
 def permuted(seed: int, purpose: int, position: int, count: int, index_B: Tensor) -> Tensor:
-    """Elements of a permutation of range(count) that is never made whole: int64 (B,) on the device of `index_B`.
+    """Compute single elements of a permutation of range(count): int64 (B,) on the device of `index_B`.
 
-    Up to `SORTED` elements it is `permutation`; above, a generalised Feistel network over a x b >= count, a and b about
-    sqrt(count), its round function Philox; what falls outside range(count) goes through again until it falls inside.
+    Up to `SORTED` elements this is `permutation`. Above, it is a generalised Feistel network over a x b >= count, with a and b
+    about sqrt(count) and Philox as round function. Results outside range(count) pass through it again until they fall inside.
 
     Args:
-        position: with seed and purpose it chooses the permutation.
+        position: selects the permutation, together with seed and purpose.
         count: below 2**48.
         index_B: int64 in [0, count).
 
@@ -177,7 +177,7 @@ def noised_reference(
     *,
     prediction: str = "epsilon",
 ) -> tuple[Tensor, Tensor]:
-    """Noised latents and what a model is to predict from them.
+    """Add noise to latents, and return the result with the target that a model predicts from it.
 
     Args:
         latents_BCHW: scaled latents, fp32, bf16 or fp16.
@@ -294,7 +294,7 @@ def _noised(
 
 
 # (blocks of four elements, warps) of a tile, for every architecture. One block a thread: 128 bits of fp32, and few
-# registers, for the fp64 series takes two each. 128 threads: 32 programs an image of 64x64x4 fill a GPU from 4 images on.
+# registers, because the fp64 series takes two each. 128 threads: 32 programs an image of 64x64x4 fill a GPU from 4 images on.
 _TILE = (128, 4)
 
 
@@ -368,7 +368,7 @@ def noised_triton(
     *,
     prediction: str = "epsilon",
 ) -> tuple[Tensor, Tensor]:
-    """`noised_reference` as one launch; a t outside the tables is not noticed.
+    """`noised_reference` as one launch. A t outside the tables is not detected.
 
     Raises:
         ValueError: another prediction, a dtype that `noised_reference` does not name, or a device that runs no kernels.

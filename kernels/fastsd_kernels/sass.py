@@ -1,7 +1,7 @@
-"""What a noted launch compiles to: registers, spills, shared memory and the instruction mix, with no GPU present.
+"""Machine code of a recorded launch: registers, spills, shared memory and the instruction mix, with no GPU present.
 
-Triton carries NVIDIA's assembler and disassembler, so `compile_launch` gives the machine code a user's GPU would run, and
-`read` counts what matters in it. The atlas is made of these.
+Triton ships NVIDIA's assembler and disassembler, so `compile_launch` gives the machine code that a user's GPU would run, and
+`read` counts what matters in it. The atlas consists of these counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Code(NamedTuple):
     """The machine code of one kernel. Counts are of instructions as written, not as run."""
 
     registers: int  # a thread
-    stack: int  # bytes of local memory a thread: spills, and arrays not kept in registers
+    stack: int  # bytes of local memory a thread: spills, and arrays not held in registers
     spills_in_loop: int  # local loads and stores inside loops
     shared: int  # bytes a block
     loads: dict[str, int]  # global loads by width in bits; "async": straight into shared memory
@@ -41,7 +41,7 @@ class Code(NamedTuple):
 
 
 class Compilation(NamedTuple):
-    """A launch with Triton's view of it: equal keys compile to equal code."""
+    """A launch with Triton's specialisation of it. Equal keys compile to equal code."""
 
     launch: Launch
     target: int
@@ -51,7 +51,7 @@ class Compilation(NamedTuple):
 
 
 def specialise(launch: Launch, target: int) -> Compilation:
-    """Triton's own specialisation of a noted launch (dtypes, divisibility by 16, constants) for sm_`target`."""
+    """Apply Triton's own specialisation (dtypes, divisibility by 16, constants) to a recorded launch for sm_`target`."""
     kernel = launch.kernel
     backend = make_backend(GPUTarget("cuda", target, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -63,7 +63,7 @@ def specialise(launch: Launch, target: int) -> Compilation:
 
 
 def compile_launch(compilation: Compilation) -> Code:
-    """Compile down to machine code and read it. Raises what Triton raises where it cannot."""
+    """Compile down to machine code and read it. Triton's exceptions pass through."""
     target = GPUTarget("cuda", compilation.target, 32)
     compiled = triton.compile(compilation.source, target=target, options=compilation.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -77,7 +77,7 @@ def compile_launch(compilation: Compilation) -> Code:
 
 
 def read(usage: str, sass: str, shared: int) -> Code:
-    """Count in cuobjdump's two listings. `shared` is what the launch asks for beyond the listing's static part."""
+    """Count in cuobjdump's two listings. `shared` is what the launch requests; the listing has only its static part."""
     instructions = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(sass)]
     registers, stack, static = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "SHARED"))  # type: ignore[index]
     loops = list(_loops(instructions))
@@ -91,7 +91,7 @@ def read(usage: str, sass: str, shared: int) -> Code:
 
 
 def _loops(instructions: list[tuple[int, str, str]]) -> Iterator[tuple[int, int]]:
-    """(first, last) address of every backward branch's body; the endless self-branch that pads a kernel is none."""
+    """Yield (first, last) address of every backward branch's body, except the endless self-branch that pads a kernel."""
     for address, op, rest in instructions:
         if op.split(".")[0] == "BRA" and (found := re.search(r"0x([0-9a-f]+)", rest)):
             to = int(found[1], 16)

@@ -1,7 +1,7 @@
 """The work of one SD1.5 UNet forward at 512 px (64 x 64 latents, 77 text tokens), as data, per image.
 
-Tests, benchmarks and the atlas take their shapes from here only; a test derives the tables anew from the module.
-Each table is {kind: how often}.  FLOPs count a multiply-add as two and leave out what is not a matmul or convolution.
+Tests, benchmarks and the atlas take their shapes from here only; a test derives the tables again from the module.
+Each table is {kind: count}.  FLOPs count a multiply-add as two, and include only matmuls and convolutions.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ VAE_GROUP_NORM = {
     GroupNorm(128, 512, 32, 1e-06, True, False): 10,
     GroupNorm(128, 256, 32, 1e-06, True, False): 1,
 }
-# What our encoder asks for at 512 px with these kernels: a convolution's bias is the shift of the norm behind it.
+# Of our VAE encoder at 512 px with these kernels: a convolution's bias is the shift of the norm behind it.
 VAE_ENCODER_GROUP_NORM = {
     GroupNorm(512, 128, 32, 1e-06, True, True): 3,
     GroupNorm(512, 64, 32, 1e-06, True, True): 9,
@@ -188,7 +188,7 @@ LINEAR = {
     Linear(1, 1280, 320): 5,
     Linear(1, 320, 1280): 1,
 }
-# Parameter tensors as the module holds them (q/k/v fused): {elements: how many}.
+# Parameter tensors as the module holds them (q/k/v fused): {elements: count}.
 PARAMETERS = {
     29491200: 5,
     22118400: 1,
