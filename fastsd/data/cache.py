@@ -99,10 +99,10 @@ def preprocessing(config: Config) -> dict[str, Any]:
     """Return all settings that determine the stored bytes besides the image, its version and the VAE. Increment `version`
     when the code changes the bytes."""
     data = config.data
-    said = {"version": 2, "dtype": config.cache.dtype}
+    settings = {"version": 2, "dtype": config.cache.dtype}
     if data.latents:
-        return said | {"latents": data.latents}
-    return said | {
+        return settings | {"latents": data.latents}
+    return settings | {
         "resolution": data.resolution,
         "buckets": data.buckets and data.buckets.model_dump(),
         "resize": "lanczos",
@@ -126,8 +126,8 @@ def view_name(config: Config, vae_hash: str) -> str:
     data = config.data
     folders = [os.fsencode(os.path.abspath(root.path)).hex() for root in data.roots]
     # Keys added in later versions enter the name only if they are set, so existing views keep their names.
-    more = [{key: value} for key in ("weight_key", "masks") if (value := getattr(data, key))]
-    return digest(vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key, *more)[:16]
+    optional_settings = [{key: value} for key in ("weight_key", "masks") if (value := getattr(data, key))]
+    return digest(vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key, *optional_settings)[:16]
 
 
 def freeze(
@@ -179,10 +179,10 @@ class View(Index):
 
 
 def _serial(path: Path) -> int:
-    said = read_header(path, View.FORMAT)[1].get("serial", "")
-    if not said.isdecimal():
-        raise damaged(path, f"is no whole {View.FORMAT} file (serial {said!r})")
-    return int(said)
+    serial = read_header(path, View.FORMAT)[1].get("serial", "")
+    if not serial.isdecimal():
+        raise damaged(path, f"is no whole {View.FORMAT} file (serial {serial!r})")
+    return int(serial)
 
 
 def view_paths(folder: Path) -> list[Path]:

@@ -98,18 +98,18 @@ def select(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...
 
 @lru_cache(maxsize=2)  # usually all stages of a run have the same arguments
 def _selected(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...], separator: str) -> np.ndarray:
-    wanted, unwanted = ({tag.strip().casefold() for tag in tags} for tags in (include, exclude))
-    chosen = []
+    included_tags, excluded_tags = ({tag.strip().casefold() for tag in tags} for tags in (include, exclude))
+    kept_chunks = []
     for first in range(0, len(cache), _CHUNK):
         chunk = range(first, min(first + _CHUNK, len(cache)))
         kept = []
         for index, variants in zip(chunk, cache.variants(chunk), strict=True):
             tags = {tag.strip() for text in variants for tag in text.casefold().split(separator.casefold())}
-            if (not wanted or not wanted.isdisjoint(tags)) and unwanted.isdisjoint(tags):
+            if (not included_tags or not included_tags.isdisjoint(tags)) and excluded_tags.isdisjoint(tags):
                 kept.append(index)
-        chosen.append(np.array(kept, np.int64))
-    selected = np.concatenate(chosen)
+        kept_chunks.append(np.array(kept, np.int64))
+    selected = np.concatenate(kept_chunks)
     if not len(selected):
-        found = " and ".join(f"data.{key} {list(tags)}" for key, tags in (("include", include), ("exclude", exclude)) if tags)
-        raise UserError(f"{found} leave none of the {len(cache)} images; remove tags from it, or see how captions write them")
+        filters = " and ".join(f"data.{key} {list(tags)}" for key, tags in (("include", include), ("exclude", exclude)) if tags)
+        raise UserError(f"{filters} leave none of the {len(cache)} images; remove tags from it, or see how captions write them")
     return selected

@@ -151,11 +151,11 @@ class Loader:
 
     def _weights(self, index_B: Tensor) -> Tensor | None:
         """Return the loss factor of each sample: the factor of its folder times its own."""
-        own_B = self.cache.weights(index_B) if self._weighted else None
+        sample_weight_B = self.cache.weights(index_B) if self._weighted else None
         if self._weight_G is None:
-            return own_B
-        folder_B = self._weight_G[torch.searchsorted(self._first_G, index_B, right=True) - 1]
-        return folder_B if own_B is None else folder_B * own_B
+            return sample_weight_B
+        folder_weight_B = self._weight_G[torch.searchsorted(self._first_G, index_B, right=True) - 1]
+        return folder_weight_B if sample_weight_B is None else folder_weight_B * sample_weight_B
 
     def as_they_are(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         """Load samples of one shape without randomness: their first versions and first captions.

@@ -64,17 +64,17 @@ class Masks:
         Raises:
             UserError: the file is damaged.
         """
-        found = torch.full((len(samples), 1, *shape), 255, dtype=torch.uint8)
+        masks_B1HW = torch.full((len(samples), 1, *shape), 255, dtype=torch.uint8)
         version_B = np.zeros(len(samples), np.int64) if versions is None else np.asarray(versions)
         entry_B = np.asarray(samples) * self._crops + version_B // self._mirrors
-        for cells_HW, entry, mirrored in zip(found[:, 0], entry_B.tolist(), version_B % self._mirrors, strict=True):
+        for cells_HW, entry, mirrored in zip(masks_B1HW[:, 0], entry_B.tolist(), version_B % self._mirrors, strict=True):
             first, last = self._file.cut("offsets", entry, entry + 2).tolist()
             if first < last:
                 cells = inflated(self._file.cut("cells", first, last).tobytes(), shape)
                 if cells is None:
                     raise damaged(self.path, f"is damaged at sample {entry // self._crops}")
                 cells_HW.copy_(cells.flip(1) if mirrored else cells)
-        return found
+        return masks_B1HW
 
 
 open_masks = lru_cache(maxsize=2)(Masks)  # all stages of a run open the same masks

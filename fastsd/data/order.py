@@ -109,15 +109,15 @@ class Order:
         low = batch * self.batch_size // self.epoch
         high = (batch + len(self._shapes) + 1) * self.batch_size // self.epoch + 2
         epoch = low + bisect_right(range(low, high), batch, key=lambda epoch: sum(self._batches(epoch))) - 1
-        begun = self._batches(epoch)
-        own = [end - start for start, end in zip(begun, self._batches(epoch + 1), strict=True)]
-        slot = self._slot(self.origin + sum(begun) * self.batch_size, sum(own), batch - sum(begun))
+        batches_before = self._batches(epoch)
+        epoch_batches = [end - start for start, end in zip(batches_before, self._batches(epoch + 1), strict=True)]
+        slot = self._slot(self.origin + sum(batches_before) * self.batch_size, sum(epoch_batches), batch - sum(batches_before))
         shape = 0
-        while slot >= own[shape]:
-            slot -= own[shape]
+        while slot >= epoch_batches[shape]:
+            slot -= epoch_batches[shape]
             shape += 1
-        before = self.origin * self._lengths[shape] // self.epoch
-        return shape, before + (begun[shape] + slot) * self.batch_size + row
+        shape_origin = self.origin * self._lengths[shape] // self.epoch
+        return shape, shape_origin + (batches_before[shape] + slot) * self.batch_size + row
 
     def _batches(self, epoch: int) -> list[int]:
         """Return the number of batches of every shape before an epoch: S numbers."""
@@ -141,17 +141,17 @@ class Order:
         epoch_B = position_B // length
         slot_B = position_B % length
         for epoch in epoch_B.unique().tolist():
-            here = epoch_B == epoch
-            where = shape * _EPOCHS + epoch
-            slot_B[here] = permuted(self.seed, Purpose.ORDER, where, length, slot_B[here])
+            mask_B = epoch_B == epoch
+            key = shape * _EPOCHS + epoch
+            slot_B[mask_B] = permuted(self.seed, Purpose.ORDER, key, length, slot_B[mask_B])
         index_B = torch.empty_like(slot_B)
         start = 0
         for part in self._shapes[shape]:
-            here = (slot_B >= start) & (slot_B < start + part.length)
-            turn_B = (epoch_B[here] * part.length + slot_B[here] - start) % part.count
+            mask_B = (slot_B >= start) & (slot_B < start + part.length)
+            turn_B = (epoch_B[mask_B] * part.length + slot_B[mask_B] - start) % part.count
             if part.length % part.count:  # otherwise all images occur equally often in an epoch, for any order of turns
                 turn_B = permuted(self.seed, Purpose.ROTATION, part.number, part.count, turn_B)
-            index_B[here] = part.first + turn_B
+            index_B[mask_B] = part.first + turn_B
             start += part.length
         return index_B if self._selected is None else torch.from_numpy(self._selected[index_B])
 

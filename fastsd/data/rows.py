@@ -124,8 +124,8 @@ class Frozen:
         if not self._is_large(name):
             return array[first:last]
         size = array.itemsize
-        found = os.pread(self._file.fileno(), (last - first) * size, self._starts[name] + first * size)
-        return self._entries([found], last - first, array.dtype)
+        data = os.pread(self._file.fileno(), (last - first) * size, self._starts[name] + first * size)
+        return self._entries([data], last - first, array.dtype)
 
     def _is_large(self, name: str) -> bool:
         return self.arrays[name].nbytes > _MAPPED and hasattr(os, "pread")
@@ -167,26 +167,26 @@ class Sealed(Frozen):
 
     def is_sound(self) -> bool:
         """Return True if all bytes match their hashes. Reads the file once."""
-        wanted = {key: self.metadata.get(key) for key in ("sha256", *(f"sha256_{name}" for name in self.MORE))}
-        return self.hashes(self.arrays, self.metadata, self._give_back) == {key: sha for key, sha in wanted.items() if sha}
+        expected = {key: self.metadata.get(key) for key in ("sha256", *(f"sha256_{name}" for name in self.MORE))}
+        return self.hashes(self.arrays, self.metadata, self._give_back) == {key: sha for key, sha in expected.items() if sha}
 
     @classmethod
     def hashes(
         cls, arrays: dict[str, np.ndarray], metadata: dict[str, str], between: Callable[[], None] = lambda: None
     ) -> dict[str, str]:
         """Compute the `sha256` of a file and one for each tensor of `MORE` it has. Calls `between` every few megabytes."""
-        said = json.dumps([metadata[key] for key in cls.SAID])
-        parts = {"sha256": (said, list(cls.TENSORS))} | {f"sha256_{name}": ("", [name]) for name in cls.MORE if name in arrays}
-        found = {}
-        for key, (said, names) in parts.items():
-            sha = hashlib.sha256(said.encode())
+        text = json.dumps([metadata[key] for key in cls.SAID])
+        parts = {"sha256": (text, list(cls.TENSORS))} | {f"sha256_{name}": ("", [name]) for name in cls.MORE if name in arrays}
+        digests = {}
+        for key, (text, names) in parts.items():
+            sha = hashlib.sha256(text.encode())
             for name in names:
                 data = arrays[name].view(np.uint8)
                 for start in range(0, len(data), _HASHED):
                     sha.update(data[start : start + _HASHED].data)
                     between()
-            found[key] = sha.hexdigest()
-        return found
+            digests[key] = sha.hexdigest()
+        return digests
 
     @classmethod
     def write(cls, path: Path, arrays: dict[str, np.ndarray], said: dict[str, str], **more: str) -> None:
@@ -233,28 +233,28 @@ class Rows:
         shard_B, row_B, check_B = (self._index.take(name, index_B) for name in ("shard", "row", "check"))
         shapes = {tuple(self._index.shards[shard][1]) for shard in np.unique(shard_B)}
         assert len(shapes) == 1, f"a batch needs samples of one shape, not {sorted(shapes)}"
-        found = torch.empty((len(index_B), *shapes.pop()), dtype=self._dtype, pin_memory=torch.cuda.is_available())
-        flat = found.view(torch.uint8).view(-1).numpy().data
+        output = torch.empty((len(index_B), *shapes.pop()), dtype=self._dtype, pin_memory=torch.cuda.is_available())
+        flat = output.view(torch.uint8).view(-1).numpy().data
         size = len(flat) // len(index_B)
-        rows = [
+        requests = [
             (self._shard(shard), row, flat[slot * size : (slot + 1) * size])
             for slot, (shard, row) in enumerate(zip(shard_B.tolist(), row_B.tolist(), strict=True))
         ]
         # Copy rows that are in the page cache at once. Request all others from the disk, then read them in threads.
-        absent = [row for row in rows if not row[0].read_cached(row[1], row[2])]
-        absent.sort(key=lambda row: (row[0].path, row[1]))  # in disk order, which matters on some disks
+        absent = [request for request in requests if not request[0].read_cached(request[1], request[2])]
+        absent.sort(key=lambda request: (request[0].path, request[1]))  # in disk order, which matters on some disks
         for shard, row, into in absent:
             shard.expect(row, len(into))
         parts = min(_READERS, -(-len(absent) // _PER_READER))
         for _ in self._readers.map(_read_all, [absent[i::parts] for i in range(parts)]):
             pass
-        for (shard, row, into), check in zip(rows, check_B.tolist(), strict=True):
+        for (shard, row, into), check in zip(requests, check_B.tolist(), strict=True):
             if row_check(into) != check:
                 raise UserError(
                     f"{shard.path}: row {row} is damaged; `fastsd cache CONFIG --verify` finds all that is, and "
                     "`fastsd cache CONFIG` then makes it again"
                 )
-        return found
+        return output
 
     def _shard(self, number: int) -> _Shard:
         with self._lock:

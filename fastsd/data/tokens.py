@@ -58,10 +58,10 @@ class Tokens:
         first, last = self._file.cut("offsets", sample, sample + 2).tolist()
         ids = self._file.cut("ids", first, last)
         ends = [-1, *np.flatnonzero(ids == self._end).tolist()]
-        own = ids[ends[variant] + 1 : ends[variant + 1]] if variant + 1 < len(ends) else None
-        if own is None or len(ids) != last - first or own.max(initial=0) >= len(self._tokenizer):
+        caption_ids = ids[ends[variant] + 1 : ends[variant + 1]] if variant + 1 < len(ends) else None
+        if caption_ids is None or len(ids) != last - first or caption_ids.max(initial=0) >= len(self._tokenizer):
             raise damaged(self.path, f"is damaged at sample {sample}")
-        return assemble(self._tokenizer, [own.tolist()], self.window, self.chunks)[0]
+        return assemble(self._tokenizer, [caption_ids.tolist()], self.window, self.chunks)[0]
 
     def over_length(self) -> int:
         """Count the captions that are truncated for the text encoder."""

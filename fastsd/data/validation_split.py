@@ -45,16 +45,16 @@ def choose_sets(cache: LatentCache, config: Config) -> Sets:
         UserError: there are too few images.
     """
     table, data = config.validate_, config.data
-    wanted = {"held_out": table.held_out, "stabilised": table.stabilised}
-    if not any(wanted.values()):
+    counts = {"held_out": table.held_out, "stabilised": table.stabilised}
+    if not any(counts.values()):
         return Sets({}, np.empty(0, np.int64))
     key_N = _keys(cache, table)
     selected = select(cache, tuple(data.include), tuple(data.exclude), config.stage[0].tag_separator)
     keys, first = np.unique(key_N if selected is None else key_N[selected], return_index=True)
     samples = first if selected is None else selected[first]
-    _check_room(wanted, len(samples))
+    _check_room(counts, len(samples))
     measured, start = {}, 0
-    for name, count in wanted.items():
+    for name, count in counts.items():
         if count:
             measured[name] = samples[start : start + count]
         start += count

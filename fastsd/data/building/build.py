@@ -72,10 +72,10 @@ def build_cache(config: Config, vae: Encoder, report: Report | None = None, say:
         Stopped: by Ctrl-C; the latents encoded so far remain in the cache.
     """
     check_resolution(config, vae.downscale)
-    found = folders.scan_for(config.data)
+    sources = folders.scan_for(config.data)
     try:
         with Store.open(Path(config.cache.dir), create=True, lock="shared") as store:
-            return _Build(config, vae, store, report or (lambda event: None), say or (lambda line: None)).run(found)
+            return _Build(config, vae, store, report or (lambda event: None), say or (lambda line: None)).run(sources)
     except KeyboardInterrupt:
         raise Stopped(f"{config.cache.dir}: caching stopped") from None
 
@@ -143,23 +143,23 @@ class _Build:
 
     def _check_asked(self) -> None:
         """Raise UserError if weights or masks are requested and no image has any, because then the name is wrong."""
-        count = "SELECT COUNT(*) FILTER (WHERE reason IS NULL), COUNT(weight), COUNT(mask_path) FROM sample"
-        good, weights, masked = self.db.execute(count).fetchone()
-        for key, found, what in (("weight_key", weights, "number in its metadata"), ("masks", masked, "file beside it")):
-            if good and not found and (asked := getattr(self.config.data, key)):
-                raise UserError(f"data.{key} is {asked!r} and no image has such a {what}; correct or remove it")
+        query = "SELECT COUNT(*) FILTER (WHERE reason IS NULL), COUNT(weight), COUNT(mask_path) FROM sample"
+        usable, weighted, masked = self.db.execute(query).fetchone()
+        for key, images, detail in (("weight_key", weighted, "number in its metadata"), ("masks", masked, "file beside it")):
+            if usable and not images and (name := getattr(self.config.data, key)):
+                raise UserError(f"data.{key} is {name!r} and no image has such a {detail}; correct or remove it")
 
     def _check_imported(self) -> None:
         """Raise UserError if other trainers' latents do not look like this VAE's."""
-        kind, found = self.config.data.latents, []
-        few = "SELECT file, offset, length FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ? FROM sample) = 0"
-        for path, offset, length in self.db.execute(few, (_EXAMPLES,)):
+        kind, means = self.config.data.latents, []
+        sql = "SELECT file, offset, length FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ? FROM sample) = 0"
+        for path, offset, length in self.db.execute(sql, (_EXAMPLES,)):
             with contextlib.suppress(Rejected):  # the pipeline will report it
                 data = folders.read_bytes(Source(os.fsdecode(path), offset=offset, length=length))
                 mean, _ = imported_latents.read_latent(data, kind)
-                found.append(mean.reshape(len(mean), -1))
-        if found and len({len(mean) for mean in found}) == 1:
-            problem = imported_latents.check_scale(np.concatenate(found, axis=1).std(axis=1).tolist(), self.vae.scaling_factor)
+                means.append(mean.reshape(len(mean), -1))
+        if means and len({len(mean) for mean in means}) == 1:
+            problem = imported_latents.check_scale(np.concatenate(means, axis=1).std(axis=1).tolist(), self.vae.scaling_factor)
             if problem:
                 raise UserError(f"data.latents is {kind!r}: {problem}; name their VAE in model.vae, or encode the images anew")
 
@@ -188,12 +188,12 @@ class _Build:
 
     def _reject(self, store: Store, content: bytes, key: bytes, error: Rejected) -> None:
         """Reject every file with this content, or only this file if its bytes are not at fault."""
-        which, value = ("content = ?", content) if error.lasting else ("path = ?", key)
-        again = "" if error.lasting else ", size = -1"
-        store.db.execute(f"UPDATE sample SET reason = ?{again} WHERE {which}", (error.reason, value))
+        condition, value = ("content = ?", content) if error.lasting else ("path = ?", key)
+        retry = "" if error.lasting else ", size = -1"
+        store.db.execute(f"UPDATE sample SET reason = ?{retry} WHERE {condition}", (error.reason, value))
         if not error.lasting:  # the stored facts may be wrong
             store.db.execute("DELETE FROM file WHERE path = ?", (key,))
-        self._remember_rejected(store, which, value)
+        self._remember_rejected(store, condition, value)
 
     def _remember_rejected(self, store: Store, which: str, value: Any) -> None:
         refused = f"SELECT ?, path, reason, size, mtime_ns FROM sample WHERE reason IS NOT NULL AND {which}"
@@ -252,16 +252,16 @@ class _Build:
 
     def _index(self, scratch: Path, samples: int) -> tuple[dict[str, np.ndarray], list[Any], list[cache.Group]]:
         """Return the view's arrays (in files, to keep memory flat), its shards in order of creation, and its groups."""
-        used = self.db.execute(f"SELECT DISTINCT shard {self._USED}", (self.space, json.dumps(self.stored)))
-        wanted = {shard for (shard,) in used}
-        shards = [shard for shard in self.store.shards(self.space) if shard.id in wanted]
-        number = {shard.id: i for i, shard in enumerate(shards)}
-        text = "SELECT SUM(LENGTH(CAST(captions AS BLOB))) FROM sample WHERE reason IS NULL"
-        length = int(self.db.execute(text).fetchone()[0])
+        shard_rows = self.db.execute(f"SELECT DISTINCT shard {self._USED}", (self.space, json.dumps(self.stored)))
+        used_ids = {shard for (shard,) in shard_rows}
+        shards = [shard for shard in self.store.shards(self.space) if shard.id in used_ids]
+        shard_index = {shard.id: i for i, shard in enumerate(shards)}
+        size_query = "SELECT SUM(LENGTH(CAST(captions AS BLOB))) FROM sample WHERE reason IS NULL"
+        caption_bytes = int(self.db.execute(size_query).fetchone()[0])
         rows = samples * self.versions
         kinds: dict[str, tuple[type[np.generic], int]] = {
             "shard": (np.int32, rows), "row": (np.int32, rows), "check": (np.int64, rows),
-            "caption_offsets": (np.int64, samples + 1), "captions": (np.uint8, length),
+            "caption_offsets": (np.int64, samples + 1), "captions": (np.uint8, caption_bytes),
         }  # fmt: skip
         if self.config.data.weight_key:
             kinds["weight"] = np.float32, samples
@@ -273,27 +273,27 @@ class _Build:
             f"SELECT shard, row, check64, bucket_height, bucket_width, root, IFNULL(weight, 1), captions {self._USED}"
             f" ORDER BY {cache.ORDER}, version"
         )
-        groups: Counter[tuple[int, int, int]] = Counter()
+        group_sizes: Counter[tuple[int, int, int]] = Counter()
         cursor = self.db.execute(query, (self.space, json.dumps(self.stored)))
-        done = at = 0
+        done = offset = 0
         while chunk := cursor.fetchmany(self.versions << 14):
-            shard, row, check, *group, weight, captions = zip(*chunk, strict=True)
-            here = slice(done * self.versions, done * self.versions + len(chunk))
-            arrays["shard"][here], arrays["row"][here], arrays["check"][here] = [number[id] for id in shard], row, check
-            each = slice(None, None, self.versions)  # a sample's versions are adjacent
-            groups.update(zip(*(column[each] for column in group), strict=True))
-            blobs = [text.encode() for text in captions[each]]
-            ends = at + np.cumsum([len(blob) for blob in blobs])
-            arrays["captions"][at : ends[-1]] = np.frombuffer(b"".join(blobs), np.uint8)
+            shard, row, check, *group_columns, weight, captions = zip(*chunk, strict=True)
+            span = slice(done * self.versions, done * self.versions + len(chunk))
+            arrays["shard"][span], arrays["row"][span], arrays["check"][span] = [shard_index[id] for id in shard], row, check
+            per_sample = slice(None, None, self.versions)  # a sample's versions are adjacent
+            group_sizes.update(zip(*(column[per_sample] for column in group_columns), strict=True))
+            blobs = [caption.encode() for caption in captions[per_sample]]
+            ends = offset + np.cumsum([len(blob) for blob in blobs])
+            arrays["captions"][offset : ends[-1]] = np.frombuffer(b"".join(blobs), np.uint8)
             arrays["caption_offsets"][done + 1 : done + 1 + len(blobs)] = ends
             if "weight" in arrays:
-                arrays["weight"][done : done + len(blobs)] = weight[each]
-            done, at = done + len(blobs), int(ends[-1])
-        found, first = [], 0
-        for (height, width, root), count in groups.items():
-            found.append(cache.Group(tuple(self._shape(width, height)), root, first, count))
+                arrays["weight"][done : done + len(blobs)] = weight[per_sample]
+            done, offset = done + len(blobs), int(ends[-1])
+        groups, first = [], 0
+        for (height, width, root), count in group_sizes.items():
+            groups.append(cache.Group(tuple(self._shape(width, height)), root, first, count))
             first += count
-        return arrays, [[shard.name, shard.shape] for shard in shards], found
+        return arrays, [[shard.name, shard.shape] for shard in shards], groups
 
     def _counts(self, pipeline: Pipeline) -> Counts:
         images, cached, empty, latents = self.db.execute(

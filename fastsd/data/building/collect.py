@@ -96,11 +96,11 @@ def collected(store: Store, view: str, prepare: Callable[[], None], waiting: Cal
     database = folder / f"{view}.sqlite"
     with users:
         with one_at_a_time(store, waiting):
-            alone = lock_file(users, exclusive=True)
-            if alone:
+            is_sole_user = lock_file(users, exclusive=True)
+            if is_sole_user:
                 _remove(database)
             store.attach(database)
-            if alone:
+            if is_sole_user:
                 store.db.execute(_TABLE)
                 prepare()
             lock_file(users, exclusive=False)
@@ -133,22 +133,22 @@ def fill(
     report: Callable[[int, float], None],
 ) -> None:  # fmt: skip
     """Fill `sample`. `report` receives the number of files so far and files per second."""
-    refused = "SELECT size, mtime_ns, reason FROM rejected WHERE space = ? AND path = ?"
+    rejected_query = "SELECT size, mtime_ns, reason FROM rejected WHERE space = ? AND path = ?"
     insert = f"INSERT INTO sample ({', '.join(Sample._fields)}) VALUES ({', '.join('?' * len(Sample._fields))})"
     inspect = functools.partial(_inspect, data=data, buckets=Buckets(data.resolution, data.buckets), downscale=downscale)
     done, start = 0, time.perf_counter()
 
-    def known(source: Source | None) -> _File | None:
+    def stored_file(source: Source | None) -> _File | None:
         if source is None:
             return None
         row = store.db.execute("SELECT * FROM file WHERE path = ?", (os.fsencode(source.name),)).fetchone()
         return row and _File(*row)
 
     while chunk := list(itertools.islice(found, _CHUNK)):
-        hints = [(known(source), known(source.mask)) for source in chunk]
-        bad = [store.db.execute(refused, (space, os.fsencode(source.name))).fetchone() for source in chunk]
+        hints = [(stored_file(source), stored_file(source.mask)) for source in chunk]
+        rejections = [store.db.execute(rejected_query, (space, os.fsencode(source.name))).fetchone() for source in chunk]
         with store.transaction():
-            for hint, (sample, files) in zip(hints, pool.map(inspect, chunk, hints, bad), strict=True):
+            for hint, (sample, files) in zip(hints, pool.map(inspect, chunk, hints, rejections), strict=True):
                 store.db.execute(insert, sample)
                 new = [file for file in files if file not in hint and file.mtime_ns < time.time_ns() - _YOUNG_NS]
                 store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", new)

@@ -106,8 +106,8 @@ class _Writing:
         """Return the index if it exists, is intact and all its shards are known, otherwise None."""
         with contextlib.suppress(UserError):
             index = open_index(self.latents, self.name)
-            known = {shard.name for shard in self.store.shards(self.space)}
-            if known.issuperset(name for name, _ in index.shards):
+            shard_names = {shard.name for shard in self.store.shards(self.space)}
+            if shard_names.issuperset(name for name, _ in index.shards):
                 return index
         return None
 
@@ -186,31 +186,31 @@ class _Writing:
                 f"cache.hidden_states: the text encoder's states are not finite in {shard.dtype};"
                 ' use cache.dtype = "fp32", or see whether the model is whole'
             )
-        data = [(row, one.view(torch.uint8).numpy().tobytes()) for row, one in zip(rows, states_BLD, strict=True)]
+        data = [(row, embeds_LD.view(torch.uint8).numpy().tobytes()) for row, embeds_LD in zip(rows, states_BLD, strict=True)]
         self.store.write(shard, data)
         with self.store.transaction():
             self.store.mark_done(shard, data)
 
     def _freeze(self) -> None:
-        used = "FROM caption JOIN latent USING (content) WHERE space = ?"
-        wanted = {shard for (shard,) in self.db.execute(f"SELECT DISTINCT shard {used}", (self.space,))}
-        shards = [shard for shard in self.store.shards(self.space) if shard.id in wanted]
-        number = {shard.id: i for i, shard in enumerate(shards)}
+        from_clause = "FROM caption JOIN latent USING (content) WHERE space = ?"
+        used_ids = {shard for (shard,) in self.db.execute(f"SELECT DISTINCT shard {from_clause}", (self.space,))}
+        shards = [shard for shard in self.store.shards(self.space) if shard.id in used_ids]
+        shard_index = {shard.id: i for i, shard in enumerate(shards)}
         entries = int(self.offsets[-1]) + 1
         arrays = {"offsets": self.offsets, "check": self._array(np.int64, entries)}
         arrays |= {name: self._array(np.int32, entries) for name in ("shard", "row")}
-        cursor, done = self.db.execute(f"SELECT shard, row, check64 {used} ORDER BY entry", (self.space,)), 0
+        cursor, done = self.db.execute(f"SELECT shard, row, check64 {from_clause} ORDER BY entry", (self.space,)), 0
         while chunk := cursor.fetchmany(_CHUNK):
-            here = slice(done, done + len(chunk))
-            shard, arrays["row"][here], arrays["check"][here] = zip(*chunk, strict=True)
-            arrays["shard"][here] = [number[id] for id in shard]
+            span = slice(done, done + len(chunk))
+            shard, arrays["row"][span], arrays["check"][span] = zip(*chunk, strict=True)
+            arrays["shard"][span] = [shard_index[id] for id in shard]
             done += len(chunk)
         assert done == entries, f"{entries - done} captions have no states"
         path = index_path(self.latents, self.name)
-        said = {"shards": json.dumps([[shard.name, shard.shape] for shard in shards]), "view": self.latents.sha256}
+        metadata = {"shards": json.dumps([[shard.name, shard.shape] for shard in shards]), "view": self.latents.sha256}
         with disk_errors(self.store.folder):
             path.parent.mkdir(exist_ok=True)
-            StatesIndex.write(path, arrays, said | {"space": self.name})
+            StatesIndex.write(path, arrays, metadata | {"space": self.name})
         with self.store.transaction():
             self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
 

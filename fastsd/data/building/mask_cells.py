@@ -51,8 +51,8 @@ def check_shape(mask: Size, image: Size) -> None:
     The mask may be smaller or larger. The tolerance is one pixel of the larger of the two.
     """
     if abs(mask[0] * image[1] - mask[1] * image[0]) > max(*mask, *image):
-        ours, its = (f"{width} x {height}" for width, height in (mask, image))
-        raise Rejected(f"it has {ours} pixels and the image as displayed {its}, another shape")
+        mask_size, image_size = (f"{width} x {height}" for width, height in (mask, image))
+        raise Rejected(f"it has {mask_size} pixels and the image as displayed {image_size}, another shape")
 
 
 def key_of(data: DataTable, downscale: int, mask: bytes, image: bytes, size: Size) -> bytes:
@@ -65,9 +65,9 @@ def key_of(data: DataTable, downscale: int, mask: bytes, image: bytes, size: Siz
         size: of the image as displayed.
     """
     buckets = data.buckets and data.buckets.model_dump()
-    where = image.hex() if data.crop == "random" else ""
-    said = _VERSION, data.resolution, buckets, data.crop, downscale, mask.hex(), where, size
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
+    crop_seed = image.hex() if data.crop == "random" else ""
+    inputs = _VERSION, data.resolution, buckets, data.crop, downscale, mask.hex(), crop_seed, size
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).digest()
 
 
 def make(
@@ -77,28 +77,28 @@ def make(
 
     `report` receives the number of masks done, the number of masks to do, and masks per second.
     """
-    lacking = (
+    query = (
         "SELECT MIN(id) FROM sample WHERE reason IS NULL AND mask IS NOT NULL AND"
         " (SELECT COUNT(*) FROM mask WHERE key = sample.mask AND crop < ?) < ? GROUP BY mask ORDER BY 1"
     )
-    todo = [id for (id,) in store.db.execute(lacking, (data.crops, data.crops))]
-    work = partial(_decoded, data=data, downscale=downscale, buckets=Buckets(data.resolution, data.buckets))
+    todo = [id for (id,) in store.db.execute(query, (data.crops, data.crops))]
+    decode_row = partial(_decoded, data=data, downscale=downscale, buckets=Buckets(data.resolution, data.buckets))
     columns = "mask, mask_path, mask_file, mask_offset, mask_length, content, width, height"
     start = time.perf_counter()
     for first in range(0, len(todo), _CHUNK):
-        some = todo[first : first + _CHUNK]
-        rows = [store.db.execute(f"SELECT {columns} FROM sample WHERE id = ?", (id,)).fetchone() for id in some]
-        found = list(pool.map(work, rows))
+        chunk = todo[first : first + _CHUNK]
+        rows = [store.db.execute(f"SELECT {columns} FROM sample WHERE id = ?", (id,)).fetchone() for id in chunk]
+        results = list(pool.map(decode_row, rows))
         with store.transaction():
-            for row, made in zip(rows, found, strict=True):
+            for row, result in zip(rows, results, strict=True):
                 key, path = row[:2]
-                if isinstance(made, Rejected):
-                    store.db.execute("UPDATE sample SET reason = ?, size = -1 WHERE mask = ?", (made.reason, key))
+                if isinstance(result, Rejected):
+                    store.db.execute("UPDATE sample SET reason = ?, size = -1 WHERE mask = ?", (result.reason, key))
                     store.db.execute("DELETE FROM file WHERE path = ?", (path,))  # the stored facts may be wrong
                 else:
-                    crops = [(key, crop, cells) for crop, cells in enumerate(made)]
+                    crops = [(key, crop, cells) for crop, cells in enumerate(result)]
                     store.db.executemany("REPLACE INTO mask VALUES (?, ?, ?)", crops)
-        done = first + len(some)
+        done = first + len(chunk)
         report(done, len(todo), done / (time.perf_counter() - start))
 
 
@@ -124,25 +124,25 @@ def freeze(store: Store, view: str, crops: int) -> None:
         OSError: the disk does not accept the file.
     """
     path = mask_path(store.folder, view)
-    said = {"view": read_header(store.folder / "views" / path.name, cache.View.FORMAT)[1]["sha256"]}
-    found = store.db.execute(f"SELECT mask FROM sample WHERE reason IS NULL ORDER BY {cache.ORDER}")
-    keys = np.frombuffer(bytearray(b"".join(key or bytes(KEY_BYTES) for (key,) in found)), np.uint8)
+    metadata = {"view": read_header(store.folder / "views" / path.name, cache.View.FORMAT)[1]["sha256"]}
+    key_rows = store.db.execute(f"SELECT mask FROM sample WHERE reason IS NULL ORDER BY {cache.ORDER}")
+    keys = np.frombuffer(bytearray(b"".join(key or bytes(KEY_BYTES) for (key,) in key_rows)), np.uint8)
     with contextlib.suppress(UserError):
-        old = MasksFile(path)
-        if old.metadata["view"] == said["view"] and np.array_equal(old.arrays["keys"], keys):
+        existing = MasksFile(path)
+        if existing.metadata["view"] == metadata["view"] and np.array_equal(existing.arrays["keys"], keys):
             return
-    offsets, at = np.zeros(len(keys) // KEY_BYTES * crops + 1, np.int64), 0
+    offsets, offset = np.zeros(len(keys) // KEY_BYTES * crops + 1, np.int64), 0
     with tempfile.TemporaryFile(dir=store.folder) as scratch:  # memory stays flat
         for entry in range(len(offsets) - 1):
             key = keys[entry // crops * KEY_BYTES :][:KEY_BYTES].tobytes()
             if any(key):
                 query = "SELECT cells FROM mask WHERE key = ? AND crop = ?"
-                at += scratch.write(store.db.execute(query, (key, entry % crops)).fetchone()[0])
-            offsets[entry + 1] = at
+                offset += scratch.write(store.db.execute(query, (key, entry % crops)).fetchone()[0])
+            offsets[entry + 1] = offset
         scratch.flush()
-        cells = np.memmap(scratch, np.uint8, "r+", shape=(at,)) if at else np.zeros(0, np.uint8)
+        cells = np.memmap(scratch, np.uint8, "r+", shape=(offset,)) if offset else np.zeros(0, np.uint8)
         path.parent.mkdir(exist_ok=True)
-        MasksFile.write(path, {"keys": keys, "offsets": offsets, "cells": cells}, said)
+        MasksFile.write(path, {"keys": keys, "offsets": offsets, "cells": cells}, metadata)
 
 
 def damaged_files(store: Store) -> list[Path]:

@@ -187,10 +187,10 @@ class Pipeline:
                 if not self.claims.take(shard.id, first, batch):
                     continue
                 # Query after the claim, because another process may have finished the block just before it.
-                found = self.store.db.execute(query, (*self.wanted, shard.id, first, first + batch)).fetchall()
+                records = self.store.db.execute(query, (*self.wanted, shard.id, first, first + batch)).fetchall()
                 rows = [
                     _Row(row, version, content, key, Source(_path(file), offset=offset, length=length), width, height)
-                    for row, version, content, key, file, offset, length, width, height in found
+                    for row, version, content, key, file, offset, length, width, height in records
                 ]
                 if rows:
                     yield _Block(shard, first, rows)
@@ -215,25 +215,25 @@ class Pipeline:
                 raise Rejected(f"it holds a latent {mean.shape}, where this VAE has {shape}")
             if mirrored is None and settings.flip:
                 raise Rejected("it holds no mirrored latents, which data.flip asks for")
-            found = [mean if row.version == 0 or mirrored is None else mirrored for row in rows]
+            outputs = [mean if row.version == 0 or mirrored is None else mirrored for row in rows]
         else:
-            place, found = self.buckets.place(row.width, row.height), []
+            place, outputs = self.buckets.place(row.width, row.height), []
             for crop, versions in itertools.groupby(rows, lambda row: row.version // 2):
                 pixels = decode(data, place, cut_at(settings.crop, row.content, crop))
                 mirrors = [row.version % 2 for row in versions]
-                found += [np.ascontiguousarray(pixels[..., ::-1]) if mirror else pixels for mirror in mirrors]
+                outputs += [np.ascontiguousarray(pixels[..., ::-1]) if mirror else pixels for mirror in mirrors]
         self.clock.decoded(time.perf_counter() - start, len(rows))
-        return found
+        return outputs
 
     def _encode(self, block: _Block) -> tuple[_Block, list[_Row], Tensor, Tensor]:
         """Start the VAE on a block. Return the block, its rows, images and means; a GPU may still be computing the means."""
         pixels: list[np.ndarray] = []
         rows: list[_Row] = []
         with self.clock.waiting("decode"):
-            for future, (_, wanted) in zip(
+            for future, (_, content_rows) in zip(
                 block.loading, itertools.groupby(block.rows, lambda row: row.content), strict=True
             ):  # fmt: skip
-                group = list(wanted)
+                group = list(content_rows)
                 try:
                     pixels += future.result()
                     rows += group
@@ -269,12 +269,12 @@ class Pipeline:
         done: list[tuple[int, bytes]] = []
         with self.clock.busy("encode"):
             means = means.cpu()
-            fine = means.flatten(1).isfinite().all(1).tolist()
+            is_finite = means.flatten(1).isfinite().all(1).tolist()
             for i, row in enumerate(rows):
                 mean = means[i]
-                if not fine[i] and not self.config.data.latents:
-                    again = getattr(self.vae, "encode_fp32", self.vae.encode)
-                    mean = self._means(again, images[i : i + 1], block.shard.shape)[0].cpu()
+                if not is_finite[i] and not self.config.data.latents:
+                    encode_fp32 = getattr(self.vae, "encode_fp32", self.vae.encode)
+                    mean = self._means(encode_fp32, images[i : i + 1], block.shard.shape)[0].cpu()
                 if mean.isfinite().all():
                     done.append((row.number, mean.contiguous().view(torch.uint8).numpy().tobytes()))
                 else:

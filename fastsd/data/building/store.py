@@ -81,9 +81,9 @@ class Shard:
             tensors, metadata, _ = read_header(self.path, self.format)
         except UserError:
             return False
-        found = tensors.get(TENSOR[self.format], {})
-        says = (found.get("shape"), found.get("dtype"), metadata)
-        return says == ([self.rows, *self.shape], CODES[cache.DTYPES[self.dtype]], metadata | self.metadata)
+        tensor = tensors.get(TENSOR[self.format], {})
+        actual = (tensor.get("shape"), tensor.get("dtype"), metadata)
+        return actual == ([self.rows, *self.shape], CODES[cache.DTYPES[self.dtype]], metadata | self.metadata)
 
     def read_rows(self, rows: Iterable[int]) -> Iterator[bytes]:
         start = self._start()
@@ -198,23 +198,23 @@ class Store:
         return int(self.db.execute("SELECT id FROM space WHERE name = ?", (name,)).fetchone()[0])
 
     def shards(self, space: int | None = None) -> list[Shard]:
-        found = self.db.execute(
+        records = self.db.execute(
             "SELECT shard.id, shard.name, rows, shape, dtype, metadata FROM shard JOIN space ON shard.space = space.id"
             " WHERE ?1 IS NULL OR space = ?1 ORDER BY shard.id",
             (space,),
         )
         return [
             Shard(id, name, rows, json.loads(shape), dtype, json.loads(text), self.folder / f"shards/{name}.safetensors")
-            for id, name, rows, shape, dtype, text in found
+            for id, name, rows, shape, dtype, text in records
         ]
 
     def plan(self, space: int, prefix: str, shape: list[int], contents: Iterable[tuple[bytes, int]], rows: int) -> None:
         """Plan shards of at most `rows` rows for all of `contents`, see `add_shard`."""
-        rest = iter(contents)
-        while some := list(itertools.islice(rest, rows)):
+        remaining = iter(contents)
+        while chunk := list(itertools.islice(remaining, rows)):
             # The name depends only on the planned content, so it is the same however often the build was interrupted.
-            said = b"".join(content + version.to_bytes(4, "little") for content, version in some)
-            self.add_shard(space, f"{prefix}-{hashlib.sha256(said).hexdigest()[:16]}", shape, some)
+            planned_content = b"".join(content + version.to_bytes(4, "little") for content, version in chunk)
+            self.add_shard(space, f"{prefix}-{hashlib.sha256(planned_content).hexdigest()[:16]}", shape, chunk)
 
     def check_room(self, space: int) -> None:
         """Raise UserError if the disk lacks room for the planned shards."""

@@ -38,9 +38,9 @@ def verify(dir: str | Path) -> list[str]:
                 path.unlink()
                 problems.append(f"{path} does not match its sha256; removed, `fastsd cache CONFIG` makes it again")
         for path in tokens.token_files(store.folder):
-            if wrong := tokens.unsound(path):
+            if damage := tokens.unsound(path):
                 path.unlink()
-                problems.append(f"{path} {wrong}; removed, `fastsd cache CONFIG` makes it again")
+                problems.append(f"{path} {damage}; removed, `fastsd cache CONFIG` makes it again")
         for path in mask_cells.damaged_files(store):
             path.unlink()
             problems.append(f"{path} is not as it was written; removed, `fastsd cache CONFIG` makes it again")
@@ -49,16 +49,16 @@ def verify(dir: str | Path) -> list[str]:
             if not done:
                 continue
             if not shard.whole():
-                bad = [row for row, _ in done]
-                what = "is missing, cut short or has a damaged head"
+                bad_rows = [row for row, _ in done]
+                problem = "is missing, cut short or has a damaged head"
             else:
                 stored = shard.read_rows(row for row, _ in done)
-                bad = [row for (row, sha), data in zip(done, stored, strict=True) if hashlib.sha256(data).digest() != sha]
-                some = ", ".join(map(str, bad[:9])) + (", ..." if len(bad) > 9 else "")
-                what = f"has {len(bad)} of {len(done)} rows that do not match their sha256: {some}"
-            if bad:
-                store.forget(shard, bad)
-                problems.append(f"{shard.path} {what}; `fastsd cache CONFIG` encodes them again")
+                bad_rows = [row for (row, sha), data in zip(done, stored, strict=True) if hashlib.sha256(data).digest() != sha]
+                row_list = ", ".join(map(str, bad_rows[:9])) + (", ..." if len(bad_rows) > 9 else "")
+                problem = f"has {len(bad_rows)} of {len(done)} rows that do not match their sha256: {row_list}"
+            if bad_rows:
+                store.forget(shard, bad_rows)
+                problems.append(f"{shard.path} {problem}; `fastsd cache CONFIG` encodes them again")
     return problems
 
 
@@ -104,10 +104,10 @@ def stats(dir: str | Path) -> Stats:
     """Count the contents of a cache folder, possibly while another process fills it. Raises UserError if it is no cache."""
     with Store.open(Path(dir), lock="") as store:
         formats = {shard.id: shard.format for shard in store.shards()}
-        made: Counter[str] = Counter()
+        encoded: Counter[str] = Counter()
         planned = 0
         for shard, done, rows in store.db.execute("SELECT shard, COUNT(sha256), COUNT(*) FROM latent GROUP BY shard"):
-            made[formats[shard]] += done
+            encoded[formats[shard]] += done
             planned += rows - done
         files = [path for path in (store.folder / "shards").glob("*.safetensors") if path.exists()]
         views, damaged = dict[str, ViewStats](), list[str]()
@@ -118,7 +118,7 @@ def stats(dir: str | Path) -> Stats:
                 damaged.append(str(error))
         reasons = Counter(dict(store.db.execute("SELECT reason, COUNT(*) FROM rejected GROUP BY reason")))
         size = sum(path.stat().st_size for path in files)
-        return Stats(views, damaged, made[LATENTS], made[STATES], planned, len(files), size, dict(reasons.most_common()))
+        return Stats(views, damaged, encoded[LATENTS], encoded[STATES], planned, len(files), size, dict(reasons.most_common()))
 
 
 def _measure(folder: Path, path: Path) -> ViewStats:
@@ -132,12 +132,12 @@ def _measure(folder: Path, path: Path) -> ViewStats:
             _, height, width = group.shape
             buckets[f"{width * meta.downscale}x{height * meta.downscale}"] += group.count
             count = -(-min(MEASURED, total) * group.count // total)  # its share, at least one
-            for some in np.array_split(np.linspace(0, group.count - 1, count, dtype=np.int64), -(-count // 64)):
-                x = (latents.get(group.first + some)["latents"].double() - meta.shift_factor) * meta.scaling_factor
+            for chunk in np.array_split(np.linspace(0, group.count - 1, count, dtype=np.int64), -(-count // 64)):
+                x = (latents.get(group.first + chunk)["latents"].double() - meta.shift_factor) * meta.scaling_factor
                 sums += x.sum((0, 2, 3))
                 squares += x.square().sum((0, 2, 3))
-                cells += len(some) * height * width
-                measured += len(some)
+                cells += len(chunk) * height * width
+                measured += len(chunk)
         mean = sums / cells
         std = (squares / cells - mean.square()).clamp(min=0).sqrt()
         masked = masks.Masks(latents).count if masks.mask_path(folder, latents.name).exists() else 0

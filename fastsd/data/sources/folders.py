@@ -85,9 +85,9 @@ def scan(
         for path in map(os.path.abspath, paths):
             if os.path.isfile(path) and not path.lower().endswith(tars.TARS):
                 raise UserError(f"data.folders: {shown(path)} is a file, and no .tar; name the folder that holds it")
-            if above := _within(path, taken):
-                where = "is listed twice" if above == path else f"lies within {shown(above)}, which comes before it"
-                raise UserError(f"data.folders: {shown(path)} {where}; remove it or list it first")
+            if enclosing := _within(path, taken):
+                problem = "is listed twice" if enclosing == path else f"lies within {shown(enclosing)}, which comes before it"
+                raise UserError(f"data.folders: {shown(path)} {problem}; remove it or list it first")
             taken.add(path)
             places.append((number, path))
     return _scan([root.path for root in roots], places, lambda root: _Walk(root, (caption_key, weight_key), latents, masks))
@@ -96,22 +96,22 @@ def scan(
 def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[Source]:
     taken: set[str] = set()
     for number, group in itertools.groupby(places, lambda place: place[0]):
-        found, trouble, walk = False, "", walk_of(number)
+        has_images, first_problem, walk = False, "", walk_of(number)
         for _, path in group:
-            inside = os.path.join(path, "")
-            inner = {other for other in taken if other.startswith(inside)} if os.path.isdir(path) else set()
+            prefix = os.path.join(path, "")
+            inner_roots = {other for other in taken if other.startswith(prefix)} if os.path.isdir(path) else set()
             for source in walk.search(path):
                 if not source.problem:
-                    found = True
-                elif not trouble:
-                    trouble = f"; its first trouble: {shown(source.name)}: {source.problem}"
-                if not inner or not _within(source.path, inner):
+                    has_images = True
+                elif not first_problem:
+                    first_problem = f"; its first trouble: {shown(source.name)}: {source.problem}"
+                if not inner_roots or not _within(source.path, inner_roots):
                     yield source
             taken.add(path)
-        if not found:
-            wanted = ", ".join(walk.extensions)
-            what = f"{shown(names[number])} holds no image ({wanted})"
-            raise UserError(f"data.folders: {what}; put some there or remove it{trouble}")
+        if not has_images:
+            extensions = ", ".join(walk.extensions)
+            problem = f"{shown(names[number])} holds no image ({extensions})"
+            raise UserError(f"data.folders: {problem}; put some there or remove it{first_problem}")
 
 
 def _within(path: str, folders: set[str]) -> str:
@@ -153,15 +153,15 @@ class _Walk:
             return
         stack: list[_Found] = [self._folder(top, [])]  # folders may nest deeper than Python's own stack
         while stack:
-            found = next(stack[-1], None)
-            if found is None:
+            item = next(stack[-1], None)
+            if item is None:
                 stack.pop()
-            elif not isinstance(found, Source):
-                stack.append(found)
-            elif found.problem and found.path == top:
-                raise UserError(f"data.folders: {shown(top)}: {found.problem}; make it readable or remove it")
+            elif not isinstance(item, Source):
+                stack.append(item)
+            elif item.problem and item.path == top:
+                raise UserError(f"data.folders: {shown(top)}: {item.problem}; make it readable or remove it")
             else:
-                yield found
+                yield item
 
     def _folder(self, folder: str, above: list[metadata.Metadata]) -> _Found:
         """Yield a folder's sources, and an iterator per subfolder or tar. `above`: metadata of its parents, nearest first."""
@@ -170,39 +170,39 @@ class _Walk:
             if (status.st_dev, status.st_ino) in self.visited:
                 return
             self.visited.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
-                beside = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
+            with os.scandir(folder) as listing:
+                entries = {entry.name: _is_folder(entry) for entry in listing if not entry.name.startswith(".")}
         except OSError as error:
             yield Source(folder, self.root, problem=f"this folder cannot be searched ({error.strerror})")
             return
         prefix = os.path.join(folder, "")
         with ExitStack() as open_tables:
-            own = [
+            tables = [
                 open_tables.enter_context(closing(metadata.Metadata(prefix + name, *self.keys, bool(self.latents))))
                 for name in metadata.FILES
-                if beside.get(name) is False
+                if entries.get(name) is False
             ]
-            for table in own:
+            for table in tables:
                 yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.load())
-            stems = Counter(self._stem(name, beside) for name in beside) if self.masks or self.latents == "npz" else Counter()
+            stems = Counter(self._stem(name, entries) for name in entries) if self.masks or self.latents == "npz" else Counter()
             masks = {
                 name[: -len(self.masks)]: Source(prefix + name, self.root)
-                for name in sorted(beside)
-                if ends_in(name, self.masks) and not beside[name]
+                for name in sorted(entries)
+                if ends_in(name, self.masks) and not entries[name]
             }
-            for name in sorted(beside):
-                if beside[name]:
-                    yield self._folder(prefix + name, own + above)
+            for name in sorted(entries):
+                if entries[name]:
+                    yield self._folder(prefix + name, tables + above)
                 elif name.lower().endswith(tars.TARS):
                     yield self._tar(prefix + name)
-                elif stem := self._stem(name, beside):
+                elif stem := self._stem(name, entries):
                     if self.latents and stems[stem] > 1:
                         reason = "the image has other latents beside these; keep those of one VAE and size"
                         yield Source(prefix + name, self.root, problem=reason)
                     else:
-                        yield self._image(prefix, name, stem, beside, own + above, masks.get(stem))
+                        yield self._image(prefix, name, stem, entries, tables + above, masks.get(stem))
             yield from (replace(mask, problem=NO_IMAGE) for stem, mask in masks.items() if stem not in stems)
-            for table in own:
+            for table in tables:
                 yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
 
     def _tar(self, path: str) -> Iterator[Source]:
@@ -221,13 +221,13 @@ class _Walk:
     ) -> Source:
         captions, weight, problem = None, None, ""
         for table in tables:  # ask every table, because each records which of its images exist
-            found: metadata.Said = (), None
+            entry: metadata.Said = (), None
             try:
-                found = table.said_of(prefix + (stem if self.latents else name))
+                entry = table.said_of(prefix + (stem if self.latents else name))
             except Rejected as error:
                 problem = problem or (error.reason if captions is None else "")
-            captions = found[0] if captions is None else captions
-            weight = found[1] if weight is None else weight
+            captions = entry[0] if captions is None else captions
+            weight = entry[1] if weight is None else weight
         if captions is not None:
             return Source(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
         caption = next(
@@ -248,8 +248,8 @@ def scan_for(data: DataTable) -> Iterator[Source]:
 
 def count(data: DataTable) -> tuple[int, int]:
     """Count (images, images per epoch with repeats) by filename, before any filter by tag. Raises UserError like `scan`."""
-    each = Counter(source.root for source in scan_for(data) if not source.problem)
-    return each.total(), sum(data.roots[root].repeats * images for root, images in each.items())
+    images_per_root = Counter(source.root for source in scan_for(data) if not source.problem)
+    return images_per_root.total(), sum(data.roots[root].repeats * images for root, images in images_per_root.items())
 
 
 def captions_of(source: Source) -> tuple[str, ...]:

@@ -115,9 +115,9 @@ def row_weight(row: Mapping[str, Any], key: str) -> float | None:
 def json_object(data: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises Rejected for any other value and for invalid JSON."""
     try:
-        found = json.loads(data.decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        value = None
+    if not isinstance(value, dict):
         raise Rejected("it is no JSON object", lasting=False)
-    return found
+    return value

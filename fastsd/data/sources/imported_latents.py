@@ -107,17 +107,17 @@ def _npz(data: bytes, read: bool) -> tuple[tuple[int, int, int], list[np.ndarray
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             names = file.namelist()
-            found = [match for name in names if (match := _LATENTS.fullmatch(name))]
-            if not found:
+            matches = [match for name in names if (match := _LATENTS.fullmatch(name))]
+            if not matches:
                 raise Rejected(f"it has no array `latents` (found: {_listed(name.removesuffix('.npy') for name in names)})")
-            if len(found) > 1:
-                raise Rejected(f"it holds latents of several sizes ({_listed(m[0][:-4] for m in found)}); keep one")
-            mirrored = f"latents_flipped{found[0][1]}.npy"
-            wanted = [found[0][0], mirrored] if mirrored in names else [found[0][0]]
-            shapes = [_npy_shape(file, name) for name in wanted]
+            if len(matches) > 1:
+                raise Rejected(f"it holds latents of several sizes ({_listed(m[0][:-4] for m in matches)}); keep one")
+            mirrored = f"latents_flipped{matches[0][1]}.npy"
+            members = [matches[0][0], mirrored] if mirrored in names else [matches[0][0]]
+            shapes = [_npy_shape(file, name) for name in members]
             if shapes[0] != shapes[-1]:
                 raise Rejected(f"its mirrored latents are {shapes[1]}, the others {shapes[0]}")
-            return shapes[0], [_npy(file, name, shapes[0]) for name in wanted] if read else []
+            return shapes[0], [_npy(file, name, shapes[0]) for name in members] if read else []
     except Rejected:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise anything from KeyError to struct.error on damaged files

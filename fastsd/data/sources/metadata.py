@@ -85,10 +85,10 @@ class Metadata:
     def said_of(self, image: str) -> Said:
         """Look up an image by its path (its stem if `stems`). Raises Rejected if its row is invalid."""
         key = self._image(image[self._prefix :].replace(os.sep, "/"))
-        found = self._db.execute("SELECT id, number, captions, weight, reason FROM row WHERE image = ?", (key,)).fetchone()
-        if not found:
+        row = self._db.execute("SELECT id, number, captions, weight, reason FROM row WHERE image = ?", (key,)).fetchone()
+        if not row:
             return None, None
-        id, number, captions, weight, reason = found
+        id, number, captions, weight, reason = row
         self._seen[id] = 1
         if reason:
             raise Rejected(f"{reason}: {self._where(number)} of {os.path.basename(self.path)}", lasting=False)
@@ -131,25 +131,25 @@ class Metadata:
 
     def _lacking(self) -> str:
         """Return a sentence about a required column that no row has, or "". Sets `_captioned`."""
-        wanted = (self._key,) if self._key else CAPTION_KEYS
-        names = captions = weights = False
-        found: dict[str, None] = {}
+        caption_keys = (self._key,) if self._key else CAPTION_KEYS
+        has_names = has_captions = has_weights = False
+        seen_columns: dict[str, None] = {}
         for columns in self._columns():
-            names = names or "file_name" in columns
-            captions = captions or any(key in columns for key in wanted)
-            weights = weights or bool(self._weight_key and self._weight_key in columns)
-            if names and captions:
+            has_names = has_names or "file_name" in columns
+            has_captions = has_captions or any(key in columns for key in caption_keys)
+            has_weights = has_weights or bool(self._weight_key and self._weight_key in columns)
+            if has_names and has_captions:
                 return ""
-            if len(found) < _SHOWN_COLUMNS:
-                found |= dict.fromkeys(columns)
-        if names and weights:
+            if len(seen_columns) < _SHOWN_COLUMNS:
+                seen_columns |= dict.fromkeys(columns)
+        if has_names and has_weights:
             self._captioned = False
             return ""
-        has = ", ".join(map(_words, list(found)[:_SHOWN_COLUMNS])) or "nothing"
-        if not names:
-            return f"it has no file_name (found: {has}), so none of its captions is used; name the images in that column"
-        which = f"no {self._key}" if self._key else f"none of {', '.join(CAPTION_KEYS)}"
-        return f"it has {which} (found: {has}); set data.caption_key to the column that holds the captions"
+        listed = ", ".join(map(_words, list(seen_columns)[:_SHOWN_COLUMNS])) or "nothing"
+        if not has_names:
+            return f"it has no file_name (found: {listed}), so none of its captions is used; name the images in that column"
+        missing = f"no {self._key}" if self._key else f"none of {', '.join(CAPTION_KEYS)}"
+        return f"it has {missing} (found: {listed}); set data.caption_key to the column that holds the captions"
 
     def _columns(self) -> Iterator[list[str]]:
         if self._parquet:
@@ -160,8 +160,8 @@ class Metadata:
     def _rows(self) -> _Rows:
         if not self._parquet:
             return _json_rows(self.path)
-        wanted = ("file_name", self._weight_key, *((self._key,) if self._key else CAPTION_KEYS))
-        return _parquet_rows(self.path, [name for name in _parquet_names(self.path) if name in wanted])
+        columns = ("file_name", self._weight_key, *((self._key,) if self._key else CAPTION_KEYS))
+        return _parquet_rows(self.path, [name for name in _parquet_names(self.path) if name in columns])
 
 
 def _words(text: str) -> str:

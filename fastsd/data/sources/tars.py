@@ -136,8 +136,8 @@ class _Tar:
             for member in self._members() if self.masks else ():
                 if ends_in(member.name, self.masks):
                     key = member.name[: -len(self.masks)]
-                    again = "the tar holds it more than once" if key in self.masked else member.problem
-                    self.masked[key] = member._replace(problem=again)
+                    problem = "the tar holds it more than once" if key in self.masked else member.problem
+                    self.masked[key] = member._replace(problem=problem)
 
     def _met(self, key: str) -> bool:
         digest = hashlib.blake2b(os.fsencode(key), digest_size=8).digest()
@@ -171,24 +171,24 @@ class _Tar:
         if images:
             captions, weight, problem = self._said(group.members)
             mask = self.masked.pop(group.key, None)
-            beside = mask and Source(self.path, self.root, mask.name, mask.offset, mask.size, problem=mask.problem)
+            mask_source = mask and Source(self.path, self.root, mask.name, mask.offset, mask.size, problem=mask.problem)
             if cut and (not captions or (self.masks and not mask)):
                 problem = problem or f"its {'mask' if captions else 'caption'} may be missing: {cut}"
-            for name, offset, size, wrong in images:
-                place = self.path, self.root, name, offset, size
-                yield Source(*place, captions=captions, problem=wrong or problem, weight=weight, mask=beside)
+            for name, offset, size, image_problem in images:
+                location = self.path, self.root, name, offset, size
+                yield Source(*location, captions=captions, problem=image_problem or problem, weight=weight, mask=mask_source)
 
     def _said(self, members: dict[str, _Member]) -> tuple[tuple[str, ...], float | None, str]:
         """Return the captions and weight of a sample, and the reason it cannot be used, or ""."""
-        order = ("json", *_TEXTS) if self.caption_key else (*_TEXTS, "json")
+        extensions = ("json", *_TEXTS) if self.caption_key else (*_TEXTS, "json")
         try:
-            weighted = self.weight_key and "json" in members
-            weight = self._read_json(members["json"], row_weight, self.weight_key) if weighted else None
-            for extension in order:
+            has_weight = self.weight_key and "json" in members
+            weight = self._read_json(members["json"], row_weight, self.weight_key) if has_weight else None
+            for extension in extensions:
                 if extension in members:
-                    found = self._read_captions(members[extension], extension)
-                    if found is not None:
-                        return found, weight, ""
+                    captions = self._read_captions(members[extension], extension)
+                    if captions is not None:
+                        return captions, weight, ""
         except Rejected as error:
             return (), None, error.reason
         return (), weight, ""
@@ -222,33 +222,33 @@ class _Tar:
 
     def _members(self) -> Iterator[_Member]:
         """Yield every member except folders. Raises Rejected if the file is damaged, cut off, compressed, or not a tar."""
-        at, extended = 0, _Extended()
+        offset, extended = 0, _Extended()
         while True:
-            header = self._read(at, _BLOCK)
+            header = self._read(offset, _BLOCK)
             if len(header) < _BLOCK:
-                raise Rejected(self._ending(at, header))
+                raise Rejected(self._ending(offset, header))
             if header.count(0) == _BLOCK:
                 return
             if sum(header) - sum(header[148:156]) + 8 * 32 != _number(header[148:156]):
-                raise Rejected(self._damaged(at, header))
-            kind, size, data = header[156:157], _number(header[124:136]), at + _BLOCK
+                raise Rejected(self._damaged(offset, header))
+            kind, size, data_offset = header[156:157], _number(header[124:136]), offset + _BLOCK
             if size < 0:
-                raise Rejected(self._damaged(at, header))
+                raise Rejected(self._damaged(offset, header))
             if extended.size >= 0 and kind not in b"gKLXx":
                 size = extended.size
-            more = kind == b"S" and header[482]
-            while more:  # the map of a sparse file
-                block = self._read(data, _BLOCK)
-                more, data = len(block) == _BLOCK and block[504], data + _BLOCK
-            at = data if kind in b"123456" else data + -(-size // _BLOCK) * _BLOCK
-            if at > data and data + size > self.size:
+            map_continues = kind == b"S" and header[482]
+            while map_continues:  # the map of a sparse file
+                block = self._read(data_offset, _BLOCK)
+                map_continues, data_offset = len(block) == _BLOCK and block[504], data_offset + _BLOCK
+            offset = data_offset if kind in b"123456" else data_offset + -(-size // _BLOCK) * _BLOCK
+            if offset > data_offset and data_offset + size > self.size:
                 raise Rejected(f"it is cut off at byte {self.size}, within {shown(_name(header, extended))}")
             if kind in b"KLXx":
-                extended.add(kind, size, self._read(data, size) if size <= _MAX_EXTENDED else b"")
+                extended.add(kind, size, self._read(data_offset, size) if size <= _MAX_EXTENDED else b"")
             elif kind != b"g":
                 name = _name(header, extended)
                 if kind not in b"5DV" and not name.endswith("/"):
-                    yield _Member(name, data, size, _problem(kind, name, size, extended))
+                    yield _Member(name, data_offset, size, _problem(kind, name, size, extended))
                 extended = _Extended()
 
     def _ending(self, at: int, header: bytes) -> str:
