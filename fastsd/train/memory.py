@@ -26,18 +26,18 @@ def kept_for_backward(run: Callable[[], object], *modules: nn.Module) -> int:
     """
     parameters = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
     # Hold every storage until the end, because the address of a freed one may be reused.
-    found: dict[int, torch.UntypedStorage] = {}
+    saved_storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
-            found[storage._cdata] = storage
+            saved_storages[storage._cdata] = storage
         # Detach, because a saved output would form a reference cycle with its autograd node.
         return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return sum(storage.nbytes() for storage in found.values())
+    return sum(storage.nbytes() for storage in saved_storages.values())
 
 
 class LiveBytes(TorchDispatchMode):
@@ -79,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
 
     def at_peak(self, owners: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
         """Return the live bytes at the peak by owner. "other" counts the rest; the tensors in `owners` must still be alive."""
-        whose = {
+        owner_by_number = {
             self._alive[tensor.untyped_storage()._cdata][1]: owner
             for owner, tensors in owners.items()
             for tensor in tensors
@@ -88,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
         split = {**dict.fromkeys(owners, 0), "other": 0}
         for event in self._events[: self._peak_event]:
             number = event if event >= 0 else -event - 1
-            split[whose.get(number, "other")] += self._sizes[number] if event >= 0 else -self._sizes[number]
+            split[owner_by_number.get(number, "other")] += self._sizes[number] if event >= 0 else -self._sizes[number]
         return split
 
     def _born(self, storage: torch.UntypedStorage) -> None:

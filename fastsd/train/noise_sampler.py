@@ -52,8 +52,8 @@ class Noising:
             eps_BCHW = eps_BCHW + stage.noise_offset * self._draw(Purpose.OFFSET, positions_B, channels, 1, 1)
         if not stage.input_perturbation:
             return eps_BCHW, eps_BCHW
-        more_BCHW = self._draw(Purpose.PERTURBATION, positions_B, channels, height, width)
-        return eps_BCHW, eps_BCHW + stage.input_perturbation * more_BCHW
+        perturbation_BCHW = self._draw(Purpose.PERTURBATION, positions_B, channels, height, width)
+        return eps_BCHW, eps_BCHW + stage.input_perturbation * perturbation_BCHW
 
     def _draw(self, purpose: Purpose, positions_B: Tensor, *shape: int) -> Tensor:
         return self.ops.normal(self.seed, purpose, positions_B, shape)

@@ -86,8 +86,8 @@ class Objective:
         t_B = self.timesteps(positions_B)
         tables = self.signal, self.level
         if self.noising.plain:
-            given = latents_BCHW, positions_B, t_B, *tables, self.seed
-            x_BCHW, target_BCHW = self.ops.noised(*given, prediction=self.prediction)
+            args = latents_BCHW, positions_B, t_B, *tables, self.seed
+            x_BCHW, target_BCHW = self.ops.noised(*args, prediction=self.prediction)
             return x_BCHW, t_B, target_BCHW
         latents_BCHW = latents_BCHW.float()
         eps_BCHW, input_BCHW = self.noising(latents_BCHW, positions_B)
@@ -114,8 +114,8 @@ class Objective:
             return self._distance(prediction_BCHW, target_BCHW)
         error_BCHW = self._distance(prediction_BCHW, target_BCHW, reduction="none")
         if mask_B1HW is not None:
-            rest = self.stage.unmasked_weight
-            error_BCHW = error_BCHW * (rest + (1 - rest) * mask_B1HW.float())
+            unmasked_weight = self.stage.unmasked_weight
+            error_BCHW = error_BCHW * (unmasked_weight + (1 - unmasked_weight) * mask_B1HW.float())
         loss_B = error_BCHW.flatten(1).mean(1)
         if self.weights_T is not None:
             loss_B = loss_B * self.weights_T[t_B]
@@ -144,12 +144,12 @@ def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str)
     abar_T = alphas_cumprod.double()
     snr_T = abar_T / (1 - abar_T).clamp(min=2.0**-24)  # finite where abar rounds to 1
     if stage.weighting == "min_snr":
-        of_x0_T = snr_T.clamp(max=stage.weighting_gamma or 5.0)
+        x0_weight_T = snr_T.clamp(max=stage.weighting_gamma or 5.0)
     elif stage.weighting == "debiased":
-        of_x0_T = snr_T.sqrt()
+        x0_weight_T = snr_T.sqrt()
     else:
-        of_x0_T = snr_T / (1 + snr_T) ** (stage.weighting_gamma or 1.0)
-    return (of_x0_T / (snr_T + 1 if prediction == "v_prediction" else snr_T)).float()
+        x0_weight_T = snr_T / (1 + snr_T) ** (stage.weighting_gamma or 1.0)
+    return (x0_weight_T / (snr_T + 1 if prediction == "v_prediction" else snr_T)).float()
 
 
 def _range(stage: StageTable, timesteps: int) -> tuple[int, int]:
@@ -158,9 +158,9 @@ def _range(stage: StageTable, timesteps: int) -> tuple[int, int]:
         return 0, timesteps
     first, end = stage.timestep_range
     if end > timesteps:
-        where = f"stage {stage.name!r}: " if stage.name else "stage: "
+        prefix = f"stage {stage.name!r}: " if stage.name else "stage: "
         raise UserError(
-            f"{where}timestep_range is {[first, end]} and the model's noise schedule has {timesteps} timesteps; "
+            f"{prefix}timestep_range is {[first, end]} and the model's noise schedule has {timesteps} timesteps; "
             f"end at {timesteps} or before"
         )
     return first, end

@@ -68,8 +68,8 @@ class FastOptimizer(Optimizer):
         device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else None
         dtype = torch.bfloat16 if group.get("lows") else torch.float32
         for p in group["params"]:
-            want = "fp32 parameters, or bf16 ones with their low halves"
-            _require(self.name, "parameter dtype", p.dtype, p.dtype == dtype, want)
+            requirement = "fp32 parameters, or bf16 ones with their low halves"
+            _require(self.name, "parameter dtype", p.dtype, p.dtype == dtype, requirement)
             _require(self.name, "parameter device", str(p.device), p.device == device, f"parameters on {device} only")
 
     @torch.no_grad()
@@ -125,19 +125,19 @@ class FastOptimizer(Optimizer):
 
     def _own(self, p: Tensor) -> dict[str, Tensor]:
         """Return the state of one parameter, initialised to zeros on first use."""
-        own = self.state[p]
-        if not own:
-            own.update({slot: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for slot in self.slots})
-        return own
+        state = self.state[p]
+        if not state:
+            state.update({slot: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for slot in self.slots})
+        return state
 
     def _lists(
         self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None
     ) -> tuple[list[list[Tensor]], dict[str, Any]]:
         """Return (parallel lists of parameters, gradients and each slot's state; keyword arguments common to all ops)."""
         cut = cut or (lambda t: t)
-        owns = [self._own(group["params"][i]) for i in rows]
+        states = [self._own(group["params"][i]) for i in rows]
         lists = [[cut(group["params"][i]) for i in rows], grads]
-        lists += [[cut(own[slot]) for own in owns] for slot in self.slots]
+        lists += [[cut(state[slot]) for state in states] for slot in self.slots]
         options: dict[str, Any] = {"lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"]}
         for key in ("lows", "emas"):
             if group.get(key):
@@ -154,8 +154,8 @@ class FastOptimizer(Optimizer):
         """
         super().load_state_dict(state_dict)
         device = self.param_groups[0]["params"][0].device
-        for owner, own in list(self.state.items()):
-            self.state[owner] = {key: value.to(device, copy=True) for key, value in own.items()}
+        for owner, state in list(self.state.items()):
+            self.state[owner] = {key: value.to(device, copy=True) for key, value in state.items()}
 
 
 class Lion(FastOptimizer):
@@ -331,10 +331,10 @@ class AdamW(FastOptimizer):
         _require(self.name, "eps", group["eps"], 0 <= group["eps"] < math.inf, "a finite number, 0 or more")
 
     def _own(self, p: Tensor) -> dict[str, Tensor]:
-        own = super()._own(p)
-        if "step" not in own:
-            own["step"] = torch.zeros((), device=p.device)
-        return own
+        state = super()._own(p)
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=p.device)
+        return state
 
     def _update(
         self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None, **options: Tensor | None
@@ -366,19 +366,19 @@ def flat_state(optimizer: FastOptimizer, names: Sequence[str], views: Views | No
     Raises:
         ValueError: `names` has duplicates or does not match the number of parameters.
     """
-    owns = [optimizer._own(p) for group in optimizer.param_groups for p in group["params"]]
+    states = [optimizer._own(p) for group in optimizer.param_groups for p in group["params"]]
     tensors: dict[str, Tensor] = {}
     for slot in optimizer.slots:
-        parts = [own[slot] for own in owns] if views is None else views(owns[0][slot])
-        if len(set(names)) != len(parts) or len(names) != len(parts):
+        slot_tensors = [state[slot] for state in states] if views is None else views(states[0][slot])
+        if len(set(names)) != len(slot_tensors) or len(names) != len(slot_tensors):
             raise ValueError(
-                f"optimizer state: {len(set(names))} distinct names for {len(parts)} parameters; give one each, in order"
+                f"optimizer state: {len(set(names))} distinct names for {len(slot_tensors)} parameters; give one each, in order"
             )
-        tensors |= {f"{slot}/{name}": part for name, part in zip(names, parts, strict=True)}
+        tensors |= {f"{slot}/{name}": tensor for name, tensor in zip(names, slot_tensors, strict=True)}
     if isinstance(optimizer, DLion):
         tensors |= optimizer.shared
     if isinstance(optimizer, AdamW):
-        tensors["step"] = torch.stack([own["step"] for own in owns])
+        tensors["step"] = torch.stack([state["step"] for state in states])
     return tensors
 
 
@@ -393,17 +393,17 @@ def load_flat_state(
     """
     expected = flat_state(optimizer, names, views)
     advice = f"the state is of other parameters or not of {optimizer.name}; start its optimizer anew"
-    for what, keys in (
+    for problem, keys in (
         ("lacks", expected.keys() - tensors.keys()),
         ("has unexpected", tensors.keys() - expected.keys()),
     ):
         if keys:
-            raise ValueError(f"optimizer state {what} {min(keys)!r} ({len(keys)} such entries): {advice}")
-    for key, want in expected.items():
-        got = tensors[key]
-        if got.shape != want.shape or got.dtype != want.dtype:
-            found, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (got, want))
-            raise ValueError(f"optimizer state {key!r} is {found}, needs {needed}: {advice}")
+            raise ValueError(f"optimizer state {problem} {min(keys)!r} ({len(keys)} such entries): {advice}")
+    for key, target in expected.items():
+        loaded = tensors[key]
+        if loaded.shape != target.shape or loaded.dtype != target.dtype:
+            actual, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (loaded, target))
+            raise ValueError(f"optimizer state {key!r} is {actual}, needs {needed}: {advice}")
     for key, value in expected.items():
         value.copy_(tensors[key])
     if isinstance(optimizer, AdamW):  # `flat_state` stacks the step counts, which copies them

@@ -73,13 +73,13 @@ def set_precision(precision: str, unet: UNet | None = None, deterministic: bool 
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    said = f"{precision} (fp32 matmuls and convolutions: {fp32}{'' if deterministic else ', cuDNN times its algorithms'})"
+    summary = f"{precision} (fp32 matmuls and convolutions: {fp32}{'' if deterministic else ', cuDNN times its algorithms'})"
     if unet is None:
-        return said
+        return summary
     device = unet.conv_in.weight.device
     attention = fp32
     if fp32 == "ieee" and device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
         # As exact to within a rounding. Tensor cores of these GPUs far outrun their fp32 units; on a GeForce they do not.
         attention = "tf32x3"
     unet.set_attention_precision(attention)
-    return f"{said[:-1]}, attention: {attention})"
+    return f"{summary[:-1]}, attention: {attention})"

@@ -146,8 +146,8 @@ class Step:
             if context.ndim == 2:
                 with torch.set_grad_enabled(trains_text):
                     context = self.model.text.encode(context)
-            given = [tensor if tensor is None else tensor[rows] for tensor in (weight_B, mask_B1HW)]
-            loss = self.objective.loss(self.model.unet(noisy, t_B, context), target, t_B, *given) * (len(latents) / count)
+            factors = [tensor if tensor is None else tensor[rows] for tensor in (weight_B, mask_B1HW)]
+            loss = self.objective.loss(self.model.unet(noisy, t_B, context), target, t_B, *factors) * (len(latents) / count)
             if self.stage.fused_backward:
                 self._bad = ~torch.isfinite(loss.detach())
             loss.backward()
@@ -181,9 +181,9 @@ class Step:
         self._forget()
         smaller = [n for n in range(1, self.micro) if self.stage.batch % n == 0]
         if not smaller or self._touched:
-            what = "weights were being stepped" if self._touched else "not even one image a forward fits"
+            cause = "weights were being stepped" if self._touched else "not even one image a forward fits"
             raise UserError(
-                f"out of memory ({reason}), and {what}; set a smaller micro_batch or more checkpointing, which `fastsd plan` "
+                f"out of memory ({reason}), and {cause}; set a smaller micro_batch or more checkpointing, which `fastsd plan` "
                 "tells, and run again from the last checkpoint"
             ) from None
         self.warn(
@@ -219,18 +219,18 @@ class Step:
         t_B = self.objective.timesteps(batch.positions_B)
         shape = tuple(batch.latents_BCHW.shape[1:])
         eps = noise.normal(self.objective.seed, noise.Purpose.NOISE, batch.positions_B[:1], shape)
-        found = {"order": batch.samples_B, "timesteps": t_B, "noise": eps}
-        return {name: xxhash.xxh3_64_hexdigest(of.cpu().numpy().tobytes()) for name, of in found.items() if of is not None}
+        inputs = {"order": batch.samples_B, "timesteps": t_B, "noise": eps}
+        return {key: xxhash.xxh3_64_hexdigest(data.cpu().numpy().tobytes()) for key, data in inputs.items() if data is not None}
 
     def owners(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by purpose."""
-        found: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
+        tensors_by_purpose: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
         for part in self.parts.values():
-            for owner, tensors in part.owners().items():
-                found[owner] += tensors
+            for purpose, tensors in part.owners().items():
+                tensors_by_purpose[purpose] += tensors
         for optimizer in self.optimizers.values():
-            found["state"] += [tensor for own in optimizer.state.values() for tensor in own.values()]
-        return found
+            tensors_by_purpose["state"] += [tensor for state in optimizer.state.values() for tensor in state.values()]
+        return tensors_by_purpose
 
     def release(self) -> None:
         """End the stage and restore the model's exact fp32 weights."""
