@@ -137,20 +137,20 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | 
         UserError: there are checkpoints, but all of them are damaged.
     """
     remove_leftovers(folder)
-    found = checkpoints(folder)
-    for i, path in reversed(list(enumerate(found))):
+    checkpoint_paths = checkpoints(folder)
+    for i, path in reversed(list(enumerate(checkpoint_paths))):
         problem = verify(path)
         if problem is None:
-            for damaged in found[i + 1 :]:
-                aside = damaged.with_name(f"damaged-{damaged.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                damaged.rename(aside)
+            for damaged in checkpoint_paths[i + 1 :]:
+                renamed_path = damaged.with_name(f"damaged-{damaged.name}")
+                shutil.rmtree(renamed_path, ignore_errors=True)
+                damaged.rename(renamed_path)
             values = json.loads((path / STATE).read_text())
             values.pop("fastsd")
             return path, Progress(**values)
         say(f"checkpoint {path.name} is damaged ({problem}); falling back to the one before it")
-    if found:
-        raise UserError(f"{folder}: none of its {len(found)} checkpoints is whole; start a new run with run=FOLDER")
+    if checkpoint_paths:
+        raise UserError(f"{folder}: none of its {len(checkpoint_paths)} checkpoints is whole; start a new run with run=FOLDER")
     return None
 
 
@@ -181,13 +181,13 @@ def load_state(path: Path) -> TensorFile:
 
 def averages_of(path: Path) -> dict[str, dict[str, Tensor]]:
     """Return the EMA weights in a checkpoint: component name -> tensors by parameter name, views of the mapped file."""
-    found = dict[str, dict[str, Tensor]]()
+    averages = dict[str, dict[str, Tensor]]()
     state = load_state(path) if (path / TENSORS).exists() else {}  # a model folder without a run has no state file
     for name in state:
         part, _, parameter = name.partition("@ema/")
         if parameter:
-            found.setdefault(part, {})[parameter] = state[name]
-    return found
+            averages.setdefault(part, {})[parameter] = state[name]
+    return averages
 
 
 def export(checkpoint: Path, target: Path, model: Model, averages: Averages, finish: Callable[[Path], None]) -> None:

@@ -33,12 +33,12 @@ class Cost:
     def note(self, here: Progress, **more: Any) -> None:
         """Record the cost of the current stage so far, or `more` for the whole run. Raises OSError if the disk is full."""
         cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
-        took = {
+        stage_cost = {
             "name": self.config.stage_name(here.stage), "trained": self.trained[here.stage], "steps": here.stage_step,
             "images": here.images - here.stage_images, "seconds": here.seconds, "memory_gb": memory_gb(self.device),
         }  # fmt: skip
         if here.stage_step and not more:
-            cost["stages"] = [stage for stage in cost["stages"] if stage["name"] != took["name"]] + [took]
+            cost["stages"] = [stage for stage in cost["stages"] if stage["name"] != stage_cost["name"]] + [stage_cost]
         if self.sample_seconds:
             cost["sample_seconds"] = self.sample_seconds
         replace_file(self.path, json.dumps(cost | more, indent=2))

@@ -30,10 +30,10 @@ class DWatch:
 
     def row(self, step: int, d: float) -> list[str]:
         """Return the warnings for step number `step` of the stage. Each event is reported once."""
-        said = []
+        warnings = []
         if step >= STILL and d <= self.stage.d0 and not self._told_still:
             self._told_still = True
-            said.append(
+            warnings.append(
                 f"d of {self.part} is still d0 = {self.stage.d0:g} after {step} steps, so next to nothing is trained: raise d0 "
                 "tenfold, or use lion with an lr of your own"
             )
@@ -41,9 +41,9 @@ class DWatch:
         if d > RISE * level:
             length = step - since
             if level > self.stage.d0 and length >= max(PLATEAU, step / 5):
-                said.append(
+                warnings.append(
                     f"d of {self.part} rises again, from {level:.3g} to {d:.3g} in step {step}, after a plateau of {length} "
                     f"steps: D-Lion may run away; watch the loss, or go back and set d_max = {level:.1g} or freeze_d_after"
                 )
             self._plateau = (step, d)
-        return said
+        return warnings

@@ -33,27 +33,27 @@ class Evaluation:
 
     def sample(self, step: Step) -> None:
         """Draw the config's sample grid with the current weights."""
-        config, here = self.config, self.position.progress
+        config, progress = self.config, self.position.progress
         size, start = config.sample.size or config.data.resolution, time.monotonic()
         image = _beside_graphs(step, "samples", self.report, lambda: sample_grid(self.model, config.sample, size))
         if image is None:
             return
         self.cost.sample_seconds = (time.monotonic() - start) / (len(read_prompts(config.sample)) * config.sample.images)
-        stage = config.stage_name(here.stage)
-        path = Path(config.run) / "samples" / f"{stage}-{here.step:08d}.png"
+        stage = config.stage_name(progress.stage)
+        path = Path(config.run) / "samples" / f"{stage}-{progress.step:08d}.png"
         try:
             path.parent.mkdir(exist_ok=True)
-            save_grid(image, path, stage, here.step)
+            save_grid(image, path, stage, progress.step)
         except OSError as error:
             return self.report.warn(f"samples not written: {error.strerror} ({path}); training goes on")
-        self.report.images(path, here.step, image)
+        self.report.images(path, progress.step, image)
 
     def validate(self, step: Step) -> None:
         """Measure the config's validation sets with the current weights, and with the EMA weights if there are any."""
         if self.sets.measured:
-            here, stage = self.position.progress, self.config.stage_name(self.position.progress.stage)
+            progress, stage = self.position.progress, self.config.stage_name(self.position.progress.stage)
             rows = _beside_graphs(step, "validation", self.report, lambda: self.validation.rows(step.parts.values()))
-            self.report.validation([{"step": here.step, "images": here.images, "stage": stage, **row} for row in rows])
+            self.report.validation([{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows])
 
 
 def _beside_graphs(step: Step, what: str, report: Report, work: Callable[[], Result]) -> Result:

@@ -33,42 +33,42 @@ def export_newest(config: Config, model: Model, say: Callable[[str], None]) -> P
     """
     newest = checkpoint.checkpoints(Path(config.run) / "checkpoints")[-1]
     averages = checkpoint.averages_of(newest)
-    made = _export(config, newest, model, {}, say)
+    export_path = _export(config, newest, model, {}, say)
     if averages:
         _export(config, newest, model, averages, say)
-    return made
+    return export_path
 
 
 def _export(config: Config, newest: Path, model: Model, averages: Averages, say: Callable[[str], None]) -> Path:
     run, table, ending = Path(config.run), config.export, "-ema" if averages else ""
-    folder, single, alone = (
+    folder, single, lora_file = (
         run / name for name in (f"model{ending}", f"model{ending}.safetensors", f"lora{ending}.safetensors")
     )
     summary = summarize(run, newest, "ema" if averages else "raw")
-    named, samples = single.name if table.single_file else "", last_samples(run, summary.steps or 0)
+    single_name, samples = single.name if table.single_file else "", last_samples(run, summary.steps or 0)
 
     def finish(new: Path) -> None:
-        write_card(new, summary, single=named, fold=table.fold, samples=samples)
+        write_card(new, summary, single=single_name, fold=table.fold, samples=samples)
 
     def metadata(lora: bool = False) -> dict[str, str]:
         return metadata_of(summary, model.scheduler, model.unet.cfg.sample_size * model.vae.downscale, lora=lora)
 
     checkpoint.export(newest, folder, model, averages, finish)
-    made = [(folder, "a diffusers folder in fp32")]
+    outputs = [(folder, "a diffusers folder in fp32")]
     if not table.single_file:
         single.unlink(missing_ok=True)  # an older file would not match the weights in the folder
     else:
         parts = {part: read_part(folder, part) for part in (*PARTS, "vae")}  # just written, so no check is needed
         source = Source(folder, parts, model.scheduler, None)
         notes = write_single_file(source, single, dtype=table.dtype, fold=table.fold, metadata=metadata())
-        made.append((single, "; ".join([f"one file in {table.dtype}", *notes])))
+        outputs.append((single, "; ".join([f"one file in {table.dtype}", *notes])))
     if model.lora is not None:
-        with new_file(alone) as temporary:
+        with new_file(lora_file) as temporary:
             write_lora_file(temporary, model, averages, table.lora, metadata(lora=True))
-        made.append((alone, f"the adapters in {table.lora} names"))
-    for path, what in made:
-        say(f"model: {path}, {bytes_of(path) / 1e6:,.1f} MB, {what}")
-    return made[-1][0]
+        outputs.append((lora_file, f"the adapters in {table.lora} names"))
+    for path, description in outputs:
+        say(f"model: {path}, {bytes_of(path) / 1e6:,.1f} MB, {description}")
+    return outputs[-1][0]
 
 
 def bytes_of(path: Path) -> int:

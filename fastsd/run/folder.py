@@ -20,10 +20,10 @@ def model_named(name: str) -> str:
     folder = Path(name) / "checkpoints"
     if not folder.is_dir():
         return name
-    found = checkpoints(folder)
-    if not found:
+    checkpoint_paths = checkpoints(folder)
+    if not checkpoint_paths:
         raise UserError(f"{name}: this run has no checkpoint yet; wait for one, or name a model")
-    return str(found[-1])
+    return str(checkpoint_paths[-1])
 
 
 Row = dict[str, Any]
@@ -69,16 +69,16 @@ def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Ro
 def read_table(path: Path) -> Row | None:
     """Read the table in a JSON file. Return None if the file is missing or invalid."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return table if isinstance(table, dict) else None
 
 
 def grid_files(folder: Path) -> list[tuple[Path, str, int]]:
     """List (path, stage, step) of the files in a folder that are named like sample grids."""
-    found = [(path, re.fullmatch(r"(?!\.)(.+)-(\d+)\.png", path.name)) for path in folder.glob("*.png")]
-    return [(path, match[1], int(match[2])) for path, match in found if match]
+    matches = [(path, re.fullmatch(r"(?!\.)(.+)-(\d+)\.png", path.name)) for path in folder.glob("*.png")]
+    return [(path, match[1], int(match[2])) for path, match in matches if match]
 
 
 def read_grid(path: Path, stage: str, step: int) -> Grid | None:
@@ -94,8 +94,8 @@ def read_grid(path: Path, stage: str, step: int) -> Grid | None:
 
 def _grid(path: Path, stage: str, step: int, sheet: Image.Image) -> Grid:
     try:
-        said = json.loads(sheet.info[GRID_CHUNK])
-        cells = {(str(cell["prompt"]), int(cell["seed"])): tuple(map(int, cell["box"])) for cell in said["cells"]}
+        metadata = json.loads(sheet.info[GRID_CHUNK])
+        cells = {(str(cell["prompt"]), int(cell["seed"])): tuple(map(int, cell["box"])) for cell in metadata["cells"]}
     except (KeyError, TypeError, ValueError):
         cells = {}
     return Grid(path, stage, step, cells or {WHOLE: (0, 0, *sheet.size)})  # type: ignore[arg-type]

@@ -26,10 +26,10 @@ class Readback:
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.names = list(values)
-        there = torch.stack([value.double() for value in values.values()])
-        self.here = torch.empty(there.shape, dtype=there.dtype, pin_memory=there.is_cuda)
-        self.here.copy_(there, non_blocking=True)
-        self.arrived = torch.cuda.Event() if there.is_cuda else None
+        device_values = torch.stack([value.double() for value in values.values()])
+        self.here = torch.empty(device_values.shape, dtype=device_values.dtype, pin_memory=device_values.is_cuda)
+        self.here.copy_(device_values, non_blocking=True)
+        self.arrived = torch.cuda.Event() if device_values.is_cuda else None
         if self.arrived:
             self.arrived.record()
 
@@ -51,31 +51,31 @@ class Log:
 
     def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
         self.flush()
-        run, here, now = self.run, self.run.position.progress, time.perf_counter()
-        known: dict[str, Any] = {
-            "step": here.step, "stage": self.name, "stage_step": here.stage_step,
-            "images": here.images, "epoch": here.images / run.data.epochs[here.stage],
+        run, progress, now = self.run, self.run.position.progress, time.perf_counter()
+        values: dict[str, Any] = {
+            "step": progress.step, "stage": self.name, "stage_step": progress.stage_step,
+            "images": progress.images, "epoch": progress.images / run.data.epochs[progress.stage],
             **self.step.seen(batch),
         }  # fmt: skip
         for i, part in enumerate(self.step.optimizers):  # one lr and d per component; the console shows the first
-            lr = learning_rate(self.step.stage, here.stage_step - 1, self.step.total, part)
-            known[f"lr_{part}" if i else "lr"] = lr
-        device = {
+            lr = learning_rate(self.step.stage, progress.stage_step - 1, self.step.total, part)
+            values[f"lr_{part}" if i else "lr"] = lr
+        scalars = {
             "loss": result.loss, "loss_smooth": run.smoothed.value(), "grad_norm": result.grad_norm, "skipped": result.skipped,
         }  # fmt: skip
         for i, (part, d) in enumerate(self.step.d().items()):
-            device[f"d_{part}" if i else "d"] = d
+            scalars[f"d_{part}" if i else "d"] = d
         started, steps, waited = self.mark
         seconds = max(now - started, 1e-9)
-        speed = (here.step - steps) / seconds
+        speed = (progress.step - steps) / seconds
         timing = {
             "stage_steps": self.step.total, "seconds": run.position.elapsed(), 
             "images_per_second": speed * self.step.stage.batch,
             "data_wait": (batches.waited - waited) / seconds, "memory_gb": memory_gb(run.device),
             "eta": run.position.seconds_left(speed),
         }  # fmt: skip
-        self.pending = (known, Readback(device), timing)
-        self.mark = (now, here.step, batches.waited)
+        self.pending = (values, Readback(scalars), timing)
+        self.mark = (now, progress.step, batches.waited)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -88,14 +88,14 @@ class Log:
         """Read the values of the pending row and write it."""
         if self.pending is None:
             return
-        known, device, timing = self.pending
+        values, readback, timing = self.pending
         self.pending = None
-        read: dict[str, Any] = device.read()
-        skipped = int(read["skipped"])
-        self.run.report.row({**known, **read, "skipped": skipped}, timing)
-        self._watch(skipped, known["step"])
+        scalars: dict[str, Any] = readback.read()
+        skipped = int(scalars["skipped"])
+        self.run.report.row({**values, **scalars, "skipped": skipped}, timing)
+        self._watch(skipped, values["step"])
         for i, guard in enumerate(self.guards.values()):
-            for warning in guard.row(known["stage_step"], read[f"d_{guard.part}" if i else "d"]):
+            for warning in guard.row(values["stage_step"], scalars[f"d_{guard.part}" if i else "d"]):
                 self.run.report.warn(warning)
 
     def _watch(self, skipped: int, step: int) -> None:

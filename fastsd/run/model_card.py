@@ -50,10 +50,10 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> Summary:
     Raises:
         UserError: the run's config.json is missing or invalid.
     """
-    found, state = read_table(run / "config.json"), read_table(checkpoint / STATE) or {}
-    if found is None:
+    table, state = read_table(run / "config.json"), read_table(checkpoint / STATE) or {}
+    if table is None:
         raise UserError(f"{run / 'config.json'}: cannot be read as a run's config; start the run again, which writes it")
-    config = parse_config(found, str(run / "config.json"))
+    config = parse_config(table, str(run / "config.json"))
     model, stages, step = config.model, _stages(run, config, state), state.get("step", 0)
     grid, adapters = _last_grid(run, step), model.lora
     written = datetime.fromtimestamp(int((checkpoint / STATE).stat().st_mtime), UTC)
@@ -101,12 +101,12 @@ def _last_grid(run: Path, step: int) -> Grid | None:
 
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSummary]:
     """Summarize the stages trained up to a checkpoint, in order. Finished stages take steps and images from cost.json."""
-    noted = {row["name"]: row for row in (read_table(run / "cost.json") or {}).get("stages", [])}
-    here, rows = state.get("stage", 0), []
-    for i, stage in enumerate(config.stage[: here + 1]):
+    costs = {row["name"]: row for row in (read_table(run / "cost.json") or {}).get("stages", [])}
+    current_stage, rows = state.get("stage", 0), []
+    for i, stage in enumerate(config.stage[: current_stage + 1]):
         name = config.stage_name(i)
-        done = noted.get(name, {})
-        if i == here and state:
+        done = costs.get(name, {})
+        if i == current_stage and state:
             done = {"steps": state["stage_step"], "images": state["images"] - state["stage_images"]}
         rows.append(StageSummary(
             name=name, train=stage.train, optimizer=stage.optimizer, precision=stage.precision, batch=stage.batch,
@@ -127,14 +127,14 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _losses(run: Path, step: int) -> list[Loss]:
     number = (int, float)
     rows = read_rows(run / "validation.jsonl", {"step": int, "set": str, "weights": str, "loss": number, "se": number})
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    losses: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         if row["step"] <= step:
             first = {"first_step": row["step"], "first": row["loss"]}
-            found[row["set"], row["weights"]] = (
-                first | found.get((row["set"], row["weights"]), {}) | row | {"last": row["loss"]}
+            losses[row["set"], row["weights"]] = (
+                first | losses.get((row["set"], row["weights"]), {}) | row | {"last": row["loss"]}
             )
-    return [Loss.model_validate(row) for row in found.values()]
+    return [Loss.model_validate(row) for row in losses.values()]
 
 
 def write_card(folder: Path, summary: Summary, *, single: str = "", fold: bool = True, samples: Path | None = None) -> None:
@@ -179,39 +179,41 @@ class _Card:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _front(self) -> str:
-        told = self.told
-        tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "fastsd", *(["lora"] if told.lora else [])]
+        summary = self.told
+        tags = [
+            "stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "fastsd", *(["lora"] if summary.lora else []),
+        ]  # fmt: skip
         lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-        lines += [f"base_model: {told.base}"] if "/" in told.base else []
-        lines += [f"license: {json.dumps(told.license)}"] if told.license else []
+        lines += [f"base_model: {summary.base}"] if "/" in summary.base else []
+        lines += [f"license: {json.dumps(summary.license)}"] if summary.license else []
         return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
     def _opening(self) -> str:
-        told = self.told
-        did = f"{'trained' if told.stages else 'made'} with fastsd {told.version}".rstrip()
-        by = f" by {told.author}" if told.author else ""
-        swapped = f", with {_linked(told.vae)} in place of its VAE" if told.vae not in ("", told.base) else ""
-        start = f" It starts from {_linked(told.base)}{swapped}." if told.base else ""
-        note = f"\n\n{told.note}" if told.note else ""
-        return f"A model of Stable Diffusion 1.5's family, {did}{by}.{start}{note}"
+        summary = self.told
+        origin = f"{'trained' if summary.stages else 'made'} with fastsd {summary.version}".rstrip()
+        author = f" by {summary.author}" if summary.author else ""
+        swapped = f", with {_linked(summary.vae)} in place of its VAE" if summary.vae not in ("", summary.base) else ""
+        start = f" It starts from {_linked(summary.base)}{swapped}." if summary.base else ""
+        note = f"\n\n{summary.note}" if summary.note else ""
+        return f"A model of Stable Diffusion 1.5's family, {origin}{author}.{start}{note}"
 
     def _facts(self) -> str:
-        told = self.told
+        summary = self.told
         predicts = "v, with a noise schedule that ends in pure noise" if self.zero_snr else "v"
         vae = f"{self.channels} channels, scaling factor {self.factor:g}"
         vae += f" (SD1.5's is {SD15_SCALING_FACTOR:g})" if self.foreign else ""
-        text = f"{self.window} tokens" if told.chunks == 1 else f"{told.chunks} chunks of {self.window} tokens"
-        own = told.vae if told.vae != told.base else "the base's"
+        text = f"{self.window} tokens" if summary.chunks == 1 else f"{summary.chunks} chunks of {self.window} tokens"
+        vae_name = summary.vae if summary.vae != summary.base else "the base's"
         skip = f"clip skip {self.skip} ({self.skip + 1} where the last layer counts as 1)" if self.skip else "no clip skip"
         rows = {
-            "Base": told.base, "VAE": f"{own}, {vae}" if told.vae else vae,
+            "Base": summary.base, "VAE": f"{vae_name}, {vae}" if summary.vae else vae,
             "Predicts": predicts if self.velocity else "noise (epsilon)", "Text encoder": f"{text}, {skip}",
-            "Resolution": f"{told.resolution} px" if told.resolution else "",
-            "Images seen": f"{_counted(told.images)}, in {_counted(told.steps)} steps" if told.images else "",
-            "Data set": f"{_counted(told.dataset)} images" if told.dataset else "",
-            "Weights": {"raw": "as trained", "ema": "their exponential moving average"}.get(told.weights, ""),
-            "Precision": f"trained in {told.precision}" if told.precision else "",
-            "Seed": "" if told.seed is None else str(told.seed), "Date": told.date[:10],
+            "Resolution": f"{summary.resolution} px" if summary.resolution else "",
+            "Images seen": f"{_counted(summary.images)}, in {_counted(summary.steps)} steps" if summary.images else "",
+            "Data set": f"{_counted(summary.dataset)} images" if summary.dataset else "",
+            "Weights": {"raw": "as trained", "ema": "their exponential moving average"}.get(summary.weights, ""),
+            "Precision": f"trained in {summary.precision}" if summary.precision else "",
+            "Seed": "" if summary.seed is None else str(summary.seed), "Date": summary.date[:10],
         }  # fmt: skip
         return _table(["", ""], [[name, value] for name, value in rows.items() if value])
 
@@ -289,8 +291,8 @@ class _Card:
         elif self.foreign:
             how = f'with `config="FOLDER"`, which tells it the VAE\'s factor {self.factor:g}'
         scheduler = 'DDIMScheduler.from_pretrained("FOLDER", subfolder="scheduler")'
-        more = f" Give it `scheduler={scheduler}`: the file alone does not tell that it predicts v." if self.velocity else ""
-        return f"`StableDiffusionPipeline.from_single_file` reads `{self.single}`, {how}.{more}"
+        hint = f" Give it `scheduler={scheduler}`: the file alone does not tell that it predicts v." if self.velocity else ""
+        return f"`StableDiffusionPipeline.from_single_file` reads `{self.single}`, {how}.{hint}"
 
     def _tools(self) -> list[str]:
         """Return instructions for ComfyUI and A1111, with every setting they cannot read from the file."""
@@ -307,9 +309,9 @@ class _Card:
                 f"{SD15_SCALING_FACTOR:g}, show wrong colours.** `fastsd convert FOLDER OUT.safetensors` makes one that they "
                 "show right."
             )
-        own = "Its own VAE is in it, scaled as the tool expects" if self.foreign else "Its own VAE is in it"
-        comfy = [f"put `{file}` into `models/checkpoints` and load it with *Load Checkpoint*. {own}; no *Load VAE* is needed."]
-        webui = [f"put `{file}` into `models/Stable-diffusion`. {own}: leave *SD VAE* at Automatic or None."]
+        note = "Its own VAE is in it, scaled as the tool expects" if self.foreign else "Its own VAE is in it"
+        comfy = [f"put `{file}` into `models/checkpoints` and load it with *Load Checkpoint*. {note}; no *Load VAE* is needed."]
+        webui = [f"put `{file}` into `models/Stable-diffusion`. {note}: leave *SD VAE* at Automatic or None."]
         if self.skip:
             comfy.append(f"Clip skip: *CLIP Set Last Layer* with stop_at_clip_layer {-self.skip - 1}.")
             webui.append(f"Set *Clip skip* to {self.skip + 1}.")

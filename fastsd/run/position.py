@@ -31,9 +31,9 @@ class Position:
 
     def finished(self, index: int) -> bool:
         """Return True if the stage is complete. The last stage may be extended if its checkpoint has optimizer state."""
-        here = self.progress
-        longer = index == len(self.steps) - 1 and not self.at_end(index) and self._extendable
-        return here.stage > index or (here.stage == index and here.stage_done and not longer)
+        progress = self.progress
+        extended = index == len(self.steps) - 1 and not self.at_end(index) and self._extendable
+        return progress.stage > index or (progress.stage == index and progress.stage_done and not extended)
 
     def at_end(self, index: int) -> bool:
         """Return True if the current stage, number `index`, has done all its steps or used up its time."""
@@ -42,12 +42,12 @@ class Position:
 
     def begin(self, index: int) -> bool:
         """Enter a stage. Return True if the run was already in the middle of it."""
-        here, stage = self.progress, self.stages[index]
-        resumed = here.stage == index and here.stage_step > 0
+        current, stage = self.progress, self.stages[index]
+        resumed = current.stage == index and current.stage_step > 0
         if not resumed:
-            carried = here.carried + here.stage_step if stage.state == "carry" else 0
+            carried = current.carried + current.stage_step if stage.state == "carry" else 0
             self.progress = replace(
-                here, stage=index, stage_step=0, stage_images=here.images, stage_done=False, seconds=0.0, carried=carried
+                current, stage=index, stage_step=0, stage_images=current.images, stage_done=False, seconds=0.0, carried=carried
             )
         self._since = time.monotonic()
         return resumed
@@ -72,11 +72,11 @@ class Position:
 
     def seconds_left(self, steps_per_second: float) -> float:
         """Estimate the seconds until all stages are complete, at a given speed."""
-        here, left = self.progress, 0.0
-        for index in range(here.stage, len(self.steps)):
-            begun, limit = index == here.stage, self.stages[index].seconds
+        progress, left = self.progress, 0.0
+        for index in range(progress.stage, len(self.steps)):
+            is_current, limit = index == progress.stage, self.stages[index].seconds
             if limit is not None:
-                left += max(limit - (self.elapsed() if begun else 0), 0)
+                left += max(limit - (self.elapsed() if is_current else 0), 0)
             else:
-                left += (self.steps[index] - (here.stage_step if begun else 0)) / steps_per_second
+                left += (self.steps[index] - (progress.stage_step if is_current else 0)) / steps_per_second
         return left

@@ -158,10 +158,10 @@ def _line(values: dict[str, Any], timing: dict[str, float], saved_at: float | No
     if values.get("d") is not None:
         lr = f"d*lr {values['d'] * values['lr']:.3g} (d {values['d']:.3g})"
     saved = "not saved yet" if saved_at is None else f"saved {duration(max(0.0, time.time() - saved_at))} ago"
-    of = f"/{timing['stage_steps']}" if timing["stage_steps"] < ENDLESS else ""
+    total = f"/{timing['stage_steps']}" if timing["stage_steps"] < ENDLESS else ""
     skipped = f" | skipped {values['skipped']}" if values["skipped"] else ""
     return (
-        f"{values['stage']} {values['stage_step']}{of} | epoch {values['epoch']:.2f} | "
+        f"{values['stage']} {values['stage_step']}{total} | epoch {values['epoch']:.2f} | "
         f"loss {values['loss']:.4f} ~{values['loss_smooth']:.4f} | {lr} | grad {values['grad_norm']:.3g}{skipped} | "
         f"{timing['images_per_second']:.1f} img/s | {timing['memory_gb']:.1f} GB | wait {timing['data_wait']:.0%} | "
         f"ETA {duration(timing['eta'])} | {saved}"

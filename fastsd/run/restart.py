@@ -52,16 +52,16 @@ def compare_with_start(path: Path, config: Config, progress: Progress | None) ->
         if was != now:
             raise UserError(f"{path.parent} was started with another {_difference(place, was, now)}; {advice}")
     notes = []
-    here = progress.stage
+    current_stage = progress.stage
     for i, (was, now) in enumerate(zip(old["stage"], new["stage"], strict=False)):
         for key in was:
             if was[key] != now[key]:
                 difference = _difference(f"stage.{i}.{key}", was[key], now[key])
-                if i < here or (i == here and key in FIXED_IN_STAGE and progress.stage_step):
+                if i < current_stage or (i == current_stage and key in FIXED_IN_STAGE and progress.stage_step):
                     raise UserError(f"{path.parent} has already trained with another {difference}; {advice}")
                 notes.append(f"changed since the last start: {difference}")
-    if len(new["stage"]) <= here:
-        raise UserError(f"{path.parent} is in stage {here + 1} and the config has {len(new['stage'])}; {advice}")
+    if len(new["stage"]) <= current_stage:
+        raise UserError(f"{path.parent} is in stage {current_stage + 1} and the config has {len(new['stage'])}; {advice}")
     return notes
 
 
@@ -73,11 +73,11 @@ def compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]
     if was["samples"] != now["samples"]:
         changed = f"the cache had {was['samples']} images at the last start and has {now['samples']}"
         return [f"{changed}: from here on the order is another"]
-    others = sorted(key for key in now if was[key] != now[key])
-    if not others:
+    changed_keys = sorted(key for key in now if was[key] != now[key])
+    if not changed_keys:
         return []
-    what = "captions or images" if "view" in others else " and ".join(others)
-    return [f"{what} have changed in the cache since the last start"]
+    description = "captions or images" if "view" in changed_keys else " and ".join(changed_keys)
+    return [f"{description} have changed in the cache since the last start"]
 
 
 def _difference(place: str, was: Any, now: Any) -> str:

@@ -101,7 +101,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         data = stack.enter_context(closing(TrainingData(config, model, data_notes.append)))
         notes += compare_images(folder / "images.json", data.latents, resumed=newest is not None) + data_notes
         names = [config.stage_name(index) for index in range(len(config.stage))]
-        steps = [check_length(*each) for each in zip(config.stage, names, data.epochs, strict=True)]
+        steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
         trained = [_parameters(config, index, model) for index in range(len(config.stage))]
         validation = Validation(model, data.loader(0), data.sets, config.validate_)
 
@@ -130,6 +130,6 @@ def _load_model(config: Config, ops: Ops, newest: Path | None) -> Model:
 
 def _parameters(config: Config, index: int, model: Model) -> int:
     """Count the parameters a stage trains. Raises UserError for a name that matches no parameter."""
-    stage, where = config.stage[index], f"stage {config.stage_name(index)!r}"
-    selected(model, stage.reinit, f"{where}: reinit")
-    return size_of(model, selected(model, stage.train, f"{where}: train"))
+    stage, location = config.stage[index], f"stage {config.stage_name(index)!r}"
+    selected(model, stage.reinit, f"{location}: reinit")
+    return size_of(model, selected(model, stage.train, f"{location}: train"))

@@ -45,8 +45,8 @@ class Saving:
         self.report, self.cost, self.state = report, cost, state
         self.folder = Path(config.run)
         self.changed: set[str] = set()
-        noted = [self.folder / name for name in ("kept.json", "stage-ends.json")]  # older versions wrote the second
-        self.kept: set[str] = {name for path in noted if path.exists() for name in json.loads(path.read_text())}
+        files = [self.folder / name for name in ("kept.json", "stage-ends.json")]  # older versions wrote the second
+        self.kept: set[str] = {name for path in files if path.exists() for name in json.loads(path.read_text())}
 
     def save(self, step: Step, done: bool, keep: bool = False) -> bool:
         """Commit a checkpoint. Return False, after a warning, if it cannot be written.
@@ -56,11 +56,11 @@ class Saving:
             keep: True if the checkpoint must never be deleted.
         """
         self.position.mark_done(done)
-        here, folder = self.position.progress, self.folder / "checkpoints"
-        following = self.config.stage[here.stage + 1 :]
-        carried = bool(following) and following[0].state == "carry"
+        progress, folder = self.position.progress, self.folder / "checkpoints"
+        later_stages = self.config.stage[progress.stage + 1 :]
+        carried = bool(later_stages) and later_stages[0].state == "carry"
         state = self.smoothed.state()
-        if not done or not following or carried:
+        if not done or not later_stages or carried:
             state |= optimizer_state(step)
         for name, part in step.parts.items():
             state |= {f"{name}@ema/{key}": tensor for key, tensor in part.ema_state().items()}
@@ -69,10 +69,10 @@ class Saving:
         try:
             self.report.flush()
             adapters = {name: part.state(ADAPTER) for name, part in step.parts.items()} if self.model.lora else None
-            path = checkpoint.save(folder, here, self.model, weights, self.changed, state, adapters)
+            path = checkpoint.save(folder, progress, self.model, weights, self.changed, state, adapters)
         except OSError as error:
             self.report.warn(
-                f"checkpoint at step {here.step} not saved: {error.strerror or error} ({folder}); "
+                f"checkpoint at step {progress.step} not saved: {error.strerror or error} ({folder}); "
                 "training goes on, the last checkpoint stands; free space on that disk"
             )
             return False
@@ -84,7 +84,7 @@ class Saving:
         try:
             replace_file(self.folder / "kept.json", json.dumps(sorted(self.kept)))
             if done:
-                self.cost.note(here)
+                self.cost.note(progress)
         except OSError as error:
             self.report.warn(
                 f"{path.name} is saved, but not noted in {self.folder} ({error.strerror}); free space on that disk"

@@ -23,16 +23,16 @@ def choices(word: str) -> tuple[str, dict[str, Any]]:
     key, equals, text = (part.strip() for part in word.partition("="))
     if not equals or not key:
         raise UserError(f"{word!r} names no values; write key=a,b,c, for example stage.caption_dropout=0.04,0.1")
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for item in split(text):
         if not item:
-            what = "has an empty one among its values" if text else "has no values"
-            raise UserError(f'{key} {what} ({word!r}); write key=a,b,c, and "" for an empty text')
+            problem = "has an empty one among its values" if text else "has no values"
+            raise UserError(f'{key} {problem} ({word!r}); write key=a,b,c, and "" for an empty text')
         value = parse_value(item)
-        if said(value) in map(said, found.values()):
+        if said(value) in map(said, values.values()):
             raise UserError(f"{key} has the value {item} twice; leave one out")
-        found[item] = value
-    return key, found
+        values[item] = value
+    return key, values
 
 
 def split(text: str) -> list[str]:
@@ -90,8 +90,8 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     for key in keys:
         parts = key.split(mark)
         ends = [mark.join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        alone = (e for e in ends if not any(o != key and f"{mark}{o}".endswith(f"{mark}{e}") for o in keys))
-        short[key] = next(alone, key)
+        unique_ends = (e for e in ends if not any(o != key and f"{mark}{o}".endswith(f"{mark}{e}") for o in keys))
+        short[key] = next(unique_ends, key)
     return short
 
 
@@ -107,14 +107,14 @@ def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
     for name in ["stage"] if single else names:
         key = "stage" if single else f"stage.{name}"
         stages = [{config.stage_name(i): stage for i, stage in enumerate(config.stage)} for config in configs]
-        tables = [next(iter(mine.values())) if single else mine.get(name) for mine in stages]
+        tables = [next(iter(by_name.values())) if single else by_name.get(name) for by_name in stages]
         everywhere = all(table is not None for table in tables)
         for column, table in zip(columns, tables, strict=True):
             if table is not None and everywhere:
                 column |= _flat({k: v for k, v in table.model_dump().items() if k != "name"}, f"{key}.")
             elif table is not None:
-                set_here = table.model_dump(exclude_defaults=True, exclude={"name"})
-                column[key] = ", ".join(f"{k} = {said(v)}" for k, v in set_here.items())
+                non_defaults = table.model_dump(exclude_defaults=True, exclude={"name"})
+                column[key] = ", ".join(f"{k} = {said(v)}" for k, v in non_defaults.items())
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = {key: [column.get(key, ABSENT) for column in columns] for key in keys}
     return {key: row for key, row in rows.items() if len(set(row)) > 1 and set(row) != {ABSENT, UNSET}}

@@ -60,25 +60,25 @@ def _load_state(step: Step, saved: Mapping[str, Tensor]) -> None:
 
 def _micro_batch(run: Run, index: int, resumed: bool) -> int:
     """Return the micro-batch: the config's, or the one used before, so that a resumed run computes the same sums."""
-    stage, here = run.config.stage[index], run.position.progress
-    if resumed and here.micro and here.micro_asked == stage.micro_batch:
-        return here.micro
+    stage, progress = run.config.stage[index], run.position.progress
+    if resumed and progress.micro and progress.micro_asked == stage.micro_batch:
+        return progress.micro
     if stage.micro_batch != "auto":
         return stage.micro
     # Free memory plus the memory of the resident modules, because the plan counts the model too.
     scratch = SCRATCH if run.device.type == "cuda" else 0
-    held = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
-    room = free_memory(run.device) - scratch + held
-    planned = plan_stage(
+    resident_bytes = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
+    room = free_memory(run.device) - scratch + resident_bytes
+    micro_batch = plan_stage(
         Shapes.of(run.model), stage, run.config.data.resolution, room, run.ops, states=run.data.states is not None
     ).largest_micro_batch()
-    if planned == 0:
+    if micro_batch == 0:
         raise UserError(
             f"stage {run.config.stage_name(index)!r} does not fit with one image a forward into {room / 1e9:.1f} GB on "
             f"{run.device}; see `fastsd plan` for checkpointing, precisions and optimizers that do"
         )
-    run.report.say(f"micro-batch {planned}: the most that fits {room / 1e9:.1f} GB by plan; the first steps will show")
-    return planned
+    run.report.say(f"micro-batch {micro_batch}: the most that fits {room / 1e9:.1f} GB by plan; the first steps will show")
+    return micro_batch
 
 
 class _PrefixView(Mapping[str, Tensor]):

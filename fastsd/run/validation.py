@@ -97,9 +97,9 @@ class Validation:
         rows = []
         for name, batches in self._batches.items():
             errors_nS = [errors_S for batch in batches for errors_S in self._errors(batch)]
-            each = [math.fsum(errors_S) / len(errors_S) for errors_S in errors_nS]
-            found = summary(errors_nS, self._edges, self.table.per_band)
-            rows.append({"set": name, "weights": weights, **found, "items": self._items(batches), "each": each})
+            per_image = [math.fsum(errors_S) / len(errors_S) for errors_S in errors_nS]
+            metrics = summary(errors_nS, self._edges, self.table.per_band)
+            rows.append({"set": name, "weights": weights, **metrics, "items": self._items(batches), "each": per_image})
         return rows
 
     def _items(self, batches: Sequence[np.ndarray]) -> str:
@@ -114,49 +114,49 @@ class Validation:
         latents_BCHW = model.vae.scale(raw_BCHW.float())
         if context.ndim == 2:
             context = model.text.encode(context)
-        t_SB, position_SB = (drawn.to(device) for drawn in self._draw(samples))
+        t_SB, position_SB = (tensor.to(device) for tensor in self._draw(samples))
         tables = self._abar_T.sqrt().to(device), (1 - self._abar_T).sqrt().to(device)
         errors = []
         for t_B, position_B in zip(t_SB, position_SB, strict=True):
-            given = latents_BCHW, position_B, t_B, *tables, table.seed
-            noisy_BCHW, target_BCHW = model.unet.ops.noised(*given, prediction=model.prediction)
-            wrong_BCHW = model.unet(noisy_BCHW, t_B, context).double() - target_BCHW.double()
-            errors.append(wrong_BCHW.square().flatten(1).mean(1))
+            noise_args = latents_BCHW, position_B, t_B, *tables, table.seed
+            noisy_BCHW, target_BCHW = model.unet.ops.noised(*noise_args, prediction=model.prediction)
+            error_BCHW = model.unet(noisy_BCHW, t_B, context).double() - target_BCHW.double()
+            errors.append(error_BCHW.square().flatten(1).mean(1))
         return torch.stack(errors, dim=1).tolist()
 
     def _draw(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the timesteps and the positions of the noise, both int64 (S, B)."""
         edges, cache = torch.tensor(self._edges)[:, None], self.loader.cache
-        own_B = torch.tensor([int(identities(cache, self.table, number, number + 1)[0]) for number in samples.tolist()])
-        words = philox(self.table.seed, Purpose.VALIDATION, own_B, torch.arange(len(edges) - 1)).transpose(0, 1)
+        identity_B = torch.tensor([int(identities(cache, self.table, number, number + 1)[0]) for number in samples.tolist()])
+        words = philox(self.table.seed, Purpose.VALIDATION, identity_B, torch.arange(len(edges) - 1)).transpose(0, 1)
         t_SB = edges[:-1] + (words[..., 0] * edges.diff(dim=0) >> 32)
         return t_SB, words[..., 1] << 32 | words[..., 2]
 
     def _in_batches(self, samples: np.ndarray) -> list[np.ndarray]:
         """Group samples by shape into batches of at most `validate.batch`."""
-        groups, shapes = self.loader.cache.groups, dict[tuple[int, ...], list[int]]()
+        groups, by_shape = self.loader.cache.groups, dict[tuple[int, ...], list[int]]()
         for sample in samples.tolist():
             group = groups[bisect_right(groups, sample, key=lambda group: group.first) - 1]
-            shapes.setdefault(group.shape, []).append(sample)
+            by_shape.setdefault(group.shape, []).append(sample)
         size = self.table.batch
-        return [np.array(own[i : i + size]) for own in shapes.values() for i in range(0, len(own), size)]
+        return [np.array(same_shape[i : i + size]) for same_shape in by_shape.values() for i in range(0, len(same_shape), size)]
 
 
 def summary(errors_nS: Sequence[Sequence[float]], edges: Sequence[int], per_band: int) -> Row:
     """Return {"loss", "se", "bands"} for the errors of n images at S timesteps. Band b starts at edges[b * per_band]."""
     bands = []
     for first in range(0, len(edges) - 1, per_band):
-        own = [errors_S[first : first + per_band] for errors_S in errors_nS]
-        bands.append([edges[first], edges[first + per_band], *_mean_and_error(own)])
+        band_errors = [errors_S[first : first + per_band] for errors_S in errors_nS]
+        bands.append([edges[first], edges[first + per_band], *_mean_and_error(band_errors)])
     loss, se = _mean_and_error(errors_nS)
     return {"loss": loss, "se": se, "bands": bands}
 
 
 def _mean_and_error(errors: Sequence[Sequence[float]]) -> tuple[float, float]:
     n = len(errors)
-    means = [math.fsum(own) / len(own) for own in errors]
+    means = [math.fsum(image_errors) / len(image_errors) for image_errors in errors]
     mean = math.fsum(means) / n
-    return mean, math.sqrt(math.fsum((one - mean) ** 2 for one in means) / max(n - 1, 1) / n)
+    return mean, math.sqrt(math.fsum((image_mean - mean) ** 2 for image_mean in means) / max(n - 1, 1) / n)
 
 
 def in_a_line(rows: Sequence[Row]) -> str:
