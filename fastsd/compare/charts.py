@@ -25,8 +25,8 @@ INK = "#222222"
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
     """Reduce a curve to about `limit` points that look the same: the lowest and the highest point of each stretch."""
-    known = np.isfinite(y)
-    x, y = x[known], y[known]
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
     if len(x) <= limit:
         return x, y
     kept = [np.array([0, len(x) - 1])]
@@ -64,10 +64,10 @@ def validation_chart(runs: Sequence[RunData]) -> Figure | None:
     figure, panels = _panels(len(sets), 4.4)
     for axes, name in zip(panels, sets, strict=True):
         for run in runs:
-            for which in run.measured():
-                if which[0] == name:
-                    rows = run.validated(which)
-                    _with_errors(axes, run, rows, column(rows, "loss"), column(rows, "se"), dashed=which[1] != "raw")
+            for validation in run.measured():
+                if validation[0] == name:
+                    rows = run.validated(validation)
+                    _with_errors(axes, run, rows, column(rows, "loss"), column(rows, "se"), dashed=validation[1] != "raw")
         axes.set_title(f"{name.replace('_', '-')} images", fontsize=11)
         _borders(axes, runs, names=len(sets) == 1)
     panels[0].set_ylabel("validation loss")
@@ -77,10 +77,10 @@ def validation_chart(runs: Sequence[RunData]) -> Figure | None:
 
 def band_chart(runs: Sequence[RunData]) -> Figure | None:
     """Plot the loss of the first measured set in one panel for each timestep band. None if nothing was measured."""
-    which = next((which for run in runs for which in run.measured()), None)
-    curves = {run.label: [row for row in run.validated(which) if _bands(row)] for run in runs} if which else {}
+    validation = next((validation for run in runs for validation in run.measured()), None)
+    curves = {run.label: [row for row in run.validated(validation) if _bands(row)] for run in runs} if validation else {}
     count = max((len(_bands(row)) for rows in curves.values() for row in rows), default=0)
-    if not count or which is None:
+    if not count or validation is None:
         return None
     across = min(count, 5)
     figure, panels = _panels(count, 2.9 * -(-count // across), across)
@@ -93,7 +93,7 @@ def band_chart(runs: Sequence[RunData]) -> Figure | None:
                 values = np.array([_bands(row)[number][2:] for row in rows])
                 _with_errors(axes, run, rows, values[:, 0], values[:, 1])
         axes.tick_params(labelsize=8)
-    figure.suptitle(f"{called(which)} loss by timestep", fontsize=11)
+    figure.suptitle(f"{called(validation)} loss by timestep", fontsize=11)
     return _finish(figure, runs)
 
 
@@ -166,9 +166,9 @@ def _panels(count: int, height: float, across: int | None = None) -> tuple[Figur
 
 def _borders(axes: Axes, runs: Sequence[RunData], names: bool = True) -> None:
     """Draw a line where a stage starts: grey if all runs share the borders, otherwise in the run's colour."""
-    each = [run.begun() for run in runs]
-    shared = all(borders == each[0] for borders in each)
-    for run, borders in zip(runs[:1] if shared else runs, each, strict=False):
+    borders_per_run = [run.begun() for run in runs]
+    shared = all(borders == borders_per_run[0] for borders in borders_per_run)
+    for run, borders in zip(runs[:1] if shared else runs, borders_per_run, strict=False):
         colour = "#888888" if shared else run.colour
         for name, images in borders if len(borders) > 1 else []:
             if images:

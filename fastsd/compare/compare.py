@@ -57,8 +57,8 @@ def compare(
         title = f"{runs[0].label}" if len(runs) == 1 else f"{len(runs)} runs compared"
         text = page.page(title, report.sections)
     replace_file(out, text)
-    say = f"{out}: {len(runs)} run{'s'[: len(runs) > 1]}, {len(text) / 1e6:.1f} MB; its pictures are in {target}"
-    console.print(say, markup=False, highlight=False, soft_wrap=True)
+    message = f"{out}: {len(runs)} run{'s'[: len(runs) > 1]}, {len(text) / 1e6:.1f} MB; its pictures are in {target}"
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 class Report:
@@ -95,16 +95,16 @@ class Report:
 
     def samples(self) -> None:
         sheet = pictures.side_by_side(self.runs)
-        pixels, apart, factor = pictures.against(self.runs, self.baseline)
+        pixels, difference_sheet, factor = pictures.against(self.runs, self.baseline)
         if self.several:
             self._table(numbers.against(self.runs, self.baseline, pixels))
         if sheet:
-            shown = self._picture("samples", sheet, "the last samples of each run")
-            self.sections.append(Section("Samples at the end", "A row has one prompt and seed.", shown))
-        if apart:
+            html = self._picture("samples", sheet, "the last samples of each run")
+            self.sections.append(Section("Samples at the end", "A row has one prompt and seed.", html))
+        if difference_sheet:
             note = f"|difference| to the samples of {self.baseline.label}, times {factor}: black is equal."
-            shown = self._picture("difference", apart, f"differences of the last samples, times {factor}")
-            self.sections.append(Section("Difference in pictures", note, shown))
+            html = self._picture("difference", difference_sheet, f"differences of the last samples, times {factor}")
+            self.sections.append(Section("Difference in pictures", note, html))
 
     def over_training(self) -> None:
         films = []
@@ -165,8 +165,8 @@ def _baseline(runs: Sequence[RunData], name: str) -> RunData:
     for run in runs:
         if name == run.label or Path(name).resolve() == run.folder.resolve():
             return run
-    among = ", ".join(run.label for run in runs)
-    raise UserError(f"--baseline is {name!r}, which is not among the runs ({among}); name one of them")
+    names = ", ".join(run.label for run in runs)
+    raise UserError(f"--baseline is {name!r}, which is not among the runs ({names}); name one of them")
 
 
 def _beside(out: Path) -> Path:

@@ -42,9 +42,9 @@ class Source:
     folder: Path
 
     def load(self, clip_skip: int | None) -> Model:
-        own = {"base": str(self.folder), "vae": "", "tokenizer": "", "vae_scaling_factor": None}
+        overrides = {"base": str(self.folder), "vae": "", "tokenizer": "", "vae_scaling_factor": None}
         skip = {} if clip_skip is None else {"clip_skip": clip_skip}
-        return load_to_sample(self.run.config.model.model_copy(update=own | skip))
+        return load_to_sample(self.run.config.model.model_copy(update=overrides | skip))
 
 
 def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
@@ -82,10 +82,10 @@ def finished_models(runs: Sequence[RunData]) -> list[Source]:
 
 def sources_of(run: RunData) -> list[Source]:
     """Return a run's checkpoints, oldest first. Raises UserError if it has none."""
-    found = checkpoints(run.folder / "checkpoints")
-    if not found:
+    paths = checkpoints(run.folder / "checkpoints")
+    if not paths:
         raise UserError(f"{run.folder} has no checkpoint to draw from; leave it out, or wait for one")
-    return [Source(f"step {int(path.name.removeprefix('step-')):,}", run, path) for path in found]
+    return [Source(f"step {int(path.name.removeprefix('step-')):,}", run, path) for path in paths]
 
 
 def draw_settings(sources: Sequence[Source], settings: Sequence[Setting]) -> Iterator[tuple[str, Image.Image]]:

@@ -52,14 +52,14 @@ class Pixels:
 
 def fit(x: np.ndarray, y: np.ndarray) -> Line | None:
     """Fit a line through points. Return None if there are fewer than two different x."""
-    off = x - x.mean() if len(x) else x
-    if len(x) < 2 or not off.any():
+    centred = x - x.mean() if len(x) else x
+    if len(x) < 2 or not centred.any():
         return None
-    slope = float(off @ y / (off @ off))
-    middle = float(y.mean())
-    rest = y - middle - slope * off
-    error = math.sqrt(rest @ rest / (len(x) - 2) / (off @ off)) if len(x) > 2 else math.nan
-    return Line(slope, error, middle + slope * float(off[0]), middle + slope * float(off[-1]))
+    slope = float(centred @ y / (centred @ centred))
+    mean = float(y.mean())
+    residuals = y - mean - slope * centred
+    error = math.sqrt(residuals @ residuals / (len(x) - 2) / (centred @ centred)) if len(x) > 2 else math.nan
+    return Line(slope, error, mean + slope * float(centred[0]), mean + slope * float(centred[-1]))
 
 
 def ends(x: np.ndarray, y: np.ndarray) -> tuple[Line | None, Line | None]:
@@ -78,9 +78,9 @@ def overview(runs: Sequence[RunData], baseline: RunData) -> Table:
         rows.append([
             run, state + (", baseline" if run is baseline and len(runs) > 1 else ""), f"{last['step']:,}",
             f"{last['images']:,}", _number(last.get("epoch"), ".2f"), _number(_smooth_end(run), ".5f"),
-            *(_last_validation(run, which) for which in measured),
+            *(_last_validation(run, validation) for validation in measured),
         ])  # fmt: skip
-    head = ["run", "", "steps", "images", "epochs", "smoothed loss", *(f"{called(which)} loss" for which in measured)]
+    head = ["run", "", "steps", "images", "epochs", "smoothed loss", *(f"{called(validation)} loss" for validation in measured)]
     note = f"Values at the end of each run. The smoothed loss is a moving average over {SMOOTHING:.0%} of the log's rows."
     return Table("Runs", note, head, rows)
 
@@ -98,11 +98,11 @@ def trends(runs: Sequence[RunData]) -> Table:
         first, last = ends(run.logged("images"), run.logged("loss"))
         start, end = first.first if first else math.nan, last.last if last else math.nan
         rows.append([run, "training", *_trend(start, end, first, last)])
-    for which in _measured(runs):
+    for validation in _measured(runs):
         for run in runs:
-            if found := run.validated(which):
-                y = column(found, "loss")
-                rows.append([run, called(which), *_trend(y[0], y[-1], *ends(column(found, "images"), y))])
+            if validation_rows := run.validated(validation):
+                y = column(validation_rows, "loss")
+                rows.append([run, called(validation), *_trend(y[0], y[-1], *ends(column(validation_rows, "images"), y))])
     note = (
         f"Slopes per {PER:,} images, of lines through the first and the last fifth of the points, ± their standard error. "
         "Start and end of the training loss are those lines' ends, of a validation loss what was measured."
@@ -115,43 +115,43 @@ def trends(runs: Sequence[RunData]) -> Table:
 def agreement(runs: Sequence[RunData], baseline: RunData) -> Table:
     """Compare the data that each run saw with the baseline's, by the hashes in the rows of equal step."""
     rows: list[Words] = []
-    theirs = {row["step"]: row for row in baseline.log}
+    baseline_rows = {row["step"]: row for row in baseline.log}
     for run in runs:
         if run is not baseline:
-            common = [(row, theirs[row["step"]]) for row in run.log if row["step"] in theirs]
+            common = [(row, baseline_rows[row["step"]]) for row in run.log if row["step"] in baseline_rows]
             rows.append([run, *(_agree(common, key) for key in SEEN)])
     note = f"Beside {baseline.label}, by the hashes in the log rows of equal step."
     return Table("Did they see the same?", note, ["run", *SEEN.values()], rows)
 
 
 def _agree(common: Sequence[tuple[Any, Any]], key: str) -> str:
-    both = [(a, b) for a, b in common if a.get(key) is not None and b.get(key) is not None]
-    if not both:
+    pairs = [(a, b) for a, b in common if a.get(key) is not None and b.get(key) is not None]
+    if not pairs:
         return "no common step" if not common else "not logged"
-    apart = next((a["step"] for a, b in both if a[key] != b[key]), None)
-    if apart is None:
-        return f"the same in all {len(both):,} common rows"
-    return f"they part at step {apart:,}"
+    differing_step = next((a["step"] for a, b in pairs if a[key] != b[key]), None)
+    if differing_step is None:
+        return f"the same in all {len(pairs):,} common rows"
+    return f"they part at step {differing_step:,}"
 
 
 def against(runs: Sequence[RunData], baseline: RunData, pixels: Mapping[str, Pixels]) -> Table:
     """Build the table of each run minus the baseline, at their ends. `pixels` is keyed by a run's label."""
-    measured = [which for which in _measured(runs) if baseline.validated(which)]
+    measured = [validation for validation in _measured(runs) if baseline.validated(validation)]
     rows: list[Words] = []
     for run in runs:
         if run is not baseline:
-            seen = pixels.get(run.label)
+            distance = pixels.get(run.label)
             rows.append([
                 run, _number(_smooth_end(run) - _smooth_end(baseline), "+.5f"),
-                *(_validation_difference(run, baseline, which) for which in measured),
-                *((f"{seen.mean:.2f} of 255", _psnr(seen.psnr), str(seen.count)) if seen else (ABSENT,) * 3),
+                *(_validation_difference(run, baseline, validation) for validation in measured),
+                *((f"{distance.mean:.2f} of 255", _psnr(distance.psnr), str(distance.count)) if distance else (ABSENT,) * 3),
             ])  # fmt: skip
-    together = (
+    error_note = (
         " ± is the standard error of the difference, image by image, where both measured the same images, noise and timesteps; "
         "else the two standard errors together."
     )
-    note = f"Each run at its end, less {baseline.label} at its own.{together if measured else ''}"
-    losses = ["smoothed loss", *(f"{called(which)} loss" for which in measured)]
+    note = f"Each run at its end, less {baseline.label} at its own.{error_note if measured else ''}"
+    losses = ["smoothed loss", *(f"{called(validation)} loss" for validation in measured)]
     head = ["run", *losses, "mean |difference| of pixels", "PSNR", "pictures"]
     return Table("Difference from the baseline", f"{note} Pictures are compared at equal prompt and seed.", head, rows)
 
@@ -199,24 +199,24 @@ def called(which: tuple[str, str]) -> str:
 
 
 def _measured(runs: Sequence[RunData]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys(which for run in runs for which in run.measured()))
+    return list(dict.fromkeys(validation for run in runs for validation in run.measured()))
 
 
 def _last_validation(run: RunData, which: tuple[str, str]) -> str:
-    found = run.validated(which)
-    return f"{found[-1]['loss']:.5f} ± {found[-1]['se']:.2g}" if found else ABSENT
+    rows = run.validated(which)
+    return f"{rows[-1]['loss']:.5f} ± {rows[-1]['se']:.2g}" if rows else ABSENT
 
 
 def _validation_difference(run: RunData, baseline: RunData, which: tuple[str, str]) -> str:
-    found = run.validated(which)
-    if not found:
+    rows = run.validated(which)
+    if not rows:
         return ABSENT
-    one, other = found[-1], baseline.validated(which)[-1]
-    error = math.hypot(one["se"], other["se"])
-    if one.get("items") and one["items"] == other.get("items") and None not in one["each"] + other["each"]:
-        apart = np.subtract(one["each"], other["each"])
-        error = apart.std(ddof=1) / math.sqrt(len(apart)) if len(apart) > 1 else 0.0
-    return f"{one['loss'] - other['loss']:+.5f} ± {error:.2g}"
+    row, baseline_row = rows[-1], baseline.validated(which)[-1]
+    error = math.hypot(row["se"], baseline_row["se"])
+    if row.get("items") and row["items"] == baseline_row.get("items") and None not in row["each"] + baseline_row["each"]:
+        image_differences = np.subtract(row["each"], baseline_row["each"])
+        error = image_differences.std(ddof=1) / math.sqrt(len(image_differences)) if len(image_differences) > 1 else 0.0
+    return f"{row['loss'] - baseline_row['loss']:+.5f} ± {error:.2g}"
 
 
 def _trend(start: float, end: float, first: Line | None, last: Line | None) -> list[str]:
@@ -235,8 +235,8 @@ def _smooth_end(run: RunData) -> float:
 
 
 def _number(value: Any, form: str, unit: str = "") -> str:
-    known = isinstance(value, (int, float)) and math.isfinite(value)
-    return f"{value:{form}}{unit}" if known else ABSENT
+    is_finite = isinstance(value, (int, float)) and math.isfinite(value)
+    return f"{value:{form}}{unit}" if is_finite else ABSENT
 
 
 def _size(count: Any) -> str:

@@ -82,30 +82,30 @@ def against(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixel
         Distances by a run's label; a sheet of the baseline's pictures beside |difference| x factor; the factor. The sheet is
         None and the factor 1 if no other run has a picture of equal prompt, seed and size.
     """
-    theirs = baseline.grids[-1].cut() if baseline.grids else {}
-    theirs.pop(WHOLE, None)
-    apart: dict[str, dict[Cell, np.ndarray]] = {}  # |difference| of each
+    baseline_images = baseline.grids[-1].cut() if baseline.grids else {}
+    baseline_images.pop(WHOLE, None)
+    differences: dict[str, dict[Cell, np.ndarray]] = {}  # |difference| of each
     for run in runs:
         if run is not baseline and run.grids:
-            mine = run.grids[-1].cut()
-            common = [cell for cell in theirs if cell in mine and mine[cell].size == theirs[cell].size]
-            apart[run.label] = {cell: np.abs(_pixels(mine[cell]) - _pixels(theirs[cell])) for cell in common}
-    apart = {label: found for label, found in apart.items() if found}
-    if not apart:
+            images = run.grids[-1].cut()
+            common = [cell for cell in baseline_images if cell in images and images[cell].size == baseline_images[cell].size]
+            differences[run.label] = {cell: np.abs(_pixels(images[cell]) - _pixels(baseline_images[cell])) for cell in common}
+    differences = {label: by_cell for label, by_cell in differences.items() if by_cell}
+    if not differences:
         return {}, None, 1
-    high = float(np.percentile(np.concatenate([d.ravel() for found in apart.values() for d in found.values()]), 99))
+    high = float(np.percentile(np.concatenate([d.ravel() for by_cell in differences.values() for d in by_cell.values()]), 99))
     factor = 2 ** max(0, math.floor(math.log2(255 / max(high, 1.0))))
-    others = [run for run in runs if run.label in apart]
+    others = [run for run in runs if run.label in differences]
     rows: list[Row] = []
-    for cell in _cells([theirs]):
+    for cell in _cells([baseline_images]):
         shown = [
-            Image.fromarray((found[cell] * factor).clip(0, 255).astype(np.uint8)) if cell in found else None
-            for found in (apart[run.label] for run in others)
+            Image.fromarray((by_cell[cell] * factor).clip(0, 255).astype(np.uint8)) if cell in by_cell else None
+            for by_cell in (differences[run.label] for run in others)
         ]
-        rows.append((_label(cell, [theirs]), [theirs[cell], *shown]))
+        rows.append((_label(cell, [baseline_images]), [baseline_images[cell], *shown]))
     heads = [baseline.label, *(f"|difference| × {factor}:\n{run.label}" for run in others)]
     picture = sheet(heads, rows, [baseline.colour, *(run.colour for run in others)])
-    return {label: _distance(list(found.values())) for label, found in apart.items()}, picture, factor
+    return {label: _distance(list(by_cell.values())) for label, by_cell in differences.items()}, picture, factor
 
 
 def frames(grids: Sequence[Grid]) -> list[tuple[Grid, Image.Image]]:
@@ -127,8 +127,8 @@ def write_gif(path: Path, label: str, pictures: Sequence[tuple[Grid, Image.Image
         pen.text((6, 32), _wrapped(label, 12, picture.width - 12, 1), font=font(12), fill=GREY)
         palette = page.quantize(method=Image.Quantize.MAXCOVERAGE)  # Pillow dithers only to a given palette
         pages.append(page.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
-    each = max(80, min(700, 9000 // len(pages)))
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=[each] * (len(pages) - 1) + [2500], loop=0)
+    frame_duration = max(80, min(700, 9000 // len(pages)))
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=[frame_duration] * (len(pages) - 1) + [2500], loop=0)
 
 
 def _distance(differences: Sequence[np.ndarray]) -> Pixels:

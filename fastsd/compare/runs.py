@@ -65,8 +65,8 @@ class RunData:
         loss = self.logged("loss")
         half = max(3, round(len(loss) * SMOOTHING / 2))
         for rows in self.stages():
-            known = np.isfinite(loss[rows])
-            loss[rows][known] = _average(_average(loss[rows][known], half), half)
+            finite = np.isfinite(loss[rows])
+            loss[rows][finite] = _average(_average(loss[rows][finite], half), half)
         return loss
 
     def measured(self) -> list[tuple[str, str]]:

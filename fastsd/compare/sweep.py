@@ -84,7 +84,7 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
             would be equal or share a folder.
     """
     picked = combinations(words)
-    swept = [key for key in picked[0] if len({said(each[key][1]) for each in picked}) > 1]
+    swept = [key for key in picked[0] if len({said(combination[key][1]) for combination in picked}) > 1]
     if not swept:
         raise UserError("there is nothing to sweep; give a key several values, for example stage.caption_dropout=0.04,0.1")
     if "run" in swept:
@@ -92,15 +92,15 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
     short = short_names(swept)
     problems: list[str] = []
     variants: list[Variant] = []
-    for each in picked:
+    for combination in picked:
         try:
-            config = load_config(path, [f"{key}={text}" for key, (text, _) in each.items()], precision)
+            config = load_config(path, [f"{key}={text}" for key, (text, _) in combination.items()], precision)
         except UserError as error:
             problems += str(error).split("\n")
             continue
-        name = ",".join(f"{short[key]}={safe_name(said(each[key][1]))}" for key in swept)
-        own = config.model_copy(update={"run": str(Path(config.run) / name)})
-        variants.append(Variant(name, {key: each[key][1] for key in swept}, own))
+        name = ",".join(f"{short[key]}={safe_name(said(combination[key][1]))}" for key in swept)
+        variant_config = config.model_copy(update={"run": str(Path(config.run) / name)})
+        variants.append(Variant(name, {key: combination[key][1] for key in swept}, variant_config))
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     names: dict[str, Variant] = {}
@@ -119,17 +119,17 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
 def _baseline(variants: list[Variant], name: str, path: Path, words: Sequence[str], precision: str | None) -> Variant:
     """Return the run of that name; without a name, the run with the config's own values, otherwise the first."""
     if name:
-        found = next((variant for variant in variants if variant.name == name), None)
-        if found is None:
-            among = ", ".join(variant.name for variant in variants)
-            raise UserError(f"--baseline is {name!r}, which is not among the runs ({among}); name one of them")
-        return found
+        match = next((variant for variant in variants if variant.name == name), None)
+        if match is None:
+            names = ", ".join(variant.name for variant in variants)
+            raise UserError(f"--baseline is {name!r}, which is not among the runs ({names}); name one of them")
+        return match
     fixed = [word for word in words if word.partition("=")[0].strip() not in variants[0].values]
     try:
-        own = _settings(load_config(path, fixed, precision))
+        base_settings = _settings(load_config(path, fixed, precision))
     except UserError:  # it is not valid without the swept values
         return variants[0]
-    return next((variant for variant in variants if _settings(variant.config) == own), variants[0])
+    return next((variant for variant in variants if _settings(variant.config) == base_settings), variants[0])
 
 
 def _settings(config: Config) -> str:
@@ -190,12 +190,12 @@ def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
 
 def _finished(variant: Variant) -> bool:
     """Return True if a run of exactly this config has exported its model. Does not load the model."""
-    found = checkpoints(variant.folder / "checkpoints")
-    if not found or not (variant.folder / "model").is_dir():
+    checkpoint_paths = checkpoints(variant.folder / "checkpoints")
+    if not checkpoint_paths or not (variant.folder / "model").is_dir():
         return False
     try:
         same = (variant.folder / "config.json").read_text(encoding="utf-8") == dump_config(variant.config)
-        state = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint_paths[-1] / STATE).read_text(encoding="utf-8"))
         return same and state["stage_done"] and state["stage"] == len(variant.config.stage) - 1
     except (OSError, ValueError, KeyError):
         return False
