@@ -32,9 +32,9 @@ def demo(out: Path, console: Console | None = None) -> dict[str, float]:
     console, start = console or Console(), time.perf_counter()
     config = _lay_out(out, console)
     table = config.model
-    own = _draw(config, table.model_copy(update={"vae": ""}))
+    base = _draw(config, table.model_copy(update={"vae": ""}))
     swapped = _draw(config, table)
-    _say(console, f"the base with its own VAE: {own[0]:.0%} of {len(own[1])} samples show the colour and shape asked for")
+    _say(console, f"the base with its own VAE: {base[0]:.0%} of {len(base[1])} samples show the colour and shape asked for")
     _say(console, f"the base with the other VAE: {swapped[0]:.0%}\n")
     _say(console, f"$ fastsd cache {out / 'demo.toml'}")
     cache(config, console)
@@ -43,15 +43,15 @@ def demo(out: Path, console: Console | None = None) -> dict[str, float]:
     model = Path(config.run) / "model"
     _say(console, f"\n$ fastsd sample {model} --prompt ...")
     after = _draw(config, ModelTable(base=str(model)))
-    _picture(out / "demo.png", own, swapped, after)
+    _picture(out / "demo.png", base, swapped, after)
     result = {
-        "base": own[0], "before": swapped[0], "after": after[0], "samples": len(after[1]),
+        "base": base[0], "before": swapped[0], "after": after[0], "samples": len(after[1]),
         "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     _say(
         console,
-        f"colour and shape as asked, of {len(after[1])} samples: {own[0]:.0%} base, {swapped[0]:.0%} with the VAE swapped, "
+        f"colour and shape as asked, of {len(after[1])} samples: {base[0]:.0%} base, {swapped[0]:.0%} with the VAE swapped, "
         f"{after[0]:.0%} after retraining ({result['seconds']:.0f} s)\npicture: {out / 'demo.png'}",
     )
     return result
@@ -70,18 +70,18 @@ def _lay_out(out: Path, console: Console) -> Config:
 
 def _config_file() -> Path:
     """Return configs/demo.toml of the checkout, or its copy in an installed wheel."""
-    here = Path(__file__).parent
-    return next(path for path in (here.parent.parent / "configs" / "demo.toml", here / "demo.toml") if path.exists())
+    folder = Path(__file__).parent
+    return next(path for path in (folder.parent.parent / "configs" / "demo.toml", folder / "demo.toml") if path.exists())
 
 
 def _draw(config: Config, table: ModelTable) -> tuple[float, list[Image.Image]]:
     """Draw every prompt with every seed. Returns (share of images with the requested colour and shape, images)."""
     model = load_to_sample(table, config.device)
-    asked = [(colour, shape, prompt, seed) for seed in SEEDS for colour, shape, prompt in world.prompts()]
+    requests = [(colour, shape, prompt, seed) for seed in SEEDS for colour, shape, prompt in world.prompts()]
     size = config.data.resolution
-    images = generate(model, [prompt for _, _, prompt, _ in asked], [seed for *_, seed in asked], config.sample, size)
-    right = [world.judge(image) == (colour, shape) for image, (colour, shape, _, _) in zip(images, asked, strict=True)]
-    return sum(right) / len(right), images
+    images = generate(model, [prompt for _, _, prompt, _ in requests], [seed for *_, seed in requests], config.sample, size)
+    correct = [world.judge(image) == (colour, shape) for image, (colour, shape, _, _) in zip(images, requests, strict=True)]
+    return sum(correct) / len(correct), images
 
 
 def _picture(path: Path, *columns: tuple[float, list[Image.Image]]) -> None:

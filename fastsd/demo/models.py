@@ -65,10 +65,10 @@ def _byte_letters() -> list[str]:
 def _merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """Return the word's BPE pieces under the merges known so far."""
     pieces = [*word[:-1], word[-1] + "</w>"]
-    while known := [pair for pair in pairwise(pieces) if pair in ranks]:
-        pair = min(known, key=ranks.__getitem__)
-        at = list(pairwise(pieces)).index(pair)
-        pieces[at : at + 2] = ["".join(pair)]
+    while candidates := [pair for pair in pairwise(pieces) if pair in ranks]:
+        pair = min(candidates, key=ranks.__getitem__)
+        index = list(pairwise(pieces)).index(pair)
+        pieces[index : index + 2] = ["".join(pair)]
     return pieces
 
 
@@ -191,12 +191,12 @@ def relative(vae: AutoencoderKL) -> AutoencoderKL:
     other = copy.deepcopy(vae).requires_grad_(True)
     cos, sin = math.cos(TURN), math.sin(TURN)
     mixing = STRETCH * torch.block_diag(*[torch.tensor([[cos, -sin], [sin, cos]])] * 2)
-    into, out_of = other.quant_conv, other.post_quant_conv
-    into.weight[:4] = torch.einsum("ij,jkhw->ikhw", mixing, into.weight[:4])
-    into.bias[:4] = mixing @ into.bias[:4] + torch.tensor(OFFSET)
-    into.bias[4:] += 2 * math.log(STRETCH)
-    out_of.weight.copy_(torch.einsum("ijhw,jk->ikhw", out_of.weight, torch.linalg.inv(mixing)))
-    out_of.bias -= out_of.weight[:, :, 0, 0] @ torch.tensor(OFFSET)
+    quant_conv, post_quant_conv = other.quant_conv, other.post_quant_conv
+    quant_conv.weight[:4] = torch.einsum("ij,jkhw->ikhw", mixing, quant_conv.weight[:4])
+    quant_conv.bias[:4] = mixing @ quant_conv.bias[:4] + torch.tensor(OFFSET)
+    quant_conv.bias[4:] += 2 * math.log(STRETCH)
+    post_quant_conv.weight.copy_(torch.einsum("ijhw,jk->ikhw", post_quant_conv.weight, torch.linalg.inv(mixing)))
+    post_quant_conv.bias -= post_quant_conv.weight[:, :, 0, 0] @ torch.tensor(OFFSET)
     return other
 
 
@@ -263,15 +263,15 @@ def train_text_encoder(tokenizer: CLIPTokenizer, steps: int = 400, batch: int = 
     for _ in range(steps):
         chosen = [combos[i] if rng.random() > 0.1 else None for i in rng.integers(len(combos), size=batch)]
         ids = token_ids(tokenizer, [world.caption(pair[0], pair[1], rng) if pair else "" for pair in chosen])
-        states, after = model(ids).last_hidden_state, ids == tokenizer.eos_token_id
-        named = (
+        text_embeds, end_mask = model(ids).last_hidden_state, ids == tokenizer.eos_token_id
+        labels = (
             [colours.index(pair[0]) if pair else len(colours) for pair in chosen],
             [shapes.index(pair[1]) if pair else len(shapes) for pair in chosen],
         )
         loss = torch.zeros(())
-        for head, wanted in zip(heads, named, strict=True):
-            targets = torch.tensor(wanted)[:, None].expand_as(ids)
-            loss = loss + functional.cross_entropy(head(states[after]), targets[after])
+        for head, class_ids in zip(heads, labels, strict=True):
+            targets = torch.tensor(class_ids)[:, None].expand_as(ids)
+            loss = loss + functional.cross_entropy(head(text_embeds[end_mask]), targets[end_mask])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -295,10 +295,10 @@ def train_base(
     latents = encode(vae, [world.draw(c, s, rng) for c, s in combos]).clone()
     # Each text occurs many times, so its embeddings are computed only once.
     texts = ["", *(world.caption(c, s, rng) for c, s in combos)]
-    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    row_by_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     with torch.no_grad():
-        states = text_encoder(token_ids(tokenizer, list(place))).last_hidden_state
-    texts_of = torch.tensor([place[text] for text in texts[1:]])
+        text_embeds = text_encoder(token_ids(tokenizer, list(row_by_text))).last_hidden_state
+    text_rows = torch.tensor([row_by_text[text] for text in texts[1:]])
     unet = new_unet().train()
     average = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
@@ -306,11 +306,11 @@ def train_base(
     noise_scheduler = DDPMScheduler(**{name: SCHEDULE[name] for name in SCHEDULE if name != "set_alpha_to_one"})
     began = time.monotonic()
     for step in range(steps):
-        chosen = torch.randint(len(latents), (batch,))
+        indices = torch.randint(len(latents), (batch,))
         noise, t = torch.randn(batch, *latents.shape[1:]), torch.randint(1000, (batch,))
         # A tenth of the captions is dropped, which teaches the unconditional half of classifier-free guidance.
-        read = texts_of[chosen] * (torch.rand(batch) > 0.1)
-        predicted = unet(noise_scheduler.add_noise(latents[chosen], noise, t), t, states[read]).sample
+        rows = text_rows[indices] * (torch.rand(batch) > 0.1)
+        predicted = unet(noise_scheduler.add_noise(latents[indices], noise, t), t, text_embeds[rows]).sample
         loss = (predicted - noise).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -177,16 +177,16 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
     middle = np.median(core, axis=0)
     if np.linalg.norm(core - middle, axis=1).mean() > _SPREAD_TOLERANCE:
         return None, None
-    off = {name: float(np.linalg.norm(middle - rgb)) for name, rgb in COLOURS.items()}
-    colour = min(off, key=lambda name: off[name])
-    if off[colour] > _COLOUR_TOLERANCE:
+    colour_distances = {name: float(np.linalg.norm(middle - rgb)) for name, rgb in COLOURS.items()}
+    colour = min(colour_distances, key=lambda name: colour_distances[name])
+    if colour_distances[colour] > _COLOUR_TOLERANCE:
         return None, None
     span = middle - BACKGROUND
     coverage = np.clip((pixels - BACKGROUND) @ span / (span @ span), 0, 1)
     # Faint ripples of the background, as a VAE leaves them, are not part of the shape.
-    found = _normalised(np.where(coverage > 0.15, coverage, 0.0))
-    names, bank = _templates()
-    overlap = np.minimum(bank, found).sum(axis=1) / np.maximum(bank, found).sum(axis=1)
+    shape_vector = _normalised(np.where(coverage > 0.15, coverage, 0.0))
+    names, templates = _templates()
+    overlap = np.minimum(templates, shape_vector).sum(axis=1) / np.maximum(templates, shape_vector).sum(axis=1)
     best = int(overlap.argmax())
     return colour, names[best] if overlap[best] >= _LEAST_OVERLAP else None
 
