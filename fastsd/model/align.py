@@ -101,8 +101,8 @@ class Pairs:
     def r2(self, fit: Fit) -> list[float]:
         """Return the share of each x channel's variance that a fit predicts from y without noise."""
         into, xx, xy = fit.into[4::9], self.xx[4::9, 4::9], self.xy[4::9]
-        rest = xx - into @ xy.T - xy @ into.T + into @ self.yy @ into.T
-        return (1 - rest.diagonal() / xx.diagonal()).tolist()
+        residual = xx - into @ xy.T - xy @ into.T + into @ self.yy @ into.T
+        return (1 - residual.diagonal() / xx.diagonal()).tolist()
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def _pointwise(A: Tensor, c: Tensor, schedule: Schedule) -> Fit:
 def edges_of(unet: UNet) -> Edges:
     """Copy the weights and biases of the edge layers."""
     layers = {"conv_in": unet.conv_in, "conv_out": unet.conv_out}
-    return {f"{name}.{of}": tensor.detach().cpu().double() for name, conv in layers.items()
-            for of, tensor in conv.named_parameters()}  # fmt: skip
+    return {f"{name}.{parameter}": tensor.detach().cpu().double() for name, conv in layers.items()
+            for parameter, tensor in conv.named_parameters()}  # fmt: skip
 
 
 def fold(edges: Edges, fit: Fit) -> Edges:

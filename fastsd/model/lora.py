@@ -116,10 +116,10 @@ def add_lora(model: Model, table: LoraTable, seed: int) -> None:
     """
     assert model.lora is None
     parts = PARTS if table.text_encoder else PARTS[:1]
-    found = {part: _targets(model, part, table) for part in parts}
-    _check_targets(table, found)
-    for part, (targets, _) in found.items():
-        _inject(model.part(part), targets, table)
+    targets_by_component = {component: _targets(model, component, table) for component in parts}
+    _check_targets(table, targets_by_component)
+    for component, (targets, _) in targets_by_component.items():
+        _inject(model.part(component), targets, table)
     model.lora = table
     for name, down in lora_state_dict(model).items():
         if ".lora_A." in name and not down.is_meta:
@@ -140,9 +140,9 @@ def _inject(module: nn.Module, targets: Mapping[str, Target], table: LoraTable) 
 def _targets(model: Model, part: str, table: LoraTable) -> tuple[dict[str, Target], set[str]]:
     """Return the layers of a component that get adapters (module path -> `Target`), and the patterns that match a layer."""
     usable = model.trainable(part)
-    named: dict[str, Target] = {}
-    convs: dict[str, Target] = {}
-    met: set[str] = set()
+    targets: dict[str, Target] = {}
+    unnamed_convs: dict[str, Target] = {}
+    matched_patterns: set[str] = set()
     for path, layer in model.part(part).named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d) or f"{path}.weight" not in usable:
             continue
@@ -151,32 +151,32 @@ def _targets(model: Model, part: str, table: LoraTable) -> tuple[dict[str, Targe
             continue
         pieces = dict(_pieces(part, f"{path}.weight", layer.weight))
         hits = {name: {pattern for pattern in table.targets if matches(part, pattern, name)} for name in pieces}
-        met.update(*hits.values())
+        matched_patterns.update(*hits.values())
         blocks = tuple(name.removesuffix(".weight") if hit else "" for name, hit in hits.items())
         target = Target(blocks, next(iter(pieces.values())).ndim, wide)
         if any(blocks):
-            named[path] = target
+            targets[path] = target
         elif wide and path not in ("conv_in", "conv_out"):
-            convs[path] = replace(target, blocks=(path,))
-    if not any(target.wide for target in named.values()):
-        named |= convs  # no target names a 3x3 convolution, so adapt all of them but the first and the last
-    return named, met
+            unnamed_convs[path] = replace(target, blocks=(path,))
+    if not any(target.wide for target in targets.values()):
+        targets |= unnamed_convs  # no target names a 3x3 convolution, so adapt all of them but the first and the last
+    return targets, matched_patterns
 
 
 def _check_targets(table: LoraTable, found: Mapping[str, tuple[dict[str, Target], set[str]]]) -> None:
     """Raise UserError for a target that matches no layer, and for a component without any matching layer."""
-    said = {part: f"the {part.replace('_', ' ')}" for part in found}
+    labels = {component: f"the {component.replace('_', ' ')}" for component in found}
     for pattern in table.targets:
-        if not any(pattern in met for _, met in found.values()):
+        if not any(pattern in matched_patterns for _, matched_patterns in found.values()):
             convolutions = "" if table.conv else ", or set model.lora.conv if it means 3x3 convolutions"
             raise UserError(
-                f"model.lora.targets has {pattern!r}, which no linear layer of {' or '.join(said.values())} is; give groups, "
+                f"model.lora.targets has {pattern!r}, which no linear layer of {' or '.join(labels.values())} is; give groups, "
                 f'for example "attention", or names of layers as diffusers has them, "to_q"{convolutions}'
             )
-    for part, (targets, _) in found.items():
+    for component, (targets, _) in found.items():
         if not targets:
             raise UserError(
-                f"model.lora.targets: no layer of {said[part]} is one of {', '.join(table.targets)}; add one that is, "
+                f"model.lora.targets: no layer of {labels[component]} is one of {', '.join(table.targets)}; add one that is, "
                 'for example "attention", or leave that part out'
             )
 
@@ -208,26 +208,26 @@ def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Ten
         tensors_by_part: by the module's parameter names, used in place of those parameters (fp32 masters, EMA).
     """
     state: dict[str, Tensor] = {}
-    for part in PARTS:
-        given = (tensors_by_part or {}).get(part, {})
-        for path, layer in adapted_layers(model, part):
+    for component in PARTS:
+        replacements = (tensors_by_part or {}).get(component, {})
+        for path, layer in adapted_layers(model, component):
             for letter, parameters in (("A", layer.lora_A), ("B", layer.lora_B)):
-                tensor = given.get(f"{path}.lora_{letter}.{NAME}", parameters[NAME])
-                state |= {f"{part}.{name}": view for name, view in layer.pieces(letter, tensor.detach())}
+                tensor = replacements.get(f"{path}.lora_{letter}.{NAME}", parameters[NAME])
+                state |= {f"{component}.{name}": view for name, view in layer.pieces(letter, tensor.detach())}
     return state
 
 
 @torch.no_grad()
 def merge_lora(model: Model) -> None:
     """Add the adapters to the weights, rounding once, and remove them from the model."""
-    for part in PARTS:
-        for path, layer in adapted_layers(model, part):
+    for component in PARTS:
+        for path, layer in adapted_layers(model, component):
             weight, _, down, *ups = layer.operands()
             assert weight.dtype == torch.float32
             downs = iter(down.double().flatten(1).chunk(layer.count))
             for rows, up in zip(weight.chunk(len(ups)), ups, strict=True):
                 if up is not None:
                     rows.copy_(rows.double() + (up.double() @ next(downs)).view_as(rows))
-            model.part(part).set_submodule(path, layer.base_layer)
-        vars(model.part(part)).pop("peft_config", None)
+            model.part(component).set_submodule(path, layer.base_layer)
+        vars(model.part(component)).pop("peft_config", None)
     model.lora = None

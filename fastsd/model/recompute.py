@@ -166,9 +166,9 @@ class NormConv(Function):
         norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Apply the layer. `layers` has the tensors of the convolution, and those of the shortcut if there is one."""
-        whole = _join(x, skip)
-        y, mean, rstd = pieces.group_norm(whole, norm_weight, norm_bias, groups, eps, True, shift)
-        short = _first(_linear(_last(whole), *_matrix(layers[4:]))) if layers[4:] else None
+        joined = _join(x, skip)
+        y, mean, rstd = pieces.group_norm(joined, norm_weight, norm_bias, groups, eps, True, shift)
+        short = _first(_linear(_last(joined), *_matrix(layers[4:]))) if layers[4:] else None
         ctx.save_for_backward(x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers)
         ctx.pieces, ctx.groups, ctx.eps = pieces, groups, eps
         return _conv(y, *layers[:4]), short
@@ -178,19 +178,19 @@ class NormConv(Function):
         x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers = ctx.saved_tensors
         _, _, _, need_x, need_skip, need_shift, need_norm, _, *needs = ctx.needs_input_grad
         need_y = need_x or need_skip or need_shift or need_norm
-        whole = _join(x, skip)
+        joined = _join(x, skip)
         norm = norm_weight, norm_bias, ctx.groups, ctx.eps, True, shift
-        y = ctx.pieces.group_norm_again(whole, mean, rstd, *norm) if _reads_input(needs[:4]) else whole
+        y = ctx.pieces.group_norm_again(joined, mean, rstd, *norm) if _reads_input(needs[:4]) else joined
         dy, gradients = _conv_backward(dout, y, layers[:4], need_y, needs[:4])
         del y
         dx = dskip = dnorm_weight = dnorm_bias = dshift = None
         if need_y:
-            dx, dnorm_weight, dnorm_bias, dshift = ctx.pieces.group_norm_backward(dy, whole, mean, rstd, *norm)
+            dx, dnorm_weight, dnorm_bias, dshift = ctx.pieces.group_norm_backward(dy, joined, mean, rstd, *norm)
         if dshort is not None and layers[4:]:
-            through, own = _linear_backward(_last(dshort), _last(whole), _matrix(layers[4:]), need_y, needs[4:])
-            gradients += None if own[0] is None else own[0].view_as(layers[4]), *own[1:]
-            if dx is not None and through is not None:
-                dx = dx + _first(through)
+            dx_short, short_gradients = _linear_backward(_last(dshort), _last(joined), _matrix(layers[4:]), need_y, needs[4:])
+            gradients += None if short_gradients[0] is None else short_gradients[0].view_as(layers[4]), *short_gradients[1:]
+            if dx is not None and dx_short is not None:
+                dx = dx + _first(dx_short)
         if dx is not None and skip is not None:
             dx, dskip = dx.split([x.shape[1], skip.shape[1]], dim=1)
         return None, None, None, dx, dskip, dshift, dnorm_weight, dnorm_bias, *gradients
@@ -289,8 +289,8 @@ class FeedForward(Function):
         """Apply the layer. `layers` has the tensors of the first linear and of the second."""
         y, s, mean, rstd = pieces.layer_norm(x, norm_weight, norm_bias, eps, residual)
         hidden = _linear(y, *layers[:4])
-        kept = hidden if keep_hidden else None
-        ctx.save_for_backward(s, mean, rstd, kept, norm_weight, norm_bias, *layers)
+        saved_hidden = hidden if keep_hidden else None
+        ctx.save_for_backward(s, mean, rstd, saved_hidden, norm_weight, norm_bias, *layers)
         ctx.pieces, ctx.eps = pieces, eps
         return s + _linear(pieces.geglu(hidden), *layers[4:])
 

@@ -61,15 +61,15 @@ def selected(model: Model, entries: Iterable[str], where: str) -> dict[str, set[
     Raises:
         UserError: an entry selects nothing, only layers that `clip_skip` leaves out, or only a part of a fused weight.
     """
-    found: dict[str, set[str]] = {part: set() for part in PARTS}
+    selection: dict[str, set[str]] = {component: set() for component in PARTS}
     for entry in entries:
-        part, _, pattern = entry.partition(".")
+        component, _, pattern = entry.partition(".")
         if entry == "lora":
-            for each in PARTS:
-                found[each] |= {name for name in model.trainable(each) if ADAPTER in name}
+            for lora_component in PARTS:
+                selection[lora_component] |= {name for name in model.trainable(lora_component) if ADAPTER in name}
         else:
-            found[part] |= _of_part(model, part, pattern, f"{where} names {entry!r}")
-    return {part: names for part, names in found.items() if names}
+            selection[component] |= _of_part(model, component, pattern, f"{where} names {entry!r}")
+    return {component: names for component, names in selection.items() if names}
 
 
 def _of_part(model: Model, part: str, pattern: str, said: str) -> set[str]:
@@ -81,11 +81,11 @@ def _of_part(model: Model, part: str, pattern: str, said: str) -> set[str]:
         if ADAPTER in name:
             continue
         pieces = diffusers_names(name) if part == "unet" else [plain_name(name)]
-        hit = [matches(part, pattern, piece) for piece in pieces]
-        if any(hit) and not all(hit):
-            others = " and ".join(piece.split(".")[-2] for piece in pieces)
-            raise UserError(f"{said}, and {others} are one matrix here; name them together, or the group unet.attention")
-        if any(hit):
+        hits = [matches(part, pattern, piece) for piece in pieces]
+        if any(hits) and not all(hits):
+            layers = " and ".join(piece.split(".")[-2] for piece in pieces)
+            raise UserError(f"{said}, and {layers} are one matrix here; name them together, or the group unet.attention")
+        if any(hits):
             names.add(name)
     if not names:
         groups = ", ".join(f"{part}.{group}" for group in GROUPS[part])
@@ -99,13 +99,13 @@ def _of_part(model: Model, part: str, pattern: str, said: str) -> set[str]:
 
 def changed_parts(names: Mapping[str, Iterable[str]]) -> list[str]:
     """Return the components in which a selection (see `selected`) has parameters other than adapters."""
-    return [part for part, found in names.items() if any(ADAPTER not in name for name in found)]
+    return [component for component, parameters in names.items() if any(ADAPTER not in name for name in parameters)]
 
 
 def size_of(model: Model, names: Mapping[str, Iterable[str]]) -> int:
     """Return the total number of elements in the parameters of a selection (see `selected`)."""
-    sizes = {part: {name: p.numel() for name, p in model.part(part).named_parameters()} for part in names}
-    return sum(sizes[part][name] for part in names for name in names[part])
+    sizes = {component: {name: p.numel() for name, p in model.part(component).named_parameters()} for component in names}
+    return sum(sizes[component][name] for component in names for name in names[component])
 
 
 @torch.no_grad()
@@ -121,8 +121,8 @@ def reinitialise(model: Model, entries: Iterable[str], seed: int, where: str) ->
     Source: PyTorch's Linear and Conv2d (kaiming_uniform with a = sqrt(5)); CLIP's embeddings (Radford et al. 2021).
     """
     total = 0
-    for part, names in selected(model, entries, where).items():
-        parameters = dict(model.part(part).named_parameters())
+    for component, names in selected(model, entries, where).items():
+        parameters = dict(model.part(component).named_parameters())
         for name in sorted(names):
             _draw(parameters, name, seed)
             total += parameters[name].numel()

@@ -65,18 +65,20 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
     Raises:
         UserError: a file exists and cannot be used, or components do not fit together.
     """
-    parts: dict[str, tuple[str, str, list[str]]] = {  # name, revision, folders that may have its config.json
+    sources: dict[str, tuple[str, str, list[str]]] = {  # name, revision, folders that may have its config.json
         "UNet": (table.base, table.revision, ["unet"]),
         "text encoder": (table.base, table.revision, ["text_encoder"]),
         "VAE": (table.vae, "", ["vae", "."]) if table.vae else (table.base, table.revision, ["vae"]),
     }
-    found = {part: _settings(*where) for part, where in parts.items()}
-    notes = [f"{part}: SD1.5's, for {parts[part][0]} has no config.json here" for part in found if found[part] is None]
+    configs = {name: _settings(*source) for name, source in sources.items()}
+    notes = [f"{name}: SD1.5's, for {sources[name][0]} has no config.json here" for name in configs if configs[name] is None]
     unet = (
-        UNetConfig.sd15() if found["UNet"] is None else UNetConfig.from_diffusers(found["UNet"], f"{table.base}: unet config")
+        UNetConfig.sd15()
+        if configs["UNet"] is None
+        else UNetConfig.from_diffusers(configs["UNet"], f"{table.base}: unet config")
     )
     shapes = Shapes(
-        unet, found["text encoder"] or SD15_TEXT, found["VAE"] or SD15_VAE, table.clip_skip, table.chunks, table.lora
+        unet, configs["text encoder"] or SD15_TEXT, configs["VAE"] or SD15_VAE, table.clip_skip, table.chunks, table.lora
     )
     channels, width = shapes.vae.get("latent_channels", 4), shapes.text.get("hidden_size", 512)
     if channels != unet.in_channels or width != unet.cross_attention_dim:

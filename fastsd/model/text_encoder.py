@@ -63,8 +63,8 @@ class TextEncoder:
         if self.clip_skip == 0:
             states = self.module(ids).last_hidden_state
         else:
-            every = self.module(ids, output_hidden_states=True).hidden_states
-            states = self.final_layer_norm(every[-(self.clip_skip + 1)])
+            hidden_states = self.module(ids, output_hidden_states=True).hidden_states
+            states = self.final_layer_norm(hidden_states[-(self.clip_skip + 1)])
         return states.reshape(len(token_ids_BL), -1, self.width)
 
     def used_parameters(self) -> set[str]:
@@ -124,8 +124,8 @@ def stretch(module: Any, tokens: int = 248, keep: int = 20) -> None:
     place = torch.arange(tokens, dtype=torch.float64)
     place = torch.where(place < keep, place, keep + (place - keep) * (count - keep) / (tokens - keep))
     low = place.long().clamp(max=count - 2)
-    part = (place - low)[:, None].to(old.device)
-    new = old[low].double() * (1 - part) + old[low + 1].double() * part
+    fraction = (place - low)[:, None].to(old.device)
+    new = old[low].double() * (1 - fraction) + old[low + 1].double() * fraction
     embeddings.position_embedding = torch.nn.Embedding.from_pretrained(new.to(old.dtype), freeze=False)
     embeddings.register_buffer("position_ids", torch.arange(tokens, device=old.device)[None], persistent=False)
     module.config.max_position_embeddings = tokens
@@ -135,7 +135,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """Return the sha256 (64 hex digits) of everything that determines a tokenizer's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # before version 5, transformers implements CLIP's tokenizer in Python
-        said = {"vocab": tokenizer.get_vocab(), "merges": list(tokenizer.bpe_ranks)}
+        state = {"vocab": tokenizer.get_vocab(), "merges": list(tokenizer.bpe_ranks)}
     else:
-        said = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # may remain from an earlier call
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # may remain from an earlier call
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

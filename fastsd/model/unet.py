@@ -59,31 +59,31 @@ class UNetConfig:
         """Build a config from the dict of a diffusers config.json. Raises UserError for a UNet outside the SD1.5 family."""
         widths = tuple(config.get("block_out_channels", cls.block_out_channels))
         down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
-        known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-        found = cls(
+        has_attention = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+        cfg = cls(
             in_channels=config.get("in_channels", 4),
             out_channels=config.get("out_channels", 4),
             block_out_channels=widths,
             layers_per_block=config.get("layers_per_block", 2),
-            attention=tuple(known.get(kind, False) for kind in down),
+            attention=tuple(has_attention.get(kind, False) for kind in down),
             heads=config.get("attention_head_dim", 8),
             cross_attention_dim=config.get("cross_attention_dim", 1280),
             norm_groups=config.get("norm_num_groups", 32),
             sample_size=config.get("sample_size") or 64,
         )
-        if not isinstance(found.heads, int):
-            raise UserError(f"{place}: attention_head_dim is {found.heads!r}, an SD2 UNet's; give an SD1.5 base model")
-        ours = found.to_diffusers()
+        if not isinstance(cfg.heads, int):
+            raise UserError(f"{place}: attention_head_dim is {cfg.heads!r}, an SD2 UNet's; give an SD1.5 base model")
+        rebuilt = cfg.to_diffusers()
         for key, value in config.items():
             if key.startswith("_") and key != "_class_name":
                 continue
             # Keys that another version wrote with a neutral value (null, false) have no effect.
-            expected = ours.get(key, value if key in _NEUTRAL or not value else None)
+            expected = rebuilt.get(key, value if key in _NEUTRAL or not value else None)
             if _plain(value) != _plain(expected):
                 raise UserError(
                     f"{place}: {key} is {value!r}, which is not an SD1.5 UNet's ({expected!r}); give an SD1.5 base model"
                 )
-        return found
+        return cfg
 
     def to_diffusers(self) -> dict[str, Any]:
         """Return the dict that diffusers writes as config.json for this UNet."""

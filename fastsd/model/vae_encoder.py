@@ -53,10 +53,10 @@ class Encoder:
     def __init__(self, module: Any, ops: Ops) -> None:
         self.module, self.ops = module, ops
         self._defers = ops.name == "triton"
-        others = sorted({*module.config.down_block_types} - {_BLOCK})
-        if others or module.config.act_fn != "silu":
-            found = ", ".join(others) or f"act_fn {module.config.act_fn}"
-            raise UserError(f"model.vae: its config has {found}, and the encoder knows {_BLOCK} with silu; give another VAE")
+        other_blocks = sorted({*module.config.down_block_types} - {_BLOCK})
+        if other_blocks or module.config.act_fn != "silu":
+            mismatch = ", ".join(other_blocks) or f"act_fn {module.config.act_fn}"
+            raise UserError(f"model.vae: its config has {mismatch}, and the encoder knows {_BLOCK} with silu; give another VAE")
 
     def __call__(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Encode channels-last images, in the weights' dtype and device, to (mean, clamped logvar), each (B, C, h, w)."""
@@ -95,12 +95,12 @@ class Encoder:
 
     def _resnet(self, resnet: Any, x: Tensor, late: Late, edge: bool = False) -> tuple[Tensor, Late]:
         """Apply a resnet. With `edge`, the result has one more row and column, for a convolution of stride 2."""
-        h, own = self._conv(resnet.conv1, self._norm(resnet.norm1, x, late))
-        h = self._norm(resnet.norm2, h, own)  # a separate statement: it frees the norm's input before the convolution
-        h, own = self._conv(resnet.conv2, h)
+        h, h_late = self._conv(resnet.conv1, self._norm(resnet.norm1, x, late))
+        h = self._norm(resnet.norm2, h, h_late)  # a separate statement: it frees the norm's input before the convolution
+        h, h_late = self._conv(resnet.conv2, h)
         if resnet.conv_shortcut is not None:
             x, late = self._conv(resnet.conv_shortcut, x, late)
-        late = None if late is None or own is None else late + own
+        late = None if late is None or h_late is None else late + h_late
         return (_sum_with_edge(h, x, late) if edge else h.add_(x)), late
 
     def _attend(self, attention: Any, x: Tensor, late: Late) -> None:
@@ -129,13 +129,13 @@ def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
     slabs = x.permute(0, 2, 3, 1).reshape(-1, lines, W, C).permute(0, 3, 1, 2)
     y, mean, rstd = torch.native_group_norm(slabs, None, None, len(slabs), C, lines * W, G, norm.eps)
     mean_BSG, rstd_BSG = mean.double().view(B, -1, G), rstd.double().view(B, -1, G)
-    apart = mean_BSG - mean_BSG.mean(1, keepdim=True)
-    total = (rstd_BSG**-2 + apart**2).mean(1, keepdim=True).rsqrt()  # each rstd includes eps, so the mean does too
+    deviation = mean_BSG - mean_BSG.mean(1, keepdim=True)
+    total = (rstd_BSG**-2 + deviation**2).mean(1, keepdim=True).rsqrt()  # each rstd includes eps, so the mean does too
 
     def spread(x_BSG: Tensor) -> Tensor:
         return x_BSG.float().view(-1, G).repeat_interleave(C // G, 1)
 
-    scale, shift = spread(total / rstd_BSG) * norm.weight, spread(apart * total) * norm.weight + norm.bias
+    scale, shift = spread(total / rstd_BSG) * norm.weight, spread(deviation * total) * norm.weight + norm.bias
     torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None], out=y)
     if silu:
         F.silu(y, inplace=True)

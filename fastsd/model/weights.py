@@ -33,9 +33,9 @@ def diffusers_pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     name = plain_name(name)
     *parents, module, leaf = name.split(".")
     if module in FUSED:
-        parts = FUSED[module]
-        for part, view in zip(parts, tensor.chunk(len(parts)), strict=True):
-            yield ".".join([*parents, part, leaf]), view
+        projections = FUSED[module]
+        for projection, view in zip(projections, tensor.chunk(len(projections)), strict=True):
+            yield ".".join([*parents, projection, leaf]), view
     elif module in ("proj_in", "proj_out") and leaf == "weight":
         yield name, tensor[:, :, None, None]
     else:
@@ -98,8 +98,8 @@ def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str,
     if part == "vae" and config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(f"{place}: the class is {config['_class_name']}; give an AutoencoderKL")
     for key in ("num_hidden_layers", "layers_per_block", "block_out_channels"):
-        asked = config.get(key)
-        count = len(asked) if isinstance(asked, list) else asked
+        value = config.get(key)
+        count = len(value) if isinstance(value, list) else value
         if isinstance(count, int) and count > MAX_LAYERS:
             raise UserError(f"{place}: {key} asks for {count} layers; give a model of SD1.5's family")
     try:
@@ -113,8 +113,8 @@ def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str,
     except UserError:
         raise
     except Exception as error:  # the libraries raise many types of errors for an invalid config
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{place}: describes no {part.replace('_', ' ')} ({why}); fetch it again") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{place}: describes no {part.replace('_', ' ')} ({reason}); fetch it again") from None
 
 
 def check_names(

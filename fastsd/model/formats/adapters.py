@@ -66,18 +66,18 @@ def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | No
         from fastsd.model.formats.lora_weights import load_lora
         from fastsd.model.lora import add_lora, merge_lora
 
-        said = json.loads(made_by.read_text(encoding="utf-8"))
+        settings = json.loads(made_by.read_text(encoding="utf-8"))
         # The training's clip_skip decides which layers have adapters, whatever clip_skip the caller asks for.
-        asked, model.text.clip_skip = model.text.clip_skip, said["clip_skip"]
-        add_lora(model, LoraTable(**said["lora"]), seed=0)
+        requested_clip_skip, model.text.clip_skip = model.text.clip_skip, settings["clip_skip"]
+        add_lora(model, LoraTable(**settings["lora"]), seed=0)
         load_lora(model, made_by.with_name(ADAPTERS))
-        for part, tensors in (averages or {}).items():
-            parameters = dict(model.part(part).named_parameters())
+        for component, tensors in (averages or {}).items():
+            parameters = dict(model.part(component).named_parameters())
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     parameters[name].copy_(tensor)
         merge_lora(model)
-        model.text.clip_skip = asked
+        model.text.clip_skip = requested_clip_skip
     return model
 
 
@@ -98,8 +98,8 @@ def write_lora_file(
 def write_adapters(folder: Path, model: Model, tensors: Averages) -> dict[str, str]:
     """Write both files into a checkpoint: {file name: sha256}. `tensors`: component -> exact adapters by parameter name."""
     assert model.lora is not None
-    said = {"lora": model.lora.model_dump(), "clip_skip": model.text.clip_skip}
+    settings = {"lora": model.lora.model_dump(), "clip_skip": model.text.clip_skip}
     return {
         ADAPTERS: write_lora_file(folder / ADAPTERS, model, tensors, "peft"),
-        MADE_BY: write_text(folder / MADE_BY, json.dumps(said, indent=2) + "\n"),
+        MADE_BY: write_text(folder / MADE_BY, json.dumps(settings, indent=2) + "\n"),
     }

@@ -32,8 +32,8 @@ _SETTINGS = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant
 
 def scale_of(config: dict[str, Any], place: str) -> tuple[float, float]:
     """Return (factor, shift) of a VAE's config. Raises UserError, naming `place`, if they are not valid numbers."""
-    said = config.get("scaling_factor"), config.get("shift_factor")
-    factor, shift = SD15_SCALING_FACTOR if said[0] is None else said[0], 0.0 if said[1] is None else said[1]
+    settings = config.get("scaling_factor"), config.get("shift_factor")
+    factor, shift = SD15_SCALING_FACTOR if settings[0] is None else settings[0], 0.0 if settings[1] is None else settings[1]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (factor, shift)) or not factor:
         raise UserError(f"{place}: scaling_factor is {factor!r} and shift_factor {shift!r}; give numbers, the factor not 0")
     return factor, shift
@@ -54,36 +54,36 @@ def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str
             raise UserError(f"{place}: {name} is a {size} convolution, into which no factor can be folded; {advice}")
     r, channels = factor / SD15_SCALING_FACTOR, old["post_quant_conv.weight"].shape[1]
     weight, bias = old["quant_conv.weight"].double(), old["quant_conv.bias"].double()
-    into, offset = old["post_quant_conv.weight"].double(), old["post_quant_conv.bias"].double()
+    post_weight, post_bias = old["post_quant_conv.weight"].double(), old["post_quant_conv.bias"].double()
     new = {
         "quant_conv.weight": torch.cat([r * weight[:channels], weight[channels:]]),
         "quant_conv.bias": torch.cat([r * (bias[:channels] - shift), bias[channels:] + 2 * math.log(abs(r))]),
-        "post_quant_conv.weight": into / r,
-        "post_quant_conv.bias": offset + shift * into.sum((1, 2, 3)),
+        "post_quant_conv.weight": post_weight / r,
+        "post_quant_conv.bias": post_bias + shift * post_weight.sum((1, 2, 3)),
     }
-    said = {"scaling_factor": SD15_SCALING_FACTOR, "shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True}
-    return {**config, **said}, {**tensors, **{name: tensor.float() for name, tensor in new.items()}}
+    folded = {"scaling_factor": SD15_SCALING_FACTOR, "shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True}
+    return {**config, **folded}, {**tensors, **{name: tensor.float() for name, tensor in new.items()}}
 
 
 def _edges(config: dict[str, Any], tensors: Tensors) -> dict[str, Tensor]:
     """Return the two 1x1 convolutions next to the latents, or identities where they are missing."""
-    found = {name: whole(tensors[name]) for name in _NAMES if name in tensors}
+    convolutions = {name: whole(tensors[name]) for name in _NAMES if name in tensors}
     channels = config.get("latent_channels", 4)
     for name, count in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
-        found.setdefault(f"{name}.weight", torch.eye(count)[:, :, None, None])
-        found.setdefault(f"{name}.bias", torch.zeros(count))
-    return found
+        convolutions.setdefault(f"{name}.weight", torch.eye(count)[:, :, None, None])
+        convolutions.setdefault(f"{name}.bias", torch.zeros(count))
+    return convolutions
 
 
 def undo(config: dict[str, Any], tensors: Tensors) -> str:
     """Return header text from which `unfold` restores the unfolded tensors and settings bit for bit."""
-    kept = {}
+    encoded = {}
     for name in _NAMES:
         if name in tensors:
             tensor = whole(tensors[name]).contiguous()
             data = base64.b64encode(tensor.view(torch.uint8).numpy().tobytes()).decode()
-            kept[name] = [DTYPES[tensor.dtype], list(tensor.shape), data]
-    return json.dumps({"config": {key: config[key] for key in _SETTINGS if key in config}, "tensors": kept})
+            encoded[name] = [DTYPES[tensor.dtype], list(tensor.shape), data]
+    return json.dumps({"config": {key: config[key] for key in _SETTINGS if key in config}, "tensors": encoded})
 
 
 def unfold(config: dict[str, Any], tensors: Tensors, text: str) -> tuple[dict[str, Any], Tensors] | None:
@@ -92,16 +92,16 @@ def unfold(config: dict[str, Any], tensors: Tensors, text: str) -> tuple[dict[st
     A model that is written to a file and read back therefore has the same latents, and keeps its latent cache.
     """
     try:
-        said = json.loads(text)
+        record = json.loads(text)
         dtypes = {word: dtype for dtype, word in DTYPES.items()}
-        kept: dict[str, Tensor | Stored] = {
+        originals: dict[str, Tensor | Stored] = {
             name: torch.frombuffer(bytearray(base64.b64decode(data)), dtype=dtypes[kind]).view(shape)
-            for name, (kind, shape, data) in said["tensors"].items()
+            for name, (kind, shape, data) in record["tensors"].items()
         }
-        others = {name: tensor for name, tensor in tensors.items() if name not in _NAMES}
-        before = {key: value for key, value in config.items() if key not in _SETTINGS} | said["config"]
-        again = fold(before, others | kept, "")[1]
-        same = all(torch.equal(whole(tensors[name]), whole(again[name]).to(tensors[name].dtype)) for name in _NAMES)
+        other_tensors = {name: tensor for name, tensor in tensors.items() if name not in _NAMES}
+        unfolded_config = {key: value for key, value in config.items() if key not in _SETTINGS} | record["config"]
+        refolded = fold(unfolded_config, other_tensors | originals, "")[1]
+        is_unchanged = all(torch.equal(whole(tensors[name]), whole(refolded[name]).to(tensors[name].dtype)) for name in _NAMES)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, UserError):
         return None
-    return (before, others | kept) if same else None
+    return (unfolded_config, other_tensors | originals) if is_unchanged else None

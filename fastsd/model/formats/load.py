@@ -60,8 +60,8 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
             f"model.base: the text encoder of {table.base} is {text.width} wide and its UNet reads "
             f"{unet.cfg.cross_attention_dim}; give a base whose parts belong together"
         )
-    scheduler, more = _load_scheduler(base, table)
-    return Model(table.base, unet, text, vae, scheduler, notes + more)
+    scheduler, scheduler_notes = _load_scheduler(base, table)
+    return Model(table.base, unet, text, vae, scheduler, notes + scheduler_notes)
 
 
 def _part(base: Path, name: str, notes: list[str] | None = None) -> Part | None:
@@ -83,10 +83,10 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
     """Load the text encoder and tokenizer of a located base model."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer, where = load_tokenizer(table, base)
+    tokenizer, tokenizer_folder = load_tokenizer(table, base)
     part = _part(base, "text_encoder")
-    if part is None and (where.parent / "text_encoder").is_dir():
-        part = read_part(where.parent, "text_encoder")
+    if part is None and (tokenizer_folder.parent / "text_encoder").is_dir():
+        part = read_part(tokenizer_folder.parent, "text_encoder")
     if part is None:
         raise UserError(
             f"model.base is the single file {base}, which has no text encoder; set model.tokenizer to a diffusers folder that "
@@ -98,7 +98,7 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
     module.to_empty(device="cpu")
     _fill_position_ids(module)
     copy_tensors({classic_text_name(name): tensor for name, tensor in module.state_dict().items()}, part.tensors, part.place)
-    return TextEncoder(module, tokenizer, table.clip_skip, where, table.chunks)
+    return TextEncoder(module, tokenizer, table.clip_skip, tokenizer_folder, table.chunks)
 
 
 def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Path]:
@@ -110,19 +110,19 @@ def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Pa
     from transformers import CLIPTokenizer
 
     base = base or locate(table.base, "model.base", table.revision)
-    where = find_tokenizer(base, table.tokenizer, "model.tokenizer")
-    if where is None and base.is_file() and not table.tokenizer:
+    folder = find_tokenizer(base, table.tokenizer, "model.tokenizer")
+    if folder is None and base.is_file() and not table.tokenizer:
         raise UserError(
             f"model.base is the single file {base}, which has no tokenizer; "
             'set model.tokenizer to a folder or hub id that has one, for example "openai/clip-vit-large-patch14"'
         )
-    if where is None:
-        named = table.tokenizer or base
-        raise UserError(f"{named}: no CLIP tokenizer there (vocab.json, merges.txt); set model.tokenizer to a folder with one")
+    if folder is None:
+        source = table.tokenizer or base
+        raise UserError(f"{source}: no CLIP tokenizer there (vocab.json, merges.txt); set model.tokenizer to a folder with one")
     try:
-        return CLIPTokenizer.from_pretrained(where, local_files_only=True), where
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True), folder
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: its tokenizer does not load ({str(error).splitlines()[0]}); fetch it again") from None
+        raise UserError(f"{folder}: its tokenizer does not load ({str(error).splitlines()[0]}); fetch it again") from None
 
 
 def _fill_position_ids(module: torch.nn.Module) -> None:
@@ -161,19 +161,19 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
     """Return (the base's scheduler config with the settings of `table` in place of its own, notes)."""
     notes = list[str]()
     config = open_file(base).scheduler() if base.is_file() else read_scheduler(base)
-    own = config.get("prediction_type", "epsilon")
-    if own not in ("epsilon", "v_prediction"):
-        raise UserError(f"{base}: the scheduler's prediction_type is {own!r}; give a base with epsilon or v_prediction")
-    if table.prediction and table.prediction != own:
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(f"{base}: the scheduler's prediction_type is {prediction!r}; give a base with epsilon or v_prediction")
+    if table.prediction and table.prediction != prediction:
         config["prediction_type"] = table.prediction
         notes.append(
-            f'the base predicts {own} and model.prediction is "{table.prediction}": the UNet has to learn it anew, '
+            f'the base predicts {prediction} and model.prediction is "{table.prediction}": the UNet has to learn it anew, '
             "so the loss starts high"
         )
     if table.zero_snr is not None:
         config["rescale_betas_zero_snr"] = table.zero_snr
     if config.get("rescale_betas_zero_snr"):
-        if (table.prediction or own) == "epsilon":
+        if (table.prediction or prediction) == "epsilon":
             raise UserError(
                 f"model: the noise schedule of {table.base} is to end in pure noise, of which epsilon tells nothing; set "
                 'model.prediction = "v_prediction", or model.zero_snr = false'

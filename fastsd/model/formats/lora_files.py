@@ -80,40 +80,40 @@ def read_lora(path: Path) -> LoraFile:
     file = TensorFile(path)
     stored = dict(sorted(file.stored().items(), key=lambda item: item[1].offset))
     kind, places = _modules(path, stored)
-    tensors, said = dict[str, Tensor](), dict[str, float]()
+    tensors, stored_alphas = dict[str, Tensor](), dict[str, float]()
     for name, (module, letter) in places.items():
         tensor = stored[name].read()
         if letter == "alpha":
-            said[module] = _alpha(path, name, tensor)
+            stored_alphas[module] = _alpha(path, name, tensor)
         else:
             check_finite(name, tensor, str(path))
             tensors[f"{module}.lora_{letter}.weight"] = tensor
     ranks = {module: _rank(path, module, tensors) for module in dict.fromkeys(name for name, _ in places.values())}
     metadata = {key: value for key, value in file.metadata.items() if key != "format"}
-    lora = LoraFile(tensors, ranks | said, metadata, kind, any(_is_short(name) for name in places))
+    lora = LoraFile(tensors, ranks | stored_alphas, metadata, kind, any(_is_short(name) for name in places))
     if kind == "kohya":
         return _with_record(lora)
     config = _json(path, PEFT_CONFIG, metadata.get(PEFT_CONFIG, "{}"))
     # A stored config can be reused only if the file has the names that we write, and no alpha tensors.
-    if kind == "diffusers" and not said and all(name.startswith(PARTS) for name in places):
+    if kind == "diffusers" and not stored_alphas and all(name.startswith(PARTS) for name in places):
         metadata.setdefault(PEFT_CONFIG, "")
     else:
         metadata.pop(PEFT_CONFIG, None)
     if kind == "peft":
-        beside = path.with_name("adapter_config.json")
-        if not beside.is_file():
+        config_path = path.with_name("adapter_config.json")
+        if not config_path.is_file():
             raise UserError(f"{path}: has peft's names and no adapter_config.json beside it, which has alpha; fetch that, too")
-        config = _json(path, beside.name, beside.read_text(encoding="utf-8", errors="replace"))
-    return replace(lora, alphas=_alphas(str(path), config, ranks) | said)
+        config = _json(path, config_path.name, config_path.read_text(encoding="utf-8", errors="replace"))
+    return replace(lora, alphas=_alphas(str(path), config, ranks) | stored_alphas)
 
 
 def _file(path: Path) -> Path:
     path = path.expanduser()
     if path.is_dir():
-        found = [path / name for name in _WEIGHTS if (path / name).is_file()]
-        if not found:
+        existing = [path / name for name in _WEIGHTS if (path / name).is_file()]
+        if not existing:
             raise UserError(f"{path}: has neither {' nor '.join(_WEIGHTS)}; give a LoRA's .safetensors file")
-        return found[0]
+        return existing[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a LoRA's .safetensors file")
     return path
@@ -122,16 +122,16 @@ def _file(path: Path) -> Path:
 def _modules(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple[str, str]]]:
     """Return the naming of a file, and a map from each tensor's name to (module, "A", "B" or "alpha")."""
     for name in names:
-        if other := other_kind(name):
-            raise UserError(f"{path}: has {other} ({name}); {_ADVICE}")
-    found = {name: tensor_of(name) for name in names}
+        if unsupported := other_kind(name):
+            raise UserError(f"{path}: has {unsupported} ({name}); {_ADVICE}")
+    parsed = {name: tensor_of(name) for name in names}
     kinds = dict.fromkeys(kind_of(name) for name in names if not name.endswith(".alpha"))
     if not kinds:
         raise UserError(f"{path}: there are no adapters in it; {_ADVICE}")
     if len(kinds) > 1:
         raise UserError(f"{path}: has the names of {' and of '.join(kinds)} side by side; {_ADVICE} in one kind of names")
     places: dict[str, tuple[str, str]] = {}
-    for name, place in found.items():
+    for name, place in parsed.items():
         if place is None:
             raise UserError(f"{path}: has {name}, which no LoRA of SD1.5 has; {_ADVICE}")
         if place in places.values():
@@ -146,8 +146,8 @@ def _is_short(name: str) -> bool:
 
 def _alpha(path: Path, name: str, tensor: Tensor) -> float:
     if tensor.numel() != 1 or not 0 < tensor.item() < math.inf:
-        found = f"{tensor.item():g}" if tensor.numel() == 1 else f"of shape {tuple(tensor.shape)}"
-        raise UserError(f"{path}: {name} is {found}; an alpha is one number above 0, make the file again")
+        value = f"{tensor.item():g}" if tensor.numel() == 1 else f"of shape {tuple(tensor.shape)}"
+        raise UserError(f"{path}: {name} is {value}; an alpha is one number above 0, make the file again")
     return tensor.item()
 
 
@@ -187,12 +187,12 @@ def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> 
     alphas = {}
     try:
         for module, rank in ranks.items():
-            part, _, path = module.partition(".")
-            mine = {key.removeprefix(f"{part}."): value for key, value in config.items()}
-            if rank != (said := _pick(mine.get("rank_pattern"), path, mine.get("r", rank))):
-                raise UserError(f"{place}: {module} has rank {rank}, and {said} by peft's config; make the file again")
-            alpha = float(_pick(mine.get("alpha_pattern"), path, mine.get("lora_alpha", rank)))
-            alphas[module] = alpha * math.sqrt(rank) if mine.get("use_rslora") else alpha
+            component, _, path = module.partition(".")
+            settings = {key.removeprefix(f"{component}."): value for key, value in config.items()}
+            if rank != (config_rank := _pick(settings.get("rank_pattern"), path, settings.get("r", rank))):
+                raise UserError(f"{place}: {module} has rank {rank}, and {config_rank} by peft's config; make the file again")
+            alpha = float(_pick(settings.get("alpha_pattern"), path, settings.get("lora_alpha", rank)))
+            alphas[module] = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
             if not 0 < alpha < math.inf:
                 raise ValueError(f"alpha is {alpha:g}")
     except UserError:
@@ -219,15 +219,15 @@ def _with_record(lora: LoraFile) -> LoraFile:
     if record is None:
         return replace(lora, metadata=metadata)
     try:
-        found = _json("", RECORD, record)
-        alphas = _alphas("", _json("", RECORD, found[PEFT_CONFIG] or "{}"), lora.ranks)
-        kept = {PEFT_CONFIG if k == RECORD else k: v for k, v in lora.metadata.items() if k not in found["added"]}
-        kept, short = kept | {PEFT_CONFIG: found[PEFT_CONFIG]}, bool(found["short"])
+        entries = _json("", RECORD, record)
+        alphas = _alphas("", _json("", RECORD, entries[PEFT_CONFIG] or "{}"), lora.ranks)
+        header = {PEFT_CONFIG if k == RECORD else k: v for k, v in lora.metadata.items() if k not in entries["added"]}
+        header, short = header | {PEFT_CONFIG: entries[PEFT_CONFIG]}, bool(entries["short"])
     except (UserError, KeyError, TypeError):
         return replace(lora, metadata=metadata)
     if not all(math.isclose(alphas[module], alpha, rel_tol=1e-6) for module, alpha in lora.alphas.items()):
         return replace(lora, metadata=metadata)
-    return replace(lora, alphas=alphas, metadata=kept, short=short)
+    return replace(lora, alphas=alphas, metadata=header, short=short)
 
 
 def write_peft(path: Path, lora: LoraFile) -> str:
@@ -241,15 +241,15 @@ def write_peft(path: Path, lora: LoraFile) -> str:
 def peft_config(lora: LoraFile) -> str:
     """Return peft's config of a LoRA in diffusers' form: the most common rank and alpha, and patterns for the other modules."""
     ranks, config = lora.ranks, dict[str, Any]()
-    for part in PARTS:
+    for prefix in PARTS:
         # Text layers are named as in transformers 5. In older versions peft finds these as the end of a longer name.
-        path = {m: m.removeprefix(f"{part}.").removeprefix("text_model.") for m in ranks if m.startswith(f"{part}.")}
-        if path:
-            rank, alpha = (_most(values[m] for m in path) for values in (ranks, lora.alphas))
+        paths = {m: m.removeprefix(f"{prefix}.").removeprefix("text_model.") for m in ranks if m.startswith(f"{prefix}.")}
+        if paths:
+            rank, alpha = (_most(values[m] for m in paths) for values in (ranks, lora.alphas))
             config |= {
-                f"{part}.r": rank, f"{part}.lora_alpha": _whole(alpha), f"{part}.target_modules": sorted(path.values()),
-                f"{part}.rank_pattern": {path[m]: ranks[m] for m in path if ranks[m] != rank},
-                f"{part}.alpha_pattern": {path[m]: _whole(lora.alphas[m]) for m in path if lora.alphas[m] != alpha},
+                f"{prefix}.r": rank, f"{prefix}.lora_alpha": _whole(alpha), f"{prefix}.target_modules": sorted(paths.values()),
+                f"{prefix}.rank_pattern": {paths[m]: ranks[m] for m in paths if ranks[m] != rank},
+                f"{prefix}.alpha_pattern": {paths[m]: _whole(lora.alphas[m]) for m in paths if lora.alphas[m] != alpha},
             }  # fmt: skip
     return json.dumps(config, sort_keys=True)
 
@@ -292,15 +292,15 @@ def _scalar(alpha: float, dtype: torch.dtype) -> Tensor:
 def _network(lora: LoraFile) -> dict[str, str]:
     """Return rank and alpha as sd-scripts records them, 3x3 convolutions separately; "Dynamic" where they differ by module."""
 
-    def said(values: Mapping[str, Any], wide: bool) -> str:
-        found = {f"{values[m]:g}" for m in values if (_KERNEL.get(m.rpartition(".")[2]) == 3) == wide}
-        return found.pop() if len(found) == 1 else "Dynamic" if found else ""
+    def common(values: Mapping[str, Any], wide: bool) -> str:
+        distinct = {f"{values[m]:g}" for m in values if (_KERNEL.get(m.rpartition(".")[2]) == 3) == wide}
+        return distinct.pop() if len(distinct) == 1 else "Dynamic" if distinct else ""
 
-    (dim, conv_dim), (alpha, conv_alpha) = ([said(v, wide) for wide in (False, True)] for v in (lora.ranks, lora.alphas))
-    told = {"ss_network_dim": dim or conv_dim, "ss_network_alpha": alpha or conv_alpha}
+    (dim, conv_dim), (alpha, conv_alpha) = ([common(v, wide) for wide in (False, True)] for v in (lora.ranks, lora.alphas))
+    metadata = {"ss_network_dim": dim or conv_dim, "ss_network_alpha": alpha or conv_alpha}
     if conv_dim:
-        told["ss_network_args"] = json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_alpha})
-    return told
+        metadata["ss_network_args"] = json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_alpha})
+    return metadata
 
 
 def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]:
@@ -329,16 +329,16 @@ def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]
         if to == "lora-peft":
             write_peft(temporary, lora)
         else:
-            made = datetime.fromtimestamp(int(_file(source).stat().st_mtime)).isoformat()
-            write_kohya(temporary, lora, {"modelspec.date": made})
+            modified = datetime.fromtimestamp(int(_file(source).stat().st_mtime)).isoformat()
+            write_kohya(temporary, lora, {"modelspec.date": modified})
             notes += _misread(lora)
     return notes
 
 
 def _misread(lora: LoraFile) -> list[str]:
     # diffusers' `get_peft_kwargs` stores the other alphas under names that no attention layer has.
-    for part in PARTS:
-        alphas = {module: alpha for module, alpha in lora.alphas.items() if module.startswith(f"{part}.")}
+    for component in PARTS:
+        alphas = {module: alpha for module, alpha in lora.alphas.items() if module.startswith(f"{component}.")}
         if any("attn" in module and alpha != _most(alphas.values()) for module, alpha in alphas.items()):
             return [
                 "warning: alpha differs by module, and of kohya's names diffusers (0.42) takes the most common one for all of "
@@ -350,7 +350,7 @@ def _misread(lora: LoraFile) -> list[str]:
 def describe(lora: LoraFile) -> str:
     """Describe a LoRA in one line."""
     counts = Counter(module.partition(".")[0].replace("_", " ").replace("unet", "UNet") for module in lora.alphas)
-    layers = ", ".join(f"{part} {count}" for part, count in counts.items())
-    told = [", ".join(f"{value:g}" for value in sorted(set(values.values()))) for values in (lora.ranks, lora.alphas)]
+    layers = ", ".join(f"{component} {count}" for component, count in counts.items())
+    summaries = [", ".join(f"{value:g}" for value in sorted(set(values.values()))) for values in (lora.ranks, lora.alphas)]
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in lora.tensors.values()})
-    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {told[0]}, alpha {told[1]}, {' and '.join(dtypes)}"
+    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {summaries[0]}, alpha {summaries[1]}, {' and '.join(dtypes)}"

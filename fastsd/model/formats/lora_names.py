@@ -60,14 +60,14 @@ _OTHERS = {
 def kohya_name(module: str) -> str:
     """Return kohya's name of a module: "unet.conv_in" -> "lora_unet_conv_in"."""
     underscored = module.replace(".", "_")
-    theirs, ours = next(pair for pair in _PREFIXES.items() if underscored.startswith(pair[1]))
-    return theirs + underscored.removeprefix(ours)
+    kohya_prefix, component_prefix = next(pair for pair in _PREFIXES.items() if underscored.startswith(pair[1]))
+    return kohya_prefix + underscored.removeprefix(component_prefix)
 
 
 def kohya_module(name: str) -> str | None:
     """Return the module (with its component) for one of kohya's names; None if SD1.5 has no such module."""
-    theirs, ours = next(pair for pair in _PREFIXES.items() if name.startswith(pair[0]))
-    underscored = ours + name.removeprefix(theirs)
+    kohya_prefix, component_prefix = next(pair for pair in _PREFIXES.items() if name.startswith(pair[0]))
+    underscored = component_prefix + name.removeprefix(kohya_prefix)
     match = _UNDERSCORED.fullmatch(underscored)
     if match is None:
         return _by_original_names().get(name)
@@ -86,7 +86,7 @@ def _by_original_names() -> dict[str, str]:
         names = [name for name in diffusers_state_dict(UNet(cfg)) if name.endswith(".weight")]
     originals = original_names("unet", cfg.to_diffusers(), names)
     modules = ((f"unet.{name.removesuffix('.weight')}" for name in pair) for pair in originals.items())
-    return {kohya_name(theirs): ours for ours, theirs in modules if _DOTTED.fullmatch(ours)}
+    return {kohya_name(original): module for module, original in modules if _DOTTED.fullmatch(module)}
 
 
 def tensor_of(name: str) -> tuple[str, str] | None:
@@ -101,8 +101,8 @@ def tensor_of(name: str) -> tuple[str, str] | None:
 def _dotted_module(name: str) -> str | None:
     for old, new in _WORDS.items():
         name = re.sub(old, new, name)
-    wholes = (prefix + name for prefix in ("", "unet.", "text_encoder.", "text_encoder.text_model."))
-    return next((whole for whole in wholes if _DOTTED.fullmatch(whole)), None)
+    candidates = (prefix + name for prefix in ("", "unet.", "text_encoder.", "text_encoder.text_model."))
+    return next((candidate for candidate in candidates if _DOTTED.fullmatch(candidate)), None)
 
 
 def kind_of(name: str) -> str:
@@ -116,4 +116,4 @@ def kind_of(name: str) -> str:
 
 def other_kind(name: str) -> str | None:
     """Return the kind of a tensor that plain LoRAs of SD1.5 lack, for example "weights of SDXL"; None if no pattern matches."""
-    return next((what for what, piece in _OTHERS.items() if re.search(piece, name)), None)
+    return next((kind for kind, pattern in _OTHERS.items() if re.search(pattern, name)), None)

@@ -20,9 +20,9 @@ from fastsd.model.weights import check_names
 def _alphas(model: Model) -> dict[str, float]:
     """Return the alphas by `<part>.<module>`, named as in files."""
     return {
-        f"{part}.{module}": float(layer.lora_alpha[NAME])
-        for part in PARTS
-        for _, layer in adapted_layers(model, part)
+        f"{component}.{module}": float(layer.lora_alpha[NAME])
+        for component in PARTS
+        for _, layer in adapted_layers(model, component)
         for module in layer.target.modules
     }
 
@@ -57,11 +57,11 @@ def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
     targets = lora_state_dict(model)
     check_names(targets, lora.tensors, place, "make rank, targets, conv and text_encoder of model.lora those of the file")
     for module, alpha in _alphas(model).items():
-        if not math.isclose(alpha, theirs := lora.alphas.get(module, alpha), rel_tol=1e-6):
+        if not math.isclose(alpha, stored := lora.alphas.get(module, alpha), rel_tol=1e-6):
             rank = lora.ranks[module]
             raise UserError(
-                f"{place}: its adapters count {theirs / rank:g} times and model.lora.alpha makes it {alpha / rank:g}; set it "
-                f"to {theirs:g} ({module})"
+                f"{place}: its adapters count {stored / rank:g} times and model.lora.alpha makes it {alpha / rank:g}; set it "
+                f"to {stored:g} ({module})"
             )
     for name, target in targets.items():
         target.copy_(lora.tensors[name])

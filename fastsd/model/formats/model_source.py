@@ -104,8 +104,8 @@ def open_source(
         raise UserError(f"--tokenizer is {tokenizer!r}, where no vocab.json and merges.txt are; name a folder that has them")
     if "text_encoder" not in parts and folder is not None and (folder.parent / "text_encoder" / "config.json").is_file():
         parts["text_encoder"] = checked("text_encoder", read_part(folder.parent, "text_encoder", notes), notes)
-    if file and (others := single_file_layout.ignored(file.tensors)):
-        notes.append(f"{base.name}: ignored {', '.join(others)}")
+    if file and (ignored := single_file_layout.ignored(file.tensors)):
+        notes.append(f"{base.name}: ignored {', '.join(ignored)}")
     return Source(base, parts, file.scheduler() if file else read_scheduler(base), folder, file.metadata if file else {}, notes)
 
 
@@ -128,16 +128,16 @@ class File:
 
     def part(self, name: str, notes: list[str], *, ema: bool = False) -> Part | None:
         """Return a component of the file, or None; see `read_part`."""
-        found = single_file_layout.read_part(self.path, self.tensors, self.metadata, name, notes, ema=ema)
-        if found is None:
+        contents = single_file_layout.read_part(self.path, self.tensors, self.metadata, name, notes, ema=ema)
+        if contents is None:
             if name == "unet":
                 raise UserError(f"{self.path}: no UNet in the original SD layout ({PREFIX[name]}...); give a whole SD1.5 model")
             return None
         if name == "vae" and fold_vae.UNFOLDED in self.metadata:
-            before = fold_vae.unfold(*found, self.metadata[fold_vae.UNFOLDED])
-            notes.append("vae: its own scaling factor " + ("unfolded" if before else "not unfolded: it was changed since"))
-            found = before or found
-        return Part(*found, str(self.path), self.path.name)
+            unfolded = fold_vae.unfold(*contents, self.metadata[fold_vae.UNFOLDED])
+            notes.append("vae: its own scaling factor " + ("unfolded" if unfolded else "not unfolded: it was changed since"))
+            contents = unfolded or contents
+        return Part(*contents, str(self.path), self.path.name)
 
     def scheduler(self) -> dict[str, Any]:
         """Return scheduler_config.json as far as the file defines it, and SD1.5's for the rest."""
@@ -147,8 +147,8 @@ class File:
 def open_file(path: Path, notes: list[str] | None = None) -> File:
     """Open a file in the original layout, `.safetensors` or pickled."""
     if path.suffix == ".safetensors":
-        found = TensorFile(path)
-        return File(path, found.stored(), found.metadata)
+        tensor_file = TensorFile(path)
+        return File(path, tensor_file.stored(), tensor_file.metadata)
     return File(path, unpickled(path, [] if notes is None else notes), {})
 
 
@@ -173,13 +173,13 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     # Skip the single files beside the folders, of gigabytes each, and components that fastsd never reads.
-    wanted = ["*.json", "*.txt", "*diffusion_pytorch_model*.safetensors", "text_encoder/*.safetensors"]
-    unwanted = ["*non_ema*", "safety_checker/*", "feature_extractor/*"]
+    allowed = ["*.json", "*.txt", "*diffusion_pytorch_model*.safetensors", "text_encoder/*.safetensors"]
+    ignored = ["*non_ema*", "safety_checker/*", "feature_extractor/*"]
     try:
-        fetch = partial(snapshot_download, name, revision=revision or None, ignore_patterns=unwanted, etag_timeout=10)
-        folder = Path(fetch(allow_patterns=wanted))
+        fetch = partial(snapshot_download, name, revision=revision or None, ignore_patterns=ignored, etag_timeout=10)
+        folder = Path(fetch(allow_patterns=allowed))
         if pickled and not any(folder.rglob("*.safetensors")):
-            folder = Path(fetch(allow_patterns=[pattern.replace(".safetensors", ".bin") for pattern in wanted]))
+            folder = Path(fetch(allow_patterns=[pattern.replace(".safetensors", ".bin") for pattern in allowed]))
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, RuntimeError) as error:
         why = str(error).strip().split("\n")[0][:160]
@@ -200,18 +200,18 @@ def read_part(folder: Path, part: str, notes: list[str] | None = None, *, pickle
         UserError: the component is missing or cannot be read.
     """
     notes = [] if notes is None else notes
-    base, alone = folder, not (folder / part).is_dir() and not (folder / "model_index.json").exists()
-    folder = folder if alone else folder / part
+    base, is_component = folder, not (folder / part).is_dir() and not (folder / "model_index.json").exists()
+    folder = folder if is_component else folder / part
     if not (folder / "config.json").is_file():
         raise UserError(f"{base}: there is no {part}/config.json in it; give a diffusers folder with all its parts")
     config, files = read_json(folder / "config.json"), _weights(folder, pickled)
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
+    ignored = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
     tensors = _in_shards(files[0], notes) if files[0].suffix == ".json" else _tensors(files[0], notes)
-    if others:
-        notes.append(f"{part}: ignored {', '.join(others)}")
+    if ignored:
+        notes.append(f"{part}: ignored {', '.join(ignored)}")
     rename = {"text_encoder": classic_text_name, "vae": current_vae_name}.get(part, str)
-    named = {rename(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
-    return Part(config, named, str(folder), files[0].name)
+    renamed = {rename(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    return Part(config, renamed, str(folder), files[0].name)
 
 
 def read_scheduler(base: Path) -> dict[str, Any]:
@@ -238,8 +238,8 @@ def find_tokenizer(base: Path, name: str = "", field: str = "--tokenizer", notes
                     return Path(cached).parent
         return None
     source = locate(name, field) if name else base
-    where = source / "tokenizer" if (source / "tokenizer").is_dir() else source
-    return where if (where / "vocab.json").is_file() and (where / "merges.txt").is_file() else None
+    folder = source / "tokenizer" if (source / "tokenizer").is_dir() else source
+    return folder if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -259,15 +259,15 @@ def unpickled(path: Path, notes: list[str]) -> dict[str, Tensor]:
         UserError: the file is damaged, holds no tensors, or asks to run anything.
     """
     # Files of the first models name their trainer's class, as a key in data that is not read here.
-    known = [(_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+    allowed_classes = [(_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
     try:
-        with torch.serialization.safe_globals(known):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals(allowed_classes):  # type: ignore[arg-type]
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged or hostile files raise many types of errors
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked:
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if match:
             raise UserError(
-                f"{path}: asks to run {asked[1]}, which no weights need, and nothing of it was run; get a .safetensors instead"
+                f"{path}: asks to run {match[1]}, which no weights need, and nothing of it was run; get a .safetensors instead"
             ) from None
         why = (str(error).splitlines() or [""])[0][:120]
         raise UserError(f"{path}: cannot be read as weights ({type(error).__name__}: {why}); fetch or copy it again") from None
@@ -275,9 +275,9 @@ def unpickled(path: Path, notes: list[str]) -> dict[str, Tensor]:
     tensors = {str(name): t for name, t in state.items() if isinstance(t, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise UserError(f"{path}: holds no tensors by name; give a model's weights")
-    beside = ", ".join(sorted(str(name) for name in data if name != "state_dict")) if state is not data else ""
-    if beside:
-        notes.append(f"{path.name}: ignored what lies beside state_dict: {beside}")
+    other_entries = ", ".join(sorted(str(name) for name in data if name != "state_dict")) if state is not data else ""
+    if other_entries:
+        notes.append(f"{path.name}: ignored what lies beside state_dict: {other_entries}")
     return tensors
 
 
@@ -299,9 +299,9 @@ def _weights(folder: Path, pickled: bool) -> list[Path]:
                     return [folder / f"{stem}{variant}{ending}"]
                 if index.is_file():
                     return [index, *_shards(index)]
-    found = [path.name for path in folder.iterdir() if path.suffix in PICKLED]
-    if found:
-        raise UserError(f"{folder}: only pickled weights ({found[0]}); run `fastsd convert` on it, and give what that writes")
+    names = [path.name for path in folder.iterdir() if path.suffix in PICKLED]
+    if names:
+        raise UserError(f"{folder}: only pickled weights ({names[0]}); run `fastsd convert` on it, and give what that writes")
     expected = ", ".join(f"{stem}.safetensors" for stem in _STEMS[".safetensors"])
     raise UserError(f"{folder}: no weights; expected one of {expected}")
 

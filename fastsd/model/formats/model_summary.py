@@ -120,9 +120,9 @@ def read_summary(folder: Path) -> Summary | None:
 
 def summary_in(metadata: Mapping[str, str]) -> Summary | None:
     """Read the summary in the metadata of a single file. Returns None if it is missing or unreadable."""
-    told = {key: metadata[f"{PREFIX}{key}"] for key in Summary.model_fields if f"{PREFIX}{key}" in metadata}
+    fields = {key: metadata[f"{PREFIX}{key}"] for key in Summary.model_fields if f"{PREFIX}{key}" in metadata}
     try:
-        return Summary.model_validate({key: json.loads(value) for key, value in told.items()}) if told else None
+        return Summary.model_validate({key: json.loads(value) for key, value in fields.items()}) if fields else None
     except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
         return None
 
@@ -139,23 +139,23 @@ def metadata_of(
         title: used if the summary has no title.
         lora: True if the file holds adapters only.
     """
-    told = summary or Summary()
-    side, title = told.resolution or resolution, told.title or title
+    info = summary or Summary()
+    side, title = info.resolution or resolution, info.title or title
     # Other tools count clip skip from 1.
-    layer = "" if told.clip_skip is None else str(told.clip_skip + 1)
+    layer = "" if info.clip_skip is None else str(info.clip_skip + 1)
     spec = {
         "sai_model_spec": "1.0.0",
         "architecture": "stable-diffusion-v1/lora" if lora else "stable-diffusion-v1",
         "implementation": "diffusers" if lora else "https://github.com/Stability-AI/generative-models",
-        "title": title, "date": told.date, "author": told.author, "license": told.license, "resolution": f"{side}x{side}",
+        "title": title, "date": info.date, "author": info.author, "license": info.license, "resolution": f"{side}x{side}",
         "prediction_type": "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon", "encoder_layer": layer,
     }  # fmt: skip
     kohya = {
-        "base_model_version": "sd_v1", "v2": False, "network_module": "networks.lora", "sd_model_name": told.base,
-        "output_name": title, "clip_skip": layer, "seed": told.seed, "steps": told.steps,
+        "base_model_version": "sd_v1", "v2": False, "network_module": "networks.lora", "sd_model_name": info.base,
+        "output_name": title, "clip_skip": layer, "seed": info.seed, "steps": info.steps,
     }  # fmt: skip
     return {
         **{f"modelspec.{key}": value for key, value in spec.items() if value},
         **{f"ss_{key}": str(value) for key, value in kohya.items() if lora and value not in (None, "")},
-        **{f"{PREFIX}{key}": json.dumps(value, sort_keys=True) for key, value in told.table().items()},
+        **{f"{PREFIX}{key}": json.dumps(value, sort_keys=True) for key, value in info.table().items()},
     }

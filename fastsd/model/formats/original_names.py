@@ -58,25 +58,25 @@ def _unet_name(name: str, cfg: UNetConfig) -> str:
         return f"{_TOP[stem]}.{leaf}"
     match = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?([a-z]+)\.(\d+)\.(.+)", name)
     assert match, name
-    way, level, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    direction, level, kind, index, tail = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     if kind == "resnets":
-        word, _, leaf = rest.partition(".")
-        rest = f"{_RESNET[word]}.{leaf}"
-    if way == "mid":
-        return f"middle_block.{_MID[f'{kind}.{index}']}{rest}"
+        word, _, leaf = tail.partition(".")
+        tail = f"{_RESNET[word]}.{leaf}"
+    if direction == "mid":
+        return f"middle_block.{_MID[f'{kind}.{index}']}{tail}"
     blocks = cfg.layers_per_block + 1
-    if way == "down":
-        at = 1 + level * blocks + (cfg.layers_per_block if kind == "downsamplers" else index)
-        return f"input_blocks.{at}." + {"resnets": "0.", "attentions": "1."}.get(kind, "0.op.") + rest.removeprefix("conv.")
+    if direction == "down":
+        number = 1 + level * blocks + (cfg.layers_per_block if kind == "downsamplers" else index)
+        return f"input_blocks.{number}." + {"resnets": "0.", "attentions": "1."}.get(kind, "0.op.") + tail.removeprefix("conv.")
     if kind == "upsamplers":
         attends = cfg.attention[len(cfg.attention) - 1 - level]
-        return f"output_blocks.{level * blocks + cfg.layers_per_block}.{2 if attends else 1}.{rest}"
-    return f"output_blocks.{level * blocks + index}." + {"resnets": "0.", "attentions": "1."}[kind] + rest
+        return f"output_blocks.{level * blocks + cfg.layers_per_block}.{2 if attends else 1}.{tail}"
+    return f"output_blocks.{level * blocks + index}." + {"resnets": "0.", "attentions": "1."}[kind] + tail
 
 
 def _vae_name(name: str, levels: int) -> str:
-    for ours, theirs in _VAE.items():
-        name = name.replace(ours, theirs)
+    for current, original in _VAE.items():
+        name = name.replace(current, original)
     return re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
 
 

@@ -40,29 +40,29 @@ def read_part(
         UserError: the file is of another model family, or the component is incomplete.
     """
     for name in tensors:
-        other = next((family for begin, family in _OTHERS.items() if name.startswith(begin)), None)
-        if other:
-            raise UserError(f"{path}: {other} file ({name}); give a model of SD1.5's family")
-    given: Tensors = {
+        other_family = next((family for prefix, family in _OTHERS.items() if name.startswith(prefix)), None)
+        if other_family:
+            raise UserError(f"{path}: {other_family} file ({name}); give a model of SD1.5's family")
+    state: Tensors = {
         name.removeprefix(PREFIX[part]): tensor for name, tensor in tensors.items() if name.startswith(PREFIX[part])
     }
-    if part == "vae" and not given:
-        given = {name: tensor for name, tensor in tensors.items() if name.startswith(_VAE_TOPS)}
-    if not given:
+    if part == "vae" and not state:
+        state = {name: tensor for name, tensor in tensors.items() if name.startswith(_VAE_TOPS)}
+    if not state:
         return None
-    config = configs(path, metadata).get(part) or _FROM_SHAPES[part](given, path)
-    if part == "vae" and any(name.startswith("encoder.down_blocks.") for name in given):
-        return config, {current_vae_name(name): tensor for name, tensor in given.items()}
+    config = configs(path, metadata).get(part) or _FROM_SHAPES[part](state, path)
+    if part == "vae" and any(name.startswith("encoder.down_blocks.") for name in state):
+        return config, {current_vae_name(name): tensor for name, tensor in state.items()}
     if part == "text_encoder":
-        return config, {classic_text_name(name): tensor for name, tensor in given.items() if not name.endswith("position_ids")}
+        return config, {classic_text_name(name): tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     targets = expected_tensors(part, config, str(path))
-    named = original_names(part, config, targets)
+    original_by_name = original_names(part, config, targets)
     if part == "unet":
-        given = _averaged(path, tensors, given, named, notes, ema)
-    found = {name: given[old] for name, old in named.items() if old in given}
+        state = _averaged(path, tensors, state, original_by_name, notes, ema)
+    converted = {name: state[original] for name, original in original_by_name.items() if original in state}
     # The original VAE's attention uses 1x1 convolutions: the same numbers in another shape.
-    found |= {name: t.view(targets[name].shape) for name, t in found.items() if t.shape == (*targets[name].shape, 1, 1)}
-    return config, found | {name: given[name] for name in given.keys() - set(named.values())}
+    converted |= {name: t.view(targets[name].shape) for name, t in converted.items() if t.shape == (*targets[name].shape, 1, 1)}
+    return config, converted | {name: state[name] for name in state.keys() - set(original_by_name.values())}
 
 
 def _averaged(
@@ -79,27 +79,27 @@ def _averaged(
 
 def ignored(tensors: Tensors) -> list[str]:
     """List the first word of each tensor name that no component reads, without repetition."""
-    known = (*PREFIX.values(), EMA, *_VAE_TOPS)
-    others = [name for name in tensors if not name.startswith(known) and name not in (V_PREDICTION, ZERO_SNR)]
-    return list(dict.fromkeys(name.split(".")[0] for name in others))
+    prefixes = (*PREFIX.values(), EMA, *_VAE_TOPS)
+    names = [name for name in tensors if not name.startswith(prefixes) and name not in (V_PREDICTION, ZERO_SNR)]
+    return list(dict.fromkeys(name.split(".")[0] for name in names))
 
 
 def configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the configs of components and scheduler in the header of a file that fastsd wrote; {} for other files."""
     try:
-        found = json.loads(metadata.get(CONFIGS, "{}"))
-        return {str(part): dict(config) for part, config in found.items()}
+        stored = json.loads(metadata.get(CONFIGS, "{}"))
+        return {str(component): dict(config) for component, config in stored.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: {CONFIGS} in its header is no table ({error}); write the file again") from None
 
 
 def scheduler(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the scheduler_config.json of a file: its own settings where it has any, and SD1.5's for the rest."""
-    if said := configs(path, metadata).get("scheduler"):
-        return said
+    if stored := configs(path, metadata).get("scheduler"):
+        return stored
     v_prediction = V_PREDICTION in tensors or metadata.get("modelspec.prediction_type") == "v"
-    told = {"prediction_type": "v_prediction"} if v_prediction else {}
-    return SD15_SCHEDULER | told | ({"rescale_betas_zero_snr": True} if ZERO_SNR in tensors else {})
+    prediction = {"prediction_type": "v_prediction"} if v_prediction else {}
+    return SD15_SCHEDULER | prediction | ({"rescale_betas_zero_snr": True} if ZERO_SNR in tensors else {})
 
 
 def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
@@ -139,8 +139,8 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
 def _vae_config(state: Tensors, path: Path) -> dict[str, Any]:
     if "encoder.conv_in.weight" not in state or "post_quant_conv.weight" not in state:
         raise UserError(f"{path}: no whole AutoencoderKL in it; give a VAE file or a whole SD1.5 model file")
-    theirs = any(name.startswith("encoder.down_blocks.") for name in state)
-    conv1 = "encoder.down_blocks.{}.resnets.{}.conv1.weight" if theirs else "encoder.down.{}.block.{}.conv1.weight"
+    is_diffusers = any(name.startswith("encoder.down_blocks.") for name in state)
+    conv1 = "encoder.down_blocks.{}.resnets.{}.conv1.weight" if is_diffusers else "encoder.down.{}.block.{}.conv1.weight"
     widths: list[int] = []
     while (name := conv1.format(len(widths), 0)) in state:
         widths.append(_side(state, name, 0, path))

@@ -46,7 +46,7 @@ def write_folder(source: Source, folder: Path, *, dtype: str = "", variant: str 
     Raises:
         UserError: a component or the tokenizer is missing, or a number is not finite.
     """
-    missing = [part for part in _STEM if part not in source.parts]
+    missing = [component for component in _STEM if component not in source.parts]
     if missing:
         advice = {"vae": "name one with --vae", "text_encoder": "name a model that has one with --tokenizer"}
         raise UserError(f"{source.place}: there is no {missing[0].replace('_', ' ')} in it; {advice[missing[0]]}")
@@ -66,8 +66,8 @@ def write_part(
     (folder / part).mkdir(parents=True, exist_ok=True)
     config = _portable(config)
     if dtype and part == "text_encoder":
-        said = str(DTYPE[dtype]).removeprefix("torch.")
-        config |= {"dtype": said, "torch_dtype": said}
+        dtype_name = str(DTYPE[dtype]).removeprefix("torch.")
+        config |= {"dtype": dtype_name, "torch_dtype": dtype_name}
     hashes = {f"{part}/config.json": _write_json(folder / part / "config.json", config)}
     stem, kind = f"{_STEM[part]}{variant and f'.{variant}'}", DTYPE.get(dtype)
     groups = _shards(tensors, shard, kind)
@@ -136,22 +136,22 @@ def write_single_file(
     vae = parts.get("vae")
     factor, shift = folding.scale_of(vae.config, vae.where) if vae else (SD15_SCALING_FACTOR, 0.0)
     if vae and (factor, shift) != (SD15_SCALING_FACTOR, 0.0):
-        said = f"VAE: factor {factor:g}" + (f" and shift {shift:g}" if shift else "")
+        label = f"VAE: factor {factor:g}" + (f" and shift {shift:g}" if shift else "")
         if fold:
             config, folded = folding.fold(vae.config, vae.tensors, vae.place)
             header[folding.UNFOLDED] = folding.undo(vae.config, vae.tensors)
             parts["vae"] = replace(vae, config=config, tensors=folded)
-            notes.append(f"{said} folded into its 1x1 convolutions, so that 0.18215 is right, which single-file loaders use")
+            notes.append(f"{label} folded into its 1x1 convolutions, so that 0.18215 is right, which single-file loaders use")
         else:
-            notes.append(f"warning: {said} not folded: tools that take 0.18215 for granted will show wrong colours")
+            notes.append(f"warning: {label} not folded: tools that take 0.18215 for granted will show wrong colours")
     for name in ("unet", "vae", "text_encoder"):
         if name in parts:
             part = parts[name]
-            for ours, theirs in original_names(name, part.config, part.tensors).items():
-                tensor = part.tensors[ours]
-                if name == "vae" and ".attentions." in ours and len(tensor.shape) == 2:
+            for current_name, original_name in original_names(name, part.config, part.tensors).items():
+                tensor = part.tensors[current_name]
+                if name == "vae" and ".attentions." in current_name and len(tensor.shape) == 2:
                     tensor = tensor.view(torch.Size([*tensor.shape, 1, 1]))
-                tensors[PREFIX[name] + theirs] = tensor
+                tensors[PREFIX[name] + original_name] = tensor
     if source.scheduler.get("prediction_type") == "v_prediction":
         tensors[V_PREDICTION] = torch.empty(0)
     if source.scheduler.get("rescale_betas_zero_snr"):
