@@ -186,10 +186,10 @@ def adamw_triton(
         ValueError: a dtype that `adamw_reference` does not name, tensors of one parameter that differ in shape or strides or
             have gaps, or a device that runs no kernels.
     """
-    each = operands("adamw", params, grads, exp_avgs, exp_avg_sqs, device_scalars=(lr, *steps), **options)
-    if not each:
+    rows = operands("adamw", params, grads, exp_avgs, exp_avg_sqs, device_scalars=(lr, *steps), **options)
+    if not rows:
         return
     sizes, roots = corrections(steps, lr, betas, options.get("skip"))
-    for (tensors, extra), size, root in zip(each, sizes.unbind(), roots.unbind(), strict=True):
+    for (tensors, extra), size, root in zip(rows, sizes.unbind(), roots.unbind(), strict=True):
         factors = scalars(size.device, 1 - lr * weight_decay, size, root)
         _adamw_op(*tensors, factors, *extra, *betas, eps, options.get("zero_grads", False))

@@ -91,17 +91,17 @@ def masters(
 ) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """Yield fp32 parameters and scaled fp32 gradients for a reference to step, and apply the step's options around it."""
     lows, emas, scale, skip = options.get("lows"), options.get("emas"), options.get("scale"), options.get("skip")
-    whole = params if lows is None else [join_master(high, low) for high, low in zip(params, lows, strict=True)]
-    wide = [g.float() for g in grads]
-    yield whole, wide if scale is None else [g * scale for g in wide]
+    fp32_params = params if lows is None else [join_master(high, low) for high, low in zip(params, lows, strict=True)]
+    fp32_grads = [g.float() for g in grads]
+    yield fp32_params, fp32_grads if scale is None else [g * scale for g in fp32_grads]
     if lows is not None:
         with unless(skip, params, lows):
-            for high, low, master in zip(params, lows, whole, strict=True):
+            for high, low, master in zip(params, lows, fp32_params, strict=True):
                 for half, new in zip((high, low), split_master(master), strict=True):
                     half.copy_(new)
     if emas:
         with unless(skip, emas):
-            change = torch._foreach_sub(list(whole), list(emas))
+            change = torch._foreach_sub(list(fp32_params), list(emas))
             torch._foreach_mul_(change, scalars(emas[0].device, 1 - options.get("ema_decay", EMA_DECAY))[0])
             torch._foreach_add_(list(emas), change)
     if grads and options.get("zero_grads"):
@@ -120,15 +120,15 @@ def pieces(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
         return
     limit = _RUN_CPU if lists[0][0].is_cpu else _RUN_GPU
     run: list[tuple[Tensor, ...]] = []
-    held = 0
+    run_size = 0
     for row in zip(*lists, strict=True):
         size = row[0].numel()
-        for part in _cut(row, size, limit):
-            if run and held + part[0].numel() > limit:
+        for piece in _cut(row, size, limit):
+            if run and run_size + piece[0].numel() > limit:
                 yield [list(column) for column in zip(*run, strict=True)]
-                run, held = [], 0
-            run.append(part)
-            held += part[0].numel()
+                run, run_size = [], 0
+            run.append(piece)
+            run_size += piece[0].numel()
     yield [list(column) for column in zip(*run, strict=True)]
 
 
@@ -155,10 +155,10 @@ def unless(skip: Tensor | None, *lists: Sequence[Tensor]) -> Iterator[None]:
         yield
         return
     tensors = [t for column in lists for t in column]
-    kept = [t.clone() for t in tensors]
+    copies = [t.clone() for t in tensors]
     yield
     undo = skip != 0
-    for old, new in zip(kept, tensors, strict=True):
+    for old, new in zip(copies, tensors, strict=True):
         torch.where(undo, old, new, out=new)
 
 
@@ -321,20 +321,20 @@ def operands(
         return []
     lows, emas, scale, skip = options.get("lows"), options.get("emas"), options.get("scale"), options.get("skip")
     ema_decay = options.get("ema_decay", EMA_DECAY)
-    given = [t for t in (scale, skip, ema_decay, *device_scalars) if isinstance(t, Tensor)]
+    scalar_tensors = [t for t in (scale, skip, ema_decay, *device_scalars) if isinstance(t, Tensor)]
     gain = None if emas is None else scalars(params[0].device, 1 - ema_decay)[0]
-    none = (None,) * len(params)
+    absent = (None,) * len(params)
     result = []
-    for p, g, *state, low, ema in zip(params, grads, *states, lows or none, emas or none, strict=True):
-        wide = [t for t in (*state, ema) if t is not None]
-        require_device(op, p, g, low, *wide, *given)
+    for p, g, *state, low, ema in zip(params, grads, *states, lows or absent, emas or absent, strict=True):
+        fp32_states = [t for t in (*state, ema) if t is not None]
+        require_device(op, p, g, low, *fp32_states, *scalar_tensors)
         require_dtype(op, "parameter", p, torch.float32 if low is None else torch.bfloat16)
         require_dtype(op, "gradient", g, torch.float32, torch.bfloat16)
-        for t in wide:
+        for t in fp32_states:
             require_dtype(op, "state", t, torch.float32)
         if low is not None:
             require_dtype(op, "low half", low, torch.int16)
-        for t in (p, g, low, *wide):
+        for t in (p, g, low, *fp32_states):
             if t is not None and (not dense(t) or memory_order(t) != memory_order(p)):
                 raise ValueError(
                     f"{op}: a tensor of shape {tuple(t.shape)} and strides {t.stride()} beside a parameter of {tuple(p.shape)}"
@@ -347,17 +347,17 @@ def operands(
 def require_dtype(op: str, what: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
     """Raise ValueError unless the tensor has one of the dtypes."""
     if tensor.dtype not in dtypes:
-        want = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{op}: a {what} is {str(tensor.dtype).removeprefix('torch.')}; give {want}")
+        expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{op}: a {what} is {str(tensor.dtype).removeprefix('torch.')}; give {expected}")
 
 
 def dense(t: Tensor) -> bool:
     """Return True if a tensor's elements are a stretch of memory without gaps, in any order."""
-    want = 1
+    expected = 1
     for step, n in sorted(zip(t.stride(), t.shape, strict=True)):
-        if n > 1 and step != want:
+        if n > 1 and step != expected:
             return t.numel() == 0
-        want *= n
+        expected *= n
     return True
 
 

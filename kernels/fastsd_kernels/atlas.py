@@ -132,11 +132,11 @@ def _optimizers() -> Iterator[tuple[str, str, Call]]:
             options: Any = low, ema, None if ema is None else scalar, scalar, scalar
 
             def call(p: Tensor = p, g: Tensor = g, options: Any = options) -> None:
-                one: list[Any] = [p, g, state, factors, *options, 0.9, 0.99, True]
-                two: list[Any] = [p, g, state, state, factors, *options, 0.9, 0.99]
-                lion.lion_step(*one)
-                dlion.dlion_step(*[*two, True])
-                adamw.adamw_step(*[*two, 1e-8, True])
+                one_state: list[Any] = [p, g, state, factors, *options, 0.9, 0.99, True]
+                two_states: list[Any] = [p, g, state, state, factors, *options, 0.9, 0.99]
+                lion.lion_step(*one_state)
+                dlion.dlion_step(*[*two_states, True])
+                adamw.adamw_step(*[*two_states, 1e-8, True])
 
             yield f"{gradients} gradients{' and EMA' if ema is not None else ''}", mode, call
 
@@ -177,20 +177,20 @@ OPS: dict[str, Callable[[], Iterator[tuple[str, str, Call]]]] = {
 
 def survey(op: str, target: int, part: int = 0, parts: int = 1) -> list[Entry]:
     """Compile the distinct configurations of one op for sm_`target`, or only share number `part` of `parts` equal shares."""
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     with recording(target) as launches:
         for kind, mode, call in OPS[op]():
             launches.clear()
             call()
             for launch in launches:
                 compilation = specialise(launch, target)
-                if compilation.key not in found:
+                if compilation.key not in entries:
                     entry = Entry(op, kind, mode, launch.kernel.__name__, target, launch.options, None, [])
-                    found[compilation.key] = entry
-                    if len(found) % parts == part:
+                    entries[compilation.key] = entry
+                    if len(entries) % parts == part:
                         code = compile_launch(compilation)
-                        found[compilation.key] = entry._replace(code=code, problems=_problems(entry, code))
-    return [entry for entry in found.values() if entry.code is not None]
+                        entries[compilation.key] = entry._replace(code=code, problems=_problems(entry, code))
+    return [entry for entry in entries.values() if entry.code is not None]
 
 
 def _problems(entry: Entry, code: Code) -> list[str]:

@@ -278,9 +278,9 @@ def attention_backward(
         q, k, v, o_BNHD, do, dq, lse_BHN, delta, H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5,
         *_strides(q, k, v, o_BNHD, do, dq), EVEN=L % tile.keys == 0, **_options(tile, D, precision),
     )  # fmt: skip
-    together = one_kernel_for_keys(D, q.dtype, precision)
-    for which, outs in (("dkdv", [dk, dv]),) if together else (("dk", [dk]), ("dv", [dv])):
-        _key_gradients(which, outs, do, q, k, v, lse_BHN, delta, precision)
+    fused = one_kernel_for_keys(D, q.dtype, precision)
+    for kind, outs in (("dkdv", [dk, dv]),) if fused else (("dk", [dk]), ("dv", [dv])):
+        _key_gradients(kind, outs, do, q, k, v, lse_BHN, delta, precision)
     if L == 1:
         # The softmax of one score is 1 whatever q and k are. dP - delta would leave a rounding of it.
         dq.zero_()
@@ -342,9 +342,9 @@ def attention_packed_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Gradients where the projections want them: (dqkv_BN3HD, empty) if q, k, v are `own`, of one matmul; (dq, dkv_BL2HD)."""
     if own:
-        dqkv, none = q.new_empty((*q.shape[:2], 3, *q.shape[2:])), q.new_empty(0)
+        dqkv, empty = q.new_empty((*q.shape[:2], 3, *q.shape[2:])), q.new_empty(0)
         attention_backward(do, q, k, v, o, lse, precision, dqkv.unbind(2))
-        return dqkv, none
+        return dqkv, empty
     dq, dkv = q.new_empty(q.shape), k.new_empty((*k.shape[:2], 2, *k.shape[2:]))
     attention_backward(do, q, k, v, o, lse, precision, (dq, *dkv.unbind(2)))
     return dq, dkv

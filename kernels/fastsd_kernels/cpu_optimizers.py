@@ -65,19 +65,19 @@ def problem() -> str | None:
 def _built() -> tuple[ctypes.CDLL | None, str | None]:
     """Return (library, None) or (None, reason)."""
     try:
-        named = shlex.split(os.environ.get("CC", ""))
-        compiler = next((c for c in (named, ["cc"], ["gcc"], ["clang"]) if c and shutil.which(c[0])), None)
+        configured = shlex.split(os.environ.get("CC", ""))
+        compiler = next((c for c in (configured, ["cc"], ["gcc"], ["clang"]) if c and shutil.which(c[0])), None)
     except ValueError as error:  # an unclosed quotation
         return None, f"$CC cannot be read: {error}"
     if compiler is None:
         return None, "no C compiler: neither $CC nor cc, gcc or clang is found"
-    why = ""
+    reason = ""
     for machine in _MACHINES:
         try:
             return _load([*compiler, *_FLAGS, *machine]), None
         except (OSError, RuntimeError) as error:
-            why = f"{_SOURCE.name} does not compile or load: {error}"
-    return None, why
+            reason = f"{_SOURCE.name} does not compile or load: {error}"
+    return None, reason
 
 
 def _load(command: list[str]) -> ctypes.CDLL:
@@ -91,10 +91,10 @@ def _load(command: list[str]) -> ctypes.CDLL:
             return _declared(path)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / "optimizers.so"
-        _output([*command, "-shared", str(_SOURCE), "-o", str(made), "-lm"])
-        library = _declared(made)  # raises before a library that cannot be loaded is stored
-        made.replace(folder / f"optimizers-{key}-{_digest(made.read_bytes())}.so")
+        built_path = Path(scratch) / "optimizers.so"
+        _output([*command, "-shared", str(_SOURCE), "-o", str(built_path), "-lm"])
+        library = _declared(built_path)  # raises before a library that cannot be loaded is stored
+        built_path.replace(folder / f"optimizers-{key}-{_digest(built_path.read_bytes())}.so")
     return library
 
 
@@ -121,9 +121,9 @@ def _declared(path: Path) -> ctypes.CDLL:
 
 
 def _library(op: str) -> ctypes.CDLL:
-    library, why = _built()
+    library, reason = _built()
     if library is None:
-        raise ValueError(f"{op}: the kernels for a CPU cannot be used: {why}; use REFERENCE")
+        raise ValueError(f"{op}: the kernels for a CPU cannot be used: {reason}; use REFERENCE")
     return library
 
 
@@ -144,10 +144,10 @@ def _operands(
 ) -> list[_Operands]:
     """Group the tensors of each parameter, and check them as `arena.operands` does, here for tensors on a CPU."""
     _require_cpu(op, *given, options.get("skip"), options.get("scale"), options.get("ema_decay"))
-    lows, emas, none = options.get("lows"), options.get("emas"), (None,) * len(params)
-    both = states if len(states) == 2 else (states[0], none)
-    each = list(zip(params, grads, *both, lows or none, emas or none, strict=True))
-    for p, g, m, s, low, ema in each:
+    lows, emas, absent = options.get("lows"), options.get("emas"), (None,) * len(params)
+    two_states = states if len(states) == 2 else (states[0], absent)
+    rows = list(zip(params, grads, *two_states, lows or absent, emas or absent, strict=True))
+    for p, g, m, s, low, ema in rows:
         shape, stride = p.shape, p.stride()
         for t in (p, g, m, s, low, ema):
             if t is None:
@@ -168,7 +168,7 @@ def _operands(
                 require_dtype(op, "state", t, torch.float32)
         if low is not None:
             require_dtype(op, "low half", low, torch.int16)
-    return each
+    return rows
 
 
 def _sweep(
@@ -182,11 +182,11 @@ def _sweep(
     words: list[int] = []
     address, step = (0, 0) if factors is None else (factors.data_ptr(), factors.stride(0) * 4 if factors.ndim == 2 else 0)
     spans = 0
-    for i, (p, g, *rest) in enumerate(each):
+    for i, (p, g, *extras) in enumerate(each):
         assert g is not None
         n = g.numel()
         if n:
-            words += (0 if t is None else t.data_ptr() for t in (p, g, *rest))
+            words += (0 if t is None else t.data_ptr() for t in (p, g, *extras))
             words += (address + i * step, g.dtype == torch.bfloat16, n, spans)
             spans += -(-n // _SPAN)
     count = len(words) // _WORDS
@@ -199,12 +199,12 @@ def _sweep(
     gain = scalars(torch.device("cpu"), 1 - options.get("ema_decay", EMA_DECAY))
     skip = None if skip is None else skip != 0
     scratch_2K = torch.empty(2, spans, dtype=torch.float64)
-    passed = _Options(*(0 if t is None else t.data_ptr() for t in (scale, gain, skip)), zero_grads, torch.get_num_threads())
+    c_options = _Options(*(0 if t is None else t.data_ptr() for t in (scale, gain, skip)), zero_grads, torch.get_num_threads())
     rows, floats = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * len(constants))(*constants)
     function = getattr(_library(op), f"fastsd_{op}")
-    function(rows, count, ctypes.byref(passed), floats, scratch_2K.data_ptr(), sums_2P.data_ptr())
+    function(rows, count, ctypes.byref(c_options), floats, scratch_2K.data_ptr(), sums_2P.data_ptr())
     # PyTorch has not seen the writes; a backward over a graph that holds these tensors must detect them.
-    written = (t for p, g, *rest in each for t in (p, g if zero_grads else None, *rest))
+    written = (t for p, g, *extras in each for t in (p, g if zero_grads else None, *extras))
     torch.autograd.graph.increment_version([t for t in written if t is not None])
     return sums_2P
 
@@ -226,10 +226,10 @@ def lion_cpu(
         ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or
             have gaps, a tensor that is not on the CPU, or kernels that cannot be used (`problem`).
     """
-    each = _operands("lion", params, grads, exp_avgs, given=(lr,), **options)
+    rows = _operands("lion", params, grads, exp_avgs, given=(lr,), **options)
     factors = scalars(torch.device("cpu"), 1 - lr * weight_decay, -lr)
     constants = betas[0], 1 - betas[0], betas[1], 1 - betas[1]
-    _sweep("lion", each, factors, constants, **options)
+    _sweep("lion", rows, factors, constants, **options)
 
 
 @torch.no_grad()
@@ -253,10 +253,10 @@ def dlion_cpu(
     Raises:
         ValueError: as `lion_cpu`.
     """
-    each = _operands("dlion", params, grads, exp_avgs, s, given=(d, lr), **options)
+    rows = _operands("dlion", params, grads, exp_avgs, s, given=(d, lr), **options)
     factors = step_factors(d, lr, betas[1], weight_decay)
     constants = betas[0], 1 - betas[0], betas[1], betas[1] ** 0.5
-    dots_K, l1_K = _sweep("dlion", each, factors, constants, **options).unbind()
+    dots_K, l1_K = _sweep("dlion", rows, factors, constants, **options).unbind()
     return dots_K, l1_K
 
 
@@ -279,17 +279,17 @@ def adamw_cpu(
     Raises:
         ValueError: as `lion_cpu`, or not one count of steps a parameter.
     """
-    each = _operands("adamw", params, grads, exp_avgs, exp_avg_sqs, given=(lr, *steps), **options)
-    if len(steps) != len(each):
-        raise ValueError(f"adamw: {len(steps)} counts of steps for {len(each)} parameters; give one each")
-    if not each:
+    rows = _operands("adamw", params, grads, exp_avgs, exp_avg_sqs, given=(lr, *steps), **options)
+    if len(steps) != len(rows):
+        raise ValueError(f"adamw: {len(steps)} counts of steps for {len(rows)} parameters; give one each")
+    if not rows:
         return
     _library("adamw")  # before a step is counted
     sizes_P, roots_P = corrections(steps, lr, betas, options.get("skip"))
     decay = scalars(sizes_P.device, 1 - lr * weight_decay)
     factors = torch.stack((decay.expand_as(sizes_P), sizes_P, roots_P), dim=1)
     constants = 1 - betas[0], betas[1], 1 - betas[1], eps
-    _sweep("adamw", each, factors, constants, **options)
+    _sweep("adamw", rows, factors, constants, **options)
 
 
 @torch.no_grad()
@@ -307,8 +307,8 @@ def gradient_norm_cpu(grads: Sequence[Tensor], *, scale: Tensor | None = None) -
         require_dtype("gradient_norm", "gradient", g, torch.float32, torch.bfloat16)
     # Only a gradient with gaps or repeats is copied; no backward leaves such a gradient in a parameter.
     grads = [g if dense(g) else g.contiguous() for g in grads]
-    each = [(None, g, None, None, None, None) for g in grads]
-    total = _sweep("gradient_norm", each, None, ())[0].sum()
+    rows = [(None, g, None, None, None, None) for g in grads]
+    total = _sweep("gradient_norm", rows, None, ())[0].sum()
     if scale is not None:
         total = total * scale.double().square()
     return total.sqrt().float(), ~torch.isfinite(total)

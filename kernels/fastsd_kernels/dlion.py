@@ -307,9 +307,9 @@ def dlion_triton(
         ValueError: a dtype that `dlion_reference` does not name, tensors of one parameter that differ in shape or strides or
             have gaps, or a device that runs no kernels.
     """
-    each = operands("dlion", params, grads, exp_avgs, s, device_scalars=(d, lr), **options)
+    rows = operands("dlion", params, grads, exp_avgs, s, device_scalars=(d, lr), **options)
     factors = step_factors(d, lr, betas[1], weight_decay)
-    sums = [_step_op(*tensors, factors, *extra, *betas, options.get("zero_grads", False)) for tensors, extra in each]
+    sums = [_step_op(*tensors, factors, *extra, *betas, options.get("zero_grads", False)) for tensors, extra in rows]
     sums_2K = torch.cat(sums, dim=1) if len(sums) > 1 else sums[0] if sums else d.new_zeros(2, 0, dtype=torch.float32)
     dots_K, l1_K = sums_2K.unbind()
     return dots_K, l1_K

@@ -166,9 +166,9 @@ def _merge(
         chunks = first + tl.arange(0, CHUNKS)[:, None]
         mask = (chunks < n_chunks) & col_mask
         offs = chunks * stride
-        apart = tl.load(partial_ptrs + offs, mask, other=0.0) - group_mean
+        deviation = tl.load(partial_ptrs + offs, mask, other=0.0) - group_mean
         squares = tl.load(partial_ptrs + n_channels + offs, mask, other=0.0)
-        squares += apart * apart * tl.minimum(n_positions - chunks * ROWS, ROWS)
+        squares += deviation * deviation * tl.minimum(n_positions - chunks * ROWS, ROWS)
         total += tl.where(mask, squares, 0.0)
     variance = tl.sum(total) / elements
 

@@ -71,10 +71,10 @@ def architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return 86  # the interpreter
     major, minor = torch.cuda.get_device_capability(device)
-    found = 10 * major + minor
-    if found in ARCHITECTURES:
-        return found
-    return 120 if found > 120 else 90 if found > 90 else 86
+    capability = 10 * major + minor
+    if capability in ARCHITECTURES:
+        return capability
+    return 120 if capability > 120 else 90 if capability > 90 else 86
 
 
 def require_device(op: str, *tensors: Tensor | None) -> None:

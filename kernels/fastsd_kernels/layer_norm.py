@@ -190,15 +190,15 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, s, mean, rstd): y and s like x but contiguous, mean and rstd fp32 (...). Without a residual s is None."""
     rows, tile = as_rows(x), _tile(x.shape[-1])
-    other = None if residual is None else as_rows(residual)
+    addend = None if residual is None else as_rows(residual)
     weight, bias = weight.contiguous(), bias.contiguous()
     y = x.new_empty(x.shape)
     s = None if residual is None else x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if x.numel():
         launch(
-            _forward, (triton.cdiv(len(rows), tile["ROWS"]),), rows, other, weight, bias, y, s, mean, rstd, *rows.shape,
-            rows.stride(0), 0 if other is None else other.stride(0), eps, RESIDUAL=other is not None, **tile,
+            _forward, (triton.cdiv(len(rows), tile["ROWS"]),), rows, addend, weight, bias, y, s, mean, rstd, *rows.shape,
+            rows.stride(0), 0 if addend is None else addend.stride(0), eps, RESIDUAL=addend is not None, **tile,
         )  # fmt: skip
     return y, s, mean, rstd
 

@@ -158,8 +158,8 @@ def lion_triton(
         ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or
             have gaps, or a device that runs no kernels.
     """
-    each = operands("lion", params, grads, exp_avgs, device_scalars=(lr,), **options)
-    if each:
+    rows = operands("lion", params, grads, exp_avgs, device_scalars=(lr,), **options)
+    if rows:
         factors = scalars(params[0].device, 1 - lr * weight_decay, -lr)
-    for tensors, extra in each:
+    for tensors, extra in rows:
         _lion_op(*tensors, factors, *extra, *betas, options.get("zero_grads", False))

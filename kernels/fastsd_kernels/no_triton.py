@@ -18,7 +18,7 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # not a package: other code that imports Triton meanwhile finds no module in it
             raise AttributeError(name)
-        return self if name == "language" else lambda it=None, **_: (lambda f: f) if it is None else it
+        return self if name == "language" else lambda function=None, **_: (lambda f: f) if function is None else function
 
 
 _NAMES = ("triton", "triton.language")

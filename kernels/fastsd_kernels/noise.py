@@ -150,13 +150,13 @@ def permuted(seed: int, purpose: int, position: int, count: int, index_B: Tensor
     assert count <= 1 << 48
     a = math.isqrt(count - 1) + 1
     b = -(-count // a)
-    where = torch.tensor([position], device=index_B.device)
+    positions = torch.tensor([position], device=index_B.device)
 
     def network(index_B: Tensor) -> Tensor:
         left_B, right_B = index_B % a, index_B // a
         for i in range(_FEISTEL_ROUNDS):
             # Four rounds share a block's words; halves stay below 2^24, so the next four find other blocks.
-            word_B = philox(seed, purpose, where, right_B + (i // 4 << 24))[0, :, i % 4]
+            word_B = philox(seed, purpose, positions, right_B + (i // 4 << 24))[0, :, i % 4]
             left_B, right_B = right_B, (left_B + word_B) % (b if i % 2 else a)
         return left_B + a * right_B
 

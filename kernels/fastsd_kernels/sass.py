@@ -55,9 +55,9 @@ def specialise(launch: Launch, target: int) -> Compilation:
     kernel = launch.kernel
     backend = make_backend(GPUTarget("cuda", target, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    given = {**launch.options, "debug": False, "instrumentation_mode": ""}
-    bound, specialisation, _ = binder(*launch.arguments, **given)
-    options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialisation, None)
+    keywords = {**launch.options, "debug": False, "instrumentation_mode": ""}
+    bound, specialisation, _ = binder(*launch.arguments, **keywords)
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialisation, None)
     key = f"{kernel.__name__} {target} {signature} {constants} {attributes} {options.hash()}"
     return Compilation(launch, target, key, ASTSource(kernel, signature, constants, attributes), options.__dict__)
 
@@ -92,11 +92,11 @@ def read(usage: str, sass: str, shared: int) -> Code:
 
 def _loops(instructions: list[tuple[int, str, str]]) -> Iterator[tuple[int, int]]:
     """Yield (first, last) address of every backward branch's body, except the endless self-branch that pads a kernel."""
-    for address, op, rest in instructions:
-        if op.split(".")[0] == "BRA" and (found := re.search(r"0x([0-9a-f]+)", rest)):
-            to = int(found[1], 16)
-            if to < address:
-                yield to, address
+    for address, op, operands in instructions:
+        if op.split(".")[0] == "BRA" and (match := re.search(r"0x([0-9a-f]+)", operands)):
+            target = int(match[1], 16)
+            if target < address:
+                yield target, address
 
 
 def _loads(names: list[str]) -> dict[str, int]:
