@@ -56,9 +56,9 @@ CARDS = [
 def find_card(name: str) -> Card:
     """Find a card by a name such as "4090", "rtx-4090" or "RTX 4090". Raises UserError if it is unknown or ambiguous."""
     plain = {_plain(card.name): card for card in CARDS}
-    found = [card for key, card in plain.items() if _plain(name) and key.endswith(_plain(name))]
-    if len(found) == 1:
-        return found[0]
+    matches = [card for key, card in plain.items() if _plain(name) and key.endswith(_plain(name))]
+    if len(matches) == 1:
+        return matches[0]
     close = difflib.get_close_matches(_plain(name), plain, n=1)
     hint = f"did you mean {plain[close[0]].name}?" if close else "give --vram GB instead"
     raise UserError(f"--card is {name!r}; known are {', '.join(card.name for card in CARDS)}; {hint}")

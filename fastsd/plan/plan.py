@@ -105,11 +105,11 @@ class StagePlan:
         """Return memory and operations of a step with a micro-batch of `micro` images, found by running it without data."""
         level = checkpointing or self.stage.checkpointing
         if (micro, level) not in self._needs:
-            whole = micro == self.stage.batch
-            if whole not in self._rehearsals:
-                made = _Rehearsal(self.shapes, self.stage, self.side, self.ops, 0 if whole else 1, self.states)
-                self._rehearsals[whole] = made
-            self._needs[micro, level] = self._rehearsals[whole].step(micro, level)
+            whole_batch = micro == self.stage.batch
+            if whole_batch not in self._rehearsals:
+                rehearsal = _Rehearsal(self.shapes, self.stage, self.side, self.ops, 0 if whole_batch else 1, self.states)
+                self._rehearsals[whole_batch] = rehearsal
+            self._needs[micro, level] = self._rehearsals[whole_batch].step(micro, level)
         return self._needs[micro, level]
 
     def largest_micro_batch(self, bytes: int | None = None, checkpointing: str | None = None) -> int:
@@ -123,10 +123,10 @@ class StagePlan:
             A divisor of the batch; 0 if not even the smallest micro-batch fits.
         """
         room = self.device_bytes if bytes is None else bytes
-        *candidates, whole = self.micro_batches
+        *candidates, whole_batch = self.micro_batches
         # The whole batch comes first. It may need less than half of it, because accumulated bf16 gradients are fp32.
-        if self.need(whole, checkpointing).total <= room:
-            return whole
+        if self.need(whole_batch, checkpointing).total <= room:
+            return whole_batch
         fits = 0
         while candidates:
             middle = len(candidates) // 2
@@ -214,7 +214,7 @@ class _Rehearsal:
         with self._without_data:
             channels, text = self._model.unet.cfg.in_channels, self._model.text
             latents = torch.empty(micro, channels, self._side, self._side, dtype=torch.float16)
-            ids, positions = (torch.empty(micro, *more, dtype=torch.int64) for more in ((text.length,), ()))
+            ids, positions = (torch.empty(micro, *shape, dtype=torch.int64) for shape in ((text.length,), ()))
             context = torch.empty(micro, text.length, text.width, dtype=torch.float16) if self._states else None
         with self._tracing(), self._recorder:
             self._live.restart()
@@ -244,12 +244,12 @@ class _Rehearsal:
         return self._live.peak - before
 
     def _owned(self) -> dict[str, int]:
-        found, owners = self._step.owners(), {}
+        step_owners, owners = self._step.owners(), {}
         for name, part in self._step.parts.items():
-            which = "trained" if part.trained else "frozen"
-            owners[f"weights of the {name.replace('_', ' ')}, {which}"] = part.owners()["weights"]
+            status = "trained" if part.trained else "frozen"
+            owners[f"weights of the {name.replace('_', ' ')}, {status}"] = part.owners()["weights"]
         owners["VAE, for samples"] = [p.data for p in self.modules["vae"].parameters()]
-        owners |= {"gradients": found["gradients"], "optimizer state": found["state"], "EMA": found["ema"]}
+        owners |= {"gradients": step_owners["gradients"], "optimizer state": step_owners["state"], "EMA": step_owners["ema"]}
         return {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
 
     def _mark(self) -> None:
@@ -310,21 +310,21 @@ def plan(
         "vram_gib": vram, "reserved_gib": RESERVED / GIB, "notes": notes, "kernels": ops.name,
         "resolution": config.data.resolution, "images": images, "stages": [],
     }  # fmt: skip
-    what = "" if ops is TRITON else ", as on a CPU: they take more memory than kernels for a GPU"
+    remark = "" if ops is TRITON else ", as on a CPU: they take more memory than kernels for a GPU"
     say("shapes     " + ("\n           ".join(notes) or f"those of {config.model.base}"))
-    say(f"kernels    {ops.name}{what}")
+    say(f"kernels    {ops.name}{remark}")
     say(f"memory     {vram:g} GB, of which {RESERVED / GIB:.1f} are set aside for the CUDA context, libraries, their scratch")
     say(f"speed      an estimate: every operation at {MATMUL_SHARE} of a card's matmul rate or {MEMORY_SHARE} of its bandwidth")
     say(f"images     {images or 'not found: data.folders cannot be read here'}")
     plans: list[StagePlan] = []
     for i, stage in enumerate(config.stage):
         # Stages that differ only in these settings are planned once.
-        same = {"name": "", "until": 1, "lr": 1.0, "micro_batch": 0, "warmup": 0, "caption_dropout": 0.0, "max_tags": 0,
-                "sample_every": 0, "checkpoint_every": 1, "keep_checkpoints": 1}  # fmt: skip
-        alike = stage.model_copy(update=same)
-        found = next((plan for plan in plans if plan.stage == alike), None)
+        neutral = {"name": "", "until": 1, "lr": 1.0, "micro_batch": 0, "warmup": 0, "caption_dropout": 0.0, "max_tags": 0,
+                   "sample_every": 0, "checkpoint_every": 1, "keep_checkpoints": 1}  # fmt: skip
+        comparable = stage.model_copy(update=neutral)
+        existing = next((plan for plan in plans if plan.stage == comparable), None)
         room, states = int(vram * GIB) - RESERVED, config.cache.hidden_states
-        plans.append(found or plan_stage(shapes, alike, config.data.resolution, room, ops, states))
+        plans.append(existing or plan_stage(shapes, comparable, config.data.resolution, room, ops, states))
         entry = _describe(plans[-1], stage, config.stage_name(i), cards, images)
         report["stages"].append(entry)
         _say_stage(entry, vram, say)
@@ -355,11 +355,11 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], 
     steps = None if steps == ENDLESS else steps  # the stage ends by time
     levels = {}
     for level in LEVELS:
-        most = plan.largest_micro_batch(checkpointing=level)
-        one = plan.need(most or plan.micro_batches[0], level)
+        level_largest = plan.largest_micro_batch(checkpointing=level)
+        level_need = plan.need(level_largest or plan.micro_batches[0], level)
         levels[level] = {
-            "largest_micro_batch": most, "activations_an_image": one.kept // one.micro,
-            "flops_an_image": one.work.flops // one.micro, "total": one.total + RESERVED,
+            "largest_micro_batch": level_largest, "activations_an_image": level_need.kept // level_need.micro,
+            "flops_an_image": level_need.work.flops // level_need.micro, "total": level_need.total + RESERVED,
         }  # fmt: skip
     speeds = {card.name: plan.images_per_second(card, micro) for card in cards}
     return {
@@ -383,13 +383,13 @@ def _say_stage(entry: dict[str, Any], vram: float, say: Callable[[str], None]) -
         "reserved": "CUDA context, libraries, their scratch",
     }
     rows = [(words.get(owner, owner), size) for owner, size in entry["memory"].items() if size]
-    more = entry["total"] - sum(size for _, size in rows)
-    for owner, size in [*rows, *([("more while samples are drawn", more)] if more else []), ("total", entry["total"])]:
+    extra = entry["total"] - sum(size for _, size in rows)
+    for owner, size in [*rows, *([("more while samples are drawn", extra)] if extra else []), ("total", entry["total"])]:
         say(f"  {size / GIB:9.2f} GiB  {owner}")
     say("  checkpointing   GiB an image   TFLOP an image   largest micro-batch")
     for level, row in entry["levels"].items():
-        kept, flops = row["activations_an_image"] / GIB, row["flops_an_image"] / 1e12
-        say(f"  {level:<13}   {kept:12.3f}   {flops:14.2f}   {row['largest_micro_batch'] or 'none fits':>19}")
+        activations, flops = row["activations_an_image"] / GIB, row["flops_an_image"] / 1e12
+        say(f"  {level:<13}   {activations:12.3f}   {flops:14.2f}   {row['largest_micro_batch'] or 'none fits':>19}")
     speeds, seconds = entry["images_per_second"], entry["seconds"]
     if entry["steps"] is None:
         steps, seconds = "1,000,000 images", {card: 1e6 / speed for card, speed in speeds.items()}
@@ -398,22 +398,22 @@ def _say_stage(entry: dict[str, Any], vram: float, say: Callable[[str], None]) -
     width = max(len(steps), len("estimate"))
     say(f"  {'estimate':<{width}}" + "".join(f"{card:>10}" for card in speeds))
     say(f"  {'images/s':<{width}}" + "".join(f"{speed:10.1f}" for speed in speeds.values()))
-    say(f"  {steps:<{width}}" + "".join(f"{_duration(took):>10}" for took in seconds.values()))
+    say(f"  {steps:<{width}}" + "".join(f"{_duration(duration):>10}" for duration in seconds.values()))
     say("  " + _verdict(entry, vram))
 
 
 def _verdict(entry: dict[str, Any], vram: float) -> str:
-    most, card = entry["largest_micro_batch"], f"{vram:g} GB"
+    largest, card = entry["largest_micro_batch"], f"{vram:g} GB"
     if entry["fits"]:
-        return f"fits {card}: micro-batch up to {most}"
-    if most:
-        return f"does not fit {card} at micro-batch {entry['micro_batch']}: set micro_batch = {most}"
+        return f"fits {card}: micro-batch up to {largest}"
+    if largest:
+        return f"does not fit {card} at micro-batch {entry['micro_batch']}: set micro_batch = {largest}"
     levels = {level: row for level, row in entry["levels"].items() if row["largest_micro_batch"]}
     if levels:
         level, row = next(iter(levels.items()))
         return f'does not fit {card}: set checkpointing = "{level}" and micro_batch = {row["largest_micro_batch"]}'
-    least = min(row["total"] for row in entry["levels"].values())
-    return f"does not fit {card} at any micro-batch: the least it needs is {least / GIB:.1f} GiB"
+    smallest_total = min(row["total"] for row in entry["levels"].values())
+    return f"does not fit {card} at any micro-batch: the least it needs is {smallest_total / GIB:.1f} GiB"
 
 
 def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | None) -> dict[str, Any]:
@@ -424,21 +424,21 @@ def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | 
     cached = numbers * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
     model, _ = plans[0].files()
     # Frozen components are hard links to files written once. One more checkpoint exists until the oldest is deleted.
-    each = [sum(model[part] for part in plan.trained) + plan.files()[1] for plan in plans]
-    most = max(size * (stage.keep_checkpoints + 1) for size, stage in zip(each, config.stage, strict=True))
-    ends = sum(model[part] for plan in plans[:-1] for part in plan.trained)
+    checkpoint_sizes = [sum(model[component] for component in plan.trained) + plan.files()[1] for plan in plans]
+    peak = max(size * (stage.keep_checkpoints + 1) for size, stage in zip(checkpoint_sizes, config.stage, strict=True))
+    ends = sum(model[component] for plan in plans[:-1] for component in plan.trained)
     return {
-        "cache_an_image": cached, "cache": images and images * cached, "a_checkpoint": each,
-        "checkpoints": sum(model.values()) + most + ends, "model": sum(model.values()), "export": export_bytes(config, model),
+        "cache_an_image": cached, "cache": images and images * cached, "a_checkpoint": checkpoint_sizes,
+        "checkpoints": sum(model.values()) + peak + ends, "model": sum(model.values()), "export": export_bytes(config, model),
     }  # fmt: skip
 
 
 def _say_disk(disk: dict[str, Any], say: Callable[[str], None]) -> None:
-    per_image, own = disk["cache_an_image"], max(disk["a_checkpoint"])
+    per_image, largest = disk["cache_an_image"], max(disk["a_checkpoint"])
     cache = disk["cache"] or per_image * 1_000_000
-    of = "" if disk["cache"] else " for a million images"
-    say(f"\ndisk       {cache / 1e9:.1f} GB cache{of}, {per_image / 1024:g} KiB an image")
-    say(f"           {disk['checkpoints'] / 1e9:.1f} GB checkpoints at most, up to {own / 1e9:.1f} GB each, the rest links")
+    scope = "" if disk["cache"] else " for a million images"
+    say(f"\ndisk       {cache / 1e9:.1f} GB cache{scope}, {per_image / 1024:g} KiB an image")
+    say(f"           {disk['checkpoints'] / 1e9:.1f} GB checkpoints at most, up to {largest / 1e9:.1f} GB each, the rest links")
     say(f"           {disk['model'] / 1e9:.1f} GB finished model, links to the last checkpoint: no more until it is copied")
     say(f"           {disk['export'] / 1e9:.1f} GB the same for other tools, in single files, and what else is no link")
 
