@@ -27,12 +27,12 @@ BATCH = 8  # images per UNet call; guidance doubles it
 
 def load_to_sample(table: ModelTable, device: str = "auto", precision: str = "fp32") -> Model:
     """Load a model onto its device, ready for `generate`. The VAE decodes in fp32. Raises UserError as `load_model` does."""
-    where = choose_device(device)
-    model = load_merged(table, choose_ops("auto", where))
+    target_device = choose_device(device)
+    model = load_merged(table, choose_ops("auto", target_device))
     for module in (model.unet, model.text.module):
-        module.to(where, COMPUTE_DTYPE[precision])
+        module.to(target_device, COMPUTE_DTYPE[precision])
     set_precision(precision, model.unet)
-    model.vae.to(where, torch.float32)
+    model.vae.to(target_device, torch.float32)
     return model
 
 

@@ -78,9 +78,9 @@ def save_grid(sheet: Image.Image, path: Path, stage: str = "", step: int = 0) ->
     Raises:
         OSError: the disk is full or the folder is not writable; an older file with this name stays intact.
     """
-    said, temporary = PngInfo(), path.with_name(TEMPORARY + path.name)
-    said.add_text(GRID_CHUNK, json.dumps({"stage": stage, "step": step, "cells": sheet.info["cells"]}))
-    sheet.save(temporary, "PNG", pnginfo=said)
+    metadata, temporary = PngInfo(), path.with_name(TEMPORARY + path.name)
+    metadata.add_text(GRID_CHUNK, json.dumps({"stage": stage, "step": step, "cells": sheet.info["cells"]}))
+    sheet.save(temporary, "PNG", pnginfo=metadata)
     os.replace(temporary, path)
 
 
