@@ -77,42 +77,42 @@ def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> l
 def _did_you_mean(key: str, names: list[str], tables: Tables) -> str:
     if key in FAMILIAR:
         return f"; it is called {FAMILIAR[key]} here"
-    everywhere = {field: f"{table}.{field}" for table, cls in tables.items() for field in cls.model_fields}
+    full_names = {field: f"{table}.{field}" for table, cls in tables.items() for field in cls.model_fields}
     close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"
-    if key in everywhere:
-        return f"; did you mean {everywhere[key]}?"
+    if key in full_names:
+        return f"; did you mean {full_names[key]}?"
     return f"; known here: {', '.join(names)}" if names else ""
 
 
 def sentence(item: Any) -> str:
     """Turn one pydantic error into a sentence `field: value found; what to do`."""
     place = ".".join(str(part) for part in item["loc"] if part not in ("int", "str", "float"))
-    found = item["input"]
+    value = item["input"]
     for i, part in enumerate(item["loc"]):
-        here = ".".join(map(str, item["loc"][: i + 1]))
-        kind = KINDS.get(here) or KINDS.get(str(part))
+        location = ".".join(map(str, item["loc"][: i + 1]))
+        kind = KINDS.get(location) or KINDS.get(str(part))
         if kind and item["type"] not in ("value_error", "missing"):
-            return f"{here} is {found!r}; it must be {kind}"
+            return f"{location} is {value!r}; it must be {kind}"
     if item["type"] == "missing":
         if len(item["loc"]) == 1:
             return f"[{place}] is missing; add that table"
         return f"{place} is missing; add it"
-    if place == "stage" and isinstance(found, dict):
+    if place == "stage" and isinstance(value, dict):
         return "stage is one table; stages are a list, write [[stage]] with two brackets"
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{place}: {message}" if place else message
     expected = item["msg"].replace("Input should be ", "").replace("a valid ", "a ").replace("a integer", "a whole number")
     if item["type"] == "literal_error":
-        return f"{place} is {found!r}; choose {expected}"
+        return f"{place} is {value!r}; choose {expected}"
     if item["type"] in ("too_short", "too_long"):
         limit = item["ctx"].get("min_length", item["ctx"].get("max_length"))
-        return f"{place} is {found!r}; it must have at {'least' if item['type'] == 'too_short' else 'most'} {limit} entries"
+        return f"{place} is {value!r}; it must have at {'least' if item['type'] == 'too_short' else 'most'} {limit} entries"
     if "instance of" in expected:
         expected = "a table"
-    shown = found if len(repr(found)) < 80 else type(found).__name__
-    name = type(found).__name__
+    shown = value if len(repr(value)) < 80 else type(value).__name__
+    name = type(value).__name__
     kind = f" (a{'n' if name[0] in 'aeiou' else ''} {name})" if item["type"].endswith("_type") else ""
     return f"{place} is {shown!r}{kind}; it must be {expected[0].lower()}{expected[1:]}"

@@ -103,8 +103,8 @@ class DataTable(Table):
         if self.crops > 1 and self.crop != "random":
             raise ValueError(f"crops is {self.crops} and crop {self.crop!r}: one centre is all there is; use crop = \"random\"")
         if self.latents and (self.crop != "centre" or self.buckets):
-            which = "buckets" if self.buckets else "crop"
-            raise ValueError(f"latents is {self.latents!r}, cut already by another trainer; remove {which}")
+            option = "buckets" if self.buckets else "crop"
+            raise ValueError(f"latents is {self.latents!r}, cut already by another trainer; remove {option}")
         if self.latents.startswith("img") and self.flip:
             raise ValueError(f"flip is true and {self.latents} files hold no mirrored latents; remove flip")
         if self.buckets and self.buckets.min > self.resolution:
@@ -308,7 +308,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
     *parents, last = key.strip().split(".")
     targets: list[Any] = [raw]
     for part in parents:
-        targets = [found for target in targets for found in _descend(target, part, key)]
+        targets = [child for target in targets for child in _descend(target, part, key)]
     for target in targets:
         for table in target if isinstance(target, list) else [target]:
             table[last] = value
@@ -318,10 +318,10 @@ def _descend(target: Any, part: str, key: str) -> list[Any]:
     if isinstance(target, list):
         if part.isdigit() and int(part) < len(target):
             return [target[int(part)]]
-        named = [stage for i, stage in enumerate(target) if stage.get("name", f"stage-{i + 1}") == part]
-        if not named:
+        stages = [stage for i, stage in enumerate(target) if stage.get("name", f"stage-{i + 1}") == part]
+        if not stages:
             raise UserError(f"override {key}: there is no stage {part!r}; stages count from 0 or go by their name")
-        return named
+        return stages
     child = target.setdefault(part, {})
     if not isinstance(child, (dict, list)):
         raise UserError(f"override {key}: {part!r} is a value, not a table; write {part}=...")

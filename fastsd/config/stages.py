@@ -126,9 +126,9 @@ class StageTable(Table):
         if len(set(self.train)) != len(self.train):
             raise ValueError(f"train names a part twice: {self.train}; name each once")
         for part in PARTS:
-            some = [entry for entry in self.train if entry.startswith(f"{part}.")]
-            if part in self.train and some:
-                raise ValueError(f"train names {part!r} and {some[0]!r}, which is in it; remove one of them")
+            entries = [entry for entry in self.train if entry.startswith(f"{part}.")]
+            if part in self.train and entries:
+                raise ValueError(f"train names {part!r} and {entries[0]!r}, which is in it; remove one of them")
         return self
 
     @model_validator(mode="after")
@@ -138,16 +138,16 @@ class StageTable(Table):
         if isinstance(self.lr, dict):
             needed = set(self.parts) | ({"unet"} if "lora" in self.train else set())
             if not needed <= set(self.lr) or ("lora" not in self.train and set(self.lr) - needed):
-                named = ", ".join(self.lr) or "no part"
-                raise ValueError(f"lr names {named} and train names {', '.join(self.train)}; give each trained part one")
+                lr_names = ", ".join(self.lr) or "no part"
+                raise ValueError(f"lr names {lr_names} and train names {', '.join(self.train)}; give each trained part one")
         for key in ("growth_rate", "d_max", "freeze_d_after"):
             if getattr(self, key) and self.optimizer != "dlion":
                 raise ValueError(f"{key} is a guard of dlion's d and optimizer is {self.optimizer!r}; remove it")
         if self.d_max is not None and self.d_max < self.d0:
             raise ValueError(f"d_max is {self.d_max:g}, below d0 {self.d0:g} where d starts; raise it or lower d0")
         if self.fused_backward and (self.batch != self.micro or self.micro_batch == "auto" or self.grad_clip):
-            which = "grad_clip" if self.grad_clip else "micro_batch"
-            raise ValueError(f"fused_backward steps parameters before the last gradient is known; remove {which}, or it")
+            option = "grad_clip" if self.grad_clip else "micro_batch"
+            raise ValueError(f"fused_backward steps parameters before the last gradient is known; remove {option}, or it")
         if self.batch % self.micro:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}; choose a divisor")
         if self.betas and not all(0 <= b < 1 for b in self.betas):
@@ -163,8 +163,8 @@ class StageTable(Table):
         if unit == "steps" and self.warmup_steps(int(amount)) > amount:
             raise ValueError(f"warmup is {self.warmup:g} steps and the stage has {amount:g}; shorten it, or write a share: 0.1")
         if unit == "seconds" and (self.schedule != "constant" or 0 < self.warmup < 1):
-            which = f"schedule {self.schedule!r}" if self.schedule != "constant" else f"warmup {self.warmup:g}"
-            raise ValueError(f"until is {self.until!r}, and {which} needs a number of steps; count in steps, epochs or images")
+            option = f"schedule {self.schedule!r}" if self.schedule != "constant" else f"warmup {self.warmup:g}"
+            raise ValueError(f"until is {self.until!r}, and {option} needs a number of steps; count in steps, epochs or images")
         if self.restarts and self.schedule == "constant":
             raise ValueError("restarts is given and schedule is constant; choose linear, cosine or rex")
         for key in ("sample_every", "checkpoint_every"):
@@ -182,12 +182,12 @@ class StageTable(Table):
             raise ValueError(f"timestep_range is {[low, high]}; write [from, to], at least 0 and from below to")
         if self.weighting_gamma is not None and self.weighting not in ("min_snr", "p2"):
             raise ValueError(f"weighting_gamma is given and weighting is {self.weighting!r}; it belongs to min_snr and p2")
-        for key, of, value in (
+        for key, option, value in (
             ("huber_delta", "loss", "huber"), ("timestep_mean", "timesteps", "logit_normal"),
             ("timestep_std", "timesteps", "logit_normal"),
         ):  # fmt: skip
-            if getattr(self, of) != value and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is given and {of} is {getattr(self, of)!r}; it belongs to {value}")
+            if getattr(self, option) != value and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is given and {option} is {getattr(self, option)!r}; it belongs to {value}")
         return self
 
 
