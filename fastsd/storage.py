@@ -65,10 +65,10 @@ class Stored:
         data = bytearray(size)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + first * self.dtype.itemsize)
-            got, view = 0, memoryview(data)
-            while count := file.readinto(view[got:]):
-                got += count
-        if got != size:
+            filled, view = 0, memoryview(data)
+            while count := file.readinto(view[filled:]):
+                filled += count
+        if filled != size:
             raise UserError(f"{self.path}: has become shorter while it was read; copy the file again")
         return torch.frombuffer(data, dtype=self.dtype)
 
@@ -193,15 +193,15 @@ class TensorFile(Mapping[str, Tensor]):
     def stored(self) -> dict[str, Stored]:
         """Return all tensors, unread, in the file's order. Raises UserError for a dtype that is not in `DTYPES`."""
         data, entries = self._header
-        found = {}
+        tensors = {}
         for name, entry in entries.items():
             if name not in self._names:
                 continue
-            kind = next((dtype for dtype, said in DTYPES.items() if said == entry["dtype"]), None)
+            kind = next((dtype for dtype, label in DTYPES.items() if label == entry["dtype"]), None)
             if kind is None:
                 raise UserError(f"{self._path}: {name} is of type {entry['dtype']}; give a model in fp16, bf16 or fp32")
-            found[name] = Stored(self._path, data + entry["data_offsets"][0], kind, torch.Size(entry["shape"]))
-        return found
+            tensors[name] = Stored(self._path, data + entry["data_offsets"][0], kind, torch.Size(entry["shape"]))
+        return tensors
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -224,9 +224,9 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
     """Read a safetensors header: (first byte of the data, header). Raises ValueError if it is implausible or malformed."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        left = os.fstat(file.fileno()).st_size - 8
-        if length > left:
-            raise ValueError(f"its header claims {length} bytes and {max(left, 0)} follow")
+        remaining = os.fstat(file.fileno()).st_size - 8
+        if length > remaining:
+            raise ValueError(f"its header claims {length} bytes and {max(remaining, 0)} follow")
         if length > MAX_HEADER:
             raise ValueError(f"its header has {length} bytes and no model's has more than {MAX_HEADER}")
         text = file.read(length)
@@ -237,11 +237,11 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    header = dict(pairs)
+    if len(header) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"its header has {next(name for name in names if names.count(name) > 1)!r} twice")
-    return found
+    return header
 
 
 def sha256_of(path: Path) -> str:
