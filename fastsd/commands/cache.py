@@ -101,8 +101,8 @@ def _cache_states(config: Config, view: str, device: torch.device, report: build
     text = load_text(config.model, locate(config.model.base, "model.base", config.model.revision))
     text.module.to(device)
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
-        made = write_states(config.cache, latents, text, report, lambda line: print_line(console, line))
-    print_line(console, f"{made.captions} captions, the text encoder's states of {made.encoded} of them encoded now")
+        counts = write_states(config.cache, latents, text, report, lambda line: print_line(console, line))
+    print_line(console, f"{counts.captions} captions, the text encoder's states of {counts.encoded} of them encoded now")
 
 
 def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, console: Console | None = None) -> None:
@@ -113,22 +113,22 @@ def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, con
     if verify and not problems:
         print_line(console, f"{folder}: every latent and view is as its sha256 says")
     if prune:
-        gone = upkeep.prune(folder)
-        print_line(console, f"{folder}: {gone.shards} unused shards deleted, {gone.bytes / 1e6:.1f} MB")
+        pruned = upkeep.prune(folder)
+        print_line(console, f"{folder}: {pruned.shards} unused shards deleted, {pruned.bytes / 1e6:.1f} MB")
     if stats:
-        found = upkeep.stats(folder)
-        missing = f", {found.planned} not encoded (rejected since, or caching was interrupted)" if found.planned else ""
-        states = f" and {found.states} states of captions" if found.states else ""
-        size = f"{found.shards} shards, {found.shard_bytes / 1e6:.1f} MB"
-        print_line(console, f"{folder}: {found.latents} latents{states} in {size}{missing}")
-        for name, view in found.views.items():
+        contents = upkeep.stats(folder)
+        missing = f", {contents.planned} not encoded (rejected since, or caching was interrupted)" if contents.planned else ""
+        states = f" and {contents.states} states of captions" if contents.states else ""
+        size = f"{contents.shards} shards, {contents.shard_bytes / 1e6:.1f} MB"
+        print_line(console, f"{folder}: {contents.latents} latents{states} in {size}{missing}")
+        for name, view in contents.views.items():
             _say_view(console, name, view)
             _say_over_length(config, name, console)
-        for problem in found.damaged:
+        for problem in contents.damaged:
             print_line(console, f"  damaged: {problem}")
-        if found.rejected:
-            print_line(console, f"  {sum(found.rejected.values())} rejected:")
-            _say_reasons(console, found.rejected)
+        if contents.rejected:
+            print_line(console, f"  {sum(contents.rejected.values())} rejected:")
+            _say_reasons(console, contents.rejected)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -152,5 +152,5 @@ def _say_over_length(config: Config, view: str, console: Console) -> None:
     with suppress(UserError), closing(LatentCache.open(config.cache.dir, view)) as latents:
         tokenizer = load_tokenizer(config.model)[0]
         tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks)
-        room = tokens.chunks * tokens.window
-        print_line(console, f"    {tokens.over_length()} captions are longer than {room} tokens and will be cut")
+        token_limit = tokens.chunks * tokens.window
+        print_line(console, f"    {tokens.over_length()} captions are longer than {token_limit} tokens and will be cut")

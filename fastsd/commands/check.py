@@ -72,8 +72,8 @@ def check(config: Config, console: Console | None = None) -> None:
 def _images(config: Config, epoch: list[int]) -> str:
     images, repeated = folders.count(config.data)
     epoch.append(repeated)
-    again = f", {repeated} an epoch" if repeated != images else ""
-    return f"{images} in {', '.join(root.path for root in config.data.roots)}{again}"
+    per_epoch = f", {repeated} an epoch" if repeated != images else ""
+    return f"{images} in {', '.join(root.path for root in config.data.roots)}{per_epoch}"
 
 
 def _model(config: Config, models: list[Model]) -> str:
@@ -87,14 +87,14 @@ def _model(config: Config, models: list[Model]) -> str:
 
 
 def _stage(config: Config, index: int, models: list[Model], epoch: list[int]) -> str:
-    stage, name, trained = config.stage[index], config.stage_name(index), ""
+    stage, name, trained_size = config.stage[index], config.stage_name(index), ""
     if models:
         selected(models[0], stage.reinit, f"stage {name!r}: reinit")
         Objective(alphas_cumprod(models[0].scheduler), config.seed, stage=stage, prediction=models[0].prediction)
-        trained = f" ({size_of(models[0], selected(models[0], stage.train, f'stage {name!r}: train')):,} parameters)"
+        trained_size = f" ({size_of(models[0], selected(models[0], stage.train, f'stage {name!r}: train')):,} parameters)"
     steps = check_length(stage, name, epoch[0]) if epoch else None
     length = f"{steps} steps" if steps and steps < ENDLESS else str(stage.until)
-    return f"{stage.optimizer} on {'+'.join(stage.train)}{trained}, {length} of {stage.batch} images"
+    return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} of {stage.batch} images"
 
 
 def _cache(config: Config, model: Model, epoch: list[int]) -> str:
@@ -107,8 +107,8 @@ def _cache(config: Config, model: Model, epoch: list[int]) -> str:
 
 def _validation(config: Config, model: Model, epoch: list[int]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
-        sets, of = choose_sets(latents, config), (latents, model.text.tokenize, config.seed, config.stage[0])
-        loader = Loader(*of, data=config.data, left_out=sets.left_out)
+        sets, loader_args = choose_sets(latents, config), (latents, model.text.tokenize, config.seed, config.stage[0])
+        loader = Loader(*loader_args, data=config.data, left_out=sets.left_out)
         epoch[:] = [loader.images]
         return f"{Validation(model, loader, sets, config.validate_)}, every {config.validate_.every}"
 
@@ -124,14 +124,14 @@ def _room(config: Config, models: list[Model]) -> str:
     model = models[0]
     modules = {part: model.part(part) for part in PARTS} | {"vae": model.vae.module}
     size = {part: sum(p.numel() for p in module.parameters()) * 4 for part, module in modules.items()}
-    each = [0]
+    stage_bytes = [0]
     for stage in config.stage:
         with suppress(UserError):  # `_stage` has reported it
             trained = selected(model, stage.train, "train")
             slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
-            own = sum(size[part] for part in changed_parts(trained)) + 4 * slots * size_of(model, trained)
-            each.append(own * (stage.keep_checkpoints + 1))
-    need = sum(size.values()) + max(each) + export_bytes(config, size)
+            checkpoint_bytes = sum(size[part] for part in changed_parts(trained)) + 4 * slots * size_of(model, trained)
+            stage_bytes.append(checkpoint_bytes * (stage.keep_checkpoints + 1))
+    need = sum(size.values()) + max(stage_bytes) + export_bytes(config, size)
     if need > free:
         raise UserError(
             f"run is {config.run!r}: checkpoints and exported models need about {need / 1e9:.1f} GB and the disk has "

@@ -111,8 +111,8 @@ def _told(name: str, source: Source, options: Options) -> tuple[Summary | None, 
     """Find the training summary and the sample grid of a model: those of the run, or those stored with the model."""
     run = Path(name) if (Path(name) / "checkpoints").is_dir() else None
     if run:
-        trained = summarize(run, source.place, "ema" if options.ema else "raw")
-        return trained, last_samples(run, trained.steps or 0)
+        run_summary = summarize(run, source.place, "ema" if options.ema else "raw")
+        return run_summary, last_samples(run, run_summary.steps or 0)
     samples = source.place / SAMPLES
     summary = summary_in(source.metadata) if source.place.is_file() else read_summary(source.place)
     return summary, samples if samples.is_file() else None
@@ -121,24 +121,24 @@ def _told(name: str, source: Source, options: Options) -> tuple[Summary | None, 
 def _source(name: str, options: Options) -> Source:
     """Open the model to convert (of a run its newest checkpoint), with its VAE replaced by `--vae` if that is given."""
     base = model_named(name)
-    made_here = (Path(base) / MADE_BY).is_file() or (options.ema and Path(base).is_dir())
+    in_memory = (Path(base) / MADE_BY).is_file() or (options.ema and Path(base).is_dir())
     source = open_source(
-        base, revision=options.revision, pickled=True, ema=options.ema and not made_here, tokenizer=options.tokenizer
+        base, revision=options.revision, pickled=True, ema=options.ema and not in_memory, tokenizer=options.tokenizer
     )
-    if made_here:
+    if in_memory:
         source.parts |= _in_memory(Path(base), source, options.ema)
     if options.vae:
-        where, notes = locate(options.vae, "--vae", pickled=True), source.notes
-        found = open_file(where).part("vae", notes) if where.is_file() else read_part(where, "vae", notes, pickled=True)
-        if found is None:
+        path, notes = locate(options.vae, "--vae", pickled=True), source.notes
+        new_vae = open_file(path).part("vae", notes) if path.is_file() else read_part(path, "vae", notes, pickled=True)
+        if new_vae is None:
             raise UserError(f"--vae is {options.vae!r}, which has none; give an AutoencoderKL")
-        source.parts["vae"] = checked("vae", found, notes)
-    vae, takes = source.parts.get("vae"), source.parts["unet"].config.get("out_channels", 4)
+        source.parts["vae"] = checked("vae", new_vae, notes)
+    vae, expected = source.parts.get("vae"), source.parts["unet"].config.get("out_channels", 4)
     if vae is not None and options.vae_scaling_factor is not None:
         source.parts["vae"] = replace(vae, config={**vae.config, "scaling_factor": options.vae_scaling_factor})
-    if vae is not None and (channels := vae.config.get("latent_channels", 4)) != takes:
+    if vae is not None and (channels := vae.config.get("latent_channels", 4)) != expected:
         raise UserError(
-            f"{vae.place}: has {channels} latent channels and the UNet makes {takes}; give a VAE with {takes}, or use "
+            f"{vae.place}: has {channels} latent channels and the UNet makes {expected}; give a VAE with {expected}, or use "
             "`fastsd swap-vae`"
         )
     return source
@@ -150,9 +150,9 @@ def _in_memory(checkpoint: Path, source: Source, ema: bool) -> dict[str, Part]:
     if ema and not averages:
         raise UserError(f"{checkpoint}: has no averaged (EMA) weights; leave --ema out")
     model = load_merged(ModelTable(base=str(checkpoint)), averages=averages)
-    adapted = (checkpoint / MADE_BY).is_file()
-    tensors = {part: part_state_dict(model, part, None if adapted else averages.get(part)) for part in PARTS}
-    source.notes.append(f"{checkpoint.name}: {'averages' if ema else 'weights'}{', adapters merged' if adapted else ''}")
+    has_adapters = (checkpoint / MADE_BY).is_file()
+    tensors = {part: part_state_dict(model, part, None if has_adapters else averages.get(part)) for part in PARTS}
+    source.notes.append(f"{checkpoint.name}: {'averages' if ema else 'weights'}{', adapters merged' if has_adapters else ''}")
     return {part: replace(source.parts[part], tensors=tensors[part]) for part in PARTS}
 
 
@@ -160,8 +160,8 @@ def _lora_file(name: str, ema: bool) -> Path:
     """Find the adapters to convert: a file, a PEFT folder, or those of a run's newest checkpoint."""
     path = Path(model_named(name))
     if ema:
-        averaged = Path(name) / "lora-ema.safetensors"
-        if not averaged.is_file():
+        ema_path = Path(name) / "lora-ema.safetensors"
+        if not ema_path.is_file():
             raise UserError(f"{name}: has no lora-ema.safetensors, which a run with an average ends with; leave --ema out")
-        return averaged
+        return ema_path
     return path / ADAPTERS if (path / ADAPTERS).is_file() else path

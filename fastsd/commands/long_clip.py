@@ -25,18 +25,18 @@ def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", say: Calla
     if out.exists():
         raise UserError(f"OUT is {str(out)!r}, which exists; name a new folder")
     model = load_model(ModelTable(base=base, tokenizer=tokenizer))
-    before = model.text.window
+    window = model.text.window
     try:
         stretch(model.text.module, tokens, KEPT)
     except ValueError as error:
         raise UserError(f"--tokens: {error}") from None
-    with new_folder(out) as new:
+    with new_folder(out) as folder:
         for part in PARTS:
-            write_part(new, model, part, part_state_dict(model, part))
-        write_rest(new, model)
-        settings = new / "tokenizer" / "tokenizer_config.json"
-        said = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-        write_text(settings, json.dumps(said | {"model_max_length": tokens}, indent=2) + "\n")
+            write_part(folder, model, part, part_state_dict(model, part))
+        write_rest(folder, model)
+        config_path = folder / "tokenizer" / "tokenizer_config.json"
+        tokenizer_config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+        write_text(config_path, json.dumps(tokenizer_config | {"model_max_length": tokens}, indent=2) + "\n")
     say(
-        f"{out}: {before} positions stretched to {tokens}, the first {KEPT} kept; train the text encoder before relying on more"
+        f"{out}: {window} positions stretched to {tokens}, the first {KEPT} kept; train the text encoder before relying on more"
     )

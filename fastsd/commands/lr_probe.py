@@ -61,15 +61,15 @@ def lr_probe(config: Config, steps: int, stage: str = "", console: Console | Non
         UserError: there is no such stage, or the training fails.
     """
     console = console or Console()
-    probing = _probing(config, steps, stage)
-    folder = Path(probing.run)
-    train(probing, console, export=False)
+    probe_config = _probing(config, steps, stage)
+    folder = Path(probe_config.run)
+    train(probe_config, console, export=False)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the next probe must not resume this one
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [_read(part, i, rows, probing.stage[0].d0) for i, part in enumerate(_parts(rows))]
-    for probe in found:
+    probes = [_read(part, i, rows, probe_config.stage[0].d0) for i, part in enumerate(_parts(rows))]
+    for probe in probes:
         console.print(_sentence(probe, steps), markup=False, highlight=False, soft_wrap=True)
-    return found
+    return probes
 
 
 def _probing(config: Config, steps: int, stage: str) -> Config:
@@ -77,20 +77,20 @@ def _probing(config: Config, steps: int, stage: str) -> Config:
     if stage and stage not in names:
         raise UserError(f"--stage is {stage!r}; the stages of this config are {', '.join(names)}")
     index = names.index(stage) if stage else 0
-    of = config.stage[index]
-    plain = {
+    stage_table = config.stage[index]
+    probe_settings = {
         "until": steps, "optimizer": "dlion", "lr": 1.0, "schedule": "constant", "warmup": min(steps // 10, 100), "restarts": 0,
         "betas": None, "state": "reset", "growth_rate": None, "d_max": None, "freeze_d_after": 0, "ema": 0.0, "ema_power": 0.0,
         "ema_after": 0, "decoupled_weight_decay": False, "sample_every": 0, "checkpoint_every": steps, "checkpoint_at": [],
     }  # fmt: skip
-    nothing = config.validate_.model_copy(update={"stabilised": 0})
+    no_validation = config.validate_.model_copy(update={"stabilised": 0})
     return config.model_copy(
         update={
             "run": str(Path(config.run) / "lr-probe"),
-            "stage": [of.model_copy(update=plain)],
+            "stage": [stage_table.model_copy(update=probe_settings)],
             "sample": config.sample.model_copy(update={"prompts": [], "prompts_file": ""}),
             "log": config.log.model_copy(update={"every": max(steps // ROWS, 1), "tensorboard": False, "wandb": ""}),
-            "validate_": nothing,
+            "validate_": no_validation,
         }
     )
 
@@ -107,12 +107,12 @@ def _read(part: str, index: int, rows: list[dict[str, Any]], d0: float) -> Probe
 
 
 def _sentence(probe: Probe, steps: int) -> str:
-    where = f" for the {probe.part}" if probe.part else ""
+    component = f" for the {probe.part}" if probe.part else ""
     if not probe.left:
-        return f"d never left d0 in {steps} steps{where}: no lr found; give --steps {3 * steps}, or a larger d0"
+        return f"d never left d0 in {steps} steps{component}: no lr found; give --steps {3 * steps}, or a larger d0"
     if not probe.settled:
         return (
-            f"d was still rising after {steps} steps{where}, by {probe.growth - 1:.0%} in the last quarter, and stands at "
+            f"d was still rising after {steps} steps{component}, by {probe.growth - 1:.0%} in the last quarter, and stands at "
             f"{probe.plateau:.2g}; give --steps {2 * steps}, or use lion, lr = {probe.rate:.1e} as a lower bound"
         )
-    return f"d settled at {probe.plateau:.2g}{where}: use lion, lr = {probe.rate:.1e}"
+    return f"d settled at {probe.plateau:.2g}{component}: use lion, lr = {probe.rate:.1e}"

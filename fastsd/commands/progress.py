@@ -44,16 +44,16 @@ def _plain(console: Console) -> build.Report:
         nonlocal last
         if time.monotonic() - last > PLAIN_SECONDS:
             last = time.monotonic()
-            left = (event.total - event.done) / max(event.images_per_second, 1e-9)
-            eta = f" | ETA {timedelta(seconds=round(left))}" if event.total else ""
+            seconds_left = (event.total - event.done) / max(event.images_per_second, 1e-9)
+            eta = f" | ETA {timedelta(seconds=round(seconds_left))}" if event.total else ""
             print_line(console, f"{event.phase} {event.done}/{event.total or '?'} | {_speed(event)}{eta}")
 
     return show
 
 
 def _speed(event: build.Progress) -> str:
-    what = "captions" if event.phase == "states" else "img"
-    return f"{event.images_per_second:.1f} {what}/s" + (f" | {event.limit} limits" if event.limit else "")
+    unit = "captions" if event.phase == "states" else "img"
+    return f"{event.images_per_second:.1f} {unit}/s" + (f" | {event.limit} limits" if event.limit else "")
 
 
 def print_line(console: Console, text: str) -> None:

@@ -74,7 +74,7 @@ def redraw(
             something else, was made with other settings or cannot be written.
         Stopped: by Ctrl-C. The images drawn so far remain.
     """
-    console, began = console or Console(), time.perf_counter()
+    console, start_time = console or Console(), time.perf_counter()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     table = _table(model_named(name), config.model)
     model, vae = _load(table, config, start, precision, device or config.device)
@@ -82,21 +82,21 @@ def redraw(
     with cache as latents:
         selected = select(latents, tuple(config.data.include), tuple(config.data.exclude), config.stage[0].tag_separator)
         count = len(latents) if selected is None else len(selected)
-        wanted = min(limit or count, count)
+        num_images = min(limit or count, count)
         try:
             _claim(out, _said(table, config, latents, start, precision))
-            how = "from pure noise" if start is None else f"noised to timestep {start}" if start else "decoded once"
-            say(f"{table.base}: {wanted} of {len(latents)} images cached in {config.cache.dir}, {how}")
+            method = "from pure noise" if start is None else f"noised to timestep {start}" if start else "decoded once"
+            say(f"{table.base}: {num_images} of {len(latents)} images cached in {config.cache.dir}, {method}")
             with progress(console) as report:
-                made = _Work(config, latents, vae, model, start).make(out, _batches(latents, selected), wanted, report)
+                num_drawn = _Work(config, latents, vae, model, start).make(out, _batches(latents, selected), num_images, report)
         except OSError as error:
-            why = error.strerror or error
-            raise UserError(f"OUT {out} cannot be written ({why}); mend that, and the same line again goes on") from error
+            reason = error.strerror or error
+            raise UserError(f"OUT {out} cannot be written ({reason}); mend that, and the same line again goes on") from error
         except KeyboardInterrupt:
             raise Stopped(f"{out}: redrawing stopped") from None
-    seconds = time.perf_counter() - began
-    say(f"{wanted} images in {out}: {made} drawn now, {wanted - made} were there ({seconds:.1f} s)")
-    return made
+    seconds = time.perf_counter() - start_time
+    say(f"{num_images} images in {out}: {num_drawn} drawn now, {num_images - num_drawn} were there ({seconds:.1f} s)")
+    return num_drawn
 
 
 def _table(base: str, table: ModelTable) -> ModelTable:
@@ -105,8 +105,8 @@ def _table(base: str, table: ModelTable) -> ModelTable:
         revision = table.revision if base == table.base else ""
         return ModelTable(base=base, revision=revision, clip_skip=table.clip_skip, chunks=table.chunks)
     factor = None if table.vae else table.vae_scaling_factor  # it belongs to model.vae, which may be another VAE
-    own = {"base": base, "vae": "", "vae_scaling_factor": factor, "tokenizer": table.tokenizer or table.base, "lora": None}
-    return table.model_copy(update=own)
+    changes = {"base": base, "vae": "", "vae_scaling_factor": factor, "tokenizer": table.tokenizer or table.base, "lora": None}
+    return table.model_copy(update=changes)
 
 
 def _load(table: ModelTable, config: Config, start: int | None, precision: str, device: str) -> tuple[Model | None, Vae]:
@@ -154,13 +154,13 @@ def _claim(out: Path, said: dict[str, Any]) -> None:
         replace_file(path, json.dumps(said, indent=2) + "\n")
         return
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        existing = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise UserError(f"{path} cannot be read, so what OUT was made with is unknown; name a new folder") from None
-    keys = [key for key in sorted(said.keys() | found.keys()) if found.get(key) != said.get(key)]
+    keys = [key for key in sorted(said.keys() | existing.keys()) if existing.get(key) != said.get(key)]
     if keys:
-        others = ", ".join(f"{key} {found.get(key)!r} (now {said.get(key)!r})" for key in keys)
-        raise UserError(f"OUT {out} was made with {others}; name another folder")
+        differences = ", ".join(f"{key} {existing.get(key)!r} (now {said.get(key)!r})" for key in keys)
+        raise UserError(f"OUT {out} was made with {differences}; name another folder")
 
 
 def _batches(latents: LatentCache, selected: np.ndarray | None) -> Iterator[np.ndarray]:
@@ -184,7 +184,7 @@ class _Work:
 
     def make(self, out: Path, batches: Iterator[np.ndarray], wanted: int, report: Report) -> int:
         """Draw those of the first `wanted` images that do not exist yet, and return how many were drawn."""
-        began, done, made = time.perf_counter(), 0, 0
+        start_time, done, num_drawn = time.perf_counter(), 0, 0
         for numbers_B in batches:
             names = [f"{number:08d}" for number in numbers_B[: wanted - done].tolist()]
             missing = {name for name in names if not all((out / f"{name}{ending}").exists() for ending in (".txt", ".png"))}
@@ -197,11 +197,11 @@ class _Work:
                         to_image(image_3HW).save(png := io.BytesIO(), "PNG")
                         _write(out / f"{name}.png", png.getvalue())
                 flush_folder(out)
-                made += len(missing)
-                report(Progress("redraw", done, wanted, made / (time.perf_counter() - began)))
+                num_drawn += len(missing)
+                report(Progress("redraw", done, wanted, num_drawn / (time.perf_counter() - start_time)))
             if done == wanted:
                 break
-        return made
+        return num_drawn
 
     def draw(self, numbers_B: np.ndarray, captions: list[str]) -> Tensor:
         """Return images (B, 3, 8 H, 8 W) in [-1, 1]."""
@@ -212,8 +212,8 @@ class _Work:
         shape = (self.vae.channels, *latents_BCHW.shape[2:])
         eps_BCHW = noise.normal(self.config.seed, noise.Purpose.REDRAW, positions_B, shape)
         seeds = noise.integers(self.config.seed, noise.Purpose.REDRAW, positions_B + _OWN, 2**31 - 1).tolist()
-        begin = () if self.start is None else (latents_BCHW, self.start)
-        return self.vae.decode(denoise(self.model, captions, eps_BCHW, seeds, self.config.sample, *begin))
+        start_args = () if self.start is None else (latents_BCHW, self.start)
+        return self.vae.decode(denoise(self.model, captions, eps_BCHW, seeds, self.config.sample, *start_args))
 
 
 def _write(path: Path, data: bytes) -> None:

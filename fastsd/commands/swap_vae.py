@@ -83,55 +83,55 @@ def swap_vae(
         raise UserError(f"--precision is {precision!r}; choose fp32 or bf16")
     if vae_scaling_factor is not None and not vae_scaling_factor > 0:
         raise UserError(f"--vae-scaling-factor is {vae_scaling_factor:g}; give a number above 0")
-    found = _images(images) if images else []
-    where = choose_device(device)
+    sources = _images(images) if images else []
+    compute_device = choose_device(device)
     table = ModelTable(base=base, tokenizer=tokenizer)
-    model = load_model(table, choose_ops("auto", where))
-    new = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
-    _check(model.vae, new, vae, aligning=bool(images))
-    _say_changes(say, model, new)
-    kept = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # fp32, for the output
+    model = load_model(table, choose_ops("auto", compute_device))
+    new_vae = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
+    _check(model.vae, new_vae, vae, aligning=bool(images))
+    _say_changes(say, model, new_vae)
+    fp32_weights = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # fp32, for the output
     edges = align.edges_of(model.unet)
-    said: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new.scaling_factor, "fit": "plain"}
+    record: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new_vae.scaling_factor, "fit": "plain"}
     if images:
-        said |= {"images": str(images), "seed": seed, "precision": precision}
+        record |= {"images": str(images), "seed": seed, "precision": precision}
         with progress(console) as report:
-            pairs = _encoded(model, new.to(where, torch.float32), found, limit, seed, resolution, report)
-            model.unet.to(where, COMPUTE_DTYPE[precision])
+            pairs = _encoded(model, new_vae.to(compute_device, torch.float32), sources, limit, seed, resolution, report)
+            model.unet.to(compute_device, COMPUTE_DTYPE[precision])
             set_precision(precision, model.unet)
-            folded = _Alignment(model, pairs, seed, report).compare(edges)
-        if not math.isfinite(folded["own"].loss["loss"]):
+            results = _Alignment(model, pairs, seed, report).compare(edges)
+        if not math.isfinite(results["own"].loss["loss"]):
             raise UserError(f"BASE is {base!r}, which predicts what is not finite from its own latents; fetch it again")
-        said |= pairs.counts() | {"fit": fit or min(FITS, key=lambda name: folded[name].loss["loss"])}
-        said["fits"] = {name: {"r2": one.r2, **one.loss, **one.map} for name, one in folded.items()}
-        _say_table(say, said)
-        edges = folded[said["fit"]].edges
+        record |= pairs.counts() | {"fit": fit or min(FITS, key=lambda name: results[name].loss["loss"])}
+        record["fits"] = {name: {"r2": result.r2, **result.loss, **result.map} for name, result in results.items()}
+        _say_table(say, record)
+        edges = results[record["fit"]].edges
     else:
-        edges = align.fold(edges, align.fit_plain(model.vae.channels, new.channels))
+        edges = align.fold(edges, align.fit_plain(model.vae.channels, new_vae.channels))
     align.put(model.unet, edges)
-    tensors = kept | {name: tensor.float() for name, tensor in edges.items()}
+    tensors = fp32_weights | {name: tensor.float() for name, tensor in edges.items()}
     try:
         with new_folder(out) as folder:
             write_part(folder, model, "unet", part_state_dict(model, "unet", tensors))
             write_part(folder, model, "text_encoder", part_state_dict(model, "text_encoder"))
-            write_rest(folder, replace(model, vae=new))
-            write_text(folder / "swap.json", json.dumps(said, indent=2) + "\n")
-            write_card(folder, untrained(out.name, base, vae, _told(said)))
+            write_rest(folder, replace(model, vae=new_vae))
+            write_text(folder / "swap.json", json.dumps(record, indent=2) + "\n")
+            write_card(folder, untrained(out.name, base, vae, _told(record)))
     except OSError as error:
         raise UserError(f"OUT {out} cannot be written ({error.strerror or error}); mend that and run it again") from error
-    say(f"{out}: {base} with the VAE {vae}, {said['fit']} fit")
-    return said
+    say(f"{out}: {base} with the VAE {vae}, {record['fit']} fit")
+    return record
 
 
 def _told(said: Mapping[str, Any]) -> str:
     """Describe for the model card how the model was made."""
-    plainly = "Only its VAE was replaced; it has to be trained before its pictures are right."
+    vae_only = "Only its VAE was replaced; it has to be trained before its pictures are right."
     if "fits" not in said:
-        return plainly
-    losses = {name: f"{one['loss']:.4f} ± {one['se']:.4f}" for name, one in said["fits"].items()}
-    mapped = f"Its first and last convolution were mapped to the new latents ({said['fit']} fit, {said['fitted']} images)."
+        return vae_only
+    losses = {name: f"{row['loss']:.4f} ± {row['se']:.4f}" for name, row in said["fits"].items()}
+    mapping = f"Its first and last convolution were mapped to the new latents ({said['fit']} fit, {said['fitted']} images)."
     return (
-        f"Nothing was trained. {mapped if said['fit'] != 'plain' else plainly} Loss before training: {losses[said['fit']]}, "
+        f"Nothing was trained. {mapping if said['fit'] != 'plain' else vae_only} Loss before training: {losses[said['fit']]}, "
         f"with the VAE replaced and nothing mapped {losses['plain']}, the base with its own VAE {losses['own']}."
     )
 
@@ -151,8 +151,8 @@ def _check(own: Vae, new: Vae, name: str, *, aligning: bool) -> None:
         return vae.hash, vae.scaling_factor, vae.shift_factor
 
     if latents(own) == latents(new):
-        state, other = own.module.state_dict(), new.module.state_dict()
-        if state.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in state.items()):
+        state, new_state = own.module.state_dict(), new.module.state_dict()
+        if state.keys() == new_state.keys() and all(torch.equal(tensor, new_state[key]) for key, tensor in state.items()):
             raise UserError(f"VAE {name} is the base's own; name another one")
         if aligning:
             raise UserError(f"VAE {name} has the latents of the base's own and only decodes otherwise; leave out --images")
@@ -164,15 +164,15 @@ def _check(own: Vae, new: Vae, name: str, *, aligning: bool) -> None:
 
 
 def _say_changes(say: Callable[[str], None], model: Model, new: Vae) -> None:
-    own, channels = model.vae, model.unet.cfg.in_channels
-    say(f"VAE's factor {own.scaling_factor:g} -> {new.scaling_factor:g}")
+    base_vae, channels = model.vae, model.unet.cfg.in_channels
+    say(f"VAE's factor {base_vae.scaling_factor:g} -> {new.scaling_factor:g}")
     for note in model.notes:
         say(f"note: {note}")
     if new.channels != channels:
         word = "widened" if new.channels > channels else "narrowed"
         say(f"latent channels {channels} -> {new.channels}: first and last convolution {word}, new channels begin at zero")
-    if new.downscale != own.downscale:
-        say(f"latents {own.downscale} -> {new.downscale} times smaller than images: other sizes than the UNet has learned")
+    if new.downscale != base_vae.downscale:
+        say(f"latents {base_vae.downscale} -> {new.downscale} times smaller than images: other sizes than the UNet has learned")
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,10 @@ def _encoded(
     model: Model, new: Vae, found: Sequence[Source], limit: int, seed: int, resolution: int, report: Report
 ) -> _Pairs:  # fmt: skip
     """Encode images and captions. Raises UserError for a resolution that the model cannot have, or too few images."""
-    device, own, began = new.device, model.vae, time.perf_counter()
-    own.to(device, torch.float32)
+    device, base, start_time = new.device, model.vae, time.perf_counter()
+    base.to(device, torch.float32)
     model.text.module.to(device)
-    resolution, step = resolution or model.unet.cfg.sample_size * own.downscale, own.downscale * model.unet.cfg.downscale
+    resolution, step = resolution or model.unet.cfg.sample_size * base.downscale, base.downscale * model.unet.cfg.downscale
     if resolution % step:
         near = max(resolution // step, 1) * step
         raise UserError(f"--resolution is {resolution}, no multiple of {step}, which this base needs; use {near}")
@@ -223,26 +223,26 @@ def _encoded(
         try:
             pixels, caption = _read(found[number], buckets)
             image = pixels.to(device)[None].float() / 127.5 - 1
-            x, y = (vae.scale(vae.encode(image)).cpu() for vae in (own, new))
+            x, y = (vae.scale(vae.encode(image)).cpu() for vae in (base, new))
             if not (x.isfinite().all() and y.isfinite().all()):
                 raise Rejected("its latent is not finite")
         except Rejected as error:
             put_aside[error.reason] += 1
             continue
-        states = model.text.encode(model.text.tokenize([caption]).to(device)).cpu()
-        rows.append((number[None], x, y, states))
-        report(Progress("encode", len(rows), min(limit, len(found)), len(rows) / (time.perf_counter() - began)))
-    why = f"; put aside: {_reasons(put_aside)}" if put_aside else ""
+        text_embeds = model.text.encode(model.text.tokenize([caption]).to(device)).cpu()
+        rows.append((number[None], x, y, text_embeds))
+        report(Progress("encode", len(rows), min(limit, len(found)), len(rows) / (time.perf_counter() - start_time)))
+    rejections = f"; put aside: {_reasons(put_aside)}" if put_aside else ""
     if len(rows) < FEWEST:
-        raise UserError(f"--images has {len(rows)} that can be used, and a fit needs {FEWEST} or more; add some{why}")
-    numbers, x, y, states = (torch.cat(column) for column in zip(*rows, strict=True))
-    pairs = _Pairs(resolution, numbers, x, y, states, put_aside)
+        raise UserError(f"--images has {len(rows)} that can be used, and a fit needs {FEWEST} or more; add some{rejections}")
+    numbers, x, y, text_embeds = (torch.cat(column) for column in zip(*rows, strict=True))
+    pairs = _Pairs(resolution, numbers, x, y, text_embeds, put_aside)
     positions = len(pairs.part(measuring=False)) * math.prod(x.shape[2:])
-    needed = max(9 * new.channels, -(-9 * model.unet.cfg.block_out_channels[0] // STRATA)) + 1
-    if positions < needed:
+    minimum = max(9 * new.channels, -(-9 * model.unet.cfg.block_out_channels[0] // STRATA)) + 1
+    if positions < minimum:
         raise UserError(
-            f"--images: {len(rows)} at {resolution} px have {positions} positions to fit to and need {needed}; add some, "
-            f"or raise --resolution{why}"
+            f"--images: {len(rows)} at {resolution} px have {positions} positions to fit to and need {minimum}; add some, "
+            f"or raise --resolution{rejections}"
         )
     return pairs
 
@@ -288,14 +288,14 @@ class _Alignment:
             "plain": align.fit_plain(*moments.channels), "orthogonal": align.fit_orthogonal(moments, schedule),
             "affine": align.fit_affine(moments, schedule), "kernel": align.fit_kernel(moments, schedule),
         }  # fmt: skip
-        found = {"own": _Measured(edges, loss=self._loss(edges, self.pairs.x_NCHW))}
+        results = {"own": _Measured(edges, loss=self._loss(edges, self.pairs.x_NCHW))}
         for name, fit in fits.items():
-            folded = align.fold(edges, fit)
+            folded_edges = align.fold(edges, fit)
             if name == "kernel":
-                folded = self._refitted(folded)
-            known = {"A": fit.A.tolist(), "c": fit.c.tolist()} if fit.A is not None and fit.c is not None else {}
-            found[name] = _Measured(folded, unseen.r2(fit), self._loss(folded, self.pairs.y_NDHW), known)
-        return found
+                folded_edges = self._refitted(folded_edges)
+            mapping = {"A": fit.A.tolist(), "c": fit.c.tolist()} if fit.A is not None and fit.c is not None else {}
+            results[name] = _Measured(folded_edges, unseen.r2(fit), self._loss(folded_edges, self.pairs.y_NDHW), mapping)
+        return results
 
     def _refitted(self, edges: align.Edges) -> align.Edges:
         align.put(self.model.unet, align.reading_features(edges))
@@ -313,8 +313,8 @@ class _Alignment:
             for predicted, target in self._forwards(self.measuring, latents_NCHW)
         ]
         batches = [torch.stack(errors[i : i + STRATA], dim=1) for i in range(0, len(errors), STRATA)]
-        found = summary(torch.cat(batches).tolist(), self._edges(), STRATA)
-        return {"loss": found["loss"], "se": found["se"]}
+        metrics = summary(torch.cat(batches).tolist(), self._edges(), STRATA)
+        return {"loss": metrics["loss"], "se": metrics["se"]}
 
     def _forwards(self, index_N: Tensor, latents_NCHW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (UNet output, target), fp32, for each batch and, within it, each timestep stratum."""
@@ -328,8 +328,8 @@ class _Alignment:
             t_BS = first_S[:-1] + (words[..., 0] * first_S.diff() >> 32)
             position_BS = words[..., 1] << 32 | words[..., 2]
             for t_B, position_B in zip(t_BS.T.to(device), position_BS.T.to(device), strict=True):
-                given = latents_BCHW, position_B, t_B, *tables, self.seed
-                noisy_BCHW, target_BCHW = unet.ops.noised(*given, prediction=prediction)
+                noise_args = latents_BCHW, position_B, t_B, *tables, self.seed
+                noisy_BCHW, target_BCHW = unet.ops.noised(*noise_args, prediction=prediction)
                 yield unet(noisy_BCHW, t_B, context_BLD).float(), target_BCHW
             self.done += len(index_B)
             speed = self.done / (time.perf_counter() - self.began)
@@ -351,6 +351,6 @@ def _say_table(say: Callable[[str], None], said: dict[str, Any]) -> None:
     if said["put_aside"]:
         say(f"{sum(said['put_aside'].values())} put aside: {_reasons(said['put_aside'])}")
     say(f"{'fit':12}{'step-0 loss':20}R^2 of each channel")
-    for name, one in said["fits"].items():
-        loss, r2 = f"{one['loss']:.4f} ± {one['se']:.4f}", " ".join(f"{share:.4f}" for share in one["r2"])
+    for name, row in said["fits"].items():
+        loss, r2 = f"{row['loss']:.4f} ± {row['se']:.4f}", " ".join(f"{share:.4f}" for share in row["r2"])
         say(f"{name:12}{loss:20}{r2 or 'the base with its own VAE'}")

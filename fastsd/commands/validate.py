@@ -55,10 +55,10 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
         for module in [model.unet] + ([] if states else [model.text.module]):
             for parameter in module.to(device).parameters():
                 parameter.data = computed(parameter.data, COMPUTE_DTYPE[precision])
-        said = set_precision(precision, model.unet, config.deterministic)
+        switches = set_precision(precision, model.unet, config.deterministic)
         loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], states=states)
         validation = Validation(model, loader, choose_sets(latents, config), table)
-        _say(console, f"{base}, {said}\n{validation}")
+        _say(console, f"{base}, {switches}\n{validation}")
         try:
             rows = validation.rows()
         except torch.OutOfMemoryError:
@@ -74,11 +74,11 @@ def _table(base: str, table: ModelTable) -> ModelTable:
     settings. A file has no tokenizer, and stores neither its prediction type nor its VAE's scaling factor."""
     if base == table.base:
         return table
-    own: dict[str, Any] = {"base": base, "vae": "", "revision": ""}
+    changes: dict[str, Any] = {"base": base, "vae": "", "revision": ""}
     if Path(base).is_file():
         factor = None if table.vae else table.vae_scaling_factor  # it belongs to model.vae, which may be another VAE
-        return table.model_copy(update=own | {"tokenizer": table.tokenizer or table.base, "vae_scaling_factor": factor})
-    return table.model_copy(update=own | {"tokenizer": "", "prediction": "", "zero_snr": None, "vae_scaling_factor": None})
+        return table.model_copy(update=changes | {"tokenizer": table.tokenizer or table.base, "vae_scaling_factor": factor})
+    return table.model_copy(update=changes | {"tokenizer": "", "prediction": "", "zero_snr": None, "vae_scaling_factor": None})
 
 
 @contextmanager
