@@ -132,8 +132,8 @@ def cached_batches(config: Config, model: Model, device: torch.device) -> list[B
         batches = [loader.batch(i * stage.batch, stage.batch) for i in range(BATCHES)]
     model.text.module.to(device)
     with torch.no_grad():
-        states = [model.text.encode(batch.token_ids_BL.to(device)) for batch in batches]
-    model.text = cast(Any, States(torch.cat(states)))
+        text_embeds = [model.text.encode(batch.token_ids_BL.to(device)) for batch in batches]
+    model.text = cast(Any, States(torch.cat(text_embeds)))
     return [_pinned(batch.latents_BCHW, batch.positions_B, batch.positions_B) for batch in batches]
 
 
@@ -200,15 +200,15 @@ class Peer:
         count, device = len(batch.positions_B), work.device
         total = torch.zeros((), device=device)
         inputs = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
-        raw, ids, positions = (tensor.to(device, non_blocking=True) for tensor in inputs)
+        raw_latents, token_ids, positions = (tensor.to(device, non_blocking=True) for tensor in inputs)
         for start in range(0, count, work.stage.micro):
             rows = slice(start, start + work.stage.micro)
-            latents = work.model.vae.scale(raw[rows].float())
+            latents = work.model.vae.scale(raw_latents[rows].float())
             noise, t_B = draw(latents, positions[rows], self.scheduler.config.num_train_timesteps)
             noisy = self.scheduler.add_noise(latents, noise, t_B).contiguous(memory_format=self.layout)
-            states = work.model.text.encode(ids[rows])
+            text_embeds = work.model.text.encode(token_ids[rows])
             with torch.autocast(device.type, torch.bfloat16, enabled=work.stage.precision == "bf16"):
-                prediction = self.unet(noisy, t_B, states.float()).sample
+                prediction = self.unet(noisy, t_B, text_embeds.float()).sample
             loss = nn.functional.mse_loss(prediction.float(), noise) * (len(latents) / count)
             loss.backward()
             total += loss.detach()
@@ -225,19 +225,19 @@ class Peer:
 
     def held(self) -> int:
         """Return the bytes held between two steps. A shared model counts fully."""
-        own = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        return sum(tensor.nbytes for tensor in (*self.parameters, *own))
+        states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in (*self.parameters, *states))
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Use PyTorch's defaults instead of our settings for switches that change the method, not what is computed."""
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        before = cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction
+        previous = cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction
         cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction = False, self.compiled, True
         try:
             yield
         finally:
-            cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction = before
+            cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction = previous
 
 
 Contender = Ours | Peer
@@ -380,14 +380,14 @@ def optimizer_steps(family: str, arenas: Arenas, ops: Ops, halves: bool, misses:
     256-byte boundary. `halves` adds our step over a bf16 copy of the arena with 16-bit low halves and bf16 gradients.
     """
     layout, weights, gradient = arenas
-    listed = [nn.Parameter(view) for view in layout.views(weights)]
-    for parameter, view in zip(listed, layout.views(gradient), strict=True):
+    parameters = [nn.Parameter(view) for view in layout.views(weights)]
+    for parameter, view in zip(parameters, layout.views(gradient), strict=True):
         parameter.grad = view
-    make = partial(cast(Any, OPTIMIZERS[family]), lr=1.0 if family == "dlion" else 1e-6, ops=ops)
+    make_optimizer = partial(cast(Any, OPTIMIZERS[family]), lr=1.0 if family == "dlion" else 1e-6, ops=ops)
     skip = torch.zeros((), dtype=torch.bool, device=weights.device)
 
-    def arena(weights: Tensor, gradient: Tensor, lows: list[Tensor]) -> Callable[[], None]:
-        optimizer = make([{"params": [weights], "lows": lows, "emas": []}])
+    def arena_step(weights: Tensor, gradient: Tensor, lows: list[Tensor]) -> Callable[[], None]:
+        optimizer = make_optimizer([{"params": [weights], "lows": lows, "emas": []}])
 
         def step() -> None:
             optimizer.update(gradient, skip=skip)
@@ -395,15 +395,15 @@ def optimizer_steps(family: str, arenas: Arenas, ops: Ops, halves: bool, misses:
 
         return step
 
-    numbers = sum(parameter.numel() for parameter in listed)
-    moved = MOVED[family] * numbers
-    found = {OURS: OptimizerStep(arena(weights, gradient, []), moved)}
+    elements = sum(parameter.numel() for parameter in parameters)
+    moved = MOVED[family] * elements
+    steps = {OURS: OptimizerStep(arena_step(weights, gradient, []), moved)}
     if halves:
-        high, low = split_master(weights)
-        found[f"{OURS}, bf16"] = OptimizerStep(arena(high, gradient.bfloat16(), [low]), moved - 2 * numbers)
-    found[f"{OURS}, a list"] = OptimizerStep(make(listed).step, moved)
+        master_hi, master_lo = split_master(weights)
+        steps[f"{OURS}, bf16"] = OptimizerStep(arena_step(master_hi, gradient.bfloat16(), [master_lo]), moved - 2 * elements)
+    steps[f"{OURS}, a list"] = OptimizerStep(make_optimizer(parameters).step, moved)
     for name in OPTIMIZER_PEERS[family]:
-        peer = attempt(name, misses, partial(peer_optimizer, name, listed))
+        peer = attempt(name, misses, partial(peer_optimizer, name, parameters))
         if peer:
-            found[name] = OptimizerStep(peer.step, moved, partial(step_counts, peer))
-    return found
+            steps[name] = OptimizerStep(peer.step, moved, partial(step_counts, peer))
+    return steps

@@ -112,14 +112,14 @@ def host_waits(run: Callable[[], object], device: torch.device, on_host: Iterabl
 def _sync_debug(run: Callable[[], object], waits: Counter[str]) -> None:
     """Count the warnings of PyTorch's sync debug mode: one for every wait that its mode "error" would reject."""
     torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    count = sum("synchronizing CUDA operation" in str(warning.message) for warning in said)
+    count = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught_warnings)
     if count:
         waits[ANY] = count
 
@@ -185,14 +185,14 @@ def needs(cfg: UNetConfig, parameters: int, stage: StageTable, side: int, names:
     activations = KEPT[stage.checkpointing] * scale
     # On a GPU our gradient arena and the activations of a CUDA graph stay allocated between turns.
     lasting = gradients * parameters + activations if gpu else 0.0
-    found = [Need("fastsd", fixed * parameters + lasting, activations + gradients * parameters - lasting)]
+    estimates = [Need("fastsd", fixed * parameters + lasting, activations + gradients * parameters - lasting)]
     rise = parameters * (6 if bf16 else 4) + KEPT_BY_DIFFUSERS[stage.checkpointing] * scale
     shared = False
     for name in names:
-        own = 4 * SLOTS[name] + (4 if name == "compiled" or not shared else 0)
+        bytes_per_parameter = 4 * SLOTS[name] + (4 if name == "compiled" or not shared else 0)
         shared = shared or name != "compiled"
-        found.append(Need(name, own * parameters, rise))
-    return found
+        estimates.append(Need(name, bytes_per_parameter * parameters, rise))
+    return estimates
 
 
 def total_need(found: list[Need]) -> float:
@@ -235,21 +235,21 @@ def device_name(device: torch.device) -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        named = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = named[0].partition(":")[2].strip() if named else model
+        model_lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = model_lines[0].partition(":")[2].strip() if model_lines else model
     return f"{model}, {torch.get_num_threads()} threads"
 
 
 def stamp(device: torch.device) -> dict[str, Any]:
     """Return everything a result depends on besides its settings: device, versions, source commit, date."""
-    here = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+            result = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
-        return done.stdout.strip()
+        return result.stdout.strip()
 
     def version(package: str) -> str | None:
         try:

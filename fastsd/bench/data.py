@@ -63,8 +63,8 @@ def bench_loader(asked: Asked, config: Config, say: Say) -> Figures:
         table.append([name, *figures])
     options.say_table(table, say)
     say(f"{samples} samples of {row_bytes} bytes, batch {batch}; made ahead of the step, which waits only above 100 %")
-    given = {"batch": batch, "batches": count, "samples": samples, "sample_bytes": row_bytes, "passes": passes}
-    return torch.device("cpu"), {"settings": given, "results": rows, "misses": []}
+    settings = {"batch": batch, "batches": count, "samples": samples, "sample_bytes": row_bytes, "passes": passes}
+    return torch.device("cpu"), {"settings": settings, "results": rows, "misses": []}
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def made_cache(folder: Path, samples: int, shape: tuple[int, int, int]) -> Laten
 
 def write_cache(folder: Path, shape: tuple[int, int, int], rows: Iterable[bytes], captions: list[bytes]) -> LatentCache:
     """Write a cache of given fp16 latents, one per caption, to an empty folder."""
-    samples, left, checks = len(captions), iter(rows), list[int]()
+    samples, remaining, checks = len(captions), iter(rows), list[int]()
     with Store.open(folder, create=True) as store:
         space = store.space("made", {"vae": "made"}, "fp16")
         for first in range(0, samples, SHARD_ROWS):
@@ -113,13 +113,13 @@ def write_cache(folder: Path, shape: tuple[int, int, int], rows: Iterable[bytes]
         shards = store.shards(space)
         for shard in shards:
             shard.create()
-            data = [(row, next(left)) for row in range(shard.rows)]
+            data = [(row, next(remaining)) for row in range(shard.rows)]
             shard.write_rows(data)
             checks += [row_check(blob) for _, blob in data]
-    number = np.arange(samples)
+    indices = np.arange(samples)
     arrays: dict[str, np.ndarray] = {
-        "shard": (number // SHARD_ROWS).astype(np.int32),
-        "row": (number % SHARD_ROWS).astype(np.int32),
+        "shard": (indices // SHARD_ROWS).astype(np.int32),
+        "row": (indices % SHARD_ROWS).astype(np.int32),
         "check": np.array(checks, np.int64),
         "caption_offsets": np.cumsum([0, *map(len, captions)], dtype=np.int64),
         "captions": np.frombuffer(b"".join(captions), np.uint8),
@@ -173,8 +173,8 @@ def bench_cache(asked: Asked, config: Config, say: Say) -> Figures:
         f"{count} JPEG files of {width} x {height}; above, the stages of a whole run, each by itself; below, the encoder in "
         f"turn with diffusers', {ratio:.2f}x its speed"
     )
-    given = {"batch": batch, "images": count, "size": size, "precision": config.cache.precision, "kernels": ops.name}
-    return device, {"settings": given, "results": rows, "ratio": ratio, "order": order, "misses": []}
+    settings = {"batch": batch, "images": count, "size": size, "precision": config.cache.precision, "kernels": ops.name}
+    return device, {"settings": settings, "results": rows, "ratio": ratio, "order": order, "misses": []}
 
 
 def _made_vae(small: bool, ops: Any) -> Vae:
@@ -195,9 +195,9 @@ def _diffusers(vae: Vae, images: Tensor) -> Tensor:
 def _draw(folder: Path, count: int) -> None:
     """Write photograph-like JPEG files: smooth colours with grain."""
     folder.mkdir(parents=True)
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for i in range(count):
-        small = Image.fromarray(chance.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         smooth = np.asarray(small.resize(_PICTURE, Image.Resampling.BICUBIC), np.int16)
-        grain = chance.integers(-8, 8, (*smooth.shape[:2], 1), dtype=np.int16)
+        grain = rng.integers(-8, 8, (*smooth.shape[:2], 1), dtype=np.int16)
         Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(folder / f"{i:05}.jpg", quality=90)

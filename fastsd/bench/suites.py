@@ -59,58 +59,58 @@ def bench(
     Raises:
         UserError: a word or a value is invalid, a package is missing, or there is too little memory.
     """
-    what, config, changes = _parsed(words)
+    benchmark, config, changes = _parsed(words)
     changes += [f"{OPTIONS[name]}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
-    asked, out = Asked(what, config, changes, **more), console or Console()
+    command_line, out = Asked(benchmark, config, changes, **more), console or Console()
     if json_file and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another")
 
     def say(text: str) -> None:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    device, figures = WHAT[what](asked, say)
+    device, figures = WHAT[benchmark](command_line, say)
     for miss in figures["misses"]:
         say(f"note: {miss}")
     if json_file:
-        about = {"stamp": counters.stamp(device), "asked": asdict(asked)}
-        replace_file(json_file, json.dumps({**about, **figures}, indent=1) + "\n")
+        header = {"stamp": counters.stamp(device), "asked": asdict(command_line)}
+        replace_file(json_file, json.dumps({**header, **figures}, indent=1) + "\n")
 
 
 def _parsed(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     """Parse the words of a command line into (what, config, changes)."""
-    rest = list(words)
-    what = rest.pop(0) if rest and rest[0] in WHAT else None
-    config = rest.pop(0) if rest and "=" not in rest[0] else None
-    if config and not what and not config.endswith(".toml") and not Path(config).exists():
-        close = difflib.get_close_matches(config, WHAT, n=1)
-        guess = f"did you mean {close[0]}?" if close else f"choose from {', '.join(WHAT)}, or name a config"
-        raise UserError(f"bench {config!r} is nothing that can be measured; {guess}")
-    return what or "step", config, rest
+    arguments = list(words)
+    benchmark = arguments.pop(0) if arguments and arguments[0] in WHAT else None
+    config = arguments.pop(0) if arguments and "=" not in arguments[0] else None
+    if config and not benchmark and not config.endswith(".toml") and not Path(config).exists():
+        matches = difflib.get_close_matches(config, WHAT, n=1)
+        hint = f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(WHAT)}, or name a config"
+        raise UserError(f"bench {config!r} is nothing that can be measured; {hint}")
+    return benchmark or "step", config, arguments
 
 
 def bench_step(asked: Asked, say: Say) -> Figures:
     """Time whole steps of ours and of the baselines, in turn."""
-    of, misses = subject(asked), list[str]()
-    if of.stage.train != ["unet"]:
-        found = f"stage.0.train is {of.stage.train}"
-        raise UserError(f'{found}, and bench step compares training of the UNet; add stage.0.train=["unet"]')
-    names = _fitting(asked, of, misses)
-    stage, work = of.stage, _work(asked, of, misses)
-    switches = set_precision(stage.precision, work.model.unet, of.config.deterministic)
+    target, misses = subject(asked), list[str]()
+    if target.stage.train != ["unet"]:
+        problem = f"stage.0.train is {target.stage.train}"
+        raise UserError(f'{problem}, and bench step compares training of the UNet; add stage.0.train=["unet"]')
+    names = _fitting(asked, target, misses)
+    stage, work = target.stage, _work(asked, target, misses)
+    switches = set_precision(stage.precision, work.model.unet, target.config.deterministic)
     graph = "CUDA graph" if work.graph else "no graph"
-    say(f"{counters.device_name(of.device)}, kernels {describe_ops(of.ops)}, {switches}, {graph}")
-    each = f"batch {stage.batch} ({stage.micro} a forward), checkpointing {stage.checkpointing}, {stage.optimizer}"
-    say(f"UNet of {sum(of.sizes):,} parameters, {of.config.data.resolution} px, {each}")
+    say(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
+    stage_summary = f"batch {stage.batch} ({stage.micro} a forward), checkpointing {stage.checkpointing}, {stage.optimizer}"
+    say(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
     rows, turns = list[dict[str, Any]](), dict[str, timing.Turn]()
     for contender in baselines.contenders(work, names, misses):
-        row = baselines.attempt(contender.name, misses, partial(timing.first_steps, contender, of.device))
+        row = baselines.attempt(contender.name, misses, partial(timing.first_steps, contender, target.device))
         if row:
             rows.append(row)
             turns[contender.name] = contender.step, contender.turn
-    count = asked.steps or (20 if of.device.type == "cuda" else 5)
-    order = timing.in_turns(turns, count, of.device)
-    rate = counters.matmul_rate(of.device, stage.precision, asked.small)
-    flops = 3 * stage.batch * counters.forward_flops(of.cfg, of.side)
+    count = asked.steps or (20 if target.device.type == "cuda" else 5)
+    order = timing.in_turns(turns, count, target.device)
+    rate = counters.matmul_rate(target.device, stage.precision, asked.small)
+    flops = 3 * stage.batch * counters.forward_flops(target.cfg, target.side)
     for row in rows:
         counters.put_times(row, order, rows[0])
         seconds = row["ms"]["median"] / 1e3
@@ -118,17 +118,18 @@ def bench_step(asked: Asked, say: Say) -> Figures:
     misses += [f"fastsd is slower than {row['name']}, {row['times']:.2f}x" for row in rows if row["times"] < 1]
     table = [["", "img/s", "ms a step (min - max)", "TFLOP/s", "MFU", "peak GB", "launches", "waits", "fastsd is"]]
     for row in rows:
-        blind = row["host_waits"] is None
-        seen = ["-"] * 3 if blind else [f"{row['peak_gb']:.3g}", str(row["launches"]), str(sum(row["host_waits"].values()))]
+        opaque = row["host_waits"] is None
+        usage = ["-"] * 3 if opaque else [f"{row['peak_gb']:.3g}", str(row["launches"]), str(sum(row["host_waits"].values()))]
         speed = [f"{row['img_per_s']:.3g}", counters.milliseconds(row), f"{row['tflop_per_s']:.3g}", f"{row['mfu']:.0%}"]
-        table.append([row["name"], *speed, *seen, f"{row['times']:.2f}x"])
+        table.append([row["name"], *speed, *usage, f"{row['times']:.2f}x"])
     options.say_table(table, say)
     say(f"a matmul: {rate / 1e12:.3g} TFLOP/s; a step: {flops / 1e12:.3g} TFLOP; text states are given to all")
     for row in rows[1:]:
         say(f"{row['name']}: {baselines.PEERS[row['name']]}")
-    given = {"stage": stage.model_dump(), "resolution": of.config.data.resolution, "graph": work.graph, "switches": switches}
-    return of.device, {
-        "settings": {**given, "kernels": of.ops.name, "rounds": count}, "matmul_tflop_per_s": rate / 1e12,
+    setup = {"stage": stage.model_dump(), "resolution": target.config.data.resolution, "graph": work.graph,
+             "switches": switches}  # fmt: skip
+    return target.device, {
+        "settings": {**setup, "kernels": target.ops.name, "rounds": count}, "matmul_tflop_per_s": rate / 1e12,
         "tflop": flops / 1e12, "resident_gb": psutil.Process().memory_info().rss / 1e9, "results": rows,
         "order": [name for name, _ in order], "misses": misses,
     }  # fmt: skip
@@ -144,18 +145,18 @@ def _fitting(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
     while asked.peers is None and len(names) > 1 and need() > of.free:
         misses.append(f"left out: peer {names[-1]}, for memory is short; --peers {names[-1]} runs it alone")
         names.pop()
-    one, choices = of.stage, list[dict[str, int]]()
-    if one.micro_batch == "auto":
-        choices = [{"micro_batch": images} for images in range(one.batch, 0, -1) if one.batch % images == 0]
+    base_stage, choices = of.stage, list[dict[str, int]]()
+    if base_stage.micro_batch == "auto":
+        choices = [{"micro_batch": images} for images in range(base_stage.batch, 0, -1) if base_stage.batch % images == 0]
     elif of.device.type == "cuda" and not asked.config and not asked.changed("batch"):
         choices = [{"batch": images} for images in (32, 16, 8, 4, 2, 1)]
     for choice in choices:
-        of.stage = one.model_copy(update=choice)
+        of.stage = base_stage.model_copy(update=choice)
         if need() <= of.free:
             break
     if need() > of.free:
-        each = counters.needs(of.cfg, parameters, of.stage, of.side, names, of.device)
-        parts = [f"{n.name} {n.held / 1e9:.1f}" for n in each] + [f"a step {max(n.rise for n in each) / 1e9:.1f}"]
+        estimates = counters.needs(of.cfg, parameters, of.stage, of.side, names, of.device)
+        parts = [f"{n.name} {n.held / 1e9:.1f}" for n in estimates] + [f"a step {max(n.rise for n in estimates) / 1e9:.1f}"]
         raise UserError(
             f"bench step needs {need() / 1e9:.1f} GB ({', '.join(parts)}, libraries 0.5) and {of.free / 1e9:.1f} GB are "
             "free; use --optimizer lion, fewer --peers, a smaller --batch or --size, or --small"
@@ -201,27 +202,27 @@ def _work(asked: Asked, of: Subject, misses: list[str]) -> baselines.Work:
 
 def bench_memory(asked: Asked, say: Say) -> Figures:
     """Measure bytes saved for backward by checkpointing level, ours and diffusers', with weights in the compute dtype."""
-    of = subject(asked)
-    dtype, images = COMPUTE_DTYPE[of.stage.precision], of.stage.micro if asked.changed("batch") else 1
+    target = subject(asked)
+    dtype, images = COMPUTE_DTYPE[target.stage.precision], target.stage.micro if asked.changed("batch") else 1
     # Two models, the gradients of one, and the bytes diffusers' UNet saves for backward.
-    need = 12 * sum(of.sizes) + images * 2e9 * (of.side / 64) ** 2 * of.cfg.block_out_channels[0] / 320
-    if need > of.free:
-        gb = f"{need / 1e9:.1f} GB and {of.free / 1e9:.1f} GB are free"
-        raise UserError(f"bench memory needs about {gb}; use a smaller --batch or --size, or --small")
-    set_precision(of.stage.precision)
-    with of.device:
-        unet = UNet(of.cfg, of.ops)
-        peer = baselines.diffusers_unet(unet, of.device).to(dtype)
-        latents = torch.randn(images, of.cfg.in_channels, of.side, of.side).to(dtype)
-        text, t_B = torch.randn(images, 77, of.cfg.cross_attention_dim).to(dtype), torch.full((images,), 500)
+    need = 12 * sum(target.sizes) + images * 2e9 * (target.side / 64) ** 2 * target.cfg.block_out_channels[0] / 320
+    if need > target.free:
+        amounts = f"{need / 1e9:.1f} GB and {target.free / 1e9:.1f} GB are free"
+        raise UserError(f"bench memory needs about {amounts}; use a smaller --batch or --size, or --small")
+    set_precision(target.stage.precision)
+    with target.device:
+        unet = UNet(target.cfg, target.ops)
+        peer = baselines.diffusers_unet(unet, target.device).to(dtype)
+        latents = torch.randn(images, target.cfg.in_channels, target.side, target.side).to(dtype)
+        text, t_B = torch.randn(images, 77, target.cfg.cross_attention_dim).to(dtype), torch.full((images,), 500)
     unet.to(dtype)
     rows: list[dict[str, Any]] = []
 
     def count(name: str, level: str, module: torch.nn.Module, predict: Callable[[], Tensor]) -> None:
-        kept = kept_for_backward(predict, module)
-        peak = counters.rise(lambda: predict().float().square().mean().backward(), of.device)
+        saved_bytes = kept_for_backward(predict, module)
+        peak = counters.rise(lambda: predict().float().square().mean().backward(), target.device)
         module.zero_grad()
-        rows.append({"name": name, "checkpointing": level, "kept_mb": kept / images / 1e6, "peak_mb": peak / 1e6})
+        rows.append({"name": name, "checkpointing": level, "kept_mb": saved_bytes / images / 1e6, "peak_mb": peak / 1e6})
 
     for level in ("none", "block"):
         (peer.enable_gradient_checkpointing if level == "block" else peer.disable_gradient_checkpointing)()
@@ -234,44 +235,45 @@ def bench_memory(asked: Asked, say: Say) -> Figures:
         row["share"] = row["kept_mb"] / rows[0]["kept_mb"]
         figures = [f"{row['kept_mb']:.4g}", f"{row['share']:.2f}x", f"{row['peak_mb']:.4g}"]
         table.append([row["name"], row["checkpointing"], *figures])
-    say(f"{of.config.data.resolution} px, {images} a forward, {of.stage.precision}, kernels {of.ops.name}")
+    say(f"{target.config.data.resolution} px, {images} a forward, {target.stage.precision}, kernels {target.ops.name}")
     options.say_table(table, say)
-    given = {"precision": of.stage.precision, "resolution": of.config.data.resolution, "images": images, "kernels": of.ops.name}
-    return of.device, {"settings": given, "results": rows, "misses": []}
+    setup = {"precision": target.stage.precision, "resolution": target.config.data.resolution, "images": images,
+             "kernels": target.ops.name}  # fmt: skip
+    return target.device, {"settings": setup, "results": rows, "misses": []}
 
 
 def bench_optim(asked: Asked, say: Say) -> Figures:
     """Time one step of each optimizer, ours and baselines in turn, over the UNet's tensors or an even choice of them."""
-    of = subject(asked)
-    chosen, halves = asked.changed("optimizer"), of.stage.precision == "bf16"
-    families = [of.stage.optimizer] if chosen or asked.config else list(baselines.MOVED)
-    each = max(baselines.optimizer_bytes(family, halves) for family in families)
-    fraction = asked.fraction if asked.fraction is not None else min(1.0, 0.7 * of.free / (each * sum(of.sizes)))
+    target = subject(asked)
+    chosen, halves = asked.changed("optimizer"), target.stage.precision == "bf16"
+    families = [target.stage.optimizer] if chosen or asked.config else list(baselines.MOVED)
+    bytes_each = max(baselines.optimizer_bytes(family, halves) for family in families)
+    fraction = asked.fraction if asked.fraction is not None else min(1.0, 0.7 * target.free / (bytes_each * sum(target.sizes)))
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction is {fraction:g}; give the share of the UNet's tensors to use, above 0 and at most 1")
-    sizes = baselines.even_choice(of.sizes, fraction)
-    if each * sum(sizes) > of.free:
-        gb = f"{each * sum(sizes) / 1e9:.1f} GB and {of.free / 1e9:.1f} GB are free"
-        raise UserError(f"bench optim needs {gb}; use a smaller --fraction, or one --optimizer")
-    arenas = baselines.made_arenas(sizes, of.device)
-    copy, count = counters.copy_rate(of.device, asked.small), asked.steps or 7
-    say(f"{counters.device_name(of.device)}, kernels {describe_ops(of.ops)}, a copy: {copy / 1e9:.3g} GB/s")
-    say(f"{len(sizes)} of {len(of.sizes)} tensors, {sum(sizes):,} numbers")
+    sizes = baselines.even_choice(target.sizes, fraction)
+    if bytes_each * sum(sizes) > target.free:
+        amounts = f"{bytes_each * sum(sizes) / 1e9:.1f} GB and {target.free / 1e9:.1f} GB are free"
+        raise UserError(f"bench optim needs {amounts}; use a smaller --fraction, or one --optimizer")
+    arenas = baselines.made_arenas(sizes, target.device)
+    copy_rate, count = counters.copy_rate(target.device, asked.small), asked.steps or 7
+    say(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, a copy: {copy_rate / 1e9:.3g} GB/s")
+    say(f"{len(sizes)} of {len(target.sizes)} tensors, {sum(sizes):,} numbers")
     rows, order, misses = list[dict[str, Any]](), list[str](), list[str]()
     for family in families:
-        steps = baselines.optimizer_steps(family, arenas, of.ops, halves, misses)
+        steps = baselines.optimizer_steps(family, arenas, target.ops, halves, misses)
         first = len(rows)
         for name, step in steps.items():
             step.run()
-            waits, launches = counters.host_waits(step.run, of.device, step.on_host())
+            waits, launches = counters.host_waits(step.run, target.device, step.on_host())
             rows.append({"name": name, "optimizer": family, "bytes": step.moved})
             rows[-1] |= {"host_waits": dict(waits), "launches": launches}
-        turns = timing.in_turns({name: (step.run, nullcontext) for name, step in steps.items()}, count, of.device)
+        turns = timing.in_turns({name: (step.run, nullcontext) for name, step in steps.items()}, count, target.device)
         order += [f"{family}: {name}" for name, _ in turns]
         for row in rows[first:]:
             counters.put_times(row, turns, rows[first])
             row["gb_per_s"] = row["bytes"] / row["ms"]["median"] / 1e6
-            row["share_of_copy"] = row["gb_per_s"] * 1e9 / copy
+            row["share_of_copy"] = row["gb_per_s"] * 1e9 / copy_rate
         del steps
     table = [["optimizer", "", "ms (min - max)", "GB/s", "of a copy", "waits", "fastsd is"]]
     for row in rows:
@@ -279,9 +281,9 @@ def bench_optim(asked: Asked, say: Say) -> Figures:
         figures += [str(sum(row["host_waits"].values())), f"{row['times']:.2f}x"]
         table.append([row["optimizer"], row["name"], *figures])
     options.say_table(table, say)
-    given = {"fraction": fraction, "tensors": len(sizes), "numbers": sum(sizes), "rounds": count, "kernels": of.ops.name}
-    return of.device, {
-        "settings": {**given, "precision": of.stage.precision}, "copy_gb_per_s": copy / 1e9, "results": rows,
+    setup = {"fraction": fraction, "tensors": len(sizes), "numbers": sum(sizes), "rounds": count, "kernels": target.ops.name}
+    return target.device, {
+        "settings": {**setup, "precision": target.stage.precision}, "copy_gb_per_s": copy_rate / 1e9, "results": rows,
         "order": order, "misses": misses,
     }  # fmt: skip
 
@@ -295,8 +297,8 @@ def run_suites(asked: Asked, say: Say) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         quick = ["--quick"] if asked.small else []
-        words = [sys.executable, "-m", "pytest", str(SUITES), "--benchmark-json", str(file), *quick]
-        status = subprocess.run(words, cwd=SUITES.parent).returncode
+        command = [sys.executable, "-m", "pytest", str(SUITES), "--benchmark-json", str(file), *quick]
+        status = subprocess.run(command, cwd=SUITES.parent).returncode
         if status:
             raise UserError(f"a suite of the kernels failed, see above (pytest ended with {status})")
         figures = [benchmark["extra_info"] for benchmark in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]]
@@ -306,6 +308,6 @@ def run_suites(asked: Asked, say: Say) -> Figures:
 
 WHAT: dict[str, Callable[[Asked, Say], Figures]] = {
     "step": bench_step, "memory": bench_memory, "kernels": run_suites, "optim": bench_optim,
-    "loader": lambda asked, say: data.bench_loader(asked, settings(asked), say),
-    "cache": lambda asked, say: data.bench_cache(asked, settings(asked), say),
+    "loader": lambda command_line, say: data.bench_loader(command_line, settings(command_line), say),
+    "cache": lambda command_line, say: data.bench_cache(command_line, settings(command_line), say),
 }  # fmt: skip

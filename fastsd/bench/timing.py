@@ -42,7 +42,7 @@ def first_steps(contender: Contender, device: torch.device) -> dict[str, Any]:
     The peak is the memory the candidate holds plus the rise on top: on a GPU during the first steps, which allocate state and
     record a graph; on a CPU during the second step.
     """
-    blind = device.type == "cpu" and contender.name == "compiled"
+    opaque = device.type == "cpu" and contender.name == "compiled"
     row: dict[str, Any] = {"name": contender.name}
     losses: list[Tensor] = []
 
@@ -57,8 +57,8 @@ def first_steps(contender: Contender, device: torch.device) -> dict[str, Any]:
         else:
             step()
             held = contender.held()
-            peak = held if blind else held + rise(step, device)
-            waits, launches = (Counter(), 0) if blind else host_waits(step, device, contender.on_host())
-    seen = {"host_waits": dict(waits), "launches": launches, "peak_gb": peak / 1e9}
-    row |= dict.fromkeys(seen) if blind else seen
+            peak = held if opaque else held + rise(step, device)
+            waits, launches = (Counter(), 0) if opaque else host_waits(step, device, contender.on_host())
+    figures = {"host_waits": dict(waits), "launches": launches, "peak_gb": peak / 1e9}
+    row |= dict.fromkeys(figures) if opaque else figures
     return row | {"held_gb": contender.held() / 1e9, "first_loss": losses[0].item()}
