@@ -67,12 +67,12 @@ def drawn(config: Config, step: int) -> tuple[float, list[Image.Image]]:
 
 def accuracies(config: Config, steps: list[int]) -> dict[int, float]:
     """By step, up to the first that is enough."""
-    found: dict[int, float] = {}
+    accuracy_by_step: dict[int, float] = {}
     for step in steps:
-        found[step] = drawn(config, step)[0]
-        if found[step] >= ENOUGH:
+        accuracy_by_step[step] = drawn(config, step)[0]
+        if accuracy_by_step[step] >= ENOUGH:
             break
-    return found
+    return accuracy_by_step
 
 
 def first(found: dict[int, float], reached: Any) -> int | None:
@@ -83,14 +83,14 @@ def compared(folder: Path, way: str, seed: int) -> dict[str, Any]:
     configs = {start: config_of(folder, way, start, seed) for start in STARTS}
     loss = {start: losses(config) for start, config in configs.items()}
     accuracy = {start: accuracies(config, sorted(loss[start])) for start, config in configs.items()}
-    mark = loss["plain"][max(loss["plain"])]
-    found = {
+    target_loss = loss["plain"][max(loss["plain"])]
+    result = {
         "steps_to_accuracy": {start: first(accuracy[start], lambda share: share >= ENOUGH) for start in STARTS},
-        "steps_to_loss": {start: first(loss[start], lambda value: value <= mark) for start in STARTS},
-        "mark": mark, "loss": loss, "accuracy": accuracy,
+        "steps_to_loss": {start: first(loss[start], lambda value: value <= target_loss) for start in STARTS},
+        "mark": target_loss, "loss": loss, "accuracy": accuracy,
     }  # fmt: skip
-    print(way, seed, json.dumps({key: found[key] for key in ("steps_to_accuracy", "steps_to_loss", "mark")}), flush=True)
-    return found
+    print(way, seed, json.dumps({key: result[key] for key in ("steps_to_accuracy", "steps_to_loss", "mark")}), flush=True)
+    return result
 
 
 def picture(folder: Path, way: str, seed: int, path: Path) -> None:

@@ -64,12 +64,10 @@ def job(folder: Path, **cache: Any) -> Config:
 
 def draw(path: Path, seed: int) -> None:
     """A smooth picture with grain, of a size and shape of its own, and its caption."""
-    chance = np.random.default_rng(seed)
-    width, height = (int(side) for side in chance.integers(64, 640, 2))
-    small = Image.fromarray(chance.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
-    grain = chance.integers(-8, 8, (height, width, 1))
+    rng = np.random.default_rng(seed)
+    width, height = (int(side) for side in rng.integers(64, 640, 2))
+    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    grain = rng.integers(-8, 8, (height, width, 1))
     image = Image.fromarray((np.asarray(small) + grain).clip(0, 255).astype(np.uint8))
     image.save(path, **({"quality": 90} if path.suffix == ".jpg" else {"compress_level": 1}))
     path.with_suffix(".txt").write_text(f"picture, number {seed}")
@@ -77,9 +75,9 @@ def draw(path: Path, seed: int) -> None:
 
 def draw_some(folder: Path, numbers: range) -> None:
     for i in numbers:
-        place = folder / "images" / f"{i // 1000:03}"
-        place.mkdir(parents=True, exist_ok=True)
-        draw(place / f"{i:06}.{'jpg' if i % 2 else 'png'}", i)
+        subfolder = folder / "images" / f"{i // 1000:03}"
+        subfolder.mkdir(parents=True, exist_ok=True)
+        draw(subfolder / f"{i:06}.{'jpg' if i % 2 else 'png'}", i)
 
 
 def draw_all(folder: Path, count: int) -> None:
@@ -102,15 +100,15 @@ def files(folder: Path, small: bool) -> dict[str, Any]:
     first = cached("first run")
     assert first.encoded == first.cached == count and first.rejected == 0
     assert cached("second run").encoded == 0
-    places = sorted((folder / "images").rglob("*.jpg"))
+    paths = sorted((folder / "images").rglob("*.jpg"))
     for i in range(3):
-        draw(places[i], count + i)
+        draw(paths[i], count + i)
     for i in range(5):
         draw(folder / "images" / f"new-{i}.png", count + 10 + i)
-    for path in places[10:17]:
+    for path in paths[10:17]:
         for old in (path, path.with_suffix(".txt")):
             old.rename(old.with_stem(f"renamed-{old.stem}"))
-    for path in places[20:22]:
+    for path in paths[20:22]:
         path.unlink()
     edited = cached("3 edited, 5 new, 7 renamed, 2 deleted")
     assert (edited.encoded, edited.cached) == (8, count + 3), edited
@@ -118,57 +116,57 @@ def files(folder: Path, small: bool) -> dict[str, Any]:
 
 
 def kills(folder: Path, small: bool) -> dict[str, Any]:
-    count, wanted = (120, 8) if small else (2000, 200)
+    count, num_kills = (120, 8) if small else (2000, 200)
     draw_all(folder, count)
     config = job(folder, batch=4, workers=2)
     torch.set_num_threads(1)  # a forked process must not find locks of threads it does not have
     vae = load_vae(config.model)
     start = time.perf_counter()
     view = build_cache(config, vae).view
-    whole = time.perf_counter() - start
-    made = {path.relative_to(folder): path.read_bytes() for path in (folder / "cache").glob("*s/*.safetensors")}
+    duration = time.perf_counter() - start
+    expected = {path.relative_to(folder): path.read_bytes() for path in (folder / "cache").glob("*s/*.safetensors")}
     shutil.rmtree(folder / "cache")
-    chance, killed = random.Random(0), 0
-    # Moments are spread over looking through the folders, planning and a few blocks of encoding.
-    reach = 0.3 + whole / wanted
-    while killed < wanted:
-        moment, child = chance.uniform(0, reach), os.fork()
+    rng, killed = random.Random(0), 0
+    # Delays are spread over looking through the folders, planning and a few blocks of encoding.
+    max_delay = 0.3 + duration / num_kills
+    while killed < num_kills:
+        delay, child = rng.uniform(0, max_delay), os.fork()
         if child == 0:
             build_cache(config, vae)
             os._exit(0)
-        time.sleep(moment)
+        time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         killed += os.waitpid(child, 0)[1] != 0
-    left = build_cache(config, vae)
-    again = {path.relative_to(folder): path.read_bytes() for path in (folder / "cache").glob("*s/*.safetensors")}
+    counts = build_cache(config, vae)
+    actual = {path.relative_to(folder): path.read_bytes() for path in (folder / "cache").glob("*s/*.safetensors")}
     latents = LatentCache.open(folder / "cache", view)
     captions = latents.captions(range(len(latents)))
     assert len(set(captions)) == len(captions) == count, "lost or twice"
-    assert {path: data for path, data in again.items() if "shards" in path.parts} == {
-        path: data for path, data in made.items() if "shards" in path.parts
+    assert {path: data for path, data in actual.items() if "shards" in path.parts} == {
+        path: data for path, data in expected.items() if "shards" in path.parts
     }, "shards differ"
-    assert again == made and verify(folder / "cache") == []
-    return {"images": count, "kills": killed, "left to the last run": left.encoded, "shards equal": True}
+    assert actual == expected and verify(folder / "cache") == []
+    return {"images": count, "kills": killed, "left to the last run": counts.encoded, "shards equal": True}
 
 
 def rows(folder: Path, small: bool) -> dict[str, Any]:
     count = 100_000 if small else 10_000_000
     start = time.perf_counter()
     made_rows(folder / "cache", count)
-    written = time.perf_counter() - start
+    write_seconds = time.perf_counter() - start
     code = "import sys; from pathlib import Path; import cache; cache.open_rows(Path(sys.argv[1]))"
-    ran = subprocess.run([sys.executable, "-c", code, str(folder / "cache")], cwd=Path(__file__).parent, text=True,
-                         capture_output=True, check=False)  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    figures = {"rows": count, "seconds to write the index": written, **json.loads(ran.stdout)}
-    shares = parse_config({"model": {"base": "x"}, "data": {"folders": ["a"]}, "stage": [{"train": ["unet"], "until": 1}]}, "x")
+    result = subprocess.run([sys.executable, "-c", code, str(folder / "cache")], cwd=Path(__file__).parent, text=True,
+                            capture_output=True, check=False)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    figures = {"rows": count, "seconds to write the index": write_seconds, **json.loads(result.stdout)}
+    config = parse_config({"model": {"base": "x"}, "data": {"folders": ["a"]}, "stage": [{"train": ["unet"], "until": 1}]}, "x")
     latents = LatentCache.open(folder / "cache")
-    order = Order(latents.groups, shares.data.roots, 0, batch=BATCH)
+    order = Order(latents.groups, config.data.roots, 0, batch=BATCH)
     steps = [0, 1, 2, count // BATCH - 1, count // BATCH, 3 * count // BATCH] + list(range(1000, 1032))
     start = time.perf_counter()
     for step in steps:
-        whole = order.batch(step * BATCH, BATCH)
-        assert len(whole) == BATCH and int(whole.max()) < count
+        samples = order.batch(step * BATCH, BATCH)
+        assert len(samples) == BATCH and int(samples.max()) < count
     figures["ms for the order of a batch at random places"] = (time.perf_counter() - start) / len(steps) * 1e3
     return figures
 
@@ -192,11 +190,11 @@ def made_rows(folder: Path, count: int) -> None:
                 shards.append([shard.name, shard.shape])
         finally:
             os.posix_fallocate = fallocate
-    number = np.arange(count, dtype=np.int64)
-    texts = np.char.add("a picture, number ", number.astype(str)).astype(bytes)
+    indices = np.arange(count, dtype=np.int64)
+    texts = np.char.add("a picture, number ", indices.astype(str)).astype(bytes)
     arrays = {
-        "shard": (number // SHARD_ROWS).astype(np.int32),
-        "row": (number % SHARD_ROWS).astype(np.int32),
+        "shard": (indices // SHARD_ROWS).astype(np.int32),
+        "row": (indices % SHARD_ROWS).astype(np.int32),
         "check": np.full(count, row_check(zeros)),
         "caption_offsets": np.concatenate([[0], np.cumsum(np.char.str_len(texts))]).astype(np.int64),
         "captions": np.frombuffer(b"".join(texts.tolist()), np.uint8),
@@ -210,26 +208,26 @@ def open_rows(folder: Path) -> None:
 
     from fastsd.data.loader import Loader
 
-    before = psutil.Process().memory_info().rss
+    resident_before = psutil.Process().memory_info().rss
     stage = StageTable(train=["unet"], until=1, batch=BATCH)
     tokenize = lambda captions: torch.zeros(len(captions), 77, dtype=torch.int64)  # noqa: E731
     start = time.perf_counter()
     latents = LatentCache.open(folder)
-    alone = Loader(latents, tokenize, 0, stage)
+    single = Loader(latents, tokenize, 0, stage)
     opened = time.perf_counter()
-    alone.batch(0, BATCH)
+    single.batch(0, BATCH)
     first = time.perf_counter()
     starts = [*range(0, 20 * BATCH, BATCH), len(latents) // BATCH * BATCH, 2 * len(latents) // BATCH * BATCH]
     for world in (2, 8):
         loaders = [Loader(latents, tokenize, 0, stage, rank=rank, world=world) for rank in range(world)]
-        for at in starts:
-            parts = [loader.batch(at, BATCH) for loader in loaders]
-            whole = alone.batch(at, BATCH)
-            assert torch.equal(torch.cat([part.positions_B for part in parts]), whole.positions_B)
-            assert [caption for part in parts for caption in part.captions] == whole.captions
+        for position in starts:
+            rank_batches = [loader.batch(position, BATCH) for loader in loaders]
+            global_batch = single.batch(position, BATCH)
+            assert torch.equal(torch.cat([part.positions_B for part in rank_batches]), global_batch.positions_B)
+            assert [caption for part in rank_batches for caption in part.captions] == global_batch.captions
     resident = psutil.Process().memory_info().rss
     figures = {"seconds to open": opened - start, "seconds to the first batch": first - opened, "resident MB": resident / 1e6,
-               "of which libraries": before / 1e6, "global batches equal for worlds of 1, 2, 8": True}  # fmt: skip
+               "of which libraries": resident_before / 1e6, "global batches equal for worlds of 1, 2, 8": True}  # fmt: skip
     print(json.dumps(figures))
 
 
@@ -237,7 +235,7 @@ def reads(folder: Path, small: bool) -> dict[str, Any]:
     count, batches = (2048, 8) if small else (131_072, 100)
     folder.mkdir(parents=True, exist_ok=True)
     made_reads(folder, count)
-    latents, chance = LatentCache.open(folder / "cache"), np.random.default_rng(1)
+    latents, rng = LatentCache.open(folder / "cache"), np.random.default_rng(1)
 
     def npz(i: int) -> torch.Tensor:
         with np.load(folder / f"npz/{i // 1000}/{i}.npz") as file:
@@ -248,30 +246,30 @@ def reads(folder: Path, small: bool) -> dict[str, Any]:
 
     threads = ThreadPoolExecutor(8)
     ways = {
-        "ours": lambda some: latents.get(some)["latents"],
-        "npz": lambda some: torch.stack([npz(i) for i in some]),
-        "torch.load": lambda some: torch.stack([pt(i) for i in some]),
-        "npz, 8 threads": lambda some: torch.stack(list(threads.map(npz, some))),
-        "torch.load, 8 threads": lambda some: torch.stack(list(threads.map(pt, some))),
+        "ours": lambda indices: latents.get(indices)["latents"],
+        "npz": lambda indices: torch.stack([npz(i) for i in indices]),
+        "torch.load": lambda indices: torch.stack([pt(i) for i in indices]),
+        "npz, 8 threads": lambda indices: torch.stack(list(threads.map(npz, indices))),
+        "torch.load, 8 threads": lambda indices: torch.stack(list(threads.map(pt, indices))),
     }
     figures: dict[str, Any] = {"samples": count, "gb": count * 32768 / 1e9, "cold by": dropped()}
-    some = chance.integers(0, count, BATCH).tolist()
-    assert torch.equal(ways["ours"](some), ways["npz"](some)) and torch.equal(ways["ours"](some), ways["torch.load"](some))
-    known = chance.choice(count, min(count, 8192), replace=False)  # what is in memory when it is warm
+    batch = rng.integers(0, count, BATCH).tolist()
+    assert torch.equal(ways["ours"](batch), ways["npz"](batch)) and torch.equal(ways["ours"](batch), ways["torch.load"](batch))
+    warm_indices = rng.choice(count, min(count, 8192), replace=False)  # what is in memory when it is warm
     for cold in (True, False):
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for round_, (name, way) in itertools.product(range(3), ways.items()):
             if cold:
                 dropped()
             elif round_ == 0:
-                for some in np.array_split(known, len(known) // BATCH):
-                    way(some.tolist())
-            share = batches if name == "ours" or not cold else max(batches // 4, 1)
-            picked = [chance.choice(count if cold else known, BATCH).tolist() for _ in range(share)]
+                for batch in np.array_split(warm_indices, len(warm_indices) // BATCH):
+                    way(batch.tolist())
+            num_batches = batches if name == "ours" or not cold else max(batches // 4, 1)
+            index_batches = [rng.choice(count if cold else warm_indices, BATCH).tolist() for _ in range(num_batches)]
             start = time.perf_counter()
-            for some in picked:
-                way(some)
-            speeds[name].append(share * BATCH / (time.perf_counter() - start))
+            for batch in index_batches:
+                way(batch)
+            speeds[name].append(num_batches * BATCH / (time.perf_counter() - start))
         medians = {name: statistics.median(values) for name, values in speeds.items()}
         ratios = {name: medians["ours"] / value for name, value in medians.items()}
         figures["cold" if cold else "warm"] = {"samples_per_s": medians, "ours over": ratios}
@@ -282,11 +280,11 @@ def made_reads(folder: Path, count: int) -> None:
     """The same random latents as a cache, as .npz and as torch.save files, a thousand a folder."""
 
     def rows() -> Iterator[bytes]:
-        chance = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         for i in range(count):
             for kind in ("npz", "pt") if i % 1000 == 0 else ():
                 (folder / f"{kind}/{i // 1000}").mkdir(parents=True)
-            latent = torch.randn(ROW, generator=chance).half()
+            latent = torch.randn(ROW, generator=generator).half()
             np.savez(folder / f"npz/{i // 1000}/{i}.npz", latents=latent.numpy())
             torch.save(latent, folder / f"pt/{i // 1000}/{i}.pt")
             yield latent.numpy().tobytes()

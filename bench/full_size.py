@@ -107,10 +107,10 @@ def main() -> None:
     figures["sample, 2 steps"] = run(folder, "sample", "run/model", "--prompt", "a red circle", "--steps", "2")
     rows = [json.loads(line) for line in (folder / "run" / "timing.jsonl").read_text().splitlines()]
     figures["seconds a step"] = [round(1 / row["images_per_second"], 1) for row in rows]
-    last = sorted((folder / "run" / "checkpoints").iterdir())[-1]
-    figures["checkpoint GB"] = round(sum(f.stat().st_size for f in last.rglob("*") if f.is_file()) / 1e9, 2)
-    said = {"config": "full-size SD1.5, random weights, 512 px, batch 1, fp32, D-Lion", **stamp(torch.device("cpu"))}
-    text = json.dumps({"stamp": said, "figures": figures}, indent=2)
+    checkpoint = sorted((folder / "run" / "checkpoints").iterdir())[-1]
+    figures["checkpoint GB"] = round(sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file()) / 1e9, 2)
+    metadata = {"config": "full-size SD1.5, random weights, 512 px, batch 1, fp32, D-Lion", **stamp(torch.device("cpu"))}
+    text = json.dumps({"stamp": metadata, "figures": figures}, indent=2)
     print(text)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def read_stamp() -> dict[str, Any]:
     import torch
     import triton
 
-    def ask(*command: str) -> str | None:
+    def command_output(*command: str) -> str | None:
         try:
             return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
@@ -81,7 +81,7 @@ def read_stamp() -> dict[str, Any]:
     def smi(field: str) -> str | None:
         # nvidia-smi counts all GPUs, CUDA those that are visible.
         number = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        return ask("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={number}")
+        return command_output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={number}")
 
     def version(package: str) -> str | None:
         try:
@@ -99,7 +99,7 @@ def read_stamp() -> dict[str, Any]:
         "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__, "python": platform.python_version(),
         **{package: version(package) for package in ("lion-pytorch", "dadaptation", "diffusers", "transformers")},
-        "commit": ask("git", "rev-parse", "--short", "HEAD"),
+        "commit": command_output("git", "rev-parse", "--short", "HEAD"),
         "sources": hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }  # fmt: skip
@@ -136,13 +136,13 @@ def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None,
 
 def run_part(name: str, lines: Path, options: argparse.Namespace, end: float | None) -> tuple[int | None, float]:
     """A part of `PARTS`, its outcomes going to `lines`: as `run`."""
-    noting = ["-p", "outcomes", "--outcomes", str(lines)]
+    outcome_args = ["-p", "outcomes", "--outcomes", str(lines)]
     if name in SCRIPTS:
         small = ["--small", "--rounds", "1"] if options.small else []
         chosen = ["--only", *options.steps] if name == "steps" else []
         return run([[*PARTS[name], "--lines", str(lines), *chosen, *small]], end)
     if name == "tests":
-        chosen = [[*noting, *_selected(ON_GPU.get(file), options.k), file] for file in PARTS[name]]
+        chosen = [[*outcome_args, *_selected(ON_GPU.get(file), options.k), file] for file in PARTS[name]]
         return run([[*PYTEST, *arguments] for arguments in chosen], end)
     arguments = [*PYTEST, *PARTS[name], "--batch", str(options.batch), "--benchmark-quiet"]
     arguments += ["--compiled"] if options.compiled else []
@@ -151,13 +151,13 @@ def run_part(name: str, lines: Path, options: argparse.Namespace, end: float | N
         kernels = [*_selected("triton", options.k), "--benchmark-disable"]
         # What fails here fails again below, where it is noted.
         run([[*arguments, *kernels, "--shard", f"{i}/{shares}"] for i in range(shares)], end)
-    return run([[*arguments, *noting, *_selected(options.k)]], end)
+    return run([[*arguments, *outcome_args, *_selected(options.k)]], end)
 
 
 def _selected(*expressions: str | None) -> list[str]:
     """pytest's arguments for what all of these select."""
-    given = [f"({expression})" for expression in expressions if expression]
-    return ["-k", " and ".join(given)] if given else []
+    conditions = [f"({expression})" for expression in expressions if expression]
+    return ["-k", " and ".join(conditions)] if conditions else []
 
 
 def take_in(result: dict[str, Any], name: str, lines: Path, status: int | None, seconds: float) -> None:
@@ -206,9 +206,9 @@ def open_result(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
 def write_result(result: dict[str, Any], path: Path) -> None:
     judge, _ = _judges(path)
     result["verdicts"] = [verdict._asdict() for verdict in judge(result["records"])]
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.replace(path)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def _judges(path: Path) -> tuple[Any, Any]:
@@ -284,8 +284,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n== {name}", flush=True)
         path = options.out / f"{name if name in SCRIPTS else 'kernels'}-{gpu}.json"
         if path not in results:
-            asked = {"small": options.small} if name in SCRIPTS else {"batch": options.batch}
-            results[path] = open_result(path, {**stamp, **asked})
+            settings = {"small": options.small} if name in SCRIPTS else {"batch": options.batch}
+            results[path] = open_result(path, {**stamp, **settings})
             write_result(results[path], path)
         lines = path.with_suffix(f".{name}.jsonl")
         status, seconds = run_part(name, lines, options, end)

@@ -48,13 +48,13 @@ def equal(a: Path, b: Path) -> dict[str, str]:
     """How many tensors of each part have the same names and bits."""
     from fastsd.storage import TensorFile
 
-    said = {}
+    counts = {}
     for part, name in PARTS.items():
-        mine, theirs = TensorFile(a / f"{name}.safetensors"), TensorFile(b / f"{name}.safetensors")
-        assert set(mine) == set(theirs), part
-        same = sum(torch.equal(mine[name], theirs[name]) for name in mine)
-        said[part] = f"{same} of {len(mine)} bit-equal"
-    return said
+        left, right = TensorFile(a / f"{name}.safetensors"), TensorFile(b / f"{name}.safetensors")
+        assert set(left) == set(right), part
+        same = sum(torch.equal(left[name], right[name]) for name in left)
+        counts[part] = f"{same} of {len(left)} bit-equal"
+    return counts
 
 
 def known_names(file: Path) -> str:
@@ -67,16 +67,16 @@ def known_names(file: Path) -> str:
     from fastsd.storage import TensorFile
 
     state: dict[str, Any] = {name: torch.empty(t.shape, device="meta") for name, t in TensorFile(file).stored().items()}
-    known = 0
-    for part, config, back in (
+    num_known = 0
+    for part, config, conversion in (
         ("unet", UNetConfig.sd15().to_diffusers(), theirs.convert_ldm_unet_checkpoint),
         ("vae", SD15_VAE, theirs.convert_ldm_vae_checkpoint),
         ("text_encoder", SD15_TEXT, lambda state, config: theirs.convert_ldm_clip_checkpoint(state)),
     ):
-        found, wanted = back(dict(state), config), expected_tensors(part, config, "")
-        assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in wanted.items()}, part
-        known += len(found)
-    return f"{known} of {len(state)} names known, none missing"
+        converted, expected = conversion(dict(state), config), expected_tensors(part, config, "")
+        assert {name: t.shape for name, t in converted.items()} == {name: t.shape for name, t in expected.items()}, part
+        num_known += len(converted)
+    return f"{num_known} of {len(state)} names known, none missing"
 
 
 def images(folder: Path, file: Path) -> dict[str, float]:
@@ -89,7 +89,7 @@ def images(folder: Path, file: Path) -> dict[str, float]:
 
     eps = noise.normal(0, noise.Purpose.SAMPLE, torch.tensor([0]), (4, SIZE // 8, SIZE // 8))
 
-    def of_diffusers(load: Any, source: Path, **words: Any) -> torch.Tensor:
+    def diffusers_image(load: Any, source: Path, **words: Any) -> torch.Tensor:
         pipe = load(source, local_files_only=True, **words)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         return pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=eps, output_type="pt").images[0]
@@ -98,11 +98,11 @@ def images(folder: Path, file: Path) -> dict[str, float]:
     latents = denoise(model, [PROMPT], eps, [0], SampleTable(sampler="ddim", steps=STEPS, guidance=GUIDANCE))
     ours = model.vae.decode(latents)[0] / 2 + 0.5
     del model
-    theirs = {
-        "from_pretrained": of_diffusers(StableDiffusionPipeline.from_pretrained, folder),
-        "from_single_file": of_diffusers(StableDiffusionPipeline.from_single_file, file, config=str(folder)),
+    baseline_images = {
+        "from_pretrained": diffusers_image(StableDiffusionPipeline.from_pretrained, folder),
+        "from_single_file": diffusers_image(StableDiffusionPipeline.from_single_file, file, config=str(folder)),
     }
-    return {name: float((ours - image).abs().max()) for name, image in theirs.items()} | {"spread": float(ours.std())}
+    return {name: float((ours - image).abs().max()) for name, image in baseline_images.items()} | {"spread": float(ours.std())}
 
 
 def main() -> None:
@@ -110,25 +110,25 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="working folder; default: a temporary one, deleted at the end")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    work = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-interchange-"))
-    work.mkdir(parents=True, exist_ok=True)
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-interchange-"))
+    folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     imports = process(
         "import fastsd.commands.convert; from diffusers import AutoencoderKL; from transformers import CLIPTextModel"
     )
     for factor in (0.18215, 0.13025):
-        base, file, back = work / f"base-{factor}", work / f"{factor}.safetensors", work / f"back-{factor}"
+        base, file, back = folder / f"base-{factor}", folder / f"{factor}.safetensors", folder / f"back-{factor}"
         for leftover in (file, back):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         if not (base / "model_index.json").exists():
             make_base(base, factor)
-        out = convert(base, file)
-        into = convert(file, back, "--tokenizer", base)
-        found = {"to one file": out, "back": into, "bits": equal(base, back), "names": known_names(file)}
+        to_file = convert(base, file)
+        to_folder = convert(file, back, "--tokenizer", base)
+        result = {"to one file": to_file, "back": to_folder, "bits": equal(base, back), "names": known_names(file)}
         if factor == 0.18215:
-            found["images"] = images(back, file)
-        print(json.dumps(found, indent=1), flush=True)
-        figures[f"factor {factor}"] = found
+            result["images"] = images(back, file)
+        print(json.dumps(result, indent=1), flush=True)
+        figures[f"factor {factor}"] = result
     figures["libraries alone, peak MB"] = imports["peak_mb"]
     figures["largest tensor, MB"] = round(49408 * 768 * 4 / 2**20)
     text = json.dumps({"stamp": stamp(torch.device("cpu")), "figures": figures}, indent=2)
@@ -136,7 +136,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(text + "\n")
     if not arguments.folder:
-        shutil.rmtree(work)
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

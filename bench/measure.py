@@ -79,12 +79,12 @@ def smallest(table: dict[Any, int], count: int = 2) -> list[Any]:
 @contextmanager
 def fp32_matmuls(mode: str) -> Iterator[None]:
     """PyTorch's fp32 matmuls in TF32 inside, if the mode is "tf32", else IEEE."""
-    before = torch.backends.cuda.matmul.fp32_precision
+    previous = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if mode == "tf32" else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        torch.backends.cuda.matmul.fp32_precision = previous
 
 
 def _seconds(call: Call, device: torch.device, repeats: int) -> float:
@@ -106,13 +106,13 @@ def measure_machine(device: torch.device) -> Machine:
     """A copy of 1 GiB (256 MiB on a CPU) and square matmuls of 8192 (512)."""
     gpu = device.type == "cuda"
     source, target = (torch.ones((1 << 28) if gpu else (1 << 26), device=device) for _ in range(2))
-    copy = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, 10 if gpu else 1) / 1e9
+    copy_rate = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, 10 if gpu else 1) / 1e9
     rates, side = {}, 8192 if gpu else 512
     for mode in ("bf16", "tf32", "ieee"):
         a = torch.randn(side, side, device=device, dtype=DTYPES["bf16" if mode == "bf16" else "fp32"])
         with fp32_matmuls(mode):
             rates[mode] = 2 * side**3 / _seconds(partial(torch.matmul, a, a), device, 3) / 1e12
-    return Machine(copy, rates)
+    return Machine(copy_rate, rates)
 
 
 def forward_and_backward(function: Callable[..., Any], sets: Sequence[Operands]) -> None:
@@ -185,21 +185,21 @@ class Bench:
         """Time `work`, which is so many calls of the case. captured: as a CUDA graph, where there is CUDA."""
         rounds = 3 if self.quick else 20
         if not self.gpu:
-            run, warm = work, 1
+            run, warmup = work, 1
         elif captured:
             run, repeats = capture(work)
-            calls, warm = calls * repeats, 3
+            calls, warmup = calls * repeats, 3
         else:
 
             def run() -> None:
                 work()
                 torch.cuda.synchronize()
 
-            rounds, warm = min(rounds, 5), 1
+            rounds, warmup = min(rounds, 5), 1
         self.benchmark.group = f"{case.op}, {case.kind}, {case.mode}"
-        self.benchmark.pedantic(run, rounds=rounds, warmup_rounds=warm)
-        how = "eager" if not (self.gpu and captured) else "graph"
-        info = {**asdict(case), "batch": self.batch, "timed": how, "calls_a_round": calls}
+        self.benchmark.pedantic(run, rounds=rounds, warmup_rounds=warmup)
+        execution = "eager" if not (self.gpu and captured) else "graph"
+        info = {**asdict(case), "batch": self.batch, "timed": execution, "calls_a_round": calls}
         if self.machine and self.benchmark.stats:
             stats = self.benchmark.stats.stats
             info |= {"rounds": rounds, "seconds": stats.median / calls, "seconds_min": stats.min / calls}
@@ -210,13 +210,13 @@ class Bench:
 
 def rates(case: Case, seconds: float, machine: Machine) -> dict[str, float]:
     """What was achieved, and its share of what the machine does."""
-    found = {"gb_per_s": case.bytes / seconds / 1e9, "copy_gb_per_s": machine.copy_gb_per_s}
-    found["share_of_copy"] = found["gb_per_s"] / machine.copy_gb_per_s
+    figures = {"gb_per_s": case.bytes / seconds / 1e9, "copy_gb_per_s": machine.copy_gb_per_s}
+    figures["share_of_copy"] = figures["gb_per_s"] / machine.copy_gb_per_s
     if case.bytes_once:
-        found["share_of_copy_once"] = found["share_of_copy"] * case.bytes_once / case.bytes
+        figures["share_of_copy_once"] = figures["share_of_copy"] * case.bytes_once / case.bytes
     if case.flops:
         # tf32x3 is three TF32 products for each it counts: a third is all there is.
         rate = machine.matmul_tflop_per_s["tf32" if case.mode == "tf32x3" else case.mode]
-        found |= {"tflop_per_s": case.flops / seconds / 1e12, "matmul_tflop_per_s": rate}
-        found["share_of_matmul"] = found["tflop_per_s"] / rate
-    return found
+        figures |= {"tflop_per_s": case.flops / seconds / 1e12, "matmul_tflop_per_s": rate}
+        figures["share_of_matmul"] = figures["tflop_per_s"] / rate
+    return figures

@@ -59,12 +59,12 @@ CASES: list[tuple[str, str, int, int, str, dict[str, Any]]] = [
 
 
 def stage_of(case: tuple[str, str, int, int, str, dict[str, Any]]) -> StageTable:
-    precision, optimizer, micro, forwards, level, more = case
+    precision, optimizer, micro, forwards, level, overrides = case
     keys = {
         "train": ["unet"], "until": 1, "precision": precision, "optimizer": optimizer, "checkpointing": level,
         "lr": 1.0 if optimizer == "dlion" else 1e-6, "batch": micro * forwards, "micro_batch": 0 if forwards == 1 else micro,
     }  # fmt: skip
-    return StageTable.model_validate({**keys, **more})
+    return StageTable.model_validate({**keys, **overrides})
 
 
 def planned(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> dict[str, int]:
@@ -134,15 +134,15 @@ def main() -> None:
         return run_case(arguments.case, arguments.small)
     records = []
     for index, case in enumerate(CASES):
-        *words, more = case
-        name = "{} {} {} x {} {}".format(*words) + "".join(f" {key}={value}" for key, value in more.items())
+        *values, overrides = case
+        name = "{} {} {} x {} {}".format(*values) + "".join(f" {key}={value}" for key, value in overrides.items())
         if not all(word in name.split() for word in arguments.only):
             continue
         command = [sys.executable, __file__, "--case", str(index), *(["--small"] if arguments.small else [])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(f"{name}: ended with status {done.returncode}")
-        record = {"case": name, **json.loads(done.stdout.splitlines()[-1])}
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if result.returncode:
+            sys.exit(f"{name}: ended with status {result.returncode}")
+        record = {"case": name, **json.loads(result.stdout.splitlines()[-1])}
         ratios = "  ".join(f"{owner} {figure['ratio']:.4f}" for owner, figure in record["figures"].items())
         print(f"{name:44} peak {record['figures']['peak']['measured'] / 1e9:.3f} GB  planned / measured: {ratios}", flush=True)
         records.append(record)

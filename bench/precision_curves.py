@@ -95,8 +95,8 @@ def draw(curves: dict[tuple[str, int], list[float]], path: Path) -> None:
     for precision, style in (("fp32", "k-"), ("tf32", "C0--"), ("bf16", "C1:")):
         curve = smooth(curves[precision, 0])
         left.plot(steps, curve, style, label=f"{precision}, seed 0")
-        apart = [a / b - 1 for a, b in zip(curve, smooth(curves["fp32", 0]), strict=True)]
-        right.plot(steps, [100 * value for value in apart], style, label=precision)
+        differences = [a / b - 1 for a, b in zip(curve, smooth(curves["fp32", 0]), strict=True)]
+        right.plot(steps, [100 * value for value in differences], style, label=precision)
     for axes, title in ((left, "loss, smoothed"), (right, "difference to fp32, same seed, %")):
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -111,14 +111,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         demo._lay_out(Path(scratch), Console(file=StringIO()))
-        wanted = [("fp32", seed) for seed in SEEDS] + [("tf32", 0), ("bf16", 0)]
-        curves = {key: losses(Path(scratch), *key, options.steps) for key in wanted}
+        runs = [("fp32", seed) for seed in SEEDS] + [("tf32", 0), ("bf16", 0)]
+        curves = {key: losses(Path(scratch), *key, options.steps) for key in runs}
     options.out.mkdir(parents=True, exist_ok=True)
     draw(curves, options.out / "precision-curves.png")
     last = {f"{precision} seed {seed}": smooth(values)[-1] for (precision, seed), values in curves.items()}
-    exact = smooth(curves["fp32", 0])
-    apart = {
-        precision: max(abs(a / b - 1) for a, b in zip(smooth(curves[precision, 0])[20:], exact[20:], strict=True))
+    fp32_curve = smooth(curves["fp32", 0])
+    differences = {
+        precision: max(abs(a / b - 1) for a, b in zip(smooth(curves[precision, 0])[20:], fp32_curve[20:], strict=True))
         for precision in ("tf32", "bf16")
     }
     noise = max(abs(last[f"fp32 seed {seed}"] / last["fp32 seed 0"] - 1) for seed in SEEDS)
@@ -127,7 +127,7 @@ def main() -> None:
     result = {
         "stamp": {"device": device, "tf32": "hardware" if torch.cuda.is_available() else "emulated", "commit": commit,
                   "torch": torch.__version__, "python": platform.python_version()},
-        "steps": options.steps, "smoothed_loss_at_the_end": last, "largest_difference_to_fp32_after_20_steps": apart,
+        "steps": options.steps, "smoothed_loss_at_the_end": last, "largest_difference_to_fp32_after_20_steps": differences,
         "largest_difference_between_seeds_at_the_end": noise, "losses": {f"{p} seed {s}": v for (p, s), v in curves.items()},
     }  # fmt: skip
     (options.out / "precision-curves.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -92,17 +92,17 @@ class Given:
     rounds: int
 
     def asked(self, setting: Setting, names: list[str]) -> options.Asked:
-        words = {
+        settings = {
             "stage.0.optimizer": setting.optimizer, "stage.0.batch": setting.batch,
             "stage.0.checkpointing": setting.checkpointing, "deterministic": setting.deterministic, "cuda_graph": setting.graph,
         }  # fmt: skip
-        changes = [f"{key}={json.dumps(value)}" for key, value in words.items()]
-        more: dict[str, Any] = {"steps": self.rounds, "peers": ",".join(names) or "none"}
-        return options.Asked("step", None, changes, setting.precision, self.small, **more)
+        changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        extra_options: dict[str, Any] = {"steps": self.rounds, "peers": ",".join(names) or "none"}
+        return options.Asked("step", None, changes, setting.precision, self.small, **extra_options)
 
     def record(self, op: str, kind: str, mode: str, implementation: str, **figures: Any) -> Record:
-        about = {"op": op, "kind": kind, "mode": mode, "implementation": implementation}
-        return {**about, "device": counters.device_name(self.device), "small": self.small, **figures}
+        labels = {"op": op, "kind": kind, "mode": mode, "implementation": implementation}
+        return {**labels, "device": counters.device_name(self.device), "small": self.small, **figures}
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,11 @@ def measurements() -> list[Measurement]:
     ]
     graphs = [Measurement("c", f"graph, batch {batch}", partial(graph_or_not, adamw(batch))) for batch in (1, 4, 16, 32)]
     profile = Measurement("e", "where the time goes", partial(where_time_goes, adamw(32, graph=False)))
-    crossed = [
-        _steps("a", adamw(*one))
-        for one in ((64, "none", False), (32, "ff", True), (32, "ff", False), (64, "ff", True), (64, "ff", False))
+    combinations = [
+        _steps("a", adamw(*arguments))
+        for arguments in ((64, "none", False), (32, "ff", True), (32, "ff", False), (64, "ff", True), (64, "ff", False))
     ]
-    others = [
+    other_precisions = [
         _steps("b", Setting("tf32", "adamw", 32), "diffusers"),
         _steps("b", Setting("fp32", "adamw", 8), "diffusers"),  # a step of 32 takes seconds
         _steps("b", Setting("tf32", "lion", 64, deterministic=False)),
@@ -143,13 +143,13 @@ def measurements() -> list[Measurement]:
     stages = [("bf16", "lion"), ("fp32", "dlion")]
     memory = [_most(*stage, level, baselines.OURS) for stage in stages for level in ("none", "ff")]
     plans = [Measurement("d", f"plan, {case[0]}, {_words(case)}", partial(against_plan, case)) for case in CASES]
-    theirs = [_most(*stage, "none", baselines.SAME_OPTIMIZER[stage[1]]) for stage in stages]
-    return [*first, *graphs, profile, *crossed, *others, *memory, *plans, *theirs]
+    baseline_memory = [_most(*stage, "none", baselines.SAME_OPTIMIZER[stage[1]]) for stage in stages]
+    return [*first, *graphs, profile, *combinations, *other_precisions, *memory, *plans, *baseline_memory]
 
 
 def _steps(part: str, setting: Setting, *names: str) -> Measurement:
-    beside = f" beside {' and '.join(names)}" if names else ""
-    return Measurement(part, f"{setting.precision}, {setting.kind}{beside}", partial(whole_steps, setting, names))
+    suffix = f" beside {' and '.join(names)}" if names else ""
+    return Measurement(part, f"{setting.precision}, {setting.kind}{suffix}", partial(whole_steps, setting, names))
 
 
 def _most(precision: str, optimizer: str, level: str, name: str) -> Measurement:
@@ -158,25 +158,25 @@ def _most(precision: str, optimizer: str, level: str, name: str) -> Measurement:
 
 
 def _words(case: Case) -> str:
-    _, *words, more = case
-    return "{}, {} x {}, {}".format(*words) + "".join(f", {key}" for key in more)
+    _, *values, overrides = case
+    return "{}, {} x {}, {}".format(*values) + "".join(f", {key}" for key in overrides)
 
 
 def whole_steps(setting: Setting, names: tuple[str, ...], given: Given) -> list[Record]:
     """Ours beside those of the peers that can be had, by `fastsd bench step`."""
-    there, notes = list[str](), list[str]()
+    available, notes = list[str](), list[str]()
     for name in names:
         if name == "compiled" and given.device.type == "cpu":
             notes.append("left out: peer compiled, whose compiler takes minutes for a CPU")
         elif baselines.attempt(name, notes, partial(baselines.require, name)):
-            there.append(name)
-    _, figures = suites.bench_step(given.asked(setting, there), partial(print, flush=True))
+            available.append(name)
+    _, figures = suites.bench_step(given.asked(setting, available), partial(print, flush=True))
     notes += figures["misses"]
-    kept = ("img_per_s", "tflop_per_s", "mfu", "peak_gb", "held_gb", "launches", "host_waits", "times", "ms", "first_loss")
-    same = {"optimizer": setting.optimizer, "batch": setting.batch, "switches": figures["settings"]["switches"]}
-    same["matmul_tflop_per_s"] = figures["matmul_tflop_per_s"]
+    columns = ("img_per_s", "tflop_per_s", "mfu", "peak_gb", "held_gb", "launches", "host_waits", "times", "ms", "first_loss")
+    shared = {"optimizer": setting.optimizer, "batch": setting.batch, "switches": figures["settings"]["switches"]}
+    shared["matmul_tflop_per_s"] = figures["matmul_tflop_per_s"]
     records = [
-        given.record("step", setting.kind, setting.precision, row["name"], **same, **{key: row[key] for key in kept})
+        given.record("step", setting.kind, setting.precision, row["name"], **shared, **{key: row[key] for key in columns})
         for row in figures["results"]
     ]
     records[0]["notes"] = notes
@@ -196,28 +196,28 @@ def graph_or_not(setting: Setting, given: Given) -> list[Record]:
 
 def where_time_goes(setting: Setting, given: Given) -> list[Record]:
     """One step by `torch.profiler`: time of kernels by the operation that launched them; on a CPU, of operations."""
-    of, notes = options.subject(given.asked(setting, [])), list[str]()
-    model = baselines.made_model(of.cfg, of.ops)
-    model.unet.to(of.device)
-    model.text.module.to(of.device)
+    target, notes = options.subject(given.asked(setting, [])), list[str]()
+    model = baselines.made_model(target.cfg, target.ops)
+    model.unet.to(target.device)
+    model.text.module.to(target.device)
     set_precision(setting.precision, model.unet)
-    batches = baselines.made_batches(of.cfg.in_channels, of.side, of.stage.batch)
-    records, gpu = [], of.device.type == "cuda"
+    batches = baselines.made_batches(target.cfg.in_channels, target.side, target.stage.batch)
+    records, gpu = [], target.device.type == "cuda"
     if not gpu:
         notes.append("left out: the time of kernels, for there is no GPU; these are operations on a CPU")
-    for contender in baselines.contenders(baselines.Work(model, of.stage, batches, of.device), ["diffusers"], notes):
+    for contender in baselines.contenders(baselines.Work(model, target.stage, batches, target.device), ["diffusers"], notes):
         with contender.turn():
             for _ in range(WARM_UP):
                 contender.step()
-            wall = counters.seconds(contender.step, of.device)
+            seconds = counters.seconds(contender.step, target.device)
             activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
             with torch.profiler.profile(activities=activities) as profile:
                 contender.step()
-                counters.synchronize(of.device)
+                counters.synchronize(target.device)
         operations = {(row.key, ""): row.self_cpu_time_total for row in profile.key_averages()}
         spent = _of_kernels(profile.events()) if gpu else Counter(operations)
         rows = [(name, kernel[:120], microseconds / 1e3) for (name, kernel), microseconds in spent.most_common()]
-        figures = {"rows": rows, "kinds": time_by_kind(rows), "step_ms": 1e3 * wall, "notes": notes}
+        figures = {"rows": rows, "kinds": time_by_kind(rows), "step_ms": 1e3 * seconds, "notes": notes}
         records.append(given.record("profile", setting.kind, setting.precision, contender.name, **figures))
     return records
 
@@ -225,18 +225,18 @@ def where_time_goes(setting: Setting, given: Given) -> list[Record]:
 def _of_kernels(events: Any) -> Counter[tuple[str, str]]:
     """Microseconds by (operation that launched it, kernel); no operation: by none that the profiler saw."""
     spent: Counter[tuple[str, str]] = Counter()
-    ran: Counter[str] = Counter()
+    kernel_times: Counter[str] = Counter()
     for event in events:
         # A range that a program marked spans kernels that are counted themselves.
         if event.is_user_annotation:
             continue
         if event.device_type == DeviceType.CUDA:
-            ran[event.name] += event.time_range.elapsed_us()
+            kernel_times[event.name] += event.time_range.elapsed_us()
         for kernel in event.kernels:
             spent[event.name, kernel.name] += kernel.duration
     for (_, kernel), microseconds in spent.items():
-        ran[kernel] -= microseconds
-    spent.update({("", kernel): left for kernel, left in ran.items() if left > 0.5})
+        kernel_times[kernel] -= microseconds
+    spent.update({("", kernel): left for kernel, left in kernel_times.items() if left > 0.5})
     return spent
 
 
@@ -245,22 +245,22 @@ def most_images(precision: str, optimizer: str, level: str, name: str, given: Gi
 
     Ours holds what a run does, its text encoder and VAE included, and records its graph; a peer has its UNet alone.
     """
-    ours, notes = name == baselines.OURS, list[str]()
-    if not ours and not baselines.attempt(name, notes, partial(baselines.require, name)):
+    is_ours, notes = name == baselines.OURS, list[str]()
+    if not is_ours and not baselines.attempt(name, notes, partial(baselines.require, name)):
         raise LeftOut(*notes)
     shapes, resolution = SMALL if given.small else FULL
-    side, most, peaks = shapes.side(resolution), 8 if given.small else 512, dict[int, tuple[int, int]]()
-    stage = stage_of((precision, optimizer, most, 1, level, {}))
+    side, max_images, peaks = shapes.side(resolution), 8 if given.small else 512, dict[int, tuple[int, int]]()
+    stage = stage_of((precision, optimizer, max_images, 1, level, {}))
     torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(given.device).total_memory)
     # The weights that a peer begins with stay in main memory.
-    model = whole_model(given, stage) if ours else baselines.made_model(shapes.unet, choose_ops("auto", given.device))
+    model = whole_model(given, stage) if is_ours else baselines.made_model(shapes.unet, choose_ops("auto", given.device))
     model.text.module.to(given.device)
     set_precision(precision)
-    work = baselines.Work(model, stage, [], given.device, graph=ours)
-    contender: Any = baselines.Ours(work, _refuse) if ours else baselines.peer_maker(work)(name)
+    work = baselines.Work(model, stage, [], given.device, graph=is_ours)
+    contender: Any = baselines.Ours(work, _refuse) if is_ours else baselines.peer_maker(work)(name)
 
     def fits(images: int) -> bool:
-        make = token_batches if ours else baselines.made_batches
+        make = token_batches if is_ours else baselines.made_batches
         work.batches = make(shapes.unet.in_channels, side, images)
         try:
             with contender.turn():
@@ -269,15 +269,15 @@ def most_images(precision: str, optimizer: str, level: str, name: str, given: Gi
             print(f"{name}: {images} images do not fit: {str(error).splitlines()[0][:200]}", flush=True)
             return False
         finally:
-            contender.trainer.clear_graphs() if ours else contender.optimizer.zero_grad()
+            contender.trainer.clear_graphs() if is_ours else contender.optimizer.zero_grad()
             give_back()
         return True
 
-    images = largest(fits, most)
+    images = largest(fits, max_images)
     allocated, reserved = peaks.get(images, (0, 0))
     figures: dict[str, Any] = {"images": images, "cap_gb": CAP / 1e9, "peak_gb": allocated / 1e9, "reserved_gb": reserved / 1e9}
-    if ours:
-        figures["planned"] = planned_images(given, stage, most)
+    if is_ours:
+        figures["planned"] = planned_images(given, stage, max_images)
     return [given.record("micro-batch", f"24 GB, {optimizer}, {level}", precision, name, **figures)]
 
 
@@ -315,15 +315,15 @@ def against_plan(case: Case, given: Given) -> list[Record]:
     """The peak of a step, once its state is there, and what plan says; without a graph, whose memory is the same."""
     shapes, resolution = SMALL if given.small else FULL
     stage, before = stage_of(case), torch.cuda.memory_allocated(given.device)
-    says = planned(shapes, resolution, stage, choose_ops("auto", given.device))["peak"]
+    predicted = planned(shapes, resolution, stage, choose_ops("auto", given.device))["peak"]
     batches = token_batches(shapes.unet.in_channels, shapes.side(resolution), stage.batch)
     ours = baselines.Ours(baselines.Work(whole_model(given, stage), stage, batches, given.device))
     for _ in range(2):
         ours.step()
     allocated, reserved = peak(ours.step)
-    found = allocated - before
-    sizes = {"planned_gb": says / 1e9, "peak_gb": found / 1e9, "reserved_gb": reserved / 1e9, "before_gb": before / 1e9}
-    return [given.record("plan", _words(case), stage.precision, baselines.OURS, ratio=says / found, **sizes)]
+    measured = allocated - before
+    sizes = {"planned_gb": predicted / 1e9, "peak_gb": measured / 1e9, "reserved_gb": reserved / 1e9, "before_gb": before / 1e9}
+    return [given.record("plan", _words(case), stage.precision, baselines.OURS, ratio=predicted / measured, **sizes)]
 
 
 def whole_model(given: Given, stage: StageTable) -> Model:
@@ -344,8 +344,8 @@ def whole_model(given: Given, stage: StageTable) -> Model:
 
 def token_batches(channels: int, side: int, batch: int) -> list[Batch]:
     """As `peers.made_batches`, with texts of 77 tokens."""
-    made = baselines.made_batches(channels, side, batch)[0]
-    return [replace(made, token_ids_BL=torch.zeros(batch, 77, dtype=torch.int64))]
+    template = baselines.made_batches(channels, side, batch)[0]
+    return [replace(template, token_ids_BL=torch.zeros(batch, 77, dtype=torch.int64))]
 
 
 def peak(run: Callable[[], Any]) -> tuple[int, int]:
@@ -398,21 +398,21 @@ def serve(chosen: list[Measurement], given: Given) -> None:
 
 def taken(chosen: list[Measurement], options: list[str]) -> Iterator[dict[str, Any]]:
     """The lines of all that were chosen, from as many processes as it takes."""
-    left = list(chosen)
-    while left:
-        share = left[:1] if left[0].alone else list(takewhile(lambda one: not one.alone, left))
-        command = [sys.executable, __file__, *options, "--serve", *(measurement.name for measurement in share)]
+    remaining = list(chosen)
+    while remaining:
+        group = remaining[:1] if remaining[0].alone else list(takewhile(lambda measurement: not measurement.alone, remaining))
+        command = [sys.executable, __file__, *options, "--serve", *(measurement.name for measurement in group)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout
             count, last = 0, {"outcome": ""}
             for line in process.stdout:
                 count, last = count + 1, json.loads(line)
                 yield last
-        if count < len(share) and last["outcome"] != "failed":
+        if count < len(group) and last["outcome"] != "failed":
             message = f"the process ended with status {process.returncode}"
-            yield {"test": share[count].name, "outcome": "failed", "message": message}
+            yield {"test": group[count].name, "outcome": "failed", "message": message}
             count += 1
-        left = left[count:]
+        remaining = remaining[count:]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -426,17 +426,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     every = measurements()
     if options.serve:
-        given = Given(choose_device("auto"), options.small, options.rounds)
-        serve([one for one in every if one.name in options.serve], given)
+        setup = Given(choose_device("auto"), options.small, options.rounds)
+        serve([entry for entry in every if entry.name in options.serve], setup)
         return 0
     if not (torch.cuda.is_available() or options.small):
         print("No CUDA device: these are measurements of a GPU; --small runs on any machine.", file=sys.stderr)
         return 2
     failed = False
-    passed_on = ["--rounds", str(options.rounds), *(["--small"] if options.small else [])]
+    serve_options = ["--rounds", str(options.rounds), *(["--small"] if options.small else [])]
     # Without a GPU those that would be alone are left out at once.
-    chosen = [replace(one, alone=one.alone and torch.cuda.is_available()) for one in every if one.part in options.only]
-    for line in taken(chosen, passed_on):
+    chosen = [replace(entry, alone=entry.alone and torch.cuda.is_available()) for entry in every if entry.part in options.only]
+    for line in taken(chosen, serve_options):
         if options.lines:
             with options.lines.open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -50,19 +50,19 @@ def encoders(module: Any, dtype: torch.dtype, device: torch.device, compiled: bo
     plain = copy.deepcopy(module).to(device=device, dtype=dtype)
     vae = Vae(copy.deepcopy(module), "random weights", choose_ops("auto", device)).to(device, dtype)
 
-    def theirs(module: Any, layout: torch.memory_format, images: Tensor) -> Tensor:
+    def diffusers_mean(module: Any, layout: torch.memory_format, images: Tensor) -> Tensor:
         return module.encode(images.to(dtype=dtype, memory_format=layout)).latent_dist.mean
 
-    found: dict[str, Callable[[Tensor], Tensor]] = {
+    contenders: dict[str, Callable[[Tensor], Tensor]] = {
         OURS: vae.encode,
-        THEIRS: partial(theirs, plain, torch.contiguous_format),
-        LAST: partial(theirs, vae.module, torch.channels_last),
+        THEIRS: partial(diffusers_mean, plain, torch.contiguous_format),
+        LAST: partial(diffusers_mean, vae.module, torch.channels_last),
     }
     if compiled:
-        other = copy.deepcopy(vae.module)
-        other.encoder = torch.compile(other.encoder)
-        found[COMPILED] = partial(theirs, other, torch.channels_last)
-    return found
+        compiled_module = copy.deepcopy(vae.module)
+        compiled_module.encoder = torch.compile(compiled_module.encoder)
+        contenders[COMPILED] = partial(diffusers_mean, compiled_module, torch.channels_last)
+    return contenders
 
 
 def random_vae(small: bool) -> Any:
@@ -95,18 +95,18 @@ def measure(precision: str, batch: int, first: bool, asked: argparse.Namespace) 
     turns: dict[str, timing.Turn] = {}
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        truth = module.to(device).encode(images[:1]).latent_dist.mean
+        reference = module.to(device).encode(images[:1]).latent_dist.mean
         for name, encode in contenders.items():
             run = partial(encode, images)
-            error = distance(run()[:1], truth)
+            error = distance(run()[:1], reference)
             rows.append({"name": name, "error": error, "peak_gb": counters.rise(run, device) / 1e9})
             turns[name] = run, nullcontext
-        ours, theirs = rows[0]["error"], rows[1]["error"]
-        assert ours <= (2 * theirs if precision == "bf16" else 1e-4), f"an error of {ours:.1e}, and diffusers' is {theirs:.1e}"
+        ours, peer = rows[0]["error"], rows[1]["error"]
+        assert ours <= (2 * peer if precision == "bf16" else 1e-4), f"an error of {ours:.1e}, and diffusers' is {peer:.1e}"
         order = timing.in_turns(turns, asked.rounds, device)
-    rate, work = counters.matmul_rate(device, precision, asked.small), flops(asked.small, asked.resolution)
-    same = {"device": counters.device_name(device), "gpu": device.type == "cuda", "small": asked.small, "switches": switches}
-    same |= {"tflop_per_image": work / 1e12, "matmul_tflop_per_s": rate / 1e12}
+    rate, image_flops = counters.matmul_rate(device, precision, asked.small), flops(asked.small, asked.resolution)
+    shared = {"device": counters.device_name(device), "gpu": device.type == "cuda", "small": asked.small, "switches": switches}
+    shared |= {"tflop_per_image": image_flops / 1e12, "matmul_tflop_per_s": rate / 1e12}
     records = []
     for row in rows:
         counters.put_times(row, order, rows[0])
@@ -117,8 +117,8 @@ def measure(precision: str, batch: int, first: bool, asked: argparse.Namespace) 
             "mode": precision,
             "implementation": row.pop("name"),
         }
-        figures = {"img_per_s": speed, "tflop_per_s": speed * work / 1e12, "share_of_matmul": speed * work / rate}
-        records.append({**kind, **same, **row, **figures})
+        figures = {"img_per_s": speed, "tflop_per_s": speed * image_flops / 1e12, "share_of_matmul": speed * image_flops / rate}
+        records.append({**kind, **shared, **row, **figures})
     return records
 
 
@@ -126,12 +126,12 @@ def vae_verdicts(records: Sequence[Record]) -> list[Verdict]:
     """Every goal of the encoder: ratios at the worst batch, the share at the best. What a tiny one did counts for nothing."""
     real = [r for r in records if not r["small"]]
     gpu = not real or real[0]["gpu"]
-    found = []
+    verdicts = []
     for mode, at_least in (("fp32", 1.0), ("bf16", 2.0 if gpu else 1.0)):
         ratios = [(r["times"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == (mode, THEIRS)]
-        found.append(_verdict(f"VAE {mode}, encoding over diffusers", at_least, min(ratios, default=None)))
+        verdicts.append(_verdict(f"VAE {mode}, encoding over diffusers", at_least, min(ratios, default=None)))
     shares = [(r["share_of_matmul"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == ("bf16", OURS)]
-    return [*found, *([_verdict("VAE bf16, share of a matmul's rate", 0.4, max(shares, default=None))] if gpu else [])]
+    return [*verdicts, *([_verdict("VAE bf16, share of a matmul's rate", 0.4, max(shares, default=None))] if gpu else [])]
 
 
 def _verdict(goal: str, at_least: float, found: tuple[float, str] | None) -> Verdict:
@@ -159,29 +159,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a tiny encoder, in seconds: these are no figures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--lines", type=Path, metavar="FILE", help="append every outcome, as JSON lines")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     device, records, failed = choose_device("auto"), list[Record](), False
-    for precision in asked.precision:
-        for i, batch in enumerate(asked.batch or ([8, 1] if device.type == "cuda" else [1])):
+    for precision in options.precision:
+        for i, batch in enumerate(options.batch or ([8, 1] if device.type == "cuda" else [1])):
             line: dict[str, Any] = {"test": f"vae: {precision}, batch {batch}", "outcome": "passed"}
             start = time.monotonic()
             try:
-                line["records"] = measure(precision, batch, i == 0, asked)
+                line["records"] = measure(precision, batch, i == 0, options)
             except Exception:
                 line |= {"outcome": "failed", "message": traceback.format_exc()[-2000:]}
                 failed = True
             line["seconds"] = round(time.monotonic() - start, 1)
             records += line.get("records", [])
             print(line.get("message") or "\n".join(vae_table(line["records"])), flush=True)
-            if asked.lines:
-                with asked.lines.open("a") as file:
+            if options.lines:
+                with options.lines.open("a") as file:
                     file.write(json.dumps(line) + "\n")
     goals = vae_verdicts(records)
     print("\n".join(goal.line() for goal in goals))
-    if asked.json:
-        settings = {"resolution": asked.resolution, "rounds": asked.rounds}
+    if options.json:
+        settings = {"resolution": options.resolution, "rounds": options.rounds}
         result = {"stamp": counters.stamp(device), "settings": settings, "results": records}
-        replace_file(asked.json, json.dumps({**result, "verdicts": [goal._asdict() for goal in goals]}, indent=1) + "\n")
+        replace_file(options.json, json.dumps({**result, "verdicts": [goal._asdict() for goal in goals]}, indent=1) + "\n")
     return int(failed)
 
 

@@ -42,9 +42,9 @@ class Verdict(NamedTuple):
     detail: str
 
     def line(self) -> str:
-        found = "not measured" if self.figure is None else f"{self.figure:.2f}"
-        word = {True: "met", False: "NOT MET", None: "open"}[self.met]
-        return f"{word:8} {found:>12} (at least {self.at_least:.2f})  {self.goal}{': ' if self.detail else ''}{self.detail}"
+        figure = "not measured" if self.figure is None else f"{self.figure:.2f}"
+        status = {True: "met", False: "NOT MET", None: "open"}[self.met]
+        return f"{status:8} {figure:>12} (at least {self.at_least:.2f})  {self.goal}{': ' if self.detail else ''}{self.detail}"
 
 
 def verdicts(records: Sequence[Record]) -> list[Verdict]:
@@ -68,29 +68,29 @@ def _attention(records: Sequence[Record]) -> list[Verdict]:
 
 
 def _group_norm(records: Sequence[Record]) -> list[Verdict]:
-    found, shapes = [], sum(kind.silu for kind in workload.GROUP_NORM)
+    goals, shapes = [], sum(kind.silu for kind in workload.GROUP_NORM)
     for mode in ("bf16", "fp32"):
         norms = [r for r in records if r["op"] == "group_norm+silu" and r["mode"] == mode]
         ours = [r for r in norms if r["implementation"] == OURS]
         ratios = _Ratios.of(norms, mode, (mode,), "pytorch", shapes)
         name = f"GroupNorm+SiLU {mode}"
-        found += [
+        goals += [
             _step_share(f"{name}, a whole step, of copy bandwidth", 0.80, ours, shapes),
             _worst_share(f"{name}, each shape, of copy bandwidth", 0.80, ours, shapes),
             ratios.step(f"{name}, a whole step over PyTorch's", 3.0),
             ratios.worst(f"{name}, each shape over PyTorch's", 3.0),
         ]
-    return found
+    return goals
 
 
 def _optimizers(records: Sequence[Record]) -> list[Verdict]:
-    found = []
+    goals = []
     for op, name in (("lion", "Lion"), ("dlion", "D-Lion"), ("adamw", "AdamW")):
         for mode in ("fp32", "halves"):
             ours = [r for r in records if r["op"] == op and r["mode"] == mode and r["implementation"].startswith(OURS)]
-            found.append(_worst_share(f"{name} {mode}, of copy bandwidth", 0.85, ours, 2))
+            goals.append(_worst_share(f"{name} {mode}, of copy bandwidth", 0.85, ours, 2))
     dlion = _Ratios.of([r for r in records if r["op"] == "dlion"], "fp32", ("fp32",), "dadaptation", 1)
-    return [*found, dlion.worst("D-Lion fp32 over dadaptation's", 20.0)]
+    return [*goals, dlion.worst("D-Lion fp32 over dadaptation's", 20.0)]
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class _Ratios(NamedTuple):
 
     def step(self, goal: str, at_least: float) -> Verdict:
         """Of the times of one step."""
-        ours, theirs = sum(p.count * p.ours for p in self.pairs), sum(p.count * p.theirs for p in self.pairs)
-        return self._verdict(goal, at_least, theirs / ours if self.pairs else None, f"{len(self.pairs)} shapes")
+        kernel_seconds, peer_seconds = sum(p.count * p.ours for p in self.pairs), sum(p.count * p.theirs for p in self.pairs)
+        return self._verdict(goal, at_least, peer_seconds / kernel_seconds if self.pairs else None, f"{len(self.pairs)} shapes")
 
     def _verdict(self, goal: str, at_least: float, figure: float | None, detail: str) -> Verdict:
         return _verdict(goal, at_least, figure, detail, self.expected - len(self.pairs), self.missing)
@@ -156,9 +156,9 @@ def _step_share(goal: str, at_least: float, ours: Sequence[Record], expected: in
     """Bytes that must move in a step, over what a copy would have moved in that time."""
     if not ours:
         return _verdict(goal, at_least, None, "", expected)
-    could = sum(r["count"] * r["seconds"] * r["copy_gb_per_s"] * 1e9 for r in ours)
-    share = sum(r["count"] * r["bytes"] for r in ours) / could
-    once = sum(r["count"] * (r["bytes_once"] or r["bytes"]) for r in ours) / could
+    copy_bytes = sum(r["count"] * r["seconds"] * r["copy_gb_per_s"] * 1e9 for r in ours)
+    share = sum(r["count"] * r["bytes"] for r in ours) / copy_bytes
+    once = sum(r["count"] * (r["bytes_once"] or r["bytes"]) for r in ours) / copy_bytes
     return _verdict(goal, at_least, share, f"{len(ours)} shapes; {once:.2f} if each pass reads once", expected - len(ours))
 
 
@@ -167,8 +167,8 @@ def _worst_share(goal: str, at_least: float, ours: Sequence[Record], expected: i
         return _verdict(goal, at_least, None, "", expected)
     worst = min(ours, key=lambda r: r["share_of_copy"])
     below = sum(r["share_of_copy"] < at_least for r in ours)
-    what = f"{worst['kind']}, {worst['implementation']}; {below} of {len(ours)} below"
-    return _verdict(goal, at_least, worst["share_of_copy"], what, expected - len(ours))
+    detail = f"{worst['kind']}, {worst['implementation']}; {below} of {len(ours)} below"
+    return _verdict(goal, at_least, worst["share_of_copy"], detail, expected - len(ours))
 
 
 def _verdict(
@@ -195,9 +195,9 @@ def table(records: Sequence[Record]) -> list[str]:
         if "seconds" not in r:
             lines.append(f"{start} {'-':>9}")
             continue
-        own = ours.get((r["op"], r["kind"], r["mode"]))
+        kernel_seconds = ours.get((r["op"], r["kind"], r["mode"]))
         flops = f"{r['tflop_per_s']:7.1f} {r['share_of_matmul']:6.0%}" if "tflop_per_s" in r else f"{'':14}"
-        ratio = f"{r['seconds'] / own:6.2f}" if own else ""
+        ratio = f"{r['seconds'] / kernel_seconds:6.2f}" if kernel_seconds else ""
         lines.append(
             f"{start} {1e3 * r['seconds']:9.4f} {r['gb_per_s']:6.0f} {r['share_of_copy']:7.0%} {flops} {ratio}".rstrip()
         )
@@ -238,31 +238,31 @@ def _fastest(ours: Sequence[Record], mode: str, at_least: float, aim: str) -> Ve
 def _over_peer(records: Sequence[Record], mode: str, peer: str, at_least: float) -> Verdict:
     """Both with AdamW."""
     goal = f"{mode}, 512 px, whole steps over {peer}"
-    found = [r for r in records if r["op"] == "step" and (r["mode"], r["implementation"]) == (mode, peer)]
-    if not found:
+    steps = [r for r in records if r["op"] == "step" and (r["mode"], r["implementation"]) == (mode, peer)]
+    if not steps:
         notes = [note for r in records if r["mode"] == mode for note in r.get("notes", []) if peer in note]
         return Verdict(goal, at_least, None, None, notes[0] if notes else "")
-    worst = min(found, key=lambda r: r["times"])
-    below = sum(r["times"] < at_least for r in found)
-    return _verdict(goal, at_least, worst["times"], f"{worst['kind']}; {below} of {len(found)} below", 0)
+    worst = min(steps, key=lambda r: r["times"])
+    below = sum(r["times"] < at_least for r in steps)
+    return _verdict(goal, at_least, worst["times"], f"{worst['kind']}; {below} of {len(steps)} below", 0)
 
 
 def _most_images(records: Sequence[Record], mode: str, optimizer: str, at_least: int) -> Verdict:
-    found = [r for r in records if r["op"] == "micro-batch" and r["mode"] == mode and r["optimizer"] == optimizer]
-    ours = {r["checkpointing"]: r["images"] for r in found if r["implementation"] == "fastsd"}
-    each = [f"{images} with {level}" for level, images in ours.items()]
-    each += [f"{r['images']} by {r['implementation']}" for r in found if r["implementation"] != "fastsd"]
+    matches = [r for r in records if r["op"] == "micro-batch" and r["mode"] == mode and r["optimizer"] == optimizer]
+    ours = {r["checkpointing"]: r["images"] for r in matches if r["implementation"] == "fastsd"}
+    details = [f"{images} with {level}" for level, images in ours.items()]
+    details += [f"{r['images']} by {r['implementation']}" for r in matches if r["implementation"] != "fastsd"]
     goal = f"{mode}, {optimizer}, images a forward in 24 GB"
-    return _verdict(goal, at_least, max(ours.values(), default=None), ", ".join(each), 0)
+    return _verdict(goal, at_least, max(ours.values(), default=None), ", ".join(details), 0)
 
 
 def _plan(records: Sequence[Record]) -> Verdict:
-    goal, found = "peak of a step as planned, 1 less the share it is off by", [r for r in records if r["op"] == "plan"]
-    if not found:
+    goal, plans = "peak of a step as planned, 1 less the share it is off by", [r for r in records if r["op"] == "plan"]
+    if not plans:
         return Verdict(goal, 0.93, None, None, "")
-    worst = max(found, key=lambda r: abs(r["ratio"] - 1))
-    what = f"{worst['mode']}, {worst['kind']}: planned / measured {worst['ratio']:.3f}; {len(found)} combinations"
-    return _verdict(goal, 0.93, 1 - abs(worst["ratio"] - 1), what, max(0, 6 - len(found)))
+    worst = max(plans, key=lambda r: abs(r["ratio"] - 1))
+    detail = f"{worst['mode']}, {worst['kind']}: planned / measured {worst['ratio']:.3f}; {len(plans)} combinations"
+    return _verdict(goal, 0.93, 1 - abs(worst["ratio"] - 1), detail, max(0, 6 - len(plans)))
 
 
 def time_by_kind(rows: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
