@@ -1,11 +1,8 @@
 """What holds in every process of the tests: one thread, and Triton's interpreter where there is no GPU. Imported first."""
 
-import functools
 import importlib.util
-import inspect
 import os
 import signal
-import types
 from pathlib import Path
 
 import torch
@@ -22,13 +19,4 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton"):
-        from triton.language.core import is_builtin
-        from triton.runtime import interpreter
-
-        @functools.cache
-        def builtins(language) -> list[str]:
-            return [name for name, member in inspect.getmembers(language) if is_builtin(member)]
-
-        # The interpreter searches the whole language for builtins at every call of a function, a third of its time: here once.
-        interpreter.inspect = types.SimpleNamespace(**vars(inspect))
-        interpreter.inspect.getmembers = lambda language: [(name, getattr(language, name)) for name in builtins(language)]
+        import quick_interpreter  # noqa: F401
