@@ -43,7 +43,7 @@ COMBINATIONS = [(case, fastest(torch.device("cpu"))) for case in CASES] + [(case
     "case, ops", COMBINATIONS, ids=["-".join(map(str, (ops.name, *case[:5], *case[5]))) for case, ops in COMBINATIONS]
 )
 def test_plan_equals_measurement(case, ops):
-    shapes, resolution = TWO_LEVELS, SMALL[1]
+    shapes, resolution = TWO_LEVELS, SMALL[1] // 2
     stage = stage_of(case)
     figures = compared(planned(shapes, resolution, stage, ops), measured(shapes, resolution, stage, ops))
     for owner, figure in figures.items():

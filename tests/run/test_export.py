@@ -102,7 +102,7 @@ def test_a_files_metadata_tells_what_it_is(whole, tmp_path):
     told, averaged = (metadata(folder / f"{name}.safetensors") for name in ("model", "model-ema"))
     assert {key.removeprefix("modelspec."): value for key, value in told.items() if key.startswith("modelspec.")} == {
         "sai_model_spec": "1.0.0", "architecture": "stable-diffusion-v1", "title": "run", "author": "someone",
-        "implementation": "https://github.com/Stability-AI/generative-models", "resolution": "32x32", "license": "openrail",
+        "implementation": "https://github.com/Stability-AI/generative-models", "resolution": "16x16", "license": "openrail",
         "prediction_type": "epsilon", "encoder_layer": "2", "date": told["modelspec.date"],
     }  # fmt: skip
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told["modelspec.date"])
@@ -130,7 +130,7 @@ def test_the_card_is_the_runs(whole, tiny_model):
     card = (folder / "model" / "README.md").read_text()
     for line in (
         "license: \"openrail\"", "It starts from `tiny`, with `other-vae` in place of its VAE.",
-        "| VAE | other-vae, 4 channels, scaling factor 0.25 (SD1.5's is 0.18215) |", "| Resolution | 32 px |",
+        "| VAE | other-vae, 4 channels, scaling factor 0.25 (SD1.5's is 0.18215) |", "| Resolution | 16 px |",
         "| Images seen | 20, in 5 steps |", "| Data set | 21 images |", "| Weights | as trained |",
         "| unet | unet | dlion | 1 | fp32 | 4 | 2 | 8 |",
         "| both | unet, text_encoder | lion | text_encoder 0.0002, unet 0.001 | fp32 | 4 | 3 | 12 |",

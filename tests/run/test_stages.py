@@ -248,9 +248,9 @@ def test_carried_state_is_as_one_long_stage(optimizer, tmp_path, tiny_model, ima
 
 
 def test_state_begins_anew_unless_carried(tmp_path, tiny_model, images):
-    longer = "stage.one.until=10"
-    carried, _ = chain(tmp_path / "carry", tiny_model, images, longer)
-    reset, said = chain(tmp_path / "reset", tiny_model, images, longer, state="reset")
+    longer = "stage.one.until=10", "data.resolution=32"
+    carried, _ = chain(tmp_path / "carry", tiny_model, images, *longer)
+    reset, said = chain(tmp_path / "reset", tiny_model, images, *longer, state="reset")
     assert "optimizer state: begins anew" in said
     rows = [json.loads(line) for line in (reset / "log.jsonl").read_text().splitlines()]
     assert rows[10]["d"] == 1e-4 < rows[9]["d"]
@@ -386,7 +386,7 @@ def test_guards_from_a_config(tmp_path, tiny_model, images):
     def d(name, more):
         (tmp_path / name).mkdir()
         text = f'[[stage]]\ntrain = ["unet"]\nuntil = 12\nbatch = 4\nd0 = 1e-5\n{more}\n'
-        folder, _ = run(job(tmp_path / name, tiny_model, images, text), "sample.prompts=[]")
+        folder, _ = run(job(tmp_path / name, tiny_model, images, text), "sample.prompts=[]", "data.resolution=32")
         return [json.loads(line)["d"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
     free = d("free", "")

@@ -379,7 +379,7 @@ def test_buckets_repeats_and_shuffled_tags_resume_exactly(tmp_path, tiny_model, 
     )
     path = job(tmp_path, tiny_model, images, stage)
     keys = [
-        f'data.folders=["{images}", {{ path = "{other}", repeats = 3 }}]', "data.flip=true",
+        f'data.folders=["{images}", {{ path = "{other}", repeats = 3 }}]', "data.resolution=32", "data.flip=true",
         "data.buckets={ min = 16, max = 64, step = 8 }", f'cache.dir="{tmp_path / "cache"}"',
     ]  # fmt: skip
     folder, text = run(path, *keys)

@@ -23,7 +23,7 @@ def tiny_vae(channels: int = 4, factor: float = 0.5, seed: int = 0, groups: int 
 
 
 def make_tiny_model(folder: Path, cfg=None, seed: int = 0):
-    """A whole SD1.5-shaped model with random weights, written as a diffusers folder: 32 px images, 16x16 latents."""
+    """A whole SD1.5-shaped model with random weights, written as a diffusers folder: for 32 px as it is, and 16 in a job."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     from fastsd.demo.models import write_tokenizer
@@ -91,7 +91,7 @@ def job(tmp_path: Path, model: Path, images: Path, stages: str, **top: str) -> P
 base = "{model}"
 [data]
 folders = ["{images}"]
-resolution = 32
+resolution = 16
 [cache]
 dir = "{images.parent / "cache"}"
 [sample]

@@ -11,14 +11,11 @@ from fastsd.train.memory import kept_for_backward
 
 
 def full_size(make, data: bool = False, dtype: torch.dtype = torch.float32, side: int = 64) -> int:
-    """Bytes that a UNet of SD1.5's size keeps for the backward of one image, at 512 px as a rule; values play no part."""
+    """Bytes that a UNet of SD1.5's size keeps for the backward of one image, at 512 px as a rule; none have values, which play no part."""
     with torch.device("meta"):
         unet = make().to(dtype)
     with contextlib.nullcontext() if data else FakeTensorMode():
         materialize(unet, torch.device("cpu"))
-        if data:
-            for parameter in unet.parameters():
-                parameter.data.zero_()
         x, context = torch.zeros(1, 4, side, side, dtype=dtype), torch.zeros(1, 77, 768, dtype=dtype)
         return kept_for_backward(lambda: unet(x, torch.zeros(1), context), unet)
 
