@@ -73,7 +73,6 @@ def bench(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Bench]:
         properties.append(("record", figures))
 
     yield Bench(benchmark, DEVICE, _batch(request.config), _quick(request.config), machine, note)
-    # What a benchmark made is gone before the next: the largest take half of a 24 GB card.
-    gc.collect()
-    if DEVICE.type == "cuda":
+    if DEVICE.type == "cuda":  # what a benchmark made is gone before the next: the largest take half of a 24 GB card
+        gc.collect()
         torch.cuda.empty_cache()

@@ -361,8 +361,8 @@ def give_back() -> None:
     """Memory of what is no longer used, compiled code included."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

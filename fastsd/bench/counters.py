@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,6 +201,7 @@ def total_need(found: list[Need]) -> float:
     return sum(need.held for need in found) + max(need.rise for need in found) + WORKSPACE
 
 
+@cache
 def forward_flops(cfg: UNetConfig, side: int) -> int:
     """Count the FLOPs of the UNet's forward for one image of side x side latents and 77 text tokens, without running it."""
     from diffusers import UNet2DConditionModel

@@ -7,10 +7,10 @@ and the projections around a transformer are 1x1 convolutions in diffusers. Read
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsd.errors import UserError
 from fastsd.model.unet import UNet, UNetConfig
@@ -83,8 +83,8 @@ def copy_tensors(targets: Mapping[str, Tensor], found: Tensors, place: str) -> N
         target.copy_(tensor)
 
 
-def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str, Tensor]:
-    """Return the tensors that a config requires, without data, under the names in its component's file.
+def empty_part(part: str, config: dict[str, Any], place: str) -> nn.Module:
+    """Build the module that a config describes, without data.
 
     Args:
         part: "unet", "vae" or "text_encoder". `config` is its config.json, found at `place`.
@@ -105,16 +105,24 @@ def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str,
     try:
         with torch.device("meta"):
             if part == "unet":
-                return diffusers_state_dict(UNet(UNetConfig.from_diffusers(config, place)))
+                return UNet(UNetConfig.from_diffusers(config, place))
             if part == "vae":
-                return AutoencoderKL.from_config(config).state_dict()
-            text = CLIPTextModel(CLIPTextConfig.from_dict(config)).state_dict()
-            return {classic_text_name(name): tensor for name, tensor in text.items()}
+                return cast(nn.Module, AutoencoderKL.from_config(config))
+            return cast(nn.Module, CLIPTextModel(CLIPTextConfig.from_dict(config)))
     except UserError:
         raise
     except Exception as error:  # the libraries raise many types of errors for an invalid config
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{place}: describes no {part.replace('_', ' ')} ({reason}); fetch it again") from None
+
+
+def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str, Tensor]:
+    """Return the tensors of `empty_part`'s module, without data, under the names in its component's file."""
+    module = empty_part(part, config, place)
+    if part == "unet":
+        return diffusers_state_dict(cast(UNet, module))
+    state = module.state_dict()
+    return state if part == "vae" else {classic_text_name(name): tensor for name, tensor in state.items()}
 
 
 def check_names(

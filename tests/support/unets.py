@@ -11,7 +11,7 @@ from fastsd.train.memory import kept_for_backward
 
 
 def full_size(make, data: bool = False, dtype: torch.dtype = torch.float32, side: int = 64) -> int:
-    """Bytes that a UNet of SD1.5's size keeps for the backward of one image, at 512 px as a rule; none have values, which play no part."""
+    """Bytes that a UNet of SD1.5's size keeps for the backward of one image, by default at 512 px; weights get no values."""
     with torch.device("meta"):
         unet = make().to(dtype)
     with contextlib.nullcontext() if data else FakeTensorMode():

@@ -32,7 +32,7 @@ from fastsd.model.weights import (
     classic_text_name,
     copy_tensors,
     diffusers_state_dict,
-    expected_tensors,
+    empty_part,
     load_diffusers_unet,
     plain_name,
 )  # fmt: skip
@@ -81,8 +81,6 @@ def _load_unet(base: Path, ops: Ops, notes: list[str]) -> UNet:
 
 def load_text(table: ModelTable, base: Path) -> TextEncoder:
     """Load the text encoder and tokenizer of a located base model."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     tokenizer, tokenizer_folder = load_tokenizer(table, base)
     part = _part(base, "text_encoder")
     if part is None and (tokenizer_folder.parent / "text_encoder").is_dir():
@@ -92,10 +90,7 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
             f"model.base is the single file {base}, which has no text encoder; set model.tokenizer to a diffusers folder that "
             "has one beside its tokenizer"
         )
-    expected_tensors("text_encoder", part.config, part.where)
-    with torch.device("meta"):
-        module = CLIPTextModel(CLIPTextConfig.from_dict(part.config))
-    module.to_empty(device="cpu")
+    module = empty_part("text_encoder", part.config, part.where).to_empty(device="cpu")
     _fill_position_ids(module)
     copy_tensors({classic_text_name(name): tensor for name, tensor in module.state_dict().items()}, part.tensors, part.place)
     return TextEncoder(module, tokenizer, table.clip_skip, tokenizer_folder, table.chunks)
@@ -134,8 +129,6 @@ def _fill_position_ids(module: torch.nn.Module) -> None:
 
 def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) -> Vae:
     """Load a config's VAE, `model.vae` or the base's own, in fp32 on the CPU."""
-    from diffusers import AutoencoderKL
-
     name = table.vae or table.base
     source = locate(table.vae, "model.vae") if table.vae else base or locate(table.base, "model.base", table.revision)
     part = _part(source, "vae")
@@ -150,9 +143,9 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
         )
     if table.vae_scaling_factor is not None:
         config["scaling_factor"] = table.vae_scaling_factor
-    expected_tensors("vae", config, part.where)
+    module = empty_part("vae", config, part.where)
     scale_of(config, part.where)
-    module = AutoencoderKL.from_config(config)
+    module.to_empty(device="cpu")
     copy_tensors(module.state_dict(), part.tensors, part.place)
     return Vae(module, name, ops)
 
