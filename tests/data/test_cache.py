@@ -366,7 +366,7 @@ def test_kill_9_at_any_moment_leaves_the_same_shards(tmp_path, monkeypatch):
     frozen = view.read_bytes()
     shutil.rmtree(tmp_path / "cache")
     process = function_process(__file__, "nursery", tmp_path, 7)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
     assert int(out) == 7
     assert shard_bytes(tmp_path) == whole

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 import tracemalloc
 from io import StringIO
 from pathlib import Path
@@ -262,14 +261,18 @@ def test_states_go_with_their_view_and_not_before(tmp_path, tiny_model):
 def test_processes_do_not_get_in_each_others_way(tmp_path, tiny_model):
     draw_many(tmp_path, 12)
     view = build_cache(config(tmp_path), StubVae()).view
-    made, said = [], []
+    made, said, told = [], [], threading.Event()
+
+    def say(line):
+        said.append(line)
+        told.set()
 
     def work():
         text = load(tiny_model)
         encode = text.encode
-        text.encode = lambda ids: (time.sleep(0.3), encode(ids))[1]
+        text.encode = lambda ids: (told.wait(), encode(ids))[1]  # until another has found the work in hand
         latents = LatentCache.open(tmp_path / "cache", view)
-        made.append(write_states(config(tmp_path).cache, latents, text, say=said.append))
+        made.append(write_states(config(tmp_path).cache, latents, text, say=say))
 
     write_tokens(LatentCache.open(tmp_path / "cache", view), load(tiny_model).tokenizer)
     several = [threading.Thread(target=work) for _ in range(3)]  # a lock of a file is its handle's, not its process's
@@ -318,7 +321,7 @@ def test_killed_anywhere_it_goes_on(tmp_path, tiny_model, monkeypatch):
     view = build_cache(config(tmp_path), StubVae()).view
     write_tokens(LatentCache.open(tmp_path / "cache", view), load(tiny_model).tokenizer)
     process = function_process(__file__, "nursery", tmp_path, tiny_model)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert int(out) >= 6
     assert files(tmp_path, "shards") == shards and files(tmp_path, "states") == index

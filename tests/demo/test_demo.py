@@ -3,7 +3,6 @@
 import re
 
 import numpy as np
-import pytest
 from PIL import Image, ImageFilter
 
 from fastsd.config.schema import ModelTable, SampleTable
@@ -83,7 +82,6 @@ def test_the_picture_is_drawn(tmp_path):
     assert sheet.width > 600 and sheet.height > 400
 
 
-@pytest.mark.timeout(600)
 def test_a_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
     from io import StringIO
 

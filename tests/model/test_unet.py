@@ -81,7 +81,6 @@ def test_other_widths_and_depths_equal_diffusers(side, cfg):
     check(expected, found, count=len(expected[1]))
 
 
-@pytest.mark.timeout(600)
 def test_full_size_unet_equals_diffusers(whole_machine):
     check(*theirs_and_ours(UNetConfig.sd15(), 16, 1), count=686)
 

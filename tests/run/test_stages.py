@@ -3,8 +3,9 @@
 import json
 import math
 import shutil
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,7 +288,9 @@ def test_each_stage_starts_where_the_former_ended(tmp_path, tiny_model, images):
     assert same(texts[0], texts[1]) and not same(texts[1], texts[2]) and same(texts[2], texts[3])
 
 
-def test_a_stage_may_end_by_the_clock(tmp_path, tiny_model, images):
+def test_a_stage_may_end_by_the_clock(tmp_path, tiny_model, images, monkeypatch):
+    looks = count()  # whoever looks at the clock finds it an eighth of a second later
+    monkeypatch.setattr("fastsd.run.position.time", SimpleNamespace(monotonic=lambda: next(looks) / 8))
     text = LION.format(name="one", train='["unet"]').replace("until = 3", 'until = "2s"') + 'sample_every = "1s"\n'
     text += LION.format(name="two", train='["unet"]')
     folder, said = run(job(tmp_path, tiny_model, images, text))

@@ -63,15 +63,17 @@ def wait_for_rows(process, log: Path, rows: int) -> None:
 def test_killed_anywhere_ends_the_same(whole, tmp_path, tiny_model, images, start):
     path, said = job(tmp_path, tiny_model, images, TWO_STAGES), tmp_path / "said"
     log, kills = tmp_path / "run" / "log.jsonl", 0
-    for rows in (2, 4, 6, 9, 12):
-        process = start(said, "train", str(path))
-        wait_for_rows(process, log, rows)
-        process.kill()
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-    assert kills >= 4
+    while kills < 4:  # one that had no processor for a while came too late: from the start
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        kills = 0
+        for rows in (2, 4, 6, 9, 12):
+            process = start(said, "train", str(path))
+            wait_for_rows(process, log, rows)
+            process.kill()
+            process.join()
+            kills += process.exitcode == -signal.SIGKILL
     done = start(said, "train", str(path))
-    done.join(250)
+    done.join(1200)
     assert done.exitcode == 0, said.read_text()
     assert same(final(tmp_path / "run"), final(whole))
     assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
@@ -296,7 +298,7 @@ def test_asked_to_stop_it_saves_first(number, tmp_path, tiny_model, images, star
     process, said = start(tmp_path / "said", "train", str(path)), tmp_path / "said"
     wait_for_rows(process, tmp_path / "run" / "log.jsonl", 3)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join(600)
     assert process.exitcode == 130 and "the same line again goes on" in said.read_text()
     assert checkpoint.newest(tmp_path / "run" / "checkpoints", print)[1].step >= 3
 

@@ -332,7 +332,7 @@ def test_the_command_measures_any_model(whole, tmp_path, tiny_model, images):
     path, folder, _ = whole
     words = [sys.executable, "-m", "fastsd.cli", "validate"]
     out = tmp_path / "rows.json"
-    done = subprocess.run([*words, folder, path, *SIZES, "--json", out], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*words, folder, path, *SIZES, "--json", out], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["rows"] == last(folder) and found["precision"] == "fp32"

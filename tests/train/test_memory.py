@@ -122,7 +122,6 @@ def theirs() -> nn.Module:
     return UNet2DConditionModel.from_config(UNetConfig.sd15().to_diffusers())
 
 
-@pytest.mark.timeout(600)
 def test_the_full_size_unet_keeps_half_of_diffusers(whole_machine):
     for make in (theirs, ours("none")):  # without data the same bytes, in a second instead of many
         assert full_size(make, data=True, side=16) == full_size(make, side=16)

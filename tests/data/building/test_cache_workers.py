@@ -19,21 +19,24 @@ from fastsd.data.cache import LatentCache
 IMAGES = 160
 
 
-def work(root, delay):
-    """Runs in a process of its own: one `build_cache`, its counts printed."""
+def work(root, delay, together):
+    """Runs in a process of its own: one `build_cache`, once so many are there, and its counts printed."""
     torch.set_num_threads(1)
+    Path(root, f"{os.getpid()}.here").touch()
+    while len(list(Path(root).glob("*.here"))) < int(together):
+        time.sleep(0.005)
     cache_module.SHARD_ROWS = 64
     vae = StubVae(delay=float(delay))
     counts = build_cache(config(Path(root)), vae)
     print(json.dumps([vae.encoded, counts.encoded, counts.cached, counts.view]))
 
 
-def start(root, delay=0.02):
-    return function_process(__file__, "work", root, delay)
+def start(root, delay=0.02, together=1):
+    return function_process(__file__, "work", root, delay, together)
 
 
 def ended(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
     return json.loads(out)
 
@@ -50,7 +53,7 @@ def alone(root, monkeypatch):
 def test_processes_share_the_work(tmp_path, monkeypatch):
     draw_many(tmp_path, IMAGES)
     (shards, frozen), view = alone(tmp_path, monkeypatch)
-    results = [ended(process) for process in [start(tmp_path) for _ in range(3)]]
+    results = [ended(process) for process in [start(tmp_path, together=3) for _ in range(3)]]
     assert sum(result[0] for result in results) == sum(result[1] for result in results) == IMAGES
     assert sum(result[0] > 0 for result in results) >= 2  # the third may come when all is in hand
     assert {(cached, name) for _, _, cached, name in results} == {(IMAGES, view)}
