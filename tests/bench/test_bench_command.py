@@ -166,7 +166,7 @@ def test_a_config_gives_model_stage_and_batches(run, tmp_path, tiny_model, image
     assert "note: latents and text states are made here" in out
     assert fastsd_cache(path)
     out, _ = run(path, "--peers diffusers --steps 1 device=cpu stage.0.batch=3")
-    assert "32 px, batch 3 (3 a forward), checkpointing none, lion" in out and "made here" not in out
+    assert "16 px, batch 3 (3 a forward), checkpointing none, lion" in out and "made here" not in out
     err = run("step", path, 'stage.0.train=["text_encoder"] device=cpu', code=2)
     assert "stage.0.train is ['text_encoder'], and bench step compares training of the UNet" in err
 
@@ -317,7 +317,7 @@ def test_bench_loader(run, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
     assert fastsd_cache(path)
     out, figures = run("loader", path, "--steps 3")
-    assert "21 samples of 2048 bytes, batch 2" in out
+    assert "21 samples of 512 bytes, batch 2" in out
 
 
 def test_bench_kernels_runs_the_suites_of_the_source(run, monkeypatch, tmp_path):

@@ -337,7 +337,7 @@ def trained(tmp_path_factory, tiny_model, images) -> list[Path]:
     """Two real runs that differ in clip skip."""
     folders = []
     for skip in (0, 1):
-        path = job(tmp_path_factory.mktemp("trained"), tiny_model, images, STAGE)
+        path = job(tmp_path_factory.mktemp("trained"), tiny_model, images, STAGE, resolution=32)
         config = load_config(path, [f"model.clip_skip={skip}", f"run={path.parent / f'skip-{skip}'}", "sample.images=2"])
         console = Console(file=StringIO())
         cache(config, console)

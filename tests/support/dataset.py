@@ -26,7 +26,7 @@ class DataSet:
     def __init__(self, root: Path, model: Path, monkeypatch, capsys):
         self.path, self.cache, self._fixtures = root / "images", root / "cache", {"monkeypatch": monkeypatch, "capsys": capsys}
         self.path.mkdir(parents=True)
-        self.config = job(root, model, self.path, STAGE)
+        self.config = job(root, model, self.path, STAGE, resolution=32)
         monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)  # as a user has it
 
     def __truediv__(self, name: str | bytes) -> Path:

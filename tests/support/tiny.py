@@ -81,7 +81,7 @@ def write_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> Non
         (folder / f"{i:04d}.txt").write_text(", ".join(rng.permutation(words)[:3]))
 
 
-def job(tmp_path: Path, model: Path, images: Path, stages: str, **top: str) -> Path:
+def job(tmp_path: Path, model: Path, images: Path, stages: str, *, resolution: int = 16, **top: str) -> Path:
     """Write a config for the tiny model into `tmp_path` and return its path."""
     lines = [f'run = "{tmp_path / "run"}"', *(f"{key} = {value}" for key, value in top.items())]
     text = (
@@ -91,7 +91,7 @@ def job(tmp_path: Path, model: Path, images: Path, stages: str, **top: str) -> P
 base = "{model}"
 [data]
 folders = ["{images}"]
-resolution = 16
+resolution = {resolution}
 [cache]
 dir = "{images.parent / "cache"}"
 [sample]

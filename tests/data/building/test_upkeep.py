@@ -35,7 +35,7 @@ def said():
 @pytest.fixture
 def made(tmp_path, tiny_model):
     write_images(tmp_path / "images", 12)
-    return load_config(job(tmp_path, tiny_model, tmp_path / "images", STAGE))
+    return load_config(job(tmp_path, tiny_model, tmp_path / "images", STAGE, resolution=32))
 
 
 def look(said, config, **asked):
