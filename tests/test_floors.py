@@ -1,6 +1,7 @@
 """The house: each folder is a floor, imports run strictly downwards, none in a circle; files and functions stay short."""
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -52,10 +53,15 @@ def room_of(module: str) -> str:
 
 
 def imported(module: str, house: Mapping[str, str]) -> set[str]:
-    return {name for name in imports(ast.parse(house[module]), house) if name != module}
+    return _imported(house[module]) - {module}
 
 
-def imports(tree: ast.AST, house: Mapping[str, str]) -> Iterator[str]:
+@functools.cache
+def _imported(source: str) -> set[str]:
+    return set(imports(ast.parse(source)))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
     """Every imported module, with names that are modules of ours resolved; those for type checkers included."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -64,7 +70,7 @@ def imports(tree: ast.AST, house: Mapping[str, str]) -> Iterator[str]:
             assert node.level == 0, "imports are absolute"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield full if full in house else node.module
+                yield full if full in HOUSE else node.module
 
 
 def faults(module: str, house: Mapping[str, str]) -> list[str]:
@@ -142,7 +148,7 @@ def test_files_of_one_name_hold_the_same_kind_of_thing():
 
 def test_the_command_line_imports_nothing_heavy():
     top = [node for node in ast.parse(HOUSE["fastsd.cli"]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = set(imports(ast.Module(top, []), HOUSE))
+    names = set(imports(ast.Module(top, [])))
     assert names <= {"__future__", "os", "sys", "enum", "pathlib", "typing", "typer", "fastsd.errors"}
 
 
