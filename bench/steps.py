@@ -91,14 +91,14 @@ class Given:
     small: bool
     rounds: int
 
-    def asked(self, setting: Setting, names: list[str]) -> options.Asked:
+    def asked(self, setting: Setting, names: list[str]) -> options.BenchOptions:
         settings = {
             "stage.0.optimizer": setting.optimizer, "stage.0.batch": setting.batch,
             "stage.0.checkpointing": setting.checkpointing, "deterministic": setting.deterministic, "cuda_graph": setting.graph,
         }  # fmt: skip
         changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         extra_options: dict[str, Any] = {"steps": self.rounds, "peers": ",".join(names) or "none"}
-        return options.Asked("step", None, changes, setting.precision, self.small, **extra_options)
+        return options.BenchOptions("step", None, changes, setting.precision, self.small, **extra_options)
 
     def record(self, op: str, kind: str, mode: str, implementation: str, **figures: Any) -> Record:
         labels = {"op": op, "kind": kind, "mode": mode, "implementation": implementation}
@@ -196,7 +196,7 @@ def graph_or_not(setting: Setting, given: Given) -> list[Record]:
 
 def where_time_goes(setting: Setting, given: Given) -> list[Record]:
     """One step by `torch.profiler`: time of kernels by the operation that launched them; on a CPU, of operations."""
-    target, notes = options.subject(given.asked(setting, [])), list[str]()
+    target, notes = options.bench_target(given.asked(setting, [])), list[str]()
     model = baselines.made_model(target.cfg, target.ops)
     model.unet.to(target.device)
     model.text.module.to(target.device)
@@ -205,7 +205,9 @@ def where_time_goes(setting: Setting, given: Given) -> list[Record]:
     records, gpu = [], target.device.type == "cuda"
     if not gpu:
         notes.append("left out: the time of kernels, for there is no GPU; these are operations on a CPU")
-    for contender in baselines.contenders(baselines.Work(model, target.stage, batches, target.device), ["diffusers"], notes):
+    for contender in baselines.candidates(
+        baselines.BenchInputs(model, target.stage, batches, target.device), ["diffusers"], notes
+    ):
         with contender.turn():
             for _ in range(WARM_UP):
                 contender.step()
@@ -256,8 +258,8 @@ def most_images(precision: str, optimizer: str, level: str, name: str, given: Gi
     model = whole_model(given, stage) if is_ours else baselines.made_model(shapes.unet, choose_ops("auto", given.device))
     model.text.module.to(given.device)
     set_precision(precision)
-    work = baselines.Work(model, stage, [], given.device, graph=is_ours)
-    contender: Any = baselines.Ours(work, _refuse) if is_ours else baselines.peer_maker(work)(name)
+    work = baselines.BenchInputs(model, stage, [], given.device, graph=is_ours)
+    contender: Any = baselines.OurStep(work, _refuse) if is_ours else baselines.baseline_maker(work)(name)
 
     def fits(images: int) -> bool:
         make = token_batches if is_ours else baselines.made_batches
@@ -317,7 +319,7 @@ def against_plan(case: Case, given: Given) -> list[Record]:
     stage, before = stage_of(case), torch.cuda.memory_allocated(given.device)
     predicted = planned(shapes, resolution, stage, choose_ops("auto", given.device))["peak"]
     batches = token_batches(shapes.unet.in_channels, shapes.side(resolution), stage.batch)
-    ours = baselines.Ours(baselines.Work(whole_model(given, stage), stage, batches, given.device))
+    ours = baselines.OurStep(baselines.BenchInputs(whole_model(given, stage), stage, batches, given.device))
     for _ in range(2):
         ours.step()
     allocated, reserved = peak(ours.step)

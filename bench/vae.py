@@ -92,7 +92,7 @@ def measure(precision: str, batch: int, first: bool, asked: argparse.Namespace) 
     switches, module = set_precision(precision), random_vae(asked.small)
     contenders = encoders(module, COMPUTE_DTYPE[precision], device, first and device.type == "cuda")
     images = torch.rand(batch, 3, asked.resolution, asked.resolution, device=device) * 2 - 1
-    turns: dict[str, timing.Turn] = {}
+    turns: dict[str, timing.TimedCall] = {}
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         reference = module.to(device).encode(images[:1]).latent_dist.mean

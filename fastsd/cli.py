@@ -288,9 +288,9 @@ def convert(
     revision: Annotated[str, typer.Option(help="Of a hub id.")] = "",
 ) -> None:
     """Convert a model to another format. Writes a diffusers folder, a single file, or a LoRA with kohya or PEFT names."""
-    from fastsd.commands.convert import Options, convert
+    from fastsd.commands.convert import ConvertOptions, convert
 
-    options = Options(
+    options = ConvertOptions(
         dtype=dtype.value if dtype else "", ema=ema, fold=fold, variant=variant, shard=shard, vae=vae,
         vae_scaling_factor=vae_scaling_factor, tokenizer=tokenizer, revision=revision,
     )  # fmt: skip

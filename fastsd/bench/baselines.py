@@ -48,7 +48,7 @@ from fastsd_kernels.arena import split_master
 
 T = TypeVar("T")
 OURS = "fastsd"
-PEERS = {
+BASELINES = {
     "diffusers": "diffusers' UNet, eager, SDPA, torch.optim.AdamW",
     "compiled": "the same channels last, torch.compile, AdamW(fused=True)",
     "dadaptation": "as diffusers, with dadaptation's DAdaptLion",
@@ -62,7 +62,7 @@ SMALL = UNetConfig(
 BATCHES = 3  # different batches, used in turn
 
 
-class States:
+class FixedTextEmbeddings:
     """Replaces a text encoder by precomputed text embeddings. A token id is the index of a text."""
 
     def __init__(self, states_NLD: Tensor) -> None:
@@ -77,7 +77,7 @@ class States:
         return set()
 
 
-class Latents:
+class FixedLatentScale:
     """Replaces a VAE. The step needs only its scaling factor."""
 
     def scale(self, raw_BCHW: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ class Latents:
 
 
 @dataclass
-class Work:
-    """Inputs of every candidate. `model` is on its device, and its text encoder is a `States`."""
+class BenchInputs:
+    """Inputs of every candidate. `model` is on its device, and its text encoder is a `FixedTextEmbeddings`."""
 
     model: Model
     stage: StageTable
@@ -102,11 +102,13 @@ class Work:
 def made_model(cfg: UNetConfig, ops: Ops) -> Model:
     """Create a model of a given shape with random weights, without loading files."""
     torch.manual_seed(0)
-    return Model("random weights", UNet(cfg, ops), made_states(cfg, 77), cast(Any, Latents()), SD15_SCHEDULER)
+    return Model("random weights", UNet(cfg, ops), made_states(cfg, 77), cast(Any, FixedLatentScale()), SD15_SCHEDULER)
 
 
 def made_states(cfg: UNetConfig, length: int) -> Any:
-    return States(torch.randn(BATCHES, length, cfg.cross_attention_dim, generator=torch.Generator().manual_seed(1)))
+    return FixedTextEmbeddings(
+        torch.randn(BATCHES, length, cfg.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    )
 
 
 def made_batches(channels: int, side: int, batch: int) -> list[Batch]:
@@ -121,7 +123,7 @@ def made_batches(channels: int, side: int, batch: int) -> list[Batch]:
 
 
 def cached_batches(config: Config, model: Model, device: torch.device) -> list[Batch]:
-    """Read the first batches of the first stage from the config's cache. Their `States` replace the model's text encoder.
+    """Read the first batches of the first stage from the config's cache; `FixedTextEmbeddings` replace the text encoder.
 
     Raises:
         UserError: the config has no cache, or the cache is damaged.
@@ -133,7 +135,7 @@ def cached_batches(config: Config, model: Model, device: torch.device) -> list[B
     model.text.module.to(device)
     with torch.no_grad():
         text_embeds = [model.text.encode(batch.token_ids_BL.to(device)) for batch in batches]
-    model.text = cast(Any, States(torch.cat(text_embeds)))
+    model.text = cast(Any, FixedTextEmbeddings(torch.cat(text_embeds)))
     return [_pinned(batch.latents_BCHW, batch.positions_B, batch.positions_B) for batch in batches]
 
 
@@ -145,12 +147,12 @@ def _pinned(latents_BCHW: Tensor, numbers_B: Tensor, positions_B: Tensor) -> Bat
     return Batch(*tensors, captions=[""] * len(latents_BCHW))
 
 
-class Ours:
+class OurStep:
     """Our candidate: the real step."""
 
     name = OURS
 
-    def __init__(self, work: Work, warn: Callable[[str], None] = print) -> None:
+    def __init__(self, work: BenchInputs, warn: Callable[[str], None] = print) -> None:
         self.work, self.done = work, 0
         self.trainer = Step(work.model, work.stage, 1 << 30, work.seed, graph=work.graph, warn=warn)
         # The arena is released between turns on a CPU only: a CUDA graph has recorded its address.
@@ -181,10 +183,10 @@ class Ours:
             tensor.untyped_storage().resize_(0)
 
 
-class Peer:
+class Baseline:
     """A baseline: diffusers' UNet, stepped as in its training examples."""
 
-    def __init__(self, name: str, unet: Any, optimizer: torch.optim.Optimizer, work: Work) -> None:
+    def __init__(self, name: str, unet: Any, optimizer: torch.optim.Optimizer, work: BenchInputs) -> None:
         from diffusers import DDPMScheduler
 
         self.name, self.unet, self.optimizer, self.work, self.done = name, unet, optimizer, work, 0
@@ -240,7 +242,7 @@ class Peer:
             cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction = previous
 
 
-Contender = Ours | Peer
+Candidate = OurStep | Baseline
 
 
 def draw(latents_BCHW: Tensor, positions_B: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
@@ -259,7 +261,7 @@ def require(name: str) -> bool:
     return True
 
 
-def peer_optimizer(name: str, parameters: Sequence[Tensor], lr: float = 1e-6) -> torch.optim.Optimizer:
+def baseline_optimizer(name: str, parameters: Sequence[Tensor], lr: float = 1e-6) -> torch.optim.Optimizer:
     """Create a baseline's optimizer. A small lr keeps random weights stable. Raises UserError if it is not installed."""
     require(name)
     if name == "dadaptation":
@@ -286,14 +288,14 @@ def diffusers_unet(unet: UNet, device: torch.device, memory_format: torch.memory
     return peer.train()
 
 
-def peer_maker(work: Work) -> Callable[[str], Peer]:
+def baseline_maker(work: BenchInputs) -> Callable[[str], Baseline]:
     """Return a function that creates baselines by name. Create all of them before one steps: the eager ones share a model.
 
     Raises (the returned function): UserError if a baseline's package is missing.
     """
     eager: list[Any] = []
 
-    def make(name: str) -> Peer:
+    def make(name: str) -> Baseline:
         require(name)
         if name == "compiled":
             unet = diffusers_unet(work.model.unet, work.device, torch.channels_last)
@@ -302,17 +304,17 @@ def peer_maker(work: Work) -> Callable[[str], Peer]:
             eager[:] = [unet]
         if work.stage.checkpointing == "block":
             unet.enable_gradient_checkpointing()
-        optimizer = peer_optimizer(name, list(unet.parameters()))
-        return Peer(name, torch.compile(unet) if name == "compiled" else unet, optimizer, work)
+        optimizer = baseline_optimizer(name, list(unet.parameters()))
+        return Baseline(name, torch.compile(unet) if name == "compiled" else unet, optimizer, work)
 
     return make
 
 
-def contenders(work: Work, names: list[str], misses: list[str]) -> list[Contender]:
+def candidates(work: BenchInputs, names: list[str], misses: list[str]) -> list[Candidate]:
     """Create our candidate and the available baselines of `names`. Baselines come first: ours may turn weights to bf16."""
-    make = peer_maker(work)
+    make = baseline_maker(work)
     peers = [attempt(name, misses, partial(make, name)) for name in names]
-    ours = attempt(OURS, misses, lambda: Ours(work, misses.append))
+    ours = attempt(OURS, misses, lambda: OurStep(work, misses.append))
     return [contender for contender in (ours, *peers) if contender]
 
 
@@ -332,14 +334,14 @@ def attempt(name: str, misses: list[str], do: Callable[[], T]) -> T | None:
     return None
 
 
-OPTIMIZER_PEERS = {"lion": ("lion-pytorch",), "dlion": ("dadaptation",), "adamw": ("torch foreach", "torch fused")}
+OPTIMIZER_BASELINES = {"lion": ("lion-pytorch",), "dlion": ("dadaptation",), "adamw": ("torch foreach", "torch fused")}
 # Bytes an optimizer must move per parameter: it reads and writes the weight and each state, and reads the gradient.
 MOVED = {"lion": 20, "dlion": 28, "adamw": 28}
 
 
 def optimizer_bytes(family: str, halves: bool) -> int:
     """Return the bytes per parameter that `optimizer_steps` needs: weights, gradient, and the state of every candidate."""
-    return 8 + 4 * SLOTS[family] * (2 + len(OPTIMIZER_PEERS[family])) + (halves and 6 + 4 * SLOTS[family])
+    return 8 + 4 * SLOTS[family] * (2 + len(OPTIMIZER_BASELINES[family])) + (halves and 6 + 4 * SLOTS[family])
 
 
 def even_choice(sizes: list[int], fraction: float) -> list[int]:
@@ -402,8 +404,8 @@ def optimizer_steps(family: str, arenas: Arenas, ops: Ops, halves: bool, misses:
         master_hi, master_lo = split_master(weights)
         steps[f"{OURS}, bf16"] = OptimizerStep(arena_step(master_hi, gradient.bfloat16(), [master_lo]), moved - 2 * elements)
     steps[f"{OURS}, a list"] = OptimizerStep(make_optimizer(parameters).step, moved)
-    for name in OPTIMIZER_PEERS[family]:
-        peer = attempt(name, misses, partial(peer_optimizer, name, parameters))
+    for name in OPTIMIZER_BASELINES[family]:
+        peer = attempt(name, misses, partial(baseline_optimizer, name, parameters))
         if peer:
             steps[name] = OptimizerStep(peer.step, moved, partial(step_counts, peer))
     return steps

@@ -169,7 +169,7 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -
 
 
 @dataclass(frozen=True)
-class Need:
+class CandidateMemory:
     """Bytes a candidate holds between steps, and the rise on top of them within a step."""
 
     name: str
@@ -177,7 +177,9 @@ class Need:
     rise: float
 
 
-def needs(cfg: UNetConfig, parameters: int, stage: StageTable, side: int, names: list[str], device: torch.device) -> list[Need]:
+def estimate_memory(
+    cfg: UNetConfig, parameters: int, stage: StageTable, side: int, names: list[str], device: torch.device
+) -> list[CandidateMemory]:
     """Estimate the memory of ours and the named baselines: parameters x bytes, and activations in proportion to the work."""
     bf16, gpu = stage.precision == "bf16", device.type == "cuda"
     scale = stage.micro * (side / 64) ** 2 * cfg.block_out_channels[0] / 320 / (2 if bf16 else 1)
@@ -186,17 +188,17 @@ def needs(cfg: UNetConfig, parameters: int, stage: StageTable, side: int, names:
     activations = KEPT[stage.checkpointing] * scale
     # On a GPU our gradient arena and the activations of a CUDA graph stay allocated between turns.
     lasting = gradients * parameters + activations if gpu else 0.0
-    estimates = [Need("fastsd", fixed * parameters + lasting, activations + gradients * parameters - lasting)]
+    estimates = [CandidateMemory("fastsd", fixed * parameters + lasting, activations + gradients * parameters - lasting)]
     rise = parameters * (6 if bf16 else 4) + KEPT_BY_DIFFUSERS[stage.checkpointing] * scale
     shared = False
     for name in names:
         bytes_per_parameter = 4 * SLOTS[name] + (4 if name == "compiled" or not shared else 0)
         shared = shared or name != "compiled"
-        estimates.append(Need(name, bytes_per_parameter * parameters, rise))
+        estimates.append(CandidateMemory(name, bytes_per_parameter * parameters, rise))
     return estimates
 
 
-def total_need(found: list[Need]) -> float:
+def peak_memory(found: list[CandidateMemory]) -> float:
     """Return the bytes at the peak: everything held, plus the largest rise of a step."""
     return sum(need.held for need in found) + max(need.rise for need in found) + WORKSPACE
 

@@ -33,14 +33,14 @@ from fastsd.model.vae import SD15_SCALING_FACTOR, Vae
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 
 if TYPE_CHECKING:
-    from fastsd.bench.options import Asked, Figures, Say
+    from fastsd.bench.options import BenchOptions, Figures, Say
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 _WORDS = ("a", "photo", "of", "red", "green", "blue", "circle", "square", "star", "on", "white", "with", "soft", "light")
 _PICTURE = (1024, 768)  # px: minimum size of images from cameras and web pages
 
 
-def bench_loader(asked: Asked, config: Config, say: Say) -> Figures:
+def bench_loader(asked: BenchOptions, config: Config, say: Say) -> Figures:
     """Measure samples per second from the cache to a step that only receives them."""
     if asked.rate <= 0:
         raise UserError(f"--rate is {asked.rate:g}; give the images a second of a step")
@@ -68,7 +68,7 @@ def bench_loader(asked: Asked, config: Config, say: Say) -> Figures:
 
 
 @contextmanager
-def _loader(config: Config, batch: int, asked: Asked) -> Iterator[Loader]:
+def _loader(config: Config, batch: int, asked: BenchOptions) -> Iterator[Loader]:
     """Yield the config's loader, or one over a temporary cache."""
     stage, model = config.stage[0].model_copy(update={"batch": batch}), config.model
     with ExitStack() as stack:
@@ -139,7 +139,7 @@ def freeze_made(folder: Path, shape: tuple[int, int, int], arrays: dict[str, np.
     freeze(folder, "made", arrays, shards, [Group(shape, 0, 0, samples)], meta)
 
 
-def bench_cache(asked: Asked, config: Config, say: Say) -> Figures:
+def bench_cache(asked: BenchOptions, config: Config, say: Say) -> Figures:
     """Measure images per second from JPEG files to latents, by pipeline step, and the VAE's encoder in turn with diffusers'."""
     device = choose_device(config.device)
     ops = choose_ops(config.kernels, device)

@@ -34,7 +34,7 @@ Figures = tuple[torch.device, dict[str, Any]]  # the measured device; "settings"
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchOptions:
     """The command line. `changes` are key=value settings for the config. None means a default that fits the machine."""
 
     what: str
@@ -54,7 +54,7 @@ class Asked:
 
 
 @dataclass
-class Subject:
+class BenchTarget:
     """Subject of a measurement: a config's first stage on a device, for a UNet of shape `cfg` on latents of `side`."""
 
     config: Config
@@ -72,7 +72,7 @@ class Subject:
             return [tensor.numel() for tensor in diffusers_state_dict(UNet(self.cfg)).values()]
 
 
-def settings(asked: Asked) -> Config:
+def bench_config(asked: BenchOptions) -> Config:
     """Load the named config, or one for random weights, with the changes of the command line. Raises UserError."""
     if asked.config:
         return load_config(asked.config, asked.changes, asked.precision)
@@ -92,9 +92,9 @@ def settings(asked: Asked) -> Config:
             raise UserError(str(error).replace(str(path), "bench")) from None
 
 
-def subject(asked: Asked) -> Subject:
+def bench_target(asked: BenchOptions) -> BenchTarget:
     """Determine the subject of a measurement, without loading weights. Raises UserError."""
-    config = settings(asked)
+    config = bench_config(asked)
     device = choose_device(config.device)
     if asked.config:
         shapes, _ = read_shapes(config.model)
@@ -102,7 +102,7 @@ def subject(asked: Asked) -> Subject:
         shapes = Shapes(baselines.SMALL if asked.small else UNetConfig.sd15(), SD15_TEXT, SD15_VAE)
     side = shapes.side(config.data.resolution)
     ops, free = choose_ops(config.kernels, device), counters.free_bytes(device)
-    return Subject(config, config.stage[0], device, ops, shapes.unet, side, free)
+    return BenchTarget(config, config.stage[0], device, ops, shapes.unet, side, free)
 
 
 def say_table(rows: list[list[str]], say: Callable[[str], None]) -> None:

@@ -33,12 +33,12 @@ from rich.console import Console
 from torch import Tensor
 
 from fastsd.bench import baselines, counters, data, options, timing
-from fastsd.bench.options import OPTIONS, Asked, Figures, Say, Subject, settings, subject
+from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, Say, bench_config, bench_target
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.unet import UNet
 from fastsd.storage import replace_file
-from fastsd.train.memory import kept_for_backward
+from fastsd.train.memory import saved_for_backward_bytes
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, describe_ops, set_precision
 
 SUITES = Path(__file__).resolve().parents[2] / "bench"
@@ -54,14 +54,14 @@ def bench(
         words: [WHAT] [CONFIG] [key=value ...].
         json_file: file to which all results are also written; None = no file.
         options: entries of `OPTIONS`; values of None are ignored.
-        more: the other fields of `Asked`.
+        more: the other fields of `BenchOptions`.
 
     Raises:
         UserError: a word or a value is invalid, a package is missing, or there is too little memory.
     """
     benchmark, config, changes = _parsed(words)
     changes += [f"{OPTIONS[name]}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
-    command_line, out = Asked(benchmark, config, changes, **more), console or Console()
+    command_line, out = BenchOptions(benchmark, config, changes, **more), console or Console()
     if json_file and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another")
 
@@ -88,9 +88,9 @@ def _parsed(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     return benchmark or "step", config, arguments
 
 
-def bench_step(asked: Asked, say: Say) -> Figures:
+def bench_step(asked: BenchOptions, say: Say) -> Figures:
     """Time whole steps of ours and of the baselines, in turn."""
-    target, misses = subject(asked), list[str]()
+    target, misses = bench_target(asked), list[str]()
     if target.stage.train != ["unet"]:
         problem = f"stage.0.train is {target.stage.train}"
         raise UserError(f'{problem}, and bench step compares training of the UNet; add stage.0.train=["unet"]')
@@ -101,8 +101,8 @@ def bench_step(asked: Asked, say: Say) -> Figures:
     say(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
     stage_summary = f"batch {stage.batch} ({stage.micro} a forward), checkpointing {stage.checkpointing}, {stage.optimizer}"
     say(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
-    rows, turns = list[dict[str, Any]](), dict[str, timing.Turn]()
-    for contender in baselines.contenders(work, names, misses):
+    rows, turns = list[dict[str, Any]](), dict[str, timing.TimedCall]()
+    for contender in baselines.candidates(work, names, misses):
         row = baselines.attempt(contender.name, misses, partial(timing.first_steps, contender, target.device))
         if row:
             rows.append(row)
@@ -125,7 +125,7 @@ def bench_step(asked: Asked, say: Say) -> Figures:
     options.say_table(table, say)
     say(f"a matmul: {rate / 1e12:.3g} TFLOP/s; a step: {flops / 1e12:.3g} TFLOP; text states are given to all")
     for row in rows[1:]:
-        say(f"{row['name']}: {baselines.PEERS[row['name']]}")
+        say(f"{row['name']}: {baselines.BASELINES[row['name']]}")
     setup = {"stage": stage.model_dump(), "resolution": target.config.data.resolution, "graph": work.graph,
              "switches": switches}  # fmt: skip
     return target.device, {
@@ -135,12 +135,12 @@ def bench_step(asked: Asked, say: Say) -> Figures:
     }  # fmt: skip
 
 
-def _fitting(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
+def _fitting(asked: BenchOptions, of: BenchTarget, misses: list[str]) -> list[str]:
     """Return the baselines that fit, and choose a batch or micro-batch left open. Raises UserError if memory is short."""
     names, parameters = _peer_names(asked, of, misses), sum(of.sizes)
 
     def need() -> float:
-        return counters.total_need(counters.needs(of.cfg, parameters, of.stage, of.side, names, of.device))
+        return counters.peak_memory(counters.estimate_memory(of.cfg, parameters, of.stage, of.side, names, of.device))
 
     while asked.peers is None and len(names) > 1 and need() > of.free:
         misses.append(f"left out: peer {names[-1]}, for memory is short; --peers {names[-1]} runs it alone")
@@ -155,7 +155,7 @@ def _fitting(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
         if need() <= of.free:
             break
     if need() > of.free:
-        estimates = counters.needs(of.cfg, parameters, of.stage, of.side, names, of.device)
+        estimates = counters.estimate_memory(of.cfg, parameters, of.stage, of.side, names, of.device)
         parts = [f"{n.name} {n.held / 1e9:.1f}" for n in estimates] + [f"a step {max(n.rise for n in estimates) / 1e9:.1f}"]
         raise UserError(
             f"bench step needs {need() / 1e9:.1f} GB ({', '.join(parts)}, libraries 0.5) and {of.free / 1e9:.1f} GB are "
@@ -164,13 +164,13 @@ def _fitting(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
     return names
 
 
-def _peer_names(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
+def _peer_names(asked: BenchOptions, of: BenchTarget, misses: list[str]) -> list[str]:
     """Return the named baselines, or the usual ones that are installed. Raises UserError if a named one is unavailable."""
     if asked.peers is not None:
         names = [] if asked.peers == "none" else asked.peers.split(",")
         for name in names:
-            if name not in baselines.PEERS:
-                raise UserError(f"--peers names {name!r}; choose from {', '.join(baselines.PEERS)}, or none")
+            if name not in baselines.BASELINES:
+                raise UserError(f"--peers names {name!r}; choose from {', '.join(baselines.BASELINES)}, or none")
             baselines.require(name)
         return names
     same = baselines.SAME_OPTIMIZER[of.stage.optimizer]
@@ -181,7 +181,7 @@ def _peer_names(asked: Asked, of: Subject, misses: list[str]) -> list[str]:
     return [name for name in dict.fromkeys(usual) if baselines.attempt(name, misses, partial(baselines.require, name))]
 
 
-def _work(asked: Asked, of: Subject, misses: list[str]) -> baselines.Work:
+def _work(asked: BenchOptions, of: BenchTarget, misses: list[str]) -> baselines.BenchInputs:
     """Load the model onto its device, with batches from the config's cache, or generated ones if no cache is usable."""
     stage = of.stage
     if asked.config:
@@ -197,12 +197,14 @@ def _work(asked: Asked, of: Subject, misses: list[str]) -> baselines.Work:
     model.unet.to(of.device)
     model.text.module.to(of.device)
     model.unet.checkpointing = stage.checkpointing
-    return baselines.Work(model, stage, batches, of.device, of.config.seed, of.config.cuda_graph and of.device.type == "cuda")
+    return baselines.BenchInputs(
+        model, stage, batches, of.device, of.config.seed, of.config.cuda_graph and of.device.type == "cuda"
+    )
 
 
-def bench_memory(asked: Asked, say: Say) -> Figures:
+def bench_memory(asked: BenchOptions, say: Say) -> Figures:
     """Measure bytes saved for backward by checkpointing level, ours and diffusers', with weights in the compute dtype."""
-    target = subject(asked)
+    target = bench_target(asked)
     dtype, images = COMPUTE_DTYPE[target.stage.precision], target.stage.micro if asked.changed("batch") else 1
     # Two models, the gradients of one, and the bytes diffusers' UNet saves for backward.
     need = 12 * sum(target.sizes) + images * 2e9 * (target.side / 64) ** 2 * target.cfg.block_out_channels[0] / 320
@@ -219,7 +221,7 @@ def bench_memory(asked: Asked, say: Say) -> Figures:
     rows: list[dict[str, Any]] = []
 
     def count(name: str, level: str, module: torch.nn.Module, predict: Callable[[], Tensor]) -> None:
-        saved_bytes = kept_for_backward(predict, module)
+        saved_bytes = saved_for_backward_bytes(predict, module)
         peak = counters.rise(lambda: predict().float().square().mean().backward(), target.device)
         module.zero_grad()
         rows.append({"name": name, "checkpointing": level, "kept_mb": saved_bytes / images / 1e6, "peak_mb": peak / 1e6})
@@ -242,9 +244,9 @@ def bench_memory(asked: Asked, say: Say) -> Figures:
     return target.device, {"settings": setup, "results": rows, "misses": []}
 
 
-def bench_optim(asked: Asked, say: Say) -> Figures:
+def bench_optim(asked: BenchOptions, say: Say) -> Figures:
     """Time one step of each optimizer, ours and baselines in turn, over the UNet's tensors or an even choice of them."""
-    target = subject(asked)
+    target = bench_target(asked)
     chosen, halves = asked.changed("optimizer"), target.stage.precision == "bf16"
     families = [target.stage.optimizer] if chosen or asked.config else list(baselines.MOVED)
     bytes_each = max(baselines.optimizer_bytes(family, halves) for family in families)
@@ -288,7 +290,7 @@ def bench_optim(asked: Asked, say: Say) -> Figures:
     }  # fmt: skip
 
 
-def run_suites(asked: Asked, say: Say) -> Figures:
+def run_suites(asked: BenchOptions, say: Say) -> Figures:
     """Run the kernels' suites of a source tree with pytest. Raises UserError if there is no source or a suite fails."""
     if not (SUITES / "conftest.py").is_file():
         raise UserError("the kernels' suites come with the source only; clone it and run `fastsd bench kernels` there")
@@ -306,8 +308,8 @@ def run_suites(asked: Asked, say: Say) -> Figures:
     return choose_device("auto"), {"settings": {}, "results": figures, "misses": []}
 
 
-WHAT: dict[str, Callable[[Asked, Say], Figures]] = {
+WHAT: dict[str, Callable[[BenchOptions, Say], Figures]] = {
     "step": bench_step, "memory": bench_memory, "kernels": run_suites, "optim": bench_optim,
-    "loader": lambda command_line, say: data.bench_loader(command_line, settings(command_line), say),
-    "cache": lambda command_line, say: data.bench_cache(command_line, settings(command_line), say),
+    "loader": lambda command_line, say: data.bench_loader(command_line, bench_config(command_line), say),
+    "cache": lambda command_line, say: data.bench_cache(command_line, bench_config(command_line), say),
 }  # fmt: skip

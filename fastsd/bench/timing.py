@@ -14,12 +14,12 @@ from fastsd.bench.counters import host_waits, rise, seconds
 from fastsd.train.graph import WARM_UP
 
 if TYPE_CHECKING:
-    from fastsd.bench.baselines import Contender
+    from fastsd.bench.baselines import Candidate
 
-Turn = tuple[Callable[[], object], Callable[[], AbstractContextManager[None]]]
+TimedCall = tuple[Callable[[], object], Callable[[], AbstractContextManager[None]]]
 
 
-def in_turns(contenders: Mapping[str, Turn], rounds: int, device: torch.device) -> list[tuple[str, float]]:
+def in_turns(contenders: Mapping[str, TimedCall], rounds: int, device: torch.device) -> list[tuple[str, float]]:
     """Time each candidate, a (call, context manager) pair, once per round, one after another.
 
     A GPU gets several calls per turn, because in training the host runs ahead of it.
@@ -36,7 +36,7 @@ def in_turns(contenders: Mapping[str, Turn], rounds: int, device: torch.device) 
     return order
 
 
-def first_steps(contender: Contender, device: torch.device) -> dict[str, Any]:
+def first_steps(contender: Candidate, device: torch.device) -> dict[str, Any]:
     """Warm up a candidate and measure one of its steps, as a row of results. None = not measurable from outside.
 
     The peak is the memory the candidate holds plus the rise on top: on a GPU during the first steps, which allocate state and

@@ -15,7 +15,7 @@ from fastsd.commands.progress import print_line, progress
 from fastsd.config.schema import Config
 from fastsd.data.building import build, upkeep
 from fastsd.data.building.collect import one_at_a_time
-from fastsd.data.building.embed_captions import write_states
+from fastsd.data.building.embed_captions import write_text_embeddings
 from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.building.tokenize_captions import write_tokens
 from fastsd.data.cache import LatentCache
@@ -28,7 +28,7 @@ from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set
 REASONS = 8  # rejection reasons that are printed
 
 
-def cache(config: Config, console: Console | None = None) -> build.Counts:
+def cache(config: Config, console: Console | None = None) -> build.CacheCounts:
     """Encode what is missing and print a summary. Under torchrun each process uses its own GPU.
 
     Raises UserError as `build_cache` does.
@@ -97,11 +97,11 @@ def _cache_tokens(config: Config, view: str, tokenizer: Any, console: Console) -
         write_tokens(latents, tokenizer)
 
 
-def _cache_states(config: Config, view: str, device: torch.device, report: build.Report, console: Console) -> None:
+def _cache_states(config: Config, view: str, device: torch.device, report: build.ProgressCallback, console: Console) -> None:
     text = load_text(config.model, locate(config.model.base, "model.base", config.model.revision))
     text.module.to(device)
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
-        counts = write_states(config.cache, latents, text, report, lambda line: print_line(console, line))
+        counts = write_text_embeddings(config.cache, latents, text, report, lambda line: print_line(console, line))
     print_line(console, f"{counts.captions} captions, the text encoder's states of {counts.encoded} of them encoded now")
 
 

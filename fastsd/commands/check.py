@@ -12,17 +12,17 @@ from rich.console import Console
 
 from fastsd.commands.progress import print_line
 from fastsd.config.schema import Config
-from fastsd.config.stages import ENDLESS, PARTS
+from fastsd.config.stages import COMPONENTS, ENDLESS
 from fastsd.data.building import build
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
 from fastsd.data.sources import folders
-from fastsd.data.text_embeddings import States
-from fastsd.data.validation_split import choose_sets
+from fastsd.data.text_embeddings import TextEmbeddings
+from fastsd.data.validation_split import choose_splits
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.model import Model
-from fastsd.model.select import changed_parts, selected, size_of
+from fastsd.model.select import changed_components, parameter_count, selected
 from fastsd.plan.disk import export_bytes
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
@@ -91,7 +91,9 @@ def _stage(config: Config, index: int, models: list[Model], epoch: list[int]) ->
     if models:
         selected(models[0], stage.reinit, f"stage {name!r}: reinit")
         Objective(alphas_cumprod(models[0].scheduler), config.seed, stage=stage, prediction=models[0].prediction)
-        trained_size = f" ({size_of(models[0], selected(models[0], stage.train, f'stage {name!r}: train')):,} parameters)"
+        trained_size = (
+            f" ({parameter_count(models[0], selected(models[0], stage.train, f'stage {name!r}: train')):,} parameters)"
+        )
     steps = check_length(stage, name, epoch[0]) if epoch else None
     length = f"{steps} steps" if steps and steps < ENDLESS else str(stage.until)
     return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} of {stage.batch} images"
@@ -100,14 +102,14 @@ def _stage(config: Config, index: int, models: list[Model], epoch: list[int]) ->
 def _cache(config: Config, model: Model, epoch: list[int]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
         if config.cache.hidden_states:
-            States(config.cache, latents, model.text).close()
+            TextEmbeddings(config.cache, latents, model.text).close()
         epoch[:] = [Loader(latents, model.text.tokenize, config.seed, config.stage[0], data=config.data).images]
         return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
 
 
 def _validation(config: Config, model: Model, epoch: list[int]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
-        sets, loader_args = choose_sets(latents, config), (latents, model.text.tokenize, config.seed, config.stage[0])
+        sets, loader_args = choose_splits(latents, config), (latents, model.text.tokenize, config.seed, config.stage[0])
         loader = Loader(*loader_args, data=config.data, left_out=sets.left_out)
         epoch[:] = [loader.images]
         return f"{Validation(model, loader, sets, config.validate_)}, every {config.validate_.every}"
@@ -122,14 +124,16 @@ def _room(config: Config, models: list[Model]) -> str:
     if not models:
         return f"{free / 1e9:.1f} GB free"
     model = models[0]
-    modules = {part: model.part(part) for part in PARTS} | {"vae": model.vae.module}
+    modules = {part: model.part(part) for part in COMPONENTS} | {"vae": model.vae.module}
     size = {part: sum(p.numel() for p in module.parameters()) * 4 for part, module in modules.items()}
     stage_bytes = [0]
     for stage in config.stage:
         with suppress(UserError):  # `_stage` has reported it
             trained = selected(model, stage.train, "train")
             slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
-            checkpoint_bytes = sum(size[part] for part in changed_parts(trained)) + 4 * slots * size_of(model, trained)
+            checkpoint_bytes = sum(size[part] for part in changed_components(trained)) + 4 * slots * parameter_count(
+                model, trained
+            )
             stage_bytes.append(checkpoint_bytes * (stage.keep_checkpoints + 1))
     need = sum(size.values()) + max(stage_bytes) + export_bytes(config, size)
     if need > free:

@@ -7,21 +7,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsd.config.schema import ModelTable
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import ADAPTERS, MADE_BY, load_merged
-from fastsd.model.formats.load import part_state_dict
-from fastsd.model.formats.model_source import Part, Source, checked, locate, open_file, open_source, read_part
-from fastsd.model.formats.model_summary import Summary, metadata_of, read_summary, summary_in
+from fastsd.model.formats.load import component_state_dict
+from fastsd.model.formats.model_source import (
+    ComponentFiles,
+    ModelSource,
+    checked,
+    locate,
+    open_file,
+    open_source,
+    read_component,
+)
+from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
 from fastsd.model.formats.write import write_folder, write_single_file
 from fastsd.run.checkpoint import averages_of
-from fastsd.run.folder import model_named
+from fastsd.run.folder import resolve_model
 from fastsd.run.model_card import SAMPLES, last_samples, summarize, write_card
 from fastsd.storage import TensorFile, new_folder
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """Settings of `convert`. Each is an option of the command line.
 
     Attributes:
@@ -44,7 +52,9 @@ class Options:
     revision: str = ""
 
 
-def convert(name: str, out: Path, to: str = "", options: Options | None = None, say: Callable[[str], None] = print) -> None:
+def convert(
+    name: str, out: Path, to: str = "", options: ConvertOptions | None = None, say: Callable[[str], None] = print
+) -> None:
     """Write a model to `out` in another format, and print what was found and what was ignored.
 
     Only one block of a tensor is in memory at a time. Two cases load a whole model: the EMA of a run, and merging adapters.
@@ -56,7 +66,7 @@ def convert(name: str, out: Path, to: str = "", options: Options | None = None, 
     Raises:
         UserError: the model is damaged or of another family, or `out` exists or cannot be written. No partial `out` is left.
     """
-    options = options or Options()
+    options = options or ConvertOptions()
     to = to or _guess(name, out)
     if out.exists():
         raise UserError(f"OUT is {str(out)!r}, which exists; name a new {'folder' if to == 'diffusers' else 'file'}")
@@ -93,7 +103,7 @@ def _guess(name: str, out: Path) -> str:
 
 
 def _write(
-    source: Source, summary: Summary | None, samples: Path | None, out: Path, to: str, options: Options
+    source: ModelSource, summary: ModelSummary | None, samples: Path | None, out: Path, to: str, options: ConvertOptions
 ) -> list[str]:  # fmt: skip
     if to == "single-file":
         vae, unet = source.parts.get("vae"), source.parts["unet"].config
@@ -103,11 +113,11 @@ def _write(
     with new_folder(out) as folder:
         shard = round(options.shard * 1e9)
         write_folder(source, folder, dtype=options.dtype, variant=options.variant, shard=shard)
-        write_card(folder, summary or Summary(title=out.name), samples=samples)
+        write_card(folder, summary or ModelSummary(title=out.name), samples=samples)
     return []
 
 
-def _told(name: str, source: Source, options: Options) -> tuple[Summary | None, Path | None]:
+def _told(name: str, source: ModelSource, options: ConvertOptions) -> tuple[ModelSummary | None, Path | None]:
     """Find the training summary and the sample grid of a model: those of the run, or those stored with the model."""
     run = Path(name) if (Path(name) / "checkpoints").is_dir() else None
     if run:
@@ -118,9 +128,9 @@ def _told(name: str, source: Source, options: Options) -> tuple[Summary | None, 
     return summary, samples if samples.is_file() else None
 
 
-def _source(name: str, options: Options) -> Source:
+def _source(name: str, options: ConvertOptions) -> ModelSource:
     """Open the model to convert (of a run its newest checkpoint), with its VAE replaced by `--vae` if that is given."""
-    base = model_named(name)
+    base = resolve_model(name)
     in_memory = (Path(base) / MADE_BY).is_file() or (options.ema and Path(base).is_dir())
     source = open_source(
         base, revision=options.revision, pickled=True, ema=options.ema and not in_memory, tokenizer=options.tokenizer
@@ -129,7 +139,7 @@ def _source(name: str, options: Options) -> Source:
         source.parts |= _in_memory(Path(base), source, options.ema)
     if options.vae:
         path, notes = locate(options.vae, "--vae", pickled=True), source.notes
-        new_vae = open_file(path).part("vae", notes) if path.is_file() else read_part(path, "vae", notes, pickled=True)
+        new_vae = open_file(path).part("vae", notes) if path.is_file() else read_component(path, "vae", notes, pickled=True)
         if new_vae is None:
             raise UserError(f"--vae is {options.vae!r}, which has none; give an AutoencoderKL")
         source.parts["vae"] = checked("vae", new_vae, notes)
@@ -144,21 +154,21 @@ def _source(name: str, options: Options) -> Source:
     return source
 
 
-def _in_memory(checkpoint: Path, source: Source, ema: bool) -> dict[str, Part]:
+def _in_memory(checkpoint: Path, source: ModelSource, ema: bool) -> dict[str, ComponentFiles]:
     """Build the components that a checkpoint's weight files do not hold: EMA weights, and weights with merged adapters."""
     averages = averages_of(checkpoint) if ema else {}
     if ema and not averages:
         raise UserError(f"{checkpoint}: has no averaged (EMA) weights; leave --ema out")
     model = load_merged(ModelTable(base=str(checkpoint)), averages=averages)
     has_adapters = (checkpoint / MADE_BY).is_file()
-    tensors = {part: part_state_dict(model, part, None if has_adapters else averages.get(part)) for part in PARTS}
+    tensors = {part: component_state_dict(model, part, None if has_adapters else averages.get(part)) for part in COMPONENTS}
     source.notes.append(f"{checkpoint.name}: {'averages' if ema else 'weights'}{', adapters merged' if has_adapters else ''}")
-    return {part: replace(source.parts[part], tensors=tensors[part]) for part in PARTS}
+    return {part: replace(source.parts[part], tensors=tensors[part]) for part in COMPONENTS}
 
 
 def _lora_file(name: str, ema: bool) -> Path:
     """Find the adapters to convert: a file, a PEFT folder, or those of a run's newest checkpoint."""
-    path = Path(model_named(name))
+    path = Path(resolve_model(name))
     if ema:
         ema_path = Path(name) / "lora-ema.safetensors"
         if not ema_path.is_file():

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastsd.config.schema import ModelTable
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
-from fastsd.model.formats.load import load_model, part_state_dict, write_part, write_rest
+from fastsd.model.formats.load import component_state_dict, load_model, write_component, write_rest
 from fastsd.model.text_encoder import stretch
 from fastsd.storage import new_folder, write_text
 
@@ -31,8 +31,8 @@ def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", say: Calla
     except ValueError as error:
         raise UserError(f"--tokens: {error}") from None
     with new_folder(out) as folder:
-        for part in PARTS:
-            write_part(folder, model, part, part_state_dict(model, part))
+        for part in COMPONENTS:
+            write_component(folder, model, part, component_state_dict(model, part))
         write_rest(folder, model)
         config_path = folder / "tokenizer" / "tokenizer_config.json"
         tokenizer_config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from fastsd.config.schema import Config
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.run.loop import train
 
@@ -97,7 +97,7 @@ def _probing(config: Config, steps: int, stage: str) -> Config:
 
 def _parts(rows: list[dict[str, Any]]) -> list[str]:
     """Return the components that have a d in the log. The first one's key is "d"; a single component needs no name."""
-    return list(PARTS) if any(key.startswith("d_") for key in rows[0]) else [""]
+    return list(COMPONENTS) if any(key.startswith("d_") for key in rows[0]) else [""]
 
 
 def _read(part: str, index: int, rows: list[dict[str, Any]], d0: float) -> Probe:

@@ -16,7 +16,7 @@ PLAIN_SECONDS = 10  # between progress lines when the output is not a terminal
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[build.Report]:
+def progress(console: Console) -> Iterator[build.ProgressCallback]:
     """Yield a callback that shows progress: a live line on a terminal, otherwise a line every few seconds."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
@@ -25,10 +25,10 @@ def progress(console: Console) -> Iterator[build.Report]:
         yield _live(bar) if console.is_terminal else _plain(console)
 
 
-def _live(bar: Progress) -> build.Report:
+def _live(bar: Progress) -> build.ProgressCallback:
     tasks: dict[str, object] = {}
 
-    def show(event: build.Progress) -> None:
+    def show(event: build.CacheProgress) -> None:
         task = tasks.get(event.phase)
         if task is None:
             task = tasks[event.phase] = bar.add_task(event.phase, total=event.total or None, speed="")
@@ -37,10 +37,10 @@ def _live(bar: Progress) -> build.Report:
     return show
 
 
-def _plain(console: Console) -> build.Report:
+def _plain(console: Console) -> build.ProgressCallback:
     last = time.monotonic()
 
-    def show(event: build.Progress) -> None:
+    def show(event: build.CacheProgress) -> None:
         nonlocal last
         if time.monotonic() - last > PLAIN_SECONDS:
             last = time.monotonic()
@@ -51,7 +51,7 @@ def _plain(console: Console) -> build.Report:
     return show
 
 
-def _speed(event: build.Progress) -> str:
+def _speed(event: build.CacheProgress) -> str:
     unit = "captions" if event.phase == "states" else "img"
     return f"{event.images_per_second:.1f} {unit}/s" + (f" | {event.limit} limits" if event.limit else "")
 

@@ -33,15 +33,15 @@ from torch import Tensor
 from fastsd.commands.progress import progress
 from fastsd.commands.validate import latents_of
 from fastsd.config.schema import Config, ModelTable
-from fastsd.data.building.build import Report
-from fastsd.data.building.pipeline import Progress
+from fastsd.data.building.build import ProgressCallback
+from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.captions import select
 from fastsd.errors import Stopped, UserError
 from fastsd.model.formats.load import load_vae
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
-from fastsd.run.folder import model_named
+from fastsd.run.folder import resolve_model
 from fastsd.sampling.generate import BATCH, check_steps, denoise, load_to_sample, to_image
 from fastsd.storage import TEMPORARY, flush_folder, replace_file, write_bytes
 from fastsd.train.objective import alphas_cumprod
@@ -76,7 +76,7 @@ def redraw(
     """
     console, start_time = console or Console(), time.perf_counter()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    table = _table(model_named(name), config.model)
+    table = _table(resolve_model(name), config.model)
     model, vae = _load(table, config, start, precision, device or config.device)
     cache = closing(_any_latents(table, config, vae)) if start is None else latents_of(table.base, config, vae)
     with cache as latents:
@@ -182,7 +182,7 @@ class _Work:
     model: Model | None
     start: int | None
 
-    def make(self, out: Path, batches: Iterator[np.ndarray], wanted: int, report: Report) -> int:
+    def make(self, out: Path, batches: Iterator[np.ndarray], wanted: int, report: ProgressCallback) -> int:
         """Draw those of the first `wanted` images that do not exist yet, and return how many were drawn."""
         start_time, done, num_drawn = time.perf_counter(), 0, 0
         for numbers_B in batches:
@@ -198,7 +198,7 @@ class _Work:
                         _write(out / f"{name}.png", png.getvalue())
                 flush_folder(out)
                 num_drawn += len(missing)
-                report(Progress("redraw", done, wanted, num_drawn / (time.perf_counter() - start_time)))
+                report(CacheProgress("redraw", done, wanted, num_drawn / (time.perf_counter() - start_time)))
             if done == wanted:
                 break
         return num_drawn

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.errors import UserError
-from fastsd.run.folder import model_named
+from fastsd.run.folder import resolve_model
 from fastsd.sampling.generate import generate, load_to_sample
 from fastsd.sampling.grid import grid, read_prompts, save_grid
 
@@ -22,7 +22,7 @@ def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precisio
     prompts = read_prompts(table)
     if not prompts:
         raise UserError("there is nothing to draw; give --prompt TEXT or --prompts FILE")
-    source = {**source, "base": model_named(source["base"])}
+    source = {**source, "base": resolve_model(source["base"])}
     model = load_to_sample(_from_options(ModelTable, source), device, precision)
     size = table.size or model.unet.cfg.sample_size * model.vae.downscale
     pairs = [(prompt, table.seed + column) for prompt in prompts for column in range(table.images)]

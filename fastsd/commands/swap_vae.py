@@ -30,14 +30,14 @@ from torch import Tensor
 from fastsd.commands.progress import progress
 from fastsd.config.schema import FolderTable, ModelTable
 from fastsd.data.building.buckets import Buckets
-from fastsd.data.building.build import Report
+from fastsd.data.building.build import ProgressCallback
 from fastsd.data.building.decode import decode, probe
-from fastsd.data.building.pipeline import Progress
+from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.sources import folders
-from fastsd.data.sources.image import Rejected, Source
+from fastsd.data.sources.image import DataSource, Rejected
 from fastsd.errors import UserError
 from fastsd.model import align
-from fastsd.model.formats.load import load_model, load_vae, part_state_dict, write_part, write_rest
+from fastsd.model.formats.load import component_state_dict, load_model, load_vae, write_component, write_rest
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
 from fastsd.run.model_card import untrained, write_card
@@ -91,7 +91,7 @@ def swap_vae(
     _check(model.vae, new_vae, vae, aligning=bool(images))
     _say_changes(say, model, new_vae)
     fp32_weights = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # fp32, for the output
-    edges = align.edges_of(model.unet)
+    edges = align.edge_layers(model.unet)
     record: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new_vae.scaling_factor, "fit": "plain"}
     if images:
         record |= {"images": str(images), "seed": seed, "precision": precision}
@@ -107,13 +107,13 @@ def swap_vae(
         _say_table(say, record)
         edges = results[record["fit"]].edges
     else:
-        edges = align.fold(edges, align.fit_plain(model.vae.channels, new_vae.channels))
+        edges = align.fold_into_edges(edges, align.fit_plain(model.vae.channels, new_vae.channels))
     align.put(model.unet, edges)
     tensors = fp32_weights | {name: tensor.float() for name, tensor in edges.items()}
     try:
         with new_folder(out) as folder:
-            write_part(folder, model, "unet", part_state_dict(model, "unet", tensors))
-            write_part(folder, model, "text_encoder", part_state_dict(model, "text_encoder"))
+            write_component(folder, model, "unet", component_state_dict(model, "unet", tensors))
+            write_component(folder, model, "text_encoder", component_state_dict(model, "text_encoder"))
             write_rest(folder, replace(model, vae=new_vae))
             write_text(folder / "swap.json", json.dumps(record, indent=2) + "\n")
             write_card(folder, untrained(out.name, base, vae, _told(record)))
@@ -136,7 +136,7 @@ def _told(said: Mapping[str, Any]) -> str:
     )
 
 
-def _images(folder: Path) -> list[Source]:
+def _images(folder: Path) -> list[DataSource]:
     """List all images of a folder, including those that cannot be used."""
     try:
         return list(folders.scan([FolderTable(path=str(folder))]))
@@ -205,7 +205,7 @@ class _Pairs:
 
 @torch.no_grad()
 def _encoded(
-    model: Model, new: Vae, found: Sequence[Source], limit: int, seed: int, resolution: int, report: Report
+    model: Model, new: Vae, found: Sequence[DataSource], limit: int, seed: int, resolution: int, report: ProgressCallback
 ) -> _Pairs:  # fmt: skip
     """Encode images and captions. Raises UserError for a resolution that the model cannot have, or too few images."""
     device, base, start_time = new.device, model.vae, time.perf_counter()
@@ -231,7 +231,7 @@ def _encoded(
             continue
         text_embeds = model.text.encode(model.text.tokenize([caption]).to(device)).cpu()
         rows.append((number[None], x, y, text_embeds))
-        report(Progress("encode", len(rows), min(limit, len(found)), len(rows) / (time.perf_counter() - start_time)))
+        report(CacheProgress("encode", len(rows), min(limit, len(found)), len(rows) / (time.perf_counter() - start_time)))
     rejections = f"; put aside: {_reasons(put_aside)}" if put_aside else ""
     if len(rows) < FEWEST:
         raise UserError(f"--images has {len(rows)} that can be used, and a fit needs {FEWEST} or more; add some{rejections}")
@@ -247,7 +247,7 @@ def _encoded(
     return pairs
 
 
-def _read(source: Source, buckets: Buckets) -> tuple[Tensor, str]:
+def _read(source: DataSource, buckets: Buckets) -> tuple[Tensor, str]:
     """Return the pixels, uint8 (3, R, R), and the caption, "" without one. Raises Rejected."""
     if source.problem:
         raise Rejected(source.problem)
@@ -259,7 +259,7 @@ def _read(source: Source, buckets: Buckets) -> tuple[Tensor, str]:
 class _Measured:
     """A measured fit: R^2 a channel of the base ([] for the base itself), {"loss", "se"}, and {"A", "c"} if it has them."""
 
-    edges: align.Edges
+    edges: align.EdgeLayers
     r2: list[float] = field(default_factory=list)
     loss: dict[str, float] = field(default_factory=dict)
     map: dict[str, Any] = field(default_factory=dict)
@@ -272,7 +272,7 @@ class _Alignment:
         model: a model with its UNet on its device, in the precision to measure in.
     """
 
-    def __init__(self, model: Model, pairs: _Pairs, seed: int, report: Report) -> None:
+    def __init__(self, model: Model, pairs: _Pairs, seed: int, report: ProgressCallback) -> None:
         self.model, self.pairs, self.seed, self.report = model, pairs, seed, report
         self.abar_T = alphas_cumprod(model.scheduler)
         self.fitted, self.measuring = pairs.part(measuring=False), pairs.part(measuring=True)
@@ -280,7 +280,7 @@ class _Alignment:
         self.total = len(self.fitted) + (1 + len(FITS)) * len(self.measuring)
 
     @torch.no_grad()
-    def compare(self, edges: align.Edges) -> dict[str, _Measured]:
+    def compare(self, edges: align.EdgeLayers) -> dict[str, _Measured]:
         """Measure the base with its own VAE ("own"), then each of `FITS`."""
         moments, unseen = (align.Pairs(self.pairs.x_NCHW[i], self.pairs.y_NDHW[i]) for i in (self.fitted, self.measuring))
         schedule = align.Schedule.of(self.abar_T, self.model.prediction)
@@ -290,14 +290,14 @@ class _Alignment:
         }  # fmt: skip
         results = {"own": _Measured(edges, loss=self._loss(edges, self.pairs.x_NCHW))}
         for name, fit in fits.items():
-            folded_edges = align.fold(edges, fit)
+            folded_edges = align.fold_into_edges(edges, fit)
             if name == "kernel":
                 folded_edges = self._refitted(folded_edges)
             mapping = {"A": fit.A.tolist(), "c": fit.c.tolist()} if fit.A is not None and fit.c is not None else {}
             results[name] = _Measured(folded_edges, unseen.r2(fit), self._loss(folded_edges, self.pairs.y_NDHW), mapping)
         return results
 
-    def _refitted(self, edges: align.Edges) -> align.Edges:
+    def _refitted(self, edges: align.EdgeLayers) -> align.EdgeLayers:
         align.put(self.model.unet, align.reading_features(edges))
         columns = edges["conv_out.weight"][0].numel() + len(edges["conv_out.weight"])
         moments = align.Moments(columns, self.model.unet.conv_in.weight.device)
@@ -306,7 +306,7 @@ class _Alignment:
                 moments.add(torch.cat([align.patches(features_FHW[None]), target_DHW.flatten(1).T], dim=1))
         return align.refit_last(edges, moments)
 
-    def _loss(self, edges: align.Edges, latents_NCHW: Tensor) -> dict[str, float]:
+    def _loss(self, edges: align.EdgeLayers, latents_NCHW: Tensor) -> dict[str, float]:
         align.put(self.model.unet, edges)
         errors = [
             (predicted.double() - target.double()).square().flatten(1).mean(1)
@@ -333,7 +333,7 @@ class _Alignment:
                 yield unet(noisy_BCHW, t_B, context_BLD).float(), target_BCHW
             self.done += len(index_B)
             speed = self.done / (time.perf_counter() - self.began)
-            self.report(Progress("measure", self.done, self.total, speed))
+            self.report(CacheProgress("measure", self.done, self.total, speed))
 
     def _edges(self) -> list[int]:
         """Return the first timestep of each stratum, and the end."""

@@ -14,20 +14,20 @@ from rich.console import Console
 from fastsd.config.schema import Config, ModelTable
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
-from fastsd.data.text_embeddings import States
-from fastsd.data.validation_split import choose_sets
+from fastsd.data.text_embeddings import TextEmbeddings
+from fastsd.data.validation_split import choose_splits
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
-from fastsd.run.folder import model_named
-from fastsd.run.validation import Row, Validation, in_a_table
+from fastsd.run.folder import resolve_model
+from fastsd.run.validation import Validation, ValidationRow, in_a_table
 from fastsd.storage import replace_file
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
-from fastsd.train.trainable import computed
+from fastsd.train.trainable import compute_weight
 
 
-def validate(name: str, config: Config, json_file: Path | None = None, console: Console | None = None) -> list[Row]:
+def validate(name: str, config: Config, json_file: Path | None = None, console: Console | None = None) -> list[ValidationRow]:
     """Measure a model on the validation sets of a config, in the precision of its last stage, and print a table.
 
     For a run's checkpoint the result equals, to the last bit, what the run itself measured in that precision.
@@ -49,15 +49,15 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
         )
     if json_file and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another")
-    device, precision, base = choose_device(config.device), config.stage[-1].precision, model_named(name)
+    device, precision, base = choose_device(config.device), config.stage[-1].precision, resolve_model(name)
     model = load_merged(_table(base, config.model), choose_ops(config.kernels, device))
     with latents_of(base, config, model.vae) as latents, _states(config, latents, model, console) as states:
         for module in [model.unet] + ([] if states else [model.text.module]):
             for parameter in module.to(device).parameters():
-                parameter.data = computed(parameter.data, COMPUTE_DTYPE[precision])
+                parameter.data = compute_weight(parameter.data, COMPUTE_DTYPE[precision])
         switches = set_precision(precision, model.unet, config.deterministic)
         loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], states=states)
-        validation = Validation(model, loader, choose_sets(latents, config), table)
+        validation = Validation(model, loader, choose_splits(latents, config), table)
         _say(console, f"{base}, {switches}\n{validation}")
         try:
             rows = validation.rows()
@@ -95,12 +95,12 @@ def latents_of(base: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
 
 
 @contextmanager
-def _states(config: Config, latents: LatentCache, model: Model, console: Console) -> Iterator[States | None]:
+def _states(config: Config, latents: LatentCache, model: Model, console: Console) -> Iterator[TextEmbeddings | None]:
     """Open the cached text embeddings that a run of the config would read, if this text encoder made them."""
     states = None
     if config.cache.hidden_states:
         try:
-            states = States(config.cache, latents, model.text)
+            states = TextEmbeddings(config.cache, latents, model.text)
         except UserError as error:
             _say(console, f"captions are encoded here: {error}")
     try:

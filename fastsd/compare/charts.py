@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter
 
 from fastsd.compare.numbers import called
 from fastsd.compare.runs import RunData, column
-from fastsd.run.folder import Row
+from fastsd.run.folder import LogRow
 
 WIDTH, DPI = 12.0, 150  # inches, dots per inch: 1800 px, sharp where a page shows 1200
 POINTS = 3000  # of a curve, at most
@@ -120,7 +120,7 @@ def rate_chart(runs: Sequence[RunData]) -> Figure:
     return _finish(figure, runs, dashes if len(suffixes) > 1 else [])
 
 
-def _bands(row: Row) -> list[list[float]]:
+def _bands(row: LogRow) -> list[list[float]]:
     """Return [from, to, loss, se] of each band of a row. More than `BANDS` bands are averaged with their neighbours."""
     bands: list[list[float]] = row.get("bands") or []
     size = -(-len(bands) // BANDS)
@@ -139,7 +139,7 @@ def _by_stage(axes: Axes, run: RunData, y: np.ndarray, **style: Any) -> None:
 
 
 def _with_errors(
-    axes: Axes, run: RunData, rows: Sequence[Row], y: np.ndarray, error: np.ndarray, dashed: bool = False
+    axes: Axes, run: RunData, rows: Sequence[LogRow], y: np.ndarray, error: np.ndarray, dashed: bool = False
 ) -> None:  # fmt: skip
     many = len(rows) > 40
     axes.errorbar(

@@ -13,7 +13,7 @@ from rich.console import Console
 from fastsd.compare import charts, draw, numbers, page, pictures
 from fastsd.compare.numbers import Table
 from fastsd.compare.page import Section
-from fastsd.compare.runs import SMOOTHING, RunData, read_runs
+from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, read_runs
 from fastsd.errors import UserError
 from fastsd.run.settings import safe_name
 from fastsd.storage import new_folder, replace_file, write_text
@@ -44,7 +44,7 @@ def compare(
     settings = draw.read_settings(drawing, base) if drawing or from_checkpoints else []
     target = _beside(out)
     with new_folder(target) as new:
-        report = Report(runs, base, new, console)
+        report = ComparisonReport(runs, base, new, console)
         if from_checkpoints:
             report.redraw()
         report.curves()
@@ -61,7 +61,7 @@ def compare(
     console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-class Report:
+class ComparisonReport:
     """A page under construction. Sections are added in order; pictures are written to `folder` at once."""
 
     def __init__(self, runs: Sequence[RunData], baseline: RunData, folder: Path, console: Console) -> None:
@@ -81,7 +81,7 @@ class Report:
         self._table(numbers.overview(self.runs, self.baseline))
         if self.several:
             self._table(numbers.settings(self.runs))
-        note = f"Faint: as logged. Strong: a moving average over {SMOOTHING:.0%} of the rows, within a stage."
+        note = f"Faint: as logged. Strong: a moving average over {SMOOTHING_WINDOW:.0%} of the rows, within a stage."
         self._chart("Training loss", note, "loss", charts.loss_chart(self.runs))
         validation, bands = charts.validation_chart(self.runs), charts.band_chart(self.runs)
         if validation:
@@ -125,7 +125,7 @@ class Report:
             self.sections.append(Section("Prompts x checkpoints", note, "".join(sheets)))
 
     def draw(self, settings: Sequence[draw.Setting], from_checkpoints: bool) -> None:
-        groups: list[tuple[RunData | None, list[draw.Source]]] = [(None, draw.finished_models(self.runs))]
+        groups: list[tuple[RunData | None, list[draw.DrawSource]]] = [(None, draw.finished_models(self.runs))]
         if from_checkpoints:
             groups = [(run, draw.sources_of(run)) for run in self.runs]
         shown = []

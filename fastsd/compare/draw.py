@@ -17,7 +17,7 @@ from fastsd.errors import UserError
 from fastsd.model.model import Model
 from fastsd.run.checkpoint import checkpoints
 from fastsd.run.folder import Grid
-from fastsd.run.settings import combinations, said
+from fastsd.run.settings import combinations, setting_text
 from fastsd.sampling.generate import generate, load_to_sample
 from fastsd.sampling.grid import read_prompts, sample_grid, save_grid
 
@@ -34,7 +34,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Source:
+class DrawSource:
     """A model to sample: a run's finished model, or one of its checkpoints."""
 
     label: str
@@ -68,27 +68,27 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
                 ModelTable.model_validate({"base": "x", "clip_skip": clip_skip})
         except ValidationError as error:
             raise UserError(f"--draw: {sentence(error.errors()[0])}") from None
-        label = "\n".join(f"{key.split('.')[-1]} {said(value)}" for key, (_, value) in combination.items())
+        label = "\n".join(f"{key.split('.')[-1]} {setting_text(value)}" for key, (_, value) in combination.items())
         settings.append(Setting(label, table, clip_skip))
     return settings
 
 
-def finished_models(runs: Sequence[RunData]) -> list[Source]:
+def finished_models(runs: Sequence[RunData]) -> list[DrawSource]:
     """Return RUN/model of each run, or its newest checkpoint if it is unfinished. Raises UserError if a run has neither."""
     return [
-        Source(run.label, run, run.folder / "model" if run.finished else sources_of(run)[-1].folder) for run in runs
+        DrawSource(run.label, run, run.folder / "model" if run.finished else sources_of(run)[-1].folder) for run in runs
     ]  # fmt: skip
 
 
-def sources_of(run: RunData) -> list[Source]:
+def sources_of(run: RunData) -> list[DrawSource]:
     """Return a run's checkpoints, oldest first. Raises UserError if it has none."""
     paths = checkpoints(run.folder / "checkpoints")
     if not paths:
         raise UserError(f"{run.folder} has no checkpoint to draw from; leave it out, or wait for one")
-    return [Source(f"step {int(path.name.removeprefix('step-')):,}", run, path) for path in paths]
+    return [DrawSource(f"step {int(path.name.removeprefix('step-')):,}", run, path) for path in paths]
 
 
-def draw_settings(sources: Sequence[Source], settings: Sequence[Setting]) -> Iterator[tuple[str, Image.Image]]:
+def draw_settings(sources: Sequence[DrawSource], settings: Sequence[Setting]) -> Iterator[tuple[str, Image.Image]]:
     """Yield for each prompt (prompt, sheet of models x settings at one seed)."""
     prompts = read_prompts(settings[0].table)
     drawn = [_draw(source, settings, prompts) for source in sources]
@@ -97,7 +97,7 @@ def draw_settings(sources: Sequence[Source], settings: Sequence[Setting]) -> Ite
         yield prompt, sheet([setting.label for setting in settings], rows)
 
 
-def _draw(source: Source, settings: Sequence[Setting], prompts: list[str]) -> list[list[Image.Image]]:
+def _draw(source: DrawSource, settings: Sequence[Setting], prompts: list[str]) -> list[list[Image.Image]]:
     """Return images by setting and prompt. The model is loaded once for each clip skip, which is a setting of the model."""
     images: dict[int, list[Image.Image]] = {}
     for clip_skip in dict.fromkeys(setting.clip_skip for setting in settings):

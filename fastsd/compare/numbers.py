@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsd.compare.runs import SMOOTHING, RunData, column
+from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, column
 from fastsd.run.report import duration
 from fastsd.run.settings import ABSENT, differences
 
@@ -81,7 +81,9 @@ def overview(runs: Sequence[RunData], baseline: RunData) -> Table:
             *(_last_validation(run, validation) for validation in measured),
         ])  # fmt: skip
     head = ["run", "", "steps", "images", "epochs", "smoothed loss", *(f"{called(validation)} loss" for validation in measured)]
-    note = f"Values at the end of each run. The smoothed loss is a moving average over {SMOOTHING:.0%} of the log's rows."
+    note = (
+        f"Values at the end of each run. The smoothed loss is a moving average over {SMOOTHING_WINDOW:.0%} of the log's rows."
+    )
     return Table("Runs", note, head, rows)
 
 

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastsd.compare.numbers import Pixels
 from fastsd.compare.runs import RunData
-from fastsd.run.folder import WHOLE, Cell, Grid
+from fastsd.run.folder import WHOLE_SHEET, Cell, Grid
 
-Row = tuple[str, Sequence[Image.Image | None]]  # label and pictures
+SheetRow = tuple[str, Sequence[Image.Image | None]]  # label and pictures
 
 WIDTH, HEIGHT = 1200, 1700  # px: largest sheet, unless its cells would be narrower than CELL[0]
 CELL = (72, 260)  # px: narrowest cell, and widest cell unless its picture is wider
@@ -31,7 +31,7 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size)
 
 
-def sheet(heads: Sequence[str], rows: Sequence[Row], colours: Sequence[str] = ()) -> Image.Image:
+def sheet(heads: Sequence[str], rows: Sequence[SheetRow], colours: Sequence[str] = ()) -> Image.Image:
     """Lay out pictures in rows under column heads, with a label left of each row and a colour bar over each column."""
     shown = [image for _, images in rows for image in images if image]
     least, most = CELL[0], max([CELL[1], *(image.width for image in shown)])
@@ -83,7 +83,7 @@ def against(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixel
         None and the factor 1 if no other run has a picture of equal prompt, seed and size.
     """
     baseline_images = baseline.grids[-1].cut() if baseline.grids else {}
-    baseline_images.pop(WHOLE, None)
+    baseline_images.pop(WHOLE_SHEET, None)
     differences: dict[str, dict[Cell, np.ndarray]] = {}  # |difference| of each
     for run in runs:
         if run is not baseline and run.grids:
@@ -96,7 +96,7 @@ def against(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixel
     high = float(np.percentile(np.concatenate([d.ravel() for by_cell in differences.values() for d in by_cell.values()]), 99))
     factor = 2 ** max(0, math.floor(math.log2(255 / max(high, 1.0))))
     others = [run for run in runs if run.label in differences]
-    rows: list[Row] = []
+    rows: list[SheetRow] = []
     for cell in _cells([baseline_images]):
         shown = [
             Image.fromarray((by_cell[cell] * factor).clip(0, 255).astype(np.uint8)) if cell in by_cell else None

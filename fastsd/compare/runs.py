@@ -12,10 +12,10 @@ import numpy as np
 
 from fastsd.config.schema import Config, parse_config
 from fastsd.errors import UserError
-from fastsd.run.folder import Grid, Row, grid_files, read_grid, read_rows, read_table
+from fastsd.run.folder import Grid, LogRow, grid_files, read_grid, read_rows, read_table
 from fastsd.run.settings import short_names
 
-SMOOTHING = 0.04  # share of a run's log rows that a smoothed loss averages
+SMOOTHING_WINDOW = 0.04  # share of a run's log rows that a smoothed loss averages
 
 # Ten colours that most eyes can distinguish, also on paper. With more runs they repeat.
 COLOURS = (
@@ -31,10 +31,10 @@ class RunData:
     label: str
     colour: str
     config: Config
-    log: list[Row]
-    timing: list[Row]
-    validation: list[Row]
-    cost: Row | None
+    log: list[LogRow]
+    timing: list[LogRow]
+    validation: list[LogRow]
+    cost: LogRow | None
     grids: list[Grid] = field(default_factory=list)
 
     @property
@@ -61,9 +61,9 @@ class RunData:
         return [slice(*pair) for pair in pairwise([*starts, len(self.log)])]
 
     def smoothed(self) -> np.ndarray:
-        """Return the loss after two moving averages over `SMOOTHING` of the rows, which do not cross a stage's border."""
+        """Return the loss after two moving averages over `SMOOTHING_WINDOW` of the rows, separately for each stage."""
         loss = self.logged("loss")
-        half = max(3, round(len(loss) * SMOOTHING / 2))
+        half = max(3, round(len(loss) * SMOOTHING_WINDOW / 2))
         for rows in self.stages():
             finite = np.isfinite(loss[rows])
             loss[rows][finite] = _average(_average(loss[rows][finite], half), half)
@@ -75,7 +75,7 @@ class RunData:
         pairs = {(row["set"], row["weights"]) for row in self.validation}
         return sorted(pairs, key=lambda pair: [order.index(word) if word in order else len(order) for word in pair])
 
-    def validated(self, which: tuple[str, str]) -> list[Row]:
+    def validated(self, which: tuple[str, str]) -> list[LogRow]:
         return [row for row in self.validation if (row["set"], row["weights"]) == which]
 
 
@@ -86,7 +86,7 @@ def _average(y: np.ndarray, half: int) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def column(rows: Sequence[Row], key: str) -> np.ndarray:
+def column(rows: Sequence[LogRow], key: str) -> np.ndarray:
     numbers = [row.get(key) for row in rows]
     return np.array([n if isinstance(n, (int, float)) else np.nan for n in numbers], dtype=np.float64)
 

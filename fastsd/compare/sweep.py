@@ -24,7 +24,7 @@ from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.run.checkpoint import STATE, checkpoints
 from fastsd.run.loop import train
-from fastsd.run.settings import combinations, safe_name, said, short_names
+from fastsd.run.settings import combinations, safe_name, setting_text, short_names
 from fastsd.sampling.grid import check_samples
 from fastsd.storage import replace_file
 
@@ -62,7 +62,10 @@ def sweep(
     root = base.folder.parent
     _say(console, f"{len(variants)} runs in {root}, measured against {base.name}")
     for variant in variants:
-        _say(console, f"  {variant.name}: " + ", ".join(f"{key} = {said(value)}" for key, value in variant.values.items()))
+        _say(
+            console,
+            f"  {variant.name}: " + ", ".join(f"{key} = {setting_text(value)}" for key, value in variant.values.items()),
+        )
     _prepare(variants, console)
     root.mkdir(parents=True, exist_ok=True)
     table = {"config": str(path), "baseline": base.name, "runs": {variant.name: variant.values for variant in variants}}
@@ -84,7 +87,7 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
             would be equal or share a folder.
     """
     picked = combinations(words)
-    swept = [key for key in picked[0] if len({said(combination[key][1]) for combination in picked}) > 1]
+    swept = [key for key in picked[0] if len({setting_text(combination[key][1]) for combination in picked}) > 1]
     if not swept:
         raise UserError("there is nothing to sweep; give a key several values, for example stage.caption_dropout=0.04,0.1")
     if "run" in swept:
@@ -98,7 +101,7 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
         except UserError as error:
             problems += str(error).split("\n")
             continue
-        name = ",".join(f"{short[key]}={safe_name(said(combination[key][1]))}" for key in swept)
+        name = ",".join(f"{short[key]}={safe_name(setting_text(combination[key][1]))}" for key in swept)
         variant_config = config.model_copy(update={"run": str(Path(config.run) / name)})
         variants.append(Variant(name, {key: combination[key][1] for key in swept}, variant_config))
     if problems:

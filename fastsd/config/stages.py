@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Precision = Literal["fp32", "tf32", "bf16"]
 Rate = Annotated[float, Field(gt=0)]
 Amount = int | str  # a number of steps, epochs or images, or a time; see `parse_amount`
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 ENDLESS = 1 << 40  # steps of a stage with a time limit
 
 
@@ -118,14 +118,14 @@ class StageTable(Table):
     @model_validator(mode="after")
     def _trains(self) -> StageTable:
         for entry in self.train + self.reinit:
-            if entry != "lora" and entry.split(".")[0] not in PARTS:
+            if entry != "lora" and entry.split(".")[0] not in COMPONENTS:
                 key = "train" if entry in self.train else "reinit"
                 raise ValueError(f'{key} names {entry!r}; parts are "unet", "text_encoder", "lora", or groups like "unet.mid"')
         if "lora" in self.reinit:
             raise ValueError('reinit names "lora", which starts anew in every run; remove it')
         if len(set(self.train)) != len(self.train):
             raise ValueError(f"train names a part twice: {self.train}; name each once")
-        for part in PARTS:
+        for part in COMPONENTS:
             entries = [entry for entry in self.train if entry.startswith(f"{part}.")]
             if part in self.train and entries:
                 raise ValueError(f"train names {part!r} and {entries[0]!r}, which is in it; remove one of them")

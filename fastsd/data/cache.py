@@ -189,7 +189,7 @@ def view_paths(folder: Path) -> list[Path]:
     return _whole_files(folder / "views")
 
 
-class StatesIndex(Index):
+class TextEmbeddingsIndex(Index):
     """The index of the text embeddings of a view's captions, see `text_embeddings.py`."""
 
     FORMAT, SAID = "states-index-1", ("shards", "view", "space")
@@ -202,7 +202,7 @@ def states_paths(folder: Path) -> list[Path]:
 
 def indexes(folder: Path) -> list[tuple[Path, type[Index]]]:
     """List all files that refer to shards, each with the class that reads it."""
-    return [(path, View) for path in view_paths(folder)] + [(path, StatesIndex) for path in states_paths(folder)]
+    return [(path, View) for path in view_paths(folder)] + [(path, TextEmbeddingsIndex) for path in states_paths(folder)]
 
 
 def _whole_files(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from fastsd.data.cache import LatentCache
 from fastsd.data.captions import captions_for, select
 from fastsd.data.masks import open_masks
 from fastsd.data.order import Order
-from fastsd.data.text_embeddings import States
+from fastsd.data.text_embeddings import TextEmbeddings
 from fastsd.data.tokens import Tokens
 from fastsd_kernels.noise import Purpose, integers
 
@@ -93,7 +93,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         tokens: Tokens | None = None,
-        states: States | None = None,
+        states: TextEmbeddings | None = None,
         left_out: np.ndarray | None = None,
     ) -> None:
         assert 0 <= rank < world

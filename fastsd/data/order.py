@@ -34,7 +34,7 @@ _EPOCHS = 1 << 40  # distance between the permutation keys of two shapes, in epo
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Segment:
     """The samples of one folder and one shape in the order of an epoch."""
 
     number: int
@@ -76,13 +76,13 @@ class Order:
         selected: np.ndarray | None = None,
     ) -> None:
         self.seed, self.batch_size, self.origin, self._selected = seed, batch, origin, selected
-        shapes: dict[tuple[int, ...], list[_Part]] = {}
+        shapes: dict[tuple[int, ...], list[_Segment]] = {}
         for number, group in enumerate(groups):
             first, end = group.first, group.first + group.count
             if selected is not None:
                 first, end = np.searchsorted(selected, (first, end)).tolist()
             if end > first:
-                shapes.setdefault(tuple(group.shape), []).append(_Part(number, group.root, first, end - first))
+                shapes.setdefault(tuple(group.shape), []).append(_Segment(number, group.root, first, end - first))
         assert shapes, "there is no sample"
         self._shapes = _with_lengths(list(shapes.values()), shares)
         self._lengths = [sum(part.length for part in parts) for parts in self._shapes]
@@ -156,7 +156,7 @@ class Order:
         return index_B if self._selected is None else torch.from_numpy(self._selected[index_B])
 
 
-def _with_lengths(shapes: list[list[_Part]], shares: Sequence[FolderTable]) -> list[list[_Part]]:
+def _with_lengths(shapes: list[list[_Segment]], shares: Sequence[FolderTable]) -> list[list[_Segment]]:
     """Fill in `length`, the number of positions of each part in an epoch."""
     counts: dict[int, int] = {}
     for part in (part for parts in shapes for part in parts):
@@ -165,10 +165,10 @@ def _with_lengths(shapes: list[list[_Part]], shares: Sequence[FolderTable]) -> l
     weights = {root: weight for root in counts if (weight := shares[root].weight) is not None}
     together = sum(counts[root] for root in weights)
 
-    def length(part: _Part) -> int:
+    def length(part: _Segment) -> int:
         if part.root not in weights:
             return part.count * shares[part.root].repeats
         share = weights[part.root] / sum(weights.values())
         return max(round(together * share * part.count / counts[part.root]), 1)
 
-    return [[_Part(p.number, p.root, p.first, p.count, length(p)) for p in parts] for parts in shapes]
+    return [[_Segment(p.number, p.root, p.first, p.count, length(p)) for p in parts] for parts in shapes]

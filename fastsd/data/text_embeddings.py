@@ -23,12 +23,12 @@ from torch import Tensor
 
 from fastsd.config.schema import CacheTable
 from fastsd.data import cache
-from fastsd.data.cache import DTYPES, LatentCache, StatesIndex
+from fastsd.data.cache import DTYPES, LatentCache, TextEmbeddingsIndex
 from fastsd.data.rows import STATES, Rows, damaged
 from fastsd.model.text_encoder import TextEncoder, tokenizer_hash
 
 
-class States(Rows):
+class TextEmbeddings(Rows):
     """Random access to the text embeddings of a cache's captions. Thread-safe.
 
     Args:
@@ -88,9 +88,9 @@ def index_path(latents: LatentCache, space: str) -> Path:
     return latents.path.parent.parent / "states" / f"{latents.name}-{space}.safetensors"
 
 
-def open_index(latents: LatentCache, space: str) -> StatesIndex:
+def open_index(latents: LatentCache, space: str) -> TextEmbeddingsIndex:
     path = index_path(latents, space)
-    index = StatesIndex(path)
+    index = TextEmbeddingsIndex(path)
     if (index.metadata["view"], index.metadata["space"]) != (latents.sha256, space):
         raise damaged(path, "belongs to captions as they were before")
     return index

@@ -26,7 +26,7 @@ _CHUNK = 1 << 16  # samples per draw of keys
 
 
 @dataclass(frozen=True)
-class Sets:
+class ValidationSplits:
     """The splits of a cache, as sample numbers.
 
     Attributes:
@@ -38,7 +38,7 @@ class Sets:
     left_out: np.ndarray
 
 
-def choose_sets(cache: LatentCache, config: Config) -> Sets:
+def choose_splits(cache: LatentCache, config: Config) -> ValidationSplits:
     """Choose the splits of `[validate]` among the images that data.include and data.exclude leave (for the first stage).
 
     Raises:
@@ -47,7 +47,7 @@ def choose_sets(cache: LatentCache, config: Config) -> Sets:
     table, data = config.validate_, config.data
     counts = {"held_out": table.held_out, "stabilised": table.stabilised}
     if not any(counts.values()):
-        return Sets({}, np.empty(0, np.int64))
+        return ValidationSplits({}, np.empty(0, np.int64))
     key_N = _keys(cache, table)
     selected = select(cache, tuple(data.include), tuple(data.exclude), config.stage[0].tag_separator)
     keys, first = np.unique(key_N if selected is None else key_N[selected], return_index=True)
@@ -58,7 +58,7 @@ def choose_sets(cache: LatentCache, config: Config) -> Sets:
         if count:
             measured[name] = samples[start : start + count]
         start += count
-    return Sets(measured, np.flatnonzero(np.isin(key_N, keys[: table.held_out])))
+    return ValidationSplits(measured, np.flatnonzero(np.isin(key_N, keys[: table.held_out])))
 
 
 def identities(cache: LatentCache, table: ValidateTable, first: int, last: int) -> np.ndarray:

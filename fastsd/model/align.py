@@ -45,7 +45,7 @@ from fastsd.model.unet import UNet
 RIDGE = 1e-7  # ridge of the affine fit, as a multiple of the mean variance of y
 LAST_RIDGE = 1e-3  # ridge of the fit of conv_out, as a multiple of the mean variance of a feature
 # The edge layers: {"conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias"}, fp64, on the CPU.
-Edges = dict[str, Tensor]
+EdgeLayers = dict[str, Tensor]
 
 
 class Moments:
@@ -196,14 +196,14 @@ def _pointwise(A: Tensor, c: Tensor, schedule: Schedule) -> Fit:
     return Fit(torch.kron(A, torch.eye(9)), schedule.signal * c.repeat_interleave(9), back, shift, A, c)
 
 
-def edges_of(unet: UNet) -> Edges:
+def edge_layers(unet: UNet) -> EdgeLayers:
     """Copy the weights and biases of the edge layers."""
     layers = {"conv_in": unet.conv_in, "conv_out": unet.conv_out}
     return {f"{name}.{parameter}": tensor.detach().cpu().double() for name, conv in layers.items()
             for parameter, tensor in conv.named_parameters()}  # fmt: skip
 
 
-def fold(edges: Edges, fit: Fit) -> Edges:
+def fold_into_edges(edges: EdgeLayers, fit: Fit) -> EdgeLayers:
     """Return edge layers for a UNet that takes y_t and predicts e or v of y. The given `edges` take x_t."""
     first, last = edges["conv_in.weight"], edges["conv_out.weight"]
     return {
@@ -214,14 +214,14 @@ def fold(edges: Edges, fit: Fit) -> Edges:
     }
 
 
-def reading_features(edges: Edges) -> Edges:
+def reading_features(edges: EdgeLayers) -> EdgeLayers:
     """Return `edges` with an identity as the last convolution. The UNet then returns its features (B, F, H, W)."""
     last = edges["conv_out.weight"]
     through = nn.init.dirac_(torch.empty(last.shape[1], *last.shape[1:], dtype=last.dtype))
     return edges | {"conv_out.weight": through, "conv_out.bias": torch.zeros(len(through), dtype=last.dtype)}
 
 
-def refit_last(edges: Edges, moments: Moments) -> Edges:
+def refit_last(edges: EdgeLayers, moments: Moments) -> EdgeLayers:
     """Return `edges` with a last convolution w fitted by least squares from features to targets.
 
     The fit minimises mean |target - w * features|^2 + r |w - w_0|^2 over w and its bias; w_0 is the given weight, r is
@@ -241,7 +241,7 @@ def refit_last(edges: Edges, moments: Moments) -> Edges:
 
 
 @torch.no_grad()
-def put(unet: UNet, edges: Edges) -> None:
+def put(unet: UNet, edges: EdgeLayers) -> None:
     """Install edge layers in a UNet, in its dtype and on its device, and update the channel counts in its config."""
     like = unet.conv_in.weight
     for name in ("conv_in", "conv_out"):

@@ -29,7 +29,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fastsd.config.schema import LoraTable
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.model import recompute
 from fastsd.model.model import Model
@@ -115,7 +115,7 @@ def add_lora(model: Model, table: LoraTable, seed: int) -> None:
         UserError: a target matches no layer, or a component has no layer that matches a target.
     """
     assert model.lora is None
-    parts = PARTS if table.text_encoder else PARTS[:1]
+    parts = COMPONENTS if table.text_encoder else COMPONENTS[:1]
     targets_by_component = {component: _targets(model, component, table) for component in parts}
     _check_targets(table, targets_by_component)
     for component, (targets, _) in targets_by_component.items():
@@ -208,7 +208,7 @@ def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Ten
         tensors_by_part: by the module's parameter names, used in place of those parameters (fp32 masters, EMA).
     """
     state: dict[str, Tensor] = {}
-    for component in PARTS:
+    for component in COMPONENTS:
         replacements = (tensors_by_part or {}).get(component, {})
         for path, layer in adapted_layers(model, component):
             for letter, parameters in (("A", layer.lora_A), ("B", layer.lora_B)):
@@ -220,7 +220,7 @@ def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Ten
 @torch.no_grad()
 def merge_lora(model: Model) -> None:
     """Add the adapters to the weights, rounding once, and remove them from the model."""
-    for component in PARTS:
+    for component in COMPONENTS:
         for path, layer in adapted_layers(model, component):
             weight, _, down, *ups = layer.operands()
             assert weight.dtype == torch.float32

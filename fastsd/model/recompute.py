@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastsd_kernels.forward_backward import Pieces
+from fastsd_kernels.forward_backward import ForwardBackwardOps
 
 Gradient = Tensor | None
 Layer = Sequence[Any]  # tensors or None: weight, bias, down, up; a fused weight has one up per projection
@@ -162,7 +162,7 @@ def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) ->
 class NormConv(Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: Pieces, groups: int, eps: float, x: Tensor, skip: Tensor | None, shift: Tensor | None,
+        ctx: Any, pieces: ForwardBackwardOps, groups: int, eps: float, x: Tensor, skip: Tensor | None, shift: Tensor | None,
         norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Apply the layer. `layers` has the tensors of the convolution, and those of the shortcut if there is one."""
@@ -204,7 +204,14 @@ def _matrix(layer: Layer) -> Layer:
 class GroupNormLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: Pieces, groups: int, eps: float, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *layer: Any
+        ctx: Any,
+        pieces: ForwardBackwardOps,
+        groups: int,
+        eps: float,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        *layer: Any,
     ) -> Tensor:
         y, mean, rstd = pieces.group_norm(x, norm_weight, norm_bias, groups, eps, False, None)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, *layer)
@@ -228,8 +235,8 @@ class GroupNormLinear(Function):
 class LayerNormLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: Pieces, eps: float, x: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
-        *layer: Any,
+        ctx: Any, pieces: ForwardBackwardOps, eps: float, x: Tensor, residual: Tensor | None, norm_weight: Tensor,
+        norm_bias: Tensor, *layer: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         y, s, mean, rstd = pieces.layer_norm(x, norm_weight, norm_bias, eps, residual)
         ctx.save_for_backward(s, mean, rstd, norm_weight, norm_bias, *layer)
@@ -252,7 +259,7 @@ class LayerNormLinear(Function):
 class AttentionLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: Pieces, precision: str, heads: int, q: Tensor, kv: Tensor | None, *layer: Any
+        ctx: Any, pieces: ForwardBackwardOps, precision: str, heads: int, q: Tensor, kv: Tensor | None, *layer: Any
     ) -> Tensor:  # fmt: skip
         parts = _heads(q, kv, heads)
         o, lse = pieces.attention(*parts, precision)
@@ -283,7 +290,7 @@ def _heads(q: Tensor, kv: Tensor | None, heads: int) -> tuple[Tensor, ...]:
 class FeedForward(Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: Pieces, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor,
+        ctx: Any, pieces: ForwardBackwardOps, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor,
         norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
     ) -> Tensor:  # fmt: skip
         """Apply the layer. `layers` has the tensors of the first linear and of the second."""

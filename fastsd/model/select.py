@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER, diffusers_names, plain_name
@@ -61,11 +61,11 @@ def selected(model: Model, entries: Iterable[str], where: str) -> dict[str, set[
     Raises:
         UserError: an entry selects nothing, only layers that `clip_skip` leaves out, or only a part of a fused weight.
     """
-    selection: dict[str, set[str]] = {component: set() for component in PARTS}
+    selection: dict[str, set[str]] = {component: set() for component in COMPONENTS}
     for entry in entries:
         component, _, pattern = entry.partition(".")
         if entry == "lora":
-            for lora_component in PARTS:
+            for lora_component in COMPONENTS:
                 selection[lora_component] |= {name for name in model.trainable(lora_component) if ADAPTER in name}
         else:
             selection[component] |= _of_part(model, component, pattern, f"{where} names {entry!r}")
@@ -97,12 +97,12 @@ def _of_part(model: Model, part: str, pattern: str, said: str) -> set[str]:
     return names & usable
 
 
-def changed_parts(names: Mapping[str, Iterable[str]]) -> list[str]:
+def changed_components(names: Mapping[str, Iterable[str]]) -> list[str]:
     """Return the components in which a selection (see `selected`) has parameters other than adapters."""
     return [component for component, parameters in names.items() if any(ADAPTER not in name for name in parameters)]
 
 
-def size_of(model: Model, names: Mapping[str, Iterable[str]]) -> int:
+def parameter_count(model: Model, names: Mapping[str, Iterable[str]]) -> int:
     """Return the total number of elements in the parameters of a selection (see `selected`)."""
     sizes = {component: {name: p.numel() for name, p in model.part(component).named_parameters()} for component in names}
     return sum(sizes[component][name] for component in names for name in names[component])

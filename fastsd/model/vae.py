@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd.model.vae_encoder import Encoder
+from fastsd.model.vae_encoder import VaeEncoder
 from fastsd_kernels import REFERENCE, Ops
 
 SD15_SCALING_FACTOR = 0.18215
@@ -37,7 +37,7 @@ class Vae:
     def __init__(self, module: Any, name: str, ops: Ops = REFERENCE) -> None:
         self.module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.name = name
-        self.encoder = Encoder(module, ops)
+        self.encoder = VaeEncoder(module, ops)
         self.channels: int = module.config.latent_channels
         self.downscale: int = 2 ** (len(module.config.block_out_channels) - 1)
         self.scaling_factor: float = module.config.scaling_factor

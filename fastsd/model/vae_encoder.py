@@ -1,6 +1,6 @@
 """The VAE's encoder on an `Ops` table: the weights of diffusers' AutoencoderKL in our own layers.
 
-`Encoder` looks up the submodules of the diffusers module at each call, so moving or casting that module affects the encoder
+`VaeEncoder` looks up the submodules of the diffusers module at each call, so moving or casting that module affects the encoder
 too. It is for inference only: sums are computed in place, and tensors are freed after their last use.
 
     x = conv_in(image)
@@ -36,10 +36,10 @@ _LARGEST_HEAD = 256  # limit of the attention kernels; the VAEs of SD and SDXL h
 _BLOCK = "DownEncoderBlock2D"
 
 # A constant that is still to be added to each channel of a tensor: fp32 (C,), or None.
-Late = Tensor | None
+PendingBias = Tensor | None
 
 
-class Encoder:
+class VaeEncoder:
     """The encoder and quant_conv of a diffusers AutoencoderKL.
 
     Args:
@@ -80,20 +80,20 @@ class Encoder:
         mean, logvar = x.chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_BOUNDS)
 
-    def _conv(self, conv: nn.Conv2d, x: Tensor, late: Late = None) -> tuple[Tensor, Late]:
+    def _conv(self, conv: nn.Conv2d, x: Tensor, late: PendingBias = None) -> tuple[Tensor, PendingBias]:
         """Convolve x + late. Elements that pad x must represent zero, so they hold -late."""
         if not self._defers or conv.bias is None:
             return conv(x), None
         y, bias = F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias.float()
         return y, bias if late is None else bias + conv.weight.float().sum((2, 3)) @ late
 
-    def _norm(self, norm: nn.GroupNorm, x: Tensor, late: Late, silu: bool = True) -> Tensor:
+    def _norm(self, norm: nn.GroupNorm, x: Tensor, late: PendingBias, silu: bool = True) -> Tensor:
         if x.is_cpu and x.dtype == torch.float32 and not self._defers:
             return _group_norm_by_slabs(x, norm, silu)
         shift = None if late is None else late.expand(len(x), -1)
         return self.ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift_BC=shift)
 
-    def _resnet(self, resnet: Any, x: Tensor, late: Late, edge: bool = False) -> tuple[Tensor, Late]:
+    def _resnet(self, resnet: Any, x: Tensor, late: PendingBias, edge: bool = False) -> tuple[Tensor, PendingBias]:
         """Apply a resnet. With `edge`, the result has one more row and column, for a convolution of stride 2."""
         h, h_late = self._conv(resnet.conv1, self._norm(resnet.norm1, x, late))
         h = self._norm(resnet.norm2, h, h_late)  # a separate statement: it frees the norm's input before the convolution
@@ -103,7 +103,7 @@ class Encoder:
         late = None if late is None or h_late is None else late + h_late
         return (_sum_with_edge(h, x, late) if edge else h.add_(x)), late
 
-    def _attend(self, attention: Any, x: Tensor, late: Late) -> None:
+    def _attend(self, attention: Any, x: Tensor, late: PendingBias) -> None:
         """Add self-attention over all positions to x, in place."""
         B, C, H, W = x.shape
         normed = self._norm(attention.group_norm, x, late, silu=False).permute(0, 2, 3, 1).reshape(B, H * W, C)
@@ -142,7 +142,7 @@ def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
     return y.permute(0, 2, 3, 1).view(B, H, W, C).permute(0, 3, 1, 2)
 
 
-def _sum_with_edge(h: Tensor, x: Tensor, late: Late) -> Tensor:
+def _sum_with_edge(h: Tensor, x: Tensor, late: PendingBias) -> Tensor:
     """Return h + x with one more row and column that represent zeros, so that no copy is needed for padding."""
     B, C, H, W = h.shape
     out = torch.empty(B, C, H + 1, W + 1, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)

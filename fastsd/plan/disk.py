@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fastsd.config.schema import Config
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.model.formats.write import DTYPE
 
 
@@ -16,7 +16,7 @@ def export_bytes(config: Config, parts: Mapping[str, int]) -> int:
         parts: bytes of each component of the model in fp32.
     """
     averaged, lora = config.stage[-1].ema > 0, config.model.lora
-    adapted = PARTS[: 1 + lora.text_encoder] if lora else ()
+    adapted = COMPONENTS[: 1 + lora.text_encoder] if lora else ()
     copied = [*adapted * (1 + averaged), *(config.stage[-1].parts if averaged and not lora else ())]
     single = sum(parts.values()) * DTYPE[config.export.dtype].itemsize // 4 if config.export.single_file else 0
     return sum(parts[component] for component in copied) + single * (1 + averaged)

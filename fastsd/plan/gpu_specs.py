@@ -28,7 +28,7 @@ MATMUL_SHARE, MEMORY_SHARE = 0.6, 0.8
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuSpec:
     """One type of GPU: `memory` in GiB, `bandwidth` in GB/s (data sheet), and rates of dense matmuls in TFLOP/s."""
 
     name: str
@@ -42,26 +42,26 @@ class Card:
 # Matmul rates are measured with large matmuls on RTX 4090, RTX 5090 and H200 (bf16 also on RTX 3090). H100 is the chip of H200
 # with other memory. The rest are from data sheets; A100's are reduced by a seventh, the loss of large matmuls on H200.
 # fmt: off
-CARDS = [
-    Card("RTX 3090",  24,  936,  77,  35.7, 35.7),
-    Card("RTX 4090",  24, 1008, 178,  90,   58),
-    Card("RTX 5090",  32, 1792, 253, 125,   83),
-    Card("A100",      80, 2039, 267, 134,   17),
-    Card("H100",      80, 3350, 853, 427,   48),
-    Card("H200",     139, 4800, 853, 427,   48),
+GPU_SPECS = [
+    GpuSpec("RTX 3090",  24,  936,  77,  35.7, 35.7),
+    GpuSpec("RTX 4090",  24, 1008, 178,  90,   58),
+    GpuSpec("RTX 5090",  32, 1792, 253, 125,   83),
+    GpuSpec("A100",      80, 2039, 267, 134,   17),
+    GpuSpec("H100",      80, 3350, 853, 427,   48),
+    GpuSpec("H200",     139, 4800, 853, 427,   48),
 ]
 # fmt: on
 
 
-def find_card(name: str) -> Card:
+def find_gpu(name: str) -> GpuSpec:
     """Find a card by a name such as "4090", "rtx-4090" or "RTX 4090". Raises UserError if it is unknown or ambiguous."""
-    plain = {_plain(card.name): card for card in CARDS}
+    plain = {_plain(card.name): card for card in GPU_SPECS}
     matches = [card for key, card in plain.items() if _plain(name) and key.endswith(_plain(name))]
     if len(matches) == 1:
         return matches[0]
     close = difflib.get_close_matches(_plain(name), plain, n=1)
     hint = f"did you mean {plain[close[0]].name}?" if close else "give --vram GB instead"
-    raise UserError(f"--card is {name!r}; known are {', '.join(card.name for card in CARDS)}; {hint}")
+    raise UserError(f"--card is {name!r}; known are {', '.join(card.name for card in GPU_SPECS)}; {hint}")
 
 
 def _plain(name: str) -> str:
@@ -76,7 +76,7 @@ class Operation(NamedTuple):
 
 
 @dataclass
-class Work:
+class StepOperations:
     """Operations of one step: `accumulate`, forward and backward of each micro-batch, and `update`, once per step."""
 
     accumulate: list[Operation] = field(default_factory=list)
@@ -87,13 +87,13 @@ class Work:
         """FLOPs of one micro-batch."""
         return sum(operation.flops for operation in self.accumulate)
 
-    def seconds(self, card: Card, precision: str, micro_batches: int) -> float:
+    def seconds(self, card: GpuSpec, precision: str, micro_batches: int) -> float:
         """Estimate the seconds of a step with `micro_batches` micro-batches, see the module docstring."""
         once = sum(_seconds(operation, card, precision) for operation in self.accumulate)
         return micro_batches * once + sum(_seconds(operation, card, precision) for operation in self.update)
 
 
-def _seconds(operation: Operation, card: Card, precision: str) -> float:
+def _seconds(operation: Operation, card: GpuSpec, precision: str) -> float:
     rate = card.bf16 if operation.narrow else card.tf32 if precision == "tf32" else card.fp32
     if operation.attention and not operation.narrow:
         rate = max(rate, card.tf32 / 3)  # fp32 attention uses the faster of two methods, see `set_precision`

@@ -31,10 +31,10 @@ from fastsd.config.stages import ENDLESS, parse_amount
 from fastsd.data.loader import Batch
 from fastsd.data.sources import folders
 from fastsd.errors import UserError
-from fastsd.model.select import changed_parts
+from fastsd.model.select import changed_components
 from fastsd.model.shapes import Shapes, empty_model, materialize, read_shapes
 from fastsd.plan.disk import export_bytes
-from fastsd.plan.gpu_specs import CARDS, MATMUL_SHARE, MEMORY_SHARE, Card, Recorder, Work, find_card
+from fastsd.plan.gpu_specs import GPU_SPECS, MATMUL_SHARE, MEMORY_SHARE, GpuSpec, Recorder, StepOperations, find_gpu
 from fastsd.sampling.generate import BATCH
 from fastsd.storage import replace_file
 from fastsd.train.memory import LiveBytes
@@ -52,7 +52,7 @@ LEVELS = ("none", "ff", "block")
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Memory of a stage at one micro-batch, in bytes, and its operations.
 
     Attributes:
@@ -67,7 +67,7 @@ class Need:
     kept: int
     working: int
     sampling: int
-    work: Work
+    work: StepOperations
 
     @property
     def step(self) -> int:
@@ -87,7 +87,7 @@ class StagePlan:
         self.shapes, self.stage, self.device_bytes, self.states = shapes, stage, device_bytes, states
         self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
         self._rehearsals: dict[bool, _Rehearsal] = {}
-        self._needs: dict[tuple[int, str], Need] = {}
+        self._needs: dict[tuple[int, str], MemoryEstimate] = {}
 
     @property
     def micro_batches(self) -> list[int]:
@@ -99,9 +99,9 @@ class StagePlan:
     def trained(self) -> list[str]:
         """Components of the model that the stage changes."""
         self.need(self.stage.batch)
-        return changed_parts(self._rehearsals[True].trained)
+        return changed_components(self._rehearsals[True].trained)
 
-    def need(self, micro: int, checkpointing: str | None = None) -> Need:
+    def need(self, micro: int, checkpointing: str | None = None) -> MemoryEstimate:
         """Return memory and operations of a step with a micro-batch of `micro` images, found by running it without data."""
         level = checkpointing or self.stage.checkpointing
         if (micro, level) not in self._needs:
@@ -136,7 +136,7 @@ class StagePlan:
                 candidates = candidates[:middle]
         return fits
 
-    def images_per_second(self, card: Card, micro: int, checkpointing: str | None = None) -> float:
+    def images_per_second(self, card: GpuSpec, micro: int, checkpointing: str | None = None) -> float:
         """Estimate the training speed, see `gpu_specs.py`."""
         work = self.need(micro, checkpointing).work
         return self.stage.batch / work.seconds(card, self.stage.precision, self.stage.batch // micro)
@@ -207,7 +207,7 @@ class _Rehearsal:
         self._sampling = self._sample()
         self._model.unet.register_forward_hook(lambda *_: self._forwards.append(self._live.now))
 
-    def step(self, micro: int, checkpointing: str) -> Need:
+    def step(self, micro: int, checkpointing: str) -> MemoryEstimate:
         """Run one forward, backward and update with `micro` images."""
         self._model.unet.checkpointing, self._step.micro = checkpointing, micro
         self._recorder.operations, self._updates, self._forwards = [], [], []
@@ -223,9 +223,9 @@ class _Rehearsal:
         forward, operations = self._forwards[0], self._recorder.operations
         # A step fused with the backward has one micro-batch and no separate update.
         update = len(operations) if self._step.stage.fused_backward else self._updates[0]
-        return Need(
+        return MemoryEstimate(
             micro, self.owners, forward - before, self._live.peak - forward + self._others, self._sampling,
-            Work(operations[:update], operations[update:]),
+            StepOperations(operations[:update], operations[update:]),
         )  # fmt: skip
 
     def _sample(self) -> int:
@@ -299,7 +299,7 @@ def plan(
     Raises:
         UserError: the user must change something. A stage that does not fit is a result, not an error.
     """
-    cards = [find_card(card)] if card else CARDS
+    cards = [find_gpu(card)] if card else GPU_SPECS
     vram = vram if vram is not None else cards[0].memory if card else 24.0
     if not 0 < vram < math.inf:
         raise UserError(f"--vram is {vram:g}; give the card's memory in GB, for example 24")
@@ -345,7 +345,7 @@ def _count(data: DataTable) -> int | None:
         return None
 
 
-def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], images: int | None) -> dict[str, Any]:
+def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[GpuSpec], images: int | None) -> dict[str, Any]:
     """Describe one stage as JSON, with sizes in bytes and times in seconds."""
     largest = plan.largest_micro_batch()
     micro = stage.micro if stage.micro_batch != "auto" else largest or plan.micro_batches[0]

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fastsd import __version__
 from fastsd.config.schema import ModelTable
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import ADAPTERS, MADE_BY, Averages, load_merged, write_adapters
-from fastsd.model.formats.load import part_state_dict, write_part, write_rest
+from fastsd.model.formats.load import component_state_dict, write_component, write_rest
 from fastsd.model.model import Model
 from fastsd.storage import (
     TensorFile,
@@ -41,7 +41,7 @@ OWN = (STATE, TENSORS, ADAPTERS, MADE_BY)  # files of a checkpoint that do not b
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """Progress of a run: the stage's index, steps done in it, steps and images done in total, images at the stage's start.
 
     `micro` is the micro-batch of this stage, found for the setting `micro_asked` or reduced when memory ran out. `seconds` is
@@ -71,7 +71,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def save(
     folder: Path,
-    progress: Progress,
+    progress: RunProgress,
     model: Model,
     weights: Mapping[str, Callable[[], Mapping[str, Tensor]]],
     changed: set[str],
@@ -100,7 +100,7 @@ def save(
             if last and part not in changed:
                 manifest.update(_link(last, earlier[-1], new, {name for name in last if name.startswith(f"{part}/")}))
             else:
-                manifest.update(write_part(new, model, part, part_state_dict(model, part, weights[part]())))
+                manifest.update(write_component(new, model, part, component_state_dict(model, part, weights[part]())))
         if last:
             other = {name for name in last if name.split("/")[0] not in (*weights, *OWN)}
             manifest.update(_link(last, earlier[-1], new, other))
@@ -128,7 +128,7 @@ def retain(folder: Path, keep: int, also: set[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | None:
+def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, RunProgress] | None:
     """Return the newest checkpoint with a valid manifest, or None if the folder has no checkpoints.
 
     Reports each damaged checkpoint it skips through `say`, and renames it when an older one is valid: nothing is linked to it.
@@ -147,7 +147,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Progress] | 
                 damaged.rename(renamed_path)
             values = json.loads((path / STATE).read_text())
             values.pop("fastsd")
-            return path, Progress(**values)
+            return path, RunProgress(**values)
         say(f"checkpoint {path.name} is damaged ({problem}); falling back to the one before it")
     if checkpoint_paths:
         raise UserError(f"{folder}: none of its {len(checkpoint_paths)} checkpoints is whole; start a new run with run=FOLDER")
@@ -202,11 +202,11 @@ def export(checkpoint: Path, target: Path, model: Model, averages: Averages, fin
     manifest = _manifest(checkpoint)
     assert manifest is not None, checkpoint
     merged = model if model.lora is None else load_merged(ModelTable(base=str(checkpoint)), averages=averages)
-    adapted = PARTS[: 0 if model.lora is None else 1 + model.lora.text_encoder]
+    adapted = COMPONENTS[: 0 if model.lora is None else 1 + model.lora.text_encoder]
     written = {*averages, *adapted}
     with new_folder(target) as new:
         _link(manifest, checkpoint, new, {name for name in manifest.keys() - set(OWN) if name.split("/")[0] not in written})
         for part in written:
             tensors = averages.get(part) if model.lora is None else None
-            write_part(new, merged, part, part_state_dict(merged, part, tensors))
+            write_component(new, merged, part, component_state_dict(merged, part, tensors))
         finish(new)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastsd.config.schema import Config
-from fastsd.run.checkpoint import Progress
+from fastsd.run.checkpoint import RunProgress
 from fastsd.run.report import memory_gb
 from fastsd.storage import replace_file
 
@@ -30,7 +30,7 @@ class Cost:
         self.path = Path(config.run) / "cost.json"
         self.sample_seconds: float | None = None
 
-    def note(self, here: Progress, **more: Any) -> None:
+    def note(self, here: RunProgress, **more: Any) -> None:
         """Record the cost of the current stage so far, or `more` for the whole run. Raises OSError if the disk is full."""
         cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
         stage_cost = {

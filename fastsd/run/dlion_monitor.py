@@ -12,7 +12,7 @@ PLATEAU = 100  # a plateau lasts at least this many steps without growth, or a f
 RISE = 1.1  # factor that counts as growth; growth after a plateau triggers a warning
 
 
-class DWatch:
+class DLionMonitor:
     """Follows the d of one component through a stage's log rows and returns warnings for the user.
 
     Args:

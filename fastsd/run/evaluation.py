@@ -10,11 +10,11 @@ from typing import TypeVar
 import torch
 
 from fastsd.config.schema import Config
-from fastsd.data.validation_split import Sets
+from fastsd.data.validation_split import ValidationSplits
 from fastsd.model.model import Model
 from fastsd.run.cost import Cost
 from fastsd.run.position import Position
-from fastsd.run.report import Report
+from fastsd.run.report import TrainReport
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import read_prompts, sample_grid, save_grid
 from fastsd.train.step import Step
@@ -26,7 +26,14 @@ class Evaluation:
     """Draws samples and runs validation in the run's current stage."""
 
     def __init__(
-        self, config: Config, model: Model, sets: Sets, validation: Validation, position: Position, report: Report, cost: Cost
+        self,
+        config: Config,
+        model: Model,
+        sets: ValidationSplits,
+        validation: Validation,
+        position: Position,
+        report: TrainReport,
+        cost: Cost,
     ) -> None:
         self.config, self.model, self.sets, self.validation = config, model, sets, validation
         self.position, self.report, self.cost = position, report, cost
@@ -56,7 +63,7 @@ class Evaluation:
             self.report.validation([{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows])
 
 
-def _beside_graphs(step: Step, what: str, report: Report, work: Callable[[], Result]) -> Result:
+def _beside_graphs(step: Step, what: str, report: TrainReport, work: Callable[[], Result]) -> Result:
     """Run `work` while the step's CUDA graphs keep their memory. If memory runs out, free the graphs and run it again."""
     try:
         return work()

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastsd.config.schema import Config
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.model.formats.adapters import Averages, write_lora_file
-from fastsd.model.formats.model_source import Source, read_part
+from fastsd.model.formats.model_source import ModelSource, read_component
 from fastsd.model.formats.model_summary import metadata_of
 from fastsd.model.formats.write import write_single_file
 from fastsd.model.model import Model
@@ -58,8 +58,8 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, say:
     if not table.single_file:
         single.unlink(missing_ok=True)  # an older file would not match the weights in the folder
     else:
-        parts = {part: read_part(folder, part) for part in (*PARTS, "vae")}  # just written, so no check is needed
-        source = Source(folder, parts, model.scheduler, None)
+        parts = {part: read_component(folder, part) for part in (*COMPONENTS, "vae")}  # just written, so no check is needed
+        source = ModelSource(folder, parts, model.scheduler, None)
         notes = write_single_file(source, single, dtype=table.dtype, fold=table.fold, metadata=metadata())
         outputs.append((single, "; ".join([f"one file in {table.dtype}", *notes])))
     if model.lora is not None:

@@ -15,7 +15,7 @@ from fastsd.run.checkpoint import checkpoints
 from fastsd.sampling.grid import GRID_CHUNK
 
 
-def model_named(name: str) -> str:
+def resolve_model(name: str) -> str:
     """Resolve MODEL of a command line: a run to its newest checkpoint (UserError if it has none), other names unchanged."""
     folder = Path(name) / "checkpoints"
     if not folder.is_dir():
@@ -26,11 +26,11 @@ def model_named(name: str) -> str:
     return str(checkpoint_paths[-1])
 
 
-Row = dict[str, Any]
+LogRow = dict[str, Any]
 Cell = tuple[str, int]  # prompt and seed
-Box = tuple[int, int, int, int]  # left, top, right, bottom: px
+CellBox = tuple[int, int, int, int]  # left, top, right, bottom: px
 PNG_END = b"IEND\xaeB`\x82"
-WHOLE: Cell = ("", 0)  # the only cell of a grid without stored cell positions
+WHOLE_SHEET: Cell = ("", 0)  # the only cell of a grid without stored cell positions
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Grid:
     path: Path
     stage: str
     step: int
-    cells: dict[Cell, Box]
+    cells: dict[Cell, CellBox]
 
     def whole(self) -> Image.Image:
         with Image.open(self.path) as sheet:
@@ -51,9 +51,9 @@ class Grid:
         return {cell: sheet.crop(box) for cell, box in self.cells.items()}
 
 
-def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Row]:
+def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[LogRow]:
     """Read the complete rows of a JSONL file that have the `needed` keys. A kill may have truncated the last row."""
-    rows: list[Row] = []
+    rows: list[LogRow] = []
     if not path.is_file():
         return rows
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -66,7 +66,7 @@ def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Ro
     return rows
 
 
-def read_table(path: Path) -> Row | None:
+def read_table(path: Path) -> LogRow | None:
     """Read the table in a JSON file. Return None if the file is missing or invalid."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -98,4 +98,4 @@ def _grid(path: Path, stage: str, step: int, sheet: Image.Image) -> Grid:
         cells = {(str(cell["prompt"]), int(cell["seed"])): tuple(map(int, cell["box"])) for cell in metadata["cells"]}
     except (KeyError, TypeError, ValueError):
         cells = {}
-    return Grid(path, stage, step, cells or {WHOLE: (0, 0, *sheet.size)})  # type: ignore[arg-type]
+    return Grid(path, stage, step, cells or {WHOLE_SHEET: (0, 0, *sheet.size)})  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsd.data.loader import Batch, Stream
 from fastsd.errors import UserError
-from fastsd.run.dlion_monitor import DWatch
+from fastsd.run.dlion_monitor import DLionMonitor
 from fastsd.run.report import memory_gb
 from fastsd.run.run import Run
 from fastsd.train.schedule import learning_rate
@@ -21,7 +21,7 @@ from fastsd.train.step import Step, StepResult
 MAX_SKIPPED_ROWS = 3  # consecutive log rows without a finite gradient after which the run stops with an error
 
 
-class Readback:
+class DeferredScalars:
     """Device scalars, copied asynchronously behind the kernels that compute them and read later without waiting."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
@@ -44,10 +44,10 @@ class Log:
 
     def __init__(self, run: Run, step: Step, index: int) -> None:
         self.run, self.step, self.name = run, step, run.config.stage_name(index)
-        self.pending: tuple[dict[str, Any], Readback, dict[str, float]] | None = None
+        self.pending: tuple[dict[str, Any], DeferredScalars, dict[str, float]] | None = None
         self.mark = (time.perf_counter(), run.position.progress.step, 0.0)
         self.last_skipped, self.dead_rows = int(step.skipped), 0
-        self.guards = {part: DWatch(part, step.stage, run.report.rows(self.name)) for part in step.d()}
+        self.guards = {part: DLionMonitor(part, step.stage, run.report.rows(self.name)) for part in step.d()}
 
     def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
         self.flush()
@@ -74,7 +74,7 @@ class Log:
             "data_wait": (batches.waited - waited) / seconds, "memory_gb": memory_gb(run.device),
             "eta": run.position.seconds_left(speed),
         }  # fmt: skip
-        self.pending = (values, Readback(scalars), timing)
+        self.pending = (values, DeferredScalars(scalars), timing)
         self.mark = (now, progress.step, batches.waited)
 
     @contextmanager

@@ -16,7 +16,7 @@ from fastsd.run.header import header
 from fastsd.run.log import Log
 from fastsd.run.run import Run, open_run
 from fastsd.run.stage_start import start_stage
-from fastsd.run.triggers import Due
+from fastsd.run.triggers import Triggers
 
 
 def train(config: Config, console: Console | None = None, *, export: bool = True) -> None:
@@ -40,7 +40,7 @@ def train(config: Config, console: Console | None = None, *, export: bool = True
 def train_stage(run: Run, index: int, stop: list[int]) -> None:
     """Train one stage to its end. After each step, write a log row, validate, sample and save a checkpoint if they are due."""
     stage, step, position = run.config.stage[index], start_stage(run, index), run.position
-    log, due, begun = Log(run, step, index), Due(run, index), position.progress
+    log, due, begun = Log(run, step, index), Triggers(run, index), position.progress
     end = begun.stage_images + step.total * stage.batch
     if begun.step == 0:
         run.evaluation.validate(step)

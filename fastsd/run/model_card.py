@@ -20,10 +20,10 @@ from fastsd import __version__
 from fastsd.config.schema import Config, parse_config
 from fastsd.errors import UserError
 from fastsd.model.formats.fold_vae import SD15_SCALING_FACTOR
-from fastsd.model.formats.model_summary import SUMMARY, Adapters, Loss, Samples, StageSummary, Summary, read_summary
+from fastsd.model.formats.model_summary import SUMMARY, Adapters, Loss, ModelSummary, Samples, StageSummary, read_summary
 from fastsd.run.checkpoint import STATE
 from fastsd.run.folder import Grid, grid_files, read_grid, read_rows, read_table
-from fastsd.run.settings import said
+from fastsd.run.settings import setting_text
 from fastsd.storage import link_or_copy, write_text
 
 CARD, SAMPLES = "README.md", "samples.png"
@@ -39,7 +39,7 @@ _OF_RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> Summary:
+def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary:
     """Summarize a run up to one of its checkpoints.
 
     Args:
@@ -57,7 +57,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> Summary:
     model, stages, step = config.model, _stages(run, config, state), state.get("step", 0)
     grid, adapters = _last_grid(run, step), model.lora
     written = datetime.fromtimestamp(int((checkpoint / STATE).stat().st_mtime), UTC)
-    return Summary(
+    return ModelSummary(
         version=__version__, title=config.export.title or run.resolve().name + ("-ema" if weights == "ema" else ""),
         date=written.isoformat().replace("+00:00", "Z"), author=config.export.author, license=config.export.license,
         weights=weights, base=called(model.base), vae=called(model.vae or model.base),
@@ -74,9 +74,9 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> Summary:
     )  # fmt: skip
 
 
-def untrained(title: str, base: str, vae: str = "", note: str = "") -> Summary:
+def untrained(title: str, base: str, vae: str = "", note: str = "") -> ModelSummary:
     """Return the summary of a model that was assembled, not trained. `note` explains how, in one or more sentences."""
-    return Summary(version=__version__, title=title, base=called(base), vae=called(vae or base), note=note)
+    return ModelSummary(version=__version__, title=title, base=called(base), vae=called(vae or base), note=note)
 
 
 def called(name: str) -> str:
@@ -120,7 +120,7 @@ def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSu
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": said(value)}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": setting_text(value)}
     return flat
 
 
@@ -137,7 +137,9 @@ def _losses(run: Path, step: int) -> list[Loss]:
     return [Loss.model_validate(row) for row in losses.values()]
 
 
-def write_card(folder: Path, summary: Summary, *, single: str = "", fold: bool = True, samples: Path | None = None) -> None:
+def write_card(
+    folder: Path, summary: ModelSummary, *, single: str = "", fold: bool = True, samples: Path | None = None
+) -> None:
     """Write the summary, the card and the samples into a diffusers folder.
 
     Args:
@@ -160,7 +162,7 @@ def write_card(folder: Path, summary: Summary, *, single: str = "", fold: bool =
 class _Card:
     """Text of a card. Values in the folder's configs, such as the VAE's scaling factor, are read from there."""
 
-    def __init__(self, folder: Path, summary: Summary, single: str, fold: bool) -> None:
+    def __init__(self, folder: Path, summary: ModelSummary, single: str, fold: bool) -> None:
         vae, text = (read_table(folder / part / "config.json") or {} for part in ("vae", "text_encoder"))
         scheduler = read_table(folder / "scheduler/scheduler_config.json") or {}
         self.told, self.single, self.fold = summary, single, fold

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastsd.config.stages import StageTable
-from fastsd.run.checkpoint import Progress
+from fastsd.run.checkpoint import RunProgress
 from fastsd.train.step import Step
 
 
@@ -24,7 +24,7 @@ class Position:
         progress: current progress, as a checkpoint stores it.
     """
 
-    def __init__(self, progress: Progress, stages: Sequence[StageTable], steps: Sequence[int], extendable: bool) -> None:
+    def __init__(self, progress: RunProgress, stages: Sequence[StageTable], steps: Sequence[int], extendable: bool) -> None:
         self.progress, self.stages, self.steps = progress, stages, steps
         self._extendable = extendable
         self._since = time.monotonic()  # when `progress.seconds` was brought up to date

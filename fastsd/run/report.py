@@ -30,7 +30,7 @@ from fastsd.errors import UserError
 from fastsd.run.validation import in_a_line
 
 
-class Report:
+class TrainReport:
     """The console and log files of one run.
 
     Args:

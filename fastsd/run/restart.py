@@ -13,7 +13,7 @@ from fastsd.config.schema import Config, dump_config, parse_config
 from fastsd.data.cache import LatentCache
 from fastsd.data.masks import mask_hash
 from fastsd.errors import UserError
-from fastsd.run.checkpoint import Progress
+from fastsd.run.checkpoint import RunProgress
 from fastsd.storage import replace_file
 
 # Changing one of these settings would turn the rest of the run into a different run.
@@ -39,7 +39,7 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
-def compare_with_start(path: Path, config: Config, progress: Progress | None) -> list[str]:
+def compare_with_start(path: Path, config: Config, progress: RunProgress | None) -> list[str]:
     """Raise UserError for changes that would break the run. Return notes on other changes since the last start."""
     if progress is None or not path.exists():
         return []

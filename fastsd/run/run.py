@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from fastsd.config.schema import Config, dump_config
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.model import Model
-from fastsd.model.select import changed_parts, selected, size_of
+from fastsd.model.select import changed_components, parameter_count, selected
 from fastsd.run import checkpoint
-from fastsd.run.checkpoint import Progress
+from fastsd.run.checkpoint import RunProgress
 from fastsd.run.cost import Cost
 from fastsd.run.evaluation import Evaluation
 from fastsd.run.position import Position
-from fastsd.run.report import Report
+from fastsd.run.report import TrainReport
 from fastsd.run.restart import compare_images, compare_with_start, lock
 from fastsd.run.saving import Saving
 from fastsd.run.smoothed_loss import SmoothedLoss
@@ -61,7 +61,7 @@ class Run:
     saving: Saving
     evaluation: Evaluation
     cost: Cost
-    report: Report
+    report: TrainReport
     trained: list[int]
     notes: list[str]
 
@@ -73,7 +73,7 @@ class Run:
     def advance(self, step: Step, result: StepResult) -> None:
         """Record one optimizer step: the progress, the changed components and the smoothed loss."""
         self.position.advance(step)
-        self.saving.changed.update(changed_parts(step.trained))
+        self.saving.changed.update(changed_components(step.trained))
         self.smoothed.update(result.loss)
 
 
@@ -92,7 +92,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         ops = choose_ops(config.kernels, device)
         notes, data_notes = list[str](), list[str]()
         newest = checkpoint.newest(folder / "checkpoints", notes.append)
-        progress = newest[1] if newest else Progress()
+        progress = newest[1] if newest else RunProgress()
         notes += compare_with_start(folder / "config.json", config, newest[1] if newest else None)
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest[0]) if newest else {}
         model = _load_model(config, ops, newest[0] if newest else None)
@@ -108,7 +108,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         replace_file(folder / "config.json", dump_config(config))
         position = Position(progress, config.stage, steps, extendable="skipped" in saved)
         saved_at = newest[0].stat().st_mtime if newest else None
-        report = stack.enter_context(closing(Report(folder, config.log, progress.step, saved_at, console)))
+        report = stack.enter_context(closing(TrainReport(folder, config.log, progress.step, saved_at, console)))
         smoothed, cost = SmoothedLoss(saved, device), Cost(config, trained, device)
         saving = Saving(config, model, position, smoothed, report, cost, saved)
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
@@ -132,4 +132,4 @@ def _parameters(config: Config, index: int, model: Model) -> int:
     """Count the parameters a stage trains. Raises UserError for a name that matches no parameter."""
     stage, location = config.stage[index], f"stage {config.stage_name(index)!r}"
     selected(model, stage.reinit, f"{location}: reinit")
-    return size_of(model, selected(model, stage.train, f"{location}: train"))
+    return parameter_count(model, selected(model, stage.train, f"{location}: train"))

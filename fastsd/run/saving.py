@@ -12,13 +12,13 @@ from pathlib import Path
 from torch import Tensor
 
 from fastsd.config.schema import Config
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER
 from fastsd.run import checkpoint
 from fastsd.run.cost import Cost
 from fastsd.run.position import Position
-from fastsd.run.report import Report
+from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
 from fastsd.storage import replace_file
 from fastsd.train.optim import flat_state
@@ -38,7 +38,7 @@ class Saving:
     """
 
     def __init__(
-        self, config: Config, model: Model, position: Position, smoothed: SmoothedLoss, report: Report, cost: Cost,
+        self, config: Config, model: Model, position: Position, smoothed: SmoothedLoss, report: TrainReport, cost: Cost,
         state: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         self.config, self.model, self.position, self.smoothed = config, model, position, smoothed
@@ -65,7 +65,7 @@ class Saving:
         for name, part in step.parts.items():
             state |= {f"{name}@ema/{key}": tensor for key, tensor in part.ema_state().items()}
         # A component the step does not need keeps its loaded weights.
-        weights = dict.fromkeys(PARTS, dict) | {name: part.state for name, part in step.parts.items()}
+        weights = dict.fromkeys(COMPONENTS, dict) | {name: part.state for name, part in step.parts.items()}
         try:
             self.report.flush()
             adapters = {name: part.state(ADAPTER) for name, part in step.parts.items()} if self.model.lora else None

@@ -29,7 +29,7 @@ def choices(word: str) -> tuple[str, dict[str, Any]]:
             problem = "has an empty one among its values" if text else "has no values"
             raise UserError(f'{key} {problem} ({word!r}); write key=a,b,c, and "" for an empty text')
         value = parse_value(item)
-        if said(value) in map(said, values.values()):
+        if setting_text(value) in map(setting_text, values.values()):
             raise UserError(f"{key} has the value {item} twice; leave one out")
         values[item] = value
     return key, values
@@ -69,7 +69,7 @@ def combinations(words: Sequence[str]) -> list[dict[str, tuple[str, Any]]]:
     return [dict(zip(chosen, picked, strict=True)) for picked in every]
 
 
-def said(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """Format a setting's value as JSON, but text without quotes (unless it is empty) and None as `UNSET`."""
     if value is None:
         return UNSET
@@ -114,7 +114,7 @@ def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
                 column |= _flat({k: v for k, v in table.model_dump().items() if k != "name"}, f"{key}.")
             elif table is not None:
                 non_defaults = table.model_dump(exclude_defaults=True, exclude={"name"})
-                column[key] = ", ".join(f"{k} = {said(v)}" for k, v in non_defaults.items())
+                column[key] = ", ".join(f"{k} = {setting_text(v)}" for k, v in non_defaults.items())
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = {key: [column.get(key, ABSENT) for column in columns] for key in keys}
     return {key: row for key, row in rows.items() if len(set(row)) > 1 and set(row) != {ABSENT, UNSET}}
@@ -123,5 +123,5 @@ def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": said(value)}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": setting_text(value)}
     return flat

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from fastsd.config.schema import Config
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
-from fastsd.data.text_embeddings import States
+from fastsd.data.text_embeddings import TextEmbeddings
 from fastsd.data.tokens import Tokens
-from fastsd.data.validation_split import choose_sets
+from fastsd.data.validation_split import choose_splits
 from fastsd.errors import UserError
 from fastsd.model.model import Model
 
@@ -41,8 +41,8 @@ class TrainingData:
             self.tokens = Tokens(self.latents, model.text.tokenizer, model.text.window, model.text.chunks)
         except UserError as error:
             note(f"captions are tokenized on the way: {error}")
-        self.states = States(config.cache, self.latents, model.text) if config.cache.hidden_states else None
-        self.sets = choose_sets(self.latents, config)
+        self.states = TextEmbeddings(config.cache, self.latents, model.text) if config.cache.hidden_states else None
+        self.sets = choose_splits(self.latents, config)
         self.epochs = [self.loader(index).images for index in range(len(config.stage))]
 
     def loader(self, index: int, origin: int = 0) -> Loader:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fastsd.run.run import Run
-from fastsd.train.schedule import Every, points
+from fastsd.train.schedule import Interval, points
 
 
-class Due:
+class Triggers:
     """Reports after each step of a stage which actions are due. Each method must be called exactly once per step."""
 
     def __init__(self, run: Run, index: int) -> None:
@@ -14,7 +14,7 @@ class Due:
         self.run, self.points = run, points(stage, epoch)
         measured = run.config.validate_.every if run.data.sets.measured else 0
         self._log, self._sample, self._checkpoint, self._validation = (
-            Every(key, amount, stage.batch, epoch, run.position.elapsed())
+            Interval(key, amount, stage.batch, epoch, run.position.elapsed())
             for key, amount in (
                 ("log.every", run.config.log.every), ("sample_every", stage.sample_every),
                 ("checkpoint_every", stage.checkpoint_every), ("validate.every", measured),
@@ -37,7 +37,7 @@ class Due:
         """Return True if a checkpoint to retain is due: `checkpoint_at` lists this step, or the user requests one now."""
         return (self.run.position.progress.stage_step in self.points) | self._asked("checkpoint")
 
-    def _is(self, every: Every) -> bool:
+    def _is(self, every: Interval) -> bool:
         return every.due(self.run.position.progress.stage_step, self.run.position.elapsed())
 
     def _asked(self, what: str) -> bool:

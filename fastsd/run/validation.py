@@ -30,15 +30,15 @@ import xxhash
 
 from fastsd.config.schema import ValidateTable
 from fastsd.data.loader import Loader
-from fastsd.data.validation_split import Sets, identities
+from fastsd.data.validation_split import ValidationSplits, identities
 from fastsd.errors import UserError
 from fastsd.model.model import Model
 from fastsd.train.objective import alphas_cumprod
-from fastsd.train.trainable import Part
+from fastsd.train.trainable import TrainableComponent
 from fastsd_kernels.noise import Purpose, philox
 
 # {"set", "weights", "loss", "se", "bands": [[first timestep, last + 1, loss, se], ...], "items": hash, "each": [m_i, ...]}
-Row = dict[str, Any]
+ValidationRow = dict[str, Any]
 
 
 class Validation:
@@ -54,7 +54,7 @@ class Validation:
         UserError: there are more strata than timesteps.
     """
 
-    def __init__(self, model: Model, loader: Loader, sets: Sets, table: ValidateTable) -> None:
+    def __init__(self, model: Model, loader: Loader, sets: ValidationSplits, table: ValidateTable) -> None:
         self.model, self.loader, self.sets, self.table = model, loader, sets, table
         self._abar_T = alphas_cumprod(model.scheduler)
         count, parts = len(self._abar_T), table.bands * table.per_band
@@ -79,7 +79,7 @@ class Validation:
         return sum(map(len, self._batches.values())) * (len(self._edges) - 1)
 
     @torch.no_grad()
-    def rows(self, parts: Iterable[Part] = ()) -> list[Row]:
+    def rows(self, parts: Iterable[TrainableComponent] = ()) -> list[ValidationRow]:
         """Measure the current weights; if any of `parts` has an EMA, measure again with EMA weights in those components.
 
         Raises:
@@ -93,7 +93,7 @@ class Validation:
                 rows += self._measured("ema")
         return rows
 
-    def _measured(self, weights: str) -> list[Row]:
+    def _measured(self, weights: str) -> list[ValidationRow]:
         rows = []
         for name, batches in self._batches.items():
             errors_nS = [errors_S for batch in batches for errors_S in self._errors(batch)]
@@ -142,7 +142,7 @@ class Validation:
         return [np.array(same_shape[i : i + size]) for same_shape in by_shape.values() for i in range(0, len(same_shape), size)]
 
 
-def summary(errors_nS: Sequence[Sequence[float]], edges: Sequence[int], per_band: int) -> Row:
+def summary(errors_nS: Sequence[Sequence[float]], edges: Sequence[int], per_band: int) -> ValidationRow:
     """Return {"loss", "se", "bands"} for the errors of n images at S timesteps. Band b starts at edges[b * per_band]."""
     bands = []
     for first in range(0, len(edges) - 1, per_band):
@@ -159,13 +159,13 @@ def _mean_and_error(errors: Sequence[Sequence[float]]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((image_mean - mean) ** 2 for image_mean in means) / max(n - 1, 1) / n)
 
 
-def in_a_line(rows: Sequence[Row]) -> str:
+def in_a_line(rows: Sequence[ValidationRow]) -> str:
     """Format as "held out 0.1432 ± 0.0021, stabilised 0.1398 ± 0.0020, by band 0.31 0.16 ..."; bands of the first row."""
     losses = ", ".join(f"{_name(row)} {row['loss']:.4f} ± {row['se']:.4f}" for row in rows)
     return f"{losses}, by band {' '.join(f'{loss:.2g}' for _, _, loss, _ in rows[0]['bands'])}"
 
 
-def in_a_table(rows: Sequence[Row]) -> str:
+def in_a_table(rows: Sequence[ValidationRow]) -> str:
     """Format as a table with one line per band and one column per row."""
     lines = [["timesteps", *map(_name, rows)]]
     for bands in zip(*(row["bands"] for row in rows), strict=True):
@@ -174,7 +174,7 @@ def in_a_table(rows: Sequence[Row]) -> str:
     return "\n".join("".join(cell.ljust(18) for cell in line).rstrip() for line in lines)
 
 
-def _name(row: Row) -> str:
+def _name(row: ValidationRow) -> str:
     return _words(row["set"]) + (" (ema)" if row["weights"] == "ema" else "")
 
 

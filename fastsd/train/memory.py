@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def kept_for_backward(run: Callable[[], object], *modules: nn.Module) -> int:
+def saved_for_backward_bytes(run: Callable[[], object], *modules: nn.Module) -> int:
     """Count the bytes of distinct storages that autograd saves while `run()` executes, without the modules' parameters.
 
     For a checkpointed function, its inputs are counted but not the tensors it saves during recomputation.

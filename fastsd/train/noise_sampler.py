@@ -25,7 +25,7 @@ from fastsd_kernels import Ops
 from fastsd_kernels.noise import Purpose
 
 
-class Noising:
+class NoiseSampler:
     """The noise sampler of a stage.
 
     Attributes:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fastsd.config.stages import StageTable
 from fastsd.errors import UserError
-from fastsd.train.noise_sampler import Noising
+from fastsd.train.noise_sampler import NoiseSampler
 from fastsd_kernels import REFERENCE, Ops, noise
 
 ALL_TIMESTEPS = StageTable.model_fields["timestep_range"].default
@@ -59,7 +59,7 @@ class Objective:
         self.signal, self.level = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         self.seed, self.ops, self.prediction = seed, ops, prediction
         self.first, self.end = _range(self.stage, len(alphas_cumprod))
-        self.noising = Noising(self.stage, seed, ops)
+        self.noising = NoiseSampler(self.stage, seed, ops)
         self.weights_T = timestep_weights(self.stage, alphas_cumprod, prediction)
         huber = partial(F.huber_loss, delta=self.stage.huber_delta)
         distances: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": huber}

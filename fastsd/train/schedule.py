@@ -60,7 +60,7 @@ def ema_decay(stage: StageTable, step: int) -> float:
     return min(stage.ema, 1 - (2 + after) ** -stage.ema_power) if stage.ema_power else stage.ema
 
 
-class Every:
+class Interval:
     """A recurring trigger of a stage, with an interval in steps, epochs, images or seconds.
 
     Args:

@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from fastsd.config.schema import StageTable
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
 from fastsd.model.model import Model
@@ -27,7 +27,7 @@ from fastsd.train.graph import Graphed
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import AdamW, DLion, FastOptimizer, Lion
 from fastsd.train.schedule import ema_decay, learning_rate
-from fastsd.train.trainable import Part
+from fastsd.train.trainable import TrainableComponent
 from fastsd_kernels import noise
 from fastsd_kernels.gradient_norm import clip_scale
 
@@ -71,7 +71,7 @@ class Step:
         self.micro = micro or stage.micro
         self.device = model.unet.conv_in.weight.device
         self.ops = model.unet.ops
-        self.parts = {name: self._part(name) for name in PARTS if not (states and name == "text_encoder")}
+        self.parts = {name: self._part(name) for name in COMPONENTS if not (states and name == "text_encoder")}
         # Values that change from step to step lie on the device, where a captured step reads them.
         self.lrs: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.trained}
         self.ema_decay = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -237,10 +237,10 @@ class Step:
         for part in self.parts.values():
             part.release()
 
-    def _part(self, name: str) -> Part:
+    def _part(self, name: str) -> TrainableComponent:
         stage, module = self.stage, self.model.part(name)
         trained = self.trained.get(name, set())
-        return Part(
+        return TrainableComponent(
             name, module, trained, stage.precision, accumulates=stage.batch > self.micro, arena=not stage.fused_backward,
             ema=stage.ema > 0,
         )  # fmt: skip

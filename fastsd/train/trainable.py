@@ -48,12 +48,12 @@ class Layout:
         return [flat.as_strided(*place) for place in self._places]
 
 
-def computed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def compute_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert fp32 weights to the tensor that a stage computes with: unchanged for fp32, otherwise their high half."""
     return weight if dtype == torch.float32 else split_master(weight)[0]
 
 
-class Part:
+class TrainableComponent:
     """One component of a model during a stage.
 
     Args:
@@ -196,7 +196,7 @@ class Part:
         weights = torch.empty_like(self.high, device="cpu").copy_(self.high)
         try:
             for view, average in zip(self.layout.views(self.high), self.layout.views(self.ema), strict=True):
-                view.copy_(computed(average, self.dtype))
+                view.copy_(compute_weight(average, self.dtype))
             yield
         finally:
             self.high.copy_(weights)

@@ -30,6 +30,7 @@ from fastsd_kernels.arena import (
     TILES,
     StepOptions,
     active,
+    chunks,
     clear,
     fma,
     load,
@@ -37,7 +38,6 @@ from fastsd_kernels.arena import (
     load_parameter,
     masters,
     operands,
-    pieces,
     scalars,
     store_parameter,
     unless,
@@ -77,7 +77,7 @@ def adamw_reference(
     beta1, beta2 = betas
     sizes, roots = corrections(steps, lr, betas, options.get("skip"))
     with masters(params, grads, **options) as (params, grads):
-        for p, g, m, v, size, root in pieces(params, grads, exp_avgs, exp_avg_sqs, sizes.unbind(), roots.unbind()):
+        for p, g, m, v, size, root in chunks(params, grads, exp_avgs, exp_avg_sqs, sizes.unbind(), roots.unbind()):
             with unless(options.get("skip"), p, m, v):
                 torch._foreach_lerp_(m, g, 1 - beta1)
                 torch._foreach_mul_(v, beta2)

@@ -108,7 +108,7 @@ def masters(
         torch._foreach_zero_(list(grads))
 
 
-def pieces(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+def chunks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
     """Cut parallel lists of tensors into runs, each given as the same number of lists.
 
     A run holds about 2**18 elements a list on a CPU, 2**26 elsewhere: several small tensors or a part of a big one, as
@@ -255,7 +255,7 @@ def clear(g_ptr, start, offs, mask):
     tl.store(g_ptr + start + offs, 0.0, mask)
 
 
-class Tile(NamedTuple):
+class OptimizerTile(NamedTuple):
     """`block` elements at a time, `times` in a row, by `warps` warps of at most `registers` registers a thread."""
 
     block: int
@@ -278,17 +278,17 @@ class Tile(NamedTuple):
 # one more block on an SM, where two are more than enough: they keep 64 KB of loads in flight.
 TILES = {
     # Nothing is carried from element to element: short programs, and the scheduler keeps many in flight.
-    "lion": Tile(2048, 8, 1, 96),
-    "adamw": Tile(2048, 8, 1, 128),
+    "lion": OptimizerTile(2048, 8, 1, 96),
+    "adamw": OptimizerTile(2048, 8, 1, 128),
     # Two sums are carried: 8 tiles add up in registers, and one reduction and 8 bytes written serve 16384 elements.
-    "dlion": Tile(2048, 8, 8, 128),
-    "gradient_norm": Tile(2048, 8, 8, 96),
+    "dlion": OptimizerTile(2048, 8, 8, 128),
+    "gradient_norm": OptimizerTile(2048, 8, 8, 96),
     # One program reads 2 x 52k partial sums of SD1.5's UNet in 13 rounds.
-    "tail": Tile(4096, 16, 1, 128),
+    "tail": OptimizerTile(4096, 16, 1, 128),
 }
 
 
-class Options(NamedTuple):
+class TensorOptions(NamedTuple):
     """Optional operands of one launch, in the order in which ops and kernels take them."""
 
     low: Tensor | None
@@ -310,7 +310,7 @@ def operands(
     *states: Sequence[Tensor],
     device_scalars: Sequence[Any] = (),
     **options: Unpack[StepOptions],
-) -> list[tuple[tuple[Tensor, ...], Options]]:
+) -> list[tuple[tuple[Tensor, ...], TensorOptions]]:
     """Group each parameter with its gradient, states and options. All are checked before anything is launched.
 
     Raises:
@@ -340,7 +340,7 @@ def operands(
                     f"{op}: a tensor of shape {tuple(t.shape)} and strides {t.stride()} beside a parameter of {tuple(p.shape)}"
                     f" and {p.stride()}; give tensors of one shape and one dense layout"
                 )
-        result.append(((p, g, *state), Options(low, ema, gain, scale, skip)))
+        result.append(((p, g, *state), TensorOptions(low, ema, gain, scale, skip)))
     return result
 
 

@@ -43,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastsd_kernels.attention_tiles import Tile, choose_tile, one_kernel_for_keys, slices
+from fastsd_kernels.attention_tiles import AttentionTile, choose_tile, one_kernel_for_keys, slices
 from fastsd_kernels.head_tile import add_product, load_head, product, row_dots, scaled, store_head, streamed_product, zero_head
 from fastsd_kernels.interpreter import rounded
 from fastsd_kernels.launch import launch, require_device
@@ -243,7 +243,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) else x.contiguous()
 
 
-def _options(tile: Tile, head_dim: int, precision: str) -> dict[str, Any]:
+def _options(tile: AttentionTile, head_dim: int, precision: str) -> dict[str, Any]:
     return {
         "D": head_dim, "SUM_D": slices(head_dim, tile.widest, 16), "ROWS": tile.rows, "KEYS": tile.keys, "HOLD": tile.hold,
         "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,

@@ -14,7 +14,7 @@ import triton
 from fastsd_kernels.launch import architecture
 
 
-class Tile(NamedTuple):
+class AttentionTile(NamedTuple):
     """Tile sizes of a kernel, and its launch options."""
 
     rows: int  # queries of a tile
@@ -30,79 +30,81 @@ HEAD_DIMS = (48, 96, 160, 256)
 
 # (kernel, head size up to, bf16 or fp32's precision, architecture or 0 for any): tile.  Reasons, in order of weight:
 # no spills; two blocks an SM (128 registers at 8 warps, 49 KB) or one large one; long tiles of what streams.
-_TILES: dict[tuple[str, int, str, int], Tile] = {
+_TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     # bf16: a held tile of 128 rows halves what streams past. D = 160 pays for registers with shorter tiles.
-    ("forward", 48, "bf16", 0): Tile(128, 64, 8, 3),
-    ("forward", 96, "bf16", 0): Tile(128, 64, 8, 3),
-    ("forward", 160, "bf16", 0): Tile(128, 32, 8, 2),
-    ("forward", 256, "bf16", 0): Tile(64, 32, 8, 1, 64, hold=False),
-    ("dq", 48, "bf16", 0): Tile(128, 64, 8, 2),
-    ("dq", 96, "bf16", 0): Tile(128, 64, 8, 2),
-    ("dq", 160, "bf16", 0): Tile(64, 32, 8, 2),
-    ("dq", 256, "bf16", 0): Tile(32, 32, 8, 1, 64, hold=False),
-    ("dkdv", 48, "bf16", 0): Tile(64, 128, 8, 2),
-    ("dkdv", 96, "bf16", 0): Tile(32, 128, 8, 2),
-    ("dk", 160, "bf16", 0): Tile(32, 64, 8, 2),
-    ("dk", 256, "bf16", 0): Tile(32, 32, 8, 1, 64, hold=False),
-    ("dv", 160, "bf16", 0): Tile(64, 64, 8, 2),
-    ("dv", 256, "bf16", 0): Tile(32, 32, 8, 1, 64, hold=False),
+    ("forward", 48, "bf16", 0): AttentionTile(128, 64, 8, 3),
+    ("forward", 96, "bf16", 0): AttentionTile(128, 64, 8, 3),
+    ("forward", 160, "bf16", 0): AttentionTile(128, 32, 8, 2),
+    ("forward", 256, "bf16", 0): AttentionTile(64, 32, 8, 1, 64, hold=False),
+    ("dq", 48, "bf16", 0): AttentionTile(128, 64, 8, 2),
+    ("dq", 96, "bf16", 0): AttentionTile(128, 64, 8, 2),
+    ("dq", 160, "bf16", 0): AttentionTile(64, 32, 8, 2),
+    ("dq", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
+    ("dkdv", 48, "bf16", 0): AttentionTile(64, 128, 8, 2),
+    ("dkdv", 96, "bf16", 0): AttentionTile(32, 128, 8, 2),
+    ("dk", 160, "bf16", 0): AttentionTile(32, 64, 8, 2),
+    ("dk", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
+    ("dv", 160, "bf16", 0): AttentionTile(64, 64, 8, 2),
+    ("dv", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
     # wgmma reads the streamed operand from shared memory, not registers: longer tiles fit.
-    ("forward", 48, "bf16", 90): Tile(128, 128, 8, 2),
-    ("forward", 96, "bf16", 90): Tile(128, 128, 8, 2),
+    ("forward", 48, "bf16", 90): AttentionTile(128, 128, 8, 2),
+    ("forward", 96, "bf16", 90): AttentionTile(128, 128, 8, 2),
     # tf32: operands take twice the registers of bf16. At D = 160 two held tiles leave none: dq and dk stream.
-    ("forward", 48, "tf32", 0): Tile(128, 64, 8, 2),
-    ("forward", 96, "tf32", 0): Tile(128, 32, 8, 2, 32),
-    ("forward", 160, "tf32", 0): Tile(64, 32, 8, 2, 32),
-    ("forward", 256, "tf32", 0): Tile(64, 16, 8, 1, 32, hold=False),
-    ("dq", 48, "tf32", 0): Tile(128, 64, 8, 2, 32),
-    ("dq", 96, "tf32", 0): Tile(64, 32, 8, 2, 32),
-    ("dq", 160, "tf32", 0): Tile(64, 32, 8, 2, 16, hold=False),
-    ("dq", 256, "tf32", 0): Tile(32, 16, 8, 1, 16, hold=False),
-    ("dkdv", 48, "tf32", 0): Tile(32, 128, 8, 2),
-    ("dkdv", 96, "tf32", 0): Tile(16, 128, 8, 2, 32),
-    ("dk", 160, "tf32", 0): Tile(32, 64, 8, 2, 16, hold=False),
-    ("dk", 160, "tf32", 90): Tile(16, 64, 8, 2, 32, hold=False),  # the row above spills 48 B there
-    ("dk", 256, "tf32", 0): Tile(16, 32, 8, 1, 16, hold=False),
-    ("dv", 160, "tf32", 0): Tile(16, 64, 8, 2, 32),
-    ("dv", 256, "tf32", 0): Tile(16, 32, 8, 1, 16, hold=False),
+    ("forward", 48, "tf32", 0): AttentionTile(128, 64, 8, 2),
+    ("forward", 96, "tf32", 0): AttentionTile(128, 32, 8, 2, 32),
+    ("forward", 160, "tf32", 0): AttentionTile(64, 32, 8, 2, 32),
+    ("forward", 256, "tf32", 0): AttentionTile(64, 16, 8, 1, 32, hold=False),
+    ("dq", 48, "tf32", 0): AttentionTile(128, 64, 8, 2, 32),
+    ("dq", 96, "tf32", 0): AttentionTile(64, 32, 8, 2, 32),
+    ("dq", 160, "tf32", 0): AttentionTile(64, 32, 8, 2, 16, hold=False),
+    ("dq", 256, "tf32", 0): AttentionTile(32, 16, 8, 1, 16, hold=False),
+    ("dkdv", 48, "tf32", 0): AttentionTile(32, 128, 8, 2),
+    ("dkdv", 96, "tf32", 0): AttentionTile(16, 128, 8, 2, 32),
+    ("dk", 160, "tf32", 0): AttentionTile(32, 64, 8, 2, 16, hold=False),
+    ("dk", 160, "tf32", 90): AttentionTile(16, 64, 8, 2, 32, hold=False),  # the row above spills 48 B there
+    ("dk", 256, "tf32", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
+    ("dv", 160, "tf32", 0): AttentionTile(16, 64, 8, 2, 32),
+    ("dv", 256, "tf32", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
     # tf32x3: every operand has two parts, and the compiler keeps both parts of a held tile for the whole loop.
-    ("forward", 48, "tf32x3", 0): Tile(64, 32, 4, 2, 16),
-    ("forward", 96, "tf32x3", 0): Tile(64, 16, 4, 2, 16),
-    ("forward", 160, "tf32x3", 0): Tile(64, 32, 8, 2, 16, hold=False),
-    ("forward", 256, "tf32x3", 0): Tile(64, 16, 8, 1, 16, hold=False),
-    ("dq", 48, "tf32x3", 0): Tile(64, 32, 8, 2, 16, hold=False),
-    ("dq", 96, "tf32x3", 0): Tile(64, 32, 8, 2, 16, hold=False),
-    ("dq", 160, "tf32x3", 0): Tile(64, 32, 8, 2, 16, hold=False),
-    ("dq", 256, "tf32x3", 0): Tile(32, 16, 8, 1, 16, hold=False),
-    ("dkdv", 48, "tf32x3", 0): Tile(16, 64, 4, 2, 16, hold=False),
-    ("dk", 96, "tf32x3", 0): Tile(32, 64, 8, 2, 16, hold=False),
-    ("dk", 160, "tf32x3", 0): Tile(16, 32, 4, 2, 32, hold=False),
-    ("dk", 256, "tf32x3", 0): Tile(16, 32, 8, 1, 16, hold=False),
-    ("dv", 96, "tf32x3", 0): Tile(32, 64, 4, 2, 16),
-    ("dv", 160, "tf32x3", 0): Tile(16, 32, 8, 2, 16),
-    ("dv", 256, "tf32x3", 0): Tile(16, 32, 8, 1, 16, hold=False),
+    ("forward", 48, "tf32x3", 0): AttentionTile(64, 32, 4, 2, 16),
+    ("forward", 96, "tf32x3", 0): AttentionTile(64, 16, 4, 2, 16),
+    ("forward", 160, "tf32x3", 0): AttentionTile(64, 32, 8, 2, 16, hold=False),
+    ("forward", 256, "tf32x3", 0): AttentionTile(64, 16, 8, 1, 16, hold=False),
+    ("dq", 48, "tf32x3", 0): AttentionTile(64, 32, 8, 2, 16, hold=False),
+    ("dq", 96, "tf32x3", 0): AttentionTile(64, 32, 8, 2, 16, hold=False),
+    ("dq", 160, "tf32x3", 0): AttentionTile(64, 32, 8, 2, 16, hold=False),
+    ("dq", 256, "tf32x3", 0): AttentionTile(32, 16, 8, 1, 16, hold=False),
+    ("dkdv", 48, "tf32x3", 0): AttentionTile(16, 64, 4, 2, 16, hold=False),
+    ("dk", 96, "tf32x3", 0): AttentionTile(32, 64, 8, 2, 16, hold=False),
+    ("dk", 160, "tf32x3", 0): AttentionTile(16, 32, 4, 2, 32, hold=False),
+    ("dk", 256, "tf32x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
+    ("dv", 96, "tf32x3", 0): AttentionTile(32, 64, 4, 2, 16),
+    ("dv", 160, "tf32x3", 0): AttentionTile(16, 32, 8, 2, 16),
+    ("dv", 256, "tf32x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
     # ieee: a thread holds its rows and columns of both operands, a slice long; 16 numbers of the result a thread give five
     # multiply-adds a shared load. More of them spill, fewer wait for loads.
-    ("forward", 48, "ieee", 0): Tile(64, 64, 8, 1, 32, registers=255),
-    ("forward", 96, "ieee", 0): Tile(64, 64, 8, 1, 16),
-    ("forward", 160, "ieee", 0): Tile(64, 32, 8, 1, 16),
-    ("forward", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
-    ("dq", 48, "ieee", 0): Tile(64, 32, 4, 2, 16),
-    ("dq", 96, "ieee", 0): Tile(64, 32, 8, 2, 16),
-    ("dq", 160, "ieee", 0): Tile(32, 32, 8, 1, 32),
-    ("dq", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
-    ("dkdv", 48, "ieee", 0): Tile(32, 64, 8, 2, 16, registers=255),
-    ("dkdv", 48, "ieee", 86): Tile(32, 64, 8, 2, 16, registers=128),  # two blocks an SM; elsewhere 128 spill
-    ("dkdv", 48, "ieee", 89): Tile(32, 64, 8, 2, 16, registers=128),
-    ("dkdv", 96, "ieee", 0): Tile(32, 32, 4, 2, 128),
-    ("dk", 160, "ieee", 0): Tile(32, 32, 8, 2, 32),
-    ("dk", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
-    ("dv", 160, "ieee", 0): Tile(32, 32, 8, 1, 32),
-    ("dv", 256, "ieee", 0): Tile(32, 32, 8, 1, 16, hold=False),
+    ("forward", 48, "ieee", 0): AttentionTile(64, 64, 8, 1, 32, registers=255),
+    ("forward", 96, "ieee", 0): AttentionTile(64, 64, 8, 1, 16),
+    ("forward", 160, "ieee", 0): AttentionTile(64, 32, 8, 1, 16),
+    ("forward", 256, "ieee", 0): AttentionTile(32, 32, 8, 1, 16, hold=False),
+    ("dq", 48, "ieee", 0): AttentionTile(64, 32, 4, 2, 16),
+    ("dq", 96, "ieee", 0): AttentionTile(64, 32, 8, 2, 16),
+    ("dq", 160, "ieee", 0): AttentionTile(32, 32, 8, 1, 32),
+    ("dq", 256, "ieee", 0): AttentionTile(32, 32, 8, 1, 16, hold=False),
+    ("dkdv", 48, "ieee", 0): AttentionTile(32, 64, 8, 2, 16, registers=255),
+    ("dkdv", 48, "ieee", 86): AttentionTile(32, 64, 8, 2, 16, registers=128),  # two blocks an SM; elsewhere 128 spill
+    ("dkdv", 48, "ieee", 89): AttentionTile(32, 64, 8, 2, 16, registers=128),
+    ("dkdv", 96, "ieee", 0): AttentionTile(32, 32, 4, 2, 128),
+    ("dk", 160, "ieee", 0): AttentionTile(32, 32, 8, 2, 32),
+    ("dk", 256, "ieee", 0): AttentionTile(32, 32, 8, 1, 16, hold=False),
+    ("dv", 160, "ieee", 0): AttentionTile(32, 32, 8, 1, 32),
+    ("dv", 256, "ieee", 0): AttentionTile(32, 32, 8, 1, 16, hold=False),
 }
 
 
-def choose_tile(kernel: str, head_dim: int, keys: int, dtype: torch.dtype, precision: str, device: torch.device) -> Tile:
+def choose_tile(
+    kernel: str, head_dim: int, keys: int, dtype: torch.dtype, precision: str, device: torch.device
+) -> AttentionTile:
     """Return the tile of "forward", "dq", "dk", "dv" or "dkdv". It has fewer keys if padding would add over a quarter."""
     size, kind = _row(head_dim, dtype, precision)
     tile = _TILES.get((kernel, size, kind, architecture(device))) or _TILES[kernel, size, kind, 0]

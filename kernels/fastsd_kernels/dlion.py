@@ -44,6 +44,7 @@ from fastsd_kernels.arena import (
     TILES,
     StepOptions,
     active,
+    chunks,
     clear,
     fma,
     load,
@@ -52,7 +53,6 @@ from fastsd_kernels.arena import (
     masters,
     operands,
     pair_sum,
-    pieces,
     sign,
     store_parameter,
     unless,
@@ -95,7 +95,7 @@ def dlion_reference(
     dots: list[Tensor] = []
     l1: list[Tensor] = []
     with masters(params, grads, **options) as (params, grads):
-        for p, g, m, r in pieces(params, grads, exp_avgs, s):
+        for p, g, m, r in chunks(params, grads, exp_avgs, s):
             n = len(p)
             with unless(options.get("skip"), p, m, r):
                 update = torch._foreach_mul(m, beta1)

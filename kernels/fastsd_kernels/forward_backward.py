@@ -26,7 +26,7 @@ Shift = Tensor | None
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ForwardBackwardOps:
     """One implementation of every function. `_again` rebuilds the forward's y from the saved tensors."""
 
     # (q_BNHD, k_BLHD, v_BLHD, precision) -> (o_BNHD, lse);  (do, q, k, v, o, lse, precision, own) -> packed, see the reference
@@ -182,7 +182,7 @@ def _layer_norm_backward_triton(
     return layer_norm_backward_op(dy, x, mean, rstd, weight, ds)
 
 
-REFERENCE_PIECES = Pieces(
+REFERENCE_FORWARD_BACKWARD = ForwardBackwardOps(
     attention=_attention_reference,
     attention_backward=_attention_backward_reference,
     group_norm=_group_norm_reference,
@@ -194,7 +194,7 @@ REFERENCE_PIECES = Pieces(
     geglu=geglu_reference,
     geglu_backward=_geglu_backward_reference,
 )
-TRITON_PIECES = Pieces(
+TRITON_FORWARD_BACKWARD = ForwardBackwardOps(
     attention=_attention_triton,
     attention_backward=attention_packed_backward_op,
     group_norm=group_norm_op,

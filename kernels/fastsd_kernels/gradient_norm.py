@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd_kernels.arena import TILES, dense, load, pair_sum, pieces, require_dtype
+from fastsd_kernels.arena import TILES, chunks, dense, load, pair_sum, require_dtype
 from fastsd_kernels.launch import launch, require_device
 
 
@@ -41,7 +41,7 @@ def gradient_norm_reference(grads: Sequence[Tensor], *, scale: Tensor | None = N
         norm: 0-dim fp32; infinite if it has no fp32, though all gradients are finite.
         skip: 0-dim bool, whether any scaled gradient is not finite: what the optimizers take as `skip`.
     """
-    squares = [g.double().square().sum() for (run,) in pieces(grads) for g in run]
+    squares = [g.double().square().sum() for (run,) in chunks(grads) for g in run]
     total = torch.stack(squares).sum()
     if scale is not None:
         total = total * scale.double().square()

@@ -27,6 +27,7 @@ from fastsd_kernels.arena import (
     TILES,
     StepOptions,
     active,
+    chunks,
     clear,
     fma,
     load,
@@ -34,7 +35,6 @@ from fastsd_kernels.arena import (
     load_parameter,
     masters,
     operands,
-    pieces,
     scalars,
     sign,
     store_parameter,
@@ -67,7 +67,7 @@ def lion_reference(
     """
     beta1, beta2 = betas
     with masters(params, grads, **options) as (params, grads):
-        for p, g, m in pieces(params, grads, exp_avgs):
+        for p, g, m in chunks(params, grads, exp_avgs):
             with unless(options.get("skip"), p, m):
                 update = torch._foreach_mul(m, beta1)
                 torch._foreach_add_(update, g, alpha=1 - beta1)

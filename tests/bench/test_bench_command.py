@@ -45,7 +45,7 @@ def run(monkeypatch, capsys, tmp_path):
     return call
 
 
-def work(device: str = "cpu", **stage) -> baselines.Work:
+def work(device: str = "cpu", **stage) -> baselines.BenchInputs:
     """A small model and made batches, for contenders."""
     where = torch.device(device)
     table = StageTable(**{"train": ["unet"], "until": 9, "batch": 4, **stage})
@@ -53,7 +53,7 @@ def work(device: str = "cpu", **stage) -> baselines.Work:
     for module in (model.unet, model.text.module):
         module.to(where)
     model.unet.checkpointing = table.checkpointing
-    return baselines.Work(model, table, baselines.made_batches(4, 8, table.batch), where)
+    return baselines.BenchInputs(model, table, baselines.made_batches(4, 8, table.batch), where)
 
 
 def test_bench_step(run):
@@ -102,7 +102,7 @@ def test_contenders_do_the_same_work(precision, within, device, monkeypatch):
         return noise_BCHW, t_B
 
     monkeypatch.setattr(baselines, "draw", draw)
-    ours, peer = baselines.contenders(given, ["lion-pytorch"], [])
+    ours, peer = baselines.candidates(given, ["lion-pytorch"], [])
     losses = []
     for contender in (ours, peer):
         with contender.turn():
@@ -115,7 +115,7 @@ def test_contenders_do_the_same_work(precision, within, device, monkeypatch):
 
 
 def test_eager_peers_share_a_model_and_the_compiled_one_has_its_own():
-    make = baselines.peer_maker(given := work())
+    make = baselines.baseline_maker(given := work())
     eager, other, compiled = make("diffusers"), make("dadaptation"), make("compiled")
     assert eager.unet is other.unet and eager.optimizer is not other.optimizer
     others = {p.data_ptr() for p in (*compiled.parameters, *given.model.unet.parameters())}
@@ -127,7 +127,7 @@ def test_eager_peers_share_a_model_and_the_compiled_one_has_its_own():
 
 def test_a_parked_arena_changes_no_bit():
     """Between our turns the gradients' arena is handed back; training goes on as if it were not."""
-    plain, parked = baselines.Ours(work()), baselines.Ours(work())
+    plain, parked = baselines.OurStep(work()), baselines.OurStep(work())
     for _ in range(3):
         expected = plain.step()
         with parked.turn():
@@ -139,7 +139,7 @@ def test_a_parked_arena_changes_no_bit():
 
 
 def test_a_peer_has_pytorchs_switches_in_its_turn_only(monkeypatch):
-    _, peer = baselines.contenders(work(), ["diffusers"], [])
+    _, peer = baselines.candidates(work(), ["diffusers"], [])
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with peer.turn():
         assert not torch.backends.cudnn.deterministic
@@ -192,7 +192,7 @@ def test_a_steady_step_never_waits(settings, precision, device):
     for graph in {False, device == "cuda"}:
         given = work(device, precision=precision, **settings)
         given.graph = graph
-        contender = baselines.Ours(given)
+        contender = baselines.OurStep(given)
         with contender.turn():
             for _ in range(WARM_UP + 2):
                 contender.step()
@@ -289,7 +289,7 @@ def test_bench_optim(run):
 
 def test_optimizers_over_an_arena_and_a_list_take_the_same_steps():
     layout, weights, gradient = baselines.made_arenas([5, 128, 700, 3], CPU)
-    for family, others in baselines.OPTIMIZER_PEERS.items():
+    for family, others in baselines.OPTIMIZER_BASELINES.items():
         after = {}
         for name in ("fastsd", "fastsd, a list", *others):
             arenas = baselines.Arenas(layout, weights.clone(), gradient)
@@ -347,33 +347,33 @@ def test_flops_are_those_of_the_workload():
     assert counters.forward_flops(UNetConfig.sd15(), 64) == workload.FORWARD_FLOPS
 
 
-def asked(*changes: str, **more) -> options.Asked:
-    return options.Asked("step", None, ["device=cpu", *changes], **more)
+def asked(*changes: str, **more) -> options.BenchOptions:
+    return options.BenchOptions("step", None, ["device=cpu", *changes], **more)
 
 
-def need(of: options.Subject, names: list[str], **changed) -> float:
+def need(of: options.BenchTarget, names: list[str], **changed) -> float:
     stage = of.stage.model_copy(update=changed)
-    return counters.total_need(counters.needs(of.cfg, sum(of.sizes), stage, of.side, names, of.device))
+    return counters.peak_memory(counters.estimate_memory(of.cfg, sum(of.sizes), stage, of.side, names, of.device))
 
 
 def test_full_size_fits_24_gb_by_default(monkeypatch):
     """What `fastsd bench` chooses on a CPU, and what it takes by arithmetic; nothing is made here."""
     monkeypatch.setattr(counters, "free_bytes", lambda device: 22e9)
     for precision in ("fp32", "bf16"):
-        of = options.subject(asked(precision=precision))
+        of = options.bench_target(asked(precision=precision))
         assert len(of.sizes) == 686 and sum(of.sizes) == 859_520_964
         assert suites._fitting(asked(), of, []) == ["lion-pytorch"] and of.stage.optimizer == "lion"
-        ours, peer = counters.needs(of.cfg, sum(of.sizes), of.stage, of.side, ["lion-pytorch"], CPU)
+        ours, peer = counters.estimate_memory(of.cfg, sum(of.sizes), of.stage, of.side, ["lion-pytorch"], CPU)
         assert ours.held == peer.held == 8 * 859_520_964
         largest = max(ours.rise, peer.rise)  # only one steps at a time
         assert need(of, ["lion-pytorch"]) == ours.held + peer.held + largest + counters.WORKSPACE < 22e9
     sentence = r"needs 26\.4 GB \(fastsd 10\.3, dadaptation 10\.3, a step 5\.3, libraries 0\.5\) and 22\.0 GB are free; use"
     with pytest.raises(UserError, match=sentence):
-        suites._fitting(asked(), options.subject(asked('stage.optimizer="dlion"')), [])
+        suites._fitting(asked(), options.bench_target(asked('stage.optimizer="dlion"')), [])
 
 
 def test_usual_peers_give_way_to_memory_and_named_ones_do_not():
-    of, misses = options.subject(asked(small=True)), []
+    of, misses = options.bench_target(asked(small=True)), []
     of.free = need(of, ["diffusers"])
     assert suites._fitting(asked(small=True), of, misses) == ["diffusers"]
     assert misses == ["left out: peer dadaptation, for memory is short; --peers dadaptation runs it alone"]
@@ -383,7 +383,7 @@ def test_usual_peers_give_way_to_memory_and_named_ones_do_not():
 
 def test_a_gpu_gets_the_largest_batch_that_fits():
     given = asked(small=True, peers="diffusers")
-    of = options.subject(given)
+    of = options.bench_target(given)
     of.device = torch.device("cuda")
     sizes = {batch: need(of, ["diffusers"], batch=batch) for batch in (1, 16, 32)}
     for batch, free in ((32, sizes[32]), (8, sizes[16] - 1), (1, sizes[1])):
@@ -397,7 +397,7 @@ def test_a_gpu_gets_the_largest_batch_that_fits():
 
 def test_an_automatic_micro_batch_is_the_largest_that_fits():
     given = asked('stage.micro_batch="auto"', "stage.batch=12", small=True, peers="none")
-    of = options.subject(given)
+    of = options.bench_target(given)
     of.free = need(of, [], micro_batch=6) - 1
     suites._fitting(given, of, [])
     assert (of.stage.batch, of.stage.micro) == (12, 4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import make_tiny_model, tiny_vae
 
-from fastsd.commands.convert import Options, convert
+from fastsd.commands.convert import ConvertOptions, convert
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.errors import UserError
 from fastsd.model.formats import fold_vae, single_file_layout
@@ -33,7 +33,7 @@ SD15 = {"unet": UNetConfig.sd15().to_diffusers(), "vae": SD15_VAE, "text_encoder
 def converted(name, out, to="", **options):
     """Convert, and return what was said."""
     lines = []
-    convert(str(name), out, to, Options(**options), lines.append)
+    convert(str(name), out, to, ConvertOptions(**options), lines.append)
     return lines
 
 

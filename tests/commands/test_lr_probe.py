@@ -63,14 +63,14 @@ def test_a_probe_that_was_stopped_goes_on(tmp_path, tiny_model, images, monkeypa
 
     (whole,), _, _ = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", "run=" + str(tmp_path / "whole"), steps=40)
 
-    class Asking(loop.Due):
+    class Asking(loop.Triggers):
         def log(self):
             if self.run.position.progress.step == 9:
                 signal.raise_signal(signal.SIGINT)
             return super().log()
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "Due", Asking)
+        patch.setattr(loop, "Triggers", Asking)
         with pytest.raises(Stopped):
             probed(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
     (again,), said, _ = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)

@@ -58,7 +58,7 @@ def test_it_aligns_measures_and_takes_the_best(tmp_path, tiny_model, vaes, image
         and str(tmp_path) not in card
     )
     base = load_model(ModelTable(base=str(tiny_model)))
-    edges = set(align.edges_of(base.unet))
+    edges = set(align.edge_layers(base.unet))
     for (name, before), after in zip(base.unet.named_parameters(), model.unet.parameters(), strict=True):
         assert torch.equal(before, after) != (name in edges), name
     options = {"limit": 12, "fit": "orthogonal", "precision": "bf16"}
@@ -72,8 +72,8 @@ def test_it_aligns_measures_and_takes_the_best(tmp_path, tiny_model, vaes, image
 @pytest.mark.parametrize("kind, channels", [("other", 4), ("more", 6), ("fewer", 2), ("finer", 4)])
 def test_without_images_it_only_swaps(tmp_path, tiny_model, vaes, kind, channels):
     found, model, said = swapped(tiny_model, vaes / kind, tmp_path / "out")
-    base = align.edges_of(load_model(ModelTable(base=str(tiny_model))).unet)
-    after, shared = align.edges_of(model.unet), min(channels, 4)
+    base = align.edge_layers(load_model(ModelTable(base=str(tiny_model))).unet)
+    after, shared = align.edge_layers(model.unet), min(channels, 4)
     assert found["fit"] == "plain" and model.unet.cfg.in_channels == model.vae.channels == channels
     assert torch.equal(after["conv_in.weight"][:, :shared], base["conv_in.weight"][:, :shared])
     assert torch.equal(after["conv_out.bias"][:shared], base["conv_out.bias"][:shared])

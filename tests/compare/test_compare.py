@@ -20,7 +20,7 @@ from fastsd.compare.compare import TABLES, compare
 from fastsd.compare.runs import RunData, read_grids, read_runs
 from fastsd.config.schema import dump_config, load_config
 from fastsd.errors import UserError
-from fastsd.run.folder import WHOLE
+from fastsd.run.folder import WHOLE_SHEET
 from fastsd.run.loop import train
 from fastsd.run.settings import ABSENT, choices, combinations, differences, short_names
 from fastsd.sampling.grid import grid, save_grid
@@ -202,7 +202,7 @@ def test_a_grid_tells_where_its_cells_lie(tmp_path):
     assert [np.array_equal(cell, image) for cell, image in zip(cells.values(), images, strict=True)] == [True] * 4
     found.whole().save(tmp_path / "text-00000002.png")  # as if by a tool that keeps no text
     old, _ = read_grids(tmp_path)
-    assert list(old.cells) == [WHOLE] and old.cut()[WHOLE].size == found.whole().size
+    assert list(old.cells) == [WHOLE_SHEET] and old.cut()[WHOLE_SHEET].size == found.whole().size
     assert [path.name for path in tmp_path.glob(".tmp-*")] == []
 
 

@@ -21,12 +21,12 @@ from fastsd.config.schema import ModelTable, StageTable, load_config
 from fastsd.data import cache as cache_module
 from fastsd.data.building import embed_captions
 from fastsd.data.building.build import build_cache
-from fastsd.data.building.embed_captions import Counts, write_states
+from fastsd.data.building.embed_captions import EmbeddingCounts, write_text_embeddings
 from fastsd.data.building.tokenize_captions import write_tokens
 from fastsd.data.building.upkeep import prune, stats, verify
 from fastsd.data.cache import LatentCache
 from fastsd.data.loader import Batch, Loader
-from fastsd.data.text_embeddings import States, encoder_hash
+from fastsd.data.text_embeddings import TextEmbeddings, encoder_hash
 from fastsd.errors import UserError
 from fastsd.model.formats.load import load_model, load_text
 from fastsd.model.shapes import Shapes
@@ -49,13 +49,13 @@ def write(root, text, report=lambda event: None, **keys):
     view = build_cache(made, StubVae()).view
     latents = LatentCache.open(made.cache.dir, view)
     write_tokens(latents, text.tokenizer)
-    return write_states(made.cache, latents, text, report)
+    return write_text_embeddings(made.cache, latents, text, report)
 
 
 def opened(root, text, **keys):
     made = config(root, **keys)
     latents = LatentCache.open(made.cache.dir)
-    return latents, States(made.cache, latents, text)
+    return latents, TextEmbeddings(made.cache, latents, text)
 
 
 def encoded(text, captions):
@@ -75,7 +75,7 @@ def test_what_is_stored_is_what_the_encoder_says(tmp_path, tiny_model, clip_skip
     (tmp_path / "images/004.txt").unlink()
     (tmp_path / "images/005.txt").write_text("picture 6")
     events = []
-    assert write(tmp_path, text, events.append, dtype="fp32") == Counts(captions=10, encoded=9)  # two are as others
+    assert write(tmp_path, text, events.append, dtype="fp32") == EmbeddingCounts(captions=10, encoded=9)  # two are as others
     assert (events[-1].phase, events[-1].done, events[-1].total) == ("states", 9, 9)
     latents, states = opened(tmp_path, text, dtype="fp32")
     samples, variants = [3, 0, 3, 4, 8, 8], [1, 0, 0, 0, 0, -1]
@@ -83,7 +83,7 @@ def test_what_is_stored_is_what_the_encoder_says(tmp_path, tiny_model, clip_skip
     found = states.get(samples, variants)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, encoded(text, captions))
-    assert write(tmp_path, text, dtype="fp32") == Counts(10, 0)
+    assert write(tmp_path, text, dtype="fp32") == EmbeddingCounts(10, 0)
     assert [path.stem.split("-")[0] for path in (tmp_path / "cache/states").iterdir()] == [latents.name]
     assert verify(tmp_path / "cache") == []
 
@@ -117,7 +117,7 @@ def test_only_new_captions_are_encoded(tmp_path, tiny_model):
     (tmp_path / "images/002.txt").write_text("picture 3")
     draw(tmp_path / "images/new.png", 50, "red circle\npicture 4")
     draw(tmp_path / "images/more.png", 51, "picture 5")
-    assert write(tmp_path, text) == Counts(captions=11, encoded=2)
+    assert write(tmp_path, text) == EmbeddingCounts(captions=11, encoded=2)
     after = files(tmp_path, "shards")
     assert before.items() <= after.items() and len(after) == len(before) + 2  # one of latents, one of states
     latents, states = opened(tmp_path, text)
@@ -126,7 +126,7 @@ def test_only_new_captions_are_encoded(tmp_path, tiny_model):
             assert torch.equal(states.get([i], [j]), encoded(text, [caption]).half())
     for path in (tmp_path / "images").glob("00[3-7].*"):
         path.unlink()
-    assert write(tmp_path, text) == Counts(captions=6, encoded=0)
+    assert write(tmp_path, text) == EmbeddingCounts(captions=6, encoded=0)
 
 
 def test_shards_are_no_larger_than_they_may_be(tmp_path, tiny_model, monkeypatch):
@@ -136,7 +136,10 @@ def test_shards_are_no_larger_than_they_may_be(tmp_path, tiny_model, monkeypatch
     draw_many(tmp_path, 10)
     write(tmp_path, text)
     index = next(iter(cache_module.states_paths(tmp_path / "cache")))
-    sizes = [len(files(tmp_path, "shards")[f"{name}.safetensors"]) - 4096 for name, _ in cache_module.StatesIndex(index).shards]
+    sizes = [
+        len(files(tmp_path, "shards")[f"{name}.safetensors"]) - 4096
+        for name, _ in cache_module.TextEmbeddingsIndex(index).shards
+    ]
     assert sorted(sizes) == [3 * row, 4 * row, 4 * row]
     monkeypatch.setattr(embed_captions, "_SHARD_BYTES", 1)
     draw(tmp_path / "images/new.png", 50, "red circle")
@@ -157,9 +160,9 @@ def test_another_encoder_clip_skip_or_precision_never_mixes(tmp_path, tiny_model
     for text, keys in [(skipping, {}), (other, {}), (plain, {"dtype": "bf16"}), (plain, {"precision": "bf16"})]:
         with pytest.raises(UserError, match=r"states/\w+-\w+\.safetensors is missing; run `fastsd cache CONFIG` again"):
             made = config(tmp_path, **keys).cache
-            States(made, LatentCache.open(made.dir), text)
+            TextEmbeddings(made, LatentCache.open(made.dir), text)
     assert write(tmp_path, load(tiny_model, clip_skip=1)).encoded == 5
-    shards = {path: {name for name, _ in cache_module.StatesIndex(path).shards}
+    shards = {path: {name for name, _ in cache_module.TextEmbeddingsIndex(path).shards}
               for path in cache_module.states_paths(tmp_path / "cache")}  # fmt: skip
     (ours,), (theirs,) = shards.values()
     assert ours != theirs
@@ -189,7 +192,7 @@ def test_states_of_captions_as_they_were_are_refused(tmp_path, tiny_model):
 
 
 def states_shard(root):
-    index = cache_module.StatesIndex(next(iter(cache_module.states_paths(root / "cache"))))
+    index = cache_module.TextEmbeddingsIndex(next(iter(cache_module.states_paths(root / "cache"))))
     return root / f"cache/shards/{index.shards[0][0]}.safetensors"
 
 
@@ -272,7 +275,7 @@ def test_processes_do_not_get_in_each_others_way(tmp_path, tiny_model):
         encode = text.encode
         text.encode = lambda ids: (told.wait(), encode(ids))[1]  # until another has found the work in hand
         latents = LatentCache.open(tmp_path / "cache", view)
-        made.append(write_states(config(tmp_path).cache, latents, text, say=say))
+        made.append(write_text_embeddings(config(tmp_path).cache, latents, text, say=say))
 
     write_tokens(LatentCache.open(tmp_path / "cache", view), load(tiny_model).tokenizer)
     several = [threading.Thread(target=work) for _ in range(3)]  # a lock of a file is its handle's, not its process's
@@ -303,7 +306,7 @@ def nursery(root, model):
         child = os.fork()
         if child == 0:
             os.fsync = deadly
-            write_states(config(Path(root)).cache, latents, text)
+            write_text_embeddings(config(Path(root)).cache, latents, text)
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
             break
@@ -352,7 +355,7 @@ def test_memory_is_the_same_for_many_as_for_few(tmp_path, tiny_model, monkeypatc
         latents.sha256 = str(count)
         write_tokens(latents, text.tokenizer)
         tracemalloc.start()
-        assert write_states(made.cache, latents, text).captions == count
+        assert write_text_embeddings(made.cache, latents, text).captions == count
         return (tracemalloc.get_traced_memory()[1], tracemalloc.stop())[0]
 
     peak(64)  # what is made once
@@ -381,7 +384,7 @@ def run(path, *overrides, states=False):
     console = Console(file=out, width=200)
     view = cache(made, console).view
     if states:
-        write_states(made.cache, LatentCache.open(made.cache.dir, view), load(Path(made.model.base)))
+        write_text_embeddings(made.cache, LatentCache.open(made.cache.dir, view), load(Path(made.model.base)))
     train(made, console)
     return Path(made.run), out.getvalue()
 

@@ -52,13 +52,13 @@ def test_a_turn_is_exact_at_every_timestep(unet, prediction):
     context, y_t = torch.randn(6, 5, 16), torch.randn(6, 4, 8, 8)
     t = torch.tensor([0, 1, 250, 500, 750, 999])
     wanted = mapped(Q.T, unet(mapped(Q, y_t), t, context))
-    align.put(unet, align.fold(align.edges_of(unet), fit))
+    align.put(unet, align.fold_into_edges(align.edge_layers(unet), fit))
     assert (unet(y_t, t, context) - wanted).abs().max() <= 1e-5
 
 
 def test_plain_changes_no_bit(unet):
-    edges = align.edges_of(unet)
-    folded = align.fold(edges, align.fit_plain(4, 4))
+    edges = align.edge_layers(unet)
+    folded = align.fold_into_edges(edges, align.fit_plain(4, 4))
     assert all(torch.equal(tensor, edges[name]) for name, tensor in folded.items())
 
 
@@ -86,7 +86,7 @@ def test_the_fold_is_the_formula(prediction):
     A, back = fit.into[4::9, 4::9], fit.back
     offset = fit.offset[4::9]
     first, last = unet.conv_in(mapped(A, y.double()) + offset[:, None, None]), mapped(back, unet.conv_out(features))
-    align.put(unet, align.fold(align.edges_of(unet), fit))
+    align.put(unet, align.fold_into_edges(align.edge_layers(unet), fit))
     inside = np.s_[..., 1:-1, 1:-1]
     assert torch.allclose(unet.conv_in(y.double())[inside], first[inside], atol=1e-9)
     shift = means.level * back @ (offset / means.signal) if prediction == "v_prediction" else torch.zeros(4)
@@ -96,19 +96,19 @@ def test_the_fold_is_the_formula(prediction):
 @pytest.mark.parametrize("channels", [2, 6])
 def test_other_channel_counts(unet, channels):
     """The shared channels stay as they are, the others begin at zero; with images the map is rectangular."""
-    edges, fewer = align.edges_of(unet), min(channels, 4)
+    edges, fewer = align.edge_layers(unet), min(channels, 4)
     y_t, t, context = torch.randn(2, channels, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
     x_t = torch.zeros(2, 4, 8, 8)
     x_t[:, :fewer] = y_t[:, :fewer]
     wanted = unet(x_t, t, context)
-    align.put(unet, align.fold(edges, align.fit_plain(4, channels)))
+    align.put(unet, align.fold_into_edges(edges, align.fit_plain(4, channels)))
     found = unet(y_t, t, context)
     assert torch.allclose(found[:, :fewer], wanted[:, :fewer], atol=1e-6) and not found[:, fewer:].any()
     assert unet.cfg.in_channels == unet.cfg.out_channels == channels
     y = latents(channels)
     pairs = align.Pairs(mapped(torch.linspace(-1, 1, 4 * channels).reshape(4, channels) ** 3, y), y)
     for find in (align.fit_orthogonal, align.fit_affine, align.fit_kernel):
-        align.put(unet, align.fold(edges, find(pairs, schedule())))
+        align.put(unet, align.fold_into_edges(edges, find(pairs, schedule())))
         assert unet(y_t, t, context).isfinite().all()
 
 
@@ -128,7 +128,7 @@ def test_a_kernel_is_nearer_than_a_turn_to_noised_latents():
 
 
 def test_the_last_convolution_is_never_worse_than_it_was(unet):
-    edges = align.edges_of(unet)
+    edges = align.edge_layers(unet)
     features, target = torch.randn(8, 16, 8, 8), torch.randn(8, 4, 8, 8)
     target += 0.3 * unet.conv_out(features)
     rows = torch.cat([align.patches(features), target.permute(0, 2, 3, 1).reshape(-1, 4)], dim=1)
@@ -171,5 +171,5 @@ def test_a_known_pair_of_vaes_draws_right_at_once(find, stretch):
     before = share()
     model.vae = new
     assert share() <= 0.25
-    align.put(model.unet, align.fold(align.edges_of(model.unet), fit))
+    align.put(model.unet, align.fold_into_edges(align.edge_layers(model.unet), fit))
     assert share() >= before >= 0.9

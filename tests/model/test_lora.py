@@ -14,7 +14,7 @@ from unets import full_size
 
 from fastsd.config.schema import LoraTable, ModelTable
 from fastsd.errors import UserError
-from fastsd.model.formats.load import load_model, part_state_dict
+from fastsd.model.formats.load import component_state_dict, load_model
 from fastsd.model.formats.lora_weights import load_lora, write_lora
 from fastsd.model.lora import Adapted, add_lora, lora_state_dict, merge_lora
 from fastsd.model.model import Model
@@ -253,16 +253,16 @@ def test_the_text_encoders_adapters(tiny, clip_skip):
     assert {name for name, has in gradients.items() if has} == lora_parameters(model, "text_encoder")
     merge_lora(model)
     assert relative(model.text.encode(ids), applied) < 1e-5 < 1e-2 < relative(plain.text.encode(ids), applied)
-    assert part_state_dict(model, "text_encoder").keys() == part_state_dict(plain, "text_encoder").keys()
+    assert component_state_dict(model, "text_encoder").keys() == component_state_dict(plain, "text_encoder").keys()
 
 
 def test_a_part_is_written_as_without_adapters(tiny):
     adapted, plain = tiny(BOTH), tiny()
     for part in ("unet", "text_encoder"):
-        state, want = part_state_dict(adapted, part), part_state_dict(plain, part)
+        state, want = component_state_dict(adapted, part), component_state_dict(plain, part)
         assert state.keys() == want.keys() and all(torch.equal(state[name], want[name]) for name in want)
         name = next(name for name, _ in adapted.part(part).named_parameters() if "base_layer.weight" in name)
-        replaced = part_state_dict(adapted, part, {name: torch.full_like(adapted.part(part).get_parameter(name), 7.0)})
+        replaced = component_state_dict(adapted, part, {name: torch.full_like(adapted.part(part).get_parameter(name), 7.0)})
         assert sum(bool((tensor == 7).all()) for tensor in replaced.values()) == len(diffusers_names(name))
 
 

@@ -14,7 +14,7 @@ import vae as vae_bench
 from fastsd.errors import UserError
 from fastsd.model.shapes import SD15_VAE
 from fastsd.model.vae import Vae
-from fastsd.model.vae_encoder import LOGVAR_BOUNDS, Encoder
+from fastsd.model.vae_encoder import LOGVAR_BOUNDS, VaeEncoder
 from fastsd.train.memory import LiveBytes
 from fastsd_kernels import REFERENCE, TRITON
 from fastsd_kernels import workload as w
@@ -227,7 +227,7 @@ def test_the_workload_names_every_norm_of_the_encoder():
 
     with torch.device("meta"), torch.no_grad():
         module = AutoencoderKL.from_config(SD15_VAE)
-        Encoder(module, replace(DEFERRED, group_norm=group_norm))(torch.empty(1, 3, 512, 512))
+        VaeEncoder(module, replace(DEFERRED, group_norm=group_norm))(torch.empty(1, 3, 512, 512))
     assert found == w.VAE_ENCODER_GROUP_NORM
 
 

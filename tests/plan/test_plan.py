@@ -17,9 +17,9 @@ from fastsd.errors import UserError
 from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model, materialize, read_shapes
 from fastsd.model.unet import UNetConfig
-from fastsd.plan.gpu_specs import CARDS, find_card
-from fastsd.plan.plan import GIB, RESERVED, Need, plan_stage
-from fastsd.train.memory import kept_for_backward
+from fastsd.plan.gpu_specs import GPU_SPECS, find_gpu
+from fastsd.plan.plan import GIB, RESERVED, MemoryEstimate, plan_stage
+from fastsd.train.memory import saved_for_backward_bytes
 from fastsd_kernels import REFERENCE, TRITON, fastest, workload
 
 # One level less, and every kind of block still.
@@ -75,7 +75,7 @@ def test_activations_are_what_autograd_keeps():
     model, side = empty_model(shapes, REFERENCE), shapes.side(resolution)
     materialize(model.unet, torch.device("cpu"))
     inputs = torch.zeros(3, 4, side, side), torch.zeros(3), torch.zeros(3, 77, 48)
-    kept = kept_for_backward(lambda: model.unet(*inputs), model.unet)
+    kept = saved_for_backward_bytes(lambda: model.unet(*inputs), model.unet)
     assert plan_stage(shapes, stage, resolution, 0, REFERENCE).need(3).kept == pytest.approx(kept, rel=0.05)
 
 
@@ -109,7 +109,7 @@ def test_the_work_is_counted(sd15):
     assert need["none"] < need["ff"] < need["block"] == pytest.approx(need["none"] + workload.FORWARD_FLOPS, rel=0.1)
     updates = plan.need(2).work.update
     assert sum(operation.bytes for operation in updates) > 28 * PARAMETERS  # D-Lion: p, m, s read and written, g read
-    for card in CARDS:
+    for card in GPU_SPECS:
         assert 0 < plan.images_per_second(card, 2, "block") < plan.images_per_second(card, 2, "none")
         assert plan.images_per_second(card, 1) < plan.images_per_second(card, 2)  # one update, two smaller forwards
 
@@ -157,14 +157,14 @@ def channels_of(folder: Path, channels: int) -> Path:
 
 def test_cards_go_by_short_names():
     for name in ("4090", "rtx4090", "RTX 4090", "rtx-4090"):
-        assert find_card(name).name == "RTX 4090"
+        assert find_gpu(name).name == "RTX 4090"
     with pytest.raises(UserError, match="known are RTX 3090, .*give --vram"):
-        find_card("potato")
+        find_gpu("potato")
     with pytest.raises(UserError, match="did you mean RTX 4090"):
-        find_card("rtx 4091")
+        find_gpu("rtx 4091")
     for name in ("", "0", "rtx"):  # none, or not one
         with pytest.raises(UserError):
-            find_card(name)
+            find_gpu(name)
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_an_answer(plan, tmp_path, tiny_model, images):
     assert code == 0 and "does not fit 1.2 GB at any micro-batch: the least it needs is" in said and "none fits" in said
     stage = plan_stage(read_shapes(ModelTable(base=str(tiny_model)))[0], load_config(config).stage[0], 32, 0)
 
-    def between(*needs: Need) -> float:
+    def between(*needs: MemoryEstimate) -> float:
         return sum((need.total + RESERVED) / GIB for need in needs) / 2
 
     some = between(stage.need(4), stage.need(8))

@@ -15,7 +15,7 @@ from tiny import job, tiny_vae
 from fastsd.config.schema import load_config
 from fastsd.errors import UserError
 from fastsd.model.formats.model_source import open_source
-from fastsd.model.formats.model_summary import Summary, metadata_of, read_summary, summary_in
+from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
 from fastsd.model.formats.write import write_single_file
 from fastsd.plan.disk import export_bytes
 from fastsd.run import checkpoint
@@ -181,7 +181,7 @@ def folder(tmp_path, tiny_model) -> Path:
     return tmp_path
 
 
-def card(folder: Path, summary: Summary, file: str = "", single: str = "", fold: bool = True, **values) -> str:
+def card(folder: Path, summary: ModelSummary, file: str = "", single: str = "", fold: bool = True, **values) -> str:
     if file:
         (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
     write_card(folder, summary, single=single, fold=fold)

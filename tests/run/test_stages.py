@@ -18,10 +18,10 @@ from fastsd.model.formats.load import load_model
 from fastsd.model.select import GROUPS, reinitialise, selected
 from fastsd.model.weights import diffusers_names
 from fastsd.run import checkpoint
-from fastsd.run.dlion_monitor import DWatch
+from fastsd.run.dlion_monitor import DLionMonitor
 from fastsd.storage import read_safetensors
 from fastsd.train.optim import DLion
-from fastsd.train.schedule import Every, ema_decay, learning_rate
+from fastsd.train.schedule import Interval, ema_decay, learning_rate
 
 
 def stage(**keys) -> StageTable:
@@ -198,7 +198,7 @@ def test_decay_of_the_average():
 
 def test_cadence_in_steps_epochs_and_seconds():
     def steps(amount, batch=4, epoch=10):
-        every = Every("sample_every", amount, batch, epoch)
+        every = Interval("sample_every", amount, batch, epoch)
         return [step for step in range(1, 16) if every.due(step, step * 10.0)]
 
     assert steps(5) == [5, 10, 15] and steps(0) == []
@@ -314,7 +314,7 @@ def test_checkpoints_with_a_name_stay(tmp_path, tiny_model, images):
 def test_triggers_ask_for_a_checkpoint_and_samples(tmp_path, tiny_model, images, monkeypatch):
     from fastsd.run import loop
 
-    class Touching(loop.Due):
+    class Touching(loop.Triggers):
         def log(self):
             if self.run.position.progress.step == 5:
                 (self.run.folder / "trigger.checkpoint").touch()
@@ -323,7 +323,7 @@ def test_triggers_ask_for_a_checkpoint_and_samples(tmp_path, tiny_model, images,
                 (self.run.folder / "trigger.sample").mkdir()
             return super().log()
 
-    monkeypatch.setattr(loop, "Due", Touching)
+    monkeypatch.setattr(loop, "Triggers", Touching)
     text = LION.format(name="one", train='["unet"]').replace("until = 3", "until = 12") + "keep_checkpoints = 1\n"
     folder, _ = run(job(tmp_path, tiny_model, images, text))
     assert [int(path.name[5:]) for path in checkpoint.checkpoints(folder / "checkpoints")] == [5, 12]
@@ -401,12 +401,12 @@ def test_guards_from_a_config(tmp_path, tiny_model, images):
 
 def test_d_is_watched():
     dlion = StageTable(train=["unet"], until=1000, d0=1e-6)
-    watch = DWatch("unet", dlion)
+    watch = DLionMonitor("unet", dlion)
     assert not any(watch.row(step, 1e-6) for step in range(10, 200, 10))
     (warning,) = watch.row(200, 1e-6)
     assert "still d0 = 1e-06 after 200 steps" in warning and not watch.row(210, 1e-6)
     rising = [{"stage_step": step, "d": min(1e-6 * 1.1**step, 5e-4)} for step in range(10, 400, 10)]
-    watch = DWatch("unet", dlion, rising)
+    watch = DLionMonitor("unet", dlion, rising)
     assert not watch.row(400, 5e-4) and not watch.row(410, 5.2e-4)
     (warning,) = watch.row(420, 6e-4)
     assert "d of unet rises again, from 0.0005 to 0.0006 in step 420" in warning and "d_max = 0.0005" in warning

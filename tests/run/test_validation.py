@@ -23,7 +23,7 @@ from fastsd.commands.validate import validate
 from fastsd.config.schema import load_config
 from fastsd.data.cache import LatentCache
 from fastsd.data.loader import Loader
-from fastsd.data.validation_split import Sets, choose_sets
+from fastsd.data.validation_split import ValidationSplits, choose_splits
 from fastsd.errors import UserError
 from fastsd.model.formats.load import load_model, write_rest
 from fastsd.model.unet import UNetConfig
@@ -64,12 +64,12 @@ def last(folder, weights="raw") -> list[dict]:
     return [{**{key: row[key] for key in kept}, "weights": "raw"} for row in found[-2:]]
 
 
-def opened(path, *overrides) -> tuple[LatentCache, Sets]:
+def opened(path, *overrides) -> tuple[LatentCache, ValidationSplits]:
     """The cache of a config and the sets chosen from it."""
     config = load_config(path, [*SIZES, *overrides])
     counts = cache(config, Console(file=StringIO()))
     latents = LatentCache.open(config.cache.dir, counts.view)
-    return latents, choose_sets(latents, config)
+    return latents, choose_splits(latents, config)
 
 
 def content(latents, samples) -> set[bytes]:

@@ -27,7 +27,7 @@ def make_tiny_model(folder: Path, cfg=None, seed: int = 0):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     from fastsd.demo.models import write_tokenizer
-    from fastsd.model.formats.load import part_state_dict, write_part, write_rest
+    from fastsd.model.formats.load import component_state_dict, write_component, write_rest
     from fastsd.model.model import SD15_SCHEDULER, Model
     from fastsd.model.text_encoder import TextEncoder
     from fastsd.model.unet import UNet, UNetConfig
@@ -65,7 +65,7 @@ def make_tiny_model(folder: Path, cfg=None, seed: int = 0):
         SD15_SCHEDULER,
     )
     for part in ("unet", "text_encoder"):
-        write_part(folder, model, part, part_state_dict(model, part))
+        write_component(folder, model, part, component_state_dict(model, part))
     write_rest(folder, model)
     return model
 

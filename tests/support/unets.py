@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsd.model.shapes import materialize
 from fastsd.model.unet import UNetConfig
-from fastsd.train.memory import kept_for_backward
+from fastsd.train.memory import saved_for_backward_bytes
 
 
 def full_size(make, data: bool = False, dtype: torch.dtype = torch.float32, side: int = 64) -> int:
@@ -17,7 +17,7 @@ def full_size(make, data: bool = False, dtype: torch.dtype = torch.float32, side
     with contextlib.nullcontext() if data else FakeTensorMode():
         materialize(unet, torch.device("cpu"))
         x, context = torch.zeros(1, 4, side, side, dtype=dtype), torch.zeros(1, 77, 768, dtype=dtype)
-        return kept_for_backward(lambda: unet(x, torch.zeros(1), context), unet)
+        return saved_for_backward_bytes(lambda: unet(x, torch.zeros(1), context), unet)
 
 
 CFG = UNetConfig(

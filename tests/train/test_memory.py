@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from unets import full_size
 
 from fastsd.model.unet import UNet, UNetConfig
-from fastsd.train.memory import LiveBytes, kept_for_backward
+from fastsd.train.memory import LiveBytes, saved_for_backward_bytes
 
 KIB = 256  # fp32 numbers
 
@@ -17,13 +17,13 @@ KIB = 256  # fp32 numbers
 def test_what_autograd_keeps_is_counted_once():
     linear, x = nn.Linear(64, 32), torch.randn(10, 64)
     # The input (for the weight's gradient), not the weight; the result of the relu, which is seen by two.
-    assert kept_for_backward(lambda: linear(x).relu().exp().relu(), linear) == 4 * (10 * 64 + 3 * 10 * 32)
+    assert saved_for_backward_bytes(lambda: linear(x).relu().exp().relu(), linear) == 4 * (10 * 64 + 3 * 10 * 32)
     # Both factors are views of one storage.
     y = torch.randn(8, 16, requires_grad=True)
-    assert kept_for_backward(lambda: y[:4] * y[4:]) == y.untyped_storage().nbytes()
-    assert kept_for_backward(lambda: y.detach().exp()) == 0
+    assert saved_for_backward_bytes(lambda: y[:4] * y[4:]) == y.untyped_storage().nbytes()
+    assert saved_for_backward_bytes(lambda: y.detach().exp()) == 0
     with torch.no_grad():
-        assert kept_for_backward(lambda: linear(x), linear) == 0
+        assert saved_for_backward_bytes(lambda: linear(x), linear) == 0
 
 
 def test_kept_storages_are_told_apart_after_one_is_freed():
@@ -33,7 +33,7 @@ def test_kept_storages_are_told_apart_after_one_is_freed():
         for _ in range(3):  # each is freed before the next, which may get its address
             (x * 2).exp()
 
-    assert kept_for_backward(run) == 3 * 4000
+    assert saved_for_backward_bytes(run) == 3 * 4000
 
 
 def test_live_bytes_by_hand():
@@ -103,7 +103,7 @@ def test_without_data_the_count_is_the_same(device):
         with LiveBytes(device) as live, torch.device(device):
             model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3))
             x = torch.ones(2, 4, 16, 16)
-            kept = kept_for_backward(lambda: model(x), model)
+            kept = saved_for_backward_bytes(lambda: model(x), model)
             model(x).square().mean().backward()
         return kept, live.now, live.peak
 

@@ -21,7 +21,7 @@ from fastsd.run import checkpoint
 from fastsd.storage import read_safetensors
 from fastsd.train.precision import choose_ops
 from fastsd.train.step import Step
-from fastsd.train.trainable import ALIGN, Layout, Part
+from fastsd.train.trainable import ALIGN, Layout, TrainableComponent
 from fastsd_kernels import TRITON
 from fastsd_kernels.arena import join_master
 from fastsd_kernels.launch import recording
@@ -66,7 +66,7 @@ def test_a_precision_and_back_is_the_same_bits(model):
             parameter.copy_(torch.where(wild.isfinite(), wild, -0.0))
     before = {name: parameter.detach().clone().view(torch.int32) for name, parameter in module.named_parameters()}
     for trained, precision in itertools.product((set(names), set(names[::2]), set()), ("bf16", "fp32", "tf32", "bf16")):
-        part = Part("unet", module, trained, precision)
+        part = TrainableComponent("unet", module, trained, precision)
         exact = part.state()
         assert all(torch.equal(exact[name].view(torch.int32), bits) for name, bits in before.items())
         wanted = torch.bfloat16 if precision == "bf16" else torch.float32

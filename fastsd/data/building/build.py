@@ -33,17 +33,17 @@ from PIL import Image
 from fastsd.config.schema import Config
 from fastsd.data import cache
 from fastsd.data.building import collect, mask_cells
-from fastsd.data.building.pipeline import Encoder, Pipeline, Progress
+from fastsd.data.building.pipeline import CacheProgress, LatentEncoder, Pipeline
 from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.sources import folders, imported_latents
-from fastsd.data.sources.folders import Rejected, Source, shown
+from fastsd.data.sources.folders import DataSource, Rejected, shown
 from fastsd.errors import Stopped, UserError
 
 _EXAMPLES = 20
 
 
 @dataclass(frozen=True)
-class Counts:
+class CacheCounts:
     """Result of building a cache."""
 
     images: int  # found: `cached` + `rejected`
@@ -58,10 +58,12 @@ class Counts:
     rates: dict[str, float]  # images/s that decode, encode and write would each reach alone; only steps that had work
 
 
-Report = Callable[[Progress], None]
+ProgressCallback = Callable[[CacheProgress], None]
 
 
-def build_cache(config: Config, vae: Encoder, report: Report | None = None, say: Callable[[str], None] | None = None) -> Counts:
+def build_cache(
+    config: Config, vae: LatentEncoder, report: ProgressCallback | None = None, say: Callable[[str], None] | None = None
+) -> CacheCounts:
     """Bring the latents of `config` up to date and freeze their view.
 
     Only new images are encoded. After an interruption, the same call continues where it stopped. Other processes that make
@@ -93,7 +95,7 @@ def check_resolution(config: Config, downscale: int, whose: str = "VAE") -> None
 class _Build:
     """One build for one (folders, preprocessing, VAE)."""
 
-    def __init__(self, config: Config, vae: Encoder, store: Store, report: Report, say: Callable[[str], None]):
+    def __init__(self, config: Config, vae: LatentEncoder, store: Store, report: ProgressCallback, say: Callable[[str], None]):
         self.config, self.vae, self.store, self.report, self.say = config, vae, store, report, say
         self.db = store.db
         self.workers = config.cache.workers or _cores()
@@ -110,7 +112,7 @@ class _Build:
         }
         self.space = store.space(self.space_name, about, config.cache.dtype)
 
-    def run(self, found: Iterator[Source]) -> Counts:
+    def run(self, found: Iterator[DataSource]) -> CacheCounts:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastsd-decode")
         pipeline = Pipeline(self.config, self.vae, self.store, self.space, pool, self.workers, self._reject, self.report)
 
@@ -118,12 +120,12 @@ class _Build:
             data, downscale = self.config.data, self.vae.downscale
             collect.fill(
                 self.store, self.space, found, data, downscale, pool,
-                lambda done, rate: self.report(Progress("scan", done, 0, rate)),
+                lambda done, rate: self.report(CacheProgress("scan", done, 0, rate)),
             )  # fmt: skip
             self._check_asked()
             if data.masks:
                 self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
-                mask_cells.make(self.store, data, downscale, pool, lambda *event: self.report(Progress("masks", *event)))
+                mask_cells.make(self.store, data, downscale, pool, lambda *event: self.report(CacheProgress("masks", *event)))
             self.store.forget_broken(self.space)
             if self.config.data.latents:
                 self._check_imported()
@@ -155,7 +157,7 @@ class _Build:
         sql = "SELECT file, offset, length FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ? FROM sample) = 0"
         for path, offset, length in self.db.execute(sql, (_EXAMPLES,)):
             with contextlib.suppress(Rejected):  # the pipeline will report it
-                data = folders.read_bytes(Source(os.fsdecode(path), offset=offset, length=length))
+                data = folders.read_bytes(DataSource(os.fsdecode(path), offset=offset, length=length))
                 mean, _ = imported_latents.read_latent(data, kind)
                 means.append(mean.reshape(len(mean), -1))
         if means and len({len(mean) for mean in means}) == 1:
@@ -199,7 +201,7 @@ class _Build:
         refused = f"SELECT ?, path, reason, size, mtime_ns FROM sample WHERE reason IS NOT NULL AND {which}"
         store.db.execute(f"REPLACE INTO rejected {refused}", (self.space, value))
 
-    def _freeze(self, pipeline: Pipeline) -> Counts:
+    def _freeze(self, pipeline: Pipeline) -> CacheCounts:
         """Write the view of all samples that have latents."""
         with self.store.transaction():
             self._remember_rejected(self.store, "id > ?", 0)
@@ -295,14 +297,14 @@ class _Build:
             first += count
         return arrays, [[shard.name, shard.shape] for shard in shards], groups
 
-    def _counts(self, pipeline: Pipeline) -> Counts:
+    def _counts(self, pipeline: Pipeline) -> CacheCounts:
         images, cached, empty, latents = self.db.execute(
             "SELECT COUNT(*), COUNT(*) FILTER (WHERE reason IS NULL), COUNT(*) FILTER (WHERE reason IS NULL AND"
             " captions = ''), COUNT(DISTINCT CASE WHEN reason IS NULL THEN content END) FROM sample"
         ).fetchone()
         rejected = self.db.execute("SELECT path, reason FROM sample WHERE reason IS NOT NULL ORDER BY id").fetchall()
         clock = pipeline.clock
-        return Counts(
+        return CacheCounts(
             images=images,
             cached=cached,
             latents=latents * self.versions,

@@ -32,7 +32,7 @@ from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.decode import probe
 from fastsd.data.building.store import Store, disk_errors, lock_file, wait_for
 from fastsd.data.sources import folders, imported_latents
-from fastsd.data.sources.folders import Rejected, Source
+from fastsd.data.sources.folders import DataSource, Rejected
 
 _TABLE = """
 CREATE TABLE work.sample (id INTEGER PRIMARY KEY, path BLOB, root INTEGER, file BLOB, offset INTEGER, length INTEGER,
@@ -129,7 +129,7 @@ def _remove(database: os.PathLike[str]) -> None:
 
 
 def fill(
-    store: Store, space: int, found: Iterator[Source], data: DataTable, downscale: int, pool: ThreadPoolExecutor,
+    store: Store, space: int, found: Iterator[DataSource], data: DataTable, downscale: int, pool: ThreadPoolExecutor,
     report: Callable[[int, float], None],
 ) -> None:  # fmt: skip
     """Fill `sample`. `report` receives the number of files so far and files per second."""
@@ -138,7 +138,7 @@ def fill(
     inspect = functools.partial(_inspect, data=data, buckets=Buckets(data.resolution, data.buckets), downscale=downscale)
     done, start = 0, time.perf_counter()
 
-    def stored_file(source: Source | None) -> _File | None:
+    def stored_file(source: DataSource | None) -> _File | None:
         if source is None:
             return None
         row = store.db.execute("SELECT * FROM file WHERE path = ?", (os.fsencode(source.name),)).fetchone()
@@ -161,7 +161,7 @@ def fill(
 
 
 def _inspect(
-    source: Source, hints: tuple[_File | None, _File | None], refused: tuple[int, int, str] | None, *, data: DataTable,
+    source: DataSource, hints: tuple[_File | None, _File | None], refused: tuple[int, int, str] | None, *, data: DataTable,
     buckets: Buckets, downscale: int,
 ) -> tuple[Sample, list[_File]]:  # fmt: skip
     """Make a row of `sample` and the rows of `file`. `hints` (of image and mask) and `refused` come from an earlier run."""
@@ -196,12 +196,12 @@ def _inspect(
     return sample, files
 
 
-def _with_place(sample: Sample, mask: Source) -> Sample:
+def _with_place(sample: Sample, mask: DataSource) -> Sample:
     path, file = os.fsencode(mask.name), os.fsencode(mask.path)
     return sample._replace(mask_path=path, mask_file=file, mask_offset=mask.offset, mask_length=mask.length)
 
 
-def _identified(source: Source, stamp: tuple[int, int], hint: _File | None, latents: str = "") -> _File:
+def _identified(source: DataSource, stamp: tuple[int, int], hint: _File | None, latents: str = "") -> _File:
     """Return the content hash and size of a file, from `hint` if still valid, else from its bytes. Raises Rejected."""
     if hint and hint[1:3] == stamp:
         return hint
@@ -210,7 +210,7 @@ def _identified(source: Source, stamp: tuple[int, int], hint: _File | None, late
     return _File(os.fsencode(source.name), *stamp, hashlib.sha256(data).digest(), width, height)
 
 
-def _stamp(source: Source) -> tuple[int, int]:
+def _stamp(source: DataSource) -> tuple[int, int]:
     """Return (size in bytes, mtime in ns), which identify an unchanged file. Raises Rejected."""
     try:
         status = os.stat(source.path)

@@ -30,15 +30,15 @@ from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 from fastsd.data.building.buckets import Place, Size
 from fastsd.data.sources.image import Rejected
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-Turn = tuple[bool, bool, bool]  # steps that turn an image upright: mirror its columns, then its rows, then swap the two
+CropBox = tuple[float, float, float, float]  # left, top, right, bottom
+Orientation = tuple[bool, bool, bool]  # steps that turn an image upright: mirror its columns, then its rows, then swap the two
 # A camera's MPO counts as JPEG. Pillow's other decoders are not used.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 178_956_970  # twice Pillow's own limit: above this, Pillow raises instead of warning
 _MAX_PROFILE_BYTES = 4 << 20
 _ORIENTATION = 0x0112
 # By EXIF orientation.
-_TURNS: dict[int, Turn] = {
+_TURNS: dict[int, Orientation] = {
     2: (True, False, False),
     3: (True, True, False),
     4: (False, True, False),
@@ -102,7 +102,7 @@ def decode_mask(data: bytes, place: Place, crop: tuple[float, float], cell: int)
 
 
 def _cut(
-    data: bytes, place: Place, crop: tuple[float, float], render: Callable[[Image.Image, Box, Size], np.ndarray]
+    data: bytes, place: Place, crop: tuple[float, float], render: Callable[[Image.Image, CropBox, Size], np.ndarray]
 ) -> np.ndarray:
     """Return the crop of an image as displayed, (channels, H, W); see `decode`.
 
@@ -147,7 +147,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise Rejected(f"it cannot be decoded ({words or type(error).__name__})") from None
 
 
-def _turn(image: Image.Image) -> Turn:
+def _turn(image: Image.Image) -> Orientation:
     try:
         # The method of the base class: PNG's override decodes all pixels to look for EXIF data after them.
         return _TURNS.get(int(Image.Image.getexif(image).get(_ORIENTATION, 1)), _NO_TURN)
@@ -155,7 +155,7 @@ def _turn(image: Image.Image) -> Turn:
         return _NO_TURN
 
 
-def _aimed(image: Image.Image, place: Place, crop: tuple[float, float], turn: Turn) -> Box:
+def _aimed(image: Image.Image, place: Place, crop: tuple[float, float], turn: Orientation) -> CropBox:
     """Return the box of the crop in the image as stored, after setting a JPEG's decoder to the smallest sufficient size."""
     columns, rows, swap = turn
     (resized_w, resized_h), (w, h) = place
@@ -175,7 +175,7 @@ def _aimed(image: Image.Image, place: Place, crop: tuple[float, float], turn: Tu
     return left * x, top * y, (left + w) * x, (top + h) * y
 
 
-def _rgb(image: Image.Image, box: Box, size: Size) -> np.ndarray:
+def _rgb(image: Image.Image, box: CropBox, size: Size) -> np.ndarray:
     """Resize a box of the image as stored to (W, H) and convert it to sRGB: uint8 (3, H, W)."""
     profile, adobe = image.info.get("icc_profile"), "adobe" in image.info
     image = _colours(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
@@ -194,7 +194,7 @@ def _rgb(image: Image.Image, box: Box, size: Size) -> np.ndarray:
     return lines.reshape(size[1], 3, size[0]).transpose(1, 0, 2)
 
 
-def _brightness(image: Image.Image, box: Box, size: Size) -> np.ndarray:
+def _brightness(image: Image.Image, box: CropBox, size: Size) -> np.ndarray:
     """Resize the brightness of a box: uint8 (1, H, W), without the overshoot at edges that makes photographs crisp."""
     grey = _eight_bits(np.asarray(image)) if image.mode == "I;16" else image.convert("L")
     return np.asarray(grey.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=3.0))[None]

@@ -26,9 +26,9 @@ from torch import Tensor
 from fastsd.config.schema import CacheTable
 from fastsd.data import cache
 from fastsd.data.building.collect import one_at_a_time
-from fastsd.data.building.pipeline import Progress
+from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.building.store import Shard, Store, disk_errors
-from fastsd.data.cache import DTYPES, LatentCache, StatesIndex
+from fastsd.data.cache import DTYPES, LatentCache, TextEmbeddingsIndex
 from fastsd.data.text_embeddings import index_path, open_index, shard_metadata, space_name
 from fastsd.data.tokens import Tokens
 from fastsd.errors import UserError
@@ -40,27 +40,27 @@ _CHUNK = 1024  # samples, or entries of the index, processed together
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Result of `write_states`."""
+class EmbeddingCounts:
+    """Result of `write_text_embeddings`."""
 
     captions: int  # of all samples
     encoded: int  # distinct captions, including "", that this call encoded
 
 
-def write_states(
+def write_text_embeddings(
     table: CacheTable,
     latents: LatentCache,
     text: TextEncoder,
-    report: Callable[[Progress], None] = lambda event: None,
+    report: Callable[[CacheProgress], None] = lambda event: None,
     say: Callable[[str], None] = lambda line: None,
-) -> Counts:
+) -> EmbeddingCounts:
     """Bring the text embeddings of a view's captions up to date and freeze their index.
 
     Args:
         table: `dir`, and `dtype` and `precision` of the text embeddings.
         latents: the view; its token ids must already be written.
         text: the text encoder in fp32, on the device to encode on; it is converted to `precision` in place.
-        report: receives a `Progress`, in captions, for every block.
+        report: receives a `CacheProgress`, in captions, for every block.
         say: receives a line when something unusual takes time.
 
     Raises:
@@ -70,14 +70,14 @@ def write_states(
         Store.open(Path(table.dir), lock="shared") as store,
         one_at_a_time(store, say, "states", "encoding captions"),
     ):
-        return _Writing(table, latents, text, store, report).run()
+        return _Writer(table, latents, text, store, report).run()
 
 
-class _Writing:
-    """One call of `write_states`."""
+class _Writer:
+    """One call of `write_text_embeddings`."""
 
     def __init__(
-        self, table: CacheTable, latents: LatentCache, text: TextEncoder, store: Store, report: Callable[[Progress], None]
+        self, table: CacheTable, latents: LatentCache, text: TextEncoder, store: Store, report: Callable[[CacheProgress], None]
     ) -> None:
         self.latents, self.text, self.store, self.report, self.db = latents, text, store, report, store.db
         self.tokens = Tokens(latents, text.tokenizer, text.window, text.chunks)
@@ -88,11 +88,11 @@ class _Writing:
         self.empty_L = text.tokenize([""])[0]
         text.module.to(DTYPES[table.precision])
 
-    def run(self) -> Counts:
+    def run(self) -> EmbeddingCounts:
         self.store.forget_broken(self.space)
         current = self._current()
         if current is not None:
-            return Counts(int(current.arrays["offsets"][-1]), 0)
+            return EmbeddingCounts(int(current.arrays["offsets"][-1]), 0)
         # SQLite stores temporary tables in an unnamed file, which disappears when the process ends for any reason.
         self.db.execute("CREATE TEMP TABLE caption (entry INTEGER PRIMARY KEY, content BLOB)")
         self.offsets = self._array(np.int64, len(self.latents) + 1)
@@ -100,9 +100,9 @@ class _Writing:
         self._plan()
         encoded = self._encode_all()
         self._freeze()
-        return Counts(int(self.offsets[-1]), encoded)
+        return EmbeddingCounts(int(self.offsets[-1]), encoded)
 
-    def _current(self) -> StatesIndex | None:
+    def _current(self) -> TextEmbeddingsIndex | None:
         """Return the index if it exists, is intact and all its shards are known, otherwise None."""
         with contextlib.suppress(UserError):
             index = open_index(self.latents, self.name)
@@ -155,7 +155,7 @@ class _Writing:
             if behind:
                 self._write(*behind)
                 done += len(behind[1])
-                self.report(Progress("states", done, total, done / (time.perf_counter() - start)))
+                self.report(CacheProgress("states", done, total, done / (time.perf_counter() - start)))
             behind = ahead
         return done
 
@@ -210,7 +210,7 @@ class _Writing:
         metadata = {"shards": json.dumps([[shard.name, shard.shape] for shard in shards]), "view": self.latents.sha256}
         with disk_errors(self.store.folder):
             path.parent.mkdir(exist_ok=True)
-            StatesIndex.write(path, arrays, metadata | {"space": self.name})
+            TextEmbeddingsIndex.write(path, arrays, metadata | {"space": self.name})
         with self.store.transaction():
             self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
 

@@ -29,7 +29,7 @@ from fastsd.data.building.store import Store
 from fastsd.data.masks import KEY_BYTES, MasksFile, inflated, mask_files, mask_path
 from fastsd.data.rows import read_header
 from fastsd.data.sources import folders
-from fastsd.data.sources.image import Rejected, Source
+from fastsd.data.sources.image import DataSource, Rejected
 from fastsd.errors import UserError
 
 _VERSION = 1  # of the decoded cells; increment when the code changes them
@@ -107,7 +107,7 @@ def _decoded(row: tuple[Any, ...], *, data: DataTable, downscale: int, buckets: 
     key, _, file, offset, length, image, width, height = row
     try:
         with of_mask():
-            raw = folders.read_bytes(Source(os.fsdecode(file), offset=offset, length=length))
+            raw = folders.read_bytes(DataSource(os.fsdecode(file), offset=offset, length=length))
             if key_of(data, downscale, hashlib.sha256(raw).digest(), image, (width, height)) != key:
                 raise Rejected("it changed while it was being cached; run the same line again")
             place, crops = buckets.place(width, height), range(data.crops)

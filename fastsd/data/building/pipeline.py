@@ -34,14 +34,14 @@ from fastsd.data.building.buckets import Buckets, cut_at
 from fastsd.data.building.decode import decode
 from fastsd.data.building.store import Claims, Shard, Store
 from fastsd.data.sources import folders, imported_latents
-from fastsd.data.sources.folders import Rejected, Source
+from fastsd.data.sources.folders import DataSource, Rejected
 from fastsd.errors import UserError
 
 _WRITES_AHEAD = 8  # encoded blocks that may wait for the disk
 _PATIENCE = 0.2  # seconds between checks for work that other processes have left
 
 
-class Encoder(Protocol):
+class LatentEncoder(Protocol):
     """VAE interface that building a cache needs; `fastsd.model.vae.Vae` implements it.
 
     `encode` takes fp32 (B, 3, H, W) in [-1, 1] and returns the raw posterior mean (B, C, h, w). The images are on `device` if
@@ -65,7 +65,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Progress:
+class CacheProgress:
     """Progress of a build, for a live line."""
 
     phase: str  # "scan", "masks", "encode" (images not cached before) or "states" (captions)
@@ -81,7 +81,7 @@ class _Row:
     version: int
     content: bytes
     key: bytes
-    source: Source
+    source: DataSource
     width: int
     height: int
 
@@ -111,12 +111,12 @@ class Pipeline:
     Args:
         workers: number of threads in `pool`, to set the read-ahead depth and for timing.
         reject: rejects a row in the database, within a transaction on the given store.
-        report: receives a `Progress` for every block.
+        report: receives a `CacheProgress` for every block.
     """
 
     def __init__(
-        self, config: Config, vae: Encoder, store: Store, space: int, pool: ThreadPoolExecutor, workers: int,
-        reject: Callable[[Store, bytes, bytes, Rejected], None], report: Callable[[Progress], None],
+        self, config: Config, vae: LatentEncoder, store: Store, space: int, pool: ThreadPoolExecutor, workers: int,
+        reject: Callable[[Store, bytes, bytes, Rejected], None], report: Callable[[CacheProgress], None],
     ) -> None:  # fmt: skip
         self.config, self.vae, self.store, self.space = config, vae, store, space
         self.pool, self.workers, self.reject, self.report = pool, workers, reject, report
@@ -154,7 +154,7 @@ class Pipeline:
                 writer.drain()
 
     def _say(self, done: int, total: int, start: float) -> None:
-        self.report(Progress("encode", done, total, done / (time.perf_counter() - start), self.clock.limit()))
+        self.report(CacheProgress("encode", done, total, done / (time.perf_counter() - start), self.clock.limit()))
 
     _WANTED = (
         "FROM latent WHERE space = ? AND version IN (SELECT value FROM json_each(?)) AND sha256 IS NULL AND EXISTS"
@@ -189,7 +189,7 @@ class Pipeline:
                 # Query after the claim, because another process may have finished the block just before it.
                 records = self.store.db.execute(query, (*self.wanted, shard.id, first, first + batch)).fetchall()
                 rows = [
-                    _Row(row, version, content, key, Source(_path(file), offset=offset, length=length), width, height)
+                    _Row(row, version, content, key, DataSource(_path(file), offset=offset, length=length), width, height)
                     for row, version, content, key, file, offset, length, width, height in records
                 ]
                 if rows:

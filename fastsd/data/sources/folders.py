@@ -1,7 +1,7 @@
 """Discovery of images and captions: folders, metadata files, WebDataset tars, and other trainers' latents beside the images.
 
-`scan` yields one `Source` per image. `captions_of` and `read_bytes` read the files it points to. An error in a single file
-becomes `Source.problem` or raises `Rejected`, with a reason, and does not stop the scan. An error the user must fix, such
+`scan` yields one `DataSource` per image. `captions_of` and `read_bytes` read the files it points to. An error in a single file
+becomes `DataSource.problem` or raises `Rejected`, with a reason, and does not stop the scan. An error the user must fix, such
 as a missing folder, raises `UserError`.
 
 Read next: `metadata.py`, `tars.py`, `imported_latents.py`.
@@ -27,8 +27,8 @@ from fastsd.data.sources.image import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     NO_IMAGE,
+    DataSource,
     Rejected,
-    Source,
     ends_in,
     shown,
     text_captions,
@@ -46,12 +46,12 @@ _FILES = {
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
-_Found: TypeAlias = "Iterator[Source | _Found]"
+_Found: TypeAlias = "Iterator[DataSource | _Found]"
 
 
 def scan(
     roots: Sequence[FolderTable], *, caption_key: str = "", weight_key: str = "", latents: str = "", masks: str = ""
-) -> Iterator[Source]:
+) -> Iterator[DataSource]:
     """Yield every image in `roots`, and every problem found, lazily: roots in order, sorted within each.
 
     A root is a folder, a tar, or a pattern of them such as `shards/{00000..00099}.tar`. Folders are searched recursively.
@@ -93,7 +93,7 @@ def scan(
     return _scan([root.path for root in roots], places, lambda root: _Walk(root, (caption_key, weight_key), latents, masks))
 
 
-def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[Source]:
+def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[DataSource]:
     taken: set[str] = set()
     for number, group in itertools.groupby(places, lambda place: place[0]):
         has_images, first_problem, walk = False, "", walk_of(number)
@@ -146,7 +146,7 @@ class _Walk:
         self.extensions = (f".{latents}",) if latents else IMAGE_EXTENSIONS
         self.visited: set[tuple[int, int]] = set()  # (device, inode) of each folder, against loops of links
 
-    def search(self, top: str) -> Iterator[Source]:
+    def search(self, top: str) -> Iterator[DataSource]:
         """Yield all sources below a folder or in a tar. Raises UserError if the folder `top` is unreadable."""
         if not os.path.isdir(top):
             yield from self._tar(top)
@@ -156,7 +156,7 @@ class _Walk:
             item = next(stack[-1], None)
             if item is None:
                 stack.pop()
-            elif not isinstance(item, Source):
+            elif not isinstance(item, DataSource):
                 stack.append(item)
             elif item.problem and item.path == top:
                 raise UserError(f"data.folders: {shown(top)}: {item.problem}; make it readable or remove it")
@@ -173,7 +173,7 @@ class _Walk:
             with os.scandir(folder) as listing:
                 entries = {entry.name: _is_folder(entry) for entry in listing if not entry.name.startswith(".")}
         except OSError as error:
-            yield Source(folder, self.root, problem=f"this folder cannot be searched ({error.strerror})")
+            yield DataSource(folder, self.root, problem=f"this folder cannot be searched ({error.strerror})")
             return
         prefix = os.path.join(folder, "")
         with ExitStack() as open_tables:
@@ -183,10 +183,10 @@ class _Walk:
                 if entries.get(name) is False
             ]
             for table in tables:
-                yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.load())
+                yield from (DataSource(table.path, self.root, row, problem=reason) for row, reason in table.load())
             stems = Counter(self._stem(name, entries) for name in entries) if self.masks or self.latents == "npz" else Counter()
             masks = {
-                name[: -len(self.masks)]: Source(prefix + name, self.root)
+                name[: -len(self.masks)]: DataSource(prefix + name, self.root)
                 for name in sorted(entries)
                 if ends_in(name, self.masks) and not entries[name]
             }
@@ -198,14 +198,14 @@ class _Walk:
                 elif stem := self._stem(name, entries):
                     if self.latents and stems[stem] > 1:
                         reason = "the image has other latents beside these; keep those of one VAE and size"
-                        yield Source(prefix + name, self.root, problem=reason)
+                        yield DataSource(prefix + name, self.root, problem=reason)
                     else:
                         yield self._image(prefix, name, stem, entries, tables + above, masks.get(stem))
             yield from (replace(mask, problem=NO_IMAGE) for stem, mask in masks.items() if stem not in stems)
             for table in tables:
-                yield from (Source(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
+                yield from (DataSource(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
 
-    def _tar(self, path: str) -> Iterator[Source]:
+    def _tar(self, path: str) -> Iterator[DataSource]:
         return tars.samples(path, self.root, self.extensions, *self.keys, self.masks)
 
     def _stem(self, name: str, beside: dict[str, bool]) -> str:
@@ -217,8 +217,14 @@ class _Walk:
         return whole if any(whole + extension in beside for extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS) else match[1]
 
     def _image(
-        self, prefix: str, name: str, stem: str, beside: dict[str, bool], tables: list[metadata.Metadata], mask: Source | None
-    ) -> Source:
+        self,
+        prefix: str,
+        name: str,
+        stem: str,
+        beside: dict[str, bool],
+        tables: list[metadata.Metadata],
+        mask: DataSource | None,
+    ) -> DataSource:
         captions, weight, problem = None, None, ""
         for table in tables:  # ask every table, because each records which of its images exist
             entry: metadata.Said = (), None
@@ -229,11 +235,11 @@ class _Walk:
             captions = entry[0] if captions is None else captions
             weight = entry[1] if weight is None else weight
         if captions is not None:
-            return Source(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
+            return DataSource(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
         caption = next(
             (prefix + stem + extension for extension in CAPTION_EXTENSIONS if beside.get(stem + extension) is False), ""
         )
-        return Source(prefix + name, self.root, caption_path=caption, weight=weight, mask=mask)
+        return DataSource(prefix + name, self.root, caption_path=caption, weight=weight, mask=mask)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -241,7 +247,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
-def scan_for(data: DataTable) -> Iterator[Source]:
+def scan_for(data: DataTable) -> Iterator[DataSource]:
     """Call `scan` with the settings of a config."""
     return scan(data.roots, caption_key=data.caption_key, weight_key=data.weight_key, latents=data.latents, masks=data.masks)
 
@@ -252,14 +258,14 @@ def count(data: DataTable) -> tuple[int, int]:
     return images_per_root.total(), sum(data.roots[root].repeats * images for root, images in images_per_root.items())
 
 
-def captions_of(source: Source) -> tuple[str, ...]:
+def captions_of(source: DataSource) -> tuple[str, ...]:
     """Return an image's captions, each stripped and not empty; () if it has no caption. Raises Rejected for a bad text file."""
     if not source.caption_path:
         return source.captions
     return text_captions(_read(source.caption_path, "its caption", MAX_CAPTION_BYTES))
 
 
-def read_bytes(source: Source) -> bytes:
+def read_bytes(source: DataSource) -> bytes:
     """Read an image's file or tar member. Raises Rejected if it is unreadable, cut off, or larger than 1 GiB."""
     data = _read(source.path, "it", MAX_IMAGE_BYTES, source.offset, source.length)
     if len(data) < source.length:

@@ -30,7 +30,7 @@ class Rejected(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class DataSource:
     """Location of an image, its captions and its mask, or (`problem`) of an unusable file or row, with the reason."""
 
     path: str  # the file to read
@@ -42,7 +42,7 @@ class Source:
     captions: tuple[str, ...] = ()  # already read, from metadata or a tar
     problem: str = ""
     weight: float | None = None  # factor on the image's loss, from metadata
-    mask: Source | None = None
+    mask: DataSource | None = None
 
     @property
     def name(self) -> str:

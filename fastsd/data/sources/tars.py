@@ -24,8 +24,8 @@ from fastsd.data.sources.image import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     NO_IMAGE,
+    DataSource,
     Rejected,
-    Source,
     ends_in,
     json_object,
     row_captions,
@@ -66,7 +66,7 @@ class _Group:
 
 def samples(
     path: str, root: int, extensions: tuple[str, ...], caption_key: str, weight_key: str = "", masks: str = ""
-) -> Iterator[Source]:
+) -> Iterator[DataSource]:
     """Yield the images in a tar, in its order, and every problem found.
 
     Captions come from `.txt`, then `.caption` (one per line), then `.json`. With a `caption_key`, `.json` comes first.
@@ -85,9 +85,9 @@ def samples(
         with open(path, "rb") as file:
             yield from _Tar(file, status.st_size, path, root, extensions, caption_key, weight_key, masks).samples()
     except OSError as error:
-        yield Source(path, root, problem=f"it cannot be read ({error.strerror})")
+        yield DataSource(path, root, problem=f"it cannot be read ({error.strerror})")
     except Rejected as error:
-        yield Source(path, root, problem=error.reason)
+        yield DataSource(path, root, problem=error.reason)
 
 
 @dataclass
@@ -103,7 +103,7 @@ class _Tar:
     known: set[bytes] = field(default_factory=set)  # hashes of the keys so far
     masked: dict[str, _Member] = field(default_factory=dict)  # masks by key, for samples not read yet
 
-    def samples(self) -> Iterator[Source]:
+    def samples(self) -> Iterator[DataSource]:
         """Yield the tar's sources. Raises Rejected where the tar is damaged or cut off."""
         self._find_masks()
         group = _Group("")
@@ -149,7 +149,7 @@ class _Tar:
     def _wanted(self, extension: str) -> bool:
         return extension in _TEXTS or extension == "json" or f".{extension}".endswith(self.extensions)
 
-    def _finish(self, group: _Group, cut: str = "") -> Iterator[Source]:
+    def _finish(self, group: _Group, cut: str = "") -> Iterator[DataSource]:
         """Yield the images of a sample. `cut`: "", or the error that ended the tar here, so its caption may be missing."""
         if not group.members:
             return
@@ -161,7 +161,7 @@ class _Tar:
         images = [member for extension, member in group.members.items() if f".{extension}" in self.extensions]
         for extension, member in group.members.items():
             if member.problem and member not in images:
-                yield Source(self.path, self.root, member.name, problem=member.problem)
+                yield DataSource(self.path, self.root, member.name, problem=member.problem)
             elif not images and f".{extension}".endswith(self.extensions):
                 key = shown(group.key)
                 reason = (
@@ -171,12 +171,14 @@ class _Tar:
         if images:
             captions, weight, problem = self._said(group.members)
             mask = self.masked.pop(group.key, None)
-            mask_source = mask and Source(self.path, self.root, mask.name, mask.offset, mask.size, problem=mask.problem)
+            mask_source = mask and DataSource(self.path, self.root, mask.name, mask.offset, mask.size, problem=mask.problem)
             if cut and (not captions or (self.masks and not mask)):
                 problem = problem or f"its {'mask' if captions else 'caption'} may be missing: {cut}"
             for name, offset, size, image_problem in images:
                 location = self.path, self.root, name, offset, size
-                yield Source(*location, captions=captions, problem=image_problem or problem, weight=weight, mask=mask_source)
+                yield DataSource(
+                    *location, captions=captions, problem=image_problem or problem, weight=weight, mask=mask_source
+                )
 
     def _said(self, members: dict[str, _Member]) -> tuple[tuple[str, ...], float | None, str]:
         """Return the captions and weight of a sample, and the reason it cannot be used, or ""."""
@@ -212,9 +214,9 @@ class _Tar:
             raise Rejected(f"its caption {shown(member.name)} is of no use: {member.problem}")
         return self._read(member.offset, min(member.size, MAX_CAPTION_BYTES + 1))
 
-    def _bad(self, member: _Member, reason: str) -> Source:
+    def _bad(self, member: _Member, reason: str) -> DataSource:
         """Report a problem with a member. The offset identifies it, because several members may have the same name."""
-        return Source(self.path, self.root, f"{member.name} (at byte {member.offset})", problem=reason)
+        return DataSource(self.path, self.root, f"{member.name} (at byte {member.offset})", problem=reason)
 
     def _read(self, offset: int, size: int) -> bytes:
         self.file.seek(offset)

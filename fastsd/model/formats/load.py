@@ -19,8 +19,8 @@ from torch import Tensor
 from fastsd.config.schema import ModelTable
 from fastsd.errors import UserError
 from fastsd.model.formats.fold_vae import scale_of
-from fastsd.model.formats.model_source import Part, find_tokenizer, locate, open_file, read_part, read_scheduler
-from fastsd.model.formats.write import write_part as write_tensors
+from fastsd.model.formats.model_source import ComponentFiles, find_tokenizer, locate, open_file, read_component, read_scheduler
+from fastsd.model.formats.write import write_component as write_tensors
 from fastsd.model.formats.write import write_pipeline
 from fastsd.model.model import SD15_SCHEDULER as SD15_SCHEDULER
 from fastsd.model.model import Model
@@ -64,9 +64,9 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
     return Model(table.base, unet, text, vae, scheduler, notes + scheduler_notes)
 
 
-def _part(base: Path, name: str, notes: list[str] | None = None) -> Part | None:
+def _part(base: Path, name: str, notes: list[str] | None = None) -> ComponentFiles | None:
     """Return a component of a located model, or None if a single file has none. Lines on what was ignored go to `notes`."""
-    return open_file(base).part(name, [] if notes is None else notes) if base.is_file() else read_part(base, name, notes)
+    return open_file(base).part(name, [] if notes is None else notes) if base.is_file() else read_component(base, name, notes)
 
 
 def _load_unet(base: Path, ops: Ops, notes: list[str]) -> UNet:
@@ -84,7 +84,7 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
     tokenizer, tokenizer_folder = load_tokenizer(table, base)
     part = _part(base, "text_encoder")
     if part is None and (tokenizer_folder.parent / "text_encoder").is_dir():
-        part = read_part(tokenizer_folder.parent, "text_encoder")
+        part = read_component(tokenizer_folder.parent, "text_encoder")
     if part is None:
         raise UserError(
             f"model.base is the single file {base}, which has no text encoder; set model.tokenizer to a diffusers folder that "
@@ -176,7 +176,7 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
     return config, notes
 
 
-def part_state_dict(model: Model, part: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def component_state_dict(model: Model, part: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return a trainable component without adapters, as its file names it. `tensors` replace parameters (fp32 masters, EMA)."""
     if part == "unet":
         return diffusers_state_dict(model.unet, tensors=tensors)
@@ -184,7 +184,7 @@ def part_state_dict(model: Model, part: str, tensors: Mapping[str, Tensor] | Non
     return {classic_text_name(plain_name(name)): t.detach() for name, t in state.items() if ADAPTER not in name}
 
 
-def write_part(folder: Path, model: Model, part: str, state: Mapping[str, Tensor]) -> dict[str, str]:
+def write_component(folder: Path, model: Model, part: str, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Write one trainable component into a diffusers folder. Returns {relative file name: sha256}."""
     if part == "unet":
         return write_tensors(folder, part, model.unet.cfg.to_diffusers(), state)

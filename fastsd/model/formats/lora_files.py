@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.model.formats.lora_names import kind_of, kohya_name, other_kind, tensor_of
 from fastsd.model.formats.model_summary import metadata_of
@@ -95,7 +95,7 @@ def read_lora(path: Path) -> LoraFile:
         return _with_record(lora)
     config = _json(path, PEFT_CONFIG, metadata.get(PEFT_CONFIG, "{}"))
     # A stored config can be reused only if the file has the names that we write, and no alpha tensors.
-    if kind == "diffusers" and not stored_alphas and all(name.startswith(PARTS) for name in places):
+    if kind == "diffusers" and not stored_alphas and all(name.startswith(COMPONENTS) for name in places):
         metadata.setdefault(PEFT_CONFIG, "")
     else:
         metadata.pop(PEFT_CONFIG, None)
@@ -241,7 +241,7 @@ def write_peft(path: Path, lora: LoraFile) -> str:
 def peft_config(lora: LoraFile) -> str:
     """Return peft's config of a LoRA in diffusers' form: the most common rank and alpha, and patterns for the other modules."""
     ranks, config = lora.ranks, dict[str, Any]()
-    for prefix in PARTS:
+    for prefix in COMPONENTS:
         # Text layers are named as in transformers 5. In older versions peft finds these as the end of a longer name.
         paths = {m: m.removeprefix(f"{prefix}.").removeprefix("text_model.") for m in ranks if m.startswith(f"{prefix}.")}
         if paths:
@@ -337,7 +337,7 @@ def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]
 
 def _misread(lora: LoraFile) -> list[str]:
     # diffusers' `get_peft_kwargs` stores the other alphas under names that no attention layer has.
-    for component in PARTS:
+    for component in COMPONENTS:
         alphas = {module: alpha for module, alpha in lora.alphas.items() if module.startswith(f"{component}.")}
         if any("attn" in module and alpha != _most(alphas.values()) for module, alpha in alphas.items()):
             return [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastsd.config.stages import PARTS
+from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.model.formats.lora_files import PEFT_CONFIG, LoraFile, peft_config, read_lora, write_kohya, write_peft
 from fastsd.model.lora import NAME, adapted_layers, lora_state_dict
@@ -21,7 +21,7 @@ def _alphas(model: Model) -> dict[str, float]:
     """Return the alphas by `<part>.<module>`, named as in files."""
     return {
         f"{component}.{module}": float(layer.lora_alpha[NAME])
-        for component in PARTS
+        for component in COMPONENTS
         for _, layer in adapted_layers(model, component)
         for module in layer.target.modules
     }

@@ -1,7 +1,7 @@
 """Models on the disk, found and described before any tensor is read.
 
 Input: a diffusers folder of any version, whole or in shards, full or a variant; a hub id; or one file in the original Stable
-Diffusion layout (`single_file_layout.py`). Output: a `Source` with components under diffusers' current names. Nothing is
+Diffusion layout (`single_file_layout.py`). Output: a `ModelSource` with components under diffusers' current names. Nothing is
 unpickled unless the caller asks for it. In that case torch's loader for weights is used, which runs no code.
 """
 
@@ -37,7 +37,7 @@ _STEMS = {".safetensors": ("diffusion_pytorch_model", "model"), ".bin": ("diffus
 
 
 @dataclass(frozen=True)
-class Part:
+class ComponentFiles:
     """A component of a model: its config.json, its tensors by diffusers' (or transformers') names, and where they were found.
 
     Attributes:
@@ -57,7 +57,7 @@ class Part:
 
 
 @dataclass
-class Source:
+class ModelSource:
     """A model on the disk.
 
     Attributes:
@@ -69,7 +69,7 @@ class Source:
     """
 
     place: Path
-    parts: dict[str, Part]
+    parts: dict[str, ComponentFiles]
     scheduler: dict[str, Any]
     tokenizer: Path | None
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Source:
 
 def open_source(
     name: str, field: str = "IN", revision: str = "", *, pickled: bool = False, ema: bool = False, tokenizer: str = ""
-) -> Source:
+) -> ModelSource:
     """Find a model and check that its tensors match its configs. Their values are not read.
 
     Args:
@@ -96,20 +96,22 @@ def open_source(
         raise UserError(f"{field} is {name!r}, a folder without averaged (EMA) weights; leave --ema out")
     parts = {}
     for kind in ("unet", "text_encoder", "vae"):
-        part = file.part(kind, notes, ema=ema) if file else read_part(base, kind, notes, pickled=pickled)
+        part = file.part(kind, notes, ema=ema) if file else read_component(base, kind, notes, pickled=pickled)
         if part is not None:
             parts[kind] = checked(kind, part, notes)
     folder = find_tokenizer(base, tokenizer, notes=notes)
     if tokenizer and folder is None:
         raise UserError(f"--tokenizer is {tokenizer!r}, where no vocab.json and merges.txt are; name a folder that has them")
     if "text_encoder" not in parts and folder is not None and (folder.parent / "text_encoder" / "config.json").is_file():
-        parts["text_encoder"] = checked("text_encoder", read_part(folder.parent, "text_encoder", notes), notes)
+        parts["text_encoder"] = checked("text_encoder", read_component(folder.parent, "text_encoder", notes), notes)
     if file and (ignored := single_file_layout.ignored(file.tensors)):
         notes.append(f"{base.name}: ignored {', '.join(ignored)}")
-    return Source(base, parts, file.scheduler() if file else read_scheduler(base), folder, file.metadata if file else {}, notes)
+    return ModelSource(
+        base, parts, file.scheduler() if file else read_scheduler(base), folder, file.metadata if file else {}, notes
+    )
 
 
-def checked(name: str, part: Part, notes: list[str]) -> Part:
+def checked(name: str, part: ComponentFiles, notes: list[str]) -> ComponentFiles:
     """Return the component, and add a note on it. Raises UserError unless it has the tensors that its config requires."""
     check_names(expected_tensors(name, part.config, part.where), part.tensors, part.place)
     if name == "vae":
@@ -126,8 +128,8 @@ class File:
     tensors: Tensors
     metadata: Mapping[str, str]
 
-    def part(self, name: str, notes: list[str], *, ema: bool = False) -> Part | None:
-        """Return a component of the file, or None; see `read_part`."""
+    def part(self, name: str, notes: list[str], *, ema: bool = False) -> ComponentFiles | None:
+        """Return a component of the file, or None; see `read_component`."""
         contents = single_file_layout.read_part(self.path, self.tensors, self.metadata, name, notes, ema=ema)
         if contents is None:
             if name == "unet":
@@ -137,7 +139,7 @@ class File:
             unfolded = fold_vae.unfold(*contents, self.metadata[fold_vae.UNFOLDED])
             notes.append("vae: its own scaling factor " + ("unfolded" if unfolded else "not unfolded: it was changed since"))
             contents = unfolded or contents
-        return Part(*contents, str(self.path), self.path.name)
+        return ComponentFiles(*contents, str(self.path), self.path.name)
 
     def scheduler(self) -> dict[str, Any]:
         """Return scheduler_config.json as far as the file defines it, and SD1.5's for the rest."""
@@ -189,7 +191,7 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
         ) from None
 
 
-def read_part(folder: Path, part: str, notes: list[str] | None = None, *, pickled: bool = False) -> Part:
+def read_component(folder: Path, part: str, notes: list[str] | None = None, *, pickled: bool = False) -> ComponentFiles:
     """Read a component of a diffusers folder. Lines on what was found and what was ignored are added to `notes`.
 
     Args:
@@ -211,7 +213,7 @@ def read_part(folder: Path, part: str, notes: list[str] | None = None, *, pickle
         notes.append(f"{part}: ignored {', '.join(ignored)}")
     rename = {"text_encoder": classic_text_name, "vae": current_vae_name}.get(part, str)
     renamed = {rename(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
-    return Part(config, renamed, str(folder), files[0].name)
+    return ComponentFiles(config, renamed, str(folder), files[0].name)
 
 
 def read_scheduler(base: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Adapters(_Told):
     text_encoder: bool = False
 
 
-class Summary(_Told):
+class ModelSummary(_Told):
     """A model's origin and training. Any field may be unknown.
 
     Attributes:
@@ -110,25 +110,25 @@ class Summary(_Told):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-def read_summary(folder: Path) -> Summary | None:
+def read_summary(folder: Path) -> ModelSummary | None:
     """Read the summary in a diffusers folder. Returns None if it is missing or unreadable."""
     try:
-        return Summary.model_validate_json((folder / SUMMARY).read_bytes())
+        return ModelSummary.model_validate_json((folder / SUMMARY).read_bytes())
     except (OSError, ValidationError):
         return None
 
 
-def summary_in(metadata: Mapping[str, str]) -> Summary | None:
+def summary_in(metadata: Mapping[str, str]) -> ModelSummary | None:
     """Read the summary in the metadata of a single file. Returns None if it is missing or unreadable."""
-    fields = {key: metadata[f"{PREFIX}{key}"] for key in Summary.model_fields if f"{PREFIX}{key}" in metadata}
+    fields = {key: metadata[f"{PREFIX}{key}"] for key in ModelSummary.model_fields if f"{PREFIX}{key}" in metadata}
     try:
-        return Summary.model_validate({key: json.loads(value) for key, value in fields.items()}) if fields else None
+        return ModelSummary.model_validate({key: json.loads(value) for key, value in fields.items()}) if fields else None
     except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
         return None
 
 
 def metadata_of(
-    summary: Summary | None, scheduler: Mapping[str, Any], resolution: int, *, title: str = "", lora: bool = False
+    summary: ModelSummary | None, scheduler: Mapping[str, Any], resolution: int, *, title: str = "", lora: bool = False
 ) -> dict[str, str]:  # fmt: skip
     """Build the metadata of a single file. The same arguments give the same bytes.
 
@@ -139,7 +139,7 @@ def metadata_of(
         title: used if the summary has no title.
         lora: True if the file holds adapters only.
     """
-    info = summary or Summary()
+    info = summary or ModelSummary()
     side, title = info.resolution or resolution, info.title or title
     # Other tools count clip skip from 1.
     layer = "" if info.clip_skip is None else str(info.clip_skip + 1)

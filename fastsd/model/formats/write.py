@@ -16,7 +16,7 @@ import torch
 
 from fastsd.errors import UserError
 from fastsd.model.formats import fold_vae as folding
-from fastsd.model.formats.model_source import Source
+from fastsd.model.formats.model_source import ModelSource
 from fastsd.model.formats.original_names import PREFIX, original_names
 from fastsd.model.formats.single_file_layout import CONFIGS, V_PREDICTION, ZERO_SNR
 from fastsd.model.vae import SD15_SCALING_FACTOR
@@ -35,7 +35,7 @@ TOKENIZER = (  # the files to copy; those of a whole CLIP may lie beside them
 _STEM = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 
-def write_folder(source: Source, folder: Path, *, dtype: str = "", variant: str = "", shard: int = 0) -> dict[str, str]:
+def write_folder(source: ModelSource, folder: Path, *, dtype: str = "", variant: str = "", shard: int = 0) -> dict[str, str]:
     """Write a whole model into an existing folder, in diffusers' format. Returns {relative file name: sha256}.
 
     Args:
@@ -54,11 +54,11 @@ def write_folder(source: Source, folder: Path, *, dtype: str = "", variant: str 
         raise UserError(f"{source.place}: has no tokenizer; name one, --tokenizer openai/clip-vit-large-patch14 for example")
     hashes = write_pipeline(folder, source.scheduler, source.tokenizer)
     for name, part in source.parts.items():
-        hashes |= write_part(folder, name, part.config, part.tensors, dtype, variant, shard, str(source.place))
+        hashes |= write_component(folder, name, part.config, part.tensors, dtype, variant, shard, str(source.place))
     return hashes
 
 
-def write_part(
+def write_component(
     folder: Path, part: str, config: Mapping[str, Any], tensors: Tensors, dtype: str = "", variant: str = "", shard: int = 0,
     finite: str = "",
 ) -> dict[str, str]:  # fmt: skip
@@ -118,7 +118,7 @@ def _write_json(path: Path, settings: Mapping[str, Any]) -> str:
 
 
 def write_single_file(
-    source: Source, path: Path, *, dtype: str = "", fold: bool = True, metadata: Mapping[str, str] | None = None
+    source: ModelSource, path: Path, *, dtype: str = "", fold: bool = True, metadata: Mapping[str, str] | None = None
 ) -> list[str]:
     """Write all components into one file in the original layout, replacing an older file. Returns notes on what was done.
 

@@ -8,7 +8,7 @@ import pytest
 
 from fastsd.config.schema import FolderTable
 from fastsd.data.sources import folders
-from fastsd.data.sources.folders import MAX_CAPTION_BYTES, Rejected, Source, captions_of, read_bytes, scan, shown
+from fastsd.data.sources.folders import MAX_CAPTION_BYTES, DataSource, Rejected, captions_of, read_bytes, scan, shown
 from fastsd.errors import UserError
 
 
@@ -91,7 +91,7 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
     touch(tmp_path, "a/x.png", "b/y.png")
     monkeypatch.setattr(os, "scandir", no_permission(tmp_path / "a"))
     locked, fine = found(tmp_path)
-    assert locked == Source(str(tmp_path / "a"), problem="this folder cannot be searched (Permission denied)")
+    assert locked == DataSource(str(tmp_path / "a"), problem="this folder cannot be searched (Permission denied)")
     assert fine.path == str(tmp_path / "b/y.png")
     with pytest.raises(UserError, match=r"/a: this folder cannot be searched \(Permission denied\); make it readable"):
         found(tmp_path / "a")
@@ -134,7 +134,7 @@ def test_odd_names(tmp_path, name):
 )
 def test_captions_are_the_lines_that_say_something(tmp_path, data, captions):
     (tmp_path / "x.txt").write_bytes(data)
-    assert captions_of(Source("x.png", caption_path=str(tmp_path / "x.txt"))) == captions
+    assert captions_of(DataSource("x.png", caption_path=str(tmp_path / "x.txt"))) == captions
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_bad_captions_are_rejected(tmp_path, data, reason):
     if data is not None:
         (tmp_path / "x.txt").write_bytes(data)
     with pytest.raises(Rejected, match=reason) as error:
-        captions_of(Source("x.png", caption_path=str(tmp_path / "x.txt")))
+        captions_of(DataSource("x.png", caption_path=str(tmp_path / "x.txt")))
     assert not error.value.lasting
 
 
@@ -159,14 +159,14 @@ def test_sidecars(tmp_path):
 def test_reading(tmp_path, monkeypatch):
     path = tmp_path / "x.tar"
     path.write_bytes(b"0123456789")
-    assert read_bytes(Source(str(path))) == b"0123456789"
-    assert read_bytes(Source(str(path), member="m", offset=3, length=4)) == b"3456"
+    assert read_bytes(DataSource(str(path))) == b"0123456789"
+    assert read_bytes(DataSource(str(path), member="m", offset=3, length=4)) == b"3456"
     os.mkfifo(tmp_path / "pipe")
     for source, reason in [
-        (Source(str(path), offset=8, length=4), "ends within"),
-        (Source(str(tmp_path / "no.png")), "cannot be read"),
-        (Source(str(tmp_path / "pipe")), "no regular file"),
-        (Source(str(path), length=folders.MAX_IMAGE_BYTES + 1), "larger than 1024 MiB"),
+        (DataSource(str(path), offset=8, length=4), "ends within"),
+        (DataSource(str(tmp_path / "no.png")), "cannot be read"),
+        (DataSource(str(tmp_path / "pipe")), "no regular file"),
+        (DataSource(str(path), length=folders.MAX_IMAGE_BYTES + 1), "larger than 1024 MiB"),
     ]:
         with pytest.raises(Rejected, match=reason) as error:
             read_bytes(source)
@@ -177,16 +177,16 @@ def test_reading(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", denied)
     with pytest.raises(Rejected, match="Permission denied"):
-        read_bytes(Source(str(path)))
+        read_bytes(DataSource(str(path)))
     with pytest.raises(Rejected, match=r"its caption cannot be read \(Permission denied\)"):
-        captions_of(Source("x.png", caption_path=str(path)))
+        captions_of(DataSource("x.png", caption_path=str(path)))
 
 
 def test_latents_are_found_in_place_of_images(tmp_path):
     touch(tmp_path, "a.png", "a.img_sdxl", "a.img_sdvae", "a.txt", "d/b.img_sdxl", "d/b.caption", "c.png", "c.img_sdxl.webp")
     for kind in ("img_sdxl", "img_sdvae"):
         sources = found(tmp_path, latents=kind)
-        assert sources[0] == Source(str(tmp_path / f"a.{kind}"), caption_path=str(tmp_path / "a.txt"))
+        assert sources[0] == DataSource(str(tmp_path / f"a.{kind}"), caption_path=str(tmp_path / "a.txt"))
     assert names(tmp_path, latents="img_sdxl") == ["a.img_sdxl", "d/b.img_sdxl"]
     with pytest.raises(UserError, match=r"holds no image \(\.npz\)"):
         found(tmp_path, latents="npz")

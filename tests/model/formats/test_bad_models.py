@@ -12,7 +12,7 @@ from tiny import make_tiny_model
 from typer.testing import CliRunner
 
 from fastsd.cli import app
-from fastsd.commands.convert import Options, convert
+from fastsd.commands.convert import ConvertOptions, convert
 from fastsd.errors import UserError
 from fastsd.model.unet import UNetConfig
 from fastsd.storage import read_safetensors, write_safetensors
@@ -209,7 +209,10 @@ def test_one_sentence(case, made, tmp_path, monkeypatch):
         dtype = "fp16" if "fp16" in case else ""
         with pytest.raises(UserError, match=sentence) as error:
             convert(
-                str(bad), tmp_path / "out" / out, options=Options(dtype=dtype, tokenizer=str(made[0])), say=lambda line: None
+                str(bad),
+                tmp_path / "out" / out,
+                options=ConvertOptions(dtype=dtype, tokenizer=str(made[0])),
+                say=lambda line: None,
             )
         assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").iterdir())
