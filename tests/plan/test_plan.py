@@ -18,7 +18,7 @@ from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model, materialize, read_shapes
 from fastsd.model.unet import UNetConfig
 from fastsd.plan.gpu_specs import GPU_SPECS, find_gpu
-from fastsd.plan.plan import GIB, RESERVED, MemoryEstimate, plan_stage
+from fastsd.plan.plan import GIB, RESERVED, MemoryEstimate, StagePlan, plan_stage
 from fastsd.train.memory import saved_for_backward_bytes
 from fastsd_kernels import REFERENCE, TRITON, fastest, workload
 
@@ -54,6 +54,12 @@ def sd15() -> Shapes:
     return Shapes(UNetConfig.sd15(), SD15_TEXT, SD15_VAE)
 
 
+@pytest.fixture(scope="module")
+def first_phase(sd15) -> StagePlan:
+    """Of the reference job: fp32, D-Lion, a batch of 32."""
+    return plan_stage(sd15, load_config(XLSD).stage[0], 512, ROOM)
+
+
 COMBINATIONS = [(case, fastest(torch.device("cpu"))) for case in CASES] + [(case, REFERENCE) for case in CASES[1:8:3]]
 
 
@@ -80,9 +86,8 @@ def test_activations_are_what_autograd_keeps():
 
 
 @pytest.mark.skipif(TRITON is None, reason="plans for a GPU take Triton's kernels")
-def test_the_reference_job_fits_24_gb(sd15):
-    (unet, *_) = load_config(XLSD).stage
-    plan = plan_stage(sd15, unet, 512, ROOM)
+def test_the_reference_job_fits_24_gb(first_phase):
+    plan = first_phase
     assert any(plan.need(8, level).total <= ROOM for level in ("none", "ff"))
     need = plan.need(8)
     weights = need.owners["weights of the unet, trained"]
@@ -91,27 +96,26 @@ def test_the_reference_job_fits_24_gb(sd15):
     assert plan.need(1).kept == pytest.approx(1.01e9, rel=0.01)
     assert need.kept == pytest.approx(8 * plan.need(1).kept, rel=0.001)
 
-    lion = unet.model_copy(update={"precision": "bf16", "optimizer": "lion", "lr": 1e-5, "checkpointing": "ff"})
-    plan = plan_stage(sd15, lion, 512, ROOM)
+    lion = plan.stage.model_copy(update={"precision": "bf16", "optimizer": "lion", "lr": 1e-5, "checkpointing": "ff"})
+    plan = plan_stage(plan.shapes, lion, 512, ROOM)
     assert plan.need(32).total <= ROOM
     # The whole batch at once needs no fp32 gradients.
     assert plan.need(16).owners["gradients"] == 2 * plan.need(32).owners["gradients"]
 
 
 @pytest.mark.skipif(TRITON is None, reason="plans for a GPU take Triton's kernels")
-def test_the_work_is_counted(sd15):
-    stage = StageTable.model_validate({"train": ["unet"], "until": 1, "batch": 2})
-    plan = plan_stage(sd15, stage, 512, ROOM)
-    need = {level: plan.need(2, level).work.flops / 2 for level in ("none", "ff", "block")}
+def test_the_work_is_counted(first_phase):
+    plan = first_phase
+    need = {level: plan.need(8, level).work.flops / 8 for level in ("none", "ff", "block")}
     # Three times the forward; attention's backward takes 5 matmuls for its 2. The text encoder adds half a percent.
     attention = sum(count * kind.flops for kind, count in workload.ATTENTION.items())
     assert need["none"] == pytest.approx(3 * workload.FORWARD_FLOPS + attention / 2, rel=0.01)
     assert need["none"] < need["ff"] < need["block"] == pytest.approx(need["none"] + workload.FORWARD_FLOPS, rel=0.1)
-    updates = plan.need(2).work.update
+    updates = plan.need(8).work.update
     assert sum(operation.bytes for operation in updates) > 28 * PARAMETERS  # D-Lion: p, m, s read and written, g read
     for card in GPU_SPECS:
-        assert 0 < plan.images_per_second(card, 2, "block") < plan.images_per_second(card, 2, "none")
-        assert plan.images_per_second(card, 1) < plan.images_per_second(card, 2)  # one update, two smaller forwards
+        assert 0 < plan.images_per_second(card, 8, "block") < plan.images_per_second(card, 8, "none")
+        assert plan.images_per_second(card, 1) < plan.images_per_second(card, 8)  # one update, more and smaller forwards
 
 
 def test_the_largest_micro_batch_is_the_largest():
