@@ -63,7 +63,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not _gives_back(func):
-            self.count(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+            results = (result,) if isinstance(result, Tensor) else tree_leaves(result)
+            self.count(*(leaf for leaf in results if isinstance(leaf, Tensor)))
         return result
 
     def count(self, *tensors: Tensor) -> None:

@@ -40,7 +40,7 @@ class World:
         text = (ROOT / "configs" / f"{name}.toml").read_text()
         small: dict[str, object] = {
             "model.base": MODELS / "base", "data.folders": [str(self.images)], "data.resolution": 32, "run": self.folder / name,
-            "cache.dir": self.folder / "cache", "sample.prompts": ["a red circle", "a blue star"], "sample.images": 1,
+            "cache.dir": self.folder / "cache", "sample.prompts": ["a red circle"], "sample.images": 1,
             "sample.steps": 2, "sample.guidance": 2.0, "log.every": 1, "log.tensorboard": False, "stage.until": 4,
             "stage.batch": 4, "stage.micro_batch": 2, "stage.sample_every": 2, "stage.checkpoint_every": 2,
         }  # fmt: skip
