@@ -29,11 +29,11 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.toml"))
 
 
 class World:
-    """Two dozen pictures and what makes a shipped config small."""
+    """A dozen pictures and what makes a shipped config small."""
 
     def __init__(self, folder: Path):
         self.folder, self.images = folder, folder / "images"
-        write_dataset(self.images, 24, seed=1)
+        write_dataset(self.images, 12, seed=1)
 
     def keys(self, name: str, **own: object) -> list[str]:
         """Overrides of configs/NAME.toml, by dotted keys."""
@@ -170,7 +170,7 @@ def test_generated_images(world):
     sets = {"drawn": None, "decoded": 0, "renoised": 200}
     for name, start in sets.items():
         redraw(str(MODELS / "base"), config, world.folder / name, start=start, console=console)
-        assert len(list((world.folder / name).glob("*.png"))) == len(list((world.folder / name).glob("*.txt"))) == 24
+        assert len(list((world.folder / name).glob("*.png"))) == len(list((world.folder / name).glob("*.txt"))) == 12
     folders = ",".join(json.dumps([str(path)]) for path in (world.images, *(world.folder / name for name in sets)))
     keys = [key for key in world.keys("generated") if not key.startswith("data.folders")]
     sweep(ROOT / "configs/generated.toml", [*keys, f"data.folders={folders}"], console=console)
