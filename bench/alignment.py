@@ -75,8 +75,8 @@ def accuracies(config: Config, steps: list[int]) -> dict[int, float]:
     return accuracy_by_step
 
 
-def first(found: dict[int, float], reached: Any) -> int | None:
-    return next((step for step, value in sorted(found.items()) if reached(value)), None)
+def first(values: dict[int, float], reached: Any) -> int | None:
+    return next((step for step, value in sorted(values.items()) if reached(value)), None)
 
 
 def compared(folder: Path, way: str, seed: int) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Given:
+class Setup:
     """The command line, and where it runs."""
 
     device: torch.device
@@ -109,7 +109,7 @@ class Given:
 class Measurement:
     part: str
     what: str
-    take: Callable[[Given], list[Record]]
+    take: Callable[[Setup], list[Record]]
     alone: bool = False  # in a process of its own
 
     @property
@@ -162,41 +162,41 @@ def _words(case: Case) -> str:
     return "{}, {} x {}, {}".format(*values) + "".join(f", {key}" for key in overrides)
 
 
-def whole_steps(setting: Setting, names: tuple[str, ...], given: Given) -> list[Record]:
+def whole_steps(setting: Setting, names: tuple[str, ...], setup: Setup) -> list[Record]:
     """Ours beside those of the peers that can be had, by `fastsd bench step`."""
     available, notes = list[str](), list[str]()
     for name in names:
-        if name == "compiled" and given.device.type == "cpu":
+        if name == "compiled" and setup.device.type == "cpu":
             notes.append("left out: peer compiled, whose compiler takes minutes for a CPU")
         elif baselines.attempt(name, notes, partial(baselines.require, name)):
             available.append(name)
-    _, figures = suites.bench_step(given.asked(setting, available), partial(print, flush=True))
+    _, figures = suites.bench_step(setup.asked(setting, available), partial(print, flush=True))
     notes += figures["misses"]
     columns = ("img_per_s", "tflop_per_s", "mfu", "peak_gb", "held_gb", "launches", "host_waits", "times", "ms", "first_loss")
     shared = {"optimizer": setting.optimizer, "batch": setting.batch, "switches": figures["settings"]["switches"]}
     shared["matmul_tflop_per_s"] = figures["matmul_tflop_per_s"]
     records = [
-        given.record("step", setting.kind, setting.precision, row["name"], **shared, **{key: row[key] for key in columns})
+        setup.record("step", setting.kind, setting.precision, row["name"], **shared, **{key: row[key] for key in columns})
         for row in figures["results"]
     ]
     records[0]["notes"] = notes
     return records
 
 
-def graph_or_not(setting: Setting, given: Given) -> list[Record]:
+def graph_or_not(setting: Setting, setup: Setup) -> list[Record]:
     """The same step as one CUDA graph and launch by launch; `times` of the second is what the graph gains."""
     records = []
     for graph, name in ((True, "graph"), (False, "no graph")):
-        (record,) = whole_steps(replace(setting, graph=graph), (), given)
+        (record,) = whole_steps(replace(setting, graph=graph), (), setup)
         records.append(record | {"op": "graph", "kind": f"batch {setting.batch}", "implementation": name})
         give_back()
     records[1]["times"] = records[1]["ms"]["median"] / records[0]["ms"]["median"]
     return records
 
 
-def where_time_goes(setting: Setting, given: Given) -> list[Record]:
+def where_time_goes(setting: Setting, setup: Setup) -> list[Record]:
     """One step by `torch.profiler`: time of kernels by the operation that launched them; on a CPU, of operations."""
-    target, notes = options.bench_target(given.asked(setting, [])), list[str]()
+    target, notes = options.bench_target(setup.asked(setting, [])), list[str]()
     model = baselines.made_model(target.cfg, target.ops)
     model.unet.to(target.device)
     model.text.module.to(target.device)
@@ -220,7 +220,7 @@ def where_time_goes(setting: Setting, given: Given) -> list[Record]:
         spent = _of_kernels(profile.events()) if gpu else Counter(operations)
         rows = [(name, kernel[:120], microseconds / 1e3) for (name, kernel), microseconds in spent.most_common()]
         figures = {"rows": rows, "kinds": time_by_kind(rows), "step_ms": 1e3 * seconds, "notes": notes}
-        records.append(given.record("profile", setting.kind, setting.precision, contender.name, **figures))
+        records.append(setup.record("profile", setting.kind, setting.precision, contender.name, **figures))
     return records
 
 
@@ -242,7 +242,7 @@ def _of_kernels(events: Any) -> Counter[tuple[str, str]]:
     return spent
 
 
-def most_images(precision: str, optimizer: str, level: str, name: str, given: Given) -> list[Record]:
+def most_images(precision: str, optimizer: str, level: str, name: str, setup: Setup) -> list[Record]:
     """The most images a forward under `CAP`, by real steps that run out of memory or do not.
 
     Ours holds what a run does, its text encoder and VAE included, and records its graph; a peer has its UNet alone.
@@ -250,15 +250,15 @@ def most_images(precision: str, optimizer: str, level: str, name: str, given: Gi
     is_ours, notes = name == baselines.OURS, list[str]()
     if not is_ours and not baselines.attempt(name, notes, partial(baselines.require, name)):
         raise LeftOut(*notes)
-    shapes, resolution = SMALL if given.small else FULL
-    side, max_images, peaks = shapes.side(resolution), 8 if given.small else 512, dict[int, tuple[int, int]]()
+    shapes, resolution = SMALL if setup.small else FULL
+    side, max_images, peaks = shapes.side(resolution), 8 if setup.small else 512, dict[int, tuple[int, int]]()
     stage = stage_of((precision, optimizer, max_images, 1, level, {}))
-    torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(given.device).total_memory)
+    torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(setup.device).total_memory)
     # The weights that a peer begins with stay in main memory.
-    model = whole_model(given, stage) if is_ours else baselines.made_model(shapes.unet, choose_ops("auto", given.device))
-    model.text.module.to(given.device)
+    model = whole_model(setup, stage) if is_ours else baselines.made_model(shapes.unet, choose_ops("auto", setup.device))
+    model.text.module.to(setup.device)
     set_precision(precision)
-    work = baselines.BenchInputs(model, stage, [], given.device, graph=is_ours)
+    work = baselines.BenchInputs(model, stage, [], setup.device, graph=is_ours)
     contender: Any = baselines.OurStep(work, _refuse) if is_ours else baselines.baseline_maker(work)(name)
 
     def fits(images: int) -> bool:
@@ -279,8 +279,8 @@ def most_images(precision: str, optimizer: str, level: str, name: str, given: Gi
     allocated, reserved = peaks.get(images, (0, 0))
     figures: dict[str, Any] = {"images": images, "cap_gb": CAP / 1e9, "peak_gb": allocated / 1e9, "reserved_gb": reserved / 1e9}
     if is_ours:
-        figures["planned"] = planned_images(given, stage, max_images)
-    return [given.record("micro-batch", f"24 GB, {optimizer}, {level}", precision, name, **figures)]
+        figures["planned"] = planned_images(setup, stage, max_images)
+    return [setup.record("micro-batch", f"24 GB, {optimizer}, {level}", precision, name, **figures)]
 
 
 def _refuse(line: str) -> None:
@@ -300,10 +300,10 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def planned_images(given: Given, stage: StageTable, most: int) -> int:
+def planned_images(setup: Setup, stage: StageTable, most: int) -> int:
     """What `fastsd plan --vram 24` says."""
-    shapes, resolution = SMALL if given.small else FULL
-    plan = plan_stage(shapes, stage, resolution, CAP - RESERVED, choose_ops("auto", given.device))
+    shapes, resolution = SMALL if setup.small else FULL
+    plan = plan_stage(shapes, stage, resolution, CAP - RESERVED, choose_ops("auto", setup.device))
 
     def fits(images: int) -> bool:
         # The whole batch at once, whatever its size: gradients are not added up.
@@ -313,27 +313,27 @@ def planned_images(given: Given, stage: StageTable, most: int) -> int:
     return largest(fits, most)
 
 
-def against_plan(case: Case, given: Given) -> list[Record]:
+def against_plan(case: Case, setup: Setup) -> list[Record]:
     """The peak of a step, once its state is there, and what plan says; without a graph, whose memory is the same."""
-    shapes, resolution = SMALL if given.small else FULL
-    stage, before = stage_of(case), torch.cuda.memory_allocated(given.device)
-    predicted = planned(shapes, resolution, stage, choose_ops("auto", given.device))["peak"]
+    shapes, resolution = SMALL if setup.small else FULL
+    stage, before = stage_of(case), torch.cuda.memory_allocated(setup.device)
+    predicted = planned(shapes, resolution, stage, choose_ops("auto", setup.device))["peak"]
     batches = token_batches(shapes.unet.in_channels, shapes.side(resolution), stage.batch)
-    ours = baselines.OurStep(baselines.BenchInputs(whole_model(given, stage), stage, batches, given.device))
+    ours = baselines.OurStep(baselines.BenchInputs(whole_model(setup, stage), stage, batches, setup.device))
     for _ in range(2):
         ours.step()
     allocated, reserved = peak(ours.step)
     measured = allocated - before
     sizes = {"planned_gb": predicted / 1e9, "peak_gb": measured / 1e9, "reserved_gb": reserved / 1e9, "before_gb": before / 1e9}
-    return [given.record("plan", _words(case), stage.precision, baselines.OURS, ratio=predicted / measured, **sizes)]
+    return [setup.record("plan", _words(case), stage.precision, baselines.OURS, ratio=predicted / measured, **sizes)]
 
 
-def whole_model(given: Given, stage: StageTable) -> Model:
+def whole_model(setup: Setup, stage: StageTable) -> Model:
     """All parts of a model on the device, as a run holds them, with random weights; set up for the stage."""
-    shapes, _ = SMALL if given.small else FULL
-    model = empty_model(shapes, choose_ops("auto", given.device))
+    shapes, _ = SMALL if setup.small else FULL
+    model = empty_model(shapes, choose_ops("auto", setup.device))
     for module in (model.unet, model.text.module, model.vae.module):
-        materialize(module, given.device)
+        materialize(module, setup.device)
         with torch.no_grad():
             for tensor in module.parameters():
                 tensor.normal_(0, 0.02)
@@ -368,14 +368,14 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
-def outcome(measurement: Measurement, given: Given) -> dict[str, Any]:
+def outcome(measurement: Measurement, setup: Setup) -> dict[str, Any]:
     """Take a measurement: its line."""
     line: dict[str, Any] = {"test": measurement.name, "outcome": "passed"}
     start = time.monotonic()
     try:
-        if measurement.part == "d" and given.device.type == "cpu":
+        if measurement.part == "d" and setup.device.type == "cpu":
             raise LeftOut("left out: the memory of a GPU, for there is none")
-        line["records"] = measurement.take(given)
+        line["records"] = measurement.take(setup)
     except LeftOut as reason:
         line |= {"outcome": "skipped", "message": str(reason)}
     except Exception:
@@ -383,7 +383,7 @@ def outcome(measurement: Measurement, given: Given) -> dict[str, Any]:
     return line | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def serve(chosen: list[Measurement], given: Given) -> None:
+def serve(chosen: list[Measurement], setup: Setup) -> None:
     """Take measurements one after another, a line of JSON each, up to one that fails."""
     # Standard output is for the lines alone: what else is printed goes to the terminal.
     lines = os.fdopen(os.dup(1), "w")
@@ -391,7 +391,7 @@ def serve(chosen: list[Measurement], given: Given) -> None:
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # its end is that of who is served
     for measurement in chosen:
         print(f"\n-- {measurement.name}", flush=True)
-        line = outcome(measurement, given)
+        line = outcome(measurement, setup)
         print(json.dumps(line), file=lines, flush=True)
         if line["outcome"] == "failed":
             return
@@ -428,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     every = measurements()
     if options.serve:
-        setup = Given(choose_device("auto"), options.small, options.rounds)
+        setup = Setup(choose_device("auto"), options.small, options.rounds)
         serve([entry for entry in every if entry.name in options.serve], setup)
         return 0
     if not (torch.cuda.is_available() or options.small):

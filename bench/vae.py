@@ -82,16 +82,16 @@ def flops(small: bool, resolution: int) -> int:
     return counter.get_total_flops()
 
 
-def distance(found: Tensor, truth: Tensor) -> float:
-    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+def distance(result: Tensor, truth: Tensor) -> float:
+    return ((result.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-def measure(precision: str, batch: int, first: bool, asked: argparse.Namespace) -> list[Record]:
+def measure(precision: str, batch: int, first: bool, args: argparse.Namespace) -> list[Record]:
     """A record a contender. Raises AssertionError if ours computes something else than diffusers'."""
     device = choose_device("auto")
-    switches, module = set_precision(precision), random_vae(asked.small)
+    switches, module = set_precision(precision), random_vae(args.small)
     contenders = encoders(module, COMPUTE_DTYPE[precision], device, first and device.type == "cuda")
-    images = torch.rand(batch, 3, asked.resolution, asked.resolution, device=device) * 2 - 1
+    images = torch.rand(batch, 3, args.resolution, args.resolution, device=device) * 2 - 1
     turns: dict[str, timing.TimedCall] = {}
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
@@ -103,9 +103,9 @@ def measure(precision: str, batch: int, first: bool, asked: argparse.Namespace) 
             turns[name] = run, nullcontext
         ours, peer = rows[0]["error"], rows[1]["error"]
         assert ours <= (2 * peer if precision == "bf16" else 1e-4), f"an error of {ours:.1e}, and diffusers' is {peer:.1e}"
-        order = timing.in_turns(turns, asked.rounds, device)
-    rate, image_flops = counters.matmul_rate(device, precision, asked.small), flops(asked.small, asked.resolution)
-    shared = {"device": counters.device_name(device), "gpu": device.type == "cuda", "small": asked.small, "switches": switches}
+        order = timing.in_turns(turns, args.rounds, device)
+    rate, image_flops = counters.matmul_rate(device, precision, args.small), flops(args.small, args.resolution)
+    shared = {"device": counters.device_name(device), "gpu": device.type == "cuda", "small": args.small, "switches": switches}
     shared |= {"tflop_per_image": image_flops / 1e12, "matmul_tflop_per_s": rate / 1e12}
     records = []
     for row in rows:
@@ -113,7 +113,7 @@ def measure(precision: str, batch: int, first: bool, asked: argparse.Namespace) 
         speed = 1e3 * batch / row["ms"]["median"]
         kind = {
             "op": "vae",
-            "kind": f"batch {batch}, {asked.resolution} px",
+            "kind": f"batch {batch}, {args.resolution} px",
             "mode": precision,
             "implementation": row.pop("name"),
         }
@@ -134,8 +134,8 @@ def vae_verdicts(records: Sequence[Record]) -> list[Verdict]:
     return [*verdicts, *([_verdict("VAE bf16, share of a matmul's rate", 0.4, max(shares, default=None))] if gpu else [])]
 
 
-def _verdict(goal: str, at_least: float, found: tuple[float, str] | None) -> Verdict:
-    figure, kind = found or (None, "")
+def _verdict(goal: str, at_least: float, measured: tuple[float, str] | None) -> Verdict:
+    figure, kind = measured or (None, "")
     return Verdict(goal, at_least, figure, None if figure is None else figure >= at_least, kind)
 
 

@@ -39,8 +39,6 @@ from fastsd.model.unet import UNetConfig
 from fastsd.train.memory import LiveBytes
 from fastsd.train.precision import COMPUTE_DTYPE
 
-if TYPE_CHECKING:
-    pass
 
 SCALAR, COPY, SHAPE, ANY = "scalar read back", "copy to the host", "shape from data", "wait"
 _SCALARS = {"_local_scalar_dense", "equal", "allclose"}
@@ -198,9 +196,9 @@ def estimate_memory(
     return estimates
 
 
-def peak_memory(found: list[CandidateMemory]) -> float:
+def peak_memory(estimates: list[CandidateMemory]) -> float:
     """Return the bytes at the peak: everything held, plus the largest rise of a step."""
-    return sum(need.held for need in found) + max(need.rise for need in found) + WORKSPACE
+    return sum(need.held for need in estimates) + max(need.rise for need in estimates) + WORKSPACE
 
 
 @cache

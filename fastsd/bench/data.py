@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastsd.bench import counters, options, timing
+from fastsd.bench import counters, timing
+from fastsd.bench.options import BenchOptions, Figures, Say, say_table
 from fastsd.config.schema import Config, DataTable
 from fastsd.data.building.build import build_cache
 from fastsd.data.building.store import Store
@@ -32,54 +33,51 @@ from fastsd.model.text_encoder import assemble, ids_of
 from fastsd.model.vae import SD15_SCALING_FACTOR, Vae
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 
-if TYPE_CHECKING:
-    from fastsd.bench.options import BenchOptions, Figures, Say
-
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 _WORDS = ("a", "photo", "of", "red", "green", "blue", "circle", "square", "star", "on", "white", "with", "soft", "light")
 _PICTURE = (1024, 768)  # px: minimum size of images from cameras and web pages
 
 
-def bench_loader(asked: BenchOptions, config: Config, say: Say) -> Figures:
+def bench_loader(options: BenchOptions, config: Config, say: Say) -> Figures:
     """Measure samples per second from the cache to a step that only receives them."""
-    if asked.rate <= 0:
-        raise UserError(f"--rate is {asked.rate:g}; give the images a second of a step")
-    count = asked.steps or (8 if asked.small else 32)
-    batch = config.stage[0].batch if asked.config or asked.changed("batch") else 32
+    if options.rate <= 0:
+        raise UserError(f"--rate is {options.rate:g}; give the images a second of a step")
+    count = options.steps or (8 if options.small else 32)
+    batch = config.stage[0].batch if options.config or options.changed("batch") else 32
     passes = []
-    with _loader(config, batch, asked) as loader:
+    with _loader(config, batch, options) as loader:
         for p in range(4):
             with loader.stream(p * count * batch, (p + 1) * count * batch, batch) as stream:
                 passes.append(count * batch / counters.seconds(lambda: list(stream), torch.device("cpu")))
         row_bytes = loader.cache.get([0])["latents"].nbytes
         samples = len(loader.cache)
     # The first pass may read from the disk; later passes find the data in memory.
-    table = [["", "samples/s", "MB/s", "ms a batch", f"of a step at {asked.rate:g} img/s"]]
+    table = [["", "samples/s", "MB/s", "ms a batch", f"of a step at {options.rate:g} img/s"]]
     rows = []
     for name, speed in (("first pass", passes[0]), ("later", statistics.median(passes[1:]))):
-        row = {"name": name, "samples_per_s": speed, "mb_per_s": speed * row_bytes / 1e6, "share_of_step": asked.rate / speed}
+        row = {"name": name, "samples_per_s": speed, "mb_per_s": speed * row_bytes / 1e6, "share_of_step": options.rate / speed}
         figures = [f"{speed:.4g}", f"{row['mb_per_s']:.3g}", f"{batch / speed * 1e3:.3g}", f"{row['share_of_step']:.1%}"]
         rows.append(row)
         table.append([name, *figures])
-    options.say_table(table, say)
+    say_table(table, say)
     say(f"{samples} samples of {row_bytes} bytes, batch {batch}; made ahead of the step, which waits only above 100 %")
     settings = {"batch": batch, "batches": count, "samples": samples, "sample_bytes": row_bytes, "passes": passes}
     return torch.device("cpu"), {"settings": settings, "results": rows, "misses": []}
 
 
 @contextmanager
-def _loader(config: Config, batch: int, asked: BenchOptions) -> Iterator[Loader]:
+def _loader(config: Config, batch: int, options: BenchOptions) -> Iterator[Loader]:
     """Yield the config's loader, or one over a temporary cache."""
     stage, model = config.stage[0].model_copy(update={"batch": batch}), config.model
     with ExitStack() as stack:
-        if asked.config:
+        if options.config:
             text, vae = load_text(model, locate(model.base, "model.base", model.revision)), load_vae(model)
             cache = LatentCache.open(config.cache.dir, view_name(config, vae.hash))
             loader = Loader(cache, text.tokenize, config.seed, stage, data=config.data)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastsd-bench-")))
             side = config.data.resolution // 8
-            cache = made_cache(folder, 256 if asked.small else 8192, (4, side, side))
+            cache = made_cache(folder, 256 if options.small else 8192, (4, side, side))
             loader = Loader(cache, _demo_tokenizer(), 0, stage)
         stack.callback(cache.close)
         yield loader
@@ -139,16 +137,16 @@ def freeze_made(folder: Path, shape: tuple[int, int, int], arrays: dict[str, np.
     freeze(folder, "made", arrays, shards, [Group(shape, 0, 0, samples)], meta)
 
 
-def bench_cache(asked: BenchOptions, config: Config, say: Say) -> Figures:
+def bench_cache(options: BenchOptions, config: Config, say: Say) -> Figures:
     """Measure images per second from JPEG files to latents, by pipeline step, and the VAE's encoder in turn with diffusers'."""
     device = choose_device(config.device)
     ops = choose_ops(config.kernels, device)
     set_precision(config.cache.precision)
-    vae = load_vae(config.model, ops=ops) if asked.config else _made_vae(asked.small, ops)
+    vae = load_vae(config.model, ops=ops) if options.config else _made_vae(options.small, ops)
     vae.to(device, COMPUTE_DTYPE[config.cache.precision])
     gpu = device.type == "cuda"
-    count = (asked.steps or 1) * (8 if asked.small or not gpu else 512)
-    batch = config.cache.batch if gpu or asked.small or asked.config else 1
+    count = (options.steps or 1) * (8 if options.small or not gpu else 512)
+    batch = config.cache.batch if gpu or options.small or options.config else 1
     size = config.data.resolution
     say(f"{counters.device_name(device)}, kernels {ops.name}, {config.cache.precision}, {size} px, batch {batch}")
     with tempfile.TemporaryDirectory(prefix="fastsd-bench-") as folder:
@@ -167,7 +165,7 @@ def bench_cache(asked: BenchOptions, config: Config, say: Say) -> Figures:
     rows: list[dict[str, Any]] = [{"name": stage, "img_per_s": rate} for stage, rate in counts.rates.items()]
     rows += [{"name": f"encoder, {name}", "img_per_s": batch / seconds} for name, seconds in times.items()]
     ratio = times["diffusers"] / times["fastsd"]
-    options.say_table([["", "img/s"]] + [[row["name"], f"{row['img_per_s']:.4g}"] for row in rows], say)
+    say_table([["", "img/s"]] + [[row["name"], f"{row['img_per_s']:.4g}"] for row in rows], say)
     width, height = _PICTURE
     say(
         f"{count} JPEG files of {width} x {height}; above, the stages of a whole run, each by itself; below, the encoder in "

@@ -72,34 +72,34 @@ class BenchTarget:
             return [tensor.numel() for tensor in diffusers_state_dict(UNet(self.cfg)).values()]
 
 
-def bench_config(asked: BenchOptions) -> Config:
+def bench_config(options: BenchOptions) -> Config:
     """Load the named config, or one for random weights, with the changes of the command line. Raises UserError."""
-    if asked.config:
-        return load_config(asked.config, asked.changes, asked.precision)
-    gpu = choose_device(asked.changed("device") or "auto").type == "cuda"
+    if options.config:
+        return load_config(options.config, options.changes, options.precision)
+    gpu = choose_device(options.changed("device") or "auto").type == "cuda"
     # D-Lion's state for two candidates would not fit into the main memory of an ordinary machine.
-    optimizer = asked.changed("optimizer") or ("dlion" if gpu or asked.small else "lion")
+    optimizer = options.changed("optimizer") or ("dlion" if gpu or options.small else "lion")
     text = MADE.format(
-        size=64 if asked.small else 512, batch=2 if asked.small else 1, optimizer=optimizer,
+        size=64 if options.small else 512, batch=2 if options.small else 1, optimizer=optimizer,
         lr=1.0 if optimizer == "dlion" else 1e-6,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.toml"
         path.write_text(text, encoding="utf-8")
         try:
-            return load_config(path, asked.changes, asked.precision)
+            return load_config(path, options.changes, options.precision)
         except UserError as error:
             raise UserError(str(error).replace(str(path), "bench")) from None
 
 
-def bench_target(asked: BenchOptions) -> BenchTarget:
+def bench_target(options: BenchOptions) -> BenchTarget:
     """Determine the subject of a measurement, without loading weights. Raises UserError."""
-    config = bench_config(asked)
+    config = bench_config(options)
     device = choose_device(config.device)
-    if asked.config:
+    if options.config:
         shapes, _ = read_shapes(config.model)
     else:
-        shapes = Shapes(baselines.SMALL if asked.small else UNetConfig.sd15(), SD15_TEXT, SD15_VAE)
+        shapes = Shapes(baselines.SMALL if options.small else UNetConfig.sd15(), SD15_TEXT, SD15_VAE)
     side = shapes.side(config.data.resolution)
     ops, free = choose_ops(config.kernels, device), counters.free_bytes(device)
     return BenchTarget(config, config.stage[0], device, ops, shapes.unet, side, free)

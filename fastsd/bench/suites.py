@@ -32,8 +32,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastsd.bench import baselines, counters, data, options, timing
-from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, Say, bench_config, bench_target
+from fastsd.bench import baselines, counters, data, timing
+from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, Say, bench_config, bench_target, say_table
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.unet import UNet
@@ -88,14 +88,14 @@ def _parsed(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     return benchmark or "step", config, arguments
 
 
-def bench_step(asked: BenchOptions, say: Say) -> Figures:
+def bench_step(options: BenchOptions, say: Say) -> Figures:
     """Time whole steps of ours and of the baselines, in turn."""
-    target, misses = bench_target(asked), list[str]()
+    target, misses = bench_target(options), list[str]()
     if target.stage.train != ["unet"]:
         problem = f"stage.0.train is {target.stage.train}"
         raise UserError(f'{problem}, and bench step compares training of the UNet; add stage.0.train=["unet"]')
-    names = _fitting(asked, target, misses)
-    stage, work = target.stage, _work(asked, target, misses)
+    names = _fitting(options, target, misses)
+    stage, work = target.stage, _work(options, target, misses)
     switches = set_precision(stage.precision, work.model.unet, target.config.deterministic)
     graph = "CUDA graph" if work.graph else "no graph"
     say(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
@@ -107,9 +107,9 @@ def bench_step(asked: BenchOptions, say: Say) -> Figures:
         if row:
             rows.append(row)
             turns[contender.name] = contender.step, contender.turn
-    count = asked.steps or (20 if target.device.type == "cuda" else 5)
+    count = options.steps or (20 if target.device.type == "cuda" else 5)
     order = timing.in_turns(turns, count, target.device)
-    rate = counters.matmul_rate(target.device, stage.precision, asked.small)
+    rate = counters.matmul_rate(target.device, stage.precision, options.small)
     flops = 3 * stage.batch * counters.forward_flops(target.cfg, target.side)
     for row in rows:
         counters.put_times(row, order, rows[0])
@@ -122,7 +122,7 @@ def bench_step(asked: BenchOptions, say: Say) -> Figures:
         usage = ["-"] * 3 if opaque else [f"{row['peak_gb']:.3g}", str(row["launches"]), str(sum(row["host_waits"].values()))]
         speed = [f"{row['img_per_s']:.3g}", counters.milliseconds(row), f"{row['tflop_per_s']:.3g}", f"{row['mfu']:.0%}"]
         table.append([row["name"], *speed, *usage, f"{row['times']:.2f}x"])
-    options.say_table(table, say)
+    say_table(table, say)
     say(f"a matmul: {rate / 1e12:.3g} TFLOP/s; a step: {flops / 1e12:.3g} TFLOP; text states are given to all")
     for row in rows[1:]:
         say(f"{row['name']}: {baselines.BASELINES[row['name']]}")
@@ -135,77 +135,86 @@ def bench_step(asked: BenchOptions, say: Say) -> Figures:
     }  # fmt: skip
 
 
-def _fitting(asked: BenchOptions, of: BenchTarget, misses: list[str]) -> list[str]:
+def _fitting(options: BenchOptions, target: BenchTarget, misses: list[str]) -> list[str]:
     """Return the baselines that fit, and choose a batch or micro-batch left open. Raises UserError if memory is short."""
-    names, parameters = _peer_names(asked, of, misses), sum(of.sizes)
+    names, parameters = _peer_names(options, target, misses), sum(target.sizes)
 
     def need() -> float:
-        return counters.peak_memory(counters.estimate_memory(of.cfg, parameters, of.stage, of.side, names, of.device))
+        return counters.peak_memory(
+            counters.estimate_memory(target.cfg, parameters, target.stage, target.side, names, target.device)
+        )
 
-    while asked.peers is None and len(names) > 1 and need() > of.free:
+    while options.peers is None and len(names) > 1 and need() > target.free:
         misses.append(f"left out: peer {names[-1]}, for memory is short; --peers {names[-1]} runs it alone")
         names.pop()
-    base_stage, choices = of.stage, list[dict[str, int]]()
+    base_stage, choices = target.stage, list[dict[str, int]]()
     if base_stage.micro_batch == "auto":
         choices = [{"micro_batch": images} for images in range(base_stage.batch, 0, -1) if base_stage.batch % images == 0]
-    elif of.device.type == "cuda" and not asked.config and not asked.changed("batch"):
+    elif target.device.type == "cuda" and not options.config and not options.changed("batch"):
         choices = [{"batch": images} for images in (32, 16, 8, 4, 2, 1)]
     for choice in choices:
-        of.stage = base_stage.model_copy(update=choice)
-        if need() <= of.free:
+        target.stage = base_stage.model_copy(update=choice)
+        if need() <= target.free:
             break
-    if need() > of.free:
-        estimates = counters.estimate_memory(of.cfg, parameters, of.stage, of.side, names, of.device)
+    if need() > target.free:
+        estimates = counters.estimate_memory(target.cfg, parameters, target.stage, target.side, names, target.device)
         parts = [f"{n.name} {n.held / 1e9:.1f}" for n in estimates] + [f"a step {max(n.rise for n in estimates) / 1e9:.1f}"]
         raise UserError(
-            f"bench step needs {need() / 1e9:.1f} GB ({', '.join(parts)}, libraries 0.5) and {of.free / 1e9:.1f} GB are "
+            f"bench step needs {need() / 1e9:.1f} GB ({', '.join(parts)}, libraries 0.5) and {target.free / 1e9:.1f} GB are "
             "free; use --optimizer lion, fewer --peers, a smaller --batch or --size, or --small"
         )
     return names
 
 
-def _peer_names(asked: BenchOptions, of: BenchTarget, misses: list[str]) -> list[str]:
+def _peer_names(options: BenchOptions, target: BenchTarget, misses: list[str]) -> list[str]:
     """Return the named baselines, or the usual ones that are installed. Raises UserError if a named one is unavailable."""
-    if asked.peers is not None:
-        names = [] if asked.peers == "none" else asked.peers.split(",")
+    if options.peers is not None:
+        names = [] if options.peers == "none" else options.peers.split(",")
         for name in names:
             if name not in baselines.BASELINES:
                 raise UserError(f"--peers names {name!r}; choose from {', '.join(baselines.BASELINES)}, or none")
             baselines.require(name)
         return names
-    same = baselines.SAME_OPTIMIZER[of.stage.optimizer]
+    same = baselines.SAME_OPTIMIZER[target.stage.optimizer]
     # Compiling for a CPU takes minutes, and at full size memory suffices for only one baseline.
     usual = (
-        ["diffusers", "compiled", "dadaptation"] if of.device.type == "cuda" else ["diffusers", same] if asked.small else [same]
+        ["diffusers", "compiled", "dadaptation"]
+        if target.device.type == "cuda"
+        else ["diffusers", same]
+        if options.small
+        else [same]
     )
     return [name for name in dict.fromkeys(usual) if baselines.attempt(name, misses, partial(baselines.require, name))]
 
 
-def _work(asked: BenchOptions, of: BenchTarget, misses: list[str]) -> baselines.BenchInputs:
+def _work(options: BenchOptions, target: BenchTarget, misses: list[str]) -> baselines.BenchInputs:
     """Load the model onto its device, with batches from the config's cache, or generated ones if no cache is usable."""
-    stage = of.stage
-    if asked.config:
-        model = load_to_train(of.config.model, of.ops)
+    stage = target.stage
+    if options.config:
+        model = load_to_train(target.config.model, target.ops)
         try:
-            batches = baselines.cached_batches(of.config, model, of.device)
+            batches = baselines.cached_batches(target.config, model, target.device)
         except UserError as error:
             misses.append(f"latents and text states are made here: {error}")
-            model.text = baselines.made_states(of.cfg, model.text.length)
-            batches = baselines.made_batches(of.cfg.in_channels, of.side, stage.batch)
+            model.text = baselines.made_states(target.cfg, model.text.length)
+            batches = baselines.made_batches(target.cfg.in_channels, target.side, stage.batch)
     else:
-        model, batches = baselines.made_model(of.cfg, of.ops), baselines.made_batches(of.cfg.in_channels, of.side, stage.batch)
-    model.unet.to(of.device)
-    model.text.module.to(of.device)
+        model, batches = (
+            baselines.made_model(target.cfg, target.ops),
+            baselines.made_batches(target.cfg.in_channels, target.side, stage.batch),
+        )
+    model.unet.to(target.device)
+    model.text.module.to(target.device)
     model.unet.checkpointing = stage.checkpointing
     return baselines.BenchInputs(
-        model, stage, batches, of.device, of.config.seed, of.config.cuda_graph and of.device.type == "cuda"
+        model, stage, batches, target.device, target.config.seed, target.config.cuda_graph and target.device.type == "cuda"
     )
 
 
-def bench_memory(asked: BenchOptions, say: Say) -> Figures:
+def bench_memory(options: BenchOptions, say: Say) -> Figures:
     """Measure bytes saved for backward by checkpointing level, ours and diffusers', with weights in the compute dtype."""
-    target = bench_target(asked)
-    dtype, images = COMPUTE_DTYPE[target.stage.precision], target.stage.micro if asked.changed("batch") else 1
+    target = bench_target(options)
+    dtype, images = COMPUTE_DTYPE[target.stage.precision], target.stage.micro if options.changed("batch") else 1
     # Two models, the gradients of one, and the bytes diffusers' UNet saves for backward.
     need = 12 * sum(target.sizes) + images * 2e9 * (target.side / 64) ** 2 * target.cfg.block_out_channels[0] / 320
     if need > target.free:
@@ -238,19 +247,21 @@ def bench_memory(asked: BenchOptions, say: Say) -> Figures:
         figures = [f"{row['kept_mb']:.4g}", f"{row['share']:.2f}x", f"{row['peak_mb']:.4g}"]
         table.append([row["name"], row["checkpointing"], *figures])
     say(f"{target.config.data.resolution} px, {images} a forward, {target.stage.precision}, kernels {target.ops.name}")
-    options.say_table(table, say)
+    say_table(table, say)
     setup = {"precision": target.stage.precision, "resolution": target.config.data.resolution, "images": images,
              "kernels": target.ops.name}  # fmt: skip
     return target.device, {"settings": setup, "results": rows, "misses": []}
 
 
-def bench_optim(asked: BenchOptions, say: Say) -> Figures:
+def bench_optim(options: BenchOptions, say: Say) -> Figures:
     """Time one step of each optimizer, ours and baselines in turn, over the UNet's tensors or an even choice of them."""
-    target = bench_target(asked)
-    chosen, halves = asked.changed("optimizer"), target.stage.precision == "bf16"
-    families = [target.stage.optimizer] if chosen or asked.config else list(baselines.MOVED)
+    target = bench_target(options)
+    chosen, halves = options.changed("optimizer"), target.stage.precision == "bf16"
+    families = [target.stage.optimizer] if chosen or options.config else list(baselines.MOVED)
     bytes_each = max(baselines.optimizer_bytes(family, halves) for family in families)
-    fraction = asked.fraction if asked.fraction is not None else min(1.0, 0.7 * target.free / (bytes_each * sum(target.sizes)))
+    fraction = (
+        options.fraction if options.fraction is not None else min(1.0, 0.7 * target.free / (bytes_each * sum(target.sizes)))
+    )
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction is {fraction:g}; give the share of the UNet's tensors to use, above 0 and at most 1")
     sizes = baselines.even_choice(target.sizes, fraction)
@@ -258,7 +269,7 @@ def bench_optim(asked: BenchOptions, say: Say) -> Figures:
         amounts = f"{bytes_each * sum(sizes) / 1e9:.1f} GB and {target.free / 1e9:.1f} GB are free"
         raise UserError(f"bench optim needs {amounts}; use a smaller --fraction, or one --optimizer")
     arenas = baselines.made_arenas(sizes, target.device)
-    copy_rate, count = counters.copy_rate(target.device, asked.small), asked.steps or 7
+    copy_rate, count = counters.copy_rate(target.device, options.small), options.steps or 7
     say(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, a copy: {copy_rate / 1e9:.3g} GB/s")
     say(f"{len(sizes)} of {len(target.sizes)} tensors, {sum(sizes):,} numbers")
     rows, order, misses = list[dict[str, Any]](), list[str](), list[str]()
@@ -282,7 +293,7 @@ def bench_optim(asked: BenchOptions, say: Say) -> Figures:
         figures = [counters.milliseconds(row), f"{row['gb_per_s']:.3g}", f"{row['share_of_copy']:.0%}"]
         figures += [str(sum(row["host_waits"].values())), f"{row['times']:.2f}x"]
         table.append([row["optimizer"], row["name"], *figures])
-    options.say_table(table, say)
+    say_table(table, say)
     setup = {"fraction": fraction, "tensors": len(sizes), "numbers": sum(sizes), "rounds": count, "kernels": target.ops.name}
     return target.device, {
         "settings": {**setup, "precision": target.stage.precision}, "copy_gb_per_s": copy_rate / 1e9, "results": rows,
@@ -290,7 +301,7 @@ def bench_optim(asked: BenchOptions, say: Say) -> Figures:
     }  # fmt: skip
 
 
-def run_suites(asked: BenchOptions, say: Say) -> Figures:
+def run_suites(options: BenchOptions, say: Say) -> Figures:
     """Run the kernels' suites of a source tree with pytest. Raises UserError if there is no source or a suite fails."""
     if not (SUITES / "conftest.py").is_file():
         raise UserError("the kernels' suites come with the source only; clone it and run `fastsd bench kernels` there")
@@ -298,7 +309,7 @@ def run_suites(asked: BenchOptions, say: Say) -> Figures:
         raise UserError("pytest-benchmark is not installed; pip install pytest-benchmark")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
-        quick = ["--quick"] if asked.small else []
+        quick = ["--quick"] if options.small else []
         command = [sys.executable, "-m", "pytest", str(SUITES), "--benchmark-json", str(file), *quick]
         status = subprocess.run(command, cwd=SUITES.parent).returncode
         if status:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsd.bench.baselines import Candidate
 from fastsd.bench.counters import host_waits, rise, seconds
 from fastsd.train.graph import WARM_UP
-
-if TYPE_CHECKING:
-    from fastsd.bench.baselines import Candidate
 
 TimedCall = tuple[Callable[[], object], Callable[[], AbstractContextManager[None]]]
 

@@ -40,12 +40,12 @@ def check(config: Config, console: Console | None = None) -> None:
     console = console or Console()
     problems: list[str] = []
 
-    def attempt(what: str, look: Callable[[], str]) -> None:
+    def attempt(title: str, look: Callable[[], str]) -> None:
         try:
-            print_line(console, f"ok    {what}: {look()}")
+            print_line(console, f"ok    {title}: {look()}")
         except UserError as error:
             problems.extend(str(error).split("\n"))
-            print_line(console, f"wrong {what}")
+            print_line(console, f"wrong {title}")
 
     models: list[Model] = []
     epoch: list[int] = []

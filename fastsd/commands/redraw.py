@@ -144,22 +144,22 @@ def _said(table: ModelTable, config: Config, latents: LatentCache, start: int | 
     }  # fmt: skip
 
 
-def _claim(out: Path, said: dict[str, Any]) -> None:
+def _claim(out: Path, record: dict[str, Any]) -> None:
     """Record in `out` what it will contain. Raises UserError if it already contains something else."""
     path = out / SAID
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(not name.startswith(TEMPORARY) for name in os.listdir(out))):
             raise UserError(f"OUT is {str(out)!r}, which exists and is nothing that redraw has made; name a new folder")
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(said, indent=2) + "\n")
+        replace_file(path, json.dumps(record, indent=2) + "\n")
         return
     try:
         existing = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise UserError(f"{path} cannot be read, so what OUT was made with is unknown; name a new folder") from None
-    keys = [key for key in sorted(said.keys() | existing.keys()) if existing.get(key) != said.get(key)]
+    keys = [key for key in sorted(record.keys() | existing.keys()) if existing.get(key) != record.get(key)]
     if keys:
-        differences = ", ".join(f"{key} {existing.get(key)!r} (now {said.get(key)!r})" for key in keys)
+        differences = ", ".join(f"{key} {existing.get(key)!r} (now {record.get(key)!r})" for key in keys)
         raise UserError(f"OUT {out} was made with {differences}; name another folder")
 
 
@@ -182,11 +182,11 @@ class _Work:
     model: Model | None
     start: int | None
 
-    def make(self, out: Path, batches: Iterator[np.ndarray], wanted: int, report: ProgressCallback) -> int:
-        """Draw those of the first `wanted` images that do not exist yet, and return how many were drawn."""
+    def make(self, out: Path, batches: Iterator[np.ndarray], limit: int, report: ProgressCallback) -> int:
+        """Draw those of the first `limit` images that do not exist yet, and return how many were drawn."""
         start_time, done, num_drawn = time.perf_counter(), 0, 0
         for numbers_B in batches:
-            names = [f"{number:08d}" for number in numbers_B[: wanted - done].tolist()]
+            names = [f"{number:08d}" for number in numbers_B[: limit - done].tolist()]
             missing = {name for name in names if not all((out / f"{name}{ending}").exists() for ending in (".txt", ".png"))}
             done += len(names)
             if missing:
@@ -198,8 +198,8 @@ class _Work:
                         _write(out / f"{name}.png", png.getvalue())
                 flush_folder(out)
                 num_drawn += len(missing)
-                report(CacheProgress("redraw", done, wanted, num_drawn / (time.perf_counter() - start_time)))
-            if done == wanted:
+                report(CacheProgress("redraw", done, limit, num_drawn / (time.perf_counter() - start_time)))
+            if done == limit:
                 break
         return num_drawn
 

@@ -123,15 +123,16 @@ def swap_vae(
     return record
 
 
-def _told(said: Mapping[str, Any]) -> str:
+def _told(report: Mapping[str, Any]) -> str:
     """Describe for the model card how the model was made."""
     vae_only = "Only its VAE was replaced; it has to be trained before its pictures are right."
-    if "fits" not in said:
+    if "fits" not in report:
         return vae_only
-    losses = {name: f"{row['loss']:.4f} ± {row['se']:.4f}" for name, row in said["fits"].items()}
-    mapping = f"Its first and last convolution were mapped to the new latents ({said['fit']} fit, {said['fitted']} images)."
+    losses = {name: f"{row['loss']:.4f} ± {row['se']:.4f}" for name, row in report["fits"].items()}
+    mapping = f"Its first and last convolution were mapped to the new latents ({report['fit']} fit, {report['fitted']} images)."
     return (
-        f"Nothing was trained. {mapping if said['fit'] != 'plain' else vae_only} Loss before training: {losses[said['fit']]}, "
+        f"Nothing was trained. {mapping if report['fit'] != 'plain' else vae_only} "
+        f"Loss before training: {losses[report['fit']]}, "
         f"with the VAE replaced and nothing mapped {losses['plain']}, the base with its own VAE {losses['own']}."
     )
 
@@ -144,21 +145,21 @@ def _images(folder: Path) -> list[DataSource]:
         raise UserError(str(error).replace("data.folders", "--images")) from None
 
 
-def _check(own: Vae, new: Vae, name: str, *, aligning: bool) -> None:
+def _check(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
     """Raise UserError if the VAE is the base's own, or if its latents need no alignment or cannot be aligned."""
 
     def latents(vae: Vae) -> tuple[Any, ...]:
         return vae.hash, vae.scaling_factor, vae.shift_factor
 
-    if latents(own) == latents(new):
-        state, new_state = own.module.state_dict(), new.module.state_dict()
+    if latents(base) == latents(new):
+        state, new_state = base.module.state_dict(), new.module.state_dict()
         if state.keys() == new_state.keys() and all(torch.equal(tensor, new_state[key]) for key, tensor in state.items()):
             raise UserError(f"VAE {name} is the base's own; name another one")
         if aligning:
             raise UserError(f"VAE {name} has the latents of the base's own and only decodes otherwise; leave out --images")
-    if aligning and own.downscale != new.downscale:
+    if aligning and base.downscale != new.downscale:
         raise UserError(
-            f"VAE {name} makes latents {new.downscale} times smaller than images and the base's own {own.downscale} times, so "
+            f"VAE {name} makes latents {new.downscale} times smaller than images and the base's own {base.downscale} times, so "
             "their positions do not correspond; leave out --images, and train"
         )
 
@@ -205,7 +206,7 @@ class _Pairs:
 
 @torch.no_grad()
 def _encoded(
-    model: Model, new: Vae, found: Sequence[DataSource], limit: int, seed: int, resolution: int, report: ProgressCallback
+    model: Model, new: Vae, sources: Sequence[DataSource], limit: int, seed: int, resolution: int, report: ProgressCallback
 ) -> _Pairs:  # fmt: skip
     """Encode images and captions. Raises UserError for a resolution that the model cannot have, or too few images."""
     device, base, start_time = new.device, model.vae, time.perf_counter()
@@ -217,11 +218,11 @@ def _encoded(
         raise UserError(f"--resolution is {resolution}, no multiple of {step}, which this base needs; use {near}")
     buckets, put_aside = Buckets(resolution, None), Counter[str]()
     rows: list[tuple[Tensor, ...]] = []
-    for number in permutation(seed, Purpose.ALIGNMENT, _WHICH, len(found)):
+    for number in permutation(seed, Purpose.ALIGNMENT, _WHICH, len(sources)):
         if len(rows) == limit:
             break
         try:
-            pixels, caption = _read(found[number], buckets)
+            pixels, caption = _read(sources[number], buckets)
             image = pixels.to(device)[None].float() / 127.5 - 1
             x, y = (vae.scale(vae.encode(image)).cpu() for vae in (base, new))
             if not (x.isfinite().all() and y.isfinite().all()):
@@ -231,7 +232,7 @@ def _encoded(
             continue
         text_embeds = model.text.encode(model.text.tokenize([caption]).to(device)).cpu()
         rows.append((number[None], x, y, text_embeds))
-        report(CacheProgress("encode", len(rows), min(limit, len(found)), len(rows) / (time.perf_counter() - start_time)))
+        report(CacheProgress("encode", len(rows), min(limit, len(sources)), len(rows) / (time.perf_counter() - start_time)))
     rejections = f"; put aside: {_reasons(put_aside)}" if put_aside else ""
     if len(rows) < FEWEST:
         raise UserError(f"--images has {len(rows)} that can be used, and a fit needs {FEWEST} or more; add some{rejections}")
@@ -345,12 +346,12 @@ def _reasons(put_aside: Mapping[str, int]) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in Counter(put_aside).most_common(3))
 
 
-def _say_table(say: Callable[[str], None], said: dict[str, Any]) -> None:
-    images = f"images of {said['images']} at {said['resolution']} px"
-    say(f"{said['fitted']} {images} to fit to, {said['measured']} others to measure")
-    if said["put_aside"]:
-        say(f"{sum(said['put_aside'].values())} put aside: {_reasons(said['put_aside'])}")
+def _say_table(say: Callable[[str], None], report: dict[str, Any]) -> None:
+    images = f"images of {report['images']} at {report['resolution']} px"
+    say(f"{report['fitted']} {images} to fit to, {report['measured']} others to measure")
+    if report["put_aside"]:
+        say(f"{sum(report['put_aside'].values())} put aside: {_reasons(report['put_aside'])}")
     say(f"{'fit':12}{'step-0 loss':20}R^2 of each channel")
-    for name, row in said["fits"].items():
+    for name, row in report["fits"].items():
         loss, r2 = f"{row['loss']:.4f} ± {row['se']:.4f}", " ".join(f"{share:.4f}" for share in row["r2"])
         say(f"{name:12}{loss:20}{r2 or 'the base with its own VAE'}")

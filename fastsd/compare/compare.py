@@ -154,9 +154,9 @@ class ComparisonReport:
         with Image.open(path) as image:
             self.sections.append(Section(title, note, page.picture(image, title, lossless=True)))
 
-    def _picture(self, name: str, image: Image.Image, said: str, caption: str | RunData = "") -> str:
+    def _picture(self, name: str, image: Image.Image, alt: str, caption: str | RunData = "") -> str:
         image.save(self.folder / f"{name}.png")
-        return page.picture(image, said, caption)
+        return page.picture(image, alt, caption)
 
 
 def _baseline(runs: Sequence[RunData], name: str) -> RunData:

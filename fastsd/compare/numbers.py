@@ -194,9 +194,9 @@ def _speed(run: RunData) -> float:
     return float(np.median(rates)) if len(rates) else math.nan
 
 
-def called(which: tuple[str, str]) -> str:
+def called(pair: tuple[str, str]) -> str:
     """Return the display name of a validation, given as (set, weights)."""
-    name, weights = which
+    name, weights = pair
     return f"{name.replace('_', '-')}{'' if weights == 'raw' else f' {weights.upper()}'}"
 
 
@@ -204,16 +204,16 @@ def _measured(runs: Sequence[RunData]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(validation for run in runs for validation in run.measured()))
 
 
-def _last_validation(run: RunData, which: tuple[str, str]) -> str:
-    rows = run.validated(which)
+def _last_validation(run: RunData, pair: tuple[str, str]) -> str:
+    rows = run.validated(pair)
     return f"{rows[-1]['loss']:.5f} ± {rows[-1]['se']:.2g}" if rows else ABSENT
 
 
-def _validation_difference(run: RunData, baseline: RunData, which: tuple[str, str]) -> str:
-    rows = run.validated(which)
+def _validation_difference(run: RunData, baseline: RunData, pair: tuple[str, str]) -> str:
+    rows = run.validated(pair)
     if not rows:
         return ABSENT
-    row, baseline_row = rows[-1], baseline.validated(which)[-1]
+    row, baseline_row = rows[-1], baseline.validated(pair)[-1]
     error = math.hypot(row["se"], baseline_row["se"])
     if row.get("items") and row["items"] == baseline_row.get("items") and None not in row["each"] + baseline_row["each"]:
         image_differences = np.subtract(row["each"], baseline_row["each"])

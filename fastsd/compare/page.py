@@ -49,11 +49,11 @@ def table_section(table: Table) -> Section:
     return Section(table.title, table.note, body)
 
 
-def picture(image: Image.Image, said: str, caption: str | RunData = "", *, lossless: bool = False) -> str:
-    """Return the HTML of a picture with the alternative text `said`. `lossless` suits charts, lossy suits photographs."""
+def picture(image: Image.Image, alt: str, caption: str | RunData = "", *, lossless: bool = False) -> str:
+    """Return the HTML of a picture with the alternative text `alt`. `lossless` suits charts, lossy suits photographs."""
     text = f"<figcaption>{_word(caption)}</figcaption>" if caption else ""
     width = f' style="max-width:{image.width}px"' if not lossless else ""
-    return f'<figure>{text}<img src="{_uri(image, lossless)}" alt="{_safe(said)}"{width}></figure>\n'
+    return f'<figure>{text}<img src="{_uri(image, lossless)}" alt="{_safe(alt)}"{width}></figure>\n'
 
 
 def film(films: Sequence[tuple[RunData, Frames]]) -> str:

@@ -75,8 +75,8 @@ class RunData:
         pairs = {(row["set"], row["weights"]) for row in self.validation}
         return sorted(pairs, key=lambda pair: [order.index(word) if word in order else len(order) for word in pair])
 
-    def validated(self, which: tuple[str, str]) -> list[LogRow]:
-        return [row for row in self.validation if (row["set"], row["weights"]) == which]
+    def validated(self, pair: tuple[str, str]) -> list[LogRow]:
+        return [row for row in self.validation if (row["set"], row["weights"]) == pair]
 
 
 def _average(y: np.ndarray, half: int) -> np.ndarray:

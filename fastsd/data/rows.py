@@ -42,11 +42,11 @@ _READERS = 8  # more threads do not make cold reads faster
 _PER_READER = 32 if hasattr(os, "posix_fadvise") else 4
 
 
-def read_header(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, str], int]:
+def read_header(path: Path, file_format: str) -> tuple[dict[str, Any], dict[str, str], int]:
     """Read the header of a fastsd file: (tensors, metadata, offset of the data).
 
     Raises:
-        UserError: the file is not a complete file of the `wanted` format.
+        UserError: the file is not a complete file of `file_format`.
     """
     try:
         with path.open("rb") as file:
@@ -54,7 +54,7 @@ def read_header(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, str]
             entries = json.loads(file.read(length)) if length <= 1 << 30 else {}
         metadata = entries.pop("__metadata__")
         end = max(entry["data_offsets"][1] for entry in entries.values())
-        if metadata["fastsd"] != wanted:
+        if metadata["fastsd"] != file_format:
             raise ValueError(f"it is {metadata['fastsd']}")
         if path.stat().st_size != 8 + length + end:
             raise ValueError("cut short")
@@ -63,12 +63,12 @@ def read_header(path: Path, wanted: str) -> tuple[dict[str, Any], dict[str, str]
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise damaged(path, f"is no whole {wanted} file ({error})") from None
+        raise damaged(path, f"is no whole {file_format} file ({error})") from None
     return entries, metadata, 8 + length
 
 
-def damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} {what}; run `fastsd cache CONFIG` again, it makes what is missing")
+def damaged(path: Path, problem: str) -> UserError:
+    return UserError(f"{path} {problem}; run `fastsd cache CONFIG` again, it makes what is missing")
 
 
 def row_check(data: Any) -> int:
@@ -86,9 +86,9 @@ class Frozen:
     """
 
     def __init__(
-        self, path: Path, wanted: str, kinds: Mapping[str, type[np.generic]], more: Mapping[str, type[np.generic]] = {}
+        self, path: Path, file_format: str, kinds: Mapping[str, type[np.generic]], more: Mapping[str, type[np.generic]] = {}
     ):
-        tensors, self.metadata, start = read_header(path, wanted)
+        tensors, self.metadata, start = read_header(path, file_format)
         self._path = path
         self._file = path.open("rb", buffering=0)  # closed with the last reference
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -101,7 +101,7 @@ class Frozen:
                 self.arrays[name] = np.asarray(mapped[start + first : start + last]).view(kind)
                 self._starts[name] = start + first
         except (ValueError, LookupError, TypeError) as error:
-            raise damaged(path, f"is no whole {wanted} file ({error})") from None
+            raise damaged(path, f"is no whole {file_format} file ({error})") from None
 
     def take(self, name: str, index_B: np.ndarray) -> np.ndarray:
         """Return entries of a tensor.
@@ -189,9 +189,9 @@ class Sealed(Frozen):
         return digests
 
     @classmethod
-    def write(cls, path: Path, arrays: dict[str, np.ndarray], said: dict[str, str], **more: str) -> None:
-        """Write a file atomically. Its sha256 covers the metadata in `said` but not the metadata in `more`."""
-        metadata = {"fastsd": cls.FORMAT, **more, **cls.hashes(arrays, said), **said}
+    def write(cls, path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str], **more: str) -> None:
+        """Write a file atomically. Its sha256 covers the metadata in `metadata` but not the metadata in `more`."""
+        metadata = {"fastsd": cls.FORMAT, **more, **cls.hashes(arrays, metadata), **metadata}
         temporary = path.with_name(f".{path.name}")
         names = [*cls.TENSORS, *(name for name in cls.MORE if name in arrays)]
         write_safetensors(temporary, {name: torch.from_numpy(np.require(arrays[name], None, "W")) for name in names}, metadata)

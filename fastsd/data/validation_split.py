@@ -76,15 +76,15 @@ def _keys(cache: LatentCache, table: ValidateTable) -> np.ndarray:
     return np.concatenate(keys)
 
 
-def _check_room(wanted: dict[str, int], pictures: int) -> None:
-    half, left = pictures // 2, pictures - wanted["held_out"]
-    if wanted["held_out"] > half:
+def _check_room(sizes: dict[str, int], pictures: int) -> None:
+    half, left = pictures // 2, pictures - sizes["held_out"]
+    if sizes["held_out"] > half:
         raise UserError(
-            f"validate.held_out is {wanted['held_out']} and there are {pictures} different images to choose from, of which no "
+            f"validate.held_out is {sizes['held_out']} and there are {pictures} different images to choose from, of which no "
             f"more than half may be held out; lower it to {half} or below"
         )
-    if wanted["stabilised"] > left:
+    if sizes["stabilised"] > left:
         raise UserError(
-            f"validate.stabilised is {wanted['stabilised']} and {left} different images are trained on; lower it to {left} or "
+            f"validate.stabilised is {sizes['stabilised']} and {left} different images are trained on; lower it to {left} or "
             "below"
         )

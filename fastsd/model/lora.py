@@ -163,17 +163,17 @@ def _targets(model: Model, part: str, table: LoraTable) -> tuple[dict[str, Targe
     return targets, matched_patterns
 
 
-def _check_targets(table: LoraTable, found: Mapping[str, tuple[dict[str, Target], set[str]]]) -> None:
+def _check_targets(table: LoraTable, targets_by_component: Mapping[str, tuple[dict[str, Target], set[str]]]) -> None:
     """Raise UserError for a target that matches no layer, and for a component without any matching layer."""
-    labels = {component: f"the {component.replace('_', ' ')}" for component in found}
+    labels = {component: f"the {component.replace('_', ' ')}" for component in targets_by_component}
     for pattern in table.targets:
-        if not any(pattern in matched_patterns for _, matched_patterns in found.values()):
+        if not any(pattern in matched_patterns for _, matched_patterns in targets_by_component.values()):
             convolutions = "" if table.conv else ", or set model.lora.conv if it means 3x3 convolutions"
             raise UserError(
                 f"model.lora.targets has {pattern!r}, which no linear layer of {' or '.join(labels.values())} is; give groups, "
                 f'for example "attention", or names of layers as diffusers has them, "to_q"{convolutions}'
             )
-    for component, (targets, _) in found.items():
+    for component, (targets, _) in targets_by_component.items():
         if not targets:
             raise UserError(
                 f"model.lora.targets: no layer of {labels[component]} is one of {', '.join(table.targets)}; add one that is, "

@@ -52,11 +52,11 @@ def matches(part: str, pattern: str, name: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
-def selected(model: Model, entries: Iterable[str], where: str) -> dict[str, set[str]]:
+def selected(model: Model, entries: Iterable[str], context: str) -> dict[str, set[str]]:
     """Return the parameters that entries select: component -> parameter names in its module. Omits components without any.
 
     Args:
-        where: the origin of the entries, for error messages, for example "stage 'unet': train".
+        context: the origin of the entries, for error messages, for example "stage 'unet': train".
 
     Raises:
         UserError: an entry selects nothing, only layers that `clip_skip` leaves out, or only a part of a fused weight.
@@ -68,11 +68,11 @@ def selected(model: Model, entries: Iterable[str], where: str) -> dict[str, set[
             for lora_component in COMPONENTS:
                 selection[lora_component] |= {name for name in model.trainable(lora_component) if ADAPTER in name}
         else:
-            selection[component] |= _of_part(model, component, pattern, f"{where} names {entry!r}")
+            selection[component] |= _of_part(model, component, pattern, f"{context} names {entry!r}")
     return {component: names for component, names in selection.items() if names}
 
 
-def _of_part(model: Model, part: str, pattern: str, said: str) -> set[str]:
+def _of_part(model: Model, part: str, pattern: str, context: str) -> set[str]:
     usable = {name for name in model.trainable(part) if ADAPTER not in name}
     if not pattern:
         return usable
@@ -84,15 +84,15 @@ def _of_part(model: Model, part: str, pattern: str, said: str) -> set[str]:
         hits = [matches(part, pattern, piece) for piece in pieces]
         if any(hits) and not all(hits):
             layers = " and ".join(piece.split(".")[-2] for piece in pieces)
-            raise UserError(f"{said}, and {layers} are one matrix here; name them together, or the group unet.attention")
+            raise UserError(f"{context}, and {layers} are one matrix here; name them together, or the group unet.attention")
         if any(hits):
             names.add(name)
     if not names:
         groups = ", ".join(f"{part}.{group}" for group in GROUPS[part])
-        raise UserError(f"{said}, which is no parameter of it; groups are {groups}; names are those of diffusers")
+        raise UserError(f"{context}, which is no parameter of it; groups are {groups}; names are those of diffusers")
     if not names & usable:
         raise UserError(
-            f"{said}, which model.clip_skip {model.text.clip_skip} leaves out; lower clip_skip, or name other layers"
+            f"{context}, which model.clip_skip {model.text.clip_skip} leaves out; lower clip_skip, or name other layers"
         )
     return names & usable
 
@@ -109,7 +109,7 @@ def parameter_count(model: Model, names: Mapping[str, Iterable[str]]) -> int:
 
 
 @torch.no_grad()
-def reinitialise(model: Model, entries: Iterable[str], seed: int, where: str) -> int:
+def reinitialise(model: Model, entries: Iterable[str], seed: int, context: str) -> int:
     """Draw new values for selected parameters, as PyTorch initialises its layers. Returns how many numbers were drawn.
 
     Norms become 1 and their biases 0. Other weights and biases are uniform within 1 / sqrt(fan in). Embeddings are normal with
@@ -121,7 +121,7 @@ def reinitialise(model: Model, entries: Iterable[str], seed: int, where: str) ->
     Source: PyTorch's Linear and Conv2d (kaiming_uniform with a = sqrt(5)); CLIP's embeddings (Radford et al. 2021).
     """
     total = 0
-    for component, names in selected(model, entries, where).items():
+    for component, names in selected(model, entries, context).items():
         parameters = dict(model.part(component).named_parameters())
         for name in sorted(names):
             _draw(parameters, name, seed)

@@ -74,11 +74,11 @@ def load_diffusers_unet(unet: UNet, state_dict: Tensors, place: str = "unet") ->
 
 
 @torch.no_grad()
-def copy_tensors(targets: Mapping[str, Tensor], found: Tensors, place: str) -> None:
+def copy_tensors(targets: Mapping[str, Tensor], sources: Tensors, place: str) -> None:
     """Copy tensors into the targets of the same name, with the checks of `load_diffusers_unet`."""
-    check_names(targets, found, place)
+    check_names(targets, sources, place)
     for name, target in targets.items():
-        tensor = whole(found[name])
+        tensor = whole(sources[name])
         check_finite(name, tensor, place)
         target.copy_(tensor)
 
@@ -126,12 +126,12 @@ def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str,
 
 
 def check_names(
-    expected: Mapping[str, Tensor], found: Tensors, place: str,
+    expected: Mapping[str, Tensor], tensors: Tensors, place: str,
     advice: str = "give weights of the architecture its config describes",
 ) -> None:  # fmt: skip
-    """Raise UserError, naming the first offender, unless `found` has exactly the names and shapes of `expected`."""
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
+    """Raise UserError, naming the first offender, unless `tensors` has exactly the names and shapes of `expected`."""
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected]
     if missing or extra:
         names, word = (missing, "missing") if missing else (extra, "not part of this model")
         raise UserError(
@@ -139,8 +139,8 @@ def check_names(
             f"the first is {names[0]}; {advice}"
         )
     for name, target in expected.items():
-        if target.shape != found[name].shape:
-            raise UserError(f"{place}: {name} has shape {tuple(found[name].shape)}, expected {tuple(target.shape)}; {advice}")
+        if target.shape != tensors[name].shape:
+            raise UserError(f"{place}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}; {advice}")
 
 
 def classic_text_name(name: str) -> str:

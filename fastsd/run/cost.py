@@ -30,14 +30,15 @@ class Cost:
         self.path = Path(config.run) / "cost.json"
         self.sample_seconds: float | None = None
 
-    def note(self, here: RunProgress, **more: Any) -> None:
+    def note(self, progress: RunProgress, **more: Any) -> None:
         """Record the cost of the current stage so far, or `more` for the whole run. Raises OSError if the disk is full."""
         cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
         stage_cost = {
-            "name": self.config.stage_name(here.stage), "trained": self.trained[here.stage], "steps": here.stage_step,
-            "images": here.images - here.stage_images, "seconds": here.seconds, "memory_gb": memory_gb(self.device),
+            "name": self.config.stage_name(progress.stage), "trained": self.trained[progress.stage],
+            "steps": progress.stage_step, "images": progress.images - progress.stage_images,
+            "seconds": progress.seconds, "memory_gb": memory_gb(self.device),
         }  # fmt: skip
-        if here.stage_step and not more:
+        if progress.stage_step and not more:
             cost["stages"] = [stage for stage in cost["stages"] if stage["name"] != stage_cost["name"]] + [stage_cost]
         if self.sample_seconds:
             cost["sample_seconds"] = self.sample_seconds

@@ -63,11 +63,11 @@ class Evaluation:
             self.report.validation([{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows])
 
 
-def _beside_graphs(step: Step, what: str, report: TrainReport, work: Callable[[], Result]) -> Result:
+def _beside_graphs(step: Step, task: str, report: TrainReport, work: Callable[[], Result]) -> Result:
     """Run `work` while the step's CUDA graphs keep their memory. If memory runs out, free the graphs and run it again."""
     try:
         return work()
     except torch.OutOfMemoryError:
-        report.warn(f"no memory for {what} beside the CUDA graph: recording it again; cuda_graph = false avoids it")
+        report.warn(f"no memory for {task} beside the CUDA graph: recording it again; cuda_graph = false avoids it")
     step.clear_graphs()
     return work()

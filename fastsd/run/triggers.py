@@ -40,10 +40,10 @@ class Triggers:
     def _is(self, every: Interval) -> bool:
         return every.due(self.run.position.progress.stage_step, self.run.position.elapsed())
 
-    def _asked(self, what: str) -> bool:
+    def _asked(self, action: str) -> bool:
         """Return True if the user has put a file trigger.WHAT into the run's folder, and delete that file."""
         try:
-            (self.run.folder / f"trigger.{what}").unlink()
+            (self.run.folder / f"trigger.{action}").unlink()
         except OSError:  # missing, or not deletable: such a file would trigger every step
             return False
         return True

@@ -418,6 +418,6 @@ def _laid_out(p: Tensor) -> Tensor:
     return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
 
 
-def _require(owner: str, field: str, found: object, holds: bool, want: str) -> None:
+def _require(owner: str, field: str, value: object, holds: bool, want: str) -> None:
     if not holds:
-        raise ValueError(f"{owner}: {field} is {found}; give {want}")
+        raise ValueError(f"{owner}: {field} is {value}; give {want}")

@@ -344,11 +344,11 @@ def operands(
     return result
 
 
-def require_dtype(op: str, what: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+def require_dtype(op: str, role: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
     """Raise ValueError unless the tensor has one of the dtypes."""
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{op}: a {what} is {str(tensor.dtype).removeprefix('torch.')}; give {expected}")
+        raise ValueError(f"{op}: a {role} is {str(tensor.dtype).removeprefix('torch.')}; give {expected}")
 
 
 def dense(t: Tensor) -> bool:

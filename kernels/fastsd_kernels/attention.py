@@ -289,11 +289,11 @@ def attention_backward(
 
 
 def _key_gradients(
-    which: str, outs: list[Tensor], do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, precision: str
+    kernel: str, outs: list[Tensor], do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, precision: str
 ) -> None:
     """One launch for "dk", "dv" or "dkdv", into `outs`."""
     (B, N, H, D), L = q.shape, k.shape[1]
-    tile = choose_tile(which, D, L, q.dtype, precision, q.device)
+    tile = choose_tile(kernel, D, L, q.dtype, precision, q.device)
     key_tiles, row_tiles = triton.cdiv(L, tile.keys), triton.cdiv(N, tile.rows)
     # 512 programs fill a GPU. Fewer than 4 row tiles a part would spend more on its sums than it saves.
     parts = min(triton.cdiv(512, key_tiles * B * H), triton.cdiv(row_tiles, 4))
@@ -305,7 +305,7 @@ def _key_gradients(
     launch(
         _backward_kv, (key_tiles, B * H, parts),
         q, k, v, do, dk, dv, lse, delta, H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk,
-        *_strides(q, k, v, do, dk, dv), EVEN=N % tile.rows == 0, WITH_K="dk" in which, WITH_V="dv" in which,
+        *_strides(q, k, v, do, dk, dv), EVEN=N % tile.rows == 0, WITH_K="dk" in kernel, WITH_V="dv" in kernel,
         **_options(tile, D, precision),
     )  # fmt: skip
     if parts > 1:
@@ -338,10 +338,10 @@ def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, preci
 
 @torch.library.custom_op("fastsd::attention_packed_backward", mutates_args=())
 def attention_packed_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, own: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, self_attention: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients where the projections want them: (dqkv_BN3HD, empty) if q, k, v are `own`, of one matmul; (dq, dkv_BL2HD)."""
-    if own:
+    """Gradients packed like the projections: (dqkv_BN3HD, empty) for `self_attention`, else (dq_BNHD, dkv_BL2HD)."""
+    if self_attention:
         dqkv, empty = q.new_empty((*q.shape[:2], 3, *q.shape[2:])), q.new_empty(0)
         attention_backward(do, q, k, v, o, lse, precision, dqkv.unbind(2))
         return dqkv, empty
@@ -351,8 +351,10 @@ def attention_packed_backward_op(
 
 
 @attention_packed_backward_op.register_fake
-def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, own: bool) -> tuple[Tensor, Tensor]:
-    if own:
+def _(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, self_attention: bool
+) -> tuple[Tensor, Tensor]:
+    if self_attention:
         return q.new_empty((*q.shape[:2], 3, *q.shape[2:])), q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty((*k.shape[:2], 2, *k.shape[2:]))
 

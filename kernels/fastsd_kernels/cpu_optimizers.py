@@ -139,11 +139,11 @@ def _operands(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     *states: Sequence[Tensor],
-    given: Sequence[Any],
+    scalars: Sequence[Any],
     **options: Unpack[StepOptions],
 ) -> list[_Operands]:
     """Group the tensors of each parameter, and check them as `arena.operands` does, here for tensors on a CPU."""
-    _require_cpu(op, *given, options.get("skip"), options.get("scale"), options.get("ema_decay"))
+    _require_cpu(op, *scalars, options.get("skip"), options.get("scale"), options.get("ema_decay"))
     lows, emas, absent = options.get("lows"), options.get("emas"), (None,) * len(params)
     two_states = states if len(states) == 2 else (states[0], absent)
     rows = list(zip(params, grads, *two_states, lows or absent, emas or absent, strict=True))
@@ -173,7 +173,7 @@ def _operands(
 
 def _sweep(
     op: str,
-    each: Sequence[tuple[Tensor | None, ...]],
+    operands: Sequence[tuple[Tensor | None, ...]],
     factors: Tensor | None,
     constants: Sequence[float],
     **options: Unpack[StepOptions],
@@ -182,7 +182,7 @@ def _sweep(
     words: list[int] = []
     address, step = (0, 0) if factors is None else (factors.data_ptr(), factors.stride(0) * 4 if factors.ndim == 2 else 0)
     spans = 0
-    for i, (p, g, *extras) in enumerate(each):
+    for i, (p, g, *extras) in enumerate(operands):
         assert g is not None
         n = g.numel()
         if n:
@@ -204,7 +204,7 @@ def _sweep(
     function = getattr(_library(op), f"fastsd_{op}")
     function(rows, count, ctypes.byref(c_options), floats, scratch_2K.data_ptr(), sums_2P.data_ptr())
     # PyTorch has not seen the writes; a backward over a graph that holds these tensors must detect them.
-    written = (t for p, g, *extras in each for t in (p, g if zero_grads else None, *extras))
+    written = (t for p, g, *extras in operands for t in (p, g if zero_grads else None, *extras))
     torch.autograd.graph.increment_version([t for t in written if t is not None])
     return sums_2P
 
@@ -226,7 +226,7 @@ def lion_cpu(
         ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or
             have gaps, a tensor that is not on the CPU, or kernels that cannot be used (`problem`).
     """
-    rows = _operands("lion", params, grads, exp_avgs, given=(lr,), **options)
+    rows = _operands("lion", params, grads, exp_avgs, scalars=(lr,), **options)
     factors = scalars(torch.device("cpu"), 1 - lr * weight_decay, -lr)
     constants = betas[0], 1 - betas[0], betas[1], 1 - betas[1]
     _sweep("lion", rows, factors, constants, **options)
@@ -253,7 +253,7 @@ def dlion_cpu(
     Raises:
         ValueError: as `lion_cpu`.
     """
-    rows = _operands("dlion", params, grads, exp_avgs, s, given=(d, lr), **options)
+    rows = _operands("dlion", params, grads, exp_avgs, s, scalars=(d, lr), **options)
     factors = step_factors(d, lr, betas[1], weight_decay)
     constants = betas[0], 1 - betas[0], betas[1], betas[1] ** 0.5
     dots_K, l1_K = _sweep("dlion", rows, factors, constants, **options).unbind()
@@ -279,7 +279,7 @@ def adamw_cpu(
     Raises:
         ValueError: as `lion_cpu`, or not one count of steps a parameter.
     """
-    rows = _operands("adamw", params, grads, exp_avgs, exp_avg_sqs, given=(lr, *steps), **options)
+    rows = _operands("adamw", params, grads, exp_avgs, exp_avg_sqs, scalars=(lr, *steps), **options)
     if len(steps) != len(rows):
         raise ValueError(f"adamw: {len(steps)} counts of steps for {len(rows)} parameters; give one each")
     if not rows:

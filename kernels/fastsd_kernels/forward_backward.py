@@ -56,9 +56,9 @@ def _attention_reference(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precisi
 
 
 def _attention_backward_reference(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, own: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, self_attention: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients packed like the projections of q, k, v: (dqkv_BN3HD, empty) if `own`, else (dq_BNHD, dkv_BL2HD)."""
+    """Return gradients packed like the projections: (dqkv_BN3HD, empty) for `self_attention`, else (dq_BNHD, dkv_BL2HD)."""
     if q.is_cpu:
         heads = [x.transpose(1, 2) for x in (do, q, k, v, o)]
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, False)
@@ -67,7 +67,7 @@ def _attention_backward_reference(
             q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v))
             gradients = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), do.transpose(1, 2))
     dq, dk, dv = (gradient.transpose(1, 2) for gradient in gradients)
-    if own:
+    if self_attention:
         return torch.stack((dq, dk, dv), dim=2), q.new_empty(0)
     return dq, torch.stack((dk, dv), dim=2)
 

@@ -237,7 +237,7 @@ def test_a_measurement_that_fails_or_dies_leaves_the_others(tmp_path, monkeypatc
 
 
 def test_what_a_measurement_raises_is_its_outcome():
-    given = steps.Given(torch.device("cpu"), True, 1)
+    given = steps.Setup(torch.device("cpu"), True, 1)
 
     def broken(given):
         raise RuntimeError("planted")
@@ -278,7 +278,7 @@ def test_images_are_added_until_memory_runs_out(name, monkeypatch):
         return loss(prediction, target)
 
     monkeypatch.setattr(torch.nn.functional, "mse_loss", mse_loss)
-    (record,) = steps.most_images("bf16", "lion", "ff", name, steps.Given(torch.device("cpu"), True, 1))
+    (record,) = steps.most_images("bf16", "lion", "ff", name, steps.Setup(torch.device("cpu"), True, 1))
     assert capped == [0.5] and record["images"] == 5 and record["peak_gb"] == 7 and record["kind"] == "24 GB, lion, ff"
     assert record.get("planned") == (6 if name == "fastsd" else None)
     monkeypatch.setattr(
@@ -286,7 +286,7 @@ def test_images_are_added_until_memory_runs_out(name, monkeypatch):
     )
     if name != "fastsd":
         with pytest.raises(steps.LeftOut, match="left out: peer lion-pytorch is not installed"):
-            steps.most_images("bf16", "lion", "ff", name, steps.Given(torch.device("cpu"), True, 1))
+            steps.most_images("bf16", "lion", "ff", name, steps.Setup(torch.device("cpu"), True, 1))
 
 
 def test_kernels_are_counted_once_by_what_launched_them():

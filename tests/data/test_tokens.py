@@ -85,7 +85,7 @@ def test_the_hash_is_the_vocabularys(tokenizer, tiny_model, tmp_path):
 
 
 def test_the_tokenizer_loads_without_the_text_encoder(tiny_model, monkeypatch, tmp_path):
-    for name in ("open_file", "read_part"):
+    for name in ("open_file", "read_component"):
         monkeypatch.setattr(load, name, lambda path, *others: 1 / 0)
     tokenizer, folder = load_tokenizer(ModelTable(base=str(tiny_model)))
     assert folder == tiny_model / "tokenizer" and len(tokenizer) > 0

@@ -112,14 +112,14 @@ class _Build:
         }
         self.space = store.space(self.space_name, about, config.cache.dtype)
 
-    def run(self, found: Iterator[DataSource]) -> CacheCounts:
+    def run(self, sources: Iterator[DataSource]) -> CacheCounts:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastsd-decode")
         pipeline = Pipeline(self.config, self.vae, self.store, self.space, pool, self.workers, self._reject, self.report)
 
         def prepare() -> None:
             data, downscale = self.config.data, self.vae.downscale
             collect.fill(
-                self.store, self.space, found, data, downscale, pool,
+                self.store, self.space, sources, data, downscale, pool,
                 lambda done, rate: self.report(CacheProgress("scan", done, 0, rate)),
             )  # fmt: skip
             self._check_asked()
@@ -197,8 +197,8 @@ class _Build:
             store.db.execute("DELETE FROM file WHERE path = ?", (key,))
         self._remember_rejected(store, condition, value)
 
-    def _remember_rejected(self, store: Store, which: str, value: Any) -> None:
-        refused = f"SELECT ?, path, reason, size, mtime_ns FROM sample WHERE reason IS NOT NULL AND {which}"
+    def _remember_rejected(self, store: Store, condition: str, value: Any) -> None:
+        refused = f"SELECT ?, path, reason, size, mtime_ns FROM sample WHERE reason IS NOT NULL AND {condition}"
         store.db.execute(f"REPLACE INTO rejected {refused}", (self.space, value))
 
     def _freeze(self, pipeline: Pipeline) -> CacheCounts:

@@ -129,7 +129,7 @@ def _remove(database: os.PathLike[str]) -> None:
 
 
 def fill(
-    store: Store, space: int, found: Iterator[DataSource], data: DataTable, downscale: int, pool: ThreadPoolExecutor,
+    store: Store, space: int, sources: Iterator[DataSource], data: DataTable, downscale: int, pool: ThreadPoolExecutor,
     report: Callable[[int, float], None],
 ) -> None:  # fmt: skip
     """Fill `sample`. `report` receives the number of files so far and files per second."""
@@ -144,7 +144,7 @@ def fill(
         row = store.db.execute("SELECT * FROM file WHERE path = ?", (os.fsencode(source.name),)).fetchone()
         return row and _File(*row)
 
-    while chunk := list(itertools.islice(found, _CHUNK)):
+    while chunk := list(itertools.islice(sources, _CHUNK)):
         hints = [(stored_file(source), stored_file(source.mask)) for source in chunk]
         rejections = [store.db.execute(rejected_query, (space, os.fsencode(source.name))).fetchone() for source in chunk]
         with store.transaction():

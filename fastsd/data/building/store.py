@@ -307,10 +307,10 @@ def database_errors(folder: Path) -> Iterator[None]:
         raise _disk_trouble(folder, f"cache.sqlite: {error}", code == _SQLITE_FULL) from error
 
 
-def _disk_trouble(folder: Path, what: str, full: bool) -> UserError:
+def _disk_trouble(folder: Path, problem: str, full: bool) -> UserError:
     if full:
         return UserError(f"cache.dir {folder}: the disk is full; free some space, and the same line again goes on")
-    return UserError(f"cache.dir {folder} cannot be used ({what}); mend that or choose another folder")
+    return UserError(f"cache.dir {folder} cannot be used ({problem}); mend that or choose another folder")
 
 
 @contextmanager

@@ -273,15 +273,15 @@ def read_bytes(source: DataSource) -> bytes:
     return data
 
 
-def _read(path: str, what: str, limit: int, offset: int = 0, length: int = -1) -> bytes:
+def _read(path: str, description: str, limit: int, offset: int = 0, length: int = -1) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
-            raise Rejected(f"{what} is no regular file", lasting=False)
+            raise Rejected(f"{description} is no regular file", lasting=False)
         if (status.st_size if length < 0 else length) > limit:
-            raise Rejected(f"{what} is larger than {limit >> 20} MiB", lasting=False)
+            raise Rejected(f"{description} is larger than {limit >> 20} MiB", lasting=False)
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read(length)
     except OSError as error:
-        raise Rejected(f"{what} cannot be read ({error.strerror})", lasting=False) from None
+        raise Rejected(f"{description} cannot be read ({error.strerror})", lasting=False) from None

@@ -66,7 +66,7 @@ def read_part(
 
 
 def _averaged(
-    path: Path, tensors: Tensors, given: Tensors, named: Mapping[str, str], notes: list[str], ema: bool
+    path: Path, tensors: Tensors, unet: Tensors, named: Mapping[str, str], notes: list[str], ema: bool
 ) -> Tensors:  # fmt: skip
     """Return the UNet's weights, or their EMA if `ema` is set."""
     averages = sum(name.startswith(EMA) for name in tensors)
@@ -74,7 +74,7 @@ def _averaged(
         notes.append(f"unet: {averages} averaged (EMA) tensors " + ("taken" if ema else "ignored, --ema takes them"))
     elif ema:
         raise UserError(f"{path}: has no averaged (EMA) weights; leave --ema out")
-    return {old: tensors[ema_name(old)] for old in named.values() if ema_name(old) in tensors} if ema else given
+    return {old: tensors[ema_name(old)] for old in named.values() if ema_name(old) in tensors} if ema else unet
 
 
 def ignored(tensors: Tensors) -> list[str]:
