@@ -96,7 +96,7 @@ def measured(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> di
         result = step(Batch(latents, ids, torch.arange(stage.batch), []), 1)
         handle.remove()
     assert torch.isfinite(result.loss) and not result.skipped
-    owners = {"VAE": list(model.vae.module.parameters()), **step.owners()}
+    owners = {"VAE": list(model.vae.module.parameters()), **step.tensors_by_role()}
     sizes = {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
     return {**sizes, "activations": forwards[0] - before, "peak": live.peak}
 

@@ -156,7 +156,7 @@ class OurStep:
         self.work, self.done = work, 0
         self.trainer = Step(work.model, work.stage, 1 << 30, work.seed, graph=work.graph, warn=warn)
         # The arena is released between turns on a CPU only: a CUDA graph has recorded its address.
-        self._parked = self.trainer.owners()["gradients"] if work.device.type == "cpu" else []
+        self._parked = self.trainer.tensors_by_role()["gradients"] if work.device.type == "cpu" else []
 
     def step(self) -> Tensor:
         """Run one whole step and return its loss, 0-dim on the device."""
@@ -170,7 +170,7 @@ class OurStep:
 
     def held(self) -> int:
         """Return the bytes held between two steps, including the gradient arena."""
-        return sum(tensor.nbytes for tensors in self.trainer.owners().values() for tensor in tensors)
+        return sum(tensor.nbytes for tensors in self.trainer.tensors_by_role().values() for tensor in tensors)
 
     @contextmanager
     def turn(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -38,7 +38,6 @@ from fastsd.config.schema import StageTable
 from fastsd.model.unet import UNetConfig
 from fastsd.train.memory import LiveBytes
 from fastsd.train.precision import COMPUTE_DTYPE
-
 
 SCALAR, COPY, SHAPE, ANY = "scalar read back", "copy to the host", "shape from data", "wait"
 _SCALARS = {"_local_scalar_dense", "equal", "allclose"}

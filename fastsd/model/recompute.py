@@ -162,15 +162,15 @@ def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) ->
 class NormConv(Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: ForwardBackwardOps, groups: int, eps: float, x: Tensor, skip: Tensor | None, shift: Tensor | None,
+        ctx: Any, ops: ForwardBackwardOps, groups: int, eps: float, x: Tensor, skip: Tensor | None, shift: Tensor | None,
         norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Apply the layer. `layers` has the tensors of the convolution, and those of the shortcut if there is one."""
         joined = _join(x, skip)
-        y, mean, rstd = pieces.group_norm(joined, norm_weight, norm_bias, groups, eps, True, shift)
+        y, mean, rstd = ops.group_norm(joined, norm_weight, norm_bias, groups, eps, True, shift)
         short = _first(_linear(_last(joined), *_matrix(layers[4:]))) if layers[4:] else None
         ctx.save_for_backward(x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers)
-        ctx.pieces, ctx.groups, ctx.eps = pieces, groups, eps
+        ctx.ops, ctx.groups, ctx.eps = ops, groups, eps
         return _conv(y, *layers[:4]), short
 
     @staticmethod
@@ -180,12 +180,12 @@ class NormConv(Function):
         need_y = need_x or need_skip or need_shift or need_norm
         joined = _join(x, skip)
         norm = norm_weight, norm_bias, ctx.groups, ctx.eps, True, shift
-        y = ctx.pieces.group_norm_again(joined, mean, rstd, *norm) if _reads_input(needs[:4]) else joined
+        y = ctx.ops.group_norm_recompute(joined, mean, rstd, *norm) if _reads_input(needs[:4]) else joined
         dy, gradients = _conv_backward(dout, y, layers[:4], need_y, needs[:4])
         del y
         dx = dskip = dnorm_weight = dnorm_bias = dshift = None
         if need_y:
-            dx, dnorm_weight, dnorm_bias, dshift = ctx.pieces.group_norm_backward(dy, joined, mean, rstd, *norm)
+            dx, dnorm_weight, dnorm_bias, dshift = ctx.ops.group_norm_backward(dy, joined, mean, rstd, *norm)
         if dshort is not None and layers[4:]:
             dx_short, short_gradients = _linear_backward(_last(dshort), _last(joined), _matrix(layers[4:]), need_y, needs[4:])
             gradients += None if short_gradients[0] is None else short_gradients[0].view_as(layers[4]), *short_gradients[1:]
@@ -205,7 +205,7 @@ class GroupNormLinear(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        pieces: ForwardBackwardOps,
+        ops: ForwardBackwardOps,
         groups: int,
         eps: float,
         x: Tensor,
@@ -213,9 +213,9 @@ class GroupNormLinear(Function):
         norm_bias: Tensor,
         *layer: Any,
     ) -> Tensor:
-        y, mean, rstd = pieces.group_norm(x, norm_weight, norm_bias, groups, eps, False, None)
+        y, mean, rstd = ops.group_norm(x, norm_weight, norm_bias, groups, eps, False, None)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, *layer)
-        ctx.pieces, ctx.groups, ctx.eps = pieces, groups, eps
+        ctx.ops, ctx.groups, ctx.eps = ops, groups, eps
         return _linear(tokens(y), *layer)
 
     @staticmethod
@@ -223,24 +223,24 @@ class GroupNormLinear(Function):
         x, mean, rstd, norm_weight, norm_bias, *layer = ctx.saved_tensors
         _, _, _, need_x, need_norm, _, *needs = ctx.needs_input_grad
         norm = norm_weight, norm_bias, ctx.groups, ctx.eps, False, None
-        y = tokens(ctx.pieces.group_norm_again(x, mean, rstd, *norm)) if _reads_input(needs) else None
+        y = tokens(ctx.ops.group_norm_recompute(x, mean, rstd, *norm)) if _reads_input(needs) else None
         dy, gradients = _linear_backward(dout, y, layer, need_x or need_norm, needs)
         dx = dnorm_weight = dnorm_bias = None
         if dy is not None:
             dy = image(dy, x.shape[2:])
-            dx, dnorm_weight, dnorm_bias, _ = ctx.pieces.group_norm_backward(dy, x, mean, rstd, *norm)
+            dx, dnorm_weight, dnorm_bias, _ = ctx.ops.group_norm_backward(dy, x, mean, rstd, *norm)
         return None, None, None, dx, dnorm_weight, dnorm_bias, *gradients
 
 
 class LayerNormLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: ForwardBackwardOps, eps: float, x: Tensor, residual: Tensor | None, norm_weight: Tensor,
+        ctx: Any, ops: ForwardBackwardOps, eps: float, x: Tensor, residual: Tensor | None, norm_weight: Tensor,
         norm_bias: Tensor, *layer: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        y, s, mean, rstd = pieces.layer_norm(x, norm_weight, norm_bias, eps, residual)
+        y, s, mean, rstd = ops.layer_norm(x, norm_weight, norm_bias, eps, residual)
         ctx.save_for_backward(s, mean, rstd, norm_weight, norm_bias, *layer)
-        ctx.pieces, ctx.eps, ctx.added = pieces, eps, residual is not None
+        ctx.ops, ctx.eps, ctx.added = ops, eps, residual is not None
         return _linear(y, *layer), s if residual is not None else None
 
     @staticmethod
@@ -248,23 +248,23 @@ class LayerNormLinear(Function):
         s, mean, rstd, norm_weight, norm_bias, *layer = ctx.saved_tensors
         _, _, need_x, need_residual, need_norm, _, *needs = ctx.needs_input_grad
         need_y = need_x or need_residual or need_norm
-        y = ctx.pieces.layer_norm_again(s, mean, rstd, norm_weight, norm_bias, ctx.eps) if _reads_input(needs) else None
+        y = ctx.ops.layer_norm_recompute(s, mean, rstd, norm_weight, norm_bias, ctx.eps) if _reads_input(needs) else None
         dy, gradients = _linear_backward(dout, y, layer, need_y, needs)
         dx = dnorm_weight = dnorm_bias = None
         if dy is not None:
-            dx, dnorm_weight, dnorm_bias = ctx.pieces.layer_norm_backward(dy, s, mean, rstd, norm_weight, norm_bias, ds)
+            dx, dnorm_weight, dnorm_bias = ctx.ops.layer_norm_backward(dy, s, mean, rstd, norm_weight, norm_bias, ds)
         return None, None, dx, dx if ctx.added else None, dnorm_weight, dnorm_bias, *gradients
 
 
 class AttentionLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: ForwardBackwardOps, precision: str, heads: int, q: Tensor, kv: Tensor | None, *layer: Any
+        ctx: Any, ops: ForwardBackwardOps, precision: str, heads: int, q: Tensor, kv: Tensor | None, *layer: Any
     ) -> Tensor:  # fmt: skip
         parts = _heads(q, kv, heads)
-        o, lse = pieces.attention(*parts, precision)
+        o, lse = ops.attention(*parts, precision)
         ctx.save_for_backward(q, kv, o, lse, *layer)
-        ctx.pieces, ctx.precision, ctx.heads = pieces, precision, heads
+        ctx.ops, ctx.precision, ctx.heads = ops, precision, heads
         return _linear(o.flatten(2), *layer)
 
     @staticmethod
@@ -275,7 +275,7 @@ class AttentionLinear(Function):
         dq = dkv = None
         if do is not None:
             do = do.unflatten(-1, (ctx.heads, -1))
-            dq, dkv = ctx.pieces.attention_backward(do, *_heads(q, kv, ctx.heads), o, lse, ctx.precision, kv is None)
+            dq, dkv = ctx.ops.attention_backward(do, *_heads(q, kv, ctx.heads), o, lse, ctx.precision, kv is None)
             dq, dkv = dq.flatten(2), None if kv is None else dkv.flatten(2)
         return None, None, None, dq, dkv, *gradients
 
@@ -290,16 +290,16 @@ def _heads(q: Tensor, kv: Tensor | None, heads: int) -> tuple[Tensor, ...]:
 class FeedForward(Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: ForwardBackwardOps, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor,
+        ctx: Any, ops: ForwardBackwardOps, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor,
         norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
     ) -> Tensor:  # fmt: skip
         """Apply the layer. `layers` has the tensors of the first linear and of the second."""
-        y, s, mean, rstd = pieces.layer_norm(x, norm_weight, norm_bias, eps, residual)
+        y, s, mean, rstd = ops.layer_norm(x, norm_weight, norm_bias, eps, residual)
         hidden = _linear(y, *layers[:4])
         saved_hidden = hidden if keep_hidden else None
         ctx.save_for_backward(s, mean, rstd, saved_hidden, norm_weight, norm_bias, *layers)
-        ctx.pieces, ctx.eps = pieces, eps
-        return s + _linear(pieces.geglu(hidden), *layers[4:])
+        ctx.ops, ctx.eps = ops, eps
+        return s + _linear(ops.geglu(hidden), *layers[4:])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
@@ -308,21 +308,21 @@ class FeedForward(Function):
         need_y = need_x or need_residual or need_norm
         y: Any = None
         if hidden is None or _reads_input(needs[:4]):
-            y = ctx.pieces.layer_norm_again(s, mean, rstd, norm_weight, norm_bias, ctx.eps)
+            y = ctx.ops.layer_norm_recompute(s, mean, rstd, norm_weight, norm_bias, ctx.eps)
         if hidden is None:
             hidden = _linear(y, *layers[:4])
-        gated = ctx.pieces.geglu(hidden) if _reads_input(needs[4:]) else None
+        gated = ctx.ops.geglu(hidden) if _reads_input(needs[4:]) else None
         dgated, second = _linear_backward(dout, gated, layers[4:], need_y or any(needs[:4]), needs[4:])
         del gated
         dx = dnorm_weight = dnorm_bias = None
         first: Gradients = (None,) * 4
         if dgated is not None:
-            dhidden = ctx.pieces.geglu_backward(dgated, hidden)
+            dhidden = ctx.ops.geglu_backward(dgated, hidden)
             del dgated, hidden
             dy, first = _linear_backward(dhidden, y, layers[:4], need_y, needs[:4])
             del dhidden, y
             if dy is not None:
-                dx, dnorm_weight, dnorm_bias = ctx.pieces.layer_norm_backward(dy, s, mean, rstd, norm_weight, norm_bias, dout)
+                dx, dnorm_weight, dnorm_bias = ctx.ops.layer_norm_backward(dy, s, mean, rstd, norm_weight, norm_bias, dout)
         return None, None, None, dx, dx, dnorm_weight, dnorm_bias, *first, *second
 
 

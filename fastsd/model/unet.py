@@ -142,7 +142,9 @@ class Attention(nn.Module):
 
     def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
         """Attend with packed q, k, v, or with q and packed k, v. Returns (B, N, C)."""
-        return recompute.attention_linear(self.ops.pieces, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0]))
+        return recompute.attention_linear(
+            self.ops.forward_backward, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0])
+        )
 
 
 class GegluProjection(nn.Module):
@@ -174,14 +176,14 @@ class TransformerBlock(nn.Module):
     def forward(self, x_BNC: Tensor, context_BLD: Tensor) -> Tensor:
         def normed(norm: Norm, x: Tensor, residual: Tensor | None, linear: nn.Module) -> tuple[Tensor, Tensor]:
             return recompute.layer_norm_linear(
-                self.ops.pieces, LAYER_NORM_EPS, x, residual, norm.weight, norm.bias, *operands(linear)
+                self.ops.forward_backward, LAYER_NORM_EPS, x, residual, norm.weight, norm.bias, *operands(linear)
             )
 
         qkv, _ = normed(self.norm1, x_BNC, None, self.attn1.to_qkv)
         q, x_BNC = normed(self.norm2, self.attn1(qkv), x_BNC, self.attn2.to_q)
         attended = self.attn2(q, self.attn2.to_kv(context_BLD))
         return recompute.feed_forward(
-            self.ops.pieces, LAYER_NORM_EPS, self.keep_hidden, attended, x_BNC, self.norm3.weight, self.norm3.bias,
+            self.ops.forward_backward, LAYER_NORM_EPS, self.keep_hidden, attended, x_BNC, self.norm3.weight, self.norm3.bias,
             *self.ff.operands(),
         )  # fmt: skip
 
@@ -200,7 +202,7 @@ class Transformer(nn.Module):
     def forward(self, x_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
         norm = self.norm
         x_BNC = recompute.group_norm_linear(
-            self.ops.pieces, self.groups, ATTENTION_EPS, x_BCHW, norm.weight, norm.bias, *operands(self.proj_in)
+            self.ops.forward_backward, self.groups, ATTENTION_EPS, x_BCHW, norm.weight, norm.bias, *operands(self.proj_in)
         )
         x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD))
         return x_BCHW + recompute.image(x_BNC, x_BCHW.shape[2:])
@@ -230,7 +232,7 @@ def convolved(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return conv(silu(norm([x, skip] + shift))) and, if `shortcut` is given, shortcut([x, skip]); otherwise None."""
     layers = operands(conv) if shortcut is None else (*operands(conv), *operands(shortcut))
-    return recompute.norm_conv(ops.pieces, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *layers)
+    return recompute.norm_conv(ops.forward_backward, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *layers)
 
 
 class Downsample(nn.Module):

@@ -244,10 +244,10 @@ class _Rehearsal:
         return self._live.peak - before
 
     def _owned(self) -> dict[str, int]:
-        step_owners, owners = self._step.owners(), {}
+        step_owners, owners = self._step.tensors_by_role(), {}
         for name, part in self._step.parts.items():
             status = "trained" if part.trained else "frozen"
-            owners[f"weights of the {name.replace('_', ' ')}, {status}"] = part.owners()["weights"]
+            owners[f"weights of the {name.replace('_', ' ')}, {status}"] = part.tensors_by_role()["weights"]
         owners["VAE, for samples"] = [p.data for p in self.modules["vae"].parameters()]
         owners |= {"gradients": step_owners["gradients"], "optimizer state": step_owners["state"], "EMA": step_owners["ema"]}
         return {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}

@@ -55,7 +55,7 @@ class Log:
         values: dict[str, Any] = {
             "step": progress.step, "stage": self.name, "stage_step": progress.stage_step,
             "images": progress.images, "epoch": progress.images / run.data.epochs[progress.stage],
-            **self.step.seen(batch),
+            **self.step.batch_fingerprints(batch),
         }  # fmt: skip
         for i, part in enumerate(self.step.optimizers):  # one lr and d per component; the console shows the first
             lr = learning_rate(self.step.stage, progress.stage_step - 1, self.step.total, part)

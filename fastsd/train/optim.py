@@ -111,7 +111,7 @@ class FastOptimizer(Optimizer):
         """End a step that consists of calls of `update`."""
         self._finish(skip)
 
-    def forget(self) -> None:
+    def discard_updates(self) -> None:
         """Drop intermediate results of an unfinished step. Parameters that it has updated are not restored."""
 
     def _update(
@@ -277,7 +277,7 @@ class DLion(FastOptimizer):
         lists, settings = self._lists(group, rows, grads, cut)
         self._sums.append(self.ops.dlion(*lists, self.shared["d"], **settings, **options))
 
-    def forget(self) -> None:
+    def discard_updates(self) -> None:
         self._sums = []
 
     def _finish(self, skip: Tensor | None) -> None:

@@ -192,12 +192,12 @@ class Step:
         )
         self.micro = smaller[-1]
         for part in self.parts.values():
-            part.widen()
+            part.widen_gradients()
 
     def _forget(self) -> None:
         """Discard an unfinished step and free its memory."""
         for optimizer in self.optimizers.values():
-            optimizer.forget()
+            optimizer.discard_updates()
         for part in self.parts.values():
             for weight in part.weights:
                 weight.grad = None
@@ -214,7 +214,7 @@ class Step:
         """Return D-Lion's estimates by component, 0-dim on the device. Empty for other optimizers."""
         return {name: opt.shared["d"] for name, opt in self.optimizers.items() if isinstance(opt, DLion)}
 
-    def seen(self, batch: Batch) -> dict[str, str]:
+    def batch_fingerprints(self, batch: Batch) -> dict[str, str]:
         """Hash the inputs of a step besides the weights: samples, timesteps and the noise of the first sample."""
         t_B = self.objective.timesteps(batch.positions_B)
         shape = tuple(batch.latents_BCHW.shape[1:])
@@ -222,11 +222,11 @@ class Step:
         inputs = {"order": batch.samples_B, "timesteps": t_B, "noise": eps}
         return {key: xxhash.xxh3_64_hexdigest(data.cpu().numpy().tobytes()) for key, data in inputs.items() if data is not None}
 
-    def owners(self) -> dict[str, list[Tensor]]:
+    def tensors_by_role(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by purpose."""
         tensors_by_purpose: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
         for part in self.parts.values():
-            for purpose, tensors in part.owners().items():
+            for purpose, tensors in part.tensors_by_role().items():
                 tensors_by_purpose[purpose] += tensors
         for optimizer in self.optimizers.values():
             tensors_by_purpose["state"] += [tensor for state in optimizer.state.values() for tensor in state.values()]

@@ -156,7 +156,7 @@ class TrainableComponent:
         else:
             self._gradients[i].add_(gradient)
 
-    def widen(self) -> None:
+    def widen_gradients(self) -> None:
         """Switch to several micro-batches per step: bf16 gradients are accumulated in fp32 from now on."""
         if self.gradient is not None and self.gradient.dtype != torch.float32:
             assert self.high is not None
@@ -164,7 +164,7 @@ class TrainableComponent:
             self.gradient = torch.zeros_like(self.high, dtype=torch.float32)
             self._gradients = self.layout.views(self.gradient)
 
-    def owners(self) -> dict[str, list[Tensor]]:
+    def tensors_by_role(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by purpose: "weights", "gradients", "ema"."""
         frozen = [parameter.data for parameter in self._frozen.values()]
         weights = [t for t in (self.high, self.low) if t is not None]

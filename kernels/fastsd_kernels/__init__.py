@@ -40,7 +40,7 @@ class Ops:
     group_norm: Callable[..., Tensor]  # (x_BCHW, weight, bias, groups, eps, *, silu=False, shift_BC=None) -> y_BCHW
     layer_norm: Callable[..., Any]  # (x, weight, bias, eps, *, residual=None) -> y, with a residual (y, x + residual)
     geglu: Callable[..., Tensor]  # (x_2F) -> y_F
-    pieces: ForwardBackwardOps  # of the four above, for layers that save less for backward
+    forward_backward: ForwardBackwardOps  # of the four above, for layers that save less for backward
     # Of the step: in place, or without a gradient.
     normal: Callable[..., Tensor]  # (seed, purpose, positions_B, shape) -> standard normals (B, *shape)
     noised: Callable[..., tuple[Tensor, Tensor]]  # (latents_BCHW, positions_B, t_B, signal_T, level_T, seed) -> (x_t, target)
@@ -57,7 +57,7 @@ REFERENCE = Ops(
     group_norm=group_norm_reference,
     layer_norm=layer_norm_reference,
     geglu=geglu_reference,
-    pieces=REFERENCE_FORWARD_BACKWARD,
+    forward_backward=REFERENCE_FORWARD_BACKWARD,
     normal=normal,
     noised=noised_reference,
     gradient_norm=gradient_norm_reference,
@@ -72,7 +72,7 @@ TRITON: Ops | None = Ops(
     group_norm=group_norm_triton,
     layer_norm=layer_norm_triton,
     geglu=geglu_triton,
-    pieces=TRITON_FORWARD_BACKWARD,
+    forward_backward=TRITON_FORWARD_BACKWARD,
     normal=normal_triton,
     noised=noised_triton,
     gradient_norm=gradient_norm_triton,

@@ -40,7 +40,7 @@ from fastsd_kernels.arena import (
     operands,
     scalars,
     store_parameter,
-    unless,
+    unless_skipped,
 )
 from fastsd_kernels.launch import launch
 
@@ -78,7 +78,7 @@ def adamw_reference(
     sizes, roots = corrections(steps, lr, betas, options.get("skip"))
     with masters(params, grads, **options) as (params, grads):
         for p, g, m, v, size, root in chunks(params, grads, exp_avgs, exp_avg_sqs, sizes.unbind(), roots.unbind()):
-            with unless(options.get("skip"), p, m, v):
+            with unless_skipped(options.get("skip"), p, m, v):
                 torch._foreach_lerp_(m, g, 1 - beta1)
                 torch._foreach_mul_(v, beta2)
                 torch._foreach_addcmul_(v, g, g, 1 - beta2)
@@ -94,7 +94,7 @@ def corrections(
     steps: Sequence[Tensor], lr: float | Tensor, betas: tuple[float, float], skip: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Count the step, then return fp32 (P,): -lr / (1 - b1^t) and sqrt(1 - b2^t)."""
-    with unless(skip, steps):
+    with unless_skipped(skip, steps):
         torch._foreach_add_(list(steps), 1)
         step_P = torch.stack(list(steps)).double()
     return (-lr / (1 - betas[0] ** step_P)).float(), (1 - betas[1] ** step_P).sqrt().float()

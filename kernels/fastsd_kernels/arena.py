@@ -95,12 +95,12 @@ def masters(
     fp32_grads = [g.float() for g in grads]
     yield fp32_params, fp32_grads if scale is None else [g * scale for g in fp32_grads]
     if lows is not None:
-        with unless(skip, params, lows):
+        with unless_skipped(skip, params, lows):
             for high, low, master in zip(params, lows, fp32_params, strict=True):
                 for half, new in zip((high, low), split_master(master), strict=True):
                     half.copy_(new)
     if emas:
-        with unless(skip, emas):
+        with unless_skipped(skip, emas):
             change = torch._foreach_sub(list(fp32_params), list(emas))
             torch._foreach_mul_(change, scalars(emas[0].device, 1 - options.get("ema_decay", EMA_DECAY))[0])
             torch._foreach_add_(list(emas), change)
@@ -146,7 +146,7 @@ def _cut(row: tuple[Tensor, ...], size: int, limit: int) -> Iterator[tuple[Tenso
 
 
 @contextmanager
-def unless(skip: Tensor | None, *lists: Sequence[Tensor]) -> Iterator[None]:
+def unless_skipped(skip: Tensor | None, *lists: Sequence[Tensor]) -> Iterator[None]:
     """Restore the bytes of `lists` after the block if the device flag `skip` is nonzero, without reading it on the host.
 
     Copies and selects rather than multiplying by zero, which would keep a NaN and turn -0.0 into 0.0.

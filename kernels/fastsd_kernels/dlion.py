@@ -55,7 +55,7 @@ from fastsd_kernels.arena import (
     pair_sum,
     sign,
     store_parameter,
-    unless,
+    unless_skipped,
 )
 from fastsd_kernels.launch import launch, require_device
 
@@ -97,7 +97,7 @@ def dlion_reference(
     with masters(params, grads, **options) as (params, grads):
         for p, g, m, r in chunks(params, grads, exp_avgs, s):
             n = len(p)
-            with unless(options.get("skip"), p, m, r):
+            with unless_skipped(options.get("skip"), p, m, r):
                 update = torch._foreach_mul(m, beta1)
                 torch._foreach_add_(update, g, alpha=1 - beta1)
                 torch._foreach_sign_(update)
@@ -148,7 +148,7 @@ def dlion_estimate_reference(
     moved = l1 > 0
     weighted = sb * numerator_weighted + (1 - sb) * (dlr * dots_K.double()).sum()
     d_hat = weighted / ((1 - sb) * l1)
-    with unless(skip, [d, numerator_weighted]):
+    with unless_skipped(skip, [d, numerator_weighted]):
         # A comparison, not maximum(): a d_hat that is not a number must not become d.
         d.copy_(torch.where(moved & (dlr > 0) & (d_hat > d), d_hat, d))
         numerator_weighted.copy_(torch.where(moved, weighted, numerator_weighted))

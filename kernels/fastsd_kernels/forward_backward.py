@@ -27,7 +27,7 @@ Shift = Tensor | None
 
 @dataclass(frozen=True)
 class ForwardBackwardOps:
-    """One implementation of every function. `_again` rebuilds the forward's y from the saved tensors."""
+    """One implementation of every function. `_recompute` rebuilds the forward's y from the saved tensors."""
 
     # (q_BNHD, k_BLHD, v_BLHD, precision) -> (o_BNHD, lse);  (do, q, k, v, o, lse, precision, own) -> packed, see the reference
     attention: Callable[..., tuple[Tensor, Tensor]]
@@ -35,12 +35,12 @@ class ForwardBackwardOps:
     # (x_BCHW, weight, bias, groups, eps, silu, shift_BC) -> (y, mean, rstd);  (x, mean, rstd, weight, ...) -> y
     # (dy, x, mean, rstd, weight, ...) -> (dx, dweight, dbias, dshift or None)
     group_norm: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    group_norm_again: Callable[..., Tensor]
+    group_norm_recompute: Callable[..., Tensor]
     group_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Shift]]
     # (x, weight, bias, eps, residual or None) -> (y, s = x + residual, mean, rstd);  (s, mean, rstd, weight, bias, eps) -> y
     # (dy, s, mean, rstd, weight, bias, ds or None) -> (ds in all, dweight, dbias)
     layer_norm: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    layer_norm_again: Callable[..., Tensor]
+    layer_norm_recompute: Callable[..., Tensor]
     layer_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     # (x_2F) -> y_F;  (dy_F, x_2F) -> dx_2F
     geglu: Callable[[Tensor], Tensor]
@@ -186,10 +186,10 @@ REFERENCE_FORWARD_BACKWARD = ForwardBackwardOps(
     attention=_attention_reference,
     attention_backward=_attention_backward_reference,
     group_norm=_group_norm_reference,
-    group_norm_again=_group_norm_again_reference,
+    group_norm_recompute=_group_norm_again_reference,
     group_norm_backward=_group_norm_backward_reference,
     layer_norm=_layer_norm_reference,
-    layer_norm_again=_layer_norm_again_reference,
+    layer_norm_recompute=_layer_norm_again_reference,
     layer_norm_backward=_layer_norm_backward_reference,
     geglu=geglu_reference,
     geglu_backward=_geglu_backward_reference,
@@ -198,10 +198,10 @@ TRITON_FORWARD_BACKWARD = ForwardBackwardOps(
     attention=_attention_triton,
     attention_backward=attention_packed_backward_op,
     group_norm=group_norm_op,
-    group_norm_again=_group_norm_again_triton,
+    group_norm_recompute=_group_norm_again_triton,
     group_norm_backward=_group_norm_backward_triton,
     layer_norm=_layer_norm_triton,
-    layer_norm_again=_layer_norm_again_triton,
+    layer_norm_recompute=_layer_norm_again_triton,
     layer_norm_backward=_layer_norm_backward_triton,
     geglu=geglu_triton,
     geglu_backward=geglu_backward_op,

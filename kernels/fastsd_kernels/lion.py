@@ -38,7 +38,7 @@ from fastsd_kernels.arena import (
     scalars,
     sign,
     store_parameter,
-    unless,
+    unless_skipped,
 )
 from fastsd_kernels.launch import launch
 
@@ -68,7 +68,7 @@ def lion_reference(
     beta1, beta2 = betas
     with masters(params, grads, **options) as (params, grads):
         for p, g, m in chunks(params, grads, exp_avgs):
-            with unless(options.get("skip"), p, m):
+            with unless_skipped(options.get("skip"), p, m):
                 update = torch._foreach_mul(m, beta1)
                 torch._foreach_add_(update, g, alpha=1 - beta1)
                 torch._foreach_sign_(update)

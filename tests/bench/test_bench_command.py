@@ -132,9 +132,9 @@ def test_a_parked_arena_changes_no_bit():
         expected = plain.step()
         with parked.turn():
             assert torch.equal(parked.step(), expected)
-        (arena,) = parked.trainer.owners()["gradients"]
+        (arena,) = parked.trainer.tensors_by_role()["gradients"]
         assert arena.untyped_storage().nbytes() == 0
-    weights = [part["weights"][0] for part in (plain.trainer.owners(), parked.trainer.owners())]
+    weights = [part["weights"][0] for part in (plain.trainer.tensors_by_role(), parked.trainer.tensors_by_role())]
     assert torch.equal(*weights)
 
 

@@ -39,7 +39,7 @@ def derive(cfg: UNetConfig, side: int, tokens: int = 77) -> dict[str, Counter]:
     found: dict[str, Counter] = {
         k: Counter() for k in ("attention", "group_norm", "layer_norm", "geglu", "conv", "linear", "parameters")
     }
-    pieces = REFERENCE.pieces
+    pieces = REFERENCE.forward_backward
 
     def attention(q, k, v, precision):
         found["attention"][w.Attention(q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
@@ -59,7 +59,7 @@ def derive(cfg: UNetConfig, side: int, tokens: int = 77) -> dict[str, Counter]:
 
     recording = replace(pieces, attention=attention, group_norm=group_norm, layer_norm=layer_norm, geglu=geglu)
     with torch.device("meta"), Matmuls(found):
-        unet = UNet(cfg, replace(REFERENCE, name="recording", pieces=recording))
+        unet = UNet(cfg, replace(REFERENCE, name="recording", forward_backward=recording))
         unet(
             torch.empty(1, cfg.in_channels, side, side),
             torch.zeros(1, dtype=torch.long),

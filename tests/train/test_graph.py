@@ -66,7 +66,7 @@ def trained(folder, graph, sizes, between=lambda step: None, counted=False, **se
     for i, batch in enumerate(pinned(sizes, counted)):
         losses.append(step(batch, i).loss)
         between(step)
-    tensors = [tensor.clone() for tensors in step.owners().values() for tensor in tensors]
+    tensors = [tensor.clone() for tensors in step.tensors_by_role().values() for tensor in tensors]
     return tensors, torch.stack(losses), step
 
 

@@ -143,7 +143,7 @@ def test_gradients_used_as_they_come_train_the_same(name, precision, tmp_path, t
         made = make_tiny_model(tmp_path / str(fused))
         weights, step = weights_after(made, stage.model_copy(update={"fused_backward": fused}))
         found.append((weights, {part: float(d) for part, d in step.d().items()}))
-        assert bool(step.owners()["gradients"]) is not fused
+        assert bool(step.tensors_by_role()["gradients"]) is not fused
     (collected, d), (at_once, d_at_once) = found
     assert d == pytest.approx(d_at_once, rel=1e-6)
     if name == "dlion":  # its sums over all parameters are taken in another order, so d has other last digits
