@@ -1,4 +1,4 @@
-"""How many training steps an aligned start saves, on the demo's pair of VAEs.
+"""Training steps saved by an aligned start, on the demo's pair of VAEs.
 
     python bench/alignment.py [--ways lion demo] [--seeds 0 1 2] [--out bench/results]
 

@@ -68,7 +68,7 @@ OPTIONAL = {
 
 
 def read_stamp() -> dict[str, Any]:
-    """What a figure depends on: GPU and its limits, versions, sources."""
+    """Return the conditions of a figure: the GPU and its limits, versions, a hash of the sources."""
     import torch
     import triton
 

@@ -45,7 +45,7 @@ def convert(*words: Path | str) -> dict[str, float]:
 
 
 def equal(a: Path, b: Path) -> dict[str, str]:
-    """How many tensors of each part have the same names and bits."""
+    """Count the tensors of each component that have the same names and bits in both models."""
     from fastsd.storage import TensorFile
 
     counts = {}
@@ -58,7 +58,7 @@ def equal(a: Path, b: Path) -> dict[str, str]:
 
 
 def known_names(file: Path) -> str:
-    """Whether the names are those from which diffusers' conversion functions make a whole model."""
+    """Return True if diffusers' conversion functions make a complete model of these names."""
     from diffusers.loaders import single_file_utils as theirs
 
     from fastsd.model.shapes import SD15_TEXT, SD15_VAE

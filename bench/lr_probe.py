@@ -1,4 +1,4 @@
-"""How near `fastsd lr-probe` comes to the best lr of a sweep of Lion, on the demo's job.
+"""The learning rate of `fastsd lr-probe` beside the best one of a sweep of Lion, on the demo's job.
 
     python bench/lr_probe.py [--steps 400] [--batch 32] [--out bench/results/lr-probe-cpu.json]
 

@@ -1,4 +1,4 @@
-"""How things are timed: whole forward-and-backward passes, cold, without the host in the way; and what the machine can do.
+"""Timing of whole forward-and-backward passes with cold caches and without host overhead; peak rates of the machine.
 
 On a GPU most of these kernels end sooner than Python starts them.  So work is warmed up, captured into a CUDA graph, and
 replays of the graph are timed, each long enough (`_REPLAY`) that starting and waiting for it does not count.  Between two
@@ -35,7 +35,7 @@ Operands = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed, and what it must do at best, forward and backward together."""
+    """A call to time, with the bytes and FLOPs it needs at least, forward and backward together."""
 
     op: str
     kind: str
@@ -48,7 +48,7 @@ class Case:
 
 
 class Machine(NamedTuple):
-    """What this machine does when nothing else is asked of it, measured beside the benchmarks."""
+    """Peak copy and matmul rates of this machine, measured in the same run as the benchmarks."""
 
     copy_gb_per_s: float  # read and written
     matmul_tflop_per_s: dict[str, float]  # by mode
@@ -88,7 +88,7 @@ def fp32_matmuls(mode: str) -> Iterator[None]:
 
 
 def _seconds(call: Call, device: torch.device, repeats: int) -> float:
-    """Of one call: the median of five timings of `repeats`."""
+    """Return the seconds of one call: the median of five timings of `repeats` calls."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for i in range(7):
@@ -209,7 +209,7 @@ class Bench:
 
 
 def rates(case: Case, seconds: float, machine: Machine) -> dict[str, float]:
-    """What was achieved, and its share of what the machine does."""
+    """Return the achieved rates and their shares of the machine's peak rates."""
     figures = {"gb_per_s": case.bytes / seconds / 1e9, "copy_gb_per_s": machine.copy_gb_per_s}
     figures["share_of_copy"] = figures["gb_per_s"] / machine.copy_gb_per_s
     if case.bytes_once:

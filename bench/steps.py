@@ -63,12 +63,12 @@ CASES: list[Case] = [
 
 
 class LeftOut(Exception):
-    """What cannot be measured here, and why."""
+    """A measurement that is impossible on this machine; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Of a whole step: one stage, and how it is run."""
+    """Settings of a whole step: one stage, and how it is run."""
 
     precision: str
     optimizer: str
@@ -301,7 +301,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def planned_images(setup: Setup, stage: StageTable, most: int) -> int:
-    """What `fastsd plan --vram 24` says."""
+    """Return the largest micro-batch by `fastsd plan --vram 24`."""
     shapes, resolution = SMALL if setup.small else FULL
     plan = plan_stage(shapes, stage, resolution, CAP - RESERVED, choose_ops("auto", setup.device))
 

@@ -76,7 +76,7 @@ def random_vae(small: bool) -> Any:
 
 
 def flops(small: bool, resolution: int) -> int:
-    """Of one image, counted without computing."""
+    """Count the FLOPs of one image without computing."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         random_vae(small).encode(torch.empty(1, 3, resolution, resolution))
     return counter.get_total_flops()

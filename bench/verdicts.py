@@ -1,4 +1,4 @@
-"""What the figures amount to: a table of them, and each goal with the figure it is held against. Pure functions of the records.
+"""A table of figures, and the verdict on each goal with its figure. Pure functions of the records.
 
 A record of a kernel is one benchmark's figures, as `measure.Bench.time` notes them; the kernels' own have an implementation
 that begins with "triton".  Whatever a goal asks of a shape, the worst shape decides; where it asks for a whole step, kinds
@@ -144,7 +144,7 @@ class _Ratios(NamedTuple):
         return self._verdict(goal, at_least, math.exp(logs / sum(weights)) if weights else None, f"{len(weights)} shapes")
 
     def step(self, goal: str, at_least: float) -> Verdict:
-        """Of the times of one step."""
+        """Judge the ratio of the times of one step."""
         kernel_seconds, peer_seconds = sum(p.count * p.ours for p in self.pairs), sum(p.count * p.theirs for p in self.pairs)
         return self._verdict(goal, at_least, peer_seconds / kernel_seconds if self.pairs else None, f"{len(self.pairs)} shapes")
 

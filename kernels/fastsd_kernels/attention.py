@@ -85,7 +85,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, precision: str) -> None:
 
 @triton.jit
 def _head(ptr, image_stride, head_stride, H):
-    """Where this program's image and head begin."""
+    """Return the pointer to this program's image and head."""
     i_image, i_head = tl.program_id(1) // H, tl.program_id(1) % H
     return ptr + i_image.to(tl.int64) * (image_stride * 8) + i_head * (head_stride * 8)
 
