@@ -9,8 +9,8 @@ from environment import ROOT
 FILES = sorted(path for folder in ("fastsd", "kernels", "bench") for path in ROOT.glob(f"{folder}/**/*.py"))
 # Pronouns and participles that leave open what a variable holds.
 BANNED = {
-    "found", "said", "own", "which", "what", "each", "asked", "given", "wanted", "here", "where", "of", "known", "theirs", "told",
-    "apart", "one", "made",
+    "found", "said", "own", "which", "what", "each", "asked", "given", "wanted", "here", "where", "of", "known", "theirs",
+    "told", "apart", "one", "made",
 }  # fmt: skip
 RIDDLE = re.compile(r"(What|Whether|Of|How|That|Where|Who|Which)\b")
 
