@@ -4,11 +4,10 @@ import environment  # noqa: F401  # isort: skip  (first: it decides how kernels 
 
 
 import gc
-import multiprocessing
 from pathlib import Path
 
 import pytest
-from commandline import command_line
+from commandline import command_line, processes
 from filelock import FileLock
 from tiny import make_tiny_model, write_images
 
@@ -37,18 +36,10 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def start():
-    """`start(said, "train", ...)`: `fastsd train ...` in a process of its own, what it says appended to the file `said`.
-
-    It is forked, where a system can, from one that has imported what commands import: that takes longer than to train here.
-    """
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    own = ("fastsd.run.loop", "fastsd.commands.cache", "fastsd.model.text_encoder")
-    lazy = ("diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip")
-    context.set_forkserver_preload(["environment", *own, *lazy])
+    """`start(said, "train", ...)`: `fastsd train ...` in a process of its own, what it says appended to the file `said`."""
 
     def begin(said: Path, *words: str):
-        process = context.Process(target=command_line, args=(list(words), said))
+        process = processes().Process(target=command_line, args=(list(words), said))
         process.start()
         return process
 

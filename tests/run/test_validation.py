@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from contextlib import closing
 from io import StringIO
 
@@ -328,15 +326,15 @@ def test_cached_states_serve_as_well(tmp_path, tiny_model, images):
     assert rows[0]["loss"] == pytest.approx(last(folder)[0]["loss"], rel=1e-5)
 
 
-def test_the_command_measures_any_model(whole, tmp_path, tiny_model, images):
+def test_the_command_measures_any_model(whole, tmp_path, tiny_model, images, start):
     path, folder, _ = whole
-    words = [sys.executable, "-m", "fastsd.cli", "validate"]
-    out = tmp_path / "rows.json"
-    done = subprocess.run([*words, folder, path, *SIZES, "--json", out], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    out, said = tmp_path / "rows.json", tmp_path / "said"
+    process = start(said, "validate", str(folder), str(path), *SIZES, "--json", str(out))
+    process.join(600)
+    assert process.exitcode == 0, said.read_text()
     found = json.loads(out.read_text())
     assert found["rows"] == last(folder) and found["precision"] == "fp32"
-    lines = done.stdout.splitlines()
+    lines = said.read_text().splitlines()
     assert lines[-4].startswith("timesteps") and lines[-3].startswith("0-499 ")
     assert "\n".join(lines[-4:]) == in_a_table(found["rows"])
     config = load_config(path, [*SIZES])
