@@ -190,7 +190,15 @@ def test_optimizer_goals():
 
 
 def test_whole_steps_in_small(visit, monkeypatch, capfd):
-    """Every kind of measurement but those of a GPU's memory, which say why not."""
+    """Every kind of measurement but those of a GPU's memory, which say why not; taken in a process that `steps` starts."""
+
+    def run(groups, end):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        ((script, *arguments),) = groups
+        assert script == "bench/steps.py"
+        return steps.main(arguments), 1.0
+
+    monkeypatch.setattr(gpu, "run", run)
     status, result = visit("--only", "steps", "--steps", "b", "c", "d", "e", "--small", of="steps")
     part, records = result["parts"]["steps"], result["records"]
     assert part["failed"] == {}  # first, for it says why
