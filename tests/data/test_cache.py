@@ -227,21 +227,21 @@ def test_a_tiny_diffusers_vae(tmp_path):
 @pytest.mark.parametrize("code, sentence", [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "cannot be used")])
 def test_a_full_or_forbidden_disk_is_a_sentence_and_the_next_run_goes_on(tmp_path, monkeypatch, code, sentence):
     draw_many(tmp_path, 12)
-    calls = []
+    written = []
     write = Shard.write_rows
 
     def failing(shard, rows):
-        calls.append(rows)
-        if len(calls) == 2:
+        if written or len(rows) == 12:  # a writer that lags behind is given everything at once
             raise OSError(code, os.strerror(code))
         write(shard, rows)
+        written.extend(rows)
 
     monkeypatch.setattr(Shard, "write_rows", failing)
     with pytest.raises(UserError, match=sentence) as error:
         build_cache(config(tmp_path), StubVae())
     assert str(tmp_path / "cache") in str(error.value)
     monkeypatch.undo()
-    assert build_cache(config(tmp_path), StubVae()).encoded == 8
+    assert build_cache(config(tmp_path), StubVae()).encoded == 12 - len(written)
     assert verify(tmp_path / "cache") == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
     draw(tmp_path / "images/one-more.png", 99)

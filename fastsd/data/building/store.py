@@ -54,6 +54,7 @@ _LATER = "CREATE TABLE IF NOT EXISTS mask (key BLOB, crop INTEGER, cells BLOB, P
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # SQLite's result codes for problems with the disk or the user's setup; any other code is a bug of ours.
 _SQLITE_FULL = 13
+_BUSY_SECONDS = 60  # wait for another process that writes to the database
 _SQLITE_DISK = {3: "no permission", 5: "busy", 8: "read-only", 10: "i/o error", 14: "cannot be opened", _SQLITE_FULL: "full"}
 _SQLITE_DAMAGED = {11: "malformed", 26: "no database"}
 _PATIENCE = 0.1  # seconds between attempts at a lock that another process holds
@@ -159,9 +160,9 @@ class Store:
             for name in ("shards", "views") if create else ():
                 (folder / name).mkdir(parents=True, exist_ok=True)
         with _folder_lock(folder, lock), database_errors(folder):
-            db = sqlite3.connect(database, timeout=60, isolation_level=None)
+            db = sqlite3.connect(database, timeout=_BUSY_SECONDS, isolation_level=None)
             try:
-                db.execute("PRAGMA journal_mode = WAL")
+                _use_write_ahead_log(db)
                 db.execute("PRAGMA synchronous = FULL")
                 with _transaction(db):
                     version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -324,6 +325,19 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
             db.execute("ROLLBACK")
         raise
     db.execute("COMMIT")
+
+
+def _use_write_ahead_log(db: sqlite3.Connection) -> None:
+    """Switch to WAL mode. SQLite does not wait if another process switches at the same moment, so this function does."""
+    end = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -4,7 +4,10 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from commandline import function_process
 
 from fastsd.data import cache as cache_module
 from fastsd.data.building.build import build_cache
+from fastsd.data.building.store import Store
 from fastsd.data.building.upkeep import verify
 from fastsd.data.cache import LatentCache
 
@@ -59,11 +63,7 @@ def alone(root, monkeypatch):
 def test_processes_share_the_work(tmp_path, monkeypatch):
     draw_many(tmp_path, IMAGES)
     (shards, frozen), view = alone(tmp_path, monkeypatch)
-    processes = []
-    for ready in range(1, 4):
-        processes.append(start(tmp_path, together=3))
-        while len(list(tmp_path.glob("*.here"))) < ready:
-            assert processes[-1].poll() is None and time.sleep(0.005) is None
+    processes = [start(tmp_path, together=3) for _ in range(3)]
     results = [ended(process) for process in processes]
     assert sum(result[0] for result in results) == sum(result[1] for result in results) == IMAGES
     assert all(result[0] > 0 for result in results)
@@ -71,6 +71,18 @@ def test_processes_share_the_work(tmp_path, monkeypatch):
     assert shard_bytes(tmp_path) == shards
     assert (tmp_path / f"cache/views/{view}.safetensors").read_bytes() == frozen
     assert [path.suffix for path in (tmp_path / "cache/work").iterdir()] == [".lock"]
+
+
+def test_processes_may_open_a_new_cache_at_once(tmp_path):
+    """SQLite refuses at once, whatever its timeout, to switch to WAL while another process is about to write."""
+    (tmp_path / "cache").mkdir()
+    with closing(sqlite3.connect(tmp_path / "cache/cache.sqlite", isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        later = threading.Timer(0.3, other.execute, ["ROLLBACK"])
+        later.start()
+        with Store.open(tmp_path / "cache", create=True) as store:
+            assert store.db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        later.join()
 
 
 def test_what_a_killed_process_had_in_hand_is_done_by_the_others(tmp_path, monkeypatch):
