@@ -112,7 +112,7 @@ def test_a_files_metadata_tells_what_it_is(whole, tmp_path):
     summary = read_summary(folder / "model")
     assert summary_in(told) == summary and summary_in({"modelspec.title": "x"}) is None
     for broken in ("{", '"text"', "5"):
-        assert summary_in({"fastsd.config.stages": broken}) is None
+        assert summary_in({"fastsd.stages": broken}) is None
         (tmp_path / "fastsd.json").write_text(broken)
         assert read_summary(tmp_path) is None
     nothing = metadata_of(None, {"prediction_type": "v_prediction"}, 512, title="base")
