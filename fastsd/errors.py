@@ -2,10 +2,22 @@
 
 
 class UserError(ValueError):
-    """An error that the user must fix. Its text is the whole message: place, field, value found, what to do.
+    """An error that the user must fix. The command line prints its message without a traceback and exits with 2.
 
-    The command line prints it without a traceback and exits with 2; any other exception is a bug in fastsd (exit 1).
+    Any other exception is a bug in fastsd (exit 1).
+
+    Attributes:
+        code: name of the problem, such as "cache-disk-full". It stays the same when the message is reworded.
+        message: the whole text: place, field, value found, what to do. Also `str(error)`.
     """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)  # both, so that the error survives the way back from a worker process
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Stopped(Exception):

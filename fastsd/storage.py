@@ -69,7 +69,7 @@ class Stored:
             while count := file.readinto(view[filled:]):
                 filled += count
         if filled != size:
-            raise UserError(f"{self.path}: has become shorter while it was read; copy the file again")
+            raise UserError("file-became-shorter", f"{self.path}: has become shorter while it was read; copy the file again")
         return torch.frombuffer(data, dtype=self.dtype)
 
 
@@ -149,7 +149,7 @@ def check_finite(name: str, tensor: Tensor, place: str, advice: str = "; fetch o
     if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
         bad = int((~tensor.isfinite()).sum())
         if bad:
-            raise UserError(f"{place}: {bad} of {tensor.numel()} numbers of {name} are not finite{advice}")
+            raise UserError("not-finite", f"{place}: {bad} of {tensor.numel()} numbers of {name} are not finite{advice}")
 
 
 def write_text(path: Path, text: str) -> str:
@@ -183,7 +183,9 @@ class TensorFile(Mapping[str, Tensor]):
             self._file = safe_open(path, framework="pt")
             self._names = dict.fromkeys(name for name in self._file.keys() if name.startswith(prefix))  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors ({error}); fetch or copy the file again") from None
+            raise UserError(
+                "safetensors-unreadable", f"{path}: cannot be read as safetensors ({error}); fetch or copy the file again"
+            ) from None
         self._path = path
 
     @property
@@ -199,7 +201,9 @@ class TensorFile(Mapping[str, Tensor]):
                 continue
             kind = next((dtype for dtype, label in DTYPES.items() if label == entry["dtype"]), None)
             if kind is None:
-                raise UserError(f"{self._path}: {name} is of type {entry['dtype']}; give a model in fp16, bf16 or fp32")
+                raise UserError(
+                    "tensor-dtype", f"{self._path}: {name} is of type {entry['dtype']}; give a model in fp16, bf16 or fp32"
+                )
             tensors[name] = Stored(self._path, data + entry["data_offsets"][0], kind, torch.Size(entry["shape"]))
         return tensors
 

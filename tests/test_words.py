@@ -5,6 +5,7 @@ import re
 
 import pytest
 from environment import ROOT
+from sentences import ERRORS, FILE, LINES
 
 FILES = sorted(path for folder in ("fastsd", "kernels", "bench") for path in ROOT.glob(f"{folder}/**/*.py"))
 # Pronouns and participles that leave open what a variable holds.
@@ -40,3 +41,25 @@ def test_a_riddle_is_refused():
     tree = ast.parse("def f(given):\n    for own in given: pass\n    return lambda each: each")
     assert names_bound(tree) & BANNED == {"given", "own", "each"}
     assert RIDDLE.match("What the figures amount to.") and not RIDDLE.match("Return what is left.")
+
+
+def literal_texts(argument: ast.expr) -> list[str]:
+    """The parts of a message that are the same each time."""
+    parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
+    return [part.value for part in parts if isinstance(part, ast.Constant)]
+
+
+def test_every_error_has_a_code_and_its_sentence():
+    codes = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                code, message = node.args
+                assert isinstance(code, ast.Constant), f"{path}:{node.lineno}: a code is a literal"
+                codes.add(code.value)
+                position = 0
+                for text in literal_texts(message):
+                    position = ERRORS[code.value].find(text, position)
+                    assert position >= 0, f"{code.value}: {text!r} is not in {FILE.name}"
+    assert codes == ERRORS.keys()
+    assert not ERRORS.keys() & LINES.keys()

@@ -257,7 +257,9 @@ def require(name: str) -> bool:
     try:
         importlib.import_module(package)
     except ImportError:
-        raise UserError(f"peer {name} is not installed; pip install {package.replace('_', '-')}") from None
+        raise UserError(
+            "bench-package-missing", f"peer {name} is not installed; pip install {package.replace('_', '-')}"
+        ) from None
     return True
 
 
@@ -325,7 +327,7 @@ def attempt(name: str, misses: list[str], do: Callable[[], T]) -> T | None:
     except (UserError, torch.OutOfMemoryError) as error:
         why = str(error).splitlines()[0]
         if name == OURS:
-            raise UserError(f"bench: {why}; use a smaller --batch, or fewer --peers") from None
+            raise UserError("bench-step-failed", f"bench: {why}; use a smaller --batch, or fewer --peers") from None
         misses.append(f"left out: {why}" if isinstance(error, UserError) else f"left out: peer {name}, out of memory ({why})")
     except Exception as error:
         if name != "compiled":  # any compiler error skips only this baseline

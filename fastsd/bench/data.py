@@ -41,7 +41,7 @@ _PICTURE = (1024, 768)  # px: minimum size of images from cameras and web pages
 def bench_loader(options: BenchOptions, config: Config, say: Say) -> Figures:
     """Measure samples per second from the cache to a step that only receives them."""
     if options.rate <= 0:
-        raise UserError(f"--rate is {options.rate:g}; give the images a second of a step")
+        raise UserError("bench-rate", f"--rate is {options.rate:g}; give the images a second of a step")
     count = options.steps or (8 if options.small else 32)
     batch = config.stage[0].batch if options.config or options.changed("batch") else 32
     passes = []

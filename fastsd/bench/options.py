@@ -89,7 +89,7 @@ def bench_config(options: BenchOptions) -> Config:
         try:
             return load_config(path, options.changes, options.precision)
         except UserError as error:
-            raise UserError(str(error).replace(str(path), "bench")) from None
+            raise UserError("bench-config", str(error).replace(str(path), "bench")) from None
 
 
 def bench_target(options: BenchOptions) -> BenchTarget:

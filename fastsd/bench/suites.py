@@ -63,7 +63,9 @@ def bench(
     changes += [f"{OPTIONS[name]}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
     command_line, out = BenchOptions(benchmark, config, changes, **more), console or Console()
     if json_file and not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another")
+        raise UserError(
+            "json-folder-missing", f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another"
+        )
 
     def say(text: str) -> None:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -84,7 +86,7 @@ def _parsed(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     if config and not benchmark and not config.endswith(".toml") and not Path(config).exists():
         matches = difflib.get_close_matches(config, WHAT, n=1)
         hint = f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(WHAT)}, or name a config"
-        raise UserError(f"bench {config!r} is nothing that can be measured; {hint}")
+        raise UserError("bench-unknown-suite", f"bench {config!r} is nothing that can be measured; {hint}")
     return benchmark or "step", config, arguments
 
 
@@ -93,7 +95,9 @@ def bench_step(options: BenchOptions, say: Say) -> Figures:
     target, misses = bench_target(options), list[str]()
     if target.stage.train != ["unet"]:
         problem = f"stage.0.train is {target.stage.train}"
-        raise UserError(f'{problem}, and bench step compares training of the UNet; add stage.0.train=["unet"]')
+        raise UserError(
+            "bench-trains-other", f'{problem}, and bench step compares training of the UNet; add stage.0.train=["unet"]'
+        )
     names = _fitting(options, target, misses)
     stage, work = target.stage, _work(options, target, misses)
     switches = set_precision(stage.precision, work.model.unet, target.config.deterministic)
@@ -160,8 +164,9 @@ def _fitting(options: BenchOptions, target: BenchTarget, misses: list[str]) -> l
         estimates = counters.estimate_memory(target.cfg, parameters, target.stage, target.side, names, target.device)
         parts = [f"{n.name} {n.held / 1e9:.1f}" for n in estimates] + [f"a step {max(n.rise for n in estimates) / 1e9:.1f}"]
         raise UserError(
+            "bench-step-memory",
             f"bench step needs {need() / 1e9:.1f} GB ({', '.join(parts)}, libraries 0.5) and {target.free / 1e9:.1f} GB are "
-            "free; use --optimizer lion, fewer --peers, a smaller --batch or --size, or --small"
+            "free; use --optimizer lion, fewer --peers, a smaller --batch or --size, or --small",
         )
     return names
 
@@ -172,7 +177,9 @@ def _peer_names(options: BenchOptions, target: BenchTarget, misses: list[str]) -
         names = [] if options.peers == "none" else options.peers.split(",")
         for name in names:
             if name not in baselines.BASELINES:
-                raise UserError(f"--peers names {name!r}; choose from {', '.join(baselines.BASELINES)}, or none")
+                raise UserError(
+                    "bench-unknown-baseline", f"--peers names {name!r}; choose from {', '.join(baselines.BASELINES)}, or none"
+                )
             baselines.require(name)
         return names
     same = baselines.SAME_OPTIMIZER[target.stage.optimizer]
@@ -219,7 +226,9 @@ def bench_memory(options: BenchOptions, say: Say) -> Figures:
     need = 12 * sum(target.sizes) + images * 2e9 * (target.side / 64) ** 2 * target.cfg.block_out_channels[0] / 320
     if need > target.free:
         amounts = f"{need / 1e9:.1f} GB and {target.free / 1e9:.1f} GB are free"
-        raise UserError(f"bench memory needs about {amounts}; use a smaller --batch or --size, or --small")
+        raise UserError(
+            "bench-memory-memory", f"bench memory needs about {amounts}; use a smaller --batch or --size, or --small"
+        )
     set_precision(target.stage.precision)
     with target.device:
         unet = UNet(target.cfg, target.ops)
@@ -263,11 +272,13 @@ def bench_optim(options: BenchOptions, say: Say) -> Figures:
         options.fraction if options.fraction is not None else min(1.0, 0.7 * target.free / (bytes_each * sum(target.sizes)))
     )
     if not 0 < fraction <= 1:
-        raise UserError(f"--fraction is {fraction:g}; give the share of the UNet's tensors to use, above 0 and at most 1")
+        raise UserError(
+            "bench-fraction", f"--fraction is {fraction:g}; give the share of the UNet's tensors to use, above 0 and at most 1"
+        )
     sizes = baselines.even_choice(target.sizes, fraction)
     if bytes_each * sum(sizes) > target.free:
         amounts = f"{bytes_each * sum(sizes) / 1e9:.1f} GB and {target.free / 1e9:.1f} GB are free"
-        raise UserError(f"bench optim needs {amounts}; use a smaller --fraction, or one --optimizer")
+        raise UserError("bench-optim-memory", f"bench optim needs {amounts}; use a smaller --fraction, or one --optimizer")
     arenas = baselines.made_arenas(sizes, target.device)
     copy_rate, count = counters.copy_rate(target.device, options.small), options.steps or 7
     say(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, a copy: {copy_rate / 1e9:.3g} GB/s")
@@ -304,16 +315,18 @@ def bench_optim(options: BenchOptions, say: Say) -> Figures:
 def run_suites(options: BenchOptions, say: Say) -> Figures:
     """Run the kernels' suites of a source tree with pytest. Raises UserError if there is no source or a suite fails."""
     if not (SUITES / "conftest.py").is_file():
-        raise UserError("the kernels' suites come with the source only; clone it and run `fastsd bench kernels` there")
+        raise UserError(
+            "bench-no-source", "the kernels' suites come with the source only; clone it and run `fastsd bench kernels` there"
+        )
     if importlib.util.find_spec("pytest_benchmark") is None:
-        raise UserError("pytest-benchmark is not installed; pip install pytest-benchmark")
+        raise UserError("pytest-benchmark-missing", "pytest-benchmark is not installed; pip install pytest-benchmark")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         quick = ["--quick"] if options.small else []
         command = [sys.executable, "-m", "pytest", str(SUITES), "--benchmark-json", str(file), *quick]
         status = subprocess.run(command, cwd=SUITES.parent).returncode
         if status:
-            raise UserError(f"a suite of the kernels failed, see above (pytest ended with {status})")
+            raise UserError("bench-kernels-failed", f"a suite of the kernels failed, see above (pytest ended with {status})")
         figures = [benchmark["extra_info"] for benchmark in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]]
     say("on a GPU, with goals and a stamped file: python bench/gpu.py")
     return choose_device("auto"), {"settings": {}, "results": figures, "misses": []}

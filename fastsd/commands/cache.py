@@ -130,7 +130,7 @@ def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, con
             print_line(console, f"  {sum(contents.rejected.values())} rejected:")
             _say_reasons(console, contents.rejected)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("cache-damaged", "\n".join(problems))
 
 
 def _say_view(console: Console, name: str, view: upkeep.ViewStats) -> None:

@@ -66,7 +66,7 @@ def check(config: Config, console: Console | None = None) -> None:
         print_line(console, f"note  {note}")
     attempt("run folder", lambda: _room(config, models))
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserError("check-problems", "\n".join(dict.fromkeys(problems)))
 
 
 def _images(config: Config, epoch: list[int]) -> str:
@@ -138,7 +138,8 @@ def _room(config: Config, models: list[Model]) -> str:
     need = sum(size.values()) + max(stage_bytes) + export_bytes(config, size)
     if need > free:
         raise UserError(
+            "run-disk-space",
             f"run is {config.run!r}: checkpoints and exported models need about {need / 1e9:.1f} GB and the disk has "
-            f"{free / 1e9:.1f} GB; free space, lower keep_checkpoints, or set export.single_file = false"
+            f"{free / 1e9:.1f} GB; free space, lower keep_checkpoints, or set export.single_file = false",
         )
     return f"{config.run}, checkpoints and exported models need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free"

@@ -69,10 +69,12 @@ def convert(
     options = options or ConvertOptions()
     to = to or _guess(name, out)
     if out.exists():
-        raise UserError(f"OUT is {str(out)!r}, which exists; name a new {'folder' if to == 'diffusers' else 'file'}")
+        raise UserError(
+            "convert-out-exists", f"OUT is {str(out)!r}, which exists; name a new {'folder' if to == 'diffusers' else 'file'}"
+        )
     if (out.suffix == ".safetensors") == (to == "diffusers"):
         advice = "name a folder" if to == "diffusers" else "end it in .safetensors"
-        raise UserError(f"OUT is {str(out)!r} and --to {to}; {advice}")
+        raise UserError("convert-ending", f"OUT is {str(out)!r} and --to {to}; {advice}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if to.startswith("lora"):
@@ -85,7 +87,9 @@ def convert(
                 say(note)
             notes = _write(source, *_told(name, source, options), out, to, options)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror or error}; mend that and run it again") from error
+        raise UserError(
+            "convert-unwritable", f"{error.filename or out}: {error.strerror or error}; mend that and run it again"
+        ) from error
     for note in notes:
         say(note)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
@@ -141,15 +145,16 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
         path, notes = locate(options.vae, "--vae", pickled=True), source.notes
         new_vae = open_file(path).part("vae", notes) if path.is_file() else read_component(path, "vae", notes, pickled=True)
         if new_vae is None:
-            raise UserError(f"--vae is {options.vae!r}, which has none; give an AutoencoderKL")
+            raise UserError("convert-no-vae", f"--vae is {options.vae!r}, which has none; give an AutoencoderKL")
         source.parts["vae"] = checked("vae", new_vae, notes)
     vae, expected = source.parts.get("vae"), source.parts["unet"].config.get("out_channels", 4)
     if vae is not None and options.vae_scaling_factor is not None:
         source.parts["vae"] = replace(vae, config={**vae.config, "scaling_factor": options.vae_scaling_factor})
     if vae is not None and (channels := vae.config.get("latent_channels", 4)) != expected:
         raise UserError(
+            "convert-vae-channels",
             f"{vae.place}: has {channels} latent channels and the UNet makes {expected}; give a VAE with {expected}, or use "
-            "`fastsd swap-vae`"
+            "`fastsd swap-vae`",
         )
     return source
 
@@ -158,7 +163,7 @@ def _in_memory(checkpoint: Path, source: ModelSource, ema: bool) -> dict[str, Co
     """Build the components that a checkpoint's weight files do not hold: EMA weights, and weights with merged adapters."""
     averages = averages_of(checkpoint) if ema else {}
     if ema and not averages:
-        raise UserError(f"{checkpoint}: has no averaged (EMA) weights; leave --ema out")
+        raise UserError("convert-no-ema", f"{checkpoint}: has no averaged (EMA) weights; leave --ema out")
     model = load_merged(ModelTable(base=str(checkpoint)), averages=averages)
     has_adapters = (checkpoint / MADE_BY).is_file()
     tensors = {part: component_state_dict(model, part, None if has_adapters else averages.get(part)) for part in COMPONENTS}
@@ -172,6 +177,9 @@ def _lora_file(name: str, ema: bool) -> Path:
     if ema:
         ema_path = Path(name) / "lora-ema.safetensors"
         if not ema_path.is_file():
-            raise UserError(f"{name}: has no lora-ema.safetensors, which a run with an average ends with; leave --ema out")
+            raise UserError(
+                "convert-no-lora-ema",
+                f"{name}: has no lora-ema.safetensors, which a run with an average ends with; leave --ema out",
+            )
         return ema_path
     return path / ADAPTERS if (path / ADAPTERS).is_file() else path

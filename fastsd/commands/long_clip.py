@@ -23,13 +23,13 @@ def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", say: Calla
         UserError: the base does not load, `out` exists, or `tokens` is not more than the encoder has.
     """
     if out.exists():
-        raise UserError(f"OUT is {str(out)!r}, which exists; name a new folder")
+        raise UserError("out-exists", f"OUT is {str(out)!r}, which exists; name a new folder")
     model = load_model(ModelTable(base=base, tokenizer=tokenizer))
     window = model.text.window
     try:
         stretch(model.text.module, tokens, KEPT)
     except ValueError as error:
-        raise UserError(f"--tokens: {error}") from None
+        raise UserError("long-clip-tokens", f"--tokens: {error}") from None
     with new_folder(out) as folder:
         for part in COMPONENTS:
             write_component(folder, model, part, component_state_dict(model, part))

@@ -75,7 +75,7 @@ def lr_probe(config: Config, steps: int, stage: str = "", console: Console | Non
 def _probing(config: Config, steps: int, stage: str) -> Config:
     names = [config.stage_name(i) for i in range(len(config.stage))]
     if stage and stage not in names:
-        raise UserError(f"--stage is {stage!r}; the stages of this config are {', '.join(names)}")
+        raise UserError("probe-unknown-stage", f"--stage is {stage!r}; the stages of this config are {', '.join(names)}")
     index = names.index(stage) if stage else 0
     stage_table = config.stage[index]
     probe_settings = {

@@ -91,7 +91,9 @@ def redraw(
                 num_drawn = _Work(config, latents, vae, model, start).make(out, _batches(latents, selected), num_images, report)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"OUT {out} cannot be written ({reason}); mend that, and the same line again goes on") from error
+            raise UserError(
+                "redraw-unwritable", f"OUT {out} cannot be written ({reason}); mend that, and the same line again goes on"
+            ) from error
         except KeyboardInterrupt:
             raise Stopped(f"{out}: redrawing stopped") from None
     seconds = time.perf_counter() - start_time
@@ -118,7 +120,9 @@ def _load(table: ModelTable, config: Config, start: int | None, precision: str, 
     timesteps = len(alphas_cumprod(model.scheduler))
     if start is not None and not 0 < start < timesteps:
         advice = f"give 1 to {timesteps - 1}, or 0 to decode the latents as they are"
-        raise UserError(f"--start is {start} and the noise schedule of {table.base} has {timesteps} timesteps; {advice}")
+        raise UserError(
+            "redraw-start", f"--start is {start} and the noise schedule of {table.base} has {timesteps} timesteps; {advice}"
+        )
     check_steps(model, config.sample)
     return model, model.vae
 
@@ -128,8 +132,9 @@ def _any_latents(table: ModelTable, config: Config, vae: Vae) -> LatentCache:
     latents = LatentCache.open(config.cache.dir, view_name(config, load_vae(config.model).hash))
     if latents.meta.downscale != vae.downscale:
         raise UserError(
+            "redraw-downscale",
             f"the latents in {config.cache.dir} are {latents.meta.downscale} times smaller than their images and those of "
-            f"{table.base} {vae.downscale} times; name its VAE in model.vae and run `fastsd cache CONFIG` first"
+            f"{table.base} {vae.downscale} times; name its VAE in model.vae and run `fastsd cache CONFIG` first",
         )
     return latents
 
@@ -149,18 +154,22 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
     path = out / SAID
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(not name.startswith(TEMPORARY) for name in os.listdir(out))):
-            raise UserError(f"OUT is {str(out)!r}, which exists and is nothing that redraw has made; name a new folder")
+            raise UserError(
+                "redraw-out-exists", f"OUT is {str(out)!r}, which exists and is nothing that redraw has made; name a new folder"
+            )
         out.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(record, indent=2) + "\n")
         return
     try:
         existing = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise UserError(f"{path} cannot be read, so what OUT was made with is unknown; name a new folder") from None
+        raise UserError(
+            "redraw-settings-unreadable", f"{path} cannot be read, so what OUT was made with is unknown; name a new folder"
+        ) from None
     keys = [key for key in sorted(record.keys() | existing.keys()) if existing.get(key) != record.get(key)]
     if keys:
         differences = ", ".join(f"{key} {existing.get(key)!r} (now {record.get(key)!r})" for key in keys)
-        raise UserError(f"OUT {out} was made with {differences}; name another folder")
+        raise UserError("redraw-settings-differ", f"OUT {out} was made with {differences}; name another folder")
 
 
 def _batches(latents: LatentCache, selected: np.ndarray | None) -> Iterator[np.ndarray]:

@@ -21,7 +21,7 @@ def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precisio
     table = _from_options(SampleTable, settings)
     prompts = read_prompts(table)
     if not prompts:
-        raise UserError("there is nothing to draw; give --prompt TEXT or --prompts FILE")
+        raise UserError("sample-no-prompt", "there is nothing to draw; give --prompt TEXT or --prompts FILE")
     source = {**source, "base": resolve_model(source["base"])}
     model = load_to_sample(_from_options(ModelTable, source), device, precision)
     size = table.size or model.unet.cfg.sample_size * model.vae.downscale
@@ -41,4 +41,4 @@ def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"--{option} is {first['input']!r}; {first['msg'].lower()}") from None
+        raise UserError("sample-option", f"--{option} is {first['input']!r}; {first['msg'].lower()}") from None

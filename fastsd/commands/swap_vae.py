@@ -74,15 +74,15 @@ def swap_vae(
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     if out.exists():
-        raise UserError(f"OUT is {str(out)!r}, which exists; name a new folder")
+        raise UserError("out-exists", f"OUT is {str(out)!r}, which exists; name a new folder")
     if fit and fit not in FITS:
-        raise UserError(f"--fit is {fit!r}; choose {', '.join(FITS)}")
+        raise UserError("swap-unknown-fit", f"--fit is {fit!r}; choose {', '.join(FITS)}")
     if fit not in ("", "plain") and images is None:
-        raise UserError(f"--fit is {fit!r}, which is found from images; add --images DIR")
+        raise UserError("swap-fit-needs-images", f"--fit is {fit!r}, which is found from images; add --images DIR")
     if precision not in ("fp32", "bf16"):
-        raise UserError(f"--precision is {precision!r}; choose fp32 or bf16")
+        raise UserError("swap-precision", f"--precision is {precision!r}; choose fp32 or bf16")
     if vae_scaling_factor is not None and not vae_scaling_factor > 0:
-        raise UserError(f"--vae-scaling-factor is {vae_scaling_factor:g}; give a number above 0")
+        raise UserError("swap-scaling-factor", f"--vae-scaling-factor is {vae_scaling_factor:g}; give a number above 0")
     sources = _images(images) if images else []
     compute_device = choose_device(device)
     table = ModelTable(base=base, tokenizer=tokenizer)
@@ -101,7 +101,10 @@ def swap_vae(
             set_precision(precision, model.unet)
             results = _Alignment(model, pairs, seed, report).compare(edges)
         if not math.isfinite(results["own"].loss["loss"]):
-            raise UserError(f"BASE is {base!r}, which predicts what is not finite from its own latents; fetch it again")
+            raise UserError(
+                "swap-base-not-finite",
+                f"BASE is {base!r}, which predicts what is not finite from its own latents; fetch it again",
+            )
         record |= pairs.counts() | {"fit": fit or min(FITS, key=lambda name: results[name].loss["loss"])}
         record["fits"] = {name: {"r2": result.r2, **result.loss, **result.map} for name, result in results.items()}
         _say_table(say, record)
@@ -118,7 +121,9 @@ def swap_vae(
             write_text(folder / "swap.json", json.dumps(record, indent=2) + "\n")
             write_card(folder, untrained(out.name, base, vae, _told(record)))
     except OSError as error:
-        raise UserError(f"OUT {out} cannot be written ({error.strerror or error}); mend that and run it again") from error
+        raise UserError(
+            "swap-unwritable", f"OUT {out} cannot be written ({error.strerror or error}); mend that and run it again"
+        ) from error
     say(f"{out}: {base} with the VAE {vae}, {record['fit']} fit")
     return record
 
@@ -142,7 +147,7 @@ def _images(folder: Path) -> list[DataSource]:
     try:
         return list(folders.scan([FolderTable(path=str(folder))]))
     except UserError as error:
-        raise UserError(str(error).replace("data.folders", "--images")) from None
+        raise UserError("swap-images", str(error).replace("data.folders", "--images")) from None
 
 
 def _check(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
@@ -154,13 +159,17 @@ def _check(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
     if latents(base) == latents(new):
         state, new_state = base.module.state_dict(), new.module.state_dict()
         if state.keys() == new_state.keys() and all(torch.equal(tensor, new_state[key]) for key, tensor in state.items()):
-            raise UserError(f"VAE {name} is the base's own; name another one")
+            raise UserError("swap-same-vae", f"VAE {name} is the base's own; name another one")
         if aligning:
-            raise UserError(f"VAE {name} has the latents of the base's own and only decodes otherwise; leave out --images")
+            raise UserError(
+                "swap-same-latents",
+                f"VAE {name} has the latents of the base's own and only decodes otherwise; leave out --images",
+            )
     if aligning and base.downscale != new.downscale:
         raise UserError(
+            "swap-downscale",
             f"VAE {name} makes latents {new.downscale} times smaller than images and the base's own {base.downscale} times, so "
-            "their positions do not correspond; leave out --images, and train"
+            "their positions do not correspond; leave out --images, and train",
         )
 
 
@@ -215,7 +224,9 @@ def _encoded(
     resolution, step = resolution or model.unet.cfg.sample_size * base.downscale, base.downscale * model.unet.cfg.downscale
     if resolution % step:
         near = max(resolution // step, 1) * step
-        raise UserError(f"--resolution is {resolution}, no multiple of {step}, which this base needs; use {near}")
+        raise UserError(
+            "swap-resolution", f"--resolution is {resolution}, no multiple of {step}, which this base needs; use {near}"
+        )
     buckets, put_aside = Buckets(resolution, None), Counter[str]()
     rows: list[tuple[Tensor, ...]] = []
     for number in permutation(seed, Purpose.ALIGNMENT, _WHICH, len(sources)):
@@ -235,15 +246,19 @@ def _encoded(
         report(CacheProgress("encode", len(rows), min(limit, len(sources)), len(rows) / (time.perf_counter() - start_time)))
     rejections = f"; put aside: {_reasons(put_aside)}" if put_aside else ""
     if len(rows) < FEWEST:
-        raise UserError(f"--images has {len(rows)} that can be used, and a fit needs {FEWEST} or more; add some{rejections}")
+        raise UserError(
+            "swap-few-images",
+            f"--images has {len(rows)} that can be used, and a fit needs {FEWEST} or more; add some{rejections}",
+        )
     numbers, x, y, text_embeds = (torch.cat(column) for column in zip(*rows, strict=True))
     pairs = _Pairs(resolution, numbers, x, y, text_embeds, put_aside)
     positions = len(pairs.part(measuring=False)) * math.prod(x.shape[2:])
     minimum = max(9 * new.channels, -(-9 * model.unet.cfg.block_out_channels[0] // STRATA)) + 1
     if positions < minimum:
         raise UserError(
+            "swap-few-positions",
             f"--images: {len(rows)} at {resolution} px have {positions} positions to fit to and need {minimum}; add some, "
-            f"or raise --resolution{rejections}"
+            f"or raise --resolution{rejections}",
         )
     return pairs
 

@@ -44,11 +44,14 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     console, table = console or Console(), config.validate_
     if not (table.held_out or table.stabilised):
         raise UserError(
+            "validate-nothing",
             "validate.held_out and validate.stabilised are 0, so there is nothing to measure; add for example "
-            "validate.stabilised=256 to the line"
+            "validate.stabilised=256 to the line",
         )
     if json_file and not json_file.absolute().parent.is_dir():
-        raise UserError(f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another")
+        raise UserError(
+            "json-folder-missing", f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another"
+        )
     device, precision, base = choose_device(config.device), config.stage[-1].precision, resolve_model(name)
     model = load_merged(_table(base, config.model), choose_ops(config.kernels, device))
     with latents_of(base, config, model.vae) as latents, _states(config, latents, model, console) as states:
@@ -62,7 +65,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
         try:
             rows = validation.rows()
         except torch.OutOfMemoryError:
-            raise UserError(f"out of memory with validate.batch {table.batch}; lower it") from None
+            raise UserError("validate-memory", f"out of memory with validate.batch {table.batch}; lower it") from None
     _say(console, in_a_table(rows))
     if json_file:
         replace_file(json_file, json.dumps({"model": base, "precision": precision, "rows": rows}, indent=1) + "\n")
@@ -87,8 +90,9 @@ def latents_of(base: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
     view = view_name(config, vae.hash)
     if not (Path(config.cache.dir) / "views" / f"{view}.safetensors").is_file():
         raise UserError(
+            "validate-no-latents",
             f"cache.dir {config.cache.dir} holds no latents of these images by the VAE of {base}; run `fastsd cache CONFIG "
-            f"model.vae={base}` first"
+            f"model.vae={base}` first",
         )
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
         yield latents

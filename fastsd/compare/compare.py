@@ -166,20 +166,27 @@ def _baseline(runs: Sequence[RunData], name: str) -> RunData:
         if name == run.label or Path(name).resolve() == run.folder.resolve():
             return run
     names = ", ".join(run.label for run in runs)
-    raise UserError(f"--baseline is {name!r}, which is not among the runs ({names}); name one of them")
+    raise UserError("unknown-baseline-run", f"--baseline is {name!r}, which is not among the runs ({names}); name one of them")
 
 
 def _beside(out: Path) -> Path:
     """Return the folder for a page's pictures. Raises UserError if the page or the folder would replace something else."""
     folder = out.with_suffix("")
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out is {str(out)!r}; give a file that ends in .html")
+        raise UserError("page-ending", f"--out is {str(out)!r}; give a file that ends in .html")
     if out.is_dir():
-        raise UserError(f"--out is {str(out)!r}, which is a folder; give the name of a file that ends in .html")
+        raise UserError(
+            "page-is-folder", f"--out is {str(out)!r}, which is a folder; give the name of a file that ends in .html"
+        )
     if folder.exists() and not (folder / TABLES).is_file():
-        raise UserError(f"--out is {str(out)!r} and its pictures would go into {folder}, which is in use; choose another name")
+        raise UserError(
+            "page-pictures-in-use",
+            f"--out is {str(out)!r} and its pictures would go into {folder}, which is in use; choose another name",
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out is {str(out)!r}: its folder cannot be made ({error.strerror}); choose another place") from None
+        raise UserError(
+            "page-folder", f"--out is {str(out)!r}: its folder cannot be made ({error.strerror}); choose another place"
+        ) from None
     return folder

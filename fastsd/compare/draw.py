@@ -55,19 +55,24 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
     """
     config, settings = baseline.config, []
     if not read_prompts(config.sample):
-        raise UserError(f"there is nothing to draw, {baseline.folder} has no sample.prompts; name a --baseline with some")
+        raise UserError(
+            "draw-no-prompts", f"there is nothing to draw, {baseline.folder} has no sample.prompts; name a --baseline with some"
+        )
     for combination in combinations(words):
         values = {key.removeprefix("sample.").removeprefix("model."): value for key, (_, value) in combination.items()}
         unknown = next((key for key in values if key not in KEYS), None)
         if unknown:
-            raise UserError(f"--draw has the key {unknown!r}, which is no setting of sampling; choose from {', '.join(KEYS)}")
+            raise UserError(
+                "draw-unknown-key",
+                f"--draw has the key {unknown!r}, which is no setting of sampling; choose from {', '.join(KEYS)}",
+            )
         clip_skip = values.pop("clip_skip", None)
         try:
             table = SampleTable.model_validate(config.sample.model_dump() | values)
             if clip_skip is not None:
                 ModelTable.model_validate({"base": "x", "clip_skip": clip_skip})
         except ValidationError as error:
-            raise UserError(f"--draw: {sentence(error.errors()[0])}") from None
+            raise UserError("draw-value", f"--draw: {sentence(error.errors()[0])}") from None
         label = "\n".join(f"{key.split('.')[-1]} {setting_text(value)}" for key, (_, value) in combination.items())
         settings.append(Setting(label, table, clip_skip))
     return settings
@@ -84,7 +89,7 @@ def sources_of(run: RunData) -> list[DrawSource]:
     """Return a run's checkpoints, oldest first. Raises UserError if it has none."""
     paths = checkpoints(run.folder / "checkpoints")
     if not paths:
-        raise UserError(f"{run.folder} has no checkpoint to draw from; leave it out, or wait for one")
+        raise UserError("draw-no-checkpoint", f"{run.folder} has no checkpoint to draw from; leave it out, or wait for one")
     return [DrawSource(f"step {int(path.name.removeprefix('step-')):,}", run, path) for path in paths]
 
 

@@ -98,11 +98,11 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
         UserError: no folder is given, or one is not a run, holds no log row yet, or is named twice.
     """
     if not folders:
-        raise UserError("there is nothing to compare; name folders of runs, for example runs/a runs/b")
+        raise UserError("compare-no-runs", "there is nothing to compare; name folders of runs, for example runs/a runs/b")
     paths = [folder.resolve() for folder in folders]
     for i, path in enumerate(paths):
         if path in paths[:i]:
-            raise UserError(f"{folders[i]} is named twice; name each run once")
+            raise UserError("compare-run-twice", f"{folders[i]} is named twice; name each run once")
     labels = short_names([path.as_posix() for path in paths])
     return [
         _read(folder, labels[path.as_posix()], COLOURS[i % len(COLOURS)])
@@ -115,14 +115,18 @@ def _read(folder: Path, label: str, colour: str) -> RunData:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} is no run, it has no config.json; give the folder that a config's `run` names") from None
+        raise UserError(
+            "compare-no-run", f"{folder} is no run, it has no config.json; give the folder that a config's `run` names"
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); start the run again, which writes it") from None
+        raise UserError(
+            "compare-config-unreadable", f"{path}: cannot be read as JSON ({error}); start the run again, which writes it"
+        ) from None
     config = parse_config(raw, str(path))
     log = read_rows(folder / "log.jsonl", {"step": int, "images": int, "stage": str})
     if not log:
         advice = f"it gets one every {config.log.every} steps (log.every)"
-        raise UserError(f"{folder / 'log.jsonl'} has no row yet; {advice}, so wait for the first")
+        raise UserError("compare-no-rows", f"{folder / 'log.jsonl'} has no row yet; {advice}, so wait for the first")
     return RunData(
         folder, label, colour, config, log,
         timing=read_rows(folder / "timing.jsonl", {"step": int}),

@@ -76,7 +76,7 @@ def sweep(
         measured = base if base in logged else logged[0]
         compare([v.folder for v in logged], root / "report.html", str(measured.folder), console=console)
     if failed:
-        raise UserError("\n".join(f"{name} failed: {why}" for name, why in failed.items()))
+        raise UserError("sweep-runs-failed", "\n".join(f"{name} failed: {why}" for name, why in failed.items()))
 
 
 def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -> list[Variant]:
@@ -89,9 +89,12 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
     picked = combinations(words)
     swept = [key for key in picked[0] if len({setting_text(combination[key][1]) for combination in picked}) > 1]
     if not swept:
-        raise UserError("there is nothing to sweep; give a key several values, for example stage.caption_dropout=0.04,0.1")
+        raise UserError(
+            "sweep-no-values",
+            "there is nothing to sweep; give a key several values, for example stage.caption_dropout=0.04,0.1",
+        )
     if "run" in swept:
-        raise UserError("run has several values; name one folder, below which each run gets its own")
+        raise UserError("sweep-several-folders", "run has several values; name one folder, below which each run gets its own")
     short = short_names(swept)
     problems: list[str] = []
     variants: list[Variant] = []
@@ -105,17 +108,19 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
         variant_config = config.model_copy(update={"run": str(Path(config.run) / name)})
         variants.append(Variant(name, {key: combination[key][1] for key in swept}, variant_config))
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserError("sweep-configs", "\n".join(dict.fromkeys(problems)))
     names: dict[str, Variant] = {}
     contents: dict[str, Variant] = {}
     for variant in variants:
         other = names.setdefault(variant.name.casefold(), variant)
         if other is not variant:
             pair = " and ".join(str(v.values) for v in (other, variant))
-            raise UserError(f"two runs would share the folder {variant.folder}: {pair}; sweep them one at a time")
+            raise UserError(
+                "sweep-shared-folder", f"two runs would share the folder {variant.folder}: {pair}; sweep them one at a time"
+            )
         other = contents.setdefault(_settings(variant.config), variant)
         if other is not variant:
-            raise UserError(f"{other.name} and {variant.name} are the same run; leave one out")
+            raise UserError("sweep-same-run", f"{other.name} and {variant.name} are the same run; leave one out")
     return variants
 
 
@@ -125,7 +130,9 @@ def _baseline(variants: list[Variant], name: str, path: Path, words: Sequence[st
         match = next((variant for variant in variants if variant.name == name), None)
         if match is None:
             names = ", ".join(variant.name for variant in variants)
-            raise UserError(f"--baseline is {name!r}, which is not among the runs ({names}); name one of them")
+            raise UserError(
+                "unknown-baseline-run", f"--baseline is {name!r}, which is not among the runs ({names}); name one of them"
+            )
         return match
     fixed = [word for word in words if word.partition("=")[0].strip() not in variants[0].values]
     try:
@@ -165,7 +172,7 @@ def _prepare(variants: Sequence[Variant], console: Console) -> None:
         except UserError:
             missing[f"{config.cache.model_dump_json()} {view}"] = config
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserError("sweep-jobs", "\n".join(dict.fromkeys(problems)))
     for config in missing.values():
         cache(config, console)
 

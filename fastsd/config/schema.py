@@ -261,11 +261,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None, precision:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file; give the path of a .toml, for example configs/xlsd.toml") from None
+        raise UserError(
+            "config-missing", f"{path}: no such config file; give the path of a .toml, for example configs/xlsd.toml"
+        ) from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give the path of a .toml file in it") from None
+        raise UserError("config-is-folder", f"{path} is a folder; give the path of a .toml file in it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as TOML ({error}); mend that line") from None
+        raise UserError("config-no-toml", f"{path}: cannot be read as TOML ({error}); mend that line") from None
     for item in overrides or []:
         _override(raw, item)
     if precision is not None:
@@ -283,7 +285,7 @@ def parse_config(raw: dict[str, Any], source: str) -> Config:
             if item["type"] != "extra_forbidden":
                 problems.append(sentence(item))
     if problems:
-        raise UserError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+        raise UserError("config-invalid", "\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
     return config
 
 
@@ -303,7 +305,7 @@ def parse_value(text: str) -> Any:
 def _override(raw: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"{item!r} is not an override; write key=value, for example stage.0.batch=8")
+        raise UserError("override-form", f"{item!r} is not an override; write key=value, for example stage.0.batch=8")
     value = parse_value(text)
     *parents, last = key.strip().split(".")
     targets: list[Any] = [raw]
@@ -320,9 +322,11 @@ def _descend(target: Any, part: str, key: str) -> list[Any]:
             return [target[int(part)]]
         stages = [stage for i, stage in enumerate(target) if stage.get("name", f"stage-{i + 1}") == part]
         if not stages:
-            raise UserError(f"override {key}: there is no stage {part!r}; stages count from 0 or go by their name")
+            raise UserError(
+                "override-no-stage", f"override {key}: there is no stage {part!r}; stages count from 0 or go by their name"
+            )
         return stages
     child = target.setdefault(part, {})
     if not isinstance(child, (dict, list)):
-        raise UserError(f"override {key}: {part!r} is a value, not a table; write {part}=...")
+        raise UserError("override-no-table", f"override {key}: {part!r} is a value, not a table; write {part}=...")
     return [child]

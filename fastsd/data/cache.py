@@ -234,11 +234,13 @@ class LatentCache(Rows):
         if view is not None:
             path = folder / "views" / f"{view}.safetensors"
             if not path.is_file():
-                raise UserError(f"cache.dir {folder} holds no latents for this config; run `fastsd cache CONFIG` first")
+                raise UserError(
+                    "no-view", f"cache.dir {folder} holds no latents for this config; run `fastsd cache CONFIG` first"
+                )
             return cls(folder, path)
         paths = view_paths(folder)
         if not paths:
-            raise UserError(f"{folder} is no finished latent cache; run `fastsd cache CONFIG` first")
+            raise UserError("no-finished-cache", f"{folder} is no finished latent cache; run `fastsd cache CONFIG` first")
         return cls(folder, max(paths, key=_serial))
 
     def __len__(self) -> int:

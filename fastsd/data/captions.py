@@ -111,5 +111,8 @@ def _selected(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, 
     selected = np.concatenate(kept_chunks)
     if not len(selected):
         filters = " and ".join(f"data.{key} {list(tags)}" for key, tags in (("include", include), ("exclude", exclude)) if tags)
-        raise UserError(f"{filters} leave none of the {len(cache)} images; remove tags from it, or see how captions write them")
+        raise UserError(
+            "filter-leaves-none",
+            f"{filters} leave none of the {len(cache)} images; remove tags from it, or see how captions write them",
+        )
     return selected

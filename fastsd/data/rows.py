@@ -68,7 +68,7 @@ def read_header(path: Path, file_format: str) -> tuple[dict[str, Any], dict[str,
 
 
 def damaged(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} {problem}; run `fastsd cache CONFIG` again, it makes what is missing")
+    return UserError("frozen-file-damaged", f"{path} {problem}; run `fastsd cache CONFIG` again, it makes what is missing")
 
 
 def row_check(data: Any) -> int:
@@ -251,8 +251,9 @@ class Rows:
         for (shard, row, into), check in zip(requests, check_B.tolist(), strict=True):
             if row_check(into) != check:
                 raise UserError(
+                    "row-damaged",
                     f"{shard.path}: row {row} is damaged; `fastsd cache CONFIG --verify` finds all that is, and "
-                    "`fastsd cache CONFIG` then makes it again"
+                    "`fastsd cache CONFIG` then makes it again",
                 )
         return output
 

@@ -80,11 +80,13 @@ def _check_room(sizes: dict[str, int], pictures: int) -> None:
     half, left = pictures // 2, pictures - sizes["held_out"]
     if sizes["held_out"] > half:
         raise UserError(
+            "held-out-size",
             f"validate.held_out is {sizes['held_out']} and there are {pictures} different images to choose from, of which no "
-            f"more than half may be held out; lower it to {half} or below"
+            f"more than half may be held out; lower it to {half} or below",
         )
     if sizes["stabilised"] > left:
         raise UserError(
+            "stabilised-size",
             f"validate.stabilised is {sizes['stabilised']} and {left} different images are trained on; lower it to {left} or "
-            "below"
+            "below",
         )

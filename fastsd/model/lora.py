@@ -170,14 +170,16 @@ def _check_targets(table: LoraTable, targets_by_component: Mapping[str, tuple[di
         if not any(pattern in matched_patterns for _, matched_patterns in targets_by_component.values()):
             convolutions = "" if table.conv else ", or set model.lora.conv if it means 3x3 convolutions"
             raise UserError(
+                "lora-target",
                 f"model.lora.targets has {pattern!r}, which no linear layer of {' or '.join(labels.values())} is; give groups, "
-                f'for example "attention", or names of layers as diffusers has them, "to_q"{convolutions}'
+                f'for example "attention", or names of layers as diffusers has them, "to_q"{convolutions}',
             )
     for component, (targets, _) in targets_by_component.items():
         if not targets:
             raise UserError(
+                "lora-target-component",
                 f"model.lora.targets: no layer of {labels[component]} is one of {', '.join(table.targets)}; add one that is, "
-                'for example "attention", or leave that part out'
+                'for example "attention", or leave that part out',
             )
 
 

@@ -84,15 +84,21 @@ def _of_part(model: Model, part: str, pattern: str, context: str) -> set[str]:
         hits = [matches(part, pattern, piece) for piece in pieces]
         if any(hits) and not all(hits):
             layers = " and ".join(piece.split(".")[-2] for piece in pieces)
-            raise UserError(f"{context}, and {layers} are one matrix here; name them together, or the group unet.attention")
+            raise UserError(
+                "selected-within-fused",
+                f"{context}, and {layers} are one matrix here; name them together, or the group unet.attention",
+            )
         if any(hits):
             names.add(name)
     if not names:
         groups = ", ".join(f"{part}.{group}" for group in GROUPS[part])
-        raise UserError(f"{context}, which is no parameter of it; groups are {groups}; names are those of diffusers")
+        raise UserError(
+            "selected-nothing", f"{context}, which is no parameter of it; groups are {groups}; names are those of diffusers"
+        )
     if not names & usable:
         raise UserError(
-            f"{context}, which model.clip_skip {model.text.clip_skip} leaves out; lower clip_skip, or name other layers"
+            "selected-skipped",
+            f"{context}, which model.clip_skip {model.text.clip_skip} leaves out; lower clip_skip, or name other layers",
         )
     return names & usable
 

@@ -55,7 +55,9 @@ class Shapes:
         step = downscale * self.unet.downscale
         if resolution % step:
             low = max(resolution // step, 1) * step
-            raise UserError(f"data.resolution is {resolution}, no multiple of {step} as this UNet needs; use {low}")
+            raise UserError(
+                "model-resolution", f"data.resolution is {resolution}, no multiple of {step} as this UNet needs; use {low}"
+            )
         return resolution // downscale
 
 
@@ -83,8 +85,9 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
     channels, width = shapes.vae.get("latent_channels", 4), shapes.text.get("hidden_size", 512)
     if channels != unet.in_channels or width != unet.cross_attention_dim:
         raise UserError(
+            "components-do-not-fit",
             f"model: the UNet takes {unet.in_channels} latent channels and text {unet.cross_attention_dim} wide, but the VAE "
-            f"has {channels} and the text encoder is {width} wide; give parts that belong together"
+            f"has {channels} and the text encoder is {width} wide; give parts that belong together",
         )
     return shapes, notes
 
@@ -107,9 +110,14 @@ def _settings(name: str, revision: str, folders: list[str]) -> dict[str, Any] | 
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({error}); fetch or copy the file again") from None
+            raise UserError(
+                "json-unreadable", f"{path}: cannot be read as JSON ({error}); fetch or copy the file again"
+            ) from None
         if not isinstance(settings, dict):
-            raise UserError(f"{path}: holds a {type(settings).__name__}, expected a table of settings; fetch the file again")
+            raise UserError(
+                "json-no-table",
+                f"{path}: holds a {type(settings).__name__}, expected a table of settings; fetch the file again",
+            )
         return settings
     return None
 

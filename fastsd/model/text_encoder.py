@@ -42,7 +42,8 @@ class TextEncoder:
         layers = module.config.num_hidden_layers
         if clip_skip >= layers:
             raise UserError(
-                f"model.clip_skip is {clip_skip} and the text encoder has {layers} layers; choose 0 to {layers - 1}"
+                "clip-skip",
+                f"model.clip_skip is {clip_skip} and the text encoder has {layers} layers; choose 0 to {layers - 1}",
             )
         self.module, self.tokenizer, self.clip_skip = module.eval(), tokenizer, clip_skip
         self.tokenizer_folder, self.chunks = tokenizer_folder, chunks

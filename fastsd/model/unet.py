@@ -72,7 +72,9 @@ class UNetConfig:
             sample_size=config.get("sample_size") or 64,
         )
         if not isinstance(cfg.heads, int):
-            raise UserError(f"{place}: attention_head_dim is {cfg.heads!r}, an SD2 UNet's; give an SD1.5 base model")
+            raise UserError(
+                "sd2-unet", f"{place}: attention_head_dim is {cfg.heads!r}, an SD2 UNet's; give an SD1.5 base model"
+            )
         rebuilt = cfg.to_diffusers()
         for key, value in config.items():
             if key.startswith("_") and key != "_class_name":
@@ -81,7 +83,8 @@ class UNetConfig:
             expected = rebuilt.get(key, value if key in _NEUTRAL or not value else None)
             if _plain(value) != _plain(expected):
                 raise UserError(
-                    f"{place}: {key} is {value!r}, which is not an SD1.5 UNet's ({expected!r}); give an SD1.5 base model"
+                    "other-unet",
+                    f"{place}: {key} is {value!r}, which is not an SD1.5 UNet's ({expected!r}); give an SD1.5 base model",
                 )
         return cfg
 

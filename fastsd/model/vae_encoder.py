@@ -56,7 +56,10 @@ class VaeEncoder:
         other_blocks = sorted({*module.config.down_block_types} - {_BLOCK})
         if other_blocks or module.config.act_fn != "silu":
             mismatch = ", ".join(other_blocks) or f"act_fn {module.config.act_fn}"
-            raise UserError(f"model.vae: its config has {mismatch}, and the encoder knows {_BLOCK} with silu; give another VAE")
+            raise UserError(
+                "vae-blocks",
+                f"model.vae: its config has {mismatch}, and the encoder knows {_BLOCK} with silu; give another VAE",
+            )
 
     def __call__(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Encode channels-last images, in the weights' dtype and device, to (mean, clamped logvar), each (B, C, h, w)."""

@@ -96,12 +96,12 @@ def empty_part(part: str, config: dict[str, Any], place: str) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     if part == "vae" and config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise UserError(f"{place}: the class is {config['_class_name']}; give an AutoencoderKL")
+        raise UserError("not-a-vae", f"{place}: the class is {config['_class_name']}; give an AutoencoderKL")
     for key in ("num_hidden_layers", "layers_per_block", "block_out_channels"):
         value = config.get(key)
         count = len(value) if isinstance(value, list) else value
         if isinstance(count, int) and count > MAX_LAYERS:
-            raise UserError(f"{place}: {key} asks for {count} layers; give a model of SD1.5's family")
+            raise UserError("layer-count", f"{place}: {key} asks for {count} layers; give a model of SD1.5's family")
     try:
         with torch.device("meta"):
             if part == "unet":
@@ -113,7 +113,9 @@ def empty_part(part: str, config: dict[str, Any], place: str) -> nn.Module:
         raise
     except Exception as error:  # the libraries raise many types of errors for an invalid config
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{place}: describes no {part.replace('_', ' ')} ({reason}); fetch it again") from None
+        raise UserError(
+            "config-of-other-component", f"{place}: describes no {part.replace('_', ' ')} ({reason}); fetch it again"
+        ) from None
 
 
 def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str, Tensor]:
@@ -135,12 +137,16 @@ def check_names(
     if missing or extra:
         names, word = (missing, "missing") if missing else (extra, "not part of this model")
         raise UserError(
+            "weights-names",
             f"{place}: {len(names)} of {len(expected)} tensors {'is' if len(names) == 1 else 'are'} {word}, "
-            f"the first is {names[0]}; {advice}"
+            f"the first is {names[0]}; {advice}",
         )
     for name, target in expected.items():
         if target.shape != tensors[name].shape:
-            raise UserError(f"{place}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}; {advice}")
+            raise UserError(
+                "weights-shape",
+                f"{place}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}; {advice}",
+            )
 
 
 def classic_text_name(name: str) -> str:

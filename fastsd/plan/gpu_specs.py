@@ -61,7 +61,7 @@ def find_gpu(name: str) -> GpuSpec:
         return matches[0]
     close = difflib.get_close_matches(_plain(name), plain, n=1)
     hint = f"did you mean {plain[close[0]].name}?" if close else "give --vram GB instead"
-    raise UserError(f"--card is {name!r}; known are {', '.join(card.name for card in GPU_SPECS)}; {hint}")
+    raise UserError("unknown-card", f"--card is {name!r}; known are {', '.join(card.name for card in GPU_SPECS)}; {hint}")
 
 
 def _plain(name: str) -> str:

@@ -302,7 +302,7 @@ def plan(
     cards = [find_gpu(card)] if card else GPU_SPECS
     vram = vram if vram is not None else cards[0].memory if card else 24.0
     if not 0 < vram < math.inf:
-        raise UserError(f"--vram is {vram:g}; give the card's memory in GB, for example 24")
+        raise UserError("vram", f"--vram is {vram:g}; give the card's memory in GB, for example 24")
     shapes, notes = read_shapes(config.model)
     ops = REFERENCE if config.kernels == "reference" else TRITON or REFERENCE
     images = _count(config.data)
@@ -334,7 +334,9 @@ def plan(
         try:
             replace_file(path, json.dumps(report, indent=2) + "\n")
         except OSError as error:
-            raise UserError(f"--json is {str(path)!r}: cannot be written ({error.strerror}); name another file") from None
+            raise UserError(
+                "json-unwritable", f"--json is {str(path)!r}: cannot be written ({error.strerror}); name another file"
+            ) from None
 
 
 def _count(data: DataTable) -> int | None:

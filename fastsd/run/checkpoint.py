@@ -150,7 +150,10 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, RunProgress]
             return path, RunProgress(**values)
         say(f"checkpoint {path.name} is damaged ({problem}); falling back to the one before it")
     if checkpoint_paths:
-        raise UserError(f"{folder}: none of its {len(checkpoint_paths)} checkpoints is whole; start a new run with run=FOLDER")
+        raise UserError(
+            "checkpoints-damaged",
+            f"{folder}: none of its {len(checkpoint_paths)} checkpoints is whole; start a new run with run=FOLDER",
+        )
     return None
 
 

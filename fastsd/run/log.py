@@ -106,6 +106,7 @@ class Log:
         self.dead_rows = self.dead_rows + 1 if fresh >= self.run.config.log.every else 0
         if self.dead_rows == MAX_SKIPPED_ROWS:
             raise UserError(
+                "no-finite-gradient",
                 f"{self.run.folder}: no finite gradient for {fresh * self.dead_rows} steps up to step {step}; "
-                "lower lr (or d0), or use precision fp32, and run again from the last checkpoint"
+                "lower lr (or d0), or use precision fp32, and run again from the last checkpoint",
             )

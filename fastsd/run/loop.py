@@ -68,7 +68,10 @@ def train_stage(run: Run, index: int, stop: list[int]) -> None:
                 if stop and not done:
                     raise Stopped(f"{run.folder}: stopped at step {position.progress.step}")
                 if done and not saved:
-                    raise UserError(f"{run.folder}: the end of stage {index + 1} could not be saved; free space, run again")
+                    raise UserError(
+                        "stage-end-not-saved",
+                        f"{run.folder}: the end of stage {index + 1} could not be saved; free space, run again",
+                    )
             if done:
                 break
     step.release()
@@ -81,8 +84,9 @@ def export_run(run: Run) -> None:
         run.cost.note(run.position.progress, file_bytes=bytes_of(model))
     except OSError as error:
         raise UserError(
+            "model-not-written",
             f"{run.folder}: all is trained and saved, but the model could not be written ({error.strerror or error}); "
-            "free space on that disk, and the same line again writes it"
+            "free space on that disk, and the same line again writes it",
         ) from error
 
 

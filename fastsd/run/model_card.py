@@ -52,7 +52,10 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     """
     table, state = read_table(run / "config.json"), read_table(checkpoint / STATE) or {}
     if table is None:
-        raise UserError(f"{run / 'config.json'}: cannot be read as a run's config; start the run again, which writes it")
+        raise UserError(
+            "run-config-unreadable",
+            f"{run / 'config.json'}: cannot be read as a run's config; start the run again, which writes it",
+        )
     config = parse_config(table, str(run / "config.json"))
     model, stages, step = config.model, _stages(run, config, state), state.get("step", 0)
     grid, adapters = _last_grid(run, step), model.lora

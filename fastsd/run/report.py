@@ -218,5 +218,7 @@ def _wandb(project: str, run: Path) -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError(f'log.wandb is {project!r} and wandb is not installed; pip install "fastsd[wandb]"') from None
+        raise UserError(
+            "wandb-missing", f'log.wandb is {project!r} and wandb is not installed; pip install "fastsd[wandb]"'
+        ) from None
     return wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")

@@ -35,7 +35,9 @@ def lock(folder: Path) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise UserError(f"run is {str(folder)!r}, in which another fastsd is training; wait for it or name another") from None
+        raise UserError(
+            "run-locked", f"run is {str(folder)!r}, in which another fastsd is training; wait for it or name another"
+        ) from None
     return file
 
 
@@ -50,7 +52,9 @@ def compare_with_start(path: Path, config: Config, progress: RunProgress | None)
     for place in FIXED:
         was, now = (reduce(getitem, place.split("."), config) for config in (old, new))
         if was != now:
-            raise UserError(f"{path.parent} was started with another {_difference(place, was, now)}; {advice}")
+            raise UserError(
+                "run-other-start", f"{path.parent} was started with another {_difference(place, was, now)}; {advice}"
+            )
     notes = []
     current_stage = progress.stage
     for i, (was, now) in enumerate(zip(old["stage"], new["stage"], strict=False)):
@@ -58,10 +62,13 @@ def compare_with_start(path: Path, config: Config, progress: RunProgress | None)
             if was[key] != now[key]:
                 difference = _difference(f"stage.{i}.{key}", was[key], now[key])
                 if i < current_stage or (i == current_stage and key in FIXED_IN_STAGE and progress.stage_step):
-                    raise UserError(f"{path.parent} has already trained with another {difference}; {advice}")
+                    raise UserError("run-other-stage", f"{path.parent} has already trained with another {difference}; {advice}")
                 notes.append(f"changed since the last start: {difference}")
     if len(new["stage"]) <= current_stage:
-        raise UserError(f"{path.parent} is in stage {current_stage + 1} and the config has {len(new['stage'])}; {advice}")
+        raise UserError(
+            "run-fewer-stages",
+            f"{path.parent} is in stage {current_stage + 1} and the config has {len(new['stage'])}; {advice}",
+        )
     return notes
 
 

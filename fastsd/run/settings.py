@@ -22,15 +22,17 @@ def choices(word: str) -> tuple[str, dict[str, Any]]:
     """
     key, equals, text = (part.strip() for part in word.partition("="))
     if not equals or not key:
-        raise UserError(f"{word!r} names no values; write key=a,b,c, for example stage.caption_dropout=0.04,0.1")
+        raise UserError(
+            "swept-no-values", f"{word!r} names no values; write key=a,b,c, for example stage.caption_dropout=0.04,0.1"
+        )
     values: dict[str, Any] = {}
     for item in split(text):
         if not item:
             problem = "has an empty one among its values" if text else "has no values"
-            raise UserError(f'{key} {problem} ({word!r}); write key=a,b,c, and "" for an empty text')
+            raise UserError("swept-value", f'{key} {problem} ({word!r}); write key=a,b,c, and "" for an empty text')
         value = parse_value(item)
         if setting_text(value) in map(setting_text, values.values()):
-            raise UserError(f"{key} has the value {item} twice; leave one out")
+            raise UserError("swept-value-twice", f"{key} has the value {item} twice; leave one out")
         values[item] = value
     return key, values
 
@@ -63,7 +65,7 @@ def combinations(words: Sequence[str]) -> list[dict[str, tuple[str, Any]]]:
     for word in words:
         key, values = choices(word)
         if key in chosen:
-            raise UserError(f"{key} is given twice; write all its values in one: {key}=a,b,c")
+            raise UserError("swept-key-twice", f"{key} is given twice; write all its values in one: {key}=a,b,c")
         chosen[key] = values
     every = product(*(values.items() for values in chosen.values()))
     return [dict(zip(chosen, picked, strict=True)) for picked in every]

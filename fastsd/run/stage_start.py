@@ -74,8 +74,9 @@ def _micro_batch(run: Run, index: int, resumed: bool) -> int:
     ).largest_micro_batch()
     if micro_batch == 0:
         raise UserError(
+            "stage-does-not-fit",
             f"stage {run.config.stage_name(index)!r} does not fit with one image a forward into {room / 1e9:.1f} GB on "
-            f"{run.device}; see `fastsd plan` for checkpointing, precisions and optimizers that do"
+            f"{run.device}; see `fastsd plan` for checkpointing, precisions and optimizers that do",
         )
     run.report.say(f"micro-batch {micro_batch}: the most that fits {room / 1e9:.1f} GB by plan; the first steps will show")
     return micro_batch

@@ -60,8 +60,9 @@ class Validation:
         count, parts = len(self._abar_T), table.bands * table.per_band
         if parts > count:
             raise UserError(
+                "validate-bands",
                 f"validate.bands {table.bands} times validate.per_band {table.per_band} is {parts} and the model has {count} "
-                "timesteps; lower one of them"
+                "timesteps; lower one of them",
             )
         self._edges = [part * count // parts for part in range(parts + 1)]
         self._batches = {name: self._in_batches(samples) for name, samples in sets.measured.items()}

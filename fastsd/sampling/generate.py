@@ -67,14 +67,16 @@ def check_size(model: Model, size: int) -> None:
     step = model.vae.downscale * model.unet.cfg.downscale
     if size < step or size % step:
         lower = max(step, size // step * step)
-        raise UserError(f"sample.size is {size}; this model's images are multiples of {step} px, for example {lower}")
+        raise UserError(
+            "sample-size", f"sample.size is {size}; this model's images are multiples of {step} px, for example {lower}"
+        )
 
 
 def check_steps(model: Model, table: SampleTable) -> None:
     """Raise UserError if there are more sampling steps than timesteps in the noise schedule."""
     timesteps = model.scheduler.get("num_train_timesteps", 1000)
     if table.steps > timesteps:
-        raise UserError(f"sample.steps is {table.steps}, and {model.name} has {timesteps} timesteps; lower it")
+        raise UserError("sample-steps", f"sample.steps is {table.steps}, and {model.name} has {timesteps} timesteps; lower it")
 
 
 @torch.no_grad()

@@ -36,7 +36,9 @@ def read_prompts(table: SampleTable) -> list[str]:
         try:
             lines = Path(table.prompts_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"sample.prompts_file is {table.prompts_file!r}: cannot be read ({error})") from None
+            raise UserError(
+                "prompts-unreadable", f"sample.prompts_file is {table.prompts_file!r}: cannot be read ({error})"
+            ) from None
         prompts += [line.strip() for line in lines if line.strip()]
     return prompts
 

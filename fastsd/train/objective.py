@@ -160,7 +160,8 @@ def _range(stage: StageTable, timesteps: int) -> tuple[int, int]:
     if end > timesteps:
         prefix = f"stage {stage.name!r}: " if stage.name else "stage: "
         raise UserError(
+            "timestep-range",
             f"{prefix}timestep_range is {[first, end]} and the model's noise schedule has {timesteps} timesteps; "
-            f"end at {timesteps} or before"
+            f"end at {timesteps} or before",
         )
     return first, end

@@ -29,7 +29,9 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
-        raise UserError(f'device is {name!r}, which does not work here ({why}); use "auto", "cuda" or "cpu"') from None
+        raise UserError(
+            "device", f'device is {name!r}, which does not work here ({why}); use "auto", "cuda" or "cpu"'
+        ) from None
     return device
 
 
@@ -38,11 +40,12 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
     runs = TRITON is not None and (device.type == "cuda" or INTERPRETED)
     if kernels == "triton" and not runs:
         why = "is not installed" if TRITON is None else f"needs an NVIDIA GPU, and the device is {device}"
-        raise UserError(f'kernels is "triton", which {why}; use "auto" or "reference"')
+        raise UserError("triton-cannot-run", f'kernels is "triton", which {why}; use "auto" or "reference"')
     if kernels == "auto" and TRITON is None and device.type == "cuda":
         raise UserError(
+            "triton-missing",
             "Triton is not installed, without which a GPU runs far below its speed; install it (pip install triton, on Windows"
-            ' triton-windows), or set kernels to "reference"'
+            ' triton-windows), or set kernels to "reference"',
         )
     if kernels == "triton":
         assert TRITON is not None

@@ -40,8 +40,9 @@ def check_length(stage: StageTable, name: str, epoch: int) -> int:
     total = stage.steps(epoch)
     if stage.warmup_steps(total) > total:
         raise UserError(
+            "warmup-too-long",
             f"stage {name!r}: warmup is {stage.warmup:g} steps and until {stage.until!r} comes to {total}, with {epoch} images "
-            "an epoch; shorten it, or write a share: 0.1"
+            "an epoch; shorten it, or write a share: 0.1",
         )
     return total
 

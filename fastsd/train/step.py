@@ -183,8 +183,9 @@ class Step:
         if not smaller or self._touched:
             cause = "weights were being stepped" if self._touched else "not even one image a forward fits"
             raise UserError(
+                "out-of-memory",
                 f"out of memory ({reason}), and {cause}; set a smaller micro_batch or more checkpointing, which `fastsd plan` "
-                "tells, and run again from the last checkpoint"
+                "tells, and run again from the last checkpoint",
             ) from None
         self.warn(
             f"out of memory at {self.micro} images a forward: going on with {smaller[-1]}, the same batch of "

@@ -291,7 +291,9 @@ def test_images_are_added_until_memory_runs_out(name, monkeypatch):
     assert capped == [0.5] and record["images"] == 5 and record["peak_gb"] == 7 and record["kind"] == "24 GB, lion, ff"
     assert record.get("planned") == (6 if name == "fastsd" else None)
     monkeypatch.setattr(
-        baselines, "require", lambda name: (_ for _ in ()).throw(steps.UserError(f"peer {name} is not installed"))
+        baselines,
+        "require",
+        lambda name: (_ for _ in ()).throw(steps.UserError("bench-package-missing", f"peer {name} is not installed")),
     )
     if name != "fastsd":
         with pytest.raises(steps.LeftOut, match="left out: peer lion-pytorch is not installed"):

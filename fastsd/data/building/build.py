@@ -89,7 +89,9 @@ def check_resolution(config: Config, downscale: int, whose: str = "VAE") -> None
     if size % downscale and not data.latents:
         low = size // downscale * downscale
         near = " or ".join(str(size) for size in (low, low + downscale) if size)
-        raise UserError(f"data.{field} is {size}, no multiple of {downscale} as this {whose} needs; use {near}")
+        raise UserError(
+            "cache-resolution", f"data.{field} is {size}, no multiple of {downscale} as this {whose} needs; use {near}"
+        )
 
 
 class _Build:
@@ -149,7 +151,9 @@ class _Build:
         usable, weighted, masked = self.db.execute(query).fetchone()
         for key, images, detail in (("weight_key", weighted, "number in its metadata"), ("masks", masked, "file beside it")):
             if usable and not images and (name := getattr(self.config.data, key)):
-                raise UserError(f"data.{key} is {name!r} and no image has such a {detail}; correct or remove it")
+                raise UserError(
+                    "cache-no-such-detail", f"data.{key} is {name!r} and no image has such a {detail}; correct or remove it"
+                )
 
     def _check_imported(self) -> None:
         """Raise UserError if other trainers' latents do not look like this VAE's."""
@@ -163,7 +167,10 @@ class _Build:
         if means and len({len(mean) for mean in means}) == 1:
             problem = imported_latents.check_scale(np.concatenate(means, axis=1).std(axis=1).tolist(), self.vae.scaling_factor)
             if problem:
-                raise UserError(f"data.latents is {kind!r}: {problem}; name their VAE in model.vae, or encode the images anew")
+                raise UserError(
+                    "cache-latents-of-other-vae",
+                    f"data.latents is {kind!r}: {problem}; name their VAE in model.vae, or encode the images anew",
+                )
 
     def _plan(self) -> None:
         """Assign every new version of a content a row, in sorted order, in new shards of one shape each."""
@@ -217,7 +224,10 @@ class _Build:
                 )
         counts = self._counts(pipeline)
         if not counts.cached:
-            raise UserError(f"data.folders: none of the {counts.images} images could be used; the first: {counts.examples[0]}")
+            raise UserError(
+                "cache-no-usable-image",
+                f"data.folders: none of the {counts.images} images could be used; the first: {counts.examples[0]}",
+            )
         vae, config = self.vae, self.config
         meta = cache.CacheMeta(
             vae_hash=vae.hash,

@@ -183,8 +183,9 @@ class _Writer:
         states_BLD = states_BLD.cpu()
         if not states_BLD.isfinite().all():
             raise UserError(
+                "embeddings-not-finite",
                 f"cache.hidden_states: the text encoder's states are not finite in {shard.dtype};"
-                ' use cache.dtype = "fp32", or see whether the model is whole'
+                ' use cache.dtype = "fp32", or see whether the model is whole',
             )
         data = [(row, embeds_LD.view(torch.uint8).numpy().tobytes()) for row, embeds_LD in zip(rows, states_BLD, strict=True)]
         self.store.write(shard, data)

@@ -259,7 +259,9 @@ class Pipeline:
                 means = encode(images)
         except torch.OutOfMemoryError:
             batch = self.config.cache.batch
-            raise UserError(f"cache.batch is {batch}, too much for this GPU's memory; lower it, {batch // 2 or 1}") from None
+            raise UserError(
+                "cache-batch-memory", f"cache.batch is {batch}, too much for this GPU's memory; lower it, {batch // 2 or 1}"
+            ) from None
         assert list(means.shape) == [len(images), *shape], f"the VAE returned {list(means.shape)}"
         return means.to(self.dtype)
 

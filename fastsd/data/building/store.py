@@ -155,7 +155,7 @@ class Store:
         """
         database = folder / "cache.sqlite"
         if not create and not database.is_file():
-            raise UserError(f"cache.dir {folder} is no latent cache; run `fastsd cache CONFIG` first")
+            raise UserError("no-cache", f"cache.dir {folder} is no latent cache; run `fastsd cache CONFIG` first")
         with disk_errors(folder):
             for name in ("shards", "views") if create else ():
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,9 @@ class Store:
                             db.execute(statement)
                         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                     elif version != SCHEMA_VERSION:
-                        raise UserError(f"cache.dir {folder} is of another version ({version}); choose another folder")
+                        raise UserError(
+                            "cache-version", f"cache.dir {folder} is of another version ({version}); choose another folder"
+                        )
                     db.execute(_LATER)
                 yield cls(folder, db)
             finally:
@@ -223,8 +225,9 @@ class Store:
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise UserError(
+                "cache-disk-space",
                 f"cache.dir {self.folder}: new shards need {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left;"
-                " free some space or choose another folder"
+                " free some space or choose another folder",
             )
 
     def add_shard(self, space: int, name: str, shape: list[int], contents: Sequence[tuple[bytes, int]]) -> None:
@@ -300,8 +303,9 @@ def database_errors(folder: Path) -> Iterator[None]:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in _SQLITE_DAMAGED:
             raise UserError(
+                "cache-database-damaged",
                 f"cache.dir {folder}: cache.sqlite is damaged ({error}); delete it, and `fastsd cache CONFIG` encodes the"
-                " images anew"
+                " images anew",
             ) from error
         if code not in _SQLITE_DISK:
             raise
@@ -310,8 +314,10 @@ def database_errors(folder: Path) -> Iterator[None]:
 
 def _disk_trouble(folder: Path, problem: str, full: bool) -> UserError:
     if full:
-        return UserError(f"cache.dir {folder}: the disk is full; free some space, and the same line again goes on")
-    return UserError(f"cache.dir {folder} cannot be used ({problem}); mend that or choose another folder")
+        return UserError(
+            "cache-disk-full", f"cache.dir {folder}: the disk is full; free some space, and the same line again goes on"
+        )
+    return UserError("cache-unusable", f"cache.dir {folder} cannot be used ({problem}); mend that or choose another folder")
 
 
 @contextmanager
@@ -349,7 +355,7 @@ def _folder_lock(folder: Path, kind: str) -> Iterator[None]:
         handle = (folder / "cache.lock").open("a+b")
     with handle:
         if not lock_file(handle, exclusive=kind == "exclusive"):
-            raise UserError(f"cache.dir {folder}: another `fastsd cache` is at work there; wait until it ends")
+            raise UserError("cache-locked", f"cache.dir {folder}: another `fastsd cache` is at work there; wait until it ends")
         yield
 
 

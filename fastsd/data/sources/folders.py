@@ -73,21 +73,29 @@ def scan(
             searched) without an image; `masks` also matches image names, or is combined with `latents`.
     """
     if masks and latents:
-        raise UserError(f"data.masks is {masks!r} and data.latents {latents!r}, cut by rules unknown here; remove one of them")
+        raise UserError(
+            "masks-and-latents",
+            f"data.masks is {masks!r} and data.latents {latents!r}, cut by rules unknown here; remove one of them",
+        )
     if any(ends_in(extension, masks) for extension in IMAGE_EXTENSIONS):
-        raise UserError(f'data.masks is {masks!r}, and so end images, too; write what only masks end in, such as "-mask.png"')
+        raise UserError(
+            "masks-ending",
+            f'data.masks is {masks!r}, and so end images, too; write what only masks end in, such as "-mask.png"',
+        )
     places: list[tuple[int, str]] = []
     taken: set[str] = set()
     for number, root in enumerate(roots):
         paths = [root.path] if os.path.exists(root.path) else list(dict.fromkeys(_expanded(root.path)))
         if not any(map(os.path.exists, paths)):
-            raise UserError(f"data.folders: {shown(root.path)} does not exist; correct the path or remove it")
+            raise UserError("folder-missing", f"data.folders: {shown(root.path)} does not exist; correct the path or remove it")
         for path in map(os.path.abspath, paths):
             if os.path.isfile(path) and not path.lower().endswith(tars.TARS):
-                raise UserError(f"data.folders: {shown(path)} is a file, and no .tar; name the folder that holds it")
+                raise UserError(
+                    "folder-is-file", f"data.folders: {shown(path)} is a file, and no .tar; name the folder that holds it"
+                )
             if enclosing := _within(path, taken):
                 problem = "is listed twice" if enclosing == path else f"lies within {shown(enclosing)}, which comes before it"
-                raise UserError(f"data.folders: {shown(path)} {problem}; remove it or list it first")
+                raise UserError("folder-within-folder", f"data.folders: {shown(path)} {problem}; remove it or list it first")
             taken.add(path)
             places.append((number, path))
     return _scan([root.path for root in roots], places, lambda root: _Walk(root, (caption_key, weight_key), latents, masks))
@@ -111,7 +119,7 @@ def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[in
         if not has_images:
             extensions = ", ".join(walk.extensions)
             problem = f"{shown(names[number])} holds no image ({extensions})"
-            raise UserError(f"data.folders: {problem}; put some there or remove it{first_problem}")
+            raise UserError("folder-empty", f"data.folders: {problem}; put some there or remove it{first_problem}")
 
 
 def _within(path: str, folders: set[str]) -> str:
@@ -159,7 +167,9 @@ class _Walk:
             elif not isinstance(item, DataSource):
                 stack.append(item)
             elif item.problem and item.path == top:
-                raise UserError(f"data.folders: {shown(top)}: {item.problem}; make it readable or remove it")
+                raise UserError(
+                    "folder-unreadable", f"data.folders: {shown(top)}: {item.problem}; make it readable or remove it"
+                )
             else:
                 yield item
 

@@ -78,8 +78,9 @@ class Metadata:
             yield "", error.reason
         except sqlite3.OperationalError as error:
             raise UserError(
+                "temporary-folder-full",
                 f"{shown(self.path)}: the folder for temporary files cannot hold its index ({error}); free some space there"
-                " or set TMPDIR to another"
+                " or set TMPDIR to another",
             ) from None
 
     def said_of(self, image: str) -> Said:

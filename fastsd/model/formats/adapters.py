@@ -48,7 +48,9 @@ def load_to_train(table: ModelTable, ops: Ops = REFERENCE, seed: int = 0, checkp
 def _file(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"model.lora.file is {name!r}: no such file; give a .safetensors of a LoRA, or remove it")
+        raise UserError(
+            "lora-file-missing", f"model.lora.file is {name!r}: no such file; give a .safetensors of a LoRA, or remove it"
+        )
     return path
 
 

@@ -35,7 +35,9 @@ def scale_of(config: dict[str, Any], place: str) -> tuple[float, float]:
     settings = config.get("scaling_factor"), config.get("shift_factor")
     factor, shift = SD15_SCALING_FACTOR if settings[0] is None else settings[0], 0.0 if settings[1] is None else settings[1]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (factor, shift)) or not factor:
-        raise UserError(f"{place}: scaling_factor is {factor!r} and shift_factor {shift!r}; give numbers, the factor not 0")
+        raise UserError(
+            "vae-factor", f"{place}: scaling_factor is {factor!r} and shift_factor {shift!r}; give numbers, the factor not 0"
+        )
     return factor, shift
 
 
@@ -51,7 +53,9 @@ def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str
         if old[name].shape[2:] != (1, 1):
             size = "x".join(map(str, old[name].shape[2:]))
             advice = "leave it out, with --no-fold or export.fold = false"
-            raise UserError(f"{place}: {name} is a {size} convolution, into which no factor can be folded; {advice}")
+            raise UserError(
+                "vae-unfoldable", f"{place}: {name} is a {size} convolution, into which no factor can be folded; {advice}"
+            )
     r, channels = factor / SD15_SCALING_FACTOR, old["post_quant_conv.weight"].shape[1]
     weight, bias = old["quant_conv.weight"].double(), old["quant_conv.bias"].double()
     post_weight, post_bias = old["post_quant_conv.weight"].double(), old["post_quant_conv.bias"].double()

@@ -52,13 +52,15 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
     vae = load_vae(table, base)
     if vae.channels != unet.cfg.in_channels:
         raise UserError(
+            "vae-channels",
             f"model.vae: {vae.name} has {vae.channels} latent channels and the UNet of {table.base} takes "
-            f"{unet.cfg.in_channels}; choose a VAE with {unet.cfg.in_channels}"
+            f"{unet.cfg.in_channels}; choose a VAE with {unet.cfg.in_channels}",
         )
     if text.width != unet.cfg.cross_attention_dim:
         raise UserError(
+            "text-width",
             f"model.base: the text encoder of {table.base} is {text.width} wide and its UNet reads "
-            f"{unet.cfg.cross_attention_dim}; give a base whose parts belong together"
+            f"{unet.cfg.cross_attention_dim}; give a base whose parts belong together",
         )
     scheduler, scheduler_notes = _load_scheduler(base, table)
     return Model(table.base, unet, text, vae, scheduler, notes + scheduler_notes)
@@ -87,8 +89,9 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
         part = read_component(tokenizer_folder.parent, "text_encoder")
     if part is None:
         raise UserError(
+            "single-file-text-encoder",
             f"model.base is the single file {base}, which has no text encoder; set model.tokenizer to a diffusers folder that "
-            "has one beside its tokenizer"
+            "has one beside its tokenizer",
         )
     module = empty_part("text_encoder", part.config, part.where).to_empty(device="cpu")
     _fill_position_ids(module)
@@ -108,16 +111,22 @@ def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Pa
     folder = find_tokenizer(base, table.tokenizer, "model.tokenizer")
     if folder is None and base.is_file() and not table.tokenizer:
         raise UserError(
+            "single-file-tokenizer",
             f"model.base is the single file {base}, which has no tokenizer; "
-            'set model.tokenizer to a folder or hub id that has one, for example "openai/clip-vit-large-patch14"'
+            'set model.tokenizer to a folder or hub id that has one, for example "openai/clip-vit-large-patch14"',
         )
     if folder is None:
         source = table.tokenizer or base
-        raise UserError(f"{source}: no CLIP tokenizer there (vocab.json, merges.txt); set model.tokenizer to a folder with one")
+        raise UserError(
+            "no-tokenizer",
+            f"{source}: no CLIP tokenizer there (vocab.json, merges.txt); set model.tokenizer to a folder with one",
+        )
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True), folder
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: its tokenizer does not load ({str(error).splitlines()[0]}); fetch it again") from None
+        raise UserError(
+            "tokenizer-broken", f"{folder}: its tokenizer does not load ({str(error).splitlines()[0]}); fetch it again"
+        ) from None
 
 
 def _fill_position_ids(module: torch.nn.Module) -> None:
@@ -134,12 +143,13 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
     part = _part(source, "vae")
     if part is None:
         advice = "set model.vae to one" if not table.vae else "give a file that has one"
-        raise UserError(f"{source}: no AutoencoderKL in it; {advice}")
+        raise UserError("no-vae", f"{source}: no AutoencoderKL in it; {advice}")
     config = dict(part.config)
     if table.vae and source.is_file() and table.vae_scaling_factor is None and "scaling_factor" not in config:
         raise UserError(
+            "vae-factor-unknown",
             f"model.vae is the single file {source}, which does not say its scaling factor; add "
-            "model.vae_scaling_factor (0.13025 for SDXL's VAE, 0.18215 for SD1.5's)"
+            "model.vae_scaling_factor (0.13025 for SDXL's VAE, 0.18215 for SD1.5's)",
         )
     if table.vae_scaling_factor is not None:
         config["scaling_factor"] = table.vae_scaling_factor
@@ -156,7 +166,10 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
     config = open_file(base).scheduler() if base.is_file() else read_scheduler(base)
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
-        raise UserError(f"{base}: the scheduler's prediction_type is {prediction!r}; give a base with epsilon or v_prediction")
+        raise UserError(
+            "scheduler-prediction",
+            f"{base}: the scheduler's prediction_type is {prediction!r}; give a base with epsilon or v_prediction",
+        )
     if table.prediction and table.prediction != prediction:
         config["prediction_type"] = table.prediction
         notes.append(
@@ -168,8 +181,9 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
     if config.get("rescale_betas_zero_snr"):
         if (table.prediction or prediction) == "epsilon":
             raise UserError(
+                "zero-snr-epsilon",
                 f"model: the noise schedule of {table.base} is to end in pure noise, of which epsilon tells nothing; set "
-                'model.prediction = "v_prediction", or model.zero_snr = false'
+                'model.prediction = "v_prediction", or model.zero_snr = false',
             )
         # Samples must start at the last timestep (Lin et al. 2024, section 3.3). SD1.5's PNDM does not support this schedule.
         config |= {"timestep_spacing": "trailing", "_class_name": "DDIMScheduler", "clip_sample": False}

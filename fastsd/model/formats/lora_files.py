@@ -102,7 +102,10 @@ def read_lora(path: Path) -> LoraFile:
     if kind == "peft":
         config_path = path.with_name("adapter_config.json")
         if not config_path.is_file():
-            raise UserError(f"{path}: has peft's names and no adapter_config.json beside it, which has alpha; fetch that, too")
+            raise UserError(
+                "peft-config-missing",
+                f"{path}: has peft's names and no adapter_config.json beside it, which has alpha; fetch that, too",
+            )
         config = _json(path, config_path.name, config_path.read_text(encoding="utf-8", errors="replace"))
     return replace(lora, alphas=_alphas(str(path), config, ranks) | stored_alphas)
 
@@ -112,10 +115,10 @@ def _file(path: Path) -> Path:
     if path.is_dir():
         existing = [path / name for name in _WEIGHTS if (path / name).is_file()]
         if not existing:
-            raise UserError(f"{path}: has neither {' nor '.join(_WEIGHTS)}; give a LoRA's .safetensors file")
+            raise UserError("lora-no-weights", f"{path}: has neither {' nor '.join(_WEIGHTS)}; give a LoRA's .safetensors file")
         return existing[0]
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a LoRA's .safetensors file")
+        raise UserError("lora-missing", f"{path}: no such file; give a LoRA's .safetensors file")
     return path
 
 
@@ -123,19 +126,22 @@ def _modules(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple[str
     """Return the naming of a file, and a map from each tensor's name to (module, "A", "B" or "alpha")."""
     for name in names:
         if unsupported := other_kind(name):
-            raise UserError(f"{path}: has {unsupported} ({name}); {_ADVICE}")
+            raise UserError("lora-unsupported", f"{path}: has {unsupported} ({name}); {_ADVICE}")
     parsed = {name: tensor_of(name) for name in names}
     kinds = dict.fromkeys(kind_of(name) for name in names if not name.endswith(".alpha"))
     if not kinds:
-        raise UserError(f"{path}: there are no adapters in it; {_ADVICE}")
+        raise UserError("lora-empty", f"{path}: there are no adapters in it; {_ADVICE}")
     if len(kinds) > 1:
-        raise UserError(f"{path}: has the names of {' and of '.join(kinds)} side by side; {_ADVICE} in one kind of names")
+        raise UserError(
+            "lora-mixed-names",
+            f"{path}: has the names of {' and of '.join(kinds)} side by side; {_ADVICE} in one kind of names",
+        )
     places: dict[str, tuple[str, str]] = {}
     for name, place in parsed.items():
         if place is None:
-            raise UserError(f"{path}: has {name}, which no LoRA of SD1.5 has; {_ADVICE}")
+            raise UserError("lora-unknown-name", f"{path}: has {name}, which no LoRA of SD1.5 has; {_ADVICE}")
         if place in places.values():
-            raise UserError(f"{path}: has {name} and the same under another name; remove one")
+            raise UserError("lora-name-twice", f"{path}: has {name} and the same under another name; remove one")
         places[name] = place
     return next(iter(kinds)), places
 
@@ -147,7 +153,7 @@ def _is_short(name: str) -> bool:
 def _alpha(path: Path, name: str, tensor: Tensor) -> float:
     if tensor.numel() != 1 or not 0 < tensor.item() < math.inf:
         value = f"{tensor.item():g}" if tensor.numel() == 1 else f"of shape {tuple(tensor.shape)}"
-        raise UserError(f"{path}: {name} is {value}; an alpha is one number above 0, make the file again")
+        raise UserError("lora-alpha", f"{path}: {name} is {value}; an alpha is one number above 0, make the file again")
     return tensor.item()
 
 
@@ -155,18 +161,22 @@ def _rank(path: Path, module: str, tensors: Mapping[str, Tensor]) -> int:
     """Return the rank of a module's pair. Raises UserError if the pair is incomplete or its shapes do not fit."""
     pair = [tensors.get(f"{module}.lora_{letter}.weight") for letter in "AB"]
     if pair[0] is None or pair[1] is None:
-        raise UserError(f"{path}: {module} has no {'down' if pair[0] is None else 'up'} tensor; fetch or make the file again")
+        raise UserError(
+            "lora-half-pair",
+            f"{path}: {module} has no {'down' if pair[0] is None else 'up'} tensor; fetch or make the file again",
+        )
     down, up = pair[0], pair[1]
     if not (down.is_floating_point() and up.is_floating_point()):
-        raise UserError(f"{path}: {module} is of {down.dtype} and {up.dtype}; give a LoRA in fp16, bf16 or fp32")
+        raise UserError("lora-dtype", f"{path}: {module} is of {down.dtype} and {up.dtype}; give a LoRA in fp16, bf16 or fp32")
     k = _KERNEL.get(module.rpartition(".")[2], 0)
     ends = ([k, k], [1, 1]) if k else ([], [])
     rank = down.shape[0] if down.ndim else 0
     if not rank or [*down.shape] != [rank, *down.shape[1:2], *ends[0]] or [*up.shape] != [*up.shape[:1], rank, *ends[1]]:
         sides = [", ".join(map(str, end)) for end in (["rank", "inputs", *ends[0]], ["outputs", "rank", *ends[1]])]
         raise UserError(
+            "lora-shapes",
             f"{path}: {module} has shapes {tuple(down.shape)} down and {tuple(up.shape)} up, where SD1.5 has ({sides[0]}) and "
-            f"({sides[1]}); {_ADVICE}"
+            f"({sides[1]}); {_ADVICE}",
         )
     return rank
 
@@ -175,7 +185,9 @@ def _json(place: object, name: str, text: str) -> dict[str, Any]:
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{place}: {name} is no table of JSON ({error}); fetch or make the file again") from None
+        raise UserError(
+            "peft-config-no-table", f"{place}: {name} is no table of JSON ({error}); fetch or make the file again"
+        ) from None
 
 
 def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
@@ -190,7 +202,9 @@ def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> 
             component, _, path = module.partition(".")
             settings = {key.removeprefix(f"{component}."): value for key, value in config.items()}
             if rank != (config_rank := _pick(settings.get("rank_pattern"), path, settings.get("r", rank))):
-                raise UserError(f"{place}: {module} has rank {rank}, and {config_rank} by peft's config; make the file again")
+                raise UserError(
+                    "lora-rank", f"{place}: {module} has rank {rank}, and {config_rank} by peft's config; make the file again"
+                )
             alpha = float(_pick(settings.get("alpha_pattern"), path, settings.get("lora_alpha", rank)))
             alphas[module] = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
             if not 0 < alpha < math.inf:
@@ -198,7 +212,9 @@ def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> 
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise UserError(f"{place}: peft's config of it cannot be used ({error}); make the file again") from None
+        raise UserError(
+            "peft-config-invalid", f"{place}: peft's config of it cannot be used ({error}); make the file again"
+        ) from None
     return alphas
 
 
@@ -316,9 +332,9 @@ def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]
     """
     lora = read_lora(source)
     if out.exists():
-        raise UserError(f"{out}: is there already; give a new name, or remove it")
+        raise UserError("lora-out-exists", f"{out}: is there already; give a new name, or remove it")
     if out.suffix != ".safetensors":
-        raise UserError(f"{out}: a LoRA is one file; give a name that ends in .safetensors")
+        raise UserError("lora-ending", f"{out}: a LoRA is one file; give a name that ends in .safetensors")
     notes = [f"{source}: {describe(lora)}"]
     if dtype:
         cast = {name: tensor.to(DTYPE[dtype]) for name, tensor in lora.tensors.items()}

@@ -60,8 +60,9 @@ def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
         if not math.isclose(alpha, stored := lora.alphas.get(module, alpha), rel_tol=1e-6):
             rank = lora.ranks[module]
             raise UserError(
+                "lora-other-alpha",
                 f"{place}: its adapters count {stored / rank:g} times and model.lora.alpha makes it {alpha / rank:g}; set it "
-                f"to {stored:g} ({module})"
+                f"to {stored:g} ({module})",
             )
     for name, target in targets.items():
         target.copy_(lora.tensors[name])

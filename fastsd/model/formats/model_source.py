@@ -93,7 +93,7 @@ def open_source(
     base, notes = locate(name, field, revision, pickled=pickled), list[str]()
     file = open_file(base, notes) if base.is_file() else None
     if ema and file is None:
-        raise UserError(f"{field} is {name!r}, a folder without averaged (EMA) weights; leave --ema out")
+        raise UserError("source-no-ema", f"{field} is {name!r}, a folder without averaged (EMA) weights; leave --ema out")
     parts = {}
     for kind in ("unet", "text_encoder", "vae"):
         part = file.part(kind, notes, ema=ema) if file else read_component(base, kind, notes, pickled=pickled)
@@ -101,7 +101,10 @@ def open_source(
             parts[kind] = checked(kind, part, notes)
     folder = find_tokenizer(base, tokenizer, notes=notes)
     if tokenizer and folder is None:
-        raise UserError(f"--tokenizer is {tokenizer!r}, where no vocab.json and merges.txt are; name a folder that has them")
+        raise UserError(
+            "tokenizer-folder",
+            f"--tokenizer is {tokenizer!r}, where no vocab.json and merges.txt are; name a folder that has them",
+        )
     if "text_encoder" not in parts and folder is not None and (folder.parent / "text_encoder" / "config.json").is_file():
         parts["text_encoder"] = checked("text_encoder", read_component(folder.parent, "text_encoder", notes), notes)
     if file and (ignored := single_file_layout.ignored(file.tensors)):
@@ -133,7 +136,10 @@ class File:
         contents = single_file_layout.read_part(self.path, self.tensors, self.metadata, name, notes, ema=ema)
         if contents is None:
             if name == "unet":
-                raise UserError(f"{self.path}: no UNet in the original SD layout ({PREFIX[name]}...); give a whole SD1.5 model")
+                raise UserError(
+                    "single-file-no-unet",
+                    f"{self.path}: no UNet in the original SD layout ({PREFIX[name]}...); give a whole SD1.5 model",
+                )
             return None
         if name == "vae" and fold_vae.UNFOLDED in self.metadata:
             unfolded = fold_vae.unfold(*contents, self.metadata[fold_vae.UNFOLDED])
@@ -165,12 +171,16 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
         if path.suffix == ".safetensors" or (pickled and path.suffix in PICKLED):
             return path
         if path.suffix in PICKLED:
-            raise UserError(f"{field} is {name!r}, pickled weights; run `fastsd convert {name} OUT` and give OUT")
-        raise UserError(f"{field} is {name!r}, not a .safetensors file; give a model")
+            raise UserError(
+                "source-pickled", f"{field} is {name!r}, pickled weights; run `fastsd convert {name} OUT` and give OUT"
+            )
+        raise UserError("source-ending", f"{field} is {name!r}, not a .safetensors file; give a model")
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UserError(f"{field} is {name!r}: no such folder or file, and not a hub id (owner/name); check the path")
+        raise UserError(
+            "source-missing", f"{field} is {name!r}: no such folder or file, and not a hub id (owner/name); check the path"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -186,8 +196,9 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, RuntimeError) as error:
         why = str(error).strip().split("\n")[0][:160]
         raise UserError(
+            "hub-failed",
             f"{field} is {name!r}: no such folder here, and the hub did not give it ({type(error).__name__}: {why}); "
-            "check the name, or download it and give its folder"
+            "check the name, or download it and give its folder",
         ) from None
 
 
@@ -205,7 +216,9 @@ def read_component(folder: Path, part: str, notes: list[str] | None = None, *, p
     base, is_component = folder, not (folder / part).is_dir() and not (folder / "model_index.json").exists()
     folder = folder if is_component else folder / part
     if not (folder / "config.json").is_file():
-        raise UserError(f"{base}: there is no {part}/config.json in it; give a diffusers folder with all its parts")
+        raise UserError(
+            "component-missing", f"{base}: there is no {part}/config.json in it; give a diffusers folder with all its parts"
+        )
     config, files = read_json(folder / "config.json"), _weights(folder, pickled)
     ignored = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
     tensors = _in_shards(files[0], notes) if files[0].suffix == ".json" else _tensors(files[0], notes)
@@ -248,9 +261,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); fetch or copy the file again") from None
+        raise UserError("json-unreadable", f"{path}: cannot be read as JSON ({error}); fetch or copy the file again") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}, expected a table of settings; fetch the file again")
+        raise UserError(
+            "json-no-table", f"{path}: holds a {type(data).__name__}, expected a table of settings; fetch the file again"
+        )
     return data
 
 
@@ -269,14 +284,17 @@ def unpickled(path: Path, notes: list[str]) -> dict[str, Tensor]:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         if match:
             raise UserError(
-                f"{path}: asks to run {match[1]}, which no weights need, and nothing of it was run; get a .safetensors instead"
+                "pickle-runs-code",
+                f"{path}: asks to run {match[1]}, which no weights need, and nothing of it was run; get a .safetensors instead",
             ) from None
         why = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(f"{path}: cannot be read as weights ({type(error).__name__}: {why}); fetch or copy it again") from None
+        raise UserError(
+            "weights-unreadable", f"{path}: cannot be read as weights ({type(error).__name__}: {why}); fetch or copy it again"
+        ) from None
     state = data.get("state_dict", data) if isinstance(data, dict) else {}
     tensors = {str(name): t for name, t in state.items() if isinstance(t, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
-        raise UserError(f"{path}: holds no tensors by name; give a model's weights")
+        raise UserError("weights-no-tensors", f"{path}: holds no tensors by name; give a model's weights")
     other_entries = ", ".join(sorted(str(name) for name in data if name != "state_dict")) if state is not data else ""
     if other_entries:
         notes.append(f"{path.name}: ignored what lies beside state_dict: {other_entries}")
@@ -303,21 +321,28 @@ def _weights(folder: Path, pickled: bool) -> list[Path]:
                     return [index, *_shards(index)]
     names = [path.name for path in folder.iterdir() if path.suffix in PICKLED]
     if names:
-        raise UserError(f"{folder}: only pickled weights ({names[0]}); run `fastsd convert` on it, and give what that writes")
+        raise UserError(
+            "only-pickled-weights",
+            f"{folder}: only pickled weights ({names[0]}); run `fastsd convert` on it, and give what that writes",
+        )
     expected = ", ".join(f"{stem}.safetensors" for stem in _STEMS[".safetensors"])
-    raise UserError(f"{folder}: no weights; expected one of {expected}")
+    raise UserError("no-weights", f"{folder}: no weights; expected one of {expected}")
 
 
 def _shards(index: Path) -> list[Path]:
     """Return the files that an index names. Raises UserError for one that is not beside it."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise UserError(f"{index}: weight_map is {type(places).__name__}, expected file names by tensor; fetch it again")
+        raise UserError(
+            "index-no-map", f"{index}: weight_map is {type(places).__name__}, expected file names by tensor; fetch it again"
+        )
     for name in dict.fromkeys(places.values()):
         if not isinstance(name, str) or name != Path(name).name or "\\" in name or name in ("", ".", ".."):
-            raise UserError(f"{index}: names the file {name!r}, which is not one beside it; do not trust this model")
+            raise UserError(
+                "index-outside", f"{index}: names the file {name!r}, which is not one beside it; do not trust this model"
+            )
         if not (index.parent / name).is_file():
-            raise UserError(f"{index}: names {name}, which is not there; fetch the missing file")
+            raise UserError("index-file-missing", f"{index}: names {name}, which is not there; fetch the missing file")
     return [index.parent / name for name in dict.fromkeys(places.values())]
 
 
@@ -326,7 +351,7 @@ def _in_shards(index: Path, notes: list[str]) -> Tensors:
     tensors = {}
     for name, file in read_json(index)["weight_map"].items():
         if name not in files[file]:
-            raise UserError(f"{index}: says that {name} is in {file}, and it is not; fetch both again")
+            raise UserError("index-tensor-missing", f"{index}: says that {name} is in {file}, and it is not; fetch both again")
         tensors[name] = files[file][name]
     return tensors
 

@@ -42,7 +42,7 @@ def read_part(
     for name in tensors:
         other_family = next((family for prefix, family in _OTHERS.items() if name.startswith(prefix)), None)
         if other_family:
-            raise UserError(f"{path}: {other_family} file ({name}); give a model of SD1.5's family")
+            raise UserError("other-family", f"{path}: {other_family} file ({name}); give a model of SD1.5's family")
     state: Tensors = {
         name.removeprefix(PREFIX[part]): tensor for name, tensor in tensors.items() if name.startswith(PREFIX[part])
     }
@@ -73,7 +73,7 @@ def _averaged(
     if averages:
         notes.append(f"unet: {averages} averaged (EMA) tensors " + ("taken" if ema else "ignored, --ema takes them"))
     elif ema:
-        raise UserError(f"{path}: has no averaged (EMA) weights; leave --ema out")
+        raise UserError("single-file-no-ema", f"{path}: has no averaged (EMA) weights; leave --ema out")
     return {old: tensors[ema_name(old)] for old in named.values() if ema_name(old) in tensors} if ema else unet
 
 
@@ -90,7 +90,9 @@ def configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         stored = json.loads(metadata.get(CONFIGS, "{}"))
         return {str(component): dict(config) for component, config in stored.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: {CONFIGS} in its header is no table ({error}); write the file again") from None
+        raise UserError(
+            "header-configs", f"{path}: {CONFIGS} in its header is no table ({error}); write the file again"
+        ) from None
 
 
 def scheduler(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -104,7 +106,9 @@ def scheduler(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict
 
 def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
     if "input_blocks.0.0.weight" not in state or "out.2.weight" not in state:
-        raise UserError(f"{path}: no whole UNet in the original SD layout in it; give a whole SD1.5 model file")
+        raise UserError(
+            "single-file-no-whole-unet", f"{path}: no whole UNet in the original SD layout in it; give a whole SD1.5 model file"
+        )
     widths, attention, layers, per_level = [], [], 0, []
     blocks = sorted({int(m[1]) for name in state if (m := re.match(r"input_blocks\.(\d+)\.", name))})
     for i in blocks[1:]:
@@ -116,16 +120,20 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
         if layers == 0:
             last = f"{block}.0.out_layers.3.weight"
             if last not in state:
-                raise UserError(f"{path}: {PREFIX['unet']}{last} is missing; give a whole SD1.5 model file")
+                raise UserError(
+                    "single-file-tensor-missing", f"{path}: {PREFIX['unet']}{last} is missing; give a whole SD1.5 model file"
+                )
             widths.append(state[last].shape[0])
             attention.append(f"{block}.1.proj_in.weight" in state)
         layers += 1
     per_level.append(layers)
     if len(set(per_level)) != 1 or not layers:
-        raise UserError(f"{path}: its levels have {per_level} blocks; an SD1.5 UNet has the same number in each")
+        raise UserError(
+            "single-file-blocks", f"{path}: its levels have {per_level} blocks; an SD1.5 UNet has the same number in each"
+        )
     context = next((t.shape[-1] for name, t in state.items() if name.endswith("attn2.to_k.weight")), None)
     if context is None:
-        raise UserError(f"{path}: its UNet has no cross-attention; give an SD1.5 model")
+        raise UserError("single-file-no-attention", f"{path}: its UNet has no cross-attention; give an SD1.5 model")
     return UNetConfig(
         in_channels=_side(state, "input_blocks.0.0.weight", 1, path),
         out_channels=_side(state, "out.2.weight", 0, path),
@@ -138,7 +146,9 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
 
 def _vae_config(state: Tensors, path: Path) -> dict[str, Any]:
     if "encoder.conv_in.weight" not in state or "post_quant_conv.weight" not in state:
-        raise UserError(f"{path}: no whole AutoencoderKL in it; give a VAE file or a whole SD1.5 model file")
+        raise UserError(
+            "single-file-no-vae", f"{path}: no whole AutoencoderKL in it; give a VAE file or a whole SD1.5 model file"
+        )
     is_diffusers = any(name.startswith("encoder.down_blocks.") for name in state)
     conv1 = "encoder.down_blocks.{}.resnets.{}.conv1.weight" if is_diffusers else "encoder.down.{}.block.{}.conv1.weight"
     widths: list[int] = []
@@ -160,7 +170,10 @@ def _text_config(state: Tensors, path: Path) -> dict[str, Any]:
     needed = [f"{embeddings}position_embedding.weight", f"{embeddings}token_embedding.weight", first]
     missing = next((name for name in needed if name not in state), None)
     if missing:
-        raise UserError(f"{path}: no whole CLIP text encoder in it ({missing} is missing); give a whole SD1.5 model file")
+        raise UserError(
+            "single-file-no-text-encoder",
+            f"{path}: no whole CLIP text encoder in it ({missing} is missing); give a whole SD1.5 model file",
+        )
     layers = {int(m[1]) for name in state if (m := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
     width = _side(state, needed[0], 1, path)
     return {
@@ -177,5 +190,5 @@ _FROM_SHAPES = {"unet": _unet_config, "vae": _vae_config, "text_encoder": _text_
 def _side(state: Tensors, name: str, dim: int, path: Path) -> int:
     shape = tuple(state[name].shape)
     if len(shape) <= dim:
-        raise UserError(f"{path}: {name} has shape {shape}; give a whole SD1.5 model file")
+        raise UserError("single-file-shape", f"{path}: {name} has shape {shape}; give a whole SD1.5 model file")
     return shape[dim]

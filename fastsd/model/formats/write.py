@@ -49,9 +49,14 @@ def write_folder(source: ModelSource, folder: Path, *, dtype: str = "", variant:
     missing = [component for component in _STEM if component not in source.parts]
     if missing:
         advice = {"vae": "name one with --vae", "text_encoder": "name a model that has one with --tokenizer"}
-        raise UserError(f"{source.place}: there is no {missing[0].replace('_', ' ')} in it; {advice[missing[0]]}")
+        raise UserError(
+            "write-component-missing", f"{source.place}: there is no {missing[0].replace('_', ' ')} in it; {advice[missing[0]]}"
+        )
     if source.tokenizer is None:
-        raise UserError(f"{source.place}: has no tokenizer; name one, --tokenizer openai/clip-vit-large-patch14 for example")
+        raise UserError(
+            "write-no-tokenizer",
+            f"{source.place}: has no tokenizer; name one, --tokenizer openai/clip-vit-large-patch14 for example",
+        )
     hashes = write_pipeline(folder, source.scheduler, source.tokenizer)
     for name, part in source.parts.items():
         hashes |= write_component(folder, name, part.config, part.tensors, dtype, variant, shard, str(source.place))

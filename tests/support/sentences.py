@@ -1,0 +1,38 @@
+"""Assertions on what fastsd prints: by name, with the sentences in `sentences.toml`."""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fastsd.errors import UserError
+
+FILE = Path(__file__).with_suffix(".toml")
+_TABLES = tomllib.loads(FILE.read_text())
+ERRORS, LINES = _TABLES["errors"], _TABLES["lines"]
+
+
+def pattern(name: str, **fields: object) -> re.Pattern[str]:
+    """Compile the sentence `name`. A field that is not given matches any text within a line."""
+    sentence = ERRORS[name] if name in ERRORS else LINES[name]
+    parts = re.split(r"\{(\w+)\}", sentence)
+    assert not fields.keys() - set(parts[1::2]), f"{name}: {sentence!r} has no field {sorted(fields)}"
+    for i, field in enumerate(parts):
+        parts[i] = re.escape(str(fields.get(field, ""))) or r"[^\n]*?" if i % 2 else re.escape(field)
+    return re.compile("".join(parts))
+
+
+def says(text: str, name: str, **fields: object) -> bool:
+    """Return True if the sentence `name` with the given fields occurs in `text`."""
+    return pattern(name, **fields).search(text) is not None
+
+
+@contextmanager
+def refused(name: str, error: type[Exception] = UserError, **fields: object) -> Iterator[pytest.ExceptionInfo]:
+    """Expect an error whose code is `name` (a `UserError`) and whose message is the sentence `name` with the given fields."""
+    with pytest.raises(error, match=pattern(name, **fields)) as info:
+        yield info
+    assert getattr(info.value, "code", name) == name
