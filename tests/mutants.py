@@ -1,0 +1,241 @@
+"""Mutation testing: plant small faults in the code, one at a time, and count those that no test notices. Run by hand.
+
+    pip install pytest-cov
+    python tests/mutants.py map                         # which test runs which line: the whole suite once, into WORK
+    python tests/mutants.py run --count 600 --seed 1    # appends to WORK/mutants.jsonl; the same command again continues
+    python tests/mutants.py report
+
+A mutant is killed if one of the tests that run its line fails or takes far too long.  Each is tested in a fork of a process
+that has imported the libraries, on a copy of the checkout.  Survivors are read by a person: LOG.md lists them with reasons.
+"""
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("fastsd/train", "fastsd/run", "fastsd/data", "fastsd/model/formats", "fastsd/storage.py")
+FILES = ("kernels/fastsd_kernels/cpu_optimizers.py", "kernels/fastsd_kernels/optim.py")
+LIMIT_S = 300  # for all tests of a mutant
+SWAPS: dict[type, type] = {
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
+    ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: the bytes [start, end) of a file replaced by `new`."""
+
+    file: str
+    line: int
+    start: int
+    end: int
+    new: str
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}:{self.start}:{self.new}"
+
+
+def mutations(node: ast.AST) -> Iterator[tuple[ast.AST, str, str]]:
+    """Yield (the node to replace, its replacement, kind) for every fault that can be planted at a node."""
+    match node:
+        case ast.Compare(ops=[op]) if type(op) in SWAPS:
+            yield node, ast.unparse(ast.Compare(node.left, [SWAPS[type(op)]()], node.comparators)), "compare"
+        case ast.BoolOp():
+            yield node, f"({ast.unparse(ast.BoolOp(SWAPS[type(node.op)](), node.values))})", "and/or"
+        case ast.BinOp() if type(node.op) in SWAPS:
+            yield node, f"({ast.unparse(ast.BinOp(node.left, SWAPS[type(node.op)](), node.right))})", "operator"
+        case ast.AugAssign() if type(node.op) in SWAPS:
+            yield node, ast.unparse(ast.AugAssign(node.target, SWAPS[type(node.op)](), node.value)), "operator"
+        case ast.UnaryOp(op=ast.Not()):
+            yield node, f"bool({ast.unparse(node.operand)})", "not"
+        case ast.Constant(value=bool()):
+            yield node, str(not node.value), "constant"
+        case ast.Constant(value=int()):
+            yield node, str(node.value + 1), "constant"
+        case ast.If() if all(isinstance(statement, ast.Raise) for statement in node.body):
+            yield node.test, "False", "refusal"
+        case ast.If() | ast.IfExp() | ast.While():
+            yield node.test, f"(not ({ast.unparse(node.test)}))", "condition"
+        case ast.Expr(value=ast.Call()):
+            yield node, "pass", "call dropped"
+        case ast.Return(value=ast.expr()):
+            yield node, "return None", "return"
+        case ast.Call(keywords=[_, *_]):
+            for keyword in node.keywords:
+                kept = [other for other in node.keywords if other is not keyword]
+                yield node, ast.unparse(ast.Call(node.func, node.args, kept)), f"{keyword.arg}= dropped"
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk what runs in a function: no annotations, decorators, default values, docstrings or messages."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.JoinedStr):
+            continue
+        if isinstance(child, ast.FunctionDef):
+            for statement in child.body:
+                yield statement
+                yield from nodes(statement)
+        elif isinstance(child, ast.ClassDef):
+            yield from nodes(child)
+        elif not isinstance(tree, ast.Module | ast.ClassDef):
+            yield child
+            yield from nodes(child)
+
+
+def mutants(path: Path) -> list[Mutant]:
+    source = path.read_bytes()
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    found = {}
+    for node in nodes(ast.parse(source)):
+        for target, new, kind in mutations(node):
+            start = starts[target.lineno - 1] + target.col_offset
+            end = starts[target.end_lineno - 1] + target.end_col_offset
+            mutant = Mutant(path.relative_to(ROOT).as_posix(), target.lineno, start, end, new, kind)
+            found[mutant.name] = mutant
+    return list(found.values())
+
+
+def chosen(count: int, seed: int) -> list[Mutant]:
+    paths = [path for folder in FOLDERS for path in sorted([ROOT / folder, *(ROOT / folder).rglob("*.py")]) if path.is_file()]
+    everything = [
+        mutant for path in [*paths, *(ROOT / file for file in FILES if (ROOT / file).exists())] for mutant in mutants(path)
+    ]
+    random.Random(seed).shuffle(everything)
+    return everything[:count]
+
+
+def make_map(work: Path) -> None:
+    """Run the suite once with coverage by test, and write {file: {line: [tests]}} and the tests' seconds."""
+    junit, data = work / "junit.xml", work / "coverage"
+    rc = work / "coveragerc"
+    rc.write_text(f"[run]\nsource = {ROOT}/fastsd\n    {ROOT}/kernels\ndata_file = {data}\n")
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "auto", "--cov", f"--cov-config={rc}", "--cov-context=test", "--cov-report=",
+         f"--junitxml={junit}"], cwd=ROOT,
+    )  # fmt: skip
+    import coverage
+
+    found = coverage.CoverageData(str(data))
+    found.read()
+    lines = {}
+    for file in found.measured_files():
+        contexts = found.contexts_by_lineno(file)
+        tests = {line: sorted({name.split("|")[0] for name in names if name}) for line, names in contexts.items()}
+        lines[Path(file).relative_to(ROOT).as_posix()] = tests
+    import xml.etree.ElementTree as ElementTree
+
+    seconds = {}
+    for case in ElementTree.parse(junit).iter("testcase"):
+        file = case.get("classname", "").replace(".", "/") + ".py"
+        seconds[f"{file}::{case.get('name')}"] = float(case.get("time", 0))
+    (work / "map.json").write_text(json.dumps({"lines": lines, "seconds": seconds}))
+
+
+def run_tests(copy: Path, tests: list[str]) -> int:
+    """Run tests in a fork; return pytest's exit code, or -1 after LIMIT_S."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.chdir(copy)
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, 1), os.dup2(sink, 2)
+        import pytest
+
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:xdist", "-p", "no:randomly", "--timeout=120", *tests])))
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end:
+        if (status := os.waitpid(child, os.WNOHANG))[0]:
+            return os.waitstatus_to_exitcode(status[1])
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1
+
+
+def run(work: Path, count: int, seed: int, worker: int, workers: int) -> None:
+    known = json.loads((work / "map.json").read_text())
+    results = work / f"mutants-{worker}.jsonl"
+    finished = {json.loads(line)["name"] for line in results.read_text().splitlines()} if results.exists() else set()
+    copy = work / f"copy-{worker}"
+    shutil.rmtree(copy, ignore_errors=True)
+    for folder in ("fastsd", "kernels", "tests", "bench", "configs", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md"):
+        source = ROOT / folder
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / folder) if source.exists() else None
+    sys.path[:0] = [str(copy), str(copy / "kernels"), str(copy / "tests/support"), str(copy / "bench")]
+    os.environ["PYTHONPATH"] = f"{copy}:{copy / 'kernels'}"
+    os.environ["TRITON_INTERPRET"] = "1"
+    for library in (
+        "pytest",
+        "torch",
+        "transformers.models.clip.modeling_clip",
+        "diffusers.models.autoencoders.autoencoder_kl",
+    ):
+        importlib.import_module(library)
+    for mutant in chosen(count, seed)[worker::workers]:
+        if mutant.name in finished:
+            continue
+        tests = known["lines"].get(mutant.file, {}).get(str(mutant.line), [])
+        tests = sorted(tests, key=lambda test: known["seconds"].get(test, 1.0))
+        path = copy / mutant.file
+        source = path.read_bytes()
+        path.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
+        begin = time.monotonic()
+        code = run_tests(copy, tests) if tests else None
+        path.write_bytes(source)
+        outcome = {None: "not run", 0: "survived"}.get(code, "killed")
+        row = {"name": mutant.name, "outcome": outcome, "tests": len(tests), "s": round(time.monotonic() - begin, 1)}
+        row |= asdict(mutant) | {"old": source[mutant.start : mutant.end].decode()}
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(outcome, f"{mutant.file}:{mutant.line}", mutant.kind, f"({row['s']} s)", flush=True)
+
+
+def report(work: Path) -> None:
+    rows = [json.loads(line) for path in sorted(work.glob("mutants-*.jsonl")) for line in path.read_text().splitlines()]
+    count = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("killed", "survived", "not run")}
+    print(f"{len(rows)} mutants: {count}; killed {count['killed'] / max(len(rows), 1):.1%}")
+    for row in sorted(rows, key=lambda row: row["name"]):
+        if row["outcome"] != "killed":
+            print(f"{row['outcome']:9} {row['file']}:{row['line']}: {row['kind']}: {row['old'][:90]!r} -> {row['new'][:90]!r}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Mutation testing of fastsd.")
+    parser.add_argument("action", choices=["map", "run", "report"])
+    parser.add_argument("--work", type=Path, default=Path("mutants"), help="Folder for the map, the results and the copies.")
+    parser.add_argument("--count", type=int, default=600, help="Mutants to plant.")
+    parser.add_argument("--seed", type=int, default=1, help="Seed of the choice.")
+    parser.add_argument("--worker", type=int, default=0, help="This process takes mutants worker, worker + workers, ...")
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args()
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if options.action == "map":
+        make_map(work)
+    elif options.action == "run":
+        run(work, options.count, options.seed, options.worker, options.workers)
+    else:
+        report(work)
+
+
+if __name__ == "__main__":
+    main()
