@@ -41,7 +41,7 @@ from fastsd.model.formats.load import component_state_dict, load_model, load_vae
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
 from fastsd.run.model_card import untrained, write_card
-from fastsd.run.validation import summary
+from fastsd.run.validation import aggregate
 from fastsd.storage import new_folder, write_text
 from fastsd.train.objective import alphas_cumprod
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
@@ -329,7 +329,7 @@ class _Alignment:
             for predicted, target in self._forwards(self.measuring, latents_NCHW)
         ]
         batches = [torch.stack(errors[i : i + STRATA], dim=1) for i in range(0, len(errors), STRATA)]
-        metrics = summary(torch.cat(batches).tolist(), self._edges(), STRATA)
+        metrics = aggregate(torch.cat(batches).tolist(), self._edges(), STRATA)
         return {"loss": metrics["loss"], "se": metrics["se"]}
 
     def _forwards(self, index_N: Tensor, latents_NCHW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,7 +21,7 @@ from fastsd.model.formats.adapters import load_merged
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
 from fastsd.run.folder import resolve_model
-from fastsd.run.validation import Validation, ValidationRow, in_a_table
+from fastsd.run.validation import Validation, ValidationRow, format_table
 from fastsd.storage import replace_file
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 from fastsd.train.trainable import compute_weight
@@ -66,7 +66,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
             rows = validation.rows()
         except torch.OutOfMemoryError:
             raise UserError("validate-memory", f"out of memory with validate.batch {table.batch}; lower it") from None
-    _say(console, in_a_table(rows))
+    _say(console, format_table(rows))
     if json_file:
         replace_file(json_file, json.dumps({"model": base, "precision": precision, "rows": rows}, indent=1) + "\n")
     return rows

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from torch import Tensor
@@ -34,18 +34,19 @@ from fastsd.storage import (
     sha256_of,
     write_safetensors,
     write_text,
-)  # fmt: skip
+)
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "state.safetensors"
-OWN = (STATE, TENSORS, ADAPTERS, MADE_BY)  # files of a checkpoint that do not belong to the base model
+TRAINING_FILES = (STATE, TENSORS, ADAPTERS, MADE_BY)  # files of a checkpoint that do not belong to the base model
+STATE_KEYS = {"micro_batch_size": "micro", "micro_batch_setting": "micro_asked"}  # fields with another key in state.json
 
 
 @dataclass(frozen=True)
 class RunProgress:
     """Progress of a run: the stage's index, steps done in it, steps and images done in total, images at the stage's start.
 
-    `micro` is the micro-batch of this stage, found for the setting `micro_asked` or reduced when memory ran out. `seconds` is
-    the time the stage has run. `carried` counts the steps of earlier stages that passed on their optimizer state and EMA.
+    `micro_batch_size` is that of this stage, found for `micro_batch_setting` or reduced when memory ran out. `seconds` is the
+    time the stage has run. `carried` counts the steps of earlier stages that passed on their optimizer state and EMA.
     """
 
     stage: int = 0
@@ -54,8 +55,8 @@ class RunProgress:
     images: int = 0
     stage_images: int = 0
     stage_done: bool = False
-    micro: int = 0
-    micro_asked: int | str = 0
+    micro_batch_size: int = 0
+    micro_batch_setting: int | str = 0
     seconds: float = 0.0
     carried: int = 0
 
@@ -96,20 +97,23 @@ def save(
     target = folder / name_of(progress.step)
     with new_folder(target) as new:
         manifest: dict[str, str] = {}
-        for part in weights:
-            if last and part not in changed:
-                manifest.update(_link(last, earlier[-1], new, {name for name in last if name.startswith(f"{part}/")}))
+        for component in weights:
+            if last and component not in changed:
+                manifest.update(_link(last, earlier[-1], new, {name for name in last if name.startswith(f"{component}/")}))
             else:
-                manifest.update(write_component(new, model, part, component_state_dict(model, part, weights[part]())))
+                state_dict = component_state_dict(model, component, weights[component]())
+                manifest.update(write_component(new, model, component, state_dict))
         if last:
-            other = {name for name in last if name.split("/")[0] not in (*weights, *OWN)}
+            other = {name for name in last if name.split("/")[0] not in (*weights, *TRAINING_FILES)}
             manifest.update(_link(last, earlier[-1], new, other))
         else:
             manifest.update(write_rest(new, model))
         if adapters is not None:
             manifest |= write_adapters(new, model, adapters)
+
         manifest[TENSORS] = write_safetensors(new / TENSORS, state)
-        manifest[STATE] = write_text(new / STATE, json.dumps({"fastsd": __version__, **asdict(progress)}, indent=2))
+        values = {STATE_KEYS.get(name, name): value for name, value in asdict(progress).items()}
+        manifest[STATE] = write_text(new / STATE, json.dumps({"fastsd": __version__, **values}, indent=2))
         write_text(new / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
     return target
 
@@ -121,17 +125,17 @@ def _link(manifest: dict[str, str], source: Path, target: Path, names: set[str])
     return {name: manifest[name] for name in names}
 
 
-def retain(folder: Path, keep: int, also: set[str]) -> None:
-    """Delete all checkpoints except the newest `keep` and those named in `also`."""
+def retain(folder: Path, keep: int, names: set[str]) -> None:
+    """Delete all checkpoints except the newest `keep` and those in `names`."""
     for path in checkpoints(folder)[:-keep]:
-        if path.name not in also:
+        if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, RunProgress] | None:
+def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, RunProgress] | None:
     """Return the newest checkpoint with a valid manifest, or None if the folder has no checkpoints.
 
-    Reports each damaged checkpoint it skips through `say`, and renames it when an older one is valid: nothing is linked to it.
+    Reports each damaged checkpoint it skips through `warn`, and renames it when an older one is valid: nothing is linked to it.
 
     Raises:
         UserError: there are checkpoints, but all of them are damaged.
@@ -146,13 +150,13 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, RunProgress]
                 shutil.rmtree(renamed_path, ignore_errors=True)
                 damaged.rename(renamed_path)
             values = json.loads((path / STATE).read_text())
-            values.pop("fastsd")
-            return path, RunProgress(**values)
-        say(f"checkpoint {path.name} is damaged ({problem}); falling back to the one before it")
+            keys = {field.name: STATE_KEYS.get(field.name, field.name) for field in fields(RunProgress)}
+            return path, RunProgress(**{name: values[key] for name, key in keys.items() if key in values})
+        warn(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     if checkpoint_paths:
         raise UserError(
             "checkpoints-damaged",
-            f"{folder}: none of its {len(checkpoint_paths)} checkpoints is whole; start a new run with run=FOLDER",
+            f"{folder}: all {len(checkpoint_paths)} checkpoints are damaged; start a new run with run=FOLDER",
         )
     return None
 
@@ -161,12 +165,12 @@ def verify(path: Path) -> str | None:
     """Return None if every file of a checkpoint matches its manifest, otherwise a short description of the problem."""
     manifest = _manifest(path)
     if manifest is None:
-        return f"no readable {MANIFEST}"
+        return f"{MANIFEST} is missing or unreadable"
     for name, digest in manifest.items():
         if not (path / name).is_file():
             return f"{name} is missing"
         if sha256_of(path / name) != digest:
-            return f"{name} has another sha256 than its manifest says"
+            return f"{name} does not match its sha256 in {MANIFEST}"
     return None
 
 
@@ -187,9 +191,9 @@ def averages_of(path: Path) -> dict[str, dict[str, Tensor]]:
     averages = dict[str, dict[str, Tensor]]()
     state = load_state(path) if (path / TENSORS).exists() else {}  # a model folder without a run has no state file
     for name in state:
-        part, _, parameter = name.partition("@ema/")
+        component, _, parameter = name.partition("@ema/")
         if parameter:
-            averages.setdefault(part, {})[parameter] = state[name]
+            averages.setdefault(component, {})[parameter] = state[name]
     return averages
 
 
@@ -208,8 +212,8 @@ def export(checkpoint: Path, target: Path, model: Model, averages: Averages, fin
     adapted = COMPONENTS[: 0 if model.lora is None else 1 + model.lora.text_encoder]
     written = {*averages, *adapted}
     with new_folder(target) as new:
-        _link(manifest, checkpoint, new, {name for name in manifest.keys() - set(OWN) if name.split("/")[0] not in written})
-        for part in written:
-            tensors = averages.get(part) if model.lora is None else None
-            write_component(new, merged, part, component_state_dict(merged, part, tensors))
+        _link(manifest, checkpoint, new, {n for n in manifest.keys() - {*TRAINING_FILES} if n.split("/")[0] not in written})
+        for component in written:
+            tensors = averages.get(component) if model.lora is None else None
+            write_component(new, merged, component, component_state_dict(merged, component, tensors))
         finish(new)

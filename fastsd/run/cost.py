@@ -30,16 +30,14 @@ class Cost:
         self.path = Path(config.run) / "cost.json"
         self.sample_seconds: float | None = None
 
-    def note(self, progress: RunProgress, **more: Any) -> None:
-        """Record the cost of the current stage so far, or `more` for the whole run. Raises OSError if the disk is full."""
+    def record(self, progress: RunProgress, **totals: Any) -> None:
+        """Record the cost of the current stage so far, or `totals` of the whole run. Raises OSError if the disk is full."""
         cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
-        stage_cost = {
-            "name": self.config.stage_name(progress.stage), "trained": self.trained[progress.stage],
-            "steps": progress.stage_step, "images": progress.images - progress.stage_images,
-            "seconds": progress.seconds, "memory_gb": memory_gb(self.device),
-        }  # fmt: skip
-        if progress.stage_step and not more:
-            cost["stages"] = [stage for stage in cost["stages"] if stage["name"] != stage_cost["name"]] + [stage_cost]
+        if progress.stage_step and not totals:
+            name, images = self.config.stage_name(progress.stage), progress.images - progress.stage_images
+            stage_cost = {"name": name, "trained": self.trained[progress.stage], "steps": progress.stage_step, "images": images}
+            stage_cost |= {"seconds": progress.seconds, "memory_gb": memory_gb(self.device)}
+            cost["stages"] = [stage for stage in cost["stages"] if stage["name"] != name] + [stage_cost]
         if self.sample_seconds:
             cost["sample_seconds"] = self.sample_seconds
-        replace_file(self.path, json.dumps(cost | more, indent=2))
+        replace_file(self.path, json.dumps(cost | totals, indent=2))

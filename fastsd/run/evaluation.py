@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,27 +23,23 @@ from fastsd.train.step import Step
 Result = TypeVar("Result")
 
 
+@dataclass
 class Evaluation:
     """Draws samples and runs validation in the run's current stage."""
 
-    def __init__(
-        self,
-        config: Config,
-        model: Model,
-        sets: ValidationSplits,
-        validation: Validation,
-        position: Position,
-        report: TrainReport,
-        cost: Cost,
-    ) -> None:
-        self.config, self.model, self.sets, self.validation = config, model, sets, validation
-        self.position, self.report, self.cost = position, report, cost
+    config: Config
+    model: Model
+    sets: ValidationSplits
+    validation: Validation
+    position: Position
+    report: TrainReport
+    cost: Cost
 
     def sample(self, step: Step) -> None:
         """Draw the config's sample grid with the current weights."""
         config, progress = self.config, self.position.progress
         size, start = config.sample.size or config.data.resolution, time.monotonic()
-        image = _beside_graphs(step, "samples", self.report, lambda: sample_grid(self.model, config.sample, size))
+        image = _with_graph_memory(step, "sampling", self.report, lambda: sample_grid(self.model, config.sample, size))
         if image is None:
             return
         self.cost.sample_seconds = (time.monotonic() - start) / (len(read_prompts(config.sample)) * config.sample.images)
@@ -52,22 +49,22 @@ class Evaluation:
             path.parent.mkdir(exist_ok=True)
             save_grid(image, path, stage, progress.step)
         except OSError as error:
-            return self.report.warn(f"samples not written: {error.strerror} ({path}); training goes on")
+            return self.report.warn(f"samples not written to {path}: {error.strerror}; training continues")
         self.report.images(path, progress.step, image)
 
     def validate(self, step: Step) -> None:
         """Measure the config's validation sets with the current weights, and with the EMA weights if there are any."""
         if self.sets.measured:
             progress, stage = self.position.progress, self.config.stage_name(self.position.progress.stage)
-            rows = _beside_graphs(step, "validation", self.report, lambda: self.validation.rows(step.parts.values()))
+            rows = _with_graph_memory(step, "validation", self.report, lambda: self.validation.rows(step.parts.values()))
             self.report.validation([{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows])
 
 
-def _beside_graphs(step: Step, task: str, report: TrainReport, work: Callable[[], Result]) -> Result:
+def _with_graph_memory(step: Step, task: str, report: TrainReport, work: Callable[[], Result]) -> Result:
     """Run `work` while the step's CUDA graphs keep their memory. If memory runs out, free the graphs and run it again."""
     try:
         return work()
     except torch.OutOfMemoryError:
-        report.warn(f"no memory for {task} beside the CUDA graph: recording it again; cuda_graph = false avoids it")
+        report.warn(f"out of memory for {task}; the CUDA graph is freed and recorded again, cuda_graph = false avoids this")
     step.clear_graphs()
     return work()

@@ -23,8 +23,8 @@ from fastsd.run.model_card import last_samples, summarize, write_card
 from fastsd.storage import new_file
 
 
-def export_newest(config: Config, model: Model, say: Callable[[str], None]) -> Path:
-    """Export the newest checkpoint of `config.run`, which holds `model`, and report written files through `say`. Return the
+def export_newest(config: Config, model: Model, report: Callable[[str], None]) -> Path:
+    """Export the newest checkpoint of `config.run`, which holds `model`, and report written files through `report`. Return the
     path to share (without EMA): the LoRA file if there is one, otherwise the single file, otherwise the folder.
 
     Raises:
@@ -33,16 +33,16 @@ def export_newest(config: Config, model: Model, say: Callable[[str], None]) -> P
     """
     newest = checkpoint.checkpoints(Path(config.run) / "checkpoints")[-1]
     averages = checkpoint.averages_of(newest)
-    export_path = _export(config, newest, model, {}, say)
+    export_path = _export(config, newest, model, {}, report)
     if averages:
-        _export(config, newest, model, averages, say)
+        _export(config, newest, model, averages, report)
     return export_path
 
 
-def _export(config: Config, newest: Path, model: Model, averages: Averages, say: Callable[[str], None]) -> Path:
-    run, table, ending = Path(config.run), config.export, "-ema" if averages else ""
+def _export(config: Config, newest: Path, model: Model, averages: Averages, report: Callable[[str], None]) -> Path:
+    run, table, suffix = Path(config.run), config.export, "-ema" if averages else ""
     folder, single, lora_file = (
-        run / name for name in (f"model{ending}", f"model{ending}.safetensors", f"lora{ending}.safetensors")
+        run / name for name in (f"model{suffix}", f"model{suffix}.safetensors", f"lora{suffix}.safetensors")
     )
     summary = summarize(run, newest, "ema" if averages else "raw")
     single_name, samples = single.name if table.single_file else "", last_samples(run, summary.steps or 0)
@@ -54,20 +54,20 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, say:
         return metadata_of(summary, model.scheduler, model.unet.cfg.sample_size * model.vae.downscale, lora=lora)
 
     checkpoint.export(newest, folder, model, averages, finish)
-    outputs = [(folder, "a diffusers folder in fp32")]
+    outputs = [(folder, "diffusers folder in fp32")]
     if not table.single_file:
         single.unlink(missing_ok=True)  # an older file would not match the weights in the folder
     else:
-        parts = {part: read_component(folder, part) for part in (*COMPONENTS, "vae")}  # just written, so no check is needed
-        source = ModelSource(folder, parts, model.scheduler, None)
+        components = {name: read_component(folder, name) for name in (*COMPONENTS, "vae")}  # just written, so not verified
+        source = ModelSource(folder, components, model.scheduler, None)
         notes = write_single_file(source, single, dtype=table.dtype, fold=table.fold, metadata=metadata())
-        outputs.append((single, "; ".join([f"one file in {table.dtype}", *notes])))
+        outputs.append((single, "; ".join([f"single file in {table.dtype}", *notes])))
     if model.lora is not None:
         with new_file(lora_file) as temporary:
             write_lora_file(temporary, model, averages, table.lora, metadata(lora=True))
-        outputs.append((lora_file, f"the adapters in {table.lora} names"))
+        outputs.append((lora_file, f"adapters with {table.lora} names"))
     for path, description in outputs:
-        say(f"model: {path}, {bytes_of(path) / 1e6:,.1f} MB, {description}")
+        report(f"model: {path}, {bytes_of(path) / 1e6:,.1f} MB, {description}")
     return outputs[-1][0]
 
 

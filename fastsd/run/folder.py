@@ -22,7 +22,7 @@ def resolve_model(name: str) -> str:
         return name
     checkpoint_paths = checkpoints(folder)
     if not checkpoint_paths:
-        raise UserError("no-checkpoint", f"{name}: this run has no checkpoint yet; wait for one, or name a model")
+        raise UserError("no-checkpoint", f"{name}: the run has no checkpoint yet; wait for one, or give a model")
     return str(checkpoint_paths[-1])
 
 

@@ -17,26 +17,26 @@ def header(run: Run) -> dict[str, str]:
     meta = data.latents.meta
     lengths = [f"{n} steps" if n < ENDLESS else str(s.until) for s, n in zip(config.stage, steps, strict=True)]
     stages = [
-        f"{config.stage_name(i)}: {_in_a_line(stage)}, {run.trained[i]:,} parameters, {lengths[i]}"
+        f"{config.stage_name(i)}: {_describe_stage(stage)}, {run.trained[i]:,} parameters, {lengths[i]}"
         for i, stage in enumerate(config.stage)
     ]
     images = len(data.latents)
     epochs = " or ".join(str(epoch) for epoch in dict.fromkeys(data.epochs))
-    epoch = f", {epochs} an epoch" if epochs != str(images) else ""
+    epoch = f", {epochs} per epoch" if epochs != str(images) else ""
     step = run.position.progress.step
-    at = f", resumed at step {step}" if step else ""
+    resumed = f", resumed at step {step}" if step else ""
     rejected = f", {meta.rejected} rejected" if meta.rejected else ""
     empty = f", {meta.empty_captions} empty captions" if meta.empty_captions else ""
-    states = ", and the text encoder's states" if data.states else ""
+    embeddings = ", with text embeddings" if data.text_embeddings else ""
     sizes = len({group.shape for group in data.latents.groups})
     shapes = f" in {sizes} sizes" if sizes > 1 else ""
     lines = {
-        "run": f"{run.folder} ({', '.join(lengths)}{at})",
+        "run": f"{run.folder} ({', '.join(lengths)}{resumed})",
         "kernels": f"{describe_ops(run.ops)} on {_device_name(run.device)}, {memory_gb(run.device):.1f} GB in use",
         "base": config.model.base,
-        "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, factor {vae.scaling_factor:g}",
+        "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, scaling factor {vae.scaling_factor:g}",
         "images": f"{images} at {config.data.resolution} px{shapes}{epoch}{empty}",
-        "cache": f"{meta.cached} of {meta.images} images cached{rejected}{states} ({config.cache.dir})",
+        "cache": f"{meta.cached} of {meta.images} images cached{rejected}{embeddings} ({config.cache.dir})",
         "stages": "\n".join(stages),
     }
     if data.sets.measured:
@@ -44,10 +44,10 @@ def header(run: Run) -> dict[str, str]:
     return lines
 
 
-def _in_a_line(stage: StageTable) -> str:
-    rates = "/".join(f"{stage.rate_of(part):g}" for part in (stage.lr if isinstance(stage.lr, dict) else [""]))
-    forward = f" ({stage.micro_batch} a forward)" if stage.micro_batch else ""
-    return f"{'+'.join(stage.train)} {stage.optimizer} lr {rates} {stage.precision}, batch {stage.batch}{forward}"
+def _describe_stage(stage: StageTable) -> str:
+    rates = "/".join(f"{stage.rate_of(component):g}" for component in (stage.lr if isinstance(stage.lr, dict) else [""]))
+    micro_batch = f" (micro-batch {stage.micro_batch})" if stage.micro_batch else ""
+    return f"{'+'.join(stage.train)} {stage.optimizer} lr {rates} {stage.precision}, batch {stage.batch}{micro_batch}"
 
 
 def _device_name(device: torch.device) -> str:

@@ -27,16 +27,16 @@ class DeferredScalars:
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.names = list(values)
         device_values = torch.stack([value.double() for value in values.values()])
-        self.here = torch.empty(device_values.shape, dtype=device_values.dtype, pin_memory=device_values.is_cuda)
-        self.here.copy_(device_values, non_blocking=True)
-        self.arrived = torch.cuda.Event() if device_values.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
+        self.host_values = torch.empty(device_values.shape, dtype=device_values.dtype, pin_memory=device_values.is_cuda)
+        self.host_values.copy_(device_values, non_blocking=True)
+        self.copied = torch.cuda.Event() if device_values.is_cuda else None
+        if self.copied:
+            self.copied.record()
 
     def read(self) -> dict[str, float]:
-        if self.arrived:
-            self.arrived.synchronize()
-        return dict(zip(self.names, self.here.tolist(), strict=True))
+        if self.copied:
+            self.copied.synchronize()
+        return dict(zip(self.names, self.host_values.tolist(), strict=True))
 
 
 class Log:
@@ -47,33 +47,29 @@ class Log:
         self.pending: tuple[dict[str, Any], DeferredScalars, dict[str, float]] | None = None
         self.mark = (time.perf_counter(), run.position.progress.step, 0.0)
         self.last_skipped, self.dead_rows = int(step.skipped), 0
-        self.guards = {part: DLionMonitor(part, step.stage, run.report.rows(self.name)) for part in step.d()}
+        self.monitors = [DLionMonitor(component, step.stage, run.report.rows(self.name)) for component in step.d()]
 
     def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
         self.flush()
         run, progress, now = self.run, self.run.position.progress, time.perf_counter()
-        values: dict[str, Any] = {
-            "step": progress.step, "stage": self.name, "stage_step": progress.stage_step,
-            "images": progress.images, "epoch": progress.images / run.data.epochs[progress.stage],
-            **self.step.batch_fingerprints(batch),
-        }  # fmt: skip
-        for i, part in enumerate(self.step.optimizers):  # one lr and d per component; the console shows the first
-            lr = learning_rate(self.step.stage, progress.stage_step - 1, self.step.total, part)
-            values[f"lr_{part}" if i else "lr"] = lr
-        scalars = {
-            "loss": result.loss, "loss_smooth": run.smoothed.value(), "grad_norm": result.grad_norm, "skipped": result.skipped,
-        }  # fmt: skip
-        for i, (part, d) in enumerate(self.step.d().items()):
-            scalars[f"d_{part}" if i else "d"] = d
-        started, steps, waited = self.mark
-        seconds = max(now - started, 1e-9)
-        speed = (progress.step - steps) / seconds
-        timing = {
-            "stage_steps": self.step.total, "seconds": run.position.elapsed(), 
-            "images_per_second": speed * self.step.stage.batch,
-            "data_wait": (batches.waited - waited) / seconds, "memory_gb": memory_gb(run.device),
-            "eta": run.position.seconds_left(speed),
-        }  # fmt: skip
+        values: dict[str, Any] = {"step": progress.step, "stage": self.name, "stage_step": progress.stage_step}
+        values |= {"images": progress.images, "epoch": progress.images / run.data.epochs[progress.stage]}
+        values |= self.step.batch_fingerprints(batch)
+        for i, component in enumerate(self.step.optimizers):  # one lr and d per component; the console shows the first
+            lr = learning_rate(self.step.stage, progress.stage_step - 1, self.step.total, component)
+            values[f"lr_{component}" if i else "lr"] = lr
+
+        scalars = {"loss": result.loss, "loss_smooth": run.smoothed.value()}
+        scalars |= {"grad_norm": result.grad_norm, "skipped": result.skipped}
+        for i, (component, d) in enumerate(self.step.d().items()):
+            scalars[f"d_{component}" if i else "d"] = d
+
+        last_time, last_step, last_waited = self.mark
+        seconds = max(now - last_time, 1e-9)
+        speed = (progress.step - last_step) / seconds
+        timing = {"stage_steps": self.step.total, "seconds": run.position.elapsed()}
+        timing |= {"images_per_second": speed * self.step.stage.batch, "data_wait": (batches.waited - last_waited) / seconds}
+        timing |= {"memory_gb": memory_gb(run.device), "eta": run.position.seconds_left(speed)}
         self.pending = (values, DeferredScalars(scalars), timing)
         self.mark = (now, progress.step, batches.waited)
 
@@ -88,25 +84,25 @@ class Log:
         """Read the values of the pending row and write it."""
         if self.pending is None:
             return
-        values, readback, timing = self.pending
+        values, deferred, timing = self.pending
         self.pending = None
-        scalars: dict[str, Any] = readback.read()
+        scalars: dict[str, Any] = deferred.read()
         skipped = int(scalars["skipped"])
         self.run.report.row({**values, **scalars, "skipped": skipped}, timing)
-        self._watch(skipped, values["step"])
-        for i, guard in enumerate(self.guards.values()):
-            for warning in guard.row(values["stage_step"], scalars[f"d_{guard.part}" if i else "d"]):
+        self._check_skipped(skipped, values["step"])
+        for i, monitor in enumerate(self.monitors):
+            for warning in monitor.row(values["stage_step"], scalars[f"d_{monitor.component}" if i else "d"]):
                 self.run.report.warn(warning)
 
-    def _watch(self, skipped: int, step: int) -> None:
-        fresh = skipped - self.last_skipped
+    def _check_skipped(self, skipped: int, step: int) -> None:
+        new = skipped - self.last_skipped
         self.last_skipped = skipped
-        if fresh:
-            self.run.report.warn(f"{fresh} steps before step {step} had a gradient that is not finite and were skipped")
-        self.dead_rows = self.dead_rows + 1 if fresh >= self.run.config.log.every else 0
+        if new:
+            self.run.report.warn(f"skipped {new} steps up to step {step}, because their gradients were not finite")
+        self.dead_rows = self.dead_rows + 1 if new >= self.run.config.log.every else 0
         if self.dead_rows == MAX_SKIPPED_ROWS:
             raise UserError(
                 "no-finite-gradient",
-                f"{self.run.folder}: no finite gradient for {fresh * self.dead_rows} steps up to step {step}; "
-                "lower lr (or d0), or use precision fp32, and run again from the last checkpoint",
+                f"{self.run.folder}: no finite gradient for {new * self.dead_rows} steps up to step {step}; "
+                'lower lr or set precision = "fp32", and run again to resume from the last checkpoint',
             )

@@ -28,8 +28,8 @@ def train(config: Config, console: Console | None = None, *, export: bool = True
     """
     with open_run(config, console or Console()) as run, stop_signal() as stop:
         run.report.header(header(run))
-        for note in run.notes:
-            run.report.warn(note)
+        for warning in run.warnings:
+            run.report.warn(warning)
         for index in range(run.position.progress.stage, len(config.stage)):
             if not run.position.finished(index):
                 train_stage(run, index, stop)
@@ -40,13 +40,14 @@ def train(config: Config, console: Console | None = None, *, export: bool = True
 def train_stage(run: Run, index: int, stop: list[int]) -> None:
     """Train one stage to its end. After each step, write a log row, validate, sample and save a checkpoint if they are due."""
     stage, step, position = run.config.stage[index], start_stage(run, index), run.position
-    log, due, begun = Log(run, step, index), Triggers(run, index), position.progress
-    end = begun.stage_images + step.total * stage.batch
-    if begun.step == 0:
+    log, due, start = Log(run, step, index), Triggers(run, index), position.progress
+    end = start.stage_images + step.total * stage.batch
+
+    if start.step == 0:
         run.evaluation.validate(step)
         if stage.sample_every:
             run.evaluation.sample(step)
-    with run.data.loader(index, begun.stage_images).stream(begun.images, end, stage.batch) as batches:
+    with run.data.loader(index, start.stage_images).stream(start.images, end, stage.batch) as batches:
         for batch in batches:
             result = step(batch, position.progress.stage_step)
             run.advance(step, result)
@@ -60,7 +61,7 @@ def train_stage(run: Run, index: int, stop: list[int]) -> None:
             if due.sample() or done:
                 with log.paused():
                     run.evaluation.sample(step)
-            keep = due.kept()
+            keep = due.keep()
             if due.checkpoint() or keep or done or stop:
                 log.flush()
                 with log.paused():
@@ -70,7 +71,7 @@ def train_stage(run: Run, index: int, stop: list[int]) -> None:
                 if done and not saved:
                     raise UserError(
                         "stage-end-not-saved",
-                        f"{run.folder}: the end of stage {index + 1} could not be saved; free space, run again",
+                        f"{run.folder}: the end of stage {index + 1} could not be saved; free disk space and run again",
                     )
             if done:
                 break
@@ -80,13 +81,13 @@ def train_stage(run: Run, index: int, stop: list[int]) -> None:
 def export_run(run: Run) -> None:
     """Write the newest checkpoint's model for other tools. Raises UserError if it cannot be written."""
     try:
-        model = export_newest(run.config, run.model, run.report.say)
-        run.cost.note(run.position.progress, file_bytes=bytes_of(model))
+        model = export_newest(run.config, run.model, run.report.print)
+        run.cost.record(run.position.progress, file_bytes=bytes_of(model))
     except OSError as error:
         raise UserError(
             "model-not-written",
-            f"{run.folder}: all is trained and saved, but the model could not be written ({error.strerror or error}); "
-            "free space on that disk, and the same line again writes it",
+            f"{run.folder}: training is complete, but the model could not be exported ({error.strerror or error}); "
+            "free disk space and run the same command again",
         ) from error
 
 
@@ -95,19 +96,19 @@ def stop_signal() -> Iterator[list[int]]:
     """Yield a list that receives the number of a SIGINT or SIGTERM: the loop then saves and stops. A second stops at once."""
     stop: list[int] = []
 
-    def ask(number: int, frame: Any) -> None:
+    def on_signal(number: int, frame: Any) -> None:
         if stop:
             raise KeyboardInterrupt
         stop.append(number)
 
     kinds = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = {kind: signal.signal(kind, ask) for kind in kinds}
+        old_handlers = {kind: signal.signal(kind, on_signal) for kind in kinds}
     except ValueError:  # not in the main thread: the caller handles signals
         yield stop
         return
     try:
         yield stop
     finally:
-        for kind, handler in before.items():
+        for kind, handler in old_handlers.items():
             signal.signal(kind, handler)

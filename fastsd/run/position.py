@@ -54,12 +54,10 @@ class Position:
 
     def advance(self, step: Step) -> None:
         """Count one optimizer step."""
-        now = time.monotonic()
-        self.progress = replace(
-            self.progress, stage_step=self.progress.stage_step + 1, step=self.progress.step + 1,
-            images=self.progress.images + step.stage.batch, micro=step.micro, micro_asked=step.stage.micro_batch,
-            seconds=self.progress.seconds + now - self._since,
-        )  # fmt: skip
+        old, now = self.progress, time.monotonic()
+        new = replace(old, stage_step=old.stage_step + 1, step=old.step + 1, images=old.images + step.stage.batch)
+        new = replace(new, micro_batch_size=step.micro, micro_batch_setting=step.stage.micro_batch)
+        self.progress = replace(new, seconds=old.seconds + now - self._since)
         self._since = now
 
     def mark_done(self, done: bool) -> None:

@@ -27,7 +27,7 @@ from rich.text import Text
 from fastsd.config.schema import LogTable
 from fastsd.config.stages import ENDLESS
 from fastsd.errors import UserError
-from fastsd.run.validation import in_a_line
+from fastsd.run.validation import format_line
 
 
 class TrainReport:
@@ -60,7 +60,7 @@ class TrainReport:
         if self.live:
             self.live.start()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a permanent line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -77,13 +77,13 @@ class TrainReport:
                 file.write(_json(entry))
                 file.flush()
         except OSError as error:  # unwritten text stays in the buffer, and the next row retries
-            self.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training goes on")
+            self.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training continues")
         self._scalars({**values, **timing}, values["step"])
         line = _line(values, timing, self.saved_at)
         if self.live:
             self.live.update(Text(line))
         else:
-            self.say(line)
+            self.print(line)
 
     def _scalars(self, scalars: dict[str, Any], step: int) -> None:
         if self.board:
@@ -106,9 +106,9 @@ class TrainReport:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            self.warn(f"validation of step {step} not written: {error.strerror}; training goes on")
+            self.warn(f"validation of step {step} not written: {error.strerror}; training continues")
         self._scalars(scalars, step)
-        self.say(f"validation at step {step}: {in_a_line(rows)}")
+        self.print(f"validation at step {step}: {format_line(rows)}")
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """Read the rows logged so far for a stage."""
@@ -117,7 +117,7 @@ class TrainReport:
 
     def images(self, path: Path, step: int, image: Any) -> None:
         """Report a sample grid (PIL image) that was saved at `path`."""
-        self.say(f"samples: {path}")
+        self.print(f"samples: {path}")
         if self.board:
             import numpy as np
 
@@ -196,15 +196,15 @@ def free_memory(device: torch.device) -> int:
 
 def _reopen(path: Path, step: int) -> TextIO:
     """Remove truncated rows and rows after `step` from a JSONL file, and open it for appending."""
-    kept = []
+    lines = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    lines.append(line)
             except (ValueError, KeyError):
                 continue
-    path.write_text("".join(kept), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
 
 
@@ -219,6 +219,6 @@ def _wandb(project: str, run: Path) -> Any:
         import wandb
     except ImportError:
         raise UserError(
-            "wandb-missing", f'log.wandb is {project!r} and wandb is not installed; pip install "fastsd[wandb]"'
+            "wandb-missing", f'log.wandb is {project!r}, but wandb is not installed; pip install "fastsd[wandb]"'
         ) from None
     return wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")

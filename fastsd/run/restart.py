@@ -36,59 +36,58 @@ def lock(folder: Path) -> TextIO:
     except OSError:
         file.close()
         raise UserError(
-            "run-locked", f"run is {str(folder)!r}, in which another fastsd is training; wait for it or name another"
+            "run-locked", f"run is {str(folder)!r}, which another fastsd is training; wait for it or choose another folder"
         ) from None
     return file
 
 
 def compare_with_start(path: Path, config: Config, progress: RunProgress | None) -> list[str]:
-    """Raise UserError for changes that would break the run. Return notes on other changes since the last start."""
+    """Raise UserError for changes that would break the run. Return warnings about other changes since the last start."""
     if progress is None or not path.exists():
         return []
     # Parsed as a config, so that keys added since then get their defaults.
     old = json.loads(dump_config(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))))
     new = json.loads(dump_config(config))
-    advice = "put it back, or start a new run with run=FOLDER"
-    for place in FIXED:
-        was, now = (reduce(getitem, place.split("."), config) for config in (old, new))
-        if was != now:
-            raise UserError(
-                "run-other-start", f"{path.parent} was started with another {_difference(place, was, now)}; {advice}"
-            )
-    notes = []
-    current_stage = progress.stage
-    for i, (was, now) in enumerate(zip(old["stage"], new["stage"], strict=False)):
-        for key in was:
-            if was[key] != now[key]:
-                difference = _difference(f"stage.{i}.{key}", was[key], now[key])
+    advice = "undo the change, or start a new run with run=FOLDER"
+    for key in FIXED:
+        before, after = (reduce(getitem, key.split("."), config) for config in (old, new))
+        if before != after:
+            change = _change(key, before, after)
+            raise UserError("run-other-start", f"{path.parent}: {change} since the run was started; {advice}")
+
+    warnings, current_stage = list[str](), progress.stage
+    for i, (before, after) in enumerate(zip(old["stage"], new["stage"], strict=False)):
+        for key in before:
+            if before[key] != after[key]:
+                change = _change(f"stage.{i}.{key}", before[key], after[key])
                 if i < current_stage or (i == current_stage and key in FIXED_IN_STAGE and progress.stage_step):
-                    raise UserError("run-other-stage", f"{path.parent} has already trained with another {difference}; {advice}")
-                notes.append(f"changed since the last start: {difference}")
+                    raise UserError("run-other-stage", f"{path.parent}: {change} after training had begun; {advice}")
+                warnings.append(f"{change} since the last start")
     if len(new["stage"]) <= current_stage:
         raise UserError(
             "run-fewer-stages",
-            f"{path.parent} is in stage {current_stage + 1} and the config has {len(new['stage'])}; {advice}",
+            f"{path.parent}: the run is in stage {current_stage + 1}, but the config has only {len(new['stage'])}; {advice}",
         )
-    return notes
+    return warnings
 
 
 def compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]:
-    """Record the state of the cache that a run depends on. Return notes on what changed since the last start."""
-    now = {"samples": len(latents), "view": latents.sha256, "weights": latents.weight_hash, "masks": mask_hash(latents)}
-    was = now | json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else now
-    replace_file(path, json.dumps(now))
-    if was["samples"] != now["samples"]:
-        changed = f"the cache had {was['samples']} images at the last start and has {now['samples']}"
-        return [f"{changed}: from here on the order is another"]
-    changed_keys = sorted(key for key in now if was[key] != now[key])
+    """Record the state of the cache that a run depends on. Return warnings about changes since the last start."""
+    after = {"samples": len(latents), "view": latents.sha256, "weights": latents.weight_hash, "masks": mask_hash(latents)}
+    before = after | json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else after
+    replace_file(path, json.dumps(after))
+    if before["samples"] != after["samples"]:
+        counts = f"{before['samples']} to {after['samples']} images"
+        return [f"the cache changed from {counts} since the last start; the order of images differs from here on"]
+    changed_keys = sorted(key for key in after if before[key] != after[key])
     if not changed_keys:
         return []
     description = "captions or images" if "view" in changed_keys else " and ".join(changed_keys)
-    return [f"{description} have changed in the cache since the last start"]
+    return [f"{description} in the cache have changed since the last start"]
 
 
-def _difference(place: str, was: Any, now: Any) -> str:
-    if isinstance(was, dict):
-        key = next(key for key in was if was[key] != now.get(key))
-        return _difference(f"{place}.{key}", was[key], now.get(key))
-    return f"{place}: {was!r}, now {now!r}"
+def _change(key: str, before: Any, after: Any) -> str:
+    if isinstance(before, dict):
+        name = next(name for name in before if before[name] != after.get(name))
+        return _change(f"{key}.{name}", before[name], after.get(name))
+    return f"{key} changed from {before!r} to {after!r}"

@@ -47,7 +47,7 @@ class Run:
         evaluation: draws samples and runs validation.
         cost: seconds, steps and memory of each stage.
         trained: number of parameters each stage trains.
-        notes: messages to the user about this start, one line each.
+        warnings: messages to the user about this start, one line each.
     """
 
     config: Config
@@ -63,12 +63,12 @@ class Run:
     cost: Cost
     report: TrainReport
     trained: list[int]
-    notes: list[str]
+    warnings: list[str]
 
     @property
     def resident(self) -> list[nn.Module]:
         """The modules on the training device. The text encoder is not among them if text embeddings are cached."""
-        return [self.model.unet, self.model.vae.module] + ([] if self.data.states else [self.model.text.module])
+        return [self.model.unet, self.model.vae.module] + ([] if self.data.text_embeddings else [self.model.text.module])
 
     def advance(self, step: Step, result: StepResult) -> None:
         """Record one optimizer step: the progress, the changed components and the smoothed loss."""
@@ -90,19 +90,19 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         stack.enter_context(lock(folder))
         device = choose_device(config.device)
         ops = choose_ops(config.kernels, device)
-        notes, data_notes = list[str](), list[str]()
-        newest = checkpoint.newest(folder / "checkpoints", notes.append)
+        warnings, data_warnings = list[str](), list[str]()
+        newest = checkpoint.newest(folder / "checkpoints", warnings.append)
         progress = newest[1] if newest else RunProgress()
-        notes += compare_with_start(folder / "config.json", config, newest[1] if newest else None)
+        warnings += compare_with_start(folder / "config.json", config, newest[1] if newest else None)
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest[0]) if newest else {}
         model = _load_model(config, ops, newest[0] if newest else None)
-        notes += model.notes
+        warnings += model.notes
         check_samples(model, config)
-        data = stack.enter_context(closing(TrainingData(config, model, data_notes.append)))
-        notes += compare_images(folder / "images.json", data.latents, resumed=newest is not None) + data_notes
+        data = stack.enter_context(closing(TrainingData(config, model, data_warnings.append)))
+        warnings += compare_images(folder / "images.json", data.latents, resumed=newest is not None) + data_warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
-        trained = [_parameters(config, index, model) for index in range(len(config.stage))]
+        trained = [_count_parameters(config, index, model) for index in range(len(config.stage))]
         validation = Validation(model, data.loader(0), data.sets, config.validate_)
 
         replace_file(folder / "config.json", dump_config(config))
@@ -113,7 +113,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         saving = Saving(config, model, position, smoothed, report, cost, saved)
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
         run = Run(
-            config, folder, device, ops, model, data, position, smoothed, saving, evaluation, cost, report, trained, notes
+            config, folder, device, ops, model, data, position, smoothed, saving, evaluation, cost, report, trained, warnings
         )
         for module in run.resident:
             module.to(device)
@@ -128,7 +128,7 @@ def _load_model(config: Config, ops: Ops, newest: Path | None) -> Model:
     return load_to_train(table, ops, config.seed, newest)
 
 
-def _parameters(config: Config, index: int, model: Model) -> int:
+def _count_parameters(config: Config, index: int, model: Model) -> int:
     """Count the parameters a stage trains. Raises UserError for a name that matches no parameter."""
     stage, location = config.stage[index], f"stage {config.stage_name(index)!r}"
     selected(model, stage.reinit, f"{location}: reinit")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -25,25 +26,27 @@ from fastsd.train.optim import flat_state
 from fastsd.train.step import Step
 
 
+@dataclass
 class Saving:
     """Writes the checkpoints of a run.
 
-    Args:
-        state: tensors of the checkpoint the run resumed from, read lazily.
-
     Attributes:
-        state: tensors from which the next stage to start loads its optimizer state; empty afterwards.
+        state: tensors of the checkpoint the run resumed from, read lazily. The next stage to start loads its optimizer state
+            from them; empty afterwards.
         changed: components with weights that differ from those in the newest checkpoint.
         kept: names of the checkpoints that are never deleted: ends of stages, and requested ones.
     """
 
-    def __init__(
-        self, config: Config, model: Model, position: Position, smoothed: SmoothedLoss, report: TrainReport, cost: Cost,
-        state: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
-        self.config, self.model, self.position, self.smoothed = config, model, position, smoothed
-        self.report, self.cost, self.state = report, cost, state
-        self.folder = Path(config.run)
+    config: Config
+    model: Model
+    position: Position
+    smoothed: SmoothedLoss
+    report: TrainReport
+    cost: Cost
+    state: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.config.run)
         self.changed: set[str] = set()
         files = [self.folder / name for name in ("kept.json", "stage-ends.json")]  # older versions wrote the second
         self.kept: set[str] = {name for path in files if path.exists() for name in json.loads(path.read_text())}
@@ -62,20 +65,21 @@ class Saving:
         state = self.smoothed.state()
         if not done or not later_stages or carried:
             state |= optimizer_state(step)
-        for name, part in step.parts.items():
-            state |= {f"{name}@ema/{key}": tensor for key, tensor in part.ema_state().items()}
+        for name, component in step.parts.items():
+            state |= {f"{name}@ema/{key}": tensor for key, tensor in component.ema_state().items()}
         # A component the step does not need keeps its loaded weights.
-        weights = dict.fromkeys(COMPONENTS, dict) | {name: part.state for name, part in step.parts.items()}
+        weights = dict.fromkeys(COMPONENTS, dict) | {name: component.state for name, component in step.parts.items()}
         try:
             self.report.flush()
-            adapters = {name: part.state(ADAPTER) for name, part in step.parts.items()} if self.model.lora else None
+            adapters = {name: c.state(ADAPTER) for name, c in step.parts.items()} if self.model.lora else None
             path = checkpoint.save(folder, progress, self.model, weights, self.changed, state, adapters)
         except OSError as error:
             self.report.warn(
-                f"checkpoint at step {progress.step} not saved: {error.strerror or error} ({folder}); "
-                "training goes on, the last checkpoint stands; free space on that disk"
+                f"checkpoint at step {progress.step} not saved to {folder}: {error.strerror or error}; "
+                "training continues and earlier checkpoints are kept; free disk space"
             )
             return False
+
         self.changed = set()
         self.report.saved()
         if done and carried:
@@ -84,17 +88,15 @@ class Saving:
         try:
             replace_file(self.folder / "kept.json", json.dumps(sorted(self.kept)))
             if done:
-                self.cost.note(progress)
+                self.cost.record(progress)
         except OSError as error:
-            self.report.warn(
-                f"{path.name} is saved, but not noted in {self.folder} ({error.strerror}); free space on that disk"
-            )
+            self.report.warn(f"{path.name} saved, but not recorded in {self.folder}: {error.strerror}; free disk space")
         checkpoint.retain(folder, step.stage.keep_checkpoints, self.kept)
         return True
 
 
 def optimizer_state(step: Step) -> dict[str, Tensor]:
-    """Return the step's optimizer state under its checkpoint names, `PART|KEY`, and the number of skipped steps."""
+    """Return the step's optimizer state under its checkpoint names, `COMPONENT|KEY`, and the number of skipped steps."""
     state = {"skipped": step.skipped}
     for name, optimizer in step.optimizers.items():
         tensors = flat_state(optimizer, step.parts[name].names, step.parts[name].layout.views)

@@ -20,39 +20,39 @@ def choices(word: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: the key or a value is missing, or a value occurs twice.
     """
-    key, equals, text = (part.strip() for part in word.partition("="))
+    key, equals, text = (field.strip() for field in word.partition("="))
     if not equals or not key:
         raise UserError(
-            "swept-no-values", f"{word!r} names no values; write key=a,b,c, for example stage.caption_dropout=0.04,0.1"
+            "swept-no-values", f"{word!r} is not a list of values; write key=a,b,c, for example stage.caption_dropout=0.04,0.1"
         )
     values: dict[str, Any] = {}
     for item in split(text):
         if not item:
-            problem = "has an empty one among its values" if text else "has no values"
-            raise UserError("swept-value", f'{key} {problem} ({word!r}); write key=a,b,c, and "" for an empty text')
+            problem = "has an empty value" if text else "has no values"
+            raise UserError("swept-value", f'{key} {problem} in {word!r}; write key=a,b,c, and "" for an empty string')
         value = parse_value(item)
         if setting_text(value) in map(setting_text, values.values()):
-            raise UserError("swept-value-twice", f"{key} has the value {item} twice; leave one out")
+            raise UserError("swept-value-twice", f"{key} has the value {item} twice; remove one")
         values[item] = value
     return key, values
 
 
 def split(text: str) -> list[str]:
     """Split text at its commas, except at those inside brackets or quotes."""
-    parts, depth, quote, before = [""], 0, "", ""
+    items, depth, quote, previous = [""], 0, "", ""
     for char in text:
         if quote:
-            quote = "" if char == quote and before != "\\" else quote
+            quote = "" if char == quote and previous != "\\" else quote
         elif char in "\"'":
             quote = char
         else:
             depth += (char in "[{") - (char in "]}")
         if char == "," and not quote and not depth:
-            parts.append("")
+            items.append("")
         else:
-            parts[-1] += char
-        before = char
-    return [part.strip() for part in parts]
+            items[-1] += char
+        previous = char
+    return [item.strip() for item in items]
 
 
 def combinations(words: Sequence[str]) -> list[dict[str, tuple[str, Any]]]:
@@ -65,10 +65,10 @@ def combinations(words: Sequence[str]) -> list[dict[str, tuple[str, Any]]]:
     for word in words:
         key, values = choices(word)
         if key in chosen:
-            raise UserError("swept-key-twice", f"{key} is given twice; write all its values in one: {key}=a,b,c")
+            raise UserError("swept-key-twice", f"{key} is set twice; write all its values as {key}=a,b,c")
         chosen[key] = values
-    every = product(*(values.items() for values in chosen.values()))
-    return [dict(zip(chosen, picked, strict=True)) for picked in every]
+    products = product(*(values.items() for values in chosen.values()))
+    return [dict(zip(chosen, values, strict=True)) for values in products]
 
 
 def setting_text(value: Any) -> str:
@@ -87,12 +87,12 @@ def safe_name(text: str) -> str:
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Map each dotted (or slashed) key to its shortest ending that no other key has."""
-    mark = "/" if any("/" in key for key in keys) else "."
+    separator = "/" if any("/" in key for key in keys) else "."
     short = {}
     for key in keys:
-        parts = key.split(mark)
-        ends = [mark.join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        unique_ends = (e for e in ends if not any(o != key and f"{mark}{o}".endswith(f"{mark}{e}") for o in keys))
+        names, others = key.split(separator), [f"{separator}{other}" for other in keys if other != key]
+        ends = [separator.join(names[-n:]) for n in range(1, len(names) + 1)]
+        unique_ends = (end for end in ends if not any(other.endswith(f"{separator}{end}") for other in others))
         short[key] = next(unique_ends, key)
     return short
 
@@ -104,7 +104,7 @@ def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
     `stage.NAME` with the values it sets. `run` is ignored: it is the location of a run, not a setting.
     """
     single = all(len(config.stage) == 1 for config in configs)
-    columns = [_flat(config.model_dump(by_alias=True) | {"stage": None, "run": None}) for config in configs]
+    columns = [flatten(config.model_dump(by_alias=True) | {"stage": None, "run": None}) for config in configs]
     names = dict.fromkeys(config.stage_name(i) for config in configs for i in range(len(config.stage)))
     for name in ["stage"] if single else names:
         key = "stage" if single else f"stage.{name}"
@@ -113,7 +113,7 @@ def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
         everywhere = all(table is not None for table in tables)
         for column, table in zip(columns, tables, strict=True):
             if table is not None and everywhere:
-                column |= _flat({k: v for k, v in table.model_dump().items() if k != "name"}, f"{key}.")
+                column |= flatten({k: v for k, v in table.model_dump().items() if k != "name"}, f"{key}.")
             elif table is not None:
                 non_defaults = table.model_dump(exclude_defaults=True, exclude={"name"})
                 column[key] = ", ".join(f"{k} = {setting_text(v)}" for k, v in non_defaults.items())
@@ -122,8 +122,9 @@ def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
     return {key: row for key, row in rows.items() if len(set(row)) > 1 and set(row) != {ABSENT, UNSET}}
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Flatten nested tables into {dotted key: value as text}."""
     flat: dict[str, str] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": setting_text(value)}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": setting_text(value)}
     return flat

@@ -16,7 +16,7 @@ from fastsd.train.optim import load_flat_state
 from fastsd.train.precision import set_precision
 from fastsd.train.step import Step
 
-_STATE = {"reset": "begins anew", "carry": "carried over from the stage before"}
+_STATE = {"reset": "reset", "carry": "carried over from the previous stage"}
 
 
 def start_stage(run: Run, index: int) -> Step:
@@ -31,16 +31,15 @@ def start_stage(run: Run, index: int) -> Step:
     run.model.unet.checkpointing = stage.checkpointing
     switches = set_precision(stage.precision, run.model.unet, config.deterministic)
     state = f"; optimizer state: {_STATE[stage.state]}" if index else ""
-    run.report.say(f"{name}: {switches}{state}")
+    run.report.print(f"{name}: {switches}{state}")
     if stage.reinit and not resumed:
-        drawn = reinitialise(run.model, stage.reinit, config.seed, f"stage {name!r}: reinit")
+        count = reinitialise(run.model, stage.reinit, config.seed, f"stage {name!r}: reinit")
         run.saving.changed.update(entry.split(".")[0] for entry in stage.reinit)
-        run.report.say(f"{name}: {drawn:,} parameters start from new random weights ({', '.join(stage.reinit)})")
-    step = Step(
-        run.model, stage, run.position.steps[index], config.seed, _micro_batch(run, index, resumed),
-        graph=config.cuda_graph, states=run.data.states is not None, carried=run.position.progress.carried,
-        warn=run.report.warn,
-    )  # fmt: skip
+        run.report.print(f"{name}: {count:,} parameters reinitialised ({', '.join(stage.reinit)})")
+
+    cached, carried = run.data.text_embeddings is not None, run.position.progress.carried
+    args = run.model, stage, run.position.steps[index], config.seed, _micro_batch_size(run, index, resumed)
+    step = Step(*args, graph=config.cuda_graph, states=cached, carried=carried, warn=run.report.warn)
     if resumed or stage.state == "carry":
         _load_state(step, run.saving.state)
     if resumed:
@@ -51,48 +50,49 @@ def start_stage(run: Run, index: int) -> Step:
 
 def _load_state(step: Step, saved: Mapping[str, Tensor]) -> None:
     for name, optimizer in step.optimizers.items():
-        part = step.parts[name]
-        load_flat_state(optimizer, part.names, _PrefixView(saved, f"{name}|"), part.layout.views)
-        for key, average in part.ema_state().items():
+        component = step.parts[name]
+        load_flat_state(optimizer, component.names, _PrefixView(saved, f"{name}|"), component.layout.views)
+        for key, average in component.ema_state().items():
             if f"{name}@ema/{key}" in saved:  # missing if EMA was enabled only now
                 average.copy_(saved[f"{name}@ema/{key}"])
 
 
-def _micro_batch(run: Run, index: int, resumed: bool) -> int:
+def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
     """Return the micro-batch: the config's, or the one used before, so that a resumed run computes the same sums."""
     stage, progress = run.config.stage[index], run.position.progress
-    if resumed and progress.micro and progress.micro_asked == stage.micro_batch:
-        return progress.micro
+    if resumed and progress.micro_batch_size and progress.micro_batch_setting == stage.micro_batch:
+        return progress.micro_batch_size
     if stage.micro_batch != "auto":
         return stage.micro
     # Free memory plus the memory of the resident modules, because the plan counts the model too.
     scratch = SCRATCH if run.device.type == "cuda" else 0
     resident_bytes = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
-    room = free_memory(run.device) - scratch + resident_bytes
-    micro_batch = plan_stage(
-        Shapes.of(run.model), stage, run.config.data.resolution, room, run.ops, states=run.data.states is not None
-    ).largest_micro_batch()
-    if micro_batch == 0:
+    available = free_memory(run.device) - scratch + resident_bytes
+    cached = run.data.text_embeddings is not None
+    plan = plan_stage(Shapes.of(run.model), stage, run.config.data.resolution, available, run.ops, states=cached)
+    micro_batch_size = plan.largest_micro_batch()
+
+    if micro_batch_size == 0:
         raise UserError(
             "stage-does-not-fit",
-            f"stage {run.config.stage_name(index)!r} does not fit with one image a forward into {room / 1e9:.1f} GB on "
-            f"{run.device}; see `fastsd plan` for checkpointing, precisions and optimizers that do",
+            f"stage {run.config.stage_name(index)!r} does not fit into {available / 1e9:.1f} GB on {run.device}, even with "
+            "micro-batch 1; run `fastsd plan` to find checkpointing, precision and optimizer settings that fit",
         )
-    run.report.say(f"micro-batch {micro_batch}: the most that fits {room / 1e9:.1f} GB by plan; the first steps will show")
-    return micro_batch
+    run.report.print(f"micro-batch {micro_batch_size}: the largest that is estimated to fit into {available / 1e9:.1f} GB")
+    return micro_batch_size
 
 
 class _PrefixView(Mapping[str, Tensor]):
     """Lazy view of a mapping's entries under a prefix, by their names without the prefix."""
 
-    def __init__(self, whole: Mapping[str, Tensor], prefix: str) -> None:
-        self._whole, self._prefix = whole, prefix
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        self._tensors, self._prefix = tensors, prefix
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._whole[self._prefix + name]
+        return self._tensors[self._prefix + name]
 
     def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._whole if name.startswith(self._prefix))
+        return (name.removeprefix(self._prefix) for name in self._tensors if name.startswith(self._prefix))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

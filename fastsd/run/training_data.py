@@ -20,12 +20,12 @@ class TrainingData:
     Args:
         config: config of the run.
         model: model with the VAE and tokenizer that the cache must match.
-        note: called with one-line messages for the user.
+        warn: called with one-line messages for the user.
 
     Attributes:
         latents: the cache view.
         tokens: token ids of its captions; None = captions are tokenized when they are read.
-        states: text embeddings of its captions; None = they are not cached.
+        text_embeddings: those of its captions; None = they are not cached.
         sets: samples that validation measures, and the held-out samples that training skips.
         epochs: images per epoch of each stage. They differ if stages split captions into tags differently.
 
@@ -33,26 +33,29 @@ class TrainingData:
         UserError: the cache is missing, damaged, or built for another model.
     """
 
-    def __init__(self, config: Config, model: Model, note: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, model: Model, warn: Callable[[str], None]) -> None:
         self._config, self._model = config, model
         self.latents = LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))
         self.tokens: Tokens | None = None
         try:
             self.tokens = Tokens(self.latents, model.text.tokenizer, model.text.window, model.text.chunks)
         except UserError as error:
-            note(f"captions are tokenized on the way: {error}")
-        self.states = TextEmbeddings(config.cache, self.latents, model.text) if config.cache.hidden_states else None
+            warn(f"captions are tokenized during training: {error}")
+        self.text_embeddings: TextEmbeddings | None = None
+        if config.cache.hidden_states:
+            self.text_embeddings = TextEmbeddings(config.cache, self.latents, model.text)
         self.sets = choose_splits(self.latents, config)
         self.epochs = [self.loader(index).images for index in range(len(config.stage))]
 
     def loader(self, index: int, origin: int = 0) -> Loader:
         """Return the loader of batches for a stage that started after `origin` images of the run."""
+        config = self._config
+        args = self.latents, self._model.text.tokenize, config.seed, config.stage[index]
         return Loader(
-            self.latents, self._model.text.tokenize, self._config.seed, self._config.stage[index],
-            data=self._config.data, origin=origin, tokens=self.tokens, states=self.states, left_out=self.sets.left_out,
-        )  # fmt: skip
+            *args, data=config.data, origin=origin, tokens=self.tokens, states=self.text_embeddings, left_out=self.sets.left_out
+        )
 
     def close(self) -> None:
         self.latents.close()
-        if self.states:
-            self.states.close()
+        if self.text_embeddings:
+            self.text_embeddings.close()

@@ -57,83 +57,82 @@ class Validation:
     def __init__(self, model: Model, loader: Loader, sets: ValidationSplits, table: ValidateTable) -> None:
         self.model, self.loader, self.sets, self.table = model, loader, sets, table
         self._abar_T = alphas_cumprod(model.scheduler)
-        count, parts = len(self._abar_T), table.bands * table.per_band
-        if parts > count:
+        timesteps, strata = len(self._abar_T), table.bands * table.per_band
+        if strata > timesteps:
             raise UserError(
                 "validate-bands",
-                f"validate.bands {table.bands} times validate.per_band {table.per_band} is {parts} and the model has {count} "
-                "timesteps; lower one of them",
+                f"validate.bands * validate.per_band is {table.bands} * {table.per_band} = {strata}, but the model has "
+                f"{timesteps} timesteps; lower one of them",
             )
-        self._edges = [part * count // parts for part in range(parts + 1)]
-        self._batches = {name: self._in_batches(samples) for name, samples in sets.measured.items()}
+        self._bounds = [stratum * timesteps // strata for stratum in range(strata + 1)]
+        self._batches = {name: self._split(samples) for name, samples in sets.measured.items()}
 
     def __str__(self) -> str:
-        sizes = " and ".join(f"{len(samples)} {_words(name)}" for name, samples in self.sets.measured.items())
+        sizes = " and ".join(f"{len(samples)} {name.replace('_', '-')}" for name, samples in self.sets.measured.items())
         left_out = len(self.sets.left_out)
-        copies = f" ({left_out} left out, copies counted)" if left_out > self.table.held_out else ""
-        timesteps = f"{len(self._edges) - 1} timesteps of each ({self.table.bands} bands)"
+        copies = f" ({left_out} not trained on, with duplicates)" if left_out > self.table.held_out else ""
+        timesteps = f"{len(self._bounds) - 1} timesteps per image ({self.table.bands} bands)"
         return f"{sizes} images{copies}, {timesteps}: {self.forwards} forwards"
 
     @property
     def forwards(self) -> int:
         """Number of UNet forwards needed to measure one set of weights."""
-        return sum(map(len, self._batches.values())) * (len(self._edges) - 1)
+        return sum(map(len, self._batches.values())) * (len(self._bounds) - 1)
 
     @torch.no_grad()
-    def rows(self, parts: Iterable[TrainableComponent] = ()) -> list[ValidationRow]:
-        """Measure the current weights; if any of `parts` has an EMA, measure again with EMA weights in those components.
+    def rows(self, components: Iterable[TrainableComponent] = ()) -> list[ValidationRow]:
+        """Measure the current weights; if any of `components` has an EMA, measure again with EMA weights in those components.
 
         Raises:
             UserError: the cache is damaged.
         """
-        rows, averages = self._measured("raw"), [part for part in parts if part.ema is not None]
-        if averages:
+        rows, averaged = self._measure("raw"), [component for component in components if component.ema is not None]
+        if averaged:
             with ExitStack() as stack:
-                for part in averages:
-                    stack.enter_context(part.averaged())
-                rows += self._measured("ema")
+                for component in averaged:
+                    stack.enter_context(component.averaged())
+                rows += self._measure("ema")
         return rows
 
-    def _measured(self, weights: str) -> list[ValidationRow]:
+    def _measure(self, weights: str) -> list[ValidationRow]:
         rows = []
         for name, batches in self._batches.items():
             errors_nS = [errors_S for batch in batches for errors_S in self._errors(batch)]
             per_image = [math.fsum(errors_S) / len(errors_S) for errors_S in errors_nS]
-            metrics = summary(errors_nS, self._edges, self.table.per_band)
-            rows.append({"set": name, "weights": weights, **metrics, "items": self._items(batches), "each": per_image})
+            metrics = aggregate(errors_nS, self._bounds, self.table.per_band)
+            rows.append({"set": name, "weights": weights, **metrics, "items": self._hash(batches), "each": per_image})
         return rows
 
-    def _items(self, batches: Sequence[np.ndarray]) -> str:
-        """Hash the timesteps and noise positions of all samples in measuring order. They identify the samples, too."""
-        drawn = [tensor.numpy().tobytes() for batch in batches for tensor in self._draw(batch)]
-        return xxhash.xxh3_64_hexdigest(b"".join(drawn))
+    def _hash(self, batches: Sequence[np.ndarray]) -> str:
+        """Hash the timesteps and noise positions of all samples in measuring order, which also identify the samples."""
+        arrays = [tensor.numpy().tobytes() for batch in batches for tensor in self._draw(batch)]
+        return xxhash.xxh3_64_hexdigest(b"".join(arrays))
 
     def _errors(self, samples: np.ndarray) -> list[list[float]]:
         """Return the mean squared errors, (B, S)."""
         model, table, device = self.model, self.table, self.model.unet.conv_in.weight.device
-        raw_BCHW, context = (tensor.to(device) for tensor in self.loader.as_they_are(samples))
+        raw_BCHW, text = (tensor.to(device) for tensor in self.loader.as_they_are(samples))
         latents_BCHW = model.vae.scale(raw_BCHW.float())
-        if context.ndim == 2:
-            context = model.text.encode(context)
+        text_embeds_BLD = text if text.ndim == 3 else model.text.encode(text)  # cached embeddings, or token ids
         t_SB, position_SB = (tensor.to(device) for tensor in self._draw(samples))
         tables = self._abar_T.sqrt().to(device), (1 - self._abar_T).sqrt().to(device)
         errors = []
         for t_B, position_B in zip(t_SB, position_SB, strict=True):
             noise_args = latents_BCHW, position_B, t_B, *tables, table.seed
             noisy_BCHW, target_BCHW = model.unet.ops.noised(*noise_args, prediction=model.prediction)
-            error_BCHW = model.unet(noisy_BCHW, t_B, context).double() - target_BCHW.double()
+            error_BCHW = model.unet(noisy_BCHW, t_B, text_embeds_BLD).double() - target_BCHW.double()
             errors.append(error_BCHW.square().flatten(1).mean(1))
         return torch.stack(errors, dim=1).tolist()
 
     def _draw(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the timesteps and the positions of the noise, both int64 (S, B)."""
-        edges, cache = torch.tensor(self._edges)[:, None], self.loader.cache
+        bounds, cache = torch.tensor(self._bounds)[:, None], self.loader.cache
         identity_B = torch.tensor([int(identities(cache, self.table, number, number + 1)[0]) for number in samples.tolist()])
-        words = philox(self.table.seed, Purpose.VALIDATION, identity_B, torch.arange(len(edges) - 1)).transpose(0, 1)
-        t_SB = edges[:-1] + (words[..., 0] * edges.diff(dim=0) >> 32)
+        words = philox(self.table.seed, Purpose.VALIDATION, identity_B, torch.arange(len(bounds) - 1)).transpose(0, 1)
+        t_SB = bounds[:-1] + (words[..., 0] * bounds.diff(dim=0) >> 32)
         return t_SB, words[..., 1] << 32 | words[..., 2]
 
-    def _in_batches(self, samples: np.ndarray) -> list[np.ndarray]:
+    def _split(self, samples: np.ndarray) -> list[np.ndarray]:
         """Group samples by shape into batches of at most `validate.batch`."""
         groups, by_shape = self.loader.cache.groups, dict[tuple[int, ...], list[int]]()
         for sample in samples.tolist():
@@ -143,12 +142,12 @@ class Validation:
         return [np.array(same_shape[i : i + size]) for same_shape in by_shape.values() for i in range(0, len(same_shape), size)]
 
 
-def summary(errors_nS: Sequence[Sequence[float]], edges: Sequence[int], per_band: int) -> ValidationRow:
-    """Return {"loss", "se", "bands"} for the errors of n images at S timesteps. Band b starts at edges[b * per_band]."""
+def aggregate(errors_nS: Sequence[Sequence[float]], bounds: Sequence[int], per_band: int) -> ValidationRow:
+    """Return {"loss", "se", "bands"} for the errors of n images at S timesteps. Band b starts at bounds[b * per_band]."""
     bands = []
-    for first in range(0, len(edges) - 1, per_band):
+    for first in range(0, len(bounds) - 1, per_band):
         band_errors = [errors_S[first : first + per_band] for errors_S in errors_nS]
-        bands.append([edges[first], edges[first + per_band], *_mean_and_error(band_errors)])
+        bands.append([bounds[first], bounds[first + per_band], *_mean_and_error(band_errors)])
     loss, se = _mean_and_error(errors_nS)
     return {"loss": loss, "se": se, "bands": bands}
 
@@ -160,13 +159,13 @@ def _mean_and_error(errors: Sequence[Sequence[float]]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((image_mean - mean) ** 2 for image_mean in means) / max(n - 1, 1) / n)
 
 
-def in_a_line(rows: Sequence[ValidationRow]) -> str:
+def format_line(rows: Sequence[ValidationRow]) -> str:
     """Format as "held out 0.1432 ± 0.0021, stabilised 0.1398 ± 0.0020, by band 0.31 0.16 ..."; bands of the first row."""
     losses = ", ".join(f"{_name(row)} {row['loss']:.4f} ± {row['se']:.4f}" for row in rows)
     return f"{losses}, by band {' '.join(f'{loss:.2g}' for _, _, loss, _ in rows[0]['bands'])}"
 
 
-def in_a_table(rows: Sequence[ValidationRow]) -> str:
+def format_table(rows: Sequence[ValidationRow]) -> str:
     """Format as a table with one line per band and one column per row."""
     lines = [["timesteps", *map(_name, rows)]]
     for bands in zip(*(row["bands"] for row in rows), strict=True):
@@ -176,8 +175,4 @@ def in_a_table(rows: Sequence[ValidationRow]) -> str:
 
 
 def _name(row: ValidationRow) -> str:
-    return _words(row["set"]) + (" (ema)" if row["weights"] == "ema" else "")
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return row["set"].replace("_", " ") + (" (ema)" if row["weights"] == "ema" else "")

@@ -1,4 +1,4 @@
-"""What a run ends with: folder, single file and LoRA of the same weights, their metadata, and a card that is true."""
+"""Export of a run: folder, single file and LoRA with the same weights, their metadata, and the model card."""
 
 import errno
 import json
@@ -10,10 +10,10 @@ import pytest
 import torch
 from runs import run
 from safetensors import safe_open
+from sentences import refused, says
 from tiny import job, tiny_vae
 
 from fastsd.config.schema import load_config
-from fastsd.errors import UserError
 from fastsd.model.formats.model_source import open_source
 from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
 from fastsd.model.formats.write import write_single_file
@@ -21,7 +21,7 @@ from fastsd.plan.disk import export_bytes
 from fastsd.run import checkpoint
 from fastsd.run import export as export_module
 from fastsd.run.export import bytes_of
-from fastsd.run.model_card import called, untrained, write_card
+from fastsd.run.model_card import public_name, untrained, write_card
 from fastsd.storage import read_safetensors
 
 STAGES = """
@@ -47,7 +47,7 @@ KEYS = ("model.clip_skip=1", "validate.held_out=4", "export.author=someone", 'ex
 
 
 def contents(folder: Path, names=EXPORTED) -> dict[str, bytes]:
-    """Every exported file, by its path in the run."""
+    """Return the bytes of every exported file by its path in the run."""
     paths = [path for name in names for path in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
 
@@ -58,23 +58,23 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model, images) -> tuple[Path, str]:
-    """A run whose VAE has another factor than SD1.5's, in two stages, and what it said."""
+def exported(tmp_path_factory, tiny_model, images) -> tuple[Path, str]:
+    """Folder and output of a two-stage run with another VAE scaling factor than SD1.5's."""
     folder = tmp_path_factory.mktemp("export")
     tiny_vae(factor=0.25, seed=1).save_pretrained(folder / "other-vae")
     return run(job(folder, tiny_model, images, STAGES), f'model.vae="{folder / "other-vae"}"', *KEYS)
 
 
-def test_a_run_ends_with_folder_and_file_of_the_same_weights(whole):
-    folder, text = whole
+def test_folder_and_single_file_have_the_same_weights(exported):
+    folder, text = exported
     for name in ("model", "model-ema"):
-        said = [line for line in text.splitlines() if re.match(rf"model: {folder / name}(,|\.saf)", line)]
-        assert len(said) == 2 and "diffusers folder in fp32" in said[0] and "0.25 folded into" in said[1] and " MB, " in said[1]
-        parts, file = open_source(str(folder / name)).parts, folder / f"{name}.safetensors"
-        again = open_source(str(file)).parts
-        for part in ("unet", "text_encoder"):
-            for tensor, was in parts[part].tensors.items():
-                assert torch.equal(again[part].tensors[tensor].read(), was.read().half()), tensor
+        file = folder / f"{name}.safetensors"
+        (line,) = [line for line in text.splitlines() if says(line, "exported-file", path=file, dtype="fp16")]
+        assert says(text, "exported-folder", path=folder / name) and "0.25" in line
+        components, file_components = open_source(str(folder / name)).parts, open_source(str(file)).parts
+        for component in ("unet", "text_encoder"):
+            for key, tensor in components[component].tensors.items():
+                assert torch.equal(file_components[component].tensors[key].read(), tensor.read().half()), key
         assert all(t.dtype == torch.float16 for t in read_safetensors(file).values())
     newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -83,8 +83,8 @@ def test_a_run_ends_with_folder_and_file_of_the_same_weights(whole):
     assert json.loads((folder / "cost.json").read_text())["file_bytes"] == (folder / "model.safetensors").stat().st_size
 
 
-def test_the_same_line_again_writes_the_same_bytes(whole, tmp_path):
-    folder, _ = whole
+def test_repeating_the_command_writes_the_same_bytes(exported):
+    folder, _ = exported
     before = contents(folder)
     path, vae = folder.parent / "job.toml", f'model.vae="{folder.parent / "other-vae"}"'
     run(path, vae, *KEYS)
@@ -97,30 +97,29 @@ def test_the_same_line_again_writes_the_same_bytes(whole, tmp_path):
     assert contents(folder) == before
 
 
-def test_a_files_metadata_tells_what_it_is(whole, tmp_path):
-    folder, _ = whole
-    told, averaged = (metadata(folder / f"{name}.safetensors") for name in ("model", "model-ema"))
-    assert {key.removeprefix("modelspec."): value for key, value in told.items() if key.startswith("modelspec.")} == {
+def test_metadata_of_a_single_file(exported, tmp_path):
+    folder, _ = exported
+    header, ema_header = (metadata(folder / f"{name}.safetensors") for name in ("model", "model-ema"))
+    assert {key.removeprefix("modelspec."): value for key, value in header.items() if key.startswith("modelspec.")} == {
         "sai_model_spec": "1.0.0", "architecture": "stable-diffusion-v1", "title": "run", "author": "someone",
         "implementation": "https://github.com/Stability-AI/generative-models", "resolution": "16x16", "license": "openrail",
-        "prediction_type": "epsilon", "encoder_layer": "2", "date": told["modelspec.date"],
+        "prediction_type": "epsilon", "encoder_layer": "2", "date": header["modelspec.date"],
     }  # fmt: skip
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told["modelspec.date"])
-    assert not any(key.startswith("ss_") for key in told)
-    assert json.loads(told["fastsd.images"]) == 20 and json.loads(averaged["fastsd.weights"]) == "ema"
-    # What a file tells becomes a folder's summary again, whatever else stands in its header.
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", header["modelspec.date"])
+    assert not any(key.startswith("ss_") for key in header)
+    assert json.loads(header["fastsd.images"]) == 20 and json.loads(ema_header["fastsd.weights"]) == "ema"
     summary = read_summary(folder / "model")
-    assert summary_in(told) == summary and summary_in({"modelspec.title": "x"}) is None
+    assert summary_in(header) == summary and summary_in({"modelspec.title": "x"}) is None
     for broken in ("{", '"text"', "5"):
         assert summary_in({"fastsd.stages": broken}) is None
         (tmp_path / "fastsd.json").write_text(broken)
         assert read_summary(tmp_path) is None
-    nothing = metadata_of(None, {"prediction_type": "v_prediction"}, 512, title="base")
-    assert nothing["modelspec.prediction_type"] == "v" and nothing["modelspec.title"] == "base" and "fastsd.base" not in nothing
+    header = metadata_of(None, {"prediction_type": "v_prediction"}, 512, title="base")
+    assert header["modelspec.prediction_type"] == "v" and header["modelspec.title"] == "base" and "fastsd.base" not in header
 
 
-def test_the_card_is_the_runs(whole, tiny_model):
-    folder, _ = whole
+def test_card_matches_the_run(exported):
+    folder, _ = exported
     config, summary = load_config(folder.parent / "job.toml", list(KEYS)), read_summary(folder / "model")
     assert (summary.base, summary.vae, summary.vae_factor) == ("tiny", "other-vae", 0.25)
     assert (summary.steps, summary.images, summary.dataset, summary.seed) == (5, 20, 21, config.seed)
@@ -128,42 +127,46 @@ def test_the_card_is_the_runs(whole, tiny_model):
     ends = {(row["set"], row["weights"]): row["loss"] for row in rows}
     assert {(loss.set, loss.weights): loss.last for loss in summary.validation} == ends and len(ends) == 2
     card = (folder / "model" / "README.md").read_text()
+    assert says(card, "card-based-on", base="`tiny`", vae="`other-vae`") and says(card, "card-samples", guidance=7, steps=2)
+    assert says(card, "card-vae", vae="other-vae", channels=4, factor=0.25) and says(card, "card-folded", factor=0.25)
+    assert says(card, "card-training", steps=5, images=20) and says(card, "card-dataset", images=21) and says(card, "card-raw")
+    assert says(card, "card-all-stages", settings="data.flip = true")
+    assert says(card, "card-comfy-clip-skip", layer=-2) and says(card, "card-webui-clip-skip", skip=2)
     for line in (
-        "license: \"openrail\"", "It starts from `tiny`, with `other-vae` in place of its VAE.",
-        "| VAE | other-vae, 4 channels, scaling factor 0.25 (SD1.5's is 0.18215) |", "| Resolution | 16 px |",
-        "| Images seen | 20, in 5 steps |", "| Data set | 21 images |", "| Weights | as trained |",
+        'license: "openrail"',
+        "| Resolution | 16 px |",
         "| unet | unet | dlion | 1 | fp32 | 4 | 2 | 8 |",
         "| both | unet, text_encoder | lion | text_encoder 0.0002, unet 0.001 | fp32 | 4 | 3 | 12 |",
-        "- unet: d0 = 0.0001, caption_dropout = 0.25", "- both: ema = 0.5", "- all stages: data.flip = true",
-        "- red circle", "dpm++, 2 steps, guidance 7", "guidance_scale=7, clip_skip=1).images[0]", "stop_at_clip_layer -2",
-        "Set *Clip skip* to 2.", "in the file the VAE's factor 0.25 is part of its weights",
-    ):  # fmt: skip
+        "- unet: d0 = 0.0001, caption_dropout = 0.25",
+        "- both: ema = 0.5",
+        "- red circle",
+        "guidance_scale=7, clip_skip=1).images[0]",
+    ):
         assert line in card, line
-    assert "base_model" not in card  # a folder of this machine is no model of the hub
-    assert "| Weights | their exponential moving average |" in (folder / "model-ema" / "README.md").read_text()
+    assert "base_model" not in card  # a local folder is not a model of the hub
+    assert says((folder / "model-ema" / "README.md").read_text(), "card-ema")
     samples = sorted((folder / "samples").glob("*.png"))[0]
     assert samples.name.startswith("both-") and (folder / "model/samples.png").read_bytes() == samples.read_bytes()
 
 
-def test_no_path_of_this_machine_is_told(whole, tiny_model):
-    folder, _ = whole
-    exported = contents(folder)
-    places = [str(folder.parent), str(tiny_model.parent), str(Path.home()), str(Path.cwd())]
-    for name, data in exported.items():
+def test_exports_contain_no_local_path(exported, tiny_model):
+    folder, _ = exported
+    paths = [str(folder.parent), str(tiny_model.parent), str(Path.home()), str(Path.cwd())]
+    for name, data in contents(folder).items():
         header = data[: 8 + int.from_bytes(data[:8], "little")] if name.endswith(".safetensors") else data
-        assert not any(place.encode() in header for place in places), name
+        assert not any(path.encode() in header for path in paths), name
 
 
-def test_a_lora_comes_out_by_itself_and_merged(tmp_path, tiny_model, images):
+def test_lora_is_exported_alone_and_merged(tmp_path, tiny_model, images):
     keys = ["model.lora={rank=2, alpha=1, text_encoder=true}", 'model.base="' + str(tiny_model) + '"']
     folder, text = run(job(tmp_path, tiny_model, images, LORA), *keys)
-    assert f"model: {folder}/lora.safetensors" in text and "kohya names" in text
-    told = metadata(folder / "lora-ema.safetensors")
-    assert told["modelspec.architecture"] == "stable-diffusion-v1/lora" and told["ss_network_module"] == "networks.lora"
-    assert told["ss_network_dim"] == "2" and float(told["ss_network_alpha"]) == 1 and told["ss_steps"] == "2"
+    assert says(text, "exported-lora", path=folder / "lora.safetensors", names="kohya")
+    header = metadata(folder / "lora-ema.safetensors")
+    assert header["modelspec.architecture"] == "stable-diffusion-v1/lora" and header["ss_network_module"] == "networks.lora"
+    assert header["ss_network_dim"] == "2" and float(header["ss_network_alpha"]) == 1 and header["ss_steps"] == "2"
     assert any(name.startswith("lora_unet_") for name in read_safetensors(folder / "lora.safetensors"))
     card = (folder / "model" / "README.md").read_text()
-    assert "- lora\n" in card and "(rank 2, alpha 1, on attention, of the text encoder as well)" in card
+    assert "- lora\n" in card and says(card, "card-lora", rank=2, alpha=1, targets="attention")
     names = [*EXPORTED, "lora.safetensors", "lora-ema.safetensors"]
     before = contents(folder, names)
     run(folder.parent / "job.toml", *keys)
@@ -174,63 +177,66 @@ def test_a_lora_comes_out_by_itself_and_merged(tmp_path, tiny_model, images):
 
 @pytest.fixture
 def folder(tmp_path, tiny_model) -> Path:
-    """A model's configs, to be written on."""
+    """Configs of a model, which tests may change."""
     for name in ("vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
     return tmp_path
 
 
-def card(folder: Path, summary: ModelSummary, file: str = "", single: str = "", fold: bool = True, **values) -> str:
+def card_of(folder: Path, summary: ModelSummary, file: str = "", single: str = "", fold: bool = True, **values) -> str:
     if file:
         (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
     write_card(folder, summary, single=single, fold=fold)
     return (folder / "README.md").read_text()
 
 
-def test_cards_tell_other_tools_what_they_cannot_know(folder):
-    summary = untrained(
-        "swapped", "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/sdxl-vae", "The VAE was swapped."
-    )
-    text = card(folder, summary, "vae/config.json", scaling_factor=0.13025)
-    assert "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5\n" in text and "The VAE was swapped." in text
-    assert "](https://huggingface.co/stabilityai/sdxl-vae)" in text and "made with fastsd" in text and "## Training" not in text
-    assert (
-        "--no-half-vae" in text and "torch.bfloat16" in text and "`fastsd convert FOLDER model.safetensors` makes one" in text
-    )
-    text = card(folder, summary, "vae/config.json", "a.safetensors", False, scaling_factor=0.5)
-    assert "`a.safetensors` does not have the factor 0.5 folded in" in text and 'config="FOLDER"' in text
-    text = card(folder, summary, "scheduler/scheduler_config.json", prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    assert "| Predicts | v, with a noise schedule that ends in pure noise |" in text and "v_prediction, zsnr true" in text
-    assert '`model.yaml`, with `parameterization: "v"`' in text and "Zero Terminal SNR" in text
-    text = card(folder, summary, "text_encoder/config.json", max_position_embeddings=248)
-    assert "reads 248 tokens at once" in text
-    text = card(folder, summary.model_copy(update={"chunks": 3}), "text_encoder/config.json", max_position_embeddings=77)
-    assert "up to 3 times 75 tokens" in text and "3 chunks of 77 tokens" in text
-    assert "cannot load this model of 16" in card(folder, summary, "vae/config.json", latent_channels=16)
+def test_card_has_instructions_for_other_tools(folder):
+    base, note = "stable-diffusion-v1-5/stable-diffusion-v1-5", "The VAE was swapped."
+    summary = untrained("swapped", base, "stabilityai/sdxl-vae", note)
+    text = card_of(folder, summary, "vae/config.json", scaling_factor=0.13025)
+    assert f"base_model: {base}\n" in text and note in text and "](https://huggingface.co/stabilityai/sdxl-vae)" in text
+    assert says(text, "card-made") and says(text, "card-convert") and "## Training" not in text
+    assert "--no-half-vae" in text and "torch.bfloat16" in text
+    text = card_of(folder, summary, "vae/config.json", "a.safetensors", False, scaling_factor=0.5)
+    assert says(text, "card-not-folded", file="a.safetensors", factor=0.5) and 'config="FOLDER"' in text
+    scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    text = card_of(folder, summary, "scheduler/scheduler_config.json", **scheduler)
+    assert says(text, "card-zero-snr") and says(text, "card-comfy-v", zsnr="true")
+    assert says(text, "card-webui-v") and says(text, "card-webui-zero-snr")
+    text = card_of(folder, summary, "text_encoder/config.json", max_position_embeddings=248)
+    assert says(text, "card-window", window=248)
+    text = card_of(folder, summary.model_copy(update={"chunks": 3}), "text_encoder/config.json", max_position_embeddings=77)
+    assert says(text, "card-long-captions", chunks=3, tokens=75) and says(text, "card-chunks", chunks=3, window=77)
+    assert says(card_of(folder, summary, "vae/config.json", latent_channels=16), "card-channels", channels=16)
     assert read_summary(folder) == summary
-    # A run that starts from an exported folder calls it by its title.
-    assert called(str(folder)) == "swapped" and called("owner/name") == "owner/name" and called("a/b/c") == "c"
+
+
+def test_public_name_of_a_model(folder):
+    card_of(folder, untrained("swapped", "base"))
+    assert public_name(str(folder)) == "swapped" and public_name("owner/name") == "owner/name" and public_name("a/b/c") == "c"
 
 
 @pytest.mark.parametrize(
-    "key, sentence",
-    [("export.dtype=fp8", "export.dtype is 'fp8'; choose 'fp16', 'bf16' or 'fp32'"),
-     ("export.lora=comfy", "export.lora is 'comfy'; choose 'kohya' or 'peft'"),
-     ("export.single_file=1", "export.single_file is 1 (an int); it must be a boolean"),
-     ("export.fold=maybe", "export.fold is 'maybe' (a str); it must be a boolean"),
-     ("export.licence=mit", "export.licence: unknown key; did you mean license?"),
-     ("export=fp16", "export is 'fp16'"),
-     ("save_precision=fp16", "save_precision: unknown key; it is called export.dtype here")],
-)  # fmt: skip
-def test_bad_keys_are_one_sentence(key, sentence, tmp_path, tiny_model, images):
-    with pytest.raises(UserError) as caught:
+    "key, facts",
+    [
+        ("export.dtype=fp8", ["export.dtype", "'fp8'", "'fp16'", "'bf16'", "'fp32'"]),
+        ("export.lora=comfy", ["export.lora", "'comfy'", "'kohya'", "'peft'"]),
+        ("export.single_file=1", ["export.single_file", "1", "int", "boolean"]),
+        ("export.fold=maybe", ["export.fold", "'maybe'", "boolean"]),
+        ("export.licence=mit", ["export.licence", "license"]),
+        ("export=fp16", ["export", "'fp16'"]),
+        ("save_precision=fp16", ["save_precision", "export.dtype"]),
+    ],
+)
+def test_bad_keys_are_refused(key, facts, tmp_path, tiny_model, images):
+    with refused("config-invalid") as error:
         load_config(job(tmp_path, tiny_model, images, LORA), [key, "model.lora={rank=2}"])
-    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    assert all(fact in str(error.value) for fact in facts) and "\n" not in str(error.value)
 
 
-def test_a_full_disk_leaves_the_old_file(whole, monkeypatch):
-    folder, _ = whole
+def test_a_full_disk_keeps_the_previous_export(exported, monkeypatch):
+    folder, _ = exported
     before = contents(folder)
 
     def full(*_, **__):
@@ -239,26 +245,23 @@ def test_a_full_disk_leaves_the_old_file(whole, monkeypatch):
     keys = (f'model.vae="{folder.parent / "other-vae"}"', *KEYS)
     with monkeypatch.context() as patch:
         patch.setattr(export_module, "write_single_file", full)
-        with pytest.raises(UserError, match="the model could not be written .No space left on device."):
+        with refused("model-not-written", strerror="No space left on device"):
             run(folder.parent / "job.toml", *keys)
     assert contents(folder) == before
 
 
-def test_what_it_takes_on_the_disk_is_planned(whole, tiny_model, images):
-    folder, _ = whole
+def test_planned_export_size(exported):
+    folder, _ = exported
     config = load_config(folder.parent / "job.toml", list(KEYS))
-    sizes = {
-        part: sum(4 * t.numel() for t in found.tensors.values())
-        for part, found in open_source(str(folder / "model")).parts.items()
-    }
-    links = {"model": 0, "model-ema": sizes["unet"] + sizes["text_encoder"]}
-    taken = sum(links[name] + (folder / f"{name}.safetensors").stat().st_size for name in links)
-    assert export_bytes(config, sizes) == pytest.approx(taken, rel=0.1)  # headers and configs are not counted
+    components = open_source(str(folder / "model")).parts
+    sizes = {name: sum(4 * t.numel() for t in files.tensors.values()) for name, files in components.items()}
+    unlinked = {"model": 0, "model-ema": sizes["unet"] + sizes["text_encoder"]}
+    written = sum(unlinked[name] + (folder / f"{name}.safetensors").stat().st_size for name in unlinked)
+    assert export_bytes(config, sizes) == pytest.approx(written, rel=0.1)  # headers and configs are not counted
 
 
-def test_a_file_can_be_written_by_itself(whole, tmp_path):
-    """As convert does it: from the folder, with what the folder tells."""
-    folder, _ = whole
+def test_converting_the_folder_gives_the_same_single_file(exported, tmp_path):
+    folder, _ = exported
     source, summary = open_source(str(folder / "model")), read_summary(folder / "model")
     write_single_file(source, tmp_path / "a.safetensors", dtype="fp16", metadata=metadata_of(summary, source.scheduler, 32))
     assert (tmp_path / "a.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

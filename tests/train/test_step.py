@@ -322,9 +322,9 @@ def test_auto_takes_what_fits(tmp_path, tiny_model, images, monkeypatch):
                 run(path, f"run={tmp_path / 'none'}")
             break
         folder, text = run(path, f"run={tmp_path / str(megabytes)}")
-        found[megabytes] = checkpoint.newest(folder / "checkpoints", print)[1].micro
+        found[megabytes] = checkpoint.newest(folder / "checkpoints", print)[1].micro_batch_size
         assert f"micro-batch {found[megabytes]}: the most that fits" in text
     assert found[1000] == 12 > found[5] >= 1 and all(12 % micro == 0 for micro in found.values())
     monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device: 1000 << 20)
     _, text = run(path, f"run={tmp_path / '5'}", "stage.0.until=4")  # resumed with more memory: the same sums as before
-    assert checkpoint.newest(tmp_path / "5" / "checkpoints", print)[1].micro == found[5]
+    assert checkpoint.newest(tmp_path / "5" / "checkpoints", print)[1].micro_batch_size == found[5]
