@@ -1,19 +1,19 @@
-"""What a stage may say: parts by name, new weights, schedules, averages, cadence, carried state, D-Lion's guards, triggers."""
+"""Stage settings: trained names, new weights, schedules, EMA, intervals, carried state, limits of D-Lion's d, triggers."""
 
 import json
 import math
-import shutil
+import re
 from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import final, run, same
+from runs import checkpoint_steps, final, rewind, rows_of, run, same
+from sentences import refused, says
 from tiny import job, make_tiny_model
 
-from fastsd.config.schema import StageTable
-from fastsd.errors import UserError
+from fastsd.config.schema import ModelTable, StageTable
 from fastsd.model.formats.load import load_model
 from fastsd.model.select import GROUPS, reinitialise, selected
 from fastsd.model.weights import diffusers_names
@@ -34,59 +34,56 @@ def model(tmp_path_factory):
 
 
 def names_of(model, entry: str) -> set[str]:
-    """Diffusers' names of what an entry means."""
-    (found,) = selected(model, [entry], "train").values()
-    return {piece for name in found for piece in (diffusers_names(name) if entry.startswith("unet") else [name])}
+    """Return the diffusers names of the parameters that an entry selects."""
+    (names,) = selected(model, [entry], "train").values()
+    return {n for name in names for n in (diffusers_names(name) if entry.startswith("unet") else [name])}
 
 
-def test_every_group_means_something_and_no_more(model):
+def test_groups_select_the_expected_parameters(model):
     everything = names_of(model, "unet")
     assert names_of(model, "unet.attention") == names_of(model, "unet.self_attention") | names_of(model, "unet.cross_attention")
     assert names_of(model, "unet.conv_in") == {"conv_in.weight", "conv_in.bias"}
-    outside = {
-        "conv_in.weight",
-        "conv_in.bias",
-        "conv_out.weight",
-        "conv_out.bias",
-        "conv_norm_out.weight",
-        "conv_norm_out.bias",
-    }
-    thirds = [names_of(model, f"unet.{part}") for part in ("in", "mid", "out")]
+    outside = {f"{layer}.{kind}" for layer in ("conv_in", "conv_out", "conv_norm_out") for kind in ("weight", "bias")}
+    thirds = [names_of(model, f"unet.{third}") for third in ("in", "mid", "out")]
     assert set().union(*thirds) == everything - outside - {n for n in everything if n.startswith("time_embedding")}
     assert sum(map(len, thirds)) == len(set().union(*thirds))
     norms = names_of(model, "unet.norms")
     assert norms == {n for n in everything if "norm" in n} and "conv_norm_out.weight" in norms
-    for part, groups in GROUPS.items():
+    for component, groups in GROUPS.items():
         for group in groups:
-            assert 0 < len(names_of(model, f"{part}.{group}")) < len(names_of(model, part)), group
+            assert 0 < len(names_of(model, f"{component}.{group}")) < len(names_of(model, component)), group
 
 
 @pytest.mark.parametrize(
     "entry, name",
-    [("unet.down_blocks.0", "down_blocks.0.resnets.0.conv1.weight"), ("unet.*.attn2.to_q.*", "attn2.to_q.weight"),
-     ("unet.*.attn2.to_?.weight", "attn2.to_k.weight"), ("text_encoder.layers.1", "self_attn.q_proj.weight")],
-)  # fmt: skip
-def test_names_with_and_without_stars(model, entry, name):
-    found = names_of(model, entry)
-    assert any(other.endswith(name) for other in found) and len(found) < 60
+    [
+        ("unet.down_blocks.0", "down_blocks.0.resnets.0.conv1.weight"),
+        ("unet.*.attn2.to_q.*", "attn2.to_q.weight"),
+        ("unet.*.attn2.to_?.weight", "attn2.to_k.weight"),
+        ("text_encoder.layers.1", "self_attn.q_proj.weight"),
+    ],
+)
+def test_names_and_wildcards_select_parameters(model, entry, name):
+    names = names_of(model, entry)
+    assert any(other.endswith(name) for other in names) and len(names) < 60
     if entry == "text_encoder.layers.1":
-        assert not any(".0." in other or "layers.10" in other for other in found)
+        assert not any(".0." in other or "layers.10" in other for other in names)
 
 
 @pytest.mark.parametrize(
-    "entry, sentence",
-    [("unet.middle", "names 'unet.middle', which is no parameter of it; groups are unet.attention"),
-     ("unet.down_blocks.7", "which is no parameter of it"),
-     ("unet.*.attn1.to_k.*", "to_q and to_k and to_v are one matrix here; name them together"),
-     ("text_encoder.layers.1", "which model.clip_skip 1 leaves out; lower clip_skip, or name other layers")],
-)  # fmt: skip
-def test_parts_that_are_none(tmp_path, model, entry, sentence):
-    from fastsd.config.schema import ModelTable
-
+    "entry, code, facts",
+    [
+        ("unet.middle", "selected-nothing", ["'unet.middle'", "unet.attention"]),
+        ("unet.down_blocks.7", "selected-nothing", ["'unet.down_blocks.7'"]),
+        ("unet.*.attn1.to_k.*", "selected-within-fused", ["to_q", "to_k", "to_v"]),
+        ("text_encoder.layers.1", "selected-skipped", ["model.clip_skip", "1"]),
+    ],
+)
+def test_names_that_select_nothing_are_refused(model, entry, code, facts):
     skipping = load_model(ModelTable(base=model.name, clip_skip=1))
-    with pytest.raises(UserError) as error:
+    with refused(code) as error:
         selected(skipping, [entry], "stage 'unet': train")
-    assert sentence in str(error.value) and str(error.value).startswith("stage 'unet': train names")
+    assert all(fact in str(error.value) for fact in facts) and str(error.value).startswith("stage 'unet': train")
 
 
 LION = '[[stage]]\nname = "{name}"\ntrain = {train}\nuntil = 3\nbatch = 4\noptimizer = "lion"\nlr = 1e-3\n'
@@ -94,38 +91,34 @@ LION = '[[stage]]\nname = "{name}"\ntrain = {train}\nuntil = 3\nbatch = 4\noptim
 
 @pytest.mark.parametrize("train", ['["unet.cross_attention"]', '["unet.conv_in", "text_encoder.layers.0"]', '["text_encoder"]'])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_nothing_moves_but_what_is_trained(train, precision, tmp_path, tiny_model, images):
+def test_only_trained_parameters_change(train, precision, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, LION.format(name="one", train=train))
-    folder, said = run(path, "sample.prompts=[]", precision=precision)
-    moved, still = set(), set()
-    for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        before, after = (read_safetensors(root / part / f"{file}.safetensors") for root in (tiny_model, folder / "model"))
+    folder, text = run(path, "sample.prompts=[]", precision=precision)
+    changed, unchanged = set(), set()
+    for component, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        before, after = (read_safetensors(root / component / f"{file}.safetensors") for root in (tiny_model, folder / "model"))
         for name in before:
-            (still if torch.equal(before[name], after[name]) else moved).add(f"{part}.{name.removeprefix('text_model.')}")
-    wanted = {
+            names = unchanged if torch.equal(before[name], after[name]) else changed
+            names.add(f"{component}.{name.removeprefix('text_model.')}")
+    is_trained = {
         '["unet.cross_attention"]': lambda n: ".attn2." in n,
-        '["unet.conv_in", "text_encoder.layers.0"]': lambda n: (
-            n.startswith(("unet.conv_in", "text_encoder.encoder.layers.0.")) or ".layers.0." in n
-        ),
+        '["unet.conv_in", "text_encoder.layers.0"]': lambda n: n.startswith("unet.conv_in") or ".layers.0." in n,
         '["text_encoder"]': lambda n: n.startswith("text_encoder."),
     }[train]
-    assert (
-        moved
-        and all(wanted(name) for name in moved)
-        and not any(wanted(n) for n in still if "position" not in n and "token" not in n)
-    )
-    assert ", 3 steps" in said
+    assert changed and all(map(is_trained, changed))
+    assert not any(is_trained(n) for n in unchanged if "position" not in n and "token" not in n)
+    assert says(text, "stage-length", stage="one", steps=3)
 
 
-def test_frozen_parts_have_no_gradient_and_no_state(tmp_path, tiny_model, images):
+def test_frozen_parameters_have_no_optimizer_state(tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, LION.format(name="one", train='["unet.mid"]'))
     folder, _ = run(path, "sample.prompts=[]")
     state = read_safetensors(checkpoint.checkpoints(folder / "checkpoints")[-1] / "state.safetensors")
-    slots = [name for name in state if "/" in name]
-    assert slots and all("mid_block" in name for name in slots)
+    names = [name for name in state if "/" in name]
+    assert names and all("mid_block" in name for name in names)
 
 
-def test_new_weights_depend_on_seed_and_name_alone(model):
+def test_reinitialised_weights_depend_on_seed_and_name_only(model):
     weights = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
     entries = ["unet.conv_in", "unet.norms", "unet.cross_attention"]
     count = reinitialise(model, entries, 7, "reinit")
@@ -143,19 +136,17 @@ def test_new_weights_depend_on_seed_and_name_alone(model):
     assert not torch.equal(model.unet.conv_in.weight, conv)
 
 
-def test_a_stage_starts_parts_again_once(tmp_path, tiny_model, images):
-    text = (
-        LION.format(name="one", train='["unet"]')
-        + 'reinit = ["unet.conv_out", "text_encoder.layers.1"]\ncheckpoint_every = 1\n'
-    )
-    whole, said = run(job(tmp_path / "a", tiny_model, images, text) if (tmp_path / "a").mkdir() is None else None)
-    assert "start from new random weights (unet.conv_out, text_encoder.layers.1)" in said
-    (tmp_path / "b").mkdir()
-    path = job(tmp_path / "b", tiny_model, images, text)
+def test_parameters_are_reinitialised_once(tmp_path, tiny_model, images):
+    stages = LION.format(name="one", train='["unet"]')
+    stages += 'reinit = ["unet.conv_out", "text_encoder.layers.1"]\ncheckpoint_every = 1\n'
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    whole, text = run(job(tmp_path / "a", tiny_model, images, stages))
+    assert says(text, "reinitialised", names="unet.conv_out, text_encoder.layers.1")
+    path = job(tmp_path / "b", tiny_model, images, stages)
     run(path, "stage.until=1")
-    again, said = run(path)
-    assert "new random weights" not in said and same(final(again), final(whole))
-    name = "text_model.encoder.layers.1.mlp.fc1.weight"
+    resumed, text = run(path)
+    assert not says(text, "reinitialised") and same(final(resumed), final(whole))
     before, after = (read_safetensors(root / "text_encoder/model.safetensors") for root in (tiny_model, whole / "model"))
     name = next(n for n in before if n.endswith("layers.1.mlp.fc1.weight"))
     assert not torch.equal(before[name], after[name])
@@ -175,7 +166,7 @@ def test_schedules_follow_their_formulas():
         assert lr(step) == 1.0
 
 
-def test_warm_up_then_the_schedule_from_its_top():
+def test_schedule_starts_after_the_warmup():
     for schedule in ("linear", "cosine", "rex"):
         curve = [lr(step, schedule=schedule, warmup=0.1) for step in range(100)]
         assert curve[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
@@ -189,14 +180,14 @@ def test_restarts_are_equal_cycles():
     assert curve[20:40] == pytest.approx(curve[80:])
 
 
-def test_decay_of_the_average():
+def test_ema_decay():
     assert [ema_decay(stage(ema=0.99), n) for n in (0, 5)] == [0.99, 0.99]
     warm = [ema_decay(stage(ema=0.99, ema_power=2 / 3), n) for n in range(20000)]
     assert warm[0] == pytest.approx(1 - 2 ** (-2 / 3)) and warm[-1] == 0.99 and warm == sorted(warm)
     assert [ema_decay(stage(ema=0.99, ema_after=3), n) for n in range(5)] == [0, 0, 0, 0.99, 0.99]
 
 
-def test_cadence_in_steps_epochs_and_seconds():
+def test_intervals_in_steps_epochs_and_seconds():
     def steps(amount, batch=4, epoch=10):
         every = Interval("sample_every", amount, batch, epoch)
         return [step for step in range(1, 16) if every.due(step, step * 10.0)]
@@ -238,22 +229,22 @@ def chain(
 
 
 @pytest.mark.parametrize("optimizer", MORE)
-def test_carried_state_is_as_one_long_stage(optimizer, tmp_path, tiny_model, images):
+def test_carried_state_equals_one_long_stage(optimizer, tmp_path, tiny_model, images):
     more = "ema = 0.9\nema_power = 0.75"
-    carried, said = chain(tmp_path / "two", tiny_model, images, optimizer=optimizer, more=more)
-    assert "two: fp32" in said and "optimizer state: carried over from the stage before" in said
+    carried, text = chain(tmp_path / "two", tiny_model, images, optimizer=optimizer, more=more)
+    assert "two: fp32" in text and says(text, "state-carried")
     (tmp_path / "one").mkdir()
-    text = f'[[stage]]\ntrain = ["unet"]\nuntil = 10\nbatch = 4\noptimizer = "{optimizer}"\n{MORE[optimizer]}\n{more}\n'
-    whole, _ = run(job(tmp_path / "one", tiny_model, images, text), "sample.prompts=[]")
+    stage = f'[[stage]]\ntrain = ["unet"]\nuntil = 10\nbatch = 4\noptimizer = "{optimizer}"\n{MORE[optimizer]}\n{more}\n'
+    whole, _ = run(job(tmp_path / "one", tiny_model, images, stage), "sample.prompts=[]")
     assert same(final(carried), final(whole))
 
 
-def test_state_begins_anew_unless_carried(tmp_path, tiny_model, images):
+def test_state_is_reset_unless_carried(tmp_path, tiny_model, images):
     longer = "stage.one.until=10", "data.resolution=32"
     carried, _ = chain(tmp_path / "carry", tiny_model, images, *longer)
-    reset, said = chain(tmp_path / "reset", tiny_model, images, *longer, state="reset")
-    assert "optimizer state: begins anew" in said
-    rows = [json.loads(line) for line in (reset / "log.jsonl").read_text().splitlines()]
+    reset, text = chain(tmp_path / "reset", tiny_model, images, *longer, state="reset")
+    assert says(text, "state-reset")
+    rows = rows_of(reset)
     assert rows[10]["d"] == 1e-4 < rows[9]["d"]
     assert not same(final(carried), final(reset))
 
@@ -262,56 +253,49 @@ def test_state_begins_anew_unless_carried(tmp_path, tiny_model, images):
 def test_carried_state_survives_a_stop(stop, tmp_path, tiny_model, images):
     whole, _ = chain(tmp_path / "whole", tiny_model, images, more="ema = 0.9")
     cut, _ = chain(tmp_path / "cut", tiny_model, images, more="ema = 0.9")
-    for path in checkpoint.checkpoints(cut / "checkpoints"):
-        if int(path.name[5:]) > stop:
-            shutil.rmtree(path)
-    if stop == 2:  # within the first stage nothing was saved: from the start
-        assert not checkpoint.checkpoints(cut / "checkpoints")
-    again, _ = run(tmp_path / "cut" / "job.toml", "sample.prompts=[]")
-    assert same(final(again), final(whole))
-    assert (again / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    rewind(cut, stop)
+    if stop == 2:  # the first stage saved nothing before its end: the run starts again
+        assert not checkpoint_steps(cut)
+    resumed, _ = run(tmp_path / "cut" / "job.toml", "sample.prompts=[]")
+    assert same(final(resumed), final(whole))
+    assert (resumed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
 
 
-def test_each_stage_starts_where_the_former_ended(tmp_path, tiny_model, images):
+def test_each_stage_starts_from_the_previous_weights(tmp_path, tiny_model, images):
     text = "".join(LION.format(name=n, train=t) for n, t in (("u", '["unet"]'), ("t", '["text_encoder"]'), ("v", '["unet"]')))
     folder, _ = run(job(tmp_path, tiny_model, images, text), "sample.prompts=[]")
     ends = checkpoint.checkpoints(folder / "checkpoints")
     assert [path.name for path in ends] == ["step-00000003", "step-00000006", "step-00000009"]
 
-    def weights(path, part, file="diffusion_pytorch_model"):
-        return read_safetensors(path / part / f"{file}.safetensors")
-
-    assert same(weights(ends[0], "unet"), weights(ends[1], "unet")) and not same(
-        weights(ends[1], "unet"), weights(ends[2], "unet")
-    )
-    texts = [weights(path, "text_encoder", "model") for path in (tiny_model, *ends)]
+    unets = [read_safetensors(path / "unet/diffusion_pytorch_model.safetensors") for path in ends]
+    assert same(unets[0], unets[1]) and not same(unets[1], unets[2])
+    texts = [read_safetensors(path / "text_encoder/model.safetensors") for path in (tiny_model, *ends)]
     assert same(texts[0], texts[1]) and not same(texts[1], texts[2]) and same(texts[2], texts[3])
 
 
-def test_a_stage_may_end_by_the_clock(tmp_path, tiny_model, images, monkeypatch):
-    looks = count()  # whoever looks at the clock finds it an eighth of a second later
-    monkeypatch.setattr("fastsd.run.position.time", SimpleNamespace(monotonic=lambda: next(looks) / 8))
-    text = LION.format(name="one", train='["unet"]').replace("until = 3", 'until = "2s"') + 'sample_every = "1s"\n'
-    text += LION.format(name="two", train='["unet"]')
-    folder, said = run(job(tmp_path, tiny_model, images, text))
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def test_a_stage_can_end_by_time(tmp_path, tiny_model, images, monkeypatch):
+    calls = count()  # each call of the clock is an eighth of a second later
+    monkeypatch.setattr("fastsd.run.position.time", SimpleNamespace(monotonic=lambda: next(calls) / 8))
+    stages = LION.format(name="one", train='["unet"]').replace("until = 3", 'until = "2s"') + 'sample_every = "1s"\n'
+    stages += LION.format(name="two", train='["unet"]')
+    folder, text = run(job(tmp_path, tiny_model, images, stages))
+    rows = rows_of(folder)
     first = [row for row in rows if row["stage"] == "one"]
     assert first and rows[-1]["stage"] == "two" and rows[-1]["stage_step"] == 3
     assert json.loads((checkpoint.checkpoints(folder / "checkpoints")[0] / "state.json").read_text())["seconds"] >= 2
-    assert "one 1 | epoch" in said and len(list((folder / "samples").glob("one-*.png"))) >= 2
-    _, said = run(tmp_path / "job.toml")
-    assert "resumed" in said and "one " not in said.split("stages")[1].split("model:")[0].split("\n", 2)[2]
+    assert says(text, "log-row", stage="one", step=1) and len(list((folder / "samples").glob("one-*.png"))) >= 2
+    _, text = run(tmp_path / "job.toml")
+    assert says(text, "resumed") and not re.search("^one[: ]", text, re.MULTILINE)
 
 
-def test_checkpoints_with_a_name_stay(tmp_path, tiny_model, images):
+def test_checkpoints_in_checkpoint_at_are_kept(tmp_path, tiny_model, images):
     text = LION.format(name="one", train='["unet"]').replace("until = 3", 'until = "4e"')
     text += 'checkpoint_every = 1\nkeep_checkpoints = 1\ncheckpoint_at = ["1e", 9]\n'  # 21 images: 6 steps of 4 for the first
     folder, _ = run(job(tmp_path, tiny_model, images, text), "sample.prompts=[]")
-    kept = [int(path.name[5:]) for path in checkpoint.checkpoints(folder / "checkpoints")]
-    assert kept == [6, 9, 21]
+    assert checkpoint_steps(folder) == [6, 9, 21]
 
 
-def test_triggers_ask_for_a_checkpoint_and_samples(tmp_path, tiny_model, images, monkeypatch):
+def test_trigger_files_request_a_checkpoint_and_samples(tmp_path, tiny_model, images, monkeypatch):
     from fastsd.run import loop
 
     class Touching(loop.Triggers):
@@ -319,60 +303,55 @@ def test_triggers_ask_for_a_checkpoint_and_samples(tmp_path, tiny_model, images,
             if self.run.position.progress.step == 5:
                 (self.run.folder / "trigger.checkpoint").touch()
                 (self.run.folder / "trigger.sample").touch()
-            if self.run.position.progress.step == 7:  # what is no file asks for nothing, and stops nothing
+            if self.run.position.progress.step == 7:  # a folder of that name requests nothing
                 (self.run.folder / "trigger.sample").mkdir()
             return super().log()
 
     monkeypatch.setattr(loop, "Triggers", Touching)
     text = LION.format(name="one", train='["unet"]').replace("until = 3", "until = 12") + "keep_checkpoints = 1\n"
     folder, _ = run(job(tmp_path, tiny_model, images, text))
-    assert [int(path.name[5:]) for path in checkpoint.checkpoints(folder / "checkpoints")] == [5, 12]
+    assert checkpoint_steps(folder) == [5, 12]
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["one-00000005.png", "one-00000012.png"]
     assert [path.is_dir() for path in folder.glob("trigger.*")] == [True]
 
 
-def test_runs_that_differ_in_one_thing_see_the_same(tmp_path, tiny_model, images):
-    def seen(name, *overrides):
+def test_runs_with_one_changed_setting_see_the_same_data(tmp_path, tiny_model, images):
+    def data_and_losses(name, *overrides):
         (tmp_path / name).mkdir()
         text = LION.format(name="one", train='["unet"]').replace("until = 3", "until = 8") + "caption_dropout = 0.1\n"
         folder, _ = run(job(tmp_path / name, tiny_model, images, text), *overrides)
-        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        rows = rows_of(folder)
         return [[row[key] for key in ("order", "timesteps", "noise")] for row in rows], [row["loss"] for row in rows]
 
-    base, loss = seen("base")
-    for change in (
-        "stage.lr=2e-3",
-        "stage.caption_dropout=0.5",
-        "model.clip_skip=1",
-        "stage.optimizer=adamw",
-        "stage.micro_batch=2",
-    ):
-        other, other_loss = seen(change.split("=")[0], change)
-        assert other == base, change
-        assert other_loss != loss
-    assert seen("seed", "seed=1")[0] != base
+    base, base_losses = data_and_losses("base")
+    values = {"lr": 2e-3, "caption_dropout": 0.5, "optimizer": "adamw", "micro_batch": 2}
+    for change in ("model.clip_skip=1", *(f"stage.{key}={value}" for key, value in values.items())):
+        data, losses = data_and_losses(change.split("=")[0], change)
+        assert data == base, change
+        assert losses != base_losses
+    assert data_and_losses("seed", "seed=1")[0] != base
     assert all(a != b for row, after in pairwise(base) for a, b in zip(row, after, strict=True))
 
 
 def problem(seed: int = 0, size: int = 64):
-    """A quadratic, its parameter 1 away from the best in every coordinate."""
+    """Return the parameter and the scale of a quadratic. The parameter is 1 away from the minimum in every coordinate."""
     generator = torch.Generator().manual_seed(seed)
     return torch.nn.Parameter(torch.ones(size)), torch.rand(size, generator=generator) + 0.5
 
 
-def d_of(steps: int, freeze_after: int | None = None, **guards) -> list[float]:
+def d_of(steps: int, freeze_after: int | None = None, **limits) -> list[float]:
     weight, scale = problem()
-    optimizer, found = DLion([weight], d0=1e-6, **guards), []
+    optimizer, values = DLion([weight], d0=1e-6, **limits), []
     for step in range(steps):
         weight.grad = (scale * weight).detach()
         if freeze_after is not None:
             optimizer.frozen = torch.tensor(step >= freeze_after)
         optimizer.step()
-        found.append(optimizer.d())
-    return found
+        values.append(optimizer.d())
+    return values
 
 
-def test_guards_of_d():
+def test_limits_of_d():
     free = d_of(60)
     assert max(b / a for a, b in pairwise(free)) > 1.05 and free[-1] > 1e-5
     slow = d_of(60, growth_rate=1.02)
@@ -385,12 +364,12 @@ def test_guards_of_d():
             d_of(1, **{key: value})
 
 
-def test_guards_from_a_config(tmp_path, tiny_model, images):
+def test_limits_of_d_from_a_config(tmp_path, tiny_model, images):
     def d(name, more):
         (tmp_path / name).mkdir()
         text = f'[[stage]]\ntrain = ["unet"]\nuntil = 12\nbatch = 4\nd0 = 1e-5\n{more}\n'
         folder, _ = run(job(tmp_path / name, tiny_model, images, text), "sample.prompts=[]", "data.resolution=32")
-        return [json.loads(line)["d"] for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [row["d"] for row in rows_of(folder)]
 
     free = d("free", "")
     assert free[-1] > 2e-5
@@ -399,15 +378,15 @@ def test_guards_from_a_config(tmp_path, tiny_model, images):
     assert max(d("top", "d_max = 2e-5")) == 2e-5
 
 
-def test_d_is_watched():
+def test_warnings_about_d():
     dlion = StageTable(train=["unet"], until=1000, d0=1e-6)
-    watch = DLionMonitor("unet", dlion)
-    assert not any(watch.row(step, 1e-6) for step in range(10, 200, 10))
-    (warning,) = watch.row(200, 1e-6)
-    assert "still d0 = 1e-06 after 200 steps" in warning and not watch.row(210, 1e-6)
+    monitor = DLionMonitor("unet", dlion)
+    assert not any(monitor.row(step, 1e-6) for step in range(10, 200, 10))
+    (warning,) = monitor.row(200, 1e-6)
+    assert says(warning, "d-stuck", component="unet", d0="1e-06", steps=200) and not monitor.row(210, 1e-6)
     rising = [{"stage_step": step, "d": min(1e-6 * 1.1**step, 5e-4)} for step in range(10, 400, 10)]
-    watch = DLionMonitor("unet", dlion, rising)
-    assert not watch.row(400, 5e-4) and not watch.row(410, 5.2e-4)
-    (warning,) = watch.row(420, 6e-4)
-    assert "d of unet rises again, from 0.0005 to 0.0006 in step 420" in warning and "d_max = 0.0005" in warning
-    assert not watch.row(430, 9e-4)  # told once a plateau
+    monitor = DLionMonitor("unet", dlion, rising)
+    assert not monitor.row(400, 5e-4) and not monitor.row(410, 5.2e-4)
+    (warning,) = monitor.row(420, 6e-4)
+    assert says(warning, "d-rises", component="unet", before=0.0005, after=0.0006, step=420, d_max=0.0005)
+    assert not monitor.row(430, 9e-4)  # one warning per plateau

@@ -1,7 +1,10 @@
 """Runs in this process, and what their last checkpoint holds."""
 
+import json
+import shutil
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +24,23 @@ def run(path: Path, *overrides: str, precision: str | None = None) -> tuple[Path
     cache(config, console)
     train(config, console)
     return Path(config.run), out.getvalue()
+
+
+def rows_of(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
+    """Read the rows of one of a run's logs."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """List the steps of a run's checkpoints."""
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(folder / "checkpoints")]
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Delete the checkpoints after a step."""
+    for later in checkpoint_steps(folder):
+        if later > step:
+            shutil.rmtree(folder / "checkpoints" / checkpoint.name_of(later))
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
