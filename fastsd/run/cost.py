@@ -19,14 +19,14 @@ class Cost:
     """Seconds, steps and memory of each stage, saved in RUN/cost.json.
 
     Args:
-        trained: number of parameters each stage trains.
+        parameter_counts: number of parameters each stage trains.
 
     Attributes:
         sample_seconds: seconds per sampled image, as last measured; None before the first measurement.
     """
 
-    def __init__(self, config: Config, trained: Sequence[int], device: torch.device) -> None:
-        self.config, self.trained, self.device = config, trained, device
+    def __init__(self, config: Config, parameter_counts: Sequence[int], device: torch.device) -> None:
+        self.config, self.parameter_counts, self.device = config, parameter_counts, device
         self.path = Path(config.run) / "cost.json"
         self.sample_seconds: float | None = None
 
@@ -35,8 +35,8 @@ class Cost:
         cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
         if progress.stage_step and not totals:
             name, images = self.config.stage_name(progress.stage), progress.images - progress.stage_images
-            stage_cost = {"name": name, "trained": self.trained[progress.stage], "steps": progress.stage_step, "images": images}
-            stage_cost |= {"seconds": progress.seconds, "memory_gb": memory_gb(self.device)}
+            stage_cost = {"name": name, "trained": self.parameter_counts[progress.stage], "steps": progress.stage_step}
+            stage_cost |= {"images": images, "seconds": progress.seconds, "memory_gb": memory_gb(self.device)}
             cost["stages"] = [stage for stage in cost["stages"] if stage["name"] != name] + [stage_cost]
         if self.sample_seconds:
             cost["sample_seconds"] = self.sample_seconds

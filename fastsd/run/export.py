@@ -66,6 +66,7 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, repo
         with new_file(lora_file) as temporary:
             write_lora_file(temporary, model, averages, table.lora, metadata(lora=True))
         outputs.append((lora_file, f"adapters with {table.lora} names"))
+
     for path, description in outputs:
         report(f"model: {path}, {bytes_of(path) / 1e6:,.1f} MB, {description}")
     return outputs[-1][0]

@@ -17,7 +17,7 @@ def header(run: Run) -> dict[str, str]:
     meta = data.latents.meta
     lengths = [f"{n} steps" if n < ENDLESS else str(s.until) for s, n in zip(config.stage, steps, strict=True)]
     stages = [
-        f"{config.stage_name(i)}: {_describe_stage(stage)}, {run.trained[i]:,} parameters, {lengths[i]}"
+        f"{config.stage_name(i)}: {_describe_stage(stage)}, {run.parameter_counts[i]:,} parameters, {lengths[i]}"
         for i, stage in enumerate(config.stage)
     ]
     images = len(data.latents)

@@ -156,7 +156,7 @@ def write_card(
     Args:
         folder: complete except for these files.
         summary: summary of the model in it.
-        single: name of a single file with the same weights, next to the folder; "" = there is no such file.
+        single: name of a single file with the same weights, next to the folder; "" = no such file.
         fold: True if the single file has the VAE's scaling factor folded into its weights.
         samples: image for the card; None = use the one in the folder.
 

@@ -100,6 +100,7 @@ class TrainReport:
             name = row["set"] + ("_ema" if row["weights"] == "ema" else "")
             scalars[f"validation/{name}"] = row["loss"]
             scalars |= {f"validation_{name}/t{first}-{end - 1}": loss for first, end, loss, _ in row["bands"]}
+
         try:
             with open(self.run / "validation.jsonl", "a", encoding="utf-8") as file:
                 file.write("".join(map(_json, rows)))

@@ -46,7 +46,7 @@ class Run:
         saving: writes the checkpoints.
         evaluation: draws samples and runs validation.
         cost: seconds, steps and memory of each stage.
-        trained: number of parameters each stage trains.
+        parameter_counts: number of parameters each stage trains.
         warnings: messages to the user about this start, one line each.
     """
 
@@ -62,7 +62,7 @@ class Run:
     evaluation: Evaluation
     cost: Cost
     report: TrainReport
-    trained: list[int]
+    parameter_counts: list[int]
     warnings: list[str]
 
     @property
@@ -102,18 +102,18 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         warnings += compare_images(folder / "images.json", data.latents, resumed=newest is not None) + data_warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
-        trained = [_count_parameters(config, index, model) for index in range(len(config.stage))]
+        counts = [_count_parameters(config, index, model) for index in range(len(config.stage))]
         validation = Validation(model, data.loader(0), data.sets, config.validate_)
 
         replace_file(folder / "config.json", dump_config(config))
         position = Position(progress, config.stage, steps, extendable="skipped" in saved)
         saved_at = newest[0].stat().st_mtime if newest else None
         report = stack.enter_context(closing(TrainReport(folder, config.log, progress.step, saved_at, console)))
-        smoothed, cost = SmoothedLoss(saved, device), Cost(config, trained, device)
+        smoothed, cost = SmoothedLoss(saved, device), Cost(config, counts, device)
         saving = Saving(config, model, position, smoothed, report, cost, saved)
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
         run = Run(
-            config, folder, device, ops, model, data, position, smoothed, saving, evaluation, cost, report, trained, warnings
+            config, folder, device, ops, model, data, position, smoothed, saving, evaluation, cost, report, counts, warnings
         )
         for module in run.resident:
             module.to(device)

@@ -117,6 +117,7 @@ def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
             elif table is not None:
                 non_defaults = table.model_dump(exclude_defaults=True, exclude={"name"})
                 column[key] = ", ".join(f"{k} = {setting_text(v)}" for k, v in non_defaults.items())
+
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = {key: [column.get(key, ABSENT) for column in columns] for key in keys}
     return {key: row for key, row in rows.items() if len(set(row)) > 1 and set(row) != {ABSENT, UNSET}}

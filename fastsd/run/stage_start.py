@@ -32,6 +32,7 @@ def start_stage(run: Run, index: int) -> Step:
     switches = set_precision(stage.precision, run.model.unet, config.deterministic)
     state = f"; optimizer state: {_STATE[stage.state]}" if index else ""
     run.report.print(f"{name}: {switches}{state}")
+
     if stage.reinit and not resumed:
         count = reinitialise(run.model, stage.reinit, config.seed, f"stage {name!r}: reinit")
         run.saving.changed.update(entry.split(".")[0] for entry in stage.reinit)
@@ -40,6 +41,7 @@ def start_stage(run: Run, index: int) -> Step:
     cached, carried = run.data.text_embeddings is not None, run.position.progress.carried
     args = run.model, stage, run.position.steps[index], config.seed, _micro_batch_size(run, index, resumed)
     step = Step(*args, graph=config.cuda_graph, states=cached, carried=carried, warn=run.report.warn)
+
     if resumed or stage.state == "carry":
         _load_state(step, run.saving.state)
     if resumed:
@@ -51,7 +53,7 @@ def start_stage(run: Run, index: int) -> Step:
 def _load_state(step: Step, saved: Mapping[str, Tensor]) -> None:
     for name, optimizer in step.optimizers.items():
         component = step.parts[name]
-        load_flat_state(optimizer, component.names, _PrefixView(saved, f"{name}|"), component.layout.views)
+        load_flat_state(optimizer, component.names, _PrefixedTensors(saved, f"{name}|"), component.layout.views)
         for key, average in component.ema_state().items():
             if f"{name}@ema/{key}" in saved:  # missing if EMA was enabled only now
                 average.copy_(saved[f"{name}@ema/{key}"])
@@ -82,8 +84,8 @@ def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
     return micro_batch_size
 
 
-class _PrefixView(Mapping[str, Tensor]):
-    """Lazy view of a mapping's entries under a prefix, by their names without the prefix."""
+class _PrefixedTensors(Mapping[str, Tensor]):
+    """Entries of a mapping under a prefix, read lazily, by their names without the prefix."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         self._tensors, self._prefix = tensors, prefix

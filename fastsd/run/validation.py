@@ -115,6 +115,7 @@ class Validation:
         latents_BCHW = model.vae.scale(raw_BCHW.float())
         text_embeds_BLD = text if text.ndim == 3 else model.text.encode(text)  # cached embeddings, or token ids
         t_SB, position_SB = (tensor.to(device) for tensor in self._draw(samples))
+
         tables = self._abar_T.sqrt().to(device), (1 - self._abar_T).sqrt().to(device)
         errors = []
         for t_B, position_B in zip(t_SB, position_SB, strict=True):

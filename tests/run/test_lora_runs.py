@@ -46,7 +46,7 @@ def trained(folder: Path, model: Path, images: Path, *keys: str, rank: int = 4, 
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model, images):
+def uninterrupted(tmp_path_factory, tiny_model, images):
     folder, _ = trained(tmp_path_factory.mktemp("lora"), tiny_model, images)
     return folder
 
@@ -73,22 +73,22 @@ def test_only_adapters_change_and_checkpoints_link_the_base(precision, tmp_path,
 
 
 @pytest.mark.parametrize("stop", [2, 4])
-def test_resumed_run_has_the_same_bits(stop, whole, tmp_path, tiny_model, images):
+def test_resumed_run_has_the_same_bits(stop, uninterrupted, tmp_path, tiny_model, images):
     folder, _ = trained(tmp_path, tiny_model, images)
     rewind(folder, stop)
     folder, text = trained(tmp_path, tiny_model, images)
-    assert says(text, "resumed", step=stop) and same(final(folder), final(whole))
-    assert (folder / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    assert says(text, "resumed", step=stop) and same(final(folder), final(uninterrupted))
+    assert (folder / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
 
 
-def test_exported_model_and_lora_predict_like_the_checkpoint(whole):
-    newest = checkpoint.checkpoints(whole / "checkpoints")[-1]
-    table = load_config(whole.parent / "job.toml", [TABLE.format(rank=4, text="true")]).model
+def test_exported_model_and_lora_predict_like_the_checkpoint(uninterrupted):
+    newest = checkpoint.checkpoints(uninterrupted / "checkpoints")[-1]
+    table = load_config(uninterrupted.parent / "job.toml", [TABLE.format(rank=4, text="true")]).model
     applied = load_to_train(table.model_copy(update={"base": str(newest)}), checkpoint=newest)
-    file = table.lora.model_copy(update={"file": str(whole / "lora.safetensors")})
+    file = table.lora.model_copy(update={"file": str(uninterrupted / "lora.safetensors")})
     from_file = load_to_train(table.model_copy(update={"lora": file}))
     merged = load_merged(ModelTable(base=str(newest)))
-    exported, base = load_model(ModelTable(base=f"{whole}/model")), load_model(table)
+    exported, base = load_model(ModelTable(base=f"{uninterrupted}/model")), load_model(table)
 
     def predict(model):
         torch.manual_seed(0)
@@ -101,34 +101,34 @@ def test_exported_model_and_lora_predict_like_the_checkpoint(whole):
     for model in (merged, exported):
         torch.testing.assert_close(predict(model), expected, rtol=1e-5, atol=1e-5)
     assert (predict(base) - expected).abs().max() > 1e-3
-    assert same(component_tensors(whole / "model")["unet"], diffusers_state_dict(merged.unet))
+    assert same(component_tensors(uninterrupted / "model")["unet"], diffusers_state_dict(merged.unet))
     images = [generate(m, ["a red circle"], [0], SampleTable(steps=2), 32)[0] for m in (merged, exported)]
     assert images[0].tobytes() == images[1].tobytes()
 
 
-def test_ema_weights_are_exported(whole):
-    raw, average = (read_safetensors(whole / f"{name}.safetensors") for name in ("lora", "lora-ema"))
+def test_ema_weights_are_exported(uninterrupted):
+    raw, average = (read_safetensors(uninterrupted / f"{name}.safetensors") for name in ("lora", "lora-ema"))
     assert raw.keys() == average.keys() and not same(raw, average)
-    state = read_safetensors(checkpoint.checkpoints(whole / "checkpoints")[-1] / "state.safetensors")
+    state = read_safetensors(checkpoint.checkpoints(uninterrupted / "checkpoints")[-1] / "state.safetensors")
     assert any(torch.equal(average[name], tensor) for name in average for key, tensor in state.items() if "@ema/" in key)
-    assert not same(component_tensors(whole / "model")["unet"], component_tensors(whole / "model-ema")["unet"])
+    assert not same(component_tensors(uninterrupted / "model")["unet"], component_tensors(uninterrupted / "model-ema")["unet"])
 
 
-def test_cost_counts_the_lora(whole):
-    cost = json.loads((whole / "cost.json").read_text())
-    assert cost["file_bytes"] == (whole / "lora.safetensors").stat().st_size
+def test_cost_counts_the_lora(uninterrupted):
+    cost = json.loads((uninterrupted / "cost.json").read_text())
+    assert cost["file_bytes"] == (uninterrupted / "lora.safetensors").stat().st_size
     assert cost["stages"][0]["steps"] == 6 and cost["stages"][0]["trained"] < 30_000
 
 
-def test_training_starts_from_a_lora_file(whole, tmp_path, tiny_model, images):
-    file = whole / "lora.safetensors"
+def test_training_starts_from_a_lora_file(uninterrupted, tmp_path, tiny_model, images):
+    file = uninterrupted / "lora.safetensors"
     keys = [f'model.lora={{rank=4, text_encoder=true, file="{file}"}}', "stage.lr=1e-30", "stage.until=1"]
     folder, _ = run(job(tmp_path, tiny_model, images, STAGE), *keys)
     exported = read_safetensors(folder / "lora.safetensors")
     assert all(torch.equal(tensor, exported[name]) for name, tensor in read_safetensors(file).items())
 
 
-def test_other_commands_accept_a_run_with_adapters(whole, tmp_path, monkeypatch, capsys):
+def test_other_commands_accept_a_run_with_adapters(uninterrupted, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)
 
     def output(*words):
@@ -136,14 +136,14 @@ def test_other_commands_accept_a_run_with_adapters(whole, tmp_path, monkeypatch,
         assert code == 0, err
         return out
 
-    for i, model in enumerate((whole, whole / "model", whole / "checkpoints/step-00000006")):
+    for i, model in enumerate((uninterrupted, uninterrupted / "model", uninterrupted / "checkpoints/step-00000006")):
         output("sample", model, "--prompt", "a red circle", "--steps", 2, "--out", tmp_path / str(i), "--size", 32)
     grids = [(tmp_path / str(i) / "000-0.png").read_bytes() for i in range(3)]
     assert grids[0] == grids[1] == grids[2]
-    output("sample", whole, "--prompt", "x", "--steps", 2, "--out", tmp_path / "skip", "--size", 32, "--clip-skip", 1)
+    output("sample", uninterrupted, "--prompt", "x", "--steps", 2, "--out", tmp_path / "skip", "--size", 32, "--clip-skip", 1)
     keys = ["validate.stabilised=8", TABLE.format(rank=4, text="true")]
-    path = whole.parent / "job.toml"
-    tables = [output("validate", model, path, *keys).splitlines()[-1] for model in (whole, whole / "model")]
+    path = uninterrupted.parent / "job.toml"
+    tables = [output("validate", model, path, *keys).splitlines()[-1] for model in (uninterrupted, uninterrupted / "model")]
     assert tables[0].split()[:3] == tables[1].split()[:3]
     assert re.search(r"adamw .*lora .* 6 steps .*4 images", output("check", path, *keys[1:]))
     assert "lora" in output("plan", path, *keys[1:])
@@ -172,7 +172,7 @@ def test_bad_adapters_are_refused(keys, name, fact, tmp_path, tiny_model, images
     assert code == 2 and says(err, name) and fact in err and err.count("\n") == 1, err
 
 
-def test_the_rank_is_fixed_after_the_start(whole, tmp_path, tiny_model, images):
-    shutil.copytree(whole, tmp_path / "run")
+def test_the_rank_is_fixed_after_the_start(uninterrupted, tmp_path, tiny_model, images):
+    shutil.copytree(uninterrupted, tmp_path / "run")
     with refused("run-other-start", key="model.lora.rank", before=4, after=8):
         trained(tmp_path, tiny_model, images, rank=8)

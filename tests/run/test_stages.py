@@ -141,13 +141,15 @@ def test_parameters_are_reinitialised_once(tmp_path, tiny_model, images):
     stages += 'reinit = ["unet.conv_out", "text_encoder.layers.1"]\ncheckpoint_every = 1\n'
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    whole, text = run(job(tmp_path / "a", tiny_model, images, stages))
+    uninterrupted, text = run(job(tmp_path / "a", tiny_model, images, stages))
     assert says(text, "reinitialised", names="unet.conv_out, text_encoder.layers.1")
     path = job(tmp_path / "b", tiny_model, images, stages)
     run(path, "stage.until=1")
     resumed, text = run(path)
-    assert not says(text, "reinitialised") and same(final(resumed), final(whole))
-    before, after = (read_safetensors(root / "text_encoder/model.safetensors") for root in (tiny_model, whole / "model"))
+    assert not says(text, "reinitialised") and same(final(resumed), final(uninterrupted))
+    before, after = (
+        read_safetensors(root / "text_encoder/model.safetensors") for root in (tiny_model, uninterrupted / "model")
+    )
     name = next(n for n in before if n.endswith("layers.1.mlp.fc1.weight"))
     assert not torch.equal(before[name], after[name])
 
@@ -235,8 +237,8 @@ def test_carried_state_equals_one_long_stage(optimizer, tmp_path, tiny_model, im
     assert "two: fp32" in text and says(text, "state-carried")
     (tmp_path / "one").mkdir()
     stage = f'[[stage]]\ntrain = ["unet"]\nuntil = 10\nbatch = 4\noptimizer = "{optimizer}"\n{MORE[optimizer]}\n{more}\n'
-    whole, _ = run(job(tmp_path / "one", tiny_model, images, stage), "sample.prompts=[]")
-    assert same(final(carried), final(whole))
+    single, _ = run(job(tmp_path / "one", tiny_model, images, stage), "sample.prompts=[]")
+    assert same(final(carried), final(single))
 
 
 def test_state_is_reset_unless_carried(tmp_path, tiny_model, images):
@@ -251,14 +253,14 @@ def test_state_is_reset_unless_carried(tmp_path, tiny_model, images):
 
 @pytest.mark.parametrize("stop", [2, 4, 6])
 def test_carried_state_survives_a_stop(stop, tmp_path, tiny_model, images):
-    whole, _ = chain(tmp_path / "whole", tiny_model, images, more="ema = 0.9")
+    uninterrupted, _ = chain(tmp_path / "uninterrupted", tiny_model, images, more="ema = 0.9")
     cut, _ = chain(tmp_path / "cut", tiny_model, images, more="ema = 0.9")
     rewind(cut, stop)
     if stop == 2:  # the first stage saved nothing before its end: the run starts again
         assert not checkpoint_steps(cut)
     resumed, _ = run(tmp_path / "cut" / "job.toml", "sample.prompts=[]")
-    assert same(final(resumed), final(whole))
-    assert (resumed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    assert same(final(resumed), final(uninterrupted))
+    assert (resumed / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
 
 
 def test_each_stage_starts_from_the_previous_weights(tmp_path, tiny_model, images):

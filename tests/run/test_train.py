@@ -52,9 +52,9 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model, images):
+def uninterrupted(tmp_path_factory, tiny_model, images):
     """Folder of an uninterrupted run of the two stages."""
-    folder, _ = run(job(tmp_path_factory.mktemp("whole"), tiny_model, images, TWO_STAGES))
+    folder, _ = run(job(tmp_path_factory.mktemp("uninterrupted"), tiny_model, images, TWO_STAGES))
     return folder
 
 
@@ -63,7 +63,7 @@ def wait_for_rows(process, log: Path, rows: int) -> None:
         time.sleep(0.002)
 
 
-def test_killed_runs_end_with_the_same_bits(whole, tmp_path, tiny_model, images, start):
+def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path, tiny_model, images, start):
     path, output = job(tmp_path, tiny_model, images, TWO_STAGES), tmp_path / "output"
     log, kills = tmp_path / "run" / "log.jsonl", 0
     while kills < 4:  # on a busy machine a run may end before it is killed: start again
@@ -78,12 +78,12 @@ def test_killed_runs_end_with_the_same_bits(whole, tmp_path, tiny_model, images,
     process = start(output, "train", str(path))
     process.join(1200)
     assert process.exitcode == 0, output.read_text()
-    assert same(final(tmp_path / "run"), final(whole))
-    assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
+    assert same(final(tmp_path / "run"), final(uninterrupted))
+    assert log.read_bytes() == (uninterrupted / "log.jsonl").read_bytes()
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
-def test_optimizer_state_survives_a_stop_in_mid_stage(whole, tmp_path, tiny_model, images):
+def test_optimizer_state_survives_a_stop_in_mid_stage(uninterrupted, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, TWO_STAGES)
     folder, _ = run(path, "stage.unet.until=5", "stage.keep_checkpoints=9")
     # The same stage, extended from a checkpoint inside it, equals the run that was never stopped.
@@ -92,8 +92,8 @@ def test_optimizer_state_survives_a_stop_in_mid_stage(whole, tmp_path, tiny_mode
     state = checkpoint.load_state(folder / "checkpoints" / "step-00000003")
     assert {"unet|d", "unet|numerator_weighted"} <= state.keys() and any(k.startswith("unet|s/") for k in state)
     run(path)
-    assert same(final(folder), final(whole))
-    assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+    assert same(final(folder), final(uninterrupted))
+    assert (folder / "log.jsonl").read_bytes() == (uninterrupted / "log.jsonl").read_bytes()
 
 
 def test_the_last_stage_can_be_extended(tmp_path, tiny_model, images):
@@ -114,31 +114,31 @@ def test_the_next_stage_can_start_from_a_chosen_checkpoint(tmp_path, tiny_model,
     assert same(final(folder), final(tmp_path / "short"))
 
 
-def test_sampling_does_not_change_training(whole, tmp_path, tiny_model, images):
+def test_sampling_does_not_change_training(uninterrupted, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, TWO_STAGES)
     folder, text = run(path, "stage.sample_every=2", "sample.sampler=euler_a", "log.tensorboard=true")
-    assert same(final(folder), final(whole))
-    assert len(list((folder / "samples").glob("*.png"))) > len(list((whole / "samples").glob("*.png"))) == 2
+    assert same(final(folder), final(uninterrupted))
+    assert len(list((folder / "samples").glob("*.png"))) > len(list((uninterrupted / "samples").glob("*.png"))) == 2
     assert list((folder / "tensorboard").iterdir()) and "samples:" in text
 
 
-def test_another_seed_gives_other_weights(whole, tmp_path, tiny_model, images):
+def test_another_seed_gives_other_weights(uninterrupted, tmp_path, tiny_model, images):
     folder, _ = run(job(tmp_path, tiny_model, images, TWO_STAGES), "seed=1")
-    assert not same(final(folder), final(whole))
+    assert not same(final(folder), final(uninterrupted))
 
 
-def test_each_stage_changes_only_its_component(whole, tiny_model):
+def test_each_stage_changes_only_its_component(uninterrupted, tiny_model):
     def weights(folder, component):
         return read_safetensors(next((folder / component).glob("*.safetensors")))
 
-    first = whole / "checkpoints" / "step-00000008"
-    last = checkpoint.checkpoints(whole / "checkpoints")[-1]
+    first = uninterrupted / "checkpoints" / "step-00000008"
+    last = checkpoint.checkpoints(uninterrupted / "checkpoints")[-1]
     assert same(weights(first, "text_encoder"), weights(tiny_model, "text_encoder"))
     assert not same(weights(first, "unet"), weights(tiny_model, "unet"))
     assert same(weights(last, "unet"), weights(first, "unet"))
     assert not same(weights(last, "text_encoder"), weights(first, "text_encoder"))
     for component in ("unet", "text_encoder", "vae"):
-        assert same(weights(whole / "model", component), weights(last, component))
+        assert same(weights(uninterrupted / "model", component), weights(last, component))
 
 
 def test_accumulation_gives_the_batch_gradient(tmp_path, tiny_model, images):
@@ -238,8 +238,8 @@ def test_damaged_checkpoints_are_skipped(tmp_path, tiny_model, images):
         run(path)
 
 
-def test_retention_keeps_the_newest_and_the_stage_ends(whole):
-    assert checkpoint_steps(whole) == [8, 12, 14, 15]
+def test_retention_keeps_the_newest_and_the_stage_ends(uninterrupted):
+    assert checkpoint_steps(uninterrupted) == [8, 12, 14, 15]
 
 
 def test_steps_with_gradients_that_are_not_finite_are_skipped(tmp_path, tiny_model, images, monkeypatch):
@@ -276,8 +276,8 @@ def test_a_stop_signal_saves_a_checkpoint(number, tmp_path, tiny_model, images, 
     assert process.exitcode == 130 and says(output.read_text(), "stopped", folder=tmp_path / "run", step=step) and step >= 3
 
 
-def test_changes_of_fixed_settings_are_refused(whole, tmp_path, tiny_model, images):
-    shutil.copytree(whole, tmp_path / "run")
+def test_changes_of_fixed_settings_are_refused(uninterrupted, tmp_path, tiny_model, images):
+    shutil.copytree(uninterrupted, tmp_path / "run")
     path = job(tmp_path, tiny_model, images, TWO_STAGES)
     for change, name, fields in [
         ("seed=5", "run-other-start", {"key": "seed", "before": 0, "after": 5}),
@@ -353,9 +353,9 @@ def test_buckets_repeats_and_shuffled_tags_resume_exactly(tmp_path, tiny_model, 
     folder, text = run(path, *keys)
     assert says(text, "images-counted", images=26, resolution=32, sizes=" in 3 sizes", epoch=36)
     assert says(text, "stage-length", steps=12)
-    whole = final(folder)
+    uninterrupted = final(folder)
     for step in (2, 6, 10):
         shutil.rmtree(folder / "model")
         rewind(folder, step)
         run(path, *keys)
-        assert same(final(folder), whole)
+        assert same(final(folder), uninterrupted)

@@ -87,9 +87,9 @@ def content(latents, samples) -> set[bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model, images):
+def uninterrupted(tmp_path_factory, tiny_model, images):
     """Config path, folder and output of an uninterrupted run."""
-    path = job(tmp_path_factory.mktemp("whole"), tiny_model, images, STAGE)
+    path = job(tmp_path_factory.mktemp("uninterrupted"), tiny_model, images, STAGE)
     return path, *run(path, *SIZES)
 
 
@@ -225,14 +225,14 @@ def test_bands_and_error_bars():
     assert math.isnan(broken["loss"]) and broken["bands"][1] == [500, 1000, 1.0, 0.0]
 
 
-def test_validation_is_reproducible(whole, tmp_path, tiny_model, images):
+def test_validation_is_reproducible(uninterrupted, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
     config = load_config(path, [*SIZES])
     with open_run(config, Console(file=StringIO())) as opened_run:
         step, loader = start_stage(opened_run, 0), opened_run.data.loader(0)
         validation = opened_run.evaluation.validation
         first, state = validation.rows(), step.parts["unet"].high.clone()
-        assert first == validation.rows() == last_at(whole[1], 0)
+        assert first == validation.rows() == last_at(uninterrupted[1], 0)
         for i in range(2):
             step(loader.batch(4 * i, 4), i)
         assert validation.rows() != first
@@ -246,8 +246,8 @@ def test_validation_is_reproducible(whole, tmp_path, tiny_model, images):
             assert [band[2:] for band in split["bands"]] == [pytest.approx(band[2:], rel=1e-6) for band in row["bands"]]
 
 
-def test_rows_and_output_of_a_run(whole):
-    _, folder, text = whole
+def test_rows_and_output_of_a_run(uninterrupted):
+    _, folder, text = uninterrupted
     rows = validation_rows(folder)
     steps, kinds = (0, 2, 4, 6), [(name, weights) for weights in ("raw", "ema") for name in ("held_out", "stabilised")]
     assert [(row["step"], row["set"], row["weights"]) for row in rows] == [(step, *kind) for step in steps for kind in kinds]
@@ -263,25 +263,25 @@ def test_rows_and_output_of_a_run(whole):
 
 
 @pytest.mark.parametrize("stop", [0, 2, 4])
-def test_a_stopped_run_writes_the_same_rows(stop, whole, tmp_path, tiny_model, images):
+def test_a_stopped_run_writes_the_same_rows(stop, uninterrupted, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
-    shutil.copytree(whole[1], tmp_path / "run")
+    shutil.copytree(uninterrupted[1], tmp_path / "run")
     rewind(tmp_path / "run", stop)
     with open(tmp_path / "run" / "validation.jsonl", "a") as file:
         file.write('{"step": 6, "cut off')
     folder, _ = run(path, *SIZES)
-    assert (folder / "validation.jsonl").read_bytes() == (whole[1] / "validation.jsonl").read_bytes()
-    assert same(final(folder), final(whole[1]))
+    assert (folder / "validation.jsonl").read_bytes() == (uninterrupted[1] / "validation.jsonl").read_bytes()
+    assert same(final(folder), final(uninterrupted[1]))
 
 
-def test_validation_does_not_change_training(whole, tmp_path, tiny_model, images):
+def test_validation_does_not_change_training(uninterrupted, tmp_path, tiny_model, images):
     def trained(name, *keys):
         (tmp_path / name).mkdir()
         folder, _ = run(job(tmp_path / name, tiny_model, images, STAGE), *keys)
         return final(folder), (folder / "log.jsonl").read_bytes(), folder
 
     weights, log, folder = trained("often", *SIZES, "validate.every=1", "validate.bands=3", "log.tensorboard=true")
-    assert same(weights, final(whole[1])) and log == (whole[1] / "log.jsonl").read_bytes()
+    assert same(weights, final(uninterrupted[1])) and log == (uninterrupted[1] / "log.jsonl").read_bytes()
     assert len(validation_rows(folder)) == 7 * 4 and list((folder / "tensorboard").iterdir())
     # A stabilised split does not change the order of training.
     only, none = trained("stabilised", *SIZES, "validate.held_out=0"), trained("none", "sample.prompts=[]")
@@ -309,10 +309,10 @@ def test_ema_weights_are_measured_and_removed_again(precision, tmp_path, tiny_mo
         assert torch.equal(unet.high, before)
 
 
-def test_validation_ignores_the_objective_of_the_stage(whole, tmp_path, tiny_model, images):
+def test_validation_ignores_the_objective_of_the_stage(uninterrupted, tmp_path, tiny_model, images):
     keys = ["stage.noise_offset=0.1", "stage.loss=huber", "stage.weighting=min_snr", "stage.timestep_range=[100, 200]"]
     folder, _ = run(job(tmp_path, tiny_model, images, STAGE), *SIZES, *keys, "stage.caption_dropout=0.9", "seed=3")
-    assert last_at(folder, 0) == last_at(whole[1], 0) and last_at(folder, 2) != last_at(whole[1], 2)
+    assert last_at(folder, 0) == last_at(uninterrupted[1], 0) and last_at(folder, 2) != last_at(uninterrupted[1], 2)
 
 
 def test_cached_text_embeddings_give_the_same_loss(tmp_path, tiny_model, images):
@@ -328,8 +328,8 @@ def test_cached_text_embeddings_give_the_same_loss(tmp_path, tiny_model, images)
     assert rows[0]["loss"] == pytest.approx(last(folder)[0]["loss"], rel=1e-5)
 
 
-def test_command_measures_runs_checkpoints_and_models(whole, tmp_path, tiny_model, images, start):
-    path, folder, _ = whole
+def test_command_measures_runs_checkpoints_and_models(uninterrupted, tmp_path, tiny_model, images, start):
+    path, folder, _ = uninterrupted
     json_file, output = tmp_path / "rows.json", tmp_path / "output"
     process = start(output, "validate", str(folder), str(path), *SIZES, "--json", str(json_file))
     process.join(600)
@@ -359,15 +359,15 @@ def test_single_file_and_folder_have_the_same_loss(tmp_path, images):
     assert measure(tmp_path / "m", config) == measure(tmp_path / "m.safetensors", config)
 
 
-def test_a_model_with_another_vae_needs_its_latents(whole, tmp_path):
+def test_a_model_with_another_vae_needs_its_latents(uninterrupted, tmp_path):
     model = make_tiny_model(tmp_path / "m", seed=2)
     model.vae = Vae(tiny_vae(seed=9), "vae")
     write_rest(tmp_path / "m", model)
-    config = load_config(whole[0], [*SIZES])
+    config = load_config(uninterrupted[0], [*SIZES])
     with refused("validate-no-latents") as error:
         measure(tmp_path / "m", config)
     assert "\n" not in str(error.value) and f"`fastsd cache CONFIG model.vae={tmp_path / 'm'}`" in str(error.value)
-    cache(load_config(whole[0], [*SIZES, f"model.vae={tmp_path / 'm'}"]), Console(file=StringIO()))
+    cache(load_config(uninterrupted[0], [*SIZES, f"model.vae={tmp_path / 'm'}"]), Console(file=StringIO()))
     assert [row["set"] for row in measure(tmp_path / "m", config)] == ["held_out", "stabilised"]
 
 
@@ -395,21 +395,21 @@ def test_bad_values_are_refused(key, value, code, facts, tmp_path, tiny_model, i
         assert all(fact in text for fact in [f"validate.{key}", str(value), *facts]) and "\n" not in text
 
 
-def test_command_refuses_what_it_cannot_measure(whole, tmp_path):
+def test_command_refuses_what_it_cannot_measure(uninterrupted, tmp_path):
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     with refused("validate-nothing"):
-        validate(str(whole[1]), load_config(whole[0]))
-    config = load_config(whole[0], [*SIZES])
+        validate(str(uninterrupted[1]), load_config(uninterrupted[0]))
+    config = load_config(uninterrupted[0], [*SIZES])
     with refused("no-checkpoint"):
         validate(str(tmp_path / "new"), config)
     with refused("source-missing"):
         validate("/nowhere/at/all", config)
     with refused("json-folder-missing"):
-        validate(str(whole[1]), config, tmp_path / "not" / "there.json")
+        validate(str(uninterrupted[1]), config, tmp_path / "not" / "there.json")
 
 
-def test_changes_of_the_held_out_split_are_refused(whole, tmp_path, tiny_model, images):
-    shutil.copytree(whole[1], tmp_path / "run")
+def test_changes_of_the_held_out_split_are_refused(uninterrupted, tmp_path, tiny_model, images):
+    shutil.copytree(uninterrupted[1], tmp_path / "run")
     path = job(tmp_path, tiny_model, images, STAGE)
     for key, before, after in (("validate.held_out", 4, 5), ("validate.seed", 0, 1)):
         with refused("run-other-start", key=key, before=before, after=after):
@@ -421,10 +421,10 @@ def test_changes_of_the_held_out_split_are_refused(whole, tmp_path, tiny_model, 
     assert len(rows) == 16 + 4 == 16 + len(new) and len(new[0]["bands"]) == 3
 
 
-def test_check_reports_the_forwards(whole):
+def test_check_reports_the_forwards(uninterrupted):
     out = StringIO()
-    check(load_config(whole[0], [*SIZES]), Console(file=out, width=200))
+    check(load_config(uninterrupted[0], [*SIZES]), Console(file=out, width=200))
     (line,) = [line for line in out.getvalue().splitlines() if says(line, "validation-planned", **PLANNED)]
     assert line.startswith("ok    validation: ") and line.endswith(", every 2")
-    with closing(LatentCache.open(load_config(whole[0]).cache.dir)) as latents:
+    with closing(LatentCache.open(load_config(uninterrupted[0]).cache.dir)) as latents:
         assert len(latents.checks(0, 21)) == 21 == len(set(latents.checks(0, 21).tolist()))
