@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -150,8 +150,9 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, RunProgress
                 shutil.rmtree(renamed_path, ignore_errors=True)
                 damaged.rename(renamed_path)
             values = json.loads((path / STATE).read_text())
-            keys = {field.name: STATE_KEYS.get(field.name, field.name) for field in fields(RunProgress)}
-            return path, RunProgress(**{name: values[key] for name, key in keys.items() if key in values})
+            values.pop("fastsd")
+            names = {key: name for name, key in STATE_KEYS.items()}
+            return path, RunProgress(**{names.get(key, key): value for key, value in values.items()})
         warn(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     if checkpoint_paths:
         raise UserError(

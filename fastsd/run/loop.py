@@ -71,7 +71,7 @@ def train_stage(run: Run, index: int, stop: list[int]) -> None:
                 if done and not saved:
                     raise UserError(
                         "stage-end-not-saved",
-                        f"{run.folder}: the end of stage {index + 1} could not be saved; free disk space and run again",
+                        f"{run.folder}: end of stage {index + 1} not saved, see the warning above; fix that and run again",
                     )
             if done:
                 break
@@ -87,7 +87,7 @@ def export_run(run: Run) -> None:
         raise UserError(
             "model-not-written",
             f"{run.folder}: training is complete, but the model could not be exported ({error.strerror or error}); "
-            "free disk space and run the same command again",
+            "fix that and run the same command again",
         ) from error
 
 

@@ -76,7 +76,7 @@ class Saving:
         except OSError as error:
             self.report.warn(
                 f"checkpoint at step {progress.step} not saved to {folder}: {error.strerror or error}; "
-                "training continues and earlier checkpoints are kept; free disk space"
+                "training continues and earlier checkpoints are kept"
             )
             return False
 
@@ -90,7 +90,7 @@ class Saving:
             if done:
                 self.cost.record(progress)
         except OSError as error:
-            self.report.warn(f"{path.name} saved, but not recorded in {self.folder}: {error.strerror}; free disk space")
+            self.report.warn(f"{path.name} saved, but not recorded in {self.folder}: {error.strerror}; training continues")
         checkpoint.retain(folder, step.stage.keep_checkpoints, self.kept)
         return True
 
