@@ -15,7 +15,7 @@ _TABLES = tomllib.loads(FILE.read_text())
 ERRORS, LINES = _TABLES["errors"], _TABLES["lines"]
 
 
-def pattern(name: str, **fields: object) -> re.Pattern[str]:
+def pattern(name: str, /, **fields: object) -> re.Pattern[str]:
     """Compile the sentence `name`. A field that is not given matches any text within a line."""
     sentence = ERRORS[name] if name in ERRORS else LINES[name]
     parts = re.split(r"\{(\w+)\}", sentence)
@@ -25,13 +25,13 @@ def pattern(name: str, **fields: object) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def says(text: str, name: str, **fields: object) -> bool:
+def says(text: str, name: str, /, **fields: object) -> bool:
     """Return True if the sentence `name` with the given fields occurs in `text`."""
     return pattern(name, **fields).search(text) is not None
 
 
 @contextmanager
-def refused(name: str, error: type[Exception] = UserError, **fields: object) -> Iterator[pytest.ExceptionInfo]:
+def refused(name: str, /, error: type[Exception] = UserError, **fields: object) -> Iterator[pytest.ExceptionInfo]:
     """Expect an error whose code is `name` (a `UserError`) and whose message is the sentence `name` with the given fields."""
     with pytest.raises(error, match=pattern(name, **fields)) as info:
         yield info
