@@ -9,7 +9,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Retrain Stable Diffusion 1.5, with another VAE swapped in, on one GPU.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 class Precision(StrEnum):
@@ -43,14 +46,32 @@ class Form(StrEnum):
     lora_peft = "lora-peft"
 
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, see configs/.")]
-Stages = Annotated[Precision | None, typer.Option("--precision", help="Of every stage.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Replace values: stage.0.batch=8")]
-
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file in TOML format; configs/ has examples.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Config values to replace, for example stage.0.batch=8."),
+]
+BaseModel = Annotated[str, typer.Argument(metavar="BASE", help="Base model: diffusers folder, single file or hub id.")]
+AnyModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model: diffusers folder, single file, hub id, run folder or checkpoint.")
+]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Output: a diffusers folder that does not exist yet.")]
+StagePrecision = Annotated[
+    Precision | None, typer.Option("--precision", help="Compute precision for all stages (default: per config).")
+]
+ComputePrecision = Annotated[Precision, typer.Option("--precision", help="Compute precision.")]
+Device = Annotated[str, typer.Option(help="Compute device: auto, cpu, cuda or cuda:N.")]
+ScalingFactor = Annotated[
+    float | None,
+    typer.Option("--vae-scaling-factor", help="Scaling factor of the VAE (default: the one stored with the VAE)."),
+]
+Tokenizer = Annotated[str, typer.Option(help="Tokenizer folder or hub id, for a model that is a single file.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="JSON file to write the results to as well.")]
 BenchWords = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[WHAT] [CONFIG] [key=value ...]", help="WHAT: step, memory, kernels, optim, loader or cache; step if left out."
+        metavar="[WHAT] [CONFIG] [key=value ...]",
+        help="What to measure: step, memory, kernels, optim, loader or cache (default: step).",
     ),
 ]
 
@@ -59,7 +80,7 @@ BenchWords = Annotated[
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    precision: Stages = None,
+    precision: StagePrecision = None,
 ) -> None:
     """Train the stages of CONFIG. Run the same command again to resume."""
     loaded = _load(config, overrides, precision)
@@ -72,9 +93,9 @@ def train(
 def cache(
     config: ConfigPath,
     overrides: Overrides = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every stored latent.")] = False,
-    prune: Annotated[bool, typer.Option("--prune", help="Delete shards that nothing uses any more.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Count what is there.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Verify all latents and views against their stored sha256.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Delete shards that no view uses.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print counts, sizes and statistics of the cache.")] = False,
 ) -> None:
     """Encode the images of CONFIG into its latent cache. Run the same command again to encode what is missing."""
     loaded = _load(config, overrides)
@@ -88,44 +109,43 @@ def cache(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusers folder, single file, run or checkpoint.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images and their grid.")] = Path("samples"),
-    images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first image of each prompt.")] = 0,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 1 is off.")] = 7.0,
-    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    sampler: Annotated[str, typer.Option(help="ddim, euler, euler_a or dpm++")] = "dpm++",
-    size: Annotated[int, typer.Option(min=0, help="Pixels a side; 0 is the model's own.")] = 0,
-    vae: Annotated[str, typer.Option(help="Decode with this VAE instead of the model's.")] = "",
-    vae_scaling_factor: Annotated[float | None, typer.Option(help="For a VAE that is a single file.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
-    clip_skip: Annotated[int, typer.Option(min=0)] = 0,
-    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
-    device: Annotated[str, typer.Option()] = "auto",
+    model: AnyModel,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt to draw; can be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder for the images and their grid.")] = Path("samples"),
+    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image of each prompt; later ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Number of sampling steps.")] = 20,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Scale of classifier-free guidance; 1 turns it off.")] = 7.0,
+    negative: Annotated[str, typer.Option(help="Negative prompt for all images.")] = "",
+    sampler: Annotated[str, typer.Option(help="Sampler: ddim, euler, euler_a or dpm++.")] = "dpm++",
+    size: Annotated[int, typer.Option(min=0, help="Image width and height in px; 0 = the model's native size.")] = 0,
+    vae: Annotated[str, typer.Option(help="VAE to decode with (default: the model's own).")] = "",
+    vae_scaling_factor: ScalingFactor = None,
+    tokenizer: Tokenizer = "",
+    clip_skip: Annotated[int, typer.Option(min=0, help="Last text encoder layers to skip; 0 = none.")] = 0,
+    precision: ComputePrecision = Precision.fp32,
+    device: Device = "auto",
 ) -> None:
     """Generate images from prompts with MODEL."""
     from fastsd.commands.sample import sample
 
-    table = {
-        "prompts": prompt or [], "prompts_file": str(prompts or ""), "images": images, "seed": seed, "steps": steps,
-        "guidance": guidance, "negative": negative, "sampler": sampler, "size": size,
-    }  # fmt: skip
-    source = {
-        "base": model, "vae": vae, "vae_scaling_factor": vae_scaling_factor, "tokenizer": tokenizer, "clip_skip": clip_skip,
-    }  # fmt: skip
-    sample(source, table, out, precision.value, device)
+    settings = {"prompts": prompt or [], "prompts_file": str(prompts or ""), "images": images, "seed": seed, "steps": steps}
+    settings |= {"guidance": guidance, "negative": negative, "sampler": sampler, "size": size}
+    source = {"base": model, "vae": vae, "vae_scaling_factor": vae_scaling_factor, "tokenizer": tokenizer}
+    source["clip_skip"] = clip_skip
+    sample(source, settings, out, precision.value, device)
 
 
 @app.command()
 def validate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusers folder, single file, run or checkpoint.")],
+    model: AnyModel,
     config: ConfigPath,
     overrides: Overrides = None,
-    precision: Annotated[Precision | None, typer.Option(help="That of CONFIG's last stage if left out.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there as well.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Compute precision (default: that of the last stage of CONFIG).")
+    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the validation loss of MODEL. The images are the held-out and the stabilised ones of CONFIG."""
     loaded = _load(config, overrides, precision)
@@ -138,9 +158,9 @@ def validate(
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
-    precision: Stages = None,
+    precision: StagePrecision = None,
 ) -> None:
-    """Find every problem of CONFIG before the long run."""
+    """Check CONFIG, its data and its models for problems before training."""
     loaded = _load(config, overrides, precision)
     from fastsd.commands.check import check
 
@@ -151,10 +171,10 @@ def check(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    precision: Stages = None,
-    vram: Annotated[float | None, typer.Option(metavar="GB", help="Memory of the card; 24 if no card is named.")] = None,
-    card: Annotated[str, typer.Option(metavar="NAME", help="Estimates for this one only, for example 4090.")] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there as well.")] = None,
+    precision: StagePrecision = None,
+    vram: Annotated[float | None, typer.Option(metavar="GB", help="GPU memory in GB (default: that of --card, or 24).")] = None,
+    card: Annotated[str, typer.Option(metavar="NAME", help="GPU to estimate for, for example 4090 (default: all known).")] = "",
+    json_file: JsonFile = None,
 ) -> None:
     """Estimate memory, time and disk space from CONFIG alone. Shows which GPU it fits, and with which micro-batch."""
     loaded = _load(config, overrides, precision)
@@ -166,39 +186,43 @@ def plan(
 @app.command()
 def bench(
     words: BenchWords = None,
-    precision: Stages = None,
-    small: Annotated[bool, typer.Option("--small", help="A tiny model: shows in seconds that everything runs.")] = False,
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels a side; 512 without a config.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Images a forward.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="dlion, lion or adamw")] = None,
-    peers: Annotated[str | None, typer.Option(help="diffusers,compiled,dadaptation,lion-pytorch; or none")] = None,
-    graph: Annotated[bool | None, typer.Option("--graph/--no-graph", help="The step as a CUDA graph.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Rounds to time; batches of the loader.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="optim: share of the UNet's tensors.")] = None,
-    rate: Annotated[float, typer.Option(help="loader: images a second of the step it feeds.")] = 10.0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there as well.")] = None,
+    precision: StagePrecision = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="Use a tiny model, to test within seconds that everything runs.")
+    ] = False,
+    size: Annotated[int | None, typer.Option(min=1, help="Image size in px (default: per CONFIG, or 512).")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per training step (default: per CONFIG).")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default: per CONFIG).")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Optimizer: dlion, lion or adamw (default: per CONFIG).")] = None,
+    peers: Annotated[
+        str | None, typer.Option(help="Baselines: none, or a list of diffusers,compiled,dadaptation,lion-pytorch.")
+    ] = None,
+    graph: Annotated[
+        bool | None, typer.Option("--graph/--no-graph", help="Run the step as a CUDA graph, or not (default: per CONFIG).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Rounds to time (loader: batches to load).")] = None,
+    fraction: Annotated[float | None, typer.Option(help="For optim: fraction of the UNet's tensors to use.")] = None,
+    rate: Annotated[float, typer.Option(help="For loader: images per second that the training step consumes.")] = 10.0,
+    json_file: JsonFile = None,
 ) -> None:
-    """Benchmark the training step beside baselines. WHAT selects its memory, kernels, optimizers, loader or cache instead."""
+    """Benchmark the training step against baselines. WHAT selects memory, kernels, optimizers, loader or cache instead."""
     from fastsd.bench.suites import bench
 
     options = {"size": size, "batch": batch, "micro_batch": micro_batch, "optimizer": optimizer, "graph": graph}
-    bench(
-        words or [], json_file, options, precision=precision and precision.value, small=small, peers=peers, steps=steps,
-        fraction=fraction, rate=rate,
-    )  # fmt: skip
+    more: dict[str, Any] = {"small": small, "peers": peers, "steps": steps, "fraction": fraction, "rate": rate}
+    bench(words or [], json_file, options, precision=precision and precision.value, **more)
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN ...", help="Folders of runs.")] = None,
-    out: Annotated[Path, typer.Option(help="The page; its pictures go into a folder beside it.")] = Path("report.html"),
-    baseline: Annotated[str, typer.Option(metavar="RUN", help="What others are measured against; the first if left out.")] = "",
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN ...", help="Run folders to compare.")] = None,
+    out: Annotated[Path, typer.Option(help="HTML page to write; its images go into a folder beside it.")] = Path("report.html"),
+    baseline: Annotated[str, typer.Option(metavar="RUN", help="Run to compare the others with (default: the first).")] = "",
     draw: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=a,b,c", help="Draw the finished models anew, each way: clip_skip=0,1,2."),
+        typer.Option(metavar="KEY=a,b,c", help="Draw samples with each of these settings, for example clip_skip=0,1,2."),
     ] = None,
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Draw anew from every checkpoint that was kept.")] = False,
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Draw samples from every saved checkpoint.")] = False,
 ) -> None:
     """Compare runs on one HTML page. It shows settings, curves, samples, cost, and differences from a baseline."""
     from fastsd.compare.compare import compare
@@ -210,10 +234,13 @@ def compare(
 def sweep(
     config: ConfigPath,
     values: Annotated[
-        list[str] | None, typer.Argument(metavar="key=a,b,c ...", help="Swept; key=value is the same in all runs.")
+        list[str] | None,
+        typer.Argument(metavar="key=a,b,c ...", help="Values to sweep; key=value sets one value for all runs."),
     ] = None,
-    precision: Stages = None,
-    baseline: Annotated[str, typer.Option(metavar="NAME", help="Run that others are measured against; the config's own.")] = "",
+    precision: StagePrecision = None,
+    baseline: Annotated[
+        str, typer.Option(metavar="NAME", help="Run to compare the others with (default: the one with CONFIG's values).")
+    ] = "",
 ) -> None:
     """Train runs that differ only in these values, and compare them. Run the same command again to resume."""
     from fastsd.compare.sweep import sweep
@@ -225,9 +252,9 @@ def sweep(
 def lr_probe(
     config: ConfigPath,
     overrides: Overrides = None,
-    precision: Stages = None,
-    steps: Annotated[int, typer.Option(min=40, help="Of the short D-Lion run.")] = 400,
-    stage: Annotated[str, typer.Option(metavar="NAME", help="The stage to probe; the first if left out.")] = "",
+    precision: StagePrecision = None,
+    steps: Annotated[int, typer.Option(min=40, help="Length of the D-Lion run in steps.")] = 400,
+    stage: Annotated[str, typer.Option(metavar="NAME", help="Stage to probe (default: the first).")] = "",
 ) -> None:
     """Find a learning rate for Lion with a short D-Lion run."""
     loaded = _load(config, overrides, precision)
@@ -238,10 +265,10 @@ def lr_probe(
 
 @app.command(name="long-clip")
 def long_clip(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Diffusers folder, single file or hub id.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new diffusers folder.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Positions the text encoder will have.")] = 248,
-    tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
+    base: BaseModel,
+    out: NewFolder,
+    tokens: Annotated[int, typer.Option(min=1, help="New length of the text encoder in tokens.")] = 248,
+    tokenizer: Tokenizer = "",
 ) -> None:
     """Stretch the text encoder of BASE for long captions. Long-CLIP does the same before its training."""
     from fastsd.commands.long_clip import long_clip
@@ -251,62 +278,88 @@ def long_clip(
 
 @app.command(name="swap-vae")
 def swap_vae(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Diffusers folder, single file or hub id.")],
-    vae: Annotated[str, typer.Argument(metavar="VAE", help="The same, or a VAE alone.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new diffusers folder.")],
-    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Align the UNet to the new latents by these.")] = None,
-    limit: Annotated[int, typer.Option(min=8, metavar="N", help="Images to look at.")] = 256,
-    fit: Annotated[str, typer.Option(help="plain, orthogonal, affine or kernel; that of the smallest loss if left out.")] = "",
-    vae_scaling_factor: Annotated[float | None, typer.Option(help="For a VAE that is a single file.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
-    resolution: Annotated[int, typer.Option(min=0, help="Pixels a side; 0 is the model's own.")] = 0,
-    precision: Annotated[Precision, typer.Option(help="To measure in; written is fp32.")] = Precision.fp32,
-    device: Annotated[str, typer.Option()] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Which images, noise and timesteps.")] = 0,
+    base: BaseModel,
+    vae: Annotated[
+        str, typer.Argument(metavar="VAE", help="New VAE: a VAE alone, or a model that contains one; forms as BASE.")
+    ],
+    out: NewFolder,
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of images by which the UNet is aligned to the new latents.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=8, metavar="N", help="Largest number of images to use.")] = 256,
+    fit: Annotated[
+        str, typer.Option(help="Fit: plain, orthogonal, affine or kernel (default: the one with the smallest loss).")
+    ] = "",
+    vae_scaling_factor: ScalingFactor = None,
+    tokenizer: Tokenizer = "",
+    resolution: Annotated[int, typer.Option(min=0, help="Image size in px; 0 = the model's native size.")] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="Precision of the measurement: fp32 or bf16; the output is fp32.")
+    ] = Precision.fp32,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed that selects images, noise and timesteps.")] = 0,
 ) -> None:
     """Replace the VAE of BASE. With --images, the UNet is aligned to the new latents before any training."""
     from fastsd.commands.swap_vae import swap_vae
 
-    swap_vae(
-        base, vae, out, images, fit, limit, resolution, vae_scaling_factor, tokenizer, precision.value, device, seed
-    )  # fmt: skip
+    options: dict[str, Any] = {"tokenizer": tokenizer, "precision": precision.value, "device": device, "seed": seed}
+    swap_vae(base, vae, out, images, fit, limit, resolution, vae_scaling_factor, **options)
 
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="Folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or a new .safetensors file.")],
-    to: Annotated[Form | None, typer.Option(help="As the ending of OUT says if left out.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; as they are if left out.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights.")] = False,
-    fold: Annotated[bool, typer.Option("--fold/--no-fold", help="Single file: make the VAE one of factor 0.18215.")] = True,
-    variant: Annotated[str, typer.Option(metavar="WORD", help="diffusers: in the weights' names, for example fp16.")] = "",
-    shard: Annotated[float, typer.Option(metavar="GB", min=0.0, help="diffusers: begin another file above this size.")] = 0.0,
-    vae: Annotated[str, typer.Option(help="In place of the model's own.")] = "",
-    vae_scaling_factor: Annotated[float | None, typer.Option(help="For a VAE that is a single file.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="Folder or hub id, for a single file.")] = "",
-    revision: Annotated[str, typer.Option(help="Of a hub id.")] = "",
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Model: folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output: a new folder or .safetensors file.")],
+    to: Annotated[Form | None, typer.Option(help="Output format (default: inferred from OUT's extension).")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Data type of the weights (default: unchanged).")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Convert the averaged (EMA) weights.")] = False,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold/--no-fold", help="For a single file: fold the scaling factor into the VAE, so that 0.18215 is correct."
+        ),
+    ] = True,
+    variant: Annotated[
+        str, typer.Option(metavar="WORD", help="For diffusers: variant in weight file names, for example fp16.")
+    ] = "",
+    shard: Annotated[
+        float, typer.Option(metavar="GB", min=0.0, help="For diffusers: split weight files above this size; 0 = never.")
+    ] = 0.0,
+    vae: Annotated[str, typer.Option(help="VAE to use instead of the model's own.")] = "",
+    vae_scaling_factor: ScalingFactor = None,
+    tokenizer: Tokenizer = "",
+    revision: Annotated[str, typer.Option(help="Revision of a hub id.")] = "",
 ) -> None:
     """Convert a model to another format. Writes a diffusers folder, a single file, or a LoRA with kohya or PEFT names."""
     from fastsd.commands.convert import ConvertOptions, convert
 
-    options = ConvertOptions(
-        dtype=dtype.value if dtype else "", ema=ema, fold=fold, variant=variant, shard=shard, vae=vae,
-        vae_scaling_factor=vae_scaling_factor, tokenizer=tokenizer, revision=revision,
-    )  # fmt: skip
+    vae_options: dict[str, Any] = {
+        "vae": vae,
+        "vae_scaling_factor": vae_scaling_factor,
+        "tokenizer": tokenizer,
+        "revision": revision,
+    }
+    options = ConvertOptions(dtype.value if dtype else "", ema, fold, variant, shard, **vae_options)
     convert(source, out, to.value if to else "", options)
 
 
 @app.command()
 def redraw(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusers folder, single file, run or checkpoint.")],
+    model: AnyModel,
     config: ConfigPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or one that the same line has begun.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Output: a new folder, or that of an interrupted run of this command.")
+    ],
     overrides: Overrides = None,
-    start: Annotated[int | None, typer.Option(metavar="T", help="Timestep of the noise on each image; 0 only decodes.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
-    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
-    device: Annotated[str, typer.Option(help="The config's if left out.")] = "",
+    start: Annotated[
+        int | None,
+        typer.Option(metavar="T", help="Timestep to which latents are noised; 0 = only decode them (default: pure noise)."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of images to draw (default: all).")] = None,
+    precision: ComputePrecision = Precision.fp32,
+    device: Annotated[str, typer.Option(help="Compute device: auto, cpu, cuda or cuda:N (default: per config).")] = "",
 ) -> None:
     """Make a data set by redrawing images with MODEL. Images of CONFIG are redrawn from captions or from noised latents."""
     loaded = _load(config, overrides)
@@ -317,7 +370,7 @@ def redraw(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-out"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
 ) -> None:
     """Try the whole workflow on tiny models. Swaps the VAE, caches, trains, samples: minutes on CPU or GPU, no downloads."""
     from fastsd.demo.demo import demo
@@ -341,7 +394,7 @@ def main() -> None:
         print(f"fastsd: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        print(f"fastsd: {stopped}; the same line again goes on from there", file=sys.stderr)
+        print(f"fastsd: {stopped}; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,43 +44,46 @@ def cache(config: Config, console: Console | None = None) -> build.CacheCounts:
     set_precision(config.cache.precision)
     vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])
     name = config.model.vae or config.model.base
-    print_line(
-        console,
-        f"VAE {name}, {vae.channels} channels, factor {vae.scaling_factor:g}, {config.cache.precision} on {device}",
-    )
+    scaling = f"scaling factor {vae.scaling_factor:g}"
+    print_line(console, f"VAE {name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
     try:
         tokenizer = load_tokenizer(config.model)[0]
     except UserError as error:  # training will need it; encoding does not
         tokenizer = None
         print_line(console, f"note: {error}")
+
     start = time.perf_counter()
-    with progress(console) as report:
-        counts = build.build_cache(config, vae, report, lambda line: print_line(console, line))
+    with progress(console) as report_progress:
+        counts = build.build_cache(config, vae, report_progress, partial(print_line, console))
         if tokenizer:
             _cache_tokens(config, counts.view, tokenizer, console)
         if config.cache.hidden_states:
-            _cache_states(config, counts.view, device, report, console)
+            _cache_text_embeddings(config, counts.view, device, report_progress, console)
     seconds = time.perf_counter() - start
+
     print_line(
         console,
         f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {counts.encoded} encoded now, "
-        f"{counts.latents - counts.encoded} were there ({seconds:.1f} s)",
+        f"{counts.latents - counts.encoded} already cached ({seconds:.1f} s)",
     )
     if counts.encoded:
-        print_line(console, ", ".join(f"{stage} {rate:.1f} img/s" for stage, rate in counts.rates.items()) + ", each by itself")
+        rates = ", ".join(f"{step} {rate:.1f} img/s" for step, rate in counts.rates.items())
+        print_line(console, f"speed of each pipeline step alone: {rates}")
     if counts.empty_captions:
-        print_line(console, f'{counts.empty_captions} images have no caption or an empty one; they train as ""')
+        print_line(console, f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
     if counts.rejected:
         print_line(console, f"{counts.rejected} rejected:")
-        _say_reasons(console, counts.reasons)
+        _print_reasons(console, counts.reasons)
         for example in counts.examples:
             print_line(console, f"  {example}")
         if counts.rejected > len(counts.examples):
-            print_line(console, f"  and {counts.rejected - len(counts.examples)} more, in the table `rejected` of cache.sqlite")
+            print_line(
+                console, f"  and {counts.rejected - len(counts.examples)} more; see the table `rejected` in cache.sqlite"
+            )
     return counts
 
 
-def _say_reasons(console: Console, reasons: dict[str, int]) -> None:
+def _print_reasons(console: Console, reasons: dict[str, int]) -> None:
     """Print the most common reasons. Some include a position in a file, so there may be as many reasons as files."""
     for reason, count in list(reasons.items())[:REASONS]:
         print_line(console, f"  {count} x {reason}")
@@ -90,19 +94,23 @@ def _say_reasons(console: Console, reasons: dict[str, int]) -> None:
 def _cache_tokens(config: Config, view: str, tokenizer: Any, console: Console) -> None:
     with (
         Store.open(Path(config.cache.dir), lock="shared") as store,
-        one_at_a_time(store, lambda line: print_line(console, line)),
+        one_at_a_time(store, partial(print_line, console)),
         disk_errors(store.folder),
         closing(LatentCache.open(store.folder, view)) as latents,
     ):
         write_tokens(latents, tokenizer)
 
 
-def _cache_states(config: Config, view: str, device: torch.device, report: build.ProgressCallback, console: Console) -> None:
+def _cache_text_embeddings(
+    config: Config, view: str, device: torch.device, report_progress: build.ProgressCallback, console: Console
+) -> None:
     text = load_text(config.model, locate(config.model.base, "model.base", config.model.revision))
     text.module.to(device)
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
-        counts = write_text_embeddings(config.cache, latents, text, report, lambda line: print_line(console, line))
-    print_line(console, f"{counts.captions} captions, the text encoder's states of {counts.encoded} of them encoded now")
+        counts = write_text_embeddings(config.cache, latents, text, report_progress, partial(print_line, console))
+    print_line(
+        console, f"text embeddings of {counts.captions} captions: {counts.encoded} encoded now, the others already cached"
+    )
 
 
 def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, console: Console | None = None) -> None:
@@ -111,46 +119,46 @@ def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, con
     folder = config.cache.dir
     problems = upkeep.verify(folder) if verify else []
     if verify and not problems:
-        print_line(console, f"{folder}: every latent and view is as its sha256 says")
+        print_line(console, f"{folder}: all latents and views match their sha256")
     if prune:
         pruned = upkeep.prune(folder)
-        print_line(console, f"{folder}: {pruned.shards} unused shards deleted, {pruned.bytes / 1e6:.1f} MB")
+        print_line(console, f"{folder}: {pruned.shards} unused shards deleted ({pruned.bytes / 1e6:.1f} MB)")
     if stats:
         contents = upkeep.stats(folder)
-        missing = f", {contents.planned} not encoded (rejected since, or caching was interrupted)" if contents.planned else ""
-        states = f" and {contents.states} states of captions" if contents.states else ""
+        missing = f"; {contents.planned} not encoded (rejected later, or caching was interrupted)" if contents.planned else ""
+        text_embeddings = f" and {contents.states} text embeddings" if contents.states else ""
         size = f"{contents.shards} shards, {contents.shard_bytes / 1e6:.1f} MB"
-        print_line(console, f"{folder}: {contents.latents} latents{states} in {size}{missing}")
+        print_line(console, f"{folder}: {contents.latents} latents{text_embeddings} in {size}{missing}")
         for name, view in contents.views.items():
-            _say_view(console, name, view)
-            _say_over_length(config, name, console)
+            _print_view(console, name, view)
+            _print_truncated(config, name, console)
         for problem in contents.damaged:
             print_line(console, f"  damaged: {problem}")
         if contents.rejected:
             print_line(console, f"  {sum(contents.rejected.values())} rejected:")
-            _say_reasons(console, contents.rejected)
+            _print_reasons(console, contents.rejected)
     if problems:
         raise UserError("cache-damaged", "\n".join(problems))
 
 
-def _say_view(console: Console, name: str, view: upkeep.ViewStats) -> None:
+def _print_view(console: Console, name: str, view: upkeep.ViewStats) -> None:
     meta = view.meta
     versions = f", {meta.versions} latents each" if meta.versions > 1 else ""
-    print_line(console, f"  view {name}: {meta.cached} of {meta.images} images{versions}, VAE {meta.vae_name}, "
-         f"{meta.rejected} rejected, {meta.empty_captions} empty captions")  # fmt: skip
+    counts = f"{meta.rejected} rejected, {meta.empty_captions} empty captions"
+    print_line(console, f"  view {name}: {meta.cached} of {meta.images} images{versions}, VAE {meta.vae_name}, {counts}")
     if view.masked:
-        print_line(console, f"    {view.masked} of them with a mask")
+        print_line(console, f"    {view.masked} images have a mask")
     print_line(console, "    sizes: " + ", ".join(f"{size} x {count}" for size, count in view.buckets.items()))
     channels = ", ".join(f"{mean:+.2f} ± {std:.2f}" for mean, std in zip(view.mean, view.std, strict=True))
-    print_line(console, f"    scaled channels, mean ± std over {view.measured} latents: {channels}")
+    print_line(console, f"    mean ± std of each scaled channel, from {view.measured} latents: {channels}")
     if view.warning:
         print_line(console, f"    warning: {view.warning}")
 
 
-def _say_over_length(config: Config, view: str, console: Console) -> None:
+def _print_truncated(config: Config, view: str, console: Console) -> None:
     """Print how many captions will be truncated for the text encoder, if their token ids are cached."""
     with suppress(UserError), closing(LatentCache.open(config.cache.dir, view)) as latents:
         tokenizer = load_tokenizer(config.model)[0]
         tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks)
         token_limit = tokens.chunks * tokens.window
-        print_line(console, f"    {tokens.over_length()} captions are longer than {token_limit} tokens and will be cut")
+        print_line(console, f"    {tokens.over_length()} captions are longer than {token_limit} tokens and will be truncated")

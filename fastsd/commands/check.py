@@ -40,19 +40,16 @@ def check(config: Config, console: Console | None = None) -> None:
     console = console or Console()
     problems: list[str] = []
 
-    def attempt(title: str, look: Callable[[], str]) -> None:
+    def attempt(title: str, inspect: Callable[[], str]) -> None:
         try:
-            print_line(console, f"ok    {title}: {look()}")
+            print_line(console, f"ok    {title}: {inspect()}")
         except UserError as error:
             problems.extend(str(error).split("\n"))
-            print_line(console, f"wrong {title}")
+            print_line(console, f"error {title}")
 
     models: list[Model] = []
     epoch: list[int] = []
-    attempt(
-        "device",
-        lambda: f"{choose_device(config.device)}, kernels {choose_ops(config.kernels, choose_device(config.device)).name}",
-    )
+    attempt("device", lambda: _device(config))
     attempt("images", lambda: _images(config, epoch))
     attempt("model", lambda: _model(config, models))
     if models:
@@ -64,15 +61,21 @@ def check(config: Config, console: Console | None = None) -> None:
         attempt(config.stage_name(i), partial(_stage, config, i, models, epoch))
     for note in models[0].notes if models else []:
         print_line(console, f"note  {note}")
-    attempt("run folder", lambda: _room(config, models))
+    attempt("run folder", lambda: _disk_space(config, models))
+
     if problems:
         raise UserError("check-problems", "\n".join(dict.fromkeys(problems)))
+
+
+def _device(config: Config) -> str:
+    device = choose_device(config.device)
+    return f"{device}, kernels {choose_ops(config.kernels, device).name}"
 
 
 def _images(config: Config, epoch: list[int]) -> str:
     images, repeated = folders.count(config.data)
     epoch.append(repeated)
-    per_epoch = f", {repeated} an epoch" if repeated != images else ""
+    per_epoch = f", {repeated} per epoch" if repeated != images else ""
     return f"{images} in {', '.join(root.path for root in config.data.roots)}{per_epoch}"
 
 
@@ -83,7 +86,7 @@ def _model(config: Config, models: list[Model]) -> str:
     if not config.data.buckets:  # bucket sides may be odd in latents: the UNet upsamples to its skip connections' sizes
         build.check_resolution(config, model.vae.downscale * model.unet.cfg.downscale, "UNet")
     parameters = sum(p.numel() for p in model.unet.parameters())
-    return f"{config.model.base}, UNet {parameters:,} parameters, VAE factor {model.vae.scaling_factor:g}"
+    return f"{config.model.base}, UNet {parameters:,} parameters, VAE scaling factor {model.vae.scaling_factor:g}"
 
 
 def _stage(config: Config, index: int, models: list[Model], epoch: list[int]) -> str:
@@ -91,12 +94,11 @@ def _stage(config: Config, index: int, models: list[Model], epoch: list[int]) ->
     if models:
         selected(models[0], stage.reinit, f"stage {name!r}: reinit")
         Objective(alphas_cumprod(models[0].scheduler), config.seed, stage=stage, prediction=models[0].prediction)
-        trained_size = (
-            f" ({parameter_count(models[0], selected(models[0], stage.train, f'stage {name!r}: train')):,} parameters)"
-        )
+        trained = selected(models[0], stage.train, f"stage {name!r}: train")
+        trained_size = f" ({parameter_count(models[0], trained):,} parameters)"
     steps = check_length(stage, name, epoch[0]) if epoch else None
     length = f"{steps} steps" if steps and steps < ENDLESS else str(stage.until)
-    return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} of {stage.batch} images"
+    return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} with {stage.batch} images per step"
 
 
 def _cache(config: Config, model: Model, epoch: list[int]) -> str:
@@ -115,7 +117,7 @@ def _validation(config: Config, model: Model, epoch: list[int]) -> str:
         return f"{Validation(model, loader, sets, config.validate_)}, every {config.validate_.every}"
 
 
-def _room(config: Config, models: list[Model]) -> str:
+def _disk_space(config: Config, models: list[Model]) -> str:
     """Check the disk space for the exports and all checkpoints that can exist at once (fp32 weights, optimizer state, EMA)."""
     folder = Path(config.run).absolute()
     while not folder.exists():
@@ -124,22 +126,23 @@ def _room(config: Config, models: list[Model]) -> str:
     if not models:
         return f"{free / 1e9:.1f} GB free"
     model = models[0]
-    modules = {part: model.part(part) for part in COMPONENTS} | {"vae": model.vae.module}
-    size = {part: sum(p.numel() for p in module.parameters()) * 4 for part, module in modules.items()}
+    modules = {name: model.part(name) for name in COMPONENTS} | {"vae": model.vae.module}
+    size = {name: sum(p.numel() for p in module.parameters()) * 4 for name, module in modules.items()}
+
     stage_bytes = [0]
     for stage in config.stage:
         with suppress(UserError):  # `_stage` has reported it
             trained = selected(model, stage.train, "train")
             slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
-            checkpoint_bytes = sum(size[part] for part in changed_components(trained)) + 4 * slots * parameter_count(
-                model, trained
-            )
+            checkpoint_bytes = sum(size[name] for name in changed_components(trained))
+            checkpoint_bytes += 4 * slots * parameter_count(model, trained)
             stage_bytes.append(checkpoint_bytes * (stage.keep_checkpoints + 1))
+
     need = sum(size.values()) + max(stage_bytes) + export_bytes(config, size)
     if need > free:
         raise UserError(
             "run-disk-space",
-            f"run is {config.run!r}: checkpoints and exported models need about {need / 1e9:.1f} GB and the disk has "
-            f"{free / 1e9:.1f} GB; free space, lower keep_checkpoints, or set export.single_file = false",
+            f"run is {config.run!r}: checkpoints and exported models need about {need / 1e9:.1f} GB, but the disk has "
+            f"{free / 1e9:.1f} GB free; free up space, lower keep_checkpoints, or set export.single_file = false",
         )
-    return f"{config.run}, checkpoints and exported models need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    return f"{config.run}; checkpoints and exported models need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free"

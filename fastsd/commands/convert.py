@@ -53,7 +53,7 @@ class ConvertOptions:
 
 
 def convert(
-    name: str, out: Path, to: str = "", options: ConvertOptions | None = None, say: Callable[[str], None] = print
+    name: str, out: Path, to: str = "", options: ConvertOptions | None = None, reporter: Callable[[str], None] = print
 ) -> None:
     """Write a model to `out` in another format, and print what was found and what was ignored.
 
@@ -69,12 +69,12 @@ def convert(
     options = options or ConvertOptions()
     to = to or _guess(name, out)
     if out.exists():
-        raise UserError(
-            "convert-out-exists", f"OUT is {str(out)!r}, which exists; name a new {'folder' if to == 'diffusers' else 'file'}"
-        )
+        kind = "folder" if to == "diffusers" else "file"
+        raise UserError("convert-out-exists", f"OUT is {str(out)!r}, which already exists; choose a new {kind}")
     if (out.suffix == ".safetensors") == (to == "diffusers"):
-        advice = "name a folder" if to == "diffusers" else "end it in .safetensors"
-        raise UserError("convert-ending", f"OUT is {str(out)!r} and --to {to}; {advice}")
+        advice = "choose a folder" if to == "diffusers" else "choose a name that ends in .safetensors"
+        raise UserError("convert-ending", f"OUT is {str(out)!r}, but --to is {to}; {advice}")
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if to.startswith("lora"):
@@ -84,16 +84,16 @@ def convert(
         else:
             source = _source(name, options)
             for note in source.notes:
-                say(note)
-            notes = _write(source, *_told(name, source, options), out, to, options)
+                reporter(note)
+            notes = _write(source, *_summary_and_samples(name, source, options), out, to, options)
     except OSError as error:
         raise UserError(
-            "convert-unwritable", f"{error.filename or out}: {error.strerror or error}; mend that and run it again"
+            "convert-unwritable", f"{error.filename or out}: {error.strerror or error}; fix that and run again"
         ) from error
     for note in notes:
-        say(note)
+        reporter(note)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
-    say(f"{out}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB, {to}")
+    reporter(f"{out}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB, {to}")
 
 
 def _guess(name: str, out: Path) -> str:
@@ -107,8 +107,13 @@ def _guess(name: str, out: Path) -> str:
 
 
 def _write(
-    source: ModelSource, summary: ModelSummary | None, samples: Path | None, out: Path, to: str, options: ConvertOptions
-) -> list[str]:  # fmt: skip
+    source: ModelSource,
+    summary: ModelSummary | None,
+    samples: Path | None,
+    out: Path,
+    to: str,
+    options: ConvertOptions,
+) -> list[str]:
     if to == "single-file":
         vae, unet = source.parts.get("vae"), source.parts["unet"].config
         downscale = 2 ** (len(vae.config.get("block_out_channels", (64,))) - 1) if vae else 8
@@ -121,7 +126,7 @@ def _write(
     return []
 
 
-def _told(name: str, source: ModelSource, options: ConvertOptions) -> tuple[ModelSummary | None, Path | None]:
+def _summary_and_samples(name: str, source: ModelSource, options: ConvertOptions) -> tuple[ModelSummary | None, Path | None]:
     """Find the training summary and the sample grid of a model: those of the run, or those stored with the model."""
     run = Path(name) if (Path(name) / "checkpoints").is_dir() else None
     if run:
@@ -141,20 +146,22 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
     )
     if in_memory:
         source.parts |= _in_memory(Path(base), source, options.ema)
+
     if options.vae:
         path, notes = locate(options.vae, "--vae", pickled=True), source.notes
         new_vae = open_file(path).part("vae", notes) if path.is_file() else read_component(path, "vae", notes, pickled=True)
         if new_vae is None:
-            raise UserError("convert-no-vae", f"--vae is {options.vae!r}, which has none; give an AutoencoderKL")
+            raise UserError("convert-no-vae", f"--vae is {options.vae!r}, which contains no VAE; give an AutoencoderKL")
         source.parts["vae"] = checked("vae", new_vae, notes)
+
     vae, expected = source.parts.get("vae"), source.parts["unet"].config.get("out_channels", 4)
     if vae is not None and options.vae_scaling_factor is not None:
         source.parts["vae"] = replace(vae, config={**vae.config, "scaling_factor": options.vae_scaling_factor})
     if vae is not None and (channels := vae.config.get("latent_channels", 4)) != expected:
         raise UserError(
             "convert-vae-channels",
-            f"{vae.place}: has {channels} latent channels and the UNet makes {expected}; give a VAE with {expected}, or use "
-            "`fastsd swap-vae`",
+            f"{vae.place}: latent_channels is {channels}, but the UNet has {expected}; give a VAE with {expected} latent "
+            "channels, or use `fastsd swap-vae`",
         )
     return source
 
@@ -163,11 +170,13 @@ def _in_memory(checkpoint: Path, source: ModelSource, ema: bool) -> dict[str, Co
     """Build the components that a checkpoint's weight files do not hold: EMA weights, and weights with merged adapters."""
     averages = averages_of(checkpoint) if ema else {}
     if ema and not averages:
-        raise UserError("convert-no-ema", f"{checkpoint}: has no averaged (EMA) weights; leave --ema out")
+        raise UserError("convert-no-ema", f"{checkpoint}: has no EMA weights; omit --ema")
     model = load_merged(ModelTable(base=str(checkpoint)), averages=averages)
     has_adapters = (checkpoint / MADE_BY).is_file()
     tensors = {part: component_state_dict(model, part, None if has_adapters else averages.get(part)) for part in COMPONENTS}
-    source.notes.append(f"{checkpoint.name}: {'averages' if ema else 'weights'}{', adapters merged' if has_adapters else ''}")
+    source.notes.append(
+        f"{checkpoint.name}: {'EMA weights' if ema else 'weights'}{', adapters merged' if has_adapters else ''}"
+    )
     return {part: replace(source.parts[part], tensors=tensors[part]) for part in COMPONENTS}
 
 
@@ -179,7 +188,7 @@ def _lora_file(name: str, ema: bool) -> Path:
         if not ema_path.is_file():
             raise UserError(
                 "convert-no-lora-ema",
-                f"{name}: has no lora-ema.safetensors, which a run with an average ends with; leave --ema out",
+                f"{name}: has no lora-ema.safetensors, which a run with EMA writes when it finishes; omit --ema",
             )
         return ema_path
     return path / ADAPTERS if (path / ADAPTERS).is_file() else path

@@ -16,14 +16,14 @@ from fastsd.storage import new_folder, write_text
 KEPT = 20  # first positions, which do not change: they hold nearly all that CLIP has learned from its short captions
 
 
-def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", say: Callable[[str], None] = print) -> None:
+def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", reporter: Callable[[str], None] = print) -> None:
     """Write `base` to `out` as a diffusers folder, with its position embeddings stretched to `tokens`.
 
     Raises:
         UserError: the base does not load, `out` exists, or `tokens` is not more than the encoder has.
     """
     if out.exists():
-        raise UserError("out-exists", f"OUT is {str(out)!r}, which exists; name a new folder")
+        raise UserError("out-exists", f"OUT is {str(out)!r}, which already exists; choose a new folder")
     model = load_model(ModelTable(base=base, tokenizer=tokenizer))
     window = model.text.window
     try:
@@ -37,6 +37,5 @@ def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", say: Calla
         config_path = folder / "tokenizer" / "tokenizer_config.json"
         tokenizer_config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
         write_text(config_path, json.dumps(tokenizer_config | {"model_max_length": tokens}, indent=2) + "\n")
-    say(
-        f"{out}: {window} positions stretched to {tokens}, the first {KEPT} kept; train the text encoder before relying on more"
-    )
+    advice = f"train the text encoder before using captions longer than {window} tokens"
+    reporter(f"{out}: {window} positions stretched to {tokens}, the first {KEPT} kept; {advice}")

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fastsd.commands.progress import print_line
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
@@ -24,6 +25,11 @@ from fastsd.run.loop import train
 SHARE = 1 / 3  # Lion's lr divided by D-Lion's d lr
 LAST, FLAT = 4, 1.02  # a plateau: over the last 1 / LAST of the run, d lr has grown by at most the factor FLAT
 ROWS = 100
+PROBE_SETTINGS = {
+    "optimizer": "dlion", "lr": 1.0, "schedule": "constant", "restarts": 0, "betas": None, "state": "reset",
+    "growth_rate": None, "d_max": None, "freeze_d_after": 0, "ema": 0.0, "ema_power": 0.0, "ema_after": 0,
+    "decoupled_weight_decay": False, "sample_every": 0, "checkpoint_at": [],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,13 @@ class Probe:
     Attributes:
         plateau: d lr at the end.
         growth: factor by which it grew in the last quarter.
-        left: True if d has left d0.
+        left_d0: True if d has risen above d0.
     """
 
-    part: str
+    component: str
     plateau: float
     growth: float
-    left: bool
+    left_d0: bool
 
     @property
     def rate(self) -> float:
@@ -48,7 +54,7 @@ class Probe:
 
     @property
     def settled(self) -> bool:
-        return self.left and self.growth <= FLAT
+        return self.left_d0 and self.growth <= FLAT
 
 
 def lr_probe(config: Config, steps: int, stage: str = "", console: Console | None = None) -> list[Probe]:
@@ -58,7 +64,7 @@ def lr_probe(config: Config, steps: int, stage: str = "", console: Console | Non
         stage: name of the stage; "" = the first.
 
     Raises:
-        UserError: there is no such stage, or the training fails.
+        UserError: the stage does not exist, or the training fails.
     """
     console = console or Console()
     probe_config = _probing(config, steps, stage)
@@ -66,53 +72,48 @@ def lr_probe(config: Config, steps: int, stage: str = "", console: Console | Non
     train(probe_config, console, export=False)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the next probe must not resume this one
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    probes = [_read(part, i, rows, probe_config.stage[0].d0) for i, part in enumerate(_parts(rows))]
+    probes = [_read(name, i, rows, probe_config.stage[0].d0) for i, name in enumerate(_components(rows))]
     for probe in probes:
-        console.print(_sentence(probe, steps), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, _sentence(probe, steps))
     return probes
 
 
 def _probing(config: Config, steps: int, stage: str) -> Config:
     names = [config.stage_name(i) for i in range(len(config.stage))]
     if stage and stage not in names:
-        raise UserError("probe-unknown-stage", f"--stage is {stage!r}; the stages of this config are {', '.join(names)}")
+        raise UserError("probe-unknown-stage", f"--stage is {stage!r}; choose from {', '.join(names)}")
     index = names.index(stage) if stage else 0
     stage_table = config.stage[index]
-    probe_settings = {
-        "until": steps, "optimizer": "dlion", "lr": 1.0, "schedule": "constant", "warmup": min(steps // 10, 100), "restarts": 0,
-        "betas": None, "state": "reset", "growth_rate": None, "d_max": None, "freeze_d_after": 0, "ema": 0.0, "ema_power": 0.0,
-        "ema_after": 0, "decoupled_weight_decay": False, "sample_every": 0, "checkpoint_every": steps, "checkpoint_at": [],
-    }  # fmt: skip
-    no_validation = config.validate_.model_copy(update={"stabilised": 0})
+    lengths = {"until": steps, "checkpoint_every": steps, "warmup": min(steps // 10, 100)}
     return config.model_copy(
         update={
             "run": str(Path(config.run) / "lr-probe"),
-            "stage": [stage_table.model_copy(update=probe_settings)],
+            "stage": [stage_table.model_copy(update=PROBE_SETTINGS | lengths)],
             "sample": config.sample.model_copy(update={"prompts": [], "prompts_file": ""}),
             "log": config.log.model_copy(update={"every": max(steps // ROWS, 1), "tensorboard": False, "wandb": ""}),
-            "validate_": no_validation,
+            "validate_": config.validate_.model_copy(update={"stabilised": 0}),
         }
     )
 
 
-def _parts(rows: list[dict[str, Any]]) -> list[str]:
+def _components(rows: list[dict[str, Any]]) -> list[str]:
     """Return the components that have a d in the log. The first one's key is "d"; a single component needs no name."""
     return list(COMPONENTS) if any(key.startswith("d_") for key in rows[0]) else [""]
 
 
-def _read(part: str, index: int, rows: list[dict[str, Any]], d0: float) -> Probe:
-    key = f"d_{part}" if index else "d"
+def _read(component: str, index: int, rows: list[dict[str, Any]], d0: float) -> Probe:
+    key = f"d_{component}" if index else "d"
     d = [row[key] for row in rows]
-    return Probe(part, d[-1], d[-1] / d[-1 - len(d) // LAST], d[-1] > d0)
+    return Probe(component, d[-1], d[-1] / d[-1 - len(d) // LAST], d[-1] > d0)
 
 
 def _sentence(probe: Probe, steps: int) -> str:
-    component = f" for the {probe.part}" if probe.part else ""
-    if not probe.left:
-        return f"d never left d0 in {steps} steps{component}: no lr found; give --steps {3 * steps}, or a larger d0"
+    subject = f"d of the {probe.component}" if probe.component else "d"
+    if not probe.left_d0:
+        return f"{subject} stayed at d0 for {steps} steps; no lr found: use --steps {3 * steps}, or a larger d0"
     if not probe.settled:
         return (
-            f"d was still rising after {steps} steps{component}, by {probe.growth - 1:.0%} in the last quarter, and stands at "
-            f"{probe.plateau:.2g}; give --steps {2 * steps}, or use lion, lr = {probe.rate:.1e} as a lower bound"
+            f"{subject} is {probe.plateau:.2g} after {steps} steps and still rising (by {probe.growth - 1:.0%} in the last "
+            f'quarter); use --steps {2 * steps}, or optimizer = "lion" with lr = {probe.rate:.1e} as a lower bound'
         )
-    return f"d settled at {probe.plateau:.2g}{component}: use lion, lr = {probe.rate:.1e}"
+    return f'{subject} settled at {probe.plateau:.2g}; use optimizer = "lion" with lr = {probe.rate:.1e}'

@@ -18,10 +18,8 @@ PLAIN_SECONDS = 10  # between progress lines when the output is not a terminal
 @contextmanager
 def progress(console: Console) -> Iterator[build.ProgressCallback]:
     """Yield a callback that shows progress: a live line on a terminal, otherwise a line every few seconds."""
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         yield _live(bar) if console.is_terminal else _plain(console)
 
 
@@ -53,7 +51,7 @@ def _plain(console: Console) -> build.ProgressCallback:
 
 def _speed(event: build.CacheProgress) -> str:
     unit = "captions" if event.phase == "states" else "img"
-    return f"{event.images_per_second:.1f} {unit}/s" + (f" | {event.limit} limits" if event.limit else "")
+    return f"{event.images_per_second:.1f} {unit}/s" + (f" | limited by {event.limit}" if event.limit else "")
 
 
 def print_line(console: Console, text: str) -> None:

@@ -7,7 +7,7 @@ An image starts in one of three ways: from pure noise; from its latent, noised t
 which is only decoded (timestep 0).
 
 Noise is a function of (seed, number).  Batches do not depend on how many of their images are requested or already exist.
-A data set therefore has the same bits if it is made at once, piece by piece, or after interruptions.
+A data set therefore has the same bits if it is made at once, in several calls, or after interruptions.
 
 Shapes: B images of one size, C latent channels, H x W latent positions.
 """
@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastsd.commands.progress import progress
+from fastsd.commands.progress import print_line, progress
 from fastsd.commands.validate import latents_of
 from fastsd.config.schema import Config, ModelTable
 from fastsd.data.building.build import ProgressCallback
@@ -48,15 +47,21 @@ from fastsd.train.objective import alphas_cumprod
 from fastsd.train.precision import choose_device, set_precision
 from fastsd_kernels import noise
 
-SAID = "redraw.json"
-_OWN = 1 << 40  # added to an image's number: position of the noise that a stochastic sampler adds
+SETTINGS_FILE = "redraw.json"
+_SAMPLER_NOISE = 1 << 40  # added to an image's number: position of the noise that a stochastic sampler adds
 _SAMPLING = {"sampler", "steps", "guidance", "negative"}
 
 
 def redraw(
-    name: str, config: Config, out: Path, start: int | None = None, limit: int | None = None, precision: str = "fp32",
-    device: str = "", console: Console | None = None,
-) -> int:  # fmt: skip
+    name: str,
+    config: Config,
+    out: Path,
+    start: int | None = None,
+    limit: int | None = None,
+    precision: str = "fp32",
+    device: str = "",
+    console: Console | None = None,
+) -> int:
     """Redraw the cached images of a config into a folder that another config can use in `data.folders`.
 
     Args:
@@ -75,29 +80,33 @@ def redraw(
         Stopped: by Ctrl-C. The images drawn so far remain.
     """
     console, start_time = console or Console(), time.perf_counter()
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     table = _table(resolve_model(name), config.model)
     model, vae = _load(table, config, start, precision, device or config.device)
     cache = closing(_any_latents(table, config, vae)) if start is None else latents_of(table.base, config, vae)
+
     with cache as latents:
         selected = select(latents, tuple(config.data.include), tuple(config.data.exclude), config.stage[0].tag_separator)
         count = len(latents) if selected is None else len(selected)
         num_images = min(limit or count, count)
         try:
-            _claim(out, _said(table, config, latents, start, precision))
-            method = "from pure noise" if start is None else f"noised to timestep {start}" if start else "decoded once"
-            say(f"{table.base}: {num_images} of {len(latents)} images cached in {config.cache.dir}, {method}")
-            with progress(console) as report:
-                num_drawn = _Work(config, latents, vae, model, start).make(out, _batches(latents, selected), num_images, report)
+            _claim(out, _settings(table, config, latents, start, precision))
+            method = "from pure noise" if start is None else f"noised to timestep {start}" if start else "decoded unchanged"
+            print_line(console, f"{table.base}: {num_images} of {len(latents)} images cached in {config.cache.dir}, {method}")
+            with progress(console) as report_progress:
+                redrawer = _Redrawer(config, latents, vae, model, start)
+                num_drawn = redrawer.write(out, _batches(latents, selected), num_images, report_progress)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(
-                "redraw-unwritable", f"OUT {out} cannot be written ({reason}); mend that, and the same line again goes on"
+                "redraw-unwritable",
+                f"OUT {out} cannot be written ({reason}); fix that and run the same command again to continue",
             ) from error
         except KeyboardInterrupt:
             raise Stopped(f"{out}: redrawing stopped") from None
+
     seconds = time.perf_counter() - start_time
-    say(f"{num_images} images in {out}: {num_drawn} drawn now, {num_images - num_drawn} were there ({seconds:.1f} s)")
+    counts = f"{num_drawn} drawn now, {num_images - num_drawn} already existed"
+    print_line(console, f"{num_images} images in {out}: {counts} ({seconds:.1f} s)")
     return num_drawn
 
 
@@ -119,9 +128,9 @@ def _load(table: ModelTable, config: Config, start: int | None, precision: str, 
     model = load_to_sample(table, device, precision)
     timesteps = len(alphas_cumprod(model.scheduler))
     if start is not None and not 0 < start < timesteps:
-        advice = f"give 1 to {timesteps - 1}, or 0 to decode the latents as they are"
+        advice = f"give 1 to {timesteps - 1}, or 0 to decode the latents unchanged"
         raise UserError(
-            "redraw-start", f"--start is {start} and the noise schedule of {table.base} has {timesteps} timesteps; {advice}"
+            "redraw-start", f"--start is {start}, but the noise schedule of {table.base} has {timesteps} timesteps; {advice}"
         )
     check_steps(model, config.sample)
     return model, model.vae
@@ -133,43 +142,42 @@ def _any_latents(table: ModelTable, config: Config, vae: Vae) -> LatentCache:
     if latents.meta.downscale != vae.downscale:
         raise UserError(
             "redraw-downscale",
-            f"the latents in {config.cache.dir} are {latents.meta.downscale} times smaller than their images and those of "
-            f"{table.base} {vae.downscale} times; name its VAE in model.vae and run `fastsd cache CONFIG` first",
+            f"cache.dir is {config.cache.dir}, whose latents are {latents.meta.downscale} times smaller than their images, but "
+            f"{table.base} needs {vae.downscale} times; set model.vae to its VAE and run `fastsd cache CONFIG` first",
         )
     return latents
 
 
-def _said(table: ModelTable, config: Config, latents: LatentCache, start: int | None, precision: str) -> dict[str, Any]:
+def _settings(table: ModelTable, config: Config, latents: LatentCache, start: int | None, precision: str) -> dict[str, Any]:
     """Collect everything that determines a data set, except the number of its images that exist."""
     base = os.path.abspath(table.base) if os.path.exists(table.base) else table.base
-    return {
-        **table.model_dump(exclude={"lora"}), "base": base, "precision": precision, "start": start,
-        "seed": config.seed, "view": f"{latents.name} {latents.sha256[:16]}", "include": config.data.include,
-        "exclude": config.data.exclude, **config.sample.model_dump(include=_SAMPLING),
-    }  # fmt: skip
+    view = f"{latents.name} {latents.sha256[:16]}"
+    model = table.model_dump(exclude={"lora"}) | {"base": base, "precision": precision, "start": start, "seed": config.seed}
+    images = {"view": view, "include": config.data.include, "exclude": config.data.exclude}
+    return model | images | config.sample.model_dump(include=_SAMPLING)
 
 
-def _claim(out: Path, record: dict[str, Any]) -> None:
+def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Record in `out` what it will contain. Raises UserError if it already contains something else."""
-    path = out / SAID
+    path = out / SETTINGS_FILE
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(not name.startswith(TEMPORARY) for name in os.listdir(out))):
             raise UserError(
-                "redraw-out-exists", f"OUT is {str(out)!r}, which exists and is nothing that redraw has made; name a new folder"
+                "redraw-out-exists", f"OUT is {str(out)!r}, which already exists and is not from redraw; choose a new folder"
             )
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(record, indent=2) + "\n")
+        replace_file(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
         existing = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise UserError(
-            "redraw-settings-unreadable", f"{path} cannot be read, so what OUT was made with is unknown; name a new folder"
+            "redraw-settings-unreadable", f"{path}: cannot be read as JSON, so the settings are unknown; choose a new folder"
         ) from None
-    keys = [key for key in sorted(record.keys() | existing.keys()) if existing.get(key) != record.get(key)]
+    keys = [key for key in sorted(settings.keys() | existing.keys()) if existing.get(key) != settings.get(key)]
     if keys:
-        differences = ", ".join(f"{key} {existing.get(key)!r} (now {record.get(key)!r})" for key in keys)
-        raise UserError("redraw-settings-differ", f"OUT {out} was made with {differences}; name another folder")
+        differences = ", ".join(f"{key} {existing.get(key)!r} (now {settings.get(key)!r})" for key in keys)
+        raise UserError("redraw-settings-differ", f"OUT is {out}, which was made with {differences}; choose another folder")
 
 
 def _batches(latents: LatentCache, selected: np.ndarray | None) -> Iterator[np.ndarray]:
@@ -182,7 +190,7 @@ def _batches(latents: LatentCache, selected: np.ndarray | None) -> Iterator[np.n
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Redrawer:
     """Draws images. If `model` is None, it only decodes latents."""
 
     config: Config
@@ -191,7 +199,7 @@ class _Work:
     model: Model | None
     start: int | None
 
-    def make(self, out: Path, batches: Iterator[np.ndarray], limit: int, report: ProgressCallback) -> int:
+    def write(self, out: Path, batches: Iterator[np.ndarray], limit: int, report_progress: ProgressCallback) -> int:
         """Draw those of the first `limit` images that do not exist yet, and return how many were drawn."""
         start_time, done, num_drawn = time.perf_counter(), 0, 0
         for numbers_B in batches:
@@ -207,7 +215,7 @@ class _Work:
                         _write(out / f"{name}.png", png.getvalue())
                 flush_folder(out)
                 num_drawn += len(missing)
-                report(CacheProgress("redraw", done, limit, num_drawn / (time.perf_counter() - start_time)))
+                report_progress(CacheProgress("redraw", done, limit, num_drawn / (time.perf_counter() - start_time)))
             if done == limit:
                 break
         return num_drawn
@@ -220,7 +228,7 @@ class _Work:
         positions_B = torch.from_numpy(numbers_B).to(self.vae.device)
         shape = (self.vae.channels, *latents_BCHW.shape[2:])
         eps_BCHW = noise.normal(self.config.seed, noise.Purpose.REDRAW, positions_B, shape)
-        seeds = noise.integers(self.config.seed, noise.Purpose.REDRAW, positions_B + _OWN, 2**31 - 1).tolist()
+        seeds = noise.integers(self.config.seed, noise.Purpose.REDRAW, positions_B + _SAMPLER_NOISE, 2**31 - 1).tolist()
         start_args = () if self.start is None else (latents_BCHW, self.start)
         return self.vae.decode(denoise(self.model, captions, eps_BCHW, seeds, self.config.sample, *start_args))
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from fastsd.config.config_errors import sentence
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.errors import UserError
 from fastsd.run.folder import resolve_model
@@ -21,17 +22,18 @@ def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precisio
     table = _from_options(SampleTable, settings)
     prompts = read_prompts(table)
     if not prompts:
-        raise UserError("sample-no-prompt", "there is nothing to draw; give --prompt TEXT or --prompts FILE")
+        raise UserError("sample-no-prompt", "no prompts found; give --prompt TEXT, or --prompts FILE with one prompt per line")
     source = {**source, "base": resolve_model(source["base"])}
     model = load_to_sample(_from_options(ModelTable, source), device, precision)
     size = table.size or model.unet.cfg.sample_size * model.vae.downscale
     pairs = [(prompt, table.seed + column) for prompt in prompts for column in range(table.images)]
+
     images = generate(model, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], table, size)
     out.mkdir(parents=True, exist_ok=True)
     for i, (image, (_, seed)) in enumerate(zip(images, pairs, strict=True)):
         image.save(out / f"{i:03d}-{seed}.png")
     save_grid(grid(images, table.images, prompts, table.seed), out / "grid.png")
-    print(f"{len(images)} images and grid.png in {out}")
+    print(f"{len(images)} images and grid.png written to {out}")
 
 
 def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:
@@ -41,4 +43,5 @@ def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
-        raise UserError("sample-option", f"--{option} is {first['input']!r}; {first['msg'].lower()}") from None
+        advice = sentence(first).rpartition("; ")[2]
+        raise UserError("sample-option", f"--{option} is {first['input']!r}; {advice}") from None

@@ -17,9 +17,8 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastsd.commands.progress import progress
+from fastsd.commands.progress import print_line, progress
 from fastsd.config.schema import FolderTable, ModelTable
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.build import ProgressCallback
@@ -48,16 +47,26 @@ from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set
 from fastsd_kernels.noise import Purpose, permutation, philox
 
 FITS = ("plain", "orthogonal", "affine", "kernel")
-FEWEST, SHARE = 8, 4  # images that a fit needs; one image in SHARE measures
+FEWEST, MEASURE_EVERY = 8, 4  # images that a fit needs; one image in MEASURE_EVERY measures
 STRATA, BATCH = 10, 8
-_WHICH = 1 << 40  # a position that no image has, for the permutation that selects images
+_SELECTION = 1 << 40  # a position that no image has, for the permutation that selects images
 
 
 def swap_vae(
-    base: str, vae: str, out: Path, images: Path | None = None, fit: str = "", limit: int = 256, resolution: int = 0,
-    vae_scaling_factor: float | None = None, tokenizer: str = "", precision: str = "fp32", device: str = "auto", seed: int = 0,
+    base: str,
+    vae: str,
+    out: Path,
+    images: Path | None = None,
+    fit: str = "",
+    limit: int = 256,
+    resolution: int = 0,
+    vae_scaling_factor: float | None = None,
+    tokenizer: str = "",
+    precision: str = "fp32",
+    device: str = "auto",
+    seed: int = 0,
     console: Console | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write `base` with `vae` in place of its own VAE to `out`, and return the contents of swap.json.
 
     Args:
@@ -72,73 +81,78 @@ def swap_vae(
         UserError: a model does not load or the two do not fit; images are missing, unreadable or too few; `out` exists.
     """
     console = console or Console()
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    if out.exists():
-        raise UserError("out-exists", f"OUT is {str(out)!r}, which exists; name a new folder")
-    if fit and fit not in FITS:
-        raise UserError("swap-unknown-fit", f"--fit is {fit!r}; choose {', '.join(FITS)}")
-    if fit not in ("", "plain") and images is None:
-        raise UserError("swap-fit-needs-images", f"--fit is {fit!r}, which is found from images; add --images DIR")
-    if precision not in ("fp32", "bf16"):
-        raise UserError("swap-precision", f"--precision is {precision!r}; choose fp32 or bf16")
-    if vae_scaling_factor is not None and not vae_scaling_factor > 0:
-        raise UserError("swap-scaling-factor", f"--vae-scaling-factor is {vae_scaling_factor:g}; give a number above 0")
+    _check_options(out, images, fit, vae_scaling_factor, precision)
     sources = _images(images) if images else []
     compute_device = choose_device(device)
     table = ModelTable(base=base, tokenizer=tokenizer)
     model = load_model(table, choose_ops("auto", compute_device))
     new_vae = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
     _check(model.vae, new_vae, vae, aligning=bool(images))
-    _say_changes(say, model, new_vae)
+    _print_changes(console, model, new_vae)
+
     fp32_weights = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # fp32, for the output
-    edges = align.edge_layers(model.unet)
+    edge_layers = align.edge_layers(model.unet)
     record: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new_vae.scaling_factor, "fit": "plain"}
     if images:
         record |= {"images": str(images), "seed": seed, "precision": precision}
-        with progress(console) as report:
-            pairs = _encoded(model, new_vae.to(compute_device, torch.float32), sources, limit, seed, resolution, report)
+        with progress(console) as report_progress:
+            new_vae.to(compute_device, torch.float32)
+            pairs = _encode(model, new_vae, sources, limit, seed, resolution, report_progress)
             model.unet.to(compute_device, COMPUTE_DTYPE[precision])
             set_precision(precision, model.unet)
-            results = _Alignment(model, pairs, seed, report).compare(edges)
+            results = _Alignment(model, pairs, seed, report_progress).compare(edge_layers)
         if not math.isfinite(results["own"].loss["loss"]):
             raise UserError(
                 "swap-base-not-finite",
-                f"BASE is {base!r}, which predicts what is not finite from its own latents; fetch it again",
+                f"BASE is {base!r}, which predicts non-finite values from its own latents; download it again",
             )
         record |= pairs.counts() | {"fit": fit or min(FITS, key=lambda name: results[name].loss["loss"])}
         record["fits"] = {name: {"r2": result.r2, **result.loss, **result.map} for name, result in results.items()}
-        _say_table(say, record)
-        edges = results[record["fit"]].edges
+        _print_table(console, record)
+        edge_layers = results[record["fit"]].edge_layers
     else:
-        edges = align.fold_into_edges(edges, align.fit_plain(model.vae.channels, new_vae.channels))
-    align.put(model.unet, edges)
-    tensors = fp32_weights | {name: tensor.float() for name, tensor in edges.items()}
+        edge_layers = align.fold_into_edges(edge_layers, align.fit_plain(model.vae.channels, new_vae.channels))
+
+    align.put(model.unet, edge_layers)
+    tensors = fp32_weights | {name: tensor.float() for name, tensor in edge_layers.items()}
     try:
         with new_folder(out) as folder:
             write_component(folder, model, "unet", component_state_dict(model, "unet", tensors))
             write_component(folder, model, "text_encoder", component_state_dict(model, "text_encoder"))
             write_rest(folder, replace(model, vae=new_vae))
             write_text(folder / "swap.json", json.dumps(record, indent=2) + "\n")
-            write_card(folder, untrained(out.name, base, vae, _told(record)))
+            write_card(folder, untrained(out.name, base, vae, _describe(record)))
     except OSError as error:
         raise UserError(
-            "swap-unwritable", f"OUT {out} cannot be written ({error.strerror or error}); mend that and run it again"
+            "swap-unwritable", f"OUT {out} cannot be written ({error.strerror or error}); fix that and run again"
         ) from error
-    say(f"{out}: {base} with the VAE {vae}, {record['fit']} fit")
+    print_line(console, f"{out}: {base} with VAE {vae}, fit {record['fit']}")
     return record
 
 
-def _told(report: Mapping[str, Any]) -> str:
+def _check_options(out: Path, images: Path | None, fit: str, vae_scaling_factor: float | None, precision: str) -> None:
+    if out.exists():
+        raise UserError("out-exists", f"OUT is {str(out)!r}, which already exists; choose a new folder")
+    if fit and fit not in FITS:
+        raise UserError("swap-unknown-fit", f"--fit is {fit!r}; choose {', '.join(FITS)}")
+    if fit not in ("", "plain") and images is None:
+        raise UserError("swap-fit-needs-images", f"--fit is {fit!r}, which is computed from images; add --images DIR")
+    if precision not in ("fp32", "bf16"):
+        raise UserError("swap-precision", f"--precision is {precision!r}; choose fp32 or bf16")
+    if vae_scaling_factor is not None and not vae_scaling_factor > 0:
+        raise UserError("swap-scaling-factor", f"--vae-scaling-factor is {vae_scaling_factor:g}; give a number above 0")
+
+
+def _describe(record: Mapping[str, Any]) -> str:
     """Describe for the model card how the model was made."""
-    vae_only = "Only its VAE was replaced; it has to be trained before its pictures are right."
-    if "fits" not in report:
+    vae_only = "Only the VAE was replaced; the model must be trained before its images are usable."
+    if "fits" not in record:
         return vae_only
-    losses = {name: f"{row['loss']:.4f} ± {row['se']:.4f}" for name, row in report["fits"].items()}
-    mapping = f"Its first and last convolution were mapped to the new latents ({report['fit']} fit, {report['fitted']} images)."
+    fit, losses = record["fit"], {name: f"{row['loss']:.4f} ± {row['se']:.4f}" for name, row in record["fits"].items()}
+    mapping = f"The UNet's first and last convolution were mapped to the new latents ({fit} fit, {record['fitted']} images)."
     return (
-        f"Nothing was trained. {mapping if report['fit'] != 'plain' else vae_only} "
-        f"Loss before training: {losses[report['fit']]}, "
-        f"with the VAE replaced and nothing mapped {losses['plain']}, the base with its own VAE {losses['own']}."
+        f"Nothing was trained. {vae_only if fit == 'plain' else mapping} Loss before training: {losses[fit]}; with the VAE "
+        f"replaced and nothing mapped: {losses['plain']}; base model with its own VAE: {losses['own']}."
     )
 
 
@@ -159,30 +173,31 @@ def _check(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
     if latents(base) == latents(new):
         state, new_state = base.module.state_dict(), new.module.state_dict()
         if state.keys() == new_state.keys() and all(torch.equal(tensor, new_state[key]) for key, tensor in state.items()):
-            raise UserError("swap-same-vae", f"VAE {name} is the base's own; name another one")
+            raise UserError("swap-same-vae", f"VAE is {name}, which the base already uses; choose another VAE")
         if aligning:
             raise UserError(
                 "swap-same-latents",
-                f"VAE {name} has the latents of the base's own and only decodes otherwise; leave out --images",
+                f"VAE is {name}, which differs from the base's VAE only in its decoder and needs no alignment; omit --images",
             )
     if aligning and base.downscale != new.downscale:
         raise UserError(
             "swap-downscale",
-            f"VAE {name} makes latents {new.downscale} times smaller than images and the base's own {base.downscale} times, so "
-            "their positions do not correspond; leave out --images, and train",
+            f"VAE is {name}, whose latents are {new.downscale} times smaller than images, but the base's are {base.downscale} "
+            "times smaller, so they cannot be aligned; omit --images and train the model instead",
         )
 
 
-def _say_changes(say: Callable[[str], None], model: Model, new: Vae) -> None:
+def _print_changes(console: Console, model: Model, new: Vae) -> None:
     base_vae, channels = model.vae, model.unet.cfg.in_channels
-    say(f"VAE's factor {base_vae.scaling_factor:g} -> {new.scaling_factor:g}")
+    print_line(console, f"VAE scaling factor {base_vae.scaling_factor:g} -> {new.scaling_factor:g}")
     for note in model.notes:
-        say(f"note: {note}")
+        print_line(console, f"note: {note}")
     if new.channels != channels:
-        word = "widened" if new.channels > channels else "narrowed"
-        say(f"latent channels {channels} -> {new.channels}: first and last convolution {word}, new channels begin at zero")
+        change = "widened, new channels start at zero" if new.channels > channels else "narrowed, extra channels removed"
+        print_line(console, f"latent channels {channels} -> {new.channels}: first and last convolution {change}")
     if new.downscale != base_vae.downscale:
-        say(f"latents {base_vae.downscale} -> {new.downscale} times smaller than images: other sizes than the UNet has learned")
+        change = f"{base_vae.downscale} -> {new.downscale}"
+        print_line(console, f"VAE downscale {change}: latents have other sizes than those the UNet was trained on")
 
 
 @dataclass(frozen=True)
@@ -192,31 +207,37 @@ class _Pairs:
     Attributes:
         numbers_N: numbers of the images in their folder, which determine their noise.
         x_NCHW, y_NDHW: scaled latents of the base's and of the new VAE, fp32, on the CPU.
-        context_NLD: text embeddings.
-        put_aside: number of rejected images by reason.
+        text_embeds_NLD: text embeddings.
+        rejected: number of rejected images by reason.
     """
 
     resolution: int
     numbers_N: Tensor
     x_NCHW: Tensor
     y_NDHW: Tensor
-    context_NLD: Tensor
-    put_aside: Counter[str]
+    text_embeds_NLD: Tensor
+    rejected: Counter[str]
 
-    def part(self, *, measuring: bool) -> Tensor:
+    def indices(self, *, measuring: bool) -> Tensor:
         """Return the indices of the images that measure, or of those used for the fits."""
         index_N = torch.arange(len(self.numbers_N))
-        return index_N[(index_N % SHARE == 0) == measuring]
+        return index_N[(index_N % MEASURE_EVERY == 0) == measuring]
 
     def counts(self) -> dict[str, Any]:
-        sizes = {"fitted": len(self.part(measuring=False)), "measured": len(self.part(measuring=True))}
-        return {"resolution": self.resolution, **sizes, "put_aside": dict(self.put_aside)}
+        sizes = {"fitted": len(self.indices(measuring=False)), "measured": len(self.indices(measuring=True))}
+        return {"resolution": self.resolution, **sizes, "put_aside": dict(self.rejected)}
 
 
 @torch.no_grad()
-def _encoded(
-    model: Model, new: Vae, sources: Sequence[DataSource], limit: int, seed: int, resolution: int, report: ProgressCallback
-) -> _Pairs:  # fmt: skip
+def _encode(
+    model: Model,
+    new: Vae,
+    sources: Sequence[DataSource],
+    limit: int,
+    seed: int,
+    resolution: int,
+    report_progress: ProgressCallback,
+) -> _Pairs:
     """Encode images and captions. Raises UserError for a resolution that the model cannot have, or too few images."""
     device, base, start_time = new.device, model.vae, time.perf_counter()
     base.to(device, torch.float32)
@@ -224,12 +245,11 @@ def _encoded(
     resolution, step = resolution or model.unet.cfg.sample_size * base.downscale, base.downscale * model.unet.cfg.downscale
     if resolution % step:
         near = max(resolution // step, 1) * step
-        raise UserError(
-            "swap-resolution", f"--resolution is {resolution}, no multiple of {step}, which this base needs; use {near}"
-        )
-    buckets, put_aside = Buckets(resolution, None), Counter[str]()
+        raise UserError("swap-resolution", f"--resolution is {resolution}, which is not a multiple of {step}; use {near}")
+
+    buckets, rejected = Buckets(resolution, None), Counter[str]()
     rows: list[tuple[Tensor, ...]] = []
-    for number in permutation(seed, Purpose.ALIGNMENT, _WHICH, len(sources)):
+    for number in permutation(seed, Purpose.ALIGNMENT, _SELECTION, len(sources)):
         if len(rows) == limit:
             break
         try:
@@ -237,28 +257,30 @@ def _encoded(
             image = pixels.to(device)[None].float() / 127.5 - 1
             x, y = (vae.scale(vae.encode(image)).cpu() for vae in (base, new))
             if not (x.isfinite().all() and y.isfinite().all()):
-                raise Rejected("its latent is not finite")
+                raise Rejected("latents are not finite")
         except Rejected as error:
-            put_aside[error.reason] += 1
+            rejected[error.reason] += 1
             continue
         text_embeds = model.text.encode(model.text.tokenize([caption]).to(device)).cpu()
         rows.append((number[None], x, y, text_embeds))
-        report(CacheProgress("encode", len(rows), min(limit, len(sources)), len(rows) / (time.perf_counter() - start_time)))
-    rejections = f"; put aside: {_reasons(put_aside)}" if put_aside else ""
+        speed = len(rows) / (time.perf_counter() - start_time)
+        report_progress(CacheProgress("encode", len(rows), min(limit, len(sources)), speed))
+
+    rejections = f"; rejected: {_reasons(rejected)}" if rejected else ""
     if len(rows) < FEWEST:
         raise UserError(
             "swap-few-images",
-            f"--images has {len(rows)} that can be used, and a fit needs {FEWEST} or more; add some{rejections}",
+            f"--images has {len(rows)} usable images, but a fit needs {FEWEST} or more; add images{rejections}",
         )
     numbers, x, y, text_embeds = (torch.cat(column) for column in zip(*rows, strict=True))
-    pairs = _Pairs(resolution, numbers, x, y, text_embeds, put_aside)
-    positions = len(pairs.part(measuring=False)) * math.prod(x.shape[2:])
+    pairs = _Pairs(resolution, numbers, x, y, text_embeds, rejected)
+    positions = len(pairs.indices(measuring=False)) * math.prod(x.shape[2:])
     minimum = max(9 * new.channels, -(-9 * model.unet.cfg.block_out_channels[0] // STRATA)) + 1
     if positions < minimum:
         raise UserError(
             "swap-few-positions",
-            f"--images: {len(rows)} at {resolution} px have {positions} positions to fit to and need {minimum}; add some, "
-            f"or raise --resolution{rejections}",
+            f"--images has {len(rows)} images of {resolution} px with {positions} latent positions for the fit, which needs "
+            f"{minimum}; add images, or raise --limit or --resolution{rejections}",
         )
     return pairs
 
@@ -275,7 +297,7 @@ def _read(source: DataSource, buckets: Buckets) -> tuple[Tensor, str]:
 class _Measured:
     """A measured fit: R^2 a channel of the base ([] for the base itself), {"loss", "se"}, and {"A", "c"} if it has them."""
 
-    edges: align.EdgeLayers
+    edge_layers: align.EdgeLayers
     r2: list[float] = field(default_factory=list)
     loss: dict[str, float] = field(default_factory=dict)
     map: dict[str, Any] = field(default_factory=dict)
@@ -288,48 +310,49 @@ class _Alignment:
         model: a model with its UNet on its device, in the precision to measure in.
     """
 
-    def __init__(self, model: Model, pairs: _Pairs, seed: int, report: ProgressCallback) -> None:
-        self.model, self.pairs, self.seed, self.report = model, pairs, seed, report
+    def __init__(self, model: Model, pairs: _Pairs, seed: int, report_progress: ProgressCallback) -> None:
+        self.model, self.pairs, self.seed, self.report_progress = model, pairs, seed, report_progress
         self.abar_T = alphas_cumprod(model.scheduler)
-        self.fitted, self.measuring = pairs.part(measuring=False), pairs.part(measuring=True)
-        self.began, self.done = time.perf_counter(), 0
-        self.total = len(self.fitted) + (1 + len(FITS)) * len(self.measuring)
+        self.fit_index_N, self.measure_index_N = pairs.indices(measuring=False), pairs.indices(measuring=True)
+        self.start_time, self.done = time.perf_counter(), 0
+        self.total = len(self.fit_index_N) + (1 + len(FITS)) * len(self.measure_index_N)
 
     @torch.no_grad()
-    def compare(self, edges: align.EdgeLayers) -> dict[str, _Measured]:
+    def compare(self, edge_layers: align.EdgeLayers) -> dict[str, _Measured]:
         """Measure the base with its own VAE ("own"), then each of `FITS`."""
-        moments, unseen = (align.Pairs(self.pairs.x_NCHW[i], self.pairs.y_NDHW[i]) for i in (self.fitted, self.measuring))
+        fit_pairs, measure_pairs = (
+            align.Pairs(self.pairs.x_NCHW[i], self.pairs.y_NDHW[i]) for i in (self.fit_index_N, self.measure_index_N)
+        )
         schedule = align.Schedule.of(self.abar_T, self.model.prediction)
-        fits = {
-            "plain": align.fit_plain(*moments.channels), "orthogonal": align.fit_orthogonal(moments, schedule),
-            "affine": align.fit_affine(moments, schedule), "kernel": align.fit_kernel(moments, schedule),
-        }  # fmt: skip
-        results = {"own": _Measured(edges, loss=self._loss(edges, self.pairs.x_NCHW))}
-        for name, fit in fits.items():
-            folded_edges = align.fold_into_edges(edges, fit)
+        results = {"own": _Measured(edge_layers, loss=self._loss(edge_layers, self.pairs.x_NCHW))}
+        fits = [align.fit_plain(*fit_pairs.channels)]
+        fits += [fit(fit_pairs, schedule) for fit in (align.fit_orthogonal, align.fit_affine, align.fit_kernel)]
+        for name, fit in zip(FITS, fits, strict=True):
+            mapped_layers = align.fold_into_edges(edge_layers, fit)
             if name == "kernel":
-                folded_edges = self._refitted(folded_edges)
+                mapped_layers = self._refit(mapped_layers)
             mapping = {"A": fit.A.tolist(), "c": fit.c.tolist()} if fit.A is not None and fit.c is not None else {}
-            results[name] = _Measured(folded_edges, unseen.r2(fit), self._loss(folded_edges, self.pairs.y_NDHW), mapping)
+            loss = self._loss(mapped_layers, self.pairs.y_NDHW)
+            results[name] = _Measured(mapped_layers, measure_pairs.r2(fit), loss, mapping)
         return results
 
-    def _refitted(self, edges: align.EdgeLayers) -> align.EdgeLayers:
-        align.put(self.model.unet, align.reading_features(edges))
-        columns = edges["conv_out.weight"][0].numel() + len(edges["conv_out.weight"])
+    def _refit(self, edge_layers: align.EdgeLayers) -> align.EdgeLayers:
+        align.put(self.model.unet, align.reading_features(edge_layers))
+        columns = edge_layers["conv_out.weight"][0].numel() + len(edge_layers["conv_out.weight"])
         moments = align.Moments(columns, self.model.unet.conv_in.weight.device)
-        for features_BFHW, target_BDHW in self._forwards(self.fitted, self.pairs.y_NDHW):
+        for features_BFHW, target_BDHW in self._forwards(self.fit_index_N, self.pairs.y_NDHW):
             for features_FHW, target_DHW in zip(features_BFHW, target_BDHW, strict=True):  # only one image's patches in memory
                 moments.add(torch.cat([align.patches(features_FHW[None]), target_DHW.flatten(1).T], dim=1))
-        return align.refit_last(edges, moments)
+        return align.refit_last(edge_layers, moments)
 
-    def _loss(self, edges: align.EdgeLayers, latents_NCHW: Tensor) -> dict[str, float]:
-        align.put(self.model.unet, edges)
+    def _loss(self, edge_layers: align.EdgeLayers, latents_NCHW: Tensor) -> dict[str, float]:
+        align.put(self.model.unet, edge_layers)
         errors = [
             (predicted.double() - target.double()).square().flatten(1).mean(1)
-            for predicted, target in self._forwards(self.measuring, latents_NCHW)
+            for predicted, target in self._forwards(self.measure_index_N, latents_NCHW)
         ]
         batches = [torch.stack(errors[i : i + STRATA], dim=1) for i in range(0, len(errors), STRATA)]
-        metrics = aggregate(torch.cat(batches).tolist(), self._edges(), STRATA)
+        metrics = aggregate(torch.cat(batches).tolist(), self._stratum_bounds(), STRATA)
         return {"loss": metrics["loss"], "se": metrics["se"]}
 
     def _forwards(self, index_N: Tensor, latents_NCHW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -337,36 +360,36 @@ class _Alignment:
         unet, prediction = self.model.unet, self.model.prediction
         device = unet.conv_in.weight.device
         tables = self.abar_T.sqrt().to(device), (1 - self.abar_T).sqrt().to(device)
-        first_S = torch.tensor(self._edges())
+        first_S = torch.tensor(self._stratum_bounds())
         for index_B in index_N.split(BATCH):
-            latents_BCHW, context_BLD = latents_NCHW[index_B].to(device), self.pairs.context_NLD[index_B].to(device)
-            words = philox(self.seed, Purpose.ALIGNMENT, self.pairs.numbers_N[index_B], torch.arange(STRATA))
-            t_BS = first_S[:-1] + (words[..., 0] * first_S.diff() >> 32)
-            position_BS = words[..., 1] << 32 | words[..., 2]
+            latents_BCHW, text_embeds_BLD = latents_NCHW[index_B].to(device), self.pairs.text_embeds_NLD[index_B].to(device)
+            random_BS4 = philox(self.seed, Purpose.ALIGNMENT, self.pairs.numbers_N[index_B], torch.arange(STRATA))
+            t_BS = first_S[:-1] + (random_BS4[..., 0] * first_S.diff() >> 32)
+            position_BS = random_BS4[..., 1] << 32 | random_BS4[..., 2]
             for t_B, position_B in zip(t_BS.T.to(device), position_BS.T.to(device), strict=True):
                 noise_args = latents_BCHW, position_B, t_B, *tables, self.seed
                 noisy_BCHW, target_BCHW = unet.ops.noised(*noise_args, prediction=prediction)
-                yield unet(noisy_BCHW, t_B, context_BLD).float(), target_BCHW
+                yield unet(noisy_BCHW, t_B, text_embeds_BLD).float(), target_BCHW
             self.done += len(index_B)
-            speed = self.done / (time.perf_counter() - self.began)
-            self.report(CacheProgress("measure", self.done, self.total, speed))
+            speed = self.done / (time.perf_counter() - self.start_time)
+            self.report_progress(CacheProgress("measure", self.done, self.total, speed))
 
-    def _edges(self) -> list[int]:
+    def _stratum_bounds(self) -> list[int]:
         """Return the first timestep of each stratum, and the end."""
-        return [part * len(self.abar_T) // STRATA for part in range(STRATA + 1)]
+        return [stratum * len(self.abar_T) // STRATA for stratum in range(STRATA + 1)]
 
 
-def _reasons(put_aside: Mapping[str, int]) -> str:
+def _reasons(rejected: Mapping[str, int]) -> str:
     """Return the most common reasons. Some include a position in a file, so there may be as many reasons as files."""
-    return "; ".join(f"{count} x {reason}" for reason, count in Counter(put_aside).most_common(3))
+    return "; ".join(f"{count} x {reason}" for reason, count in Counter(rejected).most_common(3))
 
 
-def _say_table(say: Callable[[str], None], report: dict[str, Any]) -> None:
-    images = f"images of {report['images']} at {report['resolution']} px"
-    say(f"{report['fitted']} {images} to fit to, {report['measured']} others to measure")
-    if report["put_aside"]:
-        say(f"{sum(report['put_aside'].values())} put aside: {_reasons(report['put_aside'])}")
-    say(f"{'fit':12}{'step-0 loss':20}R^2 of each channel")
-    for name, row in report["fits"].items():
-        loss, r2 = f"{row['loss']:.4f} ± {row['se']:.4f}", " ".join(f"{share:.4f}" for share in row["r2"])
-        say(f"{name:12}{loss:20}{r2 or 'the base with its own VAE'}")
+def _print_table(console: Console, record: dict[str, Any]) -> None:
+    images = f"images of {record['images']} at {record['resolution']} px"
+    print_line(console, f"{record['fitted']} {images} for the fit, {record['measured']} others to measure it")
+    if record["put_aside"]:
+        print_line(console, f"{sum(record['put_aside'].values())} rejected: {_reasons(record['put_aside'])}")
+    print_line(console, f"{'fit':12}{'step-0 loss':20}R^2 of each channel")
+    for name, row in record["fits"].items():
+        loss, r2 = f"{row['loss']:.4f} ± {row['se']:.4f}", " ".join(f"{channel_r2:.4f}" for channel_r2 in row["r2"])
+        print_line(console, f"{name:12}{loss:20}{r2 or 'base model with its own VAE'}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fastsd.commands.progress import print_line
 from fastsd.config.schema import Config, ModelTable
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
@@ -45,28 +46,36 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     if not (table.held_out or table.stabilised):
         raise UserError(
             "validate-nothing",
-            "validate.held_out and validate.stabilised are 0, so there is nothing to measure; add for example "
-            "validate.stabilised=256 to the line",
+            "validate.held_out and validate.stabilised are both 0; set one of them, for example add validate.stabilised=256 "
+            "to the command",
         )
     if json_file and not json_file.absolute().parent.is_dir():
         raise UserError(
             "json-folder-missing", f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another"
         )
     device, precision, base = choose_device(config.device), config.stage[-1].precision, resolve_model(name)
-    model = load_merged(_table(base, config.model), choose_ops(config.kernels, device))
-    with latents_of(base, config, model.vae) as latents, _states(config, latents, model, console) as states:
-        for module in [model.unet] + ([] if states else [model.text.module]):
+    model_table = _table(base, config.model)
+    model = load_merged(model_table, choose_ops(config.kernels, device))
+
+    with (
+        latents_of(model_table.vae or base, config, model.vae) as latents,
+        _text_embeddings(config, latents, model, console) as text_embeddings,
+    ):
+        for module in [model.unet] + ([] if text_embeddings else [model.text.module]):
             for parameter in module.to(device).parameters():
                 parameter.data = compute_weight(parameter.data, COMPUTE_DTYPE[precision])
         switches = set_precision(precision, model.unet, config.deterministic)
-        loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], states=states)
+        loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], states=text_embeddings)
         validation = Validation(model, loader, choose_splits(latents, config), table)
-        _say(console, f"{base}, {switches}\n{validation}")
+        print_line(console, f"{base}, {switches}\n{validation}")
         try:
             rows = validation.rows()
         except torch.OutOfMemoryError:
-            raise UserError("validate-memory", f"out of memory with validate.batch {table.batch}; lower it") from None
-    _say(console, format_table(rows))
+            raise UserError(
+                "validate-memory", f"validate.batch is {table.batch}, which does not fit into memory; lower it"
+            ) from None
+
+    print_line(console, format_table(rows))
     if json_file:
         replace_file(json_file, json.dumps({"model": base, "precision": precision, "rows": rows}, indent=1) + "\n")
     return rows
@@ -85,34 +94,31 @@ def _table(base: str, table: ModelTable) -> ModelTable:
 
 
 @contextmanager
-def latents_of(base: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
-    """Open the latents of a config's images by a model's VAE. Raises UserError if they do not exist."""
+def latents_of(name: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
+    """Open the latents of a config's images by a model's VAE, named for `model.vae`. Raises UserError if they do not exist."""
     view = view_name(config, vae.hash)
     if not (Path(config.cache.dir) / "views" / f"{view}.safetensors").is_file():
+        scaling = f" model.vae_scaling_factor={vae.scaling_factor:g}" if Path(name).is_file() else ""
         raise UserError(
             "validate-no-latents",
-            f"cache.dir {config.cache.dir} holds no latents of these images by the VAE of {base}; run `fastsd cache CONFIG "
-            f"model.vae={base}` first",
+            f"cache.dir is {config.cache.dir}, which has no latents of these images from the VAE of {name}; run `fastsd cache "
+            f"CONFIG model.vae={name}{scaling}` first",
         )
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
         yield latents
 
 
 @contextmanager
-def _states(config: Config, latents: LatentCache, model: Model, console: Console) -> Iterator[TextEmbeddings | None]:
+def _text_embeddings(config: Config, latents: LatentCache, model: Model, console: Console) -> Iterator[TextEmbeddings | None]:
     """Open the cached text embeddings that a run of the config would read, if this text encoder made them."""
-    states = None
+    text_embeddings = None
     if config.cache.hidden_states:
         try:
-            states = TextEmbeddings(config.cache, latents, model.text)
+            text_embeddings = TextEmbeddings(config.cache, latents, model.text)
         except UserError as error:
-            _say(console, f"captions are encoded here: {error}")
+            print_line(console, f"note: captions are encoded during validation: {error}")
     try:
-        yield states
+        yield text_embeddings
     finally:
-        if states:
-            states.close()
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if text_embeddings:
+            text_embeddings.close()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from fastsd.compare.numbers import called
+from fastsd.compare.numbers import validation_label
 from fastsd.compare.runs import RunData, column
 from fastsd.run.folder import LogRow
 
@@ -40,17 +40,17 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = POINTS) -> tuple[np.ndarray,
 def loss_chart(runs: Sequence[RunData]) -> Figure:
     """Plot the training loss, raw (faint) and smoothed, with the borders of stages."""
     figure, (axes,) = _panels(1, 4.8)
-    seen = []
+    losses = []
     for run in runs:
-        raw = run.logged("loss")
+        raw = run.log_column("loss")
         _by_stage(axes, run, raw, alpha=0.22, linewidth=0.7)
-        _by_stage(axes, run, run.smoothed(), linewidth=1.9)
-        seen.append(raw[np.isfinite(raw)])
-    values = np.concatenate(seen)
+        _by_stage(axes, run, run.smoothed_loss(), linewidth=1.9)
+        losses.append(raw[np.isfinite(raw)])
+    values = np.concatenate(losses)
     if len(values):  # one spike must not flatten the rest
-        low, high = np.percentile(values, [0.3, 99.7])
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        axes.set_ylim(low - room, high + room)
+        bottom, top = np.percentile(values, [0.3, 99.7])
+        margin = 0.06 * (top - bottom) or 0.1 * abs(top) or 1.0
+        axes.set_ylim(bottom - margin, top + margin)
     axes.set_ylabel("training loss")
     _borders(axes, runs)
     return _finish(figure, runs)
@@ -58,27 +58,29 @@ def loss_chart(runs: Sequence[RunData]) -> Figure:
 
 def validation_chart(runs: Sequence[RunData]) -> Figure | None:
     """Plot the loss of each validation set ± one standard error, dashed for EMA weights. None if nothing was measured."""
-    sets = list(dict.fromkeys(name for run in runs for name, _ in run.measured()))
+    sets = list(dict.fromkeys(name for run in runs for name, _ in run.validations()))
     if not sets:
         return None
     figure, panels = _panels(len(sets), 4.4)
     for axes, name in zip(panels, sets, strict=True):
         for run in runs:
-            for validation in run.measured():
+            for validation in run.validations():
                 if validation[0] == name:
-                    rows = run.validated(validation)
-                    _with_errors(axes, run, rows, column(rows, "loss"), column(rows, "se"), dashed=validation[1] != "raw")
+                    rows = run.validation_rows(validation)
+                    _with_errors(
+                        axes, run, rows, column(rows, "loss"), column(rows, "se"), "-" if validation[1] == "raw" else "--"
+                    )
         axes.set_title(f"{name.replace('_', '-')} images", fontsize=11)
         _borders(axes, runs, names=len(sets) == 1)
     panels[0].set_ylabel("validation loss")
-    averaged = any(weights != "raw" for run in runs for _, weights in run.measured())
+    averaged = any(weights != "raw" for run in runs for _, weights in run.validations())
     return _finish(figure, runs, [("raw weights", "-"), ("EMA", "--")] if averaged else [])
 
 
 def band_chart(runs: Sequence[RunData]) -> Figure | None:
     """Plot the loss of the first measured set in one panel for each timestep band. None if nothing was measured."""
-    validation = next((validation for run in runs for validation in run.measured()), None)
-    curves = {run.label: [row for row in run.validated(validation) if _bands(row)] for run in runs} if validation else {}
+    validation = next((validation for run in runs for validation in run.validations()), None)
+    curves = {run.label: [row for row in run.validation_rows(validation) if _bands(row)] for run in runs} if validation else {}
     count = max((len(_bands(row)) for rows in curves.values() for row in rows), default=0)
     if not count or validation is None:
         return None
@@ -93,7 +95,7 @@ def band_chart(runs: Sequence[RunData]) -> Figure | None:
                 values = np.array([_bands(row)[number][2:] for row in rows])
                 _with_errors(axes, run, rows, values[:, 0], values[:, 1])
         axes.tick_params(labelsize=8)
-    figure.suptitle(f"{called(validation)} loss by timestep", fontsize=11)
+    figure.suptitle(f"{validation_label(validation)} loss by timestep", fontsize=11)
     return _finish(figure, runs)
 
 
@@ -101,22 +103,22 @@ def rate_chart(runs: Sequence[RunData]) -> Figure:
     """Plot lr and, for D-Lion, d and d*lr. Each trained component has its own dash style."""
     suffixes = list(dict.fromkeys(key[2:] for run in runs for row in run.log for key in row if key[:3] in ("lr", "lr_")))
     with_d = any(key[:2] in ("d", "d_") for run in runs for row in run.log for key in row)
-    kinds: list[tuple[str, Callable[[RunData, str], np.ndarray]]] = [("lr", lambda run, part: run.logged(f"lr{part}"))]
+    kinds: list[tuple[str, Callable[[RunData, str], np.ndarray]]] = [("lr", lambda run, suffix: run.log_column(f"lr{suffix}"))]
     if with_d:
-        kinds.append(("d", lambda run, part: run.logged(f"d{part}")))
-        kinds.append(("d · lr", lambda run, part: run.logged(f"d{part}") * run.logged(f"lr{part}")))
+        kinds.append(("d", lambda run, suffix: run.log_column(f"d{suffix}")))
+        kinds.append(("d · lr", lambda run, suffix: run.log_column(f"d{suffix}") * run.log_column(f"lr{suffix}")))
     figure, panels = _panels(len(kinds), 3.8)
     for axes, (name, values) in zip(panels, kinds, strict=True):
-        drawn = []
+        curves = []
         for run in runs:
-            for i, part in enumerate(suffixes):
-                drawn.append(values(run, part))
-                _by_stage(axes, run, drawn[-1], linewidth=1.7, linestyle=DASHES[i % len(DASHES)])
-        _log_if_wide(axes, np.concatenate(drawn))
+            for i, suffix in enumerate(suffixes):
+                curves.append(values(run, suffix))
+                _by_stage(axes, run, curves[-1], linewidth=1.7, linestyle=DASHES[i % len(DASHES)])
+        _log_if_wide(axes, np.concatenate(curves))
         axes.set_xlim(panels[0].get_xlim())
         axes.set_title(name, fontsize=11)
         _borders(axes, runs, names=False)
-    dashes = [(suffix[1:].replace("_", " ") or "first part", DASHES[i % 4]) for i, suffix in enumerate(suffixes)]
+    dashes = [(suffix[1:].replace("_", " ") or "first component", DASHES[i % 4]) for i, suffix in enumerate(suffixes)]
     return _finish(figure, runs, dashes if len(suffixes) > 1 else [])
 
 
@@ -132,20 +134,16 @@ def _bands(row: LogRow) -> list[list[float]]:
 
 def _by_stage(axes: Axes, run: RunData, y: np.ndarray, **style: Any) -> None:
     """Plot a curve over images, with a gap where a stage starts and a dot for a single point."""
-    x, stages = run.logged("images"), run.stages()
+    x, stages = run.log_column("images"), run.stages()
     for rows in stages:
         points = thin(x[rows], y[rows], POINTS // len(stages))
         axes.plot(*points, color=run.colour, marker="." if len(points[0]) == 1 else "", **style)
 
 
-def _with_errors(
-    axes: Axes, run: RunData, rows: Sequence[LogRow], y: np.ndarray, error: np.ndarray, dashed: bool = False
-) -> None:  # fmt: skip
-    many = len(rows) > 40
-    axes.errorbar(
-        column(rows, "images"), y, error, color=run.colour, linestyle="--" if dashed else "-", linewidth=1.6,
-        marker="" if many else "o", markersize=3.5, capsize=0 if many else 2.5, elinewidth=0.9,
-    )  # fmt: skip
+def _with_errors(axes: Axes, run: RunData, rows: Sequence[LogRow], y: np.ndarray, error: np.ndarray, line: str = "-") -> None:
+    points: dict[str, Any] = {"marker": "o", "capsize": 2.5} if len(rows) <= 40 else {"marker": "", "capsize": 0}
+    style: dict[str, Any] = {"color": run.colour, "linestyle": line, "linewidth": 1.6, "markersize": 3.5, "elinewidth": 0.9}
+    axes.errorbar(column(rows, "images"), y, error, **points, **style)
 
 
 def _panels(count: int, height: float, across: int | None = None) -> tuple[Figure, list[Axes]]:
@@ -166,7 +164,7 @@ def _panels(count: int, height: float, across: int | None = None) -> tuple[Figur
 
 def _borders(axes: Axes, runs: Sequence[RunData], names: bool = True) -> None:
     """Draw a line where a stage starts: grey if all runs share the borders, otherwise in the run's colour."""
-    borders_per_run = [run.begun() for run in runs]
+    borders_per_run = [run.stage_starts() for run in runs]
     shared = all(borders == borders_per_run[0] for borders in borders_per_run)
     for run, borders in zip(runs[:1] if shared else runs, borders_per_run, strict=False):
         colour = "#888888" if shared else run.colour

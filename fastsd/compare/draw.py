@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from pydantic import ValidationError
@@ -42,9 +43,10 @@ class DrawSource:
     folder: Path
 
     def load(self, clip_skip: int | None) -> Model:
-        overrides = {"base": str(self.folder), "vae": "", "tokenizer": "", "vae_scaling_factor": None}
-        skip = {} if clip_skip is None else {"clip_skip": clip_skip}
-        return load_to_sample(self.run.config.model.model_copy(update=overrides | skip))
+        overrides: dict[str, Any] = {"base": str(self.folder), "vae": "", "tokenizer": "", "vae_scaling_factor": None}
+        if clip_skip is not None:
+            overrides["clip_skip"] = clip_skip
+        return load_to_sample(self.run.config.model.model_copy(update=overrides))
 
 
 def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
@@ -56,7 +58,7 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
     config, settings = baseline.config, []
     if not read_prompts(config.sample):
         raise UserError(
-            "draw-no-prompts", f"there is nothing to draw, {baseline.folder} has no sample.prompts; name a --baseline with some"
+            "draw-no-prompts", f"{baseline.folder}: the config has no sample.prompts; choose a --baseline that has some"
         )
     for combination in combinations(words):
         values = {key.removeprefix("sample.").removeprefix("model."): value for key, (_, value) in combination.items()}
@@ -64,7 +66,7 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
         if unknown:
             raise UserError(
                 "draw-unknown-key",
-                f"--draw has the key {unknown!r}, which is no setting of sampling; choose from {', '.join(KEYS)}",
+                f"--draw has the key {unknown!r}, which is not a sampling setting; choose from {', '.join(KEYS)}",
             )
         clip_skip = values.pop("clip_skip", None)
         try:
@@ -80,25 +82,26 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
 
 def finished_models(runs: Sequence[RunData]) -> list[DrawSource]:
     """Return RUN/model of each run, or its newest checkpoint if it is unfinished. Raises UserError if a run has neither."""
-    return [
-        DrawSource(run.label, run, run.folder / "model" if run.finished else sources_of(run)[-1].folder) for run in runs
-    ]  # fmt: skip
+    folders = [run.folder / "model" if run.finished else sources_of(run)[-1].folder for run in runs]
+    return [DrawSource(run.label, run, folder) for run, folder in zip(runs, folders, strict=True)]
 
 
 def sources_of(run: RunData) -> list[DrawSource]:
     """Return a run's checkpoints, oldest first. Raises UserError if it has none."""
     paths = checkpoints(run.folder / "checkpoints")
     if not paths:
-        raise UserError("draw-no-checkpoint", f"{run.folder} has no checkpoint to draw from; leave it out, or wait for one")
+        raise UserError(
+            "draw-no-checkpoint", f"{run.folder} has no checkpoint; leave the run out, or wait for its first checkpoint"
+        )
     return [DrawSource(f"step {int(path.name.removeprefix('step-')):,}", run, path) for path in paths]
 
 
 def draw_settings(sources: Sequence[DrawSource], settings: Sequence[Setting]) -> Iterator[tuple[str, Image.Image]]:
     """Yield for each prompt (prompt, sheet of models x settings at one seed)."""
     prompts = read_prompts(settings[0].table)
-    drawn = [_draw(source, settings, prompts) for source in sources]
+    images_by_source = [(source.label, _draw(source, settings, prompts)) for source in sources]
     for p, prompt in enumerate(prompts):
-        rows = [(source.label, [images[p] for images in by_setting]) for source, by_setting in zip(sources, drawn, strict=True)]
+        rows = [(label, [images[p] for images in by_setting]) for label, by_setting in images_by_source]
         yield prompt, sheet([setting.label for setting in settings], rows)
 
 
@@ -115,15 +118,15 @@ def _draw(source: DrawSource, settings: Sequence[Setting], prompts: list[str]) -
     return [images[i] for i in range(len(settings))]
 
 
-def draw_checkpoints(run: RunData, table: SampleTable, folder: Path, say: Callable[[str], None]) -> list[Grid]:
+def draw_checkpoints(run: RunData, table: SampleTable, folder: Path, reporter: Callable[[str], None]) -> list[Grid]:
     """Draw the grid of `table` from each saved checkpoint of a run, as `folder`/STAGE-STEP.png."""
     folder.mkdir(parents=True)
-    stages = run.begun("step")
+    stages = run.stage_starts("step")
     for source in sources_of(run):
         step = int(source.folder.name.removeprefix("step-"))
-        stage = next((name for name, begun in reversed(stages) if begun < step), stages[0][0])
-        say(f"drawing {run.label}, {source.label}")
+        stage = next((name for name, start in reversed(stages) if start < step), stages[0][0])
+        reporter(f"drawing {run.label}, {source.label}")
         picture = sample_grid(source.load(None), table, table.size or run.config.data.resolution)
-        assert picture is not None, "read_settings has seen prompts"
+        assert picture is not None, "read_settings has checked that there are prompts"
         save_grid(picture, folder / f"{stage}-{step:08d}.png", stage, step)
     return read_grids(folder)

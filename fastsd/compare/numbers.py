@@ -13,22 +13,22 @@ from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, column
 from fastsd.run.report import duration
 from fastsd.run.settings import ABSENT, differences
 
-SEEN = {"order": "images in the same order", "timesteps": "same timesteps", "noise": "same noise"}
+HASHES = {"order": "image order", "timesteps": "timesteps", "noise": "noise"}
 PER = 1000  # images that a slope refers to
-LEAST = 3  # points of a fit, at least
-
+MIN_POINTS = 3  # of a fit
 
 Words = list[str | RunData]  # a run is shown as its label in its colour
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a head, with a note on how to read them."""
+    """Rows of text under a head, with a note on how to read them. `key` is its name in JSON; "" = the title."""
 
     title: str
     note: str
     head: Sequence[str | RunData]
     rows: list[Words]
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,30 +66,28 @@ def ends(x: np.ndarray, y: np.ndarray) -> tuple[Line | None, Line | None]:
     """Fit a line to the first and one to the last fifth of the finite points, each to three points at least."""
     finite = np.isfinite(y)
     x, y = x[finite], y[finite]
-    count = max(len(x) // 5, LEAST)
+    count = max(len(x) // 5, MIN_POINTS)
     return fit(x[:count], y[:count]), fit(x[-count:], y[-count:])
 
 
 def overview(runs: Sequence[RunData], baseline: RunData) -> Table:
-    measured = _measured(runs)
+    validations = _validations(runs)
     rows: list[Words] = []
     for run in runs:
-        last, state = run.log[-1], "finished" if run.finished else "not finished"
-        rows.append([
-            run, state + (", baseline" if run is baseline and len(runs) > 1 else ""), f"{last['step']:,}",
-            f"{last['images']:,}", _number(last.get("epoch"), ".2f"), _number(_smooth_end(run), ".5f"),
-            *(_last_validation(run, validation) for validation in measured),
-        ])  # fmt: skip
-    head = ["run", "", "steps", "images", "epochs", "smoothed loss", *(f"{called(validation)} loss" for validation in measured)]
-    note = (
-        f"Values at the end of each run. The smoothed loss is a moving average over {SMOOTHING_WINDOW:.0%} of the log's rows."
-    )
+        last, state = run.log[-1], "finished" if run.finished else "unfinished"
+        state += ", baseline" if run is baseline and len(runs) > 1 else ""
+        numbers = [f"{last['step']:,}", f"{last['images']:,}", _number(last.get("epoch"), ".2f")]
+        losses = [_number(_smooth_end(run), ".5f"), *(_last_validation(run, validation) for validation in validations)]
+        rows.append([run, state, *numbers, *losses])
+    losses = [f"{validation_label(validation)} loss" for validation in validations]
+    head = ["run", "", "steps", "images", "epochs", "smoothed loss", *losses]
+    note = f"Values at the end of each run. The smoothed loss is a moving average over {SMOOTHING_WINDOW:.0%} of the log rows."
     return Table("Runs", note, head, rows)
 
 
 def settings(runs: Sequence[RunData]) -> Table:
     rows: list[Words] = [[key, *row] for key, row in differences([run.config for run in runs]).items()]
-    note = "Every other setting is the same." if rows else "Every setting is the same."
+    note = "All other settings are equal." if rows else "All settings are equal."
     return Table("Settings that differ", note, ["setting", *runs], rows)
 
 
@@ -97,21 +95,21 @@ def trends(runs: Sequence[RunData]) -> Table:
     """Build the table of start, end and slopes of the training loss and of every kind of validation loss."""
     rows: list[Words] = []
     for run in runs:
-        first, last = ends(run.logged("images"), run.logged("loss"))
+        first, last = ends(run.log_column("images"), run.log_column("loss"))
         start, end = first.first if first else math.nan, last.last if last else math.nan
         rows.append([run, "training", *_trend(start, end, first, last)])
-    for validation in _measured(runs):
+    for validation in _validations(runs):
         for run in runs:
-            if validation_rows := run.validated(validation):
+            if validation_rows := run.validation_rows(validation):
                 y = column(validation_rows, "loss")
-                rows.append([run, called(validation), *_trend(y[0], y[-1], *ends(column(validation_rows, "images"), y))])
+                trend = _trend(y[0], y[-1], *ends(column(validation_rows, "images"), y))
+                rows.append([run, validation_label(validation), *trend])
     note = (
-        f"Slopes per {PER:,} images, of lines through the first and the last fifth of the points, ± their standard error. "
-        "Start and end of the training loss are those lines' ends, of a validation loss what was measured."
+        f"Slopes are per {PER:,} images, ± standard error, of lines fitted to the first and last fifth of the points. Start "
+        "and end are the ends of these lines for the training loss, and measured values for validation losses."
     )
-    return Table(
-        "Start, end and slope", note, ["run", "loss", "start", "end", "change", "slope at start", "slope at end"], rows
-    )
+    head = ["run", "loss", "start", "end", "change", "slope at start", "slope at end"]
+    return Table("Start, end and slope", note, head, rows)
 
 
 def agreement(runs: Sequence[RunData], baseline: RunData) -> Table:
@@ -121,55 +119,57 @@ def agreement(runs: Sequence[RunData], baseline: RunData) -> Table:
     for run in runs:
         if run is not baseline:
             common = [(row, baseline_rows[row["step"]]) for row in run.log if row["step"] in baseline_rows]
-            rows.append([run, *(_agree(common, key) for key in SEEN)])
-    note = f"Beside {baseline.label}, by the hashes in the log rows of equal step."
-    return Table("Did they see the same?", note, ["run", *SEEN.values()], rows)
+            rows.append([run, *(_agree(common, key) for key in HASHES)])
+    note = f"Compared with {baseline.label} by the hashes in log rows of equal step."
+    return Table("Equality of training data", note, ["run", *HASHES.values()], rows, key="Did they see the same?")
 
 
 def _agree(common: Sequence[tuple[Any, Any]], key: str) -> str:
     pairs = [(a, b) for a, b in common if a.get(key) is not None and b.get(key) is not None]
     if not pairs:
-        return "no common step" if not common else "not logged"
+        return "no common steps" if not common else "not logged"
     differing_step = next((a["step"] for a, b in pairs if a[key] != b[key]), None)
     if differing_step is None:
-        return f"the same in all {len(pairs):,} common rows"
-    return f"they part at step {differing_step:,}"
+        return f"equal in all {len(pairs):,} common rows"
+    return f"first difference at step {differing_step:,}"
 
 
 def against(runs: Sequence[RunData], baseline: RunData, pixels: Mapping[str, Pixels]) -> Table:
     """Build the table of each run minus the baseline, at their ends. `pixels` is keyed by a run's label."""
-    measured = [validation for validation in _measured(runs) if baseline.validated(validation)]
+    validations = [validation for validation in _validations(runs) if baseline.validation_rows(validation)]
     rows: list[Words] = []
     for run in runs:
         if run is not baseline:
             distance = pixels.get(run.label)
-            rows.append([
-                run, _number(_smooth_end(run) - _smooth_end(baseline), "+.5f"),
-                *(_validation_difference(run, baseline, validation) for validation in measured),
-                *((f"{distance.mean:.2f} of 255", _psnr(distance.psnr), str(distance.count)) if distance else (ABSENT,) * 3),
-            ])  # fmt: skip
-    error_note = (
-        " ± is the standard error of the difference, image by image, where both measured the same images, noise and timesteps; "
-        "else the two standard errors together."
-    )
-    note = f"Each run at its end, less {baseline.label} at its own.{error_note if measured else ''}"
-    losses = ["smoothed loss", *(f"{called(validation)} loss" for validation in measured)]
-    head = ["run", *losses, "mean |difference| of pixels", "PSNR", "pictures"]
-    return Table("Difference from the baseline", f"{note} Pictures are compared at equal prompt and seed.", head, rows)
+            differences = [_number(_smooth_end(run) - _smooth_end(baseline), "+.5f")]
+            differences += [_validation_difference(run, baseline, validation) for validation in validations]
+            if distance:
+                differences += [f"{distance.mean:.2f} of 255", _psnr(distance.psnr), str(distance.count)]
+            rows.append([run, *differences, *([] if distance else [ABSENT] * 3)])
+    note = f"Final values of each run minus those of {baseline.label}."
+    if validations:
+        note += (
+            " ± is the standard error of the difference, paired by image if both runs measured the same images, noise and "
+            "timesteps; otherwise it combines the standard errors of both."
+        )
+    losses = ["smoothed loss", *(f"{validation_label(validation)} loss" for validation in validations)]
+    head = ["run", *losses, "mean pixel difference", "PSNR", "samples compared"]
+    return Table("Difference from the baseline", f"{note} Samples are compared at equal prompt and seed.", head, rows)
 
 
 def costs(runs: Sequence[RunData]) -> Table:
     rows: list[Words] = []
     for run in runs:
-        stages = (run.cost or {}).get("stages") or []
+        cost = run.cost or {}
+        stages = cost.get("stages") or []
         trained = dict.fromkeys(_number(stage.get("trained"), ",") for stage in stages)
-        rows.append([
-            run, " / ".join(trained) or ABSENT, *_time_and_memory(run, stages), _number(_speed(run), ".3g"),
-            _size((run.cost or {}).get("file_bytes")), _number((run.cost or {}).get("sample_seconds"), ".3g", " s"),
-        ])  # fmt: skip
-    note = "Of all stages. ≈ where a run has not told its cost, by its log."
-    head = ["run", "trained parameters", "training time", "peak memory", "images a second", "exported file", "a sampled image"]
-    return Table("Cost", note if any("≈" in str(word) for row in rows for word in row) else "Of all stages.", head, rows)
+        export = _size(cost.get("file_bytes")), _number(cost.get("sample_seconds"), ".3g", " s")
+        training = " / ".join(trained) or ABSENT, *_time_and_memory(run, stages), _number(_speed(run), ".3g")
+        rows.append([run, *training, *export])
+    estimated = any("≈" in str(word) for row in rows for word in row)
+    note = f"Totals over all stages.{' ≈ marks estimates from the log of a run that has no cost.json.' if estimated else ''}"
+    head = ["run", "trained parameters", "training time", "peak memory", "images/s", "exported file", "time per sample"]
+    return Table("Cost", note, head, rows)
 
 
 def _time_and_memory(run: RunData, stages: Sequence[Any]) -> tuple[str, str]:
@@ -179,10 +179,10 @@ def _time_and_memory(run: RunData, stages: Sequence[Any]) -> tuple[str, str]:
         memory = max(stage.get("memory_gb") or 0 for stage in stages)
     else:
         rates = {row["step"]: row.get("images_per_second") for row in run.timing}
-        seconds, done = 0.0, 0
+        seconds, images_before = 0.0, 0
         for row in run.log:
-            seconds += (row["images"] - done) / rates[row["step"]] if rates.get(row["step"]) else 0
-            done = row["images"]
+            seconds += (row["images"] - images_before) / rates[row["step"]] if rates.get(row["step"]) else 0
+            images_before = row["images"]
         memory = max(column(run.timing, "memory_gb"), default=0.0)
     return about + duration(seconds) if seconds else ABSENT, f"{about}{memory:.2f} GB" if memory > 0 else ABSENT
 
@@ -194,26 +194,26 @@ def _speed(run: RunData) -> float:
     return float(np.median(rates)) if len(rates) else math.nan
 
 
-def called(pair: tuple[str, str]) -> str:
+def validation_label(pair: tuple[str, str]) -> str:
     """Return the display name of a validation, given as (set, weights)."""
     name, weights = pair
     return f"{name.replace('_', '-')}{'' if weights == 'raw' else f' {weights.upper()}'}"
 
 
-def _measured(runs: Sequence[RunData]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys(validation for run in runs for validation in run.measured()))
+def _validations(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(validation for run in runs for validation in run.validations()))
 
 
 def _last_validation(run: RunData, pair: tuple[str, str]) -> str:
-    rows = run.validated(pair)
+    rows = run.validation_rows(pair)
     return f"{rows[-1]['loss']:.5f} ± {rows[-1]['se']:.2g}" if rows else ABSENT
 
 
 def _validation_difference(run: RunData, baseline: RunData, pair: tuple[str, str]) -> str:
-    rows = run.validated(pair)
+    rows = run.validation_rows(pair)
     if not rows:
         return ABSENT
-    row, baseline_row = rows[-1], baseline.validated(pair)[-1]
+    row, baseline_row = rows[-1], baseline.validation_rows(pair)[-1]
     error = math.hypot(row["se"], baseline_row["se"])
     if row.get("items") and row["items"] == baseline_row.get("items") and None not in row["each"] + baseline_row["each"]:
         image_differences = np.subtract(row["each"], baseline_row["each"])
@@ -231,7 +231,7 @@ def _error(error: float) -> str:
 
 
 def _smooth_end(run: RunData) -> float:
-    values = run.smoothed()
+    values = run.smoothed_loss()
     values = values[np.isfinite(values)]
     return float(values[-1]) if len(values) else math.nan
 

@@ -95,13 +95,13 @@ _FILM = Template("""<div class="bar"><button type="button">play</button><input t
 (() => {
   const films = $films;
   const steps = [...new Set(films.flat().map(frame => frame[0]))].sort((a, b) => a - b);
-  const here = document.currentScript.parentElement;
-  const [play, slider, said] = ["button", "input", "output"].map(kind => here.querySelector(kind));
-  const figures = here.querySelectorAll("figure");
+  const section = document.currentScript.parentElement;
+  const [play, slider, output] = ["button", "input", "output"].map(kind => section.querySelector(kind));
+  const figures = section.querySelectorAll("figure");
   let timer = 0;
   const show = () => {
     const step = steps[slider.value];
-    said.value = "step " + step.toLocaleString("en");
+    output.value = "step " + step.toLocaleString("en");
     films.forEach((film, i) => {
       const frame = film.filter(frame => frame[0] <= step).pop() || film[0];
       figures[i].querySelector("img").src = frame[2];

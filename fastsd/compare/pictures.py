@@ -34,28 +34,31 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 def sheet(heads: Sequence[str], rows: Sequence[SheetRow], colours: Sequence[str] = ()) -> Image.Image:
     """Lay out pictures in rows under column heads, with a label left of each row and a colour bar over each column."""
     shown = [image for _, images in rows for image in images if image]
-    least, most = CELL[0], max([CELL[1], *(image.width for image in shown)])
+    narrowest, widest = CELL[0], max([CELL[1], *(image.width for image in shown)])
     ratio = max((image.height / image.width for image in shown), default=1.0)
-    room = min((WIDTH - MARGIN) // len(heads) - GAP, round(((HEIGHT - HEAD) // len(rows) - GAP) / ratio))
-    side = max(least, min(most, room))
-    high = round(side * ratio)
-    page = Image.new("RGB", (MARGIN + len(heads) * (side + GAP), HEAD + len(rows) * (high + GAP)), "white")
+    available = min((WIDTH - MARGIN) // len(heads) - GAP, round(((HEIGHT - HEAD) // len(rows) - GAP) / ratio))
+    cell_width = max(narrowest, min(widest, available))
+    cell_height = round(cell_width * ratio)
+
+    page = Image.new("RGB", (MARGIN + len(heads) * (cell_width + GAP), HEAD + len(rows) * (cell_height + GAP)), "white")
     pen = ImageDraw.Draw(page)
     for c, head in enumerate(heads):
-        left = MARGIN + c * (side + GAP)
+        left = MARGIN + c * (cell_width + GAP)
         if colours:
-            pen.rectangle((left, HEAD - 7, left + side - 1, HEAD - 4), fill=colours[c])
-        pen.multiline_text((left, HEAD - 10), _wrapped(head, 11, side, 3), font=font(11), fill=INK, anchor="ld", spacing=2)
+            pen.rectangle((left, HEAD - 7, left + cell_width - 1, HEAD - 4), fill=colours[c])
+        pen.multiline_text(
+            (left, HEAD - 10), _wrapped(head, 11, cell_width, 3), font=font(11), fill=INK, anchor="ld", spacing=2
+        )
     for r, (label, images) in enumerate(rows):
-        top = HEAD + r * (high + GAP)
-        text = _wrapped(label, 12, MARGIN - 16, max(1, high // 16))
-        pen.multiline_text((0, top + high / 2), text, font=font(12), fill=INK, anchor="lm", spacing=3)
+        top = HEAD + r * (cell_height + GAP)
+        text = _wrapped(label, 12, MARGIN - 16, max(1, cell_height // 16))
+        pen.multiline_text((0, top + cell_height / 2), text, font=font(12), fill=INK, anchor="lm", spacing=3)
         for c, image in enumerate(images):
-            left = MARGIN + c * (side + GAP)
+            left = MARGIN + c * (cell_width + GAP)
             if image is None:
-                pen.rectangle((left, top, left + side - 1, top + high - 1), fill="#f4f4f4")
+                pen.rectangle((left, top, left + cell_width - 1, top + cell_height - 1), fill="#f4f4f4")
             else:
-                page.paste(_fitted(image, side, high), (left, top))
+                page.paste(_fitted(image, cell_width, cell_height), (left, top))
     return page
 
 
@@ -84,7 +87,7 @@ def against(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixel
     """
     baseline_images = baseline.grids[-1].cut() if baseline.grids else {}
     baseline_images.pop(WHOLE_SHEET, None)
-    differences: dict[str, dict[Cell, np.ndarray]] = {}  # |difference| of each
+    differences: dict[str, dict[Cell, np.ndarray]] = {}  # absolute, by run label
     for run in runs:
         if run is not baseline and run.grids:
             images = run.grids[-1].cut()
@@ -93,8 +96,9 @@ def against(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixel
     differences = {label: by_cell for label, by_cell in differences.items() if by_cell}
     if not differences:
         return {}, None, 1
-    high = float(np.percentile(np.concatenate([d.ravel() for by_cell in differences.values() for d in by_cell.values()]), 99))
-    factor = 2 ** max(0, math.floor(math.log2(255 / max(high, 1.0))))
+    levels = np.concatenate([d.ravel() for by_cell in differences.values() for d in by_cell.values()])
+    factor = 2 ** max(0, math.floor(math.log2(255 / max(float(np.percentile(levels, 99)), 1.0))))
+
     others = [run for run in runs if run.label in differences]
     rows: list[SheetRow] = []
     for cell in _cells([baseline_images]):

@@ -17,6 +17,9 @@ from fastsd.run.settings import short_names
 
 SMOOTHING_WINDOW = 0.04  # share of a run's log rows that a smoothed loss averages
 
+VALIDATION_TYPES: dict[str, type | tuple[type, ...]] = {
+    "step": int, "images": int, "set": str, "weights": str, "loss": (int, float), "se": (int, float),
+}  # fmt: skip
 # Ten colours that most eyes can distinguish, also on paper. With more runs they repeat.
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c564b", "#5a5a5a", "#a6a61d",
@@ -41,16 +44,16 @@ class RunData:
     def finished(self) -> bool:
         return (self.folder / "model").is_dir()
 
-    def logged(self, key: str) -> np.ndarray:
+    def log_column(self, key: str) -> np.ndarray:
         """Return a column of the log as float64, nan where a row lacks it."""
         return column(self.log, key)
 
     def epoch(self, step: int) -> float:
         """Return the epochs done at a step, interpolated between log rows."""
-        steps, epochs = (np.concatenate([[0.0], self.logged(key)]) for key in ("step", "epoch"))
+        steps, epochs = (np.concatenate([[0.0], self.log_column(key)]) for key in ("step", "epoch"))
         return float(np.interp(step, steps, epochs))
 
-    def begun(self, count: str = "images") -> list[tuple[str, int]]:
+    def stage_starts(self, count: str = "images") -> list[tuple[str, int]]:
         """Return (name, images or steps before it) of each stage that has a log row."""
         starts = [rows.start for rows in self.stages()]
         return [(self.log[start]["stage"], self.log[start - 1][count] if start else 0) for start in starts]
@@ -60,30 +63,30 @@ class RunData:
         starts = [i for i, row in enumerate(self.log) if not i or row["stage"] != self.log[i - 1]["stage"]]
         return [slice(*pair) for pair in pairwise([*starts, len(self.log)])]
 
-    def smoothed(self) -> np.ndarray:
+    def smoothed_loss(self) -> np.ndarray:
         """Return the loss after two moving averages over `SMOOTHING_WINDOW` of the rows, separately for each stage."""
-        loss = self.logged("loss")
+        loss = self.log_column("loss")
         half = max(3, round(len(loss) * SMOOTHING_WINDOW / 2))
         for rows in self.stages():
             finite = np.isfinite(loss[rows])
             loss[rows][finite] = _average(_average(loss[rows][finite], half), half)
         return loss
 
-    def measured(self) -> list[tuple[str, str]]:
+    def validations(self) -> list[tuple[str, str]]:
         """Return the (set, weights) that validation measured, in a fixed order."""
         order = ["held_out", "stabilised", "raw", "ema"]
         pairs = {(row["set"], row["weights"]) for row in self.validation}
         return sorted(pairs, key=lambda pair: [order.index(word) if word in order else len(order) for word in pair])
 
-    def validated(self, pair: tuple[str, str]) -> list[LogRow]:
+    def validation_rows(self, pair: tuple[str, str]) -> list[LogRow]:
         return [row for row in self.validation if (row["set"], row["weights"]) == pair]
 
 
 def _average(y: np.ndarray, half: int) -> np.ndarray:
     """Average over up to `half` neighbours on either side."""
-    total, at = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
-    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(y))
-    return (total[high] - total[low]) / (high - low)
+    total, index = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
+    start, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(y))
+    return (total[end] - total[start]) / (end - start)
 
 
 def column(rows: Sequence[LogRow], key: str) -> np.ndarray:
@@ -98,11 +101,11 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
         UserError: no folder is given, or one is not a run, holds no log row yet, or is named twice.
     """
     if not folders:
-        raise UserError("compare-no-runs", "there is nothing to compare; name folders of runs, for example runs/a runs/b")
+        raise UserError("compare-no-runs", "no runs given; give run folders, for example runs/a runs/b")
     paths = [folder.resolve() for folder in folders]
     for i, path in enumerate(paths):
         if path in paths[:i]:
-            raise UserError("compare-run-twice", f"{folders[i]} is named twice; name each run once")
+            raise UserError("compare-run-twice", f"{folders[i]} is given twice; give each run once")
     labels = short_names([path.as_posix() for path in paths])
     return [
         _read(folder, labels[path.as_posix()], COLOURS[i % len(COLOURS)])
@@ -116,26 +119,22 @@ def _read(folder: Path, label: str, colour: str) -> RunData:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            "compare-no-run", f"{folder} is no run, it has no config.json; give the folder that a config's `run` names"
+            "compare-no-run", f"{folder} has no config.json and is not a run; give the folder that `run` names in a config"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(
-            "compare-config-unreadable", f"{path}: cannot be read as JSON ({error}); start the run again, which writes it"
+            "compare-config-unreadable",
+            f"{path}: cannot be read as JSON ({error}); delete it and resume the run, which writes it again",
         ) from None
     config = parse_config(raw, str(path))
     log = read_rows(folder / "log.jsonl", {"step": int, "images": int, "stage": str})
     if not log:
-        advice = f"it gets one every {config.log.every} steps (log.every)"
-        raise UserError("compare-no-rows", f"{folder / 'log.jsonl'} has no row yet; {advice}, so wait for the first")
-    return RunData(
-        folder, label, colour, config, log,
-        timing=read_rows(folder / "timing.jsonl", {"step": int}),
-        validation=read_rows(
-            folder / "validation.jsonl",
-            {"step": int, "images": int, "set": str, "weights": str, "loss": (int, float), "se": (int, float)},
-        ),
-        cost=read_table(folder / "cost.json"), grids=read_grids(folder / "samples"),
-    )  # fmt: skip
+        interval = f"{config.log.every} steps (log.every)"
+        raise UserError("compare-no-rows", f"{folder / 'log.jsonl'} has no rows yet; wait for the first, after {interval}")
+    timing = read_rows(folder / "timing.jsonl", {"step": int})
+    validation = read_rows(folder / "validation.jsonl", VALIDATION_TYPES)
+    cost, grids = read_table(folder / "cost.json"), read_grids(folder / "samples")
+    return RunData(folder, label, colour, config, log, timing, validation, cost, grids)
 
 
 def read_grids(folder: Path) -> list[Grid]:

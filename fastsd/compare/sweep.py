@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from fastsd.commands.cache import cache
+from fastsd.commands.progress import print_line
 from fastsd.compare.compare import compare
 from fastsd.config.schema import Config, dump_config, load_config
 from fastsd.data.cache import LatentCache, view_name
@@ -60,21 +61,21 @@ def sweep(
     variants = plan_sweep(path, words, precision)
     base = _baseline(variants, baseline, path, words, precision)
     root = base.folder.parent
-    _say(console, f"{len(variants)} runs in {root}, measured against {base.name}")
+    print_line(console, f"{len(variants)} runs in {root}, baseline {base.name}")
     for variant in variants:
-        _say(
-            console,
-            f"  {variant.name}: " + ", ".join(f"{key} = {setting_text(value)}" for key, value in variant.values.items()),
-        )
+        values = ", ".join(f"{key} = {setting_text(value)}" for key, value in variant.values.items())
+        print_line(console, f"  {variant.name}: {values}")
+
     _prepare(variants, console)
     root.mkdir(parents=True, exist_ok=True)
     table = {"config": str(path), "baseline": base.name, "runs": {variant.name: variant.values for variant in variants}}
     replace_file(root / "sweep.json", json.dumps(table, indent=2) + "\n")
+
     failed = _train_all(variants, console)
     logged = [v for v in variants if (log := v.folder / "log.jsonl").is_file() and log.stat().st_size]
     if logged:
-        measured = base if base in logged else logged[0]
-        compare([v.folder for v in logged], root / "report.html", str(measured.folder), console=console)
+        baseline_run = base if base in logged else logged[0]
+        compare([v.folder for v in logged], root / "report.html", str(baseline_run.folder), console=console)
     if failed:
         raise UserError("sweep-runs-failed", "\n".join(f"{name} failed: {why}" for name, why in failed.items()))
 
@@ -91,10 +92,10 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
     if not swept:
         raise UserError(
             "sweep-no-values",
-            "there is nothing to sweep; give a key several values, for example stage.caption_dropout=0.04,0.1",
+            "no key has several values; sweep at least one, for example stage.caption_dropout=0.04,0.1",
         )
     if "run" in swept:
-        raise UserError("sweep-several-folders", "run has several values; name one folder, below which each run gets its own")
+        raise UserError("sweep-several-folders", "run has several values; give one folder, in which each run gets a subfolder")
     short = short_names(swept)
     problems: list[str] = []
     variants: list[Variant] = []
@@ -116,7 +117,8 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
         if other is not variant:
             pair = " and ".join(str(v.values) for v in (other, variant))
             raise UserError(
-                "sweep-shared-folder", f"two runs would share the folder {variant.folder}: {pair}; sweep them one at a time"
+                "sweep-shared-folder",
+                f"{pair} would share the folder {variant.folder}; sweep one of them separately with run=FOLDER",
             )
         other = contents.setdefault(_settings(variant.config), variant)
         if other is not variant:
@@ -131,7 +133,7 @@ def _baseline(variants: list[Variant], name: str, path: Path, words: Sequence[st
         if match is None:
             names = ", ".join(variant.name for variant in variants)
             raise UserError(
-                "unknown-baseline-run", f"--baseline is {name!r}, which is not among the runs ({names}); name one of them"
+                "unknown-baseline-run", f"--baseline is {name!r}, which is not one of the runs; choose from {names}"
             )
         return match
     fixed = [word for word in words if word.partition("=")[0].strip() not in variants[0].values]
@@ -181,15 +183,15 @@ def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
     """Train the unfinished runs. Return the error messages of those that failed, by name."""
     failed = {}
     for i, variant in enumerate(variants, 1):
-        _say(console, f"\n[{i}/{len(variants)}] {variant.name}")
+        print_line(console, f"\n[{i}/{len(variants)}] {variant.name}")
         if _finished(variant):
-            _say(console, "finished already")
+            print_line(console, "already finished")
             continue
         try:
             train(variant.config, console)
         except UserError as error:
             failed[variant.name] = str(error)
-            _say(console, f"! {error}\nthe others go on")
+            print_line(console, f"failed: {error}\ncontinuing with the next run")
         # The next run needs the memory of this one, and measures its own peak.
         gc.collect()
         if torch.cuda.is_available():
@@ -209,7 +211,3 @@ def _finished(variant: Variant) -> bool:
         return same and state["stage_done"] and state["stage"] == len(variant.config.stage) - 1
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

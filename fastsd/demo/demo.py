@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastsd.commands.cache import cache
+from fastsd.commands.progress import print_line
 from fastsd.config.schema import Config, ModelTable, load_config
 from fastsd.demo import world
 from fastsd.run.loop import train
@@ -34,26 +35,23 @@ def demo(out: Path, console: Console | None = None) -> dict[str, float]:
     table = config.model
     base = _draw(config, table.model_copy(update={"vae": ""}))
     swapped = _draw(config, table)
-    _say(console, f"the base with its own VAE: {base[0]:.0%} of {len(base[1])} samples show the colour and shape asked for")
-    _say(console, f"the base with the other VAE: {swapped[0]:.0%}\n")
-    _say(console, f"$ fastsd cache {out / 'demo.toml'}")
+    print_line(console, f"base model: {base[0]:.0%} of {len(base[1])} samples show the requested colour and shape")
+    print_line(console, f"base model with another VAE: {swapped[0]:.0%}\n")
+
+    print_line(console, f"$ fastsd cache {out / 'demo.toml'}")
     cache(config, console)
-    _say(console, f"\n$ fastsd train {out / 'demo.toml'}")
+    print_line(console, f"\n$ fastsd train {out / 'demo.toml'}")
     train(config, console)
     model = Path(config.run) / "model"
-    _say(console, f"\n$ fastsd sample {model} --prompt ...")
+    print_line(console, f"\n$ fastsd sample {model} --prompt ...")
     after = _draw(config, ModelTable(base=str(model)))
     _picture(out / "demo.png", base, swapped, after)
-    result = {
-        "base": base[0], "before": swapped[0], "after": after[0], "samples": len(after[1]),
-        "seconds": round(time.perf_counter() - start, 1),
-    }  # fmt: skip
+    accuracies = {"base": base[0], "before": swapped[0], "after": after[0]}
+    result = accuracies | {"samples": len(after[1]), "seconds": round(time.perf_counter() - start, 1)}
     (out / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    _say(
-        console,
-        f"colour and shape as asked, of {len(after[1])} samples: {base[0]:.0%} base, {swapped[0]:.0%} with the VAE swapped, "
-        f"{after[0]:.0%} after retraining ({result['seconds']:.0f} s)\npicture: {out / 'demo.png'}",
-    )
+    shares = f"{base[0]:.0%} base, {swapped[0]:.0%} with the VAE swapped, {after[0]:.0%} after retraining"
+    print_line(console, f"correct colour and shape: {shares} ({len(after[1])} samples each, {result['seconds']:.0f} s)")
+    print_line(console, f"picture: {out / 'demo.png'}")
     return result
 
 
@@ -64,7 +62,7 @@ def _lay_out(out: Path, console: Console) -> Config:
     world.write_dataset(out / "images", PICTURES, PICTURE_SEED)
     text = _config_file().read_text(encoding="utf-8").replace("demo-out", out.as_posix())
     (out / "demo.toml").write_text(text, encoding="utf-8")
-    _say(console, f"{PICTURES} captioned pictures in {out / 'images'}, a tiny SD1.5 and another VAE in {out / 'models'}")
+    print_line(console, f"{PICTURES} captioned images in {out / 'images'}; a tiny SD1.5 and another VAE in {out / 'models'}")
     return load_config(out / "demo.toml")
 
 
@@ -88,7 +86,3 @@ def _picture(path: Path, *columns: tuple[float, list[Image.Image]]) -> None:
     titles = ("base", "VAE swapped", "retrained")
     panels = [(f"{title}  {share:.0%}", images[:SHOWN]) for title, (share, images) in zip(titles, columns, strict=True)]
     world.picture(panels, [prompt for _, _, prompt in world.prompts()[:SHOWN]]).save(path)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

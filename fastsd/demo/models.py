@@ -63,29 +63,30 @@ def _byte_letters() -> list[str]:
 
 
 def _merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Return the word's BPE pieces under the merges known so far."""
-    pieces = [*word[:-1], word[-1] + "</w>"]
-    while candidates := [pair for pair in pairwise(pieces) if pair in ranks]:
+    """Return the word's BPE tokens under the merges so far."""
+    tokens = [*word[:-1], word[-1] + "</w>"]
+    while candidates := [pair for pair in pairwise(tokens) if pair in ranks]:
         pair = min(candidates, key=ranks.__getitem__)
-        index = list(pairwise(pieces)).index(pair)
-        pieces[index : index + 2] = ["".join(pair)]
-    return pieces
+        index = list(pairwise(tokens)).index(pair)
+        tokens[index : index + 2] = ["".join(pair)]
+    return tokens
 
 
 def write_tokenizer(folder: Path) -> None:
     """Write a CLIP tokenizer that has one token for every word of the captions, and splits anything else into bytes.
 
-    Each word in turn gets the merges that join the pieces which earlier merges left.  Later merges rank lower, so they
-    never change the tokens of an earlier word.
+    Each word in turn gets the merges that join its remaining tokens.  Later merges rank lower, so they never change the
+    tokens of an earlier word.
     """
     wordings = re.sub("{.*?}", "", " ".join(world.TEMPLATES))
     words = sorted({*world.COLOURS, *world.SHAPES, "a", "an", *re.findall("[a-z]+", wordings)})
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
-        pieces = _merged(word, ranks)
-        while len(pieces) > 1:
-            ranks.setdefault((pieces[0], pieces[1]), len(ranks))
-            pieces[:2] = [pieces[0] + pieces[1]]
+        word_tokens = _merged(word, ranks)
+        while len(word_tokens) > 1:
+            ranks.setdefault((word_tokens[0], word_tokens[1]), len(ranks))
+            word_tokens[:2] = [word_tokens[0] + word_tokens[1]]
+
     letters = _byte_letters()
     merges = list(ranks)
     tokens = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges)]
@@ -207,7 +208,7 @@ def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> Autoenco
     vae = vae.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=recipe.steps, pct_start=0.05)
-    began = time.monotonic()
+    start_time = time.monotonic()
     for step in range(recipe.steps):
         pixels = to_tensor([_picture_for_vae(rng) for _ in range(batch)]).to(memory_format=torch.channels_last)
         posterior = vae.encode(pixels).latent_dist
@@ -220,8 +221,8 @@ def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> Autoenco
         optimizer.step()
         schedule.step()
         if step % 250 == 249:
-            spent = time.monotonic() - began
-            print(f"vae {recipe.seed}: step {step + 1}, error {error.detach().abs().mean():.4f}, {spent:.0f} s")
+            seconds = time.monotonic() - start_time
+            print(f"vae {recipe.seed}: step {step + 1}, error {error.detach().abs().mean():.4f}, {seconds:.0f} s")
     vae.eval().requires_grad_(False)
     # Round to fp16 first: the scaling factor and all later training should fit the stored weights.
     vae.half().float()
@@ -300,11 +301,11 @@ def train_base(
         text_embeds = text_encoder(token_ids(tokenizer, list(row_by_text))).last_hidden_state
     text_rows = torch.tensor([row_by_text[text] for text in texts[1:]])
     unet = new_unet().train()
-    average = copy.deepcopy(unet).requires_grad_(False)
+    ema = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
     noise_scheduler = DDPMScheduler(**{name: SCHEDULE[name] for name in SCHEDULE if name != "set_alpha_to_one"})
-    began = time.monotonic()
+    start_time = time.monotonic()
     for step in range(steps):
         indices = torch.randint(len(latents), (batch,))
         noise, t = torch.randn(batch, *latents.shape[1:]), torch.randint(1000, (batch,))
@@ -317,13 +318,13 @@ def train_base(
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        # The decay starts low, so the random initial weights have left the average by the end.
-        keep = min(0.998, (step + 1) / (step + 10))
+        # The decay starts low, so the random initial weights have left the EMA by the end.
+        decay = min(0.998, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - keep)
+            torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
         if step % 250 == 249:
-            print(f"base: step {step + 1}, loss {loss.item():.4f}, {time.monotonic() - began:.0f} s")
-    return average.eval()
+            print(f"base: step {step + 1}, loss {loss.item():.4f}, {time.monotonic() - start_time:.0f} s")
+    return ema.eval()
 
 
 def save_base(

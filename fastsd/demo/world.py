@@ -35,7 +35,7 @@ TEMPLATES = (
     "a drawing of {a} {colour} {shape}",
 )
 
-# Drawing happens at this multiple of the wanted size and is averaged down, which antialiases every edge.
+# Drawing happens at this multiple of the final size and is averaged down, which antialiases every edge.
 _SUPERSAMPLING = 4
 # The ring's hole, and the star's inner corners, relative to the outer radius; the cross's half arm width.
 _RING_HOLE, _STAR_WAIST, _CROSS_ARM = 0.55, 0.45, 0.3
@@ -59,7 +59,7 @@ def _outline(shape: str, radius: float, turn: float) -> np.ndarray:
         flat = np.concatenate([corners * 1j**k for k in range(4)]) * np.exp(1j * math.radians(turn)) * radius
         return np.stack([flat.real, flat.imag], axis=1)
     else:
-        raise ValueError(f"{shape!r} has no corners; the shapes are {', '.join(SHAPES)}")
+        raise ValueError(f"shape is {shape!r}, which has no corners; use square, triangle, star or cross")
     angles = steps * (2 * math.pi / len(steps)) + math.radians(turn)
     return radius * reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
@@ -90,13 +90,13 @@ def draw(colour: str, shape: str, rng: np.random.Generator, size: int = 64) -> I
     return picture
 
 
-def _say(template: str, colour: str, shape: str) -> str:
+def _fill(template: str, colour: str, shape: str) -> str:
     return template.format(a="an" if colour[0] in "aeiou" else "a", colour=colour, shape=shape)
 
 
 def caption(colour: str, shape: str, rng: np.random.Generator) -> str:
     """Return a caption that names both, in one of a few wordings."""
-    return _say(TEMPLATES[rng.integers(len(TEMPLATES))], colour, shape)
+    return _fill(TEMPLATES[rng.integers(len(TEMPLATES))], colour, shape)
 
 
 def combinations() -> list[tuple[str, str]]:
@@ -106,7 +106,7 @@ def combinations() -> list[tuple[str, str]]:
 
 def prompts() -> list[tuple[str, str, str]]:
     """Return (colour, shape, prompt) for every combination. Models are judged by these."""
-    return [(c, s, _say(TEMPLATES[i % len(TEMPLATES)], c, s)) for i, (c, s) in enumerate(combinations())]
+    return [(c, s, _fill(TEMPLATES[i % len(TEMPLATES)], c, s)) for i, (c, s) in enumerate(combinations())]
 
 
 def write_dataset(folder: Path, count: int, seed: int) -> None:

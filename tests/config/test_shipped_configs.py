@@ -104,7 +104,7 @@ def test_check_passes_with_faked_folders(name, world):
     out = StringIO()
     cache(config, Console(file=out))
     check(config, Console(file=out, width=200))
-    assert "wrong" not in out.getvalue() and out.getvalue().count("ok    ") >= 6 + len(config.stage) - 1
+    assert "error" not in out.getvalue() and out.getvalue().count("ok    ") >= 6 + len(config.stage) - 1
 
 
 def test_xlsd(world):
@@ -116,7 +116,7 @@ def test_xlsd(world):
     assert not same(texts[0], texts[1]) and same(texts[1], texts[2])
     assert {row["set"] for row in rows(run, "validation")} == {"held_out", "stabilised"}
     longer = world.folder / "xlsd-248"
-    long_clip(str(run / "model"), longer, 248, say=lambda _: None)
+    long_clip(str(run / "model"), longer, 248, reporter=lambda _: None)
     again = world.train("xlsd-long", **{"model.base": longer})
     assert (
         load_model(load_config(ROOT / "configs/demo.toml", [f"model.base={again}/model", "model.vae="]).model).text.window

@@ -85,7 +85,7 @@ def test_a_vae_that_is_swapped_in_between(folder, tmp_path, tiny_model, monkeypa
     assert folder.cached() == names and "24 encoded now" not in folder.said
     tiny_vae(seed=1).save_pretrained(model / "vae")
     assert "holds no latents for this config; run `fastsd cache CONFIG` first" in folder.run("train", base, code=2)
-    assert folder.cached(base) == names and "24 encoded now, 0 were there" in folder.said
+    assert folder.cached(base) == names and "24 encoded now, 0 already cached" in folder.said
     folder.run("train", base)
     assert folder.cached(base, f"cache.dir={tmp_path / 'fresh'}") == names
     again, fresh = ({p.name: p.read_bytes() for p in (at / "shards").iterdir()} for at in (folder.cache, tmp_path / "fresh"))
@@ -143,7 +143,7 @@ def test_a_cache_folder_that_cannot_be_one(folder, monkeypatch):
 def test_ctrl_c_is_one_sentence_and_the_same_line_goes_on(folder, monkeypatch):
     folder.put_good(*(f"{i}.png" for i in range(30)))
     interrupt(monkeypatch)
-    assert folder.run("cache", code=130).endswith("; the same line again goes on from there\n")
+    assert folder.run("cache", code=130).endswith("; run the same command again to continue\n")
     assert folder.cached() == {str(i) for i in range(30)}
     assert "30 of 30" in folder.said and "30 encoded now" not in folder.said
     folder.run("cache", "--verify")

@@ -30,7 +30,7 @@ def longer(folder, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("long") / "clip"
     said = []
-    long_clip(str(folder), out, 248, say=said.append)
+    long_clip(str(folder), out, 248, reporter=said.append)
     assert "77 positions stretched to 248, the first 20 kept" in said[0]
     return out
 
@@ -130,7 +130,7 @@ def test_long_clip_command_says_what_is_wrong(tmp_path, folder, monkeypatch, cap
         assert code == 2 and err.count("\n") == 1, (out, err)
         return err
 
-    assert "which exists; name a new folder" in said(folder, folder)
+    assert "which already exists; choose a new folder" in said(folder, folder)
     assert "--tokens: tokens is 77 and the encoder has 77 positions; give more" in said(
         folder, tmp_path / "o", "--tokens", "77"
     )

@@ -71,10 +71,10 @@ def test_the_command_tells_what_it_did_and_what_is_there(said, made, tmp_path):
     assert "13 of 14 images cached" in out and "13 encoded now" in out and "1 images have no caption" in out
     assert all(f"{stage} " in out for stage in ("decode", "encode", "write")) and "img/s" in out
     assert "1 rejected:\n  1 x the content is no" in out and "bad.jpg" in out
-    assert "0 encoded now, 13 were there" in said(cache.cache, made)
+    assert "0 encoded now, 13 already cached" in said(cache.cache, made)
     out = look(said, made, stats=True)
     assert "13 latents in 1 shards" in out and "sizes: 32x32 x 13" in out
-    assert "1 captions are longer than 77 tokens and will be cut" in out and "  1 rejected:\n  1 x the content" in out
+    assert "1 captions are longer than 77 tokens and will be truncated" in out and "  1 rejected:\n  1 x the content" in out
     assert out.count("±") == 5  # of four channels, and of the heading
 
 
@@ -82,7 +82,7 @@ def test_damaged_token_ids_are_found_removed_and_made_again(said, made):
     said(cache.cache, made)
     (path,) = token_files(upkeep.Path(made.cache.dir))
     before = path.read_bytes()
-    assert "is as its sha256 says" in look(said, made, verify=True)
+    assert "match their sha256" in look(said, made, verify=True)
     flip(path, -3)
     with pytest.raises(UserError, match="does not match its sha256; removed"):
         look(said, made, verify=True)

@@ -266,7 +266,7 @@ def test_bad_captions_put_their_images_aside(folder):
     good = {largest.decode(), ("word " * 10_000).strip(), "one", "two", "marked", ""}
     folder.check(good, {f"{name}.png": reason for name, (_, reason) in captions.items() if reason})
     assert "2 images have no caption" in folder.said  # the folder and the blank one
-    assert "1 captions are longer than 77 tokens and will be cut" in folder.run("cache", "--stats")
+    assert "1 captions are longer than 77 tokens and will be truncated" in folder.run("cache", "--stats")
     folder.run("train")
 
 

@@ -25,7 +25,7 @@ def made(tmp_path_factory):
     """A model that is whole, as a folder and as a file of the original layout."""
     folder = tmp_path_factory.mktemp("bad") / "m"
     make_tiny_model(folder, UNetConfig(block_out_channels=(32, 64), attention=(True, False), cross_attention_dim=64))
-    convert(str(folder), folder.parent / "m.safetensors", say=lambda line: None)
+    convert(str(folder), folder.parent / "m.safetensors", reporter=lambda line: None)
     return folder, folder.parent / "m.safetensors"
 
 
@@ -212,7 +212,7 @@ def test_one_sentence(case, made, tmp_path, monkeypatch):
                 str(bad),
                 tmp_path / "out" / out,
                 options=ConvertOptions(dtype=dtype, tokenizer=str(made[0])),
-                say=lambda line: None,
+                reporter=lambda line: None,
             )
         assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").iterdir())
@@ -222,11 +222,11 @@ def test_one_sentence(case, made, tmp_path, monkeypatch):
 def test_what_out_may_be(made, tmp_path):
     folder, file = made
     for words, sentence in (
-        ([folder, file], "which exists; name a new file"),
-        ([file, folder], "which exists; name a new folder"),
-        ([folder, tmp_path / "x", "--to", "single-file"], "end it in .safetensors"),
-        ([folder, tmp_path / "x.safetensors", "--to", "diffusers"], "name a folder"),
-        ([folder, file / "x.safetensors"], "m.safetensors: (Not a directory|File exists); mend that"),
+        ([folder, file], "which already exists; choose a new file"),
+        ([file, folder], "which already exists; choose a new folder"),
+        ([folder, tmp_path / "x", "--to", "single-file"], "choose a name that ends in .safetensors"),
+        ([folder, tmp_path / "x.safetensors", "--to", "diffusers"], "choose a folder"),
+        ([folder, file / "x.safetensors"], "m.safetensors: (Not a directory|File exists); fix that"),
         ([file, tmp_path / "x", "--tokenizer", tmp_path], "where no vocab.json and merges.txt are"),
         ([file, tmp_path / "x", "--ema"], r"has no averaged \(EMA\) weights; leave --ema out"),
         ([folder, tmp_path / "x", "--ema"], r"has no averaged \(EMA\) weights; leave --ema out"),
