@@ -1,25 +1,25 @@
-"""`fastsd compare`: what it reads of whole, killed and odd runs, its numbers, its pictures, its page, and what it refuses."""
+"""`fastsd compare`: reading complete, killed and unusual runs, the numbers, pictures and page, and errors."""
 
 import json
 import math
-import sys
 from html.parser import HTMLParser
 from io import StringIO
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commandline import fastsd
 from PIL import Image
 from rich.console import Console
+from sentences import refused, says
 from tiny import job
 
-from fastsd import cli
 from fastsd.commands.cache import cache
 from fastsd.compare import charts, draw, numbers, pictures
 from fastsd.compare.compare import TABLES, compare
 from fastsd.compare.runs import RunData, read_grids, read_runs
 from fastsd.config.schema import dump_config, load_config
-from fastsd.errors import UserError
 from fastsd.run.folder import WHOLE_SHEET
 from fastsd.run.loop import train
 from fastsd.run.settings import ABSENT, choices, combinations, differences, short_names
@@ -36,10 +36,10 @@ def row(step: int, stage: str = "unet", **more) -> dict:
     return {"step": step, "stage": stage, "images": 4 * step, "epoch": step / 5, "lr": 1e-3, "loss": loss, **hashes, **more}
 
 
-def measured(step: int, loss: float, which: str = "held_out", weights: str = "raw") -> dict:
+def validation_row(step: int, loss: float, image_set: str = "held_out", weights: str = "raw") -> dict:
     bands = [[250 * b, 250 * b + 250, loss + b / 100, 0.02] for b in range(4)]
-    return {"step": step, "images": 4 * step, "stage": "unet", "set": which, "weights": weights, "loss": loss, "se": 0.01,
-            "bands": bands}  # fmt: skip
+    measurement = {"set": image_set, "weights": weights, "loss": loss, "se": 0.01, "bands": bands}
+    return {"step": step, "images": 4 * step, "stage": "unet", **measurement}
 
 
 def jsonl(rows: list[dict]) -> str:
@@ -51,8 +51,8 @@ def colours(shades: list[int]) -> list[Image.Image]:
 
 
 @pytest.fixture
-def made(tmp_path):
-    """Makes the folder of a run: its log, and files by name; pictures as {step: shades of two prompts x two seeds}."""
+def make_run(tmp_path):
+    """Make the folder of a run: its log, and files by name; pictures as {step: shades of two prompts x two seeds}."""
 
     def make(name: str, rows: list[dict], *overrides: str, stages: str = STAGE, shades=None, **files: str) -> Path:
         folder = tmp_path / name
@@ -62,16 +62,16 @@ def made(tmp_path):
         (folder / "log.jsonl").write_text(jsonl(rows))
         for file, text in files.items():
             (folder / file.replace("_json", ".json")).write_text(text)
-        for step, four in (shades or {}).items():
+        for step, cell_shades in (shades or {}).items():
             (folder / "samples").mkdir(exist_ok=True)
-            sheet = grid(colours(four), 2, ["red circle", "blue <star>"], seed=7)
+            sheet = grid(colours(cell_shades), 2, ["red circle", "blue <star>"], seed=7)
             save_grid(sheet, folder / "samples" / f"unet-{step:08d}.png", "unet", step)
         return folder
 
     return make
 
 
-def only(folder: Path) -> RunData:
+def read_run(folder: Path) -> RunData:
     return read_runs([folder])[0]
 
 
@@ -79,66 +79,66 @@ def words(table: numbers.Table) -> list[list[str]]:
     return [[word.label if isinstance(word, RunData) else word for word in row] for row in table.rows]
 
 
-def test_values_are_toml_and_commas_in_brackets_part_nothing():
+def test_values_are_toml_and_commas_in_brackets_do_not_split():
     assert choices('stage.train=["unet"],["unet", "text_encoder"]')[1] == {
         '["unet"]': ["unet"], '["unet", "text_encoder"]': ["unet", "text_encoder"],
     }  # fmt: skip
     assert choices("a = 1e-5, x ,\"b, \\\" c\",'d,e',true,{u = 1, t = 2}")[1] == {
         "1e-5": 1e-5, "x": "x", '"b, \\" c"': 'b, " c', "'d,e'": "d,e", "true": True, "{u = 1, t = 2}": {"u": 1, "t": 2},
     }  # fmt: skip
-    both = [{key: value for key, (_, value) in each.items()} for each in combinations(["a=1,2", "b=x", "c=3,4"])]
-    assert both == [{"a": a, "b": "x", "c": c} for a in (1, 2) for c in (3, 4)]
+    values = [{key: value for key, (_, value) in c.items()} for c in combinations(["a=1,2", "b=x", "c=3,4"])]
+    assert values == [{"a": a, "b": "x", "c": c} for a in (1, 2) for c in (3, 4)]
 
 
-def test_names_are_as_short_as_tells_them_apart():
+def test_names_are_as_short_as_unique():
     assert list(short_names(["/a/b/run", "/a/c/run", "/other"]).values()) == ["b/run", "c/run", "other"]
     assert list(short_names(["stage.0.lr", "stage.1.lr", "seed"]).values()) == ["0.lr", "1.lr", "seed"]
 
 
-def test_settings_that_differ(made):
-    a = only(made("a", [row(1)])).config
-    b = only(made("b", [row(1)], "model.clip_skip=1", "stage.0.lr=2e-3", "seed=3")).config
-    c = only(made("c", [row(1)], stages=STAGE + SECOND)).config
+def test_settings_that_differ(make_run):
+    a = read_run(make_run("a", [row(1)])).config
+    b = read_run(make_run("b", [row(1)], "model.clip_skip=1", "stage.0.lr=2e-3", "seed=3")).config
+    c = read_run(make_run("c", [row(1)], stages=STAGE + SECOND)).config
     assert differences([a, b]) == {"seed": ["0", "3"], "model.clip_skip": ["0", "1"], "stage.lr": ["0.001", "0.002"]}
     assert differences([a, a]) == {}
-    (key, (without, has)), *others = differences([a, c]).items()
-    assert (key, without) == ("stage.text", ABSENT) and 'train = ["text_encoder"]' in has and "lr = 0.001" in has
+    (key, (before, after)), *others = differences([a, c]).items()
+    assert (key, before) == ("stage.text", ABSENT) and 'train = ["text_encoder"]' in after and "lr = 0.001" in after
     assert not others
     with_lora = a.model_copy(update={"model": a.model.model_validate({"base": a.model.base, "lora": {"rank": 8}})})
     assert differences([a, with_lora])["model.lora.rank"] == [ABSENT, "8"] and "model.lora" not in differences([a, with_lora])
 
 
-def test_a_killed_run_is_read_up_to_the_row_that_was_cut(made):
-    folder = made("run", [row(1), row(2)])
+def test_killed_run_is_read_up_to_the_truncated_row(make_run):
+    folder = make_run("run", [row(1), row(2)])
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"step": 3, "ima')
     (folder / "samples").mkdir()
     (folder / "samples" / "unet-00000002.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
-    run = only(folder)
+    run = read_run(folder)
     assert [r["step"] for r in run.log] == [1, 2] and not run.finished and not run.grids
     assert run.validation == [] and run.cost is None
 
 
-def test_a_long_curve_is_drawn_with_few_points_and_all_its_peaks():
+def test_thinned_curve_keeps_all_peaks():
     x = np.arange(200_000.0)
     y = np.sin(x / 30_000)
     y[123_456], y[77_777] = 9.0, -9.0
     y[5] = np.nan
-    fewer, drawn = charts.thin(x, y)
-    assert len(fewer) <= charts.POINTS + 2 and drawn.max() == 9 and drawn.min() == -9 and not np.isnan(drawn).any()
-    assert fewer[0] == 0 and fewer[-1] == 199_999 and (np.diff(fewer) > 0).all()
+    thin_x, thin_y = charts.thin(x, y)
+    assert len(thin_x) <= charts.POINTS + 2 and thin_y.max() == 9 and thin_y.min() == -9 and not np.isnan(thin_y).any()
+    assert thin_x[0] == 0 and thin_x[-1] == 199_999 and (np.diff(thin_x) > 0).all()
     assert charts.thin(x[:9], y[:9])[0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
 
 
-def test_smoothing_does_not_reach_over_a_stage(made):
+def test_smoothing_stops_at_stage_borders(make_run):
     rows = [row(i, loss=1.0) for i in range(1, 31)] + [row(i, "text", loss=3.0) for i in range(31, 61)]
     rows[3]["loss"] = None
-    smooth = only(made("run", rows)).smoothed()
-    known = np.isfinite(smooth)
-    assert known.sum() == 59 and np.allclose(smooth[:30][known[:30]], 1) and np.allclose(smooth[30:], 3)
+    smooth = read_run(make_run("run", rows)).smoothed_loss()
+    finite = np.isfinite(smooth)
+    assert finite.sum() == 59 and np.allclose(smooth[:30][finite[:30]], 1) and np.allclose(smooth[30:], 3)
 
 
-def test_lines_are_least_squares():
+def test_lines_are_least_squares_fits():
     rng = np.random.default_rng(0)
     x = np.arange(40.0)
     y = 3 - 0.25 * x + rng.normal(0, 0.3, 40)
@@ -152,62 +152,65 @@ def test_lines_are_least_squares():
     assert numbers.fit(x[:1], y[:1]) is None and numbers.ends(x[:0], y[:0]) == (None, None)
 
 
-def test_start_end_and_slope(made):
+def test_start_end_and_slope(make_run):
     rows = [row(i, loss=1 - 0.01 * i) for i in range(1, 51)]
-    validation = jsonl([measured(i, 0.9 - 0.002 * i) for i in (0, 10, 20, 30, 40, 50)])
-    folder = made("run", rows)
+    validation = jsonl([validation_row(i, 0.9 - 0.002 * i) for i in (0, 10, 20, 30, 40, 50)])
+    folder = make_run("run", rows)
     (folder / "validation.jsonl").write_text(validation)
-    training, held_out = words(numbers.trends([only(folder)]))
+    training, held_out = words(numbers.trends([read_run(folder)]))
     assert training[1:] == ["training", "0.99000", "0.50000", "-0.49000", *training[5:]]
     assert [t.split(" ±")[0] for t in training[5:]] == ["-2.50", "-2.50"]  # 0.01 a step of 4 images, per 1,000
     assert held_out[1:5] == ["held-out", "0.90000", "0.80000", "-0.10000"] and held_out[5].startswith("-0.500")
 
 
-def test_what_runs_saw_is_told_from_the_hashes(made):
-    a = made("a", [row(i) for i in range(1, 11)])
-    b = made("b", [row(i, noise=f"n{i}" if i < 7 else "other") for i in range(2, 21, 1)])
-    c = made("c", [row(i, order=None) for i in range(50, 60)])
+def test_agreement_of_data_comes_from_the_hashes(make_run):
+    a = make_run("a", [row(i) for i in range(1, 11)])
+    b = make_run("b", [row(i, noise=f"n{i}" if i < 7 else "other") for i in range(2, 21, 1)])
+    c = make_run("c", [row(i, order=None) for i in range(50, 60)])
     runs = read_runs([a, b, c])
-    assert words(numbers.agreement(runs, runs[0])) == [
-        ["b", "the same in all 9 common rows", "the same in all 9 common rows", "they part at step 7"],
-        ["c", *["no common step"] * 3],
-    ]
-    assert words(numbers.agreement([runs[1], read_runs([made("d", [row(2, order=None)])])[0]], runs[1]))[0][1] == "not logged"
+    (b_label, *b_cells), (c_label, *c_cells) = words(numbers.agreement(runs, runs[0]))
+    assert (b_label, c_label) == ("b", "c") and says(b_cells[2], "first-difference", step=7)
+    assert all(says(cell, "equal-rows", count=9) for cell in b_cells[:2])
+    assert len(c_cells) == 3 and all(says(cell, "no-common-steps") for cell in c_cells)
+    unlogged = read_run(make_run("d", [row(2, order=None)]))
+    assert says(words(numbers.agreement([runs[1], unlogged], runs[1]))[0][1], "not-logged")
 
 
-def test_difference_from_the_baseline(made):
-    four = [0, 50, 100, 150]
-    a = made("a", [row(i) for i in range(1, 9)], shades={2: [9, 9, 9, 9], 4: four})
-    b = made("b", [row(i, loss=0.2) for i in range(1, 9)], shades={4: [shade + 10 for shade in four]})
-    c = made("c", [row(1)], shades={4: four})
-    (a / "validation.jsonl").write_text(jsonl([measured(0, 0.5), measured(8, 0.3), measured(8, 0.2, weights="ema")]))
-    (b / "validation.jsonl").write_text(jsonl([measured(8, 0.35)]))
+def test_difference_from_the_baseline(make_run):
+    shades = [0, 50, 100, 150]
+    a = make_run("a", [row(i) for i in range(1, 9)], shades={2: [9, 9, 9, 9], 4: shades})
+    b = make_run("b", [row(i, loss=0.2) for i in range(1, 9)], shades={4: [shade + 10 for shade in shades]})
+    c = make_run("c", [row(1)], shades={4: shades})
+    (a / "validation.jsonl").write_text(
+        jsonl([validation_row(0, 0.5), validation_row(8, 0.3), validation_row(8, 0.2, weights="ema")])
+    )
+    (b / "validation.jsonl").write_text(jsonl([validation_row(8, 0.35)]))
     runs = read_runs([a, b, c])
     pixels, picture, factor = pictures.against(runs, runs[0])
     assert math.isclose(pixels["b"].mean, 20 / 3) and math.isclose(pixels["b"].psnr, 10 * math.log10(255**2 / (200 / 3)))
     assert pixels["b"].count == 4 and pixels["c"].psnr == math.inf and factor == 16 and picture.width > 300
-    one, other = words(numbers.against(runs, runs[0], pixels))
-    assert one[2:] == ["+0.05000 ± 0.014", ABSENT, "6.67 of 255", "29.9 dB", "4"]
-    assert other[-3:] == ["0.00 of 255", "equal", "4"]
+    b_row, c_row = words(numbers.against(runs, runs[0], pixels))
+    assert b_row[2:] == ["+0.05000 ± 0.014", ABSENT, "6.67 of 255", "29.9 dB", "4"]
+    assert c_row[-3:] == ["0.00 of 255", "equal", "4"]
     assert pictures.against(runs[:1], runs[0]) == ({}, None, 1)
 
 
-def test_a_grid_tells_where_its_cells_lie(tmp_path):
+def test_grid_stores_the_boxes_of_its_cells(tmp_path):
     images = colours([10, 90, 170, 250])
     save_grid(grid(images, 2, ["a", "b" * 300], seed=3), tmp_path / "unet-2-00000010.png", "unet-2", 10)
-    (found,) = read_grids(tmp_path)
-    assert (found.stage, found.step) == ("unet-2", 10)
-    cells = found.cut()
+    (stored,) = read_grids(tmp_path)
+    assert (stored.stage, stored.step) == ("unet-2", 10)
+    cells = stored.cut()
     assert list(cells) == [("a", 3), ("a", 4), ("b" * 300, 3), ("b" * 300, 4)]
     assert [np.array_equal(cell, image) for cell, image in zip(cells.values(), images, strict=True)] == [True] * 4
-    found.whole().save(tmp_path / "text-00000002.png")  # as if by a tool that keeps no text
+    stored.whole().save(tmp_path / "text-00000002.png")  # as by a tool that drops text chunks
     old, _ = read_grids(tmp_path)
-    assert list(old.cells) == [WHOLE_SHEET] and old.cut()[WHOLE_SHEET].size == found.whole().size
+    assert list(old.cells) == [WHOLE_SHEET] and old.cut()[WHOLE_SHEET].size == stored.whole().size
     assert [path.name for path in tmp_path.glob(".tmp-*")] == []
 
 
-def test_many_checkpoints_keep_the_first_and_the_last(made):
-    run = only(made("run", [row(1)], shades={step: [step, 0, 0, 0] for step in range(0, 200, 2)}))
+def test_many_checkpoints_keep_the_first_and_the_last(make_run):
+    run = read_run(make_run("run", [row(1)], shades={step: [step, 0, 0, 0] for step in range(0, 200, 2)}))
     frames = pictures.frames(run.grids)
     assert len(frames) == pictures.FRAMES and frames[0][0].step == 0 and frames[-1][0].step == 198
     sheet = pictures.over_checkpoints(run)
@@ -217,13 +220,13 @@ def test_many_checkpoints_keep_the_first_and_the_last(made):
 
 
 class Page(HTMLParser):
-    """Tags that are open, addresses of everything loaded, text."""
+    """Open tags, addresses of everything loaded, and the text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.loaded: list[str] = []
-        self.said = ""
+        self.text = ""
         self.feed(text)
         self.close()
 
@@ -236,20 +239,20 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.said += data
+        self.text += data
 
 
-def test_the_page_is_whole_and_needs_nothing_else(made, tmp_path):
+def test_page_is_complete_and_self_contained(make_run, tmp_path):
     name = "<i>a&b'\"$x$"
     shades = {step: [step, 50, 100, 150] for step in (0, 2, 4)}
-    cost = {"stages": [{"name": "unet", "trained": 1234, "steps": 4, "images": 16, "seconds": 75.0, "memory_gb": 1.5}],
-            "file_bytes": 3_200_000, "sample_seconds": 0.25}  # fmt: skip
-    first = made(name, [row(i, d=1e-6 * i) for i in range(1, 5)], shades=shades, cost_json=json.dumps(cost))
-    rows = [measured(i, 0.5 - i / 50, which, weights) for i in (0, 2, 4) for which in ("held_out", "stabilised")
-            for weights in ("raw", "ema")]  # fmt: skip
+    stage = {"name": "unet", "trained": 1234, "steps": 4, "images": 16, "seconds": 75.0, "memory_gb": 1.5}
+    cost = {"stages": [stage], "file_bytes": 3_200_000, "sample_seconds": 0.25}
+    first = make_run(name, [row(i, d=1e-6 * i) for i in range(1, 5)], shades=shades, cost_json=json.dumps(cost))
+    kinds = product((0, 2, 4), ("held_out", "stabilised"), ("raw", "ema"))
+    rows = [validation_row(i, 0.5 - i / 50, image_set, weights) for i, image_set, weights in kinds]
     (first / "validation.jsonl").write_text(jsonl(rows))
-    second = made("x/run", [row(i, lr_text_encoder=1e-5) for i in range(1, 3)] + [row(3, "text")], stages=STAGE + SECOND)
-    third = made("y/run", [row(1, loss=None)], "seed=5", shades={2: [0, 0, 0, 0]})
+    second = make_run("x/run", [row(i, lr_text_encoder=1e-5) for i in range(1, 3)] + [row(3, "text")], stages=STAGE + SECOND)
+    third = make_run("y/run", [row(1, loss=None)], "seed=5", shades={2: [0, 0, 0, 0]})
     (third / "timing.jsonl").write_text(jsonl([{"step": 1, "images_per_second": 2.0, "memory_gb": 0.5}]))
     out = tmp_path / "reports" / "page.html"
     compare([first, second, third], out, "x/run", console=Console(file=StringIO()))
@@ -257,8 +260,9 @@ def test_the_page_is_whole_and_needs_nothing_else(made, tmp_path):
     page = Page(text)
     assert page.open == [] and "http" not in text
     assert all(address.startswith(("data:image/webp;base64,", "#")) for address in page.loaded)
-    for said in (name, "x/run", "y/run", "seed", "Through training", "1,234", "1m15s", "3.2 MB", "≈ 2s", "stabilised EMA loss"):
-        assert said in page.said, said
+    for fact in (name, "x/run", "y/run", "seed", "1,234", "1m15s", "3.2 MB", "≈ 2s"):
+        assert fact in page.text, fact
+    assert says(page.text, "section-during-training") and says(page.text, "validation-loss", kind="stabilised EMA")
     films = json.loads(text.split("const films = ")[1].split(";\n")[0])
     assert [[frame[:2] for frame in film] for film in films] == [[[0, "unet 0"], [2, "unet 2"], [4, "unet 4"]]]
     beside = out.with_suffix("")
@@ -269,12 +273,12 @@ def test_the_page_is_whole_and_needs_nothing_else(made, tmp_path):
         assert film.n_frames == 3
     assert json.loads((beside / TABLES).read_text())["Cost"]["rows"][0][1:4] == ["1,234", "1m15s", "1.50 GB"]
     compare([third], out, console=Console(file=StringIO()))  # one run, and an older report in its place
-    assert Page(out.read_text()).open == [] and "Settings that differ" not in out.read_text()
+    assert Page(out.read_text()).open == [] and not says(out.read_text(), "section-settings")
     assert not [path for path in beside.iterdir() if path.suffix == ".gif"] and not list(out.parent.glob(".tmp-*"))
 
 
-def test_what_fails_half_way_leaves_the_old_report(made, tmp_path, monkeypatch):
-    folder, out = made("run", [row(1)]), tmp_path / "page.html"
+def test_failure_half_way_leaves_the_old_report(make_run, tmp_path, monkeypatch):
+    folder, out = make_run("run", [row(1)]), tmp_path / "page.html"
     compare([folder], out, console=Console(file=StringIO()))
     before = out.read_text(), sorted(path.name for path in (tmp_path / "page").iterdir())
     monkeypatch.setattr(charts, "rate_chart", lambda runs: 1 / 0)
@@ -285,50 +289,41 @@ def test_what_fails_half_way_leaves_the_old_report(made, tmp_path, monkeypatch):
 
 
 BAD = [
-    ((), "there is nothing to compare; name folders of runs"),
-    (("none",), "none is no run, it has no config.json; give the folder that a config's `run` names"),
-    (("empty",), "log.jsonl has no row yet; it gets one every 1 steps (log.every), so wait for the first"),
-    (("run", "run"), "run is named twice; name each run once"),
-    (("broken",), "config.json: cannot be read as JSON"),
-    (
-        ("run", "other", "--baseline", "none"),
-        "--baseline is 'none', which is not among the runs (run, other); name one of them",
-    ),
-    (
-        ("run", "--draw", "cfg=1,2"),
-        "--draw has the key 'cfg', which is no setting of sampling; choose from clip_skip, guidance",
-    ),
-    (("run", "--draw", "guidance="), "guidance has no values ('guidance='); write key=a,b,c"),
-    (("run", "--draw", "guidance=1,,2"), "guidance has an empty one among its values"),
-    (("run", "--draw", "guidance=1,1"), "guidance has the value 1 twice; leave one out"),
-    (("run", "--draw", "guidance"), "'guidance' names no values; write key=a,b,c"),
-    (("run", "--draw", "steps=1", "--draw", "steps=2"), "steps is given twice; write all its values in one: steps=a,b,c"),
-    (("run", "--draw", "sampler=best"), "--draw: sampler is 'best'; choose 'ddim'"),
-    (("run", "--draw", "clip_skip=-1"), "--draw: clip_skip is -1; it must be greater than or equal to 0"),
-    (("run", "--draw", "clip_skip=1"), "run has no checkpoint to draw from; leave it out, or wait for one"),
-    (("run", "--checkpoints"), "run has no checkpoint to draw from"),
-    (("silent", "--checkpoints"), "there is nothing to draw, silent has no sample.prompts"),
-    (("run", "--out", "page"), "--out is 'page'; give a file that ends in .html"),
-    (("run", "--out", "run.html"), "--out is 'run.html' and its pictures would go into run, which is in use"),
-    (("run", "--out", "folder.html"), "--out is 'folder.html', which is a folder"),
+    ((), "compare-no-runs", {}),
+    (("none",), "compare-no-run", {"folder": "none"}),
+    (("empty",), "compare-no-rows", {"log": "empty/log.jsonl", "interval": "1 steps (log.every)"}),
+    (("run", "run"), "compare-run-twice", {"folder": "run"}),
+    (("broken",), "compare-config-unreadable", {"path": "broken/config.json"}),
+    (("run", "other", "--baseline", "none"), "unknown-baseline-run", {"baseline": "'none'", "runs": "run, other"}),
+    (("run", "--draw", "cfg=1,2"), "draw-unknown-key", {"key": "'cfg'"}),
+    (("run", "--draw", "guidance="), "swept-value", {"key": "guidance", "word": "'guidance='"}),
+    (("run", "--draw", "guidance=1,,2"), "swept-value", {"key": "guidance"}),
+    (("run", "--draw", "guidance=1,1"), "swept-value-twice", {"key": "guidance", "item": 1}),
+    (("run", "--draw", "guidance"), "swept-no-values", {"word": "'guidance'"}),
+    (("run", "--draw", "steps=1", "--draw", "steps=2"), "swept-key-twice", {"key": "steps", "key_2": "steps"}),
+    (("run", "--draw", "sampler=best"), "draw-value", {"problem": "sampler is 'best'"}),
+    (("run", "--draw", "clip_skip=-1"), "draw-value", {"problem": "clip_skip is -1"}),
+    (("run", "--draw", "clip_skip=1"), "draw-no-checkpoint", {"folder": "run"}),
+    (("run", "--checkpoints"), "draw-no-checkpoint", {"folder": "run"}),
+    (("silent", "--checkpoints"), "draw-no-prompts", {"folder": "silent"}),
+    (("run", "--out", "page"), "page-ending", {"out": "'page'"}),
+    (("run", "--out", "run.html"), "page-pictures-in-use", {"out": "'run.html'", "folder": "run"}),
+    (("run", "--out", "folder.html"), "page-is-folder", {"out": "'folder.html'"}),
 ]
 
 
-@pytest.mark.parametrize("case", BAD, ids=lambda case: " ".join(case[0]))
-def test_bad_input_gets_one_sentence_and_writes_nothing(case, made, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("arguments, error, fields", BAD, ids=[" ".join(arguments) for arguments, *_ in BAD])
+def test_bad_input_gets_one_sentence_and_writes_nothing(arguments, error, fields, make_run, tmp_path, monkeypatch, capsys):
     for name in ("run", "other"):
-        made(name, [row(1)])
-    made("empty", [])
-    made("broken", [row(1)], config_json="{")
-    made("silent", [row(1)], "sample.prompts=[]")
+        make_run(name, [row(1)])
+    make_run("empty", [])
+    make_run("broken", [row(1)], config_json="{")
+    make_run("silent", [row(1)], "sample.prompts=[]")
     (tmp_path / "folder.html").mkdir()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fastsd", "compare", *case[0]])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and case[1] in err and len(err.strip().splitlines()) == 1
+    code, _, err = fastsd("compare", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and says(err, error, **fields) and len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -346,8 +341,8 @@ def trained(tmp_path_factory, tiny_model, images) -> list[Path]:
     return folders
 
 
-def test_what_is_drawn_anew_is_what_was_drawn(trained, tmp_path):
-    """From the model with the run's own settings: its last samples; from the checkpoints: the grids of those steps."""
+def test_redrawn_samples_equal_those_of_the_run(trained, tmp_path):
+    """The model with the run's own settings gives its last samples; the checkpoints give the grids of their steps."""
     runs = read_runs(trained)
     settings = draw.read_settings(["clip_skip=0,1", "guidance=7,1"], runs[0])
     assert [setting.label for setting in settings] == [f"clip_skip {s}\nguidance {g}" for s in (0, 1) for g in (7, 1)]
@@ -362,12 +357,12 @@ def test_what_is_drawn_anew_is_what_was_drawn(trained, tmp_path):
             assert not any(np.array_equal(cells[2 * r], cells[c]) for c in range(4) if c != 2 * r)
     drawn = draw.draw_checkpoints(runs[1], runs[1].config.sample, tmp_path / "drawn", lambda line: None)
     assert [(g.stage, g.step) for g in drawn] == [("unet", 2), ("unet", 4)]
-    for one, other in zip(drawn, runs[1].grids[1:], strict=True):
-        assert np.array_equal(one.whole(), other.whole())
+    for redrawn, stored in zip(drawn, runs[1].grids[1:], strict=True):
+        assert np.array_equal(redrawn.whole(), stored.whole())
 
 
 def whole_cells(run: RunData) -> dict:
-    """The last samples, cut as `grid` lays them, whether or not the picture says so."""
+    """Return the last samples, cut as `grid` lays them out."""
     sheet = run.grids[-1].whole()
     boxes = grid(colours([0] * 4), 2, run.config.sample.prompts).info["cells"]
     return {(cell["prompt"], cell["seed"]): sheet.crop(cell["box"]) for cell in boxes}
@@ -378,42 +373,41 @@ def box(side: int, r: int, c: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
-def test_a_page_with_everything_drawn(trained, tmp_path):
+def test_page_with_everything_drawn(trained, tmp_path):
     out = StringIO()
-    compare(
-        trained, tmp_path / "r.html", "skip-1", ["clip_skip=0,1"], from_checkpoints=True, console=Console(file=out, width=200)
-    )
+    console = Console(file=out, width=200)
+    compare(trained, tmp_path / "r.html", "skip-1", ["clip_skip=0,1"], from_checkpoints=True, console=console)
     page = Page((tmp_path / "r.html").read_text())
-    for said in ("Models x sampling settings", "skip-0: red circle", "Through training", "the same in all 4 common rows"):
-        assert said in page.said
+    assert "skip-0: red circle" in page.text and says(page.text, "equal-rows", count=4)
+    assert says(page.text, "section-sampling") and says(page.text, "section-during-training")
     names = {path.relative_to(tmp_path / "r").as_posix() for path in (tmp_path / "r").rglob("*.png")}
     assert {"draw-1-skip-0-1.png", "draw-2-skip-1-2.png", "1-skip-0/unet-00000002.png", "difference.png"} <= names
-    assert "r.html: 2 runs" in out.getvalue()
+    assert says(out.getvalue(), "page-written", page=tmp_path / "r.html", runs="2 runs")
 
 
-def test_clip_skip_beyond_the_layers_is_said(trained, tmp_path):
-    with pytest.raises(UserError, match="clip_skip is 2 and the text encoder has 2 layers"):
+def test_clip_skip_beyond_the_layers_is_refused(trained, tmp_path):
+    with refused("clip-skip", clip_skip=2, layers=2):
         compare(trained, tmp_path / "r.html", drawing=["clip_skip=0,2"], console=Console(file=StringIO()))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_difference_of_validation_has_the_error_of_the_difference(tmp_path):
-    """Image by image where both measured the same ones, else both standard errors together."""
+def test_validation_difference_has_a_paired_standard_error():
+    """Paired by image if both runs measured the same images; otherwise both standard errors combined."""
     from fastsd.compare.numbers import _validation_difference
 
     rng = np.random.default_rng(0)
     base = rng.normal(0.3, 0.1, 64)
     other = base + rng.normal(0.01, 0.002, 64)
 
-    def row(each, items):
-        return {"loss": each.mean(), "se": each.std(ddof=1) / 8, "items": items, "each": each.tolist()}
+    def row(losses, items):
+        return {"loss": losses.mean(), "se": losses.std(ddof=1) / 8, "items": items, "each": losses.tolist()}
 
     class Run:
         def __init__(self, *rows):
-            self.validated = lambda which: list(rows)
+            self.validation_rows = lambda kind: list(rows)
 
-    which = ("held_out", "raw")
-    paired = _validation_difference(Run(row(other, "a")), Run(row(base, "a")), which)
+    kind = ("held_out", "raw")
+    paired = _validation_difference(Run(row(other, "a")), Run(row(base, "a")), kind)
     assert paired == f"{(other - base).mean():+.5f} ± {(other - base).std(ddof=1) / 8:.2g}"
-    apart = _validation_difference(Run(row(other, "b")), Run(row(base, "a")), which)
-    assert float(apart.split("± ")[1]) > 20 * float(paired.split("± ")[1])
+    unpaired = _validation_difference(Run(row(other, "b")), Run(row(base, "a")), kind)
+    assert float(unpaired.split("± ")[1]) > 20 * float(paired.split("± ")[1])

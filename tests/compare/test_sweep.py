@@ -1,22 +1,22 @@
-"""`fastsd sweep`: which runs it makes, that they differ in nothing else, what it passes over, and what it refuses."""
+"""`fastsd sweep`: planned runs, equality in everything else, resuming, baselines and errors."""
 
 import contextlib
 import gc
 import json
-import sys
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from commandline import fastsd
 from rich.console import Console
+from sentences import LINES, refused, says
 from tiny import job
 
-from fastsd import cli
 from fastsd.commands.cache import cache
 from fastsd.compare import sweep as module
 from fastsd.compare.sweep import plan_sweep, sweep
 from fastsd.config.schema import load_config
-from fastsd.errors import Stopped, UserError
+from fastsd.errors import Stopped
 from fastsd.model.unet import UNet
 from fastsd.run.loop import train
 
@@ -35,7 +35,7 @@ def no_report(monkeypatch):
 
 
 def run(path: Path, *words: str, baseline: str = "") -> str:
-    """Sweep, and return what was said."""
+    """Sweep, and return the output."""
     out = StringIO()
     sweep(path, words, baseline=baseline, console=Console(file=out, width=250))
     return out.getvalue()
@@ -45,7 +45,7 @@ def settings(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
-def test_every_combination_is_a_run_of_its_own(path):
+def test_every_combination_is_one_run(path):
     variants = plan_sweep(path, ["stage.caption_dropout=0.04,0.1", "seed=5", "model.clip_skip=0,1"], "bf16")
     assert [variant.name for variant in variants] == [
         f"caption_dropout={dropout},clip_skip={skip}" for dropout in ("0.04", "0.1") for skip in (0, 1)
@@ -61,7 +61,7 @@ def test_folders_are_named_by_values(tmp_path, tiny_model, images):
     names = [v.name for v in plan_sweep(path, ["stage.0.lr=1e-5,0.0003", "stage.1.lr=2,3.5"])]
     assert names == [f"0.lr={a},1.lr={b}" for a in ("1e-05", "0.0003") for b in ("2", "3.5")]
     words = ['stage.0.train=["unet"],["unet", "text_encoder"]', "sample.negative=,"]
-    with pytest.raises(UserError, match="sample.negative has an empty one"):
+    with refused("swept-value", key="sample.negative"):
         plan_sweep(path, words)
     words[1] = 'sample.negative="","a/b \\" c"'
     assert [v.name for v in plan_sweep(path, words)] == [
@@ -69,113 +69,110 @@ def test_folders_are_named_by_values(tmp_path, tiny_model, images):
     ]
 
 
-def test_runs_differ_in_one_value_and_come_out_as_train_makes_them(path, tmp_path):
-    said = run(path, "stage.unet.caption_dropout=0.5,0.0", "log.every=1")
+def test_runs_differ_in_one_value_and_equal_those_of_train(path, tmp_path):
+    out = run(path, "stage.unet.caption_dropout=0.5,0.0", "log.every=1")
     root = tmp_path / "run"
     first, second = root / "caption_dropout=0.5", root / "caption_dropout=0"
-    one, other = settings(first), settings(second)
-    assert one["stage"][0].pop("caption_dropout") == 0.5 and other["stage"][0].pop("caption_dropout") == 0
-    assert one.pop("run") == str(first) and other.pop("run") == str(second) and one == other
+    configs = []
+    for folder, dropout in ((first, 0.5), (second, 0)):
+        config = settings(folder)
+        assert config["stage"][0].pop("caption_dropout") == dropout and config.pop("run") == str(folder)
+        configs.append(config)
+    assert configs[0] == configs[1]
     rows = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (first, second)]
     assert [[r[key] for r in rows[0]] for key in ("order", "timesteps", "noise")] == [
         [r[key] for r in rows[1]] for key in ("order", "timesteps", "noise")
     ]
-    # The config's own value is the baseline; it stands second.
-    assert json.loads((root / "sweep.json").read_text()) == {
-        "config": str(path), "baseline": second.name,
-        "runs": {first.name: {"stage.unet.caption_dropout": 0.5}, second.name: {"stage.unet.caption_dropout": 0.0}},
-    }  # fmt: skip
-    assert f"2 runs in {root}, measured against {second.name}" in said and "[2/2] caption_dropout=0" in said
-    assert "Difference from the baseline" in (root / "report.html").read_text()
+    # The run with the config's own value is the baseline.
+    runs = {first.name: {"stage.unet.caption_dropout": 0.5}, second.name: {"stage.unet.caption_dropout": 0.0}}
+    assert json.loads((root / "sweep.json").read_text()) == {"config": str(path), "baseline": second.name, "runs": runs}
+    assert says(out, "sweep-start", count=2, folder=root, baseline=second.name) and "[2/2] caption_dropout=0" in out
+    assert says((root / "report.html").read_text(), "section-difference")
     config = load_config(path, [f"run={tmp_path / 'alone'}", "stage.unet.caption_dropout=0.5"])
     train(config, Console(file=StringIO()))
     assert (tmp_path / "alone" / "log.jsonl").read_bytes() == (first / "log.jsonl").read_bytes()
 
 
-def test_again_passes_over_what_is_finished_and_resumes_what_is_not(path, tmp_path, monkeypatch, no_report):
+def test_same_command_skips_finished_runs_and_resumes_others(path, tmp_path, monkeypatch, no_report):
     words = ("stage.lr=1e-3,2e-3",)
-    with monkeypatch.context() as patch:  # asked to stop in the first step
+    with monkeypatch.context() as patch:  # a stop is requested in the first step
         patch.setattr("fastsd.run.loop.stop_signal", lambda: contextlib.nullcontext([15]))
         with pytest.raises(Stopped):
             run(path, *words)
     root = tmp_path / "run"
     assert (root / "lr=0.001").exists() and not (root / "lr=0.002").exists()
-    said = run(path, *words)
-    assert said.count("resumed at step 1") == 1 and (root / "lr=0.002" / "model").is_dir()
-    begun = []
-    monkeypatch.setattr(module, "train", lambda config, console: begun.append(config))
-    assert run(path, *words).count("finished already") == 2 and begun == []
-    assert run(path, *words, "stage.until=4").count("finished already") == 0 and len(begun) == 2
+    assert run(path, *words).count("resumed") == 1 and (root / "lr=0.002" / "model").is_dir()
+    trained = []
+    monkeypatch.setattr(module, "train", lambda config, console: trained.append(config))
+    assert run(path, *words).count(LINES["sweep-finished"]) == 2 and trained == []
+    assert run(path, *words, "stage.until=4").count(LINES["sweep-finished"]) == 0 and len(trained) == 2
 
 
-def test_a_run_that_fails_does_not_lose_the_others(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["fastsd", "sweep", str(path), "stage.lr=1e-3,1e30,2e-3", "stage.until=9", "log.every=1"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and err.startswith("fastsd: lr=1e+30 failed: ") and "no finite gradient" in err
-    assert len(err.strip().splitlines()) == 1 and "the others go on" in out
+def test_failed_run_does_not_stop_the_others(path, tmp_path, monkeypatch, capsys):
+    words = ("sweep", path, "stage.lr=1e-3,1e30,2e-3", "stage.until=9", "log.every=1")
+    code, out, err = fastsd(*words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and says(err, "sweep-run-failed", run="fastsd: lr=1e+30") and says(err, "no-finite-gradient")
+    assert len(err.strip().splitlines()) == 1 and says(out, "sweep-continues")
     root = tmp_path / "run"
     assert (root / "lr=0.001" / "model").is_dir() and (root / "lr=0.002" / "model").is_dir()
     assert "lr=1e+30" in (root / "report.html").read_text()
 
 
-def test_caches_are_made_once_for_each_view_and_models_do_not_pile_up(path, tmp_path, monkeypatch, no_report):
-    cached, alive = [], []
+def test_caches_are_built_once_per_view_and_models_are_freed(path, tmp_path, monkeypatch, no_report):
+    resolutions, counts = [], []
 
-    def counted(config, console):
-        cached.append(config.data.resolution)
+    def count_models():
+        gc.collect()
+        return sum(type(thing) is UNet for thing in gc.get_objects())
+
+    def counting_cache(config, console):
+        resolutions.append(config.data.resolution)
         return cache(config, console)
 
-    def watched(config, console):
-        gc.collect()
-        alive.append(sum(type(thing) is UNet for thing in gc.get_objects()))
+    def counting_train(config, console):
+        counts.append(count_models())
         return train(config, console)
 
-    monkeypatch.setattr(module, "cache", counted)
-    monkeypatch.setattr(module, "train", watched)
-    gc.collect()
-    before = sum(type(thing) is UNet for thing in gc.get_objects())
+    monkeypatch.setattr(module, "cache", counting_cache)
+    monkeypatch.setattr(module, "train", counting_train)
+    before = count_models()
     run(path, "data.resolution=16,24", "model.clip_skip=0,1", "stage.until=1", f"cache.dir={tmp_path / 'cache'}")
-    assert cached == [16, 24] and alive == [before] * 4
+    assert resolutions == [16, 24] and counts == [before] * 4
 
 
-def test_a_baseline_can_be_named(path, monkeypatch, no_report):
+def test_baseline_can_be_named(path, monkeypatch, no_report):
     monkeypatch.setattr(module, "train", lambda config, console: None)
-    assert "measured against seed=1" in run(path, "seed=1,2")
-    assert "measured against seed=2" in run(path, "seed=1,2", baseline="seed=2")
+    assert says(run(path, "seed=1,2"), "sweep-start", baseline="seed=1")
+    assert says(run(path, "seed=1,2", baseline="seed=2"), "sweep-start", baseline="seed=2")
 
 
 BAD = [
-    (["stage.lrr=1e-3,2e-3"], ": stage.0.lrr: unknown key; did you mean lr?"),
-    (["stage.batch=2,big"], ": stage.0.batch is 'big' (a str); it must be a whole number"),
-    (["stage.lr=-1,1e-3"], ": stage.0.lr is -1; it must be"),
-    (["stage.lr="], "stage.lr has no values ('stage.lr='); write key=a,b,c"),
-    (["stage.lr=1e-3,"], "stage.lr has an empty one among its values"),
-    (["stage.lr=1e-3,0.001"], "stage.lr has the value 0.001 twice; leave one out"),
-    (["stage.lr=1e-3,2e-3", "stage.lr=3e-3"], "stage.lr is given twice; write all its values in one: stage.lr=a,b,c"),
-    (["stage.lr"], "'stage.lr' names no values; write key=a,b,c"),
-    ([], "there is nothing to sweep; give a key several values"),
-    (["seed=3"], "there is nothing to sweep; give a key several values, for example stage.caption_dropout=0.04,0.1"),
-    (["run=a,b"], "run has several values; name one folder, below which each run gets its own"),
-    (["sample.negative=a b,a-b"], "two runs would share the folder"),
-    (["stage.lr=1,1.0"], "stage.lr has the value 1.0 twice; leave one out"),
-    (["stage.0.lr=1e-3,2e-3", "stage.unet.lr=3e-3,4e-3"], "are the same run; leave one out"),
-    (["seed=1,2", "model.base=/none"], "model.base is '/none': no such folder or file"),
-    (["model.clip_skip=0,1,2"], "model.clip_skip is 2 and the text encoder has 2 layers; choose 0 to 1"),
-    (["seed=1,2", "sample.size=33"], "sample.size is 33; this model's images are multiples of 4 px"),
-    (["seed=1,2", "--baseline", "seed=3"], "--baseline is 'seed=3', which is not among the runs (seed=1, seed=2)"),
-    (["seed=1,2", "stage.7.lr=1"], "there is no stage '7'"),
+    (["stage.lrr=1e-3,2e-3"], "sweep-configs", "stage.0.lrr"),
+    (["stage.batch=2,big"], "sweep-configs", "stage.0.batch is 'big' (a str)"),
+    (["stage.lr=-1,1e-3"], "sweep-configs", "stage.0.lr is -1"),
+    (["stage.lr="], "swept-value", "'stage.lr='"),
+    (["stage.lr=1e-3,"], "swept-value", "'stage.lr=1e-3,'"),
+    (["stage.lr=1e-3,0.001"], "swept-value-twice", "stage.lr has the value 0.001"),
+    (["stage.lr=1e-3,2e-3", "stage.lr=3e-3"], "swept-key-twice", "stage.lr=a,b,c"),
+    (["stage.lr"], "swept-no-values", "'stage.lr'"),
+    ([], "sweep-no-values", ""),
+    (["seed=3"], "sweep-no-values", ""),
+    (["run=a,b"], "sweep-several-folders", ""),
+    (["sample.negative=a b,a-b"], "sweep-shared-folder", "negative=a-b"),
+    (["stage.lr=1,1.0"], "swept-value-twice", "1.0"),
+    (["stage.0.lr=1e-3,2e-3", "stage.unet.lr=3e-3,4e-3"], "sweep-same-run", ""),
+    (["seed=1,2", "model.base=/none"], "source-missing", "model.base is '/none'"),
+    (["model.clip_skip=0,1,2"], "clip-skip", " 2 "),
+    (["seed=1,2", "sample.size=33"], "sample-size", "33"),
+    (["seed=1,2", "--baseline", "seed=3"], "unknown-baseline-run", "seed=1, seed=2"),
+    (["seed=1,2", "stage.7.lr=1"], "override-no-stage", "'7'"),
 ]
 
 
-@pytest.mark.parametrize("case", BAD, ids=lambda case: " ".join(case[0]))
-def test_bad_sweeps_get_one_sentence_before_anything_is_trained(case, path, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words, error, fact", BAD, ids=[" ".join(words) for words, *_ in BAD])
+def test_bad_sweeps_get_one_sentence_before_any_training(words, error, fact, path, tmp_path, monkeypatch, capsys):
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["fastsd", "sweep", str(path), *case[0]])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    err = capsys.readouterr().err
+    code, _, err = fastsd("sweep", path, *words, monkeypatch=monkeypatch, capsys=capsys)
     print(err)
-    assert stop.value.code == 2 and case[1] in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and says(err, error) and fact in err and len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""The demo's world: a judge that knows the shapes and is not fooled, a tokenizer for any text, the shipped models."""
+"""The demo's world: the judge, the tokenizer, the shipped models and a short demo."""
 
 import re
 
@@ -20,17 +20,17 @@ def share_right(change) -> float:
     return float(np.mean([world.judge(image) == pair for image, pair in zip(images, combos, strict=True)]))
 
 
-def noisy(image, rng):
+def add_noise(image, rng):
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(1)), dtype=float) + rng.normal(0, 10, (64, 64, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def test_the_judge_knows_the_shapes():
+def test_judge_recognises_the_shapes():
     assert share_right(lambda image, rng: image) >= 0.99
-    assert share_right(noisy) >= 0.97
+    assert share_right(add_noise) >= 0.97
 
 
-def test_the_judge_is_not_fooled():
+def test_judge_rejects_other_images():
     rng = np.random.default_rng(3)
     empty = Image.new("RGB", (64, 64), world.BACKGROUND)
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
@@ -40,7 +40,7 @@ def test_the_judge_is_not_fooled():
     assert world.judge(turned[0]) != ("blue", "circle") and world.judge(turned[1]) != ("blue", "circle")
 
 
-def test_the_data_set_is_the_same_every_time(tmp_path):
+def test_data_set_is_deterministic(tmp_path):
     for name in ("a", "b"):
         world.write_dataset(tmp_path / name, 48, seed=1)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -50,7 +50,7 @@ def test_the_data_set_is_the_same_every_time(tmp_path):
     assert all(any(c in text for c in world.COLOURS) and any(s in text for s in world.SHAPES) for text in captions)
 
 
-def test_the_tokenizer_takes_any_text(tmp_path):
+def test_tokenizer_accepts_any_text(tmp_path):
     from transformers import CLIPTokenizer
 
     write_tokenizer(tmp_path)
@@ -61,36 +61,36 @@ def test_the_tokenizer_takes_any_text(tmp_path):
         assert tokenizer.unk_token_id not in tokenizer(text).input_ids[1:-1]
 
 
-def test_what_ships_is_small_and_loads():
+def test_shipped_models_are_small_and_load():
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 8e6
     base = load_model(ModelTable(base=str(MODELS / "base")))
     other = load_model(ModelTable(base=str(MODELS / "base"), vae=str(MODELS / "vae")))
     assert base.vae.scaling_factor != other.vae.scaling_factor and base.vae.hash != other.vae.hash
 
 
-def test_the_base_draws_what_it_is_asked_for():
+def test_base_model_follows_prompts():
     model = load_model(ModelTable(base=str(MODELS / "base")))
-    asked = world.prompts()[:16]
-    images = generate(model, [p for *_, p in asked], [0] * 16, SampleTable(steps=12, guidance=2.0), 64)
-    assert sum(world.judge(i) == (c, s) for i, (c, s, _) in zip(images, asked, strict=True)) >= 13
+    prompts = world.prompts()[:16]
+    images = generate(model, [p for *_, p in prompts], [0] * 16, SampleTable(steps=12, guidance=2.0), 64)
+    assert sum(world.judge(i) == (c, s) for i, (c, s, _) in zip(images, prompts, strict=True)) >= 13
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_final_picture_has_all_panels(tmp_path):
     rng = np.random.default_rng(0)
     images = [world.draw("red", "ring", rng)] * SHOWN
     sheet = world.picture([("one", images), ("two", images)], ["a red ring"] * SHOWN)
     assert sheet.width > 600 and sheet.height > 400
 
 
-def test_a_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
+def test_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
     from io import StringIO
 
     from rich.console import Console
 
     from fastsd.demo import demo as module
 
-    some = world.prompts()[::3]
-    monkeypatch.setattr(world, "prompts", lambda: some)
+    prompts = world.prompts()[::3]
+    monkeypatch.setattr(world, "prompts", lambda: prompts)
     monkeypatch.setattr(module, "SEEDS", (0,))
     monkeypatch.setattr(module, "PICTURES", 64)
     text = re.sub(r"until = \d+", "until = 1", module._config_file().read_text()).replace("images = 4", "images = 1")
@@ -99,5 +99,5 @@ def test_a_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
     out = StringIO()
     result = demo(tmp_path / "demo", Console(file=out, width=200))
     assert "$ fastsd cache" in out.getvalue() and "$ fastsd train" in out.getvalue()
-    assert (tmp_path / "demo" / "demo.png").exists() and result["samples"] == len(some) == 16
+    assert (tmp_path / "demo" / "demo.png").exists() and result["samples"] == len(prompts) == 16
     assert result["base"] >= 0.8 and result["before"] <= 0.5
