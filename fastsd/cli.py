@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from fastsd.errors import Stopped, UserError
 
@@ -46,30 +47,24 @@ class Form(StrEnum):
     lora_peft = "lora-peft"
 
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file in TOML format; configs/ has examples.")]
+ConfigPath = Annotated[Path, Argument(metavar="CONFIG", help="Config file in TOML format; configs/ has examples.")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="Config values to replace, for example stage.0.batch=8."),
+    list[str] | None, Argument(metavar="[key=value ...]", help="Config values to replace, for example stage.0.batch=8.")
 ]
-BaseModel = Annotated[str, typer.Argument(metavar="BASE", help="Base model: diffusers folder, single file or hub id.")]
-AnyModel = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model: diffusers folder, single file, hub id, run folder or checkpoint.")
-]
-NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Output: a diffusers folder that does not exist yet.")]
+BaseModel = Annotated[str, Argument(metavar="BASE", help="Base model: diffusers folder, single file or hub id.")]
+AnyModel = Annotated[str, Argument(metavar="MODEL", help="Diffusers folder, single file, hub id, run folder or checkpoint.")]
+NewFolder = Annotated[Path, Argument(metavar="OUT", help="Output: a diffusers folder that does not exist yet.")]
 StagePrecision = Annotated[
-    Precision | None, typer.Option("--precision", help="Compute precision for all stages (default: per config).")
+    Precision | None, Option("--precision", help="Compute precision for all stages (default: per config).")
 ]
-ComputePrecision = Annotated[Precision, typer.Option("--precision", help="Compute precision.")]
-Device = Annotated[str, typer.Option(help="Compute device: auto, cpu, cuda or cuda:N.")]
-ScalingFactor = Annotated[
-    float | None,
-    typer.Option("--vae-scaling-factor", help="Scaling factor of the VAE (default: the one stored with the VAE)."),
-]
-Tokenizer = Annotated[str, typer.Option(help="Tokenizer folder or hub id, for a model that is a single file.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="JSON file to write the results to as well.")]
+ComputePrecision = Annotated[Precision, Option("--precision", help="Compute precision.")]
+Device = Annotated[str, Option(help="Compute device: auto, cpu, cuda or cuda:N.")]
+ScalingFactor = Annotated[float | None, Option("--vae-scaling-factor", help="Scaling factor of the VAE (default: as stored).")]
+Tokenizer = Annotated[str, Option(help="Tokenizer folder or hub id, for a model that is a single file.")]
+JsonFile = Annotated[Path | None, Option("--json", metavar="FILE", help="JSON file to write the results to as well.")]
 BenchWords = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="[WHAT] [CONFIG] [key=value ...]",
         help="What to measure: step, memory, kernels, optim, loader or cache (default: step).",
     ),
@@ -77,11 +72,7 @@ BenchWords = Annotated[
 
 
 @app.command()
-def train(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    precision: StagePrecision = None,
-) -> None:
+def train(config: ConfigPath, overrides: Overrides = None, precision: StagePrecision = None) -> None:
     """Train the stages of CONFIG. Run the same command again to resume."""
     loaded = _load(config, overrides, precision)
     from fastsd.run.loop import train
@@ -93,9 +84,9 @@ def train(
 def cache(
     config: ConfigPath,
     overrides: Overrides = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Verify all latents and views against their stored sha256.")] = False,
-    prune: Annotated[bool, typer.Option("--prune", help="Delete shards that no view uses.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print counts, sizes and statistics of the cache.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Verify all latents and views against their stored sha256.")] = False,
+    prune: Annotated[bool, Option("--prune", help="Delete shards that no view uses.")] = False,
+    stats: Annotated[bool, Option("--stats", help="Print counts, sizes and statistics of the cache.")] = False,
 ) -> None:
     """Encode the images of CONFIG into its latent cache. Run the same command again to encode what is missing."""
     loaded = _load(config, overrides)
@@ -110,20 +101,20 @@ def cache(
 @app.command()
 def sample(
     model: AnyModel,
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt to draw; can be given several times.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
-    out: Annotated[Path, typer.Option(help="Output folder for the images and their grid.")] = Path("samples"),
-    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image of each prompt; later ones count up.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Number of sampling steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Scale of classifier-free guidance; 1 turns it off.")] = 7.0,
-    negative: Annotated[str, typer.Option(help="Negative prompt for all images.")] = "",
-    sampler: Annotated[str, typer.Option(help="Sampler: ddim, euler, euler_a or dpm++.")] = "dpm++",
-    size: Annotated[int, typer.Option(min=0, help="Image width and height in px; 0 = the model's native size.")] = 0,
-    vae: Annotated[str, typer.Option(help="VAE to decode with (default: the model's own).")] = "",
+    prompt: Annotated[list[str] | None, Option(help="Prompt to draw; can be given several times.")] = None,
+    prompts: Annotated[Path | None, Option(help="Text file with one prompt per line.")] = None,
+    out: Annotated[Path, Option(help="Output folder for the images and their grid.")] = Path("samples"),
+    images: Annotated[int, Option(min=1, help="Images per prompt.")] = 1,
+    seed: Annotated[int, Option(min=0, help="Seed of the first image of each prompt; later ones count up.")] = 0,
+    steps: Annotated[int, Option(min=1, help="Number of sampling steps.")] = 20,
+    guidance: Annotated[float, Option(min=0.0, help="Scale of classifier-free guidance; 1 turns it off.")] = 7.0,
+    negative: Annotated[str, Option(help="Negative prompt for all images.")] = "",
+    sampler: Annotated[str, Option(help="Sampler: ddim, euler, euler_a or dpm++.")] = "dpm++",
+    size: Annotated[int, Option(min=0, help="Image width and height in px; 0 = the model's native size.")] = 0,
+    vae: Annotated[str, Option(help="VAE to decode with (default: the model's own).")] = "",
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
-    clip_skip: Annotated[int, typer.Option(min=0, help="Last text encoder layers to skip; 0 = none.")] = 0,
+    clip_skip: Annotated[int, Option(min=0, help="Last text encoder layers to skip; 0 = none.")] = 0,
     precision: ComputePrecision = Precision.fp32,
     device: Device = "auto",
 ) -> None:
@@ -133,8 +124,7 @@ def sample(
     settings = {"prompts": prompt or [], "prompts_file": str(prompts or ""), "images": images, "seed": seed, "steps": steps}
     settings |= {"guidance": guidance, "negative": negative, "sampler": sampler, "size": size}
     source = {"base": model, "vae": vae, "vae_scaling_factor": vae_scaling_factor, "tokenizer": tokenizer}
-    source["clip_skip"] = clip_skip
-    sample(source, settings, out, precision.value, device)
+    sample(source | {"clip_skip": clip_skip}, settings, out, precision.value, device)
 
 
 @app.command()
@@ -142,9 +132,7 @@ def validate(
     model: AnyModel,
     config: ConfigPath,
     overrides: Overrides = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Compute precision (default: that of the last stage of CONFIG).")
-    ] = None,
+    precision: Annotated[Precision | None, Option(help="Compute precision (default: that of the last stage).")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure the validation loss of MODEL. The images are the held-out and the stabilised ones of CONFIG."""
@@ -155,11 +143,7 @@ def validate(
 
 
 @app.command()
-def check(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    precision: StagePrecision = None,
-) -> None:
+def check(config: ConfigPath, overrides: Overrides = None, precision: StagePrecision = None) -> None:
     """Check CONFIG, its data and its models for problems before training."""
     loaded = _load(config, overrides, precision)
     from fastsd.commands.check import check
@@ -172,8 +156,8 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     precision: StagePrecision = None,
-    vram: Annotated[float | None, typer.Option(metavar="GB", help="GPU memory in GB (default: that of --card, or 24).")] = None,
-    card: Annotated[str, typer.Option(metavar="NAME", help="GPU to estimate for, for example 4090 (default: all known).")] = "",
+    vram: Annotated[float | None, Option(metavar="GB", help="GPU memory in GB (default: that of --card, or 24).")] = None,
+    card: Annotated[str, Option(metavar="NAME", help="GPU to estimate for, for example 4090 (default: all known).")] = "",
     json_file: JsonFile = None,
 ) -> None:
     """Estimate memory, time and disk space from CONFIG alone. Shows which GPU it fits, and with which micro-batch."""
@@ -187,22 +171,20 @@ def plan(
 def bench(
     words: BenchWords = None,
     precision: StagePrecision = None,
-    small: Annotated[
-        bool, typer.Option("--small", help="Use a tiny model, to test within seconds that everything runs.")
-    ] = False,
-    size: Annotated[int | None, typer.Option(min=1, help="Image size in px (default: per CONFIG, or 512).")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images per training step (default: per CONFIG).")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default: per CONFIG).")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Optimizer: dlion, lion or adamw (default: per CONFIG).")] = None,
+    small: Annotated[bool, Option("--small", help="Use a tiny model, as a quick test of the benchmark.")] = False,
+    size: Annotated[int | None, Option(min=1, help="Image size in px (default: per CONFIG, or 512).")] = None,
+    batch: Annotated[int | None, Option(min=1, help="Images per training step (default: per CONFIG).")] = None,
+    micro_batch: Annotated[int | None, Option(min=1, help="Images per forward pass (default: per CONFIG).")] = None,
+    optimizer: Annotated[str | None, Option(help="Optimizer: dlion, lion or adamw (default: per CONFIG).")] = None,
     peers: Annotated[
-        str | None, typer.Option(help="Baselines: none, or a list of diffusers,compiled,dadaptation,lion-pytorch.")
+        str | None, Option(help="Baselines: none, or a list of diffusers,compiled,dadaptation,lion-pytorch.")
     ] = None,
     graph: Annotated[
-        bool | None, typer.Option("--graph/--no-graph", help="Run the step as a CUDA graph, or not (default: per CONFIG).")
+        bool | None, Option("--graph/--no-graph", help="Run the step as a CUDA graph (default: per CONFIG).")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Rounds to time (loader: batches to load).")] = None,
-    fraction: Annotated[float | None, typer.Option(help="For optim: fraction of the UNet's tensors to use.")] = None,
-    rate: Annotated[float, typer.Option(help="For loader: images per second that the training step consumes.")] = 10.0,
+    steps: Annotated[int | None, Option(min=1, help="Rounds to time (loader: batches to load).")] = None,
+    fraction: Annotated[float | None, Option(help="For optim: fraction of the UNet's tensors to use.")] = None,
+    rate: Annotated[float, Option(help="For loader: images per second that the training step consumes.")] = 10.0,
     json_file: JsonFile = None,
 ) -> None:
     """Benchmark the training step against baselines. WHAT selects memory, kernels, optimizers, loader or cache instead."""
@@ -215,14 +197,13 @@ def bench(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN ...", help="Run folders to compare.")] = None,
-    out: Annotated[Path, typer.Option(help="HTML page to write; its images go into a folder beside it.")] = Path("report.html"),
-    baseline: Annotated[str, typer.Option(metavar="RUN", help="Run to compare the others with (default: the first).")] = "",
+    runs: Annotated[list[Path] | None, Argument(metavar="RUN ...", help="Run folders to compare.")] = None,
+    out: Annotated[Path, Option(help="HTML page to write; its images go into a folder beside it.")] = Path("report.html"),
+    baseline: Annotated[str, Option(metavar="RUN", help="Run to compare the others with (default: the first).")] = "",
     draw: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=a,b,c", help="Draw samples with each of these settings, for example clip_skip=0,1,2."),
+        list[str] | None, Option(metavar="KEY=a,b,c", help="Draw samples with these settings, for example clip_skip=0,1.")
     ] = None,
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Draw samples from every saved checkpoint.")] = False,
+    checkpoints: Annotated[bool, Option("--checkpoints", help="Draw samples from every saved checkpoint.")] = False,
 ) -> None:
     """Compare runs on one HTML page. It shows settings, curves, samples, cost, and differences from a baseline."""
     from fastsd.compare.compare import compare
@@ -234,13 +215,10 @@ def compare(
 def sweep(
     config: ConfigPath,
     values: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="key=a,b,c ...", help="Values to sweep; key=value sets one value for all runs."),
+        list[str] | None, Argument(metavar="key=a,b,c ...", help="Values to sweep; key=value sets one value for all runs.")
     ] = None,
     precision: StagePrecision = None,
-    baseline: Annotated[
-        str, typer.Option(metavar="NAME", help="Run to compare the others with (default: the one with CONFIG's values).")
-    ] = "",
+    baseline: Annotated[str, Option(metavar="NAME", help="Run to compare the others with (default: CONFIG's own).")] = "",
 ) -> None:
     """Train runs that differ only in these values, and compare them. Run the same command again to resume."""
     from fastsd.compare.sweep import sweep
@@ -253,8 +231,8 @@ def lr_probe(
     config: ConfigPath,
     overrides: Overrides = None,
     precision: StagePrecision = None,
-    steps: Annotated[int, typer.Option(min=40, help="Length of the D-Lion run in steps.")] = 400,
-    stage: Annotated[str, typer.Option(metavar="NAME", help="Stage to probe (default: the first).")] = "",
+    steps: Annotated[int, Option(min=40, help="Length of the D-Lion run in steps.")] = 400,
+    stage: Annotated[str, Option(metavar="NAME", help="Stage to probe (default: the first).")] = "",
 ) -> None:
     """Find a learning rate for Lion with a short D-Lion run."""
     loaded = _load(config, overrides, precision)
@@ -267,7 +245,7 @@ def lr_probe(
 def long_clip(
     base: BaseModel,
     out: NewFolder,
-    tokens: Annotated[int, typer.Option(min=1, help="New length of the text encoder in tokens.")] = 248,
+    tokens: Annotated[int, Option(min=1, help="New length of the text encoder in tokens.")] = 248,
     tokenizer: Tokenizer = "",
 ) -> None:
     """Stretch the text encoder of BASE for long captions. Long-CLIP does the same before its training."""
@@ -279,25 +257,17 @@ def long_clip(
 @app.command(name="swap-vae")
 def swap_vae(
     base: BaseModel,
-    vae: Annotated[
-        str, typer.Argument(metavar="VAE", help="New VAE: a VAE alone, or a model that contains one; forms as BASE.")
-    ],
+    vae: Annotated[str, Argument(metavar="VAE", help="VAE, or model with a VAE, in any form that BASE can have.")],
     out: NewFolder,
-    images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of images by which the UNet is aligned to the new latents.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=8, metavar="N", help="Largest number of images to use.")] = 256,
-    fit: Annotated[
-        str, typer.Option(help="Fit: plain, orthogonal, affine or kernel (default: the one with the smallest loss).")
-    ] = "",
+    images: Annotated[Path | None, Option(metavar="DIR", help="Images for aligning the UNet to the new latents.")] = None,
+    limit: Annotated[int, Option(min=8, metavar="N", help="Largest number of images to use.")] = 256,
+    fit: Annotated[str, Option(help="Fit: plain, orthogonal, affine or kernel (default: smallest loss).")] = "",
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
-    resolution: Annotated[int, typer.Option(min=0, help="Image size in px; 0 = the model's native size.")] = 0,
-    precision: Annotated[
-        Precision, typer.Option(help="Precision of the measurement: fp32 or bf16; the output is fp32.")
-    ] = Precision.fp32,
+    resolution: Annotated[int, Option(min=0, help="Image size in px; 0 = the model's native size.")] = 0,
+    precision: Annotated[Precision, Option(help="Precision of measurements: fp32 or bf16.")] = Precision.fp32,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Seed that selects images, noise and timesteps.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed that selects images, noise and timesteps.")] = 0,
 ) -> None:
     """Replace the VAE of BASE. With --images, the UNet is aligned to the new latents before any training."""
     from fastsd.commands.swap_vae import swap_vae
@@ -308,40 +278,27 @@ def swap_vae(
 
 @app.command()
 def convert(
-    source: Annotated[
-        str, typer.Argument(metavar="IN", help="Model: folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output: a new folder or .safetensors file.")],
-    to: Annotated[Form | None, typer.Option(help="Output format (default: inferred from OUT's extension).")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Data type of the weights (default: unchanged).")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Convert the averaged (EMA) weights.")] = False,
-    fold: Annotated[
-        bool,
-        typer.Option(
-            "--fold/--no-fold", help="For a single file: fold the scaling factor into the VAE, so that 0.18215 is correct."
-        ),
-    ] = True,
-    variant: Annotated[
-        str, typer.Option(metavar="WORD", help="For diffusers: variant in weight file names, for example fp16.")
-    ] = "",
+    source: Annotated[str, Argument(metavar="IN", help="Folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="Output: a new folder or .safetensors file.")],
+    to: Annotated[Form | None, Option(help="Output format (default: inferred from OUT's extension).")] = None,
+    dtype: Annotated[Dtype | None, Option(help="Data type of the weights (default: unchanged).")] = None,
+    ema: Annotated[bool, Option("--ema", help="Convert the averaged (EMA) weights.")] = False,
+    fold: Annotated[bool, Option("--fold/--no-fold", help="For a single file: fold the VAE's scaling factor into it.")] = True,
+    variant: Annotated[str, Option(metavar="WORD", help="For diffusers: variant in file names, for example fp16.")] = "",
     shard: Annotated[
-        float, typer.Option(metavar="GB", min=0.0, help="For diffusers: split weight files above this size; 0 = never.")
+        float, Option(metavar="GB", min=0.0, help="For diffusers: size above which files are split; 0 = off.")
     ] = 0.0,
-    vae: Annotated[str, typer.Option(help="VAE to use instead of the model's own.")] = "",
+    vae: Annotated[str, Option(help="VAE to use instead of the model's own.")] = "",
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
-    revision: Annotated[str, typer.Option(help="Revision of a hub id.")] = "",
+    revision: Annotated[str, Option(help="Revision of a hub id.")] = "",
 ) -> None:
     """Convert a model to another format. Writes a diffusers folder, a single file, or a LoRA with kohya or PEFT names."""
     from fastsd.commands.convert import ConvertOptions, convert
 
-    vae_options: dict[str, Any] = {
-        "vae": vae,
-        "vae_scaling_factor": vae_scaling_factor,
-        "tokenizer": tokenizer,
-        "revision": revision,
-    }
-    options = ConvertOptions(dtype.value if dtype else "", ema, fold, variant, shard, **vae_options)
+    options = ConvertOptions(
+        dtype.value if dtype else "", ema, fold, variant, shard, vae, vae_scaling_factor, tokenizer, revision
+    )
     convert(source, out, to.value if to else "", options)
 
 
@@ -349,17 +306,15 @@ def convert(
 def redraw(
     model: AnyModel,
     config: ConfigPath,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Output: a new folder, or that of an interrupted run of this command.")
-    ],
+    out: Annotated[Path, Argument(metavar="OUT", help="Output: a new folder, or that of an interrupted run of this command.")],
     overrides: Overrides = None,
     start: Annotated[
         int | None,
-        typer.Option(metavar="T", help="Timestep to which latents are noised; 0 = only decode them (default: pure noise)."),
+        Option(metavar="T", help="Timestep to which latents are noised; 0 = only decode them (default: pure noise)."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of images to draw (default: all).")] = None,
+    limit: Annotated[int | None, Option(min=1, metavar="N", help="Number of images to draw (default: all).")] = None,
     precision: ComputePrecision = Precision.fp32,
-    device: Annotated[str, typer.Option(help="Compute device: auto, cpu, cuda or cuda:N (default: per config).")] = "",
+    device: Annotated[str, Option(help="Compute device: auto, cpu, cuda or cuda:N (default: per config).")] = "",
 ) -> None:
     """Make a data set by redrawing images with MODEL. Images of CONFIG are redrawn from captions or from noised latents."""
     loaded = _load(config, overrides)
@@ -369,9 +324,7 @@ def redraw(
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
-) -> None:
+def demo(out: Annotated[Path, Option(help="Output folder.")] = Path("demo-out")) -> None:
     """Try the whole workflow on tiny models. Swaps the VAE, caches, trains, samples: minutes on CPU or GPU, no downloads."""
     from fastsd.demo.demo import demo
 

@@ -35,6 +35,7 @@ def cache(config: Config, console: Console | None = None) -> build.CacheCounts:
     Raises UserError as `build_cache` does.
     """
     console = console or Console()
+    print_message = partial(print_line, console)
     data = config.data
     for _ in folders.scan_for(data):
         break  # a wrong folder is reported before a model is loaded
@@ -45,41 +46,38 @@ def cache(config: Config, console: Console | None = None) -> build.CacheCounts:
     vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])
     name = config.model.vae or config.model.base
     scaling = f"scaling factor {vae.scaling_factor:g}"
-    print_line(console, f"VAE {name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
+    print_message(f"VAE {name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
     try:
         tokenizer = load_tokenizer(config.model)[0]
     except UserError as error:  # training will need it; encoding does not
         tokenizer = None
-        print_line(console, f"note: {error}")
+        print_message(f"note: {error}")
 
     start = time.perf_counter()
     with progress(console) as report_progress:
-        counts = build.build_cache(config, vae, report_progress, partial(print_line, console))
+        counts = build.build_cache(config, vae, report_progress, print_message)
         if tokenizer:
             _cache_tokens(config, counts.view, tokenizer, console)
         if config.cache.hidden_states:
             _cache_text_embeddings(config, counts.view, device, report_progress, console)
     seconds = time.perf_counter() - start
 
-    print_line(
-        console,
+    print_message(
         f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {counts.encoded} encoded now, "
-        f"{counts.latents - counts.encoded} already cached ({seconds:.1f} s)",
+        f"{counts.latents - counts.encoded} already cached ({seconds:.1f} s)"
     )
     if counts.encoded:
         rates = ", ".join(f"{step} {rate:.1f} img/s" for step, rate in counts.rates.items())
-        print_line(console, f"speed of each pipeline step alone: {rates}")
+        print_message(f"speed of each pipeline step alone: {rates}")
     if counts.empty_captions:
-        print_line(console, f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
+        print_message(f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
     if counts.rejected:
-        print_line(console, f"{counts.rejected} rejected:")
+        print_message(f"{counts.rejected} rejected:")
         _print_reasons(console, counts.reasons)
         for example in counts.examples:
-            print_line(console, f"  {example}")
+            print_message(f"  {example}")
         if counts.rejected > len(counts.examples):
-            print_line(
-                console, f"  and {counts.rejected - len(counts.examples)} more; see the table `rejected` in cache.sqlite"
-            )
+            print_message(f"  and {counts.rejected - len(counts.examples)} more; see the table `rejected` in cache.sqlite")
     return counts
 
 

@@ -27,6 +27,8 @@ from fastsd.run.folder import resolve_model
 from fastsd.run.model_card import SAMPLES, last_samples, summarize, write_card
 from fastsd.storage import TensorFile, new_folder
 
+Origin = tuple[ModelSummary | None, Path | None]  # training summary and sample grid of a model
+
 
 @dataclass(frozen=True)
 class ConvertOptions:
@@ -85,11 +87,10 @@ def convert(
             source = _source(name, options)
             for note in source.notes:
                 reporter(note)
-            notes = _write(source, *_summary_and_samples(name, source, options), out, to, options)
+            notes = _write(source, _find_origin(name, source, options), out, to, options)
     except OSError as error:
-        raise UserError(
-            "convert-unwritable", f"{error.filename or out}: {error.strerror or error}; fix that and run again"
-        ) from error
+        path, reason = error.filename or out, error.strerror or error
+        raise UserError("convert-unwritable", f"{path}: {reason}; fix that and run again") from error
     for note in notes:
         reporter(note)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
@@ -106,14 +107,8 @@ def _guess(name: str, out: Path) -> str:
     return "single-file"
 
 
-def _write(
-    source: ModelSource,
-    summary: ModelSummary | None,
-    samples: Path | None,
-    out: Path,
-    to: str,
-    options: ConvertOptions,
-) -> list[str]:
+def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: ConvertOptions) -> list[str]:
+    summary, samples = origin
     if to == "single-file":
         vae, unet = source.parts.get("vae"), source.parts["unet"].config
         downscale = 2 ** (len(vae.config.get("block_out_channels", (64,))) - 1) if vae else 8
@@ -126,7 +121,7 @@ def _write(
     return []
 
 
-def _summary_and_samples(name: str, source: ModelSource, options: ConvertOptions) -> tuple[ModelSummary | None, Path | None]:
+def _find_origin(name: str, source: ModelSource, options: ConvertOptions) -> Origin:
     """Find the training summary and the sample grid of a model: those of the run, or those stored with the model."""
     run = Path(name) if (Path(name) / "checkpoints").is_dir() else None
     if run:

@@ -102,10 +102,7 @@ def swap_vae(
             set_precision(precision, model.unet)
             results = _Alignment(model, pairs, seed, report_progress).compare(edge_layers)
         if not math.isfinite(results["own"].loss["loss"]):
-            raise UserError(
-                "swap-base-not-finite",
-                f"BASE is {base!r}, which predicts non-finite values from its own latents; download it again",
-            )
+            raise UserError("swap-base-not-finite", f"BASE is {base!r}, which predicts non-finite values; download it again")
         record |= pairs.counts() | {"fit": fit or min(FITS, key=lambda name: results[name].loss["loss"])}
         record["fits"] = {name: {"r2": result.r2, **result.loss, **result.map} for name, result in results.items()}
         _print_table(console, record)
@@ -123,9 +120,8 @@ def swap_vae(
             write_text(folder / "swap.json", json.dumps(record, indent=2) + "\n")
             write_card(folder, untrained(out.name, base, vae, _describe(record)))
     except OSError as error:
-        raise UserError(
-            "swap-unwritable", f"OUT {out} cannot be written ({error.strerror or error}); fix that and run again"
-        ) from error
+        reason = error.strerror or error
+        raise UserError("swap-unwritable", f"OUT {out} cannot be written ({reason}); fix that and run again") from error
     print_line(console, f"{out}: {base} with VAE {vae}, fit {record['fit']}")
     return record
 
@@ -175,10 +171,7 @@ def _check(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
         if state.keys() == new_state.keys() and all(torch.equal(tensor, new_state[key]) for key, tensor in state.items()):
             raise UserError("swap-same-vae", f"VAE is {name}, which the base already uses; choose another VAE")
         if aligning:
-            raise UserError(
-                "swap-same-latents",
-                f"VAE is {name}, which differs from the base's VAE only in its decoder and needs no alignment; omit --images",
-            )
+            raise UserError("swap-same-latents", f"VAE is {name}, which has the same encoder as the base's VAE; omit --images")
     if aligning and base.downscale != new.downscale:
         raise UserError(
             "swap-downscale",
@@ -245,7 +238,7 @@ def _encode(
     resolution, step = resolution or model.unet.cfg.sample_size * base.downscale, base.downscale * model.unet.cfg.downscale
     if resolution % step:
         near = max(resolution // step, 1) * step
-        raise UserError("swap-resolution", f"--resolution is {resolution}, which is not a multiple of {step}; use {near}")
+        raise UserError("swap-resolution", f"--resolution is {resolution}, not a multiple of {step}; use {near}")
 
     buckets, rejected = Buckets(resolution, None), Counter[str]()
     rows: list[tuple[Tensor, ...]] = []
@@ -269,8 +262,7 @@ def _encode(
     rejections = f"; rejected: {_reasons(rejected)}" if rejected else ""
     if len(rows) < FEWEST:
         raise UserError(
-            "swap-few-images",
-            f"--images has {len(rows)} usable images, but a fit needs {FEWEST} or more; add images{rejections}",
+            "swap-few-images", f"--images has {len(rows)} usable images, but a fit needs {FEWEST}; add images{rejections}"
         )
     numbers, x, y, text_embeds = (torch.cat(column) for column in zip(*rows, strict=True))
     pairs = _Pairs(resolution, numbers, x, y, text_embeds, rejected)

@@ -45,9 +45,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     console, table = console or Console(), config.validate_
     if not (table.held_out or table.stabilised):
         raise UserError(
-            "validate-nothing",
-            "validate.held_out and validate.stabilised are both 0; set one of them, for example add validate.stabilised=256 "
-            "to the command",
+            "validate-nothing", "validate.held_out and validate.stabilised are both 0; add for example validate.stabilised=256"
         )
     if json_file and not json_file.absolute().parent.is_dir():
         raise UserError(
@@ -57,22 +55,20 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     model_table = _table(base, config.model)
     model = load_merged(model_table, choose_ops(config.kernels, device))
 
-    with (
-        latents_of(model_table.vae or base, config, model.vae) as latents,
-        _text_embeddings(config, latents, model, console) as text_embeddings,
-    ):
-        for module in [model.unet] + ([] if text_embeddings else [model.text.module]):
+    vae_name = model_table.vae or base
+    with latents_of(vae_name, config, model.vae) as latents, _text_embeddings(config, latents, model, console) as text_embeds:
+        for module in [model.unet] + ([] if text_embeds else [model.text.module]):
             for parameter in module.to(device).parameters():
                 parameter.data = compute_weight(parameter.data, COMPUTE_DTYPE[precision])
         switches = set_precision(precision, model.unet, config.deterministic)
-        loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], states=text_embeddings)
+        loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], states=text_embeds)
         validation = Validation(model, loader, choose_splits(latents, config), table)
         print_line(console, f"{base}, {switches}\n{validation}")
         try:
             rows = validation.rows()
         except torch.OutOfMemoryError:
             raise UserError(
-                "validate-memory", f"validate.batch is {table.batch}, which does not fit into memory; lower it"
+                "validate-memory", f"validate.batch is {table.batch}, which needs too much memory; lower it"
             ) from None
 
     print_line(console, format_table(rows))

@@ -179,20 +179,15 @@ def _baseline(runs: Sequence[RunData], name: str) -> RunData:
 
 def _picture_folder(out: Path) -> Path:
     """Return the folder for a page's pictures. Raises UserError if the page or the folder would replace something else."""
-    folder = out.with_suffix("")
+    folder, place = out.with_suffix(""), f"--out is {str(out)!r}"
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError("page-ending", f"--out is {str(out)!r}; give a file name that ends in .html")
+        raise UserError("page-ending", f"{place}; give a file name that ends in .html")
     if out.is_dir():
-        raise UserError("page-is-folder", f"--out is {str(out)!r}, which is a folder; give a file name that ends in .html")
+        raise UserError("page-is-folder", f"{place}, which is a folder; give a file name that ends in .html")
     if folder.exists() and not (folder / TABLES).is_file():
-        raise UserError(
-            "page-pictures-in-use",
-            f"--out is {str(out)!r}, but its image folder {folder} already exists and is not from compare; choose another name",
-        )
+        raise UserError("page-pictures-in-use", f"{place}, but the folder {folder} is not from compare; choose another name")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            "page-folder", f"--out is {str(out)!r}, but its folder cannot be created ({error.strerror}); choose another path"
-        ) from None
+        raise UserError("page-folder", f"{place}, but its folder cannot be made ({error.strerror}); choose another") from None
     return folder

@@ -57,17 +57,13 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
     """
     config, settings = baseline.config, []
     if not read_prompts(config.sample):
-        raise UserError(
-            "draw-no-prompts", f"{baseline.folder}: the config has no sample.prompts; choose a --baseline that has some"
-        )
+        raise UserError("draw-no-prompts", f"{baseline.folder} has no sample.prompts; choose a --baseline that has some")
     for combination in combinations(words):
         values = {key.removeprefix("sample.").removeprefix("model."): value for key, (_, value) in combination.items()}
         unknown = next((key for key in values if key not in KEYS), None)
         if unknown:
-            raise UserError(
-                "draw-unknown-key",
-                f"--draw has the key {unknown!r}, which is not a sampling setting; choose from {', '.join(KEYS)}",
-            )
+            advice = f"choose from {', '.join(KEYS)}"
+            raise UserError("draw-unknown-key", f"--draw has the key {unknown!r}, which is not a sampling setting; {advice}")
         clip_skip = values.pop("clip_skip", None)
         try:
             table = SampleTable.model_validate(config.sample.model_dump() | values)

@@ -118,9 +118,7 @@ def _read(folder: Path, label: str, colour: str) -> RunData:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            "compare-no-run", f"{folder} has no config.json and is not a run; give the folder that `run` names in a config"
-        ) from None
+        raise UserError("compare-no-run", f"{folder} has no config.json; give the folder of a run") from None
     except (OSError, ValueError) as error:
         raise UserError(
             "compare-config-unreadable",

@@ -91,8 +91,7 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
     swept = [key for key in picked[0] if len({setting_text(combination[key][1]) for combination in picked}) > 1]
     if not swept:
         raise UserError(
-            "sweep-no-values",
-            "no key has several values; sweep at least one, for example stage.caption_dropout=0.04,0.1",
+            "sweep-no-values", "no key has several values; sweep at least one, for example stage.caption_dropout=0.04,0.1"
         )
     if "run" in swept:
         raise UserError("sweep-several-folders", "run has several values; give one folder, in which each run gets a subfolder")

@@ -306,9 +306,9 @@ BAD = [
     (("run", "--draw", "clip_skip=1"), "draw-no-checkpoint", {"folder": "run"}),
     (("run", "--checkpoints"), "draw-no-checkpoint", {"folder": "run"}),
     (("silent", "--checkpoints"), "draw-no-prompts", {"folder": "silent"}),
-    (("run", "--out", "page"), "page-ending", {"out": "'page'"}),
-    (("run", "--out", "run.html"), "page-pictures-in-use", {"out": "'run.html'", "folder": "run"}),
-    (("run", "--out", "folder.html"), "page-is-folder", {"out": "'folder.html'"}),
+    (("run", "--out", "page"), "page-ending", {"place": "--out is 'page'"}),
+    (("run", "--out", "run.html"), "page-pictures-in-use", {"place": "--out is 'run.html'", "folder": "run"}),
+    (("run", "--out", "folder.html"), "page-is-folder", {"place": "--out is 'folder.html'"}),
 ]
 
 
