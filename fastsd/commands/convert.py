@@ -168,11 +168,11 @@ def _in_memory(checkpoint: Path, source: ModelSource, ema: bool) -> dict[str, Co
         raise UserError("convert-no-ema", f"{checkpoint}: has no EMA weights; omit --ema")
     model = load_merged(ModelTable(base=str(checkpoint)), averages=averages)
     has_adapters = (checkpoint / MADE_BY).is_file()
-    tensors = {part: component_state_dict(model, part, None if has_adapters else averages.get(part)) for part in COMPONENTS}
+    tensors = {name: component_state_dict(model, name, None if has_adapters else averages.get(name)) for name in COMPONENTS}
     source.notes.append(
         f"{checkpoint.name}: {'EMA weights' if ema else 'weights'}{', adapters merged' if has_adapters else ''}"
     )
-    return {part: replace(source.parts[part], tensors=tensors[part]) for part in COMPONENTS}
+    return {name: replace(source.parts[name], tensors=tensors[name]) for name in COMPONENTS}
 
 
 def _lora_file(name: str, ema: bool) -> Path:

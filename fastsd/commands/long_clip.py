@@ -31,8 +31,8 @@ def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", reporter: 
     except ValueError as error:
         raise UserError("long-clip-tokens", f"--tokens: {error}") from None
     with new_folder(out) as folder:
-        for part in COMPONENTS:
-            write_component(folder, model, part, component_state_dict(model, part))
+        for name in COMPONENTS:
+            write_component(folder, model, name, component_state_dict(model, name))
         write_rest(folder, model)
         config_path = folder / "tokenizer" / "tokenizer_config.json"
         tokenizer_config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}

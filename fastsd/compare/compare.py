@@ -104,9 +104,9 @@ class ComparisonReport:
 
     def samples(self) -> None:
         sheet = pictures.side_by_side(self.runs)
-        pixels, difference_sheet, factor = pictures.against(self.runs, self.baseline)
+        pixels, difference_sheet, factor = pictures.pixel_differences(self.runs, self.baseline)
         if self.several:
-            self._table(numbers.against(self.runs, self.baseline, pixels))
+            self._table(numbers.baseline_differences(self.runs, self.baseline, pixels))
         if sheet:
             html = self._picture("samples", sheet, "final samples of each run")
             self.sections.append(Section("Final samples", "Each row shows one prompt and seed.", html))
@@ -123,7 +123,7 @@ class ComparisonReport:
                 pictures.write_gif(self.folder / f"checkpoints-{self.names[run.label]}.gif", run.label, frames)
                 films.append((run, frames))
         if films:
-            note = "Each run at the selected step, or at its last samples before it. The image folder has GIFs of this."
+            note = "Samples of each run at the selected step or the last one before it. The image folder has them as GIFs."
             self.sections.append(Section("Samples during training", note, page.film(films)))
             sheets = []
             for run, _ in films:

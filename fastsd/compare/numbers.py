@@ -80,7 +80,7 @@ def overview(runs: Sequence[RunData], baseline: RunData) -> Table:
         losses = [_number(_smooth_end(run), ".5f"), *(_last_validation(run, validation) for validation in validations)]
         rows.append([run, state, *numbers, *losses])
     losses = [f"{validation_label(validation)} loss" for validation in validations]
-    head = ["run", "", "steps", "images", "epochs", "smoothed loss", *losses]
+    head = ["run", "status", "steps", "images", "epochs", "smoothed loss", *losses]
     note = f"Values at the end of each run. The smoothed loss is a moving average over {SMOOTHING_WINDOW:.0%} of the log rows."
     return Table("Runs", note, head, rows)
 
@@ -134,7 +134,7 @@ def _agree(common: Sequence[tuple[Any, Any]], key: str) -> str:
     return f"first difference at step {differing_step:,}"
 
 
-def against(runs: Sequence[RunData], baseline: RunData, pixels: Mapping[str, Pixels]) -> Table:
+def baseline_differences(runs: Sequence[RunData], baseline: RunData, pixels: Mapping[str, Pixels]) -> Table:
     """Build the table of each run minus the baseline, at their ends. `pixels` is keyed by a run's label."""
     validations = [validation for validation in _validations(runs) if baseline.validation_rows(validation)]
     rows: list[Words] = []

@@ -78,7 +78,7 @@ def side_by_side(runs: Sequence[RunData]) -> Image.Image | None:
     return sheet([run.label for run in runs], rows, [run.colour for run in runs]) if rows else None
 
 
-def against(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixels], Image.Image | None, int]:
+def pixel_differences(runs: Sequence[RunData], baseline: RunData) -> tuple[dict[str, Pixels], Image.Image | None, int]:
     """Compare each run's last samples with the baseline's, pixel by pixel.
 
     Returns:

@@ -90,7 +90,7 @@ def test_values_are_toml_and_commas_in_brackets_do_not_split():
     assert values == [{"a": a, "b": "x", "c": c} for a in (1, 2) for c in (3, 4)]
 
 
-def test_names_are_as_short_as_unique():
+def test_short_names_are_unique():
     assert list(short_names(["/a/b/run", "/a/c/run", "/other"]).values()) == ["b/run", "c/run", "other"]
     assert list(short_names(["stage.0.lr", "stage.1.lr", "seed"]).values()) == ["0.lr", "1.lr", "seed"]
 
@@ -186,13 +186,13 @@ def test_difference_from_the_baseline(make_run):
     )
     (b / "validation.jsonl").write_text(jsonl([validation_row(8, 0.35)]))
     runs = read_runs([a, b, c])
-    pixels, picture, factor = pictures.against(runs, runs[0])
+    pixels, picture, factor = pictures.pixel_differences(runs, runs[0])
     assert math.isclose(pixels["b"].mean, 20 / 3) and math.isclose(pixels["b"].psnr, 10 * math.log10(255**2 / (200 / 3)))
     assert pixels["b"].count == 4 and pixels["c"].psnr == math.inf and factor == 16 and picture.width > 300
-    b_row, c_row = words(numbers.against(runs, runs[0], pixels))
+    b_row, c_row = words(numbers.baseline_differences(runs, runs[0], pixels))
     assert b_row[2:] == ["+0.05000 ± 0.014", ABSENT, "6.67 of 255", "29.9 dB", "4"]
     assert c_row[-3:] == ["0.00 of 255", "equal", "4"]
-    assert pictures.against(runs[:1], runs[0]) == ({}, None, 1)
+    assert pictures.pixel_differences(runs[:1], runs[0]) == ({}, None, 1)
 
 
 def test_grid_stores_the_boxes_of_its_cells(tmp_path):
