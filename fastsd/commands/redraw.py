@@ -142,7 +142,7 @@ def _any_latents(table: ModelTable, config: Config, vae: Vae) -> LatentCache:
     if latents.meta.downscale != vae.downscale:
         raise UserError(
             "redraw-downscale",
-            f"cache.dir is {config.cache.dir}, whose latents are {latents.meta.downscale} times smaller than their images, but "
+            f"cache.dir is {config.cache.dir}: its latents are {latents.meta.downscale} times smaller than the images, but "
             f"{table.base} needs {vae.downscale} times; set model.vae to its VAE and run `fastsd cache CONFIG` first",
         )
     return latents

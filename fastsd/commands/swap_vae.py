@@ -175,8 +175,8 @@ def _check(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
     if aligning and base.downscale != new.downscale:
         raise UserError(
             "swap-downscale",
-            f"VAE is {name}, whose latents are {new.downscale} times smaller than images, but the base's are {base.downscale} "
-            "times smaller, so they cannot be aligned; omit --images and train the model instead",
+            f"VAE is {name}: its latents are {new.downscale} times smaller than images, but the base's are {base.downscale} "
+            "times smaller; omit --images and train the model instead",
         )
 
 

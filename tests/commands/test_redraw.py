@@ -48,8 +48,8 @@ def test_exact_predictions_recover_every_image(sampler, kind, start):
         calls.append((int(t_B[0]), x_BCHW))
         return noise if kind == "epsilon" else signal * noise - sigma * x0
 
-    text = SimpleNamespace(tokenize=lambda prompts: torch.zeros(len(prompts), 77), encode=lambda ids: ids[..., None])
-    text.device = torch.device("cpu")
+    tokenize, encode = lambda prompts: torch.zeros(len(prompts), 77), lambda ids: ids[..., None]
+    text = SimpleNamespace(tokenize=tokenize, encode=encode, device=torch.device("cpu"))
     model = SimpleNamespace(unet=unet, text=text, scheduler=SCHEDULERS[kind])
     table = SampleTable(sampler=sampler, steps=20, guidance=1.0)
     latents = denoise(model, ["a", "b"], eps.float(), [3, 4], table, x0.float(), start)
