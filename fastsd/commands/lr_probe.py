@@ -114,6 +114,6 @@ def _sentence(probe: Probe, steps: int) -> str:
     if not probe.settled:
         return (
             f"{subject} is {probe.plateau:.2g} after {steps} steps and still rising (by {probe.growth - 1:.0%} in the last "
-            f'quarter); use --steps {2 * steps}, or optimizer = "lion" with lr = {probe.rate:.1e} as a lower bound'
+            f"quarter); use --steps {2 * steps}, or use lion, lr = {probe.rate:.1e} as a lower bound"
         )
-    return f'{subject} settled at {probe.plateau:.2g}; use optimizer = "lion" with lr = {probe.rate:.1e}'
+    return f"{subject} settled at {probe.plateau:.2g}: use lion, lr = {probe.rate:.1e}"
