@@ -11,7 +11,7 @@ import torch
 from measure import DTYPES, Bench, Case
 
 from fastsd_kernels import workload
-from fastsd_kernels.noise import noised_reference, noised_triton
+from fastsd_kernels.noise import add_noise_reference, add_noise_triton
 
 FIRST = min(workload.CONV, key=lambda conv: conv.inputs)  # the convolution that takes latents
 TIMESTEPS = 1000
@@ -29,8 +29,8 @@ def bench_noised(mode: str, implementation: str, bench: Bench) -> None:
         eps = torch.randn(x.shape, device=x.device)
         return signal[t][:, None, None, None] * x + level[t][:, None, None, None] * eps, eps
 
-    noised = noised_triton if implementation == "triton" else noised_reference
-    work = randn if implementation == "torch.randn" else lambda: noised(x, positions, t, signal, level, 7)
+    add_noise = add_noise_triton if implementation == "triton" else add_noise_reference
+    work = randn if implementation == "torch.randn" else lambda: add_noise(x, positions, t, signal, level, 7)
     # x in, x_t and target out.
     kind = f"{FIRST.inputs}x{FIRST.side}x{FIRST.side}"
     case = Case("noised", kind, 1, implementation, mode, x.numel() * (x.element_size() + 8))

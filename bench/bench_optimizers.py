@@ -49,11 +49,11 @@ def _step(op: str, kernels: bool, p: Tensor, g: Tensor, options: dict) -> Call:
         return lambda: adamw([p], [g], [m], [other], steps, lr=1e-4, **options)
     dlion, estimate = (dlion_triton, dlion_estimate_triton) if kernels else (dlion_reference, dlion_estimate_reference)
     d, numerator = m.new_full((), 1e-6, dtype=torch.float64), m.new_zeros((), dtype=torch.float64)
-    skip = options.get("skip")
+    found_inf = options.get("found_inf")
 
     def step() -> None:
         sums = dlion([p], [g], [m], [other], d, lr=1.0, **options)
-        estimate(d, numerator, *sums, lr=1.0, skip=skip)
+        estimate(d, numerator, *sums, lr=1.0, found_inf=found_inf)
 
     return step
 
@@ -86,9 +86,9 @@ def bench_optimizer(op: str, mode: str, implementation: str, bench: Bench) -> No
         bench.time(case, lambda: [step() for _ in range(times)], calls=times, captured=captured)
         return
     p, g = (bench.tensor(n, dtype=torch.bfloat16 if halves else torch.float32) for _ in range(2))
-    options: dict = {"lows": [torch.zeros_like(p, dtype=torch.int16)]} if halves else {}
+    options: dict = {"masters_lo": [torch.zeros_like(p, dtype=torch.int16)]} if halves else {}
     if in_step:
-        options |= {"scale": torch.ones((), device=p.device), "skip": torch.zeros((), device=p.device), "zero_grads": True}
+        options |= {"scale": torch.ones((), device=p.device), "found_inf": torch.zeros((), device=p.device), "zero_grads": True}
     bench.time(case, _step(op, implementation != "reference", p, g, options))
 
 

@@ -391,7 +391,7 @@ def optimizer_steps(family: str, arenas: Arenas, ops: Ops, halves: bool, misses:
     skip = torch.zeros((), dtype=torch.bool, device=weights.device)
 
     def arena_step(weights: Tensor, gradient: Tensor, lows: list[Tensor]) -> Callable[[], None]:
-        optimizer = make_optimizer([{"params": [weights], "lows": lows, "emas": []}])
+        optimizer = make_optimizer([{"params": [weights], "masters_lo": lows, "emas": []}])
 
         def step() -> None:
             optimizer.update(gradient, skip=skip)

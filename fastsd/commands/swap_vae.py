@@ -360,7 +360,7 @@ class _Alignment:
             position_BS = random_BS4[..., 1] << 32 | random_BS4[..., 2]
             for t_B, position_B in zip(t_BS.T.to(device), position_BS.T.to(device), strict=True):
                 noise_args = latents_BCHW, position_B, t_B, *tables, self.seed
-                noisy_BCHW, target_BCHW = unet.ops.noised(*noise_args, prediction=prediction)
+                noisy_BCHW, target_BCHW = unet.ops.add_noise(*noise_args, prediction=prediction)
                 yield unet(noisy_BCHW, t_B, text_embeds_BLD).float(), target_BCHW
             self.done += len(index_B)
             speed = self.done / (time.perf_counter() - self.start_time)

@@ -120,7 +120,7 @@ class Validation:
         errors = []
         for t_B, position_B in zip(t_SB, position_SB, strict=True):
             noise_args = latents_BCHW, position_B, t_B, *tables, table.seed
-            noisy_BCHW, target_BCHW = model.unet.ops.noised(*noise_args, prediction=model.prediction)
+            noisy_BCHW, target_BCHW = model.unet.ops.add_noise(*noise_args, prediction=model.prediction)
             error_BCHW = model.unet(noisy_BCHW, t_B, text_embeds_BLD).double() - target_BCHW.double()
             errors.append(error_BCHW.square().flatten(1).mean(1))
         return torch.stack(errors, dim=1).tolist()

@@ -29,7 +29,7 @@ class NoiseSampler:
     """The noise sampler of a stage.
 
     Attributes:
-        plain: True if the noise is unmodified standard normal noise, which `Ops.noised` generates itself.
+        plain: True if the noise is unmodified standard normal noise, which `Ops.add_noise` generates itself.
     """
 
     def __init__(self, stage: StageTable, seed: int, ops: Ops) -> None:

@@ -87,7 +87,7 @@ class Objective:
         tables = self.signal, self.level
         if self.noising.plain:
             args = latents_BCHW, positions_B, t_B, *tables, self.seed
-            x_BCHW, target_BCHW = self.ops.noised(*args, prediction=self.prediction)
+            x_BCHW, target_BCHW = self.ops.add_noise(*args, prediction=self.prediction)
             return x_BCHW, t_B, target_BCHW
         latents_BCHW = latents_BCHW.float()
         eps_BCHW, input_BCHW = self.noising(latents_BCHW, positions_B)

@@ -32,8 +32,9 @@ class FastOptimizer(Optimizer):
     `ops` is the implementation.  The default is the fastest one for the device, except on a CPU with fewer than SMALL
     elements in total: there the reference is as fast, and its sums and roots equal the original optimizers' to the last bit.
 
-    A group may hold two lists parallel to its "params": "lows", int16 halves that make bf16 parameters exact fp32 masters, and
-    "emas", fp32 averages updated with "ema_decay" (see `fastsd_kernels/arena.py`).  lr may be a 0-dim fp64 device tensor.
+    A group may hold two lists parallel to its "params": "masters_lo", int16 halves that make bf16 parameters exact fp32
+    masters, and "emas", fp32 averages updated with "ema_decay" (see `fastsd_kernels/arena.py`).  lr may be a 0-dim fp64
+    device tensor.
     """
 
     name: ClassVar[str]
@@ -66,7 +67,7 @@ class FastOptimizer(Optimizer):
         wd = group["weight_decay"]
         _require(self.name, "weight_decay", wd, 0 <= wd < math.inf, "a finite number, 0 or more")
         device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else None
-        dtype = torch.bfloat16 if group.get("lows") else torch.float32
+        dtype = torch.bfloat16 if group.get("masters_lo") else torch.float32
         for p in group["params"]:
             requirement = "fp32 parameters, or bf16 ones with their low halves"
             _require(self.name, "parameter dtype", p.dtype, p.dtype == dtype, requirement)
@@ -86,7 +87,7 @@ class FastOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             rows = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            self._update(group, rows, [_laid_out(group["params"][i]) for i in rows], None, skip=skip)
+            self._update(group, rows, [_laid_out(group["params"][i]) for i in rows], None, found_inf=skip)
         self._finish(skip)
         return loss
 
@@ -104,7 +105,7 @@ class FastOptimizer(Optimizer):
         Every element must be updated once before `finish` ends the step.
         """
         (group,) = self.param_groups
-        self._update(group, [0], [gradient], cut, skip=skip, scale=scale)
+        self._update(group, [0], [gradient], cut, found_inf=skip, scale=scale)
 
     @torch.no_grad()
     def finish(self, *, skip: Tensor | None = None) -> None:
@@ -139,7 +140,7 @@ class FastOptimizer(Optimizer):
         lists = [[cut(group["params"][i]) for i in rows], grads]
         lists += [[cut(state[slot]) for state in states] for slot in self.slots]
         options: dict[str, Any] = {"lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"]}
-        for key in ("lows", "emas"):
+        for key in ("masters_lo", "emas"):
             if group.get(key):
                 options[key] = [cut(group[key][i]) for i in rows]
         if group.get("emas"):
@@ -286,7 +287,7 @@ class DLion(FastOptimizer):
         first, d = self.param_groups[0], self.shared["d"]
         guarded = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
         before = d.clone() if guarded else d
-        self.ops.dlion_estimate(*self.shared.values(), dots_K, l1_K, lr=first["lr"], beta2=first["betas"][1], skip=skip)
+        self.ops.dlion_estimate(*self.shared.values(), dots_K, l1_K, lr=first["lr"], beta2=first["betas"][1], found_inf=skip)
         if self.growth_rate is not None:
             d.copy_(torch.minimum(d, before * self.growth_rate))
         if self.d_max is not None:

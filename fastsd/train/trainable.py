@@ -143,7 +143,7 @@ class TrainableComponent:
         assert self.high is not None
         lows = [] if self.low is None else [self.low]
         emas = [] if self.ema is None else [self.ema]
-        return make([{"params": [self.high], "lows": lows, "emas": emas}])
+        return make([{"params": [self.high], "masters_lo": lows, "emas": emas}])
 
     def _arrived(self, i: int, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None

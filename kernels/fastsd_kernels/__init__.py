@@ -27,7 +27,7 @@ from fastsd_kernels.group_norm import group_norm_reference, group_norm_triton
 from fastsd_kernels.layer_norm import layer_norm_reference, layer_norm_triton
 from fastsd_kernels.lion import lion_reference, lion_triton
 from fastsd_kernels.no_triton import AVAILABLE, remove_stand_in
-from fastsd_kernels.noise import noised_reference, noised_triton, normal, normal_triton
+from fastsd_kernels.noise import add_noise_reference, add_noise_triton, normal, normal_triton
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class Ops:
     forward_backward: ForwardBackwardOps  # of the four above, for layers that save less for backward
     # Of the step: in place, or without a gradient.
     normal: Callable[..., Tensor]  # (seed, purpose, positions_B, shape) -> standard normals (B, *shape)
-    noised: Callable[..., tuple[Tensor, Tensor]]  # (latents_BCHW, positions_B, t_B, signal_T, level_T, seed) -> (x_t, target)
-    gradient_norm: Callable[..., tuple[Tensor, Tensor]]  # (grads, *, scale=None) -> (norm, skip)
+    add_noise: Callable[
+        ..., tuple[Tensor, Tensor]
+    ]  # (latents_BCHW, positions_B, t_B, signal_T, sigma_T, seed) -> (x_t, target)
+    gradient_norm: Callable[..., tuple[Tensor, Tensor]]  # (grads, *, scale=None) -> (norm, found_inf)
     lion: Callable[..., None]  # (params, grads, exp_avgs, *, lr, betas, ...)
     dlion: Callable[..., tuple[Tensor, Tensor]]  # (params, grads, exp_avgs, s, d, *, lr, betas, ...) -> (dots_K, l1_K)
-    dlion_estimate: Callable[..., None]  # (d, numerator_weighted, dots_K, l1_K, *, lr, beta2, skip)
+    dlion_estimate: Callable[..., None]  # (d, numerator_weighted, dots_K, l1_K, *, lr, beta2, found_inf)
     adamw: Callable[..., None]  # (params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, betas, ...)
 
 
@@ -59,7 +61,7 @@ REFERENCE = Ops(
     geglu=geglu_reference,
     forward_backward=REFERENCE_FORWARD_BACKWARD,
     normal=normal,
-    noised=noised_reference,
+    add_noise=add_noise_reference,
     gradient_norm=gradient_norm_reference,
     lion=lion_reference,
     dlion=dlion_reference,
@@ -74,7 +76,7 @@ TRITON: Ops | None = Ops(
     geglu=geglu_triton,
     forward_backward=TRITON_FORWARD_BACKWARD,
     normal=normal_triton,
-    noised=noised_triton,
+    add_noise=add_noise_triton,
     gradient_norm=gradient_norm_triton,
     lion=lion_triton,
     dlion=dlion_triton,

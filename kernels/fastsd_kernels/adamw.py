@@ -13,7 +13,7 @@ The kernel has the reference's bits in m and v where b1 > 1/2 (below, PyTorch's 
 differently), and in p where PyTorch's root is IEEE's.  On a CPU with AVX-512 it is not: one root in five is off by its last
 bit.  The kernel's roots and quotients are IEEE's; tl.sqrt and / would be approximate.
 
-Read next: `gradient_norm.py`, where the factor `scale` and the flag `skip` come from.
+Read next: `gradient_norm.py`, where the factor `scale` and the flag `found_inf` come from.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from torch import Tensor
 from fastsd_kernels.arena import (
     TILES,
     StepOptions,
-    active,
     chunks,
     clear,
     fma,
@@ -39,8 +38,9 @@ from fastsd_kernels.arena import (
     masters,
     operands,
     scalars,
+    should_step,
     store_parameter,
-    unless_skipped,
+    unless_found_inf,
 )
 from fastsd_kernels.launch import launch
 
@@ -75,26 +75,28 @@ def adamw_reference(
     if not params:
         return
     beta1, beta2 = betas
-    sizes, roots = corrections(steps, lr, betas, options.get("skip"))
+    step_sizes, corrections2 = corrections(steps, lr, betas, options.get("found_inf"))
     with masters(params, grads, **options) as (params, grads):
-        for p, g, m, v, size, root in chunks(params, grads, exp_avgs, exp_avg_sqs, sizes.unbind(), roots.unbind()):
-            with unless_skipped(options.get("skip"), p, m, v):
+        for p, g, m, v, step_size, correction2 in chunks(
+            params, grads, exp_avgs, exp_avg_sqs, step_sizes.unbind(), corrections2.unbind()
+        ):
+            with unless_found_inf(options.get("found_inf"), p, m, v):
                 torch._foreach_lerp_(m, g, 1 - beta1)
                 torch._foreach_mul_(v, beta2)
                 torch._foreach_addcmul_(v, g, g, 1 - beta2)
                 denom = torch._foreach_sqrt(v)
-                torch._foreach_div_(denom, root)
+                torch._foreach_div_(denom, correction2)
                 torch._foreach_add_(denom, eps)
                 if weight_decay:
                     torch._foreach_mul_(p, 1 - lr * weight_decay)
-                torch._foreach_addcdiv_(p, torch._foreach_mul(m, size), denom)
+                torch._foreach_addcdiv_(p, torch._foreach_mul(m, step_size), denom)
 
 
 def corrections(
-    steps: Sequence[Tensor], lr: float | Tensor, betas: tuple[float, float], skip: Tensor | None
+    steps: Sequence[Tensor], lr: float | Tensor, betas: tuple[float, float], found_inf: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Count the step, then return fp32 (P,): -lr / (1 - b1^t) and sqrt(1 - b2^t)."""
-    with unless_skipped(skip, steps):
+    """Count the step, then return fp32 (P,): the step sizes -lr / (1 - b1^t) and the second corrections sqrt(1 - b2^t)."""
+    with unless_found_inf(found_inf, steps):
         torch._foreach_add_(list(steps), 1)
         step_P = torch.stack(list(steps)).double()
     return (-lr / (1 - betas[0] ** step_P)).float(), (1 - betas[1] ** step_P).sqrt().float()
@@ -102,34 +104,36 @@ def corrections(
 
 @triton.jit
 def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, mask, ZERO_GRADS: tl.constexpr):
-    low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr = options
-    rest1, beta2, rest2 = betas
-    if active(skip_ptr):
-        decay, size, root = tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2)
-        p = load_parameter(p_ptr, low_ptr, start, offs, mask)
+    master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
+    one_minus_beta1, beta2, one_minus_beta2 = betas
+    if should_step(found_inf_ptr):
+        decay, step_size, correction2 = tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2)
+        p = load_parameter(p_ptr, master_lo_ptr, start, offs, mask)
         g = load_gradient(g_ptr, scale_ptr, start, offs, mask)
         m = load(m_ptr, start, offs, mask)
         v = load(v_ptr, start, offs, mask)
-        m = fma(g - m, rest1, m)
-        v = fma(g * rest2, g, v * beta2)
-        denom = tl.div_rn(tl.sqrt_rn(v), root) + eps
+        m = fma(g - m, one_minus_beta1, m)
+        v = fma(g * one_minus_beta2, g, v * beta2)
+        denom = tl.div_rn(tl.sqrt_rn(v), correction2) + eps
         tl.store(m_ptr + start + offs, m, mask)
         tl.store(v_ptr + start + offs, v, mask)
-        store_parameter(p * decay + tl.div_rn(m * size, denom), p_ptr, low_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
+        store_parameter(
+            p * decay + tl.div_rn(m * step_size, denom), p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask
+        )
     if ZERO_GRADS:
         clear(g_ptr, start, offs, mask)
 
 
 @triton.jit
 def _adamw(
-    p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr,
-    rest1, beta2, rest2, eps, n,
+    p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr,
+    one_minus_beta1, beta2, one_minus_beta2, eps, n,
     ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
     offs = tl.arange(0, BLOCK)
-    options = low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr
-    betas = rest1, beta2, rest2
+    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
+    betas = one_minus_beta1, beta2, one_minus_beta2
     if start + BLOCK <= n:
         _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, None, ZERO_GRADS)
     else:
@@ -142,11 +146,11 @@ def adamw_step(
     m: Tensor,
     v: Tensor,
     factors: Tensor,
-    low: Tensor | None,
+    master_lo: Tensor | None,
     ema: Tensor | None,
     ema_gain: Tensor | None,
     scale: Tensor | None,
-    skip: Tensor | None,
+    found_inf: Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -154,15 +158,13 @@ def adamw_step(
 ) -> None:
     """One launch over tensors of one dense layout, in place. factors: fp32 (1 - lr wd, -lr / (1 - b1^t), sqrt(1 - b2^t))."""
     n, tile = p.numel(), TILES["adamw"]
-    options = low, ema, ema_gain, scale, skip
+    operands = p, g, m, v, factors, master_lo, ema, ema_gain, scale, found_inf
+    betas = 1 - beta1, beta2, 1 - beta2
     if n:
-        launch(
-            _adamw, (triton.cdiv(n, tile.span),), p, g, m, v, factors, *options, 1 - beta1, beta2, 1 - beta2, eps, n,
-            **tile.options(ZERO_GRADS=zero_grads),
-        )  # fmt: skip
+        launch(_adamw, (triton.cdiv(n, tile.span),), *operands, *betas, eps, n, **tile.options(ZERO_GRADS=zero_grads))
 
 
-_adamw_op = torch.library.custom_op("fastsd::adamw", adamw_step, mutates_args=("p", "g", "m", "v", "low", "ema"))
+_adamw_op = torch.library.custom_op("fastsd::adamw", adamw_step, mutates_args=("p", "g", "m", "v", "master_lo", "ema"))
 _adamw_op.register_fake(lambda *_: None)
 
 
@@ -189,7 +191,7 @@ def adamw_triton(
     rows = operands("adamw", params, grads, exp_avgs, exp_avg_sqs, device_scalars=(lr, *steps), **options)
     if not rows:
         return
-    sizes, roots = corrections(steps, lr, betas, options.get("skip"))
-    for (tensors, extra), size, root in zip(rows, sizes.unbind(), roots.unbind(), strict=True):
-        factors = scalars(size.device, 1 - lr * weight_decay, size, root)
+    step_sizes, corrections2 = corrections(steps, lr, betas, options.get("found_inf"))
+    for (tensors, extra), step_size, correction2 in zip(rows, step_sizes.unbind(), corrections2.unbind(), strict=True):
+        factors = scalars(step_size.device, 1 - lr * weight_decay, step_size, correction2)
         _adamw_op(*tensors, factors, *extra, *betas, eps, options.get("zero_grads", False))

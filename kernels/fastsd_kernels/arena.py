@@ -5,9 +5,9 @@ list of one arena is one launch.  Any dense tensors will do: a kernel walks memo
 
 Masters in halves.  A bf16 parameter with a 16-bit remainder is an fp32 number, exactly:
 
-    high = (bits + 0x8000) >> 16        the nearest bf16, used by the forward directly
-    low  = bits - (high << 16)          int16, signed
-    bits = (high << 16) + low
+    master_hi = (bits + 0x8000) >> 16           the nearest bf16, used by the forward directly
+    master_lo = bits - (master_hi << 16)        int16, signed
+    bits = (master_hi << 16) + master_lo
 
 This holds for every finite number, also subnormal or -0.0, and for infinity.  The sum undoes a carry of the rounding into the
 exponent, so even fp32 numbers above bf16's largest (3.39e38) come back, although their high half is infinity.  An exact tie,
@@ -41,10 +41,10 @@ from torch import Tensor
 
 from fastsd_kernels.launch import INTERPRETED, require_device
 
-# Elements of one run. Four arrays and their scratch fit a shared CPU cache (2**16 and below starves the threads);
-# on a GPU a run bounds the scratch only, and launches should be few.
-_RUN_CPU = 1 << 18
-_RUN_GPU = 1 << 26
+# Elements of one chunk. Four arrays and their scratch fit a shared CPU cache (2**16 and below starves the threads);
+# on a GPU a chunk bounds the scratch only, and launches should be few.
+_CHUNK_CPU = 1 << 18
+_CHUNK_GPU = 1 << 26
 
 EMA_DECAY = 0.9999
 
@@ -53,16 +53,16 @@ class StepOptions(TypedDict, total=False):
     """Options of every optimizer's op beside its hyper-parameters. None is the same as leaving an option out.
 
     Attributes:
-        skip: 0-dim bool or float on the device; nonzero leaves every byte unchanged, whatever the gradients hold.
-        lows: int16, low halves of the masters. The parameters, then bf16, are the high halves.
+        found_inf: 0-dim bool or float on the device; nonzero leaves every byte unchanged, whatever the gradients hold.
+        masters_lo: int16, low halves of the masters. The parameters, then bf16, are the high halves.
         scale: 0-dim fp32 on the device, multiplies the gradients: one over the loss scale, times the clip factor.
         emas: fp32, moved towards the new parameters: ema + (1 - ema_decay)(p - ema).
         ema_decay: a float or a 0-dim tensor on the device; fp64, because 1 - decay is small. `EMA_DECAY` by default.
-        zero_grads: overwrite the gradients with zeros, also if `skip` is set: later gradients must not add to skipped ones.
+        zero_grads: overwrite the gradients with zeros, also if `found_inf` is set: the next must not add to rejected ones.
     """
 
-    skip: Tensor | None
-    lows: Sequence[Tensor] | None
+    found_inf: Tensor | None
+    masters_lo: Sequence[Tensor] | None
     scale: Tensor | None
     emas: Sequence[Tensor] | None
     ema_decay: float | Tensor
@@ -70,17 +70,17 @@ class StepOptions(TypedDict, total=False):
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 of any shape and strides -> (high bf16, low int16) of the same; the inverse of `join_master`."""
+    """fp32 of any shape and strides -> (master_hi bf16, master_lo int16) of the same; the inverse of `join_master`."""
     bits = master.view(torch.int32)
     # The sum wraps for a NaN only; the conversion to int16 keeps the lower half.
-    high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    master_hi = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
     nan = master.isnan()
-    return torch.where(nan, torch.nan, high), torch.where(nan, 0, bits.to(torch.int16))
+    return torch.where(nan, torch.nan, master_hi), torch.where(nan, 0, bits.to(torch.int16))
 
 
-def join_master(high: Tensor, low: Tensor) -> Tensor:
-    """(high bf16, low int16) -> the fp32 number they represent, to the bit."""
-    return ((high.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+def join_master(master_hi: Tensor, master_lo: Tensor) -> Tensor:
+    """(master_hi bf16, master_lo int16) -> the fp32 number they represent, to the bit."""
+    return ((master_hi.view(torch.int16).int() << 16) + master_lo.int()).view(torch.float32)
 
 
 @contextmanager
@@ -90,17 +90,18 @@ def masters(
     **options: Unpack[StepOptions],
 ) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """Yield fp32 parameters and scaled fp32 gradients for a reference to step, and apply the step's options around it."""
-    lows, emas, scale, skip = options.get("lows"), options.get("emas"), options.get("scale"), options.get("skip")
-    fp32_params = params if lows is None else [join_master(high, low) for high, low in zip(params, lows, strict=True)]
+    masters_lo, emas = options.get("masters_lo"), options.get("emas")
+    scale, found_inf = options.get("scale"), options.get("found_inf")
+    fp32_params = params if masters_lo is None else [join_master(*halves) for halves in zip(params, masters_lo, strict=True)]
     fp32_grads = [g.float() for g in grads]
     yield fp32_params, fp32_grads if scale is None else [g * scale for g in fp32_grads]
-    if lows is not None:
-        with unless_skipped(skip, params, lows):
-            for high, low, master in zip(params, lows, fp32_params, strict=True):
-                for half, new in zip((high, low), split_master(master), strict=True):
+    if masters_lo is not None:
+        with unless_found_inf(found_inf, params, masters_lo):
+            for *halves, master in zip(params, masters_lo, fp32_params, strict=True):
+                for half, new in zip(halves, split_master(master), strict=True):
                     half.copy_(new)
     if emas:
-        with unless_skipped(skip, emas):
+        with unless_found_inf(found_inf, emas):
             change = torch._foreach_sub(list(fp32_params), list(emas))
             torch._foreach_mul_(change, scalars(emas[0].device, 1 - options.get("ema_decay", EMA_DECAY))[0])
             torch._foreach_add_(list(emas), change)
@@ -109,30 +110,29 @@ def masters(
 
 
 def chunks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
-    """Cut parallel lists of tensors into runs, each given as the same number of lists.
+    """Cut parallel lists of tensors into chunks, each a list per input list.
 
-    A run holds about 2**18 elements a list on a CPU, 2**26 elsewhere: several small tensors or a part of a big one, as
-    1-D views in memory order. The cut depends on shapes only, so sums taken run by run have a fixed order. Tensors at
-    one place that differ in strides, or have gaps, stay whole and keep their shape. A one-element tensor (a factor of
-    its parameter) stays beside every part of a big neighbour.
+    A chunk holds about 2**18 elements a list on a CPU, 2**26 elsewhere: several small tensors or a section of a big one, as
+    1-D views in memory order. The cut depends on shapes only, so sums taken chunk by chunk have a fixed order. Tensors of one
+    row that differ in strides, or have gaps, are not cut and keep their shape. A one-element tensor (a factor of its
+    parameter) is repeated for every section of a big neighbour.
     """
     if not lists[0]:
         return
-    limit = _RUN_CPU if lists[0][0].is_cpu else _RUN_GPU
-    run: list[tuple[Tensor, ...]] = []
-    run_size = 0
+    limit = _CHUNK_CPU if lists[0][0].is_cpu else _CHUNK_GPU
+    chunk: list[tuple[Tensor, ...]] = []
+    chunk_size = 0
     for row in zip(*lists, strict=True):
-        size = row[0].numel()
-        for piece in _cut(row, size, limit):
-            if run and run_size + piece[0].numel() > limit:
-                yield [list(column) for column in zip(*run, strict=True)]
-                run, run_size = [], 0
-            run.append(piece)
-            run_size += piece[0].numel()
-    yield [list(column) for column in zip(*run, strict=True)]
+        for section in _sections(row, row[0].numel(), limit):
+            if chunk and chunk_size + section[0].numel() > limit:
+                yield [list(column) for column in zip(*chunk, strict=True)]
+                chunk, chunk_size = [], 0
+            chunk.append(section)
+            chunk_size += section[0].numel()
+    yield [list(column) for column in zip(*chunk, strict=True)]
 
 
-def _cut(row: tuple[Tensor, ...], size: int, limit: int) -> Iterator[tuple[Tensor, ...]]:
+def _sections(row: tuple[Tensor, ...], size: int, limit: int) -> Iterator[tuple[Tensor, ...]]:
     full = [t for t in row if t.numel() == size]
     shape, stride = full[0].shape, full[0].stride()
     span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
@@ -146,18 +146,18 @@ def _cut(row: tuple[Tensor, ...], size: int, limit: int) -> Iterator[tuple[Tenso
 
 
 @contextmanager
-def unless_skipped(skip: Tensor | None, *lists: Sequence[Tensor]) -> Iterator[None]:
-    """Restore the bytes of `lists` after the block if the device flag `skip` is nonzero, without reading it on the host.
+def unless_found_inf(found_inf: Tensor | None, *lists: Sequence[Tensor]) -> Iterator[None]:
+    """Restore the bytes of `lists` after the block if the device flag `found_inf` is nonzero, without reading it on the host.
 
     Copies and selects rather than multiplying by zero, which would keep a NaN and turn -0.0 into 0.0.
     """
-    if skip is None:
+    if found_inf is None:
         yield
         return
     tensors = [t for column in lists for t in column]
     copies = [t.clone() for t in tensors]
     yield
-    undo = skip != 0
+    undo = found_inf != 0
     for old, new in zip(copies, tensors, strict=True):
         torch.where(undo, old, new, out=new)
 
@@ -195,12 +195,12 @@ def pair_sum(x):
 
 
 @triton.jit
-def active(skip_ptr):
-    """Return True unless this step is to be skipped."""
-    if skip_ptr is None:
+def should_step(found_inf_ptr):
+    """Return False if the step's gradients are not finite."""
+    if found_inf_ptr is None:
         return True
     else:
-        return tl.load(skip_ptr) == 0
+        return tl.load(found_inf_ptr) == 0
 
 
 @triton.jit
@@ -224,24 +224,24 @@ def load_gradient(g_ptr, scale_ptr, start, offs, mask):
 
 
 @triton.jit
-def load_parameter(p_ptr, low_ptr, start, offs, mask):
+def load_parameter(p_ptr, master_lo_ptr, start, offs, mask):
     p = load(p_ptr, start, offs, mask)
-    if low_ptr is not None:
-        high = p.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        p = (high + load(low_ptr, start, offs, mask).to(tl.int32)).to(tl.float32, bitcast=True)
+    if master_lo_ptr is not None:
+        master_hi = p.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        p = (master_hi + load(master_lo_ptr, start, offs, mask).to(tl.int32)).to(tl.float32, bitcast=True)
     return p
 
 
 @triton.jit
-def store_parameter(p, p_ptr, low_ptr, ema_ptr, ema_gain_ptr, start, offs, mask):
-    if low_ptr is None:
+def store_parameter(p, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask):
+    if master_lo_ptr is None:
         tl.store(p_ptr + start + offs, p, mask)
     else:
         bits = p.to(tl.int32, bitcast=True)
         nan = p != p
-        high = tl.where(nan, 0x7FC0, (bits + 0x8000) >> 16).to(tl.int16)
-        tl.store(p_ptr + start + offs, high.to(tl.bfloat16, bitcast=True), mask)
-        tl.store(low_ptr + start + offs, tl.where(nan, 0, bits).to(tl.int16), mask)
+        master_hi = tl.where(nan, 0x7FC0, (bits + 0x8000) >> 16).to(tl.int16)
+        tl.store(p_ptr + start + offs, master_hi.to(tl.bfloat16, bitcast=True), mask)
+        tl.store(master_lo_ptr + start + offs, tl.where(nan, 0, bits).to(tl.int16), mask)
     if ema_ptr is not None:
         ema = load(ema_ptr, start, offs, mask)
         tl.store(ema_ptr + start + offs, ema + tl.load(ema_gain_ptr) * (p - ema), mask)
@@ -291,11 +291,11 @@ TILES = {
 class TensorOptions(NamedTuple):
     """Optional operands of one launch, in the order in which ops and kernels take them."""
 
-    low: Tensor | None
+    master_lo: Tensor | None
     ema: Tensor | None
     ema_gain: Tensor | None  # 0-dim fp32, 1 - decay
     scale: Tensor | None
-    skip: Tensor | None
+    found_inf: Tensor | None
 
 
 def scalars(device: torch.device, *values: float | Tensor) -> Tensor:
@@ -319,28 +319,26 @@ def operands(
     """
     if not params:
         return []
-    lows, emas, scale, skip = options.get("lows"), options.get("emas"), options.get("scale"), options.get("skip")
+    masters_lo, emas = options.get("masters_lo"), options.get("emas")
+    scale, found_inf = options.get("scale"), options.get("found_inf")
     ema_decay = options.get("ema_decay", EMA_DECAY)
-    scalar_tensors = [t for t in (scale, skip, ema_decay, *device_scalars) if isinstance(t, Tensor)]
+    scalar_tensors = [t for t in (scale, found_inf, ema_decay, *device_scalars) if isinstance(t, Tensor)]
     gain = None if emas is None else scalars(params[0].device, 1 - ema_decay)[0]
     absent = (None,) * len(params)
     result = []
-    for p, g, *state, low, ema in zip(params, grads, *states, lows or absent, emas or absent, strict=True):
+    for p, g, *state, master_lo, ema in zip(params, grads, *states, masters_lo or absent, emas or absent, strict=True):
         fp32_states = [t for t in (*state, ema) if t is not None]
-        require_device(op, p, g, low, *fp32_states, *scalar_tensors)
-        require_dtype(op, "parameter", p, torch.float32 if low is None else torch.bfloat16)
+        require_device(op, p, g, master_lo, *fp32_states, *scalar_tensors)
+        require_dtype(op, "parameter", p, torch.float32 if master_lo is None else torch.bfloat16)
         require_dtype(op, "gradient", g, torch.float32, torch.bfloat16)
         for t in fp32_states:
             require_dtype(op, "state", t, torch.float32)
-        if low is not None:
-            require_dtype(op, "low half", low, torch.int16)
-        for t in (p, g, low, *fp32_states):
+        if master_lo is not None:
+            require_dtype(op, "master_lo", master_lo, torch.int16)
+        for t in (p, g, master_lo, *fp32_states):
             if t is not None and (not dense(t) or memory_order(t) != memory_order(p)):
-                raise ValueError(
-                    f"{op}: a tensor of shape {tuple(t.shape)} and strides {t.stride()} beside a parameter of {tuple(p.shape)}"
-                    f" and {p.stride()}; give tensors of one shape and one dense layout"
-                )
-        result.append(((p, g, *state), TensorOptions(low, ema, gain, scale, skip)))
+                raise layout_error(op, t, p)
+        result.append(((p, g, *state), TensorOptions(master_lo, ema, gain, scale, found_inf)))
     return result
 
 
@@ -348,7 +346,14 @@ def require_dtype(op: str, role: str, tensor: Tensor, *dtypes: torch.dtype) -> N
     """Raise ValueError unless the tensor has one of the dtypes."""
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{op}: a {role} is {str(tensor.dtype).removeprefix('torch.')}; give {expected}")
+        raise ValueError(f"{op}: {role} dtype is {str(tensor.dtype).removeprefix('torch.')}; use {expected}")
+
+
+def layout_error(op: str, t: Tensor, p: Tensor) -> ValueError:
+    return ValueError(
+        f"{op}: tensor has shape {tuple(t.shape)} and strides {t.stride()}, its parameter {tuple(p.shape)} and {p.stride()}; "
+        "use equal shapes and one dense layout"
+    )
 
 
 def dense(t: Tensor) -> bool:

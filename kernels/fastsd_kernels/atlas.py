@@ -38,7 +38,7 @@ from fastsd_kernels.sass import Code, compile_launch, specialise
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 BATCH = 16
 # Kernels that read only a few statistics or partial sums a program, or very little compared with what they compute.
-_SMALL = ("_merge", "_merge_sums", "_estimate", "_norm", "_normal", "_noised")
+_SMALL = ("_merge", "_merge_sums", "_estimate", "_norm", "_normal", "_add_noise")
 
 Call = Callable[[], object]
 
@@ -126,10 +126,10 @@ def _optimizers() -> Iterator[tuple[str, str, Call]]:
     state, scalar, factors = _meta(n), _meta(), _meta(4)
     for mode, gradients in (("fp32", "fp32"), ("bf16 halves", "bf16"), ("bf16 halves", "fp32")):
         exact = mode == "fp32"
-        p, low = _meta(n, dtype=DTYPES["fp32" if exact else "bf16"]), None if exact else _meta(n, dtype=torch.int16)
+        p, master_lo = _meta(n, dtype=DTYPES["fp32" if exact else "bf16"]), None if exact else _meta(n, dtype=torch.int16)
         g = _meta(n, dtype=DTYPES[gradients])
         for ema in (None, state):
-            options: Any = low, ema, None if ema is None else scalar, scalar, scalar
+            options: Any = master_lo, ema, None if ema is None else scalar, scalar, scalar
 
             def call(p: Tensor = p, g: Tensor = g, options: Any = options) -> None:
                 one_state: list[Any] = [p, g, state, factors, *options, 0.9, 0.99, True]
@@ -155,7 +155,7 @@ def _noise() -> Iterator[tuple[str, str, Call]]:
         for velocity in (False, True):
 
             def call(x: Tensor = x, velocity: bool = velocity) -> None:
-                noise.noised_forward(x, position, position, _meta(1000), _meta(1000), 7, velocity)
+                noise.add_noise_forward(x, position, position, _meta(1000), _meta(1000), 7, velocity)
 
             yield "4x64x64", mode, call
 
@@ -175,8 +175,8 @@ OPS: dict[str, Callable[[], Iterator[tuple[str, str, Call]]]] = {
 }
 
 
-def survey(op: str, target: int, part: int = 0, parts: int = 1) -> list[Entry]:
-    """Compile the distinct configurations of one op for sm_`target`, or only share number `part` of `parts` equal shares."""
+def survey(op: str, target: int, remainder: int = 0, divisor: int = 1) -> list[Entry]:
+    """Compile the distinct configurations of one op for sm_`target`, or only those with this remainder in their number."""
     entries: dict[str, Entry] = {}
     with recording(target) as launches:
         for kind, mode, call in OPS[op]():
@@ -187,7 +187,7 @@ def survey(op: str, target: int, part: int = 0, parts: int = 1) -> list[Entry]:
                 if compilation.key not in entries:
                     entry = Entry(op, kind, mode, launch.kernel.__name__, target, launch.options, None, [])
                     entries[compilation.key] = entry
-                    if len(entries) % parts == part:
+                    if len(entries) % divisor == remainder:
                         code = compile_launch(compilation)
                         entries[compilation.key] = entry._replace(code=code, problems=_problems(entry, code))
     return [entry for entry in entries.values() if entry.code is not None]
@@ -212,13 +212,15 @@ def _line(entry: Entry) -> str:
     code = entry.code
     assert code is not None
     loads = " ".join(f"{width}:{count}" for width, count in code.loads.items())
-    share = f"{100 * code.loop_fma // code.loop}%" if code.loop else "-"
+    fma_share = f"{100 * code.loop_fma // code.loop}%" if code.loop else "-"
     tile = " ".join(
         f"{k.removeprefix('num_').lower()}={v}" for k, v in entry.options.items() if isinstance(v, int) and k != "D"
     )
     counts = f"{code.registers:4} {code.stack:5} {code.spills_in_loop:7} {code.shared:6} {code.tensor:6} {code.fma:5}"
     name = f"sm_{entry.target:<3} {entry.op:10} {entry.kernel:15} {entry.kind:26} {entry.mode:11}"
-    return f"{name} {counts} {share:>4}  {loads:26} {tile}{'  OVER: ' + '; '.join(entry.problems) if entry.problems else ''}"
+    return (
+        f"{name} {counts} {fma_share:>4}  {loads:26} {tile}{'  OVER: ' + '; '.join(entry.problems) if entry.problems else ''}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -227,20 +229,22 @@ def main(arguments: list[str] | None = None) -> int:
     names = [f"sm_{target}" for target in ARCHITECTURES]
     parser.add_argument("--target", nargs="+", choices=names, default=names, metavar="sm_NN", help=", ".join(names))
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
-    parser.add_argument("--json", type=argparse.FileType("w"), metavar="FILE", help="write the entries there, too")
+    parser.add_argument("--json", type=argparse.FileType("w"), metavar="FILE", help="also write the entries to this file")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(arguments)
     if INTERPRETED:
-        parser.error("TRITON_INTERPRET is set, under which nothing is compiled; unset it")
+        parser.error("TRITON_INTERPRET is set, so Triton compiles nothing; unset it")
     print(f"target {'op':10} {'kernel':15} {'kind':26} {'mode':11} regs stack in loop shared tensor   fma loop  loads")
-    parts = 4 * options.jobs  # small shares, so that no process waits long for the last one
-    shares = [(op, int(target[3:]), part, parts) for target in options.target for op in options.op for part in range(parts)]
+    divisor = 4 * options.jobs  # short tasks, so that no process waits long for the last one
+    tasks = [
+        (op, int(sm[3:]), remainder, divisor) for sm in options.target for op in options.op for remainder in range(divisor)
+    ]
     entries: list[Entry] = []
     # Not forked: a copy of a process that has used torch's threads may hang.
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for share in pool.map(survey, *zip(*shares, strict=True)):
-            entries += share
-            for entry in share:
+        for new_entries in pool.map(survey, *zip(*tasks, strict=True)):
+            entries += new_entries
+            for entry in new_entries:
                 print(_line(entry), flush=True)
     over = [entry for entry in entries if entry.problems]
     print(f"{len(entries)} configurations, {len(over)} over the limits")

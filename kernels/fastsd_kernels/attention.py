@@ -44,7 +44,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastsd_kernels.attention_tiles import AttentionTile, choose_tile, one_kernel_for_keys, slices
-from fastsd_kernels.head_tile import add_product, load_head, product, row_dots, scaled, store_head, streamed_product, zero_head
+from fastsd_kernels.head_tile import (
+    add_product,
+    load_head,
+    product,
+    row_dots,
+    scale_head,
+    store_head,
+    streamed_product,
+    zero_head,
+)
 from fastsd_kernels.interpreter import rounded
 from fastsd_kernels.launch import launch, require_device
 
@@ -75,11 +84,11 @@ def attention_reference(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, preci
 
 def _check(q: Tensor, k: Tensor, v: Tensor, precision: str) -> None:
     if precision not in PRECISIONS:
-        raise ValueError(f"attention: precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"attention: precision is {precision!r}; use {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}")
     if q.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; "
-            "q must be (B, N, H, D), k and v (B, L, H, D)"
+            f"attention: shapes are q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
+            "use (B, N, H, D) for q and (B, L, H, D) for k and v"
         )
 
 
@@ -124,21 +133,21 @@ def _forward(
         total = total * keep + tl.sum(p, 1)
         top = new_top
         v = load_head(v_ptr + keys * (v_row * 8), key_mask, OUT_D, D)
-        o = add_product(scaled(o, keep[:, None]), rounded(p, v_ptr.dtype.element_ty), v, PRECISION)
+        o = add_product(scale_head(o, keep[:, None]), rounded(p, v_ptr.dtype.element_ty), v, PRECISION)
     o_ptrs = _head(o_ptr, o_image, o_head, H) + rows * (o_row * 8)
-    store_head(o_ptrs, row_mask, scaled(o, 1 / total[:, None]), OUT_D, D)
+    store_head(o_ptrs, row_mask, scale_head(o, 1 / total[:, None]), OUT_D, D)
     tl.store(lse_ptr + tl.program_id(1) * N + rows, top + tl.log2(total), mask=row_mask)
 
 
 @triton.jit
 def _backward_q(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, H, N, L, scale, root,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, H, N, L, scale, sm_scale,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, o_image, o_row, o_head,
     do_image, do_row, do_head, dq_image, dq_row, dq_head,
     D: tl.constexpr, SUM_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     EVEN: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, B H). Writes dq and delta. `root` is 1 / sqrt(D); EVEN: L is a multiple of KEYS."""
+    """Grid (query tiles, B H). Writes dq and delta. `sm_scale` is 1 / sqrt(D); EVEN: L is a multiple of KEYS."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < N
     q_ptrs = _head(q_ptr, q_image, q_head, H) + rows * (q_row * 8)
@@ -173,18 +182,18 @@ def _backward_q(
             ds = tl.where(keys[None, :] < L, ds, 0.0)
         dq = add_product(dq, rounded(ds, k_ptr.dtype.element_ty), k, PRECISION)
     dq_ptrs = _head(dq_ptr, dq_image, dq_head, H) + rows * (dq_row * 8)
-    store_head(dq_ptrs, row_mask, scaled(dq, root), SUM_D, D)
+    store_head(dq_ptrs, row_mask, scale_head(dq, sm_scale), SUM_D, D)
 
 
 @triton.jit
 def _backward_kv(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, H, N, L, scale, root, chunk,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, H, N, L, scale, sm_scale, chunk,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, do_image, do_row, do_head,
-    dk_part, dk_image, dk_row, dk_head, dv_part, dv_image, dv_row, dv_head,
+    dk_split, dk_image, dk_row, dk_head, dv_split, dv_image, dv_row, dv_head,
     D: tl.constexpr, SUM_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     EVEN: tl.constexpr, HOLD: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key tiles, B H, parts of `chunk` queries). Scores lie keys by queries here. EVEN: N is a multiple of ROWS."""
+    """Grid (key tiles, B H, splits of `chunk` queries). Scores lie keys by queries here. EVEN: N is a multiple of ROWS."""
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     key_mask = keys < L
     k_ptrs = _head(k_ptr, k_image, k_head, H) + keys * (k_row * 8)
@@ -227,10 +236,10 @@ def _backward_kv(
             ds = p * (dp - delta[None, :])
             dk = add_product(dk, rounded(ds, q_ptr.dtype.element_ty), q, PRECISION)
     if WITH_K:
-        dk_ptr = _head(dk_ptr, dk_image, dk_head, H) + tl.program_id(2).to(tl.int64) * (dk_part * 8)
-        store_head(dk_ptr + keys * (dk_row * 8), key_mask, scaled(dk, root), SUM_D, D)
+        dk_ptr = _head(dk_ptr, dk_image, dk_head, H) + tl.program_id(2).to(tl.int64) * (dk_split * 8)
+        store_head(dk_ptr + keys * (dk_row * 8), key_mask, scale_head(dk, sm_scale), SUM_D, D)
     if WITH_V:
-        dv_ptr = _head(dv_ptr, dv_image, dv_head, H) + tl.program_id(2).to(tl.int64) * (dv_part * 8)
+        dv_ptr = _head(dv_ptr, dv_image, dv_head, H) + tl.program_id(2).to(tl.int64) * (dv_split * 8)
         store_head(dv_ptr + keys * (dv_row * 8), key_mask, dv, SUM_D, D)
 
 
@@ -238,46 +247,48 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride // 8 for x in tensors for stride in x.stride()[:-1])
 
 
-def _readable(x: Tensor) -> Tensor:
+def _aligned(x: Tensor) -> Tensor:
     """x itself in any layout whose rows of D are whole and 16 bytes apart, else a contiguous copy."""
     return x if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) else x.contiguous()
 
 
 def _options(tile: AttentionTile, head_dim: int, precision: str) -> dict[str, Any]:
-    return {
-        "D": head_dim, "SUM_D": slices(head_dim, tile.widest, 16), "ROWS": tile.rows, "KEYS": tile.keys, "HOLD": tile.hold,
-        "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
-    }  # fmt: skip
+    sizes = {"D": head_dim, "SUM_D": slices(head_dim, tile.widest, 16), "ROWS": tile.rows, "KEYS": tile.keys}
+    launch_options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
+    return sizes | {"HOLD": tile.hold, "PRECISION": precision} | launch_options
 
 
 def attention_forward(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """o (B, N, H, D), contiguous, and lse (B, H, N) fp32, in log2 units."""
-    q, k, v = map(_readable, (q_BNHD, k_BLHD, v_BLHD))
+    q, k, v = map(_aligned, (q_BNHD, k_BLHD, v_BLHD))
     (B, N, H, D), L = q.shape, k.shape[1]
     o, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
     tile = choose_tile("forward", D, L, q.dtype, precision, q.device)
-    launch(
-        _forward, (triton.cdiv(N, tile.rows), B * H),
-        q, k, v, o, lse, H, N, L, math.log2(math.e) / D**0.5, *_strides(q, k, v, o),
-        OUT_D=slices(D, tile.widest, 8), EVEN=L % tile.keys == 0, **_options(tile, D, precision),
-    )  # fmt: skip
+    options = _options(tile, D, precision) | {"OUT_D": slices(D, tile.widest, 8), "EVEN": L % tile.keys == 0}
+    sizes = H, N, L, math.log2(math.e) / D**0.5, *_strides(q, k, v, o)
+    launch(_forward, (triton.cdiv(N, tile.rows), B * H), q, k, v, o, lse, *sizes, **options)
     return o, lse
 
 
 def attention_backward(
-    do_BNHD: Tensor, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, o_BNHD: Tensor, lse_BHN: Tensor, precision: str,
+    do_BNHD: Tensor,
+    q_BNHD: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    o_BNHD: Tensor,
+    lse_BHN: Tensor,
+    precision: str,
     into: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv: written `into` tensors of any strides that q, k, v may have, or contiguous."""
-    do, q, k, v = map(_readable, (do_BNHD, q_BNHD, k_BLHD, v_BLHD))
+    do, q, k, v = map(_aligned, (do_BNHD, q_BNHD, k_BLHD, v_BLHD))
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     (B, N, H, D), L, delta = q.shape, k.shape[1], torch.empty_like(lse_BHN)
     tile = choose_tile("dq", D, L, q.dtype, precision, q.device)
-    launch(
-        _backward_q, (triton.cdiv(N, tile.rows), B * H),
-        q, k, v, o_BNHD, do, dq, lse_BHN, delta, H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5,
-        *_strides(q, k, v, o_BNHD, do, dq), EVEN=L % tile.keys == 0, **_options(tile, D, precision),
-    )  # fmt: skip
+    operands = q, k, v, o_BNHD, do, dq, lse_BHN, delta
+    sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, *_strides(q, k, v, o_BNHD, do, dq)
+    options = _options(tile, D, precision) | {"EVEN": L % tile.keys == 0}
+    launch(_backward_q, (triton.cdiv(N, tile.rows), B * H), *operands, *sizes, **options)
     fused = one_kernel_for_keys(D, q.dtype, precision)
     for kind, outs in (("dkdv", [dk, dv]),) if fused else (("dk", [dk]), ("dv", [dv])):
         _key_gradients(kind, outs, do, q, k, v, lse_BHN, delta, precision)
@@ -295,20 +306,18 @@ def _key_gradients(
     (B, N, H, D), L = q.shape, k.shape[1]
     tile = choose_tile(kernel, D, L, q.dtype, precision, q.device)
     key_tiles, row_tiles = triton.cdiv(L, tile.keys), triton.cdiv(N, tile.rows)
-    # 512 programs fill a GPU. Fewer than 4 row tiles a part would spend more on its sums than it saves.
-    parts = min(triton.cdiv(512, key_tiles * B * H), triton.cdiv(row_tiles, 4))
-    chunk = triton.cdiv(row_tiles, parts) * tile.rows
-    parts = triton.cdiv(N, chunk)
-    # One part is written where the gradient is wanted; several are added up in fp32 first.
-    partial = [q.new_empty((parts, B, L, H, D), dtype=torch.float32) if parts > 1 else out[None] for out in outs]
+    # 512 programs fill a GPU. With fewer than 4 row tiles a split, its sums cost more than it saves.
+    splits = min(triton.cdiv(512, key_tiles * B * H), triton.cdiv(row_tiles, 4))
+    chunk = triton.cdiv(row_tiles, splits) * tile.rows
+    splits = triton.cdiv(N, chunk)
+    # A single split is written to the gradient itself; several are added up in fp32 first.
+    partial = [q.new_empty((splits, B, L, H, D), dtype=torch.float32) if splits > 1 else out[None] for out in outs]
     dk, dv = partial[0], partial[-1]
-    launch(
-        _backward_kv, (key_tiles, B * H, parts),
-        q, k, v, do, dk, dv, lse, delta, H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk,
-        *_strides(q, k, v, do, dk, dv), EVEN=N % tile.rows == 0, WITH_K="dk" in kernel, WITH_V="dv" in kernel,
-        **_options(tile, D, precision),
-    )  # fmt: skip
-    if parts > 1:
+    operands = q, k, v, do, dk, dv, lse, delta
+    sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk, *_strides(q, k, v, do, dk, dv)
+    options = _options(tile, D, precision) | {"EVEN": N % tile.rows == 0, "WITH_K": "dk" in kernel, "WITH_V": "dv" in kernel}
+    launch(_backward_kv, (key_tiles, B * H, splits), *operands, *sizes, **options)
+    if splits > 1:
         for out, sums in zip(outs, partial, strict=True):
             out.copy_(sums.sum(0))
 
@@ -403,12 +412,14 @@ def require_supported(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision:
     """Raise the ValueError of `attention_triton`, if there is a reason."""
     _check(q_BNHD, k_BLHD, v_BLHD, precision)
     if {q_BNHD.dtype, k_BLHD.dtype, v_BLHD.dtype} not in ({torch.float32}, {torch.bfloat16}):
-        raise ValueError(f"attention: q, k, v are {q_BNHD.dtype}, {k_BLHD.dtype}, {v_BLHD.dtype}; give all in fp32 or in bf16")
+        raise ValueError(
+            f"attention: q, k, v are {q_BNHD.dtype}, {k_BLHD.dtype}, {v_BLHD.dtype}; use fp32 or bf16 for all three"
+        )
     if q_BNHD.numel() == 0 or k_BLHD.numel() == 0:
-        raise ValueError(f"attention: q {tuple(q_BNHD.shape)} or k {tuple(k_BLHD.shape)} is empty; give one row or more")
+        raise ValueError(f"attention: shapes are q {tuple(q_BNHD.shape)}, k {tuple(k_BLHD.shape)}; use no empty dimension")
     B, _, H, D = q_BNHD.shape
     if D % 8 or D > 256:
-        raise ValueError(f"attention: head size {D}; the kernels take multiples of 8 up to 256")
+        raise ValueError(f"attention: head size is {D}; use a multiple of 8 up to 256")
     if B * H > 65535:
-        raise ValueError(f"attention: {B} images x {H} heads; the kernels take 65535 at most, so split the batch")
+        raise ValueError(f"attention: {B} images with {H} heads are {B * H}, more than 65535; split the batch")
     require_device("attention", q_BNHD, k_BLHD, v_BLHD)

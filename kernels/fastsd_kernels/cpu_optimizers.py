@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastsd_kernels.adamw import corrections
-from fastsd_kernels.arena import EMA_DECAY, StepOptions, dense, memory_order, require_dtype, scalars
+from fastsd_kernels.arena import EMA_DECAY, StepOptions, dense, layout_error, memory_order, require_dtype, scalars
 from fastsd_kernels.dlion import step_factors
 
 _SOURCE = Path(__file__).with_name("optimizers.c")
@@ -41,7 +41,7 @@ _MACHINES = [["-march=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"]]
 
 _SPAN, _WORDS = 16384, 10  # as in optimizers.c: elements of a span, words of a `Row`
 _POINTER = ctypes.c_void_p
-_Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # p, g, m, s, low, ema
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # p, g, m, s, master_lo, ema
 
 
 class _Options(ctypes.Structure):
@@ -50,7 +50,7 @@ class _Options(ctypes.Structure):
     _fields_ = [
         ("scale", _POINTER),
         ("ema_gain", _POINTER),
-        ("skip", _POINTER),
+        ("found_inf", _POINTER),
         ("zero_grads", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     ]
@@ -58,25 +58,25 @@ class _Options(ctypes.Structure):
 
 def problem() -> str | None:
     """Return None if the kernels are usable, otherwise a short reason. Compiles them on first use; the result is cached."""
-    return _built()[1]
+    return _library_or_reason()[1]
 
 
 @cache
-def _built() -> tuple[ctypes.CDLL | None, str | None]:
+def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
     """Return (library, None) or (None, reason)."""
     try:
         configured = shlex.split(os.environ.get("CC", ""))
         compiler = next((c for c in (configured, ["cc"], ["gcc"], ["clang"]) if c and shutil.which(c[0])), None)
     except ValueError as error:  # an unclosed quotation
-        return None, f"$CC cannot be read: {error}"
+        return None, f"$CC is not a valid command: {error}"
     if compiler is None:
-        return None, "no C compiler: neither $CC nor cc, gcc or clang is found"
+        return None, "no C compiler found: tried $CC, cc, gcc and clang"
     reason = ""
     for machine in _MACHINES:
         try:
             return _load([*compiler, *_FLAGS, *machine]), None
         except (OSError, RuntimeError) as error:
-            reason = f"{_SOURCE.name} does not compile or load: {error}"
+            reason = f"{_SOURCE.name} cannot be compiled or loaded: {error}"
     return None, reason
 
 
@@ -88,30 +88,32 @@ def _load(command: list[str]) -> ctypes.CDLL:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsd"
     for path in folder.glob(f"optimizers-{key}-*.so"):
         if path.stem.endswith(_digest(path.read_bytes())):
-            return _declared(path)
+            return _open_library(path)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built_path = Path(scratch) / "optimizers.so"
         _output([*command, "-shared", str(_SOURCE), "-o", str(built_path), "-lm"])
-        library = _declared(built_path)  # raises before a library that cannot be loaded is stored
+        library = _open_library(built_path)  # raises before a library that cannot be loaded is stored
         built_path.replace(folder / f"optimizers-{key}-{_digest(built_path.read_bytes())}.so")
     return library
 
 
 def _output(command: list[str]) -> bytes:
     """Return the output of a compiler. Raises RuntimeError with the first line that mentions an error."""
-    done = subprocess.run(command, capture_output=True)
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").splitlines() or [f"{command[0]} ends with {done.returncode}"]
+    process = subprocess.run(command, capture_output=True)
+    if process.returncode:
+        lines = process.stderr.decode(errors="replace").splitlines() or [
+            f"{command[0]} failed with status {process.returncode}"
+        ]
         raise RuntimeError(next((line for line in lines if "error" in line), lines[0]).strip())
-    return done.stdout
+    return process.stdout
 
 
 def _digest(data: bytes) -> str:
     return sha256(data).hexdigest()[:32]
 
 
-def _declared(path: Path) -> ctypes.CDLL:
+def _open_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for op in ("lion", "dlion", "adamw", "gradient_norm"):
         function = getattr(library, f"fastsd_{op}")
@@ -121,17 +123,19 @@ def _declared(path: Path) -> ctypes.CDLL:
 
 
 def _library(op: str) -> ctypes.CDLL:
-    library, reason = _built()
+    library, reason = _library_or_reason()
     if library is None:
-        raise ValueError(f"{op}: the kernels for a CPU cannot be used: {reason}; use REFERENCE")
+        raise ValueError(f"{op}: the CPU kernels are not available ({reason}); use REFERENCE")
     return library
 
 
 def _require_cpu(op: str, *tensors: Any) -> None:
     """Raise ValueError unless all tensors among the arguments are on the CPU."""
-    elsewhere = {str(t.device) for t in tensors if isinstance(t, Tensor) and not t.is_cpu}
-    if elsewhere:
-        raise ValueError(f"{op}: tensors are on {', '.join(sorted(elsewhere))}, and these kernels need all of them on the CPU")
+    other_devices = {str(t.device) for t in tensors if isinstance(t, Tensor) and not t.is_cpu}
+    if other_devices:
+        raise ValueError(
+            f"{op}: tensors are on {', '.join(sorted(other_devices))}; the CPU kernels need all tensors on the CPU"
+        )
 
 
 def _operands(
@@ -143,13 +147,13 @@ def _operands(
     **options: Unpack[StepOptions],
 ) -> list[_Operands]:
     """Group the tensors of each parameter, and check them as `arena.operands` does, here for tensors on a CPU."""
-    _require_cpu(op, *scalars, options.get("skip"), options.get("scale"), options.get("ema_decay"))
-    lows, emas, absent = options.get("lows"), options.get("emas"), (None,) * len(params)
+    _require_cpu(op, *scalars, options.get("found_inf"), options.get("scale"), options.get("ema_decay"))
+    masters_lo, emas, absent = options.get("masters_lo"), options.get("emas"), (None,) * len(params)
     two_states = states if len(states) == 2 else (states[0], absent)
-    rows = list(zip(params, grads, *two_states, lows or absent, emas or absent, strict=True))
-    for p, g, m, s, low, ema in rows:
+    rows = list(zip(params, grads, *two_states, masters_lo or absent, emas or absent, strict=True))
+    for p, g, m, s, master_lo, ema in rows:
         shape, stride = p.shape, p.stride()
-        for t in (p, g, m, s, low, ema):
+        for t in (p, g, m, s, master_lo, ema):
             if t is None:
                 continue
             if not t.is_cpu:
@@ -157,21 +161,18 @@ def _operands(
             if t.shape == shape and t.stride() == stride and (t is not p or p.is_contiguous()):
                 continue
             if not dense(t) or memory_order(t) != memory_order(p):
-                raise ValueError(
-                    f"{op}: a tensor of shape {tuple(t.shape)} and strides {t.stride()} beside a parameter of {tuple(shape)}"
-                    f" and {stride}; give tensors of one shape and one dense layout"
-                )
-        require_dtype(op, "parameter", p, torch.float32 if low is None else torch.bfloat16)
+                raise layout_error(op, t, p)
+        require_dtype(op, "parameter", p, torch.float32 if master_lo is None else torch.bfloat16)
         require_dtype(op, "gradient", g, torch.float32, torch.bfloat16)
         for t in (m, s, ema):
             if t is not None:
                 require_dtype(op, "state", t, torch.float32)
-        if low is not None:
-            require_dtype(op, "low half", low, torch.int16)
+        if master_lo is not None:
+            require_dtype(op, "master_lo", master_lo, torch.int16)
     return rows
 
 
-def _sweep(
+def _call_c(
     op: str,
     operands: Sequence[tuple[Tensor | None, ...]],
     factors: Tensor | None,
@@ -194,12 +195,14 @@ def _sweep(
     if not count:
         return sums_2P
     # C gets addresses, so these must live until the call is over.
-    scale, skip, zero_grads = options.get("scale"), options.get("skip"), options.get("zero_grads", False)
+    scale, found_inf, zero_grads = options.get("scale"), options.get("found_inf"), options.get("zero_grads", False)
     scale = None if scale is None else scale.float()
     gain = scalars(torch.device("cpu"), 1 - options.get("ema_decay", EMA_DECAY))
-    skip = None if skip is None else skip != 0
+    found_inf = None if found_inf is None else found_inf != 0
     scratch_2K = torch.empty(2, spans, dtype=torch.float64)
-    c_options = _Options(*(0 if t is None else t.data_ptr() for t in (scale, gain, skip)), zero_grads, torch.get_num_threads())
+    c_options = _Options(
+        *(0 if t is None else t.data_ptr() for t in (scale, gain, found_inf)), zero_grads, torch.get_num_threads()
+    )
     rows, floats = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * len(constants))(*constants)
     function = getattr(_library(op), f"fastsd_{op}")
     function(rows, count, ctypes.byref(c_options), floats, scratch_2K.data_ptr(), sums_2P.data_ptr())
@@ -229,7 +232,7 @@ def lion_cpu(
     rows = _operands("lion", params, grads, exp_avgs, scalars=(lr,), **options)
     factors = scalars(torch.device("cpu"), 1 - lr * weight_decay, -lr)
     constants = betas[0], 1 - betas[0], betas[1], 1 - betas[1]
-    _sweep("lion", rows, factors, constants, **options)
+    _call_c("lion", rows, factors, constants, **options)
 
 
 @torch.no_grad()
@@ -256,7 +259,7 @@ def dlion_cpu(
     rows = _operands("dlion", params, grads, exp_avgs, s, scalars=(d, lr), **options)
     factors = step_factors(d, lr, betas[1], weight_decay)
     constants = betas[0], 1 - betas[0], betas[1], betas[1] ** 0.5
-    dots_K, l1_K = _sweep("dlion", rows, factors, constants, **options).unbind()
+    dots_K, l1_K = _call_c("dlion", rows, factors, constants, **options).unbind()
     return dots_K, l1_K
 
 
@@ -281,15 +284,15 @@ def adamw_cpu(
     """
     rows = _operands("adamw", params, grads, exp_avgs, exp_avg_sqs, scalars=(lr, *steps), **options)
     if len(steps) != len(rows):
-        raise ValueError(f"adamw: {len(steps)} counts of steps for {len(rows)} parameters; give one each")
+        raise ValueError(f"adamw: {len(rows)} parameters and {len(steps)} step counts; pass one step count per parameter")
     if not rows:
         return
     _library("adamw")  # before a step is counted
-    sizes_P, roots_P = corrections(steps, lr, betas, options.get("skip"))
-    decay = scalars(sizes_P.device, 1 - lr * weight_decay)
-    factors = torch.stack((decay.expand_as(sizes_P), sizes_P, roots_P), dim=1)
+    step_sizes_P, corrections2_P = corrections(steps, lr, betas, options.get("found_inf"))
+    decay = scalars(step_sizes_P.device, 1 - lr * weight_decay)
+    factors = torch.stack((decay.expand_as(step_sizes_P), step_sizes_P, corrections2_P), dim=1)
     constants = 1 - betas[0], betas[1], 1 - betas[1], eps
-    _sweep("adamw", rows, factors, constants, **options)
+    _call_c("adamw", rows, factors, constants, **options)
 
 
 @torch.no_grad()
@@ -301,14 +304,14 @@ def gradient_norm_cpu(grads: Sequence[Tensor], *, scale: Tensor | None = None) -
             used (`problem`).
     """
     if not grads:
-        raise ValueError("gradient_norm: no gradients; give at least one")
+        raise ValueError("gradient_norm: the list of gradients is empty; pass at least one")
     _require_cpu("gradient_norm", scale, *grads)
     for g in grads:
         require_dtype("gradient_norm", "gradient", g, torch.float32, torch.bfloat16)
     # Only a gradient with gaps or repeats is copied; no backward leaves such a gradient in a parameter.
     grads = [g if dense(g) else g.contiguous() for g in grads]
     rows = [(None, g, None, None, None, None) for g in grads]
-    total = _sweep("gradient_norm", rows, None, ())[0].sum()
+    total = _call_c("gradient_norm", rows, None, ())[0].sum()
     if scale is not None:
         total = total * scale.double().square()
     return total.sqrt().float(), ~torch.isfinite(total)

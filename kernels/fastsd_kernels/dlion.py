@@ -43,7 +43,6 @@ from torch import Tensor
 from fastsd_kernels.arena import (
     TILES,
     StepOptions,
-    active,
     chunks,
     clear,
     fma,
@@ -53,9 +52,10 @@ from fastsd_kernels.arena import (
     masters,
     operands,
     pair_sum,
+    should_step,
     sign,
     store_parameter,
-    unless_skipped,
+    unless_found_inf,
 )
 from fastsd_kernels.launch import launch, require_device
 
@@ -97,7 +97,7 @@ def dlion_reference(
     with masters(params, grads, **options) as (params, grads):
         for p, g, m, r in chunks(params, grads, exp_avgs, s):
             n = len(p)
-            with unless_skipped(options.get("skip"), p, m, r):
+            with unless_found_inf(options.get("found_inf"), p, m, r):
                 update = torch._foreach_mul(m, beta1)
                 torch._foreach_add_(update, g, alpha=1 - beta1)
                 torch._foreach_sign_(update)
@@ -132,13 +132,13 @@ def dlion_estimate_reference(
     *,
     lr: float | Tensor,
     beta2: float = 0.99,
-    skip: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """The scalar part of one step, in place on `d` and `numerator_weighted` (0-dim fp64).
 
     Args:
         dots_K, l1_K: the partial sums of all lists that share d, in a fixed order.
-        lr, beta2, skip: as given to `dlion_reference` in this step.
+        lr, beta2, found_inf: as given to `dlion_reference` in this step.
 
     Source: as `dlion_reference`.
     """
@@ -148,23 +148,23 @@ def dlion_estimate_reference(
     moved = l1 > 0
     weighted = sb * numerator_weighted + (1 - sb) * (dlr * dots_K.double()).sum()
     d_hat = weighted / ((1 - sb) * l1)
-    with unless_skipped(skip, [d, numerator_weighted]):
+    with unless_found_inf(found_inf, [d, numerator_weighted]):
         # A comparison, not maximum(): a d_hat that is not a number must not become d.
         d.copy_(torch.where(moved & (dlr > 0) & (d_hat > d), d_hat, d))
         numerator_weighted.copy_(torch.where(moved, weighted, numerator_weighted))
 
 
 @triton.jit
-def _sweep(
+def _step_span(
     p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, stop,
     BOUNDED: tl.constexpr, ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Step elements start .. stop, in whole blocks unless BOUNDED. Returns their <u, s> and |s|_1."""
-    low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr = options
-    beta1, rest1, beta2, sb = betas
+    master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
+    beta1, one_minus_beta1, beta2, sb = betas
     decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
     m_gain, s_gain = tl.load(factors_ptr + 2), tl.load(factors_ptr + 3)
-    live = active(skip_ptr)
+    finite = should_step(found_inf_ptr)
     offs = tl.arange(0, BLOCK)
     dots = tl.zeros([BLOCK], tl.float32)
     l1 = tl.zeros([BLOCK], tl.float32)
@@ -173,18 +173,18 @@ def _sweep(
             mask = offs < stop - start
         else:
             mask = None
-        if live:
-            p = load_parameter(p_ptr, low_ptr, start, offs, mask)
+        if finite:
+            p = load_parameter(p_ptr, master_lo_ptr, start, offs, mask)
             g = load_gradient(g_ptr, scale_ptr, start, offs, mask)
             m = load(m_ptr, start, offs, mask)
             s = load(s_ptr, start, offs, mask)
-            update = sign(fma(g, rest1, m * beta1))
+            update = sign(fma(g, one_minus_beta1, m * beta1))
             dots += update * s
             s = s * sb + update * s_gain
             l1 += tl.abs(s)
             tl.store(s_ptr + start + offs, s, mask)
             tl.store(m_ptr + start + offs, fma(g, m_gain, m * beta2), mask)
-            store_parameter(p * decay + update * step, p_ptr, low_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
+            store_parameter(p * decay + update * step, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
         if ZERO_GRADS:
             clear(g_ptr, start, offs, mask)
         start += BLOCK
@@ -193,32 +193,28 @@ def _sweep(
 
 @triton.jit
 def _dlion(
-    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr, sums_ptr,
-    beta1, rest1, beta2, sb, n,
+    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, sums_ptr,
+    beta1, one_minus_beta1, beta2, sb, n,
     ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     i_span = tl.program_id(0)
     start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
     stop = start + BLOCK * TIMES
-    options = low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr
-    betas = beta1, rest1, beta2, sb
+    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
+    betas = beta1, one_minus_beta1, beta2, sb
     if stop <= n:
-        dot, l1 = _sweep(
-            p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, stop, False, ZERO_GRADS, BLOCK
-        )  # fmt: skip
+        dot, l1 = _step_span(p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, stop, False, ZERO_GRADS, BLOCK)
     else:
         # Narrow blocks: single elements need an address each, and registers for 8 of them in every stream run out.
-        dot, l1 = _sweep(
-            p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, n, True, ZERO_GRADS, BLOCK // 2
-        )  # fmt: skip
+        dot, l1 = _step_span(p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, n, True, ZERO_GRADS, BLOCK // 2)
     tl.store(sums_ptr + i_span, dot)
     tl.store(sums_ptr + tl.num_programs(0) + i_span, l1)
 
 
 @triton.jit
 def _estimate(
-    d_ptr, numerator_ptr, dots_ptr, l1_ptr, dlr_ptr, skip_ptr,
-    sb: tl.float64, rest: tl.float64, n,
+    d_ptr, numerator_ptr, dots_ptr, l1_ptr, dlr_ptr, found_inf_ptr,
+    sb: tl.float64, one_minus_sb: tl.float64, n,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     dots = tl.zeros([BLOCK], tl.float64)
@@ -227,12 +223,12 @@ def _estimate(
         offs = start + tl.arange(0, BLOCK)
         dots += tl.load(dots_ptr + offs, offs < n, other=0.0)
         l1 += tl.load(l1_ptr + offs, offs < n, other=0.0)
-    if active(skip_ptr):
+    if should_step(found_inf_ptr):
         l1_sum = tl.sum(l1)
         if l1_sum > 0:
             d, dlr = tl.load(d_ptr), tl.load(dlr_ptr)
-            numerator = sb * tl.load(numerator_ptr) + rest * (dlr * tl.sum(dots))
-            d_hat = numerator / (rest * l1_sum)
+            numerator = sb * tl.load(numerator_ptr) + one_minus_sb * (dlr * tl.sum(dots))
+            d_hat = numerator / (one_minus_sb * l1_sum)
             # A comparison, not a maximum: a d_hat that is not a number must not become d.
             tl.store(d_ptr, tl.where((dlr > 0) & (d_hat > d), d_hat, d))
             tl.store(numerator_ptr, numerator)
@@ -244,11 +240,11 @@ def dlion_step(
     m: Tensor,
     s: Tensor,
     factors: Tensor,
-    low: Tensor | None,
+    master_lo: Tensor | None,
     ema: Tensor | None,
     ema_gain: Tensor | None,
     scale: Tensor | None,
-    skip: Tensor | None,
+    found_inf: Tensor | None,
     beta1: float,
     beta2: float,
     zero_grads: bool,
@@ -257,24 +253,22 @@ def dlion_step(
     n, tile = p.numel(), TILES["dlion"]
     programs = triton.cdiv(n, tile.span)
     sums_2K = p.new_empty(2, programs, dtype=torch.float32)
-    options = low, ema, ema_gain, scale, skip
+    operands = p, g, m, s, factors, master_lo, ema, ema_gain, scale, found_inf, sums_2K
+    betas = beta1, 1 - beta1, beta2, beta2**0.5
     if n:
-        launch(
-            _dlion, (programs,), p, g, m, s, factors, *options, sums_2K, beta1, 1 - beta1, beta2, beta2**0.5, n,
-            **tile.options(ZERO_GRADS=zero_grads, TIMES=tile.times),
-        )  # fmt: skip
+        launch(_dlion, (programs,), *operands, *betas, n, **tile.options(ZERO_GRADS=zero_grads, TIMES=tile.times))
     return sums_2K
 
 
 def dlion_estimate(
-    d: Tensor, numerator: Tensor, dots_K: Tensor, l1_K: Tensor, dlr: Tensor, skip: Tensor | None, beta2: float
+    d: Tensor, numerator: Tensor, dots_K: Tensor, l1_K: Tensor, dlr: Tensor, found_inf: Tensor | None, beta2: float
 ) -> None:
     """One launch of one program, in place on d and numerator (0-dim fp64, as is dlr)."""
     tile, sb = TILES["tail"], beta2**0.5
-    launch(_estimate, (1,), d, numerator, dots_K, l1_K, dlr, skip, sb, 1 - sb, len(dots_K), **tile.options())
+    launch(_estimate, (1,), d, numerator, dots_K, l1_K, dlr, found_inf, sb, 1 - sb, len(dots_K), **tile.options())
 
 
-_step_op = torch.library.custom_op("fastsd::dlion", dlion_step, mutates_args=("p", "g", "m", "s", "low", "ema"))
+_step_op = torch.library.custom_op("fastsd::dlion", dlion_step, mutates_args=("p", "g", "m", "s", "master_lo", "ema"))
 _estimate_op = torch.library.custom_op("fastsd::dlion_estimate", dlion_estimate, mutates_args=("d", "numerator"))
 
 
@@ -324,12 +318,12 @@ def dlion_estimate_triton(
     *,
     lr: float | Tensor,
     beta2: float = 0.99,
-    skip: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """`dlion_estimate_reference` as one launch of one program; takes the joined sums of several lists.
 
     Raises:
         ValueError: tensors on a device that runs no kernels, or on more than one.
     """
-    require_device("dlion", d, numerator_weighted, dots_K, l1_K, skip, lr if isinstance(lr, Tensor) else None)
-    _estimate_op(d, numerator_weighted, dots_K.contiguous(), l1_K.contiguous(), d * lr, skip, beta2)
+    require_device("dlion", d, numerator_weighted, dots_K, l1_K, found_inf, lr if isinstance(lr, Tensor) else None)
+    _estimate_op(d, numerator_weighted, dots_K.contiguous(), l1_K.contiguous(), d * lr, found_inf, beta2)

@@ -29,7 +29,8 @@ Shift = Tensor | None
 class ForwardBackwardOps:
     """One implementation of every function. `_recompute` rebuilds the forward's y from the saved tensors."""
 
-    # (q_BNHD, k_BLHD, v_BLHD, precision) -> (o_BNHD, lse);  (do, q, k, v, o, lse, precision, own) -> packed, see the reference
+    # (q_BNHD, k_BLHD, v_BLHD, precision) -> (o_BNHD, lse)
+    # (do, q, k, v, o, lse, precision, self_attention) -> packed gradients, see the reference
     attention: Callable[..., tuple[Tensor, Tensor]]
     attention_backward: Callable[..., tuple[Tensor, Tensor]]
     # (x_BCHW, weight, bias, groups, eps, silu, shift_BC) -> (y, mean, rstd);  (x, mean, rstd, weight, ...) -> y
@@ -75,22 +76,30 @@ def _attention_backward_reference(
 def _group_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _shifted(x, shift)
+    x = _add_shift(x, shift)
     y, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
     return F.silu(y) if silu else y, mean, rstd
 
 
-def _group_norm_again_reference(
+def _group_norm_recompute_reference(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
 ) -> Tensor:
     return _group_norm_reference(x, weight, bias, groups, eps, silu, shift)[0]
 
 
 def _group_norm_backward_reference(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
     shift: Shift,
-) -> tuple[Tensor, Tensor, Tensor, Shift]:  # fmt: skip
-    x = _shifted(x, shift)
+) -> tuple[Tensor, Tensor, Tensor, Shift]:
+    x = _add_shift(x, shift)
     if silu:
         z = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)[0]
         dy = torch.ops.aten.silu_backward(dy, z)
@@ -101,7 +110,7 @@ def _group_norm_backward_reference(
     return dx, dweight, dbias, None if shift is None else dx.sum((2, 3))
 
 
-def _shifted(x: Tensor, shift: Shift) -> Tensor:
+def _add_shift(x: Tensor, shift: Shift) -> Tensor:
     """Return x + shift in the memory order that PyTorch's kernel reads: channels last on a CPU only."""
     x = x if shift is None else x + shift[:, :, None, None]
     return x.contiguous(memory_format=torch.channels_last if x.is_cpu else torch.contiguous_format)
@@ -119,9 +128,7 @@ def _layer_norm_reference(
     return y, s, mean, rstd
 
 
-def _layer_norm_again_reference(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:  # fmt: skip
+def _layer_norm_recompute_reference(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)[0]
 
 
@@ -147,16 +154,24 @@ def _attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision:
     return attention_op(q_BNHD, k_BLHD, v_BLHD, precision)
 
 
-def _group_norm_again_triton(
+def _group_norm_recompute_triton(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
 ) -> Tensor:
     return group_norm_apply_op(x, mean, rstd, weight, bias, groups, silu, shift)
 
 
 def _group_norm_backward_triton(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
     shift: Shift,
-) -> tuple[Tensor, Tensor, Tensor, Shift]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Shift]:
     dx, dweight, dbias, dshift = group_norm_backward_op(dy, x, mean, rstd, weight, bias, groups, silu, shift)
     return dx, dweight, dbias, None if shift is None else dshift
 
@@ -170,9 +185,7 @@ def _layer_norm_triton(
     return y, x, mean, rstd
 
 
-def _layer_norm_again_triton(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:  # fmt: skip
+def _layer_norm_recompute_triton(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return layer_norm_apply_op(x, mean, rstd, weight, bias)
 
 
@@ -186,10 +199,10 @@ REFERENCE_FORWARD_BACKWARD = ForwardBackwardOps(
     attention=_attention_reference,
     attention_backward=_attention_backward_reference,
     group_norm=_group_norm_reference,
-    group_norm_recompute=_group_norm_again_reference,
+    group_norm_recompute=_group_norm_recompute_reference,
     group_norm_backward=_group_norm_backward_reference,
     layer_norm=_layer_norm_reference,
-    layer_norm_recompute=_layer_norm_again_reference,
+    layer_norm_recompute=_layer_norm_recompute_reference,
     layer_norm_backward=_layer_norm_backward_reference,
     geglu=geglu_reference,
     geglu_backward=_geglu_backward_reference,
@@ -198,10 +211,10 @@ TRITON_FORWARD_BACKWARD = ForwardBackwardOps(
     attention=_attention_triton,
     attention_backward=attention_packed_backward_op,
     group_norm=group_norm_op,
-    group_norm_recompute=_group_norm_again_triton,
+    group_norm_recompute=_group_norm_recompute_triton,
     group_norm_backward=_group_norm_backward_triton,
     layer_norm=_layer_norm_triton,
-    layer_norm_recompute=_layer_norm_again_triton,
+    layer_norm_recompute=_layer_norm_recompute_triton,
     layer_norm_backward=_layer_norm_backward_triton,
     geglu=geglu_triton,
     geglu_backward=geglu_backward_op,

@@ -44,7 +44,7 @@ def geglu_reference(x_2F: Tensor) -> Tensor:
 
 def _check(x_2F: Tensor) -> None:
     if x_2F.ndim == 0 or x_2F.shape[-1] % 2:
-        raise ValueError(f"geglu: the last dimension of {tuple(x_2F.shape)} is odd; it must hold a value and a gate half")
+        raise ValueError(f"geglu: x is {tuple(x_2F.shape)}; the last dimension must be even, half values and half gates")
 
 
 @triton.jit
@@ -159,5 +159,5 @@ def geglu_triton(x_2F: Tensor) -> Tensor:
     _check(x_2F)
     require_device("geglu", x_2F)
     if x_2F.dtype not in _TILES:
-        raise ValueError(f"geglu: x is {x_2F.dtype}; the kernel takes float32 and bfloat16")
+        raise ValueError(f"geglu: x is {x_2F.dtype}; use float32 or bfloat16")
     return geglu_op(x_2F)

@@ -1,9 +1,9 @@
 """Norm of all gradients and whether each of them is finite, in one pass, before a step touches any state.
 
-    norm = scale sqrt(sum g^2)          skip = not all g finite
+    norm = scale sqrt(sum g^2)          found_inf = not all g finite
 
 Layout: fp32 or bf16 tensors, dense; a list of one arena is one launch and a tail.  Bytes moved: every gradient once, 4 or 2 an
-element.  Everything stays on the device: `skip` and `clip_scale(norm, ...)` go into the optimizers as they are.
+element.  Everything stays on the device: `found_inf` and `clip_scale(norm, ...)` go into the optimizers as they are.
 
 fp32 squares overflow above 1.8e19, and a sum that is infinite must not pass for a gradient that is.  So each lane has two
 sums, one of ordinary squares and one of huge numbers' squares scaled by 2^-160, neither of which can overflow for
@@ -39,9 +39,9 @@ def gradient_norm_reference(grads: Sequence[Tensor], *, scale: Tensor | None = N
 
     Returns:
         norm: 0-dim fp32; infinite if it has no fp32, though all gradients are finite.
-        skip: 0-dim bool, whether any scaled gradient is not finite: what the optimizers take as `skip`.
+        found_inf: 0-dim bool, whether any scaled gradient is not finite: what the optimizers take as `found_inf`.
     """
-    squares = [g.double().square().sum() for (run,) in chunks(grads) for g in run]
+    squares = [g.double().square().sum() for (chunk,) in chunks(grads) for g in chunk]
     total = torch.stack(squares).sum()
     if scale is not None:
         total = total * scale.double().square()
@@ -59,7 +59,7 @@ def clip_scale(norm: Tensor, max_norm: float, *, scale: Tensor | None = None) ->
 
 
 @triton.jit
-def _sweep(g_ptr, start, stop, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
+def _square_sum(g_ptr, start, stop, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
     """Sum of squares of elements start .. stop, whole blocks unless BOUNDED; fp64."""
     offs = tl.arange(0, BLOCK)
     usual = tl.zeros([BLOCK], tl.float32)
@@ -71,10 +71,10 @@ def _sweep(g_ptr, start, stop, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
             mask = None
         g = load(g_ptr, start, offs, mask).to(tl.float32)
         large = tl.abs(g) > 1125899906842624.0  # 2^50; false for NaN
-        low = tl.where(large, 0.0, g)
-        high = tl.where(large, g * 8.271806125530277e-25, 0.0)  # 2^-80
-        usual += low * low
-        huge += high * high
+        usual_g = tl.where(large, 0.0, g)
+        huge_g = tl.where(large, g * 8.271806125530277e-25, 0.0)  # 2^-80
+        usual += usual_g * usual_g
+        huge += huge_g * huge_g
         start += BLOCK
     return pair_sum(usual).to(tl.float64) + pair_sum(huge).to(tl.float64) * 1.461501637330903e48  # 2^160
 
@@ -85,14 +85,14 @@ def _squares(g_ptr, sums_ptr, n, BLOCK: tl.constexpr, TIMES: tl.constexpr):
     start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
     stop = start + BLOCK * TIMES
     if stop <= n:
-        total = _sweep(g_ptr, start, stop, False, BLOCK)
+        total = _square_sum(g_ptr, start, stop, False, BLOCK)
     else:
-        total = _sweep(g_ptr, start, n, True, BLOCK)
+        total = _square_sum(g_ptr, start, n, True, BLOCK)
     tl.store(sums_ptr + i_span, total)
 
 
 @triton.jit
-def _norm(sums_ptr, scale_ptr, norm_ptr, skip_ptr, n, BLOCK: tl.constexpr):
+def _norm(sums_ptr, scale_ptr, norm_ptr, found_inf_ptr, n, BLOCK: tl.constexpr):
     sums = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -102,7 +102,7 @@ def _norm(sums_ptr, scale_ptr, norm_ptr, skip_ptr, n, BLOCK: tl.constexpr):
         scale = tl.load(scale_ptr).to(tl.float64)
         total *= scale * scale
     tl.store(norm_ptr, tl.sqrt(total).to(tl.float32))
-    tl.store(skip_ptr, (total < float("inf")) == 0)  # false for NaN, too
+    tl.store(found_inf_ptr, (total < float("inf")) == 0)  # false for NaN, too
 
 
 def square_sums(g: Tensor) -> Tensor:
@@ -115,11 +115,11 @@ def square_sums(g: Tensor) -> Tensor:
 
 
 def norm_of_sums(sums_K: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(norm, skip) from all partial sums: one launch of one program."""
+    """(norm, found_inf) from all partial sums: one launch of one program."""
     tile = TILES["tail"]
-    norm, skip = sums_K.new_empty((), dtype=torch.float32), sums_K.new_empty((), dtype=torch.bool)
-    launch(_norm, (1,), sums_K, scale, norm, skip, len(sums_K), **tile.options())
-    return norm, skip
+    norm, found_inf = sums_K.new_empty((), dtype=torch.float32), sums_K.new_empty((), dtype=torch.bool)
+    launch(_norm, (1,), sums_K, scale, norm, found_inf, len(sums_K), **tile.options())
+    return norm, found_inf
 
 
 _squares_op = torch.library.custom_op("fastsd::square_sums", square_sums, mutates_args=())
@@ -144,7 +144,7 @@ def gradient_norm_triton(grads: Sequence[Tensor], *, scale: Tensor | None = None
         ValueError: no gradients, a dtype other than fp32 and bf16, or a device that runs no kernels.
     """
     if not grads:
-        raise ValueError("gradient_norm: no gradients; give at least one")
+        raise ValueError("gradient_norm: the list of gradients is empty; pass at least one")
     require_device("gradient_norm", *grads, scale)
     for g in grads:
         require_dtype("gradient_norm", "gradient", g, torch.float32, torch.bfloat16)

@@ -81,9 +81,12 @@ def group_norm_reference(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None) -> None:
     if x.ndim != 4 or groups < 1 or x.shape[1] % groups or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
-        raise ValueError(f"group_norm: x {tuple(x.shape)}, weight {tuple(weight.shape)}, {groups} groups do not fit")
+        raise ValueError(
+            f"group_norm: x is {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, with {groups} groups; "
+            "use (B, C, H, W), (C,), (C,) and a divisor of C"
+        )
     if shift is not None and shift.shape != x.shape[:2]:
-        raise ValueError(f"group_norm: shift is {tuple(shift.shape)}; it must be {tuple(x.shape[:2])}")
+        raise ValueError(f"group_norm: shift is {tuple(shift.shape)}; use {tuple(x.shape[:2])}")
 
 
 @triton.jit
@@ -311,14 +314,14 @@ def _plan(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, int, int]
     return (positions, channels), (blocks, triton.cdiv(positions, rows), images), tile, merge
 
 
-def _packed(x: Tensor) -> Tensor:
+def _channels_last(x: Tensor) -> Tensor:
     """Return x in channels-last memory: x itself if it has that layout, otherwise a copy."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def group_norm_statistics(x_BCHW: Tensor, shift_BC: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """(mean, rstd) of x + shift: fp32 (B, G)."""
-    x, shift = _packed(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
+    x, shift = _channels_last(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
     sizes, grid, tile, merge = _plan(x, groups)
     _, chunks, images = grid
     partial = x.new_empty(images, chunks, 2, x.shape[1], dtype=torch.float32)
@@ -330,11 +333,17 @@ def group_norm_statistics(x_BCHW: Tensor, shift_BC: Tensor | None, groups: int, 
 
 
 def group_norm_apply(
-    x_BCHW: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool,
+    x_BCHW: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    silu: bool,
     shift_BC: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y, channels last, from x and its statistics: the last step of a forward, and the whole of a recomputation."""
-    x, shift = _packed(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
+    x, shift = _channels_last(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
     sizes, grid, tile, merge = _plan(x, groups)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     flags = {"SILU": silu, "SHIFT": shift is not None, "WIDTH": merge["WIDTH"]}
@@ -344,11 +353,18 @@ def group_norm_apply(
 
 
 def group_norm_backward(
-    dy_BCHW: Tensor, x_BCHW: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool,
+    dy_BCHW: Tensor,
+    x_BCHW: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    silu: bool,
     shift_BC: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, channels last, dweight, dbias, dshift) from dy in any layout; without a shift dshift is empty."""
-    dy, x, shift = _packed(dy_BCHW), _packed(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
+    dy, x, shift = _channels_last(dy_BCHW), _channels_last(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
     sizes, grid, tile, merge = _plan(x, groups)
     _, chunks, images = grid
     partial = x.new_empty(images, chunks, 2 if shift is None else 3, x.shape[1], dtype=torch.float32)
@@ -360,10 +376,8 @@ def group_norm_backward(
     flags = {"SILU": silu, "SHIFT": shift is not None, "WIDTH": merge["WIDTH"]}
     if x.numel():
         launch(_sums, grid, *operands, partial, *sizes, **flags, **tile)
-        launch(
-            _merge_sums, (groups, images), partial, rstd, weight.contiguous(), *means, total, dshift, *sizes, chunks,
-            SHIFT=shift is not None, **merge,
-        )  # fmt: skip
+        sums = partial, rstd, weight.contiguous(), *means, total, dshift
+        launch(_merge_sums, (groups, images), *sums, *sizes, chunks, SHIFT=shift is not None, **merge)
         launch(_input_gradient, grid, *operands, *means, dx, *sizes, **flags, **tile)
     dweight, dbias = total[:, 0].sum(0), total[:, 1].sum(0)
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dshift
@@ -432,6 +446,6 @@ def group_norm_triton(
     _check(x_BCHW, weight, bias, groups, shift_BC)
     require_device("group_norm", x_BCHW, weight, bias, shift_BC)
     if x_BCHW.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"group_norm: x is {x_BCHW.dtype}; the kernel takes float32 and bfloat16")
+        raise ValueError(f"group_norm: x is {x_BCHW.dtype}; use float32 or bfloat16")
     # An image in another layout is converted here, once: the backward saves and reads the copy.
-    return group_norm_op(_packed(x_BCHW), weight, bias, groups, eps, silu, shift_BC)[0]
+    return group_norm_op(_channels_last(x_BCHW), weight, bias, groups, eps, silu, shift_BC)[0]

@@ -60,7 +60,7 @@ def _zero(ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def scaled(tiles, factor):
+def scale_head(tiles, factor):
     scaled = ()
     for i in tl.static_range(len(tiles)):
         scaled = scaled + (tiles[i] * factor,)

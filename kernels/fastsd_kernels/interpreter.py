@@ -19,8 +19,8 @@ def rounded(x, dtype: tl.constexpr):
     """Round fp32 x to `dtype`, to nearest, ties to even."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        high = tl.where(x != x, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-        return high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        upper = tl.where(x != x, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        return upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
 

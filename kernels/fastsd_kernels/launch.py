@@ -36,13 +36,13 @@ class _Recorder:
     """State of `recording`: the target and the recorded launches, or None outside of it."""
 
     target: int | None = None
-    notes: list[Launch] | None = None
+    launches: list[Launch] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Run `kernel[grid](*arguments, **options)` on the device of its first tensor, or record it inside `recording`."""
-    if _Recorder.notes is not None:
-        _Recorder.notes.append(Launch(kernel, grid, arguments, options))
+    if _Recorder.launches is not None:
+        _Recorder.launches.append(Launch(kernel, grid, arguments, options))
         return
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     if device.type == "cuda":
@@ -56,12 +56,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 @contextmanager
 def recording(target: int) -> Iterator[list[Launch]]:
     """Record launches instead of running them, as on a GPU of compute capability `target` (89 is 8.9). Yields their list."""
-    before = _Recorder.target, _Recorder.notes
-    _Recorder.target, _Recorder.notes = target, []
+    before = _Recorder.target, _Recorder.launches
+    _Recorder.target, _Recorder.launches = target, []
     try:
-        yield _Recorder.notes
+        yield _Recorder.launches
     finally:
-        _Recorder.target, _Recorder.notes = before
+        _Recorder.target, _Recorder.launches = before
 
 
 def architecture(device: torch.device) -> int:
@@ -81,10 +81,10 @@ def require_device(op: str, *tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors (None left out) are on one device on which kernels run."""
     devices = {x.device for x in tensors if x is not None}
     if len(devices) != 1:
-        raise ValueError(f"{op}: tensors are on {', '.join(sorted(map(str, devices)))}; put them on one device")
+        raise ValueError(f"{op}: tensors are on {', '.join(sorted(map(str, devices)))}; move them to one device")
     (device,) = devices
-    if device.type != "cuda" and not INTERPRETED and _Recorder.notes is None:
+    if device.type != "cuda" and not INTERPRETED and _Recorder.launches is None:
         raise ValueError(
-            f"{op}: tensors are on {device}, and Triton kernels need an NVIDIA GPU; use REFERENCE, or set TRITON_INTERPRET=1"
-            " before the start to try kernels slowly on a CPU"
+            f"{op}: tensors are on {device} and Triton kernels need an NVIDIA GPU; use REFERENCE, or set TRITON_INTERPRET=1 "
+            "before the start to run the kernels in Triton's slow interpreter"
         )

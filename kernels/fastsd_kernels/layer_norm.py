@@ -63,9 +63,12 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *,
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     if x.ndim == 0 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        raise ValueError(f"layer_norm: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit")
+        raise ValueError(
+            f"layer_norm: x is {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
+            "use (..., F), (F,) and (F,)"
+        )
     if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"layer_norm: residual is {tuple(residual.shape)}; it must be {tuple(x.shape)} as x is")
+        raise ValueError(f"layer_norm: residual is {tuple(residual.shape)}; use the shape of x, {tuple(x.shape)}")
 
 
 @triton.jit
@@ -128,7 +131,7 @@ def _apply(
 @triton.jit
 def _backward(
     dy_ptr, ds_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, dx_ptr, partial_ptr,
-    n_rows, n_cols, dy_stride, ds_stride, x_stride, share,
+    n_rows, n_cols, dy_stride, ds_stride, x_stride, rows_per_program,
     RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
@@ -138,7 +141,7 @@ def _backward(
     dweight = tl.zeros([ROWS, COLS], tl.float32)
     dbias = tl.zeros([ROWS, COLS], tl.float32)
 
-    for first in range(i_program * share, min((i_program + 1) * share, n_rows), ROWS):
+    for first in range(i_program * rows_per_program, min((i_program + 1) * rows_per_program, n_rows), ROWS):
         rows = first + tl.arange(0, ROWS)[:, None]
         row_mask = rows < n_rows
         mask = row_mask & col_mask
@@ -196,10 +199,10 @@ def layer_norm_forward(
     s = None if residual is None else x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if x.numel():
-        launch(
-            _forward, (triton.cdiv(len(rows), tile["ROWS"]),), rows, addend, weight, bias, y, s, mean, rstd, *rows.shape,
-            rows.stride(0), 0 if addend is None else addend.stride(0), eps, RESIDUAL=addend is not None, **tile,
-        )  # fmt: skip
+        grid = (triton.cdiv(len(rows), tile["ROWS"]),)
+        operands = rows, addend, weight, bias, y, s, mean, rstd
+        strides = rows.stride(0), 0 if addend is None else addend.stride(0)
+        launch(_forward, grid, *operands, *rows.shape, *strides, eps, RESIDUAL=addend is not None, **tile)
     return y, s, mean, rstd
 
 
@@ -225,16 +228,15 @@ def layer_norm_backward(
     rows, dy_rows, tile = as_rows(x), as_rows(dy), _tile(x.shape[-1])
     ds_rows = None if ds is None else as_rows(ds)
     n_rows, n_cols = rows.shape
-    share = min(max(triton.next_power_of_2(triton.cdiv(n_rows, _PROGRAMS)), tile["ROWS"]), _MOST_ROWS)
-    programs = triton.cdiv(n_rows, share)
+    rows_per_program = min(max(triton.next_power_of_2(triton.cdiv(n_rows, _PROGRAMS)), tile["ROWS"]), _MOST_ROWS)
+    programs = triton.cdiv(n_rows, rows_per_program)
     dx = x.new_empty(x.shape)
     partial = x.new_empty(programs, 2, n_cols, dtype=torch.float32)
     if x.numel():
-        launch(
-            _backward, (programs,), dy_rows, ds_rows, rows, mean, rstd, weight.contiguous(), dx, partial, n_rows, n_cols,
-            dy_rows.stride(0), 0 if ds_rows is None else ds_rows.stride(0), rows.stride(0), share,
-            RESIDUAL=ds_rows is not None, **tile,
-        )  # fmt: skip
+        operands = dy_rows, ds_rows, rows, mean, rstd, weight.contiguous(), dx, partial
+        strides = dy_rows.stride(0), 0 if ds_rows is None else ds_rows.stride(0), rows.stride(0)
+        sizes = *rows.shape, *strides, rows_per_program
+        launch(_backward, (programs,), *operands, *sizes, RESIDUAL=ds_rows is not None, **tile)
     return dx, partial[:, 0].sum(0).to(weight.dtype), partial[:, 1].sum(0).to(weight.dtype)
 
 
@@ -314,9 +316,9 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, re
     _check(x, weight, bias, residual)
     require_device("layer_norm", x, weight, bias, residual)
     if x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"layer_norm: x is {x.dtype}; the kernel takes float32 and bfloat16")
+        raise ValueError(f"layer_norm: x is {x.dtype}; use float32 or bfloat16")
     if x.shape[-1] > max(_TILES):
-        raise ValueError(f"layer_norm: {x.shape[-1]} features; the kernel takes up to {max(_TILES)}")
+        raise ValueError(f"layer_norm: x has {x.shape[-1]} features; use {max(_TILES)} or fewer")
     if residual is None:
         return layer_norm_op(x, weight, bias, eps)[0]
     y, s, _, _ = layer_norm_residual_op(x, residual, weight, bias, eps)

@@ -26,7 +26,6 @@ from torch import Tensor
 from fastsd_kernels.arena import (
     TILES,
     StepOptions,
-    active,
     chunks,
     clear,
     fma,
@@ -36,9 +35,10 @@ from fastsd_kernels.arena import (
     masters,
     operands,
     scalars,
+    should_step,
     sign,
     store_parameter,
-    unless_skipped,
+    unless_found_inf,
 )
 from fastsd_kernels.launch import launch
 
@@ -68,7 +68,7 @@ def lion_reference(
     beta1, beta2 = betas
     with masters(params, grads, **options) as (params, grads):
         for p, g, m in chunks(params, grads, exp_avgs):
-            with unless_skipped(options.get("skip"), p, m):
+            with unless_found_inf(options.get("found_inf"), p, m):
                 update = torch._foreach_mul(m, beta1)
                 torch._foreach_add_(update, g, alpha=1 - beta1)
                 torch._foreach_sign_(update)
@@ -83,30 +83,30 @@ def lion_reference(
 
 @triton.jit
 def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask, ZERO_GRADS: tl.constexpr):
-    low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr = options
-    beta1, rest1, beta2, rest2 = betas
-    if active(skip_ptr):
+    master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
+    beta1, one_minus_beta1, beta2, one_minus_beta2 = betas
+    if should_step(found_inf_ptr):
         decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
-        p = load_parameter(p_ptr, low_ptr, start, offs, mask)
+        p = load_parameter(p_ptr, master_lo_ptr, start, offs, mask)
         g = load_gradient(g_ptr, scale_ptr, start, offs, mask)
         m = load(m_ptr, start, offs, mask)
-        update = sign(fma(g, rest1, m * beta1))
-        tl.store(m_ptr + start + offs, fma(g, rest2, m * beta2), mask)
-        store_parameter(p * decay + update * step, p_ptr, low_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
+        update = sign(fma(g, one_minus_beta1, m * beta1))
+        tl.store(m_ptr + start + offs, fma(g, one_minus_beta2, m * beta2), mask)
+        store_parameter(p * decay + update * step, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
     if ZERO_GRADS:
         clear(g_ptr, start, offs, mask)
 
 
 @triton.jit
 def _lion(
-    p_ptr, g_ptr, m_ptr, factors_ptr, low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr,
-    beta1, rest1, beta2, rest2, n,
+    p_ptr, g_ptr, m_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, n,
     ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
     offs = tl.arange(0, BLOCK)
-    options = low_ptr, ema_ptr, ema_gain_ptr, scale_ptr, skip_ptr
-    betas = beta1, rest1, beta2, rest2
+    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
+    betas = beta1, one_minus_beta1, beta2, one_minus_beta2
     if start + BLOCK <= n:
         _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, None, ZERO_GRADS)
     else:
@@ -118,26 +118,24 @@ def lion_step(
     g: Tensor,
     m: Tensor,
     factors: Tensor,
-    low: Tensor | None,
+    master_lo: Tensor | None,
     ema: Tensor | None,
     ema_gain: Tensor | None,
     scale: Tensor | None,
-    skip: Tensor | None,
+    found_inf: Tensor | None,
     beta1: float,
     beta2: float,
     zero_grads: bool,
 ) -> None:
     """One launch over tensors of one dense layout, in place. factors: fp32 (1 - lr wd, -lr)."""
     n, tile = p.numel(), TILES["lion"]
-    options = low, ema, ema_gain, scale, skip
+    operands = p, g, m, factors, master_lo, ema, ema_gain, scale, found_inf
+    betas = beta1, 1 - beta1, beta2, 1 - beta2
     if n:
-        launch(
-            _lion, (triton.cdiv(n, tile.span),), p, g, m, factors, *options, beta1, 1 - beta1, beta2, 1 - beta2, n,
-            **tile.options(ZERO_GRADS=zero_grads),
-        )  # fmt: skip
+        launch(_lion, (triton.cdiv(n, tile.span),), *operands, *betas, n, **tile.options(ZERO_GRADS=zero_grads))
 
 
-_lion_op = torch.library.custom_op("fastsd::lion", lion_step, mutates_args=("p", "g", "m", "low", "ema"))
+_lion_op = torch.library.custom_op("fastsd::lion", lion_step, mutates_args=("p", "g", "m", "master_lo", "ema"))
 _lion_op.register_fake(lambda *_: None)
 
 

@@ -12,9 +12,9 @@ fp32.  Pairs of them become normals by Box and Muller: r = sqrt(-2 ln u1), (r co
 The integer part is exact on any device.  The reference takes logarithm and cosine in fp64 and rounds once, so that a
 number does not depend on where in a vector register it was computed.
 
-`noised` is the forward process in one pass.  The noise is generated where it is used, and stored only as the target:
+`add_noise` is the forward process in one pass.  The noise is generated where it is used, and stored only as the target:
 
-    x_t = signal_t x_0 + level_t eps        target = eps, or v = signal_t eps - level_t x_0
+    x_t = signal_t x_0 + sigma_t eps        target = eps, or v = signal_t eps - sigma_t x_0
 
 Bytes moved, per element: x_0 read, x_t and target written: 12, or 10 with x_0 in 16 bits.  The kernel takes logarithm and
 cosine in fp64, too, so its normals equal the reference's, except for one in about 10^7 that differs in the last bit.  On a
@@ -167,12 +167,12 @@ def permuted(seed: int, purpose: int, position: int, count: int, index_B: Tensor
 
 
 @torch.no_grad()
-def noised_reference(
+def add_noise_reference(
     latents_BCHW: Tensor,
     positions_B: Tensor,
     t_B: Tensor,
     signal_T: Tensor,
-    level_T: Tensor,
+    sigma_T: Tensor,
     seed: int,
     *,
     prediction: str = "epsilon",
@@ -183,7 +183,7 @@ def noised_reference(
         latents_BCHW: scaled latents, fp32, bf16 or fp16.
         positions_B: int64 sample positions, of the noise (`Purpose.NOISE`).
         t_B: int64 timesteps in [0, T).
-        signal_T, level_T: fp32, sqrt(abar_t) and sqrt(1 - abar_t).
+        signal_T, sigma_T: fp32, sqrt(abar_t) and sqrt(1 - abar_t).
         seed: 0 <= seed < 2**64.
         prediction: "epsilon" or "v_prediction".
 
@@ -199,13 +199,13 @@ def noised_reference(
     velocity = _is_velocity(prediction)
     x_BCHW = latents_BCHW.float()
     eps_BCHW = normal(seed, Purpose.NOISE, positions_B, tuple(x_BCHW.shape[1:]))
-    signal, level = (table_T[t_B][:, None, None, None] for table_T in (signal_T, level_T))
-    return signal * x_BCHW + level * eps_BCHW, signal * eps_BCHW - level * x_BCHW if velocity else eps_BCHW
+    signal, sigma = (table_T[t_B][:, None, None, None] for table_T in (signal_T, sigma_T))
+    return signal * x_BCHW + sigma * eps_BCHW, signal * eps_BCHW - sigma * x_BCHW if velocity else eps_BCHW
 
 
 def _is_velocity(prediction: str) -> bool:
     if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f'noised: prediction is "{prediction}"; give "epsilon" or "v_prediction"')
+        raise ValueError(f'add_noise: prediction is "{prediction}"; use "epsilon" or "v_prediction"')
     return prediction == "v_prediction"
 
 
@@ -276,21 +276,21 @@ def _normal(n_ptr, position_ptr, seed: tl.int64, purpose: tl.int32, count, BLOCK
 
 
 @triton.jit(do_not_specialize=["seed", "purpose"])
-def _noised(
-    x_ptr, xt_ptr, target_ptr, position_ptr, t_ptr, signal_ptr, level_ptr,
+def _add_noise(
+    x_ptr, xt_ptr, target_ptr, position_ptr, t_ptr, signal_ptr, sigma_ptr,
     seed: tl.int64, purpose: tl.int32, count,
     VELOCITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_block, i_sample = tl.program_id(0), tl.program_id(1)
     eps = _normals(seed, purpose, tl.load(position_ptr + i_sample), i_block, BLOCK)
     t = tl.load(t_ptr + i_sample)
-    signal, level = tl.load(signal_ptr + t), tl.load(level_ptr + t)
+    signal, sigma = tl.load(signal_ptr + t), tl.load(sigma_ptr + t)
     offs = i_block * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     mask = offs < count
     start = i_sample.to(tl.int64) * count
     x = tl.load(x_ptr + start + offs, mask, other=0.0).to(tl.float32)
-    tl.store(xt_ptr + start + offs, signal * x + level * eps, mask)
-    tl.store(target_ptr + start + offs, signal * eps - level * x if VELOCITY else eps, mask)
+    tl.store(xt_ptr + start + offs, signal * x + sigma * eps, mask)
+    tl.store(target_ptr + start + offs, signal * eps - sigma * x if VELOCITY else eps, mask)
 
 
 # (blocks of four elements, warps) of a tile, for every architecture. One block a thread: 128 bits of fp32, and few
@@ -316,19 +316,19 @@ def normal_forward(seed: int, purpose: int, position_B: Tensor, shape: Sequence[
     return out
 
 
-def noised_forward(
-    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, level_T: Tensor, seed: int, velocity: bool
+def add_noise_forward(
+    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, velocity: bool
 ) -> tuple[Tensor, Tensor]:
     """(x_t, target): fp32 (B, C, H, W), contiguous. seed: as int64, see `_signed`."""
     x = latents_BCHW.contiguous()  # an element's noise follows from its place in this order: other layouts are copied
     x_t, target = (torch.empty_like(x, dtype=torch.float32) for _ in range(2))
-    operands = (x, x_t, target, *(v.contiguous() for v in (positions_B, t_B, signal_T, level_T)))
-    _launch(_noised, operands, seed, Purpose.NOISE, len(x), math.prod(x.shape[1:]), VELOCITY=velocity)
+    operands = (x, x_t, target, *(v.contiguous() for v in (positions_B, t_B, signal_T, sigma_T)))
+    _launch(_add_noise, operands, seed, Purpose.NOISE, len(x), math.prod(x.shape[1:]), VELOCITY=velocity)
     return x_t, target
 
 
 _normal_op = torch.library.custom_op("fastsd::normal", normal_forward, mutates_args=())
-_noised_op = torch.library.custom_op("fastsd::noised", noised_forward, mutates_args=())
+_add_noise_op = torch.library.custom_op("fastsd::add_noise", add_noise_forward, mutates_args=())
 
 
 @_normal_op.register_fake
@@ -336,7 +336,7 @@ def _(seed, purpose, position_B, shape):
     return position_B.new_empty(len(position_B), *shape, dtype=torch.float32)
 
 
-@_noised_op.register_fake
+@_add_noise_op.register_fake
 def _(latents_BCHW, *_):
     x_t, target = (latents_BCHW.new_empty(latents_BCHW.shape, dtype=torch.float32) for _ in range(2))
     return x_t, target
@@ -358,23 +358,23 @@ def normal_triton(seed: int, purpose: int, position_B: Tensor, shape: tuple[int,
 
 
 @torch.no_grad()
-def noised_triton(
+def add_noise_triton(
     latents_BCHW: Tensor,
     positions_B: Tensor,
     t_B: Tensor,
     signal_T: Tensor,
-    level_T: Tensor,
+    sigma_T: Tensor,
     seed: int,
     *,
     prediction: str = "epsilon",
 ) -> tuple[Tensor, Tensor]:
-    """`noised_reference` as one launch. A t outside the tables is not detected.
+    """`add_noise_reference` as one launch. A t outside the tables is not detected.
 
     Raises:
-        ValueError: another prediction, a dtype that `noised_reference` does not name, or a device that runs no kernels.
+        ValueError: another prediction, a dtype that `add_noise_reference` does not name, or a device that runs no kernels.
     """
     velocity = _is_velocity(prediction)
-    require_device("noised", latents_BCHW, positions_B, t_B, signal_T, level_T)
+    require_device("add_noise", latents_BCHW, positions_B, t_B, signal_T, sigma_T)
     if latents_BCHW.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"noised: latents are {latents_BCHW.dtype}; give float32, bfloat16 or float16")
-    return _noised_op(latents_BCHW, positions_B, t_B, signal_T, level_T, _signed(seed), velocity)
+        raise ValueError(f"add_noise: latents are {latents_BCHW.dtype}; use float32, bfloat16 or float16")
+    return _add_noise_op(latents_BCHW, positions_B, t_B, signal_T, sigma_T, _signed(seed), velocity)

@@ -1,22 +1,22 @@
 /* Lion, D-Lion, AdamW and the gradient norm on a CPU, each in one pass over memory.
 
-   The mathematics is in lion.py, dlion.py, adamw.py and gradient_norm.py, the options and the roundings in arena.py;
-   here is only how a CPU does it.  A step is one call for a whole list of tensors.  It is cut into spans of 16384
-   elements, which threads share, and a span into tiles of 512.  A tile is brought to fp32 where it is not, updated by a
-   straight loop without a branch, which is all that an optimizer has of its own, and put back.
+   The mathematics is in lion.py, dlion.py, adamw.py and gradient_norm.py, the options and the roundings in arena.py.
+   A step is one call for a whole list of tensors.  It is cut into spans of 16384 elements, which the threads share, and a
+   span into tiles of 512.  A tile is converted to fp32 if necessary, updated by the optimizer's loop, which has no branch,
+   and converted back.
 
    Bytes moved, per element, as on a GPU: Lion 20, D-Lion and AdamW 28, the norm 4; with bf16 halves and gradients 18, 26,
-   26, 2.  Memory is what most of it waits for: PyTorch goes over it once an operation, about a dozen times a step.
+   26, 2.  Memory bounds the speed: PyTorch reads and writes it once per operation, about a dozen times a step.
 
    Roundings: fmaf where the references round once, and -ffp-contract=off, so that nothing else is fused.  Roots and
-   quotients are IEEE's.  Sums have an order written down here, not one of the CPU's vectors or threads: an element adds to
-   lane i mod 16, in fp32 (the norm in fp64), a tile's lanes are added in fp64 as a tree, then tiles and spans in a row.
-   They are the same for any number of threads, on any CPU and by any compiler, and nearer to fp64's than the references'.
+   quotients are IEEE's.  Sums have a fixed order that depends on neither vectors nor threads: element i is added to lane
+   i mod 16, in fp32 (the norm in fp64), a tile's lanes are added in fp64 as a tree, then tiles and spans one after another.
+   The sums are the same for any number of threads, CPU and compiler, and closer to fp64 than the references'.
 
-   Tried and lost: tiles of 2048.  In halves, a tile's streams and copies then pass 32 KB, and a step took up to twice as long.
-   The lanes of the Triton kernel, 2048 of them: the same bits as on a GPU, and D-Lion at two thirds of its speed.
+   Lost: tiles of 2048 (with halves, a tile's streams and copies exceed 32 KB, and a step took up to twice as long); the
+   2048 lanes of the Triton kernel (the same bits as on a GPU, but D-Lion at two thirds of its speed).
 
-   Read next: cpu.py, which compiles this file and calls it. */
+   Read next: cpu_optimizers.py, which compiles this file and calls it. */
 
 #include <math.h>
 #include <stdint.h>
@@ -24,24 +24,24 @@
 
 enum { TILE = 512, SPAN = 16384, LANES = 16 };
 
-/* One tensor with its gradient and states, as cpu.py writes it: ten words of 64 bits. */
+/* One tensor with its gradient and states, as cpu_optimizers.py writes it: ten words of 64 bits. */
 typedef struct {
-    void *p;              /* float, or the high halves (bf16) where there is `low` */
-    void *g;              /* float, or bf16 where `g16` is set */
-    float *m, *s;         /* states; Lion has no second */
-    int16_t *low;         /* NULL if p is fp32 */
-    float *ema;           /* NULL if there is none */
-    const float *factors; /* what the optimizer multiplies by in this step */
-    int64_t g16;
-    int64_t n;     /* elements, one at least */
-    int64_t first; /* number of its first span among those of all tensors */
+    void *p;              /* float, or master_hi (bf16) if there is a `master_lo` */
+    void *g;              /* float, or bf16 if `g16` is set */
+    float *m, *s;         /* states; Lion has no s */
+    int16_t *master_lo;   /* NULL if p is fp32 */
+    float *ema;           /* NULL without an EMA */
+    const float *factors; /* factors of this step, such as the learning rate */
+    int64_t g16;        /* nonzero if g is bf16 */
+    int64_t n;          /* elements, at least one */
+    int64_t first_span; /* its number among the spans of all tensors */
 } Row;
 
-_Static_assert(sizeof(Row) == 80, "cpu.py writes ten words of 64 bits");
+_Static_assert(sizeof(Row) == 80, "cpu_optimizers.py writes ten words of 64 bits");
 
 typedef struct {
-    const float *scale, *ema_gain; /* NULL if there is none */
-    const uint8_t *skip;           /* NULL, or nonzero: leave every byte of p, m, s, low and ema */
+    const float *scale, *ema_gain; /* NULL to leave out */
+    const uint8_t *found_inf;      /* if nonzero, no byte of p, m, s, master_lo and ema changes; may be NULL */
     int32_t zero_grads, threads;
 } Options;
 
@@ -54,16 +54,16 @@ static inline float sign(float x) { return (x > 0 ? 1.0f : 0.0f) - (x < 0 ? 1.0f
 static void lion(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
                  const float *factors, const float *constants) {
     const float decay = factors[0], step = factors[1];
-    const float beta1 = constants[0], rest1 = constants[1], beta2 = constants[2], rest2 = constants[3];
+    const float beta1 = constants[0], one_minus_beta1 = constants[1], beta2 = constants[2], one_minus_beta2 = constants[3];
     (void)s, (void)sums;
     for (int i = 0; i < n; i++) {
-        const float update = sign(fmaf(g[i], rest1, m[i] * beta1));
-        m[i] = fmaf(g[i], rest2, m[i] * beta2);
+        const float update = sign(fmaf(g[i], one_minus_beta1, m[i] * beta1));
+        m[i] = fmaf(g[i], one_minus_beta2, m[i] * beta2);
         p[i] = p[i] * decay + update * step;
     }
 }
 
-/* The lanes are lost. */
+/* Overwrites the lanes. */
 static inline double sum_lanes(double *sums) {
     for (int n = LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) sums[i] += sums[i + n];
@@ -80,13 +80,13 @@ static inline void squares_lanes(int n, const float *restrict g, double *restric
     for (int i = 0; i < n; i++) sums[i] += (double)g[i] * (double)g[i];
 }
 
-/* At most LANES elements, so that each has a lane. */
+/* n is at most LANES: each element has its own lane. */
 static inline void dlion_lanes(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s,
                                float *restrict dots, float *restrict l1, const float *factors, const float *constants) {
     const float decay = factors[0], step = factors[1], m_gain = factors[2], s_gain = factors[3];
-    const float beta1 = constants[0], rest1 = constants[1], beta2 = constants[2], sb = constants[3];
+    const float beta1 = constants[0], one_minus_beta1 = constants[1], beta2 = constants[2], sb = constants[3];
     for (int i = 0; i < n; i++) {
-        const float update = sign(fmaf(g[i], rest1, m[i] * beta1));
+        const float update = sign(fmaf(g[i], one_minus_beta1, m[i] * beta1));
         const float s_new = s[i] * sb + update * s_gain;
         dots[i] += update * s[i];
         l1[i] += fabsf(s_new);
@@ -108,13 +108,13 @@ static void dlion(int n, float *restrict p, const float *restrict g, float *rest
 
 static void adamw(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict v, double *sums,
                   const float *factors, const float *constants) {
-    const float decay = factors[0], size = factors[1], root = factors[2];
-    const float rest1 = constants[0], beta2 = constants[1], rest2 = constants[2], eps = constants[3];
+    const float decay = factors[0], step_size = factors[1], correction2 = factors[2];
+    const float one_minus_beta1 = constants[0], beta2 = constants[1], one_minus_beta2 = constants[2], eps = constants[3];
     (void)sums;
     for (int i = 0; i < n; i++) {
-        m[i] = fmaf(g[i] - m[i], rest1, m[i]);
-        v[i] = fmaf(g[i] * rest2, g[i], v[i] * beta2);
-        p[i] = p[i] * decay + m[i] * size / (sqrtf(v[i]) / root + eps);
+        m[i] = fmaf(g[i] - m[i], one_minus_beta1, m[i]);
+        v[i] = fmaf(g[i] * one_minus_beta2, g[i], v[i] * beta2);
+        p[i] = p[i] * decay + m[i] * step_size / (sqrtf(v[i]) / correction2 + eps);
     }
 }
 
@@ -140,15 +140,15 @@ static inline uint32_t to_bits(float x) {
     return bits;
 }
 
-static void join(int n, float *restrict p, const uint16_t *restrict high, const int16_t *restrict low) {
-    for (int i = 0; i < n; i++) p[i] = from_bits(((uint32_t)high[i] << 16) + (uint32_t)(int32_t)low[i]);
+static void join(int n, float *restrict p, const uint16_t *restrict master_hi, const int16_t *restrict master_lo) {
+    for (int i = 0; i < n; i++) p[i] = from_bits(((uint32_t)master_hi[i] << 16) + (uint32_t)(int32_t)master_lo[i]);
 }
 
-static void split(int n, const float *restrict p, uint16_t *restrict high, int16_t *restrict low) {
+static void split(int n, const float *restrict p, uint16_t *restrict master_hi, int16_t *restrict master_lo) {
     for (int i = 0; i < n; i++) {
         const uint32_t bits = p[i] == p[i] ? to_bits(p[i]) : 0x7FC00000;
-        high[i] = (uint16_t)((bits + 0x8000) >> 16);
-        low[i] = (int16_t)bits;
+        master_hi[i] = (uint16_t)((bits + 0x8000) >> 16);
+        master_lo[i] = (int16_t)bits;
     }
 }
 
@@ -160,66 +160,66 @@ static void multiply(int n, float *restrict scaled, const float *restrict g, flo
     for (int i = 0; i < n; i++) scaled[i] = g[i] * scale;
 }
 
-static void average(int n, float *restrict ema, const float *restrict p, float gain) {
+static void update_ema(int n, float *restrict ema, const float *restrict p, float gain) {
     for (int i = 0; i < n; i++) ema[i] = ema[i] + gain * (p[i] - ema[i]);
 }
 
 static int64_t spans_of(const Row *row) { return (row->n + SPAN - 1) / SPAN; }
 
-/* The tensor that span k is of. */
-static const Row *find(const Row *rows, int64_t count, int64_t k) {
+/* Return the tensor that span k belongs to. */
+static const Row *row_of_span(const Row *rows, int64_t count, int64_t k) {
     while (count > 1) {
         const int64_t half = count / 2;
-        if (rows[half].first <= k) rows += half, count -= half;
+        if (rows[half].first_span <= k) rows += half, count -= half;
         else count = half;
     }
     return rows;
 }
 
-static inline float *from(float *start, int64_t at) { return start ? start + at : NULL; }
+static inline float *offset32(float *base, int64_t at) { return base ? base + at : NULL; }
 
-static inline uint16_t *from16(void *start, int64_t at) { return start ? (uint16_t *)start + at : NULL; }
+static inline uint16_t *offset16(void *base, int64_t at) { return base ? (uint16_t *)base + at : NULL; }
 
-/* Elements at .. at + n of one tensor, with what the step's options ask for around them. */
-static void update_tile(Update *update, const Row *row, const Options *o, const float *constants, int64_t at, int n, int live,
-                        double *sums) {
+/* Update elements at .. at + n of one tensor and apply the step's options. */
+static void update_tile(Update *update, const Row *row, const Options *o, const float *constants, int64_t at, int n,
+                        int finite, double *sums) {
     const float scale = o->scale ? *o->scale : 1.0f;
-    float p_tile[TILE], g_tile[TILE], *p = p_tile, *const ema = from(row->ema, at);
-    uint16_t *const high = from16(row->low ? row->p : NULL, at);
-    int16_t *const low = row->low ? row->low + at : NULL;
-    uint16_t *const g16 = from16(row->g16 ? row->g : NULL, at);
-    float *const g32 = from(row->g16 ? NULL : row->g, at), *g = g_tile;
-    if (live) {
-        if (low) join(n, p, high, low);
-        else p = from(row->p, at);
+    float p_tile[TILE], g_tile[TILE], *p = p_tile, *const ema = offset32(row->ema, at);
+    uint16_t *const master_hi = offset16(row->master_lo ? row->p : NULL, at);
+    int16_t *const master_lo = row->master_lo ? row->master_lo + at : NULL;
+    uint16_t *const g16 = offset16(row->g16 ? row->g : NULL, at);
+    float *const g32 = offset32(row->g16 ? NULL : row->g, at), *g = g_tile;
+    if (finite) {
+        if (master_lo) join(n, p, master_hi, master_lo);
+        else p = offset32(row->p, at);
         if (g16) widen(n, g, g16, scale);
         else if (scale != 1.0f) multiply(n, g, g32, scale);
         else g = g32;
-        update(n, p, g, from(row->m, at), from(row->s, at), sums, row->factors, constants);
-        if (low) split(n, p, high, low);
-        if (ema) average(n, ema, p, *o->ema_gain);
+        update(n, p, g, offset32(row->m, at), offset32(row->s, at), sums, row->factors, constants);
+        if (master_lo) split(n, p, master_hi, master_lo);
+        if (ema) update_ema(n, ema, p, *o->ema_gain);
     }
     if (o->zero_grads && g16) memset(g16, 0, n * sizeof *g16);
     if (o->zero_grads && g32) memset(g32, 0, n * sizeof *g32);
 }
 
-/* All tensors, and the two sums of each in sums_2P. scratch_2K: two numbers a span. */
-static void sweep(Update *update, const Row *rows, int64_t count, const Options *o, const float *constants, double *scratch_2K,
-                  double *sums_2P) {
-    const int64_t spans = rows[count - 1].first + spans_of(rows + count - 1);
-    const int live = !(o->skip && *o->skip);
+/* Update all tensors; sums_2P gets two sums per tensor. scratch_2K: two numbers per span. */
+static void update_all(Update *update, const Row *rows, int64_t count, const Options *o, const float *constants,
+                       double *scratch_2K, double *sums_2P) {
+    const int64_t spans = rows[count - 1].first_span + spans_of(rows + count - 1);
+    const int finite = !(o->found_inf && *o->found_inf);
 #pragma omp parallel for schedule(static) num_threads(o->threads) if (spans > 1)
     for (int64_t k = 0; k < spans; k++) {
-        const Row *row = find(rows, count, k);
-        const int64_t start = (k - row->first) * SPAN, stop = row->n - start < SPAN ? row->n : start + SPAN;
+        const Row *row = row_of_span(rows, count, k);
+        const int64_t start = (k - row->first_span) * SPAN, stop = row->n - start < SPAN ? row->n : start + SPAN;
         double sums[2] = {0, 0};
         for (int64_t at = start; at < stop; at += TILE)
-            update_tile(update, row, o, constants, at, stop - at < TILE ? (int)(stop - at) : TILE, live, sums);
+            update_tile(update, row, o, constants, at, stop - at < TILE ? (int)(stop - at) : TILE, finite, sums);
         scratch_2K[k] = sums[0], scratch_2K[spans + k] = sums[1];
     }
     for (int64_t i = 0; i < 2 * count; i++) {
         const Row *row = rows + i % count;
-        const double *partial = scratch_2K + i / count * spans + row->first;
+        const double *partial = scratch_2K + i / count * spans + row->first_span;
         sums_2P[i] = 0;
         for (int64_t k = 0; k < spans_of(row); k++) sums_2P[i] += partial[k];
     }
@@ -228,7 +228,7 @@ static void sweep(Update *update, const Row *rows, int64_t count, const Options 
 #define EXPORT(NAME)                                                                                                           \
     void fastsd_##NAME(const Row *rows, int64_t count, const Options *options, const float *constants, double *scratch_2K,     \
                        double *sums_2P) {                                                                                      \
-        sweep(NAME, rows, count, options, constants, scratch_2K, sums_2P);                                                     \
+        update_all(NAME, rows, count, options, constants, scratch_2K, sums_2P);                                                \
     }
 
 EXPORT(lion)

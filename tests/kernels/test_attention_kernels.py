@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from budget import check_budget, nan_filled_memory
+from sentences import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,12 +97,12 @@ def test_any_layout_gives_the_same_bits():
     for layout in (torch.Tensor.detach, transposed, scattered, torch.Tensor.contiguous):
         leaves = [layout(x).detach().requires_grad_() for x in inputs]
         o = attention_triton(*leaves)
-        found = o, *torch.autograd.grad(o, leaves, layout(torch.ones_like(o)))
-        first = first or found
-        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), layout
+        results = o, *torch.autograd.grad(o, leaves, layout(torch.ones_like(o)))
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True)), layout
 
 
-def test_gradients_without_memory_of_their_own():
+def test_expanded_gradients_equal_dense_ones():
     leaves = [x.detach().requires_grad_() for x in make(1, 33, 20, 2, 16, "ieee").values()]
     expanded = torch.autograd.grad(attention_triton(*leaves).sum(), leaves)  # one number, expanded
     dense = torch.autograd.grad(attention_triton(*leaves), leaves, torch.ones(1, 33, 2, 16, device=DEVICE))
@@ -129,20 +130,20 @@ def test_twenty_backward_passes_have_the_same_bits(mode):
         assert all(torch.equal(a, b) for a, b in zip(gradients, first, strict=True))
 
 
-def test_only_inputs_output_and_row_statistics_are_kept():
+def test_only_inputs_output_and_row_statistics_are_saved():
     leaves = [x.detach().requires_grad_() for x in make(2, 48, 77, 2, 40, "ieee").values()]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         o = attention_triton(*leaves)
-    assert [tuple(x.shape) for x in kept] == [*(tuple(x.shape) for x in leaves), tuple(o.shape), (2, 2, 48)]
-    assert kept[4].dtype == torch.float32
+    assert [tuple(x.shape) for x in saved] == [*(tuple(x.shape) for x in leaves), tuple(o.shape), (2, 2, 48)]
+    assert saved[4].dtype == torch.float32
 
 
 @pytest.mark.parametrize("mode", ["bf16", "tf32"])
-def test_ops_are_ordinary_ops(mode):
+def test_opcheck(mode):
     q, k, v = make(2, 17, 33, 2, 16, mode).values()
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    # How a graph is made does not depend on the dtype: once will do, for it takes most of the time.
+    # Graph capture takes most of the time and does not depend on the dtype, so it is tested with one.
     tests = [f"test_{name}" for name in ("schema", "autograd_registration", "faketensor")]
     check = partial(torch.library.opcheck, test_utils=tests if mode == "bf16" else [*tests, "test_aot_dispatch_dynamic"])
     check(attention_op, (*leaves, "tf32"))
@@ -153,19 +154,19 @@ def test_ops_are_ordinary_ops(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_gradients_are_the_gradients(mode):
-    """Written where the fused projections want them, in one part or added up from several."""
+def test_packed_gradients_equal_separate_ones(mode):
+    """Packed like the fused projections, written directly or summed over several splits."""
     precision = "ieee" if mode == "bf16" else mode
-    for queries, keys, own in ((40, 33, False), (40, 40, True), (300, 9, False)):
+    for queries, keys, self_attention in ((40, 33, False), (40, 40, True), (300, 9, False)):
         q, k, v = make(1, queries, keys, 2, 40, mode).values()
         o, lse = attention_op(q, k, v, precision)
-        given = torch.randn_like(o), q, k, v, o, lse, precision
-        first, second = attention_packed_backward_op(*given, own)
-        packed = first.unbind(2) if own else (first, *second.unbind(2))
-        assert all(torch.equal(a, b) for a, b in zip(packed, attention_backward_op(*given), strict=True))
+        inputs = torch.randn_like(o), q, k, v, o, lse, precision
+        first, second = attention_packed_backward_op(*inputs, self_attention)
+        packed = first.unbind(2) if self_attention else (first, *second.unbind(2))
+        assert all(torch.equal(a, b) for a, b in zip(packed, attention_backward_op(*inputs), strict=True))
 
 
-def test_the_flop_formula_counts_what_pytorch_counts():
+def test_flop_formula_equals_pytorchs():
     leaves = [x.detach().requires_grad_() for x in make(2, 16, 24, 2, 8, "ieee").values()]
     counted = []
     for attention in (attention_triton, attention_reference):
@@ -178,7 +179,7 @@ def test_the_flop_formula_counts_what_pytorch_counts():
 
 
 def test_padding_costs_at_most_six_percent():
-    """Multiply-adds a UNet step runs over those it needs, the slices' and tiles' padding counted in every matmul."""
+    """Multiply-adds of a UNet step with the padding of slices and tiles, over those without."""
     from fastsd_kernels.attention_tiles import choose_tile, one_kernel_for_keys, slices
 
     for dtype, precision in ((torch.bfloat16, "ieee"), *((torch.float32, precision) for precision in PRECISIONS)):
@@ -206,20 +207,19 @@ def test_padding_costs_at_most_six_percent():
         assert ratio <= 1.06
 
 
-def test_what_does_not_fit_is_refused():
+def test_unusable_inputs_are_refused():
     q = torch.zeros(1, 4, 2, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="precision is 'fp8'"):
+    with refused("attention-precision", ValueError, precision="'fp8'"):
         attention_triton(q, q, q, precision="fp8")
-    with pytest.raises(ValueError, match="do not fit"):
+    with refused("attention-shapes", ValueError):
         attention_triton(q, q[:, :, :1], q[:, :, :1])
-    with pytest.raises(ValueError, match="give all in fp32 or in bf16"):
+    with refused("attention-dtypes", ValueError):
         attention_triton(q, q.bfloat16(), q)
-    refused = {
-        (1, 4, 2, 12): "multiples of 8",
-        (1, 4, 2, 264): "up to 256",
-        (1, 0, 2, 8): "is empty",
-        (40000, 1, 2, 8): "split",
-    }
-    for shape, why in refused.items():
-        with pytest.raises(ValueError, match=why):
+    for shape, name in (
+        ((1, 4, 2, 12), "attention-head-size"),
+        ((1, 4, 2, 264), "attention-head-size"),
+        ((1, 0, 2, 8), "attention-empty"),
+        ((40000, 1, 2, 8), "attention-batch"),
+    ):
+        with refused(name, ValueError):
             attention_triton(*(torch.zeros(shape, device=DEVICE),) * 3)

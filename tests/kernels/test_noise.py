@@ -46,7 +46,7 @@ def test_integers_cover_their_range_evenly():
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
-def test_permutation_is_one(count):
+def test_permutation_contains_every_index_once(count):
     order = noise.permutation(5, noise.Purpose.ORDER, 3, count)
     assert torch.equal(order.sort().values, torch.arange(count))
     assert torch.equal(order, noise.permutation(5, noise.Purpose.ORDER, 3, count))
@@ -55,18 +55,18 @@ def test_permutation_is_one(count):
 
 
 @pytest.mark.parametrize("count", [1, 7, noise.SORTED, noise.SORTED + 1, 100_003, 10**6])
-def test_permuted_is_one_without_being_made_whole(count):
+def test_permuted_computes_single_elements(count):
     order = noise.permuted(5, noise.Purpose.ORDER, 3, count, torch.arange(count))
     assert torch.equal(order.sort().values, torch.arange(count))
-    some = torch.tensor([count - 1, 0, count // 2, 0])
-    assert torch.equal(noise.permuted(5, noise.Purpose.ORDER, 3, count, some), order[some])
+    indices = torch.tensor([count - 1, 0, count // 2, 0])
+    assert torch.equal(noise.permuted(5, noise.Purpose.ORDER, 3, count, indices), order[indices])
     if count <= noise.SORTED:
         assert torch.equal(order, noise.permutation(5, noise.Purpose.ORDER, 3, count))
 
 
 def test_permuted_has_the_statistics_of_a_random_permutation():
-    count, some = 2_000_003, torch.arange(50_000) * 40 + 7  # a grid over the whole, and a run of neighbours
-    for index in (some, torch.arange(50_000) + 1_234_567):
+    count = 2_000_003
+    for index in (torch.arange(50_000) * 40 + 7, torch.arange(50_000) + 1_234_567):  # a grid, and consecutive indices
         images = [noise.permuted(*key, count, index) for key in ((5, 2, 3), (5, 2, 4), (5, 6, 3), (6, 2, 3))]
         for i, image in enumerate(images):
             share = image.double() / count  # uniform, so mean 1/2 and variance 1/12
@@ -80,7 +80,8 @@ def test_permuted_has_the_statistics_of_a_random_permutation():
             assert len(steps.unique()) > 0.98 * len(steps)  # neighbours do not stay at one distance
 
 
-def test_permuted_leaves_as_many_in_place_as_chance_does():
+def test_permuted_has_one_fixed_point_on_average():
     count = 70_001
-    fixed = sum((noise.permuted(0, 2, at, count, torch.arange(count)) == torch.arange(count)).sum().item() for at in range(30))
-    assert abs(fixed - 30) < 5 * 30**0.5  # one a permutation, in the mean
+    index = torch.arange(count)
+    fixed_points = sum((noise.permuted(0, 2, position, count, index) == index).sum().item() for position in range(30))
+    assert abs(fixed_points - 30) < 5 * 30**0.5

@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from budget import nan_filled_memory
 from philox import KNOWN
+from sentences import refused
 
 from fastsd.train.objective import Objective
 from fastsd_kernels.launch import launch
-from fastsd_kernels.noise import Purpose, noised_reference, noised_triton, normal, normal_triton, philox, philox_words
+from fastsd_kernels.noise import Purpose, add_noise_reference, add_noise_triton, normal, normal_triton, philox, philox_words
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POSITIONS = torch.tensor([0, 5, 2**33 + 1, 17, -1, 2**62 + 12345], device=DEVICE)
@@ -40,8 +41,8 @@ def test_philox_known_answers(counter, key, expected):
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**31, 2**40 + 3, 2**63, 2**64 - 1])
 def test_words_equal_philox(seed):
     for position in (0, 16, 2**33 + 1, 2**63 - 1, -(2**63)):
-        want = philox(seed, Purpose.SAMPLE, torch.tensor([position]), torch.arange(64))[0]
-        assert torch.equal(words(seed, Purpose.SAMPLE, position, 0, 64).cpu(), want)
+        expected = philox(seed, Purpose.SAMPLE, torch.tensor([position]), torch.arange(64))[0]
+        assert torch.equal(words(seed, Purpose.SAMPLE, position, 0, 64).cpu(), expected)
 
 
 @pytest.mark.parametrize("shape", [(1,), (63,), (3, 5, 7), (4, 16, 16), (1025,), (0,)])
@@ -63,7 +64,7 @@ def test_last_bits_of_100_000_normals():
     torch.testing.assert_close(ours, reference, rtol=2.0**-22, atol=0)
 
 
-def problem(dtype=torch.float32, shape=(4, 16, 24)):
+def objective_and_latents(dtype=torch.float32, shape=(4, 16, 24)):
     gen = torch.Generator().manual_seed(0)
     abar = torch.linspace(0.9999, 0.0047, 1000)
     objective = Objective(abar.to(DEVICE), 11)
@@ -73,54 +74,54 @@ def problem(dtype=torch.float32, shape=(4, 16, 24)):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(4, 16, 24), (3, 5, 7), (16, 1, 1)])
-def test_noised_equals_objective(shape, dtype):
-    objective, latents = problem(dtype, shape)
-    want, t_B, eps = objective.noised(latents.float(), POSITIONS)
+def test_add_noise_equals_objective(shape, dtype):
+    objective, latents = objective_and_latents(dtype, shape)
+    noisy, t_B, eps = objective.noised(latents.float(), POSITIONS)
     tables = objective.signal, objective.level, 11
     with nan_filled_memory():
-        x_t, target = noised_triton(latents, POSITIONS, t_B, *tables)
-    reference = noised_reference(latents, POSITIONS, t_B, *tables)
+        x_t, target = add_noise_triton(latents, POSITIONS, t_B, *tables)
+    reference = add_noise_reference(latents, POSITIONS, t_B, *tables)
     assert x_t.dtype == target.dtype == torch.float32
-    for ours, theirs, plain in ((x_t, want, reference[0]), (target, eps, reference[1])):
-        assert torch.equal(ours, theirs) and torch.equal(ours, plain)
-    x_v, velocity = noised_triton(latents, POSITIONS, t_B, *tables, prediction="v_prediction")
-    reference = noised_reference(latents, POSITIONS, t_B, *tables, prediction="v_prediction")
+    for ours, *others in ((x_t, noisy, reference[0]), (target, eps, reference[1])):
+        assert all(torch.equal(ours, other) for other in others)
+    x_v, velocity = add_noise_triton(latents, POSITIONS, t_B, *tables, prediction="v_prediction")
+    reference = add_noise_reference(latents, POSITIONS, t_B, *tables, prediction="v_prediction")
     assert torch.equal(x_v, x_t) and torch.equal(velocity, reference[1])
-    signal, level = objective.signal[t_B][:, None, None, None], objective.level[t_B][:, None, None, None]
-    assert torch.equal(want, signal * latents.float() + level * eps)
-    torch.testing.assert_close(velocity, signal * eps - level * latents.float(), rtol=0, atol=0)
+    signal, sigma = (table_T[t_B][:, None, None, None] for table_T in (objective.signal, objective.level))
+    assert torch.equal(noisy, signal * latents.float() + sigma * eps)
+    torch.testing.assert_close(velocity, signal * eps - sigma * latents.float(), rtol=0, atol=0)
 
 
 def test_a_number_does_not_depend_on_batch_or_strides():
-    objective, latents = problem()
+    objective, latents = objective_and_latents()
     _, t_B, _ = objective.noised(latents, POSITIONS)
     tables = objective.signal, objective.level, 11
-    whole = noised_triton(latents, POSITIONS, t_B, *tables)
-    rows = [noised_triton(latents[i : i + 1], POSITIONS[i : i + 1], t_B[i : i + 1], *tables) for i in range(len(t_B))]
-    for both, single in zip(whole, zip(*rows, strict=True), strict=True):
-        assert torch.equal(both, torch.cat(single))
-    spread = torch.stack((t_B, t_B), dim=1)[:, 0]
+    whole = add_noise_triton(latents, POSITIONS, t_B, *tables)
+    rows = [add_noise_triton(latents[i : i + 1], POSITIONS[i : i + 1], t_B[i : i + 1], *tables) for i in range(len(t_B))]
+    for together, single in zip(whole, zip(*rows, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(single))
+    strided_t = torch.stack((t_B, t_B), dim=1)[:, 0]
     for other in (latents.contiguous(memory_format=torch.channels_last), latents.flip(3).flip(3), latents[..., :]):
-        again = noised_triton(other, POSITIONS, spread, *tables)
-        assert torch.equal(again[0], whole[0]) and torch.equal(again[1], whole[1])
+        x_t, target = add_noise_triton(other, POSITIONS, strided_t, *tables)
+        assert torch.equal(x_t, whole[0]) and torch.equal(target, whole[1])
 
 
 def test_opcheck():
-    objective, latents = problem(shape=(3, 5, 7))
+    objective, latents = objective_and_latents(shape=(3, 5, 7))
     t_B = torch.zeros(len(latents), dtype=torch.int64, device=DEVICE)
     operands = (latents, POSITIONS, t_B, objective.signal, objective.level, -3)
-    torch.library.opcheck(torch.ops.fastsd.noised.default, (*operands, False))
-    torch.library.opcheck(torch.ops.fastsd.noised.default, (*operands, True))
+    torch.library.opcheck(torch.ops.fastsd.add_noise.default, (*operands, False))
+    torch.library.opcheck(torch.ops.fastsd.add_noise.default, (*operands, True))
     torch.library.opcheck(torch.ops.fastsd.normal.default, (7, 4, POSITIONS, (3, 5, 7)))
 
 
-def test_bad_input():
-    objective, latents = problem()
+def test_unusable_inputs_are_refused():
+    objective, latents = objective_and_latents()
     rest = POSITIONS, torch.zeros_like(POSITIONS), objective.signal, objective.level, 0
-    for function in (noised_reference, noised_triton):
-        with pytest.raises(ValueError, match='prediction is "x0"; give "epsilon" or "v_prediction"'):
+    for function in (add_noise_reference, add_noise_triton):
+        with refused("prediction-type", ValueError, prediction="x0"):
             function(latents, *rest, prediction="x0")
-    with pytest.raises(ValueError, match="latents are torch.float64"):
-        noised_triton(latents.double(), *rest)
-    with pytest.raises(ValueError, match="put them on one device"):
-        noised_triton(latents.to("meta"), *rest)
+    with refused("latents-dtype", ValueError, dtype="torch.float64"):
+        add_noise_triton(latents.double(), *rest)
+    with refused("operand-devices", ValueError, op="add_noise"):
+        add_noise_triton(latents.to("meta"), *rest)

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from budget import check_budget
+from sentences import refused
 from torch import nn
 
 from fastsd_kernels import workload
@@ -26,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 CHANNELS_LAST = torch.channels_last
 OPS = torch.ops.fastsd
-# NumPy's, of the sigmoid of a large negative number: 1 / (1 + inf) is the zero that is meant.
+# NumPy warns about the sigmoid of large negative numbers, where 1 / (1 + inf) = 0 is correct.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 
 
@@ -35,8 +36,8 @@ def normal(*shape: int, dtype=torch.float32, mean=0.0, std=1.0, seed=0) -> torch
     return (mean + std * x).to(dtype).to(DEVICE)
 
 
-def equal(found, wanted) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+def equal(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # GEGLU
@@ -103,12 +104,12 @@ def test_layer_norm_of_many_rows():
 
 @DTYPES
 def test_layer_norm_of_one_row(dtype):
-    def each(function):
-        # One row has one rstd, and its error is one draw: a budget needs several.
+    def by_row(function):
+        # The error of a single rstd is one random draw: a budget needs several.
         return lambda x, weight, bias: torch.cat([function(row, weight, bias, 1e-5) for row in x.split(1)])
 
     inputs = layer_norm_inputs(16, 33, dtype=dtype)
-    check_budget(f"layer_norm 1 x 33 {dtype}", each(layer_norm_triton), each(layer_norm_reference), inputs)
+    check_budget(f"layer_norm 1 x 33 {dtype}", by_row(layer_norm_triton), by_row(layer_norm_reference), inputs)
 
 
 @pytest.mark.parametrize("mean, dtype", [(1000.0, torch.float32), (64.0, torch.bfloat16)], ids=["fp32", "bf16"])
@@ -119,11 +120,9 @@ def test_layer_norm_where_the_mean_is_large(mean, dtype):
 
 def test_layer_norm_with_fp32_parameters():
     inputs = layer_norm_inputs(9, 320, dtype=torch.bfloat16, residual=True, parameters=torch.float32)
-    alike = {name: x.bfloat16() for name, x in inputs.items()}  # PyTorch's kernels on a GPU take one dtype
-    check_budget(
-        "layer_norm bf16, fp32 parameters", layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs,
-        reference_inputs=alike,
-    )  # fmt: skip
+    bf16_inputs = {name: x.bfloat16() for name, x in inputs.items()}  # PyTorch's kernels on a GPU take one dtype
+    kernel, reference = (layer_norm_of(function) for function in (layer_norm_triton, layer_norm_reference))
+    check_budget("layer_norm bf16, fp32 parameters", kernel, reference, inputs, reference_inputs=bf16_inputs)
 
 
 @DTYPES
@@ -141,15 +140,15 @@ def test_layer_norm_when_one_output_is_used():
     weight, bias, upstream = normal(40).requires_grad_(), normal(40, seed=1).requires_grad_(), normal(5, 40, seed=2)
     leaves = (x, residual, weight, bias)
     for used in (0, 1):
-        found, wanted = (
+        ours, expected = (
             torch.autograd.grad(f(x, weight, bias, 1e-5, residual=residual)[used], leaves, upstream, materialize_grads=True)
             for f in (layer_norm_triton, layer_norm_reference)
         )
-        for a, b in zip(found, wanted, strict=True):
+        for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b)
 
 
-def test_the_residual_of_the_reference():
+def test_reference_rounds_the_residual_sum():
     x, weight, bias, _ = layer_norm_inputs(5, 40, dtype=torch.bfloat16, residual=True).values()
     residual = normal(5, 40)  # fp32: the sum is rounded to the dtype of x
     y, s = layer_norm_reference(x, weight, bias, 1e-5, residual=residual)
@@ -172,12 +171,12 @@ def group_norm_inputs(*shape: int, dtype, shift=False, mean=0.5, parameters=None
 
 
 def check_group_norm(label, groups, inputs, eps=1e-5, silu=True, reference_inputs=None):
-    ours, theirs = (group_norm_of(f, groups, eps, silu) for f in (group_norm_triton, group_norm_reference))
-    check_budget(label, ours, theirs, inputs, reference_inputs=reference_inputs)
+    kernel, reference = (group_norm_of(f, groups, eps, silu) for f in (group_norm_triton, group_norm_reference))
+    check_budget(label, kernel, reference, inputs, reference_inputs=reference_inputs)
 
 
 ALL_KINDS = (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM, *workload.VAE_ENCODER_GROUP_NORM)
-# Kinds that differ in the side alone are one at a side of two.
+# At a side of two: kinds that differ only in the side are tested once.
 GROUP_NORM_KINDS = sorted({kind._replace(side=2) for kind in ALL_KINDS}, reverse=True)
 
 
@@ -198,7 +197,7 @@ def test_group_norm_kinds(kind, dtype):
         (1, 66, 7, 11, 3, False),
         (3, 6, 1, 97, 1, True),
         (1, 12, 41, 25, 2, False),
-        (1, 1, 9, 7, 1, False),  # a group of one channel takes any shift off again
+        (1, 1, 9, 7, 1, False),  # a group of one channel cancels any shift
     ],
 )
 def test_group_norm_odd_sizes(images, channels, height, width, groups, shift, dtype):
@@ -211,13 +210,13 @@ def test_group_norm_where_the_mean_is_large(mean, dtype):
     inputs = group_norm_inputs(2, 40, 7, 11, dtype=dtype, mean=mean, shift=True)
     check_group_norm(f"group_norm mean {mean}", 4, inputs)
     inputs["shift_BC"] = inputs["shift_BC"] + torch.full_like(inputs["shift_BC"], -mean)
-    check_group_norm(f"group_norm mean {mean}, taken off again", 4, inputs)
+    check_group_norm(f"group_norm mean {mean}, cancelled", 4, inputs)
 
 
 def test_group_norm_with_fp32_parameters():
     inputs = group_norm_inputs(2, 40, 5, 5, dtype=torch.bfloat16, shift=True, parameters=torch.float32)
-    alike = {name: x.bfloat16() for name, x in inputs.items()}
-    check_group_norm("group_norm bf16, fp32 parameters", 4, inputs, reference_inputs=alike)
+    bf16_inputs = {name: x.bfloat16() for name, x in inputs.items()}
+    check_group_norm("group_norm bf16, fp32 parameters", 4, inputs, reference_inputs=bf16_inputs)
 
 
 @DTYPES
@@ -238,16 +237,16 @@ def test_an_image_does_not_depend_on_the_images_beside_it():
     x, weight, bias, shift = group_norm_inputs(3, 96, 9, 5, dtype=torch.bfloat16, shift=True).values()
     dy = normal(*x.shape, dtype=x.dtype, seed=5)
 
-    def run(these):
-        mean, rstd = group_norm_statistics(x[these], shift[these], 4, 1e-5)
-        dx, _, _, dshift = group_norm_backward(dy[these], x[these], mean, rstd, weight, bias, 4, True, shift[these])
+    def run(rows):
+        mean, rstd = group_norm_statistics(x[rows], shift[rows], 4, 1e-5)
+        dx, _, _, dshift = group_norm_backward(dy[rows], x[rows], mean, rstd, weight, bias, 4, True, shift[rows])
         return mean, rstd, dx, dshift
 
     together = run(slice(0, 3))
     assert equal(run(slice(1, 2)), [value[1:2] for value in together])
 
 
-# What holds for all three
+# All three
 
 
 def runs(dtype=torch.bfloat16):
@@ -262,7 +261,7 @@ def runs(dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("op", ["geglu", "layer_norm", "group_norm"])
-def test_repeats_and_expanded_gradients(op):
+def test_gradients_are_deterministic_and_may_be_expanded(op):
     function, inputs = runs()[op]
     leaves = [x.requires_grad_() for x in inputs.values()]
     outputs = function(**inputs)
@@ -289,14 +288,14 @@ def test_recomputed_outputs_have_the_same_bits(dtype):
 
 
 @DTYPES
-def test_what_is_kept_for_the_backward(dtype):
-    kept = []
+def test_only_the_input_is_saved_for_backward(dtype):
+    saved = []
     for function, inputs in runs(dtype).values():
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             function(**{name: x.requires_grad_() for name, x in inputs.items()})
         big = max(x.numel() for x in inputs.values())
-        assert sum(x.numel() >= big for x in kept) == 1  # x alone, or what it became with the residual
-        kept.clear()
+        assert sum(x.numel() >= big for x in saved) == 1  # x, or its sum with the residual
+        saved.clear()
 
 
 def test_opcheck():
@@ -322,9 +321,9 @@ def test_opcheck():
         torch.library.opcheck(getattr(OPS, name).default, arguments)
 
 
-def test_every_kind_can_be_noted_with_no_memory_behind_it():
-    """As the atlas does: meta tensors, at full size, more than 2^31 elements among them."""
-    with torch.device("meta"), recording(89) as notes:
+def test_every_kind_is_recorded_on_meta_tensors():
+    """As in the atlas: at full size, with more than 2^31 elements among them."""
+    with torch.device("meta"), recording(89) as launches:
         for kind in ALL_KINDS:
             x = torch.empty(16, kind.channels, kind.side, kind.side).to(memory_format=CHANNELS_LAST)
             weight, shift = torch.empty(kind.channels), torch.empty(16, kind.channels) if kind.shift else None
@@ -339,23 +338,23 @@ def test_every_kind_can_be_noted_with_no_memory_behind_it():
             x = torch.empty(16, kind.rows, 2 * kind.features)
             geglu_backward(geglu_forward(x), x)
     norms = {"_statistics", "_merge", "_apply", "_sums", "_merge_sums", "_input_gradient"}
-    assert {note.kernel.__name__ for note in notes} == norms | {"_forward", "_backward"}
+    assert {launch.kernel.__name__ for launch in launches} == norms | {"_forward", "_backward"}
     # CUDA's limits.
-    assert all(note.grid[0] < 2**31 and max(note.grid[1:], default=0) < 2**16 for note in notes)
+    assert all(launch.grid[0] < 2**31 and max(launch.grid[1:], default=0) < 2**16 for launch in launches)
 
 
-def test_the_workload_is_the_vaes():
+def test_vae_workload_equals_the_norms_of_diffusers_vae():
     from diffusers import AutoencoderKL
 
-    found = Counter()
+    counts = Counter()
 
-    def note(name):
+    def count_norm(name):
         def hook(module, inputs, output):
             (x,) = inputs  # (B, C, H, W), or in attention (B, C, H*W)
             side = x.shape[2] if x.ndim == 4 else round(x.shape[2] ** 0.5)
             # Every norm but that of attention is followed by SiLU.
             silu = not name.endswith("group_norm")
-            found[workload.GroupNorm(x.shape[1], side, module.num_groups, module.eps, silu, False)] += 1
+            counts[workload.GroupNorm(x.shape[1], side, module.num_groups, module.eps, silu, False)] += 1
 
         return hook
 
@@ -368,38 +367,36 @@ def test_the_workload_is_the_vaes():
         )
         for name, module in vae.named_modules():
             if isinstance(module, nn.GroupNorm):
-                module.register_forward_hook(note(name))
+                module.register_forward_hook(count_norm(name))
         vae(torch.empty(1, 3, 512, 512))
-    assert found == workload.VAE_GROUP_NORM
+    assert counts == workload.VAE_GROUP_NORM
 
 
-def test_kernels_refuse_what_does_not_fit():
+def test_unusable_inputs_are_refused():
     x, image = torch.zeros(2, 6, device=DEVICE), torch.zeros(1, 6, 2, 2, device=DEVICE)
     ones = torch.ones(6, device=DEVICE)
-    with pytest.raises(ValueError, match="odd"):
-        geglu_triton(x[:, :5])
-    with pytest.raises(ValueError, match="float16"):
-        geglu_triton(x.half())
-    with pytest.raises(ValueError, match="do not fit"):
-        layer_norm_triton(x, ones[:5], ones[:5], 1e-5)
-    with pytest.raises(ValueError, match="residual is"):
-        layer_norm_triton(x, ones, ones, 1e-5, residual=x[:1])
-    with pytest.raises(ValueError, match="residual is"):
-        layer_norm_reference(x, ones, ones, 1e-5, residual=x[:1])
-    with pytest.raises(ValueError, match="float64"):
-        layer_norm_triton(x.double(), ones, ones, 1e-5)
-    with pytest.raises(ValueError, match="up to 8192"):
-        layer_norm_triton(x.new_zeros(1, 8193), x.new_ones(8193), x.new_ones(8193), 1e-5)
-    with pytest.raises(ValueError, match="do not fit"):
-        group_norm_triton(image, ones, ones, 4, 1e-5)
-    with pytest.raises(ValueError, match="do not fit"):
-        group_norm_triton(image, ones, ones[:5], 3, 1e-5)
-    with pytest.raises(ValueError, match="shift is"):
-        group_norm_triton(image, ones, ones, 3, 1e-5, shift_BC=x)
-    with pytest.raises(ValueError, match="float16"):
-        group_norm_triton(image.half(), ones, ones, 3, 1e-5)
-    with pytest.raises(ValueError, match="put them on one device"):
-        group_norm_triton(image, ones.to("meta"), ones, 3, 1e-5)
+    half, wide = image.half(), (x.new_zeros(1, 8193), x.new_ones(8193), x.new_ones(8193))
+    cases = [
+        ("geglu-odd", {}, lambda: geglu_triton(x[:, :5])),
+        ("x-dtype", {"op": "geglu", "dtype": "torch.float16"}, lambda: geglu_triton(x.half())),
+        ("layer-norm-shapes", {}, lambda: layer_norm_triton(x, ones[:5], ones[:5], 1e-5)),
+        ("layer-norm-residual", {}, lambda: layer_norm_triton(x, ones, ones, 1e-5, residual=x[:1])),
+        ("layer-norm-residual", {}, lambda: layer_norm_reference(x, ones, ones, 1e-5, residual=x[:1])),
+        ("x-dtype", {"op": "layer_norm", "dtype": "torch.float64"}, lambda: layer_norm_triton(x.double(), ones, ones, 1e-5)),
+        ("layer-norm-features", {"features": 8193, "limit": 8192}, lambda: layer_norm_triton(*wide, 1e-5)),
+        ("group-norm-shapes", {"groups": 4}, lambda: group_norm_triton(image, ones, ones, 4, 1e-5)),
+        ("group-norm-shapes", {"bias_shape": (5,)}, lambda: group_norm_triton(image, ones, ones[:5], 3, 1e-5)),
+        ("group-norm-shift", {"shape": (2, 6)}, lambda: group_norm_triton(image, ones, ones, 3, 1e-5, shift_BC=x)),
+        (
+            "x-dtype",
+            {"op": "group_norm", "dtype": "torch.float16"},
+            lambda: group_norm_triton(image.half(), ones, ones, 3, 1e-5),
+        ),
+        ("operand-devices", {"op": "group_norm"}, lambda: group_norm_triton(image, ones.to("meta"), ones, 3, 1e-5)),
+    ]
+    for name, fields, call in cases:
+        with refused(name, ValueError, **fields):
+            call()
 
 
 def test_empty_batches():

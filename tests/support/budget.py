@@ -16,7 +16,7 @@ FACTOR = 2.0
 
 @contextmanager
 def nan_filled_memory():
-    """`torch.empty` and its relatives give NaN (the highest integer) instead of whatever was there."""
+    """Fill new memory of `torch.empty` and its relatives with NaN (integers with the highest number)."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -39,7 +39,7 @@ def check_budget(
 
     Args:
         inputs: tensors in the dtype under test, any strides; each gets a gradient. They are the exact inputs of all three.
-        reference_inputs: what PyTorch gets instead, where it cannot take the same dtypes side by side.
+        reference_inputs: inputs of PyTorch, if it cannot mix the dtypes of `inputs`.
 
     Returns:
         {"out0" | "d<input>": (error of the kernel, error of PyTorch)}, root mean squares relative to the truth's.
@@ -47,18 +47,18 @@ def check_budget(
     truth = _run(reference, {k: v.detach().double() for k, v in inputs.items()}, None)
     with nan_filled_memory():
         ours = _run(kernel, {k: v.detach() for k, v in inputs.items()}, truth["upstream"])
-    theirs = _run(reference, {k: v.detach() for k, v in (reference_inputs or inputs).items()}, truth["upstream"])
+    peer = _run(reference, {k: v.detach() for k, v in (reference_inputs or inputs).items()}, truth["upstream"])
     errors = {}
-    for name, want in truth["values"].items():
-        got, peer = ours["values"][name], theirs["values"][name]
-        assert got.shape == want.shape, f"{label} {name}: {tuple(got.shape)}, not {tuple(want.shape)}"
-        assert torch.isfinite(got).all(), f"{label} {name}: not finite, or never written"
-        # No result in this dtype is nearer to the truth than the truth rounded to it.
-        least = _error(want.to(got.dtype), want)
-        errors[name] = _error(got, want), max(_error(peer, want), least)
+    for name, exact in truth["values"].items():
+        result = ours["values"][name]
+        assert result.shape == exact.shape, f"{label} {name}: {tuple(result.shape)}, not {tuple(exact.shape)}"
+        assert torch.isfinite(result).all(), f"{label} {name}: not finite, or not written"
+        # No result in this dtype is closer to the truth than the truth rounded to it.
+        least = _error(exact.to(result.dtype), exact)
+        errors[name] = _error(result, exact), max(_error(peer["values"][name], exact), least)
     print(f"{label:40s}", "  ".join(f"{k} {a:.1e}/{b:.1e}" for k, (a, b) in errors.items()))
-    for name, (mine, yard) in errors.items():
-        assert mine <= FACTOR * yard, f"{label} {name}: error {mine:.2e} is over {FACTOR} x PyTorch's {yard:.2e}"
+    for name, (error, peer_error) in errors.items():
+        assert error <= FACTOR * peer_error, f"{label} {name}: error {error:.2e} is over {FACTOR} x PyTorch's {peer_error:.2e}"
     return errors
 
 
@@ -79,6 +79,6 @@ def _run(function, inputs: dict[str, Tensor], upstream: list[Tensor] | None):
     return {"values": values, "upstream": upstream}
 
 
-def _error(found: Tensor, truth: Tensor) -> float:
-    distance, size = (found.double() - truth).norm().item(), truth.norm().item()
+def _error(result: Tensor, truth: Tensor) -> float:
+    distance, size = (result.double() - truth).norm().item(), truth.norm().item()
     return distance / size if size else distance

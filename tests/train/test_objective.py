@@ -98,9 +98,9 @@ def test_plain_noise_stays_fused_and_as_it_was():
 
     def noised(*given, **more):
         calls.append(more)
-        return REFERENCE.noised(*given, **more)
+        return REFERENCE.add_noise(*given, **more)
 
-    made = Objective(alphas_cumprod(SD15_SCHEDULER), SEED, replace(REFERENCE, noised=noised))
+    made = Objective(alphas_cumprod(SD15_SCHEDULER), SEED, replace(REFERENCE, add_noise=noised))
     x_t, t_B, target = made.noised(x, POSITIONS)
     assert calls == [{"prediction": "epsilon"}]
     assert torch.equal(t_B, noise.integers(SEED, Purpose.TIMESTEP, POSITIONS, 1000))

@@ -1,0 +1,131 @@
+"""Optimizers stepped by any table of ops, their inputs, and comparisons bit by bit."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsd_kernels.arena import join_master, split_master
+
+NAMES = ("lion", "dlion", "adamw")
+LR = {"lion": 3e-4, "dlion": 1.0, "adamw": 3e-3}
+ZEROS = torch.zeros(4, 6)
+BAD_DTYPES = [
+    ({"params": ZEROS.half()}, "parameter", "float16", "float32"),
+    ({"params": ZEROS.bfloat16()}, "parameter", "bfloat16", "float32"),
+    ({"masters_lo": ZEROS.short()}, "parameter", "float32", "bfloat16"),
+    ({"grads": ZEROS.double()}, "gradient", "float64", "float32 or bfloat16"),
+    ({"exp_avgs": ZEROS.bfloat16()}, "state", "bfloat16", "float32"),
+]
+BAD_LAYOUTS = [
+    ({"grads": torch.zeros(6, 4).t()}, {"strides": (1, 4), "parameter_shape": (4, 6), "parameter_strides": (6, 1)}),
+    ({"exp_avgs": torch.zeros(24)}, {"shape": (24,)}),
+    ({"emas": torch.zeros(4, 12)[:, ::2]}, {"strides": (12, 2)}),
+]
+# Operands of Lion that are refused beside others of shape (4, 6), with the name and the fields of the sentence.
+BAD_OPERANDS = [
+    *((change, "operand-dtype", {"role": role, "dtype": dtype, "expected": use}) for change, role, dtype, use in BAD_DTYPES),
+    *((change, "operand-layout", fields) for change, fields in BAD_LAYOUTS),
+]
+
+
+class OptimizerRun:
+    """Parameters and state of one optimizer, stepped by one table of ops."""
+
+    def __init__(self, ops, name, params, halves=False, threads=1):
+        self.ops, self.name, self.threads, self.options = ops, name, threads, {}
+        self.params = [p.detach().clone() for p in params]
+        if halves:
+            pairs = [split_master(p) for p in self.params]
+            self.params, self.options["masters_lo"] = [hi for hi, _ in pairs], [lo for _, lo in pairs]
+        self.states = [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(1 + (name != "lion"))]
+        self.steps = [torch.zeros((), device=p.device) for p in params]
+        self.d = torch.full((), 1e-6, dtype=torch.float64, device=params[0].device)
+        self.numerator = torch.zeros_like(self.d)
+
+    def step(self, grads, lr, found_inf=None, **options):
+        options = {"lr": lr, "found_inf": found_inf, **self.options, **options}
+        lists = self.params, grads, *self.states
+        torch.set_num_threads(self.threads)
+        try:
+            if self.name == "lion":
+                self.ops.lion(*lists, **options)
+            elif self.name == "adamw":
+                self.ops.adamw(*lists, self.steps, **options)
+            else:
+                sums = self.ops.dlion(*lists, self.d, **options)
+                self.ops.dlion_estimate(self.d, self.numerator, *sums, lr=lr, found_inf=found_inf)
+        finally:
+            torch.set_num_threads(1)
+
+    def masters(self):
+        masters_lo = self.options.get("masters_lo")
+        return self.params if masters_lo is None else [join_master(*pair) for pair in zip(self.params, masters_lo, strict=True)]
+
+    def state(self):
+        return [t for column in self.states for t in column]
+
+    def everything(self):
+        columns = self.params, *self.states, self.options.get("masters_lo", []), self.options.get("emas", []), self.steps
+        return [t for column in columns for t in column] + [self.d, self.numerator]
+
+
+def random_tensors(seed, shapes, scale=1.0, device="cpu"):
+    """Normals; tensors of 4 dimensions are channels_last, those of 2 are transposed."""
+    gen = torch.Generator().manual_seed(seed)
+    tensors = [scale * torch.randn(shape, generator=gen).to(device) for shape in shapes]
+    tensors = [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
+    return [t.t().contiguous().t() if t.ndim == 2 else t for t in tensors]
+
+
+def bits(tensors):
+    return [t.detach().contiguous().flatten().view(torch.uint8).clone() for t in tensors]
+
+
+def same_bits(first, second):
+    return all(torch.equal(a, b) for a, b in zip(bits(first), bits(second), strict=True))
+
+
+def exact_d(state, d, numerator, grads, s_new, lr):
+    """D-Lion's next d, with sums in fp64."""
+    m, s, sb = state[: len(grads)], state[len(grads) :], 0.99**0.5
+    signs = (torch.sign(x.float().mul(0.9).add(g, alpha=1 - 0.9)).double() for x, g in zip(m, grads, strict=True))
+    dots, l1 = sum((u * x).sum() for u, x in zip(signs, s, strict=True)), sum(x.double().abs().sum() for x in s_new)
+    weighted = sb * numerator + (1 - sb) * d * lr * dots.item()
+    return max(d, weighted / ((1 - sb) * l1.item())) if lr else d
+
+
+def check_options(runs, dtype, steps):
+    """Step two runs of equal parameters with every option, and compare all their bits after each step."""
+    params = runs[0].masters()
+    shapes, device, name = [p.shape for p in params], params[0].device, runs[0].name
+    scale, decay = torch.tensor(0.37, device=device), torch.tensor(0.9, device=device)
+    for run in runs:
+        run.options["emas"] = [p.clone() for p in params]
+    unchanged = params[2].clone()
+
+    for step in range(steps):
+        options = {"weight_decay": 0.1 * (step < 5), "scale": scale if step else None, "ema_decay": decay if step % 2 else 0.99}
+        all_grads = [[g.to(dtype) for g in random_tensors(10 + step, shapes, device=device)] for _ in runs]
+        for run, grads in zip(runs, all_grads, strict=True):
+            run.step(grads, LR[name], zero_grads=step > 1, **options)
+            run.d.fill_(1e-3 * (step + 1))
+            run.numerator.fill_(0.0)
+        assert same_bits(runs[0].everything(), runs[1].everything()), step
+        assert all((g == 0).all() == (step > 1) or not g.numel() for grads in all_grads for g in grads)
+    assert not torch.equal(runs[0].options["emas"][2], unchanged)
+
+
+def fill_for_found_inf(run, params):
+    """Set averages, and values that a careless step would change: -0.0, subnormals, halves that no master splits into."""
+    run.options["emas"] = [-p for p in params]
+    for state in run.states:
+        state[2][:3] = torch.tensor([-0.0, 1e-42, 2.0])
+    if "masters_lo" in run.options:
+        run.options["masters_lo"][2][20], run.params[2][20] = 7, torch.nan
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails on operations that wait for a value of the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
