@@ -155,11 +155,9 @@ def dlion_estimate_reference(
 
 
 @triton.jit
-def _step_span(
-    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, stop,
-    BOUNDED: tl.constexpr, ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr):
     """Step elements start .. stop, in whole blocks unless BOUNDED. Returns their <u, s> and |s|_1."""
+    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr = operands
     master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
     beta1, one_minus_beta1, beta2, sb = betas
     decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
@@ -193,30 +191,45 @@ def _step_span(
 
 @triton.jit
 def _dlion(
-    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, sums_ptr,
-    beta1, one_minus_beta1, beta2, sb, n,
-    ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr, TIMES: tl.constexpr,
-):  # fmt: skip
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    s_ptr,
+    factors_ptr,
+    master_lo_ptr,
+    ema_ptr,
+    ema_gain_ptr,
+    scale_ptr,
+    found_inf_ptr,
+    sums_ptr,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    sb,
+    n,
+    ZERO_GRADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TIMES: tl.constexpr,
+):
     i_span = tl.program_id(0)
     start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
     stop = start + BLOCK * TIMES
+    operands = p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr
     options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
     betas = beta1, one_minus_beta1, beta2, sb
     if stop <= n:
-        dot, l1 = _step_span(p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, stop, False, ZERO_GRADS, BLOCK)
+        dot, l1 = _step_span(operands, options, betas, start, stop, False, ZERO_GRADS, BLOCK)
     else:
         # Narrow blocks: single elements need an address each, and registers for 8 of them in every stream run out.
-        dot, l1 = _step_span(p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, options, betas, start, n, True, ZERO_GRADS, BLOCK // 2)
+        dot, l1 = _step_span(operands, options, betas, start, n, True, ZERO_GRADS, BLOCK // 2)
     tl.store(sums_ptr + i_span, dot)
     tl.store(sums_ptr + tl.num_programs(0) + i_span, l1)
 
 
 @triton.jit
 def _estimate(
-    d_ptr, numerator_ptr, dots_ptr, l1_ptr, dlr_ptr, found_inf_ptr,
-    sb: tl.float64, one_minus_sb: tl.float64, n,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    d_ptr, nw_ptr, dots_ptr, l1_ptr, dlr_ptr, found_inf_ptr, sb: tl.float64, one_minus_sb: tl.float64, n, BLOCK: tl.constexpr
+):
     dots = tl.zeros([BLOCK], tl.float64)
     l1 = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):
@@ -227,11 +240,11 @@ def _estimate(
         l1_sum = tl.sum(l1)
         if l1_sum > 0:
             d, dlr = tl.load(d_ptr), tl.load(dlr_ptr)
-            numerator = sb * tl.load(numerator_ptr) + one_minus_sb * (dlr * tl.sum(dots))
+            numerator = sb * tl.load(nw_ptr) + one_minus_sb * (dlr * tl.sum(dots))
             d_hat = numerator / (one_minus_sb * l1_sum)
             # A comparison, not a maximum: a d_hat that is not a number must not become d.
             tl.store(d_ptr, tl.where((dlr > 0) & (d_hat > d), d_hat, d))
-            tl.store(numerator_ptr, numerator)
+            tl.store(nw_ptr, numerator)
 
 
 def dlion_step(

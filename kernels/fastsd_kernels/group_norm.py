@@ -127,9 +127,8 @@ def _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, col
 
 @triton.jit
 def _statistics(
-    x_ptr, shift_ptr, partial_ptr, n_positions, n_channels,
-    SHIFT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    x_ptr, shift_ptr, partial_ptr, n_positions, n_channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """partial (B, chunks, 2, C): mean and sum of squared deviations of each channel over a tile's positions."""
     i_chunk, i_image = tl.program_id(1), tl.program_id(2)
     start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
@@ -333,17 +332,10 @@ def group_norm_statistics(x_BCHW: Tensor, shift_BC: Tensor | None, groups: int, 
 
 
 def group_norm_apply(
-    x_BCHW: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    silu: bool,
-    shift_BC: Tensor | None = None,
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool, shift: Tensor | None = None
 ) -> Tensor:
     """y, channels last, from x and its statistics: the last step of a forward, and the whole of a recomputation."""
-    x, shift = _channels_last(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
+    x, shift = _channels_last(x), None if shift is None else shift.contiguous()
     sizes, grid, tile, merge = _plan(x, groups)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     flags = {"SILU": silu, "SHIFT": shift is not None, "WIDTH": merge["WIDTH"]}

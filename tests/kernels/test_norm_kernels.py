@@ -390,7 +390,7 @@ def test_unusable_inputs_are_refused():
         (
             "x-dtype",
             {"op": "group_norm", "dtype": "torch.float16"},
-            lambda: group_norm_triton(image.half(), ones, ones, 3, 1e-5),
+            lambda: group_norm_triton(half, ones, ones, 3, 1e-5),
         ),
         ("operand-devices", {"op": "group_norm"}, lambda: group_norm_triton(image, ones.to("meta"), ones, 3, 1e-5)),
     ]
