@@ -69,7 +69,7 @@ def stage_of(case: tuple[str, str, int, int, str, dict[str, Any]]) -> StageTable
 
 def planned(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> dict[str, int]:
     """Bytes by owner, kept and at the peak, as plan says."""
-    need = plan_stage(shapes, stage, resolution, 0, ops).need(stage.micro)
+    need = plan_stage(shapes, stage, resolution, 0, ops).need(stage.micro_batch_size)
     return {**need.owners, "activations": need.kept, "peak": need.step}
 
 

@@ -203,8 +203,8 @@ class Baseline:
         total = torch.zeros((), device=device)
         inputs = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
         raw_latents, token_ids, positions = (tensor.to(device, non_blocking=True) for tensor in inputs)
-        for start in range(0, count, work.stage.micro):
-            rows = slice(start, start + work.stage.micro)
+        for start in range(0, count, work.stage.micro_batch_size):
+            rows = slice(start, start + work.stage.micro_batch_size)
             latents = work.model.vae.scale(raw_latents[rows].float())
             noise, t_B = draw(latents, positions[rows], self.scheduler.config.num_train_timesteps)
             noisy = self.scheduler.add_noise(latents, noise, t_B).contiguous(memory_format=self.layout)

@@ -179,8 +179,8 @@ def estimate_memory(
 ) -> list[CandidateMemory]:
     """Estimate the memory of ours and the named baselines: parameters x bytes, and activations in proportion to the work."""
     bf16, gpu = stage.precision == "bf16", device.type == "cuda"
-    scale = stage.micro * (side / 64) ** 2 * cfg.block_out_channels[0] / 320 / (2 if bf16 else 1)
-    gradients = 0 if stage.fused_backward else 2 if bf16 and stage.batch == stage.micro else 4
+    scale = stage.micro_batch_size * (side / 64) ** 2 * cfg.block_out_channels[0] / 320 / (2 if bf16 else 1)
+    gradients = 0 if stage.fused_backward else 2 if bf16 and stage.batch == stage.micro_batch_size else 4
     fixed = 4 + 4 * SLOTS[stage.optimizer] + (4 if stage.ema else 0)
     activations = KEPT[stage.checkpointing] * scale
     # On a GPU our gradient arena and the activations of a CUDA graph stay allocated between turns.

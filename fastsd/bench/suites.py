@@ -103,7 +103,9 @@ def bench_step(options: BenchOptions, say: Say) -> Figures:
     switches = set_precision(stage.precision, work.model.unet, target.config.deterministic)
     graph = "CUDA graph" if work.graph else "no graph"
     say(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
-    stage_summary = f"batch {stage.batch} ({stage.micro} a forward), checkpointing {stage.checkpointing}, {stage.optimizer}"
+    stage_summary = (
+        f"batch {stage.batch} ({stage.micro_batch_size} a forward), checkpointing {stage.checkpointing}, {stage.optimizer}"
+    )
     say(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
     rows, turns = list[dict[str, Any]](), dict[str, timing.TimedCall]()
     for contender in baselines.candidates(work, names, misses):
@@ -221,7 +223,7 @@ def _work(options: BenchOptions, target: BenchTarget, misses: list[str]) -> base
 def bench_memory(options: BenchOptions, say: Say) -> Figures:
     """Measure bytes saved for backward by checkpointing level, ours and diffusers', with weights in the compute dtype."""
     target = bench_target(options)
-    dtype, images = COMPUTE_DTYPE[target.stage.precision], target.stage.micro if options.changed("batch") else 1
+    dtype, images = COMPUTE_DTYPE[target.stage.precision], target.stage.micro_batch_size if options.changed("batch") else 1
     # Two models, the gradients of one, and the bytes diffusers' UNet saves for backward.
     need = 12 * sum(target.sizes) + images * 2e9 * (target.side / 64) ** 2 * target.cfg.block_out_channels[0] / 320
     if need > target.free:

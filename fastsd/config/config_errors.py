@@ -12,7 +12,7 @@ Tables = Mapping[str, Any]  # table name -> its pydantic model; a nested table h
 KINDS = {
     "folders": 'a list of paths, each a string or { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }',
     "micro_batch": 'a whole number, 0 for the whole batch, or "auto"',
-    "lr": "a number above 0, or one for each trained part: { unet = 1e-6, text_encoder = 3e-6 }",
+    "lr": "a number above 0, or one per trained component: { unet = 1e-6, text_encoder = 3e-6 }",
     "until": 'a number of steps, or "2e", "64000 images", "12h"',
     "validate.every": 'a number of steps, or "1e", "30m"',
     "sample_every": 'a number of steps, 0 for never, or "1e", "30m"',
@@ -64,8 +64,8 @@ def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> l
             problems.append(f"{key}: unknown key{_did_you_mean(key, sorted(top), tables)}")
     for name, table in tables.items():
         entries: Any = raw
-        for part in name.split("."):
-            entries = entries.get(part, {}) if isinstance(entries, dict) else {}
+        for segment in name.split("."):
+            entries = entries.get(segment, {}) if isinstance(entries, dict) else {}
         for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
             place = f"stage.{i}" if name == "stage" else name
             for key in entry if isinstance(entry, dict) else []:
@@ -76,40 +76,43 @@ def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> l
 
 def _did_you_mean(key: str, names: list[str], tables: Tables) -> str:
     if key in FAMILIAR:
-        return f"; it is called {FAMILIAR[key]} here"
+        return f"; use {FAMILIAR[key]}"
     full_names = {field: f"{table}.{field}" for table, cls in tables.items() for field in cls.model_fields}
     close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"
     if key in full_names:
         return f"; did you mean {full_names[key]}?"
-    return f"; known here: {', '.join(names)}" if names else ""
+    return f"; valid keys are {', '.join(names)}" if names else ""
 
 
 def sentence(item: Any) -> str:
     """Turn one pydantic error into a sentence `field: value found; what to do`."""
-    place = ".".join(str(part) for part in item["loc"] if part not in ("int", "str", "float"))
+    place = ".".join(str(segment) for segment in item["loc"] if segment not in ("int", "str", "float"))
     value = item["input"]
-    for i, part in enumerate(item["loc"]):
+    for i, segment in enumerate(item["loc"]):
         location = ".".join(map(str, item["loc"][: i + 1]))
-        kind = KINDS.get(location) or KINDS.get(str(part))
+        kind = KINDS.get(location) or KINDS.get(str(segment))
         if kind and item["type"] not in ("value_error", "missing"):
             return f"{location} is {value!r}; it must be {kind}"
+
     if item["type"] == "missing":
         if len(item["loc"]) == 1:
-            return f"[{place}] is missing; add that table"
+            return f"[{place}] is missing; add the table"
         return f"{place} is missing; add it"
     if place == "stage" and isinstance(value, dict):
-        return "stage is one table; stages are a list, write [[stage]] with two brackets"
+        return "stage is a table; write [[stage]] with two brackets"
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{place}: {message}" if place else message
+
     expected = item["msg"].replace("Input should be ", "").replace("a valid ", "a ").replace("a integer", "a whole number")
     if item["type"] == "literal_error":
         return f"{place} is {value!r}; choose {expected}"
     if item["type"] in ("too_short", "too_long"):
         limit = item["ctx"].get("min_length", item["ctx"].get("max_length"))
-        return f"{place} is {value!r}; it must have at {'least' if item['type'] == 'too_short' else 'most'} {limit} entries"
+        bound, noun = "least" if item["type"] == "too_short" else "most", "entry" if limit == 1 else "entries"
+        return f"{place} is {value!r}; it must have at {bound} {limit} {noun}"
     if "instance of" in expected:
         expected = "a table"
     shown = value if len(repr(value)) < 80 else type(value).__name__

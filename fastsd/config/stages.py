@@ -12,15 +12,20 @@ Rate = Annotated[float, Field(gt=0)]
 Amount = int | str  # a number of steps, epochs or images, or a time; see `parse_amount`
 COMPONENTS = ("unet", "text_encoder")
 ENDLESS = 1 << 40  # steps of a stage with a time limit
+# Key -> the option and its value that the key applies to.
+_OPTION_OF = {
+    "huber_delta": ("loss", "huber"),
+    "timestep_mean": ("timesteps", "logit_normal"),
+    "timestep_std": ("timesteps", "logit_normal"),
+}
 
 
 class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-# fmt: off
 class StageTable(Table):
-    name: str = ""                                 # name of the stage in logs, checkpoints and overrides; "" = stage-N
+    name: str = ""  # name of the stage in logs, checkpoints and overrides; "" = stage-N
     # What to train; everything else is frozen and costs nothing. "unet", "text_encoder", "lora" (the adapters of [model.lora]),
     # a group of a component (unet.attention, unet.cross_attention, unet.norms, unet.in, unet.mid, unet.out, unet.conv_in, ...)
     # or parameter names as in diffusers, with * as wildcard: "unet.up_blocks.3.*", "text_encoder.layers.11"
@@ -29,66 +34,65 @@ class StageTable(Table):
     until: Amount
     # Taken over from the previous stage: "reset" = only the weights; "carry" = also the optimizer state, d and EMA
     state: Literal["reset", "carry"] = "reset"
-    reinit: list[str] = []                         # start these from new random weights; named as in train
+    reinit: list[str] = []  # start these from new random weights; named as in train
     precision: Precision = "fp32"
-    batch: int = Field(32, ge=1)                   # images per optimizer step
+    batch: int = Field(32, ge=1)  # images per optimizer step
     # Images per forward, a divisor of batch; gradients are accumulated. 0 = batch, "auto" = the largest that fits
     micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     # Recomputation in the backward. ff: the first matmul of the feed-forwards, for a third less memory; block: everything, for
     # very little memory and a third more time. `fastsd plan` prints the figures.
     checkpointing: Literal["none", "ff", "block"] = "none"
-    fused_backward: bool = False                   # update each parameter when its gradient arrives: no gradient memory.
-                                                   # Requires micro_batch = batch and no grad_clip
+    # Update each parameter when its gradient arrives: no gradient memory. Requires micro_batch = batch and no grad_clip
+    fused_backward: bool = False
 
     optimizer: Literal["dlion", "lion", "adamw"] = "dlion"
     # dlion: 1.0 by default (a factor on its own d); lion and adamw: required. One lr, or { unet = 1e-6, text_encoder = 3e-6 }
     lr: Rate | dict[Literal["unet", "text_encoder"], Rate] | None = None
-    betas: list[float] | None = Field(None, min_length=2, max_length=2)    # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
+    betas: list[float] | None = Field(None, min_length=2, max_length=2)  # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
-    decoupled_weight_decay: bool = False           # lion: decay by weight_decay * lr / initial lr, as in lion-pytorch
-    d0: float = Field(1e-6, gt=0)                  # dlion: first estimate of the step size
+    decoupled_weight_decay: bool = False  # lion: decay by weight_decay * lr / initial lr, as in lion-pytorch
+    d0: float = Field(1e-6, gt=0)  # dlion: first estimate of the step size
     growth_rate: float | None = Field(None, gt=1)  # dlion: largest factor by which d grows per step, for example 1.02
-    d_max: float | None = Field(None, gt=0)        # dlion: upper limit of d
-    freeze_d_after: int = Field(0, ge=0)           # dlion: d is constant after this many steps of the stage; 0 = never
-    schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"    # of lr, after the warm-up
-    lr_floor: float = Field(0.0, ge=0, le=1)       # final value of the schedule, as a share of lr
-    restarts: int = Field(0, ge=0)                 # restarts of the schedule, in cycles of equal length
-    warmup: int | float = Field(0, ge=0)           # steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
-    grad_clip: float = Field(0.0, ge=0)            # largest gradient norm over all trained parameters; 0 = no clipping
-    ema: float = Field(0.0, ge=0, lt=1)            # decay of the EMA of the weights, from the stage's start; 0 = no EMA
-    ema_power: float = Field(0.0, ge=0)            # warm-up: decay in step n is at most 1 - (1 + n)^-power, e.g. 2/3; 0 = none
-    ema_after: int = Field(0, ge=0)                # steps during which the EMA equals the weights
+    d_max: float | None = Field(None, gt=0)  # dlion: upper limit of d
+    freeze_d_after: int = Field(0, ge=0)  # dlion: d is constant after this many steps of the stage; 0 = never
+    schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"  # of lr, after the warm-up
+    lr_floor: float = Field(0.0, ge=0, le=1)  # final value of the schedule, as a share of lr
+    restarts: int = Field(0, ge=0)  # restarts of the schedule, in cycles of equal length
+    warmup: int | float = Field(0, ge=0)  # steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
+    grad_clip: float = Field(0.0, ge=0)  # largest gradient norm over all trained parameters; 0 = no clipping
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of the EMA of the weights, from the stage's start; 0 = no EMA
+    ema_power: float = Field(0.0, ge=0)  # warm-up: decay in step n is at most 1 - (1 + n)^-power, e.g. 2/3; 0 = none
+    ema_after: int = Field(0, ge=0)  # steps during which the EMA equals the weights
 
     loss: Literal["mse", "mae", "huber"] = "mse"
-    huber_delta: float = Field(1.0, gt=0)          # huber: quadratic below this error, linear above
-    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"    # of timesteps
-    weighting_gamma: float | None = Field(None, gt=0)    # default: min_snr 5.0, p2 1.0
-    noise_offset: float = Field(0.0, ge=0, le=1)   # standard deviation of noise constant over a channel, e.g. 0.05 to 0.1
+    huber_delta: float = Field(1.0, gt=0)  # huber: quadratic below this error, linear above
+    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"  # of timesteps
+    weighting_gamma: float | None = Field(None, gt=0)  # default: min_snr 5.0, p2 1.0
+    noise_offset: float = Field(0.0, ge=0, le=1)  # standard deviation of noise constant over a channel, e.g. 0.05 to 0.1
     pyramid_noise: float = Field(0.0, ge=0, lt=1)  # share of noise at half resolution, squared at a quarter, ...; e.g. 0.3
-    input_perturbation: float = Field(0.0, ge=0, le=1)   # additional noise in the input, not in the target; e.g. 0.1
-    immiscible: int = Field(1, ge=1, le=64)        # noises drawn per image; the one nearest to it is used; 1 = plain noise
+    input_perturbation: float = Field(0.0, ge=0, le=1)  # additional noise in the input, not in the target; e.g. 0.1
+    immiscible: int = Field(1, ge=1, le=64)  # noises drawn per image; the one nearest to it is used; 1 = plain noise
     timesteps: Literal["uniform", "logit_normal", "cubic"] = "uniform"
-    timestep_range: list[int] = Field([0, 1000], min_length=2, max_length=2)     # [first, end), the end is excluded
-    timestep_mean: float = 0.0                     # logit_normal: above 0 more noise, below 0 less
-    timestep_std: float = Field(1.0, gt=0)         # logit_normal: spread of the timesteps
-    unmasked_weight: float = Field(0.0, ge=0, le=1)      # loss weight where a mask (data.masks) is black
+    timestep_range: list[int] = Field([0, 1000], min_length=2, max_length=2)  # [first, end), the end is excluded
+    timestep_mean: float = 0.0  # logit_normal: above 0 more noise, below 0 less
+    timestep_std: float = Field(1.0, gt=0)  # logit_normal: spread of the timesteps
+    unmasked_weight: float = Field(0.0, ge=0, le=1)  # loss weight where a mask (data.masks) is black
 
-    caption_dropout: float = Field(0.0, ge=0, le=1)    # share of captions replaced by ""
-    max_tags: int = Field(0, ge=0)                 # keep the first n tags of a caption; 0 = all
+    caption_dropout: float = Field(0.0, ge=0, le=1)  # share of captions replaced by ""
+    max_tags: int = Field(0, ge=0)  # keep the first n tags of a caption; 0 = all
     tag_separator: str = Field(",", min_length=1)  # separator between tags
-    shuffle_tags: bool = False                     # put tags in random order
-    keep_tags: int = Field(0, ge=0)                # the first n tags are neither shuffled nor dropped
-    tag_dropout: float = Field(0.0, ge=0, le=1)    # share of individual tags that are dropped
-    shuffle_sentences: bool = False                # put sentences, which end with full stops, in random order
+    shuffle_tags: bool = False  # put tags in random order
+    keep_tags: int = Field(0, ge=0)  # the first n tags are neither shuffled nor dropped
+    tag_dropout: float = Field(0.0, ge=0, le=1)  # share of individual tags that are dropped
+    shuffle_sentences: bool = False  # put sentences, which end with full stops, in random order
 
-    sample_every: Amount = 0                       # interval of sample grids: steps, "1e", "30m"; 0 = only at the stage's end
-    checkpoint_every: Amount = 1000                # interval of checkpoints, same units; the stage's end always has one
-    keep_checkpoints: int = Field(3, ge=1)         # newest ones retained; stage ends, checkpoint_at and requested ones stay
-    checkpoint_at: list[Amount] = []               # checkpoints to retain for good: ["1e", "10e", 5000]
-    # fmt: on
+    sample_every: Amount = 0  # interval of sample grids: steps, "1e", "30m"; 0 = only at the stage's end
+    checkpoint_every: Amount = 1000  # interval of checkpoints, same units; the stage's end always has one
+    keep_checkpoints: int = Field(3, ge=1)  # newest ones retained; stage ends, checkpoint_at and requested ones stay
+    checkpoint_at: list[Amount] = []  # checkpoints to retain for good: ["1e", "10e", 5000]
 
     @property
-    def parts(self) -> list[str]:
+    def components(self) -> list[str]:
         """Components named in `train`. Without "lora", because its components depend on the model."""
         return list(dict.fromkeys(entry.split(".")[0] for entry in self.train if entry != "lora"))
 
@@ -98,13 +102,13 @@ class StageTable(Table):
         amount, unit = parse_amount("until", self.until)
         return amount if unit == "seconds" else None
 
-    def rate_of(self, part: str) -> float:
+    def rate_of(self, component: str) -> float:
         """Return the lr of a trained component, with D-Lion's default filled in."""
-        lr = self.lr[part] if isinstance(self.lr, dict) else self.lr  # type: ignore[index]
+        lr = self.lr[component] if isinstance(self.lr, dict) else self.lr  # type: ignore[index]
         return 1.0 if lr is None else lr
 
     @property
-    def micro(self) -> int:
+    def micro_batch_size(self) -> int:
         """Images per forward. "auto" counts as the whole batch here; the trainer resolves it."""
         return self.batch if self.micro_batch in (0, "auto") else int(self.micro_batch)
 
@@ -116,78 +120,76 @@ class StageTable(Table):
         return int(self.warmup * total) if 0 < self.warmup < 1 else int(self.warmup)
 
     @model_validator(mode="after")
-    def _trains(self) -> StageTable:
-        for entry in self.train + self.reinit:
-            if entry != "lora" and entry.split(".")[0] not in COMPONENTS:
-                key = "train" if entry in self.train else "reinit"
-                raise ValueError(f'{key} names {entry!r}; parts are "unet", "text_encoder", "lora", or groups like "unet.mid"')
+    def _check_train(self) -> StageTable:
+        for key, lora in (("train", '"lora", '), ("reinit", "")):
+            for entry in getattr(self, key):
+                if entry != "lora" and entry.split(".")[0] not in COMPONENTS:
+                    raise ValueError(f'{key} has {entry!r}; use {lora}"unet", "text_encoder" or a group such as "unet.mid"')
         if "lora" in self.reinit:
-            raise ValueError('reinit names "lora", which starts anew in every run; remove it')
+            raise ValueError('reinit has "lora", which every run initialises; remove it')
         if len(set(self.train)) != len(self.train):
-            raise ValueError(f"train names a part twice: {self.train}; name each once")
-        for part in COMPONENTS:
-            entries = [entry for entry in self.train if entry.startswith(f"{part}.")]
-            if part in self.train and entries:
-                raise ValueError(f"train names {part!r} and {entries[0]!r}, which is in it; remove one of them")
+            raise ValueError(f"train is {self.train}; remove the duplicate")
+        for component in COMPONENTS:
+            groups = [entry for entry in self.train if entry.startswith(f"{component}.")]
+            if component in self.train and groups:
+                raise ValueError(f"train has {component!r}, which includes {groups[0]!r}; remove one of them")
         return self
 
     @model_validator(mode="after")
-    def _learns(self) -> StageTable:
+    def _check_optimizer(self) -> StageTable:
         if self.lr is None and self.optimizer != "dlion":
-            raise ValueError(f"lr is missing and {self.optimizer} needs one; write for example lr = 3e-6")
+            raise ValueError(f"lr is missing and {self.optimizer} needs it; add lr, for example 3e-6")
         if isinstance(self.lr, dict):
-            needed = set(self.parts) | ({"unet"} if "lora" in self.train else set())
+            needed = set(self.components) | ({"unet"} if "lora" in self.train else set())
             if not needed <= set(self.lr) or ("lora" not in self.train and set(self.lr) - needed):
-                lr_names = ", ".join(self.lr) or "no part"
-                raise ValueError(f"lr names {lr_names} and train names {', '.join(self.train)}; give each trained part one")
+                raise ValueError(f"lr has keys {list(self.lr)} and train is {self.train}; set one lr per trained component")
         for key in ("growth_rate", "d_max", "freeze_d_after"):
             if getattr(self, key) and self.optimizer != "dlion":
-                raise ValueError(f"{key} is a guard of dlion's d and optimizer is {self.optimizer!r}; remove it")
+                raise ValueError(f"{key} is set, an option of dlion, and optimizer is {self.optimizer!r}; remove {key}")
         if self.d_max is not None and self.d_max < self.d0:
-            raise ValueError(f"d_max is {self.d_max:g}, below d0 {self.d0:g} where d starts; raise it or lower d0")
-        if self.fused_backward and (self.batch != self.micro or self.micro_batch == "auto" or self.grad_clip):
+            raise ValueError(f"d_max is {self.d_max:g}, below d0 {self.d0:g}; raise d_max or lower d0")
+        if self.fused_backward and (self.batch != self.micro_batch_size or self.micro_batch == "auto" or self.grad_clip):
             option = "grad_clip" if self.grad_clip else "micro_batch"
-            raise ValueError(f"fused_backward steps parameters before the last gradient is known; remove {option}, or it")
-        if self.batch % self.micro:
-            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}; choose a divisor")
+            raise ValueError(f"fused_backward is true, which does not work with {option}; remove one of them")
+        if self.batch % self.micro_batch_size:
+            raise ValueError(f"micro_batch is {self.micro_batch}, not a divisor of batch {self.batch}; use a divisor")
         if self.betas and not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"betas are {list(self.betas)}; both must be at least 0 and below 1")
+            raise ValueError(f"betas is {list(self.betas)}; use two numbers of at least 0 and below 1")
         if (self.ema_power or self.ema_after) and not self.ema:
             key = "ema_power" if self.ema_power else "ema_after"
-            raise ValueError(f"{key} is given and ema is 0, so there is no average; set ema, for example 0.9999")
+            raise ValueError(f"{key} is set and ema is 0; set ema, for example 0.9999")
         return self
 
     @model_validator(mode="after")
-    def _ends(self) -> StageTable:
+    def _check_length(self) -> StageTable:
         amount, unit = parse_amount("until", self.until)
         if unit == "steps" and self.warmup_steps(int(amount)) > amount:
-            raise ValueError(f"warmup is {self.warmup:g} steps and the stage has {amount:g}; shorten it, or write a share: 0.1")
+            raise ValueError(
+                f"warmup is {self.warmup:g} steps and the stage has {amount:g}; lower it, or use a fraction such as 0.1"
+            )
         if unit == "seconds" and (self.schedule != "constant" or 0 < self.warmup < 1):
             option = f"schedule {self.schedule!r}" if self.schedule != "constant" else f"warmup {self.warmup:g}"
-            raise ValueError(f"until is {self.until!r}, and {option} needs a number of steps; count in steps, epochs or images")
+            raise ValueError(f"until is {self.until!r} and {option} needs a number of steps; use steps, epochs or images")
         if self.restarts and self.schedule == "constant":
-            raise ValueError("restarts is given and schedule is constant; choose linear, cosine or rex")
+            raise ValueError(f"restarts is {self.restarts} and schedule is 'constant'; use linear, cosine or rex")
         for key in ("sample_every", "checkpoint_every"):
             if getattr(self, key) != 0 or key == "checkpoint_every":
                 parse_amount(key, getattr(self, key))
         for point in self.checkpoint_at:
             if parse_amount("checkpoint_at", point)[1] == "seconds":
-                raise ValueError(f"checkpoint_at has {point!r}; count in steps, epochs or images")
+                raise ValueError(f"checkpoint_at has {point!r}; use steps, epochs or images")
         return self
 
     @model_validator(mode="after")
-    def _objective(self) -> StageTable:
-        low, high = self.timestep_range
-        if not 0 <= low < high:
-            raise ValueError(f"timestep_range is {[low, high]}; write [from, to], at least 0 and from below to")
+    def _check_objective(self) -> StageTable:
+        first, end = self.timestep_range
+        if not 0 <= first < end:
+            raise ValueError(f"timestep_range is {[first, end]}; use [first, end] with 0 <= first < end")
         if self.weighting_gamma is not None and self.weighting not in ("min_snr", "p2"):
-            raise ValueError(f"weighting_gamma is given and weighting is {self.weighting!r}; it belongs to min_snr and p2")
-        for key, option, value in (
-            ("huber_delta", "loss", "huber"), ("timestep_mean", "timesteps", "logit_normal"),
-            ("timestep_std", "timesteps", "logit_normal"),
-        ):  # fmt: skip
+            raise ValueError(f"weighting_gamma is set and weighting is {self.weighting!r}; use min_snr or p2, or remove it")
+        for key, (option, value) in _OPTION_OF.items():
             if getattr(self, option) != value and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is given and {option} is {getattr(self, option)!r}; it belongs to {value}")
+                raise ValueError(f"{key} is set and {option} is {getattr(self, option)!r}; use {value}, or remove {key}")
         return self
 
 
@@ -211,9 +213,8 @@ def parse_amount(key: str, amount: Amount) -> tuple[float, str]:
     word = match[2] if match else "?"
     unit = _UNITS.get(word) or _UNITS.get(word.removesuffix("s"))
     if not match or unit is None or float(match[1]) <= 0 or ("." in match[1] and unit[0] in ("steps", "images")):
-        raise ValueError(
-            f'{key} is {amount!r}; write steps (1000), epochs ("2e"), images ("64000 images") or a time ("90m", "12h"), above 0'
-        )
+        time = "" if key == "checkpoint_at" else ' or a time ("12h")'
+        raise ValueError(f'{key} is {amount!r}; use steps (1000), epochs ("2e"), images ("64000 images"){time}, above 0')
     return float(match[1]) * unit[1], unit[0]
 
 

@@ -17,6 +17,6 @@ def export_bytes(config: Config, parts: Mapping[str, int]) -> int:
     """
     averaged, lora = config.stage[-1].ema > 0, config.model.lora
     adapted = COMPONENTS[: 1 + lora.text_encoder] if lora else ()
-    copied = [*adapted * (1 + averaged), *(config.stage[-1].parts if averaged and not lora else ())]
+    copied = [*adapted * (1 + averaged), *(config.stage[-1].components if averaged and not lora else ())]
     single = sum(parts.values()) * DTYPE[config.export.dtype].itemsize // 4 if config.export.single_file else 0
     return sum(parts[component] for component in copied) + single * (1 + averaged)

@@ -350,7 +350,7 @@ def _count(data: DataTable) -> int | None:
 def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[GpuSpec], images: int | None) -> dict[str, Any]:
     """Describe one stage as JSON, with sizes in bytes and times in seconds."""
     largest = plan.largest_micro_batch()
-    micro = stage.micro if stage.micro_batch != "auto" else largest or plan.micro_batches[0]
+    micro = stage.micro_batch_size if stage.micro_batch != "auto" else largest or plan.micro_batches[0]
     need = plan.need(micro)
     unit = parse_amount("until", stage.until)[1]
     steps = stage.steps(images or 1) if images or unit != "epochs" else None

@@ -65,7 +65,7 @@ def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
     if resumed and progress.micro_batch_size and progress.micro_batch_setting == stage.micro_batch:
         return progress.micro_batch_size
     if stage.micro_batch != "auto":
-        return stage.micro
+        return stage.micro_batch_size
     # Free memory plus the memory of the resident modules, because the plan counts the model too.
     scratch = SCRATCH if run.device.type == "cuda" else 0
     resident_bytes = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())

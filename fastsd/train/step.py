@@ -51,7 +51,7 @@ class Step:
         stage: the stage to train.
         total: optimizer steps of the stage, for the schedule.
         seed: seed of noise and timesteps.
-        micro: images per forward; None = `stage.micro`.
+        micro: images per forward; None = `stage.micro_batch_size`.
         graph: capture the step as a CUDA graph, one per number of images; the results are the same.
         states: batches contain text embeddings. The step then does not use the text encoder, on whatever device it is.
         carried: number of steps of earlier stages from which this stage continues the optimizer state and EMA.
@@ -68,7 +68,7 @@ class Step:
     ) -> None:  # fmt: skip
         self.model, self.stage, self.total, self.carried, self.warn = model, stage, total, carried, warn
         self.trained = selected(model, stage.train, f"stage {stage.name!r}: train")
-        self.micro = micro or stage.micro
+        self.micro = micro or stage.micro_batch_size
         self.device = model.unet.conv_in.weight.device
         self.ops = model.unet.ops
         self.parts = {name: self._part(name) for name in COMPONENTS if not (states and name == "text_encoder")}

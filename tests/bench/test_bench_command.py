@@ -400,7 +400,7 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits():
     of = options.bench_target(given)
     of.free = need(of, [], micro_batch=6) - 1
     suites._fitting(given, of, [])
-    assert (of.stage.batch, of.stage.micro) == (12, 4)
+    assert (of.stage.batch, of.stage.micro_batch_size) == (12, 4)
 
 
 @pytest.mark.parametrize(

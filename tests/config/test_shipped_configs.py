@@ -1,4 +1,4 @@
-"""Every config of configs/ in miniature: the demo's model and pictures, a few steps, and the report its README promises."""
+"""Every config of configs/ in miniature: the demo's model and images, a few steps, and the report its README describes."""
 
 import json
 import shutil
@@ -25,44 +25,44 @@ from fastsd.run import checkpoint
 from fastsd.run.loop import train
 from fastsd.storage import read_safetensors
 
+SMALL = {
+    "data.resolution": 32, "sample.prompts": ["a red circle"], "sample.images": 1, "sample.steps": 2, "sample.guidance": 2.0,
+    "log.every": 1, "log.tensorboard": False, "stage.until": 4, "stage.batch": 4, "stage.micro_batch": 2,
+    "stage.sample_every": 2, "stage.checkpoint_every": 2,
+}  # fmt: skip
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.toml"))
 
 
 class World:
-    """A dozen pictures and what makes a shipped config small."""
+    """A dozen images, and overrides that make a shipped config small."""
 
     def __init__(self, folder: Path):
         self.folder, self.images = folder, folder / "images"
         write_dataset(self.images, 12, seed=1)
 
-    def keys(self, name: str, **own: object) -> list[str]:
+    def keys(self, name: str, **overrides: object) -> list[str]:
         """Overrides of configs/NAME.toml, by dotted keys."""
         text = (ROOT / "configs" / f"{name}.toml").read_text()
-        small: dict[str, object] = {
-            "model.base": MODELS / "base", "data.folders": [str(self.images)], "data.resolution": 32, "run": self.folder / name,
-            "cache.dir": self.folder / "cache", "sample.prompts": ["a red circle"], "sample.images": 1,
-            "sample.steps": 2, "sample.guidance": 2.0, "log.every": 1, "log.tensorboard": False, "stage.until": 4,
-            "stage.batch": 4, "stage.micro_batch": 2, "stage.sample_every": 2, "stage.checkpoint_every": 2,
-        }  # fmt: skip
+        small: dict[str, object] = {"model.base": MODELS / "base", "data.folders": [str(self.images)]}
+        small |= {"run": self.folder / name, "cache.dir": self.folder / "cache"} | SMALL
         if "[validate]" in text:
             small |= {"validate.held_out": 4, "validate.every": 2, "validate.bands": 2, "validate.per_band": 1}
         if "stabilised" in text:
             small["validate.stabilised"] = 4
-        return [
-            f"{key}={json.dumps(value) if isinstance(value, (list, bool)) else value}" for key, value in (small | own).items()
-        ]
+        texts = {k: json.dumps(v) if isinstance(v, (list, bool)) else v for k, v in (small | overrides).items()}
+        return [f"{key}={text}" for key, text in texts.items()]
 
-    def config(self, name: str, **own: object):
-        return load_config(ROOT / "configs" / f"{name}.toml", self.keys(name, **own))
+    def config(self, name: str, **overrides: object):
+        return load_config(ROOT / "configs" / f"{name}.toml", self.keys(name, **overrides))
 
-    def train(self, name: str, **own: object) -> Path:
-        config, console = self.config(name, **own), Console(file=StringIO())
+    def train(self, name: str, **overrides: object) -> Path:
+        config, console = self.config(name, **overrides), Console(file=StringIO())
         cache(config, console)
         train(config, console)
         return Path(config.run)
 
     def report(self, name: str, *runs: Path, **options) -> dict:
-        """The tables of a report, and that its page holds pictures."""
+        """Write a report, check its images, and return its tables."""
         out = self.folder / f"{name}.html"
         compare(runs, out, console=Console(file=StringIO()), **options)
         assert "data:image" in out.read_text()
@@ -80,14 +80,14 @@ def rows(run: Path, file: str = "log") -> list[dict]:
     return [json.loads(line) for line in (run / f"{file}.jsonl").read_text().splitlines()]
 
 
-def ends(run: Path) -> list[Path]:
-    """The checkpoints at stages' ends, of four steps each."""
+def stage_ends(run: Path) -> list[Path]:
+    """Return the checkpoints at the ends of stages, which have four steps each."""
     return [path for path in checkpoint.checkpoints(run / "checkpoints") if int(path.name[5:]) % 4 == 0]
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "demo.toml"])
 def test_check_passes_with_faked_folders(name, world):
-    """As shipped, but for what a machine has to have: base, VAE, folders."""
+    """As shipped, except for the base, the VAE and the folders."""
     config = world.config(name.removesuffix(".toml"))
     shipped = load_config(ROOT / "configs" / name)
     faked = {"base": str(MODELS / "base"), "vae": str(MODELS / "vae") if shipped.model.vae else ""}
@@ -110,40 +110,36 @@ def test_check_passes_with_faked_folders(name, world):
 def test_xlsd(world):
     """Swapped VAE, three stages, then a longer text encoder."""
     run = world.train("xlsd", **{"model.vae": MODELS / "vae"})
-    texts = [read_safetensors(path / "text_encoder/model.safetensors") for path in ends(run)]
-    unets = [read_safetensors(path / "unet/diffusion_pytorch_model.safetensors") for path in ends(run)]
+    texts = [read_safetensors(path / "text_encoder/model.safetensors") for path in stage_ends(run)]
+    unets = [read_safetensors(path / "unet/diffusion_pytorch_model.safetensors") for path in stage_ends(run)]
     assert same(unets[0], unets[1]) and not same(unets[1], unets[2])
     assert not same(texts[0], texts[1]) and same(texts[1], texts[2])
     assert {row["set"] for row in rows(run, "validation")} == {"held_out", "stabilised"}
     longer = world.folder / "xlsd-248"
     long_clip(str(run / "model"), longer, 248, reporter=lambda _: None)
-    again = world.train("xlsd-long", **{"model.base": longer})
-    assert (
-        load_model(load_config(ROOT / "configs/demo.toml", [f"model.base={again}/model", "model.vae="]).model).text.window
-        == 248
-    )
-    world.report("xlsd-report", run, again)
+    longer_run = world.train("xlsd-long", **{"model.base": longer})
+    table = load_config(ROOT / "configs/demo.toml", [f"model.base={longer_run}/model", "model.vae="]).model
+    assert load_model(table).text.window == 248
+    world.report("xlsd-report", run, longer_run)
 
 
 def test_overtraining(world):
-    """Both share their first stage to the bit; then one part stands still in each."""
+    """Both runs have the same first stage, bit for bit; then each trains one component."""
     points = {"stage.checkpoint_at": [1], "stage.keep_checkpoints": 1}
-    unet, text = (world.train(f"overtrain-{which}", **points) for which in ("unet", "text"))
+    unet, text = (world.train(f"overtrain-{trained}", **points) for trained in ("unet", "text"))
     first = [rows(run)[:4] for run in (unet, text)]
     assert first[0] == first[1]
-    for run, still, file in (
-        (unet, "text_encoder", "model"), (text, "unet", "diffusion_pytorch_model"),
-    ):  # fmt: skip
-        weights = [read_safetensors(path / still / f"{file}.safetensors") for path in ends(run)]
+    for run, frozen in ((unet, "text_encoder/model"), (text, "unet/diffusion_pytorch_model")):
+        weights = [read_safetensors(path / f"{frozen}.safetensors") for path in stage_ends(run)]
         assert len(weights) == 3 and same(weights[0], weights[1]) and same(weights[1], weights[2])
-        kept = [int(path.name[5:]) for path in checkpoint.checkpoints(run / "checkpoints")]
-        assert kept == [1, 4, 5, 8, 9, 12]
+        steps = [int(path.name[5:]) for path in checkpoint.checkpoints(run / "checkpoints")]
+        assert steps == [1, 4, 5, 8, 9, 12]
     tables = world.report("overtrain", unet, text, drawing=["guidance=2"], from_checkpoints=True)
     assert tables and list((world.folder / "overtrain").glob("*.gif"))
 
 
 def test_one_parameter(world):
-    """Runs that differ in clip skip alone see the same, and are drawn with each clip skip in sampling."""
+    """Runs that differ only in clip skip train on the same samples and noise, and are sampled with each clip skip."""
     config = ROOT / "configs/one-parameter.toml"
     sweep(config, [*world.keys("one-parameter"), "model.clip_skip=0,1"], console=Console(file=StringIO()))
     root = world.folder / "one-parameter"
@@ -164,7 +160,7 @@ def test_fine_tuning_against_lora(world):
 
 
 def test_generated_images(world):
-    """Three sets drawn by a model, and equal training on each and on the originals."""
+    """Three data sets drawn by a model, and the same training on each and on the originals."""
     config, console = world.config("generated"), Console(file=StringIO())
     cache(config, console)
     sets = {"drawn": None, "decoded": 0, "renoised": 200}
