@@ -46,9 +46,7 @@ class ModelTable(Table):
     @model_validator(mode="after")
     def _check_prediction(self) -> ModelTable:
         if self.zero_snr and self.prediction == "epsilon":
-            raise ValueError(
-                'prediction is "epsilon" and zero_snr is true; set prediction = "v_prediction" or zero_snr = false'
-            )
+            raise ValueError('prediction is "epsilon" and zero_snr is true; use "v_prediction" or zero_snr = false')
         return self
 
 

@@ -13,11 +13,7 @@ Amount = int | str  # a number of steps, epochs or images, or a time; see `parse
 COMPONENTS = ("unet", "text_encoder")
 ENDLESS = 1 << 40  # steps of a stage with a time limit
 # Key -> the option and its value that the key applies to.
-_OPTION_OF = {
-    "huber_delta": ("loss", "huber"),
-    "timestep_mean": ("timesteps", "logit_normal"),
-    "timestep_std": ("timesteps", "logit_normal"),
-}
+_NEEDS = {"huber_delta": ("loss", "huber")} | dict.fromkeys(("timestep_mean", "timestep_std"), ("timesteps", "logit_normal"))
 
 
 class Table(BaseModel):
@@ -164,12 +160,10 @@ class StageTable(Table):
     def _check_length(self) -> StageTable:
         amount, unit = parse_amount("until", self.until)
         if unit == "steps" and self.warmup_steps(int(amount)) > amount:
-            raise ValueError(
-                f"warmup is {self.warmup:g} steps and the stage has {amount:g}; lower it, or use a fraction such as 0.1"
-            )
+            raise ValueError(f"warmup is {self.warmup:g} steps and the stage has {amount:g}; lower it, or use a fraction: 0.1")
         if unit == "seconds" and (self.schedule != "constant" or 0 < self.warmup < 1):
             option = f"schedule {self.schedule!r}" if self.schedule != "constant" else f"warmup {self.warmup:g}"
-            raise ValueError(f"until is {self.until!r} and {option} needs a number of steps; use steps, epochs or images")
+            raise ValueError(f"until is {self.until!r}, but {option} needs a number of steps; use steps, epochs or images")
         if self.restarts and self.schedule == "constant":
             raise ValueError(f"restarts is {self.restarts} and schedule is 'constant'; use linear, cosine or rex")
         for key in ("sample_every", "checkpoint_every"):
@@ -187,7 +181,7 @@ class StageTable(Table):
             raise ValueError(f"timestep_range is {[first, end]}; use [first, end] with 0 <= first < end")
         if self.weighting_gamma is not None and self.weighting not in ("min_snr", "p2"):
             raise ValueError(f"weighting_gamma is set and weighting is {self.weighting!r}; use min_snr or p2, or remove it")
-        for key, (option, value) in _OPTION_OF.items():
+        for key, (option, value) in _NEEDS.items():
             if getattr(self, option) != value and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is set and {option} is {getattr(self, option)!r}; use {value}, or remove {key}")
         return self

@@ -87,14 +87,7 @@ if not AVAILABLE:
     TRITON = None
 remove_stand_in()
 # Usable if `cpu_optimizers.problem()` returns None; otherwise its own functions raise ValueError.
-CPU = replace(
-    REFERENCE,
-    name="cpu",
-    gradient_norm=gradient_norm_cpu,
-    lion=lion_cpu,
-    dlion=dlion_cpu,
-    adamw=adamw_cpu,
-)
+CPU = replace(REFERENCE, name="cpu", gradient_norm=gradient_norm_cpu, lion=lion_cpu, dlion=dlion_cpu, adamw=adamw_cpu)
 
 
 def fastest(device: torch.device) -> Ops:

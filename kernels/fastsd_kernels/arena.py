@@ -85,9 +85,7 @@ def join_master(master_hi: Tensor, master_lo: Tensor) -> Tensor:
 
 @contextmanager
 def masters(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    **options: Unpack[StepOptions],
+    params: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[StepOptions]
 ) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """Yield fp32 parameters and scaled fp32 gradients for a reference to step, and apply the step's options around it."""
     masters_lo, emas = options.get("masters_lo"), options.get("emas")
@@ -329,17 +327,23 @@ def operands(
     for p, g, *state, master_lo, ema in zip(params, grads, *states, masters_lo or absent, emas or absent, strict=True):
         fp32_states = [t for t in (*state, ema) if t is not None]
         require_device(op, p, g, master_lo, *fp32_states, *scalar_tensors)
-        require_dtype(op, "parameter", p, torch.float32 if master_lo is None else torch.bfloat16)
-        require_dtype(op, "gradient", g, torch.float32, torch.bfloat16)
-        for t in fp32_states:
-            require_dtype(op, "state", t, torch.float32)
-        if master_lo is not None:
-            require_dtype(op, "master_lo", master_lo, torch.int16)
+        require_dtypes(op, p, g, master_lo, *fp32_states)
         for t in (p, g, master_lo, *fp32_states):
             if t is not None and (not dense(t) or memory_order(t) != memory_order(p)):
                 raise layout_error(op, t, p)
         result.append(((p, g, *state), TensorOptions(master_lo, ema, gain, scale, found_inf)))
     return result
+
+
+def require_dtypes(op: str, p: Tensor, g: Tensor, master_lo: Tensor | None, *states: Tensor | None) -> None:
+    """Raise ValueError unless a parameter's tensors have the dtypes of `StepOptions`."""
+    require_dtype(op, "parameter", p, torch.float32 if master_lo is None else torch.bfloat16)
+    require_dtype(op, "gradient", g, torch.float32, torch.bfloat16)
+    for t in states:
+        if t is not None:
+            require_dtype(op, "state", t, torch.float32)
+    if master_lo is not None:
+        require_dtype(op, "master_lo", master_lo, torch.int16)
 
 
 def require_dtype(op: str, role: str, tensor: Tensor, *dtypes: torch.dtype) -> None:

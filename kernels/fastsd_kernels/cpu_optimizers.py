@@ -30,7 +30,16 @@ import torch
 from torch import Tensor
 
 from fastsd_kernels.adamw import corrections
-from fastsd_kernels.arena import EMA_DECAY, StepOptions, dense, layout_error, memory_order, require_dtype, scalars
+from fastsd_kernels.arena import (
+    EMA_DECAY,
+    StepOptions,
+    dense,
+    layout_error,
+    memory_order,
+    require_dtype,
+    require_dtypes,
+    scalars,
+)
 from fastsd_kernels.dlion import step_factors
 
 _SOURCE = Path(__file__).with_name("optimizers.c")
@@ -162,13 +171,7 @@ def _operands(
                 continue
             if not dense(t) or memory_order(t) != memory_order(p):
                 raise layout_error(op, t, p)
-        require_dtype(op, "parameter", p, torch.float32 if master_lo is None else torch.bfloat16)
-        require_dtype(op, "gradient", g, torch.float32, torch.bfloat16)
-        for t in (m, s, ema):
-            if t is not None:
-                require_dtype(op, "state", t, torch.float32)
-        if master_lo is not None:
-            require_dtype(op, "master_lo", master_lo, torch.int16)
+        require_dtypes(op, p, g, master_lo, m, s, ema)
     return rows
 
 

@@ -191,26 +191,10 @@ def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, ZER
 
 @triton.jit
 def _dlion(
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    s_ptr,
-    factors_ptr,
-    master_lo_ptr,
-    ema_ptr,
-    ema_gain_ptr,
-    scale_ptr,
-    found_inf_ptr,
-    sums_ptr,
-    beta1,
-    one_minus_beta1,
-    beta2,
-    sb,
-    n,
-    ZERO_GRADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TIMES: tl.constexpr,
-):
+    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, sums_ptr,
+    beta1, one_minus_beta1, beta2, sb, n,
+    ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr, TIMES: tl.constexpr,
+):  # fmt: skip
     i_span = tl.program_id(0)
     start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
     stop = start + BLOCK * TIMES

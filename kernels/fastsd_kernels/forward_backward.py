@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,17 +89,9 @@ def _group_norm_recompute_reference(
 
 
 def _group_norm_backward_reference(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    shift: Shift,
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Shift]:
+    groups, eps, silu, shift = options
     x = _add_shift(x, shift)
     if silu:
         z = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)[0]
@@ -161,17 +154,9 @@ def _group_norm_recompute_triton(
 
 
 def _group_norm_backward_triton(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    shift: Shift,
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Shift]:
+    groups, _, silu, shift = options
     dx, dweight, dbias, dshift = group_norm_backward_op(dy, x, mean, rstd, weight, bias, groups, silu, shift)
     return dx, dweight, dbias, None if shift is None else dshift
 

@@ -79,23 +79,10 @@ def _scale(centred, rstd, weight, bias):
 
 @triton.jit
 def _forward(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    s_ptr,
-    mean_ptr,
-    rstd_ptr,
-    n_rows,
-    n_cols,
-    x_stride,
-    residual_stride,
-    eps,
-    RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, s_ptr, mean_ptr, rstd_ptr,
+    n_rows, n_cols, x_stride, residual_stride, eps,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
     row_mask, col_mask = rows < n_rows, cols < n_cols
@@ -142,24 +129,10 @@ def _apply(
 
 @triton.jit
 def _backward(
-    dy_ptr,
-    ds_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    dx_ptr,
-    partial_ptr,
-    n_rows,
-    n_cols,
-    dy_stride,
-    ds_stride,
-    x_stride,
-    rows_per_program,
-    RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    dy_ptr, ds_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, dx_ptr, partial_ptr,
+    n_rows, n_cols, dy_stride, ds_stride, x_stride, rows_per_program,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     i_program = tl.program_id(0)
     cols = tl.arange(0, COLS)[None, :]
     col_mask = cols < n_cols

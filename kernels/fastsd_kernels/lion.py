@@ -99,23 +99,10 @@ def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask, Z
 
 @triton.jit
 def _lion(
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    factors_ptr,
-    master_lo_ptr,
-    ema_ptr,
-    ema_gain_ptr,
-    scale_ptr,
-    found_inf_ptr,
-    beta1,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    n,
-    ZERO_GRADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    p_ptr, g_ptr, m_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, n,
+    ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
     offs = tl.arange(0, BLOCK)
     options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr

@@ -277,19 +277,10 @@ def _normal(n_ptr, position_ptr, seed: tl.int64, purpose: tl.int32, count, BLOCK
 
 @triton.jit(do_not_specialize=["seed", "purpose"])
 def _add_noise(
-    x_ptr,
-    xt_ptr,
-    target_ptr,
-    position_ptr,
-    t_ptr,
-    signal_ptr,
-    sigma_ptr,
-    seed: tl.int64,
-    purpose: tl.int32,
-    count,
-    VELOCITY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, xt_ptr, target_ptr, position_ptr, t_ptr, signal_ptr, sigma_ptr,
+    seed: tl.int64, purpose: tl.int32, count,
+    VELOCITY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i_block, i_sample = tl.program_id(0), tl.program_id(1)
     eps = _normals(seed, purpose, tl.load(position_ptr + i_sample), i_block, BLOCK)
     t = tl.load(t_ptr + i_sample)

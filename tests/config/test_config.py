@@ -110,10 +110,7 @@ BAD = [
     (GOOD.replace("lr = 3e-6", ""), pattern("lr-missing", optimizer="lion")),
     (GOOD.replace('["text_encoder"]', '["lora"]'), pattern("lora-table-missing", stage="'stage-2'")),
     (GOOD.replace('["text_encoder"]', '["vae"]'), pattern("train-names", value="'vae'")),
-    (
-        GOOD.replace('["text_encoder"]', '["unet", "unet.mid"]'),
-        pattern("train-includes", component="'unet'", group="'unet.mid'"),
-    ),
+    (GOOD.replace('"text_encoder"', '"unet", "unet.mid"'), pattern("train-includes", component="'unet'", group="'unet.mid'")),
     (GOOD + "reinit = ['lora']\n", pattern("reinit-lora")),
     (GOOD + "reinit = ['clip.mid']\n", pattern("reinit-names", value="'clip.mid'")),
     (GOOD.replace("warmup = 0.1", "warmup = 300"), pattern("warmup-beyond-stage", warmup=300, steps=250)),

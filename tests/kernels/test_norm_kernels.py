@@ -73,6 +73,11 @@ def layer_norm_of(function, eps=1e-5):
     return lambda x, weight, bias, **residual: function(x, weight, bias, eps, **residual)
 
 
+def check_layer_norm(label, inputs, eps=1e-5, reference_inputs=None):
+    kernel, reference = (layer_norm_of(function, eps) for function in (layer_norm_triton, layer_norm_reference))
+    check_budget(label, kernel, reference, inputs, reference_inputs=reference_inputs)
+
+
 def layer_norm_inputs(*shape: int, dtype, residual=False, mean=0.5, parameters=None):
     vectors = {name: normal(shape[-1], dtype=parameters or dtype, seed=i) for i, name in enumerate(("weight", "bias"))}
     inputs = {"x": normal(*shape, dtype=dtype, mean=mean, std=2), **vectors}
@@ -84,22 +89,19 @@ def layer_norm_inputs(*shape: int, dtype, residual=False, mean=0.5, parameters=N
 @pytest.mark.parametrize("kind", workload.LAYER_NORM, ids=str)
 def test_layer_norm_kinds(kind, residual, dtype):
     inputs = layer_norm_inputs(2, 5, kind.features, dtype=dtype, residual=residual)
-    check_budget(
-        f"{kind} {dtype}", layer_norm_of(layer_norm_triton, kind.eps), layer_norm_of(layer_norm_reference, kind.eps), inputs
-    )
+    check_layer_norm(f"{kind} {dtype}", inputs, kind.eps)
 
 
 @DTYPES
 @pytest.mark.parametrize("rows, features, residual", [(63, 1, True), (77, 520, False), (97, 97, True), (2, 8191, False)])
 def test_layer_norm_odd_sizes(rows, features, residual, dtype):
     inputs = layer_norm_inputs(rows, features, dtype=dtype, residual=residual)
-    label = f"layer_norm {rows} x {features} {dtype}"
-    check_budget(label, layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs)
+    check_layer_norm(f"layer_norm {rows} x {features} {dtype}", inputs)
 
 
 def test_layer_norm_of_many_rows():
     inputs = layer_norm_inputs(1025, 24, dtype=torch.bfloat16, residual=True)
-    check_budget("layer_norm 1025 x 24", layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs)
+    check_layer_norm("layer_norm 1025 x 24", inputs)
 
 
 @DTYPES
@@ -115,14 +117,13 @@ def test_layer_norm_of_one_row(dtype):
 @pytest.mark.parametrize("mean, dtype", [(1000.0, torch.float32), (64.0, torch.bfloat16)], ids=["fp32", "bf16"])
 def test_layer_norm_where_the_mean_is_large(mean, dtype):
     inputs = layer_norm_inputs(9, 320, dtype=dtype, mean=mean)
-    check_budget(f"layer_norm mean {mean}", layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs)
+    check_layer_norm(f"layer_norm mean {mean}", inputs)
 
 
 def test_layer_norm_with_fp32_parameters():
     inputs = layer_norm_inputs(9, 320, dtype=torch.bfloat16, residual=True, parameters=torch.float32)
     bf16_inputs = {name: x.bfloat16() for name, x in inputs.items()}  # PyTorch's kernels on a GPU take one dtype
-    kernel, reference = (layer_norm_of(function) for function in (layer_norm_triton, layer_norm_reference))
-    check_budget("layer_norm bf16, fp32 parameters", kernel, reference, inputs, reference_inputs=bf16_inputs)
+    check_layer_norm("layer_norm bf16, fp32 parameters", inputs, reference_inputs=bf16_inputs)
 
 
 @DTYPES
@@ -131,8 +132,7 @@ def test_layer_norm_layouts(dtype):
     for x in (wide[..., 8:72], wide.transpose(0, 1), wide.transpose(1, 2), wide[..., ::2], wide[0, 0]):
         inputs = layer_norm_inputs(*x.shape, dtype=dtype) | {"x": x, "residual": x.flip(0)}
         inputs["weight"] = normal(2 * x.shape[-1], dtype=dtype)[::2]
-        label = f"layer_norm strides {x.stride()} {dtype}"
-        check_budget(label, layer_norm_of(layer_norm_triton), layer_norm_of(layer_norm_reference), inputs)
+        check_layer_norm(f"layer_norm strides {x.stride()} {dtype}", inputs)
 
 
 def test_layer_norm_when_one_output_is_used():

@@ -20,6 +20,8 @@ from optimizer_runs import (
     NoReadBack,
     OptimizerRun,
     bits,
+    check_found_inf_false,
+    check_huge_gradients,
     check_options,
     exact_d,
     fill_for_found_inf,
@@ -137,15 +139,7 @@ def test_found_inf_keeps_every_byte_and_zeroes_gradients(name, kernels, halves):
 @pytest.mark.parametrize("name", NAMES)
 def test_found_inf_false_changes_nothing_and_lr_may_be_on_the_device(name):
     params = random_tensors(4, SHAPES, scale=0.1)
-    runs = [run_of(name, params, True) for _ in range(3)]
-    lr = 2.0**-10
-    for step in range(3):
-        grads = random_tensors(20 + step, SHAPES)
-        runs[0].step(grads, lr, weight_decay=0.5)
-        runs[1].step(grads, lr, weight_decay=0.5, found_inf=torch.tensor(False, device=DEVICE))
-        runs[2].step(grads, torch.tensor(lr, device=DEVICE), weight_decay=0.5, found_inf=torch.tensor(0.0, device=DEVICE))
-    assert same_bits(runs[0].everything(), runs[1].everything())
-    assert same_bits(runs[0].everything(), runs[2].everything())
+    check_found_inf_false([run_of(name, params, True) for _ in range(3)])
 
 
 def test_dlion_sums_are_deterministic_and_accurate():
@@ -253,13 +247,7 @@ def test_gradient_norm(dtype):
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("function", [gradient_norm_triton, gradient_norm_reference])
 def test_gradient_norm_of_huge_finite_gradients(function):
-    for value, count in ((3e38, 1), (1e30, 20_000), (2.0**50, 20_000), (1.1 * 2.0**50, 20_000), (3e38, 20_000)):
-        norm, found_inf = function([torch.full((count,), value, device=DEVICE)])
-        expected = torch.tensor(value * count**0.5, dtype=torch.float64).float()
-        assert not found_inf
-        torch.testing.assert_close(norm.cpu(), expected, rtol=2.0**-22, atol=0)
-    small, found_inf = function([torch.full((3,), 3e38, device=DEVICE)], scale=torch.tensor(1e-38, device=DEVICE))
-    assert not found_inf and abs(small.item() / (3 * 3**0.5) - 1) < 1e-6
+    check_huge_gradients(function, DEVICE)
 
 
 def test_clip_scale():

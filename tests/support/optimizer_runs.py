@@ -123,6 +123,30 @@ def fill_for_found_inf(run, params):
         run.options["masters_lo"][2][20], run.params[2][20] = 7, torch.nan
 
 
+def check_found_inf_false(runs):
+    """Step three equal runs: without the flag, with a false one, and with flag, scale and lr computed on the device."""
+    lr, shapes, device = 2.0**-10, [p.shape for p in runs[0].params], runs[0].d.device
+    for step in range(3):
+        grads = random_tensors(20 + step, shapes, device=device)
+        runs[0].step(grads, lr, weight_decay=0.5)
+        runs[1].step(grads, lr, weight_decay=0.5, found_inf=torch.tensor(False, device=device))
+        with NoReadBack():
+            norm, _ = runs[2].ops.gradient_norm(grads)
+            runs[2].step(grads, torch.tensor(lr, device=device), weight_decay=0.5, found_inf=norm * 0, scale=norm / norm)
+    assert all(same_bits(runs[0].everything(), run.everything()) for run in runs[1:])
+
+
+def check_huge_gradients(gradient_norm, device="cpu"):
+    """The norm is finite if all gradients are, although squares overflow fp32."""
+    for value, count in ((3e38, 1), (1e30, 20_000), (2.0**50, 20_000), (1.1 * 2.0**50, 20_000), (3e38, 20_000)):
+        norm, found_inf = gradient_norm([torch.full((count,), value, device=device)])
+        assert not found_inf
+        expected = torch.tensor(value * count**0.5, dtype=torch.float64).float()
+        torch.testing.assert_close(norm.cpu(), expected, rtol=2.0**-22, atol=0)
+    norm, found_inf = gradient_norm([torch.full((3,), 3e38, device=device)], scale=torch.tensor(1e-38, device=device))
+    assert not found_inf and abs(norm.item() / (3 * 3**0.5) - 1) < 1e-6
+
+
 class NoReadBack(TorchDispatchMode):
     """Fails on operations that wait for a value of the device."""
 
