@@ -408,10 +408,10 @@ def test_an_automatic_micro_batch_is_the_largest_that_fits():
     [
         ("stpe", "bench 'stpe' is nothing that can be measured; did you mean step?"),
         ("everything", "choose from step, memory, kernels, optim, loader, cache, or name a config"),
-        ("no.toml", "no.toml: no such config file"),
+        ("no.toml", "no.toml does not exist; use"),
         ("step --peers apex", "--peers names 'apex'; choose from diffusers, compiled, dadaptation, lion-pytorch, or none"),
         ("--size 100", "data.resolution is 100, no multiple of 64 as this UNet needs; use 64"),
-        ("--batch 3 --micro-batch 2", "micro_batch 2 does not divide batch 3"),
+        ("--batch 3 --micro-batch 2", "micro_batch is 2, not a divisor of batch 3"),
         ("--optimizer sgd", "bench: stage.0.optimizer is 'sgd'; choose 'dlion', 'lion' or 'adamw'"),
         ("stage.bach=3", "bench: stage.0.bach: unknown key; did you mean batch?"),
         ("device=cuda:9", "device is 'cuda:9', which does not work here"),

@@ -474,12 +474,12 @@ def test_plan_leaves_the_encoder_out(tiny_model, ops, precision):
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ('train = ["text_encoder"]', "a frozen text encoder and stage 'stage-2' trains it"),
-        ('train = ["unet", "text_encoder"]', "a frozen text encoder and stage 'stage-2' trains it"),
-        ("shuffle_tags = true", "captions as they are and stage 'stage-2' has shuffle_tags"),
-        ("tag_dropout = 0.1", "captions as they are and stage 'stage-2' has tag_dropout"),
-        ("max_tags = 3", "captions as they are and stage 'stage-2' has max_tags"),
-        ("shuffle_sentences = true", "captions as they are and stage 'stage-2' has shuffle_sentences"),
+        ('train = ["text_encoder"]', "stage 'stage-2' trains the text encoder;"),
+        ('train = ["unet", "text_encoder"]', "stage 'stage-2' trains the text encoder;"),
+        ("shuffle_tags = true", "stage 'stage-2' edits captions by shuffle_tags; remove shuffle_tags, or"),
+        ("tag_dropout = 0.1", "stage 'stage-2' edits captions by tag_dropout; remove tag_dropout, or"),
+        ("max_tags = 3", "stage 'stage-2' edits captions by max_tags; remove max_tags, or"),
+        ("shuffle_sentences = true", "stage 'stage-2' edits captions by shuffle_sentences; remove shuffle_sentences, or"),
     ],
 )
 def test_what_cannot_be_right_is_refused(tmp_path, line, sentence):
@@ -489,6 +489,7 @@ def test_what_cannot_be_right_is_refused(tmp_path, line, sentence):
     load_config(tmp_path / "job.toml")
     with pytest.raises(UserError) as error:
         load_config(tmp_path / "job.toml", ["cache.hidden_states=true"])
-    assert str(error.value) == f"{tmp_path / 'job.toml'}: cache.hidden_states needs {sentence}; remove one of the two"
+    config = tmp_path / "job.toml"
+    assert str(error.value) == f"{config}: cache.hidden_states is true and {sentence} set cache.hidden_states = false"
     (tmp_path / "job.toml").write_text(text)
     assert load_config(tmp_path / "job.toml", ["cache.hidden_states=true"]).cache.hidden_states

@@ -248,7 +248,7 @@ def test_epochs_without_images_are_told_by_the_million(plan, tmp_path, tiny_mode
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["{absent}"], "no such config file"),
+        (["{absent}"], "does not exist; use the path of a .toml file"),
         (["{config}", "--vram", "0"], "--vram is 0; give"),
         (["{config}", "--vram", "-3"], "--vram is -3; give"),
         (["{config}", "--vram", "nan"], "--vram is nan; give"),

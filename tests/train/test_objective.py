@@ -309,16 +309,16 @@ def test_pure_noise_tells_nothing_by_epsilon(tmp_path, tiny_model, base, table):
 
 
 BAD = [
-    ("model", 'prediction = "epsilon"\nzero_snr = true', 'zero_snr is true and prediction "epsilon"'),
+    ("model", 'prediction = "epsilon"\nzero_snr = true', 'prediction is "epsilon" and zero_snr is true'),
     ("model", 'prediction = "sample"', "model.prediction is 'sample'; choose"),
-    ("model", "zero_terminal_snr = true", "it is called model.zero_snr here"),
-    ("stage", "timestep_range = [500, 500]", "timestep_range is [500, 500]; write [from, to]"),
-    ("stage", "timestep_range = [-1, 500]", "timestep_range is [-1, 500]; write [from, to]"),
+    ("model", "zero_terminal_snr = true", "unknown key; use model.zero_snr"),
+    ("stage", "timestep_range = [500, 500]", "timestep_range is [500, 500]; use [first, end]"),
+    ("stage", "timestep_range = [-1, 500]", "timestep_range is [-1, 500]; use [first, end]"),
     ("stage", "timestep_range = [500]", "stage.0.timestep_range is [500]; it must have at least 2 entries"),
-    ("stage", "weighting_gamma = 5.0", "weighting_gamma is given and weighting is 'none'"),
-    ("stage", 'weighting = "debiased"\nweighting_gamma = 5.0', "weighting_gamma is given and weighting is 'debiased'"),
+    ("stage", "weighting_gamma = 5.0", "weighting_gamma is set and weighting is 'none'"),
+    ("stage", 'weighting = "debiased"\nweighting_gamma = 5.0', "weighting_gamma is set and weighting is 'debiased'"),
     ("stage", 'weighting = "min-snr"', "stage.0.weighting is 'min-snr'; choose"),
-    ("stage", "min_snr_gamma = 5.0", "stage.0.min_snr_gamma: unknown key; it is called weighting_gamma here"),
+    ("stage", "min_snr_gamma = 5.0", "stage.0.min_snr_gamma: unknown key; use weighting_gamma"),
     ("stage", 'loss = "l2"', "stage.0.loss is 'l2'; choose 'mse', 'mae' or 'huber'"),
     ("stage", "huber_delta = 0.0", "stage.0.huber_delta is 0.0; it must be greater than 0"),
     ("stage", "noise_offset = -0.1", "stage.0.noise_offset is -0.1; it must be greater than or equal to 0"),
