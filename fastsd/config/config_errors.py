@@ -75,9 +75,10 @@ def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> l
 
 
 def _did_you_mean(key: str, names: list[str], tables: Tables) -> str:
-    if key in FAMILIAR:
-        return f"; use {FAMILIAR[key]}"
     full_names = {field: f"{table}.{field}" for table, cls in tables.items() for field in cls.model_fields}
+    if key in FAMILIAR:
+        target = FAMILIAR[key]
+        return f"; use {target if target in names else full_names.get(target, target)}"
     close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"

@@ -139,16 +139,19 @@ class StageTable(Table):
             needed = set(self.components) | ({"unet"} if "lora" in self.train else set())
             if not needed <= set(self.lr) or ("lora" not in self.train and set(self.lr) - needed):
                 raise ValueError(f"lr has keys {list(self.lr)} and train is {self.train}; set one lr per trained component")
+
         for key in ("growth_rate", "d_max", "freeze_d_after"):
             if getattr(self, key) and self.optimizer != "dlion":
                 raise ValueError(f"{key} is set, an option of dlion, and optimizer is {self.optimizer!r}; remove {key}")
         if self.d_max is not None and self.d_max < self.d0:
             raise ValueError(f"d_max is {self.d_max:g}, below d0 {self.d0:g}; raise d_max or lower d0")
+
         if self.fused_backward and (self.batch != self.micro_batch_size or self.micro_batch == "auto" or self.grad_clip):
             option = "grad_clip" if self.grad_clip else "micro_batch"
             raise ValueError(f"fused_backward is true, which does not work with {option}; remove one of them")
         if self.batch % self.micro_batch_size:
             raise ValueError(f"micro_batch is {self.micro_batch}, not a divisor of batch {self.batch}; use a divisor")
+
         if self.betas and not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas is {list(self.betas)}; use two numbers of at least 0 and below 1")
         if (self.ema_power or self.ema_after) and not self.ema:

@@ -239,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     tasks = [
         (op, int(sm[3:]), remainder, divisor) for sm in options.target for op in options.op for remainder in range(divisor)
     ]
+
     entries: list[Entry] = []
     # Not forked: a copy of a process that has used torch's threads may hang.
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -246,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
             entries += new_entries
             for entry in new_entries:
                 print(_line(entry), flush=True)
+
     over = [entry for entry in entries if entry.problems]
     print(f"{len(entries)} configurations, {len(over)} over the limits")
     if options.json:

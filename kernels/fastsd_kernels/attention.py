@@ -114,6 +114,7 @@ def _forward(
     v_ptr = _head(v_ptr, v_image, v_head, H)
     if HOLD:
         q = load_head(q_ptrs, row_mask, SUM_D, D)
+
     o = zero_head(ROWS, OUT_D)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -134,6 +135,7 @@ def _forward(
         top = new_top
         v = load_head(v_ptr + keys * (v_row * 8), key_mask, OUT_D, D)
         o = add_product(scale_head(o, keep[:, None]), rounded(p, v_ptr.dtype.element_ty), v, PRECISION)
+
     o_ptrs = _head(o_ptr, o_image, o_head, H) + rows * (o_row * 8)
     store_head(o_ptrs, row_mask, scale_head(o, 1 / total[:, None]), OUT_D, D)
     tl.store(lse_ptr + tl.program_id(1) * N + rows, top + tl.log2(total), mask=row_mask)
@@ -162,6 +164,7 @@ def _backward_q(
     stat_offs = tl.program_id(1) * N + rows
     tl.store(delta_ptr + stat_offs, delta, mask=row_mask)
     lse = tl.load(lse_ptr + stat_offs, mask=row_mask, other=0.0)
+
     dq = zero_head(ROWS, SUM_D)
     for start in range(0, L, KEYS):
         keys = start + tl.arange(0, KEYS)
@@ -178,9 +181,10 @@ def _backward_q(
             k = load_head(k_ptrs, key_mask, SUM_D, D)
         ds = tl.exp2(s * scale - lse[:, None]) * (dp - delta[:, None])
         if not EVEN:
-            # A key that is not there has s = 0, whose exp2(-lse) may be infinite: 0 times it would be NaN.
+            # A key beyond L has s = 0, and exp2(-lse) may be infinite: 0 times it would be NaN.
             ds = tl.where(keys[None, :] < L, ds, 0.0)
         dq = add_product(dq, rounded(ds, k_ptr.dtype.element_ty), k, PRECISION)
+
     dq_ptrs = _head(dq_ptr, dq_image, dq_head, H) + rows * (dq_row * 8)
     store_head(dq_ptrs, row_mask, scale_head(dq, sm_scale), SUM_D, D)
 
@@ -206,6 +210,7 @@ def _backward_kv(
         k = load_head(k_ptrs, key_mask, SUM_D, D)
         if WITH_K:
             v = load_head(v_ptrs, key_mask, SUM_D, D)
+
     dk = zero_head(KEYS, SUM_D)
     dv = zero_head(KEYS, SUM_D)
     first = tl.program_id(2) * chunk
@@ -219,7 +224,7 @@ def _backward_kv(
             s = product(k, q, PRECISION)
         else:
             s = streamed_product(k_ptrs, key_mask, q_ptrs, rows < N, D, PRECISION)
-        # exp2(s - inf) = 0: a query that is not there adds nothing.
+        # exp2(s - inf) = 0: a query beyond N adds nothing.
         lse = tl.load(lse_ptr + rows, mask=row_mask, other=None if EVEN else float("inf"))
         p = tl.exp2(s * scale - lse[None, :])
         if HOLD or WITH_V:
@@ -235,6 +240,7 @@ def _backward_kv(
             delta = tl.load(delta_ptr + rows, mask=row_mask, other=None if EVEN else 0.0)
             ds = p * (dp - delta[None, :])
             dk = add_product(dk, rounded(ds, q_ptr.dtype.element_ty), q, PRECISION)
+
     if WITH_K:
         dk_ptr = _head(dk_ptr, dk_image, dk_head, H) + tl.program_id(2).to(tl.int64) * (dk_split * 8)
         store_head(dk_ptr + keys * (dk_row * 8), key_mask, scale_head(dk, sm_scale), SUM_D, D)
@@ -248,7 +254,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x itself in any layout whose rows of D are whole and 16 bytes apart, else a contiguous copy."""
+    """Return x itself if its rows of D are contiguous and other strides multiples of 8, otherwise a contiguous copy."""
     return x if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) else x.contiguous()
 
 
@@ -293,7 +299,7 @@ def attention_backward(
     for kind, outs in (("dkdv", [dk, dv]),) if fused else (("dk", [dk]), ("dv", [dv])):
         _key_gradients(kind, outs, do, q, k, v, lse_BHN, delta, precision)
     if L == 1:
-        # The softmax of one score is 1 whatever q and k are. dP - delta would leave a rounding of it.
+        # The softmax of one score is always 1. dP - delta would leave a rounding error.
         dq.zero_()
         dk.zero_()
     return dq, dk, dv
@@ -381,7 +387,7 @@ def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Ten
 attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
-# The work asked for, as PyTorch counts its own attention: 2 matmuls forward, 5 backward.
+# Without recomputation, as PyTorch counts its own attention: 2 matmuls forward, 5 backward.
 @register_flop_formula(torch.ops.fastsd.attention)
 def _(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     (B, N, H, D), L = q_shape, k_shape[1]
@@ -398,8 +404,8 @@ def attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, precisio
     """`attention_reference` as fused kernels: bf16 or fp32, D any multiple of 8 up to 256, deterministic.
 
     For fp32, `precision` picks the matmuls: "ieee" (fused multiply-adds), "tf32", or "tf32x3" (three TF32 products, about
-    as exact as ieee). bf16 goes through bf16 tensor cores whatever it says. Softmax and sums are fp32.
-    q, k, v are read where they lie if their rows of D are whole and strides are multiples of 8, else copied first.
+    as exact as ieee). bf16 always uses bf16 tensor cores. Softmax and sums are fp32.
+    q, k, v are read in place if their rows of D are contiguous and other strides multiples of 8, otherwise copied first.
 
     Raises:
         ValueError: as the reference; another dtype; empty tensors; a D that is no multiple of 8 or above 256; no GPU.
@@ -409,7 +415,7 @@ def attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, precisio
 
 
 def require_supported(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> None:
-    """Raise the ValueError of `attention_triton`, if there is a reason."""
+    """Raise the ValueError of `attention_triton` if the inputs are not supported."""
     _check(q_BNHD, k_BLHD, v_BLHD, precision)
     if {q_BNHD.dtype, k_BLHD.dtype, v_BLHD.dtype} not in ({torch.float32}, {torch.bfloat16}):
         raise ValueError(

@@ -197,6 +197,7 @@ def _call_c(
     sums_2P = torch.empty(2, count, dtype=torch.float64)
     if not count:
         return sums_2P
+
     # C gets addresses, so these must live until the call is over.
     scale, found_inf, zero_grads = options.get("scale"), options.get("found_inf"), options.get("zero_grads", False)
     scale = None if scale is None else scale.float()
@@ -207,6 +208,7 @@ def _call_c(
         *(0 if t is None else t.data_ptr() for t in (scale, gain, found_inf)), zero_grads, torch.get_num_threads()
     )
     rows, floats = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * len(constants))(*constants)
+
     function = getattr(_library(op), f"fastsd_{op}")
     function(rows, count, ctypes.byref(c_options), floats, scratch_2K.data_ptr(), sums_2P.data_ptr())
     # PyTorch has not seen the writes; a backward over a graph that holds these tensors must detect them.

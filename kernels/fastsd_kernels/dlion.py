@@ -112,6 +112,7 @@ def dlion_reference(
                 torch._foreach_addcmul_(r, update, [s_gain] * n)
                 # Not _foreach_norm: on a CPU its fp32 accumulation is off by a percent at a million elements.
                 l1 += [x.sum() for x in torch._foreach_abs(r)]
+
     if not dots:
         return d.new_zeros(0, dtype=torch.float32), d.new_zeros(0, dtype=torch.float32)
     return torch.stack(dots), torch.stack(l1)
@@ -166,6 +167,7 @@ def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, ZER
     offs = tl.arange(0, BLOCK)
     dots = tl.zeros([BLOCK], tl.float32)
     l1 = tl.zeros([BLOCK], tl.float32)
+
     while start < stop:
         if BOUNDED:
             mask = offs < stop - start

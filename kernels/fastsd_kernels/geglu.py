@@ -84,7 +84,7 @@ def _backward(dy_ptr, x_ptr, dx_ptr, n_rows, n_cols, dy_stride, x_stride, ROWS: 
     tl.store(dx_ptrs + n_cols, rounded(dy * value * (cdf + gate * pdf), dx_ptr.dtype.element_ty), mask)
 
 
-# (rows, columns, warps) of a tile, for every architecture: nothing here but bandwidth counts.
+# (rows, columns, warps) of a tile, for every architecture: only bandwidth matters.
 _TILES = {
     # 256 divides 1280, 2560 and 5120.  8 rows make 16 elements a thread: two 16-byte loads of each operand in flight.
     torch.bfloat16: (8, 256, 4),
@@ -117,9 +117,9 @@ def geglu_backward(dy_F: Tensor, x_2F: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x as a matrix (N, F) whose rows are dense: a view where strides allow, rows any distance apart; else a copy.
+    """Return x as a matrix (N, F) with dense rows: a view if strides allow, rows any distance apart, otherwise a copy.
 
-    What a linear layer writes, whole or a slice of it, is a view.  An expanded gradient (that of a sum) is copied.
+    The output of a linear layer, or a slice of it, becomes a view.  An expanded gradient (that of a sum) is copied.
     """
     matrix = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()

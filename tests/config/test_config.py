@@ -86,7 +86,7 @@ def choice(key, value, choices):
 
 BAD = [
     ("seeed = 1\n" + GOOD, pattern("key-similar", key="seeed", suggestion="seed")),
-    ("learning_rate = 1\n" + GOOD, pattern("key-renamed", key="learning_rate", replacement="lr")),
+    ("learning_rate = 1\n" + GOOD, pattern("key-renamed", key="learning_rate", replacement="stage.lr")),
     (GOOD + "train_batch_size = 4\n", pattern("key-renamed", key="stage.1.train_batch_size", replacement="batch")),
     (GOOD + "optimiser = 'lion'\n", pattern("key-similar", key="stage.1.optimiser", suggestion="optimizer")),
     (GOOD + "guidance = 3.0\n", pattern("key-similar", key="stage.1.guidance", suggestion="sample.guidance")),
