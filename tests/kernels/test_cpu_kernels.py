@@ -209,9 +209,10 @@ def test_gradient_norm(dtype):
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_gradient_norm_of_huge_finite_gradients():
     check_huge_gradients(CPU.gradient_norm)
-    for value, count in ((3e38, 20_000), (1e-30, 20_000), (1e-42, 7)):
+    for value, count in ((3e38, 1), (1e30, 20_000), (2.0**50, 20_000), (3e38, 20_000), (1e-30, 20_000), (1e-42, 7)):
         gradient = torch.full((count,), value)
-        norm, _ = CPU.gradient_norm([gradient])
+        norm, found_inf = CPU.gradient_norm([gradient])
+        assert not found_inf
         torch.testing.assert_close(norm, gradient.double().norm().float(), rtol=2.0**-23, atol=0)
 
 
