@@ -2,11 +2,11 @@
 
     python bench/alignment.py [--ways lion demo] [--seeds 0 1 2] [--out bench/results]
 
-`fastsd swap-vae` makes two starts, one without images and one with 256 that are no part of the training set. Both are trained
-by the same config, with the same images, noise and order, in two ways: 250 steps of Lion, and the demo's three stages of the
-UNet, 700 steps of D-Lion and Lion. Every 25 steps two things are measured: the loss of 32 images never trained on, and how
-many of 96 samples show the colour and shape asked for. Steps are counted to 90 % of the samples, and to the loss that the
-plain start ends with.
+`fastsd swap-vae` makes two starts, one without images and one with 256 that are not in the training set. Both are trained by
+the same config, with the same images, noise and order, in two ways: 250 steps of Lion, and the demo's three stages of the
+UNet, 700 steps of D-Lion and Lion. Every 25 steps it measures the loss of 32 images never trained on, and how many of 96
+samples show the requested colour and shape. Results are the steps to 90 % of the samples, and to the final loss of the plain
+start.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fastsd.config.schema import Config, ModelTable, load_config
 from fastsd.demo import demo, world
 from fastsd.run.loop import train
 
-EVERY, ENOUGH = 25, 0.9
+EVERY, TARGET_ACCURACY = 25, 0.9
 STARTS = ("plain", "aligned")
-SHOWN, PANELS = 6, (0, 50, 200)
+NUM_PROMPTS, SAMPLE_STEPS = 6, (0, 50, 200)
 QUIET = Console(file=StringIO())
-# What replaces settings of the demo's first stages.
+# Settings that override those of the demo's first stages.
 WAYS: dict[str, list[dict[str, Any]]] = {
     "lion": [{"optimizer": "lion", "lr": 1e-4, "until": 250, "warmup": 0}],
     "demo": [{}, {}, {}],
@@ -42,65 +42,65 @@ WAYS: dict[str, list[dict[str, Any]]] = {
 
 
 def config_of(folder: Path, way: str, start: str, seed: int) -> Config:
-    keys = [
-        f"model.base={folder / start}", "model.vae=", f"run={folder / 'runs' / f'{way}-{start}-{seed}'}", f"seed={seed}",
-        "sample.prompts=[]", "log.tensorboard=false", "validate.held_out=32", f"validate.every={EVERY}", "stage.sample_every=0",
-        f"stage.checkpoint_every={EVERY}", "stage.keep_checkpoints=1000",
-    ]  # fmt: skip
+    keys = [f"model.base={folder / start}", "model.vae=", f"run={folder / 'runs' / f'{way}-{start}-{seed}'}", f"seed={seed}"]
+    keys += ["sample.prompts=[]", "log.tensorboard=false", "validate.held_out=32", f"validate.every={EVERY}"]
+    keys += ["stage.sample_every=0", f"stage.checkpoint_every={EVERY}", "stage.keep_checkpoints=1000"]
     config = load_config(folder / "demo.toml", keys)
     stages = [stage.model_copy(update=new) for stage, new in zip(config.stage, WAYS[way], strict=False)]
     return config.model_copy(update={"stage": stages})
 
 
 def losses(config: Config) -> dict[int, float]:
-    """Train; the validation loss by step."""
+    """Train and return the validation loss by step."""
     train(config, QUIET, export=False)
     rows = map(json.loads, (Path(config.run) / "validation.jsonl").read_text(encoding="utf-8").splitlines())
     return {row["step"]: row["loss"] for row in rows}
 
 
-def drawn(config: Config, step: int) -> tuple[float, list[Image.Image]]:
-    """(Share of the samples that show what was asked, samples) after a step."""
+def sample(config: Config, step: int) -> tuple[float, list[Image.Image]]:
+    """Return (fraction of samples that match their prompt, samples) after a step."""
     checkpoint = Path(config.run) / "checkpoints" / f"step-{step:08d}"
     return demo._draw(config, ModelTable(base=str(checkpoint) if step else config.model.base))
 
 
 def accuracies(config: Config, steps: list[int]) -> dict[int, float]:
-    """By step, up to the first that is enough."""
+    """Return the accuracy by step, up to the first step that reaches the target."""
     accuracy_by_step: dict[int, float] = {}
     for step in steps:
-        accuracy_by_step[step] = drawn(config, step)[0]
-        if accuracy_by_step[step] >= ENOUGH:
+        accuracy_by_step[step] = sample(config, step)[0]
+        if accuracy_by_step[step] >= TARGET_ACCURACY:
             break
     return accuracy_by_step
 
 
-def first(values: dict[int, float], reached: Any) -> int | None:
-    return next((step for step, value in sorted(values.items()) if reached(value)), None)
+def first(values: dict[int, float], predicate: Any) -> int | None:
+    return next((step for step, value in sorted(values.items()) if predicate(value)), None)
 
 
-def compared(folder: Path, way: str, seed: int) -> dict[str, Any]:
+def compare_starts(folder: Path, way: str, seed: int) -> dict[str, Any]:
     configs = {start: config_of(folder, way, start, seed) for start in STARTS}
     loss = {start: losses(config) for start, config in configs.items()}
     accuracy = {start: accuracies(config, sorted(loss[start])) for start, config in configs.items()}
     target_loss = loss["plain"][max(loss["plain"])]
     result = {
-        "steps_to_accuracy": {start: first(accuracy[start], lambda share: share >= ENOUGH) for start in STARTS},
+        "steps_to_accuracy": {start: first(accuracy[start], lambda accuracy: accuracy >= TARGET_ACCURACY) for start in STARTS},
         "steps_to_loss": {start: first(loss[start], lambda value: value <= target_loss) for start in STARTS},
-        "mark": target_loss, "loss": loss, "accuracy": accuracy,
-    }  # fmt: skip
+        "mark": target_loss,
+        "loss": loss,
+        "accuracy": accuracy,
+    }
     print(way, seed, json.dumps({key: result[key] for key in ("steps_to_accuracy", "steps_to_loss", "mark")}), flush=True)
     return result
 
 
 def picture(folder: Path, way: str, seed: int, path: Path) -> None:
-    """Samples at three steps, the plain start above the aligned one."""
-    prompts = [prompt for *_, prompt in world.prompts()[:SHOWN]]
+    """Save samples at three steps, the plain start above the aligned one."""
+    prompts = [prompt for *_, prompt in world.prompts()[:NUM_PROMPTS]]
     rows = []
     for start in STARTS:
         config = config_of(folder, way, start, seed)
-        panels = [(step, *drawn(config, step)) for step in PANELS]
-        titles = [(f"{start}, step {step}: {share:.0%}", images[:SHOWN]) for step, share, images in panels]
+        panels = [(step, *sample(config, step)) for step in SAMPLE_STEPS]
+        titles = [(f"{start}, step {step}: {accuracy:.0%}", images[:NUM_PROMPTS]) for step, accuracy, images in panels]
         rows.append(world.picture(titles, prompts))
     sheet = Image.new("RGB", (rows[0].width, 2 * rows[0].height))
     for i, row in enumerate(rows):
@@ -124,12 +124,12 @@ def main() -> None:
         aligned = swap_vae(base, vae, folder / "aligned", folder / "others")
         cache(config_of(folder, args.ways[0], "plain", 0), QUIET)
         ways: dict[str, dict[int, Any]] = {way: {} for way in args.ways}
-        result = {
-            "what": "training from an aligned start beside a plain one, on the demo's pair of VAEs", "fits": aligned["fits"],
-            "taken": aligned["fit"], "ways": ways, "threads": torch.get_num_threads(), "stamp": stamp(torch.device("cpu")),
-        }  # fmt: skip
+        result: dict[str, Any] = {"what": "training from an aligned start beside a plain one, on the demo's pair of VAEs"}
+        result |= {"fits": aligned["fits"], "taken": aligned["fit"], "ways": ways}
+        result |= {"threads": torch.get_num_threads(), "stamp": stamp(torch.device("cpu"))}
+
         for way, seed in itertools.product(args.ways, args.seeds):
-            ways[way][seed] = compared(folder, way, seed)
+            ways[way][seed] = compare_starts(folder, way, seed)
             (args.out / "alignment-cpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             if (way, seed) == (args.ways[0], args.seeds[0]):
                 picture(folder, way, seed, args.out / "alignment.png")

@@ -1,7 +1,7 @@
 """Attention, forward and backward, against each of PyTorch's backends on the same views.
 
-Flash, cuDNN and the memory-efficient backend take what they take; what a backend refuses is skipped, with its own words.
-The memory-efficient one computes fp32 as three TF32 products whatever the setting; "math" follows the setting.
+A case that a backend does not support is skipped with the backend's message.  The memory-efficient backend always computes
+fp32 as three TF32 products; "math" follows PyTorch's setting.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ def bench_attention(kind: workload.Attention, mode: str, implementation: str, be
         function = _sdpa(BACKENDS[implementation])
     # Forward: q, k, v in, o out; backward: those and do in, dq, dk, dv out.
     elements = 6 * bench.batch * (kind.queries + kind.keys) * kind.heads * kind.head_dim
-    # 2 matmuls forward, 5 backward: what is asked for, whatever is recomputed.
+    # 2 matmuls forward, 5 backward; recomputed ones count once.
     flops = bench.batch * kind.flops * 7 // 2
     count = workload.ATTENTION[kind]
     case = Case("attention", label(kind), count, implementation, mode, elements * dtype.itemsize, flops)
     with fp32_matmuls(mode):
         if implementation != "triton":
-            _require(function, make)
+            _skip_unsupported(function, make)
         bench.differentiated(case, function, make)
 
 
-def _require(function: Callable[..., Tensor], make: Callable[[], Operands]) -> None:
-    """Skip what a backend refuses, in either pass, or has no memory for."""
+def _skip_unsupported(function: Callable[..., Tensor], make: Callable[[], Operands]) -> None:
+    """Skip the test if the backend refuses either pass or runs out of memory."""
     inputs, upstream = make()
     try:
         forward_and_backward(function, [(tuple(x.requires_grad_() for x in inputs), upstream)])

@@ -1,7 +1,7 @@
 """Noised latents and target from latents, against the same in PyTorch, and against PyTorch's own generator.
 
-"reference" is the same counter-based noise in PyTorch's integers; "torch.randn" another noise, drawn from a generator's
-state, that no one can make again for one sample: the least that PyTorch would ask for.
+"reference" is the same counter-based noise in PyTorch integers.  "torch.randn" draws from a stateful generator, so the noise of
+a single sample cannot be reproduced; it is the lower limit of PyTorch's cost.
 """
 
 from __future__ import annotations

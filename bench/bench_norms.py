@@ -1,7 +1,7 @@
 """GroupNorm, LayerNorm and GEGLU, forward and backward, against PyTorch on the same tensors.
 
-Images are channels last, coming in and, as gradients, coming back.  PyTorch's GroupNorm is timed twice: "pytorch" leaves its
-output in the layout that F.group_norm gives, "pytorch channels last" brings it to the one that the next convolution takes.
+Images and their gradients are channels last.  PyTorch's GroupNorm is timed twice: "pytorch" keeps the output layout of
+F.group_norm, "pytorch channels last" converts it to the layout that the next convolution needs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def bench_group_norm(kind: workload.GroupNorm, mode: str, implementation: str, b
 
     size = bench.batch * kind.channels * kind.side**2 * dtype.itemsize
     op = "group_norm+silu" if kind.silu else "group_norm"
-    # Twice x in, y out; twice x and dy in, dx out.  Had a pass all of it at hand: x in, y out; x and dy in, dx out.
+    # Twice x in, y out; twice x and dy in, dx out.  If each pass read once: x in, y out; x and dy in, dx out.
     case = Case(op, label(kind), workload.GROUP_NORM[kind], implementation, mode, 8 * size, bytes_once=5 * size)
     bench.differentiated(case, function, make)
 
@@ -79,7 +79,7 @@ def bench_layer_norm(kind: workload.LayerNorm, mode: str, implementation: str, r
 
     size = bench.batch * kind.rows * kind.features * dtype.itemsize
     op = "layer_norm+residual" if residual else "layer_norm"
-    # x in, y out; x, dy in, dx out.  With a residual it comes in, too, and s goes out; ds comes in.
+    # x in, y out; x, dy in, dx out.  A residual is read too, and s is written; ds is read.
     count = workload.LAYER_NORM[kind]
     case = Case(op, label(kind), count, implementation, mode, (8 if residual else 5) * size)
     bench.differentiated(case, function, make)
@@ -101,5 +101,5 @@ def bench_geglu(kind: workload.Geglu, mode: str, implementation: str, bench: Ben
 
 
 def _compiled(function):
-    torch._dynamo.reset()  # of the kind before: one shape, one compilation, as in a step
+    torch._dynamo.reset()  # forget the previous kind: one compilation per shape, as in a step
     return torch.compile(function, dynamic=False)

@@ -1,11 +1,10 @@
 """One step of each optimizer over all parameters of the UNet, and the norm of their gradients.
 
-The kernels and the references have one flat arena; the other packages have as many tensors as the module, whose q, k and v
-are fused: 638 where diffusers has 686.  "halves" is bf16 high halves with 16-bit low halves and bf16 gradients; the states are
-fp32.
-"triton in a step" also scales the gradients, asks a skip flag and zeroes the gradients, in the same pass.
+The kernels and the references update one flat arena; the other packages update one tensor per parameter of the module, which
+fuses q, k and v: 638 where diffusers has 686.  "halves" is bf16 high halves with 16-bit low halves and bf16 gradients; states
+are fp32.  "triton in a step" also scales and zeroes the gradients and reads the flag `found_inf`, in the same pass.
 
-lion-pytorch and dadaptation are timed as they run, not captured: dadaptation reads two numbers back for every tensor.
+lion-pytorch and dadaptation are timed without a CUDA graph: dadaptation reads two numbers back for every tensor.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ PEERS = {"lion": "lion-pytorch", "dlion": "dadaptation", "adamw": "torch fused"}
 CASES = [
     pytest.param(op, mode, implementation, id=f"{op} {mode} {implementation}".replace(" ", "-"))
     for op, peer in PEERS.items()
-    for mode, more in (("fp32", ("reference", peer)), ("halves", ()))
-    for implementation in ("triton", "triton in a step", *more)
+    for mode, others in (("fp32", ("reference", peer)), ("halves", ()))
+    for implementation in ("triton", "triton in a step", *others)
 ]
-_QUICK = 12_000  # elements of the largest tensor of a reduced arena, which has one of each size
+_QUICK = 12_000  # elements of the largest tensor of the reduced arena, which has one tensor of each size
 
 
 def _sizes(bench: Bench) -> list[int]:
@@ -38,7 +37,7 @@ def _sizes(bench: Bench) -> list[int]:
 
 
 def _step(op: str, kernels: bool, p: Tensor, g: Tensor, options: dict) -> Call:
-    """A step over one arena by the kernels or the references."""
+    """Return a step over one arena by the kernels or the references."""
     m = torch.zeros_like(p, dtype=torch.float32)
     if op == "lion":
         lion = lion_triton if kernels else lion_reference
@@ -74,7 +73,7 @@ def _gradients(bench: Bench, sizes: list[int], dtype: torch.dtype = torch.float3
 def bench_optimizer(op: str, mode: str, implementation: str, bench: Bench) -> None:
     sizes = _sizes(bench)
     n, halves, in_step = sum(sizes), mode == "halves", implementation == "triton in a step"
-    # Parameter in and out, 4 bytes either way; gradient in; each state in and out.  Zeroing writes the gradient once.
+    # Parameter in and out, 4 bytes each; gradient in; each state in and out.  Zeroing writes the gradient once.
     gradient = (2 if halves else 4) * (2 if in_step else 1)
     case = Case(op, "all parameters", 1, implementation, mode, n * (8 + gradient + (8 if op == "lion" else 16)))
     if implementation == PEERS[op]:

@@ -2,12 +2,12 @@
 
     python bench/cache.py [--only files kills rows reads] [--small] [--folder DIR] [--json FILE]
 
-    files   20,000 JPEG and PNG of mixed sizes through the demo's VAE: speed of every stage; again; after edits
-    kills   2,000 images, 200 times kill -9 at a random moment, then to the end: the same shards as without
-    rows    ten million samples in sparse shards: seconds to open, to the first batch, memory; two world sizes
-    reads   random batches of 64 from 4 GB of 512 px latents, against one .npz and one torch.save file an image, warm and cold
+    files   20,000 JPEG and PNG of mixed sizes through the demo's VAE: speed of every step; a second run; a run after edits
+    kills   2,000 images, kill -9 at 200 random moments, then a run to the end: the same shards as without kills
+    rows    ten million samples in sparse shards: seconds to open, seconds to the first batch, memory; two world sizes
+    reads   random batches of 64 from 4 GB of 512 px latents, against one .npz and one torch.save file per image, warm and cold
 
-Needs about 20 GB of disk. What must hold is asserted; speeds are told.
+Needs about 20 GB of disk. Correctness is asserted; speeds are printed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from fastsd.bench import counters
-from fastsd.bench.data import freeze_made, write_cache
+from fastsd.bench.data import freeze_random, write_cache
 from fastsd.commands.cache import cache
 from fastsd.config.schema import Config, StageTable, parse_config
 from fastsd.data.building.build import build_cache
@@ -62,8 +62,8 @@ def job(folder: Path, **cache: Any) -> Config:
     return parse_config(raw, "bench")
 
 
-def draw(path: Path, seed: int) -> None:
-    """A smooth picture with grain, of a size and shape of its own, and its caption."""
+def write_image(path: Path, seed: int) -> None:
+    """Write a smooth picture with grain, in a size that depends on the seed, and its caption."""
     rng = np.random.default_rng(seed)
     width, height = (int(side) for side in rng.integers(64, 640, 2))
     small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
@@ -73,61 +73,62 @@ def draw(path: Path, seed: int) -> None:
     path.with_suffix(".txt").write_text(f"picture, number {seed}")
 
 
-def draw_some(folder: Path, numbers: range) -> None:
+def write_image_range(folder: Path, numbers: range) -> None:
     for i in numbers:
         subfolder = folder / "images" / f"{i // 1000:03}"
         subfolder.mkdir(parents=True, exist_ok=True)
-        draw(subfolder / f"{i:06}.{'jpg' if i % 2 else 'png'}", i)
+        write_image(subfolder / f"{i:06}.{'jpg' if i % 2 else 'png'}", i)
 
 
-def draw_all(folder: Path, count: int) -> None:
-    parts = [range(first, min(first + 500, count)) for first in range(0, count, 500)]
+def write_images(folder: Path, count: int) -> None:
+    ranges = [range(first, min(first + 500, count)) for first in range(0, count, 500)]
     with ProcessPoolExecutor() as pool:
-        list(pool.map(draw_some, itertools.repeat(folder), parts))
+        list(pool.map(write_image_range, itertools.repeat(folder), ranges))
 
 
 def files(folder: Path, small: bool) -> dict[str, Any]:
     count = 300 if small else 20_000
-    draw_all(folder, count)
+    write_images(folder, count)
     config, figures = job(folder), {"images": count}
 
-    def cached(name: str) -> Any:
+    def run_cache(name: str) -> Any:
         start = time.perf_counter()
         counts = cache(config)
         figures[name] = {"seconds": time.perf_counter() - start, "encoded": counts.encoded, "img_per_s": counts.rates}
         return counts
 
-    first = cached("first run")
+    first = run_cache("first run")
     assert first.encoded == first.cached == count and first.rejected == 0
-    assert cached("second run").encoded == 0
+    assert run_cache("second run").encoded == 0
     paths = sorted((folder / "images").rglob("*.jpg"))
     for i in range(3):
-        draw(paths[i], count + i)
+        write_image(paths[i], count + i)
     for i in range(5):
-        draw(folder / "images" / f"new-{i}.png", count + 10 + i)
+        write_image(folder / "images" / f"new-{i}.png", count + 10 + i)
     for path in paths[10:17]:
         for old in (path, path.with_suffix(".txt")):
             old.rename(old.with_stem(f"renamed-{old.stem}"))
     for path in paths[20:22]:
         path.unlink()
-    edited = cached("3 edited, 5 new, 7 renamed, 2 deleted")
+    edited = run_cache("3 edited, 5 new, 7 renamed, 2 deleted")
     assert (edited.encoded, edited.cached) == (8, count + 3), edited
     return figures
 
 
 def kills(folder: Path, small: bool) -> dict[str, Any]:
     count, num_kills = (120, 8) if small else (2000, 200)
-    draw_all(folder, count)
+    write_images(folder, count)
     config = job(folder, batch=4, workers=2)
-    torch.set_num_threads(1)  # a forked process must not find locks of threads it does not have
+    torch.set_num_threads(1)  # a forked process must not inherit locks of threads it does not have
     vae = load_vae(config.model)
     start = time.perf_counter()
     view = build_cache(config, vae).view
     duration = time.perf_counter() - start
     expected = {path.relative_to(folder): path.read_bytes() for path in (folder / "cache").glob("*s/*.safetensors")}
     shutil.rmtree(folder / "cache")
+
     rng, killed = random.Random(0), 0
-    # Delays are spread over looking through the folders, planning and a few blocks of encoding.
+    # Delays cover the search of the folders, planning and a few blocks of encoding.
     max_delay = 0.3 + duration / num_kills
     while killed < num_kills:
         delay, child = rng.uniform(0, max_delay), os.fork()
@@ -137,11 +138,12 @@ def kills(folder: Path, small: bool) -> dict[str, Any]:
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         killed += os.waitpid(child, 0)[1] != 0
+
     counts = build_cache(config, vae)
     actual = {path.relative_to(folder): path.read_bytes() for path in (folder / "cache").glob("*s/*.safetensors")}
     latents = LatentCache.open(folder / "cache", view)
     captions = latents.captions(range(len(latents)))
-    assert len(set(captions)) == len(captions) == count, "lost or twice"
+    assert len(set(captions)) == len(captions) == count, "an image is missing or duplicated"
     assert {path: data for path, data in actual.items() if "shards" in path.parts} == {
         path: data for path, data in expected.items() if "shards" in path.parts
     }, "shards differ"
@@ -152,11 +154,11 @@ def kills(folder: Path, small: bool) -> dict[str, Any]:
 def rows(folder: Path, small: bool) -> dict[str, Any]:
     count = 100_000 if small else 10_000_000
     start = time.perf_counter()
-    made_rows(folder / "cache", count)
+    write_sparse_rows(folder / "cache", count)
     write_seconds = time.perf_counter() - start
     code = "import sys; from pathlib import Path; import cache; cache.open_rows(Path(sys.argv[1]))"
-    result = subprocess.run([sys.executable, "-c", code, str(folder / "cache")], cwd=Path(__file__).parent, text=True,
-                            capture_output=True, check=False)  # fmt: skip
+    command = [sys.executable, "-c", code, str(folder / "cache")]
+    result = subprocess.run(command, cwd=Path(__file__).parent, text=True, capture_output=True, check=False)
     assert result.returncode == 0, result.stderr
     figures = {"rows": count, "seconds to write the index": write_seconds, **json.loads(result.stdout)}
     config = parse_config({"model": {"base": "x"}, "data": {"folders": ["a"]}, "stage": [{"train": ["unet"], "until": 1}]}, "x")
@@ -171,8 +173,8 @@ def rows(folder: Path, small: bool) -> dict[str, Any]:
     return figures
 
 
-def made_rows(folder: Path, count: int) -> None:
-    """A cache whose index is real and whose shards are holes: every row is zeros."""
+def write_sparse_rows(folder: Path, count: int) -> None:
+    """Write a cache with a real index and sparse shards, in which every row is zeros."""
     zeros = bytes(32768)
     shards = []
     with Store.open(folder, create=True) as store:
@@ -190,6 +192,7 @@ def made_rows(folder: Path, count: int) -> None:
                 shards.append([shard.name, shard.shape])
         finally:
             os.posix_fallocate = fallocate
+
     indices = np.arange(count, dtype=np.int64)
     texts = np.char.add("a picture, number ", indices.astype(str)).astype(bytes)
     arrays = {
@@ -199,11 +202,11 @@ def made_rows(folder: Path, count: int) -> None:
         "caption_offsets": np.concatenate([[0], np.cumsum(np.char.str_len(texts))]).astype(np.int64),
         "captions": np.frombuffer(b"".join(texts.tolist()), np.uint8),
     }
-    freeze_made(folder, ROW, arrays, shards)
+    freeze_random(folder, ROW, arrays, shards)
 
 
 def open_rows(folder: Path) -> None:
-    """In a process of its own: the loader opened, its first batches, and what memory it takes; by two world sizes."""
+    """Open a loader, read first batches at two world sizes, and print times and memory. Runs in its own process."""
     import psutil
 
     from fastsd.data.loader import Loader
@@ -223,18 +226,19 @@ def open_rows(folder: Path) -> None:
         for position in starts:
             rank_batches = [loader.batch(position, BATCH) for loader in loaders]
             global_batch = single.batch(position, BATCH)
-            assert torch.equal(torch.cat([part.positions_B for part in rank_batches]), global_batch.positions_B)
-            assert [caption for part in rank_batches for caption in part.captions] == global_batch.captions
+            assert torch.equal(torch.cat([batch.positions_B for batch in rank_batches]), global_batch.positions_B)
+            assert [caption for batch in rank_batches for caption in batch.captions] == global_batch.captions
     resident = psutil.Process().memory_info().rss
-    figures = {"seconds to open": opened - start, "seconds to the first batch": first - opened, "resident MB": resident / 1e6,
-               "of which libraries": resident_before / 1e6, "global batches equal for worlds of 1, 2, 8": True}  # fmt: skip
+    figures = {"seconds to open": opened - start, "seconds to the first batch": first - opened}
+    figures |= {"resident MB": resident / 1e6, "of which libraries": resident_before / 1e6}
+    figures["global batches equal for worlds of 1, 2, 8"] = True
     print(json.dumps(figures))
 
 
 def reads(folder: Path, small: bool) -> dict[str, Any]:
     count, batches = (2048, 8) if small else (131_072, 100)
     folder.mkdir(parents=True, exist_ok=True)
-    made_reads(folder, count)
+    write_read_formats(folder, count)
     latents, rng = LatentCache.open(folder / "cache"), np.random.default_rng(1)
 
     def npz(i: int) -> torch.Tensor:
@@ -245,30 +249,31 @@ def reads(folder: Path, small: bool) -> dict[str, Any]:
         return torch.load(folder / f"pt/{i // 1000}/{i}.pt")
 
     threads = ThreadPoolExecutor(8)
-    ways = {
+    readers = {
         "ours": lambda indices: latents.get(indices)["latents"],
         "npz": lambda indices: torch.stack([npz(i) for i in indices]),
         "torch.load": lambda indices: torch.stack([pt(i) for i in indices]),
         "npz, 8 threads": lambda indices: torch.stack(list(threads.map(npz, indices))),
         "torch.load, 8 threads": lambda indices: torch.stack(list(threads.map(pt, indices))),
     }
-    figures: dict[str, Any] = {"samples": count, "gb": count * 32768 / 1e9, "cold by": dropped()}
+    figures: dict[str, Any] = {"samples": count, "gb": count * 32768 / 1e9, "cold by": drop_page_cache()}
     batch = rng.integers(0, count, BATCH).tolist()
-    assert torch.equal(ways["ours"](batch), ways["npz"](batch)) and torch.equal(ways["ours"](batch), ways["torch.load"](batch))
-    warm_indices = rng.choice(count, min(count, 8192), replace=False)  # what is in memory when it is warm
+    for name in ("npz", "torch.load"):
+        assert torch.equal(readers["ours"](batch), readers[name](batch))
+    warm_indices = rng.choice(count, min(count, 8192), replace=False)  # the rows that are in memory when warm
     for cold in (True, False):
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
-        for round_, (name, way) in itertools.product(range(3), ways.items()):
+        speeds: dict[str, list[float]] = {name: [] for name in readers}
+        for round_, (name, reader) in itertools.product(range(3), readers.items()):
             if cold:
-                dropped()
+                drop_page_cache()
             elif round_ == 0:
                 for batch in np.array_split(warm_indices, len(warm_indices) // BATCH):
-                    way(batch.tolist())
+                    reader(batch.tolist())
             num_batches = batches if name == "ours" or not cold else max(batches // 4, 1)
             index_batches = [rng.choice(count if cold else warm_indices, BATCH).tolist() for _ in range(num_batches)]
             start = time.perf_counter()
             for batch in index_batches:
-                way(batch)
+                reader(batch)
             speeds[name].append(num_batches * BATCH / (time.perf_counter() - start))
         medians = {name: statistics.median(values) for name, values in speeds.items()}
         ratios = {name: medians["ours"] / value for name, value in medians.items()}
@@ -276,8 +281,8 @@ def reads(folder: Path, small: bool) -> dict[str, Any]:
     return figures
 
 
-def made_reads(folder: Path, count: int) -> None:
-    """The same random latents as a cache, as .npz and as torch.save files, a thousand a folder."""
+def write_read_formats(folder: Path, count: int) -> None:
+    """Write the same random latents as a cache, as .npz and as torch.save files, a thousand per folder."""
 
     def rows() -> Iterator[bytes]:
         generator = torch.Generator().manual_seed(0)
@@ -292,8 +297,8 @@ def made_reads(folder: Path, count: int) -> None:
     write_cache(folder / "cache", ROW, rows(), [b""] * count).close()
 
 
-def dropped() -> str:
-    """Empty the page cache, names of files included; "" where that is not allowed, and the cold figures are warm ones."""
+def drop_page_cache() -> str:
+    """Empty the page cache. Return how, or "" if it is not permitted and cold figures are therefore warm."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
@@ -302,15 +307,15 @@ def dropped() -> str:
     return "drop_caches"
 
 
-PARTS = {"files": files, "kills": kills, "rows": rows, "reads": reads}
+SECTIONS = {"files": files, "kills": kills, "rows": rows, "reads": reads}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--small", action="store_true", help="shows in seconds that everything runs")
-    parser.add_argument("--folder", type=Path, help="working folder; default: a temporary one, deleted at the end")
-    parser.add_argument("--json", type=Path, help="write the figures here too, beside those of other parts")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--small", action="store_true", help="small sizes: a check in seconds that everything runs")
+    parser.add_argument("--folder", type=Path, help="working folder (default: a temporary folder, deleted at the end)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file, which keeps those of other sections")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
@@ -318,7 +323,7 @@ def main() -> None:
     for name in arguments.only:
         folder = Path(tempfile.mkdtemp(prefix=f"fastsd-cache-{name}-", dir=arguments.folder))
         try:
-            figures[name] = {"stamp": counters.stamp(torch.device("cpu")), **PARTS[name](folder / "data", arguments.small)}
+            figures[name] = {"stamp": counters.stamp(torch.device("cpu")), **SECTIONS[name](folder / "data", arguments.small)}
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         print(name, json.dumps(figures[name], indent=1), flush=True)

@@ -19,10 +19,12 @@ TABLES = (workload.ATTENTION, workload.GROUP_NORM, workload.LAYER_NORM, workload
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastsd")
-    group.addoption("--batch", type=int, default=8, help="images a call, on a GPU (default: 8); a CPU takes 1")
-    group.addoption("--quick", action="store_true", help="the smallest kinds, batch 1, few rounds; a CPU does no more")
-    group.addoption("--shard", default="0/1", metavar="I/N", help="of N equal shares of the benchmarks the one numbered I")
-    group.addoption("--compiled", action="store_true", help="torch.compile's norms and GEGLU, too: minutes of compilation")
+    group.addoption("--batch", type=int, default=8, help="images per call on a GPU (default: 8); always 1 on a CPU")
+    group.addoption("--quick", action="store_true", help="the smallest kinds, batch 1, few rounds; the default on a CPU")
+    group.addoption("--shard", default="0/1", metavar="I/N", help="run shard I (from 0) of N equal shards of the benchmarks")
+    group.addoption(
+        "--compiled", action="store_true", help="include torch.compile's norms and GEGLU, which compile for minutes"
+    )
 
 
 def _quick(config: pytest.Config) -> bool:
@@ -36,25 +38,25 @@ def _batch(config: pytest.Config) -> int:
 def pytest_report_header(config: pytest.Config) -> str:
     if DEVICE.type == "cuda":
         return f"device: {torch.cuda.get_device_name()}, batch {_batch(config)}"
-    return "device: CPU, so PyTorch alone, in small: these figures say nothing about the kernels"
+    return "device: CPU, small sizes, PyTorch only: these figures do not measure the kernels"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what was not asked for, and kernels where none run."""
+    """Deselect benchmarks that the options exclude or this machine cannot run."""
     small = [kind for table in TABLES for kind in smallest(table)]
     keep: list[pytest.Item] = []
     drop: list[pytest.Item] = []
     for item in items:
         values: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
-        kept = (
+        selected = (
             not (_quick(config) and "kind" in values and values["kind"] not in small)
             and (values["implementation"] != "compiled" or config.getoption("compiled"))
             and (DEVICE.type == "cuda" or INTERPRETED or not values["implementation"].startswith("triton"))
         )
-        (keep if kept else drop).append(item)
-    share, shares = map(int, config.getoption("shard").split("/"))
-    config.hook.pytest_deselected(items=[*drop, *(item for i, item in enumerate(keep) if i % shares != share)])
-    items[:] = keep[share::shares]
+        (keep if selected else drop).append(item)
+    shard, shards = map(int, config.getoption("shard").split("/"))
+    config.hook.pytest_deselected(items=[*drop, *(item for i, item in enumerate(keep) if i % shards != shard)])
+    items[:] = keep[shard::shards]
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +75,6 @@ def bench(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Bench]:
         properties.append(("record", figures))
 
     yield Bench(benchmark, DEVICE, _batch(request.config), _quick(request.config), machine, note)
-    if DEVICE.type == "cuda":  # what a benchmark made is gone before the next: the largest take half of a 24 GB card
+    if DEVICE.type == "cuda":  # the largest benchmarks need half of a 24 GB card, so free this one's memory before the next
         gc.collect()
         torch.cuda.empty_cache()

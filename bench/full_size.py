@@ -2,8 +2,8 @@
 
     python bench/full_size.py [--folder DIR] [--json FILE]
 
-Makes a diffusers folder with SD1.5's real shapes and random weights, eight pictures, and runs the user's commands as processes
-of their own: seconds per step, peak resident memory of each, size of a checkpoint. Needs about 45 GB of disk, 20 GB of memory.
+Writes a diffusers folder with SD1.5's real shapes and random weights and eight pictures, and runs each command in its own
+process: seconds per step, peak resident memory, size of a checkpoint. Needs about 45 GB of disk and 20 GB of memory.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ batch = 1
 optimizer = "dlion"
 """
 
+CLIP_L = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": (128, 256, 512, 512), "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 4,
+}  # fmt: skip
+
 
 def make_base(folder: Path, factor: float = 0.13025) -> None:
     import torch
@@ -52,42 +60,31 @@ def make_base(folder: Path, factor: float = 0.13025) -> None:
     torch.manual_seed(0)
     write_tokenizer(folder / "words")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
-    # CLIP-L's sizes; the ids of the small vocabulary are a part of its 49,408.
-    text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4, scaling_factor=factor,
-    )  # fmt: skip
-    model = Model(
-        "random",
-        UNet(UNetConfig.sd15()),
-        TextEncoder(CLIPTextModel(text), tokenizer, 0, folder / "words"),
-        Vae(vae, "random"),
-        SD15_SCHEDULER,
-    )
-    for part in ("unet", "text_encoder"):
-        write_component(folder, model, part, component_state_dict(model, part))
+    # CLIP-L's sizes; the ids of the small vocabulary are among its 49,408.
+    text = CLIPTextConfig(**CLIP_L, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    vae = AutoencoderKL(**VAE, scaling_factor=factor)
+    text_encoder = TextEncoder(CLIPTextModel(text), tokenizer, 0, folder / "words")
+    model = Model("random", UNet(UNetConfig.sd15()), text_encoder, Vae(vae, "random"), SD15_SCHEDULER)
+    for component in ("unet", "text_encoder"):
+        write_component(folder, model, component, component_state_dict(model, component))
     write_rest(folder, model)
 
 
 def run(folder: Path, *words: str) -> dict[str, float]:
-    """One command as a process: seconds and peak resident GB."""
+    """Run one command as a process and return its seconds and peak resident GB."""
     print("$ fastsd", *words, flush=True)
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "fastsd.cli", *words], cwd=folder)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"fastsd {words[0]} ended with status {status}")
+        sys.exit(f"fastsd {words[0]} failed with wait status {status}")
     return {"seconds": round(time.perf_counter() - start, 1), "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="working folder; default: a temporary one, deleted at the end")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--folder", type=Path, help="working folder (default: a temporary folder, deleted at the end)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-full-size-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,18 @@
-"""Everything that a machine with a GPU is asked for, in one visit: the tests on the device, all benchmarks, the goals.
+"""All measurements on a machine with a GPU, in one visit: the tests on the device, all benchmarks, the goals.
 
     python bench/gpu.py [--only tests attention norms optimizers noise vae steps] [--limit SECONDS] [--batch 8]
                         [--steps a b c d e]
 
-Writes OUT/kernels-<gpu>.json, OUT/steps-<gpu>.json of whole steps and OUT/vae-<gpu>.json of the VAE's encoder: stamp, outcome
-of each part, every figure, every goal with what it is held against.  What fails, is refused or falls short is in them, too;
-after a failed test the benchmarks still run.  A file is whole after each part; a part cut off by --limit leaves what it had.
-Another visit to the same GPU with the same sources, versions and batch adds to a file; else it starts anew.  A visit that was
-killed leaves lines beside the file, which the next takes in.
+Writes OUT/kernels-<gpu>.json, OUT/steps-<gpu>.json for whole steps and OUT/vae-<gpu>.json for the VAE's encoder: stamp, outcome
+of each part, all figures, all goals with their thresholds.  Failed and skipped tests are included; benchmarks run even after a
+failed test.  A file is complete after each part; a part stopped by --limit keeps its results so far.  Another visit to the same
+GPU with the same sources, versions and batch adds to a file; otherwise the file is replaced.  The next visit merges lines of
+a killed visit.
 
-Compiling takes longer than measuring.  So the files of tests run side by side, and the kernels of a suite are compiled by
-several processes into Triton's cache before one process alone times them.
+Compiling takes longer than measuring.  So test files run in parallel, and several processes compile the kernels of a suite into
+Triton's cache before a single process times them.
 
-Exit status: 0 all ran, whatever the figures; 1 a test or benchmark failed or was cut off; 2 no GPU, or no pytest-benchmark.
+Exit status: 0 everything ran, whatever the figures; 1 a test or benchmark failed or was stopped; 2 no GPU or pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -52,18 +52,19 @@ PARTS = {
     "vae": ["bench/vae.py"],
     "steps": ["bench/steps.py"],
 }  # fmt: skip
-# Programs of their own, each with a file of its own; the rest are pytest's.
+# Scripts with their own result file; all other parts run with pytest.
 SCRIPTS = ("vae", "steps")
 COMPILED_FIRST = ("attention", "norms")
 PYTEST = ("-m", "pytest")
-# Of files whose other tests are a CPU's: what pytest selects by this.
+PACKAGES = ("lion-pytorch", "dadaptation", "diffusers", "transformers")
+# Selects the tests for a GPU in files that also have tests for a CPU.
 ON_GPU = {"tests/bench/test_bench_command.py": "cuda"}
-# {module: what goes without it}.  The tests of the optimizers ask for the first two.
+# Module -> what is skipped without it.  The tests of the optimizers need the first two.
 OPTIONAL = {
-    "lion_pytorch": "lion-pytorch is left out",
-    "dadaptation": "dadaptation is left out, and so is the goal that names it",
-    "diffusers": "there are no whole steps, and no VAE",
-    "pytest_timeout": "a test that hangs is cut off by --limit alone",
+    "lion_pytorch": "lion-pytorch is skipped",
+    "dadaptation": "dadaptation and its goal are skipped",
+    "diffusers": "whole steps and the VAE are skipped",
+    "pytest_timeout": "only --limit stops a test that hangs",
 }
 
 
@@ -90,23 +91,21 @@ def read_stamp() -> dict[str, Any]:
             return None
 
     device = torch.cuda.get_device_properties(0)
-    # Figures of changes not yet committed must not be taken for the commit's, nor for those of other changes.
+    # Figures of uncommitted changes must not be taken for those of the commit or of other changes.
     files = [p for folder in ("kernels/fastsd_kernels", "bench", "fastsd") for p in sorted((ROOT / folder).rglob("*.py"))]
-    return {
-        "gpu": device.name, "capability": f"sm_{device.major}{device.minor}", "multiprocessors": device.multi_processor_count,
-        "memory_gb": round(device.total_memory / 1e9, 1), "l2_mb": round(device.L2_cache_size / 1e6, 1),
-        "power_limit": smi("power.limit"), "clock_limit": smi("clocks.max.sm"), "driver": smi("driver_version"),
-        "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__, "python": platform.python_version(),
-        **{package: version(package) for package in ("lion-pytorch", "dadaptation", "diffusers", "transformers")},
-        "commit": command_output("git", "rev-parse", "--short", "HEAD"),
-        "sources": hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12],
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    stamp: dict[str, Any] = {"gpu": device.name, "capability": f"sm_{device.major}{device.minor}"}
+    stamp |= {"multiprocessors": device.multi_processor_count, "memory_gb": round(device.total_memory / 1e9, 1)}
+    stamp |= {"l2_mb": round(device.L2_cache_size / 1e6, 1), "power_limit": smi("power.limit")}
+    stamp |= {"clock_limit": smi("clocks.max.sm"), "driver": smi("driver_version"), "torch": torch.__version__}
+    stamp |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": triton.__version__}
+    stamp |= {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    stamp["commit"] = command_output("git", "rev-parse", "--short", "HEAD")
+    stamp["sources"] = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
+    return stamp | {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
 def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None, float]:
-    """One Python process a group of arguments, side by side: (worst exit status, None if one was cut off; seconds).
+    """Run one Python process per group of arguments, in parallel: (worst exit status, None if one was stopped; seconds).
 
     A single process writes to the terminal; the output of several is printed one after another when all are done.
     """
@@ -119,6 +118,7 @@ def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None,
             subprocess.Popen([sys.executable, *group], cwd=ROOT, env=environment, stdout=output, stderr=output)
             for group, output in zip(groups, outputs, strict=True)
         ]
+
         worst: int | None = 0
         for process, output in zip(processes, outputs, strict=True):
             try:
@@ -135,37 +135,37 @@ def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None,
 
 
 def run_part(name: str, lines: Path, options: argparse.Namespace, end: float | None) -> tuple[int | None, float]:
-    """A part of `PARTS`, its outcomes going to `lines`: as `run`."""
+    """Run a part of `PARTS`, which appends its outcomes to `lines`. Return the same as `run`."""
     outcome_args = ["-p", "outcomes", "--outcomes", str(lines)]
     if name in SCRIPTS:
         small = ["--small", "--rounds", "1"] if options.small else []
-        chosen = ["--only", *options.steps] if name == "steps" else []
-        return run([[*PARTS[name], "--lines", str(lines), *chosen, *small]], end)
+        selected = ["--only", *options.steps] if name == "steps" else []
+        return run([[*PARTS[name], "--lines", str(lines), *selected, *small]], end)
     if name == "tests":
-        chosen = [[*outcome_args, *_selected(ON_GPU.get(file), options.k), file] for file in PARTS[name]]
-        return run([[*PYTEST, *arguments] for arguments in chosen], end)
+        selected = [[*outcome_args, *_select(ON_GPU.get(file), options.k), file] for file in PARTS[name]]
+        return run([[*PYTEST, *arguments] for arguments in selected], end)
     arguments = [*PYTEST, *PARTS[name], "--batch", str(options.batch), "--benchmark-quiet"]
     arguments += ["--compiled"] if options.compiled else []
     if name in COMPILED_FIRST:
-        shares = max(1, min(8, (os.cpu_count() or 1) // 2))  # each holds some 0.5 GB of the GPU's memory
-        kernels = [*_selected("triton", options.k), "--benchmark-disable"]
-        # What fails here fails again below, where it is noted.
-        run([[*arguments, *kernels, "--shard", f"{i}/{shares}"] for i in range(shares)], end)
-    return run([[*arguments, *outcome_args, *_selected(options.k)]], end)
+        shards = max(1, min(8, (os.cpu_count() or 1) // 2))  # each holds some 0.5 GB of the GPU's memory
+        kernels = [*_select("triton", options.k), "--benchmark-disable"]
+        # A failure here is repeated and recorded below.
+        run([[*arguments, *kernels, "--shard", f"{i}/{shards}"] for i in range(shards)], end)
+    return run([[*arguments, *outcome_args, *_select(options.k)]], end)
 
 
-def _selected(*expressions: str | None) -> list[str]:
-    """pytest's arguments for what all of these select."""
+def _select(*expressions: str | None) -> list[str]:
+    """Return pytest's arguments that select the tests matching all expressions."""
     conditions = [f"({expression})" for expression in expressions if expression]
     return ["-k", " and ".join(conditions)] if conditions else []
 
 
-def take_in(result: dict[str, Any], name: str, lines: Path, status: int | None, seconds: float) -> None:
+def merge_lines(result: dict[str, Any], name: str, lines: Path, status: int | None, seconds: float) -> None:
     """Add a part's outcomes and figures to the result; later figures of a case replace earlier ones. Removes the lines."""
     outcomes = []
     if lines.exists():
         text = lines.read_text()
-        # A line without its end was being written when the process was killed.
+        # The process was killed while writing a line without its newline.
         outcomes = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     part = result["parts"].setdefault(name, {"runs": [], "failed": {}, "skipped": {}})
     counts = Counter(outcome["outcome"] for outcome in outcomes)
@@ -187,20 +187,20 @@ def _case(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def open_result(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
-    """The result of an earlier visit, if all but the date is as it was, with what killed parts left; else a new one."""
+    """Return the previous result if only its date differs, with lines of killed parts merged; otherwise a new one."""
     new: dict[str, Any] = {"stamp": stamp, "parts": {}, "records": [], "verdicts": []}
     if not path.exists():
         return new
-    old = json.loads(path.read_text())
-    if {**old["stamp"], "date": None} != {**stamp, "date": None}:
+    previous = json.loads(path.read_text())
+    if {**previous["stamp"], "date": None} != {**stamp, "date": None}:
         for name in PARTS:
             path.with_suffix(f".{name}.jsonl").unlink(missing_ok=True)
         return new
     for name in PARTS:
         lines = path.with_suffix(f".{name}.jsonl")
         if lines.exists():
-            take_in(old, name, lines, None, 0.0)
-    return {**old, "stamp": stamp}
+            merge_lines(previous, name, lines, None, 0.0)
+    return {**previous, "stamp": stamp}
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
@@ -212,7 +212,7 @@ def write_result(result: dict[str, Any], path: Path) -> None:
 
 
 def _judges(path: Path) -> tuple[Any, Any]:
-    """(goals, table) of the records in a file."""
+    """Return the functions (goals, table) for the records in a file."""
     if path.name.startswith("vae-"):
         from vae import vae_table, vae_verdicts
 
@@ -223,24 +223,26 @@ def _judges(path: Path) -> tuple[Any, Any]:
 
 
 def report(result: dict[str, Any], path: Path) -> bool:
-    """Print figures, failures and goals; whether every part ran to its end with nothing failed."""
+    """Print figures, failures and goals. Return True if every part finished without a failure."""
     judge, table = _judges(path)
     print("\n" + "\n".join(table(result["records"])))
     print("\nSkipped: " + ("" if any(part["skipped"] for part in result["parts"].values()) else "none"))
     for part in result["parts"].values():
         for test, message in part["skipped"].items():
             print(f"  {test.split('::')[-1]}: {message}")
+
     good = True
     print("\nParts:")
     for name, part in result["parts"].items():
         last = part["runs"][-1]
         good &= last["status"] == 0 and not part["failed"]
-        words = ", ".join(f"{last[word]} {word}" for word in ("passed", "failed", "skipped") if word in last)
-        end = "CUT OFF" if last["cut_off"] else f"exit status {last['status']}"
-        print(f"  {name:10} {words or 'nothing ran'} in {last['seconds']} s, {end}")
+        counts = ", ".join(f"{last[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if outcome in last)
+        end = "STOPPED" if last["cut_off"] else f"exit status {last['status']}"
+        print(f"  {name:10} {counts or 'nothing ran'} in {last['seconds']} s, {end}")
         for test, message in part["failed"].items():
             errors = [line for line in message.splitlines() if line.startswith("E ")] or message.splitlines() or [""]
             print(f"    FAILED {test}: {errors[-1][:200]}")
+
     print("\nGoals:")
     for verdict in judge(result["records"]):
         print(f"  {verdict.line()}")
@@ -249,29 +251,34 @@ def report(result: dict[str, Any], path: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the result")
-    parser.add_argument("--batch", type=int, default=8, help="images a call (default: 8)")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
+    parser.add_argument("--batch", type=int, default=8, help="images per call (default: 8)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--skip-tests", action="store_true", help="benchmarks alone")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of all parts together; what is running then is cut off")
-    parser.add_argument("-k", metavar="EXPRESSION", help="of each part only what pytest selects by this")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile's norms and GEGLU as a peer, too")
-    parser.add_argument("--steps", nargs="+", choices="abcde", default=list("abcde"), help="of whole steps these parts alone")
-    parser.add_argument("--small", action="store_true", help="whole steps and VAE of a tiny model: a trial, and no figures")
+    parser.add_argument("--skip-tests", action="store_true", help="run only the benchmarks")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="of all parts together; the running part is then stopped"
+    )
+    parser.add_argument("-k", metavar="EXPRESSION", help="run only the tests and benchmarks that match, as in pytest")
+    parser.add_argument("--compiled", action="store_true", help="include torch.compile's norms and GEGLU")
+    parser.add_argument("--steps", nargs="+", choices="abcde", default=list("abcde"), help="parts of steps.py (default: all)")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny model for whole steps and VAE: a trial run without real figures"
+    )
     options = parser.parse_args(arguments)
     import torch
 
     if not torch.cuda.is_available():
-        print("No CUDA device: these are measurements of a GPU; `pytest bench` runs on any machine.", file=sys.stderr)
+        print("no CUDA device found; run this on a machine with a GPU, or `pytest bench` on any machine", file=sys.stderr)
         return 2
     if not {*options.only} <= {*SCRIPTS} and importlib.util.find_spec("pytest_benchmark") is None:
-        print("pytest-benchmark is missing: `pip install pytest-benchmark`.", file=sys.stderr)
+        print("pytest-benchmark is not installed; run `pip install pytest-benchmark`", file=sys.stderr)
         return 2
-    for module, words in OPTIONAL.items():
+    for module, consequence in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
-            print(f"!!! {module} is not installed: {words}. !!!", flush=True)
+            print(f"WARNING: {module} is not installed: {consequence}", flush=True)
+
     end = None if options.limit is None else time.monotonic() + options.limit
     stamp = read_stamp()
     print(json.dumps(stamp, indent=1), flush=True)
@@ -289,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_result(results[path], path)
         lines = path.with_suffix(f".{name}.jsonl")
         status, seconds = run_part(name, lines, options, end)
-        take_in(results[path], name, lines, status, seconds)
+        merge_lines(results[path], name, lines, status, seconds)
         write_result(results[path], path)
     good = [report(result, path) for path, result in results.items()]
     return 0 if all(good) else 1

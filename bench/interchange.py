@@ -2,10 +2,10 @@
 
     python bench/interchange.py [--folder DIR] [--json FILE]
 
-Converts a diffusers folder to a single file and back (VAE's factor 0.18215, and 0.13025 with the fold), compares all bits, the
-names with those that diffusers' own conversion functions know, and one image: diffusers from the folder, diffusers from the
-file, and our sampler, from the same latents. Each process's peak of memory stands beside that of one that only imports the
-libraries. Needs 25 GB of disk and 12 GB of memory.
+Converts a diffusers folder to a single file and back (VAE's factor 0.18215, and 0.13025 with the fold), compares all bits,
+the names with those that diffusers' conversion functions know, and one image: diffusers from the folder, diffusers from the
+file, and our sampler, from the same latents. The peak memory of each process is reported beside that of one that only
+imports the libraries. Needs 25 GB of disk and 12 GB of memory.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from full_size import make_base
 
 from fastsd.bench.counters import stamp
 
-PARTS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text_encoder": "text_encoder/model"}
+STEMS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text_encoder": "text_encoder/model"}
 PROMPT, SIZE, STEPS, GUIDANCE = "a red circle", 128, 2, 3.0
 
 
-def process(code: str, *words: str) -> dict[str, float]:
-    """Run Python code in a process of its own: seconds and peak resident MB, which a parent's would else be counted into."""
+def run_python(code: str, *words: str) -> dict[str, float]:
+    """Run Python code in its own process. Return seconds and peak resident MB."""
     start = time.perf_counter()
     peak = 'print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))'
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{peak}", *words], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return {"seconds": round(time.perf_counter() - start, 1), "peak_mb": round(int(done.stdout.split()[-1]) / 1024)}
+    result = subprocess.run([sys.executable, "-c", f"{code}\n{peak}", *words], capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(result.stderr)
+    return {"seconds": round(time.perf_counter() - start, 1), "peak_mb": round(int(result.stdout.split()[-1]) / 1024)}
 
 
 def convert(*words: Path | str) -> dict[str, float]:
     print("$ fastsd convert", *words, flush=True)
-    return process("from fastsd.cli import app\napp(standalone_mode=False)", "convert", *map(str, words))
+    return run_python("from fastsd.cli import app\napp(standalone_mode=False)", "convert", *map(str, words))
 
 
 def equal(a: Path, b: Path) -> dict[str, str]:
@@ -49,17 +49,17 @@ def equal(a: Path, b: Path) -> dict[str, str]:
     from fastsd.storage import TensorFile
 
     counts = {}
-    for part, name in PARTS.items():
+    for component, name in STEMS.items():
         left, right = TensorFile(a / f"{name}.safetensors"), TensorFile(b / f"{name}.safetensors")
-        assert set(left) == set(right), part
+        assert set(left) == set(right), component
         same = sum(torch.equal(left[name], right[name]) for name in left)
-        counts[part] = f"{same} of {len(left)} bit-equal"
+        counts[component] = f"{same} of {len(left)} bit-equal"
     return counts
 
 
 def known_names(file: Path) -> str:
-    """Return True if diffusers' conversion functions make a complete model of these names."""
-    from diffusers.loaders import single_file_utils as theirs
+    """Count the names that diffusers' conversion functions know. Raises AssertionError if they give no complete model."""
+    from diffusers.loaders import single_file_utils
 
     from fastsd.model.shapes import SD15_TEXT, SD15_VAE
     from fastsd.model.unet import UNetConfig
@@ -68,19 +68,19 @@ def known_names(file: Path) -> str:
 
     state: dict[str, Any] = {name: torch.empty(t.shape, device="meta") for name, t in TensorFile(file).stored().items()}
     num_known = 0
-    for part, config, conversion in (
-        ("unet", UNetConfig.sd15().to_diffusers(), theirs.convert_ldm_unet_checkpoint),
-        ("vae", SD15_VAE, theirs.convert_ldm_vae_checkpoint),
-        ("text_encoder", SD15_TEXT, lambda state, config: theirs.convert_ldm_clip_checkpoint(state)),
+    for component, config, conversion in (
+        ("unet", UNetConfig.sd15().to_diffusers(), single_file_utils.convert_ldm_unet_checkpoint),
+        ("vae", SD15_VAE, single_file_utils.convert_ldm_vae_checkpoint),
+        ("text_encoder", SD15_TEXT, lambda state, config: single_file_utils.convert_ldm_clip_checkpoint(state)),
     ):
-        converted, expected = conversion(dict(state), config), expected_tensors(part, config, "")
-        assert {name: t.shape for name, t in converted.items()} == {name: t.shape for name, t in expected.items()}, part
+        converted, expected = conversion(dict(state), config), expected_tensors(component, config, "")
+        assert {name: t.shape for name, t in converted.items()} == {name: t.shape for name, t in expected.items()}, component
         num_known += len(converted)
     return f"{num_known} of {len(state)} names known, none missing"
 
 
 def images(folder: Path, file: Path) -> dict[str, float]:
-    """Largest difference of a channel (0 to 1) between our image and those of diffusers, from the same latents."""
+    """Return the largest channel difference (0 to 1) between our image and those of diffusers, from the same latents."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from fastsd.config.schema import ModelTable, SampleTable
@@ -89,8 +89,8 @@ def images(folder: Path, file: Path) -> dict[str, float]:
 
     eps = noise.normal(0, noise.Purpose.SAMPLE, torch.tensor([0]), (4, SIZE // 8, SIZE // 8))
 
-    def diffusers_image(load: Any, source: Path, **words: Any) -> torch.Tensor:
-        pipe = load(source, local_files_only=True, **words)
+    def diffusers_image(load: Any, source: Path, **options: Any) -> torch.Tensor:
+        pipe = load(source, local_files_only=True, **options)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         return pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=eps, output_type="pt").images[0]
 
@@ -107,15 +107,16 @@ def images(folder: Path, file: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="working folder; default: a temporary one, deleted at the end")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--folder", type=Path, help="working folder (default: a temporary folder, deleted at the end)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-interchange-"))
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
-    imports = process(
+    imports = run_python(
         "import fastsd.commands.convert; from diffusers import AutoencoderKL; from transformers import CLIPTextModel"
     )
+
     for factor in (0.18215, 0.13025):
         base, file, back = folder / f"base-{factor}", folder / f"{factor}.safetensors", folder / f"back-{factor}"
         for leftover in (file, back):
@@ -129,6 +130,7 @@ def main() -> None:
             result["images"] = images(back, file)
         print(json.dumps(result, indent=1), flush=True)
         figures[f"factor {factor}"] = result
+
     figures["libraries alone, peak MB"] = imports["peak_mb"]
     figures["largest tensor, MB"] = round(49408 * 768 * 4 / 2**20)
     text = json.dumps({"stamp": stamp(torch.device("cpu")), "figures": figures}, indent=2)

@@ -2,8 +2,8 @@
 
     python bench/lr_probe.py [--steps 400] [--batch 32] [--out bench/results/lr-probe-cpu.json]
 
-The probe is the user's command. The sweep trains with Lion at six rates for as many steps, the same images, noise and order;
-what counts is the validation loss at the end, of images never trained on.
+The sweep trains with Lion at six rates for the same number of steps, with the same images, noise and order. The best rate is
+that with the lowest final validation loss, on images never train_lion on.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from fastsd.config.schema import Config, load_config
 from fastsd.demo import demo
 from fastsd.run.loop import train
 
+OVERRIDES = [
+    "sample.prompts=[]", "log.tensorboard=false", "stage.sample_every=0", "validate.held_out=64", "validate.every=100000",
+    "validate.per_band=4",
+]  # fmt: skip
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
-def trained(config: Config, lr: float, steps: int) -> float:
-    """The validation loss after `steps` of Lion."""
+def train_lion(config: Config, lr: float, steps: int) -> float:
+    """Return the validation loss after `steps` of Lion."""
     stage = config.stage[0].model_copy(update={"optimizer": "lion", "lr": lr, "until": steps, "checkpoint_every": steps})
     config = config.model_copy(update={"run": f"{config.run}-{lr:g}", "stage": [stage]})
     train(config, Console(file=StringIO()))
@@ -45,20 +49,15 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         demo._lay_out(Path(folder), Console(file=StringIO()))
-        keys = [
-            f"stage.0.batch={args.batch}", "sample.prompts=[]", "log.tensorboard=false", "stage.sample_every=0",
-            "validate.held_out=64", "validate.every=100000", "validate.per_band=4",
-        ]  # fmt: skip
-        config = load_config(Path(folder) / "demo.toml", keys)
+        config = load_config(Path(folder) / "demo.toml", [f"stage.0.batch={args.batch}", *OVERRIDES])
         cache(config, Console(file=StringIO()))
         (probe,) = lr_probe(config, args.steps)
-        losses = {f"{lr:g}": trained(config, lr, args.steps) for lr in RATES}
+        losses = {f"{lr:g}": train_lion(config, lr, args.steps) for lr in RATES}
     best = float(min(losses, key=losses.__getitem__))
-    result: dict[str, Any] = {
-        "what": "fastsd lr-probe beside a sweep of Lion on the demo's first stage", "steps": args.steps, "batch": args.batch,
-        "plateau": probe.plateau, "settled": probe.settled, "lr": probe.rate, "validation_loss": losses, "best": best,
-        "factor": max(probe.rate / best, best / probe.rate), "stamp": stamp(torch.device("cpu")),
-    }  # fmt: skip
+    result: dict[str, Any] = {"what": "fastsd lr-probe beside a sweep of Lion on the demo's first stage"}
+    result |= {"steps": args.steps, "batch": args.batch, "plateau": probe.plateau, "settled": probe.settled, "lr": probe.rate}
+    result |= {"validation_loss": losses, "best": best, "factor": max(probe.rate / best, best / probe.rate)}
+    result["stamp"] = stamp(torch.device("cpu"))
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 

@@ -1,10 +1,9 @@
 """Timing of whole forward-and-backward passes with cold caches and without host overhead; peak rates of the machine.
 
-On a GPU most of these kernels end sooner than Python starts them.  So work is warmed up, captured into a CUDA graph, and
-replays of the graph are timed, each long enough (`_REPLAY`) that starting and waiting for it does not count.  Between two
-uses of a tensor lie others that fill the L2 cache twice (`Bench.copies`), as in a step: all forwards, then all backwards
-from the last to the first.  What waits for the GPU inside cannot be captured; it is timed as its users run it, several steps a
-round, and its figures say "eager".
+On a GPU most of these kernels finish sooner than Python launches them.  So work is warmed up, captured into a CUDA graph, and
+replays of the graph are timed, each long enough (`_REPLAY`) that the overhead of one replay is negligible.  Between two uses of
+a tensor, others fill the L2 cache twice (`Bench.copies`), as in a step: all forwards, then all backwards in reverse order.
+Work that waits for the GPU cannot be captured; it is timed eagerly, several steps per round, and marked "eager".
 
 Every figure is per call: the median of the rounds divided by the calls in one.
 """
@@ -29,13 +28,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _REPLAY = 4e-3  # seconds: some 10 us around a replay are then 0.3 %
 
 Call = Callable[[], object]
-# Tensors that want gradients, and the gradients of the outputs.
+# Tensors that require gradients, and the gradients of the outputs.
 Operands = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call to time, with the bytes and FLOPs it needs at least, forward and backward together."""
+    """A call to time, with the minimum of bytes and FLOPs, forward and backward together."""
 
     op: str
     kind: str
@@ -55,7 +54,7 @@ class Machine(NamedTuple):
 
 
 def label(kind: Any) -> str:
-    """A kind of the workload in a few characters."""
+    """Return a short label of a kind of the workload."""
     if isinstance(kind, workload.Attention):
         return f"{kind.queries}x{kind.keys} d{kind.head_dim}"
     if isinstance(kind, workload.GroupNorm):
@@ -64,7 +63,7 @@ def label(kind: Any) -> str:
 
 
 def smallest(table: dict[Any, int], count: int = 2) -> list[Any]:
-    """The kinds with the fewest elements."""
+    """Return the kinds with the fewest elements."""
 
     def elements(kind: Any) -> int:
         if isinstance(kind, workload.Attention):
@@ -78,7 +77,7 @@ def smallest(table: dict[Any, int], count: int = 2) -> list[Any]:
 
 @contextmanager
 def fp32_matmuls(mode: str) -> Iterator[None]:
-    """PyTorch's fp32 matmuls in TF32 inside, if the mode is "tf32", else IEEE."""
+    """Run PyTorch's fp32 matmuls in the block in TF32 if the mode is "tf32", otherwise in IEEE fp32."""
     previous = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if mode == "tf32" else "ieee"
     try:
@@ -103,7 +102,7 @@ def _seconds(call: Call, device: torch.device, repeats: int) -> float:
 
 
 def measure_machine(device: torch.device) -> Machine:
-    """A copy of 1 GiB (256 MiB on a CPU) and square matmuls of 8192 (512)."""
+    """Measure a copy of 1 GiB (256 MiB on a CPU) and square matmuls of 8192 (512)."""
     gpu = device.type == "cuda"
     source, target = (torch.ones((1 << 28) if gpu else (1 << 26), device=device) for _ in range(2))
     copy_rate = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, 10 if gpu else 1) / 1e9
@@ -116,7 +115,7 @@ def measure_machine(device: torch.device) -> Machine:
 
 
 def forward_and_backward(function: Callable[..., Any], sets: Sequence[Operands]) -> None:
-    """All forwards, then all backwards from the last to the first, as in a step."""
+    """Run all forwards, then all backwards in reverse order, as in a step."""
     outputs = [function(*inputs) for inputs, _ in sets]
     for inputs, upstream in reversed(sets):
         output = outputs.pop()
@@ -124,7 +123,7 @@ def forward_and_backward(function: Callable[..., Any], sets: Sequence[Operands])
 
 
 def capture(work: Call) -> tuple[Call, int]:
-    """(a replay of some calls that ends when they have, how many they are): at least `_REPLAY` long."""
+    """Return (a blocking replay of several calls, which takes at least `_REPLAY`, their number)."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
@@ -151,22 +150,28 @@ def capture(work: Call) -> tuple[Call, int]:
 
 
 class Bench:
-    """One benchmark: makes its tensors, times it, and hands its figures to pytest-benchmark and to `note`."""
+    """One benchmark: creates its tensors, times it, and passes its figures to pytest-benchmark and to `record`."""
 
     def __init__(
-        self, benchmark: Any, device: torch.device, batch: int, quick: bool, machine: Machine | None, note: Callable[..., None]
+        self,
+        benchmark: Any,
+        device: torch.device,
+        batch: int,
+        quick: bool,
+        machine: Machine | None,
+        record: Callable[..., None],
     ) -> None:
         self.benchmark, self.device, self.batch, self.quick = benchmark, device, batch, quick
-        self.machine, self.note = machine, note
+        self.machine, self.record = machine, record
         self.gpu = device.type == "cuda"
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
-        """Normal numbers; an image (B, C, H, W) may lie channels last."""
+        """Create a tensor of standard normal numbers; an image (B, C, H, W) may be channels last."""
         x = torch.randn(shape, device=self.device, dtype=dtype)
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def copies(self, make: Callable[[], Operands]) -> list[Operands]:
-        """So many sets of operands that they fill the L2 cache twice; inputs want gradients."""
+        """Create enough sets of operands to fill the L2 cache twice; inputs require gradients."""
         sets = [make()]
         size = sum(x.nbytes for group in sets[0] for x in group)
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.gpu else 0
@@ -182,7 +187,7 @@ class Bench:
         self.time(case, lambda: forward_and_backward(function, sets), calls=len(sets))
 
     def time(self, case: Case, work: Call, *, calls: int = 1, captured: bool = True) -> None:
-        """Time `work`, which is so many calls of the case. captured: as a CUDA graph, where there is CUDA."""
+        """Time `work`, which runs the case `calls` times; on a GPU as a CUDA graph if `captured`."""
         rounds = 3 if self.quick else 20
         if not self.gpu:
             run, warmup = work, 1
@@ -205,7 +210,7 @@ class Bench:
             info |= {"rounds": rounds, "seconds": stats.median / calls, "seconds_min": stats.min / calls}
             info |= {"seconds_iqr": stats.iqr / calls, **rates(case, stats.median / calls, self.machine)}
         self.benchmark.extra_info.update(info)
-        self.note(info)
+        self.record(info)
 
 
 def rates(case: Case, seconds: float, machine: Machine) -> dict[str, float]:
@@ -215,7 +220,7 @@ def rates(case: Case, seconds: float, machine: Machine) -> dict[str, float]:
     if case.bytes_once:
         figures["share_of_copy_once"] = figures["share_of_copy"] * case.bytes_once / case.bytes
     if case.flops:
-        # tf32x3 is three TF32 products for each it counts: a third is all there is.
+        # tf32x3 computes three TF32 products for each one counted, so its maximum share is a third.
         rate = machine.matmul_tflop_per_s["tf32" if case.mode == "tf32x3" else case.mode]
         figures |= {"tflop_per_s": case.flops / seconds / 1e12, "matmul_tflop_per_s": rate}
         figures["share_of_matmul"] = figures["tflop_per_s"] / rate

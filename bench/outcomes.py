@@ -1,8 +1,8 @@
-"""A pytest plugin that writes each outcome, and the figures of each benchmark, as a line of JSON the moment it is there.
+"""A pytest plugin that writes each outcome, and the figures of each benchmark, as a line of JSON as soon as it ends.
 
     PYTHONPATH=bench pytest -p outcomes --outcomes FILE ...
 
-So a machine that goes away takes no more with it than the one test it was at.
+If the machine disappears, only the current test is lost.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class _Writer:
         if report.when == "call" or report.outcome != "passed":
             self._write(report, {"seconds": round(report.duration, 3), **dict(report.user_properties)})
 
-    def _write(self, report: Any, more: dict[str, Any]) -> None:
-        line: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome, **more}
+    def _write(self, report: Any, fields: dict[str, Any]) -> None:
+        line: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome, **fields}
         if report.skipped:
             line["message"] = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:

@@ -1,10 +1,10 @@
-"""`fastsd plan` against measurement: the memory of real steps on this machine's CPU, by owner, beside what plan says of them.
+"""`fastsd plan` against measurement: the memory of real steps on this machine's CPU, by owner, beside the planned bytes.
 
     python bench/plan_check.py [--small] [--json FILE] [--only WORD ...]
 
-Every combination is a process of its own: it plans the step on tensors without data, then takes two real steps and follows
-every storage through the second. At full size (SD1.5, 512 px) a combination takes some minutes and up to 20 GB of memory.
-`resident` is the most the process held, plan and libraries included.
+Every combination runs in its own process: it plans the step on tensors without data, then takes two real steps and tracks every
+storage during the second. At full size (SD1.5, 512 px) a combination takes some minutes and up to 20 GB of memory. `resident`
+is the peak of the process, including plan and libraries.
 """
 
 from __future__ import annotations
@@ -32,18 +32,26 @@ from fastsd.train.step import Step
 from fastsd_kernels import Ops, fastest
 
 CPU = torch.device("cpu")
+# Owner in a measurement -> owner in a plan.
+PLANNED_NAMES = {
+    "VAE": "VAE, for samples", "gradients": "gradients", "state": "optimizer state", "ema": "EMA", "activations": "activations",
+    "peak": "peak",
+}  # fmt: skip
 FULL = Shapes(UNetConfig.sd15(), SD15_TEXT, SD15_VAE), 512
-SMALL = Shapes(
-    UNetConfig(
-        block_out_channels=(32, 64, 64), attention=(True, True, False), layers_per_block=1, heads=4, cross_attention_dim=48,
-        norm_groups=8, sample_size=32,
-    ),
-    {**SD15_TEXT, "vocab_size": 1000, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
-     "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 1},
-    {**SD15_VAE, "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2,
-     "up_block_types": ["UpDecoderBlock2D"] * 2, "layers_per_block": 1, "norm_num_groups": 8},
-), 64  # fmt: skip
-# precision, optimizer, images a forward, forwards a step, checkpointing, more keys of a stage
+SMALL_UNET: dict[str, Any] = {
+    "block_out_channels": (32, 64, 64), "attention": (True, True, False), "layers_per_block": 1, "heads": 4,
+    "cross_attention_dim": 48, "norm_groups": 8, "sample_size": 32,
+}  # fmt: skip
+SMALL_TEXT = {
+    "vocab_size": 1000, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+SMALL_VAE = {
+    "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1, "norm_num_groups": 8,
+}  # fmt: skip
+SMALL = Shapes(UNetConfig(**SMALL_UNET), {**SD15_TEXT, **SMALL_TEXT}, {**SD15_VAE, **SMALL_VAE}), 64
+# precision, optimizer, images per forward, forwards per step, checkpointing, other keys of a stage
 CASES: list[tuple[str, str, int, int, str, dict[str, Any]]] = [
     ("fp32", "dlion", 1, 1, "none", {}),
     ("fp32", "dlion", 1, 2, "ff", {}),
@@ -60,21 +68,19 @@ CASES: list[tuple[str, str, int, int, str, dict[str, Any]]] = [
 
 def stage_of(case: tuple[str, str, int, int, str, dict[str, Any]]) -> StageTable:
     precision, optimizer, micro, forwards, level, overrides = case
-    keys = {
-        "train": ["unet"], "until": 1, "precision": precision, "optimizer": optimizer, "checkpointing": level,
-        "lr": 1.0 if optimizer == "dlion" else 1e-6, "batch": micro * forwards, "micro_batch": 0 if forwards == 1 else micro,
-    }  # fmt: skip
-    return StageTable.model_validate({**keys, **overrides})
+    keys = {"train": ["unet"], "until": 1, "precision": precision, "optimizer": optimizer, "checkpointing": level}
+    sizes = {"batch": micro * forwards, "micro_batch": 0 if forwards == 1 else micro}
+    return StageTable.model_validate({**keys, **sizes, "lr": 1.0 if optimizer == "dlion" else 1e-6, **overrides})
 
 
 def planned(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> dict[str, int]:
-    """Bytes by owner, kept and at the peak, as plan says."""
+    """Return the planned bytes by owner, of activations, and at the peak."""
     need = plan_stage(shapes, stage, resolution, 0, ops).need(stage.micro_batch_size)
-    return {**need.owners, "activations": need.kept, "peak": need.step}
+    return {**need.owners, "activations": need.activations, "peak": need.step}
 
 
 def measured(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> dict[str, int]:
-    """The same of a real step: the second, for state is made in the first."""
+    """Return the same for a real step: the second, because the first allocates the state."""
     side, model = shapes.side(resolution), empty_model(shapes, ops)
     live, forwards = LiveBytes(CPU), []
     model.unet.checkpointing = stage.checkpointing
@@ -86,6 +92,7 @@ def measured(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> di
                 parameter.data.normal_(0, 0.02)
             for buffer in module.buffers():  # position ids
                 buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
+
         step = Step(model, stage, total=2, seed=0)
         latents = torch.randn(stage.batch, shapes.unet.in_channels, side, side).half()
         ids = torch.zeros(stage.batch, model.text.length, dtype=torch.int64)
@@ -95,19 +102,17 @@ def measured(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> di
         handle = model.unet.register_forward_hook(lambda *_: forwards.append(live.now))
         result = step(Batch(latents, ids, torch.arange(stage.batch), []), 1)
         handle.remove()
+
     assert torch.isfinite(result.loss) and not result.skipped
     owners = {"VAE": list(model.vae.module.parameters()), **step.tensors_by_role()}
     sizes = {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
     return {**sizes, "activations": forwards[0] - before, "peak": live.peak}
 
 
-def compared(planned: dict[str, int], measured: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Owner -> bytes planned, bytes measured, and their ratio; the weights of both parts in one."""
-    plan = {
-        "weights": sum(size for owner, size in planned.items() if owner.startswith("weights")),
-        "VAE": planned["VAE, for samples"], "gradients": planned["gradients"], "state": planned["optimizer state"],
-        "ema": planned["EMA"], "activations": planned["activations"], "peak": planned["peak"],
-    }  # fmt: skip
+def compare(planned: dict[str, int], measured: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Owner -> bytes planned, bytes measured, and their ratio; the weights of both components are added."""
+    plan = {measured_name: planned[name] for measured_name, name in PLANNED_NAMES.items()}
+    plan["weights"] = sum(size for owner, size in planned.items() if owner.startswith("weights"))
     return {
         owner: {"planned": plan[owner], "measured": size, "ratio": plan[owner] / size if size else 1.0}
         for owner, size in measured.items()
@@ -118,7 +123,7 @@ def compared(planned: dict[str, int], measured: dict[str, int]) -> dict[str, dic
 def run_case(index: int, small: bool) -> None:
     shapes, resolution = SMALL if small else FULL
     stage, ops = stage_of(CASES[index]), fastest(CPU)
-    figures = compared(planned(shapes, resolution, stage, ops), measured(shapes, resolution, stage, ops))
+    figures = compare(planned(shapes, resolution, stage, ops), measured(shapes, resolution, stage, ops))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"kernels": ops.name, "figures": figures, "resident": resident}))
 
@@ -126,12 +131,13 @@ def run_case(index: int, small: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a small model, in seconds")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--only", nargs="*", default=[], help="words that a combination's name must have")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--only", nargs="*", default=[], help="only combinations that have all these words in their name")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
         return run_case(arguments.case, arguments.small)
+
     records = []
     for index, case in enumerate(CASES):
         *values, overrides = case
@@ -141,17 +147,16 @@ def main() -> None:
         command = [sys.executable, __file__, "--case", str(index), *(["--small"] if arguments.small else [])]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if result.returncode:
-            sys.exit(f"{name}: ended with status {result.returncode}")
+            sys.exit(f"{name}: failed with exit status {result.returncode}")
         record = {"case": name, **json.loads(result.stdout.splitlines()[-1])}
         ratios = "  ".join(f"{owner} {figure['ratio']:.4f}" for owner, figure in record["figures"].items())
         print(f"{name:44} peak {record['figures']['peak']['measured'] / 1e9:.3f} GB  planned / measured: {ratios}", flush=True)
         records.append(record)
+
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    stamp = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "commit": commit, "machine": platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-        "config": "a small model, 64 px" if arguments.small else "full-size SD1.5, random weights, 512 px",
-    }  # fmt: skip
+    stamp: dict[str, Any] = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "commit": commit, "machine": platform.machine()}
+    stamp |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    stamp["config"] = "a small model, 64 px" if arguments.small else "full-size SD1.5, random weights, 512 px"
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"stamp": stamp, "records": records}, indent=2) + "\n")

@@ -2,11 +2,11 @@
 
     python bench/precision_curves.py [--steps 200] [--out bench/results]
 
-The demo's first stage (D-Lion, batch 32) is trained in each precision from the same seed, and in fp32 from other seeds: how far
-those lie apart is the noise that a change of precision must stay within. Curves are smoothed over about 20 steps.
+The demo's first stage (D-Lion, batch 32) is trained in each precision from the same seed, and in fp32 from other seeds. Their
+spread is the noise that a change of precision must stay within. Curves are smoothed over about 20 steps.
 
 A CPU has no TF32. There "tf32" is emulated: every operand of a matmul, convolution or attention, forward and backward, is
-rounded to 10 bits of mantissa first, as the tensor cores do, and the products are summed in fp32.
+rounded to 10 bits of mantissa first, as tensor cores do, and the products are summed in fp32.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from fastsd.run.loop import train
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 SMOOTHING = 0.95
-MULTIPLIES = {
+MATMUL_OPS = {
     "mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward",
 }  # fmt: skip
 
 
-def rounded(value: Any) -> Any:
-    """An fp32 tensor to the nearest number of TF32 (10 bits of mantissa, ties away from zero); all else as it is."""
+def round_to_tf32(value: Any) -> Any:
+    """Round an fp32 tensor to the nearest TF32 number (10 bits of mantissa, ties away from zero); return others unchanged."""
     if not isinstance(value, Tensor) or value.dtype != torch.float32:
         return value
     return ((value.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 class EmulatedTf32(TorchDispatchMode):
-    """Rounds the operands of everything that multiplies matrices."""
+    """Rounds the operands of matmuls, convolutions and attention."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.removeprefix("aten::") in MULTIPLIES:
-            args = tree_map(rounded, args)
+        if func._schema.name.removeprefix("aten::") in MATMUL_OPS:
+            args = tree_map(round_to_tf32, args)
         return func(*args, **(kwargs or {}))
 
 
 def losses(out: Path, precision: str, seed: int, steps: int) -> list[float]:
-    """The loss of every step of one run."""
+    """Return the loss of every step of one run."""
     run = out / f"{precision}-{seed}"
     overrides = [f"run={run}", f"seed={seed}", f"stage.unet.until={steps}", "stage.unet.sample_every=0", "log.every=1"]
     overrides += ["stage.unet.checkpoint_every=100000", "sample.prompts=[]", "log.tensorboard=false"]
@@ -113,6 +113,7 @@ def main() -> None:
         demo._lay_out(Path(scratch), Console(file=StringIO()))
         runs = [("fp32", seed) for seed in SEEDS] + [("tf32", 0), ("bf16", 0)]
         curves = {key: losses(Path(scratch), *key, options.steps) for key in runs}
+
     options.out.mkdir(parents=True, exist_ok=True)
     draw(curves, options.out / "precision-curves.png")
     last = {f"{precision} seed {seed}": smooth(values)[-1] for (precision, seed), values in curves.items()}
@@ -122,14 +123,15 @@ def main() -> None:
         for precision in ("tf32", "bf16")
     }
     noise = max(abs(last[f"fp32 seed {seed}"] / last["fp32 seed 0"] - 1) for seed in SEEDS)
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {
-        "stamp": {"device": device, "tf32": "hardware" if torch.cuda.is_available() else "emulated", "commit": commit,
-                  "torch": torch.__version__, "python": platform.python_version()},
-        "steps": options.steps, "smoothed_loss_at_the_end": last, "largest_difference_to_fp32_after_20_steps": differences,
-        "largest_difference_between_seeds_at_the_end": noise, "losses": {f"{p} seed {s}": v for (p, s), v in curves.items()},
-    }  # fmt: skip
+    stamp = {"device": device, "tf32": "hardware" if torch.cuda.is_available() else "emulated", "commit": commit}
+    stamp |= {"torch": torch.__version__, "python": platform.python_version()}
+    result = {"stamp": stamp, "steps": options.steps, "smoothed_loss_at_the_end": last}
+    result["largest_difference_to_fp32_after_20_steps"] = differences
+    result["largest_difference_between_seeds_at_the_end"] = noise
+    result["losses"] = {f"{precision} seed {seed}": values for (precision, seed), values in curves.items()}
     (options.out / "precision-curves.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=1))
 

@@ -2,18 +2,19 @@
 
     python bench/steps.py [--only a b c d e] [--small] [--rounds 3] [--lines FILE]
 
-    a   bf16: batch 32 and 64, checkpointing none and ff, cuDNN's algorithms fixed and timed, three optimizers, their peers
-    b   tf32 and IEEE fp32 likewise, in short
+    a   bf16: batch 32 and 64, checkpointing none and ff, cuDNN benchmark mode off and on, three optimizers, their baselines
+    b   a shorter version in tf32 and IEEE fp32
     c   with and without a CUDA graph, batch 1 to 32
-    d   the most images a forward under a cap of 24 GB, ours and the peers'; the peak of real steps against the planned one
-    e   where the time of one step goes, by kind of operation, ours and eager diffusers'
+    d   the most images per forward under a cap of 24 GB, ours and the baselines'; the peak of real steps against the plan
+    e   time of one step by kind of operation, ours and eager diffusers'
 
-SD1.5's shape, random weights, 512 px; the step is `fastsd train`'s and its peers are those of `fastsd bench`. Every measurement
-is one line of JSON, written when it is there, the most telling first: a is begun before c and e and ended after them.
+SD1.5's shape, random weights, 512 px; the step is that of `fastsd train` and its baselines are those of `fastsd bench`. Every
+measurement is one line of JSON, written as soon as it is complete, the most important first: a starts before c and e and ends
+after them.
 
-A measurement that fails is noted, and the next goes on in a new process, for a broken CUDA context breaks all that follows.
-Those whose memory is capped have a process each; the others share one, and memory is given back between them. A process that
-serves ends when the one it serves does.  Figures become goals in `verdicts.py`.
+A failed measurement is recorded, and the next one starts in a new process, because a broken CUDA context breaks all later ones.
+Measurements with capped memory have a process each; the others share one and free memory between them. A worker process ends
+when its parent ends.  `verdicts.py` judges the figures.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ from fastsd.train.precision import choose_device, choose_ops, set_precision
 
 Record = dict[str, Any]
 Case = tuple[str, str, int, int, str, dict[str, Any]]  # as `plan_check.CASES`
-CAP = 24 << 30  # bytes of PyTorch's allocator; the CUDA context and libraries, some 0.5 GB, are not among them
-LONGEST = 2000  # characters of a message: its end
-# Of batches that a GPU is used with.
+CAP = 24 << 30  # bytes of PyTorch's allocator, without the 0.5 GB of the CUDA context and libraries
+LONGEST = 2000  # characters of a message, from its end
+# Cases with batches that are typical for a GPU.
 CASES: list[Case] = [
     ("bf16", "lion", 32, 1, "none", {}), ("bf16", "lion", 32, 1, "ff", {}), ("fp32", "dlion", 8, 1, "none", {}),
     ("fp32", "dlion", 8, 2, "ff", {}), ("bf16", "dlion", 16, 2, "ff", {}), ("bf16", "adamw", 16, 1, "block", {"ema": 0.999}),
@@ -62,7 +63,7 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 
-class LeftOut(Exception):
+class Skipped(Exception):
     """A measurement that is impossible on this machine; the message gives the reason."""
 
 
@@ -85,17 +86,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Setup:
-    """The command line, and where it runs."""
+    """Options of the command line, and the device."""
 
     device: torch.device
     small: bool
     rounds: int
 
-    def asked(self, setting: Setting, names: list[str]) -> options.BenchOptions:
-        settings = {
-            "stage.0.optimizer": setting.optimizer, "stage.0.batch": setting.batch,
-            "stage.0.checkpointing": setting.checkpointing, "deterministic": setting.deterministic, "cuda_graph": setting.graph,
-        }  # fmt: skip
+    def bench_options(self, setting: Setting, names: list[str]) -> options.BenchOptions:
+        settings = {f"stage.0.{key}": getattr(setting, key) for key in ("optimizer", "batch", "checkpointing")}
+        settings |= {"deterministic": setting.deterministic, "cuda_graph": setting.graph}
         changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         extra_options: dict[str, Any] = {"steps": self.rounds, "peers": ",".join(names) or "none"}
         return options.BenchOptions("step", None, changes, setting.precision, self.small, **extra_options)
@@ -109,8 +108,8 @@ class Setup:
 class Measurement:
     part: str
     what: str
-    take: Callable[[Setup], list[Record]]
-    alone: bool = False  # in a process of its own
+    measure: Callable[[Setup], list[Record]]
+    alone: bool = False  # in its own process
 
     @property
     def name(self) -> str:
@@ -118,7 +117,7 @@ class Measurement:
 
 
 def measurements() -> list[Measurement]:
-    """All, in the order in which they are taken."""
+    """Return all measurements in the order in which they run."""
     adamw = partial(Setting, "bf16", "adamw")
     first = [
         _steps("a", adamw(32), "diffusers"),
@@ -128,12 +127,14 @@ def measurements() -> list[Measurement]:
         _steps("a", Setting("bf16", "lion", 32), "lion-pytorch"),
         _steps("a", adamw(64), "diffusers"),
     ]
-    graphs = [Measurement("c", f"graph, batch {batch}", partial(graph_or_not, adamw(batch))) for batch in (1, 4, 16, 32)]
-    profile = Measurement("e", "where the time goes", partial(where_time_goes, adamw(32, graph=False)))
+
+    graphs = [Measurement("c", f"graph, batch {batch}", partial(compare_graph, adamw(batch))) for batch in (1, 4, 16, 32)]
+    profile = Measurement("e", "where the time goes", partial(profile_step, adamw(32, graph=False)))
     combinations = [
         _steps("a", adamw(*arguments))
         for arguments in ((64, "none", False), (32, "ff", True), (32, "ff", False), (64, "ff", True), (64, "ff", False))
     ]
+
     other_precisions = [
         _steps("b", Setting("tf32", "adamw", 32), "diffusers"),
         _steps("b", Setting("fp32", "adamw", 8), "diffusers"),  # a step of 32 takes seconds
@@ -141,9 +142,9 @@ def measurements() -> list[Measurement]:
         _steps("b", Setting("tf32", "adamw", 32, deterministic=False), "compiled"),
     ]
     stages = [("bf16", "lion"), ("fp32", "dlion")]
-    memory = [_most(*stage, level, baselines.OURS) for stage in stages for level in ("none", "ff")]
-    plans = [Measurement("d", f"plan, {case[0]}, {_words(case)}", partial(against_plan, case)) for case in CASES]
-    baseline_memory = [_most(*stage, "none", baselines.SAME_OPTIMIZER[stage[1]]) for stage in stages]
+    memory = [_most_images(*stage, level, baselines.OURS) for stage in stages for level in ("none", "ff")]
+    plans = [Measurement("d", f"plan, {case[0]}, {_case_label(case)}", partial(check_plan, case)) for case in CASES]
+    baseline_memory = [_most_images(*stage, "none", baselines.SAME_OPTIMIZER[stage[1]]) for stage in stages]
     return [*first, *graphs, profile, *combinations, *other_precisions, *memory, *plans, *baseline_memory]
 
 
@@ -152,25 +153,25 @@ def _steps(part: str, setting: Setting, *names: str) -> Measurement:
     return Measurement(part, f"{setting.precision}, {setting.kind}{suffix}", partial(whole_steps, setting, names))
 
 
-def _most(precision: str, optimizer: str, level: str, name: str) -> Measurement:
-    take = partial(most_images, precision, optimizer, level, name)
-    return Measurement("d", f"24 GB, {precision}, {optimizer}, {level}, {name}", take, alone=True)
+def _most_images(precision: str, optimizer: str, level: str, name: str) -> Measurement:
+    measure = partial(most_images, precision, optimizer, level, name)
+    return Measurement("d", f"24 GB, {precision}, {optimizer}, {level}, {name}", measure, alone=True)
 
 
-def _words(case: Case) -> str:
+def _case_label(case: Case) -> str:
     _, *values, overrides = case
     return "{}, {} x {}, {}".format(*values) + "".join(f", {key}" for key in overrides)
 
 
 def whole_steps(setting: Setting, names: tuple[str, ...], setup: Setup) -> list[Record]:
-    """Ours beside those of the peers that can be had, by `fastsd bench step`."""
+    """Time our step and those of the available baselines by `fastsd bench step`."""
     available, notes = list[str](), list[str]()
     for name in names:
         if name == "compiled" and setup.device.type == "cpu":
-            notes.append("left out: peer compiled, whose compiler takes minutes for a CPU")
+            notes.append("skipped: baseline compiled, because compiling for a CPU takes minutes")
         elif baselines.attempt(name, notes, partial(baselines.require, name)):
             available.append(name)
-    _, figures = suites.bench_step(setup.asked(setting, available), partial(print, flush=True))
+    _, figures = suites.bench_step(setup.bench_options(setting, available), partial(print, flush=True))
     notes += figures["misses"]
     columns = ("img_per_s", "tflop_per_s", "mfu", "peak_gb", "held_gb", "launches", "host_waits", "times", "ms", "first_loss")
     shared = {"optimizer": setting.optimizer, "batch": setting.batch, "switches": figures["settings"]["switches"]}
@@ -183,53 +184,53 @@ def whole_steps(setting: Setting, names: tuple[str, ...], setup: Setup) -> list[
     return records
 
 
-def graph_or_not(setting: Setting, setup: Setup) -> list[Record]:
-    """The same step as one CUDA graph and launch by launch; `times` of the second is what the graph gains."""
+def compare_graph(setting: Setting, setup: Setup) -> list[Record]:
+    """Time a step with and without a CUDA graph; `times` of the second record is the gain of the graph."""
     records = []
     for graph, name in ((True, "graph"), (False, "no graph")):
         (record,) = whole_steps(replace(setting, graph=graph), (), setup)
         records.append(record | {"op": "graph", "kind": f"batch {setting.batch}", "implementation": name})
-        give_back()
+        free_memory()
     records[1]["times"] = records[1]["ms"]["median"] / records[0]["ms"]["median"]
     return records
 
 
-def where_time_goes(setting: Setting, setup: Setup) -> list[Record]:
-    """One step by `torch.profiler`: time of kernels by the operation that launched them; on a CPU, of operations."""
-    target, notes = options.bench_target(setup.asked(setting, [])), list[str]()
-    model = baselines.made_model(target.cfg, target.ops)
+def profile_step(setting: Setting, setup: Setup) -> list[Record]:
+    """Profile one step: time of kernels by the operation that launched them; on a CPU, time of operations."""
+    target, notes = options.bench_target(setup.bench_options(setting, [])), list[str]()
+    model = baselines.random_model(target.cfg, target.ops)
     model.unet.to(target.device)
     model.text.module.to(target.device)
     set_precision(setting.precision, model.unet)
-    batches = baselines.made_batches(target.cfg.in_channels, target.side, target.stage.batch)
+    batches = baselines.random_batches(target.cfg.in_channels, target.side, target.stage.batch)
+
     records, gpu = [], target.device.type == "cuda"
     if not gpu:
-        notes.append("left out: the time of kernels, for there is no GPU; these are operations on a CPU")
-    for contender in baselines.candidates(
-        baselines.BenchInputs(model, target.stage, batches, target.device), ["diffusers"], notes
-    ):
-        with contender.turn():
+        notes.append("skipped: time of kernels needs a GPU; these are operations on a CPU")
+    inputs = baselines.BenchInputs(model, target.stage, batches, target.device)
+    for candidate in baselines.candidates(inputs, ["diffusers"], notes):
+        with candidate.turn():
             for _ in range(WARM_UP):
-                contender.step()
-            seconds = counters.seconds(contender.step, target.device)
+                candidate.step()
+            seconds = counters.seconds(candidate.step, target.device)
             activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if gpu else [])]
             with torch.profiler.profile(activities=activities) as profile:
-                contender.step()
+                candidate.step()
                 counters.synchronize(target.device)
         operations = {(row.key, ""): row.self_cpu_time_total for row in profile.key_averages()}
-        spent = _of_kernels(profile.events()) if gpu else Counter(operations)
+        spent = _kernel_times(profile.events()) if gpu else Counter(operations)
         rows = [(name, kernel[:120], microseconds / 1e3) for (name, kernel), microseconds in spent.most_common()]
         figures = {"rows": rows, "kinds": time_by_kind(rows), "step_ms": 1e3 * seconds, "notes": notes}
-        records.append(setup.record("profile", setting.kind, setting.precision, contender.name, **figures))
+        records.append(setup.record("profile", setting.kind, setting.precision, candidate.name, **figures))
     return records
 
 
-def _of_kernels(events: Any) -> Counter[tuple[str, str]]:
-    """Microseconds by (operation that launched it, kernel); no operation: by none that the profiler saw."""
+def _kernel_times(events: Any) -> Counter[tuple[str, str]]:
+    """Return microseconds by (launching operation, kernel); the operation is "" if the profiler recorded none."""
     spent: Counter[tuple[str, str]] = Counter()
     kernel_times: Counter[str] = Counter()
     for event in events:
-        # A range that a program marked spans kernels that are counted themselves.
+        # A range marked by a program spans kernels that are counted separately.
         if event.is_user_annotation:
             continue
         if event.device_type == DeviceType.CUDA:
@@ -243,36 +244,36 @@ def _of_kernels(events: Any) -> Counter[tuple[str, str]]:
 
 
 def most_images(precision: str, optimizer: str, level: str, name: str, setup: Setup) -> list[Record]:
-    """The most images a forward under `CAP`, by real steps that run out of memory or do not.
+    """Find the most images per forward under `CAP`, by running real steps until memory runs out.
 
-    Ours holds what a run does, its text encoder and VAE included, and records its graph; a peer has its UNet alone.
+    Ours holds all tensors of a run, including text encoder and VAE, and records its graph; a baseline holds only its UNet.
     """
     is_ours, notes = name == baselines.OURS, list[str]()
     if not is_ours and not baselines.attempt(name, notes, partial(baselines.require, name)):
-        raise LeftOut(*notes)
+        raise Skipped(*notes)
     shapes, resolution = SMALL if setup.small else FULL
     side, max_images, peaks = shapes.side(resolution), 8 if setup.small else 512, dict[int, tuple[int, int]]()
     stage = stage_of((precision, optimizer, max_images, 1, level, {}))
     torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(setup.device).total_memory)
-    # The weights that a peer begins with stay in main memory.
-    model = whole_model(setup, stage) if is_ours else baselines.made_model(shapes.unet, choose_ops("auto", setup.device))
+    # The initial weights of a baseline stay in main memory.
+    model = whole_model(setup, stage) if is_ours else baselines.random_model(shapes.unet, choose_ops("auto", setup.device))
     model.text.module.to(setup.device)
     set_precision(precision)
-    work = baselines.BenchInputs(model, stage, [], setup.device, graph=is_ours)
-    contender: Any = baselines.OurStep(work, _refuse) if is_ours else baselines.baseline_maker(work)(name)
+    inputs = baselines.BenchInputs(model, stage, [], setup.device, graph=is_ours)
+    candidate: Any = baselines.OurStep(inputs, _raise_out_of_memory) if is_ours else baselines.baseline_maker(inputs)(name)
 
     def fits(images: int) -> bool:
-        make = token_batches if is_ours else baselines.made_batches
-        work.batches = make(shapes.unet.in_channels, side, images)
+        make = token_batches if is_ours else baselines.random_batches
+        inputs.batches = make(shapes.unet.in_channels, side, images)
         try:
-            with contender.turn():
-                peaks[images] = peak(lambda: [contender.step() for _ in range(WARM_UP + 2)])
+            with candidate.turn():
+                peaks[images] = peak(lambda: [candidate.step() for _ in range(WARM_UP + 2)])
         except (torch.OutOfMemoryError, UserError) as error:
             print(f"{name}: {images} images do not fit: {str(error).splitlines()[0][:200]}", flush=True)
             return False
         finally:
-            contender.trainer.clear_graphs() if is_ours else contender.optimizer.zero_grad()
-            give_back()
+            candidate.trainer.clear_graphs() if is_ours else candidate.optimizer.zero_grad()
+            free_memory()
         return True
 
     images = largest(fits, max_images)
@@ -283,13 +284,13 @@ def most_images(precision: str, optimizer: str, level: str, name: str, setup: Se
     return [setup.record("micro-batch", f"24 GB, {optimizer}, {level}", precision, name, **figures)]
 
 
-def _refuse(line: str) -> None:
-    """In place of going on with fewer images a forward."""
+def _raise_out_of_memory(line: str) -> None:
+    """Fail instead of continuing with fewer images per forward."""
     raise torch.OutOfMemoryError(line)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, 0 if none, where all below one that fits do: by doubling, then bisection."""
+    """Return the largest number up to `most` that fits, or 0, by doubling and bisection. `fits` must be monotonic."""
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high
@@ -306,15 +307,15 @@ def planned_images(setup: Setup, stage: StageTable, most: int) -> int:
     plan = plan_stage(shapes, stage, resolution, CAP - RESERVED, choose_ops("auto", setup.device))
 
     def fits(images: int) -> bool:
-        # The whole batch at once, whatever its size: gradients are not added up.
+        # The whole batch at once, so gradients are not accumulated.
         plan.stage = stage.model_copy(update={"batch": images})
         return plan.need(images).total <= plan.device_bytes
 
     return largest(fits, most)
 
 
-def against_plan(case: Case, setup: Setup) -> list[Record]:
-    """The peak of a step, once its state is there, and what plan says; without a graph, whose memory is the same."""
+def check_plan(case: Case, setup: Setup) -> list[Record]:
+    """Compare the planned and measured peak of a step after its state exists. A graph would need the same memory."""
     shapes, resolution = SMALL if setup.small else FULL
     stage, before = stage_of(case), torch.cuda.memory_allocated(setup.device)
     predicted = planned(shapes, resolution, stage, choose_ops("auto", setup.device))["peak"]
@@ -325,11 +326,11 @@ def against_plan(case: Case, setup: Setup) -> list[Record]:
     allocated, reserved = peak(ours.step)
     measured = allocated - before
     sizes = {"planned_gb": predicted / 1e9, "peak_gb": measured / 1e9, "reserved_gb": reserved / 1e9, "before_gb": before / 1e9}
-    return [setup.record("plan", _words(case), stage.precision, baselines.OURS, ratio=predicted / measured, **sizes)]
+    return [setup.record("plan", _case_label(case), stage.precision, baselines.OURS, ratio=predicted / measured, **sizes)]
 
 
 def whole_model(setup: Setup, stage: StageTable) -> Model:
-    """All parts of a model on the device, as a run holds them, with random weights; set up for the stage."""
+    """Create all components of a model on the device with random weights, set up for the stage."""
     shapes, _ = SMALL if setup.small else FULL
     model = empty_model(shapes, choose_ops("auto", setup.device))
     for module in (model.unet, model.text.module, model.vae.module):
@@ -345,13 +346,13 @@ def whole_model(setup: Setup, stage: StageTable) -> Model:
 
 
 def token_batches(channels: int, side: int, batch: int) -> list[Batch]:
-    """As `peers.made_batches`, with texts of 77 tokens."""
-    template = baselines.made_batches(channels, side, batch)[0]
+    """Create a batch like those of `baselines.random_batches`, with texts of 77 tokens."""
+    template = baselines.random_batches(channels, side, batch)[0]
     return [replace(template, token_ids_BL=torch.zeros(batch, 77, dtype=torch.int64))]
 
 
 def peak(run: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of tensors, and of what the allocator took for them, at the worst moment of `run()`."""
+    """Return the peak of allocated and of reserved bytes during `run()`."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     run()
@@ -359,8 +360,8 @@ def peak(run: Callable[[], Any]) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
 
-def give_back() -> None:
-    """Memory of what is no longer used, compiled code included."""
+def free_memory() -> None:
+    """Free unused memory, including that of compiled code."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     if torch.cuda.is_available():
@@ -369,38 +370,38 @@ def give_back() -> None:
 
 
 def outcome(measurement: Measurement, setup: Setup) -> dict[str, Any]:
-    """Take a measurement: its line."""
+    """Run a measurement and return its line of JSON."""
     line: dict[str, Any] = {"test": measurement.name, "outcome": "passed"}
     start = time.monotonic()
     try:
         if measurement.part == "d" and setup.device.type == "cpu":
-            raise LeftOut("left out: the memory of a GPU, for there is none")
-        line["records"] = measurement.take(setup)
-    except LeftOut as reason:
+            raise Skipped("skipped: memory measurements need a GPU")
+        line["records"] = measurement.measure(setup)
+    except Skipped as reason:
         line |= {"outcome": "skipped", "message": str(reason)}
     except Exception:
         line |= {"outcome": "failed", "message": traceback.format_exc()[-LONGEST:]}
     return line | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def serve(chosen: list[Measurement], setup: Setup) -> None:
-    """Take measurements one after another, a line of JSON each, up to one that fails."""
-    # Standard output is for the lines alone: what else is printed goes to the terminal.
+def serve(selected: list[Measurement], setup: Setup) -> None:
+    """Run measurements one after another, up to the first that fails. Print a line of JSON for each."""
+    # Standard output is reserved for the lines; other output goes to the terminal.
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # its end is that of who is served
-    for measurement in chosen:
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # end when the parent ends
+    for measurement in selected:
         print(f"\n-- {measurement.name}", flush=True)
         line = outcome(measurement, setup)
         print(json.dumps(line), file=lines, flush=True)
         if line["outcome"] == "failed":
             return
-        give_back()
+        free_memory()
 
 
-def taken(chosen: list[Measurement], options: list[str]) -> Iterator[dict[str, Any]]:
-    """The lines of all that were chosen, from as many processes as it takes."""
-    remaining = list(chosen)
+def outcomes(selected: list[Measurement], options: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of all selected measurements, from as many worker processes as needed."""
+    remaining = list(selected)
     while remaining:
         group = remaining[:1] if remaining[0].alone else list(takewhile(lambda measurement: not measurement.alone, remaining))
         command = [sys.executable, __file__, *options, "--serve", *(measurement.name for measurement in group)]
@@ -411,34 +412,36 @@ def taken(chosen: list[Measurement], options: list[str]) -> Iterator[dict[str, A
                 count, last = count + 1, json.loads(line)
                 yield last
         if count < len(group) and last["outcome"] != "failed":
-            message = f"the process ended with status {process.returncode}"
+            message = f"the process failed with exit status {process.returncode}"
             yield {"test": group[count].name, "outcome": "failed", "message": message}
             count += 1
         remaining = remaining[count:]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 1 if anything failed, whatever the figures."""
+    """Run the command line. Return the exit status: 1 if anything failed, whatever the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices="abcde", default=list("abcde"), metavar="PART", help="a b c d e")
-    parser.add_argument("--small", action="store_true", help="a tiny model, on any device, in seconds: these are no figures")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, of 4 steps on a GPU (default: 3)")
-    parser.add_argument("--lines", type=Path, metavar="FILE", help="append every outcome, as JSON lines")
+    parser.add_argument("--small", action="store_true", help="tiny model, any device: a trial run without real figures")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each candidate, 4 steps each on a GPU (default: 3)")
+    parser.add_argument("--lines", type=Path, metavar="FILE", help="append each outcome to this file, as JSON lines")
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    every = measurements()
+    all_measurements = measurements()
     if options.serve:
         setup = Setup(choose_device("auto"), options.small, options.rounds)
-        serve([entry for entry in every if entry.name in options.serve], setup)
+        serve([entry for entry in all_measurements if entry.name in options.serve], setup)
         return 0
     if not (torch.cuda.is_available() or options.small):
-        print("No CUDA device: these are measurements of a GPU; --small runs on any machine.", file=sys.stderr)
+        print("no CUDA device found; run this on a machine with a GPU, or use --small on any machine", file=sys.stderr)
         return 2
+
     failed = False
     serve_options = ["--rounds", str(options.rounds), *(["--small"] if options.small else [])]
-    # Without a GPU those that would be alone are left out at once.
-    chosen = [replace(entry, alone=entry.alone and torch.cuda.is_available()) for entry in every if entry.part in options.only]
-    for line in taken(chosen, serve_options):
+    # Without a GPU, measurements that need their own process are skipped immediately.
+    gpu, parts = torch.cuda.is_available(), options.only
+    selected = [replace(entry, alone=entry.alone and gpu) for entry in all_measurements if entry.part in parts]
+    for line in outcomes(selected, serve_options):
         if options.lines:
             with options.lines.open("a") as file:
                 file.write(json.dumps(line) + "\n")

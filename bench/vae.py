@@ -3,13 +3,13 @@
     python bench/vae.py [--precision fp32 bf16] [--batch N ...] [--resolution 512] [--rounds 5] [--small] [--json FILE]
 
     fastsd          as `fastsd cache` encodes
-    diffusers       AutoencoderKL as its user runs it: contiguous tensors, eager
+    diffusers       AutoencoderKL with contiguous tensors, eager
     channels last   the same with weights and images channels last
-    compiled        that, its encoder by torch.compile; on a GPU, at the first batch alone
+    compiled        channels last with the encoder compiled by torch.compile; only on a GPU, only at the first batch
 
-SD1.5's and SDXL's VAE have one shape; weights are random. Nothing is timed that computes something else: `error`, of the mean,
-is relative to diffusers' fp32, and ours may be 1e-4 in fp32 and in bf16 twice that of diffusers' bf16. FLOPs are those of the
-matmuls and convolutions asked for. A share is of a square matmul's rate in the same precision, measured here.
+The VAEs of SD1.5 and SDXL have the same shape; weights are random. Results are compared before timing: `error` of the mean is
+relative to diffusers' fp32; ours may be at most 1e-4 in fp32, and in bf16 twice that of diffusers' bf16. FLOPs are those of the
+requested matmuls and convolutions. A share is relative to a square matmul in the same precision, measured in the same run.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ SMALL = {
     **SD15_VAE, "block_out_channels": [32, 64], "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
 }  # fmt: skip
-OURS, THEIRS, LAST, COMPILED = "fastsd", "diffusers", "channels last", "compiled"
+OURS, DIFFUSERS, CHANNELS_LAST, COMPILED = "fastsd", "diffusers", "channels last", "compiled"
 
 
 def encoders(module: Any, dtype: torch.dtype, device: torch.device, compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Contenders, ours first: fp32 images on the device -> the raw mean."""
+    """Return the candidates, ours first. Each maps fp32 images on the device to the raw mean."""
     plain = copy.deepcopy(module).to(device=device, dtype=dtype)
     vae = Vae(copy.deepcopy(module), "random weights", choose_ops("auto", device)).to(device, dtype)
 
     def diffusers_mean(module: Any, layout: torch.memory_format, images: Tensor) -> Tensor:
         return module.encode(images.to(dtype=dtype, memory_format=layout)).latent_dist.mean
 
-    contenders: dict[str, Callable[[Tensor], Tensor]] = {
+    candidates: dict[str, Callable[[Tensor], Tensor]] = {
         OURS: vae.encode,
-        THEIRS: partial(diffusers_mean, plain, torch.contiguous_format),
-        LAST: partial(diffusers_mean, vae.module, torch.channels_last),
+        DIFFUSERS: partial(diffusers_mean, plain, torch.contiguous_format),
+        CHANNELS_LAST: partial(diffusers_mean, vae.module, torch.channels_last),
     }
     if compiled:
         compiled_module = copy.deepcopy(vae.module)
         compiled_module.encoder = torch.compile(compiled_module.encoder)
-        contenders[COMPILED] = partial(diffusers_mean, compiled_module, torch.channels_last)
-    return contenders
+        candidates[COMPILED] = partial(diffusers_mean, compiled_module, torch.channels_last)
+    return candidates
 
 
 def random_vae(small: bool) -> Any:
-    """An AutoencoderKL without its decoder."""
+    """Create an AutoencoderKL without its decoder."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -82,28 +82,29 @@ def flops(small: bool, resolution: int) -> int:
     return counter.get_total_flops()
 
 
-def distance(result: Tensor, truth: Tensor) -> float:
-    return ((result.double() - truth.double()).norm() / truth.double().norm()).item()
+def distance(result: Tensor, reference: Tensor) -> float:
+    return ((result.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 def measure(precision: str, batch: int, first: bool, args: argparse.Namespace) -> list[Record]:
-    """A record a contender. Raises AssertionError if ours computes something else than diffusers'."""
+    """Return a record per candidate. Raises AssertionError if our result differs too much from diffusers'."""
     device = choose_device("auto")
     switches, module = set_precision(precision), random_vae(args.small)
-    contenders = encoders(module, COMPUTE_DTYPE[precision], device, first and device.type == "cuda")
+    candidates = encoders(module, COMPUTE_DTYPE[precision], device, first and device.type == "cuda")
     images = torch.rand(batch, 3, args.resolution, args.resolution, device=device) * 2 - 1
     turns: dict[str, timing.TimedCall] = {}
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         reference = module.to(device).encode(images[:1]).latent_dist.mean
-        for name, encode in contenders.items():
+        for name, encode in candidates.items():
             run = partial(encode, images)
             error = distance(run()[:1], reference)
             rows.append({"name": name, "error": error, "peak_gb": counters.rise(run, device) / 1e9})
             turns[name] = run, nullcontext
         ours, peer = rows[0]["error"], rows[1]["error"]
-        assert ours <= (2 * peer if precision == "bf16" else 1e-4), f"an error of {ours:.1e}, and diffusers' is {peer:.1e}"
+        assert ours <= (2 * peer if precision == "bf16" else 1e-4), f"error is {ours:.1e}, and that of diffusers is {peer:.1e}"
         order = timing.in_turns(turns, args.rounds, device)
+
     rate, image_flops = counters.matmul_rate(device, precision, args.small), flops(args.small, args.resolution)
     shared = {"device": counters.device_name(device), "gpu": device.type == "cuda", "small": args.small, "switches": switches}
     shared |= {"tflop_per_image": image_flops / 1e12, "matmul_tflop_per_s": rate / 1e12}
@@ -111,24 +112,20 @@ def measure(precision: str, batch: int, first: bool, args: argparse.Namespace) -
     for row in rows:
         counters.put_times(row, order, rows[0])
         speed = 1e3 * batch / row["ms"]["median"]
-        kind = {
-            "op": "vae",
-            "kind": f"batch {batch}, {args.resolution} px",
-            "mode": precision,
-            "implementation": row.pop("name"),
-        }
+        kind = {"op": "vae", "kind": f"batch {batch}, {args.resolution} px", "mode": precision}
+        kind["implementation"] = row.pop("name")
         figures = {"img_per_s": speed, "tflop_per_s": speed * image_flops / 1e12, "share_of_matmul": speed * image_flops / rate}
         records.append({**kind, **shared, **row, **figures})
     return records
 
 
 def vae_verdicts(records: Sequence[Record]) -> list[Verdict]:
-    """Every goal of the encoder: ratios at the worst batch, the share at the best. What a tiny one did counts for nothing."""
+    """Judge every goal of the encoder: ratios at the worst batch, the share at the best. Records of a tiny one are ignored."""
     real = [r for r in records if not r["small"]]
     gpu = not real or real[0]["gpu"]
     verdicts = []
     for mode, at_least in (("fp32", 1.0), ("bf16", 2.0 if gpu else 1.0)):
-        ratios = [(r["times"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == (mode, THEIRS)]
+        ratios = [(r["times"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == (mode, DIFFUSERS)]
         verdicts.append(_verdict(f"VAE {mode}, encoding over diffusers", at_least, min(ratios, default=None)))
     shares = [(r["share_of_matmul"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == ("bf16", OURS)]
     return [*verdicts, *([_verdict("VAE bf16, share of a matmul's rate", 0.4, max(shares, default=None))] if gpu else [])]
@@ -140,7 +137,7 @@ def _verdict(goal: str, at_least: float, measured: tuple[float, str] | None) -> 
 
 
 def vae_table(records: Sequence[Record]) -> list[str]:
-    """A line a record; `x` is how much longer it takes than ours."""
+    """Return a line per record; `x` is its time relative to ours."""
     return [
         f"vae {r['mode']} {r['kind']:18} {r['implementation']:13} {r['img_per_s']:8.3f} img/s {r['ms']['median']:8.1f} ms"
         f" ({r['ms']['min']:.1f} - {r['ms']['max']:.1f}) {r['tflop_per_s']:7.3f} TFLOP/s {r['share_of_matmul']:4.0%}"
@@ -150,16 +147,19 @@ def vae_table(records: Sequence[Record]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 1 if anything failed, whatever the figures."""
+    """Run the command line. Return the exit status: 1 if anything failed, whatever the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=COMPUTE_DTYPE, default=["bf16", "fp32"])
-    parser.add_argument("--batch", nargs="+", type=int, help="images a call (default: 8 and 1; on a CPU 1)")
+    parser.add_argument("--batch", nargs="+", type=int, help="images per call (default: 8 and 1; on a CPU 1)")
     parser.add_argument("--resolution", type=int, default=512, help="px (default: 512)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, of 4 calls on a GPU (default: 5)")
-    parser.add_argument("--small", action="store_true", help="a tiny encoder, in seconds: these are no figures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    parser.add_argument("--lines", type=Path, metavar="FILE", help="append every outcome, as JSON lines")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each candidate, with 4 calls each on a GPU (default: 5)"
+    )
+    parser.add_argument("--small", action="store_true", help="tiny encoder, takes seconds: a trial run without real figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--lines", type=Path, metavar="FILE", help="append every outcome to this file, as JSON lines")
     options = parser.parse_args(arguments)
+
     device, records, failed = choose_device("auto"), list[Record](), False
     for precision in options.precision:
         for i, batch in enumerate(options.batch or ([8, 1] if device.type == "cuda" else [1])):
@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.lines:
                 with options.lines.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+
     goals = vae_verdicts(records)
     print("\n".join(goal.line() for goal in goals))
     if options.json:

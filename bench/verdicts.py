@@ -1,12 +1,12 @@
 """A table of figures, and the verdict on each goal with its figure. Pure functions of the records.
 
-A record of a kernel is one benchmark's figures, as `measure.Bench.time` notes them; the kernels' own have an implementation
-that begins with "triton".  Whatever a goal asks of a shape, the worst shape decides; where it asks for a whole step, kinds
-count as often as they occur in one.  A kind that a peer has a figure for and the kernels have none is a goal not met; a goal
-that holds on the kinds that were measured, and not all were, is left open.
+A record of a kernel holds one benchmark's figures from `measure.Bench.time`; our kernels have an implementation that begins
+with "triton".  A goal for each shape is judged by the worst shape; a goal for a whole step weights kinds by how often they
+occur in it.  A goal is not met if a peer has a figure for a kind and our kernel has none; it is open if it holds for the
+measured kinds and some were not measured.
 
-A record of whole steps is one contender's, as `steps.py` notes it. Ratios are of contenders in turn in one process; the worst
-decides. A goal of images a second is the best setting's, and an H200's.
+A record of whole steps holds one candidate's figures from `steps.py`.  Ratios are between candidates timed in turn in one
+process; the worst ratio decides.  A goal in images per second is for the best setting on an H200.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastsd_kernels import workload
 
 Record = dict[str, Any]
 OURS = "triton"
-# Where the time of a step goes: the first that matches an operation's name, or that of a kernel that no operation launched.
+# Kinds of operations: the first pattern that matches the name of an operation, or of a kernel that no operation launched.
 KINDS = {
     "attention": r"attention|flash|fmha",
     "optimizer": r"fastsd::(lion|dlion|adamw|square_sums|norm_of_sums)|optimizer|_foreach_|_fused_adam|vector_norm",
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
     goal: str
     at_least: float
     figure: float | None
-    met: bool | None  # None: nothing was measured, or not everything
+    met: bool | None  # None: nothing or not everything was measured
     detail: str
 
     def line(self) -> str:
@@ -48,7 +48,7 @@ class Verdict(NamedTuple):
 
 
 def verdicts(records: Sequence[Record]) -> list[Verdict]:
-    """Every goal, whether or not anything was measured for it."""
+    """Judge every goal, including those without measurements."""
     timed = [r for r in records if "seconds" in r]
     return [*_attention(timed), *_group_norm(timed), *_optimizers(timed)]
 
@@ -56,7 +56,7 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
 def _attention(records: Sequence[Record]) -> list[Verdict]:
     attention, shapes = [r for r in records if r["op"] == "attention"], len(workload.ATTENTION)
     bf16 = _Ratios.of(attention, "bf16", ("bf16",), "sdpa", shapes)
-    # SDPA's best fp32, also where its "math" may use TF32.
+    # The best fp32 of SDPA, including "math" with TF32.
     tf32 = _Ratios.of(attention, "tf32", ("ieee", "tf32"), "sdpa", shapes)
     return [
         bf16.worst("attention bf16, each shape over the best of SDPA", 1.0),
@@ -95,27 +95,27 @@ def _optimizers(records: Sequence[Record]) -> list[Verdict]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """One kind, by the kernel and by the fastest peer."""
+    """Times of one kind: our kernel and the fastest peer."""
 
     kind: str
     count: int
     ours: float  # seconds
-    theirs: float
+    peer_seconds: float
     peer: str
 
     @property
     def ratio(self) -> float:
-        return self.theirs / self.ours
+        return self.peer_seconds / self.ours
 
 
 class _Ratios(NamedTuple):
     pairs: list[_Pair]
-    missing: list[str]  # kinds that only a peer has a figure for
+    missing: list[str]  # kinds for which only a peer has a figure
     expected: int
 
     @classmethod
     def of(cls, records: Iterable[Record], mode: str, peer_modes: Sequence[str], peer: str, expected: int) -> _Ratios:
-        """The kernel in `mode` over the fastest implementation whose name begins with `peer`, in any of `peer_modes`."""
+        """Compare the kernel in `mode` with the fastest implementation named `peer`..., in any of `peer_modes`."""
         ours: dict[str, Record] = {}
         best: dict[str, Record] = {}
         for r in records:
@@ -138,14 +138,17 @@ class _Ratios(NamedTuple):
         return self._verdict(goal, at_least, worst.ratio, f"{worst.kind} over {worst.peer}; {below} of {len(self.pairs)} below")
 
     def mean(self, goal: str, at_least: float, *, weighted: bool) -> Verdict:
-        """Geometric."""
+        """Judge the geometric mean."""
         weights = [p.count if weighted else 1 for p in self.pairs]
         logs = sum(w * math.log(p.ratio) for w, p in zip(weights, self.pairs, strict=True))
         return self._verdict(goal, at_least, math.exp(logs / sum(weights)) if weights else None, f"{len(weights)} shapes")
 
     def step(self, goal: str, at_least: float) -> Verdict:
         """Judge the ratio of the times of one step."""
-        kernel_seconds, peer_seconds = sum(p.count * p.ours for p in self.pairs), sum(p.count * p.theirs for p in self.pairs)
+        kernel_seconds, peer_seconds = (
+            sum(p.count * p.ours for p in self.pairs),
+            sum(p.count * p.peer_seconds for p in self.pairs),
+        )
         return self._verdict(goal, at_least, peer_seconds / kernel_seconds if self.pairs else None, f"{len(self.pairs)} shapes")
 
     def _verdict(self, goal: str, at_least: float, figure: float | None, detail: str) -> Verdict:
@@ -153,7 +156,7 @@ class _Ratios(NamedTuple):
 
 
 def _step_share(goal: str, at_least: float, ours: Sequence[Record], expected: int) -> Verdict:
-    """Bytes that must move in a step, over what a copy would have moved in that time."""
+    """Judge the bytes that a step must move, relative to those a copy moves in the same time."""
     if not ours:
         return _verdict(goal, at_least, None, "", expected)
     copy_bytes = sum(r["count"] * r["seconds"] * r["copy_gb_per_s"] * 1e9 for r in ours)
@@ -172,7 +175,7 @@ def _worst_share(goal: str, at_least: float, ours: Sequence[Record], expected: i
 
 
 def _verdict(
-    goal: str, at_least: float, figure: float | None, detail: str, lacking: int, missing: Sequence[str] = ()
+    goal: str, at_least: float, figure: float | None, detail: str, unmeasured: int, missing: Sequence[str] = ()
 ) -> Verdict:
     if missing:
         return Verdict(goal, at_least, figure, False, f"no figure for {', '.join(missing)}; {detail}".rstrip("; "))
@@ -180,11 +183,13 @@ def _verdict(
         return Verdict(goal, at_least, None, None, "")
     if figure < at_least:
         return Verdict(goal, at_least, figure, False, detail)
-    return Verdict(goal, at_least, figure, None if lacking else True, detail + (f"; {lacking} not measured" if lacking else ""))
+    return Verdict(
+        goal, at_least, figure, None if unmeasured else True, detail + (f"; {unmeasured} not measured" if unmeasured else "")
+    )
 
 
 def table(records: Sequence[Record]) -> list[str]:
-    """A line a record; `x` is how much longer it takes than the kernel of the same op, kind and mode."""
+    """Return a line per record; `x` is its time relative to the kernel of the same op, kind and mode."""
     ours = {(r["op"], r["kind"], r["mode"]): r["seconds"] for r in records if r["implementation"] == OURS and "seconds" in r}
     lines = [
         f"{'op':20} {'kind':16} {'n':>3} {'mode':7} {'implementation':22} {'timed':6}"
@@ -205,10 +210,10 @@ def table(records: Sequence[Record]) -> list[str]:
 
 
 def step_verdicts(records: Sequence[Record]) -> list[Verdict]:
-    """Every goal of whole steps. What a tiny model did counts for nothing."""
+    """Judge every goal of whole steps. Records of a tiny model are ignored."""
     real = [r for r in records if not r["small"]]
     ours = [r for r in real if r["op"] == "step" and r["implementation"] == "fastsd"]
-    # A step of a graph is one launch for the host, so those without count as well.
+    # A step with a graph is one launch for the host, so steps without a graph are included.
     steady = [r for r in real if r["op"] in ("step", "graph") and r["implementation"] in ("fastsd", "graph", "no graph")]
     waits = max((sum(r["host_waits"].values()) for r in steady), default=0)
     free = sum(not r["host_waits"] for r in steady) / len(steady) if steady else None
@@ -218,7 +223,7 @@ def step_verdicts(records: Sequence[Record]) -> list[Verdict]:
         _over_peer(real, "bf16", "compiled", 1.3),
         _fastest(ours, "tf32", 110.0, ""),
         _over_peer(real, "fp32", "diffusers", 1.3),
-        _verdict("share of settings whose steady step never makes the host wait", 1.0, free, f"{waits} waits at most", 0),
+        _verdict("share of settings whose steady step never makes the host wait", 1.0, free, f"at most {waits} waits", 0),
         _most_images(real, "fp32", "dlion", 8),
         _most_images(real, "bf16", "lion", 32),
         _plan(real),
@@ -231,12 +236,12 @@ def _fastest(ours: Sequence[Record], mode: str, at_least: float, aim: str) -> Ve
     if best is None:
         return Verdict(goal, at_least, None, None, "")
     if "H200" not in best["device"]:
-        return Verdict(goal, at_least, best["img_per_s"], None, f"{best['kind']}, and this is {best['device']}")
+        return Verdict(goal, at_least, best["img_per_s"], None, f"{best['kind']}, measured on {best['device']}")
     return _verdict(goal, at_least, best["img_per_s"], f"{best['kind']}, MFU {best['mfu']:.0%}", 0)
 
 
 def _over_peer(records: Sequence[Record], mode: str, peer: str, at_least: float) -> Verdict:
-    """Both with AdamW."""
+    """Judge the ratio to a peer, both with AdamW."""
     goal = f"{mode}, 512 px, whole steps over {peer}"
     steps = [r for r in records if r["op"] == "step" and (r["mode"], r["implementation"]) == (mode, peer)]
     if not steps:
@@ -266,7 +271,7 @@ def _plan(records: Sequence[Record]) -> Verdict:
 
 
 def time_by_kind(rows: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
-    """Kind of operation -> milliseconds and their share, most first. rows: (operation or "", kernel or "", milliseconds)."""
+    """Return milliseconds and share by kind, largest first, for rows of (operation or "", kernel or "", milliseconds)."""
     spent: dict[str, float] = defaultdict(float)
     for operation, kernel, ms in rows:
         name = operation or kernel
@@ -276,7 +281,7 @@ def time_by_kind(rows: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, 
 
 
 def step_table(records: Sequence[Record]) -> list[str]:
-    """A line a record, and its notes; `x` is how much longer a step takes than ours in the same process."""
+    """Return a line per record, and its notes; `x` is the time of a step relative to ours in the same process."""
     lines = []
     for r in records:
         lines.append(f"{r['op']:11} {r['mode']:4} {r['kind']:36} {r['implementation']:12} {_figures(r)}")
@@ -287,10 +292,10 @@ def step_table(records: Sequence[Record]) -> list[str]:
 def _figures(r: Record) -> str:
     if r["op"] == "micro-batch":
         planned = f", {r['planned']} planned" if "planned" in r else ""
-        return f"{r['images']} images a forward{planned}; peak {r['peak_gb']:.1f} GB, {r['reserved_gb']:.1f} with gaps"
+        return f"{r['images']} images per forward{planned}; peak {r['peak_gb']:.1f} GB, {r['reserved_gb']:.1f} GB reserved"
     if r["op"] == "plan":
         return (
-            f"planned {r['planned_gb']:.2f} GB, measured {r['peak_gb']:.2f}: {r['ratio']:.3f}; {r['reserved_gb']:.2f} with gaps"
+            f"planned {r['planned_gb']:.2f} GB, measured {r['peak_gb']:.2f}: {r['ratio']:.3f}; reserved {r['reserved_gb']:.2f}"
         )
     if r["op"] == "profile":
         kinds = ", ".join(f"{kind} {row['ms']:.1f} ms ({row['share']:.0%})" for kind, row in r["kinds"].items())

@@ -56,18 +56,23 @@ BASELINES = {
 }
 SAME_OPTIMIZER = {"dlion": "dadaptation", "lion": "lion-pytorch", "adamw": "diffusers"}
 SMALL = UNetConfig(
-    block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, heads=2, cross_attention_dim=32, norm_groups=8,
+    block_out_channels=(32, 64),
+    attention=(True, False),
+    layers_per_block=1,
+    heads=2,
+    cross_attention_dim=32,
+    norm_groups=8,
     sample_size=8,
-)  # fmt: skip
+)
 BATCHES = 3  # different batches, used in turn
 
 
 class FixedTextEmbeddings:
     """Replaces a text encoder by precomputed text embeddings. A token id is the index of a text."""
 
-    def __init__(self, states_NLD: Tensor) -> None:
-        self._shape = states_NLD.shape[1:]
-        self.module = nn.Embedding.from_pretrained(states_NLD.flatten(1))
+    def __init__(self, text_embeds_NLD: Tensor) -> None:
+        self._shape = text_embeds_NLD.shape[1:]
+        self.module = nn.Embedding.from_pretrained(text_embeds_NLD.flatten(1))
 
     def encode(self, ids_B1: Tensor) -> Tensor:
         """Look up text embeddings, (B, L, D)."""
@@ -99,26 +104,27 @@ class BenchInputs:
         return self.batches[step % len(self.batches)]
 
 
-def made_model(cfg: UNetConfig, ops: Ops) -> Model:
+def random_model(cfg: UNetConfig, ops: Ops) -> Model:
     """Create a model of a given shape with random weights, without loading files."""
     torch.manual_seed(0)
-    return Model("random weights", UNet(cfg, ops), made_states(cfg, 77), cast(Any, FixedLatentScale()), SD15_SCHEDULER)
+    text, vae = random_text_embeddings(cfg, 77), cast(Any, FixedLatentScale())
+    return Model("random weights", UNet(cfg, ops), text, vae, SD15_SCHEDULER)
 
 
-def made_states(cfg: UNetConfig, length: int) -> Any:
+def random_text_embeddings(cfg: UNetConfig, length: int) -> Any:
     return FixedTextEmbeddings(
         torch.randn(BATCHES, length, cfg.cross_attention_dim, generator=torch.Generator().manual_seed(1))
     )
 
 
-def made_batches(channels: int, side: int, batch: int) -> list[Batch]:
-    """Create batches of normal latents, unscaled as in a cache, fp16 (B, C, side, side), with indices into `made_states`."""
+def random_batches(channels: int, side: int, batch: int) -> list[Batch]:
+    """Create batches of normal latents, unscaled as in a cache, fp16 (B, C, side, side), with text indices."""
     generator = torch.Generator().manual_seed(2)
     batches = []
     for i in range(BATCHES):
         latents = (torch.randn(batch, channels, side, side, generator=generator) / SD15_SCALING_FACTOR).half()
         positions_B = torch.arange(i * batch, (i + 1) * batch)
-        batches.append(_pinned(latents, positions_B % BATCHES, positions_B))
+        batches.append(_pinned_batch(latents, positions_B % BATCHES, positions_B))
     return batches
 
 
@@ -136,10 +142,10 @@ def cached_batches(config: Config, model: Model, device: torch.device) -> list[B
     with torch.no_grad():
         text_embeds = [model.text.encode(batch.token_ids_BL.to(device)) for batch in batches]
     model.text = cast(Any, FixedTextEmbeddings(torch.cat(text_embeds)))
-    return [_pinned(batch.latents_BCHW, batch.positions_B, batch.positions_B) for batch in batches]
+    return [_pinned_batch(batch.latents_BCHW, batch.positions_B, batch.positions_B) for batch in batches]
 
 
-def _pinned(latents_BCHW: Tensor, numbers_B: Tensor, positions_B: Tensor) -> Batch:
+def _pinned_batch(latents_BCHW: Tensor, numbers_B: Tensor, positions_B: Tensor) -> Batch:
     """Create a batch as the loader returns it."""
     tensors = latents_BCHW, numbers_B[:, None], positions_B
     if torch.cuda.is_available():
@@ -152,16 +158,16 @@ class OurStep:
 
     name = OURS
 
-    def __init__(self, work: BenchInputs, warn: Callable[[str], None] = print) -> None:
-        self.work, self.done = work, 0
-        self.trainer = Step(work.model, work.stage, 1 << 30, work.seed, graph=work.graph, warn=warn)
+    def __init__(self, inputs: BenchInputs, warn: Callable[[str], None] = print) -> None:
+        self.inputs, self.steps_done = inputs, 0
+        self.trainer = Step(inputs.model, inputs.stage, 1 << 30, inputs.seed, graph=inputs.graph, warn=warn)
         # The arena is released between turns on a CPU only: a CUDA graph has recorded its address.
-        self._parked = self.trainer.tensors_by_role()["gradients"] if work.device.type == "cpu" else []
+        self._parked = self.trainer.tensors_by_role()["gradients"] if inputs.device.type == "cpu" else []
 
     def step(self) -> Tensor:
         """Run one whole step and return its loss, 0-dim on the device."""
-        loss = self.trainer(self.work.batch(self.done), self.done).loss
-        self.done += 1
+        loss = self.trainer(self.inputs.batch(self.steps_done), self.steps_done).loss
+        self.steps_done += 1
         return loss
 
     def on_host(self) -> list[Tensor]:
@@ -186,39 +192,41 @@ class OurStep:
 class Baseline:
     """A baseline: diffusers' UNet, stepped as in its training examples."""
 
-    def __init__(self, name: str, unet: Any, optimizer: torch.optim.Optimizer, work: BenchInputs) -> None:
+    def __init__(self, name: str, unet: Any, optimizer: torch.optim.Optimizer, inputs: BenchInputs) -> None:
         from diffusers import DDPMScheduler
 
-        self.name, self.unet, self.optimizer, self.work, self.done = name, unet, optimizer, work, 0
+        self.name, self.unet, self.optimizer, self.inputs, self.steps_done = name, unet, optimizer, inputs, 0
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.scheduler = DDPMScheduler.from_config(work.model.scheduler)
+        self.scheduler = DDPMScheduler.from_config(inputs.model.scheduler)
         self.compiled = name == "compiled"
         self.layout = torch.channels_last if self.compiled else torch.contiguous_format
 
     def step(self) -> Tensor:
         """Run one whole step and return its loss, 0-dim on the device."""
-        work = self.work
-        batch = work.batch(self.done)
-        count, device = len(batch.positions_B), work.device
+        inputs = self.inputs
+        batch = inputs.batch(self.steps_done)
+        count, device = len(batch.positions_B), inputs.device
         total = torch.zeros((), device=device)
-        inputs = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
-        raw_latents, token_ids, positions = (tensor.to(device, non_blocking=True) for tensor in inputs)
-        for start in range(0, count, work.stage.micro_batch_size):
-            rows = slice(start, start + work.stage.micro_batch_size)
-            latents = work.model.vae.scale(raw_latents[rows].float())
+        on_host = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
+        raw_latents, token_ids, positions = (tensor.to(device, non_blocking=True) for tensor in on_host)
+
+        for start in range(0, count, inputs.stage.micro_batch_size):
+            rows = slice(start, start + inputs.stage.micro_batch_size)
+            latents = inputs.model.vae.scale(raw_latents[rows].float())
             noise, t_B = draw(latents, positions[rows], self.scheduler.config.num_train_timesteps)
             noisy = self.scheduler.add_noise(latents, noise, t_B).contiguous(memory_format=self.layout)
-            text_embeds = work.model.text.encode(token_ids[rows])
-            with torch.autocast(device.type, torch.bfloat16, enabled=work.stage.precision == "bf16"):
+            text_embeds = inputs.model.text.encode(token_ids[rows])
+            with torch.autocast(device.type, torch.bfloat16, enabled=inputs.stage.precision == "bf16"):
                 prediction = self.unet(noisy, t_B, text_embeds.float()).sample
             loss = nn.functional.mse_loss(prediction.float(), noise) * (len(latents) / count)
             loss.backward()
             total += loss.detach()
-        if work.stage.grad_clip:
-            nn.utils.clip_grad_norm_(self.parameters, work.stage.grad_clip)
+
+        if inputs.stage.grad_clip:
+            nn.utils.clip_grad_norm_(self.parameters, inputs.stage.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.done += 1
+        self.steps_done += 1
         return total
 
     def on_host(self) -> list[Tensor]:
@@ -258,7 +266,7 @@ def require(name: str) -> bool:
         importlib.import_module(package)
     except ImportError:
         raise UserError(
-            "bench-package-missing", f"peer {name} is not installed; pip install {package.replace('_', '-')}"
+            "bench-package-missing", f"baseline {name} is not installed; run `pip install {package.replace('_', '-')}`"
         ) from None
     return True
 
@@ -284,13 +292,13 @@ def diffusers_unet(unet: UNet, device: torch.device, memory_format: torch.memory
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        peer = UNet2DConditionModel.from_config(unet.cfg.to_diffusers())
-    peer = peer.to_empty(device=device).to(memory_format=memory_format)
-    peer.load_state_dict(diffusers_state_dict(unet))
-    return peer.train()
+        baseline = UNet2DConditionModel.from_config(unet.cfg.to_diffusers())
+    baseline = baseline.to_empty(device=device).to(memory_format=memory_format)
+    baseline.load_state_dict(diffusers_state_dict(unet))
+    return baseline.train()
 
 
-def baseline_maker(work: BenchInputs) -> Callable[[str], Baseline]:
+def baseline_maker(inputs: BenchInputs) -> Callable[[str], Baseline]:
     """Return a function that creates baselines by name. Create all of them before one steps: the eager ones share a model.
 
     Raises (the returned function): UserError if a baseline's package is missing.
@@ -300,39 +308,41 @@ def baseline_maker(work: BenchInputs) -> Callable[[str], Baseline]:
     def make(name: str) -> Baseline:
         require(name)
         if name == "compiled":
-            unet = diffusers_unet(work.model.unet, work.device, torch.channels_last)
+            unet = diffusers_unet(inputs.model.unet, inputs.device, torch.channels_last)
         else:
-            unet = eager[0] if eager else diffusers_unet(work.model.unet, work.device)
+            unet = eager[0] if eager else diffusers_unet(inputs.model.unet, inputs.device)
             eager[:] = [unet]
-        if work.stage.checkpointing == "block":
+        if inputs.stage.checkpointing == "block":
             unet.enable_gradient_checkpointing()
         optimizer = baseline_optimizer(name, list(unet.parameters()))
-        return Baseline(name, torch.compile(unet) if name == "compiled" else unet, optimizer, work)
+        return Baseline(name, torch.compile(unet) if name == "compiled" else unet, optimizer, inputs)
 
     return make
 
 
-def candidates(work: BenchInputs, names: list[str], misses: list[str]) -> list[Candidate]:
+def candidates(inputs: BenchInputs, names: list[str], warnings: list[str]) -> list[Candidate]:
     """Create our candidate and the available baselines of `names`. Baselines come first: ours may turn weights to bf16."""
-    make = baseline_maker(work)
-    peers = [attempt(name, misses, partial(make, name)) for name in names]
-    ours = attempt(OURS, misses, lambda: OurStep(work, misses.append))
-    return [contender for contender in (ours, *peers) if contender]
+    make = baseline_maker(inputs)
+    baselines = [attempt(name, warnings, partial(make, name)) for name in names]
+    ours = attempt(OURS, warnings, lambda: OurStep(inputs, warnings.append))
+    return [candidate for candidate in (ours, *baselines) if candidate]
 
 
-def attempt(name: str, misses: list[str], do: Callable[[], T]) -> T | None:
-    """Return the result of `do`. If a baseline fails, add the reason to `misses` and return None; if ours fails, raise."""
+def attempt(name: str, warnings: list[str], function: Callable[[], T]) -> T | None:
+    """Call `function`. If a baseline fails, add the reason to `warnings` and return None; if ours fails, raise UserError."""
     try:
-        return do()
+        return function()
     except (UserError, torch.OutOfMemoryError) as error:
-        why = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         if name == OURS:
-            raise UserError("bench-step-failed", f"bench: {why}; use a smaller --batch, or fewer --peers") from None
-        misses.append(f"left out: {why}" if isinstance(error, UserError) else f"left out: peer {name}, out of memory ({why})")
+            problem = reason.partition("; ")[0]
+            raise UserError("bench-step-failed", f"bench step: {problem}; use a smaller --batch or fewer --peers") from None
+        problem = reason if isinstance(error, UserError) else f"baseline {name}, out of memory ({reason})"
+        warnings.append(f"skipped: {problem}")
     except Exception as error:
         if name != "compiled":  # any compiler error skips only this baseline
             raise
-        misses.append(f"left out: peer compiled, torch.compile failed ({str(error).strip().splitlines()[0][:160]})")
+        warnings.append(f"skipped: baseline compiled, torch.compile failed ({str(error).strip().splitlines()[0][:160]})")
     return None
 
 
@@ -341,12 +351,12 @@ OPTIMIZER_BASELINES = {"lion": ("lion-pytorch",), "dlion": ("dadaptation",), "ad
 MOVED = {"lion": 20, "dlion": 28, "adamw": 28}
 
 
-def optimizer_bytes(family: str, halves: bool) -> int:
+def optimizer_bytes(family: str, with_bf16: bool) -> int:
     """Return the bytes per parameter that `optimizer_steps` needs: weights, gradient, and the state of every candidate."""
-    return 8 + 4 * SLOTS[family] * (2 + len(OPTIMIZER_BASELINES[family])) + (halves and 6 + 4 * SLOTS[family])
+    return 8 + 4 * SLOTS[family] * (2 + len(OPTIMIZER_BASELINES[family])) + (with_bf16 and 6 + 4 * SLOTS[family])
 
 
-def even_choice(sizes: list[int], fraction: float) -> list[int]:
+def spread_sizes(sizes: list[int], fraction: float) -> list[int]:
     """Return a share `fraction` of the sizes, taken evenly from smallest to largest and including the largest."""
     ordered = sorted(sizes, reverse=True)
     return [size for i, size in enumerate(ordered) if i == 0 or int((i + 1) * fraction) > int(i * fraction)]
@@ -360,54 +370,55 @@ class Arenas(NamedTuple):
     gradient: Tensor
 
 
-def made_arenas(sizes: list[int], device: torch.device) -> Arenas:
+def random_arenas(sizes: list[int], device: torch.device) -> Arenas:
     layout = Layout([torch.empty(size, device="meta") for size in sizes])
-    flats = [torch.zeros(layout.size, device=device) for _ in range(2)]
-    for flat, scale in zip(flats, (2e-2, 1e-4), strict=True):
+    tensors = [torch.zeros(layout.size, device=device) for _ in range(2)]
+    for flat, scale in zip(tensors, (2e-2, 1e-4), strict=True):
         for view in layout.views(flat):  # the gaps between views stay zero
             view.normal_(std=scale)
-    return Arenas(layout, *flats)
+    return Arenas(layout, *tensors)
 
 
 class OptimizerStep(NamedTuple):
-    """`run` does one step, `moved` is the bytes it must move, `on_host` returns its tensors that are always in main memory."""
+    """`run` does one step, which moves `num_bytes`; `on_host` returns its tensors that are always in main memory."""
 
     run: Callable[[], object]
-    moved: int
+    num_bytes: int
     on_host: Callable[[], list[Tensor]] = list
 
 
-def optimizer_steps(family: str, arenas: Arenas, ops: Ops, halves: bool, misses: list[str]) -> dict[str, OptimizerStep]:
+def optimizer_steps(family: str, arenas: Arenas, ops: Ops, with_bf16: bool, warnings: list[str]) -> dict[str, OptimizerStep]:
     """Create our steps over an arena, as `Step` calls it, and over a list of parameters; and the baselines' over that list.
 
     All step the same weights with the same gradients in turn. The tensors of the list are views of the arena, each on a
-    256-byte boundary. `halves` adds our step over a bf16 copy of the arena with 16-bit low halves and bf16 gradients.
+    256-byte boundary. `with_bf16` adds our step over a bf16 copy of the arena with 16-bit low halves and bf16 gradients.
     """
     layout, weights, gradient = arenas
     parameters = [nn.Parameter(view) for view in layout.views(weights)]
     for parameter, view in zip(parameters, layout.views(gradient), strict=True):
         parameter.grad = view
     make_optimizer = partial(cast(Any, OPTIMIZERS[family]), lr=1.0 if family == "dlion" else 1e-6, ops=ops)
-    skip = torch.zeros((), dtype=torch.bool, device=weights.device)
+    found_inf = torch.zeros((), dtype=torch.bool, device=weights.device)
 
     def arena_step(weights: Tensor, gradient: Tensor, lows: list[Tensor]) -> Callable[[], None]:
         optimizer = make_optimizer([{"params": [weights], "masters_lo": lows, "emas": []}])
 
         def step() -> None:
-            optimizer.update(gradient, skip=skip)
-            optimizer.finish(skip=skip)
+            optimizer.update(gradient, found_inf=found_inf)
+            optimizer.finish(found_inf=found_inf)
 
         return step
 
     elements = sum(parameter.numel() for parameter in parameters)
-    moved = MOVED[family] * elements
-    steps = {OURS: OptimizerStep(arena_step(weights, gradient, []), moved)}
-    if halves:
+    num_bytes = MOVED[family] * elements
+    steps = {OURS: OptimizerStep(arena_step(weights, gradient, []), num_bytes)}
+    if with_bf16:
         master_hi, master_lo = split_master(weights)
-        steps[f"{OURS}, bf16"] = OptimizerStep(arena_step(master_hi, gradient.bfloat16(), [master_lo]), moved - 2 * elements)
-    steps[f"{OURS}, a list"] = OptimizerStep(make_optimizer(parameters).step, moved)
+        run = arena_step(master_hi, gradient.bfloat16(), [master_lo])
+        steps[f"{OURS}, bf16"] = OptimizerStep(run, num_bytes - 2 * elements)
+    steps[f"{OURS}, a list"] = OptimizerStep(make_optimizer(parameters).step, num_bytes)
     for name in OPTIMIZER_BASELINES[family]:
-        peer = attempt(name, misses, partial(baseline_optimizer, name, parameters))
-        if peer:
-            steps[name] = OptimizerStep(peer.step, moved, partial(step_counts, peer))
+        baseline = attempt(name, warnings, partial(baseline_optimizer, name, parameters))
+        if baseline:
+            steps[name] = OptimizerStep(baseline.step, num_bytes, partial(step_counts, baseline))
     return steps

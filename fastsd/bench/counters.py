@@ -47,8 +47,8 @@ _COPIES = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
 # fp32 state elements per parameter, for our optimizers and the baselines.
 SLOTS = {"dlion": 2, "lion": 1, "adamw": 2, "diffusers": 2, "compiled": 2, "dadaptation": 2, "lion-pytorch": 1}
 # Bytes saved for backward per image, for SD1.5's shape at 64 x 64 latents in fp32; measured with `fastsd bench memory`.
-KEPT = {"none": 1009e6, "ff": 640e6, "block": 73e6}
-KEPT_BY_DIFFUSERS = {"none": 1871e6, "ff": 1871e6, "block": 309e6}
+SAVED_BYTES = {"none": 1009e6, "ff": 640e6, "block": 73e6}
+DIFFUSERS_SAVED_BYTES = {"none": 1871e6, "ff": 1871e6, "block": 309e6}
 WORKSPACE = 0.5e9  # bytes for PyTorch, its libraries and the largest operation
 
 
@@ -64,14 +64,14 @@ class _Operations(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if name in _SCALARS:
             self.waits[SCALAR] += args[0].untyped_storage()._cdata not in self._on_host
-        elif _masks(name, args) or (name in _SHAPES and (kwargs or {}).get("output_size") is None):
+        elif _indexes_by_mask(name, args) or (name in _SHAPES and (kwargs or {}).get("output_size") is None):
             self.waits[SHAPE] += 1
         if not func.is_view and not name.startswith("empty"):
             self.launches += 1
         return func(*args, **(kwargs or {}))
 
 
-def _masks(name: str, args: Any) -> bool:
+def _indexes_by_mask(name: str, args: Any) -> bool:
     """Return True if an indexing call has a mask with elements to count first. Filling with one number needs no count."""
     if name not in ("index", "index_put", "index_put_") or (len(args) > 2 and args[2].numel() == 1):
         return False
@@ -182,11 +182,11 @@ def estimate_memory(
     scale = stage.micro_batch_size * (side / 64) ** 2 * cfg.block_out_channels[0] / 320 / (2 if bf16 else 1)
     gradients = 0 if stage.fused_backward else 2 if bf16 and stage.batch == stage.micro_batch_size else 4
     fixed = 4 + 4 * SLOTS[stage.optimizer] + (4 if stage.ema else 0)
-    activations = KEPT[stage.checkpointing] * scale
+    activations = SAVED_BYTES[stage.checkpointing] * scale
     # On a GPU our gradient arena and the activations of a CUDA graph stay allocated between turns.
     lasting = gradients * parameters + activations if gpu else 0.0
     estimates = [CandidateMemory("fastsd", fixed * parameters + lasting, activations + gradients * parameters - lasting)]
-    rise = parameters * (6 if bf16 else 4) + KEPT_BY_DIFFUSERS[stage.checkpointing] * scale
+    rise = parameters * (6 if bf16 else 4) + DIFFUSERS_SAVED_BYTES[stage.checkpointing] * scale
     shared = False
     for name in names:
         bytes_per_parameter = 4 * SLOTS[name] + (4 if name == "compiled" or not shared else 0)
@@ -259,13 +259,15 @@ def stamp(device: torch.device) -> dict[str, Any]:
             return None
 
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return {
-        "device": device_name(device), "memory_gb": (gpu.total_memory if gpu else psutil.virtual_memory().total) / 1e9,
-        "python": platform.python_version(), "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if gpu else None, **{name: version(name) for name in PACKAGES},
-        "commit": git("rev-parse", "--short", "HEAD"), "changed": bool(git("status", "--porcelain", "--", ".", "../kernels")),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    memory = gpu.total_memory if gpu else psutil.virtual_memory().total
+    stamp: dict[str, Any] = {"device": device_name(device), "memory_gb": memory / 1e9, "python": platform.python_version()}
+    stamp |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if gpu else None}
+    stamp |= {name: version(name) for name in PACKAGES}
+    stamp |= {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "--", ".", "../kernels")),
+    }
+    return stamp | {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
 def put_times(row: dict[str, Any], order: list[tuple[str, float]], ours: dict[str, Any]) -> None:

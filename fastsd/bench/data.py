@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsd.bench import counters, timing
-from fastsd.bench.options import BenchOptions, Figures, Say, say_table
+from fastsd.bench.options import BenchOptions, Figures, PrintLine, print_table
 from fastsd.config.schema import Config, DataTable
 from fastsd.data.building.build import build_cache
 from fastsd.data.building.store import Store
@@ -35,13 +35,17 @@ from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 _WORDS = ("a", "photo", "of", "red", "green", "blue", "circle", "square", "star", "on", "white", "with", "soft", "light")
+_RANDOM_META: dict[str, Any] = {
+    "vae_hash": "made", "vae_name": "made", "scaling_factor": SD15_SCALING_FACTOR, "shift_factor": 0.0, "downscale": 8,
+    "dtype": "fp16", "folders": [], "preprocessing": {}, "rejected": 0, "empty_captions": 0, "crops": 1, "flip": False,
+}  # fmt: skip
 _PICTURE = (1024, 768)  # px: minimum size of images from cameras and web pages
 
 
-def bench_loader(options: BenchOptions, config: Config, say: Say) -> Figures:
+def bench_loader(options: BenchOptions, config: Config, print_line: PrintLine) -> Figures:
     """Measure samples per second from the cache to a step that only receives them."""
     if options.rate <= 0:
-        raise UserError("bench-rate", f"--rate is {options.rate:g}; give the images a second of a step")
+        raise UserError("bench-rate", f"--rate is {options.rate:g}; give the images per second that a step consumes, above 0")
     count = options.steps or (8 if options.small else 32)
     batch = config.stage[0].batch if options.config or options.changed("batch") else 32
     passes = []
@@ -51,16 +55,17 @@ def bench_loader(options: BenchOptions, config: Config, say: Say) -> Figures:
                 passes.append(count * batch / counters.seconds(lambda: list(stream), torch.device("cpu")))
         row_bytes = loader.cache.get([0])["latents"].nbytes
         samples = len(loader.cache)
+
     # The first pass may read from the disk; later passes find the data in memory.
-    table = [["", "samples/s", "MB/s", "ms a batch", f"of a step at {options.rate:g} img/s"]]
+    table = [["", "samples/s", "MB/s", "ms per batch", f"share of a step at {options.rate:g} img/s"]]
     rows = []
     for name, speed in (("first pass", passes[0]), ("later", statistics.median(passes[1:]))):
         row = {"name": name, "samples_per_s": speed, "mb_per_s": speed * row_bytes / 1e6, "share_of_step": options.rate / speed}
         figures = [f"{speed:.4g}", f"{row['mb_per_s']:.3g}", f"{batch / speed * 1e3:.3g}", f"{row['share_of_step']:.1%}"]
         rows.append(row)
         table.append([name, *figures])
-    say_table(table, say)
-    say(f"{samples} samples of {row_bytes} bytes, batch {batch}; made ahead of the step, which waits only above 100 %")
+    print_table(table, print_line)
+    print_line(f"{samples} samples of {row_bytes} bytes, batch {batch}; loading runs ahead, so a step waits only above 100 %")
     settings = {"batch": batch, "batches": count, "samples": samples, "sample_bytes": row_bytes, "passes": passes}
     return torch.device("cpu"), {"settings": settings, "results": rows, "misses": []}
 
@@ -77,7 +82,7 @@ def _loader(config: Config, batch: int, options: BenchOptions) -> Iterator[Loade
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastsd-bench-")))
             side = config.data.resolution // 8
-            cache = made_cache(folder, 256 if options.small else 8192, (4, side, side))
+            cache = random_cache(folder, 256 if options.small else 8192, (4, side, side))
             loader = Loader(cache, _demo_tokenizer(), 0, stage)
         stack.callback(cache.close)
         yield loader
@@ -90,7 +95,7 @@ def _demo_tokenizer() -> Callable[[list[str]], Tensor]:
     return lambda captions: assemble(tokenizer, ids_of(tokenizer, captions), 77)
 
 
-def made_cache(folder: Path, samples: int, shape: tuple[int, int, int]) -> LatentCache:
+def random_cache(folder: Path, samples: int, shape: tuple[int, int, int]) -> LatentCache:
     """Write a cache of random latents and captions of 20 words to an empty folder."""
     generator = np.random.default_rng(0)
     size = int(np.prod(shape)) * 2
@@ -108,12 +113,14 @@ def write_cache(folder: Path, shape: tuple[int, int, int], rows: Iterable[bytes]
             with store.transaction():
                 contents = [((first + i).to_bytes(32, "big"), 0) for i in range(count)]
                 store.add_shard(space, f"made-{first}", list(shape), contents)
+
         shards = store.shards(space)
         for shard in shards:
             shard.create()
             data = [(row, next(remaining)) for row in range(shard.rows)]
             shard.write_rows(data)
             checks += [row_check(blob) for _, blob in data]
+
     indices = np.arange(samples)
     arrays: dict[str, np.ndarray] = {
         "shard": (indices // SHARD_ROWS).astype(np.int32),
@@ -122,60 +129,55 @@ def write_cache(folder: Path, shape: tuple[int, int, int], rows: Iterable[bytes]
         "caption_offsets": np.cumsum([0, *map(len, captions)], dtype=np.int64),
         "captions": np.frombuffer(b"".join(captions), np.uint8),
     }
-    freeze_made(folder, shape, arrays, [[shard.name, shard.shape] for shard in shards])
+    freeze_random(folder, shape, arrays, [[shard.name, shard.shape] for shard in shards])
     return LatentCache.open(folder)
 
 
-def freeze_made(folder: Path, shape: tuple[int, int, int], arrays: dict[str, np.ndarray], shards: list[Any]) -> None:
+def freeze_random(folder: Path, shape: tuple[int, int, int], arrays: dict[str, np.ndarray], shards: list[Any]) -> None:
     """Freeze the cache view of generated latents that all have one shape."""
     samples = len(arrays["row"])
     meta = CacheMeta(
-        vae_hash="made", vae_name="made", scaling_factor=SD15_SCALING_FACTOR, shift_factor=0.0, channels=shape[0], downscale=8,
-        resolution=8 * shape[1], dtype="fp16", preprocessing={}, folders=[], images=samples, cached=samples, rejected=0,
-        empty_captions=0, latents=samples, crops=1, flip=False,
-    )  # fmt: skip
+        **_RANDOM_META, channels=shape[0], resolution=8 * shape[1], images=samples, cached=samples, latents=samples
+    )
     freeze(folder, "made", arrays, shards, [Group(shape, 0, 0, samples)], meta)
 
 
-def bench_cache(options: BenchOptions, config: Config, say: Say) -> Figures:
+def bench_cache(options: BenchOptions, config: Config, print_line: PrintLine) -> Figures:
     """Measure images per second from JPEG files to latents, by pipeline step, and the VAE's encoder in turn with diffusers'."""
     device = choose_device(config.device)
     ops = choose_ops(config.kernels, device)
     set_precision(config.cache.precision)
-    vae = load_vae(config.model, ops=ops) if options.config else _made_vae(options.small, ops)
+    vae = load_vae(config.model, ops=ops) if options.config else _random_vae(options.small, ops)
     vae.to(device, COMPUTE_DTYPE[config.cache.precision])
     gpu = device.type == "cuda"
     count = (options.steps or 1) * (8 if options.small or not gpu else 512)
     batch = config.cache.batch if gpu or options.small or options.config else 1
     size = config.data.resolution
-    say(f"{counters.device_name(device)}, kernels {ops.name}, {config.cache.precision}, {size} px, batch {batch}")
+    print_line(f"{counters.device_name(device)}, kernels {ops.name}, {config.cache.precision}, {size} px, batch {batch}")
     with tempfile.TemporaryDirectory(prefix="fastsd-bench-") as folder:
-        _draw(Path(folder) / "images", count)
-        job = config.model_copy(update={
-            "data": DataTable(folders=[str(Path(folder) / "images")], resolution=size),
-            "cache": config.cache.model_copy(update={"dir": str(Path(folder) / "cache"), "batch": batch}),
-        })  # fmt: skip
+        _write_images(Path(folder) / "images", count)
+        data = DataTable(folders=[str(Path(folder) / "images")], resolution=size)
+        cache = config.cache.model_copy(update={"dir": str(Path(folder) / "cache"), "batch": batch})
+        job = config.model_copy(update={"data": data, "cache": cache})
         images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        contenders = {"fastsd": partial(vae.encode, images), "diffusers": partial(_diffusers, vae, images)}
-        for call in contenders.values():
+        candidates = {"fastsd": partial(vae.encode, images), "diffusers": partial(_diffusers, vae, images)}
+        for call in candidates.values():
             call()
-        order = timing.in_turns({name: (call, nullcontext) for name, call in contenders.items()}, 5, device)
+        order = timing.in_turns({name: (call, nullcontext) for name, call in candidates.items()}, 5, device)
         counts = build_cache(job, vae)
-    times = {name: statistics.median(seconds for other, seconds in order if other == name) for name in contenders}
-    rows: list[dict[str, Any]] = [{"name": stage, "img_per_s": rate} for stage, rate in counts.rates.items()]
+
+    times = {name: statistics.median(seconds for other, seconds in order if other == name) for name in candidates}
+    rows: list[dict[str, Any]] = [{"name": step, "img_per_s": rate} for step, rate in counts.rates.items()]
     rows += [{"name": f"encoder, {name}", "img_per_s": batch / seconds} for name, seconds in times.items()]
     ratio = times["diffusers"] / times["fastsd"]
-    say_table([["", "img/s"]] + [[row["name"], f"{row['img_per_s']:.4g}"] for row in rows], say)
+    print_table([["", "img/s"]] + [[row["name"], f"{row['img_per_s']:.4g}"] for row in rows], print_line)
     width, height = _PICTURE
-    say(
-        f"{count} JPEG files of {width} x {height}; above, the stages of a whole run, each by itself; below, the encoder in "
-        f"turn with diffusers', {ratio:.2f}x its speed"
-    )
+    print_line(f"{count} JPEG files of {width} x {height} px; the encoder runs at {ratio:.2f}x the speed of diffusers'")
     settings = {"batch": batch, "images": count, "size": size, "precision": config.cache.precision, "kernels": ops.name}
     return device, {"settings": settings, "results": rows, "ratio": ratio, "order": order, "misses": []}
 
 
-def _made_vae(small: bool, ops: Any) -> Vae:
+def _random_vae(small: bool, ops: Any) -> Vae:
     """Return the demo's VAE if `small`, otherwise one of SD1.5's shape with random weights."""
     from diffusers import AutoencoderKL
 
@@ -190,7 +192,7 @@ def _diffusers(vae: Vae, images: Tensor) -> Tensor:
         return vae.module.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
 
 
-def _draw(folder: Path, count: int) -> None:
+def _write_images(folder: Path, count: int) -> None:
     """Write photograph-like JPEG files: smooth colours with grain."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)

@@ -24,12 +24,12 @@ OPTIONS = {
     "batch": "stage.0.batch", "micro_batch": "stage.0.micro_batch", "optimizer": "stage.0.optimizer", "size": "data.resolution",
     "graph": "cuda_graph",
 }  # fmt: skip
-MADE = """
+RANDOM_CONFIG = """
 model = {{ base = "random weights" }}
-data = {{ folders = ["made here"], resolution = {size} }}
+data = {{ folders = ["generated"], resolution = {size} }}
 stage = [{{ train = ["unet"], until = 1, batch = {batch}, optimizer = "{optimizer}", lr = {lr} }}]
 """
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 Figures = tuple[torch.device, dict[str, Any]]  # the measured device; "settings", "results", "misses" and more
 
 
@@ -79,10 +79,8 @@ def bench_config(options: BenchOptions) -> Config:
     gpu = choose_device(options.changed("device") or "auto").type == "cuda"
     # D-Lion's state for two candidates would not fit into the main memory of an ordinary machine.
     optimizer = options.changed("optimizer") or ("dlion" if gpu or options.small else "lion")
-    text = MADE.format(
-        size=64 if options.small else 512, batch=2 if options.small else 1, optimizer=optimizer,
-        lr=1.0 if optimizer == "dlion" else 1e-6,
-    )  # fmt: skip
+    size, batch = (64, 2) if options.small else (512, 1)
+    text = RANDOM_CONFIG.format(size=size, batch=batch, optimizer=optimizer, lr=1.0 if optimizer == "dlion" else 1e-6)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.toml"
         path.write_text(text, encoding="utf-8")
@@ -105,10 +103,10 @@ def bench_target(options: BenchOptions) -> BenchTarget:
     return BenchTarget(config, config.stage[0], device, ops, shapes.unet, side, free)
 
 
-def say_table(rows: list[list[str]], say: Callable[[str], None]) -> None:
+def print_table(rows: list[list[str]], print_line: Callable[[str], None]) -> None:
     """Print a table with words aligned left and numbers aligned right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    words = [not any(character.isdigit() for character in text) for text in rows[-1]]
+    left_aligned = [not any(character.isdigit() for character in text) for text in rows[-1]]
     for row in rows:
-        cells = [t.ljust(w) if left else t.rjust(w) for t, w, left in zip(row, widths, words, strict=True)]
-        say("  ".join(cells).rstrip())
+        cells = [t.ljust(w) if left else t.rjust(w) for t, w, left in zip(row, widths, left_aligned, strict=True)]
+        print_line("  ".join(cells).rstrip())

@@ -33,7 +33,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastsd.bench import baselines, counters, data, timing
-from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, Say, bench_config, bench_target, say_table
+from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, PrintLine, bench_config, bench_target, print_table
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.unet import UNet
@@ -45,9 +45,12 @@ SUITES = Path(__file__).resolve().parents[2] / "bench"
 
 
 def bench(
-    words: Sequence[str], json_file: Path | None = None, options: dict[str, Any] | None = None, console: Console | None = None,
+    words: Sequence[str],
+    json_file: Path | None = None,
+    options: dict[str, Any] | None = None,
+    console: Console | None = None,
     **more: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Run `fastsd bench`.
 
     Args:
@@ -59,60 +62,59 @@ def bench(
     Raises:
         UserError: a word or a value is invalid, a package is missing, or there is too little memory.
     """
-    benchmark, config, changes = _parsed(words)
+    benchmark, config, changes = _parse(words)
     changes += [f"{OPTIONS[name]}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
     command_line, out = BenchOptions(benchmark, config, changes, **more), console or Console()
     if json_file and not json_file.absolute().parent.is_dir():
-        raise UserError(
-            "json-folder-missing", f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another"
-        )
+        problem = f"--json is {str(json_file)!r}, but its folder does not exist"
+        raise UserError("json-folder-missing", f"{problem}; create it or name another file")
 
-    def say(text: str) -> None:
+    def print_line(text: str) -> None:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    device, figures = WHAT[benchmark](command_line, say)
-    for miss in figures["misses"]:
-        say(f"note: {miss}")
+    device, figures = BENCHMARKS[benchmark](command_line, print_line)
+    for warning in figures["misses"]:
+        print_line(f"note: {warning}")
     if json_file:
         header = {"stamp": counters.stamp(device), "asked": asdict(command_line)}
         replace_file(json_file, json.dumps({**header, **figures}, indent=1) + "\n")
 
 
-def _parsed(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
+def _parse(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     """Parse the words of a command line into (what, config, changes)."""
     arguments = list(words)
-    benchmark = arguments.pop(0) if arguments and arguments[0] in WHAT else None
+    benchmark = arguments.pop(0) if arguments and arguments[0] in BENCHMARKS else None
     config = arguments.pop(0) if arguments and "=" not in arguments[0] else None
     if config and not benchmark and not config.endswith(".toml") and not Path(config).exists():
-        matches = difflib.get_close_matches(config, WHAT, n=1)
-        hint = f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(WHAT)}, or name a config"
-        raise UserError("bench-unknown-suite", f"bench {config!r} is nothing that can be measured; {hint}")
+        matches = difflib.get_close_matches(config, BENCHMARKS, n=1)
+        hint = f"did you mean {matches[0]}?" if matches else f"choose from {', '.join(BENCHMARKS)}, or give a config"
+        raise UserError("bench-unknown-suite", f"bench {config!r} is not a benchmark; {hint}")
     return benchmark or "step", config, arguments
 
 
-def bench_step(options: BenchOptions, say: Say) -> Figures:
+def bench_step(options: BenchOptions, print_line: PrintLine) -> Figures:
     """Time whole steps of ours and of the baselines, in turn."""
-    target, misses = bench_target(options), list[str]()
+    target, warnings = bench_target(options), list[str]()
     if target.stage.train != ["unet"]:
-        problem = f"stage.0.train is {target.stage.train}"
-        raise UserError(
-            "bench-trains-other", f'{problem}, and bench step compares training of the UNet; add stage.0.train=["unet"]'
-        )
-    names = _fitting(options, target, misses)
-    stage, work = target.stage, _work(options, target, misses)
-    switches = set_precision(stage.precision, work.model.unet, target.config.deterministic)
-    graph = "CUDA graph" if work.graph else "no graph"
-    say(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
+        problem = f"stage.0.train is {target.stage.train}, but bench step compares training of the UNet"
+        raise UserError("bench-trains-other", f"{problem}; add 'stage.0.train=[\"unet\"]'")
+    names = _choose_fitting(options, target, warnings)
+    stage, inputs = target.stage, _inputs(options, target, warnings)
+    switches = set_precision(stage.precision, inputs.model.unet, target.config.deterministic)
+    graph = "CUDA graph" if inputs.graph else "no graph"
+    print_line(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
     stage_summary = (
-        f"batch {stage.batch} ({stage.micro_batch_size} a forward), checkpointing {stage.checkpointing}, {stage.optimizer}"
+        f"batch {stage.batch} ({stage.micro_batch_size} per forward), checkpointing {stage.checkpointing}, {stage.optimizer}"
     )
-    say(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
+    print_line(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
+
     rows, turns = list[dict[str, Any]](), dict[str, timing.TimedCall]()
-    for contender in baselines.candidates(work, names, misses):
-        row = baselines.attempt(contender.name, misses, partial(timing.first_steps, contender, target.device))
+    for candidate in baselines.candidates(inputs, names, warnings):
+        row = baselines.attempt(candidate.name, warnings, partial(timing.first_steps, candidate, target.device))
         if row:
             rows.append(row)
-            turns[contender.name] = contender.step, contender.turn
+            turns[candidate.name] = candidate.step, candidate.turn
+
     count = options.steps or (20 if target.device.type == "cuda" else 5)
     order = timing.in_turns(turns, count, target.device)
     rate = counters.matmul_rate(target.device, stage.precision, options.small)
@@ -121,38 +123,38 @@ def bench_step(options: BenchOptions, say: Say) -> Figures:
         counters.put_times(row, order, rows[0])
         seconds = row["ms"]["median"] / 1e3
         row |= {"img_per_s": stage.batch / seconds, "tflop_per_s": flops / seconds / 1e12, "mfu": flops / seconds / rate}
-    misses += [f"fastsd is slower than {row['name']}, {row['times']:.2f}x" for row in rows if row["times"] < 1]
-    table = [["", "img/s", "ms a step (min - max)", "TFLOP/s", "MFU", "peak GB", "launches", "waits", "fastsd is"]]
+    warnings += [f"fastsd is slower than {row['name']}: {row['times']:.2f}x" for row in rows if row["times"] < 1]
+    table = [["", "img/s", "ms per step (min - max)", "TFLOP/s", "MFU", "peak GB", "launches", "waits", "fastsd speedup"]]
     for row in rows:
         opaque = row["host_waits"] is None
         usage = ["-"] * 3 if opaque else [f"{row['peak_gb']:.3g}", str(row["launches"]), str(sum(row["host_waits"].values()))]
         speed = [f"{row['img_per_s']:.3g}", counters.milliseconds(row), f"{row['tflop_per_s']:.3g}", f"{row['mfu']:.0%}"]
         table.append([row["name"], *speed, *usage, f"{row['times']:.2f}x"])
-    say_table(table, say)
-    say(f"a matmul: {rate / 1e12:.3g} TFLOP/s; a step: {flops / 1e12:.3g} TFLOP; text states are given to all")
+    print_table(table, print_line)
+    print_line(f"matmul: {rate / 1e12:.3g} TFLOP/s; step: {flops / 1e12:.3g} TFLOP; text embeddings are precomputed for all")
     for row in rows[1:]:
-        say(f"{row['name']}: {baselines.BASELINES[row['name']]}")
-    setup = {"stage": stage.model_dump(), "resolution": target.config.data.resolution, "graph": work.graph,
-             "switches": switches}  # fmt: skip
-    return target.device, {
-        "settings": {**setup, "kernels": target.ops.name, "rounds": count}, "matmul_tflop_per_s": rate / 1e12,
-        "tflop": flops / 1e12, "resident_gb": psutil.Process().memory_info().rss / 1e9, "results": rows,
-        "order": [name for name, _ in order], "misses": misses,
-    }  # fmt: skip
+        print_line(f"{row['name']}: {baselines.BASELINES[row['name']]}")
+    settings: dict[str, Any] = {"stage": stage.model_dump(), "resolution": target.config.data.resolution, "graph": inputs.graph}
+    settings |= {"switches": switches, "kernels": target.ops.name, "rounds": count}
+    figures: dict[str, Any] = {"settings": settings, "matmul_tflop_per_s": rate / 1e12, "tflop": flops / 1e12}
+    figures["resident_gb"] = psutil.Process().memory_info().rss / 1e9
+    return target.device, {**figures, "results": rows, "order": [name for name, _ in order], "misses": warnings}
 
 
-def _fitting(options: BenchOptions, target: BenchTarget, misses: list[str]) -> list[str]:
+def _choose_fitting(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> list[str]:
     """Return the baselines that fit, and choose a batch or micro-batch left open. Raises UserError if memory is short."""
-    names, parameters = _peer_names(options, target, misses), sum(target.sizes)
+    names, parameters = _baseline_names(options, target, warnings), sum(target.sizes)
+
+    def estimates() -> list[counters.CandidateMemory]:
+        return counters.estimate_memory(target.cfg, parameters, target.stage, target.side, names, target.device)
 
     def need() -> float:
-        return counters.peak_memory(
-            counters.estimate_memory(target.cfg, parameters, target.stage, target.side, names, target.device)
-        )
+        return counters.peak_memory(estimates())
 
     while options.peers is None and len(names) > 1 and need() > target.free:
-        misses.append(f"left out: peer {names[-1]}, for memory is short; --peers {names[-1]} runs it alone")
+        warnings.append(f"skipped: baseline {names[-1]}, not enough memory; --peers {names[-1]} runs it alone")
         names.pop()
+
     base_stage, choices = target.stage, list[dict[str, int]]()
     if base_stage.micro_batch == "auto":
         choices = [{"micro_batch": images} for images in range(base_stage.batch, 0, -1) if base_stage.batch % images == 0]
@@ -163,25 +165,25 @@ def _fitting(options: BenchOptions, target: BenchTarget, misses: list[str]) -> l
         if need() <= target.free:
             break
     if need() > target.free:
-        estimates = counters.estimate_memory(target.cfg, parameters, target.stage, target.side, names, target.device)
-        parts = [f"{n.name} {n.held / 1e9:.1f}" for n in estimates] + [f"a step {max(n.rise for n in estimates) / 1e9:.1f}"]
+        shares = [f"{n.name} {n.held / 1e9:.1f}" for n in estimates()] + [
+            f"a step {max(n.rise for n in estimates()) / 1e9:.1f}"
+        ]
         raise UserError(
             "bench-step-memory",
-            f"bench step needs {need() / 1e9:.1f} GB ({', '.join(parts)}, libraries 0.5) and {target.free / 1e9:.1f} GB are "
+            f"bench step needs {need() / 1e9:.1f} GB ({', '.join(shares)}, libraries 0.5), but {target.free / 1e9:.1f} GB are "
             "free; use --optimizer lion, fewer --peers, a smaller --batch or --size, or --small",
         )
     return names
 
 
-def _peer_names(options: BenchOptions, target: BenchTarget, misses: list[str]) -> list[str]:
+def _baseline_names(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> list[str]:
     """Return the named baselines, or the usual ones that are installed. Raises UserError if a named one is unavailable."""
     if options.peers is not None:
         names = [] if options.peers == "none" else options.peers.split(",")
         for name in names:
             if name not in baselines.BASELINES:
-                raise UserError(
-                    "bench-unknown-baseline", f"--peers names {name!r}; choose from {', '.join(baselines.BASELINES)}, or none"
-                )
+                choices = ", ".join(baselines.BASELINES)
+                raise UserError("bench-unknown-baseline", f"--peers has {name!r}; choose from {choices}, or give none")
             baselines.require(name)
         return names
     same = baselines.SAME_OPTIMIZER[target.stage.optimizer]
@@ -193,10 +195,10 @@ def _peer_names(options: BenchOptions, target: BenchTarget, misses: list[str]) -
         if options.small
         else [same]
     )
-    return [name for name in dict.fromkeys(usual) if baselines.attempt(name, misses, partial(baselines.require, name))]
+    return [name for name in dict.fromkeys(usual) if baselines.attempt(name, warnings, partial(baselines.require, name))]
 
 
-def _work(options: BenchOptions, target: BenchTarget, misses: list[str]) -> baselines.BenchInputs:
+def _inputs(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> baselines.BenchInputs:
     """Load the model onto its device, with batches from the config's cache, or generated ones if no cache is usable."""
     stage = target.stage
     if options.config:
@@ -204,37 +206,34 @@ def _work(options: BenchOptions, target: BenchTarget, misses: list[str]) -> base
         try:
             batches = baselines.cached_batches(target.config, model, target.device)
         except UserError as error:
-            misses.append(f"latents and text states are made here: {error}")
-            model.text = baselines.made_states(target.cfg, model.text.length)
-            batches = baselines.made_batches(target.cfg.in_channels, target.side, stage.batch)
+            warnings.append(f"random latents and text embeddings are used: {error}")
+            model.text = baselines.random_text_embeddings(target.cfg, model.text.length)
+            batches = baselines.random_batches(target.cfg.in_channels, target.side, stage.batch)
     else:
-        model, batches = (
-            baselines.made_model(target.cfg, target.ops),
-            baselines.made_batches(target.cfg.in_channels, target.side, stage.batch),
-        )
+        model = baselines.random_model(target.cfg, target.ops)
+        batches = baselines.random_batches(target.cfg.in_channels, target.side, stage.batch)
     model.unet.to(target.device)
     model.text.module.to(target.device)
     model.unet.checkpointing = stage.checkpointing
-    return baselines.BenchInputs(
-        model, stage, batches, target.device, target.config.seed, target.config.cuda_graph and target.device.type == "cuda"
-    )
+    graph = target.config.cuda_graph and target.device.type == "cuda"
+    return baselines.BenchInputs(model, stage, batches, target.device, target.config.seed, graph)
 
 
-def bench_memory(options: BenchOptions, say: Say) -> Figures:
+def bench_memory(options: BenchOptions, print_line: PrintLine) -> Figures:
     """Measure bytes saved for backward by checkpointing level, ours and diffusers', with weights in the compute dtype."""
     target = bench_target(options)
     dtype, images = COMPUTE_DTYPE[target.stage.precision], target.stage.micro_batch_size if options.changed("batch") else 1
     # Two models, the gradients of one, and the bytes diffusers' UNet saves for backward.
     need = 12 * sum(target.sizes) + images * 2e9 * (target.side / 64) ** 2 * target.cfg.block_out_channels[0] / 320
     if need > target.free:
-        amounts = f"{need / 1e9:.1f} GB and {target.free / 1e9:.1f} GB are free"
-        raise UserError(
-            "bench-memory-memory", f"bench memory needs about {amounts}; use a smaller --batch or --size, or --small"
-        )
+        amounts = f"{need / 1e9:.1f} GB, but {target.free / 1e9:.1f} GB are free"
+        advice = "use a smaller --batch or --size, or --small"
+        raise UserError("bench-memory-memory", f"bench memory needs about {amounts}; {advice}")
+
     set_precision(target.stage.precision)
     with target.device:
         unet = UNet(target.cfg, target.ops)
-        peer = baselines.diffusers_unet(unet, target.device).to(dtype)
+        baseline = baselines.diffusers_unet(unet, target.device).to(dtype)
         latents = torch.randn(images, target.cfg.in_channels, target.side, target.side).to(dtype)
         text, t_B = torch.randn(images, 77, target.cfg.cross_attention_dim).to(dtype), torch.full((images,), 500)
     unet.to(dtype)
@@ -247,52 +246,51 @@ def bench_memory(options: BenchOptions, say: Say) -> Figures:
         rows.append({"name": name, "checkpointing": level, "kept_mb": saved_bytes / images / 1e6, "peak_mb": peak / 1e6})
 
     for level in ("none", "block"):
-        (peer.enable_gradient_checkpointing if level == "block" else peer.disable_gradient_checkpointing)()
-        count("diffusers", level, peer, lambda: peer(latents, t_B, text).sample)
+        (baseline.enable_gradient_checkpointing if level == "block" else baseline.disable_gradient_checkpointing)()
+        count("diffusers", level, baseline, lambda: baseline(latents, t_B, text).sample)
     for level in ("none", "ff", "block"):
         unet.checkpointing = level
         count(baselines.OURS, level, unet, lambda: unet(latents, t_B, text))
-    table = [["", "checkpointing", "kept MB an image", "of diffusers'", "peak MB, gradients included"]]
+    table = [["", "checkpointing", "saved MB per image", "vs diffusers", "peak MB with gradients"]]
     for row in rows:
         row["share"] = row["kept_mb"] / rows[0]["kept_mb"]
         figures = [f"{row['kept_mb']:.4g}", f"{row['share']:.2f}x", f"{row['peak_mb']:.4g}"]
         table.append([row["name"], row["checkpointing"], *figures])
-    say(f"{target.config.data.resolution} px, {images} a forward, {target.stage.precision}, kernels {target.ops.name}")
-    say_table(table, say)
-    setup = {"precision": target.stage.precision, "resolution": target.config.data.resolution, "images": images,
-             "kernels": target.ops.name}  # fmt: skip
-    return target.device, {"settings": setup, "results": rows, "misses": []}
+    print_line(f"{target.config.data.resolution} px, {images} per forward, {target.stage.precision}, kernels {target.ops.name}")
+    print_table(table, print_line)
+    setup = {"precision": target.stage.precision, "resolution": target.config.data.resolution, "images": images}
+    return target.device, {"settings": {**setup, "kernels": target.ops.name}, "results": rows, "misses": []}
 
 
-def bench_optim(options: BenchOptions, say: Say) -> Figures:
+def bench_optim(options: BenchOptions, print_line: PrintLine) -> Figures:
     """Time one step of each optimizer, ours and baselines in turn, over the UNet's tensors or an even choice of them."""
     target = bench_target(options)
-    chosen, halves = options.changed("optimizer"), target.stage.precision == "bf16"
+    chosen, with_bf16 = options.changed("optimizer"), target.stage.precision == "bf16"
     families = [target.stage.optimizer] if chosen or options.config else list(baselines.MOVED)
-    bytes_each = max(baselines.optimizer_bytes(family, halves) for family in families)
+    bytes_each = max(baselines.optimizer_bytes(family, with_bf16) for family in families)
     fraction = (
         options.fraction if options.fraction is not None else min(1.0, 0.7 * target.free / (bytes_each * sum(target.sizes)))
     )
     if not 0 < fraction <= 1:
-        raise UserError(
-            "bench-fraction", f"--fraction is {fraction:g}; give the share of the UNet's tensors to use, above 0 and at most 1"
-        )
-    sizes = baselines.even_choice(target.sizes, fraction)
+        advice = "give the fraction of the UNet's tensors to use, above 0 and at most 1"
+        raise UserError("bench-fraction", f"--fraction is {fraction:g}; {advice}")
+    sizes = baselines.spread_sizes(target.sizes, fraction)
     if bytes_each * sum(sizes) > target.free:
-        amounts = f"{bytes_each * sum(sizes) / 1e9:.1f} GB and {target.free / 1e9:.1f} GB are free"
-        raise UserError("bench-optim-memory", f"bench optim needs {amounts}; use a smaller --fraction, or one --optimizer")
-    arenas = baselines.made_arenas(sizes, target.device)
+        amounts = f"{bytes_each * sum(sizes) / 1e9:.1f} GB, but {target.free / 1e9:.1f} GB are free"
+        raise UserError("bench-optim-memory", f"bench optim needs {amounts}; use a smaller --fraction or a single --optimizer")
+
+    arenas = baselines.random_arenas(sizes, target.device)
     copy_rate, count = counters.copy_rate(target.device, options.small), options.steps or 7
-    say(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, a copy: {copy_rate / 1e9:.3g} GB/s")
-    say(f"{len(sizes)} of {len(target.sizes)} tensors, {sum(sizes):,} numbers")
-    rows, order, misses = list[dict[str, Any]](), list[str](), list[str]()
+    print_line(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, copy: {copy_rate / 1e9:.3g} GB/s")
+    print_line(f"{len(sizes)} of {len(target.sizes)} tensors, {sum(sizes):,} parameters")
+    rows, order, warnings = list[dict[str, Any]](), list[str](), list[str]()
     for family in families:
-        steps = baselines.optimizer_steps(family, arenas, target.ops, halves, misses)
+        steps = baselines.optimizer_steps(family, arenas, target.ops, with_bf16, warnings)
         first = len(rows)
         for name, step in steps.items():
             step.run()
             waits, launches = counters.host_waits(step.run, target.device, step.on_host())
-            rows.append({"name": name, "optimizer": family, "bytes": step.moved})
+            rows.append({"name": name, "optimizer": family, "bytes": step.num_bytes})
             rows[-1] |= {"host_waits": dict(waits), "launches": launches}
         turns = timing.in_turns({name: (step.run, nullcontext) for name, step in steps.items()}, count, target.device)
         order += [f"{family}: {name}" for name, _ in turns]
@@ -301,41 +299,42 @@ def bench_optim(options: BenchOptions, say: Say) -> Figures:
             row["gb_per_s"] = row["bytes"] / row["ms"]["median"] / 1e6
             row["share_of_copy"] = row["gb_per_s"] * 1e9 / copy_rate
         del steps
-    table = [["optimizer", "", "ms (min - max)", "GB/s", "of a copy", "waits", "fastsd is"]]
+
+    table = [["optimizer", "", "ms (min - max)", "GB/s", "of copy rate", "waits", "fastsd speedup"]]
     for row in rows:
         figures = [counters.milliseconds(row), f"{row['gb_per_s']:.3g}", f"{row['share_of_copy']:.0%}"]
         figures += [str(sum(row["host_waits"].values())), f"{row['times']:.2f}x"]
         table.append([row["optimizer"], row["name"], *figures])
-    say_table(table, say)
+    print_table(table, print_line)
     setup = {"fraction": fraction, "tensors": len(sizes), "numbers": sum(sizes), "rounds": count, "kernels": target.ops.name}
-    return target.device, {
-        "settings": {**setup, "precision": target.stage.precision}, "copy_gb_per_s": copy_rate / 1e9, "results": rows,
-        "order": order, "misses": misses,
-    }  # fmt: skip
+    settings, rate = {**setup, "precision": target.stage.precision}, copy_rate / 1e9
+    return target.device, {"settings": settings, "copy_gb_per_s": rate, "results": rows, "order": order, "misses": warnings}
 
 
-def run_suites(options: BenchOptions, say: Say) -> Figures:
+def run_suites(options: BenchOptions, print_line: PrintLine) -> Figures:
     """Run the kernels' suites of a source tree with pytest. Raises UserError if there is no source or a suite fails."""
     if not (SUITES / "conftest.py").is_file():
-        raise UserError(
-            "bench-no-source", "the kernels' suites come with the source only; clone it and run `fastsd bench kernels` there"
-        )
+        advice = "clone the repository and run `fastsd bench kernels` in it"
+        raise UserError("bench-no-source", f"bench kernels needs the source code of fastsd; {advice}")
     if importlib.util.find_spec("pytest_benchmark") is None:
-        raise UserError("pytest-benchmark-missing", "pytest-benchmark is not installed; pip install pytest-benchmark")
+        raise UserError("pytest-benchmark-missing", "pytest-benchmark is not installed; run `pip install pytest-benchmark`")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         quick = ["--quick"] if options.small else []
         command = [sys.executable, "-m", "pytest", str(SUITES), "--benchmark-json", str(file), *quick]
         status = subprocess.run(command, cwd=SUITES.parent).returncode
         if status:
-            raise UserError("bench-kernels-failed", f"a suite of the kernels failed, see above (pytest ended with {status})")
+            raise UserError("bench-kernels-failed", f"a kernel benchmark failed (pytest status {status}); see its output above")
         figures = [benchmark["extra_info"] for benchmark in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]]
-    say("on a GPU, with goals and a stamped file: python bench/gpu.py")
+    print_line("for goals and a result file with a stamp, run on a GPU: python bench/gpu.py")
     return choose_device("auto"), {"settings": {}, "results": figures, "misses": []}
 
 
-WHAT: dict[str, Callable[[BenchOptions, Say], Figures]] = {
-    "step": bench_step, "memory": bench_memory, "kernels": run_suites, "optim": bench_optim,
-    "loader": lambda command_line, say: data.bench_loader(command_line, bench_config(command_line), say),
-    "cache": lambda command_line, say: data.bench_cache(command_line, bench_config(command_line), say),
-}  # fmt: skip
+BENCHMARKS: dict[str, Callable[[BenchOptions, PrintLine], Figures]] = {
+    "step": bench_step,
+    "memory": bench_memory,
+    "kernels": run_suites,
+    "optim": bench_optim,
+    "loader": lambda options, print_line: data.bench_loader(options, bench_config(options), print_line),
+    "cache": lambda options, print_line: data.bench_cache(options, bench_config(options), print_line),
+}

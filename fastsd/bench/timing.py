@@ -17,7 +17,7 @@ from fastsd.train.graph import WARM_UP
 TimedCall = tuple[Callable[[], object], Callable[[], AbstractContextManager[None]]]
 
 
-def in_turns(contenders: Mapping[str, TimedCall], rounds: int, device: torch.device) -> list[tuple[str, float]]:
+def in_turns(candidates: Mapping[str, TimedCall], rounds: int, device: torch.device) -> list[tuple[str, float]]:
     """Time each candidate, a (call, context manager) pair, once per round, one after another.
 
     A GPU gets several calls per turn, because in training the host runs ahead of it.
@@ -28,35 +28,35 @@ def in_turns(contenders: Mapping[str, TimedCall], rounds: int, device: torch.dev
     repeats = 4 if device.type == "cuda" else 1
     order = []
     for _ in range(rounds):
-        for name, (call, turn) in contenders.items():
+        for name, (call, turn) in candidates.items():
             with turn():
                 order.append((name, seconds(call, device, repeats)))
     return order
 
 
-def first_steps(contender: Candidate, device: torch.device) -> dict[str, Any]:
+def first_steps(candidate: Candidate, device: torch.device) -> dict[str, Any]:
     """Warm up a candidate and measure one of its steps, as a row of results. None = not measurable from outside.
 
     The peak is the memory the candidate holds plus the rise on top: on a GPU during the first steps, which allocate state and
     record a graph; on a CPU during the second step.
     """
-    opaque = device.type == "cpu" and contender.name == "compiled"
-    row: dict[str, Any] = {"name": contender.name}
+    opaque = device.type == "cpu" and candidate.name == "compiled"
+    row: dict[str, Any] = {"name": candidate.name}
     losses: list[Tensor] = []
 
     def step(times: int = 1) -> None:
-        losses.extend(contender.step() for _ in range(times))
+        losses.extend(candidate.step() for _ in range(times))
 
-    with contender.turn():
+    with candidate.turn():
         if device.type == "cuda":
-            held = contender.held()
+            held = candidate.held()
             peak = held + rise(lambda: step(WARM_UP + 2), device)
             waits, launches = host_waits(step, device)
         else:
             step()
-            held = contender.held()
+            held = candidate.held()
             peak = held if opaque else held + rise(step, device)
-            waits, launches = (Counter(), 0) if opaque else host_waits(step, device, contender.on_host())
+            waits, launches = (Counter(), 0) if opaque else host_waits(step, device, candidate.on_host())
     figures = {"host_waits": dict(waits), "launches": launches, "peak_gb": peak / 1e9}
     row |= dict.fromkeys(figures) if opaque else figures
-    return row | {"held_gb": contender.held() / 1e9, "first_loss": losses[0].item()}
+    return row | {"held_gb": candidate.held() / 1e9, "first_loss": losses[0].item()}

@@ -49,7 +49,8 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
         )
     if json_file and not json_file.absolute().parent.is_dir():
         raise UserError(
-            "json-folder-missing", f"--json is {str(json_file)!r}, and that folder is not there; make it, or name another"
+            "json-folder-missing",
+            f"--json is {str(json_file)!r}, but its folder does not exist; create it or name another file",
         )
     device, precision, base = choose_device(config.device), config.stage[-1].precision, resolve_model(name)
     model_table = _table(base, config.model)

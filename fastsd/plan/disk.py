@@ -9,14 +9,14 @@ from fastsd.config.stages import COMPONENTS
 from fastsd.model.formats.write import DTYPE
 
 
-def export_bytes(config: Config, parts: Mapping[str, int]) -> int:
+def export_bytes(config: Config, component_bytes: Mapping[str, int]) -> int:
     """Return the bytes an export takes in addition to the checkpoints: single files, and components that are not hard links.
 
     Args:
-        parts: bytes of each component of the model in fp32.
+        component_bytes: bytes of each component of the model in fp32.
     """
-    averaged, lora = config.stage[-1].ema > 0, config.model.lora
+    has_ema, lora = config.stage[-1].ema > 0, config.model.lora
     adapted = COMPONENTS[: 1 + lora.text_encoder] if lora else ()
-    copied = [*adapted * (1 + averaged), *(config.stage[-1].components if averaged and not lora else ())]
-    single = sum(parts.values()) * DTYPE[config.export.dtype].itemsize // 4 if config.export.single_file else 0
-    return sum(parts[component] for component in copied) + single * (1 + averaged)
+    copied = [*adapted * (1 + has_ema), *(config.stage[-1].components if has_ema and not lora else ())]
+    single = sum(component_bytes.values()) * DTYPE[config.export.dtype].itemsize // 4 if config.export.single_file else 0
+    return sum(component_bytes[component] for component in copied) + single * (1 + has_ema)

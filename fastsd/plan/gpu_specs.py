@@ -55,16 +55,16 @@ GPU_SPECS = [
 
 def find_gpu(name: str) -> GpuSpec:
     """Find a card by a name such as "4090", "rtx-4090" or "RTX 4090". Raises UserError if it is unknown or ambiguous."""
-    plain = {_plain(card.name): card for card in GPU_SPECS}
-    matches = [card for key, card in plain.items() if _plain(name) and key.endswith(_plain(name))]
+    cards = {_letters_and_digits(card.name): card for card in GPU_SPECS}
+    matches = [card for key, card in cards.items() if _letters_and_digits(name) and key.endswith(_letters_and_digits(name))]
     if len(matches) == 1:
         return matches[0]
-    close = difflib.get_close_matches(_plain(name), plain, n=1)
-    hint = f"did you mean {plain[close[0]].name}?" if close else "give --vram GB instead"
-    raise UserError("unknown-card", f"--card is {name!r}; known are {', '.join(card.name for card in GPU_SPECS)}; {hint}")
+    close = difflib.get_close_matches(_letters_and_digits(name), cards, n=1)
+    hint = f"did you mean {cards[close[0]].name}?" if close else "or give the memory with --vram"
+    raise UserError("unknown-card", f"--card is {name!r}; choose from {', '.join(card.name for card in GPU_SPECS)}; {hint}")
 
 
-def _plain(name: str) -> str:
+def _letters_and_digits(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
@@ -89,8 +89,8 @@ class StepOperations:
 
     def seconds(self, card: GpuSpec, precision: str, micro_batches: int) -> float:
         """Estimate the seconds of a step with `micro_batches` micro-batches, see the module docstring."""
-        once = sum(_seconds(operation, card, precision) for operation in self.accumulate)
-        return micro_batches * once + sum(_seconds(operation, card, precision) for operation in self.update)
+        micro_batch_seconds = sum(_seconds(operation, card, precision) for operation in self.accumulate)
+        return micro_batches * micro_batch_seconds + sum(_seconds(operation, card, precision) for operation in self.update)
 
 
 def _seconds(operation: Operation, card: GpuSpec, precision: str) -> float:
@@ -120,23 +120,23 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        name, places, new = _kind(func)
-        if (places or new) and name not in _EMPTY:
+        name, indices, new = _signature(func)
+        if (indices or new) and name not in _EMPTY:
             read = _tensors((args, kwargs))
-            written = _tensors([args[place] for place in places if place < len(args)]) + (_tensors(result) if new else [])
+            written = _tensors([args[index] for index in indices if index < len(args)]) + (_tensors(result) if new else [])
             formula = flop_registry.get(_COUNTED_AS.get(func.overloadpacket, func.overloadpacket))
             flops = formula(*args, **kwargs, out_val=result) if formula else 0
-            moved = sum(t.numel() * t.itemsize for t in (*read, *written))
+            num_bytes = sum(t.numel() * t.itemsize for t in (*read, *written))
             narrow = any(t.dtype == torch.bfloat16 for t in read)
-            self.operations.append(Operation(flops, moved, narrow, "attention" in name))
+            self.operations.append(Operation(flops, num_bytes, narrow, "attention" in name))
         return result
 
 
 @cache
-def _kind(func: Any) -> tuple[str, list[int], bool]:
+def _signature(func: Any) -> tuple[str, list[int], bool]:
     """Return an operation's name, the indices of arguments it writes, and True if its results are new tensors, not views."""
-    places = [i for i, argument in enumerate(func._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
-    return func.overloadpacket.__name__, places, not any(value.alias_info for value in func._schema.returns)
+    indices = [i for i, argument in enumerate(func._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
+    return func.overloadpacket.__name__, indices, not any(value.alias_info for value in func._schema.returns)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

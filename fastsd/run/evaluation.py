@@ -56,7 +56,7 @@ class Evaluation:
         """Measure the config's validation sets with the current weights, and with the EMA weights if there are any."""
         if self.sets.measured:
             progress, stage = self.position.progress, self.config.stage_name(self.position.progress.stage)
-            rows = _with_graph_memory(step, "validation", self.report, lambda: self.validation.rows(step.parts.values()))
+            rows = _with_graph_memory(step, "validation", self.report, lambda: self.validation.rows(step.components.values()))
             self.report.validation([{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows])
 
 

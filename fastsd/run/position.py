@@ -56,7 +56,7 @@ class Position:
         """Count one optimizer step."""
         old, now = self.progress, time.monotonic()
         new = replace(old, stage_step=old.stage_step + 1, step=old.step + 1, images=old.images + step.stage.batch)
-        new = replace(new, micro_batch_size=step.micro, micro_batch_setting=step.stage.micro_batch)
+        new = replace(new, micro_batch_size=step.micro_batch_size, micro_batch_setting=step.stage.micro_batch)
         self.progress = replace(new, seconds=old.seconds + now - self._since)
         self._since = now
 

@@ -65,13 +65,13 @@ class Saving:
         state = self.smoothed.state()
         if not done or not later_stages or carried:
             state |= optimizer_state(step)
-        for name, component in step.parts.items():
+        for name, component in step.components.items():
             state |= {f"{name}@ema/{key}": tensor for key, tensor in component.ema_state().items()}
         # A component the step does not need keeps its loaded weights.
-        weights = dict.fromkeys(COMPONENTS, dict) | {name: component.state for name, component in step.parts.items()}
+        weights = dict.fromkeys(COMPONENTS, dict) | {name: component.state for name, component in step.components.items()}
         try:
             self.report.flush()
-            adapters = {name: c.state(ADAPTER) for name, c in step.parts.items()} if self.model.lora else None
+            adapters = {name: c.state(ADAPTER) for name, c in step.components.items()} if self.model.lora else None
             path = checkpoint.save(folder, progress, self.model, weights, self.changed, state, adapters)
         except OSError as error:
             self.report.warn(
@@ -99,6 +99,6 @@ def optimizer_state(step: Step) -> dict[str, Tensor]:
     """Return the step's optimizer state under its checkpoint names, `COMPONENT|KEY`, and the number of skipped steps."""
     state = {"skipped": step.skipped}
     for name, optimizer in step.optimizers.items():
-        tensors = flat_state(optimizer, step.parts[name].names, step.parts[name].layout.views)
+        tensors = flat_state(optimizer, step.components[name].names, step.components[name].layout.views)
         state |= {f"{name}|{key}": tensor for key, tensor in tensors.items()}
     return state

@@ -40,7 +40,7 @@ def start_stage(run: Run, index: int) -> Step:
 
     cached, carried = run.data.text_embeddings is not None, run.position.progress.carried
     args = run.model, stage, run.position.steps[index], config.seed, _micro_batch_size(run, index, resumed)
-    step = Step(*args, graph=config.cuda_graph, states=cached, carried=carried, warn=run.report.warn)
+    step = Step(*args, graph=config.cuda_graph, cached_text=cached, carried_steps=carried, warn=run.report.warn)
 
     if resumed or stage.state == "carry":
         _load_state(step, run.saving.state)
@@ -52,7 +52,7 @@ def start_stage(run: Run, index: int) -> Step:
 
 def _load_state(step: Step, saved: Mapping[str, Tensor]) -> None:
     for name, optimizer in step.optimizers.items():
-        component = step.parts[name]
+        component = step.components[name]
         load_flat_state(optimizer, component.names, _PrefixedTensors(saved, f"{name}|"), component.layout.views)
         for key, average in component.ema_state().items():
             if f"{name}@ema/{key}" in saved:  # missing if EMA was enabled only now
@@ -71,7 +71,7 @@ def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
     resident_bytes = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
     available = free_memory(run.device) - scratch + resident_bytes
     cached = run.data.text_embeddings is not None
-    plan = plan_stage(Shapes.of(run.model), stage, run.config.data.resolution, available, run.ops, states=cached)
+    plan = plan_stage(Shapes.of(run.model), stage, run.config.data.resolution, available, run.ops, cached)
     micro_batch_size = plan.largest_micro_batch()
 
     if micro_batch_size == 0:

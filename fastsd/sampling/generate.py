@@ -76,14 +76,19 @@ def check_steps(model: Model, table: SampleTable) -> None:
     """Raise UserError if there are more sampling steps than timesteps in the noise schedule."""
     timesteps = model.scheduler.get("num_train_timesteps", 1000)
     if table.steps > timesteps:
-        raise UserError("sample-steps", f"sample.steps is {table.steps}, and {model.name} has {timesteps} timesteps; lower it")
+        raise UserError("sample-steps", f"sample.steps is {table.steps}, but {model.name} has {timesteps} timesteps; lower it")
 
 
 @torch.no_grad()
 def denoise(
-    model: Model, prompts: Sequence[str], eps_BCHW: Tensor, seeds: Sequence[int], table: SampleTable,
-    latents_BCHW: Tensor | None = None, start: int = 0,
-) -> Tensor:  # fmt: skip
+    model: Model,
+    prompts: Sequence[str],
+    eps_BCHW: Tensor,
+    seeds: Sequence[int],
+    table: SampleTable,
+    latents_BCHW: Tensor | None = None,
+    start: int = 0,
+) -> Tensor:
     """Denoise noise to the scaled latents of images, fp32 (B, C, H, W).
 
     Args:
@@ -94,7 +99,7 @@ def denoise(
     """
     device, count, guided = eps_BCHW.device, len(prompts), table.guidance != 1.0
     ids = model.text.tokenize([*prompts, *[table.negative] * count] if guided else list(prompts))
-    context_BLD = model.text.encode(ids.to(model.text.device)).to(device)  # an encoder unused in training is on the CPU
+    text_embeds_BLD = model.text.encode(ids.to(model.text.device)).to(device)  # an encoder unused in training is on the CPU
     scheduler = make_sampler(table.sampler, model.scheduler)
     scheduler.set_timesteps(table.steps, device=device)
     if latents_BCHW is None:
@@ -102,13 +107,14 @@ def denoise(
     else:
         _begin_at(scheduler, start)
         x_BCHW = scheduler.add_noise(latents_BCHW, eps_BCHW, scheduler.timesteps[:1].expand(count))
+
     # Stochastic samplers draw additional noise, from a separate generator per image.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     extra = {} if table.sampler == "dpm++" else {"generator": generators}
     for t in scheduler.timesteps:
         x_in = scheduler.scale_model_input(x_BCHW, t)
-        t_B = t.to(device).expand(len(context_BLD))
-        prediction = model.unet(torch.cat([x_in, x_in]) if guided else x_in, t_B, context_BLD).float()
+        t_B = t.to(device).expand(len(text_embeds_BLD))
+        prediction = model.unet(torch.cat([x_in, x_in]) if guided else x_in, t_B, text_embeds_BLD).float()
         if guided:
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + table.guidance * (conditional - unconditional)
@@ -133,13 +139,13 @@ def make_sampler(name: str, config: dict[str, Any]) -> Any:
     """Create a diffusers scheduler by its short name, with the noise schedule and prediction type of a scheduler config."""
     import diffusers
 
-    kinds = {
+    classes = {
         "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
         "dpm++": "DPMSolverMultistepScheduler",
     }  # fmt: skip
     # Latents are not bounded by 1, but DDIM clips by default if the config does not mention clipping.
     extra = {"clip_sample": False} if name == "ddim" else {}
-    return getattr(diffusers, kinds[name]).from_config(config, **extra)
+    return getattr(diffusers, classes[name]).from_config(config, **extra)
 
 
 def to_image(image_3RR: Tensor) -> Image.Image:

@@ -36,9 +36,8 @@ def read_prompts(table: SampleTable) -> list[str]:
         try:
             lines = Path(table.prompts_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                "prompts-unreadable", f"sample.prompts_file is {table.prompts_file!r}: cannot be read ({error})"
-            ) from None
+            problem = f"sample.prompts_file is {table.prompts_file!r}, which cannot be read ({error})"
+            raise UserError("prompts-unreadable", f"{problem}; give a UTF-8 text file") from None
         prompts += [line.strip() for line in lines if line.strip()]
     return prompts
 
@@ -64,13 +63,14 @@ def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str], s
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + gap + 2 * text) + gap), "white")
     draw, cells = ImageDraw.Draw(sheet), sheet.info.setdefault("cells", [])
+
     for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         top = gap + r * (height + gap + 2 * text)
         for c, image in enumerate(row):
             left = gap + c * (width + gap)
             sheet.paste(image, (left, top))
             cells.append({"box": [left, top, left + width, top + height], "prompt": caption, "seed": seed + c})
-        draw.text((gap, top + height + text // 3), _fit(caption, font, sheet.width - 2 * gap), fill="black", font=font)
+        draw.text((gap, top + height + text // 3), _shorten(caption, font, sheet.width - 2 * gap), fill="black", font=font)
     return sheet
 
 
@@ -86,7 +86,7 @@ def save_grid(sheet: Image.Image, path: Path, stage: str = "", step: int = 0) ->
     os.replace(temporary, path)
 
 
-def _fit(text: str, font: Any, width: int) -> str:
+def _shorten(text: str, font: Any, width: int) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -23,7 +23,7 @@ WARM_UP = 3  # eager calls of a shape before its capture
 
 
 @dataclass
-class _Recorded:
+class _Capture:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     outputs: tuple[Tensor, ...]
@@ -41,23 +41,24 @@ class Graphed:
         self.function = function
         self._stream = torch.cuda.Stream()
         self._calls: dict[Any, int] = {}
-        self._recorded: dict[Any, _Recorded] = {}
+        self._captures: dict[Any, _Capture] = {}
         self._pool: Any = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        if key not in self._recorded:
+        if key not in self._captures:
             self._calls[key] = self._calls.get(key, 0) + 1
             if self._calls[key] <= WARM_UP:
-                return self._plain(*tensors)
-            self._recorded[key] = self._record(tensors)
-        recorded = self._recorded[key]
-        for buffer, tensor in zip(recorded.inputs, tensors, strict=True):
-            buffer.copy_(tensor, non_blocking=True)
-        recorded.graph.replay()
-        return tuple(output.clone() for output in recorded.outputs)
+                return self._run_eagerly(*tensors)
+            self._captures[key] = self._capture(tensors)
 
-    def _plain(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        capture = self._captures[key]
+        for buffer, tensor in zip(capture.inputs, tensors, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+        capture.graph.replay()
+        return tuple(output.clone() for output in capture.outputs)
+
+    def _run_eagerly(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # Use the stream of the capture: autograd's leaves remember the stream of their first use.
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -70,7 +71,7 @@ class Graphed:
             tensor.record_stream(current)
         return outputs
 
-    def _record(self, tensors: tuple[Tensor, ...]) -> _Recorded:
+    def _capture(self, tensors: tuple[Tensor, ...]) -> _Capture:
         inputs = [tensor.clone() for tensor in tensors]
         torch.cuda.empty_cache()  # the graph's own pool needs the memory that the eager calls have cached
         graph = torch.cuda.CUDAGraph()
@@ -84,10 +85,10 @@ class Graphed:
                 raise error.__context__ from None
             raise
         self._pool = graph.pool()  # shared by the graphs of all shapes, because only one of them runs at a time
-        return _Recorded(graph, inputs, outputs)
+        return _Capture(graph, inputs, outputs)
 
     def clear(self) -> None:
         """Drop all graphs and their memory. Each shape is captured again after new eager calls."""
-        self._recorded.clear()
+        self._captures.clear()
         self._calls.clear()
         self._pool = None

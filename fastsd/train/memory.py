@@ -62,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not _gives_back(func):
+        if not _returns_aliases(func):
             results = (result,) if isinstance(result, Tensor) else tree_leaves(result)
             self.count(*(leaf for leaf in results if isinstance(leaf, Tensor)))
         return result
@@ -72,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if tensor.device == self.device and storage._cdata not in self._alive:
-                self._born(storage)
+                self._track(storage)
 
     def restart(self) -> None:
         """Reset the peak to the bytes that are live now."""
@@ -86,28 +86,28 @@ class LiveBytes(TorchDispatchMode):
             for tensor in tensors
             if tensor.untyped_storage()._cdata in self._alive
         }
-        split = {**dict.fromkeys(owners, 0), "other": 0}
+        bytes_by_owner = {**dict.fromkeys(owners, 0), "other": 0}
         for event in self._events[: self._peak_event]:
             number = event if event >= 0 else -event - 1
-            split[owner_by_number.get(number, "other")] += self._sizes[number] if event >= 0 else -self._sizes[number]
-        return split
+            bytes_by_owner[owner_by_number.get(number, "other")] += self._sizes[number] if event >= 0 else -self._sizes[number]
+        return bytes_by_owner
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         address, number = storage._cdata, len(self._sizes)
-        self._alive[address] = weakref.ref(storage, lambda _: self._died(address)), number
+        self._alive[address] = weakref.ref(storage, lambda _: self._untrack(address)), number
         self._sizes.append(storage.nbytes())
         self._events.append(number)
         self.now += self._sizes[number]
         if self.now > self.peak:
             self.restart()
 
-    def _died(self, address: int) -> None:
+    def _untrack(self, address: int) -> None:
         _, number = self._alive.pop(address)
         self._events.append(-number - 1)
         self.now -= self._sizes[number]
 
 
 @cache
-def _gives_back(func: Any) -> bool:
+def _returns_aliases(func: Any) -> bool:
     """Return True if all results alias operands (views or in-place); such storages may be older than the block."""
     return all(value.alias_info for value in func._schema.returns)

@@ -47,7 +47,7 @@ class NoiseSampler:
         stage, (channels, height, width) = self.stage, latents_BCHW.shape[1:]
         eps_BCHW = self._nearest(latents_BCHW, positions_B)
         if stage.pyramid_noise:
-            eps_BCHW = self._with_coarser(eps_BCHW, positions_B)
+            eps_BCHW = self._add_pyramid(eps_BCHW, positions_B)
         if stage.noise_offset:
             eps_BCHW = eps_BCHW + stage.noise_offset * self._draw(Purpose.OFFSET, positions_B, channels, 1, 1)
         if not stage.input_perturbation:
@@ -73,33 +73,33 @@ class NoiseSampler:
         distance_BK = (all_BKCHW - latents_BCHW[:, None]).square().flatten(2).sum(2, dtype=torch.float64)
         return all_BKCHW[torch.arange(len(all_BKCHW), device=all_BKCHW.device), distance_BK.argmin(1)]
 
-    def _with_coarser(self, eps_BCHW: Tensor, positions_B: Tensor) -> Tensor:
-        """Add share^i times noise at 1 / 2^i of the size, stretched bilinearly, for i = 1, 2, ... down to a side of 1.
+    def _add_pyramid(self, eps_BCHW: Tensor, positions_B: Tensor) -> Tensor:
+        """Add strength^i times noise at 1 / 2^i of the size, stretched bilinearly, for i = 1, 2, ... down to a side of 1.
 
-        The sum is divided by its theoretical standard deviation over images and positions, a function of size and share.  With
-        the standard deviation of the actual sample instead, the noise would not be normal and would depend on the batch.
+        The sum is divided by its theoretical standard deviation over images and positions, a function of size and strength.
+        With that of the actual sample instead, the noise would not be normal and would depend on the batch.
 
         Source: Whitaker 2023, "Multi-resolution noise for diffusion model training", where the factors are random in [2, 4).
         """
-        share, (channels, height, width) = self.stage.pyramid_noise, eps_BCHW.shape[1:]
+        strength, (channels, height, width) = self.stage.pyramid_noise, eps_BCHW.shape[1:]
         sides = [(height >> i, width >> i) for i in range(1, min(height, width).bit_length())]
         counts = [channels * h * w for h, w in sides]
         variance = 1.0
-        parts = self._draw(Purpose.PYRAMID, positions_B, sum(counts)).split(counts, dim=1)
-        for i, (part, (h, w)) in enumerate(zip(parts, sides, strict=True), start=1):
-            coarse_BCHW = part.unflatten(1, (channels, h, w))
+        chunks = self._draw(Purpose.PYRAMID, positions_B, sum(counts)).split(counts, dim=1)
+        for i, (chunk, (h, w)) in enumerate(zip(chunks, sides, strict=True), start=1):
+            coarse_BCHW = chunk.unflatten(1, (channels, h, w))
             stretched_BCHW = F.interpolate(coarse_BCHW, size=(height, width), mode="bilinear")
-            eps_BCHW = eps_BCHW + share**i * stretched_BCHW
-            variance += share ** (2 * i) * _kept_variance(h, height) * _kept_variance(w, width)
+            eps_BCHW = eps_BCHW + strength**i * stretched_BCHW
+            variance += strength ** (2 * i) * _stretched_variance(h, height) * _stretched_variance(w, width)
         return eps_BCHW / math.sqrt(variance)
 
 
 @cache
-def _kept_variance(count: int, stretched: int) -> float:
+def _stretched_variance(count: int, stretched: int) -> float:
     """Return the mean variance of `count` unit normals stretched linearly to `stretched`: the mean sum of squared weights."""
     total = 0.0
     for i in range(stretched):
-        place = min(max((i + 0.5) * count / stretched - 0.5, 0.0), count - 1.0)
-        part = place % 1
-        total += part**2 + (1 - part) ** 2
+        source = min(max((i + 0.5) * count / stretched - 0.5, 0.0), count - 1.0)
+        weight = source % 1
+        total += weight**2 + (1 - weight) ** 2
     return total / stretched

@@ -52,14 +52,18 @@ class Objective:
     """
 
     def __init__(
-        self, alphas_cumprod: Tensor, seed: int, ops: Ops = REFERENCE, stage: StageTable | None = None,
+        self,
+        alphas_cumprod: Tensor,
+        seed: int,
+        ops: Ops = REFERENCE,
+        stage: StageTable | None = None,
         prediction: str = "epsilon",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.stage = stage or StageTable(train=["unet"], until=1)
         self.signal, self.level = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         self.seed, self.ops, self.prediction = seed, ops, prediction
-        self.first, self.end = _range(self.stage, len(alphas_cumprod))
-        self.noising = NoiseSampler(self.stage, seed, ops)
+        self.first, self.end = _timestep_range(self.stage, len(alphas_cumprod))
+        self.noise_sampler = NoiseSampler(self.stage, seed, ops)
         self.weights_T = timestep_weights(self.stage, alphas_cumprod, prediction)
         huber = partial(F.huber_loss, delta=self.stage.huber_delta)
         distances: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": huber}
@@ -68,7 +72,7 @@ class Objective:
     def timesteps(self, positions_B: Tensor) -> Tensor:
         """Draw t for each sample position: int64 (B,) on the device of `positions_B`, within the stage's `timestep_range`.
 
-        A share of the range is drawn and rounded down to a whole timestep.  The share is uniform; has a normal logit (Esser et
+        A fraction of the range is drawn and rounded down to a timestep.  The fraction is uniform; has a normal logit (Esser et
         al. 2024, "Scaling rectified flow transformers", section 3.1, where 1 also means pure noise); or is "cubic", 1 - u^3,
         which favours noisy timesteps (Mou et al. 2023, "T2I-Adapter", non-uniform time step sampling).
         """
@@ -76,38 +80,43 @@ class Objective:
         if stage.timesteps == "uniform":
             return self.first + noise.integers(*draw, count)
         if stage.timesteps == "cubic":
-            share_B = 1 - noise.uniform(*draw)[:, 0] ** 3
+            fraction_B = 1 - noise.uniform(*draw)[:, 0] ** 3
         else:
-            share_B = torch.sigmoid(stage.timestep_mean + stage.timestep_std * noise.normal(*draw, (1,))[:, 0].double())
-        return self.first + (share_B * count).long().clamp(max=count - 1)  # a share may round to 1
+            fraction_B = torch.sigmoid(stage.timestep_mean + stage.timestep_std * noise.normal(*draw, (1,))[:, 0].double())
+        return self.first + (fraction_B * count).long().clamp(max=count - 1)  # a fraction may round to 1
 
-    def noised(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def add_noise(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add noise to scaled latents at their sample positions: (x_t fp32, t int64 (B,), target fp32)."""
         t_B = self.timesteps(positions_B)
         tables = self.signal, self.level
-        if self.noising.plain:
+        if self.noise_sampler.plain:
             args = latents_BCHW, positions_B, t_B, *tables, self.seed
             x_BCHW, target_BCHW = self.ops.add_noise(*args, prediction=self.prediction)
             return x_BCHW, t_B, target_BCHW
+
         latents_BCHW = latents_BCHW.float()
-        eps_BCHW, input_BCHW = self.noising(latents_BCHW, positions_B)
+        eps_BCHW, input_BCHW = self.noise_sampler(latents_BCHW, positions_B)
         signal, level = (table_T[t_B][:, None, None, None] for table_T in tables)
         velocity = self.prediction == "v_prediction"
         target_BCHW = signal * eps_BCHW - level * latents_BCHW if velocity else eps_BCHW
         return signal * latents_BCHW + level * input_BCHW, t_B, target_BCHW
 
     def loss(
-        self, prediction_BCHW: Tensor, target_BCHW: Tensor, t_B: Tensor, weight_B: Tensor | None = None,
+        self,
+        prediction_BCHW: Tensor,
+        target_BCHW: Tensor,
+        t_B: Tensor,
+        weight_B: Tensor | None = None,
         mask_B1HW: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Compute the mean over images of their weighted mean errors: 0-dim fp32.
 
         Args:
-            t_B: the timesteps that `noised` returned.
+            t_B: the timesteps that `add_noise` returned.
             weight_B: a factor for each image's loss.
             mask_B1HW: in [0, 1]; the weight of an element is unmasked_weight + (1 - unmasked_weight) * mask. The mean is over
                 all elements, as in sd-scripts and by default in OneTrainer. If it were divided by the area of the mask, an
-                image with a small mask would count as much as a whole image.
+                image with a small mask would count as much as an unmasked image.
         """
         prediction_BCHW = prediction_BCHW.float()
         if self.weights_T is None and weight_B is None and mask_B1HW is None:
@@ -152,7 +161,7 @@ def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str)
     return (x0_weight_T / (snr_T + 1 if prediction == "v_prediction" else snr_T)).float()
 
 
-def _range(stage: StageTable, timesteps: int) -> tuple[int, int]:
+def _timestep_range(stage: StageTable, timesteps: int) -> tuple[int, int]:
     """Return the first timestep and the end, which is exclusive."""
     if stage.timestep_range == ALL_TIMESTEPS:  # the default means all timesteps of the model
         return 0, timesteps
@@ -161,7 +170,7 @@ def _range(stage: StageTable, timesteps: int) -> tuple[int, int]:
         prefix = f"stage {stage.name!r}: " if stage.name else "stage: "
         raise UserError(
             "timestep-range",
-            f"{prefix}timestep_range is {[first, end]} and the model's noise schedule has {timesteps} timesteps; "
-            f"end at {timesteps} or before",
+            f"{prefix}timestep_range is {[first, end]}, but the model's noise schedule has {timesteps} timesteps; "
+            f"end at {timesteps} or lower",
         )
     return first, end

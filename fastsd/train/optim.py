@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from fastsd_kernels import REFERENCE, Ops, fastest
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
-Cut = Callable[[Tensor], Tensor]
+Group = dict[str, Any]
+Select = Callable[[Tensor], Tensor]
 Views = Callable[[Tensor], list[Tensor]]
 
 SMALL = 1 << 22  # elements: 16 MB per fp32 tensor
@@ -42,11 +43,11 @@ class FastOptimizer(Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any], ops: Ops | None) -> None:
         super().__init__(params, defaults)
-        everything = [p for group in self.param_groups for p in group["params"]]
-        small = everything[0].is_cpu and sum(p.numel() for p in everything) < SMALL
-        self.ops = ops or (REFERENCE if small else fastest(everything[0].device))
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        small = parameters[0].is_cpu and sum(p.numel() for p in parameters) < SMALL
+        self.ops = ops or (REFERENCE if small else fastest(parameters[0].device))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add parameters like `torch.optim.Optimizer.add_param_group`.
 
         Raises:
@@ -54,12 +55,12 @@ class FastOptimizer(Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            self._check(self.param_groups[-1])
+            self._validate(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
 
-    def _check(self, group: dict[str, Any]) -> None:
+    def _validate(self, group: Group) -> None:
         if not isinstance(group["lr"], Tensor):  # reading a tensor's value would wait for the device
             _require(self.name, "lr", group["lr"], 0 <= group["lr"] < math.inf, "a finite number, 0 or more")
         betas = group["betas"]
@@ -69,17 +70,17 @@ class FastOptimizer(Optimizer):
         device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else None
         dtype = torch.bfloat16 if group.get("masters_lo") else torch.float32
         for p in group["params"]:
-            requirement = "fp32 parameters, or bf16 ones with their low halves"
+            requirement = "fp32 parameters, or bf16 parameters with lows"
             _require(self.name, "parameter dtype", p.dtype, p.dtype == dtype, requirement)
             _require(self.name, "parameter device", str(p.device), p.device == device, f"parameters on {device} only")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, skip: Tensor | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, found_inf: Tensor | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
             closure: evaluated first, with gradients enabled; its value is returned.
-            skip: 0-dim bool or float on the parameters' device. If nonzero, no byte of parameters or state changes.
+            found_inf: 0-dim bool or float on the parameters' device. If nonzero, no byte of parameters or state changes.
         """
         loss = None
         if closure is not None:
@@ -87,62 +88,60 @@ class FastOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             rows = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            self._update(group, rows, [_laid_out(group["params"][i]) for i in rows], None, found_inf=skip)
-        self._finish(skip)
+            self._update(group, rows, [_grad_in_layout(group["params"][i]) for i in rows], None, found_inf=found_inf)
+        self._finish(found_inf)
         return loss
 
     @torch.no_grad()
     def update(
-        self, gradient: Tensor, *, cut: Cut | None = None, skip: Tensor | None = None, scale: Tensor | None = None
+        self, gradient: Tensor, *, select: Select | None = None, found_inf: Tensor | None = None, scale: Tensor | None = None
     ) -> None:
-        """Update the optimizer's only parameter, an arena, or a part of it.
+        """Update the optimizer's only parameter, an arena, or some of its elements.
 
         Args:
-            gradient: fp32 or bf16, in the layout of the arena or of the part.
-            cut: extracts the part to update from any tensor of the arena's layout; None = the whole arena.
+            gradient: fp32 or bf16, in the layout of the arena or of the selected elements.
+            select: returns the elements to update of any tensor in the arena's layout; None = the whole arena.
             scale: 0-dim fp32 on the device, multiplies the gradient.
 
         Every element must be updated once before `finish` ends the step.
         """
         (group,) = self.param_groups
-        self._update(group, [0], [gradient], cut, found_inf=skip, scale=scale)
+        self._update(group, [0], [gradient], select, found_inf=found_inf, scale=scale)
 
     @torch.no_grad()
-    def finish(self, *, skip: Tensor | None = None) -> None:
+    def finish(self, *, found_inf: Tensor | None = None) -> None:
         """End a step that consists of calls of `update`."""
-        self._finish(skip)
+        self._finish(found_inf)
 
     def discard_updates(self) -> None:
         """Drop intermediate results of an unfinished step. Parameters that it has updated are not restored."""
 
-    def _update(
-        self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None, **options: Tensor | None
-    ) -> None:
-        """Launch the elementwise pass for the parameters at `rows` of a group, or for the part that `cut` extracts."""
+    def _update(self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        """Launch the elementwise pass for the parameters at `rows` of a group, or for the elements that `select` returns."""
         raise NotImplementedError
 
-    def _finish(self, skip: Tensor | None) -> None:
+    def _finish(self, found_inf: Tensor | None) -> None:
         """Complete the step after all parameters are updated."""
 
-    def _own(self, p: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         """Return the state of one parameter, initialised to zeros on first use."""
         state = self.state[p]
         if not state:
             state.update({slot: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for slot in self.slots})
         return state
 
-    def _lists(
-        self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None
+    def _op_arguments(
+        self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None
     ) -> tuple[list[list[Tensor]], dict[str, Any]]:
         """Return (parallel lists of parameters, gradients and each slot's state; keyword arguments common to all ops)."""
-        cut = cut or (lambda t: t)
-        states = [self._own(group["params"][i]) for i in rows]
-        lists = [[cut(group["params"][i]) for i in rows], grads]
-        lists += [[cut(state[slot]) for state in states] for slot in self.slots]
+        select = select or (lambda t: t)
+        states = [self._state_of(group["params"][i]) for i in rows]
+        lists = [[select(group["params"][i]) for i in rows], grads]
+        lists += [[select(state[slot]) for state in states] for slot in self.slots]
         options: dict[str, Any] = {"lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"]}
         for key in ("masters_lo", "emas"):
             if group.get(key):
-                options[key] = [cut(group[key][i]) for i in rows]
+                options[key] = [select(group[key][i]) for i in rows]
         if group.get("emas"):
             options["ema_decay"] = group["ema_decay"]
         return lists, options
@@ -188,19 +187,12 @@ class Lion(FastOptimizer):
         ops: Ops | None = None,
     ) -> None:
         if decoupled_weight_decay:
-            _require(self.name, "lr", lr, lr > 0, "more than 0, for decoupled_weight_decay divides by it")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
+            _require(self.name, "lr", lr, lr > 0, "a number above 0, because decoupled_weight_decay divides by it")
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, ops)
 
-    def _update(
-        self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None, **options: Tensor | None
-    ) -> None:
-        lists, settings = self._lists(group, rows, grads, cut)
+    def _update(self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        lists, settings = self._op_arguments(group, rows, grads, select)
         if group["decoupled_weight_decay"]:
             settings["weight_decay"] /= self.defaults["lr"]
         self.ops.lion(*lists, **settings, **options)
@@ -242,7 +234,7 @@ class DLion(FastOptimizer):
         ops: Ops | None = None,
     ) -> None:
         _require(self.name, "d0", d0, 0 < d0 < math.inf, "a finite number above 0")
-        _require(self.name, "growth_rate", growth_rate, growth_rate is None or growth_rate > 1, "above 1, or None")
+        _require(self.name, "growth_rate", growth_rate, growth_rate is None or growth_rate > 1, "a number above 1, or None")
         _require(self.name, "d_max", d_max, d_max is None or d_max >= d0, f"d0 ({d0}) or more, or None")
         self.growth_rate, self.d_max = growth_rate, d_max
         self.frozen: Tensor | None = None
@@ -254,8 +246,8 @@ class DLion(FastOptimizer):
             "numerator_weighted": torch.zeros((), dtype=torch.float64, device=device),
         }
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
+    def _validate(self, group: Group) -> None:
+        super()._validate(group)
         first = tuple(self.param_groups[0]["betas"])
         _require(self.name, "betas", group["betas"], tuple(group["betas"]) == first, f"{first} in every group")
 
@@ -268,26 +260,27 @@ class DLion(FastOptimizer):
         """Return the estimate that the next step uses. Waits for the device."""
         return float(self.shared["d"])
 
-    def _update(
-        self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None, **options: Tensor | None
-    ) -> None:
+    def _update(self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
         lr = self.param_groups[0]["lr"]
         if group["lr"] is not lr:  # comparing two tensors would wait for the device
             same = not isinstance(lr, Tensor) and group["lr"] == lr
-            _require(self.name, "lr", group["lr"], same, f"{lr} in every group, or one optimizer a part")
-        lists, settings = self._lists(group, rows, grads, cut)
+            _require(self.name, "lr", group["lr"], same, f"{lr} in every group, or use one optimizer per component")
+        lists, settings = self._op_arguments(group, rows, grads, select)
         self._sums.append(self.ops.dlion(*lists, self.shared["d"], **settings, **options))
 
     def discard_updates(self) -> None:
         self._sums = []
 
-    def _finish(self, skip: Tensor | None) -> None:
-        dots_K, l1_K = (torch.cat(part) for part in zip(*self._sums, strict=True))
+    def _finish(self, found_inf: Tensor | None) -> None:
+        dots_K, l1_K = (torch.cat(column) for column in zip(*self._sums, strict=True))
         self._sums = []
+
         first, d = self.param_groups[0], self.shared["d"]
-        guarded = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
-        before = d.clone() if guarded else d
-        self.ops.dlion_estimate(*self.shared.values(), dots_K, l1_K, lr=first["lr"], beta2=first["betas"][1], found_inf=skip)
+        limited = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
+        before = d.clone() if limited else d
+        self.ops.dlion_estimate(
+            *self.shared.values(), dots_K, l1_K, lr=first["lr"], beta2=first["betas"][1], found_inf=found_inf
+        )
         if self.growth_rate is not None:
             d.copy_(torch.minimum(d, before * self.growth_rate))
         if self.d_max is not None:
@@ -325,31 +318,29 @@ class AdamW(FastOptimizer):
         ops: Ops | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, ops)
-        self._cut = False
+        self._copied_steps = False
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
+    def _validate(self, group: Group) -> None:
+        super()._validate(group)
         _require(self.name, "eps", group["eps"], 0 <= group["eps"] < math.inf, "a finite number, 0 or more")
 
-    def _own(self, p: Tensor) -> dict[str, Tensor]:
-        state = super()._own(p)
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        state = super()._state_of(p)
         if "step" not in state:
             state["step"] = torch.zeros((), device=p.device)
         return state
 
-    def _update(
-        self, group: dict[str, Any], rows: list[int], grads: list[Tensor], cut: Cut | None, **options: Tensor | None
-    ) -> None:
-        lists, settings = self._lists(group, rows, grads, cut)
-        steps = [self._own(group["params"][i])["step"] for i in rows]
-        if cut:  # every part increments a copy of the step count; `_finish` increments the original once
-            self._cut, steps = True, [step.clone() for step in steps]
+    def _update(self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        lists, settings = self._op_arguments(group, rows, grads, select)
+        steps = [self._state_of(group["params"][i])["step"] for i in rows]
+        if select:  # every call increments a copy of the step count; `_finish` increments the original once
+            self._copied_steps, steps = True, [step.clone() for step in steps]
         self.ops.adamw(*lists, steps, eps=group["eps"], **settings, **options)
 
-    def _finish(self, skip: Tensor | None) -> None:
-        if self._cut:
-            self._cut, step = False, self._own(self.param_groups[0]["params"][0])["step"]
-            step += 1 if skip is None else skip == 0
+    def _finish(self, found_inf: Tensor | None) -> None:
+        if self._copied_steps:
+            self._copied_steps, step = False, self._state_of(self.param_groups[0]["params"][0])["step"]
+            step += 1 if found_inf is None else found_inf == 0
 
 
 def flat_state(optimizer: FastOptimizer, names: Sequence[str], views: Views | None = None) -> dict[str, Tensor]:
@@ -367,14 +358,13 @@ def flat_state(optimizer: FastOptimizer, names: Sequence[str], views: Views | No
     Raises:
         ValueError: `names` has duplicates or does not match the number of parameters.
     """
-    states = [optimizer._own(p) for group in optimizer.param_groups for p in group["params"]]
+    states = [optimizer._state_of(p) for group in optimizer.param_groups for p in group["params"]]
     tensors: dict[str, Tensor] = {}
     for slot in optimizer.slots:
         slot_tensors = [state[slot] for state in states] if views is None else views(states[0][slot])
         if len(set(names)) != len(slot_tensors) or len(names) != len(slot_tensors):
-            raise ValueError(
-                f"optimizer state: {len(set(names))} distinct names for {len(slot_tensors)} parameters; give one each, in order"
-            )
+            counts = f"{len(set(names))} distinct names for {len(slot_tensors)} parameters"
+            raise ValueError(f"optimizer state: {counts}; give one name per parameter")
         tensors |= {f"{slot}/{name}": tensor for name, tensor in zip(names, slot_tensors, strict=True)}
     if isinstance(optimizer, DLion):
         tensors |= optimizer.shared
@@ -393,32 +383,30 @@ def load_flat_state(
         ValueError: an entry is missing, unexpected, or of another shape or dtype; or `names` is invalid as in `flat_state`.
     """
     expected = flat_state(optimizer, names, views)
-    advice = f"the state is of other parameters or not of {optimizer.name}; start its optimizer anew"
-    for problem, keys in (
-        ("lacks", expected.keys() - tensors.keys()),
-        ("has unexpected", tensors.keys() - expected.keys()),
-    ):
+    advice = f"load a state of {optimizer.name} for the same parameters"
+    entries = {"missing": expected.keys() - tensors.keys(), "unexpected": tensors.keys() - expected.keys()}
+    for problem, keys in entries.items():
         if keys:
-            raise ValueError(f"optimizer state {problem} {min(keys)!r} ({len(keys)} such entries): {advice}")
+            raise ValueError(f"optimizer state: {min(keys)!r} is {problem} ({len(keys)} {problem} in total); {advice}")
     for key, target in expected.items():
         loaded = tensors[key]
         if loaded.shape != target.shape or loaded.dtype != target.dtype:
             actual, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (loaded, target))
-            raise ValueError(f"optimizer state {key!r} is {actual}, needs {needed}: {advice}")
+            raise ValueError(f"optimizer state: {key!r} is {actual}, expected {needed}; {advice}")
     for key, value in expected.items():
         value.copy_(tensors[key])
     if isinstance(optimizer, AdamW):  # `flat_state` stacks the step counts, which copies them
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p, step in zip(params, tensors["step"], strict=True):
-            optimizer._own(p)["step"].copy_(step)
+            optimizer._state_of(p)["step"].copy_(step)
 
 
-def _laid_out(p: Tensor) -> Tensor:
+def _grad_in_layout(p: Tensor) -> Tensor:
     """Return the gradient in the parameter's memory order. Autograd ensures it, but a manually set gradient may differ."""
     assert p.grad is not None
     return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
 
 
-def _require(owner: str, field: str, value: object, holds: bool, want: str) -> None:
+def _require(owner: str, field: str, value: object, holds: bool, requirement: str) -> None:
     if not holds:
-        raise ValueError(f"{owner}: {field} is {value}; give {want}")
+        raise ValueError(f"{owner}: {field} is {value}; give {requirement}")

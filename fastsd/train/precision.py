@@ -28,24 +28,22 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(
-            "device", f'device is {name!r}, which does not work here ({why}); use "auto", "cuda" or "cpu"'
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError("device", f'device is {name!r}, which is not available ({reason}); use "auto" or "cpu"') from None
     return device
 
 
 def choose_ops(kernels: str, device: torch.device) -> Ops:
     """Return the Ops table for the config key `kernels`. Raises UserError for kernels that cannot run here."""
-    runs = TRITON is not None and (device.type == "cuda" or INTERPRETED)
-    if kernels == "triton" and not runs:
-        why = "is not installed" if TRITON is None else f"needs an NVIDIA GPU, and the device is {device}"
-        raise UserError("triton-cannot-run", f'kernels is "triton", which {why}; use "auto" or "reference"')
+    can_run = TRITON is not None and (device.type == "cuda" or INTERPRETED)
+    if kernels == "triton" and not can_run:
+        reason = "is not installed" if TRITON is None else f"needs an NVIDIA GPU and device is {device}"
+        raise UserError("triton-cannot-run", f'kernels is "triton", but Triton {reason}; use "auto" or "reference"')
     if kernels == "auto" and TRITON is None and device.type == "cuda":
         raise UserError(
             "triton-missing",
-            "Triton is not installed, without which a GPU runs far below its speed; install it (pip install triton, on Windows"
-            ' triton-windows), or set kernels to "reference"',
+            "Triton is not installed, and training on a GPU is much slower without it; run `pip install triton` (on Windows"
+            ' `pip install triton-windows`), or set kernels = "reference"',
         )
     if kernels == "triton":
         assert TRITON is not None
@@ -56,8 +54,8 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
 
 def describe_ops(ops: Ops) -> str:
     """Return the table's name, followed by the reason if it is not the fastest one."""
-    why = cpu_problem() if ops is REFERENCE and not torch.cuda.is_available() else None
-    return f"{ops.name} ({why}: optimizer steps are several times slower)" if why else ops.name
+    reason = cpu_problem() if ops is REFERENCE and not torch.cuda.is_available() else None
+    return f"{ops.name} ({reason}: optimizer steps are several times slower)" if reason else ops.name
 
 
 def set_precision(precision: str, unet: UNet | None = None, deterministic: bool = True) -> str:
@@ -76,13 +74,13 @@ def set_precision(precision: str, unet: UNet | None = None, deterministic: bool 
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    summary = f"{precision} (fp32 matmuls and convolutions: {fp32}{'' if deterministic else ', cuDNN times its algorithms'})"
+    settings = f"{precision} (fp32 matmuls and convolutions: {fp32}{'' if deterministic else ', cuDNN benchmark mode'})"
     if unet is None:
-        return summary
+        return settings
     device = unet.conv_in.weight.device
     attention = fp32
     if fp32 == "ieee" and device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
         # As exact to within a rounding. Tensor cores of these GPUs far outrun their fp32 units; on a GeForce they do not.
         attention = "tf32x3"
     unet.set_attention_precision(attention)
-    return f"{summary[:-1]}, attention: {attention})"
+    return f"{settings[:-1]}, attention: {attention})"

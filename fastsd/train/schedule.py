@@ -9,11 +9,11 @@ from fastsd.config.stages import Amount, parse_amount, steps_of
 from fastsd.errors import UserError
 
 
-def learning_rate(stage: StageTable, step: int, total: int, part: str) -> float:
+def learning_rate(stage: StageTable, step: int, total: int, component: str) -> float:
     """Compute the lr of a component in step `step` (from 0) of `total`.
 
     A linear warm-up reaches the full lr at its last step.  The steps after it are divided into restarts + 1 equal cycles.
-    With x in [0, 1) as the completed share of a cycle, the schedules are
+    With x in [0, 1) as the completed fraction of a cycle, the schedules are
 
         linear   1 - x
         cosine   (1 + cos(pi x)) / 2
@@ -24,15 +24,15 @@ def learning_rate(stage: StageTable, step: int, total: int, part: str) -> float:
     Source: Loshchilov and Hutter 2017, "SGDR: stochastic gradient descent with warm restarts", equation 5; Chen, Wolfe and
     Kyrillidis 2022, "REX: revisiting budgeted training with an improved schedule", section 3.
     """
-    warmup, rate = stage.warmup_steps(total), stage.rate_of(part)
+    warmup, rate = stage.warmup_steps(total), stage.rate_of(component)
     if step < warmup:
         return rate * (step + 1) / warmup
     if stage.schedule == "constant":
         return rate
-    done = (step - warmup) / max(total - warmup, 1) * (stage.restarts + 1)
-    x = min(done, stage.restarts + 1 - 1e-9) % 1
-    left = {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "rex": (1 - x) / (1 - x / 2)}[stage.schedule]
-    return rate * (stage.lr_floor + (1 - stage.lr_floor) * left)
+    cycles = (step - warmup) / max(total - warmup, 1) * (stage.restarts + 1)
+    x = min(cycles, stage.restarts + 1 - 1e-9) % 1
+    remaining = {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "rex": (1 - x) / (1 - x / 2)}[stage.schedule]
+    return rate * (stage.lr_floor + (1 - stage.lr_floor) * remaining)
 
 
 def check_length(stage: StageTable, name: str, epoch: int) -> int:
@@ -41,8 +41,8 @@ def check_length(stage: StageTable, name: str, epoch: int) -> int:
     if stage.warmup_steps(total) > total:
         raise UserError(
             "warmup-too-long",
-            f"stage {name!r}: warmup is {stage.warmup:g} steps and until {stage.until!r} comes to {total}, with {epoch} images "
-            "an epoch; shorten it, or write a share: 0.1",
+            f"stage {name!r}: warmup is {stage.warmup:g} steps, but the stage has only {total} (until is {stage.until!r}, with "
+            f"{epoch} images per epoch); lower warmup, or give a fraction such as 0.1",
         )
     return total
 
@@ -81,7 +81,7 @@ class Interval:
                 self._images = number * {"steps": batch, "epochs": epoch, "images": 1}[unit]
 
     def due(self, step: int, seconds: float) -> bool:
-        """Return True if step `step` of the stage (from 1), done after `seconds`, completes or passes another interval."""
+        """Return True if step `step` of the stage (from 1), finished after `seconds`, completes or passes another interval."""
         if self._images:
             return int(step * self._batch / self._images + 1e-9) > int((step - 1) * self._batch / self._images + 1e-9)
         if self._seconds and seconds - self._last >= self._seconds:

@@ -2,8 +2,8 @@
 
     batch -> [ micro-batch: noise, text, UNet, loss, backward ] x n -> gradient norm -> one launch per component -> StepResult
 
-The step never reads a device value.  Loss, gradient norm and skip counter stay on the device until the log needs them, and
-values that change from step to step (lr) are written to the device.  So the whole step can be a CUDA graph (`graph.py`).
+The step never reads a device value.  Loss, gradient norm and the count of skipped steps stay on the device until the log needs
+them, and values that change from step to step (lr) are written to the device.  So the whole step can be a CUDA graph.
 """
 
 from __future__ import annotations
@@ -51,27 +51,36 @@ class Step:
         stage: the stage to train.
         total: optimizer steps of the stage, for the schedule.
         seed: seed of noise and timesteps.
-        micro: images per forward; None = `stage.micro_batch_size`.
+        micro_batch_size: images per forward; None = `stage.micro_batch_size`.
         graph: capture the step as a CUDA graph, one per number of images; the results are the same.
-        states: batches contain text embeddings. The step then does not use the text encoder, on whatever device it is.
-        carried: number of steps of earlier stages from which this stage continues the optimizer state and EMA.
+        cached_text: batches contain text embeddings, so the step does not use the text encoder.
+        carried_steps: number of steps of earlier stages from which this stage continues the optimizer state and EMA.
         warn: called with a line of text to warn the user.
 
     Attributes:
-        parts: all components of the step by name; those that the stage trains also have an entry in `optimizers`.
-        micro: images per forward. Reduced to the next smaller divisor of the batch when memory runs out.
+        components: all components of the step by name; those that the stage trains also have an entry in `optimizers`.
+        micro_batch_size: images per forward. Reduced to the next smaller divisor of the batch when memory runs out.
     """
 
     def __init__(
-        self, model: Model, stage: StageTable, total: int, seed: int, micro: int | None = None, graph: bool = False,
-        states: bool = False, carried: int = 0, warn: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
-        self.model, self.stage, self.total, self.carried, self.warn = model, stage, total, carried, warn
+        self,
+        model: Model,
+        stage: StageTable,
+        total: int,
+        seed: int,
+        micro_batch_size: int | None = None,
+        graph: bool = False,
+        cached_text: bool = False,
+        carried_steps: int = 0,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self.model, self.stage, self.total, self.carried_steps, self.warn = model, stage, total, carried_steps, warn
         self.trained = selected(model, stage.train, f"stage {stage.name!r}: train")
-        self.micro = micro or stage.micro_batch_size
+        self.micro_batch_size = micro_batch_size or stage.micro_batch_size
         self.device = model.unet.conv_in.weight.device
         self.ops = model.unet.ops
-        self.parts = {name: self._part(name) for name in COMPONENTS if not (states and name == "text_encoder")}
+        self.components = {name: self._component(name) for name in COMPONENTS if not (cached_text and name == "text_encoder")}
+
         # Values that change from step to step lie on the device, where a captured step reads them.
         self.lrs: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self.trained}
         self.ema_decay = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -81,12 +90,13 @@ class Step:
         self.objective = Objective(abar, seed, self.ops, stage, model.prediction)
         self.skipped = torch.zeros((), device=self.device)
         if stage.fused_backward:
-            # True once the current step has met a value that is not finite.
-            self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
+            # True from the first value of the current step that is not finite.
+            self._found_inf = torch.zeros((), dtype=torch.bool, device=self.device)
             self._norms: list[Tensor] = []
             for name in self.trained:
-                self.parts[name].on_gradient = partial(self._update_one, name)
-        self._touched = False  # True once the current step may have changed weights
+                self.components[name].on_gradient = partial(self._update_one, name)
+
+        self._weights_touched = False  # True once the current step may have changed weights
         self._run = Graphed(self._compute) if graph and self.device.type == "cuda" else self._compute
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
@@ -94,10 +104,11 @@ class Step:
         for name, lr in self.lrs.items():
             lr.fill_(learning_rate(self.stage, step, self.total, name))
         if self.stage.ema:
-            self.ema_decay.fill_(ema_decay(self.stage, self.carried + step))
+            self.ema_decay.fill_(ema_decay(self.stage, self.carried_steps + step))
         if self.stage.freeze_d_after:
             self.frozen.fill_(step >= self.stage.freeze_d_after)
-        assert (batch.states_BLD is None) == ("text_encoder" in self.parts)
+
+        assert (batch.states_BLD is None) == ("text_encoder" in self.components)
         text = batch.token_ids_BL if batch.states_BLD is None else batch.states_BLD
         inputs = batch.latents_BCHW, text, batch.positions_B, batch.weight_B, batch.mask_B1HW
         on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs if tensor is not None]
@@ -105,102 +116,104 @@ class Step:
             try:
                 return StepResult(*self._run(*on_device))
             except torch.OutOfMemoryError as error:
-                self._shrink(str(error).splitlines()[0])
+                self._reduce_micro_batch(str(error).splitlines()[0])
 
     def _compute(
-        self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *counts: Tensor
+        self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *loss_factors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run one step and return (loss, gradient norm, steps skipped), without waiting for the device or reading from it.
 
-        `text_BL` holds token ids, or text embeddings with one more dimension.  `counts` holds weight_B and mask_B1HW, each if
-        the batch has it.
+        `text_BL` holds token ids, or text embeddings with one more dimension; `loss_factors` weight_B and mask_B1HW, if the
+        batch has them.
         """
-        loss = self._accumulate(latents_BCHW, text_BL, positions_B, *counts)
+        loss = self._accumulate(latents_BCHW, text_BL, positions_B, *loss_factors)
         if self.stage.fused_backward:
             # Every parameter was already updated when its gradient arrived.
-            norm, skip = torch.stack(self._norms).norm(), self._bad
+            norm, found_inf = torch.stack(self._norms).norm(), self._found_inf
         else:
-            # A gradient that is not finite must not reach any state: with `skip` set, the optimizers change no byte.
-            norm, skip = self.ops.gradient_norm([self._gradient(name) for name in self.optimizers])
+            # A gradient that is not finite must not reach any state: with `found_inf` set, optimizers change no byte.
+            norm, found_inf = self.ops.gradient_norm([self._gradient(name) for name in self.optimizers])
             scale = clip_scale(norm, self.stage.grad_clip) if self.stage.grad_clip else None
-            self._touched = True
+            self._weights_touched = True
             for name, optimizer in self.optimizers.items():
-                optimizer.update(self._gradient(name), skip=skip, scale=scale)
+                optimizer.update(self._gradient(name), found_inf=found_inf, scale=scale)
+
         for optimizer in self.optimizers.values():
-            optimizer.finish(skip=skip)
-        self.skipped += skip
+            optimizer.finish(found_inf=found_inf)
+        self.skipped += found_inf
         return loss, norm, self.skipped.clone()
 
-    def _accumulate(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *counts: Tensor) -> Tensor:
+    def _accumulate(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *loss_factors: Tensor) -> Tensor:
         """Accumulate gradients of the batch's mean loss, one micro-batch at a time, and return that loss."""
         count, trains_text = len(positions_B), "text_encoder" in self.optimizers
-        weight_B = next((tensor for tensor in counts if tensor.ndim == 1), None)
-        mask_B1HW = next((tensor / 255 for tensor in counts if tensor.ndim == 4), None)
+        weight_B = next((tensor for tensor in loss_factors if tensor.ndim == 1), None)
+        mask_B1HW = next((tensor / 255 for tensor in loss_factors if tensor.ndim == 4), None)
+
         total = torch.zeros((), device=self.device)
-        self._begin()
-        for start in range(0, count, self.micro):
-            rows = slice(start, start + self.micro)
+        self._begin_step()
+        for start in range(0, count, self.micro_batch_size):
+            rows = slice(start, start + self.micro_batch_size)
             latents = self.model.vae.scale(latents_BCHW[rows].float())
-            noisy, t_B, target = self.objective.noised(latents, positions_B[rows])
-            context = text_BL[rows]
-            if context.ndim == 2:
+            noisy, t_B, target = self.objective.add_noise(latents, positions_B[rows])
+            text_embeds = text_BL[rows]
+            if text_embeds.ndim == 2:
                 with torch.set_grad_enabled(trains_text):
-                    context = self.model.text.encode(context)
+                    text_embeds = self.model.text.encode(text_embeds)
             factors = [tensor if tensor is None else tensor[rows] for tensor in (weight_B, mask_B1HW)]
-            loss = self.objective.loss(self.model.unet(noisy, t_B, context), target, t_B, *factors) * (len(latents) / count)
+            loss = self.objective.loss(self.model.unet(noisy, t_B, text_embeds), target, t_B, *factors) * (len(latents) / count)
             if self.stage.fused_backward:
-                self._bad = ~torch.isfinite(loss.detach())
+                self._found_inf = ~torch.isfinite(loss.detach())
             loss.backward()
             total += loss.detach()
-            for part in self.parts.values():
-                part.fresh = False
+            for component in self.components.values():
+                component.first_micro_batch = False
         return total
 
-    def _begin(self) -> None:
-        self._touched = self.stage.fused_backward
-        for part in self.parts.values():
-            part.fresh = True
+    def _begin_step(self) -> None:
+        self._weights_touched = self.stage.fused_backward
+        for component in self.components.values():
+            component.first_micro_batch = True
         if self.stage.fused_backward:
             self._norms = []
 
     def _update_one(self, name: str, i: int, gradient: Tensor) -> None:
         """Update parameter number i of a component now. After a gradient that is not finite, nothing more is updated."""
-        norm, skip = self.ops.gradient_norm([gradient])
-        self._bad = self._bad | skip
+        norm, found_inf = self.ops.gradient_norm([gradient])
+        self._found_inf = self._found_inf | found_inf
         self._norms.append(norm)
-        layout = self.parts[name].layout
-        self.optimizers[name].update(gradient, cut=lambda flat: layout.view(flat, i), skip=self._bad)
+        layout = self.components[name].layout
+        self.optimizers[name].update(gradient, select=lambda flat: layout.view(flat, i), found_inf=self._found_inf)
 
     def _gradient(self, name: str) -> Tensor:
-        gradient = self.parts[name].gradient
+        gradient = self.components[name].gradient
         assert gradient is not None
         return gradient
 
-    def _shrink(self, reason: str) -> None:
+    def _reduce_micro_batch(self, reason: str) -> None:
         """Continue with a smaller micro-batch. Raises UserError if none is left or weights may have changed."""
-        self._forget()
-        smaller = [n for n in range(1, self.micro) if self.stage.batch % n == 0]
-        if not smaller or self._touched:
-            cause = "weights were being stepped" if self._touched else "not even one image a forward fits"
+        self._discard_step()
+        smaller = [n for n in range(1, self.micro_batch_size) if self.stage.batch % n == 0]
+        if not smaller or self._weights_touched:
+            cause = "while weights were updated" if self._weights_touched else "even with one image per forward"
             raise UserError(
                 "out-of-memory",
-                f"out of memory ({reason}), and {cause}; set a smaller micro_batch or more checkpointing, which `fastsd plan` "
-                "tells, and run again from the last checkpoint",
+                f"out of memory {cause} ({reason}); choose settings that `fastsd plan` reports as fitting, and run again to "
+                "continue from the last checkpoint",
             ) from None
         self.warn(
-            f"out of memory at {self.micro} images a forward: going on with {smaller[-1]}, the same batch of "
-            f"{self.stage.batch}; set micro_batch = {smaller[-1]} to start so"
+            f"out of memory with {self.micro_batch_size} images per forward: continuing with {smaller[-1]}, batch stays "
+            f"{self.stage.batch}; set micro_batch = {smaller[-1]} to use this from the start"
         )
-        self.micro = smaller[-1]
-        for part in self.parts.values():
-            part.widen_gradients()
+        self.micro_batch_size = smaller[-1]
+        for component in self.components.values():
+            component.widen_gradients()
 
-    def _forget(self) -> None:
+    def _discard_step(self) -> None:
         """Discard an unfinished step and free its memory."""
         for optimizer in self.optimizers.values():
             optimizer.discard_updates()
-        for part in self.parts.values():
-            for weight in part.weights:
+        for component in self.components.values():
+            for weight in component.weights:
                 weight.grad = None
         self.clear_graphs()
 
@@ -226,8 +239,8 @@ class Step:
     def tensors_by_role(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by purpose."""
         tensors_by_purpose: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
-        for part in self.parts.values():
-            for purpose, tensors in part.tensors_by_role().items():
+        for component in self.components.values():
+            for purpose, tensors in component.tensors_by_role().items():
                 tensors_by_purpose[purpose] += tensors
         for optimizer in self.optimizers.values():
             tensors_by_purpose["state"] += [tensor for state in optimizer.state.values() for tensor in state.values()]
@@ -235,16 +248,16 @@ class Step:
 
     def release(self) -> None:
         """End the stage and restore the model's exact fp32 weights."""
-        for part in self.parts.values():
-            part.release()
+        for component in self.components.values():
+            component.release()
 
-    def _part(self, name: str) -> TrainableComponent:
+    def _component(self, name: str) -> TrainableComponent:
         stage, module = self.stage, self.model.part(name)
         trained = self.trained.get(name, set())
+        accumulates, arena = stage.batch > self.micro_batch_size, not stage.fused_backward
         return TrainableComponent(
-            name, module, trained, stage.precision, accumulates=stage.batch > self.micro, arena=not stage.fused_backward,
-            ema=stage.ema > 0,
-        )  # fmt: skip
+            name, module, trained, stage.precision, accumulates=accumulates, arena=arena, ema=stage.ema > 0
+        )
 
     def _optimizer(self, name: str) -> FastOptimizer:
         stage = self.stage
@@ -255,7 +268,7 @@ class Step:
             settings |= {"d0": stage.d0, "growth_rate": stage.growth_rate, "d_max": stage.d_max}
         if stage.optimizer == "lion":
             settings["decoupled_weight_decay"] = stage.decoupled_weight_decay
-        optimizer = self.parts[name].optimize(partial(OPTIMIZERS[stage.optimizer], **settings))
+        optimizer = self.components[name].optimize(partial(OPTIMIZERS[stage.optimizer], **settings))
         (group,) = optimizer.param_groups
         group["lr"] = self.lrs[name]
         group["ema_decay"] = self.ema_decay if stage.ema_power or stage.ema_after else stage.ema

@@ -35,17 +35,17 @@ class Layout:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._places: list[tuple[torch.Size, tuple[int, ...], int]] = []
+        self._locations: list[tuple[torch.Size, tuple[int, ...], int]] = []
         self.size = 0
         for tensor in tensors:
-            self._places.append((tensor.shape, torch.empty_like(tensor, device="meta").stride(), self.size))
+            self._locations.append((tensor.shape, torch.empty_like(tensor, device="meta").stride(), self.size))
             self.size += -(-tensor.numel() // ALIGN) * ALIGN
 
     def view(self, flat: Tensor, i: int) -> Tensor:
-        return flat.as_strided(*self._places[i])
+        return flat.as_strided(*self._locations[i])
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        return [flat.as_strided(*place) for place in self._places]
+        return [flat.as_strided(*location) for location in self._locations]
 
 
 def compute_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,45 +66,50 @@ class TrainableComponent:
         ema: maintain an EMA of the weights.
 
     Attributes:
-        high: the flat weights that the module computes with, or None if nothing is trained.
-        low: the flat low halves with bf16, otherwise None.
+        master_hi: the flat weights that the module computes with, or None if nothing is trained.
+        master_lo: the flat low halves with bf16, otherwise None.
         gradient, ema: flat, or None.
         on_gradient: called with (number of the parameter, its gradient); by default it collects the gradient.
-        fresh: True if the next gradients are the first of a step.
+        first_micro_batch: True if the next gradients are the first of a step.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, trained: set[str], precision: str, *, accumulates: bool = False, arena: bool = True,
+        self,
+        name: str,
+        module: nn.Module,
+        trained: set[str],
+        precision: str,
+        *,
+        accumulates: bool = False,
+        arena: bool = True,
         ema: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.module, self.dtype = name, module, COMPUTE_DTYPE[precision]
         parameters = dict(module.named_parameters())
         self.names = [name for name in parameters if name in trained]
         self.weights = [parameters[name] for name in self.names]
         self.layout = Layout(self.weights)
-        self.high: Tensor | None = None
-        self.low: Tensor | None = None
+        self.master_hi: Tensor | None = None
+        self.master_lo: Tensor | None = None
         self.gradient: Tensor | None = None
         self._gradients: list[Tensor] = []
         self.ema: Tensor | None = None
         self.on_gradient: Callable[[int, Tensor], None] = self._collect
-        self.fresh = True
+        self.first_micro_batch = True
+
         # Frozen parameters. With bf16 their low halves stay in main memory.
         self._frozen = {key: parameter for key, parameter in parameters.items() if key not in trained}
-        self._frozen_lows: dict[str, Tensor] = {}
+        self._frozen_lo: dict[str, Tensor] = {}
         module.requires_grad_(False)
         with torch.no_grad():
             self._freeze()
             if self.weights:
                 self._gather(ema)
-        if self.weights:
-            assert self.high is not None
-            if arena:
-                wide = self.dtype == torch.float32 or accumulates
-                self.gradient = torch.zeros_like(self.high, dtype=torch.float32 if wide else self.dtype)
-                self._gradients = self.layout.views(self.gradient)
+        if self.weights and arena:
+            self._allocate_gradients(torch.float32 if accumulates else self.dtype)
+
         self._hooks = [
-            weight.requires_grad_().register_post_accumulate_grad_hook(partial(self._arrived, i))
+            weight.requires_grad_().register_post_accumulate_grad_hook(partial(self._gradient_ready, i))
             for i, weight in enumerate(self.weights)
         ]
 
@@ -112,25 +117,25 @@ class TrainableComponent:
         if self.dtype == torch.float32:
             return
         for name, parameter in self._frozen.items():
-            high, low = split_master(parameter.data)
-            parameter.data, self._frozen_lows[name] = high, low.cpu()
+            master_hi, master_lo = split_master(parameter.data)
+            parameter.data, self._frozen_lo[name] = master_hi, master_lo.cpu()
 
     def _gather(self, ema: bool) -> None:
         """Move the trained parameters into arenas one by one, so at most one exists twice at a time."""
         device = self.weights[0].device
-        self.high = torch.zeros(self.layout.size, dtype=self.dtype, device=device)
-        self.low = torch.zeros_like(self.high, dtype=torch.int16) if self.dtype != torch.float32 else None
-        self.ema = torch.zeros_like(self.high, dtype=torch.float32) if ema else None
+        self.master_hi = torch.zeros(self.layout.size, dtype=self.dtype, device=device)
+        self.master_lo = torch.zeros_like(self.master_hi, dtype=torch.int16) if self.dtype != torch.float32 else None
+        self.ema = torch.zeros_like(self.master_hi, dtype=torch.float32) if ema else None
         for i, weight in enumerate(self.weights):
-            view = self.layout.view(self.high, i)
+            view = self.layout.view(self.master_hi, i)
             if self.ema is not None:
                 self.layout.view(self.ema, i).copy_(weight.data)
-            if self.low is None:
+            if self.master_lo is None:
                 view.copy_(weight.data)
             else:
-                high, low = split_master(weight.data)
-                view.copy_(high)
-                self.layout.view(self.low, i).copy_(low)
+                master_hi, master_lo = split_master(weight.data)
+                view.copy_(master_hi)
+                self.layout.view(self.master_lo, i).copy_(master_lo)
             # Replace only the data: the parameters must stay the same objects.
             weight.data = view
 
@@ -140,18 +145,18 @@ class TrainableComponent:
 
     def optimize(self, make: Callable[..., FastOptimizer]) -> FastOptimizer:
         """Create the optimizer of this component's arena. `make` is called with parameter groups."""
-        assert self.high is not None
-        lows = [] if self.low is None else [self.low]
+        assert self.master_hi is not None
+        lows = [] if self.master_lo is None else [self.master_lo]
         emas = [] if self.ema is None else [self.ema]
-        return make([{"params": [self.high], "masters_lo": lows, "emas": emas}])
+        return make([{"params": [self.master_hi], "masters_lo": lows, "emas": emas}])
 
-    def _arrived(self, i: int, weight: Tensor) -> None:
+    def _gradient_ready(self, i: int, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
         self.on_gradient(i, gradient)
 
     def _collect(self, i: int, gradient: Tensor) -> None:
-        if self.fresh:
+        if self.first_micro_batch:
             self._gradients[i].copy_(gradient)
         else:
             self._gradients[i].add_(gradient)
@@ -159,30 +164,33 @@ class TrainableComponent:
     def widen_gradients(self) -> None:
         """Switch to several micro-batches per step: bf16 gradients are accumulated in fp32 from now on."""
         if self.gradient is not None and self.gradient.dtype != torch.float32:
-            assert self.high is not None
             self.gradient, self._gradients = None, []
-            self.gradient = torch.zeros_like(self.high, dtype=torch.float32)
-            self._gradients = self.layout.views(self.gradient)
+            self._allocate_gradients(torch.float32)
+
+    def _allocate_gradients(self, dtype: torch.dtype) -> None:
+        assert self.master_hi is not None
+        self.gradient = torch.zeros_like(self.master_hi, dtype=dtype)
+        self._gradients = self.layout.views(self.gradient)
 
     def tensors_by_role(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by purpose: "weights", "gradients", "ema"."""
         frozen = [parameter.data for parameter in self._frozen.values()]
-        weights = [t for t in (self.high, self.low) if t is not None]
+        weights = [t for t in (self.master_hi, self.master_lo) if t is not None]
         return {
             "weights": weights + frozen,
             "gradients": [] if self.gradient is None else [self.gradient],
             "ema": [] if self.ema is None else [self.ema],
         }
 
-    def state(self, only: str = "") -> dict[str, Tensor]:
-        """Return the exact fp32 weights by parameter name, for names that contain `only`."""
-        tensors = {name: self._exact(name) for name in self._frozen if only in name}
-        if self.high is not None:
-            highs = self.layout.views(self.high)
-            lows = self.layout.views(self.low) if self.low is not None else [None] * len(highs)
-            for name, high, low in zip(self.names, highs, lows, strict=True):
-                if only in name:
-                    tensors[name] = high if low is None else join_master(high.cpu(), low.cpu())
+    def state(self, containing: str = "") -> dict[str, Tensor]:
+        """Return the exact fp32 weights by parameter name, for names that contain `containing`."""
+        tensors = {name: self._exact_weight(name) for name in self._frozen if containing in name}
+        if self.master_hi is not None:
+            highs = self.layout.views(self.master_hi)
+            lows = self.layout.views(self.master_lo) if self.master_lo is not None else [None] * len(highs)
+            for name, master_hi, master_lo in zip(self.names, highs, lows, strict=True):
+                if containing in name:
+                    tensors[name] = master_hi if master_lo is None else join_master(master_hi.cpu(), master_lo.cpu())
         return tensors
 
     def ema_state(self) -> dict[str, Tensor]:
@@ -192,18 +200,18 @@ class TrainableComponent:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Use the EMA weights inside the block. The weights wait in main memory and are restored bit for bit."""
-        assert self.high is not None and self.ema is not None
-        weights = torch.empty_like(self.high, device="cpu").copy_(self.high)
+        assert self.master_hi is not None and self.ema is not None
+        weights = torch.empty_like(self.master_hi, device="cpu").copy_(self.master_hi)
         try:
-            for view, average in zip(self.layout.views(self.high), self.layout.views(self.ema), strict=True):
-                view.copy_(compute_weight(average, self.dtype))
+            for view, ema_view in zip(self.layout.views(self.master_hi), self.layout.views(self.ema), strict=True):
+                view.copy_(compute_weight(ema_view, self.dtype))
             yield
         finally:
-            self.high.copy_(weights)
+            self.master_hi.copy_(weights)
 
-    def _exact(self, name: str) -> Tensor:
+    def _exact_weight(self, name: str) -> Tensor:
         data = self._frozen[name].data
-        return join_master(data.cpu(), self._frozen_lows[name]) if name in self._frozen_lows else data
+        return join_master(data.cpu(), self._frozen_lo[name]) if name in self._frozen_lo else data
 
     def release(self) -> None:
         """End the stage: restore the module's exact fp32 weights and drop its gradients."""

@@ -451,7 +451,7 @@ def test_the_step_does_without_the_encoder(tiny_model, precision):
     model.text.module.to("meta")
     before = {name: parameter.dtype for name, parameter in model.text.module.named_parameters()}
     stage = StageTable(train=["unet"], until=1, batch=4, micro_batch=2, precision=precision)
-    step = Step(model, stage, 1, seed=0, states=True)
+    step = Step(model, stage, 1, seed=0, cached_text=True)
     batch = Batch(torch.randn(4, 4, 16, 16), torch.zeros(4, 77, dtype=torch.int64), torch.arange(4), [""] * 4,
                   torch.randn(4, 77, 16).half())  # fmt: skip
     assert step(batch, 0).loss.isfinite()
@@ -474,12 +474,12 @@ def test_plan_leaves_the_encoder_out(tiny_model, ops, precision):
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ('train = ["text_encoder"]', "stage 'stage-2' trains the text encoder;"),
-        ('train = ["unet", "text_encoder"]', "stage 'stage-2' trains the text encoder;"),
-        ("shuffle_tags = true", "stage 'stage-2' edits captions by shuffle_tags; remove shuffle_tags, or"),
-        ("tag_dropout = 0.1", "stage 'stage-2' edits captions by tag_dropout; remove tag_dropout, or"),
-        ("max_tags = 3", "stage 'stage-2' edits captions by max_tags; remove max_tags, or"),
-        ("shuffle_sentences = true", "stage 'stage-2' edits captions by shuffle_sentences; remove shuffle_sentences, or"),
+        ('train = ["text_encoder"]', "a frozen text encoder and stage 'stage-2' trains it"),
+        ('train = ["unet", "text_encoder"]', "a frozen text encoder and stage 'stage-2' trains it"),
+        ("shuffle_tags = true", "captions as they are and stage 'stage-2' has shuffle_tags"),
+        ("tag_dropout = 0.1", "captions as they are and stage 'stage-2' has tag_dropout"),
+        ("max_tags = 3", "captions as they are and stage 'stage-2' has max_tags"),
+        ("shuffle_sentences = true", "captions as they are and stage 'stage-2' has shuffle_sentences"),
     ],
 )
 def test_what_cannot_be_right_is_refused(tmp_path, line, sentence):
@@ -489,7 +489,6 @@ def test_what_cannot_be_right_is_refused(tmp_path, line, sentence):
     load_config(tmp_path / "job.toml")
     with pytest.raises(UserError) as error:
         load_config(tmp_path / "job.toml", ["cache.hidden_states=true"])
-    config = tmp_path / "job.toml"
-    assert str(error.value) == f"{config}: cache.hidden_states is true and {sentence} set cache.hidden_states = false"
+    assert str(error.value) == f"{tmp_path / 'job.toml'}: cache.hidden_states needs {sentence}; remove one of the two"
     (tmp_path / "job.toml").write_text(text)
     assert load_config(tmp_path / "job.toml", ["cache.hidden_states=true"]).cache.hidden_states

@@ -85,7 +85,7 @@ def train(base, batch=None, change=None, **keys):
     if change:
         change(step)
     result = step(batch, 0) if batch else StepResult(*torch.zeros(3))
-    weights = torch.cat([tensor.flatten() for tensor in step.parts["unet"].state().values()])
+    weights = torch.cat([tensor.flatten() for tensor in step.components["unet"].state().values()])
     assert result.skipped == 0
     return weights, result.loss.item(), result.grad_norm.item()
 

@@ -76,7 +76,7 @@ def objective_and_latents(dtype=torch.float32, shape=(4, 16, 24)):
 @pytest.mark.parametrize("shape", [(4, 16, 24), (3, 5, 7), (16, 1, 1)])
 def test_add_noise_equals_objective(shape, dtype):
     objective, latents = objective_and_latents(dtype, shape)
-    noisy, t_B, eps = objective.noised(latents.float(), POSITIONS)
+    noisy, t_B, eps = objective.add_noise(latents.float(), POSITIONS)
     tables = objective.signal, objective.level, 11
     with nan_filled_memory():
         x_t, target = add_noise_triton(latents, POSITIONS, t_B, *tables)
@@ -94,7 +94,7 @@ def test_add_noise_equals_objective(shape, dtype):
 
 def test_a_number_does_not_depend_on_batch_or_strides():
     objective, latents = objective_and_latents()
-    _, t_B, _ = objective.noised(latents, POSITIONS)
+    _, t_B, _ = objective.add_noise(latents, POSITIONS)
     tables = objective.signal, objective.level, 11
     whole = add_noise_triton(latents, POSITIONS, t_B, *tables)
     rows = [add_noise_triton(latents[i : i + 1], POSITIONS[i : i + 1], t_B[i : i + 1], *tables) for i in range(len(t_B))]

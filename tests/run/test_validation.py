@@ -231,12 +231,12 @@ def test_validation_is_reproducible(uninterrupted, tmp_path, tiny_model, images)
     with open_run(config, Console(file=StringIO())) as opened_run:
         step, loader = start_stage(opened_run, 0), opened_run.data.loader(0)
         validation = opened_run.evaluation.validation
-        first, state = validation.rows(), step.parts["unet"].high.clone()
+        first, state = validation.rows(), step.components["unet"].master_hi.clone()
         assert first == validation.rows() == last_at(uninterrupted[1], 0)
         for i in range(2):
             step(loader.batch(4 * i, 4), i)
         assert validation.rows() != first
-        step.parts["unet"].high.copy_(state)
+        step.components["unet"].master_hi.copy_(state)
         assert validation.rows() == first
         smaller = validation.table.model_copy(update={"batch": 2})
         in_small_batches = Validation(opened_run.model, loader, opened_run.data.sets, smaller)
@@ -300,13 +300,13 @@ def test_ema_weights_are_measured_and_removed_again(precision, tmp_path, tiny_mo
         assert [{key: row[key] for key in KEYS} for row in rows] == last(folder, weights)
     with open_run(load_config(path, [*SIZES, "stage.one.until=8"], precision), Console(file=StringIO())) as opened_run:
         unet = start_stage(opened_run, 0).parts["unet"]
-        before, weight = unet.high.clone(), unet.weights[0]
+        before, weight = unet.master_hi.clone(), unet.weights[0]
         with pytest.raises(KeyError), unet.averaged():
             expected = unet.ema if precision == "fp32" else split_master(unet.ema)[0]
-            assert torch.equal(unet.high, expected) and not torch.equal(unet.high, before)
-            assert weight.data_ptr() == unet.high.data_ptr()
+            assert torch.equal(unet.master_hi, expected) and not torch.equal(unet.master_hi, before)
+            assert weight.data_ptr() == unet.master_hi.data_ptr()
             raise KeyError
-        assert torch.equal(unet.high, before)
+        assert torch.equal(unet.master_hi, before)
 
 
 def test_validation_ignores_the_objective_of_the_stage(uninterrupted, tmp_path, tiny_model, images):

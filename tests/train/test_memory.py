@@ -1,4 +1,4 @@
-"""Memory is counted right: by hand in small, and the UNet at full size beside diffusers', as data and without."""
+"""Memory counters against counts by hand, and the full-size UNet against diffusers', with and without data."""
 
 import contextlib
 
@@ -14,9 +14,9 @@ from fastsd.train.memory import LiveBytes, saved_for_backward_bytes
 KIB = 256  # fp32 numbers
 
 
-def test_what_autograd_keeps_is_counted_once():
+def test_saved_storages_are_counted_once():
     linear, x = nn.Linear(64, 32), torch.randn(10, 64)
-    # The input (for the weight's gradient), not the weight; the result of the relu, which is seen by two.
+    # The input (for the weight's gradient), not the weight; the result of the relu, saved twice.
     assert saved_for_backward_bytes(lambda: linear(x).relu().exp().relu(), linear) == 4 * (10 * 64 + 3 * 10 * 32)
     # Both factors are views of one storage.
     y = torch.randn(8, 16, requires_grad=True)
@@ -26,17 +26,17 @@ def test_what_autograd_keeps_is_counted_once():
         assert saved_for_backward_bytes(lambda: linear(x), linear) == 0
 
 
-def test_kept_storages_are_told_apart_after_one_is_freed():
+def test_storages_with_a_reused_address_are_both_counted():
     x = torch.randn(1000, requires_grad=True)
 
     def run():
-        for _ in range(3):  # each is freed before the next, which may get its address
+        for _ in range(3):  # freed before the next one, which may get the same address
             (x * 2).exp()
 
     assert saved_for_backward_bytes(run) == 3 * 4000
 
 
-def test_live_bytes_by_hand():
+def test_live_bytes_match_a_count_by_hand():
     with LiveBytes("cpu") as live:
         a = torch.empty(KIB)
         assert (live.now, live.peak) == (1024, 1024)
@@ -46,7 +46,7 @@ def test_live_bytes_by_hand():
         assert live.now == 2048  # the view holds the storage
         view.add_(1)
         torch.add(a, 1, out=a)
-        assert live.now == 2048  # nothing new was born
+        assert live.now == 2048  # no new storage
         del view
         assert (live.now, live.peak) == (1024, 2048)
         temporary = (a * 2).sum()
@@ -55,15 +55,16 @@ def test_live_bytes_by_hand():
         c = torch.empty(2 * KIB, dtype=torch.bfloat16)
         d = torch.zeros(4 * KIB)
         del d
+
     assert live.peak == 2048 + 4096
     assert live.at_peak({"first": [a], "second": [c, c.view(2, -1)]}) == {"first": 1024, "second": 1024, "other": 4096}
     live.restart()
     assert live.peak == live.now == 2048
     del a, c
-    assert live.now == 0  # the end of the block does not lose sight of them
+    assert live.now == 0  # storages are tracked beyond the end of the block
 
 
-def test_tensors_from_before_are_not_new():
+def test_tensors_from_before_the_block_are_not_counted():
     old, other = torch.zeros(KIB), torch.zeros(KIB)
     with LiveBytes("cpu") as live:
         old.add_(1)
@@ -72,17 +73,13 @@ def test_tensors_from_before_are_not_new():
         assert live.now == 0
         live.count(other, other[:5])
         assert live.now == 1024
-        kept = old + other
-    assert live.at_peak({"kept": [kept], "counted": [other], "old": [old]}) == {
-        "kept": 1024,
-        "counted": 1024,
-        "old": 0,
-        "other": 0,
-    }
+        total = old + other
+    owners = live.at_peak({"sum": [total], "counted": [other], "old": [old]})
+    assert owners == {"sum": 1024, "counted": 1024, "old": 0, "other": 0}
 
 
-def test_a_backward_by_hand():
-    """Linear, relu, linear: at the worst moment live both activations kept, their gradients, and those of the weights."""
+def test_peak_of_a_backward_matches_a_count_by_hand():
+    """Linear, relu, linear: the peak has both saved activations, their gradients, and those of the weights."""
     width, rows = 64, 100
     model = nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False))
     weights, activation = 4 * width * width, 4 * rows * width
@@ -98,39 +95,39 @@ def test_a_backward_by_hand():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_without_data_the_count_is_the_same(device):
+def test_counts_do_not_need_data(device):
     def run(device: str) -> tuple[int, int, int]:
         with LiveBytes(device) as live, torch.device(device):
             model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3))
             x = torch.ones(2, 4, 16, 16)
-            kept = saved_for_backward_bytes(lambda: model(x), model)
+            saved = saved_for_backward_bytes(lambda: model(x), model)
             model(x).square().mean().backward()
-        return kept, live.now, live.peak
+        return saved, live.now, live.peak
 
     with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
-        found = run(device)
-    assert found == run("cpu")
+        counts = run(device)
+    assert counts == run("cpu")
 
 
-def ours(level: str):
+def make_unet(level: str):
     return lambda: UNet(UNetConfig.sd15(), checkpointing=level)
 
 
-def theirs() -> nn.Module:
+def diffusers_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel.from_config(UNetConfig.sd15().to_diffusers())
 
 
-def test_the_full_size_unet_keeps_half_of_diffusers(whole_machine):
-    for make in (theirs, ours("none")):  # without data the same bytes, in a second instead of many
+def test_full_size_unet_saves_half_the_bytes_of_diffusers(whole_machine):
+    for make in (diffusers_unet, make_unet("none")):  # without data the bytes are the same, and faster to count
         assert full_size(make, data=True, side=16) == full_size(make, side=16)
-    diffusers, none, ff, block = (full_size(make) for make in (theirs, *map(ours, ("none", "ff", "block"))))
-    print(f"kept for one image at 512 px, MB: diffusers {diffusers / 1e6:.0f}, none {none / 1e6:.0f} ({none / diffusers:.3f}), "
-          f"ff {ff / 1e6:.0f} ({ff / diffusers:.3f}), block {block / 1e6:.0f}")  # fmt: skip
+    diffusers, none, ff, block = (full_size(make) for make in (diffusers_unet, *map(make_unet, ("none", "ff", "block"))))
+    for level, size in (("diffusers", diffusers), ("none", none), ("ff", ff), ("block", block)):
+        print(f"saved for one image at 512 px, {level}: {size / 1e6:.0f} MB ({size / diffusers:.3f})")
     assert none <= 1.03e9
     assert none <= 0.55 * diffusers
     assert ff <= 0.36 * diffusers
     assert block < 0.1 * none
     for level, wide in (("none", none), ("ff", ff), ("block", block)):
-        assert full_size(ours(level), dtype=torch.bfloat16) == pytest.approx(wide / 2, rel=0.01)
+        assert full_size(make_unet(level), dtype=torch.bfloat16) == pytest.approx(wide / 2, rel=0.01)

@@ -1,4 +1,4 @@
-"""The step: arenas, exact masters, precision switched without losing a bit, memory running out, gradients used at once."""
+"""The step: arenas, exact masters, lossless changes of precision, out of memory, fused backward."""
 
 import itertools
 import json
@@ -8,11 +8,11 @@ from unittest import mock
 import pytest
 import torch
 from runs import final, run, same
+from sentences import refused, says
 from step_inputs import OPTIMIZERS, Elsewhere, batches, stage_of
 from tiny import job, make_tiny_model
 
-from fastsd.config.schema import StageTable
-from fastsd.errors import UserError
+from fastsd.config.schema import ModelTable, StageTable
 from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNetConfig
@@ -29,34 +29,31 @@ from fastsd_kernels.launch import recording
 
 @pytest.fixture
 def model(tmp_path):
-    """A fresh model each time, on the table a run on this machine gets."""
-    made = make_tiny_model(tmp_path / "model")
-    from fastsd.config.schema import ModelTable
-
-    return load_model(ModelTable(base=str(tmp_path / "model")), choose_ops("auto", made.unet.conv_in.weight.device))
+    """A new model for each test, with the ops that a run on this machine gets."""
+    tiny = make_tiny_model(tmp_path / "model")
+    return load_model(ModelTable(base=str(tmp_path / "model")), choose_ops("auto", tiny.unet.conv_in.weight.device))
 
 
 def weights_after(model, stage: StageTable, steps: int = 3, warn=print, **more) -> tuple[dict[str, torch.Tensor], Step]:
     step = Step(model, stage, steps, seed=0, warn=warn, **more)
     for i, batch in enumerate(batches(steps, stage.batch)):
         step(batch, i)
-    return {name: tensor.clone() for part in step.parts.values() for name, tensor in part.state().items()}, step
+    return {name: tensor.clone() for component in step.components.values() for name, tensor in component.state().items()}, step
 
 
-def test_an_arena_holds_every_parameter_in_its_own_order():
-    tensors = [
-        torch.randn(3, 5), torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last), torch.randn(7), torch.randn(2, 9).t()
-    ]  # fmt: skip
+def test_layout_keeps_the_memory_order_of_every_tensor():
+    image = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    tensors = [torch.randn(3, 5), image, torch.randn(7), torch.randn(2, 9).t()]
     layout = Layout(tensors)
     flat = torch.full((layout.size,), torch.nan)
     for view, tensor in zip(layout.views(flat), tensors, strict=True):
         assert view.stride() == tensor.stride() and view.storage_offset() % ALIGN == 0
-        assert view.isnan().all()  # no element belongs to two
+        assert view.isnan().all()  # no element belongs to two views
         view.copy_(tensor)
     assert all(torch.equal(view, tensor) for view, tensor in zip(layout.views(flat), tensors, strict=True))
 
 
-def test_a_precision_and_back_is_the_same_bits(model):
+def test_changing_precision_and_back_keeps_all_bits(model):
     module = model.unet
     names = [name for name, _ in module.named_parameters()]
     with torch.no_grad():  # numbers of every kind: all exponents, subnormal, ties, -0.0
@@ -66,32 +63,31 @@ def test_a_precision_and_back_is_the_same_bits(model):
             parameter.copy_(torch.where(wild.isfinite(), wild, -0.0))
     before = {name: parameter.detach().clone().view(torch.int32) for name, parameter in module.named_parameters()}
     for trained, precision in itertools.product((set(names), set(names[::2]), set()), ("bf16", "fp32", "tf32", "bf16")):
-        part = TrainableComponent("unet", module, trained, precision)
-        exact = part.state()
+        component = TrainableComponent("unet", module, trained, precision)
+        exact = component.state()
         assert all(torch.equal(exact[name].view(torch.int32), bits) for name, bits in before.items())
-        wanted = torch.bfloat16 if precision == "bf16" else torch.float32
-        assert {parameter.dtype for parameter in module.parameters()} == {wanted}
-        part.release()
+        expected_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        assert {parameter.dtype for parameter in module.parameters()} == {expected_dtype}
+        component.release()
         after = {name: parameter.detach().view(torch.int32) for name, parameter in module.named_parameters()}
         assert all(torch.equal(after[name], bits) for name, bits in before.items())
 
 
 def switching(optimizer: str, lr: float) -> str:
-    """fp32, bf16 accumulated over both parts, fp32: three steps each, a checkpoint after every one."""
+    """Stages in fp32, bf16 accumulated over both components, fp32: three steps each, a checkpoint after every step."""
     stages = ("fp32", '["unet"]', 4), ("bf16", '["unet", "text_encoder"]', 2), ("fp32", '["unet"]', 4)
     return "".join(
-        f'[[stage]]\ntrain = {parts}\nuntil = 3\nbatch = 4\nmicro_batch = {micro}\nprecision = "{precision}"\n'
+        f'[[stage]]\ntrain = {train}\nuntil = 3\nbatch = 4\nmicro_batch = {micro}\nprecision = "{precision}"\n'
         f'optimizer = "{optimizer}"\nlr = {lr}\ncheckpoint_every = 1\nkeep_checkpoints = 99\n'
-        for precision, parts, micro in stages
+        for precision, train, micro in stages
     )
 
 
 @pytest.mark.parametrize("optimizer, lr", [("dlion", 1.0), ("lion", 1e-4), ("adamw", 1e-4)])
-def test_a_run_that_switches_twice_resumes_from_anywhere(optimizer, lr, tmp_path, tiny_model, images):
+def test_run_with_two_precision_changes_resumes_from_any_step(optimizer, lr, tmp_path, tiny_model, images):
     path, keys = job(tmp_path, tiny_model, images, switching(optimizer, lr)), ("sample.prompts=[]", "export.single_file=false")
     whole, _ = run(path, *keys)
-    found = checkpoint.checkpoints(whole / "checkpoints")
-    assert [p.name[-2:] for p in found] == [f"{n:02d}" for n in range(1, 10)]
+    assert [p.name[-2:] for p in checkpoint.checkpoints(whole / "checkpoints")] == [f"{n:02d}" for n in range(1, 10)]
     for n in range(1, 9, 1 if optimizer == "dlion" else 3):
         folder = tmp_path / f"from-{n}"
         shutil.copytree(whole, folder)
@@ -103,70 +99,71 @@ def test_a_run_that_switches_twice_resumes_from_anywhere(optimizer, lr, tmp_path
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_masters_in_halves_train_as_fp32_ones_do(name, tmp_path):
-    """The same gradients give the same master, in one tensor or in two halves."""
+def test_masters_in_halves_equal_fp32_masters(name, tmp_path):
     masters = []
     for precision in ("fp32", "bf16"):
         step = Step(make_tiny_model(tmp_path / precision), stage_of(precision=precision, **OPTIMIZERS[name]), 3, seed=0)
-        part, optimizer = step.parts["unet"], step.optimizers["unet"]
+        component, optimizer = step.components["unet"], step.optimizers["unet"]
         step.lrs["unet"].fill_(1e-3 if name != "dlion" else 1.0)
         for i in range(20):
-            optimizer.update(torch.randn(part.layout.size, generator=torch.Generator().manual_seed(i)))
+            optimizer.update(torch.randn(component.layout.size, generator=torch.Generator().manual_seed(i)))
             optimizer.finish()
-        masters.append(part.high if part.low is None else join_master(part.high, part.low))
+        masters.append(
+            component.master_hi if component.master_lo is None else join_master(component.master_hi, component.master_lo)
+        )
     assert torch.equal(masters[0], masters[1])
 
 
-def test_one_step_leaves_nothing_for_the_next(model):
-    """The second step's gradient is the second batch's alone, accumulated or not."""
-    found = []
+def test_gradients_do_not_carry_over_to_the_next_step(model):
+    """The second step's gradient is that of the second batch, with and without accumulation."""
+    results = []
     for micro in (4, 2, 1):
-        step = Step(model, stage_of(**OPTIMIZERS["lion"]), 2, seed=0, micro=micro)
+        step = Step(model, stage_of(**OPTIMIZERS["lion"]), 2, seed=0, micro_batch_size=micro)
         gradients = []
         for batch in batches(2, 4):
             step._accumulate(batch.latents_BCHW, batch.token_ids_BL, batch.positions_B)
-            gradients.append(step.parts["unet"].gradient.clone())
-        found.append(gradients)
+            gradients.append(step.components["unet"].gradient.clone())
+        results.append(gradients)
         step.release()
-    for gradients in found[1:]:
-        for ours, whole in zip(gradients, found[0], strict=True):
+    for gradients in results[1:]:
+        for ours, whole in zip(gradients, results[0], strict=True):
             assert (ours - whole).norm() <= 1e-5 * whole.norm()
-    assert (found[0][0] - found[0][1]).norm() > 0.1 * found[0][0].norm()
+    assert (results[0][0] - results[0][1]).norm() > 0.1 * results[0][0].norm()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_gradients_used_as_they_come_train_the_same(name, precision, tmp_path, tiny_model, images):
+def test_fused_backward_trains_the_same(name, precision, tmp_path, tiny_model, images):
     stage = stage_of(precision=precision, train=["unet", "text_encoder"], **OPTIMIZERS[name])
-    found = []
-    for fused in (False, True):
-        made = make_tiny_model(tmp_path / str(fused))
-        weights, step = weights_after(made, stage.model_copy(update={"fused_backward": fused}))
-        found.append((weights, {part: float(d) for part, d in step.d().items()}))
-        assert bool(step.tensors_by_role()["gradients"]) is not fused
-    (collected, d), (at_once, d_at_once) = found
-    assert d == pytest.approx(d_at_once, rel=1e-6)
-    if name == "dlion":  # its sums over all parameters are taken in another order, so d has other last digits
-        error = max(float((collected[key] - at_once[key]).norm() / collected[key].norm()) for key in collected)
+    results = []
+    for fused_backward in (False, True):
+        tiny = make_tiny_model(tmp_path / str(fused_backward))
+        weights, step = weights_after(tiny, stage.model_copy(update={"fused_backward": fused_backward}))
+        results.append((weights, {component: float(d) for component, d in step.d().items()}))
+        assert bool(step.tensors_by_role()["gradients"]) is not fused_backward
+    (collected, d), (fused, fused_d) = results
+    assert d == pytest.approx(fused_d, rel=1e-6)
+    if name == "dlion":  # its sums over all parameters have another order, so the last digits of d differ
+        error = max(float((collected[key] - fused[key]).norm() / collected[key].norm()) for key in collected)
         assert error < 1e-5
     else:
-        assert same(collected, at_once)
+        assert same(collected, fused)
 
 
-def test_gradients_used_as_they_come_stop_at_the_first_bad_one(tmp_path):
+def test_fused_backward_stops_at_the_first_gradient_that_is_not_finite(tmp_path):
     model = make_tiny_model(tmp_path / "model")
     step = Step(model, stage_of(fused_backward=True, **OPTIMIZERS["lion"]), 3, seed=0)
     good, bad = batches(2, 4)
     step(good, 0)
-    before = {name: tensor.clone() for name, tensor in step.parts["unet"].state().items()}
+    before = {name: tensor.clone() for name, tensor in step.components["unet"].state().items()}
     bad.latents_BCHW[0, 0, 0, 0] = torch.inf
     result = step(bad, 1)
-    assert same(step.parts["unet"].state(), before) and float(result.skipped) == 1
-    assert float(step(good, 2).skipped) == 1 and not same(step.parts["unet"].state(), before)
+    assert same(step.components["unet"].state(), before) and float(result.skipped) == 1
+    assert float(step(good, 2).skipped) == 1 and not same(step.components["unet"].state(), before)
 
 
 def out_of_memory_above(monkeypatch, model, limit: int) -> list[int]:
-    """From now on the UNet has memory for `limit` images; returns the sizes it is asked for."""
+    """Limit the UNet's memory to `limit` images. Return the list to which the sizes of its inputs are added."""
     forward, sizes = model.unet.forward, []
 
     def limited(latents, *rest):
@@ -180,26 +177,26 @@ def out_of_memory_above(monkeypatch, model, limit: int) -> list[int]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_out_of_memory_halves_the_micro_batch_not_the_batch(precision, tmp_path, monkeypatch):
+def test_out_of_memory_reduces_the_micro_batch_not_the_batch(precision, tmp_path, monkeypatch):
     stage = stage_of(batch=6, precision=precision, **OPTIMIZERS["adamw"])
-    expected, _ = weights_after(make_tiny_model(tmp_path / "a"), stage, micro=2)
-    model, said = make_tiny_model(tmp_path / "b"), []
+    expected, _ = weights_after(make_tiny_model(tmp_path / "a"), stage, micro_batch_size=2)
+    model, warnings = make_tiny_model(tmp_path / "b"), []
     sizes = out_of_memory_above(monkeypatch, model, 2)
-    found, step = weights_after(model, stage, warn=said.append)
-    assert sizes[:4] == [6, 3, 2, 2] and step.micro == 2
-    assert len(said) == 2 and "going on with 2, the same batch of 6; set micro_batch = 2" in said[1]
-    assert same(found, expected)  # as if it had started so
-    assert step.parts["unet"].gradient.dtype == torch.float32
+    weights, step = weights_after(model, stage, warn=warnings.append)
+    assert sizes[:4] == [6, 3, 2, 2] and step.micro_batch_size == 2
+    assert len(warnings) == 2 and says(warnings[1], "step-out-of-memory", images=3, smaller=2, batch=6, micro_batch=2)
+    assert same(weights, expected)  # as if it had started with this micro-batch
+    assert step.components["unet"].gradient.dtype == torch.float32
 
 
-def test_out_of_memory_with_one_image_is_said(tmp_path, monkeypatch):
+def test_out_of_memory_with_one_image_is_an_error(tmp_path, monkeypatch):
     model = make_tiny_model(tmp_path / "model")
     out_of_memory_above(monkeypatch, model, 0)
-    with pytest.raises(UserError, match="not even one image a forward fits; set a smaller micro_batch"):
+    with refused("out-of-memory", cause="even with one image per forward"):
         weights_after(model, stage_of(**OPTIMIZERS["lion"]))
 
 
-def test_a_run_that_fell_back_resumes_so(tmp_path, tiny_model, images, monkeypatch):
+def test_run_resumes_with_its_reduced_micro_batch(tmp_path, tiny_model, images, monkeypatch):
     from fastsd.model.unet import UNet
 
     forward = UNet.forward
@@ -213,15 +210,15 @@ def test_a_run_that_fell_back_resumes_so(tmp_path, tiny_model, images, monkeypat
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\ncheckpoint_every = 2\n'
     path = job(tmp_path, tiny_model, images, stage)
     folder, text = run(path)
-    assert "going on with 3" in text and "going on with 2" in text
+    assert all(says(text, "step-out-of-memory", smaller=smaller) for smaller in (3, 2))
     whole = final(folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     _, text = run(path)
-    assert "out of memory" not in text and same(final(folder), whole)
+    assert not says(text, "step-out-of-memory") and same(final(folder), whole)
 
 
-def test_each_part_has_its_own_lr(tmp_path):
-    def moved(lr) -> list[float]:
+def test_each_component_has_its_own_lr(tmp_path):
+    def largest_changes(lr) -> list[float]:
         model = make_tiny_model(tmp_path / str(lr))
         before = [p.detach().clone() for p in (model.unet.conv_in.weight, *model.text.module.parameters())]
         stage = stage_of(train=["unet", "text_encoder"], optimizer="lion", lr=lr)
@@ -232,28 +229,26 @@ def test_each_part_has_its_own_lr(tmp_path):
         changes = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)]
         return [changes[0], max(changes[1:])]
 
-    assert moved({"unet": 1e-3, "text_encoder": 1e-5}) == pytest.approx([1e-3, 1e-5], rel=1e-2)
-    assert moved(1e-4) == pytest.approx([1e-4, 1e-4], rel=1e-2)
+    assert largest_changes({"unet": 1e-3, "text_encoder": 1e-5}) == pytest.approx([1e-3, 1e-5], rel=1e-2)
+    assert largest_changes(1e-4) == pytest.approx([1e-4, 1e-4], rel=1e-2)
 
 
-def test_layers_that_clip_skip_leaves_out_are_not_trained(tmp_path):
+def test_layers_excluded_by_clip_skip_are_not_trained(tmp_path):
     model = make_tiny_model(tmp_path / "model")
     assert model.trainable("text_encoder") == {name for name, _ in model.text.module.named_parameters()}
     model.text.clip_skip = 1
-    left_out = {name for name, _ in model.text.module.named_parameters()} - model.trainable("text_encoder")
-    assert left_out and all("layers.1." in name for name in left_out)
+    excluded = {name for name, _ in model.text.module.named_parameters()} - model.trainable("text_encoder")
+    assert excluded and all("layers.1." in name for name in excluded)
     stage = stage_of(train=["text_encoder"], optimizer="lion", lr=1e-3, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in model.text.module.named_parameters()}
     after, _ = weights_after(model, stage)
-    assert all(torch.equal(after[name], before[name]) for name in left_out)
-    assert all(not torch.equal(after[name], before[name]) for name in before.keys() - left_out - {"position_ids"})
+    assert all(torch.equal(after[name], before[name]) for name in excluded)
+    assert all(not torch.equal(after[name], before[name]) for name in before.keys() - excluded - {"position_ids"})
 
 
-def test_the_average_of_the_weights(tmp_path, tiny_model, images):
-    stage = (
-        '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "lion"\nlr = 1e-3\nema = 0.5\ncheckpoint_every = 1\n'
-    )
-    path = job(tmp_path, tiny_model, images, stage + "keep_checkpoints = 9\n")
+def test_ema_matches_its_formula_and_is_exported(tmp_path, tiny_model, images):
+    stage = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "lion"\nlr = 1e-3\nema = 0.5\n'
+    path = job(tmp_path, tiny_model, images, stage + "checkpoint_every = 1\nkeep_checkpoints = 9\n")
     folder, _ = run(path)
     name, file = "conv_in.weight", "unet/diffusion_pytorch_model.safetensors"
     average = read_safetensors(tiny_model / file)[name].double()
@@ -270,61 +265,55 @@ def test_the_average_of_the_weights(tmp_path, tiny_model, images):
     assert same(final(folder), whole) and same(read_safetensors(folder / "model-ema" / file), exported)
 
 
+ACCUMULATED = {"optimizer": "dlion", "precision": "bf16", "micro_batch": 2, "grad_clip": 1.0, "ema": 0.9}
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {
-            "optimizer": "dlion",
-            "precision": "bf16",
-            "train": ["unet", "text_encoder"],
-            "micro_batch": 2,
-            "grad_clip": 1.0,
-            "ema": 0.9,
-        },
+        {**ACCUMULATED, "train": ["unet", "text_encoder"]},
         {"optimizer": "lion", "lr": 1e-4, "precision": "fp32", "checkpointing": "block"},
         {"optimizer": "adamw", "lr": 1e-4, "precision": "tf32", "checkpointing": "ff", "fused_backward": True},
     ],
 )
-def test_a_steady_step_stays_on_its_device(settings):
-    """On tensors without data whatever comes from the host or is asked by it shows: what a CUDA graph could not record."""
+def test_step_stays_on_the_device_after_warm_up(settings):
+    """On tensors without data every transfer from or to the host is visible, which a CUDA graph could not capture."""
     unet = UNetConfig(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, heads=2, norm_groups=4)
     empty = empty_model(Shapes(unet, {**SD15_TEXT, "num_hidden_layers": 2}, SD15_VAE, clip_skip=1), TRITON)
-    with (
-        recording(86),
-        mock.patch.object(torch.Tensor, "cpu", lambda self: self),
-    ):  # low halves of frozen parts leave at the start
+    # Low halves of frozen components move to the host at the start.
+    with recording(86), mock.patch.object(torch.Tensor, "cpu", lambda self: self):
         step = Step(empty, stage_of(**settings), 9, seed=0)
         shapes = (4, 4, 16, 16), (4, 77), (4,)
-        inputs = [
-            torch.empty(shape, dtype=torch.float16 if i == 0 else torch.int64, device="meta") for i, shape in enumerate(shapes)
-        ]
+        dtypes = torch.float16, torch.int64, torch.int64
+        inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, dtypes, strict=True)]
         step._compute(*inputs)
         with Elsewhere() as watch:
             step._compute(*inputs)
     assert watch.operations > 1000 and not watch.found
 
 
-def test_auto_takes_what_fits(tmp_path, tiny_model, images, monkeypatch):
+def test_auto_micro_batch_is_the_largest_that_fits(tmp_path, tiny_model, images, monkeypatch):
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 12\nmicro_batch = "auto"\noptimizer = "lion"\nlr = 1e-4\n'
     path = job(tmp_path, tiny_model, images, stage)
-    found, plans = {}, []
+    results, plans = {}, []
 
-    def planned_once(*given, **more):  # its needs do not depend on the room, which is the fourth
-        plans[:] = plans or [plan_stage(*given, **more)]
-        plans[0].device_bytes = given[3]
+    def reuse_plan(*args):  # only device_bytes, the fourth argument, differs between calls
+        plans[:] = plans or [plan_stage(*args)]
+        plans[0].device_bytes = args[3]
         return plans[0]
 
-    monkeypatch.setattr("fastsd.run.stage_start.plan_stage", planned_once)
+    monkeypatch.setattr("fastsd.run.stage_start.plan_stage", reuse_plan)
     for megabytes in (1000, 5, 0):
         monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device, free=megabytes: free << 20)
         if megabytes == 0:
-            with pytest.raises(UserError, match="'stage-1' does not fit with one image a forward into"):
+            with refused("stage-does-not-fit") as error:
                 run(path, f"run={tmp_path / 'none'}")
+            assert "'stage-1'" in str(error.value)
             break
         folder, text = run(path, f"run={tmp_path / str(megabytes)}")
-        found[megabytes] = checkpoint.newest(folder / "checkpoints", print)[1].micro_batch_size
-        assert f"micro-batch {found[megabytes]}: the most that fits" in text
-    assert found[1000] == 12 > found[5] >= 1 and all(12 % micro == 0 for micro in found.values())
+        results[megabytes] = checkpoint.newest(folder / "checkpoints", print)[1].micro_batch_size
+        assert f"micro-batch {results[megabytes]}:" in text
+    assert results[1000] == 12 > results[5] >= 1 and all(12 % micro == 0 for micro in results.values())
     monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device: 1000 << 20)
-    _, text = run(path, f"run={tmp_path / '5'}", "stage.0.until=4")  # resumed with more memory: the same sums as before
-    assert checkpoint.newest(tmp_path / "5" / "checkpoints", print)[1].micro_batch_size == found[5]
+    _, text = run(path, f"run={tmp_path / '5'}", "stage.0.until=4")  # resumed with more memory: the sums stay the same
+    assert checkpoint.newest(tmp_path / "5" / "checkpoints", print)[1].micro == results[5]

@@ -1,0 +1,174 @@
+"""A training step on tensors without data, for the memory and the operations it needs. Used by `plan.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsd.config.schema import StageTable
+from fastsd.data.loader import Batch
+from fastsd.model.shapes import Shapes, empty_model, materialize
+from fastsd.plan.gpu_specs import Recorder, StepOperations
+from fastsd.sampling.generate import BATCH
+from fastsd.train.memory import LiveBytes
+from fastsd.train.optim import flat_state
+from fastsd.train.step import Step
+from fastsd_kernels import TRITON, Ops
+from fastsd_kernels.launch import recording
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of a stage at one micro-batch, in bytes, and its operations.
+
+    Attributes:
+        owners: memory that lives as long as the stage, by owner.
+        activations: activations alive when the forward of one micro-batch ends.
+        working: needed at the peak of the step, beyond `owners` and `activations`.
+        sampling: needed to draw samples between steps, beyond `owners`.
+    """
+
+    micro_batch_size: int
+    owners: dict[str, int]
+    activations: int
+    working: int
+    sampling: int
+    work: StepOperations
+
+    @property
+    def step(self) -> int:
+        return sum(self.owners.values()) + self.activations + self.working
+
+    @property
+    def total(self) -> int:
+        return sum(self.owners.values()) + max(self.activations + self.working, self.sampling)
+
+
+class Rehearsal:
+    """The step of a stage on tensors without data.
+
+    Args:
+        micro_batch_size: `micro_batch` as in a config. The whole batch at once (0) needs no accumulation.
+        cached_text: True if batches contain text embeddings.
+
+    Attributes:
+        modules: modules of the model by component name.
+        owners: bytes that live as long as the stage, by owner.
+        trained: components that the stage changes -> names of the parameters it trains.
+    """
+
+    def __init__(
+        self, shapes: Shapes, stage: StageTable, side: int, ops: Ops, micro_batch_size: int, cached_text: bool
+    ) -> None:
+        self._side, self._cached_text = side, cached_text
+        # Meta tensors replace the tensors of a GPU. The reference ops for a CPU inspect their tensors, which must therefore
+        # appear to be on the CPU. This needs PyTorch's fake tensors and takes five times as long.
+        self._device = torch.device("meta" if ops is TRITON else "cpu")
+        self._without_data = _ToMainMemory() if ops is TRITON else FakeTensorMode()
+        self._live, self._recorder = LiveBytes(self._device), Recorder()
+        self._forwards: list[int] = []  # bytes alive at the end of each UNet forward
+        self._updates: list[int] = []  # index of the operation at which each update starts
+
+        self._model = empty_model(shapes, _traceable(ops, self._mark_update))
+        self.modules = {"unet": self._model.unet, "text_encoder": self._model.text.module, "vae": self._model.vae.module}
+        with self._tracing():
+            for name, module in self.modules.items():
+                if not (cached_text and name == "text_encoder"):
+                    materialize(module, self._device)
+            stage = stage.model_copy(update={"micro_batch": micro_batch_size})
+            self._step = Step(self._model, stage, total=1, seed=0, cached_text=cached_text)
+            for name, optimizer in self._step.optimizers.items():  # allocates the state, which is lazy
+                component = self._step.components[name]
+                flat_state(optimizer, component.names, component.layout.views)
+
+        self.trained = self._step.trained
+        self.owners = self._bytes_by_owner()
+        # Memory outside the owners: some small tables, and on a CPU also data that frozen components keep in main memory.
+        self._unowned_bytes = self._live.now - sum(self.owners.values())
+        self._sampling = self._sample()
+        self._model.unet.register_forward_hook(lambda *_: self._forwards.append(self._live.now))
+
+    def step(self, micro_batch_size: int, checkpointing: str) -> MemoryEstimate:
+        """Run one forward, backward and update with `micro_batch_size` images."""
+        self._model.unet.checkpointing, self._step.micro_batch_size = checkpointing, micro_batch_size
+        self._recorder.operations, self._updates, self._forwards = [], [], []
+        with self._without_data:
+            channels, text = self._model.unet.cfg.in_channels, self._model.text
+            latents = torch.empty(micro_batch_size, channels, self._side, self._side, dtype=torch.float16)
+            ids, positions = (torch.empty(micro_batch_size, *shape, dtype=torch.int64) for shape in ((text.length,), ()))
+            text_shape = micro_batch_size, text.length, text.width
+            text_embeds = torch.empty(text_shape, dtype=torch.float16) if self._cached_text else None
+        with self._tracing(), self._recorder:
+            self._live.restart()
+            before = self._live.now
+            self._step(Batch(latents, ids, positions, [], text_embeds), 0)
+
+        forward, operations = self._forwards[0], self._recorder.operations
+        # A step fused with the backward has one micro-batch and no separate update.
+        update = len(operations) if self._step.stage.fused_backward else self._updates[0]
+        work = StepOperations(operations[:update], operations[update:])
+        working = self._live.peak - forward + self._unowned_bytes
+        return MemoryEstimate(micro_batch_size, self.owners, forward - before, working, self._sampling, work)
+
+    def _sample(self) -> int:
+        """Return the peak bytes of drawing a full batch of guided samples, beyond those alive before. Decodes one by one."""
+        model, count = self._model, 2 * BATCH
+        with self._tracing(), torch.no_grad():
+            self._live.restart()
+            before = self._live.now
+            latents = torch.empty(count, model.unet.cfg.in_channels, self._side, self._side, device=self._device)
+            if self._cached_text:  # the text encoder runs in main memory
+                text_embeds = torch.empty(count, model.text.length, model.text.width, device=self._device)
+            else:
+                text_embeds = model.text.encode(torch.empty(count, model.text.length, dtype=torch.int64, device=self._device))
+            model.unet(latents, torch.empty(count, device=self._device), text_embeds)
+            model.vae.decode(latents[:1])
+        return self._live.peak - before
+
+    def _bytes_by_owner(self) -> dict[str, int]:
+        step_owners, owners = self._step.tensors_by_role(), {}
+        for name, component in self._step.components.items():
+            status = "trained" if component.trained else "frozen"
+            owners[f"weights of the {name.replace('_', ' ')}, {status}"] = component.tensors_by_role()["weights"]
+        owners["VAE, for samples"] = [p.data for p in self.modules["vae"].parameters()]
+        owners |= {"gradients": step_owners["gradients"], "optimizer state": step_owners["state"], "EMA": step_owners["ema"]}
+        return {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
+
+    def _mark_update(self) -> None:
+        self._updates.append(len(self._recorder.operations))
+
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        # 86 selects the tiles of an RTX 3090. The kernels need some choice; the counts do not depend on it.
+        with recording(86), self._without_data, self._live:
+            yield
+
+
+class _ToMainMemory(TorchDispatchMode):
+    """Allows tensors without data to be copied to main memory. The copies take no memory, since main memory is not planned."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros((), dtype=kwargs.get("dtype") or args[0].dtype).expand(args[0].shape)
+        return func(*args, **kwargs)
+
+
+def _traceable(ops: Ops, mark: Callable[[], None]) -> Ops:
+    """Return a variant of `ops` that accepts tensors without data and calls `mark` where the update starts."""
+    if ops.name == "cpu" and TRITON is not None:
+        # Ops that pass addresses cannot be traced. The Triton ops also work in place and need almost no extra memory.
+        names = ("gradient_norm", "lion", "dlion", "adamw", "dlion_estimate")
+        ops = replace(ops, **{name: getattr(TRITON, name) for name in names})
+
+    def gradient_norm(*args: Any, **kwargs: Any) -> Any:
+        mark()
+        return ops.gradient_norm(*args, **kwargs)
+
+    return replace(ops, gradient_norm=gradient_norm)
