@@ -422,7 +422,7 @@ def test_bad_input_is_refused_in_one_line(words, code, fields, run):
     "words, facts",
     [
         ("--size 100", ["data.resolution", "100", "64"]),
-        ("--batch 3 --micro-batch 2", ["bench: ", "micro_batch 2", "batch 3"]),
+        ("--batch 3 --micro-batch 2", ["bench: ", "micro_batch is 2", "batch 3"]),
         ("--optimizer sgd", ["bench: stage.0.optimizer", "'sgd'", "'dlion'", "'lion'", "'adamw'"]),
         ("stage.bach=3", ["bench: stage.0.bach", "batch?"]),
     ],
