@@ -65,18 +65,18 @@ class Stored:
         data = bytearray(size)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + first * self.dtype.itemsize)
-            filled, view = 0, memoryview(data)
-            while count := file.readinto(view[filled:]):
+            filled, buffer = 0, memoryview(data)
+            while count := file.readinto(buffer[filled:]):
                 filled += count
         if filled != size:
-            raise UserError("file-became-shorter", f"{self.path}: has become shorter while it was read; copy the file again")
+            raise UserError("file-became-shorter", f"{self.path}: became shorter while it was read; copy the file again")
         return torch.frombuffer(data, dtype=self.dtype)
 
 
 Tensors = Mapping[str, Tensor | Stored]
 
 
-def whole(tensor: Tensor | Stored) -> Tensor:
+def as_tensor(tensor: Tensor | Stored) -> Tensor:
     """Return the tensor in memory, reading it if it is `Stored`."""
     return tensor.read() if isinstance(tensor, Stored) else tensor
 
@@ -110,9 +110,8 @@ def safetensors_header(
 
 
 def write_safetensors(
-    path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None,
-    finite: str = "",
-) -> str:  # fmt: skip
+    path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None, finite: str = ""
+) -> str:
     """Write tensors of any layout and device block by block, flush to the disk and return the file's sha256.
 
     Args:
@@ -123,33 +122,33 @@ def write_safetensors(
         UserError: `finite` is set and a number is not finite, or overflows in `dtype`.
     """
     digest = hashlib.sha256()
-    kinds = {name: dtype if dtype and t.dtype.is_floating_point else t.dtype for name, t in tensors.items()}
+    dtypes = {name: dtype if dtype and t.dtype.is_floating_point else t.dtype for name, t in tensors.items()}
     with open(path, "wb") as file:
 
-        def put(data: bytes | memoryview) -> None:
+        def write(data: bytes | memoryview) -> None:
             file.write(data)
             digest.update(data)
 
-        put(safetensors_header({name: (kinds[name], tuple(t.shape)) for name, t in tensors.items()}, metadata))
+        write(safetensors_header({name: (dtypes[name], tuple(t.shape)) for name, t in tensors.items()}, metadata))
         for name, tensor in tensors.items():
             for block in _blocks(tensor):
-                cast = block.to(kinds[name])
+                cast = block.to(dtypes[name])
                 if finite:
                     check_finite(name, block, finite)
                 if finite and cast is not block:
-                    check_finite(name, cast, finite, f" in {kinds[name]}; choose another dtype")
-                put(cast.view(torch.uint8).numpy().data)
+                    check_finite(name, cast, finite, f" in {dtypes[name]}; choose another dtype")
+                write(cast.view(torch.uint8).numpy().data)
         _flush(file)
     return digest.hexdigest()
 
 
-def check_finite(name: str, tensor: Tensor, place: str, advice: str = "; fetch or train it again") -> None:
+def check_finite(name: str, tensor: Tensor, place: str, advice: str = "; download or train the model again") -> None:
     """Raise UserError if a number is NaN or infinite."""
     # The sum is one pass without a temporary. It can overflow although all numbers are finite, so the elements decide.
     if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise UserError("not-finite", f"{place}: {bad} of {tensor.numel()} numbers of {name} are not finite{advice}")
+        count = int((~tensor.isfinite()).sum())
+        if count:
+            raise UserError("not-finite", f"{place}: {count} of {tensor.numel()} values in {name} are not finite{advice}")
 
 
 def write_text(path: Path, text: str) -> str:
@@ -184,7 +183,7 @@ class TensorFile(Mapping[str, Tensor]):
             self._names = dict.fromkeys(name for name in self._file.keys() if name.startswith(prefix))  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise UserError(
-                "safetensors-unreadable", f"{path}: cannot be read as safetensors ({error}); fetch or copy the file again"
+                "safetensors-unreadable", f"{path}: cannot be read as safetensors ({error}); download or copy the file again"
             ) from None
         self._path = path
 
@@ -202,7 +201,7 @@ class TensorFile(Mapping[str, Tensor]):
             kind = next((dtype for dtype, label in DTYPES.items() if label == entry["dtype"]), None)
             if kind is None:
                 raise UserError(
-                    "tensor-dtype", f"{self._path}: {name} is of type {entry['dtype']}; give a model in fp16, bf16 or fp32"
+                    "tensor-dtype", f"{self._path}: {name} has dtype {entry['dtype']}; give a model in fp16, bf16 or fp32"
                 )
             tensors[name] = Stored(self._path, data + entry["data_offsets"][0], kind, torch.Size(entry["shape"]))
         return tensors
@@ -230,13 +229,13 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
         length = int.from_bytes(file.read(8), "little")
         remaining = os.fstat(file.fileno()).st_size - 8
         if length > remaining:
-            raise ValueError(f"its header claims {length} bytes and {max(remaining, 0)} follow")
+            raise ValueError(f"the header length is {length} bytes, but only {max(remaining, 0)} follow")
         if length > MAX_HEADER:
-            raise ValueError(f"its header has {length} bytes and no model's has more than {MAX_HEADER}")
+            raise ValueError(f"the header has {length} bytes, more than the limit of {MAX_HEADER}")
         text = file.read(length)
     header = json.loads(text, object_pairs_hook=_no_name_twice)
     if not isinstance(header, dict):
-        raise ValueError("its header is no table")
+        raise ValueError("the header is not a JSON object")
     return 8 + length, header
 
 
@@ -244,8 +243,23 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     header = dict(pairs)
     if len(header) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"its header has {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise ValueError(f"the header has {next(name for name in names if names.count(name) > 1)!r} twice")
     return header
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError for a file that is unreadable or contains something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            "json-unreadable", f"{path}: cannot be read as JSON ({error}); download or copy the file again"
+        ) from None
+    if not isinstance(data, dict):
+        raise UserError(
+            "json-no-table", f"{path}: contains a {type(data).__name__}, expected a JSON object; download the file again"
+        )
+    return data
 
 
 def sha256_of(path: Path) -> str:

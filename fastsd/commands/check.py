@@ -126,7 +126,7 @@ def _disk_space(config: Config, models: list[Model]) -> str:
     if not models:
         return f"{free / 1e9:.1f} GB free"
     model = models[0]
-    modules = {name: model.part(name) for name in COMPONENTS} | {"vae": model.vae.module}
+    modules = {name: model.component(name) for name in COMPONENTS} | {"vae": model.vae.module}
     size = {name: sum(p.numel() for p in module.parameters()) * 4 for name, module in modules.items()}
 
     stage_bytes = [0]

@@ -14,7 +14,7 @@ from fastsd.model.formats.load import component_state_dict
 from fastsd.model.formats.model_source import (
     ComponentFiles,
     ModelSource,
-    checked,
+    check_component,
     locate,
     open_file,
     open_source,
@@ -110,7 +110,7 @@ def _guess(name: str, out: Path) -> str:
 def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: ConvertOptions) -> list[str]:
     summary, samples = origin
     if to == "single-file":
-        vae, unet = source.parts.get("vae"), source.parts["unet"].config
+        vae, unet = source.components.get("vae"), source.components["unet"].config
         downscale = 2 ** (len(vae.config.get("block_out_channels", (64,))) - 1) if vae else 8
         metadata = metadata_of(summary, source.scheduler, (unet.get("sample_size") or 64) * downscale, title=out.stem)
         return write_single_file(source, out, dtype=options.dtype, fold=options.fold, metadata=metadata)
@@ -140,18 +140,18 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
         base, revision=options.revision, pickled=True, ema=options.ema and not in_memory, tokenizer=options.tokenizer
     )
     if in_memory:
-        source.parts |= _in_memory(Path(base), source, options.ema)
+        source.components |= _in_memory(Path(base), source, options.ema)
 
     if options.vae:
         path, notes = locate(options.vae, "--vae", pickled=True), source.notes
-        new_vae = open_file(path).part("vae", notes) if path.is_file() else read_component(path, "vae", notes, pickled=True)
+        new_vae = open_file(path).read("vae", notes) if path.is_file() else read_component(path, "vae", notes, pickled=True)
         if new_vae is None:
             raise UserError("convert-no-vae", f"--vae is {options.vae!r}, which contains no VAE; give an AutoencoderKL")
-        source.parts["vae"] = checked("vae", new_vae, notes)
+        source.components["vae"] = check_component("vae", new_vae, notes)
 
-    vae, expected = source.parts.get("vae"), source.parts["unet"].config.get("out_channels", 4)
+    vae, expected = source.components.get("vae"), source.components["unet"].config.get("out_channels", 4)
     if vae is not None and options.vae_scaling_factor is not None:
-        source.parts["vae"] = replace(vae, config={**vae.config, "scaling_factor": options.vae_scaling_factor})
+        source.components["vae"] = replace(vae, config={**vae.config, "scaling_factor": options.vae_scaling_factor})
     if vae is not None and (channels := vae.config.get("latent_channels", 4)) != expected:
         raise UserError(
             "convert-vae-channels",
@@ -172,7 +172,7 @@ def _in_memory(checkpoint: Path, source: ModelSource, ema: bool) -> dict[str, Co
     source.notes.append(
         f"{checkpoint.name}: {'EMA weights' if ema else 'weights'}{', adapters merged' if has_adapters else ''}"
     )
-    return {name: replace(source.parts[name], tensors=tensors[name]) for name in COMPONENTS}
+    return {name: replace(source.components[name], tensors=tensors[name]) for name in COMPONENTS}
 
 
 def _lora_file(name: str, ema: bool) -> Path:

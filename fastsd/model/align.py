@@ -100,8 +100,8 @@ class Pairs:
 
     def r2(self, fit: Fit) -> list[float]:
         """Return the share of each x channel's variance that a fit predicts from y without noise."""
-        into, xx, xy = fit.into[4::9], self.xx[4::9, 4::9], self.xy[4::9]
-        residual = xx - into @ xy.T - xy @ into.T + into @ self.yy @ into.T
+        to_x, xx, xy = fit.to_x[4::9], self.xx[4::9, 4::9], self.xy[4::9]
+        residual = xx - to_x @ xy.T - xy @ to_x.T + to_x @ self.yy @ to_x.T
         return (1 - residual.diagonal() / xx.diagonal()).tolist()
 
 
@@ -110,20 +110,20 @@ class Schedule:
     """Means over uniform timesteps, and the kind of prediction.
 
     Attributes:
-        signal, level: means of a and of b.
+        signal, noise: means of a and of b.
         power: mean of a^2.
     """
 
     signal: float
-    level: float
+    noise: float
     power: float
     velocity: bool
 
     @classmethod
     def of(cls, alphas_cumprod_T: Tensor, prediction: str) -> Schedule:
         abar_T = alphas_cumprod_T.double()
-        signal, level, power = (values.mean().item() for values in (abar_T.sqrt(), (1 - abar_T).sqrt(), abar_T))
-        return cls(signal, level, power, prediction == "v_prediction")
+        signal, noise, power = (values.mean().item() for values in (abar_T.sqrt(), (1 - abar_T).sqrt(), abar_T))
+        return cls(signal, noise, power, prediction == "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,14 @@ class Fit:
     """The maps to fold into the two edge layers.
 
     Attributes:
-        into, offset: from patches of y_t to patches of x_t, (9 C, 9 D) and (9 C).
-        back, shift: from n or v of x to that of y, (D, C) and (D).
+        to_x, offset: from patches of y_t to patches of x_t, (9 C, 9 D) and (9 C).
+        to_y, shift: from n or v of x to that of y, (D, C) and (D).
         A, c: x ~ A y + c, for fits of single positions, (C, D) and (C); None for other fits.
     """
 
-    into: Tensor
+    to_x: Tensor
     offset: Tensor
-    back: Tensor
+    to_y: Tensor
     shift: Tensor
     A: Tensor | None = None
     c: Tensor | None = None
@@ -172,57 +172,57 @@ def fit_kernel(pairs: Pairs, schedule: Schedule) -> Fit:
     """
     Q, *_ = _procrustes(pairs)
 
-    def noised(covariance: Tensor, mean: Tensor, mean_y: Tensor, noise: Tensor) -> Tensor:
+    def noisy_moment(covariance: Tensor, mean: Tensor, mean_y: Tensor, noise: Tensor) -> Tensor:
         spread = schedule.power * covariance + (schedule.power - schedule.signal**2) * torch.outer(mean, mean_y)
         return spread + (1 - schedule.power) * torch.kron(noise, pairs.inside.diag())
 
-    xy = noised(pairs.xy, pairs.mean_x, pairs.mean_y, Q)
-    yy = noised(pairs.yy, pairs.mean_y, pairs.mean_y, torch.eye(len(Q.T)))
-    into = torch.linalg.solve(yy, xy, left=False)
-    offset = schedule.signal * (pairs.mean_x - into @ pairs.mean_y)
-    return replace(fit_orthogonal(pairs, schedule), into=into, offset=offset, A=None, c=None)
+    xy = noisy_moment(pairs.xy, pairs.mean_x, pairs.mean_y, Q)
+    yy = noisy_moment(pairs.yy, pairs.mean_y, pairs.mean_y, torch.eye(len(Q.T)))
+    to_x = torch.linalg.solve(yy, xy, left=False)
+    offset = schedule.signal * (pairs.mean_x - to_x @ pairs.mean_y)
+    return replace(fit_orthogonal(pairs, schedule), to_x=to_x, offset=offset, A=None, c=None)
 
 
 def _procrustes(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return Q (C, D), followed by the results of `Pairs.centres`."""
-    xy, *others = pairs.centres()
+    xy, *moments = pairs.centres()
     U, _, V = torch.linalg.svd(xy, full_matrices=False)
-    return U @ V, xy, *others
+    return U @ V, xy, *moments
 
 
 def _pointwise(A: Tensor, c: Tensor, schedule: Schedule) -> Fit:
-    A, c, back = A.double(), c.double(), torch.linalg.pinv(A.double())
-    shift = schedule.level * back @ c * schedule.velocity
-    return Fit(torch.kron(A, torch.eye(9)), schedule.signal * c.repeat_interleave(9), back, shift, A, c)
+    A, c, to_y = A.double(), c.double(), torch.linalg.pinv(A.double())
+    shift = schedule.noise * to_y @ c * schedule.velocity
+    return Fit(torch.kron(A, torch.eye(9)), schedule.signal * c.repeat_interleave(9), to_y, shift, A, c)
 
 
 def edge_layers(unet: UNet) -> EdgeLayers:
     """Copy the weights and biases of the edge layers."""
-    layers = {"conv_in": unet.conv_in, "conv_out": unet.conv_out}
-    return {f"{name}.{parameter}": tensor.detach().cpu().double() for name, conv in layers.items()
-            for parameter, tensor in conv.named_parameters()}  # fmt: skip
+    parameters = dict(unet.named_parameters())
+    names = ("conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias")
+    return {name: parameters[name].detach().cpu().double() for name in names}
 
 
-def fold_into_edges(edges: EdgeLayers, fit: Fit) -> EdgeLayers:
-    """Return edge layers for a UNet that takes y_t and predicts e or v of y. The given `edges` take x_t."""
-    first, last = edges["conv_in.weight"], edges["conv_out.weight"]
+def fold_into_edges(layers: EdgeLayers, fit: Fit) -> EdgeLayers:
+    """Return edge layers for a UNet that takes y_t and predicts e or v of y. The given `layers` take x_t."""
+    first, last = layers["conv_in.weight"], layers["conv_out.weight"]
     return {
-        "conv_in.weight": (first.flatten(1) @ fit.into).unflatten(1, (-1, 3, 3)),
-        "conv_in.bias": edges["conv_in.bias"] + first.flatten(1) @ fit.offset,
-        "conv_out.weight": torch.einsum("dc,cfij->dfij", fit.back, last),
-        "conv_out.bias": fit.back @ edges["conv_out.bias"] + fit.shift,
+        "conv_in.weight": (first.flatten(1) @ fit.to_x).unflatten(1, (-1, 3, 3)),
+        "conv_in.bias": layers["conv_in.bias"] + first.flatten(1) @ fit.offset,
+        "conv_out.weight": torch.einsum("dc,cfij->dfij", fit.to_y, last),
+        "conv_out.bias": fit.to_y @ layers["conv_out.bias"] + fit.shift,
     }
 
 
-def reading_features(edges: EdgeLayers) -> EdgeLayers:
-    """Return `edges` with an identity as the last convolution. The UNet then returns its features (B, F, H, W)."""
-    last = edges["conv_out.weight"]
-    through = nn.init.dirac_(torch.empty(last.shape[1], *last.shape[1:], dtype=last.dtype))
-    return edges | {"conv_out.weight": through, "conv_out.bias": torch.zeros(len(through), dtype=last.dtype)}
+def reading_features(layers: EdgeLayers) -> EdgeLayers:
+    """Return `layers` with an identity as the last convolution. The UNet then returns its features (B, F, H, W)."""
+    last = layers["conv_out.weight"]
+    identity = nn.init.dirac_(torch.empty(last.shape[1], *last.shape[1:], dtype=last.dtype))
+    return layers | {"conv_out.weight": identity, "conv_out.bias": torch.zeros(len(identity), dtype=last.dtype)}
 
 
-def refit_last(edges: EdgeLayers, moments: Moments) -> EdgeLayers:
-    """Return `edges` with a last convolution w fitted by least squares from features to targets.
+def refit_last(layers: EdgeLayers, moments: Moments) -> EdgeLayers:
+    """Return `layers` with a last convolution w fitted by least squares from features to targets.
 
     The fit minimises mean |target - w * features|^2 + r |w - w_0|^2 over w and its bias; w_0 is the given weight, r is
     `LAST_RIDGE` times the mean variance of a feature.
@@ -230,22 +230,22 @@ def refit_last(edges: EdgeLayers, moments: Moments) -> EdgeLayers:
     Args:
         moments: moments of rows (patches of features, targets), 9 F + D columns.
     """
-    start_DP = edges["conv_out.weight"].flatten(1)
+    start_DP = layers["conv_out.weight"].flatten(1)
     inputs = start_DP.shape[1]
     covariance, mean = moments.covariance.cpu(), moments.mean.cpu()
     ff, ft = covariance[:inputs, :inputs], covariance[:inputs, inputs:]
     r = LAST_RIDGE * ff.diagonal().mean()
     weight_DP = torch.linalg.solve(ff + r * torch.eye(inputs), ft + r * start_DP.T).T
     bias = mean[inputs:] - weight_DP @ mean[:inputs]
-    return edges | {"conv_out.weight": weight_DP.unflatten(1, (-1, 3, 3)), "conv_out.bias": bias}
+    return layers | {"conv_out.weight": weight_DP.unflatten(1, (-1, 3, 3)), "conv_out.bias": bias}
 
 
 @torch.no_grad()
-def put(unet: UNet, edges: EdgeLayers) -> None:
+def put(unet: UNet, layers: EdgeLayers) -> None:
     """Install edge layers in a UNet, in its dtype and on its device, and update the channel counts in its config."""
     like = unet.conv_in.weight
     for name in ("conv_in", "conv_out"):
-        weight, bias = edges[f"{name}.weight"], edges[f"{name}.bias"]
+        weight, bias = layers[f"{name}.weight"], layers[f"{name}.bias"]
         conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 3, padding=1, device=like.device, dtype=like.dtype)
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)

@@ -34,10 +34,11 @@ from fastsd.errors import UserError
 from fastsd.model import recompute
 from fastsd.model.model import Model
 from fastsd.model.select import matches, uniform_like
-from fastsd.model.weights import classic_text_name, diffusers_pieces
+from fastsd.model.weights import classic_text_name, diffusers_views
 from fastsd_kernels.noise import Purpose
 
-NAME = "default"  # peft's name for the only adapter
+NamedTensors = Mapping[str, Mapping[str, Tensor]]  # component -> parameter name -> tensor
+ADAPTER_NAME = "default"  # peft's name for the only adapter
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class Target:
     Attributes:
         blocks: for each projection of the weight, its module in files, or "" if it gets no adapter.
         ndim: dimensions of the weight in files, 4 for a convolution. Some convolutions in files are linears in the UNet.
-        wide: True for a 3x3 convolution.
+        is_3x3: True for a 3x3 convolution.
     """
 
     blocks: tuple[str, ...]
     ndim: int
-    wide: bool
+    is_3x3: bool
 
     @property
     def modules(self) -> list[str]:
@@ -74,22 +75,22 @@ class Adapted(nn.Module, LoraLayer):
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base)
         self.target, self.count = target, len(target.modules)
-        self.r[NAME], self.lora_alpha[NAME], self.scaling[NAME] = rank, alpha, alpha / rank
+        self.r[ADAPTER_NAME], self.lora_alpha[ADAPTER_NAME], self.scaling[ADAPTER_NAME] = rank, alpha, alpha / rank
         outputs, inputs, *kernel = base.weight.shape
-        down = base.weight.new_zeros(self.count * rank, inputs, *(kernel if target.wide else []))
-        if target.wide:
+        down = base.weight.new_zeros(self.count * rank, inputs, *(kernel if target.is_3x3 else []))
+        if target.is_3x3:
             down = down.to(memory_format=torch.channels_last)
         up = base.weight.new_zeros(self.count * outputs // len(target.blocks), rank)
-        self.lora_A, self.lora_B = nn.ParameterDict({NAME: down}), nn.ParameterDict({NAME: up})
+        self.lora_A, self.lora_B = nn.ParameterDict({ADAPTER_NAME: down}), nn.ParameterDict({ADAPTER_NAME: up})
 
     def operands(self) -> recompute.Layer:
         """Return weight, bias, down, and for each projection its up times alpha / rank (None without an adapter)."""
-        up = self.lora_B[NAME]
-        if self.scaling[NAME] != 1:
-            up = self.scaling[NAME] * up
+        up = self.lora_B[ADAPTER_NAME]
+        if self.scaling[ADAPTER_NAME] != 1:
+            up = self.scaling[ADAPTER_NAME] * up
         ups = iter(up.chunk(self.count))
         up_or_none = [next(ups) if block else None for block in self.target.blocks]
-        return self.base_layer.weight, self.base_layer.bias, self.lora_A[NAME], *up_or_none
+        return self.base_layer.weight, self.base_layer.bias, self.lora_A[ADAPTER_NAME], *up_or_none
 
     def forward(self, x: Tensor) -> Tensor:
         weight, _, down, *ups = self.operands()
@@ -99,10 +100,10 @@ class Adapted(nn.Module, LoraLayer):
         low = F.conv2d(x, down, stride=conv.stride, padding=conv.padding)
         return conv(x) + F.conv2d(low, ups[0][:, :, None, None])
 
-    def pieces(self, letter: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def views(self, letter: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield the file entries of lora_A, lora_B or a tensor shaped like one: (name without the component, view)."""
-        for module, piece in zip(self.target.modules, tensor.chunk(self.count), strict=True):
-            yield f"{module}.lora_{letter}.weight", piece[(...,) + (None,) * (self.target.ndim - piece.ndim)]
+        for module, view in zip(self.target.modules, tensor.chunk(self.count), strict=True):
+            yield f"{module}.lora_{letter}.weight", view[(...,) + (None,) * (self.target.ndim - view.ndim)]
 
 
 def add_lora(model: Model, table: LoraTable, seed: int) -> None:
@@ -115,11 +116,11 @@ def add_lora(model: Model, table: LoraTable, seed: int) -> None:
         UserError: a target matches no layer, or a component has no layer that matches a target.
     """
     assert model.lora is None
-    parts = COMPONENTS if table.text_encoder else COMPONENTS[:1]
-    targets_by_component = {component: _targets(model, component, table) for component in parts}
+    components = COMPONENTS if table.text_encoder else COMPONENTS[:1]
+    targets_by_component = {component: _targets(model, component, table) for component in components}
     _check_targets(table, targets_by_component)
     for component, (targets, _) in targets_by_component.items():
-        _inject(model.part(component), targets, table)
+        _inject(model.component(component), targets, table)
     model.lora = table
     for name, down in lora_state_dict(model).items():
         if ".lora_A." in name and not down.is_meta:
@@ -132,33 +133,42 @@ def _inject(module: nn.Module, targets: Mapping[str, Target], table: LoraTable) 
     def adapted(base: Any, _: str, *, r: int, lora_alpha: float, **others: Any) -> Adapted:
         return Adapted(base, by_layer[base], r, lora_alpha)
 
-    config = LoraConfig(**_settings(table, {path: target.wide for path, target in targets.items()}))
+    # The last name is enough as a pattern: no linear is called conv1, conv2, conv, conv_in or conv_out.
+    convs = {path.rpartition(".")[2] for path, target in targets.items() if target.is_3x3}
+    config = LoraConfig(
+        r=table.rank,
+        lora_alpha=cast(int, table.alpha or table.rank),
+        target_modules=sorted(targets),
+        rank_pattern=dict.fromkeys(sorted(convs), table.conv),
+        alpha_pattern=dict.fromkeys(sorted(convs), table.alpha or table.conv),
+    )
     config._register_custom_module({nn.Module: cast(type[nn.Module], adapted)})
-    inject_adapter_in_model(config, module, NAME)
+    inject_adapter_in_model(config, module, ADAPTER_NAME)
 
 
-def _targets(model: Model, part: str, table: LoraTable) -> tuple[dict[str, Target], set[str]]:
+def _targets(model: Model, component: str, table: LoraTable) -> tuple[dict[str, Target], set[str]]:
     """Return the layers of a component that get adapters (module path -> `Target`), and the patterns that match a layer."""
-    usable = model.trainable(part)
+    usable = model.trainable(component)
     targets: dict[str, Target] = {}
     unnamed_convs: dict[str, Target] = {}
     matched_patterns: set[str] = set()
-    for path, layer in model.part(part).named_modules():
+    for path, layer in model.component(component).named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d) or f"{path}.weight" not in usable:
             continue
-        wide = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
-        if wide and not table.conv:
+        is_3x3 = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+        if is_3x3 and not table.conv:
             continue
-        pieces = dict(_pieces(part, f"{path}.weight", layer.weight))
-        hits = {name: {pattern for pattern in table.targets if matches(part, pattern, name)} for name in pieces}
-        matched_patterns.update(*hits.values())
-        blocks = tuple(name.removesuffix(".weight") if hit else "" for name, hit in hits.items())
-        target = Target(blocks, next(iter(pieces.values())).ndim, wide)
+        views = dict(_file_views(component, f"{path}.weight", layer.weight))
+        matched = {name: {pattern for pattern in table.targets if matches(component, pattern, name)} for name in views}
+        matched_patterns.update(*matched.values())
+        blocks = tuple(name.removesuffix(".weight") if hit else "" for name, hit in matched.items())
+        target = Target(blocks, next(iter(views.values())).ndim, is_3x3)
         if any(blocks):
             targets[path] = target
-        elif wide and path not in ("conv_in", "conv_out"):
+        elif is_3x3 and path not in ("conv_in", "conv_out"):
             unnamed_convs[path] = replace(target, blocks=(path,))
-    if not any(target.wide for target in targets.values()):
+
+    if not any(target.is_3x3 for target in targets.values()):
         targets |= unnamed_convs  # no target names a 3x3 convolution, so adapt all of them but the first and the last
     return targets, matched_patterns
 
@@ -168,54 +178,43 @@ def _check_targets(table: LoraTable, targets_by_component: Mapping[str, tuple[di
     labels = {component: f"the {component.replace('_', ' ')}" for component in targets_by_component}
     for pattern in table.targets:
         if not any(pattern in matched_patterns for _, matched_patterns in targets_by_component.values()):
-            convolutions = "" if table.conv else ", or set model.lora.conv if it means 3x3 convolutions"
+            convolutions = "" if table.conv else ", or set model.lora.conv for 3x3 convolutions"
             raise UserError(
                 "lora-target",
-                f"model.lora.targets has {pattern!r}, which no linear layer of {' or '.join(labels.values())} is; give groups, "
-                f'for example "attention", or names of layers as diffusers has them, "to_q"{convolutions}',
+                f"model.lora.targets has {pattern!r}, which matches no linear layer of {' or '.join(labels.values())}; "
+                f'use a group such as "attention", or a diffusers layer name such as "to_q"{convolutions}',
             )
     for component, (targets, _) in targets_by_component.items():
         if not targets:
             raise UserError(
                 "lora-target-component",
-                f"model.lora.targets: no layer of {labels[component]} is one of {', '.join(table.targets)}; add one that is, "
-                'for example "attention", or leave that part out',
+                f"model.lora.targets is {', '.join(table.targets)}, which matches no layer of {labels[component]}; "
+                'add a matching target, for example "attention"',
             )
 
 
-def _pieces(part: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names that a parameter has in its component's file, each with a view of its part."""
-    yield from diffusers_pieces(name, tensor) if part == "unet" else [(classic_text_name(name), tensor)]
+def _file_views(component: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names that a parameter has in its component's file, each with its view of the tensor."""
+    yield from diffusers_views(name, tensor) if component == "unet" else [(classic_text_name(name), tensor)]
 
 
-def _settings(table: LoraTable, wide: Mapping[str, bool]) -> dict[str, Any]:
-    """Return the arguments of peft's LoraConfig. `wide` maps each module path to True if it is a 3x3 convolution."""
-    alpha = table.alpha or table.rank
-    # The last name is enough as a pattern: no linear is called conv1, conv2, conv, conv_in or conv_out.
-    convs = sorted({name.rpartition(".")[2] for name in wide if wide[name]})
-    return {
-        "r": table.rank, "lora_alpha": alpha, "target_modules": sorted(wide),
-        "rank_pattern": dict.fromkeys(convs, table.conv), "alpha_pattern": dict.fromkeys(convs, table.alpha or table.conv),
-    }  # fmt: skip
+def adapted_layers(model: Model, component: str) -> list[tuple[str, Adapted]]:
+    return [(path, layer) for path, layer in model.component(component).named_modules() if isinstance(layer, Adapted)]
 
 
-def adapted_layers(model: Model, part: str) -> list[tuple[str, Adapted]]:
-    return [(path, layer) for path, layer in model.part(part).named_modules() if isinstance(layer, Adapted)]
-
-
-def lora_state_dict(model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
+def lora_state_dict(model: Model, tensors: NamedTensors | None = None) -> dict[str, Tensor]:
     """Return all adapters under their names in files, as detached views.
 
     Args:
-        tensors_by_part: by the module's parameter names, used in place of those parameters (fp32 masters, EMA).
+        tensors: by the module's parameter names, used in place of those parameters (fp32 masters, EMA).
     """
     state: dict[str, Tensor] = {}
     for component in COMPONENTS:
-        replacements = (tensors_by_part or {}).get(component, {})
+        replacements = (tensors or {}).get(component, {})
         for path, layer in adapted_layers(model, component):
             for letter, parameters in (("A", layer.lora_A), ("B", layer.lora_B)):
-                tensor = replacements.get(f"{path}.lora_{letter}.{NAME}", parameters[NAME])
-                state |= {f"{component}.{name}": view for name, view in layer.pieces(letter, tensor.detach())}
+                tensor = replacements.get(f"{path}.lora_{letter}.{ADAPTER_NAME}", parameters[ADAPTER_NAME])
+                state |= {f"{component}.{name}": view for name, view in layer.views(letter, tensor.detach())}
     return state
 
 
@@ -230,6 +229,6 @@ def merge_lora(model: Model) -> None:
             for rows, up in zip(weight.chunk(len(ups)), ups, strict=True):
                 if up is not None:
                     rows.copy_(rows.double() + (up.double() @ next(downs)).view_as(rows))
-            model.part(component).set_submodule(path, layer.base_layer)
-        vars(model.part(component)).pop("peft_config", None)
+            model.component(component).set_submodule(path, layer.base_layer)
+        vars(model.component(component)).pop("peft_config", None)
     model.lora = None

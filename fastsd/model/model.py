@@ -41,7 +41,7 @@ class Model:
         """The quantity the UNet predicts from x_t: "epsilon" or "v_prediction"."""
         return self.scheduler.get("prediction_type", "epsilon")
 
-    def part(self, name: str) -> torch.nn.Module:
+    def component(self, name: str) -> torch.nn.Module:
         """Return the trainable module of the component "unet" or "text_encoder"."""
         return self.unet if name == "unet" else self.text.module
 

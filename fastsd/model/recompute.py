@@ -58,12 +58,12 @@ def _join(x: Tensor, skip: Tensor | None) -> Tensor:
     return x if skip is None else torch.cat([x, skip], dim=1)
 
 
-def _first(x_BHWC: Tensor) -> Tensor:
+def _to_nchw(x_BHWC: Tensor) -> Tensor:
     """View (B, H, W, C) as (B, C, H, W)."""
     return x_BHWC.permute(0, 3, 1, 2)
 
 
-def _last(x_BCHW: Tensor) -> Tensor:
+def _to_nhwc(x_BCHW: Tensor) -> Tensor:
     """View (B, C, H, W) as (B, H, W, C)."""
     return x_BCHW.permute(0, 2, 3, 1)
 
@@ -82,17 +82,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None,
     if down is None:
         return F.linear(x, weight, bias)
     rows = _rows(x)
-    low = F.linear(rows, down)
+    reduced = F.linear(rows, down)
     if len(ups) == 1:
-        y = F.linear(low, ups[0], bias)
+        y = F.linear(reduced, ups[0], bias)
     else:
         assert bias is None
         y = rows.new_empty(len(rows), len(weight))
-        for place, share, up in _blocks(y, low, ups):
+        for y_block, reduced_block, up in _blocks(y, reduced, ups):
             if up is None:
-                place.zero_()
+                y_block.zero_()
             else:
-                torch.mm(share, up.t(), out=place)
+                torch.mm(reduced_block, up.t(), out=y_block)
     return torch.addmm(y, rows, weight.t(), out=y).unflatten(0, x.shape[:-1])
 
 
@@ -105,18 +105,18 @@ def _linear_backward(
     dx = dweight = ddown = None
     dups: list[Gradient] = [None] * len(ups)
     if down is not None:
-        dlow = rows.new_empty(len(rows), len(down))
-        for dy_block, share, up in _blocks(rows, dlow, ups):
+        dreduced = rows.new_empty(len(rows), len(down))
+        for dy_block, reduced_block, up in _blocks(rows, dreduced, ups):
             if up is not None:
-                torch.mm(dy_block, up, out=share)
+                torch.mm(dy_block, up, out=reduced_block)
         if need_x:
-            dx = dlow @ down
+            dx = dreduced @ down
             torch.addmm(dx, rows, weight, out=dx)
         if needs[2] and inputs is not None:
-            ddown = dlow.t() @ inputs
+            ddown = dreduced.t() @ inputs
         if any(needs[3:]) and inputs is not None:
             blocks = _blocks(rows, inputs @ down.t(), ups)
-            dups = [None if up is None else dy_block.t() @ share for dy_block, share, up in blocks]
+            dups = [None if up is None else dy_block.t() @ reduced_block for dy_block, reduced_block, up in blocks]
     elif need_x:
         dx = rows @ weight
     if needs[0] and inputs is not None:
@@ -124,18 +124,18 @@ def _linear_backward(
     return dx if dx is None else dx.unflatten(0, dy.shape[:-1]), (dweight, rows.sum(0) if needs[1] else None, ddown, *dups)
 
 
-def _blocks(y: Tensor, low: Tensor, ups: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+def _blocks(y: Tensor, reduced: Tensor, ups: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
     """Yield per projection (columns of y, columns of down x, up), or (columns of y, None, None) if it has no adapter."""
-    shares = iter(low.chunk(sum(up is not None for up in ups), dim=1))
-    for place, up in zip(y.chunk(len(ups), dim=1), ups, strict=True):
-        yield place, None if up is None else next(shares), up
+    reduced_blocks = iter(reduced.chunk(sum(up is not None for up in ups), dim=1))
+    for y_block, up in zip(y.chunk(len(ups), dim=1), ups, strict=True):
+        yield y_block, None if up is None else next(reduced_blocks), up
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> Tensor:
     """Compute a 3x3 convolution with padding 1, plus up (1x1) of a 3x3 convolution with down."""
     y = F.conv2d(x, weight, bias, padding=1)
     if down is not None and up is not None:
-        y += _first(F.linear(_last(F.conv2d(x, down, padding=1)), up))
+        y += _to_nchw(F.linear(_to_nhwc(F.conv2d(x, down, padding=1)), up))
     return y
 
 
@@ -145,11 +145,11 @@ def _conv_backward(dy: Tensor, x: Tensor, layer: Layer, need_x: bool, needs: Seq
     dx, dweight, dbias = _conv3_backward(dy, x, weight, [need_x, needs[0], needs[1]])
     if down is None or up is None:
         return dx, (dweight, dbias, None, None)
-    dlow = _first(_last(dy) @ up)
-    through, ddown, _ = _conv3_backward(dlow, x, down, [need_x, needs[2], False])
-    if dx is not None and through is not None:
-        dx += through
-    dup = _rows(_last(dy)).t() @ _rows(_last(F.conv2d(x, down, padding=1))) if needs[3] else None
+    dreduced = _to_nchw(_to_nhwc(dy) @ up)
+    dx_adapter, ddown, _ = _conv3_backward(dreduced, x, down, [need_x, needs[2], False])
+    if dx is not None and dx_adapter is not None:
+        dx += dx_adapter
+    dup = _rows(_to_nhwc(dy)).t() @ _rows(_to_nhwc(F.conv2d(x, down, padding=1))) if needs[3] else None
     return dx, (dweight, dbias, ddown, dup)
 
 
@@ -162,21 +162,22 @@ def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) ->
 class NormConv(Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: ForwardBackwardOps, groups: int, eps: float, x: Tensor, skip: Tensor | None, shift: Tensor | None,
-        norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Apply the layer. `layers` has the tensors of the convolution, and those of the shortcut if there is one."""
+        ctx: Any, ops: ForwardBackwardOps, groups: int, eps: float, x: Tensor, skip: Any, shift: Any, *tensors: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply the layer. `tensors`: of the norm, the convolution, and the shortcut if there is one."""
+        norm_weight, norm_bias, *layers = tensors
         joined = _join(x, skip)
         y, mean, rstd = ops.group_norm(joined, norm_weight, norm_bias, groups, eps, True, shift)
-        short = _first(_linear(_last(joined), *_matrix(layers[4:]))) if layers[4:] else None
+        shortcut = _to_nchw(_linear(_to_nhwc(joined), *_matrix(layers[4:]))) if layers[4:] else None
         ctx.save_for_backward(x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers)
         ctx.ops, ctx.groups, ctx.eps = ops, groups, eps
-        return _conv(y, *layers[:4]), short
+        return _conv(y, *layers[:4]), shortcut
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dshort: Gradient) -> tuple[Gradient, ...]:
+    def backward(ctx: Any, dout: Tensor, dshortcut: Gradient) -> tuple[Gradient, ...]:
         x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers = ctx.saved_tensors
         _, _, _, need_x, need_skip, need_shift, need_norm, _, *needs = ctx.needs_input_grad
+
         need_y = need_x or need_skip or need_shift or need_norm
         joined = _join(x, skip)
         norm = norm_weight, norm_bias, ctx.groups, ctx.eps, True, shift
@@ -186,11 +187,16 @@ class NormConv(Function):
         dx = dskip = dnorm_weight = dnorm_bias = dshift = None
         if need_y:
             dx, dnorm_weight, dnorm_bias, dshift = ctx.ops.group_norm_backward(dy, joined, mean, rstd, *norm)
-        if dshort is not None and layers[4:]:
-            dx_short, short_gradients = _linear_backward(_last(dshort), _last(joined), _matrix(layers[4:]), need_y, needs[4:])
-            gradients += None if short_gradients[0] is None else short_gradients[0].view_as(layers[4]), *short_gradients[1:]
-            if dx is not None and dx_short is not None:
-                dx = dx + _first(dx_short)
+        if dshortcut is not None and layers[4:]:
+            dx_shortcut, shortcut_gradients = _linear_backward(
+                _to_nhwc(dshortcut), _to_nhwc(joined), _matrix(layers[4:]), need_y, needs[4:]
+            )
+            gradients += (
+                None if shortcut_gradients[0] is None else shortcut_gradients[0].view_as(layers[4]),
+                *shortcut_gradients[1:],
+            )
+            if dx is not None and dx_shortcut is not None:
+                dx = dx + _to_nchw(dx_shortcut)
         if dx is not None and skip is not None:
             dx, dskip = dx.split([x.shape[1], skip.shape[1]], dim=1)
         return None, None, None, dx, dskip, dshift, dnorm_weight, dnorm_bias, *gradients
@@ -203,16 +209,8 @@ def _matrix(layer: Layer) -> Layer:
 
 class GroupNormLinear(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        ops: ForwardBackwardOps,
-        groups: int,
-        eps: float,
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        *layer: Any,
-    ) -> Tensor:
+    def forward(ctx: Any, ops: ForwardBackwardOps, groups: int, eps: float, x: Tensor, *tensors: Any) -> Tensor:
+        norm_weight, norm_bias, *layer = tensors
         y, mean, rstd = ops.group_norm(x, norm_weight, norm_bias, groups, eps, False, None)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, *layer)
         ctx.ops, ctx.groups, ctx.eps = ops, groups, eps
@@ -235,9 +233,9 @@ class GroupNormLinear(Function):
 class LayerNormLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: ForwardBackwardOps, eps: float, x: Tensor, residual: Tensor | None, norm_weight: Tensor,
-        norm_bias: Tensor, *layer: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        ctx: Any, ops: ForwardBackwardOps, eps: float, x: Tensor, residual: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        norm_weight, norm_bias, *layer = tensors
         y, s, mean, rstd = ops.layer_norm(x, norm_weight, norm_bias, eps, residual)
         ctx.save_for_backward(s, mean, rstd, norm_weight, norm_bias, *layer)
         ctx.ops, ctx.eps, ctx.added = ops, eps, residual is not None
@@ -260,9 +258,9 @@ class AttentionLinear(Function):
     @staticmethod
     def forward(
         ctx: Any, ops: ForwardBackwardOps, precision: str, heads: int, q: Tensor, kv: Tensor | None, *layer: Any
-    ) -> Tensor:  # fmt: skip
-        parts = _heads(q, kv, heads)
-        o, lse = ops.attention(*parts, precision)
+    ) -> Tensor:
+        qkv = _heads(q, kv, heads)
+        o, lse = ops.attention(*qkv, precision)
         ctx.save_for_backward(q, kv, o, lse, *layer)
         ctx.ops, ctx.precision, ctx.heads = ops, precision, heads
         return _linear(o.flatten(2), *layer)
@@ -290,10 +288,10 @@ def _heads(q: Tensor, kv: Tensor | None, heads: int) -> tuple[Tensor, ...]:
 class FeedForward(Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: ForwardBackwardOps, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor,
-        norm_weight: Tensor, norm_bias: Tensor, *layers: Any,
-    ) -> Tensor:  # fmt: skip
-        """Apply the layer. `layers` has the tensors of the first linear and of the second."""
+        ctx: Any, ops: ForwardBackwardOps, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor, *tensors: Any
+    ) -> Tensor:
+        """Apply the layer. `tensors`: of the norm, the first linear and the second."""
+        norm_weight, norm_bias, *layers = tensors
         y, s, mean, rstd = ops.layer_norm(x, norm_weight, norm_bias, eps, residual)
         hidden = _linear(y, *layers[:4])
         saved_hidden = hidden if keep_hidden else None
@@ -311,6 +309,7 @@ class FeedForward(Function):
             y = ctx.ops.layer_norm_recompute(s, mean, rstd, norm_weight, norm_bias, ctx.eps)
         if hidden is None:
             hidden = _linear(y, *layers[:4])
+
         gated = ctx.ops.geglu(hidden) if _reads_input(needs[4:]) else None
         dgated, second = _linear_backward(dout, gated, layers[4:], need_y or any(needs[:4]), needs[4:])
         del gated

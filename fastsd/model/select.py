@@ -41,11 +41,11 @@ GROUPS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def matches(part: str, pattern: str, name: str) -> bool:
+def matches(component: str, pattern: str, name: str) -> bool:
     """Return True if a pattern (an entry without its component) selects the parameter `name` of diffusers or transformers."""
-    if part == "text_encoder":  # transformers before 5 nests layers two levels deeper
+    if component == "text_encoder":  # transformers before 5 nests layers two levels deeper
         name = name.removeprefix("text_model.").removeprefix("encoder.")
-    if group := GROUPS[part].get(pattern):
+    if group := GROUPS[component].get(pattern):
         return re.search(group, name) is not None
     if "*" in pattern:
         return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
@@ -59,7 +59,7 @@ def selected(model: Model, entries: Iterable[str], context: str) -> dict[str, se
         context: the origin of the entries, for error messages, for example "stage 'unet': train".
 
     Raises:
-        UserError: an entry selects nothing, only layers that `clip_skip` leaves out, or only a part of a fused weight.
+        UserError: an entry selects nothing, only layers that `clip_skip` leaves out, or one projection of a fused weight.
     """
     selection: dict[str, set[str]] = {component: set() for component in COMPONENTS}
     for entry in entries:
@@ -68,37 +68,37 @@ def selected(model: Model, entries: Iterable[str], context: str) -> dict[str, se
             for lora_component in COMPONENTS:
                 selection[lora_component] |= {name for name in model.trainable(lora_component) if ADAPTER in name}
         else:
-            selection[component] |= _of_part(model, component, pattern, f"{context} names {entry!r}")
+            selection[component] |= _select_in(model, component, pattern, f"{context} names {entry!r}")
     return {component: names for component, names in selection.items() if names}
 
 
-def _of_part(model: Model, part: str, pattern: str, context: str) -> set[str]:
-    usable = {name for name in model.trainable(part) if ADAPTER not in name}
+def _select_in(model: Model, component: str, pattern: str, context: str) -> set[str]:
+    usable = {name for name in model.trainable(component) if ADAPTER not in name}
     if not pattern:
         return usable
     names = set()
-    for name, _ in model.part(part).named_parameters():
+    for name, _ in model.component(component).named_parameters():
         if ADAPTER in name:
             continue
-        pieces = diffusers_names(name) if part == "unet" else [plain_name(name)]
-        hits = [matches(part, pattern, piece) for piece in pieces]
+        file_names = diffusers_names(name) if component == "unet" else [plain_name(name)]
+        hits = [matches(component, pattern, file_name) for file_name in file_names]
         if any(hits) and not all(hits):
-            layers = " and ".join(piece.split(".")[-2] for piece in pieces)
+            layers = " and ".join(file_name.split(".")[-2] for file_name in file_names)
             raise UserError(
                 "selected-within-fused",
-                f"{context}, and {layers} are one matrix here; name them together, or the group unet.attention",
+                f"{context}, but {layers} are one matrix; use an entry that selects all of them, for example unet.attention",
             )
         if any(hits):
             names.add(name)
+
     if not names:
-        groups = ", ".join(f"{part}.{group}" for group in GROUPS[part])
+        groups = ", ".join(f"{component}.{group}" for group in GROUPS[component])
         raise UserError(
-            "selected-nothing", f"{context}, which is no parameter of it; groups are {groups}; names are those of diffusers"
+            "selected-nothing", f"{context}, which matches no parameter; use a group ({groups}) or a diffusers name"
         )
     if not names & usable:
         raise UserError(
-            "selected-skipped",
-            f"{context}, which model.clip_skip {model.text.clip_skip} leaves out; lower clip_skip, or name other layers",
+            "selected-skipped", f"{context}, excluded by model.clip_skip {model.text.clip_skip}; lower it or name other layers"
         )
     return names & usable
 
@@ -110,7 +110,7 @@ def changed_components(names: Mapping[str, Iterable[str]]) -> list[str]:
 
 def parameter_count(model: Model, names: Mapping[str, Iterable[str]]) -> int:
     """Return the total number of elements in the parameters of a selection (see `selected`)."""
-    sizes = {component: {name: p.numel() for name, p in model.part(component).named_parameters()} for component in names}
+    sizes = {component: {name: p.numel() for name, p in model.component(component).named_parameters()} for component in names}
     return sum(sizes[component][name] for component in names for name in names[component])
 
 
@@ -128,7 +128,7 @@ def reinitialise(model: Model, entries: Iterable[str], seed: int, context: str) 
     """
     total = 0
     for component, names in selected(model, entries, context).items():
-        parameters = dict(model.part(component).named_parameters())
+        parameters = dict(model.component(component).named_parameters())
         for name in sorted(names):
             _draw(parameters, name, seed)
             total += parameters[name].numel()

@@ -5,7 +5,6 @@ Only `config.json` files are read. A component without one gets SD1.5's shapes, 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fastsd.model.model import SD15_SCHEDULER, Model
 from fastsd.model.text_encoder import TextEncoder
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import Vae
+from fastsd.storage import read_json
 from fastsd_kernels import Ops
 
 SD15_TEXT = {
@@ -44,19 +44,17 @@ class Shapes:
 
     @classmethod
     def of(cls, model: Model) -> Shapes:
-        text = model.text
-        return cls(
-            model.unet.cfg, text.module.config.to_dict(), dict(model.vae.module.config), text.clip_skip, text.chunks, model.lora
-        )  # fmt: skip
+        text, vae_config = model.text, dict(model.vae.module.config)
+        return cls(model.unet.cfg, text.module.config.to_dict(), vae_config, text.clip_skip, text.chunks, model.lora)
 
     def side(self, resolution: int) -> int:
         """Return the latent positions per side for images of `resolution` px. Raises UserError if the model cannot use it."""
         downscale = 2 ** (len(self.vae["block_out_channels"]) - 1)
         step = downscale * self.unet.downscale
         if resolution % step:
-            low = max(resolution // step, 1) * step
+            multiple = max(resolution // step, 1) * step
             raise UserError(
-                "model-resolution", f"data.resolution is {resolution}, no multiple of {step} as this UNet needs; use {low}"
+                "model-resolution", f"data.resolution is {resolution}, but this UNet needs a multiple of {step}; use {multiple}"
             )
         return resolution // downscale
 
@@ -73,21 +71,19 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
         "VAE": (table.vae, "", ["vae", "."]) if table.vae else (table.base, table.revision, ["vae"]),
     }
     configs = {name: _settings(*source) for name, source in sources.items()}
-    notes = [f"{name}: SD1.5's, for {sources[name][0]} has no config.json here" for name in configs if configs[name] is None]
-    unet = (
-        UNetConfig.sd15()
-        if configs["UNet"] is None
-        else UNetConfig.from_diffusers(configs["UNet"], f"{table.base}: unet config")
-    )
+    notes = [f"{name}: SD1.5's ({sources[name][0]} has no config.json here)" for name in configs if configs[name] is None]
+    unet_config = configs["UNet"]
+    unet = UNetConfig.sd15() if unet_config is None else UNetConfig.from_diffusers(unet_config, f"{table.base}: unet config")
     shapes = Shapes(
         unet, configs["text encoder"] or SD15_TEXT, configs["VAE"] or SD15_VAE, table.clip_skip, table.chunks, table.lora
     )
+
     channels, width = shapes.vae.get("latent_channels", 4), shapes.text.get("hidden_size", 512)
     if channels != unet.in_channels or width != unet.cross_attention_dim:
         raise UserError(
             "components-do-not-fit",
-            f"model: the UNet takes {unet.in_channels} latent channels and text {unet.cross_attention_dim} wide, but the VAE "
-            f"has {channels} and the text encoder is {width} wide; give parts that belong together",
+            f"model: the UNet takes {unet.in_channels} latent channels and text width {unet.cross_attention_dim}, but the VAE "
+            f"has {channels} and the text encoder has width {width}; choose matching components",
         )
     return shapes, notes
 
@@ -107,18 +103,7 @@ def _settings(name: str, revision: str, folders: list[str]) -> dict[str, Any] | 
             if not isinstance(cached, str):
                 continue
             path = Path(cached)
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                "json-unreadable", f"{path}: cannot be read as JSON ({error}); fetch or copy the file again"
-            ) from None
-        if not isinstance(settings, dict):
-            raise UserError(
-                "json-no-table",
-                f"{path}: holds a {type(settings).__name__}, expected a table of settings; fetch the file again",
-            )
-        return settings
+        return read_json(path)
     return None
 
 

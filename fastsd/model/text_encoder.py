@@ -42,8 +42,7 @@ class TextEncoder:
         layers = module.config.num_hidden_layers
         if clip_skip >= layers:
             raise UserError(
-                "clip-skip",
-                f"model.clip_skip is {clip_skip} and the text encoder has {layers} layers; choose 0 to {layers - 1}",
+                "clip-skip", f"model.clip_skip is {clip_skip}, but the text encoder has {layers} layers; use 0 to {layers - 1}"
             )
         self.module, self.tokenizer, self.clip_skip = module.eval(), tokenizer, clip_skip
         self.tokenizer_folder, self.chunks = tokenizer_folder, chunks
@@ -62,11 +61,11 @@ class TextEncoder:
         """Encode token ids (B, L) to text embeddings (B, L, D). Differentiable."""
         ids = token_ids_BL.reshape(-1, self.window)
         if self.clip_skip == 0:
-            states = self.module(ids).last_hidden_state
+            text_embeds = self.module(ids).last_hidden_state
         else:
             hidden_states = self.module(ids, output_hidden_states=True).hidden_states
-            states = self.final_layer_norm(hidden_states[-(self.clip_skip + 1)])
-        return states.reshape(len(token_ids_BL), -1, self.width)
+            text_embeds = self.final_layer_norm(hidden_states[-(self.clip_skip + 1)])
+        return text_embeds.reshape(len(token_ids_BL), -1, self.width)
 
     def used_parameters(self) -> set[str]:
         """Return the names of the module's parameters that `encode` depends on."""
@@ -121,12 +120,12 @@ def stretch(module: Any, tokens: int = 248, keep: int = 20) -> None:
     old = embeddings.position_embedding.weight
     count = len(old)
     if tokens <= count:
-        raise ValueError(f"tokens is {tokens} and the encoder has {count} positions; give more")
+        raise ValueError(f"tokens is {tokens}, but the encoder already has {count} positions; give a larger number")
     place = torch.arange(tokens, dtype=torch.float64)
     place = torch.where(place < keep, place, keep + (place - keep) * (count - keep) / (tokens - keep))
-    low = place.long().clamp(max=count - 2)
-    fraction = (place - low)[:, None].to(old.device)
-    new = old[low].double() * (1 - fraction) + old[low + 1].double() * fraction
+    left = place.long().clamp(max=count - 2)
+    fraction = (place - left)[:, None].to(old.device)
+    new = old[left].double() * (1 - fraction) + old[left + 1].double() * fraction
     embeddings.position_embedding = torch.nn.Embedding.from_pretrained(new.to(old.dtype), freeze=False)
     embeddings.register_buffer("position_ids", torch.arange(tokens, device=old.device)[None], persistent=False)
     module.config.max_position_embeddings = tokens

@@ -71,20 +71,19 @@ class UNetConfig:
             norm_groups=config.get("norm_num_groups", 32),
             sample_size=config.get("sample_size") or 64,
         )
+
         if not isinstance(cfg.heads, int):
-            raise UserError(
-                "sd2-unet", f"{place}: attention_head_dim is {cfg.heads!r}, an SD2 UNet's; give an SD1.5 base model"
-            )
+            raise UserError("sd2-unet", f"{place}: attention_head_dim is {cfg.heads!r}, as in SD2; give an SD1.5 base model")
+
         rebuilt = cfg.to_diffusers()
         for key, value in config.items():
             if key.startswith("_") and key != "_class_name":
                 continue
             # Keys that another version wrote with a neutral value (null, false) have no effect.
             expected = rebuilt.get(key, value if key in _NEUTRAL or not value else None)
-            if _plain(value) != _plain(expected):
+            if _as_list(value) != _as_list(expected):
                 raise UserError(
-                    "other-unet",
-                    f"{place}: {key} is {value!r}, which is not an SD1.5 UNet's ({expected!r}); give an SD1.5 base model",
+                    "other-unet", f"{place}: {key} is {value!r}, expected {expected!r} for SD1.5; give an SD1.5 base model"
                 )
         return cfg
 
@@ -92,25 +91,27 @@ class UNetConfig:
         """Return the dict that diffusers writes as config.json for this UNet."""
         down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in self.attention]
         up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(self.attention)]
-        return {
-            "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu",
-            "attention_head_dim": self.heads, "block_out_channels": list(self.block_out_channels),
-            "center_input_sample": False, "cross_attention_dim": self.cross_attention_dim, "down_block_types": down,
-            "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": self.in_channels,
-            "layers_per_block": self.layers_per_block, "mid_block_scale_factor": 1, "norm_eps": RESNET_EPS,
-            "norm_num_groups": self.norm_groups, "out_channels": self.out_channels, "sample_size": self.sample_size,
-            "up_block_types": up, "mid_block_type": "UNetMidBlock2DCrossAttn", "use_linear_projection": False,
-            "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3,
-            "transformer_layers_per_block": 1, "resnet_time_scale_shift": "default", "attention_type": "default",
-            "resnet_out_scale_factor": 1.0,
-        }  # fmt: skip
+        same_names = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "sample_size")
+        sizes = {"attention_head_dim": self.heads, "norm_num_groups": self.norm_groups} | {
+            n: getattr(self, n) for n in same_names
+        }
+        blocks = {"block_out_channels": list(self.block_out_channels), "down_block_types": down, "up_block_types": up}
+        return _FIXED | sizes | blocks
 
 
+# Settings that all UNets of this family have in common.
+_FIXED = {
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "center_input_sample": False,
+    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1, "norm_eps": RESNET_EPS,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "use_linear_projection": False, "time_embedding_type": "positional",
+    "conv_in_kernel": 3, "conv_out_kernel": 3, "transformer_layers_per_block": 1, "resnet_time_scale_shift": "default",
+    "attention_type": "default", "resnet_out_scale_factor": 1.0,
+}  # fmt: skip
 # Keys that diffusers writes but that have no effect on a UNet of this family.
 _NEUTRAL = {"upcast_attention", "addition_embed_type_num_heads", "projection_class_embeddings_input_dim"}
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -130,17 +131,17 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Weights of self-attention (`context_dim` None, one fused q/k/v matmul) or cross-attention (fused k/v of the text)."""
+    """Weights of self-attention (`text_dim` None, one fused q/k/v matmul) or cross-attention (fused k/v of the text)."""
 
-    def __init__(self, width: int, context_dim: int | None, heads: int, ops: Ops) -> None:
+    def __init__(self, width: int, text_dim: int | None, heads: int, ops: Ops) -> None:
         super().__init__()
         self.heads, self.ops = heads, ops
         self.precision = "ieee"  # of fp32 matmuls on a GPU
-        if context_dim is None:
+        if text_dim is None:
             self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         else:
             self.to_q = nn.Linear(width, width, bias=False)
-            self.to_kv = nn.Linear(context_dim, 2 * width, bias=False)
+            self.to_kv = nn.Linear(text_dim, 2 * width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
@@ -176,19 +177,17 @@ class TransformerBlock(nn.Module):
         self.norm2, self.attn2 = Norm(width), Attention(width, cfg.cross_attention_dim, cfg.heads, ops)
         self.norm3, self.ff = Norm(width), FeedForward(width)
 
-    def forward(self, x_BNC: Tensor, context_BLD: Tensor) -> Tensor:
-        def normed(norm: Norm, x: Tensor, residual: Tensor | None, linear: nn.Module) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BNC: Tensor, text_embeds_BLD: Tensor) -> Tensor:
+        def norm_linear(norm: Norm, x: Tensor, residual: Tensor | None, linear: nn.Module) -> tuple[Tensor, Tensor]:
             return recompute.layer_norm_linear(
                 self.ops.forward_backward, LAYER_NORM_EPS, x, residual, norm.weight, norm.bias, *operands(linear)
             )
 
-        qkv, _ = normed(self.norm1, x_BNC, None, self.attn1.to_qkv)
-        q, x_BNC = normed(self.norm2, self.attn1(qkv), x_BNC, self.attn2.to_q)
-        attended = self.attn2(q, self.attn2.to_kv(context_BLD))
-        return recompute.feed_forward(
-            self.ops.forward_backward, LAYER_NORM_EPS, self.keep_hidden, attended, x_BNC, self.norm3.weight, self.norm3.bias,
-            *self.ff.operands(),
-        )  # fmt: skip
+        qkv, _ = norm_linear(self.norm1, x_BNC, None, self.attn1.to_qkv)
+        q, x_BNC = norm_linear(self.norm2, self.attn1(qkv), x_BNC, self.attn2.to_q)
+        attended = self.attn2(q, self.attn2.to_kv(text_embeds_BLD))
+        ops, norm, linears = self.ops.forward_backward, self.norm3, self.ff.operands()
+        return recompute.feed_forward(ops, LAYER_NORM_EPS, self.keep_hidden, attended, x_BNC, norm.weight, norm.bias, *linears)
 
 
 class Transformer(nn.Module):
@@ -202,12 +201,12 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, cfg, ops)])
         self.proj_out = nn.Linear(width, width)
 
-    def forward(self, x_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, text_embeds_BLD: Tensor) -> Tensor:
         norm = self.norm
         x_BNC = recompute.group_norm_linear(
             self.ops.forward_backward, self.groups, ATTENTION_EPS, x_BCHW, norm.weight, norm.bias, *operands(self.proj_in)
         )
-        x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD))
+        x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, text_embeds_BLD))
         return x_BCHW + recompute.image(x_BNC, x_BCHW.shape[2:])
 
 
@@ -224,18 +223,24 @@ class Resnet(nn.Module):
 
     def forward(self, x_BCHW: Tensor, skip_BCHW: Tensor | None, time_BE: Tensor) -> Tensor:
         """Apply the block. `skip_BCHW` holds further channels of the input, from the down blocks."""
-        h, short = convolved(self.ops, self.groups, self.norm1, self.conv1, x_BCHW, skip_BCHW, shortcut=self.conv_shortcut)
-        h, _ = convolved(self.ops, self.groups, self.norm2, self.conv2, h, shift=self.time_emb_proj(time_BE))
-        return h + (x_BCHW if short is None else short)
+        layers = [self.conv1] if self.conv_shortcut is None else [self.conv1, self.conv_shortcut]
+        h, shortcut = norm_conv(self.ops, self.groups, self.norm1, layers, x_BCHW, skip_BCHW)
+        h, _ = norm_conv(self.ops, self.groups, self.norm2, [self.conv2], h, shift=self.time_emb_proj(time_BE))
+        return h + (x_BCHW if shortcut is None else shortcut)
 
 
-def convolved(
-    ops: Ops, groups: int, norm: Norm, conv: nn.Conv2d, x: Tensor, skip: Tensor | None = None, shift: Tensor | None = None,
-    shortcut: nn.Conv2d | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return conv(silu(norm([x, skip] + shift))) and, if `shortcut` is given, shortcut([x, skip]); otherwise None."""
-    layers = operands(conv) if shortcut is None else (*operands(conv), *operands(shortcut))
-    return recompute.norm_conv(ops.forward_backward, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *layers)
+def norm_conv(
+    ops: Ops,
+    groups: int,
+    norm: Norm,
+    layers: list[nn.Conv2d],
+    x: Tensor,
+    skip: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return conv(silu(norm([x, skip] + shift))) and shortcut([x, skip]), or None without one; layers = [conv, shortcut]."""
+    tensors = [tensor for layer in layers for tensor in operands(layer)]
+    return recompute.norm_conv(ops.forward_backward, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *tensors)
 
 
 class Downsample(nn.Module):
@@ -272,9 +277,9 @@ class Level(nn.Module):
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
-    def layer(self, i: int, x_BCHW: Tensor, skip_BCHW: Tensor | None, time_BE: Tensor, context_BLD: Tensor) -> Tensor:
+    def layer(self, i: int, x_BCHW: Tensor, skip_BCHW: Tensor | None, time_BE: Tensor, text_embeds_BLD: Tensor) -> Tensor:
         x_BCHW = self.resnets[i](x_BCHW, skip_BCHW, time_BE)
-        return self.attentions[i](x_BCHW, context_BLD) if self.attends else x_BCHW
+        return self.attentions[i](x_BCHW, text_embeds_BLD) if self.attends else x_BCHW
 
 
 class MidBlock(nn.Module):
@@ -283,8 +288,8 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([Resnet(width, width, cfg, ops) for _ in range(2)])
         self.attentions = nn.ModuleList([Transformer(width, cfg, ops)])
 
-    def forward(self, x_BCHW: Tensor, time_BE: Tensor, context_BLD: Tensor) -> Tensor:
-        x_BCHW = self.attentions[0](self.resnets[0](x_BCHW, None, time_BE), context_BLD)
+    def forward(self, x_BCHW: Tensor, time_BE: Tensor, text_embeds_BLD: Tensor) -> Tensor:
+        x_BCHW = self.attentions[0](self.resnets[0](x_BCHW, None, time_BE), text_embeds_BLD)
         return self.resnets[1](x_BCHW, None, time_BE)
 
 
@@ -326,8 +331,8 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         skips = [first]  # widths of the skip connections to the up blocks
         for level, (width, attends) in enumerate(zip(widths, cfg.attention, strict=True)):
-            ins = [widths[max(level - 1, 0)]] + [width] * (cfg.layers_per_block - 1)
-            block = Level([(w, width) for w in ins], attends, cfg, ops)
+            in_widths = [widths[max(level - 1, 0)]] + [width] * (cfg.layers_per_block - 1)
+            block = Level([(w, width) for w in in_widths], attends, cfg, ops)
             skips += [width] * cfg.layers_per_block
             if level < len(widths) - 1:
                 block.downsamplers = nn.ModuleList([Downsample(width)])
@@ -340,8 +345,8 @@ class UNet(nn.Module):
         previous = widths[-1]
         for level in reversed(range(len(widths))):
             width = widths[level]
-            ins = [previous] + [width] * cfg.layers_per_block
-            block = Level([(w + skips.pop(), width) for w in ins], cfg.attention[level], cfg, ops)
+            in_widths = [previous] + [width] * cfg.layers_per_block
+            block = Level([(w + skips.pop(), width) for w in in_widths], cfg.attention[level], cfg, ops)
             if level > 0:
                 block.upsamplers = nn.ModuleList([Upsample(width)])
             self.up_blocks.append(block)
@@ -372,41 +377,41 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 module.precision = precision
 
-    def forward(self, latents_BCHW: Tensor, t_B: Tensor, context_BLD: Tensor) -> Tensor:
+    def forward(self, latents_BCHW: Tensor, t_B: Tensor, text_embeds_BLD: Tensor) -> Tensor:
         """Predict the noise in x_t.
 
         Args:
             latents_BCHW: noisy latents x_t (B, in_channels, H, W), scaled by the VAE's scaling factor.
             t_B: timesteps (B,), 0 to 999.
-            context_BLD: text embeddings (B, L, cross_attention_dim).
+            text_embeds_BLD: text embeddings (B, L, cross_attention_dim).
 
         Returns:
             (B, out_channels, H, W), channels last, in the dtype of the weights.
         """
         dtype = self.conv_in.weight.dtype
         x = latents_BCHW.to(dtype, memory_format=torch.channels_last)
-        context_BLD = context_BLD.to(dtype)
+        text_embeds_BLD = text_embeds_BLD.to(dtype)
         time_BE = F.silu(self.time_embedding(t_B))  # every resnet projects the same activated embedding
 
         x = self.conv_in(x)
         skips = [x]
         for block in cast(Iterable[Level], self.down_blocks):
             for i in range(len(block.resnets)):
-                x = self._run(block.layer, i, x, None, time_BE, context_BLD)
+                x = self._run(block.layer, i, x, None, time_BE, text_embeds_BLD)
                 skips.append(x)
             if block.downsamplers is not None:
                 x = block.downsamplers[0](x)
                 skips.append(x)
 
-        x = self._run(self.mid_block, x, time_BE, context_BLD)
+        x = self._run(self.mid_block, x, time_BE, text_embeds_BLD)
 
         for block in cast(Iterable[Level], self.up_blocks):
             for i in range(len(block.resnets)):
-                x = self._run(block.layer, i, x, skips.pop(), time_BE, context_BLD)
+                x = self._run(block.layer, i, x, skips.pop(), time_BE, text_embeds_BLD)
             if block.upsamplers is not None:
                 x = block.upsamplers[0](x, size=skips[-1].shape[2:])
 
-        return convolved(self.ops, self.cfg.norm_groups, self.conv_norm_out, self.conv_out, x)[0]
+        return norm_conv(self.ops, self.cfg.norm_groups, self.conv_norm_out, [self.conv_out], x)[0]
 
     def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.checkpointing != "block" or not torch.is_grad_enabled():

@@ -10,9 +10,9 @@ too. It is for inference only: sums are computed in place, and tensors are freed
     mean, logvar = quant_conv(conv_out(silu(norm_out(x))))
 
 cuDNN adds a convolution's bias in a separate pass over the output. The Triton table avoids that pass: there, x represents
-x + `late`, one number per channel that the next norm adds as it reads x. Only sums and convolutions lie between a convolution
-and a norm. A sum adds the `late` of both terms. A convolution maps a constant to a constant if its padding holds -late, which
-represents zero. With other tables `late` is None, because the convolution adds its bias at no cost there.
+x + `pending`, one number per channel that the next norm adds as it reads x. Only sums and convolutions lie between a
+convolution and a norm. A sum adds the `pending` of both terms. A convolution maps a constant to a constant if its padding holds
+-pending, which represents zero. With other tables `pending` is None: the convolution adds its bias at no cost there.
 
 Shapes: B images, C channels, H x W positions; all activations are channels last.
 """
@@ -52,64 +52,65 @@ class VaeEncoder:
 
     def __init__(self, module: Any, ops: Ops) -> None:
         self.module, self.ops = module, ops
-        self._defers = ops.name == "triton"
+        self._defers_bias = ops.name == "triton"
         other_blocks = sorted({*module.config.down_block_types} - {_BLOCK})
         if other_blocks or module.config.act_fn != "silu":
             mismatch = ", ".join(other_blocks) or f"act_fn {module.config.act_fn}"
             raise UserError(
-                "vae-blocks",
-                f"model.vae: its config has {mismatch}, and the encoder knows {_BLOCK} with silu; give another VAE",
+                "vae-blocks", f"model.vae: the config has {mismatch}, but only {_BLOCK} with silu is supported; use another VAE"
             )
 
     def __call__(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Encode channels-last images, in the weights' dtype and device, to (mean, clamped logvar), each (B, C, h, w)."""
         encoder = self.module.encoder
-        x, late = self._conv(encoder.conv_in, images_B3HW)
+        x, pending = self._conv(encoder.conv_in, images_B3HW)
         for block in encoder.down_blocks:
-            halves = block.downsamplers is not None
+            downsamples = block.downsamplers is not None
             for resnet in block.resnets:
-                x, late = self._resnet(resnet, x, late, edge=halves and resnet is block.resnets[-1])
-            if halves:
-                x, late = self._conv(block.downsamplers[0].conv, x, late)
+                x, pending = self._resnet(resnet, x, pending, pad=downsamples and resnet is block.resnets[-1])
+            if downsamples:
+                x, pending = self._conv(block.downsamplers[0].conv, x, pending)
+
         middle = encoder.mid_block
-        x, late = self._resnet(middle.resnets[0], x, late)
+        x, pending = self._resnet(middle.resnets[0], x, pending)
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
             if attention is not None:
-                self._attend(attention, x, late)
-            x, late = self._resnet(resnet, x, late)
-        x = encoder.conv_out(self._norm(encoder.conv_norm_out, x, late))
+                self._attend(attention, x, pending)
+            x, pending = self._resnet(resnet, x, pending)
+
+        x = encoder.conv_out(self._norm(encoder.conv_norm_out, x, pending))
         if self.module.quant_conv is not None:
             x = self.module.quant_conv(x)
         mean, logvar = x.chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_BOUNDS)
 
-    def _conv(self, conv: nn.Conv2d, x: Tensor, late: PendingBias = None) -> tuple[Tensor, PendingBias]:
-        """Convolve x + late. Elements that pad x must represent zero, so they hold -late."""
-        if not self._defers or conv.bias is None:
+    def _conv(self, conv: nn.Conv2d, x: Tensor, pending: PendingBias = None) -> tuple[Tensor, PendingBias]:
+        """Convolve x + pending. Elements that pad x must represent zero, so they hold -pending."""
+        if not self._defers_bias or conv.bias is None:
             return conv(x), None
         y, bias = F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias.float()
-        return y, bias if late is None else bias + conv.weight.float().sum((2, 3)) @ late
+        return y, bias if pending is None else bias + conv.weight.float().sum((2, 3)) @ pending
 
-    def _norm(self, norm: nn.GroupNorm, x: Tensor, late: PendingBias, silu: bool = True) -> Tensor:
-        if x.is_cpu and x.dtype == torch.float32 and not self._defers:
+    def _norm(self, norm: nn.GroupNorm, x: Tensor, pending: PendingBias, silu: bool = True) -> Tensor:
+        if x.is_cpu and x.dtype == torch.float32 and not self._defers_bias:
             return _group_norm_by_slabs(x, norm, silu)
-        shift = None if late is None else late.expand(len(x), -1)
+        shift = None if pending is None else pending.expand(len(x), -1)
         return self.ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift_BC=shift)
 
-    def _resnet(self, resnet: Any, x: Tensor, late: PendingBias, edge: bool = False) -> tuple[Tensor, PendingBias]:
-        """Apply a resnet. With `edge`, the result has one more row and column, for a convolution of stride 2."""
-        h, h_late = self._conv(resnet.conv1, self._norm(resnet.norm1, x, late))
-        h = self._norm(resnet.norm2, h, h_late)  # a separate statement: it frees the norm's input before the convolution
-        h, h_late = self._conv(resnet.conv2, h)
+    def _resnet(self, resnet: Any, x: Tensor, pending: PendingBias, pad: bool = False) -> tuple[Tensor, PendingBias]:
+        """Apply a resnet. With `pad`, the result has one more row and column, for a convolution of stride 2."""
+        h, h_pending = self._conv(resnet.conv1, self._norm(resnet.norm1, x, pending))
+        h = self._norm(resnet.norm2, h, h_pending)  # a separate statement: it frees the norm's input before the convolution
+        h, h_pending = self._conv(resnet.conv2, h)
         if resnet.conv_shortcut is not None:
-            x, late = self._conv(resnet.conv_shortcut, x, late)
-        late = None if late is None or h_late is None else late + h_late
-        return (_sum_with_edge(h, x, late) if edge else h.add_(x)), late
+            x, pending = self._conv(resnet.conv_shortcut, x, pending)
+        pending = None if pending is None or h_pending is None else pending + h_pending
+        return (_add_with_padding(h, x, pending) if pad else h.add_(x)), pending
 
-    def _attend(self, attention: Any, x: Tensor, late: PendingBias) -> None:
+    def _attend(self, attention: Any, x: Tensor, pending: PendingBias) -> None:
         """Add self-attention over all positions to x, in place."""
         B, C, H, W = x.shape
-        normed = self._norm(attention.group_norm, x, late, silu=False).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        normed = self._norm(attention.group_norm, x, pending, silu=False).permute(0, 2, 3, 1).reshape(B, H * W, C)
         q, k, v = (
             linear(normed).unflatten(2, (attention.heads, -1)) for linear in (attention.to_q, attention.to_k, attention.to_v)
         )
@@ -135,21 +136,21 @@ def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
     deviation = mean_BSG - mean_BSG.mean(1, keepdim=True)
     total = (rstd_BSG**-2 + deviation**2).mean(1, keepdim=True).rsqrt()  # each rstd includes eps, so the mean does too
 
-    def spread(x_BSG: Tensor) -> Tensor:
+    def per_channel(x_BSG: Tensor) -> Tensor:
         return x_BSG.float().view(-1, G).repeat_interleave(C // G, 1)
 
-    scale, shift = spread(total / rstd_BSG) * norm.weight, spread(deviation * total) * norm.weight + norm.bias
+    scale, shift = per_channel(total / rstd_BSG) * norm.weight, per_channel(deviation * total) * norm.weight + norm.bias
     torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None], out=y)
     if silu:
         F.silu(y, inplace=True)
     return y.permute(0, 2, 3, 1).view(B, H, W, C).permute(0, 3, 1, 2)
 
 
-def _sum_with_edge(h: Tensor, x: Tensor, late: PendingBias) -> Tensor:
+def _add_with_padding(h: Tensor, x: Tensor, pending: PendingBias) -> Tensor:
     """Return h + x with one more row and column that represent zeros, so that no copy is needed for padding."""
     B, C, H, W = h.shape
     out = torch.empty(B, C, H + 1, W + 1, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
-    zero = torch.zeros(C, dtype=h.dtype, device=h.device) if late is None else -late.to(h.dtype)
+    zero = torch.zeros(C, dtype=h.dtype, device=h.device) if pending is None else -pending.to(h.dtype)
     out[:, :, H:] = out[:, :, :, W:] = zero[:, None, None]
     torch.add(h, x, out=out[:, :, :H, :W])
     return out

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastsd.errors import UserError
 from fastsd.model.unet import UNet, UNetConfig
-from fastsd.storage import Tensors, check_finite, whole
+from fastsd.storage import Tensors, as_tensor, check_finite
 
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 MAX_LAYERS = 1000  # upper limit of the counts in a config; SD1.5's text encoder has 12
@@ -26,8 +26,8 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def diffusers_pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield (diffusers name, view of its part) for a parameter, or a tensor shaped like it. Adapters have no such names."""
+def diffusers_views(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield (diffusers name, view of its rows) for a parameter, or a tensor shaped like it. Adapters have no such names."""
     if ADAPTER in name:
         return
     name = plain_name(name)
@@ -44,7 +44,7 @@ def diffusers_pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def diffusers_names(name: str) -> list[str]:
     """List the diffusers names of one parameter of `UNet`: one, two or three for a fused weight, none for an adapter."""
-    return [piece for piece, _ in diffusers_pieces(name, torch.empty(6, 1, device="meta"))]
+    return [file_name for file_name, _ in diffusers_views(name, torch.empty(6, 1, device="meta"))]
 
 
 def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, T
     for name, parameter in unet.named_parameters():
         tensor = parameter.grad if grad else (tensors or {}).get(name, parameter)
         if tensor is not None:
-            out.update(diffusers_pieces(name, tensor.detach()))
+            out.update(diffusers_views(name, tensor.detach()))
     return out
 
 
@@ -78,16 +78,16 @@ def copy_tensors(targets: Mapping[str, Tensor], sources: Tensors, place: str) ->
     """Copy tensors into the targets of the same name, with the checks of `load_diffusers_unet`."""
     check_names(targets, sources, place)
     for name, target in targets.items():
-        tensor = whole(sources[name])
+        tensor = as_tensor(sources[name])
         check_finite(name, tensor, place)
         target.copy_(tensor)
 
 
-def empty_part(part: str, config: dict[str, Any], place: str) -> nn.Module:
+def empty_component(component: str, config: dict[str, Any], place: str) -> nn.Module:
     """Build the module that a config describes, without data.
 
     Args:
-        part: "unet", "vae" or "text_encoder". `config` is its config.json, found at `place`.
+        component: "unet", "vae" or "text_encoder". `config` is its config.json, found at `place`.
 
     Raises:
         UserError: the config describes another kind of model, or is invalid.
@@ -95,18 +95,20 @@ def empty_part(part: str, config: dict[str, Any], place: str) -> nn.Module:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    if part == "vae" and config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise UserError("not-a-vae", f"{place}: the class is {config['_class_name']}; give an AutoencoderKL")
+    if component == "vae" and config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise UserError("not-a-vae", f"{place}: _class_name is {config['_class_name']}; give an AutoencoderKL")
     for key in ("num_hidden_layers", "layers_per_block", "block_out_channels"):
         value = config.get(key)
         count = len(value) if isinstance(value, list) else value
         if isinstance(count, int) and count > MAX_LAYERS:
-            raise UserError("layer-count", f"{place}: {key} asks for {count} layers; give a model of SD1.5's family")
+            raise UserError(
+                "layer-count", f"{place}: {key} requests {count} layers, more than {MAX_LAYERS}; give an SD1.5 model"
+            )
     try:
         with torch.device("meta"):
-            if part == "unet":
+            if component == "unet":
                 return UNet(UNetConfig.from_diffusers(config, place))
-            if part == "vae":
+            if component == "vae":
                 return cast(nn.Module, AutoencoderKL.from_config(config))
             return cast(nn.Module, CLIPTextModel(CLIPTextConfig.from_dict(config)))
     except UserError:
@@ -114,32 +116,29 @@ def empty_part(part: str, config: dict[str, Any], place: str) -> nn.Module:
     except Exception as error:  # the libraries raise many types of errors for an invalid config
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            "config-of-other-component", f"{place}: describes no {part.replace('_', ' ')} ({reason}); fetch it again"
+            "config-of-other-component", f"{place}: invalid {component.replace('_', ' ')} config ({reason}); download it again"
         ) from None
 
 
-def expected_tensors(part: str, config: dict[str, Any], place: str) -> dict[str, Tensor]:
-    """Return the tensors of `empty_part`'s module, without data, under the names in its component's file."""
-    module = empty_part(part, config, place)
-    if part == "unet":
+def expected_tensors(component: str, config: dict[str, Any], place: str) -> dict[str, Tensor]:
+    """Return the tensors of `empty_component`'s module, without data, under the names in its component's file."""
+    module = empty_component(component, config, place)
+    if component == "unet":
         return diffusers_state_dict(cast(UNet, module))
     state = module.state_dict()
-    return state if part == "vae" else {classic_text_name(name): tensor for name, tensor in state.items()}
+    return state if component == "vae" else {classic_text_name(name): tensor for name, tensor in state.items()}
 
 
 def check_names(
-    expected: Mapping[str, Tensor], tensors: Tensors, place: str,
-    advice: str = "give weights of the architecture its config describes",
-) -> None:  # fmt: skip
+    expected: Mapping[str, Tensor], tensors: Tensors, place: str, advice: str = "give weights that match the config"
+) -> None:
     """Raise UserError, naming the first offender, unless `tensors` has exactly the names and shapes of `expected`."""
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     if missing or extra:
-        names, word = (missing, "missing") if missing else (extra, "not part of this model")
+        kind, count = ("missing", f"{len(missing)} of {len(expected)}") if missing else ("unexpected", len(extra))
         raise UserError(
-            "weights-names",
-            f"{place}: {len(names)} of {len(expected)} tensors {'is' if len(names) == 1 else 'are'} {word}, "
-            f"the first is {names[0]}; {advice}",
+            "weights-names", f"{place}: tensors are {kind} ({count}, the first is {(missing or extra)[0]}); {advice}"
         )
     for name, target in expected.items():
         if target.shape != tensors[name].shape:

@@ -252,7 +252,7 @@ class Step:
             component.release()
 
     def _component(self, name: str) -> TrainableComponent:
-        stage, module = self.stage, self.model.part(name)
+        stage, module = self.stage, self.model.component(name)
         trained = self.trained.get(name, set())
         accumulates, arena = stage.batch > self.micro_batch_size, not stage.fused_backward
         return TrainableComponent(

@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from sentences import refused
+from sentences import refused, says
 from tiny import make_tiny_model, tiny_vae
 
 from fastsd.commands.convert import ConvertOptions, convert
@@ -234,7 +234,7 @@ def test_folded_vae_equals_the_vae(factor, shift):
     assert (result.logvar - reference.logvar - 2 * math.log(factor / SD15_SCALING_FACTOR)).abs().max() <= 1e-5
     changed = [name for name, tensor in vae.state_dict().items() if not torch.equal(tensor, tensors[name])]
     assert {name.split(".")[0] for name in changed} == {"quant_conv", "post_quant_conv"}
-    back = fold_vae.unfold(folded_config, tensors, fold_vae.undo(config, vae.state_dict()))
+    back = fold_vae.unfold(folded_config, tensors, fold_vae.unfold_record(config, vae.state_dict()))
     assert back and all(torch.equal(back[1][name], tensor) for name, tensor in vae.state_dict().items())
     assert back[0] == config
 
@@ -263,7 +263,7 @@ def test_swapped_vae_in_one_file(model, tmp_path):
     # A tool without scaling factors reads it by the original names, at 0.18215.
     read_by_others = tiny_vae(groups=32, width=32)
     state = {name: t for name, t in read_safetensors(tmp_path / "xl.safetensors").items() if name.startswith(PREFIX["vae"])}
-    _, named = single_file_layout.read_part(tmp_path, state, {}, "vae", [])
+    _, named = single_file_layout.read_component(tmp_path, state, {}, "vae", [])
     read_by_others.load_state_dict({name: tensor.float() for name, tensor in named.items()})
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_swapped_vae_in_one_file(model, tmp_path):
     state[PREFIX["vae"] + "quant_conv.bias"] += 1
     write_safetensors(tmp_path / "baked.safetensors", state, metadata)
     lines = converted(tmp_path / "baked.safetensors", tmp_path / "baked", tokenizer=str(model))
-    assert any("not unfolded" in line for line in lines)
+    assert says("\n".join(lines), "vae-not-unfolded")
     assert json.loads((tmp_path / "baked" / "vae" / "config.json").read_text())["scaling_factor"] == SD15_SCALING_FACTOR
 
 
@@ -350,7 +350,7 @@ def test_tokenizer_from_the_hubs_cache(model, file, tmp_path, monkeypatch):
     with refused("write-no-tokenizer"):
         converted(file, tmp_path / "out")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert any(line.startswith("tokenizer: openai/clip-vit-large-patch14") for line in converted(file, tmp_path / "out"))
+    assert says("\n".join(converted(file, tmp_path / "out")), "tokenizer-cached", owner="openai/clip-vit-large-patch14")
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / "out" / "tokenizer" / name).read_bytes() == (model / "tokenizer" / name).read_bytes()
     assert not (tmp_path / "out" / "tokenizer" / "config.json").exists()

@@ -1,11 +1,13 @@
-"""Captions of any length: chunks, Long-CLIP's table of positions, and clip skip with them."""
+"""Captions of any length: chunks, Long-CLIP's position embeddings, and both with clip skip."""
 
 import json
+import re
 
 import pytest
 import torch
 from commandline import fastsd
 from runs import run
+from sentences import says
 from tiny import job, make_tiny_model
 
 from fastsd.config.schema import ModelTable
@@ -25,13 +27,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def longer(folder, tmp_path_factory):
-    """The same with 248 positions, by the command."""
+    """The model with 248 positions, written by the command."""
     from fastsd.commands.long_clip import long_clip
 
     out = tmp_path_factory.mktemp("long") / "clip"
-    said = []
-    long_clip(str(folder), out, 248, reporter=said.append)
-    assert "77 positions stretched to 248, the first 20 kept" in said[0]
+    lines = []
+    long_clip(str(folder), out, 248, reporter=lines.append)
+    assert {"77", "248", "20"} <= set(re.findall(r"\d+", lines[0]))
     return out
 
 
@@ -39,8 +41,7 @@ def text_of(base, **keys):
     return load_model(ModelTable(base=str(base), **keys)).text
 
 
-def test_long_clips_table(folder, longer):
-    """The table as Long-CLIP's authors describe it, position by position."""
+def test_stretched_positions_equal_the_paper(folder, longer):
 
     def table(base):
         return next(p.double() for n, p in text_of(base).module.named_parameters() if "position_embedding" in n)
@@ -59,90 +60,86 @@ def test_a_long_caption_reaches_beyond_77(longer):
     text = text_of(longer)
     assert text.length == 248
     ids = text.tokenize([LONG, LONG, " ".join(LONG.split()[:75])])
-    states = text.encode(ids)
-    assert states.shape == (3, 248, text.width)
-    assert torch.equal(states[0], states[1])
-    torch.testing.assert_close(states[0, :70], states[2, :70])  # a causal encoder: the same beginning, the same states
-    assert all(not torch.allclose(states[0, i], states[2, i], atol=1e-4) for i in range(80, 200))
+    text_embeds = text.encode(ids)
+    assert text_embeds.shape == (3, 248, text.width)
+    assert torch.equal(text_embeds[0], text_embeds[1])
+    torch.testing.assert_close(text_embeds[0, :70], text_embeds[2, :70])  # the encoder is causal
+    assert all(not torch.allclose(text_embeds[0, i], text_embeds[2, i], atol=1e-4) for i in range(80, 200))
 
 
 @pytest.mark.parametrize("skip", [0, 1])
-@pytest.mark.parametrize("which", ["folder", "longer"])
-def test_short_captions_are_the_encoders_own(which, skip, request):
-    """What transformers' CLIPTextModel and its tokenizer give by themselves."""
-    base = request.getfixturevalue(which)
+@pytest.mark.parametrize("fixture", ["folder", "longer"])
+def test_short_captions_equal_transformers(fixture, skip, request):
+    base = request.getfixturevalue(fixture)
     text = text_of(base, clip_skip=skip)
     ids = text.tokenizer(SHORT, padding="max_length", max_length=text.window, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(text.tokenize(SHORT), ids)
-    own = text.module(ids, output_hidden_states=True)
-    expected = own.last_hidden_state if skip == 0 else text.final_layer_norm(own.hidden_states[-(skip + 1)])
+    out = text.module(ids, output_hidden_states=True)
+    expected = out.last_hidden_state if skip == 0 else text.final_layer_norm(out.hidden_states[-(skip + 1)])
     assert torch.equal(text.encode(ids), expected)
 
 
-def test_a_stretched_encoder_reads_the_first_twenty_tokens_as_before(folder, longer):
-    before, after = text_of(folder), text_of(longer)
-    states = [text.encode(text.tokenize(SHORT))[:, :20] for text in (before, after)]
-    torch.testing.assert_close(*states)
+def test_stretching_does_not_change_the_first_twenty_tokens(folder, longer):
+    before, after = (text.encode(text.tokenize(SHORT))[:, :20] for text in (text_of(folder), text_of(longer)))
+    torch.testing.assert_close(before, after)
 
 
 @pytest.mark.parametrize("skip", [0, 1])
-def test_chunks_are_read_each_by_itself(folder, skip):
-    one, three = text_of(folder, clip_skip=skip), text_of(folder, chunks=3, clip_skip=skip)
+def test_chunks_are_encoded_separately(folder, skip):
+    single, three = text_of(folder, clip_skip=skip), text_of(folder, chunks=3, clip_skip=skip)
     ids = three.tokenize([LONG, "red circle"])
     tokens = three.tokenizer([LONG], add_special_tokens=False).input_ids[0]
     assert ids.shape == (2, 3 * 77) and len(tokens) > 150
     begin, end = three.tokenizer.bos_token_id, three.tokenizer.eos_token_id
     for c in range(3):
         row = ids[0, 77 * c : 77 * (c + 1)].tolist()
-        part = tokens[75 * c : 75 * (c + 1)]
-        assert row[0] == begin and row[1 : 1 + len(part)] == part and row[1 + len(part)] == end
-    states = three.encode(ids)
-    apart = torch.cat([one.encode(ids[:, 77 * c : 77 * (c + 1)]) for c in range(3)], dim=1)
-    torch.testing.assert_close(states, apart)
-    torch.testing.assert_close(states[1, :77], one.encode(one.tokenize(["red circle"]))[0])
-    torch.testing.assert_close(states[1, 77:154], one.encode(one.tokenize([""]))[0])
+        chunk = tokens[75 * c : 75 * (c + 1)]
+        assert row[0] == begin and row[1 : 1 + len(chunk)] == chunk and row[1 + len(chunk)] == end
+    text_embeds = three.encode(ids)
+    expected = torch.cat([single.encode(ids[:, 77 * c : 77 * (c + 1)]) for c in range(3)], dim=1)
+    torch.testing.assert_close(text_embeds, expected)
+    torch.testing.assert_close(text_embeds[1, :77], single.encode(single.tokenize(["red circle"]))[0])
+    torch.testing.assert_close(text_embeds[1, 77:154], single.encode(single.tokenize([""]))[0])
 
 
 STAGE = '[[stage]]\ntrain = ["unet", "text_encoder"]\nuntil = 2\nbatch = 4\noptimizer = "lion"\nlr = 1e-3\n'
 
 
-@pytest.mark.parametrize("states", ["", "cache.hidden_states=true"])
-def test_training_with_chunks(states, tmp_path, folder, images):
-    """Token ids from the cache and cached states are what the encoder takes."""
+@pytest.mark.parametrize("override", ["", "cache.hidden_states=true"])
+def test_training_with_chunks_from_cached_ids_or_embeddings(override, tmp_path, folder, images):
     import shutil
 
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "0000.txt").write_text(LONG)
-    stage = STAGE.replace(', "text_encoder"', "") if states else STAGE
+    stage = STAGE.replace(', "text_encoder"', "") if override else STAGE
     path = job(tmp_path, folder, tmp_path / "images", stage)
     losses = {}
     for chunks in (1, 3):
-        keys = [f"model.chunks={chunks}", f"run={tmp_path}/run-{chunks}", "stage.batch=21", *([states] if states else [])]
-        where, said = run(path, *keys)
-        assert "tokenized on the way" not in said
-        losses[chunks] = [json.loads(line)["loss"] for line in (where / "log.jsonl").read_text().splitlines()]
+        keys = [f"model.chunks={chunks}", f"run={tmp_path}/run-{chunks}", "stage.batch=21", *([override] if override else [])]
+        run_folder, out = run(path, *keys)
+        assert not says(out, "tokenized-on-the-way")
+        losses[chunks] = [json.loads(line)["loss"] for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert losses[1] != losses[3]
 
 
-def test_long_clip_command_says_what_is_wrong(tmp_path, folder, monkeypatch, capsys):
-    def said(*words):
+def test_long_clip_command_refuses_in_one_line(tmp_path, folder, monkeypatch, capsys):
+    def error_line(*words):
         code, out, err = fastsd("long-clip", *words, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 2 and err.count("\n") == 1, (out, err)
         return err
 
-    assert "which already exists; choose a new folder" in said(folder, folder)
-    assert "--tokens: tokens is 77 and the encoder has 77 positions; give more" in said(
-        folder, tmp_path / "o", "--tokens", "77"
-    )
-    assert "no such folder" in said(tmp_path / "none", tmp_path / "o")
+    assert says(error_line(folder, folder), "out-exists")
+    line = error_line(folder, tmp_path / "o", "--tokens", "77")
+    assert says(line, "long-clip-tokens") and says(line, "stretch-tokens", tokens=77, count=77)
+    assert says(error_line(tmp_path / "none", tmp_path / "o"), "source-missing")
     assert not (tmp_path / "o").exists()
 
 
-def test_stretching_is_exact_where_it_can_be():
+def test_stretches_to_any_length():
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    module = CLIPTextModel(CLIPTextConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                          num_attention_heads=2))  # fmt: skip
+    config = CLIPTextConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    module = CLIPTextModel(config)
     stretch(module, 134, keep=20)
     assert module.config.max_position_embeddings == 134
     assert module(torch.zeros(1, 134, dtype=torch.int64)).last_hidden_state.isfinite().all()

@@ -71,7 +71,7 @@ def test_folder_and_single_file_have_the_same_weights(exported):
         file = folder / f"{name}.safetensors"
         (line,) = [line for line in text.splitlines() if says(line, "exported-file", path=file, dtype="fp16")]
         assert says(text, "exported-folder", path=folder / name) and "0.25" in line
-        components, file_components = open_source(str(folder / name)).parts, open_source(str(file)).parts
+        components, file_components = open_source(str(folder / name)).components, open_source(str(file)).components
         for component in ("unet", "text_encoder"):
             for key, tensor in components[component].tensors.items():
                 assert torch.equal(file_components[component].tensors[key].read(), tensor.read().half()), key
@@ -254,7 +254,7 @@ def test_a_full_disk_keeps_the_previous_export(exported, monkeypatch):
 def test_planned_export_size(exported):
     folder, _ = exported
     config = load_config(folder.parent / "job.toml", list(KEYS))
-    components = open_source(str(folder / "model")).parts
+    components = open_source(str(folder / "model")).components
     sizes = {name: sum(4 * t.numel() for t in files.tensors.values()) for name, files in components.items()}
     unlinked = {"model": 0, "model-ema": sizes["unet"] + sizes["text_encoder"]}
     written = sum(unlinked[name] + (folder / f"{name}.safetensors").stat().st_size for name in unlinked)

@@ -299,7 +299,7 @@ def test_ema_weights_are_measured_and_removed_again(precision, tmp_path, tiny_mo
         rows = measure(tmp_path / name, config)
         assert [{key: row[key] for key in KEYS} for row in rows] == last(folder, weights)
     with open_run(load_config(path, [*SIZES, "stage.one.until=8"], precision), Console(file=StringIO())) as opened_run:
-        unet = start_stage(opened_run, 0).parts["unet"]
+        unet = start_stage(opened_run, 0).components["unet"]
         before, weight = unet.master_hi.clone(), unet.weights[0]
         with pytest.raises(KeyError), unet.averaged():
             expected = unet.ema if precision == "fp32" else split_master(unet.ema)[0]

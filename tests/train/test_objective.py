@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import replace
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from model_files import edit_json, spoil
-from sentences import refused
+from sentences import refused, says
 from step_inputs import Elsewhere, stage_of
 from torch.nn import functional as F
 
@@ -275,7 +274,7 @@ def test_prediction_comes_from_the_base_or_the_config(tmp_path, tiny_model):
     assert model.prediction == "v_prediction" and not model.notes and model.scheduler["timestep_spacing"] == "trailing"
     model = loaded(tmp_path / "back", tiny_model, scheduler, prediction="epsilon", zero_snr=False)
     assert model.prediction == "epsilon" and alphas_cumprod(model.scheduler)[-1] > 0
-    assert re.search(r'v_prediction .*"epsilon"', model.notes[0])
+    assert says(model.notes[0], "base-prediction", prediction="epsilon", base_prediction="v_prediction")
 
 
 def test_another_prediction_is_noted_and_exported(tmp_path, tiny_model):
@@ -283,7 +282,7 @@ def test_another_prediction_is_noted_and_exported(tmp_path, tiny_model):
 
     model = loaded(tmp_path, tiny_model, prediction="v_prediction", zero_snr=True)
     (note,) = model.notes
-    assert re.search(r'epsilon .*"v_prediction"', note)
+    assert says(note, "base-prediction", prediction="v_prediction", base_prediction="epsilon")
     write_rest(tmp_path / "out", model)
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDIMScheduler"]
     sampler = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")

@@ -316,4 +316,4 @@ def test_auto_micro_batch_is_the_largest_that_fits(tmp_path, tiny_model, images,
     assert results[1000] == 12 > results[5] >= 1 and all(12 % micro == 0 for micro in results.values())
     monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device: 1000 << 20)
     _, text = run(path, f"run={tmp_path / '5'}", "stage.0.until=4")  # resumed with more memory: the sums stay the same
-    assert checkpoint.newest(tmp_path / "5" / "checkpoints", print)[1].micro == results[5]
+    assert checkpoint.newest(tmp_path / "5" / "checkpoints", print)[1].micro_batch_size == results[5]

@@ -41,15 +41,15 @@ def load_to_train(table: ModelTable, ops: Ops = REFERENCE, seed: int = 0, checkp
 
         add_lora(model, table.lora, seed)
         if checkpoint or table.lora.file:
-            load_lora(model, checkpoint / ADAPTERS if checkpoint else _file(table.lora.file))
+            load_lora(model, checkpoint / ADAPTERS if checkpoint else _lora_file(table.lora.file))
     return model
 
 
-def _file(name: str) -> Path:
+def _lora_file(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(
-            "lora-file-missing", f"model.lora.file is {name!r}: no such file; give a .safetensors of a LoRA, or remove it"
+            "lora-file-missing", f"model.lora.file is {name!r}, which does not exist; give a LoRA file or remove the key"
         )
     return path
 
@@ -63,18 +63,18 @@ def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | No
     Raises:
         UserError: see `load_model`; or the adapters are damaged.
     """
-    model, made_by = load_model(table, ops), Path(table.base) / MADE_BY
-    if made_by.is_file():
+    model, settings_path = load_model(table, ops), Path(table.base) / MADE_BY
+    if settings_path.is_file():
         from fastsd.model.formats.lora_weights import load_lora
         from fastsd.model.lora import add_lora, merge_lora
 
-        settings = json.loads(made_by.read_text(encoding="utf-8"))
+        settings = json.loads(settings_path.read_text(encoding="utf-8"))
         # The training's clip_skip decides which layers have adapters, whatever clip_skip the caller asks for.
         requested_clip_skip, model.text.clip_skip = model.text.clip_skip, settings["clip_skip"]
         add_lora(model, LoraTable(**settings["lora"]), seed=0)
-        load_lora(model, made_by.with_name(ADAPTERS))
+        load_lora(model, settings_path.with_name(ADAPTERS))
         for component, tensors in (averages or {}).items():
-            parameters = dict(model.part(component).named_parameters())
+            parameters = dict(model.component(component).named_parameters())
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     parameters[name].copy_(tensor)

@@ -23,20 +23,20 @@ from torch import Tensor
 
 from fastsd.errors import UserError
 from fastsd.model.vae import SD15_SCALING_FACTOR
-from fastsd.storage import DTYPES, Stored, Tensors, whole
+from fastsd.storage import DTYPES, Stored, Tensors, as_tensor
 
 UNFOLDED = "fastsd.vae_unfolded"  # header key of the text that `unfold` takes
 _NAMES = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
 _SETTINGS = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv")
 
 
-def scale_of(config: dict[str, Any], place: str) -> tuple[float, float]:
+def factor_and_shift(config: dict[str, Any], place: str) -> tuple[float, float]:
     """Return (factor, shift) of a VAE's config. Raises UserError, naming `place`, if they are not valid numbers."""
     settings = config.get("scaling_factor"), config.get("shift_factor")
     factor, shift = SD15_SCALING_FACTOR if settings[0] is None else settings[0], 0.0 if settings[1] is None else settings[1]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (factor, shift)) or not factor:
         raise UserError(
-            "vae-factor", f"{place}: scaling_factor is {factor!r} and shift_factor {shift!r}; give numbers, the factor not 0"
+            "vae-factor", f"{place}: scaling_factor is {factor!r}, shift_factor is {shift!r}; give finite numbers, factor not 0"
         )
     return factor, shift
 
@@ -47,15 +47,16 @@ def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str
     Raises:
         UserError: the factor is invalid, or a convolution cannot be folded.
     """
-    factor, shift = scale_of(config, place)
-    old = _edges(config, tensors)
+    factor, shift = factor_and_shift(config, place)
+    old = _latent_convolutions(config, tensors)
     for name in _NAMES[::2]:
         if old[name].shape[2:] != (1, 1):
             size = "x".join(map(str, old[name].shape[2:]))
-            advice = "leave it out, with --no-fold or export.fold = false"
+            advice = "use --no-fold or export.fold = false"
             raise UserError(
-                "vae-unfoldable", f"{place}: {name} is a {size} convolution, into which no factor can be folded; {advice}"
+                "vae-unfoldable", f"{place}: {name} is a {size} convolution, but only 1x1 convolutions can be folded; {advice}"
             )
+
     r, channels = factor / SD15_SCALING_FACTOR, old["post_quant_conv.weight"].shape[1]
     weight, bias = old["quant_conv.weight"].double(), old["quant_conv.bias"].double()
     post_weight, post_bias = old["post_quant_conv.weight"].double(), old["post_quant_conv.bias"].double()
@@ -65,13 +66,14 @@ def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str
         "post_quant_conv.weight": post_weight / r,
         "post_quant_conv.bias": post_bias + shift * post_weight.sum((1, 2, 3)),
     }
+
     folded = {"scaling_factor": SD15_SCALING_FACTOR, "shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True}
     return {**config, **folded}, {**tensors, **{name: tensor.float() for name, tensor in new.items()}}
 
 
-def _edges(config: dict[str, Any], tensors: Tensors) -> dict[str, Tensor]:
+def _latent_convolutions(config: dict[str, Any], tensors: Tensors) -> dict[str, Tensor]:
     """Return the two 1x1 convolutions next to the latents, or identities where they are missing."""
-    convolutions = {name: whole(tensors[name]) for name in _NAMES if name in tensors}
+    convolutions = {name: as_tensor(tensors[name]) for name in _NAMES if name in tensors}
     channels = config.get("latent_channels", 4)
     for name, count in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
         convolutions.setdefault(f"{name}.weight", torch.eye(count)[:, :, None, None])
@@ -79,12 +81,12 @@ def _edges(config: dict[str, Any], tensors: Tensors) -> dict[str, Tensor]:
     return convolutions
 
 
-def undo(config: dict[str, Any], tensors: Tensors) -> str:
+def unfold_record(config: dict[str, Any], tensors: Tensors) -> str:
     """Return header text from which `unfold` restores the unfolded tensors and settings bit for bit."""
     encoded = {}
     for name in _NAMES:
         if name in tensors:
-            tensor = whole(tensors[name]).contiguous()
+            tensor = as_tensor(tensors[name]).contiguous()
             data = base64.b64encode(tensor.view(torch.uint8).numpy().tobytes()).decode()
             encoded[name] = [DTYPES[tensor.dtype], list(tensor.shape), data]
     return json.dumps({"config": {key: config[key] for key in _SETTINGS if key in config}, "tensors": encoded})
@@ -105,7 +107,8 @@ def unfold(config: dict[str, Any], tensors: Tensors, text: str) -> tuple[dict[st
         other_tensors = {name: tensor for name, tensor in tensors.items() if name not in _NAMES}
         unfolded_config = {key: value for key, value in config.items() if key not in _SETTINGS} | record["config"]
         refolded = fold(unfolded_config, other_tensors | originals, "")[1]
-        is_unchanged = all(torch.equal(whole(tensors[name]), whole(refolded[name]).to(tensors[name].dtype)) for name in _NAMES)
+        pairs = [(as_tensor(tensors[name]), as_tensor(refolded[name])) for name in _NAMES]
+        is_unchanged = all(torch.equal(tensor, folded.to(tensor.dtype)) for tensor, folded in pairs)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, UserError):
         return None
     return (unfolded_config, other_tensors | originals) if is_unchanged else None

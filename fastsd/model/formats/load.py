@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsd.config.schema import ModelTable
 from fastsd.errors import UserError
-from fastsd.model.formats.fold_vae import scale_of
+from fastsd.model.formats.fold_vae import factor_and_shift
 from fastsd.model.formats.model_source import ComponentFiles, find_tokenizer, locate, open_file, read_component, read_scheduler
 from fastsd.model.formats.write import write_component as write_tensors
 from fastsd.model.formats.write import write_pipeline
@@ -32,10 +32,10 @@ from fastsd.model.weights import (
     classic_text_name,
     copy_tensors,
     diffusers_state_dict,
-    empty_part,
+    empty_component,
     load_diffusers_unet,
     plain_name,
-)  # fmt: skip
+)
 from fastsd_kernels import REFERENCE, Ops
 
 
@@ -50,52 +50,55 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
     unet = _load_unet(base, ops, notes)
     text = load_text(table, base)
     vae = load_vae(table, base)
+
     if vae.channels != unet.cfg.in_channels:
         raise UserError(
             "vae-channels",
-            f"model.vae: {vae.name} has {vae.channels} latent channels and the UNet of {table.base} takes "
+            f"model.vae: {vae.name} has {vae.channels} latent channels, but the UNet of {table.base} takes "
             f"{unet.cfg.in_channels}; choose a VAE with {unet.cfg.in_channels}",
         )
     if text.width != unet.cfg.cross_attention_dim:
         raise UserError(
             "text-width",
-            f"model.base: the text encoder of {table.base} is {text.width} wide and its UNet reads "
-            f"{unet.cfg.cross_attention_dim}; give a base whose parts belong together",
+            f"model.base is {table.base}: the text encoder has width {text.width}, but the UNet expects "
+            f"{unet.cfg.cross_attention_dim}; choose a base model with matching components",
         )
+
     scheduler, scheduler_notes = _load_scheduler(base, table)
     return Model(table.base, unet, text, vae, scheduler, notes + scheduler_notes)
 
 
-def _part(base: Path, name: str, notes: list[str] | None = None) -> ComponentFiles | None:
+def _open_component(base: Path, name: str, notes: list[str] | None = None) -> ComponentFiles | None:
     """Return a component of a located model, or None if a single file has none. Lines on what was ignored go to `notes`."""
-    return open_file(base).part(name, [] if notes is None else notes) if base.is_file() else read_component(base, name, notes)
+    return open_file(base).read(name, [] if notes is None else notes) if base.is_file() else read_component(base, name, notes)
 
 
 def _load_unet(base: Path, ops: Ops, notes: list[str]) -> UNet:
-    part = _part(base, "unet", notes)
-    assert part is not None  # a file without a UNet is refused
+    component = _open_component(base, "unet", notes)
+    assert component is not None  # a file without a UNet is refused
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_diffusers(part.config, part.where), ops)
+        unet = UNet(UNetConfig.from_diffusers(component.config, component.config_file), ops)
     unet.to_empty(device="cpu")
-    load_diffusers_unet(unet, part.tensors, part.place)
+    load_diffusers_unet(unet, component.tensors, component.place)
     return unet
 
 
 def load_text(table: ModelTable, base: Path) -> TextEncoder:
     """Load the text encoder and tokenizer of a located base model."""
     tokenizer, tokenizer_folder = load_tokenizer(table, base)
-    part = _part(base, "text_encoder")
-    if part is None and (tokenizer_folder.parent / "text_encoder").is_dir():
-        part = read_component(tokenizer_folder.parent, "text_encoder")
-    if part is None:
+    component = _open_component(base, "text_encoder")
+    if component is None and (tokenizer_folder.parent / "text_encoder").is_dir():
+        component = read_component(tokenizer_folder.parent, "text_encoder")
+    if component is None:
         raise UserError(
             "single-file-text-encoder",
-            f"model.base is the single file {base}, which has no text encoder; set model.tokenizer to a diffusers folder that "
-            "has one beside its tokenizer",
+            f"model.base is {base}, a single file without a text encoder; set model.tokenizer to a diffusers folder with "
+            "tokenizer/ and text_encoder/",
         )
-    module = empty_part("text_encoder", part.config, part.where).to_empty(device="cpu")
+    module = empty_component("text_encoder", component.config, component.config_file).to_empty(device="cpu")
     _fill_position_ids(module)
-    copy_tensors({classic_text_name(name): tensor for name, tensor in module.state_dict().items()}, part.tensors, part.place)
+    targets = {classic_text_name(name): tensor for name, tensor in module.state_dict().items()}
+    copy_tensors(targets, component.tensors, component.place)
     return TextEncoder(module, tokenizer, table.clip_skip, tokenizer_folder, table.chunks)
 
 
@@ -112,20 +115,19 @@ def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Pa
     if folder is None and base.is_file() and not table.tokenizer:
         raise UserError(
             "single-file-tokenizer",
-            f"model.base is the single file {base}, which has no tokenizer; "
-            'set model.tokenizer to a folder or hub id that has one, for example "openai/clip-vit-large-patch14"',
+            f"model.base is {base}, a single file without a tokenizer; "
+            'set model.tokenizer to a folder or hub id with one, for example "openai/clip-vit-large-patch14"',
         )
     if folder is None:
         source = table.tokenizer or base
         raise UserError(
-            "no-tokenizer",
-            f"{source}: no CLIP tokenizer there (vocab.json, merges.txt); set model.tokenizer to a folder with one",
+            "no-tokenizer", f"{source}: no CLIP tokenizer (vocab.json, merges.txt); set model.tokenizer to a folder with them"
         )
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True), folder
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            "tokenizer-broken", f"{folder}: its tokenizer does not load ({str(error).splitlines()[0]}); fetch it again"
+            "tokenizer-broken", f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}); download it again"
         ) from None
 
 
@@ -140,23 +142,25 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
     """Load a config's VAE, `model.vae` or the base's own, in fp32 on the CPU."""
     name = table.vae or table.base
     source = locate(table.vae, "model.vae") if table.vae else base or locate(table.base, "model.base", table.revision)
-    part = _part(source, "vae")
-    if part is None:
-        advice = "set model.vae to one" if not table.vae else "give a file that has one"
-        raise UserError("no-vae", f"{source}: no AutoencoderKL in it; {advice}")
-    config = dict(part.config)
+    component = _open_component(source, "vae")
+    if component is None:
+        advice = "set model.vae to another model" if table.vae else "set model.vae to a model that has one"
+        raise UserError("no-vae", f"{source}: no AutoencoderKL found; {advice}")
+
+    config = dict(component.config)
     if table.vae and source.is_file() and table.vae_scaling_factor is None and "scaling_factor" not in config:
         raise UserError(
             "vae-factor-unknown",
-            f"model.vae is the single file {source}, which does not say its scaling factor; add "
+            f"model.vae is {source}, a single file without a scaling factor; set "
             "model.vae_scaling_factor (0.13025 for SDXL's VAE, 0.18215 for SD1.5's)",
         )
     if table.vae_scaling_factor is not None:
         config["scaling_factor"] = table.vae_scaling_factor
-    module = empty_part("vae", config, part.where)
-    scale_of(config, part.where)
+
+    module = empty_component("vae", config, component.config_file)
+    factor_and_shift(config, component.config_file)
     module.to_empty(device="cpu")
-    copy_tensors(module.state_dict(), part.tensors, part.place)
+    copy_tensors(module.state_dict(), component.tensors, component.place)
     return Vae(module, name, ops)
 
 
@@ -167,43 +171,44 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(
-            "scheduler-prediction",
-            f"{base}: the scheduler's prediction_type is {prediction!r}; give a base with epsilon or v_prediction",
+            "scheduler-prediction", f"{base}: prediction_type is {prediction!r}; use a base model with epsilon or v_prediction"
         )
+
     if table.prediction and table.prediction != prediction:
         config["prediction_type"] = table.prediction
         notes.append(
-            f'the base predicts {prediction} and model.prediction is "{table.prediction}": the UNet has to learn it anew, '
+            f'model.prediction is "{table.prediction}", but the base was trained for {prediction}: the UNet has to adapt, '
             "so the loss starts high"
         )
+
     if table.zero_snr is not None:
         config["rescale_betas_zero_snr"] = table.zero_snr
     if config.get("rescale_betas_zero_snr"):
         if (table.prediction or prediction) == "epsilon":
             raise UserError(
                 "zero-snr-epsilon",
-                f"model: the noise schedule of {table.base} is to end in pure noise, of which epsilon tells nothing; set "
-                'model.prediction = "v_prediction", or model.zero_snr = false',
+                f"model: the noise schedule of {table.base} ends in pure noise (zero SNR), which epsilon cannot express; set "
+                'model.prediction = "v_prediction" or model.zero_snr = false',
             )
         # Samples must start at the last timestep (Lin et al. 2024, section 3.3). SD1.5's PNDM does not support this schedule.
         config |= {"timestep_spacing": "trailing", "_class_name": "DDIMScheduler", "clip_sample": False}
     return config, notes
 
 
-def component_state_dict(model: Model, part: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def component_state_dict(model: Model, component: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return a trainable component without adapters, as its file names it. `tensors` replace parameters (fp32 masters, EMA)."""
-    if part == "unet":
+    if component == "unet":
         return diffusers_state_dict(model.unet, tensors=tensors)
     state = {**model.text.module.state_dict(), **(tensors or {})}
     return {classic_text_name(plain_name(name)): t.detach() for name, t in state.items() if ADAPTER not in name}
 
 
-def write_component(folder: Path, model: Model, part: str, state: Mapping[str, Tensor]) -> dict[str, str]:
+def write_component(folder: Path, model: Model, component: str, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Write one trainable component into a diffusers folder. Returns {relative file name: sha256}."""
-    if part == "unet":
-        return write_tensors(folder, part, model.unet.cfg.to_diffusers(), state)
+    if component == "unet":
+        return write_tensors(folder, component, model.unet.cfg.to_diffusers(), state)
     config = {**model.text.module.config.to_dict(), "architectures": ["CLIPTextModel"]}
-    return write_tensors(folder, part, config, state, dtype="fp32")
+    return write_tensors(folder, component, config, state, dtype="fp32")
 
 
 def write_rest(folder: Path, model: Model) -> dict[str, str]:

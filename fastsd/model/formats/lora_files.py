@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
-from fastsd.model.formats.lora_names import kind_of, kohya_name, other_kind, tensor_of
+from fastsd.model.formats.lora_names import kind_of, kohya_name, parse_name, unsupported_kind
 from fastsd.model.formats.model_summary import metadata_of
 from fastsd.model.formats.write import DTYPE
 from fastsd.storage import TEMPORARY, TensorFile, check_finite, new_file, write_safetensors
@@ -43,7 +43,7 @@ _CLASSIC, _SHORT = "text_encoder.text_model.", "text_encoder."
 _KERNEL = {"proj_in": 1, "proj_out": 1, "conv_shortcut": 1} | dict.fromkeys(
     ("conv", "conv1", "conv2", "conv_in", "conv_out"), 3
 )
-_ADVICE = "give a plain LoRA of SD1.5's UNet and text encoder"
+_ADVICE = "give a plain LoRA for SD1.5's UNet and text encoder"
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class LoraFile:
     """A complete and valid LoRA.
 
     Attributes:
-        tensors: `<part>.<module>.lora_A.weight` (down) and `lora_B` (up), in the order of the file.
-        alphas: by `<part>.<module>`.
+        tensors: `<component>.<module>.lora_A.weight` (down) and `lora_B` (up), in the order of the file.
+        alphas: by `<component>.<module>`.
         metadata: the rest of the header, including peft's config if it is known; "" means the file had none.
         kind: the naming of the file: "kohya", "peft", "diffusers" or "older diffusers".
         short: True if the names of text layers omit `text_model.`, as in transformers 5.
@@ -76,26 +76,29 @@ def read_lora(path: Path) -> LoraFile:
         UserError: no such file, not a plain LoRA of SD1.5, or an invalid one: half a pair, a shape or a rank that does not fit,
             a number that is not finite.
     """
-    path = _file(path)
+    path = _weights_file(path)
     file = TensorFile(path)
     stored = dict(sorted(file.stored().items(), key=lambda item: item[1].offset))
-    kind, places = _modules(path, stored)
+    kind, keys = _modules(path, stored)
+
     tensors, stored_alphas = dict[str, Tensor](), dict[str, float]()
-    for name, (module, letter) in places.items():
+    for name, (module, letter) in keys.items():
         tensor = stored[name].read()
         if letter == "alpha":
             stored_alphas[module] = _alpha(path, name, tensor)
         else:
             check_finite(name, tensor, str(path))
             tensors[f"{module}.lora_{letter}.weight"] = tensor
-    ranks = {module: _rank(path, module, tensors) for module in dict.fromkeys(name for name, _ in places.values())}
+    ranks = {module: _rank(path, module, tensors) for module in dict.fromkeys(name for name, _ in keys.values())}
+
     metadata = {key: value for key, value in file.metadata.items() if key != "format"}
-    lora = LoraFile(tensors, ranks | stored_alphas, metadata, kind, any(_is_short(name) for name in places))
+    lora = LoraFile(tensors, ranks | stored_alphas, metadata, kind, any(_is_short(name) for name in keys))
     if kind == "kohya":
-        return _with_record(lora)
+        return _restore_record(lora)
+
     config = _json(path, PEFT_CONFIG, metadata.get(PEFT_CONFIG, "{}"))
     # A stored config can be reused only if the file has the names that we write, and no alpha tensors.
-    if kind == "diffusers" and not stored_alphas and all(name.startswith(COMPONENTS) for name in places):
+    if kind == "diffusers" and not stored_alphas and all(name.startswith(COMPONENTS) for name in keys):
         metadata.setdefault(PEFT_CONFIG, "")
     else:
         metadata.pop(PEFT_CONFIG, None)
@@ -103,47 +106,49 @@ def read_lora(path: Path) -> LoraFile:
         config_path = path.with_name("adapter_config.json")
         if not config_path.is_file():
             raise UserError(
-                "peft-config-missing",
-                f"{path}: has peft's names and no adapter_config.json beside it, which has alpha; fetch that, too",
+                "peft-config-missing", f"{path}: has peft's names but no adapter_config.json (with alpha) beside it; add it"
             )
         config = _json(path, config_path.name, config_path.read_text(encoding="utf-8", errors="replace"))
     return replace(lora, alphas=_alphas(str(path), config, ranks) | stored_alphas)
 
 
-def _file(path: Path) -> Path:
+def _weights_file(path: Path) -> Path:
     path = path.expanduser()
     if path.is_dir():
         existing = [path / name for name in _WEIGHTS if (path / name).is_file()]
         if not existing:
-            raise UserError("lora-no-weights", f"{path}: has neither {' nor '.join(_WEIGHTS)}; give a LoRA's .safetensors file")
+            raise UserError(
+                "lora-no-weights", f"{path}: contains neither {' nor '.join(_WEIGHTS)}; give a LoRA's .safetensors file"
+            )
         return existing[0]
     if not path.is_file():
-        raise UserError("lora-missing", f"{path}: no such file; give a LoRA's .safetensors file")
+        raise UserError("lora-missing", f"{path} does not exist; give a LoRA's .safetensors file")
     return path
 
 
 def _modules(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple[str, str]]]:
     """Return the naming of a file, and a map from each tensor's name to (module, "A", "B" or "alpha")."""
     for name in names:
-        if unsupported := other_kind(name):
-            raise UserError("lora-unsupported", f"{path}: has {unsupported} ({name}); {_ADVICE}")
-    parsed = {name: tensor_of(name) for name in names}
+        if unsupported := unsupported_kind(name):
+            raise UserError("lora-unsupported", f"{path}: contains {unsupported} ({name}); {_ADVICE}")
+
+    parsed = {name: parse_name(name) for name in names}
     kinds = dict.fromkeys(kind_of(name) for name in names if not name.endswith(".alpha"))
     if not kinds:
-        raise UserError("lora-empty", f"{path}: there are no adapters in it; {_ADVICE}")
+        raise UserError("lora-empty", f"{path}: contains no adapters; {_ADVICE}")
     if len(kinds) > 1:
         raise UserError(
-            "lora-mixed-names",
-            f"{path}: has the names of {' and of '.join(kinds)} side by side; {_ADVICE} in one kind of names",
+            "lora-mixed-names", f"{path}: mixes the naming schemes {' and '.join(kinds)}; give a LoRA with one naming scheme"
         )
-    places: dict[str, tuple[str, str]] = {}
-    for name, place in parsed.items():
-        if place is None:
-            raise UserError("lora-unknown-name", f"{path}: has {name}, which no LoRA of SD1.5 has; {_ADVICE}")
-        if place in places.values():
-            raise UserError("lora-name-twice", f"{path}: has {name} and the same under another name; remove one")
-        places[name] = place
-    return next(iter(kinds)), places
+
+    keys: dict[str, tuple[str, str]] = {}
+    for name, key in parsed.items():
+        if key is None:
+            raise UserError("lora-unknown-name", f"{path}: {name} is not a tensor of an SD1.5 LoRA; {_ADVICE}")
+        if key in keys.values():
+            raise UserError("lora-name-twice", f"{path}: {name} duplicates a tensor under another name; remove one of them")
+        keys[name] = key
+    return next(iter(kinds)), keys
 
 
 def _is_short(name: str) -> bool:
@@ -153,7 +158,7 @@ def _is_short(name: str) -> bool:
 def _alpha(path: Path, name: str, tensor: Tensor) -> float:
     if tensor.numel() != 1 or not 0 < tensor.item() < math.inf:
         value = f"{tensor.item():g}" if tensor.numel() == 1 else f"of shape {tuple(tensor.shape)}"
-        raise UserError("lora-alpha", f"{path}: {name} is {value}; an alpha is one number above 0, make the file again")
+        raise UserError("lora-alpha", f"{path}: {name} is {value}, but alpha must be one number above 0; export the LoRA again")
     return tensor.item()
 
 
@@ -162,12 +167,13 @@ def _rank(path: Path, module: str, tensors: Mapping[str, Tensor]) -> int:
     pair = [tensors.get(f"{module}.lora_{letter}.weight") for letter in "AB"]
     if pair[0] is None or pair[1] is None:
         raise UserError(
-            "lora-half-pair",
-            f"{path}: {module} has no {'down' if pair[0] is None else 'up'} tensor; fetch or make the file again",
+            "lora-half-pair", f"{path}: {module} has no {'down' if pair[0] is None else 'up'} tensor; export the LoRA again"
         )
+
     down, up = pair[0], pair[1]
     if not (down.is_floating_point() and up.is_floating_point()):
-        raise UserError("lora-dtype", f"{path}: {module} is of {down.dtype} and {up.dtype}; give a LoRA in fp16, bf16 or fp32")
+        raise UserError("lora-dtype", f"{path}: {module} has {down.dtype} and {up.dtype}; give a LoRA in fp16, bf16 or fp32")
+
     k = _KERNEL.get(module.rpartition(".")[2], 0)
     ends = ([k, k], [1, 1]) if k else ([], [])
     rank = down.shape[0] if down.ndim else 0
@@ -175,7 +181,7 @@ def _rank(path: Path, module: str, tensors: Mapping[str, Tensor]) -> int:
         sides = [", ".join(map(str, end)) for end in (["rank", "inputs", *ends[0]], ["outputs", "rank", *ends[1]])]
         raise UserError(
             "lora-shapes",
-            f"{path}: {module} has shapes {tuple(down.shape)} down and {tuple(up.shape)} up, where SD1.5 has ({sides[0]}) and "
+            f"{path}: {module} has shapes {tuple(down.shape)} (down) and {tuple(up.shape)} (up), expected ({sides[0]}) and "
             f"({sides[1]}); {_ADVICE}",
         )
     return rank
@@ -186,7 +192,7 @@ def _json(place: object, name: str, text: str) -> dict[str, Any]:
         return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            "peft-config-no-table", f"{place}: {name} is no table of JSON ({error}); fetch or make the file again"
+            "peft-config-no-table", f"{place}: {name} is not a JSON object ({error}); download or export the LoRA again"
         ) from None
 
 
@@ -201,24 +207,22 @@ def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> 
         for module, rank in ranks.items():
             component, _, path = module.partition(".")
             settings = {key.removeprefix(f"{component}."): value for key, value in config.items()}
-            if rank != (config_rank := _pick(settings.get("rank_pattern"), path, settings.get("r", rank))):
+            if rank != (config_rank := _pattern_value(settings.get("rank_pattern"), path, settings.get("r", rank))):
                 raise UserError(
-                    "lora-rank", f"{place}: {module} has rank {rank}, and {config_rank} by peft's config; make the file again"
+                    "lora-rank", f"{place}: {module} has rank {rank}, but peft's config has {config_rank}; export it again"
                 )
-            alpha = float(_pick(settings.get("alpha_pattern"), path, settings.get("lora_alpha", rank)))
+            alpha = float(_pattern_value(settings.get("alpha_pattern"), path, settings.get("lora_alpha", rank)))
             alphas[module] = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
             if not 0 < alpha < math.inf:
                 raise ValueError(f"alpha is {alpha:g}")
     except UserError:
         raise
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise UserError(
-            "peft-config-invalid", f"{place}: peft's config of it cannot be used ({error}); make the file again"
-        ) from None
+        raise UserError("peft-config-invalid", f"{place}: peft's config is invalid ({error}); export the LoRA again") from None
     return alphas
 
 
-def _pick(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+def _pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """Return peft's value for a module: the first with a key (a regular expression) that ends its path, or `default`."""
     names = (path, path.removeprefix("text_model."))
     for key, value in (patterns or {}).items():
@@ -227,7 +231,7 @@ def _pick(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     return default
 
 
-def _with_record(lora: LoraFile) -> LoraFile:
+def _restore_record(lora: LoraFile) -> LoraFile:
     """Restore alphas, header and naming as recorded by a conversion to kohya's names, unless rank or alpha has changed."""
     # Hashes are valid only for the bytes of this file.
     metadata = {k: v for k, v in lora.metadata.items() if not k.startswith(("sshs_", "modelspec.hash"))}
@@ -261,20 +265,22 @@ def peft_config(lora: LoraFile) -> str:
         # Text layers are named as in transformers 5. In older versions peft finds these as the end of a longer name.
         paths = {m: m.removeprefix(f"{prefix}.").removeprefix("text_model.") for m in ranks if m.startswith(f"{prefix}.")}
         if paths:
-            rank, alpha = (_most(values[m] for m in paths) for values in (ranks, lora.alphas))
+            rank, alpha = (_most_common(values[m] for m in paths) for values in (ranks, lora.alphas))
             config |= {
-                f"{prefix}.r": rank, f"{prefix}.lora_alpha": _whole(alpha), f"{prefix}.target_modules": sorted(paths.values()),
+                f"{prefix}.r": rank,
+                f"{prefix}.lora_alpha": _as_int(alpha),
+                f"{prefix}.target_modules": sorted(paths.values()),
                 f"{prefix}.rank_pattern": {paths[m]: ranks[m] for m in paths if ranks[m] != rank},
-                f"{prefix}.alpha_pattern": {paths[m]: _whole(lora.alphas[m]) for m in paths if lora.alphas[m] != alpha},
-            }  # fmt: skip
+                f"{prefix}.alpha_pattern": {paths[m]: _as_int(lora.alphas[m]) for m in paths if lora.alphas[m] != alpha},
+            }
     return json.dumps(config, sort_keys=True)
 
 
-def _most(values: Iterable[Any]) -> Any:
+def _most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _whole(alpha: float) -> float:
+def _as_int(alpha: float) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
@@ -291,7 +297,7 @@ def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str] | None =
         tensors.setdefault(f"{stem}.alpha", _scalar(lora.alphas[module], tensor.dtype))
         tensors[f"{stem}.{'lora_down' if letter == 'lora_A' else 'lora_up'}.weight"] = tensor
     title = path.name.removeprefix(TEMPORARY).removesuffix(".safetensors")
-    added = metadata_of(None, {}, 512, title=title, lora=True) | _network(lora) | dict(metadata or {})
+    added = metadata_of(None, {}, 512, title=title, lora=True) | _network_metadata(lora) | dict(metadata or {})
     added = {key: value for key, value in added.items() if key not in lora.metadata}
     header = {RECORD if key == PEFT_CONFIG else key: value for key, value in lora.metadata.items()}
     if RECORD in header:
@@ -305,7 +311,7 @@ def _scalar(alpha: float, dtype: torch.dtype) -> Tensor:
     return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
 
 
-def _network(lora: LoraFile) -> dict[str, str]:
+def _network_metadata(lora: LoraFile) -> dict[str, str]:
     """Return rank and alpha as sd-scripts records them, 3x3 convolutions separately; "Dynamic" where they differ by module."""
 
     def common(values: Mapping[str, Any], wide: bool) -> str:
@@ -332,33 +338,35 @@ def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]
     """
     lora = read_lora(source)
     if out.exists():
-        raise UserError("lora-out-exists", f"{out}: is there already; give a new name, or remove it")
+        raise UserError("lora-out-exists", f"{out} already exists; choose a new name, or remove it")
     if out.suffix != ".safetensors":
-        raise UserError("lora-ending", f"{out}: a LoRA is one file; give a name that ends in .safetensors")
+        raise UserError("lora-ending", f"{out}: a LoRA is one file; choose a name that ends in .safetensors")
+
     notes = [f"{source}: {describe(lora)}"]
     if dtype:
         cast = {name: tensor.to(DTYPE[dtype]) for name, tensor in lora.tensors.items()}
         for name, tensor in cast.items():
             check_finite(name, tensor, str(source), f" in {dtype}; choose another dtype")
         lora = replace(lora, tensors=cast)
+
     with new_file(out) as temporary:
         if to == "lora-peft":
             write_peft(temporary, lora)
         else:
-            modified = datetime.fromtimestamp(int(_file(source).stat().st_mtime)).isoformat()
+            modified = datetime.fromtimestamp(int(_weights_file(source).stat().st_mtime)).isoformat()
             write_kohya(temporary, lora, {"modelspec.date": modified})
-            notes += _misread(lora)
+            notes += _alpha_warnings(lora)
     return notes
 
 
-def _misread(lora: LoraFile) -> list[str]:
+def _alpha_warnings(lora: LoraFile) -> list[str]:
     # diffusers' `get_peft_kwargs` stores the other alphas under names that no attention layer has.
     for component in COMPONENTS:
         alphas = {module: alpha for module, alpha in lora.alphas.items() if module.startswith(f"{component}.")}
-        if any("attn" in module and alpha != _most(alphas.values()) for module, alpha in alphas.items()):
+        if any("attn" in module and alpha != _most_common(alphas.values()) for module, alpha in alphas.items()):
             return [
-                "warning: alpha differs by module, and of kohya's names diffusers (0.42) takes the most common one for all of "
-                "attention; give it a file made by --to lora-peft"
+                "warning: alpha differs by module, but diffusers (0.42) applies the most common one to all attention layers if "
+                "names are kohya's; for diffusers, convert with --to lora-peft"
             ]
     return []
 
@@ -367,6 +375,6 @@ def describe(lora: LoraFile) -> str:
     """Describe a LoRA in one line."""
     counts = Counter(module.partition(".")[0].replace("_", " ").replace("unet", "UNet") for module in lora.alphas)
     layers = ", ".join(f"{component} {count}" for component, count in counts.items())
-    summaries = [", ".join(f"{value:g}" for value in sorted(set(values.values()))) for values in (lora.ranks, lora.alphas)]
+    values = [", ".join(f"{value:g}" for value in sorted(set(values.values()))) for values in (lora.ranks, lora.alphas)]
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in lora.tensors.values()})
-    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {summaries[0]}, alpha {summaries[1]}, {' and '.join(dtypes)}"
+    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {values[0]}, alpha {values[1]}, {' and '.join(dtypes)}"

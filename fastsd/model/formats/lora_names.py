@@ -37,23 +37,23 @@ _DOTTED = re.compile(_MODULES, re.VERBOSE)
 _UNDERSCORED = re.compile(_MODULES.replace(r"\.", "(_)"), re.VERBOSE)
 _PREFIXES = {"lora_unet_": "unet_", "lora_te_": "text_encoder_"}  # kohya's prefix -> component with kohya's separator
 _TENSOR = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.\w+)?\.weight)")
-_WORDS = {  # names of other tools and versions -> current names; applied in this order
+_RENAMES = {  # names of other tools and versions -> current names; applied in this order
     r"^base_model\.model\.": "", r"^text_encoder\.encoder\.": "text_encoder.text_model.encoder.", r"\.processor\.": ".",
     r"self_attn\.to_(q|k|v|out)$": r"self_attn.\1_proj", r"\.to_out$": ".to_out.0",
 }  # fmt: skip
 
 # Tensors that are not of a plain LoRA of SD1.5: kind -> pattern of the name. The first match counts.
-_OTHERS = {
-    "LoHa's weights": r"\.hada_",
-    "LoKr's weights": r"\.lokr_",
-    "DoRA's weights": r"dora_scale|lora_magnitude_vector",
-    "OFT's weights": r"\boft_",
-    "weights in Tucker's decomposition": r"\.lora_mid\.",
-    "whole differences of weights": r"\.diff(?:_b)?$",
-    "a ControlNet's weights": r"controlnet|lllite",
-    "weights of Flux or SD3": r"^transformer\.|^lora_transformer_|(?:double|single|joint)_(?:transformer_)?blocks|^lora_te3_",
-    "weights of SDXL": r"^lora_te[12]_|^text_encoder_2\.|transformer_blocks[._][1-9]|add_embedding|label_emb",
-    "a model's weights": r"^(?:model\.diffusion_model|cond_stage_model|first_stage_model)\.",
+_UNSUPPORTED = {
+    "LoHa weights": r"\.hada_",
+    "LoKr weights": r"\.lokr_",
+    "DoRA weights": r"dora_scale|lora_magnitude_vector",
+    "OFT weights": r"\boft_",
+    "Tucker-decomposed weights": r"\.lora_mid\.",
+    "full weight differences": r"\.diff(?:_b)?$",
+    "ControlNet weights": r"controlnet|lllite",
+    "Flux or SD3 weights": r"^transformer\.|^lora_transformer_|(?:double|single|joint)_(?:transformer_)?blocks|^lora_te3_",
+    "SDXL weights": r"^lora_te[12]_|^text_encoder_2\.|transformer_blocks[._][1-9]|add_embedding|label_emb",
+    "weights of a full model": r"^(?:model\.diffusion_model|cond_stage_model|first_stage_model)\.",
 }
 
 
@@ -89,7 +89,7 @@ def _by_original_names() -> dict[str, str]:
     return {kohya_name(original): module for module, original in modules if _DOTTED.fullmatch(module)}
 
 
-def tensor_of(name: str) -> tuple[str, str] | None:
+def parse_name(name: str) -> tuple[str, str] | None:
     """Return (module with its component, "A", "B" or "alpha") for a tensor name of any tool; None for other names."""
     match = _TENSOR.fullmatch(name)
     if match is None:
@@ -99,7 +99,7 @@ def tensor_of(name: str) -> tuple[str, str] | None:
 
 
 def _dotted_module(name: str) -> str | None:
-    for old, new in _WORDS.items():
+    for old, new in _RENAMES.items():
         name = re.sub(old, new, name)
     candidates = (prefix + name for prefix in ("", "unet.", "text_encoder.", "text_encoder.text_model."))
     return next((candidate for candidate in candidates if _DOTTED.fullmatch(candidate)), None)
@@ -114,6 +114,6 @@ def kind_of(name: str) -> str:
     return "diffusers" if re.search(r"\.lora_[AB]\.", name) else "older diffusers"
 
 
-def other_kind(name: str) -> str | None:
-    """Return the kind of a tensor that plain LoRAs of SD1.5 lack, for example "weights of SDXL"; None if no pattern matches."""
-    return next((kind for kind, pattern in _OTHERS.items() if re.search(pattern, name)), None)
+def unsupported_kind(name: str) -> str | None:
+    """Return the kind of a tensor that plain LoRAs of SD1.5 lack, for example "SDXL weights"; None if no pattern matches."""
+    return next((kind for kind, pattern in _UNSUPPORTED.items() if re.search(pattern, name)), None)

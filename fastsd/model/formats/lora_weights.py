@@ -12,15 +12,15 @@ from torch import Tensor
 from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.model.formats.lora_files import PEFT_CONFIG, LoraFile, peft_config, read_lora, write_kohya, write_peft
-from fastsd.model.lora import NAME, adapted_layers, lora_state_dict
+from fastsd.model.lora import ADAPTER_NAME, NamedTensors, adapted_layers, lora_state_dict
 from fastsd.model.model import Model
 from fastsd.model.weights import check_names
 
 
 def _alphas(model: Model) -> dict[str, float]:
-    """Return the alphas by `<part>.<module>`, named as in files."""
+    """Return the alphas by `<component>.<module>`, named as in files."""
     return {
-        f"{component}.{module}": float(layer.lora_alpha[NAME])
+        f"{component}.{module}": float(layer.lora_alpha[ADAPTER_NAME])
         for component in COMPONENTS
         for _, layer in adapted_layers(model, component)
         for module in layer.target.modules
@@ -28,16 +28,19 @@ def _alphas(model: Model) -> dict[str, float]:
 
 
 def write_lora(
-    path: Path, model: Model, tensors_by_part: Mapping[str, Mapping[str, Tensor]] | None = None, names: str = "peft",
+    path: Path,
+    model: Model,
+    tensors: NamedTensors | None = None,
+    names: str = "peft",
     metadata: Mapping[str, str] | None = None,
-) -> str:  # fmt: skip
-    """Write the result of `lora_state_dict` into one .safetensors file. Returns its sha256.
+) -> str:
+    """Write the result of `lora_state_dict(model, tensors)` into one .safetensors file. Returns its sha256.
 
     Args:
         names: "kohya", or "peft" for diffusers' names.
         metadata: entries for the file's header.
     """
-    lora = LoraFile(lora_state_dict(model, tensors_by_part), _alphas(model))
+    lora = LoraFile(lora_state_dict(model, tensors), _alphas(model))
     lora = replace(lora, metadata={PEFT_CONFIG: peft_config(lora), **(metadata or {})})
     return {"kohya": write_kohya, "peft": write_peft}[names](path, lora)
 
@@ -55,14 +58,18 @@ def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
     lora = LoraFile(dict(source), {}) if isinstance(source, Mapping) else read_lora(source)
     place = "lora" if isinstance(source, Mapping) else str(source)
     targets = lora_state_dict(model)
-    check_names(targets, lora.tensors, place, "make rank, targets, conv and text_encoder of model.lora those of the file")
+    check_names(targets, lora.tensors, place, "set rank, targets, conv and text_encoder in model.lora as in the file")
+
     for module, alpha in _alphas(model).items():
         if not math.isclose(alpha, stored := lora.alphas.get(module, alpha), rel_tol=1e-6):
-            rank = lora.ranks[module]
+            rank, advice = lora.ranks[module], "give a LoRA with one alpha for all layers"
+            if len({*lora.alphas.values()}) == 1:
+                advice = f"set model.lora.alpha to {stored:g}"
+            elif lora.alphas == lora.ranks:
+                advice = "remove model.lora.alpha"
             raise UserError(
                 "lora-other-alpha",
-                f"{place}: its adapters count {stored / rank:g} times and model.lora.alpha makes it {alpha / rank:g}; set it "
-                f"to {stored:g} ({module})",
+                f"{place}: alpha / rank of {module} is {stored / rank:g}, but model.lora makes it {alpha / rank:g}; {advice}",
             )
     for name, target in targets.items():
         target.copy_(lora.tensors[name])

@@ -7,7 +7,6 @@ unpickled unless the caller asks for it. In that case torch's loader for weights
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from fastsd.model import model
 from fastsd.model.formats import fold_vae, single_file_layout
 from fastsd.model.formats.original_names import PREFIX, current_vae_name
 from fastsd.model.weights import check_names, classic_text_name, expected_tensors
-from fastsd.storage import TensorFile, Tensors
+from fastsd.storage import TensorFile, Tensors, read_json
 
 # Hub ids with CLIP's tokenizer, which the whole SD1.5 family uses. Single files come without a tokenizer.
 CLIP_TOKENIZERS = (
@@ -51,7 +50,7 @@ class ComponentFiles:
     file: str
 
     @property
-    def where(self) -> str:
+    def config_file(self) -> str:
         """The file that describes the component, for error messages."""
         return self.place if self.place.endswith(self.file) else f"{self.place}/config.json"
 
@@ -61,7 +60,7 @@ class ModelSource:
     """A model on the disk.
 
     Attributes:
-        parts: the components found, of "unet", "text_encoder" and "vae".
+        components: the components found, of "unet", "text_encoder" and "vae".
         scheduler: scheduler_config.json.
         tokenizer: the folder of the tokenizer's files, or None.
         metadata: the header entries of a single file.
@@ -69,7 +68,7 @@ class ModelSource:
     """
 
     place: Path
-    parts: dict[str, ComponentFiles]
+    components: dict[str, ComponentFiles]
     scheduler: dict[str, Any]
     tokenizer: Path | None
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -93,34 +92,38 @@ def open_source(
     base, notes = locate(name, field, revision, pickled=pickled), list[str]()
     file = open_file(base, notes) if base.is_file() else None
     if ema and file is None:
-        raise UserError("source-no-ema", f"{field} is {name!r}, a folder without averaged (EMA) weights; leave --ema out")
-    parts = {}
-    for kind in ("unet", "text_encoder", "vae"):
-        part = file.part(kind, notes, ema=ema) if file else read_component(base, kind, notes, pickled=pickled)
-        if part is not None:
-            parts[kind] = checked(kind, part, notes)
+        raise UserError("source-no-ema", f"{field} is {name!r}, a folder without EMA weights; leave out --ema")
+
+    components = {}
+    for component in ("unet", "text_encoder", "vae"):
+        opened = file.read(component, notes, ema=ema) if file else read_component(base, component, notes, pickled=pickled)
+        if opened is not None:
+            components[component] = check_component(component, opened, notes)
+
     folder = find_tokenizer(base, tokenizer, notes=notes)
     if tokenizer and folder is None:
         raise UserError(
-            "tokenizer-folder",
-            f"--tokenizer is {tokenizer!r}, where no vocab.json and merges.txt are; name a folder that has them",
+            "tokenizer-folder", f"--tokenizer is {tokenizer!r}, which has no vocab.json and merges.txt; give a folder with both"
         )
-    if "text_encoder" not in parts and folder is not None and (folder.parent / "text_encoder" / "config.json").is_file():
-        parts["text_encoder"] = checked("text_encoder", read_component(folder.parent, "text_encoder", notes), notes)
+    if "text_encoder" not in components and folder is not None and (folder.parent / "text_encoder" / "config.json").is_file():
+        components["text_encoder"] = check_component(
+            "text_encoder", read_component(folder.parent, "text_encoder", notes), notes
+        )
+
     if file and (ignored := single_file_layout.ignored(file.tensors)):
         notes.append(f"{base.name}: ignored {', '.join(ignored)}")
     return ModelSource(
-        base, parts, file.scheduler() if file else read_scheduler(base), folder, file.metadata if file else {}, notes
+        base, components, file.scheduler() if file else read_scheduler(base), folder, file.metadata if file else {}, notes
     )
 
 
-def checked(name: str, part: ComponentFiles, notes: list[str]) -> ComponentFiles:
+def check_component(name: str, component: ComponentFiles, notes: list[str]) -> ComponentFiles:
     """Return the component, and add a note on it. Raises UserError unless it has the tensors that its config requires."""
-    check_names(expected_tensors(name, part.config, part.where), part.tensors, part.place)
+    check_names(expected_tensors(name, component.config, component.config_file), component.tensors, component.place)
     if name == "vae":
-        fold_vae.scale_of(part.config, part.where)
-    notes.append(f"{name}: {part.file}, {len(part.tensors)} tensors in {_dtypes(part.tensors)}")
-    return part
+        fold_vae.factor_and_shift(component.config, component.config_file)
+    notes.append(f"{name}: {component.file}, {len(component.tensors)} tensors in {_dtypes(component.tensors)}")
+    return component
 
 
 @dataclass(frozen=True)
@@ -131,19 +134,19 @@ class File:
     tensors: Tensors
     metadata: Mapping[str, str]
 
-    def part(self, name: str, notes: list[str], *, ema: bool = False) -> ComponentFiles | None:
+    def read(self, name: str, notes: list[str], *, ema: bool = False) -> ComponentFiles | None:
         """Return a component of the file, or None; see `read_component`."""
-        contents = single_file_layout.read_part(self.path, self.tensors, self.metadata, name, notes, ema=ema)
+        contents = single_file_layout.read_component(self.path, self.tensors, self.metadata, name, notes, ema=ema)
         if contents is None:
             if name == "unet":
                 raise UserError(
                     "single-file-no-unet",
-                    f"{self.path}: no UNet in the original SD layout ({PREFIX[name]}...); give a whole SD1.5 model",
+                    f"{self.path}: no UNet in the original SD layout ({PREFIX[name]}...); give a complete SD1.5 model",
                 )
             return None
         if name == "vae" and fold_vae.UNFOLDED in self.metadata:
             unfolded = fold_vae.unfold(*contents, self.metadata[fold_vae.UNFOLDED])
-            notes.append("vae: its own scaling factor " + ("unfolded" if unfolded else "not unfolded: it was changed since"))
+            notes.append("vae: scaling factor " + ("unfolded" if unfolded else "not unfolded, because the VAE has changed"))
             contents = unfolded or contents
         return ComponentFiles(*contents, str(self.path), self.path.name)
 
@@ -157,7 +160,7 @@ def open_file(path: Path, notes: list[str] | None = None) -> File:
     if path.suffix == ".safetensors":
         tensor_file = TensorFile(path)
         return File(path, tensor_file.stored(), tensor_file.metadata)
-    return File(path, unpickled(path, [] if notes is None else notes), {})
+    return File(path, unpickle(path, [] if notes is None else notes), {})
 
 
 def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) -> Path:
@@ -172,14 +175,16 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
             return path
         if path.suffix in PICKLED:
             raise UserError(
-                "source-pickled", f"{field} is {name!r}, pickled weights; run `fastsd convert {name} OUT` and give OUT"
+                "source-pickled", f"{field} is {name!r}, which is pickled; run `fastsd convert {name} OUT` and give OUT"
             )
-        raise UserError("source-ending", f"{field} is {name!r}, not a .safetensors file; give a model")
+        raise UserError(
+            "source-ending", f"{field} is {name!r}, which is not a .safetensors file; give one, a diffusers folder or a hub id"
+        )
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(
-            "source-missing", f"{field} is {name!r}: no such folder or file, and not a hub id (owner/name); check the path"
+            "source-missing", f"{field} is {name!r}, which is neither an existing path nor a hub id (owner/name); check it"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -197,34 +202,32 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
         why = str(error).strip().split("\n")[0][:160]
         raise UserError(
             "hub-failed",
-            f"{field} is {name!r}: no such folder here, and the hub did not give it ({type(error).__name__}: {why}); "
-            "check the name, or download it and give its folder",
+            f"{field} is {name!r}, which is not a local path and cannot be downloaded ({type(error).__name__}: {why}); "
+            "check the name, or give a local folder",
         ) from None
 
 
-def read_component(folder: Path, part: str, notes: list[str] | None = None, *, pickled: bool = False) -> ComponentFiles:
+def read_component(folder: Path, component: str, notes: list[str] | None = None, *, pickled: bool = False) -> ComponentFiles:
     """Read a component of a diffusers folder. Lines on what was found and what was ignored are added to `notes`.
 
     Args:
         folder: of the model, or of the component itself.
-        part: "unet", "text_encoder" or "vae".
+        component: "unet", "text_encoder" or "vae".
 
     Raises:
         UserError: the component is missing or cannot be read.
     """
     notes = [] if notes is None else notes
-    base, is_component = folder, not (folder / part).is_dir() and not (folder / "model_index.json").exists()
-    folder = folder if is_component else folder / part
+    base, is_component = folder, not (folder / component).is_dir() and not (folder / "model_index.json").exists()
+    folder = folder if is_component else folder / component
     if not (folder / "config.json").is_file():
-        raise UserError(
-            "component-missing", f"{base}: there is no {part}/config.json in it; give a diffusers folder with all its parts"
-        )
-    config, files = read_json(folder / "config.json"), _weights(folder, pickled)
+        raise UserError("component-missing", f"{base}: {component}/config.json not found; give a complete diffusers folder")
+    config, files = read_json(folder / "config.json"), _weight_files(folder, pickled)
     ignored = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
-    tensors = _in_shards(files[0], notes) if files[0].suffix == ".json" else _tensors(files[0], notes)
+    tensors = _open_shards(files[0], notes) if files[0].suffix == ".json" else _open_tensors(files[0], notes)
     if ignored:
-        notes.append(f"{part}: ignored {', '.join(ignored)}")
-    rename = {"text_encoder": classic_text_name, "vae": current_vae_name}.get(part, str)
+        notes.append(f"{component}: ignored {', '.join(ignored)}")
+    rename = {"text_encoder": classic_text_name, "vae": current_vae_name}.get(component, str)
     renamed = {rename(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     return ComponentFiles(config, renamed, str(folder), files[0].name)
 
@@ -249,7 +252,7 @@ def find_tokenizer(base: Path, name: str = "", field: str = "--tokenizer", notes
                 cached = try_to_load_from_cache(owner, place)
                 if isinstance(cached, str) and Path(cached).with_name("merges.txt").is_file():
                     if notes is not None:
-                        notes.append(f"tokenizer: {owner}'s, from the hub's cache")
+                        notes.append(f"tokenizer: {owner}, from the hub cache")
                     return Path(cached).parent
         return None
     source = locate(name, field) if name else base
@@ -257,26 +260,14 @@ def find_tokenizer(base: Path, name: str = "", field: str = "--tokenizer", notes
     return folder if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError("json-unreadable", f"{path}: cannot be read as JSON ({error}); fetch or copy the file again") from None
-    if not isinstance(data, dict):
-        raise UserError(
-            "json-no-table", f"{path}: holds a {type(data).__name__}, expected a table of settings; fetch the file again"
-        )
-    return data
-
-
-def unpickled(path: Path, notes: list[str]) -> dict[str, Tensor]:
+def unpickle(path: Path, notes: list[str]) -> dict[str, Tensor]:
     """Return the tensors of a pickled file, mapped from the disk if its format allows that. Nothing in it is executed.
 
     Raises:
         UserError: the file is damaged, holds no tensors, or asks to run anything.
     """
     # Files of the first models name their trainer's class, as a key in data that is not read here.
-    allowed_classes = [(_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+    allowed_classes = [(_Placeholder, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
     try:
         with torch.serialization.safe_globals(allowed_classes):  # type: ignore[arg-type]
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -284,32 +275,32 @@ def unpickled(path: Path, notes: list[str]) -> dict[str, Tensor]:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         if match:
             raise UserError(
-                "pickle-runs-code",
-                f"{path}: asks to run {match[1]}, which no weights need, and nothing of it was run; get a .safetensors instead",
+                "pickle-runs-code", f"{path}: contains executable code ({match[1]}), which was not run; use a .safetensors file"
             ) from None
         why = (str(error).splitlines() or [""])[0][:120]
         raise UserError(
-            "weights-unreadable", f"{path}: cannot be read as weights ({type(error).__name__}: {why}); fetch or copy it again"
+            "weights-unreadable", f"{path}: cannot be read as weights ({type(error).__name__}: {why}); download it again"
         ) from None
+
     state = data.get("state_dict", data) if isinstance(data, dict) else {}
     tensors = {str(name): t for name, t in state.items() if isinstance(t, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
-        raise UserError("weights-no-tensors", f"{path}: holds no tensors by name; give a model's weights")
+        raise UserError("weights-no-tensors", f"{path}: contains no named tensors; give the weights of a model")
     other_entries = ", ".join(sorted(str(name) for name in data if name != "state_dict")) if state is not data else ""
     if other_entries:
-        notes.append(f"{path.name}: ignored what lies beside state_dict: {other_entries}")
+        notes.append(f"{path.name}: ignored entries beside state_dict: {other_entries}")
     return tensors
 
 
-class _Nothing:
+class _Placeholder:
     """Stand-in for a class that need not be installed."""
 
 
-def _tensors(path: Path, notes: list[str]) -> Tensors:
-    return TensorFile(path).stored() if path.suffix == ".safetensors" else unpickled(path, notes)
+def _open_tensors(path: Path, notes: list[str]) -> Tensors:
+    return TensorFile(path).stored() if path.suffix == ".safetensors" else unpickle(path, notes)
 
 
-def _weights(folder: Path, pickled: bool) -> list[Path]:
+def _weight_files(folder: Path, pickled: bool) -> list[Path]:
     """Return the file of a component's weights, or the index of its shards followed by the shards."""
     for ending in (".safetensors", ".bin") if pickled else (".safetensors",):
         for variant in _VARIANTS:
@@ -322,41 +313,43 @@ def _weights(folder: Path, pickled: bool) -> list[Path]:
     names = [path.name for path in folder.iterdir() if path.suffix in PICKLED]
     if names:
         raise UserError(
-            "only-pickled-weights",
-            f"{folder}: only pickled weights ({names[0]}); run `fastsd convert` on it, and give what that writes",
+            "only-pickled-weights", f"{folder}: has only pickled weights ({names[0]}); run `fastsd convert` and use its output"
         )
     expected = ", ".join(f"{stem}.safetensors" for stem in _STEMS[".safetensors"])
-    raise UserError("no-weights", f"{folder}: no weights; expected one of {expected}")
+    raise UserError("no-weights", f"{folder}: no weights found; expected one of {expected}")
 
 
 def _shards(index: Path) -> list[Path]:
     """Return the files that an index names. Raises UserError for one that is not beside it."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(
-            "index-no-map", f"{index}: weight_map is {type(places).__name__}, expected file names by tensor; fetch it again"
+            "index-no-map",
+            f"{index}: weight_map is a {type(weight_map).__name__}, expected file names by tensor; download it again",
         )
-    for name in dict.fromkeys(places.values()):
+    for name in dict.fromkeys(weight_map.values()):
         if not isinstance(name, str) or name != Path(name).name or "\\" in name or name in ("", ".", ".."):
             raise UserError(
-                "index-outside", f"{index}: names the file {name!r}, which is not one beside it; do not trust this model"
+                "index-outside", f"{index}: weight_map names {name!r}, which is not in the same folder; do not trust this model"
             )
         if not (index.parent / name).is_file():
-            raise UserError("index-file-missing", f"{index}: names {name}, which is not there; fetch the missing file")
-    return [index.parent / name for name in dict.fromkeys(places.values())]
+            raise UserError("index-file-missing", f"{index}: weight_map names {name}, which is missing; download that file")
+    return [index.parent / name for name in dict.fromkeys(weight_map.values())]
 
 
-def _in_shards(index: Path, notes: list[str]) -> Tensors:
-    files = {path.name: _tensors(path, notes) for path in _shards(index)}
+def _open_shards(index: Path, notes: list[str]) -> Tensors:
+    files = {path.name: _open_tensors(path, notes) for path in _shards(index)}
     tensors = {}
     for name, file in read_json(index)["weight_map"].items():
         if name not in files[file]:
-            raise UserError("index-tensor-missing", f"{index}: says that {name} is in {file}, and it is not; fetch both again")
+            raise UserError(
+                "index-tensor-missing", f"{index}: weight_map places {name} in {file}, which lacks it; download both again"
+            )
         tensors[name] = files[file][name]
     return tensors
 
 
 def _dtypes(tensors: Tensors) -> str:
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
-    words = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    return " and ".join(sorted(words.get(kind, kind) for kind in kinds))
+    short_names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+    return " and ".join(sorted(short_names.get(kind, kind) for kind in kinds))

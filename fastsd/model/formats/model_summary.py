@@ -18,11 +18,11 @@ SUMMARY = "fastsd.json"
 PREFIX = "fastsd."
 
 
-class _Told(BaseModel):
+class _SummaryTable(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-class StageSummary(_Told):
+class StageSummary(_SummaryTable):
     """A stage as it ran. `settings` are its other settings that differ from the defaults."""
 
     name: str
@@ -36,7 +36,7 @@ class StageSummary(_Told):
     settings: dict[str, str] = {}
 
 
-class Loss(_Told):
+class Loss(_SummaryTable):
     """First and last measured loss of a set of images with one kind of weights; `se` is the standard error of the last."""
 
     set: str
@@ -48,7 +48,7 @@ class Loss(_Told):
     se: float
 
 
-class Samples(_Told):
+class Samples(_SummaryTable):
     """The image grid of samples that was drawn last."""
 
     step: int
@@ -58,7 +58,7 @@ class Samples(_Told):
     guidance: float
 
 
-class Adapters(_Told):
+class Adapters(_SummaryTable):
     """The settings of `[model.lora]`, with alpha filled in."""
 
     rank: int
@@ -68,13 +68,13 @@ class Adapters(_Told):
     text_encoder: bool = False
 
 
-class ModelSummary(_Told):
+class ModelSummary(_SummaryTable):
     """A model's origin and training. Any field may be unknown.
 
     Attributes:
         version, date: version of fastsd; date of the checkpoint, ISO 8601 in UTC.
         weights: "raw" or "ema" (exponential moving average of the weights).
-        base, vae: hub ids; for paths, the title found there or the last part of the path. `vae_factor`: as in training.
+        base, vae: hub ids; for paths, the title found there or the last element of the path. `vae_factor`: as in training.
         clip_skip, chunks, resolution (px), seed: as in the config. `precision`: of every stage.
         steps, images: trained and seen, over all stages. `dataset`: number of images available.
         settings: other settings of the run that differ from the defaults.
@@ -129,7 +129,7 @@ def summary_in(metadata: Mapping[str, str]) -> ModelSummary | None:
 
 def metadata_of(
     summary: ModelSummary | None, scheduler: Mapping[str, Any], resolution: int, *, title: str = "", lora: bool = False
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Build the metadata of a single file. The same arguments give the same bytes.
 
     Args:
@@ -141,19 +141,16 @@ def metadata_of(
     """
     info = summary or ModelSummary()
     side, title = info.resolution or resolution, info.title or title
-    # Other tools count clip skip from 1.
-    layer = "" if info.clip_skip is None else str(info.clip_skip + 1)
-    spec = {
-        "sai_model_spec": "1.0.0",
-        "architecture": "stable-diffusion-v1/lora" if lora else "stable-diffusion-v1",
-        "implementation": "diffusers" if lora else "https://github.com/Stability-AI/generative-models",
-        "title": title, "date": info.date, "author": info.author, "license": info.license, "resolution": f"{side}x{side}",
-        "prediction_type": "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon", "encoder_layer": layer,
-    }  # fmt: skip
-    kohya = {
-        "base_model_version": "sd_v1", "v2": False, "network_module": "networks.lora", "sd_model_name": info.base,
-        "output_name": title, "clip_skip": layer, "seed": info.seed, "steps": info.steps,
-    }  # fmt: skip
+    layer = "" if info.clip_skip is None else str(info.clip_skip + 1)  # other tools count from 1
+    architecture = "stable-diffusion-v1/lora" if lora else "stable-diffusion-v1"
+    implementation = "diffusers" if lora else "https://github.com/Stability-AI/generative-models"
+    prediction = "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon"
+
+    spec = {"sai_model_spec": "1.0.0", "architecture": architecture, "implementation": implementation, "title": title}
+    spec |= {"date": info.date, "author": info.author, "license": info.license, "resolution": f"{side}x{side}"}
+    spec |= {"prediction_type": prediction, "encoder_layer": layer}
+    kohya = {"base_model_version": "sd_v1", "v2": False, "network_module": "networks.lora", "sd_model_name": info.base}
+    kohya |= {"output_name": title, "clip_skip": layer, "seed": info.seed, "steps": info.steps}
     return {
         **{f"modelspec.{key}": value for key, value in spec.items() if value},
         **{f"ss_{key}": str(value) for key, value in kohya.items() if lora and value not in (None, "")},

@@ -38,16 +38,16 @@ _VAE = {
 _DEPRECATED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def original_names(part: str, config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+def original_names(component: str, config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
     """Map the diffusers names of a component's tensors to their original names, without the prefix.
 
     Args:
-        part: "unet", "vae" or "text_encoder"; `config` is its config.json.
+        component: "unet", "vae" or "text_encoder"; `config` is its config.json.
     """
-    if part == "unet":
+    if component == "unet":
         cfg = UNetConfig.from_diffusers(config)
         return {name: _unet_name(name, cfg) for name in names}
-    if part == "vae":
+    if component == "vae":
         return {name: _vae_name(name, len(config.get("block_out_channels", (64,)))) for name in names}
     return {name: name for name in names}
 
@@ -58,12 +58,14 @@ def _unet_name(name: str, cfg: UNetConfig) -> str:
         return f"{_TOP[stem]}.{leaf}"
     match = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?([a-z]+)\.(\d+)\.(.+)", name)
     assert match, name
+
     direction, level, kind, index, tail = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     if kind == "resnets":
         word, _, leaf = tail.partition(".")
         tail = f"{_RESNET[word]}.{leaf}"
     if direction == "mid":
         return f"middle_block.{_MID[f'{kind}.{index}']}{tail}"
+
     blocks = cfg.layers_per_block + 1
     if direction == "down":
         number = 1 + level * blocks + (cfg.layers_per_block if kind == "downsamplers" else index)

@@ -22,15 +22,20 @@ from fastsd.storage import Tensors
 CONFIGS = "fastsd.configs"  # header key of {component or "scheduler": its config.json}
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors that mark these settings for other tools
 _VAE_TOPS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-_OTHERS = {
+# Settings that follow from no tensor.
+_VAE_CONFIG = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32}
+_TEXT_CONFIG = {
+    "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "projection_dim": 768,
+}  # fmt: skip
+_OTHER_FAMILIES = {
     "conditioner.": "an SDXL", "model.diffusion_model.label_emb.": "an SDXL", "cond_stage_model.model.": "an SD2",
     "model.diffusion_model.joint_blocks.": "an SD3", "model.diffusion_model.double_blocks.": "a Flux",
     "double_blocks.": "a Flux", "control_model.": "a ControlNet", "lora_unet_": "a LoRA", "lora_te": "a LoRA",
 }  # fmt: skip
 
 
-def read_part(
-    path: Path, tensors: Tensors, metadata: Mapping[str, str], part: str, notes: list[str], *, ema: bool = False
+def read_component(
+    path: Path, tensors: Tensors, metadata: Mapping[str, str], component: str, notes: list[str], *, ema: bool = False
 ) -> tuple[dict[str, Any], Tensors] | None:
     """Return (config, tensors) of a component with diffusers' or transformers' names, or None if the file lacks it.
 
@@ -40,41 +45,44 @@ def read_part(
         UserError: the file is of another model family, or the component is incomplete.
     """
     for name in tensors:
-        other_family = next((family for prefix, family in _OTHERS.items() if name.startswith(prefix)), None)
+        other_family = next((family for prefix, family in _OTHER_FAMILIES.items() if name.startswith(prefix)), None)
         if other_family:
-            raise UserError("other-family", f"{path}: {other_family} file ({name}); give a model of SD1.5's family")
+            raise UserError("other-family", f"{path} is {other_family} file ({name}); give a model of the SD1.5 family")
+
     state: Tensors = {
-        name.removeprefix(PREFIX[part]): tensor for name, tensor in tensors.items() if name.startswith(PREFIX[part])
+        name.removeprefix(PREFIX[component]): tensor for name, tensor in tensors.items() if name.startswith(PREFIX[component])
     }
-    if part == "vae" and not state:
+    if component == "vae" and not state:
         state = {name: tensor for name, tensor in tensors.items() if name.startswith(_VAE_TOPS)}
     if not state:
         return None
-    config = configs(path, metadata).get(part) or _FROM_SHAPES[part](state, path)
-    if part == "vae" and any(name.startswith("encoder.down_blocks.") for name in state):
+
+    config = configs(path, metadata).get(component) or _FROM_SHAPES[component](state, path)
+    if component == "vae" and any(name.startswith("encoder.down_blocks.") for name in state):
         return config, {current_vae_name(name): tensor for name, tensor in state.items()}
-    if part == "text_encoder":
+    if component == "text_encoder":
         return config, {classic_text_name(name): tensor for name, tensor in state.items() if not name.endswith("position_ids")}
-    targets = expected_tensors(part, config, str(path))
-    original_by_name = original_names(part, config, targets)
-    if part == "unet":
-        state = _averaged(path, tensors, state, original_by_name, notes, ema)
+
+    targets = expected_tensors(component, config, str(path))
+    original_by_name = original_names(component, config, targets)
+    if component == "unet":
+        state = _unet_weights(path, tensors, state, original_by_name, notes, ema)
     converted = {name: state[original] for name, original in original_by_name.items() if original in state}
     # The original VAE's attention uses 1x1 convolutions: the same numbers in another shape.
     converted |= {name: t.view(targets[name].shape) for name, t in converted.items() if t.shape == (*targets[name].shape, 1, 1)}
     return config, converted | {name: state[name] for name in state.keys() - set(original_by_name.values())}
 
 
-def _averaged(
-    path: Path, tensors: Tensors, unet: Tensors, named: Mapping[str, str], notes: list[str], ema: bool
-) -> Tensors:  # fmt: skip
+def _unet_weights(
+    path: Path, tensors: Tensors, unet: Tensors, original_by_name: Mapping[str, str], notes: list[str], ema: bool
+) -> Tensors:
     """Return the UNet's weights, or their EMA if `ema` is set."""
     averages = sum(name.startswith(EMA) for name in tensors)
     if averages:
-        notes.append(f"unet: {averages} averaged (EMA) tensors " + ("taken" if ema else "ignored, --ema takes them"))
+        notes.append(f"unet: {averages} EMA tensors " + ("used" if ema else "ignored; --ema uses them"))
     elif ema:
-        raise UserError("single-file-no-ema", f"{path}: has no averaged (EMA) weights; leave --ema out")
-    return {old: tensors[ema_name(old)] for old in named.values() if ema_name(old) in tensors} if ema else unet
+        raise UserError("single-file-no-ema", f"{path}: has no EMA weights; leave out --ema")
+    return {old: tensors[ema_name(old)] for old in original_by_name.values() if ema_name(old) in tensors} if ema else unet
 
 
 def ignored(tensors: Tensors) -> list[str]:
@@ -91,7 +99,7 @@ def configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         return {str(component): dict(config) for component, config in stored.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            "header-configs", f"{path}: {CONFIGS} in its header is no table ({error}); write the file again"
+            "header-configs", f"{path}: {CONFIGS} in the header is not a JSON object ({error}); export the file again"
         ) from None
 
 
@@ -107,8 +115,9 @@ def scheduler(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict
 def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
     if "input_blocks.0.0.weight" not in state or "out.2.weight" not in state:
         raise UserError(
-            "single-file-no-whole-unet", f"{path}: no whole UNet in the original SD layout in it; give a whole SD1.5 model file"
+            "single-file-no-whole-unet", f"{path}: no complete UNet in the original SD layout; give a complete SD1.5 model file"
         )
+
     widths, attention, layers, per_level = [], [], 0, []
     blocks = sorted({int(m[1]) for name in state if (m := re.match(r"input_blocks\.(\d+)\.", name))})
     for i in blocks[1:]:
@@ -121,22 +130,25 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
             last = f"{block}.0.out_layers.3.weight"
             if last not in state:
                 raise UserError(
-                    "single-file-tensor-missing", f"{path}: {PREFIX['unet']}{last} is missing; give a whole SD1.5 model file"
+                    "single-file-tensor-missing", f"{path}: {PREFIX['unet']}{last} is missing; give a complete SD1.5 model file"
                 )
             widths.append(state[last].shape[0])
             attention.append(f"{block}.1.proj_in.weight" in state)
         layers += 1
+
     per_level.append(layers)
     if len(set(per_level)) != 1 or not layers:
         raise UserError(
-            "single-file-blocks", f"{path}: its levels have {per_level} blocks; an SD1.5 UNet has the same number in each"
+            "single-file-blocks",
+            f"{path}: the UNet has {per_level} blocks per level, but SD1.5 has the same number in each; give an SD1.5 model",
         )
+
     context = next((t.shape[-1] for name, t in state.items() if name.endswith("attn2.to_k.weight")), None)
     if context is None:
-        raise UserError("single-file-no-attention", f"{path}: its UNet has no cross-attention; give an SD1.5 model")
+        raise UserError("single-file-no-attention", f"{path}: the UNet has no cross-attention; give an SD1.5 model")
     return UNetConfig(
-        in_channels=_side(state, "input_blocks.0.0.weight", 1, path),
-        out_channels=_side(state, "out.2.weight", 0, path),
+        in_channels=_dimension(state, "input_blocks.0.0.weight", 1, path),
+        out_channels=_dimension(state, "out.2.weight", 0, path),
         block_out_channels=tuple(widths),
         layers_per_block=per_level[0],
         attention=tuple(attention),
@@ -146,49 +158,42 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
 
 def _vae_config(state: Tensors, path: Path) -> dict[str, Any]:
     if "encoder.conv_in.weight" not in state or "post_quant_conv.weight" not in state:
-        raise UserError(
-            "single-file-no-vae", f"{path}: no whole AutoencoderKL in it; give a VAE file or a whole SD1.5 model file"
-        )
+        raise UserError("single-file-no-vae", f"{path}: no complete AutoencoderKL; give a VAE or a complete SD1.5 model file")
     is_diffusers = any(name.startswith("encoder.down_blocks.") for name in state)
     conv1 = "encoder.down_blocks.{}.resnets.{}.conv1.weight" if is_diffusers else "encoder.down.{}.block.{}.conv1.weight"
     widths: list[int] = []
     while (name := conv1.format(len(widths), 0)) in state:
-        widths.append(_side(state, name, 0, path))
+        widths.append(_dimension(state, name, 0, path))
     layers = 0
     while conv1.format(0, layers) in state:
         layers += 1
-    return {
-        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "block_out_channels": widths,
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "layers_per_block": layers, "latent_channels": _side(state, "post_quant_conv.weight", 1, path), "norm_num_groups": 32,
-    }  # fmt: skip
+    channels = _dimension(state, "post_quant_conv.weight", 1, path)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths)}
+    return _VAE_CONFIG | blocks | {"block_out_channels": widths, "layers_per_block": layers, "latent_channels": channels}
 
 
 def _text_config(state: Tensors, path: Path) -> dict[str, Any]:
     state = {classic_text_name(name): tensor for name, tensor in state.items()}
-    embeddings, first = "text_model.embeddings.", "text_model.encoder.layers.0.mlp.fc1.weight"
-    needed = [f"{embeddings}position_embedding.weight", f"{embeddings}token_embedding.weight", first]
+    names = ("embeddings.position_embedding", "embeddings.token_embedding", "encoder.layers.0.mlp.fc1")
+    needed = [f"text_model.{name}.weight" for name in names]
     missing = next((name for name in needed if name not in state), None)
     if missing:
         raise UserError(
-            "single-file-no-text-encoder",
-            f"{path}: no whole CLIP text encoder in it ({missing} is missing); give a whole SD1.5 model file",
+            "single-file-no-text-encoder", f"{path}: the CLIP text encoder has no {missing}; give a complete SD1.5 model file"
         )
     layers = {int(m[1]) for name in state if (m := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
-    width = _side(state, needed[0], 1, path)
-    return {
-        "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "vocab_size": _side(state, needed[1], 0, path),
-        "hidden_size": width, "max_position_embeddings": _side(state, needed[0], 0, path), "num_hidden_layers": len(layers),
-        "intermediate_size": _side(state, first, 0, path), "num_attention_heads": max(1, width // 64),
-        "hidden_act": "quick_gelu", "projection_dim": 768,
-    }  # fmt: skip
+    window, vocabulary, inner = (_dimension(state, name, 0, path) for name in needed)
+    width = _dimension(state, needed[0], 1, path)
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": max(1, width // 64)}
+    counts = {"vocab_size": vocabulary, "max_position_embeddings": window, "num_hidden_layers": len(layers)}
+    return _TEXT_CONFIG | sizes | counts
 
 
 _FROM_SHAPES = {"unet": _unet_config, "vae": _vae_config, "text_encoder": _text_config}
 
 
-def _side(state: Tensors, name: str, dim: int, path: Path) -> int:
+def _dimension(state: Tensors, name: str, dim: int, path: Path) -> int:
     shape = tuple(state[name].shape)
     if len(shape) <= dim:
-        raise UserError("single-file-shape", f"{path}: {name} has shape {shape}; give a whole SD1.5 model file")
+        raise UserError("single-file-shape", f"{path}: {name} has shape {shape}; give a complete SD1.5 model file")
     return shape[dim]

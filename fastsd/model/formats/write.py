@@ -32,6 +32,7 @@ MODEL_INDEX = {
 TOKENIZER = (  # the files to copy; those of a whole CLIP may lie beside them
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
 )  # fmt: skip
+Config = Mapping[str, Any]
 _STEM = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 
@@ -46,45 +47,51 @@ def write_folder(source: ModelSource, folder: Path, *, dtype: str = "", variant:
     Raises:
         UserError: a component or the tokenizer is missing, or a number is not finite.
     """
-    missing = [component for component in _STEM if component not in source.parts]
+    missing = [component for component in _STEM if component not in source.components]
     if missing:
-        advice = {"vae": "name one with --vae", "text_encoder": "name a model that has one with --tokenizer"}
+        advice = {"vae": "give one with --vae", "text_encoder": "give a model that has one with --tokenizer"}
         raise UserError(
-            "write-component-missing", f"{source.place}: there is no {missing[0].replace('_', ' ')} in it; {advice[missing[0]]}"
+            "write-component-missing", f"{source.place}: has no {missing[0].replace('_', ' ')}; {advice[missing[0]]}"
         )
     if source.tokenizer is None:
         raise UserError(
-            "write-no-tokenizer",
-            f"{source.place}: has no tokenizer; name one, --tokenizer openai/clip-vit-large-patch14 for example",
+            "write-no-tokenizer", f"{source.place}: has no tokenizer; use for example --tokenizer openai/clip-vit-large-patch14"
         )
     hashes = write_pipeline(folder, source.scheduler, source.tokenizer)
-    for name, part in source.parts.items():
-        hashes |= write_component(folder, name, part.config, part.tensors, dtype, variant, shard, str(source.place))
+    for name, component in source.components.items():
+        hashes |= write_component(folder, name, component.config, component.tensors, dtype, variant, shard, str(source.place))
     return hashes
 
 
 def write_component(
-    folder: Path, part: str, config: Mapping[str, Any], tensors: Tensors, dtype: str = "", variant: str = "", shard: int = 0,
+    folder: Path,
+    name: str,
+    config: Config,
+    tensors: Tensors,
+    dtype: str = "",
+    variant: str = "",
+    shard: int = 0,
     finite: str = "",
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Write one component into a model's folder, as `write_folder` does. `finite`: see `write_safetensors`."""
-    (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / name).mkdir(parents=True, exist_ok=True)
     config = _portable(config)
-    if dtype and part == "text_encoder":
+    if dtype and name == "text_encoder":
         dtype_name = str(DTYPE[dtype]).removeprefix("torch.")
         config |= {"dtype": dtype_name, "torch_dtype": dtype_name}
-    hashes = {f"{part}/config.json": _write_json(folder / part / "config.json", config)}
-    stem, kind = f"{_STEM[part]}{variant and f'.{variant}'}", DTYPE.get(dtype)
+    hashes = {f"{name}/config.json": _write_json(folder / name / "config.json", config)}
+
+    stem, kind = f"{_STEM[name]}{variant and f'.{variant}'}", DTYPE.get(dtype)
     groups = _shards(tensors, shard, kind)
     names = [f"{stem}.safetensors"]
     if len(groups) > 1:
         names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-        places = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
+        weight_map = {tensor: file for file, group in zip(names, groups, strict=True) for tensor in group}
         size = sum(_size(tensor, kind) for tensor in tensors.values())
-        index = f"{part}/{_STEM[part]}.safetensors.index{variant and f'.{variant}'}.json"
-        hashes[index] = _write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": places})
-    for name, group in zip(names, groups, strict=True):
-        hashes[f"{part}/{name}"] = write_safetensors(folder / part / name, group, dtype=kind, finite=finite)
+        index = f"{name}/{_STEM[name]}.safetensors.index{variant and f'.{variant}'}.json"
+        hashes[index] = _write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    for file, group in zip(names, groups, strict=True):
+        hashes[f"{name}/{file}"] = write_safetensors(folder / name / file, group, dtype=kind, finite=finite)
     return hashes
 
 
@@ -103,10 +110,10 @@ def _size(tensor: torch.Tensor | Stored, kind: torch.dtype | None) -> int:
     return tensor.numel() * (kind if kind and tensor.dtype.is_floating_point else tensor.dtype).itemsize
 
 
-def write_pipeline(folder: Path, scheduler: Mapping[str, Any], tokenizer: Path) -> dict[str, str]:
+def write_pipeline(folder: Path, scheduler: Config, tokenizer: Path) -> dict[str, str]:
     """Write the files that join a model's components: index, scheduler, tokenizer. Returns {relative file name: sha256}."""
-    for part in ("scheduler", "tokenizer"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    for name in ("scheduler", "tokenizer"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     sampler = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
     hashes = {
         "model_index.json": _write_json(folder / "model_index.json", {**MODEL_INDEX, "scheduler": sampler}),
@@ -118,7 +125,7 @@ def write_pipeline(folder: Path, scheduler: Mapping[str, Any], tokenizer: Path) 
     return hashes
 
 
-def _write_json(path: Path, settings: Mapping[str, Any]) -> str:
+def _write_json(path: Path, settings: Config) -> str:
     return write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
@@ -136,24 +143,26 @@ def write_single_file(
         UserError: a number is not finite, or the VAE cannot be folded.
         OSError: the disk is full, or the folder cannot be written.
     """
-    parts, notes, header = dict(source.parts), list[str](), dict(metadata or {})
+    components, notes, header = dict(source.components), list[str](), dict(metadata or {})
+
     tensors: dict[str, Any] = {}
-    vae = parts.get("vae")
-    factor, shift = folding.scale_of(vae.config, vae.where) if vae else (SD15_SCALING_FACTOR, 0.0)
+    vae = components.get("vae")
+    factor, shift = folding.factor_and_shift(vae.config, vae.config_file) if vae else (SD15_SCALING_FACTOR, 0.0)
     if vae and (factor, shift) != (SD15_SCALING_FACTOR, 0.0):
         label = f"VAE: factor {factor:g}" + (f" and shift {shift:g}" if shift else "")
         if fold:
             config, folded = folding.fold(vae.config, vae.tensors, vae.place)
-            header[folding.UNFOLDED] = folding.undo(vae.config, vae.tensors)
-            parts["vae"] = replace(vae, config=config, tensors=folded)
-            notes.append(f"{label} folded into its 1x1 convolutions, so that 0.18215 is right, which single-file loaders use")
+            header[folding.UNFOLDED] = folding.unfold_record(vae.config, vae.tensors)
+            components["vae"] = replace(vae, config=config, tensors=folded)
+            notes.append(f"{label} folded into its 1x1 convolutions, because single-file loaders assume 0.18215")
         else:
-            notes.append(f"warning: {label} not folded: tools that take 0.18215 for granted will show wrong colours")
+            notes.append(f"warning: {label} not folded; tools that assume 0.18215 will show wrong colours")
+
     for name in ("unet", "vae", "text_encoder"):
-        if name in parts:
-            part = parts[name]
-            for current_name, original_name in original_names(name, part.config, part.tensors).items():
-                tensor = part.tensors[current_name]
+        if name in components:
+            component = components[name]
+            for current_name, original_name in original_names(name, component.config, component.tensors).items():
+                tensor = component.tensors[current_name]
                 if name == "vae" and ".attentions." in current_name and len(tensor.shape) == 2:
                     tensor = tensor.view(torch.Size([*tensor.shape, 1, 1]))
                 tensors[PREFIX[name] + original_name] = tensor
@@ -161,13 +170,14 @@ def write_single_file(
         tensors[V_PREDICTION] = torch.empty(0)
     if source.scheduler.get("rescale_betas_zero_snr"):
         tensors[ZERO_SNR] = torch.empty(0)
-    configs = {name: _portable(part.config) for name, part in parts.items()} | {"scheduler": source.scheduler}
+
+    configs = {name: _portable(component.config) for name, component in components.items()} | {"scheduler": source.scheduler}
     header[CONFIGS] = json.dumps(configs, sort_keys=True)
     with new_file(path) as temporary:
         write_safetensors(temporary, tensors, header, DTYPE.get(dtype), str(source.place))
     return notes
 
 
-def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+def _portable(config: Config) -> dict[str, Any]:
     """Return a config without the path it was loaded from, which means nothing on another machine."""
     return {key: value for key, value in config.items() if key != "_name_or_path"}
