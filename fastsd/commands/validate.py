@@ -62,7 +62,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
             for parameter in module.to(device).parameters():
                 parameter.data = compute_weight(parameter.data, COMPUTE_DTYPE[precision])
         switches = set_precision(precision, model.unet, config.deterministic)
-        loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], states=text_embeds)
+        loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], text_embeddings=text_embeds)
         validation = Validation(model, loader, choose_splits(latents, config), table)
         print_line(console, f"{base}, {switches}\n{validation}")
         try:

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fastsd.config.schema import Config, DataTable
-from fastsd.data.rows import LATENTS, Index, Rows, damaged, read_header
+from fastsd.data.rows import LATENTS, Index, Rows, damage_error, read_header
 from fastsd.errors import UserError
 
 SHARD_ROWS = 4096
@@ -111,9 +111,9 @@ def preprocessing(config: Config) -> dict[str, Any]:
     }
 
 
-def digest(*parts: Any) -> str:
-    """Return the sha256 of the parts as JSON, 64 hex digits."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def digest(*values: Any) -> str:
+    """Return the sha256 of the values as JSON, 64 hex digits."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def space_name(config: Config, vae_hash: str) -> str:
@@ -156,11 +156,11 @@ def freeze(
 class View(Index):
     """The index of a cache's samples, with the attributes `groups` and `meta`."""
 
-    FORMAT, SAID, MORE = "view-2", ("shards", "groups", "meta"), {"weight": np.float32}
+    FORMAT, HASHED_KEYS, OPTIONAL = "view-2", ("shards", "groups", "meta"), {"weight": np.float32}
     TENSORS = {"caption_offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32, "captions": np.uint8}
 
-    def _understand(self) -> None:
-        super()._understand()
+    def _parse(self) -> None:
+        super()._parse()
         raw = json.loads(self.metadata["meta"])
         self.meta = CacheMeta(**{field.name: raw[field.name] for field in fields(CacheMeta)})
         self.groups: list[Group] = []
@@ -168,7 +168,7 @@ class View(Index):
             self.groups.append(Group(tuple(shape), root, self.samples, count))
         weights = len(self.arrays.get("weight", range(len(self))))
         if len(self) * self.meta.versions != len(self.arrays["row"]) or not self.samples == len(self) == weights:
-            raise ValueError("its parts do not fit together")
+            raise ValueError("tensors have inconsistent lengths")
 
     @property
     def samples(self) -> int:
@@ -181,23 +181,23 @@ class View(Index):
 def _serial(path: Path) -> int:
     serial = read_header(path, View.FORMAT)[1].get("serial", "")
     if not serial.isdecimal():
-        raise damaged(path, f"is no whole {View.FORMAT} file (serial {serial!r})")
+        raise damage_error(path, f"is not a valid {View.FORMAT} file (serial {serial!r})")
     return int(serial)
 
 
 def view_paths(folder: Path) -> list[Path]:
-    return _whole_files(folder / "views")
+    return _visible_files(folder / "views")
 
 
 class TextEmbeddingsIndex(Index):
     """The index of the text embeddings of a view's captions, see `text_embeddings.py`."""
 
-    FORMAT, SAID = "states-index-1", ("shards", "view", "space")
+    FORMAT, HASHED_KEYS = "states-index-1", ("shards", "view", "space")
     TENSORS = {"offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32}
 
 
 def states_paths(folder: Path) -> list[Path]:
-    return _whole_files(folder / "states")
+    return _visible_files(folder / "states")
 
 
 def indexes(folder: Path) -> list[tuple[Path, type[Index]]]:
@@ -205,7 +205,7 @@ def indexes(folder: Path) -> list[tuple[Path, type[Index]]]:
     return [(path, View) for path in view_paths(folder)] + [(path, TextEmbeddingsIndex) for path in states_paths(folder)]
 
 
-def _whole_files(folder: Path) -> list[Path]:
+def _visible_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
 
 
@@ -235,12 +235,12 @@ class LatentCache(Rows):
             path = folder / "views" / f"{view}.safetensors"
             if not path.is_file():
                 raise UserError(
-                    "no-view", f"cache.dir {folder} holds no latents for this config; run `fastsd cache CONFIG` first"
+                    "no-view", f"cache.dir {folder} has no latents for this config; run `fastsd cache CONFIG` first"
                 )
             return cls(folder, path)
         paths = view_paths(folder)
         if not paths:
-            raise UserError("no-finished-cache", f"{folder} is no finished latent cache; run `fastsd cache CONFIG` first")
+            raise UserError("no-finished-cache", f"{folder} is not a finished latent cache; run `fastsd cache CONFIG` first")
         return cls(folder, max(paths, key=_serial))
 
     def __len__(self) -> int:
@@ -259,10 +259,10 @@ class LatentCache(Rows):
         Raises:
             UserError: a shard is missing, or its bytes differ from those that were written.
         """
-        index_B = self._checked(positions) * self.versions
+        index_B = self._checked_positions(positions) * self.versions
         if versions is not None:
             version_B = np.asarray(versions, dtype=np.int64)
-            assert version_B.min() >= 0 and version_B.max() < self.versions, f"versions lie outside [0, {self.versions})"
+            assert version_B.min() >= 0 and version_B.max() < self.versions, f"versions are outside [0, {self.versions})"
             index_B += version_B
         return {"latents": self._read(index_B)}
 
@@ -276,7 +276,7 @@ class LatentCache(Rows):
 
     def variants(self, positions: Positions) -> list[list[str]]:
         """Return all captions of each sample, [""] if it has none."""
-        index_B = self._checked(positions)
+        index_B = self._checked_positions(positions)
         starts, ends = (self._view.take("caption_offsets", index).tolist() for index in (index_B, index_B + 1))
         texts = (self._view.cut("captions", start, end).tobytes() for start, end in zip(starts, ends, strict=True))
         return [text.decode().split("\n") for text in texts]
@@ -290,10 +290,10 @@ class LatentCache(Rows):
         """Return the factor of each sample's loss, fp32 (B,), or None if the view was made without data.weight_key."""
         if "weight" not in self._view.arrays:
             return None
-        return torch.from_numpy(self._view.take("weight", self._checked(positions)).copy())
+        return torch.from_numpy(self._view.take("weight", self._checked_positions(positions)).copy())
 
-    def _checked(self, positions: Positions) -> np.ndarray:
+    def _checked_positions(self, positions: Positions) -> np.ndarray:
         index_B = np.array(positions, dtype=np.int64)
-        assert index_B.ndim == 1 and len(index_B), "positions are a flat, non-empty list"
-        assert index_B.min() >= 0 and index_B.max() < len(self), f"positions lie outside [0, {len(self)})"
+        assert index_B.ndim == 1 and len(index_B), "positions must be a flat, non-empty list"
+        assert index_B.min() >= 0 and index_B.max() < len(self), f"positions are outside [0, {len(self)})"
         return index_B

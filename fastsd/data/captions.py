@@ -22,7 +22,7 @@ from fastsd.data.cache import LatentCache
 from fastsd.errors import UserError
 from fastsd_kernels.noise import Purpose, uniform
 
-_USUAL_PIECES = 64  # tags or sentences per caption up to which one draw serves a whole batch
+_USUAL_COUNT = 64  # tags or sentences per caption up to which one draw serves a whole batch
 _CHUNK = 4096  # samples with captions read together
 # A full stop before a space or the end, except after a single letter (e.g., U.S., J. Smith) or a common abbreviation.
 _SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b(?:mr|ms|dr|st|vs))(?<!\bmrs)\.(?:\s+|$)", re.IGNORECASE)
@@ -43,30 +43,30 @@ def captions_for(variants_B: Sequence[Sequence[str]], positions_B: Tensor, stage
     first_B2 = uniform(seed, Purpose.CAPTION, positions_B, 2).tolist()
     chosen = [variants[int(lane * len(variants))] for variants, (_, lane) in zip(variants_B, first_B2, strict=True)]
     captions = ["" if lane < stage.caption_dropout else text for text, (lane, _) in zip(chosen, first_B2, strict=True)]
-    in_tags = bool(stage.shuffle_tags or stage.tag_dropout or stage.max_tags)
-    if in_tags or stage.shuffle_sentences:
+    edits_tags = bool(stage.shuffle_tags or stage.tag_dropout or stage.max_tags)
+    if edits_tags or stage.shuffle_sentences:
         for i, draws in enumerate(_draws(captions, positions_B, stage, seed)):
             if stage.shuffle_sentences:
-                captions[i] = _shuffled_sentences(captions[i], draws[2])
-            if in_tags:
-                captions[i] = _edited_tags(captions[i], stage, draws[0], draws[1])
+                captions[i] = _shuffle_sentences(captions[i], draws[2])
+            if edits_tags:
+                captions[i] = _edit_tags(captions[i], stage, draws[0], draws[1])
     return captions
 
 
 def _draws(captions: list[str], positions_B: Tensor, stage: StageTable, seed: int) -> Iterator[list[list[float]]]:
     """Yield four lists of random numbers per caption, each with one number per tag or sentence that it can have."""
     # Joining shuffled sentences may add one tag separator for each full stop.
-    pieces = [1 + text.count(stage.tag_separator) + text.count(".") for text in captions]
-    usual = min(max(pieces), _USUAL_PIECES)
+    counts = [1 + text.count(stage.tag_separator) + text.count(".") for text in captions]
+    usual = min(max(counts), _USUAL_COUNT)
     draws_BK = uniform(seed, Purpose.CAPTION, positions_B, 4 + 4 * usual)
-    for count, position_1, draws_K in zip(pieces, positions_B.split(1), draws_BK, strict=True):
+    for count, position_1, draws_K in zip(counts, positions_B.split(1), draws_BK, strict=True):
         if count > usual:
             draws_K = uniform(seed, Purpose.CAPTION, position_1, 4 + 4 * count)[0]
         yield draws_K[4:].view(-1, 4).T.tolist()
 
 
-def _edited_tags(text: str, stage: StageTable, order: list[float], dropout: list[float]) -> str:
-    tags = [tag for part in text.split(stage.tag_separator) if (tag := part.strip())]
+def _edit_tags(text: str, stage: StageTable, order: list[float], dropout: list[float]) -> str:
+    tags = [tag for words in text.split(stage.tag_separator) if (tag := words.strip())]
     numbers: Sequence[int] = range(stage.keep_tags, len(tags))
     if stage.shuffle_tags:
         numbers = sorted(numbers, key=order.__getitem__)
@@ -74,8 +74,8 @@ def _edited_tags(text: str, stage: StageTable, order: list[float], dropout: list
     return ", ".join([*tags[: stage.keep_tags], *kept][: stage.max_tags or None])
 
 
-def _shuffled_sentences(text: str, order: list[float]) -> str:
-    sentences = [sentence for part in _SENTENCE_END.split(text) if (sentence := part.strip())]
+def _shuffle_sentences(text: str, order: list[float]) -> str:
+    sentences = [sentence for words in _SENTENCE_END.split(text) if (sentence := words.strip())]
     if len(sentences) < 2:
         return text
     numbers = sorted(range(len(sentences)), key=order.__getitem__)
@@ -113,6 +113,6 @@ def _selected(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, 
         filters = " and ".join(f"data.{key} {list(tags)}" for key, tags in (("include", include), ("exclude", exclude)) if tags)
         raise UserError(
             "filter-leaves-none",
-            f"{filters} leave none of the {len(cache)} images; remove tags from it, or see how captions write them",
+            f"{filters} exclude all {len(cache)} images; remove tags, or write them as in the captions",
         )
     return selected

@@ -31,9 +31,9 @@ from fastsd.data.tokens import Tokens
 from fastsd_kernels.noise import Purpose, integers
 
 PREFETCH = 8  # batches ahead of the step, ready or in preparation
-_MAKERS = 2  # batches prepared at a time: one waits for the disk while the other tokenizes
-_Given = TypeVar("_Given", Tensor, Tensor | None)
-_MEMO = 1 << 16  # captions with memoised token ids
+_WORKERS = 2  # batches prepared at a time: one waits for the disk while the other tokenizes
+_Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
+_MEMO_CAPTIONS = 1 << 16  # captions with memoised token ids
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Batch:
         token_ids_BL: int64.
         positions_B: int64 global sample positions, the key of all randomness.
         captions: the tokenized text, after edits and dropout.
-        states_BLD: text embeddings in the cache's dtype, if they are cached.
+        text_embeds_BLD: text embeddings in the cache's dtype, if they are cached.
         samples_B: int64 indices of the samples in the cache.
         weight_B: fp32 factor of each sample's loss; None = all are 1.
         mask_B1HW: uint8, 255 where the loss counts in full; None = everywhere.
@@ -55,7 +55,7 @@ class Batch:
     token_ids_BL: Tensor
     positions_B: Tensor
     captions: list[str]
-    states_BLD: Tensor | None = None
+    text_embeds_BLD: Tensor | None = None
     samples_B: Tensor | None = None
     weight_B: Tensor | None = None
     mask_B1HW: Tensor | None = None
@@ -74,7 +74,7 @@ class Loader:
         origin: global position at which the stage starts.
         rank, world: this worker makes part number `rank` of `world` equal parts of every global batch.
         tokens: token ids of the cache's captions; None = tokenize all captions here.
-        states: text embeddings of the captions; None = the step runs the text encoder.
+        text_embeddings: those of the captions; None = the step runs the text encoder.
         left_out: samples that no batch may contain, see `validation_split.py`.
 
     Raises:
@@ -93,12 +93,12 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         tokens: Tokens | None = None,
-        states: TextEmbeddings | None = None,
+        text_embeddings: TextEmbeddings | None = None,
         left_out: np.ndarray | None = None,
     ) -> None:
         assert 0 <= rank < world
         self.cache, self.stage, self.seed, self.rank, self.world = cache, stage, seed, rank, world
-        self._tokenize, self._tokens, self._states = tokenize, tokens, states
+        self._tokenize, self._tokens, self._text_embeddings = tokenize, tokens, text_embeddings
         self._memo: dict[str, Tensor] = {}
         self._memo_lock = threading.Lock()
         self._weighted, self._masks = bool(data and data.weight_key), open_masks(cache) if data and data.masks else None
@@ -127,27 +127,30 @@ class Loader:
             UserError: the cache is damaged.
         """
         if count % self.world:
-            raise ValueError(f"a batch of {count} cannot be divided among {self.world} workers; choose a multiple")
+            raise ValueError(f"batch is {count}, not divisible by {self.world} workers; use a multiple of {self.world}")
         share = count // self.world
         position += self.rank * share
         positions_B = torch.arange(position, position + share)
         index_B = self._order.batch(position, share)
+
         variants_B = self.cache.variants(index_B)
         captions = captions_for(variants_B, positions_B, self.stage, self.seed)
         # Index of each caption among the captions of its sample; -1 = not among them, because it was edited or dropped.
         pairs = zip(captions, variants_B, strict=True)
         variant_B = [variants.index(caption) if caption in variants else -1 for caption, variants in pairs]
         token_ids_BL = self._token_ids(captions, variant_B, index_B)
-        several = self.cache.versions > 1
-        version_B = integers(self.seed, Purpose.VERSION, positions_B, self.cache.versions) if several else None
+
+        has_versions = self.cache.versions > 1
+        version_B = integers(self.seed, Purpose.VERSION, positions_B, self.cache.versions) if has_versions else None
         latents = self.cache.get(index_B, version_B)["latents"]
-        states = None
-        if self._states is not None:
+        text_embeds_BLD = None
+        if self._text_embeddings is not None:
             assert not any(caption for caption, variant in zip(captions, variant_B, strict=True) if variant < 0)
-            states = self._states.get(index_B, variant_B)
-        ids, weights = _pinned(token_ids_BL), self._weights(index_B)
+            text_embeds_BLD = self._text_embeddings.get(index_B, variant_B)
+
+        ids, weights = _pin(token_ids_BL), self._weights(index_B)
         masks = self._masks.get(index_B, version_B, latents.shape[-2:]) if self._masks else None
-        return Batch(latents, ids, _pinned(positions_B), captions, states, index_B, _pinned(weights), _pinned(masks))
+        return Batch(latents, ids, _pin(positions_B), captions, text_embeds_BLD, index_B, _pin(weights), _pin(masks))
 
     def _weights(self, index_B: Tensor) -> Tensor | None:
         """Return the loss factor of each sample: the factor of its folder times its own."""
@@ -157,7 +160,7 @@ class Loader:
         folder_weight_B = self._weight_G[torch.searchsorted(self._first_G, index_B, right=True) - 1]
         return folder_weight_B if sample_weight_B is None else folder_weight_B * sample_weight_B
 
-    def as_they_are(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+    def load_unaugmented(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         """Load samples of one shape without randomness: their first versions and first captions.
 
         Returns:
@@ -165,14 +168,14 @@ class Loader:
         """
         first = [0] * len(samples)
         latents_BCHW = self.cache.get(samples)["latents"]
-        if self._states is not None:
-            return latents_BCHW, self._states.get(samples, first)
+        if self._text_embeddings is not None:
+            return latents_BCHW, self._text_embeddings.get(samples, first)
         ids_BL = self._token_ids(self.cache.captions(samples), first, torch.from_numpy(samples))
-        return latents_BCHW, _pinned(ids_BL)
+        return latents_BCHW, _pin(ids_BL)
 
     def stream(self, start: int, stop: int, step: int) -> Stream:
         """Prefetch batches of `step` samples from position `start` up to `stop`. The last one may be smaller."""
-        return Stream(lambda at: self.batch(at, min(step, stop - at)), range(start, stop, step))
+        return Stream(lambda position: self.batch(position, min(step, stop - position)), range(start, stop, step))
 
     def _token_ids(self, captions: list[str], variant_B: list[int], index_B: Tensor) -> Tensor:
         rows: dict[int, Tensor] = {}
@@ -186,7 +189,7 @@ class Loader:
 
     def _tokenized(self, captions: list[str]) -> list[Tensor]:
         with self._memo_lock:  # also because not every tokenizer is thread-safe
-            if len(self._memo) + len(captions) > _MEMO:
+            if len(self._memo) + len(captions) > _MEMO_CAPTIONS:
                 self._memo = {}
             unknown = [caption for caption in dict.fromkeys(captions) if caption not in self._memo]
             if unknown:
@@ -200,13 +203,13 @@ class Stream(Iterator[Batch]):
     `next` raises an exception of a thread. `close`, the end of a `with` block or dropping the stream stops the threads.
     """
 
-    def __init__(self, make: Callable[[int], Batch], positions: range):
+    def __init__(self, load: Callable[[int], Batch], positions: range):
         self.waited = 0.0
-        self._make, self._positions = make, iter(positions)
-        self._makers = ThreadPoolExecutor(_MAKERS, thread_name_prefix="fastsd-loader")
+        self._load, self._positions = load, iter(positions)
+        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="fastsd-loader")
         self._ahead: deque[Future[Batch]] = deque()
         for _ in range(PREFETCH):
-            self._order_next()
+            self._prefetch_next()
 
     def __next__(self) -> Batch:
         if not self._ahead:
@@ -219,18 +222,18 @@ class Stream(Iterator[Batch]):
             self.close()
             raise
         self.waited += time.perf_counter() - start
-        self._order_next()
+        self._prefetch_next()
         return batch
 
-    def _order_next(self) -> None:
+    def _prefetch_next(self) -> None:
         for position in self._positions:
-            self._ahead.append(self._makers.submit(self._make, position))
+            self._ahead.append(self._pool.submit(self._load, position))
             return
 
     def close(self) -> None:
         self._positions = iter(())
         self._ahead.clear()
-        self._makers.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Stream:
         return self
@@ -239,5 +242,5 @@ class Stream(Iterator[Batch]):
         self.close()
 
 
-def _pinned(tensor: _Given) -> _Given:
+def _pin(tensor: _Tensor) -> _Tensor:
     return tensor.pin_memory() if tensor is not None and torch.cuda.is_available() else tensor

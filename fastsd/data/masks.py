@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastsd.data import cache
-from fastsd.data.rows import Sealed, damaged, read_header
+from fastsd.data.rows import OUTDATED, Sealed, damage_error, read_header
 
 KEY_BYTES = 32
 
@@ -31,7 +31,7 @@ KEY_BYTES = 32
 class MasksFile(Sealed):
     """The file that holds the masks of a view."""
 
-    FORMAT, SAID = "masks-1", ("view",)
+    FORMAT, HASHED_KEYS = "masks-1", ("view",)
     TENSORS = {"keys": np.uint8, "offsets": np.int64, "cells": np.uint8}
 
 
@@ -46,7 +46,7 @@ class Masks:
         self.path = mask_path(latents.path.parent.parent, latents.name)
         self._file, self._crops, self._mirrors = MasksFile(self.path), latents.meta.crops, 1 + latents.meta.flip
         if self._file.metadata["view"] != latents.sha256:
-            raise damaged(self.path, "belongs to images as they were before")
+            raise damage_error(self.path, OUTDATED)
 
     @property
     def count(self) -> int:
@@ -70,9 +70,9 @@ class Masks:
         for cells_HW, entry, mirrored in zip(masks_B1HW[:, 0], entry_B.tolist(), version_B % self._mirrors, strict=True):
             first, last = self._file.cut("offsets", entry, entry + 2).tolist()
             if first < last:
-                cells = inflated(self._file.cut("cells", first, last).tobytes(), shape)
+                cells = inflate(self._file.cut("cells", first, last).tobytes(), shape)
                 if cells is None:
-                    raise damaged(self.path, f"is damaged at sample {entry // self._crops}")
+                    raise damage_error(self.path, f"is damaged at sample {entry // self._crops}")
                 cells_HW.copy_(cells.flip(1) if mirrored else cells)
         return masks_B1HW
 
@@ -80,7 +80,7 @@ class Masks:
 open_masks = lru_cache(maxsize=2)(Masks)  # all stages of a run open the same masks
 
 
-def inflated(deflated: bytes, shape: Sequence[int]) -> Tensor | None:
+def inflate(deflated: bytes, shape: Sequence[int]) -> Tensor | None:
     """Decompress cells to uint8 (h, w). Return None if zlib's checksum or their size shows damage."""
     try:
         return torch.frombuffer(bytearray(zlib.decompress(deflated)), dtype=torch.uint8).view(shape)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -83,9 +83,9 @@ class Order:
                 first, end = np.searchsorted(selected, (first, end)).tolist()
             if end > first:
                 shapes.setdefault(tuple(group.shape), []).append(_Segment(number, group.root, first, end - first))
-        assert shapes, "there is no sample"
+        assert shapes, "no samples"
         self._shapes = _with_lengths(list(shapes.values()), shares)
-        self._lengths = [sum(part.length for part in parts) for parts in self._shapes]
+        self._lengths = [sum(segment.length for segment in segments) for segments in self._shapes]
         self.epoch = sum(self._lengths)
         self._block = lru_cache(_BLOCKS)(self._make_block)
         self._slots = lru_cache(2)(self._make_slots)
@@ -146,29 +146,29 @@ class Order:
             slot_B[mask_B] = permuted(self.seed, Purpose.ORDER, key, length, slot_B[mask_B])
         index_B = torch.empty_like(slot_B)
         start = 0
-        for part in self._shapes[shape]:
-            mask_B = (slot_B >= start) & (slot_B < start + part.length)
-            turn_B = (epoch_B[mask_B] * part.length + slot_B[mask_B] - start) % part.count
-            if part.length % part.count:  # otherwise all images occur equally often in an epoch, for any order of turns
-                turn_B = permuted(self.seed, Purpose.ROTATION, part.number, part.count, turn_B)
-            index_B[mask_B] = part.first + turn_B
-            start += part.length
+        for segment in self._shapes[shape]:
+            mask_B = (slot_B >= start) & (slot_B < start + segment.length)
+            turn_B = (epoch_B[mask_B] * segment.length + slot_B[mask_B] - start) % segment.count
+            if segment.length % segment.count:  # otherwise all images occur equally often in an epoch, for any order of turns
+                turn_B = permuted(self.seed, Purpose.ROTATION, segment.number, segment.count, turn_B)
+            index_B[mask_B] = segment.first + turn_B
+            start += segment.length
         return index_B if self._selected is None else torch.from_numpy(self._selected[index_B])
 
 
 def _with_lengths(shapes: list[list[_Segment]], shares: Sequence[FolderTable]) -> list[list[_Segment]]:
-    """Fill in `length`, the number of positions of each part in an epoch."""
+    """Fill in `length`, the number of positions of each segment in an epoch."""
     counts: dict[int, int] = {}
-    for part in (part for parts in shapes for part in parts):
-        counts[part.root] = counts.get(part.root, 0) + part.count
+    for segment in (segment for segments in shapes for segment in segments):
+        counts[segment.root] = counts.get(segment.root, 0) + segment.count
     shares = shares or [FolderTable(path="")] * (max(counts) + 1)
     weights = {root: weight for root in counts if (weight := shares[root].weight) is not None}
     together = sum(counts[root] for root in weights)
 
-    def length(part: _Segment) -> int:
-        if part.root not in weights:
-            return part.count * shares[part.root].repeats
-        share = weights[part.root] / sum(weights.values())
-        return max(round(together * share * part.count / counts[part.root]), 1)
+    def length(segment: _Segment) -> int:
+        if segment.root not in weights:
+            return segment.count * shares[segment.root].repeats
+        share = weights[segment.root] / sum(weights.values())
+        return max(round(together * share * segment.count / counts[segment.root]), 1)
 
-    return [[_Segment(p.number, p.root, p.first, p.count, length(p)) for p in parts] for parts in shapes]
+    return [[replace(segment, length=length(segment)) for segment in segments] for segments in shapes]

@@ -34,6 +34,7 @@ from fastsd.storage import flush_folder, write_safetensors
 
 LATENTS, STATES = "latents-1", "states-1"
 TENSOR = {LATENTS: "mean", STATES: "states"}  # the one tensor of a shard, by its format
+OUTDATED = "is outdated (images or captions have changed)"
 _OPEN_SHARDS = 256  # well below the 1024 files a process may have open
 _MAPPED = 32 << 20  # bytes: tensors up to this size are read through the mapping and may become resident as a whole
 _HASHED = 16 << 20  # bytes of an index in memory while it is hashed
@@ -55,20 +56,20 @@ def read_header(path: Path, file_format: str) -> tuple[dict[str, Any], dict[str,
         metadata = entries.pop("__metadata__")
         end = max(entry["data_offsets"][1] for entry in entries.values())
         if metadata["fastsd"] != file_format:
-            raise ValueError(f"it is {metadata['fastsd']}")
+            raise ValueError(f"its format is {metadata['fastsd']}")
         if path.stat().st_size != 8 + length + end:
-            raise ValueError("cut short")
+            raise ValueError("truncated")
     except FileNotFoundError:
-        raise damaged(path, "is missing") from None
+        raise damage_error(path, "is missing") from None
     except OSError as error:
-        raise damaged(path, f"cannot be read ({error.strerror})") from None
+        raise damage_error(path, f"cannot be read ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise damaged(path, f"is no whole {file_format} file ({error})") from None
+        raise damage_error(path, f"is not a valid {file_format} file ({error})") from None
     return entries, metadata, 8 + length
 
 
-def damaged(path: Path, problem: str) -> UserError:
-    return UserError("frozen-file-damaged", f"{path} {problem}; run `fastsd cache CONFIG` again, it makes what is missing")
+def damage_error(path: Path, problem: str) -> UserError:
+    return UserError("frozen-file-damaged", f"{path} {problem}; run `fastsd cache CONFIG` again to rebuild it")
 
 
 def row_check(data: Any) -> int:
@@ -80,13 +81,13 @@ class Frozen:
     """A memory-mapped frozen file: its flat tensors `arrays` and its `metadata`. Raises UserError if missing or damaged.
 
     Args:
-        wanted: format of the file.
+        file_format: format of the file.
         kinds: dtypes of the required tensors, by name.
-        more: dtypes of the optional tensors, by name.
+        optional: dtypes of the optional tensors, by name.
     """
 
     def __init__(
-        self, path: Path, file_format: str, kinds: Mapping[str, type[np.generic]], more: Mapping[str, type[np.generic]] = {}
+        self, path: Path, file_format: str, kinds: Mapping[str, type[np.generic]], optional: Mapping[str, type[np.generic]] = {}
     ):
         tensors, self.metadata, start = read_header(path, file_format)
         self._path = path
@@ -96,12 +97,12 @@ class Frozen:
         self.arrays: dict[str, np.ndarray] = {}
         self._starts: dict[str, int] = {}
         try:
-            for name, kind in [*kinds.items(), *(item for item in more.items() if item[0] in tensors)]:
+            for name, kind in [*kinds.items(), *(item for item in optional.items() if item[0] in tensors)]:
                 first, last = tensors[name]["data_offsets"]
                 self.arrays[name] = np.asarray(mapped[start + first : start + last]).view(kind)
                 self._starts[name] = start + first
         except (ValueError, LookupError, TypeError) as error:
-            raise damaged(path, f"is no whole {file_format} file ({error})") from None
+            raise damage_error(path, f"is not a valid {file_format} file ({error})") from None
 
     def take(self, name: str, index_B: np.ndarray) -> np.ndarray:
         """Return entries of a tensor.
@@ -130,55 +131,57 @@ class Frozen:
     def _is_large(self, name: str) -> bool:
         return self.arrays[name].nbytes > _MAPPED and hasattr(os, "pread")
 
-    def _entries(self, pieces: list[bytes], count: int, kind: np.dtype[Any]) -> np.ndarray:
-        data = b"".join(pieces)
+    def _entries(self, chunks: list[bytes], count: int, kind: np.dtype[Any]) -> np.ndarray:
+        data = b"".join(chunks)
         if len(data) != count * kind.itemsize:
-            raise damaged(self._path, "is cut short")
+            raise damage_error(self._path, "is truncated")
         return np.frombuffer(data, kind)
 
 
 class Sealed(Frozen):
     """A frozen file that contains the sha256 of its contents. Raises UserError if it is missing or damaged.
 
-    A subclass defines a kind of file: its `FORMAT`, its `TENSORS`, and `SAID`, the metadata keys that the sha256 also covers.
-    Other files refer to it by this sha256.  Optional tensors, `MORE`, have separate hashes: changing them breaks no reference.
+    A subclass defines a kind of file: its `FORMAT`, its `TENSORS`, and the metadata keys that the sha256 also covers.  Other
+    files refer to it by this sha256.  Tensors in `OPTIONAL` have separate hashes: changing them breaks no reference.
     """
 
     FORMAT: ClassVar[str]
     TENSORS: ClassVar[dict[str, type[np.generic]]]
-    MORE: ClassVar[dict[str, type[np.generic]]] = {}
-    SAID: ClassVar[tuple[str, ...]]
+    OPTIONAL: ClassVar[dict[str, type[np.generic]]] = {}
+    HASHED_KEYS: ClassVar[tuple[str, ...]]
 
     def __init__(self, path: Path):
-        super().__init__(path, self.FORMAT, self.TENSORS, self.MORE)
+        super().__init__(path, self.FORMAT, self.TENSORS, self.OPTIONAL)
         try:
-            self._understand()
+            self._parse()
             if not self.is_sound():  # captions, unlike rows, have no other checksum
-                raise ValueError("it does not match its sha256")
+                raise ValueError("does not match its sha256")
         except (ValueError, LookupError, TypeError) as error:
-            raise damaged(path, f"is no whole {self.FORMAT} file ({error})") from None
+            raise damage_error(path, f"is not a valid {self.FORMAT} file ({error})") from None
 
-    def _understand(self) -> None:
+    def _parse(self) -> None:
         """Parse the contents specific to a subclass. Raises ValueError, LookupError or TypeError if they are invalid."""
 
-    def _give_back(self) -> None:
+    def _release_pages(self) -> None:
         if hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)  # drops the pages from this process, not from the page cache
 
     def is_sound(self) -> bool:
         """Return True if all bytes match their hashes. Reads the file once."""
-        expected = {key: self.metadata.get(key) for key in ("sha256", *(f"sha256_{name}" for name in self.MORE))}
-        return self.hashes(self.arrays, self.metadata, self._give_back) == {key: sha for key, sha in expected.items() if sha}
+        keys = "sha256", *(f"sha256_{name}" for name in self.OPTIONAL)
+        expected = {key: sha for key in keys if (sha := self.metadata.get(key))}
+        return self.hashes(self.arrays, self.metadata, self._release_pages) == expected
 
     @classmethod
     def hashes(
         cls, arrays: dict[str, np.ndarray], metadata: dict[str, str], between: Callable[[], None] = lambda: None
     ) -> dict[str, str]:
-        """Compute the `sha256` of a file and one for each tensor of `MORE` it has. Calls `between` every few megabytes."""
-        text = json.dumps([metadata[key] for key in cls.SAID])
-        parts = {"sha256": (text, list(cls.TENSORS))} | {f"sha256_{name}": ("", [name]) for name in cls.MORE if name in arrays}
+        """Compute the `sha256` of a file and one for each tensor of `OPTIONAL` it has. Calls `between` every few megabytes."""
+        text = json.dumps([metadata[key] for key in cls.HASHED_KEYS])
+        contents = {"sha256": (text, list(cls.TENSORS))}
+        contents |= {f"sha256_{name}": ("", [name]) for name in cls.OPTIONAL if name in arrays}
         digests = {}
-        for key, (text, names) in parts.items():
+        for key, (text, names) in contents.items():
             sha = hashlib.sha256(text.encode())
             for name in names:
                 data = arrays[name].view(np.uint8)
@@ -189,11 +192,11 @@ class Sealed(Frozen):
         return digests
 
     @classmethod
-    def write(cls, path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str], **more: str) -> None:
-        """Write a file atomically. Its sha256 covers the metadata in `metadata` but not the metadata in `more`."""
-        metadata = {"fastsd": cls.FORMAT, **more, **cls.hashes(arrays, metadata), **metadata}
+    def write(cls, path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str], **unhashed: str) -> None:
+        """Write a file atomically. Its sha256 covers the metadata in `metadata` but not the metadata in `unhashed`."""
+        metadata = {"fastsd": cls.FORMAT, **unhashed, **cls.hashes(arrays, metadata), **metadata}
         temporary = path.with_name(f".{path.name}")
-        names = [*cls.TENSORS, *(name for name in cls.MORE if name in arrays)]
+        names = [*cls.TENSORS, *(name for name in cls.OPTIONAL if name in arrays)]
         write_safetensors(temporary, {name: torch.from_numpy(np.require(arrays[name], None, "W")) for name in names}, metadata)
         os.replace(temporary, path)
         flush_folder(path.parent)
@@ -202,7 +205,7 @@ class Sealed(Frozen):
 class Index(Sealed):
     """A frozen index. `shards` holds (name, shape of a row) of each shard, by number."""
 
-    def _understand(self) -> None:
+    def _parse(self) -> None:
         self.shards: list[tuple[str, list[int]]] = [(name, shape) for name, shape in json.loads(self.metadata["shards"])]
 
 
@@ -236,24 +239,26 @@ class Rows:
         output = torch.empty((len(index_B), *shapes.pop()), dtype=self._dtype, pin_memory=torch.cuda.is_available())
         flat = output.view(torch.uint8).view(-1).numpy().data
         size = len(flat) // len(index_B)
+
         requests = [
             (self._shard(shard), row, flat[slot * size : (slot + 1) * size])
             for slot, (shard, row) in enumerate(zip(shard_B.tolist(), row_B.tolist(), strict=True))
         ]
+
         # Copy rows that are in the page cache at once. Request all others from the disk, then read them in threads.
         absent = [request for request in requests if not request[0].read_cached(request[1], request[2])]
         absent.sort(key=lambda request: (request[0].path, request[1]))  # in disk order, which matters on some disks
         for shard, row, into in absent:
             shard.expect(row, len(into))
-        parts = min(_READERS, -(-len(absent) // _PER_READER))
-        for _ in self._readers.map(_read_all, [absent[i::parts] for i in range(parts)]):
+        readers = min(_READERS, -(-len(absent) // _PER_READER))
+        for _ in self._readers.map(_read_all, [absent[i::readers] for i in range(readers)]):
             pass
+
         for (shard, row, into), check in zip(requests, check_B.tolist(), strict=True):
             if row_check(into) != check:
                 raise UserError(
                     "row-damaged",
-                    f"{shard.path}: row {row} is damaged; `fastsd cache CONFIG --verify` finds all that is, and "
-                    "`fastsd cache CONFIG` then makes it again",
+                    f"{shard.path}: row {row} is damaged; run `fastsd cache CONFIG --verify`, then `fastsd cache CONFIG`",
                 )
         return output
 
@@ -276,9 +281,9 @@ class Rows:
         tensors, metadata, start = read_header(path, kind)
         rows = tensors.get(TENSOR[kind], {})
         if metadata | self._owner != metadata or rows.get("shape", [])[1:] != shape:
-            raise damaged(path, "belongs to another VAE, text encoder or shape than its index")
+            raise damage_error(path, "has another VAE, text encoder or shape than its index")
         if rows["dtype"] != CODES[self._dtype]:
-            raise damaged(path, f"holds {rows['dtype']} where its index expects {CODES[self._dtype]}")
+            raise damage_error(path, f"has dtype {rows['dtype']}, its index expects {CODES[self._dtype]}")
         return start
 
 
@@ -290,7 +295,7 @@ class _Shard:
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
-            raise damaged(path, f"cannot be read ({error.strerror})") from None
+            raise damage_error(path, f"cannot be read ({error.strerror})") from None
         self._lock = threading.Lock()
 
     def read_cached(self, row: int, into: memoryview) -> bool:
@@ -308,15 +313,15 @@ class _Shard:
             os.posix_fadvise(self._file.fileno(), self._start + row * size, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, row: int, into: memoryview) -> None:
-        at = self._start + row * len(into)
+        position = self._start + row * len(into)
         if hasattr(os, "preadv"):
-            count = os.preadv(self._file.fileno(), [into], at)
+            count = os.preadv(self._file.fileno(), [into], position)
         else:  # Windows: the file has one position, so only one thread may read at a time
             with self._lock:
-                self._file.seek(at)
+                self._file.seek(position)
                 count = self._file.readinto(into)
         if count != len(into):
-            raise damaged(self.path, "is cut short")
+            raise damage_error(self.path, "is truncated")
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastsd.config.schema import CacheTable
 from fastsd.data import cache
 from fastsd.data.cache import DTYPES, LatentCache, TextEmbeddingsIndex
-from fastsd.data.rows import STATES, Rows, damaged
+from fastsd.data.rows import OUTDATED, STATES, Rows, damage_error
 from fastsd.model.text_encoder import TextEncoder, tokenizer_hash
 
 
@@ -41,9 +41,9 @@ class TextEmbeddings(Rows):
     """
 
     def __init__(self, table: CacheTable, latents: LatentCache, text: TextEncoder) -> None:
-        about = shard_metadata(table, text)
-        index = open_index(latents, space_name(table, about))
-        super().__init__(Path(table.dir), index, DTYPES[table.dtype], about)
+        metadata = shard_metadata(table, text)
+        index = open_index(latents, space_name(table, metadata))
+        super().__init__(Path(table.dir), index, DTYPES[table.dtype], metadata)
 
     def get(self, samples: cache.Positions, variants: cache.Positions) -> Tensor:
         """Read text embeddings: (B, L, D) in the stored dtype, on the CPU (pinned if there is a GPU).
@@ -73,15 +73,15 @@ def encoder_hash(text: TextEncoder) -> str:
     sha = hashlib.sha256(json.dumps([shape, text.clip_skip, tokenizer_hash(text.tokenizer)]).encode())
     for name, tensor in sorted(text.module.named_parameters()):
         if name in used:
-            assert tensor.dtype == torch.float32, "the hash is that of the exact weights"
+            assert tensor.dtype == torch.float32, "the hash needs the exact fp32 weights"
             # Only some versions of transformers have the prefix.
             sha.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}\n".encode())
             sha.update(tensor.detach().cpu().contiguous().numpy().data)
     return sha.hexdigest()
 
 
-def space_name(table: CacheTable, about: dict[str, str]) -> str:
-    return cache.digest(about, table.dtype)[:16]
+def space_name(table: CacheTable, metadata: dict[str, str]) -> str:
+    return cache.digest(metadata, table.dtype)[:16]
 
 
 def index_path(latents: LatentCache, space: str) -> Path:
@@ -92,5 +92,5 @@ def open_index(latents: LatentCache, space: str) -> TextEmbeddingsIndex:
     path = index_path(latents, space)
     index = TextEmbeddingsIndex(path)
     if (index.metadata["view"], index.metadata["space"]) != (latents.sha256, space):
-        raise damaged(path, "belongs to captions as they were before")
+        raise damage_error(path, OUTDATED)
     return index

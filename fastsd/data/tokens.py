@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from fastsd.data.cache import LatentCache
-from fastsd.data.rows import Frozen, damaged, read_header
+from fastsd.data.rows import OUTDATED, Frozen, damage_error, read_header
 from fastsd.errors import UserError
 from fastsd.model.text_encoder import assemble, tokenizer_hash
 
@@ -45,12 +45,12 @@ class Tokens:
         self._file = Frozen(self.path, TOKENS_FORMAT, {"offsets": np.int64, "ids": id_dtype(tokenizer)})
         self._metadata, self._ids = self._file.metadata, self._file.arrays["ids"]
         if (self._metadata.get("view"), self._metadata.get("tokenizer")) != (cache.sha256, key):
-            raise damaged(self.path, "belongs to captions as they were before")
+            raise damage_error(self.path, OUTDATED)
         offsets = self._file.arrays["offsets"]
         if len(offsets) != len(cache) + 1 or offsets[-1] != len(self._ids):
-            raise damaged(self.path, "has parts that do not fit together")
+            raise damage_error(self.path, "has tensors of inconsistent lengths")
         if not self.is_sound():
-            raise damaged(self.path, "does not match its sha256")
+            raise damage_error(self.path, "does not match its sha256")
         self._end = np.iinfo(self._ids.dtype).max
 
     def row(self, sample: int, variant: int) -> Tensor:
@@ -60,7 +60,7 @@ class Tokens:
         ends = [-1, *np.flatnonzero(ids == self._end).tolist()]
         caption_ids = ids[ends[variant] + 1 : ends[variant + 1]] if variant + 1 < len(ends) else None
         if caption_ids is None or len(ids) != last - first or caption_ids.max(initial=0) >= len(self._tokenizer):
-            raise damaged(self.path, f"is damaged at sample {sample}")
+            raise damage_error(self.path, f"is damaged at sample {sample}")
         return assemble(self._tokenizer, [caption_ids.tolist()], self.window, self.chunks)[0]
 
     def over_length(self) -> int:
@@ -78,7 +78,7 @@ class Tokens:
             return content_hash(file) == self._metadata.get("sha256")
 
 
-def unsound(path: Path) -> str:
+def find_damage(path: Path) -> str:
     """Describe the damage of a file of token ids, of any tokenizer, or return "" if it is intact. Reads the file once."""
     try:
         metadata = read_header(path, TOKENS_FORMAT)[1]
@@ -88,7 +88,7 @@ def unsound(path: Path) -> str:
         return str(error).removeprefix(f"{path} ").partition(";")[0]
 
 
-def view_of(path: Path) -> str:
+def view_hash(path: Path) -> str:
     """Return the sha256 of the view that a file of token ids belongs to, or "" if the file cannot be read."""
     try:
         return read_header(path, TOKENS_FORMAT)[1].get("view", "")

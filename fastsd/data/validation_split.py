@@ -52,7 +52,7 @@ def choose_splits(cache: LatentCache, config: Config) -> ValidationSplits:
     selected = select(cache, tuple(data.include), tuple(data.exclude), config.stage[0].tag_separator)
     keys, first = np.unique(key_N if selected is None else key_N[selected], return_index=True)
     samples = first if selected is None else selected[first]
-    _check_room(counts, len(samples))
+    _check_sizes(counts, len(samples))
     measured, start = {}, 0
     for name, count in counts.items():
         if count:
@@ -76,17 +76,17 @@ def _keys(cache: LatentCache, table: ValidateTable) -> np.ndarray:
     return np.concatenate(keys)
 
 
-def _check_room(sizes: dict[str, int], pictures: int) -> None:
-    half, left = pictures // 2, pictures - sizes["held_out"]
+def _check_sizes(sizes: dict[str, int], images: int) -> None:
+    half, left = images // 2, images - sizes["held_out"]
     if sizes["held_out"] > half:
         raise UserError(
             "held-out-size",
-            f"validate.held_out is {sizes['held_out']} and there are {pictures} different images to choose from, of which no "
-            f"more than half may be held out; lower it to {half} or below",
+            f"validate.held_out is {sizes['held_out']}, more than half of the {images} distinct images; lower it to {half} "
+            "or below",
         )
     if sizes["stabilised"] > left:
         raise UserError(
             "stabilised-size",
-            f"validate.stabilised is {sizes['stabilised']} and {left} different images are trained on; lower it to {left} or "
-            "below",
+            f"validate.stabilised is {sizes['stabilised']}, but only {left} distinct images are trained on; lower it to {left} "
+            "or below",
         )

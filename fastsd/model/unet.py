@@ -177,7 +177,7 @@ class TransformerBlock(nn.Module):
         self.norm2, self.attn2 = Norm(width), Attention(width, cfg.cross_attention_dim, cfg.heads, ops)
         self.norm3, self.ff = Norm(width), FeedForward(width)
 
-    def forward(self, x_BNC: Tensor, text_embeds_BLD: Tensor) -> Tensor:
+    def forward(self, x_BNC: Tensor, context_BLD: Tensor) -> Tensor:
         def norm_linear(norm: Norm, x: Tensor, residual: Tensor | None, linear: nn.Module) -> tuple[Tensor, Tensor]:
             return recompute.layer_norm_linear(
                 self.ops.forward_backward, LAYER_NORM_EPS, x, residual, norm.weight, norm.bias, *operands(linear)
@@ -185,7 +185,7 @@ class TransformerBlock(nn.Module):
 
         qkv, _ = norm_linear(self.norm1, x_BNC, None, self.attn1.to_qkv)
         q, x_BNC = norm_linear(self.norm2, self.attn1(qkv), x_BNC, self.attn2.to_q)
-        attended = self.attn2(q, self.attn2.to_kv(text_embeds_BLD))
+        attended = self.attn2(q, self.attn2.to_kv(context_BLD))
         ops, norm, linears = self.ops.forward_backward, self.norm3, self.ff.operands()
         return recompute.feed_forward(ops, LAYER_NORM_EPS, self.keep_hidden, attended, x_BNC, norm.weight, norm.bias, *linears)
 
@@ -201,12 +201,12 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, cfg, ops)])
         self.proj_out = nn.Linear(width, width)
 
-    def forward(self, x_BCHW: Tensor, text_embeds_BLD: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
         norm = self.norm
         x_BNC = recompute.group_norm_linear(
             self.ops.forward_backward, self.groups, ATTENTION_EPS, x_BCHW, norm.weight, norm.bias, *operands(self.proj_in)
         )
-        x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, text_embeds_BLD))
+        x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD))
         return x_BCHW + recompute.image(x_BNC, x_BCHW.shape[2:])
 
 
@@ -277,9 +277,9 @@ class Level(nn.Module):
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
-    def layer(self, i: int, x_BCHW: Tensor, skip_BCHW: Tensor | None, time_BE: Tensor, text_embeds_BLD: Tensor) -> Tensor:
+    def layer(self, i: int, x_BCHW: Tensor, skip_BCHW: Tensor | None, time_BE: Tensor, context_BLD: Tensor) -> Tensor:
         x_BCHW = self.resnets[i](x_BCHW, skip_BCHW, time_BE)
-        return self.attentions[i](x_BCHW, text_embeds_BLD) if self.attends else x_BCHW
+        return self.attentions[i](x_BCHW, context_BLD) if self.attends else x_BCHW
 
 
 class MidBlock(nn.Module):
@@ -288,8 +288,8 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([Resnet(width, width, cfg, ops) for _ in range(2)])
         self.attentions = nn.ModuleList([Transformer(width, cfg, ops)])
 
-    def forward(self, x_BCHW: Tensor, time_BE: Tensor, text_embeds_BLD: Tensor) -> Tensor:
-        x_BCHW = self.attentions[0](self.resnets[0](x_BCHW, None, time_BE), text_embeds_BLD)
+    def forward(self, x_BCHW: Tensor, time_BE: Tensor, context_BLD: Tensor) -> Tensor:
+        x_BCHW = self.attentions[0](self.resnets[0](x_BCHW, None, time_BE), context_BLD)
         return self.resnets[1](x_BCHW, None, time_BE)
 
 
@@ -377,37 +377,37 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 module.precision = precision
 
-    def forward(self, latents_BCHW: Tensor, t_B: Tensor, text_embeds_BLD: Tensor) -> Tensor:
+    def forward(self, latents_BCHW: Tensor, t_B: Tensor, context_BLD: Tensor) -> Tensor:
         """Predict the noise in x_t.
 
         Args:
             latents_BCHW: noisy latents x_t (B, in_channels, H, W), scaled by the VAE's scaling factor.
             t_B: timesteps (B,), 0 to 999.
-            text_embeds_BLD: text embeddings (B, L, cross_attention_dim).
+            context_BLD: text embeddings (B, L, cross_attention_dim).
 
         Returns:
             (B, out_channels, H, W), channels last, in the dtype of the weights.
         """
         dtype = self.conv_in.weight.dtype
         x = latents_BCHW.to(dtype, memory_format=torch.channels_last)
-        text_embeds_BLD = text_embeds_BLD.to(dtype)
+        context_BLD = context_BLD.to(dtype)
         time_BE = F.silu(self.time_embedding(t_B))  # every resnet projects the same activated embedding
 
         x = self.conv_in(x)
         skips = [x]
         for block in cast(Iterable[Level], self.down_blocks):
             for i in range(len(block.resnets)):
-                x = self._run(block.layer, i, x, None, time_BE, text_embeds_BLD)
+                x = self._run(block.layer, i, x, None, time_BE, context_BLD)
                 skips.append(x)
             if block.downsamplers is not None:
                 x = block.downsamplers[0](x)
                 skips.append(x)
 
-        x = self._run(self.mid_block, x, time_BE, text_embeds_BLD)
+        x = self._run(self.mid_block, x, time_BE, context_BLD)
 
         for block in cast(Iterable[Level], self.up_blocks):
             for i in range(len(block.resnets)):
-                x = self._run(block.layer, i, x, skips.pop(), time_BE, text_embeds_BLD)
+                x = self._run(block.layer, i, x, skips.pop(), time_BE, context_BLD)
             if block.upsamplers is not None:
                 x = block.upsamplers[0](x, size=skips[-1].shape[2:])
 

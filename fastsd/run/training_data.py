@@ -52,7 +52,12 @@ class TrainingData:
         config = self._config
         args = self.latents, self._model.text.tokenize, config.seed, config.stage[index]
         return Loader(
-            *args, data=config.data, origin=origin, tokens=self.tokens, states=self.text_embeddings, left_out=self.sets.left_out
+            *args,
+            data=config.data,
+            origin=origin,
+            tokens=self.tokens,
+            text_embeddings=self.text_embeddings,
+            left_out=self.sets.left_out,
         )
 
     def close(self) -> None:

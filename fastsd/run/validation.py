@@ -111,7 +111,7 @@ class Validation:
     def _errors(self, samples: np.ndarray) -> list[list[float]]:
         """Return the mean squared errors, (B, S)."""
         model, table, device = self.model, self.table, self.model.unet.conv_in.weight.device
-        raw_BCHW, text = (tensor.to(device) for tensor in self.loader.as_they_are(samples))
+        raw_BCHW, text = (tensor.to(device) for tensor in self.loader.load_unaugmented(samples))
         latents_BCHW = model.vae.scale(raw_BCHW.float())
         text_embeds_BLD = text if text.ndim == 3 else model.text.encode(text)  # cached embeddings, or token ids
         t_SB, position_SB = (tensor.to(device) for tensor in self._draw(samples))

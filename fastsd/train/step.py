@@ -108,8 +108,8 @@ class Step:
         if self.stage.freeze_d_after:
             self.frozen.fill_(step >= self.stage.freeze_d_after)
 
-        assert (batch.states_BLD is None) == ("text_encoder" in self.components)
-        text = batch.token_ids_BL if batch.states_BLD is None else batch.states_BLD
+        assert (batch.text_embeds_BLD is None) == ("text_encoder" in self.components)
+        text = batch.token_ids_BL if batch.text_embeds_BLD is None else batch.text_embeds_BLD
         inputs = batch.latents_BCHW, text, batch.positions_B, batch.weight_B, batch.mask_B1HW
         on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs if tensor is not None]
         while True:

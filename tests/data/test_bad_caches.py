@@ -1,4 +1,4 @@
-"""What becomes of a cache: files change under it, disks fill, bits flip, backups come back. Nothing wrong is trained on."""
+"""Caches in trouble: files change, disks fill, bits flip, backups are restored. Nothing wrong is trained on."""
 
 import errno
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from caching import flip
 from dataset import DataSet, picture, png, saved, shot, tar_of
+from sentences import pattern, says, sentence
 from tiny import tiny_vae
 
 from fastsd.config.schema import load_config
@@ -26,7 +27,7 @@ def folder(tmp_path, tiny_model, monkeypatch, capsys) -> DataSet:
     return DataSet(tmp_path, tiny_model, monkeypatch, capsys)
 
 
-def test_files_that_change_between_the_search_and_the_encoding(folder, monkeypatch):
+def test_files_that_change_before_encoding_are_rejected(folder, monkeypatch):
     folder.put_good("good.png", "edited.png", "deleted.png", "cut.png", "twin.png")
     shutil.copy(folder / "deleted.png", folder / "same.png")
     (folder / "same.txt").write_text("same")
@@ -41,30 +42,29 @@ def test_files_that_change_between_the_search_and_the_encoding(folder, monkeypat
         (folder / "set.tar").write_bytes(tar_of(*shot("replaced", 10)))
 
     monkeypatch.setattr(collect, "fill", then_change)
-    changed, lost = "it changed while it was being cached; run the same line again", "it cannot be read (No such file"
     assert folder.cached() == {"good", "same", "twin"}
-    found = folder.rejected()
-    assert found.pop("deleted.png").startswith(lost)
-    assert found == dict.fromkeys(("edited.png", "cut.png", "set.tar/in tar.png"), changed)
+    reasons = folder.rejected()
+    assert says(reasons.pop("deleted.png"), "file-unreadable", cause=os.strerror(errno.ENOENT))
+    assert reasons == dict.fromkeys(("edited.png", "cut.png", "set.tar/in tar.png"), sentence("file-changed"))
     monkeypatch.setattr(collect, "fill", fill)
-    assert folder.cached() == {"good", "same", "twin", "edited", "replaced"} and "2 encoded now" in folder.said
-    assert folder.rejected() == {"cut.png": "the file is empty"}
+    assert folder.cached() == {"good", "same", "twin", "edited", "replaced"} and says(folder.out, "cached", encoded=2)
+    assert folder.rejected() == {"cut.png": sentence("file-empty")}
     folder.run("cache", "--verify")
 
 
-def test_a_file_that_changed_behind_its_time_stamp(folder, tmp_path):
+def test_a_file_that_changed_but_kept_its_time_stamp(folder, tmp_path):
     folder.put_good("good.png")
     tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
     for seed, keys in ((1, ()), (2, (f"model.vae={tmp_path / 'vae'}",))):
         folder.put("sly.bmp", saved(picture(seed), "BMP"))
         os.utime(folder / "sly.bmp", (1e9, 1e9))
-        found = folder.cached(*keys)
-    assert found == {"good"} and "sly.bmp: it changed while it was being cached; run the same line again" in folder.said
+        captions = folder.cached(*keys)
+    assert captions == {"good"} and f"sly.bmp: {sentence('file-changed')}" in folder.out
     assert folder.cached(*keys) == {"good", "sly"}
 
 
 def interrupt(monkeypatch) -> None:
-    """Ctrl-C once, while the third block is encoded: the first is on its way to the disk."""
+    """Press Ctrl-C once, while the third block is encoded and the first is being written."""
     encode, calls = pipeline.Pipeline._encode, []
 
     def interrupted(*arguments):
@@ -76,58 +76,59 @@ def interrupt(monkeypatch) -> None:
     monkeypatch.setattr(pipeline.Pipeline, "_encode", interrupted)
 
 
-def test_a_vae_that_is_swapped_in_between(folder, tmp_path, tiny_model, monkeypatch):
+def test_swapping_the_vae_of_an_interrupted_cache(folder, tmp_path, tiny_model, monkeypatch):
     folder.put_good(*(f"{i}.png" for i in range(24)))
     model = shutil.copytree(tiny_model, tmp_path / "model")
     base, names = f"model.base={model}", {str(i) for i in range(24)}
     interrupt(monkeypatch)
     folder.run("cache", base, code=130)
-    assert folder.cached() == names and "24 encoded now" not in folder.said
+    assert folder.cached() == names and not says(folder.out, "cached", encoded=24)
     tiny_vae(seed=1).save_pretrained(model / "vae")
-    assert "holds no latents for this config; run `fastsd cache CONFIG` first" in folder.run("train", base, code=2)
-    assert folder.cached(base) == names and "24 encoded now, 0 already cached" in folder.said
+    assert says(folder.run("train", base, code=2), "no-view")
+    assert folder.cached(base) == names and says(folder.out, "cached", encoded=24, present=0)
     folder.run("train", base)
     assert folder.cached(base, f"cache.dir={tmp_path / 'fresh'}") == names
-    again, fresh = ({p.name: p.read_bytes() for p in (at / "shards").iterdir()} for at in (folder.cache, tmp_path / "fresh"))
-    assert fresh.items() < again.items()  # beside the old one's
+    caches = folder.cache, tmp_path / "fresh"
+    rebuilt, fresh = ({p.name: p.read_bytes() for p in (path / "shards").iterdir()} for path in caches)
+    assert fresh.items() < rebuilt.items()  # beside the old VAE's
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    assert f"{weights}: cannot be read as safetensors" in folder.run("cache", base, code=2)
+    assert says(folder.run("cache", base, code=2), "safetensors-unreadable", path=weights)
 
 
-def test_a_disk_that_is_full_at_any_moment(folder, monkeypatch):
+def test_caching_continues_after_a_full_disk_at_any_moment(folder, monkeypatch):
     folder.put_good(*(f"{i}.png" for i in range(20)))
-    flush, left = os.fsync, 0
+    flush, calls_left = os.fsync, 0
 
     def full(handle):
-        nonlocal left
-        left -= 1
-        if left == 0:
+        nonlocal calls_left
+        calls_left -= 1
+        if calls_left == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         flush(handle)
 
     monkeypatch.setattr(os, "fsync", full)
     for moment in range(1, 100):
         shutil.rmtree(folder.cache, ignore_errors=True)
-        left = moment
-        ended, said = folder.end("cache")
-        assert ended == (0 if left > 0 else 2), said
-        assert left > 0 or "the disk is full; free some space, and the same line again goes on" in said
+        calls_left = moment
+        exit_code, out = folder.end("cache")
+        assert exit_code == (0 if calls_left > 0 else 2), out
+        assert calls_left > 0 or says(out, "cache-disk-full", folder=folder.cache)
         folder.run("cache")
         folder.run("cache", "--verify")
-        if left > 0:
+        if calls_left > 0:
             break
     assert moment > 5
 
 
-def test_a_cache_folder_that_cannot_be_one(folder, monkeypatch):
+def test_unusable_cache_folders_are_refused(folder, monkeypatch):
     folder.put_good("0.png", "1.png")
     folder.run("cache")
     (folder / "file").write_bytes(b"")
     for place in (folder / "file", folder / "file" / "cache"):
-        assert "cannot be used" in folder.run("cache", f"cache.dir={place}", code=2)
+        assert says(folder.run("cache", f"cache.dir={place}", code=2), "cache-unusable", folder=place)
         for option in ("--verify", "--stats", "--prune"):
-            assert "is no latent cache" in folder.run("cache", option, f"cache.dir={place}", code=2)
+            assert says(folder.run("cache", option, f"cache.dir={place}", code=2), "no-cache", folder=place)
     real = Path.open
 
     def read_only(path, mode="r", *rest, **options):
@@ -136,20 +137,20 @@ def test_a_cache_folder_that_cannot_be_one(folder, monkeypatch):
         return real(path, mode, *rest, **options)
 
     monkeypatch.setattr(Path, "open", read_only)
-    assert "(Read-only file system); mend that or choose another folder" in folder.run("cache", code=2)
+    assert says(folder.run("cache", code=2), "cache-unusable", problem=os.strerror(errno.EROFS))
     folder.run("train")  # reads only
 
 
-def test_ctrl_c_is_one_sentence_and_the_same_line_goes_on(folder, monkeypatch):
+def test_caching_continues_after_ctrl_c(folder, monkeypatch):
     folder.put_good(*(f"{i}.png" for i in range(30)))
     interrupt(monkeypatch)
-    assert folder.run("cache", code=130).endswith("; run the same command again to continue\n")
+    assert says(folder.run("cache", code=130), "caching-stopped")
     assert folder.cached() == {str(i) for i in range(30)}
-    assert "30 of 30" in folder.said and "30 encoded now" not in folder.said
+    assert "30 of 30" in folder.out and not says(folder.out, "cached", encoded=30)
     folder.run("cache", "--verify")
 
 
-def one(folder: Path) -> Path:
+def only_file(folder: Path) -> Path:
     (path,) = folder.glob("*.safetensors")
     return path
 
@@ -165,75 +166,77 @@ def swap_rows(shard: Path) -> None:
     shard.write_bytes(data[:4096] + second + first + rest)
 
 
-def of_another_vae(shard: Path, head: bool) -> None:
-    """What another VAE made of the same images under this shard's name; or only its rows, under this one's head."""
-    there = one(shard.parent.parent.parent / "another" / "shards").read_bytes()
-    shard.write_bytes(there if head else shard.read_bytes()[:4096] + there[4096:])
+def copy_other_vae(shard: Path, header: bool) -> None:
+    """Overwrite a shard with another VAE's of the same images, or only its rows."""
+    other = only_file(shard.parent.parent.parent / "another" / "shards").read_bytes()
+    shard.write_bytes(other if header else shard.read_bytes()[:4096] + other[4096:])
 
 
 IMAGES = 12
 SHARD, VIEW, TOKENS = "shards", "views", "tokens"
-# What is damaged, how, what `fastsd train` says ("" = it trains, on the right bytes), and whether `fastsd cache` alone sees it;
-# --verify always does.
+# The damaged kind of file, the damage, the error of `fastsd train` (None = it trains, on the right bytes), and whether
+# `fastsd cache` alone detects it; --verify always does.
+VIEW_FORMAT, SHARD_FORMAT = (pattern("damage-format", format=name) for name in ("view-2", "latents-1"))
+ROW, MISSING = pattern("row-damaged"), pattern("frozen-file-damaged", damage=sentence("damage-missing"))
 DAMAGES = {
-    "a flipped bit in a shard": (SHARD, lambda path: flip(path, -99), "row 11 is damaged; `fastsd cache", False),
-    "rows that changed places": (SHARD, swap_rows, "is damaged; `fastsd cache CONFIG --verify`", False),
-    "rows of zeros": (SHARD, lambda path: path.write_bytes(path.read_bytes()[:4096] + bytes(12 * 2048)), "is damaged", False),
-    "another VAE's rows": (SHARD, lambda path: of_another_vae(path, head=False), "is damaged", False),
-    "another VAE's shard": (SHARD, lambda path: of_another_vae(path, head=True), "belongs to another VAE", True),
-    "a flipped bit in a shard's head": (SHARD, lambda path: flip(path, 3), "is no whole latents-1 file", True),
-    "a cut shard": (SHARD, cut, "is no whole latents-1 file", True),
-    "an empty shard": (SHARD, lambda path: path.write_bytes(b""), "is no whole latents-1 file", True),
-    "no shard": (SHARD, Path.unlink, "is missing; run `fastsd cache CONFIG` again", True),
-    "no shards": (SHARD, lambda path: shutil.rmtree(path.parent), "is missing; run `fastsd cache CONFIG` again", True),
-    "a flipped bit in a view's captions": (VIEW, lambda path: flip(path, -3), "does not match its sha256", True),
-    "a flipped bit in a view's head": (VIEW, lambda path: flip(path, 20), "is no whole view-2 file", True),
-    "a cut view": (VIEW, cut, "is no whole view-2 file", True),
-    "an empty view": (VIEW, lambda path: path.write_bytes(b""), "is no whole view-2 file", True),
-    "no view": (VIEW, Path.unlink, "holds no latents for this config; run `fastsd cache CONFIG` first", True),
-    "a flipped bit in the token ids": (TOKENS, lambda path: flip(path, -2), "", True),
-    "cut token ids": (TOKENS, cut, "", True),
-    "no token ids": (TOKENS, Path.unlink, "", True),
-}  # fmt: skip
+    "a flipped bit in a shard": (SHARD, lambda path: flip(path, -99), pattern("row-damaged", row=11), False),
+    "rows that changed places": (SHARD, swap_rows, ROW, False),
+    "rows of zeros": (SHARD, lambda path: path.write_bytes(path.read_bytes()[:4096] + bytes(12 * 2048)), ROW, False),
+    "another VAE's rows": (SHARD, lambda path: copy_other_vae(path, header=False), ROW, False),
+    "another VAE's shard": (SHARD, lambda path: copy_other_vae(path, header=True), pattern("damage-belongs-elsewhere"), True),
+    "a flipped bit in a shard's header": (SHARD, lambda path: flip(path, 3), SHARD_FORMAT, True),
+    "a cut shard": (SHARD, cut, SHARD_FORMAT, True),
+    "an empty shard": (SHARD, lambda path: path.write_bytes(b""), SHARD_FORMAT, True),
+    "no shard": (SHARD, Path.unlink, MISSING, True),
+    "no shards": (SHARD, lambda path: shutil.rmtree(path.parent), MISSING, True),
+    "a flipped bit in a view's captions": (VIEW, lambda path: flip(path, -3), pattern("damage-sha256"), True),
+    "a flipped bit in a view's header": (VIEW, lambda path: flip(path, 20), VIEW_FORMAT, True),
+    "a cut view": (VIEW, cut, VIEW_FORMAT, True),
+    "an empty view": (VIEW, lambda path: path.write_bytes(b""), VIEW_FORMAT, True),
+    "no view": (VIEW, Path.unlink, pattern("no-view"), True),
+    "a flipped bit in the token ids": (TOKENS, lambda path: flip(path, -2), None, True),
+    "cut token ids": (TOKENS, cut, None, True),
+    "no token ids": (TOKENS, Path.unlink, None, True),
+}
 
 
 def loss(folder: DataSet, run: Path) -> float:
-    """That of a step on as many images."""
+    """Return the loss of one step."""
     folder.run("train", f"run={run}")
     return json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
 
 
-def test_damage_is_named_never_trained_on_and_made_good(folder, tmp_path):
+def test_damage_is_reported_never_trained_on_and_repaired(folder, tmp_path):
     folder.put_good(*(f"{i}.png" for i in range(IMAGES)))
     tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
-    alone = "cache.batch=1"  # so that a row made again has the same bytes whatever is made beside it
-    folder.run("cache", alone, f"cache.dir={tmp_path / 'another'}", f"model.vae={tmp_path / 'vae'}")
-    folder.run("cache", alone)
-    whole = shutil.copytree(folder.cache, tmp_path / "whole")
-    right = loss(folder, tmp_path / "run")
-    for name, (part, damage, said, seen) in DAMAGES.items():
+    batch = "cache.batch=1"  # so that a row has the same bytes, whichever rows are encoded with it
+    folder.run("cache", batch, f"cache.dir={tmp_path / 'another'}", f"model.vae={tmp_path / 'vae'}")
+    folder.run("cache", batch)
+    intact = shutil.copytree(folder.cache, tmp_path / "intact")
+    right_loss = loss(folder, tmp_path / "run")
+    for name, (subfolder, damage, message, is_detected) in DAMAGES.items():
         print(name)
         shutil.rmtree(folder.cache)
-        shutil.copytree(whole, folder.cache)
-        path = one(folder.cache / part)
+        shutil.copytree(intact, folder.cache)
+        path = only_file(folder.cache / subfolder)
         damage(path)
-        if said:
-            told = folder.run("train", f"run={tmp_path / 'none'}", code=2)
-            assert said in told and str(folder.cache if name == "no view" else path) in told
+        if message:
+            out = folder.run("train", f"run={tmp_path / 'none'}", code=2)
+            assert message.search(out) and str(folder.cache if name == "no view" else path) in out
         else:
-            assert loss(folder, tmp_path / name) == right
-        if not seen:
+            assert loss(folder, tmp_path / name) == right_loss
+        if not is_detected:
             assert path.name in folder.run("cache", "--verify", code=2)
-            assert "run `fastsd cache CONFIG` first" in folder.run("train", f"run={tmp_path / 'none'}", code=2)
-        folder.run("cache", alone)
+            assert says(folder.run("train", f"run={tmp_path / 'none'}", code=2), "no-view")
+        folder.run("cache", batch)
         folder.run("cache", "--verify")
-        assert {p.name for p in whole.rglob("*")} == {p.name for p in folder.cache.rglob("*")}
-        for made in folder.cache.glob("*/*.safetensors"):
-            first = made.read_bytes().replace(b'"serial":"2"', b'"serial":"1"')  # counts how often a view was written
-            assert first == (whole / made.relative_to(folder.cache)).read_bytes(), made
+        assert {p.name for p in intact.rglob("*")} == {p.name for p in folder.cache.rglob("*")}
+        for file in folder.cache.glob("*/*.safetensors"):
+            first = file.read_bytes().replace(b'"serial":"2"', b'"serial":"1"')  # counts how often a view was written
+            assert first == (intact / file.relative_to(folder.cache)).read_bytes(), file
 
 
-def test_backups_that_come_back(folder, tmp_path):
+def test_restored_backups_are_brought_up_to_date(folder, tmp_path):
     folder.put_good(*(f"{i}.png" for i in range(IMAGES)))
     folder.run("cache")
     before, first = shutil.copytree(folder.cache, tmp_path / "before"), loss(folder, tmp_path / "first")
@@ -244,72 +247,72 @@ def test_backups_that_come_back(folder, tmp_path):
     after, second = shutil.copytree(folder.cache, tmp_path / "after"), loss(folder, tmp_path / "second")
     names = {str(i) for i in range(IMAGES)} | {f"more {i}" for i in range(6)}
 
-    def restored(*parts: str) -> None:
+    def restore(*files: str) -> None:
         shutil.rmtree(folder.cache)
         shutil.copytree(after, folder.cache)
-        for part in parts:
-            if (before / part).is_dir():
-                shutil.rmtree(folder.cache / part)
-                shutil.copytree(before / part, folder.cache / part)
+        for name in files:
+            if (before / name).is_dir():
+                shutil.rmtree(folder.cache / name)
+                shutil.copytree(before / name, folder.cache / name)
             else:
-                shutil.copy(before / part, folder.cache / part)
+                shutil.copy(before / name, folder.cache / name)
 
-    def good_again(encoded: int) -> None:
-        assert folder.cached() == names and f": {encoded} encoded now" in folder.said
+    def assert_repaired(encoded: int) -> None:
+        assert folder.cached() == names and says(folder.out, "cached", encoded=encoded)
         folder.run("cache", "--verify")
         assert loss(folder, tmp_path / "again") == second
         shutil.rmtree(tmp_path / "again")
 
-    restored("cache.sqlite")
+    restore("cache.sqlite")
     assert loss(folder, tmp_path / "old database") == second
-    good_again(7)
-    restored("shards")
-    assert "is missing; run `fastsd cache CONFIG` again" in folder.run("train", f"run={tmp_path / 'none'}", code=2)
-    good_again(7)
-    restored("views", "tokens")
+    assert_repaired(7)
+    restore("shards")
+    assert MISSING.search(folder.run("train", f"run={tmp_path / 'none'}", code=2))
+    assert_repaired(7)
+    restore("views", "tokens")
     assert loss(folder, tmp_path / "old view") == first
-    good_again(0)
-    restored("tokens")
+    assert_repaired(0)
+    restore("tokens")
     assert loss(folder, tmp_path / "old tokens") == second
-    good_again(0)
+    assert_repaired(0)
     for damage in (lambda path: path.write_bytes(b"these are not the bytes of a database\n" * 999), cut):
-        restored()
+        restore()
         damage(folder.cache / "cache.sqlite")
         assert loss(folder, tmp_path / damage.__name__) == second
         for option in ([], ["--verify"], ["--stats"], ["--prune"]):
-            assert "delete it, and `fastsd cache CONFIG` encodes the images anew" in folder.run("cache", *option, code=2)
+            assert says(folder.run("cache", *option, code=2), "cache-database-damaged", folder=folder.cache)
         (folder.cache / "cache.sqlite").unlink()
-        good_again(18)
+        assert_repaired(18)
         folder.run("cache", "--prune")
-        good_again(0)
+        assert_repaired(0)
 
 
-def test_no_bit_of_an_index_flips_unseen(folder):
-    """What says where latents lie, and the captions' token ids: read as they were written or not at all, and made again."""
+def test_every_flipped_bit_of_an_index_is_detected(folder):
+    """A view and a file of token ids are read as they were written or not at all, and rebuilt."""
     folder.put_good(*(f"{i}.png" for i in range(4)))
     folder.run("cache")
     tokenizer = load_tokenizer(load_config(folder.config).model)[0]
-    view, ids = one(folder.cache / VIEW), one(folder.cache / TOKENS)
+    view, ids = only_file(folder.cache / VIEW), only_file(folder.cache / TOKENS)
 
     def read_view() -> object:
-        found = View(view)
-        return found.meta, found.groups, found.shards, {name: array.tobytes() for name, array in found.arrays.items()}
+        index = View(view)
+        return index.meta, index.groups, index.shards, {name: array.tobytes() for name, array in index.arrays.items()}
 
     def read_ids() -> object:
-        found = Tokens(latents, tokenizer, 77)
-        return [found.row(i, 0).tolist() for i in range(4)]
+        tokens = Tokens(latents, tokenizer, 77)
+        return [tokens.row(i, 0).tolist() for i in range(4)]
 
     with closing(LatentCache.open(folder.cache)) as latents:
         for path, read in ((view, read_view), (ids, read_ids)):
-            whole, right = path.read_bytes(), read()
-            for at in range(0, len(whole), 5):
-                flip(path, at)
+            data, content = path.read_bytes(), read()
+            for offset in range(0, len(data), 5):
+                flip(path, offset)
                 with suppress(UserError):
-                    assert read() == right, (path, at)
-                path.write_bytes(whole)
-    found = View(view)
-    arrays = {name: array.copy() for name, array in found.arrays.items()}
-    for at in range(0, view.stat().st_size, 50):
-        flip(view, at)
-        freeze(folder.cache, view.stem, arrays, found.shards, found.groups, found.meta)
-        assert View(view).metadata["sha256"] == found.metadata["sha256"]
+                    assert read() == content, (path, offset)
+                path.write_bytes(data)
+    index = View(view)
+    arrays = {name: array.copy() for name, array in index.arrays.items()}
+    for offset in range(0, view.stat().st_size, 50):
+        flip(view, offset)
+        freeze(folder.cache, view.stem, arrays, index.shards, index.groups, index.meta)
+        assert View(view).metadata["sha256"] == index.metadata["sha256"]

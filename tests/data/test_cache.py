@@ -1,4 +1,4 @@
-"""The latent cache: encoded once, right after every change, whole after every interruption, readable alone."""
+"""The latent cache: encoded once, right after every change, intact after every interruption, readable alone."""
 
 import errno
 import json
@@ -14,6 +14,7 @@ import torch
 from caching import R, StubVae, config, draw, draw_many, expected, flip, shard_bytes
 from commandline import function_process
 from safetensors import safe_open
+from sentences import refused, sentence
 
 from fastsd.data import cache as cache_module
 from fastsd.data import rows as rows_module
@@ -21,27 +22,26 @@ from fastsd.data.building.build import build_cache
 from fastsd.data.building.store import Shard, Store
 from fastsd.data.building.upkeep import prune, stats, verify
 from fastsd.data.cache import LatentCache, read_header, view_name
-from fastsd.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def single_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def test_what_is_cached_is_what_the_vae_says(tmp_path):
+def test_latents_are_the_output_of_the_vae(tmp_path):
     draw_many(tmp_path)
     events = []
     counts = build_cache(config(tmp_path), StubVae(), events.append)
     assert (counts.images, counts.cached, counts.latents, counts.encoded, counts.rejected) == (10, 10, 10, 10, 0)
     assert events[-1].phase == "encode" and events[-1].done == events[-1].total == 10
-    with_none, named = LatentCache.open(tmp_path / "cache"), LatentCache.open(tmp_path / "cache", counts.view)
-    assert view_name(config(tmp_path), "stub") == counts.view == with_none.name
+    newest, named = LatentCache.open(tmp_path / "cache"), LatentCache.open(tmp_path / "cache", counts.view)
+    assert view_name(config(tmp_path), "stub") == counts.view == newest.name
     order = [7, 0, 9, 9, 3]
-    for cache in (with_none, named):
+    for cache in (newest, named):
         latents = cache.get(order)["latents"]
         assert latents.shape == (5, 4, R // 8, R // 8) and latents.dtype == torch.float16
         for i, latent in zip(order, latents, strict=True):
@@ -70,8 +70,8 @@ def test_shards_are_plain_safetensors_with_aligned_data(tmp_path, dtype):
 def test_only_what_changed_is_encoded_again(tmp_path):
     draw_many(tmp_path, 20)
     build_cache(config(tmp_path), StubVae())
-    again = StubVae()
-    assert build_cache(config(tmp_path), again).encoded == again.encoded == 0
+    unchanged = StubVae()
+    assert build_cache(config(tmp_path), unchanged).encoded == unchanged.encoded == 0
     for i in (1, 2, 3):
         draw(tmp_path / f"images/{i:03}.png", 100 + i)
     for i in range(5):
@@ -93,16 +93,19 @@ def test_only_what_changed_is_encoded_again(tmp_path):
     assert cache.captions([0]) == ["another caption"]
 
 
-def test_a_large_index_is_read_as_a_small_one_is(tmp_path, monkeypatch):
+def test_a_large_index_reads_the_same_as_a_small_one(tmp_path, monkeypatch):
     draw_many(tmp_path, 9)
     build_cache(config(tmp_path), StubVae())
     order = [5, 0, 8, 8, 3]
-    looks = (lambda cache: cache.get(order)["latents"].tolist(), lambda cache: cache.get(range(9))["latents"].tolist(),
-             lambda cache: cache.captions(order), lambda cache: cache.captions(range(2, 7)))  # fmt: skip
-    mapped = LatentCache.open(tmp_path / "cache")
-    small = [look(mapped) for look in looks]
+
+    def read():
+        cache = LatentCache.open(tmp_path / "cache")
+        latents = [cache.get(samples)["latents"].tolist() for samples in (order, range(9))]
+        return latents, cache.captions(order), cache.captions(range(2, 7))
+
+    small = read()
     monkeypatch.setattr(rows_module, "_MAPPED", 0)
-    assert [look(LatentCache.open(tmp_path / "cache")) for look in looks] == small
+    assert read() == small
 
 
 def test_the_same_image_twice_is_encoded_once_with_both_captions(tmp_path):
@@ -118,10 +121,10 @@ def test_the_same_image_twice_is_encoded_once_with_both_captions(tmp_path):
 def test_two_vaes_and_two_folders_share_a_cache_and_never_mix(tmp_path):
     draw_many(tmp_path, 5)
     draw(tmp_path / "more/x.png", 77)
-    one, two = config(tmp_path), config(tmp_path, ("images", "more"))
-    first = build_cache(one, StubVae("first"))
-    second = build_cache(one, StubVae("second", scaling_factor=0.25))
-    both = build_cache(two, StubVae("first"))
+    small, large = config(tmp_path), config(tmp_path, ("images", "more"))
+    first = build_cache(small, StubVae("first"))
+    second = build_cache(small, StubVae("second", scaling_factor=0.25))
+    both = build_cache(large, StubVae("first"))
     assert (first.encoded, second.encoded, both.encoded) == (5, 5, 1)
     assert len({first.view, second.view, both.view}) == 3
     directory = tmp_path / "cache"
@@ -129,15 +132,15 @@ def test_two_vaes_and_two_folders_share_a_cache_and_never_mix(tmp_path):
     assert LatentCache.open(directory, second.view).meta.scaling_factor == 0.25
     used = [{name for name, _ in cache_module.View(directory / f"views/{v.view}.safetensors").shards} for v in (first, second)]
     assert not used[0] & used[1]
-    # A shard of the other VAE under this one's name is noticed at the first read.
-    ours, theirs = used[0].pop(), used[1].pop()
-    shutil.copy(directory / f"shards/{theirs}.safetensors", directory / f"shards/{ours}.safetensors")
-    with pytest.raises(UserError, match="another VAE"):
+    # A shard of the other VAE with this one's name is detected at the first read.
+    shards = [directory / f"shards/{names.pop()}.safetensors" for names in used]
+    shutil.copy(shards[1], shards[0])
+    with refused("frozen-file-damaged", path=shards[0], damage=sentence("damage-belongs-elsewhere")):
         LatentCache.open(directory, first.view).get([0])
-    assert build_cache(one, StubVae("first")).encoded == 5
+    assert build_cache(small, StubVae("first")).encoded == 5
 
 
-def test_bad_files_are_put_aside_named_and_not_tried_again(tmp_path):
+def test_bad_files_are_rejected_and_not_tried_again(tmp_path):
     draw_many(tmp_path, 6)
     images = tmp_path / "images"
     (images / "text.jpg").write_text("no image")
@@ -156,15 +159,15 @@ def test_bad_files_are_put_aside_named_and_not_tried_again(tmp_path):
     assert {Path(line.split(": ")[0]).name for line in counts.examples} == bad
     assert sum(counts.reasons.values()) == len(bad) == sum(stats(tmp_path / "cache").rejected.values())
     before = shard_bytes(tmp_path)
-    again = build_cache(config(tmp_path), StubVae())
-    assert again.rejected == len(bad) and again.encoded == 0 and shard_bytes(tmp_path) == before
+    counts = build_cache(config(tmp_path), StubVae())
+    assert counts.rejected == len(bad) and counts.encoded == 0 and shard_bytes(tmp_path) == before
     draw(images / "half.png", 53)
     (images / "latin.txt").write_text("fine now")
-    mended = build_cache(config(tmp_path), StubVae())
-    assert mended.encoded == 2 and mended.rejected == len(bad) - 2 and mended.cached == 10
+    counts = build_cache(config(tmp_path), StubVae())
+    assert counts.encoded == 2 and counts.rejected == len(bad) - 2 and counts.cached == 10
 
 
-def test_not_finite_latents_are_tried_alone_and_then_rejected(tmp_path):
+def test_latents_that_are_not_finite_are_encoded_alone_and_then_rejected(tmp_path):
     draw_many(tmp_path, 6)
     marks = {expected(tmp_path / f"images/00{i}.png")[0, 0, 0].item(): i for i in range(6)}
 
@@ -179,26 +182,26 @@ def test_not_finite_latents_are_tried_alone_and_then_rejected(tmp_path):
 
     counts = build_cache(config(tmp_path), Overflows())
     assert counts.cached == 5 and counts.rejected == 1
-    assert counts.examples[0].endswith("002.png: its latent is not finite in fp16")
+    assert counts.examples[0].endswith(f"002.png: {sentence('latent-not-finite', dtype='fp16')}")
     assert LatentCache.open(tmp_path / "cache").get(range(5))["latents"].isfinite().all()
 
 
-def test_no_usable_image_or_resolution_is_one_sentence(tmp_path):
+def test_no_usable_image_wrong_resolution_and_missing_cache_are_errors(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").write_text("no image")
-    with pytest.raises(UserError, match="none of the 1 images could be used"):
+    with refused("cache-no-usable-image", images=1):
         build_cache(config(tmp_path), StubVae())
     odd = StubVae()
     odd.downscale = 12
-    with pytest.raises(UserError, match=r"data.resolution is 32, no multiple of 12.*; use 24 or 36"):
+    with refused("cache-resolution", key="resolution", size=32, step=12, multiples="24 or 36"):
         build_cache(config(tmp_path), odd)
-    with pytest.raises(UserError, match="run `fastsd cache CONFIG` first"):
+    with refused("no-finished-cache", folder=tmp_path / "cache"):
         LatentCache.open(tmp_path / "cache")
-    with pytest.raises(UserError, match="run `fastsd cache CONFIG` first"):
+    with refused("no-view", folder=tmp_path / "elsewhere"):
         LatentCache.open(tmp_path / "elsewhere", "0123")
 
 
-def test_a_tiny_diffusers_vae(tmp_path):
+def test_latents_of_a_diffusers_vae_are_cached(tmp_path):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -224,37 +227,36 @@ def test_a_tiny_diffusers_vae(tmp_path):
             torch.testing.assert_close(latent, expected(tmp_path / f"images/00{i}.png", Kl()))
 
 
-@pytest.mark.parametrize("code, sentence", [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "cannot be used")])
-def test_a_full_or_forbidden_disk_is_a_sentence_and_the_next_run_goes_on(tmp_path, monkeypatch, code, sentence):
+@pytest.mark.parametrize("number, code", [(errno.ENOSPC, "cache-disk-full"), (errno.EACCES, "cache-unusable")])
+def test_a_full_or_forbidden_disk_is_an_error_and_the_next_run_continues(tmp_path, monkeypatch, number, code):
     draw_many(tmp_path, 12)
     written = []
     write = Shard.write_rows
 
     def failing(shard, rows):
-        if written or len(rows) == 12:  # a writer that lags behind is given everything at once
-            raise OSError(code, os.strerror(code))
+        if written or len(rows) == 12:  # a slow writer gets everything at once
+            raise OSError(number, os.strerror(number))
         write(shard, rows)
         written.extend(rows)
 
     monkeypatch.setattr(Shard, "write_rows", failing)
-    with pytest.raises(UserError, match=sentence) as error:
+    with refused(code, folder=tmp_path / "cache"):
         build_cache(config(tmp_path), StubVae())
-    assert str(tmp_path / "cache") in str(error.value)
     monkeypatch.undo()
     assert build_cache(config(tmp_path), StubVae()).encoded == 12 - len(written)
     assert verify(tmp_path / "cache") == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
     draw(tmp_path / "images/one-more.png", 99)
-    with pytest.raises(UserError, match=r"need 0.0 GB and the disk has 0.0 GB left"):
+    with refused("cache-disk-space", needed="0.0", free="0.0"):
         build_cache(config(tmp_path), StubVae())
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be used"):
+    with refused("cache-unusable", folder=tmp_path / "file"):
         build_cache(config(tmp_path, dir=str(tmp_path / "file")), StubVae())
 
 
-def test_one_writer_at_a_time(tmp_path):
+def test_a_locked_cache_is_refused(tmp_path):
     draw_many(tmp_path, 3)
-    with Store.open(tmp_path / "cache", create=True), pytest.raises(UserError, match="another `fastsd cache`"):
+    with Store.open(tmp_path / "cache", create=True), refused("cache-locked"):
         build_cache(config(tmp_path), StubVae())
     assert build_cache(config(tmp_path), StubVae()).encoded == 3
 
@@ -267,8 +269,8 @@ def test_verify_finds_a_flipped_bit_and_it_is_encoded_again(tmp_path):
     (shard,) = (tmp_path / "cache/shards").iterdir()
     flip(shard, -5)
     (problem,) = verify(tmp_path / "cache")
-    assert shard.name in problem and "1 of 10 rows" in problem and "sha256: 9;" in problem
-    with pytest.raises(UserError, match="run `fastsd cache CONFIG` first"):
+    assert problem == sentence("verify-rows", path=shard, damaged=1, rows=10, row_list=9)
+    with refused("no-view"):
         LatentCache.open(tmp_path / "cache", view)  # nothing trains on it meanwhile
     assert build_cache(config(tmp_path), StubVae()).encoded == 1
     assert shard_bytes(tmp_path) == before and verify(tmp_path / "cache") == []
@@ -279,7 +281,7 @@ def test_verify_finds_a_flipped_bit_and_it_is_encoded_again(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "deleted", "header"])
-def test_a_broken_shard_is_named_by_the_reader_and_encoded_again(tmp_path, damage):
+def test_a_broken_shard_is_reported_by_the_reader_and_encoded_again(tmp_path, damage):
     draw_many(tmp_path)
     build_cache(config(tmp_path), StubVae())
     before = shard_bytes(tmp_path)
@@ -290,26 +292,26 @@ def test_a_broken_shard_is_named_by_the_reader_and_encoded_again(tmp_path, damag
         shard.unlink()
     else:
         flip(shard, 9)
-    with pytest.raises(UserError, match=shard.name):
+    with refused("frozen-file-damaged", path=shard):
         LatentCache.open(tmp_path / "cache").get([0])
     assert build_cache(config(tmp_path), StubVae()).encoded == 10
     assert shard_bytes(tmp_path) == before
 
 
-def test_prune_takes_only_what_no_view_needs(tmp_path):
+def test_prune_deletes_only_shards_that_no_view_needs(tmp_path):
     draw_many(tmp_path, 5)
     view = build_cache(config(tmp_path), StubVae("old")).view
     build_cache(config(tmp_path), StubVae("new"))
     assert prune(tmp_path / "cache").shards == 0
     (tmp_path / f"cache/views/{view}.safetensors").unlink()
     assert prune(tmp_path / "cache").shards == 1
-    found = stats(tmp_path / "cache")
-    assert (found.latents, found.planned, found.shards, len(found.views)) == (5, 0, 1, 1)
+    contents = stats(tmp_path / "cache")
+    assert (contents.latents, contents.planned, contents.shards, len(contents.views)) == (5, 0, 1, 1)
     assert build_cache(config(tmp_path), StubVae("new")).encoded == 0
     assert build_cache(config(tmp_path), StubVae("old")).encoded == 5
 
 
-def test_more_shards_than_open_files(tmp_path, monkeypatch):
+def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "SHARD_ROWS", 3)
     monkeypatch.setattr(rows_module, "_OPEN_SHARDS", 2)
     draw_many(tmp_path, 20)
@@ -322,14 +324,14 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
         assert len(cache._open) <= 2
 
 
-def nursery(root, seed):
-    """Runs in a process of its own: forks cachers, kills them at random moments, and ends with one that may finish."""
+def kill_repeatedly(root, seed):
+    """Runs in a process of its own: fork builders, kill them at random moments, and let the last one finish."""
     cache_module.SHARD_ROWS = 16
     torch.set_num_threads(1)
     root, chance, kills, flush = Path(root), random.Random(int(seed)), 0, os.fsync
 
     def deadly(handle):
-        """An fsync that ends the process, before or after doing its work, in one of its first calls."""
+        """Kill the process in one of the first calls of fsync, before or after the flush."""
         deadly.calls -= 1
         if deadly.late or deadly.calls:
             flush(handle)
@@ -349,27 +351,27 @@ def nursery(root, seed):
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if os.WIFEXITED(status):
-            assert status == 0, "it ended by itself, and not well"
+            assert status == 0, "a builder failed"
             break
         kills += 1
     print(kills)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its victims")
-def test_kill_9_at_any_moment_leaves_the_same_shards(tmp_path, monkeypatch):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_at_any_moment_leads_to_the_same_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "SHARD_ROWS", 16)
     draw_many(tmp_path, 150)
     (tmp_path / "images/030.png").write_bytes(b"broken")
     build_cache(config(tmp_path), StubVae())
-    whole = shard_bytes(tmp_path)
+    shards = shard_bytes(tmp_path)
     (view,) = (tmp_path / "cache/views").iterdir()
     frozen = view.read_bytes()
     shutil.rmtree(tmp_path / "cache")
-    process = function_process(__file__, "nursery", tmp_path, 7)
+    process = function_process(__file__, "kill_repeatedly", tmp_path, 7)
     out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
     assert int(out) == 7
-    assert shard_bytes(tmp_path) == whole
+    assert shard_bytes(tmp_path) == shards
     assert view.read_bytes() == frozen
     assert verify(tmp_path / "cache") == []
     assert build_cache(config(tmp_path), StubVae()).encoded == 0

@@ -1,4 +1,4 @@
-"""What the cache holds beside plain squares: aspect buckets, random crops, mirror images, tars, imported latents."""
+"""The cache with aspect buckets, random crops, mirror images, tars and imported latents."""
 
 import io
 import json
@@ -9,44 +9,35 @@ import numpy as np
 import pytest
 import torch
 from caching import BUCKETS, R, StubVae, config, draw, draw_many, expected, with_data
-from PIL import Image
 from safetensors.numpy import save_file
+from sentences import refused, says
 
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.build import build_cache
 from fastsd.data.building.decode import decode, probe
 from fastsd.data.building.upkeep import stats, verify
 from fastsd.data.cache import LatentCache
-from fastsd.errors import UserError
-
-
-def draw_sized(path, width, height, seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    path.with_suffix(".txt").write_text(path.stem)
-
 
 SIZES = {"wide": (80, 40), "tall": (40, 80), "square": (48, 48), "flat": (64, 50)}
 
 
-def test_buckets_keep_the_aspect_and_lie_in_groups(tmp_path):
+def test_buckets_keep_the_aspect_ratio_and_form_groups(tmp_path):
     for i in range(3):
         for name, size in SIZES.items():
-            draw_sized(tmp_path / f"images/{name}{i}.png", *size, seed=i)
+            draw(tmp_path / f"images/{name}{i}.png", i, f"{name}{i}", size)
     counts = build_cache(with_data(tmp_path, buckets=BUCKETS), StubVae())
     assert (counts.cached, counts.latents) == (12, 12)
     cache = LatentCache.open(tmp_path / "cache")
     assert sum(group.count for group in cache.groups) == len(cache) == 12
     table = Buckets(R, with_data(tmp_path, buckets=BUCKETS).data.buckets)
     for group in cache.groups:
-        some = range(group.first, group.first + group.count)
-        for name, latent in zip(cache.captions(some), cache.get(some)["latents"], strict=True):
+        samples = range(group.first, group.first + group.count)
+        for name, latent in zip(cache.captions(samples), cache.get(samples)["latents"], strict=True):
             width, height = table.place(*SIZES[name[:-1]]).size
             assert latent.shape == group.shape == (4, height // 8, width // 8)
             assert torch.equal(latent, bucketed(tmp_path / f"images/{name}.png", table))
     assert sorted(stats(tmp_path / "cache").views[counts.view].buckets.values()) == [3, 3, 6]  # the flat ones are nearly square
-    with pytest.raises(AssertionError, match="one shape"):
+    with refused("batch-shapes", AssertionError):
         cache.get([0, 11])
 
 
@@ -56,7 +47,7 @@ def bucketed(path, table, crop=(0.5, 0.5)):
     return StubVae().encode(torch.from_numpy(pixels)[None].float() / 127.5 - 1)[0].half()
 
 
-def test_mirror_images_lie_beside_and_cost_nothing_until_asked_for(tmp_path):
+def test_mirror_images_are_encoded_only_with_flip(tmp_path):
     draw_many(tmp_path, 5)
     assert build_cache(with_data(tmp_path), StubVae()).encoded == 5
     counts = build_cache(with_data(tmp_path, flip=True), StubVae())
@@ -74,11 +65,10 @@ def test_mirror_images_lie_beside_and_cost_nothing_until_asked_for(tmp_path):
     assert build_cache(with_data(tmp_path), StubVae()).encoded == 0  # the view without them is still good
 
 
-def test_random_crops_differ_and_are_the_same_every_time(tmp_path):
+def test_random_crops_differ_and_are_reproducible(tmp_path):
     for i in range(4):
-        draw_sized(tmp_path / f"images/{i}.png", 90, 40, seed=i)
-    made = with_data(tmp_path, crop="random", crops=3, flip=True)
-    counts = build_cache(made, StubVae())
+        draw(tmp_path / f"images/{i}.png", i, f"{i}", (90, 40))
+    counts = build_cache(with_data(tmp_path, crop="random", crops=3, flip=True), StubVae())
     assert (counts.cached, counts.encoded) == (4, 24)
     cache = LatentCache.open(tmp_path / "cache")
     assert cache.versions == 6
@@ -86,14 +76,14 @@ def test_random_crops_differ_and_are_the_same_every_time(tmp_path):
     assert len({tuple(latent.flatten().tolist()) for latent in versions.flatten(0, 1)}) >= 20
     more = build_cache(with_data(tmp_path, crop="random", crops=4, flip=True), StubVae())
     assert more.encoded == 8  # the fourth crop and its mirror image
-    again = LatentCache.open(tmp_path / "cache", more.view)
-    assert torch.equal(torch.stack([again.get(range(4), [v] * 4)["latents"] for v in range(6)]), versions)
+    reopened = LatentCache.open(tmp_path / "cache", more.view)
+    assert torch.equal(torch.stack([reopened.get(range(4), [v] * 4)["latents"] for v in range(6)]), versions)
 
 
-def test_switching_mirror_images_on_never_mixes_versions_up(tmp_path):
-    """With `flip` the second version is a mirror image, without it the second crop: whatever was cached before, and how far."""
+def test_flip_does_not_mix_up_versions(tmp_path):
+    """With `flip` the second version is a mirror image, without it the second crop, whatever was cached before."""
     for i in range(4):
-        draw_sized(tmp_path / f"images/{i}.png", 90, 40, seed=i)
+        draw(tmp_path / f"images/{i}.png", i, f"{i}", (90, 40))
 
     def latents(root, **keys):
         cache = LatentCache.open(root / "cache", build_cache(with_data(root, crop="random", **keys), StubVae()).view)
@@ -151,7 +141,7 @@ def write_latents(root, latents, **names):
 
 
 @pytest.mark.parametrize("kind", ["img_sdxl", "npz"])
-def test_latents_of_other_trainers_are_taken_over(tmp_path, kind):
+def test_latents_of_other_trainers_are_imported(tmp_path, kind):
     latents = np.random.default_rng(0).normal(0, 2, (6, 4, 5, 6)).astype(np.float32)
     write_latents(tmp_path, latents)
     (tmp_path / f"images/9.{kind}").write_bytes(b"broken")
@@ -165,8 +155,8 @@ def test_latents_of_other_trainers_are_taken_over(tmp_path, kind):
         with tarfile.open(tmp_path / "set.tar", "w") as tar:
             for path in sorted((tmp_path / "images").glob("[0-5].*")):
                 tar.add(path, path.name)
-        made = with_data(tmp_path, latents=kind, folders=[str(tmp_path / "set.tar")])
-        assert (again := build_cache(made, StubVae())).cached == 6 and again.encoded == 0
+        counts = build_cache(with_data(tmp_path, latents=kind, folders=[str(tmp_path / "set.tar")]), StubVae())
+        assert counts.cached == 6 and counts.encoded == 0
     if flip:
         assert torch.equal(cache.get([2], [1])["latents"][0], torch.from_numpy(latents[2, ..., ::-1].copy()).half())
     assert verify(tmp_path / "cache") == []
@@ -175,10 +165,11 @@ def test_latents_of_other_trainers_are_taken_over(tmp_path, kind):
 def test_imported_latents_of_another_scale_or_shape_are_refused(tmp_path):
     latents = np.random.default_rng(0).normal(0, 2, (6, 4, 5, 6)).astype(np.float32)
     write_latents(tmp_path, latents / 8)
-    with pytest.raises(UserError, match="data.latents is 'img_sdxl': the latents' standard deviation is 0.24"):
+    with refused("cache-latents-of-other-vae", kind="'img_sdxl'") as error:
         build_cache(with_data(tmp_path, latents="img_sdxl"), StubVae())
+    assert " 0.24" in str(error.value)  # the standard deviation
     save_file({"latent": latents[0, :3].copy()}, tmp_path / "images/0.img_sdxl")
     for i in range(1, 6):
         save_file({"latent": latents[i]}, tmp_path / f"images/{i}.img_sdxl")
     counts = build_cache(with_data(tmp_path, latents="img_sdxl"), StubVae())
-    assert counts.cached == 5 and "holds a latent (3, 5, 6)" in counts.examples[0]
+    assert counts.cached == 5 and says(counts.examples[0], "latent-wrong-shape", shape=[3, 5, 6], expected=[4, 5, 6])

@@ -1,4 +1,4 @@
-"""The loader: batches that depend on their position alone, whoever makes them, and clean ends of prefetching."""
+"""The loader: batches depend only on their position, for any number of workers, and prefetching ends cleanly."""
 
 import threading
 import time
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from sentences import refused
 
 from fastsd.commands.cache import cache as make_cache
 from fastsd.config.schema import DataTable, StageTable, parse_config
@@ -15,7 +16,6 @@ from fastsd.data.building.tokenize_captions import write_tokens
 from fastsd.data.cache import Group, LatentCache
 from fastsd.data.loader import PREFETCH, Loader
 from fastsd.data.tokens import Tokens
-from fastsd.errors import UserError
 from fastsd.model.formats.load import load_text
 
 LENGTH = 4
@@ -23,10 +23,10 @@ SQUARE, WIDE = (4, 2, 2), (4, 1, 4)
 
 
 class Samples:
-    """Stands for a cache; the latents of sample i's version v are i in channel 0 and v in channel 1, its caption "tag i"."""
+    """Stub of a cache: the latents of version v of sample i are i in channel 0 and v in channel 1; captions start "tag i"."""
 
     def __init__(self, *counts, versions=1):
-        """counts: (shape, root, count) of each group, or one number of squares."""
+        """`counts`: (shape, root, count) for each group, or one number of squares."""
         self.groups, self.versions = [], versions
         for shape, root, count in counts if isinstance(counts[0], tuple) else [(SQUARE, 0, *counts)]:
             self.groups.append(Group(shape, root, len(self), count))
@@ -59,12 +59,12 @@ def loader(cache=None, seed=3, tokenize=tokenize, data=None, origin=0, rank=0, w
     return Loader(cache, tokenize, seed, stage(**keys), data=data, origin=origin, rank=rank, world=world, tokens=tokens)
 
 
-def seen(batch):
+def samples_of(batch):
     return batch.latents_BCHW[:, 0, 0, 0].long().tolist()
 
 
-def seen_in(batches):
-    return [index for batch in batches for index in seen(batch)]
+def samples_in(batches):
+    return [index for batch in batches for index in samples_of(batch)]
 
 
 def same(a, b):
@@ -77,75 +77,75 @@ SHARES = DataTable(folders=[{"path": "a", "repeats": 3}, {"path": "b", "weight":
 EDITS = {"caption_dropout": 0.2, "shuffle_tags": True, "tag_dropout": 0.2}
 
 
-def test_every_epoch_has_every_sample_once_and_its_own_order():
+def test_every_epoch_has_every_sample_once_in_a_new_order():
     assert loader().images == 10
-    flat = seen_in(loader().stream(0, 30, 3))
+    flat = samples_in(loader().stream(0, 30, 3))
     epochs = [flat[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_a_batch_depends_on_seed_and_position_alone():
+def test_a_batch_depends_only_on_seed_and_position():
     whole = loader().batch(0, 24)
     for step in (1, 5, 8, 24):
-        parts = list(loader().stream(0, 24, step))
-        assert seen_in(parts) == seen(whole)
-        assert torch.equal(torch.cat([part.token_ids_BL for part in parts]), whole.token_ids_BL)
-        assert torch.equal(torch.cat([part.positions_B for part in parts]), torch.arange(24))
-    assert seen(loader().batch(7, 9)) == seen(whole)[7:16]
-    assert seen(loader(seed=4).batch(0, 24)) != seen(whole)
-    assert [len(part.captions) for part in loader().stream(0, 10, 4)] == [4, 4, 2]
+        batches = list(loader().stream(0, 24, step))
+        assert samples_in(batches) == samples_of(whole)
+        assert torch.equal(torch.cat([batch.token_ids_BL for batch in batches]), whole.token_ids_BL)
+        assert torch.equal(torch.cat([batch.positions_B for batch in batches]), torch.arange(24))
+    assert samples_of(loader().batch(7, 9)) == samples_of(whole)[7:16]
+    assert samples_of(loader(seed=4).batch(0, 24)) != samples_of(whole)
+    assert [len(batch.captions) for batch in loader().stream(0, 10, 4)] == [4, 4, 2]
 
 
 def test_a_batch_may_span_many_epochs_of_a_tiny_set():
     batch = loader(Samples(3)).batch(1, 11)
-    assert sorted(seen(batch)[2:5]) == sorted(seen(batch)[5:8]) == [0, 1, 2]
+    assert sorted(samples_of(batch)[2:5]) == sorted(samples_of(batch)[5:8]) == [0, 1, 2]
 
 
 def test_captions_follow_their_latents_and_repeats_are_tokenized_once():
     calls = []
-    one = loader(tokenize=lambda texts: (calls.append(list(texts)), tokenize(texts))[1], max_tags=1)
-    batch = one.batch(0, 10)
-    assert batch.captions == [f"tag {i}" for i in seen(batch)]
+    counting = loader(tokenize=lambda texts: (calls.append(list(texts)), tokenize(texts))[1], max_tags=1)
+    batch = counting.batch(0, 10)
+    assert batch.captions == [f"tag {i}" for i in samples_of(batch)]
     assert batch.token_ids_BL.tolist() == [[len(caption)] * LENGTH for caption in batch.captions]
-    one.batch(10, 20)
+    counting.batch(10, 20)
     assert sum(map(len, calls)) == 10
 
 
 @pytest.mark.parametrize("cache, data", [(Samples(10), None), (BUCKETS, None), (BUCKETS, SHARES)])
-def test_any_number_of_workers_sees_the_same_global_batches(cache, data):
+def test_any_number_of_workers_makes_the_same_global_batches(cache, data):
     def batches(rank, world):
         return list(loader(cache, data=data, batch=12, origin=24, rank=rank, world=world, **EDITS).stream(24, 240, 12))
 
     whole = batches(0, 1)
     for world in (2, 3, 12):
-        for i, parts in enumerate(zip(*(batches(rank, world) for rank in range(world)), strict=True)):
+        for i, shares in enumerate(zip(*(batches(rank, world) for rank in range(world)), strict=True)):
             for name in ("latents_BCHW", "token_ids_BL", "positions_B"):
-                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole[i], name))
-            assert [caption for part in parts for caption in part.captions] == whole[i].captions
-    with pytest.raises(ValueError, match="a batch of 12 cannot be divided among 5 workers"):
+                assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole[i], name))
+            assert [caption for share in shares for caption in share.captions] == whole[i].captions
+    with refused("batch-not-divisible", ValueError, batch=12, workers=5):
         loader(cache, world=5, batch=12, origin=24).batch(24, 12)
 
 
 @pytest.mark.parametrize("data", [None, SHARES])
-def test_a_resumed_run_reads_what_the_uninterrupted_one_does(data):
+def test_a_resumed_run_reads_the_same_batches(data):
     whole = list(loader(BUCKETS, data=data, origin=8, **EDITS).stream(8, 400, 4))
     resumed = list(loader(BUCKETS, data=data, origin=8, **EDITS).stream(8 + 37 * 4, 400, 4))
     assert len(resumed) == len(whole) - 37 and all(same(*pair) for pair in zip(whole[37:], resumed, strict=True))
     assert len({batch.latents_BCHW.shape for batch in whole}) == 2
 
 
-def test_repeats_and_weights_count():
-    one = loader(BUCKETS, data=SHARES, batch=1)
-    assert one.images == 3 * 26 + 44
-    flat = seen_in(one.stream(0, one.images, 1))
+def test_repeats_and_weights_determine_the_epoch():
+    shared = loader(BUCKETS, data=SHARES, batch=1)
+    assert shared.images == 3 * 26 + 44
+    flat = samples_in(shared.stream(0, shared.images, 1))
     assert all(flat.count(i) == (3 if i < 21 or 35 <= i < 40 else 1) for i in range(70))
 
 
-def test_the_filter_leaves_what_is_asked_for():
-    some = loader(data=DataTable(folders=["a"], include=["TAG 3", "tag 7", "tag 8"], exclude=["tag 8"]))
-    assert some.images == 2 and sorted(seen(some.batch(0, 4))) == [3, 3, 7, 7]
-    with pytest.raises(UserError, match=r"data.exclude \['c'\] leave none of the 10 images"):
+def test_the_filter_selects_samples_by_tag():
+    filtered = loader(data=DataTable(folders=["a"], include=["TAG 3", "tag 7", "tag 8"], exclude=["tag 8"]))
+    assert filtered.images == 2 and sorted(samples_of(filtered.batch(0, 4))) == [3, 3, 7, 7]
+    with refused("filter-leaves-none", filters="data.exclude ['c']", images=10):
         loader(data=DataTable(folders=["a"], exclude=["c"]))
 
 
@@ -157,39 +157,43 @@ def test_versions_follow_from_the_position():
     assert not loader(Samples(50)).batch(0, 100).latents_BCHW[:, 1].any()
 
 
-class Known:
-    """Stands for cached token ids."""
+class CachedTokens:
+    """Stub of cached token ids."""
 
     def row(self, sample, variant):
         return torch.tensor([sample, variant, 0, 0])
 
 
-def test_cached_token_ids_serve_captions_as_they_are():
+def test_cached_token_ids_are_used_for_unedited_captions():
     calls = []
-    one = loader(tokenize=lambda texts: (calls.append(list(texts)), tokenize(texts))[1], tokens=Known(), caption_dropout=0.5)
-    batch = one.batch(0, 20)
-    for index, caption, row in zip(seen(batch), batch.captions, batch.token_ids_BL.tolist(), strict=True):
+
+    def counted(texts):
+        calls.append(list(texts))
+        return tokenize(texts)
+
+    batch = loader(tokenize=counted, tokens=CachedTokens(), caption_dropout=0.5).batch(0, 20)
+    for index, caption, row in zip(samples_of(batch), batch.captions, batch.token_ids_BL.tolist(), strict=True):
         assert row == ([index, 0, 0, 0] if caption else [0] * LENGTH)
     assert calls == [[""]] and 3 < batch.captions.count("") < 17
-    edited = loader(tokens=Known(), max_tags=2).batch(0, 10)  # as without them
+    edited = loader(tokens=CachedTokens(), max_tags=2).batch(0, 10)
     assert torch.equal(edited.token_ids_BL, loader(max_tags=2).batch(0, 10).token_ids_BL)
 
 
-def test_a_tokenizer_never_serves_two_threads():
-    busy, most = [], []
+def test_a_tokenizer_is_never_called_by_two_threads_at_once():
+    busy, counts = [], []
 
     def slow(texts):
         busy.append(1)
-        most.append(len(busy))
+        counts.append(len(busy))
         time.sleep(0.002)
         busy.pop()
         return tokenize(texts)
 
     assert len(list(loader(Samples(400), tokenize=slow).stream(0, 200, 4))) == 50
-    assert max(most) == 1
+    assert max(counts) == 1
 
 
-def test_a_cache_of_buckets_crops_and_mirror_images(tmp_path, tiny_model):
+def test_batches_of_buckets_crops_and_mirror_images(tmp_path, tiny_model):
     for i in range(30):
         path = tmp_path / "images" / f"{i:02}.png"
         path.parent.mkdir(exist_ok=True)
@@ -197,24 +201,24 @@ def test_a_cache_of_buckets_crops_and_mirror_images(tmp_path, tiny_model):
             lambda v, i=i: v + i
         ).save(path)
         path.with_suffix(".txt").write_text(f"red circle {i}\nblue star, {i}")
+    data = {"resolution": 32, "crop": "random", "crops": 2, "flip": True, "buckets": {"min": 16, "max": 64, "step": 8}}
     raw = {
         "model": {"base": str(tiny_model)},
-        "data": {"folders": [str(path.parent)], "resolution": 32, "crop": "random", "crops": 2, "flip": True,
-                 "buckets": {"min": 16, "max": 64, "step": 8}},
+        "data": {"folders": [str(path.parent)]} | data,
         "cache": {"dir": str(tmp_path / "cache")},
         "stage": [{"train": ["unet"], "until": 1, "batch": 4, "caption_dropout": 0.2}],
-    }  # fmt: skip
+    }
     config = parse_config(raw, "test")
     make_cache(config)
     cache, text = LatentCache.open(config.cache.dir), load_text(config.model, tiny_model)
     write_tokens(cache, text.tokenizer)
 
     def batches(**keys):
-        made = Loader(cache, text.tokenize, 3, config.stage[0], data=config.data, **keys)
-        return list(made.stream(0, made.images * 4, 4))
+        loader = Loader(cache, text.tokenize, 3, config.stage[0], data=config.data, **keys)
+        return list(loader.stream(0, loader.images * 4, 4))
 
-    plain, known = batches(), batches(tokens=Tokens(cache, text.tokenizer, text.length))
-    assert all(same(*pair) for pair in zip(plain, known, strict=True))
+    plain, with_tokens = batches(), batches(tokens=Tokens(cache, text.tokenizer, text.length))
+    assert all(same(*pair) for pair in zip(plain, with_tokens, strict=True))
     shapes = {tuple(batch.latents_BCHW.shape[1:]) for batch in plain}
     assert len(shapes) == 3 == len(cache.groups) and len({batch.latents_BCHW[0].double().sum().item() for batch in plain}) > 25
     captions = {caption for batch in plain for caption in batch.captions}
@@ -223,19 +227,19 @@ def test_a_cache_of_buckets_crops_and_mirror_images(tmp_path, tiny_model):
 
 
 def test_stream_works_ahead_and_counts_the_waiting(monkeypatch):
-    """The clock counts batches that are ready, and none gets so before the first is waited for."""
-    gated, made, ready, gate = loader(), [], [], threading.Event()
+    """The clock counts ready batches. No batch is ready before the consumer waits for the first."""
+    gated, positions, ready, gate = loader(), [], [], threading.Event()
     batch, first = gated.batch, iter([gate.set])
-    gated.batch = lambda position, count: (made.append(position), gate.wait(), batch(position, count), ready.append(1))[2]
+    gated.batch = lambda position, count: (positions.append(position), gate.wait(), batch(position, count), ready.append(1))[2]
     clock = SimpleNamespace(perf_counter=lambda: (len(ready), next(first, int)())[0])
     monkeypatch.setattr("fastsd.data.loader.time", clock)
     with gated.stream(0, 100, 5) as stream, ExitStack() as stack:
-        stack.callback(gate.set)  # or the threads would not end
+        stack.callback(gate.set)  # otherwise the threads would not end
         next(stream)
         while len(ready) < PREFETCH + 1:
             time.sleep(0.01)
         time.sleep(0.3)
-        assert sorted(made) == [5 * i for i in range(PREFETCH + 1)]  # ahead, but not without bound
+        assert sorted(positions) == [5 * i for i in range(PREFETCH + 1)]  # ahead, but not without bound
         gate.clear()
         waited = stream.waited
         for _ in range(PREFETCH):
@@ -243,11 +247,11 @@ def test_stream_works_ahead_and_counts_the_waiting(monkeypatch):
         assert waited == stream.waited >= 1
 
 
-def test_batches_come_in_order_whichever_is_made_first():
+def test_batches_come_in_order_even_if_a_later_one_is_ready_first():
     uneven = loader()
     batch = uneven.batch
     uneven.batch = lambda position, count: (time.sleep(0.02 if position % 10 else 0), batch(position, count))[1]
-    assert [int(made.positions_B[0]) for made in uneven.stream(0, 60, 5)] == list(range(0, 60, 5))
+    assert [int(result.positions_B[0]) for result in uneven.stream(0, 60, 5)] == list(range(0, 60, 5))
 
 
 def test_an_exception_reaches_the_consumer():
@@ -265,13 +269,13 @@ def threads():
 
 
 def test_a_stream_stops_when_closed_dropped_or_done():
-    endless, made = loader(), []
+    endless, positions = loader(), []
     batch = endless.batch
-    endless.batch = lambda position, count: (made.append(position), batch(position, count))[1]
+    endless.batch = lambda position, count: (positions.append(position), batch(position, count))[1]
     stream = endless.stream(0, 10**9, 2)
     next(stream)
     stream.close()
-    assert len(made) <= PREFETCH + 1 and not threads()  # what is left is not made first
+    assert len(positions) <= PREFETCH + 1 and not threads()
     with pytest.raises(StopIteration):
         next(stream)
     dropped = loader().stream(0, 10**9, 2)

@@ -19,7 +19,7 @@ WIDE, HIGH, SQUARE = (4, 8, 16), (4, 16, 8), (4, 12, 12)
 
 
 def groups(*rows):
-    """Rows (shape, root, count) -> groups that tile [0, n)."""
+    """Make groups that tile [0, n) from rows (shape, root, count)."""
     firsts = np.cumsum([0, *(count for _, _, count in rows)]).tolist()
     return [Group(shape, root, first, count) for (shape, root, count), first in zip(rows, firsts, strict=False)]
 
@@ -28,21 +28,21 @@ def order(*rows, shares=(), seed=3, batch=4, origin=0, selected=None):
     return Order(groups(*rows), shares, seed, batch=batch, origin=origin, selected=selected)
 
 
-def batches(one, count, origin=0):
-    return [one.batch(origin + i * one.batch_size, one.batch_size).tolist() for i in range(count)]
+def batches(stage, count, origin=0):
+    return [stage.batch(origin + i * stage.batch_size, stage.batch_size).tolist() for i in range(count)]
 
 
 def flat(lists):
-    return [index for one in lists for index in one]
+    return [index for items in lists for index in items]
 
 
-def test_one_shape_has_every_sample_once_an_epoch_in_the_epochs_permutation():
-    one = order((WIDE, 0, 10))
-    assert one.epoch == 10
+def test_one_shape_has_every_sample_once_per_epoch_in_the_permutation_of_the_epoch():
+    stage = order((WIDE, 0, 10))
+    assert stage.epoch == 10
     for epoch in range(3):
-        assert torch.equal(one.batch(10 * epoch, 10), permutation(3, Purpose.ORDER, epoch, 10))
-    assert one.batch(0, 10).tolist() != one.batch(10, 10).tolist()
-    assert one.batch(0, 10).tolist() != order((WIDE, 0, 10), seed=4).batch(0, 10).tolist()
+        assert torch.equal(stage.batch(10 * epoch, 10), permutation(3, Purpose.ORDER, epoch, 10))
+    assert stage.batch(0, 10).tolist() != stage.batch(10, 10).tolist()
+    assert stage.batch(0, 10).tolist() != order((WIDE, 0, 10), seed=4).batch(0, 10).tolist()
 
 
 def test_one_shape_does_not_depend_on_the_batch():
@@ -51,23 +51,22 @@ def test_one_shape_does_not_depend_on_the_batch():
     assert flat(order((WIDE, 0, 60), (WIDE, 1, 100)).batch(i, 9).tolist() for i in range(0, 9000, 9)) == whole[:9000]
 
 
-def test_a_batch_has_one_shape_and_what_fills_none_is_carried_on():
-    one = order((WIDE, 0, 10), (HIGH, 0, 7), (SQUARE, 0, 3))
+def test_a_batch_has_one_shape_and_remainders_are_carried_on():
+    stage = order((WIDE, 0, 10), (HIGH, 0, 7), (SQUARE, 0, 3))
     shapes = [range(10), range(10, 17), range(17, 20)]
-    read = batches(one, 500)
-    assert all(any(set(batch) <= set(own) for own in shapes) for batch in read)
+    read = batches(stage, 500)
+    assert all(any(set(batch) <= set(samples) for samples in shapes) for batch in read)
     for epoch in range(1, 101):
-        counts = Counter(flat(read[: sum(epoch * len(own) // 4 for own in shapes)]))
-        for own in shapes:
-            times = [counts[i] for i in own]
-            # Each shape lacks less than a batch of what it should have had, and none of its samples more than once.
-            assert 0 <= epoch * len(own) - sum(times) < 4 and max(times) - min(times) <= 1
+        counts = Counter(flat(read[: sum(epoch * len(samples) // 4 for samples in shapes)]))
+        for samples in shapes:
+            times = [counts[i] for i in samples]
+            # Each shape is less than a batch behind, and each of its samples at most once.
+            assert 0 <= epoch * len(samples) - sum(times) < 4 and max(times) - min(times) <= 1
 
 
-def test_shapes_take_turns_in_another_order_each_epoch_and_stage():
+def test_shapes_alternate_in_a_new_order_in_every_epoch_and_stage():
     def turns(origin):
-        one = order((WIDE, 0, 40), (HIGH, 0, 40), origin=origin)
-        return [batch[0] < 40 for batch in batches(one, 40, origin)]
+        return [batch[0] < 40 for batch in batches(order((WIDE, 0, 40), (HIGH, 0, 40), origin=origin), 40, origin)]
 
     first, second = turns(0)[:20], turns(0)[20:]
     assert sum(first) == sum(second) == 10 and first != second
@@ -76,7 +75,7 @@ def test_shapes_take_turns_in_another_order_each_epoch_and_stage():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 50), st.integers(0, 40))
-def test_any_batch_is_found_at_once(counts, batch, origin, far):
+def test_any_batch_is_computed_directly(counts, batch, origin, far):
     rows = [((4, 8, 8 + i), 0, count) for i, count in enumerate(counts)]
     far += origin // batch
     read = flat(batches(order(*rows, batch=batch, origin=origin), far + 1, origin))
@@ -87,58 +86,57 @@ def test_any_batch_is_found_at_once(counts, batch, origin, far):
 
 def test_repeats_count_exactly():
     shares = [FolderTable(path="a", repeats=3), FolderTable(path="b")]
-    one = order((WIDE, 0, 5), (HIGH, 0, 4), (WIDE, 1, 7), (HIGH, 1, 9), shares=shares, batch=1)
-    assert one.epoch == 3 * 9 + 16
+    stage = order((WIDE, 0, 5), (HIGH, 0, 4), (WIDE, 1, 7), (HIGH, 1, 9), shares=shares, batch=1)
+    assert stage.epoch == 3 * 9 + 16
     for epochs in (1, 10):
-        counts = Counter(flat(batches(one, epochs * one.epoch)))
+        counts = Counter(flat(batches(stage, epochs * stage.epoch)))
         assert counts == {i: epochs * (3 if i in (0, 1, 2, 3, 4, 5, 6, 7, 8) else 1) for i in range(25)}
 
 
 @pytest.mark.parametrize("weights, lengths", [((3.0, 1.0), (300, 100)), ((1.0, 1.0), (200, 200)), ((0.001, 9.0), (1, 400))])
-def test_weights_divide_what_their_folders_bring_and_images_take_turns(weights, lengths):
+def test_weights_divide_the_positions_of_their_folders_evenly_among_images(weights, lengths):
     shares = [*(FolderTable(path="w", weight=weight) for weight in weights), FolderTable(path="r", repeats=2)]
-    one = order((WIDE, 0, 100), (WIDE, 1, 300), (WIDE, 2, 50), shares=shares)
-    assert one.epoch == sum(lengths) + 100
+    stage = order((WIDE, 0, 100), (WIDE, 1, 300), (WIDE, 2, 50), shares=shares)
+    assert stage.epoch == sum(lengths) + 100
     for epochs in (1, 10):
-        counts = Counter(one.batch(0, epochs * one.epoch).tolist())
-        for own, length in ((range(100), lengths[0]), (range(100, 400), lengths[1])):
-            times = [counts[i] for i in own]
+        counts = Counter(stage.batch(0, epochs * stage.epoch).tolist())
+        for samples, length in ((range(100), lengths[0]), (range(100, 400), lengths[1])):
+            times = [counts[i] for i in samples]
             assert sum(times) == epochs * length and max(times) - min(times) <= 1
         assert all(counts[i] == 2 * epochs for i in range(400, 450))
 
 
 def test_weights_keep_the_proportion_of_shapes():
     shares = [FolderTable(path="a", weight=1.0), FolderTable(path="b", weight=1.0)]
-    one = order((WIDE, 0, 90), (WIDE, 1, 20), (HIGH, 0, 9), (HIGH, 1, 80), (SQUARE, 0, 1), shares=shares, batch=1)
-    counts = Counter(flat(batches(one, 10 * one.epoch)))
-    lengths = [sum(counts[i] for i in range(first, first + count)) / 10 for first, count in
-               ((0, 90), (90, 20), (110, 9), (119, 80), (199, 1))]  # fmt: skip
-    assert lengths == [90, 20, 9, 80, 1] and one.epoch == 200
+    stage = order((WIDE, 0, 90), (WIDE, 1, 20), (HIGH, 0, 9), (HIGH, 1, 80), (SQUARE, 0, 1), shares=shares, batch=1)
+    counts = Counter(flat(batches(stage, 10 * stage.epoch)))
+    ranges = range(90), range(90, 110), range(110, 119), range(119, 199), range(199, 200)
+    assert [sum(counts[i] for i in samples) / 10 for samples in ranges] == [90, 20, 9, 80, 1] and stage.epoch == 200
 
 
-def test_a_shape_smaller_than_a_batch_comes_up_every_so_many_epochs():
-    one = order((WIDE, 0, 64), (HIGH, 0, 2), batch=8)
-    high = [i for i, batch in enumerate(batches(one, 66)) if batch[0] >= 64]  # 8 epochs of 66 in batches of 8
+def test_a_shape_smaller_than_a_batch_skips_epochs():
+    stage = order((WIDE, 0, 64), (HIGH, 0, 2), batch=8)
+    high = [i for i, batch in enumerate(batches(stage, 66)) if batch[0] >= 64]  # 8 epochs of 66 in batches of 8
     assert len(high) == 2 and high[0] in range(24, 33) and high[1] in range(57, 66)
-    assert Counter(one.batch(8 * high[0], 8).tolist()) == {64: 4, 65: 4}
+    assert Counter(stage.batch(8 * high[0], 8).tolist()) == {64: 4, 65: 4}
 
 
-def test_a_later_stage_with_another_batch_goes_on():
+def test_a_later_stage_with_another_batch_size_continues():
     rows = [(WIDE, 0, 24), (HIGH, 0, 12)]
     first = flat(batches(order(*rows, batch=6), 12))  # two epochs
     second = flat(batches(order(*rows, batch=4, origin=72), 9, 72))  # the third
     assert Counter(first) == dict.fromkeys(range(36), 2) and Counter(second) == dict.fromkeys(range(36), 1)
-    # Half-way through an epoch each shape goes on with the second half of its sequence.
+    # Half-way through an epoch, each shape continues with the second half of its sequence.
     wide = flat(batch for batch in batches(order(*rows, batch=6, origin=18), 6, 18) if batch[0] < 24)
     halves = permutation(3, Purpose.ORDER, 0, 24)[12:], permutation(3, Purpose.ORDER, 1, 24)[:12]
     assert sorted(wide) == sorted(torch.cat(halves).tolist())
 
 
-def test_selected_samples_alone_are_read():
+def test_only_selected_samples_are_read():
     selected = np.array([0, 3, 4, 11, 12, 19])
-    one = order((WIDE, 0, 10), (WIDE, 1, 5), (HIGH, 0, 3), (HIGH, 1, 2), selected=selected, batch=1)
-    assert one.epoch == 6
-    assert sorted(flat(batches(one, 6))) == selected.tolist()
+    stage = order((WIDE, 0, 10), (WIDE, 1, 5), (HIGH, 0, 3), (HIGH, 1, 2), selected=selected, batch=1)
+    assert stage.epoch == 6
+    assert sorted(flat(batches(stage, 6))) == selected.tolist()
 
 
 def test_ten_million_samples_take_no_memory(monkeypatch):
@@ -151,7 +149,7 @@ def test_ten_million_samples_take_no_memory(monkeypatch):
     monkeypatch.setattr(order_module, "permuted", watched)
     before = psutil.Process().memory_full_info().uss
     shares = [FolderTable(path="a", weight=1.0), FolderTable(path="b", weight=2.0)]
-    one = order((WIDE, 0, 6_000_000), (HIGH, 1, 4_000_000), shares=shares, batch=64)
-    read = batches(one, 50) + [one.batch(64 * 10**9, 64).tolist()]
+    stage = order((WIDE, 0, 6_000_000), (HIGH, 1, 4_000_000), shares=shares, batch=64)
+    read = batches(stage, 50) + [stage.batch(64 * 10**9, 64).tolist()]
     assert max(sizes) <= 1024 and psutil.Process().memory_full_info().uss - before < 64e6
     assert len(set(flat(read[:50]))) == 50 * 64

@@ -1,5 +1,6 @@
-"""Cached states of the text encoder: the same training as without them, encoded once, never another encoder's."""
+"""Cached text embeddings: encoded once, never mixed between encoders, and training is the same as without them."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from caching import StubVae, config, draw, draw_many, flip
 from commandline import function_process
 from rich.console import Console
 from runs import final, same
+from sentences import refused, says, sentence
 from tiny import job, write_images
 
 from fastsd.commands.cache import cache
@@ -44,18 +46,17 @@ def load(model, **settings):
 
 
 def write(root, text, report=lambda event: None, **keys):
-    """Cache the images of `root` and the states of their captions."""
-    made = config(root, **keys)
-    view = build_cache(made, StubVae()).view
-    latents = LatentCache.open(made.cache.dir, view)
+    """Cache the images of `root` and the text embeddings of their captions."""
+    table = config(root, **keys)
+    latents = LatentCache.open(table.cache.dir, build_cache(table, StubVae()).view)
     write_tokens(latents, text.tokenizer)
-    return write_text_embeddings(made.cache, latents, text, report)
+    return write_text_embeddings(table.cache, latents, text, report)
 
 
 def opened(root, text, **keys):
-    made = config(root, **keys)
-    latents = LatentCache.open(made.cache.dir)
-    return latents, TextEmbeddings(made.cache, latents, text)
+    table = config(root, **keys).cache
+    latents = LatentCache.open(table.dir)
+    return latents, TextEmbeddings(table, latents, text)
 
 
 def encoded(text, captions):
@@ -68,21 +69,21 @@ def files(root, kind):
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
-def test_what_is_stored_is_what_the_encoder_says(tmp_path, tiny_model, clip_skip):
+def test_stored_embeddings_are_the_output_of_the_encoder(tmp_path, tiny_model, clip_skip):
     text = load(tiny_model, clip_skip=clip_skip)
     draw_many(tmp_path, 9)
     (tmp_path / "images/003.txt").write_text("red circle\nblue star, green\n")
     (tmp_path / "images/004.txt").unlink()
     (tmp_path / "images/005.txt").write_text("picture 6")
     events = []
-    assert write(tmp_path, text, events.append, dtype="fp32") == EmbeddingCounts(captions=10, encoded=9)  # two are as others
+    assert write(tmp_path, text, events.append, dtype="fp32") == EmbeddingCounts(captions=10, encoded=9)  # two are duplicates
     assert (events[-1].phase, events[-1].done, events[-1].total) == ("states", 9, 9)
-    latents, states = opened(tmp_path, text, dtype="fp32")
+    latents, embeddings = opened(tmp_path, text, dtype="fp32")
     samples, variants = [3, 0, 3, 4, 8, 8], [1, 0, 0, 0, 0, -1]
     captions = ["blue star, green", "picture 0", "red circle", "", "picture 8", ""]
-    found = states.get(samples, variants)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, encoded(text, captions))
+    stored = embeddings.get(samples, variants)
+    assert stored.dtype == torch.float32
+    torch.testing.assert_close(stored, encoded(text, captions))
     assert write(tmp_path, text, dtype="fp32") == EmbeddingCounts(10, 0)
     assert [path.stem.split("-")[0] for path in (tmp_path / "cache/states").iterdir()] == [latents.name]
     assert verify(tmp_path / "cache") == []
@@ -93,19 +94,19 @@ def test_half_precision_only_rounds(tmp_path, tiny_model, dtype, bits):
     text = load(tiny_model)
     draw_many(tmp_path, 5)
     write(tmp_path, text, dtype=dtype)
-    states = opened(tmp_path, text, dtype=dtype)[1].get(range(5), [0] * 5)
+    stored = opened(tmp_path, text, dtype=dtype)[1].get(range(5), [0] * 5)
     exact = encoded(text, [f"picture {i}" for i in range(5)])
-    assert states.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    assert ((states - exact).abs() <= exact.abs() * 2.0**-bits + 2.0**-25).all() and not torch.equal(states.float(), exact)
+    assert stored.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert ((stored - exact).abs() <= exact.abs() * 2.0**-bits + 2.0**-25).all() and not torch.equal(stored.float(), exact)
 
 
 def test_the_encoder_may_run_in_bf16(tmp_path, tiny_model):
     draw_many(tmp_path, 3)
     write(tmp_path, load(tiny_model), precision="bf16")
-    states = opened(tmp_path, load(tiny_model), precision="bf16")[1].get([2, 1], [0, 0])
+    stored = opened(tmp_path, load(tiny_model), precision="bf16")[1].get([2, 1], [0, 0])
     narrow = load(tiny_model)
     narrow.module.bfloat16()
-    assert torch.equal(states, encoded(narrow, ["picture 2", "picture 1"]).half())
+    assert torch.equal(stored, encoded(narrow, ["picture 2", "picture 1"]).half())
 
 
 def test_only_new_captions_are_encoded(tmp_path, tiny_model):
@@ -119,118 +120,111 @@ def test_only_new_captions_are_encoded(tmp_path, tiny_model):
     draw(tmp_path / "images/more.png", 51, "picture 5")
     assert write(tmp_path, text) == EmbeddingCounts(captions=11, encoded=2)
     after = files(tmp_path, "shards")
-    assert before.items() <= after.items() and len(after) == len(before) + 2  # one of latents, one of states
-    latents, states = opened(tmp_path, text)
+    assert before.items() <= after.items() and len(after) == len(before) + 2  # one of latents, one of embeddings
+    latents, embeddings = opened(tmp_path, text)
     for i in range(len(latents)):
         for j, caption in enumerate(latents.variants([i])[0]):
-            assert torch.equal(states.get([i], [j]), encoded(text, [caption]).half())
+            assert torch.equal(embeddings.get([i], [j]), encoded(text, [caption]).half())
     for path in (tmp_path / "images").glob("00[3-7].*"):
         path.unlink()
     assert write(tmp_path, text) == EmbeddingCounts(captions=6, encoded=0)
 
 
-def test_shards_are_no_larger_than_they_may_be(tmp_path, tiny_model, monkeypatch):
+def test_shards_have_a_limited_size(tmp_path, tiny_model, monkeypatch):
     text = load(tiny_model)
     row = 77 * 16 * 2
     monkeypatch.setattr(embed_captions, "_SHARD_BYTES", 4 * row + 5)
     draw_many(tmp_path, 10)
     write(tmp_path, text)
-    index = next(iter(cache_module.states_paths(tmp_path / "cache")))
-    sizes = [
-        len(files(tmp_path, "shards")[f"{name}.safetensors"]) - 4096
-        for name, _ in cache_module.TextEmbeddingsIndex(index).shards
-    ]
+    index = cache_module.TextEmbeddingsIndex(cache_module.states_paths(tmp_path / "cache")[0])
+    sizes = [len(files(tmp_path, "shards")[f"{name}.safetensors"]) - 4096 for name, _ in index.shards]
     assert sorted(sizes) == [3 * row, 4 * row, 4 * row]
     monkeypatch.setattr(embed_captions, "_SHARD_BYTES", 1)
     draw(tmp_path / "images/new.png", 50, "red circle")
     assert write(tmp_path, text).encoded == 1
 
 
-def test_another_encoder_clip_skip_or_precision_never_mixes(tmp_path, tiny_model):
+def test_embeddings_of_different_encoders_do_not_mix(tmp_path, tiny_model):
     plain, skipping, other = load(tiny_model), load(tiny_model, clip_skip=1), load(tiny_model)
     with torch.no_grad():
         other.final_layer_norm.bias[3] += 1e-6
     last = load(tiny_model, clip_skip=1)
-    with torch.no_grad():  # of a layer that is not used
+    with torch.no_grad():  # change a layer that is not used
         next(p for name, p in last.module.named_parameters() if "layers.1." in name).add_(1)
     assert len({encoder_hash(text) for text in (plain, skipping, other)}) == 3 and encoder_hash(last) == encoder_hash(skipping)
     draw_many(tmp_path, 4)
     write(tmp_path, load(tiny_model))
     opened(tmp_path, plain)
     for text, keys in [(skipping, {}), (other, {}), (plain, {"dtype": "bf16"}), (plain, {"precision": "bf16"})]:
-        with pytest.raises(UserError, match=r"states/\w+-\w+\.safetensors is missing; run `fastsd cache CONFIG` again"):
-            made = config(tmp_path, **keys).cache
-            TextEmbeddings(made, LatentCache.open(made.dir), text)
+        with refused("frozen-file-damaged", damage=sentence("damage-missing")) as error:
+            opened(tmp_path, text, **keys)
+        assert "/states/" in str(error.value)
     assert write(tmp_path, load(tiny_model, clip_skip=1)).encoded == 5
-    shards = {path: {name for name, _ in cache_module.TextEmbeddingsIndex(path).shards}
-              for path in cache_module.states_paths(tmp_path / "cache")}  # fmt: skip
-    (ours,), (theirs,) = shards.values()
-    assert ours != theirs
-    # A shard of the other encoder under this one's name is noticed at the first read, and made again.
-    folder = tmp_path / "cache/shards"
-    for a, b in [(ours, theirs), (theirs, ours)]:
-        kept = (folder / f"{a}.safetensors").read_bytes()
-        shutil.copy(folder / f"{b}.safetensors", folder / f"{a}.safetensors")
-        found = []
+    indexes = map(cache_module.TextEmbeddingsIndex, cache_module.states_paths(tmp_path / "cache"))
+    first, second = (tmp_path / f"cache/shards/{name}.safetensors" for index in indexes for name, _ in index.shards)
+    # A shard of another encoder is detected at the first read.
+    for shard, other in [(first, second), (second, first)]:
+        data = shard.read_bytes()
+        shutil.copy(other, shard)
+        readable = 0
         for text in (plain, skipping):
             try:
-                found.append(opened(tmp_path, text)[1].get([0], [0]))
+                opened(tmp_path, text)[1].get([0], [0])
+                readable += 1
             except UserError as error:
-                assert f"{a}.safetensors belongs to another VAE, text encoder or shape" in str(error)
-        assert len(found) == 1
-        (folder / f"{a}.safetensors").write_bytes(kept)
+                assert says(str(error), "frozen-file-damaged", path=shard, damage=sentence("damage-belongs-elsewhere"))
+        assert readable == 1
+        shard.write_bytes(data)
 
 
-def test_states_of_captions_as_they_were_are_refused(tmp_path, tiny_model):
+def test_embeddings_of_changed_captions_are_refused(tmp_path, tiny_model):
     text = load(tiny_model)
     draw_many(tmp_path, 4)
     write(tmp_path, text)
     (tmp_path / "images/001.txt").write_text("another caption")
     build_cache(config(tmp_path), StubVae())
-    with pytest.raises(UserError, match="belongs to captions as they were before; run `fastsd cache CONFIG` again"):
+    with refused("frozen-file-damaged", damage=sentence("damage-outdated")):
         opened(tmp_path, text)
 
 
-def states_shard(root):
-    index = cache_module.TextEmbeddingsIndex(next(iter(cache_module.states_paths(root / "cache"))))
+def embeddings_shard(root):
+    index = cache_module.TextEmbeddingsIndex(cache_module.states_paths(root / "cache")[0])
     return root / f"cache/shards/{index.shards[0][0]}.safetensors"
 
 
-def test_a_flipped_bit_is_found_when_read_and_by_verify(tmp_path, tiny_model):
+def test_a_flipped_bit_is_detected_when_read_and_by_verify(tmp_path, tiny_model):
     text = load(tiny_model)
     draw_many(tmp_path, 6)
     write(tmp_path, text)
-    before, shard = files(tmp_path, "shards"), states_shard(tmp_path)
+    before, shard = files(tmp_path, "shards"), embeddings_shard(tmp_path)
     flip(shard, 4096 + 3 * 77 * 16 * 2 + 100)
-    latents, states = opened(tmp_path, text)
-    refused = 0
+    latents, embeddings = opened(tmp_path, text)
+    errors = []
     for i in range(6):
         try:
-            states.get([i], [0])
+            embeddings.get([i], [0])
         except UserError as error:
-            refused += 1
-            assert f"{shard}: row 3 is damaged; `fastsd cache CONFIG --verify` finds all that is" in str(error)
-    assert refused == 1
-    (problem,) = verify(tmp_path / "cache")
-    assert f"{shard} has 1 of 7 rows that do not match their sha256: 3" in problem
+            errors.append(str(error))
+    assert errors == [sentence("row-damaged", path=shard, row=3)]
+    assert verify(tmp_path / "cache") == [sentence("verify-rows", path=shard, damaged=1, rows=7, row_list=3)]
     assert cache_module.states_paths(tmp_path / "cache") == [] and len(latents) == 6
     assert write(tmp_path, text).encoded == 1
     assert files(tmp_path, "shards") == before and verify(tmp_path / "cache") == []
 
 
 @pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 5000), Path.unlink, lambda path: flip(path, 9)])
-def test_a_lost_cut_or_headless_shard_is_made_again(tmp_path, tiny_model, damage):
+def test_a_missing_truncated_or_headless_shard_is_rebuilt(tmp_path, tiny_model, damage):
     text = load(tiny_model)
     draw_many(tmp_path, 6)
     write(tmp_path, text)
-    before, shard = files(tmp_path, "shards"), states_shard(tmp_path)
+    before, shard = files(tmp_path, "shards"), embeddings_shard(tmp_path)
     damage(shard)
-    with pytest.raises(UserError, match=shard.name):
+    with refused("frozen-file-damaged", path=shard):
         opened(tmp_path, text)[1].get([0], [0])
     assert write(tmp_path, text).encoded == 7 and files(tmp_path, "shards") == before
 
 
-def test_a_damaged_index_is_found_and_made_again(tmp_path, tiny_model):
+def test_a_damaged_index_is_detected_and_rebuilt(tmp_path, tiny_model):
     text = load(tiny_model)
     draw_many(tmp_path, 6)
     write(tmp_path, text)
@@ -240,18 +234,18 @@ def test_a_damaged_index_is_found_and_made_again(tmp_path, tiny_model):
     assert write(tmp_path, text).encoded == 0 and files(tmp_path, "states") == before
     flip(path, path.stat().st_size - 3)
     (problem,) = verify(tmp_path / "cache")
-    assert problem.startswith(f"{path} does not match its sha256; removed") and not path.exists()
+    assert problem == sentence("verify-deleted", path=path, damage=sentence("damage-sha256")) and not path.exists()
     assert write(tmp_path, text).encoded == 0 and files(tmp_path, "states") == before
 
 
-def test_states_go_with_their_view_and_not_before(tmp_path, tiny_model):
+def test_embeddings_are_deleted_with_their_view(tmp_path, tiny_model):
     draw_many(tmp_path, 6)
     write(tmp_path, load(tiny_model))
-    found = stats(tmp_path / "cache")
-    assert (found.latents, found.states, found.planned, found.shards) == (6, 7, 0, 2)
+    contents = stats(tmp_path / "cache")
+    assert (contents.latents, contents.states, contents.planned, contents.shards) == (6, 7, 0, 2)
     assert prune(tmp_path / "cache").shards == 0
     (tmp_path / "images/001.txt").write_text("another caption")
-    build_cache(config(tmp_path), StubVae())  # the states are those of the captions before
+    build_cache(config(tmp_path), StubVae())  # the embeddings are outdated
     assert prune(tmp_path / "cache").shards == 0
     assert write(tmp_path, load(tiny_model)).encoded == 1
     (view,) = cache_module.view_paths(tmp_path / "cache")
@@ -261,34 +255,34 @@ def test_states_go_with_their_view_and_not_before(tmp_path, tiny_model):
     assert write(tmp_path, load(tiny_model)).encoded == 7
 
 
-def test_processes_do_not_get_in_each_others_way(tmp_path, tiny_model):
+def test_concurrent_writers_wait_for_each_other(tmp_path, tiny_model):
     draw_many(tmp_path, 12)
     view = build_cache(config(tmp_path), StubVae()).view
-    made, said, told = [], [], threading.Event()
+    results, lines, is_waiting = [], [], threading.Event()
 
-    def say(line):
-        said.append(line)
-        told.set()
+    def notify(line):
+        lines.append(line)
+        is_waiting.set()
 
     def work():
         text = load(tiny_model)
         encode = text.encode
-        text.encode = lambda ids: (told.wait(), encode(ids))[1]  # until another has found the work in hand
+        text.encode = lambda ids: (is_waiting.wait(), encode(ids))[1]  # until another writer waits
         latents = LatentCache.open(tmp_path / "cache", view)
-        made.append(write_text_embeddings(config(tmp_path).cache, latents, text, say=say))
+        results.append(write_text_embeddings(config(tmp_path).cache, latents, text, notify=notify))
 
     write_tokens(LatentCache.open(tmp_path / "cache", view), load(tiny_model).tokenizer)
-    several = [threading.Thread(target=work) for _ in range(3)]  # a lock of a file is its handle's, not its process's
-    for one in several:
-        one.start()
-    for one in several:
-        one.join()
-    assert sorted(counts.encoded for counts in made) == [0, 0, 13]
-    assert "another process is encoding captions" in said and verify(tmp_path / "cache") == []
+    threads = [threading.Thread(target=work) for _ in range(3)]  # a file lock belongs to its handle, not to its process
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(counts.encoded for counts in results) == [0, 0, 13]
+    assert sentence("another-process", activity="encoding captions") in lines and verify(tmp_path / "cache") == []
 
 
-def nursery(root, model):
-    """Runs in a process of its own: forks writers, each of which dies in one of its calls of fsync, until one ends."""
+def kill_repeatedly(root, model):
+    """Runs in a process of its own: fork writers and kill each in a call of fsync, until one finishes."""
     torch.set_num_threads(1)
     embed_captions._BLOCK = 4
     text, kills, flush = load(Path(model)), 0, os.fsync
@@ -314,8 +308,8 @@ def nursery(root, model):
     print(kills)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its victims")
-def test_killed_anywhere_it_goes_on(tmp_path, tiny_model, monkeypatch):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_writing_continues_after_kill_9(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(embed_captions, "_BLOCK", 4)
     draw_many(tmp_path, 25)
     write(tmp_path, load(tiny_model))
@@ -323,7 +317,7 @@ def test_killed_anywhere_it_goes_on(tmp_path, tiny_model, monkeypatch):
     shutil.rmtree(tmp_path / "cache")
     view = build_cache(config(tmp_path), StubVae()).view
     write_tokens(LatentCache.open(tmp_path / "cache", view), load(tiny_model).tokenizer)
-    process = function_process(__file__, "nursery", tmp_path, tiny_model)
+    process = function_process(__file__, "kill_repeatedly", tmp_path, tiny_model)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert int(out) >= 6
@@ -331,22 +325,22 @@ def test_killed_anywhere_it_goes_on(tmp_path, tiny_model, monkeypatch):
     assert verify(tmp_path / "cache") == [] and write(tmp_path, load(tiny_model)).encoded == 0
 
 
-def test_states_that_are_not_finite_are_a_sentence(tmp_path, tiny_model):
+def test_embeddings_that_are_not_finite_are_an_error(tmp_path, tiny_model):
     text = load(tiny_model)
     with torch.no_grad():
         text.final_layer_norm.weight.mul_(1e6)
     draw_many(tmp_path, 3)
-    with pytest.raises(UserError, match='states are not finite in fp16; use cache.dtype = "fp32"'):
+    with refused("embeddings-not-finite", dtype="fp16", advice='set cache.dtype = "fp32"'):
         write(tmp_path, text)
     assert write(tmp_path, text, dtype="fp32").encoded == 4
 
 
-def test_memory_is_the_same_for_many_as_for_few(tmp_path, tiny_model, monkeypatch):
+def test_memory_does_not_grow_with_the_number_of_captions(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(embed_captions, "_CHUNK", 32)
     text = load(tiny_model)
     draw(tmp_path / "images/a.png", 1, "red circle")
-    made = config(tmp_path)
-    latents = LatentCache.open(made.cache.dir, build_cache(made, StubVae()).view)
+    table = config(tmp_path).cache
+    latents = LatentCache.open(table.dir, build_cache(config(tmp_path), StubVae()).view)
 
     def peak(count):
         text_length = len("red circle")
@@ -355,10 +349,10 @@ def test_memory_is_the_same_for_many_as_for_few(tmp_path, tiny_model, monkeypatc
         latents.sha256 = str(count)
         write_tokens(latents, text.tokenizer)
         tracemalloc.start()
-        assert write_text_embeddings(made.cache, latents, text).captions == count
+        assert write_text_embeddings(table, latents, text).captions == count
         return (tracemalloc.get_traced_memory()[1], tracemalloc.stop())[0]
 
-    peak(64)  # what is made once
+    peak(64)  # one-time allocations
     assert peak(4000) < 1.2 * peak(100)
 
 
@@ -378,20 +372,20 @@ keep_checkpoints = 9
 
 
 def run(path, *overrides, states=False):
-    """Cache and train: (run folder, what was printed)."""
-    made = load_config(path, [*overrides, *(["cache.hidden_states=true"] if states else [])])
+    """Cache and train. Return the folder of the run and the output."""
+    config = load_config(path, [*overrides, *(["cache.hidden_states=true"] if states else [])])
     out = StringIO()
     console = Console(file=out, width=200)
-    view = cache(made, console).view
+    view = cache(config, console).view
     if states:
-        write_text_embeddings(made.cache, LatentCache.open(made.cache.dir, view), load(Path(made.model.base)))
-    train(made, console)
-    return Path(made.run), out.getvalue()
+        write_text_embeddings(config.cache, LatentCache.open(config.cache.dir, view), load(Path(config.model.base)))
+    train(config, console)
+    return Path(config.run), out.getvalue()
 
 
 @pytest.fixture
 def jobs(tmp_path, tiny_model):
-    """Two configs over images of which every third has two captions."""
+    """Write two configs over images, a third of them with two captions."""
     write_images(tmp_path / "images", 14)
     for i in range(0, 14, 3):
         (tmp_path / f"images/{i:04}.txt").write_text(f"red circle, {i}\nblue star")
@@ -400,95 +394,90 @@ def jobs(tmp_path, tiny_model):
     return [job(tmp_path / name, tiny_model, tmp_path / "images", STAGE) for name in "ab"]
 
 
-def test_training_is_the_same_bit_for_bit_and_resumes_so(jobs, tiny_model, monkeypatch):
+def test_training_and_resuming_are_bit_identical(jobs, tiny_model, monkeypatch):
     without, _ = run(jobs[0], "cache.dtype=fp32")
-    folder, said = run(jobs[1], "cache.dtype=fp32", "stage.until=5", states=True)
-    assert "and the text encoder's states" in said
+    folder, out = run(jobs[1], "cache.dtype=fp32", "stage.until=5", states=True)
+    assert says(out, "embeddings-cached")
     for later in checkpoint.checkpoints(folder / "checkpoints")[1:]:
         shutil.rmtree(later)
-    _, said = run(jobs[1], "cache.dtype=fp32", states=True)
-    assert "resumed at step 3" in said
+    _, out = run(jobs[1], "cache.dtype=fp32", states=True)
+    assert says(out, "resumed", step=3)
     assert same(final(folder), final(without)) and (folder / "log.jsonl").read_bytes() == (without / "log.jsonl").read_bytes()
-    assert len(list((folder / "samples").glob("*.png"))) == 2  # drawn with an encoder that training leaves alone
-    for part in ("text_encoder", "unet"):
-        name = f"{part}/{'model' if part == 'text_encoder' else 'diffusion_pytorch_model'}.safetensors"
+    assert len(list((folder / "samples").glob("*.png"))) == 2  # drawn with the frozen encoder
+    for name in ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
         assert (folder / "model" / name).read_bytes() == (without / "model" / name).read_bytes()
 
 
 def test_half_precision_trains_nearly_the_same(jobs):
     plain, rounded = run(jobs[0])[0], run(jobs[1], "stage.precision=bf16", states=True)[0]
-    losses = [[float(line.split('"loss": ')[1].split(",")[0]) for line in (folder / "log.jsonl").read_text().splitlines()]
-              for folder in (plain, rounded)]  # fmt: skip
-    assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[0] != losses[1]
+    logs = ((folder / "log.jsonl").read_text().splitlines() for folder in (plain, rounded))
+    exact, close = ([json.loads(line)["loss"] for line in log] for log in logs)
+    assert close == pytest.approx(exact, rel=0.03) and close != exact
 
 
-def test_without_states_there_is_no_training_but_a_sentence(jobs):
+def test_training_without_the_embeddings_is_refused(jobs):
     console = Console(file=StringIO())
     cache(load_config(jobs[0]), console)
-    with pytest.raises(UserError, match="is missing; run `fastsd cache CONFIG` again"):
+    with refused("frozen-file-damaged", damage=sentence("damage-missing")):
         train(load_config(jobs[0], ["cache.hidden_states=true"]), console)
 
 
-def test_the_loader_brings_the_states_of_the_captions_it_chose(tmp_path, tiny_model):
+def test_the_loader_returns_the_embeddings_of_its_captions(tmp_path, tiny_model):
     text = load(tiny_model)
     draw_many(tmp_path, 8)
     for i in range(4):
         (tmp_path / f"images/00{i}.txt").write_text(f"red {i}\nblue {i}\ngreen {i}")
     write(tmp_path, text, dtype="fp32")
-    latents, states = opened(tmp_path, text, dtype="fp32")
+    latents, embeddings = opened(tmp_path, text, dtype="fp32")
     stage = StageTable(train=["unet"], until=1, batch=6, caption_dropout=0.3)
     chosen = set()
-    for batch in Loader(latents, text.tokenize, 3, stage, states=states).stream(0, 60, 6):
-        torch.testing.assert_close(batch.states_BLD, encoded(text, batch.captions))
+    for batch in Loader(latents, text.tokenize, 3, stage, text_embeddings=embeddings).stream(0, 60, 6):
+        torch.testing.assert_close(batch.text_embeds_BLD, encoded(text, batch.captions))
         chosen.update(batch.captions)
     assert "" in chosen and len(chosen) > 12
-    assert Loader(latents, text.tokenize, 3, stage).batch(0, 6).states_BLD is None
+    assert Loader(latents, text.tokenize, 3, stage).batch(0, 6).text_embeds_BLD is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_step_does_without_the_encoder(tiny_model, precision):
+def test_the_step_does_not_need_the_encoder(tiny_model, precision):
     model = load_model(ModelTable(base=str(tiny_model)))
     model.text.module.to("meta")
     before = {name: parameter.dtype for name, parameter in model.text.module.named_parameters()}
     stage = StageTable(train=["unet"], until=1, batch=4, micro_batch=2, precision=precision)
     step = Step(model, stage, 1, seed=0, cached_text=True)
-    batch = Batch(torch.randn(4, 4, 16, 16), torch.zeros(4, 77, dtype=torch.int64), torch.arange(4), [""] * 4,
-                  torch.randn(4, 77, 16).half())  # fmt: skip
+    token_ids_BL, text_embeds_BLD = torch.zeros(4, 77, dtype=torch.int64), torch.randn(4, 77, 16).half()
+    batch = Batch(torch.randn(4, 4, 16, 16), token_ids_BL, torch.arange(4), [""] * 4, text_embeds_BLD)
     assert step(batch, 0).loss.isfinite()
     step.release()
     assert {name: parameter.dtype for name, parameter in model.text.module.named_parameters()} == before
 
 
 @pytest.mark.parametrize("ops, precision", [(REFERENCE, "fp32"), (TRITON or REFERENCE, "bf16")], ids=["fp32", "bf16"])
-def test_plan_leaves_the_encoder_out(tiny_model, ops, precision):
+def test_plan_excludes_the_encoder(tiny_model, ops, precision):
     model = load_model(ModelTable(base=str(tiny_model)))
     stage = StageTable(train=["unet"], until=1, batch=4, precision=precision)
     plain, without = (plan_stage(Shapes.of(model), stage, 32, 0, ops, states).need(2) for states in (False, True))
     owner = "weights of the text encoder, frozen"
     assert plain.owners[owner] > 0 and owner not in without.owners
     assert {name: size for name, size in plain.owners.items() if name != owner} == without.owners
-    states = 2 * 77 * 16 * 2  # fp16, of two captions
-    assert plain.step - without.step >= plain.owners[owner] - states
+    embeddings = 2 * 77 * 16 * 2  # fp16, of two captions
+    assert plain.step - without.step >= plain.owners[owner] - embeddings
 
 
-@pytest.mark.parametrize(
-    "line, sentence",
-    [
-        ('train = ["text_encoder"]', "a frozen text encoder and stage 'stage-2' trains it"),
-        ('train = ["unet", "text_encoder"]', "a frozen text encoder and stage 'stage-2' trains it"),
-        ("shuffle_tags = true", "captions as they are and stage 'stage-2' has shuffle_tags"),
-        ("tag_dropout = 0.1", "captions as they are and stage 'stage-2' has tag_dropout"),
-        ("max_tags = 3", "captions as they are and stage 'stage-2' has max_tags"),
-        ("shuffle_sentences = true", "captions as they are and stage 'stage-2' has shuffle_sentences"),
-    ],
-)
-def test_what_cannot_be_right_is_refused(tmp_path, line, sentence):
-    second = f"[[stage]]\nuntil = 1\n{line}\n" + ("" if line.startswith("train") else 'train = ["unet"]\n')
+TRAINED = ('train = ["text_encoder"]', 'train = ["unet", "text_encoder"]')
+EDITED = ("shuffle_tags = true", "tag_dropout = 0.1", "max_tags = 3", "shuffle_sentences = true")
+
+
+@pytest.mark.parametrize("line", [*TRAINED, *EDITED])
+def test_a_trained_encoder_or_edited_captions_are_refused(tmp_path, line):
+    second = f"[[stage]]\nuntil = 1\n{line}\n" + ("" if line in TRAINED else 'train = ["unet"]\n')
     text = '[model]\nbase = "x"\n[data]\nfolders = ["y"]\n[[stage]]\ntrain = ["unet"]\nuntil = 1\ncaption_dropout = 0.1\n'
-    (tmp_path / "job.toml").write_text(text + second)
-    load_config(tmp_path / "job.toml")
-    with pytest.raises(UserError) as error:
-        load_config(tmp_path / "job.toml", ["cache.hidden_states=true"])
-    assert str(error.value) == f"{tmp_path / 'job.toml'}: cache.hidden_states needs {sentence}; remove one of the two"
-    (tmp_path / "job.toml").write_text(text)
-    assert load_config(tmp_path / "job.toml", ["cache.hidden_states=true"]).cache.hidden_states
+    path = tmp_path / "job.toml"
+    path.write_text(text + second)
+    load_config(path)
+    with refused("config-invalid") as error:
+        load_config(path, ["cache.hidden_states=true"])
+    cause = "text encoder" if line in TRAINED else line.split()[0]
+    assert all(fact in str(error.value) for fact in (str(path), "cache.hidden_states", "'stage-2'", cause))
+    path.write_text(text)
+    assert load_config(path, ["cache.hidden_states=true"]).cache.hidden_states

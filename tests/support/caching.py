@@ -1,6 +1,7 @@
 """A stub of a VAE, pictures and configs to fill caches with."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,9 +42,9 @@ def config(root, folders=("images",), **cache_keys):
     return parse_config(raw, "test")
 
 
-def draw(path, seed, caption="a picture"):
+def draw(path, seed, caption="a picture", size=(36, 40)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     if caption is not None:
         path.with_suffix(".txt").write_text(caption)
@@ -70,6 +71,19 @@ def flip(path, at):
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 4]))
+
+
+class Texts:
+    """Stub of a cache with only the captions of its samples."""
+
+    def __init__(self, variants, folder=Path(), sha256="1", copies=1):
+        self.path, self.all, self.sha256, self.copies = folder / "views/view.safetensors", variants, sha256, copies
+
+    def __len__(self):
+        return len(self.all) * self.copies
+
+    def variants(self, positions):
+        return [list(self.all[i % len(self.all)]) for i in positions]
 
 
 def with_data(root, **keys):

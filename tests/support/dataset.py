@@ -5,14 +5,18 @@ A caption is its image's name, so that whatever must not be trained on shows amo
 
 import io
 import os
+import re
 import sqlite3
+import struct
 import tarfile
+import zlib
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 from commandline import fastsd
 from PIL import Image
+from sentences import says
 from tiny import job
 
 from fastsd.data.cache import LatentCache
@@ -44,42 +48,53 @@ class DataSet:
             self.put(name, png(picture(seed)))
 
     def end(self, *words: object) -> tuple[int, str]:
-        """(exit code, what a command says: of what went wrong, if anything did)."""
+        """Run a command. Return its exit code and its output, or its errors if it failed."""
         code, out, err = fastsd(*words[:1], self.config, *words[1:], "sample.prompts=[]", **self._fixtures)
         assert "Traceback" not in out + err, out + err
         return code, err if code else out
 
     def run(self, *words: object, code: int = 0) -> str:
-        """What a command says that ends with `code`; one sentence if it is not 0."""
-        ended, said = self.end(*words)
-        assert ended == code, said
-        assert code == 0 or (said.startswith("fastsd: ") and said.count("\n") == 1), said
-        return said
+        """Return the output of a command that ends with `code`: one line if it is not 0."""
+        exit_code, out = self.end(*words)
+        assert exit_code == code, out
+        assert code == 0 or (out.startswith("fastsd: ") and out.count("\n") == 1), out
+        return out
 
     def cached(self, *keys: str) -> set[str]:
-        """Captions of all that `fastsd cache` leaves to train on."""
-        self.said = self.run("cache", *keys)
+        """Run `fastsd cache`, with its output in `out`. Return the captions of the samples that can be trained on."""
+        self.out = self.run("cache", *keys)
         with closing(LatentCache.open(self.cache)) as latents:
-            assert f"{len(latents)} of " in self.said
+            assert f"{len(latents)} of " in self.out
             for group in latents.groups:
                 assert latents.get(range(group.first, group.first + group.count))["latents"].isfinite().all()
             return {caption for variants in latents.variants(range(len(latents))) for caption in variants}
 
     def rejected(self) -> dict[str, str]:
-        """Reasons by name within the folder."""
+        """Return the reasons, by name within the folder."""
         with closing(sqlite3.connect(self.cache / "cache.sqlite")) as db:
-            found = {os.fsdecode(path): reason for path, reason in db.execute("SELECT path, reason FROM rejected")}
-        assert (f"{len(found)} rejected:" in self.said) == bool(found)
-        return {path.removeprefix(f"{self.path}/"): reason for path, reason in found.items()}
+            reasons = {os.fsdecode(path): reason for path, reason in db.execute("SELECT path, reason FROM rejected")}
+        assert (f"{len(reasons)} rejected:" in self.out) == bool(reasons)
+        return {path.removeprefix(f"{self.path}/"): reason for path, reason in reasons.items()}
 
-    def check(self, good: set[str], bad: dict[str, str]) -> None:
-        """`fastsd cache` keeps these captions, and gives for each of the other files a reason with these words; twice."""
+    def check(self, good: set[str], bad: dict[str, str | re.Pattern[str]]) -> None:
+        """Assert that `fastsd cache` keeps these captions and rejects the other files for matching reasons, twice."""
         for _ in range(2):
             assert self.cached() == good
-            found = self.rejected()
-            assert {name: reason for name, reason in found.items() if bad.get(name, "\0") not in reason} == {}
-            assert set(found) == set(bad)
-        assert "0 encoded now" in self.said
+            reasons = self.rejected()
+            assert {name: reason for name, reason in reasons.items() if not re.search(bad.get(name, "\0"), reason)} == {}
+            assert set(reasons) == set(bad)
+        assert says(self.out, "cached", encoded=0)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def denied(*args: object) -> None:
+    raise PermissionError(13, "Permission denied")
 
 
 def picture(seed: int = 0, width: int = 32, height: int = 32) -> Image.Image:
@@ -95,6 +110,16 @@ def saved(image: Image.Image, format: str, **options) -> bytes:
 
 def png(image: Image.Image, **options) -> bytes:
     return saved(image, "PNG", **options)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_by_hand(width: int, height: int, bits: int, colour: int, lines: bytes, *chunks: bytes) -> bytes:
+    """Make a PNG. `bits`: a sample. `colour`: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA. `lines`: compressed."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
 
 
 def tar_of(*members: tuple[str, bytes, dict[str, object]]) -> bytes:

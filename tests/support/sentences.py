@@ -25,6 +25,11 @@ def pattern(name: str, /, **fields: object) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
+def sentence(name: str, /, **fields: object) -> str:
+    """Return the sentence `name` with all its fields filled in."""
+    return (ERRORS | LINES)[name].format(**fields)
+
+
 def says(text: str, name: str, /, **fields: object) -> bool:
     """Return True if the sentence `name` with the given fields occurs in `text`."""
     return pattern(name, **fields).search(text) is not None

@@ -49,7 +49,7 @@ class Buckets:
         self._area = resolution**2
         self._step = table.step if table else resolution
         if table and not table.no_upscale:
-            self.sizes = _predefined(resolution, table)
+            self.sizes = _predefined_sizes(resolution, table)
 
     def place(self, width: int, height: int) -> Place:
         """Choose the resize and crop for an image of this size, as displayed.
@@ -58,39 +58,39 @@ class Buckets:
             Rejected: the image is too small or too narrow for a bucket, and `no_upscale` forbids enlarging it.
         """
         if not self.sizes:
-            resized = self._shrunk(width, height)
-            bucket = self._whole(resized[0]), self._whole(resized[1])
+            resized = self._shrink(width, height)
+            bucket = self._round_down(resized[0]), self._round_down(resized[1])
             if not all(bucket):
-                raise Rejected(f"{width} x {height} pixels give no bucket of {self._step} px a side without enlarging")
+                raise Rejected(f"{width} x {height} pixels, too small for a {self._step} px bucket without enlarging")
             return Place(resized, bucket)
         ratio = width / height
         bucket = (width, height)
         if bucket not in self.sizes:
             bucket = min(self.sizes, key=lambda size: abs(size[0] / size[1] - ratio))
         scale = bucket[1] / height if ratio > bucket[0] / bucket[1] else bucket[0] / width
-        return Place((_rounded(width * scale), _rounded(height * scale)), bucket)
+        return Place((_round(width * scale), _round(height * scale)), bucket)
 
-    def _shrunk(self, width: int, height: int) -> Size:
+    def _shrink(self, width: int, height: int) -> Size:
         if width * height <= self._area:
             return width, height
         ratio = width / height
         ideal = math.sqrt(self._area * ratio)
-        wide, high = self._whole(ideal), self._whole(self._area / ideal)
+        wide, high = self._round_down(ideal), self._round_down(self._area / ideal)
 
         def error(width: int, height: int) -> float:
             return abs(width / height - ratio) if height else math.inf
 
         # One side becomes a multiple of the step: the side that brings the bucket nearer to the image's aspect ratio.
-        if error(wide, self._whole(wide / ratio)) < error(self._whole(high * ratio), high):
-            return wide, _rounded(wide / ratio)
-        return _rounded(high * ratio), high
+        if error(wide, self._round_down(wide / ratio)) < error(self._round_down(high * ratio), high):
+            return wide, _round(wide / ratio)
+        return _round(high * ratio), high
 
-    def _whole(self, side: float) -> int:
+    def _round_down(self, side: float) -> int:
         """Round to a pixel, then down to a multiple of the step."""
-        return _rounded(side) // self._step * self._step
+        return _round(side) // self._step * self._step
 
 
-def cut_at(rule: str, content: bytes, crop: int) -> tuple[float, float]:
+def crop_position(rule: str, content: bytes, crop: int) -> tuple[float, float]:
     """Return the position of a crop in the resized image, as fractions of the free room from the left and from the top.
 
     Args:
@@ -105,11 +105,11 @@ def cut_at(rule: str, content: bytes, crop: int) -> tuple[float, float]:
     return x, y
 
 
-def _rounded(side: float) -> int:
+def _round(side: float) -> int:
     return int(side + 0.5)
 
 
-def _predefined(resolution: int, table: BucketTable) -> list[Size]:
+def _predefined_sizes(resolution: int, table: BucketTable) -> list[Size]:
     def side(limit: int) -> int:
         return min(table.max, limit // table.step * table.step)
 

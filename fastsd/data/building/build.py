@@ -62,12 +62,12 @@ ProgressCallback = Callable[[CacheProgress], None]
 
 
 def build_cache(
-    config: Config, vae: LatentEncoder, report: ProgressCallback | None = None, say: Callable[[str], None] | None = None
+    config: Config, vae: LatentEncoder, report: ProgressCallback | None = None, notify: Callable[[str], None] | None = None
 ) -> CacheCounts:
     """Bring the latents of `config` up to date and freeze their view.
 
     Only new images are encoded. After an interruption, the same call continues where it stopped. Other processes that make
-    the call at the same time share the work. `say` receives a line when something unusual takes time.
+    the call at the same time share the work. `notify` receives a line when something unusual takes time.
 
     Raises:
         UserError: a problem with a folder, the resolution, the disk or the GPU's memory; or no image is usable.
@@ -77,12 +77,12 @@ def build_cache(
     sources = folders.scan_for(config.data)
     try:
         with Store.open(Path(config.cache.dir), create=True, lock="shared") as store:
-            return _Build(config, vae, store, report or (lambda event: None), say or (lambda line: None)).run(sources)
+            return _Build(config, vae, store, report or (lambda event: None), notify or (lambda line: None)).run(sources)
     except KeyboardInterrupt:
         raise Stopped(f"{config.cache.dir}: caching stopped") from None
 
 
-def check_resolution(config: Config, downscale: int, whose: str = "VAE") -> None:
+def check_resolution(config: Config, downscale: int, component: str = "VAE") -> None:
     """Raise UserError unless `downscale` divides the resolution, or the buckets' step. Imported latents are exempt."""
     data = config.data
     field, size = ("buckets.step", data.buckets.step) if data.buckets else ("resolution", data.resolution)
@@ -90,29 +90,31 @@ def check_resolution(config: Config, downscale: int, whose: str = "VAE") -> None
         low = size // downscale * downscale
         near = " or ".join(str(size) for size in (low, low + downscale) if size)
         raise UserError(
-            "cache-resolution", f"data.{field} is {size}, no multiple of {downscale} as this {whose} needs; use {near}"
+            "cache-resolution", f"data.{field} is {size}, but the {component} needs a multiple of {downscale}; use {near}"
         )
 
 
 class _Build:
     """One build for one (folders, preprocessing, VAE)."""
 
-    def __init__(self, config: Config, vae: LatentEncoder, store: Store, report: ProgressCallback, say: Callable[[str], None]):
-        self.config, self.vae, self.store, self.report, self.say = config, vae, store, report, say
+    def __init__(
+        self, config: Config, vae: LatentEncoder, store: Store, report: ProgressCallback, notify: Callable[[str], None]
+    ):
+        self.config, self.vae, self.store, self.report, self.notify = config, vae, store, report, notify
         self.db = store.db
         self.workers = config.cache.workers or _cores()
         self.view = cache.view_name(config, vae.hash)
-        self.stored = cache.stored_versions(config.data)
-        self.versions = len(self.stored)
+        self.stored_versions = cache.stored_versions(config.data)
+        self.versions = len(self.stored_versions)
         self.space_name = cache.space_name(config, vae.hash)
-        about = {
+        metadata = {
             "vae": vae.hash,
             "vae_name": vae.name,
             "scaling_factor": repr(float(vae.scaling_factor)),
             "shift_factor": repr(float(vae.shift_factor or 0.0)),
             "preprocessing": json.dumps(cache.preprocessing(config), sort_keys=True),
         }
-        self.space = store.space(self.space_name, about, config.cache.dtype)
+        self.space = store.space(self.space_name, metadata, config.cache.dtype)
 
     def run(self, sources: Iterator[DataSource]) -> CacheCounts:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastsd-decode")
@@ -120,17 +122,14 @@ class _Build:
 
         def prepare() -> None:
             data, downscale = self.config.data, self.vae.downscale
-            collect.fill(
-                self.store, self.space, sources, data, downscale, pool,
-                lambda done, rate: self.report(CacheProgress("scan", done, 0, rate)),
-            )  # fmt: skip
-            self._check_asked()
+            collect.fill(self.store, self.space, sources, data, downscale, pool, self.report)
+            self._check_keys()
             if data.masks:
                 self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
-                mask_cells.make(self.store, data, downscale, pool, lambda *event: self.report(CacheProgress("masks", *event)))
+                mask_cells.make(self.store, data, downscale, pool, self.report)
             self.store.forget_broken(self.space)
             if self.config.data.latents:
-                self._check_imported()
+                self._check_imported_scale()
             self._plan()
 
         try:
@@ -138,24 +137,23 @@ class _Build:
                 # Silences Pillow's remarks on odd files; errors that matter are reported as reasons.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-                with collect.collected(self.store, self.view, prepare, self.say):
+                with collect.sample_table(self.store, self.view, prepare, self.notify):
                     pipeline.run()
-                    with collect.one_at_a_time(self.store, self.say):
+                    with collect.one_at_a_time(self.store, self.notify):
                         return self._freeze(pipeline)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _check_asked(self) -> None:
+    def _check_keys(self) -> None:
         """Raise UserError if weights or masks are requested and no image has any, because then the name is wrong."""
         query = "SELECT COUNT(*) FILTER (WHERE reason IS NULL), COUNT(weight), COUNT(mask_path) FROM sample"
         usable, weighted, masked = self.db.execute(query).fetchone()
-        for key, images, detail in (("weight_key", weighted, "number in its metadata"), ("masks", masked, "file beside it")):
+        weights, masks = "no image has a number with this key in its metadata", "no image has a mask file with this ending"
+        for key, images, problem in (("weight_key", weighted, weights), ("masks", masked, masks)):
             if usable and not images and (name := getattr(self.config.data, key)):
-                raise UserError(
-                    "cache-no-such-detail", f"data.{key} is {name!r} and no image has such a {detail}; correct or remove it"
-                )
+                raise UserError("cache-no-such-detail", f"data.{key} is {name!r}, but {problem}; correct or remove it")
 
-    def _check_imported(self) -> None:
+    def _check_imported_scale(self) -> None:
         """Raise UserError if other trainers' latents do not look like this VAE's."""
         kind, means = self.config.data.latents, []
         sql = "SELECT file, offset, length FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ? FROM sample) = 0"
@@ -169,7 +167,8 @@ class _Build:
             if problem:
                 raise UserError(
                     "cache-latents-of-other-vae",
-                    f"data.latents is {kind!r}: {problem}; name their VAE in model.vae, or encode the images anew",
+                    f"data.latents is {kind!r}: {problem}; set model.vae to their VAE, or remove data.latents to encode the"
+                    " images",
                 )
 
     def _plan(self) -> None:
@@ -178,7 +177,7 @@ class _Build:
             f"SELECT bucket_height AS height, bucket_width AS width, content, {version} AS version FROM sample WHERE reason"
             f" IS NULL AND NOT EXISTS (SELECT 1 FROM latent WHERE space = {self.space} AND latent.content = sample.content"
             f" AND latent.version = {version})"
-            for version in self.stored
+            for version in self.stored_versions
         )
         new = self.db.execute(
             f"SELECT DISTINCT height, width, content, version FROM ({missing}) ORDER BY 1, 2, 3, 4"
@@ -202,16 +201,16 @@ class _Build:
         store.db.execute(f"UPDATE sample SET reason = ?{retry} WHERE {condition}", (error.reason, value))
         if not error.lasting:  # the stored facts may be wrong
             store.db.execute("DELETE FROM file WHERE path = ?", (key,))
-        self._remember_rejected(store, condition, value)
+        self._store_rejected(store, condition, value)
 
-    def _remember_rejected(self, store: Store, condition: str, value: Any) -> None:
-        refused = f"SELECT ?, path, reason, size, mtime_ns FROM sample WHERE reason IS NOT NULL AND {condition}"
-        store.db.execute(f"REPLACE INTO rejected {refused}", (self.space, value))
+    def _store_rejected(self, store: Store, condition: str, value: Any) -> None:
+        rejected = f"SELECT ?, path, reason, size, mtime_ns FROM sample WHERE reason IS NOT NULL AND {condition}"
+        store.db.execute(f"REPLACE INTO rejected {rejected}", (self.space, value))
 
     def _freeze(self, pipeline: Pipeline) -> CacheCounts:
         """Write the view of all samples that have latents."""
         with self.store.transaction():
-            self._remember_rejected(self.store, "id > ?", 0)
+            self._store_rejected(self.store, "id > ?", 0)
             self.db.execute(
                 "DELETE FROM rejected WHERE space = ? AND path IN (SELECT path FROM sample WHERE reason IS NULL)",
                 (self.space,),
@@ -222,12 +221,15 @@ class _Build:
                     "DELETE FROM rejected WHERE space = ? AND path > ? AND path < ? AND path NOT IN (SELECT path FROM sample)",
                     (self.space, place + b"/", place + b"0"),  # "0" follows "/" in ASCII
                 )
+
         counts = self._counts(pipeline)
         if not counts.cached:
             raise UserError(
                 "cache-no-usable-image",
-                f"data.folders: none of the {counts.images} images could be used; the first: {counts.examples[0]}",
+                f"data.folders: all {counts.images} images were rejected; add usable images (first rejection:"
+                f" {counts.examples[0]})",
             )
+
         vae, config = self.vae, self.config
         meta = cache.CacheMeta(
             vae_hash=vae.hash,
@@ -248,6 +250,7 @@ class _Build:
             crops=config.data.crops,
             flip=config.data.flip,
         )
+
         with disk_errors(self.store.folder), tempfile.TemporaryDirectory(dir=self.store.folder / "work") as scratch:
             arrays, shards, groups = self._index(Path(scratch), counts.cached)
             cache.freeze(self.store.folder, counts.view, arrays, shards, groups, meta)
@@ -264,29 +267,29 @@ class _Build:
 
     def _index(self, scratch: Path, samples: int) -> tuple[dict[str, np.ndarray], list[Any], list[cache.Group]]:
         """Return the view's arrays (in files, to keep memory flat), its shards in order of creation, and its groups."""
-        shard_rows = self.db.execute(f"SELECT DISTINCT shard {self._USED}", (self.space, json.dumps(self.stored)))
+        shard_rows = self.db.execute(f"SELECT DISTINCT shard {self._USED}", (self.space, json.dumps(self.stored_versions)))
         used_ids = {shard for (shard,) in shard_rows}
         shards = [shard for shard in self.store.shards(self.space) if shard.id in used_ids]
         shard_index = {shard.id: i for i, shard in enumerate(shards)}
         size_query = "SELECT SUM(LENGTH(CAST(captions AS BLOB))) FROM sample WHERE reason IS NULL"
         caption_bytes = int(self.db.execute(size_query).fetchone()[0])
-        rows = samples * self.versions
-        kinds: dict[str, tuple[type[np.generic], int]] = {
-            "shard": (np.int32, rows), "row": (np.int32, rows), "check": (np.int64, rows),
-            "caption_offsets": (np.int64, samples + 1), "captions": (np.uint8, caption_bytes),
-        }  # fmt: skip
+
+        sizes = dict.fromkeys(("shard", "row", "check"), samples * self.versions)
+        sizes |= {"caption_offsets": samples + 1, "captions": caption_bytes}
         if self.config.data.weight_key:
-            kinds["weight"] = np.float32, samples
-        arrays: dict[str, np.ndarray] = {
-            name: np.memmap(scratch / name, kind, "w+", shape=(size,)) if size else np.zeros(0, kind)
-            for name, (kind, size) in kinds.items()
-        }
+            sizes["weight"] = samples
+        arrays: dict[str, np.ndarray] = {}
+        for name, size in sizes.items():
+            kind = (cache.View.TENSORS | cache.View.OPTIONAL)[name]
+            arrays[name] = np.memmap(scratch / name, kind, "w+", shape=(size,)) if size else np.zeros(0, kind)
+
         query = (
             f"SELECT shard, row, check64, bucket_height, bucket_width, root, IFNULL(weight, 1), captions {self._USED}"
             f" ORDER BY {cache.ORDER}, version"
         )
+
         group_sizes: Counter[tuple[int, int, int]] = Counter()
-        cursor = self.db.execute(query, (self.space, json.dumps(self.stored)))
+        cursor = self.db.execute(query, (self.space, json.dumps(self.stored_versions)))
         done = offset = 0
         while chunk := cursor.fetchmany(self.versions << 14):
             shard, row, check, *group_columns, weight, captions = zip(*chunk, strict=True)
@@ -301,6 +304,7 @@ class _Build:
             if "weight" in arrays:
                 arrays["weight"][done : done + len(blobs)] = weight[per_sample]
             done, offset = done + len(blobs), int(ends[-1])
+
         groups, first = [], 0
         for (height, width, root), count in group_sizes.items():
             groups.append(cache.Group(tuple(self._shape(width, height)), root, first, count))
@@ -324,7 +328,7 @@ class _Build:
             reasons=dict(Counter(reason for _, reason in rejected).most_common()),
             examples=[f"{shown(path)}: {reason}" for path, reason in rejected[:_EXAMPLES]],
             view=self.view,
-            rates={stage: clock.images[stage] / busy for stage, busy in clock.seconds.items() if busy > 0},
+            rates={step: clock.images[step] / busy for step, busy in clock.seconds.items() if busy > 0},
         )
 
 

@@ -30,6 +30,7 @@ from fastsd.config.schema import DataTable
 from fastsd.data.building import mask_cells
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.decode import probe
+from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.building.store import Store, disk_errors, lock_file, wait_for
 from fastsd.data.sources import folders, imported_latents
 from fastsd.data.sources.folders import DataSource, Rejected
@@ -70,7 +71,7 @@ class Sample(NamedTuple):
     mask_length: int = 0
 
 
-class _File(NamedTuple):
+class _FileFacts(NamedTuple):
     """A row of the table `file`: facts about an image or a mask, valid while its size and mtime are unchanged."""
 
     path: bytes
@@ -81,13 +82,17 @@ class _File(NamedTuple):
     height: int
 
     @property
-    def shown(self) -> tuple[int, int]:
+    def dimensions(self) -> tuple[int, int]:
         """Size as displayed; in cells for imported latents."""
         return self.width, self.height
 
 
+_Hints = tuple[_FileFacts | None, _FileFacts | None]  # of an image and its mask
+_Rejection = tuple[int, int, str]  # size, mtime_ns and reason
+
+
 @contextmanager
-def collected(store: Store, view: str, prepare: Callable[[], None], waiting: Callable[[str], None]) -> Iterator[None]:
+def sample_table(store: Store, view: str, prepare: Callable[[], None], notify: Callable[[str], None]) -> Iterator[None]:
     """Attach `sample`. Calls `prepare` to fill it, in one process at a time, unless other processes already use the table."""
     folder = store.folder / "work"
     with disk_errors(store.folder):
@@ -95,7 +100,7 @@ def collected(store: Store, view: str, prepare: Callable[[], None], waiting: Cal
         users = (folder / f"{view}.lock").open("a+b")
     database = folder / f"{view}.sqlite"
     with users:
-        with one_at_a_time(store, waiting):
+        with one_at_a_time(store, notify):
             is_sole_user = lock_file(users, exclusive=True)
             if is_sole_user:
                 _remove(database)
@@ -112,13 +117,13 @@ def collected(store: Store, view: str, prepare: Callable[[], None], waiting: Cal
 
 @contextmanager
 def one_at_a_time(
-    store: Store, waiting: Callable[[str], None], name: str = "turn", doing: str = "looking through the folders"
+    store: Store, notify: Callable[[str], None], lock: str = "turn", activity: str = "scanning the folders"
 ) -> Iterator[None]:
-    """Let only one process of a cache at a time run a block: scanning folders, freezing a view. `name` selects the lock."""
+    """Let only one process of a cache at a time run a block: scanning folders, freezing a view. `lock` names it."""
     with disk_errors(store.folder):
-        turn = (store.folder / f"{name}.lock").open("a+b")
-    with turn:
-        wait_for(lambda: lock_file(turn, exclusive=True), lambda: waiting(f"another process is {doing}"))
+        file = (store.folder / f"{lock}.lock").open("a+b")
+    with file:
+        wait_for(lambda: lock_file(file, exclusive=True), lambda: notify(f"waiting: another process is {activity}"))
         yield
 
 
@@ -129,20 +134,25 @@ def _remove(database: os.PathLike[str]) -> None:
 
 
 def fill(
-    store: Store, space: int, sources: Iterator[DataSource], data: DataTable, downscale: int, pool: ThreadPoolExecutor,
-    report: Callable[[int, float], None],
-) -> None:  # fmt: skip
-    """Fill `sample`. `report` receives the number of files so far and files per second."""
+    store: Store,
+    space: int,
+    sources: Iterator[DataSource],
+    data: DataTable,
+    downscale: int,
+    pool: ThreadPoolExecutor,
+    report: Callable[[CacheProgress], None],
+) -> None:
+    """Fill `sample`."""
     rejected_query = "SELECT size, mtime_ns, reason FROM rejected WHERE space = ? AND path = ?"
     insert = f"INSERT INTO sample ({', '.join(Sample._fields)}) VALUES ({', '.join('?' * len(Sample._fields))})"
     inspect = functools.partial(_inspect, data=data, buckets=Buckets(data.resolution, data.buckets), downscale=downscale)
     done, start = 0, time.perf_counter()
 
-    def stored_file(source: DataSource | None) -> _File | None:
+    def stored_file(source: DataSource | None) -> _FileFacts | None:
         if source is None:
             return None
         row = store.db.execute("SELECT * FROM file WHERE path = ?", (os.fsencode(source.name),)).fetchone()
-        return row and _File(*row)
+        return row and _FileFacts(*row)
 
     while chunk := list(itertools.islice(sources, _CHUNK)):
         hints = [(stored_file(source), stored_file(source.mask)) for source in chunk]
@@ -153,7 +163,7 @@ def fill(
                 new = [file for file in files if file not in hint and file.mtime_ns < time.time_ns() - _YOUNG_NS]
                 store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", new)
         done += len(chunk)
-        report(done, done / (time.perf_counter() - start))
+        report(CacheProgress("scan", done, 0, done / (time.perf_counter() - start)))
     with store.transaction():
         store.db.execute("CREATE INDEX work.sample_content ON sample (content)")
         if data.masks:
@@ -161,34 +171,35 @@ def fill(
 
 
 def _inspect(
-    source: DataSource, hints: tuple[_File | None, _File | None], refused: tuple[int, int, str] | None, *, data: DataTable,
-    buckets: Buckets, downscale: int,
-) -> tuple[Sample, list[_File]]:  # fmt: skip
-    """Make a row of `sample` and the rows of `file`. `hints` (of image and mask) and `refused` come from an earlier run."""
+    source: DataSource, hints: _Hints, rejection: _Rejection | None, *, data: DataTable, buckets: Buckets, downscale: int
+) -> tuple[Sample, list[_FileFacts]]:
+    """Make a row of `sample` and the rows of `file`. `hints` (of image and mask) and `rejection` come from an earlier run."""
     sample = Sample(os.fsencode(source.name), source.root, os.fsencode(source.path), source.offset, source.length)
-    files: list[_File] = []
+    files: list[_FileFacts] = []
     try:
         if source.problem:
             raise Rejected(source.problem)
         captions = "\n".join(folders.captions_of(source))
         stamp = _stamp(source)
         sample = sample._replace(captions=captions, weight=source.weight, size=stamp[0], mtime_ns=stamp[1])
-        if refused and refused[:2] == stamp:  # the same bytes would be rejected again
-            raise Rejected(refused[2])
-        image = _identified(source, stamp, hints[0], data.latents)
+        if rejection and rejection[:2] == stamp:  # the same bytes would be rejected again
+            raise Rejected(rejection[2])
+
+        image = _file_facts(source, stamp, hints[0], data.latents)
         files.append(image)
         sample = sample._replace(content=image.content, width=image.width, height=image.height)
-        bucket = image.shown if data.latents else buckets.place(*image.shown).size
+        bucket = image.dimensions if data.latents else buckets.place(*image.dimensions).size
         sample = sample._replace(bucket_width=bucket[0], bucket_height=bucket[1])
+
         if source.mask:
-            sample = _with_place(sample, source.mask)
-            with mask_cells.of_mask():
+            sample = _with_mask(sample, source.mask)
+            with mask_cells.as_mask_rejection():
                 if source.mask.problem:
                     raise Rejected(source.mask.problem)
-                mask = _identified(source.mask, _stamp(source.mask), hints[1])
+                mask = _file_facts(source.mask, _stamp(source.mask), hints[1])
                 files.append(mask)
-                mask_cells.check_shape(mask.shown, image.shown)
-            sample = sample._replace(mask=mask_cells.key_of(data, downscale, mask.content, image.content, image.shown))
+                mask_cells.check_shape(mask.dimensions, image.dimensions)
+            sample = sample._replace(mask=mask_cells.mask_key(data, downscale, mask.content, image.content, image.dimensions))
     except Rejected as error:
         if not error.lasting:
             sample = sample._replace(size=-1, mtime_ns=-1)
@@ -196,18 +207,18 @@ def _inspect(
     return sample, files
 
 
-def _with_place(sample: Sample, mask: DataSource) -> Sample:
+def _with_mask(sample: Sample, mask: DataSource) -> Sample:
     path, file = os.fsencode(mask.name), os.fsencode(mask.path)
     return sample._replace(mask_path=path, mask_file=file, mask_offset=mask.offset, mask_length=mask.length)
 
 
-def _identified(source: DataSource, stamp: tuple[int, int], hint: _File | None, latents: str = "") -> _File:
+def _file_facts(source: DataSource, stamp: tuple[int, int], hint: _FileFacts | None, latents: str = "") -> _FileFacts:
     """Return the content hash and size of a file, from `hint` if still valid, else from its bytes. Raises Rejected."""
     if hint and hint[1:3] == stamp:
         return hint
     data = folders.read_bytes(source)
     width, height = imported_latents.probe_latent(data, latents)[:0:-1] if latents else probe(data)
-    return _File(os.fsencode(source.name), *stamp, hashlib.sha256(data).digest(), width, height)
+    return _FileFacts(os.fsencode(source.name), *stamp, hashlib.sha256(data).digest(), width, height)
 
 
 def _stamp(source: DataSource) -> tuple[int, int]:
@@ -215,10 +226,10 @@ def _stamp(source: DataSource) -> tuple[int, int]:
     try:
         status = os.stat(source.path)
     except OSError as error:
-        raise Rejected(f"it cannot be read ({error.strerror})", lasting=False) from None
+        raise Rejected(f"cannot be read ({error.strerror})", lasting=False) from None
     if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
-        raise Rejected("it is no regular file")
+        raise Rejected("not a regular file")
     size = status.st_size if source.length < 0 else source.length
     if size > folders.MAX_IMAGE_BYTES:
-        raise Rejected("it is larger than 1 GiB")
+        raise Rejected("larger than 1 GiB")
     return size, status.st_mtime_ns

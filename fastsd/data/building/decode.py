@@ -36,9 +36,9 @@ Orientation = tuple[bool, bool, bool]  # steps that turn an image upright: mirro
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 178_956_970  # twice Pillow's own limit: above this, Pillow raises instead of warning
 _MAX_PROFILE_BYTES = 4 << 20
-_ORIENTATION = 0x0112
+_EXIF_ORIENTATION = 0x0112
 # By EXIF orientation.
-_TURNS: dict[int, Orientation] = {
+_ORIENTATIONS: dict[int, Orientation] = {
     2: (True, False, False),
     3: (True, True, False),
     4: (False, True, False),
@@ -47,7 +47,7 @@ _TURNS: dict[int, Orientation] = {
     7: (True, True, True),
     8: (True, False, True),
 }
-_NO_TURN = (False, False, False)
+_UPRIGHT = (False, False, False)
 
 
 def probe(data: bytes) -> tuple[int, int]:
@@ -56,9 +56,9 @@ def probe(data: bytes) -> tuple[int, int]:
     Raises:
         Rejected: the file is empty, is no image, has a damaged header, or has more than `MAX_PIXELS` pixels.
     """
-    with _opened(data) as image:
+    with _open(data) as image:
         width, height = image.size
-        return (height, width) if _turn(image)[2] else (width, height)
+        return (height, width) if _orientation(image)[2] else (width, height)
 
 
 def decode(data: bytes, place: Place, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> np.ndarray:
@@ -76,7 +76,7 @@ def decode(data: bytes, place: Place, crop: tuple[float, float] = (0.5, 0.5), fl
     Raises:
         Rejected: as for `probe`, or the file ends early or is damaged.
     """
-    pixels = _cut(data, place, crop, _rgb)
+    pixels = _decode_crop(data, place, crop, _rgb)
     return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
 
 
@@ -95,25 +95,25 @@ def decode_mask(data: bytes, place: Place, crop: tuple[float, float], cell: int)
     Raises:
         Rejected: as for `decode`.
     """
-    grey = _cut(data, place, crop, _brightness)[0]
+    grey = _decode_crop(data, place, crop, _brightness)[0]
     height, width = grey.shape
     sums = grey.reshape(height // cell, cell, width // cell, cell).sum((1, 3), dtype=np.uint32)
     return ((2 * sums + cell**2) // (2 * cell**2)).astype(np.uint8)
 
 
-def _cut(
+def _decode_crop(
     data: bytes, place: Place, crop: tuple[float, float], render: Callable[[Image.Image, CropBox, Size], np.ndarray]
 ) -> np.ndarray:
     """Return the crop of an image as displayed, (channels, H, W); see `decode`.
 
     `render` resizes a box of the image as stored to a given size.
     """
-    with _opened(data) as image:
+    with _open(data) as image:
         if image.format == "PNG":
             with Image.open(io.BytesIO(data), formats=["PNG"]) as checked:
                 checked.verify()  # verify the checksums of the pixels, which the decoder skips
-        columns, rows, swap = turn = _turn(image)
-        box = _aimed(image, place, crop, turn)
+        columns, rows, swap = orientation = _orientation(image)
+        box = _crop_box(image, place, crop, orientation)
         pixels = render(image, box, place.size[::-1] if swap else place.size)
         if columns:
             pixels = pixels[:, :, ::-1]
@@ -123,45 +123,46 @@ def _cut(
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _open(data: bytes) -> Iterator[Image.Image]:
     """Open an image and read its header. Raises Rejected, also for errors inside the `with` block."""
     if not data:
-        raise Rejected("the file is empty")
+        raise Rejected("file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise Rejected(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+                raise Rejected(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
             yield image
     except Rejected:
         raise
     except UnidentifiedImageError:
-        raise Rejected("the content is no JPEG, PNG, WebP, BMP or GIF image") from None
+        raise Rejected("not a JPEG, PNG, WebP, BMP or GIF image") from None
     except Image.DecompressionBombError:
-        raise Rejected(f"it has more than {MAX_PIXELS} pixels") from None
+        raise Rejected(f"size is more than {MAX_PIXELS} pixels") from None
     except MemoryError:
-        raise Rejected("there is not enough memory to decode it", lasting=False) from None
+        raise Rejected("not enough memory to decode it", lasting=False) from None
     except Exception as error:  # Pillow's decoders raise anything from struct.error to SyntaxError on damaged files
         words = " ".join(str(error).split())[:120]
         if "truncated" in words.lower():  # some of Pillow's messages count bytes; one reason for all
-            raise Rejected("it ends early") from None
-        raise Rejected(f"it cannot be decoded ({words or type(error).__name__})") from None
+            raise Rejected("file is truncated") from None
+        raise Rejected(f"cannot be decoded ({words or type(error).__name__})") from None
 
 
-def _turn(image: Image.Image) -> Orientation:
+def _orientation(image: Image.Image) -> Orientation:
     try:
         # The method of the base class: PNG's override decodes all pixels to look for EXIF data after them.
-        return _TURNS.get(int(Image.Image.getexif(image).get(_ORIENTATION, 1)), _NO_TURN)
+        return _ORIENTATIONS.get(int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)), _UPRIGHT)
     except Exception:  # a broken EXIF block does not affect the pixels
-        return _NO_TURN
+        return _UPRIGHT
 
 
-def _aimed(image: Image.Image, place: Place, crop: tuple[float, float], turn: Orientation) -> CropBox:
+def _crop_box(image: Image.Image, place: Place, crop: tuple[float, float], orientation: Orientation) -> CropBox:
     """Return the box of the crop in the image as stored, after setting a JPEG's decoder to the smallest sufficient size."""
-    columns, rows, swap = turn
+    columns, rows, swap = orientation
     (resized_w, resized_h), (w, h) = place
     # One of n + 1 offsets, 0 to n; the middle one is n // 2, as in kohya's code and PyTorch.
     left, top = (
-        max(math.ceil(at * (whole - part + 1)) - 1, 0) for at, whole, part in zip(crop, place.resized, place.size, strict=True)
+        max(math.ceil(fraction * (resized - cropped + 1)) - 1, 0)
+        for fraction, resized, cropped in zip(crop, place.resized, place.size, strict=True)
     )
     if swap:
         resized_w, resized_h, w, h, left, top = resized_h, resized_w, h, w, top, left
@@ -178,7 +179,7 @@ def _aimed(image: Image.Image, place: Place, crop: tuple[float, float], turn: Or
 def _rgb(image: Image.Image, box: CropBox, size: Size) -> np.ndarray:
     """Resize a box of the image as stored to (W, H) and convert it to sRGB: uint8 (3, H, W)."""
     profile, adobe = image.info.get("icc_profile"), "adobe" in image.info
-    image = _colours(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+    image = _to_colour_mode(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
     if image.mode == "CMYK" and not adobe:
         image = ImageChops.invert(image)  # Pillow assumes Adobe's marker for every file
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
@@ -205,7 +206,7 @@ def _eight_bits(words: np.ndarray) -> Image.Image:
     return Image.fromarray((words >> 8).astype(np.uint8))
 
 
-def _colours(image: Image.Image) -> Image.Image:
+def _to_colour_mode(image: Image.Image) -> Image.Image:
     """Convert any mode to L, LA, RGB, RGBA or CMYK. Palette indices and 16-bit words cannot be resampled."""
     if image.mode == "I;16":
         words, clear = np.asarray(image), image.info.get("transparency")

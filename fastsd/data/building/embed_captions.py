@@ -52,7 +52,7 @@ def write_text_embeddings(
     latents: LatentCache,
     text: TextEncoder,
     report: Callable[[CacheProgress], None] = lambda event: None,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> EmbeddingCounts:
     """Bring the text embeddings of a view's captions up to date and freeze their index.
 
@@ -61,14 +61,14 @@ def write_text_embeddings(
         latents: the view; its token ids must already be written.
         text: the text encoder in fp32, on the device to encode on; it is converted to `precision` in place.
         report: receives a `CacheProgress`, in captions, for every block.
-        say: receives a line when something unusual takes time.
+        notify: receives a line when something unusual takes time.
 
     Raises:
         UserError: token ids are missing, the disk fails, or text embeddings are not finite in `dtype`.
     """
     with (
         Store.open(Path(table.dir), lock="shared") as store,
-        one_at_a_time(store, say, "states", "encoding captions"),
+        one_at_a_time(store, notify, "states", "encoding captions"),
     ):
         return _Writer(table, latents, text, store, report).run()
 
@@ -81,9 +81,9 @@ class _Writer:
     ) -> None:
         self.latents, self.text, self.store, self.report, self.db = latents, text, store, report, store.db
         self.tokens = Tokens(latents, text.tokenizer, text.window, text.chunks)
-        about = shard_metadata(table, text)
-        self.name = space_name(table, about)
-        self.space = store.space(self.name, about, table.dtype)
+        metadata = shard_metadata(table, text)
+        self.name = space_name(table, metadata)
+        self.space = store.space(self.name, metadata, table.dtype)
         self.dtype = DTYPES[table.dtype]
         self.empty_L = text.tokenize([""])[0]
         text.module.to(DTYPES[table.precision])
@@ -144,24 +144,24 @@ class _Writer:
             self.store.plan(self.space, self.name[:8], shape, ((content, 0) for (content,) in new), rows)
         self.store.check_room(self.space)
 
-    _WANTED = "FROM latent JOIN caption USING (content) WHERE space = ? AND sha256 IS NULL"
+    _PENDING = "FROM latent JOIN caption USING (content) WHERE space = ? AND sha256 IS NULL"
 
     def _encode_all(self) -> int:
         """Encode all captions not encoded yet and return their number."""
-        total = int(self.db.execute(f"SELECT COUNT(DISTINCT content) {self._WANTED}", (self.space,)).fetchone()[0])
-        behind, done, start = None, 0, time.perf_counter()
+        total = int(self.db.execute(f"SELECT COUNT(DISTINCT content) {self._PENDING}", (self.space,)).fetchone()[0])
+        previous, done, start = None, 0, time.perf_counter()
         for block in itertools.chain(self._blocks(), [None]):
-            ahead = self._encode(*block) if block else None  # a GPU computes this while the previous block is written
-            if behind:
-                self._write(*behind)
-                done += len(behind[1])
+            current = self._encode(*block) if block else None  # a GPU computes this while the previous block is written
+            if previous:
+                self._write(*previous)
+                done += len(previous[1])
                 self.report(CacheProgress("states", done, total, done / (time.perf_counter() - start)))
-            behind = ahead
+            previous = current
         return done
 
     def _blocks(self) -> Iterator[tuple[Shard, list[tuple[int, int]]]]:
         """Yield the blocks left to encode: a shard, and (row, an entry with the row's token ids) for each caption."""
-        query = f"SELECT row, MIN(entry) {self._WANTED} AND shard = ? GROUP BY row ORDER BY row"
+        query = f"SELECT row, MIN(entry) {self._PENDING} AND shard = ? GROUP BY row ORDER BY row"
         for shard in self.store.shards(self.space):
             todo = self.db.execute(query, (self.space, shard.id)).fetchall()
             for first in range(0, len(todo), _BLOCK):
@@ -171,23 +171,22 @@ class _Writer:
         rows, entries = zip(*todo, strict=True)
         ids_BL = torch.stack([self._ids(entry) for entry in entries])
         with torch.no_grad():
-            states_BLD = self.text.encode(ids_BL.to(self.text.device))
-        return shard, list(rows), states_BLD.to(self.dtype)
+            text_embeds_BLD = self.text.encode(ids_BL.to(self.text.device))
+        return shard, list(rows), text_embeds_BLD.to(self.dtype)
 
     def _ids(self, entry: int) -> Tensor:
         """Return the token ids of an entry, int64 (L,)."""
         sample = int(np.searchsorted(self.offsets, entry, "right")) - 1
         return self.empty_L if sample == len(self.latents) else self.tokens.row(sample, entry - int(self.offsets[sample]))
 
-    def _write(self, shard: Shard, rows: list[int], states_BLD: Tensor) -> None:
-        states_BLD = states_BLD.cpu()
-        if not states_BLD.isfinite().all():
+    def _write(self, shard: Shard, rows: list[int], text_embeds_BLD: Tensor) -> None:
+        text_embeds_BLD = text_embeds_BLD.cpu()
+        if not text_embeds_BLD.isfinite().all():
+            advice = 'set cache.dtype = "fp32"' if shard.dtype != "fp32" else "fetch the text encoder again"
             raise UserError(
-                "embeddings-not-finite",
-                f"cache.hidden_states: the text encoder's states are not finite in {shard.dtype};"
-                ' use cache.dtype = "fp32", or see whether the model is whole',
+                "embeddings-not-finite", f"cache.hidden_states: text embeddings are not finite in {shard.dtype}; {advice}"
             )
-        data = [(row, embeds_LD.view(torch.uint8).numpy().tobytes()) for row, embeds_LD in zip(rows, states_BLD, strict=True)]
+        data = [(row, x_LD.view(torch.uint8).numpy().tobytes()) for row, x_LD in zip(rows, text_embeds_BLD, strict=True)]
         self.store.write(shard, data)
         with self.store.transaction():
             self.store.mark_done(shard, data)
@@ -197,6 +196,7 @@ class _Writer:
         used_ids = {shard for (shard,) in self.db.execute(f"SELECT DISTINCT shard {from_clause}", (self.space,))}
         shards = [shard for shard in self.store.shards(self.space) if shard.id in used_ids]
         shard_index = {shard.id: i for i, shard in enumerate(shards)}
+
         entries = int(self.offsets[-1]) + 1
         arrays = {"offsets": self.offsets, "check": self._array(np.int64, entries)}
         arrays |= {name: self._array(np.int32, entries) for name in ("shard", "row")}
@@ -206,7 +206,8 @@ class _Writer:
             shard, arrays["row"][span], arrays["check"][span] = zip(*chunk, strict=True)
             arrays["shard"][span] = [shard_index[id] for id in shard]
             done += len(chunk)
-        assert done == entries, f"{entries - done} captions have no states"
+        assert done == entries, f"{entries - done} captions have no text embeddings"
+
         path = index_path(self.latents, self.name)
         metadata = {"shards": json.dumps([[shard.name, shard.shape] for shard in shards]), "view": self.latents.sha256}
         with disk_errors(self.store.folder):

@@ -23,10 +23,11 @@ import numpy as np
 
 from fastsd.config.schema import DataTable
 from fastsd.data import cache
-from fastsd.data.building.buckets import Buckets, Size, cut_at
+from fastsd.data.building.buckets import Buckets, Size, crop_position
 from fastsd.data.building.decode import decode_mask
+from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.building.store import Store
-from fastsd.data.masks import KEY_BYTES, MasksFile, inflated, mask_files, mask_path
+from fastsd.data.masks import KEY_BYTES, MasksFile, inflate, mask_files, mask_path
 from fastsd.data.rows import read_header
 from fastsd.data.sources import folders
 from fastsd.data.sources.image import DataSource, Rejected
@@ -37,12 +38,12 @@ _CHUNK = 256  # masks decoded between two commits
 
 
 @contextlib.contextmanager
-def of_mask() -> Iterator[None]:
+def as_mask_rejection() -> Iterator[None]:
     """Turn the rejection of a mask into one of its image. It is not `lasting`: the image's own bytes are not at fault."""
     try:
         yield
     except Rejected as error:
-        raise Rejected(f"its mask: {error.reason}", lasting=False) from None
+        raise Rejected(f"mask: {error.reason}", lasting=False) from None
 
 
 def check_shape(mask: Size, image: Size) -> None:
@@ -52,10 +53,10 @@ def check_shape(mask: Size, image: Size) -> None:
     """
     if abs(mask[0] * image[1] - mask[1] * image[0]) > max(*mask, *image):
         mask_size, image_size = (f"{width} x {height}" for width, height in (mask, image))
-        raise Rejected(f"it has {mask_size} pixels and the image as displayed {image_size}, another shape")
+        raise Rejected(f"its aspect ratio ({mask_size} pixels) differs from the displayed image ({image_size})")
 
 
-def key_of(data: DataTable, downscale: int, mask: bytes, image: bytes, size: Size) -> bytes:
+def mask_key(data: DataTable, downscale: int, mask: bytes, image: bytes, size: Size) -> bytes:
     """Hash all that determines a mask's cells.
 
     Args:
@@ -71,19 +72,17 @@ def key_of(data: DataTable, downscale: int, mask: bytes, image: bytes, size: Siz
 
 
 def make(
-    store: Store, data: DataTable, downscale: int, pool: ThreadPoolExecutor, report: Callable[[int, int, float], None]
+    store: Store, data: DataTable, downscale: int, pool: ThreadPoolExecutor, report: Callable[[CacheProgress], None]
 ) -> None:
-    """Bring the table `mask` up to date with `sample`, and reject samples with an unusable mask.
-
-    `report` receives the number of masks done, the number of masks to do, and masks per second.
-    """
+    """Bring the table `mask` up to date with `sample`, and reject samples with an unusable mask."""
     query = (
         "SELECT MIN(id) FROM sample WHERE reason IS NULL AND mask IS NOT NULL AND"
         " (SELECT COUNT(*) FROM mask WHERE key = sample.mask AND crop < ?) < ? GROUP BY mask ORDER BY 1"
     )
     todo = [id for (id,) in store.db.execute(query, (data.crops, data.crops))]
-    decode_row = partial(_decoded, data=data, downscale=downscale, buckets=Buckets(data.resolution, data.buckets))
+    decode_row = partial(_decode, data=data, downscale=downscale, buckets=Buckets(data.resolution, data.buckets))
     columns = "mask, mask_path, mask_file, mask_offset, mask_length, content, width, height"
+
     start = time.perf_counter()
     for first in range(0, len(todo), _CHUNK):
         chunk = todo[first : first + _CHUNK]
@@ -99,19 +98,19 @@ def make(
                     crops = [(key, crop, cells) for crop, cells in enumerate(result)]
                     store.db.executemany("REPLACE INTO mask VALUES (?, ?, ?)", crops)
         done = first + len(chunk)
-        report(done, len(todo), done / (time.perf_counter() - start))
+        report(CacheProgress("masks", done, len(todo), done / (time.perf_counter() - start)))
 
 
-def _decoded(row: tuple[Any, ...], *, data: DataTable, downscale: int, buckets: Buckets) -> list[bytes] | Rejected:
+def _decode(row: tuple[Any, ...], *, data: DataTable, downscale: int, buckets: Buckets) -> list[bytes] | Rejected:
     """Decode a mask to the cells of every crop, deflated."""
     key, _, file, offset, length, image, width, height = row
     try:
-        with of_mask():
+        with as_mask_rejection():
             raw = folders.read_bytes(DataSource(os.fsdecode(file), offset=offset, length=length))
-            if key_of(data, downscale, hashlib.sha256(raw).digest(), image, (width, height)) != key:
-                raise Rejected("it changed while it was being cached; run the same line again")
+            if mask_key(data, downscale, hashlib.sha256(raw).digest(), image, (width, height)) != key:
+                raise Rejected("changed while it was being cached; run the same command again")
             place, crops = buckets.place(width, height), range(data.crops)
-            cells = [decode_mask(raw, place, cut_at(data.crop, image, crop), downscale) for crop in crops]
+            cells = [decode_mask(raw, place, crop_position(data.crop, image, crop), downscale) for crop in crops]
             return [zlib.compress(crop.tobytes()) for crop in cells]
     except Rejected as error:
         return error
@@ -148,7 +147,7 @@ def freeze(store: Store, view: str, crops: int) -> None:
 def damaged_files(store: Store) -> list[Path]:
     """Return damaged mask files, or all if the table has damaged rows, because any may contain these. Deletes the rows."""
     rows = store.db.execute("SELECT rowid, cells FROM mask")
-    bad = [(id,) for id, cells in rows if inflated(cells, [-1]) is None]
+    bad = [(id,) for id, cells in rows if inflate(cells, [-1]) is None]
     with store.transaction():
         store.db.executemany("DELETE FROM mask WHERE rowid = ?", bad)
     return [path for path in mask_files(store.folder) if bad or not _is_sound(path)]
@@ -160,15 +159,15 @@ def _is_sound(path: Path) -> bool:
     return False
 
 
-def prune(store: Store, alive: set[str], rows: bool) -> list[Path]:
+def prune(store: Store, view_hashes: set[str], rows: bool) -> list[Path]:
     """Delete masks that no view refers to from the table; return the files of no view. Raises UserError for a damaged file.
 
     Args:
-        alive: sha256 of the views.
+        view_hashes: sha256 of the views.
         rows: also delete from the table; otherwise only find the files.
     """
     files = {path: MasksFile(path) for path in mask_files(store.folder)}
-    kept = {path: file for path, file in files.items() if file.metadata["view"] in alive}
+    kept = {path: file for path, file in files.items() if file.metadata["view"] in view_hashes}
     if rows:
         store.db.execute("CREATE TEMP TABLE used (key BLOB PRIMARY KEY)")
         for file in kept.values():

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastsd.config.schema import Config
 from fastsd.data import cache
-from fastsd.data.building.buckets import Buckets, cut_at
+from fastsd.data.building.buckets import Buckets, crop_position
 from fastsd.data.building.decode import decode
 from fastsd.data.building.store import Claims, Shard, Store
 from fastsd.data.sources import folders, imported_latents
@@ -38,7 +38,7 @@ from fastsd.data.sources.folders import DataSource, Rejected
 from fastsd.errors import UserError
 
 _WRITES_AHEAD = 8  # encoded blocks that may wait for the disk
-_PATIENCE = 0.2  # seconds between checks for work that other processes have left
+_POLL_SECONDS = 0.2  # seconds between checks for work that other processes have left
 
 
 class LatentEncoder(Protocol):
@@ -94,7 +94,7 @@ class _Block:
     first: int
     rows: list[_Row]
     loading: list[Future[list[np.ndarray]]] = field(default_factory=list)
-    refused: list[tuple[_Row, Rejected]] = field(default_factory=list)
+    rejections: list[tuple[_Row, Rejected]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,16 @@ class Pipeline:
     """
 
     def __init__(
-        self, config: Config, vae: LatentEncoder, store: Store, space: int, pool: ThreadPoolExecutor, workers: int,
-        reject: Callable[[Store, bytes, bytes, Rejected], None], report: Callable[[CacheProgress], None],
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        vae: LatentEncoder,
+        store: Store,
+        space: int,
+        pool: ThreadPoolExecutor,
+        workers: int,
+        reject: Callable[[Store, bytes, bytes, Rejected], None],
+        report: Callable[[CacheProgress], None],
+    ) -> None:
         self.config, self.vae, self.store, self.space = config, vae, store, space
         self.pool, self.workers, self.reject, self.report = pool, workers, reject, report
         self.buckets = Buckets(config.data.resolution, config.data.buckets)
@@ -126,46 +133,47 @@ class Pipeline:
         self.claims = Claims(store.folder)
         self.clock = Clock(workers)
         self.encoded = 0
-        self.wanted = (space, json.dumps(cache.stored_versions(config.data)))
+        self.query_values = (space, json.dumps(cache.stored_versions(config.data)))
 
     def run(self) -> None:
         """Run until nothing is left to do, here or in another process."""
         total, start, done = self._pending(), time.perf_counter(), 0
         ahead: deque[_Block] = deque()
         depth = 1 + -(-2 * self.workers // self.config.cache.batch)
+
         with contextlib.closing(self.claims), _Writer(self) as writer:
             while self._unfinished():
-                at_work = None
+                encoding = None
                 for block in itertools.chain(self._claimed(), [None] * (depth + 1)):
                     if block:
                         self._load(block)
                         ahead.append(block)
                     if ahead and (block is None or len(ahead) > depth):
-                        following = self._encode(ahead.popleft())
-                        if at_work:
-                            done += self._hand_over(at_work, writer)
-                            self._say(min(done, total), total, start)
-                        at_work = following
-                if at_work:
-                    done += self._hand_over(at_work, writer)
-                    self._say(min(done, total), total, start)
+                        started = self._encode(ahead.popleft())
+                        if encoding:
+                            done += self._hand_over(encoding, writer)
+                            self._report_progress(min(done, total), total, start)
+                        encoding = started
+                if encoding:
+                    done += self._hand_over(encoding, writer)
+                    self._report_progress(min(done, total), total, start)
                 elif self._unfinished():  # the rest is with other processes, or with this one's writer
-                    time.sleep(_PATIENCE)
+                    time.sleep(_POLL_SECONDS)
                 writer.drain()
 
-    def _say(self, done: int, total: int, start: float) -> None:
+    def _report_progress(self, done: int, total: int, start: float) -> None:
         self.report(CacheProgress("encode", done, total, done / (time.perf_counter() - start), self.clock.limit()))
 
-    _WANTED = (
+    _PENDING = (
         "FROM latent WHERE space = ? AND version IN (SELECT value FROM json_each(?)) AND sha256 IS NULL AND EXISTS"
         " (SELECT 1 FROM sample WHERE sample.content = latent.content AND reason IS NULL)"
     )
 
     def _pending(self) -> int:
-        return int(self.store.db.execute(f"SELECT COUNT(*) {self._WANTED}", self.wanted).fetchone()[0])
+        return int(self.store.db.execute(f"SELECT COUNT(*) {self._PENDING}", self.query_values).fetchone()[0])
 
     def _unfinished(self) -> bool:
-        return bool(self.store.db.execute(f"SELECT EXISTS (SELECT 1 {self._WANTED})", self.wanted).fetchone()[0])
+        return bool(self.store.db.execute(f"SELECT EXISTS (SELECT 1 {self._PENDING})", self.query_values).fetchone()[0])
 
     def _claimed(self) -> Iterator[_Block]:
         """Claim and yield blocks of `cache.batch` rows of a shard, less rows that are done, unwanted or claimed elsewhere."""
@@ -177,6 +185,7 @@ class Pipeline:
             " WHERE space = ? AND version IN (SELECT value FROM json_each(?)) AND shard = ? AND row >= ? AND row < ?"
             " AND sha256 IS NULL ORDER BY row"
         )
+
         for shard in self.store.shards(self.space):
             firsts = self.store.db.execute(
                 "SELECT DISTINCT row / ? FROM latent WHERE space = ? AND shard = ? AND sha256 IS NULL ORDER BY 1",
@@ -187,15 +196,15 @@ class Pipeline:
                 if not self.claims.take(shard.id, first, batch):
                     continue
                 # Query after the claim, because another process may have finished the block just before it.
-                records = self.store.db.execute(query, (*self.wanted, shard.id, first, first + batch)).fetchall()
+                records = self.store.db.execute(query, (*self.query_values, shard.id, first, first + batch)).fetchall()
                 rows = [
-                    _Row(row, version, content, key, DataSource(_path(file), offset=offset, length=length), width, height)
+                    _Row(row, version, content, key, DataSource(os.fsdecode(file), offset=offset, length=length), width, height)
                     for row, version, content, key, file, offset, length, width, height in records
                 ]
                 if rows:
                     yield _Block(shard, first, rows)
                 else:
-                    self.claims.give_back(shard.id, first, batch)
+                    self.claims.release(shard.id, first, batch)
 
     def _load(self, block: _Block) -> None:
         for _, rows in itertools.groupby(block.rows, lambda row: row.content):
@@ -207,19 +216,20 @@ class Pipeline:
         row = rows[0]
         data = folders.read_bytes(row.source)
         if hashlib.sha256(data).digest() != row.content:
-            raise Rejected("it changed while it was being cached; run the same line again", lasting=False)
+            raise Rejected("changed while it was being cached; run the same command again", lasting=False)
+
         settings = self.config.data
         if settings.latents:
             mean, mirrored = imported_latents.read_latent(data, settings.latents)
             if mean.shape != shape:
-                raise Rejected(f"it holds a latent {mean.shape}, where this VAE has {shape}")
+                raise Rejected(f"latent has shape {list(mean.shape)}, expected {list(shape)} for this VAE")
             if mirrored is None and settings.flip:
-                raise Rejected("it holds no mirrored latents, which data.flip asks for")
+                raise Rejected("has no mirrored latents, which data.flip needs")
             outputs = [mean if row.version == 0 or mirrored is None else mirrored for row in rows]
         else:
             place, outputs = self.buckets.place(row.width, row.height), []
             for crop, versions in itertools.groupby(rows, lambda row: row.version // 2):
-                pixels = decode(data, place, cut_at(settings.crop, row.content, crop))
+                pixels = decode(data, place, crop_position(settings.crop, row.content, crop))
                 mirrors = [row.version % 2 for row in versions]
                 outputs += [np.ascontiguousarray(pixels[..., ::-1]) if mirror else pixels for mirror in mirrors]
         self.clock.decoded(time.perf_counter() - start, len(rows))
@@ -230,19 +240,18 @@ class Pipeline:
         pixels: list[np.ndarray] = []
         rows: list[_Row] = []
         with self.clock.waiting("decode"):
-            for future, (_, content_rows) in zip(
-                block.loading, itertools.groupby(block.rows, lambda row: row.content), strict=True
-            ):  # fmt: skip
+            by_content = itertools.groupby(block.rows, lambda row: row.content)
+            for future, (_, content_rows) in zip(block.loading, by_content, strict=True):
                 group = list(content_rows)
                 try:
                     pixels += future.result()
                     rows += group
                 except Rejected as error:
-                    block.refused += [(row, error) for row in group]
+                    block.rejections += [(row, error) for row in group]
         block.loading = []
         with self.clock.busy("encode"):
             images = self._on_device(pixels, block.shard.shape)
-            encode = self.vae.encode if not self.config.data.latents else _as_they_are
+            encode = (lambda latents: latents) if self.config.data.latents else self.vae.encode
             return block, rows, images, self._means(encode, images, block.shard.shape)
 
     def _on_device(self, pixels: list[np.ndarray], shape: list[int]) -> Tensor:
@@ -259,15 +268,14 @@ class Pipeline:
                 means = encode(images)
         except torch.OutOfMemoryError:
             batch = self.config.cache.batch
-            raise UserError(
-                "cache-batch-memory", f"cache.batch is {batch}, too much for this GPU's memory; lower it, {batch // 2 or 1}"
-            ) from None
-        assert list(means.shape) == [len(images), *shape], f"the VAE returned {list(means.shape)}"
+            advice = f"lower it, for example to {batch // 2}" if batch > 1 else "lower data.resolution"
+            raise UserError("cache-batch-memory", f"cache.batch is {batch}, too large for the GPU's memory; {advice}") from None
+        assert list(means.shape) == [len(images), *shape], f"the VAE returned shape {list(means.shape)}"
         return means.to(self.dtype)
 
-    def _hand_over(self, at_work: tuple[_Block, list[_Row], Tensor, Tensor], writer: _Writer) -> int:
+    def _hand_over(self, encoding: tuple[_Block, list[_Row], Tensor, Tensor], writer: _Writer) -> int:
         """Fetch the means, retry non-finite ones singly in fp32, and queue the block for writing. Return its row count."""
-        block, rows, images, means = at_work
+        block, rows, images, means = encoding
         done: list[tuple[int, bytes]] = []
         with self.clock.busy("encode"):
             means = means.cpu()
@@ -280,7 +288,7 @@ class Pipeline:
                 if mean.isfinite().all():
                     done.append((row.number, mean.contiguous().view(torch.uint8).numpy().tobytes()))
                 else:
-                    block.refused.append((row, Rejected(f"its latent is not finite in {self.config.cache.dtype}")))
+                    block.rejections.append((row, Rejected(f"latent is not finite in {self.config.cache.dtype}")))
         with self.clock.waiting("write"):
             writer.put(_Encoded(block, done))
         self.encoded += len(done)
@@ -303,28 +311,20 @@ class Clock:
             self.images["decode"] += images
 
     @contextlib.contextmanager
-    def busy(self, stage: str) -> Iterator[None]:
+    def busy(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[stage] += time.perf_counter() - start
+        self.seconds[step] += time.perf_counter() - start
 
     @contextlib.contextmanager
-    def waiting(self, stage: str) -> Iterator[None]:
+    def waiting(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.waited[stage] += time.perf_counter() - start
+        self.waited[step] += time.perf_counter() - start
 
     def limit(self) -> str:
         """Return the pipeline step that the others wait for."""
         return max({**self.waited, "encode": self.seconds["encode"]}.items(), key=lambda item: item[1])[0]
-
-
-def _path(file: bytes) -> str:
-    return os.fsdecode(file)
-
-
-def _as_they_are(latents: Tensor) -> Tensor:
-    return latents
 
 
 class _Writer:
@@ -391,8 +391,8 @@ class _Writer:
             for shard, rows in done.values():
                 store.mark_done(shard, rows)
             for item in items:
-                for row, refusal in item.block.refused:
-                    pipeline.reject(store, row.content, row.key, refusal)
+                for row, rejection in item.block.rejections:
+                    pipeline.reject(store, row.content, row.key, rejection)
         for item in items:
             pipeline.clock.images["write"] += len(item.rows)
-            pipeline.claims.give_back(item.block.shard.id, item.block.first, pipeline.config.cache.batch)
+            pipeline.claims.release(item.block.shard.id, item.block.first, pipeline.config.cache.batch)

@@ -50,14 +50,14 @@ CREATE INDEX latent_missing ON latent (space, shard, row) WHERE sha256 IS NULL;
 CREATE TABLE rejected (space INTEGER, path BLOB, reason TEXT, size INTEGER, mtime_ns INTEGER, PRIMARY KEY (space, path))
     WITHOUT ROWID;
 """
-_LATER = "CREATE TABLE IF NOT EXISTS mask (key BLOB, crop INTEGER, cells BLOB, PRIMARY KEY (key, crop))"
+_MASK_SCHEMA = "CREATE TABLE IF NOT EXISTS mask (key BLOB, crop INTEGER, cells BLOB, PRIMARY KEY (key, crop))"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # SQLite's result codes for problems with the disk or the user's setup; any other code is a bug of ours.
 _SQLITE_FULL = 13
 _BUSY_SECONDS = 60  # wait for another process that writes to the database
 _SQLITE_DISK = {3: "no permission", 5: "busy", 8: "read-only", 10: "i/o error", 14: "cannot be opened", _SQLITE_FULL: "full"}
 _SQLITE_DAMAGED = {11: "malformed", 26: "no database"}
-_PATIENCE = 0.1  # seconds between attempts at a lock that another process holds
+_POLL_SECONDS = 0.1  # seconds between attempts at a lock that another process holds
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Shard:
     def row_bytes(self) -> int:
         return math.prod(self.shape) * cache.DTYPES[self.dtype].itemsize
 
-    def whole(self) -> bool:
+    def is_intact(self) -> bool:
         """Return True if the file exists with the right header and its full length. Does not check the rows."""
         try:
             tensors, metadata, _ = read_header(self.path, self.format)
@@ -155,10 +155,11 @@ class Store:
         """
         database = folder / "cache.sqlite"
         if not create and not database.is_file():
-            raise UserError("no-cache", f"cache.dir {folder} is no latent cache; run `fastsd cache CONFIG` first")
+            raise UserError("no-cache", f"cache.dir {folder} is not a latent cache; run `fastsd cache CONFIG` first")
         with disk_errors(folder):
             for name in ("shards", "views") if create else ():
                 (folder / name).mkdir(parents=True, exist_ok=True)
+
         with _folder_lock(folder, lock), database_errors(folder):
             db = sqlite3.connect(database, timeout=_BUSY_SECONDS, isolation_level=None)
             try:
@@ -172,9 +173,10 @@ class Store:
                         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                     elif version != SCHEMA_VERSION:
                         raise UserError(
-                            "cache-version", f"cache.dir {folder} is of another version ({version}); choose another folder"
+                            "cache-version",
+                            f"cache.dir {folder} has version {version}, expected {SCHEMA_VERSION}; choose another folder",
                         )
-                    db.execute(_LATER)
+                    db.execute(_MASK_SCHEMA)
                 yield cls(folder, db)
             finally:
                 db.close()
@@ -226,8 +228,8 @@ class Store:
         if need > free:
             raise UserError(
                 "cache-disk-space",
-                f"cache.dir {self.folder}: new shards need {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left;"
-                " free some space or choose another folder",
+                f"cache.dir {self.folder}: new shards need {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free;"
+                " free space or choose another folder",
             )
 
     def add_shard(self, space: int, name: str, shape: list[int], contents: Sequence[tuple[bytes, int]]) -> None:
@@ -277,7 +279,7 @@ class Store:
     def forget_broken(self, space: int) -> None:
         """Plan lost or truncated shards again. Cheap: reads only headers and lengths; `verify` checks the rest."""
         for shard in self.shards(space):
-            if not shard.whole():
+            if not shard.is_intact():
                 done = [row for row, _ in self.done_rows(shard)]
                 if done:
                     self.forget(shard, done)
@@ -291,7 +293,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _disk_trouble(folder, error.strerror or str(error), error.errno in _FULL) from error
+        raise _disk_error(folder, error.strerror or str(error), error.errno in _FULL) from error
 
 
 @contextmanager
@@ -304,20 +306,20 @@ def database_errors(folder: Path) -> Iterator[None]:
         if code in _SQLITE_DAMAGED:
             raise UserError(
                 "cache-database-damaged",
-                f"cache.dir {folder}: cache.sqlite is damaged ({error}); delete it, and `fastsd cache CONFIG` encodes the"
-                " images anew",
+                f"cache.dir {folder}: cache.sqlite is damaged ({error}); delete it and run `fastsd cache CONFIG` to encode the"
+                " images again",
             ) from error
         if code not in _SQLITE_DISK:
             raise
-        raise _disk_trouble(folder, f"cache.sqlite: {error}", code == _SQLITE_FULL) from error
+        raise _disk_error(folder, f"cache.sqlite: {error}", code == _SQLITE_FULL) from error
 
 
-def _disk_trouble(folder: Path, problem: str, full: bool) -> UserError:
+def _disk_error(folder: Path, problem: str, full: bool) -> UserError:
     if full:
         return UserError(
-            "cache-disk-full", f"cache.dir {folder}: the disk is full; free some space, and the same line again goes on"
+            "cache-disk-full", f"cache.dir {folder}: the disk is full; free space and run the same command again to continue"
         )
-    return UserError("cache-unusable", f"cache.dir {folder} cannot be used ({problem}); mend that or choose another folder")
+    return UserError("cache-unusable", f"cache.dir {folder} cannot be used ({problem}); fix that or choose another folder")
 
 
 @contextmanager
@@ -355,7 +357,7 @@ def _folder_lock(folder: Path, kind: str) -> Iterator[None]:
         handle = (folder / "cache.lock").open("a+b")
     with handle:
         if not lock_file(handle, exclusive=kind == "exclusive"):
-            raise UserError("cache-locked", f"cache.dir {folder}: another `fastsd cache` is at work there; wait until it ends")
+            raise UserError("cache-locked", f"cache.dir {folder} is in use by another `fastsd cache`; wait until it ends")
         yield
 
 
@@ -376,13 +378,13 @@ def lock_file(handle: IO[bytes], exclusive: bool) -> bool:
     return True
 
 
-def wait_for(attempt: Callable[[], bool], waiting: Callable[[], None]) -> None:
-    """Repeat `attempt` until it succeeds. Calls `waiting` once if the first attempt fails."""
+def wait_for(attempt: Callable[[], bool], on_wait: Callable[[], None]) -> None:
+    """Repeat `attempt` until it succeeds. Calls `on_wait` once if the first attempt fails."""
     if attempt():
         return
-    waiting()
+    on_wait()
     while not attempt():
-        time.sleep(_PATIENCE)
+        time.sleep(_POLL_SECONDS)
 
 
 class Claims:
@@ -397,25 +399,21 @@ class Claims:
 
     def take(self, shard: int, first: int, count: int) -> bool:
         """Claim rows [first, first + count) of a shard; False if another process has one of them."""
-        return self._lock(shard * cache.SHARD_ROWS + first, count)
-
-    def give_back(self, shard: int, first: int, count: int) -> None:
-        start = shard * cache.SHARD_ROWS + first
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.lockf(self._file, fcntl.LOCK_UN, count, start)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _lock(self, start: int, count: int) -> bool:
         if sys.platform == "win32":  # the folder's lock already excludes other processes
             return True
         import fcntl
 
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, start)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, shard * cache.SHARD_ROWS + first)
         except OSError:
             return False
         return True
+
+    def release(self, shard: int, first: int, count: int) -> None:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.lockf(self._file, fcntl.LOCK_UN, count, shard * cache.SHARD_ROWS + first)
+
+    def close(self) -> None:
+        self._file.close()

@@ -36,6 +36,7 @@ def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], Non
     with contextlib.suppress(UserError):
         Tokens(cache, tokenizer, 2)
         return False
+
     key = tokenizer_hash(tokenizer)
     path = tokens_path(cache, key)
     temporary = path.with_name(TEMPORARY + path.name)
@@ -44,9 +45,9 @@ def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], Non
         with open(temporary, "w+b") as file:
             ids = _write_content(file, cache, tokenizer, report)
             kind = {2: torch.int16, 4: torch.int32}[id_dtype(tokenizer)().itemsize]
-            about = {"fastsd": TOKENS_FORMAT, "view": cache.sha256, "tokenizer": key, "sha256": content_hash(file)}
+            metadata = {"fastsd": TOKENS_FORMAT, "view": cache.sha256, "tokenizer": key, "sha256": content_hash(file)}
             shapes = {"offsets": (torch.int64, (len(cache) + 1,)), "ids": (kind, (ids,))}
-            header = safetensors_header(shapes, about, align=HEADER_BYTES)
+            header = safetensors_header(shapes, metadata, align=HEADER_BYTES)
             assert len(header) == HEADER_BYTES
             file.seek(0)
             file.write(header)

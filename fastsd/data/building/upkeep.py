@@ -20,10 +20,11 @@ from fastsd.errors import UserError
 MEASURED = 1024  # latents of a view used to measure the mean and std of its channels
 # The scaling factor brings the std of latents near 1. SD1.5's and SDXL's are within 10 % of 1 on photographs.
 USUAL_STD = (0.5, 2.0)
+_DELETED = "deleted, run `fastsd cache CONFIG` to rebuild it"
 
 
 def verify(dir: str | Path) -> list[str]:
-    """Compare every finished row and every index with its sha256. Return one sentence per file that differs.
+    """Compare every finished row and every index with its sha256. Return a description of each file that differs.
 
     The next `fastsd cache` encodes differing rows again. Until then no training can use them, because the indexes that refer
     to them are removed.
@@ -36,29 +37,32 @@ def verify(dir: str | Path) -> list[str]:
             except UserError:
                 store.db.execute("UPDATE space SET unfinished = 1")  # the space of a damaged index is unknown
                 path.unlink()
-                problems.append(f"{path} does not match its sha256; removed, `fastsd cache CONFIG` makes it again")
+                problems.append(f"{path} does not match its sha256; {_DELETED}")
+
         for path in tokens.token_files(store.folder):
-            if damage := tokens.unsound(path):
+            if damage := tokens.find_damage(path):
                 path.unlink()
-                problems.append(f"{path} {damage}; removed, `fastsd cache CONFIG` makes it again")
+                problems.append(f"{path} {damage}; {_DELETED}")
         for path in mask_cells.damaged_files(store):
             path.unlink()
-            problems.append(f"{path} is not as it was written; removed, `fastsd cache CONFIG` makes it again")
+            problems.append(f"{path} is damaged; {_DELETED}")
+
         for shard in store.shards():
             done = store.done_rows(shard)
             if not done:
                 continue
-            if not shard.whole():
+            if not shard.is_intact():
                 bad_rows = [row for row, _ in done]
-                problem = "is missing, cut short or has a damaged head"
+                problem = "is missing, truncated or has a damaged header"
             else:
                 stored = shard.read_rows(row for row, _ in done)
                 bad_rows = [row for (row, sha), data in zip(done, stored, strict=True) if hashlib.sha256(data).digest() != sha]
                 row_list = ", ".join(map(str, bad_rows[:9])) + (", ..." if len(bad_rows) > 9 else "")
-                problem = f"has {len(bad_rows)} of {len(done)} rows that do not match their sha256: {row_list}"
+                problem = f"has {len(bad_rows)} damaged rows of {len(done)}: {row_list}"
+
             if bad_rows:
                 store.forget(shard, bad_rows)
-                problems.append(f"{shard.path} {problem}; `fastsd cache CONFIG` encodes them again")
+                problems.append(f"{shard.path} {problem}; run `fastsd cache CONFIG` to encode them again")
     return problems
 
 
@@ -81,8 +85,8 @@ class ViewStats:
         if low <= std <= high:
             return ""
         return (
-            f"the scaled latents have a standard deviation of {std:.2f}, far from 1; is {self.meta.scaling_factor:g} this "
-            "VAE's factor (model.vae_scaling_factor)?"
+            f"the scaled latents have a standard deviation of {std:.2f}, expected about 1; check the VAE's scaling factor, "
+            f"{self.meta.scaling_factor:g} (model.vae_scaling_factor)"
         )
 
 
@@ -138,6 +142,7 @@ def _measure(folder: Path, path: Path) -> ViewStats:
                 squares += x.square().sum((0, 2, 3))
                 cells += len(chunk) * height * width
                 measured += len(chunk)
+
         mean = sums / cells
         std = (squares / cells - mean.square()).clamp(min=0).sqrt()
         masked = masks.Masks(latents).count if masks.mask_path(folder, latents.name).exists() else 0
@@ -169,21 +174,24 @@ def prune(dir: str | Path) -> Pruned:
             for path in cache.states_paths(store.folder):
                 if path.stem.partition("-")[0] not in names:
                     path.unlink()
+
         used = {name for path, kind in cache.indexes(store.folder) for name, _ in kind(path).shards}
-        alive = {cache.View(path).metadata["sha256"] for path in views}
+        view_hashes = {cache.View(path).metadata["sha256"] for path in views}
         busy = {id for (id,) in store.db.execute("SELECT id FROM space WHERE unfinished")}
         spaces = dict(store.db.execute("SELECT id, space FROM shard"))
         shards = store.shards()
         unused = [shard for shard in shards if shard.name not in used and spaces[shard.id] not in busy]
+
         with store.transaction():
             for shard in unused:
                 store.db.execute("DELETE FROM latent WHERE shard = ?", (shard.id,))
                 store.db.execute("DELETE FROM shard WHERE id = ?", (shard.id,))
-            stale = [path for path in tokens.token_files(store.folder) if tokens.view_of(path) not in alive]
-            stale += mask_cells.prune(store, alive, rows=not busy)
+            stale = [path for path in tokens.token_files(store.folder) if tokens.view_hash(path) not in view_hashes]
+            stale += mask_cells.prune(store, view_hashes, rows=not busy)
             for table in ("file", "rejected"):
                 paths = {path for (path,) in store.db.execute(f"SELECT path FROM {table}") if not _exists(path)}
                 store.db.executemany(f"DELETE FROM {table} WHERE path = ?", [(path,) for path in paths])
+
         # Keep also the shards that views use and a lost database had planned.
         kept = {shard.path.name for shard in shards} - {shard.path.name for shard in unused}
         kept |= {f"{name}.safetensors" for name in used}

@@ -24,9 +24,9 @@ from fastsd.data.sources import metadata, tars
 from fastsd.data.sources.image import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    MASK_WITHOUT_IMAGE,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
-    NO_IMAGE,
     DataSource,
     Rejected,
     ends_in,
@@ -46,7 +46,7 @@ _FILES = {
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
-_Found: TypeAlias = "Iterator[DataSource | _Found]"
+_Sources: TypeAlias = "Iterator[DataSource | _Sources]"
 
 
 def scan(
@@ -75,51 +75,53 @@ def scan(
     if masks and latents:
         raise UserError(
             "masks-and-latents",
-            f"data.masks is {masks!r} and data.latents {latents!r}, cut by rules unknown here; remove one of them",
+            f"data.masks is {masks!r}, but the crops of data.latents {latents!r} are unknown; remove one of them",
         )
     if any(ends_in(extension, masks) for extension in IMAGE_EXTENSIONS):
         raise UserError(
             "masks-ending",
-            f'data.masks is {masks!r}, and so end images, too; write what only masks end in, such as "-mask.png"',
+            f'data.masks is {masks!r}, also an ending of images; use an ending that only masks have, such as "-mask.png"',
         )
+
     places: list[tuple[int, str]] = []
-    taken: set[str] = set()
+    earlier_roots: set[str] = set()
     for number, root in enumerate(roots):
-        paths = [root.path] if os.path.exists(root.path) else list(dict.fromkeys(_expanded(root.path)))
+        paths = [root.path] if os.path.exists(root.path) else list(dict.fromkeys(_expand(root.path)))
         if not any(map(os.path.exists, paths)):
             raise UserError("folder-missing", f"data.folders: {shown(root.path)} does not exist; correct the path or remove it")
         for path in map(os.path.abspath, paths):
             if os.path.isfile(path) and not path.lower().endswith(tars.TARS):
                 raise UserError(
-                    "folder-is-file", f"data.folders: {shown(path)} is a file, and no .tar; name the folder that holds it"
+                    "folder-is-file", f"data.folders: {shown(path)} is a file but not a .tar; give the folder that contains it"
                 )
-            if enclosing := _within(path, taken):
-                problem = "is listed twice" if enclosing == path else f"lies within {shown(enclosing)}, which comes before it"
-                raise UserError("folder-within-folder", f"data.folders: {shown(path)} {problem}; remove it or list it first")
-            taken.add(path)
+            if enclosing := _within(path, earlier_roots):
+                problem = f"is inside {shown(enclosing)}, which is listed before it; remove it or list it first"
+                problem = "is listed twice; remove one" if enclosing == path else problem
+                raise UserError("folder-within-folder", f"data.folders: {shown(path)} {problem}")
+            earlier_roots.add(path)
             places.append((number, path))
     return _scan([root.path for root in roots], places, lambda root: _Walk(root, (caption_key, weight_key), latents, masks))
 
 
 def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[DataSource]:
-    taken: set[str] = set()
+    earlier_roots: set[str] = set()
     for number, group in itertools.groupby(places, lambda place: place[0]):
         has_images, first_problem, walk = False, "", walk_of(number)
         for _, path in group:
             prefix = os.path.join(path, "")
-            inner_roots = {other for other in taken if other.startswith(prefix)} if os.path.isdir(path) else set()
+            inner_roots = {other for other in earlier_roots if other.startswith(prefix)} if os.path.isdir(path) else set()
             for source in walk.search(path):
                 if not source.problem:
                     has_images = True
                 elif not first_problem:
-                    first_problem = f"; its first trouble: {shown(source.name)}: {source.problem}"
+                    first_problem = f" (first problem: {shown(source.name)}: {source.problem})"
                 if not inner_roots or not _within(source.path, inner_roots):
                     yield source
-            taken.add(path)
+            earlier_roots.add(path)
         if not has_images:
             extensions = ", ".join(walk.extensions)
-            problem = f"{shown(names[number])} holds no image ({extensions})"
-            raise UserError("folder-empty", f"data.folders: {problem}; put some there or remove it{first_problem}")
+            place = f"{shown(names[number])} has no images ({extensions})"
+            raise UserError("folder-empty", f"data.folders: {place}; add images or remove it{first_problem}")
 
 
 def _within(path: str, folders: set[str]) -> str:
@@ -131,7 +133,7 @@ def _within(path: str, folders: set[str]) -> str:
     return path
 
 
-def _expanded(pattern: str) -> Iterator[str]:
+def _expand(pattern: str) -> Iterator[str]:
     """Expand `{a,b}` and `{000..123}` like a shell."""
     match = _BRACES.search(pattern)
     if not match:
@@ -143,7 +145,7 @@ def _expanded(pattern: str) -> Iterator[str]:
         width = len(first) if first.startswith("0") else 0
         words = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
     for word in words:
-        yield from _expanded(pattern[: match.start()] + word + pattern[match.end() :])
+        yield from _expand(pattern[: match.start()] + word + pattern[match.end() :])
 
 
 class _Walk:
@@ -159,7 +161,7 @@ class _Walk:
         if not os.path.isdir(top):
             yield from self._tar(top)
             return
-        stack: list[_Found] = [self._folder(top, [])]  # folders may nest deeper than Python's own stack
+        stack: list[_Sources] = [self._folder(top, [])]  # folders may nest deeper than Python's own stack
         while stack:
             item = next(stack[-1], None)
             if item is None:
@@ -168,12 +170,12 @@ class _Walk:
                 stack.append(item)
             elif item.problem and item.path == top:
                 raise UserError(
-                    "folder-unreadable", f"data.folders: {shown(top)}: {item.problem}; make it readable or remove it"
+                    "folder-unreadable", f"data.folders: {shown(top)} {item.problem}; make it readable or remove it"
                 )
             else:
                 yield item
 
-    def _folder(self, folder: str, above: list[metadata.Metadata]) -> _Found:
+    def _folder(self, folder: str, above: list[metadata.Metadata]) -> _Sources:
         """Yield a folder's sources, and an iterator per subfolder or tar. `above`: metadata of its parents, nearest first."""
         try:
             status = os.stat(folder)
@@ -183,8 +185,9 @@ class _Walk:
             with os.scandir(folder) as listing:
                 entries = {entry.name: _is_folder(entry) for entry in listing if not entry.name.startswith(".")}
         except OSError as error:
-            yield DataSource(folder, self.root, problem=f"this folder cannot be searched ({error.strerror})")
+            yield DataSource(folder, self.root, problem=f"cannot be listed ({error.strerror})")
             return
+
         prefix = os.path.join(folder, "")
         with ExitStack() as open_tables:
             tables = [
@@ -194,12 +197,14 @@ class _Walk:
             ]
             for table in tables:
                 yield from (DataSource(table.path, self.root, row, problem=reason) for row, reason in table.load())
+
             stems = Counter(self._stem(name, entries) for name in entries) if self.masks or self.latents == "npz" else Counter()
             masks = {
                 name[: -len(self.masks)]: DataSource(prefix + name, self.root)
                 for name in sorted(entries)
                 if ends_in(name, self.masks) and not entries[name]
             }
+
             for name in sorted(entries):
                 if entries[name]:
                     yield self._folder(prefix + name, tables + above)
@@ -207,39 +212,39 @@ class _Walk:
                     yield self._tar(prefix + name)
                 elif stem := self._stem(name, entries):
                     if self.latents and stems[stem] > 1:
-                        reason = "the image has other latents beside these; keep those of one VAE and size"
+                        reason = "image has several files of latents; keep those of one VAE and size"
                         yield DataSource(prefix + name, self.root, problem=reason)
                     else:
                         yield self._image(prefix, name, stem, entries, tables + above, masks.get(stem))
-            yield from (replace(mask, problem=NO_IMAGE) for stem, mask in masks.items() if stem not in stems)
+            yield from (replace(mask, problem=MASK_WITHOUT_IMAGE) for stem, mask in masks.items() if stem not in stems)
             for table in tables:
                 yield from (DataSource(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
 
     def _tar(self, path: str) -> Iterator[DataSource]:
         return tars.samples(path, self.root, self.extensions, *self.keys, self.masks)
 
-    def _stem(self, name: str, beside: dict[str, bool]) -> str:
+    def _stem(self, name: str, entries: dict[str, bool]) -> str:
         """Return the image's name without extension, "" for a file of another kind."""
         match = _FILES[self.latents].fullmatch(name)
         if not match or ends_in(name, self.masks):
             return ""
         whole = name.rpartition(".")[0]  # foo_sd.npz belongs to foo_sd if such an image or caption exists, otherwise to foo
-        return whole if any(whole + extension in beside for extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS) else match[1]
+        return whole if any(whole + extension in entries for extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS) else match[1]
 
     def _image(
         self,
         prefix: str,
         name: str,
         stem: str,
-        beside: dict[str, bool],
+        entries: dict[str, bool],
         tables: list[metadata.Metadata],
         mask: DataSource | None,
     ) -> DataSource:
         captions, weight, problem = None, None, ""
         for table in tables:  # ask every table, because each records which of its images exist
-            entry: metadata.Said = (), None
+            entry: metadata.Entry = (), None
             try:
-                entry = table.said_of(prefix + (stem if self.latents else name))
+                entry = table.lookup(prefix + (stem if self.latents else name))
             except Rejected as error:
                 problem = problem or (error.reason if captions is None else "")
             captions = entry[0] if captions is None else captions
@@ -247,7 +252,7 @@ class _Walk:
         if captions is not None:
             return DataSource(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
         caption = next(
-            (prefix + stem + extension for extension in CAPTION_EXTENSIONS if beside.get(stem + extension) is False), ""
+            (prefix + stem + extension for extension in CAPTION_EXTENSIONS if entries.get(stem + extension) is False), ""
         )
         return DataSource(prefix + name, self.root, caption_path=caption, weight=weight, mask=mask)
 
@@ -272,26 +277,26 @@ def captions_of(source: DataSource) -> tuple[str, ...]:
     """Return an image's captions, each stripped and not empty; () if it has no caption. Raises Rejected for a bad text file."""
     if not source.caption_path:
         return source.captions
-    return text_captions(_read(source.caption_path, "its caption", MAX_CAPTION_BYTES))
+    return text_captions(_read(source.caption_path, "caption: ", MAX_CAPTION_BYTES))
 
 
 def read_bytes(source: DataSource) -> bytes:
     """Read an image's file or tar member. Raises Rejected if it is unreadable, cut off, or larger than 1 GiB."""
-    data = _read(source.path, "it", MAX_IMAGE_BYTES, source.offset, source.length)
+    data = _read(source.path, "", MAX_IMAGE_BYTES, source.offset, source.length)
     if len(data) < source.length:
-        raise Rejected("the tar ends within it", lasting=False)
+        raise Rejected("tar ends within this member", lasting=False)
     return data
 
 
-def _read(path: str, description: str, limit: int, offset: int = 0, length: int = -1) -> bytes:
+def _read(path: str, prefix: str, limit: int, offset: int = 0, length: int = -1) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
-            raise Rejected(f"{description} is no regular file", lasting=False)
+            raise Rejected(f"{prefix}not a regular file", lasting=False)
         if (status.st_size if length < 0 else length) > limit:
-            raise Rejected(f"{description} is larger than {limit >> 20} MiB", lasting=False)
+            raise Rejected(f"{prefix}larger than {limit >> 20} MiB", lasting=False)
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read(length)
     except OSError as error:
-        raise Rejected(f"{description} cannot be read ({error.strerror})", lasting=False) from None
+        raise Rejected(f"{prefix}cannot be read ({error.strerror})", lasting=False) from None

@@ -13,12 +13,12 @@ CAPTION_EXTENSIONS = (".txt", ".caption")  # beside an image; the first that exi
 MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 30
 MAX_WEIGHT = float.fromhex("0x1.fffffep+127")  # the largest finite fp32 number
-NO_IMAGE = "it counts as a mask (data.masks), and there is no image of that name beside it"
+MASK_WITHOUT_IMAGE = "mask (data.masks) without an image of the same name"
 CAPTION_KEYS = ("text", "caption", "prompt")
 
 
 class Rejected(Exception):
-    """Raised for a file that cannot be used. `reason` is a short sentence without the path.
+    """Raised for a file that cannot be used. `reason` is a short phrase without the path.
 
     `lasting` is True if the bytes themselves are at fault, so a retry is pointless until the file changes.
     """
@@ -68,13 +68,13 @@ def text_captions(data: bytes) -> tuple[str, ...]:
         Rejected: it is not UTF-8 text, or larger than `MAX_CAPTION_BYTES`.
     """
     if len(data) > MAX_CAPTION_BYTES:
-        raise Rejected("its caption is larger than 1 MiB", lasting=False)
+        raise Rejected("caption: larger than 1 MiB", lasting=False)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Rejected(f"its caption is not UTF-8 (byte {error.start})", lasting=False) from None
+        raise Rejected(f"caption: not UTF-8 (byte {error.start})", lasting=False) from None
     if "\0" in text:
-        raise Rejected("its caption holds NUL characters, so it is no UTF-8 text", lasting=False)
+        raise Rejected("caption: contains NUL characters", lasting=False)
     return tuple(stripped for line in text.splitlines() if (stripped := line.strip()))
 
 
@@ -94,7 +94,7 @@ def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
         texts = [text for text in value if text is not None] if isinstance(value, list) else [value]
         for text in texts:
             if not isinstance(text, str):
-                raise Rejected(f"its caption ({name}) is no text but {type(text).__name__}", lasting=False)
+                raise Rejected(f"caption ({name}): {type(text).__name__} instead of text", lasting=False)
         lines = (" ".join(text_captions(text.encode("utf-8", "surrogatepass"))) for text in texts)
         return tuple(line for line in lines if line)
     return None
@@ -106,9 +106,9 @@ def row_weight(row: Mapping[str, Any], key: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Rejected(f"its weight ({key}) is no number but {type(value).__name__}", lasting=False)
+        raise Rejected(f"weight ({key}): {type(value).__name__} instead of a number", lasting=False)
     if not 0 <= value <= MAX_WEIGHT:
-        raise Rejected(f"its weight ({key}) is {value}, and must be finite and at least 0", lasting=False)
+        raise Rejected(f"weight ({key}): {value} is negative or not finite", lasting=False)
     return float(value)
 
 
@@ -119,5 +119,5 @@ def json_object(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise Rejected("it is no JSON object", lasting=False)
+        raise Rejected("not a JSON object", lasting=False)
     return value

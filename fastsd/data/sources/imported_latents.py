@@ -54,12 +54,12 @@ def read_latent(data: bytes, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
     _, arrays = _npz(data, read=True) if kind == "npz" else _safetensors(data)
     for array in arrays:
         if not np.isfinite(array).all():
-            raise Rejected("its latent has values that are not finite")
+            raise Rejected("latent has values that are not finite")
     return arrays[0], arrays[1] if len(arrays) > 1 else None
 
 
 def check_scale(std_C: Sequence[float], scaling_factor: float) -> str | None:
-    """Check raw latents against the VAE's scaling factor. Return None if they match, otherwise a sentence with the reason.
+    """Check raw latents against the VAE's scaling factor. Return None if they match, otherwise the problem.
 
     A scaling factor is one over the standard deviation of raw latents. That deviation is near 5.5 for SD1.5's VAE (0.18215)
     and near 7 for SDXL's (0.13025). The product of factor and deviation should be 1 and varies with the images: plain
@@ -78,24 +78,24 @@ def check_scale(std_C: Sequence[float], scaling_factor: float) -> str | None:
     if _NEAR[0] <= product <= _NEAR[1]:
         return None
     if _NEAR[0] <= std <= _NEAR[1]:
-        why = f"as if they had been scaled before they were stored, and training would scale them by {scaling_factor:g} again"
+        why = f"they seem to be scaled already, and training would scale them by {scaling_factor:g} again"
     elif _NEAR[0] <= product * scaling_factor <= _NEAR[1]:
-        why = f"as if they had been divided by {scaling_factor:g} before they were stored"
+        why = f"they seem to have been divided by {scaling_factor:g}"
     else:
-        why = "so they are another VAE's, or damaged, or of images that all look alike"
-    return f"the latents' standard deviation is {std:.3g}; times the scaling factor {product:.3g}, where 1 is right: {why}"
+        why = "they are from another VAE, damaged, or from nearly identical images"
+    return f"the latents have a standard deviation of {std:.3g}, scaled {product:.3g} instead of about 1: {why}"
 
 
 def _safetensors(data: bytes) -> tuple[tuple[int, int, int], list[np.ndarray]]:
     try:
         tensors: dict[str, dict[str, Any]] = dict(deserialize(data))
     except SafetensorError as error:
-        raise Rejected(f"it is no whole safetensors file ({' '.join(str(error).split())[:120]})") from None
+        raise Rejected(f"not a valid safetensors file ({' '.join(str(error).split())[:120]})") from None
     if _KEY not in tensors:
-        raise Rejected(f"it has no tensor `{_KEY}` (found: {_listed(tensors)})")
+        raise Rejected(f"has no tensor `{_KEY}` (found: {_list_names(tensors)})")
     tensor = tensors[_KEY]
     if tensor["dtype"] not in _FLOATS:
-        raise Rejected(f"its `{_KEY}` is of {tensor['dtype']}, not of floats")
+        raise Rejected(f"`{_KEY}` has dtype {tensor['dtype']}, not a float")
     shape = _latent_shape(tensor["shape"])
     values = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]])
     if tensor["dtype"] == "BF16":
@@ -109,47 +109,47 @@ def _npz(data: bytes, read: bool) -> tuple[tuple[int, int, int], list[np.ndarray
             names = file.namelist()
             matches = [match for name in names if (match := _LATENTS.fullmatch(name))]
             if not matches:
-                raise Rejected(f"it has no array `latents` (found: {_listed(name.removesuffix('.npy') for name in names)})")
+                raise Rejected(f"has no array `latents` (found: {_list_names(name.removesuffix('.npy') for name in names)})")
             if len(matches) > 1:
-                raise Rejected(f"it holds latents of several sizes ({_listed(m[0][:-4] for m in matches)}); keep one")
+                raise Rejected(f"has latents of several sizes ({_list_names(m[0][:-4] for m in matches)}); keep one")
             mirrored = f"latents_flipped{matches[0][1]}.npy"
             members = [matches[0][0], mirrored] if mirrored in names else [matches[0][0]]
             shapes = [_npy_shape(file, name) for name in members]
             if shapes[0] != shapes[-1]:
-                raise Rejected(f"its mirrored latents are {shapes[1]}, the others {shapes[0]}")
+                raise Rejected(f"mirrored latents have shape {list(shapes[1])}, the others {list(shapes[0])}")
             return shapes[0], [_npy(file, name, shapes[0]) for name in members] if read else []
     except Rejected:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise anything from KeyError to struct.error on damaged files
         words = " ".join(str(error).split())[:120]
-        raise Rejected(f"it cannot be read as npz ({words or type(error).__name__})") from None
+        raise Rejected(f"cannot be read as npz ({words or type(error).__name__})") from None
 
 
 def _npy_shape(file: zipfile.ZipFile, name: str) -> tuple[int, int, int]:
     """Read an array's shape before its values, so that a small file that declares a huge array costs nothing."""
-    with file.open(name) as part:
-        version = np.lib.format.read_magic(part)
+    with file.open(name) as member:
+        version = np.lib.format.read_magic(member)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(part)
+        shape, _, dtype = read_header(member)
     if dtype.kind != "f":
-        raise Rejected(f"its {name.removesuffix('.npy')} are of {dtype}, not of floats")
+        raise Rejected(f"`{name.removesuffix('.npy')}` has dtype {dtype}, not a float")
     return _latent_shape(shape)
 
 
 def _npy(file: zipfile.ZipFile, name: str, shape: tuple[int, int, int]) -> np.ndarray:
-    with file.open(name) as part:
-        values = np.lib.format.read_array(part, allow_pickle=False)
+    with file.open(name) as member:
+        values = np.lib.format.read_array(member, allow_pickle=False)
     return np.ascontiguousarray(values.reshape(shape), np.float32)
 
 
 def _latent_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     sizes = tuple(shape[1:]) if len(shape) == 4 and shape[0] == 1 else tuple(shape)
     if len(sizes) != 3 or 0 in sizes:
-        raise Rejected(f"its latent has the shape {list(shape)}, where (channels, height, width) is expected")
+        raise Rejected(f"latent has shape {list(shape)}, expected (channels, height, width)")
     if math.prod(sizes) > _MAX_VALUES:
-        raise Rejected(f"its latent has the shape {list(shape)}, larger than that of any image")
+        raise Rejected(f"latent has shape {list(shape)}, larger than for any image")
     return sizes
 
 
-def _listed(names: Any) -> str:
+def _list_names(names: Any) -> str:
     return ", ".join(sorted(map(repr, names))[:8]) or "nothing"

@@ -26,7 +26,7 @@ _MAX_LINE = 1 << 20
 _BATCH = 256  # rows of a parquet file in memory
 _SHOWN_COLUMNS = 20
 
-Said = tuple[tuple[str, ...] | None, float | None]  # an image's captions and weight; None = not given
+Entry = tuple[tuple[str, ...] | None, float | None]  # an image's captions and weight; None = not given
 _Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number from 1; the row, or the reason it is unusable
 
 
@@ -41,7 +41,7 @@ class Metadata:
 
     def __init__(self, path: str, caption_key: str, weight_key: str, stems: bool) -> None:
         self.path, self._key, self._weight_key, self._stems = path, caption_key, weight_key, stems
-        self._captioned = True  # False if the file holds weights only
+        self._has_captions = True  # False if the file holds weights only
         self._parquet = path.endswith(".parquet")
         self._prefix = len(os.path.join(os.path.dirname(path), ""))
         self._seen = bytearray()  # 1 for each stored row with an image that was looked up
@@ -64,26 +64,26 @@ class Metadata:
         """
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):  # reading a pipe could block forever
-                raise Rejected("it is no regular file")
-            lacking = self._lacking()
-            if lacking:
-                raise Rejected(lacking)
+                raise Rejected("not a regular file")
+            missing = self._missing_column()
+            if missing:
+                raise Rejected(missing)
             for number, row in self._rows():
                 reason = row if isinstance(row, str) else self._add(number, row)
                 if reason:
-                    yield self._where(number), reason
+                    yield self._position(number), reason
         except OSError as error:
-            yield "", f"it cannot be read ({error.strerror})"
+            yield "", f"cannot be read ({error.strerror})"
         except Rejected as error:
             yield "", error.reason
         except sqlite3.OperationalError as error:
             raise UserError(
                 "temporary-folder-full",
-                f"{shown(self.path)}: the folder for temporary files cannot hold its index ({error}); free some space there"
-                " or set TMPDIR to another",
+                f"{shown(self.path)}: its index does not fit into the temporary folder ({error}); free space there or set"
+                " TMPDIR to another folder",
             ) from None
 
-    def said_of(self, image: str) -> Said:
+    def lookup(self, image: str) -> Entry:
         """Look up an image by its path (its stem if `stems`). Raises Rejected if its row is invalid."""
         key = self._image(image[self._prefix :].replace(os.sep, "/"))
         row = self._db.execute("SELECT id, number, captions, weight, reason FROM row WHERE image = ?", (key,)).fetchone()
@@ -92,18 +92,18 @@ class Metadata:
         id, number, captions, weight, reason = row
         self._seen[id] = 1
         if reason:
-            raise Rejected(f"{reason}: {self._where(number)} of {os.path.basename(self.path)}", lasting=False)
+            raise Rejected(f"{reason} ({self._position(number)} of {os.path.basename(self.path)})", lasting=False)
         texts = tuple(captions.split("\n")) if captions else ()
-        return texts if self._captioned else None, weight
+        return texts if self._has_captions else None, weight
 
     def unmatched(self) -> Iterator[tuple[str, str]]:
         """Yield (row, reason) for every row with an image that was never looked up."""
         if 0 in self._seen:
             for image, id, number in self._db.execute("SELECT image, id, number FROM row ORDER BY image"):
                 if not self._seen[id]:
-                    yield self._where(number), f"it names {shown(image)}, and no such image is there"
+                    yield self._position(number), f"file_name {shown(image)}: no such image"
 
-    def _where(self, number: int) -> str:
+    def _position(self, number: int) -> str:
         return f"{'row' if self._parquet else 'line'} {number}"
 
     def _image(self, relative: str) -> bytes:
@@ -114,10 +114,10 @@ class Metadata:
         """Store a row and return "", or return the reason why it is not stored."""
         name = row.get("file_name")
         if not name or not isinstance(name, str):
-            return "it has no file_name"
+            return "has no file_name"
         place = posixpath.normpath(name)
         if os.path.isabs(name) or place.split("/")[0] == "..":
-            return f"its file_name {_words(name)} leads out of the folder"
+            return f"file_name {_printable(name)}: outside the folder"
         captions, weight, reason = None, None, None
         try:
             captions = "\n".join(row_captions(row, self._key) or ())
@@ -126,12 +126,12 @@ class Metadata:
             reason = error.reason
         values = (self._image(place), len(self._seen), number, captions, weight, reason)
         if not self._db.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?, ?, ?)", values).rowcount:
-            return f"it names {_words(name)} again; the first row counts"
+            return f"file_name {_printable(name)}: repeated; the first row is used"
         self._seen.append(0)
         return ""
 
-    def _lacking(self) -> str:
-        """Return a sentence about a required column that no row has, or "". Sets `_captioned`."""
+    def _missing_column(self) -> str:
+        """Describe a required column that no row has, or return "". Sets `_has_captions`."""
         caption_keys = (self._key,) if self._key else CAPTION_KEYS
         has_names = has_captions = has_weights = False
         seen_columns: dict[str, None] = {}
@@ -144,13 +144,12 @@ class Metadata:
             if len(seen_columns) < _SHOWN_COLUMNS:
                 seen_columns |= dict.fromkeys(columns)
         if has_names and has_weights:
-            self._captioned = False
+            self._has_captions = False
             return ""
-        listed = ", ".join(map(_words, list(seen_columns)[:_SHOWN_COLUMNS])) or "nothing"
+        listed = ", ".join(map(_printable, list(seen_columns)[:_SHOWN_COLUMNS])) or "nothing"
         if not has_names:
-            return f"it has no file_name (found: {listed}), so none of its captions is used; name the images in that column"
-        missing = f"no {self._key}" if self._key else f"none of {', '.join(CAPTION_KEYS)}"
-        return f"it has {missing} (found: {listed}); set data.caption_key to the column that holds the captions"
+            return f"has no column file_name (found: {listed}); add it with the names of the images"
+        return f"has no column {' or '.join(caption_keys)} (found: {listed}); set data.caption_key to the caption column"
 
     def _columns(self) -> Iterator[list[str]]:
         if self._parquet:
@@ -165,7 +164,7 @@ class Metadata:
         return _parquet_rows(self.path, [name for name in _parquet_names(self.path) if name in columns])
 
 
-def _words(text: str) -> str:
+def _printable(text: str) -> str:
     """Format text from a file for one line of a terminal, at most 200 characters."""
     return shown(text.encode("utf-8", "surrogatepass"))[:200]
 
@@ -178,7 +177,7 @@ def _json_rows(path: str) -> _Rows:
             if len(line) == _MAX_LINE and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = file.readline(_MAX_LINE)
-                yield number, "it is longer than 1 MiB"
+                yield number, "longer than 1 MiB"
             elif line.strip():
                 try:
                     yield number, json_object(line)
@@ -195,7 +194,7 @@ def _parquet(path: str) -> Iterator[Any]:
         with open(path, "rb") as file:
             yield pq.ParquetFile(file, pre_buffer=False)
     except Exception as error:  # pyarrow raises anything from ArrowException to UnicodeDecodeError on damaged files
-        raise Rejected(f"it cannot be read as parquet ({_words(str(error))})") from None
+        raise Rejected(f"cannot be read as parquet ({_printable(str(error))})") from None
 
 
 def _parquet_names(path: str) -> list[str]:
@@ -214,5 +213,5 @@ def _batch_rows(batch: Any) -> list[dict[str, Any] | str]:
         return batch.to_pylist()
     except UnicodeDecodeError:
         if len(batch) == 1:
-            return ["it is not UTF-8"]
+            return ["not UTF-8"]
         return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1))]

@@ -21,9 +21,9 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from fastsd.data.sources.image import (
     CAPTION_EXTENSIONS,
+    MASK_WITHOUT_IMAGE,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
-    NO_IMAGE,
     DataSource,
     Rejected,
     ends_in,
@@ -34,7 +34,7 @@ from fastsd.data.sources.image import (
     text_captions,
 )
 
-_Said = TypeVar("_Said")
+_Value = TypeVar("_Value")
 TARS = (".tar", ".tar.gz", ".tgz")
 _BLOCK = 512
 _MAX_EXTENDED = 1 << 20  # bytes of an extended header, such as a long name
@@ -42,10 +42,7 @@ _MAX_GROUP = 64  # members of one sample
 _TEXTS = tuple(extension.removeprefix(".") for extension in CAPTION_EXTENSIONS)
 _GZIP = b"\x1f\x8b"
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
-_KINDS = {
-    b"1": "it is a hard link", b"2": "it is a symbolic link", b"3": "it is a device", b"4": "it is a device",
-    b"6": "it is a pipe", b"S": "it is a sparse file",
-}  # fmt: skip
+_KINDS = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe", b"S": "sparse file"}
 
 
 class _Member(NamedTuple):
@@ -57,10 +54,10 @@ class _Member(NamedTuple):
 
 @dataclass
 class _Group:
-    """The sample being read: its members by extension. `again`: its key occurred earlier in the tar."""
+    """The sample being read: its members by extension. `is_repeated`: its key occurred earlier in the tar."""
 
     key: str
-    again: bool = False
+    is_repeated: bool = False
     members: dict[str, _Member] = field(default_factory=dict)
 
 
@@ -81,11 +78,11 @@ def samples(
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
-            raise Rejected("it is no regular file")
+            raise Rejected("not a regular file")
         with open(path, "rb") as file:
             yield from _Tar(file, status.st_size, path, root, extensions, caption_key, weight_key, masks).samples()
     except OSError as error:
-        yield DataSource(path, root, problem=f"it cannot be read ({error.strerror})")
+        yield DataSource(path, root, problem=f"cannot be read ({error.strerror})")
     except Rejected as error:
         yield DataSource(path, root, problem=error.reason)
 
@@ -100,87 +97,89 @@ class _Tar:
     caption_key: str
     weight_key: str
     masks: str
-    known: set[bytes] = field(default_factory=set)  # hashes of the keys so far
-    masked: dict[str, _Member] = field(default_factory=dict)  # masks by key, for samples not read yet
+    seen_keys: set[bytes] = field(default_factory=set)  # hashes of the keys so far
+    masks_by_key: dict[str, _Member] = field(default_factory=dict)  # masks by key, for samples not read yet
 
     def samples(self) -> Iterator[DataSource]:
         """Yield the tar's sources. Raises Rejected where the tar is damaged or cut off."""
         self._find_masks()
+
         group = _Group("")
         try:
             for member in self._members():
                 match = _KEY.fullmatch(member.name)
                 key, extension = (match[1], match[2].lower()) if match else ("", "")
-                if ends_in(member.name, self.masks) or (not member.problem and not self._wanted(extension)):
+                if ends_in(member.name, self.masks) or (not member.problem and not self._is_relevant(extension)):
                     continue
                 if key != group.key:
                     yield from self._finish(group)
-                    group = _Group(key, self._met(key))
+                    group = _Group(key, self._is_repeated(key))
                 if not key:
-                    yield self._bad(member, member.problem)
+                    yield self._reject(member, member.problem)
                 elif extension in group.members:
-                    yield self._bad(member, "the tar holds it more than once; the first counts")
+                    yield self._reject(member, "repeated in the tar; the first is used")
                 elif len(group.members) == _MAX_GROUP:
-                    yield self._bad(member, f"more than {_MAX_GROUP} files share its key {shown(key)}")
+                    yield self._reject(member, f"more than {_MAX_GROUP} files have the key {shown(key)}")
                 else:
                     group.members[extension] = member
         except Rejected as error:
             yield from self._finish(group, error.reason)
             raise
+
         yield from self._finish(group)
-        for member in self.masked.values():
-            yield self._bad(member, NO_IMAGE)
+        for member in self.masks_by_key.values():
+            yield self._reject(member, MASK_WITHOUT_IMAGE)
 
     def _find_masks(self) -> None:
         with suppress(Rejected):  # reported when the images are read
             for member in self._members() if self.masks else ():
                 if ends_in(member.name, self.masks):
                     key = member.name[: -len(self.masks)]
-                    problem = "the tar holds it more than once" if key in self.masked else member.problem
-                    self.masked[key] = member._replace(problem=problem)
+                    problem = "repeated in the tar" if key in self.masks_by_key else member.problem
+                    self.masks_by_key[key] = member._replace(problem=problem)
 
-    def _met(self, key: str) -> bool:
+    def _is_repeated(self, key: str) -> bool:
         digest = hashlib.blake2b(os.fsencode(key), digest_size=8).digest()
-        if digest in self.known:
+        if digest in self.seen_keys:
             return True
-        self.known.add(digest)
+        self.seen_keys.add(digest)
         return False
 
-    def _wanted(self, extension: str) -> bool:
+    def _is_relevant(self, extension: str) -> bool:
         return extension in _TEXTS or extension == "json" or f".{extension}".endswith(self.extensions)
 
-    def _finish(self, group: _Group, cut: str = "") -> Iterator[DataSource]:
-        """Yield the images of a sample. `cut`: "", or the error that ended the tar here, so its caption may be missing."""
+    def _finish(self, group: _Group, end_reason: str = "") -> Iterator[DataSource]:
+        """Yield the images of a sample. `end_reason`: "", or the error that ended the tar, so a caption may be missing."""
         if not group.members:
             return
-        if group.again:
+        if group.is_repeated:
             first = next(iter(group.members.values()))
-            reason = f"its key {shown(group.key)} was there before: members of a sample must lie side by side"
-            yield self._bad(first, f"{reason}; the first ones count, `tar --sort=name` puts them in order")
+            reason = f"members with the key {shown(group.key)} are not adjacent; the first are used"
+            yield self._reject(first, f"{reason}, pack with `tar --sort=name` to use all")
             return
+
         images = [member for extension, member in group.members.items() if f".{extension}" in self.extensions]
         for extension, member in group.members.items():
             if member.problem and member not in images:
                 yield DataSource(self.path, self.root, member.name, problem=member.problem)
             elif not images and f".{extension}".endswith(self.extensions):
                 key = shown(group.key)
-                reason = (
-                    f"it counts as the file .{shown(extension)} of sample {key}, for a key ends at the first dot; rename it"
-                )
-                yield self._bad(member, reason)
+                reason = f"read as file .{shown(extension)} of sample {key}, because keys end at the first dot; rename it"
+                yield self._reject(member, reason)
+
         if images:
-            captions, weight, problem = self._said(group.members)
-            mask = self.masked.pop(group.key, None)
+            captions, weight, problem = self._caption_and_weight(group.members)
+            mask = self.masks_by_key.pop(group.key, None)
             mask_source = mask and DataSource(self.path, self.root, mask.name, mask.offset, mask.size, problem=mask.problem)
-            if cut and (not captions or (self.masks and not mask)):
-                problem = problem or f"its {'mask' if captions else 'caption'} may be missing: {cut}"
+            if end_reason and (not captions or (self.masks and not mask)):
+                problem = problem or f"{'mask' if captions else 'caption'} may be missing: {end_reason}"
             for name, offset, size, image_problem in images:
                 location = self.path, self.root, name, offset, size
                 yield DataSource(
                     *location, captions=captions, problem=image_problem or problem, weight=weight, mask=mask_source
                 )
 
-    def _said(self, members: dict[str, _Member]) -> tuple[tuple[str, ...], float | None, str]:
+    def _caption_and_weight(self, members: dict[str, _Member]) -> tuple[tuple[str, ...], float | None, str]:
         """Return the captions and weight of a sample, and the reason it cannot be used, or ""."""
         extensions = ("json", *_TEXTS) if self.caption_key else (*_TEXTS, "json")
         try:
@@ -200,21 +199,21 @@ class _Tar:
             return self._read_json(member, row_captions, self.caption_key)
         return text_captions(self._content(member))
 
-    def _read_json(self, member: _Member, read: Callable[[dict[str, Any], str], _Said], key: str) -> _Said:
+    def _read_json(self, member: _Member, read: Callable[[dict[str, Any], str], _Value], key: str) -> _Value:
         data = self._content(member)
         if len(data) > MAX_CAPTION_BYTES:
-            raise Rejected("its .json is larger than 1 MiB")
+            raise Rejected(".json: larger than 1 MiB")
         try:
             return read(json_object(data), key)
         except Rejected as error:
-            raise Rejected(f"{error.reason} (.json)") from None
+            raise Rejected(f".json: {error.reason}") from None
 
     def _content(self, member: _Member) -> bytes:
         if member.problem:
-            raise Rejected(f"its caption {shown(member.name)} is of no use: {member.problem}")
+            raise Rejected(f"caption {shown(member.name)}: {member.problem}")
         return self._read(member.offset, min(member.size, MAX_CAPTION_BYTES + 1))
 
-    def _bad(self, member: _Member, reason: str) -> DataSource:
+    def _reject(self, member: _Member, reason: str) -> DataSource:
         """Report a problem with a member. The offset identifies it, because several members may have the same name."""
         return DataSource(self.path, self.root, f"{member.name} (at byte {member.offset})", problem=reason)
 
@@ -228,14 +227,15 @@ class _Tar:
         while True:
             header = self._read(offset, _BLOCK)
             if len(header) < _BLOCK:
-                raise Rejected(self._ending(offset, header))
+                raise Rejected(self._end_reason(offset, header))
             if header.count(0) == _BLOCK:
                 return
             if sum(header) - sum(header[148:156]) + 8 * 32 != _number(header[148:156]):
-                raise Rejected(self._damaged(offset, header))
+                raise Rejected(self._damage_reason(offset, header))
+
             kind, size, data_offset = header[156:157], _number(header[124:136]), offset + _BLOCK
             if size < 0:
-                raise Rejected(self._damaged(offset, header))
+                raise Rejected(self._damage_reason(offset, header))
             if extended.size >= 0 and kind not in b"gKLXx":
                 size = extended.size
             map_continues = kind == b"S" and header[482]
@@ -244,7 +244,8 @@ class _Tar:
                 map_continues, data_offset = len(block) == _BLOCK and block[504], data_offset + _BLOCK
             offset = data_offset if kind in b"123456" else data_offset + -(-size // _BLOCK) * _BLOCK
             if offset > data_offset and data_offset + size > self.size:
-                raise Rejected(f"it is cut off at byte {self.size}, within {shown(_name(header, extended))}")
+                raise Rejected(f"truncated at byte {self.size}, within {shown(_name(header, extended))}")
+
             if kind in b"KLXx":
                 extended.add(kind, size, self._read(data_offset, size) if size <= _MAX_EXTENDED else b"")
             elif kind != b"g":
@@ -253,17 +254,17 @@ class _Tar:
                     yield _Member(name, data_offset, size, _problem(kind, name, size, extended))
                 extended = _Extended()
 
-    def _ending(self, at: int, header: bytes) -> str:
-        if at == 0:
-            return self._damaged(at, header)
-        return f"it ends at byte {self.size} without the mark that ends a tar, so it may be cut off; what came before is used"
+    def _end_reason(self, offset: int, header: bytes) -> str:
+        if offset == 0:
+            return self._damage_reason(offset, header)
+        return f"ends at byte {self.size} without an end mark, may be truncated; the members before are used"
 
-    def _damaged(self, at: int, header: bytes) -> str:
-        if at == 0 and (header.startswith(_GZIP) or self.path.lower().endswith(TARS[1:])):
-            return "it is compressed; unpack it with gunzip first: members of a compressed tar cannot be read one by one"
-        if at == 0:
-            return "it is no tar" if header else "the file is empty"
-        return f"it is damaged at byte {at}; what came before is used"
+    def _damage_reason(self, offset: int, header: bytes) -> str:
+        if offset == 0 and (header.startswith(_GZIP) or self.path.lower().endswith(TARS[1:])):
+            return "compressed; unpack it with gunzip first"
+        if offset == 0:
+            return "not a tar" if header else "file is empty"
+        return f"damaged at byte {offset}; the members before are used"
 
 
 @dataclass
@@ -276,21 +277,21 @@ class _Extended:
 
     def add(self, kind: bytes, size: int, data: bytes) -> None:
         if size > _MAX_EXTENDED:
-            self.problem = "its extended header is larger than 1 MiB"
+            self.problem = "extended header is larger than 1 MiB"
         elif kind == b"L":
             self.name = _text(data)
         elif kind in b"Xx":
             try:
                 self._records(data)
             except ValueError:
-                self.problem = "its extended header is damaged"
+                self.problem = "extended header is damaged"
 
     def _records(self, data: bytes) -> None:
         """Parse pax records: "length key=value\\n", where length counts the whole record, itself included."""
-        at = 0
-        while at < len(data) and data[at]:
-            length = int(data[at : data.index(b" ", at)])
-            record = data[at : at + length]
+        offset = 0
+        while offset < len(data) and data[offset]:
+            length = int(data[offset : data.index(b" ", offset)])
+            record = data[offset : offset + length]
             if length < 5 or len(record) < length or not record.endswith(b"\n"):
                 raise ValueError
             key, _, value = record[:-1].partition(b" ")[2].partition(b"=")
@@ -299,18 +300,22 @@ class _Extended:
             elif key == b"size":
                 self.size = max(int(value), 0)
             elif key.startswith(b"GNU.sparse."):
-                self.problem = _KINDS[b"S"]
-            at += length
+                self.problem = _unsupported(b"S")
+            offset += length
+
+
+def _unsupported(kind: bytes) -> str:
+    return f"{_KINDS[kind]} (not supported)" if kind in _KINDS else "not a regular file"
 
 
 def _problem(kind: bytes, name: str, size: int, extended: _Extended) -> str:
     if extended.problem:
         return extended.problem
     if name.startswith("/") or ".." in name.split("/"):
-        return "its path leads out of the tar"
+        return "path is outside the tar"
     if kind not in b"0\x007":
-        return _KINDS.get(kind, "it is no regular file")
-    return "it is larger than 1 GiB" if size > MAX_IMAGE_BYTES else ""
+        return _unsupported(kind)
+    return "larger than 1 GiB" if size > MAX_IMAGE_BYTES else ""
 
 
 def _name(header: bytes, extended: _Extended) -> str:

@@ -1,8 +1,9 @@
-"""Buckets: sd-scripts' sizes and choices, and what holds for every picture."""
+"""Buckets: the sizes and choices of sd-scripts, and properties that hold for every picture."""
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from sentences import refused
 
 from fastsd.config.schema import BucketTable
 from fastsd.data.building.buckets import Buckets
@@ -46,7 +47,7 @@ def test_sizes_are_those_of_make_bucket_resolutions():
         (1024, SDXL, (5000, 1000), (2048, 410), (2048, 384)),
         (512, SMALL, (512, 512), (512, 512), (512, 512)),
         (512, SMALL, (511, 300), (511, 300), (448, 256)),
-        (512, SMALL, (300, 300), (300, 300), (256, 256)),  # min has no say
+        (512, SMALL, (300, 300), (300, 300), (256, 256)),  # min has no effect
         (512, SMALL, (65, 127), (65, 127), (64, 64)),
         (512, SMALL, (640, 480), (512, 384), (512, 384)),
         (512, SMALL, (1920, 1080), (683, 384), (640, 384)),
@@ -62,8 +63,9 @@ def test_places_are_those_of_sd_scripts(resolution, table, picture, resized, buc
 
 
 @pytest.mark.parametrize("picture", [(63, 4000), (4000, 63), (1, 1), (20000, 30)])
-def test_without_enlarging_a_picture_can_be_too_small(picture):
-    with pytest.raises(Rejected, match=f"^{picture[0]} x {picture[1]} pixels give no bucket of 64 px a side") as error:
+def test_pictures_too_small_for_a_bucket_are_rejected(picture):
+    width, height = picture
+    with refused("image-too-small", Rejected, width=width, height=height, step=64) as error:
         Buckets(512, SMALL).place(*picture)
     assert error.value.lasting
 
@@ -73,7 +75,7 @@ sides = st.one_of(st.integers(1, 3000), st.integers(1, 20000))
 
 @st.composite
 def tables(draw):
-    """(resolution, table): what a config allows."""
+    """Draw a resolution and a table that a config allows."""
     step = draw(st.sampled_from([8, 16, 32, 64, 128]))
     low = draw(st.integers(1, 6)) * step
     high = draw(st.integers(low // step, 16)) * step
@@ -82,7 +84,7 @@ def tables(draw):
 
 
 @given(tables(), sides, sides)
-def test_whatever_the_picture(settings, width, height):
+def test_every_picture_gets_a_bucket_that_it_covers(settings, width, height):
     resolution, table = settings
     buckets = Buckets(resolution, table)
     try:
@@ -90,17 +92,17 @@ def test_whatever_the_picture(settings, width, height):
     except Rejected:
         assert table.no_upscale and min(width, height) < 2 * table.step * max(1, max(width, height) / resolution)
         return
-    assert all(side >= part for side, part in zip(resized, size, strict=True)), "the resized picture covers its bucket"
+    assert all(side >= cut for side, cut in zip(resized, size, strict=True)), "the resized picture covers its bucket"
     assert all(side > 0 and side % table.step == 0 for side in size)
     if table.no_upscale:
         assert resized[0] <= width and resized[1] <= height
-        assert all(side - part < table.step for side, part in zip(resized, size, strict=True)) or width * height > resolution**2
+        assert all(side - cut < table.step for side, cut in zip(resized, size, strict=True)) or width * height > resolution**2
         assert size[0] * size[1] <= resolution**2 + max(resized)  # by half a pixel a side
     else:
         assert size in buckets.sizes and size[0] * size[1] <= resolution**2
         assert table.min <= min(size) and max(size) <= table.max
         # Covered and no more: one side fits to the pixel.
-        assert any(side == part for side, part in zip(resized, size, strict=True))
+        assert any(side == cut for side, cut in zip(resized, size, strict=True))
 
 
 @given(tables(), sides, sides)
@@ -116,7 +118,7 @@ def test_a_picture_keeps_its_shape(settings, width, height):
 
 
 @given(tables())
-def test_buckets_lie_on_their_side_as_well(settings):
+def test_buckets_are_symmetric_in_width_and_height(settings):
     buckets = Buckets(*settings)
     assert {size[::-1] for size in buckets.sizes} == set(buckets.sizes)
     for size in buckets.sizes:

@@ -1,4 +1,4 @@
-"""Several processes that fill one cache: no image twice, none left out, the same shards, whoever dies."""
+"""Several processes that fill one cache: each image once, the same shards, even if processes are killed."""
 
 import json
 import os
@@ -24,17 +24,17 @@ IMAGES = 160
 
 
 def work(root, delay, together):
-    """Runs in a process of its own: one `build_cache` that encodes once so many processes are to, and its counts printed."""
+    """Runs in a process of its own: build the cache, encode as soon as `together` processes can, and print the counts."""
     torch.set_num_threads(1)
     cache_module.SHARD_ROWS = 64
     vae = StubVae(delay=float(delay))
     encode = vae.encode
 
-    def encode_together(*given):
-        Path(root, f"{os.getpid()}.here").touch()
-        while len(list(Path(root).glob("*.here"))) < int(together):
+    def encode_together(*arguments):
+        Path(root, f"{os.getpid()}.ready").touch()
+        while len(list(Path(root).glob("*.ready"))) < int(together):
             time.sleep(0.005)
-        return encode(*given)
+        return encode(*arguments)
 
     vae.encode = encode_together
     counts = build_cache(config(Path(root)), vae)
@@ -45,26 +45,26 @@ def start(root, delay=0.02, together=1):
     return function_process(__file__, "work", root, delay, together)
 
 
-def ended(process):
+def result_of(process):
     out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
     return json.loads(out)
 
 
-def alone(root, monkeypatch):
-    """Shards and view of a run with one process; the cache is gone afterwards."""
+def build_alone(root, monkeypatch):
+    """Build the cache in one process and delete it. Return its shards, its view file and the name of the view."""
     monkeypatch.setattr(cache_module, "SHARD_ROWS", 64)
     view = build_cache(config(root), StubVae()).view
-    made = shard_bytes(root), (root / f"cache/views/{view}.safetensors").read_bytes()
+    shards, frozen = shard_bytes(root), (root / f"cache/views/{view}.safetensors").read_bytes()
     shutil.rmtree(root / "cache")
-    return made, view
+    return shards, frozen, view
 
 
 def test_processes_share_the_work(tmp_path, monkeypatch):
     draw_many(tmp_path, IMAGES)
-    (shards, frozen), view = alone(tmp_path, monkeypatch)
+    shards, frozen, view = build_alone(tmp_path, monkeypatch)
     processes = [start(tmp_path, together=3) for _ in range(3)]
-    results = [ended(process) for process in processes]
+    results = [result_of(process) for process in processes]
     assert sum(result[0] for result in results) == sum(result[1] for result in results) == IMAGES
     assert all(result[0] > 0 for result in results)
     assert {(cached, name) for _, _, cached, name in results} == {(IMAGES, view)}
@@ -85,9 +85,9 @@ def test_processes_may_open_a_new_cache_at_once(tmp_path):
         later.join()
 
 
-def test_what_a_killed_process_had_in_hand_is_done_by_the_others(tmp_path, monkeypatch):
+def test_other_processes_take_over_the_blocks_of_a_killed_one(tmp_path, monkeypatch):
     draw_many(tmp_path, IMAGES)
-    (shards, _), _ = alone(tmp_path, monkeypatch)
+    shards, *_ = build_alone(tmp_path, monkeypatch)
     slow = start(tmp_path, delay=0.2)
     while not list((tmp_path / "cache").glob("shards/*.safetensors")):
         assert slow.poll() is None and time.sleep(0.05) is None
@@ -95,15 +95,15 @@ def test_what_a_killed_process_had_in_hand_is_done_by_the_others(tmp_path, monke
     time.sleep(0.5)
     os.kill(slow.pid, signal.SIGKILL)
     slow.communicate()
-    assert ended(other)[2] == IMAGES
+    assert result_of(other)[2] == IMAGES
     assert shard_bytes(tmp_path) == shards
     assert verify(tmp_path / "cache") == []
-    assert ended(start(tmp_path))[0] == 0
+    assert result_of(start(tmp_path))[0] == 0
 
 
-def test_one_who_comes_later_finds_what_was_added(tmp_path):
+def test_a_later_process_encodes_only_added_images(tmp_path):
     draw_many(tmp_path, 5)
     build_cache(config(tmp_path), StubVae())
     draw(tmp_path / "images/one-more.png", 99)
-    assert ended(start(tmp_path))[:3] == [1, 1, 6]
+    assert result_of(start(tmp_path))[:3] == [1, 1, 6]
     assert len(LatentCache.open(tmp_path / "cache")) == 6

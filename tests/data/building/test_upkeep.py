@@ -1,4 +1,6 @@
-"""`fastsd cache --stats`, `--verify`, `--prune`, and what the command says, on a real (tiny) model."""
+"""`fastsd cache`, with `--stats`, `--verify` and `--prune`, and its output, on a real (tiny) model."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 from caching import StubVae, config, draw_many, flip
 from PIL import Image
 from rich.console import Console
+from sentences import says, sentence
 from tiny import job, write_images
 
 from fastsd.commands import cache
@@ -19,27 +22,22 @@ from fastsd.errors import UserError
 STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 1\n'
 
 
-@pytest.fixture
-def said():
-    """What a command prints: `said(command, config, ...)` -> text."""
-
-    def run(command, *arguments, **keys):
-        console = Console(width=200, file=None, record=True, quiet=False)
-        with console.capture() as capture:
-            command(*arguments, **keys, console=console)
-        return capture.get()
-
-    return run
+def output(command, *arguments, **keys):
+    """Run a command and return its output."""
+    console = Console(width=200, file=None, record=True, quiet=False)
+    with console.capture() as capture:
+        command(*arguments, **keys, console=console)
+    return capture.get()
 
 
 @pytest.fixture
-def made(tmp_path, tiny_model):
+def job_config(tmp_path, tiny_model):
     write_images(tmp_path / "images", 12)
     return load_config(job(tmp_path, tiny_model, tmp_path / "images", STAGE, resolution=32))
 
 
-def look(said, config, **asked):
-    return said(cache.inspect_cache, config, **{"verify": False, "prune": False, "stats": False} | asked)
+def inspect(config, **options):
+    return output(cache.inspect_cache, config, **{"verify": False, "prune": False, "stats": False} | options)
 
 
 def test_mean_and_std_are_those_of_the_scaled_latents(tmp_path):
@@ -52,7 +50,7 @@ def test_mean_and_std_are_those_of_the_scaled_latents(tmp_path):
     np.testing.assert_allclose(view.std, latents.transpose(0, 1).flatten(1).std(1, unbiased=False), rtol=1e-9)
 
 
-def test_latents_that_are_not_of_the_factor_are_warned_of(tmp_path):
+def test_warns_if_latents_do_not_match_the_scaling_factor(tmp_path):
     draw_many(tmp_path, 6)
     plain = build_cache(config(tmp_path), StubVae()).view
     std = float(np.mean(upkeep.stats(tmp_path / "cache").views[plain].std)) / 0.5
@@ -60,56 +58,59 @@ def test_latents_that_are_not_of_the_factor_are_warned_of(tmp_path):
         view = build_cache(config(tmp_path), StubVae(f"vae {i}", scaling_factor=scale / std)).view
         warning = upkeep.stats(tmp_path / "cache").views[view].warning
         assert bool(warning) == warned, (scale, warning)
-        assert not warned or f"standard deviation of {scale:.2f}" in warning
+        assert not warned or says(warning, "scaled-latents-std", std=f"{scale:.2f}")
 
 
-def test_the_command_tells_what_it_did_and_what_is_there(said, made, tmp_path):
+def test_reports_counts_rejections_and_contents(job_config, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "images/silent.png")
     (tmp_path / "images/0000.txt").write_text("word " * 100)
     (tmp_path / "images/bad.jpg").write_text("no image")
-    out = said(cache.cache, made)
-    assert "13 of 14 images cached" in out and "13 encoded now" in out and "1 images have no caption" in out
-    assert all(f"{stage} " in out for stage in ("decode", "encode", "write")) and "img/s" in out
-    assert "1 rejected:\n  1 x the content is no" in out and "bad.jpg" in out
-    assert "0 encoded now, 13 already cached" in said(cache.cache, made)
-    out = look(said, made, stats=True)
-    assert "13 latents in 1 shards" in out and "sizes: 32x32 x 13" in out
-    assert "1 captions are longer than 77 tokens and will be truncated" in out and "  1 rejected:\n  1 x the content" in out
+    out = output(cache.cache, job_config)
+    assert says(out, "cached", cached=13, images=14, encoded=13) and says(out, "empty-captions", count=1)
+    assert all(f"{step} " in out for step in ("decode", "encode", "write")) and "img/s" in out
+    rejected = f"1 rejected:\n  1 x {sentence('image-format')}"
+    assert rejected in out and "bad.jpg" in out
+    assert says(output(cache.cache, job_config), "cached", encoded=0, present=13)
+    out = inspect(job_config, stats=True)
+    assert says(out, "contents", latents=13, shards=1) and "sizes: 32x32 x 13" in out
+    assert says(out, "captions-cut", captions=1, limit=77) and f"  {rejected}" in out
     assert out.count("±") == 5  # of four channels, and of the heading
 
 
-def test_damaged_token_ids_are_found_removed_and_made_again(said, made):
-    said(cache.cache, made)
-    (path,) = token_files(upkeep.Path(made.cache.dir))
+def test_damaged_token_ids_are_detected_deleted_and_rebuilt(job_config):
+    cache.cache(job_config)
+    (path,) = token_files(Path(job_config.cache.dir))
     before = path.read_bytes()
-    assert "match their sha256" in look(said, made, verify=True)
+    assert "sha256" in inspect(job_config, verify=True)
     flip(path, -3)
-    with pytest.raises(UserError, match="does not match its sha256; removed"):
-        look(said, made, verify=True)
+    with pytest.raises(UserError) as error:
+        inspect(job_config, verify=True)
+    assert str(error.value) == sentence("verify-deleted", path=path, damage=sentence("damage-sha256"))
     assert not path.exists()
-    said(cache.cache, made)
+    cache.cache(job_config)
     assert path.read_bytes() == before
     path.write_bytes(before[:100])
-    assert len(upkeep.verify(made.cache.dir)) == 1
+    assert len(upkeep.verify(job_config.cache.dir)) == 1
 
 
-def test_prune_takes_token_ids_whose_view_is_gone(said, made, tmp_path):
-    said(cache.cache, made)
-    (old,) = token_files(upkeep.Path(made.cache.dir))
+def test_prune_deletes_token_ids_without_a_view(job_config, tmp_path):
+    cache.cache(job_config)
+    (old,) = token_files(Path(job_config.cache.dir))
     (tmp_path / "images/0003.txt").write_text("another caption")
-    said(cache.cache, made)
+    cache.cache(job_config)
     # The file has the view's name: it was replaced, and nothing is left over.
-    assert token_files(upkeep.Path(made.cache.dir)) == [old]
-    (view,) = (upkeep.Path(made.cache.dir) / "views").iterdir()
+    assert token_files(Path(job_config.cache.dir)) == [old]
+    (view,) = (Path(job_config.cache.dir) / "views").iterdir()
     view.unlink()
-    assert "1 unused shards" in look(said, made, prune=True)
-    assert not token_files(upkeep.Path(made.cache.dir))
+    assert says(inspect(job_config, prune=True), "pruned", shards=1)
+    assert not token_files(Path(job_config.cache.dir))
 
 
-def test_a_tokenizer_that_is_missing_stops_no_encoding(said, made, tmp_path):
-    keys = made.model.model_dump() | {"tokenizer": str(tmp_path)}
-    out = said(cache.cache, made.model_copy(update={"model": type(made.model).model_validate(keys)}))
-    assert "note: " in out and "no CLIP tokenizer there" in out and "12 of 12 images cached" in out
+def test_a_missing_tokenizer_does_not_stop_encoding(job_config, tmp_path):
+    keys = job_config.model.model_dump() | {"tokenizer": str(tmp_path)}
+    out = output(cache.cache, job_config.model_copy(update={"model": type(job_config.model).model_validate(keys)}))
+    assert "note: " in out and says(out, "no-tokenizer", source=tmp_path)
+    assert says(out, "cached", cached=12, images=12)
 
 
 def test_stats_run_beside_a_process_that_fills_the_cache(tmp_path):
@@ -117,8 +118,8 @@ def test_stats_run_beside_a_process_that_fills_the_cache(tmp_path):
 
     class Watched(StubVae):
         def encode(self, images):
-            found = upkeep.stats(tmp_path / "cache")
-            assert found.latents + found.planned == 8 and not found.views
+            contents = upkeep.stats(tmp_path / "cache")
+            assert contents.latents + contents.planned == 8 and not contents.views
             return super().encode(images)
 
     torch.set_num_threads(1)

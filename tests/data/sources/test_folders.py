@@ -1,37 +1,32 @@
-"""Finding images and captions in folders, and everything that people keep beside them."""
+"""Scanning of folders for images and captions, with everything that people keep beside them."""
 
+import errno
 import inspect
 import os
 import sys
 
 import pytest
+from dataset import denied, touch
+from sentences import refused, sentence
 
 from fastsd.config.schema import FolderTable
 from fastsd.data.sources import folders
 from fastsd.data.sources.folders import MAX_CAPTION_BYTES, DataSource, Rejected, captions_of, read_bytes, scan, shown
-from fastsd.errors import UserError
 
 
-def touch(folder, *names):
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-
-
-def found(*folders, **options):
+def scanned(*folders, **options):
     return list(scan([FolderTable(path=os.fspath(folder)) for folder in folders], **options))
 
 
 def names(folder, *folders, **options):
-    return [os.path.relpath(source.path, folder) for source in found(*(folders or [folder]), **options)]
+    return [os.path.relpath(source.path, folder) for source in scanned(*(folders or [folder]), **options)]
 
 
 def test_scan_is_recursive_sorted_and_skips_hidden_files(tmp_path):
     touch(tmp_path, "b.JPG", "a.png", "d/c.webp", "d/e/f.bmp", "c.jpeg", "c.txt", ".x.png", ".git/y.png", "notes.md", "jpg")
     assert names(tmp_path) == ["a.png", "b.JPG", "c.jpeg", "d/c.webp", "d/e/f.bmp"]
-    assert [bool(source.caption_path) for source in found(tmp_path)] == [False, False, True, False, False]
-    assert not any(source.problem or source.root for source in found(tmp_path))
+    assert [bool(source.caption_path) for source in scanned(tmp_path)] == [False, False, True, False, False]
+    assert not any(source.problem or source.root for source in scanned(tmp_path))
 
 
 def test_scan_follows_links_once_and_lists_no_path_twice(tmp_path):
@@ -39,30 +34,34 @@ def test_scan_follows_links_once_and_lists_no_path_twice(tmp_path):
     (tmp_path / "a/loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "a/self.png").symlink_to(tmp_path / "a/self.png")
     assert sorted(names(tmp_path)) == ["a/self.png", "a/x.png", "b/y.png"]
-    two = found(tmp_path / "b", tmp_path)
-    assert [os.path.relpath(source.path, tmp_path) for source in two] == ["b/y.png", "a/self.png", "a/x.png"]
-    assert [source.root for source in two] == [0, 1, 1]
+    sources = scanned(tmp_path / "b", tmp_path)
+    assert [os.path.relpath(source.path, tmp_path) for source in sources] == ["b/y.png", "a/self.png", "a/x.png"]
+    assert [source.root for source in sources] == [0, 1, 1]
 
 
 def test_an_inner_folder_comes_first_or_not_at_all(tmp_path):
     touch(tmp_path, "a/x.png", "b/y.png", "ab/z.png")
     assert names(tmp_path, tmp_path / "a", tmp_path / "ab", tmp_path) == ["a/x.png", "ab/z.png", "b/y.png"]
     assert names(tmp_path, tmp_path / "a", tmp_path / "b", tmp_path / "ab", tmp_path) == ["a/x.png", "b/y.png", "ab/z.png"]
-    for inner, said in [(tmp_path / "a", "lies within"), (tmp_path, "is listed twice")]:
-        with pytest.raises(UserError, match=rf"^data.folders: [^\n]* {said}[^\n]*; remove it or list it first$"):
-            found(tmp_path, inner)
+    nested = f"is inside {tmp_path}, which is listed before it; remove it or list it first"
+    for inner, problem in [(tmp_path / "a", nested), (tmp_path, "is listed twice; remove one")]:
+        with refused("folder-within-folder", path=inner, problem=problem):
+            scanned(tmp_path, inner)
 
 
-@pytest.mark.parametrize("kind", ["missing", "file", "empty", "{00..09}"])
-def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path, kind):
+UNUSABLE = {"missing": "folder-missing", "file": "folder-is-file", "empty": "folder-empty", "{00..09}": "folder-missing"}
+
+
+@pytest.mark.parametrize("kind, code", UNUSABLE.items())
+def test_unusable_roots_are_refused(tmp_path, kind, code):
     folder = tmp_path / kind
     if kind == "file":
         folder.write_text("x")
     elif kind == "empty":
         touch(folder, "notes.txt")
-    with pytest.raises(UserError, match=r"^data.folders: [^\n]*;[^\n]*$") as error:
-        found(folder)
-    assert str(folder) in str(error.value)
+    with refused(code, path=folder) as error:
+        scanned(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_patterns_expand_as_in_a_shell(tmp_path):
@@ -70,13 +69,13 @@ def test_patterns_expand_as_in_a_shell(tmp_path):
     assert names(tmp_path, tmp_path / "{008..010}") == ["008/a.png", "009/a.png", "010/a.png"]
     assert names(tmp_path, tmp_path / "{x,y}-{1..2}")[::3] == ["x-1/a.png", "y-2/a.png"]
     assert names(tmp_path, tmp_path / "{odd}") == ["{odd}/a.png"]
-    missing = [source for source in found(tmp_path / "{008..012}") if source.problem]
+    missing = [source for source in scanned(tmp_path / "{008..012}") if source.problem]
     assert [source.name for source in missing] == [str(tmp_path / name) for name in ("011", "012")]
-    assert all("No such file" in source.problem for source in missing)
+    assert all(source.problem == sentence("file-unreadable", cause=os.strerror(errno.ENOENT)) for source in missing)
 
 
 def no_permission(path):
-    """Folders below `path` cannot be listed: root's own rights do not count here."""
+    """Return an `os.scandir` that refuses folders below `path`, because root is not affected by permissions."""
     real = os.scandir
 
     def scandir(folder):
@@ -87,14 +86,15 @@ def no_permission(path):
     return scandir
 
 
-def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+def test_folders_without_permission_are_rejected(tmp_path, monkeypatch):
     touch(tmp_path, "a/x.png", "b/y.png")
     monkeypatch.setattr(os, "scandir", no_permission(tmp_path / "a"))
-    locked, fine = found(tmp_path)
-    assert locked == DataSource(str(tmp_path / "a"), problem="this folder cannot be searched (Permission denied)")
+    locked, fine = scanned(tmp_path)
+    problem = sentence("folder-not-listed", cause="Permission denied")
+    assert locked == DataSource(str(tmp_path / "a"), problem=problem)
     assert fine.path == str(tmp_path / "b/y.png")
-    with pytest.raises(UserError, match=r"/a: this folder cannot be searched \(Permission denied\); make it readable"):
-        found(tmp_path / "a")
+    with refused("folder-unreadable", path=tmp_path / "a", problem=problem):
+        scanned(tmp_path / "a")
 
 
 def test_folders_deeper_than_pythons_stack(tmp_path):
@@ -103,20 +103,20 @@ def test_folders_deeper_than_pythons_stack(tmp_path):
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
-        (source,) = found(tmp_path)
+        (source,) = scanned(tmp_path)
     finally:
         sys.setrecursionlimit(limit)
     assert source.path == str(deep / "x.png")
 
 
 @pytest.mark.parametrize("name", [b"a\nb.png", "🐈.png".encode(), b"caf\xe9.png", b"a b'\".png", b"-rf.png"])
-def test_odd_names(tmp_path, name):
+def test_files_with_odd_names_are_read(tmp_path, name):
     path = os.fsencode(tmp_path) + b"/" + name
     with open(path, "wb") as file:
         file.write(b"x")
     with open(path[:-4] + b".txt", "w") as file:
         file.write("caption")
-    (source,) = found(tmp_path)
+    (source,) = scanned(tmp_path)
     assert os.fsencode(source.path) == path and captions_of(source) == ("caption",) and read_bytes(source) == b"x"
     assert "\n" not in shown(source.name)
 
@@ -132,73 +132,70 @@ def test_odd_names(tmp_path, name):
         (b" \n\t\n", ()),
     ],
 )
-def test_captions_are_the_lines_that_say_something(tmp_path, data, captions):
+def test_captions_are_the_lines_that_are_not_blank(tmp_path, data, captions):
     (tmp_path / "x.txt").write_bytes(data)
     assert captions_of(DataSource("x.png", caption_path=str(tmp_path / "x.txt"))) == captions
 
 
 @pytest.mark.parametrize(
     "data, reason",
-    [(b"caf\xe9", "not UTF-8"), (b"a\0b", "NUL"), (b"x" * (MAX_CAPTION_BYTES + 1), "1 MiB"), (None, "cannot be read")],
+    [(b"caf\xe9", "not-utf8"), (b"a\0b", "contains-nul"), (b"x" * (MAX_CAPTION_BYTES + 1), "too-large"), (None, "unreadable")],
 )
 def test_bad_captions_are_rejected(tmp_path, data, reason):
     if data is not None:
         (tmp_path / "x.txt").write_bytes(data)
-    with pytest.raises(Rejected, match=reason) as error:
+    with refused(f"caption-{reason}", Rejected) as error:
         captions_of(DataSource("x.png", caption_path=str(tmp_path / "x.txt")))
     assert not error.value.lasting
 
 
-def test_sidecars(tmp_path):
+def test_sidecars_txt_before_caption(tmp_path):
     touch(tmp_path, "a.png", "b.png", "c.png", "c.txt/d.png")
     for name, text in {"a.txt": "text", "a.caption": "caption", "b.caption": "only\nthis"}.items():
         (tmp_path / name).write_text(text)
-    assert [captions_of(source) for source in found(tmp_path)] == [("text",), ("only", "this"), (), ()]
+    assert [captions_of(source) for source in scanned(tmp_path)] == [("text",), ("only", "this"), (), ()]
 
 
-def test_reading(tmp_path, monkeypatch):
+def test_read_bytes_reads_ranges_and_rejects_what_it_cannot_read(tmp_path, monkeypatch):
     path = tmp_path / "x.tar"
     path.write_bytes(b"0123456789")
     assert read_bytes(DataSource(str(path))) == b"0123456789"
     assert read_bytes(DataSource(str(path), member="m", offset=3, length=4)) == b"3456"
     os.mkfifo(tmp_path / "pipe")
     for source, reason in [
-        (DataSource(str(path), offset=8, length=4), "ends within"),
-        (DataSource(str(tmp_path / "no.png")), "cannot be read"),
-        (DataSource(str(tmp_path / "pipe")), "no regular file"),
-        (DataSource(str(path), length=folders.MAX_IMAGE_BYTES + 1), "larger than 1024 MiB"),
+        (DataSource(str(path), offset=8, length=4), "tar-member-truncated"),
+        (DataSource(str(tmp_path / "no.png")), "file-unreadable"),
+        (DataSource(str(tmp_path / "pipe")), "file-not-regular"),
+        (DataSource(str(path), length=folders.MAX_IMAGE_BYTES + 1), "file-too-large"),
     ]:
-        with pytest.raises(Rejected, match=reason) as error:
+        with refused(reason, Rejected) as error:
             read_bytes(source)
         assert not error.value.lasting
 
-    def denied(*args):
-        raise PermissionError(13, "Permission denied")
-
     monkeypatch.setattr("builtins.open", denied)
-    with pytest.raises(Rejected, match="Permission denied"):
+    with refused("file-unreadable", Rejected, cause="Permission denied"):
         read_bytes(DataSource(str(path)))
-    with pytest.raises(Rejected, match=r"its caption cannot be read \(Permission denied\)"):
+    with refused("caption-unreadable", Rejected, cause="Permission denied"):
         captions_of(DataSource("x.png", caption_path=str(path)))
 
 
-def test_latents_are_found_in_place_of_images(tmp_path):
+def test_latents_take_the_place_of_images(tmp_path):
     touch(tmp_path, "a.png", "a.img_sdxl", "a.img_sdvae", "a.txt", "d/b.img_sdxl", "d/b.caption", "c.png", "c.img_sdxl.webp")
     for kind in ("img_sdxl", "img_sdvae"):
-        sources = found(tmp_path, latents=kind)
+        sources = scanned(tmp_path, latents=kind)
         assert sources[0] == DataSource(str(tmp_path / f"a.{kind}"), caption_path=str(tmp_path / "a.txt"))
     assert names(tmp_path, latents="img_sdxl") == ["a.img_sdxl", "d/b.img_sdxl"]
-    with pytest.raises(UserError, match=r"holds no image \(\.npz\)"):
-        found(tmp_path, latents="npz")
+    with refused("folder-empty", extensions=".npz"):
+        scanned(tmp_path, latents="npz")
 
 
-def test_masks_lie_beside_and_are_no_images(tmp_path):
+def test_masks_are_matched_by_name_and_are_not_images(tmp_path):
     touch(
         tmp_path, "a.png", "a-mask.png", "a.mask.png", "b.JPG", "b-MASK.png", "c.png", "d/a.png", "d/c-mask.png", "c-masks.png"
     )
     (tmp_path / "e.png").touch()
     (tmp_path / "e-mask.png").mkdir()
-    sources = found(tmp_path, masks="-mask.png")
+    sources = scanned(tmp_path, masks="-mask.png")
     masks = {os.path.relpath(source.path, tmp_path): source.mask and os.path.basename(source.mask.path) for source in sources}
     assert masks == {
         "a.mask.png": None, "a.png": "a-mask.png", "b.JPG": "b-MASK.png", "c-masks.png": None, "c.png": None, "d/a.png": None,
@@ -208,14 +205,14 @@ def test_masks_lie_beside_and_are_no_images(tmp_path):
     assert names(tmp_path).count("a-mask.png") == 1
 
 
-def test_kohyas_names(tmp_path):
+def test_npz_names_of_sd_scripts(tmp_path):
     latents = ("a.npz", "b_sd.npz", "c_0512x0768_sd.npz", "d_0512x0768_sdxl.npz", "e_sd.npz", "f_1x2.npz")
     touch(tmp_path, *latents, "a_te_outputs.npz", "e_sd.jpg")
     for stem in ("a", "b", "c", "d", "e_sd", "f"):
         (tmp_path / f"{stem}.txt").write_text(stem)
-    assert [captions_of(source)[0] for source in found(tmp_path, latents="npz")] == ["a", "b", "c", "d", "e_sd", "f"]
+    assert [captions_of(source)[0] for source in scanned(tmp_path, latents="npz")] == ["a", "b", "c", "d", "e_sd", "f"]
     touch(tmp_path, "c_0512x0512_sd.npz", "d_0512x0768_sd.npz")
-    problems = [os.path.basename(source.path) for source in found(tmp_path, latents="npz") if source.problem]
+    problems = [os.path.basename(source.path) for source in scanned(tmp_path, latents="npz") if source.problem]
     assert problems == ["c_0512x0512_sd.npz", "c_0512x0768_sd.npz", "d_0512x0768_sd.npz", "d_0512x0768_sdxl.npz"]
 
 

@@ -1,23 +1,16 @@
-"""Captions in metadata.jsonl and metadata.parquet: what counts, what falls back, what is named."""
+"""Captions and weights in metadata.jsonl and metadata.parquet: precedence, fallback and rejection."""
 
 import json
 import os
-import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dataset import denied, touch
+from sentences import refused, says, sentence
 
 from fastsd.config.schema import FolderTable
 from fastsd.data.sources.folders import captions_of, scan
-from fastsd.errors import UserError
-
-
-def images(folder, *names):
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
 
 
 def jsonl(folder, rows):
@@ -30,7 +23,7 @@ def parquet(folder, rows):
 
 
 def read(folder, **options):
-    """What is found: {name: captions}, {name: problem}."""
+    """Scan a folder: {name: captions}, {name: problem}."""
     good, bad = {}, {}
     for source in scan([FolderTable(path=str(folder))], **options):
         name = os.path.relpath(source.name, folder)
@@ -43,13 +36,14 @@ def read(folder, **options):
     return good, bad
 
 
+FILES = {"line": "metadata.jsonl", "row": "metadata.parquet"}
 BOTH = pytest.mark.parametrize("write, kind", [(jsonl, "line"), (parquet, "row")])
 
 
 @BOTH
-def test_captions_and_variants(tmp_path, write, kind):
-    images(tmp_path, "a.png", "b.png", "d/c.png", "e.png", "f.png")
-    (tmp_path / "a.txt").write_text("of no account")
+def test_captions_and_variants_are_read(tmp_path, write, kind):
+    touch(tmp_path, "a.png", "b.png", "d/c.png", "e.png", "f.png")
+    (tmp_path / "a.txt").write_text("ignored")
     (tmp_path / "e.txt").write_text("sidecar")
     write(
         tmp_path,
@@ -61,46 +55,47 @@ def test_captions_and_variants(tmp_path, write, kind):
         ],
     )
     good, bad = read(tmp_path)
-    assert good == {
-        "a.png": ("naïve 🐈",), "b.png": ("one", "two lines"), "d/c.png": ("deep",), "e.png": ("sidecar",), "f.png": (),
-    }  # fmt: skip
-    assert not bad
+    assert not bad and good == {
+        "a.png": ("naïve 🐈",),
+        "b.png": ("one", "two lines"),
+        "d/c.png": ("deep",),
+        "e.png": ("sidecar",),
+        "f.png": (),
+    }
 
 
 @BOTH
-@pytest.mark.parametrize("keys, key, caption", [
-    ("text caption prompt", "", "text"), ("prompt caption", "", "caption"), ("long prompt", "", "prompt"),
-    ("text long", "long", "long"),
-])  # fmt: skip
-def test_which_column(tmp_path, write, kind, keys, key, caption):
-    images(tmp_path, "a.png")
+@pytest.mark.parametrize(
+    "keys, key, caption",
+    [
+        ("text caption prompt", "", "text"),
+        ("prompt caption", "", "caption"),
+        ("long prompt", "", "prompt"),
+        ("text long", "long", "long"),
+    ],
+)
+def test_the_caption_column_is_the_key_or_the_first_usual_one(tmp_path, write, kind, keys, key, caption):
+    touch(tmp_path, "a.png")
     write(tmp_path, [{"file_name": "a.png", **{name: f"{name}\nline" for name in keys.split()}}])
     assert read(tmp_path, caption_key=key) == ({"a.png": (f"{caption} line",)}, {})
 
 
 @BOTH
-def test_rows_that_fit_no_image_are_named(tmp_path, write, kind):
-    images(tmp_path, "a.png", "b.gif")
+def test_rows_without_an_image_are_reported(tmp_path, write, kind):
+    touch(tmp_path, "a.png", "b.gif")
     rows = ["gone.png", "../a.png", "/etc/a.png", None, "a.png", "a.png", "b.gif", "x/../../a.png"]
     write(tmp_path, [{"file_name": name, "text": f"{i}"} for i, name in enumerate(rows, 1)])
     good, bad = read(tmp_path)
     assert good == {"a.png": ("5",)}
-    wanted = {
-        1: "no such image",
-        2: "leads out",
-        3: "leads out",
-        4: "no file_name",
-        6: "again",
-        7: "no such image",
-        8: "leads out",
-    }
-    assert len(bad) == len(wanted)
-    for number, reason in wanted.items():
-        assert reason in bad[f"metadata.{'jsonl' if kind == 'line' else 'parquet'}/{kind} {number}"]
+    reasons = dict.fromkeys((1, 7), "metadata-no-image") | dict.fromkeys((2, 3, 8), "metadata-outside")
+    reasons |= {4: "metadata-no-file-name", 6: "metadata-repeated"}
+    assert len(bad) == len(reasons)
+    for number, reason in reasons.items():
+        assert says(bad[f"{FILES[kind]}/{kind} {number}"], reason)
 
 
-def test_broken_lines_are_named_and_the_others_count(tmp_path):
-    images(tmp_path, "a.png", "b.png", "c.png", "d.png", "e.png")
+def test_broken_lines_are_reported_and_the_others_used(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.png", "d.png", "e.png")
     rows = [
         b'{"file_name": "a.png", "text": "a"',
         b"[1]",
@@ -114,46 +109,50 @@ def test_broken_lines_are_named_and_the_others_count(tmp_path):
     jsonl(tmp_path, rows)
     good, bad = read(tmp_path)
     assert good == {"a.png": (), "b.png": (), "c.png": (), "d.png": (), "e.png": ("e",)}
-    reasons = dict.fromkeys((1, 2, 3, 5), "no JSON object") | {4: "longer than 1 MiB", 7: "no such image"}
+    reasons = dict.fromkeys((1, 2, 3, 5), "json-not-object") | {4: "metadata-line-too-long", 7: "metadata-no-image"}
     assert len(bad) == len(reasons)
-    assert all(reason in bad[f"metadata.jsonl/line {number}"] for number, reason in reasons.items())
+    assert all(says(bad[f"metadata.jsonl/line {number}"], reason) for number, reason in reasons.items())
 
 
 @pytest.mark.parametrize(
     "caption, reason",
-    [(7, r"\(text\) is no text but int"), ({"en": "x"}, "no text but dict"), (["x", 1], "no text but int"),
-     ("a\0b", "NUL"), ("\ud83d", "not UTF-8")],
-)  # fmt: skip
-def test_a_bad_caption_puts_its_image_aside(tmp_path, caption, reason):
-    images(tmp_path, "a.png", "b.png")
-    (tmp_path / "a.txt").write_text("must not step in")
+    [
+        (7, sentence("caption-not-text", key="text", type="int")),
+        ({"en": "x"}, sentence("caption-not-text", key="text", type="dict")),
+        (["x", 1], sentence("caption-not-text", key="text", type="int")),
+        ("a\0b", sentence("caption-contains-nul")),
+        ("\ud83d", sentence("caption-not-utf8", position=0)),
+    ],
+)
+def test_images_with_bad_captions_are_rejected(tmp_path, caption, reason):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.txt").write_text("no fallback")
     jsonl(tmp_path, [{"file_name": "b.png", "text": "b"}, {"file_name": "a.png", "text": caption}])
     good, bad = read(tmp_path)
-    assert good == {"b.png": ("b",)} and list(bad) == ["a.png"]
-    assert re.search(rf"{reason}.*: line 2 of metadata\.jsonl$", bad["a.png"])
+    problem = sentence("metadata-in-row", reason=reason, row="line 2", file="metadata.jsonl")
+    assert good == {"b.png": ("b",)} and bad == {"a.png": problem}
 
 
 @BOTH
 @pytest.mark.parametrize(
-    "columns, key, reason",
+    "columns, key, problem",
     [
-        ("file_name blip", "", "none of text, caption, prompt (found: file_name, blip); set data.caption_key"),
-        ("file_name text", "long", "no long (found: file_name, text); set data.caption_key"),
-        ("image text", "", "no file_name (found: image, text)"),
+        ("file_name blip", "", sentence("metadata-column", column="text or caption or prompt", columns="file_name, blip")),
+        ("file_name text", "long", sentence("metadata-column", column="long", columns="file_name, text")),
+        ("image text", "", sentence("metadata-no-file-names", columns="image, text")),
     ],
 )
-def test_a_file_without_the_column_is_named_once_and_sidecars_count(tmp_path, write, kind, columns, key, reason):
-    images(tmp_path, "a.png", "b.png")
+def test_a_file_without_the_column_is_reported_once_and_sidecars_are_used(tmp_path, write, kind, columns, key, problem):
+    touch(tmp_path, "a.png", "b.png")
     (tmp_path / "b.txt").write_text("sidecar")
     write(tmp_path, [dict.fromkeys(columns.split(), f"{name}.png") for name in "ab"])
     good, bad = read(tmp_path, caption_key=key)
-    assert good == {"a.png": (), "b.png": ("sidecar",)} and len(bad) == 1
-    assert reason in bad[f"metadata.{'jsonl' if kind == 'line' else 'parquet'}"]
+    assert good == {"a.png": (), "b.png": ("sidecar",)} and bad == {FILES[kind]: problem}
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty", "middle", "pipe"])
-def test_unreadable_parquet_is_named_and_sidecars_count(tmp_path, kind):
-    images(tmp_path, "a.png")
+def test_unreadable_parquet_is_reported_and_sidecars_are_used(tmp_path, kind):
+    touch(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("sidecar")
     path = tmp_path / "metadata.parquet"
     parquet(tmp_path, [{"file_name": f"{i}.png", "text": "x" * 50} for i in range(100)])
@@ -168,26 +167,26 @@ def test_unreadable_parquet_is_named_and_sidecars_count(tmp_path, kind):
     good, bad = read(tmp_path)
     assert good == {"a.png": ("sidecar",)}
     assert list(bad) == ["metadata.parquet"]
-    assert ("no regular file" if kind == "pipe" else "cannot be read as parquet") in bad["metadata.parquet"]
+    assert says(bad["metadata.parquet"], "file-not-regular" if kind == "pipe" else "metadata-not-parquet")
 
 
-def test_parquet_text_that_is_no_utf8(tmp_path):
-    images(tmp_path, "a.png", "b.png")
+def test_parquet_rows_that_are_not_utf8_are_reported(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
     text = pa.array([b"caf\xe9", b"b"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"file_name": ["a.png", "b.png"], "text": text}), tmp_path / "metadata.parquet")
     good, bad = read(tmp_path)
-    assert good == {"a.png": (), "b.png": ("b",)} and bad == {"metadata.parquet/row 1": "it is not UTF-8"}
+    assert good == {"a.png": (), "b.png": ("b",)} and bad == {"metadata.parquet/row 1": sentence("metadata-not-utf8")}
 
 
 def test_other_parquet_files_are_not_read(tmp_path):
-    images(tmp_path, "a.png")
+    touch(tmp_path, "a.png")
     parquet(tmp_path, [{"url": "http://x"}])
     (tmp_path / "metadata.parquet").rename(tmp_path / "00000.parquet")
     assert read(tmp_path) == ({"a.png": ()}, {})
 
 
-def test_nearest_file_wins_and_both_kinds_may_stand_together(tmp_path):
-    images(tmp_path, "a.png", "b.png", "d/c.png", "d/e.png")
+def test_the_nearest_file_wins_and_both_kinds_may_be_combined(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "d/c.png", "d/e.png")
     jsonl(tmp_path, [{"file_name": f"{name}.png", "text": "jsonl"} for name in ("a", "d/c", "d/e")])
     parquet(tmp_path, [{"file_name": f"{name}.png", "text": "parquet"} for name in ("a", "b")])
     jsonl(tmp_path / "d", [{"file_name": "c.png", "text": "inner"}])
@@ -197,21 +196,24 @@ def test_nearest_file_wins_and_both_kinds_may_stand_together(tmp_path):
 
 
 def test_latents_take_their_captions_by_the_image_name(tmp_path):
-    images(tmp_path, "a.img_sdxl", "d/b.img_sdxl")
+    touch(tmp_path, "a.img_sdxl", "d/b.img_sdxl")
     jsonl(tmp_path, [{"file_name": "a.jpg", "text": "a"}, {"file_name": "d/b.png", "text": "b"}])
     assert read(tmp_path, latents="img_sdxl") == ({"a.img_sdxl": ("a",), "d/b.img_sdxl": ("b",)}, {})
 
 
 def weights(folder, key="score"):
-    found = scan([FolderTable(path=str(folder))], weight_key=key)
-    return {os.path.relpath(source.name, folder): source.problem or (source.weight, *captions_of(source)) for source in found}
+    sources = scan([FolderTable(path=str(folder))], weight_key=key)
+    return {os.path.relpath(source.name, folder): source.problem or (source.weight, *captions_of(source)) for source in sources}
 
 
 @BOTH
 def test_weights_beside_captions_and_alone(tmp_path, write, kind):
-    images(tmp_path, "a.png", "b.png", "c.png", "d/e.png")
-    rows = [{"file_name": "a.png", "text": "A", "score": 2.0}, {"file_name": "b.png", "text": "B", "score": None},
-            {"file_name": "d/e.png", "text": "E", "score": 0.0}]  # fmt: skip
+    touch(tmp_path, "a.png", "b.png", "c.png", "d/e.png")
+    rows = [
+        {"file_name": "a.png", "text": "A", "score": 2.0},
+        {"file_name": "b.png", "text": "B", "score": None},
+        {"file_name": "d/e.png", "text": "E", "score": 0.0},
+    ]
     write(tmp_path, rows)
     assert weights(tmp_path) == {"a.png": (2.0, "A"), "b.png": (None, "B"), "c.png": (None,), "d/e.png": (0.0, "E")}
     assert weights(tmp_path, "")["a.png"] == (None, "A")
@@ -219,11 +221,11 @@ def test_weights_beside_captions_and_alone(tmp_path, write, kind):
     (tmp_path / "d/e.txt").write_text("too")
     write(tmp_path, [{"file_name": row["file_name"], "score": row["score"]} for row in rows])  # captions lie beside the images
     assert weights(tmp_path) == {"a.png": (2.0, "beside"), "b.png": (None,), "c.png": (None,), "d/e.png": (0.0, "too")}
-    assert "none of text, caption, prompt" in weights(tmp_path, "")[f"metadata.{'jsonl' if kind == 'line' else 'parquet'}"]
+    assert says(weights(tmp_path, "")[FILES[kind]], "metadata-column", column="text or caption or prompt")
 
 
 def test_the_nearest_file_with_a_weight_counts(tmp_path):
-    images(tmp_path, "d/a.png", "d/b.png")
+    touch(tmp_path, "d/a.png", "d/b.png")
     jsonl(tmp_path, [{"file_name": "d/a.png", "score": 3}, {"file_name": "d/b.png", "score": 4}])
     parquet(
         tmp_path / "d", [{"file_name": "a.png", "text": "a", "score": 5}, {"file_name": "b.png", "text": "b", "score": None}]
@@ -231,27 +233,23 @@ def test_the_nearest_file_with_a_weight_counts(tmp_path):
     assert weights(tmp_path) == {"d/a.png": (5.0, "a"), "d/b.png": (4.0, "b")}
 
 
-@pytest.mark.parametrize("value, said", [
-    (-0.5, "is -0.5, and must be finite and at least 0"), (float("nan"), "is nan, and must be finite and at least 0"),
-    (float("inf"), "is inf, and must be finite and at least 0"), (1e39, "is 1e+39, and must be finite and at least 0"),
-    ("0.5", "is no number but str"), (True, "is no number but bool"), ([1], "is no number but list"),
-])  # fmt: skip
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), 1e39, "0.5", True, [1]], ids=str)
 @BOTH
-def test_a_weight_that_is_none_puts_its_image_aside(tmp_path, write, kind, value, said):
-    images(tmp_path, "a.png", "b.png")
+def test_images_with_invalid_weights_are_rejected(tmp_path, write, kind, value):
+    touch(tmp_path, "a.png", "b.png")
     write(tmp_path, [{"file_name": "a.png", "text": "a", "score": value}, {"file_name": "b.png", "text": "b"}])
-    name = "jsonl" if kind == "line" else "parquet"
-    assert weights(tmp_path) == {"a.png": f"its weight (score) {said}: {kind} 1 of metadata.{name}", "b.png": (None, "b")}
+    reason = sentence("weight-not-number", key="score", type=type(value).__name__)
+    if isinstance(value, float):
+        reason = sentence("weight-out-of-range", key="score", value=value)
+    problem = sentence("metadata-in-row", reason=reason, row=f"{kind} 1", file=FILES[kind])
+    assert weights(tmp_path) == {"a.png": problem, "b.png": (None, "b")}
     assert weights(tmp_path, "")["a.png"] == (None, "a")
 
 
 @BOTH
-def test_a_file_without_permission_is_named_and_sidecars_count(tmp_path, write, kind, monkeypatch):
-    images(tmp_path, "a.png")
+def test_a_file_without_permission_is_reported_and_sidecars_are_used(tmp_path, write, kind, monkeypatch):
+    touch(tmp_path, "a.png")
     write(tmp_path, [{"file_name": "a.png", "text": "a"}])
-
-    def denied(*args):
-        raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", denied)
@@ -260,7 +258,7 @@ def test_a_file_without_permission_is_named_and_sidecars_count(tmp_path, write, 
     assert all(name.startswith("metadata.") and "Permission denied" in reason for name, reason in bad.items())
 
 
-def test_a_full_disk_for_the_index_is_one_sentence(tmp_path, monkeypatch):
+def test_a_full_temporary_folder_is_an_error(tmp_path, monkeypatch):
     import sqlite3
 
     from fastsd.data.sources.metadata import Metadata
@@ -268,8 +266,8 @@ def test_a_full_disk_for_the_index_is_one_sentence(tmp_path, monkeypatch):
     def full(*args):
         raise sqlite3.OperationalError("database or disk is full")
 
-    images(tmp_path, "a.png")
+    touch(tmp_path, "a.png")
     jsonl(tmp_path, [{"file_name": "a.png", "text": "a"}])
     monkeypatch.setattr(Metadata, "_add", full)
-    with pytest.raises(UserError, match="cannot hold its index.*; free some space"):
+    with refused("temporary-folder-full", path=tmp_path / "metadata.jsonl"):
         read(tmp_path)
