@@ -14,36 +14,36 @@ from tiny import make_tiny_model, write_images
 
 @pytest.fixture
 def whole_machine(tmp_path_factory):
-    """For a test that takes most of the memory: one at a time, whichever processes the tests run in."""
+    """Let only one test at a time, in all test processes together, take most of the memory."""
     with FileLock(tmp_path_factory.getbasetemp().parent / "whole-machine.lock"):
         yield
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests begin early and far apart: several processes would else end with one of them waiting for the other."""
-    long = [item for item in items if "whole_machine" in item.fixturenames]
-    rest = [item for item in items if item not in long]
-    for i, item in enumerate(long):
-        rest.insert(i * len(rest) // (2 * len(long)), item)
-    items[:] = rest
+    """Start the longest tests early and far apart. Otherwise they would wait for each other at the end."""
+    long_tests = [item for item in items if "whole_machine" in item.fixturenames]
+    ordered = [item for item in items if item not in long_tests]
+    for i, item in enumerate(long_tests):
+        ordered.insert(i * len(ordered) // (2 * len(long_tests)), item)
+    items[:] = ordered
 
 
 def pytest_collection_finish():
-    """What has been imported stays: no collection of garbage looks through it again, which takes a third of a second."""
+    """Keep imported objects out of later garbage collections, each of which would take a third of a second."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def start():
-    """`start(said, "train", ...)`: `fastsd train ...` in a process of its own, what it says appended to the file `said`."""
+    """Return `start(output, "train", ...)`, which runs `fastsd train ...` in a new process and appends its output to a file."""
 
-    def begin(said: Path, *words: str):
-        process = processes().Process(target=command_line, args=(list(words), said))
+    def start_process(output: Path, *words: str):
+        process = processes().Process(target=command_line, args=(list(words), output))
         process.start()
         return process
 
-    return begin
+    return start_process
 
 
 @pytest.fixture(scope="session")

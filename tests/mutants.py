@@ -1,12 +1,14 @@
-"""Mutation testing: plant small faults in the code, one at a time, and count those that no test notices. Run by hand.
+"""Mutation testing: plant small faults in the code, one at a time, and count those that no test notices.
+
+Run it by hand:
 
     pip install pytest-cov
-    python tests/mutants.py map                         # which test runs which line: the whole suite once, into WORK
-    python tests/mutants.py run --count 600 --seed 1    # appends to WORK/mutants.jsonl; the same command again continues
+    python tests/mutants.py map                         # run the whole suite once; WORK/map.json: the tests of every line
+    python tests/mutants.py run --count 600 --seed 1    # append to WORK/mutants-0.jsonl; repeat the command to continue
     python tests/mutants.py report
 
-A mutant is killed if one of the tests that run its line fails or takes far too long.  Each is tested in a fork of a process
-that has imported the libraries, on a copy of the checkout.  Survivors are read by a person: LOG.md lists them with reasons.
+A mutant is killed if one of the tests that run its line fails or takes far too long.  Its tests run on a copy of the checkout,
+in a fork of a process that has imported the libraries.  A person reads the survivors; LOG.md lists them with reasons.
 """
 
 import argparse
@@ -38,7 +40,7 @@ SWAPS: dict[type, type] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: the bytes [start, end) of a file replaced by `new`."""
+    """A fault: `new` replaces the bytes [start, end) of a file."""
 
     file: str
     line: int
@@ -79,12 +81,12 @@ def mutations(node: ast.AST) -> Iterator[tuple[ast.AST, str, str]]:
             yield node, "return None", "return"
         case ast.Call(keywords=[_, *_]):
             for keyword in node.keywords:
-                kept = [other for other in node.keywords if other is not keyword]
-                yield node, ast.unparse(ast.Call(node.func, node.args, kept)), f"{keyword.arg}= dropped"
+                others = [other for other in node.keywords if other is not keyword]
+                yield node, ast.unparse(ast.Call(node.func, node.args, others)), f"{keyword.arg}= dropped"
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Walk what runs in a function: no annotations, decorators, default values, docstrings or messages."""
+    """Yield the nodes of all function bodies, without annotations, decorators, default values and f-strings."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.JoinedStr):
             continue
@@ -101,44 +103,42 @@ def nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 def mutants(path: Path) -> list[Mutant]:
     source = path.read_bytes()
-    starts = [0]
+    line_starts = [0]
     for line in source.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    found = {}
+        line_starts.append(line_starts[-1] + len(line))
+    by_name = {}
     for node in nodes(ast.parse(source)):
         for target, new, kind in mutations(node):
-            start = starts[target.lineno - 1] + target.col_offset
-            end = starts[target.end_lineno - 1] + target.end_col_offset
+            start = line_starts[target.lineno - 1] + target.col_offset
+            end = line_starts[target.end_lineno - 1] + target.end_col_offset
             mutant = Mutant(path.relative_to(ROOT).as_posix(), target.lineno, start, end, new, kind)
-            found[mutant.name] = mutant
-    return list(found.values())
+            by_name[mutant.name] = mutant
+    return list(by_name.values())
 
 
-def chosen(count: int, seed: int) -> list[Mutant]:
+def random_mutants(count: int, seed: int) -> list[Mutant]:
     paths = [path for folder in FOLDERS for path in sorted([ROOT / folder, *(ROOT / folder).rglob("*.py")]) if path.is_file()]
-    everything = [
-        mutant for path in [*paths, *(ROOT / file for file in FILES if (ROOT / file).exists())] for mutant in mutants(path)
-    ]
-    random.Random(seed).shuffle(everything)
-    return everything[:count]
+    paths += [ROOT / file for file in FILES if (ROOT / file).exists()]
+    all_mutants = [mutant for path in paths for mutant in mutants(path)]
+    random.Random(seed).shuffle(all_mutants)
+    return all_mutants[:count]
 
 
 def make_map(work: Path) -> None:
-    """Run the suite once with coverage by test, and write {file: {line: [tests]}} and the tests' seconds."""
-    junit, data = work / "junit.xml", work / "coverage"
-    rc = work / "coveragerc"
-    rc.write_text(f"[run]\nsource = {ROOT}/fastsd\n    {ROOT}/kernels\ndata_file = {data}\n")
+    """Run the suite once with coverage. Write {file: {line: [tests]}} and the seconds of each test to map.json."""
+    junit, data_file, config = work / "junit.xml", work / "coverage", work / "coveragerc"
+    config.write_text(f"[run]\nsource = {ROOT}/fastsd\n    {ROOT}/kernels\ndata_file = {data_file}\n")
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "auto", "--cov", f"--cov-config={rc}", "--cov-context=test", "--cov-report=",
+        [sys.executable, "-m", "pytest", "-n", "auto", "--cov", f"--cov-config={config}", "--cov-context=test", "--cov-report=",
          f"--junitxml={junit}"], cwd=ROOT,
     )  # fmt: skip
     import coverage
 
-    found = coverage.CoverageData(str(data))
-    found.read()
+    data = coverage.CoverageData(str(data_file))
+    data.read()
     lines = {}
-    for file in found.measured_files():
-        contexts = found.contexts_by_lineno(file)
+    for file in data.measured_files():
+        contexts = data.contexts_by_lineno(file)
         tests = {line: sorted({name.split("|")[0] for name in names if name}) for line, names in contexts.items()}
         lines[Path(file).relative_to(ROOT).as_posix()] = tests
     import xml.etree.ElementTree as ElementTree
@@ -157,12 +157,13 @@ def run_tests(copy: Path, tests: list[str]) -> int:
         os.setsid()
         os.chdir(copy)
         sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 1), os.dup2(sink, 2)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
         import pytest
 
         os._exit(int(pytest.main(["-x", "-q", "-p", "no:xdist", "-p", "no:randomly", "--timeout=120", *tests])))
-    end = time.monotonic() + LIMIT_S
-    while time.monotonic() < end:
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
         if (status := os.waitpid(child, os.WNOHANG))[0]:
             return os.waitstatus_to_exitcode(status[1])
         time.sleep(0.05)
@@ -172,14 +173,15 @@ def run_tests(copy: Path, tests: list[str]) -> int:
 
 
 def run(work: Path, count: int, seed: int, worker: int, workers: int) -> None:
-    known = json.loads((work / "map.json").read_text())
+    tests_map = json.loads((work / "map.json").read_text())
     results = work / f"mutants-{worker}.jsonl"
     finished = {json.loads(line)["name"] for line in results.read_text().splitlines()} if results.exists() else set()
     copy = work / f"copy-{worker}"
     shutil.rmtree(copy, ignore_errors=True)
-    for folder in ("fastsd", "kernels", "tests", "bench", "configs", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md"):
-        source = ROOT / folder
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / folder) if source.exists() else None
+    for name in ("fastsd", "kernels", "tests", "bench", "configs", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md"):
+        source = ROOT / name
+        if source.exists():
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
     sys.path[:0] = [str(copy), str(copy / "kernels"), str(copy / "tests/support"), str(copy / "bench")]
     os.environ["PYTHONPATH"] = f"{copy}:{copy / 'kernels'}"
     os.environ["TRITON_INTERPRET"] = "1"
@@ -190,20 +192,20 @@ def run(work: Path, count: int, seed: int, worker: int, workers: int) -> None:
         "diffusers.models.autoencoders.autoencoder_kl",
     ):
         importlib.import_module(library)
-    for mutant in chosen(count, seed)[worker::workers]:
+    for mutant in random_mutants(count, seed)[worker::workers]:
         if mutant.name in finished:
             continue
-        tests = known["lines"].get(mutant.file, {}).get(str(mutant.line), [])
-        tests = sorted(tests, key=lambda test: known["seconds"].get(test, 1.0))
+        tests = tests_map["lines"].get(mutant.file, {}).get(str(mutant.line), [])
+        tests = sorted(tests, key=lambda test: tests_map["seconds"].get(test, 1.0))
         path = copy / mutant.file
-        source = path.read_bytes()
-        path.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
-        begin = time.monotonic()
+        original = path.read_bytes()
+        path.write_bytes(original[: mutant.start] + mutant.new.encode() + original[mutant.end :])
+        started_at = time.monotonic()
         code = run_tests(copy, tests) if tests else None
-        path.write_bytes(source)
+        path.write_bytes(original)
         outcome = {None: "not run", 0: "survived"}.get(code, "killed")
-        row = {"name": mutant.name, "outcome": outcome, "tests": len(tests), "s": round(time.monotonic() - begin, 1)}
-        row |= asdict(mutant) | {"old": source[mutant.start : mutant.end].decode()}
+        row = {"name": mutant.name, "outcome": outcome, "tests": len(tests), "s": round(time.monotonic() - started_at, 1)}
+        row |= asdict(mutant) | {"old": original[mutant.start : mutant.end].decode()}
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(outcome, f"{mutant.file}:{mutant.line}", mutant.kind, f"({row['s']} s)", flush=True)
@@ -211,8 +213,8 @@ def run(work: Path, count: int, seed: int, worker: int, workers: int) -> None:
 
 def report(work: Path) -> None:
     rows = [json.loads(line) for path in sorted(work.glob("mutants-*.jsonl")) for line in path.read_text().splitlines()]
-    count = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("killed", "survived", "not run")}
-    print(f"{len(rows)} mutants: {count}; killed {count['killed'] / max(len(rows), 1):.1%}")
+    counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("killed", "survived", "not run")}
+    print(f"{len(rows)} mutants: {counts}; killed {counts['killed'] / max(len(rows), 1):.1%}")
     for row in sorted(rows, key=lambda row: row["name"]):
         if row["outcome"] != "killed":
             print(f"{row['outcome']:9} {row['file']}:{row['line']}: {row['kind']}: {row['old'][:90]!r} -> {row['new'][:90]!r}")

@@ -1,4 +1,4 @@
-"""The house: each folder is a floor, imports run strictly downwards, none in a circle; files and functions stay short."""
+"""The structure of the code: each folder has a floor, imports lead only to lower floors, and files and functions stay short."""
 
 import ast
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import pytest
 from environment import ROOT
 
-# One number a folder. A folder inside another one has its own; of the loose files in fastsd/ only the command line is above.
+# Every folder has a floor, also one inside another folder. Loose files in fastsd/ are on floor 0, except the command line.
 FLOORS = {
     "fastsd_kernels": 0, "fastsd": 0, "fastsd.config": 0.5,
     "fastsd.model": 1, "fastsd.model.formats": 1.5,
@@ -28,10 +28,10 @@ FLOOR_0 = {"torch", "triton", "fastsd_kernels", "math", "enum", "dataclasses", "
 TOOL = {"argparse", "concurrent", "json", "multiprocessing", "pathlib", "re", "subprocess", "sys", "tempfile"}
 MORE_ON_FLOOR_0 = {
     "fastsd_kernels.no_triton": {"importlib", "sys", "types"},
-    # It compiles and loads a library.
+    # This module compiles and loads a library.
     "fastsd_kernels.cpu_optimizers": {"ctypes", "functools", "hashlib", "os", "pathlib", "shlex", "shutil", "subprocess",
                                       "tempfile"},
-    "fastsd_kernels.atlas": TOOL, "fastsd_kernels.sass": TOOL,  # never imported by what trains
+    "fastsd_kernels.atlas": TOOL, "fastsd_kernels.sass": TOOL,  # training never imports them
 }  # fmt: skip
 FILES = sorted([*ROOT.glob("fastsd/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 
@@ -46,7 +46,7 @@ HOUSE = {module_of(path): path.read_text() for path in FILES}
 
 
 def room_of(module: str) -> str:
-    """The folder a module lies in, or a loose file with a floor of its own."""
+    """Return the entry of `FLOORS` for a module: itself, or the innermost folder that holds it."""
     while module not in FLOORS:
         module = module.rpartition(".")[0]
     return module
@@ -62,7 +62,7 @@ def _imported(source: str) -> set[str]:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every imported module, with names that are modules of ours resolved; those for type checkers included."""
+    """Yield every imported module, also those for type checkers. `from a import b` yields `a.b` if that is our module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -74,23 +74,23 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def faults(module: str, house: Mapping[str, str]) -> list[str]:
-    """What is wrong with the imports of one module of a house, module -> source: climbs, and what floor 0 does without."""
-    found, here = [], room_of(module)
+    """List a module's forbidden imports: of higher floors, of pickles, and on floor 0 of more than torch and triton."""
+    problems, room = [], room_of(module)
     for name in sorted(imported(module, house)):
         top = name.partition(".")[0]
         if top in ("fastsd", "fastsd_kernels"):
-            there = room_of(name)
-            if there != here and FLOORS[there] >= FLOORS[here]:
-                found.append(f"{module} imports {name}, which is not below it")
+            other_room = room_of(name)
+            if other_room != room and FLOORS[other_room] >= FLOORS[room]:
+                problems.append(f"{module} imports {name}, which is not below it")
         elif top in ("pickle", "dill", "joblib"):
-            found.append(f"{module} imports {name}")
-        if here == "fastsd_kernels" and top not in FLOOR_0 | MORE_ON_FLOOR_0.get(module, set()):
-            found.append(f"{module} imports {name}; floor 0 has torch and triton only")
-    return found
+            problems.append(f"{module} imports {name}")
+        if room == "fastsd_kernels" and top not in FLOOR_0 | MORE_ON_FLOOR_0.get(module, set()):
+            problems.append(f"{module} imports {name}; floor 0 has torch and triton only")
+    return problems
 
 
 def circle(house: Mapping[str, str]) -> list[str]:
-    """Modules that import each other in a circle; none if there is none."""
+    """Return modules that import each other in a circle, or an empty list."""
     try:
         graphlib.TopologicalSorter({module: imported(module, house) for module in house}).prepare()
     except graphlib.CycleError as error:
@@ -141,18 +141,18 @@ def test_every_folder_has_a_floor_and_few_files_are_loose():
 
 def test_files_of_one_name_hold_the_same_kind_of_thing():
     # data/cache.py is the latent cache, commands/cache.py the command that fills it.
-    right = {"__init__", "cache"}
+    allowed = {"__init__", "cache"}
     names = [path.stem for path in FILES]
-    assert {name for name in names if names.count(name) > 1} <= right
+    assert {name for name in names if names.count(name) > 1} <= allowed
 
 
 def test_the_command_line_imports_nothing_heavy():
-    top = [node for node in ast.parse(HOUSE["fastsd.cli"]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = set(imports(ast.Module(top, [])))
+    nodes = [node for node in ast.parse(HOUSE["fastsd.cli"]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = set(imports(ast.Module(nodes, [])))
     assert names <= {"__future__", "os", "sys", "enum", "pathlib", "typing", "typer", "fastsd.errors"}
 
 
-def test_no_package_where_none_may_be():
+def test_only_fastsd_and_its_kernels_are_packages():
     tracked = subprocess.run(["git", "ls-files", "*__init__.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     allowed = ("fastsd/", "kernels/fastsd_kernels/")
     assert [name for name in tracked if not name.startswith(allowed)] == []
@@ -161,7 +161,7 @@ def test_no_package_where_none_may_be():
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_lines_weigh(path):
+def test_files_and_functions_are_short(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 450
     for node in ast.walk(ast.parse(text)):
@@ -178,14 +178,14 @@ def test_each_folder_tells_its_floor():
 def test_files_that_texts_name_exist():
     folders = ("fastsd", "kernels", "bench", "configs")
     texts = [*ROOT.glob("*.md"), *(path for folder in folders for path in ROOT.glob(f"{folder}/**/*.[mp][dy]"))]
-    known = [f"/{path.relative_to(ROOT).as_posix()}" for path in [*texts, *ROOT.glob("tests/**/*.py")]]
+    existing = [f"/{path.relative_to(ROOT).as_posix()}" for path in [*texts, *ROOT.glob("tests/**/*.py")]]
     missing = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in texts
-        if path.name != "LOG.md"  # it tells of files by the names they had then
+        if path.name != "LOG.md"  # it gives files the names they had at the time
         for name in re.findall(r"(?<![\w/*.{])(?:\.\./)?([\w./]*\w\.py)\b", path.read_text())
-        if not any(file.endswith(f"/{name}") for file in known)
+        if not any(file.endswith(f"/{name}") for file in existing)
     ]
-    # A placeholder, and a file of the released Stable Diffusion.
+    # A placeholder, and a file of the original Stable Diffusion.
     allowed = {"CONTRIBUTING.md: kernels/fastsd_kernels/OP.py", "fastsd/model/formats/original_names.py: openaimodel.py"}
     assert set(missing) == allowed

@@ -1,6 +1,6 @@
-"""The names that users and other programs rely on: commands, options, Python names, config keys. Growth is a decision.
+"""The names that users and other programs rely on: commands, options, Python names and config keys.
 
-`public_names.txt` lists them. A new name is added there in the same commit; a removed one breaks somebody.
+`public_names.txt` lists them. Add a new name there in the same commit. To remove one breaks a user's code or config.
 """
 
 import importlib
@@ -17,7 +17,7 @@ FILE = Path(__file__).with_name("public_names.txt")
 
 
 def commands() -> set[str]:
-    """`command --option`, or `command ARGUMENT`."""
+    """Return "command --option" or "command ARGUMENT" for every parameter."""
     from fastsd import cli
 
     group = typer.main.get_command(cli.app)
@@ -29,25 +29,25 @@ def commands() -> set[str]:
 
 
 def tables(annotation) -> list[type[BaseModel]]:
-    """The config tables that a field's type names: `Table | None`, `list[str | Table]`."""
+    """Return the config tables within a field's type, such as `Table | None` or `list[str | Table]`."""
     if inspect.isclass(annotation) and not get_args(annotation):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [table for argument in get_args(annotation) for table in tables(argument)]
 
 
 def config_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """`table.key` for every key, `[]` where a list of tables is meant."""
+    """Return "table.key" for every key, or "table[].key" within a list of tables."""
     keys = set()
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
-        inner = tables(field.annotation)
-        repeated = "[]" if str(field.annotation).startswith("list") else ""
-        keys |= {k for table in inner for k in config_keys(table, f"{key}{repeated}.")} or {key}
+        brackets = "[]" if str(field.annotation).startswith("list") else ""
+        inner_keys = {k for table in tables(field.annotation) for k in config_keys(table, f"{key}{brackets}.")}
+        keys |= inner_keys or {key}
     return keys
 
 
 def python_names() -> set[str]:
-    """`module.name(parameters)` for what the design promises."""
+    """Return "module.name(parameters)" for every Python name that users may rely on."""
     promised = {
         "fastsd_kernels": ["REFERENCE", "TRITON"],
         "fastsd.config": ["load_config"],

@@ -1,4 +1,4 @@
-"""The words of the house: names say what a thing is, docstrings begin with what it does or is."""
+"""Checks of the words in the code: names of variables, first lines of docstrings, and the codes of messages."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ RIDDLE = re.compile(r"(What|Whether|Of|How|That|Where|Who|Which)\b")
 
 
 def names_bound(tree: ast.AST) -> set[str]:
-    """Local variables and parameters of all functions."""
+    """Return the local variables and parameters of all functions."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -44,7 +44,7 @@ def test_a_riddle_is_refused():
 
 
 def literal_texts(argument: ast.expr) -> list[str]:
-    """The parts of a message that are the same each time."""
+    """Return the constant parts of a message."""
     parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
     return [part.value for part in parts if isinstance(part, ast.Constant)]
 

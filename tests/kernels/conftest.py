@@ -1,4 +1,4 @@
-"""Fixtures of the kernels' tests."""
+"""A fixture for the tests of optimizer kernels."""
 
 import pytest
 import torch
@@ -6,6 +6,6 @@ import torch
 
 @pytest.fixture
 def ieee_root(monkeypatch):
-    """PyTorch's root on a CPU may differ from IEEE's, which the kernels use, in the last bit: give `adamw_reference` IEEE's."""
-    root = lambda tensors: [x.double().sqrt().float() for x in tensors]  # noqa: E731 - rounding twice is exact for roots
-    monkeypatch.setattr(torch, "_foreach_sqrt", root)
+    """Give `adamw_reference` the IEEE square root that the kernels use. PyTorch's on a CPU may differ in the last bit."""
+    ieee_sqrt = lambda tensors: [x.double().sqrt().float() for x in tensors]  # noqa: E731 - rounding twice is exact for roots
+    monkeypatch.setattr(torch, "_foreach_sqrt", ieee_sqrt)

@@ -1,4 +1,4 @@
-"""The attention kernels against fp64 and PyTorch, in Triton's interpreter or on a GPU: errors, layouts, determinism."""
+"""The attention kernels compared with fp64 and PyTorch, on a GPU or in Triton's interpreter: errors, layouts and determinism."""
 
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,7 +25,7 @@ MODES = ("bf16", *PRECISIONS)
 
 
 def make(B, N, L, H, D, mode, seed=0):
-    """q, k, v as strided views of one fused projection (self attention) or of two (q apart)."""
+    """Return q, k and v as strided views of one tensor, like the output of a fused projection."""
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if mode == "bf16" else torch.float32
     qkv_BN3HD = torch.randn(B, max(N, L), 3, H, D, generator=generator).to(DEVICE, dtype)
@@ -34,7 +34,7 @@ def make(B, N, L, H, D, mode, seed=0):
 
 @contextmanager
 def pytorch_in(mode):
-    """PyTorch's fp32 attention by the same means: TF32 matmuls for "tf32", which only its plain backend uses, else its best."""
+    """Let PyTorch use TF32 for "tf32", which only its plain backend does. Other modes get its best fp32 backend."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if mode == "tf32" else "ieee"
     try:
@@ -55,7 +55,7 @@ def check(label, inputs, mode):
         )
 
 
-# The workload's kinds with lengths cut (the interpreter is slow): several tiles a side, whole ones or not as there.
+# The workload's kinds with at most 128 queries and keys, because the interpreter is slow. These are still several tiles.
 KINDS = sorted({(min(kind.queries, 128), min(kind.keys, 128), kind.head_dim) for kind in workload.ATTENTION})
 
 
@@ -82,24 +82,25 @@ def test_head_sizes(d, mode):
 
 
 def transposed(x):
-    """The same numbers in memory as (B, H, N, D), as other code keeps them."""
+    """Return the same numbers, stored as (B, H, N, D) as in other code."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def scattered(x):
-    """Columns that are not neighbours, and odd strides."""
+    """Return the same numbers with odd strides and gaps between the columns."""
     out = torch.empty(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=x.device)[..., 1::2]
     return out.copy_(x)
 
 
 def test_any_layout_gives_the_same_bits():
-    inputs, first = make(2, 40, 50, 3, 40, "ieee").values(), None
+    inputs = make(2, 40, 50, 3, 40, "ieee").values()
+    expected = None
     for layout in (torch.Tensor.detach, transposed, scattered, torch.Tensor.contiguous):
         leaves = [layout(x).detach().requires_grad_() for x in inputs]
         o = attention_triton(*leaves)
         results = o, *torch.autograd.grad(o, leaves, layout(torch.ones_like(o)))
-        first = first or results
-        assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True)), layout
+        expected = expected or results
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), layout
 
 
 def test_expanded_gradients_equal_dense_ones():
@@ -118,16 +119,16 @@ def test_large_scores_do_not_overflow():
 
 
 @pytest.mark.parametrize("mode", ["bf16", "ieee"])
-def test_twenty_backward_passes_have_the_same_bits(mode):
-    # 1 image and 77 keys: the queries are shared by several programs, whose sums are added afterwards.
+def test_repeated_backward_passes_have_the_same_bits(mode):
+    # With one image and 77 keys, several programs share the queries, and their sums are added afterwards.
     leaves = [x.detach().requires_grad_() for x in make(1, 300, 77, 1, 40, mode).values()]
     dy = torch.randn_like(leaves[0])
-    first = None
+    expected = None
     for _ in range(20 if DEVICE == "cuda" else 2):
         with nan_filled_memory():
             gradients = torch.autograd.grad(attention_triton(*leaves), leaves, dy)
-        first = first or gradients
-        assert all(torch.equal(a, b) for a, b in zip(gradients, first, strict=True))
+        expected = expected or gradients
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
 def test_only_inputs_output_and_row_statistics_are_saved():
@@ -155,15 +156,15 @@ def test_opcheck(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_packed_gradients_equal_separate_ones(mode):
-    """Packed like the fused projections, written directly or summed over several splits."""
+    """Compare gradients that are written directly, and some that are summed over several splits."""
     precision = "ieee" if mode == "bf16" else mode
     for queries, keys, self_attention in ((40, 33, False), (40, 40, True), (300, 9, False)):
         q, k, v = make(1, queries, keys, 2, 40, mode).values()
         o, lse = attention_op(q, k, v, precision)
         inputs = torch.randn_like(o), q, k, v, o, lse, precision
-        first, second = attention_packed_backward_op(*inputs, self_attention)
-        packed = first.unbind(2) if self_attention else (first, *second.unbind(2))
-        assert all(torch.equal(a, b) for a, b in zip(packed, attention_backward_op(*inputs), strict=True))
+        dqkv_or_dq, dkv = attention_packed_backward_op(*inputs, self_attention)
+        gradients = dqkv_or_dq.unbind(2) if self_attention else (dqkv_or_dq, *dkv.unbind(2))
+        assert all(torch.equal(a, b) for a, b in zip(gradients, attention_backward_op(*inputs), strict=True))
 
 
 def test_flop_formula_equals_pytorchs():
@@ -179,7 +180,7 @@ def test_flop_formula_equals_pytorchs():
 
 
 def test_padding_costs_at_most_six_percent():
-    """Multiply-adds of a UNet step with the padding of slices and tiles, over those without."""
+    """Count the multiply-adds of a UNet step with the padding of slices and tiles, and without."""
     from fastsd_kernels.attention_tiles import choose_tile, one_kernel_for_keys, slices
 
     for dtype, precision in ((torch.bfloat16, "ieee"), *((torch.float32, precision) for precision in PRECISIONS)):
@@ -191,16 +192,17 @@ def test_padding_costs_at_most_six_percent():
                 return choose_tile(kernel, D, L, dtype, precision, torch.device("cpu"))
 
             def width(kernel, least, D=D, tile=tile):
-                return sum(w for _, w in slices(D, tile(kernel).widest, least))
+                return sum(slice_width for _, slice_width in slices(D, tile(kernel).widest, least))
 
             key_kernels = ("dkdv",) if one_kernel_for_keys(D, dtype, precision) else ("dk", "dv")
             sums = {"forward": 1, "dq": 2, "dkdv": 2, "dk": 2, "dv": 1}  # matmuls that contract D
             outs = {"forward": 1, "dq": 1, "dkdv": 2, "dk": 1, "dv": 1}  # matmuls whose result is D wide
+            rows = count * kind.queries * kind.heads
             for kernel in ("forward", "dq", *key_kernels):
-                padded = -(-L // tile(kernel).keys) * tile(kernel).keys
-                out = width(kernel, 8 if kernel == "forward" else 16)
-                run += count * kind.queries * kind.heads * padded * (sums[kernel] * width(kernel, 16) + outs[kernel] * out)
-                needed += count * kind.queries * kind.heads * L * (sums[kernel] + outs[kernel]) * D
+                padded_keys = -(-L // tile(kernel).keys) * tile(kernel).keys
+                out_width = width(kernel, 8 if kernel == "forward" else 16)
+                run += rows * padded_keys * (sums[kernel] * width(kernel, 16) + outs[kernel] * out_width)
+                needed += rows * L * (sums[kernel] + outs[kernel]) * D
         step = 3 * workload.FORWARD_FLOPS / 2 - 3 * sum(k.flops * n for k, n in workload.ATTENTION.items()) / 2
         ratio = (step + run) / (step + needed)
         print(f"{dtype} {precision}: attention {run / needed:.3f}, step {ratio:.3f}")

@@ -1,7 +1,7 @@
-"""The optimizers' C kernels against their references bit by bit, over 120 steps and with every option; then their compilation.
+"""The optimizers' C kernels: equal bits with their references over 120 steps and with every option, and their compilation.
 
-Nothing here has a tolerance but D-Lion's two sums and the gradient norm, which are held against fp64.  They need a C
-compiler; where there is none, all of these tests fail.
+Only D-Lion's two sums and the gradient norm have a tolerance; they are compared with fp64.  All tests fail without a C
+compiler.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ PEERS = {
     "lion": lambda params: lion_pytorch.Lion(params, lr=3e-4, weight_decay=0.02),
     "dlion": lambda params: dadaptation.DAdaptLion(params, lr=1.0, weight_decay=0.02),
 }
-# One element, odd numbers, more than a tile (512) and a span (16384), none, a scalar, memory in another order than the index's.
+# One element, odd sizes, more than a tile (512) and a span (16384), no elements, a scalar, and several memory orders.
 SHAPES = [(1,), (63,), (16_384 + 515,), (0,), (8, 5, 3, 3), (), (31, 17), (512,), (5, 1, 3)]
 pytestmark = pytest.mark.usefixtures("ieee_root")
 
@@ -52,7 +52,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """An empty cache folder, and no library loaded."""
+    """Return an empty cache folder. No library is loaded from it yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     uncached = cpu_optimizers._library_or_reason.__wrapped__
     monkeypatch.setattr(cpu_optimizers, "_library_or_reason", cpu_optimizers.cache(uncached))
@@ -61,9 +61,11 @@ def fresh(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_120_steps_have_the_bits_of_the_reference_and_of_the_peer(name):
-    start, targets = random_tensors(0, SHAPES, scale=0.1), random_tensors(1, SHAPES)
+    start = random_tensors(0, SHAPES, scale=0.1)
+    targets = random_tensors(1, SHAPES)
     ours, reference = (OptimizerRun(ops, name, start) for ops in (CPU, REFERENCE))
-    threaded, halves = OptimizerRun(CPU, name, start, threads=2), OptimizerRun(CPU, name, start, halves=True)
+    threaded = OptimizerRun(CPU, name, start, threads=2)
+    halves = OptimizerRun(CPU, name, start, halves=True)
     runs = ours, threaded, reference, halves
     peer_params = [torch.nn.Parameter(p.clone()) for p in start]
     peer = PEERS[name](peer_params) if name in PEERS else None
@@ -93,9 +95,10 @@ def test_120_steps_have_the_bits_of_the_reference_and_of_the_peer(name):
         assert same_bits(everything, [*peer_params, *(peer.state[p][k] for k in keys for p in peer_params)]), step
         if name == "dlion":
             d = peer.param_groups[0]["d"]
-            best = exact_d(*before, grads, ours.states[1], lr)
-            error, peer_error = max(error, abs(ours.d.item() / best - 1)), max(peer_error, abs(d / best - 1))
-            # All start every step from upstream's estimate: after one flipped sign they would never be equal again.
+            exact = exact_d(*before, grads, ours.states[1], lr)
+            error = max(error, abs(ours.d.item() / exact - 1))
+            peer_error = max(peer_error, abs(d / exact - 1))
+            # All runs start every step from upstream's estimate. After one flipped sign they would never be equal again.
             for run in runs:
                 run.d.fill_(d)
                 run.numerator.fill_(peer.param_groups[0]["numerator_weighted"])
@@ -118,9 +121,9 @@ def test_options_equal_the_reference(name, dtype, halves):
 @pytest.mark.parametrize("halves", [False, True], ids=["fp32", "halves"])
 @pytest.mark.parametrize("name", NAMES)
 def test_edge_values_equal_the_reference(name, halves):
-    """Zeros of both signs, subnormal and huge numbers, infinities and NaN, in each operand, in full tiles and in the last."""
+    """Each operand has zeros of both signs, subnormal and huge numbers, infinities and NaN, in full tiles and in the last."""
     edges = torch.tensor([-0.0, 0.0, 1e-42, -1e-42, 3.3961775e38, -3.4e38, torch.inf, -torch.inf, torch.nan, 1.0])
-    payload = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # a NaN that rounds to -0.0 as if a number
+    payload = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # a NaN; as a number it would round to -0.0
     edges = torch.cat((edges, payload))
     p, m = torch.meshgrid(edges, edges, indexing="ij")
     columns = [t.flatten().repeat(3)[:290] for t in (p, m, m.t())]
@@ -145,11 +148,11 @@ def test_found_inf_keeps_every_byte_and_zeroes_gradients(name, halves):
     before = bits(run.everything())
     for flag in (torch.tensor(True), torch.tensor(1.0), torch.tensor(2), torch.tensor(torch.nan)):
         for dtype in (torch.float32, torch.bfloat16):
-            for zero in (True, False):
+            for zero_grads in (True, False):
                 grads = [torch.full_like(p, torch.nan, dtype=dtype) for p in params]
-                run.step(grads, LR[name], found_inf=flag, weight_decay=0.1, zero_grads=zero)
+                run.step(grads, LR[name], found_inf=flag, weight_decay=0.1, zero_grads=zero_grads)
                 assert same_bits(run.everything(), before)
-                assert all((g == 0 if zero else g.isnan()).all() for g in grads)
+                assert all((g == 0 if zero_grads else g.isnan()).all() for g in grads)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,9 +198,9 @@ def test_gradient_norm(dtype):
         assert not found_inf and (norm.double() / exact - 1).abs() < 2.0**-23
         assert same_bits([norm, found_inf], REFERENCE.gradient_norm(grads, scale=scaled))
     for poison in (torch.nan, torch.inf, -torch.inf):
-        for place in (0, 20_001, 40_006):
+        for index in (0, 20_001, 40_006):
             poisoned = grads[0].clone()
-            poisoned[place] = poison
+            poisoned[index] = poison
             norm, found_inf = CPU.gradient_norm([*grads[1:], poisoned])
             assert found_inf and not norm.isfinite()
     norm, found_inf = CPU.gradient_norm(grads, scale=torch.tensor(torch.inf))
@@ -255,11 +258,11 @@ def test_strides_of_single_elements_are_ignored():
     ],
 )
 def test_unusable_operands_are_refused(change, name, fields):
-    good = {key: torch.zeros(4, 6) for key in ("params", "grads", "exp_avgs")}
-    operands = {key: tensor if key == "found_inf" else [tensor] for key, tensor in (good | change).items()}
+    valid = {key: torch.zeros(4, 6) for key in ("params", "grads", "exp_avgs")}
+    operands = {key: tensor if key == "found_inf" else [tensor] for key, tensor in (valid | change).items()}
     with refused(name, ValueError, **{"op": "lion"} | fields):
         CPU.lion(**operands, lr=1e-3)
-    assert all((t == 0).all() for t in good.values())
+    assert all((t == 0).all() for t in valid.values())
 
 
 def test_empty_lists_do_nothing_and_uneven_lists_are_refused():
@@ -278,8 +281,8 @@ def test_empty_lists_do_nothing_and_uneven_lists_are_refused():
 
 
 def test_table_replaces_four_ops():
-    ours = {f.name for f in dataclasses.fields(CPU) if getattr(CPU, f.name) is not getattr(REFERENCE, f.name)}
-    assert ours == {"name", "lion", "dlion", "adamw", "gradient_norm"} and CPU.name == "cpu"
+    replaced = {f.name for f in dataclasses.fields(CPU) if getattr(CPU, f.name) is not getattr(REFERENCE, f.name)}
+    assert replaced == {"name", "lion", "dlion", "adamw", "gradient_norm"} and CPU.name == "cpu"
     assert fastest(torch.device("cpu")) is CPU
     assert fastest(torch.device("meta")) is REFERENCE
     assert not COMPILED_AT_IMPORT
@@ -356,11 +359,8 @@ def _problem(_):
 def test_compiler_flags_change_no_bit(machine, fresh, monkeypatch):
     params, grads, m, s = (random_tensors(seed, [(20_011,), (77,)]) for seed in range(4))
     d = torch.full((), 1e-3, dtype=torch.float64)
-    monkeypatch.setattr(
-        cpu_optimizers,
-        "_FLAGS",
-        [flag.replace("-O3", "-O1") for flag in cpu_optimizers._FLAGS] if not machine else cpu_optimizers._FLAGS,
-    )
+    if not machine:
+        monkeypatch.setattr(cpu_optimizers, "_FLAGS", [flag.replace("-O3", "-O1") for flag in cpu_optimizers._FLAGS])
     results = []
     for machines in (cpu_optimizers._MACHINES, [machine]):
         monkeypatch.setattr(cpu_optimizers, "_MACHINES", machines)

@@ -1,4 +1,4 @@
-"""Counter-based randomness: known answers of Philox, statistics, independence of how a batch is cut."""
+"""Counter-based randomness: known answers of Philox, statistics, and independence of the batch."""
 
 import pytest
 import torch
@@ -72,12 +72,13 @@ def test_permuted_has_the_statistics_of_a_random_permutation():
             share = image.double() / count  # uniform, so mean 1/2 and variance 1/12
             counts = torch.histc(share, 100, 0, 1)
             assert ((counts - 500) ** 2 / 500).sum() < 99 + 6 * 198**0.5  # chi-square
-            others = [share[:-1], index.double() / count, *(other.double() / count for other in images[:i])]
-            for other in others:  # its neighbour, where it came from, the other permutations
-                pair = torch.corrcoef(torch.stack((share[-len(other) :], other)))
-                assert abs(pair[0, 1]) < 5 / len(index) ** 0.5
+            # It correlates with neither its neighbour nor its index nor another permutation.
+            others = [share[:-1], index.double() / count, *(earlier.double() / count for earlier in images[:i])]
+            for other in others:
+                correlations = torch.corrcoef(torch.stack((share[-len(other) :], other)))
+                assert abs(correlations[0, 1]) < 5 / len(index) ** 0.5
             steps = (image[1:] - image[:-1]) % count
-            assert len(steps.unique()) > 0.98 * len(steps)  # neighbours do not stay at one distance
+            assert len(steps.unique()) > 0.98 * len(steps)  # the distance of neighbours varies
 
 
 def test_permuted_has_one_fixed_point_on_average():

@@ -1,4 +1,4 @@
-"""Noise made in the kernel: Philox's known answers, normals and noised latents with the reference's bits."""
+"""Noise generated in kernels: known answers of Philox, and normals and noisy latents with the reference's bits."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_last_bits_of_100_000_normals():
     reference = normal(3, Purpose.NOISE, torch.arange(7), (4, 64, 64))
     differ = (ours != reference).sum().item()
     print(f"{differ} of {ours.numel()} normals differ, by {(ours - reference).abs().max():.1e} at most")
-    # Both round from fp64, so one in about 10^7 falls to the other side of a tie.
+    # Both round from fp64, so about one in 10^7 is rounded in the other direction.
     assert differ <= 1
     torch.testing.assert_close(ours, reference, rtol=2.0**-22, atol=0)
 

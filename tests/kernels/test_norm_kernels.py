@@ -1,6 +1,6 @@
-"""The GEGLU, LayerNorm and GroupNorm kernels: error budget over the workload, hostile shapes and layouts, exact repeats.
+"""The GEGLU, LayerNorm and GroupNorm kernels: errors in the workload, odd shapes and layouts, and determinism.
 
-Runs on a GPU where there is one, else under Triton's interpreter (TRITON_INTERPRET=1).
+The kernels run on a GPU if there is one, otherwise in Triton's interpreter.
 """
 
 from collections import Counter
@@ -107,7 +107,7 @@ def test_layer_norm_of_many_rows():
 @DTYPES
 def test_layer_norm_of_one_row(dtype):
     def by_row(function):
-        # The error of a single rstd is one random draw: a budget needs several.
+        # The error of one rstd is a single random draw, but a budget needs several.
         return lambda x, weight, bias: torch.cat([function(row, weight, bias, 1e-5) for row in x.split(1)])
 
     inputs = layer_norm_inputs(16, 33, dtype=dtype)
@@ -176,14 +176,14 @@ def check_group_norm(label, groups, inputs, eps=1e-5, silu=True, reference_input
 
 
 ALL_KINDS = (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM, *workload.VAE_ENCODER_GROUP_NORM)
-# At a side of two: kinds that differ only in the side are tested once.
+# All sides are two, so kinds that differ only in the side are tested once.
 GROUP_NORM_KINDS = sorted({kind._replace(side=2) for kind in ALL_KINDS}, reverse=True)
 
 
 @DTYPES
 @pytest.mark.parametrize("kind", GROUP_NORM_KINDS, ids=lambda k: f"{k.channels}-{k.eps}-silu{k.silu:d}-shift{k.shift:d}")
 def test_group_norm_kinds(kind, dtype):
-    # The interpreter takes milliseconds a program: several images, each with its own shift, are in the tests below.
+    # The interpreter takes milliseconds a program, so only the tests below have several images, each with its own shift.
     inputs = group_norm_inputs(1, kind.channels, kind.side, kind.side, dtype=dtype, shift=kind.shift)
     check_group_norm(f"{kind} {dtype}", kind.groups, inputs, kind.eps, kind.silu)
 
@@ -233,7 +233,7 @@ def test_group_norm_layouts(dtype):
     assert y.is_contiguous(memory_format=CHANNELS_LAST) and dx.shape == wide.shape
 
 
-def test_an_image_does_not_depend_on_the_images_beside_it():
+def test_an_image_does_not_depend_on_its_batch():
     x, weight, bias, shift = group_norm_inputs(3, 96, 9, 5, dtype=torch.bfloat16, shift=True).values()
     dy = normal(*x.shape, dtype=x.dtype, seed=5)
 
@@ -250,7 +250,7 @@ def test_an_image_does_not_depend_on_the_images_beside_it():
 
 
 def runs(dtype=torch.bfloat16):
-    """{op: (function, its differentiable inputs)}."""
+    """Return the function and the differentiable inputs of each op, by name."""
     layer = layer_norm_inputs(70, 40, dtype=dtype, residual=True)
     group = group_norm_inputs(2, 40, 5, 7, dtype=dtype, shift=True)
     return {
@@ -266,11 +266,12 @@ def test_gradients_are_deterministic_and_may_be_expanded(op):
     leaves = [x.requires_grad_() for x in inputs.values()]
     outputs = function(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    first = torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], retain_graph=True)
+    upstream = [torch.ones_like(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
     for _ in range(2 if DEVICE == "cpu" else 20):
-        assert equal(torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], retain_graph=True), first)
+        assert equal(torch.autograd.grad(outputs, leaves, upstream, retain_graph=True), gradients)
     # The gradient of a sum has strides of zero.
-    assert equal(torch.autograd.grad(sum(y.sum() for y in outputs), leaves), first)
+    assert equal(torch.autograd.grad(sum(y.sum() for y in outputs), leaves), gradients)
 
 
 @DTYPES
@@ -293,8 +294,8 @@ def test_only_the_input_is_saved_for_backward(dtype):
     for function, inputs in runs(dtype).values():
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             function(**{name: x.requires_grad_() for name, x in inputs.items()})
-        big = max(x.numel() for x in inputs.values())
-        assert sum(x.numel() >= big for x in saved) == 1  # x, or its sum with the residual
+        input_size = max(x.numel() for x in inputs.values())
+        assert sum(x.numel() >= input_size for x in saved) == 1  # x, or its sum with the residual
         saved.clear()
 
 
@@ -322,7 +323,7 @@ def test_opcheck():
 
 
 def test_every_kind_is_recorded_on_meta_tensors():
-    """As in the atlas: at full size, with more than 2^31 elements among them."""
+    """Record launches at full size, as the atlas does. Some tensors have more than 2^31 elements."""
     with torch.device("meta"), recording(89) as launches:
         for kind in ALL_KINDS:
             x = torch.empty(16, kind.channels, kind.side, kind.side).to(memory_format=CHANNELS_LAST)
@@ -352,7 +353,7 @@ def test_vae_workload_equals_the_norms_of_diffusers_vae():
         def hook(module, inputs, output):
             (x,) = inputs  # (B, C, H, W), or in attention (B, C, H*W)
             side = x.shape[2] if x.ndim == 4 else round(x.shape[2] ** 0.5)
-            # Every norm but that of attention is followed by SiLU.
+            # SiLU follows every norm except that of attention.
             silu = not name.endswith("group_norm")
             counts[workload.GroupNorm(x.shape[1], side, module.num_groups, module.eps, silu, False)] += 1
 
@@ -375,7 +376,8 @@ def test_vae_workload_equals_the_norms_of_diffusers_vae():
 def test_unusable_inputs_are_refused():
     x, image = torch.zeros(2, 6, device=DEVICE), torch.zeros(1, 6, 2, 2, device=DEVICE)
     ones = torch.ones(6, device=DEVICE)
-    half, wide = image.half(), (x.new_zeros(1, 8193), x.new_ones(8193), x.new_ones(8193))
+    half = image.half()
+    wide = x.new_zeros(1, 8193), x.new_ones(8193), x.new_ones(8193)
     cases = [
         ("geglu-odd", {}, lambda: geglu_triton(x[:, :5])),
         ("x-dtype", {"op": "geglu", "dtype": "torch.float16"}, lambda: geglu_triton(x.half())),
@@ -387,11 +389,7 @@ def test_unusable_inputs_are_refused():
         ("group-norm-shapes", {"groups": 4}, lambda: group_norm_triton(image, ones, ones, 4, 1e-5)),
         ("group-norm-shapes", {"bias_shape": (5,)}, lambda: group_norm_triton(image, ones, ones[:5], 3, 1e-5)),
         ("group-norm-shift", {"shape": (2, 6)}, lambda: group_norm_triton(image, ones, ones, 3, 1e-5, shift_BC=x)),
-        (
-            "x-dtype",
-            {"op": "group_norm", "dtype": "torch.float16"},
-            lambda: group_norm_triton(half, ones, ones, 3, 1e-5),
-        ),
+        ("x-dtype", {"op": "group_norm", "dtype": "torch.float16"}, lambda: group_norm_triton(half, ones, ones, 3, 1e-5)),
         ("operand-devices", {"op": "group_norm"}, lambda: group_norm_triton(image, ones.to("meta"), ones, 3, 1e-5)),
     ]
     for name, fields, call in cases:

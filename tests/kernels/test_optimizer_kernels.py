@@ -1,7 +1,7 @@
-"""Optimizer kernels against their references, bit by bit, and against lion-pytorch, dadaptation and torch over 300 steps.
+"""Optimizer kernels: equal bits with their references, and 300 steps beside lion-pytorch, dadaptation and torch.
 
-Nothing here has a tolerance but d of D-Lion and the gradient norm, whose sums are taken in another order than PyTorch's:
-they are held against fp64, and may be at most twice as far from it as PyTorch is.
+Only d of D-Lion and the gradient norm have a tolerance, because their sums have another order than PyTorch's.  They may be
+at most twice as far from fp64 as PyTorch is.
 """
 
 from functools import partial
@@ -44,7 +44,7 @@ PEERS = {
     "dlion": lambda p, **kw: dadaptation.DAdaptLion([p], **kw),
     "adamw": lambda p, **kw: torch.optim.AdamW([p], foreach=False, **kw),
 }
-# One element, less than a tile, a tile and a half, none, and a filter whose memory order is not its index order.
+# One element, less than a tile, a tile and a half, no elements, and a channels-last filter.
 SHAPES = [(1,), (63,), (3075,), (0,), (8, 5, 3, 3)]
 pytestmark = pytest.mark.usefixtures("ieee_root")
 random_tensors = partial(random_tensors, device=DEVICE)
@@ -55,13 +55,13 @@ def run_of(name, params, kernels, halves=False):
 
 
 def schedule(name, step):
-    """Warm-up, a stop in the middle, then a lower rate."""
+    """Return the lr of a step: warm-up, a stop in the middle, then a lower rate."""
     return 0.0 if step == 150 else LR[name] * min(1, (step + 1) / 40) * (0.3 if step > 200 else 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_300_steps_on_an_arena(name):
-    # A whole tile and a part of one. D-Lion moves 8 tiles at a time, or single ones of half the width.
+    # A whole tile and a part of one. D-Lion takes 8 whole tiles at a time, or single ones of half the width.
     shape = (1021,) if name == "dlion" else (3083,)
     (start,), (target,) = random_tensors(0, [shape], 0.1), random_tensors(1, [shape])
     ours, reference = (run_of(name, [start], kernels) for kernels in (True, False))
@@ -89,10 +89,10 @@ def test_300_steps_on_an_arena(name):
             assert same_bits(ours.params, [peer_p]), step
         if name == "dlion":
             d = peer.param_groups[0]["d"]
-            best = exact_d(*before, [g], state[1:], lr)
-            d_errors.append((abs(ours.d.item() / best - 1), abs(d / best - 1)))
+            true_d = exact_d(*before, [g], state[1:], lr)
+            d_errors.append((abs(ours.d.item() / true_d - 1), abs(d / true_d - 1)))
             assert torch.equal(ours.d, halves.d) and torch.equal(ours.numerator, halves.numerator)
-            # All start every step from upstream's estimate: after one flipped sign they would never be equal again.
+            # All runs start every step from upstream's estimate. After one flipped sign they would never be equal again.
             for run in (ours, reference, halves):
                 run.d.fill_(d)
                 run.numerator.fill_(peer.param_groups[0]["numerator_weighted"])
@@ -200,18 +200,22 @@ def test_halves_are_exact():
     master = (word - (word >> 31 << 32)).int().view(torch.float32).to(DEVICE)
     master_hi, master_lo = split_master(master)
     back = join_master(master_hi, master_lo)
+
     nan = master.isnan()
     assert torch.equal(back.view(torch.int32)[~nan], master.view(torch.int32)[~nan])
     assert back[nan].isnan().all() and master_hi[nan].isnan().all()
+
     tie = (word & 0xFFFF).to(DEVICE) == 0x8000
     nearest = master.bfloat16()
     assert torch.equal(master_hi[~nan & ~tie].view(torch.int16), nearest[~nan & ~tie].view(torch.int16))
     assert (master_hi[~nan & tie].float().abs() >= master[~nan & tie].abs()).all()
-    kernel_hi, kernel_lo, kernel_back = torch.empty_like(master_hi), torch.empty_like(master_lo), torch.empty_like(master)
+
+    kernel_hi, kernel_lo, kernel_back = (torch.empty_like(t) for t in (master_hi, master_lo, master))
     grid = (len(masters_hi),)
     launch(_rejoin, grid, master, kernel_hi, kernel_lo, kernel_back, BLOCK=1 << 16)
     assert same_bits([kernel_hi, kernel_lo, kernel_back], [master_hi, master_lo, back])
-    # Any shape, any strides.
+
+    # Tensors may have any shape and strides.
     picture = torch.randn(2, 3, 4, 5, generator=gen).contiguous(memory_format=torch.channels_last)
     assert torch.equal(join_master(*split_master(picture)), picture)
 
@@ -235,9 +239,9 @@ def test_gradient_norm(dtype):
         reference, found_inf = gradient_norm_reference(grads, scale=scaled)
         assert (reference.double() / expected - 1).abs() < 2.0**-23 and not found_inf
     for poison in (torch.nan, torch.inf, -torch.inf):
-        for place in (0, 39_999):
+        for index in (0, 39_999):
             poisoned = grads[0].clone()
-            poisoned[place] = poison
+            poisoned[index] = poison
             for function in (gradient_norm_triton, gradient_norm_reference):
                 norm, found_inf = function([poisoned, *grads[1:]])
                 assert found_inf and not norm.isfinite()
@@ -259,7 +263,7 @@ def test_clip_scale():
 
 
 @pytest.mark.parametrize("name, launches", [("lion", 1), ("dlion", 2), ("adamw", 1)])
-def test_one_launch_an_arena_and_nothing_read_back(name, launches):
+def test_an_arena_takes_few_launches_and_reads_nothing_back(name, launches):
     params, grads = random_tensors(12, [(3083,)]), random_tensors(13, [(3083,)])
     run = run_of(name, params, True, halves=True)
     run.options["emas"] = [p.clone() for p in params]
@@ -308,10 +312,10 @@ def test_opcheck(halves):
     [*BAD_OPERANDS, ({"exp_avgs": torch.zeros(4, 6, device="meta")}, "operand-devices", {})],
 )
 def test_unusable_operands_are_refused(change, name, fields):
-    good = {key: torch.zeros(4, 6, device=DEVICE) for key in ("params", "grads", "exp_avgs")}
+    valid = {key: torch.zeros(4, 6, device=DEVICE) for key in ("params", "grads", "exp_avgs")}
     change = {k: v if v.is_meta else v.to(DEVICE) for k, v in change.items()}
     with refused(name, ValueError, op="lion", **fields):
-        lion_triton(**{key: [tensor] for key, tensor in (good | change).items()}, lr=1e-3)
+        lion_triton(**{key: [tensor] for key, tensor in (valid | change).items()}, lr=1e-3)
 
 
 def test_empty_lists_do_nothing():

@@ -7,7 +7,7 @@ from fastsd.model.model import Model
 
 
 def move(model: Model, size: float = 0.1) -> None:
-    """Away from zero, where up starts."""
+    """Fill `up` with random numbers. It starts at zero, where an adapter changes nothing."""
     generator = torch.Generator().manual_seed(1)
     for module in (model.unet, model.text.module):
         for name, p in module.named_parameters():
@@ -15,8 +15,9 @@ def move(model: Model, size: float = 0.1) -> None:
                 p.data = size * torch.randn(p.shape, generator=generator)
 
 
-def relative(found: torch.Tensor, want: torch.Tensor) -> float:
-    return ((found.double() - want.double()).norm() / want.double().norm()).item()
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative error of a result."""
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 BOTH = LoraTable(

@@ -1,4 +1,4 @@
-"""A stub of a VAE, pictures and configs to fill caches with."""
+"""Pictures, configs and a stub of a VAE that fill caches, and a stub of a cache."""
 
 import time
 from pathlib import Path
@@ -12,16 +12,17 @@ from fastsd.config.schema import parse_config
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.decode import decode, probe
 
-R = 32
+R = 32  # resolution, px
 
 
 class StubVae:
-    """Average pooling and a fixed projection: each image's latent is independent of its batch."""
+    """A VAE that pools and projects pixels, so that an image's latents do not depend on its batch."""
 
     name, shift_factor, channels, downscale = "stub", None, 4, 8
 
     def __init__(self, key="stub", scaling_factor=0.5, delay=0.0):
-        self.hash, self.scaling_factor, self.delay, self.encoded = key, scaling_factor, delay, 0
+        self.hash, self.scaling_factor, self.delay = key, scaling_factor, delay
+        self.encoded = 0  # images
 
     def encode(self, images_B3RR):
         assert images_B3RR.dtype == torch.float32 and images_B3RR.abs().max() <= 1
@@ -56,6 +57,7 @@ def draw_many(root, count=10):
 
 
 def expected(path, vae=None):
+    """Return the latents that the cache must hold for an image."""
     data = path.read_bytes()
     pixels = torch.from_numpy(decode(data, Buckets(R, None).place(*probe(data))))[None].float() / 127.5 - 1
     return (vae or StubVae()).encode(pixels)[0]
@@ -66,6 +68,7 @@ def shard_bytes(root):
 
 
 def flip(path, at):
+    """Flip one bit of the byte at an offset, which counts from the end if it is negative."""
     with path.open("r+b") as file:
         file.seek(at, 0 if at >= 0 else 2)
         byte = file.read(1)
@@ -74,7 +77,7 @@ def flip(path, at):
 
 
 class Texts:
-    """Stub of a cache with only the captions of its samples."""
+    """A stub of a cache that holds only captions."""
 
     def __init__(self, variants, folder=Path(), sha256="1", copies=1):
         self.path, self.all, self.sha256, self.copies = folder / "views/view.safetensors", variants, sha256, copies
@@ -87,8 +90,9 @@ class Texts:
 
 
 def with_data(root, **keys):
-    made = config(root)
-    return type(made).model_validate(made.model_dump(by_alias=True) | {"data": made.data.model_dump() | keys})
+    """Return `config(root)` with other keys in its table `[data]`."""
+    plain = config(root)
+    return type(plain).model_validate(plain.model_dump(by_alias=True) | {"data": plain.data.model_dump() | keys})
 
 
 BUCKETS = {"min": 16, "max": 64, "step": 8, "no_upscale": False}

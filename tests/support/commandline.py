@@ -1,4 +1,4 @@
-"""The command line, in this process and in processes of its own."""
+"""The command line and test functions, in this process or in new ones."""
 
 import functools
 import importlib
@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 
 
-def command_line(words: list[str], said: Path) -> None:
+def command_line(words: list[str], output: Path) -> None:
+    """Run the command line and append what it prints to a file."""
     from fastsd import cli
 
     for stream in (1, 2):
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.argv = ["fastsd", *words]
     cli.main()
 
@@ -22,7 +23,7 @@ STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 2\noptimizer = "lion"\n
 
 
 def fastsd(*words, monkeypatch, capsys) -> tuple[int, str, str]:
-    """Run the command line in this process: (exit code, stdout, stderr)."""
+    """Run the command line in this process. Return its exit code, stdout and stderr."""
     from fastsd import cli
 
     monkeypatch.setattr(sys, "argv", ["fastsd", *map(str, words)])
@@ -37,29 +38,30 @@ def fastsd(*words, monkeypatch, capsys) -> tuple[int, str, str]:
 
 @functools.cache
 def processes():
-    """For processes of their own, forked, where a system can, from one that has done the imports, which take seconds."""
+    """Return the context for new processes. Where possible they are forked from one that has finished the slow imports."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    own = ("fastsd.run.loop", "fastsd.commands.cache", "fastsd.model.text_encoder")
-    lazy = ("diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip")
-    context.set_forkserver_preload(["environment", *own, *lazy])
+    modules = ("fastsd.run.loop", "fastsd.commands.cache", "fastsd.model.text_encoder")
+    libraries = ("diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip")
+    context.set_forkserver_preload(["environment", *modules, *libraries])
     return context
 
 
-def call(file: str, function: str, arguments: list[str], streams: list[str]) -> None:
-    for stream, path in enumerate(streams, start=1):
+def call(file: str, function: str, arguments: list[str], output_paths: list[str]) -> None:
+    """Call a function of a test module, with stdout and stderr appended to files."""
+    for stream, path in enumerate(output_paths, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.path.insert(0, str(Path(file).parent))
     getattr(importlib.import_module(Path(file).stem), function)(*arguments)
 
 
 class FunctionProcess:
-    """What tests use of `subprocess.Popen`."""
+    """A function in a new process, with those methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, file: str, function: str, arguments: list[str]) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        self.streams = [str(Path(self.folder.name, name)) for name in ("stdout", "stderr")]
-        self.process = processes().Process(target=call, args=(file, function, arguments, self.streams))
+        self.output_paths = [str(Path(self.folder.name, name)) for name in ("stdout", "stderr")]
+        self.process = processes().Process(target=call, args=(file, function, arguments, self.output_paths))
         self.process.start()
         self.pid = self.process.pid
 
@@ -72,10 +74,10 @@ class FunctionProcess:
 
     def communicate(self, timeout: float | None = None) -> list[str]:
         self.process.join(timeout)
-        assert self.process.exitcode is not None, "it does not end"
-        return [Path(path).read_text() if Path(path).exists() else "" for path in self.streams]
+        assert self.process.exitcode is not None, "the process does not end"
+        return [Path(path).read_text() if Path(path).exists() else "" for path in self.output_paths]
 
 
 def function_process(file: str, function: str, *arguments: object) -> FunctionProcess:
-    """`function(*arguments)` of the test module `file` in a process of its own; arguments arrive as text."""
+    """Start `function(*arguments)` of the test module `file` in a new process. Arguments arrive as text."""
     return FunctionProcess(file, function, list(map(str, arguments)))

@@ -1,6 +1,6 @@
-"""A data set made for one test, and the real commands on it.
+"""A dataset for a single test, and the real commands on it.
 
-A caption is its image's name, so that whatever must not be trained on shows among the captions of the cache.
+Each caption is the name of its image. So the captions in the cache show which images are trained on.
 """
 
 import io
@@ -25,13 +25,14 @@ STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 1\nbatch = 12\noptimizer = "lion"\
 
 
 class DataSet:
-    """Images in `path`, their cache in `cache`, a job that trains one step of 12. `self / name` is a path among the images."""
+    """Images in `path`, their cache in `cache`, and a job of one step with batch 12. `self / name` is an image's path."""
 
     def __init__(self, root: Path, model: Path, monkeypatch, capsys):
-        self.path, self.cache, self._fixtures = root / "images", root / "cache", {"monkeypatch": monkeypatch, "capsys": capsys}
+        self.path, self.cache = root / "images", root / "cache"
+        self._fixtures = {"monkeypatch": monkeypatch, "capsys": capsys}
         self.path.mkdir(parents=True)
         self.config = job(root, model, self.path, STAGE, resolution=32)
-        monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)  # as a user has it
+        monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)  # as outside tests
 
     def __truediv__(self, name: str | bytes) -> Path:
         return self.path / os.fsdecode(name)
@@ -48,20 +49,20 @@ class DataSet:
             self.put(name, png(picture(seed)))
 
     def end(self, *words: object) -> tuple[int, str]:
-        """Run a command. Return its exit code and its output, or its errors if it failed."""
+        """Run a command. Return its exit code, and its stdout, or stderr if it failed."""
         code, out, err = fastsd(*words[:1], self.config, *words[1:], "sample.prompts=[]", **self._fixtures)
         assert "Traceback" not in out + err, out + err
         return code, err if code else out
 
     def run(self, *words: object, code: int = 0) -> str:
-        """Return the output of a command that ends with `code`: one line if it is not 0."""
+        """Return the output of a command that must end with `code`. If that is not 0, the output must be one line."""
         exit_code, out = self.end(*words)
         assert exit_code == code, out
         assert code == 0 or (out.startswith("fastsd: ") and out.count("\n") == 1), out
         return out
 
     def cached(self, *keys: str) -> set[str]:
-        """Run `fastsd cache`, with its output in `out`. Return the captions of the samples that can be trained on."""
+        """Run `fastsd cache` and keep its output in `self.out`. Return the captions of all cached samples."""
         self.out = self.run("cache", *keys)
         with closing(LatentCache.open(self.cache)) as latents:
             assert f"{len(latents)} of " in self.out
@@ -70,19 +71,19 @@ class DataSet:
             return {caption for variants in latents.variants(range(len(latents))) for caption in variants}
 
     def rejected(self) -> dict[str, str]:
-        """Return the reasons, by name within the folder."""
+        """Return the reason for every rejected file, by its path within the folder."""
         with closing(sqlite3.connect(self.cache / "cache.sqlite")) as db:
             reasons = {os.fsdecode(path): reason for path, reason in db.execute("SELECT path, reason FROM rejected")}
         assert (f"{len(reasons)} rejected:" in self.out) == bool(reasons)
         return {path.removeprefix(f"{self.path}/"): reason for path, reason in reasons.items()}
 
     def check(self, good: set[str], bad: dict[str, str | re.Pattern[str]]) -> None:
-        """Assert that `fastsd cache` keeps these captions and rejects the other files for matching reasons, twice."""
+        """Assert that `fastsd cache`, run twice, keeps the captions `good` and rejects the files `bad` for matching reasons."""
         for _ in range(2):
             assert self.cached() == good
             reasons = self.rejected()
-            assert {name: reason for name, reason in reasons.items() if not re.search(bad.get(name, "\0"), reason)} == {}
             assert set(reasons) == set(bad)
+            assert all(re.search(bad[name], reason) for name, reason in reasons.items()), reasons
         assert says(self.out, "cached", encoded=0)
 
 
@@ -117,7 +118,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_by_hand(width: int, height: int, bits: int, colour: int, lines: bytes, *chunks: bytes) -> bytes:
-    """Make a PNG. `bits`: a sample. `colour`: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA. `lines`: compressed."""
+    """Make a PNG from compressed `lines`. `bits`: per sample. `colour`: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
 
@@ -135,5 +136,5 @@ def tar_of(*members: tuple[str, bytes, dict[str, object]]) -> bytes:
 
 
 def shot(key: str, seed: int, **fields: object) -> list[tuple[str, bytes, dict[str, object]]]:
-    """An image and its caption, for `tar_of`."""
+    """Return an image and its caption as members for `tar_of`."""
     return [(f"{key}.png", png(picture(seed)), fields), (f"{key}.txt", key.encode(), {})]

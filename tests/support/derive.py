@@ -1,4 +1,4 @@
-"""The workload of a UNet, read off the module itself: it runs on meta tensors and every op and matmul notes its shapes."""
+"""The workload of a UNet, derived from the module: it runs on meta tensors, and the shapes of ops and matmuls are counted."""
 
 from collections import Counter
 from dataclasses import replace
@@ -13,11 +13,11 @@ from fastsd_kernels import workload as w
 
 
 class Matmuls(TorchFunctionMode):
-    """Notes convolutions and linears; a linear over an image is a 1x1 convolution."""
+    """Counts convolutions and linear layers. A linear layer over an image is a 1x1 convolution."""
 
-    def __init__(self, found: dict[str, Counter]):
+    def __init__(self, counts: dict[str, Counter]):
         super().__init__()
-        self.found = found
+        self.counts = counts
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -25,45 +25,45 @@ class Matmuls(TorchFunctionMode):
             outputs, inputs, kernel, _ = args[1].shape
             stride = (kwargs or {}).get("stride", args[3] if len(args) > 3 else 1)
             stride = stride if isinstance(stride, int) else stride[0]
-            self.found["conv"][w.Conv(inputs, outputs, kernel, stride, output.shape[2])] += 1
+            self.counts["conv"][w.Conv(inputs, outputs, kernel, stride, output.shape[2])] += 1
         elif function is F.linear and args[0].ndim == 4:
-            self.found["conv"][w.Conv(args[0].shape[3], output.shape[3], 1, 1, output.shape[2])] += 1
+            self.counts["conv"][w.Conv(args[0].shape[3], output.shape[3], 1, 1, output.shape[2])] += 1
         elif function is F.linear:
             rows = args[0].shape[1] if args[0].ndim == 3 else 1
-            self.found["linear"][w.Linear(rows, args[0].shape[-1], output.shape[-1])] += 1
+            self.counts["linear"][w.Linear(rows, args[0].shape[-1], output.shape[-1])] += 1
         return output
 
 
 def derive(cfg: UNetConfig, side: int, tokens: int = 77) -> dict[str, Counter]:
-    """{"attention" | "group_norm" | "layer_norm" | "geglu" | "conv" | "linear" | "parameters": Counter of kinds}."""
-    found: dict[str, Counter] = {
+    """Count the kinds of work in one forward of a UNet, as in the tables of `workload`."""
+    counts: dict[str, Counter] = {
         k: Counter() for k in ("attention", "group_norm", "layer_norm", "geglu", "conv", "linear", "parameters")
     }
-    pieces = REFERENCE.forward_backward
+    reference = REFERENCE.forward_backward
 
     def attention(q, k, v, precision):
-        found["attention"][w.Attention(q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
-        return pieces.attention(q, k, v, precision)
+        counts["attention"][w.Attention(q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
+        return reference.attention(q, k, v, precision)
 
     def group_norm(x, weight, bias, groups, eps, silu, shift):
-        found["group_norm"][w.GroupNorm(x.shape[1], x.shape[2], groups, eps, silu, shift is not None)] += 1
-        return pieces.group_norm(x, weight, bias, groups, eps, silu, shift)
+        counts["group_norm"][w.GroupNorm(x.shape[1], x.shape[2], groups, eps, silu, shift is not None)] += 1
+        return reference.group_norm(x, weight, bias, groups, eps, silu, shift)
 
     def layer_norm(x, weight, bias, eps, residual):
-        found["layer_norm"][w.LayerNorm(x.shape[1], x.shape[2], eps)] += 1
-        return pieces.layer_norm(x, weight, bias, eps, residual)
+        counts["layer_norm"][w.LayerNorm(x.shape[1], x.shape[2], eps)] += 1
+        return reference.layer_norm(x, weight, bias, eps, residual)
 
     def geglu(x):
-        found["geglu"][w.Geglu(x.shape[1], x.shape[2] // 2)] += 1
-        return pieces.geglu(x)
+        counts["geglu"][w.Geglu(x.shape[1], x.shape[2] // 2)] += 1
+        return reference.geglu(x)
 
-    recording = replace(pieces, attention=attention, group_norm=group_norm, layer_norm=layer_norm, geglu=geglu)
-    with torch.device("meta"), Matmuls(found):
+    recording = replace(reference, attention=attention, group_norm=group_norm, layer_norm=layer_norm, geglu=geglu)
+    with torch.device("meta"), Matmuls(counts):
         unet = UNet(cfg, replace(REFERENCE, name="recording", forward_backward=recording))
         unet(
             torch.empty(1, cfg.in_channels, side, side),
             torch.zeros(1, dtype=torch.long),
             torch.empty(1, tokens, cfg.cross_attention_dim),
         )
-    found["parameters"].update(p.numel() for p in unet.parameters())
-    return found
+    counts["parameters"].update(p.numel() for p in unet.parameters())
+    return counts

@@ -12,5 +12,5 @@ def stage(**keys):
     return StageTable(**{"train": ["unet"], "until": 9, "batch": 4, "lr": 1e-3, "optimizer": "lion"} | keys)
 
 
-def loader(made, cache, **keys):
-    return Loader(cache, lambda texts: torch.zeros(len(texts), 77, dtype=torch.int64), 3, stage(**keys), data=made.data)
+def loader(config, cache, **keys):
+    return Loader(cache, lambda texts: torch.zeros(len(texts), 77, dtype=torch.int64), 3, stage(**keys), data=config.data)

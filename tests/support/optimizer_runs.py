@@ -1,4 +1,4 @@
-"""Optimizers stepped by any table of ops, their inputs, and comparisons bit by bit."""
+"""Optimizer runs with any table of ops, inputs for them, and bitwise comparisons."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,22 +20,24 @@ BAD_LAYOUTS = [
     ({"exp_avgs": torch.zeros(24)}, {"shape": (24,)}),
     ({"emas": torch.zeros(4, 12)[:, ::2]}, {"strides": (12, 2)}),
 ]
-# Operands of Lion that are refused beside others of shape (4, 6), with the name and the fields of the sentence.
+# Invalid operands of Lion whose other operands have shape (4, 6), with the name and the fields of the message.
 BAD_OPERANDS = [
-    *((change, "operand-dtype", {"role": role, "dtype": dtype, "expected": use}) for change, role, dtype, use in BAD_DTYPES),
-    *((change, "operand-layout", fields) for change, fields in BAD_LAYOUTS),
+    *((x, "operand-dtype", {"role": role, "dtype": dtype, "expected": expected}) for x, role, dtype, expected in BAD_DTYPES),
+    *((x, "operand-layout", fields) for x, fields in BAD_LAYOUTS),
 ]
 
 
 class OptimizerRun:
-    """Parameters and state of one optimizer, stepped by one table of ops."""
+    """The parameters and the state of one optimizer, and the table of ops that steps them."""
 
     def __init__(self, ops, name, params, halves=False, threads=1):
-        self.ops, self.name, self.threads, self.options = ops, name, threads, {}
+        self.ops, self.name, self.threads = ops, name, threads
+        self.options = {}
         self.params = [p.detach().clone() for p in params]
         if halves:
             pairs = [split_master(p) for p in self.params]
-            self.params, self.options["masters_lo"] = [hi for hi, _ in pairs], [lo for _, lo in pairs]
+            self.params = [hi for hi, _ in pairs]
+            self.options["masters_lo"] = [lo for _, lo in pairs]
         self.states = [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(1 + (name != "lion"))]
         self.steps = [torch.zeros((), device=p.device) for p in params]
         self.d = torch.full((), 1e-6, dtype=torch.float64, device=params[0].device)
@@ -69,7 +71,7 @@ class OptimizerRun:
 
 
 def random_tensors(seed, shapes, scale=1.0, device="cpu"):
-    """Normals; tensors of 4 dimensions are channels_last, those of 2 are transposed."""
+    """Return normal numbers. 4-D tensors are channels_last, and 2-D tensors are transposed."""
     gen = torch.Generator().manual_seed(seed)
     tensors = [scale * torch.randn(shape, generator=gen).to(device) for shape in shapes]
     tensors = [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
@@ -77,6 +79,7 @@ def random_tensors(seed, shapes, scale=1.0, device="cpu"):
 
 
 def bits(tensors):
+    """Return copies of the tensors' bytes."""
     return [t.detach().contiguous().flatten().view(torch.uint8).clone() for t in tensors]
 
 
@@ -85,18 +88,19 @@ def same_bits(first, second):
 
 
 def exact_d(state, d, numerator, grads, s_new, lr):
-    """D-Lion's next d, with sums in fp64."""
+    """Return D-Lion's next d, computed with sums in fp64."""
     m, s, sb = state[: len(grads)], state[len(grads) :], 0.99**0.5
     signs = (torch.sign(x.float().mul(0.9).add(g, alpha=1 - 0.9)).double() for x, g in zip(m, grads, strict=True))
-    dots, l1 = sum((u * x).sum() for u, x in zip(signs, s, strict=True)), sum(x.double().abs().sum() for x in s_new)
+    dots = sum((u * x).sum() for u, x in zip(signs, s, strict=True))
+    l1 = sum(x.double().abs().sum() for x in s_new)
     weighted = sb * numerator + (1 - sb) * d * lr * dots.item()
     return max(d, weighted / ((1 - sb) * l1.item())) if lr else d
 
 
 def check_options(runs, dtype, steps):
-    """Step two runs of equal parameters with every option, and compare all their bits after each step."""
+    """Step two runs of equal parameters with every option, and assert that all their bits are equal after each step."""
     params = runs[0].masters()
-    shapes, device, name = [p.shape for p in params], params[0].device, runs[0].name
+    shapes, device = [p.shape for p in params], params[0].device
     scale, decay = torch.tensor(0.37, device=device), torch.tensor(0.9, device=device)
     for run in runs:
         run.options["emas"] = [p.clone() for p in params]
@@ -106,25 +110,27 @@ def check_options(runs, dtype, steps):
         options = {"weight_decay": 0.1 * (step < 5), "scale": scale if step else None, "ema_decay": decay if step % 2 else 0.99}
         all_grads = [[g.to(dtype) for g in random_tensors(10 + step, shapes, device=device)] for _ in runs]
         for run, grads in zip(runs, all_grads, strict=True):
-            run.step(grads, LR[name], zero_grads=step > 1, **options)
+            run.step(grads, LR[run.name], zero_grads=step > 1, **options)
             run.d.fill_(1e-3 * (step + 1))
             run.numerator.fill_(0.0)
         assert same_bits(runs[0].everything(), runs[1].everything()), step
-        assert all((g == 0).all() == (step > 1) or not g.numel() for grads in all_grads for g in grads)
+        for g in (g for grads in all_grads for g in grads if g.numel()):
+            assert (g == 0).all() == (step > 1)
     assert not torch.equal(runs[0].options["emas"][2], unchanged)
 
 
 def fill_for_found_inf(run, params):
-    """Set averages, and values that a careless step would change: -0.0, subnormals, halves that no master splits into."""
+    """Set EMAs, and values that a careless step would change: -0.0, subnormals, and halves that no master is split into."""
     run.options["emas"] = [-p for p in params]
     for state in run.states:
         state[2][:3] = torch.tensor([-0.0, 1e-42, 2.0])
     if "masters_lo" in run.options:
-        run.options["masters_lo"][2][20], run.params[2][20] = 7, torch.nan
+        run.options["masters_lo"][2][20] = 7
+        run.params[2][20] = torch.nan
 
 
 def check_found_inf_false(runs):
-    """Step three equal runs: without the flag, with a false one, and with flag, scale and lr computed on the device."""
+    """Assert that three runs stay equal: without the flag, with a false one, and with flag, scale and lr on the device."""
     lr, shapes, device = 2.0**-10, [p.shape for p in runs[0].params], runs[0].d.device
     for step in range(3):
         grads = random_tensors(20 + step, shapes, device=device)
@@ -137,7 +143,7 @@ def check_found_inf_false(runs):
 
 
 def check_huge_gradients(gradient_norm, device="cpu"):
-    """The norm is finite if all gradients are, although squares overflow fp32."""
+    """Assert that the norm of finite gradients is finite, even if their squares overflow fp32."""
     for value, count in ((3e38, 1), (1e30, 20_000), (2.0**50, 20_000), (1.1 * 2.0**50, 20_000), (3e38, 20_000)):
         norm, found_inf = gradient_norm([torch.full((count,), value, device=device)])
         assert not found_inf
@@ -148,7 +154,7 @@ def check_huge_gradients(gradient_norm, device="cpu"):
 
 
 class NoReadBack(TorchDispatchMode):
-    """Fails on operations that wait for a value of the device."""
+    """Forbids operations that wait for a value from the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func

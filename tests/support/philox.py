@@ -1,6 +1,5 @@
-"""Known answers of Random123's Philox 4x32-10 test vectors: counter, key, result."""
+"""Test vectors of Philox 4x32-10 from Random123: counter, key, result."""
 
-# Known answers of Random123's Philox 4x32-10 test vectors: counter, key, result.
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),

@@ -1,4 +1,4 @@
-"""Runs in this process, and what their last checkpoint holds."""
+"""Runs in this process, and their logs and checkpoints."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from fastsd.storage import read_safetensors
 
 
 def run(path: Path, *overrides: str, precision: str | None = None) -> tuple[Path, str]:
-    """Cache and train in this process: (run folder, what was printed)."""
+    """Cache and train in this process. Return the run folder and the printed text."""
     out = StringIO()
     config = load_config(path, list(overrides), precision)
     console = Console(file=out, width=200)
@@ -44,7 +44,7 @@ def rewind(folder: Path, step: int) -> None:
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a run's last checkpoint, optimizer state included."""
+    """Return all tensors of a run's last checkpoint, also those of the optimizer state."""
     last = checkpoint.checkpoints(folder / "checkpoints")[-1]
     return {
         f"{path.relative_to(last)}:{name}": tensor

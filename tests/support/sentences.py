@@ -1,4 +1,4 @@
-"""Assertions on what fastsd prints: by name, with the sentences in `sentences.toml`."""
+"""Assertions on messages of fastsd. A test names a message, and `sentences.toml` holds its sentence."""
 
 import re
 import tomllib
@@ -20,8 +20,10 @@ def pattern(name: str, /, **fields: object) -> re.Pattern[str]:
     sentence = ERRORS[name] if name in ERRORS else LINES[name]
     parts = re.split(r"\{(\w+)\}", sentence)
     assert not fields.keys() - set(parts[1::2]), f"{name}: {sentence!r} has no field {sorted(fields)}"
-    for i, field in enumerate(parts):
-        parts[i] = re.escape(str(fields.get(field, ""))) or r"[^\n]*?" if i % 2 else re.escape(field)
+    for i, part in enumerate(parts):
+        is_field = i % 2 == 1
+        text = str(fields.get(part, "")) if is_field else part
+        parts[i] = r"[^\n]*?" if is_field and not text else re.escape(text)
     return re.compile("".join(parts))
 
 

@@ -14,10 +14,8 @@ def batches(count: int, size: int, seed: int = 0) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 20, (count, size, 77), generator=generator)
     latents = torch.randn(count, size, 4, 16, 16, generator=generator)
-    return [
-        Batch(latents[i], ids[i], torch.arange(i * size, (i + 1) * size), [""] * size)
-        for i in range(count)
-    ]  # fmt: skip
+    positions = torch.arange(count * size).view(count, size)
+    return [Batch(latents[i], ids[i], positions[i], [""] * size) for i in range(count)]
 
 
 def stage_of(**settings) -> StageTable:
@@ -25,11 +23,12 @@ def stage_of(**settings) -> StageTable:
 
 
 class Elsewhere(TorchDispatchMode):
-    """Notes operations with a tensor that is not on the step's device: a CUDA graph cannot hold a copy from or to the host."""
+    """Collects operations on tensors outside the step's device: a CUDA graph cannot contain a copy from or to the host."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found, self.operations = [], 0
+        self.found: list[object] = []
+        self.operations = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

@@ -23,7 +23,7 @@ def tiny_vae(channels: int = 4, factor: float = 0.5, seed: int = 0, groups: int 
 
 
 def make_tiny_model(folder: Path, cfg=None, seed: int = 0):
-    """A whole SD1.5-shaped model with random weights, written as a diffusers folder: for 32 px as it is, and 16 in a job."""
+    """Write a small model of SD1.5's structure, with random weights, as a diffusers folder for images of 32 px."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     from fastsd.demo.models import write_tokenizer
@@ -64,14 +64,14 @@ def make_tiny_model(folder: Path, cfg=None, seed: int = 0):
         Vae(tiny_vae(cfg.in_channels), str(folder)),
         SD15_SCHEDULER,
     )
-    for part in ("unet", "text_encoder"):
-        write_component(folder, model, part, component_state_dict(model, part))
+    for component in ("unet", "text_encoder"):
+        write_component(folder, model, component, component_state_dict(model, component))
     write_rest(folder, model)
     return model
 
 
 def write_images(folder: Path, count: int, size: int = 40, seed: int = 0) -> None:
-    """Random smooth colour pictures with captions."""
+    """Write smooth random pictures with captions."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     words = ["red", "green", "blue", "circle", "square", "star"]

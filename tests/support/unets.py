@@ -1,4 +1,4 @@
-"""UNets of SD1.5's shape, at full size without data and in small."""
+"""UNets of SD1.5's structure: one at full size, without data, and a small one."""
 
 import contextlib
 
@@ -11,7 +11,10 @@ from fastsd.train.memory import saved_for_backward_bytes
 
 
 def full_size(make, data: bool = False, dtype: torch.dtype = torch.float32, side: int = 64) -> int:
-    """Bytes that a UNet of SD1.5's size keeps for the backward of one image, by default at 512 px; weights get no values."""
+    """Return the bytes that a UNet of SD1.5's size saves for the backward of one image, by default of 512 px.
+
+    Tensors have no values unless `data` is True.
+    """
     with torch.device("meta"):
         unet = make().to(dtype)
     with contextlib.nullcontext() if data else FakeTensorMode():
