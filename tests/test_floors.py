@@ -42,18 +42,18 @@ def module_of(path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-HOUSE = {module_of(path): path.read_text() for path in FILES}
+SOURCES = {module_of(path): path.read_text() for path in FILES}
 
 
-def room_of(module: str) -> str:
+def folder_of(module: str) -> str:
     """Return the entry of `FLOORS` for a module: itself, or the innermost folder that holds it."""
     while module not in FLOORS:
         module = module.rpartition(".")[0]
     return module
 
 
-def imported(module: str, house: Mapping[str, str]) -> set[str]:
-    return _imported(house[module]) - {module}
+def imported(module: str, sources: Mapping[str, str]) -> set[str]:
+    return _imported(sources[module]) - {module}
 
 
 @functools.cache
@@ -70,41 +70,41 @@ def imports(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, "imports are absolute"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield full if full in HOUSE else node.module
+                yield full if full in SOURCES else node.module
 
 
-def faults(module: str, house: Mapping[str, str]) -> list[str]:
+def faults(module: str, sources: Mapping[str, str]) -> list[str]:
     """List a module's forbidden imports: of higher floors, of pickles, and on floor 0 of more than torch and triton."""
-    problems, room = [], room_of(module)
-    for name in sorted(imported(module, house)):
+    problems, folder = [], folder_of(module)
+    for name in sorted(imported(module, sources)):
         top = name.partition(".")[0]
         if top in ("fastsd", "fastsd_kernels"):
-            other_room = room_of(name)
-            if other_room != room and FLOORS[other_room] >= FLOORS[room]:
+            other_folder = folder_of(name)
+            if other_folder != folder and FLOORS[other_folder] >= FLOORS[folder]:
                 problems.append(f"{module} imports {name}, which is not below it")
         elif top in ("pickle", "dill", "joblib"):
             problems.append(f"{module} imports {name}")
-        if room == "fastsd_kernels" and top not in FLOOR_0 | MORE_ON_FLOOR_0.get(module, set()):
+        if folder == "fastsd_kernels" and top not in FLOOR_0 | MORE_ON_FLOOR_0.get(module, set()):
             problems.append(f"{module} imports {name}; floor 0 has torch and triton only")
     return problems
 
 
-def circle(house: Mapping[str, str]) -> list[str]:
+def circle(sources: Mapping[str, str]) -> list[str]:
     """Return modules that import each other in a circle, or an empty list."""
     try:
-        graphlib.TopologicalSorter({module: imported(module, house) for module in house}).prepare()
+        graphlib.TopologicalSorter({module: imported(module, sources) for module in sources}).prepare()
     except graphlib.CycleError as error:
         return error.args[1]
     return []
 
 
-@pytest.mark.parametrize("module", HOUSE)
+@pytest.mark.parametrize("module", SOURCES)
 def test_imports_run_downwards(module):
-    assert faults(module, HOUSE) == []
+    assert faults(module, SOURCES) == []
 
 
 def test_no_files_import_each_other_in_a_circle():
-    assert circle(HOUSE) == []
+    assert circle(SOURCES) == []
 
 
 @pytest.mark.parametrize("module, planted, fault", [
@@ -130,7 +130,7 @@ def test_a_planted_circle_is_refused(module, planted, other):
 
 
 def planted_in(module: str, text: str) -> dict[str, str]:
-    return {**HOUSE, module: f"{HOUSE[module]}\n{text}\n"}
+    return {**SOURCES, module: f"{SOURCES[module]}\n{text}\n"}
 
 
 def test_every_folder_has_a_floor_and_few_files_are_loose():
@@ -147,7 +147,7 @@ def test_files_of_one_name_hold_the_same_kind_of_thing():
 
 
 def test_the_command_line_imports_nothing_heavy():
-    nodes = [node for node in ast.parse(HOUSE["fastsd.cli"]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    nodes = [node for node in ast.parse(SOURCES["fastsd.cli"]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = set(imports(ast.Module(nodes, [])))
     assert names <= {"__future__", "os", "sys", "enum", "pathlib", "typing", "typer", "fastsd.errors"}
 
@@ -172,7 +172,7 @@ def test_files_and_functions_are_short(path):
 def test_each_folder_tells_its_floor():
     for folder, floor in FLOORS.items():
         if folder not in ("fastsd", "fastsd.cli"):
-            assert ast.get_docstring(ast.parse(HOUSE[folder])).startswith(f"Floor {floor}: "), folder
+            assert ast.get_docstring(ast.parse(SOURCES[folder])).startswith(f"Floor {floor}: "), folder
 
 
 def test_files_that_texts_name_exist():

@@ -1,4 +1,4 @@
-"""Floor 0: the operations a step is made of, each as a function with one signature and several implementations.
+"""Floor 0: the operations that a training step consists of. Each has one signature and several implementations.
 
 `Ops` is a frozen table of them. REFERENCE is plain PyTorch: the truth in tests, and the path on a machine without a GPU.
 TRITON is the table of fused kernels, or None where Triton is not installed (macOS).  CPU is REFERENCE with the optimizers
@@ -32,20 +32,19 @@ from fastsd_kernels.noise import add_noise_reference, add_noise_triton, normal, 
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation. Signatures are those of the references, which document them."""
+    """One implementation of every operation. The references document the signatures."""
 
     name: str
-    # Of the model: differentiable.
+    # Operations of the model. They are differentiable.
     attention: Callable[..., Tensor]  # (q_BNHD, k_BLHD, v_BLHD, *, precision="ieee") -> o_BNHD
     group_norm: Callable[..., Tensor]  # (x_BCHW, weight, bias, groups, eps, *, silu=False, shift_BC=None) -> y_BCHW
     layer_norm: Callable[..., Any]  # (x, weight, bias, eps, *, residual=None) -> y, with a residual (y, x + residual)
     geglu: Callable[..., Tensor]  # (x_2F) -> y_F
     forward_backward: ForwardBackwardOps  # of the four above, for layers that save less for backward
-    # Of the step: in place, or without a gradient.
+    # Operations of the step. They work in place or have no gradient.
     normal: Callable[..., Tensor]  # (seed, purpose, positions_B, shape) -> standard normals (B, *shape)
-    add_noise: Callable[
-        ..., tuple[Tensor, Tensor]
-    ]  # (latents_BCHW, positions_B, t_B, signal_T, sigma_T, seed) -> (x_t, target)
+    # (latents_BCHW, positions_B, t_B, signal_T, sigma_T, seed) -> (x_t, target)
+    add_noise: Callable[..., tuple[Tensor, Tensor]]
     gradient_norm: Callable[..., tuple[Tensor, Tensor]]  # (grads, *, scale=None) -> (norm, found_inf)
     lion: Callable[..., None]  # (params, grads, exp_avgs, *, lr, betas, ...)
     dlion: Callable[..., tuple[Tensor, Tensor]]  # (params, grads, exp_avgs, s, d, *, lr, betas, ...) -> (dots_K, l1_K)
@@ -86,14 +85,14 @@ TRITON: Ops | None = Ops(
 if not AVAILABLE:
     TRITON = None
 remove_stand_in()
-# Usable if `cpu_optimizers.problem()` returns None; otherwise its own functions raise ValueError.
+# Usable if `cpu_optimizers.problem()` returns None; otherwise the functions in C raise ValueError.
 CPU = replace(REFERENCE, name="cpu", gradient_norm=gradient_norm_cpu, lion=lion_cpu, dlion=dlion_cpu, adamw=adamw_cpu)
 
 
 def fastest(device: torch.device) -> Ops:
-    """Return the table for tensors on this device: TRITON on a GPU, CPU on a CPU, REFERENCE if that one cannot be used.
+    """Return the table for tensors on this device: TRITON on a GPU, CPU on a CPU, or REFERENCE if that table is not usable.
 
-    On a CPU this may compile, for about a second once a machine; `cpu_optimizers.problem()` returns the reason if it cannot.
+    On a CPU the first call may compile for a second, once per machine. `cpu_optimizers.problem()` says why CPU is not usable.
     """
     if device.type == "cuda" and TRITON is not None:
         return TRITON

@@ -4,14 +4,14 @@
     m = m + (1 - b1)(g - m)             v = b2 v + (1 - b2) g^2
     p = p - lr / (1 - b1^t)  m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-Layout: lists of fp32 tensors as in `lion.py`; t is one 0-dim fp32 count a parameter, on the device (an arena passes a
-list of one).  Bytes moved, per element: p, m, v, g read, p, m, v written: 28; options as in `arena.py`.  The bias
+Layout: lists of fp32 tensors as in `lion.py`; t is one 0-dim fp32 count per parameter, on the device (an arena passes a
+list of one).  Bytes moved per element: 28, for p, m, v, g read and p, m, v written; options as in `arena.py`.  The bias
 corrections are computed in fp64 and rounded once, as torch.optim.AdamW computes them in Python floats; on a CPU the result
 has its bits.
 
 The kernel has the reference's bits in m and v where b1 > 1/2 (below, PyTorch's lerp starts from the other end and may round
-differently), and in p where PyTorch's root is IEEE's.  On a CPU with AVX-512 it is not: one root in five is off by its last
-bit.  The kernel's roots and quotients are IEEE's; tl.sqrt and / would be approximate.
+differently), and in p where PyTorch rounds its square root as IEEE 754 demands.  On a CPU with AVX-512 it does not: one root
+in five is off in the last bit.  The kernel's roots and quotients are those of IEEE 754; tl.sqrt and / would be approximate.
 
 Read next: `gradient_norm.py`, where the factor `scale` and the flag `found_inf` come from.
 """
@@ -156,7 +156,7 @@ def adamw_step(
     eps: float,
     zero_grads: bool,
 ) -> None:
-    """One launch over tensors of one dense layout, in place. factors: fp32 (1 - lr wd, -lr / (1 - b1^t), sqrt(1 - b2^t))."""
+    """Step tensors of one dense layout in place, in one launch. factors: fp32 (1 - lr wd, -lr / (1 - b1^t), sqrt(1 - b2^t))."""
     n, tile = p.numel(), TILES["adamw"]
     operands = p, g, m, v, factors, master_lo, ema, ema_gain, scale, found_inf
     betas = 1 - beta1, beta2, 1 - beta2
@@ -182,7 +182,7 @@ def adamw_triton(
     weight_decay: float = 0.01,
     **options: Unpack[StepOptions],
 ) -> None:
-    """`adamw_reference` as one launch a tensor; an arena is a list of one. In a captured graph a float lr is constant.
+    """`adamw_reference` with one launch per tensor; an arena is a list of one. In a captured graph a float lr is constant.
 
     Raises:
         ValueError: a dtype that `adamw_reference` does not name, tensors of one parameter that differ in shape or strides or

@@ -70,7 +70,7 @@ class StepOptions(TypedDict, total=False):
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 of any shape and strides -> (master_hi bf16, master_lo int16) of the same; the inverse of `join_master`."""
+    """Split fp32 numbers into master_hi (bf16) and master_lo (int16) of the same shape and strides. Inverts `join_master`."""
     bits = master.view(torch.int32)
     # The sum wraps for a NaN only; the conversion to int16 keeps the lower half.
     master_hi = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
@@ -79,7 +79,7 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(master_hi: Tensor, master_lo: Tensor) -> Tensor:
-    """(master_hi bf16, master_lo int16) -> the fp32 number they represent, to the bit."""
+    """Return the exact fp32 numbers that master_hi (bf16) and master_lo (int16) represent."""
     return ((master_hi.view(torch.int16).int() << 16) + master_lo.int()).view(torch.float32)
 
 
@@ -165,7 +165,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def fma(a, b, c):
-    """a b + c in fp32, rounded once."""
+    """Return a b + c in fp32, rounded once."""
     if _INTERPRETED:
         # The interpreter's tl.fma rounds twice. fp64 holds the product; its sum rounds again about once in 2^29.
         b = tl.where(c == c, b, b)  # a kernel's float argument is a Python float there
@@ -182,9 +182,10 @@ def sign(x):
 
 @triton.jit
 def pair_sum(x):
-    """Sum of a block of up to 2^16 elements: neighbours, then pairs of neighbours, and so on.
+    """Sum a block of up to 2^16 elements: add neighbours, then pairs of neighbours, and so on.
 
-    Independent of the threads: tl.sum first adds what a thread has, and that changes with the width of other operands.
+    The order does not depend on the threads. tl.sum first adds a thread's elements, and these depend on the width of other
+    operands.
     """
     for _ in tl.static_range(16):
         if x.shape[0] > 1:
@@ -254,7 +255,7 @@ def clear(g_ptr, start, offs, mask):
 
 
 class OptimizerTile(NamedTuple):
-    """`block` elements at a time, `times` in a row, by `warps` warps of at most `registers` registers a thread."""
+    """Sizes of a kernel: `block` elements at a time, `times` in a row, by `warps` warps with up to `registers` a thread."""
 
     block: int
     warps: int
@@ -267,18 +268,18 @@ class OptimizerTile(NamedTuple):
         return self.block * self.times
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """Options of a launch. Only `fma` fuses: see "Roundings" above."""
+        """Return the options of a launch. Only `fma` fuses: see "Roundings" above."""
         return {"BLOCK": self.block, "num_warps": self.warps, "maxnreg": self.registers, "enable_fp_fusion": False} | more
 
 
-# By kernel.  A tile, and so a sum's order, is the same for every architecture, dtype and size.  2048 elements for 8 warps are 8
-# a thread: 128 bits of bf16 or int16, twice 128 of fp32.  Without a limit of registers the assembler spills some bytes for
-# one more block on an SM, where two are more than enough: they keep 64 KB of loads in flight.
+# The tile of each kernel, and so the order of a sum, is the same for every architecture, dtype and size.  2048 elements for 8
+# warps are 8 a thread: 128 bits of bf16 or int16, twice 128 of fp32.  Without a limit of registers the assembler spills some
+# bytes to fit one more block on an SM, although two are more than enough: they keep 64 KB of loads in flight.
 TILES = {
     # Nothing is carried from element to element: short programs, and the scheduler keeps many in flight.
     "lion": OptimizerTile(2048, 8, 1, 96),
     "adamw": OptimizerTile(2048, 8, 1, 128),
-    # Two sums are carried: 8 tiles add up in registers, and one reduction and 8 bytes written serve 16384 elements.
+    # Two sums are carried: 8 tiles add up in registers, so 16384 elements need one reduction and 8 written bytes.
     "dlion": OptimizerTile(2048, 8, 8, 128),
     "gradient_norm": OptimizerTile(2048, 8, 8, 96),
     # One program reads 2 x 52k partial sums of SD1.5's UNet in 13 rounds.
@@ -297,7 +298,7 @@ class TensorOptions(NamedTuple):
 
 
 def scalars(device: torch.device, *values: float | Tensor) -> Tensor:
-    """Numbers as one fp32 vector on the device, each rounded once; nothing is copied from the host."""
+    """Return numbers as one fp32 vector on the device, each rounded once. Nothing is copied from the host."""
     return torch.stack([v.float() if isinstance(v, Tensor) else torch.full((), v, device=device) for v in values])
 
 

@@ -176,7 +176,7 @@ OPS: dict[str, Callable[[], Iterator[tuple[str, str, Call]]]] = {
 
 
 def survey(op: str, target: int, remainder: int = 0, divisor: int = 1) -> list[Entry]:
-    """Compile the distinct configurations of one op for sm_`target`, or only those with this remainder in their number."""
+    """Compile those distinct configurations of one op for sm_`target` whose number is `remainder` modulo `divisor`."""
     entries: dict[str, Entry] = {}
     with recording(target) as launches:
         for kind, mode, call in OPS[op]():

@@ -4,8 +4,8 @@
 
 Shapes: B images, N queries, L keys, H heads, D head size.  q, k, v and o are (B, N, H, D): what a linear layer gives, seen
 as heads, with no permute and no copy.  q, k and v may be strided views of one fused projection.
-Bytes moved at best: q, k, v read once, o written once; the N x L scores never leave the chip.  Kept for the backward: q, k,
-v, o and one number a row, lse = log2 of the softmax's denominator.
+Bytes moved at best: q, k, v read once, o written once; the N x L scores never leave the chip.  Saved for backward: q, k, v, o
+and one number per query, lse = log2 of the softmax's denominator.
 
 Forward (Dao 2023, "FlashAttention-2", algorithm 1): a program holds a tile of queries and streams the keys past it; m is the
 running maximum of a row, in log2 units so that the hardware's exp2 serves as it is.
@@ -265,7 +265,7 @@ def _options(tile: AttentionTile, head_dim: int, precision: str) -> dict[str, An
 
 
 def attention_forward(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """o (B, N, H, D), contiguous, and lse (B, H, N) fp32, in log2 units."""
+    """Return o (B, N, H, D), contiguous, and lse (B, H, N), fp32 in log2 units."""
     q, k, v = map(_aligned, (q_BNHD, k_BLHD, v_BLHD))
     (B, N, H, D), L = q.shape, k.shape[1]
     o, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
@@ -286,7 +286,7 @@ def attention_backward(
     precision: str,
     into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv: written `into` tensors of any strides that q, k, v may have, or contiguous."""
+    """Return dq, dk and dv: the tensors `into`, with strides that q, k and v may have, or new contiguous ones."""
     do, q, k, v = map(_aligned, (do_BNHD, q_BNHD, k_BLHD, v_BLHD))
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     (B, N, H, D), L, delta = q.shape, k.shape[1], torch.empty_like(lse_BHN)
@@ -308,11 +308,11 @@ def attention_backward(
 def _key_gradients(
     kernel: str, outs: list[Tensor], do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, precision: str
 ) -> None:
-    """One launch for "dk", "dv" or "dkdv", into `outs`."""
+    """Write "dk", "dv" or both ("dkdv") to `outs`, in one launch."""
     (B, N, H, D), L = q.shape, k.shape[1]
     tile = choose_tile(kernel, D, L, q.dtype, precision, q.device)
     key_tiles, row_tiles = triton.cdiv(L, tile.keys), triton.cdiv(N, tile.rows)
-    # 512 programs fill a GPU. With fewer than 4 row tiles a split, its sums cost more than it saves.
+    # 512 programs fill a GPU. The sums of a split with fewer than 4 row tiles cost more than it saves.
     splits = min(triton.cdiv(512, key_tiles * B * H), triton.cdiv(row_tiles, 4))
     chunk = triton.cdiv(row_tiles, splits) * tile.rows
     splits = triton.cdiv(N, chunk)
@@ -355,7 +355,7 @@ def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, preci
 def attention_packed_backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, self_attention: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients packed like the projections: (dqkv_BN3HD, empty) for `self_attention`, else (dq_BNHD, dkv_BL2HD)."""
+    """Return gradients packed like the projections: (dqkv_BN3HD, empty) for `self_attention`, else (dq_BNHD, dkv_BL2HD)."""
     if self_attention:
         dqkv, empty = q.new_empty((*q.shape[:2], 3, *q.shape[2:])), q.new_empty(0)
         attention_backward(do, q, k, v, o, lse, precision, dqkv.unbind(2))
@@ -387,7 +387,7 @@ def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Ten
 attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
-# Without recomputation, as PyTorch counts its own attention: 2 matmuls forward, 5 backward.
+# Recomputation is not counted, as in PyTorch's formula for its own attention: 2 matmuls forward, 5 backward.
 @register_flop_formula(torch.ops.fastsd.attention)
 def _(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     (B, N, H, D), L = q_shape, k_shape[1]
@@ -401,9 +401,9 @@ def _(do_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = No
 
 
 def attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, precision: str = "ieee") -> Tensor:
-    """`attention_reference` as fused kernels: bf16 or fp32, D any multiple of 8 up to 256, deterministic.
+    """`attention_reference` as fused, deterministic kernels for bf16 or fp32 and any D that is a multiple of 8 up to 256.
 
-    For fp32, `precision` picks the matmuls: "ieee" (fused multiply-adds), "tf32", or "tf32x3" (three TF32 products, about
+    For fp32, `precision` selects the matmuls: "ieee" (fused multiply-adds), "tf32", or "tf32x3" (three TF32 products, about
     as exact as ieee). bf16 always uses bf16 tensor cores. Softmax and sums are fp32.
     q, k, v are read in place if their rows of D are contiguous and other strides multiples of 8, otherwise copied first.
 

@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels for every GPU, in one table. The kernels and their terms are in `attention.py`.
 
-A row applies to head sizes up to its own. Unless it names an architecture, it suits sm_80, 86, 89 and 120 alike: they share one
-kind of tensor core instruction (mma), and tiles fit the 99 KB of shared memory of the smallest.
+A row applies to head sizes up to its own. Unless it names an architecture, it suits sm_80, 86, 89 and 120: they share one
+kind of tensor core instruction (mma), and tiles fit the 99 KB of shared memory that the smallest of them has.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class AttentionTile(NamedTuple):
     keys: int  # keys of a tile
     warps: int
     stages: int  # of the pipeline that loads the next tile while this one is processed; 1: no pipeline
-    widest: int = 128  # slice of D
+    widest: int = 128  # columns of the widest slice of D
     hold: bool = True  # the program's own tile stays in registers; otherwise both stream past in columns
-    registers: int | None = None  # a thread, at most. Without a limit the assembler may spill to fit one more block on an SM
+    registers: int | None = None  # limit per thread. Without it the assembler may spill to fit one more block on an SM
 
 
 HEAD_DIMS = (48, 96, 160, 256)
 
-# (kernel, head size up to, bf16 or fp32's precision, architecture or 0 for any): tile.  Reasons, in order of weight:
-# no spills; two blocks an SM (128 registers at 8 warps, 49 KB) or one large one; long tiles of what streams.
+# (kernel, largest head size, bf16 or fp32's precision, architecture or 0 for any): tile.  The reasons for a tile, the most
+# important one first: no spills; two blocks an SM (128 registers at 8 warps, 49 KB) or one large one; long streamed tiles.
 _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
-    # bf16: a held tile of 128 rows halves what streams past. D = 160 pays for registers with shorter tiles.
+    # bf16: a held tile of 128 rows halves the traffic of the streamed ones. D = 160 lacks registers, so its tiles are shorter.
     ("forward", 48, "bf16", 0): AttentionTile(128, 64, 8, 3),
     ("forward", 96, "bf16", 0): AttentionTile(128, 64, 8, 3),
     ("forward", 160, "bf16", 0): AttentionTile(128, 32, 8, 2),
@@ -81,8 +81,8 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dv", 96, "tf32x3", 0): AttentionTile(32, 64, 4, 2, 16),
     ("dv", 160, "tf32x3", 0): AttentionTile(16, 32, 8, 2, 16),
     ("dv", 256, "tf32x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
-    # ieee: a thread holds its rows and columns of both operands, a slice long; 16 numbers of the result a thread give five
-    # multiply-adds a shared load. More of them spill, fewer wait for loads.
+    # ieee: a thread holds its rows and columns of both operands, one slice long. With 16 numbers of the result, it does five
+    # multiply-adds per shared load. With more numbers it spills, with fewer it waits for loads.
     ("forward", 48, "ieee", 0): AttentionTile(64, 64, 8, 1, 32, registers=255),
     ("forward", 96, "ieee", 0): AttentionTile(64, 64, 8, 1, 16),
     ("forward", 160, "ieee", 0): AttentionTile(64, 32, 8, 1, 16),

@@ -43,12 +43,12 @@ from fastsd_kernels.arena import (
 from fastsd_kernels.dlion import step_factors
 
 _SOURCE = Path(__file__).with_name("optimizers.c")
-# The last two change no result: without them roots stay scalar and a comparison may not become a select.
+# The last two flags change no result. They let the compiler vectorise roots and turn comparisons into selects.
 _FLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # The first set that works is used. A compiler without OpenMP (Apple's) makes single-threaded kernels.
 _MACHINES = [["-march=native", "-fopenmp"], ["-march=native"], ["-mcpu=native"]]
 
-_SPAN, _WORDS = 16384, 10  # as in optimizers.c: elements of a span, words of a `Row`
+_SPAN, _WORDS = 16384, 10  # elements of a span and words of a `Row`, as in optimizers.c
 _POINTER = ctypes.c_void_p
 _Operands = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # p, g, m, s, master_lo, ema
 
@@ -182,7 +182,7 @@ def _call_c(
     constants: Sequence[float],
     **options: Unpack[StepOptions],
 ) -> Tensor:
-    """Call C once for all tensors, in place. factors: fp32 (F,) or (P, F). Returns sums, fp64 (2, P), without empty tensors."""
+    """Call C once for all P tensors, in place. factors: fp32 (F,) or (P, F). Returns fp64 sums (2, P without empty tensors)."""
     words: list[int] = []
     address, step = (0, 0) if factors is None else (factors.data_ptr(), factors.stride(0) * 4 if factors.ndim == 2 else 0)
     spans = 0
@@ -256,7 +256,7 @@ def dlion_cpu(
     """`dlion_reference` in one pass.
 
     Returns:
-        (dots_K, l1_K): one pair of sums a tensor that is not empty, fp64; `dlion_estimate_reference` takes them.
+        (dots_K, l1_K): fp64, one pair of sums per tensor that is not empty, for `dlion_estimate_reference`.
 
     Raises:
         ValueError: as `lion_cpu`.
@@ -285,7 +285,7 @@ def adamw_cpu(
     """`adamw_reference` in one pass.
 
     Raises:
-        ValueError: as `lion_cpu`, or not one count of steps a parameter.
+        ValueError: as `lion_cpu`, or the number of step counts differs from that of parameters.
     """
     rows = _operands("adamw", params, grads, exp_avgs, exp_avg_sqs, scalars=(lr, *steps), **options)
     if len(steps) != len(rows):

@@ -8,18 +8,18 @@
     s = sb s + (1 - sb) dlr u           l1 = |s|_1
     NW = sb NW + (1 - sb) num           d = max(d, NW / ((1 - sb) l1))      from the next step on
 
-num and l1 run over all parameters that share d, so a step has two parts: `dlion_reference`, the elementwise pass,
-returns their partial sums; `dlion_estimate_reference` turns those of all lists into d.  d never falls, and stays constant
+num and l1 are sums over all parameters that share d, so a step has two parts: `dlion_reference`, the elementwise pass,
+returns partial sums; `dlion_estimate_reference` computes d from those of all lists.  d never falls, and stays constant
 while l1 = 0 or lr = 0.
 
-Layout: lists of fp32 tensors as in `lion.py`; p, g, m, s fp32.  Bytes moved, per element: p, m, s, g read, p, m, s written:
-28, and nothing else of that size; options as in `arena.py`.
+Layout: lists of fp32 tensors as in `lion.py`; p, g, m, s fp32.  Bytes moved per element: 28, for p, m, s, g read and p, m, s
+written, and nothing else of that size; options as in `arena.py`.
 
 d and NW are 0-dim fp64 on the device.  Upstream keeps them in Python floats and rounds to fp32 only the factors made of
 them (1 - dlr wd, dlr, (1 - b2) dlr, (1 - sb) dlr); with d in fp32 those differ by a rounding, d drifts from upstream's,
 and a coordinate with a sign that depends on the last bit goes the other way.  A few fp64 scalars a step cost nothing on a GPU.
-Partial sums are fp32, one a tensor or a run of a big tensor, and added in fp64 in a fixed order.  Where every tensor
-is contiguous and fits one run, p, m and s have upstream's bits on a CPU; elsewhere the two sums round differently, and
+Partial sums are fp32, one per tensor or per chunk of a big tensor, and are added in fp64 in a fixed order.  Where every tensor
+is contiguous and fits one chunk, p, m and s have upstream's bits on a CPU; elsewhere the two sums round differently, and
 come closer to fp64's than one long sum does.
 
 The kernel adds up 16384 consecutive elements a program: 8 to a lane in fp32, then the lanes as a tree, so a partial sum of
@@ -78,8 +78,8 @@ def dlion_reference(
     Args:
         params, grads, exp_avgs, s: fp32, equal shapes at equal places. Gradients may be bf16 and are only read.
         d: 0-dim fp64, the estimate of the last step; not changed here.
-        lr: factor on d, 1 unless there is a reason; a float or a 0-dim tensor on the device.
-        betas: (of the update, of momentum and s).
+        lr: factor of d, usually 1; a float or a 0-dim tensor on the device.
+        betas: (b1 of the update, b2 of the momentum and of s).
         weight_decay: multiplies d lr.
         options: see `StepOptions`.
 
@@ -119,7 +119,7 @@ def dlion_reference(
 
 
 def step_factors(d: Tensor, lr: float | Tensor, beta2: float, weight_decay: float) -> Tensor:
-    """fp32 (1 - dlr wd, -dlr, (1 - b2) dlr, (1 - sb) dlr), each rounded once."""
+    """Return fp32 (1 - dlr wd, -dlr, (1 - b2) dlr, (1 - sb) dlr), each rounded once."""
     dlr = d * lr
     return torch.stack((1 - dlr * weight_decay, -dlr, (1 - beta2) * dlr, (1 - beta2**0.5) * dlr)).float()
 
@@ -248,7 +248,7 @@ def dlion_step(
     beta2: float,
     zero_grads: bool,
 ) -> Tensor:
-    """One launch over tensors of one dense layout, in place. factors: `step_factors`. Partial sums (2, K): <u, s>, |s|_1."""
+    """Step tensors of one dense layout in place, in one launch. Return partial sums (2, K) of <u, s> and |s|_1."""
     n, tile = p.numel(), TILES["dlion"]
     programs = triton.cdiv(n, tile.span)
     sums_2K = p.new_empty(2, programs, dtype=torch.float32)
@@ -262,7 +262,7 @@ def dlion_step(
 def dlion_estimate(
     d: Tensor, numerator: Tensor, dots_K: Tensor, l1_K: Tensor, dlr: Tensor, found_inf: Tensor | None, beta2: float
 ) -> None:
-    """One launch of one program, in place on d and numerator (0-dim fp64, as is dlr)."""
+    """Update d and numerator in place, in one launch of one program. They and dlr are 0-dim fp64."""
     tile, sb = TILES["tail"], beta2**0.5
     launch(_estimate, (1,), d, numerator, dots_K, l1_K, dlr, found_inf, sb, 1 - sb, len(dots_K), **tile.options())
 
@@ -292,7 +292,7 @@ def dlion_triton(
     weight_decay: float = 0.0,
     **options: Unpack[StepOptions],
 ) -> tuple[Tensor, Tensor]:
-    """`dlion_reference` as one launch a tensor; an arena is a list of one. In a captured graph a float lr is constant.
+    """`dlion_reference` with one launch per tensor; an arena is a list of one. In a captured graph a float lr is constant.
 
     Returns one pair of sums per 16384 elements of a tensor.
 
@@ -319,7 +319,7 @@ def dlion_estimate_triton(
     beta2: float = 0.99,
     found_inf: Tensor | None = None,
 ) -> None:
-    """`dlion_estimate_reference` as one launch of one program; takes the joined sums of several lists.
+    """`dlion_estimate_reference` as one launch of one program. It takes the joined sums of several lists.
 
     Raises:
         ValueError: tensors on a device that runs no kernels, or on more than one.

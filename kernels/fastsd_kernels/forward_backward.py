@@ -1,8 +1,8 @@
 """Forward, recomputation and backward of the differentiable operations, each as a separate function.
 
-An operation of `Ops` saves for backward what it alone needs. A layer that joins a norm and a convolution saves less: only the
-norm's input. Its backward rebuilds the norm's output, which is the convolution's input. Such a layer is an autograd function
-of its own (`fastsd/model/recompute.py`) and calls the functions of this file.
+An operation of `Ops` saves for backward all that it needs itself. A layer that joins a norm and a convolution saves less: only
+the norm's input. Its backward rebuilds the norm's output, which is the convolution's input. Such a layer is an autograd
+function of its own (`fastsd/model/recompute.py`) and calls the functions of this file.
 
 Nothing here is differentiable.  Shapes: B images, C channels, H x W positions, N tokens, L keys, F features.
 Read next: `group_norm.py`, which has a function for each of the three.

@@ -7,7 +7,7 @@
     d gate  = dy * value * (cdf(gate) + gate * pdf(gate))        pdf(g) = exp(-g^2 / 2) / sqrt(2 pi)
 
 Shapes: N rows (any leading dimensions), 2F features in, F out.  fp32 or bf16 in memory, fp32 inside.
-Bytes moved, and no more: forward 2F read, F written a row; backward 3F read, 2F written.  Only x is kept for the backward.
+Bytes moved per row are minimal: forward 2F read, F written; backward 3F read, 2F written.  Only x is saved for backward.
 
 A program owns a tile of rows and columns of the output and reads the two tiles of x it comes from.  Tiles are as wide as
 a power of two that divides every F of the workload, so no lane idles there and each thread moves 16 bytes at a time.
@@ -94,7 +94,7 @@ _TILES = {
 
 
 def geglu_forward(x_2F: Tensor) -> Tensor:
-    """y (..., F), contiguous, from x (..., 2F)."""
+    """Return y (..., F), contiguous, from x (..., 2F)."""
     x, n_cols = as_rows(x_2F), x_2F.shape[-1] // 2
     y = x.new_empty(*x_2F.shape[:-1], n_cols)
     rows, cols, warps = _TILES[x.dtype]
@@ -105,7 +105,7 @@ def geglu_forward(x_2F: Tensor) -> Tensor:
 
 
 def geglu_backward(dy_F: Tensor, x_2F: Tensor) -> Tensor:
-    """dx (..., 2F), contiguous, from dy (..., F) and x (..., 2F)."""
+    """Return dx (..., 2F), contiguous, from dy (..., F) and x (..., 2F)."""
     dy, x, n_cols = as_rows(dy_F), as_rows(x_2F), x_2F.shape[-1] // 2
     dx = x.new_empty(x_2F.shape)
     rows, cols, warps = _TILES[x.dtype]
@@ -151,7 +151,7 @@ geglu_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def geglu_triton(x_2F: Tensor) -> Tensor:
-    """`geglu_reference` as one kernel each way, contiguous out, differentiable once. fp32 or bf16.
+    """`geglu_reference` as one kernel each way, for fp32 or bf16. The result is contiguous and differentiable once.
 
     Raises:
         ValueError: the last dimension is odd, a dtype without a kernel, or tensors on a device that runs no kernels.

@@ -1,19 +1,18 @@
-"""Norm of all gradients and whether each of them is finite, in one pass, before a step touches any state.
+"""The norm of all gradients and a flag for gradients that are not finite, in one pass before a step changes any state.
 
     norm = scale sqrt(sum g^2)          found_inf = not all g finite
 
 Layout: fp32 or bf16 tensors, dense; a list of one arena is one launch and a tail.  Bytes moved: every gradient once, 4 or 2 an
 element.  Everything stays on the device: `found_inf` and `clip_scale(norm, ...)` go into the optimizers as they are.
 
-fp32 squares overflow above 1.8e19, and a sum that is infinite must not pass for a gradient that is.  So each lane has two
-sums, one of ordinary squares and one of huge numbers' squares scaled by 2^-160, neither of which can overflow for
-finite numbers: |g| < 2^50 gives less than 2^14 2^100, and |g| < 2^128 gives less than 2^14 2^96.  A program joins
-them in fp64.  So the total is finite if and only if every gradient is, and no flag needs a pass of its own.  Below 1e-19
-squares vanish, as in PyTorch's norm.  fp64 throughout would be simpler and, at 1/64 of fp32's rate on a GeForce, take as long
-as the reading.
+fp32 squares overflow above 1.8e19, but finite gradients must not give an infinite sum.  So each lane has two sums, one of
+ordinary squares and one of huge numbers' squares scaled by 2^-160, neither of which can overflow for finite numbers:
+|g| < 2^50 gives less than 2^14 2^100, and |g| < 2^128 gives less than 2^14 2^96.  A program joins them in fp64.  So the total
+is finite if and only if every gradient is, and no flag needs a pass of its own.  Below 1e-19 squares vanish, as in PyTorch's
+norm.  fp64 throughout would be simpler, but at 1/64 of fp32's rate on a GeForce it would take as long as the reading.
 
-The order of the sums follows from the elements' places alone: 16384 a program, 8 to a lane, then a tree; fp64 in the tail.
-The reference, all in fp64, differs by rounding to fp32 at most in the last digit or two.
+The order of the sums depends only on the elements' places: a program has 16384, a lane 8 of them; the lanes are added as a
+tree, and the programs in fp64.  The reference, all in fp64, differs in the last digit or two at most.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from fastsd_kernels.launch import launch, require_device
 
 @torch.no_grad()
 def gradient_norm_reference(grads: Sequence[Tensor], *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """L2 norm over all gradients.
+    """Compute the L2 norm of all gradients.
 
     Args:
         grads: at least one tensor, fp32 or bf16, on one device.
         scale: 0-dim fp32 on the device, multiplies the gradients.
 
     Returns:
-        norm: 0-dim fp32; infinite if it has no fp32, though all gradients are finite.
-        found_inf: 0-dim bool, whether any scaled gradient is not finite: what the optimizers take as `found_inf`.
+        norm: 0-dim fp32. It is infinite if it exceeds fp32, even if all gradients are finite.
+        found_inf: 0-dim bool, True if any scaled gradient is not finite. The optimizers take it as `found_inf`.
     """
     squares = [g.double().square().sum() for (chunk,) in chunks(grads) for g in chunk]
     total = torch.stack(squares).sum()
@@ -49,10 +48,10 @@ def gradient_norm_reference(grads: Sequence[Tensor], *, scale: Tensor | None = N
 
 
 def clip_scale(norm: Tensor, max_norm: float, *, scale: Tensor | None = None) -> Tensor:
-    """The `scale` for an optimizer that brings gradients of this norm to `max_norm` at most: 0-dim fp32.
+    """Return the `scale` with which an optimizer clips gradients of this norm to `max_norm`: 0-dim fp32.
 
     Args:
-        scale: the one that the norm was taken with, and a factor of the result.
+        scale: the scale that the norm was computed with. The result includes it as a factor.
     """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return factor if scale is None else factor * scale
@@ -60,7 +59,7 @@ def clip_scale(norm: Tensor, max_norm: float, *, scale: Tensor | None = None) ->
 
 @triton.jit
 def _square_sum(g_ptr, start, stop, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of squares of elements start .. stop, whole blocks unless BOUNDED; fp64."""
+    """Sum the squares of elements start .. stop in fp64, in whole blocks unless BOUNDED."""
     offs = tl.arange(0, BLOCK)
     usual = tl.zeros([BLOCK], tl.float32)
     huge = tl.zeros([BLOCK], tl.float32)
@@ -106,7 +105,7 @@ def _norm(sums_ptr, scale_ptr, norm_ptr, found_inf_ptr, n, BLOCK: tl.constexpr):
 
 
 def square_sums(g: Tensor) -> Tensor:
-    """Partial sums of squares, fp64 (K,), of a dense tensor, in memory order."""
+    """Return partial sums of a dense tensor's squares in memory order, fp64 (K,)."""
     n, tile = g.numel(), TILES["gradient_norm"]
     sums_K = g.new_empty(triton.cdiv(n, tile.span), dtype=torch.float64)
     if n:
@@ -115,7 +114,7 @@ def square_sums(g: Tensor) -> Tensor:
 
 
 def norm_of_sums(sums_K: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(norm, found_inf) from all partial sums: one launch of one program."""
+    """Return (norm, found_inf) from all partial sums, in one launch of one program."""
     tile = TILES["tail"]
     norm, found_inf = sums_K.new_empty((), dtype=torch.float32), sums_K.new_empty((), dtype=torch.bool)
     launch(_norm, (1,), sums_K, scale, norm, found_inf, len(sums_K), **tile.options())
@@ -138,7 +137,7 @@ def _(sums_K, scale):
 
 @torch.no_grad()
 def gradient_norm_triton(grads: Sequence[Tensor], *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`gradient_norm_reference` as one launch a tensor and one for the tail.
+    """`gradient_norm_reference` with one launch per tensor and one for the total.
 
     Raises:
         ValueError: no gradients, a dtype other than fp32 and bf16, or a device that runs no kernels.

@@ -91,7 +91,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor |
 
 @triton.jit
 def _tile(i_chunk, i_image, n_positions, n_channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A tile of one image: its start in memory, then offsets and channels (1, COLS), each with its mask."""
+    """Return the tile's start in memory, its offsets and channels (1, COLS), each followed by its mask."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     # Only the start may lie beyond 2^31.
@@ -116,7 +116,7 @@ def _load(x_ptr, shift_ptr, start, offs, mask, i_image, n_channels, cols, col_ma
 
 @triton.jit
 def _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, cols, col_mask, WIDTH: tl.constexpr):
-    """(mean, rstd, weight, bias) of each channel. A group is WIDTH of them."""
+    """Load (mean, rstd, weight, bias) of each channel. A group has WIDTH channels."""
     groups = i_image * (n_channels // WIDTH) + cols // WIDTH
     mean = tl.load(mean_ptr + groups, col_mask, other=0.0)
     rstd = tl.load(rstd_ptr + groups, col_mask, other=0.0)
@@ -129,7 +129,7 @@ def _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, col
 def _statistics(
     x_ptr, shift_ptr, partial_ptr, n_positions, n_channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """partial (B, chunks, 2, C): mean and sum of squared deviations of each channel over a tile's positions."""
+    """Write partial (B, chunks, 2, C): mean and sum of squared deviations of each channel over a tile's positions."""
     i_chunk, i_image = tl.program_id(1), tl.program_id(2)
     start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
     x = _load(x_ptr, shift_ptr, start, offs, row_mask & col_mask, i_image, n_channels, cols, col_mask, SHIFT)
@@ -147,7 +147,7 @@ def _merge(
     partial_ptr, mean_ptr, rstd_ptr, n_positions, n_channels, n_chunks, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """mean and rstd (B, G) of each group from those of its tiles' channels. COLS covers a group, ROWS is a tile's."""
+    """Merge the statistics of tiles into mean and rstd (B, G) of each group. COLS covers a group, ROWS is that of a tile."""
     i_group, n_groups, i_image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     cols = tl.arange(0, COLS)[None, :]
     col_mask = cols < WIDTH
@@ -213,7 +213,7 @@ def _sums(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, shift_ptr, partial_ptr, n_positions, n_channels,
     SILU: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """partial (B, chunks, 2 or 3, C): sums of dz, dz * xhat and, for d shift, xhat over a tile's positions."""
+    """Write partial (B, chunks, 2 or 3, C): sums of dz, dz * xhat and, for d shift, xhat over a tile's positions."""
     i_chunk, i_image = tl.program_id(1), tl.program_id(2)
     start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
     mask = row_mask & col_mask
@@ -245,7 +245,7 @@ def _merge_sums(
     partial_ptr, rstd_ptr, weight_ptr, u_mean_ptr, u_xhat_mean_ptr, total_ptr, dshift_ptr, n_positions, n_channels, n_chunks,
     SHIFT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """mean(u), mean(u * xhat) (B, G) of each group; total (B, 2, C): sums of dz * xhat and dz; d shift (B, C)."""
+    """Write mean(u) and mean(u * xhat) (B, G), total (B, 2, C) with sums of dz * xhat and dz, and d shift (B, C)."""
     i_group, n_groups, i_image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     cols = tl.arange(0, COLS)[None, :]
     col_mask = cols < WIDTH
@@ -303,7 +303,7 @@ _MERGED = 1024
 
 
 def _plan(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int], dict[str, int]]:
-    """(positions, channels); grid and tile of the kernels that read x; tile of those that merge."""
+    """Return (positions, channels), the grid and tile of the kernels that read x, and the tile of those that merge."""
     images, channels, positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
     width, blocks = channels // groups, triton.cdiv(channels, _COLS)
     rows = next((r for r in _TILES if blocks * triton.cdiv(positions, r) >= _PROGRAMS), min(_TILES))
@@ -319,7 +319,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def group_norm_statistics(x_BCHW: Tensor, shift_BC: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) of x + shift: fp32 (B, G)."""
+    """Return (mean, rstd) of x + shift, fp32 (B, G)."""
     x, shift = _channels_last(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
     sizes, grid, tile, merge = _plan(x, groups)
     _, chunks, images = grid
@@ -334,7 +334,7 @@ def group_norm_statistics(x_BCHW: Tensor, shift_BC: Tensor | None, groups: int, 
 def group_norm_apply(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool, shift: Tensor | None = None
 ) -> Tensor:
-    """y, channels last, from x and its statistics: the last step of a forward, and the whole of a recomputation."""
+    """Return y, channels last, from x and its statistics. This is the last step of a forward, and all of a recomputation."""
     x, shift = _channels_last(x), None if shift is None else shift.contiguous()
     sizes, grid, tile, merge = _plan(x, groups)
     y = torch.empty_like(x, memory_format=torch.channels_last)
@@ -355,7 +355,7 @@ def group_norm_backward(
     silu: bool,
     shift_BC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, channels last, dweight, dbias, dshift) from dy in any layout; without a shift dshift is empty."""
+    """Return (dx, dweight, dbias, dshift) from dy in any layout. dx is channels last. Without a shift dshift is empty."""
     dy, x, shift = _channels_last(dy_BCHW), _channels_last(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
     sizes, grid, tile, merge = _plan(x, groups)
     _, chunks, images = grid
@@ -430,7 +430,7 @@ group_norm_op.register_autograd(_differentiate, setup_context=_save)
 def group_norm_triton(
     x_BCHW: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool = False, shift_BC: Tensor | None = None
 ) -> Tensor:
-    """`group_norm_reference` in three launches forward, three and two small sums backward; differentiable once.
+    """`group_norm_reference` with three launches forward, and three and two small sums backward. Differentiable once.
 
     Raises:
         ValueError: as the reference, a dtype without a kernel, or tensors on a device that runs no kernels.

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="assignment"
 """Building blocks of the attention kernels: tiles of one head, cut into slices of its D columns.
 
-A head tile is a tuple of 2-D tiles, one a slice; `SLICES` holds (first column, width) of each, and the last may reach beyond
-D.  `row_ptrs` point at column 0 of each of a tile's rows.  Slices are known at compile time: the loops over them unroll.
+A head tile is a tuple of 2-D tiles, one per slice. `SLICES` holds (first column, width) of each slice, and the last slice may
+reach beyond D.  `row_ptrs` point at column 0 of a tile's rows.  Slices are known at compile time: the loops over them unroll.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def row_dots(a, b):
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a b^T, summed over D: two head tiles -> one tile of scores."""
+    """Return a b^T of two head tiles, summed over D: one tile of scores."""
     scores = dot(a[0], tl.trans(b[0]), tl.zeros((a[0].shape[0], b[0].shape[0]), tl.float32), PRECISION)
     for i in tl.static_range(1, len(a)):
         scores = dot(a[i], tl.trans(b[i]), scores, PRECISION)
@@ -86,7 +86,7 @@ def product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def streamed_product(a_ptrs, a_mask, b_ptrs, b_mask, D: tl.constexpr, PRECISION: tl.constexpr):
-    """`product` of two head tiles still in memory, 16 columns at a time."""
+    """Return the `product` of two head tiles that are still in memory, 16 columns at a time."""
     cols = tl.arange(0, 16)[None, :]
     scores = tl.zeros((a_ptrs.shape[0], b_ptrs.shape[0]), tl.float32)
     for first in range(0, D, 16):
@@ -99,7 +99,7 @@ def streamed_product(a_ptrs, a_mask, b_ptrs, b_mask, D: tl.constexpr, PRECISION:
 
 @triton.jit
 def add_product(sums, weights, tiles, PRECISION: tl.constexpr):
-    """sums + weights tiles, summed over the tiles' rows. All but weights are head tiles."""
+    """Return the head tile sums + weights tiles, summed over the rows of the head tile `tiles`."""
     added = ()
     for i in tl.static_range(len(tiles)):
         added = added + (dot(weights, tiles[i], sums[i], PRECISION),)

@@ -27,7 +27,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a b in fp32, through tensor cores for bf16 and "tf32", "tf32x3"; "ieee" is for fp32."""
+    """Return sums + a b in fp32. bf16, "tf32" and "tf32x3" use tensor cores; "ieee" is for fp32."""
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
     else:

@@ -1,4 +1,4 @@
-"""LayerNorm over the last dimension, with an optional residual that is added first; the sum is returned, too.
+"""LayerNorm over the last dimension. An optional residual is added first, and their sum is also returned.
 
     s = x + residual        rounded to the dtype of x; without a residual s is x
     y = xhat * weight + bias        xhat = (s - mean) * rstd        rstd = 1 / sqrt(var + eps)
@@ -9,7 +9,7 @@
 mean and var run over one row's F numbers, in fp32 whatever the dtype.
 
 Shapes: N rows (any leading dimensions), F features.  x, residual and y are fp32 or bf16; weight and bias may be fp32
-beside a bf16 x.  mean and rstd are fp32, one each a row.
+beside a bf16 x.  mean and rstd are fp32, one of each per row.
 Bytes moved at best: forward 1 read and 1 write of x (with a residual 2 and 2); backward x and dy (and ds) read, dx
 written, and a sum of 8F bytes for each of some hundred programs.
 Saved for backward: s, mean, rstd, weight.  y is never saved: `layer_norm_apply` rebuilds it, bit for bit.
@@ -44,7 +44,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *,
         x: (..., F).
         weight, bias: (F,).
         eps: added to the variance, in units of x squared.
-        residual: as x, added to it before the norm.
+        residual: (..., F), added to x before the norm.
 
     Returns:
         y (..., F) in the dtype of x; with a residual (y, s), where s is the sum that was normalised, in the dtype of x.
@@ -73,7 +73,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 
 @triton.jit
 def _scale(centred, rstd, weight, bias):
-    """The last step of forward and apply. They share one function to round alike."""
+    """Compute the last step of forward and apply. They share this function, so they round alike."""
     return centred * rstd * weight + bias
 
 
@@ -177,7 +177,7 @@ _TILES = {
     4096: (1, 8),
     8192: (1, 16),
 }
-# The backward's rows a program: enough programs to fill a GPU, but few sums to write and read back.
+# In the backward: the number of programs to aim for, enough to fill a GPU but with few sums, and the most rows of one.
 _PROGRAMS, _MOST_ROWS = 256, 64
 
 
@@ -190,7 +190,7 @@ def _tile(n_cols: int) -> dict[str, int]:
 def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(y, s, mean, rstd): y and s like x but contiguous, mean and rstd fp32 (...). Without a residual s is None."""
+    """Return (y, s, mean, rstd): y and s are like x but contiguous, mean and rstd fp32 (...). Without a residual s is None."""
     rows, tile = as_rows(x), _tile(x.shape[-1])
     addend = None if residual is None else as_rows(residual)
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -219,10 +219,10 @@ def layer_norm_apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias
 def layer_norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias). x is the normalised input. With a residual it is s, and dx is the gradient of both summands.
+    """Return (dx, dweight, dbias). x is the normalised input; with a residual it is s, and dx the gradient of both summands.
 
     Args:
-        ds: the gradient of s by its other uses, added to dx.
+        ds: the gradient of s from its other uses, added to dx.
     """
     rows, dy_rows, tile = as_rows(x), as_rows(dy), _tile(x.shape[-1])
     ds_rows = None if ds is None else as_rows(ds)
@@ -307,7 +307,7 @@ layer_norm_residual_op.register_autograd(_differentiate_residual, setup_context=
 
 
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
-    """`layer_norm_reference` as one kernel each way, contiguous out, differentiable once. F up to 8192, fp32 or bf16.
+    """`layer_norm_reference` as one kernel each way, for F up to 8192, fp32 or bf16. y is contiguous, differentiable once.
 
     Raises:
         ValueError: as the reference, more features, a dtype without a kernel, or tensors on a device that runs no kernels.

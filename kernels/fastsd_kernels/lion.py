@@ -5,10 +5,10 @@
     m = b2 m + (1 - b2) g
 
 Layout: lists of fp32 tensors of any shape and strides; p, g, m of one parameter lie at the same place in their lists.
-Kernels need dense ones.  p may be bf16 with low halves, g bf16: `arena.py`.
-Bytes moved, per element: p, m, g read, p, m written: 20; with g in bf16 18; 4 more to clear g, 8 more for an EMA.  In PyTorch
-each line above is one or two operations, in lion-pytorch's order, so on a CPU the result has its bits; the kernel
-has the reference's.
+Kernels need dense ones.  p may be bf16 with low halves, and g may be bf16: see `arena.py`.
+Bytes moved per element: 20, for p, m, g read and p, m written; 18 with g in bf16; 4 more to clear g, 8 more for an EMA.  In
+PyTorch each line above is one or two operations, in lion-pytorch's order, so on a CPU the result has its bits.  The
+kernel has the reference's bits.
 
 Read next: `dlion.py`, Lion that finds its own step size.
 """
@@ -59,7 +59,7 @@ def lion_reference(
     Args:
         params, grads, exp_avgs: fp32, equal shapes at equal places. Gradients may be bf16 and are only read.
         lr: step size in units of the parameter; a float or a 0-dim fp32 tensor on the device.
-        betas: (of the update, of the momentum).
+        betas: (b1 of the update, b2 of the momentum).
         weight_decay: multiplies lr.
         options: see `StepOptions`.
 
@@ -127,7 +127,7 @@ def lion_step(
     beta2: float,
     zero_grads: bool,
 ) -> None:
-    """One launch over tensors of one dense layout, in place. factors: fp32 (1 - lr wd, -lr)."""
+    """Step tensors of one dense layout in place, in one launch. factors: fp32 (1 - lr wd, -lr)."""
     n, tile = p.numel(), TILES["lion"]
     operands = p, g, m, factors, master_lo, ema, ema_gain, scale, found_inf
     betas = beta1, 1 - beta1, beta2, 1 - beta2
@@ -150,7 +150,7 @@ def lion_triton(
     weight_decay: float = 0.0,
     **options: Unpack[StepOptions],
 ) -> None:
-    """`lion_reference` as one launch a tensor; an arena is a list of one. In a captured graph a float lr is constant.
+    """`lion_reference` with one launch per tensor; an arena is a list of one. In a captured graph a float lr is constant.
 
     Raises:
         ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or

@@ -102,13 +102,13 @@ def _words(seed: int, purpose: int, position_B: Tensor, count: int) -> Tensor:
 
 
 def uniform(seed: int, purpose: int, position_B: Tensor, count: int = 1) -> Tensor:
-    """Uniforms in (0, 1), multiples of 2**-24: fp64 (B, count)."""
+    """Uniform numbers in (0, 1), multiples of 2**-24: fp64 (B, count)."""
     words = _words(seed, purpose, position_B, count)[:, :count]
     return ((words >> 9).double() + 0.5) * 2.0**-23
 
 
 def integers(seed: int, purpose: int, position_B: Tensor, high: int) -> Tensor:
-    """Integers uniform in [0, high) for high < 2**31: int64 (B,). floor(w * high / 2**32); bias below high / 2**32."""
+    """Uniform integers in [0, high), high < 2**31: int64 (B,). floor(w * high / 2**32) has a bias below high / 2**32."""
     return _words(seed, purpose, position_B, 1)[:, 0] * high >> 32
 
 
@@ -181,7 +181,7 @@ def add_noise_reference(
 
     Args:
         latents_BCHW: scaled latents, fp32, bf16 or fp16.
-        positions_B: int64 sample positions, of the noise (`Purpose.NOISE`).
+        positions_B: int64 sample positions, which select the noise (`Purpose.NOISE`).
         t_B: int64 timesteps in [0, T).
         signal_T, sigma_T: fp32, sqrt(abar_t) and sqrt(1 - abar_t).
         seed: 0 <= seed < 2**64.
@@ -211,7 +211,7 @@ def _is_velocity(prediction: str) -> bool:
 
 @triton.jit
 def philox_words(seed, purpose, position, blocks):
-    """Four uint32 words of each block: `philox` of one position."""
+    """Return four uint32 words of each block, those of `philox` for one position."""
     c0 = blocks.to(tl.uint32)
     zero = tl.zeros_like(c0)
     return tl.philox(seed, c0, zero + position.to(tl.uint32), zero + (position >> 32).to(tl.uint32), zero + purpose)
@@ -219,7 +219,7 @@ def philox_words(seed, purpose, position, blocks):
 
 @triton.jit
 def _box_muller(word1, word2):
-    """Two words -> two normals: `normal`, fp32."""
+    """Return two fp32 normals from two words, as `normal` does."""
     u = ((word1 >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07  # 2^-23
     radius = tl.sqrt(-2.0 * tl.log(u))
     # The angle is turn / 2^24 turns: the nearest quarter, and x within an eighth of a turn of it.
@@ -237,7 +237,7 @@ def _box_muller(word1, word2):
 
 @triton.jit
 def _sin_cos(x):
-    """Taylor's series in fp64 for |x| <= pi / 4; the first term left out is below the last bit."""
+    """Return sin x and cos x in fp64 for |x| <= pi / 4, as Taylor series whose first omitted term is below the last bit."""
     y = x * x
     sin = y * (1 / 355687428096000) - 1 / 1307674368000
     sin = sin * y + 1 / 6227020800
@@ -258,7 +258,7 @@ def _sin_cos(x):
 
 @triton.jit
 def _normals(seed, purpose, position, i_block, BLOCK: tl.constexpr):
-    """4 BLOCK consecutive normals of one sample."""
+    """Return 4 BLOCK consecutive normals of one sample."""
     blocks = i_block * BLOCK + tl.arange(0, BLOCK)
     word0, word1, word2, word3 = philox_words(seed, purpose, position, blocks)
     n0, n1 = _box_muller(word0, word1)
@@ -293,8 +293,8 @@ def _add_noise(
     tl.store(target_ptr + start + offs, signal * eps - sigma * x if VELOCITY else eps, mask)
 
 
-# (blocks of four elements, warps) of a tile, for every architecture. One block a thread: 128 bits of fp32, and few
-# registers, because the fp64 series takes two each. 128 threads: 32 programs an image of 64x64x4 fill a GPU from 4 images on.
+# (blocks of four elements, warps) of a tile, for every architecture. One block a thread is 128 bits of fp32, and takes few
+# registers, of which an fp64 number needs two. With 128 threads an image of 64x64x4 has 32 programs, and 4 images fill a GPU.
 _TILE = (128, 4)
 
 
@@ -304,13 +304,13 @@ def _launch(
     block, warps = _TILE
     if samples * count:
         grid = (triton.cdiv(count, 4 * block), samples)
-        # No fusing: x_t is two products and a sum, each rounded, as PyTorch's.
+        # Without fusing, x_t is two products and a sum, each of them rounded, as in PyTorch.
         options |= {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
         launch(kernel, grid, *operands, seed, int(purpose), count, **options)
 
 
 def normal_forward(seed: int, purpose: int, position_B: Tensor, shape: Sequence[int]) -> Tensor:
-    """fp32 (B, *shape), contiguous. seed: as int64, see `_signed`."""
+    """Return normals, fp32 (B, *shape), contiguous. seed: an int64, see `_signed`."""
     out = position_B.new_empty(len(position_B), *shape, dtype=torch.float32)
     _launch(_normal, (out, position_B.contiguous()), seed, purpose, len(out), math.prod(shape))
     return out
@@ -319,7 +319,7 @@ def normal_forward(seed: int, purpose: int, position_B: Tensor, shape: Sequence[
 def add_noise_forward(
     latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, velocity: bool
 ) -> tuple[Tensor, Tensor]:
-    """(x_t, target): fp32 (B, C, H, W), contiguous. seed: as int64, see `_signed`."""
+    """Return (x_t, target), fp32 (B, C, H, W), contiguous. seed: an int64, see `_signed`."""
     x = latents_BCHW.contiguous()  # an element's noise follows from its place in this order: other layouts are copied
     x_t, target = (torch.empty_like(x, dtype=torch.float32) for _ in range(2))
     operands = (x, x_t, target, *(v.contiguous() for v in (positions_B, t_B, signal_T, sigma_T)))
@@ -343,7 +343,7 @@ def _(latents_BCHW, *_):
 
 
 def _signed(seed: int) -> int:
-    """The 64 bits of a seed as an int64, which ops and kernels take."""
+    """Return the 64 bits of a seed as an int64, which ops and kernels take."""
     return seed - (seed >> 63 << 64)
 
 

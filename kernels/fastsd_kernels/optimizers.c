@@ -34,18 +34,18 @@ typedef struct {
     const float *factors; /* factors of this step, such as the learning rate */
     int64_t g16;        /* nonzero if g is bf16 */
     int64_t n;          /* elements, at least one */
-    int64_t first_span; /* its number among the spans of all tensors */
+    int64_t first_span; /* number of its first span among those of all tensors */
 } Row;
 
 _Static_assert(sizeof(Row) == 80, "cpu_optimizers.py writes ten words of 64 bits");
 
 typedef struct {
-    const float *scale, *ema_gain; /* NULL to leave out */
+    const float *scale, *ema_gain; /* each may be NULL */
     const uint8_t *found_inf;      /* if nonzero, no byte of p, m, s, master_lo and ema changes; may be NULL */
     int32_t zero_grads, threads;
 } Options;
 
-/* Update n elements, all in fp32, and add to two sums. */
+/* Update n elements, all in fp32, and add their parts to two sums. */
 typedef void Update(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
                     const float *factors, const float *constants);
 
@@ -63,7 +63,7 @@ static void lion(int n, float *restrict p, const float *restrict g, float *restr
     }
 }
 
-/* Overwrites the lanes. */
+/* Return the sum of the lanes, and overwrite them. */
 static inline double sum_lanes(double *sums) {
     for (int n = LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) sums[i] += sums[i + n];
@@ -80,7 +80,7 @@ static inline void squares_lanes(int n, const float *restrict g, double *restric
     for (int i = 0; i < n; i++) sums[i] += (double)g[i] * (double)g[i];
 }
 
-/* n is at most LANES: each element has its own lane. */
+/* Update at most LANES elements, each of which has its own lane. */
 static inline void dlion_lanes(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s,
                                float *restrict dots, float *restrict l1, const float *factors, const float *constants) {
     const float decay = factors[0], step = factors[1], m_gain = factors[2], s_gain = factors[3];

@@ -77,7 +77,7 @@ def compile_launch(compilation: Compilation) -> Code:
 
 
 def read(usage: str, sass: str, shared: int) -> Code:
-    """Count in cuobjdump's two listings. `shared` is what the launch requests; the listing has only its static part."""
+    """Read the counts from cuobjdump's two listings. `shared` is the launch's request; the listing has only its static part."""
     instructions = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(sass)]
     registers, stack, static = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "SHARED"))  # type: ignore[index]
     loops = list(_loops(instructions))

@@ -96,7 +96,7 @@ GROUP_NORM = {
     GroupNorm(320, 64, 32, 1e-05, True, False): 3,
     GroupNorm(320, 32, 32, 1e-05, True, False): 1,
 }
-# Of the SDXL VAE at 512 px, encoder and decoder together.
+# The SDXL VAE at 512 px, encoder and decoder together.
 VAE_GROUP_NORM = {
     GroupNorm(512, 256, 32, 1e-06, True, False): 1,
     GroupNorm(512, 128, 32, 1e-06, True, False): 9,
@@ -108,7 +108,7 @@ VAE_GROUP_NORM = {
     GroupNorm(128, 512, 32, 1e-06, True, False): 10,
     GroupNorm(128, 256, 32, 1e-06, True, False): 1,
 }
-# Of our VAE encoder at 512 px with these kernels: a convolution's bias is the shift of the norm behind it.
+# Our VAE encoder at 512 px with these kernels: a convolution's bias is the shift of the norm after it.
 VAE_ENCODER_GROUP_NORM = {
     GroupNorm(512, 128, 32, 1e-06, True, True): 3,
     GroupNorm(512, 64, 32, 1e-06, True, True): 9,

@@ -1,4 +1,4 @@
-"""The attention kernels compared with fp64 and PyTorch, on a GPU or in Triton's interpreter: errors, layouts and determinism."""
+"""The attention kernels compared with fp64 and PyTorch, on a GPU or in Triton's interpreter: errors, layouts, determinism."""
 
 from contextlib import contextmanager, nullcontext
 from functools import partial

@@ -63,7 +63,8 @@ def schedule(name, step):
 def test_300_steps_on_an_arena(name):
     # A whole tile and a part of one. D-Lion takes 8 whole tiles at a time, or single ones of half the width.
     shape = (1021,) if name == "dlion" else (3083,)
-    (start,), (target,) = random_tensors(0, [shape], 0.1), random_tensors(1, [shape])
+    (start,) = random_tensors(0, [shape], 0.1)
+    (target,) = random_tensors(1, [shape])
     ours, reference = (run_of(name, [start], kernels) for kernels in (True, False))
     halves = run_of(name, [start[:1021]], True, halves=True)
     peer_p, exact = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.double())
@@ -75,7 +76,8 @@ def test_300_steps_on_an_arena(name):
         (noise,) = random_tensors(1000 + step, [shape])
         g = 1e-3 * (peer_p.detach() - target) + 1e-3 * noise
         peer_p.grad, exact.grad = g.clone(), g.double()
-        peer.param_groups[0]["lr"] = truth.param_groups[0]["lr"] = lr = schedule(name, step)
+        lr = schedule(name, step)
+        peer.param_groups[0]["lr"] = truth.param_groups[0]["lr"] = lr
         before = [t.double() for t in ours.state()], ours.d.item(), ours.numerator.item()
         peer.step()
         for run in (ours, reference, halves):

@@ -9,11 +9,11 @@ NAMES = ("lion", "dlion", "adamw")
 LR = {"lion": 3e-4, "dlion": 1.0, "adamw": 3e-3}
 ZEROS = torch.zeros(4, 6)
 BAD_DTYPES = [
-    ({"params": ZEROS.half()}, "parameter", "float16", "float32"),
-    ({"params": ZEROS.bfloat16()}, "parameter", "bfloat16", "float32"),
-    ({"masters_lo": ZEROS.short()}, "parameter", "float32", "bfloat16"),
-    ({"grads": ZEROS.double()}, "gradient", "float64", "float32 or bfloat16"),
-    ({"exp_avgs": ZEROS.bfloat16()}, "state", "bfloat16", "float32"),
+    ({"params": ZEROS.half()}, {"role": "parameter", "dtype": "float16", "expected": "float32"}),
+    ({"params": ZEROS.bfloat16()}, {"role": "parameter", "dtype": "bfloat16", "expected": "float32"}),
+    ({"masters_lo": ZEROS.short()}, {"role": "parameter", "dtype": "float32", "expected": "bfloat16"}),
+    ({"grads": ZEROS.double()}, {"role": "gradient", "dtype": "float64", "expected": "float32 or bfloat16"}),
+    ({"exp_avgs": ZEROS.bfloat16()}, {"role": "state", "dtype": "bfloat16", "expected": "float32"}),
 ]
 BAD_LAYOUTS = [
     ({"grads": torch.zeros(6, 4).t()}, {"strides": (1, 4), "parameter_shape": (4, 6), "parameter_strides": (6, 1)}),
@@ -22,8 +22,8 @@ BAD_LAYOUTS = [
 ]
 # Invalid operands of Lion whose other operands have shape (4, 6), with the name and the fields of the message.
 BAD_OPERANDS = [
-    *((x, "operand-dtype", {"role": role, "dtype": dtype, "expected": expected}) for x, role, dtype, expected in BAD_DTYPES),
-    *((x, "operand-layout", fields) for x, fields in BAD_LAYOUTS),
+    *((operand, "operand-dtype", fields) for operand, fields in BAD_DTYPES),
+    *((operand, "operand-layout", fields) for operand, fields in BAD_LAYOUTS),
 ]
 
 
