@@ -2,11 +2,11 @@
 
     python bench/alignment.py [--ways lion demo] [--seeds 0 1 2] [--out bench/results]
 
-`fastsd swap-vae` makes two starts, one without images and one with 256 that are not in the training set. Both are trained by
-the same config, with the same images, noise and order, in two ways: 250 steps of Lion, and the demo's three stages of the
-UNet, 700 steps of D-Lion and Lion. Every 25 steps it measures the loss of 32 images never trained on, and how many of 96
-samples show the requested colour and shape. Results are the steps to 90 % of the samples, and to the final loss of the plain
-start.
+`fastsd swap-vae` makes two models to start from: a plain one without images, and one aligned with 256 images that are not in
+the training set. Both are trained with the same config, images, noise and order, in two ways: 250 steps of Lion, or the demo's
+three stages for the UNet, which are 700 steps of D-Lion and Lion. Every 25 steps, the script measures the loss on 32 held-out
+images, and how many of 96 samples show the requested colour and shape. The results are the steps until 90 % of the samples do,
+and the steps until the final loss of the plain start.
 """
 
 from __future__ import annotations
@@ -42,23 +42,24 @@ WAYS: dict[str, list[dict[str, Any]]] = {
 
 
 def config_of(folder: Path, way: str, start: str, seed: int) -> Config:
-    keys = [f"model.base={folder / start}", "model.vae=", f"run={folder / 'runs' / f'{way}-{start}-{seed}'}", f"seed={seed}"]
-    keys += ["sample.prompts=[]", "log.tensorboard=false", "validate.held_out=32", f"validate.every={EVERY}"]
-    keys += ["stage.sample_every=0", f"stage.checkpoint_every={EVERY}", "stage.keep_checkpoints=1000"]
-    config = load_config(folder / "demo.toml", keys)
-    stages = [stage.model_copy(update=new) for stage, new in zip(config.stage, WAYS[way], strict=False)]
+    run = folder / "runs" / f"{way}-{start}-{seed}"
+    overrides = [f"model.base={folder / start}", "model.vae=", f"run={run}", f"seed={seed}"]
+    overrides += ["sample.prompts=[]", "log.tensorboard=false", "validate.held_out=32", f"validate.every={EVERY}"]
+    overrides += ["stage.sample_every=0", f"stage.checkpoint_every={EVERY}", "stage.keep_checkpoints=1000"]
+    config = load_config(folder / "demo.toml", overrides)
+    stages = [stage.model_copy(update=changes) for stage, changes in zip(config.stage, WAYS[way], strict=False)]
     return config.model_copy(update={"stage": stages})
 
 
 def losses(config: Config) -> dict[int, float]:
-    """Train and return the validation loss by step."""
+    """Train, and return the validation loss by step."""
     train(config, QUIET, export=False)
     rows = map(json.loads, (Path(config.run) / "validation.jsonl").read_text(encoding="utf-8").splitlines())
     return {row["step"]: row["loss"] for row in rows}
 
 
 def sample(config: Config, step: int) -> tuple[float, list[Image.Image]]:
-    """Return (fraction of samples that match their prompt, samples) after a step."""
+    """Draw samples after a step. Return the fraction of them that match their prompt, and the samples."""
     checkpoint = Path(config.run) / "checkpoints" / f"step-{step:08d}"
     return demo._draw(config, ModelTable(base=str(checkpoint) if step else config.model.base))
 
@@ -79,22 +80,22 @@ def first(values: dict[int, float], predicate: Any) -> int | None:
 
 def compare_starts(folder: Path, way: str, seed: int) -> dict[str, Any]:
     configs = {start: config_of(folder, way, start, seed) for start in STARTS}
-    loss = {start: losses(config) for start, config in configs.items()}
-    accuracy = {start: accuracies(config, sorted(loss[start])) for start, config in configs.items()}
-    target_loss = loss["plain"][max(loss["plain"])]
+    loss_curves = {start: losses(config) for start, config in configs.items()}
+    accuracy_curves = {start: accuracies(config, sorted(loss_curves[start])) for start, config in configs.items()}
+    target_loss = loss_curves["plain"][max(loss_curves["plain"])]
     result = {
-        "steps_to_accuracy": {start: first(accuracy[start], lambda accuracy: accuracy >= TARGET_ACCURACY) for start in STARTS},
-        "steps_to_loss": {start: first(loss[start], lambda value: value <= target_loss) for start in STARTS},
+        "steps_to_accuracy": {start: first(accuracy_curves[start], lambda value: value >= TARGET_ACCURACY) for start in STARTS},
+        "steps_to_loss": {start: first(loss_curves[start], lambda value: value <= target_loss) for start in STARTS},
         "mark": target_loss,
-        "loss": loss,
-        "accuracy": accuracy,
+        "loss": loss_curves,
+        "accuracy": accuracy_curves,
     }
     print(way, seed, json.dumps({key: result[key] for key in ("steps_to_accuracy", "steps_to_loss", "mark")}), flush=True)
     return result
 
 
 def picture(folder: Path, way: str, seed: int, path: Path) -> None:
-    """Save samples at three steps, the plain start above the aligned one."""
+    """Save a picture of samples at three steps, with the plain start above the aligned one."""
     prompts = [prompt for *_, prompt in world.prompts()[:NUM_PROMPTS]]
     rows = []
     for start in STARTS:

@@ -1,4 +1,4 @@
-"""Attention, forward and backward, against each of PyTorch's backends on the same views.
+"""Attention, forward and backward, compared with each of PyTorch's backends on the same views.
 
 A case that a backend does not support is skipped with the backend's message.  The memory-efficient backend always computes
 fp32 as three TF32 products; "math" follows PyTorch's setting.
@@ -50,22 +50,21 @@ def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 @pytest.mark.parametrize("kind, mode, implementation", CASES)
 def bench_attention(kind: workload.Attention, mode: str, implementation: str, bench: Bench) -> None:
     dtype = DTYPES["bf16" if mode == "bf16" else "fp32"]
-    queries = bench.batch, kind.queries, kind.heads, kind.head_dim
-    keys = bench.batch, kind.keys, kind.heads, kind.head_dim
+    query_shape = bench.batch, kind.queries, kind.heads, kind.head_dim
+    key_shape = bench.batch, kind.keys, kind.heads, kind.head_dim
 
     def make() -> Operands:
-        return tuple(bench.tensor(*shape, dtype=dtype) for shape in (queries, keys, keys)), (
-            bench.tensor(*queries, dtype=dtype),
-        )
+        inputs = tuple(bench.tensor(*shape, dtype=dtype) for shape in (query_shape, key_shape, key_shape))
+        return inputs, (bench.tensor(*query_shape, dtype=dtype),)
 
     if implementation == "triton":
         precision = "ieee" if mode == "bf16" else mode
         function = lambda q, k, v: attention_triton(q, k, v, precision=precision)  # noqa: E731
     else:
         function = _sdpa(BACKENDS[implementation])
-    # Forward: q, k, v in, o out; backward: those and do in, dq, dk, dv out.
+    # The forward reads q, k, v and writes o. The backward reads q, k, v, o, do and writes dq, dk, dv.
     elements = 6 * bench.batch * (kind.queries + kind.keys) * kind.heads * kind.head_dim
-    # 2 matmuls forward, 5 backward; recomputed ones count once.
+    # The forward has 2 matmuls, the backward 5. Recomputed matmuls count once.
     flops = bench.batch * kind.flops * 7 // 2
     count = workload.ATTENTION[kind]
     case = Case("attention", label(kind), count, implementation, mode, elements * dtype.itemsize, flops)
@@ -76,7 +75,7 @@ def bench_attention(kind: workload.Attention, mode: str, implementation: str, be
 
 
 def _skip_unsupported(function: Callable[..., Tensor], make: Callable[[], Operands]) -> None:
-    """Skip the test if the backend refuses either pass or runs out of memory."""
+    """Skip the benchmark if the backend does not support the forward or backward, or runs out of memory."""
     inputs, upstream = make()
     try:
         forward_and_backward(function, [(tuple(x.requires_grad_() for x in inputs), upstream)])

@@ -1,7 +1,7 @@
-"""Noised latents and target from latents, against the same in PyTorch, and against PyTorch's own generator.
+"""Adding noise to latents, compared with the same computation in PyTorch and with PyTorch's own generator.
 
-"reference" is the same counter-based noise in PyTorch integers.  "torch.randn" draws from a stateful generator, so the noise of
-a single sample cannot be reproduced; it is the lower limit of PyTorch's cost.
+"reference" computes the same counter-based noise with PyTorch's integers.  "torch.randn" draws from a stateful generator, so
+the noise of a single sample cannot be reproduced.  Its time is the lower limit for PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def bench_noised(mode: str, implementation: str, bench: Bench) -> None:
 
     add_noise = add_noise_triton if implementation == "triton" else add_noise_reference
     work = randn if implementation == "torch.randn" else lambda: add_noise(x, positions, t, signal, level, 7)
-    # x in, x_t and target out.
+    # Reads x. Writes x_t and the target in fp32.
     kind = f"{FIRST.inputs}x{FIRST.side}x{FIRST.side}"
     case = Case("noised", kind, 1, implementation, mode, x.numel() * (x.element_size() + 8))
     bench.time(case, work)

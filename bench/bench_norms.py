@@ -1,7 +1,7 @@
-"""GroupNorm, LayerNorm and GEGLU, forward and backward, against PyTorch on the same tensors.
+"""GroupNorm, LayerNorm and GEGLU, forward and backward, compared with PyTorch on the same tensors.
 
 Images and their gradients are channels last.  PyTorch's GroupNorm is timed twice: "pytorch" keeps the output layout of
-F.group_norm, "pytorch channels last" converts it to the layout that the next convolution needs.
+F.group_norm, and "pytorch channels last" converts the output to the layout that the next convolution needs.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def bench_group_norm(kind: workload.GroupNorm, mode: str, implementation: str, b
         shift = (bench.tensor(*shape[:2], dtype=dtype),) if kind.shift else ()
         return (x, bench.tensor(kind.channels, dtype=dtype), bench.tensor(kind.channels, dtype=dtype), *shift), (dy,)
 
-    size = bench.batch * kind.channels * kind.side**2 * dtype.itemsize
+    num_bytes = bench.batch * kind.channels * kind.side**2 * dtype.itemsize
     op = "group_norm+silu" if kind.silu else "group_norm"
-    # Twice x in, y out; twice x and dy in, dx out.  If each pass read once: x in, y out; x and dy in, dx out.
-    case = Case(op, label(kind), workload.GROUP_NORM[kind], implementation, mode, 8 * size, bytes_once=5 * size)
+    # The forward reads x twice and writes y; the backward reads x and dy twice and writes dx.  With single reads, 8 becomes 5.
+    case = Case(op, label(kind), workload.GROUP_NORM[kind], implementation, mode, 8 * num_bytes, bytes_once=5 * num_bytes)
     bench.differentiated(case, function, make)
 
 
@@ -69,19 +69,21 @@ def bench_layer_norm(kind: workload.LayerNorm, mode: str, implementation: str, r
     if implementation == "compiled":
         norm = _compiled(norm)
 
-    def function(weight: Tensor, bias: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return norm(x, weight, bias, kind.eps, residual=other)
+    def function(weight: Tensor, bias: Tensor, x: Tensor, summand: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return norm(x, weight, bias, kind.eps, residual=summand)
 
     def make() -> Operands:
-        images = [bench.tensor(*shape, dtype=dtype) for _ in range(4 if residual else 2)]
-        inputs, upstream = images[: len(images) // 2], images[len(images) // 2 :]
-        return tuple(bench.tensor(kind.features, dtype=dtype) for _ in range(2)) + tuple(inputs), tuple(upstream)
+        count = 2 if residual else 1
+        inputs = [bench.tensor(*shape, dtype=dtype) for _ in range(count)]
+        upstream = [bench.tensor(*shape, dtype=dtype) for _ in range(count)]
+        weights = [bench.tensor(kind.features, dtype=dtype) for _ in range(2)]
+        return (*weights, *inputs), tuple(upstream)
 
-    size = bench.batch * kind.rows * kind.features * dtype.itemsize
+    num_bytes = bench.batch * kind.rows * kind.features * dtype.itemsize
     op = "layer_norm+residual" if residual else "layer_norm"
-    # x in, y out; x, dy in, dx out.  A residual is read too, and s is written; ds is read.
+    # The forward reads x and writes y; the backward reads x and dy and writes dx.  A residual adds two reads and a write.
     count = workload.LAYER_NORM[kind]
-    case = Case(op, label(kind), count, implementation, mode, (8 if residual else 5) * size)
+    case = Case(op, label(kind), count, implementation, mode, (8 if residual else 5) * num_bytes)
     bench.differentiated(case, function, make)
 
 
@@ -95,11 +97,11 @@ def bench_geglu(kind: workload.Geglu, mode: str, implementation: str, bench: Ben
     def make() -> Operands:
         return (bench.tensor(*shape, 2 * kind.features, dtype=dtype),), (bench.tensor(*shape, kind.features, dtype=dtype),)
 
-    # 2F in, F out; 3F in, 2F out.
-    size = 8 * bench.batch * kind.rows * kind.features * dtype.itemsize
-    bench.differentiated(Case("geglu", label(kind), workload.GEGLU[kind], implementation, mode, size), function, make)
+    # For F features, the forward reads 2F and writes F; the backward reads 3F and writes 2F.
+    num_bytes = 8 * bench.batch * kind.rows * kind.features * dtype.itemsize
+    bench.differentiated(Case("geglu", label(kind), workload.GEGLU[kind], implementation, mode, num_bytes), function, make)
 
 
 def _compiled(function):
-    torch._dynamo.reset()  # forget the previous kind: one compilation per shape, as in a step
+    torch._dynamo.reset()  # forget the previous kind, because a step compiles once per shape
     return torch.compile(function, dynamic=False)

@@ -1,8 +1,9 @@
 """One step of each optimizer over all parameters of the UNet, and the norm of their gradients.
 
-The kernels and the references update one flat arena; the other packages update one tensor per parameter of the module, which
-fuses q, k and v: 638 where diffusers has 686.  "halves" is bf16 high halves with 16-bit low halves and bf16 gradients; states
-are fp32.  "triton in a step" also scales and zeroes the gradients and reads the flag `found_inf`, in the same pass.
+The kernels and the references update one flat arena.  The other packages update one tensor per parameter of the module.  These
+are 638 tensors, where diffusers has 686, because the module fuses q, k and v.  "halves" means bf16 high halves, 16-bit low
+halves and bf16 gradients.  States are fp32.  "triton in a step" also scales and zeroes the gradients and reads the flag
+`found_inf`, in the same pass.
 
 lion-pytorch and dadaptation are timed without a CUDA graph: dadaptation reads two numbers back for every tensor.
 """
@@ -27,37 +28,39 @@ CASES = [
     for mode, others in (("fp32", ("reference", peer)), ("halves", ()))
     for implementation in ("triton", "triton in a step", *others)
 ]
-_QUICK = 12_000  # elements of the largest tensor of the reduced arena, which has one tensor of each size
+_MAX_QUICK_SIZE = 12_000  # elements of a tensor; the quick arena has one tensor of each size up to this
 
 
 def _sizes(bench: Bench) -> list[int]:
     if bench.quick:
-        return [size for size in workload.PARAMETERS if size <= _QUICK]
+        return [size for size in workload.PARAMETERS if size <= _MAX_QUICK_SIZE]
     return [size for size, count in workload.PARAMETERS.items() for _ in range(count)]
 
 
-def _step(op: str, kernels: bool, p: Tensor, g: Tensor, options: dict) -> Call:
-    """Return a step over one arena by the kernels or the references."""
+def _arena_step(op: str, kernels: bool, p: Tensor, g: Tensor, options: dict) -> Call:
+    """Return a function that runs one step over an arena, with the kernel or the reference."""
     m = torch.zeros_like(p, dtype=torch.float32)
     if op == "lion":
         lion = lion_triton if kernels else lion_reference
         return lambda: lion([p], [g], [m], lr=1e-4, **options)
-    other = torch.zeros_like(m)
+    second_state = torch.zeros_like(m)
     if op == "adamw":
-        adamw, steps = adamw_triton if kernels else adamw_reference, [m.new_zeros(())]
-        return lambda: adamw([p], [g], [m], [other], steps, lr=1e-4, **options)
+        adamw = adamw_triton if kernels else adamw_reference
+        step_counts = [m.new_zeros(())]
+        return lambda: adamw([p], [g], [m], [second_state], step_counts, lr=1e-4, **options)
     dlion, estimate = (dlion_triton, dlion_estimate_triton) if kernels else (dlion_reference, dlion_estimate_reference)
-    d, numerator = m.new_full((), 1e-6, dtype=torch.float64), m.new_zeros((), dtype=torch.float64)
+    d = m.new_full((), 1e-6, dtype=torch.float64)
+    numerator = m.new_zeros((), dtype=torch.float64)
     found_inf = options.get("found_inf")
 
     def step() -> None:
-        sums = dlion([p], [g], [m], [other], d, lr=1.0, **options)
+        sums = dlion([p], [g], [m], [second_state], d, lr=1.0, **options)
         estimate(d, numerator, *sums, lr=1.0, found_inf=found_inf)
 
     return step
 
 
-def _peer(op: str, parameters: list[Tensor]) -> Call:
+def _peer_step(op: str, parameters: list[Tensor]) -> Call:
     if op == "lion":
         return pytest.importorskip("lion_pytorch").Lion(parameters, lr=1e-4).step
     if op == "dlion":
@@ -72,23 +75,25 @@ def _gradients(bench: Bench, sizes: list[int], dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("op, mode, implementation", CASES)
 def bench_optimizer(op: str, mode: str, implementation: str, bench: Bench) -> None:
     sizes = _sizes(bench)
-    n, halves, in_step = sum(sizes), mode == "halves", implementation == "triton in a step"
-    # Parameter in and out, 4 bytes each; gradient in; each state in and out.  Zeroing writes the gradient once.
-    gradient = (2 if halves else 4) * (2 if in_step else 1)
-    case = Case(op, "all parameters", 1, implementation, mode, n * (8 + gradient + (8 if op == "lion" else 16)))
+    numel = sum(sizes)
+    halves, in_step = mode == "halves", implementation == "triton in a step"
+    # A step reads and writes the parameter and each state, 4 bytes each, and reads the gradient.  Zeroing also writes it.
+    gradient_bytes = (2 if halves else 4) * (2 if in_step else 1)
+    state_bytes = 8 if op == "lion" else 16
+    case = Case(op, "all parameters", 1, implementation, mode, numel * (8 + gradient_bytes + state_bytes))
     if implementation == PEERS[op]:
         parameters = [torch.nn.Parameter(bench.tensor(size)) for size in sizes]
         for p in parameters:
             p.grad = bench.tensor(p.numel())
-        step, captured = _peer(op, parameters), op == "adamw"
-        times = 1 if captured else 3
-        bench.time(case, lambda: [step() for _ in range(times)], calls=times, captured=captured)
+        step, captured = _peer_step(op, parameters), op == "adamw"
+        calls = 1 if captured else 3
+        bench.time(case, lambda: [step() for _ in range(calls)], calls=calls, captured=captured)
         return
-    p, g = (bench.tensor(n, dtype=torch.bfloat16 if halves else torch.float32) for _ in range(2))
+    p, g = (bench.tensor(numel, dtype=torch.bfloat16 if halves else torch.float32) for _ in range(2))
     options: dict = {"masters_lo": [torch.zeros_like(p, dtype=torch.int16)]} if halves else {}
     if in_step:
         options |= {"scale": torch.ones((), device=p.device), "found_inf": torch.zeros((), device=p.device), "zero_grads": True}
-    bench.time(case, _step(op, implementation != "reference", p, g, options))
+    bench.time(case, _arena_step(op, implementation != "reference", p, g, options))
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])

@@ -1,11 +1,11 @@
-"""The latent cache at scale on this machine: many files, kill -9, ten million rows, random reads beside a file per image.
+"""Measure the latent cache at scale: many files, kill -9, ten million rows, random reads compared with one file per image.
 
     python bench/cache.py [--only files kills rows reads] [--small] [--folder DIR] [--json FILE]
 
-    files   20,000 JPEG and PNG of mixed sizes through the demo's VAE: speed of every step; a second run; a run after edits
-    kills   2,000 images, kill -9 at 200 random moments, then a run to the end: the same shards as without kills
-    rows    ten million samples in sparse shards: seconds to open, seconds to the first batch, memory; two world sizes
-    reads   random batches of 64 from 4 GB of 512 px latents, against one .npz and one torch.save file per image, warm and cold
+    files   encode 20,000 JPEG and PNG files of mixed sizes with the demo's VAE, run again, run after edits: speed of each step
+    kills   cache 2,000 images with kill -9 at 200 random moments; a last run must write the same shards as without kills
+    rows    open ten million samples in sparse shards: seconds to open, seconds to the first batch, memory; two world sizes
+    reads   read random batches of 64 from 4 GB of 512 px latents, and from .npz and torch.save files per image, warm and cold
 
 Needs about 20 GB of disk. Correctness is asserted; speeds are printed.
 """
@@ -51,11 +51,11 @@ ROW = (4, 64, 64)  # 32 KiB in fp16: a latent of 512 px
 BATCH = 64
 
 
-def job(folder: Path, **cache: Any) -> Config:
+def job(folder: Path, **cache_settings: Any) -> Config:
     raw = {
         "model": {"base": str(DEMO)},
         "data": {"folders": [str(folder / "images")], "resolution": 64},
-        "cache": {"dir": str(folder / "cache"), "batch": 32} | cache,
+        "cache": {"dir": str(folder / "cache"), "batch": 32} | cache_settings,
         "stage": [{"train": ["unet"], "until": 1}],
         "device": "cpu",
     }
@@ -63,13 +63,15 @@ def job(folder: Path, **cache: Any) -> Config:
 
 
 def write_image(path: Path, seed: int) -> None:
-    """Write a smooth picture with grain, in a size that depends on the seed, and its caption."""
+    """Write a smooth picture with grain, and its caption. The seed determines the size."""
     rng = np.random.default_rng(seed)
     width, height = (int(side) for side in rng.integers(64, 640, 2))
-    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    colors = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    smooth = colors.resize((width, height), Image.Resampling.BICUBIC)
     grain = rng.integers(-8, 8, (height, width, 1))
-    image = Image.fromarray((np.asarray(small) + grain).clip(0, 255).astype(np.uint8))
-    image.save(path, **({"quality": 90} if path.suffix == ".jpg" else {"compress_level": 1}))
+    image = Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))
+    options = {"quality": 90} if path.suffix == ".jpg" else {"compress_level": 1}
+    image.save(path, **options)
     path.with_suffix(".txt").write_text(f"picture, number {seed}")
 
 
@@ -81,7 +83,7 @@ def write_image_range(folder: Path, numbers: range) -> None:
 
 
 def write_images(folder: Path, count: int) -> None:
-    ranges = [range(first, min(first + 500, count)) for first in range(0, count, 500)]
+    ranges = [range(begin, min(begin + 500, count)) for begin in range(0, count, 500)]
     with ProcessPoolExecutor() as pool:
         list(pool.map(write_image_range, itertools.repeat(folder), ranges))
 
@@ -89,7 +91,8 @@ def write_images(folder: Path, count: int) -> None:
 def files(folder: Path, small: bool) -> dict[str, Any]:
     count = 300 if small else 20_000
     write_images(folder, count)
-    config, figures = job(folder), {"images": count}
+    config = job(folder)
+    figures: dict[str, Any] = {"images": count}
 
     def run_cache(name: str) -> Any:
         start = time.perf_counter()
@@ -97,21 +100,22 @@ def files(folder: Path, small: bool) -> dict[str, Any]:
         figures[name] = {"seconds": time.perf_counter() - start, "encoded": counts.encoded, "img_per_s": counts.rates}
         return counts
 
-    first = run_cache("first run")
-    assert first.encoded == first.cached == count and first.rejected == 0
+    counts = run_cache("first run")
+    assert counts.encoded == counts.cached == count and counts.rejected == 0
     assert run_cache("second run").encoded == 0
+
     paths = sorted((folder / "images").rglob("*.jpg"))
     for i in range(3):
         write_image(paths[i], count + i)
     for i in range(5):
         write_image(folder / "images" / f"new-{i}.png", count + 10 + i)
     for path in paths[10:17]:
-        for old in (path, path.with_suffix(".txt")):
-            old.rename(old.with_stem(f"renamed-{old.stem}"))
+        for file in (path, path.with_suffix(".txt")):
+            file.rename(file.with_stem(f"renamed-{file.stem}"))
     for path in paths[20:22]:
         path.unlink()
-    edited = run_cache("3 edited, 5 new, 7 renamed, 2 deleted")
-    assert (edited.encoded, edited.cached) == (8, count + 3), edited
+    counts = run_cache("3 edited, 5 new, 7 renamed, 2 deleted")
+    assert (counts.encoded, counts.cached) == (8, count + 3), counts
     return figures
 
 
@@ -127,11 +131,13 @@ def kills(folder: Path, small: bool) -> dict[str, Any]:
     expected = {path.relative_to(folder): path.read_bytes() for path in (folder / "cache").glob("*s/*.safetensors")}
     shutil.rmtree(folder / "cache")
 
-    rng, killed = random.Random(0), 0
-    # Delays cover the search of the folders, planning and a few blocks of encoding.
+    rng = random.Random(0)
+    # A process is killed while it searches the folders, plans, or encodes one of the first blocks.
     max_delay = 0.3 + duration / num_kills
+    killed = 0
     while killed < num_kills:
-        delay, child = rng.uniform(0, max_delay), os.fork()
+        delay = rng.uniform(0, max_delay)
+        child = os.fork()
         if child == 0:
             build_cache(config, vae)
             os._exit(0)
@@ -144,10 +150,9 @@ def kills(folder: Path, small: bool) -> dict[str, Any]:
     latents = LatentCache.open(folder / "cache", view)
     captions = latents.captions(range(len(latents)))
     assert len(set(captions)) == len(captions) == count, "an image is missing or duplicated"
-    assert {path: data for path, data in actual.items() if "shards" in path.parts} == {
-        path: data for path, data in expected.items() if "shards" in path.parts
-    }, "shards differ"
-    assert actual == expected and verify(folder / "cache") == []
+    different = [path for path in {*actual, *expected} if actual.get(path) != expected.get(path)]
+    assert not any("shards" in path.parts for path in different), "shards differ"
+    assert not different and verify(folder / "cache") == []
     return {"images": count, "kills": killed, "left to the last run": counts.encoded, "shards equal": True}
 
 
@@ -164,7 +169,7 @@ def rows(folder: Path, small: bool) -> dict[str, Any]:
     config = parse_config({"model": {"base": "x"}, "data": {"folders": ["a"]}, "stage": [{"train": ["unet"], "until": 1}]}, "x")
     latents = LatentCache.open(folder / "cache")
     order = Order(latents.groups, config.data.roots, 0, batch=BATCH)
-    steps = [0, 1, 2, count // BATCH - 1, count // BATCH, 3 * count // BATCH] + list(range(1000, 1032))
+    steps = [0, 1, 2, count // BATCH - 1, count // BATCH, 3 * count // BATCH, *range(1000, 1032)]
     start = time.perf_counter()
     for step in steps:
         samples = order.batch(step * BATCH, BATCH)
@@ -174,18 +179,19 @@ def rows(folder: Path, small: bool) -> dict[str, Any]:
 
 
 def write_sparse_rows(folder: Path, count: int) -> None:
-    """Write a cache with a real index and sparse shards, in which every row is zeros."""
+    """Write a cache with a complete index and sparse shards, in which every row is zeros."""
     zeros = bytes(32768)
     shards = []
     with Store.open(folder, create=True) as store:
         space = store.space("made", {"vae": "made"}, "fp16")
-        for first in range(0, count, SHARD_ROWS):
+        for begin in range(0, count, SHARD_ROWS):
             with store.transaction():
                 store.db.execute(
                     "INSERT INTO shard (space, name, rows, shape) VALUES (?, ?, ?, ?)",
-                    (space, f"made-{first}", min(SHARD_ROWS, count - first), json.dumps(ROW)),
+                    (space, f"made-{begin}", min(SHARD_ROWS, count - begin), json.dumps(ROW)),
                 )
-        fallocate, os.posix_fallocate = os.posix_fallocate, lambda *arguments: None
+        fallocate = os.posix_fallocate
+        os.posix_fallocate = lambda *arguments: None  # keeps the files sparse
         try:
             for shard in store.shards(space):
                 shard.create()
@@ -206,7 +212,7 @@ def write_sparse_rows(folder: Path, count: int) -> None:
 
 
 def open_rows(folder: Path) -> None:
-    """Open a loader, read first batches at two world sizes, and print times and memory. Runs in its own process."""
+    """Open a loader, compare batches at two world sizes with its own, and print times and memory. Runs in its own process."""
     import psutil
 
     from fastsd.data.loader import Loader
@@ -219,24 +225,26 @@ def open_rows(folder: Path) -> None:
     single = Loader(latents, tokenize, 0, stage)
     opened = time.perf_counter()
     single.batch(0, BATCH)
-    first = time.perf_counter()
-    starts = [*range(0, 20 * BATCH, BATCH), len(latents) // BATCH * BATCH, 2 * len(latents) // BATCH * BATCH]
+    first_batch_read = time.perf_counter()
+
+    positions = [*range(0, 20 * BATCH, BATCH), len(latents) // BATCH * BATCH, 2 * len(latents) // BATCH * BATCH]
     for world in (2, 8):
         loaders = [Loader(latents, tokenize, 0, stage, rank=rank, world=world) for rank in range(world)]
-        for position in starts:
+        for position in positions:
             rank_batches = [loader.batch(position, BATCH) for loader in loaders]
             global_batch = single.batch(position, BATCH)
             assert torch.equal(torch.cat([batch.positions_B for batch in rank_batches]), global_batch.positions_B)
             assert [caption for batch in rank_batches for caption in batch.captions] == global_batch.captions
+
     resident = psutil.Process().memory_info().rss
-    figures = {"seconds to open": opened - start, "seconds to the first batch": first - opened}
+    figures = {"seconds to open": opened - start, "seconds to the first batch": first_batch_read - opened}
     figures |= {"resident MB": resident / 1e6, "of which libraries": resident_before / 1e6}
     figures["global batches equal for worlds of 1, 2, 8"] = True
     print(json.dumps(figures))
 
 
 def reads(folder: Path, small: bool) -> dict[str, Any]:
-    count, batches = (2048, 8) if small else (131_072, 100)
+    count, max_batches = (2048, 8) if small else (131_072, 100)
     folder.mkdir(parents=True, exist_ok=True)
     write_read_formats(folder, count)
     latents, rng = LatentCache.open(folder / "cache"), np.random.default_rng(1)
@@ -257,24 +265,28 @@ def reads(folder: Path, small: bool) -> dict[str, Any]:
         "torch.load, 8 threads": lambda indices: torch.stack(list(threads.map(pt, indices))),
     }
     figures: dict[str, Any] = {"samples": count, "gb": count * 32768 / 1e9, "cold by": drop_page_cache()}
-    batch = rng.integers(0, count, BATCH).tolist()
+    indices = rng.integers(0, count, BATCH).tolist()
     for name in ("npz", "torch.load"):
-        assert torch.equal(readers["ours"](batch), readers[name](batch))
-    warm_indices = rng.choice(count, min(count, 8192), replace=False)  # the rows that are in memory when warm
+        assert torch.equal(readers["ours"](indices), readers[name](indices))
+
+    warm_indices = rng.choice(count, min(count, 8192), replace=False)  # samples that warm rounds read from memory
     for cold in (True, False):
         speeds: dict[str, list[float]] = {name: [] for name in readers}
         for round_, (name, reader) in itertools.product(range(3), readers.items()):
             if cold:
                 drop_page_cache()
-            elif round_ == 0:
-                for batch in np.array_split(warm_indices, len(warm_indices) // BATCH):
-                    reader(batch.tolist())
-            num_batches = batches if name == "ours" or not cold else max(batches // 4, 1)
-            index_batches = [rng.choice(count if cold else warm_indices, BATCH).tolist() for _ in range(num_batches)]
+            elif round_ == 0:  # read the samples into memory
+                for chunk in np.array_split(warm_indices, len(warm_indices) // BATCH):
+                    reader(chunk.tolist())
+
+            num_batches = max(max_batches // 4, 1) if cold and name != "ours" else max_batches
+            population = count if cold else warm_indices
+            batches = [rng.choice(population, BATCH).tolist() for _ in range(num_batches)]
             start = time.perf_counter()
-            for batch in index_batches:
-                reader(batch)
+            for indices in batches:
+                reader(indices)
             speeds[name].append(num_batches * BATCH / (time.perf_counter() - start))
+
         medians = {name: statistics.median(values) for name, values in speeds.items()}
         ratios = {name: medians["ours"] / value for name, value in medians.items()}
         figures["cold" if cold else "warm"] = {"samples_per_s": medians, "ours over": ratios}
@@ -282,23 +294,23 @@ def reads(folder: Path, small: bool) -> dict[str, Any]:
 
 
 def write_read_formats(folder: Path, count: int) -> None:
-    """Write the same random latents as a cache, as .npz and as torch.save files, a thousand per folder."""
+    """Write the same random latents as a cache, as .npz files and as torch.save files. A folder holds a thousand files."""
 
-    def rows() -> Iterator[bytes]:
+    def write_files() -> Iterator[bytes]:
         generator = torch.Generator().manual_seed(0)
         for i in range(count):
-            for kind in ("npz", "pt") if i % 1000 == 0 else ():
-                (folder / f"{kind}/{i // 1000}").mkdir(parents=True)
+            for suffix in ("npz", "pt") if i % 1000 == 0 else ():
+                (folder / f"{suffix}/{i // 1000}").mkdir(parents=True)
             latent = torch.randn(ROW, generator=generator).half()
             np.savez(folder / f"npz/{i // 1000}/{i}.npz", latents=latent.numpy())
             torch.save(latent, folder / f"pt/{i // 1000}/{i}.pt")
             yield latent.numpy().tobytes()
 
-    write_cache(folder / "cache", ROW, rows(), [b""] * count).close()
+    write_cache(folder / "cache", ROW, write_files(), [b""] * count).close()
 
 
 def drop_page_cache() -> str:
-    """Empty the page cache. Return how, or "" if it is not permitted and cold figures are therefore warm."""
+    """Empty the page cache. Return the method, or "" if it is not permitted; figures marked "cold" are then warm."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3\n")

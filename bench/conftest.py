@@ -1,4 +1,4 @@
-"""Options and fixtures of the benchmarks. How they are timed: `measure.py`; how to read them: `README.md`."""
+"""Options and fixtures of the benchmarks. `measure.py` explains how they are timed, `README.md` how to read the figures."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect benchmarks that the options exclude or this machine cannot run."""
-    small = [kind for table in TABLES for kind in smallest(table)]
-    keep: list[pytest.Item] = []
-    drop: list[pytest.Item] = []
+    smallest_kinds = [kind for table in TABLES for kind in smallest(table)]
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
     for item in items:
         values: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
         selected = (
-            not (_quick(config) and "kind" in values and values["kind"] not in small)
+            not (_quick(config) and "kind" in values and values["kind"] not in smallest_kinds)
             and (values["implementation"] != "compiled" or config.getoption("compiled"))
             and (DEVICE.type == "cuda" or INTERPRETED or not values["implementation"].startswith("triton"))
         )
-        (keep if selected else drop).append(item)
+        (kept if selected else dropped).append(item)
     shard, shards = map(int, config.getoption("shard").split("/"))
-    config.hook.pytest_deselected(items=[*drop, *(item for i, item in enumerate(keep) if i % shards != shard)])
-    items[:] = keep[shard::shards]
+    config.hook.pytest_deselected(items=[*dropped, *(item for i, item in enumerate(kept) if i % shards != shard)])
+    items[:] = kept[shard::shards]
 
 
 @pytest.fixture(scope="session")
@@ -71,10 +71,10 @@ def bench(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Bench]:
     machine = request.getfixturevalue("machine") if benchmark.enabled else None
     properties = request.node.user_properties
 
-    def note(figures: dict[str, Any]) -> None:
+    def record(figures: dict[str, Any]) -> None:
         properties.append(("record", figures))
 
-    yield Bench(benchmark, DEVICE, _batch(request.config), _quick(request.config), machine, note)
-    if DEVICE.type == "cuda":  # the largest benchmarks need half of a 24 GB card, so free this one's memory before the next
+    yield Bench(benchmark, DEVICE, _batch(request.config), _quick(request.config), machine, record)
+    if DEVICE.type == "cuda":  # free the memory, because the largest benchmarks need half of a 24 GB card
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,9 +1,10 @@
-"""The main job at full size on this machine: a random SD1.5, cached, trained, stopped, resumed and sampled by the command line.
+"""Run the main job at full size on this machine: cache, train, stop, resume and sample a random SD1.5 by the command line.
 
     python bench/full_size.py [--folder DIR] [--json FILE]
 
-Writes a diffusers folder with SD1.5's real shapes and random weights and eight pictures, and runs each command in its own
-process: seconds per step, peak resident memory, size of a checkpoint. Needs about 45 GB of disk and 20 GB of memory.
+The script writes a diffusers folder with SD1.5's shapes and random weights, and eight pictures. It runs each command in its
+own process and measures seconds per step, peak resident memory and the size of a checkpoint. It needs about 45 GB of disk and
+20 GB of memory.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def make_base(folder: Path, factor: float = 0.13025) -> None:
     torch.manual_seed(0)
     write_tokenizer(folder / "words")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
-    # CLIP-L's sizes; the ids of the small vocabulary are among its 49,408.
-    text = CLIPTextConfig(**CLIP_L, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    # The sizes are CLIP-L's. Its vocabulary of 49,408 token ids includes those of the small tokenizer.
+    text_config = CLIPTextConfig(**CLIP_L, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     vae = AutoencoderKL(**VAE, scaling_factor=factor)
-    text_encoder = TextEncoder(CLIPTextModel(text), tokenizer, 0, folder / "words")
+    text_encoder = TextEncoder(CLIPTextModel(text_config), tokenizer, 0, folder / "words")
     model = Model("random", UNet(UNetConfig.sd15()), text_encoder, Vae(vae, "random"), SD15_SCHEDULER)
     for component in ("unet", "text_encoder"):
         write_component(folder, model, component, component_state_dict(model, component))

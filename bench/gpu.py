@@ -1,18 +1,19 @@
-"""All measurements on a machine with a GPU, in one visit: the tests on the device, all benchmarks, the goals.
+"""Run all measurements on a machine with a GPU in one visit: the tests for the device, all benchmarks, and the goals.
 
     python bench/gpu.py [--only tests attention norms optimizers noise vae steps] [--limit SECONDS] [--batch 8]
                         [--steps a b c d e]
 
-Writes OUT/kernels-<gpu>.json, OUT/steps-<gpu>.json for whole steps and OUT/vae-<gpu>.json for the VAE's encoder: stamp, outcome
-of each part, all figures, all goals with their thresholds.  Failed and skipped tests are included; benchmarks run even after a
-failed test.  A file is complete after each part; a part stopped by --limit keeps its results so far.  Another visit to the same
-GPU with the same sources, versions and batch adds to a file; otherwise the file is replaced.  The next visit merges lines of
-a killed visit.
+The results are OUT/kernels-<gpu>.json, OUT/steps-<gpu>.json for whole steps and OUT/vae-<gpu>.json for the VAE's encoder.  Each
+file holds a stamp, the outcome of each part, all figures, and all goals with their thresholds.  Failed and skipped tests are
+included.  Benchmarks run even after a failed test.  A file is complete after each part.  A part stopped by --limit keeps its
+results so far.  Another visit to the same GPU with the same sources, versions and batch adds to a file; any other visit
+replaces it.  After a killed visit, the next one merges the lines that it wrote.
 
 Compiling takes longer than measuring.  So test files run in parallel, and several processes compile the kernels of a suite into
 Triton's cache before a single process times them.
 
-Exit status: 0 everything ran, whatever the figures; 1 a test or benchmark failed or was stopped; 2 no GPU or pytest-benchmark.
+Exit status: 0 if everything ran, whatever the figures; 1 if a test or benchmark failed or was stopped; 2 if there is no GPU or
+no pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ SCRIPTS = ("vae", "steps")
 COMPILED_FIRST = ("attention", "norms")
 PYTEST = ("-m", "pytest")
 PACKAGES = ("lion-pytorch", "dadaptation", "diffusers", "transformers")
-# Selects the tests for a GPU in files that also have tests for a CPU.
+# File that also has tests for a CPU -> pytest's expression that selects its tests for a GPU.
 ON_GPU = {"tests/bench/test_bench_command.py": "cuda"}
-# Module -> what is skipped without it.  The tests of the optimizers need the first two.
+# Module -> consequence if it is missing.  The tests of the optimizers need the first two.
 OPTIONAL = {
     "lion_pytorch": "lion-pytorch is skipped",
     "dadaptation": "dadaptation and its goal are skipped",
@@ -69,7 +70,7 @@ OPTIONAL = {
 
 
 def read_stamp() -> dict[str, Any]:
-    """Return the conditions of a figure: the GPU and its limits, versions, a hash of the sources."""
+    """Return the conditions of a measurement: the GPU and its limits, versions, and a hash of the sources."""
     import torch
     import triton
 
@@ -91,8 +92,8 @@ def read_stamp() -> dict[str, Any]:
             return None
 
     device = torch.cuda.get_device_properties(0)
-    # Figures of uncommitted changes must not be taken for those of the commit or of other changes.
-    files = [p for folder in ("kernels/fastsd_kernels", "bench", "fastsd") for p in sorted((ROOT / folder).rglob("*.py"))]
+    # The hash of the sources distinguishes figures of uncommitted changes from those of the commit.
+    sources = [p for folder in ("kernels/fastsd_kernels", "bench", "fastsd") for p in sorted((ROOT / folder).rglob("*.py"))]
     stamp: dict[str, Any] = {"gpu": device.name, "capability": f"sm_{device.major}{device.minor}"}
     stamp |= {"multiprocessors": device.multi_processor_count, "memory_gb": round(device.total_memory / 1e9, 1)}
     stamp |= {"l2_mb": round(device.L2_cache_size / 1e6, 1), "power_limit": smi("power.limit")}
@@ -100,14 +101,15 @@ def read_stamp() -> dict[str, Any]:
     stamp |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": triton.__version__}
     stamp |= {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
     stamp["commit"] = command_output("git", "rev-parse", "--short", "HEAD")
-    stamp["sources"] = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
+    stamp["sources"] = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:12]
     return stamp | {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
 def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None, float]:
-    """Run one Python process per group of arguments, in parallel: (worst exit status, None if one was stopped; seconds).
+    """Run one Python process per group of arguments, in parallel. Return the worst_status exit status, and the seconds.
 
-    A single process writes to the terminal; the output of several is printed one after another when all are done.
+    The status is None if a process was stopped.  A single process writes to the terminal.  The output of several processes is
+    printed when they are done, one after another.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # on a GPU kernels are compiled
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*PATHS, os.environ.get("PYTHONPATH", "")]))
@@ -119,38 +121,38 @@ def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None,
             for group, output in zip(groups, outputs, strict=True)
         ]
 
-        worst: int | None = 0
+        worst_status: int | None = 0
         for process, output in zip(processes, outputs, strict=True):
             try:
                 status = process.wait(None if end is None else max(0.0, end - time.monotonic()))
-                worst = None if worst is None else max(worst, abs(status))
+                worst_status = None if worst_status is None else max(worst_status, abs(status))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                worst = None
+                worst_status = None
             if output:
                 output.seek(0)
                 print(output.read(), flush=True)
-    return worst, time.monotonic() - start
+    return worst_status, time.monotonic() - start
 
 
 def run_part(name: str, lines: Path, options: argparse.Namespace, end: float | None) -> tuple[int | None, float]:
-    """Run a part of `PARTS`, which appends its outcomes to `lines`. Return the same as `run`."""
+    """Run a part of `PARTS`. It appends its outcomes to the file `lines`. Return the same as `run`."""
     outcome_args = ["-p", "outcomes", "--outcomes", str(lines)]
     if name in SCRIPTS:
         small = ["--small", "--rounds", "1"] if options.small else []
-        selected = ["--only", *options.steps] if name == "steps" else []
-        return run([[*PARTS[name], "--lines", str(lines), *selected, *small]], end)
+        only = ["--only", *options.steps] if name == "steps" else []
+        return run([[*PARTS[name], "--lines", str(lines), *only, *small]], end)
     if name == "tests":
-        selected = [[*outcome_args, *_select(ON_GPU.get(file), options.k), file] for file in PARTS[name]]
-        return run([[*PYTEST, *arguments] for arguments in selected], end)
+        groups = [[*PYTEST, *outcome_args, *_select(ON_GPU.get(file), options.k), file] for file in PARTS[name]]
+        return run(groups, end)
     arguments = [*PYTEST, *PARTS[name], "--batch", str(options.batch), "--benchmark-quiet"]
     arguments += ["--compiled"] if options.compiled else []
     if name in COMPILED_FIRST:
-        shards = max(1, min(8, (os.cpu_count() or 1) // 2))  # each holds some 0.5 GB of the GPU's memory
-        kernels = [*_select("triton", options.k), "--benchmark-disable"]
-        # A failure here is repeated and recorded below.
-        run([[*arguments, *kernels, "--shard", f"{i}/{shards}"] for i in range(shards)], end)
+        shards = max(1, min(8, (os.cpu_count() or 1) // 2))  # each holds about 0.5 GB of the GPU's memory
+        only_compile = [*_select("triton", options.k), "--benchmark-disable"]
+        # The last run repeats a failure of these and records it.
+        run([[*arguments, *only_compile, "--shard", f"{i}/{shards}"] for i in range(shards)], end)
     return run([[*arguments, *outcome_args, *_select(options.k)]], end)
 
 
@@ -161,11 +163,11 @@ def _select(*expressions: str | None) -> list[str]:
 
 
 def merge_lines(result: dict[str, Any], name: str, lines: Path, status: int | None, seconds: float) -> None:
-    """Add a part's outcomes and figures to the result; later figures of a case replace earlier ones. Removes the lines."""
+    """Add a part's outcomes and figures to the result, and delete `lines`. Later figures of a case replace earlier ones."""
     outcomes = []
     if lines.exists():
         text = lines.read_text()
-        # The process was killed while writing a line without its newline.
+        # A process that was killed may have left an incomplete line without a newline.
         outcomes = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     part = result["parts"].setdefault(name, {"runs": [], "failed": {}, "skipped": {}})
     counts = Counter(outcome["outcome"] for outcome in outcomes)
@@ -175,19 +177,19 @@ def merge_lines(result: dict[str, Any], name: str, lines: Path, status: int | No
             part[kind].pop(outcome["test"], None)
             if outcome["outcome"] == kind:
                 part[kind][outcome["test"]] = outcome["message"]
-    cases = {_case(record): record for record in result["records"]}
-    cases |= {_case(o["record"]): o["record"] for o in outcomes if "record" in o and "seconds" in o["record"]}
-    cases |= {_case(record): record for o in outcomes for record in o.get("records", [])}
+    timed = [outcome["record"] for outcome in outcomes if "seconds" in outcome.get("record", {})]
+    several = [record for outcome in outcomes for record in outcome.get("records", [])]
+    cases = {_case_key(record): record for record in (*result["records"], *timed, *several)}
     result["records"] = list(cases.values())
     lines.unlink(missing_ok=True)
 
 
-def _case(record: dict[str, Any]) -> tuple[str, ...]:
+def _case_key(record: dict[str, Any]) -> tuple[str, ...]:
     return tuple(record[key] for key in ("op", "kind", "mode", "implementation"))
 
 
 def open_result(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
-    """Return the previous result if only its date differs, with lines of killed parts merged; otherwise a new one."""
+    """Return the previous result if its stamp differs only in the date, otherwise a new one. Merge lines of killed parts."""
     new: dict[str, Any] = {"stamp": stamp, "parts": {}, "records": [], "verdicts": []}
     if not path.exists():
         return new
@@ -204,15 +206,15 @@ def open_result(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    judge, _ = _judges(path)
+    judge, _ = _judge_and_table(path)
     result["verdicts"] = [verdict._asdict() for verdict in judge(result["records"])]
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)
 
 
-def _judges(path: Path) -> tuple[Any, Any]:
-    """Return the functions (goals, table) for the records in a file."""
+def _judge_and_table(path: Path) -> tuple[Any, Any]:
+    """Return the function that judges the goals of a file's records, and the one that formats them as a table."""
     if path.name.startswith("vae-"):
         from vae import vae_table, vae_verdicts
 
@@ -224,21 +226,22 @@ def _judges(path: Path) -> tuple[Any, Any]:
 
 def report(result: dict[str, Any], path: Path) -> bool:
     """Print figures, failures and goals. Return True if every part finished without a failure."""
-    judge, table = _judges(path)
+    judge, table = _judge_and_table(path)
     print("\n" + "\n".join(table(result["records"])))
     print("\nSkipped: " + ("" if any(part["skipped"] for part in result["parts"].values()) else "none"))
     for part in result["parts"].values():
         for test, message in part["skipped"].items():
             print(f"  {test.split('::')[-1]}: {message}")
 
-    good = True
+    passed = True
     print("\nParts:")
     for name, part in result["parts"].items():
-        last = part["runs"][-1]
-        good &= last["status"] == 0 and not part["failed"]
-        counts = ", ".join(f"{last[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if outcome in last)
-        end = "STOPPED" if last["cut_off"] else f"exit status {last['status']}"
-        print(f"  {name:10} {counts or 'nothing ran'} in {last['seconds']} s, {end}")
+        last_run = part["runs"][-1]
+        passed &= last_run["status"] == 0 and not part["failed"]
+        outcomes = [outcome for outcome in ("passed", "failed", "skipped") if outcome in last_run]
+        counts = ", ".join(f"{last_run[outcome]} {outcome}" for outcome in outcomes)
+        status = "STOPPED" if last_run["cut_off"] else f"exit status {last_run['status']}"
+        print(f"  {name:10} {counts or 'nothing ran'} in {last_run['seconds']} s, {status}")
         for test, message in part["failed"].items():
             errors = [line for line in message.splitlines() if line.startswith("E ")] or message.splitlines() or [""]
             print(f"    FAILED {test}: {errors[-1][:200]}")
@@ -247,7 +250,7 @@ def report(result: dict[str, Any], path: Path) -> bool:
     for verdict in judge(result["records"]):
         print(f"  {verdict.line()}")
     print(f"\nWritten: {path}")
-    return good
+    return passed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -298,8 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         status, seconds = run_part(name, lines, options, end)
         merge_lines(results[path], name, lines, status, seconds)
         write_result(results[path], path)
-    good = [report(result, path) for path, result in results.items()]
-    return 0 if all(good) else 1
+    passed = [report(result, path) for path, result in results.items()]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Models in and out at full size: a random SD1.5 through every form and back, in processes of their own.
+"""Convert a random SD1.5 of full size to every format and back, each time in its own process.
 
     python bench/interchange.py [--folder DIR] [--json FILE]
 
-Converts a diffusers folder to a single file and back (VAE's factor 0.18215, and 0.13025 with the fold), compares all bits,
-the names with those that diffusers' conversion functions know, and one image: diffusers from the folder, diffusers from the
-file, and our sampler, from the same latents. The peak memory of each process is reported beside that of one that only
-imports the libraries. Needs 25 GB of disk and 12 GB of memory.
+The script converts a diffusers folder to a single file and back, with the scaling factor 0.18215 and with 0.13025, which is
+folded. It compares all bits, and the tensor names with those that diffusers' conversion functions know. It also compares one
+image from the same latents, drawn by diffusers from the folder, by diffusers from the file, and by our sampler. The peak memory
+of each process is reported, and that of a process that only imports the libraries. Needs 25 GB of disk and 12 GB of memory.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PROMPT, SIZE, STEPS, GUIDANCE = "a red circle", 128, 2, 3.0
 
 
 def run_python(code: str, *words: str) -> dict[str, float]:
-    """Run Python code in its own process. Return seconds and peak resident MB."""
+    """Run Python code in its own process. Return its seconds and peak resident MB."""
     start = time.perf_counter()
-    peak = 'print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))'
-    result = subprocess.run([sys.executable, "-c", f"{code}\n{peak}", *words], capture_output=True, text=True)
+    print_peak = 'print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))'
+    result = subprocess.run([sys.executable, "-c", f"{code}\n{print_peak}", *words], capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr)
     return {"seconds": round(time.perf_counter() - start, 1), "peak_mb": round(int(result.stdout.split()[-1]) / 1024)}
@@ -49,11 +49,11 @@ def equal(a: Path, b: Path) -> dict[str, str]:
     from fastsd.storage import TensorFile
 
     counts = {}
-    for component, name in STEMS.items():
-        left, right = TensorFile(a / f"{name}.safetensors"), TensorFile(b / f"{name}.safetensors")
+    for component, stem in STEMS.items():
+        left, right = TensorFile(a / f"{stem}.safetensors"), TensorFile(b / f"{stem}.safetensors")
         assert set(left) == set(right), component
-        same = sum(torch.equal(left[name], right[name]) for name in left)
-        counts[component] = f"{same} of {len(left)} bit-equal"
+        num_equal = sum(torch.equal(left[name], right[name]) for name in left)
+        counts[component] = f"{num_equal} of {len(left)} bit-equal"
     return counts
 
 
@@ -73,14 +73,15 @@ def known_names(file: Path) -> str:
         ("vae", SD15_VAE, single_file_utils.convert_ldm_vae_checkpoint),
         ("text_encoder", SD15_TEXT, lambda state, config: single_file_utils.convert_ldm_clip_checkpoint(state)),
     ):
-        converted, expected = conversion(dict(state), config), expected_tensors(component, config, "")
-        assert {name: t.shape for name, t in converted.items()} == {name: t.shape for name, t in expected.items()}, component
+        converted = conversion(dict(state), config)
+        expected_shapes = {name: t.shape for name, t in expected_tensors(component, config, "").items()}
+        assert {name: t.shape for name, t in converted.items()} == expected_shapes, component
         num_known += len(converted)
     return f"{num_known} of {len(state)} names known, none missing"
 
 
 def images(folder: Path, file: Path) -> dict[str, float]:
-    """Return the largest channel difference (0 to 1) between our image and those of diffusers, from the same latents."""
+    """Return the largest channel difference (0 to 1) between our image and each of diffusers', and the spread of ours."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from fastsd.config.schema import ModelTable, SampleTable
@@ -113,9 +114,8 @@ def main() -> None:
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fastsd-interchange-"))
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
-    imports = run_python(
-        "import fastsd.commands.convert; from diffusers import AutoencoderKL; from transformers import CLIPTextModel"
-    )
+    imports = "import fastsd.commands.convert; from diffusers import AutoencoderKL; from transformers import CLIPTextModel"
+    imports_only = run_python(imports)
 
     for factor in (0.18215, 0.13025):
         base, file, back = folder / f"base-{factor}", folder / f"{factor}.safetensors", folder / f"back-{factor}"
@@ -131,7 +131,7 @@ def main() -> None:
         print(json.dumps(result, indent=1), flush=True)
         figures[f"factor {factor}"] = result
 
-    figures["libraries alone, peak MB"] = imports["peak_mb"]
+    figures["libraries alone, peak MB"] = imports_only["peak_mb"]
     figures["largest tensor, MB"] = round(49408 * 768 * 4 / 2**20)
     text = json.dumps({"stamp": stamp(torch.device("cpu")), "figures": figures}, indent=2)
     print(text)

@@ -1,9 +1,9 @@
-"""The learning rate of `fastsd lr-probe` beside the best one of a sweep of Lion, on the demo's job.
+"""Compare the learning rate of `fastsd lr-probe` with the best one of a sweep of Lion, on the demo's job.
 
     python bench/lr_probe.py [--steps 400] [--batch 32] [--out bench/results/lr-probe-cpu.json]
 
-The sweep trains with Lion at six rates for the same number of steps, with the same images, noise and order. The best rate is
-that with the lowest final validation loss, on images never train_lion on.
+The sweep trains with Lion at six rates for the same number of steps, with the same images, noise and order. The best rate
+has the lowest final validation loss, which is measured on held-out images.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 def train_lion(config: Config, lr: float, steps: int) -> float:
-    """Return the validation loss after `steps` of Lion."""
+    """Train `steps` steps with Lion and return the validation loss."""
     stage = config.stage[0].model_copy(update={"optimizer": "lion", "lr": lr, "until": steps, "checkpoint_every": steps})
     config = config.model_copy(update={"run": f"{config.run}-{lr:g}", "stage": [stage]})
     train(config, Console(file=StringIO()))

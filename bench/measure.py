@@ -1,11 +1,11 @@
-"""Timing of whole forward-and-backward passes with cold caches and without host overhead; peak rates of the machine.
+"""Time forward and backward passes with cold caches and without host overhead; measure the machine's peak rates.
 
-On a GPU most of these kernels finish sooner than Python launches them.  So work is warmed up, captured into a CUDA graph, and
-replays of the graph are timed, each long enough (`_REPLAY`) that the overhead of one replay is negligible.  Between two uses of
-a tensor, others fill the L2 cache twice (`Bench.copies`), as in a step: all forwards, then all backwards in reverse order.
-Work that waits for the GPU cannot be captured; it is timed eagerly, several steps per round, and marked "eager".
+On a GPU most of these kernels finish before Python can launch the next one.  So the work is warmed up and captured in a CUDA
+graph, and replays of the graph are timed.  A replay takes at least `_MIN_REPLAY`, so its own overhead is negligible.  Between
+two uses of a tensor, other tensors fill the L2 cache twice (`Bench.copies`).  As in a step, all forwards run first, then all
+backwards in reverse order.  Work that waits for the GPU cannot be captured.  It is timed eagerly and marked "eager".
 
-Every figure is per call: the median of the rounds divided by the calls in one.
+Every figure is for one call: the median round time divided by the number of calls in a round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from fastsd_kernels import workload
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_REPLAY = 4e-3  # seconds: some 10 us around a replay are then 0.3 %
+_MIN_REPLAY = 4e-3  # seconds; the overhead of a replay, about 10 us, is then at most 0.3 %
 
 Call = Callable[[], object]
 # Tensors that require gradients, and the gradients of the outputs.
@@ -34,27 +34,27 @@ Operands = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """A call to time, with the minimum of bytes and FLOPs, forward and backward together."""
+    """An operation to time, and the fewest bytes and FLOPs that its forward and backward together need."""
 
     op: str
     kind: str
-    count: int  # in the forward of one step and image
+    count: int  # uses in the forward of one image
     implementation: str
-    mode: str  # dtype, or precision of fp32
+    mode: str  # dtype, or the precision of fp32 matmuls
     bytes: int
     flops: int = 0
-    bytes_once: int = 0  # if every pass touched each tensor once; 0: no fewer than `bytes`
+    bytes_once: int = 0  # bytes if every pass touched each tensor once; 0 if these are the same as `bytes`
 
 
 class Machine(NamedTuple):
     """Peak copy and matmul rates of this machine, measured in the same run as the benchmarks."""
 
-    copy_gb_per_s: float  # read and written
+    copy_gb_per_s: float  # bytes read plus bytes written
     matmul_tflop_per_s: dict[str, float]  # by mode
 
 
 def label(kind: Any) -> str:
-    """Return a short label of a kind of the workload."""
+    """Return a short label of a kind, which is a key of a table in `workload`."""
     if isinstance(kind, workload.Attention):
         return f"{kind.queries}x{kind.keys} d{kind.head_dim}"
     if isinstance(kind, workload.GroupNorm):
@@ -63,7 +63,7 @@ def label(kind: Any) -> str:
 
 
 def smallest(table: dict[Any, int], count: int = 2) -> list[Any]:
-    """Return the kinds with the fewest elements."""
+    """Return the `count` kinds of a table in `workload` that have the fewest elements."""
 
     def elements(kind: Any) -> int:
         if isinstance(kind, workload.Attention):
@@ -86,32 +86,33 @@ def fp32_matmuls(mode: str) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision = previous
 
 
-def _seconds(call: Call, device: torch.device, repeats: int) -> float:
-    """Return the seconds of one call: the median of five timings of `repeats` calls."""
+def _median_seconds(work: Call, device: torch.device, repeats: int) -> float:
+    """Return the seconds of one call of `work`, as the median of five rounds of `repeats` calls."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for i in range(7):
         wait()
         start = time.perf_counter()
         for _ in range(repeats):
-            call()
+            work()
         wait()
-        if i > 1:
+        if i > 1:  # the first two rounds warm up
             times.append((time.perf_counter() - start) / repeats)
     return statistics.median(times)
 
 
 def measure_machine(device: torch.device) -> Machine:
-    """Measure a copy of 1 GiB (256 MiB on a CPU) and square matmuls of 8192 (512)."""
+    """Time a copy of 1 GiB (256 MiB on a CPU) and matmuls of 8192 x 8192 matrices (512 x 512 on a CPU)."""
     gpu = device.type == "cuda"
     source, target = (torch.ones((1 << 28) if gpu else (1 << 26), device=device) for _ in range(2))
-    copy_rate = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, 10 if gpu else 1) / 1e9
-    rates, side = {}, 8192 if gpu else 512
+    copy_rate = 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device, 10 if gpu else 1) / 1e9
+    matmul_rates: dict[str, float] = {}
+    side = 8192 if gpu else 512
     for mode in ("bf16", "tf32", "ieee"):
         a = torch.randn(side, side, device=device, dtype=DTYPES["bf16" if mode == "bf16" else "fp32"])
         with fp32_matmuls(mode):
-            rates[mode] = 2 * side**3 / _seconds(partial(torch.matmul, a, a), device, 3) / 1e12
-    return Machine(copy_rate, rates)
+            matmul_rates[mode] = 2 * side**3 / _median_seconds(partial(torch.matmul, a, a), device, 3) / 1e12
+    return Machine(copy_rate, matmul_rates)
 
 
 def forward_and_backward(function: Callable[..., Any], sets: Sequence[Operands]) -> None:
@@ -123,7 +124,7 @@ def forward_and_backward(function: Callable[..., Any], sets: Sequence[Operands])
 
 
 def capture(work: Call) -> tuple[Call, int]:
-    """Return (a blocking replay of several calls, which takes at least `_REPLAY`, their number)."""
+    """Capture `work` in a CUDA graph. Return a function that replays it and waits, and how often one replay runs `work`."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
@@ -144,13 +145,13 @@ def capture(work: Call) -> tuple[Call, int]:
         start = time.perf_counter()
         replay()
         seconds = time.perf_counter() - start
-        if repeats > 1 or seconds >= _REPLAY:
+        if repeats > 1 or seconds >= _MIN_REPLAY:
             return replay, repeats
-        repeats = math.ceil(_REPLAY / seconds)
+        repeats = math.ceil(_MIN_REPLAY / seconds)
 
 
 class Bench:
-    """One benchmark: creates its tensors, times it, and passes its figures to pytest-benchmark and to `record`."""
+    """Creates the tensors of one benchmark, times it, and passes its figures to pytest-benchmark and to `record`."""
 
     def __init__(
         self,
@@ -161,33 +162,33 @@ class Bench:
         machine: Machine | None,
         record: Callable[..., None],
     ) -> None:
-        self.benchmark, self.device, self.batch, self.quick = benchmark, device, batch, quick
-        self.machine, self.record = machine, record
+        self.benchmark, self.device, self.machine = benchmark, device, machine
+        self.batch, self.quick, self.record = batch, quick, record
         self.gpu = device.type == "cuda"
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
-        """Create a tensor of standard normal numbers; an image (B, C, H, W) may be channels last."""
+        """Create a tensor of standard normal numbers. Only a tensor of shape (B, C, H, W) can be channels last."""
         x = torch.randn(shape, device=self.device, dtype=dtype)
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def copies(self, make: Callable[[], Operands]) -> list[Operands]:
-        """Create enough sets of operands to fill the L2 cache twice; inputs require gradients."""
+        """Create enough sets of operands to fill the L2 cache twice. Their inputs require gradients."""
         sets = [make()]
-        size = sum(x.nbytes for group in sets[0] for x in group)
-        cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.gpu else 0
-        sets += [make() for _ in range(math.ceil(2 * cache / size) - 1)]
+        set_bytes = sum(x.nbytes for group in sets[0] for x in group)
+        cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size if self.gpu else 0
+        sets += [make() for _ in range(math.ceil(2 * cache_bytes / set_bytes) - 1)]
         for inputs, _ in sets:
             for x in inputs:
                 x.requires_grad_()
         return sets
 
     def differentiated(self, case: Case, function: Callable[..., Any], make: Callable[[], Operands]) -> None:
-        """Time forward and backward of `function`."""
+        """Time the forward and backward of `function`."""
         sets = self.copies(make)
         self.time(case, lambda: forward_and_backward(function, sets), calls=len(sets))
 
     def time(self, case: Case, work: Call, *, calls: int = 1, captured: bool = True) -> None:
-        """Time `work`, which runs the case `calls` times; on a GPU as a CUDA graph if `captured`."""
+        """Time `work`, which runs the case `calls` times. On a GPU, `work` runs as a CUDA graph if `captured` is true."""
         rounds = 3 if self.quick else 20
         if not self.gpu:
             run, warmup = work, 1
@@ -220,8 +221,8 @@ def rates(case: Case, seconds: float, machine: Machine) -> dict[str, float]:
     if case.bytes_once:
         figures["share_of_copy_once"] = figures["share_of_copy"] * case.bytes_once / case.bytes
     if case.flops:
-        # tf32x3 computes three TF32 products for each one counted, so its maximum share is a third.
-        rate = machine.matmul_tflop_per_s["tf32" if case.mode == "tf32x3" else case.mode]
-        figures |= {"tflop_per_s": case.flops / seconds / 1e12, "matmul_tflop_per_s": rate}
-        figures["share_of_matmul"] = figures["tflop_per_s"] / rate
+        # tf32x3 computes three TF32 products for each product counted, so its share is at most a third.
+        peak_rate = machine.matmul_tflop_per_s["tf32" if case.mode == "tf32x3" else case.mode]
+        figures |= {"tflop_per_s": case.flops / seconds / 1e12, "matmul_tflop_per_s": peak_rate}
+        figures["share_of_matmul"] = figures["tflop_per_s"] / peak_rate
     return figures

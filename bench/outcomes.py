@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-_LONGEST = 2000  # characters of a message: the end of a traceback
+_MAX_MESSAGE = 2000  # characters from the end of a traceback
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +43,6 @@ class _Writer:
         if report.skipped:
             line["message"] = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
-            line["message"] = str(report.longrepr)[-_LONGEST:]
+            line["message"] = str(report.longrepr)[-_MAX_MESSAGE:]
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

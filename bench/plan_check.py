@@ -1,10 +1,10 @@
-"""`fastsd plan` against measurement: the memory of real steps on this machine's CPU, by owner, beside the planned bytes.
+"""Compare the memory that `fastsd plan` predicts with that of real steps on this machine's CPU, by owner.
 
     python bench/plan_check.py [--small] [--json FILE] [--only WORD ...]
 
-Every combination runs in its own process: it plans the step on tensors without data, then takes two real steps and tracks every
-storage during the second. At full size (SD1.5, 512 px) a combination takes some minutes and up to 20 GB of memory. `resident`
-is the peak of the process, including plan and libraries.
+Every combination runs in its own process. It plans the step on tensors without data, then runs two real steps and tracks every
+storage during the second one. At full size (SD1.5, 512 px) a combination takes a few minutes and up to 20 GB of memory.
+`resident` is the peak resident memory of the process, including the plan and the libraries.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SMALL_VAE = {
     "layers_per_block": 1, "norm_num_groups": 8,
 }  # fmt: skip
 SMALL = Shapes(UNetConfig(**SMALL_UNET), {**SD15_TEXT, **SMALL_TEXT}, {**SD15_VAE, **SMALL_VAE}), 64
-# precision, optimizer, images per forward, forwards per step, checkpointing, other keys of a stage
+# Precision, optimizer, images per forward, forwards per step, checkpointing, and other keys of a stage.
 CASES: list[tuple[str, str, int, int, str, dict[str, Any]]] = [
     ("fp32", "dlion", 1, 1, "none", {}),
     ("fp32", "dlion", 1, 2, "ff", {}),
@@ -74,15 +74,16 @@ def stage_of(case: tuple[str, str, int, int, str, dict[str, Any]]) -> StageTable
 
 
 def planned(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> dict[str, int]:
-    """Return the planned bytes by owner, of activations, and at the peak."""
+    """Return the planned bytes of each owner, of the activations, and at the peak."""
     need = plan_stage(shapes, stage, resolution, 0, ops).need(stage.micro_batch_size)
     return {**need.owners, "activations": need.activations, "peak": need.step}
 
 
 def measured(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> dict[str, int]:
-    """Return the same for a real step: the second, because the first allocates the state."""
+    """Return the same bytes, measured in the second of two real steps. The first one allocates the state."""
     side, model = shapes.side(resolution), empty_model(shapes, ops)
-    live, forwards = LiveBytes(CPU), []
+    live = LiveBytes(CPU)
+    bytes_after_forward: list[int] = []
     model.unet.checkpointing = stage.checkpointing
     set_precision(stage.precision, model.unet)
     with live:
@@ -95,28 +96,28 @@ def measured(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> di
 
         step = Step(model, stage, total=2, seed=0)
         latents = torch.randn(stage.batch, shapes.unet.in_channels, side, side).half()
-        ids = torch.zeros(stage.batch, model.text.length, dtype=torch.int64)
-        step(Batch(latents, ids, torch.arange(stage.batch), []), 0)
-        before = live.now
+        token_ids = torch.zeros(stage.batch, model.text.length, dtype=torch.int64)
+        step(Batch(latents, token_ids, torch.arange(stage.batch), []), 0)
+        bytes_before = live.now
         live.restart()
-        handle = model.unet.register_forward_hook(lambda *_: forwards.append(live.now))
-        result = step(Batch(latents, ids, torch.arange(stage.batch), []), 1)
+        handle = model.unet.register_forward_hook(lambda *_: bytes_after_forward.append(live.now))
+        result = step(Batch(latents, token_ids, torch.arange(stage.batch), []), 1)
         handle.remove()
 
     assert torch.isfinite(result.loss) and not result.skipped
     owners = {"VAE": list(model.vae.module.parameters()), **step.tensors_by_role()}
     sizes = {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
-    return {**sizes, "activations": forwards[0] - before, "peak": live.peak}
+    return {**sizes, "activations": bytes_after_forward[0] - bytes_before, "peak": live.peak}
 
 
 def compare(planned: dict[str, int], measured: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Owner -> bytes planned, bytes measured, and their ratio; the weights of both components are added."""
-    plan = {measured_name: planned[name] for measured_name, name in PLANNED_NAMES.items()}
-    plan["weights"] = sum(size for owner, size in planned.items() if owner.startswith("weights"))
+    """Return the planned bytes, the measured bytes and their ratio by owner. The weights of both components are added."""
+    planned_bytes = {measured_name: planned[name] for measured_name, name in PLANNED_NAMES.items()}
+    planned_bytes["weights"] = sum(size for owner, size in planned.items() if owner.startswith("weights"))
     return {
-        owner: {"planned": plan[owner], "measured": size, "ratio": plan[owner] / size if size else 1.0}
+        owner: {"planned": planned_bytes[owner], "measured": size, "ratio": planned_bytes[owner] / size if size else 1.0}
         for owner, size in measured.items()
-        if size or plan[owner]
+        if size or planned_bytes[owner]
     }
 
 

@@ -1,12 +1,12 @@
-"""Loss curves of the demo's job in fp32, tf32 and bf16: the same seeds, one picture, one table.
+"""Compare loss curves of the demo's job in fp32, tf32 and bf16, in a picture and a table.
 
     python bench/precision_curves.py [--steps 200] [--out bench/results]
 
 The demo's first stage (D-Lion, batch 32) is trained in each precision from the same seed, and in fp32 from other seeds. Their
 spread is the noise that a change of precision must stay within. Curves are smoothed over about 20 steps.
 
-A CPU has no TF32. There "tf32" is emulated: every operand of a matmul, convolution or attention, forward and backward, is
-rounded to 10 bits of mantissa first, as tensor cores do, and the products are summed in fp32.
+A CPU has no TF32, so "tf32" is emulated there. Every operand of a matmul, convolution or attention, forward and backward, is
+rounded to 10 bits of mantissa, as by tensor cores, and the products are summed in fp32.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class EmulatedTf32(TorchDispatchMode):
 
 
 def losses(out: Path, precision: str, seed: int, steps: int) -> list[float]:
-    """Return the loss of every step of one run."""
+    """Train one run and return the loss of every step."""
     run = out / f"{precision}-{seed}"
     overrides = [f"run={run}", f"seed={seed}", f"stage.unet.until={steps}", "stage.unet.sample_every=0", "log.every=1"]
     overrides += ["stage.unet.checkpoint_every=100000", "sample.prompts=[]", "log.tensorboard=false"]
@@ -89,14 +89,14 @@ def draw(curves: dict[tuple[str, int], list[float]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     steps = range(1, len(curves["fp32", 0]) + 1)
-    seeds = [smooth(curves["fp32", seed]) for seed in SEEDS]
-    band = [min(row) for row in zip(*seeds, strict=True)], [max(row) for row in zip(*seeds, strict=True)]
-    left.fill_between(steps, *band, color="0.85", label=f"fp32, {len(SEEDS)} seeds")
+    losses_by_step = list(zip(*(smooth(curves["fp32", seed]) for seed in SEEDS), strict=True))
+    lowest, highest = [min(row) for row in losses_by_step], [max(row) for row in losses_by_step]
+    left.fill_between(steps, lowest, highest, color="0.85", label=f"fp32, {len(SEEDS)} seeds")
     for precision, style in (("fp32", "k-"), ("tf32", "C0--"), ("bf16", "C1:")):
         curve = smooth(curves[precision, 0])
         left.plot(steps, curve, style, label=f"{precision}, seed 0")
-        differences = [a / b - 1 for a, b in zip(curve, smooth(curves["fp32", 0]), strict=True)]
-        right.plot(steps, [100 * value for value in differences], style, label=precision)
+        percent = [100 * (a / b - 1) for a, b in zip(curve, smooth(curves["fp32", 0]), strict=True)]
+        right.plot(steps, percent, style, label=precision)
     for axes, title in ((left, "loss, smoothed"), (right, "difference to fp32, same seed, %")):
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -112,25 +112,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         demo._lay_out(Path(scratch), Console(file=StringIO()))
         runs = [("fp32", seed) for seed in SEEDS] + [("tf32", 0), ("bf16", 0)]
-        curves = {key: losses(Path(scratch), *key, options.steps) for key in runs}
+        curves = {run: losses(Path(scratch), *run, options.steps) for run in runs}
 
     options.out.mkdir(parents=True, exist_ok=True)
     draw(curves, options.out / "precision-curves.png")
-    last = {f"{precision} seed {seed}": smooth(values)[-1] for (precision, seed), values in curves.items()}
+    final_losses = {f"{precision} seed {seed}": smooth(values)[-1] for (precision, seed), values in curves.items()}
     fp32_curve = smooth(curves["fp32", 0])
     differences = {
         precision: max(abs(a / b - 1) for a, b in zip(smooth(curves[precision, 0])[20:], fp32_curve[20:], strict=True))
         for precision in ("tf32", "bf16")
     }
-    noise = max(abs(last[f"fp32 seed {seed}"] / last["fp32 seed 0"] - 1) for seed in SEEDS)
+    spread = max(abs(final_losses[f"fp32 seed {seed}"] / final_losses["fp32 seed 0"] - 1) for seed in SEEDS)
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     stamp = {"device": device, "tf32": "hardware" if torch.cuda.is_available() else "emulated", "commit": commit}
     stamp |= {"torch": torch.__version__, "python": platform.python_version()}
-    result = {"stamp": stamp, "steps": options.steps, "smoothed_loss_at_the_end": last}
+    result = {"stamp": stamp, "steps": options.steps, "smoothed_loss_at_the_end": final_losses}
     result["largest_difference_to_fp32_after_20_steps"] = differences
-    result["largest_difference_between_seeds_at_the_end"] = noise
+    result["largest_difference_between_seeds_at_the_end"] = spread
     result["losses"] = {f"{precision} seed {seed}": values for (precision, seed), values in curves.items()}
     (options.out / "precision-curves.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=1))

@@ -1,19 +1,19 @@
-"""Whole steps on a GPU: how fast beside diffusers', how many images in 24 GB, whether `fastsd plan` is right, where time goes.
+"""Measure whole steps on a GPU: speed compared with diffusers, images in 24 GB, accuracy of `fastsd plan`, time by operation.
 
     python bench/steps.py [--only a b c d e] [--small] [--rounds 3] [--lines FILE]
 
     a   bf16: batch 32 and 64, checkpointing none and ff, cuDNN benchmark mode off and on, three optimizers, their baselines
-    b   a shorter version in tf32 and IEEE fp32
-    c   with and without a CUDA graph, batch 1 to 32
-    d   the most images per forward under a cap of 24 GB, ours and the baselines'; the peak of real steps against the plan
-    e   time of one step by kind of operation, ours and eager diffusers'
+    b   the same in tf32 and IEEE fp32 with fewer settings
+    c   steps with and without a CUDA graph, batch 1 to 32
+    d   the most images per forward in 24 GB, for ours and the baselines; the planned and the measured peak of real steps
+    e   time of one step by kind of operation, for ours and eager diffusers
 
-SD1.5's shape, random weights, 512 px; the step is that of `fastsd train` and its baselines are those of `fastsd bench`. Every
-measurement is one line of JSON, written as soon as it is complete, the most important first: a starts before c and e and ends
-after them.
+The model has SD1.5's shape and random weights, and images have 512 px. The step is that of `fastsd train`, and the baselines
+are those of `fastsd bench`. Every measurement is one line of JSON, written as soon as it is complete. The most important ones
+come first, so part a starts before c and e and ends after them.
 
 A failed measurement is recorded, and the next one starts in a new process, because a broken CUDA context breaks all later ones.
-Measurements with capped memory have a process each; the others share one and free memory between them. A worker process ends
+Each measurement with capped memory has its own process. The others share one and free memory after each. A worker process ends
 when its parent ends.  `verdicts.py` judges the figures.
 """
 
@@ -54,8 +54,8 @@ from fastsd.train.precision import choose_device, choose_ops, set_precision
 Record = dict[str, Any]
 Case = tuple[str, str, int, int, str, dict[str, Any]]  # as `plan_check.CASES`
 CAP = 24 << 30  # bytes of PyTorch's allocator, without the 0.5 GB of the CUDA context and libraries
-LONGEST = 2000  # characters of a message, from its end
-# Cases with batches that are typical for a GPU.
+LONGEST = 2000  # characters from the end of a traceback
+# Cases for a GPU, with typical batches.
 CASES: list[Case] = [
     ("bf16", "lion", 32, 1, "none", {}), ("bf16", "lion", 32, 1, "ff", {}), ("fp32", "dlion", 8, 1, "none", {}),
     ("fp32", "dlion", 8, 2, "ff", {}), ("bf16", "dlion", 16, 2, "ff", {}), ("bf16", "adamw", 16, 1, "block", {"ema": 0.999}),
@@ -119,41 +119,41 @@ class Measurement:
 def measurements() -> list[Measurement]:
     """Return all measurements in the order in which they run."""
     adamw = partial(Setting, "bf16", "adamw")
-    first = [
-        _steps("a", adamw(32), "diffusers"),
-        _steps("a", adamw(32, deterministic=False), "compiled"),
-        _steps("a", Setting("bf16", "lion", 64, deterministic=False)),
-        _steps("a", Setting("bf16", "dlion", 32), "dadaptation"),
-        _steps("a", Setting("bf16", "lion", 32), "lion-pytorch"),
-        _steps("a", adamw(64), "diffusers"),
+    most_important = [
+        _step_measurement("a", adamw(32), "diffusers"),
+        _step_measurement("a", adamw(32, deterministic=False), "compiled"),
+        _step_measurement("a", Setting("bf16", "lion", 64, deterministic=False)),
+        _step_measurement("a", Setting("bf16", "dlion", 32), "dadaptation"),
+        _step_measurement("a", Setting("bf16", "lion", 32), "lion-pytorch"),
+        _step_measurement("a", adamw(64), "diffusers"),
     ]
 
     graphs = [Measurement("c", f"graph, batch {batch}", partial(compare_graph, adamw(batch))) for batch in (1, 4, 16, 32)]
     profile = Measurement("e", "where the time goes", partial(profile_step, adamw(32, graph=False)))
     combinations = [
-        _steps("a", adamw(*arguments))
+        _step_measurement("a", adamw(*arguments))
         for arguments in ((64, "none", False), (32, "ff", True), (32, "ff", False), (64, "ff", True), (64, "ff", False))
     ]
 
     other_precisions = [
-        _steps("b", Setting("tf32", "adamw", 32), "diffusers"),
-        _steps("b", Setting("fp32", "adamw", 8), "diffusers"),  # a step of 32 takes seconds
-        _steps("b", Setting("tf32", "lion", 64, deterministic=False)),
-        _steps("b", Setting("tf32", "adamw", 32, deterministic=False), "compiled"),
+        _step_measurement("b", Setting("tf32", "adamw", 32), "diffusers"),
+        _step_measurement("b", Setting("fp32", "adamw", 8), "diffusers"),  # a step of 32 takes seconds
+        _step_measurement("b", Setting("tf32", "lion", 64, deterministic=False)),
+        _step_measurement("b", Setting("tf32", "adamw", 32, deterministic=False), "compiled"),
     ]
     stages = [("bf16", "lion"), ("fp32", "dlion")]
-    memory = [_most_images(*stage, level, baselines.OURS) for stage in stages for level in ("none", "ff")]
+    our_memory = [_memory_measurement(*stage, level, baselines.OURS) for stage in stages for level in ("none", "ff")]
     plans = [Measurement("d", f"plan, {case[0]}, {_case_label(case)}", partial(check_plan, case)) for case in CASES]
-    baseline_memory = [_most_images(*stage, "none", baselines.SAME_OPTIMIZER[stage[1]]) for stage in stages]
-    return [*first, *graphs, profile, *combinations, *other_precisions, *memory, *plans, *baseline_memory]
+    baseline_memory = [_memory_measurement(*stage, "none", baselines.SAME_OPTIMIZER[stage[1]]) for stage in stages]
+    return [*most_important, *graphs, profile, *combinations, *other_precisions, *our_memory, *plans, *baseline_memory]
 
 
-def _steps(part: str, setting: Setting, *names: str) -> Measurement:
+def _step_measurement(part: str, setting: Setting, *names: str) -> Measurement:
     suffix = f" beside {' and '.join(names)}" if names else ""
     return Measurement(part, f"{setting.precision}, {setting.kind}{suffix}", partial(whole_steps, setting, names))
 
 
-def _most_images(precision: str, optimizer: str, level: str, name: str) -> Measurement:
+def _memory_measurement(precision: str, optimizer: str, level: str, name: str) -> Measurement:
     measure = partial(most_images, precision, optimizer, level, name)
     return Measurement("d", f"24 GB, {precision}, {optimizer}, {level}, {name}", measure, alone=True)
 
@@ -164,7 +164,7 @@ def _case_label(case: Case) -> str:
 
 
 def whole_steps(setting: Setting, names: tuple[str, ...], setup: Setup) -> list[Record]:
-    """Time our step and those of the available baselines by `fastsd bench step`."""
+    """Time our step and those of the available baselines with `fastsd bench step`."""
     available, notes = list[str](), list[str]()
     for name in names:
         if name == "compiled" and setup.device.type == "cpu":
@@ -185,7 +185,7 @@ def whole_steps(setting: Setting, names: tuple[str, ...], setup: Setup) -> list[
 
 
 def compare_graph(setting: Setting, setup: Setup) -> list[Record]:
-    """Time a step with and without a CUDA graph; `times` of the second record is the gain of the graph."""
+    """Time a step with and without a CUDA graph. `times` of the second record is the speedup by the graph."""
     records = []
     for graph, name in ((True, "graph"), (False, "no graph")):
         (record,) = whole_steps(replace(setting, graph=graph), (), setup)
@@ -196,7 +196,7 @@ def compare_graph(setting: Setting, setup: Setup) -> list[Record]:
 
 
 def profile_step(setting: Setting, setup: Setup) -> list[Record]:
-    """Profile one step: time of kernels by the operation that launched them; on a CPU, time of operations."""
+    """Measure the time of kernels in one step, by the operation that launched them. On a CPU, measure that of operations."""
     target, notes = options.bench_target(setup.bench_options(setting, [])), list[str]()
     model = baselines.random_model(target.cfg, target.ops)
     model.unet.to(target.device)
@@ -218,41 +218,42 @@ def profile_step(setting: Setting, setup: Setup) -> list[Record]:
                 candidate.step()
                 counters.synchronize(target.device)
         operations = {(row.key, ""): row.self_cpu_time_total for row in profile.key_averages()}
-        spent = _kernel_times(profile.events()) if gpu else Counter(operations)
-        rows = [(name, kernel[:120], microseconds / 1e3) for (name, kernel), microseconds in spent.most_common()]
+        times_us = _kernel_times(profile.events()) if gpu else Counter(operations)
+        rows = [(name, kernel[:120], time_us / 1e3) for (name, kernel), time_us in times_us.most_common()]
         figures = {"rows": rows, "kinds": time_by_kind(rows), "step_ms": 1e3 * seconds, "notes": notes}
         records.append(setup.record("profile", setting.kind, setting.precision, candidate.name, **figures))
     return records
 
 
 def _kernel_times(events: Any) -> Counter[tuple[str, str]]:
-    """Return microseconds by (launching operation, kernel); the operation is "" if the profiler recorded none."""
-    spent: Counter[tuple[str, str]] = Counter()
-    kernel_times: Counter[str] = Counter()
+    """Return microseconds by (launching operation, kernel). The operation is "" if the profiler recorded none."""
+    times_us: Counter[tuple[str, str]] = Counter()
+    unassigned_us: Counter[str] = Counter()
     for event in events:
         # A range marked by a program spans kernels that are counted separately.
         if event.is_user_annotation:
             continue
         if event.device_type == DeviceType.CUDA:
-            kernel_times[event.name] += event.time_range.elapsed_us()
+            unassigned_us[event.name] += event.time_range.elapsed_us()
         for kernel in event.kernels:
-            spent[event.name, kernel.name] += kernel.duration
-    for (_, kernel), microseconds in spent.items():
-        kernel_times[kernel] -= microseconds
-    spent.update({("", kernel): left for kernel, left in kernel_times.items() if left > 0.5})
-    return spent
+            times_us[event.name, kernel.name] += kernel.duration
+    for (_, kernel_name), time_us in times_us.items():
+        unassigned_us[kernel_name] -= time_us
+    times_us.update({("", kernel_name): time_us for kernel_name, time_us in unassigned_us.items() if time_us > 0.5})
+    return times_us
 
 
 def most_images(precision: str, optimizer: str, level: str, name: str, setup: Setup) -> list[Record]:
     """Find the most images per forward under `CAP`, by running real steps until memory runs out.
 
-    Ours holds all tensors of a run, including text encoder and VAE, and records its graph; a baseline holds only its UNet.
+    Our step holds all tensors of a run, including text encoder and VAE, and records a graph. A baseline holds only its UNet.
     """
     is_ours, notes = name == baselines.OURS, list[str]()
     if not is_ours and not baselines.attempt(name, notes, partial(baselines.require, name)):
         raise Skipped(*notes)
     shapes, resolution = SMALL if setup.small else FULL
-    side, max_images, peaks = shapes.side(resolution), 8 if setup.small else 512, dict[int, tuple[int, int]]()
+    side, max_images = shapes.side(resolution), 8 if setup.small else 512
+    peaks: dict[int, tuple[int, int]] = {}
     stage = stage_of((precision, optimizer, max_images, 1, level, {}))
     torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(setup.device).total_memory)
     # The initial weights of a baseline stay in main memory.
@@ -263,8 +264,8 @@ def most_images(precision: str, optimizer: str, level: str, name: str, setup: Se
     candidate: Any = baselines.OurStep(inputs, _raise_out_of_memory) if is_ours else baselines.baseline_maker(inputs)(name)
 
     def fits(images: int) -> bool:
-        make = token_batches if is_ours else baselines.random_batches
-        inputs.batches = make(shapes.unet.in_channels, side, images)
+        make_batches = token_batches if is_ours else baselines.random_batches
+        inputs.batches = make_batches(shapes.unet.in_channels, side, images)
         try:
             with candidate.turn():
                 peaks[images] = peak(lambda: [candidate.step() for _ in range(WARM_UP + 2)])
@@ -302,12 +303,12 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def planned_images(setup: Setup, stage: StageTable, most: int) -> int:
-    """Return the largest micro-batch by `fastsd plan --vram 24`."""
+    """Return the largest micro-batch according to `fastsd plan --vram 24`."""
     shapes, resolution = SMALL if setup.small else FULL
     plan = plan_stage(shapes, stage, resolution, CAP - RESERVED, choose_ops("auto", setup.device))
 
     def fits(images: int) -> bool:
-        # The whole batch at once, so gradients are not accumulated.
+        # The micro-batch is the whole batch, so gradients are not accumulated.
         plan.stage = stage.model_copy(update={"batch": images})
         return plan.need(images).total <= plan.device_bytes
 
@@ -315,7 +316,7 @@ def planned_images(setup: Setup, stage: StageTable, most: int) -> int:
 
 
 def check_plan(case: Case, setup: Setup) -> list[Record]:
-    """Compare the planned and measured peak of a step after its state exists. A graph would need the same memory."""
+    """Compare the planned and measured peak of a step with existing state. A graph would need the same memory."""
     shapes, resolution = SMALL if setup.small else FULL
     stage, before = stage_of(case), torch.cuda.memory_allocated(setup.device)
     predicted = planned(shapes, resolution, stage, choose_ops("auto", setup.device))["peak"]
@@ -330,7 +331,7 @@ def check_plan(case: Case, setup: Setup) -> list[Record]:
 
 
 def whole_model(setup: Setup, stage: StageTable) -> Model:
-    """Create all components of a model on the device with random weights, set up for the stage."""
+    """Create all components of a model on the device, with random weights and the stage's settings."""
     shapes, _ = SMALL if setup.small else FULL
     model = empty_model(shapes, choose_ops("auto", setup.device))
     for module in (model.unet, model.text.module, model.vae.module):
@@ -346,13 +347,13 @@ def whole_model(setup: Setup, stage: StageTable) -> Model:
 
 
 def token_batches(channels: int, side: int, batch: int) -> list[Batch]:
-    """Create a batch like those of `baselines.random_batches`, with texts of 77 tokens."""
+    """Create a batch like those of `baselines.random_batches`, but with 77 token ids per text."""
     template = baselines.random_batches(channels, side, batch)[0]
     return [replace(template, token_ids_BL=torch.zeros(batch, 77, dtype=torch.int64))]
 
 
 def peak(run: Callable[[], Any]) -> tuple[int, int]:
-    """Return the peak of allocated and of reserved bytes during `run()`."""
+    """Return the peak of allocated bytes and that of reserved bytes during `run()`."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     run()
@@ -385,7 +386,7 @@ def outcome(measurement: Measurement, setup: Setup) -> dict[str, Any]:
 
 
 def serve(selected: list[Measurement], setup: Setup) -> None:
-    """Run measurements one after another, up to the first that fails. Print a line of JSON for each."""
+    """Run measurements one after another until one fails. Print a line of JSON for each."""
     # Standard output is reserved for the lines; other output goes to the terminal.
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -407,11 +408,13 @@ def outcomes(selected: list[Measurement], options: list[str]) -> Iterator[dict[s
         command = [sys.executable, __file__, *options, "--serve", *(measurement.name for measurement in group)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout
-            count, last = 0, {"outcome": ""}
+            count = 0
+            last_outcome = {"outcome": ""}
             for line in process.stdout:
-                count, last = count + 1, json.loads(line)
-                yield last
-        if count < len(group) and last["outcome"] != "failed":
+                count += 1
+                last_outcome = json.loads(line)
+                yield last_outcome
+        if count < len(group) and last_outcome["outcome"] != "failed":
             message = f"the process failed with exit status {process.returncode}"
             yield {"test": group[count].name, "outcome": "failed", "message": message}
             count += 1

@@ -1,15 +1,16 @@
-"""The VAE's encoder, ours beside diffusers', in turn in one process: images a second, share of a matmul's rate, memory.
+"""Time our VAE encoder and diffusers' in turn in one process: images per second, share of a matmul's rate, memory.
 
     python bench/vae.py [--precision fp32 bf16] [--batch N ...] [--resolution 512] [--rounds 5] [--small] [--json FILE]
 
     fastsd          as `fastsd cache` encodes
     diffusers       AutoencoderKL with contiguous tensors, eager
     channels last   the same with weights and images channels last
-    compiled        channels last with the encoder compiled by torch.compile; only on a GPU, only at the first batch
+    compiled        channels last with the encoder compiled by torch.compile; only on a GPU and for the first batch size
 
-The VAEs of SD1.5 and SDXL have the same shape; weights are random. Results are compared before timing: `error` of the mean is
-relative to diffusers' fp32; ours may be at most 1e-4 in fp32, and in bf16 twice that of diffusers' bf16. FLOPs are those of the
-requested matmuls and convolutions. A share is relative to a square matmul in the same precision, measured in the same run.
+The VAEs of SD1.5 and SDXL have the same shape; weights are random. Results are compared before timing. `error` is the
+error of the mean, relative to diffusers in fp32. Ours may be at most 1e-4 in fp32, and in bf16 twice that of diffusers in bf16.
+FLOPs are those of the requested matmuls and convolutions. A share is relative to a square matmul in the same precision,
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ OURS, DIFFUSERS, CHANNELS_LAST, COMPILED = "fastsd", "diffusers", "channels last
 
 def encoders(module: Any, dtype: torch.dtype, device: torch.device, compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return the candidates, ours first. Each maps fp32 images on the device to the raw mean."""
-    plain = copy.deepcopy(module).to(device=device, dtype=dtype)
+    contiguous_module = copy.deepcopy(module).to(device=device, dtype=dtype)
     vae = Vae(copy.deepcopy(module), "random weights", choose_ops("auto", device)).to(device, dtype)
 
     def diffusers_mean(module: Any, layout: torch.memory_format, images: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def encoders(module: Any, dtype: torch.dtype, device: torch.device, compiled: bo
 
     candidates: dict[str, Callable[[Tensor], Tensor]] = {
         OURS: vae.encode,
-        DIFFUSERS: partial(diffusers_mean, plain, torch.contiguous_format),
+        DIFFUSERS: partial(diffusers_mean, contiguous_module, torch.contiguous_format),
         CHANNELS_LAST: partial(diffusers_mean, vae.module, torch.channels_last),
     }
     if compiled:
@@ -66,7 +67,7 @@ def encoders(module: Any, dtype: torch.dtype, device: torch.device, compiled: bo
 
 
 def random_vae(small: bool) -> Any:
-    """Create an AutoencoderKL without its decoder."""
+    """Create an AutoencoderKL with random weights and without its decoder."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -76,7 +77,7 @@ def random_vae(small: bool) -> Any:
 
 
 def flops(small: bool, resolution: int) -> int:
-    """Count the FLOPs of one image without computing."""
+    """Count the FLOPs of one image on tensors without data."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         random_vae(small).encode(torch.empty(1, 3, resolution, resolution))
     return counter.get_total_flops()
@@ -102,7 +103,8 @@ def measure(precision: str, batch: int, first: bool, args: argparse.Namespace) -
             rows.append({"name": name, "error": error, "peak_gb": counters.rise(run, device) / 1e9})
             turns[name] = run, nullcontext
         ours, peer = rows[0]["error"], rows[1]["error"]
-        assert ours <= (2 * peer if precision == "bf16" else 1e-4), f"error is {ours:.1e}, and that of diffusers is {peer:.1e}"
+        max_error = 2 * peer if precision == "bf16" else 1e-4
+        assert ours <= max_error, f"error is {ours:.1e}, and that of diffusers is {peer:.1e}"
         order = timing.in_turns(turns, args.rounds, device)
 
     rate, image_flops = counters.matmul_rate(device, precision, args.small), flops(args.small, args.resolution)
@@ -112,23 +114,25 @@ def measure(precision: str, batch: int, first: bool, args: argparse.Namespace) -
     for row in rows:
         counters.put_times(row, order, rows[0])
         speed = 1e3 * batch / row["ms"]["median"]
-        kind = {"op": "vae", "kind": f"batch {batch}, {args.resolution} px", "mode": precision}
-        kind["implementation"] = row.pop("name")
+        labels = {"op": "vae", "kind": f"batch {batch}, {args.resolution} px", "mode": precision}
+        labels["implementation"] = row.pop("name")
         figures = {"img_per_s": speed, "tflop_per_s": speed * image_flops / 1e12, "share_of_matmul": speed * image_flops / rate}
-        records.append({**kind, **shared, **row, **figures})
+        records.append({**labels, **shared, **row, **figures})
     return records
 
 
 def vae_verdicts(records: Sequence[Record]) -> list[Verdict]:
-    """Judge every goal of the encoder: ratios at the worst batch, the share at the best. Records of a tiny one are ignored."""
+    """Judge every goal: ratios at the worst batch size, the share at the best. Records of a tiny encoder are ignored."""
     real = [r for r in records if not r["small"]]
     gpu = not real or real[0]["gpu"]
     verdicts = []
     for mode, at_least in (("fp32", 1.0), ("bf16", 2.0 if gpu else 1.0)):
         ratios = [(r["times"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == (mode, DIFFUSERS)]
         verdicts.append(_verdict(f"VAE {mode}, encoding over diffusers", at_least, min(ratios, default=None)))
-    shares = [(r["share_of_matmul"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == ("bf16", OURS)]
-    return [*verdicts, *([_verdict("VAE bf16, share of a matmul's rate", 0.4, max(shares, default=None))] if gpu else [])]
+    if gpu:
+        shares = [(r["share_of_matmul"], r["kind"]) for r in real if (r["mode"], r["implementation"]) == ("bf16", OURS)]
+        verdicts.append(_verdict("VAE bf16, share of a matmul's rate", 0.4, max(shares, default=None)))
+    return verdicts
 
 
 def _verdict(goal: str, at_least: float, measured: tuple[float, str] | None) -> Verdict:
@@ -160,7 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lines", type=Path, metavar="FILE", help="append every outcome to this file, as JSON lines")
     options = parser.parse_args(arguments)
 
-    device, records, failed = choose_device("auto"), list[Record](), False
+    device, failed = choose_device("auto"), False
+    records: list[Record] = []
     for precision in options.precision:
         for i, batch in enumerate(options.batch or ([8, 1] if device.type == "cuda" else [1])):
             line: dict[str, Any] = {"test": f"vae: {precision}, batch {batch}", "outcome": "passed"}

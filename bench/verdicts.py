@@ -1,12 +1,12 @@
-"""A table of figures, and the verdict on each goal with its figure. Pure functions of the records.
+"""Format records of benchmarks as a table, and judge each goal. All functions are pure.
 
-A record of a kernel holds one benchmark's figures from `measure.Bench.time`; our kernels have an implementation that begins
-with "triton".  A goal for each shape is judged by the worst shape; a goal for a whole step weights kinds by how often they
-occur in it.  A goal is not met if a peer has a figure for a kind and our kernel has none; it is open if it holds for the
-measured kinds and some were not measured.
+A record of a kernel holds one benchmark's figures from `measure.Bench.time`.  The implementation of our kernels begins with
+"triton".  A goal for each shape is judged by the worst shape.  A goal for a whole step weights kinds by how often they occur in
+it.  A goal is not met if a peer has a figure for a kind and our kernel has none.  It is open if it holds for the measured kinds
+and some kinds were not measured.
 
 A record of whole steps holds one candidate's figures from `steps.py`.  Ratios are between candidates timed in turn in one
-process; the worst ratio decides.  A goal in images per second is for the best setting on an H200.
+process, and the worst ratio decides.  A goal in images per second is for the best setting on an H200.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastsd_kernels import workload
 
 Record = dict[str, Any]
 OURS = "triton"
-# Kinds of operations: the first pattern that matches the name of an operation, or of a kernel that no operation launched.
+# Kind -> pattern for the name of an operation, or of a kernel that no operation launched. The first match decides.
 KINDS = {
     "attention": r"attention|flash|fmha",
     "optimizer": r"fastsd::(lion|dlion|adamw|square_sums|norm_of_sums)|optimizer|_foreach_|_fused_adam|vector_norm",
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
     goal: str
     at_least: float
     figure: float | None
-    met: bool | None  # None: nothing or not everything was measured
+    met: bool | None  # None: something was not measured
     detail: str
 
     def line(self) -> str:
@@ -95,7 +95,7 @@ def _optimizers(records: Sequence[Record]) -> list[Verdict]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Times of one kind: our kernel and the fastest peer."""
+    """Times of our kernel and of the fastest peer for one kind."""
 
     kind: str
     count: int
@@ -115,7 +115,7 @@ class _Ratios(NamedTuple):
 
     @classmethod
     def of(cls, records: Iterable[Record], mode: str, peer_modes: Sequence[str], peer: str, expected: int) -> _Ratios:
-        """Compare the kernel in `mode` with the fastest implementation named `peer`..., in any of `peer_modes`."""
+        """Compare the kernel in `mode` with the fastest implementation in `peer_modes` with a name that begins with `peer`."""
         ours: dict[str, Record] = {}
         best: dict[str, Record] = {}
         for r in records:
@@ -145,10 +145,8 @@ class _Ratios(NamedTuple):
 
     def step(self, goal: str, at_least: float) -> Verdict:
         """Judge the ratio of the times of one step."""
-        kernel_seconds, peer_seconds = (
-            sum(p.count * p.ours for p in self.pairs),
-            sum(p.count * p.peer_seconds for p in self.pairs),
-        )
+        kernel_seconds = sum(p.count * p.ours for p in self.pairs)
+        peer_seconds = sum(p.count * p.peer_seconds for p in self.pairs)
         return self._verdict(goal, at_least, peer_seconds / kernel_seconds if self.pairs else None, f"{len(self.pairs)} shapes")
 
     def _verdict(self, goal: str, at_least: float, figure: float | None, detail: str) -> Verdict:
@@ -156,7 +154,7 @@ class _Ratios(NamedTuple):
 
 
 def _step_share(goal: str, at_least: float, ours: Sequence[Record], expected: int) -> Verdict:
-    """Judge the bytes that a step must move, relative to those a copy moves in the same time."""
+    """Judge the bytes that a step must move, relative to the bytes that a copy moves in the same time."""
     if not ours:
         return _verdict(goal, at_least, None, "", expected)
     copy_bytes = sum(r["count"] * r["seconds"] * r["copy_gb_per_s"] * 1e9 for r in ours)
@@ -183,29 +181,27 @@ def _verdict(
         return Verdict(goal, at_least, None, None, "")
     if figure < at_least:
         return Verdict(goal, at_least, figure, False, detail)
-    return Verdict(
-        goal, at_least, figure, None if unmeasured else True, detail + (f"; {unmeasured} not measured" if unmeasured else "")
-    )
+    detail += f"; {unmeasured} not measured" if unmeasured else ""
+    return Verdict(goal, at_least, figure, None if unmeasured else True, detail)
 
 
 def table(records: Sequence[Record]) -> list[str]:
-    """Return a line per record; `x` is its time relative to the kernel of the same op, kind and mode."""
+    """Return a header and a line per record. `x` is the time relative to our kernel for the same op, kind and mode."""
     ours = {(r["op"], r["kind"], r["mode"]): r["seconds"] for r in records if r["implementation"] == OURS and "seconds" in r}
     lines = [
         f"{'op':20} {'kind':16} {'n':>3} {'mode':7} {'implementation':22} {'timed':6}"
         f" {'ms':>9} {'GB/s':>6} {'of copy':>7} {'TFLOP/s':>7} {'of mm':>6} {'x':>6}"
     ]
     for r in records:
-        start = f"{r['op']:20} {r['kind']:16} {r['count']:3} {r['mode']:7} {r['implementation']:22} {r['timed']:6}"
+        labels = f"{r['op']:20} {r['kind']:16} {r['count']:3} {r['mode']:7} {r['implementation']:22} {r['timed']:6}"
         if "seconds" not in r:
-            lines.append(f"{start} {'-':>9}")
+            lines.append(f"{labels} {'-':>9}")
             continue
         kernel_seconds = ours.get((r["op"], r["kind"], r["mode"]))
         flops = f"{r['tflop_per_s']:7.1f} {r['share_of_matmul']:6.0%}" if "tflop_per_s" in r else f"{'':14}"
         ratio = f"{r['seconds'] / kernel_seconds:6.2f}" if kernel_seconds else ""
-        lines.append(
-            f"{start} {1e3 * r['seconds']:9.4f} {r['gb_per_s']:6.0f} {r['share_of_copy']:7.0%} {flops} {ratio}".rstrip()
-        )
+        copy = f"{r['gb_per_s']:6.0f} {r['share_of_copy']:7.0%}"
+        lines.append(f"{labels} {1e3 * r['seconds']:9.4f} {copy} {flops} {ratio}".rstrip())
     return lines
 
 
@@ -241,7 +237,7 @@ def _fastest(ours: Sequence[Record], mode: str, at_least: float, aim: str) -> Ve
 
 
 def _over_peer(records: Sequence[Record], mode: str, peer: str, at_least: float) -> Verdict:
-    """Judge the ratio to a peer, both with AdamW."""
+    """Judge our speed relative to a peer. Both use AdamW."""
     goal = f"{mode}, 512 px, whole steps over {peer}"
     steps = [r for r in records if r["op"] == "step" and (r["mode"], r["implementation"]) == (mode, peer)]
     if not steps:
@@ -262,7 +258,8 @@ def _most_images(records: Sequence[Record], mode: str, optimizer: str, at_least:
 
 
 def _plan(records: Sequence[Record]) -> Verdict:
-    goal, plans = "peak of a step as planned, 1 less the share it is off by", [r for r in records if r["op"] == "plan"]
+    goal = "peak of a step as planned, 1 less the share it is off by"
+    plans = [r for r in records if r["op"] == "plan"]
     if not plans:
         return Verdict(goal, 0.93, None, None, "")
     worst = max(plans, key=lambda r: abs(r["ratio"] - 1))
@@ -271,17 +268,18 @@ def _plan(records: Sequence[Record]) -> Verdict:
 
 
 def time_by_kind(rows: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
-    """Return milliseconds and share by kind, largest first, for rows of (operation or "", kernel or "", milliseconds)."""
-    spent: dict[str, float] = defaultdict(float)
+    """Return milliseconds and their share by kind, largest first. A row is (operation or "", kernel or "", milliseconds)."""
+    ms_by_kind: dict[str, float] = defaultdict(float)
     for operation, kernel, ms in rows:
         name = operation or kernel
-        spent[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")] += ms
-    total = sum(spent.values()) or 1.0
-    return {kind: {"ms": ms, "share": ms / total} for kind, ms in sorted(spent.items(), key=lambda item: -item[1])}
+        matches = (kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
+        ms_by_kind[next(matches, "other")] += ms
+    total = sum(ms_by_kind.values()) or 1.0
+    return {kind: {"ms": ms, "share": ms / total} for kind, ms in sorted(ms_by_kind.items(), key=lambda item: -item[1])}
 
 
 def step_table(records: Sequence[Record]) -> list[str]:
-    """Return a line per record, and its notes; `x` is the time of a step relative to ours in the same process."""
+    """Return a line per record, and lines for its notes. `x` is a step's time relative to ours in the same process."""
     lines = []
     for r in records:
         lines.append(f"{r['op']:11} {r['mode']:4} {r['kind']:36} {r['implementation']:12} {_figures(r)}")
@@ -294,9 +292,8 @@ def _figures(r: Record) -> str:
         planned = f", {r['planned']} planned" if "planned" in r else ""
         return f"{r['images']} images per forward{planned}; peak {r['peak_gb']:.1f} GB, {r['reserved_gb']:.1f} GB reserved"
     if r["op"] == "plan":
-        return (
-            f"planned {r['planned_gb']:.2f} GB, measured {r['peak_gb']:.2f}: {r['ratio']:.3f}; reserved {r['reserved_gb']:.2f}"
-        )
+        peaks = f"planned {r['planned_gb']:.2f} GB, measured {r['peak_gb']:.2f}: {r['ratio']:.3f}"
+        return f"{peaks}; reserved {r['reserved_gb']:.2f}"
     if r["op"] == "profile":
         kinds = ", ".join(f"{kind} {row['ms']:.1f} ms ({row['share']:.0%})" for kind, row in r["kinds"].items())
         return f"{r['step_ms']:.1f} ms: {kinds}"

@@ -9,12 +9,13 @@
 All candidates do the same work: starting weights, batches, text embeddings, timesteps, loss, micro-batches and clipping. Their
 methods differ. Ours draws noise from a counter-based generator and checks gradients for values that are not finite; baselines
 call torch.randn and DDPMScheduler.add_noise and do not check. Text embeddings are computed before the clock starts, which saves
-every candidate 0.5 % of a step. PyTorch's switches for what is computed (fp32, tf32) follow the precision for all; those for
-how it is computed are a run's for ours and PyTorch's defaults for baselines, and `compiled` lets cuDNN time its algorithms.
+every candidate 0.5 % of a step. PyTorch's switches for what is computed (fp32, tf32) follow the precision for all candidates.
+For how it is computed, our step uses the switches of a run, and baselines use PyTorch's defaults; `compiled` also lets cuDNN
+time its algorithms.
 
 No memory is swapped out. The eager baselines share one model, which they step in turn, each with its own optimizer state. So
-the first loss of the second baseline comes from weights that the first has already stepped. Baselines free their gradients by
-`zero_grad`, as is usual, so these take memory only within a step. On a CPU our gradient arena is also released between our
+the first loss of the second baseline comes from weights that the first has already stepped. Baselines free their gradients with
+`zero_grad`, as is usual, so gradients take memory only within a step. On a CPU our gradient arena is also released between our
 turns, and allocated again before the clock starts.
 
 Shapes: B images, C channels, H x W latent positions, L tokens, D width of the text embeddings, N different texts.
@@ -75,7 +76,7 @@ class FixedTextEmbeddings:
         self.module = nn.Embedding.from_pretrained(text_embeds_NLD.flatten(1))
 
     def encode(self, ids_B1: Tensor) -> Tensor:
-        """Look up text embeddings, (B, L, D)."""
+        """Look up the text embeddings of texts, (B, L, D)."""
         return self.module(ids_B1[:, 0]).unflatten(1, self._shape)
 
     def used_parameters(self) -> set[str]:
@@ -91,7 +92,7 @@ class FixedLatentScale:
 
 @dataclass
 class BenchInputs:
-    """Inputs of every candidate. `model` is on its device, and its text encoder is a `FixedTextEmbeddings`."""
+    """Inputs of every candidate. `model` is on `device`, and its text encoder is a `FixedTextEmbeddings`."""
 
     model: Model
     stage: StageTable
@@ -107,18 +108,17 @@ class BenchInputs:
 def random_model(cfg: UNetConfig, ops: Ops) -> Model:
     """Create a model of a given shape with random weights, without loading files."""
     torch.manual_seed(0)
-    text, vae = random_text_embeddings(cfg, 77), cast(Any, FixedLatentScale())
-    return Model("random weights", UNet(cfg, ops), text, vae, SD15_SCHEDULER)
+    text_encoder, vae = random_text_embeddings(cfg, 77), cast(Any, FixedLatentScale())
+    return Model("random weights", UNet(cfg, ops), text_encoder, vae, SD15_SCHEDULER)
 
 
 def random_text_embeddings(cfg: UNetConfig, length: int) -> Any:
-    return FixedTextEmbeddings(
-        torch.randn(BATCHES, length, cfg.cross_attention_dim, generator=torch.Generator().manual_seed(1))
-    )
+    generator = torch.Generator().manual_seed(1)
+    return FixedTextEmbeddings(torch.randn(BATCHES, length, cfg.cross_attention_dim, generator=generator))
 
 
 def random_batches(channels: int, side: int, batch: int) -> list[Batch]:
-    """Create batches of normal latents, unscaled as in a cache, fp16 (B, C, side, side), with text indices."""
+    """Create batches of normally distributed latents, unscaled as in a cache, fp16 (B, C, side, side), and text indices."""
     generator = torch.Generator().manual_seed(2)
     batches = []
     for i in range(BATCHES):
@@ -145,9 +145,9 @@ def cached_batches(config: Config, model: Model, device: torch.device) -> list[B
     return [_pinned_batch(batch.latents_BCHW, batch.positions_B, batch.positions_B) for batch in batches]
 
 
-def _pinned_batch(latents_BCHW: Tensor, numbers_B: Tensor, positions_B: Tensor) -> Batch:
-    """Create a batch as the loader returns it."""
-    tensors = latents_BCHW, numbers_B[:, None], positions_B
+def _pinned_batch(latents_BCHW: Tensor, text_indices_B: Tensor, positions_B: Tensor) -> Batch:
+    """Create a batch as the loader does, in pinned memory if there is a GPU."""
+    tensors = latents_BCHW, text_indices_B[:, None], positions_B
     if torch.cuda.is_available():
         tensors = tuple(tensor.pin_memory() for tensor in tensors)  # type: ignore[assignment]
     return Batch(*tensors, captions=[""] * len(latents_BCHW))
@@ -162,7 +162,7 @@ class OurStep:
         self.inputs, self.steps_done = inputs, 0
         self.trainer = Step(inputs.model, inputs.stage, 1 << 30, inputs.seed, graph=inputs.graph, warn=warn)
         # The arena is released between turns on a CPU only: a CUDA graph has recorded its address.
-        self._parked = self.trainer.tensors_by_role()["gradients"] if inputs.device.type == "cpu" else []
+        self._released = self.trainer.tensors_by_role()["gradients"] if inputs.device.type == "cpu" else []
 
     def step(self) -> Tensor:
         """Run one whole step and return its loss, 0-dim on the device."""
@@ -180,12 +180,12 @@ class OurStep:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """On a CPU, allocate the gradient arena for one turn. At the first turn it is still allocated from its creation."""
-        for tensor in self._parked:
+        """On a CPU, allocate the gradient arena for one turn. At the first turn, it is still allocated."""
+        for tensor in self._released:
             tensor.untyped_storage().resize_(tensor.numel() * tensor.itemsize)
             tensor.zero_()
         yield
-        for tensor in self._parked:
+        for tensor in self._released:
             tensor.untyped_storage().resize_(0)
 
 
@@ -195,7 +195,8 @@ class Baseline:
     def __init__(self, name: str, unet: Any, optimizer: torch.optim.Optimizer, inputs: BenchInputs) -> None:
         from diffusers import DDPMScheduler
 
-        self.name, self.unet, self.optimizer, self.inputs, self.steps_done = name, unet, optimizer, inputs, 0
+        self.name, self.unet, self.optimizer = name, unet, optimizer
+        self.inputs, self.steps_done = inputs, 0
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.scheduler = DDPMScheduler.from_config(inputs.model.scheduler)
         self.compiled = name == "compiled"
@@ -206,41 +207,41 @@ class Baseline:
         inputs = self.inputs
         batch = inputs.batch(self.steps_done)
         count, device = len(batch.positions_B), inputs.device
-        total = torch.zeros((), device=device)
-        on_host = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
-        raw_latents, token_ids, positions = (tensor.to(device, non_blocking=True) for tensor in on_host)
+        total_loss = torch.zeros((), device=device)
+        host_tensors = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
+        raw_latents, token_ids, positions = (tensor.to(device, non_blocking=True) for tensor in host_tensors)
 
         for start in range(0, count, inputs.stage.micro_batch_size):
-            rows = slice(start, start + inputs.stage.micro_batch_size)
-            latents = inputs.model.vae.scale(raw_latents[rows].float())
-            noise, t_B = draw(latents, positions[rows], self.scheduler.config.num_train_timesteps)
+            images = slice(start, start + inputs.stage.micro_batch_size)
+            latents = inputs.model.vae.scale(raw_latents[images].float())
+            noise, t_B = draw(latents, positions[images], self.scheduler.config.num_train_timesteps)
             noisy = self.scheduler.add_noise(latents, noise, t_B).contiguous(memory_format=self.layout)
-            text_embeds = inputs.model.text.encode(token_ids[rows])
+            text_embeds = inputs.model.text.encode(token_ids[images])
             with torch.autocast(device.type, torch.bfloat16, enabled=inputs.stage.precision == "bf16"):
                 prediction = self.unet(noisy, t_B, text_embeds.float()).sample
             loss = nn.functional.mse_loss(prediction.float(), noise) * (len(latents) / count)
             loss.backward()
-            total += loss.detach()
+            total_loss += loss.detach()
 
         if inputs.stage.grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, inputs.stage.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done += 1
-        return total
+        return total_loss
 
     def on_host(self) -> list[Tensor]:
         """Return the tensors that are in main memory on every machine."""
         return step_counts(self.optimizer)
 
     def held(self) -> int:
-        """Return the bytes held between two steps. A shared model counts fully."""
+        """Return the bytes held between two steps. A shared model counts for every baseline that uses it."""
         states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         return sum(tensor.nbytes for tensor in (*self.parameters, *states))
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Use PyTorch's defaults instead of our settings for switches that change the method, not what is computed."""
+        """Use PyTorch's defaults instead of our settings for switches that change how a result is computed, not what."""
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
         previous = cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction
         cudnn.deterministic, cudnn.benchmark, matmul.allow_bf16_reduced_precision_reduction = False, self.compiled, True
@@ -254,7 +255,7 @@ Candidate = OurStep | Baseline
 
 
 def draw(latents_BCHW: Tensor, positions_B: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
-    """Draw (noise, t int64 (B,)) as diffusers' examples do. `positions_B` is for substitutes that draw by position."""
+    """Draw noise and timesteps, int64 (B,), as diffusers' examples do. `positions_B` is unused; replacements may need it."""
     t_B = torch.randint(0, timesteps, (len(latents_BCHW),), device=latents_BCHW.device)
     return torch.randn_like(latents_BCHW), t_B
 
@@ -272,7 +273,7 @@ def require(name: str) -> bool:
 
 
 def baseline_optimizer(name: str, parameters: Sequence[Tensor], lr: float = 1e-6) -> torch.optim.Optimizer:
-    """Create a baseline's optimizer. A small lr keeps random weights stable. Raises UserError if it is not installed."""
+    """Create a baseline's optimizer. A small lr keeps random weights stable. Raises UserError if its package is missing."""
     require(name)
     if name == "dadaptation":
         return importlib.import_module("dadaptation").DAdaptLion(parameters)
@@ -299,19 +300,20 @@ def diffusers_unet(unet: UNet, device: torch.device, memory_format: torch.memory
 
 
 def baseline_maker(inputs: BenchInputs) -> Callable[[str], Baseline]:
-    """Return a function that creates baselines by name. Create all of them before one steps: the eager ones share a model.
+    """Return a function that creates a baseline by name.
 
-    Raises (the returned function): UserError if a baseline's package is missing.
+    Create all baselines before the first step, because the eager ones share a model. The function raises UserError if a
+    baseline's package is missing.
     """
-    eager: list[Any] = []
+    shared_unet: list[Any] = []
 
     def make(name: str) -> Baseline:
         require(name)
         if name == "compiled":
             unet = diffusers_unet(inputs.model.unet, inputs.device, torch.channels_last)
         else:
-            unet = eager[0] if eager else diffusers_unet(inputs.model.unet, inputs.device)
-            eager[:] = [unet]
+            unet = shared_unet[0] if shared_unet else diffusers_unet(inputs.model.unet, inputs.device)
+            shared_unet[:] = [unet]
         if inputs.stage.checkpointing == "block":
             unet.enable_gradient_checkpointing()
         optimizer = baseline_optimizer(name, list(unet.parameters()))
@@ -321,7 +323,7 @@ def baseline_maker(inputs: BenchInputs) -> Callable[[str], Baseline]:
 
 
 def candidates(inputs: BenchInputs, names: list[str], warnings: list[str]) -> list[Candidate]:
-    """Create our candidate and the available baselines of `names`. Baselines come first: ours may turn weights to bf16."""
+    """Create our candidate and the named baselines. Baselines are created first, because ours may convert weights to bf16."""
     make = baseline_maker(inputs)
     baselines = [attempt(name, warnings, partial(make, name)) for name in names]
     ours = attempt(OURS, warnings, lambda: OurStep(inputs, warnings.append))
@@ -329,7 +331,7 @@ def candidates(inputs: BenchInputs, names: list[str], warnings: list[str]) -> li
 
 
 def attempt(name: str, warnings: list[str], function: Callable[[], T]) -> T | None:
-    """Call `function`. If a baseline fails, add the reason to `warnings` and return None; if ours fails, raise UserError."""
+    """Call `function`. If a baseline fails, add the reason to `warnings` and return None. If ours fails, raise UserError."""
     try:
         return function()
     except (UserError, torch.OutOfMemoryError) as error:
@@ -347,17 +349,17 @@ def attempt(name: str, warnings: list[str], function: Callable[[], T]) -> T | No
 
 
 OPTIMIZER_BASELINES = {"lion": ("lion-pytorch",), "dlion": ("dadaptation",), "adamw": ("torch foreach", "torch fused")}
-# Bytes an optimizer must move per parameter: it reads and writes the weight and each state, and reads the gradient.
+# Bytes per parameter that an optimizer must move. It reads and writes the weight and each state, and reads the gradient.
 MOVED = {"lion": 20, "dlion": 28, "adamw": 28}
 
 
 def optimizer_bytes(family: str, with_bf16: bool) -> int:
-    """Return the bytes per parameter that `optimizer_steps` needs: weights, gradient, and the state of every candidate."""
+    """Return the bytes per parameter that `optimizer_steps` needs for weights, gradients and the state of every candidate."""
     return 8 + 4 * SLOTS[family] * (2 + len(OPTIMIZER_BASELINES[family])) + (with_bf16 and 6 + 4 * SLOTS[family])
 
 
 def spread_sizes(sizes: list[int], fraction: float) -> list[int]:
-    """Return a share `fraction` of the sizes, taken evenly from smallest to largest and including the largest."""
+    """Return a fraction of the sizes, chosen evenly from the largest, which is included, to the smallest."""
     ordered = sorted(sizes, reverse=True)
     return [size for i, size in enumerate(ordered) if i == 0 or int((i + 1) * fraction) > int(i * fraction)]
 
@@ -380,7 +382,7 @@ def random_arenas(sizes: list[int], device: torch.device) -> Arenas:
 
 
 class OptimizerStep(NamedTuple):
-    """`run` does one step, which moves `num_bytes`; `on_host` returns its tensors that are always in main memory."""
+    """A step that `run` executes and that moves `num_bytes`. `on_host` returns its tensors that are always in main memory."""
 
     run: Callable[[], object]
     num_bytes: int
@@ -388,10 +390,10 @@ class OptimizerStep(NamedTuple):
 
 
 def optimizer_steps(family: str, arenas: Arenas, ops: Ops, with_bf16: bool, warnings: list[str]) -> dict[str, OptimizerStep]:
-    """Create our steps over an arena, as `Step` calls it, and over a list of parameters; and the baselines' over that list.
+    """Create our step over an arena, as in `Step`, our step over a list of parameters, and the baselines' steps over that list.
 
-    All step the same weights with the same gradients in turn. The tensors of the list are views of the arena, each on a
-    256-byte boundary. `with_bf16` adds our step over a bf16 copy of the arena with 16-bit low halves and bf16 gradients.
+    All of them update the same weights with the same gradients in turn. The tensors of the list are views of the arena, each on
+    a 256-byte boundary. `with_bf16` adds our step over a bf16 copy of the arena with 16-bit low halves and bf16 gradients.
     """
     layout, weights, gradient = arenas
     parameters = [nn.Parameter(view) for view in layout.views(weights)]
@@ -400,8 +402,8 @@ def optimizer_steps(family: str, arenas: Arenas, ops: Ops, with_bf16: bool, warn
     make_optimizer = partial(cast(Any, OPTIMIZERS[family]), lr=1.0 if family == "dlion" else 1e-6, ops=ops)
     found_inf = torch.zeros((), dtype=torch.bool, device=weights.device)
 
-    def arena_step(weights: Tensor, gradient: Tensor, lows: list[Tensor]) -> Callable[[], None]:
-        optimizer = make_optimizer([{"params": [weights], "masters_lo": lows, "emas": []}])
+    def arena_step(weights: Tensor, gradient: Tensor, masters_lo: list[Tensor]) -> Callable[[], None]:
+        optimizer = make_optimizer([{"params": [weights], "masters_lo": masters_lo, "emas": []}])
 
         def step() -> None:
             optimizer.update(gradient, found_inf=found_inf)

@@ -1,10 +1,10 @@
-"""Measurements of a piece of work: time, host waits, launches, memory, FLOPs; and the best rates of the device.
+"""Measure time, host waits, launches, memory and FLOPs of a function, and the peak rates of the device.
 
     host waits    the host needs a device value before it continues: a scalar read back, a tensor copied to the host, an
                   operation with an output shape that depends on input values. Also counted on a CPU, where nothing waits,
                   because the same code waits on a GPU
     launches      kernels on a GPU; on a CPU, operations that compute something
-    memory        peak rise during the work; also an estimate by arithmetic, before any memory is allocated
+    memory        peak rise during the call; also an estimate by arithmetic, before any memory is allocated
     FLOPs         of the requested matmuls and convolutions; recomputed ones count once
 
 On a CPU, calls are intercepted, which does not work for compiled code. Only explicit copies to the host count there: `.cpu()`,
@@ -40,10 +40,10 @@ from fastsd.train.memory import LiveBytes
 from fastsd.train.precision import COMPUTE_DTYPE
 
 SCALAR, COPY, SHAPE, ANY = "scalar read back", "copy to the host", "shape from data", "wait"
-_SCALARS = {"_local_scalar_dense", "equal", "allclose"}
-_SHAPES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave", "bincount"}
+_SCALAR_OPS = {"_local_scalar_dense", "equal", "allclose"}
+_SHAPE_OPS = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave", "bincount"}
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "dadaptation", "lion-pytorch")
-_COPIES = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
+_COPY_METHODS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
 # fp32 state elements per parameter, for our optimizers and the baselines.
 SLOTS = {"dlion": 2, "lion": 1, "adamw": 2, "diffusers": 2, "compiled": 2, "dadaptation": 2, "lion-pytorch": 1}
 # Bytes saved for backward per image, for SD1.5's shape at 64 x 64 latents in fp32; measured with `fastsd bench memory`.
@@ -52,8 +52,8 @@ DIFFUSERS_SAVED_BYTES = {"none": 1871e6, "ff": 1871e6, "block": 309e6}
 WORKSPACE = 0.5e9  # bytes for PyTorch, its libraries and the largest operation
 
 
-class _Operations(TorchDispatchMode):
-    """Counts operations that compute, and those among them that make the host wait."""
+class _OperationCounter(TorchDispatchMode):
+    """Counts operations that compute, and operations that make the host wait."""
 
     def __init__(self, waits: Counter[str], on_host: Iterable[Tensor]) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        if name in _SCALARS:
+        if name in _SCALAR_OPS:
             self.waits[SCALAR] += args[0].untyped_storage()._cdata not in self._on_host
-        elif _indexes_by_mask(name, args) or (name in _SHAPES and (kwargs or {}).get("output_size") is None):
+        elif _indexes_by_mask(name, args) or (name in _SHAPE_OPS and (kwargs or {}).get("output_size") is None):
             self.waits[SHAPE] += 1
         if not func.is_view and not name.startswith("empty"):
             self.launches += 1
@@ -72,13 +72,13 @@ class _Operations(TorchDispatchMode):
 
 
 def _indexes_by_mask(name: str, args: Any) -> bool:
-    """Return True if an indexing call has a mask with elements to count first. Filling with one number needs no count."""
+    """Return True if the host must count a mask's elements for an indexing call. Filling with one number needs no count."""
     if name not in ("index", "index_put", "index_put_") or (len(args) > 2 and args[2].numel() == 1):
         return False
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
-class _Methods(TorchFunctionMode):
+class _CopyCounter(TorchFunctionMode):
     """Counts copies to the host. On a CPU these do not dispatch an operation."""
 
     def __init__(self, waits: Counter[str]) -> None:
@@ -87,28 +87,28 @@ class _Methods(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _COPIES or (func is Tensor.to and "cpu" in (*args[1:2], kwargs.get("device"))):
+        if func in _COPY_METHODS or (func is Tensor.to and "cpu" in (*args[1:2], kwargs.get("device"))):
             self.waits[COPY] += 1
         return func(*args, **kwargs)
 
 
 def host_waits(run: Callable[[], object], device: torch.device, on_host: Iterable[Tensor] = ()) -> tuple[Counter[str], int]:
-    """Count the host's waits in `run()` by kind, and its launches. On a CPU `run` must not call compiled code.
+    """Count the host's waits in `run()` by kind, and the launches. On a CPU, `run` must not call compiled code.
 
     Args:
         on_host: tensors that are in main memory on every machine; reading their values is not a wait.
     """
     waits: Counter[str] = Counter()
     if device.type == "cuda":
-        _sync_debug(run, waits)
-        return waits, _kernels(run)
-    with _Operations(waits, on_host) as operations, _Methods(waits):
+        _count_sync_warnings(run, waits)
+        return waits, _count_kernels(run)
+    with _OperationCounter(waits, on_host) as operations, _CopyCounter(waits):
         run()
     return +waits, operations.launches
 
 
-def _sync_debug(run: Callable[[], object], waits: Counter[str]) -> None:
-    """Count the warnings of PyTorch's sync debug mode: one for every wait that its mode "error" would reject."""
+def _count_sync_warnings(run: Callable[[], object], waits: Counter[str]) -> None:
+    """Count the warnings of PyTorch's sync debug mode, which warns of every wait."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
@@ -122,7 +122,7 @@ def _sync_debug(run: Callable[[], object], waits: Counter[str]) -> None:
         waits[ANY] = count
 
 
-def _kernels(run: Callable[[], object]) -> int:
+def _count_kernels(run: Callable[[], object]) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
@@ -177,32 +177,33 @@ class CandidateMemory:
 def estimate_memory(
     cfg: UNetConfig, parameters: int, stage: StageTable, side: int, names: list[str], device: torch.device
 ) -> list[CandidateMemory]:
-    """Estimate the memory of ours and the named baselines: parameters x bytes, and activations in proportion to the work."""
+    """Estimate the memory of our step and the named baselines from the number of parameters and the size of the work."""
     bf16, gpu = stage.precision == "bf16", device.type == "cuda"
     scale = stage.micro_batch_size * (side / 64) ** 2 * cfg.block_out_channels[0] / 320 / (2 if bf16 else 1)
-    gradients = 0 if stage.fused_backward else 2 if bf16 and stage.batch == stage.micro_batch_size else 4
-    fixed = 4 + 4 * SLOTS[stage.optimizer] + (4 if stage.ema else 0)
+    gradient_bytes = 0 if stage.fused_backward else 2 if bf16 and stage.batch == stage.micro_batch_size else 4
+    weight_and_state_bytes = 4 + 4 * SLOTS[stage.optimizer] + (4 if stage.ema else 0)
     activations = SAVED_BYTES[stage.checkpointing] * scale
     # On a GPU our gradient arena and the activations of a CUDA graph stay allocated between turns.
-    lasting = gradients * parameters + activations if gpu else 0.0
-    estimates = [CandidateMemory("fastsd", fixed * parameters + lasting, activations + gradients * parameters - lasting)]
-    rise = parameters * (6 if bf16 else 4) + DIFFUSERS_SAVED_BYTES[stage.checkpointing] * scale
-    shared = False
+    step_bytes = gradient_bytes * parameters + activations
+    lasting = step_bytes if gpu else 0.0
+    estimates = [CandidateMemory("fastsd", weight_and_state_bytes * parameters + lasting, step_bytes - lasting)]
+    baseline_rise = parameters * (6 if bf16 else 4) + DIFFUSERS_SAVED_BYTES[stage.checkpointing] * scale
+    shared_model_counted = False
     for name in names:
-        bytes_per_parameter = 4 * SLOTS[name] + (4 if name == "compiled" or not shared else 0)
-        shared = shared or name != "compiled"
-        estimates.append(CandidateMemory(name, bytes_per_parameter * parameters, rise))
+        bytes_per_parameter = 4 * SLOTS[name] + (4 if name == "compiled" or not shared_model_counted else 0)
+        shared_model_counted = shared_model_counted or name != "compiled"
+        estimates.append(CandidateMemory(name, bytes_per_parameter * parameters, baseline_rise))
     return estimates
 
 
 def peak_memory(estimates: list[CandidateMemory]) -> float:
-    """Return the bytes at the peak: everything held, plus the largest rise of a step."""
-    return sum(need.held for need in estimates) + max(need.rise for need in estimates) + WORKSPACE
+    """Return the bytes at the peak: everything held, the largest rise of a step, and `WORKSPACE`."""
+    return sum(estimate.held for estimate in estimates) + max(estimate.rise for estimate in estimates) + WORKSPACE
 
 
 @cache
 def forward_flops(cfg: UNetConfig, side: int) -> int:
-    """Count the FLOPs of the UNet's forward for one image of side x side latents and 77 text tokens, without running it."""
+    """Count the FLOPs of the UNet's forward for an image of side x side latents and 77 text tokens, without computing it."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -213,7 +214,7 @@ def forward_flops(cfg: UNetConfig, side: int) -> int:
 
 
 def matmul_rate(device: torch.device, precision: str, small: bool = False) -> float:
-    """Measure FLOP/s of a square matmul in the compute dtype of `precision`, with PyTorch's current switches: best of five."""
+    """Return the best FLOP/s of five timings of a square matmul in `precision`, with PyTorch's current switches."""
     side = 256 if small else 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device).to(COMPUTE_DTYPE[precision]) for _ in range(2))
     out = torch.empty_like(a)
@@ -222,7 +223,7 @@ def matmul_rate(device: torch.device, precision: str, small: bool = False) -> fl
 
 
 def copy_rate(device: torch.device, small: bool = False) -> float:
-    """Measure bytes read and written per second by a copy of 1 GiB (64 MiB on a CPU, 1 MiB if `small`): median of five."""
+    """Return the bytes read and written per second by a copy of 1 GiB (CPU: 64 MiB, `small`: 1 MiB), the median of five."""
     size = 1 << (18 if small else 24 if device.type == "cpu" else 28)
     source, target = (torch.ones(size, device=device) for _ in range(2))
     times = [seconds(lambda: target.copy_(source), device, 1 if device.type == "cpu" else 10) for _ in range(7)]
@@ -230,7 +231,7 @@ def copy_rate(device: torch.device, small: bool = False) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the device's product name, for a CPU with the number of threads in use."""
+    """Return the device's product name. For a CPU, append the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -242,7 +243,7 @@ def device_name(device: torch.device) -> str:
 
 
 def stamp(device: torch.device) -> dict[str, Any]:
-    """Return everything a result depends on besides its settings: device, versions, source commit, date."""
+    """Return what a result depends on besides its settings: device, versions, source commit and date."""
     folder = Path(__file__).resolve().parent
 
     def git(*words: str) -> str | None:
@@ -263,17 +264,15 @@ def stamp(device: torch.device) -> dict[str, Any]:
     stamp: dict[str, Any] = {"device": device_name(device), "memory_gb": memory / 1e9, "python": platform.python_version()}
     stamp |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if gpu else None}
     stamp |= {name: version(name) for name in PACKAGES}
-    stamp |= {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "--", ".", "../kernels")),
-    }
+    stamp["commit"] = git("rev-parse", "--short", "HEAD")
+    stamp["changed"] = bool(git("status", "--porcelain", "--", ".", "../kernels"))
     return stamp | {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
 def put_times(row: dict[str, Any], order: list[tuple[str, float]], ours: dict[str, Any]) -> None:
-    """Add a candidate's times, and the speedup of ours over it, to its row. Call it for our row first."""
-    times = [1e3 * spent for name, spent in order if name == row["name"]]
-    row["ms"] = {"median": statistics.median(times), "min": min(times), "max": max(times), "all": times}
+    """Add a candidate's times, and the speedup of ours over it, to its row. Our own row must come first."""
+    times_ms = [1e3 * call_seconds for name, call_seconds in order if name == row["name"]]
+    row["ms"] = {"median": statistics.median(times_ms), "min": min(times_ms), "max": max(times_ms), "all": times_ms}
     row["times"] = row["ms"]["median"] / ours["ms"]["median"]
 
 

@@ -1,6 +1,6 @@
 """`fastsd bench loader` and `fastsd bench cache`: rates from the cache to the step, and from image files to the cache.
 
-Without a config, all data is generated and removed again.  Shapes: C x h x w latents.
+Without a config, all data is generated, and deleted afterwards.  Latents have the shape C x h x w.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _RANDOM_META: dict[str, Any] = {
     "vae_hash": "made", "vae_name": "made", "scaling_factor": SD15_SCALING_FACTOR, "shift_factor": 0.0, "downscale": 8,
     "dtype": "fp16", "folders": [], "preprocessing": {}, "rejected": 0, "empty_captions": 0, "crops": 1, "flip": False,
 }  # fmt: skip
-_PICTURE = (1024, 768)  # px: minimum size of images from cameras and web pages
+_IMAGE_SIZE = (1024, 768)  # px; images from cameras and web pages are at least this large
 
 
 def bench_loader(options: BenchOptions, config: Config, print_line: PrintLine) -> Figures:
@@ -50,8 +50,8 @@ def bench_loader(options: BenchOptions, config: Config, print_line: PrintLine) -
     batch = config.stage[0].batch if options.config or options.changed("batch") else 32
     passes = []
     with _loader(config, batch, options) as loader:
-        for p in range(4):
-            with loader.stream(p * count * batch, (p + 1) * count * batch, batch) as stream:
+        for i in range(4):
+            with loader.stream(i * count * batch, (i + 1) * count * batch, batch) as stream:
                 passes.append(count * batch / counters.seconds(lambda: list(stream), torch.device("cpu")))
         row_bytes = loader.cache.get([0])["latents"].nbytes
         samples = len(loader.cache)
@@ -72,7 +72,7 @@ def bench_loader(options: BenchOptions, config: Config, print_line: PrintLine) -
 
 @contextmanager
 def _loader(config: Config, batch: int, options: BenchOptions) -> Iterator[Loader]:
-    """Yield the config's loader, or one over a temporary cache."""
+    """Yield the config's loader, or without a config one that reads a temporary cache."""
     stage, model = config.stage[0].model_copy(update={"batch": batch}), config.model
     with ExitStack() as stack:
         if options.config:
@@ -104,7 +104,7 @@ def random_cache(folder: Path, samples: int, shape: tuple[int, int, int]) -> Lat
 
 
 def write_cache(folder: Path, shape: tuple[int, int, int], rows: Iterable[bytes], captions: list[bytes]) -> LatentCache:
-    """Write a cache of given fp16 latents, one per caption, to an empty folder."""
+    """Write a cache of given fp16 latents, one per caption, to an empty folder. A row is the bytes of one latent."""
     samples, remaining, checks = len(captions), iter(rows), list[int]()
     with Store.open(folder, create=True) as store:
         space = store.space("made", {"vae": "made"}, "fp16")
@@ -134,7 +134,7 @@ def write_cache(folder: Path, shape: tuple[int, int, int], rows: Iterable[bytes]
 
 
 def freeze_random(folder: Path, shape: tuple[int, int, int], arrays: dict[str, np.ndarray], shards: list[Any]) -> None:
-    """Freeze the cache view of generated latents that all have one shape."""
+    """Freeze the cache view of generated latents, which all have the same shape."""
     samples = len(arrays["row"])
     meta = CacheMeta(
         **_RANDOM_META, channels=shape[0], resolution=8 * shape[1], images=samples, cached=samples, latents=samples
@@ -143,7 +143,7 @@ def freeze_random(folder: Path, shape: tuple[int, int, int], arrays: dict[str, n
 
 
 def bench_cache(options: BenchOptions, config: Config, print_line: PrintLine) -> Figures:
-    """Measure images per second from JPEG files to latents, by pipeline step, and the VAE's encoder in turn with diffusers'."""
+    """Measure images per second from JPEG files to latents, by pipeline step. Time our VAE encoder in turn with diffusers'."""
     device = choose_device(config.device)
     ops = choose_ops(config.kernels, device)
     set_precision(config.cache.precision)
@@ -160,25 +160,25 @@ def bench_cache(options: BenchOptions, config: Config, print_line: PrintLine) ->
         cache = config.cache.model_copy(update={"dir": str(Path(folder) / "cache"), "batch": batch})
         job = config.model_copy(update={"data": data, "cache": cache})
         images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        candidates = {"fastsd": partial(vae.encode, images), "diffusers": partial(_diffusers, vae, images)}
+        candidates = {"fastsd": partial(vae.encode, images), "diffusers": partial(_encode_with_diffusers, vae, images)}
         for call in candidates.values():
             call()
         order = timing.in_turns({name: (call, nullcontext) for name, call in candidates.items()}, 5, device)
         counts = build_cache(job, vae)
 
-    times = {name: statistics.median(seconds for other, seconds in order if other == name) for name in candidates}
+    times = {name: statistics.median(seconds for timed, seconds in order if timed == name) for name in candidates}
     rows: list[dict[str, Any]] = [{"name": step, "img_per_s": rate} for step, rate in counts.rates.items()]
     rows += [{"name": f"encoder, {name}", "img_per_s": batch / seconds} for name, seconds in times.items()]
     ratio = times["diffusers"] / times["fastsd"]
     print_table([["", "img/s"]] + [[row["name"], f"{row['img_per_s']:.4g}"] for row in rows], print_line)
-    width, height = _PICTURE
+    width, height = _IMAGE_SIZE
     print_line(f"{count} JPEG files of {width} x {height} px; the encoder runs at {ratio:.2f}x the speed of diffusers'")
     settings = {"batch": batch, "images": count, "size": size, "precision": config.cache.precision, "kernels": ops.name}
     return device, {"settings": settings, "results": rows, "ratio": ratio, "order": order, "misses": []}
 
 
 def _random_vae(small: bool, ops: Any) -> Vae:
-    """Return the demo's VAE if `small`, otherwise one of SD1.5's shape with random weights."""
+    """Return the demo's VAE if `small`, otherwise a VAE of SD1.5's shape with random weights."""
     from diffusers import AutoencoderKL
 
     if small:
@@ -187,7 +187,7 @@ def _random_vae(small: bool, ops: Any) -> Vae:
     return Vae(AutoencoderKL.from_config(dict(SD15_VAE)), "random weights", ops)
 
 
-def _diffusers(vae: Vae, images: Tensor) -> Tensor:
+def _encode_with_diffusers(vae: Vae, images: Tensor) -> Tensor:
     with torch.no_grad():
         return vae.module.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
 
@@ -198,6 +198,6 @@ def _write_images(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     for i in range(count):
         small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        smooth = np.asarray(small.resize(_PICTURE, Image.Resampling.BICUBIC), np.int16)
+        smooth = np.asarray(small.resize(_IMAGE_SIZE, Image.Resampling.BICUBIC), np.int16)
         grain = rng.integers(-8, 8, (*smooth.shape[:2], 1), dtype=np.int16)
         Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(folder / f"{i:05}.jpg", quality=90)

@@ -1,4 +1,4 @@
-"""Options of `fastsd bench`, resolved to a config and a device, and printing of results."""
+"""Resolve the options of `fastsd bench` to a config and a device, and print tables."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class BenchOptions:
     rate: float = 10.0
 
     def changed(self, key: str) -> str | None:
-        """Return the last value that `changes` set for a key, given by the last part of its dotted name; None if unset."""
-        changes = [change.partition("=") for change in self.changes]
-        return next((value.strip('"') for name, _, value in reversed(changes) if name.split(".")[-1] == key), None)
+        """Return the last value of a key in `changes`, or None. `key` is the last part of its dotted name."""
+        settings = [change.partition("=") for change in self.changes]
+        return next((value.strip('"') for name, _, value in reversed(settings) if name.split(".")[-1] == key), None)
 
 
 @dataclass
 class BenchTarget:
-    """Subject of a measurement: a config's first stage on a device, for a UNet of shape `cfg` on latents of `side`."""
+    """The stage, device and shapes to measure. `cfg` is the UNet's shape; latents have `side` x `side` positions."""
 
     config: Config
     stage: StageTable
@@ -67,13 +67,13 @@ class BenchTarget:
 
     @property
     def sizes(self) -> list[int]:
-        """Number of elements of each tensor that diffusers has: 686 tensors for SD1.5."""
+        """Number of elements of each tensor of diffusers' UNet. SD1.5 has 686 tensors."""
         with torch.device("meta"):
             return [tensor.numel() for tensor in diffusers_state_dict(UNet(self.cfg)).values()]
 
 
 def bench_config(options: BenchOptions) -> Config:
-    """Load the named config, or one for random weights, with the changes of the command line. Raises UserError."""
+    """Load the config, or create one for random weights, with the changes of the command line. Raises UserError."""
     if options.config:
         return load_config(options.config, options.changes, options.precision)
     gpu = choose_device(options.changed("device") or "auto").type == "cuda"
@@ -91,7 +91,7 @@ def bench_config(options: BenchOptions) -> Config:
 
 
 def bench_target(options: BenchOptions) -> BenchTarget:
-    """Determine the subject of a measurement, without loading weights. Raises UserError."""
+    """Determine the stage, device and shapes to measure, without loading weights. Raises UserError."""
     config = bench_config(options)
     device = choose_device(config.device)
     if options.config:
@@ -104,9 +104,10 @@ def bench_target(options: BenchOptions) -> BenchTarget:
 
 
 def print_table(rows: list[list[str]], print_line: Callable[[str], None]) -> None:
-    """Print a table with words aligned left and numbers aligned right."""
+    """Print a table. Columns with a digit in the last row are aligned right, other columns left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left_aligned = [not any(character.isdigit() for character in text) for text in rows[-1]]
     for row in rows:
-        cells = [t.ljust(w) if left else t.rjust(w) for t, w, left in zip(row, widths, left_aligned, strict=True)]
+        columns = zip(row, widths, left_aligned, strict=True)
+        cells = [text.ljust(width) if left else text.rjust(width) for text, width, left in columns]
         print_line("  ".join(cells).rstrip())

@@ -1,4 +1,4 @@
-"""`fastsd bench`: compares the real step with baselines, in one process and in turn; also memory, optimizers and the loader.
+"""`fastsd bench`: compare the real step with baselines in turn, and measure memory, kernels, optimizers, loader and cache.
 
     step      whole steps (noise, forward, backward, optimizer) of the candidates in `baselines.py`
     memory    bytes saved for backward, and the peak of forward and backward, by checkpointing level
@@ -81,7 +81,7 @@ def bench(
 
 
 def _parse(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
-    """Parse the words of a command line into (what, config, changes)."""
+    """Parse the words of a command line. Return the benchmark, the config and the key=value changes."""
     arguments = list(words)
     benchmark = arguments.pop(0) if arguments and arguments[0] in BENCHMARKS else None
     config = arguments.pop(0) if arguments and "=" not in arguments[0] else None
@@ -93,7 +93,7 @@ def _parse(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
 
 
 def bench_step(options: BenchOptions, print_line: PrintLine) -> Figures:
-    """Time whole steps of ours and of the baselines, in turn."""
+    """Time whole steps of our candidate and of the baselines, in turn."""
     target, warnings = bench_target(options), list[str]()
     if target.stage.train != ["unet"]:
         problem = f"stage.0.train is {target.stage.train}, but bench step compares training of the UNet"
@@ -103,9 +103,8 @@ def bench_step(options: BenchOptions, print_line: PrintLine) -> Figures:
     switches = set_precision(stage.precision, inputs.model.unet, target.config.deterministic)
     graph = "CUDA graph" if inputs.graph else "no graph"
     print_line(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
-    stage_summary = (
-        f"batch {stage.batch} ({stage.micro_batch_size} per forward), checkpointing {stage.checkpointing}, {stage.optimizer}"
-    )
+    batch = f"batch {stage.batch} ({stage.micro_batch_size} per forward)"
+    stage_summary = f"{batch}, checkpointing {stage.checkpointing}, {stage.optimizer}"
     print_line(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
 
     rows, turns = list[dict[str, Any]](), dict[str, timing.TimedCall]()
@@ -142,7 +141,7 @@ def bench_step(options: BenchOptions, print_line: PrintLine) -> Figures:
 
 
 def _choose_fitting(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> list[str]:
-    """Return the baselines that fit, and choose a batch or micro-batch left open. Raises UserError if memory is short."""
+    """Return the baselines that fit, and choose a batch or micro-batch that no option sets. Raises UserError if none fits."""
     names, parameters = _baseline_names(options, target, warnings), sum(target.sizes)
 
     def estimates() -> list[counters.CandidateMemory]:
@@ -165,9 +164,8 @@ def _choose_fitting(options: BenchOptions, target: BenchTarget, warnings: list[s
         if need() <= target.free:
             break
     if need() > target.free:
-        shares = [f"{n.name} {n.held / 1e9:.1f}" for n in estimates()] + [
-            f"a step {max(n.rise for n in estimates()) / 1e9:.1f}"
-        ]
+        shares = [f"{estimate.name} {estimate.held / 1e9:.1f}" for estimate in estimates()]
+        shares.append(f"a step {max(estimate.rise for estimate in estimates()) / 1e9:.1f}")
         raise UserError(
             "bench-step-memory",
             f"bench step needs {need() / 1e9:.1f} GB ({', '.join(shares)}, libraries 0.5), but {target.free / 1e9:.1f} GB are "
@@ -188,18 +186,15 @@ def _baseline_names(options: BenchOptions, target: BenchTarget, warnings: list[s
         return names
     same = baselines.SAME_OPTIMIZER[target.stage.optimizer]
     # Compiling for a CPU takes minutes, and at full size memory suffices for only one baseline.
-    usual = (
-        ["diffusers", "compiled", "dadaptation"]
-        if target.device.type == "cuda"
-        else ["diffusers", same]
-        if options.small
-        else [same]
-    )
+    if target.device.type == "cuda":
+        usual = ["diffusers", "compiled", "dadaptation"]
+    else:
+        usual = ["diffusers", same] if options.small else [same]
     return [name for name in dict.fromkeys(usual) if baselines.attempt(name, warnings, partial(baselines.require, name))]
 
 
 def _inputs(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> baselines.BenchInputs:
-    """Load the model onto its device, with batches from the config's cache, or generated ones if no cache is usable."""
+    """Load the model onto its device. Batches come from the config's cache, or are generated if no cache is usable."""
     stage = target.stage
     if options.config:
         model = load_to_train(target.config.model, target.ops)
@@ -220,10 +215,10 @@ def _inputs(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> 
 
 
 def bench_memory(options: BenchOptions, print_line: PrintLine) -> Figures:
-    """Measure bytes saved for backward by checkpointing level, ours and diffusers', with weights in the compute dtype."""
+    """Measure the bytes that ours and diffusers' UNet save for backward by checkpointing level, in the compute dtype."""
     target = bench_target(options)
     dtype, images = COMPUTE_DTYPE[target.stage.precision], target.stage.micro_batch_size if options.changed("batch") else 1
-    # Two models, the gradients of one, and the bytes diffusers' UNet saves for backward.
+    # Two models, the gradients of one, and the bytes that diffusers' UNet saves for backward.
     need = 12 * sum(target.sizes) + images * 2e9 * (target.side / 64) ** 2 * target.cfg.block_out_channels[0] / 320
     if need > target.free:
         amounts = f"{need / 1e9:.1f} GB, but {target.free / 1e9:.1f} GB are free"
@@ -235,11 +230,11 @@ def bench_memory(options: BenchOptions, print_line: PrintLine) -> Figures:
         unet = UNet(target.cfg, target.ops)
         baseline = baselines.diffusers_unet(unet, target.device).to(dtype)
         latents = torch.randn(images, target.cfg.in_channels, target.side, target.side).to(dtype)
-        text, t_B = torch.randn(images, 77, target.cfg.cross_attention_dim).to(dtype), torch.full((images,), 500)
+        text_embeds, t_B = torch.randn(images, 77, target.cfg.cross_attention_dim).to(dtype), torch.full((images,), 500)
     unet.to(dtype)
     rows: list[dict[str, Any]] = []
 
-    def count(name: str, level: str, module: torch.nn.Module, predict: Callable[[], Tensor]) -> None:
+    def measure(name: str, level: str, module: torch.nn.Module, predict: Callable[[], Tensor]) -> None:
         saved_bytes = saved_for_backward_bytes(predict, module)
         peak = counters.rise(lambda: predict().float().square().mean().backward(), target.device)
         module.zero_grad()
@@ -247,10 +242,10 @@ def bench_memory(options: BenchOptions, print_line: PrintLine) -> Figures:
 
     for level in ("none", "block"):
         (baseline.enable_gradient_checkpointing if level == "block" else baseline.disable_gradient_checkpointing)()
-        count("diffusers", level, baseline, lambda: baseline(latents, t_B, text).sample)
+        measure("diffusers", level, baseline, lambda: baseline(latents, t_B, text_embeds).sample)
     for level in ("none", "ff", "block"):
         unet.checkpointing = level
-        count(baselines.OURS, level, unet, lambda: unet(latents, t_B, text))
+        measure(baselines.OURS, level, unet, lambda: unet(latents, t_B, text_embeds))
     table = [["", "checkpointing", "saved MB per image", "vs diffusers", "peak MB with gradients"]]
     for row in rows:
         row["share"] = row["kept_mb"] / rows[0]["kept_mb"]
@@ -263,14 +258,13 @@ def bench_memory(options: BenchOptions, print_line: PrintLine) -> Figures:
 
 
 def bench_optim(options: BenchOptions, print_line: PrintLine) -> Figures:
-    """Time one step of each optimizer, ours and baselines in turn, over the UNet's tensors or an even choice of them."""
+    """Time one step of our optimizers and the baselines in turn, over all of the UNet's tensors or a fraction of them."""
     target = bench_target(options)
     chosen, with_bf16 = options.changed("optimizer"), target.stage.precision == "bf16"
     families = [target.stage.optimizer] if chosen or options.config else list(baselines.MOVED)
     bytes_each = max(baselines.optimizer_bytes(family, with_bf16) for family in families)
-    fraction = (
-        options.fraction if options.fraction is not None else min(1.0, 0.7 * target.free / (bytes_each * sum(target.sizes)))
-    )
+    largest_fraction = min(1.0, 0.7 * target.free / (bytes_each * sum(target.sizes)))
+    fraction = largest_fraction if options.fraction is None else options.fraction
     if not 0 < fraction <= 1:
         advice = "give the fraction of the UNet's tensors to use, above 0 and at most 1"
         raise UserError("bench-fraction", f"--fraction is {fraction:g}; {advice}")
@@ -280,22 +274,22 @@ def bench_optim(options: BenchOptions, print_line: PrintLine) -> Figures:
         raise UserError("bench-optim-memory", f"bench optim needs {amounts}; use a smaller --fraction or a single --optimizer")
 
     arenas = baselines.random_arenas(sizes, target.device)
-    copy_rate, count = counters.copy_rate(target.device, options.small), options.steps or 7
+    copy_rate, rounds = counters.copy_rate(target.device, options.small), options.steps or 7
     print_line(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, copy: {copy_rate / 1e9:.3g} GB/s")
     print_line(f"{len(sizes)} of {len(target.sizes)} tensors, {sum(sizes):,} parameters")
     rows, order, warnings = list[dict[str, Any]](), list[str](), list[str]()
     for family in families:
         steps = baselines.optimizer_steps(family, arenas, target.ops, with_bf16, warnings)
-        first = len(rows)
+        family_start = len(rows)
         for name, step in steps.items():
             step.run()
             waits, launches = counters.host_waits(step.run, target.device, step.on_host())
             rows.append({"name": name, "optimizer": family, "bytes": step.num_bytes})
             rows[-1] |= {"host_waits": dict(waits), "launches": launches}
-        turns = timing.in_turns({name: (step.run, nullcontext) for name, step in steps.items()}, count, target.device)
+        turns = timing.in_turns({name: (step.run, nullcontext) for name, step in steps.items()}, rounds, target.device)
         order += [f"{family}: {name}" for name, _ in turns]
-        for row in rows[first:]:
-            counters.put_times(row, turns, rows[first])
+        for row in rows[family_start:]:
+            counters.put_times(row, turns, rows[family_start])
             row["gb_per_s"] = row["bytes"] / row["ms"]["median"] / 1e6
             row["share_of_copy"] = row["gb_per_s"] * 1e9 / copy_rate
         del steps
@@ -306,13 +300,13 @@ def bench_optim(options: BenchOptions, print_line: PrintLine) -> Figures:
         figures += [str(sum(row["host_waits"].values())), f"{row['times']:.2f}x"]
         table.append([row["optimizer"], row["name"], *figures])
     print_table(table, print_line)
-    setup = {"fraction": fraction, "tensors": len(sizes), "numbers": sum(sizes), "rounds": count, "kernels": target.ops.name}
+    setup = {"fraction": fraction, "tensors": len(sizes), "numbers": sum(sizes), "rounds": rounds, "kernels": target.ops.name}
     settings, rate = {**setup, "precision": target.stage.precision}, copy_rate / 1e9
     return target.device, {"settings": settings, "copy_gb_per_s": rate, "results": rows, "order": order, "misses": warnings}
 
 
 def run_suites(options: BenchOptions, print_line: PrintLine) -> Figures:
-    """Run the kernels' suites of a source tree with pytest. Raises UserError if there is no source or a suite fails."""
+    """Run the benchmarks of the kernels with pytest. Raises UserError if there is no source tree or a benchmark fails."""
     if not (SUITES / "conftest.py").is_file():
         advice = "clone the repository and run `fastsd bench kernels` in it"
         raise UserError("bench-no-source", f"bench kernels needs the source code of fastsd; {advice}")

@@ -1,4 +1,4 @@
-"""Timing of candidates in turn, so that disturbances of the machine affect all of them."""
+"""Time candidates in turn, so that disturbances of the machine affect all of them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def in_turns(candidates: Mapping[str, TimedCall], rounds: int, device: torch.dev
 
 
 def first_steps(candidate: Candidate, device: torch.device) -> dict[str, Any]:
-    """Warm up a candidate and measure one of its steps, as a row of results. None = not measurable from outside.
+    """Warm up a candidate and measure one of its steps. Return a row of results, in which None means not measurable.
 
-    The peak is the memory the candidate holds plus the rise on top: on a GPU during the first steps, which allocate state and
-    record a graph; on a CPU during the second step.
+    The peak is the memory that the candidate holds plus the rise during a step. On a GPU it is measured during the first steps,
+    which allocate state and record a graph, and on a CPU during the second step.
     """
     opaque = device.type == "cpu" and candidate.name == "compiled"
     row: dict[str, Any] = {"name": candidate.name}

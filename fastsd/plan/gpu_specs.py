@@ -1,4 +1,4 @@
-"""GPU specifications, and an estimate of the time a GPU needs for a list of operations. Used by `fastsd plan`.
+"""Specifications of GPUs, and estimates of the time that a GPU needs for operations. Used by `fastsd plan`.
 
     seconds of an operation = max(FLOPs / (MATMUL_SHARE * rate), bytes / (MEMORY_SHARE * bandwidth))
 
@@ -21,8 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 from fastsd.errors import UserError
 
-# Efficiency of a whole step: convolutions, matmuls and attention reach this share of the matmul rate below, all other
-# operations this share of the bandwidth. Chosen, not measured. For SD1.5 in bf16 at 512 px they predict 163 images/s on an
+# Efficiency of a whole step. Convolutions, matmuls and attention reach a share of the matmul rate below, and all other
+# operations a share of the bandwidth. Chosen, not measured. For SD1.5 in bf16 at 512 px they predict 163 images/s on an
 # H200 (best entry of MLPerf v5.0: 149.5), and 26.5 with checkpointing on an RTX 4090 (a user of another trainer: 28.4).
 MATMUL_SHARE, MEMORY_SHARE = 0.6, 0.8
 
@@ -40,7 +40,7 @@ class GpuSpec:
 
 
 # Matmul rates are measured with large matmuls on RTX 4090, RTX 5090 and H200 (bf16 also on RTX 3090). H100 is the chip of H200
-# with other memory. The rest are from data sheets; A100's are reduced by a seventh, the loss of large matmuls on H200.
+# with other memory. The rest are from data sheets. A100's are reduced by a seventh, which large matmuls lose on H200.
 # fmt: off
 GPU_SPECS = [
     GpuSpec("RTX 3090",  24,  936,  77,  35.7, 35.7),
@@ -56,10 +56,11 @@ GPU_SPECS = [
 def find_gpu(name: str) -> GpuSpec:
     """Find a card by a name such as "4090", "rtx-4090" or "RTX 4090". Raises UserError if it is unknown or ambiguous."""
     cards = {_letters_and_digits(card.name): card for card in GPU_SPECS}
-    matches = [card for key, card in cards.items() if _letters_and_digits(name) and key.endswith(_letters_and_digits(name))]
+    short_name = _letters_and_digits(name)
+    matches = [card for full_name, card in cards.items() if short_name and full_name.endswith(short_name)]
     if len(matches) == 1:
         return matches[0]
-    close = difflib.get_close_matches(_letters_and_digits(name), cards, n=1)
+    close = difflib.get_close_matches(short_name, cards, n=1)
     hint = f"did you mean {cards[close[0]].name}?" if close else "or give the memory with --vram"
     raise UserError("unknown-card", f"--card is {name!r}; choose from {', '.join(card.name for card in GPU_SPECS)}; {hint}")
 
@@ -77,7 +78,7 @@ class Operation(NamedTuple):
 
 @dataclass
 class StepOperations:
-    """Operations of one step: `accumulate`, forward and backward of each micro-batch, and `update`, once per step."""
+    """Operations of one step: `accumulate` runs forward and backward for each micro-batch, `update` runs once per step."""
 
     accumulate: list[Operation] = field(default_factory=list)
     update: list[Operation] = field(default_factory=list)
@@ -88,7 +89,7 @@ class StepOperations:
         return sum(operation.flops for operation in self.accumulate)
 
     def seconds(self, card: GpuSpec, precision: str, micro_batches: int) -> float:
-        """Estimate the seconds of a step with `micro_batches` micro-batches, see the module docstring."""
+        """Estimate the seconds of a step with `micro_batches` micro-batches, by the formula above."""
         micro_batch_seconds = sum(_seconds(operation, card, precision) for operation in self.accumulate)
         return micro_batches * micro_batch_seconds + sum(_seconds(operation, card, precision) for operation in self.update)
 
@@ -100,7 +101,7 @@ def _seconds(operation: Operation, card: GpuSpec, precision: str) -> float:
     return max(operation.flops / (MATMUL_SHARE * rate * 1e12), operation.bytes / (MEMORY_SHARE * card.bandwidth * 1e9))
 
 
-_EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 # PyTorch has FLOP formulas only for its GPU attention.
 _COUNTED_AS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
@@ -111,7 +112,7 @@ _COUNTED_AS = {
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operations of the `with` block in `operations`, with PyTorch's FLOP formulas. Views are free."""
+    """Records the operations of a `with` block, with PyTorch's FLOP formulas. Views and allocations are not recorded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name, indices, new = _signature(func)
-        if (indices or new) and name not in _EMPTY:
+        if (indices or new) and name not in _ALLOCATIONS:
             read = _tensors((args, kwargs))
             written = _tensors([args[index] for index in indices if index < len(args)]) + (_tensors(result) if new else [])
             formula = flop_registry.get(_COUNTED_AS.get(func.overloadpacket, func.overloadpacket))
@@ -134,7 +135,7 @@ class Recorder(TorchDispatchMode):
 
 @cache
 def _signature(func: Any) -> tuple[str, list[int], bool]:
-    """Return an operation's name, the indices of arguments it writes, and True if its results are new tensors, not views."""
+    """Return an operation's name, the indices of the arguments it writes, and True if its results are no views."""
     indices = [i for i, argument in enumerate(func._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
     return func.overloadpacket.__name__, indices, not any(value.alias_info for value in func._schema.returns)
 

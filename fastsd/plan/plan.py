@@ -1,7 +1,7 @@
 """Memory, time and disk space of a job, planned from the config alone, without a GPU.
 
 No formulas model the step. The plan runs the real training step on tensors with shapes but no data, counts memory as it is
-allocated and freed (`train/memory.py`), and records the operations (`gpu_specs.py`). Trying one micro-batch takes a second
+allocated and freed (`train/memory.py`), and records the operations (`gpu_specs.py`). Planning one micro-batch takes a second
 at any size, so no result is extrapolated from another.
 
     weights, gradients, state, EMA    tensors listed by `Step.tensors_by_role`
@@ -34,19 +34,19 @@ from fastsd_kernels import REFERENCE, TRITON, Ops
 
 GIB = 1 << 30
 # Memory that no tensor shows: the CUDA context with its kernels and library handles, and scratch, which covers the workspace
-# of convolutions and the fragmentation of the allocator. Not measured here.
+# of convolutions and the fragmentation of the allocator. These values are not measured.
 CONTEXT, SCRATCH = int(0.5 * GIB), int(0.7 * GIB)
 RESERVED = CONTEXT + SCRATCH
 LEVELS = ("none", "ff", "block")
 # Stages that differ only in these settings are planned once.
-_IRRELEVANT = {
+_IRRELEVANT_SETTINGS = {
     "name": "", "until": 1, "lr": 1.0, "micro_batch": 0, "warmup": 0, "caption_dropout": 0.0, "max_tags": 0, "sample_every": 0,
     "checkpoint_every": 1, "keep_checkpoints": 1,
 }  # fmt: skip
 
 
 class StagePlan:
-    """Plan of one stage at any micro-batch and checkpointing level. Created by `plan_stage`."""
+    """Plan of one stage at any micro-batch size and checkpointing level. Created by `plan_stage`."""
 
     def __init__(
         self, shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None, cached_text: bool
@@ -58,7 +58,7 @@ class StagePlan:
 
     @property
     def micro_batches(self) -> list[int]:
-        """Micro-batches that this stage may have, smallest first."""
+        """Micro-batch sizes that this stage may have, smallest first."""
         batch = self.stage.batch
         return [n for n in range(1, batch + 1) if batch % n == 0 and (n == batch or not self.stage.fused_backward)]
 
@@ -69,7 +69,7 @@ class StagePlan:
         return changed_components(self._rehearsals[True].trained)
 
     def need(self, micro_batch_size: int, checkpointing: str | None = None) -> MemoryEstimate:
-        """Return memory and operations of a step with this micro-batch size, found by running it without data."""
+        """Return the memory and operations of a step with this micro-batch size. It is run once on tensors without data."""
         level = checkpointing or self.stage.checkpointing
         if (micro_batch_size, level) not in self._needs:
             whole_batch = micro_batch_size == self.stage.batch
@@ -80,7 +80,7 @@ class StagePlan:
         return self._needs[micro_batch_size, level]
 
     def largest_micro_batch(self, bytes: int | None = None, checkpointing: str | None = None) -> int:
-        """Find the largest micro-batch with which the stage fits.
+        """Find the largest micro-batch size with which the stage fits.
 
         Args:
             bytes: limit for all tensors of the run together, weights included; None = `device_bytes`.
@@ -91,25 +91,25 @@ class StagePlan:
         """
         room = self.device_bytes if bytes is None else bytes
         *candidates, whole_batch = self.micro_batches
-        # The whole batch comes first. It may need less than half of it, because accumulated bf16 gradients are fp32.
+        # Try the whole batch first. It may need less memory than half the batch, because accumulated bf16 gradients are fp32.
         if self.need(whole_batch, checkpointing).total <= room:
             return whole_batch
-        fits = 0
+        largest = 0
         while candidates:
             middle = len(candidates) // 2
             if self.need(candidates[middle], checkpointing).total <= room:
-                fits, candidates = candidates[middle], candidates[middle + 1 :]
+                largest, candidates = candidates[middle], candidates[middle + 1 :]
             else:
                 candidates = candidates[:middle]
-        return fits
+        return largest
 
     def images_per_second(self, card: GpuSpec, micro_batch_size: int, checkpointing: str | None = None) -> float:
-        """Estimate the training speed, see `gpu_specs.py`."""
+        """Estimate the training speed as in `gpu_specs.py`."""
         work = self.need(micro_batch_size, checkpointing).work
         return self.stage.batch / work.seconds(card, self.stage.precision, self.stage.batch // micro_batch_size)
 
     def files(self) -> tuple[dict[str, int], int]:
-        """Return the bytes of each component of the model in fp32, and of the stage's optimizer state and EMA, as written."""
+        """Return the bytes of each component in fp32, and the bytes of the stage's optimizer state and EMA."""
         self.need(self.stage.batch)
         rehearsal = self._rehearsals[True]
         component_bytes = {name: sum(4 * p.numel() for p in module.parameters()) for name, module in rehearsal.modules.items()}
@@ -150,7 +150,7 @@ def plan(
         path: file to which all results are also written as JSON; None = no file.
 
     Raises:
-        UserError: the user must change something. A stage that does not fit is a result, not an error.
+        UserError: an argument or the config is invalid. A stage that does not fit is a result, not an error.
     """
     cards = [find_gpu(card)] if card else GPU_SPECS
     vram = vram if vram is not None else cards[0].memory if card else 24.0
@@ -170,7 +170,7 @@ def plan(
 
     plans: list[StagePlan] = []
     for i, stage in enumerate(config.stage):
-        comparable = stage.model_copy(update=_IRRELEVANT)
+        comparable = stage.model_copy(update=_IRRELEVANT_SETTINGS)
         existing = next((plan for plan in plans if plan.stage == comparable), None)
         room, cached_text = int(vram * GIB) - RESERVED, config.cache.hidden_states
         plans.append(existing or plan_stage(shapes, comparable, config.data.resolution, room, ops, cached_text))
@@ -214,9 +214,8 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[GpuSpec
 
     speeds = {card.name: plan.images_per_second(card, micro_batch_size) for card in cards}
     seconds = {card: steps and steps * stage.batch / speed for card, speed in speeds.items()}
-    entry = {
-        key: getattr(stage, key) for key in ("train", "optimizer", "precision", "batch", "checkpointing", "fused_backward")
-    }
+    settings = ("train", "optimizer", "precision", "batch", "checkpointing", "fused_backward")
+    entry = {key: getattr(stage, key) for key in settings}
     entry |= {"name": name, "micro_batch": micro_batch_size, "steps": steps}
     entry["memory"] = {**need.owners, "activations": need.activations, "working memory": need.working, "reserved": RESERVED}
     entry |= {"sampling": need.sampling, "total": need.total + RESERVED, "fits": need.total <= plan.device_bytes}
@@ -270,19 +269,19 @@ def _verdict(entry: dict[str, Any], vram: float) -> str:
 
 
 def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | None) -> dict[str, Any]:
-    """Return the bytes on the disk, at the end of the run or at its peak."""
-    numbers = shapes.unet.in_channels * plans[0].side ** 2
+    """Return the bytes on the disk of the cache, checkpoints, model and exports."""
+    elements = shapes.unet.in_channels * plans[0].side ** 2
     if config.cache.hidden_states:  # for one caption per image
-        numbers += shapes.chunks * shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
-    cached = numbers * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
-    model, _ = plans[0].files()
+        elements += shapes.chunks * shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
+    bytes_per_image = elements * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
+    component_bytes, _ = plans[0].files()
     # Frozen components are hard links to files written once. One more checkpoint exists until the oldest is deleted.
-    checkpoint_sizes = [sum(model[component] for component in plan.trained) + plan.files()[1] for plan in plans]
+    checkpoint_sizes = [sum(component_bytes[component] for component in plan.trained) + plan.files()[1] for plan in plans]
     peak = max(size * (stage.keep_checkpoints + 1) for size, stage in zip(checkpoint_sizes, config.stage, strict=True))
-    ends = sum(model[component] for plan in plans[:-1] for component in plan.trained)
-    total, export = sum(model.values()), export_bytes(config, model)
-    disk = {"cache_an_image": cached, "cache": images and images * cached, "a_checkpoint": checkpoint_sizes}
-    return disk | {"checkpoints": total + peak + ends, "model": total, "export": export}
+    earlier_stages = sum(component_bytes[component] for plan in plans[:-1] for component in plan.trained)
+    total, export = sum(component_bytes.values()), export_bytes(config, component_bytes)
+    disk = {"cache_an_image": bytes_per_image, "cache": images and images * bytes_per_image, "a_checkpoint": checkpoint_sizes}
+    return disk | {"checkpoints": total + peak + earlier_stages, "model": total, "export": export}
 
 
 def _print_disk(disk: dict[str, Any], print_line: Callable[[str], None]) -> None:
@@ -290,9 +289,8 @@ def _print_disk(disk: dict[str, Any], print_line: Callable[[str], None]) -> None
     cache = disk["cache"] or per_image * 1_000_000
     scope = "" if disk["cache"] else " for 1,000,000 images"
     print_line(f"\ndisk       {cache / 1e9:.1f} GB cache{scope}, {per_image / 1024:g} KiB per image")
-    print_line(
-        f"           {disk['checkpoints'] / 1e9:.1f} GB checkpoints at most, up to {largest / 1e9:.1f} GB plus hard links each"
-    )
+    checkpoint = f"{largest / 1e9:.1f} GB plus hard links each"
+    print_line(f"           {disk['checkpoints'] / 1e9:.1f} GB checkpoints at most, up to {checkpoint}")
     print_line(f"           {disk['model'] / 1e9:.1f} GB trained model: hard links to the last checkpoint, no additional space")
     print_line(f"           {disk['export'] / 1e9:.1f} GB exports: single files, and components that are not hard links")
 

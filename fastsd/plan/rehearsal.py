@@ -1,4 +1,4 @@
-"""A training step on tensors without data, for the memory and the operations it needs. Used by `plan.py`."""
+"""Run a training step on tensors without data to find the memory and operations it needs. Used by `plan.py`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from fastsd_kernels.launch import recording
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of a stage at one micro-batch, in bytes, and its operations.
+    """Memory in bytes and operations of a step with one micro-batch size.
 
     Attributes:
         owners: memory that lives as long as the stage, by owner.
         activations: activations alive when the forward of one micro-batch ends.
-        working: needed at the peak of the step, beyond `owners` and `activations`.
-        sampling: needed to draw samples between steps, beyond `owners`.
+        working: memory needed at the peak of the step, beyond `owners` and `activations`.
+        sampling: memory needed to draw samples between steps, beyond `owners`.
+        work: operations of the step.
     """
 
     micro_batch_size: int
@@ -51,16 +52,16 @@ class MemoryEstimate:
 
 
 class Rehearsal:
-    """The step of a stage on tensors without data.
+    """A stage's step on tensors without data.
 
     Args:
-        micro_batch_size: `micro_batch` as in a config. The whole batch at once (0) needs no accumulation.
+        micro_batch_size: `micro_batch` as in a config. 0 means the whole batch, which needs no accumulation.
         cached_text: True if batches contain text embeddings.
 
     Attributes:
         modules: modules of the model by component name.
         owners: bytes that live as long as the stage, by owner.
-        trained: components that the stage changes -> names of the parameters it trains.
+        trained: names of the parameters that the stage trains, by component.
     """
 
     def __init__(
@@ -72,8 +73,8 @@ class Rehearsal:
         self._device = torch.device("meta" if ops is TRITON else "cpu")
         self._without_data = _ToMainMemory() if ops is TRITON else FakeTensorMode()
         self._live, self._recorder = LiveBytes(self._device), Recorder()
-        self._forwards: list[int] = []  # bytes alive at the end of each UNet forward
-        self._updates: list[int] = []  # index of the operation at which each update starts
+        self._bytes_after_forward: list[int] = []  # bytes alive at the end of each UNet forward
+        self._update_starts: list[int] = []  # index of the operation at which each update starts
 
         self._model = empty_model(shapes, _traceable(ops, self._mark_update))
         self.modules = {"unet": self._model.unet, "text_encoder": self._model.text.module, "vae": self._model.vae.module}
@@ -92,36 +93,37 @@ class Rehearsal:
         # Memory outside the owners: some small tables, and on a CPU also data that frozen components keep in main memory.
         self._unowned_bytes = self._live.now - sum(self.owners.values())
         self._sampling = self._sample()
-        self._model.unet.register_forward_hook(lambda *_: self._forwards.append(self._live.now))
+        self._model.unet.register_forward_hook(lambda *_: self._bytes_after_forward.append(self._live.now))
 
     def step(self, micro_batch_size: int, checkpointing: str) -> MemoryEstimate:
         """Run one forward, backward and update with `micro_batch_size` images."""
         self._model.unet.checkpointing, self._step.micro_batch_size = checkpointing, micro_batch_size
-        self._recorder.operations, self._updates, self._forwards = [], [], []
+        self._recorder.operations, self._update_starts, self._bytes_after_forward = [], [], []
         with self._without_data:
             channels, text = self._model.unet.cfg.in_channels, self._model.text
             latents = torch.empty(micro_batch_size, channels, self._side, self._side, dtype=torch.float16)
-            ids, positions = (torch.empty(micro_batch_size, *shape, dtype=torch.int64) for shape in ((text.length,), ()))
+            token_ids = torch.empty(micro_batch_size, text.length, dtype=torch.int64)
+            positions = torch.empty(micro_batch_size, dtype=torch.int64)
             text_shape = micro_batch_size, text.length, text.width
             text_embeds = torch.empty(text_shape, dtype=torch.float16) if self._cached_text else None
         with self._tracing(), self._recorder:
             self._live.restart()
-            before = self._live.now
-            self._step(Batch(latents, ids, positions, [], text_embeds), 0)
+            bytes_before = self._live.now
+            self._step(Batch(latents, token_ids, positions, [], text_embeds), 0)
 
-        forward, operations = self._forwards[0], self._recorder.operations
+        forward_bytes, operations = self._bytes_after_forward[0], self._recorder.operations
         # A step fused with the backward has one micro-batch and no separate update.
-        update = len(operations) if self._step.stage.fused_backward else self._updates[0]
+        update = len(operations) if self._step.stage.fused_backward else self._update_starts[0]
         work = StepOperations(operations[:update], operations[update:])
-        working = self._live.peak - forward + self._unowned_bytes
-        return MemoryEstimate(micro_batch_size, self.owners, forward - before, working, self._sampling, work)
+        working = self._live.peak - forward_bytes + self._unowned_bytes
+        return MemoryEstimate(micro_batch_size, self.owners, forward_bytes - bytes_before, working, self._sampling, work)
 
     def _sample(self) -> int:
-        """Return the peak bytes of drawing a full batch of guided samples, beyond those alive before. Decodes one by one."""
+        """Return the bytes by which drawing a full batch of guided samples raises memory. Samples are decoded one by one."""
         model, count = self._model, 2 * BATCH
         with self._tracing(), torch.no_grad():
             self._live.restart()
-            before = self._live.now
+            bytes_before = self._live.now
             latents = torch.empty(count, model.unet.cfg.in_channels, self._side, self._side, device=self._device)
             if self._cached_text:  # the text encoder runs in main memory
                 text_embeds = torch.empty(count, model.text.length, model.text.width, device=self._device)
@@ -129,7 +131,7 @@ class Rehearsal:
                 text_embeds = model.text.encode(torch.empty(count, model.text.length, dtype=torch.int64, device=self._device))
             model.unet(latents, torch.empty(count, device=self._device), text_embeds)
             model.vae.decode(latents[:1])
-        return self._live.peak - before
+        return self._live.peak - bytes_before
 
     def _bytes_by_owner(self) -> dict[str, int]:
         step_owners, owners = self._step.tensors_by_role(), {}
@@ -141,7 +143,7 @@ class Rehearsal:
         return {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
 
     def _mark_update(self) -> None:
-        self._updates.append(len(self._recorder.operations))
+        self._update_starts.append(len(self._recorder.operations))
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
@@ -151,7 +153,7 @@ class Rehearsal:
 
 
 class _ToMainMemory(TorchDispatchMode):
-    """Allows tensors without data to be copied to main memory. The copies take no memory, since main memory is not planned."""
+    """Allows copies of tensors without data to main memory. The copies take no memory, because only the GPU's is planned."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""`fastsd bench`: candidates do the same work in turn, planted waits are detected, bad input gets a message in one line."""
+"""`fastsd bench`: candidates do the same work in turn, waits are detected, and bad input is refused in one line."""
 
 import json
 import sys
@@ -29,13 +29,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Run `fastsd bench` on the CPU, words split at spaces. Return (output, figures), or the error if `code` is 2."""
+    """Return a function that runs `fastsd bench` and returns output and figures, or the error if `code` is not 0."""
     monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)
     file = tmp_path / "figures.json"
 
     def call(*words, code=0):
-        split = [item for word in words for item in (word.split() if isinstance(word, str) else [word])]
-        exit_code, out, err = fastsd("bench", *split, "--json", file, monkeypatch=monkeypatch, capsys=capsys)
+        arguments = [part for word in words for part in (word.split() if isinstance(word, str) else [word])]
+        exit_code, out, err = fastsd("bench", *arguments, "--json", file, monkeypatch=monkeypatch, capsys=capsys)
         assert exit_code == code, err
         if code:
             assert "Traceback" not in err + out and len(err.strip().splitlines()) == 1
@@ -45,14 +45,14 @@ def run(monkeypatch, capsys, tmp_path):
     return call
 
 
-def make_inputs(device: str = "cpu", **stage) -> baselines.BenchInputs:
+def make_inputs(device: str = "cpu", **settings) -> baselines.BenchInputs:
     torch_device = torch.device(device)
-    table = StageTable(**{"train": ["unet"], "until": 9, "batch": 4, **stage})
+    stage = StageTable(**{"train": ["unet"], "until": 9, "batch": 4, **settings})
     model = baselines.random_model(baselines.SMALL, choose_ops("auto", torch_device))
     for module in (model.unet, model.text.module):
         module.to(torch_device)
-    model.unet.checkpointing = table.checkpointing
-    return baselines.BenchInputs(model, table, baselines.random_batches(4, 8, table.batch), torch_device)
+    model.unet.checkpointing = stage.checkpointing
+    return baselines.BenchInputs(model, stage, baselines.random_batches(4, 8, stage.batch), torch_device)
 
 
 def test_bench_step_reports_every_candidate(run):
@@ -90,16 +90,16 @@ def test_settings_reach_every_candidate(run):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision, within", [("fp32", 1e-6), ("bf16", 1e-3)])
-def test_candidates_do_the_same_work(precision, within, device, monkeypatch):
-    """With our noise and timesteps, a baseline has the same first loss, and in fp32 the same sign of every gradient."""
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-6), ("bf16", 1e-3)])
+def test_candidates_do_the_same_work(precision, tolerance, device, monkeypatch):
+    """With our noise and timesteps, a baseline has the same first loss, and in fp32 the same weights after a step of Lion."""
     inputs = make_inputs(device, precision=precision, batch=4, micro_batch=2, optimizer="lion", lr=1e-6)
     abar = alphas_cumprod(inputs.model.scheduler).to(device)
-    ours_draw = Objective(abar, inputs.seed, inputs.model.unet.ops)
+    objective = Objective(abar, inputs.seed, inputs.model.unet.ops)
 
     def draw(latents_BCHW, positions_B, timesteps):
         assert timesteps == 1000
-        _, t_B, noise_BCHW = ours_draw.add_noise(latents_BCHW, positions_B)
+        _, t_B, noise_BCHW = objective.add_noise(latents_BCHW, positions_B)
         return noise_BCHW, t_B
 
     monkeypatch.setattr(baselines, "draw", draw)
@@ -108,33 +108,34 @@ def test_candidates_do_the_same_work(precision, within, device, monkeypatch):
     for candidate in (ours, baseline):
         with candidate.turn():
             losses.append(candidate.step().item())
-    assert losses[0] == pytest.approx(losses[1], rel=within)
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
     if precision == "fp32":
-        after, baseline_weights = diffusers_state_dict(inputs.model.unet), baseline.unet.state_dict()
-        same = torch.cat([(after[name] == baseline_weights[name]).flatten() for name in baseline_weights])
-        assert same.float().mean() > 0.999
+        our_weights, baseline_weights = diffusers_state_dict(inputs.model.unet), baseline.unet.state_dict()
+        is_equal = torch.cat([(our_weights[name] == baseline_weights[name]).flatten() for name in baseline_weights])
+        assert is_equal.float().mean() > 0.999
 
 
 def test_eager_baselines_share_a_model_and_the_compiled_one_does_not():
-    make = baselines.baseline_maker(inputs := make_inputs())
+    inputs = make_inputs()
+    make = baselines.baseline_maker(inputs)
     eager, other, compiled = make("diffusers"), make("dadaptation"), make("compiled")
     assert eager.unet is other.unet and eager.optimizer is not other.optimizer
-    others = {p.data_ptr() for p in (*compiled.parameters, *inputs.model.unet.parameters())}
-    assert not others & {p.data_ptr() for p in eager.parameters}
+    other_addresses = {p.data_ptr() for p in (*compiled.parameters, *inputs.model.unet.parameters())}
+    assert not other_addresses & {p.data_ptr() for p in eager.parameters}
     weight = next(p for p in compiled.parameters if p.ndim == 4 and p.shape[-1] == 3)
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert compiled.optimizer.defaults["fused"] and not eager.optimizer.defaults["fused"]
 
 
 def test_releasing_the_gradient_arena_changes_no_bit():
-    plain, parked = baselines.OurStep(make_inputs()), baselines.OurStep(make_inputs())
+    keeping, releasing = baselines.OurStep(make_inputs()), baselines.OurStep(make_inputs())
     for _ in range(3):
-        expected = plain.step()
-        with parked.turn():
-            assert torch.equal(parked.step(), expected)
-        (arena,) = parked.trainer.tensors_by_role()["gradients"]
+        expected = keeping.step()
+        with releasing.turn():
+            assert torch.equal(releasing.step(), expected)
+        (arena,) = releasing.trainer.tensors_by_role()["gradients"]
         assert arena.untyped_storage().nbytes() == 0
-    assert torch.equal(*(step.trainer.tensors_by_role()["weights"][0] for step in (plain, parked)))
+    assert torch.equal(*(step.trainer.tensors_by_role()["weights"][0] for step in (keeping, releasing)))
 
 
 def test_baseline_uses_pytorchs_switches_only_in_its_turn(monkeypatch):
@@ -219,9 +220,9 @@ WAITS = {
 
 
 @pytest.mark.parametrize("name", WAITS)
-def test_planted_wait_is_detected(name):
-    kind, planted = WAITS[name]
-    assert host_waits(planted, CPU)[0] == {kind: 1}
+def test_wait_is_detected(name):
+    kind, waiting_call = WAITS[name]
+    assert host_waits(waiting_call, CPU)[0] == {kind: 1}
 
 
 def test_wait_in_a_backward_is_detected():
@@ -239,7 +240,7 @@ def test_wait_in_a_backward_is_detected():
 
 
 def test_operations_that_do_not_wait_are_not_counted():
-    def harmless():
+    def without_waits():
         x = X.to(CPU, non_blocking=True)[[0, 2]]
         x = torch.where(x > 1, x, 0.0).masked_fill(x > 2, 3.0)
         x[x > 2] = 1.0
@@ -247,7 +248,7 @@ def test_operations_that_do_not_wait_are_not_counted():
         x.repeat_interleave(torch.tensor([1, 2]), output_size=3)
         x.to(X).lerp_(x, 0.5)
 
-    waits, launches = host_waits(harmless, CPU)
+    waits, launches = host_waits(without_waits, CPU)
     assert not waits and launches > 5
     count = torch.tensor(1.0)
     assert not host_waits(lambda: count.item(), CPU, [count])[0] and host_waits(lambda: count.item(), CPU)[0]
@@ -285,15 +286,15 @@ def test_bench_optim_reports_every_optimizer(run):
 
 def test_optimizers_over_an_arena_and_a_list_take_the_same_steps():
     layout, weights, gradient = baselines.random_arenas([5, 128, 700, 3], CPU)
-    for family, others in baselines.OPTIMIZER_BASELINES.items():
-        after = {}
-        for name in ("fastsd", "fastsd, a list", *others):
+    for family, names in baselines.OPTIMIZER_BASELINES.items():
+        weights_after = {}
+        for name in ("fastsd", "fastsd, a list", *names):
             arenas = baselines.Arenas(layout, weights.clone(), gradient)
             baselines.optimizer_steps(family, arenas, choose_ops("auto", CPU), False, [])[name].run()
-            after[name] = arenas.weights
-        assert not torch.equal(after["fastsd"], weights)
-        for name, result in after.items():
-            torch.testing.assert_close(result, after["fastsd"], rtol=1e-6, atol=1e-9, msg=f"{family}: {name}")
+            weights_after[name] = arenas.weights
+        assert not torch.equal(weights_after["fastsd"], weights)
+        for name, result in weights_after.items():
+            torch.testing.assert_close(result, weights_after["fastsd"], rtol=1e-6, atol=1e-9, msg=f"{family}: {name}")
 
 
 def test_fraction_of_the_tensors_is_spread_over_their_sizes():
@@ -347,14 +348,14 @@ def bench_options(*changes: str, **more) -> options.BenchOptions:
     return options.BenchOptions("step", None, ["device=cpu", *changes], **more)
 
 
-def needed_bytes(target: options.BenchTarget, names: list[str], **changed) -> float:
-    stage = target.stage.model_copy(update=changed)
+def needed_bytes(target: options.BenchTarget, names: list[str], **changes) -> float:
+    stage = target.stage.model_copy(update=changes)
     estimates = counters.estimate_memory(target.cfg, sum(target.sizes), stage, target.side, names, target.device)
     return counters.peak_memory(estimates)
 
 
 def test_full_size_fits_24_gb_by_default(monkeypatch):
-    """The default choices of `fastsd bench` on a CPU and their estimated memory, without allocating it."""
+    """Check the default choices of `fastsd bench` on a CPU and their estimated memory, without allocating it."""
     monkeypatch.setattr(counters, "free_bytes", lambda device: 22e9)
     for precision in ("fp32", "bf16"):
         target = options.bench_target(bench_options(precision=precision))
@@ -363,8 +364,8 @@ def test_full_size_fits_24_gb_by_default(monkeypatch):
         parameters = sum(target.sizes)
         ours, baseline = counters.estimate_memory(target.cfg, parameters, target.stage, target.side, ["lion-pytorch"], CPU)
         assert ours.held == baseline.held == 8 * 859_520_964
-        largest = max(ours.rise, baseline.rise)  # only one steps at a time
-        assert needed_bytes(target, ["lion-pytorch"]) == ours.held + baseline.held + largest + counters.WORKSPACE < 22e9
+        rise = max(ours.rise, baseline.rise)  # the candidates step one after the other
+        assert needed_bytes(target, ["lion-pytorch"]) == ours.held + baseline.held + rise + counters.WORKSPACE < 22e9
     shares = "fastsd 10.3, dadaptation 10.3, a step 5.3"
     with refused("bench-step-memory", need=26.4, shares=shares, free="22.0"):
         suites._choose_fitting(bench_options(), options.bench_target(bench_options('stage.optimizer="dlion"')), [])
@@ -383,12 +384,12 @@ def test_gpu_uses_the_largest_batch_that_fits():
     requested = bench_options(small=True, peers="diffusers")
     target = options.bench_target(requested)
     target.device = torch.device("cuda")
-    sizes = {batch: needed_bytes(target, ["diffusers"], batch=batch) for batch in (1, 16, 32)}
-    for batch, free in ((32, sizes[32]), (8, sizes[16] - 1), (1, sizes[1])):
+    bytes_by_batch = {batch: needed_bytes(target, ["diffusers"], batch=batch) for batch in (1, 16, 32)}
+    for batch, free in ((32, bytes_by_batch[32]), (8, bytes_by_batch[16] - 1), (1, bytes_by_batch[1])):
         target.free = free
         suites._choose_fitting(requested, target, [])
         assert target.stage.batch == batch
-    target.free = sizes[1] - 1
+    target.free = bytes_by_batch[1] - 1
     with refused("bench-step-memory"):
         suites._choose_fitting(requested, target, [])
 

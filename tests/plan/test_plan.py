@@ -1,4 +1,4 @@
-"""`fastsd plan` against measurements, the targets of the reference job, and its command line."""
+"""`fastsd plan`: comparison with measurements, the goals of the reference job, and the command line."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ from fastsd.plan.plan import GIB, RESERVED, MemoryEstimate, StagePlan, plan_stag
 from fastsd.train.memory import saved_for_backward_bytes
 from fastsd_kernels import REFERENCE, TRITON, fastest, workload
 
-# Fewest levels that still have every kind of block, and the smallest other components.
+# The fewest levels that still have every kind of block, and the smallest other components.
 ONE_BLOCK = {"block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
 MINIMAL = replace(
     SMALL[0],
@@ -39,7 +39,7 @@ PARAMETERS = sum(size * count for size, count in workload.PARAMETERS.items())
 
 @pytest.fixture(autouse=True)
 def reuse_plans(monkeypatch, plans):
-    """Trace stages once that differ only in the device's memory."""
+    """Plan stages only once if they differ only in the device's memory."""
 
     def plan_or_reuse(shapes, stage, resolution, device_bytes, ops=None, cached_text=False):
         key = repr((shapes, stage, resolution, ops and ops.name, cached_text))
@@ -62,8 +62,8 @@ def sd15() -> Shapes:
 
 
 @pytest.fixture(scope="module")
-def first_phase(sd15) -> StagePlan:
-    """The first stage of the reference job: fp32, D-Lion, batch 32."""
+def reference_stage(sd15) -> StagePlan:
+    """Plan the first stage of the reference job: fp32, D-Lion, batch 32."""
     return plan_stage(sd15, load_config(XLSD).stage[0], 512, ROOM)
 
 
@@ -73,7 +73,7 @@ COMBINATIONS = [(case, fastest(torch.device("cpu"))) for case in CASES] + [(case
 @pytest.mark.parametrize(
     "case, ops", COMBINATIONS, ids=["-".join(map(str, (ops.name, *case[:5], *case[5]))) for case, ops in COMBINATIONS]
 )
-def test_plan_equals_measurement(case, ops):
+def test_plan_agrees_with_measurement(case, ops):
     shapes, resolution = MINIMAL, 16
     stage = stage_of(case)
     figures = compare(planned(shapes, resolution, stage, ops), measured(shapes, resolution, stage, ops))
@@ -82,7 +82,7 @@ def test_plan_equals_measurement(case, ops):
         assert 0.93 < figure["ratio"] < 1.07, owner
 
 
-def test_activations_equal_bytes_saved_for_backward():
+def test_activations_agree_with_bytes_saved_for_backward():
     shapes, resolution = SMALL
     stage = StageTable.model_validate({"train": ["unet"], "until": 1, "batch": 3})
     model, side = empty_model(shapes, REFERENCE), shapes.side(resolution)
@@ -93,8 +93,8 @@ def test_activations_equal_bytes_saved_for_backward():
 
 
 @pytest.mark.skipif(TRITON is None, reason="plans for a GPU need Triton's kernels")
-def test_the_reference_job_fits_24_gb(first_phase):
-    plan = first_phase
+def test_the_reference_job_fits_24_gb(reference_stage):
+    plan = reference_stage
     assert any(plan.need(8, level).total <= ROOM for level in ("none", "ff"))
     need = plan.need(8)
     weights = need.owners["weights of the unet, trained"]
@@ -111,18 +111,18 @@ def test_the_reference_job_fits_24_gb(first_phase):
 
 
 @pytest.mark.skipif(TRITON is None, reason="plans for a GPU need Triton's kernels")
-def test_flops_and_bytes_match_the_workload(first_phase):
-    plan = first_phase
-    need = {level: plan.need(8, level).work.flops / 8 for level in ("none", "ff", "block")}
-    # Three times the forward; attention's backward has 5 matmuls, its forward 2. The text encoder adds half a percent.
+def test_flops_and_bytes_match_the_workload(reference_stage):
+    plan = reference_stage
+    flops = {level: plan.need(8, level).work.flops / 8 for level in ("none", "ff", "block")}
+    # A backward has twice the FLOPs of the forward, attention's 5/2 times. The text encoder adds half a percent.
     attention = sum(count * kind.flops for kind, count in workload.ATTENTION.items())
-    assert need["none"] == pytest.approx(3 * workload.FORWARD_FLOPS + attention / 2, rel=0.01)
-    assert need["none"] < need["ff"] < need["block"] == pytest.approx(need["none"] + workload.FORWARD_FLOPS, rel=0.1)
+    assert flops["none"] == pytest.approx(3 * workload.FORWARD_FLOPS + attention / 2, rel=0.01)
+    assert flops["none"] < flops["ff"] < flops["block"] == pytest.approx(flops["none"] + workload.FORWARD_FLOPS, rel=0.1)
     updates = plan.need(8).work.update
-    assert sum(operation.bytes for operation in updates) > 28 * PARAMETERS  # D-Lion: p, m, s read and written, g read
+    assert sum(operation.bytes for operation in updates) > 28 * PARAMETERS  # D-Lion reads and writes p, m, s and reads g
     for card in GPU_SPECS:
         assert 0 < plan.images_per_second(card, 8, "block") < plan.images_per_second(card, 8, "none")
-        assert plan.images_per_second(card, 1) < plan.images_per_second(card, 8)  # one update, but more and smaller forwards
+        assert plan.images_per_second(card, 1) < plan.images_per_second(card, 8)  # as many images in smaller forwards
 
 
 def test_largest_micro_batch_is_the_largest_that_fits():
@@ -146,7 +146,7 @@ def test_shapes_come_from_config_files(tiny_model, tmp_path):
     stage = StageTable.model_validate({"train": ["unet", "text_encoder"], "until": 1, "batch": 2})
     from_files, from_model = (plan_stage(source, stage, 32, 0).need(2) for source in (shapes, Shapes.of(model)))
     assert from_files == from_model and from_files.owners["EMA"] == 0
-    # A VAE's own folder, a single file, and missing models.
+    # A folder that holds only a VAE, a single file, and missing models.
     assert read_shapes(ModelTable(base=str(tiny_model), vae=str(tiny_model / "vae")))[1] == []
     (tmp_path / "sd.safetensors").touch()
     for base in (str(tmp_path / "sd.safetensors"), "someone/nothing", str(tmp_path / "absent")):
@@ -178,13 +178,13 @@ def test_cards_are_found_by_short_names():
 
 @pytest.fixture
 def plan(monkeypatch, capsys):
-    """Run `fastsd plan ...` in this process: (exit code, stdout, stderr)."""
+    """Return a function that runs `fastsd plan` in this process and returns exit code, stdout and stderr."""
     return partial(fastsd, "plan", monkeypatch=monkeypatch, capsys=capsys)
 
 
 def test_plan_prints_and_writes_every_stage(plan, tmp_path, tiny_model, images):
-    second = '[[stage]]\nname = "text"\ntrain = ["text_encoder"]\nuntil = "2e"\nbatch = 3\noptimizer = "adamw"\nlr = 1e-4\n'
-    config, json_file = job(tmp_path, tiny_model, images, STAGE + second), tmp_path / "plan.json"
+    text_stage = '[[stage]]\nname = "text"\ntrain = ["text_encoder"]\nuntil = "2e"\nbatch = 3\noptimizer = "adamw"\nlr = 1e-4\n'
+    config, json_file = job(tmp_path, tiny_model, images, STAGE + text_stage), tmp_path / "plan.json"
     code, out, _ = plan(config, "stage.0.micro_batch=2", "--precision", "bf16", "--json", json_file)
     assert code == 0
     assert says(out, "plan-shapes", base=tiny_model) and says(out, "plan-images", images=21)
@@ -205,9 +205,8 @@ def test_plan_prints_and_writes_every_stage(plan, tmp_path, tiny_model, images):
     model = load_model(ModelTable(base=str(tiny_model)))
     sizes = [4 * sum(p.numel() for p in module.parameters()) for module in (model.unet, model.text.module, model.vae.module)]
     assert report["disk"]["model"] == sum(sizes) == 2 * report["disk"]["export"]  # one additional file, in fp16
-    assert (
-        sizes[0] * 2 <= report["disk"]["a_checkpoint"][0] <= sizes[0] * 2 * 1.2
-    )  # with Lion's state, including gaps in its arena
+    # A checkpoint also has Lion's state, including the gaps in its arena.
+    assert sizes[0] * 2 <= report["disk"]["a_checkpoint"][0] <= sizes[0] * 2 * 1.2
     assert not (tmp_path / "run").exists()
 
 
@@ -252,6 +251,6 @@ def test_epochs_without_images_are_estimated_for_a_million(plan, tmp_path, tiny_
     ],
 )
 def test_bad_input_is_refused_in_one_line(plan, tmp_path, tiny_model, images, words, name, fields):
-    places = {"absent": tmp_path / "absent", "config": job(tmp_path, tiny_model, images, STAGE)}
-    code, _, err = plan(*(word.format(**places) for word in words))
+    paths = {"absent": tmp_path / "absent", "config": job(tmp_path, tiny_model, images, STAGE)}
+    code, _, err = plan(*(word.format(**paths) for word in words))
     assert code == 2 and says(err, name, **fields) and len(err.splitlines()) == 1
