@@ -56,7 +56,7 @@ def bench_group_norm(kind: workload.GroupNorm, mode: str, implementation: str, b
 
     num_bytes = bench.batch * kind.channels * kind.side**2 * dtype.itemsize
     op = "group_norm+silu" if kind.silu else "group_norm"
-    # The forward reads x twice and writes y; the backward reads x and dy twice and writes dx.  With single reads, 8 becomes 5.
+    # The forward reads x twice and writes y; the backward reads x and dy twice and writes dx.  With single reads: 5, not 8.
     case = Case(op, label(kind), workload.GROUP_NORM[kind], implementation, mode, 8 * num_bytes, bytes_once=5 * num_bytes)
     bench.differentiated(case, function, make)
 

@@ -106,7 +106,7 @@ def read_stamp() -> dict[str, Any]:
 
 
 def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None, float]:
-    """Run one Python process per group of arguments, in parallel. Return the worst_status exit status, and the seconds.
+    """Run one Python process per group of arguments, in parallel. Return the worst exit status, and the seconds.
 
     The status is None if a process was stopped.  A single process writes to the terminal.  The output of several processes is
     printed when they are done, one after another.
@@ -177,9 +177,9 @@ def merge_lines(result: dict[str, Any], name: str, lines: Path, status: int | No
             part[kind].pop(outcome["test"], None)
             if outcome["outcome"] == kind:
                 part[kind][outcome["test"]] = outcome["message"]
-    timed = [outcome["record"] for outcome in outcomes if "seconds" in outcome.get("record", {})]
-    several = [record for outcome in outcomes for record in outcome.get("records", [])]
-    cases = {_case_key(record): record for record in (*result["records"], *timed, *several)}
+    kernel_records = [outcome["record"] for outcome in outcomes if "seconds" in outcome.get("record", {})]
+    script_records = [record for outcome in outcomes for record in outcome.get("records", [])]
+    cases = {_case_key(record): record for record in (*result["records"], *kernel_records, *script_records)}
     result["records"] = list(cases.values())
     lines.unlink(missing_ok=True)
 

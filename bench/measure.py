@@ -3,7 +3,7 @@
 On a GPU most of these kernels finish before Python can launch the next one.  So the work is warmed up and captured in a CUDA
 graph, and replays of the graph are timed.  A replay takes at least `_MIN_REPLAY`, so its own overhead is negligible.  Between
 two uses of a tensor, other tensors fill the L2 cache twice (`Bench.copies`).  As in a step, all forwards run first, then all
-backwards in reverse order.  Work that waits for the GPU cannot be captured.  It is timed eagerly and marked "eager".
+backwards in reverse order.  Work that waits for the GPU cannot be captured.  It runs several times per round, marked "eager".
 
 Every figure is for one call: the median round time divided by the number of calls in a round.
 """

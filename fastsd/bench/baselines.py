@@ -212,11 +212,11 @@ class Baseline:
         raw_latents, token_ids, positions = (tensor.to(device, non_blocking=True) for tensor in host_tensors)
 
         for start in range(0, count, inputs.stage.micro_batch_size):
-            images = slice(start, start + inputs.stage.micro_batch_size)
-            latents = inputs.model.vae.scale(raw_latents[images].float())
-            noise, t_B = draw(latents, positions[images], self.scheduler.config.num_train_timesteps)
+            micro_batch = slice(start, start + inputs.stage.micro_batch_size)
+            latents = inputs.model.vae.scale(raw_latents[micro_batch].float())
+            noise, t_B = draw(latents, positions[micro_batch], self.scheduler.config.num_train_timesteps)
             noisy = self.scheduler.add_noise(latents, noise, t_B).contiguous(memory_format=self.layout)
-            text_embeds = inputs.model.text.encode(token_ids[images])
+            text_embeds = inputs.model.text.encode(token_ids[micro_batch])
             with torch.autocast(device.type, torch.bfloat16, enabled=inputs.stage.precision == "bf16"):
                 prediction = self.unet(noisy, t_B, text_embeds.float()).sample
             loss = nn.functional.mse_loss(prediction.float(), noise) * (len(latents) / count)
