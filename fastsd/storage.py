@@ -1,8 +1,8 @@
-"""Crash-safe writing of files and folders, and validated reading of safetensors files from any source.
+"""Write files and folders so that a crash leaves none half-written, and read safetensors files that may be damaged.
 
-A file or folder is written under a temporary name, flushed to the disk and renamed; then its parent is flushed.  After a
-kill or a power cut there is either the old version or the complete new one.  Tensors are written to safetensors block by
-block, which keeps memory use constant, and their sha256 is computed on the way.
+A file or folder is written under a temporary name, flushed to the disk and renamed. Then its parent is flushed. After a kill
+or a power cut there is either the old version or the complete new one. Tensors are written to safetensors block by block,
+which keeps memory use constant. Their sha256 is computed at the same time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 TEMPORARY = ".tmp-"
-BLOCK = 1 << 24  # bytes in memory while a tensor is streamed
-MAX_HEADER = 16 << 20  # bytes; the header of SD1.5 in one file has 140 thousand
+BLOCK = 1 << 24  # bytes of a tensor that are in memory while it is streamed
+MAX_HEADER = 16 << 20  # bytes; the header of SD1.5 as a single file has 140 thousand
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Stored:
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield the tensor in flat blocks of at most `BLOCK` bytes, each in new memory."""
-        step = BLOCK // self.dtype.itemsize
-        yield from (self._read(first, min(first + step, self.numel())) for first in range(0, self.numel(), step))
+        length = BLOCK // self.dtype.itemsize
+        yield from (self._read(start, min(start + length, self.numel())) for start in range(0, self.numel(), length))
 
-    def _read(self, first: int, last: int) -> Tensor:
-        size = (last - first) * self.dtype.itemsize
+    def _read(self, start: int, end: int) -> Tensor:
+        size = (end - start) * self.dtype.itemsize
         if not size:
             return torch.empty(0, dtype=self.dtype)
         data = bytearray(size)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset + first * self.dtype.itemsize)
+            file.seek(self.offset + start * self.dtype.itemsize)
             filled, buffer = 0, memoryview(data)
             while count := file.readinto(buffer[filled:]):
                 filled += count
@@ -94,7 +94,7 @@ def _blocks(tensor: Tensor | Stored) -> Iterator[Tensor]:
 def safetensors_header(
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None, align: int = 8
 ) -> bytes:
-    """Build the length and JSON header of a safetensors file with these tensors, in this order.
+    """Return the first bytes of a safetensors file with these tensors in this order: the header's length and the JSON header.
 
     The header is padded with spaces until the data starts at a multiple of `align` bytes.
     """
@@ -115,8 +115,8 @@ def write_safetensors(
     """Write tensors of any layout and device block by block, flush to the disk and return the file's sha256.
 
     Args:
-        dtype: floating-point tensors are cast to this dtype; None leaves them unchanged.
-        finite: require finite numbers; the string names the model in the error message. "" skips the check.
+        dtype: the dtype that floating-point tensors are cast to; None = unchanged.
+        finite: the model's name in the error message if a number is not finite; "" = not checked.
 
     Raises:
         UserError: `finite` is set and a number is not finite, or overflows in `dtype`.
@@ -144,7 +144,7 @@ def write_safetensors(
 
 def check_finite(name: str, tensor: Tensor, place: str, advice: str = "; download or train the model again") -> None:
     """Raise UserError if a number is NaN or infinite."""
-    # The sum is one pass without a temporary. It can overflow although all numbers are finite, so the elements decide.
+    # A sum needs one pass and no temporary. It can overflow although all numbers are finite, so then the elements are checked.
     if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
         count = int((~tensor.isfinite()).sum())
         if count:
@@ -192,18 +192,18 @@ class TensorFile(Mapping[str, Tensor]):
         return self._header[1].get("__metadata__") or {}
 
     def stored(self) -> dict[str, Stored]:
-        """Return all tensors, unread, in the file's order. Raises UserError for a dtype that is not in `DTYPES`."""
-        data, entries = self._header
+        """Return all tensors, unread, in the order of the header. Raise UserError for a dtype that is not in `DTYPES`."""
+        data_start, entries = self._header
         tensors = {}
         for name, entry in entries.items():
             if name not in self._names:
                 continue
-            kind = next((dtype for dtype, label in DTYPES.items() if label == entry["dtype"]), None)
-            if kind is None:
+            dtype = next((dtype for dtype, label in DTYPES.items() if label == entry["dtype"]), None)
+            if dtype is None:
                 raise UserError(
                     "tensor-dtype", f"{self._path}: {name} has dtype {entry['dtype']}; give a model in fp16, bf16 or fp32"
                 )
-            tensors[name] = Stored(self._path, data + entry["data_offsets"][0], kind, torch.Size(entry["shape"]))
+            tensors[name] = Stored(self._path, data_start + entry["data_offsets"][0], dtype, torch.Size(entry["shape"]))
         return tensors
 
     def __getitem__(self, name: str) -> Tensor:
@@ -219,12 +219,12 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def read_safetensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read all tensors with names that begin with `prefix`. Raises UserError for a broken file."""
+    """Read all tensors whose names begin with `prefix`. Raise UserError if the file is damaged."""
     return dict(TensorFile(path, prefix))
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Read a safetensors header: (first byte of the data, header). Raises ValueError if it is implausible or malformed."""
+    """Return the position of a safetensors file's first data byte, and its header. Raise ValueError if the header is bad."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         remaining = os.fstat(file.fileno()).st_size - 8
@@ -233,13 +233,13 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
         if length > MAX_HEADER:
             raise ValueError(f"the header has {length} bytes, more than the limit of {MAX_HEADER}")
         text = file.read(length)
-    header = json.loads(text, object_pairs_hook=_no_name_twice)
+    header = json.loads(text, object_pairs_hook=_dict_without_duplicates)
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
     return 8 + length, header
 
 
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     header = dict(pairs)
     if len(header) < len(pairs):
         names = [name for name, _ in pairs]
@@ -248,7 +248,7 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError for a file that is unreadable or contains something else."""
+    """Read a JSON object. Raise UserError if the file is unreadable or contains something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -269,9 +269,9 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path` when the block ends, delete it when the block raises.
+    """Yield a temporary folder. Rename it to `path` when the block ends, or delete it when the block raises an exception.
 
-    The writers of files inside the block must flush them. An existing `path` is replaced.
+    The block must flush the files that it writes. An existing `path` is replaced.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -293,9 +293,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends, delete it when the block raises.
+    """Yield a temporary path. Rename the file there to `path` when the block ends, or delete it when the block raises.
 
-    The writer of the file must flush it inside the block. An existing `path` is replaced.
+    The block must flush the file. An existing `path` is replaced.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     try:

@@ -1,9 +1,9 @@
-"""Alignment of a UNet's edge layers (first and last convolution) with another VAE's latents, by a linear map.
+"""Align a UNet's edge layers (its first and last convolution) with another VAE's latents by a linear map.
 
-x are scaled latents of the VAE that the UNet was trained on. y are those of another VAE, for the same images and positions.
+x are scaled latents of the VAE that the UNet was trained on. y are those of another VAE for the same images and positions.
 The UNet was trained on x_t = a x + b n with a = sqrt(abar_t), b = sqrt(1 - abar_t) and white noise n. It will receive
 y_t = a y + b e. Both convolutions are linear, so a linear map from y_t to x_t is folded into the first and its inverse into
-the last, at the same shapes and speed. A map x ~ A y + c turns y_t into a x + b A e, once a c is added. Predictions have hats:
+the last. Shapes and speed stay the same. With x ~ A y + c, A y_t + a c is about a x + b A e. Predictions have hats:
 
     x^ = (x_t - b n^) / a,  y^ = (y_t - b e^) / a,  x^ = A y^ + c      =>   e^ = A^-1 n^
     v = a e - b x                                                      =>   v^_y = A^-1 v^_x + b A^-1 c
@@ -13,13 +13,13 @@ orthogonal   A = Q with Q^T Q = 1, closest to x over all positions (Schoenemann 
              Exact: the noise, because Q e is as white as e at every timestep; and the part of x that equals Q y.
              Approximate: the rest of x, mainly a stretch of the space; the offset, see below.
 affine       A by least squares with a ridge towards Q; its inverse in the last convolution.
-             Exact: the linear part of the map, so images without noise are mapped more closely.
+             Exact: the linear part of the map, so it maps images without noise more closely.
              Approximate: the noise A e is stronger in some directions and weaker in others than in the UNet's training. Do
              not use it if A is far from orthogonal, or for training on noisy timesteps only.
 kernel       A 3x3 kernel in the first convolution, by least squares from patches of y_t to patches of x_t = a x + b Q e, of
              images and noise at all timesteps. The noise acts as a ridge towards Q. The last convolution is fitted again by
              least squares from the UNet's own last features to the target, with a ridge towards Q^T conv_out (`refit_last`).
-             Exact: nothing, even where Q would be. This fit has the smallest error on the data it was fitted to, and
+             Exact: nothing, not even what Q maps exactly. This fit has the smallest error on the data it was fitted to, but
              9 F + 1 unknowns per output channel. Do not use it with few images, or with images unlike the training images.
 
 All fits share these limits. The offset enters x_t as a c, which changes with t, but a bias is constant. The bias is E_t[a] c,
@@ -44,12 +44,12 @@ from fastsd.model.unet import UNet
 
 RIDGE = 1e-7  # ridge of the affine fit, as a multiple of the mean variance of y
 LAST_RIDGE = 1e-3  # ridge of the fit of conv_out, as a multiple of the mean variance of a feature
-# The edge layers: {"conv_in.weight", "conv_in.bias", "conv_out.weight", "conv_out.bias"}, fp64, on the CPU.
+# conv_in.weight, conv_in.bias, conv_out.weight and conv_out.bias by name, in fp64 on the CPU.
 EdgeLayers = dict[str, Tensor]
 
 
 class Moments:
-    """Mean and covariance of rows that are added in batches, summed in fp64."""
+    """The mean and the covariance of rows that are added in batches. Sums are in fp64."""
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
@@ -72,17 +72,17 @@ class Moments:
 
 
 def patches(z_BCHW: Tensor) -> Tensor:
-    """Return the 3x3 patch around each position, with zeros beyond the border: (B H W, 9 C)."""
+    """Return the 3x3 patch around each position, (B H W, 9 C). Beyond the border it is zero."""
     return F.unfold(z_BCHW, 3, padding=1).transpose(1, 2).flatten(0, 1)
 
 
 class Pairs:
-    """Moments of the patches of x and y.
+    """The moments of the patches of x and y.
 
     Attributes:
-        mean_x, mean_y: (9 C), (9 D).
-        xx, xy, yy: covariances (9 C, 9 C), (9 C, 9 D), (9 D, 9 D).
-        inside: (9), the share of patches in which each of the 9 places lies within the image.
+        mean_x, mean_y: means (9 C) and (9 D).
+        xx, xy, yy: covariances (9 C, 9 C), (9 C, 9 D) and (9 D, 9 D).
+        inside: for each of the 9 places of a patch, the share of patches in which it lies within the image, (9).
     """
 
     def __init__(self, x_BCHW: Tensor, y_BDHW: Tensor) -> None:
@@ -92,14 +92,16 @@ class Pairs:
             moments.add(patches(torch.cat([x_CHW, y_DHW, torch.ones_like(x_CHW[:1])])[None]))
         sizes = [9 * self.channels[0], 9 * self.channels[1], 9]
         self.mean_x, self.mean_y, self.inside = moments.mean.split(sizes)
-        (self.xx, self.xy, _), (_, self.yy, _), _ = (rows.split(sizes, 1) for rows in moments.covariance.split(sizes))
+        rows_x, rows_y, _ = moments.covariance.split(sizes)
+        self.xx, self.xy, _ = rows_x.split(sizes, 1)
+        self.yy = rows_y.split(sizes, 1)[1]
 
     def centres(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the moments of single positions: xy (C, D), yy (D, D), mean_x (C), mean_y (D)."""
         return self.xy[4::9, 4::9], self.yy[4::9, 4::9], self.mean_x[4::9], self.mean_y[4::9]
 
     def r2(self, fit: Fit) -> list[float]:
-        """Return the share of each x channel's variance that a fit predicts from y without noise."""
+        """Return the share of the variance that a fit predicts from y without noise, for each channel of x."""
         to_x, xx, xy = fit.to_x[4::9], self.xx[4::9, 4::9], self.xy[4::9]
         residual = xx - to_x @ xy.T - xy @ to_x.T + to_x @ self.yy @ to_x.T
         return (1 - residual.diagonal() / xx.diagonal()).tolist()
@@ -110,8 +112,8 @@ class Schedule:
     """Means over uniform timesteps, and the kind of prediction.
 
     Attributes:
-        signal, noise: means of a and of b.
-        power: mean of a^2.
+        signal, noise, power: the means of a, of b and of a^2.
+        velocity: True if the UNet predicts v.
     """
 
     signal: float
@@ -131,9 +133,9 @@ class Fit:
     """The maps to fold into the two edge layers.
 
     Attributes:
-        to_x, offset: from patches of y_t to patches of x_t, (9 C, 9 D) and (9 C).
-        to_y, shift: from n or v of x to that of y, (D, C) and (D).
-        A, c: x ~ A y + c, for fits of single positions, (C, D) and (C); None for other fits.
+        to_x, offset: matrix (9 C, 9 D) and offset (9 C) that map patches of y_t to patches of x_t.
+        to_y, shift: matrix (D, C) and offset (D) that map n or v of x to that of y.
+        A, c: matrix (C, D) and offset (C) of x ~ A y + c if the fit maps single positions, otherwise None.
     """
 
     to_x: Tensor
@@ -150,13 +152,13 @@ def fit_plain(channels: int, new_channels: int) -> Fit:
 
 
 def fit_orthogonal(pairs: Pairs, schedule: Schedule) -> Fit:
-    """Fit Q, and c from the means. Source: Schoenemann 1966, "A generalized solution of the orthogonal Procrustes problem"."""
+    """Fit Q by "A generalized solution of the orthogonal Procrustes problem" (Schoenemann 1966). c follows from the means."""
     Q, _, _, mean_x, mean_y = _procrustes(pairs)
     return _pointwise(Q, mean_x - Q @ mean_y, schedule)
 
 
 def fit_affine(pairs: Pairs, schedule: Schedule) -> Fit:
-    """Fit argmin over A and c of mean |x - A y - c|^2 + r |A - Q|^2; r is `RIDGE` times the mean variance of a channel of y."""
+    """Fit A and c that minimise mean |x - A y - c|^2 + r |A - Q|^2. r is `RIDGE` times the mean variance of y's channels."""
     Q, xy, yy, mean_x, mean_y = _procrustes(pairs)
     r = RIDGE * yy.diagonal().mean()
     A = torch.linalg.solve(yy + r * torch.eye(len(yy)), xy + r * Q, left=False)
@@ -166,7 +168,7 @@ def fit_affine(pairs: Pairs, schedule: Schedule) -> Fit:
 def fit_kernel(pairs: Pairs, schedule: Schedule) -> Fit:
     """Fit a map from patches of y_t = a y + b e to patches of x_t = a x + b Q e, by least squares over data and timesteps.
 
-    With white noise e, which is zero beyond the border like all other inputs, and E over timesteps:
+    The noise e is white and, like all other inputs, zero beyond the border. With E as the mean over timesteps:
 
         Cov(x_t, y_t) = E[a^2] (Cov(x, y) + mean_x mean_y^T) - E[a]^2 mean_x mean_y^T + E[b^2] Q (x) diag(inside)
     """
@@ -184,14 +186,16 @@ def fit_kernel(pairs: Pairs, schedule: Schedule) -> Fit:
 
 
 def _procrustes(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return Q (C, D), followed by the results of `Pairs.centres`."""
+    """Return Q (C, D) and the results of `Pairs.centres`."""
     xy, *moments = pairs.centres()
     U, _, V = torch.linalg.svd(xy, full_matrices=False)
     return U @ V, xy, *moments
 
 
 def _pointwise(A: Tensor, c: Tensor, schedule: Schedule) -> Fit:
-    A, c, to_y = A.double(), c.double(), torch.linalg.pinv(A.double())
+    """Return the fit of x ~ A y + c at single positions."""
+    A, c = A.double(), c.double()
+    to_y = torch.linalg.pinv(A)
     shift = schedule.noise * to_y @ c * schedule.velocity
     return Fit(torch.kron(A, torch.eye(9)), schedule.signal * c.repeat_interleave(9), to_y, shift, A, c)
 
@@ -205,50 +209,50 @@ def edge_layers(unet: UNet) -> EdgeLayers:
 
 def fold_into_edges(layers: EdgeLayers, fit: Fit) -> EdgeLayers:
     """Return edge layers for a UNet that takes y_t and predicts e or v of y. The given `layers` take x_t."""
-    first, last = layers["conv_in.weight"], layers["conv_out.weight"]
+    in_weight_FP = layers["conv_in.weight"].flatten(1)
     return {
-        "conv_in.weight": (first.flatten(1) @ fit.to_x).unflatten(1, (-1, 3, 3)),
-        "conv_in.bias": layers["conv_in.bias"] + first.flatten(1) @ fit.offset,
-        "conv_out.weight": torch.einsum("dc,cfij->dfij", fit.to_y, last),
+        "conv_in.weight": (in_weight_FP @ fit.to_x).unflatten(1, (-1, 3, 3)),
+        "conv_in.bias": layers["conv_in.bias"] + in_weight_FP @ fit.offset,
+        "conv_out.weight": torch.einsum("dc,cfij->dfij", fit.to_y, layers["conv_out.weight"]),
         "conv_out.bias": fit.to_y @ layers["conv_out.bias"] + fit.shift,
     }
 
 
 def reading_features(layers: EdgeLayers) -> EdgeLayers:
     """Return `layers` with an identity as the last convolution. The UNet then returns its features (B, F, H, W)."""
-    last = layers["conv_out.weight"]
-    identity = nn.init.dirac_(torch.empty(last.shape[1], *last.shape[1:], dtype=last.dtype))
-    return layers | {"conv_out.weight": identity, "conv_out.bias": torch.zeros(len(identity), dtype=last.dtype)}
+    weight = layers["conv_out.weight"]
+    identity = nn.init.dirac_(torch.empty(weight.shape[1], *weight.shape[1:], dtype=weight.dtype))
+    return layers | {"conv_out.weight": identity, "conv_out.bias": torch.zeros(len(identity), dtype=weight.dtype)}
 
 
 def refit_last(layers: EdgeLayers, moments: Moments) -> EdgeLayers:
     """Return `layers` with a last convolution w fitted by least squares from features to targets.
 
-    The fit minimises mean |target - w * features|^2 + r |w - w_0|^2 over w and its bias; w_0 is the given weight, r is
-    `LAST_RIDGE` times the mean variance of a feature.
+    The fit minimises mean |target - w * features|^2 + r |w - w_0|^2 over w and its bias. w_0 is the weight in `layers`, and r
+    is `LAST_RIDGE` times the mean variance of a feature.
 
     Args:
-        moments: moments of rows (patches of features, targets), 9 F + D columns.
+        moments: the moments of rows with 9 F + D columns: a patch of features, followed by its target.
     """
-    start_DP = layers["conv_out.weight"].flatten(1)
-    inputs = start_DP.shape[1]
+    initial_DP = layers["conv_out.weight"].flatten(1)
+    P = initial_DP.shape[1]  # 9 F
     covariance, mean = moments.covariance.cpu(), moments.mean.cpu()
-    ff, ft = covariance[:inputs, :inputs], covariance[:inputs, inputs:]
-    r = LAST_RIDGE * ff.diagonal().mean()
-    weight_DP = torch.linalg.solve(ff + r * torch.eye(inputs), ft + r * start_DP.T).T
-    bias = mean[inputs:] - weight_DP @ mean[:inputs]
+    features_PP, cross_PD = covariance[:P, :P], covariance[:P, P:]
+    r = LAST_RIDGE * features_PP.diagonal().mean()
+    weight_DP = torch.linalg.solve(features_PP + r * torch.eye(P), cross_PD + r * initial_DP.T).T
+    bias = mean[P:] - weight_DP @ mean[:P]
     return layers | {"conv_out.weight": weight_DP.unflatten(1, (-1, 3, 3)), "conv_out.bias": bias}
 
 
 @torch.no_grad()
 def put(unet: UNet, layers: EdgeLayers) -> None:
     """Install edge layers in a UNet, in its dtype and on its device, and update the channel counts in its config."""
-    like = unet.conv_in.weight
+    old_weight = unet.conv_in.weight
+    device, dtype = old_weight.device, old_weight.dtype
     for name in ("conv_in", "conv_out"):
         weight, bias = layers[f"{name}.weight"], layers[f"{name}.bias"]
-        conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 3, padding=1, device=like.device, dtype=like.dtype)
+        conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 3, padding=1, device=device, dtype=dtype)
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
         setattr(unet, name, conv.to(memory_format=torch.channels_last))
-    channels = unet.conv_in.in_channels, unet.conv_out.out_channels
-    unet.cfg = replace(unet.cfg, in_channels=channels[0], out_channels=channels[1])
+    unet.cfg = replace(unet.cfg, in_channels=unet.conv_in.in_channels, out_channels=unet.conv_out.out_channels)

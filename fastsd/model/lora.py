@@ -1,16 +1,16 @@
 """Low-rank adapters (LoRA) in the UNet and the text encoder.
 
 The weight W of a target becomes W + alpha / rank * up @ down (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language
-Models", section 4.1). W is frozen, down starts at random values and up at zero. peft inserts the adapters according to its
-config. `fastsd/model/recompute.py` computes them, so models with and without adapters run the same code.
+Models", section 4.1). W is frozen, down starts at random values, and up starts at zero. peft inserts the adapters according to
+its config. `fastsd/model/recompute.py` computes them, so models with and without adapters run the same code.
 
-A fused weight has one adapter for each of its projections that is a target, as if the projections were separate. n downs are
-stacked to (n R, F_in) and n ups to (n F, R). Files store them separately:
+A fused weight has one adapter for each projection that is a target, as if the projections were separate. The n down matrices
+are stacked to (n R, F_in), and the n up matrices to (n F, R). Files store them separately:
 
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight      down, as diffusers' `save_lora_weights`
     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight            up
 
-`fastsd/model/formats/lora_files.py` describes other tools' files, and where files store rank and alpha.
+`fastsd/model/formats/lora_files.py` describes the files of other tools, and where they store alpha.
 
 Shapes: F features, C channels, R the rank of one adapter.
 """
@@ -46,8 +46,8 @@ class Target:
     """A layer that gets an adapter.
 
     Attributes:
-        blocks: for each projection of the weight, its module in files, or "" if it gets no adapter.
-        ndim: dimensions of the weight in files, 4 for a convolution. Some convolutions in files are linears in the UNet.
+        blocks: for each projection of the weight, the name of its module in files, or "" if it gets no adapter.
+        ndim: the number of dimensions of the weight in files. Some convolutions in files (4) are linears in the UNet.
         is_3x3: True for a 3x3 convolution.
     """
 
@@ -61,10 +61,11 @@ class Target:
 
 
 class Adapted(nn.Module, LoraLayer):
-    """A linear or convolution `base_layer` with adapters. peft puts it in the place of the layer.
+    """A linear or convolution `base_layer` with adapters. peft replaces the layer by it.
 
     Attributes:
-        lora_A, lora_B: down (n R, F_in), or (n R, C, 3, 3) for a 3x3 convolution; up (n F, R). Each is a dict of one entry.
+        lora_A: a dict whose only entry is down, shape (n R, F_in), or (n R, C, 3, 3) for a 3x3 convolution.
+        lora_B: a dict whose only entry is up, shape (n F, R).
     """
 
     base_layer: Any
@@ -84,7 +85,7 @@ class Adapted(nn.Module, LoraLayer):
         self.lora_A, self.lora_B = nn.ParameterDict({ADAPTER_NAME: down}), nn.ParameterDict({ADAPTER_NAME: up})
 
     def operands(self) -> recompute.Layer:
-        """Return weight, bias, down, and for each projection its up times alpha / rank (None without an adapter)."""
+        """Return weight, bias and down, followed by up * alpha / rank of each projection, or None if it has no adapter."""
         up = self.lora_B[ADAPTER_NAME]
         if self.scaling[ADAPTER_NAME] != 1:
             up = self.scaling[ADAPTER_NAME] * up
@@ -97,11 +98,14 @@ class Adapted(nn.Module, LoraLayer):
         if weight.ndim == 2:
             return recompute.linear(x, *self.operands())
         conv = self.base_layer
-        low = F.conv2d(x, down, stride=conv.stride, padding=conv.padding)
-        return conv(x) + F.conv2d(low, ups[0][:, :, None, None])
+        reduced = F.conv2d(x, down, stride=conv.stride, padding=conv.padding)
+        return conv(x) + F.conv2d(reduced, ups[0][:, :, None, None])
 
     def views(self, letter: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the file entries of lora_A, lora_B or a tensor shaped like one: (name without the component, view)."""
+        """Yield each file entry of lora_A or lora_B, or of a tensor of that shape: its name without the component, and a view.
+
+        `letter` is "A" or "B".
+        """
         for module, view in zip(self.target.modules, tensor.chunk(self.count), strict=True):
             yield f"{module}.lora_{letter}.weight", view[(...,) + (None,) * (self.target.ndim - view.ndim)]
 
@@ -110,10 +114,10 @@ def add_lora(model: Model, table: LoraTable, seed: int) -> None:
     """Add adapters to a model that has none. Its predictions do not change. `table.file` is not read.
 
     Args:
-        seed: seed of the downs. They are functions of (seed, name in files), uniform within 1 / sqrt(fan in) as in peft.
+        seed: the down matrices are a function of (seed, name in files). They are uniform within 1 / sqrt(fan in), as in peft.
 
     Raises:
-        UserError: a target matches no layer, or a component has no layer that matches a target.
+        UserError: a target matches no layer, or no target matches a layer of a component.
     """
     assert model.lora is None
     components = COMPONENTS if table.text_encoder else COMPONENTS[:1]
@@ -128,21 +132,21 @@ def add_lora(model: Model, table: LoraTable, seed: int) -> None:
 
 
 def _inject(module: nn.Module, targets: Mapping[str, Target], table: LoraTable) -> None:
-    by_layer = {module.get_submodule(path): target for path, target in targets.items()}
+    target_by_layer = {module.get_submodule(path): target for path, target in targets.items()}
 
-    def adapted(base: Any, _: str, *, r: int, lora_alpha: float, **others: Any) -> Adapted:
-        return Adapted(base, by_layer[base], r, lora_alpha)
+    def adapt(base: Any, _: str, *, r: int, lora_alpha: float, **others: Any) -> Adapted:
+        return Adapted(base, target_by_layer[base], r, lora_alpha)
 
-    # The last name is enough as a pattern: no linear is called conv1, conv2, conv, conv_in or conv_out.
-    convs = {path.rpartition(".")[2] for path, target in targets.items() if target.is_3x3}
+    # The last part of the path is enough as a pattern: no linear is called conv1, conv2, conv, conv_in or conv_out.
+    conv_names = sorted({path.rpartition(".")[2] for path, target in targets.items() if target.is_3x3})
     config = LoraConfig(
         r=table.rank,
         lora_alpha=cast(int, table.alpha or table.rank),
         target_modules=sorted(targets),
-        rank_pattern=dict.fromkeys(sorted(convs), table.conv),
-        alpha_pattern=dict.fromkeys(sorted(convs), table.alpha or table.conv),
+        rank_pattern=dict.fromkeys(conv_names, table.conv),
+        alpha_pattern=dict.fromkeys(conv_names, table.alpha or table.conv),
     )
-    config._register_custom_module({nn.Module: cast(type[nn.Module], adapted)})
+    config._register_custom_module({nn.Module: cast(type[nn.Module], adapt)})
     inject_adapter_in_model(config, module, ADAPTER_NAME)
 
 
@@ -159,9 +163,9 @@ def _targets(model: Model, component: str, table: LoraTable) -> tuple[dict[str, 
         if is_3x3 and not table.conv:
             continue
         views = dict(_file_views(component, f"{path}.weight", layer.weight))
-        matched = {name: {pattern for pattern in table.targets if matches(component, pattern, name)} for name in views}
-        matched_patterns.update(*matched.values())
-        blocks = tuple(name.removesuffix(".weight") if hit else "" for name, hit in matched.items())
+        patterns_by_name = {name: {p for p in table.targets if matches(component, p, name)} for name in views}
+        matched_patterns.update(*patterns_by_name.values())
+        blocks = tuple(name.removesuffix(".weight") if patterns else "" for name, patterns in patterns_by_name.items())
         target = Target(blocks, next(iter(views.values())).ndim, is_3x3)
         if any(blocks):
             targets[path] = target
@@ -169,12 +173,12 @@ def _targets(model: Model, component: str, table: LoraTable) -> tuple[dict[str, 
             unnamed_convs[path] = replace(target, blocks=(path,))
 
     if not any(target.is_3x3 for target in targets.values()):
-        targets |= unnamed_convs  # no target names a 3x3 convolution, so adapt all of them but the first and the last
+        targets |= unnamed_convs  # no target names a 3x3 convolution, so all but the first and the last get an adapter
     return targets, matched_patterns
 
 
 def _check_targets(table: LoraTable, targets_by_component: Mapping[str, tuple[dict[str, Target], set[str]]]) -> None:
-    """Raise UserError for a target that matches no layer, and for a component without any matching layer."""
+    """Raise UserError if a target matches no layer, or if no target matches a layer of a component."""
     labels = {component: f"the {component.replace('_', ' ')}" for component in targets_by_component}
     for pattern in table.targets:
         if not any(pattern in matched_patterns for _, matched_patterns in targets_by_component.values()):
@@ -194,7 +198,7 @@ def _check_targets(table: LoraTable, targets_by_component: Mapping[str, tuple[di
 
 
 def _file_views(component: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names that a parameter has in its component's file, each with its view of the tensor."""
+    """Yield the names that a parameter has in its component's file, each with the view of the tensor that it stands for."""
     yield from diffusers_views(name, tensor) if component == "unet" else [(classic_text_name(name), tensor)]
 
 
@@ -206,7 +210,7 @@ def lora_state_dict(model: Model, tensors: NamedTensors | None = None) -> dict[s
     """Return all adapters under their names in files, as detached views.
 
     Args:
-        tensors: by the module's parameter names, used in place of those parameters (fp32 masters, EMA).
+        tensors: used in place of the parameters, for example the fp32 masters or the EMA.
     """
     state: dict[str, Tensor] = {}
     for component in COMPONENTS:
@@ -226,9 +230,9 @@ def merge_lora(model: Model) -> None:
             weight, _, down, *ups = layer.operands()
             assert weight.dtype == torch.float32
             downs = iter(down.double().flatten(1).chunk(layer.count))
-            for rows, up in zip(weight.chunk(len(ups)), ups, strict=True):
+            for block, up in zip(weight.chunk(len(ups)), ups, strict=True):
                 if up is not None:
-                    rows.copy_(rows.double() + (up.double() @ next(downs)).view_as(rows))
+                    block.copy_(block.double() + (up.double() @ next(downs)).view_as(block))
             model.component(component).set_submodule(path, layer.base_layer)
         vars(model.component(component)).pop("peft_config", None)
     model.lora = None

@@ -25,7 +25,7 @@ class Model:
 
     Attributes:
         notes: messages for the user about this model, one sentence each.
-        lora: the settings of the model's adapters (`fastsd/model/lora.py`); None without adapters.
+        lora: the settings of the model's adapters (`fastsd/model/lora.py`), or None without adapters.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Model:
 
     @property
     def prediction(self) -> str:
-        """The quantity the UNet predicts from x_t: "epsilon" or "v_prediction"."""
+        """The quantity that the UNet predicts from x_t: "epsilon" or "v_prediction"."""
         return self.scheduler.get("prediction_type", "epsilon")
 
     def component(self, name: str) -> torch.nn.Module:
-        """Return the trainable module of the component "unet" or "text_encoder"."""
+        """Return the module of a trainable component, "unet" or "text_encoder"."""
         return self.unet if name == "unet" else self.text.module
 
     def trainable(self, name: str) -> set[str]:
-        """Return the names of a component's parameters that affect the prediction; `clip_skip` excludes the last layers."""
-        return {name for name, _ in self.unet.named_parameters()} if name == "unet" else self.text.used_parameters()
+        """Return the names of a component's parameters that affect the prediction. `clip_skip` excludes the last layers."""
+        return set(dict(self.unet.named_parameters())) if name == "unet" else self.text.used_parameters()

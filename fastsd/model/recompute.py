@@ -13,14 +13,15 @@ backward. SD1.5's UNet at 512 px then has 252 M numbers per image saved for back
     upsample_conv       nearest neighbour -> conv 3x3                                                 saves the small x
     linear              x -> linear with an adapter                                                   saves x
 
-A concatenation with a skip is computed twice and never saved. A frozen weight costs no gradient. All layers are as exact as
-the plain ones: a recomputed tensor equals the forward's bit for bit.
+A concatenation with a skip is computed twice and never saved. No gradient of a frozen weight is computed. All layers are as
+exact as plain ones: a recomputed tensor equals that of the forward bit for bit.
 
-The tensors of a matmul are a `Layer`: weight, bias and, for a low-rank adapter, down (R, F_in; R, C, 3, 3 of a convolution)
-and up (F_out, R). Then y = weight x + bias + up (down x). down x is recomputed too, so the adapter's activations are not
-saved. A fused weight of n projections has n ups. Each is None or maps its part of down x to its part of y. A linear computes
-the small product first, and the large matmul adds to it before rounding. Adding the small product to a bf16 result instead
-loses a quarter of a relative change of 1/600, and two thirds of one of 1/2000. A convolution cannot do this and adds last.
+The tensors of a matmul are a `Layer`: weight, bias and, for a low-rank adapter, down, shape (R, F_in), or (R, C, 3, 3) for a
+convolution, and up, shape (F_out, R). Then y = weight x + bias + up (down x). down x is recomputed too, so the adapter's
+activations are not saved. A fused weight of n projections has n ups. Each is None or maps its part of down x to its part of y.
+A linear computes the adapter's product first, and the large matmul adds to it before rounding. If it were added to a bf16
+result, a quarter of a relative change of 1/600 would be lost, and two thirds of a change of 1/2000. A convolution cannot start
+from another result, so it adds the adapter's product last.
 
 Shapes: B images, C channels, H x W positions, N tokens, F features, R the sum of the ranks of all adapters of one weight;
 x_BCHW is channels last, so its tokens are a view.
@@ -68,12 +69,12 @@ def _to_nhwc(x_BCHW: Tensor) -> Tensor:
     return x_BCHW.permute(0, 2, 3, 1)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
 def _reads_input(needs: Sequence[bool]) -> bool:
-    """Return True if computing the needed gradients of a layer requires its input. All but the bias gradient do."""
+    """Return True if the needed gradients of a layer require its input. All but the bias gradient do."""
     return needs[0] or any(needs[2:])
 
 
@@ -81,7 +82,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None,
     """Compute x weight^T + bias + (x down^T) up^T over the last dimension."""
     if down is None:
         return F.linear(x, weight, bias)
-    rows = _rows(x)
+    rows = _as_rows(x)
     reduced = F.linear(rows, down)
     if len(ups) == 1:
         y = F.linear(reduced, ups[0], bias)
@@ -99,40 +100,42 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None,
 def _linear_backward(
     dy: Tensor, x: Tensor | None, layer: Layer, need_x: bool, needs: Sequence[bool]
 ) -> tuple[Gradient, Gradients]:
-    """Return dx and the layer's gradients for `_linear`, None where not needed. x may be None if `_reads_input` is False."""
+    """Return dx and the layer's gradients for `_linear`, None if not needed. x may be None if `_reads_input` is False."""
     weight, _, down, *ups = layer
-    rows, inputs = _rows(dy), None if x is None else _rows(x)
+    dy_rows = _as_rows(dy)
+    x_rows = None if x is None else _as_rows(x)
     dx = dweight = ddown = None
     dups: list[Gradient] = [None] * len(ups)
     if down is not None:
-        dreduced = rows.new_empty(len(rows), len(down))
-        for dy_block, reduced_block, up in _blocks(rows, dreduced, ups):
+        dreduced = dy_rows.new_empty(len(dy_rows), len(down))
+        for dy_block, dreduced_block, up in _blocks(dy_rows, dreduced, ups):
             if up is not None:
-                torch.mm(dy_block, up, out=reduced_block)
+                torch.mm(dy_block, up, out=dreduced_block)
         if need_x:
             dx = dreduced @ down
-            torch.addmm(dx, rows, weight, out=dx)
-        if needs[2] and inputs is not None:
-            ddown = dreduced.t() @ inputs
-        if any(needs[3:]) and inputs is not None:
-            blocks = _blocks(rows, inputs @ down.t(), ups)
+            torch.addmm(dx, dy_rows, weight, out=dx)
+        if needs[2] and x_rows is not None:
+            ddown = dreduced.t() @ x_rows
+        if any(needs[3:]) and x_rows is not None:
+            blocks = _blocks(dy_rows, x_rows @ down.t(), ups)
             dups = [None if up is None else dy_block.t() @ reduced_block for dy_block, reduced_block, up in blocks]
     elif need_x:
-        dx = rows @ weight
-    if needs[0] and inputs is not None:
-        dweight = rows.t() @ inputs
-    return dx if dx is None else dx.unflatten(0, dy.shape[:-1]), (dweight, rows.sum(0) if needs[1] else None, ddown, *dups)
+        dx = dy_rows @ weight
+    if needs[0] and x_rows is not None:
+        dweight = dy_rows.t() @ x_rows
+    dbias = dy_rows.sum(0) if needs[1] else None
+    return None if dx is None else dx.unflatten(0, dy.shape[:-1]), (dweight, dbias, ddown, *dups)
 
 
 def _blocks(y: Tensor, reduced: Tensor, ups: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """Yield per projection (columns of y, columns of down x, up), or (columns of y, None, None) if it has no adapter."""
+    """Yield the columns of y and of down x, and up, of each projection. The last two are None if it has no adapter."""
     reduced_blocks = iter(reduced.chunk(sum(up is not None for up in ups), dim=1))
     for y_block, up in zip(y.chunk(len(ups), dim=1), ups, strict=True):
         yield y_block, None if up is None else next(reduced_blocks), up
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> Tensor:
-    """Compute a 3x3 convolution with padding 1, plus up (1x1) of a 3x3 convolution with down."""
+    """Compute a 3x3 convolution with padding 1. Its adapter is a 3x3 convolution with down and a 1x1 convolution with up."""
     y = F.conv2d(x, weight, bias, padding=1)
     if down is not None and up is not None:
         y += _to_nchw(F.linear(_to_nhwc(F.conv2d(x, down, padding=1)), up))
@@ -140,7 +143,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, u
 
 
 def _conv_backward(dy: Tensor, x: Tensor, layer: Layer, need_x: bool, needs: Sequence[bool]) -> tuple[Gradient, Gradients]:
-    """Return dx and the layer's gradients for `_conv`, None where not needed. Reads only x's shape unless `_reads_input`."""
+    """Return dx and the layer's gradients for `_conv`, None if not needed. Unless `_reads_input`, only x's shape matters."""
     weight, _, down, up = layer
     dx, dweight, dbias = _conv3_backward(dy, x, weight, [need_x, needs[0], needs[1]])
     if down is None or up is None:
@@ -149,14 +152,18 @@ def _conv_backward(dy: Tensor, x: Tensor, layer: Layer, need_x: bool, needs: Seq
     dx_adapter, ddown, _ = _conv3_backward(dreduced, x, down, [need_x, needs[2], False])
     if dx is not None and dx_adapter is not None:
         dx += dx_adapter
-    dup = _rows(_to_nhwc(dy)).t() @ _rows(_to_nhwc(F.conv2d(x, down, padding=1))) if needs[3] else None
+    dup = None
+    if needs[3]:
+        reduced = F.conv2d(x, down, padding=1)
+        dup = _as_rows(_to_nhwc(dy)).t() @ _as_rows(_to_nhwc(reduced))
     return dx, (dweight, dbias, ddown, dup)
 
 
 def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Gradient, Gradient, Gradient]:
     """Return (dx, dweight, dbias) of a 3x3 convolution with padding 1."""
-    sizes = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-    return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *sizes, needs)
+    stride, padding, dilation, output_padding, groups = [1, 1], [1, 1], [1, 1], [0, 0], 1
+    geometry = stride, padding, dilation, False, output_padding, groups
+    return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *geometry, needs)
 
 
 class NormConv(Function):
@@ -164,11 +171,11 @@ class NormConv(Function):
     def forward(
         ctx: Any, ops: ForwardBackwardOps, groups: int, eps: float, x: Tensor, skip: Any, shift: Any, *tensors: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Apply the layer. `tensors`: of the norm, the convolution, and the shortcut if there is one."""
+        """Apply the layer. `tensors` are those of the norm, of the convolution and, if there is one, of the shortcut."""
         norm_weight, norm_bias, *layers = tensors
         joined = _join(x, skip)
         y, mean, rstd = ops.group_norm(joined, norm_weight, norm_bias, groups, eps, True, shift)
-        shortcut = _to_nchw(_linear(_to_nhwc(joined), *_matrix(layers[4:]))) if layers[4:] else None
+        shortcut = _to_nchw(_linear(_to_nhwc(joined), *_as_linear(layers[4:]))) if layers[4:] else None
         ctx.save_for_backward(x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers)
         ctx.ops, ctx.groups, ctx.eps = ops, groups, eps
         return _conv(y, *layers[:4]), shortcut
@@ -189,7 +196,7 @@ class NormConv(Function):
             dx, dnorm_weight, dnorm_bias, dshift = ctx.ops.group_norm_backward(dy, joined, mean, rstd, *norm)
         if dshortcut is not None and layers[4:]:
             dx_shortcut, shortcut_gradients = _linear_backward(
-                _to_nhwc(dshortcut), _to_nhwc(joined), _matrix(layers[4:]), need_y, needs[4:]
+                _to_nhwc(dshortcut), _to_nhwc(joined), _as_linear(layers[4:]), need_y, needs[4:]
             )
             gradients += (
                 None if shortcut_gradients[0] is None else shortcut_gradients[0].view_as(layers[4]),
@@ -202,8 +209,8 @@ class NormConv(Function):
         return None, None, None, dx, dskip, dshift, dnorm_weight, dnorm_bias, *gradients
 
 
-def _matrix(layer: Layer) -> Layer:
-    """View a 1x1 convolution as a linear."""
+def _as_linear(layer: Layer) -> Layer:
+    """View the weight of a 1x1 convolution as that of a linear."""
     return layer[0].flatten(1), *layer[1:]
 
 
@@ -259,7 +266,7 @@ class AttentionLinear(Function):
     def forward(
         ctx: Any, ops: ForwardBackwardOps, precision: str, heads: int, q: Tensor, kv: Tensor | None, *layer: Any
     ) -> Tensor:
-        qkv = _heads(q, kv, heads)
+        qkv = _split_heads(q, kv, heads)
         o, lse = ops.attention(*qkv, precision)
         ctx.save_for_backward(q, kv, o, lse, *layer)
         ctx.ops, ctx.precision, ctx.heads = ops, precision, heads
@@ -273,13 +280,13 @@ class AttentionLinear(Function):
         dq = dkv = None
         if do is not None:
             do = do.unflatten(-1, (ctx.heads, -1))
-            dq, dkv = ctx.ops.attention_backward(do, *_heads(q, kv, ctx.heads), o, lse, ctx.precision, kv is None)
+            dq, dkv = ctx.ops.attention_backward(do, *_split_heads(q, kv, ctx.heads), o, lse, ctx.precision, kv is None)
             dq, dkv = dq.flatten(2), None if kv is None else dkv.flatten(2)
         return None, None, None, dq, dkv, *gradients
 
 
-def _heads(q: Tensor, kv: Tensor | None, heads: int) -> tuple[Tensor, ...]:
-    """View one packed (B, N, 3C), or q (B, N, C) and packed k, v (B, L, 2C), as q, k, v (B, N, heads, D)."""
+def _split_heads(q: Tensor, kv: Tensor | None, heads: int) -> tuple[Tensor, ...]:
+    """View packed q, k, v (B, N, 3C), or q (B, N, C) and packed k, v (B, L, 2C), as separate q, k, v (B, N, heads, D)."""
     if kv is None:
         return q.unflatten(-1, (3, heads, -1)).unbind(2)
     return q.unflatten(-1, (heads, -1)), *kv.unflatten(-1, (2, heads, -1)).unbind(2)
@@ -290,7 +297,7 @@ class FeedForward(Function):
     def forward(
         ctx: Any, ops: ForwardBackwardOps, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor, *tensors: Any
     ) -> Tensor:
-        """Apply the layer. `tensors`: of the norm, the first linear and the second."""
+        """Apply the layer. `tensors` are those of the norm, of the first linear and of the second linear."""
         norm_weight, norm_bias, *layers = tensors
         y, s, mean, rstd = ops.layer_norm(x, norm_weight, norm_bias, eps, residual)
         hidden = _linear(y, *layers[:4])
@@ -311,18 +318,18 @@ class FeedForward(Function):
             hidden = _linear(y, *layers[:4])
 
         gated = ctx.ops.geglu(hidden) if _reads_input(needs[4:]) else None
-        dgated, second = _linear_backward(dout, gated, layers[4:], need_y or any(needs[:4]), needs[4:])
+        dgated, second_gradients = _linear_backward(dout, gated, layers[4:], need_y or any(needs[:4]), needs[4:])
         del gated
         dx = dnorm_weight = dnorm_bias = None
-        first: Gradients = (None,) * 4
+        first_gradients: Gradients = (None,) * 4
         if dgated is not None:
             dhidden = ctx.ops.geglu_backward(dgated, hidden)
             del dgated, hidden
-            dy, first = _linear_backward(dhidden, y, layers[:4], need_y, needs[:4])
+            dy, first_gradients = _linear_backward(dhidden, y, layers[:4], need_y, needs[:4])
             del dhidden, y
             if dy is not None:
                 dx, dnorm_weight, dnorm_bias = ctx.ops.layer_norm_backward(dy, s, mean, rstd, norm_weight, norm_bias, dout)
-        return None, None, None, dx, dx, dnorm_weight, dnorm_bias, *first, *second
+        return None, None, None, dx, dx, dnorm_weight, dnorm_bias, *first_gradients, *second_gradients
 
 
 class UpsampleConv(Function):
@@ -336,9 +343,9 @@ class UpsampleConv(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
         x, *layer = ctx.saved_tensors
         _, _, need_x, *needs = ctx.needs_input_grad
-        large = F.interpolate(x, size=ctx.size, mode="nearest")
-        dlarge, gradients = _conv_backward(dout, large, layer, need_x, needs)
-        dx = torch.ops.aten.upsample_nearest2d_backward(dlarge, ctx.size, x.shape) if need_x else None
+        upsampled = F.interpolate(x, size=ctx.size, mode="nearest")
+        dupsampled, gradients = _conv_backward(dout, upsampled, layer, need_x, needs)
+        dx = torch.ops.aten.upsample_nearest2d_backward(dupsampled, ctx.size, x.shape) if need_x else None
         return None, None, dx, *gradients
 
 

@@ -1,10 +1,10 @@
-"""Selection of parameters by the entries of `train` and `reinit`, and reinitialisation of selected parameters.
+"""Select parameters by the entries of `train` and `reinit`, and reinitialise selected parameters.
 
     "unet", "text_encoder"      the whole component
     "lora"                      the adapters of both components
     "unet.cross_attention"      a group, see `GROUPS`
     "unet.up_blocks.3", "unet.*.attn2.to_v.*", "text_encoder.layers.11"
-                                names as in diffusers and transformers: whole words between dots, with * for any text
+                                names in diffusers and transformers: whole words between dots; * matches any text
 
 Read next: `fastsd/train/step.py`.
 """
@@ -26,7 +26,7 @@ from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER, diffusers_names, plain_name
 from fastsd_kernels.noise import Purpose, uniform
 
-# Regular expressions, searched anywhere in a name.
+# Group -> regular expression that matches anywhere in the names of its parameters.
 GROUPS: dict[str, dict[str, str]] = {
     "unet": {
         "attention": r"\.attn[12]\.", "self_attention": r"\.attn1\.", "cross_attention": r"\.attn2\.",
@@ -42,8 +42,8 @@ GROUPS: dict[str, dict[str, str]] = {
 
 
 def matches(component: str, pattern: str, name: str) -> bool:
-    """Return True if a pattern (an entry without its component) selects the parameter `name` of diffusers or transformers."""
-    if component == "text_encoder":  # transformers before 5 nests layers two levels deeper
+    """Return True if a pattern (an entry without its component) selects the parameter `name` in diffusers or transformers."""
+    if component == "text_encoder":  # before version 5, transformers nests the layers two levels deeper
         name = name.removeprefix("text_model.").removeprefix("encoder.")
     if group := GROUPS[component].get(pattern):
         return re.search(group, name) is not None
@@ -53,10 +53,10 @@ def matches(component: str, pattern: str, name: str) -> bool:
 
 
 def selected(model: Model, entries: Iterable[str], context: str) -> dict[str, set[str]]:
-    """Return the parameters that entries select: component -> parameter names in its module. Omits components without any.
+    """Return the names of the parameters that entries select, by component. Components without any are omitted.
 
     Args:
-        context: the origin of the entries, for error messages, for example "stage 'unet': train".
+        context: the place of the entries in error messages, for example "stage 'unet': train".
 
     Raises:
         UserError: an entry selects nothing, only layers that `clip_skip` leaves out, or one projection of a fused weight.
@@ -81,14 +81,14 @@ def _select_in(model: Model, component: str, pattern: str, context: str) -> set[
         if ADAPTER in name:
             continue
         file_names = diffusers_names(name) if component == "unet" else [plain_name(name)]
-        hits = [matches(component, pattern, file_name) for file_name in file_names]
-        if any(hits) and not all(hits):
+        selects = [matches(component, pattern, file_name) for file_name in file_names]
+        if any(selects) and not all(selects):
             layers = " and ".join(file_name.split(".")[-2] for file_name in file_names)
             raise UserError(
                 "selected-within-fused",
                 f"{context}, but {layers} are one matrix; use an entry that selects all of them, for example unet.attention",
             )
-        if any(hits):
+        if any(selects):
             names.add(name)
 
     if not names:
@@ -116,13 +116,13 @@ def parameter_count(model: Model, names: Mapping[str, Iterable[str]]) -> int:
 
 @torch.no_grad()
 def reinitialise(model: Model, entries: Iterable[str], seed: int, context: str) -> int:
-    """Draw new values for selected parameters, as PyTorch initialises its layers. Returns how many numbers were drawn.
+    """Draw new values for selected parameters, as PyTorch initialises its layers. Return the number of values.
 
     Norms become 1 and their biases 0. Other weights and biases are uniform within 1 / sqrt(fan in). Embeddings are normal with
     standard deviation 0.02. The values are a function of (seed, the parameter's name).
 
     Raises:
-        UserError: see `selected`.
+        UserError: as `selected`.
 
     Source: PyTorch's Linear and Conv2d (kaiming_uniform with a = sqrt(5)); CLIP's embeddings (Radford et al. 2021).
     """
@@ -136,9 +136,10 @@ def reinitialise(model: Model, entries: Iterable[str], seed: int, context: str) 
 
 
 def _draw(parameters: dict[str, torch.nn.Parameter], name: str, seed: int) -> None:
-    tensor, (stem, _, leaf) = parameters[name], name.rpartition(".")
+    tensor = parameters[name]
+    stem, _, leaf = name.rpartition(".")
     weight = parameters[f"{stem}.weight"]
-    if weight.ndim == 1:
+    if weight.ndim == 1:  # a norm
         tensor.fill_(1.0 if leaf == "weight" else 0.0)
         return
     numbers = uniform_like(tensor, seed, Purpose.REINIT, name)
@@ -149,6 +150,9 @@ def _draw(parameters: dict[str, torch.nn.Parameter], name: str, seed: int) -> No
 
 
 def uniform_like(tensor: Tensor, seed: int, purpose: Purpose, name: str) -> Tensor:
-    """Draw uniforms in (-1, 1) in a tensor's shape and logical order, fp64 on the CPU. A function of (seed, purpose, name)."""
+    """Return uniform numbers in (-1, 1) in a tensor's shape and logical order, fp64 on the CPU.
+
+    They are a function of (seed, purpose, name).
+    """
     key = torch.tensor([xxhash.xxh3_64_intdigest(name.encode()) >> 1])
     return (2 * uniform(seed, purpose, key, tensor.numel())[0] - 1).view(tensor.shape)

@@ -1,6 +1,6 @@
-"""A model with shapes but no data, for planning, built from a config's model or from a loaded one.
+"""Build a model that has shapes but no data, for planning, from a config or from a loaded model.
 
-Only `config.json` files are read. A component without one gets SD1.5's shapes, and a note reports that.
+Only `config.json` files are read. A component without one gets SD1.5's shapes, and a note reports this.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SD15_VAE = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """Everything that determines a model's memory: the UNet's config, and text encoder and VAE configs as in config.json."""
+    """The settings that determine a model's memory. `text` and `vae` have the form of the components' config.json."""
 
     unet: UNetConfig
     text: dict[str, Any]
@@ -48,29 +48,29 @@ class Shapes:
         return cls(model.unet.cfg, text.module.config.to_dict(), vae_config, text.clip_skip, text.chunks, model.lora)
 
     def side(self, resolution: int) -> int:
-        """Return the latent positions per side for images of `resolution` px. Raises UserError if the model cannot use it."""
+        """Return the latent positions per side of images of `resolution` px. Raise UserError if the model cannot use it."""
         downscale = 2 ** (len(self.vae["block_out_channels"]) - 1)
         step = downscale * self.unet.downscale
         if resolution % step:
-            multiple = max(resolution // step, 1) * step
+            usable = max(resolution // step, 1) * step
             raise UserError(
-                "model-resolution", f"data.resolution is {resolution}, but this UNet needs a multiple of {step}; use {multiple}"
+                "model-resolution", f"data.resolution is {resolution}, but this UNet needs a multiple of {step}; use {usable}"
             )
         return resolution // downscale
 
 
 def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
-    """Read the shapes of a config's model from config files on this machine. Returns them and a note for each missing file.
+    """Read the shapes of a config's model from config files on this machine. Return them and a note for each missing file.
 
     Raises:
         UserError: a file exists and cannot be used, or components do not fit together.
     """
-    sources: dict[str, tuple[str, str, list[str]]] = {  # name, revision, folders that may have its config.json
+    sources: dict[str, tuple[str, str, list[str]]] = {  # model, revision, folders that may have a config.json
         "UNet": (table.base, table.revision, ["unet"]),
         "text encoder": (table.base, table.revision, ["text_encoder"]),
         "VAE": (table.vae, "", ["vae", "."]) if table.vae else (table.base, table.revision, ["vae"]),
     }
-    configs = {name: _settings(*source) for name, source in sources.items()}
+    configs = {name: _read_config(*source) for name, source in sources.items()}
     notes = [f"{name}: SD1.5's ({sources[name][0]} has no config.json here)" for name in configs if configs[name] is None]
     unet_config = configs["UNet"]
     unet = UNetConfig.sd15() if unet_config is None else UNetConfig.from_diffusers(unet_config, f"{table.base}: unet config")
@@ -88,8 +88,8 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
     return shapes, notes
 
 
-def _settings(name: str, revision: str, folders: list[str]) -> dict[str, Any] | None:
-    """Read a model's config.json from the first of `folders` that has one. The model is a folder, or a hub id in the cache."""
+def _read_config(name: str, revision: str, folders: list[str]) -> dict[str, Any] | None:
+    """Read config.json in the first of `folders` that has one. `name` is a model's folder, or a hub id that is in the cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -108,7 +108,7 @@ def _settings(name: str, revision: str, folders: list[str]) -> dict[str, Any] | 
 
 
 class _ShapedVae(Vae):
-    """A VAE without data, and therefore without a hash."""
+    """A VAE without data. It has no hash."""
 
     def __init__(self, module: Any) -> None:
         self.module = module.eval().requires_grad_(False)
@@ -116,7 +116,7 @@ class _ShapedVae(Vae):
 
 
 def empty_model(shapes: Shapes, ops: Ops) -> Model:
-    """Build a model on the meta device, without tokenizer or hash. `materialize` its modules before running a step."""
+    """Build a model on the meta device, without tokenizer or hash. Call `materialize` on its modules before a step runs."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -134,7 +134,7 @@ def empty_model(shapes: Shapes, ops: Ops) -> Model:
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:
-    """Replace all parameters and buffers by uninitialised tensors of the same layout on `device`."""
+    """Replace all parameters and buffers by uninitialised tensors with the same layout on `device`."""
 
     def empty(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

@@ -1,10 +1,10 @@
 """The text encoder: transformers' CLIPTextModel and CLIPTokenizer, with clip skip, for captions of any length.
 
-A CLIP encoder reads one window at a time. A window is as long as the position table, begin and end tokens included: 77 tokens
-for SD1.5, 248 for Long-CLIP. Longer captions are read in chunks. Each chunk is a window with its own begin and end tokens.
+A CLIP encoder reads one window at a time. Including the begin and end tokens, a window is as long as the position table: 77
+tokens for SD1.5, 248 for Long-CLIP. Longer captions are read in chunks. Each chunk has a window and begin and end tokens.
 The UNet attends to the text embeddings of all chunks in a row, as in ComfyUI and A1111. `stretch` lengthens the window.
 
-Shapes: B captions, W tokens of a window, L = chunks * W tokens, D width of the text embeddings.
+Shapes: B captions, W tokens in a window, L = chunks * W tokens, D the width of the text embeddings.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class TextEncoder:
     Args:
         module: transformers' CLIPTextModel.
         tokenizer: transformers' CLIPTokenizer.
-        clip_skip: 0 = the last layer; n = the n-th layer before it, followed by the final layer norm.
+        clip_skip: the layer to read: 0 = the last one; n = the n-th one before it, followed by the final layer norm.
         tokenizer_folder: the folder of the tokenizer's files, which are copied unchanged into an exported model.
-        chunks: the number of windows a caption may fill.
+        chunks: the largest number of windows that a caption may fill.
 
     Attributes:
         window, length, width: W, L and D.
@@ -70,8 +70,8 @@ class TextEncoder:
     def used_parameters(self) -> set[str]:
         """Return the names of the module's parameters that `encode` depends on."""
         names = {name for name, _ in self.module.named_parameters()}
-        depth = self.module.config.num_hidden_layers
-        skipped = [f"layers.{i}." for i in range(depth - self.clip_skip, depth)]
+        layers = self.module.config.num_hidden_layers
+        skipped = [f"layers.{i}." for i in range(layers - self.clip_skip, layers)]
         return {name for name in names if not any(layer in name for layer in skipped)}
 
     @property
@@ -85,30 +85,30 @@ class TextEncoder:
 
 
 def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Return the token ids of each text, not truncated, without the begin and end tokens."""
-    # Never truncate or pad here: these options change the tokenizer's state, which other threads share.
+    """Return all token ids of each text, without the begin and end tokens."""
+    # Never truncate or pad here, because these options change the tokenizer's state, which other threads share.
     return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
 
 
 def assemble(tokenizer: Any, ids_B: Sequence[Sequence[int]], window: int, chunks: int = 1) -> Tensor:
-    """Pack ids from `ids_of` into int64 (B, chunks * W). A window holds begin, as many ids as fit, end, and padding."""
+    """Pack ids from `ids_of` into int64 (B, chunks * W). A window holds a begin token, ids, an end token and padding."""
     begin, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    room = window - 2
-    rows = [
-        [begin, *ids[first : first + room], end, *[padding] * (room - max(len(ids) - first, 0))]
-        for ids in ids_B
-        for first in range(0, chunks * room, room)
-    ]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, chunks * window)
+    capacity = window - 2
+    windows = []
+    for ids in ids_B:
+        for start in range(0, chunks * capacity, capacity):
+            chunk = ids[start : start + capacity]
+            windows.append([begin, *chunk, end, *[padding] * (capacity - len(chunk))])
+    return torch.tensor(windows, dtype=torch.int64).view(-1, chunks * window)
 
 
 @torch.no_grad()
 def stretch(module: Any, tokens: int = 248, keep: int = 20) -> None:
-    """Lengthen the window of a CLIP text model: keep the first `keep` positions and stretch the others over the rest.
+    """Lengthen the window of a CLIP text model to `tokens`. Keep the first `keep` positions and stretch the others.
 
-    Position j >= keep reads the old table at keep + (j - keep) (W - keep) / (tokens - keep). A place between two entries is
-    interpolated linearly. A place beyond the last entry is extrapolated along the line through the last two. From 77 to 248
-    tokens, the stretch is a factor of 4. The text embeddings of long captions mean little before some training.
+    Position j >= keep reads the old table at keep + (j - keep) (W - keep) / (tokens - keep). Between two entries, the table is
+    interpolated linearly. Beyond the last entry, it is extrapolated along the line through the last two. From 77 to 248 tokens,
+    the other positions are stretched by a factor of 4. The text embeddings of long captions are of little use before training.
 
     Raises:
         ValueError: `tokens` is not larger than the number of positions.
@@ -121,10 +121,10 @@ def stretch(module: Any, tokens: int = 248, keep: int = 20) -> None:
     count = len(old)
     if tokens <= count:
         raise ValueError(f"tokens is {tokens}, but the encoder already has {count} positions; give a larger number")
-    place = torch.arange(tokens, dtype=torch.float64)
-    place = torch.where(place < keep, place, keep + (place - keep) * (count - keep) / (tokens - keep))
-    left = place.long().clamp(max=count - 2)
-    fraction = (place - left)[:, None].to(old.device)
+    position = torch.arange(tokens, dtype=torch.float64)
+    old_position = torch.where(position < keep, position, keep + (position - keep) * (count - keep) / (tokens - keep))
+    left = old_position.long().clamp(max=count - 2)
+    fraction = (old_position - left)[:, None].to(old.device)
     new = old[left].double() * (1 - fraction) + old[left + 1].double() * fraction
     embeddings.position_embedding = torch.nn.Embedding.from_pretrained(new.to(old.dtype), freeze=False)
     embeddings.register_buffer("position_ids", torch.arange(tokens, device=old.device)[None], persistent=False)
@@ -132,10 +132,10 @@ def stretch(module: Any, tokens: int = 248, keep: int = 20) -> None:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the sha256 (64 hex digits) of everything that determines a tokenizer's ids."""
+    """Return the sha256 (64 hex digits) of the state that determines a tokenizer's ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # before version 5, transformers implements CLIP's tokenizer in Python
         state = {"vocab": tokenizer.get_vocab(), "merges": list(tokenizer.bpe_ranks)}
     else:
-        state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # may remain from an earlier call
+        state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # other callers may have set these
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

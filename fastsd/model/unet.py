@@ -3,7 +3,8 @@
 Modules have diffusers' names, so a weight's path here is its path in every SD tool. `fastsd.model.weights` converts the two
 exceptions: q/k/v are fused into one matmul (`to_qkv`, `to_kv`), and the 1x1 projections around attention are linears.
 
-Shapes: B images, C channels, H x W latent positions, N = H*W tokens, L text tokens, D text and E time embedding width.
+Shapes: B images, C channels, H x W latent positions, N = H*W tokens, L text tokens, D the width of the text embeddings, E the
+width of the time embedding.
 Read next: `kernels/fastsd_kernels/__init__.py` for the operations, `fastsd/model/weights.py` for the names.
 """
 
@@ -35,10 +36,10 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     attention: tuple[bool, ...] = (True, True, True, False)  # per level: True if transformers follow the resnets
-    heads: int = 8  # for historical reasons, diffusers names this attention_head_dim
+    heads: int = 8  # diffusers calls this attention_head_dim for historical reasons
     cross_attention_dim: int = 768
     norm_groups: int = 32
-    sample_size: int = 64  # latent positions per side that the model is designed for
+    sample_size: int = 64  # the latent positions per side for which the model is designed
 
     @classmethod
     def sd15(cls) -> UNetConfig:
@@ -56,7 +57,7 @@ class UNetConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any], place: str = "unet/config.json") -> UNetConfig:
-        """Build a config from the dict of a diffusers config.json. Raises UserError for a UNet outside the SD1.5 family."""
+        """Build a config from the dict of a diffusers config.json. Raise UserError for a UNet outside the SD1.5 family."""
         widths = tuple(config.get("block_out_channels", cls.block_out_channels))
         down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
         has_attention = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -79,7 +80,7 @@ class UNetConfig:
         for key, value in config.items():
             if key.startswith("_") and key != "_class_name":
                 continue
-            # Keys that another version wrote with a neutral value (null, false) have no effect.
+            # A key that only other versions of diffusers know has no effect if its value is null or false.
             expected = rebuilt.get(key, value if key in _NEUTRAL or not value else None)
             if _as_list(value) != _as_list(expected):
                 raise UserError(
@@ -93,7 +94,7 @@ class UNetConfig:
         up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(self.attention)]
         same_names = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "sample_size")
         sizes = {"attention_head_dim": self.heads, "norm_num_groups": self.norm_groups} | {
-            n: getattr(self, n) for n in same_names
+            name: getattr(self, name) for name in same_names
         }
         blocks = {"block_out_channels": list(self.block_out_channels), "down_block_types": down, "up_block_types": up}
         return _FIXED | sizes | blocks
@@ -116,14 +117,14 @@ def _as_list(value: Any) -> Any:
 
 
 def operands(layer: nn.Module) -> recompute.Layer:
-    """Return weight, bias, down and up of a linear or convolution for `recompute`; down and up are None without an adapter."""
+    """Return weight, bias, down and up of a linear or convolution. down and up are None if it has no adapter."""
     if isinstance(layer, nn.Linear | nn.Conv2d):
         return layer.weight, layer.bias, None, None
     return cast(Any, layer).operands()  # `fastsd.model.lora`
 
 
 class Norm(nn.Module):
-    """Weight and bias of a GroupNorm or LayerNorm. The layer after it does the arithmetic (`fastsd/model/recompute.py`)."""
+    """The weight and bias of a GroupNorm or LayerNorm. The next layer computes the norm (`fastsd/model/recompute.py`)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -131,12 +132,12 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Weights of self-attention (`text_dim` None, one fused q/k/v matmul) or cross-attention (fused k/v of the text)."""
+    """Self-attention with fused q/k/v if `text_dim` is None, otherwise cross-attention with fused k/v of the text."""
 
     def __init__(self, width: int, text_dim: int | None, heads: int, ops: Ops) -> None:
         super().__init__()
         self.heads, self.ops = heads, ops
-        self.precision = "ieee"  # of fp32 matmuls on a GPU
+        self.precision = "ieee"  # see `UNet.set_attention_precision`
         if text_dim is None:
             self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         else:
@@ -145,7 +146,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
-        """Attend with packed q, k, v, or with q and packed k, v. Returns (B, N, C)."""
+        """Attend with packed q, k, v, or with q and packed k, v. Return (B, N, C)."""
         return recompute.attention_linear(
             self.ops.forward_backward, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0])
         )
@@ -158,7 +159,7 @@ class GegluProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Weights of linear, GEGLU, linear. Index 1, a dropout of 0 in diffusers, is a placeholder for the second linear's name."""
+    """Linear, GEGLU, linear. The placeholder for diffusers' dropout, which is 0, gives the second linear the index 2."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -191,7 +192,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Attention over positions as tokens: norm, project, one block, project back, add. Channels last makes tokens a view."""
+    """Attention over positions: norm, project, one block, project back, add. In channels last, the tokens are a view."""
 
     def __init__(self, width: int, cfg: UNetConfig, ops: Ops) -> None:
         super().__init__()
@@ -238,7 +239,7 @@ def norm_conv(
     skip: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return conv(silu(norm([x, skip] + shift))) and shortcut([x, skip]), or None without one; layers = [conv, shortcut]."""
+    """Return conv(silu(norm([x, skip] + shift))), and shortcut([x, skip]) or None. `layers` is [conv, shortcut] or [conv]."""
     tensors = [tensor for layer in layers for tensor in operands(layer)]
     return recompute.norm_conv(ops.forward_backward, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *tensors)
 
@@ -266,7 +267,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Resnets of one resolution, each followed by a transformer if the level has attention."""
+    """The resnets of one resolution. A transformer follows each of them if the level has attention."""
 
     def __init__(self, widths: list[tuple[int, int]], attends: bool, cfg: UNetConfig, ops: Ops) -> None:
         super().__init__()
@@ -315,8 +316,8 @@ class UNet(nn.Module):
     Args:
         cfg: widths and depths.
         ops: the implementations of attention, norms and GEGLU.
-        checkpointing: what the backward recomputes instead of saving: "none" (norms and gates only), "ff" (also the
-            feed-forwards' first matmul) or "block" (every resnet and transformer).
+        checkpointing: the activations that the backward recomputes instead of saving: "none" (those of norms and gates only),
+            "ff" (also those of the feed-forwards' first matmul) or "block" (those of every resnet and transformer).
 
     Saved for backward at 64 x 64 latents in SD1.5: 252 M numbers per image, 160 M with "ff", 18 M with "block".
     """
@@ -324,15 +325,15 @@ class UNet(nn.Module):
     def __init__(self, cfg: UNetConfig, ops: Ops = REFERENCE, checkpointing: str = "none") -> None:
         super().__init__()
         self.cfg, self.ops = cfg, ops
-        widths, first = cfg.block_out_channels, cfg.block_out_channels[0]
-        self.conv_in = nn.Conv2d(cfg.in_channels, first, 3, padding=1)
+        widths = cfg.block_out_channels
+        self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(cfg)
 
         self.down_blocks = nn.ModuleList()
-        skips = [first]  # widths of the skip connections to the up blocks
+        skips = [widths[0]]  # widths of the skip connections to the up blocks
         for level, (width, attends) in enumerate(zip(widths, cfg.attention, strict=True)):
             in_widths = [widths[max(level - 1, 0)]] + [width] * (cfg.layers_per_block - 1)
-            block = Level([(w, width) for w in in_widths], attends, cfg, ops)
+            block = Level([(in_width, width) for in_width in in_widths], attends, cfg, ops)
             skips += [width] * cfg.layers_per_block
             if level < len(widths) - 1:
                 block.downsamplers = nn.ModuleList([Downsample(width)])
@@ -342,24 +343,24 @@ class UNet(nn.Module):
         self.mid_block = MidBlock(widths[-1], cfg, ops)
 
         self.up_blocks = nn.ModuleList()
-        previous = widths[-1]
+        previous_width = widths[-1]
         for level in reversed(range(len(widths))):
             width = widths[level]
-            in_widths = [previous] + [width] * cfg.layers_per_block
-            block = Level([(w + skips.pop(), width) for w in in_widths], cfg.attention[level], cfg, ops)
+            in_widths = [previous_width] + [width] * cfg.layers_per_block
+            block = Level([(in_width + skips.pop(), width) for in_width in in_widths], cfg.attention[level], cfg, ops)
             if level > 0:
                 block.upsamplers = nn.ModuleList([Upsample(width)])
             self.up_blocks.append(block)
-            previous = width
+            previous_width = width
 
-        self.conv_norm_out = Norm(first)
-        self.conv_out = nn.Conv2d(first, cfg.out_channels, 3, padding=1)
+        self.conv_norm_out = Norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], cfg.out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.checkpointing = checkpointing
 
     @property
     def checkpointing(self) -> str:
-        """The activations that the backward recomputes: "none", "ff" or "block". May be set at any time between steps."""
+        """The activations that the backward recomputes: "none", "ff" or "block". It may be set at any time between steps."""
         return self._checkpointing
 
     @checkpointing.setter
@@ -391,7 +392,7 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         x = latents_BCHW.to(dtype, memory_format=torch.channels_last)
         context_BLD = context_BLD.to(dtype)
-        time_BE = F.silu(self.time_embedding(t_B))  # every resnet projects the same activated embedding
+        time_BE = F.silu(self.time_embedding(t_B))  # computed once, because every resnet applies the same SiLU
 
         x = self.conv_in(x)
         skips = [x]

@@ -1,4 +1,4 @@
-"""The VAE: diffusers' AutoencoderKL, encoded with our own layers, and the constants of its latent space.
+"""The VAE: diffusers' AutoencoderKL, our own layers for encoding, and the constants of its latent space.
 
 Latents are scaled by z = (raw - shift) * factor before the UNet sees them, and unscaled before decoding. The factor belongs
 to the VAE (0.18215 for SD1.5, 0.13025 for SDXL). Using another VAE's factor gives wrong colours.
@@ -29,9 +29,10 @@ class Vae:
         ops: the implementations used for encoding. Decoding uses diffusers.
 
     Attributes:
-        hash: sha256 over the encoder's shapes and its weights (as fp32). Two VAEs with the same hash give the same latents.
-        channels, downscale: latent channels; pixels per latent position along a side.
-        scaling_factor, shift_factor: factor and shift of the formula above.
+        hash: sha256 of the encoder's shapes and its weights (as fp32). Two VAEs with the same hash give the same latents.
+        channels: the number of latent channels.
+        downscale: the number of pixels per latent position along a side.
+        scaling_factor, shift_factor: the factor and the shift of the formula above.
     """
 
     def __init__(self, module: Any, name: str, ops: Ops = REFERENCE) -> None:
@@ -79,7 +80,7 @@ class Vae:
         return self.moments(images_B3HW)[0]
 
     def encode_fp32(self, images_B3HW: Tensor) -> Tensor:
-        """Encode as `encode` does, but in fp32 whatever the VAE's own precision; for the rare image that overflows."""
+        """Encode images in fp32, whatever the VAE's own precision is. The rare image that overflows needs this."""
         dtype = self.dtype
         try:
             self.module.to(torch.float32)
@@ -89,7 +90,7 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Decode scaled latents to images (B, 3, H, W) in [-1, 1], fp32. Decodes one image at a time to bound memory."""
+        """Decode scaled latents to images (B, 3, H, W) in [-1, 1], fp32. To limit memory, decode one image at a time."""
         raw = self.unscale(latents_BCHW.float()).to(self.device, self.dtype)
         return torch.cat([self.module.decode(raw[i : i + 1]).sample.float() for i in range(len(raw))]).clamp(-1, 1)
 

@@ -1,18 +1,18 @@
-"""The VAE's encoder on an `Ops` table: the weights of diffusers' AutoencoderKL in our own layers.
+"""The VAE's encoder on an `Ops` table: our own layers with the weights of diffusers' AutoencoderKL.
 
 `VaeEncoder` looks up the submodules of the diffusers module at each call, so moving or casting that module affects the encoder
 too. It is for inference only: sums are computed in place, and tensors are freed after their last use.
 
     x = conv_in(image)
-    each level       x = short(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))         short: a 1x1, where widths differ
+    each level       x = short(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))         short: a 1x1 convolution if widths differ
                      x = conv(x, zeros to the right and below), stride 2              not after the last level
-    mid block        another such sum, x = x + attention(norm(x)), another such sum
+    mid block        a sum as above, x = x + attention(norm(x)), a sum as above
     mean, logvar = quant_conv(conv_out(silu(norm_out(x))))
 
 cuDNN adds a convolution's bias in a separate pass over the output. The Triton table avoids that pass: there, x represents
 x + `pending`, one number per channel that the next norm adds as it reads x. Only sums and convolutions lie between a
 convolution and a norm. A sum adds the `pending` of both terms. A convolution maps a constant to a constant if its padding holds
--pending, which represents zero. With other tables `pending` is None: the convolution adds its bias at no cost there.
+-pending, which represents zero. With other tables `pending` is None, because there the convolution adds its bias at no cost.
 
 Shapes: B images, C channels, H x W positions; all activations are channels last.
 """
@@ -33,9 +33,9 @@ from fastsd_kernels.attention import attention_reference
 # The range to which diffusers' DiagonalGaussianDistribution clamps log variances.
 LOGVAR_BOUNDS = (-30.0, 20.0)
 _LARGEST_HEAD = 256  # limit of the attention kernels; the VAEs of SD and SDXL have one head of 512
-_BLOCK = "DownEncoderBlock2D"
+_SUPPORTED_BLOCK = "DownEncoderBlock2D"
 
-# A constant that is still to be added to each channel of a tensor: fp32 (C,), or None.
+# A bias that is still to be added to each channel of a tensor, fp32 (C,), or None.
 PendingBias = Tensor | None
 
 
@@ -53,15 +53,16 @@ class VaeEncoder:
     def __init__(self, module: Any, ops: Ops) -> None:
         self.module, self.ops = module, ops
         self._defers_bias = ops.name == "triton"
-        other_blocks = sorted({*module.config.down_block_types} - {_BLOCK})
+        other_blocks = sorted({*module.config.down_block_types} - {_SUPPORTED_BLOCK})
         if other_blocks or module.config.act_fn != "silu":
             mismatch = ", ".join(other_blocks) or f"act_fn {module.config.act_fn}"
             raise UserError(
-                "vae-blocks", f"model.vae: the config has {mismatch}, but only {_BLOCK} with silu is supported; use another VAE"
+                "vae-blocks",
+                f"model.vae: the config has {mismatch}, but only {_SUPPORTED_BLOCK} with silu is supported; use another VAE",
             )
 
     def __call__(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode channels-last images, in the weights' dtype and device, to (mean, clamped logvar), each (B, C, h, w)."""
+        """Encode channels-last images with the weights' dtype and device. Return the mean and the clamped log variance."""
         encoder = self.module.encoder
         x, pending = self._conv(encoder.conv_in, images_B3HW)
         for block in encoder.down_blocks:
@@ -85,10 +86,11 @@ class VaeEncoder:
         return mean, logvar.clamp(*LOGVAR_BOUNDS)
 
     def _conv(self, conv: nn.Conv2d, x: Tensor, pending: PendingBias = None) -> tuple[Tensor, PendingBias]:
-        """Convolve x + pending. Elements that pad x must represent zero, so they hold -pending."""
+        """Convolve x + pending. If x has padding, it must hold -pending, which represents zero."""
         if not self._defers_bias or conv.bias is None:
             return conv(x), None
-        y, bias = F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias.float()
+        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        bias = conv.bias.float()
         return y, bias if pending is None else bias + conv.weight.float().sum((2, 3)) @ pending
 
     def _norm(self, norm: nn.GroupNorm, x: Tensor, pending: PendingBias, silu: bool = True) -> Tensor:
@@ -98,9 +100,9 @@ class VaeEncoder:
         return self.ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift_BC=shift)
 
     def _resnet(self, resnet: Any, x: Tensor, pending: PendingBias, pad: bool = False) -> tuple[Tensor, PendingBias]:
-        """Apply a resnet. With `pad`, the result has one more row and column, for a convolution of stride 2."""
+        """Apply a resnet. With `pad`, the result has one more row and column for the convolution of stride 2 that follows."""
         h, h_pending = self._conv(resnet.conv1, self._norm(resnet.norm1, x, pending))
-        h = self._norm(resnet.norm2, h, h_pending)  # a separate statement: it frees the norm's input before the convolution
+        h = self._norm(resnet.norm2, h, h_pending)  # this statement frees the norm's input before the convolution
         h, h_pending = self._conv(resnet.conv2, h)
         if resnet.conv_shortcut is not None:
             x, pending = self._conv(resnet.conv_shortcut, x, pending)
@@ -115,18 +117,18 @@ class VaeEncoder:
             linear(normed).unflatten(2, (attention.heads, -1)) for linear in (attention.to_q, attention.to_k, attention.to_v)
         )
         # Head sizes that the kernels do not support use the reference, which is PyTorch's attention.
-        head = q.shape[3]
-        function = self.ops.attention if head <= _LARGEST_HEAD and head % 8 == 0 else attention_reference
+        head_size = q.shape[3]
+        attend = self.ops.attention if head_size <= _LARGEST_HEAD and head_size % 8 == 0 else attention_reference
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-        out = attention.to_out[0](function(q, k, v, precision=precision).reshape(B, H * W, C))
+        out = attention.to_out[0](attend(q, k, v, precision=precision).reshape(B, H * W, C))
         x.add_(out.view(B, H, W, C).permute(0, 3, 1, 2))
 
 
 def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
-    """Compute `group_norm_reference` in fp32 on a CPU, for images too large for PyTorch's own implementation.
+    """Compute `group_norm_reference` in fp32 on a CPU, for images that are too large for PyTorch's own implementation.
 
     PyTorch sums all positions of a group one by one in fp32. Each norm then has an error of 1e-5 at 512 x 512, and of 1e-4 at
-    1024 x 1024. This function normalises slabs of a few lines and corrects their statistics to those of the image before SiLU.
+    1024 x 1024. This function normalises S slabs of a few lines, and corrects for the statistics of the image before SiLU.
     """
     B, C, H, W = x.shape
     G, lines = norm.num_groups, math.gcd(H, 8)
@@ -134,12 +136,13 @@ def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
     y, mean, rstd = torch.native_group_norm(slabs, None, None, len(slabs), C, lines * W, G, norm.eps)
     mean_BSG, rstd_BSG = mean.double().view(B, -1, G), rstd.double().view(B, -1, G)
     deviation = mean_BSG - mean_BSG.mean(1, keepdim=True)
-    total = (rstd_BSG**-2 + deviation**2).mean(1, keepdim=True).rsqrt()  # each rstd includes eps, so the mean does too
+    image_rstd = (rstd_BSG**-2 + deviation**2).mean(1, keepdim=True).rsqrt()  # includes eps, as each slab's rstd does
 
     def per_channel(x_BSG: Tensor) -> Tensor:
         return x_BSG.float().view(-1, G).repeat_interleave(C // G, 1)
 
-    scale, shift = per_channel(total / rstd_BSG) * norm.weight, per_channel(deviation * total) * norm.weight + norm.bias
+    scale = per_channel(image_rstd / rstd_BSG) * norm.weight
+    shift = per_channel(deviation * image_rstd) * norm.weight + norm.bias
     torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None], out=y)
     if silu:
         F.silu(y, inplace=True)
@@ -147,7 +150,7 @@ def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
 
 
 def _add_with_padding(h: Tensor, x: Tensor, pending: PendingBias) -> Tensor:
-    """Return h + x with one more row and column that represent zeros, so that no copy is needed for padding."""
+    """Return h + x with one more row and column that represent zeros, so that padding needs no copy."""
     B, C, H, W = h.shape
     out = torch.empty(B, C, H + 1, W + 1, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
     zero = torch.zeros(C, dtype=h.dtype, device=h.device) if pending is None else -pending.to(h.dtype)

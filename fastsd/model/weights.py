@@ -1,7 +1,7 @@
-"""Exact conversion between the UNet's parameters and weights with diffusers' names.
+"""Convert between the UNet's parameters and weights with diffusers' names, without changing a bit.
 
-Three things differ. The UNet here fuses q/k/v of self-attention into one weight and k/v of cross-attention into one weight,
-and the projections around a transformer are 1x1 convolutions in diffusers. Read next: `fastsd/model/formats/load.py`.
+There are three differences. Our UNet fuses q/k/v of self-attention into one weight, and k/v of cross-attention into one weight.
+The projections around a transformer are 1x1 convolutions in diffusers. Read next: `fastsd/model/formats/load.py`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from fastsd.model.unet import UNet, UNetConfig
 from fastsd.storage import Tensors, as_tensor, check_finite
 
 FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
-MAX_LAYERS = 1000  # upper limit of the counts in a config; SD1.5's text encoder has 12
-ADAPTER = ".lora_"  # occurs in the names of adapter parameters only
+MAX_LAYERS = 1000  # the largest number of layers that a config may request; SD1.5's text encoder has 12
+ADAPTER = ".lora_"  # a text that only the names of adapter parameters contain
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a parameter has without adapters. A layer with an adapter lies one level deeper."""
+    """Return the name that a parameter would have without adapters. A layer with an adapter is one level deeper."""
     return name.replace(".base_layer.", ".")
 
 
 def diffusers_views(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield (diffusers name, view of its rows) for a parameter, or a tensor shaped like it. Adapters have no such names."""
+    """Yield each diffusers name of a parameter, with the view of its rows in `tensor`. Adapters have no diffusers names."""
     if ADAPTER in name:
         return
     name = plain_name(name)
@@ -43,7 +43,7 @@ def diffusers_views(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def diffusers_names(name: str) -> list[str]:
-    """List the diffusers names of one parameter of `UNet`: one, two or three for a fused weight, none for an adapter."""
+    """Return the diffusers names of a parameter of `UNet`: one, or two or three for a fused weight, or none for an adapter."""
     return [file_name for file_name, _ in diffusers_views(name, torch.empty(6, 1, device="meta"))]
 
 
@@ -54,18 +54,18 @@ def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, T
 
     Args:
         grad: return gradients. Parameters without a gradient are omitted.
-        tensors: by the module's parameter names, used in place of those parameters (fp32 masters of a bf16 module).
+        tensors: used in place of the parameters of the same name, for example the fp32 masters of a bf16 module.
     """
-    out: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for name, parameter in unet.named_parameters():
         tensor = parameter.grad if grad else (tensors or {}).get(name, parameter)
         if tensor is not None:
-            out.update(diffusers_views(name, tensor.detach()))
-    return out
+            state.update(diffusers_views(name, tensor.detach()))
+    return state
 
 
 def load_diffusers_unet(unet: UNet, state_dict: Tensors, place: str = "unet") -> None:
-    """Copy weights with diffusers' names into `unet`, converting to its dtype. All names and shapes are checked first.
+    """Copy weights with diffusers' names into `unet`, and convert them to its dtype. All names and shapes are checked first.
 
     Raises:
         UserError: a name is missing or unexpected, a shape differs, or a number is not finite. The message begins with `place`.
@@ -121,7 +121,7 @@ def empty_component(component: str, config: dict[str, Any], place: str) -> nn.Mo
 
 
 def expected_tensors(component: str, config: dict[str, Any], place: str) -> dict[str, Tensor]:
-    """Return the tensors of `empty_component`'s module, without data, under the names in its component's file."""
+    """Return the tensors, without data, that a config requires, under their names in the component's file."""
     module = empty_component(component, config, place)
     if component == "unet":
         return diffusers_state_dict(cast(UNet, module))
@@ -132,7 +132,7 @@ def expected_tensors(component: str, config: dict[str, Any], place: str) -> dict
 def check_names(
     expected: Mapping[str, Tensor], tensors: Tensors, place: str, advice: str = "give weights that match the config"
 ) -> None:
-    """Raise UserError, naming the first offender, unless `tensors` has exactly the names and shapes of `expected`."""
+    """Raise UserError, which names the first wrong tensor, unless `tensors` has exactly the names and shapes of `expected`."""
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     if missing or extra:

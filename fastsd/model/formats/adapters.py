@@ -1,9 +1,9 @@
-"""Loading and writing of models with adapters: to train the adapters, or to merge them into the weights for other tools.
+"""Load and write models with adapters, to train the adapters or to merge them into the weights for other tools.
 
-A checkpoint of a run with adapters contains its base model, unchanged since loading, and beside it
+A checkpoint of a run with adapters contains the unchanged base model and two more files:
 
-    lora.safetensors    the adapters, as diffusers' `load_lora_weights` reads them
-    lora.json           the settings `[model.lora]` and `clip_skip` that the adapters were made with
+    lora.safetensors    the adapters, in the format that diffusers' `load_lora_weights` reads
+    lora.json           the settings `[model.lora]` and `clip_skip` with which the adapters were trained
 
 Read next: `fastsd/model/lora.py`. It is imported only if there are adapters, because importing peft takes a second.
 """
@@ -25,14 +25,15 @@ from fastsd.storage import write_text
 from fastsd_kernels import REFERENCE, Ops
 
 ADAPTERS, MADE_BY = "lora.safetensors", "lora.json"
-Averages = Mapping[str, Mapping[str, Tensor]]
+AdapterTensors = Mapping[str, Mapping[str, Tensor]]  # component -> parameter name -> tensor
+Averages = AdapterTensors  # the EMA of the parameters
 
 
 def load_to_train(table: ModelTable, ops: Ops = REFERENCE, seed: int = 0, checkpoint: Path | None = None) -> Model:
-    """Load a model and add the adapters of `table.lora` to it: new ones, those of `table.lora.file`, or a checkpoint's.
+    """Load a model and add the adapters of `table.lora`, with values from a checkpoint, from `table.lora.file`, or new ones.
 
     Raises:
-        UserError: see `load_model`; or a target matches no layer, or a file holds other adapters.
+        UserError: as `load_model`; also if a target matches no layer, or a file holds other adapters.
     """
     model = load_model(table, ops)
     if table.lora is not None:
@@ -58,19 +59,21 @@ def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | No
     """Load a model. If `table.base` is a checkpoint with adapters, merge them into its weights.
 
     Args:
-        averages: component -> tensors by parameter name, used in place of the stored adapters.
+        averages: used in place of the stored adapters.
 
     Raises:
-        UserError: see `load_model`; or the adapters are damaged.
+        UserError: as `load_model`; also if the adapters are damaged.
     """
-    model, settings_path = load_model(table, ops), Path(table.base) / MADE_BY
+    model = load_model(table, ops)
+    settings_path = Path(table.base) / MADE_BY
     if settings_path.is_file():
         from fastsd.model.formats.lora_weights import load_lora
         from fastsd.model.lora import add_lora, merge_lora
 
         settings = json.loads(settings_path.read_text(encoding="utf-8"))
-        # The training's clip_skip decides which layers have adapters, whatever clip_skip the caller asks for.
-        requested_clip_skip, model.text.clip_skip = model.text.clip_skip, settings["clip_skip"]
+        # The clip_skip of the training decides which layers have adapters, whatever clip_skip the caller asks for.
+        requested_clip_skip = model.text.clip_skip
+        model.text.clip_skip = settings["clip_skip"]
         add_lora(model, LoraTable(**settings["lora"]), seed=0)
         load_lora(model, settings_path.with_name(ADAPTERS))
         for component, tensors in (averages or {}).items():
@@ -84,12 +87,12 @@ def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | No
 
 
 def write_lora_file(
-    path: Path, model: Model, tensors: Averages, names: str = "kohya", metadata: Mapping[str, str] | None = None
+    path: Path, model: Model, tensors: AdapterTensors, names: str = "kohya", metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write the adapters for other tools. `tensors` replace the model's own. Returns the file's sha256.
+    """Write the adapters for other tools, with the values in `tensors`. Return the file's sha256.
 
     Args:
-        names: "kohya", which every tool reads, or "peft", the names of diffusers.
+        names: "kohya" for the names that every tool reads, or "peft" for the names of diffusers.
         metadata: entries for the file's header.
     """
     from fastsd.model.formats.lora_weights import write_lora
@@ -97,8 +100,8 @@ def write_lora_file(
     return write_lora(path, model, tensors, names, metadata)
 
 
-def write_adapters(folder: Path, model: Model, tensors: Averages) -> dict[str, str]:
-    """Write both files into a checkpoint: {file name: sha256}. `tensors`: component -> exact adapters by parameter name."""
+def write_adapters(folder: Path, model: Model, tensors: AdapterTensors) -> dict[str, str]:
+    """Write the adapters and their settings into a checkpoint, with the exact values in `tensors`. Return the files' sha256."""
     assert model.lora is not None
     settings = {"lora": model.lora.model_dump(), "clip_skip": model.text.clip_skip}
     return {

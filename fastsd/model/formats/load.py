@@ -1,7 +1,7 @@
-"""Loading of models from any supported place, and writing them back component by component.
+"""Load models from any supported place, and write them back component by component.
 
-Input: a diffusers folder, a hub id, or one `.safetensors` file in the original SD layout; a VAE from a folder, a hub id or a
-file. Output: a diffusers folder with the classic names, which every version and tool reads.
+A model can be a diffusers folder, a hub id, or one `.safetensors` file in the original Stable Diffusion layout. Its VAE may
+come from another model. Models are written as diffusers folders with the classic names, which every version and tool reads.
 Nothing here unpickles: a model that has only `.bin` or `.ckpt` weights is refused with an error that names them.
 Read next: `fastsd/model/formats/model_source.py`, which finds models, and `fastsd/model/formats/write.py`.
 """
@@ -40,10 +40,10 @@ from fastsd_kernels import REFERENCE, Ops
 
 
 def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
-    """Load a base model in fp32 on the CPU, with the VAE that the config names in place of its own.
+    """Load a base model in fp32 on the CPU. If the config names a VAE, it replaces the base model's own.
 
     Raises:
-        UserError: the model cannot be found or reached, is of another kind, or its components do not fit together.
+        UserError: the model cannot be found or reached, it is of another kind, or its components do not fit together.
     """
     base = locate(table.base, "model.base", table.revision)
     notes = list[str]()
@@ -69,13 +69,13 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
 
 
 def _open_component(base: Path, name: str, notes: list[str] | None = None) -> ComponentFiles | None:
-    """Return a component of a located model, or None if a single file has none. Lines on what was ignored go to `notes`."""
+    """Return a component of a located model, or None if a single file lacks it. Notes on ignored files go to `notes`."""
     return open_file(base).read(name, [] if notes is None else notes) if base.is_file() else read_component(base, name, notes)
 
 
 def _load_unet(base: Path, ops: Ops, notes: list[str]) -> UNet:
     component = _open_component(base, "unet", notes)
-    assert component is not None  # a file without a UNet is refused
+    assert component is not None  # `File.read` refuses a file without a UNet
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_diffusers(component.config, component.config_file), ops)
     unet.to_empty(device="cpu")
@@ -103,7 +103,7 @@ def load_text(table: ModelTable, base: Path) -> TextEncoder:
 
 
 def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Path]:
-    """Load a config's tokenizer without the text encoder. Returns transformers' CLIPTokenizer and the folder of its files.
+    """Load a config's tokenizer without the text encoder. Return transformers' CLIPTokenizer and the folder of its files.
 
     Raises:
         UserError: there is no tokenizer, or it does not load.
@@ -132,14 +132,14 @@ def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Pa
 
 
 def _fill_position_ids(module: torch.nn.Module) -> None:
-    # This buffer is not in the state dict, so it is undefined after `to_empty`.
+    # This buffer is not in the state dict, so after `to_empty` nothing else gives it values.
     for name, buffer in module.named_buffers():
         assert name.endswith("position_ids"), name
         buffer.copy_(torch.arange(buffer.shape[-1]))
 
 
 def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) -> Vae:
-    """Load a config's VAE, `model.vae` or the base's own, in fp32 on the CPU."""
+    """Load a config's VAE in fp32 on the CPU: `model.vae`, or the base model's own."""
     name = table.vae or table.base
     source = locate(table.vae, "model.vae") if table.vae else base or locate(table.base, "model.base", table.revision)
     component = _open_component(source, "vae")
@@ -165,7 +165,7 @@ def load_vae(table: ModelTable, base: Path | None = None, ops: Ops = REFERENCE) 
 
 
 def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list[str]]:
-    """Return (the base's scheduler config with the settings of `table` in place of its own, notes)."""
+    """Return the base model's scheduler config, updated with the settings in `table`, and notes for the user."""
     notes = list[str]()
     config = open_file(base).scheduler() if base.is_file() else read_scheduler(base)
     prediction = config.get("prediction_type", "epsilon")
@@ -196,7 +196,7 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
 
 
 def component_state_dict(model: Model, component: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return a trainable component without adapters, as its file names it. `tensors` replace parameters (fp32 masters, EMA)."""
+    """Return a component's tensors without adapters, named as in its file. `tensors` (masters, EMA) replace parameters."""
     if component == "unet":
         return diffusers_state_dict(model.unet, tensors=tensors)
     state = {**model.text.module.state_dict(), **(tensors or {})}
@@ -204,7 +204,7 @@ def component_state_dict(model: Model, component: str, tensors: Mapping[str, Ten
 
 
 def write_component(folder: Path, model: Model, component: str, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write one trainable component into a diffusers folder. Returns {relative file name: sha256}."""
+    """Write one trainable component into a diffusers folder. Return each file's sha256 by its relative name."""
     if component == "unet":
         return write_tensors(folder, component, model.unet.cfg.to_diffusers(), state)
     config = {**model.text.module.config.to_dict(), "architectures": ["CLIPTextModel"]}
@@ -212,7 +212,7 @@ def write_component(folder: Path, model: Model, component: str, state: Mapping[s
 
 
 def write_rest(folder: Path, model: Model) -> dict[str, str]:
-    """Write what training never changes: VAE, tokenizer, scheduler, model_index.json. Returns {relative file name: sha256}."""
+    """Write VAE, tokenizer, scheduler and model_index.json, which training never changes. Return each file's sha256 by name."""
     config = json.loads(model.vae.module.to_json_string())
     hashes = write_pipeline(folder, model.scheduler, model.text.tokenizer_folder)
     return hashes | write_tensors(folder, "vae", config, model.vae.module.state_dict())

@@ -1,17 +1,18 @@
-"""LoRA files: read with the names of any tool, written with kohya's or diffusers' (PEFT) names.
+"""Read LoRA files with the names of any tool, and write them with kohya's or diffusers' (PEFT) names.
 
-A layer's adapter is down, (R, F_in) or (R, C, k, k) of a convolution, up, (F, R) or (F, R, 1, 1), and alpha. The weight becomes
-W + alpha / R * up @ down (Hu et al. 2021, section 4.1). Files store alpha in different places:
+An adapter consists of `down`, shape (R, F_in), or (R, C, k, k) for a convolution; `up`, shape (F, R), or (F, R, 1, 1) for a
+convolution; and the number `alpha`. The weight becomes W + alpha / R * up @ down (Hu et al. 2021, section 4.1).
+Each naming scheme has its own place for alpha. If a file with kohya's or diffusers' names has none, alpha is the rank.
 
-    kohya's names     a tensor beside each pair, `lora_unet_mid_block_....alpha`; without one, alpha is the rank
-    diffusers' names  in the header, `lora_adapter_metadata`: peft's configs of UNet and text encoder in one JSON table;
-                      without it, alpha is the rank
-    peft's own names  in adapter_config.json beside the file
+    kohya's names     a tensor beside each pair, `lora_unet_mid_block_....alpha`
+    diffusers' names  the header entry `lora_adapter_metadata`: peft's configs of UNet and text encoder in one JSON table
+    peft's own names  the file adapter_config.json in the same folder
 
-diffusers refuses a file with alpha tensors and the header entry. Files with kohya's names therefore have peft's config under a
-key of our own; converting back reproduces the first file byte for byte. Read next: `lora_names.py`, `fastsd/model/lora.py`.
+diffusers refuses a file that has both alpha tensors and the header entry. In files with kohya's names we therefore store peft's
+config under another key. Converting such a file back reproduces the original file byte for byte.
+Read next: `lora_names.py`, `fastsd/model/lora.py`.
 
-Shapes: F features, C channels, k sides of a convolution's kernel, R the rank of one adapter.
+Shapes: F features, C channels, k the side of a convolution's kernel, R the rank of one adapter.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from fastsd.model.formats.write import DTYPE
 from fastsd.storage import TEMPORARY, TensorFile, check_finite, new_file, write_safetensors
 
 PEFT_CONFIG = "lora_adapter_metadata"  # diffusers' header key for peft's config
-RECORD = "fastsd_peft"  # header key with kohya's names: peft's config, header keys we added, naming of text layers
-_WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # file names of diffusers and of peft
-_CLASSIC, _SHORT = "text_encoder.text_model.", "text_encoder."
-_KERNEL = {"proj_in": 1, "proj_out": 1, "conv_shortcut": 1} | dict.fromkeys(
-    ("conv", "conv1", "conv2", "conv_in", "conv_out"), 3
-)
+# Our header key in files with kohya's names. Its value is what `_restore_record` needs to restore the original header.
+RECORD = "fastsd_peft"
+_WEIGHTS_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # written by diffusers and by peft
+_CLASSIC_TEXT, _SHORT_TEXT = "text_encoder.text_model.", "text_encoder."  # prefixes of text layers; short in transformers 5
+_KERNEL_SIDES = {  # a convolution's last name -> the side of its kernel
+    "proj_in": 1, "proj_out": 1, "conv_shortcut": 1, "conv": 3, "conv1": 3, "conv2": 3, "conv_in": 3, "conv_out": 3,
+}  # fmt: skip
 _ADVICE = "give a plain LoRA for SD1.5's UNet and text encoder"
 
 
@@ -52,9 +54,9 @@ class LoraFile:
 
     Attributes:
         tensors: `<component>.<module>.lora_A.weight` (down) and `lora_B` (up), in the order of the file.
-        alphas: by `<component>.<module>`.
-        metadata: the rest of the header, including peft's config if it is known; "" means the file had none.
-        kind: the naming of the file: "kohya", "peft", "diffusers" or "older diffusers".
+        alphas: `<component>.<module>` -> alpha.
+        metadata: the other header entries, with peft's config if it is known; "" in its place means that the file had none.
+        kind: the naming scheme of the file: "kohya", "peft", "diffusers" or "older diffusers".
         short: True if the names of text layers omit `text_model.`, as in transformers 5.
     """
 
@@ -70,35 +72,39 @@ class LoraFile:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA with any names: a .safetensors file, or a folder written by diffusers or peft.
+    """Read a LoRA with any names from a .safetensors file, or from a folder written by diffusers or peft.
 
     Raises:
-        UserError: no such file, not a plain LoRA of SD1.5, or an invalid one: half a pair, a shape or a rank that does not fit,
-            a number that is not finite.
+        UserError: the file does not exist or is not a plain LoRA for SD1.5; or half a pair is missing, a shape or a rank does
+            not fit, or a number is not finite.
     """
     path = _weights_file(path)
     file = TensorFile(path)
     stored = dict(sorted(file.stored().items(), key=lambda item: item[1].offset))
-    kind, keys = _modules(path, stored)
+    kind, parsed = _parse_names(path, stored)
 
-    tensors, stored_alphas = dict[str, Tensor](), dict[str, float]()
-    for name, (module, letter) in keys.items():
+    tensors: dict[str, Tensor] = {}
+    stored_alphas: dict[str, float] = {}
+    for name, (module, role) in parsed.items():
         tensor = stored[name].read()
-        if letter == "alpha":
-            stored_alphas[module] = _alpha(path, name, tensor)
+        if role == "alpha":
+            stored_alphas[module] = _checked_alpha(path, name, tensor)
         else:
             check_finite(name, tensor, str(path))
-            tensors[f"{module}.lora_{letter}.weight"] = tensor
-    ranks = {module: _rank(path, module, tensors) for module in dict.fromkeys(name for name, _ in keys.values())}
+            tensors[f"{module}.lora_{role}.weight"] = tensor
+    modules = dict.fromkeys(module for module, _ in parsed.values())
+    ranks = {module: _checked_rank(path, module, tensors) for module in modules}
 
     metadata = {key: value for key, value in file.metadata.items() if key != "format"}
-    lora = LoraFile(tensors, ranks | stored_alphas, metadata, kind, any(_is_short(name) for name in keys))
+    has_short_names = any(_is_short_text_name(name) for name in parsed)
+    lora = LoraFile(tensors, ranks | stored_alphas, metadata, kind, has_short_names)
     if kind == "kohya":
         return _restore_record(lora)
 
     config = _json(path, PEFT_CONFIG, metadata.get(PEFT_CONFIG, "{}"))
-    # A stored config can be reused only if the file has the names that we write, and no alpha tensors.
-    if kind == "diffusers" and not stored_alphas and all(name.startswith(COMPONENTS) for name in keys):
+    # A stored config can be written again only if the file has the names that we write, and no alpha tensors.
+    has_our_names = kind == "diffusers" and all(name.startswith(COMPONENTS) for name in parsed)
+    if has_our_names and not stored_alphas:
         metadata.setdefault(PEFT_CONFIG, "")
     else:
         metadata.pop(PEFT_CONFIG, None)
@@ -109,16 +115,16 @@ def read_lora(path: Path) -> LoraFile:
                 "peft-config-missing", f"{path}: has peft's names but no adapter_config.json (with alpha) beside it; add it"
             )
         config = _json(path, config_path.name, config_path.read_text(encoding="utf-8", errors="replace"))
-    return replace(lora, alphas=_alphas(str(path), config, ranks) | stored_alphas)
+    return replace(lora, alphas=_alphas_from_config(str(path), config, ranks) | stored_alphas)
 
 
 def _weights_file(path: Path) -> Path:
     path = path.expanduser()
     if path.is_dir():
-        existing = [path / name for name in _WEIGHTS if (path / name).is_file()]
+        existing = [path / name for name in _WEIGHTS_FILES if (path / name).is_file()]
         if not existing:
             raise UserError(
-                "lora-no-weights", f"{path}: contains neither {' nor '.join(_WEIGHTS)}; give a LoRA's .safetensors file"
+                "lora-no-weights", f"{path}: contains neither {' nor '.join(_WEIGHTS_FILES)}; give a LoRA's .safetensors file"
             )
         return existing[0]
     if not path.is_file():
@@ -126,13 +132,12 @@ def _weights_file(path: Path) -> Path:
     return path
 
 
-def _modules(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple[str, str]]]:
-    """Return the naming of a file, and a map from each tensor's name to (module, "A", "B" or "alpha")."""
+def _parse_names(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple[str, str]]]:
+    """Return a file's naming scheme, and for each tensor name its module and its role in the adapter: "A", "B" or "alpha"."""
     for name in names:
         if unsupported := unsupported_kind(name):
             raise UserError("lora-unsupported", f"{path}: contains {unsupported} ({name}); {_ADVICE}")
 
-    parsed = {name: parse_name(name) for name in names}
     kinds = dict.fromkeys(kind_of(name) for name in names if not name.endswith(".alpha"))
     if not kinds:
         raise UserError("lora-empty", f"{path}: contains no adapters; {_ADVICE}")
@@ -141,48 +146,50 @@ def _modules(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple[str
             "lora-mixed-names", f"{path}: mixes the naming schemes {' and '.join(kinds)}; give a LoRA with one naming scheme"
         )
 
-    keys: dict[str, tuple[str, str]] = {}
-    for name, key in parsed.items():
-        if key is None:
+    parsed: dict[str, tuple[str, str]] = {}
+    for name in names:
+        module_and_role = parse_name(name)
+        if module_and_role is None:
             raise UserError("lora-unknown-name", f"{path}: {name} is not a tensor of an SD1.5 LoRA; {_ADVICE}")
-        if key in keys.values():
+        if module_and_role in parsed.values():
             raise UserError("lora-name-twice", f"{path}: {name} duplicates a tensor under another name; remove one of them")
-        keys[name] = key
-    return next(iter(kinds)), keys
+        parsed[name] = module_and_role
+    return next(iter(kinds)), parsed
 
 
-def _is_short(name: str) -> bool:
-    return name.startswith(_SHORT) and not name.startswith(_CLASSIC)
+def _is_short_text_name(name: str) -> bool:
+    return name.startswith(_SHORT_TEXT) and not name.startswith(_CLASSIC_TEXT)
 
 
-def _alpha(path: Path, name: str, tensor: Tensor) -> float:
+def _checked_alpha(path: Path, name: str, tensor: Tensor) -> float:
     if tensor.numel() != 1 or not 0 < tensor.item() < math.inf:
         value = f"{tensor.item():g}" if tensor.numel() == 1 else f"of shape {tuple(tensor.shape)}"
         raise UserError("lora-alpha", f"{path}: {name} is {value}, but alpha must be one number above 0; export the LoRA again")
     return tensor.item()
 
 
-def _rank(path: Path, module: str, tensors: Mapping[str, Tensor]) -> int:
-    """Return the rank of a module's pair. Raises UserError if the pair is incomplete or its shapes do not fit."""
-    pair = [tensors.get(f"{module}.lora_{letter}.weight") for letter in "AB"]
-    if pair[0] is None or pair[1] is None:
+def _checked_rank(path: Path, module: str, tensors: Mapping[str, Tensor]) -> int:
+    """Return the rank of a module's adapter. Raise UserError if down or up is missing, or their dtypes or shapes do not fit."""
+    down, up = (tensors.get(f"{module}.lora_{role}.weight") for role in "AB")
+    if down is None or up is None:
         raise UserError(
-            "lora-half-pair", f"{path}: {module} has no {'down' if pair[0] is None else 'up'} tensor; export the LoRA again"
+            "lora-half-pair", f"{path}: {module} has no {'down' if down is None else 'up'} tensor; export the LoRA again"
         )
-
-    down, up = pair[0], pair[1]
     if not (down.is_floating_point() and up.is_floating_point()):
         raise UserError("lora-dtype", f"{path}: {module} has {down.dtype} and {up.dtype}; give a LoRA in fp16, bf16 or fp32")
 
-    k = _KERNEL.get(module.rpartition(".")[2], 0)
-    ends = ([k, k], [1, 1]) if k else ([], [])
+    side = _KERNEL_SIDES.get(module.rpartition(".")[2], 0)
+    down_kernel, up_kernel = ([side, side], [1, 1]) if side else ([], [])
     rank = down.shape[0] if down.ndim else 0
-    if not rank or [*down.shape] != [rank, *down.shape[1:2], *ends[0]] or [*up.shape] != [*up.shape[:1], rank, *ends[1]]:
-        sides = [", ".join(map(str, end)) for end in (["rank", "inputs", *ends[0]], ["outputs", "rank", *ends[1]])]
+    down_fits = [*down.shape] == [rank, *down.shape[1:2], *down_kernel]
+    up_fits = [*up.shape] == [*up.shape[:1], rank, *up_kernel]
+    if not (rank and down_fits and up_fits):
+        expected_down = ", ".join(map(str, ["rank", "inputs", *down_kernel]))
+        expected_up = ", ".join(map(str, ["outputs", "rank", *up_kernel]))
         raise UserError(
             "lora-shapes",
-            f"{path}: {module} has shapes {tuple(down.shape)} (down) and {tuple(up.shape)} (up), expected ({sides[0]}) and "
-            f"({sides[1]}); {_ADVICE}",
+            f"{path}: {module} has shapes {tuple(down.shape)} (down) and {tuple(up.shape)} (up), expected ({expected_down}) "
+            f"and ({expected_up}); {_ADVICE}",
         )
     return rank
 
@@ -196,22 +203,23 @@ def _json(place: object, name: str, text: str) -> dict[str, Any]:
         ) from None
 
 
-def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """Return each module's alpha as peft reads a config: one for all components, or with keys that begin with the component.
+def _alphas_from_config(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Return each module's alpha as peft reads it from a config. A key may begin with the only component that it applies to.
 
-    A rank-stabilised factor is alpha / sqrt(R) (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with
-    LoRA"). Since we divide by R, alpha is multiplied by sqrt(R).
+    A rank-stabilised LoRA scales by alpha / sqrt(R) (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning
+    with LoRA"). We scale by alpha / R, so its alpha is multiplied by sqrt(R).
     """
     alphas = {}
     try:
         for module, rank in ranks.items():
-            component, _, path = module.partition(".")
+            component, _, layer = module.partition(".")
             settings = {key.removeprefix(f"{component}."): value for key, value in config.items()}
-            if rank != (config_rank := _pattern_value(settings.get("rank_pattern"), path, settings.get("r", rank))):
+            config_rank = _pattern_value(settings.get("rank_pattern"), layer, settings.get("r", rank))
+            if rank != config_rank:
                 raise UserError(
                     "lora-rank", f"{place}: {module} has rank {rank}, but peft's config has {config_rank}; export it again"
                 )
-            alpha = float(_pattern_value(settings.get("alpha_pattern"), path, settings.get("lora_alpha", rank)))
+            alpha = float(_pattern_value(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", rank)))
             alphas[module] = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
             if not 0 < alpha < math.inf:
                 raise ValueError(f"alpha is {alpha:g}")
@@ -222,27 +230,30 @@ def _alphas(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> 
     return alphas
 
 
-def _pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """Return peft's value for a module: the first with a key (a regular expression) that ends its path, or `default`."""
-    names = (path, path.removeprefix("text_model."))
-    for key, value in (patterns or {}).items():
-        if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+def _pattern_value(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
+    """Return the value of the first pattern (a regular expression) that matches the end of a layer's name, or `default`."""
+    names = (layer, layer.removeprefix("text_model."))
+    for pattern, value in (patterns or {}).items():
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
             return value
     return default
 
 
 def _restore_record(lora: LoraFile) -> LoraFile:
-    """Restore alphas, header and naming as recorded by a conversion to kohya's names, unless rank or alpha has changed."""
-    # Hashes are valid only for the bytes of this file.
-    metadata = {k: v for k, v in lora.metadata.items() if not k.startswith(("sshs_", "modelspec.hash"))}
+    """Restore alphas, header and names as a conversion to kohya's names recorded them, unless a rank or alpha has changed."""
+    # Hashes describe the bytes of this file, so they are not copied to another one.
+    metadata = {key: value for key, value in lora.metadata.items() if not key.startswith(("sshs_", "modelspec.hash"))}
     record = metadata.pop(RECORD, None)
     if record is None:
         return replace(lora, metadata=metadata)
     try:
         entries = _json("", RECORD, record)
-        alphas = _alphas("", _json("", RECORD, entries[PEFT_CONFIG] or "{}"), lora.ranks)
-        header = {PEFT_CONFIG if k == RECORD else k: v for k, v in lora.metadata.items() if k not in entries["added"]}
-        header, short = header | {PEFT_CONFIG: entries[PEFT_CONFIG]}, bool(entries["short"])
+        config = _json("", RECORD, entries[PEFT_CONFIG] or "{}")
+        alphas = _alphas_from_config("", config, lora.ranks)
+        header = {key: value for key, value in lora.metadata.items() if key not in entries["added"]}
+        header = {PEFT_CONFIG if key == RECORD else key: value for key, value in header.items()}
+        header[PEFT_CONFIG] = entries[PEFT_CONFIG]
+        short = bool(entries["short"])
     except (UserError, KeyError, TypeError):
         return replace(lora, metadata=metadata)
     if not all(math.isclose(alphas[module], alpha, rel_tol=1e-6) for module, alpha in lora.alphas.items()):
@@ -251,27 +262,32 @@ def _restore_record(lora: LoraFile) -> LoraFile:
 
 
 def write_peft(path: Path, lora: LoraFile) -> str:
-    """Write a LoRA with diffusers' names and with peft's config in its header. Returns the file's sha256."""
+    """Write a LoRA with diffusers' names and with peft's config in its header. Return the file's sha256."""
     metadata = lora.metadata if PEFT_CONFIG in lora.metadata else {**lora.metadata, PEFT_CONFIG: peft_config(lora)}
     metadata = {key: value for key, value in metadata.items() if value or key != PEFT_CONFIG}
-    shorten = (lambda name: name.replace(_CLASSIC, _SHORT)) if lora.short else str
-    return write_safetensors(path, {shorten(name): tensor for name, tensor in lora.tensors.items()}, metadata)
+    tensors = lora.tensors
+    if lora.short:
+        tensors = {name.replace(_CLASSIC_TEXT, _SHORT_TEXT): tensor for name, tensor in tensors.items()}
+    return write_safetensors(path, tensors, metadata)
 
 
 def peft_config(lora: LoraFile) -> str:
-    """Return peft's config of a LoRA in diffusers' form: the most common rank and alpha, and patterns for the other modules."""
-    ranks, config = lora.ranks, dict[str, Any]()
-    for prefix in COMPONENTS:
-        # Text layers are named as in transformers 5. In older versions peft finds these as the end of a longer name.
-        paths = {m: m.removeprefix(f"{prefix}.").removeprefix("text_model.") for m in ranks if m.startswith(f"{prefix}.")}
-        if paths:
-            rank, alpha = (_most_common(values[m] for m in paths) for values in (ranks, lora.alphas))
+    """Return a LoRA's peft config in diffusers' form: the most common rank and alpha, and patterns for the other modules."""
+    config: dict[str, Any] = {}
+    for component in COMPONENTS:
+        modules = [module for module in lora.alphas if module.startswith(f"{component}.")]
+        # Text layers get the names of transformers 5. In older versions, peft matches these with the end of a longer name.
+        layers = {module: module.removeprefix(f"{component}.").removeprefix("text_model.") for module in modules}
+        ranks = {layers[module]: lora.ranks[module] for module in modules}
+        alphas = {layers[module]: lora.alphas[module] for module in modules}
+        if modules:
+            common_rank, common_alpha = _most_common(ranks.values()), _most_common(alphas.values())
             config |= {
-                f"{prefix}.r": rank,
-                f"{prefix}.lora_alpha": _as_int(alpha),
-                f"{prefix}.target_modules": sorted(paths.values()),
-                f"{prefix}.rank_pattern": {paths[m]: ranks[m] for m in paths if ranks[m] != rank},
-                f"{prefix}.alpha_pattern": {paths[m]: _as_int(lora.alphas[m]) for m in paths if lora.alphas[m] != alpha},
+                f"{component}.r": common_rank,
+                f"{component}.lora_alpha": _as_int(common_alpha),
+                f"{component}.target_modules": sorted(ranks),
+                f"{component}.rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != common_rank},
+                f"{component}.alpha_pattern": {layer: _as_int(a) for layer, a in alphas.items() if a != common_alpha},
             }
     return json.dumps(config, sort_keys=True)
 
@@ -285,17 +301,18 @@ def _as_int(alpha: float) -> float:
 
 
 def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str] | None = None) -> str:
-    """Write a LoRA with kohya's names and an alpha beside each pair. Returns the file's sha256.
+    """Write a LoRA with kohya's names and an alpha beside each pair. Return the file's sha256.
 
     Args:
-        metadata: further header entries. Keys that the LoRA's own metadata has are ignored.
+        metadata: further header entries. A key that is in the LoRA's own metadata is ignored.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in lora.tensors.items():
-        module, letter, _ = name.rsplit(".", 2)
-        stem = kohya_name(module)
-        tensors.setdefault(f"{stem}.alpha", _scalar(lora.alphas[module], tensor.dtype))
-        tensors[f"{stem}.{'lora_down' if letter == 'lora_A' else 'lora_up'}.weight"] = tensor
+        module, matrix, _ = name.rsplit(".", 2)
+        kohya_module = kohya_name(module)
+        tensors.setdefault(f"{kohya_module}.alpha", _scalar(lora.alphas[module], tensor.dtype))
+        tensors[f"{kohya_module}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = tensor
+
     title = path.name.removeprefix(TEMPORARY).removesuffix(".safetensors")
     added = metadata_of(None, {}, 512, title=title, lora=True) | _network_metadata(lora) | dict(metadata or {})
     added = {key: value for key, value in added.items() if key not in lora.metadata}
@@ -306,19 +323,21 @@ def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str] | None =
 
 
 def _scalar(alpha: float, dtype: torch.dtype) -> Tensor:
-    """Return alpha as a tensor in the weights' dtype, as sd-scripts stores it, or in fp32 if that dtype cannot represent it."""
+    """Return alpha as a tensor in the weights' dtype, as sd-scripts does, or in fp32 if that dtype cannot represent it."""
     tensor = torch.tensor(alpha, dtype=dtype)
     return tensor if float(tensor) == alpha else torch.tensor(alpha, dtype=torch.float32)
 
 
 def _network_metadata(lora: LoraFile) -> dict[str, str]:
-    """Return rank and alpha as sd-scripts records them, 3x3 convolutions separately; "Dynamic" where they differ by module."""
+    """Return rank and alpha as sd-scripts records them: separately for 3x3 convolutions, and "Dynamic" if modules differ."""
 
-    def common(values: Mapping[str, Any], wide: bool) -> str:
-        distinct = {f"{values[m]:g}" for m in values if (_KERNEL.get(m.rpartition(".")[2]) == 3) == wide}
-        return distinct.pop() if len(distinct) == 1 else "Dynamic" if distinct else ""
+    def common(values: Mapping[str, float], is_3x3: bool) -> str:
+        modules = [module for module in values if (_KERNEL_SIDES.get(module.rpartition(".")[2]) == 3) == is_3x3]
+        distinct = {f"{values[module]:g}" for module in modules}
+        return "Dynamic" if len(distinct) > 1 else "".join(distinct)
 
-    (dim, conv_dim), (alpha, conv_alpha) = ([common(v, wide) for wide in (False, True)] for v in (lora.ranks, lora.alphas))
+    dim, conv_dim = common(lora.ranks, is_3x3=False), common(lora.ranks, is_3x3=True)
+    alpha, conv_alpha = common(lora.alphas, is_3x3=False), common(lora.alphas, is_3x3=True)
     metadata = {"ss_network_dim": dim or conv_dim, "ss_network_alpha": alpha or conv_alpha}
     if conv_dim:
         metadata["ss_network_args"] = json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_alpha})
@@ -326,14 +345,14 @@ def _network_metadata(lora: LoraFile) -> dict[str, str]:
 
 
 def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]:
-    """Write a LoRA with other names. Returns notes on what was found.
+    """Write a LoRA with the names of another tool. Return notes that describe it.
 
     Args:
-        to: "lora-kohya" or "lora-peft".
+        to: the naming scheme to write, "lora-kohya" or "lora-peft".
         dtype: fp32, fp16 or bf16; "" = unchanged.
 
     Raises:
-        UserError: see `read_lora`; or `out` exists or is not a .safetensors name; or a number is not finite in `dtype`.
+        UserError: as `read_lora`; also if `out` exists or is not a .safetensors name, or a number is not finite in `dtype`.
         OSError: the disk is full, or the folder cannot be written.
     """
     lora = read_lora(source)
@@ -360,7 +379,7 @@ def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]
 
 
 def _alpha_warnings(lora: LoraFile) -> list[str]:
-    # diffusers' `get_peft_kwargs` stores the other alphas under names that no attention layer has.
+    # diffusers' `get_peft_kwargs` stores the less common alphas under names that no attention layer has.
     for component in COMPONENTS:
         alphas = {module: alpha for module, alpha in lora.alphas.items() if module.startswith(f"{component}.")}
         if any("attn" in module and alpha != _most_common(alphas.values()) for module, alpha in alphas.items()):
@@ -375,6 +394,7 @@ def describe(lora: LoraFile) -> str:
     """Describe a LoRA in one line."""
     counts = Counter(module.partition(".")[0].replace("_", " ").replace("unet", "UNet") for module in lora.alphas)
     layers = ", ".join(f"{component} {count}" for component, count in counts.items())
-    values = [", ".join(f"{value:g}" for value in sorted(set(values.values()))) for values in (lora.ranks, lora.alphas)]
+    ranks = ", ".join(f"{rank:g}" for rank in sorted(set(lora.ranks.values())))
+    alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(lora.alphas.values())))
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in lora.tensors.values()})
-    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {values[0]}, alpha {values[1]}, {' and '.join(dtypes)}"
+    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {ranks}, alpha {alphas}, {' and '.join(dtypes)}"

@@ -1,4 +1,4 @@
-"""Names of LoRA tensors, in every tool that makes LoRAs for SD1.5.
+"""Names of LoRA tensors in every tool that makes LoRAs for SD1.5.
 
     unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight           current diffusers, and fastsd internally
     base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight     peft
@@ -6,8 +6,8 @@
     lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight         kohya's sd-scripts
     lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_down.weight                 with the original layout's names
 
-A is down, B is up. In kohya's names an underscore separates both words and modules. Since the modules of SD1.5 are known,
-each name has only one reading.
+`lora_A` is the down matrix and `lora_B` the up matrix. In kohya's names, an underscore separates both words and modules. Since
+the modules of SD1.5 are known, each name has only one reading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastsd.model.formats.original_names import original_names
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import diffusers_state_dict
 
-# Every linear layer and convolution, prefixed with its component. `\.` marks separators of modules, and only these.
+# Every linear layer and convolution, prefixed with its component. `\.` stands only where it separates modules.
 _MODULES = r"""
     unet\.(?:
         conv_(?:in|out) | time_embedding\.linear_[12]
@@ -35,14 +35,14 @@ _MODULES = r"""
 """
 _DOTTED = re.compile(_MODULES, re.VERBOSE)
 _UNDERSCORED = re.compile(_MODULES.replace(r"\.", "(_)"), re.VERBOSE)
-_PREFIXES = {"lora_unet_": "unet_", "lora_te_": "text_encoder_"}  # kohya's prefix -> component with kohya's separator
+_PREFIXES = {"lora_unet_": "unet_", "lora_te_": "text_encoder_"}  # kohya's prefix -> component and an underscore
 _TENSOR = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.\w+)?\.weight)")
 _RENAMES = {  # names of other tools and versions -> current names; applied in this order
     r"^base_model\.model\.": "", r"^text_encoder\.encoder\.": "text_encoder.text_model.encoder.", r"\.processor\.": ".",
     r"self_attn\.to_(q|k|v|out)$": r"self_attn.\1_proj", r"\.to_out$": ".to_out.0",
 }  # fmt: skip
 
-# Tensors that are not of a plain LoRA of SD1.5: kind -> pattern of the name. The first match counts.
+# Tensors that a plain LoRA for SD1.5 does not have: kind -> pattern of the name. The first match counts.
 _UNSUPPORTED = {
     "LoHa weights": r"\.hada_",
     "LoKr weights": r"\.lokr_",
@@ -65,37 +65,41 @@ def kohya_name(module: str) -> str:
 
 
 def kohya_module(name: str) -> str | None:
-    """Return the module (with its component) for one of kohya's names; None if SD1.5 has no such module."""
+    """Return the module, with its component, that one of kohya's names stands for, or None if SD1.5 has no such module."""
     kohya_prefix, component_prefix = next(pair for pair in _PREFIXES.items() if name.startswith(pair[0]))
     underscored = component_prefix + name.removeprefix(kohya_prefix)
     match = _UNDERSCORED.fullmatch(underscored)
     if match is None:
-        return _by_original_names().get(name)
-    letters = list(underscored)
+        return _modules_by_original_name().get(name)
+    characters = list(underscored)
     for start, _ in match.regs[1:]:
         if start >= 0:
-            letters[start] = "."
-    return "".join(letters)
+            characters[start] = "."
+    return "".join(characters)
 
 
 @cache
-def _by_original_names() -> dict[str, str]:
-    """Map kohya's names made from the original layout's names, for a UNet of SD1.5's size, to modules."""
+def _modules_by_original_name() -> dict[str, str]:
+    """Return SD1.5's UNet modules by the kohya names that are made from the original layout's names."""
     cfg = UNetConfig.sd15()
     with torch.device("meta"):
         names = [name for name in diffusers_state_dict(UNet(cfg)) if name.endswith(".weight")]
-    originals = original_names("unet", cfg.to_diffusers(), names)
-    modules = ((f"unet.{name.removesuffix('.weight')}" for name in pair) for pair in originals.items())
-    return {kohya_name(original): module for module, original in modules if _DOTTED.fullmatch(module)}
+    modules = {}
+    for name, original in original_names("unet", cfg.to_diffusers(), names).items():
+        module = f"unet.{name.removesuffix('.weight')}"
+        if _DOTTED.fullmatch(module):
+            modules[kohya_name(f"unet.{original.removesuffix('.weight')}")] = module
+    return modules
 
 
 def parse_name(name: str) -> tuple[str, str] | None:
-    """Return (module with its component, "A", "B" or "alpha") for a tensor name of any tool; None for other names."""
+    """Return the module, with its component, and the role of a LoRA tensor: "A", "B" or "alpha". None if it is unknown."""
     match = _TENSOR.fullmatch(name)
     if match is None:
         return None
     module = kohya_module(match[1]) if kind_of(name) == "kohya" else _dotted_module(match[1])
-    return (module, match[2] or {"down": "A", "up": "B"}.get(match[3], match[3])) if module else None
+    role = match[2] or {"down": "A", "up": "B"}.get(match[3], match[3])
+    return (module, role) if module else None
 
 
 def _dotted_module(name: str) -> str | None:
@@ -106,7 +110,7 @@ def _dotted_module(name: str) -> str | None:
 
 
 def kind_of(name: str) -> str:
-    """Return which naming a tensor's name follows: "kohya", "peft", "diffusers" or "older diffusers"."""
+    """Return the naming scheme of a tensor's name: "kohya", "peft", "diffusers" or "older diffusers"."""
     if name.startswith(tuple(_PREFIXES)):
         return "kohya"
     if name.startswith("base_model.model."):
@@ -115,5 +119,5 @@ def kind_of(name: str) -> str:
 
 
 def unsupported_kind(name: str) -> str | None:
-    """Return the kind of a tensor that plain LoRAs of SD1.5 lack, for example "SDXL weights"; None if no pattern matches."""
+    """Return the kind of a tensor that a plain LoRA for SD1.5 cannot have, such as "SDXL weights", or None for any other."""
     return next((kind for kind, pattern in _UNSUPPORTED.items() if re.search(pattern, name)), None)

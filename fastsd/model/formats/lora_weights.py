@@ -1,4 +1,4 @@
-"""Reading of a model's adapters from a LoRA file, and writing of a LoRA file from them."""
+"""Read a model's adapters from a LoRA file, and write them to one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastsd.model.model import Model
 from fastsd.model.weights import check_names
 
 
-def _alphas(model: Model) -> dict[str, float]:
-    """Return the alphas by `<component>.<module>`, named as in files."""
+def _alphas_by_module(model: Model) -> dict[str, float]:
+    """Return the alpha of each adapted module. The keys are `<component>.<module>`, as in files."""
     return {
         f"{component}.{module}": float(layer.lora_alpha[ADAPTER_NAME])
         for component in COMPONENTS
@@ -34,22 +34,22 @@ def write_lora(
     names: str = "peft",
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Write the result of `lora_state_dict(model, tensors)` into one .safetensors file. Returns its sha256.
+    """Write the result of `lora_state_dict(model, tensors)` into one .safetensors file. Return its sha256.
 
     Args:
-        names: "kohya", or "peft" for diffusers' names.
+        names: "kohya" for kohya's names, or "peft" for diffusers' names.
         metadata: entries for the file's header.
     """
-    lora = LoraFile(lora_state_dict(model, tensors), _alphas(model))
+    lora = LoraFile(lora_state_dict(model, tensors), _alphas_by_module(model))
     lora = replace(lora, metadata={PEFT_CONFIG: peft_config(lora), **(metadata or {})})
     return {"kohya": write_kohya, "peft": write_peft}[names](path, lora)
 
 
 def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
-    """Copy adapters into the model's own. Nothing is copied unless all of them fit.
+    """Copy the values of adapters into the adapters of a model. If one of them does not fit, nothing is copied.
 
     Args:
-        source: a file with any names that `read_lora` reads, or a result of `lora_state_dict`.
+        source: a file that `read_lora` can read, or a result of `lora_state_dict`.
 
     Raises:
         UserError: the file is not a LoRA, or its layers, a rank or an alpha differ from the model's.
@@ -60,16 +60,18 @@ def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
     targets = lora_state_dict(model)
     check_names(targets, lora.tensors, place, "set rank, targets, conv and text_encoder in model.lora as in the file")
 
-    for module, alpha in _alphas(model).items():
-        if not math.isclose(alpha, stored := lora.alphas.get(module, alpha), rel_tol=1e-6):
+    for module, alpha in _alphas_by_module(model).items():
+        stored_alpha = lora.alphas.get(module, alpha)
+        if not math.isclose(alpha, stored_alpha, rel_tol=1e-6):
             rank, advice = lora.ranks[module], "give a LoRA with one alpha for all layers"
             if len({*lora.alphas.values()}) == 1:
-                advice = f"set model.lora.alpha to {stored:g}"
+                advice = f"set model.lora.alpha to {stored_alpha:g}"
             elif lora.alphas == lora.ranks:
                 advice = "remove model.lora.alpha"
             raise UserError(
                 "lora-other-alpha",
-                f"{place}: alpha / rank of {module} is {stored / rank:g}, but model.lora makes it {alpha / rank:g}; {advice}",
+                f"{place}: alpha / rank of {module} is {stored_alpha / rank:g}, but model.lora makes it "
+                f"{alpha / rank:g}; {advice}",
             )
     for name, target in targets.items():
         target.copy_(lora.tensors[name])

@@ -1,7 +1,7 @@
-"""Models on the disk, found and described before any tensor is read.
+"""Find models on the disk and describe them before any tensor is read.
 
-Input: a diffusers folder of any version, whole or in shards, full or a variant; a hub id; or one file in the original Stable
-Diffusion layout (`single_file_layout.py`). Output: a `ModelSource` with components under diffusers' current names. Nothing is
+A model can be a diffusers folder of any version, with or without shards and variants; a hub id; or one file in the original
+Stable Diffusion layout (`single_file_layout.py`). A `ModelSource` describes it, under diffusers' current names. Nothing is
 unpickled unless the caller asks for it. In that case torch's loader for weights is used, which runs no code.
 """
 
@@ -37,10 +37,10 @@ _STEMS = {".safetensors": ("diffusion_pytorch_model", "model"), ".bin": ("diffus
 
 @dataclass(frozen=True)
 class ComponentFiles:
-    """A component of a model: its config.json, its tensors by diffusers' (or transformers') names, and where they were found.
+    """A component of a model on the disk: its config.json, and its tensors by the names of diffusers or transformers.
 
     Attributes:
-        place: a folder, or a file that has no config.
+        place: the component's folder, or the single file that contains it.
         file: the name of the weights file.
     """
 
@@ -60,11 +60,11 @@ class ModelSource:
     """A model on the disk.
 
     Attributes:
-        components: the components found, of "unet", "text_encoder" and "vae".
-        scheduler: scheduler_config.json.
+        components: those of "unet", "text_encoder" and "vae" that exist.
+        scheduler: the contents of scheduler_config.json.
         tokenizer: the folder of the tokenizer's files, or None.
         metadata: the header entries of a single file.
-        notes: what was found and what was ignored, a line each.
+        notes: lines that report the files that were read and those that were ignored.
     """
 
     place: Path
@@ -81,15 +81,16 @@ def open_source(
     """Find a model and check that its tensors match its configs. Their values are not read.
 
     Args:
-        name: a folder, a file or a hub id; `field` is its name in error messages, `revision` the hub id's.
-        pickled: also read `.ckpt` and `.bin`.
+        name: a folder, a file or a hub id. Error messages call it `field`. `revision` belongs to the hub id.
+        pickled: also read `.ckpt` and `.bin` files.
         ema: use the EMA weights of the UNet in a single file that has both.
         tokenizer: a folder or hub id that has one; "" = the model's own, or CLIP's from the hub's cache.
 
     Raises:
-        UserError: there is no such model, or it is not a complete model of SD1.5's family.
+        UserError: the model does not exist, or it is not a complete model of the SD1.5 family.
     """
-    base, notes = locate(name, field, revision, pickled=pickled), list[str]()
+    notes: list[str] = []
+    base = locate(name, field, revision, pickled=pickled)
     file = open_file(base, notes) if base.is_file() else None
     if ema and file is None:
         raise UserError("source-no-ema", f"{field} is {name!r}, a folder without EMA weights; leave out --ema")
@@ -112,13 +113,12 @@ def open_source(
 
     if file and (ignored := single_file_layout.ignored(file.tensors)):
         notes.append(f"{base.name}: ignored {', '.join(ignored)}")
-    return ModelSource(
-        base, components, file.scheduler() if file else read_scheduler(base), folder, file.metadata if file else {}, notes
-    )
+    scheduler = file.scheduler() if file else read_scheduler(base)
+    return ModelSource(base, components, scheduler, folder, file.metadata if file else {}, notes)
 
 
 def check_component(name: str, component: ComponentFiles, notes: list[str]) -> ComponentFiles:
-    """Return the component, and add a note on it. Raises UserError unless it has the tensors that its config requires."""
+    """Return the component and add a note on it. Raise UserError unless it has the tensors that its config requires."""
     check_names(expected_tensors(name, component.config, component.config_file), component.tensors, component.place)
     if name == "vae":
         fold_vae.factor_and_shift(component.config, component.config_file)
@@ -135,7 +135,7 @@ class File:
     metadata: Mapping[str, str]
 
     def read(self, name: str, notes: list[str], *, ema: bool = False) -> ComponentFiles | None:
-        """Return a component of the file, or None; see `read_component`."""
+        """Return a component of the file, or None if the file lacks it. A UNet is required."""
         contents = single_file_layout.read_component(self.path, self.tensors, self.metadata, name, notes, ema=ema)
         if contents is None:
             if name == "unet":
@@ -151,7 +151,7 @@ class File:
         return ComponentFiles(*contents, str(self.path), self.path.name)
 
     def scheduler(self) -> dict[str, Any]:
-        """Return scheduler_config.json as far as the file defines it, and SD1.5's for the rest."""
+        """Return the scheduler_config.json that the file defines, with SD1.5's values for the settings it does not have."""
         return single_file_layout.scheduler(self.path, self.tensors, self.metadata)
 
 
@@ -189,7 +189,7 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    # Skip the single files beside the folders, of gigabytes each, and components that fastsd never reads.
+    # Skip the single files in the top folder, which have gigabytes each, and components that fastsd never reads.
     allowed = ["*.json", "*.txt", "*diffusion_pytorch_model*.safetensors", "text_encoder/*.safetensors"]
     ignored = ["*non_ema*", "safety_checker/*", "feature_extractor/*"]
     try:
@@ -199,60 +199,63 @@ def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) 
             folder = Path(fetch(allow_patterns=[pattern.replace(".safetensors", ".bin") for pattern in allowed]))
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, RuntimeError) as error:
-        why = str(error).strip().split("\n")[0][:160]
+        reason = str(error).strip().split("\n")[0][:160]
         raise UserError(
             "hub-failed",
-            f"{field} is {name!r}, which is not a local path and cannot be downloaded ({type(error).__name__}: {why}); "
+            f"{field} is {name!r}, which is not a local path and cannot be downloaded ({type(error).__name__}: {reason}); "
             "check the name, or give a local folder",
         ) from None
 
 
 def read_component(folder: Path, component: str, notes: list[str] | None = None, *, pickled: bool = False) -> ComponentFiles:
-    """Read a component of a diffusers folder. Lines on what was found and what was ignored are added to `notes`.
+    """Read a component of a diffusers folder. Lines on the files that were read or ignored are added to `notes`.
 
     Args:
-        folder: of the model, or of the component itself.
+        folder: the folder of the model, or of the component itself.
         component: "unet", "text_encoder" or "vae".
 
     Raises:
         UserError: the component is missing or cannot be read.
     """
     notes = [] if notes is None else notes
-    base, is_component = folder, not (folder / component).is_dir() and not (folder / "model_index.json").exists()
-    folder = folder if is_component else folder / component
+    base = folder
+    if (base / component).is_dir() or (base / "model_index.json").exists():
+        folder = base / component
     if not (folder / "config.json").is_file():
         raise UserError("component-missing", f"{base}: {component}/config.json not found; give a complete diffusers folder")
-    config, files = read_json(folder / "config.json"), _weight_files(folder, pickled)
+    config = read_json(folder / "config.json")
+    files = _weight_files(folder, pickled)
     ignored = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
-    tensors = _open_shards(files[0], notes) if files[0].suffix == ".json" else _open_tensors(files[0], notes)
+    weights = files[0]
+    tensors = _open_shards(weights, notes) if weights.suffix == ".json" else _open_tensors(weights, notes)
     if ignored:
         notes.append(f"{component}: ignored {', '.join(ignored)}")
     rename = {"text_encoder": classic_text_name, "vae": current_vae_name}.get(component, str)
     renamed = {rename(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
-    return ComponentFiles(config, renamed, str(folder), files[0].name)
+    return ComponentFiles(config, renamed, str(folder), weights.name)
 
 
 def read_scheduler(base: Path) -> dict[str, Any]:
-    """Read scheduler_config.json of a diffusers folder, or return SD1.5's."""
+    """Return the scheduler_config.json of a diffusers folder, or SD1.5's if it has none."""
     path = base / "scheduler" / "scheduler_config.json"
     return read_json(path) if path.exists() else dict(model.SD15_SCHEDULER)
 
 
 def find_tokenizer(base: Path, name: str = "", field: str = "--tokenizer", notes: list[str] | None = None) -> Path | None:
-    """Return the folder of a tokenizer's files: the one named, the model's, or for a single file CLIP's in the hub's cache.
+    """Return the folder of a tokenizer's files, or None: that of `name`, the model's, or CLIP's in the hub cache for a file.
 
     Args:
-        field: the name of the argument `name` in error messages.
+        field: the argument that `name` comes from, for error messages.
     """
     if not name and base.is_file():
         from huggingface_hub import try_to_load_from_cache
 
-        for owner in CLIP_TOKENIZERS:
-            for place in ("vocab.json", "tokenizer/vocab.json"):
-                cached = try_to_load_from_cache(owner, place)
+        for hub_id in CLIP_TOKENIZERS:
+            for vocabulary in ("vocab.json", "tokenizer/vocab.json"):
+                cached = try_to_load_from_cache(hub_id, vocabulary)
                 if isinstance(cached, str) and Path(cached).with_name("merges.txt").is_file():
                     if notes is not None:
-                        notes.append(f"tokenizer: {owner}, from the hub cache")
+                        notes.append(f"tokenizer: {hub_id}, from the hub cache")
                     return Path(cached).parent
         return None
     source = locate(name, field) if name else base
@@ -261,12 +264,12 @@ def find_tokenizer(base: Path, name: str = "", field: str = "--tokenizer", notes
 
 
 def unpickle(path: Path, notes: list[str]) -> dict[str, Tensor]:
-    """Return the tensors of a pickled file, mapped from the disk if its format allows that. Nothing in it is executed.
+    """Return the tensors of a pickled file. They are mapped from the disk if its format allows that. No code in it is executed.
 
     Raises:
-        UserError: the file is damaged, holds no tensors, or asks to run anything.
+        UserError: the file is damaged, holds no tensors, or contains code.
     """
-    # Files of the first models name their trainer's class, as a key in data that is not read here.
+    # The files of the first models name a class of their trainer, in data that is not read here.
     allowed_classes = [(_Placeholder, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
     try:
         with torch.serialization.safe_globals(allowed_classes):  # type: ignore[arg-type]
@@ -277,13 +280,14 @@ def unpickle(path: Path, notes: list[str]) -> dict[str, Tensor]:
             raise UserError(
                 "pickle-runs-code", f"{path}: contains executable code ({match[1]}), which was not run; use a .safetensors file"
             ) from None
-        why = (str(error).splitlines() or [""])[0][:120]
+        reason = (str(error).splitlines() or [""])[0][:120]
         raise UserError(
-            "weights-unreadable", f"{path}: cannot be read as weights ({type(error).__name__}: {why}); download it again"
+            "weights-unreadable", f"{path}: cannot be read as weights ({type(error).__name__}: {reason}); download it again"
         ) from None
 
     state = data.get("state_dict", data) if isinstance(data, dict) else {}
-    tensors = {str(name): t for name, t in state.items() if isinstance(t, Tensor)} if isinstance(state, dict) else {}
+    entries = state.items() if isinstance(state, dict) else ()
+    tensors = {str(name): tensor for name, tensor in entries if isinstance(tensor, Tensor)}
     if not tensors:
         raise UserError("weights-no-tensors", f"{path}: contains no named tensors; give the weights of a model")
     other_entries = ", ".join(sorted(str(name) for name in data if name != "state_dict")) if state is not data else ""
@@ -320,7 +324,7 @@ def _weight_files(folder: Path, pickled: bool) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """Return the files that an index names. Raises UserError for one that is not beside it."""
+    """Return the files that an index names. Raise UserError if one of them is not in the same folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(
@@ -338,18 +342,18 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _open_shards(index: Path, notes: list[str]) -> Tensors:
-    files = {path.name: _open_tensors(path, notes) for path in _shards(index)}
+    shards = {path.name: _open_tensors(path, notes) for path in _shards(index)}
     tensors = {}
     for name, file in read_json(index)["weight_map"].items():
-        if name not in files[file]:
+        if name not in shards[file]:
             raise UserError(
                 "index-tensor-missing", f"{index}: weight_map places {name} in {file}, which lacks it; download both again"
             )
-        tensors[name] = files[file][name]
+        tensors[name] = shards[file][name]
     return tensors
 
 
 def _dtypes(tensors: Tensors) -> str:
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    names = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     short_names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    return " and ".join(sorted(short_names.get(kind, kind) for kind in kinds))
+    return " and ".join(sorted(short_names.get(name, name) for name in names))

@@ -1,8 +1,8 @@
-"""Summary of how a model was made, stored in a folder as fastsd.json and in a single file as metadata.
+"""A summary of a model's training, stored as fastsd.json in a folder and as metadata in a single file.
 
-The metadata keys of a file are those of the Stability AI Model Metadata Standard 1.0.0 (`modelspec.`), with the values that
-kohya's sd-scripts write. A LoRA also has kohya's own keys (`ss_`), for tools that look for them. The summary is stored under
-keys `fastsd.`, and a folder made from the file gets its fastsd.json from these.
+The metadata of a file has the keys of the Stability AI Model Metadata Standard 1.0.0 (`modelspec.`), with the values that
+kohya's sd-scripts write. A LoRA also has kohya's own keys (`ss_`), for tools that look for them. The summary itself has the
+keys `fastsd.`. A folder that is made from the file gets its fastsd.json from them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _SummaryTable(BaseModel):
 
 
 class StageSummary(_SummaryTable):
-    """A stage as it ran. `settings` are its other settings that differ from the defaults."""
+    """A stage as it ran. `settings` are those of its other settings that differ from the defaults."""
 
     name: str
     train: list[str]
@@ -49,7 +49,7 @@ class Loss(_SummaryTable):
 
 
 class Samples(_SummaryTable):
-    """The image grid of samples that was drawn last."""
+    """The settings of the last grid of samples."""
 
     step: int
     prompts: list[str]
@@ -72,11 +72,12 @@ class ModelSummary(_SummaryTable):
     """A model's origin and training. Any field may be unknown.
 
     Attributes:
-        version, date: version of fastsd; date of the checkpoint, ISO 8601 in UTC.
+        version, date: the version of fastsd; the date of the checkpoint, ISO 8601 in UTC.
         weights: "raw" or "ema" (exponential moving average of the weights).
-        base, vae: hub ids; for paths, the title found there or the last element of the path. `vae_factor`: as in training.
-        clip_skip, chunks, resolution (px), seed: as in the config. `precision`: of every stage.
-        steps, images: trained and seen, over all stages. `dataset`: number of images available.
+        base, vae: a hub id; or for a path, the title of the model there or the path's last element.
+        vae_factor: the scaling factor in training.
+        clip_skip, chunks, resolution (px), seed: as in the config. `precision` lists that of every stage.
+        steps, images: steps trained and images seen in all stages. `dataset` is the number of images available.
         settings: other settings of the run that differ from the defaults.
         note: further remarks, in sentences.
     """
@@ -111,7 +112,7 @@ class ModelSummary(_SummaryTable):
 
 
 def read_summary(folder: Path) -> ModelSummary | None:
-    """Read the summary in a diffusers folder. Returns None if it is missing or unreadable."""
+    """Read the summary in a diffusers folder. Return None if it is missing or unreadable."""
     try:
         return ModelSummary.model_validate_json((folder / SUMMARY).read_bytes())
     except (OSError, ValidationError):
@@ -119,7 +120,7 @@ def read_summary(folder: Path) -> ModelSummary | None:
 
 
 def summary_in(metadata: Mapping[str, str]) -> ModelSummary | None:
-    """Read the summary in the metadata of a single file. Returns None if it is missing or unreadable."""
+    """Read the summary in the metadata of a single file. Return None if it is missing or unreadable."""
     fields = {key: metadata[f"{PREFIX}{key}"] for key in ModelSummary.model_fields if f"{PREFIX}{key}" in metadata}
     try:
         return ModelSummary.model_validate({key: json.loads(value) for key, value in fields.items()}) if fields else None
@@ -130,27 +131,27 @@ def summary_in(metadata: Mapping[str, str]) -> ModelSummary | None:
 def metadata_of(
     summary: ModelSummary | None, scheduler: Mapping[str, Any], resolution: int, *, title: str = "", lora: bool = False
 ) -> dict[str, str]:
-    """Build the metadata of a single file. The same arguments give the same bytes.
+    """Return the metadata of a single file. Equal arguments give equal bytes.
 
     Args:
         summary: the model's summary, if it has one.
-        scheduler: its scheduler_config.json.
-        resolution: px, used if the summary has no resolution.
-        title: used if the summary has no title.
+        scheduler: the model's scheduler_config.json.
+        resolution: the side of an image in px, used if the summary has no resolution.
+        title: the title, used if the summary has none.
         lora: True if the file holds adapters only.
     """
     info = summary or ModelSummary()
-    side, title = info.resolution or resolution, info.title or title
-    layer = "" if info.clip_skip is None else str(info.clip_skip + 1)  # other tools count from 1
+    resolution, title = info.resolution or resolution, info.title or title
+    encoder_layer = "" if info.clip_skip is None else str(info.clip_skip + 1)  # other tools count from 1
     architecture = "stable-diffusion-v1/lora" if lora else "stable-diffusion-v1"
     implementation = "diffusers" if lora else "https://github.com/Stability-AI/generative-models"
     prediction = "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon"
 
     spec = {"sai_model_spec": "1.0.0", "architecture": architecture, "implementation": implementation, "title": title}
-    spec |= {"date": info.date, "author": info.author, "license": info.license, "resolution": f"{side}x{side}"}
-    spec |= {"prediction_type": prediction, "encoder_layer": layer}
+    spec |= {"date": info.date, "author": info.author, "license": info.license, "resolution": f"{resolution}x{resolution}"}
+    spec |= {"prediction_type": prediction, "encoder_layer": encoder_layer}
     kohya = {"base_model_version": "sd_v1", "v2": False, "network_module": "networks.lora", "sd_model_name": info.base}
-    kohya |= {"output_name": title, "clip_skip": layer, "seed": info.seed, "steps": info.steps}
+    kohya |= {"output_name": title, "clip_skip": encoder_layer, "seed": info.seed, "steps": info.steps}
     return {
         **{f"modelspec.{key}": value for key, value in spec.items() if value},
         **{f"ss_{key}": str(value) for key, value in kohya.items() if lora and value not in (None, "")},

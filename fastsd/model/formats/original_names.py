@@ -1,12 +1,12 @@
-"""Names of weights in the original Stable Diffusion layout, from their names in diffusers.
+"""Convert the names of weights in diffusers to their names in the original Stable Diffusion layout.
 
     down_blocks.0.resnets.0.conv1.weight            model.diffusion_model.input_blocks.1.0.in_layers.2.weight
     encoder.down_blocks.0.resnets.0.norm1.weight    first_stage_model.encoder.down.0.block.0.norm1.weight
     text_model.final_layer_norm.weight              cond_stage_model.transformer.text_model.final_layer_norm.weight
 
-The original UNet numbers its blocks consecutively; a downsampler is a block, an upsampler the last module of one. The decoder
-of the original VAE counts its levels from the highest resolution, and its attention uses 1x1 convolutions. All other
-differences are in wording. Source: Rombach et al. 2022, the released code's `openaimodel.py` and `model.py`.
+The original UNet numbers its blocks consecutively. A downsampler is a block of its own, and an upsampler is the last module of
+a block. The decoder of the original VAE counts its levels from the highest resolution, and its attention uses 1x1 convolutions.
+All other differences are only other words. Source: Rombach et al. 2022, the released code's `openaimodel.py` and `model.py`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _DEPRECATED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to
 
 
 def original_names(component: str, config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """Map the diffusers names of a component's tensors to their original names, without the prefix.
+    """Return the original name, without the prefix, of each of a component's tensors by its diffusers name.
 
     Args:
-        component: "unet", "vae" or "text_encoder"; `config` is its config.json.
+        component: "unet", "vae" or "text_encoder". `config` is its config.json.
     """
     if component == "unet":
         cfg = UNetConfig.from_diffusers(config)
@@ -61,19 +61,19 @@ def _unet_name(name: str, cfg: UNetConfig) -> str:
 
     direction, level, kind, index, tail = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     if kind == "resnets":
-        word, _, leaf = tail.partition(".")
-        tail = f"{_RESNET[word]}.{leaf}"
+        layer, _, leaf = tail.partition(".")
+        tail = f"{_RESNET[layer]}.{leaf}"
     if direction == "mid":
         return f"middle_block.{_MID[f'{kind}.{index}']}{tail}"
 
-    blocks = cfg.layers_per_block + 1
+    blocks_per_level = cfg.layers_per_block + 1
     if direction == "down":
-        number = 1 + level * blocks + (cfg.layers_per_block if kind == "downsamplers" else index)
+        number = 1 + level * blocks_per_level + (cfg.layers_per_block if kind == "downsamplers" else index)
         return f"input_blocks.{number}." + {"resnets": "0.", "attentions": "1."}.get(kind, "0.op.") + tail.removeprefix("conv.")
     if kind == "upsamplers":
         attends = cfg.attention[len(cfg.attention) - 1 - level]
-        return f"output_blocks.{level * blocks + cfg.layers_per_block}.{2 if attends else 1}.{tail}"
-    return f"output_blocks.{level * blocks + index}." + {"resnets": "0.", "attentions": "1."}[kind] + tail
+        return f"output_blocks.{level * blocks_per_level + cfg.layers_per_block}.{2 if attends else 1}.{tail}"
+    return f"output_blocks.{level * blocks_per_level + index}." + {"resnets": "0.", "attentions": "1."}[kind] + tail
 
 
 def _vae_name(name: str, levels: int) -> str:
@@ -83,11 +83,11 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 def ema_name(original: str) -> str:
-    """Return the name of the EMA of a UNet weight. `original` is the weight's original name without the prefix."""
+    """Return the name of a UNet weight's EMA. `original` is the weight's original name without the prefix."""
     return f"{EMA}diffusion_model{original.replace('.', '')}"
 
 
 def current_vae_name(name: str) -> str:
-    """Return the name of a VAE weight in diffusers since 0.17. Older versions use other words for the attention."""
+    """Return the name of a VAE weight in diffusers since 0.17. Older versions have other names for the attention's layers."""
     match = re.fullmatch(r"(.+\.attentions\.\d+\.)(query|key|value|proj_attn)(\..+)", name)
     return f"{match[1]}{_DEPRECATED[match[2]]}{match[3]}" if match else name

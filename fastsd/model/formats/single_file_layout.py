@@ -1,7 +1,8 @@
-"""Contents of a single file in the original Stable Diffusion layout, under diffusers' names.
+"""Read a single file in the original Stable Diffusion layout, under diffusers' names.
 
-A file has no configs. Widths and depths follow from the shapes. Heads and norm groups do not, and are assumed to be SD1.5's.
-Files written by fastsd have their configs in the header. Read next: `fastsd/model/formats/model_source.py`.
+Such a file has no configs. Widths and depths follow from the shapes of the tensors. The numbers of heads and norm groups do
+not, so they are assumed to be SD1.5's. Files written by fastsd have their configs in the header.
+Read next: `fastsd/model/formats/model_source.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastsd.storage import Tensors
 CONFIGS = "fastsd.configs"  # header key of {component or "scheduler": its config.json}
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors that mark these settings for other tools
 _VAE_TOPS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-# Settings that follow from no tensor.
+# Settings that do not follow from any tensor.
 _VAE_CONFIG = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "norm_num_groups": 32}
 _TEXT_CONFIG = {
     "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "projection_dim": 768,
@@ -37,9 +38,9 @@ _OTHER_FAMILIES = {
 def read_component(
     path: Path, tensors: Tensors, metadata: Mapping[str, str], component: str, notes: list[str], *, ema: bool = False
 ) -> tuple[dict[str, Any], Tensors] | None:
-    """Return (config, tensors) of a component with diffusers' or transformers' names, or None if the file lacks it.
+    """Return a component's config, and its tensors by diffusers' or transformers' names. Return None if the file lacks it.
 
-    The file may hold only a VAE, with the original names or with diffusers'. `ema`: use the UNet's EMA weights.
+    The file may hold only a VAE, with the original names or with diffusers'. With `ema`, the UNet's weights are their EMA.
 
     Raises:
         UserError: the file is of another model family, or the component is incomplete.
@@ -68,7 +69,7 @@ def read_component(
     if component == "unet":
         state = _unet_weights(path, tensors, state, original_by_name, notes, ema)
     converted = {name: state[original] for name, original in original_by_name.items() if original in state}
-    # The original VAE's attention uses 1x1 convolutions: the same numbers in another shape.
+    # The original VAE's attention has the same numbers in the shape of 1x1 convolutions.
     converted |= {name: t.view(targets[name].shape) for name, t in converted.items() if t.shape == (*targets[name].shape, 1, 1)}
     return config, converted | {name: state[name] for name in state.keys() - set(original_by_name.values())}
 
@@ -77,23 +78,26 @@ def _unet_weights(
     path: Path, tensors: Tensors, unet: Tensors, original_by_name: Mapping[str, str], notes: list[str], ema: bool
 ) -> Tensors:
     """Return the UNet's weights, or their EMA if `ema` is set."""
-    averages = sum(name.startswith(EMA) for name in tensors)
-    if averages:
-        notes.append(f"unet: {averages} EMA tensors " + ("used" if ema else "ignored; --ema uses them"))
+    ema_count = sum(name.startswith(EMA) for name in tensors)
+    if ema_count:
+        notes.append(f"unet: {ema_count} EMA tensors " + ("used" if ema else "ignored; --ema uses them"))
     elif ema:
         raise UserError("single-file-no-ema", f"{path}: has no EMA weights; leave out --ema")
-    return {old: tensors[ema_name(old)] for old in original_by_name.values() if ema_name(old) in tensors} if ema else unet
+    if not ema:
+        return unet
+    ema_names = {original: ema_name(original) for original in original_by_name.values()}
+    return {original: tensors[name] for original, name in ema_names.items() if name in tensors}
 
 
 def ignored(tensors: Tensors) -> list[str]:
-    """List the first word of each tensor name that no component reads, without repetition."""
+    """Return the first words of the tensor names that no component reads, without repetition."""
     prefixes = (*PREFIX.values(), EMA, *_VAE_TOPS)
     names = [name for name in tensors if not name.startswith(prefixes) and name not in (V_PREDICTION, ZERO_SNR)]
     return list(dict.fromkeys(name.split(".")[0] for name in names))
 
 
 def configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the configs of components and scheduler in the header of a file that fastsd wrote; {} for other files."""
+    """Return the configs of components and scheduler in a file's header. Only files that fastsd wrote have any."""
     try:
         stored = json.loads(metadata.get(CONFIGS, "{}"))
         return {str(component): dict(config) for component, config in stored.items()}
@@ -104,12 +108,15 @@ def configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def scheduler(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the scheduler_config.json of a file: its own settings where it has any, and SD1.5's for the rest."""
+    """Return the scheduler_config.json of a file, with SD1.5's values for the settings that the file does not have."""
     if stored := configs(path, metadata).get("scheduler"):
         return stored
-    v_prediction = V_PREDICTION in tensors or metadata.get("modelspec.prediction_type") == "v"
-    prediction = {"prediction_type": "v_prediction"} if v_prediction else {}
-    return SD15_SCHEDULER | prediction | ({"rescale_betas_zero_snr": True} if ZERO_SNR in tensors else {})
+    settings = dict(SD15_SCHEDULER)
+    if V_PREDICTION in tensors or metadata.get("modelspec.prediction_type") == "v":
+        settings["prediction_type"] = "v_prediction"
+    if ZERO_SNR in tensors:
+        settings["rescale_betas_zero_snr"] = True
+    return settings
 
 
 def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
@@ -127,12 +134,13 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
             layers = 0
             continue
         if layers == 0:
-            last = f"{block}.0.out_layers.3.weight"
-            if last not in state:
+            conv2 = f"{block}.0.out_layers.3.weight"
+            if conv2 not in state:
                 raise UserError(
-                    "single-file-tensor-missing", f"{path}: {PREFIX['unet']}{last} is missing; give a complete SD1.5 model file"
+                    "single-file-tensor-missing",
+                    f"{path}: {PREFIX['unet']}{conv2} is missing; give a complete SD1.5 model file",
                 )
-            widths.append(state[last].shape[0])
+            widths.append(state[conv2].shape[0])
             attention.append(f"{block}.1.proj_in.weight" in state)
         layers += 1
 
@@ -143,8 +151,8 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
             f"{path}: the UNet has {per_level} blocks per level, but SD1.5 has the same number in each; give an SD1.5 model",
         )
 
-    context = next((t.shape[-1] for name, t in state.items() if name.endswith("attn2.to_k.weight")), None)
-    if context is None:
+    text_width = next((tensor.shape[-1] for name, tensor in state.items() if name.endswith("attn2.to_k.weight")), None)
+    if text_width is None:
         raise UserError("single-file-no-attention", f"{path}: the UNet has no cross-attention; give an SD1.5 model")
     return UNetConfig(
         in_channels=_dimension(state, "input_blocks.0.0.weight", 1, path),
@@ -152,15 +160,15 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
         block_out_channels=tuple(widths),
         layers_per_block=per_level[0],
         attention=tuple(attention),
-        cross_attention_dim=context,
+        cross_attention_dim=text_width,
     ).to_diffusers()
 
 
 def _vae_config(state: Tensors, path: Path) -> dict[str, Any]:
     if "encoder.conv_in.weight" not in state or "post_quant_conv.weight" not in state:
         raise UserError("single-file-no-vae", f"{path}: no complete AutoencoderKL; give a VAE or a complete SD1.5 model file")
-    is_diffusers = any(name.startswith("encoder.down_blocks.") for name in state)
-    conv1 = "encoder.down_blocks.{}.resnets.{}.conv1.weight" if is_diffusers else "encoder.down.{}.block.{}.conv1.weight"
+    has_diffusers_names = any(name.startswith("encoder.down_blocks.") for name in state)
+    conv1 = "encoder.down_blocks.{}.resnets.{}.conv1.weight" if has_diffusers_names else "encoder.down.{}.block.{}.conv1.weight"
     widths: list[int] = []
     while (name := conv1.format(len(widths), 0)) in state:
         widths.append(_dimension(state, name, 0, path))

@@ -1,7 +1,7 @@
-"""Writing of models for other tools: a diffusers folder with the classic names, or one file in the original layout.
+"""Write models for other tools, as a diffusers folder with the classic names or as one file in the original layout.
 
-Tensors are streamed block by block, so memory use does not depend on the model's size. A file appears only after all of it
-is written and flushed. See `original_names.py` for the names, and `fold_vae.py` for the folding.
+Tensors are streamed block by block, so memory use does not depend on the model's size. A single file appears only when all of
+it is written and flushed. Read next: `original_names.py` for the names, `fold_vae.py` for the folding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODEL_INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }  # fmt: skip
-TOKENIZER = (  # the files to copy; those of a whole CLIP may lie beside them
+TOKENIZER_FILES = (  # those to copy, because the folder may hold other files of a whole CLIP
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
 )  # fmt: skip
 Config = Mapping[str, Any]
@@ -37,12 +37,12 @@ _STEM = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "vae": "dif
 
 
 def write_folder(source: ModelSource, folder: Path, *, dtype: str = "", variant: str = "", shard: int = 0) -> dict[str, str]:
-    """Write a whole model into an existing folder, in diffusers' format. Returns {relative file name: sha256}.
+    """Write a whole model into an existing folder, in diffusers' format. Return each file's sha256 by its relative name.
 
     Args:
         dtype: fp32, fp16 or bf16; "" = unchanged.
         variant: a word in the names of weights files, for `from_pretrained(variant=...)`.
-        shard: size in bytes above which weights continue in another file; 0 = one file per component.
+        shard: the size in bytes at which weights continue in another file; 0 = one file per component.
 
     Raises:
         UserError: a component or the tokenizer is missing, or a number is not finite.
@@ -73,7 +73,7 @@ def write_component(
     shard: int = 0,
     finite: str = "",
 ) -> dict[str, str]:
-    """Write one component into a model's folder, as `write_folder` does. `finite`: see `write_safetensors`."""
+    """Write one component into a model's folder, as `write_folder` does. `finite` is passed on to `write_safetensors`."""
     (folder / name).mkdir(parents=True, exist_ok=True)
     config = _portable(config)
     if dtype and name == "text_encoder":
@@ -81,45 +81,47 @@ def write_component(
         config |= {"dtype": dtype_name, "torch_dtype": dtype_name}
     hashes = {f"{name}/config.json": _write_json(folder / name / "config.json", config)}
 
-    stem, kind = f"{_STEM[name]}{variant and f'.{variant}'}", DTYPE.get(dtype)
-    groups = _shards(tensors, shard, kind)
-    names = [f"{stem}.safetensors"]
-    if len(groups) > 1:
-        names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-        weight_map = {tensor: file for file, group in zip(names, groups, strict=True) for tensor in group}
-        size = sum(_size(tensor, kind) for tensor in tensors.values())
-        index = f"{name}/{_STEM[name]}.safetensors.index{variant and f'.{variant}'}.json"
+    suffix = variant and f".{variant}"
+    target_dtype = DTYPE.get(dtype)
+    shards = _shards(tensors, shard, target_dtype)
+    files = [f"{_STEM[name]}{suffix}.safetensors"]
+    if len(shards) > 1:
+        files = [f"{_STEM[name]}{suffix}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {tensor: file for file, group in zip(files, shards, strict=True) for tensor in group}
+        size = sum(_size(tensor, target_dtype) for tensor in tensors.values())
+        index = f"{name}/{_STEM[name]}.safetensors.index{suffix}.json"
         hashes[index] = _write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    for file, group in zip(names, groups, strict=True):
-        hashes[f"{name}/{file}"] = write_safetensors(folder / name / file, group, dtype=kind, finite=finite)
+    for file, group in zip(files, shards, strict=True):
+        hashes[f"{name}/{file}"] = write_safetensors(folder / name / file, group, dtype=target_dtype, finite=finite)
     return hashes
 
 
-def _shards(tensors: Tensors, limit: int, kind: torch.dtype | None) -> list[Tensors]:
-    groups, filled = [dict[str, Any]()], 0
+def _shards(tensors: Tensors, limit: int, dtype: torch.dtype | None) -> list[Tensors]:
+    """Divide tensors into shards of at most `limit` bytes. A larger tensor has a shard of its own; 0 means no limit."""
+    shards, filled = [dict[str, Any]()], 0
     for name, tensor in tensors.items():
-        if limit and filled and filled + _size(tensor, kind) > limit:
-            groups.append({})
+        if limit and filled and filled + _size(tensor, dtype) > limit:
+            shards.append({})
             filled = 0
-        groups[-1][name] = tensor
-        filled += _size(tensor, kind)
-    return list(groups)
+        shards[-1][name] = tensor
+        filled += _size(tensor, dtype)
+    return list(shards)
 
 
-def _size(tensor: torch.Tensor | Stored, kind: torch.dtype | None) -> int:
-    return tensor.numel() * (kind if kind and tensor.dtype.is_floating_point else tensor.dtype).itemsize
+def _size(tensor: torch.Tensor | Stored, dtype: torch.dtype | None) -> int:
+    return tensor.numel() * (dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
 
 
 def write_pipeline(folder: Path, scheduler: Config, tokenizer: Path) -> dict[str, str]:
-    """Write the files that join a model's components: index, scheduler, tokenizer. Returns {relative file name: sha256}."""
+    """Write the files of a model that are not components: index, scheduler, tokenizer. Return each file's sha256 by name."""
     for name in ("scheduler", "tokenizer"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    sampler = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
+    scheduler_class = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
     hashes = {
-        "model_index.json": _write_json(folder / "model_index.json", {**MODEL_INDEX, "scheduler": sampler}),
+        "model_index.json": _write_json(folder / "model_index.json", {**MODEL_INDEX, "scheduler": scheduler_class}),
         "scheduler/scheduler_config.json": _write_json(folder / "scheduler" / "scheduler_config.json", scheduler),
     }
-    for name in TOKENIZER:
+    for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             hashes[f"tokenizer/{name}"] = write_bytes(folder / "tokenizer" / name, (tokenizer / name).read_bytes())
     return hashes
@@ -132,20 +134,20 @@ def _write_json(path: Path, settings: Config) -> str:
 def write_single_file(
     source: ModelSource, path: Path, *, dtype: str = "", fold: bool = True, metadata: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Write all components into one file in the original layout, replacing an older file. Returns notes on what was done.
+    """Write all components into one file in the original layout, in place of an older file. Return notes for the user.
 
     Args:
         dtype: fp32, fp16 or bf16; "" = unchanged.
         fold: convert a VAE with another scaling factor to 0.18215, which loaders assume.
-        metadata: header entries, in addition to those needed to read the file back.
+        metadata: header entries, in addition to those that fastsd needs to read the file.
 
     Raises:
         UserError: a number is not finite, or the VAE cannot be folded.
         OSError: the disk is full, or the folder cannot be written.
     """
-    components, notes, header = dict(source.components), list[str](), dict(metadata or {})
-
-    tensors: dict[str, Any] = {}
+    components = dict(source.components)
+    notes: list[str] = []
+    header = dict(metadata or {})
     vae = components.get("vae")
     factor, shift = folding.factor_and_shift(vae.config, vae.config_file) if vae else (SD15_SCALING_FACTOR, 0.0)
     if vae and (factor, shift) != (SD15_SCALING_FACTOR, 0.0):
@@ -158,6 +160,7 @@ def write_single_file(
         else:
             notes.append(f"warning: {label} not folded; tools that assume 0.18215 will show wrong colours")
 
+    tensors: dict[str, Any] = {}
     for name in ("unet", "vae", "text_encoder"):
         if name in components:
             component = components[name]
@@ -179,5 +182,5 @@ def write_single_file(
 
 
 def _portable(config: Config) -> dict[str, Any]:
-    """Return a config without the path it was loaded from, which means nothing on another machine."""
+    """Return a config without the path that it was loaded from, which is useless on another machine."""
     return {key: value for key, value in config.items() if key != "_name_or_path"}
