@@ -247,11 +247,10 @@ def refit_last(layers: EdgeLayers, moments: Moments) -> EdgeLayers:
 @torch.no_grad()
 def put(unet: UNet, layers: EdgeLayers) -> None:
     """Install edge layers in a UNet, in its dtype and on its device, and update the channel counts in its config."""
-    old_weight = unet.conv_in.weight
-    device, dtype = old_weight.device, old_weight.dtype
+    old = unet.conv_in.weight
     for name in ("conv_in", "conv_out"):
         weight, bias = layers[f"{name}.weight"], layers[f"{name}.bias"]
-        conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 3, padding=1, device=device, dtype=dtype)
+        conv = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 3, padding=1, device=old.device, dtype=old.dtype)
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
         setattr(unet, name, conv.to(memory_format=torch.channels_last))

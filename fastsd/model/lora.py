@@ -102,10 +102,7 @@ class Adapted(nn.Module, LoraLayer):
         return conv(x) + F.conv2d(reduced, ups[0][:, :, None, None])
 
     def views(self, letter: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield each file entry of lora_A or lora_B, or of a tensor of that shape: its name without the component, and a view.
-
-        `letter` is "A" or "B".
-        """
+        """Yield the names without component, and the views, of the file entries of lora_A or lora_B, or a tensor like it."""
         for module, view in zip(self.target.modules, tensor.chunk(self.count), strict=True):
             yield f"{module}.lora_{letter}.weight", view[(...,) + (None,) * (self.target.ndim - view.ndim)]
 

@@ -19,8 +19,8 @@ exact as plain ones: a recomputed tensor equals that of the forward bit for bit.
 The tensors of a matmul are a `Layer`: weight, bias and, for a low-rank adapter, down, shape (R, F_in), or (R, C, 3, 3) for a
 convolution, and up, shape (F_out, R). Then y = weight x + bias + up (down x). down x is recomputed too, so the adapter's
 activations are not saved. A fused weight of n projections has n ups. Each is None or maps its part of down x to its part of y.
-A linear computes the adapter's product first, and the large matmul adds to it before rounding. If it were added to a bf16
-result, a quarter of a relative change of 1/600 would be lost, and two thirds of a change of 1/2000. A convolution cannot start
+A linear computes the adapter's product first, and the large matmul adds to it before rounding. Adding the product to a bf16
+result would lose a quarter of a relative change of 1/600, and two thirds of a change of 1/2000. A convolution cannot start
 from another result, so it adds the adapter's product last.
 
 Shapes: B images, C channels, H x W positions, N tokens, F features, R the sum of the ranks of all adapters of one weight;
@@ -60,12 +60,10 @@ def _join(x: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def _to_nchw(x_BHWC: Tensor) -> Tensor:
-    """View (B, H, W, C) as (B, C, H, W)."""
     return x_BHWC.permute(0, 3, 1, 2)
 
 
 def _to_nhwc(x_BCHW: Tensor) -> Tensor:
-    """View (B, C, H, W) as (B, H, W, C)."""
     return x_BCHW.permute(0, 2, 3, 1)
 
 
@@ -152,17 +150,13 @@ def _conv_backward(dy: Tensor, x: Tensor, layer: Layer, need_x: bool, needs: Seq
     dx_adapter, ddown, _ = _conv3_backward(dreduced, x, down, [need_x, needs[2], False])
     if dx is not None and dx_adapter is not None:
         dx += dx_adapter
-    dup = None
-    if needs[3]:
-        reduced = F.conv2d(x, down, padding=1)
-        dup = _as_rows(_to_nhwc(dy)).t() @ _as_rows(_to_nhwc(reduced))
+    dup = _as_rows(_to_nhwc(dy)).t() @ _as_rows(_to_nhwc(F.conv2d(x, down, padding=1))) if needs[3] else None
     return dx, (dweight, dbias, ddown, dup)
 
 
 def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Gradient, Gradient, Gradient]:
     """Return (dx, dweight, dbias) of a 3x3 convolution with padding 1."""
-    stride, padding, dilation, output_padding, groups = [1, 1], [1, 1], [1, 1], [0, 0], 1
-    geometry = stride, padding, dilation, False, output_padding, groups
+    geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
     return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *geometry, needs)
 
 
@@ -195,13 +189,10 @@ class NormConv(Function):
         if need_y:
             dx, dnorm_weight, dnorm_bias, dshift = ctx.ops.group_norm_backward(dy, joined, mean, rstd, *norm)
         if dshortcut is not None and layers[4:]:
-            dx_shortcut, shortcut_gradients = _linear_backward(
+            dx_shortcut, (dmatrix, *other_gradients) = _linear_backward(
                 _to_nhwc(dshortcut), _to_nhwc(joined), _as_linear(layers[4:]), need_y, needs[4:]
             )
-            gradients += (
-                None if shortcut_gradients[0] is None else shortcut_gradients[0].view_as(layers[4]),
-                *shortcut_gradients[1:],
-            )
+            gradients += (None if dmatrix is None else dmatrix.view_as(layers[4]), *other_gradients)
             if dx is not None and dx_shortcut is not None:
                 dx = dx + _to_nchw(dx_shortcut)
         if dx is not None and skip is not None:

@@ -150,9 +150,6 @@ def _draw(parameters: dict[str, torch.nn.Parameter], name: str, seed: int) -> No
 
 
 def uniform_like(tensor: Tensor, seed: int, purpose: Purpose, name: str) -> Tensor:
-    """Return uniform numbers in (-1, 1) in a tensor's shape and logical order, fp64 on the CPU.
-
-    They are a function of (seed, purpose, name).
-    """
+    """Return fp64 numbers in a tensor's shape and logical order, uniform in (-1, 1). (seed, purpose, name) determine them."""
     key = torch.tensor([xxhash.xxh3_64_intdigest(name.encode()) >> 1])
     return (2 * uniform(seed, purpose, key, tensor.numel())[0] - 1).view(tensor.shape)

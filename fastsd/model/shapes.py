@@ -74,9 +74,8 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
     notes = [f"{name}: SD1.5's ({sources[name][0]} has no config.json here)" for name in configs if configs[name] is None]
     unet_config = configs["UNet"]
     unet = UNetConfig.sd15() if unet_config is None else UNetConfig.from_diffusers(unet_config, f"{table.base}: unet config")
-    shapes = Shapes(
-        unet, configs["text encoder"] or SD15_TEXT, configs["VAE"] or SD15_VAE, table.clip_skip, table.chunks, table.lora
-    )
+    text, vae = configs["text encoder"] or SD15_TEXT, configs["VAE"] or SD15_VAE
+    shapes = Shapes(unet, text, vae, table.clip_skip, table.chunks, table.lora)
 
     channels, width = shapes.vae.get("latent_channels", 4), shapes.text.get("hidden_size", 512)
     if channels != unet.in_channels or width != unet.cross_attention_dim:

@@ -3,8 +3,7 @@
 Modules have diffusers' names, so a weight's path here is its path in every SD tool. `fastsd.model.weights` converts the two
 exceptions: q/k/v are fused into one matmul (`to_qkv`, `to_kv`), and the 1x1 projections around attention are linears.
 
-Shapes: B images, C channels, H x W latent positions, N = H*W tokens, L text tokens, D the width of the text embeddings, E the
-width of the time embedding.
+Shapes: B images, C channels, H x W latent positions, N = H*W tokens, L text tokens, widths D (text) and E (time embedding).
 Read next: `kernels/fastsd_kernels/__init__.py` for the operations, `fastsd/model/weights.py` for the names.
 """
 
@@ -93,9 +92,8 @@ class UNetConfig:
         down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in self.attention]
         up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(self.attention)]
         same_names = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "sample_size")
-        sizes = {"attention_head_dim": self.heads, "norm_num_groups": self.norm_groups} | {
-            name: getattr(self, name) for name in same_names
-        }
+        sizes = {"attention_head_dim": self.heads, "norm_num_groups": self.norm_groups}
+        sizes |= {name: getattr(self, name) for name in same_names}
         blocks = {"block_out_channels": list(self.block_out_channels), "down_block_types": down, "up_block_types": up}
         return _FIXED | sizes | blocks
 
@@ -147,9 +145,8 @@ class Attention(nn.Module):
 
     def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
         """Attend with packed q, k, v, or with q and packed k, v. Return (B, N, C)."""
-        return recompute.attention_linear(
-            self.ops.forward_backward, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0])
-        )
+        ops = self.ops.forward_backward
+        return recompute.attention_linear(ops, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0]))
 
 
 class GegluProjection(nn.Module):
@@ -203,10 +200,9 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(width, width)
 
     def forward(self, x_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
-        norm = self.norm
-        x_BNC = recompute.group_norm_linear(
-            self.ops.forward_backward, self.groups, ATTENTION_EPS, x_BCHW, norm.weight, norm.bias, *operands(self.proj_in)
-        )
+        ops = self.ops.forward_backward
+        layer = self.norm.weight, self.norm.bias, *operands(self.proj_in)
+        x_BNC = recompute.group_norm_linear(ops, self.groups, ATTENTION_EPS, x_BCHW, *layer)
         x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD))
         return x_BCHW + recompute.image(x_BNC, x_BCHW.shape[2:])
 

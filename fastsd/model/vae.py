@@ -30,8 +30,7 @@ class Vae:
 
     Attributes:
         hash: sha256 of the encoder's shapes and its weights (as fp32). Two VAEs with the same hash give the same latents.
-        channels: the number of latent channels.
-        downscale: the number of pixels per latent position along a side.
+        channels, downscale: the number of latent channels, and of pixels per latent position along a side.
         scaling_factor, shift_factor: the factor and the shift of the formula above.
     """
 

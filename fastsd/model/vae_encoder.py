@@ -33,7 +33,7 @@ from fastsd_kernels.attention import attention_reference
 # The range to which diffusers' DiagonalGaussianDistribution clamps log variances.
 LOGVAR_BOUNDS = (-30.0, 20.0)
 _LARGEST_HEAD = 256  # limit of the attention kernels; the VAEs of SD and SDXL have one head of 512
-_SUPPORTED_BLOCK = "DownEncoderBlock2D"
+_BLOCK = "DownEncoderBlock2D"  # the only supported type
 
 # A bias that is still to be added to each channel of a tensor, fp32 (C,), or None.
 PendingBias = Tensor | None
@@ -53,12 +53,11 @@ class VaeEncoder:
     def __init__(self, module: Any, ops: Ops) -> None:
         self.module, self.ops = module, ops
         self._defers_bias = ops.name == "triton"
-        other_blocks = sorted({*module.config.down_block_types} - {_SUPPORTED_BLOCK})
+        other_blocks = sorted({*module.config.down_block_types} - {_BLOCK})
         if other_blocks or module.config.act_fn != "silu":
             mismatch = ", ".join(other_blocks) or f"act_fn {module.config.act_fn}"
             raise UserError(
-                "vae-blocks",
-                f"model.vae: the config has {mismatch}, but only {_SUPPORTED_BLOCK} with silu is supported; use another VAE",
+                "vae-blocks", f"model.vae: the config has {mismatch}, but only {_BLOCK} with silu is supported; use another VAE"
             )
 
     def __call__(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,9 +112,8 @@ class VaeEncoder:
         """Add self-attention over all positions to x, in place."""
         B, C, H, W = x.shape
         normed = self._norm(attention.group_norm, x, pending, silu=False).permute(0, 2, 3, 1).reshape(B, H * W, C)
-        q, k, v = (
-            linear(normed).unflatten(2, (attention.heads, -1)) for linear in (attention.to_q, attention.to_k, attention.to_v)
-        )
+        linears = attention.to_q, attention.to_k, attention.to_v
+        q, k, v = (linear(normed).unflatten(2, (attention.heads, -1)) for linear in linears)
         # Head sizes that the kernels do not support use the reference, which is PyTorch's attention.
         head_size = q.shape[3]
         attend = self.ops.attention if head_size <= _LARGEST_HEAD and head_size % 8 == 0 else attention_reference

@@ -1,4 +1,4 @@
-"""Alignment with another VAE: exact cases of each fit, recovery of known maps, and the folded edge layers in a UNet."""
+"""Test the alignment with another VAE: exact cases of each fit, known maps, and UNets with folded edge layers."""
 
 import math
 
@@ -24,7 +24,7 @@ MAP = torch.tensor([[0.9, 0.6, 0.1, 0.0], [-0.7, 0.8, 0.0, 0.2], [0.1, 0.0, 1.2,
 
 
 def latents(channels: int = 4, count: int = 24) -> torch.Tensor:
-    """Smooth latents with different means and scales in their channels."""
+    """Return smooth latents with a different mean and scale in each channel."""
     noise = torch.randn(count, channels, 4, 4, generator=torch.Generator().manual_seed(1))
     smooth = torch.nn.functional.interpolate(noise, scale_factor=2, mode="bilinear")
     return smooth * torch.linspace(0.6, 1.4, channels)[:, None, None] + torch.linspace(-0.5, 0.7, channels)[:, None, None]
@@ -85,25 +85,26 @@ def test_folded_layers_equal_the_formula(prediction):
     features = torch.randn(2, 16, 8, 8).double()
     A, back = fit.to_x[4::9, 4::9], fit.to_y
     offset = fit.offset[4::9]
-    first, last = unet.conv_in(apply_map(A, y.double()) + offset[:, None, None]), apply_map(back, unet.conv_out(features))
+    expected_in = unet.conv_in(apply_map(A, y.double()) + offset[:, None, None])
+    expected_out = apply_map(back, unet.conv_out(features))
     align.put(unet, align.fold_into_edges(align.edge_layers(unet), fit))
     inside = np.s_[..., 1:-1, 1:-1]
-    assert torch.allclose(unet.conv_in(y.double())[inside], first[inside], atol=1e-9)
+    assert torch.allclose(unet.conv_in(y.double())[inside], expected_in[inside], atol=1e-9)
     shift = means.noise * back @ (offset / means.signal) if prediction == "v_prediction" else torch.zeros(4)
-    assert torch.allclose(unet.conv_out(features), last + shift[:, None, None], atol=1e-9)
+    assert torch.allclose(unet.conv_out(features), expected_out + shift[:, None, None], atol=1e-9)
 
 
 @pytest.mark.parametrize("channels", [2, 6])
 def test_other_channel_counts(unet, channels):
-    """Shared channels do not change and the others start at zero. Fits from images give a rectangular map."""
-    edges, fewer = align.edge_layers(unet), min(channels, 4)
+    """In a plain fit, shared channels do not change and the others start at zero. Other fits give a rectangular map."""
+    edges, shared = align.edge_layers(unet), min(channels, 4)
     y_t, t, context = torch.randn(2, channels, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
     x_t = torch.zeros(2, 4, 8, 8)
-    x_t[:, :fewer] = y_t[:, :fewer]
+    x_t[:, :shared] = y_t[:, :shared]
     expected = unet(x_t, t, context)
     align.put(unet, align.fold_into_edges(edges, align.fit_plain(4, channels)))
     prediction = unet(y_t, t, context)
-    assert torch.allclose(prediction[:, :fewer], expected[:, :fewer], atol=1e-6) and not prediction[:, fewer:].any()
+    assert torch.allclose(prediction[:, :shared], expected[:, :shared], atol=1e-6) and not prediction[:, shared:].any()
     assert unet.cfg.in_channels == unet.cfg.out_channels == channels
     y = latents(channels)
     pairs = align.Pairs(apply_map(torch.linspace(-1, 1, 4 * channels).reshape(4, channels) ** 3, y), y)
@@ -113,7 +114,7 @@ def test_other_channel_counts(unet, channels):
 
 
 def test_a_kernel_fits_noisy_latents_better_than_a_rotation():
-    """The error is measured on the fitted pairs, over timesteps and noise, at the border and inside."""
+    """The error is measured on the fitted pairs, over timesteps and noise, both at the border and inside."""
     y = latents(count=48)
     x = apply_map(MAP, y) + 0.3 * torch.roll(y, 1, 3) + 0.2
     pairs, abar = align.Pairs(x, y), torch.linspace(0.999, 0.005, 1000).double()
@@ -146,16 +147,16 @@ def test_refitting_lowers_the_error_of_the_last_convolution(unet):
 @torch.no_grad()
 @pytest.mark.parametrize("fit_pairs, stretch", [(align.fit_orthogonal, [1.0] * 4), (align.fit_affine, [1.2, 0.85, 1.1, 0.9])])
 def test_a_fitted_unet_draws_with_the_other_vae_without_training(fit_pairs, stretch):
-    """The other VAE is the base's, rotated, stretched and moved in quant_conv and post_quant_conv."""
+    """The other VAE is the base's. Its quant_conv and post_quant_conv rotate, stretch and move the latents."""
     model = load_model(ModelTable(base=str(MODELS / "base")))
     base_vae, module, stretch = model.vae, relative(model.vae.module), torch.tensor(stretch)
     module.quant_conv.weight[:4] *= stretch[:, None, None, None]
     module.quant_conv.bias[:4] *= stretch
     module.post_quant_conv.weight /= stretch[:, None, None]
     module.register_to_config(scaling_factor=base_vae.scaling_factor / STRETCH)
-    new, rng = Vae(module, "turned"), np.random.default_rng(5)
+    new_vae, rng = Vae(module, "turned"), np.random.default_rng(5)
     pictures = to_tensor([world.draw(*pair, rng) for pair in world.combinations()[:24]])
-    pairs = align.Pairs(*(vae.scale(vae.encode(pictures)) for vae in (base_vae, new)))
+    pairs = align.Pairs(*(vae.scale(vae.encode(pictures)) for vae in (base_vae, new_vae)))
     means = align.Schedule.of(alphas_cumprod(model.scheduler), "epsilon")
     fit, cos, sin = fit_pairs(pairs, means), math.cos(TURN), math.sin(TURN)
     back = torch.block_diag(*[torch.tensor([[cos, sin], [-sin, cos]])] * 2)
@@ -165,11 +166,11 @@ def test_a_fitted_unet_draws_with_the_other_vae_without_training(fit_pairs, stre
 
     def correct_share() -> float:
         prompts = world.prompts()[:10]
-        images = generate(model, [p for *_, p in prompts], [0] * 10, SampleTable(steps=12, guidance=2.0), 64)
-        return sum(world.judge(i) == (c, s) for i, (c, s, _) in zip(images, prompts, strict=True)) / 10
+        images = generate(model, [prompt for *_, prompt in prompts], [0] * 10, SampleTable(steps=12, guidance=2.0), 64)
+        return sum(world.judge(image) == (color, shape) for image, (color, shape, _) in zip(images, prompts, strict=True)) / 10
 
     before = correct_share()
-    model.vae = new
+    model.vae = new_vae
     assert correct_share() <= 0.25
     align.put(model.unet, align.fold_into_edges(align.edge_layers(model.unet), fit))
     assert correct_share() >= before >= 0.9

@@ -1,4 +1,4 @@
-"""Adapters: results, gradients, cost, and files that other tools read and write."""
+"""Test the adapters' results, gradients and cost, and exchange LoRA files with other tools."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,8 +24,8 @@ from fastsd.model.weights import ADAPTER, diffusers_names, diffusers_state_dict
 from fastsd.storage import read_safetensors, write_safetensors
 from fastsd_kernels import CPU, REFERENCE, TRITON
 
-SINGLE = replace(SMALL, block_out_channels=(16,), attention=(True,))
-# Every kind of layer: fused, 1x1 convolutions that are linears here, 3x3 ones inside and outside of `recompute`, the shortcut.
+ONE_LEVEL = replace(SMALL, block_out_channels=(16,), attention=(True,))
+# Layers of every kind: fused, 1x1 convolutions that are linears here, 3x3 convolutions in and outside `recompute`, shortcuts.
 EVERYTHING = LoraTable(rank=3, alpha=7.0, conv=2, targets=["*"])
 TABLES = {
     "attention": LoraTable(),
@@ -46,8 +46,8 @@ def lora_parameters(model: Model, component: str) -> set[str]:
     return {name for name, _ in model.component(component).named_parameters() if ADAPTER in name}
 
 
-def small(table: LoraTable | None, ops=REFERENCE, cfg=SMALL, seed: int = 0) -> Model:
-    """Return a UNet with fixed random weights, exact in bf16, and with random adapters if there is a table."""
+def small_model(table: LoraTable | None, ops=REFERENCE, cfg=SMALL, seed: int = 0) -> Model:
+    """Return a model that is only a UNet with fixed random weights, exact in bf16, and random adapters if there is a table."""
     torch.manual_seed(0)
     model = Model("small", UNet(cfg, ops), SimpleNamespace(module=nn.Module()), None, {})
     if table:
@@ -71,7 +71,7 @@ def predict(model: Model) -> torch.Tensor:
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_applied_equals_merged(table):
-    model, before = small(table), predict(small(None))
+    model, before = small_model(table), predict(small_model(None))
     applied = predict(model)
     merge_lora(model)
     error, change = relative(predict(model), applied), relative(before, applied)
@@ -81,10 +81,10 @@ def test_applied_equals_merged(table):
     assert [name for name, _ in model.unet.named_parameters()] == [name for name, _ in UNet(SMALL).named_parameters()]
 
 
-def effective(model: Model, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights W + alpha / rank * up @ down of a UNet without adapters that predicts the same."""
+def merged_weights(model: Model, adapters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights W + alpha / rank * up @ down with which a UNet without adapters predicts the same."""
     dtype = next(iter(adapters.values())).dtype
-    weights = {name: p.detach().to(dtype) for name, p in small(None, cfg=model.unet.cfg).unet.named_parameters()}
+    weights = {name: p.detach().to(dtype) for name, p in small_model(None, cfg=model.unet.cfg).unet.named_parameters()}
     for path, layer in model.unet.named_modules():
         if not isinstance(layer, Adapted):
             continue
@@ -92,20 +92,20 @@ def effective(model: Model, adapters: dict[str, torch.Tensor]) -> dict[str, torc
         adapted = [i for i, block in enumerate(layer.target.blocks) if block]
         weight, rank = weights[f"{path}.weight"], layer.r["default"]
         factor, blocks = (model.lora.alpha or rank) / rank, list(weight.chunk(len(layer.target.blocks)))
-        for i, a, b in zip(adapted, down.split(rank), up.chunk(len(adapted)), strict=True):
-            blocks[i] = blocks[i] + factor * (b @ a.flatten(1)).view_as(blocks[i])
+        for i, down_i, up_i in zip(adapted, down.split(rank), up.chunk(len(adapted)), strict=True):
+            blocks[i] = blocks[i] + factor * (up_i @ down_i.flatten(1)).view_as(blocks[i])
         weights[f"{path}.weight"] = torch.cat(blocks)
     return weights
 
 
 def gradients(model: Model, dtype: torch.dtype, plain: bool) -> dict[str, torch.Tensor]:
-    """Return prediction and gradients of all adapters, by our backward or, if `plain`, by autograd through merged weights."""
+    """Return the prediction and all adapters' gradients from our backward, or if `plain` from autograd over merged weights."""
     names = lora_parameters(model, "unet")
     unet = model.unet.to(dtype)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in unet.named_parameters() if name in names}
-    batch = inputs(dtype, batch=1 if unet.cfg == SINGLE else 2)  # interpreted kernels are slow
+    batch = inputs(dtype, batch=1 if unet.cfg == ONE_LEVEL else 2)  # interpreted kernels are slow
     if plain:
-        out = functional_call(small(None, cfg=unet.cfg).unet.to(dtype), effective(model, leaves), batch)
+        out = functional_call(small_model(None, cfg=unet.cfg).unet.to(dtype), merged_weights(model, leaves), batch)
     else:
         out = functional_call(unet, leaves, batch)
     target = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
@@ -114,14 +114,16 @@ def gradients(model: Model, dtype: torch.dtype, plain: bool) -> dict[str, torch.
 
 
 OPS_AND_DTYPES = [(ops, dtype, SMALL) for ops in (REFERENCE, CPU) for dtype in (torch.float32, torch.bfloat16)]
+OPS_AND_DTYPES += [(TRITON, torch.float32, ONE_LEVEL)]
 
 
-@pytest.mark.parametrize(
-    "ops, dtype, cfg", [*OPS_AND_DTYPES, (TRITON, torch.float32, SINGLE)], ids=lambda value: getattr(value, "name", "")
-)
+@pytest.mark.parametrize("ops, dtype, cfg", OPS_AND_DTYPES, ids=lambda value: getattr(value, "name", ""))
 def test_gradients_are_as_close_to_fp64_as_autograds(ops, dtype, cfg):
-    truth = gradients(small(EVERYTHING, cfg=cfg), torch.float64, plain=True)
-    results = gradients(small(EVERYTHING, ops, cfg), dtype, False), gradients(small(EVERYTHING, cfg=cfg), dtype, True)
+    truth = gradients(small_model(EVERYTHING, cfg=cfg), torch.float64, plain=True)
+    results = (
+        gradients(small_model(EVERYTHING, ops, cfg), dtype, False),
+        gradients(small_model(EVERYTHING, cfg=cfg), dtype, True),
+    )
     assert truth.keys() == results[0].keys() and all(value.any() for value in results[0].values())
     errors = [torch.tensor([relative(grads[name], exact) for name, exact in truth.items()]).norm().item() for grads in results]
     print(f"{errors[0]:.2e} against {errors[1]:.2e}")
@@ -129,13 +131,12 @@ def test_gradients_are_as_close_to_fp64_as_autograds(ops, dtype, cfg):
 
 
 def test_recomputation_changes_no_gradient():
-    model, gradients_by_level = small(EVERYTHING), []
+    model, gradients_by_level = small_model(EVERYTHING), []
     for level in ("none", "ff", "block"):
         model.unet.checkpointing = level
         model.unet.zero_grad()
         model.unet(*inputs()).square().mean().backward()
-        grads = {name: p.grad.clone() for name, p in model.unet.named_parameters() if p.grad is not None}
-        gradients_by_level.append(grads)
+        gradients_by_level.append({name: p.grad.clone() for name, p in model.unet.named_parameters() if p.grad is not None})
     first, *others = gradients_by_level
     assert first.keys() == lora_parameters(model, "unet")  # a frozen weight has no gradient
     assert all(torch.equal(first[name], other[name]) for other in others for name in other)
@@ -143,9 +144,9 @@ def test_recomputation_changes_no_gradient():
 
 def test_a_small_change_survives_bf16():
     """A change below bf16's step arrives in the mean when applied, and is mostly lost when merged into a bf16 weight."""
-    model = small(LoraTable(targets=["transformers"]))
+    model = small_model(LoraTable(targets=["transformers"]))
     move(model, size=2e-4)
-    shares = []
+    kept_shares = []
     for layer in (layer.bfloat16() for layer in model.unet.modules() if isinstance(layer, Adapted)):
         weight, bias, down, *ups = (None if value is None else value.detach() for value in layer.operands())
         up = torch.block_diag(*ups)
@@ -155,14 +156,14 @@ def test_a_small_change_survives_bf16():
         plain = nn.functional.linear(x, weight, bias)
         assert relative(plain + change, plain) < 2e-3
         for y in (layer(x).detach(), nn.functional.linear(x, merged, bias)):
-            shares.append((((y.double() - plain) * change).sum() / change.square().sum()).item())
-    applied, merged = torch.tensor(shares).view(-1, 2).mean(0).tolist()
+            kept_shares.append((((y.double() - plain) * change).sum() / change.square().sum()).item())
+    applied, merged = torch.tensor(kept_shares).view(-1, 2).mean(0).tolist()
     print(f"applied {applied:.3f}, merged {merged:.3f}")
     assert applied == pytest.approx(1, abs=0.05) and merged < 0.5
 
 
 def flops(unet: UNet) -> list[dict]:
-    """Count the operations of matmuls and convolutions in forward and backward for one image at 512 px, by operator."""
+    """Return the operations of the forward and of the backward for one image at 512 px, by operator."""
     counts = []
 
     def counted(run):
@@ -178,7 +179,7 @@ def flops(unet: UNet) -> list[dict]:
 
 def test_frozen_weights_cost_no_gradient():
     with torch.device("meta"):
-        (forward, backward), adapted = flops(UNet(UNetConfig.sd15())), flops(full(LoraTable()).unet)
+        (forward, backward), adapted = flops(UNet(UNetConfig.sd15())), flops(full_model(LoraTable()).unet)
     total, total_back, lora, lora_back = (sum(counts.values()) / 1e12 for counts in (forward, backward, *adapted))
     weights = total - forward[torch.ops.aten.bmm] / 1e12  # attention's matmuls have none
     print(f"TFLOP {lora:.3f} of {total:.3f} forward, {lora_back:.3f} of {total_back:.3f} backward")
@@ -187,15 +188,15 @@ def test_frozen_weights_cost_no_gradient():
     assert lora_back < total_back - 0.99 * weights
 
 
-def full(table: LoraTable, seed: int = 0) -> Model:
-    """Return a model of SD1.5's size without data, with adapters."""
+def full_model(table: LoraTable, seed: int = 0) -> Model:
+    """Return a model of SD1.5's size with adapters, without data."""
     model = empty_model(Shapes(UNetConfig.sd15(), SD15_TEXT, SD15_VAE), REFERENCE)
     add_lora(model, table, seed)
     return model
 
 
 def test_file_size_of_sd15(tmp_path):
-    model = full(LoraTable())
+    model = full_model(LoraTable())
     weights = {name: torch.zeros_like(model.unet.get_parameter(name), device="cpu") for name in lora_parameters(model, "unet")}
     assert sum(weight.numel() for weight in weights.values()) == 797_184
     write_lora(tmp_path / "lora.safetensors", model, {"unet": weights})
@@ -207,7 +208,7 @@ def test_file_size_of_sd15(tmp_path):
 
 @pytest.mark.parametrize("table", [LoraTable(), EVERYTHING], ids=["attention", "everything"])
 def test_diffusers_names_stay_exact(table):
-    model = full(table)
+    model = full_model(table)
     names = [file_name for name, _ in model.unet.named_parameters() for file_name in diffusers_names(name)]
     assert len(names) == len(set(names)) == 686
     assert set(names) == set(diffusers_state_dict(model.unet))
@@ -216,7 +217,7 @@ def test_diffusers_names_stay_exact(table):
 
 def test_saves_no_more_for_backward_than_full_training():
     def saved_bytes(table: LoraTable | None) -> int:
-        return full_size(lambda: full(table).unet if table else UNet(UNetConfig.sd15()), data=False)
+        return full_size(lambda: full_model(table).unet if table else UNet(UNetConfig.sd15()), data=False)
 
     plain, attention, everything = (saved_bytes(table) for table in (None, LoraTable(), LoraTable(conv=4, targets=["*"])))
     print(f"saved for an image at 512 px, MB: {plain / 1e6:.1f}, {attention / 1e6:.1f}, {everything / 1e6:.1f}")
@@ -292,7 +293,7 @@ def test_file_round_trip(tiny, tmp_path):
         for component in ("unet", "text_encoder"):
             parameters = dict(other.component(component).named_parameters())
             assert all(torch.equal(p, parameters[name]) for name, p in model.component(component).named_parameters())
-    # Tensors in place of parameters, such as a run's exact weights or averages.
+    # Write other tensors in place of the parameters, such as a run's exact weights or their EMA.
     path = "mid_block.attentions.0.transformer_blocks.0.attn1"
     ups = torch.arange(3 * 32 * 3.0).view(96, 3)
     write_lora(tmp_path / "c.safetensors", model, {"unet": {f"{path}.to_qkv.lora_B.default": ups}})
@@ -331,29 +332,26 @@ def test_reads_a_file_written_by_diffusers(tiny, tiny_model, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)
     pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", adapter_name="default")
     modules = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    pipe.save_lora_weights(
-        tmp_path,
-        weight_name="t.safetensors",
-        **{f"{component}_lora_layers": get_peft_model_state_dict(module) for component, module in modules.items()},
-        **{f"{component}_lora_adapter_metadata": m.peft_config["default"].to_dict() for component, m in modules.items()},
-    )
-    diffusers_tensors, tensors = (read_safetensors(tmp_path / name) for name in ("t.safetensors", "ours.safetensors"))
-    assert {n.replace("text_model.", "") for n in tensors} == {n.replace("text_model.", "") for n in diffusers_tensors}
+    layers = {f"{component}_lora_layers": get_peft_model_state_dict(module) for component, module in modules.items()}
+    configs = {f"{component}_lora_adapter_metadata": m.peft_config["default"].to_dict() for component, m in modules.items()}
+    pipe.save_lora_weights(tmp_path, weight_name="theirs.safetensors", **layers, **configs)
+    theirs, tensors = (read_safetensors(tmp_path / f"{name}.safetensors") for name in ("theirs", "ours"))
+    assert {name.replace("text_model.", "") for name in tensors} == {name.replace("text_model.", "") for name in theirs}
     other = tiny(BOTH, seed=1)
-    load_lora(other, tmp_path / "t.safetensors")
+    load_lora(other, tmp_path / "theirs.safetensors")
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in lora_state_dict(other).items())
 
 
-MORE = {"unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.zeros(16, 2, 1, 1)}
+CONV_IN_ADAPTER = {
+    "unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3),
+    "unet.conv_in.lora_B.weight": torch.zeros(16, 2, 1, 1),
+}
+UNEXPECTED = {"kind": "unexpected", "name": "unet.conv_in.lora_A.weight"}
 ADVICE, SET_ALPHA = LINES["match-lora-settings"], LINES["set-alpha"].format(alpha=4.5)
-BAD = {
-    "missing": (
-        lambda s: dict(list(s.items())[2:]),
-        {},
-        "weights-names",
-        {"kind": "missing", "count": "2 of 158", "advice": ADVICE},
-    ),
-    "more": (lambda s: {**s, **MORE}, {}, "weights-names", {"kind": "unexpected", "name": "unet.conv_in.lora_A.weight"}),
+MISSING = {"kind": "missing", "count": "2 of 158", "advice": ADVICE}
+BAD = {  # change of the file's tensors, changed settings of the model, code and fields of the error
+    "missing": (lambda state: dict(list(state.items())[2:]), {}, "weights-names", MISSING),
+    "unexpected": (lambda state: {**state, **CONV_IN_ADAPTER}, {}, "weights-names", UNEXPECTED),
     "rank": (None, {"rank": 4}, "weights-shape", {"shape": (3, 16, 1, 1), "expected_shape": (4, 16, 1, 1), "advice": ADVICE}),
     "conv": (None, {"conv": 1}, "weights-shape", {"shape": (2, 16, 3, 3), "expected_shape": (1, 16, 3, 3)}),
     "text encoder": (None, {"text_encoder": False}, "weights-names", {"kind": "unexpected", "count": 24}),
@@ -382,7 +380,7 @@ def test_a_damaged_file_is_refused(tiny, tmp_path):
         load_lora(tiny(BOTH), tmp_path / "x.safetensors")
 
 
-UNET_ONLY = LoraTable(targets=["to_q"], text_encoder=True)
+NO_TEXT_LAYER = LoraTable(targets=["to_q"], text_encoder=True)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +389,7 @@ UNET_ONLY = LoraTable(targets=["to_q"], text_encoder=True)
         (LoraTable(targets=["attention", "to_x"]), "lora-target", {"pattern": "'to_x'", "labels": "the unet"}),
         (LoraTable(targets=["norms"]), "lora-target", {"pattern": "'norms'"}),
         (LoraTable(targets=["conv1"]), "lora-target", {"convolutions": LINES["or-set-conv"]}),
-        (UNET_ONLY, "lora-target-component", {"targets": "to_q", "labels": "the text encoder"}),
+        (NO_TEXT_LAYER, "lora-target-component", {"targets": "to_q", "labels": "the text encoder"}),
         (LoraTable(targets=["to_q", "to_x"], text_encoder=True), "lora-target", {"labels": "the unet or the text encoder"}),
         (LoraTable(targets=["layers.1"], text_encoder=True), "lora-target-component", {"labels": "the unet"}),
     ],

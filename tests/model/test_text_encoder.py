@@ -1,4 +1,4 @@
-"""Captions of any length: chunks, Long-CLIP's position embeddings, and both with clip skip."""
+"""Encode captions of any length with chunks or Long-CLIP's position embeddings, also with clip skip."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def longer(folder, tmp_path_factory):
-    """The model with 248 positions, written by the command."""
+    """The model with 248 positions, as the command `long-clip` writes it."""
     from fastsd.commands.long_clip import long_clip
 
     out = tmp_path_factory.mktemp("long") / "clip"
@@ -43,10 +43,10 @@ def text_of(base, **keys):
 
 def test_stretched_positions_equal_the_paper(folder, longer):
 
-    def table(base):
+    def positions(base):
         return next(p.double() for n, p in text_of(base).module.named_parameters() if "position_embedding" in n)
 
-    old, new = table(folder), table(longer)
+    old, new = positions(folder), positions(longer)
     assert new.shape == (248, old.shape[1]) and torch.equal(new[:20], old[:20])
     for i in range(20, 76):
         for quarter in range(4):

@@ -1,4 +1,4 @@
-"""The UNet on the TRITON table: as close to fp64 as PyTorch, and one graph for torch.compile; the choice of the table."""
+"""Test the UNet on the TRITON table, which must be as close to fp64 as PyTorch, and the choice of the table."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(ops, dtype):
-    """Return prediction and all gradients of a UNet with the same weights and inputs for every table and dtype."""
+    """Return the prediction and all gradients of a UNet. Its weights and inputs are the same for every table and dtype."""
     torch.manual_seed(0)
     unet = UNet(CFG, ops).to(DEVICE, dtype)
     x, context, target = torch.randn(2, 4, 4, 4), torch.randn(2, 7, 16), torch.randn(2, 4, 4, 4)
@@ -27,16 +27,16 @@ def run(ops, dtype):
 
 
 def error(tensors, truth):
-    """Return the norm over all tensors of their relative errors."""
+    """Return the norm of the relative errors of all tensors."""
     return torch.stack([(tensors[name].double() - exact).norm() / exact.norm() for name, exact in truth.items()]).norm().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_and_gradients_are_as_close_to_fp64_as_pytorchs(dtype):
     truth = run(REFERENCE, torch.float64)
-    triton, reference = (error(run(ops, dtype), truth) for ops in (TRITON, REFERENCE))
-    print(f"{dtype}: {triton:.2e} against {reference:.2e}")
-    assert triton <= 2 * reference
+    triton_error, reference_error = (error(run(ops, dtype), truth) for ops in (TRITON, REFERENCE))
+    print(f"{dtype}: {triton_error:.2e} against {reference_error:.2e}")
+    assert triton_error <= 2 * reference_error
 
 
 def test_compiles_into_one_graph():

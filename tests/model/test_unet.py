@@ -1,4 +1,4 @@
-"""The UNet compared with diffusers' in output, gradients and weights; the workload table compared with the UNet."""
+"""Compare the UNet's output, gradients and weights with those of diffusers, and the workload table with the UNet."""
 
 import gc
 
@@ -23,7 +23,7 @@ TINY = UNetConfig(
 
 
 def run_both(cfg, side, batch, tokens=77):
-    """Run diffusers' UNet, then ours with its weights, on one input: (outputs, gradients by name) of both."""
+    """Run diffusers' UNet, then ours with its weights, on one input. Return each one's output and its gradients by name."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -43,28 +43,28 @@ def run_both(cfg, side, batch, tokens=77):
     with torch.device("meta"):
         ours = UNet(UNetConfig.from_diffusers(cfg.to_diffusers()))
     load_diffusers_unet(ours.to_empty(device="cpu"), weights)
-    back = diffusers_state_dict(ours)
-    assert back.keys() == weights.keys()
-    assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())  # a round trip keeps every bit
+    our_weights = diffusers_state_dict(ours)
+    assert our_weights.keys() == weights.keys()
+    assert all(torch.equal(our_weights[name], tensor) for name, tensor in weights.items())  # a round trip keeps every bit
     y = ours(x, t, context)
     (y * cotangent).sum().backward()
     return expected, (y.detach(), diffusers_state_dict(ours, grad=True))
 
 
-def check(expected, result, count):
-    (y, gradients), (our_y, our_gradients) = expected, result
+def assert_equal(expected, result, count):
+    y, gradients = expected
+    our_y, our_gradients = result
     error = ((y - our_y).norm() / y.norm()).item()
     assert our_gradients.keys() == gradients.keys() and len(gradients) == count
     errors = {name: ((our_gradients[name] - g).norm() / g.norm()).item() for name, g in gradients.items()}
     worst = max(errors, key=errors.__getitem__)
     print(f"output {error:.2e}, worst gradient {errors[worst]:.2e} ({worst})")
-    assert error <= 1e-5
-    assert errors[worst] <= 1e-4
+    assert error <= 1e-5 and errors[worst] <= 1e-4
 
 
 @pytest.mark.parametrize("side, tokens", [(16, 77), (8, 5), (12, 154)])
 def test_small_unet_equals_diffusers(side, tokens):
-    check(*run_both(TINY, side, 3, tokens), count=326)
+    assert_equal(*run_both(TINY, side, 3, tokens), count=326)
 
 
 OTHER_SIZES = [
@@ -78,25 +78,25 @@ OTHER_SIZES = [
 @pytest.mark.parametrize("side, sizes", OTHER_SIZES)
 def test_other_widths_and_depths_equal_diffusers(side, sizes):
     expected, result = run_both(UNetConfig(**sizes), side, 2)
-    check(expected, result, count=len(expected[1]))
+    assert_equal(expected, result, count=len(expected[1]))
 
 
 def test_full_size_unet_equals_diffusers(whole_machine):
-    check(*run_both(UNetConfig.sd15(), 16, 1), count=686)
+    assert_equal(*run_both(UNetConfig.sd15(), 16, 1), count=686)
 
 
 def test_recomputation_changes_no_gradient():
     torch.manual_seed(0)
     unet = UNet(TINY)
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 77, 24)
-    gradients = []
+    gradients_by_level = []
     for level in ("none", "ff", "block"):
         unet.checkpointing = level
         unet.zero_grad()
         unet(x, t, context).square().mean().backward()
-        gradients.append({name: g.clone() for name, g in diffusers_state_dict(unet, grad=True).items()})
-    for other in gradients[1:]:
-        assert all(torch.equal(gradients[0][name], other[name]) for name in gradients[0])
+        gradients_by_level.append({name: g.clone() for name, g in diffusers_state_dict(unet, grad=True).items()})
+    first, *others = gradients_by_level
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
 def test_workload_table_equals_the_unets_operations():
@@ -122,16 +122,16 @@ def test_names_of_sd15():
 
 def test_nothing_is_copied_from_weights_that_do_not_fit():
     unet = UNet(TINY)
-    good = {name: torch.zeros_like(tensor) for name, tensor in diffusers_state_dict(unet).items()}
+    weights = {name: torch.zeros_like(tensor) for name, tensor in diffusers_state_dict(unet).items()}
     before = {name: tensor.clone() for name, tensor in diffusers_state_dict(unet).items()}
     name = "mid_block.attentions.0.proj_in.weight"
-    for bad, code, fields in [
-        ({k: v for k, v in good.items() if k != name}, "weights-names", {"kind": "missing", "name": name}),
-        ({**good, "extra.weight": torch.zeros(1)}, "weights-names", {"kind": "unexpected", "name": "extra.weight"}),
-        ({**good, name: torch.zeros(2, 2)}, "weights-shape", {"shape": (2, 2)}),
+    for bad_weights, code, fields in [
+        ({k: v for k, v in weights.items() if k != name}, "weights-names", {"kind": "missing", "name": name}),
+        ({**weights, "extra.weight": torch.zeros(1)}, "weights-names", {"kind": "unexpected", "name": "extra.weight"}),
+        ({**weights, name: torch.zeros(2, 2)}, "weights-shape", {"shape": (2, 2)}),
     ]:
         with refused(code, **fields):
-            load_diffusers_unet(unet, bad)
+            load_diffusers_unet(unet, bad_weights)
     assert all(torch.equal(tensor, before[k]) for k, tensor in diffusers_state_dict(unet).items())
 
 

@@ -1,4 +1,4 @@
-"""The VAE: our encoder compared with diffusers' on every table; hash, precision, memory; and its benchmark."""
+"""Compare our VAE encoder with diffusers' on every table, and test its hash, precision, memory use and benchmark."""
 
 import copy
 import hashlib
@@ -21,7 +21,7 @@ from fastsd_kernels import workload as w
 
 
 def norm_like_the_kernel(x, weight, bias, groups, eps, *, silu=False, shift_BC=None):
-    """Normalise in fp32 whatever the dtypes; only the result is rounded."""
+    """Normalise in fp32, whatever the dtypes are. Only the result is rounded."""
     shift = 0 if shift_BC is None else shift_BC[:, :, None, None]
     return REFERENCE.group_norm(x.float() + shift, weight.float(), bias.float(), groups, eps, silu=silu).to(x.dtype)
 
@@ -30,7 +30,7 @@ def norm_like_the_kernel(x, weight, bias, groups, eps, *, silu=False, shift_BC=N
 DEFERRED = replace(REFERENCE, name="triton", group_norm=norm_like_the_kernel)
 # The settings of SDXL's config that differ from SD1.5's. The layers are the same.
 SDXL = {"scaling_factor": 0.13025, "force_upcast": True, "sample_size": 1024}
-KINDS = {
+SETTINGS = {
     "attention": {},
     "no quant_conv": {"use_quant_conv": False},
     "no attention": {"mid_block_add_attention": False},
@@ -42,7 +42,7 @@ KINDS = {
 
 
 def build(**settings):
-    """Return diffusers' AutoencoderKL with SD1.5's config and `settings`; all weights are random, also of norms and biases."""
+    """Return diffusers' AutoencoderKL with SD1.5's config and `settings`. All weights are random, even norms and biases."""
     from diffusers import AutoencoderKL
 
     levels = len(settings.get("block_out_channels", SD15_VAE["block_out_channels"]))
@@ -63,8 +63,8 @@ def pictures(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def moments(module, images):
-    """Return diffusers' (mean, logvar)."""
+def diffusers_moments(module, images):
+    """Return the mean and the log variance that diffusers computes."""
     posterior = module.encode(images).latent_dist
     return posterior.mean, posterior.logvar
 
@@ -90,7 +90,7 @@ def test_full_width_equals_diffusers(full, config, shape):
     module = copy.deepcopy(full)
     module.register_to_config(**config)
     images = pictures(*shape)
-    truth = moments(full, images)
+    truth = diffusers_moments(full, images)
     vae = Vae(module, "full")
     with torch.inference_mode():
         mean, logvar = vae.moments(images)
@@ -100,35 +100,35 @@ def test_full_width_equals_diffusers(full, config, shape):
 
 
 @pytest.mark.parametrize(
-    "kind, ops",
-    [*((kind, ops) for kind in KINDS for ops in (REFERENCE, DEFERRED)), ("four levels", TRITON)],
+    "name, ops",
+    [*((name, ops) for name in SETTINGS for ops in (REFERENCE, DEFERRED)), ("four levels", TRITON)],
     ids=lambda value: value if isinstance(value, str) else {id(DEFERRED): "deferred"}.get(id(value), value.name),
 )
-def test_every_config_on_every_table_equals_diffusers(kind, ops):
-    module = small(**KINDS[kind])
+def test_every_config_on_every_table_equals_diffusers(name, ops):
+    module = small(**SETTINGS[name])
     images = pictures(*((1, 3, 8, 16) if ops is TRITON else (3, 3, 24, 40)))  # kernels are interpreted
-    truth = moments(module, images)
-    assert_close(Vae(copy.deepcopy(module), kind, ops).moments(images), truth)
+    truth = diffusers_moments(module, images)
+    assert_close(Vae(copy.deepcopy(module), name, ops).moments(images), truth)
     half = module.to(torch.bfloat16)
-    expected = moments(half, images.bfloat16())
-    for ours, baseline, exact in zip(Vae(half, kind, ops).moments(images), expected, truth, strict=True):
+    expected = diffusers_moments(half, images.bfloat16())
+    for ours, baseline, exact in zip(Vae(half, name, ops).moments(images), expected, truth, strict=True):
         assert ours.dtype == torch.float32
         assert error(ours, exact) <= 2 * error(baseline, exact)
 
 
 def test_bf16_at_full_width_is_as_close_as_diffusers(full):
     images = pictures(1, 3, 32, 32)
-    truth = moments(full, images)[0]
+    truth = diffusers_moments(full, images)[0]
     half = copy.deepcopy(full).to(torch.bfloat16)
-    baseline = moments(half, images.bfloat16())[0]
+    baseline = diffusers_moments(half, images.bfloat16())[0]
     assert error(Vae(half, "full").encode(images), truth) <= 2 * error(baseline, truth)
 
 
 def test_norms_of_large_images_stay_exact():
-    """Plain fp32 sums over all positions exceed this bound."""
+    """If fp32 sums ran over all positions one by one, the error would exceed this bound."""
     module = small(block_out_channels=[8], layers_per_block=1, mid_block_add_attention=False)
     images = pictures(1, 3, 512, 520) + 2
-    truth = moments(copy.deepcopy(module).double(), images.double())
+    truth = diffusers_moments(copy.deepcopy(module).double(), images.double())
     assert_close(Vae(module, "large").moments(images), truth, 2e-6)
 
 
@@ -138,7 +138,7 @@ def test_logvar_is_clamped_as_in_diffusers():
     images = pictures(2, 3, 16, 16)
     logvar = Vae(copy.deepcopy(module), "wild").moments(images)[1]
     assert (logvar.min(), logvar.max()) == LOGVAR_BOUNDS
-    assert_close([logvar], [moments(module, images)[1]])
+    assert_close([logvar], [diffusers_moments(module, images)[1]])
 
 
 def test_images_in_any_layout_and_dtype():
@@ -197,13 +197,13 @@ def test_encodes_in_fp32_without_changing_the_precision():
     vae = Vae(module, "half").to("cpu", torch.bfloat16)
     exact = copy.deepcopy(module).float()
     latents = vae.encode_fp32(images)
-    assert_close([latents], [moments(exact, images)[0]])
+    assert_close([latents], [diffusers_moments(exact, images)[0]])
     assert vae.dtype == torch.bfloat16 and error(vae.encode(images), latents) > 1e-4
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in vae.module.encoder.parameters() if p.ndim == 4)
 
 
 def test_memory_is_three_images_of_the_widest_level():
-    """These are both terms of a sum and the output of a convolution. diffusers' encoder needs five."""
+    """The three are both terms of a sum and the output of a convolution. diffusers' encoder needs five."""
     module, images = small(layers_per_block=2, mid_block_add_attention=False), pictures(2, 3, 64, 64)
     image_bytes = 2 * 8 * 64 * 64 * 4
     vae = Vae(copy.deepcopy(module), "memory")
@@ -216,7 +216,6 @@ def test_memory_is_three_images_of_the_widest_level():
 
 
 def test_workload_table_has_every_norm_of_the_encoder():
-    """The encoder runs on the meta device with a table that counts its calls."""
     from diffusers import AutoencoderKL
 
     calls = Counter()
@@ -243,15 +242,15 @@ def test_goals_of_the_encoder():
     def met(*records):
         return {verdict.goal: verdict.met for verdict in vae_bench.vae_verdicts(records)}
 
-    over, share = "VAE bf16, encoding over diffusers", "VAE bf16, share of a matmul's rate"
-    assert met() == {over.replace("bf16", "fp32"): None, over: None, share: None}
+    gain, share = "VAE bf16, encoding over diffusers", "VAE bf16, share of a matmul's rate"
+    assert met() == {gain.replace("bf16", "fp32"): None, gain: None, share: None}
     baseline = record(implementation="diffusers", times=2.1, kind="batch 8, 512 px")
-    assert (met(record(), baseline)[over], met(record(), baseline)[share]) == (True, True)
-    assert met(record(), baseline, record(implementation="diffusers", times=1.9, kind="batch 1, 512 px"))[over] is False
+    assert (met(record(), baseline)[gain], met(record(), baseline)[share]) == (True, True)
+    assert met(record(), baseline, record(implementation="diffusers", times=1.9, kind="batch 1, 512 px"))[gain] is False
     assert met(record(share_of_matmul=0.3), baseline)[share] is False
-    assert met(record(small=True), {**baseline, "small": True})[over] is None
+    assert met(record(small=True), {**baseline, "small": True})[gain] is None
     # On a CPU it must not be slower, and no share is required.
-    assert met(record(gpu=False), {**baseline, "gpu": False, "times": 1.1}) == {over.replace("bf16", "fp32"): None, over: True}
+    assert met(record(gpu=False), {**baseline, "gpu": False, "times": 1.1}) == {gain.replace("bf16", "fp32"): None, gain: True}
 
 
 def test_small_benchmark_within_a_gpu_visit(tmp_path, monkeypatch, capsys):

@@ -38,8 +38,7 @@ from fastsd.model.formats.write import DTYPE
 from fastsd.storage import TEMPORARY, TensorFile, check_finite, new_file, write_safetensors
 
 PEFT_CONFIG = "lora_adapter_metadata"  # diffusers' header key for peft's config
-# Our header key in files with kohya's names. Its value is what `_restore_record` needs to restore the original header.
-RECORD = "fastsd_peft"
+RECORD = "fastsd_peft"  # our header key in files with kohya's names, for the data that `_restore_record` reads
 _WEIGHTS_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # written by diffusers and by peft
 _CLASSIC_TEXT, _SHORT_TEXT = "text_encoder.text_model.", "text_encoder."  # prefixes of text layers; short in transformers 5
 _KERNEL_SIDES = {  # a convolution's last name -> the side of its kernel
@@ -75,7 +74,7 @@ def read_lora(path: Path) -> LoraFile:
     """Read a LoRA with any names from a .safetensors file, or from a folder written by diffusers or peft.
 
     Raises:
-        UserError: the file does not exist or is not a plain LoRA for SD1.5; or half a pair is missing, a shape or a rank does
+        UserError: the file does not exist or is not a plain LoRA for SD1.5; or down or up is missing, a shape or a rank does
             not fit, or a number is not finite.
     """
     path = _weights_file(path)
@@ -96,7 +95,7 @@ def read_lora(path: Path) -> LoraFile:
     ranks = {module: _checked_rank(path, module, tensors) for module in modules}
 
     metadata = {key: value for key, value in file.metadata.items() if key != "format"}
-    has_short_names = any(_is_short_text_name(name) for name in parsed)
+    has_short_names = any(name.startswith(_SHORT_TEXT) and not name.startswith(_CLASSIC_TEXT) for name in parsed)
     lora = LoraFile(tensors, ranks | stored_alphas, metadata, kind, has_short_names)
     if kind == "kohya":
         return _restore_record(lora)
@@ -155,10 +154,6 @@ def _parse_names(path: Path, names: Iterable[str]) -> tuple[str, dict[str, tuple
             raise UserError("lora-name-twice", f"{path}: {name} duplicates a tensor under another name; remove one of them")
         parsed[name] = module_and_role
     return next(iter(kinds)), parsed
-
-
-def _is_short_text_name(name: str) -> bool:
-    return name.startswith(_SHORT_TEXT) and not name.startswith(_CLASSIC_TEXT)
 
 
 def _checked_alpha(path: Path, name: str, tensor: Tensor) -> float:

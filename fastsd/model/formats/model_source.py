@@ -107,9 +107,8 @@ def open_source(
             "tokenizer-folder", f"--tokenizer is {tokenizer!r}, which has no vocab.json and merges.txt; give a folder with both"
         )
     if "text_encoder" not in components and folder is not None and (folder.parent / "text_encoder" / "config.json").is_file():
-        components["text_encoder"] = check_component(
-            "text_encoder", read_component(folder.parent, "text_encoder", notes), notes
-        )
+        text_encoder = read_component(folder.parent, "text_encoder", notes)
+        components["text_encoder"] = check_component("text_encoder", text_encoder, notes)
 
     if file and (ignored := single_file_layout.ignored(file.tensors)):
         notes.append(f"{base.name}: ignored {', '.join(ignored)}")

@@ -37,7 +37,7 @@ class StageSummary(_SummaryTable):
 
 
 class Loss(_SummaryTable):
-    """First and last measured loss of a set of images with one kind of weights; `se` is the standard error of the last."""
+    """The first and the last loss of a set of images with one kind of weights. `se` is the standard error of the last one."""
 
     set: str
     weights: str

@@ -134,13 +134,12 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
             layers = 0
             continue
         if layers == 0:
-            conv2 = f"{block}.0.out_layers.3.weight"
-            if conv2 not in state:
+            name = f"{block}.0.out_layers.3.weight"
+            if name not in state:
                 raise UserError(
-                    "single-file-tensor-missing",
-                    f"{path}: {PREFIX['unet']}{conv2} is missing; give a complete SD1.5 model file",
+                    "single-file-tensor-missing", f"{path}: {PREFIX['unet']}{name} is missing; give a complete SD1.5 model file"
                 )
-            widths.append(state[conv2].shape[0])
+            widths.append(state[name].shape[0])
             attention.append(f"{block}.1.proj_in.weight" in state)
         layers += 1
 

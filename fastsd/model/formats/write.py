@@ -97,7 +97,7 @@ def write_component(
 
 
 def _shards(tensors: Tensors, limit: int, dtype: torch.dtype | None) -> list[Tensors]:
-    """Divide tensors into shards of at most `limit` bytes. A larger tensor has a shard of its own; 0 means no limit."""
+    """Divide tensors into shards of at most `limit` bytes (0 = no limit). A larger tensor gets a shard of its own."""
     shards, filled = [dict[str, Any]()], 0
     for name, tensor in tensors.items():
         if limit and filled and filled + _size(tensor, dtype) > limit:

@@ -21,8 +21,8 @@ UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.saf
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """An undamaged model, as a folder and as a file of the original layout."""
+def undamaged(tmp_path_factory):
+    """A model without damage, as a folder and as a file in the original layout."""
     folder = tmp_path_factory.mktemp("bad") / "m"
     make_tiny_model(folder, UNetConfig(block_out_channels=(32, 64), attention=(True, False), cross_attention_dim=64))
     convert(str(folder), folder.parent / "m.safetensors", reporter=lambda line: None)
@@ -70,7 +70,7 @@ def text(name, content):
 
 
 def data(content, name="in.safetensors"):
-    """A file with these bytes, or with the result of `content(bytes of a good file)`."""
+    """Return a writer of a file with the bytes `content`, or with `content` of the bytes of an undamaged file."""
 
     def make(folder, file, place):
         (place / name).write_bytes(content(file.read_bytes()) if callable(content) else content)
@@ -115,7 +115,7 @@ def pickled_component(folder, file, place):
 
 
 def index(weight_map):
-    """A folder with an index of the UNet's weights. A callable `weight_map` returns one file name for all tensors."""
+    """Return a writer of a folder with an index of the UNet's weights. A callable `weight_map` returns every tensor's file."""
 
     def make(folder, file, place):
         shutil.copytree(folder, place / "in")
@@ -141,6 +141,7 @@ def put(name, value):
 SHARD = "diffusion_pytorch_model-00001-of-00001.safetensors"
 PREFIX, NORM = "model.diffusion_model.", "text_model.final_layer_norm.bias"
 ORIGINAL, CURRENT = f"{PREFIX}input_blocks.1.0.in_layers.2.weight", "down_blocks.0.resnets.0.conv1.weight"
+CONV_IN, OTHER_DTYPE = "conv_in.weight", LINES["other-dtype"].format(dtype="torch.float16")
 SYSTEM = f"{os.system.__module__}.system"
 FLAT = put(f"{PREFIX}out.2.weight", torch.ones(3))
 ones = torch.ones
@@ -155,18 +156,14 @@ def case(make, code, /, **fields):
 BAD = {
     "missing": case(tensors(lambda s: s.pop("conv_in.bias")), "weights-names", kind="missing", name="conv_in.bias"),
     "extra": case(tensors(put("conv_in.extra", ones(1))), "weights-names", kind="unexpected", name="conv_in.extra"),
-    "shape": case(
-        tensors(put("conv_in.weight", ones(32, 9, 3, 3))), "weights-shape", name="conv_in.weight", shape=(32, 9, 3, 3)
-    ),
+    "shape": case(tensors(put(CONV_IN, ones(32, 9, 3, 3))), "weights-shape", name=CONV_IN, shape=(32, 9, 3, 3)),
     "missing in a file": case(in_file(lambda s: s.pop(ORIGINAL)), "weights-names", kind="missing", name=CURRENT),
     "extra in a file": case(in_file(put(f"{PREFIX}x.y", ones(1))), "weights-names", kind="unexpected", name="x.y"),
     "shape in a file": case(in_file(put(ORIGINAL, ones(3))), "weights-shape", shape=(3,)),
     "flat": case(in_file(FLAT, {}), "weights-shape", shape=(3,)),
-    "NaN": case(tensors(lambda s: s["conv_in.weight"].view(-1)[7].fill_(float("nan"))), "not-finite", count=1, total=1152),
+    "NaN": case(tensors(lambda s: s[CONV_IN].view(-1)[7].fill_(float("nan"))), "not-finite", count=1, total=1152),
     "infinite": case(tensors(put(NORM, ones(64) / 0), TEXT), "not-finite", count=64, total=64),
-    "too large for fp16": case(
-        tensors(lambda s: s["conv_in.bias"].fill_(1e6)), "not-finite", advice=LINES["other-dtype"].format(dtype="torch.float16")
-    ),
+    "too large for fp16": case(tensors(lambda s: s["conv_in.bias"].fill_(1e6)), "not-finite", advice=OTHER_DTYPE),
     "SD2 folder": case(setting("unet/config.json", attention_head_dim=[5, 10, 20, 20]), "sd2-unet"),
     "SD2 linear": case(setting("unet/config.json", use_linear_projection=True), "other-unet", key="use_linear_projection"),
     "SD2 file": case(in_file(rename("stage_model.transformer.", "stage_model.model.")), "other-family", other_family="an SD2"),
@@ -209,14 +206,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_broken_models_are_refused_in_one_line(case, good, tmp_path, monkeypatch):
+def test_broken_models_are_refused_in_one_line(case, undamaged, tmp_path, monkeypatch):
     make, code, fields = BAD[case]
     header_line = fields.pop("error", None)
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
-    path = make(*good, tmp_path / "in")
-    options = ConvertOptions(dtype="fp16" if "fp16" in case else "", tokenizer=str(good[0]))
+    path = make(*undamaged, tmp_path / "in")
+    options = ConvertOptions(dtype="fp16" if "fp16" in case else "", tokenizer=str(undamaged[0]))
     for out in ("m.safetensors", "m"):
         with refused(code, **fields) as error:
             convert(str(path), tmp_path / "out" / out, options=options, reporter=lambda line: None)
@@ -226,20 +223,19 @@ def test_broken_models_are_refused_in_one_line(case, good, tmp_path, monkeypatch
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_lora_is_not_converted_to_a_model(good, tmp_path):
-    path = in_file(lambda s: {"lora_unet_x.lora_down.weight": torch.ones(1)})(*good, tmp_path)
-    for out, name in (("m.safetensors", "lora-unknown-name"), ("m", "other-family")):
-        with refused(name) as error:
-            convert(
-                str(path), tmp_path / "out" / out, options=ConvertOptions(tokenizer=str(good[0])), reporter=lambda line: None
-            )
+def test_a_lora_is_not_converted_to_a_model(undamaged, tmp_path):
+    path = in_file(lambda state: {"lora_unet_x.lora_down.weight": torch.ones(1)})(*undamaged, tmp_path)
+    options = ConvertOptions(tokenizer=str(undamaged[0]))
+    for out, code in (("m.safetensors", "lora-unknown-name"), ("m", "other-family")):
+        with refused(code) as error:
+            convert(str(path), tmp_path / "out" / out, options=options, reporter=lambda line: None)
         assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_refuses_unusable_output_and_options(good, tmp_path):
-    folder, file = good
-    for words, name, fields in (
+def test_refuses_unusable_output_and_options(undamaged, tmp_path):
+    folder, file = undamaged
+    for words, code, fields in (
         ([folder, file], "convert-out-exists", {"kind": "file"}),
         ([file, folder], "convert-out-exists", {"kind": "folder"}),
         ([folder, tmp_path / "x", "--to", "single-file"], "convert-ending", {"to": "single-file"}),
@@ -251,6 +247,6 @@ def test_refuses_unusable_output_and_options(good, tmp_path):
     ):
         result = CliRunner().invoke(app, ["convert", *map(str, words)])
         assert isinstance(result.exception, UserError), (words, result.output, result.exception)
-        assert result.exception.code == name and says(str(result.exception), name, **fields)
+        assert result.exception.code == code and says(str(result.exception), code, **fields)
         assert "\n" not in str(result.exception)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Loading models from folders, single files and hub ids; our folders in diffusers; refused models."""
+"""Load models from folders, single files and hub ids, load our folders in diffusers, and refuse unusable models."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from model_files import edit_json, single_file, spoil
 from sentences import refused
 from tiny import make_tiny_model, tiny_vae
 
-from fastsd.config.schema import ModelTable
+from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.model.formats.load import load_model, load_vae
 from fastsd.model.unet import UNetConfig
 from fastsd.model.weights import diffusers_state_dict
@@ -16,17 +16,14 @@ from fastsd.storage import read_safetensors
 
 
 def state_dicts(model):
-    return {
-        "unet": diffusers_state_dict(model.unet),
-        "text": model.text.module.state_dict(),
-        "vae": model.vae.module.state_dict(),
-    }
+    modules = {"text": model.text.module, "vae": model.vae.module}
+    return {"unet": diffusers_state_dict(model.unet), **{name: module.state_dict() for name, module in modules.items()}}
 
 
-def assert_same(a, b):
-    for component in a:
-        assert a[component].keys() == b[component].keys()
-        assert all(torch.equal(a[component][name], b[component][name]) for name in a[component]), component
+def assert_same(states, others):
+    for component, state in states.items():
+        assert state.keys() == others[component].keys()
+        assert all(torch.equal(tensor, others[component][name]) for name, tensor in state.items()), component
 
 
 def test_folder_round_trip(tmp_path):
@@ -42,7 +39,6 @@ def test_folder_round_trip(tmp_path):
 def test_diffusers_loads_our_folder_and_draws_the_same_image(tiny_model):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from fastsd.config.schema import SampleTable
     from fastsd.sampling.generate import generate
     from fastsd_kernels import noise
 
@@ -95,15 +91,15 @@ def only_pickles(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
 
 
-def cut(folder):
+def cut_unet(folder):
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
 predict_samples = edit_json("scheduler/scheduler_config.json", prediction_type="sample")
-BAD = [
+BAD = [  # change of a folder, code and fields of the error
     (only_pickles, "only-pickled-weights", {}),
-    (cut, "safetensors-unreadable", {}),
+    (cut_unet, "safetensors-unreadable", {}),
     (lambda f: shutil.rmtree(f / "unet"), "component-missing", {"component": "unet"}),
     (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "no-weights", {}),
     (lambda f: (f / "unet" / "config.json").write_text("{"), "json-unreadable", {}),

@@ -1,4 +1,4 @@
-"""LoRA files with kohya's, diffusers' and peft's names; our files in other tools; refused files."""
+"""Read, write and convert LoRA files with the names of every tool, use ours in other tools, and refuse unusable ones."""
 
 import json
 
@@ -25,7 +25,7 @@ from fastsd_kernels import noise
 
 @pytest.fixture(scope="module")
 def modules():
-    """Names in diffusers and transformers of all linear layers and convolutions in SD1.5's UNet and text encoder."""
+    """The names of all linear layers and convolutions in SD1.5's UNet and text encoder, as in diffusers and transformers."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -50,10 +50,10 @@ def test_every_module_has_kohyas_name_and_diffusers_reads_it(modules):
     current = state_dict_utils.convert_unet_state_dict_to_peft(unet) | text
     assert len(current) == 2 * len(modules)
     assert all(name.rpartition(".lora_")[0] == module for name, module in current.items())
-    # Our reader accepts these names: those of current and older diffusers, and peft's.
+    # Our reader accepts the names of current and older diffusers, and those of peft.
     for name, module in {**older, **current}.items():
-        key = module, "A" if ".down." in name or ".lora_A." in name else "B"
-        assert parse_name(name) == parse_name(f"base_model.model.{name.partition('.')[2]}") == key
+        role = "A" if ".down." in name or ".lora_A." in name else "B"
+        assert parse_name(name) == parse_name(f"base_model.model.{name.partition('.')[2]}") == (module, role)
 
 
 def test_kohya_names_from_the_original_layout_are_read(modules):
@@ -63,15 +63,14 @@ def test_kohya_names_from_the_original_layout_are_read(modules):
         name = originals[f"{module}.weight"].removesuffix(".weight").replace(".", "_")
         assert kohya_module(f"lora_unet_{name}") == f"unet.{module}"
     attention = "transformer_blocks_0_attn1_to_q"
-    assert kohya_module(f"lora_unet_input_blocks_4_1_{attention}") == kohya_module(
-        f"lora_unet_down_blocks_1_attentions_0_{attention}"
-    )
+    module = kohya_module(f"lora_unet_down_blocks_1_attentions_0_{attention}")
+    assert kohya_module(f"lora_unet_input_blocks_4_1_{attention}") == module
     assert kohya_module("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1") is None
 
 
 @pytest.fixture(scope="module")
 def adapted(tiny_model, tmp_path_factory):
-    """(The tiny model with adapters of every kind and alpha other than rank; a folder with them under both kinds of names)."""
+    """The tiny model with adapters of every kind, and a folder with two files of them: kohya.safetensors, peft.safetensors."""
     model, folder = load_model(ModelTable(base=str(tiny_model))), tmp_path_factory.mktemp("lora")
     add_lora(model, BOTH, 0)
     move(model)
@@ -119,9 +118,8 @@ def test_peft_computes_the_same_output(adapted, tiny_model, component):
 
     model, folder = adapted
     file = TensorFile(folder / "peft.safetensors")
-    config = {
-        k.partition(".")[2]: v for k, v in json.loads(file.metadata[PEFT_CONFIG]).items() if k.startswith(f"{component}.")
-    }
+    settings = json.loads(file.metadata[PEFT_CONFIG])
+    config = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{component}.")}
     other = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}[component].from_pretrained(tiny_model / component)
     prefix = "unet." if component == "unet" else "text_encoder.text_model."
     inject_adapter_in_model(LoraConfig(**config), other)
@@ -138,8 +136,7 @@ def test_peft_computes_the_same_output(adapted, tiny_model, component):
 
 def test_round_trip_gives_the_same_bytes(adapted, tmp_path):
     _, folder = adapted
-    notes = convert_lora(folder / "peft.safetensors", tmp_path / "kohya.safetensors", "lora-kohya")
-    (note,) = notes
+    (note,) = convert_lora(folder / "peft.safetensors", tmp_path / "kohya.safetensors", "lora-kohya")
     assert says(note, "lora-described", kind="diffusers", ranks="2, 3", alphas="4.5", dtypes="float32")
     convert_lora(tmp_path / "kohya.safetensors", tmp_path / "peft.safetensors", "lora-peft")
     convert_lora(folder / "kohya.safetensors", tmp_path / "from-kohya.safetensors", "lora-peft")
@@ -149,19 +146,19 @@ def test_round_trip_gives_the_same_bytes(adapted, tmp_path):
 
 @pytest.mark.parametrize("config", [True, False], ids=["with a config", "with none"])
 def test_round_trip_keeps_a_file_of_diffusers(adapted, tmp_path, config):
-    """Text layers named as in transformers 5, in the order of the safetensors library, with and without peft's config."""
+    """The file has the names of transformers 5, the order of the safetensors library, and peft's config or none."""
     lora = read_lora(adapted[1] / "peft.safetensors")
     state = {name.replace("text_model.", ""): tensor for name, tensor in lora.tensors.items()}
     text = json.dumps(json.loads(lora.metadata[PEFT_CONFIG]), indent=2)
     save_file(state, tmp_path / "peft.safetensors", {"format": "pt", **({PEFT_CONFIG: text} if config else {})})
     convert_lora(tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors", "lora-kohya")
     convert_lora(tmp_path / "kohya.safetensors", tmp_path / "back.safetensors", "lora-peft")
-    (first, data), (last, data_back) = (header_and_data(tmp_path / f"{name}.safetensors") for name in ("peft", "back"))
-    assert first == last and data == data_back
+    original, converted = (header_and_data(tmp_path / f"{name}.safetensors") for name in ("peft", "back"))
+    assert original == converted
 
 
 def header_and_data(path):
-    """Return the header as a dict, because the library writes its entries in random order, and the other bytes of a file."""
+    """Return a file's header as a dict, because the library writes its entries in random order, and the file's other bytes."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
@@ -177,7 +174,7 @@ ALPHAS = {TO_Q: 4.0, TO_K: 1.0, CONV: 4.3, PROJ: 4.0, FC1: 16.0}
 
 
 def mixed(dtype: torch.dtype = torch.float32) -> LoraFile:
-    """Adapters with ranks and alphas that differ by module."""
+    """Return adapters with ranks and alphas that differ by module."""
     torch.manual_seed(0)
     pairs = {module: zip("AB", shapes, strict=True) for module, shapes in SHAPES.items()}
     tensors = {f"{m}.lora_{letter}.weight": torch.randn(shape).to(dtype) for m, pair in pairs.items() for letter, shape in pair}
@@ -266,15 +263,15 @@ def test_reads_files_of_other_tools(tmp_path):
 
 
 def kohya(**changes: torch.Tensor | None):
-    """A writer of a file with kohya's names and changed tensors `<module>__<down, up or alpha>`; None removes one."""
-    stems = {"k": kohya_name(TO_K), "conv": kohya_name(CONV), "proj": kohya_name(PROJ), "again": SAME_AS_K}
+    """Return a writer of a file with kohya's names and changed tensors `<module>__<down, up or alpha>`. None removes one."""
+    kohya_names = {"k": kohya_name(TO_K), "conv": kohya_name(CONV), "proj": kohya_name(PROJ), "again": SAME_AS_K}
 
     def make(path):
         write_kohya(path, mixed())
         state = read_safetensors(path)
         for name, tensor in changes.items():
             module, leaf = name.split("__")
-            state[f"{stems[module]}.{ {'down': 'lora_down.weight', 'up': 'lora_up.weight'}.get(leaf, leaf) }"] = tensor
+            state[f"{kohya_names[module]}.{ {'down': 'lora_down.weight', 'up': 'lora_up.weight'}.get(leaf, leaf) }"] = tensor
         save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
 
     return make
@@ -293,7 +290,7 @@ def only(*names: str):
 
 
 def peft(change):
-    """A writer of a file with diffusers' names; `change` edits peft's config in place or returns its text."""
+    """Return a writer of a file with diffusers' names. `change` edits peft's config in place, or returns its text."""
 
     def make(path):
         lora = mixed()
@@ -326,9 +323,7 @@ BROKEN = {
     "LoKr": case(renamed("lora_up.weight", "lokr_w1"), UNSUPPORTED, unsupported="LoKr weights"),
     "OFT": case(renamed("lora_up.weight", "oft_blocks"), UNSUPPORTED, unsupported="OFT weights"),
     "DoRA": case(kohya(k__dora_scale=ones(8, 1)), UNSUPPORTED, unsupported="DoRA weights"),
-    "LoCon": case(
-        renamed("conv2.lora_up.weight", "conv2.lora_mid.weight"), UNSUPPORTED, unsupported="Tucker-decomposed weights"
-    ),
+    "LoCon": case(renamed("conv2.lora_up", "conv2.lora_mid"), UNSUPPORTED, unsupported="Tucker-decomposed weights"),
     "ControlNet": case(only("lora_controlnet"), UNSUPPORTED, unsupported="ControlNet weights"),
     "a model": case(only("model.diffusion_model.out.2.weight"), UNSUPPORTED, unsupported="weights of a full model"),
     "a VAE": case(only("encoder.conv_in.weight"), "lora-unknown-name", name="encoder.conv_in.weight"),
