@@ -4,8 +4,8 @@
         state.safetensors  state.json    the optimizer state and the progress of the run
         manifest.json                    sha256 of every file, written last
 
-A checkpoint is written to a temporary folder, flushed and renamed, so it exists either completely or not at all. Unchanged
-files are hard links to the previous checkpoint. Old checkpoints are deleted only after a new one is committed.
+A checkpoint is written to a temporary folder, flushed and renamed, so it exists either completely or not at all. Files
+that have not changed are hard links to the previous checkpoint. Old checkpoints are deleted only after a new one is committed.
 """
 
 from __future__ import annotations
@@ -37,28 +37,24 @@ from fastsd.storage import (
 )
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "state.safetensors"
-TRAINING_FILES = (STATE, TENSORS, ADAPTERS, MADE_BY)  # files of a checkpoint that do not belong to the base model
-STATE_KEYS = {"micro_batch_size": "micro", "micro_batch_setting": "micro_asked"}  # fields with another key in state.json
+TRAINING_FILES = (STATE, TENSORS, ADAPTERS, MADE_BY)  # files of a checkpoint that a base model does not have
+STATE_KEYS = {"micro_batch_size": "micro", "micro_batch_setting": "micro_asked"}  # fields whose key in state.json differs
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """Progress of a run: the stage's index, steps done in it, steps and images done in total, images at the stage's start.
+    """The progress of a run in its current stage and in total."""
 
-    `micro_batch_size` is that of this stage, found for `micro_batch_setting` or reduced when memory ran out. `seconds` is the
-    time the stage has run. `carried` counts the steps of earlier stages that passed on their optimizer state and EMA.
-    """
-
-    stage: int = 0
-    stage_step: int = 0
-    step: int = 0
-    images: int = 0
-    stage_images: int = 0
+    stage: int = 0  # index of the current stage
+    stage_step: int = 0  # steps done in the stage
+    step: int = 0  # steps done in the run
+    images: int = 0  # images trained on in the run
+    stage_images: int = 0  # the value of `images` at the stage's start
     stage_done: bool = False
-    micro_batch_size: int = 0
-    micro_batch_setting: int | str = 0
-    seconds: float = 0.0
-    carried: int = 0
+    micro_batch_size: int = 0  # images per forward: chosen for `micro_batch_setting`, or reduced when memory ran out
+    micro_batch_setting: int | str = 0  # `micro_batch` in the config
+    seconds: float = 0.0  # time that the stage has run
+    carried: int = 0  # steps of earlier stages that passed on their optimizer state and EMA
 
 
 def name_of(step: int) -> str:
@@ -84,28 +80,29 @@ def save(
     Args:
         folder: RUN/checkpoints.
         weights: component name -> function that returns its exact fp32 weights by parameter name.
-        changed: components that differ from the previous checkpoint; the files of the others are linked from it.
-        state: all other tensors (optimizer state, EMA weights, smoothed loss).
+        changed: components that differ from the previous checkpoint. The others become hard links to its files.
+        state: all other tensors: optimizer state, EMA weights and smoothed loss.
         adapters: component name -> its exact adapters by parameter name, if the model has adapters.
 
     Raises:
-        OSError: the disk is full or the folder is not writable; earlier checkpoints stay intact.
+        OSError: the disk is full or the folder is not writable. Earlier checkpoints stay intact.
     """
     folder.mkdir(parents=True, exist_ok=True)
     earlier = checkpoints(folder)
-    last = _manifest(earlier[-1]) if earlier else None
+    earlier_manifest = _read_manifest(earlier[-1]) if earlier else None
     target = folder / name_of(progress.step)
     with new_folder(target) as new:
         manifest: dict[str, str] = {}
         for component in weights:
-            if last and component not in changed:
-                manifest.update(_link(last, earlier[-1], new, {name for name in last if name.startswith(f"{component}/")}))
+            if earlier_manifest and component not in changed:
+                component_files = {name for name in earlier_manifest if name.startswith(f"{component}/")}
+                manifest.update(_link(earlier_manifest, earlier[-1], new, component_files))
             else:
                 state_dict = component_state_dict(model, component, weights[component]())
                 manifest.update(write_component(new, model, component, state_dict))
-        if last:
-            other = {name for name in last if name.split("/")[0] not in (*weights, *TRAINING_FILES)}
-            manifest.update(_link(last, earlier[-1], new, other))
+        if earlier_manifest:
+            other_files = {name for name in earlier_manifest if name.split("/")[0] not in (*weights, *TRAINING_FILES)}
+            manifest.update(_link(earlier_manifest, earlier[-1], new, other_files))
         else:
             manifest.update(write_rest(new, model))
         if adapters is not None:
@@ -133,9 +130,9 @@ def retain(folder: Path, keep: int, names: set[str]) -> None:
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, RunProgress] | None:
-    """Return the newest checkpoint with a valid manifest, or None if the folder has no checkpoints.
+    """Return the newest intact checkpoint and its progress, or None if the folder has no checkpoints.
 
-    Reports each damaged checkpoint it skips through `warn`, and renames it when an older one is valid: nothing is linked to it.
+    Damaged checkpoints are reported through `warn`. If an older one is intact, they are renamed, so that nothing links to them.
 
     Raises:
         UserError: there are checkpoints, but all of them are damaged.
@@ -151,8 +148,8 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, RunProgress
                 damaged.rename(renamed_path)
             values = json.loads((path / STATE).read_text())
             values.pop("fastsd")
-            names = {key: name for name, key in STATE_KEYS.items()}
-            return path, RunProgress(**{names.get(key, key): value for key, value in values.items()})
+            fields = {key: field for field, key in STATE_KEYS.items()}
+            return path, RunProgress(**{fields.get(key, key): value for key, value in values.items()})
         warn(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     if checkpoint_paths:
         raise UserError(
@@ -164,7 +161,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, RunProgress
 
 def verify(path: Path) -> str | None:
     """Return None if every file of a checkpoint matches its manifest, otherwise a short description of the problem."""
-    manifest = _manifest(path)
+    manifest = _read_manifest(path)
     if manifest is None:
         return f"{MANIFEST} is missing or unreadable"
     for name, digest in manifest.items():
@@ -175,7 +172,7 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def _manifest(path: Path) -> dict[str, str] | None:
+def _read_manifest(path: Path) -> dict[str, str] | None:
     try:
         return json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -205,15 +202,16 @@ def export(checkpoint: Path, target: Path, model: Model, averages: Averages, fin
 
     Args:
         averages: component name -> tensors by parameter name that replace those of the checkpoint.
-        finish: called with the temporary folder before it is renamed to `target`, to write additional files into it.
+        finish: called with the temporary folder, to write more files into it before it is renamed to `target`.
     """
-    manifest = _manifest(checkpoint)
+    manifest = _read_manifest(checkpoint)
     assert manifest is not None, checkpoint
     merged = model if model.lora is None else load_merged(ModelTable(base=str(checkpoint)), averages=averages)
-    adapted = COMPONENTS[: 0 if model.lora is None else 1 + model.lora.text_encoder]
+    adapted = () if model.lora is None else COMPONENTS[: 1 + model.lora.text_encoder]
     written = {*averages, *adapted}
+    linked_files = {name for name in manifest if name not in TRAINING_FILES and name.split("/")[0] not in written}
     with new_folder(target) as new:
-        _link(manifest, checkpoint, new, {n for n in manifest.keys() - {*TRAINING_FILES} if n.split("/")[0] not in written})
+        _link(manifest, checkpoint, new, linked_files)
         for component in written:
             tensors = averages.get(component) if model.lora is None else None
             write_component(new, merged, component, component_state_dict(merged, component, tensors))

@@ -1,4 +1,4 @@
-"""Cost of a run, saved in RUN/cost.json for `fastsd compare` and the model card."""
+"""RUN/cost.json: the cost of a run's stages, for `fastsd compare` and the model card."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastsd.run.report import memory_gb
 from fastsd.storage import replace_file
 
 
-class Cost:
-    """Seconds, steps and memory of each stage, saved in RUN/cost.json.
+class CostRecorder:
+    """Records the steps, images, seconds and memory of each stage.
 
     Args:
-        parameter_counts: number of parameters each stage trains.
+        parameter_counts: number of parameters that each stage trains.
 
     Attributes:
-        sample_seconds: seconds per sampled image, as last measured; None before the first measurement.
+        sample_seconds: seconds per sampled image in the most recent grid; None before the first grid.
     """
 
     def __init__(self, config: Config, parameter_counts: Sequence[int], device: torch.device) -> None:
@@ -34,10 +34,11 @@ class Cost:
         """Record the cost of the current stage so far, or `totals` of the whole run. Raises OSError if the disk is full."""
         cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
         if progress.stage_step and not totals:
-            name, images = self.config.stage_name(progress.stage), progress.images - progress.stage_images
+            name = self.config.stage_name(progress.stage)
+            images = progress.images - progress.stage_images
             stage_cost = {"name": name, "trained": self.parameter_counts[progress.stage], "steps": progress.stage_step}
             stage_cost |= {"images": images, "seconds": progress.seconds, "memory_gb": memory_gb(self.device)}
-            cost["stages"] = [stage for stage in cost["stages"] if stage["name"] != name] + [stage_cost]
+            cost["stages"] = [other for other in cost["stages"] if other["name"] != name] + [stage_cost]
         if self.sample_seconds:
             cost["sample_seconds"] = self.sample_seconds
         replace_file(self.path, json.dumps(cost | totals, indent=2))

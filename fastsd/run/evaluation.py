@@ -1,4 +1,4 @@
-"""Sample grids and validation of a run, between two training steps. Neither changes anything that training reads."""
+"""Sample grids and validation between the training steps of a run. Neither changes anything that training reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from fastsd.config.schema import Config
 from fastsd.data.validation_split import ValidationSplits
 from fastsd.model.model import Model
-from fastsd.run.cost import Cost
+from fastsd.run.cost import CostRecorder
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.validation import Validation
@@ -33,24 +33,26 @@ class Evaluation:
     validation: Validation
     position: Position
     report: TrainReport
-    cost: Cost
+    cost: CostRecorder
 
     def sample(self, step: Step) -> None:
         """Draw the config's sample grid with the current weights."""
         config, progress = self.config, self.position.progress
-        size, start = config.sample.size or config.data.resolution, time.monotonic()
-        image = _with_graph_memory(step, "sampling", self.report, lambda: sample_grid(self.model, config.sample, size))
-        if image is None:
+        size = config.sample.size or config.data.resolution
+        started_at = time.monotonic()
+        grid = _with_graph_memory(step, "sampling", self.report, lambda: sample_grid(self.model, config.sample, size))
+        if grid is None:
             return
-        self.cost.sample_seconds = (time.monotonic() - start) / (len(read_prompts(config.sample)) * config.sample.images)
+        images = len(read_prompts(config.sample)) * config.sample.images
+        self.cost.sample_seconds = (time.monotonic() - started_at) / images
         stage = config.stage_name(progress.stage)
         path = Path(config.run) / "samples" / f"{stage}-{progress.step:08d}.png"
         try:
             path.parent.mkdir(exist_ok=True)
-            save_grid(image, path, stage, progress.step)
+            save_grid(grid, path, stage, progress.step)
         except OSError as error:
             return self.report.warn(f"samples not written to {path}: {error.strerror}; training continues")
-        self.report.images(path, progress.step, image)
+        self.report.images(path, progress.step, grid)
 
     def validate(self, step: Step) -> None:
         """Measure the config's validation sets with the current weights, and with the EMA weights if there are any."""

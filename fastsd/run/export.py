@@ -24,11 +24,12 @@ from fastsd.storage import new_file
 
 
 def export_newest(config: Config, model: Model, report: Callable[[str], None]) -> Path:
-    """Export the newest checkpoint of `config.run`, which holds `model`, and report written files through `report`. Return the
-    path to share (without EMA): the LoRA file if there is one, otherwise the single file, otherwise the folder.
+    """Export the newest checkpoint of `config.run`, which holds `model`. Each path written is reported through `report`.
+
+    Return the path to share, without EMA: the LoRA file if there is one, otherwise the single file, otherwise the folder.
 
     Raises:
-        UserError: values that the single file's dtype cannot represent, or a VAE that cannot be folded.
+        UserError: the single file's dtype cannot represent a value, or the VAE cannot be folded.
         OSError: the disk is full or the folder is not writable.
     """
     newest = checkpoint.checkpoints(Path(config.run) / "checkpoints")[-1]
@@ -40,12 +41,13 @@ def export_newest(config: Config, model: Model, report: Callable[[str], None]) -
 
 
 def _export(config: Config, newest: Path, model: Model, averages: Averages, report: Callable[[str], None]) -> Path:
-    run, table, suffix = Path(config.run), config.export, "-ema" if averages else ""
-    folder, single, lora_file = (
-        run / name for name in (f"model{suffix}", f"model{suffix}.safetensors", f"lora{suffix}.safetensors")
-    )
+    run, table = Path(config.run), config.export
+    suffix = "-ema" if averages else ""
+    folder, single_file = run / f"model{suffix}", run / f"model{suffix}.safetensors"
+    lora_file = run / f"lora{suffix}.safetensors"
     summary = summarize(run, newest, "ema" if averages else "raw")
-    single_name, samples = single.name if table.single_file else "", last_samples(run, summary.steps or 0)
+    single_name = single_file.name if table.single_file else ""
+    samples = last_samples(run, summary.steps or 0)
 
     def finish(new: Path) -> None:
         write_card(new, summary, single=single_name, fold=table.fold, samples=samples)
@@ -56,12 +58,12 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, repo
     checkpoint.export(newest, folder, model, averages, finish)
     outputs = [(folder, "diffusers folder in fp32")]
     if not table.single_file:
-        single.unlink(missing_ok=True)  # an older file would not match the weights in the folder
+        single_file.unlink(missing_ok=True)  # an older file would not match the weights in the folder
     else:
         components = {name: read_component(folder, name) for name in (*COMPONENTS, "vae")}  # just written, so not verified
         source = ModelSource(folder, components, model.scheduler, None)
-        notes = write_single_file(source, single, dtype=table.dtype, fold=table.fold, metadata=metadata())
-        outputs.append((single, "; ".join([f"single file in {table.dtype}", *notes])))
+        notes = write_single_file(source, single_file, dtype=table.dtype, fold=table.fold, metadata=metadata())
+        outputs.append((single_file, "; ".join([f"single file in {table.dtype}", *notes])))
     if model.lora is not None:
         with new_file(lora_file) as temporary:
             write_lora_file(temporary, model, averages, table.lora, metadata(lora=True))

@@ -1,4 +1,4 @@
-"""Readers for the files in a run's folder. They also work while the run trains, after a kill, and for older versions."""
+"""Readers for the files in a run's folder. They also work during training, after a kill, and with files of older versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastsd.sampling.grid import GRID_CHUNK
 
 
 def resolve_model(name: str) -> str:
-    """Resolve MODEL of a command line: a run to its newest checkpoint (UserError if it has none), other names unchanged."""
+    """Return the newest checkpoint of a run, or any other `name` unchanged. Raises UserError if the run has no checkpoint."""
     folder = Path(name) / "checkpoints"
     if not folder.is_dir():
         return name
@@ -28,7 +28,7 @@ def resolve_model(name: str) -> str:
 
 LogRow = dict[str, Any]
 Cell = tuple[str, int]  # prompt and seed
-CellBox = tuple[int, int, int, int]  # left, top, right, bottom: px
+CellBox = tuple[int, int, int, int]  # left, top, right, bottom in px
 PNG_END = b"IEND\xaeB`\x82"
 WHOLE_SHEET: Cell = ("", 0)  # the only cell of a grid without stored cell positions
 
@@ -52,7 +52,7 @@ class Grid:
 
 
 def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[LogRow]:
-    """Read the complete rows of a JSONL file that have the `needed` keys. A kill may have truncated the last row."""
+    """Read the complete rows of a JSONL file that have the `needed` keys and types. A kill may have truncated the last row."""
     rows: list[LogRow] = []
     if not path.is_file():
         return rows
@@ -61,7 +61,7 @@ def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Lo
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in needed.items()):
+        if isinstance(row, dict) and all(isinstance(row.get(key), value_type) for key, value_type in needed.items()):
             rows.append(row)
     return rows
 
@@ -76,7 +76,7 @@ def read_table(path: Path) -> LogRow | None:
 
 
 def grid_files(folder: Path) -> list[tuple[Path, str, int]]:
-    """List (path, stage, step) of the files in a folder that are named like sample grids."""
+    """List the files in a folder that are named like sample grids, as (path, stage, step)."""
     matches = [(path, re.fullmatch(r"(?!\.)(.+)-(\d+)\.png", path.name)) for path in folder.glob("*.png")]
     return [(path, match[1], int(match[2])) for path, match in matches if match]
 

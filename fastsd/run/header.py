@@ -12,30 +12,33 @@ from fastsd.train.precision import describe_ops
 
 
 def header(run: Run) -> dict[str, str]:
-    """Return the header lines of a run, title -> text, in order."""
-    config, data, vae, steps = run.config, run.data, run.model.vae, run.position.steps
+    """Return the text of each header line by its title, in the order of output."""
+    config, data, vae = run.config, run.data, run.model.vae
     meta = data.latents.meta
-    lengths = [f"{n} steps" if n < ENDLESS else str(s.until) for s, n in zip(config.stage, steps, strict=True)]
+    lengths = [
+        f"{steps} steps" if steps < ENDLESS else str(stage.until)
+        for stage, steps in zip(config.stage, run.position.steps, strict=True)
+    ]
     stages = [
         f"{config.stage_name(i)}: {_describe_stage(stage)}, {run.parameter_counts[i]:,} parameters, {lengths[i]}"
         for i, stage in enumerate(config.stage)
     ]
     images = len(data.latents)
-    epochs = " or ".join(str(epoch) for epoch in dict.fromkeys(data.epochs))
+    epochs = " or ".join(str(images_per_epoch) for images_per_epoch in dict.fromkeys(data.epochs))
     epoch = f", {epochs} per epoch" if epochs != str(images) else ""
     step = run.position.progress.step
     resumed = f", resumed at step {step}" if step else ""
     rejected = f", {meta.rejected} rejected" if meta.rejected else ""
     empty = f", {meta.empty_captions} empty captions" if meta.empty_captions else ""
     embeddings = ", with text embeddings" if data.text_embeddings else ""
-    sizes = len({group.shape for group in data.latents.groups})
-    shapes = f" in {sizes} sizes" if sizes > 1 else ""
+    size_count = len({group.shape for group in data.latents.groups})
+    sizes = f" in {size_count} sizes" if size_count > 1 else ""
     lines = {
         "run": f"{run.folder} ({', '.join(lengths)}{resumed})",
         "kernels": f"{describe_ops(run.ops)} on {_device_name(run.device)}, {memory_gb(run.device):.1f} GB in use",
         "base": config.model.base,
         "vae": f"{config.model.vae or config.model.base}, {vae.channels} channels, scaling factor {vae.scaling_factor:g}",
-        "images": f"{images} at {config.data.resolution} px{shapes}{epoch}{empty}",
+        "images": f"{images} at {config.data.resolution} px{sizes}{epoch}{empty}",
         "cache": f"{meta.cached} of {meta.images} images cached{rejected}{embeddings} ({config.cache.dir})",
         "stages": "\n".join(stages),
     }

@@ -18,7 +18,7 @@ from fastsd.run.run import Run
 from fastsd.train.schedule import learning_rate
 from fastsd.train.step import Step, StepResult
 
-MAX_SKIPPED_ROWS = 3  # consecutive log rows without a finite gradient after which the run stops with an error
+MAX_SKIPPED_ROWS = 3  # the run stops with an error after this many consecutive log rows without a finite gradient
 
 
 class DeferredScalars:
@@ -45,17 +45,18 @@ class Log:
     def __init__(self, run: Run, step: Step, index: int) -> None:
         self.run, self.step, self.name = run, step, run.config.stage_name(index)
         self.pending: tuple[dict[str, Any], DeferredScalars, dict[str, float]] | None = None
-        self.mark = (time.perf_counter(), run.position.progress.step, 0.0)
+        self.mark = (time.perf_counter(), run.position.progress.step, 0.0)  # time, step and data wait at the last row
         self.last_skipped, self.dead_rows = int(step.skipped), 0
         self.monitors = [DLionMonitor(component, step.stage, run.report.rows(self.name)) for component in step.d()]
 
     def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
+        """Write the previous row, and start to copy the values of the row for this step."""
         self.flush()
         run, progress, now = self.run, self.run.position.progress, time.perf_counter()
         values: dict[str, Any] = {"step": progress.step, "stage": self.name, "stage_step": progress.stage_step}
         values |= {"images": progress.images, "epoch": progress.images / run.data.epochs[progress.stage]}
         values |= self.step.batch_fingerprints(batch)
-        for i, component in enumerate(self.step.optimizers):  # one lr and d per component; the console shows the first
+        for i, component in enumerate(self.step.optimizers):  # one lr and d per component; those of the first have no suffix
             lr = learning_rate(self.step.stage, progress.stage_step - 1, self.step.total, component)
             values[f"lr_{component}" if i else "lr"] = lr
 
@@ -76,9 +77,9 @@ class Log:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time of the `with` block from images per second."""
-        start = time.perf_counter()
+        started_at = time.perf_counter()
         yield
-        self.mark = (self.mark[0] + time.perf_counter() - start, *self.mark[1:])
+        self.mark = (self.mark[0] + time.perf_counter() - started_at, *self.mark[1:])
 
     def flush(self) -> None:
         """Read the values of the pending row and write it."""
@@ -95,14 +96,14 @@ class Log:
                 self.run.report.warn(warning)
 
     def _check_skipped(self, skipped: int, step: int) -> None:
-        new = skipped - self.last_skipped
+        newly_skipped = skipped - self.last_skipped
         self.last_skipped = skipped
-        if new:
-            self.run.report.warn(f"skipped {new} steps up to step {step}, because their gradients were not finite")
-        self.dead_rows = self.dead_rows + 1 if new >= self.run.config.log.every else 0
+        if newly_skipped:
+            self.run.report.warn(f"skipped {newly_skipped} steps up to step {step}, because their gradients were not finite")
+        self.dead_rows = self.dead_rows + 1 if newly_skipped >= self.run.config.log.every else 0
         if self.dead_rows == MAX_SKIPPED_ROWS:
             raise UserError(
                 "no-finite-gradient",
-                f"{self.run.folder}: no finite gradient for {new * self.dead_rows} steps up to step {step}; "
+                f"{self.run.folder}: no finite gradient for {newly_skipped * self.dead_rows} steps up to step {step}; "
                 'lower lr or set precision = "fp32", and run again to resume from the last checkpoint',
             )

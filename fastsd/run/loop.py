@@ -26,56 +26,65 @@ def train(config: Config, console: Console | None = None, *, export: bool = True
         UserError: the user must change something; saved checkpoints stay intact.
         Stopped: a stop signal arrived; a checkpoint is written first.
     """
-    with open_run(config, console or Console()) as run, stop_signal() as stop:
+    with open_run(config, console or Console()) as run, stop_signal() as received_signals:
         run.report.header(header(run))
         for warning in run.warnings:
             run.report.warn(warning)
         for index in range(run.position.progress.stage, len(config.stage)):
             if not run.position.finished(index):
-                train_stage(run, index, stop)
+                train_stage(run, index, received_signals)
         if export:
             export_run(run)
 
 
-def train_stage(run: Run, index: int, stop: list[int]) -> None:
+def train_stage(run: Run, index: int, received_signals: list[int]) -> None:
     """Train one stage to its end. After each step, write a log row, validate, sample and save a checkpoint if they are due."""
-    stage, step, position = run.config.stage[index], start_stage(run, index), run.position
-    log, due, start = Log(run, step, index), Triggers(run, index), position.progress
-    end = start.stage_images + step.total * stage.batch
+    stage, position = run.config.stage[index], run.position
+    train_step = start_stage(run, index)
+    log, triggers = Log(run, train_step, index), Triggers(run, index)
+    initial = position.progress
+    end_image = initial.stage_images + train_step.total * stage.batch
 
-    if start.step == 0:
-        run.evaluation.validate(step)
+    if initial.step == 0:
+        run.evaluation.validate(train_step)
         if stage.sample_every:
-            run.evaluation.sample(step)
-    with run.data.loader(index, start.stage_images).stream(start.images, end, stage.batch) as batches:
+            run.evaluation.sample(train_step)
+
+    loader = run.data.loader(index, initial.stage_images)
+    with loader.stream(initial.images, end_image, stage.batch) as batches:
         for batch in batches:
-            result = step(batch, position.progress.stage_step)
-            run.advance(step, result)
+            result = train_step(batch, position.progress.stage_step)
+            run.advance(train_step, result)
             done = position.at_end(index)
-            if due.log() or done:
+
+            if triggers.log_due() or done:
                 log.row(result, batch, batches)
-            if due.validation() or done:
+
+            if triggers.validation_due() or done:
                 log.flush()
                 with log.paused():
-                    run.evaluation.validate(step)
-            if due.sample() or done:
+                    run.evaluation.validate(train_step)
+
+            if triggers.samples_due() or done:
                 with log.paused():
-                    run.evaluation.sample(step)
-            keep = due.keep()
-            if due.checkpoint() or keep or done or stop:
+                    run.evaluation.sample(train_step)
+
+            permanent = triggers.permanent_checkpoint_due()
+            if triggers.checkpoint_due() or permanent or done or received_signals:
                 log.flush()
                 with log.paused():
-                    saved = run.saving.save(step, done, keep)
-                if stop and not done:
+                    saved = run.saving.save(train_step, done, permanent)
+                if received_signals and not done:
                     raise Stopped(f"{run.folder}: stopped at step {position.progress.step}")
                 if done and not saved:
                     raise UserError(
                         "stage-end-not-saved",
                         f"{run.folder}: end of stage {index + 1} not saved, see the warning above; fix that and run again",
                     )
+
             if done:
                 break
-    step.release()
+    train_step.release()
 
 
 def export_run(run: Run) -> None:
@@ -93,22 +102,22 @@ def export_run(run: Run) -> None:
 
 @contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """Yield a list that receives the number of a SIGINT or SIGTERM: the loop then saves and stops. A second stops at once."""
-    stop: list[int] = []
+    """Yield a list to which SIGINT or SIGTERM is added, so that the loop saves and stops. A second signal stops at once."""
+    received_signals: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
-        if stop:
+        if received_signals:
             raise KeyboardInterrupt
-        stop.append(number)
+        received_signals.append(number)
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM)
     try:
-        old_handlers = {kind: signal.signal(kind, on_signal) for kind in kinds}
+        old_handlers = {number: signal.signal(number, on_signal) for number in signals}
     except ValueError:  # not in the main thread: the caller handles signals
-        yield stop
+        yield received_signals
         return
     try:
-        yield stop
+        yield received_signals
     finally:
-        for kind, handler in old_handlers.items():
-            signal.signal(kind, handler)
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)

@@ -29,7 +29,7 @@ from fastsd.storage import link_or_copy, write_text
 CARD, SAMPLES = "README.md", "samples.png"
 SDXL_SCALING_FACTOR = 0.13025
 WINDOW = 77  # context length of SD1.5's text encoder, in tokens
-# Stage settings that are columns of the card's table, and those that do not affect the weights.
+# Stage settings that have a column in the card's table, and stage settings that do not affect the weights.
 _COLUMNS = {"name", "train", "optimizer", "lr", "precision", "batch", "until"}
 _NO_EFFECT = {"micro_batch", "checkpointing", "fused_backward", "sample_every", "checkpoint_every", "keep_checkpoints",
               "checkpoint_at"}  # fmt: skip
@@ -45,24 +45,26 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     Args:
         run: the run's folder.
         checkpoint: one of its checkpoints.
-        weights: the exported weights: "raw", or "ema" for their exponential moving average.
+        weights: the exported weights: "raw" or "ema".
 
     Raises:
         UserError: the run's config.json is missing or invalid.
     """
-    table, state = read_table(run / "config.json"), read_table(checkpoint / STATE) or {}
+    table = read_table(run / "config.json")
     if table is None:
         raise UserError(
             "run-config-unreadable",
             f"{run / 'config.json'}: missing or not readable as a config; run `fastsd train` again to write it",
         )
     config = parse_config(table, str(run / "config.json"))
-    model, stages, step = config.model, _stages(run, config, state), state.get("step", 0)
+    state = read_table(checkpoint / STATE) or {}
+    model, step = config.model, state.get("step", 0)
+    stages = _stages(run, config, state)
     saved_at = datetime.fromtimestamp(int((checkpoint / STATE).stat().st_mtime), UTC)
     lora = model.lora and Adapters.model_validate(model.lora.model_dump() | {"alpha": model.lora.alpha or model.lora.rank})
 
-    grid, samples = _last_grid(run, step), None
-    if grid:
+    samples = None
+    if grid := _last_grid(run, step):
         prompts = list(dict.fromkeys(prompt for prompt, _ in grid.cells if prompt))
         settings = config.sample.model_dump(include={"sampler", "steps", "guidance"})
         samples = Samples(step=grid.step, prompts=prompts, **settings)
@@ -99,7 +101,7 @@ def untrained(title: str, base: str, vae: str = "", note: str = "") -> ModelSumm
 
 
 def public_name(name: str) -> str:
-    """Return a model's public name: a hub id unchanged; for a path, the title of the model there or the last path element."""
+    """Return a hub id unchanged. For a path, return the title of the model there, or the last element of the path."""
     path = Path(name).expanduser()
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return name
@@ -119,20 +121,21 @@ def _last_grid(run: Path, step: int) -> Grid | None:
 
 
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSummary]:
-    """Summarize the stages trained up to a checkpoint, in order. Finished stages take steps and images from cost.json."""
+    """Summarize the stages up to a checkpoint, in order. The steps and images of finished stages are read from cost.json."""
     costs = {row["name"]: row for row in (read_table(run / "cost.json") or {}).get("stages", [])}
-    current_stage, rows = state.get("stage", 0), []
+    current_stage = state.get("stage", 0)
+    summaries = []
     for i, stage in enumerate(config.stage[: current_stage + 1]):
         name = config.stage_name(i)
-        done = costs.get(name, {})
+        totals = costs.get(name, {})
         if i == current_stage and state:
-            done = {"steps": state["stage_step"], "images": state["images"] - state["stage_images"]}
+            totals = {"steps": state["stage_step"], "images": state["images"] - state["stage_images"]}
         columns = stage.model_dump(include={"train", "optimizer", "precision", "batch"})
         lr = stage.lr if isinstance(stage.lr, dict) else stage.rate_of("")
         settings = flatten(stage.model_dump(exclude_defaults=True, exclude=_COLUMNS | _NO_EFFECT))
-        counts = {key: done.get(key) for key in ("steps", "images")}
-        rows.append(StageSummary(name=name, lr=lr, settings=settings, **columns, **counts))
-    return rows
+        counts = {key: totals.get(key) for key in ("steps", "images")}
+        summaries.append(StageSummary(name=name, lr=lr, settings=settings, **columns, **counts))
+    return summaries
 
 
 def _losses(run: Path, step: int) -> list[Loss]:
@@ -141,10 +144,9 @@ def _losses(run: Path, step: int) -> list[Loss]:
     losses: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         if row["step"] <= step:
+            key = row["set"], row["weights"]
             first = {"first_step": row["step"], "first": row["loss"]}
-            losses[row["set"], row["weights"]] = (
-                first | losses.get((row["set"], row["weights"]), {}) | row | {"last": row["loss"]}
-            )
+            losses[key] = first | losses.get(key, {}) | row | {"last": row["loss"]}
     return [Loss.model_validate(row) for row in losses.values()]
 
 
@@ -154,11 +156,11 @@ def write_card(
     """Write the summary, the card and the samples into a diffusers folder.
 
     Args:
-        folder: complete except for these files.
-        summary: summary of the model in it.
+        folder: the diffusers folder, complete except for these files.
+        summary: summary of the model in the folder.
         single: name of a single file with the same weights, next to the folder; "" = no such file.
         fold: True if the single file has the VAE's scaling factor folded into its weights.
-        samples: image for the card; None = use the one in the folder.
+        samples: image for the card; None = the image in the folder, if there is one.
 
     Raises:
         OSError: the disk is full or the folder is not writable.
@@ -171,7 +173,7 @@ def write_card(
 
 
 class _Card:
-    """Text of a card. Values in the folder's configs, such as the VAE's scaling factor, are read from there."""
+    """The text of a card. It reads values such as the VAE's scaling factor from the configs in the folder."""
 
     def __init__(self, folder: Path, summary: ModelSummary, single: str, fold: bool) -> None:
         vae, text = (read_table(folder / component / "config.json") or {} for component in ("vae", "text_encoder"))
@@ -182,7 +184,7 @@ class _Card:
         self.v_prediction = scheduler.get("prediction_type") == "v_prediction"
         self.zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
         self.clip_skip, self.has_samples = summary.clip_skip or 0, (folder / SAMPLES).is_file()
-        self.other_factor = self.factor != SD15_SCALING_FACTOR  # other tools would scale its latents incorrectly
+        self.other_factor = self.factor != SD15_SCALING_FACTOR  # other tools would scale the latents incorrectly
         self.overflows = self.factor == SDXL_SCALING_FACTOR
 
     def text(self) -> str:
@@ -203,8 +205,8 @@ class _Card:
         summary = self.summary
         origin = f"{'trained' if summary.stages else 'made'} with fastsd {summary.version}".rstrip()
         author = f" by {summary.author}" if summary.author else ""
-        swapped = f", with its VAE replaced by {_link(summary.vae)}" if summary.vae not in ("", summary.base) else ""
-        base = f" It is based on {_link(summary.base)}{swapped}." if summary.base else ""
+        swapped = f", with its VAE replaced by {_link_or_code(summary.vae)}" if summary.vae not in ("", summary.base) else ""
+        base = f" It is based on {_link_or_code(summary.base)}{swapped}." if summary.base else ""
         note = f"\n\n{summary.note}" if summary.note else ""
         return f"A Stable Diffusion 1.5 model {origin}{author}.{base}{note}"
 
@@ -236,8 +238,8 @@ class _Card:
     def _samples(self) -> str:
         if not self.has_samples:
             return ""
-        sections, samples = ["## Samples", f"![samples]({SAMPLES})"], self.summary.samples
-        if samples:
+        sections = ["## Samples", f"![samples]({SAMPLES})"]
+        if samples := self.summary.samples:
             weights = " with the non-EMA weights" if self.summary.weights == "ema" else ""
             settings = f"{samples.sampler} sampler, {samples.steps} steps, guidance scale {samples.guidance:g}"
             sections.append(f"Generated at step {_count(samples.step)}{weights}: {settings}.")
@@ -248,16 +250,16 @@ class _Card:
         stages = self.summary.stages
         if not stages:
             return ""
-        heads = ["Stage", "Trained", "Optimizer", "Learning rate", "Precision", "Batch size", "Steps", "Images"]
+        headings = ["Stage", "Trained", "Optimizer", "Learning rate", "Precision", "Batch size", "Steps", "Images"]
         rows = []
-        for s in stages:
-            counts = f"{s.batch}", _count(s.steps), _count(s.images)
-            rows.append([s.name, ", ".join(s.train), s.optimizer, _rates(s.lr), s.precision, *counts])
-        notes = [f"- {s.name}: {_list(s.settings)}" for s in stages if s.settings]
-        notes += [f"- all stages: {_list(self.summary.settings)}"] if self.summary.settings else []
-        if any(s.optimizer == "dlion" for s in stages):
+        for stage in stages:
+            counts = f"{stage.batch}", _count(stage.steps), _count(stage.images)
+            rows.append([stage.name, ", ".join(stage.train), stage.optimizer, _rates(stage.lr), stage.precision, *counts])
+        notes = [f"- {stage.name}: {_settings_text(stage.settings)}" for stage in stages if stage.settings]
+        notes += [f"- all stages: {_settings_text(self.summary.settings)}"] if self.summary.settings else []
+        if any(stage.optimizer == "dlion" for stage in stages):
             notes.append("- D-Lion estimates its own step size; the learning rate is a factor applied to it")
-        return "\n\n".join(["## Training", _table(heads, rows), *(["\n".join(notes)] if notes else [])])
+        return "\n\n".join(["## Training", _table(headings, rows), *(["\n".join(notes)] if notes else [])])
 
     def _losses(self) -> str:
         rows = []
@@ -327,7 +329,8 @@ image = pipe({prompt}, {options}).images[0]
             return [
                 f"**ComfyUI and A1111** are not supported: they expect 4 latent channels, and this model has {self.channels}."
             ]
-        file, notes, vae = self.single or "model.safetensors", [], "The VAE is included"
+        file = self.single or "model.safetensors"
+        vae, notes = "The VAE is included", []
         if not self.single:
             notes.append(f"ComfyUI and A1111 load single files. Create one with `fastsd convert FOLDER {file}`.")
         if self.single and self.other_factor and not self.folded:
@@ -380,15 +383,15 @@ def _rates(lr: float | Mapping[str, float]) -> str:
     return f"{lr:g}" if isinstance(lr, (int, float)) else ", ".join(f"{component} {rate:g}" for component, rate in lr.items())
 
 
-def _list(settings: Mapping[str, str]) -> str:
+def _settings_text(settings: Mapping[str, str]) -> str:
     return ", ".join(f"{key} = {value}" for key, value in settings.items())
 
 
-def _link(name: str) -> str:
+def _link_or_code(name: str) -> str:
     """Format a hub id as a link and any other name as code."""
     return f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (heads, *rows)]
-    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (headings, *rows)]
+    return "\n".join([lines[0], "|---" * len(headings) + "|", *lines[1:]])

@@ -15,7 +15,7 @@ class Position:
     """Position of a run in its stages.
 
     Args:
-        progress: from the newest checkpoint, or a new one.
+        progress: progress in the newest checkpoint, or a new one.
         stages: stages of the config.
         steps: number of steps of each stage; `ENDLESS` for a stage that ends by time.
         extendable: True if the checkpoint holds optimizer state, so that a finished last stage can be extended.
@@ -27,10 +27,10 @@ class Position:
     def __init__(self, progress: RunProgress, stages: Sequence[StageTable], steps: Sequence[int], extendable: bool) -> None:
         self.progress, self.stages, self.steps = progress, stages, steps
         self._extendable = extendable
-        self._since = time.monotonic()  # when `progress.seconds` was brought up to date
+        self._updated_at = time.monotonic()  # the time of the last update of `progress.seconds`
 
     def finished(self, index: int) -> bool:
-        """Return True if the stage is complete. The last stage may be extended if its checkpoint has optimizer state."""
+        """Return True if the stage is complete and the config does not extend it. Only the last stage can be extended."""
         progress = self.progress
         extended = index == len(self.steps) - 1 and not self.at_end(index) and self._extendable
         return progress.stage > index or (progress.stage == index and progress.stage_done and not extended)
@@ -49,7 +49,7 @@ class Position:
             self.progress = replace(
                 current, stage=index, stage_step=0, stage_images=current.images, stage_done=False, seconds=0.0, carried=carried
             )
-        self._since = time.monotonic()
+        self._updated_at = time.monotonic()
         return resumed
 
     def advance(self, step: Step) -> None:
@@ -57,8 +57,8 @@ class Position:
         old, now = self.progress, time.monotonic()
         new = replace(old, stage_step=old.stage_step + 1, step=old.step + 1, images=old.images + step.stage.batch)
         new = replace(new, micro_batch_size=step.micro_batch_size, micro_batch_setting=step.stage.micro_batch)
-        self.progress = replace(new, seconds=old.seconds + now - self._since)
-        self._since = now
+        self.progress = replace(new, seconds=old.seconds + now - self._updated_at)
+        self._updated_at = now
 
     def mark_done(self, done: bool) -> None:
         """Record whether the current stage is complete."""
@@ -66,15 +66,16 @@ class Position:
 
     def elapsed(self) -> float:
         """Return the seconds the current stage has run, over all starts."""
-        return self.progress.seconds + time.monotonic() - self._since
+        return self.progress.seconds + time.monotonic() - self._updated_at
 
     def seconds_left(self, steps_per_second: float) -> float:
-        """Estimate the seconds until all stages are complete, at a given speed."""
-        progress, left = self.progress, 0.0
+        """Estimate the seconds until all stages are complete, at the given speed."""
+        progress = self.progress
+        total = 0.0
         for index in range(progress.stage, len(self.steps)):
             is_current, limit = index == progress.stage, self.stages[index].seconds
             if limit is not None:
-                left += max(limit - (self.elapsed() if is_current else 0), 0)
+                total += max(limit - (self.elapsed() if is_current else 0), 0)
             else:
-                left += (self.steps[index] - (progress.stage_step if is_current else 0)) / steps_per_second
-        return left
+                total += (self.steps[index] - (progress.stage_step if is_current else 0)) / steps_per_second
+        return total

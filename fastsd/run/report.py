@@ -1,10 +1,10 @@
 """Console output and log files of a run.
 
 console              a header, then one live line (plain lines if it is not a terminal)
-RUN/log.jsonl        one row per log interval; bit for bit the same however often the run is interrupted, because it holds
-                     only values that training determines
-RUN/timing.jsonl     speed, memory and data waiting time of the same steps
-RUN/validation.jsonl one row per measurement, set and kind of weights; reproducible in the same way
+RUN/log.jsonl        one row per log interval; it holds only values that training determines, so it is the same, bit for
+                     bit, however often the run is interrupted
+RUN/timing.jsonl     speed, memory and time spent waiting for data, for the same steps
+RUN/validation.jsonl one row per measurement, set and kind of weights (raw or EMA); reproducible in the same way
 RUN/tensorboard      all of the above
 """
 
@@ -36,8 +36,8 @@ class TrainReport:
     Args:
         run: the run's folder.
         table: `[log]` of the config.
-        step: steps done; rows of later steps, left by an interrupted run, are removed.
-        saved_at: time of the newest checkpoint, as `time.time()`; None without a checkpoint.
+        step: steps done. Rows of later steps, which an interrupted run has left, are removed.
+        saved_at: time of the newest checkpoint as in `time.time()`; None = no checkpoint.
     """
 
     def __init__(self, run: Path, table: LogTable, step: int, saved_at: float | None, console: Console) -> None:
@@ -55,7 +55,7 @@ class TrainReport:
     def header(self, rows: dict[str, str]) -> None:
         width = max(map(len, rows)) + 2
         for name, value in rows.items():
-            # Unwrapped lines, because a rich table would wrap them at 80 columns in a log file.
+            # A rich table would wrap the lines at 80 columns in a log file.
             self.console.print(Text.assemble((name.ljust(width), "bold"), value), soft_wrap=True)
         if self.live:
             self.live.start()
@@ -76,7 +76,7 @@ class TrainReport:
             for file, entry in ((self.log, values), (self.timing, {"step": values["step"], **timing})):
                 file.write(_json(entry))
                 file.flush()
-        except OSError as error:  # unwritten text stays in the buffer, and the next row retries
+        except OSError as error:  # the text stays in the buffer, and the next row tries again
             self.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training continues")
         self._scalars({**values, **timing}, values["step"])
         line = _line(values, timing, self.saved_at)
@@ -94,8 +94,9 @@ class TrainReport:
             self.wandb.log(scalars, step=step)
 
     def validation(self, rows: list[dict[str, Any]]) -> None:
-        """Write the validation rows measured after a step, see `validation.py`."""
-        step, scalars = rows[0]["step"], {}
+        """Write the validation rows (see `validation.py`) that were measured after a step."""
+        step = rows[0]["step"]
+        scalars = {}
         for row in rows:
             name = row["set"] + ("_ema" if row["weights"] == "ema" else "")
             scalars[f"validation/{name}"] = row["loss"]
@@ -125,7 +126,7 @@ class TrainReport:
             self.board.add_image(f"samples/{path.stem.rsplit('-', 1)[0]}", np.asarray(image), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Flush the logs to disk. Called before a checkpoint is committed. Raises OSError if the disk is full."""
+        """Flush the logs to the disk, before a checkpoint is committed. Raises OSError if the disk is full."""
         for file in (self.log, self.timing):
             file.flush()
             os.fsync(file.fileno())
@@ -174,9 +175,9 @@ def duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "?"
     seconds = int(seconds)
-    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+    for size, unit, part_size, part_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // small:02d}{small_unit}"
+            return f"{seconds // size}{unit}{seconds % size // part_size:02d}{part_unit}"
     return f"{seconds}s"
 
 

@@ -1,4 +1,4 @@
-"""Restarting a run: a lock for one trainer per folder, and checks of what changed since the last start."""
+"""Restart of a run: a lock that admits one trainer per folder, and checks for changes since the last start."""
 
 from __future__ import annotations
 
@@ -45,21 +45,22 @@ def compare_with_start(path: Path, config: Config, progress: RunProgress | None)
     """Raise UserError for changes that would break the run. Return warnings about other changes since the last start."""
     if progress is None or not path.exists():
         return []
-    # Parsed as a config, so that keys added since then get their defaults.
+    # Parse it as a config, so that keys which an older version did not write get their defaults.
     old = json.loads(dump_config(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))))
     new = json.loads(dump_config(config))
     advice = "undo the change, or start a new run with run=FOLDER"
     for key in FIXED:
         before, after = (reduce(getitem, key.split("."), config) for config in (old, new))
         if before != after:
-            change = _change(key, before, after)
+            change = _describe_change(key, before, after)
             raise UserError("run-other-start", f"{path.parent}: {change} since the run was started; {advice}")
 
-    warnings, current_stage = list[str](), progress.stage
-    for i, (before, after) in enumerate(zip(old["stage"], new["stage"], strict=False)):
-        for key in before:
-            if before[key] != after[key]:
-                change = _change(f"stage.{i}.{key}", before[key], after[key])
+    warnings = list[str]()
+    current_stage = progress.stage
+    for i, (old_stage, new_stage) in enumerate(zip(old["stage"], new["stage"], strict=False)):
+        for key in old_stage:
+            if old_stage[key] != new_stage[key]:
+                change = _describe_change(f"stage.{i}.{key}", old_stage[key], new_stage[key])
                 if i < current_stage or (i == current_stage and key in FIXED_IN_STAGE and progress.stage_step):
                     raise UserError("run-other-stage", f"{path.parent}: {change} after training had begun; {advice}")
                 warnings.append(f"{change} since the last start")
@@ -86,8 +87,8 @@ def compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]
     return [f"{description} in the cache have changed since the last start"]
 
 
-def _change(key: str, before: Any, after: Any) -> str:
+def _describe_change(key: str, before: Any, after: Any) -> str:
     if isinstance(before, dict):
-        name = next(name for name in before if before[name] != after.get(name))
-        return _change(f"{key}.{name}", before[name], after.get(name))
+        changed_key = next(name for name in before if before[name] != after.get(name))
+        return _describe_change(f"{key}.{changed_key}", before[changed_key], after.get(changed_key))
     return f"{key} changed from {before!r} to {after!r}"

@@ -1,6 +1,6 @@
-"""A run: its folder, model, data and position, opened new or from the newest checkpoint.
+"""A run: its folder, model, data and position, opened from the newest checkpoint if there is one.
 
-Read next: `fastsd/run/loop.py`, which moves it forward.
+Read next: `fastsd/run/loop.py`, which trains it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastsd.model.model import Model
 from fastsd.model.select import changed_components, parameter_count, selected
 from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
-from fastsd.run.cost import Cost
+from fastsd.run.cost import CostRecorder
 from fastsd.run.evaluation import Evaluation
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
@@ -46,7 +46,7 @@ class Run:
         saving: writes the checkpoints.
         evaluation: draws samples and runs validation.
         cost: seconds, steps and memory of each stage.
-        parameter_counts: number of parameters each stage trains.
+        parameter_counts: number of parameters that each stage trains.
         warnings: messages to the user about this start, one line each.
     """
 
@@ -60,14 +60,14 @@ class Run:
     smoothed: SmoothedLoss
     saving: Saving
     evaluation: Evaluation
-    cost: Cost
+    cost: CostRecorder
     report: TrainReport
     parameter_counts: list[int]
     warnings: list[str]
 
     @property
     def resident(self) -> list[nn.Module]:
-        """The modules on the training device. The text encoder is not among them if text embeddings are cached."""
+        """The modules on the training device: without the text encoder if text embeddings are cached."""
         return [self.model.unet, self.model.vae.module] + ([] if self.data.text_embeddings else [self.model.text.module])
 
     def advance(self, step: Step, result: StepResult) -> None:
@@ -91,11 +91,12 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         device = choose_device(config.device)
         ops = choose_ops(config.kernels, device)
         warnings, data_warnings = list[str](), list[str]()
-        newest = checkpoint.newest(folder / "checkpoints", warnings.append)
-        progress = newest[1] if newest else RunProgress()
-        warnings += compare_with_start(folder / "config.json", config, newest[1] if newest else None)
-        saved: Mapping[str, Tensor] = checkpoint.load_state(newest[0]) if newest else {}
-        model = _load_model(config, ops, newest[0] if newest else None)
+        newest, saved_progress = checkpoint.newest(folder / "checkpoints", warnings.append) or (None, None)
+        warnings += compare_with_start(folder / "config.json", config, saved_progress)
+        progress = saved_progress or RunProgress()
+        saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
+
+        model = _load_model(config, ops, newest)
         warnings += model.notes
         check_samples(model, config)
         data = stack.enter_context(closing(TrainingData(config, model, data_warnings.append)))
@@ -107,9 +108,10 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
 
         replace_file(folder / "config.json", dump_config(config))
         position = Position(progress, config.stage, steps, extendable="skipped" in saved)
-        saved_at = newest[0].stat().st_mtime if newest else None
+        saved_at = newest.stat().st_mtime if newest else None
         report = stack.enter_context(closing(TrainReport(folder, config.log, progress.step, saved_at, console)))
-        smoothed, cost = SmoothedLoss(saved, device), Cost(config, counts, device)
+        smoothed = SmoothedLoss(saved, device)
+        cost = CostRecorder(config, counts, device)
         saving = Saving(config, model, position, smoothed, report, cost, saved)
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
         run = Run(
@@ -129,7 +131,7 @@ def _load_model(config: Config, ops: Ops, newest: Path | None) -> Model:
 
 
 def _count_parameters(config: Config, index: int, model: Model) -> int:
-    """Count the parameters a stage trains. Raises UserError for a name that matches no parameter."""
+    """Count the parameters that a stage trains. Raises UserError for a name that matches no parameter."""
     stage, location = config.stage[index], f"stage {config.stage_name(index)!r}"
     selected(model, stage.reinit, f"{location}: reinit")
     return parameter_count(model, selected(model, stage.train, f"{location}: train"))

@@ -1,4 +1,4 @@
-"""Saving of a run: collects the tensors of a checkpoint and decides which checkpoints are retained.
+"""Saving of a run: which tensors a checkpoint holds, and which checkpoints are retained.
 
 Read next: `fastsd/run/checkpoint.py`, which writes a checkpoint so that a crash loses nothing.
 """
@@ -17,7 +17,7 @@ from fastsd.config.stages import COMPONENTS
 from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER
 from fastsd.run import checkpoint
-from fastsd.run.cost import Cost
+from fastsd.run.cost import CostRecorder
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
@@ -31,9 +31,9 @@ class Saving:
     """Writes the checkpoints of a run.
 
     Attributes:
-        state: tensors of the checkpoint the run resumed from, read lazily. The next stage to start loads its optimizer state
-            from them; empty afterwards.
-        changed: components with weights that differ from those in the newest checkpoint.
+        state: tensors of the checkpoint that the run resumed from, read lazily. The next stage to start loads its optimizer
+            state from them. Afterwards it is empty.
+        changed: components whose weights differ from those in the newest checkpoint.
         kept: names of the checkpoints that are never deleted: ends of stages, and requested ones.
     """
 
@@ -42,7 +42,7 @@ class Saving:
     position: Position
     smoothed: SmoothedLoss
     report: TrainReport
-    cost: Cost
+    cost: CostRecorder
     state: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
@@ -59,7 +59,8 @@ class Saving:
             keep: True if the checkpoint must never be deleted.
         """
         self.position.mark_done(done)
-        progress, folder = self.position.progress, self.folder / "checkpoints"
+        progress = self.position.progress
+        folder = self.folder / "checkpoints"
         later_stages = self.config.stage[progress.stage + 1 :]
         carried = bool(later_stages) and later_stages[0].state == "carry"
         state = self.smoothed.state()
@@ -67,11 +68,11 @@ class Saving:
             state |= optimizer_state(step)
         for name, component in step.components.items():
             state |= {f"{name}@ema/{key}": tensor for key, tensor in component.ema_state().items()}
-        # A component the step does not need keeps its loaded weights.
+        # A component that the step does not use has the function `dict`, which returns no weights: it keeps the loaded ones.
         weights = dict.fromkeys(COMPONENTS, dict) | {name: component.state for name, component in step.components.items()}
         try:
             self.report.flush()
-            adapters = {name: c.state(ADAPTER) for name, c in step.components.items()} if self.model.lora else None
+            adapters = {name: part.state(ADAPTER) for name, part in step.components.items()} if self.model.lora else None
             path = checkpoint.save(folder, progress, self.model, weights, self.changed, state, adapters)
         except OSError as error:
             self.report.warn(

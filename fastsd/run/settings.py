@@ -15,7 +15,7 @@ ABSENT, UNSET = "—", "unset"
 
 
 def choices(word: str) -> tuple[str, dict[str, Any]]:
-    """Parse `key=a,b,c` into (key, {text: value}). Values are TOML; a bare word is a string. See `split` for commas.
+    """Parse `key=a,b,c`. Return the key, and the values by their text. A value is TOML, or a bare word, which is a string.
 
     Raises:
         UserError: the key or a value is missing, or a value occurs twice.
@@ -38,7 +38,7 @@ def choices(word: str) -> tuple[str, dict[str, Any]]:
 
 
 def split(text: str) -> list[str]:
-    """Split text at its commas, except at those inside brackets or quotes."""
+    """Split text at its commas, except inside brackets and quotes."""
     items, depth, quote, previous = [""], 0, "", ""
     for char in text:
         if quote:
@@ -56,23 +56,23 @@ def split(text: str) -> list[str]:
 
 
 def combinations(words: Sequence[str]) -> list[dict[str, tuple[str, Any]]]:
-    """Return every combination of `key=a,b,c` words as {key: (text, value)}. The last key varies fastest.
+    """Combine the values of several `key=a,b,c` in every way: (text, value) by key. The last key varies fastest.
 
     Raises:
         UserError: as for `choices`, or a key occurs twice.
     """
-    chosen: dict[str, dict[str, Any]] = {}
+    values_by_key: dict[str, dict[str, Any]] = {}
     for word in words:
         key, values = choices(word)
-        if key in chosen:
+        if key in values_by_key:
             raise UserError("swept-key-twice", f"{key} is set twice; write all its values as {key}=a,b,c")
-        chosen[key] = values
-    products = product(*(values.items() for values in chosen.values()))
-    return [dict(zip(chosen, values, strict=True)) for values in products]
+        values_by_key[key] = values
+    products = product(*(values.items() for values in values_by_key.values()))
+    return [dict(zip(values_by_key, chosen_values, strict=True)) for chosen_values in products]
 
 
 def setting_text(value: Any) -> str:
-    """Format a setting's value as JSON, but text without quotes (unless it is empty) and None as `UNSET`."""
+    """Format a setting's value as JSON, except that text has no quotes unless it is empty, and None is `UNSET`."""
     if value is None:
         return UNSET
     if isinstance(value, float):
@@ -88,28 +88,29 @@ def safe_name(text: str) -> str:
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Map each dotted (or slashed) key to its shortest ending that no other key has."""
     separator = "/" if any("/" in key for key in keys) else "."
-    short = {}
+    shortest = {}
     for key in keys:
-        names, others = key.split(separator), [f"{separator}{other}" for other in keys if other != key]
-        ends = [separator.join(names[-n:]) for n in range(1, len(names) + 1)]
-        unique_ends = (end for end in ends if not any(other.endswith(f"{separator}{end}") for other in others))
-        short[key] = next(unique_ends, key)
-    return short
+        segments = key.split(separator)
+        others = [f"{separator}{other}" for other in keys if other != key]
+        endings = [separator.join(segments[-n:]) for n in range(1, len(segments) + 1)]
+        unique_endings = (ending for ending in endings if not any(other.endswith(f"{separator}{ending}") for other in others))
+        shortest[key] = next(unique_endings, key)
+    return shortest
 
 
 def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
-    """Map each dotted key in which configs differ to its values as text, one per config; `ABSENT` if a config lacks the key.
+    """Map each dotted key in which configs differ to its values as text, one per config, or `ABSENT` for a config without it.
 
-    Stages are matched by name, unless every run has only one stage. A stage that some runs lack gets a single row
-    `stage.NAME` with the values it sets. `run` is ignored: it is the location of a run, not a setting.
+    Stages are matched by name, unless every config has only one stage. A stage that some configs lack has a single key,
+    `stage.NAME`, and its value lists the settings of the stage. `run` is ignored: it is the location of a run, not a setting.
     """
-    single = all(len(config.stage) == 1 for config in configs)
+    one_stage_each = all(len(config.stage) == 1 for config in configs)
     columns = [flatten(config.model_dump(by_alias=True) | {"stage": None, "run": None}) for config in configs]
     names = dict.fromkeys(config.stage_name(i) for config in configs for i in range(len(config.stage)))
-    for name in ["stage"] if single else names:
-        key = "stage" if single else f"stage.{name}"
-        stages = [{config.stage_name(i): stage for i, stage in enumerate(config.stage)} for config in configs]
-        tables = [next(iter(by_name.values())) if single else by_name.get(name) for by_name in stages]
+    for name in ["stage"] if one_stage_each else names:
+        key = "stage" if one_stage_each else f"stage.{name}"
+        stages_by_name = [{config.stage_name(i): stage for i, stage in enumerate(config.stage)} for config in configs]
+        tables = [next(iter(stages.values())) if one_stage_each else stages.get(name) for stages in stages_by_name]
         everywhere = all(table is not None for table in tables)
         for column, table in zip(columns, tables, strict=True):
             if table is not None and everywhere:

@@ -1,4 +1,4 @@
-"""Smoothed loss of a run. It stays on the device and is updated every step, so the host never waits for it."""
+"""The smoothed loss of a run. It is updated on the device after every step, so the host never waits for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SmoothedLoss:
         self._weight.copy_(torch.where(finite, DECAY * self._weight + (1 - DECAY), self._weight))
 
     def value(self) -> Tensor:
-        """Return the average, fp64 on the device; nan before the first finite loss."""
+        """Return the average, 0-dim fp64 on the device. It is nan before the first finite loss."""
         return self._loss / self._weight
 
     def state(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Start of a stage: builds its step and loads the state of the checkpoint or of the previous stage."""
+"""Start of a stage: create its step, and load the state of the checkpoint or of the previous stage."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastsd.train.optim import load_flat_state
 from fastsd.train.precision import set_precision
 from fastsd.train.step import Step
 
-_STATE = {"reset": "reset", "carry": "carried over from the previous stage"}
+_STATE_TEXT = {"reset": "reset", "carry": "carried over from the previous stage"}
 
 
 def start_stage(run: Run, index: int) -> Step:
-    """Create a stage's step. It loads the optimizer state of the checkpoint if the run was in the middle of the stage, or
-    that of the previous stage if the config carries it over.
+    """Create the step of a stage, and load the optimizer state into it: that of the checkpoint if the run was in the middle of
+    the stage, or that of the previous stage if the config carries it over.
 
     Raises:
         UserError: the stage does not fit into the device's memory.
@@ -30,7 +30,7 @@ def start_stage(run: Run, index: int) -> Step:
     resumed = run.position.begin(index)
     run.model.unet.checkpointing = stage.checkpointing
     switches = set_precision(stage.precision, run.model.unet, config.deterministic)
-    state = f"; optimizer state: {_STATE[stage.state]}" if index else ""
+    state = f"; optimizer state: {_STATE_TEXT[stage.state]}" if index else ""
     run.report.print(f"{name}: {switches}{state}")
 
     if stage.reinit and not resumed:
@@ -38,9 +38,10 @@ def start_stage(run: Run, index: int) -> Step:
         run.saving.changed.update(entry.split(".")[0] for entry in stage.reinit)
         run.report.print(f"{name}: {count:,} parameters reinitialised ({', '.join(stage.reinit)})")
 
-    cached, carried = run.data.text_embeddings is not None, run.position.progress.carried
+    cached_text = run.data.text_embeddings is not None
+    carried = run.position.progress.carried
     args = run.model, stage, run.position.steps[index], config.seed, _micro_batch_size(run, index, resumed)
-    step = Step(*args, graph=config.cuda_graph, cached_text=cached, carried_steps=carried, warn=run.report.warn)
+    step = Step(*args, graph=config.cuda_graph, cached_text=cached_text, carried_steps=carried, warn=run.report.warn)
 
     if resumed or stage.state == "carry":
         _load_state(step, run.saving.state)
@@ -60,18 +61,18 @@ def _load_state(step: Step, saved: Mapping[str, Tensor]) -> None:
 
 
 def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
-    """Return the micro-batch: the config's, or the one used before, so that a resumed run computes the same sums."""
+    """Return the images per forward. A resumed run keeps its previous micro-batch, so that it computes the same sums."""
     stage, progress = run.config.stage[index], run.position.progress
     if resumed and progress.micro_batch_size and progress.micro_batch_setting == stage.micro_batch:
         return progress.micro_batch_size
     if stage.micro_batch != "auto":
         return stage.micro_batch_size
-    # Free memory plus the memory of the resident modules, because the plan counts the model too.
+    # The plan counts the model too, so the memory of the resident modules is available to it.
     scratch = SCRATCH if run.device.type == "cuda" else 0
     resident_bytes = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
     available = free_memory(run.device) - scratch + resident_bytes
-    cached = run.data.text_embeddings is not None
-    plan = plan_stage(Shapes.of(run.model), stage, run.config.data.resolution, available, run.ops, cached)
+    cached_text = run.data.text_embeddings is not None
+    plan = plan_stage(Shapes.of(run.model), stage, run.config.data.resolution, available, run.ops, cached_text)
     micro_batch_size = plan.largest_micro_batch()
 
     if micro_batch_size == 0:
@@ -85,7 +86,7 @@ def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
 
 
 class _PrefixedTensors(Mapping[str, Tensor]):
-    """Entries of a mapping under a prefix, read lazily, by their names without the prefix."""
+    """The tensors whose names start with a prefix, by their names without it. They are read lazily."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         self._tensors, self._prefix = tensors, prefix

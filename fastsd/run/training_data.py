@@ -24,10 +24,10 @@ class TrainingData:
 
     Attributes:
         latents: the cache view.
-        tokens: token ids of its captions; None = captions are tokenized when they are read.
-        text_embeddings: those of its captions; None = they are not cached.
+        tokens: token ids of the captions; None = captions are tokenized when they are read.
+        text_embeddings: text embeddings of the captions; None = they are not cached.
         sets: samples that validation measures, and the held-out samples that training skips.
-        epochs: images per epoch of each stage. They differ if stages split captions into tags differently.
+        epochs: images per epoch, for each stage. They differ if the stages split captions into tags differently.
 
     Raises:
         UserError: the cache is missing, damaged, or built for another model.

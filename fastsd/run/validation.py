@@ -81,12 +81,13 @@ class Validation:
 
     @torch.no_grad()
     def rows(self, components: Iterable[TrainableComponent] = ()) -> list[ValidationRow]:
-        """Measure the current weights; if any of `components` has an EMA, measure again with EMA weights in those components.
+        """Measure the current weights. If some of `components` have an EMA, measure again with the EMA weights in their place.
 
         Raises:
             UserError: the cache is damaged.
         """
-        rows, averaged = self._measure("raw"), [component for component in components if component.ema is not None]
+        rows = self._measure("raw")
+        averaged = [component for component in components if component.ema is not None]
         if averaged:
             with ExitStack() as stack:
                 for component in averaged:
@@ -104,12 +105,12 @@ class Validation:
         return rows
 
     def _hash(self, batches: Sequence[np.ndarray]) -> str:
-        """Hash the timesteps and noise positions of all samples in measuring order, which also identify the samples."""
+        """Hash the timesteps and noise positions of all samples in order. They depend on the samples, so the hash does too."""
         arrays = [tensor.numpy().tobytes() for batch in batches for tensor in self._draw(batch)]
         return xxhash.xxh3_64_hexdigest(b"".join(arrays))
 
     def _errors(self, samples: np.ndarray) -> list[list[float]]:
-        """Return the mean squared errors, (B, S)."""
+        """Return the mean squared errors of a batch at each stratum's timestep, (B, S)."""
         model, table, device = self.model, self.table, self.model.unet.conv_in.weight.device
         raw_BCHW, text = (tensor.to(device) for tensor in self.loader.load_unaugmented(samples))
         latents_BCHW = model.vae.scale(raw_BCHW.float())
@@ -118,7 +119,7 @@ class Validation:
 
         tables = self._abar_T.sqrt().to(device), (1 - self._abar_T).sqrt().to(device)
         errors = []
-        for t_B, position_B in zip(t_SB, position_SB, strict=True):
+        for t_B, position_B in zip(t_SB, position_SB, strict=True):  # one stratum at a time
             noise_args = latents_BCHW, position_B, t_B, *tables, table.seed
             noisy_BCHW, target_BCHW = model.unet.ops.add_noise(*noise_args, prediction=model.prediction)
             error_BCHW = model.unet(noisy_BCHW, t_B, text_embeds_BLD).double() - target_BCHW.double()
@@ -126,16 +127,18 @@ class Validation:
         return torch.stack(errors, dim=1).tolist()
 
     def _draw(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the timesteps and the positions of the noise, both int64 (S, B)."""
-        bounds, cache = torch.tensor(self._bounds)[:, None], self.loader.cache
-        identity_B = torch.tensor([int(identities(cache, self.table, number, number + 1)[0]) for number in samples.tolist()])
+        """Return a timestep and a noise position for each sample and stratum, both int64 (S, B)."""
+        cache = self.loader.cache
+        bounds = torch.tensor(self._bounds)[:, None]
+        identity_B = torch.tensor([int(identities(cache, self.table, sample, sample + 1)[0]) for sample in samples.tolist()])
         words = philox(self.table.seed, Purpose.VALIDATION, identity_B, torch.arange(len(bounds) - 1)).transpose(0, 1)
         t_SB = bounds[:-1] + (words[..., 0] * bounds.diff(dim=0) >> 32)
         return t_SB, words[..., 1] << 32 | words[..., 2]
 
     def _split(self, samples: np.ndarray) -> list[np.ndarray]:
         """Group samples by shape into batches of at most `validate.batch`."""
-        groups, by_shape = self.loader.cache.groups, dict[tuple[int, ...], list[int]]()
+        groups = self.loader.cache.groups
+        by_shape = dict[tuple[int, ...], list[int]]()
         for sample in samples.tolist():
             group = groups[bisect_right(groups, sample, key=lambda group: group.first) - 1]
             by_shape.setdefault(group.shape, []).append(sample)
@@ -144,16 +147,16 @@ class Validation:
 
 
 def aggregate(errors_nS: Sequence[Sequence[float]], bounds: Sequence[int], per_band: int) -> ValidationRow:
-    """Return {"loss", "se", "bands"} for the errors of n images at S timesteps. Band b starts at bounds[b * per_band]."""
+    """Return the "loss", "se" and "bands" of a row for the errors of n images at S timesteps. Stratum s starts at bounds[s]."""
     bands = []
-    for first in range(0, len(bounds) - 1, per_band):
-        band_errors = [errors_S[first : first + per_band] for errors_S in errors_nS]
-        bands.append([bounds[first], bounds[first + per_band], *_mean_and_error(band_errors)])
-    loss, se = _mean_and_error(errors_nS)
+    for stratum in range(0, len(bounds) - 1, per_band):
+        band_errors = [errors_S[stratum : stratum + per_band] for errors_S in errors_nS]
+        bands.append([bounds[stratum], bounds[stratum + per_band], *_mean_and_standard_error(band_errors)])
+    loss, se = _mean_and_standard_error(errors_nS)
     return {"loss": loss, "se": se, "bands": bands}
 
 
-def _mean_and_error(errors: Sequence[Sequence[float]]) -> tuple[float, float]:
+def _mean_and_standard_error(errors: Sequence[Sequence[float]]) -> tuple[float, float]:
     n = len(errors)
     means = [math.fsum(image_errors) / len(image_errors) for image_errors in errors]
     mean = math.fsum(means) / n
@@ -161,19 +164,19 @@ def _mean_and_error(errors: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def format_line(rows: Sequence[ValidationRow]) -> str:
-    """Format as "held out 0.1432 ± 0.0021, stabilised 0.1398 ± 0.0020, by band 0.31 0.16 ..."; bands of the first row."""
-    losses = ", ".join(f"{_name(row)} {row['loss']:.4f} ± {row['se']:.4f}" for row in rows)
+    """Format as "held out 0.1432 ± 0.0021, stabilised 0.1398 ± 0.0020, by band 0.31 0.16 ...", with the first row's bands."""
+    losses = ", ".join(f"{_title(row)} {row['loss']:.4f} ± {row['se']:.4f}" for row in rows)
     return f"{losses}, by band {' '.join(f'{loss:.2g}' for _, _, loss, _ in rows[0]['bands'])}"
 
 
 def format_table(rows: Sequence[ValidationRow]) -> str:
     """Format as a table with one line per band and one column per row."""
-    lines = [["timesteps", *map(_name, rows)]]
+    lines = [["timesteps", *map(_title, rows)]]
     for bands in zip(*(row["bands"] for row in rows), strict=True):
         lines.append([f"{bands[0][0]}-{bands[0][1] - 1}", *(f"{loss:.4f} ± {se:.4f}" for _, _, loss, se in bands)])
     lines.append(["all", *(f"{row['loss']:.4f} ± {row['se']:.4f}" for row in rows)])
     return "\n".join("".join(cell.ljust(18) for cell in line).rstrip() for line in lines)
 
 
-def _name(row: ValidationRow) -> str:
+def _title(row: ValidationRow) -> str:
     return row["set"].replace("_", " ") + (" (ema)" if row["weights"] == "ema" else "")

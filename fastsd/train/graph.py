@@ -1,11 +1,11 @@
 """Capture of a training step as a CUDA graph, which turns thousands of launches into one.
 
-A step of this UNet launches some 3,000 kernels; at batch 1 a GPU waits for Python most of the time.  The first calls of a
-shape run eagerly, which lets libraries load, kernels compile and cuDNN choose algorithms; they are ordinary training steps.
-The next call captures the function without executing it; this and all later calls replay the graph.
+A step of this UNet launches some 3,000 kernels, and at batch 1 a GPU waits for Python most of the time.  The first calls
+with a shape run eagerly.  They are ordinary training steps, in which libraries load, kernels compile and cuDNN chooses its
+algorithms.  The next call captures the function without executing it.  This call and all later ones replay the graph.
 
-A replay reads and writes the same memory as the capture.  Therefore inputs are copied into buffers, values that change
-between steps lie in tensors that the caller fills, and results are cloned before the next replay overwrites them.
+A replay reads and writes the same memory as the capture.  Therefore inputs are copied into buffers, the caller fills tensors
+with the values that change between steps, and results are cloned before the next replay overwrites them.
 
 Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # eager calls of a shape before its capture
+WARM_UP = 3  # number of eager calls with a shape before its capture
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Graphed:
 
     Args:
         function: takes tensors on the current GPU and returns a tuple of them. During capture it must not read device
-            values or allocate memory that must outlive a call; in the eager calls before it may do both.
+            values or allocate memory that must outlive a call. In the eager calls it may do both.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -59,7 +59,7 @@ class Graphed:
         return tuple(output.clone() for output in capture.outputs)
 
     def _run_eagerly(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # Use the stream of the capture: autograd's leaves remember the stream of their first use.
+        # Use the stream of the capture, because autograd's leaves remember the stream of their first use.
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -76,7 +76,7 @@ class Graphed:
         torch.cuda.empty_cache()  # the graph's own pool needs the memory that the eager calls have cached
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the loader's threads pin batches meanwhile, which must not invalidate the capture.
+            # thread_local: the loader's threads pin batches during the capture, which must not invalidate it.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = self.function(*inputs)
         except RuntimeError as error:

@@ -1,8 +1,8 @@
 """Memory counters: bytes saved for backward, and live bytes at the peak with their owners.
 
-Both count storages, not tensors, so views are free.  They work on real, meta and fake tensors alike; a plan (`plan.py`) and
-a measurement therefore share one implementation.  The true peak on a GPU is `torch.cuda.max_memory_allocated`, which alone
-includes the scratch memory that a library allocates and frees within one operation.
+Both count storages, not tensors, so a view costs nothing.  They work on real, meta and fake tensors alike, so a plan
+(`plan.py`) and a measurement share one implementation.  Only `torch.cuda.max_memory_allocated` gives the true peak on a GPU,
+with the scratch memory that a library allocates and frees within one operation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 def saved_for_backward_bytes(run: Callable[[], object], *modules: nn.Module) -> int:
     """Count the bytes of distinct storages that autograd saves while `run()` executes, without the modules' parameters.
 
-    For a checkpointed function, its inputs are counted but not the tensors it saves during recomputation.
+    The inputs of a checkpointed function are counted, but not the tensors that its recomputation saves.
     """
     parameters = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
     # Hold every storage until the end, because the address of a freed one may be reused.
@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def count(self, *tensors: Tensor) -> None:
-        """Track tensors from before the block as well. Other devices and storages already tracked are skipped."""
+        """Also track these tensors, from before the block. Tensors on other devices or already tracked are skipped."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if tensor.device == self.device and storage._cdata not in self._alive:
@@ -79,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak, self._peak_event = self.now, len(self._events)
 
     def at_peak(self, owners: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
-        """Return the live bytes at the peak by owner. "other" counts the rest; the tensors in `owners` must still be alive."""
+        """Return the live bytes at the peak by owner, and the rest as "other". The tensors in `owners` must still be alive."""
         owner_by_number = {
             self._alive[tensor.untyped_storage()._cdata][1]: owner
             for owner, tensors in owners.items()
@@ -109,5 +109,5 @@ class LiveBytes(TorchDispatchMode):
 
 @cache
 def _returns_aliases(func: Any) -> bool:
-    """Return True if all results alias operands (views or in-place); such storages may be older than the block."""
+    """Return True if all results are views of operands or modified operands: their storages may be older than the block."""
     return all(value.alias_info for value in func._schema.returns)

@@ -38,13 +38,14 @@ class NoiseSampler:
         self.plain = stage.immiscible == 1 and not any(special)
 
     def __call__(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (eps to predict, eps in the input), both fp32 (B, C, H, W), for fp32 latents and their sample positions.
+        """Draw noise for fp32 latents at their sample positions: (eps to predict, eps in the input), both fp32 (B, C, H, W).
 
         Input perturbation adds gamma xi with standard normal xi (Ning et al. 2023, "Input perturbation reduces exposure bias
         in diffusion models", algorithm 1).  A noise offset adds sigma n_c, constant over a channel (Guttenberg 2023,
         "Diffusion with offset noise").
         """
-        stage, (channels, height, width) = self.stage, latents_BCHW.shape[1:]
+        stage = self.stage
+        channels, height, width = latents_BCHW.shape[1:]
         eps_BCHW = self._nearest(latents_BCHW, positions_B)
         if stage.pyramid_noise:
             eps_BCHW = self._add_pyramid(eps_BCHW, positions_B)
@@ -59,17 +60,18 @@ class NoiseSampler:
         return self.ops.normal(self.seed, purpose, positions_B, shape)
 
     def _nearest(self, latents_BCHW: Tensor, positions_B: Tensor) -> Tensor:
-        """Draw `immiscible` standard normal noises and choose the nearest to the latents in L2; the first is the plain noise.
+        """Draw `immiscible` standard normal noises, the first of them plain, and choose the one nearest to the latents in L2.
 
-        Source: Li et al. 2025, "Improved immiscible diffusion", the k-nearest form, where each image has its own noises.
-        Rejected: Li et al. 2024, "Immiscible diffusion", assigns a batch's noises to its images, so noise depends on the batch.
+        Source: Li et al. 2025, "Improved immiscible diffusion", in the k-nearest form, where each image has its own noises.
+        Rejected: Li et al. 2024, "Immiscible diffusion". It assigns noises within a batch, so noise depends on the batch.
         """
-        shape, others = tuple(latents_BCHW.shape[1:]), self.stage.immiscible - 1
+        shape = tuple(latents_BCHW.shape[1:])
+        more = self.stage.immiscible - 1
         plain_BCHW = self._draw(Purpose.NOISE, positions_B, *shape)
-        if not others:
+        if not more:
             return plain_BCHW
-        all_BKCHW = torch.cat((plain_BCHW[:, None], self._draw(Purpose.IMMISCIBLE, positions_B, others, *shape)), dim=1)
-        # fp64: the order of summation, which a GPU chooses by the batch size, cannot change the choice.
+        all_BKCHW = torch.cat((plain_BCHW[:, None], self._draw(Purpose.IMMISCIBLE, positions_B, more, *shape)), dim=1)
+        # In fp64, the order of summation, which depends on the batch size on a GPU, cannot change the choice.
         distance_BK = (all_BKCHW - latents_BCHW[:, None]).square().flatten(2).sum(2, dtype=torch.float64)
         return all_BKCHW[torch.arange(len(all_BKCHW), device=all_BKCHW.device), distance_BK.argmin(1)]
 
@@ -77,17 +79,18 @@ class NoiseSampler:
         """Add strength^i times noise at 1 / 2^i of the size, stretched bilinearly, for i = 1, 2, ... down to a side of 1.
 
         The sum is divided by its theoretical standard deviation over images and positions, a function of size and strength.
-        With that of the actual sample instead, the noise would not be normal and would depend on the batch.
+        If it were divided by the standard deviation of the sample, it would not be normal and would depend on the batch.
 
-        Source: Whitaker 2023, "Multi-resolution noise for diffusion model training", where the factors are random in [2, 4).
+        Source: Whitaker 2023, "Multi-resolution noise for diffusion model training", where each factor is random in [2, 4).
         """
-        strength, (channels, height, width) = self.stage.pyramid_noise, eps_BCHW.shape[1:]
+        strength = self.stage.pyramid_noise
+        channels, height, width = eps_BCHW.shape[1:]
         sides = [(height >> i, width >> i) for i in range(1, min(height, width).bit_length())]
         counts = [channels * h * w for h, w in sides]
+        levels = self._draw(Purpose.PYRAMID, positions_B, sum(counts)).split(counts, dim=1)
         variance = 1.0
-        chunks = self._draw(Purpose.PYRAMID, positions_B, sum(counts)).split(counts, dim=1)
-        for i, (chunk, (h, w)) in enumerate(zip(chunks, sides, strict=True), start=1):
-            coarse_BCHW = chunk.unflatten(1, (channels, h, w))
+        for i, (level, (h, w)) in enumerate(zip(levels, sides, strict=True), start=1):
+            coarse_BCHW = level.unflatten(1, (channels, h, w))
             stretched_BCHW = F.interpolate(coarse_BCHW, size=(height, width), mode="bilinear")
             eps_BCHW = eps_BCHW + strength**i * stretched_BCHW
             variance += strength ** (2 * i) * _stretched_variance(h, height) * _stretched_variance(w, width)
@@ -96,10 +99,10 @@ class NoiseSampler:
 
 @cache
 def _stretched_variance(count: int, stretched: int) -> float:
-    """Return the mean variance of `count` unit normals stretched linearly to `stretched`: the mean sum of squared weights."""
+    """Return the mean variance of `stretched` positions interpolated linearly from `count` standard normal numbers."""
     total = 0.0
     for i in range(stretched):
         source = min(max((i + 0.5) * count / stretched - 0.5, 0.0), count - 1.0)
         weight = source % 1
-        total += weight**2 + (1 - weight) ** 2
+        total += weight**2 + (1 - weight) ** 2  # the variance of a weighted sum
     return total / stretched

@@ -27,7 +27,7 @@ ALL_TIMESTEPS = StageTable.model_fields["timestep_range"].default
 
 
 def alphas_cumprod(scheduler: dict[str, Any]) -> Tensor:
-    """Compute abar_t of a diffusers scheduler config, fp32 (timesteps,). With zero terminal SNR the last is exactly 0.
+    """Compute abar_t of a diffusers scheduler config, fp32 (T,). With zero terminal SNR the last value is exactly 0.
 
     Source: Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", algorithm 1, for
     `rescale_betas_zero_snr`.
@@ -72,11 +72,12 @@ class Objective:
     def timesteps(self, positions_B: Tensor) -> Tensor:
         """Draw t for each sample position: int64 (B,) on the device of `positions_B`, within the stage's `timestep_range`.
 
-        A fraction of the range is drawn and rounded down to a timestep.  The fraction is uniform; has a normal logit (Esser et
-        al. 2024, "Scaling rectified flow transformers", section 3.1, where 1 also means pure noise); or is "cubic", 1 - u^3,
-        which favours noisy timesteps (Mou et al. 2023, "T2I-Adapter", non-uniform time step sampling).
+        A fraction of the range is drawn and rounded down to a timestep.  It is uniform, or has a normal logit (Esser et al.
+        2024, "Scaling rectified flow transformers", section 3.1, where 1 also means pure noise), or is "cubic": 1 - u^3, which
+        favours noisy timesteps (Mou et al. 2023, "T2I-Adapter", non-uniform time step sampling).
         """
-        draw, stage, count = (self.seed, noise.Purpose.TIMESTEP, positions_B), self.stage, self.end - self.first
+        stage, count = self.stage, self.end - self.first
+        draw = self.seed, noise.Purpose.TIMESTEP, positions_B
         if stage.timesteps == "uniform":
             return self.first + noise.integers(*draw, count)
         if stage.timesteps == "cubic":
@@ -86,7 +87,7 @@ class Objective:
         return self.first + (fraction_B * count).long().clamp(max=count - 1)  # a fraction may round to 1
 
     def add_noise(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add noise to scaled latents at their sample positions: (x_t fp32, t int64 (B,), target fp32)."""
+        """Add noise to scaled latents at their sample positions. Return (x_t fp32, t int64 (B,), target fp32)."""
         t_B = self.timesteps(positions_B)
         tables = self.signal, self.level
         if self.noise_sampler.plain:
@@ -97,8 +98,8 @@ class Objective:
         latents_BCHW = latents_BCHW.float()
         eps_BCHW, input_BCHW = self.noise_sampler(latents_BCHW, positions_B)
         signal, level = (table_T[t_B][:, None, None, None] for table_T in tables)
-        velocity = self.prediction == "v_prediction"
-        target_BCHW = signal * eps_BCHW - level * latents_BCHW if velocity else eps_BCHW
+        predicts_velocity = self.prediction == "v_prediction"
+        target_BCHW = signal * eps_BCHW - level * latents_BCHW if predicts_velocity else eps_BCHW
         return signal * latents_BCHW + level * input_BCHW, t_B, target_BCHW
 
     def loss(
@@ -109,14 +110,14 @@ class Objective:
         weight_B: Tensor | None = None,
         mask_B1HW: Tensor | None = None,
     ) -> Tensor:
-        """Compute the mean over images of their weighted mean errors: 0-dim fp32.
+        """Compute the weighted mean error of each image, and return the mean over images, 0-dim fp32.
 
         Args:
             t_B: the timesteps that `add_noise` returned.
             weight_B: a factor for each image's loss.
-            mask_B1HW: in [0, 1]; the weight of an element is unmasked_weight + (1 - unmasked_weight) * mask. The mean is over
-                all elements, as in sd-scripts and by default in OneTrainer. If it were divided by the area of the mask, an
-                image with a small mask would count as much as an unmasked image.
+            mask_B1HW: in [0, 1]. The weight of an element is unmasked_weight + (1 - unmasked_weight) * mask. The mean is over
+                all elements, as in sd-scripts and by default in OneTrainer. If it were over the area of the mask, an image
+                with a small mask would count as much as an image without a mask.
         """
         prediction_BCHW = prediction_BCHW.float()
         if self.weights_T is None and weight_B is None and mask_B1HW is None:
@@ -134,19 +135,19 @@ class Objective:
 
 
 def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str) -> Tensor | None:
-    """Compute the loss weight of each timestep: fp32 (T,), or None if all are equal.
+    """Compute the loss weight of each timestep, fp32 (T,). Return None if the weights are equal.
 
     The weights depend on SNR = abar / (1 - abar).  The papers give them for the loss in eps.  With
 
         |eps - eps'|^2 = SNR |x_0 - x_0'|^2        |v - v'|^2 = (SNR + 1) |x_0 - x_0'|^2
 
-    (Salimans and Ho 2022, section 4) each is converted to the loss in x_0 and then to the model's own prediction:
+    (Salimans and Ho 2022, section 4) they are converted to the loss in x_0, and then to what the model predicts:
 
         min_snr   min(SNR, gamma) / SNR    gamma 5    Hang et al. 2023, "Efficient diffusion training via min-SNR"
         debiased  1 / sqrt(SNR)                       Yu et al. 2024, "Unmasking bias in diffusion model training"
         p2        1 / (1 + SNR)^gamma      gamma 1    Choi et al. 2022, "Perception prioritized training", k = 1
 
-    For v all three are 0 where SNR is 0: nothing is learned from pure noise.  The weights are not normalised.
+    For v, all three are 0 where SNR is 0, so nothing is learned from pure noise.  The weights are not normalised.
     """
     if stage.weighting == "none":
         return None
@@ -162,7 +163,7 @@ def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str)
 
 
 def _timestep_range(stage: StageTable, timesteps: int) -> tuple[int, int]:
-    """Return the first timestep and the end, which is exclusive."""
+    """Return the first timestep of the stage, and the end, which is excluded."""
     if stage.timestep_range == ALL_TIMESTEPS:  # the default means all timesteps of the model
         return 0, timesteps
     first, end = stage.timestep_range

@@ -1,8 +1,8 @@
 """Lion, D-Lion and AdamW as torch optimizers, and their state as named tensors for a checkpoint.
 
-The arithmetic is in `fastsd_kernels.lion`, `.dlion` and `.adamw`; this module handles parameter groups, state and
-hyper-parameters.  A step reads nothing back from the device and therefore never waits.  Any list of parameters works; training
-gives each optimizer a single one, the arena of a component (`trainable.py`).  Read next: `fastsd_kernels/dlion.py`.
+The arithmetic is in `fastsd_kernels.lion`, `.dlion` and `.adamw`.  This module handles parameter groups, state and
+hyper-parameters.  A step reads nothing back from the device, so it never waits.  Any list of parameters works.  Training gives
+each optimizer a single parameter, the arena of a component (`trainable.py`).  Read next: `fastsd_kernels/dlion.py`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ Select = Callable[[Tensor], Tensor]
 Views = Callable[[Tensor], list[Tensor]]
 
 SMALL = 1 << 22  # elements: 16 MB per fp32 tensor
-# Optimizer-wide state lies in `state` beside the state of parameters, because torch saves, loads and copies such entries.
+# The state that all parameters share is an entry of `state`, so that torch saves, loads and copies it.
 _SHARED = "shared"
 
 
 class FastOptimizer(Optimizer):
-    """Base class of the three optimizers: checked groups, lazy state, `step`, and loading that preserves bits and devices.
+    """Base class of the three optimizers. It checks groups, creates state when needed, and loads state bit by bit.
 
     `ops` is the implementation.  The default is the fastest one for the device, except on a CPU with fewer than SMALL
     elements in total: there the reference is as fast, and its sums and roots equal the original optimizers' to the last bit.
 
-    A group may hold two lists parallel to its "params": "masters_lo", int16 halves that make bf16 parameters exact fp32
-    masters, and "emas", fp32 averages updated with "ema_decay" (see `fastsd_kernels/arena.py`).  lr may be a 0-dim fp64
-    device tensor.
+    A group may hold two lists parallel to its "params".  "masters_lo" has int16 halves, which make bf16 parameters exact fp32
+    masters.  "emas" has fp32 averages, which are updated with "ema_decay" (see `fastsd_kernels/arena.py`).  lr may be a 0-dim
+    fp64 device tensor.
     """
 
     name: ClassVar[str]
@@ -61,12 +61,12 @@ class FastOptimizer(Optimizer):
             raise
 
     def _validate(self, group: Group) -> None:
-        if not isinstance(group["lr"], Tensor):  # reading a tensor's value would wait for the device
+        if not isinstance(group["lr"], Tensor):  # do not check a tensor: reading its value would wait for the device
             _require(self.name, "lr", group["lr"], 0 <= group["lr"] < math.inf, "a finite number, 0 or more")
         betas = group["betas"]
         _require(self.name, "betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
-        wd = group["weight_decay"]
-        _require(self.name, "weight_decay", wd, 0 <= wd < math.inf, "a finite number, 0 or more")
+        weight_decay = group["weight_decay"]
+        _require(self.name, "weight_decay", weight_decay, 0 <= weight_decay < math.inf, "a finite number, 0 or more")
         device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else None
         dtype = torch.bfloat16 if group.get("masters_lo") else torch.float32
         for p in group["params"]:
@@ -79,7 +79,7 @@ class FastOptimizer(Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: evaluated first, with gradients enabled; its value is returned.
+            closure: called first, with gradients enabled. Its result is returned.
             found_inf: 0-dim bool or float on the parameters' device. If nonzero, no byte of parameters or state changes.
         """
         loss = None
@@ -87,8 +87,9 @@ class FastOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            rows = [i for i, p in enumerate(group["params"]) if p.grad is not None]
-            self._update(group, rows, [_grad_in_layout(group["params"][i]) for i in rows], None, found_inf=found_inf)
+            indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+            grads = [_grad_in_layout(group["params"][i]) for i in indices]
+            self._update(group, indices, grads, None, found_inf=found_inf)
         self._finish(found_inf)
         return loss
 
@@ -100,8 +101,8 @@ class FastOptimizer(Optimizer):
 
         Args:
             gradient: fp32 or bf16, in the layout of the arena or of the selected elements.
-            select: returns the elements to update of any tensor in the arena's layout; None = the whole arena.
-            scale: 0-dim fp32 on the device, multiplies the gradient.
+            select: maps any tensor in the arena's layout to the elements to update; None = the whole arena.
+            scale: factor of the gradient, 0-dim fp32 on the device.
 
         Every element must be updated once before `finish` ends the step.
         """
@@ -116,8 +117,8 @@ class FastOptimizer(Optimizer):
     def discard_updates(self) -> None:
         """Drop intermediate results of an unfinished step. Parameters that it has updated are not restored."""
 
-    def _update(self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
-        """Launch the elementwise pass for the parameters at `rows` of a group, or for the elements that `select` returns."""
+    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        """Launch the elementwise pass for the parameters `indices` of a group, or for the elements that `select` returns."""
         raise NotImplementedError
 
     def _finish(self, found_inf: Tensor | None) -> None:
@@ -131,26 +132,26 @@ class FastOptimizer(Optimizer):
         return state
 
     def _op_arguments(
-        self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None
+        self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None
     ) -> tuple[list[list[Tensor]], dict[str, Any]]:
-        """Return (parallel lists of parameters, gradients and each slot's state; keyword arguments common to all ops)."""
+        """Return the arguments of an op: lists of the parameters, the gradients and the state of each slot; and options."""
         select = select or (lambda t: t)
-        states = [self._state_of(group["params"][i]) for i in rows]
-        lists = [[select(group["params"][i]) for i in rows], grads]
+        states = [self._state_of(group["params"][i]) for i in indices]
+        lists = [[select(group["params"][i]) for i in indices], grads]
         lists += [[select(state[slot]) for state in states] for slot in self.slots]
         options: dict[str, Any] = {"lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"]}
         for key in ("masters_lo", "emas"):
             if group.get(key):
-                options[key] = [select(group[key][i]) for i in rows]
+                options[key] = [select(group[key][i]) for i in indices]
         if group.get("emas"):
             options["ema_decay"] = group["ema_decay"]
         return lists, options
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict()` bit by bit. The tensors are copied, so the source may continue to train.
+        """Load a `state_dict()` bit by bit. The tensors are copied, so the source may go on training.
 
         Raises:
-            ValueError: groups or their sizes differ from this optimizer's.
+            ValueError: the groups or their sizes differ from those of this optimizer.
         """
         super().load_state_dict(state_dict)
         device = self.param_groups[0]["params"][0].device
@@ -165,8 +166,8 @@ class Lion(FastOptimizer):
         params: fp32 parameters or groups of them, on one device.
         lr: step size in units of the parameter.
         betas: (decay for the update, decay of the momentum).
-        weight_decay: is multiplied by lr.
-        decoupled_weight_decay: divide weight_decay by the lr given here, so only the schedule of lr scales the decay.
+        weight_decay: a step multiplies the parameters by 1 - lr * weight_decay.
+        decoupled_weight_decay: divide weight_decay by the lr given here, so that only the schedule of lr scales the decay.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -191,8 +192,8 @@ class Lion(FastOptimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, ops)
 
-    def _update(self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
-        lists, settings = self._op_arguments(group, rows, grads, select)
+    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        lists, settings = self._op_arguments(group, indices, grads, select)
         if group["decoupled_weight_decay"]:
             settings["weight_decay"] /= self.defaults["lr"]
         self.ops.lion(*lists, **settings, **options)
@@ -205,13 +206,13 @@ class DLion(FastOptimizer):
         params: fp32 parameters or groups of them, on one device. Groups may differ in weight_decay only.
         lr: factor on d; leave it at 1 and let a schedule change it.
         betas: (decay for the update, decay of momentum and s).
-        weight_decay: is multiplied by d lr.
+        weight_decay: a step multiplies the parameters by 1 - d * lr * weight_decay.
         d0: first estimate of d, in units of the parameter.
         growth_rate: largest factor by which d grows per step; None = no limit, the upstream default.
         d_max: upper limit of d; None = no limit.
 
     Attributes:
-        frozen: 0-dim bool on the device, or None. While true, d is constant.
+        frozen: 0-dim bool on the device, or None. While it is true, d is constant.
 
     Raises:
         ValueError: a hyper-parameter is out of range or groups differ in betas; in `step`: groups differ in lr.
@@ -248,56 +249,55 @@ class DLion(FastOptimizer):
 
     def _validate(self, group: Group) -> None:
         super()._validate(group)
-        first = tuple(self.param_groups[0]["betas"])
-        _require(self.name, "betas", group["betas"], tuple(group["betas"]) == first, f"{first} in every group")
+        betas = tuple(self.param_groups[0]["betas"])
+        _require(self.name, "betas", group["betas"], tuple(group["betas"]) == betas, f"{betas} in every group")
 
     @property
     def shared(self) -> dict[str, Tensor]:
-        """Return "d" and "numerator_weighted", 0-dim fp64 on the device, for logging without waiting."""
+        """The tensors "d" and "numerator_weighted", 0-dim fp64 on the device, which can be logged without waiting."""
         return self.state[_SHARED]  # type: ignore[index]
 
     def d(self) -> float:
         """Return the estimate that the next step uses. Waits for the device."""
         return float(self.shared["d"])
 
-    def _update(self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
         lr = self.param_groups[0]["lr"]
         if group["lr"] is not lr:  # comparing two tensors would wait for the device
             same = not isinstance(lr, Tensor) and group["lr"] == lr
             _require(self.name, "lr", group["lr"], same, f"{lr} in every group, or use one optimizer per component")
-        lists, settings = self._op_arguments(group, rows, grads, select)
+        lists, settings = self._op_arguments(group, indices, grads, select)
         self._sums.append(self.ops.dlion(*lists, self.shared["d"], **settings, **options))
 
     def discard_updates(self) -> None:
         self._sums = []
 
     def _finish(self, found_inf: Tensor | None) -> None:
-        dots_K, l1_K = (torch.cat(column) for column in zip(*self._sums, strict=True))
+        dots_K, l1_K = (torch.cat(sums) for sums in zip(*self._sums, strict=True))
         self._sums = []
 
-        first, d = self.param_groups[0], self.shared["d"]
+        d = self.shared["d"]
         limited = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
-        before = d.clone() if limited else d
-        self.ops.dlion_estimate(
-            *self.shared.values(), dots_K, l1_K, lr=first["lr"], beta2=first["betas"][1], found_inf=found_inf
-        )
+        previous_d = d.clone() if limited else d
+        lr, beta2 = self.param_groups[0]["lr"], self.param_groups[0]["betas"][1]
+        self.ops.dlion_estimate(*self.shared.values(), dots_K, l1_K, lr=lr, beta2=beta2, found_inf=found_inf)
         if self.growth_rate is not None:
-            d.copy_(torch.minimum(d, before * self.growth_rate))
+            d.copy_(torch.minimum(d, previous_d * self.growth_rate))
         if self.d_max is not None:
             d.clamp_(max=self.d_max)
         if self.frozen is not None:
-            d.copy_(torch.where(self.frozen, before, d))
+            d.copy_(torch.where(self.frozen, previous_d, d))
 
 
 class AdamW(FastOptimizer):
-    """AdamW, bit-equal to torch.optim.AdamW (its plain form) on a CPU.
+    """AdamW, bit-equal to the plain torch.optim.AdamW on a CPU.
 
     Args:
         params: fp32 parameters or groups of them, on one device.
         lr: step size in units of the parameter.
         betas: decay of (first, second) moment.
         eps: added to the root of the second moment, in units of the gradient.
-        weight_decay: is multiplied by lr.
+        weight_decay: a step multiplies the parameters by 1 - lr * weight_decay.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -330,16 +330,18 @@ class AdamW(FastOptimizer):
             state["step"] = torch.zeros((), device=p.device)
         return state
 
-    def _update(self, group: Group, rows: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
-        lists, settings = self._op_arguments(group, rows, grads, select)
-        steps = [self._state_of(group["params"][i])["step"] for i in rows]
-        if select:  # every call increments a copy of the step count; `_finish` increments the original once
-            self._copied_steps, steps = True, [step.clone() for step in steps]
+    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        lists, settings = self._op_arguments(group, indices, grads, select)
+        steps = [self._state_of(group["params"][i])["step"] for i in indices]
+        if select:  # every call increments copies of the step counts, and `_finish` increments the original once
+            self._copied_steps = True
+            steps = [step.clone() for step in steps]
         self.ops.adamw(*lists, steps, eps=group["eps"], **settings, **options)
 
     def _finish(self, found_inf: Tensor | None) -> None:
         if self._copied_steps:
-            self._copied_steps, step = False, self._state_of(self.param_groups[0]["params"][0])["step"]
+            self._copied_steps = False
+            step = self._state_of(self.param_groups[0]["params"][0])["step"]
             step += 1 if found_inf is None else found_inf == 0
 
 
@@ -347,13 +349,13 @@ def flat_state(optimizer: FastOptimizer, names: Sequence[str], views: Views | No
     """Return the optimizer state as named tensors, for safetensors.
 
     Args:
-        names: names of the parameters, in the order of `optimizer.param_groups`; for an arena, names of its parameters.
-        views: for an arena: splits a tensor of its layout into one view per name.
+        names: names of the parameters in the order of `optimizer.param_groups`, or of the parameters in an arena.
+        views: splits a tensor in the layout of an arena into one view per name; None = the parameter is not an arena.
 
     Returns:
-        "<slot>/<name>", fp32 in the parameter's shape, for each slot of the optimizer; for D-Lion also "d" and
-        "numerator_weighted", fp64 0-dim; for AdamW also "step", fp32, one number per parameter or arena. A parameter that
-        never had a gradient has zeros. Only "step" is a copy: write or clone the other tensors before the next step.
+        "<slot>/<name>" for each slot of the optimizer, fp32 in the parameter's shape, and zeros if the parameter never had a
+        gradient. D-Lion also has "d" and "numerator_weighted", fp64 0-dim, and AdamW "step", fp32, one number per parameter or
+        arena. Only "step" is a copy: write or clone the other tensors before the next step.
 
     Raises:
         ValueError: `names` has duplicates or does not match the number of parameters.
@@ -393,16 +395,16 @@ def load_flat_state(
         if loaded.shape != target.shape or loaded.dtype != target.dtype:
             actual, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (loaded, target))
             raise ValueError(f"optimizer state: {key!r} is {actual}, expected {needed}; {advice}")
-    for key, value in expected.items():
-        value.copy_(tensors[key])
-    if isinstance(optimizer, AdamW):  # `flat_state` stacks the step counts, which copies them
+    for key, target in expected.items():
+        target.copy_(tensors[key])
+    if isinstance(optimizer, AdamW):  # the step counts that `flat_state` returns are copies
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p, step in zip(params, tensors["step"], strict=True):
             optimizer._state_of(p)["step"].copy_(step)
 
 
 def _grad_in_layout(p: Tensor) -> Tensor:
-    """Return the gradient in the parameter's memory order. Autograd ensures it, but a manually set gradient may differ."""
+    """Return the gradient in the parameter's memory order, which autograd ensures, but not a user who sets `p.grad`."""
     assert p.grad is not None
     return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
 

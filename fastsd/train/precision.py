@@ -1,7 +1,7 @@
-"""Choice of the device and the Ops table, and all numerical switches of PyTorch, in one place.
+"""Choice of the device and of the Ops table, and the numerical switches of PyTorch.
 
-fp32   IEEE fp32 everywhere: TF32 is off for matmuls and for convolutions, which have different defaults in PyTorch
-tf32   TF32 for both
+fp32   IEEE fp32: TF32 is off for matmuls and for convolutions, whose defaults in PyTorch differ
+tf32   TF32 for matmuls and convolutions
 bf16   components compute in bf16, and the optimizer updates their exact fp32 masters (see `trainable.py`)
 
 Norm statistics, softmax, loss and optimizer arithmetic are fp32 in all three.
@@ -21,7 +21,7 @@ COMPUTE_DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfl
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for "auto" or a torch device name. Raises UserError if it is not available."""
+    """Return a torch device by name. "auto" is cuda if available, otherwise cpu. Raises UserError for an unavailable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,7 +34,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_ops(kernels: str, device: torch.device) -> Ops:
-    """Return the Ops table for the config key `kernels`. Raises UserError for kernels that cannot run here."""
+    """Return the Ops table for a value of the config key `kernels`. Raises UserError for kernels that cannot run here."""
     can_run = TRITON is not None and (device.type == "cuda" or INTERPRETED)
     if kernels == "triton" and not can_run:
         reason = "is not installed" if TRITON is None else f"needs an NVIDIA GPU and device is {device}"
@@ -48,12 +48,12 @@ def choose_ops(kernels: str, device: torch.device) -> Ops:
     if kernels == "triton":
         assert TRITON is not None
         return TRITON
-    # "auto" never chooses the interpreter, which only serves to try kernels on a CPU and is hundreds of times slower.
+    # "auto" never chooses Triton's interpreter: it runs kernels on a CPU, hundreds of times slower.
     return REFERENCE if kernels == "reference" else fastest(device)
 
 
 def describe_ops(ops: Ops) -> str:
-    """Return the table's name, followed by the reason if it is not the fastest one."""
+    """Return the name of the table, and the reason if it is not the fastest one."""
     reason = cpu_problem() if ops is REFERENCE and not torch.cuda.is_available() else None
     return f"{ops.name} ({reason}: optimizer steps are several times slower)" if reason else ops.name
 
@@ -63,24 +63,24 @@ def set_precision(precision: str, unet: UNet | None = None, deterministic: bool 
 
     Args:
         precision: "fp32", "tf32" or "bf16".
-        deterministic: make cuDNN use the same algorithms in every run, for exact resume; False = time them, use the fastest.
+        deterministic: use the same cuDNN algorithms in every run, for exact resume; False = time them and use the fastest.
     """
-    fp32 = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = fp32
-    torch.backends.cudnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
-    torch.backends.mkldnn.matmul.fp32_precision = fp32  # type: ignore[attr-defined]
-    torch.backends.mkldnn.conv.fp32_precision = fp32  # type: ignore[attr-defined]
-    # Keep the partial sums of a bf16 matmul that is split over K in fp32.
+    fp32_mode = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = fp32_mode
+    torch.backends.cudnn.conv.fp32_precision = fp32_mode  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul.fp32_precision = fp32_mode  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv.fp32_precision = fp32_mode  # type: ignore[attr-defined]
+    # If a bf16 matmul is split over K, its partial sums stay fp32.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    settings = f"{precision} (fp32 matmuls and convolutions: {fp32}{'' if deterministic else ', cuDNN benchmark mode'})"
+    settings = f"{precision} (fp32 matmuls and convolutions: {fp32_mode}{'' if deterministic else ', cuDNN benchmark mode'})"
     if unet is None:
         return settings
     device = unet.conv_in.weight.device
-    attention = fp32
-    if fp32 == "ieee" and device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
-        # As exact to within a rounding. Tensor cores of these GPUs far outrun their fp32 units; on a GeForce they do not.
+    attention = fp32_mode
+    if fp32_mode == "ieee" and device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
+        # As exact as fp32 to within a rounding, and faster, because these GPUs' tensor cores far outrun their fp32 units.
         attention = "tf32x3"
     unet.set_attention_precision(attention)
     return f"{settings[:-1]}, attention: {attention})"

@@ -1,4 +1,4 @@
-"""Schedules: the learning rate of a step, the decay of the EMA, and the steps at which recurring actions are due."""
+"""Schedules: the learning rate of a step, the decay of the EMA, and the steps after which recurring actions are due."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def learning_rate(stage: StageTable, step: int, total: int, component: str) -> f
     """Compute the lr of a component in step `step` (from 0) of `total`.
 
     A linear warm-up reaches the full lr at its last step.  The steps after it are divided into restarts + 1 equal cycles.
-    With x in [0, 1) as the completed fraction of a cycle, the schedules are
+    If x in [0, 1) is the completed fraction of a cycle, the schedules are
 
         linear   1 - x
         cosine   (1 + cos(pi x)) / 2
         rex      (1 - x) / (1 - x / 2)
 
-    scaled to fall from 1 at the first step of a cycle to `lr_floor`, which would be reached one step after the last.
+    scaled so that they fall from 1 at the first step of a cycle to `lr_floor`, one step after its last.
 
     Source: Loshchilov and Hutter 2017, "SGDR: stochastic gradient descent with warm restarts", equation 5; Chen, Wolfe and
     Kyrillidis 2022, "REX: revisiting budgeted training with an improved schedule", section 3.
@@ -36,7 +36,7 @@ def learning_rate(stage: StageTable, step: int, total: int, component: str) -> f
 
 
 def check_length(stage: StageTable, name: str, epoch: int) -> int:
-    """Return the steps of a stage with `epoch` images per epoch. Raises UserError if the warm-up is longer than that."""
+    """Return the number of steps of a stage with `epoch` images per epoch. Raises UserError if the warm-up is longer."""
     total = stage.steps(epoch)
     if stage.warmup_steps(total) > total:
         raise UserError(
@@ -50,42 +50,44 @@ def check_length(stage: StageTable, name: str, epoch: int) -> int:
 def ema_decay(stage: StageTable, step: int) -> float:
     """Compute the EMA decay in step `step` (from 0) since the EMA started: EMA = decay EMA + (1 - decay) weights.
 
-    The decay is 0 for the first `ema_after` steps, in which the EMA equals the weights.  After them it is `ema`; with a
-    warm-up, it is at most 1 - (1 + n)^-ema_power in the n-th step (from 1).
+    The decay is 0 for the first `ema_after` steps, in which the EMA equals the weights.  After them it is `ema`, and with a
+    warm-up at most 1 - (1 + n)^-ema_power in the n-th step (from 1).
 
-    Source: the EMA warm-up of timm and diffusers; a power of 2/3 suits a million steps, 3/4 some ten thousand.
+    Source: the EMA warm-up of timm and diffusers.  A power of 2/3 suits a million steps, and 3/4 some ten thousand.
     """
-    after = step - stage.ema_after
-    if after < 0:
+    averaged_steps = step - stage.ema_after
+    if averaged_steps < 0:
         return 0.0
-    return min(stage.ema, 1 - (2 + after) ** -stage.ema_power) if stage.ema_power else stage.ema
+    return min(stage.ema, 1 - (2 + averaged_steps) ** -stage.ema_power) if stage.ema_power else stage.ema
 
 
 class Interval:
     """A recurring trigger of a stage, with an interval in steps, epochs, images or seconds.
 
     Args:
-        key, amount: a config key and its value, see `fastsd.config.stages.parse_amount`; 0 = never.
+        key, amount: a config key and its value (see `fastsd.config.stages.parse_amount`); 0 = never.
         batch: images per step.
         epoch: images per epoch.
         seconds: seconds that the stage has already run.
     """
 
     def __init__(self, key: str, amount: Amount, batch: int, epoch: int, seconds: float = 0.0) -> None:
-        self._batch, self._images, self._seconds, self._last = batch, 0.0, 0.0, seconds
+        self._batch, self._last_due = batch, seconds
+        self._interval_images = self._interval_seconds = 0.0
         if amount != 0:
             number, unit = parse_amount(key, amount)
             if unit == "seconds":
-                self._seconds = number
+                self._interval_seconds = number
             else:
-                self._images = number * {"steps": batch, "epochs": epoch, "images": 1}[unit]
+                self._interval_images = number * {"steps": batch, "epochs": epoch, "images": 1}[unit]
 
     def due(self, step: int, seconds: float) -> bool:
-        """Return True if step `step` of the stage (from 1), finished after `seconds`, completes or passes another interval."""
-        if self._images:
-            return int(step * self._batch / self._images + 1e-9) > int((step - 1) * self._batch / self._images + 1e-9)
-        if self._seconds and seconds - self._last >= self._seconds:
-            self._last = seconds
+        """Return True if step `step` of the stage (from 1), which ended after `seconds`, completes an interval."""
+        if self._interval_images:
+            intervals_before = int((step - 1) * self._batch / self._interval_images + 1e-9)
+            return int(step * self._batch / self._interval_images + 1e-9) > intervals_before
+        if self._interval_seconds and seconds - self._last_due >= self._interval_seconds:
+            self._last_due = seconds
             return True
         return False
 

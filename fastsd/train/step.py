@@ -3,7 +3,7 @@
     batch -> [ micro-batch: noise, text, UNet, loss, backward ] x n -> gradient norm -> one launch per component -> StepResult
 
 The step never reads a device value.  Loss, gradient norm and the count of skipped steps stay on the device until the log needs
-them, and values that change from step to step (lr) are written to the device.  So the whole step can be a CUDA graph.
+them.  Values that change from step to step, such as lr, are written to the device.  So the whole step can be a CUDA graph.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ OPTIMIZERS: dict[str, type[FastOptimizer]] = {"dlion": DLion, "lion": Lion, "ada
 
 @dataclass(frozen=True)
 class StepResult:
-    """0-dim device tensors: mean loss of the batch, gradient norm before clipping, number of steps skipped so far."""
+    """The results of a step, as 0-dim device tensors."""
 
-    loss: Tensor
-    grad_norm: Tensor
-    skipped: Tensor
+    loss: Tensor  # mean over the batch
+    grad_norm: Tensor  # before clipping
+    skipped: Tensor  # number of steps skipped so far
 
 
 class Step:
-    """Forward, backward and update for one stage.
+    """The forward, backward and update of a stage.
 
     Args:
-        model: fp32, on its device.
+        model: an fp32 model on the training device.
         stage: the stage to train.
         total: optimizer steps of the stage, for the schedule.
         seed: seed of noise and timesteps.
         micro_batch_size: images per forward; None = `stage.micro_batch_size`.
-        graph: capture the step as a CUDA graph, one per number of images; the results are the same.
-        cached_text: batches contain text embeddings, so the step does not use the text encoder.
-        carried_steps: number of steps of earlier stages from which this stage continues the optimizer state and EMA.
+        graph: capture the step as a CUDA graph, one per batch size. The results are the same.
+        cached_text: True if batches contain text embeddings. The step then does not use the text encoder.
+        carried_steps: number of steps in earlier stages whose optimizer state and EMA this stage continues.
         warn: called with a line of text to warn the user.
 
     Attributes:
-        components: all components of the step by name; those that the stage trains also have an entry in `optimizers`.
-        micro_batch_size: images per forward. Reduced to the next smaller divisor of the batch when memory runs out.
+        components: all components of the step by name. Those that the stage trains also have an entry in `optimizers`.
+        micro_batch_size: images per forward. When memory runs out, it becomes the next smaller divisor of the batch.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class Step:
         self.ema_decay = torch.zeros((), dtype=torch.float64, device=self.device)
         self.frozen = torch.zeros((), dtype=torch.bool, device=self.device)
         self.optimizers: dict[str, FastOptimizer] = {name: self._optimizer(name) for name in self.trained}
-        abar = alphas_cumprod(model.scheduler).to(self.device)
-        self.objective = Objective(abar, seed, self.ops, stage, model.prediction)
+        abar_T = alphas_cumprod(model.scheduler).to(self.device)
+        self.objective = Objective(abar_T, seed, self.ops, stage, model.prediction)
         self.skipped = torch.zeros((), device=self.device)
         if stage.fused_backward:
-            # True from the first value of the current step that is not finite.
+            # True after the first loss or gradient of the current step that is not finite.
             self._found_inf = torch.zeros((), dtype=torch.bool, device=self.device)
             self._norms: list[Tensor] = []
             for name in self.trained:
-                self.components[name].on_gradient = partial(self._update_one, name)
+                self.components[name].on_gradient = partial(self._update_parameter, name)
 
         self._weights_touched = False  # True once the current step may have changed weights
         self._run = Graphed(self._compute) if graph and self.device.type == "cuda" else self._compute
@@ -123,15 +123,15 @@ class Step:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run one step and return (loss, gradient norm, steps skipped), without waiting for the device or reading from it.
 
-        `text_BL` holds token ids, or text embeddings with one more dimension; `loss_factors` weight_B and mask_B1HW, if the
-        batch has them.
+        `text_BL` holds token ids, or text embeddings with one more dimension. `loss_factors` are weight_B and mask_B1HW, if
+        the batch has them.
         """
         loss = self._accumulate(latents_BCHW, text_BL, positions_B, *loss_factors)
         if self.stage.fused_backward:
             # Every parameter was already updated when its gradient arrived.
             norm, found_inf = torch.stack(self._norms).norm(), self._found_inf
         else:
-            # A gradient that is not finite must not reach any state: with `found_inf` set, optimizers change no byte.
+            # A gradient that is not finite must not reach any state: if `found_inf` is set, the optimizers change no byte.
             norm, found_inf = self.ops.gradient_norm([self._gradient(name) for name in self.optimizers])
             scale = clip_scale(norm, self.stage.grad_clip) if self.stage.grad_clip else None
             self._weights_touched = True
@@ -144,23 +144,24 @@ class Step:
         return loss, norm, self.skipped.clone()
 
     def _accumulate(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *loss_factors: Tensor) -> Tensor:
-        """Accumulate gradients of the batch's mean loss, one micro-batch at a time, and return that loss."""
-        count, trains_text = len(positions_B), "text_encoder" in self.optimizers
+        """Accumulate the gradients of the batch's mean loss, one micro-batch at a time, and return that loss."""
+        count = len(positions_B)
         weight_B = next((tensor for tensor in loss_factors if tensor.ndim == 1), None)
         mask_B1HW = next((tensor / 255 for tensor in loss_factors if tensor.ndim == 4), None)
 
         total = torch.zeros((), device=self.device)
         self._begin_step()
         for start in range(0, count, self.micro_batch_size):
-            rows = slice(start, start + self.micro_batch_size)
-            latents = self.model.vae.scale(latents_BCHW[rows].float())
-            noisy, t_B, target = self.objective.add_noise(latents, positions_B[rows])
-            text_embeds = text_BL[rows]
+            micro_batch = slice(start, start + self.micro_batch_size)
+            latents = self.model.vae.scale(latents_BCHW[micro_batch].float())
+            noisy, t_B, target = self.objective.add_noise(latents, positions_B[micro_batch])
+            text_embeds = text_BL[micro_batch]
             if text_embeds.ndim == 2:
-                with torch.set_grad_enabled(trains_text):
+                with torch.set_grad_enabled("text_encoder" in self.optimizers):
                     text_embeds = self.model.text.encode(text_embeds)
-            factors = [tensor if tensor is None else tensor[rows] for tensor in (weight_B, mask_B1HW)]
-            loss = self.objective.loss(self.model.unet(noisy, t_B, text_embeds), target, t_B, *factors) * (len(latents) / count)
+            factors = [tensor if tensor is None else tensor[micro_batch] for tensor in (weight_B, mask_B1HW)]
+            prediction = self.model.unet(noisy, t_B, text_embeds)
+            loss = self.objective.loss(prediction, target, t_B, *factors) * (len(latents) / count)
             if self.stage.fused_backward:
                 self._found_inf = ~torch.isfinite(loss.detach())
             loss.backward()
@@ -176,8 +177,8 @@ class Step:
         if self.stage.fused_backward:
             self._norms = []
 
-    def _update_one(self, name: str, i: int, gradient: Tensor) -> None:
-        """Update parameter number i of a component now. After a gradient that is not finite, nothing more is updated."""
+    def _update_parameter(self, name: str, i: int, gradient: Tensor) -> None:
+        """Update parameter number i of a component, unless a gradient of this step was not finite."""
         norm, found_inf = self.ops.gradient_norm([gradient])
         self._found_inf = self._found_inf | found_inf
         self._norms.append(norm)
@@ -192,8 +193,8 @@ class Step:
     def _reduce_micro_batch(self, reason: str) -> None:
         """Continue with a smaller micro-batch. Raises UserError if none is left or weights may have changed."""
         self._discard_step()
-        smaller = [n for n in range(1, self.micro_batch_size) if self.stage.batch % n == 0]
-        if not smaller or self._weights_touched:
+        smaller_sizes = [n for n in range(1, self.micro_batch_size) if self.stage.batch % n == 0]
+        if not smaller_sizes or self._weights_touched:
             cause = "while weights were updated" if self._weights_touched else "even with one image per forward"
             raise UserError(
                 "out-of-memory",
@@ -201,10 +202,10 @@ class Step:
                 "continue from the last checkpoint",
             ) from None
         self.warn(
-            f"out of memory with {self.micro_batch_size} images per forward: continuing with {smaller[-1]}, batch stays "
-            f"{self.stage.batch}; set micro_batch = {smaller[-1]} to use this from the start"
+            f"out of memory with {self.micro_batch_size} images per forward: continuing with {smaller_sizes[-1]}, batch stays "
+            f"{self.stage.batch}; set micro_batch = {smaller_sizes[-1]} to use this from the start"
         )
-        self.micro_batch_size = smaller[-1]
+        self.micro_batch_size = smaller_sizes[-1]
         for component in self.components.values():
             component.widen_gradients()
 
@@ -218,18 +219,18 @@ class Step:
         self.clear_graphs()
 
     def clear_graphs(self) -> None:
-        """Free the memory of captured steps. They are captured again when needed."""
+        """Free the memory of captured steps. They are captured again when they are needed."""
         if isinstance(self._run, Graphed):
             self._run.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def d(self) -> dict[str, Tensor]:
-        """Return D-Lion's estimates by component, 0-dim on the device. Empty for other optimizers."""
+        """Return D-Lion's d by component, 0-dim on the device. Empty for other optimizers."""
         return {name: opt.shared["d"] for name, opt in self.optimizers.items() if isinstance(opt, DLion)}
 
     def batch_fingerprints(self, batch: Batch) -> dict[str, str]:
-        """Hash the inputs of a step besides the weights: samples, timesteps and the noise of the first sample."""
+        """Hash the inputs of a step: the samples, their timesteps, and the noise of the first sample."""
         t_B = self.objective.timesteps(batch.positions_B)
         shape = tuple(batch.latents_BCHW.shape[1:])
         eps = noise.normal(self.objective.seed, noise.Purpose.NOISE, batch.positions_B[:1], shape)
@@ -237,14 +238,14 @@ class Step:
         return {key: xxhash.xxh3_64_hexdigest(data.cpu().numpy().tobytes()) for key, data in inputs.items() if data is not None}
 
     def tensors_by_role(self) -> dict[str, list[Tensor]]:
-        """Return the device tensors that live as long as the stage, by purpose."""
-        tensors_by_purpose: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
+        """Return the device tensors that live as long as the stage, by role."""
+        tensors_by_role: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "state": [], "ema": []}
         for component in self.components.values():
-            for purpose, tensors in component.tensors_by_role().items():
-                tensors_by_purpose[purpose] += tensors
+            for role, tensors in component.tensors_by_role().items():
+                tensors_by_role[role] += tensors
         for optimizer in self.optimizers.values():
-            tensors_by_purpose["state"] += [tensor for state in optimizer.state.values() for tensor in state.values()]
-        return tensors_by_purpose
+            tensors_by_role["state"] += [tensor for state in optimizer.state.values() for tensor in state.values()]
+        return tensors_by_role
 
     def release(self) -> None:
         """End the stage and restore the model's exact fp32 weights."""
@@ -252,11 +253,15 @@ class Step:
             component.release()
 
     def _component(self, name: str) -> TrainableComponent:
-        stage, module = self.stage, self.model.component(name)
-        trained = self.trained.get(name, set())
-        accumulates, arena = stage.batch > self.micro_batch_size, not stage.fused_backward
+        stage = self.stage
         return TrainableComponent(
-            name, module, trained, stage.precision, accumulates=accumulates, arena=arena, ema=stage.ema > 0
+            name,
+            self.model.component(name),
+            self.trained.get(name, set()),
+            stage.precision,
+            accumulates=stage.batch > self.micro_batch_size,
+            arena=not stage.fused_backward,
+            ema=stage.ema > 0,
         )
 
     def _optimizer(self, name: str) -> FastOptimizer:

@@ -7,8 +7,8 @@
     ema         fp32, optional
 
 One launch updates a component.  A gradient is consumed as soon as autograd produces it.  The first micro-batch copies it into
-the arena and the others add to it, so nothing is ever zeroed; or the parameter is updated at once and no gradient arena exists.
-Changing precision between stages loses no bit, and frozen weights come back unchanged.  Read next: `fastsd/train/step.py`.
+the arena and the others add to it, so nothing is ever zeroed.  A fused backward has no gradient arena: it updates the parameter
+at once.  A change of precision between stages loses no bit of any weight.  Read next: `fastsd/train/step.py`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fastsd.train.optim import FastOptimizer
 from fastsd.train.precision import COMPUTE_DTYPE
 from fastsd_kernels.arena import join_master, split_master
 
-ALIGN = 128  # elements: even in bf16 every parameter starts on a 256-byte boundary, which matmul libraries prefer
+ALIGN = 128  # elements, so that even in bf16 every parameter starts on a 256-byte boundary, as matmul libraries prefer
 
 
 class Layout:
     """Positions of a list of tensors in one flat tensor. The gaps between them are always zero.
 
     Attributes:
-        size: elements of the flat tensor.
+        size: number of elements of the flat tensor.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -49,7 +49,7 @@ class Layout:
 
 
 def compute_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert fp32 weights to the tensor that a stage computes with: unchanged for fp32, otherwise their high half."""
+    """Convert fp32 weights to the tensor that a stage computes with: unchanged for fp32, their high half for bf16."""
     return weight if dtype == torch.float32 else split_master(weight)[0]
 
 
@@ -59,18 +59,18 @@ class TrainableComponent:
     Args:
         name: "unet" or "text_encoder".
         module: the component's fp32 module, on the training device.
-        trained: names of the parameters that the optimizer updates; no gradient is computed for the others.
+        trained: names of the parameters that the optimizer updates. The others are frozen and have no gradient.
         precision: "fp32", "tf32" or "bf16".
         accumulates: True if a step has several micro-batches.
-        arena: collect gradients in an arena; if False, `on_gradient` must be replaced.
+        arena: collect gradients in an arena. If False, set `on_gradient` to use them.
         ema: maintain an EMA of the weights.
 
     Attributes:
         master_hi: the flat weights that the module computes with, or None if nothing is trained.
-        master_lo: the flat low halves with bf16, otherwise None.
-        gradient, ema: flat, or None.
-        on_gradient: called with (number of the parameter, its gradient); by default it collects the gradient.
-        first_micro_batch: True if the next gradients are the first of a step.
+        master_lo: their flat low halves with bf16, otherwise None.
+        gradient, ema: the flat gradients and EMA weights, or None.
+        on_gradient: called with the number of a parameter and its gradient. By default it collects the gradient.
+        first_micro_batch: True if the next gradients are those of a step's first micro-batch.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class TrainableComponent:
         self.on_gradient: Callable[[int, Tensor], None] = self._collect
         self.first_micro_batch = True
 
-        # Frozen parameters. With bf16 their low halves stay in main memory.
+        # With bf16, the low halves of frozen parameters stay in main memory.
         self._frozen = {key: parameter for key, parameter in parameters.items() if key not in trained}
         self._frozen_lo: dict[str, Tensor] = {}
         module.requires_grad_(False)
         with torch.no_grad():
-            self._freeze()
+            self._split_frozen()
             if self.weights:
-                self._gather(ema)
+                self._move_to_arenas(ema)
         if self.weights and arena:
             self._allocate_gradients(torch.float32 if accumulates else self.dtype)
 
@@ -113,15 +113,15 @@ class TrainableComponent:
             for i, weight in enumerate(self.weights)
         ]
 
-    def _freeze(self) -> None:
+    def _split_frozen(self) -> None:
         if self.dtype == torch.float32:
             return
         for name, parameter in self._frozen.items():
             master_hi, master_lo = split_master(parameter.data)
             parameter.data, self._frozen_lo[name] = master_hi, master_lo.cpu()
 
-    def _gather(self, ema: bool) -> None:
-        """Move the trained parameters into arenas one by one, so at most one exists twice at a time."""
+    def _move_to_arenas(self, ema: bool) -> None:
+        """Move the trained parameters into arenas one by one, so that at most one parameter exists twice at a time."""
         device = self.weights[0].device
         self.master_hi = torch.zeros(self.layout.size, dtype=self.dtype, device=device)
         self.master_lo = torch.zeros_like(self.master_hi, dtype=torch.int16) if self.dtype != torch.float32 else None
@@ -136,7 +136,7 @@ class TrainableComponent:
                 master_hi, master_lo = split_master(weight.data)
                 view.copy_(master_hi)
                 self.layout.view(self.master_lo, i).copy_(master_lo)
-            # Replace only the data: the parameters must stay the same objects.
+            # Replace only the data, because the parameters must stay the same objects.
             weight.data = view
 
     @property
@@ -162,7 +162,7 @@ class TrainableComponent:
             self._gradients[i].add_(gradient)
 
     def widen_gradients(self) -> None:
-        """Switch to several micro-batches per step: bf16 gradients are accumulated in fp32 from now on."""
+        """Switch to several micro-batches per step. From now on, bf16 gradients are accumulated in fp32."""
         if self.gradient is not None and self.gradient.dtype != torch.float32:
             self.gradient, self._gradients = None, []
             self._allocate_gradients(torch.float32)
@@ -173,7 +173,7 @@ class TrainableComponent:
         self._gradients = self.layout.views(self.gradient)
 
     def tensors_by_role(self) -> dict[str, list[Tensor]]:
-        """Return the device tensors that live as long as the stage, by purpose: "weights", "gradients", "ema"."""
+        """Return the device tensors that live as long as the stage, by role: "weights", "gradients" and "ema"."""
         frozen = [parameter.data for parameter in self._frozen.values()]
         weights = [t for t in (self.master_hi, self.master_lo) if t is not None]
         return {
@@ -183,7 +183,7 @@ class TrainableComponent:
         }
 
     def state(self, containing: str = "") -> dict[str, Tensor]:
-        """Return the exact fp32 weights by parameter name, for names that contain `containing`."""
+        """Return the exact fp32 weights by parameter name, of the parameters whose names contain `containing`."""
         tensors = {name: self._exact_weight(name) for name in self._frozen if containing in name}
         if self.master_hi is not None:
             highs = self.layout.views(self.master_hi)
@@ -199,15 +199,15 @@ class TrainableComponent:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Use the EMA weights inside the block. The weights wait in main memory and are restored bit for bit."""
+        """Use the EMA weights inside the block. The weights are kept in main memory, and then restored bit for bit."""
         assert self.master_hi is not None and self.ema is not None
-        weights = torch.empty_like(self.master_hi, device="cpu").copy_(self.master_hi)
+        saved_weights = torch.empty_like(self.master_hi, device="cpu").copy_(self.master_hi)
         try:
             for view, ema_view in zip(self.layout.views(self.master_hi), self.layout.views(self.ema), strict=True):
                 view.copy_(compute_weight(ema_view, self.dtype))
             yield
         finally:
-            self.master_hi.copy_(weights)
+            self.master_hi.copy_(saved_weights)
 
     def _exact_weight(self, name: str) -> Tensor:
         data = self._frozen[name].data
@@ -217,7 +217,7 @@ class TrainableComponent:
         """End the stage: restore the module's exact fp32 weights and drop its gradients."""
         for hook in self._hooks:
             hook.remove()
-        exact = self.state()
+        exact_weights = self.state()
         for name, parameter in self.module.named_parameters():
-            parameter.data = exact[name].to(parameter.device)
+            parameter.data = exact_weights[name].to(parameter.device)
             parameter.grad = None

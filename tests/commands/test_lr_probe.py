@@ -61,10 +61,10 @@ def test_stopped_probe_resumes(tmp_path, tiny_model, images, monkeypatch):
     (whole,), _, _ = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", "run=" + str(tmp_path / "whole"), steps=40)
 
     class Stopping(loop.Triggers):
-        def log(self):
+        def log_due(self):
             if self.run.position.progress.step == 9:
                 signal.raise_signal(signal.SIGINT)
-            return super().log()
+            return super().log_due()
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Triggers", Stopping)

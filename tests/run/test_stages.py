@@ -301,13 +301,13 @@ def test_trigger_files_request_a_checkpoint_and_samples(tmp_path, tiny_model, im
     from fastsd.run import loop
 
     class Touching(loop.Triggers):
-        def log(self):
+        def log_due(self):
             if self.run.position.progress.step == 5:
                 (self.run.folder / "trigger.checkpoint").touch()
                 (self.run.folder / "trigger.sample").touch()
             if self.run.position.progress.step == 7:  # a folder of that name requests nothing
                 (self.run.folder / "trigger.sample").mkdir()
-            return super().log()
+            return super().log_due()
 
     monkeypatch.setattr(loop, "Triggers", Touching)
     text = LION.format(name="one", train='["unet"]').replace("until = 3", "until = 12") + "keep_checkpoints = 1\n"
