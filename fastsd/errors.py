@@ -8,11 +8,11 @@ class UserError(ValueError):
 
     Attributes:
         code: name of the problem, such as "cache-disk-full". It stays the same when the message is reworded.
-        message: the whole text: place, field, value found, what to do. Also `str(error)`.
+        message: the text that the user reads: place, field, value found, what to do. Same as `str(error)`.
     """
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)  # both, so that the error survives the way back from a worker process
+        super().__init__(code, message)  # both, so that a worker process can send the error back
         self.code = code
         self.message = message
 

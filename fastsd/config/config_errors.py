@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-Tables = Mapping[str, Any]  # table name -> its pydantic model; a nested table has a dotted name: data.buckets
+Tables = Mapping[str, Any]  # pydantic models by table name; a nested table has a dotted name, such as data.buckets
 
-# Accepted values of the keys that take more than one type.
+# Descriptions of the accepted values, for keys that accept more than one type.
 KINDS = {
     "folders": 'a list of paths, each a string or { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }',
     "micro_batch": 'a whole number, 0 for the whole batch, or "auto"',
@@ -19,7 +19,7 @@ KINDS = {
     "checkpoint_every": 'a number of steps, or "1e", "30m"',
     "checkpoint_at": 'a list of steps or "1e", "5000 images"',
 }
-# Name in other trainers -> name of the same setting here.
+# Names in other trainers -> the name of the same setting here.
 # fmt: off
 FAMILIAR = {
     "learning_rate": "lr", "train_batch_size": "batch", "batch_size": "batch", "mixed_precision": "precision",
@@ -57,7 +57,7 @@ FAMILIAR = {
 
 
 def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> list[str]:
-    """Return one sentence per key that is not in the schema. `top` holds the valid keys outside of tables."""
+    """Return a sentence for each key that is not in the schema. `top` holds the valid keys outside tables."""
     problems = []
     for key in raw:
         if key not in top:
@@ -88,14 +88,14 @@ def _did_you_mean(key: str, names: list[str], tables: Tables) -> str:
 
 
 def sentence(item: Any) -> str:
-    """Turn one pydantic error into a sentence `field: value found; what to do`."""
+    """Turn a pydantic error into a sentence: the field, the value found and what to do."""
     place = ".".join(str(segment) for segment in item["loc"] if segment not in ("int", "str", "float"))
     value = item["input"]
     for i, segment in enumerate(item["loc"]):
         location = ".".join(map(str, item["loc"][: i + 1]))
-        kind = KINDS.get(location) or KINDS.get(str(segment))
-        if kind and item["type"] not in ("value_error", "missing"):
-            return f"{location} is {value!r}; it must be {kind}"
+        accepted = KINDS.get(location) or KINDS.get(str(segment))
+        if accepted and item["type"] not in ("value_error", "missing"):
+            return f"{location} is {value!r}; it must be {accepted}"
 
     if item["type"] == "missing":
         if len(item["loc"]) == 1:
@@ -112,11 +112,12 @@ def sentence(item: Any) -> str:
         return f"{place} is {value!r}; choose {expected}"
     if item["type"] in ("too_short", "too_long"):
         limit = item["ctx"].get("min_length", item["ctx"].get("max_length"))
-        bound, noun = "least" if item["type"] == "too_short" else "most", "entry" if limit == 1 else "entries"
+        bound = "least" if item["type"] == "too_short" else "most"
+        noun = "entry" if limit == 1 else "entries"
         return f"{place} is {value!r}; it must have at {bound} {limit} {noun}"
     if "instance of" in expected:
         expected = "a table"
-    shown = value if len(repr(value)) < 80 else type(value).__name__
-    name = type(value).__name__
-    kind = f" (a{'n' if name[0] in 'aeiou' else ''} {name})" if item["type"].endswith("_type") else ""
-    return f"{place} is {shown!r}{kind}; it must be {expected[0].lower()}{expected[1:]}"
+    type_name = type(value).__name__
+    shown = value if len(repr(value)) < 80 else type_name
+    type_note = f" (a{'n' if type_name[0] in 'aeiou' else ''} {type_name})" if item["type"].endswith("_type") else ""
+    return f"{place} is {shown!r}{type_note}; it must be {expected[0].lower()}{expected[1:]}"

@@ -1,8 +1,8 @@
 """The schema of a config file and all of its defaults.
 
 A config is TOML: a few top-level keys, the tables `[model] [data] [cache] [sample] [validate] [log] [export]`, and an
-ordered list of `[[stage]]`.  Files in `configs/` are deltas from the defaults below.  An unknown key is an error with a "did
-you mean" suggestion; keys reserved for a later version are refused by name, never ignored.  Read next: `configs/xlsd.toml`.
+ordered list of `[[stage]]`.  Files in `configs/` set only what differs from the defaults below.  An unknown key is an error,
+and the message suggests a similar key.  Read next: `configs/xlsd.toml`.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ class LoraTable(Table):
     """Low-rank adapters (LoRA): the weight W of every target becomes W + alpha / rank * up @ down."""
 
     rank: int = Field(4, ge=1)
-    alpha: float | None = Field(None, gt=0)  # unset = rank, which gives a factor of 1
-    targets: list[str] = Field(["attention"], min_length=1)  # groups or names of linear layers, as in train minus component
+    alpha: float | None = Field(None, gt=0)  # unset = rank, so that the factor alpha / rank is 1
+    targets: list[str] = Field(["attention"], min_length=1)  # groups or names of linear layers, as in train without component
     conv: int = Field(0, ge=0)  # rank of the adapters of 3x3 convolutions; 0 = none
     text_encoder: bool = False  # also add adapters to the targets in the text encoder
-    file: str = ""  # start from this LoRA (.safetensors, with the names of any tool)
+    file: str = ""  # start from this LoRA, a .safetensors file with the names of any tool
 
 
 class ModelTable(Table):
     base: str  # diffusers folder, hub id, or one .safetensors in the original SD layout
     vae: str = ""  # folder, hub id or .safetensors file; "" = the VAE of the base
-    tokenizer: str = ""  # "" = that of the base; a single file has none, so give a folder or hub id
-    revision: str = ""  # of a base that is a hub id; "" = its default branch
+    tokenizer: str = ""  # folder or hub id; "" = the tokenizer of the base, but a single file has none
+    revision: str = ""  # branch, tag or commit of a base on the hub; "" = its default branch
     vae_scaling_factor: float | None = Field(None, gt=0)  # only for a VAE file without a config
-    clip_skip: int = Field(0, ge=0)  # 0 = last layer; n = the n-th before it, then the final layer norm
-    chunks: int = Field(1, ge=1, le=8)  # 1 = cut captions at 75 tokens; n = n windows of 75, encoded separately
-    prediction: Literal["", "epsilon", "v_prediction"] = ""  # output of the UNet for x_t; "" = as in the base
-    zero_snr: bool | None = None  # rescale the noise schedule to end in pure noise; unset = as in the base
-    lora: LoraTable | None = None  # adapters, trained by train = ["lora"]: a table [model.lora]
+    clip_skip: int = Field(0, ge=0)  # 0 = use the last layer; n = use the n-th layer before it, then the final layer norm
+    chunks: int = Field(1, ge=1, le=8)  # 1 = cut captions at 75 tokens; n = encode up to n chunks of 75 tokens separately
+    prediction: Literal["", "epsilon", "v_prediction"] = ""  # what the UNet predicts from x_t; "" = as in the base
+    zero_snr: bool | None = None  # rescale the noise schedule so that it ends in pure noise; unset = as in the base
+    lora: LoraTable | None = None  # the table [model.lora]: adapters, which train = ["lora"] trains
 
     @model_validator(mode="after")
     def _check_prediction(self) -> ModelTable:
@@ -52,18 +52,18 @@ class ModelTable(Table):
 
 class FolderTable(Table):
     path: str  # a folder, searched recursively; a .tar; or a pattern: {00000..00099}.tar
-    repeats: int = Field(1, ge=1)  # times each of its images occurs in an epoch
-    weight: float | None = Field(None, gt=0)  # instead of repeats: share of an epoch relative to other folders' weights
-    loss_weight: float = Field(1.0, ge=0)  # factor of the loss of its images
+    repeats: int = Field(1, ge=1)  # number of times that each of its images occurs in an epoch
+    weight: float | None = Field(None, gt=0)  # instead of repeats: share of an epoch, relative to the weights of other folders
+    loss_weight: float = Field(1.0, ge=0)  # factor of the loss of each image
 
 
 class BucketTable(Table):
     """Aspect-ratio buckets, with the keys and meanings of kohya's trainers."""
 
-    min: int = Field(256, ge=8)  # px, shortest side of a bucket
-    max: int = Field(1024, ge=8)  # px, longest side of a bucket
+    min: int = Field(256, ge=8)  # px, shortest side of any bucket
+    max: int = Field(1024, ge=8)  # px, longest side of any bucket
     step: int = Field(64, ge=8)  # px, all sides are multiples of it
-    no_upscale: bool = False  # never enlarge images: small ones get buckets of their own size
+    no_upscale: bool = False  # never enlarge images: small images get buckets of their own size
 
     @model_validator(mode="after")
     def _check_sides(self) -> BucketTable:
@@ -84,13 +84,13 @@ class DataTable(Table):
     folders: list[str | FolderTable] = Field(min_length=1)
     resolution: int = Field(512, ge=8)  # px: side of the square, or square root of the largest bucket area
     crop: Literal["centre", "random"] = "centre"  # position of the square or bucket in the resized image
-    crops: int = Field(1, ge=1, le=64)  # random crops stored per image; training picks one each time
-    flip: bool = False  # also store mirrored latents; training picks either version
-    buckets: BucketTable | None = None  # aspect-ratio buckets instead of squares: a table [data.buckets]
-    latents: Literal["", "img_sdxl", "img_sdvae", "npz"] = ""  # "" = encode; otherwise import latents of another trainer
+    crops: int = Field(1, ge=1, le=64)  # random crops stored per image; training picks one of them each time
+    flip: bool = False  # also store mirrored latents; training picks one of the two each time
+    buckets: BucketTable | None = None  # the table [data.buckets]: aspect-ratio buckets instead of squares
+    latents: Literal["", "img_sdxl", "img_sdvae", "npz"] = ""  # "" = encode images; or import another trainer's latents
     caption_key: str = ""  # key in metadata and .json; "" = the first of text, caption, prompt
-    weight_key: str = ""  # key in metadata of a factor of the image's loss; "" = none
-    masks: str = ""  # suffix of masks beside images, "-mask.png": white is learned; "" = none
+    weight_key: str = ""  # key in metadata, whose value is a factor of the image's loss; "" = none
+    masks: str = ""  # suffix of the masks beside images, such as "-mask.png"; white is learned; "" = none
     include: list[str] = []  # use only images with at least one of these tags
     exclude: list[str] = []  # use no image with any of these tags
 
@@ -118,22 +118,22 @@ class DataTable(Table):
 
 
 class CacheTable(Table):
-    dir: str = "cache"  # may be shared: keys include image, VAE and preprocessing
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the stored posterior mean; fp16 is 32 KiB per image at 512 px
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the VAE encoder; no fp16, because SDXL's VAE overflows in it
-    batch: int = Field(8, ge=1)  # images per VAE call, and the unit of work an interruption can lose
+    dir: str = "cache"  # runs may share it, because its keys include image, VAE and preprocessing
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # dtype of the stored latents; fp16 takes 32 KiB per image at 512 px
+    precision: Literal["fp32", "bf16"] = "fp32"  # precision of the VAE encoder; SDXL's VAE would overflow in fp16
+    batch: int = Field(8, ge=1)  # images per VAE call; an interruption can lose the work of one call
     workers: int = Field(0, ge=0)  # decoding threads; 0 = one per core
-    # Also store the text embeddings of every caption, so that training needs no text encoder on the GPU. For stages that
-    # neither train it nor edit captions. 116 KiB per caption in fp16. `precision` applies to the text encoder, too
+    # Also store the text embeddings of every caption, so that training needs no text encoder on the GPU. The stages may neither
+    # train it nor edit captions. Takes 116 KiB per caption in fp16. `precision` also applies to the text encoder
     hidden_states: bool = False
 
 
 class SampleTable(Table):
     prompts: list[str] = []  # one row of the grid per prompt
     prompts_file: str = ""  # file of more prompts, one per line
-    negative: str = ""  # negative prompt: the unconditional side of the guidance
-    images: int = Field(2, ge=1)  # columns: images per prompt, each with its own fixed seed
-    seed: int = Field(0, ge=0)  # of the first column; each further column adds 1
+    negative: str = ""  # negative prompt, which replaces the empty prompt of the guidance
+    images: int = Field(2, ge=1)  # columns of the grid: images per prompt, each with its own fixed seed
+    seed: int = Field(0, ge=0)  # seed of the first column; each further column adds 1
     sampler: Literal["ddim", "euler", "euler_a", "dpm++"] = "dpm++"
     steps: int = Field(20, ge=1)
     guidance: float = Field(7.0, ge=0)  # classifier-free guidance scale; 1 = off
@@ -141,36 +141,36 @@ class SampleTable(Table):
 
 
 class ValidateTable(Table):
-    """A loss for comparisons: the same images, noise and timesteps before the first step and at every interval `every`."""
+    """A loss for comparisons: it is always measured with the same images, noise and timesteps."""
 
     held_out: int = Field(0, ge=0)  # images that are never trained on; 0 = none
-    stabilised: int = Field(0, ge=0)  # training images measured the same way: training loss without its noise
-    every: Amount = "1e"  # interval: steps, "1e", "30m"; also measured where a stage starts or ends
+    stabilised: int = Field(0, ge=0)  # training images that are measured in the same way
+    every: Amount = "1e"  # interval: steps, "1e", "30m"; also before the first step and at the end of each stage
     bands: int = Field(5, ge=1, le=100)  # equal ranges of timesteps, reported separately
     per_band: int = Field(2, ge=1)  # timesteps measured per image and band
     batch: int = Field(8, ge=1)  # images per forward
-    seed: int = Field(0, ge=0, lt=2**63)  # selects images, noise and timesteps
-    # Identity of an image, used with `seed`. "content" = its latents: neither its path nor added images matter. "number" = its
-    # number in the cache: for data sets with corresponding images, such as those of `fastsd redraw`
+    seed: int = Field(0, ge=0, lt=2**63)  # seed of the choice of images, of noise and of timesteps
+    # The choice, noise and timesteps of an image depend on `seed` and on: "content" = its latents, but not its path or other
+    # images; "number" = its number in the cache, for data sets with corresponding images, such as those of `fastsd redraw`
     by: Literal["content", "number"] = "content"
 
 
 class LogTable(Table):
-    every: int = Field(10, ge=1)  # steps between log lines; values are read one line late, without waiting
+    every: int = Field(10, ge=1)  # steps per log line; the step never waits, because values are read one line later
     tensorboard: bool = True  # event files under RUN/tensorboard; RUN/log.jsonl is always written
     wandb: str = ""  # project name; needs the extra: pip install "fastsd[wandb]"
 
 
 class ExportTable(Table):
-    """Output of a run besides RUN/model, which is always written: a diffusers folder in fp32, as exact as the checkpoint."""
+    """Output of a run besides the diffusers folder RUN/model, which is always written, in fp32 as in the checkpoint."""
 
-    single_file: bool = True  # also write RUN/model.safetensors, the SD layout of ComfyUI and A1111
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # of that file
-    fold: bool = True  # fold the VAE's scaling factor into its weights: other tools assume 0.18215
-    lora: Literal["kohya", "peft"] = "kohya"  # names in RUN/lora.safetensors: kohya's, read by all tools, or diffusers'
-    title: str = ""  # in files and model card; "" = the name of the run's folder
-    author: str = ""  # in files and model card; "" = omitted
-    license: str = ""  # in files and model card, a hub name: "creativeml-openrail-m"; "" = omitted
+    single_file: bool = True  # also write RUN/model.safetensors in the original layout, for ComfyUI and A1111
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # dtype of that file
+    fold: bool = True  # fold the VAE's scaling factor into its weights, because other tools assume 0.18215
+    lora: Literal["kohya", "peft"] = "kohya"  # names in RUN/lora.safetensors: kohya's, which all tools read, or diffusers'
+    title: str = ""  # title in the files and the model card; "" = name of the run's folder
+    author: str = ""  # author in the files and the model card; "" = none
+    license: str = ""  # license in the same places, as the hub names it, such as "creativeml-openrail-m"; "" = none
 
 
 class Config(Table):
@@ -182,12 +182,12 @@ class Config(Table):
     validate_: ValidateTable = Field(ValidateTable(), alias="validate")
     log: LogTable = LogTable()
     export: ExportTable = ExportTable()
-    run: str = "runs/run"  # folder of all files of a run; the same command again resumes from it
-    seed: int = Field(0, ge=0, lt=2**63)  # of all noise, timesteps, dropout and order
-    kernels: Literal["auto", "triton", "reference"] = "auto"  # the Ops table; auto = triton on a GPU it is built for
+    run: str = "runs/run"  # folder of the run's files; the same command resumes from it
+    seed: int = Field(0, ge=0, lt=2**63)  # seed of noise, timesteps, dropout and order
+    kernels: Literal["auto", "triton", "reference"] = "auto"  # the Ops table; auto = the fastest for the device
     device: str = "auto"  # auto = cuda if available, otherwise cpu
-    cuda_graph: bool = True  # replay the whole step as one CUDA graph on a GPU; results are equal
-    deterministic: bool = True  # exact resume on a GPU; false = cuDNN times its algorithms at every start
+    cuda_graph: bool = True  # replay the whole step as one CUDA graph on a GPU; the results are the same
+    deterministic: bool = True  # resume exactly on a GPU; false = cuDNN times its algorithms at every start
 
     def stage_name(self, index: int) -> str:
         return self.stage[index].name or f"stage-{index + 1}"
@@ -246,7 +246,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, precision:
 
     Args:
         path: the TOML file.
-        overrides: `key=value` with dotted keys and TOML values (bare words are strings): `seed=7`, `model.vae=my-vae`,
+        overrides: `key=value` with a dotted key and a TOML value or bare word: `seed=7`, `model.vae=my-vae`,
             `stage.0.lr=1e-5` (by index), `stage.unet.batch=8` (by name), `stage.batch=8` (in every stage).
         precision: replaces the precision of every stage.
 
@@ -291,7 +291,7 @@ def dump_config(config: Config) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a value from the command line as TOML, or return the text unchanged if it is not TOML."""
+    """Parse a value from the command line as TOML. Return the text unchanged if it is not TOML."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -303,13 +303,13 @@ def _override(raw: dict[str, Any], item: str) -> None:
     if not equals or not key.strip():
         raise UserError("override-form", f"{item!r} is not an override; use key=value, for example stage.0.batch=8")
     value = parse_value(text)
-    *parents, last = key.strip().split(".")
+    *parents, final_key = key.strip().split(".")
     targets: list[Any] = [raw]
     for segment in parents:
         targets = [child for target in targets for child in _descend(target, segment, key)]
     for target in targets:
         for table in target if isinstance(target, list) else [target]:
-            table[last] = value
+            table[final_key] = value
 
 
 def _descend(target: Any, segment: str, key: str) -> list[Any]:

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Rate = Annotated[float, Field(gt=0)]
-Amount = int | str  # a number of steps, epochs or images, or a time; see `parse_amount`
+Amount = int | str  # a number of steps, epochs or images, or a time (see `parse_amount`)
 COMPONENTS = ("unet", "text_encoder")
-ENDLESS = 1 << 40  # steps of a stage with a time limit
-# Key -> the option and its value that the key applies to.
+ENDLESS = 1 << 40  # number of steps of a stage that ends by time
+# Keys that apply only if another option has a certain value: key -> (option, value).
 _NEEDS = {"huber_delta": ("loss", "huber")} | dict.fromkeys(("timestep_mean", "timestep_std"), ("timesteps", "logit_normal"))
 
 
@@ -28,21 +28,21 @@ class StageTable(Table):
     train: list[str] = Field(min_length=1)
     # Length of this stage: 1000 or "1000 steps" | "2e" or "2 epochs" | "64000 images" | "90m" or "12 hours"
     until: Amount
-    # Taken over from the previous stage: "reset" = only the weights; "carry" = also the optimizer state, d and EMA
+    # What the stage takes over from the previous one: "reset" = the weights; "carry" = also the optimizer state, d and EMA
     state: Literal["reset", "carry"] = "reset"
-    reinit: list[str] = []  # start these from new random weights; named as in train
+    reinit: list[str] = []  # parameters that start from new random weights, named as in train
     precision: Precision = "fp32"
     batch: int = Field(32, ge=1)  # images per optimizer step
     # Images per forward, a divisor of batch; gradients are accumulated. 0 = batch, "auto" = the largest that fits
     micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
-    # Recomputation in the backward. ff: the first matmul of the feed-forwards, for a third less memory; block: everything, for
-    # very little memory and a third more time. `fastsd plan` prints the figures.
+    # Recomputation in the backward. "ff" recomputes the first matmul of the feed-forwards and saves a third of the memory.
+    # "block" recomputes everything: it needs very little memory and a third more time. `fastsd plan` prints the figures.
     checkpointing: Literal["none", "ff", "block"] = "none"
-    # Update each parameter when its gradient arrives: no gradient memory. Requires micro_batch = batch and no grad_clip
+    # Update each parameter when its gradient arrives, without memory for gradients. Needs micro_batch = batch, no grad_clip
     fused_backward: bool = False
 
     optimizer: Literal["dlion", "lion", "adamw"] = "dlion"
-    # dlion: 1.0 by default (a factor on its own d); lion and adamw: required. One lr, or { unet = 1e-6, text_encoder = 3e-6 }
+    # One lr, or { unet = 1e-6, text_encoder = 3e-6 }. lion and adamw need it. For dlion it is a factor of d, 1.0 by default
     lr: Rate | dict[Literal["unet", "text_encoder"], Rate] | None = None
     betas: list[float] | None = Field(None, min_length=2, max_length=2)  # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
@@ -50,27 +50,27 @@ class StageTable(Table):
     d0: float = Field(1e-6, gt=0)  # dlion: first estimate of the step size
     growth_rate: float | None = Field(None, gt=1)  # dlion: largest factor by which d grows per step, for example 1.02
     d_max: float | None = Field(None, gt=0)  # dlion: upper limit of d
-    freeze_d_after: int = Field(0, ge=0)  # dlion: d is constant after this many steps of the stage; 0 = never
-    schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"  # of lr, after the warm-up
+    freeze_d_after: int = Field(0, ge=0)  # dlion: d is constant after this many steps of the stage; 0 = never constant
+    schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"  # schedule of lr after the warm-up
     lr_floor: float = Field(0.0, ge=0, le=1)  # final value of the schedule, as a share of lr
     restarts: int = Field(0, ge=0)  # restarts of the schedule, in cycles of equal length
     warmup: int | float = Field(0, ge=0)  # steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
     grad_clip: float = Field(0.0, ge=0)  # largest gradient norm over all trained parameters; 0 = no clipping
-    ema: float = Field(0.0, ge=0, lt=1)  # decay of the EMA of the weights, from the stage's start; 0 = no EMA
-    ema_power: float = Field(0.0, ge=0)  # warm-up: decay in step n is at most 1 - (1 + n)^-power, e.g. 2/3; 0 = none
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of the EMA of the weights, which starts with the stage; 0 = no EMA
+    ema_power: float = Field(0.0, ge=0)  # EMA warm-up: the decay in step n is at most 1 - (1 + n)^-power, e.g. 2/3; 0 = none
     ema_after: int = Field(0, ge=0)  # steps during which the EMA equals the weights
 
     loss: Literal["mse", "mae", "huber"] = "mse"
     huber_delta: float = Field(1.0, gt=0)  # huber: quadratic below this error, linear above
-    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"  # of timesteps
+    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"  # loss weights of timesteps
     weighting_gamma: float | None = Field(None, gt=0)  # default: min_snr 5.0, p2 1.0
     noise_offset: float = Field(0.0, ge=0, le=1)  # standard deviation of noise constant over a channel, e.g. 0.05 to 0.1
-    pyramid_noise: float = Field(0.0, ge=0, lt=1)  # share of noise at half resolution, squared at a quarter, ...; e.g. 0.3
+    pyramid_noise: float = Field(0.0, ge=0, lt=1)  # factor of noise at half resolution, squared at a quarter, ...; e.g. 0.3
     input_perturbation: float = Field(0.0, ge=0, le=1)  # additional noise in the input, not in the target; e.g. 0.1
-    immiscible: int = Field(1, ge=1, le=64)  # noises drawn per image; the one nearest to it is used; 1 = plain noise
+    immiscible: int = Field(1, ge=1, le=64)  # noises drawn per image, of which the nearest is used; 1 = plain noise
     timesteps: Literal["uniform", "logit_normal", "cubic"] = "uniform"
-    timestep_range: list[int] = Field([0, 1000], min_length=2, max_length=2)  # [first, end), the end is excluded
-    timestep_mean: float = 0.0  # logit_normal: above 0 more noise, below 0 less
+    timestep_range: list[int] = Field([0, 1000], min_length=2, max_length=2)  # first and end; the end is excluded
+    timestep_mean: float = 0.0  # logit_normal: above 0 favours noisy timesteps, below 0 the others
     timestep_std: float = Field(1.0, gt=0)  # logit_normal: spread of the timesteps
     unmasked_weight: float = Field(0.0, ge=0, le=1)  # loss weight where a mask (data.masks) is black
 
@@ -78,18 +78,18 @@ class StageTable(Table):
     max_tags: int = Field(0, ge=0)  # keep the first n tags of a caption; 0 = all
     tag_separator: str = Field(",", min_length=1)  # separator between tags
     shuffle_tags: bool = False  # put tags in random order
-    keep_tags: int = Field(0, ge=0)  # the first n tags are neither shuffled nor dropped
-    tag_dropout: float = Field(0.0, ge=0, le=1)  # share of individual tags that are dropped
+    keep_tags: int = Field(0, ge=0)  # neither shuffle nor drop the first n tags
+    tag_dropout: float = Field(0.0, ge=0, le=1)  # share of the tags that are dropped
     shuffle_sentences: bool = False  # put sentences, which end with full stops, in random order
 
     sample_every: Amount = 0  # interval of sample grids: steps, "1e", "30m"; 0 = only at the stage's end
     checkpoint_every: Amount = 1000  # interval of checkpoints, same units; the stage's end always has one
-    keep_checkpoints: int = Field(3, ge=1)  # newest ones retained; stage ends, checkpoint_at and requested ones stay
-    checkpoint_at: list[Amount] = []  # checkpoints to retain for good: ["1e", "10e", 5000]
+    keep_checkpoints: int = Field(3, ge=1)  # newest checkpoints to keep, besides stage ends, checkpoint_at and requests
+    checkpoint_at: list[Amount] = []  # checkpoints that are never deleted: ["1e", "10e", 5000]
 
     @property
     def components(self) -> list[str]:
-        """Components named in `train`. Without "lora", because its components depend on the model."""
+        """Components named in `train`. "lora" adds none, because its components depend on the model."""
         return list(dict.fromkeys(entry.split(".")[0] for entry in self.train if entry != "lora"))
 
     @property
@@ -105,11 +105,11 @@ class StageTable(Table):
 
     @property
     def micro_batch_size(self) -> int:
-        """Images per forward. "auto" counts as the whole batch here; the trainer resolves it."""
+        """Images per forward. "auto" counts as the whole batch until a run resolves it."""
         return self.batch if self.micro_batch in (0, "auto") else int(self.micro_batch)
 
     def steps(self, images_per_epoch: int) -> int:
-        """Return the optimizer steps of this stage: `until` in steps, rounded up, or `ENDLESS` if it is a time."""
+        """Return the number of steps of this stage: `until` in steps, rounded up, or `ENDLESS` if it is a time."""
         return steps_of("until", self.until, self.batch, images_per_epoch) or ENDLESS
 
     def warmup_steps(self, total: int) -> int:
@@ -204,15 +204,15 @@ def parse_amount(key: str, amount: Amount) -> tuple[float, str]:
         (number, unit). The unit is "steps", "epochs", "images" or "seconds". Steps and images are whole numbers.
 
     Raises:
-        ValueError: `amount` has another form or is not above 0. The message names it by `key`.
+        ValueError: `amount` has another form or is not above 0. The message names `key`.
     """
     match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*([a-z]*)\s*", str(amount).lower())
     word = match[2] if match else "?"
-    unit = _UNITS.get(word) or _UNITS.get(word.removesuffix("s"))
-    if not match or unit is None or float(match[1]) <= 0 or ("." in match[1] and unit[0] in ("steps", "images")):
+    unit, factor = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or ("", 0)
+    if not match or not unit or float(match[1]) <= 0 or ("." in match[1] and unit in ("steps", "images")):
         time = "" if key == "checkpoint_at" else ' or a time ("12h")'
         raise ValueError(f'{key} is {amount!r}; use steps (1000), epochs ("2e"), images ("64000 images"){time}, above 0')
-    return float(match[1]) * unit[1], unit[0]
+    return float(match[1]) * factor, unit
 
 
 def steps_of(key: str, amount: Amount, batch: int, images_per_epoch: int) -> int | None:

@@ -14,11 +14,8 @@ from fastsd.train.precision import describe_ops
 def header(run: Run) -> dict[str, str]:
     """Return the text of each header line by its title, in the order of output."""
     config, data, vae = run.config, run.data, run.model.vae
-    meta = data.latents.meta
-    lengths = [
-        f"{steps} steps" if steps < ENDLESS else str(stage.until)
-        for stage, steps in zip(config.stage, run.position.steps, strict=True)
-    ]
+    meta, steps = data.latents.meta, run.position.steps
+    lengths = [f"{n} steps" if n < ENDLESS else str(stage.until) for stage, n in zip(config.stage, steps, strict=True)]
     stages = [
         f"{config.stage_name(i)}: {_describe_stage(stage)}, {run.parameter_counts[i]:,} parameters, {lengths[i]}"
         for i, stage in enumerate(config.stage)

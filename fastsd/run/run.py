@@ -67,7 +67,7 @@ class Run:
 
     @property
     def resident(self) -> list[nn.Module]:
-        """The modules on the training device: without the text encoder if text embeddings are cached."""
+        """The modules on the training device, without the text encoder if text embeddings are cached."""
         return [self.model.unet, self.model.vae.module] + ([] if self.data.text_embeddings else [self.model.text.module])
 
     def advance(self, step: Step, result: StepResult) -> None:

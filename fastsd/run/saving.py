@@ -66,13 +66,14 @@ class Saving:
         state = self.smoothed.state()
         if not done or not later_stages or carried:
             state |= optimizer_state(step)
-        for name, component in step.components.items():
+        components = step.components
+        for name, component in components.items():
             state |= {f"{name}@ema/{key}": tensor for key, tensor in component.ema_state().items()}
         # A component that the step does not use has the function `dict`, which returns no weights: it keeps the loaded ones.
-        weights = dict.fromkeys(COMPONENTS, dict) | {name: component.state for name, component in step.components.items()}
+        weights = dict.fromkeys(COMPONENTS, dict) | {name: component.state for name, component in components.items()}
         try:
             self.report.flush()
-            adapters = {name: part.state(ADAPTER) for name, part in step.components.items()} if self.model.lora else None
+            adapters = {name: component.state(ADAPTER) for name, component in components.items()} if self.model.lora else None
             path = checkpoint.save(folder, progress, self.model, weights, self.changed, state, adapters)
         except OSError as error:
             self.report.warn(

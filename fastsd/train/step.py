@@ -254,15 +254,9 @@ class Step:
 
     def _component(self, name: str) -> TrainableComponent:
         stage = self.stage
-        return TrainableComponent(
-            name,
-            self.model.component(name),
-            self.trained.get(name, set()),
-            stage.precision,
-            accumulates=stage.batch > self.micro_batch_size,
-            arena=not stage.fused_backward,
-            ema=stage.ema > 0,
-        )
+        args = name, self.model.component(name), self.trained.get(name, set()), stage.precision
+        accumulates = stage.batch > self.micro_batch_size
+        return TrainableComponent(*args, accumulates=accumulates, arena=not stage.fused_backward, ema=stage.ema > 0)
 
     def _optimizer(self, name: str) -> FastOptimizer:
         stage = self.stage

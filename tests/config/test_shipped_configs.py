@@ -1,4 +1,4 @@
-"""Every config of configs/ in miniature: the demo's model and images, a few steps, and the report its README describes."""
+"""Every config in configs/ with the demo's model and images and a few steps, and the reports that its README describes."""
 
 import json
 import shutil
@@ -34,14 +34,14 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.toml"))
 
 
 class World:
-    """A dozen images, and overrides that make a shipped config small."""
+    """A dozen images, and small versions of the shipped configs that train on them."""
 
     def __init__(self, folder: Path):
         self.folder, self.images = folder, folder / "images"
         write_dataset(self.images, 12, seed=1)
 
     def keys(self, name: str, **overrides: object) -> list[str]:
-        """Overrides of configs/NAME.toml, by dotted keys."""
+        """Return the overrides that make configs/NAME.toml small."""
         text = (ROOT / "configs" / f"{name}.toml").read_text()
         small: dict[str, object] = {"model.base": MODELS / "base", "data.folders": [str(self.images)]}
         small |= {"run": self.folder / name, "cache.dir": self.folder / "cache"} | SMALL
@@ -49,8 +49,8 @@ class World:
             small |= {"validate.held_out": 4, "validate.every": 2, "validate.bands": 2, "validate.per_band": 1}
         if "stabilised" in text:
             small["validate.stabilised"] = 4
-        texts = {k: json.dumps(v) if isinstance(v, (list, bool)) else v for k, v in (small | overrides).items()}
-        return [f"{key}={text}" for key, text in texts.items()]
+        values = (small | overrides).items()
+        return [f"{key}={json.dumps(value) if isinstance(value, (list, bool)) else value}" for key, value in values]
 
     def config(self, name: str, **overrides: object):
         return load_config(ROOT / "configs" / f"{name}.toml", self.keys(name, **overrides))
@@ -87,7 +87,7 @@ def stage_ends(run: Path) -> list[Path]:
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "demo.toml"])
 def test_check_passes_with_faked_folders(name, world):
-    """As shipped, except for the base, the VAE and the folders."""
+    """The configs are checked as shipped, except for the base, the VAE and the folders."""
     config = world.config(name.removesuffix(".toml"))
     shipped = load_config(ROOT / "configs" / name)
     faked = {"base": str(MODELS / "base"), "vae": str(MODELS / "vae") if shipped.model.vae else ""}
@@ -108,7 +108,7 @@ def test_check_passes_with_faked_folders(name, world):
 
 
 def test_xlsd(world):
-    """Swapped VAE, three stages, then a longer text encoder."""
+    """Three stages with a swapped VAE are followed by a run with a longer text encoder."""
     run = world.train("xlsd", **{"model.vae": MODELS / "vae"})
     texts = [read_safetensors(path / "text_encoder/model.safetensors") for path in stage_ends(run)]
     unets = [read_safetensors(path / "unet/diffusion_pytorch_model.safetensors") for path in stage_ends(run)]
@@ -124,11 +124,10 @@ def test_xlsd(world):
 
 
 def test_overtraining(world):
-    """Both runs have the same first stage, bit for bit; then each trains one component."""
+    """Both runs have the same first stage, bit for bit. Then each trains one component."""
     points = {"stage.checkpoint_at": [1], "stage.keep_checkpoints": 1}
     unet, text = (world.train(f"overtrain-{trained}", **points) for trained in ("unet", "text"))
-    first = [rows(run)[:4] for run in (unet, text)]
-    assert first[0] == first[1]
+    assert rows(unet)[:4] == rows(text)[:4]
     for run, frozen in ((unet, "text_encoder/model"), (text, "unet/diffusion_pytorch_model")):
         weights = [read_safetensors(path / f"{frozen}.safetensors") for path in stage_ends(run)]
         assert len(weights) == 3 and same(weights[0], weights[1]) and same(weights[1], weights[2])
@@ -144,8 +143,8 @@ def test_one_parameter(world):
     sweep(config, [*world.keys("one-parameter"), "model.clip_skip=0,1"], console=Console(file=StringIO()))
     root = world.folder / "one-parameter"
     runs = [root / "clip_skip=0", root / "clip_skip=1"]
-    seen = [[(row["order"], row["timesteps"], row["noise"]) for row in rows(run)] for run in runs]
-    assert seen[0] == seen[1] and [row["loss"] for row in rows(runs[0])] != [row["loss"] for row in rows(runs[1])]
+    inputs = [[(row["order"], row["timesteps"], row["noise"]) for row in rows(run)] for run in runs]
+    assert inputs[0] == inputs[1] and [row["loss"] for row in rows(runs[0])] != [row["loss"] for row in rows(runs[1])]
     assert (root / "report.html").stat().st_size > 10_000
     world.report("clip-skip", *runs, drawing=["clip_skip=0,1"])
 
@@ -160,19 +159,21 @@ def test_fine_tuning_against_lora(world):
 
 
 def test_generated_images(world):
-    """Three data sets drawn by a model, and the same training on each and on the originals."""
+    """A model draws three data sets. The same training runs on each of them and on the originals."""
     config, console = world.config("generated"), Console(file=StringIO())
     cache(config, console)
     sets = {"drawn": None, "decoded": 0, "renoised": 200}
     for name, start in sets.items():
         redraw(str(MODELS / "base"), config, world.folder / name, start=start, console=console)
         assert len(list((world.folder / name).glob("*.png"))) == len(list((world.folder / name).glob("*.txt"))) == 12
-    folders = ",".join(json.dumps([str(path)]) for path in (world.images, *(world.folder / name for name in sets)))
+    datasets = [world.images, *(world.folder / name for name in sets)]
+    folders = ",".join(json.dumps([str(path)]) for path in datasets)
     keys = [key for key in world.keys("generated") if not key.startswith("data.folders")]
     sweep(ROOT / "configs/generated.toml", [*keys, f"data.folders={folders}"], console=console)
-    runs = [world.folder / "generated" / run for run in json.loads((world.folder / "generated/sweep.json").read_text())["runs"]]
+    run_names = json.loads((world.folder / "generated/sweep.json").read_text())["runs"]
+    runs = [world.folder / "generated" / name for name in run_names]
     orders = [[row["order"] for row in rows(run)] for run in runs]
     assert all(order == orders[0] for order in orders)
     table = json.loads((world.folder / "generated/report/tables.json").read_text())
-    assert len(json.loads((world.folder / "generated/sweep.json").read_text())["runs"]) == 4 and table
+    assert len(run_names) == 4 and table
     shutil.rmtree(world.folder / "generated")

@@ -41,15 +41,16 @@ optimizer = "lion"
 lr = { unet = 1e-3, text_encoder = 2e-4 }
 ema = 0.5
 """
-LORA = '[[stage]]\nname = "lora"\ntrain = ["lora"]\nuntil = 2\nbatch = 4\noptimizer = "adamw"\nlr = 1e-2\nema = 0.5\n'
+LORA_STAGE = '[[stage]]\nname = "lora"\ntrain = ["lora"]\nuntil = 2\nbatch = 4\noptimizer = "adamw"\nlr = 1e-2\nema = 0.5\n'
 EXPORTED = ("model", "model-ema", "model.safetensors", "model-ema.safetensors")
-KEYS = ("model.clip_skip=1", "validate.held_out=4", "export.author=someone", 'export.license="openrail"', "data.flip=true")
+OVERRIDES = ("model.clip_skip=1", "validate.held_out=4", "export.author=someone", 'export.license="openrail"', "data.flip=true")
 
 
-def contents(folder: Path, names=EXPORTED) -> dict[str, bytes]:
+def exported_files(folder: Path, names=EXPORTED) -> dict[str, bytes]:
     """Return the bytes of every exported file by its path in the run."""
-    paths = [path for name in names for path in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
+    roots = [folder / name for name in names]
+    paths = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -59,10 +60,10 @@ def metadata(path: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, tiny_model, images) -> tuple[Path, str]:
-    """Folder and output of a two-stage run with another VAE scaling factor than SD1.5's."""
+    """The folder and output of a run with two stages and a VAE whose scaling factor is not SD1.5's."""
     folder = tmp_path_factory.mktemp("export")
     tiny_vae(factor=0.25, seed=1).save_pretrained(folder / "other-vae")
-    return run(job(folder, tiny_model, images, STAGES), f'model.vae="{folder / "other-vae"}"', *KEYS)
+    return run(job(folder, tiny_model, images, STAGES), f'model.vae="{folder / "other-vae"}"', *OVERRIDES)
 
 
 def test_folder_and_single_file_have_the_same_weights(exported):
@@ -85,16 +86,16 @@ def test_folder_and_single_file_have_the_same_weights(exported):
 
 def test_repeating_the_command_writes_the_same_bytes(exported):
     folder, _ = exported
-    before = contents(folder)
+    before = exported_files(folder)
     path, vae = folder.parent / "job.toml", f'model.vae="{folder.parent / "other-vae"}"'
-    run(path, vae, *KEYS)
-    assert contents(folder) == before and {name.split("/")[0] for name in before} == set(EXPORTED)
-    run(path, vae, *KEYS, "export.single_file=false", "export.title=another")
+    run(path, vae, *OVERRIDES)
+    assert exported_files(folder) == before and {name.split("/")[0] for name in before} == set(EXPORTED)
+    run(path, vae, *OVERRIDES, "export.single_file=false", "export.title=another")
     names = {name for name in EXPORTED if (folder / name).exists()}
     assert names == {"model", "model-ema"} and read_summary(folder / "model").title == "another"
     assert json.loads((folder / "cost.json").read_text())["file_bytes"] == bytes_of(folder / "model")
-    run(path, vae, *KEYS)
-    assert contents(folder) == before
+    run(path, vae, *OVERRIDES)
+    assert exported_files(folder) == before
 
 
 def test_metadata_of_a_single_file(exported, tmp_path):
@@ -121,7 +122,7 @@ def test_metadata_of_a_single_file(exported, tmp_path):
 
 def test_card_matches_the_run(exported):
     folder, _ = exported
-    config, summary = load_config(folder.parent / "job.toml", list(KEYS)), read_summary(folder / "model")
+    config, summary = load_config(folder.parent / "job.toml", list(OVERRIDES)), read_summary(folder / "model")
     assert (summary.base, summary.vae, summary.vae_factor) == ("tiny", "other-vae", 0.25)
     assert (summary.steps, summary.images, summary.dataset, summary.seed) == (5, 20, 21, config.seed)
     rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
@@ -153,14 +154,14 @@ def test_card_matches_the_run(exported):
 def test_exports_contain_no_local_path(exported, tiny_model):
     folder, _ = exported
     paths = [str(folder.parent), str(tiny_model.parent), str(Path.home()), str(Path.cwd())]
-    for name, data in contents(folder).items():
+    for name, data in exported_files(folder).items():
         header = data[: 8 + int.from_bytes(data[:8], "little")] if name.endswith(".safetensors") else data
         assert not any(path.encode() in header for path in paths), name
 
 
 def test_lora_is_exported_alone_and_merged(tmp_path, tiny_model, images):
     keys = ["model.lora={rank=2, alpha=1, text_encoder=true}", 'model.base="' + str(tiny_model) + '"']
-    folder, text = run(job(tmp_path, tiny_model, images, LORA), *keys)
+    folder, text = run(job(tmp_path, tiny_model, images, LORA_STAGE), *keys)
     assert says(text, "exported-lora", path=folder / "lora.safetensors", names="kohya")
     header = metadata(folder / "lora-ema.safetensors")
     assert header["modelspec.architecture"] == "stable-diffusion-v1/lora" and header["ss_network_module"] == "networks.lora"
@@ -169,16 +170,16 @@ def test_lora_is_exported_alone_and_merged(tmp_path, tiny_model, images):
     card = (folder / "model" / "README.md").read_text()
     assert "- lora\n" in card and says(card, "card-lora", rank=2, alpha=1, targets="attention")
     names = [*EXPORTED, "lora.safetensors", "lora-ema.safetensors"]
-    before = contents(folder, names)
+    before = exported_files(folder, names)
     run(folder.parent / "job.toml", *keys)
-    assert contents(folder, names) == before
+    assert exported_files(folder, names) == before
     run(folder.parent / "job.toml", *keys, "export.lora=peft")
     assert all(".lora_" in name for name in read_safetensors(folder / "lora.safetensors"))
 
 
 @pytest.fixture
 def folder(tmp_path, tiny_model) -> Path:
-    """Configs of a model, which tests may change."""
+    """A folder with the configs of a model, which tests may change."""
     for name in ("vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
@@ -232,28 +233,28 @@ def test_public_name_of_a_model(folder):
 )
 def test_bad_keys_are_refused(key, facts, tmp_path, tiny_model, images):
     with refused("config-invalid") as error:
-        load_config(job(tmp_path, tiny_model, images, LORA), [key, "model.lora={rank=2}"])
+        load_config(job(tmp_path, tiny_model, images, LORA_STAGE), [key, "model.lora={rank=2}"])
     assert all(fact in str(error.value) for fact in facts) and "\n" not in str(error.value)
 
 
 def test_a_full_disk_keeps_the_previous_export(exported, monkeypatch):
     folder, _ = exported
-    before = contents(folder)
+    before = exported_files(folder)
 
-    def full(*_, **__):
+    def disk_full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    keys = (f'model.vae="{folder.parent / "other-vae"}"', *KEYS)
+    keys = (f'model.vae="{folder.parent / "other-vae"}"', *OVERRIDES)
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "write_single_file", full)
+        patch.setattr(export_module, "write_single_file", disk_full)
         with refused("model-not-written", strerror="No space left on device"):
             run(folder.parent / "job.toml", *keys)
-    assert contents(folder) == before
+    assert exported_files(folder) == before
 
 
 def test_planned_export_size(exported):
     folder, _ = exported
-    config = load_config(folder.parent / "job.toml", list(KEYS))
+    config = load_config(folder.parent / "job.toml", list(OVERRIDES))
     components = open_source(str(folder / "model")).components
     sizes = {name: sum(4 * t.numel() for t in files.tensors.values()) for name, files in components.items()}
     unlinked = {"model": 0, "model-ema": sizes["unet"] + sizes["text_encoder"]}

@@ -37,17 +37,17 @@ checkpoint_every = 2
 keep_checkpoints = 9
 ema = 0.5
 """
-TABLE = "model.lora={{rank={rank}, text_encoder={text}}}"
+LORA_OVERRIDE = "model.lora={{rank={rank}, text_encoder={text}}}"
 
 
-def trained(folder: Path, model: Path, images: Path, *keys: str, rank: int = 4, text: str = "true", precision=None):
+def train_lora(folder: Path, model: Path, images: Path, *keys: str, rank: int = 4, text: str = "true", precision=None):
     folder.mkdir(exist_ok=True)
-    return run(job(folder, model, images, STAGE), TABLE.format(rank=rank, text=text), *keys, precision=precision)
+    return run(job(folder, model, images, STAGE), LORA_OVERRIDE.format(rank=rank, text=text), *keys, precision=precision)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny_model, images):
-    folder, _ = trained(tmp_path_factory.mktemp("lora"), tiny_model, images)
+    folder, _ = train_lora(tmp_path_factory.mktemp("lora"), tiny_model, images)
     return folder
 
 
@@ -57,12 +57,12 @@ def component_tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_only_adapters_change_and_checkpoints_link_the_base(precision, tmp_path, tiny_model, images):
-    folder, text = trained(tmp_path, tiny_model, images, precision=precision)
+    folder, text = train_lora(tmp_path, tiny_model, images, precision=precision)
     paths = checkpoint.checkpoints(folder / "checkpoints")
     for component, tensors in component_tensors(tiny_model).items():
         assert all(same(component_tensors(path)[component], tensors) for path in paths)
-    first, last = (path / "unet" for path in (paths[0], paths[-1]))
-    assert all(os.path.samefile(first / name, last / name) for name in os.listdir(first))
+    first_unet, last_unet = paths[0] / "unet", paths[-1] / "unet"
+    assert all(os.path.samefile(first_unet / name, last_unet / name) for name in os.listdir(first_unet))
     adapters = [read_safetensors(path / "lora.safetensors") for path in paths]
     assert all(not same(a, b) for a, b in pairwise(adapters))
     assert {name.split(".")[0] for name in adapters[0]} == {"unet", "text_encoder"}
@@ -74,16 +74,16 @@ def test_only_adapters_change_and_checkpoints_link_the_base(precision, tmp_path,
 
 @pytest.mark.parametrize("stop", [2, 4])
 def test_resumed_run_has_the_same_bits(stop, uninterrupted, tmp_path, tiny_model, images):
-    folder, _ = trained(tmp_path, tiny_model, images)
+    folder, _ = train_lora(tmp_path, tiny_model, images)
     rewind(folder, stop)
-    folder, text = trained(tmp_path, tiny_model, images)
+    folder, text = train_lora(tmp_path, tiny_model, images)
     assert says(text, "resumed", step=stop) and same(final(folder), final(uninterrupted))
     assert (folder / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
 
 
 def test_exported_model_and_lora_predict_like_the_checkpoint(uninterrupted):
     newest = checkpoint.checkpoints(uninterrupted / "checkpoints")[-1]
-    table = load_config(uninterrupted.parent / "job.toml", [TABLE.format(rank=4, text="true")]).model
+    table = load_config(uninterrupted.parent / "job.toml", [LORA_OVERRIDE.format(rank=4, text="true")]).model
     applied = load_to_train(table.model_copy(update={"base": str(newest)}), checkpoint=newest)
     file = table.lora.model_copy(update={"file": str(uninterrupted / "lora.safetensors")})
     from_file = load_to_train(table.model_copy(update={"lora": file}))
@@ -107,10 +107,11 @@ def test_exported_model_and_lora_predict_like_the_checkpoint(uninterrupted):
 
 
 def test_ema_weights_are_exported(uninterrupted):
-    raw, average = (read_safetensors(uninterrupted / f"{name}.safetensors") for name in ("lora", "lora-ema"))
-    assert raw.keys() == average.keys() and not same(raw, average)
+    raw, averaged = (read_safetensors(uninterrupted / f"{name}.safetensors") for name in ("lora", "lora-ema"))
+    assert raw.keys() == averaged.keys() and not same(raw, averaged)
     state = read_safetensors(checkpoint.checkpoints(uninterrupted / "checkpoints")[-1] / "state.safetensors")
-    assert any(torch.equal(average[name], tensor) for name in average for key, tensor in state.items() if "@ema/" in key)
+    emas = [tensor for key, tensor in state.items() if "@ema/" in key]
+    assert any(torch.equal(tensor, ema) for tensor in averaged.values() for ema in emas)
     assert not same(component_tensors(uninterrupted / "model")["unet"], component_tensors(uninterrupted / "model-ema")["unet"])
 
 
@@ -141,7 +142,7 @@ def test_other_commands_accept_a_run_with_adapters(uninterrupted, tmp_path, monk
     grids = [(tmp_path / str(i) / "000-0.png").read_bytes() for i in range(3)]
     assert grids[0] == grids[1] == grids[2]
     output("sample", uninterrupted, "--prompt", "x", "--steps", 2, "--out", tmp_path / "skip", "--size", 32, "--clip-skip", 1)
-    keys = ["validate.stabilised=8", TABLE.format(rank=4, text="true")]
+    keys = ["validate.stabilised=8", LORA_OVERRIDE.format(rank=4, text="true")]
     path = uninterrupted.parent / "job.toml"
     tables = [output("validate", model, path, *keys).splitlines()[-1] for model in (uninterrupted, uninterrupted / "model")]
     assert tables[0].split()[:3] == tables[1].split()[:3]
@@ -150,7 +151,7 @@ def test_other_commands_accept_a_run_with_adapters(uninterrupted, tmp_path, monk
 
 
 def test_plan_counts_gradients_of_adapters_only(tiny_model, tmp_path, images):
-    config = load_config(job(tmp_path, tiny_model, images, STAGE), [TABLE.format(rank=4, text="false")])
+    config = load_config(job(tmp_path, tiny_model, images, STAGE), [LORA_OVERRIDE.format(rank=4, text="false")])
     model = load_to_train(config.model)
     need = plan_stage(Shapes.of(model), config.stage[0], 32, 1 << 30).need(4)
     lora = sum(p.numel() for name, p in model.unet.named_parameters() if ".lora_" in name)
@@ -175,4 +176,4 @@ def test_bad_adapters_are_refused(keys, name, fact, tmp_path, tiny_model, images
 def test_the_rank_is_fixed_after_the_start(uninterrupted, tmp_path, tiny_model, images):
     shutil.copytree(uninterrupted, tmp_path / "run")
     with refused("run-other-start", key="model.lora.rank", before=4, after=8):
-        trained(tmp_path, tiny_model, images, rank=8)
+        train_lora(tmp_path, tiny_model, images, rank=8)

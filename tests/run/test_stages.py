@@ -122,13 +122,13 @@ def test_reinitialised_weights_depend_on_seed_and_name_only(model):
     weights = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
     entries = ["unet.conv_in", "unet.norms", "unet.cross_attention"]
     count = reinitialise(model, entries, 7, "reinit")
-    first = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
-    changed = {name for name in weights if not torch.equal(weights[name], first[name])}
-    assert sum(p.numel() for n, p in first.items() if "conv_in." in n or "norm" in n or ".attn2." in n) == count
+    drawn = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
+    changed = {name for name in weights if not torch.equal(weights[name], drawn[name])}
+    assert sum(p.numel() for n, p in drawn.items() if "conv_in." in n or "norm" in n or ".attn2." in n) == count
     assert {"conv_in.weight", "conv_in.bias"} <= changed and not any("resnets.0.conv1" in name for name in changed)
-    assert all((p == ("weight" in n)).all() for n, p in first.items() if "norm" in n)
+    assert all((p == ("weight" in n)).all() for n, p in drawn.items() if "norm" in n)
     bound = 1 / math.sqrt(4 * 9)
-    conv = first["conv_in.weight"]
+    conv = drawn["conv_in.weight"]
     assert conv.abs().max() <= bound and conv.std() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     reinitialise(model, entries, 7, "reinit")
     assert torch.equal(model.unet.conv_in.weight, conv)
@@ -191,8 +191,8 @@ def test_ema_decay():
 
 def test_intervals_in_steps_epochs_and_seconds():
     def steps(amount, batch=4, epoch=10):
-        every = Interval("sample_every", amount, batch, epoch)
-        return [step for step in range(1, 16) if every.due(step, step * 10.0)]
+        interval = Interval("sample_every", amount, batch, epoch)
+        return [step for step in range(1, 16) if interval.due(step, step * 10.0)]
 
     assert steps(5) == [5, 10, 15] and steps(0) == []
     assert steps("1e") == [3, 5, 8, 10, 13, 15]  # the first steps with 10, 20, 30, ... images done
@@ -200,7 +200,7 @@ def test_intervals_in_steps_epochs_and_seconds():
     assert steps("30s") == [3, 6, 9, 12, 15] and steps("1m") == [6, 12]
 
 
-CHAIN = """
+TWO_STAGES = """
 [[stage]]
 name = "one"
 train = ["unet"]
@@ -218,33 +218,33 @@ state = "{state}"
 checkpoint_every = 2
 {more}
 """
-MORE = {"dlion": "d0 = 1e-4", "lion": "lr = 1e-3", "adamw": "lr = 1e-3"}
+OPTIONS = {"dlion": "d0 = 1e-4", "lion": "lr = 1e-3", "adamw": "lr = 1e-3"}
 
 
-def chain(
+def run_two_stages(
     folder: Path, model: Path, images: Path, *overrides: str, optimizer="dlion", state="carry", more=""
 ) -> tuple[Path, str]:
     folder.mkdir()
-    more = f"{MORE[optimizer]}\n{more}"
-    text = CHAIN.format(first=4, second=6, optimizer=optimizer, state=state, more=more)
+    more = f"{OPTIONS[optimizer]}\n{more}"
+    text = TWO_STAGES.format(first=4, second=6, optimizer=optimizer, state=state, more=more)
     return run(job(folder, model, images, text), "sample.prompts=[]", *overrides)
 
 
-@pytest.mark.parametrize("optimizer", MORE)
+@pytest.mark.parametrize("optimizer", OPTIONS)
 def test_carried_state_equals_one_long_stage(optimizer, tmp_path, tiny_model, images):
     more = "ema = 0.9\nema_power = 0.75"
-    carried, text = chain(tmp_path / "two", tiny_model, images, optimizer=optimizer, more=more)
+    carried, text = run_two_stages(tmp_path / "two", tiny_model, images, optimizer=optimizer, more=more)
     assert "two: fp32" in text and says(text, "state-carried")
     (tmp_path / "one").mkdir()
-    stage = f'[[stage]]\ntrain = ["unet"]\nuntil = 10\nbatch = 4\noptimizer = "{optimizer}"\n{MORE[optimizer]}\n{more}\n'
+    stage = f'[[stage]]\ntrain = ["unet"]\nuntil = 10\nbatch = 4\noptimizer = "{optimizer}"\n{OPTIONS[optimizer]}\n{more}\n'
     single, _ = run(job(tmp_path / "one", tiny_model, images, stage), "sample.prompts=[]")
     assert same(final(carried), final(single))
 
 
 def test_state_is_reset_unless_carried(tmp_path, tiny_model, images):
     longer = "stage.one.until=10", "data.resolution=32"
-    carried, _ = chain(tmp_path / "carry", tiny_model, images, *longer)
-    reset, text = chain(tmp_path / "reset", tiny_model, images, *longer, state="reset")
+    carried, _ = run_two_stages(tmp_path / "carry", tiny_model, images, *longer)
+    reset, text = run_two_stages(tmp_path / "reset", tiny_model, images, *longer, state="reset")
     assert says(text, "state-reset")
     rows = rows_of(reset)
     assert rows[10]["d"] == 1e-4 < rows[9]["d"]
@@ -253,12 +253,12 @@ def test_state_is_reset_unless_carried(tmp_path, tiny_model, images):
 
 @pytest.mark.parametrize("stop", [2, 4, 6])
 def test_carried_state_survives_a_stop(stop, tmp_path, tiny_model, images):
-    uninterrupted, _ = chain(tmp_path / "uninterrupted", tiny_model, images, more="ema = 0.9")
-    cut, _ = chain(tmp_path / "cut", tiny_model, images, more="ema = 0.9")
-    rewind(cut, stop)
-    if stop == 2:  # the first stage saved nothing before its end: the run starts again
-        assert not checkpoint_steps(cut)
-    resumed, _ = run(tmp_path / "cut" / "job.toml", "sample.prompts=[]")
+    uninterrupted, _ = run_two_stages(tmp_path / "uninterrupted", tiny_model, images, more="ema = 0.9")
+    stopped, _ = run_two_stages(tmp_path / "stopped", tiny_model, images, more="ema = 0.9")
+    rewind(stopped, stop)
+    if stop == 2:  # the first stage saves nothing before its end, so the run starts again
+        assert not checkpoint_steps(stopped)
+    resumed, _ = run(tmp_path / "stopped" / "job.toml", "sample.prompts=[]")
     assert same(final(resumed), final(uninterrupted))
     assert (resumed / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
 
@@ -276,14 +276,13 @@ def test_each_stage_starts_from_the_previous_weights(tmp_path, tiny_model, image
 
 
 def test_a_stage_can_end_by_time(tmp_path, tiny_model, images, monkeypatch):
-    calls = count()  # each call of the clock is an eighth of a second later
+    calls = count()  # the clock advances by an eighth of a second per call
     monkeypatch.setattr("fastsd.run.position.time", SimpleNamespace(monotonic=lambda: next(calls) / 8))
     stages = LION.format(name="one", train='["unet"]').replace("until = 3", 'until = "2s"') + 'sample_every = "1s"\n'
     stages += LION.format(name="two", train='["unet"]')
     folder, text = run(job(tmp_path, tiny_model, images, stages))
     rows = rows_of(folder)
-    first = [row for row in rows if row["stage"] == "one"]
-    assert first and rows[-1]["stage"] == "two" and rows[-1]["stage_step"] == 3
+    assert any(row["stage"] == "one" for row in rows) and rows[-1]["stage"] == "two" and rows[-1]["stage_step"] == 3
     assert json.loads((checkpoint.checkpoints(folder / "checkpoints")[0] / "state.json").read_text())["seconds"] >= 2
     assert says(text, "log-row", stage="one", step=1) and len(list((folder / "samples").glob("one-*.png"))) >= 2
     _, text = run(tmp_path / "job.toml")
@@ -300,7 +299,7 @@ def test_checkpoints_in_checkpoint_at_are_kept(tmp_path, tiny_model, images):
 def test_trigger_files_request_a_checkpoint_and_samples(tmp_path, tiny_model, images, monkeypatch):
     from fastsd.run import loop
 
-    class Touching(loop.Triggers):
+    class TouchesTriggerFiles(loop.Triggers):
         def log_due(self):
             if self.run.position.progress.step == 5:
                 (self.run.folder / "trigger.checkpoint").touch()
@@ -309,7 +308,7 @@ def test_trigger_files_request_a_checkpoint_and_samples(tmp_path, tiny_model, im
                 (self.run.folder / "trigger.sample").mkdir()
             return super().log_due()
 
-    monkeypatch.setattr(loop, "Triggers", Touching)
+    monkeypatch.setattr(loop, "Triggers", TouchesTriggerFiles)
     text = LION.format(name="one", train='["unet"]').replace("until = 3", "until = 12") + "keep_checkpoints = 1\n"
     folder, _ = run(job(tmp_path, tiny_model, images, text))
     assert checkpoint_steps(folder) == [5, 12]
@@ -332,17 +331,18 @@ def test_runs_with_one_changed_setting_see_the_same_data(tmp_path, tiny_model, i
         assert data == base, change
         assert losses != base_losses
     assert data_and_losses("seed", "seed=1")[0] != base
-    assert all(a != b for row, after in pairwise(base) for a, b in zip(row, after, strict=True))
+    for row, next_row in pairwise(base):
+        assert all(a != b for a, b in zip(row, next_row, strict=True))
 
 
-def problem(seed: int = 0, size: int = 64):
-    """Return the parameter and the scale of a quadratic. The parameter is 1 away from the minimum in every coordinate."""
+def quadratic(seed: int = 0, size: int = 64):
+    """Return the parameter and the curvatures of a quadratic whose minimum is at 0. The parameter is 1 everywhere."""
     generator = torch.Generator().manual_seed(seed)
     return torch.nn.Parameter(torch.ones(size)), torch.rand(size, generator=generator) + 0.5
 
 
-def d_of(steps: int, freeze_after: int | None = None, **limits) -> list[float]:
-    weight, scale = problem()
+def d_after_each_step(steps: int, freeze_after: int | None = None, **limits) -> list[float]:
+    weight, scale = quadratic()
     optimizer, values = DLion([weight], d0=1e-6, **limits), []
     for step in range(steps):
         weight.grad = (scale * weight).detach()
@@ -354,16 +354,16 @@ def d_of(steps: int, freeze_after: int | None = None, **limits) -> list[float]:
 
 
 def test_limits_of_d():
-    free = d_of(60)
+    free = d_after_each_step(60)
     assert max(b / a for a, b in pairwise(free)) > 1.05 and free[-1] > 1e-5
-    slow = d_of(60, growth_rate=1.02)
+    slow = d_after_each_step(60, growth_rate=1.02)
     assert all(b <= a * 1.02 * (1 + 1e-12) for a, b in pairwise(slow)) and slow[-1] > slow[0]
-    assert max(d_of(60, d_max=5e-6)) == 5e-6 and d_of(60, d_max=1.0) == free
-    frozen = d_of(60, freeze_after=20)
+    assert max(d_after_each_step(60, d_max=5e-6)) == 5e-6 and d_after_each_step(60, d_max=1.0) == free
+    frozen = d_after_each_step(60, freeze_after=20)
     assert frozen[:20] == free[:20] and set(frozen[19:]) == {free[19]}
     for key, value in (("growth_rate", 1.0), ("d_max", 1e-9)):
         with pytest.raises(ValueError, match=key):
-            d_of(1, **{key: value})
+            d_after_each_step(1, **{key: value})
 
 
 def test_limits_of_d_from_a_config(tmp_path, tiny_model, images):

@@ -53,7 +53,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny_model, images):
-    """Folder of an uninterrupted run of the two stages."""
+    """The folder of an uninterrupted run of the two stages."""
     folder, _ = run(job(tmp_path_factory.mktemp("uninterrupted"), tiny_model, images, TWO_STAGES))
     return folder
 
@@ -66,7 +66,7 @@ def wait_for_rows(process, log: Path, rows: int) -> None:
 def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path, tiny_model, images, start):
     path, output = job(tmp_path, tiny_model, images, TWO_STAGES), tmp_path / "output"
     log, kills = tmp_path / "run" / "log.jsonl", 0
-    while kills < 4:  # on a busy machine a run may end before it is killed: start again
+    while kills < 4:  # on a busy machine a run may end before it is killed; then start again
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         kills = 0
         for rows in (2, 4, 6, 9, 12):
@@ -83,10 +83,10 @@ def test_killed_runs_end_with_the_same_bits(uninterrupted, tmp_path, tiny_model,
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
-def test_optimizer_state_survives_a_stop_in_mid_stage(uninterrupted, tmp_path, tiny_model, images):
+def test_a_stage_extended_from_its_middle_equals_one_run(uninterrupted, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, TWO_STAGES)
     folder, _ = run(path, "stage.unet.until=5", "stage.keep_checkpoints=9")
-    # The same stage, extended from a checkpoint inside it, equals the run that was never stopped.
+    # The stage, extended from a checkpoint in its middle, equals the run that was never stopped.
     rewind(folder, 3)
     assert checkpoint_steps(folder) == [3]
     state = checkpoint.load_state(folder / "checkpoints" / "step-00000003")
@@ -105,7 +105,7 @@ def test_the_last_stage_can_be_extended(tmp_path, tiny_model, images):
 
 
 def test_the_next_stage_can_start_from_a_chosen_checkpoint(tmp_path, tiny_model, images):
-    """Follows phase 2 of xlsd.toml: delete the later checkpoints, shorten the stage, and continue."""
+    """As for phase 2 of xlsd.toml, later checkpoints are deleted, the stage is shortened, and training continues."""
     path = job(tmp_path, tiny_model, images, TWO_STAGES)
     run(path, "stage.unet.until=6", f"run={tmp_path / 'short'}")
     folder, _ = run(path, "stage.keep_checkpoints=9")
@@ -131,14 +131,14 @@ def test_each_stage_changes_only_its_component(uninterrupted, tiny_model):
     def weights(folder, component):
         return read_safetensors(next((folder / component).glob("*.safetensors")))
 
-    first = uninterrupted / "checkpoints" / "step-00000008"
-    last = checkpoint.checkpoints(uninterrupted / "checkpoints")[-1]
-    assert same(weights(first, "text_encoder"), weights(tiny_model, "text_encoder"))
-    assert not same(weights(first, "unet"), weights(tiny_model, "unet"))
-    assert same(weights(last, "unet"), weights(first, "unet"))
-    assert not same(weights(last, "text_encoder"), weights(first, "text_encoder"))
+    first_end = uninterrupted / "checkpoints" / "step-00000008"
+    last_end = checkpoint.checkpoints(uninterrupted / "checkpoints")[-1]
+    assert same(weights(first_end, "text_encoder"), weights(tiny_model, "text_encoder"))
+    assert not same(weights(first_end, "unet"), weights(tiny_model, "unet"))
+    assert same(weights(last_end, "unet"), weights(first_end, "unet"))
+    assert not same(weights(last_end, "text_encoder"), weights(first_end, "text_encoder"))
     for component in ("unet", "text_encoder", "vae"):
-        assert same(weights(uninterrupted / "model", component), weights(last, component))
+        assert same(weights(uninterrupted / "model", component), weights(last_end, component))
 
 
 def test_accumulation_gives_the_batch_gradient(tmp_path, tiny_model, images):
@@ -163,8 +163,8 @@ def test_bf16_trains_and_keeps_frozen_weights_exact(tmp_path, tiny_model, images
     assert same(read_safetensors(last / file), read_safetensors(tiny_model / file))
     (tmp_path / "fp32").mkdir()
     reference, _ = run(job(tmp_path / "fp32", tiny_model, images, UNTIL_6), precision="fp32")
-    losses, exact = ([row["loss"] for row in rows_of(root)] for root in (folder, reference))
-    assert losses == pytest.approx(exact, rel=0.03) and losses != exact
+    losses, fp32_losses = ([row["loss"] for row in rows_of(root)] for root in (folder, reference))
+    assert losses == pytest.approx(fp32_losses, rel=0.03) and losses != fp32_losses
 
 
 def test_precision_may_change_on_resume(tmp_path, tiny_model, images):
@@ -181,13 +181,13 @@ def test_precision_may_change_on_resume(tmp_path, tiny_model, images):
 def test_training_continues_with_a_full_disk(tmp_path, tiny_model, images, monkeypatch):
     path, write = job(tmp_path, tiny_model, images, UNTIL_6), checkpoint.write_safetensors
 
-    def full(target, *rest):
+    def write_until_full(target, *rest):
         if "step-00000004" in str(target):
             target.write_bytes(b"half a file")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(target, *rest)
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", write_until_full)
     folder, text = run(path)
     assert says(text, "checkpoint-not-saved", step=4, reason="No space left on device")
     assert checkpoint_steps(folder) == [2, 6]
@@ -199,16 +199,16 @@ def test_training_continues_with_a_full_disk(tmp_path, tiny_model, images, monke
 
 
 def test_a_full_disk_at_the_end_loses_nothing(tmp_path, tiny_model, images, monkeypatch):
-    """Neither kept.json nor the model can be written. Running again continues."""
+    """Neither kept.json nor the model can be written. The same command continues."""
     path = job(tmp_path, tiny_model, images, PLAIN + "checkpoint_every = 1\nkeep_checkpoints = 1\ncheckpoint_at = [2]\n")
 
-    def full(*_):
+    def disk_full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         write = saving.replace_file
-        patch.setattr(saving, "replace_file", lambda path, text: full() if path.name == "kept.json" else write(path, text))
-        patch.setattr(checkpoint, "export", full)
+        patch.setattr(saving, "replace_file", lambda path, text: disk_full() if path.name == "kept.json" else write(path, text))
+        patch.setattr(checkpoint, "export", disk_full)
         with refused("model-not-written", strerror="No space left on device"):
             run(path)
     assert checkpoint_steps(tmp_path / "run") == [2, 4]  # step 2 is kept although kept.json could not be written
@@ -248,14 +248,14 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped(tmp_path, tiny_mod
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 6\noptimizer = "dlion"\ncheckpoint_every = 1\n'
     true_loss, calls = step_module.Objective.loss, []
 
-    def broken(self, *args):
+    def nan_in_third_step(self, *args):
         calls.append(1)
         return true_loss(self, *args) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(step_module.Objective, "loss", broken)
+    monkeypatch.setattr(step_module.Objective, "loss", nan_in_third_step)
     folder, text = run(job(tmp_path, tiny_model, images, stage))
-    second, third = (read_safetensors(folder / f"checkpoints/step-0000000{n}" / UNET) for n in (2, 3))
-    assert same(second, third)
+    before, after = (read_safetensors(folder / f"checkpoints/step-0000000{n}" / UNET) for n in (2, 3))
+    assert same(before, after)
     assert says(text, "steps-skipped", count=1, step=3)
     row = rows_of(folder)[2]
     assert row["loss"] is None and row["skipped"] == 1
@@ -332,7 +332,7 @@ def test_changes_of_the_cache_are_reported(tmp_path, tiny_model, images):
     (copies / "more.txt").write_text("another caption")
     _, text = run(path, "stage.0.until=8")
     assert says(text, "cache-content-changed", contents="captions or images")
-    # Keys that an earlier version did not write have their defaults.
+    # Keys that an older version did not write get their defaults.
     config = json.loads((folder / "config.json").read_text())
     del config["data"]["crops"], config["stage"][0]["shuffle_tags"], config["cache"]["hidden_states"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -340,7 +340,7 @@ def test_changes_of_the_cache_are_reported(tmp_path, tiny_model, images):
 
 
 def test_buckets_repeats_and_shuffled_tags_resume_exactly(tmp_path, tiny_model, images):
-    """Mixes image shapes, mirror images, folders with repeats, and edited captions."""
+    """The data has several shapes, mirrored images, a folder with repeats, and edited captions."""
     other = tmp_path / "other"
     other.mkdir()
     for i, size in enumerate([(60, 40), (40, 60), (64, 40), (40, 64), (50, 50)]):

@@ -46,110 +46,110 @@ checkpoint_every = 2
 keep_checkpoints = 9
 """
 PLANNED = {"held_out": 4, "stabilised": 3, "timesteps": 2, "bands": 2, "forwards": 6}
-SIZES = (
+OVERRIDES = (
     "sample.prompts=[]", "validate.held_out=4", "validate.stabilised=3", "validate.every=2", "validate.batch=3",
     "validate.bands=2", "validate.per_band=1",
 )  # fmt: skip
 
 
-KEYS = ("set", "weights", "loss", "se", "bands", "items", "each")
+MEASURED = ("set", "weights", "loss", "se", "bands", "items", "each")
 
 
 def validation_rows(folder) -> list[dict]:
     return rows_of(folder, "validation.jsonl")
 
 
-def last(folder, weights="raw") -> list[dict]:
+def last_rows(folder, weights="raw") -> list[dict]:
     """Return the last rows of a run, as `fastsd validate` measures them."""
     rows = [row for row in validation_rows(folder) if row["weights"] == weights]
-    return [{key: row[key] for key in KEYS} | {"weights": "raw"} for row in rows[-2:]]
+    return [{key: row[key] for key in MEASURED} | {"weights": "raw"} for row in rows[-2:]]
 
 
-def last_at(folder, step) -> list[dict]:
+def rows_at(folder, step) -> list[dict]:
     rows = [row for row in validation_rows(folder) if row["step"] == step and row["weights"] == "raw"]
-    return [{key: row[key] for key in KEYS} for row in rows]
+    return [{key: row[key] for key in MEASURED} for row in rows]
 
 
 def measure(model, config) -> list[dict]:
     return validate(str(model), config, console=Console(file=StringIO()))
 
 
-def opened(path, *overrides) -> tuple[LatentCache, ValidationSplits]:
-    """Return the cache of a config and the sets chosen from it."""
-    config = load_config(path, [*SIZES, *overrides])
+def open_splits(path, *overrides) -> tuple[LatentCache, ValidationSplits]:
+    """Return the cache of a config and the splits chosen from it."""
+    config = load_config(path, [*OVERRIDES, *overrides])
     counts = cache(config, Console(file=StringIO()))
     latents = LatentCache.open(config.cache.dir, counts.view)
     return latents, choose_splits(latents, config)
 
 
-def content(latents, samples) -> set[bytes]:
+def contents(latents, samples) -> set[bytes]:
     return {latents.get([i])["latents"].numpy().tobytes() for i in samples.tolist()}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny_model, images):
-    """Config path, folder and output of an uninterrupted run."""
+    """The config path, folder and output of an uninterrupted run."""
     path = job(tmp_path_factory.mktemp("uninterrupted"), tiny_model, images, STAGE)
-    return path, *run(path, *SIZES)
+    return path, *run(path, *OVERRIDES)
 
 
 def test_images_are_chosen_by_content(tmp_path, tiny_model):
     write_images(tmp_path / "b", 30)
     path = job(tmp_path, tiny_model, tmp_path / "b", STAGE)
-    latents, sets = opened(path)
-    before = {name: content(latents, samples) for name, samples in sets.measured.items()}
+    latents, sets = open_splits(path)
+    before = {name: contents(latents, samples) for name, samples in sets.measured.items()}
     assert list(map(len, before.values())) == [4, 3] and not before["held_out"] & before["stabilised"]
-    # More images in a folder that comes first: the numbers of the old ones change, and each new one replaces an old one.
+    # Images in a folder that comes first change the numbers of the old ones. Each new image that is chosen replaces an old one.
     write_images(tmp_path / "a", 10, seed=5)
-    latents, sets = opened(path, f'data.folders=["{tmp_path / "a"}", "{tmp_path / "b"}"]')
-    after = content(latents, sets.measured["held_out"])
-    new = after - content(latents, np.arange(10, 40))
+    latents, sets = open_splits(path, f'data.folders=["{tmp_path / "a"}", "{tmp_path / "b"}"]')
+    after = contents(latents, sets.measured["held_out"])
+    new = after - contents(latents, np.arange(10, 40))
     assert len(after & before["held_out"]) == 4 - len(new) >= 2
     # Replacing images that are not measured changes nothing.
     for i in range(10):
         shutil.copy(tmp_path / f"b/{i + 20:04d}.png", tmp_path / f"a/{i:04d}.png")
-    latents, sets = opened(path, f'data.folders=["{tmp_path / "a"}", "{tmp_path / "b"}"]')
-    assert {name: content(latents, samples) for name, samples in sets.measured.items()} == before
-    latents, sets = opened(path, "validate.seed=1")
-    assert content(latents, sets.measured["held_out"]) != before["held_out"]
+    latents, sets = open_splits(path, f'data.folders=["{tmp_path / "a"}", "{tmp_path / "b"}"]')
+    assert {name: contents(latents, samples) for name, samples in sets.measured.items()} == before
+    latents, sets = open_splits(path, "validate.seed=1")
+    assert contents(latents, sets.measured["held_out"]) != before["held_out"]
 
 
 def test_copies_are_held_out_together_and_measured_once(tmp_path, tiny_model):
     write_images(tmp_path / "images", 12)
-    latents, sets = opened(job(tmp_path, tiny_model, tmp_path / "images", STAGE))
+    latents, sets = open_splits(job(tmp_path, tiny_model, tmp_path / "images", STAGE))
     held = sets.measured["held_out"][0]
     for name in ("aaa", "zzz"):
         shutil.copy(tmp_path / f"images/{held:04d}.png", tmp_path / f"images/{name}.png")
         (tmp_path / f"images/{name}.txt").write_text(f"another caption, {name}")
-    more_latents, more_sets = opened(tmp_path / "job.toml")
-    assert content(more_latents, more_sets.measured["held_out"]) == content(latents, sets.measured["held_out"])
+    more_latents, more_sets = open_splits(tmp_path / "job.toml")
+    assert contents(more_latents, more_sets.measured["held_out"]) == contents(latents, sets.measured["held_out"])
     assert len(more_sets.measured["held_out"]) == 4 and len(more_sets.left_out) == 6
-    assert content(more_latents, more_sets.left_out) == content(latents, sets.left_out)
+    assert contents(more_latents, more_sets.left_out) == contents(latents, sets.left_out)
 
 
 def test_images_can_be_chosen_by_number(tmp_path, tiny_model):
-    """Gives corresponding data sets the same image numbers, timesteps and noise."""
+    """Corresponding data sets then have the same image numbers, timesteps and noise."""
     numbers, hashes = [], []
     for name, seed in (("a", 0), ("b", 9)):
         write_images(tmp_path / name, 20, seed=seed)
         (tmp_path / f"of-{name}").mkdir()
         path = job(tmp_path / f"of-{name}", tiny_model, tmp_path / name, STAGE)
-        _, sets = opened(path, 'validate.by="number"')
+        _, sets = open_splits(path, 'validate.by="number"')
         numbers.append({name: samples.tolist() for name, samples in sets.measured.items()})
-        with open_run(load_config(path, [*SIZES, 'validate.by="number"']), Console(file=StringIO())) as opened_run:
+        with open_run(load_config(path, [*OVERRIDES, 'validate.by="number"']), Console(file=StringIO())) as opened_run:
             hashes.append([row["items"] for row in opened_run.evaluation.validation.rows()])
     assert numbers[0] == numbers[1] and hashes[0] == hashes[1]
-    _, by_content = opened(path)
+    _, by_content = open_splits(path)
     assert {name: samples.tolist() for name, samples in by_content.measured.items()} != numbers[1]
 
 
 def test_filters_apply_to_measured_images(tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
-    latents, sets = opened(path, 'data.include=["star"]', "validate.held_out=3", "validate.stabilised=2")
+    latents, sets = open_splits(path, 'data.include=["star"]', "validate.held_out=3", "validate.stabilised=2")
     for samples in sets.measured.values():
         assert all("star" in caption for caption in latents.captions(samples))
     with refused("held-out-size") as error:
-        opened(path, 'data.include=["star"]', "validate.held_out=7")
+        open_splits(path, 'data.include=["star"]', "validate.held_out=7")
     assert " 12 " in str(error.value)
 
 
@@ -160,7 +160,7 @@ def test_held_out_images_are_in_no_batch(tmp_path, tiny_model):
         Image.open(file).resize((60, 40)).save(file)
     path = job(tmp_path, tiny_model, tmp_path / "images", STAGE)
     folders = f'data.folders=["{tmp_path / "images"}", {{ path = "{tmp_path / "wide"}", repeats = 2 }}]'
-    keys = [*SIZES, folders, "data.buckets={ min = 16, max = 64, step = 8 }", "data.flip=true", "validate.held_out=8"]
+    keys = [*OVERRIDES, folders, "data.buckets={ min = 16, max = 64, step = 8 }", "data.flip=true", "validate.held_out=8"]
     keys.append("data.resolution=32")
     folder, text = run(path, *keys)
     with open_run(load_config(path, keys), Console(file=StringIO())) as opened_run:
@@ -171,14 +171,14 @@ def test_held_out_images_are_in_no_batch(tmp_path, tiny_model):
     assert len(left_out) == 8 and read == set(range(23)) - left_out and 0 < len(wide & left_out) < 8
     assert loader.images == 15 + len(wide - left_out)
     assert says(text, "images-counted", epoch=loader.images) and says(text, "validation-planned", held_out=8, stabilised=3)
-    assert measure(folder, load_config(path, keys)) == last(folder)
+    assert measure(folder, load_config(path, keys)) == last_rows(folder)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_loss_follows_its_formula(prediction, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
-    config = load_config(path, [*SIZES, f"model.prediction={prediction}", "validate.bands=3", "validate.per_band=2"])
-    latents, sets = opened(path)
+    config = load_config(path, [*OVERRIDES, f"model.prediction={prediction}", "validate.bands=3", "validate.per_band=2"])
+    latents, sets = open_splits(path)
     model, errors = load_model(config.model), []
     abar_T = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     for sample in sets.measured["held_out"].tolist():
@@ -227,31 +227,31 @@ def test_bands_and_error_bars():
 
 def test_validation_is_reproducible(uninterrupted, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
-    config = load_config(path, [*SIZES])
+    config = load_config(path, [*OVERRIDES])
     with open_run(config, Console(file=StringIO())) as opened_run:
         step, loader = start_stage(opened_run, 0), opened_run.data.loader(0)
         validation = opened_run.evaluation.validation
-        first, state = validation.rows(), step.components["unet"].master_hi.clone()
-        assert first == validation.rows() == last_at(uninterrupted[1], 0)
+        rows, weights = validation.rows(), step.components["unet"].master_hi.clone()
+        assert rows == validation.rows() == rows_at(uninterrupted[1], 0)
         for i in range(2):
             step(loader.batch(4 * i, 4), i)
-        assert validation.rows() != first
-        step.components["unet"].master_hi.copy_(state)
-        assert validation.rows() == first
-        smaller = validation.table.model_copy(update={"batch": 2})
-        in_small_batches = Validation(opened_run.model, loader, opened_run.data.sets, smaller)
+        assert validation.rows() != rows
+        step.components["unet"].master_hi.copy_(weights)
+        assert validation.rows() == rows
+        table = validation.table.model_copy(update={"batch": 2})
+        in_small_batches = Validation(opened_run.model, loader, opened_run.data.sets, table)
         assert in_small_batches.forwards > validation.forwards
-        for row, split in zip(first, in_small_batches.rows(), strict=True):
-            assert split["loss"] == pytest.approx(row["loss"], rel=1e-6)
-            assert [band[2:] for band in split["bands"]] == [pytest.approx(band[2:], rel=1e-6) for band in row["bands"]]
+        for row, other in zip(rows, in_small_batches.rows(), strict=True):
+            assert other["loss"] == pytest.approx(row["loss"], rel=1e-6)
+            assert [band[2:] for band in other["bands"]] == [pytest.approx(band[2:], rel=1e-6) for band in row["bands"]]
 
 
 def test_rows_and_output_of_a_run(uninterrupted):
     _, folder, text = uninterrupted
     rows = validation_rows(folder)
-    steps, kinds = (0, 2, 4, 6), [(name, weights) for weights in ("raw", "ema") for name in ("held_out", "stabilised")]
-    assert [(row["step"], row["set"], row["weights"]) for row in rows] == [(step, *kind) for step in steps for kind in kinds]
-    assert list(rows[0]) == ["step", "images", "stage", *KEYS]
+    expected = [(n, name, kind) for n in (0, 2, 4, 6) for kind in ("raw", "ema") for name in ("held_out", "stabilised")]
+    assert [(row["step"], row["set"], row["weights"]) for row in rows] == expected
+    assert list(rows[0]) == ["step", "images", "stage", *MEASURED]
     assert all(row["images"] == 4 * row["step"] and row["stage"] == "one" and len(row["bands"]) == 2 for row in rows)
     assert rows[0]["loss"] == rows[2]["loss"] != rows[4]["loss"] != rows[6]["loss"]  # the EMA starts equal to the weights
     (line,) = [line for line in text.splitlines() if says(line, "validation-measured", step=6)]
@@ -269,7 +269,7 @@ def test_a_stopped_run_writes_the_same_rows(stop, uninterrupted, tmp_path, tiny_
     rewind(tmp_path / "run", stop)
     with open(tmp_path / "run" / "validation.jsonl", "a") as file:
         file.write('{"step": 6, "cut off')
-    folder, _ = run(path, *SIZES)
+    folder, _ = run(path, *OVERRIDES)
     assert (folder / "validation.jsonl").read_bytes() == (uninterrupted[1] / "validation.jsonl").read_bytes()
     assert same(final(folder), final(uninterrupted[1]))
 
@@ -280,11 +280,11 @@ def test_validation_does_not_change_training(uninterrupted, tmp_path, tiny_model
         folder, _ = run(job(tmp_path / name, tiny_model, images, STAGE), *keys)
         return final(folder), (folder / "log.jsonl").read_bytes(), folder
 
-    weights, log, folder = trained("often", *SIZES, "validate.every=1", "validate.bands=3", "log.tensorboard=true")
+    weights, log, folder = trained("often", *OVERRIDES, "validate.every=1", "validate.bands=3", "log.tensorboard=true")
     assert same(weights, final(uninterrupted[1])) and log == (uninterrupted[1] / "log.jsonl").read_bytes()
     assert len(validation_rows(folder)) == 7 * 4 and list((folder / "tensorboard").iterdir())
     # A stabilised split does not change the order of training.
-    only, none = trained("stabilised", *SIZES, "validate.held_out=0"), trained("none", "sample.prompts=[]")
+    only, none = trained("stabilised", *OVERRIDES, "validate.held_out=0"), trained("none", "sample.prompts=[]")
     assert same(only[0], none[0]) and only[1] == none[1] != log
     assert {row["set"] for row in validation_rows(only[2])} == {"stabilised"} and not (none[2] / "validation.jsonl").exists()
 
@@ -292,13 +292,13 @@ def test_validation_does_not_change_training(uninterrupted, tmp_path, tiny_model
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ema_weights_are_measured_and_removed_again(precision, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
-    folder, _ = run(path, *SIZES, precision=precision)
-    config = load_config(path, [*SIZES], precision)
-    assert last(folder, "raw") != last(folder, "ema")
+    folder, _ = run(path, *OVERRIDES, precision=precision)
+    config = load_config(path, [*OVERRIDES], precision)
+    assert last_rows(folder, "raw") != last_rows(folder, "ema")
     for name, weights in (("run", "raw"), ("run/model", "raw"), ("run/model-ema", "ema")):
         rows = measure(tmp_path / name, config)
-        assert [{key: row[key] for key in KEYS} for row in rows] == last(folder, weights)
-    with open_run(load_config(path, [*SIZES, "stage.one.until=8"], precision), Console(file=StringIO())) as opened_run:
+        assert [{key: row[key] for key in MEASURED} for row in rows] == last_rows(folder, weights)
+    with open_run(load_config(path, [*OVERRIDES, "stage.one.until=8"], precision), Console(file=StringIO())) as opened_run:
         unet = start_stage(opened_run, 0).components["unet"]
         before, weight = unet.master_hi.clone(), unet.weights[0]
         with pytest.raises(KeyError), unet.averaged():
@@ -311,40 +311,40 @@ def test_ema_weights_are_measured_and_removed_again(precision, tmp_path, tiny_mo
 
 def test_validation_ignores_the_objective_of_the_stage(uninterrupted, tmp_path, tiny_model, images):
     keys = ["stage.noise_offset=0.1", "stage.loss=huber", "stage.weighting=min_snr", "stage.timestep_range=[100, 200]"]
-    folder, _ = run(job(tmp_path, tiny_model, images, STAGE), *SIZES, *keys, "stage.caption_dropout=0.9", "seed=3")
-    assert last_at(folder, 0) == last_at(uninterrupted[1], 0) and last_at(folder, 2) != last_at(uninterrupted[1], 2)
+    folder, _ = run(job(tmp_path, tiny_model, images, STAGE), *OVERRIDES, *keys, "stage.caption_dropout=0.9", "seed=3")
+    assert rows_at(folder, 0) == rows_at(uninterrupted[1], 0) and rows_at(folder, 2) != rows_at(uninterrupted[1], 2)
 
 
 def test_cached_text_embeddings_give_the_same_loss(tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
-    folder, _ = run(path, *SIZES, "cache.hidden_states=true", "cache.dtype=fp32")
-    config = load_config(path, [*SIZES, "cache.hidden_states=true", "cache.dtype=fp32"])
-    assert measure(folder, config) == last(folder)
+    folder, _ = run(path, *OVERRIDES, "cache.hidden_states=true", "cache.dtype=fp32")
+    config = load_config(path, [*OVERRIDES, "cache.hidden_states=true", "cache.dtype=fp32"])
+    assert measure(folder, config) == last_rows(folder)
     for path in (images.parent / "cache" / "states").iterdir():
         path.unlink()
     out = StringIO()
     rows = validate(str(folder), config, console=Console(file=out, width=200))
     assert says(out.getvalue(), "frozen-file-damaged")
-    assert rows[0]["loss"] == pytest.approx(last(folder)[0]["loss"], rel=1e-5)
+    assert rows[0]["loss"] == pytest.approx(last_rows(folder)[0]["loss"], rel=1e-5)
 
 
 def test_command_measures_runs_checkpoints_and_models(uninterrupted, tmp_path, tiny_model, images, start):
     path, folder, _ = uninterrupted
     json_file, output = tmp_path / "rows.json", tmp_path / "output"
-    process = start(output, "validate", str(folder), str(path), *SIZES, "--json", str(json_file))
+    process = start(output, "validate", str(folder), str(path), *OVERRIDES, "--json", str(json_file))
     process.join(600)
     assert process.exitcode == 0, output.read_text()
     values = json.loads(json_file.read_text())
-    assert values["rows"] == last(folder) and values["precision"] == "fp32"
+    assert values["rows"] == last_rows(folder) and values["precision"] == "fp32"
     lines = output.read_text().splitlines()
     assert lines[-4].startswith("timesteps") and lines[-3].startswith("0-499 ")
     assert "\n".join(lines[-4:]) == format_table(values["rows"])
-    config = load_config(path, [*SIZES])
+    config = load_config(path, [*OVERRIDES])
     early = checkpoint.checkpoints(folder / "checkpoints")[0]
-    assert measure(early, config) == last_at(folder, 2)
-    assert measure(tiny_model, config) == last_at(folder, 0)
-    bf16 = measure(folder, load_config(path, [*SIZES], "bf16"))
-    assert bf16 != last(folder) and bf16[0]["loss"] == pytest.approx(last(folder)[0]["loss"], rel=0.05)
+    assert measure(early, config) == rows_at(folder, 2)
+    assert measure(tiny_model, config) == rows_at(folder, 0)
+    bf16 = measure(folder, load_config(path, [*OVERRIDES], "bf16"))
+    assert bf16 != last_rows(folder) and bf16[0]["loss"] == pytest.approx(last_rows(folder)[0]["loss"], rel=0.05)
 
 
 def test_single_file_and_folder_have_the_same_loss(tmp_path, images):
@@ -354,7 +354,7 @@ def test_single_file_and_folder_have_the_same_loss(tmp_path, images):
     write_rest(tmp_path / "m", model)
     single_file(tmp_path / "m.safetensors", model)
     path = job(tmp_path, tmp_path / "m", images, STAGE)
-    config = load_config(path, [*SIZES])
+    config = load_config(path, [*OVERRIDES])
     cache(config, Console(file=StringIO()))
     assert measure(tmp_path / "m", config) == measure(tmp_path / "m.safetensors", config)
 
@@ -363,15 +363,15 @@ def test_a_model_with_another_vae_needs_its_latents(uninterrupted, tmp_path):
     model = make_tiny_model(tmp_path / "m", seed=2)
     model.vae = Vae(tiny_vae(seed=9), "vae")
     write_rest(tmp_path / "m", model)
-    config = load_config(uninterrupted[0], [*SIZES])
+    config = load_config(uninterrupted[0], [*OVERRIDES])
     with refused("validate-no-latents") as error:
         measure(tmp_path / "m", config)
     assert "\n" not in str(error.value) and f"`fastsd cache CONFIG model.vae={tmp_path / 'm'}`" in str(error.value)
-    cache(load_config(uninterrupted[0], [*SIZES, f"model.vae={tmp_path / 'm'}"]), Console(file=StringIO()))
+    cache(load_config(uninterrupted[0], [*OVERRIDES, f"model.vae={tmp_path / 'm'}"]), Console(file=StringIO()))
     assert [row["set"] for row in measure(tmp_path / "m", config)] == ["held_out", "stabilised"]
 
 
-BAD = [
+BAD_VALUES = [
     ("held_out", 11, "held-out-size", ["21", "10"]),
     ("stabilised", 18, "stabilised-size", ["17"]),
     ("bands", 0, "config-invalid", ["1"]),
@@ -383,10 +383,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("key, value, code, facts", BAD)
+@pytest.mark.parametrize("key, value, code, facts", BAD_VALUES)
 def test_bad_values_are_refused(key, value, code, facts, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
-    keys = [*SIZES, f"validate.{key}={value}"]
+    keys = [*OVERRIDES, f"validate.{key}={value}"]
     with refused(code) as run_error:
         run(path, *keys)
     with refused(code if code == "config-invalid" else "check-problems") as check_error:
@@ -395,11 +395,11 @@ def test_bad_values_are_refused(key, value, code, facts, tmp_path, tiny_model, i
         assert all(fact in text for fact in [f"validate.{key}", str(value), *facts]) and "\n" not in text
 
 
-def test_command_refuses_what_it_cannot_measure(uninterrupted, tmp_path):
+def test_command_refuses_bad_models_and_configs(uninterrupted, tmp_path):
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     with refused("validate-nothing"):
         validate(str(uninterrupted[1]), load_config(uninterrupted[0]))
-    config = load_config(uninterrupted[0], [*SIZES])
+    config = load_config(uninterrupted[0], [*OVERRIDES])
     with refused("no-checkpoint"):
         validate(str(tmp_path / "new"), config)
     with refused("source-missing"):
@@ -413,9 +413,9 @@ def test_changes_of_the_held_out_split_are_refused(uninterrupted, tmp_path, tiny
     path = job(tmp_path, tiny_model, images, STAGE)
     for key, before, after in (("validate.held_out", 4, 5), ("validate.seed", 0, 1)):
         with refused("run-other-start", key=key, before=before, after=after):
-            run(path, *SIZES, f"{key}={after}")
+            run(path, *OVERRIDES, f"{key}={after}")
     keys = ["validate.stabilised=2", "validate.every=1", "validate.bands=3", "validate.batch=2", "stage.one.until=7"]
-    folder, _ = run(path, *SIZES, *keys)
+    folder, _ = run(path, *OVERRIDES, *keys)
     rows = validation_rows(folder)
     new = [row for row in rows if row["step"] == 7]
     assert len(rows) == 16 + 4 == 16 + len(new) and len(new[0]["bands"]) == 3
@@ -423,7 +423,7 @@ def test_changes_of_the_held_out_split_are_refused(uninterrupted, tmp_path, tiny
 
 def test_check_reports_the_forwards(uninterrupted):
     out = StringIO()
-    check(load_config(uninterrupted[0], [*SIZES]), Console(file=out, width=200))
+    check(load_config(uninterrupted[0], [*OVERRIDES]), Console(file=out, width=200))
     (line,) = [line for line in out.getvalue().splitlines() if says(line, "validation-planned", **PLANNED)]
     assert line.startswith("ok    validation: ") and line.endswith(", every 2")
     with closing(LatentCache.open(load_config(uninterrupted[0]).cache.dir)) as latents:

@@ -1,4 +1,4 @@
-"""The step on a GPU: a CUDA graph gives the same bits as eager steps, never waits, and adapts to little memory."""
+"""The step on a GPU: a CUDA graph gives the same bits as eager steps; a step never waits, and adapts to little memory."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def gpu_model(folder, precision):
     return model
 
 
-def pinned(sizes: list[int], weighted: bool = False):
-    """Yield a batch per size in pinned memory, as the loader does; `weighted` adds image weights and masks."""
+def pinned_batches(sizes: list[int], weighted: bool = False):
+    """Yield a batch for each size in pinned memory, like the loader. `weighted` adds image weights and masks."""
     for i, size in enumerate(sizes):
         batch = batches(1, size, seed=i)[0]
         tensors = batch.latents_BCHW, batch.token_ids_BL, batch.positions_B
@@ -58,7 +58,7 @@ def train(folder, graph, sizes, after_step=lambda step: None, weighted=False, **
     model.unet.checkpointing = settings.get("checkpointing", "none")
     step = Step(model, stage_of(**settings), len(sizes), seed=0, graph=graph)
     losses = []
-    for i, batch in enumerate(pinned(sizes, weighted)):
+    for i, batch in enumerate(pinned_batches(sizes, weighted)):
         losses.append(step(batch, i).loss)
         after_step(step)
     tensors = [tensor.clone() for tensors in step.tensors_by_role().values() for tensor in tensors]
@@ -84,18 +84,18 @@ def test_one_graph_per_batch_size(tmp_path):
 
 
 def test_work_between_replays_does_not_change_results(tmp_path):
-    def busy(step):
+    def use_the_unet(step):
         with torch.no_grad():
             latents = torch.randn(3, 4, 16, 16, device="cuda")
             step.model.unet(latents, torch.full((3,), 5, device="cuda"), torch.randn(3, 77, 16, device="cuda"))
 
     settings = {**OPTIMIZERS["dlion"], "precision": "bf16"}
-    quiet, _, _ = train(tmp_path / "quiet", True, [4] * STEPS, **settings)
-    disturbed, _, _ = train(tmp_path / "busy", True, [4] * STEPS, busy, **settings)
+    undisturbed, _, _ = train(tmp_path / "undisturbed", True, [4] * STEPS, **settings)
+    disturbed, _, _ = train(tmp_path / "disturbed", True, [4] * STEPS, use_the_unet, **settings)
     cleared, _, _ = train(tmp_path / "cleared", True, [4] * 2 * STEPS, lambda step: step.clear_graphs(), **settings)
-    whole, _, _ = train(tmp_path / "whole", True, [4] * 2 * STEPS, **settings)
-    assert all(torch.equal(a, b) for a, b in zip(quiet, disturbed, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(cleared, whole, strict=True))
+    replayed, _, _ = train(tmp_path / "replayed", True, [4] * 2 * STEPS, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(undisturbed, disturbed, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(cleared, replayed, strict=True))
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -103,11 +103,11 @@ def test_work_between_replays_does_not_change_results(tmp_path):
 def test_step_never_waits_after_warm_up(name, graph, tmp_path):
     settings = {**OPTIMIZERS[name], "precision": "bf16", "micro_batch": 2, "grad_clip": 1.0}
     _, _, step = train(tmp_path / "model", graph, [4] * STEPS, **settings)
-    ready = list(pinned([4] * 4))
+    prepared = list(pinned_batches([4] * 4))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for i, batch in enumerate(ready):
+        for i, batch in enumerate(prepared):
             step(batch, STEPS + i)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -120,11 +120,11 @@ def test_out_of_memory_reduces_the_micro_batch(tmp_path):
     step = Step(model, stage, 9, seed=0, graph=True, warn=warnings.append)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    # Memory for some of the 64 images of a forward, but not for all.
-    room = torch.cuda.memory_allocated() + 40 * 2**20
-    torch.cuda.set_per_process_memory_fraction(room / total)
+    # Some of the 64 images of a forward fit into this memory, but not all.
+    limit = torch.cuda.memory_allocated() + 40 * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
-        for i, batch in enumerate(pinned([64] * STEPS)):
+        for i, batch in enumerate(pinned_batches([64] * STEPS)):
             result = step(batch, i)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,4 +1,4 @@
-"""Memory counters against counts by hand, and the full-size UNet against diffusers', with and without data."""
+"""Memory counters against counts by hand, and the bytes that the full-size UNet and diffusers' save for backward."""
 
 import contextlib
 
@@ -11,12 +11,12 @@ from unets import full_size
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.train.memory import LiveBytes, saved_for_backward_bytes
 
-KIB = 256  # fp32 numbers
+KIB_OF_FP32 = 256  # numbers
 
 
 def test_saved_storages_are_counted_once():
     linear, x = nn.Linear(64, 32), torch.randn(10, 64)
-    # The input (for the weight's gradient), not the weight; the result of the relu, saved twice.
+    # The input, but not the weight, and the result of the relu, which two operations save.
     assert saved_for_backward_bytes(lambda: linear(x).relu().exp().relu(), linear) == 4 * (10 * 64 + 3 * 10 * 32)
     # Both factors are views of one storage.
     y = torch.randn(8, 16, requires_grad=True)
@@ -30,7 +30,7 @@ def test_storages_with_a_reused_address_are_both_counted():
     x = torch.randn(1000, requires_grad=True)
 
     def run():
-        for _ in range(3):  # freed before the next one, which may get the same address
+        for _ in range(3):  # each storage is freed before the next, which may get its address
             (x * 2).exp()
 
     assert saved_for_backward_bytes(run) == 3 * 4000
@@ -38,7 +38,7 @@ def test_storages_with_a_reused_address_are_both_counted():
 
 def test_live_bytes_match_a_count_by_hand():
     with LiveBytes("cpu") as live:
-        a = torch.empty(KIB)
+        a = torch.empty(KIB_OF_FP32)
         assert (live.now, live.peak) == (1024, 1024)
         b = a + 1
         view = b.view(2, -1)[0]
@@ -52,8 +52,8 @@ def test_live_bytes_match_a_count_by_hand():
         temporary = (a * 2).sum()
         assert live.now == 1024 + 4
         del temporary
-        c = torch.empty(2 * KIB, dtype=torch.bfloat16)
-        d = torch.zeros(4 * KIB)
+        c = torch.empty(2 * KIB_OF_FP32, dtype=torch.bfloat16)
+        d = torch.zeros(4 * KIB_OF_FP32)
         del d
 
     assert live.peak == 2048 + 4096
@@ -65,7 +65,7 @@ def test_live_bytes_match_a_count_by_hand():
 
 
 def test_tensors_from_before_the_block_are_not_counted():
-    old, other = torch.zeros(KIB), torch.zeros(KIB)
+    old, other = torch.zeros(KIB_OF_FP32), torch.zeros(KIB_OF_FP32)
     with LiveBytes("cpu") as live:
         old.add_(1)
         old.view(2, -1).mul_(2)
@@ -79,7 +79,7 @@ def test_tensors_from_before_the_block_are_not_counted():
 
 
 def test_peak_of_a_backward_matches_a_count_by_hand():
-    """Linear, relu, linear: the peak has both saved activations, their gradients, and those of the weights."""
+    """At the peak of linear, relu, linear, both saved activations, their gradients and a weight gradient are live."""
     width, rows = 64, 100
     model = nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False))
     weights, activation = 4 * width * width, 4 * rows * width
@@ -90,7 +90,7 @@ def test_peak_of_a_backward_matches_a_count_by_hand():
         y.backward(torch.ones_like(y))
         del y
         assert live.now == activation + 2 * weights
-    # x, hidden, y, dy; dhidden of the second linear, and of the relu; the second weight's gradient.
+    # x, hidden, y, dy, the gradients of the relu's output and input, and the gradient of the second weight.
     assert live.peak == 6 * activation + weights
 
 
@@ -109,7 +109,7 @@ def test_counts_do_not_need_data(device):
     assert counts == run("cpu")
 
 
-def make_unet(level: str):
+def unet_maker(level: str):
     return lambda: UNet(UNetConfig.sd15(), checkpointing=level)
 
 
@@ -120,14 +120,14 @@ def diffusers_unet() -> nn.Module:
 
 
 def test_full_size_unet_saves_half_the_bytes_of_diffusers(whole_machine):
-    for make in (diffusers_unet, make_unet("none")):  # without data the bytes are the same, and faster to count
+    for make in (diffusers_unet, unet_maker("none")):  # a count without data is the same, and faster
         assert full_size(make, data=True, side=16) == full_size(make, side=16)
-    diffusers, none, ff, block = (full_size(make) for make in (diffusers_unet, *map(make_unet, ("none", "ff", "block"))))
+    diffusers, none, ff, block = (full_size(make) for make in (diffusers_unet, *map(unet_maker, ("none", "ff", "block"))))
     for level, size in (("diffusers", diffusers), ("none", none), ("ff", ff), ("block", block)):
         print(f"saved for one image at 512 px, {level}: {size / 1e6:.0f} MB ({size / diffusers:.3f})")
     assert none <= 1.03e9
     assert none <= 0.55 * diffusers
     assert ff <= 0.36 * diffusers
     assert block < 0.1 * none
-    for level, wide in (("none", none), ("ff", ff), ("block", block)):
-        assert full_size(make_unet(level), dtype=torch.bfloat16) == pytest.approx(wide / 2, rel=0.01)
+    for level, fp32_bytes in (("none", none), ("ff", ff), ("block", block)):
+        assert full_size(unet_maker(level), dtype=torch.bfloat16) == pytest.approx(fp32_bytes / 2, rel=0.01)

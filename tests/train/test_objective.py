@@ -1,4 +1,4 @@
-"""The objective against formulas from the papers in double precision: targets, noise, timesteps, weights, losses."""
+"""The objective against the papers' formulas in double precision: targets, noise, timesteps, weights and losses."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def draw(purpose: Purpose, *shape: int) -> torch.Tensor:
 
 
 def nearest(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Li et al. 2025: choose the nearest of k noises for each image."""
+    """Choose the nearest of k noises for each image (Li et al. 2025)."""
     plain, more = draw(Purpose.NOISE, *x.shape[1:]), draw(Purpose.IMMISCIBLE, k - 1, *x.shape[1:])
     chosen = []
     for image, first, others in zip(x.double(), plain, more, strict=True):
@@ -62,16 +62,16 @@ def nearest(x: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def pyramid(eps: torch.Tensor, share: float) -> torch.Tensor:
-    """Whitaker 2023 with halved sides: noise of 1/2, 1/4, ... the size, share^i of it; the sum at unit standard deviation."""
-    (_, c, h, w), variance, start = eps.shape, 1.0, 0
+    """Add share^i times noise of 1 / 2^i of the size (Whitaker 2023), and scale the sum to unit standard deviation."""
+    _, c, h, w = eps.shape
+    variance, start = 1.0, 0
     sides = [(h // 2**i, w // 2**i) for i in range(1, 99) if min(h, w) // 2**i]
     numbers = draw(Purpose.PYRAMID, sum(c * a * b for a, b in sides))
     for i, (a, b) in enumerate(sides, 1):
-        coarse, start = numbers[:, start : start + c * a * b].reshape(-1, c, a, b), start + c * a * b
+        coarse = numbers[:, start : start + c * a * b].reshape(-1, c, a, b)
+        start += c * a * b
         eps = eps + share**i * F.interpolate(coarse, (h, w), mode="bilinear")
-        units = torch.eye(a * b, dtype=torch.float64).reshape(
-            a * b, 1, a, b
-        )  # the weight of each coarse number at every position
+        units = torch.eye(a * b, dtype=torch.float64).reshape(a * b, 1, a, b)  # they give the weights of the coarse numbers
         variance += share ** (2 * i) * F.interpolate(units, (h, w), mode="bilinear").pow(2).sum(0).mean().item()
     return eps / variance**0.5
 
@@ -85,48 +85,48 @@ def test_noisy_latents_and_target_match_the_formulas(name, kind):
     eps = nearest(x, settings["immiscible"]) if "immiscible" in settings else draw(Purpose.NOISE, *x.shape[1:])
     eps = pyramid(eps, settings["pyramid_noise"]) if "pyramid_noise" in settings else eps
     eps = eps + settings.get("noise_offset", 0) * draw(Purpose.OFFSET, 4, 1, 1)
-    more = settings.get("input_perturbation", 0) * draw(Purpose.PERTURBATION, *x.shape[1:])
+    perturbation = settings.get("input_perturbation", 0) * draw(Purpose.PERTURBATION, *x.shape[1:])
     velocity = abar.sqrt() * eps - (1 - abar).sqrt() * x
     assert x_t.dtype == target.dtype == torch.float32
-    torch.testing.assert_close(x_t.double(), abar.sqrt() * x + (1 - abar).sqrt() * (eps + more), rtol=0, atol=2e-6)
+    torch.testing.assert_close(x_t.double(), abar.sqrt() * x + (1 - abar).sqrt() * (eps + perturbation), rtol=0, atol=2e-6)
     torch.testing.assert_close(target.double(), eps if kind == "epsilon" else velocity, rtol=0, atol=2e-6)
     if kind == "zero":  # the input is pure noise, and v is the negative image
-        last = make_objective(kind, timestep_range=[999, 1000], **settings).add_noise(x, POSITIONS)
-        torch.testing.assert_close(last[0].double(), eps + more, rtol=0, atol=2e-6)
-        assert torch.equal(last[2], -x)
+        x_t, _, target = make_objective(kind, timestep_range=[999, 1000], **settings).add_noise(x, POSITIONS)
+        torch.testing.assert_close(x_t.double(), eps + perturbation, rtol=0, atol=2e-6)
+        assert torch.equal(target, -x)
 
 
 def test_plain_noise_uses_the_fused_op():
     fused, x = Mock(side_effect=REFERENCE.add_noise), latents()
-    built = Objective(alphas_cumprod(SD15_SCHEDULER), SEED, replace(REFERENCE, add_noise=fused))
-    x_t, t_B, target = built.add_noise(x, POSITIONS)
+    objective = Objective(alphas_cumprod(SD15_SCHEDULER), SEED, replace(REFERENCE, add_noise=fused))
+    x_t, t_B, target = objective.add_noise(x, POSITIONS)
     assert [call.kwargs for call in fused.call_args_list] == [{"prediction": "epsilon"}]
     assert torch.equal(t_B, noise.integers(SEED, Purpose.TIMESTEP, POSITIONS, 1000))
     assert torch.equal(target, noise.normal(SEED, Purpose.NOISE, POSITIONS, (4, 12, 20)))
-    assert torch.equal(built.loss(x_t.bfloat16(), target, t_B), F.mse_loss(x_t.bfloat16().float(), target))
+    assert torch.equal(objective.loss(x_t.bfloat16(), target, t_B), F.mse_loss(x_t.bfloat16().float(), target))
 
 
 @pytest.mark.parametrize("name", NOISES)
 def test_splitting_a_batch_changes_no_number(name):
-    built, x = make_objective("v_prediction", timesteps="logit_normal", weighting="min_snr", **NOISES[name]), latents()
-    whole, prediction = built.add_noise(x, POSITIONS), latents().flip(0)
-    assert all(torch.equal(a, b) for a, b in zip(whole, built.add_noise(x, POSITIONS), strict=True))
-    rows = [built.add_noise(x[i : i + 2], POSITIONS[i : i + 2]) for i in range(0, 6, 2)]
+    objective, x = make_objective("v_prediction", timesteps="logit_normal", weighting="min_snr", **NOISES[name]), latents()
+    whole, prediction = objective.add_noise(x, POSITIONS), latents().flip(0)
+    assert all(torch.equal(a, b) for a, b in zip(whole, objective.add_noise(x, POSITIONS), strict=True))
+    rows = [objective.add_noise(x[i : i + 2], POSITIONS[i : i + 2]) for i in range(0, 6, 2)]
     for tensor, chunks in zip(whole, zip(*rows, strict=True), strict=True):
         assert torch.equal(tensor, torch.cat(chunks))
-    losses = [built.loss(prediction[i : i + 2], rows[i // 2][2], rows[i // 2][1]) / 3 for i in range(0, 6, 2)]
-    torch.testing.assert_close(sum(losses), built.loss(prediction, whole[2], whole[1]))
+    losses = [objective.loss(prediction[i : i + 2], rows[i // 2][2], rows[i // 2][1]) / 3 for i in range(0, 6, 2)]
+    torch.testing.assert_close(sum(losses), objective.loss(prediction, whole[2], whole[1]))
 
 
 def test_pyramid_noise_has_unit_standard_deviation_at_any_size():
     for height, width in ((16, 16), (8, 24), (9, 5), (1, 7)):
-        built, zeros = make_objective(pyramid_noise=0.8), torch.zeros(512, 4, height, width)
-        _, _, eps = built.add_noise(zeros, torch.arange(512))
-        count = 512 * 4  # at 0.8 the numbers of an image are correlated; at worst a channel counts as one number
+        objective, zeros = make_objective(pyramid_noise=0.8), torch.zeros(512, 4, height, width)
+        _, _, eps = objective.add_noise(zeros, torch.arange(512))
+        count = 512 * 4  # at 0.8 the numbers of a channel are correlated, at worst like a single number
         assert abs(eps.std().item() - 1) < 4 * (1 / (2 * count)) ** 0.5
 
 
-# The papers' weights for the loss in eps. For the loss in v they are multiplied by snr / (snr + 1) (Salimans and Ho).
+# The weights of the papers for the loss in eps. For the loss in v, multiply them by snr / (snr + 1) (Salimans and Ho).
 WEIGHTS = {
     "min_snr": (5.0, lambda snr, g: min(snr, g) / snr),
     "debiased": (None, lambda snr, g: 1 / math.sqrt(snr)),
@@ -140,14 +140,14 @@ def test_weightings_match_the_papers(weighting, kind):
     default, weight = WEIGHTS[weighting]
     for gamma in (None, 0.7) if default else (None,):
         args = {"weighting_gamma": gamma} if gamma else {}
-        built, abar = make_objective(kind, weighting=weighting, **args), alphas_cumprod(SCHEDULERS[kind]).double().tolist()
+        objective, abar = make_objective(kind, weighting=weighting, **args), alphas_cumprod(SCHEDULERS[kind]).double().tolist()
         for t in (0, 1, 250, 700, 998, 999):
             snr = abar[t] / (1 - abar[t])
             expected_weight = (weight(snr, gamma or default) if snr else 0) * (1 if kind == "epsilon" else snr / (snr + 1))
             x, y = latents()[:1], torch.zeros(1, 4, 12, 20)
-            result = built.loss(x, y, torch.tensor([t])).item()
+            result = objective.loss(x, y, torch.tensor([t])).item()
             assert result == pytest.approx(expected_weight * x.double().pow(2).mean().item(), rel=1e-5)
-        assert built.weights_T.isfinite().all() and built.weights_T.dtype == torch.float32
+        assert objective.weights_T.isfinite().all() and objective.weights_T.dtype == torch.float32
 
 
 def test_min_snr_of_v_matches_its_paper():
@@ -167,7 +167,7 @@ LOSSES = {
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_losses_match_the_formulas(loss, masked, weighted):
-    built = make_objective(loss=loss, unmasked_weight=0.25, **({"huber_delta": 0.3} if loss == "huber" else {}))
+    objective = make_objective(loss=loss, unmasked_weight=0.25, **({"huber_delta": 0.3} if loss == "huber" else {}))
     x, y = latents(3, 5), latents(3, 5).flip(0)
     mask = torch.rand(6, 1, 3, 5, generator=torch.Generator().manual_seed(1)) if masked else torch.ones(6, 1, 3, 5)
     weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0]) if weighted else torch.ones(6)
@@ -178,12 +178,12 @@ def test_losses_match_the_formulas(loss, masked, weighted):
         errors = [(0.25 + 0.75 * m) * LOSSES[loss](d) for d, m in zip(differences, mask_values, strict=True)]
         total += weight[image].item() * sum(errors) / len(errors) / 6
     args = {"weight_B": weight if weighted else None, "mask_B1HW": mask if masked else None}
-    result = built.loss(x, y, POSITIONS % 1000, **args)
+    result = objective.loss(x, y, POSITIONS % 1000, **args)
     assert result.shape == () and result.dtype == torch.float32 and result.item() == pytest.approx(total, rel=1e-6)
-    assert built.loss(x.bfloat16(), y, POSITIONS % 1000, **args).dtype == torch.float32
+    assert objective.loss(x.bfloat16(), y, POSITIONS % 1000, **args).dtype == torch.float32
 
 
-DISTRIBUTIONS = {  # settings, and the fraction of draws below x
+DISTRIBUTIONS = {  # (settings, cumulative distribution of the fraction)
     "uniform": ({}, lambda x: x),
     "cubic": ({}, lambda x: 1 - (1 - x) ** (1 / 3)),
     "logit_normal": ({"timestep_mean": 0.5, "timestep_std": 0.8}, lambda x: NormalDist(0.5, 0.8).cdf(math.log(x / (1 - x)))),
@@ -193,25 +193,25 @@ DISTRIBUTIONS = {  # settings, and the fraction of draws below x
 @pytest.mark.parametrize("span", [(0, 1000), (200, 700)])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_timesteps_follow_their_distribution(name, span):
-    settings, below = DISTRIBUTIONS[name]
-    built, positions = make_objective(timesteps=name, timestep_range=list(span), **settings), torch.arange(100_000)
-    t, (low, high) = built.timesteps(positions), span
+    settings, cumulative = DISTRIBUTIONS[name]
+    objective, positions = make_objective(timesteps=name, timestep_range=list(span), **settings), torch.arange(100_000)
+    t, (low, high) = objective.timesteps(positions), span
     word = noise.philox(SEED, Purpose.TIMESTEP, positions, torch.zeros(1, dtype=torch.int64))[:, 0, 0].double()
     u = noise.uniform(SEED, Purpose.TIMESTEP, positions)[:, 0]
     n = noise.normal(SEED, Purpose.TIMESTEP, positions, (1,))[:, 0].double()
     fraction = {"uniform": word / 2**32, "cubic": 1 - u**3, "logit_normal": 1 / (1 + torch.exp(-(0.5 + 0.8 * n)))}[name]
     assert torch.equal(t, low + (fraction * (high - low)).floor().long())
     assert t.dtype == torch.int64 and t.min() >= low and t.max() < high
-    cdf = [below(i / 20) if 0 < i < 20 else i / 20 for i in range(21)]
+    cdf = [cumulative(i / 20) if 0 < i < 20 else i / 20 for i in range(21)]
     expected = 100_000 * torch.tensor(cdf).diff()
-    result = torch.histc((t - low).double() / (high - low), 20, 0, 1)
-    assert ((result - expected) ** 2 / expected).sum() < 19 + 6 * 38**0.5  # chi-square
+    counts = torch.histc((t - low).double() / (high - low), 20, 0, 1)
+    assert ((counts - expected) ** 2 / expected).sum() < 19 + 6 * 38**0.5  # chi-square
 
 
 def test_timesteps_stay_in_range_at_the_ends():
-    far = make_objective(timesteps="logit_normal", timestep_mean=60.0, timestep_range=[3, 9]).timesteps(POSITIONS)
-    near = make_objective(timesteps="logit_normal", timestep_mean=-60.0, timestep_range=[3, 9]).timesteps(POSITIONS)
-    assert far.unique().tolist() == [8] and near.unique().tolist() == [3]
+    noisiest = make_objective(timesteps="logit_normal", timestep_mean=60.0, timestep_range=[3, 9]).timesteps(POSITIONS)
+    cleanest = make_objective(timesteps="logit_normal", timestep_mean=-60.0, timestep_range=[3, 9]).timesteps(POSITIONS)
+    assert noisiest.unique().tolist() == [8] and cleanest.unique().tolist() == [3]
 
 
 def test_timestep_range_beyond_the_schedule_is_refused():
@@ -228,14 +228,14 @@ def test_zero_terminal_snr_ends_at_exactly_zero():
     root = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     torch.testing.assert_close(abar.double(), root**2, rtol=0, atol=1e-6)
-    built = make_objective("zero")
-    assert built.signal[-1].item() == 0.0 and built.level[-1].item() == 1.0
+    objective = make_objective("zero")
+    assert objective.signal[-1].item() == 0.0 and objective.level[-1].item() == 1.0
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_a", "dpm++"])
 def test_samplers_reach_the_only_image_of_the_data(sampler, kind):
-    """With the exact prediction for data of one point, every sampler ends at it; DDIM keeps the noise of one timestep."""
+    """If all data is one image and the prediction exact, every sampler ends at it. DDIM keeps the noise of one timestep."""
     scheduler, point, calls = SCHEDULERS[kind], latents(8, 8)[:1].double(), []
     if kind == "zero":
         scheduler = {**scheduler, "timestep_spacing": "trailing"}
@@ -252,8 +252,8 @@ def test_samplers_reach_the_only_image_of_the_data(sampler, kind):
     model = SimpleNamespace(unet=unet, text=text, scheduler=scheduler)
     plain = noise.normal(0, Purpose.SAMPLE, torch.tensor([3, 4]), (4, 8, 8))
     result = denoise(model, ["a", "b"], plain, [3, 4], SampleTable(sampler=sampler, steps=20, guidance=1.0))
-    last = abar[0].sqrt() * point + (1 - abar[0]).sqrt() * calls[0][2]
-    torch.testing.assert_close(result.double(), last if sampler == "ddim" else point.expand(2, -1, -1, -1), rtol=0, atol=2e-5)
+    noisy = abar[0].sqrt() * point + (1 - abar[0]).sqrt() * calls[0][2]
+    torch.testing.assert_close(result.double(), noisy if sampler == "ddim" else point.expand(2, -1, -1, -1), rtol=0, atol=2e-5)
     if kind == "zero":  # from pure noise at the last timestep
         assert calls[0][0] == 999 and (calls[0][1] - plain).abs().max() < 1e-5
 
@@ -306,7 +306,7 @@ def test_zero_snr_with_epsilon_is_refused(tmp_path, tiny_model, base, table):
     assert "\n" not in str(error.value)
 
 
-BAD = [  # table, lines, facts in the message
+BAD_SETTINGS = [  # table, lines, facts in the message
     ("model", 'prediction = "epsilon"\nzero_snr = true', ["zero_snr", "true", '"epsilon"']),
     ("model", 'prediction = "sample"', ["model.prediction", "'sample'"]),
     ("model", "zero_terminal_snr = true", ["zero_terminal_snr", "model.zero_snr"]),
@@ -327,7 +327,7 @@ BAD = [  # table, lines, facts in the message
 ]
 
 
-@pytest.mark.parametrize("table, lines, facts", BAD, ids=[lines for _, lines, _ in BAD])
+@pytest.mark.parametrize("table, lines, facts", BAD_SETTINGS, ids=[lines for _, lines, _ in BAD_SETTINGS])
 def test_bad_objective_settings_are_refused_in_one_line(tmp_path, table, lines, facts):
     tables = {"model": 'base = "m"', "data": 'folders = ["a"]', "stage": 'train = ["unet"]\nuntil = 3'}
     tables[table] += "\n" + lines
@@ -346,17 +346,17 @@ EVERYTHING = {
 
 
 def test_all_settings_together_stay_on_the_device():
-    """On tensors without data every transfer from or to the host is visible, which a CUDA graph could not capture."""
+    """With meta tensors, every transfer to or from the host is visible. A CUDA graph could not capture it."""
     with recording(86), Elsewhere() as watch:
-        built = Objective(torch.empty(1000, device="meta"), 0, TRITON or REFERENCE, stage_of(**EVERYTHING), "v_prediction")
+        objective = Objective(torch.empty(1000, device="meta"), 0, TRITON or REFERENCE, stage_of(**EVERYTHING), "v_prediction")
         x, positions = torch.empty(4, 4, 16, 24, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
-        x_t, t_B, target = built.add_noise(x, positions)
-        built.loss(x_t, target, t_B, torch.empty(4, device="meta"), torch.empty(4, 1, 16, 24, device="meta"))
+        x_t, t_B, target = objective.add_noise(x, positions)
+        objective.loss(x_t, target, t_B, torch.empty(4, device="meta"), torch.empty(4, 1, 16, 24, device="meta"))
     assert watch.operations > 50 and not watch.found
 
 
 def test_plan_accepts_every_objective(tiny_model):
     shapes = Shapes.of(load_model(ModelTable(base=str(tiny_model))))
     for ops in (REFERENCE, TRITON):
-        needs = [plan_stage(shapes, stage_of(**settings), 32, 1 << 40, ops).need(4) for settings in ({}, EVERYTHING)]
-        assert needs[1].total >= needs[0].total
+        plain, full = (plan_stage(shapes, stage_of(**settings), 32, 1 << 40, ops).need(4) for settings in ({}, EVERYTHING))
+        assert full.total >= plain.total

@@ -1,12 +1,13 @@
 """Optimizers against lion-pytorch, dadaptation and torch: 300 steps side by side, then state, skipping and bad input.
 
 The sign of a value that is zero up to rounding may differ between two correct implementations, and that coordinate then
-differs by 2 lr permanently. The references keep the peer's order of operations and roundings, so no sign may differ:
-parameters and state are compared bit by bit at every step. Only d may differ in the last digits of fp64 (1e-13 relative),
-because upstream adds own_params sums over tensors one by one in Python.
-Tensors above 2**18 elements or in channels_last sum <u, s> and |s| in another fp32 order than upstream, and d amplifies the
-rounding while it grows. There both start every step from upstream's d and numerator: parameters and state must again be
-bit-equal, and d may be at most twice as far as upstream's from a d with sums in fp64.
+differs by 2 lr permanently. The references keep the original's order of operations and roundings, so no sign may differ.
+Parameters and state are therefore compared bit by bit at every step. Only d may differ, by at most 1e-13 relative, because
+upstream adds the sums of the tensors one by one in Python.
+
+For tensors above 2**18 elements or in channels_last, the sums <u, s> and |s| have another fp32 order than upstream, and a
+growing d amplifies the rounding. With such tensors, both start every step from upstream's d and numerator. Parameters and
+state must again be bit-equal, and the error of d against fp64 sums may be at most twice upstream's.
 """
 
 import dadaptation
@@ -22,7 +23,7 @@ from fastsd.train.optim import AdamW, DLion, Lion, flat_state, load_flat_state
 SHAPES = [(32, 16, 3, 3), (64, 48), (77,), (1,), (5, 3), ()]
 NAMES = [f"layer{i}.weight" for i in range(len(SHAPES))]
 OURS = {"lion": Lion, "dlion": DLion, "adamw": AdamW}
-PEERS = {
+ORIGINALS = {
     "lion": lambda params, **kw: lion_pytorch.Lion(params, **kw),
     "dlion": lambda params, **kw: dadaptation.DAdaptLion(params, **kw),
     "adamw": lambda params, **kw: torch.optim.AdamW(params, foreach=False, **kw),
@@ -31,15 +32,15 @@ PEERS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Use one thread: small tensors gain nothing from more, and are much slower on a busy machine."""
+    """Use one thread: more threads do not speed up small tensors, and slow them down on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def problem(seed, shapes=SHAPES):
-    """Return parameters and a function that sets their gradients in a step: a noisy bowl, so errors feed back."""
+def noisy_bowl(seed, shapes=SHAPES):
+    """Return parameters and a function that sets noisy gradients for a step. It uses the parameters, so errors feed back."""
     gen = torch.Generator().manual_seed(seed)
     params = [torch.nn.Parameter(0.1 * torch.randn(shape, generator=gen)) for shape in shapes]
     targets = [torch.randn(shape, generator=gen) for shape in shapes]
@@ -70,24 +71,25 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize("seed, weight_decay", [(0, 0.0), (1, 0.02)])
 @pytest.mark.parametrize("name, lr", [("lion", 3e-4), ("dlion", 1.0), ("adamw", 3e-3)])
-def test_300_steps_are_bit_equal_to_the_peer(name, lr, seed, weight_decay):
-    params, set_grads = problem(seed)
+def test_300_steps_are_bit_equal_to_the_original(name, lr, seed, weight_decay):
+    params, set_grads = noisy_bowl(seed)
     twins = copies(params)
-    ours, peer = (make[name](tensors, lr=lr, weight_decay=weight_decay) for make, tensors in ((OURS, params), (PEERS, twins)))
+    ours = OURS[name](params, lr=lr, weight_decay=weight_decay)
+    original = ORIGINALS[name](twins, lr=lr, weight_decay=weight_decay)
     start, d_error = [p.detach().clone() for p in params], 0.0
     for step in range(300):
         # Warm-up, one step with lr 0 in the middle, then a lower rate.
         current_lr = 0.0 if step == 150 else lr * min(1, (step + 1) / 40) * (0.3 if step > 200 else 1)
-        for optimizer, own_params in ((ours, params), (peer, twins)):
+        for optimizer, its_params in ((ours, params), (original, twins)):
             optimizer.param_groups[0]["lr"] = current_lr
-            set_grads(own_params, step)
+            set_grads(its_params, step)
             optimizer.step()
         assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True)), step
         if name == "dlion":
-            d_error = max(d_error, abs(ours.d() / peer.param_groups[0]["d"] - 1))
+            d_error = max(d_error, abs(ours.d() / original.param_groups[0]["d"] - 1))
 
     for p, q in zip(params, twins, strict=True):
-        assert all(torch.equal(ours.state[p][k], peer.state[q][k]) for k in ours.slots)
+        assert all(torch.equal(ours.state[p][k], original.state[q][k]) for k in ours.slots)
     largest_move = max((p - p0).abs().max().item() for p, p0 in zip(params, start, strict=True))
     print(f"{name} wd {weight_decay}: error 0, d relative error {d_error:.1e}, largest move {largest_move:.3f}")
     assert largest_move > 0.005
@@ -96,24 +98,24 @@ def test_300_steps_are_bit_equal_to_the_peer(name, lr, seed, weight_decay):
         assert ours.d() > 10 * 1e-6  # the estimate has grown
 
 
-def test_lion_with_decoupled_weight_decay_equals_the_peer():
-    params, set_grads = problem(2)
+def test_lion_with_decoupled_weight_decay_equals_the_original():
+    params, set_grads = noisy_bowl(2)
     twins = copies(params)
     ours = Lion(params, lr=1e-3, weight_decay=0.01, decoupled_weight_decay=True)
-    peer = lion_pytorch.Lion(twins, lr=1e-3, weight_decay=0.01, decoupled_weight_decay=True)
+    original = lion_pytorch.Lion(twins, lr=1e-3, weight_decay=0.01, decoupled_weight_decay=True)
     for step in range(50):
-        for optimizer, own_params in ((ours, params), (peer, twins)):
+        for optimizer, its_params in ((ours, params), (original, twins)):
             optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
-            set_grads(own_params, step)
+            set_grads(its_params, step)
             optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
 
 
-def test_dlion_with_big_and_channels_last_tensors_equals_the_peer():
-    params, set_grads = problem(3, [(700, 701), (32, 16, 3, 3), (11,)])
+def test_dlion_with_big_and_channels_last_tensors_equals_the_original():
+    params, set_grads = noisy_bowl(3, [(700, 701), (32, 16, 3, 3), (11,)])
     params[1] = torch.nn.Parameter(params[1].detach().to(memory_format=torch.channels_last))
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    ours, peer = DLion(params, weight_decay=0.01), dadaptation.DAdaptLion(twins, weight_decay=0.01)
+    ours, original = DLion(params, weight_decay=0.01), dadaptation.DAdaptLion(twins, weight_decay=0.01)
     sb, errors = 0.99**0.5, [(0.0, 0.0)]
     for step in range(25):
         set_grads(twins, step)
@@ -126,27 +128,27 @@ def test_dlion_with_big_and_channels_last_tensors_equals_the_peer():
             s_old.append(state["s"].double())
         d, numerator = ours.d(), ours.shared["numerator_weighted"].item()
         ours.step()
-        peer.step()
+        original.step()
         dot = sum((u * s).sum().item() for u, s in zip(signs, s_old, strict=True))
         l1 = sum(ours.state[p]["s"].double().abs().sum().item() for p in params)
         exact = max(d, (sb * numerator + (1 - sb) * d * dot) / ((1 - sb) * l1))
-        peer_group = peer.param_groups[0]
-        errors.append((abs(ours.d() / exact - 1), abs(peer_group["d"] / exact - 1)))
+        original_group = original.param_groups[0]
+        errors.append((abs(ours.d() / exact - 1), abs(original_group["d"] / exact - 1)))
         for key, value in ours.shared.items():
-            value.fill_(peer_group[key])
+            value.fill_(original_group[key])
 
     for p, q in zip(params, twins, strict=True):
         assert torch.equal(p, q)
-        assert all(torch.equal(ours.state[p][k], peer.state[q][k]) for k in ours.slots)
-    our_error, their_error = (max(column) for column in zip(*errors, strict=True))
-    print(f"big tensors: error 0; d of one step against fp64 sums: {our_error:.1e}, upstream {their_error:.1e}")
-    assert peer_group["d"] > 2e-6
-    assert our_error <= max(2 * their_error, 1e-7)
+        assert all(torch.equal(ours.state[p][k], original.state[q][k]) for k in ours.slots)
+    our_error, original_error = (max(column) for column in zip(*errors, strict=True))
+    print(f"big tensors: error 0; d of one step against fp64 sums: {our_error:.1e}, upstream {original_error:.1e}")
+    assert original_group["d"] > 2e-6
+    assert our_error <= max(2 * original_error, 1e-7)
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_found_inf_changes_no_byte(name):
-    params, set_grads = problem(4)
+    params, set_grads = noisy_bowl(4)
     with torch.no_grad():
         params[0].flatten()[:8] = torch.tensor([-0.0, 0.0, 1e-42, -1e-42, -0.0, 1.0, -1.0, 3e38])
     optimizer = OURS[name](params, weight_decay=0.1)
@@ -173,7 +175,7 @@ def test_found_inf_changes_no_byte(name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_found_inf_false_equals_no_flag(name):
-    params, set_grads = problem(5)
+    params, set_grads = noisy_bowl(5)
     twins = copies(params)
     a, b = OURS[name](params, weight_decay=0.1), OURS[name](twins, weight_decay=0.1)
     for step in range(10):
@@ -187,37 +189,37 @@ def test_found_inf_false_equals_no_flag(name):
 @pytest.mark.parametrize("method", ["state_dict", "flat_state"])
 @pytest.mark.parametrize("name", OURS)
 def test_resume_is_bit_equal(name, method, tmp_path):
-    params, set_grads = problem(6)
+    params, set_grads = noisy_bowl(6)
     params[0].data = params[0].data.to(memory_format=torch.channels_last)
-    straight = OURS[name](params, weight_decay=0.01)
+    uninterrupted = OURS[name](params, weight_decay=0.01)
     for step in range(20):
         set_grads(params, step)
-        straight.step()
+        uninterrupted.step()
     twins = copies(params)
     resumed = OURS[name](twins, weight_decay=0.01)
     if method == "state_dict":
-        resumed.load_state_dict(straight.state_dict())
+        resumed.load_state_dict(uninterrupted.state_dict())
     else:
-        write_safetensors(tmp_path / "state.safetensors", flat_state(straight, NAMES))
+        write_safetensors(tmp_path / "state.safetensors", flat_state(uninterrupted, NAMES))
         load_flat_state(resumed, NAMES, TensorFile(tmp_path / "state.safetensors"))
-    assert_same_bits(bits(straight), bits(resumed))
+    assert_same_bits(bits(uninterrupted), bits(resumed))
     for step in range(20, 40):
-        for optimizer, own_params in ((straight, params), (resumed, twins)):
-            set_grads(own_params, step)
+        for optimizer, its_params in ((uninterrupted, params), (resumed, twins)):
+            set_grads(its_params, step)
             optimizer.step()
-    assert_same_bits(bits(straight), bits(resumed))
+    assert_same_bits(bits(uninterrupted), bits(resumed))
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_parameters_without_gradient_are_skipped_like_the_peer(name):
-    params, set_grads = problem(7)
+def test_parameters_without_gradient_are_skipped_like_the_original(name):
+    params, set_grads = noisy_bowl(7)
     twins = copies(params)
-    ours, peer = OURS[name](params, lr=1e-2, weight_decay=0.1), PEERS[name](twins, lr=1e-2, weight_decay=0.1)
+    ours, original = OURS[name](params, lr=1e-2, weight_decay=0.1), ORIGINALS[name](twins, lr=1e-2, weight_decay=0.1)
     ours.step()
     for step in range(12):
-        for optimizer, own_params in ((ours, params), (peer, twins)):
-            set_grads(own_params, step)
-            for i, p in enumerate(own_params):
+        for optimizer, its_params in ((ours, params), (original, twins)):
+            set_grads(its_params, step)
+            for i, p in enumerate(its_params):
                 if (i + step) % 3 == 0 or (i == 1 and step < 6):
                     p.grad = None
             optimizer.step()
@@ -225,15 +227,15 @@ def test_parameters_without_gradient_are_skipped_like_the_peer(name):
 
 
 def test_dlion_groups_share_d_and_zero_gradients_keep_it():
-    params, set_grads = problem(8)
+    params, set_grads = noisy_bowl(8)
     twins = copies(params)
     groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}]
     twin_groups = [{"params": twins[:2]}, {"params": twins[2:], "weight_decay": 0.1}]
-    ours, peer = DLion(groups), dadaptation.DAdaptLion(twin_groups)
+    ours, original = DLion(groups), dadaptation.DAdaptLion(twin_groups)
     for step in range(-2, 30):
-        for optimizer, own_params in ((ours, params), (peer, twins)):
-            set_grads(own_params, step + 2)
-            for p in own_params:
+        for optimizer, its_params in ((ours, params), (original, twins)):
+            set_grads(its_params, step + 2)
+            for p in its_params:
                 p.grad *= step >= 0
             optimizer.step()
         if step < 0:
@@ -253,7 +255,7 @@ class NoReadBack(TorchDispatchMode):
 @pytest.mark.parametrize("found_inf", [None, torch.tensor(False)])
 @pytest.mark.parametrize("name", OURS)
 def test_step_reads_nothing_back(name, found_inf):
-    params, set_grads = problem(9)
+    params, set_grads = noisy_bowl(9)
     optimizer = OURS[name](params, weight_decay=0.01)
     for step in range(3):
         set_grads(params, step)
@@ -263,7 +265,7 @@ def test_step_reads_nothing_back(name, found_inf):
 
 @pytest.mark.parametrize("name", OURS)
 def test_lr_may_be_a_device_tensor(name):
-    params, set_grads = problem(10)
+    params, set_grads = noisy_bowl(10)
     twins = copies(params)
     lr = 2.0**-10
     a, b = OURS[name](params, lr=lr, weight_decay=0.5), OURS[name](twins, lr=lr, weight_decay=0.5)
@@ -294,22 +296,22 @@ def test_lr_may_be_a_device_tensor(name):
 )
 def test_bad_hyper_parameters_are_refused(make, optimizer, option, value):
     with refused("optimizer-option", ValueError, optimizer=optimizer, option=option, value=value) as error:
-        make(problem(0)[0])
+        make(noisy_bowl(0)[0])
     assert "\n" not in str(error.value)
 
 
 def test_bad_flat_state_changes_nothing():
-    optimizer = DLion(problem(0)[0])
-    good = {k: t.clone() + 1 for k, t in flat_state(optimizer, NAMES).items()}
+    optimizer = DLion(noisy_bowl(0)[0])
+    valid = {k: t.clone() + 1 for k, t in flat_state(optimizer, NAMES).items()}
     before = bits(optimizer)
-    lacking = {k: t for k, t in good.items() if k != "d"}
+    without_d = {k: t for k, t in valid.items() if k != "d"}
     bad_entries = [
-        (lacking, {"entry": "'d'", "problem": "missing"}),
-        (good | {"s/other": torch.zeros(1)}, {"entry": "'s/other'", "problem": "unexpected"}),
+        (without_d, {"entry": "'d'", "problem": "missing"}),
+        (valid | {"s/other": torch.zeros(1)}, {"entry": "'s/other'", "problem": "unexpected"}),
     ]
     bad_tensors = [
-        (good | {"s/layer2.weight": torch.zeros(78)}, {"entry": "'s/layer2.weight'", "tensor": "(78,) float32"}),
-        (good | {"d": torch.zeros(())}, {"entry": "'d'", "tensor": "() float32", "expected": "() float64"}),
+        (valid | {"s/layer2.weight": torch.zeros(78)}, {"entry": "'s/layer2.weight'", "tensor": "(78,) float32"}),
+        (valid | {"d": torch.zeros(())}, {"entry": "'d'", "tensor": "() float32", "expected": "() float64"}),
     ]
     for name, cases in (("optimizer-state-entry", bad_entries), ("optimizer-state-tensor", bad_tensors)):
         for tensors, fields in cases:

@@ -1,4 +1,4 @@
-"""The step: arenas, exact masters, lossless changes of precision, out of memory, fused backward."""
+"""The step: arenas, exact masters, lossless changes of precision, too little memory, and fused backward."""
 
 import itertools
 import json
@@ -29,12 +29,12 @@ from fastsd_kernels.launch import recording
 
 @pytest.fixture
 def model(tmp_path):
-    """A new model for each test, with the ops that a run on this machine gets."""
+    """A new model for each test, with the ops that a run on this machine uses."""
     tiny = make_tiny_model(tmp_path / "model")
     return load_model(ModelTable(base=str(tmp_path / "model")), choose_ops("auto", tiny.unet.conv_in.weight.device))
 
 
-def weights_after(model, stage: StageTable, steps: int = 3, warn=print, **more) -> tuple[dict[str, torch.Tensor], Step]:
+def train_steps(model, stage: StageTable, steps: int = 3, warn=print, **more) -> tuple[dict[str, torch.Tensor], Step]:
     step = Step(model, stage, steps, seed=0, warn=warn, **more)
     for i, batch in enumerate(batches(steps, stage.batch)):
         step(batch, i)
@@ -56,11 +56,11 @@ def test_layout_keeps_the_memory_order_of_every_tensor():
 def test_changing_precision_and_back_keeps_all_bits(model):
     module = model.unet
     names = [name for name, _ in module.named_parameters()]
-    with torch.no_grad():  # numbers of every kind: all exponents, subnormal, ties, -0.0
+    with torch.no_grad():  # use numbers of every kind: all exponents, subnormals, ties, -0.0
         for parameter in module.parameters():
             bits = torch.randint(-(2**31), 2**31, parameter.shape, dtype=torch.int64).to(torch.int32)
-            wild = bits.view(torch.float32)
-            parameter.copy_(torch.where(wild.isfinite(), wild, -0.0))
+            numbers = bits.view(torch.float32)
+            parameter.copy_(torch.where(numbers.isfinite(), numbers, -0.0))
     before = {name: parameter.detach().clone().view(torch.int32) for name, parameter in module.named_parameters()}
     for trained, precision in itertools.product((set(names), set(names[::2]), set()), ("bf16", "fp32", "tf32", "bf16")):
         component = TrainableComponent("unet", module, trained, precision)
@@ -73,8 +73,8 @@ def test_changing_precision_and_back_keeps_all_bits(model):
         assert all(torch.equal(after[name], bits) for name, bits in before.items())
 
 
-def switching(optimizer: str, lr: float) -> str:
-    """Stages in fp32, bf16 accumulated over both components, fp32: three steps each, a checkpoint after every step."""
+def three_stages(optimizer: str, lr: float) -> str:
+    """Stages of three steps with a checkpoint after each: fp32, bf16 of both components with accumulation, and fp32."""
     stages = ("fp32", '["unet"]', 4), ("bf16", '["unet", "text_encoder"]', 2), ("fp32", '["unet"]', 4)
     return "".join(
         f'[[stage]]\ntrain = {train}\nuntil = 3\nbatch = 4\nmicro_batch = {micro}\nprecision = "{precision}"\n'
@@ -85,17 +85,18 @@ def switching(optimizer: str, lr: float) -> str:
 
 @pytest.mark.parametrize("optimizer, lr", [("dlion", 1.0), ("lion", 1e-4), ("adamw", 1e-4)])
 def test_run_with_two_precision_changes_resumes_from_any_step(optimizer, lr, tmp_path, tiny_model, images):
-    path, keys = job(tmp_path, tiny_model, images, switching(optimizer, lr)), ("sample.prompts=[]", "export.single_file=false")
-    whole, _ = run(path, *keys)
-    assert [p.name[-2:] for p in checkpoint.checkpoints(whole / "checkpoints")] == [f"{n:02d}" for n in range(1, 10)]
+    path = job(tmp_path, tiny_model, images, three_stages(optimizer, lr))
+    keys = "sample.prompts=[]", "export.single_file=false"
+    uninterrupted, _ = run(path, *keys)
+    assert [p.name[-2:] for p in checkpoint.checkpoints(uninterrupted / "checkpoints")] == [f"{n:02d}" for n in range(1, 10)]
     for n in range(1, 9, 1 if optimizer == "dlion" else 3):
         folder = tmp_path / f"from-{n}"
-        shutil.copytree(whole, folder)
+        shutil.copytree(uninterrupted, folder)
         for later in checkpoint.checkpoints(folder / "checkpoints")[n:]:
             shutil.rmtree(later)
         run(path, f"run={folder}", *keys)
-        assert same(final(folder), final(whole)), f"resumed at step {n}"
-        assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+        assert same(final(folder), final(uninterrupted)), f"resumed at step {n}"
+        assert (folder / "log.jsonl").read_bytes() == (uninterrupted / "log.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -115,7 +116,7 @@ def test_masters_in_halves_equal_fp32_masters(name, tmp_path):
 
 
 def test_gradients_do_not_carry_over_to_the_next_step(model):
-    """The second step's gradient is that of the second batch, with and without accumulation."""
+    """With and without accumulation, the second step has the gradient of the second batch."""
     results = []
     for micro in (4, 2, 1):
         step = Step(model, stage_of(**OPTIMIZERS["lion"]), 2, seed=0, micro_batch_size=micro)
@@ -126,8 +127,8 @@ def test_gradients_do_not_carry_over_to_the_next_step(model):
         results.append(gradients)
         step.release()
     for gradients in results[1:]:
-        for ours, whole in zip(gradients, results[0], strict=True):
-            assert (ours - whole).norm() <= 1e-5 * whole.norm()
+        for accumulated, expected in zip(gradients, results[0], strict=True):
+            assert (accumulated - expected).norm() <= 1e-5 * expected.norm()
     assert (results[0][0] - results[0][1]).norm() > 0.1 * results[0][0].norm()
 
 
@@ -138,12 +139,12 @@ def test_fused_backward_trains_the_same(name, precision, tmp_path, tiny_model, i
     results = []
     for fused_backward in (False, True):
         tiny = make_tiny_model(tmp_path / str(fused_backward))
-        weights, step = weights_after(tiny, stage.model_copy(update={"fused_backward": fused_backward}))
+        weights, step = train_steps(tiny, stage.model_copy(update={"fused_backward": fused_backward}))
         results.append((weights, {component: float(d) for component, d in step.d().items()}))
         assert bool(step.tensors_by_role()["gradients"]) is not fused_backward
     (collected, d), (fused, fused_d) = results
     assert d == pytest.approx(fused_d, rel=1e-6)
-    if name == "dlion":  # its sums over all parameters have another order, so the last digits of d differ
+    if name == "dlion":  # its sums over all parameters have another order, so d differs in the last digits
         error = max(float((collected[key] - fused[key]).norm() / collected[key].norm()) for key in collected)
         assert error < 1e-5
     else:
@@ -153,17 +154,17 @@ def test_fused_backward_trains_the_same(name, precision, tmp_path, tiny_model, i
 def test_fused_backward_stops_at_the_first_gradient_that_is_not_finite(tmp_path):
     model = make_tiny_model(tmp_path / "model")
     step = Step(model, stage_of(fused_backward=True, **OPTIMIZERS["lion"]), 3, seed=0)
-    good, bad = batches(2, 4)
-    step(good, 0)
+    batch, bad_batch = batches(2, 4)
+    step(batch, 0)
     before = {name: tensor.clone() for name, tensor in step.components["unet"].state().items()}
-    bad.latents_BCHW[0, 0, 0, 0] = torch.inf
-    result = step(bad, 1)
+    bad_batch.latents_BCHW[0, 0, 0, 0] = torch.inf
+    result = step(bad_batch, 1)
     assert same(step.components["unet"].state(), before) and float(result.skipped) == 1
-    assert float(step(good, 2).skipped) == 1 and not same(step.components["unet"].state(), before)
+    assert float(step(batch, 2).skipped) == 1 and not same(step.components["unet"].state(), before)
 
 
 def out_of_memory_above(monkeypatch, model, limit: int) -> list[int]:
-    """Limit the UNet's memory to `limit` images. Return the list to which the sizes of its inputs are added."""
+    """Limit the UNet's memory to `limit` images. Return a list to which each call adds its number of images."""
     forward, sizes = model.unet.forward, []
 
     def limited(latents, *rest):
@@ -179,13 +180,13 @@ def out_of_memory_above(monkeypatch, model, limit: int) -> list[int]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_out_of_memory_reduces_the_micro_batch_not_the_batch(precision, tmp_path, monkeypatch):
     stage = stage_of(batch=6, precision=precision, **OPTIMIZERS["adamw"])
-    expected, _ = weights_after(make_tiny_model(tmp_path / "a"), stage, micro_batch_size=2)
+    expected, _ = train_steps(make_tiny_model(tmp_path / "a"), stage, micro_batch_size=2)
     model, warnings = make_tiny_model(tmp_path / "b"), []
     sizes = out_of_memory_above(monkeypatch, model, 2)
-    weights, step = weights_after(model, stage, warn=warnings.append)
+    weights, step = train_steps(model, stage, warn=warnings.append)
     assert sizes[:4] == [6, 3, 2, 2] and step.micro_batch_size == 2
     assert len(warnings) == 2 and says(warnings[1], "step-out-of-memory", images=3, smaller=2, batch=6, micro_batch=2)
-    assert same(weights, expected)  # as if it had started with this micro-batch
+    assert same(weights, expected)  # as if training had started with this micro-batch
     assert step.components["unet"].gradient.dtype == torch.float32
 
 
@@ -193,7 +194,7 @@ def test_out_of_memory_with_one_image_is_an_error(tmp_path, monkeypatch):
     model = make_tiny_model(tmp_path / "model")
     out_of_memory_above(monkeypatch, model, 0)
     with refused("out-of-memory", cause="even with one image per forward"):
-        weights_after(model, stage_of(**OPTIMIZERS["lion"]))
+        train_steps(model, stage_of(**OPTIMIZERS["lion"]))
 
 
 def test_run_resumes_with_its_reduced_micro_batch(tmp_path, tiny_model, images, monkeypatch):
@@ -211,10 +212,10 @@ def test_run_resumes_with_its_reduced_micro_batch(tmp_path, tiny_model, images, 
     path = job(tmp_path, tiny_model, images, stage)
     folder, text = run(path)
     assert all(says(text, "step-out-of-memory", smaller=smaller) for smaller in (3, 2))
-    whole = final(folder)
+    uninterrupted = final(folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     _, text = run(path)
-    assert not says(text, "step-out-of-memory") and same(final(folder), whole)
+    assert not says(text, "step-out-of-memory") and same(final(folder), uninterrupted)
 
 
 def test_each_component_has_its_own_lr(tmp_path):
@@ -241,7 +242,7 @@ def test_layers_excluded_by_clip_skip_are_not_trained(tmp_path):
     assert excluded and all("layers.1." in name for name in excluded)
     stage = stage_of(train=["text_encoder"], optimizer="lion", lr=1e-3, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in model.text.module.named_parameters()}
-    after, _ = weights_after(model, stage)
+    after, _ = train_steps(model, stage)
     assert all(torch.equal(after[name], before[name]) for name in excluded)
     assert all(not torch.equal(after[name], before[name]) for name in before.keys() - excluded - {"position_ids"})
 
@@ -258,11 +259,11 @@ def test_ema_matches_its_formula_and_is_exported(tmp_path, tiny_model, images):
     exported = read_safetensors(folder / "model-ema" / file)
     assert torch.equal(exported[name], checkpoint.load_state(step)[f"unet@ema/{name}"])
     assert json.loads((folder / "model-ema" / "model_index.json").read_text())
-    whole = final(folder)
+    uninterrupted = final(folder)
     for later in checkpoint.checkpoints(folder / "checkpoints")[2:]:
         shutil.rmtree(later)
     run(path)
-    assert same(final(folder), whole) and same(read_safetensors(folder / "model-ema" / file), exported)
+    assert same(final(folder), uninterrupted) and same(read_safetensors(folder / "model-ema" / file), exported)
 
 
 ACCUMULATED = {"optimizer": "dlion", "precision": "bf16", "micro_batch": 2, "grad_clip": 1.0, "ema": 0.9}
@@ -277,10 +278,10 @@ ACCUMULATED = {"optimizer": "dlion", "precision": "bf16", "micro_batch": 2, "gra
     ],
 )
 def test_step_stays_on_the_device_after_warm_up(settings):
-    """On tensors without data every transfer from or to the host is visible, which a CUDA graph could not capture."""
+    """With meta tensors, every transfer to or from the host is visible. A CUDA graph could not capture it."""
     unet = UNetConfig(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, heads=2, norm_groups=4)
     empty = empty_model(Shapes(unet, {**SD15_TEXT, "num_hidden_layers": 2}, SD15_VAE, clip_skip=1), TRITON)
-    # Low halves of frozen components move to the host at the start.
+    # At the start, the low halves of frozen components move to the host.
     with recording(86), mock.patch.object(torch.Tensor, "cpu", lambda self: self):
         step = Step(empty, stage_of(**settings), 9, seed=0)
         shapes = (4, 4, 16, 16), (4, 77), (4,)
@@ -315,5 +316,5 @@ def test_auto_micro_batch_is_the_largest_that_fits(tmp_path, tiny_model, images,
         assert f"micro-batch {results[megabytes]}:" in text
     assert results[1000] == 12 > results[5] >= 1 and all(12 % micro == 0 for micro in results.values())
     monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device: 1000 << 20)
-    _, text = run(path, f"run={tmp_path / '5'}", "stage.0.until=4")  # resumed with more memory: the sums stay the same
+    _, text = run(path, f"run={tmp_path / '5'}", "stage.0.until=4")  # more memory on resume does not change the micro-batch
     assert checkpoint.newest(tmp_path / "5" / "checkpoints", print)[1].micro_batch_size == results[5]
