@@ -1,5 +1,5 @@
 """Floor 2: from the cache to batches. `sources/` finds images and captions, `building/` builds the cache from them.
 
-rows, cache, tokens, text_embeddings, masks   the file formats on the disk, and their readers
-captions, order, validation_split, loader     selection and preparation of the batches of a step
+rows, cache, tokens, text_embeddings, masks   define the file formats on the disk and read them
+captions, order, validation_split, loader     select samples and prepare the batches of a step
 """

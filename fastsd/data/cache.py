@@ -1,25 +1,28 @@
-"""The latent cache on disk: its format, and its reader `LatentCache`.
+"""The format of the latent cache on the disk, and its reader, `LatentCache`.
 
-    DIR/cache.sqlite              the authoritative state while caching (see `build.py`); training never opens it
+    DIR/cache.sqlite              the database that a build of the cache works with (see `build.py`); training never opens it
     DIR/shards/S.safetensors      one tensor "mean" (n <= 4096, C, h, w): the raw posterior mean, unscaled
-    DIR/views/V.safetensors       frozen: the position of every sample's latents, and its captions; training maps this file
+    DIR/views/V.safetensors       the captions of every sample and the places of its latents; frozen, training maps this file
     DIR/tokens, DIR/states        token ids (`tokens.py`) and text embeddings (`text_embeddings.py`) of a view's captions
     DIR/masks                     masks of a view's images (`masks.py`)
 
-Shards and views are ordinary safetensors files, see `rows.py`.  A view belongs to one (folders, preprocessing, VAE, dtype).
-Its name is a function of the config and the VAE, so training finds it without reading any image.
+Shards and views are ordinary safetensors files, see `rows.py`.  A view belongs to one combination of folders, preprocessing,
+VAE and dtype.  Its name is a function of the config and the VAE, so training finds it without reading any image.
 
-Samples are stored in groups of one shape and one folder of the config.  Each sample has V versions (crops and their mirror
-images).  A view contains the tensors shard, row (int32) and check (int64, the xxh3 of the row's bytes), each (n * V);
-caption_offsets (int64, n + 1) and captions (UTF-8 bytes); and with data.weight_key also weight (fp32, n), the factor of each
-sample's loss.  A reader ignores unknown tensors.  The captions of sample i are the lines of
-captions[caption_offsets[i] : caption_offsets[i + 1]], one line per variant.
+The n samples of a view are sorted into groups.  All samples of a group have one shape and come from one folder of the config.
+Each sample has V versions, which are crops and their mirror images.  A view contains these tensors:
+
+    shard, row            (n * V)    int32: the place of each version's latent
+    check                 (n * V)    int64: the xxh3 of the row's bytes
+    caption_offsets       (n + 1)    int64: the captions of sample i are captions[caption_offsets[i] : caption_offsets[i + 1]]
+    captions                         UTF-8 bytes, one line per variant of a caption
+    weight                (n)        fp32: the factor of each sample's loss; only with data.weight_key
 
 Minimal use:
 
     from fastsd.data.cache import LatentCache
     cache = LatentCache.open("cache")
-    latents = cache.get([0, 1, 2])["latents"]          # multiply by cache.meta.scaling_factor to train a model on them
+    latents = cache.get([0, 1, 2])["latents"]          # a model is trained on these times cache.meta.scaling_factor
 
 Shapes: B samples of one shape, V versions, C x h x w latents.
 """
@@ -46,14 +49,14 @@ from fastsd.errors import UserError
 SHARD_ROWS = 4096
 ALIGN = 4096
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-ORDER = "bucket_height, bucket_width, root, id"  # order of samples in a view, as columns of the table of `collect.py`
+ORDER = "bucket_height, bucket_width, root, id"  # samples of a view are sorted by these columns of `collect.py`
 Positions = Sequence[int] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """Metadata of a view. Counts: `images` (files found) = `cached` (samples) + `rejected`; `empty_captions` (samples with
-    an empty caption); `latents` (distinct latents of the samples)."""
+    """Metadata of a view. Of the `images` in the folders, `cached` became samples and the rest were `rejected`. The samples
+    have `latents` distinct latents, and `empty_captions` of them have an empty caption."""
 
     vae_hash: str
     vae_name: str
@@ -75,13 +78,13 @@ class CacheMeta:
 
     @property
     def versions(self) -> int:
-        """Latents stored per image. With `flip`, version v is crop v // 2, mirrored if v is odd; without it, crop v."""
+        """Number of latents per image. With `flip`, version v is crop v // 2, mirrored if v is odd. Otherwise it is crop v."""
         return self.crops * (1 + self.flip)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Samples [first, first + count) of a view: all with one latent shape (C, h, w) from one folder of the config."""
+    """Samples [first, first + count) of a view. They have one latent shape (C, h, w) and one folder `root` of the config."""
 
     shape: tuple[int, ...]
     root: int
@@ -90,14 +93,14 @@ class Group:
 
 
 def stored_versions(data: DataTable) -> list[int]:
-    """Return the database numbers of a view's versions: 2 * crop, + 1 for the mirror image. They do not depend on `flip`, so
-    changing it keeps the stored versions valid."""
+    """Return the numbers of a view's versions in the database: 2 * crop, plus 1 for the mirror image. A crop has the same
+    number with and without `flip`, so changing `flip` keeps the stored versions valid."""
     return [2 * crop + mirrored for crop in range(data.crops) for mirrored in range(1 + data.flip)]
 
 
 def preprocessing(config: Config) -> dict[str, Any]:
-    """Return all settings that determine the stored bytes besides the image, its version and the VAE. Increment `version`
-    when the code changes the bytes."""
+    """Return the settings that, with the image, its version and the VAE, determine the stored bytes. Increment `version` when
+    a change of the code changes the bytes."""
     data = config.data
     settings = {"version": 2, "dtype": config.cache.dtype}
     if data.latents:
@@ -117,7 +120,7 @@ def digest(*values: Any) -> str:
 
 
 def space_name(config: Config, vae_hash: str) -> str:
-    """Return the name of the space of latents of one VAE and one preprocessing. Two spaces never share a shard."""
+    """Return the name of the space: the latents of one VAE and one preprocessing. Two spaces never share a shard."""
     return digest(vae_hash, preprocessing(config))[:16]
 
 
@@ -133,7 +136,7 @@ def view_name(config: Config, vae_hash: str) -> str:
 def freeze(
     folder: Path, name: str, arrays: dict[str, np.ndarray], shards: list[Any], groups: Sequence[Group], meta: CacheMeta
 ) -> None:
-    """Write a view atomically and make it the newest one. `shards` holds [name, [C, h, w]] by the index used in `shard`."""
+    """Write a view atomically and make it the newest one. `shards[i]` is [name, [C, h, w]] of the shard with index i."""
     path = folder / "views" / f"{name}.safetensors"
     content = {
         "shards": json.dumps(shards),
@@ -145,29 +148,29 @@ def freeze(
         try:
             serials[other] = _serial(other)
         except UserError:
-            continue  # damaged views do not count
+            continue  # the view is damaged
     newest = max(serials.values(), default=0)
-    with contextlib.suppress(UserError):  # if the view is damaged after its header, write it again
+    with contextlib.suppress(UserError):  # a view that is damaged after its header is written again
         if serials.get(path) == newest and View.hashes(arrays, content).items() <= View(path).metadata.items():
             return
     View.write(path, arrays, content, serial=str(newest + 1))
 
 
 class View(Index):
-    """The index of a cache's samples, with the attributes `groups` and `meta`."""
+    """The index of a cache's samples. It has the attributes `groups` and `meta`."""
 
     FORMAT, HASHED_KEYS, OPTIONAL = "view-2", ("shards", "groups", "meta"), {"weight": np.float32}
     TENSORS = {"caption_offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32, "captions": np.uint8}
 
     def _parse(self) -> None:
         super()._parse()
-        raw = json.loads(self.metadata["meta"])
-        self.meta = CacheMeta(**{field.name: raw[field.name] for field in fields(CacheMeta)})
+        values = json.loads(self.metadata["meta"])
+        self.meta = CacheMeta(**{field.name: values[field.name] for field in fields(CacheMeta)})
         self.groups: list[Group] = []
         for shape, root, count in json.loads(self.metadata["groups"]):
             self.groups.append(Group(tuple(shape), root, self.samples, count))
-        weights = len(self.arrays.get("weight", range(len(self))))
-        if len(self) * self.meta.versions != len(self.arrays["row"]) or not self.samples == len(self) == weights:
+        weight_count = len(self.arrays.get("weight", range(len(self))))
+        if len(self) * self.meta.versions != len(self.arrays["row"]) or not self.samples == len(self) == weight_count:
             raise ValueError("tensors have inconsistent lengths")
 
     @property
@@ -190,7 +193,7 @@ def view_paths(folder: Path) -> list[Path]:
 
 
 class TextEmbeddingsIndex(Index):
-    """The index of the text embeddings of a view's captions, see `text_embeddings.py`."""
+    """The index of a view's text embeddings, see `text_embeddings.py`."""
 
     FORMAT, HASHED_KEYS = "states-index-1", ("shards", "view", "space")
     TENSORS = {"offsets": np.int64, "check": np.int64, "shard": np.int32, "row": np.int32}
@@ -201,7 +204,7 @@ def states_paths(folder: Path) -> list[Path]:
 
 
 def indexes(folder: Path) -> list[tuple[Path, type[Index]]]:
-    """List all files that refer to shards, each with the class that reads it."""
+    """List the files that refer to shards. Each comes with the class that reads it."""
     return [(path, View) for path in view_paths(folder)] + [(path, TextEmbeddingsIndex) for path in states_paths(folder)]
 
 
@@ -212,8 +215,8 @@ def _visible_files(folder: Path) -> list[Path]:
 class LatentCache(Rows):
     """Random access to the samples of one view. Thread-safe.
 
-    `meta`: see `CacheMeta`.  `name`, `path`, `sha256`: of the view.  `groups`: its samples by shape and folder, see `Group`.
-    `versions`: number of latents stored per sample.
+    `name`, `path`, `sha256`, `meta` and `groups` describe the view, see `CacheMeta` and `Group`. `versions` is the number of
+    latents per sample.
     """
 
     def __init__(self, folder: Path, path: Path):
@@ -225,10 +228,10 @@ class LatentCache(Rows):
 
     @classmethod
     def open(cls, dir: str | Path, view: str | None = None) -> LatentCache:
-        """Open a view of the cache in `dir` by its name (see `view_name`), or the newest view.
+        """Open the view with this name (see `view_name`) in the cache folder `dir`. By default, open the newest view.
 
         Raises:
-            UserError: there is no such view, or it is damaged.
+            UserError: the view does not exist or is damaged.
         """
         folder = Path(dir)
         if view is not None:
@@ -251,13 +254,13 @@ class LatentCache(Rows):
 
         Args:
             positions: B indices in [0, len) of samples of one shape, in any order; repeats are allowed.
-            versions: the crop or mirror image of each sample, B numbers in [0, V); None = the first version.
+            versions: B numbers in [0, V) that select a crop or mirror image of each sample; None = the first version.
 
         Returns:
-            "latents": (B, C, h, w), raw posterior mean in the stored dtype, on the CPU (pinned if there is a GPU).
+            A dict with "latents": the raw posterior mean in the stored dtype (B, C, h, w), on the CPU, pinned if there is a GPU.
 
         Raises:
-            UserError: a shard is missing, or its bytes differ from those that were written.
+            UserError: a shard is missing or damaged.
         """
         index_B = self._checked_positions(positions) * self.versions
         if versions is not None:
@@ -267,27 +270,27 @@ class LatentCache(Rows):
         return {"latents": self._read(index_B)}
 
     def checks(self, first: int, last: int) -> np.ndarray:
-        """Return content hashes of samples [first, last): the xxh3 of the bytes of their first versions, int64."""
+        """Return the xxh3 of the first version of each sample in [first, last), int64."""
         return self._view.cut("check", first * self.versions, last * self.versions)[:: self.versions]
 
     def captions(self, positions: Positions) -> list[str]:
-        """Return the first caption of each sample, "" if it has none."""
+        """Return the first caption of each sample, or "" for a sample without captions."""
         return [variants[0] for variants in self.variants(positions)]
 
     def variants(self, positions: Positions) -> list[list[str]]:
-        """Return all captions of each sample, [""] if it has none."""
+        """Return all captions of each sample, or [""] for a sample without captions."""
         index_B = self._checked_positions(positions)
         starts, ends = (self._view.take("caption_offsets", index).tolist() for index in (index_B, index_B + 1))
-        texts = (self._view.cut("captions", start, end).tobytes() for start, end in zip(starts, ends, strict=True))
-        return [text.decode().split("\n") for text in texts]
+        encoded = (self._view.cut("captions", start, end).tobytes() for start, end in zip(starts, ends, strict=True))
+        return [text.decode().split("\n") for text in encoded]
 
     @property
     def weight_hash(self) -> str:
-        """sha256 of the weights, or "" if there are no weights."""
+        """The sha256 of the weights, or "" if there are no weights."""
         return self._view.metadata.get("sha256_weight", "")
 
     def weights(self, positions: Positions) -> Tensor | None:
-        """Return the factor of each sample's loss, fp32 (B,), or None if the view was made without data.weight_key."""
+        """Return the factor of each sample's loss, fp32 (B,). Return None if the view was built without data.weight_key."""
         if "weight" not in self._view.arrays:
             return None
         return torch.from_numpy(self._view.take("weight", self._checked_positions(positions)).copy())

@@ -1,11 +1,11 @@
 """Caption edits between the cache and the tokenizer, as a pure function of (seed, sample position).
 
-The steps in order: choose a variant; replace it by "" (caption dropout); shuffle sentences; shuffle tags, drop tags, limit
-their number.  The tag edits have the order of kohya's trainers, which call the keys shuffle_caption, keep_tokens and
+The edits are made in this order: choose a variant, replace it by "" (caption dropout), shuffle its sentences, shuffle its tags,
+drop tags, limit their number.  kohya's trainers edit tags in the same order and call the keys shuffle_caption, keep_tokens and
 caption_tag_dropout_rate.  If no key asks for an edit, the caption stays unchanged byte for byte.
 
-Random numbers of a position, by lane: 0 caption dropout, 1 variant; then four for each tag or sentence i of the caption,
-4 + 4 i its order among the tags, 5 + 4 i its dropout, 6 + 4 i its order among the sentences.
+Each position has its own random numbers.  Number 0 decides on caption dropout, and number 1 chooses the variant.  Tag i is
+ordered by number 4 + 4 i and dropped by number 5 + 4 i.  Sentence i is ordered by number 6 + 4 i.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fastsd.data.cache import LatentCache
 from fastsd.errors import UserError
 from fastsd_kernels.noise import Purpose, uniform
 
-_USUAL_COUNT = 64  # tags or sentences per caption up to which one draw serves a whole batch
-_CHUNK = 4096  # samples with captions read together
-# A full stop before a space or the end, except after a single letter (e.g., U.S., J. Smith) or a common abbreviation.
+_SHARED_COUNT = 64  # one draw serves all captions of a batch that have at most this many tags and sentences
+_CHUNK = 4096  # samples whose captions are read together
+# A full stop before a space or the end ends a sentence, except after a single letter (U.S., J. Smith) or an abbreviation.
 _SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b(?:mr|ms|dr|st|vs))(?<!\bmrs)\.(?:\s+|$)", re.IGNORECASE)
 
 
@@ -32,63 +32,64 @@ def captions_for(variants_B: Sequence[Sequence[str]], positions_B: Tensor, stage
     """Choose and edit the captions of a batch for the model.
 
     Args:
-        variants_B: the captions of B samples, at least one per sample; all variants are equally likely.
-        positions_B: int64, the samples' global positions; together with the seed they determine all random choices.
-        stage: `caption_dropout` is the share replaced by "".  `shuffle_sentences` reorders sentences, which end with full
-            stops.  `shuffle_tags`, `tag_dropout` and `max_tags` edit tags, except that neither shuffling nor dropout affects
-            the first `keep_tags`.  Edited tags are stripped, empty ones removed, and the rest joined with ", ".
+        variants_B: the captions of B samples, at least one per sample. All variants are equally likely.
+        positions_B: the samples' global positions, int64. With the seed, they determine all random choices.
+        stage: `caption_dropout` is the fraction of captions that are replaced by "".  `shuffle_sentences` reorders
+            sentences, which end with full stops.  `shuffle_tags`, `tag_dropout` and `max_tags` edit tags, but the first
+            `keep_tags` tags are neither shuffled nor dropped.  Edited tags are stripped and joined with ", ".
         seed: the seed of the run.
     """
     assert len(variants_B) == len(positions_B)
-    first_B2 = uniform(seed, Purpose.CAPTION, positions_B, 2).tolist()
-    chosen = [variants[int(lane * len(variants))] for variants, (_, lane) in zip(variants_B, first_B2, strict=True)]
-    captions = ["" if lane < stage.caption_dropout else text for text, (lane, _) in zip(chosen, first_B2, strict=True)]
+    draws_B2 = uniform(seed, Purpose.CAPTION, positions_B, 2).tolist()
+    captions = []
+    for variants, (dropout, choice) in zip(variants_B, draws_B2, strict=True):
+        captions.append("" if dropout < stage.caption_dropout else variants[int(choice * len(variants))])
     edits_tags = bool(stage.shuffle_tags or stage.tag_dropout or stage.max_tags)
     if edits_tags or stage.shuffle_sentences:
-        for i, draws in enumerate(_draws(captions, positions_B, stage, seed)):
+        for i, (tag_order, tag_dropout, sentence_order, _) in enumerate(_draws(captions, positions_B, stage, seed)):
             if stage.shuffle_sentences:
-                captions[i] = _shuffle_sentences(captions[i], draws[2])
+                captions[i] = _shuffle_sentences(captions[i], sentence_order)
             if edits_tags:
-                captions[i] = _edit_tags(captions[i], stage, draws[0], draws[1])
+                captions[i] = _edit_tags(captions[i], stage, tag_order, tag_dropout)
     return captions
 
 
 def _draws(captions: list[str], positions_B: Tensor, stage: StageTable, seed: int) -> Iterator[list[list[float]]]:
-    """Yield four lists of random numbers per caption, each with one number per tag or sentence that it can have."""
-    # Joining shuffled sentences may add one tag separator for each full stop.
+    """Yield four lists of random numbers for each caption. Each list has a number for every possible tag or sentence."""
+    # When sentences are shuffled, a full stop can become a tag separator.
     counts = [1 + text.count(stage.tag_separator) + text.count(".") for text in captions]
-    usual = min(max(counts), _USUAL_COUNT)
-    draws_BK = uniform(seed, Purpose.CAPTION, positions_B, 4 + 4 * usual)
+    shared_count = min(max(counts), _SHARED_COUNT)
+    draws_BK = uniform(seed, Purpose.CAPTION, positions_B, 4 + 4 * shared_count)
     for count, position_1, draws_K in zip(counts, positions_B.split(1), draws_BK, strict=True):
-        if count > usual:
+        if count > shared_count:
             draws_K = uniform(seed, Purpose.CAPTION, position_1, 4 + 4 * count)[0]
         yield draws_K[4:].view(-1, 4).T.tolist()
 
 
 def _edit_tags(text: str, stage: StageTable, order: list[float], dropout: list[float]) -> str:
-    tags = [tag for words in text.split(stage.tag_separator) if (tag := words.strip())]
-    numbers: Sequence[int] = range(stage.keep_tags, len(tags))
+    tags = [tag for part in text.split(stage.tag_separator) if (tag := part.strip())]
+    indices: Sequence[int] = range(stage.keep_tags, len(tags))
     if stage.shuffle_tags:
-        numbers = sorted(numbers, key=order.__getitem__)
-    kept = [tags[i] for i in numbers if dropout[i] >= stage.tag_dropout]
+        indices = sorted(indices, key=order.__getitem__)
+    kept = [tags[i] for i in indices if dropout[i] >= stage.tag_dropout]
     return ", ".join([*tags[: stage.keep_tags], *kept][: stage.max_tags or None])
 
 
 def _shuffle_sentences(text: str, order: list[float]) -> str:
-    sentences = [sentence for words in _SENTENCE_END.split(text) if (sentence := words.strip())]
+    sentences = [sentence for part in _SENTENCE_END.split(text) if (sentence := part.strip())]
     if len(sentences) < 2:
         return text
-    numbers = sorted(range(len(sentences)), key=order.__getitem__)
-    return ". ".join(sentences[i] for i in numbers) + ("." if text.rstrip().endswith(".") else "")
+    indices = sorted(range(len(sentences)), key=order.__getitem__)
+    return ". ".join(sentences[i] for i in indices) + ("." if text.rstrip().endswith(".") else "")
 
 
 def select(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...], separator: str) -> np.ndarray | None:
-    """Select samples that have at least one tag of `include` (if it is not empty) and no tag of `exclude`.
+    """Select the samples that have a tag of `include` and no tag of `exclude`. An empty `include` accepts all samples.
 
-    Tags are the text between separators in any of a sample's captions, compared without surrounding spaces and case.
+    The tags of a sample are the parts of all its captions between separators. Case and surrounding spaces do not matter.
 
     Returns:
-        Sorted int64 indices, or None for all samples.
+        Sorted int64 indices, or None if there is no filter.
 
     Raises:
         UserError: no sample is left.

@@ -1,8 +1,8 @@
-"""Loading of batches: the samples at given positions of the run, with their captions and token ids.
+"""Load batches: the samples at given positions of the run, with their captions and token ids.
 
 A run numbers its samples p = 0, 1, 2, ... over all stages.  The sample at p (`order.py`), its version and the edits of its
-caption (`captions.py`) are functions of (seed, p).  A batch therefore does not depend on earlier batches: no remainder is
-lost, a resumed run needs only p, and each of several workers makes its own rows of the same global batch.
+caption (`captions.py`) are functions of (seed, p).  A batch therefore does not depend on earlier batches.  No remainder of an
+epoch is lost, a resumed run needs only p, and each of several workers loads its own part of the same global batch.
 
 Shapes: B samples, C x H x W latents, L tokens.
 """
@@ -30,8 +30,8 @@ from fastsd.data.text_embeddings import TextEmbeddings
 from fastsd.data.tokens import Tokens
 from fastsd_kernels.noise import Purpose, integers
 
-PREFETCH = 8  # batches ahead of the step, ready or in preparation
-_WORKERS = 2  # batches prepared at a time: one waits for the disk while the other tokenizes
+PREFETCH = 8  # batches that are ready or in preparation before the step asks for them
+_WORKERS = 2  # batches prepared at a time: one waits for the disk while the other is tokenized
 _Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
 _MEMO_CAPTIONS = 1 << 16  # captions with memoised token ids
 
@@ -41,13 +41,13 @@ class Batch:
     """The input of one step, on the CPU (pinned if there is a GPU).
 
     Attributes:
-        latents_BCHW: raw posterior mean, unscaled, in the cache's dtype.
+        latents_BCHW: the raw posterior mean, unscaled, in the cache's dtype.
         token_ids_BL: int64.
-        positions_B: int64 global sample positions, the key of all randomness.
+        positions_B: global sample positions, int64. All random numbers of a sample depend on its position.
         captions: the tokenized text, after edits and dropout.
-        text_embeds_BLD: text embeddings in the cache's dtype, if they are cached.
-        samples_B: int64 indices of the samples in the cache.
-        weight_B: fp32 factor of each sample's loss; None = all are 1.
+        text_embeds_BLD: text embeddings in the cache's dtype; None = they are not cached.
+        samples_B: indices of the samples in the cache, int64.
+        weight_B: the factor of each sample's loss, fp32; None = all are 1.
         mask_B1HW: uint8, 255 where the loss counts in full; None = everywhere.
     """
 
@@ -62,19 +62,19 @@ class Batch:
 
 
 class Loader:
-    """Loads batches of a cache in the order of a run.
+    """Loads the batches of a stage.
 
     Args:
         cache: the samples.
-        tokenize: maps a list of captions to int64 (B, L), with the same L in every call.
+        tokenize: maps a list of captions to token ids, int64 (B, L), with the same L in every call.
         seed: the seed of the run.
-        stage: its batch size and its caption edits, see `captions_for`.
-        data: repeats and weights of folders, the filter by tag, and the use of image weights and masks; None = every
-            image once, and in full.
+        stage: has the batch size and the caption edits, see `captions_for`.
+        data: has repeats and weights of folders, the filter by tag, and the keys of image weights and masks; None = every
+            image occurs once and counts in full.
         origin: global position at which the stage starts.
-        rank, world: this worker makes part number `rank` of `world` equal parts of every global batch.
+        rank, world: every global batch has `world` equal parts, and this worker loads part number `rank`.
         tokens: token ids of the cache's captions; None = tokenize all captions here.
-        text_embeddings: those of the captions; None = the step runs the text encoder.
+        text_embeddings: text embeddings of the captions; None = the step runs the text encoder.
         left_out: samples that no batch may contain, see `validation_split.py`.
 
     Raises:
@@ -101,20 +101,21 @@ class Loader:
         self._tokenize, self._tokens, self._text_embeddings = tokenize, tokens, text_embeddings
         self._memo: dict[str, Tensor] = {}
         self._memo_lock = threading.Lock()
-        self._weighted, self._masks = bool(data and data.weight_key), open_masks(cache) if data and data.masks else None
+        self._has_weights = bool(data and data.weight_key)
+        self._masks = open_masks(cache) if data and data.masks else None
         self._first_G = torch.tensor([group.first for group in cache.groups])
-        weights = [data.roots[group.root].loss_weight if data else 1.0 for group in cache.groups]
-        self._weight_G = torch.tensor(weights) if any(weight != 1 for weight in weights) else None
+        loss_weights = [data.roots[group.root].loss_weight if data else 1.0 for group in cache.groups]
+        self._weight_G = torch.tensor(loss_weights) if any(weight != 1 for weight in loss_weights) else None
         selected = select(cache, tuple(data.include), tuple(data.exclude), stage.tag_separator) if data else None
         if left_out is not None and len(left_out):
             samples = np.arange(len(cache)) if selected is None else selected
             selected = samples[np.isin(samples, left_out, invert=True)]
-        shares = data.roots if data else ()
-        self._order = Order(cache.groups, shares, seed, batch=stage.batch, origin=origin, selected=selected)
+        roots = data.roots if data else ()
+        self._order = Order(cache.groups, roots, seed, batch=stage.batch, origin=origin, selected=selected)
 
     @property
     def images(self) -> int:
-        """Images per epoch, including repeats and weights."""
+        """Number of images per epoch. Repeats and weights of folders count."""
         return self._order.epoch
 
     def batch(self, position: int, count: int) -> Batch:
@@ -128,14 +129,14 @@ class Loader:
         """
         if count % self.world:
             raise ValueError(f"batch is {count}, not divisible by {self.world} workers; use a multiple of {self.world}")
-        share = count // self.world
-        position += self.rank * share
-        positions_B = torch.arange(position, position + share)
-        index_B = self._order.batch(position, share)
+        worker_count = count // self.world
+        position += self.rank * worker_count
+        positions_B = torch.arange(position, position + worker_count)
+        index_B = self._order.batch(position, worker_count)
 
         variants_B = self.cache.variants(index_B)
         captions = captions_for(variants_B, positions_B, self.stage, self.seed)
-        # Index of each caption among the captions of its sample; -1 = not among them, because it was edited or dropped.
+        # The index of each caption among the variants of its sample, or -1 if the caption was edited or dropped.
         pairs = zip(captions, variants_B, strict=True)
         variant_B = [variants.index(caption) if caption in variants else -1 for caption, variants in pairs]
         token_ids_BL = self._token_ids(captions, variant_B, index_B)
@@ -148,13 +149,13 @@ class Loader:
             assert not any(caption for caption, variant in zip(captions, variant_B, strict=True) if variant < 0)
             text_embeds_BLD = self._text_embeddings.get(index_B, variant_B)
 
-        ids, weights = _pin(token_ids_BL), self._weights(index_B)
-        masks = self._masks.get(index_B, version_B, latents.shape[-2:]) if self._masks else None
-        return Batch(latents, ids, _pin(positions_B), captions, text_embeds_BLD, index_B, _pin(weights), _pin(masks))
+        token_ids_BL, weight_B = _pin(token_ids_BL), _pin(self._weights(index_B))
+        mask_B1HW = _pin(self._masks.get(index_B, version_B, latents.shape[-2:])) if self._masks else None
+        return Batch(latents, token_ids_BL, _pin(positions_B), captions, text_embeds_BLD, index_B, weight_B, mask_B1HW)
 
     def _weights(self, index_B: Tensor) -> Tensor | None:
-        """Return the loss factor of each sample: the factor of its folder times its own."""
-        sample_weight_B = self.cache.weights(index_B) if self._weighted else None
+        """Return the loss factor of each sample: the factor of its folder times the sample's own factor."""
+        sample_weight_B = self.cache.weights(index_B) if self._has_weights else None
         if self._weight_G is None:
             return sample_weight_B
         folder_weight_B = self._weight_G[torch.searchsorted(self._first_G, index_B, right=True) - 1]
@@ -166,11 +167,11 @@ class Loader:
         Returns:
             Raw latents (B, C, H, W), and token ids (B, L) or, if they are cached, text embeddings (B, L, D).
         """
-        first = [0] * len(samples)
+        first_variants = [0] * len(samples)
         latents_BCHW = self.cache.get(samples)["latents"]
         if self._text_embeddings is not None:
-            return latents_BCHW, self._text_embeddings.get(samples, first)
-        ids_BL = self._token_ids(self.cache.captions(samples), first, torch.from_numpy(samples))
+            return latents_BCHW, self._text_embeddings.get(samples, first_variants)
+        ids_BL = self._token_ids(self.cache.captions(samples), first_variants, torch.from_numpy(samples))
         return latents_BCHW, _pin(ids_BL)
 
     def stream(self, start: int, stop: int, step: int) -> Stream:
@@ -178,14 +179,14 @@ class Loader:
         return Stream(lambda position: self.batch(position, min(step, stop - position)), range(start, stop, step))
 
     def _token_ids(self, captions: list[str], variant_B: list[int], index_B: Tensor) -> Tensor:
-        rows: dict[int, Tensor] = {}
+        ids_by_slot: dict[int, Tensor] = {}
         if self._tokens is not None:
             for i, (variant, index) in enumerate(zip(variant_B, index_B.tolist(), strict=True)):
                 if variant >= 0:
-                    rows[i] = self._tokens.row(index, variant)
-        others = [i for i in range(len(captions)) if i not in rows]
-        rows.update(zip(others, self._tokenized([captions[i] for i in others]), strict=True))
-        return torch.stack([rows[i] for i in range(len(captions))])
+                    ids_by_slot[i] = self._tokens.row(index, variant)
+        missing_slots = [i for i in range(len(captions)) if i not in ids_by_slot]
+        ids_by_slot.update(zip(missing_slots, self._tokenized([captions[i] for i in missing_slots]), strict=True))
+        return torch.stack([ids_by_slot[i] for i in range(len(captions))])
 
     def _tokenized(self, captions: list[str]) -> list[Tensor]:
         with self._memo_lock:  # also because not every tokenizer is thread-safe
@@ -198,9 +199,10 @@ class Loader:
 
 
 class Stream(Iterator[Batch]):
-    """Iterates over batches that background threads prepare. `waited` counts the seconds the consumer spent waiting.
+    """Iterates over batches that background threads prepare. `waited` counts the seconds that the consumer has waited.
 
-    `next` raises an exception of a thread. `close`, the end of a `with` block or dropping the stream stops the threads.
+    `next` raises the exception of a thread. The threads stop at `close`, at the end of a `with` block, and when the stream is
+    deleted.
     """
 
     def __init__(self, load: Callable[[int], Batch], positions: range):

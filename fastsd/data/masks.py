@@ -1,14 +1,14 @@
 """Masks of the image areas to learn, built once: DIR/masks/VIEW.safetensors, an ordinary safetensors file.
 
-A mask lies beside its image: white (255) where the loss counts, black where it does not.  It has the aspect ratio of the
-displayed image, gets the same resize, crop and mirroring, and is averaged over each cell of the latents.  An image without
-a mask counts in full.  If a mask is unusable, its image is rejected: training on all of it would contradict the mask.
+A mask lies beside its image.  It is white (255) where the loss counts and black where it does not.  It has the aspect ratio of
+the displayed image, gets the same resize, crop and mirroring, and is averaged over each cell of the latents.  An image without
+a mask counts in full.  If a mask is unusable, its image is rejected, because training on all of it would contradict the mask.
 
-The file contains the tensors keys (uint8, n * 32, zeros = no mask), offsets (int64, n * crops + 1) and cells (uint8).  Crop c
-of sample i is cells[offsets[i * crops + c] : offsets[i * crops + c + 1]], the zlib-compressed uint8 (h, w), or empty.  For
-mirrored latents it is mirrored on reading.  The file names the view it belongs to by sha256.
+The file contains the tensors keys (uint8, n * 32, zeros = no mask), offsets (int64, n * crops + 1) and cells (uint8).  The mask
+of crop c of sample i is cells[offsets[i * crops + c] : offsets[i * crops + c + 1]].  These bytes are a zlib-compressed uint8
+(h, w), or empty.  A mask is mirrored when it is read for mirrored latents.  The metadata has the sha256 of the view.
 
-Shapes: n samples, B of a batch, h x w cells of their latents.
+Shapes: n samples, of which B in a batch, h x w cells of their latents.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Masks:
 
         Args:
             samples: B cache indices of samples of one shape.
-            versions: the crop or mirror image of each sample, as in `LatentCache.get`; None = the first version.
-            shape: (h, w).
+            versions: the version of each sample, as in `LatentCache.get`; None = the first version.
+            shape: (h, w) of the latents.
 
         Raises:
             UserError: the file is damaged.
@@ -81,7 +81,7 @@ open_masks = lru_cache(maxsize=2)(Masks)  # all stages of a run open the same ma
 
 
 def inflate(deflated: bytes, shape: Sequence[int]) -> Tensor | None:
-    """Decompress cells to uint8 (h, w). Return None if zlib's checksum or their size shows damage."""
+    """Decompress cells to uint8 (h, w). Return None if zlib's checksum or the number of cells shows damage."""
     try:
         return torch.frombuffer(bytearray(zlib.decompress(deflated)), dtype=torch.uint8).view(shape)
     except (zlib.error, RuntimeError, ValueError):
@@ -93,7 +93,7 @@ def mask_path(folder: Path, view: str) -> Path:
 
 
 def mask_hash(latents: cache.LatentCache) -> str:
-    """Return the sha256 of a view's masks, or "" if it has no masks. Raises UserError if the file is damaged."""
+    """Return the sha256 of a view's masks, or "" if the view has no masks. Raises UserError if the file is damaged."""
     path = mask_path(latents.path.parent.parent, latents.name)
     return read_header(path, MasksFile.FORMAT)[1].get("sha256", "") if path.exists() else ""
 

@@ -1,10 +1,10 @@
 """Rows on the disk: the shards that contain them and the frozen indexes that locate them.
 
-    shard    one tensor of at most 4096 rows; the header is padded with spaces until the data starts at a multiple of 4096
-    index    for every entry: shard, row (int32) and check (int64, the xxh3 of the row's bytes), and further tensors that depend
-             on the kind of index; a reader ignores unknown tensors
+    shard    has one tensor of at most 4096 rows.  Spaces after its header make the data start at a multiple of 4096.
+    index    has, for every entry, shard and row (int32) and check (int64, the xxh3 of the row's bytes), and other tensors that
+             depend on the kind of index.  A reader ignores unknown tensors.
 
-Both are ordinary safetensors files; the key `fastsd` of their metadata names the format.  `store.py` writes the shards.
+Both are ordinary safetensors files.  The key `fastsd` of their metadata names the format.  `store.py` writes the shards.
 Read next: `cache.py`, `text_embeddings.py`.
 
 Shapes: B entries of an index.
@@ -33,21 +33,21 @@ from fastsd.storage import DTYPES as CODES
 from fastsd.storage import flush_folder, write_safetensors
 
 LATENTS, STATES = "latents-1", "states-1"
-TENSOR = {LATENTS: "mean", STATES: "states"}  # the one tensor of a shard, by its format
+TENSOR = {LATENTS: "mean", STATES: "states"}  # name of the only tensor of a shard, by format
 OUTDATED = "is outdated (images or captions have changed)"
-_OPEN_SHARDS = 256  # well below the 1024 files a process may have open
-_MAPPED = 32 << 20  # bytes: tensors up to this size are read through the mapping and may become resident as a whole
-_HASHED = 16 << 20  # bytes of an index in memory while it is hashed
+_OPEN_SHARDS = 256  # well below the 1024 files that a process may have open
+_MAPPED = 32 << 20  # bytes: a tensor up to this size is read through the mapping, which may load all of it into memory
+_HASH_CHUNK = 16 << 20  # bytes of a file in memory while it is hashed
 _READERS = 8  # more threads do not make cold reads faster
-# Rows below which another thread costs more than it gains. More where the disk is asked for all rows beforehand.
-_PER_READER = 32 if hasattr(os, "posix_fadvise") else 4
+# With fewer rows, another thread costs more time than it saves. If the disk can prefetch rows, threads matter less.
+_ROWS_PER_READER = 32 if hasattr(os, "posix_fadvise") else 4
 
 
 def read_header(path: Path, file_format: str) -> tuple[dict[str, Any], dict[str, str], int]:
-    """Read the header of a fastsd file: (tensors, metadata, offset of the data).
+    """Read the header of a fastsd file. Return its tensors, its metadata and the offset of its data.
 
     Raises:
-        UserError: the file is not a complete file of `file_format`.
+        UserError: the file is missing, truncated or not of `file_format`.
     """
     try:
         with path.open("rb") as file:
@@ -73,23 +73,26 @@ def damage_error(path: Path, problem: str) -> UserError:
 
 
 def row_check(data: Any) -> int:
-    """Return the checksum that detects a damaged row: xxh3 of its bytes, as a signed 64-bit number."""
+    """Return the checksum that detects a damaged row: the xxh3 of its bytes, as a signed 64-bit number."""
     return int.from_bytes(xxhash.xxh3_64_digest(data), "big", signed=True)
 
 
 class Frozen:
-    """A memory-mapped frozen file: its flat tensors `arrays` and its `metadata`. Raises UserError if missing or damaged.
+    """A memory-mapped frozen file, with its flat tensors `arrays` and its `metadata`.
 
     Args:
-        file_format: format of the file.
+        file_format: format that the file must have.
         kinds: dtypes of the required tensors, by name.
         optional: dtypes of the optional tensors, by name.
+
+    Raises:
+        UserError: the file is missing or damaged.
     """
 
     def __init__(
         self, path: Path, file_format: str, kinds: Mapping[str, type[np.generic]], optional: Mapping[str, type[np.generic]] = {}
     ):
-        tensors, self.metadata, start = read_header(path, file_format)
+        tensors, self.metadata, data_start = read_header(path, file_format)
         self._path = path
         self._file = path.open("rb", buffering=0)  # closed with the last reference
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -97,18 +100,18 @@ class Frozen:
         self.arrays: dict[str, np.ndarray] = {}
         self._starts: dict[str, int] = {}
         try:
-            for name, kind in [*kinds.items(), *(item for item in optional.items() if item[0] in tensors)]:
-                first, last = tensors[name]["data_offsets"]
-                self.arrays[name] = np.asarray(mapped[start + first : start + last]).view(kind)
-                self._starts[name] = start + first
+            for name, dtype in [*kinds.items(), *(item for item in optional.items() if item[0] in tensors)]:
+                start, end = (data_start + offset for offset in tensors[name]["data_offsets"])
+                self.arrays[name] = np.asarray(mapped[start:end]).view(dtype)
+                self._starts[name] = start
         except (ValueError, LookupError, TypeError) as error:
             raise damage_error(path, f"is not a valid {file_format} file ({error})") from None
 
     def take(self, name: str, index_B: np.ndarray) -> np.ndarray:
         """Return entries of a tensor.
 
-        Entries of a large tensor are read with `pread`. Through the mapping, each access would load up to a megabyte around
-        the entry that stays resident, until the whole file is in memory.
+        Entries of a large tensor are read with `pread`. If they were read through the mapping, each access would load up to a
+        megabyte around the entry and keep it, until the whole file is in memory.
         """
         if not self._is_large(name):
             return self.arrays[name][index_B]
@@ -131,18 +134,19 @@ class Frozen:
     def _is_large(self, name: str) -> bool:
         return self.arrays[name].nbytes > _MAPPED and hasattr(os, "pread")
 
-    def _entries(self, chunks: list[bytes], count: int, kind: np.dtype[Any]) -> np.ndarray:
+    def _entries(self, chunks: list[bytes], count: int, dtype: np.dtype[Any]) -> np.ndarray:
         data = b"".join(chunks)
-        if len(data) != count * kind.itemsize:
+        if len(data) != count * dtype.itemsize:
             raise damage_error(self._path, "is truncated")
-        return np.frombuffer(data, kind)
+        return np.frombuffer(data, dtype)
 
 
 class Sealed(Frozen):
-    """A frozen file that contains the sha256 of its contents. Raises UserError if it is missing or damaged.
+    """A frozen file whose metadata has the sha256 of its contents. Raises UserError if it is missing or damaged.
 
-    A subclass defines a kind of file: its `FORMAT`, its `TENSORS`, and the metadata keys that the sha256 also covers.  Other
-    files refer to it by this sha256.  Tensors in `OPTIONAL` have separate hashes: changing them breaks no reference.
+    A subclass defines a kind of file by its `FORMAT`, its `TENSORS` and the `HASHED_KEYS` of the metadata that the sha256 also
+    covers.  Other files refer to the file by this sha256.  Tensors in `OPTIONAL` have separate hashes, so that other files stay
+    valid when these tensors change.
     """
 
     FORMAT: ClassVar[str]
@@ -160,14 +164,14 @@ class Sealed(Frozen):
             raise damage_error(path, f"is not a valid {self.FORMAT} file ({error})") from None
 
     def _parse(self) -> None:
-        """Parse the contents specific to a subclass. Raises ValueError, LookupError or TypeError if they are invalid."""
+        """Parse the contents that only a subclass has. Raises ValueError, LookupError or TypeError if they are invalid."""
 
     def _release_pages(self) -> None:
         if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)  # drops the pages from this process, not from the page cache
+            self._map.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's page cache
 
     def is_sound(self) -> bool:
-        """Return True if all bytes match their hashes. Reads the file once."""
+        """Return True if all bytes match their hashes. This reads the whole file."""
         keys = "sha256", *(f"sha256_{name}" for name in self.OPTIONAL)
         expected = {key: sha for key in keys if (sha := self.metadata.get(key))}
         return self.hashes(self.arrays, self.metadata, self._release_pages) == expected
@@ -176,24 +180,24 @@ class Sealed(Frozen):
     def hashes(
         cls, arrays: dict[str, np.ndarray], metadata: dict[str, str], between: Callable[[], None] = lambda: None
     ) -> dict[str, str]:
-        """Compute the `sha256` of a file and one for each tensor of `OPTIONAL` it has. Calls `between` every few megabytes."""
-        text = json.dumps([metadata[key] for key in cls.HASHED_KEYS])
-        contents = {"sha256": (text, list(cls.TENSORS))}
+        """Hash the contents of a file, and each `OPTIONAL` tensor that it has. Calls `between` every few megabytes."""
+        hashed_metadata = json.dumps([metadata[key] for key in cls.HASHED_KEYS])
+        contents = {"sha256": (hashed_metadata, list(cls.TENSORS))}
         contents |= {f"sha256_{name}": ("", [name]) for name in cls.OPTIONAL if name in arrays}
         digests = {}
         for key, (text, names) in contents.items():
             sha = hashlib.sha256(text.encode())
             for name in names:
                 data = arrays[name].view(np.uint8)
-                for start in range(0, len(data), _HASHED):
-                    sha.update(data[start : start + _HASHED].data)
+                for start in range(0, len(data), _HASH_CHUNK):
+                    sha.update(data[start : start + _HASH_CHUNK].data)
                     between()
             digests[key] = sha.hexdigest()
         return digests
 
     @classmethod
     def write(cls, path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str], **unhashed: str) -> None:
-        """Write a file atomically. Its sha256 covers the metadata in `metadata` but not the metadata in `unhashed`."""
+        """Write a file atomically. Its sha256 covers `metadata` but not `unhashed`, which is further metadata."""
         metadata = {"fastsd": cls.FORMAT, **unhashed, **cls.hashes(arrays, metadata), **metadata}
         temporary = path.with_name(f".{path.name}")
         names = [*cls.TENSORS, *(name for name in cls.OPTIONAL if name in arrays)]
@@ -203,7 +207,7 @@ class Sealed(Frozen):
 
 
 class Index(Sealed):
-    """A frozen index. `shards` holds (name, shape of a row) of each shard, by number."""
+    """A frozen index. `shards[i]` is the name and the row shape of the shard with number i."""
 
     def _parse(self) -> None:
         self.shards: list[tuple[str, list[int]]] = [(name, shape) for name, shape in json.loads(self.metadata["shards"])]
@@ -216,7 +220,7 @@ class Rows:
         folder: folder of the cache.
         index: locates the rows.
         dtype: dtype of the rows.
-        owner: required metadata of every shard: its format under the key `fastsd`, and the origin of its rows.
+        owner: metadata that every shard must have: its format under the key `fastsd`, and the origin of its rows.
     """
 
     def __init__(self, folder: Path, index: Index, dtype: torch.dtype, owner: dict[str, str]):
@@ -227,12 +231,12 @@ class Rows:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastsd-read")
 
     def close(self) -> None:
-        """Close the files. Optional, because the end of the interpreter closes them too."""
+        """Close the files. This is optional, because they are also closed when the interpreter ends."""
         self._readers.shutdown()
         self._open.clear()
 
     def _read(self, index_B: np.ndarray) -> Tensor:
-        """Read rows of one shape: (B, ...) on the CPU (pinned if there is a GPU). Raises UserError if a row is damaged."""
+        """Read rows of one shape to the CPU, (B, ...), pinned if there is a GPU. Raises UserError if a row is damaged."""
         shard_B, row_B, check_B = (self._index.take(name, index_B) for name in ("shard", "row", "check"))
         shapes = {tuple(self._index.shards[shard][1]) for shard in np.unique(shard_B)}
         assert len(shapes) == 1, f"a batch needs samples of one shape, not {sorted(shapes)}"
@@ -245,13 +249,13 @@ class Rows:
             for slot, (shard, row) in enumerate(zip(shard_B.tolist(), row_B.tolist(), strict=True))
         ]
 
-        # Copy rows that are in the page cache at once. Request all others from the disk, then read them in threads.
-        absent = [request for request in requests if not request[0].read_cached(request[1], request[2])]
-        absent.sort(key=lambda request: (request[0].path, request[1]))  # in disk order, which matters on some disks
-        for shard, row, into in absent:
+        # First copy the rows that are in the page cache. Then request all others from the disk and read them in threads.
+        uncached = [request for request in requests if not request[0].read_cached(request[1], request[2])]
+        uncached.sort(key=lambda request: (request[0].path, request[1]))  # some disks are faster in the order of the file
+        for shard, row, into in uncached:
             shard.expect(row, len(into))
-        readers = min(_READERS, -(-len(absent) // _PER_READER))
-        for _ in self._readers.map(_read_all, [absent[i::readers] for i in range(readers)]):
+        readers = min(_READERS, -(-len(uncached) // _ROWS_PER_READER))
+        for _ in self._readers.map(_read_all, [uncached[i::readers] for i in range(readers)]):
             pass
 
         for (shard, row, into), check in zip(requests, check_B.tolist(), strict=True):
@@ -267,7 +271,7 @@ class Rows:
             if number not in self._open:
                 name, shape = self._index.shards[number]
                 path = self._folder / f"{name}.safetensors"
-                if number not in self._starts:  # check the header only when the shard is first opened
+                if number not in self._starts:  # the header is checked only once
                     self._starts[number] = self._start(path, shape)
                 self._open[number] = _Shard(path, self._starts[number])
                 if len(self._open) > _OPEN_SHARDS:
@@ -277,18 +281,18 @@ class Rows:
 
     def _start(self, path: Path, shape: list[int]) -> int:
         """Return the offset of a shard's data. Raises UserError if the shard does not match the index."""
-        kind = self._owner["fastsd"]
-        tensors, metadata, start = read_header(path, kind)
-        rows = tensors.get(TENSOR[kind], {})
-        if metadata | self._owner != metadata or rows.get("shape", [])[1:] != shape:
+        file_format = self._owner["fastsd"]
+        tensors, metadata, start = read_header(path, file_format)
+        tensor = tensors.get(TENSOR[file_format], {})
+        if metadata | self._owner != metadata or tensor.get("shape", [])[1:] != shape:
             raise damage_error(path, "has another VAE, text encoder or shape than its index")
-        if rows["dtype"] != CODES[self._dtype]:
-            raise damage_error(path, f"has dtype {rows['dtype']}, its index expects {CODES[self._dtype]}")
+        if tensor["dtype"] != CODES[self._dtype]:
+            raise damage_error(path, f"has dtype {tensor['dtype']}, its index expects {CODES[self._dtype]}")
         return start
 
 
 class _Shard:
-    """An open shard. After eviction, threads that still read keep it alive; dropping the last reference closes it."""
+    """An open shard. The file is closed with the last reference, so threads can still read from an evicted shard."""
 
     def __init__(self, path: Path, start: int):
         self.path, self._start = path, start
@@ -299,7 +303,7 @@ class _Shard:
         self._lock = threading.Lock()
 
     def read_cached(self, row: int, into: memoryview) -> bool:
-        """Copy a row if it is in the page cache. Return False if it is not or the system cannot tell (Linux can)."""
+        """Copy a row if it is in the page cache. Return False if it is not, or if the system is not Linux."""
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         try:
@@ -308,7 +312,7 @@ class _Shard:
             return False
 
     def expect(self, row: int, size: int) -> None:
-        """Ask the disk to fetch a row, without waiting for it."""
+        """Ask the disk to fetch a row. Do not wait for it."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), self._start + row * size, size, os.POSIX_FADV_WILLNEED)
 

@@ -1,14 +1,14 @@
 """Text embeddings of every caption of a view, encoded once: an option for training with a frozen text encoder.
 
     DIR/shards/S.safetensors      one tensor "states" (n, L, D), n <= 4096 and no more than 512 MiB
-    DIR/states/V-K.safetensors    frozen: the position of the embeddings of every caption of view V; training maps this file
+    DIR/states/V-K.safetensors    the places of the embeddings of every caption of view V; frozen, training maps this file
 
 K identifies the text encoder, `cache.dtype` and `cache.precision`.  Variant j of sample i is entry offsets[i] + j of the index.
-The last entry, offsets[-1], is "", used for dropped captions.  offsets are int64 (samples + 1).
+The last entry, offsets[-1], is "", which replaces dropped captions.  offsets are int64 (samples + 1).
 
 `fastsd/data/building/embed_captions.py` writes these files.
 
-Shapes: B captions, L tokens, D context width.
+Shapes: B captions, L tokens, D width of a text embedding.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class TextEmbeddings(Rows):
     """Random access to the text embeddings of a cache's captions. Thread-safe.
 
     Args:
-        table: `dtype` and `precision` of the text embeddings.
+        table: has the folder of the cache, and `dtype` and `precision` of the text embeddings.
         latents: the cache with the captions.
-        text: the text encoder that must have produced them, in fp32.
+        text: the text encoder, in fp32, that must have produced the text embeddings.
 
     Raises:
-        UserError: the embeddings are missing, damaged, or belong to another state of the view.
+        UserError: the text embeddings are missing, damaged, or belong to another state of the view.
     """
 
     def __init__(self, table: CacheTable, latents: LatentCache, text: TextEncoder) -> None:
@@ -46,14 +46,14 @@ class TextEmbeddings(Rows):
         super().__init__(Path(table.dir), index, DTYPES[table.dtype], metadata)
 
     def get(self, samples: cache.Positions, variants: cache.Positions) -> Tensor:
-        """Read text embeddings: (B, L, D) in the stored dtype, on the CPU (pinned if there is a GPU).
+        """Read text embeddings in the stored dtype to the CPU, (B, L, D), pinned if there is a GPU.
 
         Args:
             samples: B cache indices of samples.
-            variants: index of the caption of each sample, -1 for "".
+            variants: index of the caption of each sample; -1 = "".
 
         Raises:
-            UserError: a shard is missing, or its bytes differ from those that were written.
+            UserError: a shard is missing or damaged.
         """
         variant_B = np.asarray(variants)
         entry_B = self._index.take("offsets", np.asarray(samples)) + variant_B
@@ -61,18 +61,18 @@ class TextEmbeddings(Rows):
 
 
 def shard_metadata(table: CacheTable, text: TextEncoder) -> dict[str, str]:
-    """Return the metadata of the shards, which identifies the origin of their text embeddings."""
+    """Return the metadata that identifies the origin of the text embeddings in a shard."""
     return {"fastsd": STATES, "encoder": encoder_hash(text), "precision": table.precision}
 
 
 def encoder_hash(text: TextEncoder) -> str:
-    """Hash all that determines text embeddings: fp32 weights, shape, clip skip, tokenizer. sha256, 64 hex digits."""
-    config, used = text.module.config, text.used_parameters()
-    shape = [config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps, text.window]
-    shape += [text.chunks] if text.chunks > 1 else []
-    sha = hashlib.sha256(json.dumps([shape, text.clip_skip, tokenizer_hash(text.tokenizer)]).encode())
+    """Return the sha256 of all that determines text embeddings: fp32 weights, architecture, clip skip, tokenizer."""
+    config, used_names = text.module.config, text.used_parameters()
+    architecture = [config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps, text.window]
+    architecture += [text.chunks] if text.chunks > 1 else []
+    sha = hashlib.sha256(json.dumps([architecture, text.clip_skip, tokenizer_hash(text.tokenizer)]).encode())
     for name, tensor in sorted(text.module.named_parameters()):
-        if name in used:
+        if name in used_names:
             assert tensor.dtype == torch.float32, "the hash needs the exact fp32 weights"
             # Only some versions of transformers have the prefix.
             sha.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}\n".encode())

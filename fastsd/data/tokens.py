@@ -1,9 +1,11 @@
 """Token ids of every caption of a view, built once: DIR/tokens/VIEW-TOKENIZER.safetensors, an ordinary safetensors file.
 
-It contains the tensors offsets (int64, n + 1) and ids (16 bits, or 32 if the vocabulary needs them; unsigned, although the
-header declares them as signed).  Sample i has ids[offsets[i] : offsets[i + 1]]: the ids of each of its captions, untruncated
-and without the start and end tokens, each caption followed by END, the largest number of the dtype.  The file names its view
-by sha256 and its tokenizer by `tokenizer_hash`.  `fastsd/data/building/tokenize_captions.py` writes it.
+The file contains the tensors offsets (int64, n + 1) and ids.  The ids have 16 bits, or 32 if the vocabulary needs them.  They
+are unsigned, although the header declares them as signed.  Sample i has ids[offsets[i] : offsets[i + 1]].  These are the ids of
+all its captions, untruncated and without start and end tokens.  After each caption follows END, the largest number of the
+dtype.  The metadata has the sha256 of the view and the `tokenizer_hash`.
+
+`fastsd/data/building/tokenize_captions.py` writes these files.
 
 Shapes: n samples, L tokens.
 """
@@ -23,7 +25,7 @@ from fastsd.errors import UserError
 from fastsd.model.text_encoder import assemble, tokenizer_hash
 
 TOKENS_FORMAT = "tokens-1"
-HEADER_BYTES = 4096  # reserved for the header, which is written last because it contains the sha256 of the data
+HEADER_BYTES = 4096  # size of the header, which is written last because it contains the sha256 of the data
 
 
 class Tokens:
@@ -31,12 +33,12 @@ class Tokens:
 
     Args:
         cache: the cache with the captions.
-        tokenizer: the tokenizer that must have produced the ids.
-        window: tokens the text encoder takes at once, including start and end token.
-        chunks: number of windows a caption may fill.
+        tokenizer: the tokenizer that must have produced the token ids.
+        window: number of tokens that the text encoder takes at once, including start and end token.
+        chunks: number of windows that a caption may fill.
 
     Raises:
-        UserError: the ids are missing, damaged, or belong to another state of the view.
+        UserError: the token ids are missing, damaged, or belong to another state of the view.
     """
 
     def __init__(self, cache: LatentCache, tokenizer: Any, window: int, chunks: int = 1) -> None:
@@ -54,7 +56,7 @@ class Tokens:
         self._end = np.iinfo(self._ids.dtype).max
 
     def row(self, sample: int, variant: int) -> Tensor:
-        """Return the token ids of a caption as the text encoder takes them: int64 (L,). Raises UserError on damage."""
+        """Return the token ids of a caption, ready for the text encoder: int64 (L,). Raises UserError on damage."""
         first, last = self._file.cut("offsets", sample, sample + 2).tolist()
         ids = self._file.cut("ids", first, last)
         ends = [-1, *np.flatnonzero(ids == self._end).tolist()]
@@ -65,21 +67,22 @@ class Tokens:
 
     def over_length(self) -> int:
         """Count the captions that are truncated for the text encoder."""
-        over, last = 0, -1
+        truncated, last_end = 0, -1
         for first in range(0, len(self._ids), 1 << 22):
             ends = first + np.flatnonzero(self._ids[first : first + (1 << 22)] == self._end)
-            over += int((np.diff(ends, prepend=last) - 1 > self.chunks * (self.window - 2)).sum())
-            last = ends[-1] if len(ends) else last
-        return over
+            lengths = np.diff(ends, prepend=last_end) - 1
+            truncated += int((lengths > self.chunks * (self.window - 2)).sum())
+            last_end = ends[-1] if len(ends) else last_end
+        return truncated
 
     def is_sound(self) -> bool:
-        """Return True if all bytes match their sha256. Reads the file once."""
+        """Return True if all bytes match their sha256. This reads the whole file."""
         with open(self.path, "rb") as file:
             return content_hash(file) == self._metadata.get("sha256")
 
 
 def find_damage(path: Path) -> str:
-    """Describe the damage of a file of token ids, of any tokenizer, or return "" if it is intact. Reads the file once."""
+    """Describe the damage of a file of token ids, or return "" if it is intact. This reads the whole file."""
     try:
         metadata = read_header(path, TOKENS_FORMAT)[1]
         with open(path, "rb") as file:
@@ -89,7 +92,7 @@ def find_damage(path: Path) -> str:
 
 
 def view_hash(path: Path) -> str:
-    """Return the sha256 of the view that a file of token ids belongs to, or "" if the file cannot be read."""
+    """Return the sha256 of the view to which a file of token ids belongs, or "" if the file cannot be read."""
     try:
         return read_header(path, TOKENS_FORMAT)[1].get("view", "")
     except UserError:

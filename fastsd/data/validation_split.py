@@ -1,10 +1,10 @@
-"""Choice of the images for validation: the held-out split is never trained on, the stabilised split is.
+"""Choose the images for validation: the held-out split is never trained on, the stabilised split is.
 
-The choice depends on the latents of an image.  Its key is a random number, a function of (validate.seed, xxh3 of its stored
-bytes).  Images with the smallest keys are held out; those with the next smallest stay in training and are measured as well.
-The path and captions of an image therefore do not matter, and a new image displaces another only if its key is smaller.  Copies
-of an image share its key: all are held out together, and the image is measured once.  With validate.by = "number" the sample's
-number replaces its bytes: corresponding data sets use the same samples, noise and timesteps, and copies are not detected.
+Each image has a random key, a function of validate.seed and the xxh3 of its stored latents.  The images with the smallest keys
+are held out.  The images with the next smallest keys stay in training and are measured as well.  The path and the captions of
+an image therefore do not matter, and a new image displaces another only if its key is smaller.  Copies of an image have the
+same key: all are held out together, and only one is measured.  With validate.by = "number", the key depends on the number of the
+sample instead.  Corresponding data sets then use the same samples, noise and timesteps, but copies are not detected.
 
 Shapes: N samples of the cache.
 """
@@ -22,7 +22,7 @@ from fastsd.data.captions import select
 from fastsd.errors import UserError
 from fastsd_kernels.noise import Purpose, philox
 
-_CHUNK = 1 << 16  # samples per draw of keys
+_CHUNK = 1 << 16  # samples whose keys are drawn together
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ValidationSplits:
     """The splits of a cache, as sample numbers.
 
     Attributes:
-        measured: "held_out" and "stabilised", int64, one sample per image, in the order of their keys. Empty splits are absent.
-        left_out: the held-out images with all their copies, int64, sorted. No stage may train on them.
+        measured: the samples of "held_out" and "stabilised", int64, sorted by key, without copies. Empty splits are absent.
+        left_out: the held-out samples and all their copies, int64, sorted. No stage may train on them.
     """
 
     measured: dict[str, np.ndarray]
@@ -39,7 +39,7 @@ class ValidationSplits:
 
 
 def choose_splits(cache: LatentCache, config: Config) -> ValidationSplits:
-    """Choose the splits of `[validate]` among the images that data.include and data.exclude leave (for the first stage).
+    """Choose the splits of `[validate]` among the images that data.include and data.exclude leave in the first stage.
 
     Raises:
         UserError: there are too few images.
@@ -50,8 +50,8 @@ def choose_splits(cache: LatentCache, config: Config) -> ValidationSplits:
         return ValidationSplits({}, np.empty(0, np.int64))
     key_N = _keys(cache, table)
     selected = select(cache, tuple(data.include), tuple(data.exclude), config.stage[0].tag_separator)
-    keys, first = np.unique(key_N if selected is None else key_N[selected], return_index=True)
-    samples = first if selected is None else selected[first]
+    keys, indices = np.unique(key_N if selected is None else key_N[selected], return_index=True)
+    samples = indices if selected is None else selected[indices]
     _check_sizes(counts, len(samples))
     measured, start = {}, 0
     for name, count in counts.items():
@@ -62,12 +62,12 @@ def choose_splits(cache: LatentCache, config: Config) -> ValidationSplits:
 
 
 def identities(cache: LatentCache, table: ValidateTable, first: int, last: int) -> np.ndarray:
-    """Return the identities of samples [first, last), int64: content hashes or sample numbers."""
+    """Return what identifies samples [first, last), int64: content hashes or sample numbers."""
     return cache.checks(first, last) if table.by == "content" else np.arange(first, last)
 
 
 def _keys(cache: LatentCache, table: ValidateTable) -> np.ndarray:
-    """Draw 62 random bits per sample, the same for equal identities: int64 (N,)."""
+    """Draw the key of each sample, int64 (N,): 62 random bits, the same for equal identities."""
     block, keys = torch.zeros(1, dtype=torch.int64), [np.empty(0, np.int64)]
     for first in range(0, len(cache), _CHUNK):
         identity_B = torch.tensor(identities(cache, table, first, min(first + _CHUNK, len(cache))))
@@ -77,16 +77,16 @@ def _keys(cache: LatentCache, table: ValidateTable) -> np.ndarray:
 
 
 def _check_sizes(sizes: dict[str, int], images: int) -> None:
-    half, left = images // 2, images - sizes["held_out"]
+    half, rest = images // 2, images - sizes["held_out"]
     if sizes["held_out"] > half:
         raise UserError(
             "held-out-size",
             f"validate.held_out is {sizes['held_out']}, more than half of the {images} distinct images; lower it to {half} "
             "or below",
         )
-    if sizes["stabilised"] > left:
+    if sizes["stabilised"] > rest:
         raise UserError(
             "stabilised-size",
-            f"validate.stabilised is {sizes['stabilised']}, but only {left} distinct images are trained on; lower it to {left} "
+            f"validate.stabilised is {sizes['stabilised']}, but only {rest} distinct images are trained on; lower it to {rest} "
             "or below",
         )
