@@ -257,7 +257,7 @@ class LatentCache(Rows):
             versions: B numbers in [0, V) that select a crop or mirror image of each sample; None = the first version.
 
         Returns:
-            A dict with "latents": the raw posterior mean in the stored dtype (B, C, h, w), on the CPU, pinned if there is a GPU.
+            A dict with "latents": raw posterior means (B, C, h, w) in the stored dtype, on the CPU, pinned if there is a GPU.
 
         Raises:
             UserError: a shard is missing or damaged.

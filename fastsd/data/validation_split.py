@@ -3,8 +3,8 @@
 Each image has a random key, a function of validate.seed and the xxh3 of its stored latents.  The images with the smallest keys
 are held out.  The images with the next smallest keys stay in training and are measured as well.  The path and the captions of
 an image therefore do not matter, and a new image displaces another only if its key is smaller.  Copies of an image have the
-same key: all are held out together, and only one is measured.  With validate.by = "number", the key depends on the number of the
-sample instead.  Corresponding data sets then use the same samples, noise and timesteps, but copies are not detected.
+same key: all are held out together, and only one is measured.  With validate.by = "number", the key depends on the sample's
+number instead.  Corresponding data sets then use the same samples, noise and timesteps, but copies are not detected.
 
 Shapes: N samples of the cache.
 """
@@ -77,16 +77,16 @@ def _keys(cache: LatentCache, table: ValidateTable) -> np.ndarray:
 
 
 def _check_sizes(sizes: dict[str, int], images: int) -> None:
-    half, rest = images // 2, images - sizes["held_out"]
+    half, remaining = images // 2, images - sizes["held_out"]
     if sizes["held_out"] > half:
         raise UserError(
             "held-out-size",
             f"validate.held_out is {sizes['held_out']}, more than half of the {images} distinct images; lower it to {half} "
             "or below",
         )
-    if sizes["stabilised"] > rest:
+    if sizes["stabilised"] > remaining:
         raise UserError(
             "stabilised-size",
-            f"validate.stabilised is {sizes['stabilised']}, but only {rest} distinct images are trained on; lower it to {rest} "
-            "or below",
+            f"validate.stabilised is {sizes['stabilised']}, but only {remaining} distinct images are trained on; "
+            f"lower it to {remaining} or below",
         )

@@ -1,7 +1,7 @@
-"""Floor 2.5: building the cache. Modules in the order of processing:
+"""Floor 2.5: building the cache. The modules, in the order of processing:
 
 buckets, decode                                 decode image files to pixels of a bucket's size
 collect, build, pipeline, store                 find new images, assign their rows, encode and write them
 mask_cells, tokenize_captions, embed_captions   compute mask cells, token ids and text embeddings
-upkeep                                          verify the cache, measure it, prune what is unused
+upkeep                                          verify the cache, measure its latents, delete unused files
 """

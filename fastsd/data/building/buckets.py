@@ -1,17 +1,18 @@
-"""Buckets: the size an image is resized to, and the size that is cropped from it.
+"""Buckets: the size that an image is resized to, and the size that is cropped from it.
 
-Keys and rules are those of kohya's sd-scripts (`BucketManager`), so a data set falls into the same buckets here:
+Keys and rules are those of kohya's sd-scripts (`BucketManager`), so images get the same buckets as there:
 
-    buckets        every width from min to max in steps, with the greatest height that keeps width x height within
-                   resolution^2; the same with width and height swapped; and the square. An image goes to the bucket nearest
-                   in width / height (on a tie, the first in sorted order) and is resized, up or down, until it just covers it.
-    no_upscale     no image is enlarged and no bucket is predefined. Images of more than resolution^2 pixels shrink to that
-                   area, with one side a multiple of the step. The crop is each side rounded down to the step. min and max
-                   have no effect, as in sd-scripts.
-    none           one bucket, the square.
+    buckets        Every width from min to max in steps has a bucket, with the greatest height that keeps width x height
+                   within resolution^2. There are also these buckets with width and height swapped, and the square. An image
+                   goes to the bucket with the nearest width / height (on a tie, the first in sorted order). It is resized, up
+                   or down, until it just covers this bucket.
+    no_upscale     No bucket is predefined and no image is enlarged. An image of more than resolution^2 pixels shrinks to that
+                   area, with one side a multiple of the step. Each side of the crop is the side of the image, rounded down to
+                   a multiple of the step. min and max have no effect, as in sd-scripts.
+    none           There is one bucket, the square.
 
-The nearest width / height is not always the nearest height / width. An image turned by 90 degrees may therefore go to a
-bucket that is not its former bucket turned by 90 degrees.
+The bucket with the nearest width / height need not have the nearest height / width. If an image is turned by 90 degrees, its
+new bucket may therefore differ from its old bucket turned by 90 degrees.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Size = tuple[int, int]  # width, height in pixels
 
 
 class Place(NamedTuple):
-    """Resize and crop of an image as displayed: `resized` covers `size`, which is cropped from it."""
+    """The size an image as displayed is `resized` to, and the smaller or equal `size` that is cropped from it."""
 
     resized: Size
     size: Size
@@ -37,11 +38,11 @@ class Buckets:
     """The buckets of a resolution.
 
     Args:
-        resolution: R, in pixels; no predefined bucket has more than R x R pixels.
-        table: `data.buckets`; None = only the R x R square.
+        resolution: R in pixels. No predefined bucket has more than R x R pixels.
+        table: `data.buckets`; None = one bucket of R x R pixels.
 
     Attributes:
-        sizes: the predefined buckets, sorted; empty with `no_upscale`.
+        sizes: the predefined buckets, sorted. There are none with `no_upscale`.
     """
 
     def __init__(self, resolution: int, table: BucketTable | None) -> None:
@@ -52,10 +53,10 @@ class Buckets:
             self.sizes = _predefined_sizes(resolution, table)
 
     def place(self, width: int, height: int) -> Place:
-        """Choose the resize and crop for an image of this size, as displayed.
+        """Choose the resize and crop of an image that has this size when it is displayed.
 
         Raises:
-            Rejected: the image is too small or too narrow for a bucket, and `no_upscale` forbids enlarging it.
+            Rejected: the image is too small for a bucket, and `no_upscale` forbids to enlarge it.
         """
         if not self.sizes:
             resized = self._shrink(width, height)
@@ -80,7 +81,7 @@ class Buckets:
         def error(width: int, height: int) -> float:
             return abs(width / height - ratio) if height else math.inf
 
-        # One side becomes a multiple of the step: the side that brings the bucket nearer to the image's aspect ratio.
+        # The side that becomes a multiple of the step is the one that keeps the aspect ratio better.
         if error(wide, self._round_down(wide / ratio)) < error(self._round_down(high * ratio), high):
             return wide, _round(wide / ratio)
         return _round(high * ratio), high
@@ -91,17 +92,17 @@ class Buckets:
 
 
 def crop_position(rule: str, content: bytes, crop: int) -> tuple[float, float]:
-    """Return the position of a crop in the resized image, as fractions of the free room from the left and from the top.
+    """Return the position of a crop in the resized image: fractions (left, top) of the space that the crop leaves free.
 
     Args:
         rule: data.crop.
-        content: sha256 of the image file, which determines its random crops.
+        content: sha256 of the image file, which determines the position of random crops.
         crop: index of the crop.
     """
     if rule == "centre":
         return 0.5, 0.5
-    words = hashlib.sha256(content + crop.to_bytes(4, "little")).digest()
-    x, y = (int.from_bytes(words[i : i + 4], "little") / (2**32 - 1) for i in (0, 4))
+    hashed = hashlib.sha256(content + crop.to_bytes(4, "little")).digest()
+    x, y = (int.from_bytes(hashed[i : i + 4], "little") / (2**32 - 1) for i in (0, 4))
     return x, y
 
 

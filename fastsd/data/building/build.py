@@ -1,13 +1,14 @@
-"""Cache building: encode images with the VAE into shards, once.
+"""Build a cache: encode every image with the VAE once, and write the latents to shards.
 
-    collect.py      lists the contents of the folders in a table of samples
+    collect.py      lists the images of the folders in a table of samples
     mask_cells.py   averages their masks over the cells of a latent
-    this module     assigns every distinct image content a (shard, row), before the first one is encoded
-    pipeline.py     decodes, encodes, writes
+    this module     assigns a shard and a row to every distinct image content, before the first one is encoded
+    pipeline.py     decodes and encodes the images, and writes the latents
     this module     freezes the view of all samples, see `cache.py`
 
-During a build, the SQLite database is authoritative, see `store.py`. A process killed at any point loses only its blocks in
-progress, and the next one writes the same bytes to the same places. Several processes, also under torchrun, share the work.
+During a build, the SQLite database defines the state of the cache, see `store.py`. A process that is killed loses only its
+blocks in progress, and the next process writes the same bytes to the same places. Several processes, also under torchrun,
+share the work.
 
 Shapes: C x h x w latents, V versions (crops, mirror images) of an image.
 """
@@ -39,23 +40,23 @@ from fastsd.data.sources import folders, imported_latents
 from fastsd.data.sources.folders import DataSource, Rejected, shown
 from fastsd.errors import Stopped, UserError
 
-_EXAMPLES = 20
+_EXAMPLES = 20  # rejected images that are listed, and imported latents whose scale is checked
 
 
 @dataclass(frozen=True)
 class CacheCounts:
     """Result of building a cache."""
 
-    images: int  # found: `cached` + `rejected`
+    images: int  # images in the folders: `cached` + `rejected`
     cached: int  # samples of the view
-    latents: int  # distinct latents of these samples, all versions
-    encoded: int  # latents encoded by this process
-    rejected: int  # images
+    latents: int  # distinct latents of these samples, in all versions
+    encoded: int  # latents that this process has encoded
+    rejected: int  # rejected images
     empty_captions: int  # samples without a caption
-    reasons: dict[str, int]  # reason -> rejected images
-    examples: list[str]  # up to 20 of the rejected images, "path: reason"
-    view: str  # its name
-    rates: dict[str, float]  # images/s that decode, encode and write would each reach alone; only steps that had work
+    reasons: dict[str, int]  # reason -> number of rejected images
+    examples: list[str]  # "path: reason" of up to 20 rejected images
+    view: str  # name of the view
+    rates: dict[str, float]  # pipeline step -> images/s that it would reach alone; only steps that had work
 
 
 ProgressCallback = Callable[[CacheProgress], None]
@@ -66,12 +67,12 @@ def build_cache(
 ) -> CacheCounts:
     """Bring the latents of `config` up to date and freeze their view.
 
-    Only new images are encoded. After an interruption, the same call continues where it stopped. Other processes that make
-    the call at the same time share the work. `notify` receives a line when something unusual takes time.
+    Only new images are encoded. After an interruption, the same call continues the build. Processes that make this call at the
+    same time share the work. `notify` receives a line when the build must wait for another process.
 
     Raises:
-        UserError: a problem with a folder, the resolution, the disk or the GPU's memory; or no image is usable.
-        Stopped: by Ctrl-C; the latents encoded so far remain in the cache.
+        UserError: there is a problem with a folder, the resolution, the disk or the GPU's memory, or no image is usable.
+        Stopped: the user has pressed Ctrl-C. The latents encoded so far remain in the cache.
     """
     check_resolution(config, vae.downscale)
     sources = folders.scan_for(config.data)
@@ -83,10 +84,10 @@ def build_cache(
 
 
 def check_resolution(config: Config, downscale: int, component: str = "VAE") -> None:
-    """Raise UserError unless `downscale` divides the resolution, or the buckets' step. Imported latents are exempt."""
+    """Raise UserError unless `downscale` divides the step of the buckets or, without buckets, the resolution."""
     data = config.data
     field, size = ("buckets.step", data.buckets.step) if data.buckets else ("resolution", data.resolution)
-    if size % downscale and not data.latents:
+    if size % downscale and not data.latents:  # imported latents have any size
         low = size // downscale * downscale
         near = " or ".join(str(size) for size in (low, low + downscale) if size)
         raise UserError(
@@ -95,7 +96,7 @@ def check_resolution(config: Config, downscale: int, component: str = "VAE") -> 
 
 
 class _Build:
-    """One build for one (folders, preprocessing, VAE)."""
+    """One build of one view."""
 
     def __init__(
         self, config: Config, vae: LatentEncoder, store: Store, report: ProgressCallback, notify: Callable[[str], None]
@@ -134,7 +135,7 @@ class _Build:
 
         try:
             with warnings.catch_warnings():
-                # Silences Pillow's remarks on odd files; errors that matter are reported as reasons.
+                # Pillow warns of odd files. Errors that matter become reasons for a rejection.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
                 with collect.sample_table(self.store, self.view, prepare, self.notify):
@@ -145,20 +146,20 @@ class _Build:
             pool.shutdown(cancel_futures=True)
 
     def _check_keys(self) -> None:
-        """Raise UserError if weights or masks are requested and no image has any, because then the name is wrong."""
+        """Raise UserError if the config names weights or masks that no image has. The name is then probably wrong."""
         query = "SELECT COUNT(*) FILTER (WHERE reason IS NULL), COUNT(weight), COUNT(mask_path) FROM sample"
         usable, weighted, masked = self.db.execute(query).fetchone()
-        weights, masks = "no image has a number with this key in its metadata", "no image has a mask file with this ending"
-        for key, images, problem in (("weight_key", weighted, weights), ("masks", masked, masks)):
+        no_weight, no_mask = "no image has a number with this key in its metadata", "no image has a mask file with this ending"
+        for key, images, problem in (("weight_key", weighted, no_weight), ("masks", masked, no_mask)):
             if usable and not images and (name := getattr(self.config.data, key)):
                 raise UserError("cache-no-such-detail", f"data.{key} is {name!r}, but {problem}; correct or remove it")
 
     def _check_imported_scale(self) -> None:
-        """Raise UserError if other trainers' latents do not look like this VAE's."""
+        """Raise UserError if the latents of another trainer do not look like latents of this VAE."""
         kind, means = self.config.data.latents, []
         sql = "SELECT file, offset, length FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ? FROM sample) = 0"
         for path, offset, length in self.db.execute(sql, (_EXAMPLES,)):
-            with contextlib.suppress(Rejected):  # the pipeline will report it
+            with contextlib.suppress(Rejected):  # the pipeline reports this file
                 data = folders.read_bytes(DataSource(os.fsdecode(path), offset=offset, length=length))
                 mean, _ = imported_latents.read_latent(data, kind)
                 means.append(mean.reshape(len(mean), -1))
@@ -172,7 +173,7 @@ class _Build:
                 )
 
     def _plan(self) -> None:
-        """Assign every new version of a content a row, in sorted order, in new shards of one shape each."""
+        """Assign a row to every new version of a content, in sorted order. Every new shard has rows of one shape."""
         missing = " UNION ALL ".join(
             f"SELECT bucket_height AS height, bucket_width AS width, content, {version} AS version FROM sample WHERE reason"
             f" IS NULL AND NOT EXISTS (SELECT 1 FROM latent WHERE space = {self.space} AND latent.content = sample.content"
@@ -184,18 +185,18 @@ class _Build:
         ).fetchall()
         with self.store.transaction():
             self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
-            for (height, width), places in itertools.groupby(new, lambda row: row[:2]):
-                contents = (place[2:] for place in places)
+            for (height, width), rows in itertools.groupby(new, lambda row: row[:2]):
+                contents = (row[2:] for row in rows)
                 self.store.plan(self.space, self.space_name[:8], self._shape(width, height), contents, cache.SHARD_ROWS)
         self.store.check_room(self.space)
 
     def _shape(self, width: int, height: int) -> list[int]:
-        """Return a latent's shape for a bucket's size, which is in cells for imported latents and in pixels for images."""
+        """Return the shape of a bucket's latents. Its size is in cells for imported latents, and in pixels for images."""
         cell = 1 if self.config.data.latents else self.vae.downscale
         return [self.vae.channels, height // cell, width // cell]
 
     def _reject(self, store: Store, content: bytes, key: bytes, error: Rejected) -> None:
-        """Reject every file with this content, or only this file if its bytes are not at fault."""
+        """Reject every file with this content or, if the content is not the cause, only this file."""
         condition, value = ("content = ?", content) if error.lasting else ("path = ?", key)
         retry = "" if error.lasting else ", size = -1"
         store.db.execute(f"UPDATE sample SET reason = ?{retry} WHERE {condition}", (error.reason, value))
@@ -216,10 +217,10 @@ class _Build:
                 (self.space,),
             )
             for root in self.config.data.roots:  # forget files that were rejected earlier and no longer exist
-                place = os.fsencode(os.path.abspath(root.path))
+                folder = os.fsencode(os.path.abspath(root.path))
                 self.db.execute(
                     "DELETE FROM rejected WHERE space = ? AND path > ? AND path < ? AND path NOT IN (SELECT path FROM sample)",
-                    (self.space, place + b"/", place + b"0"),  # "0" follows "/" in ASCII
+                    (self.space, folder + b"/", folder + b"0"),  # "0" follows "/" in ASCII
                 )
 
         counts = self._counts(pipeline)
@@ -260,31 +261,31 @@ class _Build:
             self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
         return counts
 
-    _USED = (
+    _USED_ROWS = (
         "FROM sample JOIN latent ON latent.space = ? AND latent.content = sample.content"
         " WHERE sample.reason IS NULL AND version IN (SELECT value FROM json_each(?))"
     )
 
     def _index(self, scratch: Path, samples: int) -> tuple[dict[str, np.ndarray], list[Any], list[cache.Group]]:
-        """Return the view's arrays (in files, to keep memory flat), its shards in order of creation, and its groups."""
-        shard_rows = self.db.execute(f"SELECT DISTINCT shard {self._USED}", (self.space, json.dumps(self.stored_versions)))
+        """Return the arrays of the view (in files, to save memory), its shards in the order of creation, and its groups."""
+        shard_rows = self.db.execute(f"SELECT DISTINCT shard {self._USED_ROWS}", (self.space, json.dumps(self.stored_versions)))
         used_ids = {shard for (shard,) in shard_rows}
         shards = [shard for shard in self.store.shards(self.space) if shard.id in used_ids]
         shard_index = {shard.id: i for i, shard in enumerate(shards)}
         size_query = "SELECT SUM(LENGTH(CAST(captions AS BLOB))) FROM sample WHERE reason IS NULL"
         caption_bytes = int(self.db.execute(size_query).fetchone()[0])
 
-        sizes = dict.fromkeys(("shard", "row", "check"), samples * self.versions)
-        sizes |= {"caption_offsets": samples + 1, "captions": caption_bytes}
+        lengths = dict.fromkeys(("shard", "row", "check"), samples * self.versions)
+        lengths |= {"caption_offsets": samples + 1, "captions": caption_bytes}
         if self.config.data.weight_key:
-            sizes["weight"] = samples
+            lengths["weight"] = samples
         arrays: dict[str, np.ndarray] = {}
-        for name, size in sizes.items():
-            kind = (cache.View.TENSORS | cache.View.OPTIONAL)[name]
-            arrays[name] = np.memmap(scratch / name, kind, "w+", shape=(size,)) if size else np.zeros(0, kind)
+        for name, length in lengths.items():
+            dtype = (cache.View.TENSORS | cache.View.OPTIONAL)[name]
+            arrays[name] = np.memmap(scratch / name, dtype, "w+", shape=(length,)) if length else np.zeros(0, dtype)
 
         query = (
-            f"SELECT shard, row, check64, bucket_height, bucket_width, root, IFNULL(weight, 1), captions {self._USED}"
+            f"SELECT shard, row, check64, bucket_height, bucket_width, root, IFNULL(weight, 1), captions {self._USED_ROWS}"
             f" ORDER BY {cache.ORDER}, version"
         )
 
@@ -294,16 +295,17 @@ class _Build:
         while chunk := cursor.fetchmany(self.versions << 14):
             shard, row, check, *group_columns, weight, captions = zip(*chunk, strict=True)
             span = slice(done * self.versions, done * self.versions + len(chunk))
-            arrays["shard"][span], arrays["row"][span], arrays["check"][span] = [shard_index[id] for id in shard], row, check
+            arrays["shard"][span] = [shard_index[id] for id in shard]
+            arrays["row"][span], arrays["check"][span] = row, check
             per_sample = slice(None, None, self.versions)  # a sample's versions are adjacent
             group_sizes.update(zip(*(column[per_sample] for column in group_columns), strict=True))
-            blobs = [caption.encode() for caption in captions[per_sample]]
-            ends = offset + np.cumsum([len(blob) for blob in blobs])
-            arrays["captions"][offset : ends[-1]] = np.frombuffer(b"".join(blobs), np.uint8)
-            arrays["caption_offsets"][done + 1 : done + 1 + len(blobs)] = ends
+            encoded_captions = [caption.encode() for caption in captions[per_sample]]
+            ends = offset + np.cumsum([len(caption) for caption in encoded_captions])
+            arrays["captions"][offset : ends[-1]] = np.frombuffer(b"".join(encoded_captions), np.uint8)
+            arrays["caption_offsets"][done + 1 : done + 1 + len(encoded_captions)] = ends
             if "weight" in arrays:
-                arrays["weight"][done : done + len(blobs)] = weight[per_sample]
-            done, offset = done + len(blobs), int(ends[-1])
+                arrays["weight"][done : done + len(encoded_captions)] = weight[per_sample]
+            done, offset = done + len(encoded_captions), int(ends[-1])
 
         groups, first = [], 0
         for (height, width, root), count in group_sizes.items():

@@ -1,16 +1,18 @@
-"""The table `sample`: one row per image found in the folders, rebuilt by every `fastsd cache`.
+"""Fill the table `sample`, which has one row per image in the folders. Every `fastsd cache` builds it anew.
 
-It lives in its own database, `work/VIEW.sqlite`, which is deleted at the end. The first process of a view scans the folders.
-Processes that start while the table is in use share it, so a million files are inspected only once.
+The table is in a separate database, `work/VIEW.sqlite`, which is deleted at the end. The first process of a view scans the
+folders. Processes that start while the table is in use share it, so a million files are inspected only once.
 
-    path       the file, or tar/member; the key of everything stored about it
-    file, offset, length   location of its bytes; length -1 = the whole file
-    content    sha256 of these bytes        width, height    as displayed; in cells for imported latents
-    bucket_width, bucket_height             pixels of the crop; cells for imported latents
-    captions   the variants, a line each    reason           why it is rejected; NULL = it is usable
-    weight     factor on its loss; NULL = not given
-    mask       key in the table `mask`, a hash of all that determines the mask's cells; NULL = no mask
-    mask_path, mask_file, mask_offset, mask_length           as for the image
+    path                           the file, or tar/member; the key of everything that is stored about the image
+    file, offset, length           where the bytes of the image are; length -1 = the whole file
+    content                        sha256 of these bytes
+    width, height                  size as displayed; in cells for imported latents
+    bucket_width, bucket_height    size of the crop in pixels; in cells for imported latents
+    captions                       the variants, one line each
+    reason                         why the image is rejected; NULL = it is usable
+    weight                         factor of the image's loss; NULL = not given
+    mask                           key in the table `mask`, a hash of all that determines the mask's cells; NULL = no mask
+    mask_path, mask_file, mask_offset, mask_length    as for the image
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ CREATE TABLE work.sample (id INTEGER PRIMARY KEY, path BLOB, root INTEGER, file 
     mask_length INTEGER)
 """
 _CHUNK = 512  # images inspected between two commits
-# A file may change again within the resolution of its timestamp, so the next run hashes files younger than this again.
+# A file may change without a new timestamp if it is very young. The facts about younger files than this are not stored.
 _YOUNG_NS = 2_000_000_000
 
 
@@ -72,7 +74,7 @@ class Sample(NamedTuple):
 
 
 class _FileFacts(NamedTuple):
-    """A row of the table `file`: facts about an image or a mask, valid while its size and mtime are unchanged."""
+    """A row of the table `file`: facts about an image or a mask that hold while its size and mtime stay the same."""
 
     path: bytes
     size: int
@@ -83,43 +85,43 @@ class _FileFacts(NamedTuple):
 
     @property
     def dimensions(self) -> tuple[int, int]:
-        """Size as displayed; in cells for imported latents."""
+        """Width and height as displayed. They are in cells for imported latents."""
         return self.width, self.height
 
 
-_Hints = tuple[_FileFacts | None, _FileFacts | None]  # of an image and its mask
+_StoredFacts = tuple[_FileFacts | None, _FileFacts | None]  # facts about an image and its mask from an earlier run
 _Rejection = tuple[int, int, str]  # size, mtime_ns and reason
 
 
 @contextmanager
 def sample_table(store: Store, view: str, prepare: Callable[[], None], notify: Callable[[str], None]) -> Iterator[None]:
-    """Attach `sample`. Calls `prepare` to fill it, in one process at a time, unless other processes already use the table."""
+    """Attach the table `sample`. If no other process uses it, `prepare` is called to fill it."""
     folder = store.folder / "work"
     with disk_errors(store.folder):
         folder.mkdir(exist_ok=True)
-        users = (folder / f"{view}.lock").open("a+b")
+        users_lock = (folder / f"{view}.lock").open("a+b")
     database = folder / f"{view}.sqlite"
-    with users:
+    with users_lock:
         with one_at_a_time(store, notify):
-            is_sole_user = lock_file(users, exclusive=True)
+            is_sole_user = lock_file(users_lock, exclusive=True)
             if is_sole_user:
-                _remove(database)
+                _remove_database(database)
             store.attach(database)
             if is_sole_user:
                 store.db.execute(_TABLE)
                 prepare()
-            lock_file(users, exclusive=False)
+            lock_file(users_lock, exclusive=False)
         yield
         store.db.execute("DETACH work")
-        if lock_file(users, exclusive=True):
-            _remove(database)
+        if lock_file(users_lock, exclusive=True):
+            _remove_database(database)
 
 
 @contextmanager
 def one_at_a_time(
     store: Store, notify: Callable[[str], None], lock: str = "turn", activity: str = "scanning the folders"
 ) -> Iterator[None]:
-    """Let only one process of a cache at a time run a block: scanning folders, freezing a view. `lock` names it."""
+    """Let only one process at a time run the block of the `with` statement. `lock` names the lock file of the cache."""
     with disk_errors(store.folder):
         file = (store.folder / f"{lock}.lock").open("a+b")
     with file:
@@ -127,7 +129,7 @@ def one_at_a_time(
         yield
 
 
-def _remove(database: os.PathLike[str]) -> None:
+def _remove_database(database: os.PathLike[str]) -> None:
     for name in (os.fspath(database) + suffix for suffix in ("", "-wal", "-shm")):
         if os.path.exists(name):
             os.remove(name)
@@ -142,7 +144,7 @@ def fill(
     pool: ThreadPoolExecutor,
     report: Callable[[CacheProgress], None],
 ) -> None:
-    """Fill `sample`."""
+    """Inspect the sources and store them in the table `sample`."""
     rejected_query = "SELECT size, mtime_ns, reason FROM rejected WHERE space = ? AND path = ?"
     insert = f"INSERT INTO sample ({', '.join(Sample._fields)}) VALUES ({', '.join('?' * len(Sample._fields))})"
     inspect = functools.partial(_inspect, data=data, buckets=Buckets(data.resolution, data.buckets), downscale=downscale)
@@ -155,13 +157,13 @@ def fill(
         return row and _FileFacts(*row)
 
     while chunk := list(itertools.islice(sources, _CHUNK)):
-        hints = [(stored_file(source), stored_file(source.mask)) for source in chunk]
+        stored = [(stored_file(source), stored_file(source.mask)) for source in chunk]
         rejections = [store.db.execute(rejected_query, (space, os.fsencode(source.name))).fetchone() for source in chunk]
         with store.transaction():
-            for hint, (sample, files) in zip(hints, pool.map(inspect, chunk, hints, rejections), strict=True):
+            for old_files, (sample, files) in zip(stored, pool.map(inspect, chunk, stored, rejections), strict=True):
                 store.db.execute(insert, sample)
-                new = [file for file in files if file not in hint and file.mtime_ns < time.time_ns() - _YOUNG_NS]
-                store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", new)
+                new_files = [file for file in files if file not in old_files and file.mtime_ns < time.time_ns() - _YOUNG_NS]
+                store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", new_files)
         done += len(chunk)
         report(CacheProgress("scan", done, 0, done / (time.perf_counter() - start)))
     with store.transaction():
@@ -171,21 +173,21 @@ def fill(
 
 
 def _inspect(
-    source: DataSource, hints: _Hints, rejection: _Rejection | None, *, data: DataTable, buckets: Buckets, downscale: int
+    source: DataSource, stored: _StoredFacts, rejection: _Rejection | None, *, data: DataTable, buckets: Buckets, downscale: int
 ) -> tuple[Sample, list[_FileFacts]]:
-    """Make a row of `sample` and the rows of `file`. `hints` (of image and mask) and `rejection` come from an earlier run."""
+    """Return a row of `sample` and rows of `file` for a source. `stored` and `rejection` come from an earlier run."""
     sample = Sample(os.fsencode(source.name), source.root, os.fsencode(source.path), source.offset, source.length)
     files: list[_FileFacts] = []
     try:
         if source.problem:
             raise Rejected(source.problem)
         captions = "\n".join(folders.captions_of(source))
-        stamp = _stamp(source)
-        sample = sample._replace(captions=captions, weight=source.weight, size=stamp[0], mtime_ns=stamp[1])
-        if rejection and rejection[:2] == stamp:  # the same bytes would be rejected again
+        size_and_mtime = _size_and_mtime(source)
+        sample = sample._replace(captions=captions, weight=source.weight, size=size_and_mtime[0], mtime_ns=size_and_mtime[1])
+        if rejection and rejection[:2] == size_and_mtime:  # the same bytes would be rejected again
             raise Rejected(rejection[2])
 
-        image = _file_facts(source, stamp, hints[0], data.latents)
+        image = _file_facts(source, size_and_mtime, stored[0], data.latents)
         files.append(image)
         sample = sample._replace(content=image.content, width=image.width, height=image.height)
         bucket = image.dimensions if data.latents else buckets.place(*image.dimensions).size
@@ -196,7 +198,7 @@ def _inspect(
             with mask_cells.as_mask_rejection():
                 if source.mask.problem:
                     raise Rejected(source.mask.problem)
-                mask = _file_facts(source.mask, _stamp(source.mask), hints[1])
+                mask = _file_facts(source.mask, _size_and_mtime(source.mask), stored[1])
                 files.append(mask)
                 mask_cells.check_shape(mask.dimensions, image.dimensions)
             sample = sample._replace(mask=mask_cells.mask_key(data, downscale, mask.content, image.content, image.dimensions))
@@ -212,17 +214,17 @@ def _with_mask(sample: Sample, mask: DataSource) -> Sample:
     return sample._replace(mask_path=path, mask_file=file, mask_offset=mask.offset, mask_length=mask.length)
 
 
-def _file_facts(source: DataSource, stamp: tuple[int, int], hint: _FileFacts | None, latents: str = "") -> _FileFacts:
-    """Return the content hash and size of a file, from `hint` if still valid, else from its bytes. Raises Rejected."""
-    if hint and hint[1:3] == stamp:
-        return hint
+def _file_facts(source: DataSource, size_and_mtime: tuple[int, int], old: _FileFacts | None, latents: str = "") -> _FileFacts:
+    """Return the facts about a file: the `old` ones if the file is unchanged, otherwise new ones. Raises Rejected."""
+    if old and old[1:3] == size_and_mtime:
+        return old
     data = folders.read_bytes(source)
     width, height = imported_latents.probe_latent(data, latents)[:0:-1] if latents else probe(data)
-    return _FileFacts(os.fsencode(source.name), *stamp, hashlib.sha256(data).digest(), width, height)
+    return _FileFacts(os.fsencode(source.name), *size_and_mtime, hashlib.sha256(data).digest(), width, height)
 
 
-def _stamp(source: DataSource) -> tuple[int, int]:
-    """Return (size in bytes, mtime in ns), which identify an unchanged file. Raises Rejected."""
+def _size_and_mtime(source: DataSource) -> tuple[int, int]:
+    """Return the size in bytes and the mtime in ns, which change when a file changes. Raises Rejected."""
     try:
         status = os.stat(source.path)
     except OSError as error:

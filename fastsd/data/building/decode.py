@@ -1,19 +1,19 @@
-"""Decoding of image files to pixels: `probe` reads the size from the header, `decode` resizes and crops the image.
+"""Decode image files to pixels: `probe` reads the size from the header, `decode` resizes and crops the image.
 
 The output is sRGB on a white background for every kind of input:
 
-    EXIF        sizes, crops and pixels are those of the image as displayed
-    alpha       composited over white, also for palettes and a single transparent colour (tRNS)
-    16 bit      scaled down to 8
-    ICC         converted to sRGB after the resize; a profile that is broken or does not fit the pixels is ignored
-    CMYK        converted with its profile, otherwise by Pillow's plain rule; Adobe's marker means that ink is stored inverted
-    animation   the first frame
+    EXIF        Sizes, crops and pixels are those of the image as displayed.
+    alpha       The image is composited over white, also with a palette or a single transparent colour (tRNS).
+    16 bit      Values are scaled to 8 bits.
+    ICC         The image is converted to sRGB after the resize. A broken profile, or one for other pixels, is ignored.
+    CMYK        The image is converted with its profile, otherwise by Pillow. With Adobe's marker, ink is stored inverted.
+    animation   The first frame is decoded.
 
-A mask is decoded the same way, to brightness only. Its transparency is ignored, because people who paint masks leave it alone.
+Only the brightness of a mask is decoded. Its transparency is ignored, because people who paint masks do not change it.
 
-Pillow's decoders and its resize release the GIL. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still no smaller
-than the resized image. Nothing outside the crop is resized, so a strip of 1 x 20000 pixels never becomes a huge image first.
-Any error in a file, including an early end, raises `Rejected`.
+Pillow's decoders and its resize release the GIL. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is not smaller than
+the resized image. Only the crop is resized, so a strip of 1 x 20000 pixels never becomes a huge image. Any error in a file,
+including an early end, raises `Rejected`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fastsd.data.building.buckets import Place, Size
 from fastsd.data.sources.image import Rejected
 
 CropBox = tuple[float, float, float, float]  # left, top, right, bottom
-Orientation = tuple[bool, bool, bool]  # steps that turn an image upright: mirror its columns, then its rows, then swap the two
-# A camera's MPO counts as JPEG. Pillow's other decoders are not used.
+Orientation = tuple[bool, bool, bool]  # turn an image upright: mirror columns, mirror rows, then swap the two
+# JPEG includes MPO, which some cameras write. Pillow's other decoders are not used.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_PIXELS = 178_956_970  # twice Pillow's own limit: above this, Pillow raises instead of warning
+MAX_PIXELS = 178_956_970  # above this size, Pillow raises an error instead of warning
 _MAX_PROFILE_BYTES = 4 << 20
 _EXIF_ORIENTATION = 0x0112
-# By EXIF orientation.
+# The steps for each EXIF orientation.
 _ORIENTATIONS: dict[int, Orientation] = {
     2: (True, False, False),
     3: (True, True, False),
@@ -51,10 +51,10 @@ _UPRIGHT = (False, False, False)
 
 
 def probe(data: bytes) -> tuple[int, int]:
-    """Return (width, height) of an image file as displayed, in pixels, without decoding any pixel.
+    """Return (width, height) of an image file as displayed, in pixels. No pixel is decoded.
 
     Raises:
-        Rejected: the file is empty, is no image, has a damaged header, or has more than `MAX_PIXELS` pixels.
+        Rejected: the file is empty, not an image, or has a damaged header or more than `MAX_PIXELS` pixels.
     """
     with _open(data) as image:
         width, height = image.size
@@ -67,27 +67,27 @@ def decode(data: bytes, place: Place, crop: tuple[float, float] = (0.5, 0.5), fl
     Args:
         data: the whole file.
         place: resize and crop for the size that `probe` returns.
-        crop: position of the crop, from 0 (left, top) to 1 (right, bottom) of the image as displayed; in whole pixels.
-        flip: mirror left and right, as the last operation.
+        crop: position of the crop in the image as displayed, from 0 (left, top) to 1 (right, bottom), rounded to pixels.
+        flip: swap left and right at the end.
 
     Returns:
-        uint8 (3, H, W) for a `place.size` of (W, H), contiguous.
+        Contiguous uint8 (3, H, W), where `place.size` is (W, H).
 
     Raises:
-        Rejected: as for `probe`, or the file ends early or is damaged.
+        Rejected: as for `probe`, or the file is truncated or damaged.
     """
     pixels = _decode_crop(data, place, crop, _rgb)
     return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
 
 
 def decode_mask(data: bytes, place: Place, crop: tuple[float, float], cell: int) -> np.ndarray:
-    """Decode a mask file to the weight of each cell of the image's latent, 255 = in full.
+    """Decode a mask file to a weight for each cell of the latent. Cells with 255 count in full.
 
     Args:
         data: the whole file.
-        place: resize and crop of the image; the mask is stretched to the size of the image.
+        place: resize and crop of the image. The mask is stretched to the size of the image.
         crop: position of the image's crop.
-        cell: side of a cell in pixels, a divisor of the sides of `place.size`.
+        cell: side of a cell in pixels. It divides the sides of `place.size`.
 
     Returns:
         uint8 (H / cell, W / cell): the mean brightness of each cell's pixels, rounded.
@@ -104,20 +104,20 @@ def decode_mask(data: bytes, place: Place, crop: tuple[float, float], cell: int)
 def _decode_crop(
     data: bytes, place: Place, crop: tuple[float, float], render: Callable[[Image.Image, CropBox, Size], np.ndarray]
 ) -> np.ndarray:
-    """Return the crop of an image as displayed, (channels, H, W); see `decode`.
+    """Return the crop of an image as displayed, (channels, H, W). See `decode`.
 
     `render` resizes a box of the image as stored to a given size.
     """
     with _open(data) as image:
         if image.format == "PNG":
             with Image.open(io.BytesIO(data), formats=["PNG"]) as checked:
-                checked.verify()  # verify the checksums of the pixels, which the decoder skips
-        columns, rows, swap = orientation = _orientation(image)
+                checked.verify()  # the decoder does not verify the checksums of the pixels
+        mirror_columns, mirror_rows, swap = orientation = _orientation(image)
         box = _crop_box(image, place, crop, orientation)
         pixels = render(image, box, place.size[::-1] if swap else place.size)
-        if columns:
+        if mirror_columns:
             pixels = pixels[:, :, ::-1]
-        if rows:
+        if mirror_rows:
             pixels = pixels[:, ::-1]
         return pixels.transpose(0, 2, 1) if swap else pixels
 
@@ -141,39 +141,39 @@ def _open(data: bytes) -> Iterator[Image.Image]:
     except MemoryError:
         raise Rejected("not enough memory to decode it", lasting=False) from None
     except Exception as error:  # Pillow's decoders raise anything from struct.error to SyntaxError on damaged files
-        words = " ".join(str(error).split())[:120]
-        if "truncated" in words.lower():  # some of Pillow's messages count bytes; one reason for all
+        message = " ".join(str(error).split())[:120]
+        if "truncated" in message.lower():  # some of Pillow's messages contain a number of bytes
             raise Rejected("file is truncated") from None
-        raise Rejected(f"cannot be decoded ({words or type(error).__name__})") from None
+        raise Rejected(f"cannot be decoded ({message or type(error).__name__})") from None
 
 
 def _orientation(image: Image.Image) -> Orientation:
     try:
-        # The method of the base class: PNG's override decodes all pixels to look for EXIF data after them.
+        # PNG's own method decodes all pixels to look for EXIF data after them, so call that of the base class.
         return _ORIENTATIONS.get(int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)), _UPRIGHT)
-    except Exception:  # a broken EXIF block does not affect the pixels
+    except Exception:  # the pixels are intact even if the EXIF block is broken
         return _UPRIGHT
 
 
 def _crop_box(image: Image.Image, place: Place, crop: tuple[float, float], orientation: Orientation) -> CropBox:
-    """Return the box of the crop in the image as stored, after setting a JPEG's decoder to the smallest sufficient size."""
-    columns, rows, swap = orientation
+    """Return the box of the crop in the image as stored. Make a JPEG's decoder use the smallest sufficient size."""
+    mirror_columns, mirror_rows, swap = orientation
     (resized_w, resized_h), (w, h) = place
-    # One of n + 1 offsets, 0 to n; the middle one is n // 2, as in kohya's code and PyTorch.
+    # If n pixels are cut off, offsets are 0 to n, and the middle one is n // 2, as in kohya's code and PyTorch.
     left, top = (
         max(math.ceil(fraction * (resized - cropped + 1)) - 1, 0)
         for fraction, resized, cropped in zip(crop, place.resized, place.size, strict=True)
     )
     if swap:
         resized_w, resized_h, w, h, left, top = resized_h, resized_w, h, w, top, left
-    if columns:
+    if mirror_columns:
         left = resized_w - left - w
-    if rows:
+    if mirror_rows:
         top = resized_h - top - h
     drafted = image.draft(None, (resized_w, resized_h))  # None unless it is a JPEG
     width, height = drafted[1][2:] if drafted else image.size
-    x, y = width / resized_w, height / resized_h
-    return left * x, top * y, (left + w) * x, (top + h) * y
+    scale_x, scale_y = width / resized_w, height / resized_h
+    return left * scale_x, top * scale_y, (left + w) * scale_x, (top + h) * scale_y
 
 
 def _rgb(image: Image.Image, box: CropBox, size: Size) -> np.ndarray:
@@ -181,38 +181,38 @@ def _rgb(image: Image.Image, box: CropBox, size: Size) -> np.ndarray:
     profile, adobe = image.info.get("icc_profile"), "adobe" in image.info
     image = _to_colour_mode(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
     if image.mode == "CMYK" and not adobe:
-        image = ImageChops.invert(image)  # Pillow assumes Adobe's marker for every file
+        image = ImageChops.invert(image)  # Pillow decodes every file as if it had Adobe's marker
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     if alpha:
         image = image.convert(image.mode.removesuffix("A"))
     transform = _to_srgb(profile, image.mode) if profile and len(profile) <= _MAX_PROFILE_BYTES else None
     image = transform.apply(image) if transform else image.convert("RGB")
     if alpha:
-        ground = Image.new("RGB", size, "white")
-        ground.paste(image, mask=alpha)
-        image = ground
-    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)  # a line of red, one of green, one of blue
+        background = Image.new("RGB", size, "white")
+        background.paste(image, mask=alpha)
+        image = background
+    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)  # each line as all its red, all its green, all its blue
     return lines.reshape(size[1], 3, size[0]).transpose(1, 0, 2)
 
 
 def _brightness(image: Image.Image, box: CropBox, size: Size) -> np.ndarray:
-    """Resize the brightness of a box: uint8 (1, H, W), without the overshoot at edges that makes photographs crisp."""
+    """Resize the brightness of a box to (W, H), without overshoot at edges: uint8 (1, H, W)."""
     grey = _eight_bits(np.asarray(image)) if image.mode == "I;16" else image.convert("L")
     return np.asarray(grey.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=3.0))[None]
 
 
-def _eight_bits(words: np.ndarray) -> Image.Image:
+def _eight_bits(values: np.ndarray) -> Image.Image:
     # Pillow's own conversion clips at 255 instead of scaling.
-    return Image.fromarray((words >> 8).astype(np.uint8))
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _to_colour_mode(image: Image.Image) -> Image.Image:
-    """Convert any mode to L, LA, RGB, RGBA or CMYK. Palette indices and 16-bit words cannot be resampled."""
+    """Convert any mode to L, LA, RGB, RGBA or CMYK. Palette indices and 16-bit values cannot be resampled."""
     if image.mode == "I;16":
-        words, clear = np.asarray(image), image.info.get("transparency")
-        grey = _eight_bits(words)
-        if clear is not None:
-            grey.putalpha(Image.fromarray((words != clear).astype(np.uint8) * 255))
+        values, transparent = np.asarray(image), image.info.get("transparency")
+        grey = _eight_bits(values)
+        if transparent is not None:
+            grey.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
         return grey
     if image.has_transparency_data:
         return image.convert("LA" if image.mode in ("L", "LA", "1") else "RGBA")
@@ -223,17 +223,17 @@ def _to_colour_mode(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Build the transform of an ICC profile to sRGB for pixels of a mode; None if it is unnecessary or impossible."""
+    """Return the transform from an ICC profile to sRGB for a mode, or None if it is unnecessary or impossible."""
     try:
         source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(source, target, mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
     if mode == "RGB":
-        # sRGB profiles come in many editions. A profile that leaves colours unchanged, to one level, is one of them.
+        # There are many versions of the sRGB profile. A profile that changes colours by at most one level is one of them.
         levels = np.arange(0, 256, 17, dtype=np.uint8)
         swatch = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
-        changed = np.asarray(transform.apply(Image.fromarray(swatch))).astype(int) - swatch
-        if np.abs(changed).max() <= 1:
+        change = np.asarray(transform.apply(Image.fromarray(swatch))).astype(int) - swatch
+        if np.abs(change).max() <= 1:
             return None
     return transform

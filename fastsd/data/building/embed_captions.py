@@ -1,7 +1,7 @@
-"""Encoding of a view's captions to text embeddings. `fastsd/data/text_embeddings.py` defines the shards and the index.
+"""Encode a view's captions to text embeddings. `fastsd/data/text_embeddings.py` defines the shards and the index.
 
-Rows are keyed by the sha256 of their token ids. A caption is therefore encoded once, however many images have it, and when
-captions change only new ones are encoded. Interruptions are handled as in `build.py`. One process at a time encodes.
+The key of a row is the sha256 of its token ids. A caption that many images have is therefore encoded once, and when captions
+change, only new ones are encoded. Interruptions are handled as in `build.py`. Only one process at a time encodes.
 
 Shapes: B captions, L tokens, D width of the text embeddings.
 """
@@ -35,16 +35,16 @@ from fastsd.errors import UserError
 from fastsd.model.text_encoder import TextEncoder
 
 _SHARD_BYTES = 512 << 20
-_BLOCK = 64  # captions encoded, written and committed together: the most an interruption can lose
-_CHUNK = 1024  # samples, or entries of the index, processed together
+_BLOCK = 64  # captions that are encoded, written and committed together; an interruption loses at most one such block
+_CHUNK = 1024  # samples or entries of the index that are processed together
 
 
 @dataclass(frozen=True)
 class EmbeddingCounts:
     """Result of `write_text_embeddings`."""
 
-    captions: int  # of all samples
-    encoded: int  # distinct captions, including "", that this call encoded
+    captions: int  # captions of all samples
+    encoded: int  # distinct captions, including "", that this call has encoded
 
 
 def write_text_embeddings(
@@ -57,14 +57,14 @@ def write_text_embeddings(
     """Bring the text embeddings of a view's captions up to date and freeze their index.
 
     Args:
-        table: `dir`, and `dtype` and `precision` of the text embeddings.
-        latents: the view; its token ids must already be written.
-        text: the text encoder in fp32, on the device to encode on; it is converted to `precision` in place.
-        report: receives a `CacheProgress`, in captions, for every block.
-        notify: receives a line when something unusual takes time.
+        table: has the folder of the cache, and `dtype` and `precision` of the text embeddings.
+        latents: the view. Its token ids must exist.
+        text: the text encoder in fp32, on the device that it runs on. It is converted to `precision` in place.
+        report: receives a `CacheProgress`, which counts captions, after every block.
+        notify: receives a line when this process must wait for another one.
 
     Raises:
-        UserError: token ids are missing, the disk fails, or text embeddings are not finite in `dtype`.
+        UserError: the token ids are missing, the disk fails, or a text embedding is not finite in `dtype`.
     """
     with (
         Store.open(Path(table.dir), lock="shared") as store,
@@ -95,7 +95,7 @@ class _Writer:
             return EmbeddingCounts(int(current.arrays["offsets"][-1]), 0)
         # SQLite stores temporary tables in an unnamed file, which disappears when the process ends for any reason.
         self.db.execute("CREATE TEMP TABLE caption (entry INTEGER PRIMARY KEY, content BLOB)")
-        self.offsets = self._array(np.int64, len(self.latents) + 1)
+        self.offsets = self._zeros(np.int64, len(self.latents) + 1)
         self._collect()
         self._plan()
         encoded = self._encode_all()
@@ -103,7 +103,7 @@ class _Writer:
         return EmbeddingCounts(int(self.offsets[-1]), encoded)
 
     def _current(self) -> TextEmbeddingsIndex | None:
-        """Return the index if it exists, is intact and all its shards are known, otherwise None."""
+        """Return the index, or None if it is missing or damaged or refers to an unknown shard."""
         with contextlib.suppress(UserError):
             index = open_index(self.latents, self.name)
             shard_names = {shard.name for shard in self.store.shards(self.space)}
@@ -111,28 +111,29 @@ class _Writer:
                 return index
         return None
 
-    def _array(self, kind: type[np.generic], size: int) -> np.ndarray:
-        """Allocate zeros in an unnamed file, to keep memory flat."""
+    def _zeros(self, dtype: type[np.generic], size: int) -> np.ndarray:
+        """Allocate zeros in an unnamed file, to save memory."""
         with disk_errors(self.store.folder), tempfile.TemporaryFile(dir=self.store.folder) as file:
-            return np.memmap(file, kind, "w+", shape=(size,))
+            return np.memmap(file, dtype, "w+", shape=(size,))
 
     def _collect(self) -> None:
-        """Fill `offsets`, and the table `caption` with the hash of every entry's token ids."""
+        """Fill `offsets`, and write the hash of every entry's token ids to the table `caption`."""
         samples, insert = len(self.latents), "INSERT INTO caption VALUES (?, ?)"
         for first in range(0, samples, _CHUNK):
             chunk = range(first, min(first + _CHUNK, samples))
             counts = [len(variants) for variants in self.latents.variants(chunk)]
-            rows = [self.tokens.row(i, variant) for i, count in zip(chunk, counts, strict=True) for variant in range(count)]
+            entries = [(i, variant) for i, count in zip(chunk, counts, strict=True) for variant in range(count)]
             start = int(self.offsets[first])
             self.offsets[first + 1 : chunk.stop + 1] = start + np.cumsum(counts)
-            self.db.executemany(insert, [(start + i, _content(ids_L)) for i, ids_L in enumerate(rows)])
-        self.db.execute(insert, (int(self.offsets[-1]), _content(self.empty_L)))
+            hashes = (_content_hash(self.tokens.row(i, variant)) for i, variant in entries)
+            self.db.executemany(insert, enumerate(hashes, start))
+        self.db.execute(insert, (int(self.offsets[-1]), _content_hash(self.empty_L)))
         self.db.execute("CREATE INDEX temp.caption_content ON caption (content)")
 
     def _plan(self) -> None:
-        """Assign every new caption a row, in sorted order."""
+        """Assign a row to every new caption, in sorted order."""
         shape = [self.text.length, self.text.width]
-        rows = min(cache.SHARD_ROWS, max(_SHARD_BYTES // (math.prod(shape) * self.dtype.itemsize), 1))
+        shard_rows = min(cache.SHARD_ROWS, max(_SHARD_BYTES // (math.prod(shape) * self.dtype.itemsize), 1))
         self.db.execute(
             "CREATE TEMP TABLE missing AS SELECT DISTINCT content FROM caption WHERE NOT EXISTS"
             " (SELECT 1 FROM latent WHERE space = ? AND latent.content = caption.content) ORDER BY content",
@@ -140,18 +141,18 @@ class _Writer:
         )
         with self.store.transaction():
             self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
-            new = self.db.execute("SELECT content FROM missing ORDER BY rowid")
-            self.store.plan(self.space, self.name[:8], shape, ((content, 0) for (content,) in new), rows)
+            contents = self.db.execute("SELECT content FROM missing ORDER BY rowid")
+            self.store.plan(self.space, self.name[:8], shape, ((content, 0) for (content,) in contents), shard_rows)
         self.store.check_room(self.space)
 
-    _PENDING = "FROM latent JOIN caption USING (content) WHERE space = ? AND sha256 IS NULL"
+    _PENDING_ROWS = "FROM latent JOIN caption USING (content) WHERE space = ? AND sha256 IS NULL"
 
     def _encode_all(self) -> int:
-        """Encode all captions not encoded yet and return their number."""
-        total = int(self.db.execute(f"SELECT COUNT(DISTINCT content) {self._PENDING}", (self.space,)).fetchone()[0])
+        """Encode all captions that are not encoded yet. Return their number."""
+        total = int(self.db.execute(f"SELECT COUNT(DISTINCT content) {self._PENDING_ROWS}", (self.space,)).fetchone()[0])
         previous, done, start = None, 0, time.perf_counter()
         for block in itertools.chain(self._blocks(), [None]):
-            current = self._encode(*block) if block else None  # a GPU computes this while the previous block is written
+            current = self._encode(*block) if block else None  # a GPU computes this block while the previous one is written
             if previous:
                 self._write(*previous)
                 done += len(previous[1])
@@ -160,15 +161,15 @@ class _Writer:
         return done
 
     def _blocks(self) -> Iterator[tuple[Shard, list[tuple[int, int]]]]:
-        """Yield the blocks left to encode: a shard, and (row, an entry with the row's token ids) for each caption."""
-        query = f"SELECT row, MIN(entry) {self._PENDING} AND shard = ? GROUP BY row ORDER BY row"
+        """Yield the blocks to encode: a shard and its captions, each as its row and an entry with the row's token ids."""
+        query = f"SELECT row, MIN(entry) {self._PENDING_ROWS} AND shard = ? GROUP BY row ORDER BY row"
         for shard in self.store.shards(self.space):
-            todo = self.db.execute(query, (self.space, shard.id)).fetchall()
-            for first in range(0, len(todo), _BLOCK):
-                yield shard, todo[first : first + _BLOCK]
+            captions = self.db.execute(query, (self.space, shard.id)).fetchall()
+            for first in range(0, len(captions), _BLOCK):
+                yield shard, captions[first : first + _BLOCK]
 
-    def _encode(self, shard: Shard, todo: list[tuple[int, int]]) -> tuple[Shard, list[int], Tensor]:
-        rows, entries = zip(*todo, strict=True)
+    def _encode(self, shard: Shard, captions: list[tuple[int, int]]) -> tuple[Shard, list[int], Tensor]:
+        rows, entries = zip(*captions, strict=True)
         ids_BL = torch.stack([self._ids(entry) for entry in entries])
         with torch.no_grad():
             text_embeds_BLD = self.text.encode(ids_BL.to(self.text.device))
@@ -198,8 +199,8 @@ class _Writer:
         shard_index = {shard.id: i for i, shard in enumerate(shards)}
 
         entries = int(self.offsets[-1]) + 1
-        arrays = {"offsets": self.offsets, "check": self._array(np.int64, entries)}
-        arrays |= {name: self._array(np.int32, entries) for name in ("shard", "row")}
+        arrays = {"offsets": self.offsets, "check": self._zeros(np.int64, entries)}
+        arrays |= {name: self._zeros(np.int32, entries) for name in ("shard", "row")}
         cursor, done = self.db.execute(f"SELECT shard, row, check64 {from_clause} ORDER BY entry", (self.space,)), 0
         while chunk := cursor.fetchmany(_CHUNK):
             span = slice(done, done + len(chunk))
@@ -217,5 +218,5 @@ class _Writer:
             self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
 
 
-def _content(ids_L: Tensor) -> bytes:
+def _content_hash(ids_L: Tensor) -> bytes:
     return hashlib.sha256(ids_L.numpy().tobytes()).digest()

@@ -1,7 +1,7 @@
-"""Masks of a cache: decoded into the table `mask` of cache.sqlite, then frozen into the file that training maps.
+"""Decode masks into the table `mask` of cache.sqlite, and freeze them into the file that training maps.
 
-The table holds the cells of every crop, zlib's deflate of uint8 (h, w). The key is a hash of all that determines the cells. So
-only an edited mask is decoded again, and an edited caption causes no decoding. `fastsd/data/masks.py` defines the file layout.
+The table has the cells of every crop, a zlib-compressed uint8 (h, w). Their key is a hash of all that determines them. A mask
+is therefore decoded again only if it was edited, and not if a caption was. `fastsd/data/masks.py` defines the file layout.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from fastsd.data.sources import folders
 from fastsd.data.sources.image import DataSource, Rejected
 from fastsd.errors import UserError
 
-_VERSION = 1  # of the decoded cells; increment when the code changes them
+_VERSION = 1  # version of the decoded cells; increment it when a change of the code changes them
 _CHUNK = 256  # masks decoded between two commits
 
 
 @contextlib.contextmanager
 def as_mask_rejection() -> Iterator[None]:
-    """Turn the rejection of a mask into one of its image. It is not `lasting`: the image's own bytes are not at fault."""
+    """Turn the rejection of a mask into one of its image. It is not `lasting`, because the image itself may be usable."""
     try:
         yield
     except Rejected as error:
@@ -47,9 +47,9 @@ def as_mask_rejection() -> Iterator[None]:
 
 
 def check_shape(mask: Size, image: Size) -> None:
-    """Raise Rejected unless a mask has the aspect ratio of its image, by their sizes as displayed.
+    """Raise Rejected unless a mask has the aspect ratio of its image. Both sizes are those as displayed.
 
-    The mask may be smaller or larger. The tolerance is one pixel of the larger of the two.
+    The mask may be smaller or larger than the image. The tolerance is one pixel of the larger one.
     """
     if abs(mask[0] * image[1] - mask[1] * image[0]) > max(*mask, *image):
         mask_size, image_size = (f"{width} x {height}" for width, height in (mask, image))
@@ -63,7 +63,7 @@ def mask_key(data: DataTable, downscale: int, mask: bytes, image: bytes, size: S
         downscale: side of a cell in pixels.
         mask: sha256 of the mask file.
         image: sha256 of the image file, which determines the random crops.
-        size: of the image as displayed.
+        size: size of the image as displayed.
     """
     buckets = data.buckets and data.buckets.model_dump()
     crop_seed = image.hex() if data.crop == "random" else ""
@@ -74,18 +74,18 @@ def mask_key(data: DataTable, downscale: int, mask: bytes, image: bytes, size: S
 def make(
     store: Store, data: DataTable, downscale: int, pool: ThreadPoolExecutor, report: Callable[[CacheProgress], None]
 ) -> None:
-    """Bring the table `mask` up to date with `sample`, and reject samples with an unusable mask."""
+    """Decode the masks that the table `mask` lacks, and reject the samples of unusable masks."""
     query = (
         "SELECT MIN(id) FROM sample WHERE reason IS NULL AND mask IS NOT NULL AND"
         " (SELECT COUNT(*) FROM mask WHERE key = sample.mask AND crop < ?) < ? GROUP BY mask ORDER BY 1"
     )
-    todo = [id for (id,) in store.db.execute(query, (data.crops, data.crops))]
+    sample_ids = [id for (id,) in store.db.execute(query, (data.crops, data.crops))]
     decode_row = partial(_decode, data=data, downscale=downscale, buckets=Buckets(data.resolution, data.buckets))
     columns = "mask, mask_path, mask_file, mask_offset, mask_length, content, width, height"
 
     start = time.perf_counter()
-    for first in range(0, len(todo), _CHUNK):
-        chunk = todo[first : first + _CHUNK]
+    for first in range(0, len(sample_ids), _CHUNK):
+        chunk = sample_ids[first : first + _CHUNK]
         rows = [store.db.execute(f"SELECT {columns} FROM sample WHERE id = ?", (id,)).fetchone() for id in chunk]
         results = list(pool.map(decode_row, rows))
         with store.transaction():
@@ -95,29 +95,29 @@ def make(
                     store.db.execute("UPDATE sample SET reason = ?, size = -1 WHERE mask = ?", (result.reason, key))
                     store.db.execute("DELETE FROM file WHERE path = ?", (path,))  # the stored facts may be wrong
                 else:
-                    crops = [(key, crop, cells) for crop, cells in enumerate(result)]
-                    store.db.executemany("REPLACE INTO mask VALUES (?, ?, ?)", crops)
+                    mask_rows = [(key, crop, cells) for crop, cells in enumerate(result)]
+                    store.db.executemany("REPLACE INTO mask VALUES (?, ?, ?)", mask_rows)
         done = first + len(chunk)
-        report(CacheProgress("masks", done, len(todo), done / (time.perf_counter() - start)))
+        report(CacheProgress("masks", done, len(sample_ids), done / (time.perf_counter() - start)))
 
 
 def _decode(row: tuple[Any, ...], *, data: DataTable, downscale: int, buckets: Buckets) -> list[bytes] | Rejected:
-    """Decode a mask to the cells of every crop, deflated."""
+    """Decode a mask. Return the compressed cells of every crop."""
     key, _, file, offset, length, image, width, height = row
     try:
         with as_mask_rejection():
             raw = folders.read_bytes(DataSource(os.fsdecode(file), offset=offset, length=length))
             if mask_key(data, downscale, hashlib.sha256(raw).digest(), image, (width, height)) != key:
                 raise Rejected("changed while it was being cached; run the same command again")
-            place, crops = buckets.place(width, height), range(data.crops)
-            cells = [decode_mask(raw, place, crop_position(data.crop, image, crop), downscale) for crop in crops]
-            return [zlib.compress(crop.tobytes()) for crop in cells]
+            place = buckets.place(width, height)
+            positions = [crop_position(data.crop, image, crop) for crop in range(data.crops)]
+            return [zlib.compress(decode_mask(raw, place, position, downscale).tobytes()) for position in positions]
     except Rejected as error:
         return error
 
 
 def freeze(store: Store, view: str, crops: int) -> None:
-    """Write the masks of a frozen view atomically, unless the file is already up to date.
+    """Write the masks of a frozen view atomically, unless the file is up to date.
 
     Raises:
         OSError: the disk does not accept the file.
@@ -131,7 +131,7 @@ def freeze(store: Store, view: str, crops: int) -> None:
         if existing.metadata["view"] == metadata["view"] and np.array_equal(existing.arrays["keys"], keys):
             return
     offsets, offset = np.zeros(len(keys) // KEY_BYTES * crops + 1, np.int64), 0
-    with tempfile.TemporaryFile(dir=store.folder) as scratch:  # memory stays flat
+    with tempfile.TemporaryFile(dir=store.folder) as scratch:  # a large data set must not fill the memory
         for entry in range(len(offsets) - 1):
             key = keys[entry // crops * KEY_BYTES :][:KEY_BYTES].tobytes()
             if any(key):
@@ -145,12 +145,12 @@ def freeze(store: Store, view: str, crops: int) -> None:
 
 
 def damaged_files(store: Store) -> list[Path]:
-    """Return damaged mask files, or all if the table has damaged rows, because any may contain these. Deletes the rows."""
+    """Return the damaged mask files. If the table has damaged rows, delete them and return all files, which may have them."""
     rows = store.db.execute("SELECT rowid, cells FROM mask")
-    bad = [(id,) for id, cells in rows if inflate(cells, [-1]) is None]
+    damaged_rows = [(id,) for id, cells in rows if inflate(cells, [-1]) is None]
     with store.transaction():
-        store.db.executemany("DELETE FROM mask WHERE rowid = ?", bad)
-    return [path for path in mask_files(store.folder) if bad or not _is_sound(path)]
+        store.db.executemany("DELETE FROM mask WHERE rowid = ?", damaged_rows)
+    return [path for path in mask_files(store.folder) if damaged_rows or not _is_sound(path)]
 
 
 def _is_sound(path: Path) -> bool:
@@ -160,11 +160,11 @@ def _is_sound(path: Path) -> bool:
 
 
 def prune(store: Store, view_hashes: set[str], rows: bool) -> list[Path]:
-    """Delete masks that no view refers to from the table; return the files of no view. Raises UserError for a damaged file.
+    """Delete the masks of no view from the table. Return the files of no view. Raises UserError if a file is damaged.
 
     Args:
         view_hashes: sha256 of the views.
-        rows: also delete from the table; otherwise only find the files.
+        rows: delete from the table; False = only find the files.
     """
     files = {path: MasksFile(path) for path in mask_files(store.folder)}
     kept = {path: file for path, file in files.items() if file.metadata["view"] in view_hashes}

@@ -1,9 +1,9 @@
-"""Pipeline from planned rows to shards on disk: decoding threads -> VAE -> a writing thread, each ahead of the next.
+"""Encode the planned rows of a cache in a pipeline: decoding threads -> VAE -> a writing thread, each ahead of the next.
 
 The unit of work is a block: `cache.batch` adjacent rows of a shard, all of one shape. A block is claimed, decoded, encoded,
-written, flushed, and only then marked as done by one commit. A process that is killed loses only its blocks in progress, and
-the next process writes the same bytes to the same places. A block claimed by another process is left to it. If that process
-dies, its claims become free.
+written and flushed. Only then does one commit mark it as done. A process that is killed loses only its blocks in progress, and
+the next process writes the same bytes to the same places. A block that another process has claimed is left to that process. If
+it is killed, its claims become free.
 
 Shapes: B rows of a block, W x H pixels, C x h x w latents.
 """
@@ -38,15 +38,15 @@ from fastsd.data.sources.folders import DataSource, Rejected
 from fastsd.errors import UserError
 
 _WRITES_AHEAD = 8  # encoded blocks that may wait for the disk
-_POLL_SECONDS = 0.2  # seconds between checks for work that other processes have left
+_POLL_SECONDS = 0.2  # between two checks for blocks that other processes have left undone
 
 
 class LatentEncoder(Protocol):
-    """VAE interface that building a cache needs; `fastsd.model.vae.Vae` implements it.
+    """The interface of a VAE that a cache is built with. `fastsd.model.vae.Vae` implements it.
 
-    `encode` takes fp32 (B, 3, H, W) in [-1, 1] and returns the raw posterior mean (B, C, h, w). The images are on `device` if
-    the encoder has this attribute, otherwise on the CPU. An encoder that computes below fp32 may also have `encode_fp32`, for
-    the rare image that overflows.
+    `encode` takes images, fp32 (B, 3, H, W) in [-1, 1], and returns the raw posterior mean (B, C, h, w). The images are on
+    `device` if the encoder has this attribute, otherwise on the CPU. An encoder that computes in a dtype below fp32 may also
+    have `encode_fp32`, which encodes the rare image that overflows.
     """
 
     @property
@@ -66,11 +66,11 @@ class LatentEncoder(Protocol):
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """Progress of a build, for a live line."""
+    """Progress of a build, for the line that the user watches."""
 
-    phase: str  # "scan", "masks", "encode" (images not cached before) or "states" (captions)
+    phase: str  # "scan", "masks", "encode" (counts images that were not cached before) or "states" (counts captions)
     done: int
-    total: int  # 0 = unknown, in "scan"
+    total: int  # 0 = unknown, during "scan"
     images_per_second: float
     limit: str = ""  # the pipeline step that the others wait for: "decode", "encode" or "write"
 
@@ -88,7 +88,7 @@ class _Row:
 
 @dataclass
 class _Block:
-    """Rows of one shard in progress. `loading`: their pixels, one future per content."""
+    """A block in progress. `loading` has a future for each content, which returns its pixels."""
 
     shard: Shard
     first: int
@@ -99,19 +99,19 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A block ready for the writer, with (number, bytes) of its rows."""
+    """A block that can be written. `rows` has the number and the bytes of each row."""
 
     block: _Block
     rows: list[tuple[int, bytes]]
 
 
 class Pipeline:
-    """Encodes the planned rows of one space that the config needs.
+    """Encodes the planned rows of one space that a config needs.
 
     Args:
-        workers: number of threads in `pool`, to set the read-ahead depth and for timing.
-        reject: rejects a row in the database, within a transaction on the given store.
-        report: receives a `CacheProgress` for every block.
+        workers: number of threads in `pool`.
+        reject: rejects a row in the database of a store. It is called within a transaction.
+        report: receives a `CacheProgress` after every block.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Pipeline:
         self.query_values = (space, json.dumps(cache.stored_versions(config.data)))
 
     def run(self) -> None:
-        """Run until nothing is left to do, here or in another process."""
+        """Run until all rows are done, by this process or by others."""
         total, start, done = self._pending(), time.perf_counter(), 0
         ahead: deque[_Block] = deque()
         depth = 1 + -(-2 * self.workers // self.config.cache.batch)
@@ -157,26 +157,26 @@ class Pipeline:
                 if encoding:
                     done += self._hand_over(encoding, writer)
                     self._report_progress(min(done, total), total, start)
-                elif self._unfinished():  # the rest is with other processes, or with this one's writer
+                elif self._unfinished():  # the last blocks are with other processes or with the writer
                     time.sleep(_POLL_SECONDS)
                 writer.drain()
 
     def _report_progress(self, done: int, total: int, start: float) -> None:
         self.report(CacheProgress("encode", done, total, done / (time.perf_counter() - start), self.clock.limit()))
 
-    _PENDING = (
+    _PENDING_ROWS = (
         "FROM latent WHERE space = ? AND version IN (SELECT value FROM json_each(?)) AND sha256 IS NULL AND EXISTS"
         " (SELECT 1 FROM sample WHERE sample.content = latent.content AND reason IS NULL)"
     )
 
     def _pending(self) -> int:
-        return int(self.store.db.execute(f"SELECT COUNT(*) {self._PENDING}", self.query_values).fetchone()[0])
+        return int(self.store.db.execute(f"SELECT COUNT(*) {self._PENDING_ROWS}", self.query_values).fetchone()[0])
 
     def _unfinished(self) -> bool:
-        return bool(self.store.db.execute(f"SELECT EXISTS (SELECT 1 {self._PENDING})", self.query_values).fetchone()[0])
+        return bool(self.store.db.execute(f"SELECT EXISTS (SELECT 1 {self._PENDING_ROWS})", self.query_values).fetchone()[0])
 
     def _claimed(self) -> Iterator[_Block]:
-        """Claim and yield blocks of `cache.batch` rows of a shard, less rows that are done, unwanted or claimed elsewhere."""
+        """Claim and yield the blocks that no other process has claimed. They have only rows that must be encoded."""
         batch = self.config.cache.batch
         columns = "path, file, offset, length, width, height"
         query = (
@@ -187,19 +187,19 @@ class Pipeline:
         )
 
         for shard in self.store.shards(self.space):
-            firsts = self.store.db.execute(
+            block_numbers = self.store.db.execute(
                 "SELECT DISTINCT row / ? FROM latent WHERE space = ? AND shard = ? AND sha256 IS NULL ORDER BY 1",
                 (batch, self.space, shard.id),
             ).fetchall()
-            for (number,) in firsts:
+            for (number,) in block_numbers:
                 first = number * batch
                 if not self.claims.take(shard.id, first, batch):
                     continue
-                # Query after the claim, because another process may have finished the block just before it.
-                records = self.store.db.execute(query, (*self.query_values, shard.id, first, first + batch)).fetchall()
+                # Query after the claim, because another process may have finished the block before.
+                results = self.store.db.execute(query, (*self.query_values, shard.id, first, first + batch)).fetchall()
                 rows = [
                     _Row(row, version, content, key, DataSource(os.fsdecode(file), offset=offset, length=length), width, height)
-                    for row, version, content, key, file, offset, length, width, height in records
+                    for row, version, content, key, file, offset, length, width, height in results
                 ]
                 if rows:
                     yield _Block(shard, first, rows)
@@ -211,7 +211,7 @@ class Pipeline:
             block.loading.append(self.pool.submit(self._decode, list(rows), tuple(block.shard.shape)))
 
     def _decode(self, rows: list[_Row], shape: tuple[int, ...]) -> list[np.ndarray]:
-        """Load all wanted versions of one content: uint8 (3, H, W), or imported latents. Raises Rejected."""
+        """Load the versions of one content: pixels, uint8 (3, H, W), or imported latents. Raises Rejected."""
         start = time.perf_counter()
         row = rows[0]
         data = folders.read_bytes(row.source)
@@ -236,7 +236,7 @@ class Pipeline:
         return outputs
 
     def _encode(self, block: _Block) -> tuple[_Block, list[_Row], Tensor, Tensor]:
-        """Start the VAE on a block. Return the block, its rows, images and means; a GPU may still be computing the means."""
+        """Start to encode a block. Return it and its rows, images and means, which a GPU may still be computing."""
         pixels: list[np.ndarray] = []
         rows: list[_Row] = []
         with self.clock.waiting("decode"):
@@ -274,9 +274,9 @@ class Pipeline:
         return means.to(self.dtype)
 
     def _hand_over(self, encoding: tuple[_Block, list[_Row], Tensor, Tensor], writer: _Writer) -> int:
-        """Fetch the means, retry non-finite ones singly in fp32, and queue the block for writing. Return its row count."""
+        """Queue a block for writing and return its number of rows. Overflowed images are encoded again, alone and in fp32."""
         block, rows, images, means = encoding
-        done: list[tuple[int, bytes]] = []
+        encoded_rows: list[tuple[int, bytes]] = []
         with self.clock.busy("encode"):
             means = means.cpu()
             is_finite = means.flatten(1).isfinite().all(1).tolist()
@@ -286,18 +286,18 @@ class Pipeline:
                     encode_fp32 = getattr(self.vae, "encode_fp32", self.vae.encode)
                     mean = self._means(encode_fp32, images[i : i + 1], block.shard.shape)[0].cpu()
                 if mean.isfinite().all():
-                    done.append((row.number, mean.contiguous().view(torch.uint8).numpy().tobytes()))
+                    encoded_rows.append((row.number, mean.contiguous().view(torch.uint8).numpy().tobytes()))
                 else:
                     block.rejections.append((row, Rejected(f"latent is not finite in {self.config.cache.dtype}")))
         with self.clock.waiting("write"):
-            writer.put(_Encoded(block, done))
-        self.encoded += len(done)
-        self.clock.images["encode"] += len(done)
+            writer.put(_Encoded(block, encoded_rows))
+        self.encoded += len(encoded_rows)
+        self.clock.images["encode"] += len(encoded_rows)
         return len(block.rows)
 
 
 class Clock:
-    """Seconds each pipeline step was busy, and seconds the main thread waited for decoding and writing."""
+    """Measures how long each pipeline step was busy, and how long the main thread waited for decoding and writing."""
 
     def __init__(self, workers: int):
         self.workers, self._lock = workers, threading.Lock()
@@ -328,7 +328,7 @@ class Clock:
 
 
 class _Writer:
-    """Thread that writes rows to disk and then marks them in the database, several blocks per commit when it falls behind."""
+    """A thread that writes rows to the disk and then marks them as done. If it falls behind, a commit has several blocks."""
 
     def __init__(self, pipeline: Pipeline):
         self._pipeline = pipeline
@@ -351,9 +351,9 @@ class _Writer:
 
     def drain(self) -> None:
         """Wait until all queued blocks are on disk."""
-        reached = threading.Event()
-        self._queue.put(reached)
-        reached.wait()
+        marker = threading.Event()
+        self._queue.put(marker)
+        marker.wait()
         if self._error:
             raise self._error
 
@@ -373,7 +373,7 @@ class _Writer:
                     if isinstance(item, threading.Event):
                         item.set()
                         item = self._queue.get()
-        except BaseException as error:  # `put` and `drain` raise it; they must not wait forever for this thread
+        except BaseException as error:  # `put` and `drain` raise it and must not wait forever
             self._error = error
             while item is not None:
                 if isinstance(item, threading.Event):
@@ -382,13 +382,13 @@ class _Writer:
 
     def _write(self, store: Store, items: list[_Encoded]) -> None:
         pipeline = self._pipeline
-        done: dict[int, tuple[Shard, list[tuple[int, bytes]]]] = {}
+        rows_by_shard: dict[int, tuple[Shard, list[tuple[int, bytes]]]] = {}
         for item in items:
-            done.setdefault(item.block.shard.id, (item.block.shard, []))[1].extend(item.rows)
-        for shard, rows in done.values():
+            rows_by_shard.setdefault(item.block.shard.id, (item.block.shard, []))[1].extend(item.rows)
+        for shard, rows in rows_by_shard.values():
             store.write(shard, rows)
         with store.transaction():
-            for shard, rows in done.values():
+            for shard, rows in rows_by_shard.values():
                 store.mark_done(shard, rows)
             for item in items:
                 for row, rejection in item.block.rejections:

@@ -1,15 +1,15 @@
-"""Writing side of the cache on disk: SQLite tables, shards and locks.
+"""Write a cache to the disk: SQLite tables, shards and locks.
 
     space      one VAE and one preprocessing, or one text encoder
-    file       content hashes by (path, size, mtime), so that an unchanged file is not read again
-    shard      n rows of one shape; planned here before its file exists
-    latent     the (shard, row) of a version of a content: latents of an image file, or text embeddings of a caption's token
-               ids; sha256 and check of the row's bytes once they are on disk, NULL before
-    rejected   rejected files and the reasons; a size of -1 means that a retry may help
+    file       content hashes by path, size and mtime, so that an unchanged file is not read again
+    shard      n rows of one shape; a shard is planned here before its file exists
+    latent     the shard and row of each version of a content, which is an image file (for latents) or the token ids of a
+               caption (for text embeddings); sha256 and check64 of the row's bytes, NULL until they are on the disk
+    rejected   rejected files and the reasons; size -1 means that another attempt may succeed
     mask       masks averaged over the cells of a latent, see `mask_cells.py`
 
-A path is a file, or tar/member. It is stored as bytes, since a filename need not be text. Several processes may fill a cache
-at once. Each holds a shared lock on `cache.lock`, and locks the bytes of `claims.lock` that correspond to the rows it is
+A path is a file, or tar/member. It is stored as bytes, because a filename need not be valid text. Several processes may fill a
+cache at once. Each holds a shared lock on `cache.lock` and locks the bytes of `claims.lock` that stand for the rows it is
 encoding. The operating system releases both locks when a process ends for any reason.
 """
 
@@ -51,18 +51,18 @@ CREATE TABLE rejected (space INTEGER, path BLOB, reason TEXT, size INTEGER, mtim
     WITHOUT ROWID;
 """
 _MASK_SCHEMA = "CREATE TABLE IF NOT EXISTS mask (key BLOB, crop INTEGER, cells BLOB, PRIMARY KEY (key, crop))"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# SQLite's result codes for problems with the disk or the user's setup; any other code is a bug of ours.
+_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BUSY_SECONDS = 60  # to wait for another process that writes to the database
+# SQLite's result codes for problems with the disk or the user's setup. Any other code is a bug of ours.
 _SQLITE_FULL = 13
-_BUSY_SECONDS = 60  # wait for another process that writes to the database
 _SQLITE_DISK = {3: "no permission", 5: "busy", 8: "read-only", 10: "i/o error", 14: "cannot be opened", _SQLITE_FULL: "full"}
 _SQLITE_DAMAGED = {11: "malformed", 26: "no database"}
-_POLL_SECONDS = 0.1  # seconds between attempts at a lock that another process holds
+_POLL_SECONDS = 0.1  # between two attempts to take a lock that another process holds
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A planned shard. `shape` is the shape of a row. `path` may not exist yet. `metadata["fastsd"]` is the format."""
+    """A planned shard. Its file may not exist yet. `shape` is the shape of a row, and `metadata["fastsd"]` the format."""
 
     id: int
     name: str
@@ -77,7 +77,7 @@ class Shard:
         return math.prod(self.shape) * cache.DTYPES[self.dtype].itemsize
 
     def is_intact(self) -> bool:
-        """Return True if the file exists with the right header and its full length. Does not check the rows."""
+        """Return True if the file has the right header and its full length. The rows are not checked."""
         try:
             tensors, metadata, _ = read_header(self.path, self.format)
         except UserError:
@@ -94,7 +94,7 @@ class Shard:
                 yield file.read(self.row_bytes)
 
     def write_rows(self, rows: Sequence[tuple[int, bytes]]) -> None:
-        """Write rows to their places; they are on disk on return. The file must exist, see `create`."""
+        """Write rows to an existing file. They are on the disk when this returns."""
         start = self._start()
         with self.path.open("r+b") as file:
             for row, data in rows:
@@ -115,11 +115,11 @@ class Shard:
         """Create the file at its full length."""
         shapes = {TENSOR[self.format]: (cache.DTYPES[self.dtype], (self.rows, *self.shape))}
         metadata = {"fastsd": self.format, **self.metadata, "shape": json.dumps(self.shape)}
-        head = safetensors_header(shapes, metadata, cache.ALIGN)
-        size = len(head) + self.rows * self.row_bytes
+        header = safetensors_header(shapes, metadata, cache.ALIGN)
+        size = len(header) + self.rows * self.row_bytes
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         with temporary.open("wb") as file:
-            file.write(head)
+            file.write(header)
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):
                 try:  # a full disk fails here, not in the middle of a row
@@ -134,7 +134,7 @@ class Shard:
 
 
 class Store:
-    """An open cache folder. `db` is in autocommit mode; group statements with `transaction`. `work`: see `attach`."""
+    """An open cache folder. `db` is in autocommit mode, and `transaction` groups statements. For `work`, see `attach`."""
 
     work: Path
 
@@ -147,11 +147,11 @@ class Store:
         """Open a cache folder for writing.
 
         Args:
-            lock: "exclusive" (no other process), "shared" (with other processes that encode) or "" (no lock: for reading, or
-                within a process that already holds a lock).
+            lock: "exclusive" keeps out all other processes. "shared" allows other processes that encode. "" takes no lock,
+                for reading, or if this process holds a lock already.
 
         Raises:
-            UserError: there is no cache, another process holds the lock, the cache has another version, or the disk fails.
+            UserError: the cache does not exist, is locked by another process or has another version, or the disk fails.
         """
         database = folder / "cache.sqlite"
         if not create and not database.is_file():
@@ -187,14 +187,14 @@ class Store:
             yield
 
     def attach(self, work: Path) -> None:
-        """Attach another database file under the name `work`. Its tables may be lost, because they can be rebuilt."""
+        """Attach another database file under the name `work`. It is written without flushing, because it can be rebuilt."""
         self.db.execute("ATTACH ? AS work", (os.fspath(work),))
         self.db.execute("PRAGMA work.journal_mode = WAL")
         self.db.execute("PRAGMA work.synchronous = OFF")
         self.work = work
 
     def space(self, name: str, metadata: dict[str, str], dtype: str) -> int:
-        """Return the id of a space, created on first use. Its metadata is fixed from then on, so its shards never change."""
+        """Return the id of a space. Its first use creates it and fixes its metadata, so that its shards never change."""
         with self.transaction():
             self.db.execute(
                 "INSERT OR IGNORE INTO space (name, metadata, dtype) VALUES (?, ?, ?)",
@@ -217,12 +217,12 @@ class Store:
         """Plan shards of at most `rows` rows for all of `contents`, see `add_shard`."""
         remaining = iter(contents)
         while chunk := list(itertools.islice(remaining, rows)):
-            # The name depends only on the planned content, so it is the same however often the build was interrupted.
+            # The name depends only on the planned content, so interruptions of the build do not change it.
             planned_content = b"".join(content + version.to_bytes(4, "little") for content, version in chunk)
             self.add_shard(space, f"{prefix}-{hashlib.sha256(planned_content).hexdigest()[:16]}", shape, chunk)
 
     def check_room(self, space: int) -> None:
-        """Raise UserError if the disk lacks room for the planned shards."""
+        """Raise UserError if the disk has too little space for the planned shards."""
         need = sum(shard.rows * shard.row_bytes for shard in self.shards(space) if not shard.path.exists())
         free = shutil.disk_usage(self.folder).free
         if need > free:
@@ -233,16 +233,16 @@ class Store:
             )
 
     def add_shard(self, space: int, name: str, shape: list[int], contents: Sequence[tuple[bytes, int]]) -> None:
-        """Plan a shard with row i for `contents[i]`, a (content, version). Call this within a transaction."""
+        """Plan a shard whose row i is for `contents[i]`, a (content, version). Call this within a transaction."""
         added = self.db.execute(
             "INSERT INTO shard (space, name, rows, shape) VALUES (?, ?, ?, ?)",
             (space, name, len(contents), json.dumps(shape)),
         )
-        places = [(space, *content, added.lastrowid, row) for row, content in enumerate(contents)]
-        self.db.executemany("INSERT INTO latent VALUES (?, ?, ?, ?, ?, NULL, NULL)", places)
+        latent_rows = [(space, *content, added.lastrowid, row) for row, content in enumerate(contents)]
+        self.db.executemany("INSERT INTO latent VALUES (?, ?, ?, ?, ?, NULL, NULL)", latent_rows)
 
     def write(self, shard: Shard, rows: Sequence[tuple[int, bytes]]) -> None:
-        """Write rows; they are on disk on return. Call `mark_done` next."""
+        """Write rows. They are on the disk when this returns. Then call `mark_done`."""
         with disk_errors(self.folder):
             if not shard.path.exists():
                 with self.transaction():  # keeps other processes from creating it at the same time
@@ -251,7 +251,7 @@ class Store:
             shard.write_rows(rows)
 
     def mark_done(self, shard: Shard, rows: Iterable[tuple[int, bytes]]) -> None:
-        """Record rows that `write` has put on disk. Call this within a transaction."""
+        """Record rows that `write` has put on the disk. Call this within a transaction."""
         hashed = [(hashlib.sha256(data).digest(), row_check(data), shard.id, row) for row, data in rows]
         self.db.executemany("UPDATE latent SET sha256 = ?, check64 = ? WHERE shard = ? AND row = ?", hashed)
 
@@ -260,24 +260,24 @@ class Store:
         return self.db.execute(query, (shard.id,)).fetchall()
 
     def forget(self, shard: Shard, rows: Iterable[int]) -> None:
-        """Mark rows to be encoded again, and delete the indexes that refer to their shard, so they are not read until then."""
+        """Mark rows to be encoded again. Until then nobody reads them, because the indexes of their shard are deleted."""
         with disk_errors(self.folder):
-            for path, kind in cache.indexes(self.folder):
+            for path, index_class in cache.indexes(self.folder):
                 try:
-                    stale = shard.name in {name for name, _ in kind(path).shards}
+                    stale = shard.name in {name for name, _ in index_class(path).shards}
                 except UserError:
-                    stale = False  # a damaged index cannot be read, so it misleads no reader
+                    stale = False  # nobody can read rows through a damaged index
                 if stale:
                     path.unlink()
                     flush_folder(path.parent)
         with self.transaction():
             # Keeps `prune` from deleting the other shards, which have lost their index.
             self.db.execute("UPDATE space SET unfinished = 1 WHERE id IN (SELECT space FROM shard WHERE id = ?)", (shard.id,))
-            marks = [(shard.id, row) for row in rows]
-            self.db.executemany("UPDATE latent SET sha256 = NULL, check64 = NULL WHERE shard = ? AND row = ?", marks)
+            keys = [(shard.id, row) for row in rows]
+            self.db.executemany("UPDATE latent SET sha256 = NULL, check64 = NULL WHERE shard = ? AND row = ?", keys)
 
     def forget_broken(self, space: int) -> None:
-        """Plan lost or truncated shards again. Cheap: reads only headers and lengths; `verify` checks the rest."""
+        """Plan lost and truncated shards again. This reads only headers and lengths. `verify` checks the rows."""
         for shard in self.shards(space):
             if not shard.is_intact():
                 done = [row for row, _ in self.done_rows(shard)]
@@ -293,7 +293,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _disk_error(folder, error.strerror or str(error), error.errno in _FULL) from error
+        raise _disk_error(folder, error.strerror or str(error), error.errno in _FULL_ERRNOS) from error
 
 
 @contextmanager
@@ -336,35 +336,35 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def _use_write_ahead_log(db: sqlite3.Connection) -> None:
-    """Switch to WAL mode. SQLite does not wait if another process switches at the same moment, so this function does."""
-    end = time.monotonic() + _BUSY_SECONDS
+    """Switch to WAL mode. Wait for another process that switches at the same moment, which SQLite does not do."""
+    deadline = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
             db.execute("PRAGMA journal_mode = WAL")
             return
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
         time.sleep(0.01)
 
 
 @contextmanager
-def _folder_lock(folder: Path, kind: str) -> Iterator[None]:
-    if not kind:
+def _folder_lock(folder: Path, lock: str) -> Iterator[None]:
+    if not lock:
         yield
         return
     with disk_errors(folder):
         handle = (folder / "cache.lock").open("a+b")
     with handle:
-        if not lock_file(handle, exclusive=kind == "exclusive"):
+        if not lock_file(handle, exclusive=lock == "exclusive"):
             raise UserError("cache-locked", f"cache.dir {folder} is in use by another `fastsd cache`; wait until it ends")
         yield
 
 
 def lock_file(handle: IO[bytes], exclusive: bool) -> bool:
-    """Lock a whole file until it is closed or locked differently. Return False if another process holds a conflicting lock."""
+    """Lock a file until it is closed or locked again. Return False if another process holds a conflicting lock."""
     try:
-        if sys.platform == "win32":  # has no shared locks: one process at a time
+        if sys.platform == "win32":  # no shared locks, so only one process at a time
             import msvcrt
 
             handle.seek(0)
@@ -388,9 +388,10 @@ def wait_for(attempt: Callable[[], bool], on_wait: Callable[[], None]) -> None:
 
 
 class Claims:
-    """Claims on rows being encoded: locks on bytes of a file that is never written, byte = index of a row among all shards.
+    """Claims on rows that this process encodes. Each is a lock on a byte of a file that is never written.
 
-    The locks belong to the process. Closing any handle of the file releases all of them, so use one `Claims` per process.
+    The number of the byte is the index of the row among the rows of all shards. The locks belong to the process. When any
+    handle of the file is closed, all of them are released, so use one `Claims` per process.
     """
 
     def __init__(self, folder: Path):
@@ -398,7 +399,7 @@ class Claims:
             self._file = (folder / "claims.lock").open("a+b")
 
     def take(self, shard: int, first: int, count: int) -> bool:
-        """Claim rows [first, first + count) of a shard; False if another process has one of them."""
+        """Claim rows [first, first + count) of a shard. Return False if another process has claimed one of them."""
         if sys.platform == "win32":  # the folder's lock already excludes other processes
             return True
         import fcntl

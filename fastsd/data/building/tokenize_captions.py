@@ -1,4 +1,4 @@
-"""Tokenization of a view's captions, done once. `fastsd/data/tokens.py` defines the file layout."""
+"""Tokenize a view's captions once. `fastsd/data/tokens.py` defines the file layout."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fastsd.errors import UserError
 from fastsd.model.text_encoder import ids_of, tokenizer_hash
 from fastsd.storage import TEMPORARY, flush_folder, safetensors_header
 
-_CHUNK = 1024  # samples tokenized together
+_CHUNK = 1024  # samples whose captions are tokenized together
 
 
 def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], None] = lambda done: None) -> bool:
-    """Tokenize all captions of a cache, unless that is already done. Only one process at a time may call this.
+    """Tokenize all captions of a cache, unless that has been done. Only one process at a time may call this.
 
     Args:
         tokenizer: transformers' CLIPTokenizer.
         report: receives the number of samples done, after every chunk.
 
     Returns:
-        True if there was anything to do.
+        True if the captions were tokenized by this call.
 
     Raises:
-        OSError: the disk does not accept the file; no partial file is left behind.
+        OSError: the disk does not accept the file. No part of it is left behind.
     """
     with contextlib.suppress(UserError):
         Tokens(cache, tokenizer, 2)
@@ -43,10 +43,10 @@ def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], Non
     path.parent.mkdir(exist_ok=True)
     try:
         with open(temporary, "w+b") as file:
-            ids = _write_content(file, cache, tokenizer, report)
-            kind = {2: torch.int16, 4: torch.int32}[id_dtype(tokenizer)().itemsize]
+            id_count = _write_content(file, cache, tokenizer, report)
+            signed_dtype = {2: torch.int16, 4: torch.int32}[id_dtype(tokenizer)().itemsize]
             metadata = {"fastsd": TOKENS_FORMAT, "view": cache.sha256, "tokenizer": key, "sha256": content_hash(file)}
-            shapes = {"offsets": (torch.int64, (len(cache) + 1,)), "ids": (kind, (ids,))}
+            shapes = {"offsets": (torch.int64, (len(cache) + 1,)), "ids": (signed_dtype, (id_count,))}
             header = safetensors_header(shapes, metadata, align=HEADER_BYTES)
             assert len(header) == HEADER_BYTES
             file.seek(0)
@@ -62,20 +62,20 @@ def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], Non
 
 
 def _write_content(file: Any, cache: LatentCache, tokenizer: Any, report: Callable[[int], None]) -> int:
-    """Write both tensors, chunk by chunk, each in its place. Return the number of token ids, END included."""
-    kind, samples, done = id_dtype(tokenizer), len(cache), 0
-    end, first_id = np.iinfo(kind).max, HEADER_BYTES + 8 * (samples + 1)
+    """Write both tensors chunk by chunk. Return the number of token ids, including END."""
+    dtype, samples, done = id_dtype(tokenizer), len(cache), 0
+    end, ids_start = np.iinfo(dtype).max, HEADER_BYTES + 8 * (samples + 1)
     file.seek(HEADER_BYTES)
     file.write(bytes(8))
     for first in range(0, samples, _CHUNK):
         variants = cache.variants(range(first, min(first + _CHUNK, samples)))
         rows = ids_of(tokenizer, list(chain.from_iterable(variants)))
-        ids = np.fromiter(chain.from_iterable((*row, end) for row in rows), kind)
+        ids = np.fromiter(chain.from_iterable((*row, end) for row in rows), dtype)
         row_ends = np.cumsum([len(row) + 1 for row in rows], dtype=np.int64)
         sample_ends = row_ends[np.cumsum([len(texts) for texts in variants]) - 1]
         file.seek(HEADER_BYTES + 8 * (first + 1))
         file.write(done + sample_ends)
-        file.seek(first_id + done * ids.itemsize)
+        file.seek(ids_start + done * ids.itemsize)
         file.write(ids)
         done += len(ids)
         report(first + len(variants))

@@ -1,4 +1,4 @@
-"""Maintenance of a cache folder: verify every byte, report the contents, prune what is unused."""
+"""Maintain a cache folder: verify every byte, report the contents, delete unused files."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.rows import LATENTS, STATES
 from fastsd.errors import UserError
 
-MEASURED = 1024  # latents of a view used to measure the mean and std of its channels
-# The scaling factor brings the std of latents near 1. SD1.5's and SDXL's are within 10 % of 1 on photographs.
+MEASURED = 1024  # latents of a view whose mean and std are measured
+# The std of scaled latents should be 1. With SD1.5's and SDXL's VAE, photographs are within 10 % of 1.
 USUAL_STD = (0.5, 2.0)
 _DELETED = "deleted, run `fastsd cache CONFIG` to rebuild it"
 
 
 def verify(dir: str | Path) -> list[str]:
-    """Compare every finished row and every index with its sha256. Return a description of each file that differs.
+    """Compare every finished row and every index with its sha256. Return one line for each file that differs.
 
-    The next `fastsd cache` encodes differing rows again. Until then no training can use them, because the indexes that refer
-    to them are removed.
+    The next `fastsd cache` encodes differing rows again. Until then no training can use these rows, because the indexes that
+    refer to them are deleted.
     """
     problems = []
     with Store.open(Path(dir)) as store:
-        for path, kind in cache.indexes(store.folder):
+        for path, index_class in cache.indexes(store.folder):
             try:
-                kind(path)
+                index_class(path)
             except UserError:
-                store.db.execute("UPDATE space SET unfinished = 1")  # the space of a damaged index is unknown
+                store.db.execute("UPDATE space SET unfinished = 1")  # nobody can tell the space of a damaged index
                 path.unlink()
                 problems.append(f"{path} does not match its sha256; {_DELETED}")
 
@@ -52,16 +52,16 @@ def verify(dir: str | Path) -> list[str]:
             if not done:
                 continue
             if not shard.is_intact():
-                bad_rows = [row for row, _ in done]
+                damaged_rows = [row for row, _ in done]
                 problem = "is missing, truncated or has a damaged header"
             else:
-                stored = shard.read_rows(row for row, _ in done)
-                bad_rows = [row for (row, sha), data in zip(done, stored, strict=True) if hashlib.sha256(data).digest() != sha]
-                row_list = ", ".join(map(str, bad_rows[:9])) + (", ..." if len(bad_rows) > 9 else "")
-                problem = f"has {len(bad_rows)} damaged rows of {len(done)}: {row_list}"
+                stored = zip(done, shard.read_rows(row for row, _ in done), strict=True)
+                damaged_rows = [row for (row, sha), data in stored if hashlib.sha256(data).digest() != sha]
+                row_list = ", ".join(map(str, damaged_rows[:9])) + (", ..." if len(damaged_rows) > 9 else "")
+                problem = f"has {len(damaged_rows)} damaged rows of {len(done)}: {row_list}"
 
-            if bad_rows:
-                store.forget(shard, bad_rows)
+            if damaged_rows:
+                store.forget(shard, damaged_rows)
                 problems.append(f"{shard.path} {problem}; run `fastsd cache CONFIG` to encode them again")
     return problems
 
@@ -71,15 +71,15 @@ class ViewStats:
     """Metadata of a view and statistics of its samples."""
 
     meta: cache.CacheMeta
-    buckets: dict[str, int]  # "width x height" in pixels -> samples
-    mean: list[float]  # of each latent channel, scaled as the model sees it, over `measured` latents
-    std: list[float]  # as for `mean`
-    measured: int  # latents
-    masked: int  # samples that have a mask
+    buckets: dict[str, int]  # "width x height" in pixels -> number of samples
+    mean: list[float]  # mean of each channel of the scaled latents, which a model is trained on
+    std: list[float]  # std of each channel of the scaled latents
+    measured: int  # number of latents that `mean` and `std` are measured on
+    masked: int  # number of samples with a mask
 
     @property
     def warning(self) -> str:
-        """A sentence if the latents do not look like this VAE's, otherwise ""."""
+        """A sentence if the latents do not look like latents of this VAE, otherwise ""."""
         low, high = USUAL_STD
         std = sum(self.std) / len(self.std)
         if low <= std <= high:
@@ -96,16 +96,16 @@ class Stats:
 
     views: dict[str, ViewStats]  # by name
     damaged: list[str]  # a sentence for each damaged view
-    latents: int  # encoded
+    latents: int  # encoded latents
     states: int  # captions with text embeddings
-    planned: int  # rows of both kinds that are not encoded yet, or never will be (rejected)
-    shards: int  # files on disk
-    shard_bytes: int  # their size
-    rejected: dict[str, int]  # reason -> files
+    planned: int  # rows that are not encoded yet, or never will be because the image was rejected
+    shards: int  # files on the disk
+    shard_bytes: int  # size of these files
+    rejected: dict[str, int]  # reason -> number of files
 
 
 def stats(dir: str | Path) -> Stats:
-    """Count the contents of a cache folder, possibly while another process fills it. Raises UserError if it is no cache."""
+    """Count the contents of a cache folder. Another process may fill it meanwhile. Raises UserError if it is no cache."""
     with Store.open(Path(dir), lock="") as store:
         formats = {shard.id: shard.format for shard in store.shards()}
         encoded: Counter[str] = Counter()
@@ -130,21 +130,21 @@ def _measure(folder: Path, path: Path) -> ViewStats:
     try:
         meta, total = latents.meta, len(latents)
         buckets: Counter[str] = Counter()
-        sums, squares = torch.zeros(2, meta.channels, dtype=torch.float64)
-        cells = measured = 0
+        sums, square_sums = torch.zeros(2, meta.channels, dtype=torch.float64)
+        cell_count = measured = 0
         for group in latents.groups:
             _, height, width = group.shape
             buckets[f"{width * meta.downscale}x{height * meta.downscale}"] += group.count
-            count = -(-min(MEASURED, total) * group.count // total)  # its share, at least one
+            count = -(-min(MEASURED, total) * group.count // total)  # in proportion to its samples, at least one
             for chunk in np.array_split(np.linspace(0, group.count - 1, count, dtype=np.int64), -(-count // 64)):
-                x = (latents.get(group.first + chunk)["latents"].double() - meta.shift_factor) * meta.scaling_factor
-                sums += x.sum((0, 2, 3))
-                squares += x.square().sum((0, 2, 3))
-                cells += len(chunk) * height * width
+                scaled = (latents.get(group.first + chunk)["latents"].double() - meta.shift_factor) * meta.scaling_factor
+                sums += scaled.sum((0, 2, 3))
+                square_sums += scaled.square().sum((0, 2, 3))
+                cell_count += len(chunk) * height * width
                 measured += len(chunk)
 
-        mean = sums / cells
-        std = (squares / cells - mean.square()).clamp(min=0).sqrt()
+        mean = sums / cell_count
+        std = (square_sums / cell_count - mean.square()).clamp(min=0).sqrt()
         masked = masks.Masks(latents).count if masks.mask_path(folder, latents.name).exists() else 0
         return ViewStats(meta, dict(buckets.most_common()), mean.tolist(), std.tolist(), measured, masked)
     finally:
@@ -158,46 +158,46 @@ class Pruned:
 
 
 def prune(dir: str | Path) -> Pruned:
-    """Delete shards, token ids and masks that no view or text embeddings index uses, and the records of missing files.
+    """Delete the shards, token ids and masks that no view or text embeddings use, and the records of missing files.
 
-    A space with an interrupted build is not touched until the build is finished. To discard a view, or the text embeddings
-    of its captions, delete its file first.
+    If a build was interrupted, the rows of its space are kept until the build is finished. To discard a view or its text
+    embeddings, delete its file in `views` or `states` first.
 
     Raises:
-        UserError: there is no cache, or a view is damaged and might refer to files that look unused.
+        UserError: there is no cache, or a view is damaged, so that nobody can tell which files it uses.
     """
     with Store.open(Path(dir)) as store:
         views = cache.view_paths(store.folder)
-        names = {path.stem for path in views}
+        view_names = {path.stem for path in views}
         with disk_errors(store.folder):
-            # A text embeddings index is deleted with its view. If only captions have changed, most embeddings remain useful.
+            # Delete only the text embeddings of deleted views. If captions have changed, most embeddings remain useful.
             for path in cache.states_paths(store.folder):
-                if path.stem.partition("-")[0] not in names:
+                if path.stem.partition("-")[0] not in view_names:
                     path.unlink()
 
-        used = {name for path, kind in cache.indexes(store.folder) for name, _ in kind(path).shards}
+        used_names = {name for path, index_class in cache.indexes(store.folder) for name, _ in index_class(path).shards}
         view_hashes = {cache.View(path).metadata["sha256"] for path in views}
-        busy = {id for (id,) in store.db.execute("SELECT id FROM space WHERE unfinished")}
-        spaces = dict(store.db.execute("SELECT id, space FROM shard"))
+        unfinished = {id for (id,) in store.db.execute("SELECT id FROM space WHERE unfinished")}
+        space_of = dict(store.db.execute("SELECT id, space FROM shard"))
         shards = store.shards()
-        unused = [shard for shard in shards if shard.name not in used and spaces[shard.id] not in busy]
+        unused = [shard for shard in shards if shard.name not in used_names and space_of[shard.id] not in unfinished]
 
         with store.transaction():
             for shard in unused:
                 store.db.execute("DELETE FROM latent WHERE shard = ?", (shard.id,))
                 store.db.execute("DELETE FROM shard WHERE id = ?", (shard.id,))
             stale = [path for path in tokens.token_files(store.folder) if tokens.view_hash(path) not in view_hashes]
-            stale += mask_cells.prune(store, view_hashes, rows=not busy)
+            stale += mask_cells.prune(store, view_hashes, rows=not unfinished)
             for table in ("file", "rejected"):
                 paths = {path for (path,) in store.db.execute(f"SELECT path FROM {table}") if not _exists(path)}
                 store.db.executemany(f"DELETE FROM {table} WHERE path = ?", [(path,) for path in paths])
 
-        # Keep also the shards that views use and a lost database had planned.
+        # Also keep the shards that a view uses and the database does not know, because an older database was lost.
         kept = {shard.path.name for shard in shards} - {shard.path.name for shard in unused}
-        kept |= {f"{name}.safetensors" for name in used}
+        kept |= {f"{name}.safetensors" for name in used_names}
         freed = 0
         with disk_errors(store.folder):
-            # Includes shards of an earlier prune that was interrupted here, and leftovers of an interrupted build.
+            # These include the shards of an earlier `prune` that was interrupted here, and files of an interrupted build.
             orphans = [path for path in (store.folder / "shards").iterdir() if path.name not in kept]
             for path in orphans + stale:
                 freed += path.stat().st_size

@@ -1,8 +1,8 @@
-"""Discovery of images and captions: folders, metadata files, WebDataset tars, and other trainers' latents beside the images.
+"""Find images, captions, masks and weights in folders, metadata files and WebDataset tars, or the latents of other trainers.
 
-`scan` yields one `DataSource` per image. `captions_of` and `read_bytes` read the files it points to. An error in a single file
-becomes `DataSource.problem` or raises `Rejected`, with a reason, and does not stop the scan. An error the user must fix, such
-as a missing folder, raises `UserError`.
+`scan` yields one `DataSource` per image. `captions_of` and `read_bytes` read its files. An error in a single file becomes the
+`problem` of a `DataSource`, or raises `Rejected`, and does not stop the scan. An error that the user must fix, such as a
+missing folder, raises `UserError`.
 
 Read next: `metadata.py`, `tars.py`, `imported_latents.py`.
 """
@@ -35,9 +35,9 @@ from fastsd.data.sources.image import (
 )
 from fastsd.errors import UserError
 
-# Filename patterns by data.latents; the group is the image's name without extension. sd-scripts writes foo.npz, or
-# foo_0512x0768_sd.npz with the image's width and height. It gives text encoder outputs a similar name, excluded here.
-_FILES = {
+# Filename patterns for each value of data.latents. Group 1 is the image's name without extension. sd-scripts writes foo.npz, or
+# foo_0512x0768_sd.npz with the image's width and height. Its text embeddings have a similar name, which is excluded here.
+_NAME_PATTERNS = {
     "": re.compile(rf"(.+)(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))})", re.DOTALL | re.IGNORECASE),
     "img_sdxl": re.compile(r"(.+)\.img_sdxl", re.DOTALL),
     "img_sdvae": re.compile(r"(.+)\.img_sdvae", re.DOTALL),
@@ -52,25 +52,26 @@ _Sources: TypeAlias = "Iterator[DataSource | _Sources]"
 def scan(
     roots: Sequence[FolderTable], *, caption_key: str = "", weight_key: str = "", latents: str = "", masks: str = ""
 ) -> Iterator[DataSource]:
-    """Yield every image in `roots`, and every problem found, lazily: roots in order, sorted within each.
+    """Yield every image in `roots` and every problem, lazily. Roots are in order, and images are sorted within a root.
 
-    A root is a folder, a tar, or a pattern of them such as `shards/{00000..00099}.tar`. Folders are searched recursively.
-    Hidden files are skipped. Links are followed, but a folder reached again through a link is searched once. Tars are read
-    in their own order. If a later root contains an earlier one, it leaves out the images of the earlier one.
+    A root is a folder, a tar, or a pattern of these such as `shards/{00000..00099}.tar`. Folders are searched recursively.
+    Hidden files are skipped. Links are followed, but each folder is searched only once. The images of a tar are yielded in
+    the order of the tar. If a later root contains an earlier one, the images of the earlier one are not repeated.
 
-    A caption comes from the nearest `metadata.jsonl` or `.parquet` that lists the image. That file lies beside or above the
-    image, within its root. Without one, the caption comes from the `.txt`, or else the `.caption`, beside the image. A
-    weight comes from the nearest metadata file with a weight for the image. A mask comes from the image's own folder.
+    The caption of an image comes from the nearest `metadata.jsonl` or `.parquet` that lists the image. This file is beside or
+    above the image, within its root. If there is none, the caption comes from the `.txt`, or else the `.caption`, beside the
+    image. A weight comes from the nearest metadata file that has one for the image. A mask is always beside its image.
 
     Args:
-        caption_key: column of metadata files, key of a tar's `.json`; "" = the first of text, caption, prompt.
-        weight_key: column of metadata files, key of a tar's `.json`, with the factor on an image's loss; "" = no weights.
-        latents: find another trainer's latents instead, `img_sdxl`, `img_sdvae` or `npz`; captions go by the image's name.
-        masks: ending that replaces the extension in a mask's filename; such files are not images; "" = no masks.
+        caption_key: column of metadata files, and key in a tar's `.json`; "" = the first of text, caption, prompt.
+        weight_key: as `caption_key`, for the factor of an image's loss; "" = no weights.
+        latents: kind of another trainer's latents to find instead of images: `img_sdxl`, `img_sdvae` or `npz`. Captions
+            have the name of the image.
+        masks: ending that replaces the extension in the filename of a mask; "" = no masks. Files with it are not images.
 
     Raises:
-        UserError: a root is missing, neither folder nor tar, within an earlier one, unreadable, or (once it has been
-            searched) without an image; `masks` also matches image names, or is combined with `latents`.
+        UserError: a root is missing, unreadable, neither a folder nor a tar, or within an earlier root; or, at its end, it
+            has no image. Or `masks` also matches the names of images, or is given together with `latents`.
     """
     if masks and latents:
         raise UserError(
@@ -83,7 +84,7 @@ def scan(
             f'data.masks is {masks!r}, also an ending of images; use an ending that only masks have, such as "-mask.png"',
         )
 
-    places: list[tuple[int, str]] = []
+    root_paths: list[tuple[int, str]] = []
     earlier_roots: set[str] = set()
     for number, root in enumerate(roots):
         paths = [root.path] if os.path.exists(root.path) else list(dict.fromkeys(_expand(root.path)))
@@ -99,13 +100,13 @@ def scan(
                 problem = "is listed twice; remove one" if enclosing == path else problem
                 raise UserError("folder-within-folder", f"data.folders: {shown(path)} {problem}")
             earlier_roots.add(path)
-            places.append((number, path))
-    return _scan([root.path for root in roots], places, lambda root: _Walk(root, (caption_key, weight_key), latents, masks))
+            root_paths.append((number, path))
+    return _scan([root.path for root in roots], root_paths, lambda root: _Walk(root, (caption_key, weight_key), latents, masks))
 
 
-def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[DataSource]:
+def _scan(root_names: list[str], root_paths: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[DataSource]:
     earlier_roots: set[str] = set()
-    for number, group in itertools.groupby(places, lambda place: place[0]):
+    for number, group in itertools.groupby(root_paths, lambda item: item[0]):
         has_images, first_problem, walk = False, "", walk_of(number)
         for _, path in group:
             prefix = os.path.join(path, "")
@@ -120,12 +121,12 @@ def _scan(names: list[str], places: list[tuple[int, str]], walk_of: Callable[[in
             earlier_roots.add(path)
         if not has_images:
             extensions = ", ".join(walk.extensions)
-            place = f"{shown(names[number])} has no images ({extensions})"
-            raise UserError("folder-empty", f"data.folders: {place}; add images or remove it{first_problem}")
+            problem = f"{shown(root_names[number])} has no images ({extensions})"
+            raise UserError("folder-empty", f"data.folders: {problem}; add images or remove it{first_problem}")
 
 
 def _within(path: str, folders: set[str]) -> str:
-    """Return the entry of `folders` that equals or contains `path`, "" if there is no such entry."""
+    """Return the entry of `folders` that equals or contains `path`, or "" if there is none."""
     while path not in folders:
         path, below = os.path.dirname(path), path
         if path == below:
@@ -134,34 +135,34 @@ def _within(path: str, folders: set[str]) -> str:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """Expand `{a,b}` and `{000..123}` like a shell."""
+    """Expand `{a,b}` and `{000..123}` in a pattern as a shell does."""
     match = _BRACES.search(pattern)
     if not match:
         yield pattern
         return
-    words = match[1].split(",")
+    alternatives = match[1].split(",")
     if numbers := _RANGE.fullmatch(match[1]):
         first, last = numbers.groups()
-        width = len(first) if first.startswith("0") else 0
-        words = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
-    for word in words:
+        digits = len(first) if first.startswith("0") else 0
+        alternatives = [f"{n:0{digits}d}" for n in range(int(first), int(last) + 1)]
+    for word in alternatives:
         yield from _expand(pattern[: match.start()] + word + pattern[match.end() :])
 
 
 class _Walk:
-    """Search of one root."""
+    """The search of one root."""
 
     def __init__(self, root: int, keys: tuple[str, str], latents: str, masks: str) -> None:
         self.root, self.keys, self.latents, self.masks = root, keys, latents, masks
         self.extensions = (f".{latents}",) if latents else IMAGE_EXTENSIONS
-        self.visited: set[tuple[int, int]] = set()  # (device, inode) of each folder, against loops of links
+        self.visited: set[tuple[int, int]] = set()  # (device, inode) of each folder, because links may form loops
 
     def search(self, top: str) -> Iterator[DataSource]:
         """Yield all sources below a folder or in a tar. Raises UserError if the folder `top` is unreadable."""
         if not os.path.isdir(top):
             yield from self._tar(top)
             return
-        stack: list[_Sources] = [self._folder(top, [])]  # folders may nest deeper than Python's own stack
+        stack: list[_Sources] = [self._folder(top, [])]  # no recursion, because folders may nest deeper than Python allows
         while stack:
             item = next(stack[-1], None)
             if item is None:
@@ -176,7 +177,7 @@ class _Walk:
                 yield item
 
     def _folder(self, folder: str, above: list[metadata.Metadata]) -> _Sources:
-        """Yield a folder's sources, and an iterator per subfolder or tar. `above`: metadata of its parents, nearest first."""
+        """Yield a folder's sources and an iterator per subfolder or tar. `above` has the metadata of its parents, nearest first."""
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in self.visited:
@@ -224,12 +225,13 @@ class _Walk:
         return tars.samples(path, self.root, self.extensions, *self.keys, self.masks)
 
     def _stem(self, name: str, entries: dict[str, bool]) -> str:
-        """Return the image's name without extension, "" for a file of another kind."""
-        match = _FILES[self.latents].fullmatch(name)
+        """Return the name of an image without its extension, or "" for a file that is no image."""
+        match = _NAME_PATTERNS[self.latents].fullmatch(name)
         if not match or ends_in(name, self.masks):
             return ""
-        whole = name.rpartition(".")[0]  # foo_sd.npz belongs to foo_sd if such an image or caption exists, otherwise to foo
-        return whole if any(whole + extension in entries for extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS) else match[1]
+        # foo_sd.npz belongs to foo_sd if such an image or caption exists, otherwise to foo.
+        full = name.rpartition(".")[0]
+        return full if any(full + extension in entries for extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS) else match[1]
 
     def _image(
         self,
@@ -241,47 +243,47 @@ class _Walk:
         mask: DataSource | None,
     ) -> DataSource:
         captions, weight, problem = None, None, ""
-        for table in tables:  # ask every table, because each records which of its images exist
-            entry: metadata.Entry = (), None
+        for table in tables:  # every table records which of its images were looked up
+            row: metadata.Entry = (), None
             try:
-                entry = table.lookup(prefix + (stem if self.latents else name))
+                row = table.lookup(prefix + (stem if self.latents else name))
             except Rejected as error:
                 problem = problem or (error.reason if captions is None else "")
-            captions = entry[0] if captions is None else captions
-            weight = entry[1] if weight is None else weight
+            captions = row[0] if captions is None else captions
+            weight = row[1] if weight is None else weight
         if captions is not None:
             return DataSource(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
-        caption = next(
+        caption_path = next(
             (prefix + stem + extension for extension in CAPTION_EXTENSIONS if entries.get(stem + extension) is False), ""
         )
-        return DataSource(prefix + name, self.root, caption_path=caption, weight=weight, mask=mask)
+        return DataSource(prefix + name, self.root, caption_path=caption_path, weight=weight, mask=mask)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # Follow the link explicitly: `entry.is_dir()` raises on a link to itself.
+    # `entry.is_dir()` raises for a link to itself.
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
 def scan_for(data: DataTable) -> Iterator[DataSource]:
-    """Call `scan` with the settings of a config."""
+    """Call `scan` with the settings of `[data]`."""
     return scan(data.roots, caption_key=data.caption_key, weight_key=data.weight_key, latents=data.latents, masks=data.masks)
 
 
 def count(data: DataTable) -> tuple[int, int]:
-    """Count (images, images per epoch with repeats) by filename, before any filter by tag. Raises UserError like `scan`."""
+    """Count the images, and the images per epoch with repeats, without any filter by tag. Raises UserError as `scan` does."""
     images_per_root = Counter(source.root for source in scan_for(data) if not source.problem)
     return images_per_root.total(), sum(data.roots[root].repeats * images for root, images in images_per_root.items())
 
 
 def captions_of(source: DataSource) -> tuple[str, ...]:
-    """Return an image's captions, each stripped and not empty; () if it has no caption. Raises Rejected for a bad text file."""
+    """Return an image's captions, stripped and without empty ones. Raises Rejected if its text file cannot be used."""
     if not source.caption_path:
         return source.captions
     return text_captions(_read(source.caption_path, "caption: ", MAX_CAPTION_BYTES))
 
 
 def read_bytes(source: DataSource) -> bytes:
-    """Read an image's file or tar member. Raises Rejected if it is unreadable, cut off, or larger than 1 GiB."""
+    """Read the file or tar member of an image. Raises Rejected if it is unreadable, truncated or larger than 1 GiB."""
     data = _read(source.path, "", MAX_IMAGE_BYTES, source.offset, source.length)
     if len(data) < source.length:
         raise Rejected("tar ends within this member", lasting=False)

@@ -1,4 +1,4 @@
-"""Sources found in folders, reasons for rejecting them, and the parsing of captions and weights."""
+"""Images in folders and tars, reasons for their rejection, and the parsing of captions and weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPTION_KEYS = ("text", "caption", "prompt")
 class Rejected(Exception):
     """Raised for a file that cannot be used. `reason` is a short phrase without the path.
 
-    `lasting` is True if the bytes themselves are at fault, so a retry is pointless until the file changes.
+    `lasting` is True if the content of the file is the reason, so another attempt fails until the file changes.
     """
 
     def __init__(self, reason: str, lasting: bool = True):
@@ -31,41 +31,41 @@ class Rejected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """Location of an image, its captions and its mask, or (`problem`) of an unusable file or row, with the reason."""
+    """An image with its captions, weight and mask or, if it has a `problem`, a file or row that cannot be used."""
 
     path: str  # the file to read
     root: int = 0  # index in data.folders
-    member: str = ""  # name inside a tar; for a problem in a metadata file, its line or row
-    offset: int = 0  # of the image's bytes in `path`
-    length: int = -1  # -1 = the whole file
-    caption_path: str = ""  # a text file, read by `captions_of`
-    captions: tuple[str, ...] = ()  # already read, from metadata or a tar
-    problem: str = ""
-    weight: float | None = None  # factor on the image's loss, from metadata
+    member: str = ""  # name inside a tar, or the line or row of a metadata file that has a problem
+    offset: int = 0  # where the bytes of the image start in `path`
+    length: int = -1  # number of these bytes; -1 = the whole file
+    caption_path: str = ""  # a text file that `captions_of` reads
+    captions: tuple[str, ...] = ()  # captions from metadata or a tar, which are read already
+    problem: str = ""  # reason why it cannot be used
+    weight: float | None = None  # factor of the image's loss, from metadata
     mask: DataSource | None = None
 
     @property
     def name(self) -> str:
-        """Display name, also the key of the image in the cache's database."""
+        """The name that messages show, and the key of the image in the database of the cache."""
         return f"{self.path}/{self.member}" if self.member else self.path
 
 
 def shown(path: str | bytes) -> str:
-    """Format a path for one line of a terminal: undecodable bytes and control characters are escaped."""
+    """Format a path for one line of a terminal. Control characters and bytes that are not UTF-8 are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return text if text.isprintable() else repr(text)[1:-1]
 
 
 def ends_in(name: str, ending: str) -> bool:
-    """Return True if a name has the ending, ignoring case. The ending "" matches no name."""
+    """Return True if a name has this ending, in upper or lower case. No name has the ending ""."""
     return bool(ending) and name[-len(ending) :].lower() == ending.lower()
 
 
 def text_captions(data: bytes) -> tuple[str, ...]:
-    """Split a text file into captions: its lines, stripped, without empty ones.
+    """Split a text file into captions, one per line. They are stripped, and empty ones are left out.
 
     Raises:
-        Rejected: it is not UTF-8 text, or larger than `MAX_CAPTION_BYTES`.
+        Rejected: the file is not UTF-8 text or is larger than `MAX_CAPTION_BYTES`.
     """
     if len(data) > MAX_CAPTION_BYTES:
         raise Rejected("caption: larger than 1 MiB", lasting=False)
@@ -79,13 +79,14 @@ def text_captions(data: bytes) -> tuple[str, ...]:
 
 
 def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
-    """Return the captions in a JSON object or table row, None if it has no caption.
+    """Return the captions in a JSON object or table row, or None if it has no caption.
 
     The value is at `key` or, if `key` is "", at the first of `CAPTION_KEYS` that is not null. A string is one caption, and
-    its line breaks become spaces. A list of strings holds the variants of a caption.
+    its line breaks become spaces. A list of strings has the variants of a caption.
 
     Raises:
-        Rejected: the value is neither, is not UTF-8 text, or is larger than `MAX_CAPTION_BYTES`.
+        Rejected: the value is neither a string nor a list of strings, is not UTF-8 text, or is larger than
+            `MAX_CAPTION_BYTES`.
     """
     for name in (key,) if key else CAPTION_KEYS:
         value = row.get(name)
@@ -101,7 +102,7 @@ def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
 
 
 def row_weight(row: Mapping[str, Any], key: str) -> float | None:
-    """Return the loss weight in a JSON object or table row, None if absent. Raises Rejected if the value is no valid weight."""
+    """Return the loss weight in a JSON object or table row, or None if it has none. Raises Rejected if it is not valid."""
     value = row.get(key) if key else None
     if value is None:
         return None

@@ -1,10 +1,10 @@
-"""Captions of a folder in one file: `metadata.jsonl` or `metadata.parquet`, in the format of Hugging Face's imagefolder.
+"""Read the captions of a folder from `metadata.jsonl` or `metadata.parquet`, in the format of Hugging Face's imagefolder.
 
-A row has an image's `file_name` (relative to the file's folder, possibly in a subfolder), its caption, and optionally its loss
-weight. A file may hold weights only; captions then lie beside the images.
+A row has the `file_name` of an image, its caption, and optionally its loss weight. The name is relative to the folder of the
+metadata file, and may be in a subfolder. If a file has only weights, the captions are beside the images.
 
-Rows and images come in different orders, so the rows go through a temporary database on disk. Memory use does not grow with
-the number of rows.
+Rows and images come in different orders, so the rows are written to a temporary database on the disk. Memory use does not grow
+with the number of rows.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fastsd.data.sources.image import CAPTION_KEYS, Rejected, json_object, row_c
 from fastsd.errors import UserError
 
 FILES = ("metadata.jsonl", "metadata.parquet")
-_MAX_LINE = 1 << 20
+_MAX_LINE = 1 << 20  # bytes
 _BATCH = 256  # rows of a parquet file in memory
-_SHOWN_COLUMNS = 20
+_SHOWN_COLUMNS = 20  # columns that an error message lists
 
-Entry = tuple[tuple[str, ...] | None, float | None]  # an image's captions and weight; None = not given
-_Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number from 1; the row, or the reason it is unusable
+Entry = tuple[tuple[str, ...] | None, float | None]  # captions and weight of an image; None = not given
+_Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number of a row, from 1, and the row or the reason why it is unusable
 
 
 class Metadata:
@@ -36,7 +36,7 @@ class Metadata:
     Args:
         caption_key: the column with captions; "" = the first of text, caption, prompt.
         weight_key: the column with weights; "" = no weights.
-        stems: match images by their path without extension, because latents take the place of the images.
+        stems: look up images by their path without extension, because latents have another extension.
     """
 
     def __init__(self, path: str, caption_key: str, weight_key: str, stems: bool) -> None:
@@ -44,8 +44,8 @@ class Metadata:
         self._has_captions = True  # False if the file holds weights only
         self._parquet = path.endswith(".parquet")
         self._prefix = len(os.path.join(os.path.dirname(path), ""))
-        self._seen = bytearray()  # 1 for each stored row with an image that was looked up
-        # Successive calls may come from different threads, but never from two at once.
+        self._looked_up = bytearray()  # for each stored row: 1 if its image was looked up, else 0
+        # Different threads may use the connection, but never two at once.
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA cache_size = -32768; BEGIN;"
@@ -57,10 +57,10 @@ class Metadata:
         self._db.close()
 
     def load(self) -> Iterator[tuple[str, str]]:
-        """Read the file. Yield each problem as (row, reason), with row "" for the file as a whole.
+        """Read the file and yield its problems, each as (row, reason). A problem of the whole file has the row "".
 
         Raises:
-            UserError: the disk has no room for the temporary database.
+            UserError: the disk has too little space for the temporary database.
         """
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):  # reading a pipe could block forever
@@ -69,9 +69,9 @@ class Metadata:
             if missing:
                 raise Rejected(missing)
             for number, row in self._rows():
-                reason = row if isinstance(row, str) else self._add(number, row)
+                reason = row if isinstance(row, str) else self._store_row(number, row)
                 if reason:
-                    yield self._position(number), reason
+                    yield self._row_name(number), reason
         except OSError as error:
             yield "", f"cannot be read ({error.strerror})"
         except Rejected as error:
@@ -84,39 +84,39 @@ class Metadata:
             ) from None
 
     def lookup(self, image: str) -> Entry:
-        """Look up an image by its path (its stem if `stems`). Raises Rejected if its row is invalid."""
-        key = self._image(image[self._prefix :].replace(os.sep, "/"))
+        """Look up an image by its path, without extension if `stems`. Raises Rejected if its row is invalid."""
+        key = self._image_key(image[self._prefix :].replace(os.sep, "/"))
         row = self._db.execute("SELECT id, number, captions, weight, reason FROM row WHERE image = ?", (key,)).fetchone()
         if not row:
             return None, None
         id, number, captions, weight, reason = row
-        self._seen[id] = 1
+        self._looked_up[id] = 1
         if reason:
-            raise Rejected(f"{reason} ({self._position(number)} of {os.path.basename(self.path)})", lasting=False)
+            raise Rejected(f"{reason} ({self._row_name(number)} of {os.path.basename(self.path)})", lasting=False)
         texts = tuple(captions.split("\n")) if captions else ()
         return texts if self._has_captions else None, weight
 
     def unmatched(self) -> Iterator[tuple[str, str]]:
-        """Yield (row, reason) for every row with an image that was never looked up."""
-        if 0 in self._seen:
+        """Yield (row, reason) for every row whose image was never looked up, because it does not exist."""
+        if 0 in self._looked_up:
             for image, id, number in self._db.execute("SELECT image, id, number FROM row ORDER BY image"):
-                if not self._seen[id]:
-                    yield self._position(number), f"file_name {shown(image)}: no such image"
+                if not self._looked_up[id]:
+                    yield self._row_name(number), f"file_name {shown(image)}: no such image"
 
-    def _position(self, number: int) -> str:
+    def _row_name(self, number: int) -> str:
         return f"{'row' if self._parquet else 'line'} {number}"
 
-    def _image(self, relative: str) -> bytes:
+    def _image_key(self, relative: str) -> bytes:
         key = posixpath.splitext(relative)[0] if self._stems else relative
         return key.encode("utf-8", "surrogatepass")
 
-    def _add(self, number: int, row: dict[str, Any]) -> str:
-        """Store a row and return "", or return the reason why it is not stored."""
+    def _store_row(self, number: int, row: dict[str, Any]) -> str:
+        """Store a row. Return "", or the reason why it is not stored."""
         name = row.get("file_name")
         if not name or not isinstance(name, str):
             return "has no file_name"
-        place = posixpath.normpath(name)
-        if os.path.isabs(name) or place.split("/")[0] == "..":
+        normalized_name = posixpath.normpath(name)
+        if os.path.isabs(name) or normalized_name.split("/")[0] == "..":
             return f"file_name {_printable(name)}: outside the folder"
         captions, weight, reason = None, None, None
         try:
@@ -124,14 +124,14 @@ class Metadata:
             weight = row_weight(row, self._weight_key)
         except Rejected as error:
             reason = error.reason
-        values = (self._image(place), len(self._seen), number, captions, weight, reason)
+        values = (self._image_key(normalized_name), len(self._looked_up), number, captions, weight, reason)
         if not self._db.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?, ?, ?)", values).rowcount:
             return f"file_name {_printable(name)}: repeated; the first row is used"
-        self._seen.append(0)
+        self._looked_up.append(0)
         return ""
 
     def _missing_column(self) -> str:
-        """Describe a required column that no row has, or return "". Sets `_has_captions`."""
+        """Return the problem if no row has a required column, otherwise "". Sets `_has_captions`."""
         caption_keys = (self._key,) if self._key else CAPTION_KEYS
         has_names = has_captions = has_weights = False
         seen_columns: dict[str, None] = {}
@@ -193,7 +193,7 @@ def _parquet(path: str) -> Iterator[Any]:
     try:
         with open(path, "rb") as file:
             yield pq.ParquetFile(file, pre_buffer=False)
-    except Exception as error:  # pyarrow raises anything from ArrowException to UnicodeDecodeError on damaged files
+    except Exception as error:  # for a damaged file, pyarrow raises anything from ArrowException to UnicodeDecodeError
         raise Rejected(f"cannot be read as parquet ({_printable(str(error))})") from None
 
 

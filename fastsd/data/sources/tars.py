@@ -1,11 +1,12 @@
-"""WebDataset tars: images and captions in tar files, read in place, never extracted.
+"""Find the images and captions in WebDataset tars, which are read in place and never extracted.
 
-A sample is a run of adjacent members with the same key. The key is a member's name up to the first dot of the base name; the
+A sample consists of adjacent members with the same key. The key is a member's name up to the first dot of the base name. The
 rest, in lower case, is the extension. One pass over the headers finds the offset of every image and reads the captions.
-The name of a mask is a key and an ending. Sorted by name, a mask need not be adjacent to its sample, so an earlier pass
-finds all masks. The parser is written by hand: a member takes a few microseconds, and no false header costs memory or time.
+The name of a mask is a key and an ending. If a tar is sorted by name, a mask may not be adjacent to its sample, so an earlier
+pass finds all masks. The parser is written by hand. It takes a few microseconds for a member, and no false header makes it
+allocate much memory.
 
-Layout of a header: POSIX.1-2017, pax, "ustar Interchange Format"; GNU tar's manual, "Basic Tar Format".
+Sources for the layout of a header: POSIX.1-2017, pax, "ustar Interchange Format"; GNU tar's manual, "Basic Tar Format".
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from fastsd.data.sources.image import (
 _Value = TypeVar("_Value")
 TARS = (".tar", ".tar.gz", ".tgz")
 _BLOCK = 512
-_MAX_EXTENDED = 1 << 20  # bytes of an extended header, such as a long name
+_MAX_EXTENDED = 1 << 20  # bytes of an extended header, which has for example a long name
 _MAX_GROUP = 64  # members of one sample
-_TEXTS = tuple(extension.removeprefix(".") for extension in CAPTION_EXTENSIONS)
+_TEXT_EXTENSIONS = tuple(extension.removeprefix(".") for extension in CAPTION_EXTENSIONS)
 _GZIP = b"\x1f\x8b"
-_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
-_KINDS = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe", b"S": "sparse file"}
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+_KIND_NAMES = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe", b"S": "sparse file"}
 
 
 class _Member(NamedTuple):
@@ -54,7 +55,7 @@ class _Member(NamedTuple):
 
 @dataclass
 class _Group:
-    """The sample being read: its members by extension. `is_repeated`: its key occurred earlier in the tar."""
+    """The sample that is being read, with its members by extension. `is_repeated` = its key has occurred before in the tar."""
 
     key: str
     is_repeated: bool = False
@@ -64,16 +65,16 @@ class _Group:
 def samples(
     path: str, root: int, extensions: tuple[str, ...], caption_key: str, weight_key: str = "", masks: str = ""
 ) -> Iterator[DataSource]:
-    """Yield the images in a tar, in its order, and every problem found.
+    """Yield the images in a tar, in its order, and every problem.
 
     Captions come from `.txt`, then `.caption` (one per line), then `.json`. With a `caption_key`, `.json` comes first.
 
     Args:
-        root: index in data.folders, stored in each source.
-        extensions: image extensions, with their dot.
+        root: index in data.folders, for the sources.
+        extensions: image extensions, each with its dot.
         caption_key: key in the `.json`; "" = the first of text, caption, prompt.
         weight_key: key in the `.json`; "" = no weights.
-        masks: ending after the key in a mask's name; "" = no masks.
+        masks: ending that follows the key in the name of a mask; "" = no masks.
     """
     try:
         status = os.stat(path)
@@ -97,17 +98,17 @@ class _Tar:
     caption_key: str
     weight_key: str
     masks: str
-    seen_keys: set[bytes] = field(default_factory=set)  # hashes of the keys so far
-    masks_by_key: dict[str, _Member] = field(default_factory=dict)  # masks by key, for samples not read yet
+    seen_keys: set[bytes] = field(default_factory=set)  # hashes of the keys of the samples read so far
+    masks_by_key: dict[str, _Member] = field(default_factory=dict)  # masks of the samples that are not read yet
 
     def samples(self) -> Iterator[DataSource]:
-        """Yield the tar's sources. Raises Rejected where the tar is damaged or cut off."""
+        """Yield the sources of the tar. Raises Rejected where the tar is damaged or truncated."""
         self._find_masks()
 
         group = _Group("")
         try:
             for member in self._members():
-                match = _KEY.fullmatch(member.name)
+                match = _KEY_AND_EXTENSION.fullmatch(member.name)
                 key, extension = (match[1], match[2].lower()) if match else ("", "")
                 if ends_in(member.name, self.masks) or (not member.problem and not self._is_relevant(extension)):
                     continue
@@ -146,16 +147,16 @@ class _Tar:
         return False
 
     def _is_relevant(self, extension: str) -> bool:
-        return extension in _TEXTS or extension == "json" or f".{extension}".endswith(self.extensions)
+        return extension in _TEXT_EXTENSIONS or extension == "json" or f".{extension}".endswith(self.extensions)
 
     def _finish(self, group: _Group, end_reason: str = "") -> Iterator[DataSource]:
-        """Yield the images of a sample. `end_reason`: "", or the error that ended the tar, so a caption may be missing."""
+        """Yield the images of a sample. If an error ended the tar, `end_reason` is this error, and a caption may be missing."""
         if not group.members:
             return
         if group.is_repeated:
-            first = next(iter(group.members.values()))
+            first_member = next(iter(group.members.values()))
             reason = f"members with the key {shown(group.key)} are not adjacent; the first are used"
-            yield self._reject(first, f"{reason}, pack with `tar --sort=name` to use all")
+            yield self._reject(first_member, f"{reason}, pack with `tar --sort=name` to use all")
             return
 
         images = [member for extension, member in group.members.items() if f".{extension}" in self.extensions]
@@ -180,8 +181,8 @@ class _Tar:
                 )
 
     def _caption_and_weight(self, members: dict[str, _Member]) -> tuple[tuple[str, ...], float | None, str]:
-        """Return the captions and weight of a sample, and the reason it cannot be used, or ""."""
-        extensions = ("json", *_TEXTS) if self.caption_key else (*_TEXTS, "json")
+        """Return the captions and weight of a sample, and the reason why it cannot be used, or ""."""
+        extensions = ("json", *_TEXT_EXTENSIONS) if self.caption_key else (*_TEXT_EXTENSIONS, "json")
         try:
             has_weight = self.weight_key and "json" in members
             weight = self._read_json(members["json"], row_weight, self.weight_key) if has_weight else None
@@ -214,7 +215,7 @@ class _Tar:
         return self._read(member.offset, min(member.size, MAX_CAPTION_BYTES + 1))
 
     def _reject(self, member: _Member, reason: str) -> DataSource:
-        """Report a problem with a member. The offset identifies it, because several members may have the same name."""
+        """Return a source with the problem of a member. Its name has the offset, because names may be repeated."""
         return DataSource(self.path, self.root, f"{member.name} (at byte {member.offset})", problem=reason)
 
     def _read(self, offset: int, size: int) -> bytes:
@@ -222,7 +223,7 @@ class _Tar:
         return self.file.read(size)
 
     def _members(self) -> Iterator[_Member]:
-        """Yield every member except folders. Raises Rejected if the file is damaged, cut off, compressed, or not a tar."""
+        """Yield every member except folders. Raises Rejected if the file is damaged, truncated, compressed or not a tar."""
         offset, extended = 0, _Extended()
         while True:
             header = self._read(offset, _BLOCK)
@@ -287,7 +288,7 @@ class _Extended:
                 self.problem = "extended header is damaged"
 
     def _records(self, data: bytes) -> None:
-        """Parse pax records: "length key=value\\n", where length counts the whole record, itself included."""
+        """Parse pax records: "length key=value\\n", where length is the number of bytes of the whole record."""
         offset = 0
         while offset < len(data) and data[offset]:
             length = int(data[offset : data.index(b" ", offset)])
@@ -305,7 +306,7 @@ class _Extended:
 
 
 def _unsupported(kind: bytes) -> str:
-    return f"{_KINDS[kind]} (not supported)" if kind in _KINDS else "not a regular file"
+    return f"{_KIND_NAMES[kind]} (not supported)" if kind in _KIND_NAMES else "not a regular file"
 
 
 def _problem(kind: bytes, name: str, size: int, extended: _Extended) -> str:
@@ -321,7 +322,7 @@ def _problem(kind: bytes, name: str, size: int, extended: _Extended) -> str:
 def _name(header: bytes, extended: _Extended) -> str:
     if extended.name:
         return extended.name
-    # GNU's own format has times where POSIX has the start of a long name.
+    # In GNU's own format, these bytes are times. In POSIX's, they are the start of a long name.
     prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
     return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
 
@@ -331,7 +332,7 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    """Parse octal digits, or GNU's binary form of large numbers; -1 for anything else."""
+    """Parse octal digits, or GNU's binary form of a large number. Return -1 for anything else."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
     try:
