@@ -177,7 +177,7 @@ class _Walk:
                 yield item
 
     def _folder(self, folder: str, above: list[metadata.Metadata]) -> _Sources:
-        """Yield a folder's sources and an iterator per subfolder or tar. `above` has the metadata of its parents, nearest first."""
+        """Yield a folder's sources and an iterator per subfolder or tar. `above` is its parents' metadata, nearest first."""
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in self.visited:

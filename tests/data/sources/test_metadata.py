@@ -268,6 +268,6 @@ def test_a_full_temporary_folder_is_an_error(tmp_path, monkeypatch):
 
     touch(tmp_path, "a.png")
     jsonl(tmp_path, [{"file_name": "a.png", "text": "a"}])
-    monkeypatch.setattr(Metadata, "_add", full)
+    monkeypatch.setattr(Metadata, "_store_row", full)
     with refused("temporary-folder-full", path=tmp_path / "metadata.jsonl"):
         read(tmp_path)
