@@ -1,4 +1,4 @@
-"""Caches in trouble: files change, disks fill, bits flip, backups are restored. Nothing wrong is trained on."""
+"""Caches whose files change, are damaged or come from a backup, and full disks. No wrong latent is trained on."""
 
 import errno
 import json
@@ -52,7 +52,7 @@ def test_files_that_change_before_encoding_are_rejected(folder, monkeypatch):
     folder.run("cache", "--verify")
 
 
-def test_a_file_that_changed_but_kept_its_time_stamp(folder, tmp_path):
+def test_a_file_that_changed_but_kept_its_time_stamp_is_rejected(folder, tmp_path):
     folder.put_good("good.png")
     tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
     for seed, keys in ((1, ()), (2, (f"model.vae={tmp_path / 'vae'}",))):
@@ -64,7 +64,7 @@ def test_a_file_that_changed_but_kept_its_time_stamp(folder, tmp_path):
 
 
 def interrupt(monkeypatch) -> None:
-    """Press Ctrl-C once, while the third block is encoded and the first is being written."""
+    """Press Ctrl-C once, while the third block is being encoded."""
     encode, calls = pipeline.Pipeline._encode, []
 
     def interrupted(*arguments):
@@ -76,7 +76,7 @@ def interrupt(monkeypatch) -> None:
     monkeypatch.setattr(pipeline.Pipeline, "_encode", interrupted)
 
 
-def test_swapping_the_vae_of_an_interrupted_cache(folder, tmp_path, tiny_model, monkeypatch):
+def test_the_vae_of_an_interrupted_cache_may_be_swapped(folder, tmp_path, tiny_model, monkeypatch):
     folder.put_good(*(f"{i}.png" for i in range(24)))
     model = shutil.copytree(tiny_model, tmp_path / "model")
     base, names = f"model.base={model}", {str(i) for i in range(24)}
@@ -90,7 +90,7 @@ def test_swapping_the_vae_of_an_interrupted_cache(folder, tmp_path, tiny_model, 
     assert folder.cached(base, f"cache.dir={tmp_path / 'fresh'}") == names
     caches = folder.cache, tmp_path / "fresh"
     rebuilt, fresh = ({p.name: p.read_bytes() for p in (path / "shards").iterdir()} for path in caches)
-    assert fresh.items() < rebuilt.items()  # beside the old VAE's
+    assert fresh.items() < rebuilt.items()  # the cache still has the shards of the old VAE
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     assert says(folder.run("cache", base, code=2), "safetensors-unreadable", path=weights)
@@ -125,20 +125,20 @@ def test_unusable_cache_folders_are_refused(folder, monkeypatch):
     folder.put_good("0.png", "1.png")
     folder.run("cache")
     (folder / "file").write_bytes(b"")
-    for place in (folder / "file", folder / "file" / "cache"):
-        assert says(folder.run("cache", f"cache.dir={place}", code=2), "cache-unusable", folder=place)
+    for directory in (folder / "file", folder / "file" / "cache"):
+        assert says(folder.run("cache", f"cache.dir={directory}", code=2), "cache-unusable", folder=directory)
         for option in ("--verify", "--stats", "--prune"):
-            assert says(folder.run("cache", option, f"cache.dir={place}", code=2), "no-cache", folder=place)
-    real = Path.open
+            assert says(folder.run("cache", option, f"cache.dir={directory}", code=2), "no-cache", folder=directory)
+    real_open = Path.open
 
     def read_only(path, mode="r", *rest, **options):
         if not set(mode).isdisjoint("wa+x") and folder.cache in path.parents:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
-        return real(path, mode, *rest, **options)
+        return real_open(path, mode, *rest, **options)
 
     monkeypatch.setattr(Path, "open", read_only)
     assert says(folder.run("cache", code=2), "cache-unusable", problem=os.strerror(errno.EROFS))
-    folder.run("train")  # reads only
+    folder.run("train")  # does not write to the cache
 
 
 def test_caching_continues_after_ctrl_c(folder, monkeypatch):
@@ -167,15 +167,15 @@ def swap_rows(shard: Path) -> None:
 
 
 def copy_other_vae(shard: Path, header: bool) -> None:
-    """Overwrite a shard with another VAE's of the same images, or only its rows."""
+    """Replace a shard by that of another VAE for the same images. Without `header`, replace only its rows."""
     other = only_file(shard.parent.parent.parent / "another" / "shards").read_bytes()
     shard.write_bytes(other if header else shard.read_bytes()[:4096] + other[4096:])
 
 
 IMAGES = 12
 SHARD, VIEW, TOKENS = "shards", "views", "tokens"
-# The damaged kind of file, the damage, the error of `fastsd train` (None = it trains, on the right bytes), and whether
-# `fastsd cache` alone detects it; --verify always does.
+# Each entry has the folder of the damaged file, the damage, the error of `fastsd train` (None = it trains on the right bytes),
+# and whether `fastsd cache` detects the damage without --verify, which always does.
 VIEW_FORMAT, SHARD_FORMAT = (pattern("damage-format", format=name) for name in ("view-2", "latents-1"))
 ROW, MISSING = pattern("row-damaged"), pattern("frozen-file-damaged", damage=sentence("damage-missing"))
 DAMAGES = {
@@ -209,7 +209,7 @@ def loss(folder: DataSet, run: Path) -> float:
 def test_damage_is_reported_never_trained_on_and_repaired(folder, tmp_path):
     folder.put_good(*(f"{i}.png" for i in range(IMAGES)))
     tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
-    batch = "cache.batch=1"  # so that a row has the same bytes, whichever rows are encoded with it
+    batch = "cache.batch=1"  # a row has the same bytes for any rows that are encoded with it
     folder.run("cache", batch, f"cache.dir={tmp_path / 'another'}", f"model.vae={tmp_path / 'vae'}")
     folder.run("cache", batch)
     intact = shutil.copytree(folder.cache, tmp_path / "intact")
@@ -232,19 +232,21 @@ def test_damage_is_reported_never_trained_on_and_repaired(folder, tmp_path):
         folder.run("cache", "--verify")
         assert {p.name for p in intact.rglob("*")} == {p.name for p in folder.cache.rglob("*")}
         for file in folder.cache.glob("*/*.safetensors"):
-            first = file.read_bytes().replace(b'"serial":"2"', b'"serial":"1"')  # counts how often a view was written
-            assert first == (intact / file.relative_to(folder.cache)).read_bytes(), file
+            content = file.read_bytes().replace(
+                b'"serial":"2"', b'"serial":"1"'
+            )  # counts how often a view was written
+            assert content == (intact / file.relative_to(folder.cache)).read_bytes(), file
 
 
 def test_restored_backups_are_brought_up_to_date(folder, tmp_path):
     folder.put_good(*(f"{i}.png" for i in range(IMAGES)))
     folder.run("cache")
-    before, first = shutil.copytree(folder.cache, tmp_path / "before"), loss(folder, tmp_path / "first")
+    before, first_loss = shutil.copytree(folder.cache, tmp_path / "before"), loss(folder, tmp_path / "first")
     for i in range(6):
         folder.put(f"more {i}.png", png(picture(50 + i)))
     folder.put("0.png", png(picture(60)))
     folder.run("cache")
-    after, second = shutil.copytree(folder.cache, tmp_path / "after"), loss(folder, tmp_path / "second")
+    after, second_loss = shutil.copytree(folder.cache, tmp_path / "after"), loss(folder, tmp_path / "second")
     names = {str(i) for i in range(IMAGES)} | {f"more {i}" for i in range(6)}
 
     def restore(*files: str) -> None:
@@ -260,25 +262,25 @@ def test_restored_backups_are_brought_up_to_date(folder, tmp_path):
     def assert_repaired(encoded: int) -> None:
         assert folder.cached() == names and says(folder.out, "cached", encoded=encoded)
         folder.run("cache", "--verify")
-        assert loss(folder, tmp_path / "again") == second
+        assert loss(folder, tmp_path / "again") == second_loss
         shutil.rmtree(tmp_path / "again")
 
     restore("cache.sqlite")
-    assert loss(folder, tmp_path / "old database") == second
+    assert loss(folder, tmp_path / "old database") == second_loss
     assert_repaired(7)
     restore("shards")
     assert MISSING.search(folder.run("train", f"run={tmp_path / 'none'}", code=2))
     assert_repaired(7)
     restore("views", "tokens")
-    assert loss(folder, tmp_path / "old view") == first
+    assert loss(folder, tmp_path / "old view") == first_loss
     assert_repaired(0)
     restore("tokens")
-    assert loss(folder, tmp_path / "old tokens") == second
+    assert loss(folder, tmp_path / "old tokens") == second_loss
     assert_repaired(0)
     for damage in (lambda path: path.write_bytes(b"these are not the bytes of a database\n" * 999), cut):
         restore()
         damage(folder.cache / "cache.sqlite")
-        assert loss(folder, tmp_path / damage.__name__) == second
+        assert loss(folder, tmp_path / damage.__name__) == second_loss
         for option in ([], ["--verify"], ["--stats"], ["--prune"]):
             assert says(folder.run("cache", *option, code=2), "cache-database-damaged", folder=folder.cache)
         (folder.cache / "cache.sqlite").unlink()
@@ -288,7 +290,7 @@ def test_restored_backups_are_brought_up_to_date(folder, tmp_path):
 
 
 def test_every_flipped_bit_of_an_index_is_detected(folder):
-    """A view and a file of token ids are read as they were written or not at all, and rebuilt."""
+    """Flipped bits make a view or a file of token ids unreadable, or change nothing. A damaged view is written again."""
     folder.put_good(*(f"{i}.png" for i in range(4)))
     folder.run("cache")
     tokenizer = load_tokenizer(load_config(folder.config).model)[0]

@@ -1,4 +1,4 @@
-"""The latent cache: encoded once, right after every change, intact after every interruption, readable alone."""
+"""The latent cache: images are encoded once, and changes, damage and interruptions never lead to wrong latents."""
 
 import errno
 import json
@@ -67,7 +67,7 @@ def test_shards_are_plain_safetensors_with_aligned_data(tmp_path, dtype):
     assert sorted(latents.flatten(1).tolist()) == sorted(mean.flatten(1).tolist())
 
 
-def test_only_what_changed_is_encoded_again(tmp_path):
+def test_only_new_and_changed_images_are_encoded(tmp_path):
     draw_many(tmp_path, 20)
     build_cache(config(tmp_path), StubVae())
     unchanged = StubVae()
@@ -132,7 +132,7 @@ def test_two_vaes_and_two_folders_share_a_cache_and_never_mix(tmp_path):
     assert LatentCache.open(directory, second.view).meta.scaling_factor == 0.25
     used = [{name for name, _ in cache_module.View(directory / f"views/{v.view}.safetensors").shards} for v in (first, second)]
     assert not used[0] & used[1]
-    # A shard of the other VAE with this one's name is detected at the first read.
+    # If a shard is replaced by one of the other VAE, the first read detects it.
     shards = [directory / f"shards/{names.pop()}.safetensors" for names in used]
     shutil.copy(shards[1], shards[0])
     with refused("frozen-file-damaged", path=shards[0], damage=sentence("damage-belongs-elsewhere")):
@@ -169,13 +169,13 @@ def test_bad_files_are_rejected_and_not_tried_again(tmp_path):
 
 def test_latents_that_are_not_finite_are_encoded_alone_and_then_rejected(tmp_path):
     draw_many(tmp_path, 6)
-    marks = {expected(tmp_path / f"images/00{i}.png")[0, 0, 0].item(): i for i in range(6)}
+    number_of = {expected(tmp_path / f"images/00{i}.png")[0, 0, 0].item(): i for i in range(6)}
 
     class Overflows(StubVae):
         def encode(self, images):
             means = super().encode(images)
             for mean in means:
-                i = marks[mean[0, 0, 0].item()]
+                i = number_of[mean[0, 0, 0].item()]
                 if i == 2 or (i == 3 and len(images) > 1):
                     mean[0, 0, 0] = float("nan")
             return means
@@ -233,13 +233,13 @@ def test_a_full_or_forbidden_disk_is_an_error_and_the_next_run_continues(tmp_pat
     written = []
     write = Shard.write_rows
 
-    def failing(shard, rows):
-        if written or len(rows) == 12:  # a slow writer gets everything at once
+    def fail_later(shard, rows):
+        if written or len(rows) == 12:  # a slow writer gets all rows at once
             raise OSError(number, os.strerror(number))
         write(shard, rows)
         written.extend(rows)
 
-    monkeypatch.setattr(Shard, "write_rows", failing)
+    monkeypatch.setattr(Shard, "write_rows", fail_later)
     with refused(code, folder=tmp_path / "cache"):
         build_cache(config(tmp_path), StubVae())
     monkeypatch.undo()
@@ -271,7 +271,7 @@ def test_verify_finds_a_flipped_bit_and_it_is_encoded_again(tmp_path):
     (problem,) = verify(tmp_path / "cache")
     assert problem == sentence("verify-rows", path=shard, damaged=1, rows=10, row_list=9)
     with refused("no-view"):
-        LatentCache.open(tmp_path / "cache", view)  # nothing trains on it meanwhile
+        LatentCache.open(tmp_path / "cache", view)  # until then no training can use it
     assert build_cache(config(tmp_path), StubVae()).encoded == 1
     assert shard_bytes(tmp_path) == before and verify(tmp_path / "cache") == []
     flip(tmp_path / f"cache/views/{view}.safetensors", -3)
@@ -325,29 +325,29 @@ def test_more_shards_than_open_files_are_read(tmp_path, monkeypatch):
 
 
 def kill_repeatedly(root, seed):
-    """Runs in a process of its own: fork builders, kill them at random moments, and let the last one finish."""
+    """Fork processes that build the cache, and kill them at random moments until one finishes. Print the number of kills."""
     cache_module.SHARD_ROWS = 16
     torch.set_num_threads(1)
-    root, chance, kills, flush = Path(root), random.Random(int(seed)), 0, os.fsync
+    root, rng, kills, fsync = Path(root), random.Random(int(seed)), 0, os.fsync
 
     def deadly(handle):
-        """Kill the process in one of the first calls of fsync, before or after the flush."""
+        """Kill the process in one of its first calls of `os.fsync`, before or after the call has taken effect."""
         deadly.calls -= 1
         if deadly.late or deadly.calls:
-            flush(handle)
+            fsync(handle)
         if not deadly.calls:
             os.kill(os.getpid(), signal.SIGKILL)
 
     while True:
-        moment, deadly.calls, deadly.late = chance.uniform(0.0, 0.2), chance.randrange(1, 8), chance.random() < 0.5
+        delay, deadly.calls, deadly.late = rng.uniform(0.0, 0.2), rng.randrange(1, 8), rng.random() < 0.5
         child = os.fork()
         if child == 0:
-            if kills in (1, 2, 4, 6):  # between writing, flushing and committing, where a clock rarely hits
+            if kills in (1, 2, 4, 6):  # between write, flush and commit, which a timer rarely hits
                 os.fsync = deadly
             build_cache(config(root), StubVae(delay=0.01))
             os._exit(0)
         if kills in (0, 3, 5):
-            time.sleep(moment)
+            time.sleep(delay)
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if os.WIFEXITED(status):

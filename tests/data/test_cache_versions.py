@@ -36,7 +36,8 @@ def test_buckets_keep_the_aspect_ratio_and_form_groups(tmp_path):
             width, height = table.place(*SIZES[name[:-1]]).size
             assert latent.shape == group.shape == (4, height // 8, width // 8)
             assert torch.equal(latent, bucketed(tmp_path / f"images/{name}.png", table))
-    assert sorted(stats(tmp_path / "cache").views[counts.view].buckets.values()) == [3, 3, 6]  # the flat ones are nearly square
+    buckets = stats(tmp_path / "cache").views[counts.view].buckets
+    assert sorted(buckets.values()) == [3, 3, 6]  # `flat` goes to the square bucket
     with refused("batch-shapes", AssertionError):
         cache.get([0, 11])
 
@@ -62,7 +63,7 @@ def test_mirror_images_are_encoded_only_with_flip(tmp_path):
         pixels = decode(data, Buckets(R, None).place(*probe(data)), flip=True)
         assert torch.equal(mirrored[i], StubVae().encode(torch.from_numpy(pixels)[None].float() / 127.5 - 1)[0].half())
     assert torch.equal(cache.get(range(5))["latents"], plain)
-    assert build_cache(with_data(tmp_path), StubVae()).encoded == 0  # the view without them is still good
+    assert build_cache(with_data(tmp_path), StubVae()).encoded == 0  # the view without mirror images is still valid
 
 
 def test_random_crops_differ_and_are_reproducible(tmp_path):
@@ -81,7 +82,7 @@ def test_random_crops_differ_and_are_reproducible(tmp_path):
 
 
 def test_flip_does_not_mix_up_versions(tmp_path):
-    """With `flip` the second version is a mirror image, without it the second crop, whatever was cached before."""
+    """Version 1 is a mirror image with `flip` and the second crop without it, whatever was cached before."""
     for i in range(4):
         draw(tmp_path / f"images/{i}.png", i, f"{i}", (90, 40))
 
@@ -90,12 +91,12 @@ def test_flip_does_not_mix_up_versions(tmp_path):
         return torch.stack([cache.get(range(4), [v] * 4)["latents"] for v in range(cache.versions)])
 
     def interrupted(**keys):
-        class Dies(StubVae):
+        class Failing(StubVae):
             def encode(self, images):
                 raise RuntimeError("gone")
 
         with pytest.raises(RuntimeError):
-            build_cache(with_data(tmp_path, crop="random", **keys), Dies())
+            build_cache(with_data(tmp_path, crop="random", **keys), Failing())
 
     interrupted(crops=2, flip=True)
     crops = latents(tmp_path, crops=2)
@@ -151,7 +152,7 @@ def test_latents_of_other_trainers_are_imported(tmp_path, kind):
     cache = LatentCache.open(tmp_path / "cache")
     assert torch.equal(cache.get(range(6))["latents"], torch.from_numpy(latents).half())
     assert cache.captions(range(6)) == [f"caption {i}" for i in range(6)]
-    if not flip:  # the same within a tar
+    if not flip:  # a tar gives the same latents
         with tarfile.open(tmp_path / "set.tar", "w") as tar:
             for path in sorted((tmp_path / "images").glob("[0-5].*")):
                 tar.add(path, path.name)
@@ -167,7 +168,7 @@ def test_imported_latents_of_another_scale_or_shape_are_refused(tmp_path):
     write_latents(tmp_path, latents / 8)
     with refused("cache-latents-of-other-vae", kind="'img_sdxl'") as error:
         build_cache(with_data(tmp_path, latents="img_sdxl"), StubVae())
-    assert " 0.24" in str(error.value)  # the standard deviation
+    assert " 0.24" in str(error.value)  # standard deviation
     save_file({"latent": latents[0, :3].copy()}, tmp_path / "images/0.img_sdxl")
     for i in range(1, 6):
         save_file({"latent": latents[i]}, tmp_path / f"images/{i}.img_sdxl")

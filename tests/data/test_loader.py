@@ -23,10 +23,10 @@ SQUARE, WIDE = (4, 2, 2), (4, 1, 4)
 
 
 class Samples:
-    """Stub of a cache: the latents of version v of sample i are i in channel 0 and v in channel 1; captions start "tag i"."""
+    """Stub of a cache. In version v of sample i, channel 0 is i and channel 1 is v. The captions start with "tag i"."""
 
     def __init__(self, *counts, versions=1):
-        """`counts`: (shape, root, count) for each group, or one number of squares."""
+        """Make groups from rows (shape, root, count), or one group of squares from its count."""
         self.groups, self.versions = [], versions
         for shape, root, count in counts if isinstance(counts[0], tuple) else [(SQUARE, 0, *counts)]:
             self.groups.append(Group(shape, root, len(self), count))
@@ -59,12 +59,12 @@ def loader(cache=None, seed=3, tokenize=tokenize, data=None, origin=0, rank=0, w
     return Loader(cache, tokenize, seed, stage(**keys), data=data, origin=origin, rank=rank, world=world, tokens=tokens)
 
 
-def samples_of(batch):
+def sample_numbers(batch):
     return batch.latents_BCHW[:, 0, 0, 0].long().tolist()
 
 
-def samples_in(batches):
-    return [index for batch in batches for index in samples_of(batch)]
+def all_sample_numbers(batches):
+    return [index for batch in batches for index in sample_numbers(batch)]
 
 
 def same(a, b):
@@ -79,8 +79,8 @@ EDITS = {"caption_dropout": 0.2, "shuffle_tags": True, "tag_dropout": 0.2}
 
 def test_every_epoch_has_every_sample_once_in_a_new_order():
     assert loader().images == 10
-    flat = samples_in(loader().stream(0, 30, 3))
-    epochs = [flat[i : i + 10] for i in (0, 10, 20)]
+    samples = all_sample_numbers(loader().stream(0, 30, 3))
+    epochs = [samples[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -89,24 +89,24 @@ def test_a_batch_depends_only_on_seed_and_position():
     whole = loader().batch(0, 24)
     for step in (1, 5, 8, 24):
         batches = list(loader().stream(0, 24, step))
-        assert samples_in(batches) == samples_of(whole)
+        assert all_sample_numbers(batches) == sample_numbers(whole)
         assert torch.equal(torch.cat([batch.token_ids_BL for batch in batches]), whole.token_ids_BL)
         assert torch.equal(torch.cat([batch.positions_B for batch in batches]), torch.arange(24))
-    assert samples_of(loader().batch(7, 9)) == samples_of(whole)[7:16]
-    assert samples_of(loader(seed=4).batch(0, 24)) != samples_of(whole)
+    assert sample_numbers(loader().batch(7, 9)) == sample_numbers(whole)[7:16]
+    assert sample_numbers(loader(seed=4).batch(0, 24)) != sample_numbers(whole)
     assert [len(batch.captions) for batch in loader().stream(0, 10, 4)] == [4, 4, 2]
 
 
 def test_a_batch_may_span_many_epochs_of_a_tiny_set():
     batch = loader(Samples(3)).batch(1, 11)
-    assert sorted(samples_of(batch)[2:5]) == sorted(samples_of(batch)[5:8]) == [0, 1, 2]
+    assert sorted(sample_numbers(batch)[2:5]) == sorted(sample_numbers(batch)[5:8]) == [0, 1, 2]
 
 
 def test_captions_follow_their_latents_and_repeats_are_tokenized_once():
     calls = []
     counting = loader(tokenize=lambda texts: (calls.append(list(texts)), tokenize(texts))[1], max_tags=1)
     batch = counting.batch(0, 10)
-    assert batch.captions == [f"tag {i}" for i in samples_of(batch)]
+    assert batch.captions == [f"tag {i}" for i in sample_numbers(batch)]
     assert batch.token_ids_BL.tolist() == [[len(caption)] * LENGTH for caption in batch.captions]
     counting.batch(10, 20)
     assert sum(map(len, calls)) == 10
@@ -136,15 +136,15 @@ def test_a_resumed_run_reads_the_same_batches(data):
 
 
 def test_repeats_and_weights_determine_the_epoch():
-    shared = loader(BUCKETS, data=SHARES, batch=1)
-    assert shared.images == 3 * 26 + 44
-    flat = samples_in(shared.stream(0, shared.images, 1))
-    assert all(flat.count(i) == (3 if i < 21 or 35 <= i < 40 else 1) for i in range(70))
+    with_shares = loader(BUCKETS, data=SHARES, batch=1)
+    assert with_shares.images == 3 * 26 + 44
+    samples = all_sample_numbers(with_shares.stream(0, with_shares.images, 1))
+    assert all(samples.count(i) == (3 if i < 21 or 35 <= i < 40 else 1) for i in range(70))
 
 
 def test_the_filter_selects_samples_by_tag():
     filtered = loader(data=DataTable(folders=["a"], include=["TAG 3", "tag 7", "tag 8"], exclude=["tag 8"]))
-    assert filtered.images == 2 and sorted(samples_of(filtered.batch(0, 4))) == [3, 3, 7, 7]
+    assert filtered.images == 2 and sorted(sample_numbers(filtered.batch(0, 4))) == [3, 3, 7, 7]
     with refused("filter-leaves-none", filters="data.exclude ['c']", images=10):
         loader(data=DataTable(folders=["a"], exclude=["c"]))
 
@@ -172,7 +172,7 @@ def test_cached_token_ids_are_used_for_unedited_captions():
         return tokenize(texts)
 
     batch = loader(tokenize=counted, tokens=CachedTokens(), caption_dropout=0.5).batch(0, 20)
-    for index, caption, row in zip(samples_of(batch), batch.captions, batch.token_ids_BL.tolist(), strict=True):
+    for index, caption, row in zip(sample_numbers(batch), batch.captions, batch.token_ids_BL.tolist(), strict=True):
         assert row == ([index, 0, 0, 0] if caption else [0] * LENGTH)
     assert calls == [[""]] and 3 < batch.captions.count("") < 17
     edited = loader(tokens=CachedTokens(), max_tags=2).batch(0, 10)
@@ -222,24 +222,32 @@ def test_batches_of_buckets_crops_and_mirror_images(tmp_path, tiny_model):
     shapes = {tuple(batch.latents_BCHW.shape[1:]) for batch in plain}
     assert len(shapes) == 3 == len(cache.groups) and len({batch.latents_BCHW[0].double().sum().item() for batch in plain}) > 25
     captions = {caption for batch in plain for caption in batch.captions}
-    assert "" in captions and len(captions) > 45  # both variants of nearly all
+    assert "" in captions and len(captions) > 45  # nearly all samples have occurred with both variants
     cache.close()
 
 
 def test_stream_works_ahead_and_counts_the_waiting(monkeypatch):
-    """The clock counts ready batches. No batch is ready before the consumer waits for the first."""
-    gated, positions, ready, gate = loader(), [], [], threading.Event()
-    batch, first = gated.batch, iter([gate.set])
-    gated.batch = lambda position, count: (positions.append(position), gate.wait(), batch(position, count), ready.append(1))[2]
-    clock = SimpleNamespace(perf_counter=lambda: (len(ready), next(first, int)())[0])
+    """The clock of the test counts ready batches. No batch is ready before the consumer waits for the first one."""
+    gated_loader, positions, ready, gate = loader(), [], [], threading.Event()
+    load, open_gate = gated_loader.batch, iter([gate.set])
+
+    def gated_load(position, count):
+        positions.append(position)
+        gate.wait()
+        batch = load(position, count)
+        ready.append(1)
+        return batch
+
+    gated_loader.batch = gated_load
+    clock = SimpleNamespace(perf_counter=lambda: (len(ready), next(open_gate, int)())[0])
     monkeypatch.setattr("fastsd.data.loader.time", clock)
-    with gated.stream(0, 100, 5) as stream, ExitStack() as stack:
-        stack.callback(gate.set)  # otherwise the threads would not end
+    with gated_loader.stream(0, 100, 5) as stream, ExitStack() as stack:
+        stack.callback(gate.set)  # or the threads would never end
         next(stream)
         while len(ready) < PREFETCH + 1:
             time.sleep(0.01)
         time.sleep(0.3)
-        assert sorted(positions) == [5 * i for i in range(PREFETCH + 1)]  # ahead, but not without bound
+        assert sorted(positions) == [5 * i for i in range(PREFETCH + 1)]  # prefetching is limited
         gate.clear()
         waited = stream.waited
         for _ in range(PREFETCH):
@@ -264,7 +272,7 @@ def test_an_exception_reaches_the_consumer():
         next(stream)
 
 
-def threads():
+def loader_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("fastsd-loader")]
 
 
@@ -275,12 +283,12 @@ def test_a_stream_stops_when_closed_dropped_or_done():
     stream = endless.stream(0, 10**9, 2)
     next(stream)
     stream.close()
-    assert len(positions) <= PREFETCH + 1 and not threads()
+    assert len(positions) <= PREFETCH + 1 and not loader_threads()
     with pytest.raises(StopIteration):
         next(stream)
     dropped = loader().stream(0, 10**9, 2)
     next(dropped)
     del dropped
     assert len(list(loader().stream(0, 10, 2))) == 5
-    while threads():
+    while loader_threads():
         time.sleep(0.02)

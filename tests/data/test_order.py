@@ -1,4 +1,4 @@
-"""The order of samples: once an epoch, by repeats and weights, in batches of one shape, from any position at once."""
+"""The order of samples: once per epoch, by repeats and weights, in batches of one shape, from any position."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ WIDE, HIGH, SQUARE = (4, 8, 16), (4, 16, 8), (4, 12, 12)
 
 
 def groups(*rows):
-    """Make groups that tile [0, n) from rows (shape, root, count)."""
+    """Make adjacent groups from rows (shape, root, count)."""
     firsts = np.cumsum([0, *(count for _, _, count in rows)]).tolist()
     return [Group(shape, root, first, count) for (shape, root, count), first in zip(rows, firsts, strict=False)]
 
@@ -60,7 +60,7 @@ def test_a_batch_has_one_shape_and_remainders_are_carried_on():
         counts = Counter(flat(read[: sum(epoch * len(samples) // 4 for samples in shapes)]))
         for samples in shapes:
             times = [counts[i] for i in samples]
-            # Each shape is less than a batch behind, and each of its samples at most once.
+            # Less than a batch of each shape is missing, and each of its samples at most once.
             assert 0 <= epoch * len(samples) - sum(times) < 4 and max(times) - min(times) <= 1
 
 
@@ -116,9 +116,9 @@ def test_weights_keep_the_proportion_of_shapes():
 
 def test_a_shape_smaller_than_a_batch_skips_epochs():
     stage = order((WIDE, 0, 64), (HIGH, 0, 2), batch=8)
-    high = [i for i, batch in enumerate(batches(stage, 66)) if batch[0] >= 64]  # 8 epochs of 66 in batches of 8
-    assert len(high) == 2 and high[0] in range(24, 33) and high[1] in range(57, 66)
-    assert Counter(stage.batch(8 * high[0], 8).tolist()) == {64: 4, 65: 4}
+    high_batches = [i for i, batch in enumerate(batches(stage, 66)) if batch[0] >= 64]  # 8 epochs of 66 in batches of 8
+    assert len(high_batches) == 2 and high_batches[0] in range(24, 33) and high_batches[1] in range(57, 66)
+    assert Counter(stage.batch(8 * high_batches[0], 8).tolist()) == {64: 4, 65: 4}
 
 
 def test_a_later_stage_with_another_batch_size_continues():
@@ -126,7 +126,7 @@ def test_a_later_stage_with_another_batch_size_continues():
     first = flat(batches(order(*rows, batch=6), 12))  # two epochs
     second = flat(batches(order(*rows, batch=4, origin=72), 9, 72))  # the third
     assert Counter(first) == dict.fromkeys(range(36), 2) and Counter(second) == dict.fromkeys(range(36), 1)
-    # Half-way through an epoch, each shape continues with the second half of its sequence.
+    # In the middle of an epoch, each shape continues with the second half of its sequence.
     wide = flat(batch for batch in batches(order(*rows, batch=6, origin=18), 6, 18) if batch[0] < 24)
     halves = permutation(3, Purpose.ORDER, 0, 24)[12:], permutation(3, Purpose.ORDER, 1, 24)[:12]
     assert sorted(wide) == sorted(torch.cat(halves).tolist())

@@ -1,4 +1,4 @@
-"""Cached text embeddings: encoded once, never mixed between encoders, and training is the same as without them."""
+"""Cached text embeddings: captions are encoded once, encoders are never mixed, and training stays the same."""
 
 import json
 import os
@@ -120,7 +120,7 @@ def test_only_new_captions_are_encoded(tmp_path, tiny_model):
     draw(tmp_path / "images/more.png", 51, "picture 5")
     assert write(tmp_path, text) == EmbeddingCounts(captions=11, encoded=2)
     after = files(tmp_path, "shards")
-    assert before.items() <= after.items() and len(after) == len(before) + 2  # one of latents, one of embeddings
+    assert before.items() <= after.items() and len(after) == len(before) + 2  # a shard of latents and a shard of embeddings
     latents, embeddings = opened(tmp_path, text)
     for i in range(len(latents)):
         for j, caption in enumerate(latents.variants([i])[0]):
@@ -162,7 +162,7 @@ def test_embeddings_of_different_encoders_do_not_mix(tmp_path, tiny_model):
     assert write(tmp_path, load(tiny_model, clip_skip=1)).encoded == 5
     indexes = map(cache_module.TextEmbeddingsIndex, cache_module.states_paths(tmp_path / "cache"))
     first, second = (tmp_path / f"cache/shards/{name}.safetensors" for index in indexes for name, _ in index.shards)
-    # A shard of another encoder is detected at the first read.
+    # If a shard is replaced by one of another encoder, the first read detects it.
     for shard, other in [(first, second), (second, first)]:
         data = shard.read_bytes()
         shutil.copy(other, shard)
@@ -267,7 +267,7 @@ def test_concurrent_writers_wait_for_each_other(tmp_path, tiny_model):
     def work():
         text = load(tiny_model)
         encode = text.encode
-        text.encode = lambda ids: (is_waiting.wait(), encode(ids))[1]  # until another writer waits
+        text.encode = lambda ids: (is_waiting.wait(), encode(ids))[1]  # for another writer to wait
         latents = LatentCache.open(tmp_path / "cache", view)
         results.append(write_text_embeddings(config(tmp_path).cache, latents, text, notify=notify))
 
@@ -282,16 +282,16 @@ def test_concurrent_writers_wait_for_each_other(tmp_path, tiny_model):
 
 
 def kill_repeatedly(root, model):
-    """Runs in a process of its own: fork writers and kill each in a call of fsync, until one finishes."""
+    """Fork processes that write text embeddings, and kill each in a call of `os.fsync` until one finishes."""
     torch.set_num_threads(1)
     embed_captions._BLOCK = 4
-    text, kills, flush = load(Path(model)), 0, os.fsync
+    text, kills, fsync = load(Path(model)), 0, os.fsync
     latents = LatentCache.open(Path(root) / "cache")
 
     def deadly(handle):
         deadly.calls -= 1
         if deadly.calls or kills % 2:
-            flush(handle)
+            fsync(handle)
         if not deadly.calls:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -352,7 +352,7 @@ def test_memory_does_not_grow_with_the_number_of_captions(tmp_path, tiny_model, 
         assert write_text_embeddings(table, latents, text).captions == count
         return (tracemalloc.get_traced_memory()[1], tracemalloc.stop())[0]
 
-    peak(64)  # one-time allocations
+    peak(64)  # allocates what is allocated only once
     assert peak(4000) < 1.2 * peak(100)
 
 
@@ -385,7 +385,7 @@ def run(path, *overrides, states=False):
 
 @pytest.fixture
 def jobs(tmp_path, tiny_model):
-    """Write two configs over images, a third of them with two captions."""
+    """Write two configs for the same images. A third of the images has two captions."""
     write_images(tmp_path / "images", 14)
     for i in range(0, 14, 3):
         (tmp_path / f"images/{i:04}.txt").write_text(f"red circle, {i}\nblue star")
@@ -411,8 +411,8 @@ def test_training_and_resuming_are_bit_identical(jobs, tiny_model, monkeypatch):
 def test_half_precision_trains_nearly_the_same(jobs):
     plain, rounded = run(jobs[0])[0], run(jobs[1], "stage.precision=bf16", states=True)[0]
     logs = ((folder / "log.jsonl").read_text().splitlines() for folder in (plain, rounded))
-    exact, close = ([json.loads(line)["loss"] for line in log] for log in logs)
-    assert close == pytest.approx(exact, rel=0.03) and close != exact
+    exact_losses, losses = ([json.loads(line)["loss"] for line in log] for log in logs)
+    assert losses == pytest.approx(exact_losses, rel=0.03) and losses != exact_losses
 
 
 def test_training_without_the_embeddings_is_refused(jobs):

@@ -18,8 +18,8 @@ from fastsd.model.formats.load import load_text, load_tokenizer
 from fastsd.model.text_encoder import assemble, ids_of, tokenizer_hash
 from fastsd.storage import sha256_of
 
-ODD = ["", "a red circle", " ".join(["word"] * 500), "naïve 🦊 fox 🦊🦊", "A RED Circle, BLUE-ish", "tab\tand\u00a0space "]
-ODD += ["<|endoftext|> x", "<|startoftext|>", "don't 3.5", "é", "\u200b", " ".join(["red"] * 75), " ".join(["red"] * 76)]
+TEXTS = ["", "a red circle", " ".join(["word"] * 500), "naïve 🦊 fox 🦊🦊", "A RED Circle, BLUE-ish", "tab\tand\u00a0space "]
+TEXTS += ["<|endoftext|> x", "<|startoftext|>", "don't 3.5", "é", "\u200b", " ".join(["red"] * 75), " ".join(["red"] * 76)]
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +27,22 @@ def tokenizer(tiny_model):
     return load_tokenizer(ModelTable(base=str(tiny_model)))[0]
 
 
-def mixed(folder, count=40):
-    """Make samples with one to three variants each, more than fit in a chunk."""
-    return Texts([[ODD[(i + j) % len(ODD)] for j in range(1 + i % 3)] for i in range(count)], folder)
+def odd_cache(folder, count=40):
+    """Make a cache of samples that have one to three odd captions each."""
+    return Texts([[TEXTS[(i + j) % len(TEXTS)] for j in range(1 + i % 3)] for i in range(count)], folder)
 
 
 def reference_ids(tokenizer, texts, length=77):
-    """Tokenize with the truncation and padding of the tokenizer itself."""
+    """Tokenize texts. The tokenizer itself truncates and pads them."""
     return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
 @pytest.mark.parametrize("length", [77, 248, 3])
 def test_assembled_ids_equal_those_of_the_tokenizer(tokenizer, length):
-    expected = reference_ids(tokenizer, ODD, length)
-    ids = ids_of(tokenizer, ODD)
+    expected = reference_ids(tokenizer, TEXTS, length)
+    ids = ids_of(tokenizer, TEXTS)
     assert torch.equal(assemble(tokenizer, ids, length), expected)
-    assert torch.equal(torch.cat([assemble(tokenizer, ids_of(tokenizer, [text]), length) for text in ODD]), expected)
+    assert torch.equal(torch.cat([assemble(tokenizer, ids_of(tokenizer, [text]), length) for text in TEXTS]), expected)
     assert len(ids[2]) > 400 and ids[0] == [] and ids_of(tokenizer, []) == []
     assert assemble(tokenizer, [], length).shape == (0, length)
 
@@ -53,17 +53,17 @@ def test_padding_may_be_another_token(tmp_path):
     write_tokenizer(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path, pad_token="!")
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert torch.equal(assemble(tokenizer, ids_of(tokenizer, ODD), 77), reference_ids(tokenizer, ODD))
+    assert torch.equal(assemble(tokenizer, ids_of(tokenizer, TEXTS), 77), reference_ids(tokenizer, TEXTS))
 
 
 def test_the_text_encoder_tokenizes_like_its_tokenizer(tiny_model, tokenizer):
     text = load_text(ModelTable(base=str(tiny_model)), tiny_model)
-    assert torch.equal(text.tokenize(ODD), reference_ids(tokenizer, ODD))
+    assert torch.equal(text.tokenize(TEXTS), reference_ids(tokenizer, TEXTS))
 
 
 def test_the_tokenizer_hash_depends_only_on_the_vocabulary(tokenizer, tiny_model, tmp_path):
     key = tokenizer_hash(tokenizer)
-    reference_ids(tokenizer, ["x"])  # leaves the tokenizer set to truncate and pad
+    reference_ids(tokenizer, ["x"])  # from now on the tokenizer truncates and pads
     assert tokenizer_hash(tokenizer) == key == tokenizer_hash(load_tokenizer(ModelTable(base=str(tiny_model)))[0])
     write_tokenizer(tmp_path)
     merges = tmp_path / "merges.txt"
@@ -84,7 +84,7 @@ def test_the_tokenizer_loads_without_the_text_encoder(tiny_model, monkeypatch, t
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 def test_stored_rows_equal_the_ids_of_the_tokenizer(tokenizer, tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(tokenize_captions, "_CHUNK", chunk)
-    cache, done = mixed(tmp_path), []
+    cache, done = odd_cache(tmp_path), []
     assert write_tokens(cache, tokenizer, done.append)
     assert done[-1] == 40 and done == sorted(done)
     tokens = Tokens(cache, tokenizer, 77)
@@ -92,22 +92,22 @@ def test_stored_rows_equal_the_ids_of_the_tokenizer(tokenizer, tmp_path, monkeyp
         rows = torch.stack([tokens.row(i, variant) for variant in range(len(variants))])
         assert rows.dtype == torch.int64 and torch.equal(rows, reference_ids(tokenizer, variants))
     monkeypatch.undo()
-    copy = mixed(tmp_path / "copy")
+    copy = odd_cache(tmp_path / "copy")
     copy.path.parent.mkdir(parents=True)
     write_tokens(copy, tokenizer)
     assert sha256_of(tokens.path) == sha256_of(Tokens(copy, tokenizer, 77).path)  # for any chunk size
 
 
 def test_captions_over_length_are_counted(tokenizer, tmp_path):
-    write_tokens(mixed(tmp_path, 39), tokenizer)
-    texts = [text for variants in mixed(tmp_path, 39).all for text in variants]
+    write_tokens(odd_cache(tmp_path, 39), tokenizer)
+    texts = [text for variants in odd_cache(tmp_path, 39).all for text in variants]
     for length in (77, 78, 6):
         expected = sum(len(ids) > length - 2 for ids in ids_of(tokenizer, texts))
-        assert Tokens(mixed(tmp_path, 39), tokenizer, length).over_length() == expected
+        assert Tokens(odd_cache(tmp_path, 39), tokenizer, length).over_length() == expected
 
 
 def test_existing_token_ids_are_not_written_again(tokenizer, tmp_path):
-    cache = mixed(tmp_path)
+    cache = odd_cache(tmp_path)
     write_tokens(cache, tokenizer)
     path = Tokens(cache, tokenizer, 77).path
     before = path.stat()
@@ -132,7 +132,7 @@ def flip(position, bits=0xFF):
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut, flip(0), flip(20), lambda path: path.write_bytes(b"")])
 def test_missing_and_damaged_files_are_reported_and_rebuilt(tokenizer, tmp_path, damage):
-    cache = mixed(tmp_path)
+    cache = odd_cache(tmp_path)
     write_tokens(cache, tokenizer)
     path = Tokens(cache, tokenizer, 77).path
     damage(path)
@@ -142,7 +142,7 @@ def test_missing_and_damaged_files_are_reported_and_rebuilt(tokenizer, tmp_path,
 
 
 def test_token_ids_of_another_view_or_tokenizer_are_refused(tokenizer, tmp_path, tiny_model):
-    cache = mixed(tmp_path)
+    cache = odd_cache(tmp_path)
     write_tokens(cache, tokenizer)
     with refused("frozen-file-damaged", damage=sentence("damage-outdated")):
         Tokens(Texts(cache.all, tmp_path, sha256="2"), tokenizer, 77)
@@ -157,9 +157,9 @@ def test_a_flipped_bit_is_detected(tokenizer, tmp_path):
     cache = Texts([["a red circle"], ["blue"]], tmp_path)
     write_tokens(cache, tokenizer)
     path = Tokens(cache, tokenizer, 77).path
-    first_id = 4096 + 3 * 8
-    # An id beyond the vocabulary, a false end, an offset; last, a valid id, which only the sha256 detects.
-    cases = (first_id + 1, 0x40, True), (first_id + 7, 0x40, True), (4096 + 9, 0x40, True), (first_id, 1, False)
+    ids_start = 4096 + 3 * 8
+    # An id beyond the vocabulary, a false END, and a wrong offset. The last is a valid id, which only the sha256 detects.
+    cases = (ids_start + 1, 0x40, True), (ids_start + 7, 0x40, True), (4096 + 9, 0x40, True), (ids_start, 1, False)
     for position, bit, row_detects in cases:
         opened = Tokens(cache, tokenizer, 77)
         flip(position, bit)(path)
@@ -174,7 +174,7 @@ def test_a_flipped_bit_is_detected(tokenizer, tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tokenizer, tmp_path, monkeypatch):
-    cache = mixed(tmp_path)
+    cache = odd_cache(tmp_path)
     monkeypatch.setattr(tokenize_captions, "_CHUNK", 8)
 
     def stop(done):
@@ -216,5 +216,5 @@ def test_memory_does_not_grow_with_the_number_of_captions(tokenizer, tmp_path, m
         write_tokens(Texts([["a red circle " * 40]] * count, tmp_path / name), tokenizer)
         return (tracemalloc.get_traced_memory()[1], tracemalloc.stop())[0]
 
-    peak(64, "first")  # one-time allocations
+    peak(64, "first")  # allocates what is allocated only once
     assert peak(2000, "many") < 1.2 * peak(100, "few")

@@ -66,12 +66,12 @@ def test_editing_a_weight_rebuilds_only_the_view(tmp_path):
     with closing(LatentCache.open(directory)) as cache:
         assert cache.weights([0, 1, 2]).tolist() == [2, 0.75, 1]
     after = View(path).metadata
-    assert after["sha256"] == before["sha256"]  # so token ids and text embeddings stay valid
+    assert after["sha256"] == before["sha256"]  # token ids and text embeddings stay valid
     assert after["sha256_weight"] != before["sha256_weight"]
     stamp = path.stat().st_mtime_ns
     build_cache(config, StubVae())
     assert path.stat().st_mtime_ns == stamp
-    flip(path, -2)  # of the last weight
+    flip(path, -2)  # damages the last weight
     assert verify(directory) == [sentence("verify-deleted", path=path, damage=sentence("damage-sha256"))] and not path.exists()
     assert build_cache(config, StubVae()).encoded == 0 and verify(directory) == []
     plain = build_cache(weighted(tmp_path, ""), StubVae())
@@ -81,7 +81,7 @@ def test_editing_a_weight_rebuilds_only_the_view(tmp_path):
 
 
 def train(base, batch=None, change=None, **keys):
-    """Take one step if there is a batch. Return the weights of the UNet, the loss and the gradient norm."""
+    """Take one step, if there is a batch. Return the UNet's weights, the loss and the gradient norm."""
     step = Step(load_model(ModelTable(base=str(base))), stage(**keys), 9, seed=0)
     if change:
         change(step)
@@ -153,7 +153,7 @@ def test_a_run_applies_masks_and_weights(tmp_path, tiny_model, level, is_unchang
     write_images(tmp_path / "images", 8)
     for path in sorted((tmp_path / "images").glob("*.png"))[:7]:
         Image.new("L", (40, 40), level).save(path.with_name(path.stem + ENDING))
-    rows = [{"file_name": f"{i:04}.png", "score": float(i < 7)} for i in range(8)]  # the last has no mask, and no weight
+    rows = [{"file_name": f"{i:04}.png", "score": float(i < 7)} for i in range(8)]  # the last image has no mask, and weight 0
     (tmp_path / "images/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = job(tmp_path, tiny_model, tmp_path / "images", '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 4\nd0 = 1e-3\n')
     folder, out = run(path, f"data.masks={ENDING}", "data.weight_key=score", "sample.prompts=[]")

@@ -1,4 +1,4 @@
-"""Buckets: the sizes and choices of sd-scripts, and properties that hold for every picture."""
+"""Buckets: their sizes and the choice among them, as in sd-scripts, and properties that hold for every picture."""
 
 import pytest
 from hypothesis import assume, given
@@ -19,7 +19,7 @@ def test_sizes_are_those_of_make_bucket_resolutions():
     assert Buckets(512, None).sizes == [(512, 512)]
     assert Buckets(512, SMALL).sizes == []
     assert Buckets(500, BucketTable(min=448, max=512)).sizes == [(448, 448), (448, 512), (512, 448)]
-    # A square larger than the longest side allowed becomes that side's.
+    # If the square is larger than `max`, its side becomes `max`.
     assert Buckets(1024, BucketTable(max=512, min=512)).sizes == [(512, 512)]
 
 
@@ -41,7 +41,7 @@ def test_sizes_are_those_of_make_bucket_resolutions():
         (512, SD15, (4000, 1000), (1024, 256), (1024, 256)),
         (512, SD15, (100, 1000), (256, 2560), (256, 1024)),
         (512, SD15, (20000, 1), (5120000, 256), (1024, 256)),
-        (512, SD15, (704, 320), (704, 320), (704, 320)),  # its own size is a bucket: nothing is resampled
+        (512, SD15, (704, 320), (704, 320), (704, 320)),  # this size is a bucket, so nothing is resampled
         (1024, SDXL, (1920, 1080), (1365, 768), (1344, 768)),
         (1024, SDXL, (512, 768), (832, 1248), (832, 1216)),
         (1024, SDXL, (5000, 1000), (2048, 410), (2048, 384)),
@@ -54,8 +54,8 @@ def test_sizes_are_those_of_make_bucket_resolutions():
         (512, SMALL, (1080, 1920), (384, 683), (384, 640)),
         (512, SMALL, (3000, 1000), (768, 256), (768, 256)),
         (512, SMALL, (700, 380), (589, 320), (576, 320)),
-        (512, SMALL, (8000, 600), (1707, 128), (1664, 128)),  # nor has max
-        (512, SMALL, (7510, 118), (4073, 64), (4032, 64)),  # one of the two roundings leaves nothing
+        (512, SMALL, (8000, 600), (1707, 128), (1664, 128)),  # max has no effect
+        (512, SMALL, (7510, 118), (4073, 64), (4032, 64)),  # only one of the two possible roundings leaves a bucket
     ],
 )
 def test_places_are_those_of_sd_scripts(resolution, table, picture, resized, bucket):
@@ -75,7 +75,7 @@ sides = st.one_of(st.integers(1, 3000), st.integers(1, 20000))
 
 @st.composite
 def tables(draw):
-    """Draw a resolution and a table that a config allows."""
+    """Draw a resolution and a table of buckets that a config may have."""
     step = draw(st.sampled_from([8, 16, 32, 64, 128]))
     low = draw(st.integers(1, 6)) * step
     high = draw(st.integers(low // step, 16)) * step
@@ -92,29 +92,30 @@ def test_every_picture_gets_a_bucket_that_it_covers(settings, width, height):
     except Rejected:
         assert table.no_upscale and min(width, height) < 2 * table.step * max(1, max(width, height) / resolution)
         return
-    assert all(side >= cut for side, cut in zip(resized, size, strict=True)), "the resized picture covers its bucket"
+    assert all(side >= cropped for side, cropped in zip(resized, size, strict=True)), "the resized picture covers its bucket"
     assert all(side > 0 and side % table.step == 0 for side in size)
     if table.no_upscale:
         assert resized[0] <= width and resized[1] <= height
-        assert all(side - cut < table.step for side, cut in zip(resized, size, strict=True)) or width * height > resolution**2
-        assert size[0] * size[1] <= resolution**2 + max(resized)  # by half a pixel a side
+        is_near = all(side - cropped < table.step for side, cropped in zip(resized, size, strict=True))
+        assert is_near or width * height > resolution**2
+        assert size[0] * size[1] <= resolution**2 + max(resized)  # each side is rounded by up to half a pixel
     else:
         assert size in buckets.sizes and size[0] * size[1] <= resolution**2
         assert table.min <= min(size) and max(size) <= table.max
-        # Covered and no more: one side fits to the pixel.
-        assert any(side == cut for side, cut in zip(resized, size, strict=True))
+        # The picture just covers the bucket: one side has exactly its length.
+        assert any(side == cropped for side, cropped in zip(resized, size, strict=True))
 
 
 @given(tables(), sides, sides)
-def test_a_picture_keeps_its_shape(settings, width, height):
+def test_a_picture_keeps_its_aspect_ratio(settings, width, height):
     buckets = Buckets(*settings)
     try:
         resized, _ = buckets.place(width, height)
     except Rejected:
         assume(False)
-    # Each side is off by half a pixel at the most.
-    across, down = resized[0] / width, resized[1] / height
-    assert abs(across - down) <= 0.51 / width + 0.51 / height
+    # Each side is rounded by at most half a pixel.
+    scale_x, scale_y = resized[0] / width, resized[1] / height
+    assert abs(scale_x - scale_y) <= 0.51 / width + 0.51 / height
 
 
 @given(tables())

@@ -24,7 +24,7 @@ IMAGES = 160
 
 
 def work(root, delay, together):
-    """Runs in a process of its own: build the cache, encode as soon as `together` processes can, and print the counts."""
+    """Build the cache and print the counts, in a process of its own. Encode when `together` processes are ready to."""
     torch.set_num_threads(1)
     cache_module.SHARD_ROWS = 64
     vae = StubVae(delay=float(delay))
@@ -52,7 +52,7 @@ def result_of(process):
 
 
 def build_alone(root, monkeypatch):
-    """Build the cache in one process and delete it. Return its shards, its view file and the name of the view."""
+    """Build the cache in one process and delete it. Return its shards, its view's file and the name of the view."""
     monkeypatch.setattr(cache_module, "SHARD_ROWS", 64)
     view = build_cache(config(root), StubVae()).view
     shards, frozen = shard_bytes(root), (root / f"cache/views/{view}.safetensors").read_bytes()
@@ -74,15 +74,15 @@ def test_processes_share_the_work(tmp_path, monkeypatch):
 
 
 def test_processes_may_open_a_new_cache_at_once(tmp_path):
-    """SQLite refuses at once, whatever its timeout, to switch to WAL while another process is about to write."""
+    """While another process writes, SQLite refuses to switch to WAL without waiting, even if it has a timeout."""
     (tmp_path / "cache").mkdir()
     with closing(sqlite3.connect(tmp_path / "cache/cache.sqlite", isolation_level=None, check_same_thread=False)) as other:
         other.execute("BEGIN IMMEDIATE")
-        later = threading.Timer(0.3, other.execute, ["ROLLBACK"])
-        later.start()
+        rollback = threading.Timer(0.3, other.execute, ["ROLLBACK"])
+        rollback.start()
         with Store.open(tmp_path / "cache", create=True) as store:
             assert store.db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        later.join()
+        rollback.join()
 
 
 def test_other_processes_take_over_the_blocks_of_a_killed_one(tmp_path, monkeypatch):

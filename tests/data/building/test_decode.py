@@ -38,7 +38,7 @@ def noise(width, height, low=0, high=256, seed=0):
 
 
 def colour(data):
-    """Decode a picture of one colour, and assert that it has the same colour everywhere."""
+    """Decode a picture of one colour. Check that all pixels have it, and return it."""
     pixels = decode(data, Buckets(R, None).place(*probe(data)))
     assert pixels.shape == (3, R, R) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
     assert np.ptp(pixels.reshape(3, -1).astype(int), axis=1).max() <= 1
@@ -50,7 +50,7 @@ def assert_colour(data, expected, tolerance=2):
 
 
 def any_of(*names):
-    """Match one of several sentences, because Pillow's versions differ."""
+    """Return a pattern for one of several sentences, because Pillow's versions differ."""
     return "|".join(pattern(name).pattern for name in names)
 
 
@@ -59,15 +59,15 @@ def png(width, height, bits, colour, lines, *chunks):
 
 
 def png16(kind, samples, *chunks):
-    """Make a PNG of 40 x 48 pixels of one colour in 16 bits."""
+    """Make a PNG of 40 x 48 pixels of one colour, with 16 bits per sample."""
     return png(40, 48, 16, kind, (b"\0" + struct.pack(f">{len(samples)}H", *samples) * 40) * 48, *chunks)
 
 
-# As libjpeg stores ink: what Pillow writes is inverted and says so in a marker of 16 bytes, behind the first two.
+# Pillow writes inverted ink, with Adobe's marker in bytes 2 to 18. Without the marker, ink is not inverted.
 INK = encoded(plain("CMYK", colour=(0, 255, 255, 0)), "JPEG", quality=95)
 BARE_INK = encoded(plain("CMYK", colour=(255, 0, 0, 255)), "JPEG", quality=95)
 BARE_INK = BARE_INK[:2] + BARE_INK[18:]
-# Y, Cb, Cr of (0, 255, 255), which is cyan as light and red as ink; the marker's last byte says that it is that.
+# Y, Cb and Cr of (0, 255, 255), which is cyan as light and red as ink. The last byte of the marker declares YCCK.
 YCCK = bytearray(encoded(plain("CMYK", colour=(255 - 179, 255 - 171, 255, 0)), "JPEG", quality=95))
 assert INK[6:11] == b"Adobe" and YCCK[17] == 0
 YCCK[17] = 2
@@ -85,7 +85,7 @@ BLUE = plain(colour="blue")
         (encoded(plain().quantize(4)), RED),
         (encoded(plain("1", colour=1)), (255, 255, 255)),
         (encoded(plain("1", colour=1), "BMP"), (255, 255, 255)),
-        # Alpha lies over white.
+        # Alpha is composited over white.
         (encoded(plain("RGBA", colour=(*RED, 0))), (255, 255, 255)),
         (encoded(plain("RGBA", colour=(0, 0, 0, 51))), (204, 204, 204)),
         (encoded(plain("RGBA", colour=(0, 0, 0, 51)), "WEBP", lossless=True), (204, 204, 204)),
@@ -109,7 +109,7 @@ BLUE = plain(colour="blue")
         (INK, (254, 0, 0)),
         (BARE_INK, (254, 0, 0)),
         (bytes(YCCK), (254, 0, 0)),
-        # Of an animation the first frame counts.
+        # The first frame of an animation is decoded.
         (encoded(plain(), save_all=True, append_images=[BLUE]), RED),
         (encoded(plain(), "GIF", save_all=True, append_images=[BLUE]), RED),
         (encoded(plain(), "WEBP", lossless=True, save_all=True, append_images=[BLUE]), RED),
@@ -142,13 +142,13 @@ def curve(*values):
     return b"curv" + struct.pack(">II", 0, len(values)) + struct.pack(f">{len(values)}H", *values)
 
 
-def light(v):
+def to_linear(v):
     """Convert an sRGB value to linear light."""
     return v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
 
 
-SRGB_CURVE = curve(*(round(65535 * light(i / 1023)) for i in range(1024)))
-LINEAR = curve(256)  # an exponent, in 256ths
+SRGB_CURVE = curve(*(round(65535 * to_linear(i / 1023)) for i in range(1024)))
+LINEAR = curve(256)  # the exponent 1, in 256ths
 WHITE = b"XYZ \0\0\0\0" + s15(0.9642, 1.0, 0.8249)
 XYZ = (0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)  # of sRGB, adapted to D50
 PRIMARIES = [b"XYZ \0\0\0\0" + s15(*xyz) for xyz in XYZ]
@@ -160,7 +160,7 @@ def matrix_profile(primaries, trc):
 
 
 def ink_profile(lab):
-    """Make a CMYK profile in which every ink but black, and no ink, have this colour (L, a, b)."""
+    """Make a CMYK profile in which all mixtures without black ink have this colour (L, a, b)."""
     ramp = bytes(range(256))
     point = bytes([round(lab[0] * 2.55), lab[1] + 128, lab[2] + 128])
     head = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + s15(1, 0, 0, 0, 1, 0, 0, 0, 1)
@@ -190,7 +190,7 @@ RED_INK = ink_profile((54, 81, 70))
         (encoded(plain("CMYK", colour=(9, 99, 199, 0)), "JPEG", quality=95, icc_profile=RED_INK), (253, 0, 0)),
     ],
 )
-def test_profiles_are_turned_into_srgb(data, expected):
+def test_profiles_are_converted_to_srgb(data, expected):
     assert_colour(data, expected, 3)
 
 
@@ -199,8 +199,8 @@ def test_profiles_are_turned_into_srgb(data, expected):
 )
 def test_a_profile_that_is_srgb_or_broken_or_of_another_kind_changes_no_bit(wrong):
     image = noise(48, 48)
-    marked = encoded(image, "JPEG", icc_profile=wrong)
-    assert np.array_equal(decode(marked, SQUARE), decode(encoded(image, "JPEG"), SQUARE))
+    with_profile = encoded(image, "JPEG", icc_profile=wrong)
+    assert np.array_equal(decode(with_profile, SQUARE), decode(encoded(image, "JPEG"), SQUARE))
 
 
 def test_an_rgb_profile_is_ignored_for_cmyk():
@@ -214,13 +214,13 @@ def test_a_profile_can_be_used_by_many_threads():
     assert all(np.array_equal(pixels, decode(data, SQUARE)) for pixels, data in zip(together, files, strict=True))
 
 
-def window(image, place, left, top):
+def resize_then_crop(image, place, left, top):
     """Resize the whole picture, then crop it."""
     resized = image.convert("RGB").resize(place.resized, Image.Resampling.LANCZOS)
     return np.asarray(resized.crop((left, top, left + place.size[0], top + place.size[1]))).transpose(2, 0, 1).astype(int)
 
 
-# Away from black and white, where the kernel's overshoot would be clipped between Pillow's two passes.
+# No pixel is near black or white, where Pillow would clip the overshoot of the filter between its two passes.
 MUTED = noise(90, 60, 64, 192)
 
 
@@ -228,7 +228,7 @@ MUTED = noise(90, 60, 64, 192)
     "place, crop, left, top",
     [
         (Place((48, 32), (32, 32)), (0.5, 0.5), 8, 0),
-        (Place((49, 32), (32, 32)), (0.5, 0.5), 8, 0),  # of 17 to spare 8 are left of the middle, as kohya's 17 // 2
+        (Place((49, 32), (32, 32)), (0.5, 0.5), 8, 0),  # of 17 free columns, 8 are on the left, as in kohya's 17 // 2
         (Place((48, 32), (32, 32)), (0.0, 0.0), 0, 0),
         (Place((48, 32), (32, 32)), (1.0, 1.0), 16, 0),
         (Place((72, 48), (40, 32)), (0.25, 0.75), 8, 12),
@@ -239,10 +239,10 @@ MUTED = noise(90, 60, 64, 192)
 )
 @pytest.mark.parametrize("flip", [False, True])
 def test_resize_with_the_crop_equals_resize_then_crop(place, crop, left, top, flip):
-    expected = window(MUTED, place, left, top)
+    expected = resize_then_crop(MUTED, place, left, top)
     pixels = decode(encoded(MUTED), place, crop, flip).astype(int)
     assert pixels.shape == expected.shape
-    # Shrunk more than sixfold, Pillow takes averages of blocks first.
+    # If an image shrinks to less than a sixth, Pillow first takes averages of blocks.
     assert np.abs(pixels - (expected[:, :, ::-1] if flip else expected)).max() <= (1 if place.resized[0] > 15 else 8)
 
 
@@ -288,7 +288,7 @@ def test_broken_exif_is_ignored(exif, format):
         ((2048, 1536), Buckets(512, None).place(2048, 1536), 1, (1024, 768)),
         ((1536, 2048), Buckets(512, None).place(2048, 1536), 6, (768, 1024)),
         ((1366, 1024), Buckets(512, None).place(1366, 1024), 1, (683, 512)),
-        ((1365, 1024), Buckets(512, None).place(1365, 1024), 1, (1365, 1024)),  # half of it is a pixel short
+        ((1365, 1024), Buckets(512, None).place(1365, 1024), 1, (1365, 1024)),  # half of its size would be a pixel too narrow
         ((1024, 768), Buckets(512, None).place(1024, 768), 1, (1024, 768)),
         ((1000, 900), Place((125, 113), (64, 64)), 1, (250, 225)),
         ((1000, 904), Place((125, 113), (64, 64)), 1, (125, 113)),
@@ -298,12 +298,12 @@ def test_broken_exif_is_ignored(exif, format):
 def test_a_jpeg_is_decoded_no_larger_than_needed(size, place, orientation, decoded, monkeypatch):
     sizes, draft = [], JpegImageFile.draft
 
-    def spy(image, *arguments):
+    def recorded_draft(image, *arguments):
         result = draft(image, *arguments)
         sizes.append(image.size)
         return result
 
-    monkeypatch.setattr(JpegImageFile, "draft", spy)
+    monkeypatch.setattr(JpegImageFile, "draft", recorded_draft)
     image = plain(size=size)
     image.paste("blue", (0, 0, size[0] // 2, size[1]))
     pixels = decode(encoded(image, "JPEG", quality=95, exif=oriented(orientation)["exif"]), place)
@@ -313,7 +313,7 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(size, place, orientation, decod
 
 
 def test_a_drafted_jpeg_has_the_same_crop_box_as_the_full_one():
-    """An odd side is rounded up when it is halved; colours must not move."""
+    """The JPEG decoder rounds half of an odd side up. The picture must not move by that."""
     ramp = np.linspace(0, 255, 1001).round().astype(np.uint8)
     data = encoded(Image.fromarray(np.broadcast_to(ramp, (901, 1001)).copy()), "JPEG", quality=100)
     place = Place((250, 225), (250, 225))
@@ -327,9 +327,9 @@ def test_giant_images_are_rejected_without_allocating_pixels():
     assert len(giant) < 50_000
     Image.core.reset_stats()
     for data in (giant, png(50000, 5000, 8, 2, b""), png(1 << 31, 1 << 31, 8, 2, b"")):
-        for attempt in (probe, lambda data: decode(data, SQUARE)):
+        for read in (probe, lambda data: decode(data, SQUARE)):
             with pytest.raises(Rejected, match=any_of("image-pixels", "image-undecodable")):
-                attempt(data)
+                read(data)
     assert Image.core.get_stats()["new_count"] == 0, "pixels were allocated"
 
 
@@ -338,8 +338,8 @@ def test_giant_images_are_rejected_without_allocating_pixels():
 )
 def test_probe_reads_only_the_header(format, options):
     data = encoded(noise(400, 300), format, **options)
-    head = data if format == "WEBP" else data[:2000]
-    assert probe(head) == (400, 300)
+    start = data if format == "WEBP" else data[:2000]
+    assert probe(start) == (400, 300)
 
 
 TEXT_BOMB = PngImagePlugin.PngInfo()
@@ -370,7 +370,7 @@ def flipped(data, position):
         (png(9, 9, 7, 2, b""), BAD_HEADER),
         (png(9, 9, 8, 2, bytes(28 * 9), chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(64 << 20)))), UNDECODABLE),
         (encoded(plain(), pnginfo=TEXT_BOMB), UNDECODABLE),
-        # A checksum: of the head, of the pixels, and pixels with one bit changed.
+        # A wrong checksum of the header, a wrong checksum of the pixels, and a wrong bit in the pixels.
         (flipped(encoded(plain()), 30), NOT_AN_IMAGE + "|broken PNG"),
         (flipped(encoded(plain()), -14), "broken PNG"),
         (flipped(encoded(noise(40, 40)), 2000), "broken PNG"),
@@ -405,7 +405,7 @@ def test_truncated_files_are_rejected_and_never_padded(format, options):
         whole = decode(data, place)
         for cut in range(0, len(data), 61):
             try:
-                # A second picture and the few bytes of an end marker do not matter.
+                # Only a second picture and the few bytes of an end marker may be missing.
                 assert np.array_equal(decode(data[:cut], place), whole)
                 assert format == "MPO" or len(data) - cut <= 4
             except Rejected as error:

@@ -74,7 +74,7 @@ def test_reports_counts_rejections_and_contents(job_config, tmp_path):
     out = inspect(job_config, stats=True)
     assert says(out, "contents", latents=13, shards=1) and "sizes: 32x32 x 13" in out
     assert says(out, "captions-cut", captions=1, limit=77) and f"  {rejected}" in out
-    assert out.count("±") == 5  # of four channels, and of the heading
+    assert out.count("±") == 5  # four channels and the heading
 
 
 def test_damaged_token_ids_are_detected_deleted_and_rebuilt(job_config):
@@ -95,11 +95,11 @@ def test_damaged_token_ids_are_detected_deleted_and_rebuilt(job_config):
 
 def test_prune_deletes_token_ids_without_a_view(job_config, tmp_path):
     cache.cache(job_config)
-    (old,) = token_files(Path(job_config.cache.dir))
+    (first_file,) = token_files(Path(job_config.cache.dir))
     (tmp_path / "images/0003.txt").write_text("another caption")
     cache.cache(job_config)
-    # The file has the view's name: it was replaced, and nothing is left over.
-    assert token_files(Path(job_config.cache.dir)) == [old]
+    # The file has the name of the view, so the new file has replaced the old one.
+    assert token_files(Path(job_config.cache.dir)) == [first_file]
     (view,) = (Path(job_config.cache.dir) / "views").iterdir()
     view.unlink()
     assert says(inspect(job_config, prune=True), "pruned", shards=1)

@@ -32,25 +32,25 @@ def folder(tmp_path, tiny_model, monkeypatch, capsys) -> DataSet:
 
 
 def deep_png(samples_HWC: np.ndarray, colour: int, *chunks: bytes) -> bytes:
-    """Make a PNG with 16 bits a sample, which Pillow cannot write in colour."""
+    """Make a PNG with 16 bits per sample, which Pillow cannot write in colour."""
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples_HWC)
     return png_by_hand(samples_HWC.shape[1], samples_HWC.shape[0], 16, colour, zlib.compress(lines), *chunks)
 
 
 def giant_png(side: int) -> bytes:
-    """Make a black PNG with 1 bit a pixel: 48 KB for 20000 x 20000."""
-    zip = zlib.compressobj(9)
-    lines = b"".join(zip.compress(bytes(1 + side // 8)) for _ in range(side))
-    return png_by_hand(side, side, 1, 0, lines + zip.flush())
+    """Make a black PNG with 1 bit per pixel. 20000 x 20000 pixels take 48 KB."""
+    compressor = zlib.compressobj(9)
+    lines = b"".join(compressor.compress(bytes(1 + side // 8)) for _ in range(side))
+    return png_by_hand(side, side, 1, 0, lines + compressor.flush())
 
 
-def behind_head(file: bytes, added: bytes) -> bytes:
-    """Add a chunk to a PNG."""
+def after_header(file: bytes, added: bytes) -> bytes:
+    """Insert a chunk after the header of a PNG."""
     return file[:33] + added + file[33:]
 
 
 def bad_images() -> dict[str, tuple[bytes, str | re.Pattern]]:
-    """Return unusable image files by name, each with the reason for its rejection."""
+    """Return unusable image files, by name, with the reason for their rejection."""
     jpeg = saved(picture(50, 200, 150), "JPEG", quality=95)
     scan, size = jpeg.index(b"\xff\xda"), jpeg.index(b"\xff\xc0") + 5
     progressive = saved(picture(50, 200, 150), "JPEG", quality=95, progressive=True)
@@ -78,8 +78,8 @@ def bad_images() -> dict[str, tuple[bytes, str | re.Pattern]]:
         "bits.png": (clean[: data + 40] + bytes(9) + clean[data + 49 :], UNDECODABLE),
         "cut.png": (clean[: len(clean) // 2], TRUNCATED),
         "no-end.png": (clean[:-12], TRUNCATED),
-        "bomb-text.png": (behind_head(clean, chunk(b"zTXt", b"k\0\0" + bomb)), "Decompressed data too large"),
-        "bomb-profile.png": (behind_head(clean, chunk(b"iCCP", b"k\0\0" + bomb)), "Decompressed data too large"),
+        "bomb-text.png": (after_header(clean, chunk(b"zTXt", b"k\0\0" + bomb)), "Decompressed data too large"),
+        "bomb-profile.png": (after_header(clean, chunk(b"iCCP", b"k\0\0" + bomb)), "Decompressed data too large"),
         "bomb-pixels.png": (png_by_hand(13000, 13000, 8, 2, zlib.compress(bytes(1 << 20), 9)), TRUNCATED),
         "cut.webp": (saved(picture(54, 300, 300), "WEBP")[:200], UNDECODABLE),
         "cut.bmp": (bmp[:500], TRUNCATED),
@@ -90,17 +90,17 @@ def bad_images() -> dict[str, tuple[bytes, str | re.Pattern]]:
 
 
 def test_bad_images_are_rejected_with_reasons(folder):
-    bad = bad_images()
-    assert len(bad["giant.png"][0]) < 50_000
-    for name, (data, _) in bad.items():
+    files = bad_images()
+    assert len(files["giant.png"][0]) < 50_000
+    for name, (data, _) in files.items():
         folder.put(name, data)
-    odd = ("a\nb.png", "🐈.png", b"caf\xe9.png", "-rf.png", "n" * 251 + ".png", "%s{0}[b].png")
-    folder.put_good("good.png", *odd)
+    odd_names = ("a\nb.png", "🐈.png", b"caf\xe9.png", "-rf.png", "n" * 251 + ".png", "%s{0}[b].png")
+    folder.put_good("good.png", *odd_names)
     folder.put("trailing.png", png(picture(60)) + b"rubbish")
     (folder / "folder.jpg").mkdir()
     folder.put("folder.jpg/inside.png", png(picture(61)))
-    good = {"good", "a", "b", "🐈", "caf?", "-rf", "%s{0}[b]", "trailing", "inside", ""}
-    folder.check(good, {name: reason for name, (_, reason) in bad.items()})
+    captions = {"good", "a", "b", "🐈", "caf?", "-rf", "%s{0}[b]", "trailing", "inside", ""}
+    folder.check(captions, {name: reason for name, (_, reason) in files.items()})
     assert re.search(f"avif.jpg: {NO_IMAGE.pattern}", folder.out)
     assert says(folder.out, "cached", cached=9, images=37) and "9 at 32 px" in folder.run("train")
 
@@ -133,7 +133,7 @@ def test_special_and_unreadable_files_are_rejected(folder, monkeypatch):
 
 
 def forbid(monkeypatch, names: dict[str, str]) -> None:
-    """Refuse a call by file name, because root is not affected by permissions."""
+    """Refuse a call for some file names. Permissions cannot do this, because they do not affect root."""
     for module, call in (("builtins", "open"), ("os", "stat"), ("os", "scandir")):
         real = getattr(__import__(module), call)
 
@@ -146,36 +146,37 @@ def forbid(monkeypatch, names: dict[str, str]) -> None:
 
 
 def unusual_images() -> dict[str, tuple[bytes, Image.Image, str]]:
-    """Return unusual image files by name, each with its picture and why its pixels may differ ("" = they may not)."""
+    """Return unusual image files, by name, with the expected picture and why pixels may differ ("" = they may not)."""
     shown, grey = picture(70), picture(70).convert("L")
     levels, alpha = np.asarray(shown), np.asarray(picture(71).convert("L"))
-    few, dots = shown.quantize(200), shown.convert("1")
+    palette_image, bilevel = shown.quantize(200), shown.convert("1")
     on_white = Image.fromarray((255 - (255.0 - levels) * alpha[..., None] / 255).round().astype(np.uint8))
     grey_on_white = Image.fromarray((255 - (255.0 - np.asarray(grey)) * alpha / 255).round().astype(np.uint8))
-    first = few.getpixel((0, 0))
-    without_first = Image.fromarray(np.where((np.asarray(few) == first)[..., None], 255, np.asarray(few.convert("RGB"))))
-    deep = np.dstack([levels, alpha]).astype(np.uint16) * 256 + 200  # a low byte that must not matter
+    first_index = palette_image.getpixel((0, 0))
+    is_first = (np.asarray(palette_image) == first_index)[..., None]
+    first_clear = Image.fromarray(np.where(is_first, 255, np.asarray(palette_image.convert("RGB"))))
+    deep = np.dstack([levels, alpha]).astype(np.uint16) * 256 + 200  # with a low byte that must not matter
     red = levels[..., 0]
     without_red = Image.fromarray(np.where(red == red[0, 0], 255, red))
-    best = {"quality": 100, "subsampling": 0}
+    best_quality = {"quality": 100, "subsampling": 0}
     black = Image.new("L", grey.size)
     inks = Image.merge("CMYK", [*ImageChops.invert(shown).split(), black])
     luma = Image.merge("CMYK", [*ImageChops.invert(ImageChops.invert(shown).convert("YCbCr")).split(), black])
-    adobe, plain, ycck = (bytearray(saved(image, "JPEG", **best)) for image in (inks, ImageChops.invert(inks), luma))
-    mark = adobe.index(b"\xff\xee")  # Adobe's; Pillow stores inverted inks, as Adobe does
-    ycck[mark + 15] = 2  # of its colours
+    adobe, unmarked, ycck = (bytearray(saved(image, "JPEG", **best_quality)) for image in (inks, ImageChops.invert(inks), luma))
+    marker = adobe.index(b"\xff\xee")  # Adobe's marker; Pillow stores inverted inks, as Adobe does
+    ycck[marker + 15] = 2  # the colours are YCCK
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     swapped = srgb.replace(b"rXYZ", b"????", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"????", b"bXYZ", 1)
-    more = {"save_all": True, "append_images": [picture(72)], "duration": 100}
-    turn = Image.Exif()
-    turn[0x0112] = 6
+    animation = {"save_all": True, "append_images": [picture(72)], "duration": 100}
+    exif = Image.Exif()
+    exif[0x0112] = 6
     lossy, rounded = "JPEG rounds", "blending rounds"
     return {
         "cmyk.jpg": (bytes(adobe), shown, lossy),
-        "cmyk-unmarked.jpg": (bytes(plain[:mark] + plain[mark + 16 :]), shown, lossy),
+        "cmyk-unmarked.jpg": (bytes(unmarked[:marker] + unmarked[marker + 16 :]), shown, lossy),
         "cmyk-as-ycck.jpg": (bytes(ycck), shown, lossy),
-        "cmyk-with-srgb.jpg": (saved(Image.open(io.BytesIO(adobe)), "JPEG", icc_profile=srgb, **best), shown, lossy),
+        "cmyk-with-srgb.jpg": (saved(Image.open(io.BytesIO(adobe)), "JPEG", icc_profile=srgb, **best_quality), shown, lossy),
         "grey16.png": (deep_png(deep[..., :1], 0), Image.fromarray(red), ""),
         "grey16-clear.png": (
             deep_png(deep[..., :1], 0, chunk(b"tRNS", struct.pack(">H", deep[0, 0, 0]))),
@@ -184,17 +185,17 @@ def unusual_images() -> dict[str, tuple[bytes, Image.Image, str]]:
         ),
         "rgb16.png": (deep_png(deep[..., :3], 2), shown, ""),
         "rgba16.png": (deep_png(deep, 6), on_white, rounded),
-        "palette.png": (png(few), few, ""),
-        "palette-clear.png": (png(few, transparency=first), without_first, ""),
+        "palette.png": (png(palette_image), palette_image, ""),
+        "palette-clear.png": (png(palette_image, transparency=first_index), first_clear, ""),
         "rgba.png": (png(Image.fromarray(np.dstack([levels, alpha]))), on_white, rounded),
         "la.png": (png(Image.merge("LA", [grey, Image.fromarray(alpha)])), grey_on_white, rounded),
-        "bilevel.png": (png(dots), dots, ""),
-        "animated.gif.png": (saved(few, "GIF", **more), few, ""),
-        "animated-webp.jpg": (saved(shown, "WEBP", lossless=True, **more), shown, ""),
-        "animated.png": (png(shown, **more), shown, ""),
-        "turned.png": (png(shown.transpose(Image.Transpose.ROTATE_90), exif=turn), shown, ""),
+        "bilevel.png": (png(bilevel), bilevel, ""),
+        "animated.gif.png": (saved(palette_image, "GIF", **animation), palette_image, ""),
+        "animated-webp.jpg": (saved(shown, "WEBP", lossless=True, **animation), shown, ""),
+        "animated.png": (png(shown, **animation), shown, ""),
+        "turned.png": (png(shown.transpose(Image.Transpose.ROTATE_90), exif=exif), shown, ""),
         "broken-exif.png": (png(shown, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), shown, ""),
-        "broken-exif-in.jpg": (saved(shown, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff", **best), shown, lossy),
+        "broken-exif-in.jpg": (saved(shown, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff", **best_quality), shown, lossy),
         "swapped-icc.png": (png(shown, icc_profile=swapped), Image.merge("RGB", shown.split()[::-1]), "ICC rounds"),
         "broken-icc.png": (png(shown, icc_profile=b"no profile at all"), shown, ""),
         "cut-icc.png": (png(shown, icc_profile=srgb[:300]), shown, ""),
@@ -215,8 +216,8 @@ def test_unusual_images_are_decoded_to_the_right_colours(folder):
         latent_of = {name: latents.get([i])["latents"][0].float() for name, i in places.items()}
     for name, (_, _, may_differ) in images.items():
         clean = latent_of[f"{name}.clean"]
-        # Against the distance to another picture. Rounding is a level or two of the 60 by which pixels differ there;
-        # whatever is handled wrongly (inverted, unscaled, on black) is half of it and more.
+        # The error is relative to the distance to another picture, whose pixels differ by 60 levels. Rounding changes one or
+        # two levels. Wrong colours (inverted, unscaled, on black) make an error of at least a half.
         error = float((latent_of[Path(name).stem] - clean).norm() / (latent_of["other"] - clean).norm())
         print(f"{name}: {error:.4f}")
         assert error <= (0.04 if may_differ else 0), name
@@ -256,9 +257,9 @@ def test_images_with_bad_captions_are_rejected(folder):
     (folder / "folder.txt").mkdir()
     os.mkfifo(folder / "pipe.txt")
     (folder / "loop.txt").symlink_to("loop.txt")
-    good = {largest.decode(), ("word " * 10_000).strip(), "one", "two", "marked", ""}
-    folder.check(good, {f"{name}.png": reason for name, (_, reason) in captions.items() if reason})
-    assert says(folder.out, "empty-captions", count=2)  # the folder and the blank one
+    good_captions = {largest.decode(), ("word " * 10_000).strip(), "one", "two", "marked", ""}
+    folder.check(good_captions, {f"{name}.png": reason for name, (_, reason) in captions.items() if reason})
+    assert says(folder.out, "empty-captions", count=2)  # `folder` and `blank`
     assert says(folder.run("cache", "--stats"), "captions-cut", captions=1, limit=77)
     folder.run("train")
 
@@ -266,10 +267,10 @@ def test_images_with_bad_captions_are_rejected(folder):
 def test_bad_tars_are_rejected(folder):
     first, second = shot("first", 1), shot("second", 2)
     link = {"linkname": "/etc/passwd", "size": 0}
-    whole = tar_of(*first, *second)
+    two_samples = tar_of(*first, *second)
     outside, repeated = pattern("tar-member-outside"), pattern("tar-key-not-adjacent", key="a")
     symlink, hardlink = (pattern("tar-member-kind", kind=kind) for kind in ("symbolic link", "hard link"))
-    end = 512 + -(-len(first[0][1]) // 512) * 512 + 1024
+    middle = 512 + -(-len(first[0][1]) // 512) * 512 + 1024
     tars = {
         "good.tar": (tar_of(*shot("in tar", 3)), {}),
         "escape.tar": (tar_of(*shot("../up", 4)), {"/../up.png": outside, "/../up.txt": ""}),
@@ -278,8 +279,8 @@ def test_bad_tars_are_rejected(folder):
         "hardlink.tar": (tar_of(*shot("h", 7, type=tarfile.LNKTYPE, **link)), {"/h.png": hardlink}),
         "bomb.tar": (raw("b.png", 1 << 60) + END, {"": pattern("tar-truncated")}),
         "long.tar": (raw("@", 1 << 40, b"L") + END, {"": pattern("tar-truncated")}),
-        "within.tar": (whole[: end + 600], {"": pattern("tar-truncated")}),
-        "between.tar": (whole[:end], {"": pattern("tar-no-end")}),
+        "within.tar": (two_samples[: middle + 600], {"": pattern("tar-truncated")}),
+        "between.tar": (two_samples[:middle], {"": pattern("tar-no-end")}),
         "twice.tar": (tar_of(*first[:1], *shot("first", 8), *second), {"/first.png (at byte": pattern("tar-member-repeated")}),
         "again.tar": (tar_of(*shot("a", 9), *shot("z", 10), *shot("a", 11)), {"/a.png (at byte": repeated}),
         "packed.tar.gz": (b"\x1f\x8b" + bytes(600), {"": pattern("tar-compressed")}),
@@ -290,14 +291,14 @@ def test_bad_tars_are_rejected(folder):
     }
     for name, (data, _) in tars.items():
         (folder / name).write_bytes(data)
-    bad = {name + member: reason for name, (_, problems) in tars.items() for member, reason in problems.items()}
-    good = {"in tar", "first", "second", "a", "z"}
-    assert folder.cached() == good
+    expected_reasons = {name + member: reason for name, (_, problems) in tars.items() for member, reason in problems.items()}
+    captions = {"in tar", "first", "second", "a", "z"}
+    assert folder.cached() == captions
     reasons = folder.rejected()
-    for prefix, expected in bad.items():
-        assert any(re.search(expected, reason) for name, reason in reasons.items() if name.startswith(prefix)), prefix
-    assert all(any(name.startswith(prefix) for prefix in bad) for name in reasons)
-    assert folder.cached() == good and says(folder.out, "cached", encoded=0)
+    for prefix, reason_pattern in expected_reasons.items():
+        assert any(re.search(reason_pattern, reason) for name, reason in reasons.items() if name.startswith(prefix)), prefix
+    assert all(any(name.startswith(prefix) for prefix in expected_reasons) for name in reasons)
+    assert folder.cached() == captions and says(folder.out, "cached", encoded=0)
 
 
 def test_bad_metadata_is_reported(folder):
@@ -317,8 +318,8 @@ def test_bad_metadata_is_reported(folder):
     names = pa.array([f"{i}.png" for i in range(3)])
     pq.write_table(pa.table({"file_name": names, "words": names}), folder / "wrong/metadata.parquet")
     pq.write_table(pa.table({"file_name": names, "text": names}), folder / "cut/metadata.parquet")
-    whole = (folder / "cut/metadata.parquet").read_bytes()
-    (folder / "cut/metadata.parquet").write_bytes(whole[: len(whole) // 2])
+    data = (folder / "cut/metadata.parquet").read_bytes()
+    (folder / "cut/metadata.parquet").write_bytes(data[: len(data) // 2])
     (folder / "lost/metadata.parquet").mkdir()
     line = "lines/metadata.jsonl/line"
     reasons = {

@@ -1,4 +1,4 @@
-"""Scanning of folders for images and captions, with everything that people keep beside them."""
+"""Scanning of folders for images and captions, also with links, odd names, and files that are no images."""
 
 import errno
 import inspect
@@ -76,12 +76,12 @@ def test_patterns_expand_as_in_a_shell(tmp_path):
 
 def no_permission(path):
     """Return an `os.scandir` that refuses folders below `path`, because root is not affected by permissions."""
-    real = os.scandir
+    real_scandir = os.scandir
 
     def scandir(folder):
         if os.fspath(folder).startswith(str(path)):
             raise PermissionError(13, "Permission denied", os.fspath(folder))
-        return real(folder)
+        return real_scandir(folder)
 
     return scandir
 
@@ -97,7 +97,7 @@ def test_folders_without_permission_are_rejected(tmp_path, monkeypatch):
         scanned(tmp_path / "a")
 
 
-def test_folders_deeper_than_pythons_stack(tmp_path):
+def test_folders_deeper_than_pythons_stack_are_scanned(tmp_path):
     deep = tmp_path / "/".join("a" * 200)
     touch(deep, "x.png")
     limit = sys.getrecursionlimit()
@@ -149,14 +149,14 @@ def test_bad_captions_are_rejected(tmp_path, data, reason):
     assert not error.value.lasting
 
 
-def test_sidecars_txt_before_caption(tmp_path):
+def test_a_caption_comes_from_txt_or_else_from_caption(tmp_path):
     touch(tmp_path, "a.png", "b.png", "c.png", "c.txt/d.png")
     for name, text in {"a.txt": "text", "a.caption": "caption", "b.caption": "only\nthis"}.items():
         (tmp_path / name).write_text(text)
     assert [captions_of(source) for source in scanned(tmp_path)] == [("text",), ("only", "this"), (), ()]
 
 
-def test_read_bytes_reads_ranges_and_rejects_what_it_cannot_read(tmp_path, monkeypatch):
+def test_read_bytes_reads_ranges_and_rejects_unreadable_files(tmp_path, monkeypatch):
     path = tmp_path / "x.tar"
     path.write_bytes(b"0123456789")
     assert read_bytes(DataSource(str(path))) == b"0123456789"
@@ -205,7 +205,7 @@ def test_masks_are_matched_by_name_and_are_not_images(tmp_path):
     assert names(tmp_path).count("a-mask.png") == 1
 
 
-def test_npz_names_of_sd_scripts(tmp_path):
+def test_npz_files_are_matched_by_the_names_of_sd_scripts(tmp_path):
     latents = ("a.npz", "b_sd.npz", "c_0512x0768_sd.npz", "d_0512x0768_sdxl.npz", "e_sd.npz", "f_1x2.npz")
     touch(tmp_path, *latents, "a_te_outputs.npz", "e_sd.jpg")
     for stem in ("a", "b", "c", "d", "e_sd", "f"):

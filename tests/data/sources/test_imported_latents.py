@@ -54,22 +54,22 @@ def test_reads_latents_from_npz(suffix, dtype, flip, compress):
         assert mirrored.flags.c_contiguous and np.array_equal(mirrored, latent[..., ::-1])
 
 
-def changed(place, value):
+def changed(index, value):
     array = LATENT.copy()
-    array[place] = value
+    array[index] = value
     return array
 
 
 def npz_header_only(shape):
-    """Make an npz with the header of an array of this shape, but without its values."""
-    file, head = io.BytesIO(), io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, {"shape": shape, "fortran_order": False, "descr": "<f4"})
+    """Make an npz whose array has a header with this shape, but no values."""
+    file, header = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"shape": shape, "fortran_order": False, "descr": "<f4"})
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("latents.npy", head.getvalue())
+        archive.writestr("latents.npy", header.getvalue())
     return file.getvalue()
 
 
-FINE = {"img_sdxl": save({"latent": LATENT}), "npz": npz(latents=LATENT, **KOHYA)}
+VALID = {"img_sdxl": save({"latent": LATENT}), "npz": npz(latents=LATENT, **KOHYA)}
 NOT_SAFETENSORS, NOT_NPZ = pattern("latent-not-safetensors"), pattern("latent-not-npz")
 
 
@@ -78,10 +78,10 @@ NOT_SAFETENSORS, NOT_NPZ = pattern("latent-not-safetensors"), pattern("latent-no
     [
         ("img_sdxl", b"", NOT_SAFETENSORS),
         ("img_sdxl", b"text" * 50, NOT_SAFETENSORS),
-        ("img_sdxl", FINE["img_sdxl"][:-1], NOT_SAFETENSORS),
-        ("img_sdxl", FINE["img_sdxl"][:30], NOT_SAFETENSORS),
+        ("img_sdxl", VALID["img_sdxl"][:-1], NOT_SAFETENSORS),
+        ("img_sdxl", VALID["img_sdxl"][:30], NOT_SAFETENSORS),
         ("img_sdxl", b"\xff" * 7 + b"\x7f" + b"{}", NOT_SAFETENSORS),
-        ("img_sdxl", FINE["npz"], NOT_SAFETENSORS),
+        ("img_sdxl", VALID["npz"], NOT_SAFETENSORS),
         ("img_sdxl", save({"emb": LATENT}), pattern("latent-missing", tensor="latent", names="'emb'")),
         ("img_sdxl", save({"latent": LATENT[0]}), pattern("latent-wrong-rank", shape=[6, 8])),
         ("img_sdxl", save({"latent": np.stack([LATENT] * 2)}), pattern("latent-wrong-rank", shape=[2, 4, 6, 8])),
@@ -89,9 +89,9 @@ NOT_SAFETENSORS, NOT_NPZ = pattern("latent-not-safetensors"), pattern("latent-no
         ("img_sdxl", save({"latent": LATENT.astype(np.int32)}), pattern("latent-dtype", dtype="I32")),
         ("npz", b"", NOT_NPZ),
         ("npz", b"text" * 50, NOT_NPZ),
-        ("npz", FINE["npz"][:-1], NOT_NPZ),
-        ("npz", FINE["npz"][: len(FINE["npz"]) // 2], NOT_NPZ),
-        ("npz", FINE["img_sdxl"], NOT_NPZ),
+        ("npz", VALID["npz"][:-1], NOT_NPZ),
+        ("npz", VALID["npz"][: len(VALID["npz"]) // 2], NOT_NPZ),
+        ("npz", VALID["img_sdxl"], NOT_NPZ),
         ("npz", npz(LATENT=LATENT, z=LATENT), pattern("latent-missing", tensor="latents", names="'LATENT', 'z'")),
         ("npz", npz(arr_0=LATENT), pattern("latent-missing", tensor="latents", names="'arr_0'")),
         ("npz", npz(latents_6x8=LATENT, latents_8x6=LATENT), pattern("latent-sizes", names="'latents_6x8', 'latents_8x6'")),
@@ -111,9 +111,9 @@ def test_files_without_a_usable_latent_are_rejected(kind, data, reason):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_rejected(value):
-    bad = changed((1, 2, 3), value)
-    mirrored = npz(latents=LATENT, latents_flipped=bad)
-    for kind, data in [("img_sdvae", save({"latent": bad})), ("npz", npz(latents=bad)), ("npz", mirrored)]:
+    latent = changed((1, 2, 3), value)
+    bad_mirror_image = npz(latents=LATENT, latents_flipped=latent)
+    for kind, data in [("img_sdvae", save({"latent": latent})), ("npz", npz(latents=latent)), ("npz", bad_mirror_image)]:
         assert probe_latent(data, kind) == (4, 6, 8)
         with refused("latent-values", Rejected):
             read_latent(data, kind)
@@ -132,7 +132,7 @@ def record_unpickling():
 
 
 class Trap:
-    """Its pickle calls `record_unpickling` when it is loaded."""
+    """An object whose pickle calls `record_unpickling` when it is loaded."""
 
     def __reduce__(self):
         return record_unpickling, ()
@@ -154,11 +154,11 @@ def test_nothing_is_unpickled():
 
 @pytest.mark.parametrize("kind", ["img_sdxl", "npz"])
 def test_truncated_and_corrupted_files_are_read_or_rejected(kind):
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(300):
-        broken = bytearray(FINE[kind][: random.integers(len(FINE[kind]))] if random.random() < 0.3 else FINE[kind])
-        for place in random.integers(0, max(len(broken), 1), random.integers(4)):
-            broken[place : place + 1] = random.bytes(1)
+        broken = bytearray(VALID[kind][: rng.integers(len(VALID[kind]))] if rng.random() < 0.3 else VALID[kind])
+        for position in rng.integers(0, max(len(broken), 1), rng.integers(4)):
+            broken[position : position + 1] = rng.bytes(1)
         try:
             assert np.isfinite(read_latent(bytes(broken), kind)[0]).all()
         except Rejected as error:
@@ -174,7 +174,7 @@ SDXL = (8.4927, 5.9022, 6.5498, 5.2299)
     [
         (SDXL, 0.13025, None),
         ((5.49,) * 4, 0.18215, None),
-        (SDXL, 0.18215, None),  # another VAE's, 1.4x: cannot be detected
+        (SDXL, 0.18215, None),  # the factor of another VAE gives 1.4, which is accepted
         ((5.49,) * 4, 0.13025, None),
         ([std * 0.13025 for std in SDXL], 0.13025, pattern("latents-std-scaled", factor=0.13025)),
         ((1.0,) * 4, 0.18215, pattern("latents-std-scaled", factor=0.18215)),

@@ -23,17 +23,17 @@ def parquet(folder, rows):
 
 
 def read(folder, **options):
-    """Scan a folder: {name: captions}, {name: problem}."""
-    good, bad = {}, {}
+    """Scan a folder. Return the captions of each image, and each problem, by name."""
+    captions, problems = {}, {}
     for source in scan([FolderTable(path=str(folder))], **options):
         name = os.path.relpath(source.name, folder)
-        assert name not in good and name not in bad
+        assert name not in captions and name not in problems
         if source.problem:
             assert "\n" not in source.problem
-            bad[name] = source.problem
+            problems[name] = source.problem
         else:
-            good[name] = captions_of(source)
-    return good, bad
+            captions[name] = captions_of(source)
+    return captions, problems
 
 
 FILES = {"line": "metadata.jsonl", "row": "metadata.parquet"}
@@ -54,8 +54,8 @@ def test_captions_and_variants_are_read(tmp_path, write, kind):
             {"file_name": "a.png", "text": ["naïve 🐈"]},
         ],
     )
-    good, bad = read(tmp_path)
-    assert not bad and good == {
+    captions, problems = read(tmp_path)
+    assert not problems and captions == {
         "a.png": ("naïve 🐈",),
         "b.png": ("one", "two lines"),
         "d/c.png": ("deep",),
@@ -85,13 +85,13 @@ def test_rows_without_an_image_are_reported(tmp_path, write, kind):
     touch(tmp_path, "a.png", "b.gif")
     rows = ["gone.png", "../a.png", "/etc/a.png", None, "a.png", "a.png", "b.gif", "x/../../a.png"]
     write(tmp_path, [{"file_name": name, "text": f"{i}"} for i, name in enumerate(rows, 1)])
-    good, bad = read(tmp_path)
-    assert good == {"a.png": ("5",)}
+    captions, problems = read(tmp_path)
+    assert captions == {"a.png": ("5",)}
     reasons = dict.fromkeys((1, 7), "metadata-no-image") | dict.fromkeys((2, 3, 8), "metadata-outside")
     reasons |= {4: "metadata-no-file-name", 6: "metadata-repeated"}
-    assert len(bad) == len(reasons)
+    assert len(problems) == len(reasons)
     for number, reason in reasons.items():
-        assert says(bad[f"{FILES[kind]}/{kind} {number}"], reason)
+        assert says(problems[f"{FILES[kind]}/{kind} {number}"], reason)
 
 
 def test_broken_lines_are_reported_and_the_others_used(tmp_path):
@@ -107,11 +107,11 @@ def test_broken_lines_are_reported_and_the_others_used(tmp_path):
         b'\xef\xbb\xbf{"file_name": "e.png", "text": "e"}',
     ]
     jsonl(tmp_path, rows)
-    good, bad = read(tmp_path)
-    assert good == {"a.png": (), "b.png": (), "c.png": (), "d.png": (), "e.png": ("e",)}
+    captions, problems = read(tmp_path)
+    assert captions == {"a.png": (), "b.png": (), "c.png": (), "d.png": (), "e.png": ("e",)}
     reasons = dict.fromkeys((1, 2, 3, 5), "json-not-object") | {4: "metadata-line-too-long", 7: "metadata-no-image"}
-    assert len(bad) == len(reasons)
-    assert all(says(bad[f"metadata.jsonl/line {number}"], reason) for number, reason in reasons.items())
+    assert len(problems) == len(reasons)
+    assert all(says(problems[f"metadata.jsonl/line {number}"], reason) for number, reason in reasons.items())
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_images_with_bad_captions_are_rejected(tmp_path, caption, reason):
     touch(tmp_path, "a.png", "b.png")
     (tmp_path / "a.txt").write_text("no fallback")
     jsonl(tmp_path, [{"file_name": "b.png", "text": "b"}, {"file_name": "a.png", "text": caption}])
-    good, bad = read(tmp_path)
+    captions, problems = read(tmp_path)
     problem = sentence("metadata-in-row", reason=reason, row="line 2", file="metadata.jsonl")
-    assert good == {"b.png": ("b",)} and bad == {"a.png": problem}
+    assert captions == {"b.png": ("b",)} and problems == {"a.png": problem}
 
 
 @BOTH
@@ -146,8 +146,8 @@ def test_a_file_without_the_column_is_reported_once_and_sidecars_are_used(tmp_pa
     touch(tmp_path, "a.png", "b.png")
     (tmp_path / "b.txt").write_text("sidecar")
     write(tmp_path, [dict.fromkeys(columns.split(), f"{name}.png") for name in "ab"])
-    good, bad = read(tmp_path, caption_key=key)
-    assert good == {"a.png": (), "b.png": ("sidecar",)} and bad == {FILES[kind]: problem}
+    captions, problems = read(tmp_path, caption_key=key)
+    assert captions == {"a.png": (), "b.png": ("sidecar",)} and problems == {FILES[kind]: problem}
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty", "middle", "pipe"])
@@ -164,18 +164,18 @@ def test_unreadable_parquet_is_reported_and_sidecars_are_used(tmp_path, kind):
         path.write_bytes(data[:4] + b"\xff" * 200 + data[204:])
     else:
         path.write_bytes({"truncated": data[: len(data) // 2], "text": b"not parquet\n" * 9, "empty": b""}[kind])
-    good, bad = read(tmp_path)
-    assert good == {"a.png": ("sidecar",)}
-    assert list(bad) == ["metadata.parquet"]
-    assert says(bad["metadata.parquet"], "file-not-regular" if kind == "pipe" else "metadata-not-parquet")
+    captions, problems = read(tmp_path)
+    assert captions == {"a.png": ("sidecar",)}
+    assert list(problems) == ["metadata.parquet"]
+    assert says(problems["metadata.parquet"], "file-not-regular" if kind == "pipe" else "metadata-not-parquet")
 
 
 def test_parquet_rows_that_are_not_utf8_are_reported(tmp_path):
     touch(tmp_path, "a.png", "b.png")
     text = pa.array([b"caf\xe9", b"b"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"file_name": ["a.png", "b.png"], "text": text}), tmp_path / "metadata.parquet")
-    good, bad = read(tmp_path)
-    assert good == {"a.png": (), "b.png": ("b",)} and bad == {"metadata.parquet/row 1": sentence("metadata-not-utf8")}
+    captions, problems = read(tmp_path)
+    assert captions == {"a.png": (), "b.png": ("b",)} and problems == {"metadata.parquet/row 1": sentence("metadata-not-utf8")}
 
 
 def test_other_parquet_files_are_not_read(tmp_path):
@@ -190,9 +190,9 @@ def test_the_nearest_file_wins_and_both_kinds_may_be_combined(tmp_path):
     jsonl(tmp_path, [{"file_name": f"{name}.png", "text": "jsonl"} for name in ("a", "d/c", "d/e")])
     parquet(tmp_path, [{"file_name": f"{name}.png", "text": "parquet"} for name in ("a", "b")])
     jsonl(tmp_path / "d", [{"file_name": "c.png", "text": "inner"}])
-    good, bad = read(tmp_path)
-    assert good == {"a.png": ("jsonl",), "b.png": ("parquet",), "d/c.png": ("inner",), "d/e.png": ("jsonl",)}
-    assert not bad
+    captions, problems = read(tmp_path)
+    assert captions == {"a.png": ("jsonl",), "b.png": ("parquet",), "d/c.png": ("inner",), "d/e.png": ("jsonl",)}
+    assert not problems
 
 
 def test_latents_take_their_captions_by_the_image_name(tmp_path):
@@ -219,7 +219,7 @@ def test_weights_beside_captions_and_alone(tmp_path, write, kind):
     assert weights(tmp_path, "")["a.png"] == (None, "A")
     (tmp_path / "a.txt").write_text("beside")
     (tmp_path / "d/e.txt").write_text("too")
-    write(tmp_path, [{"file_name": row["file_name"], "score": row["score"]} for row in rows])  # captions lie beside the images
+    write(tmp_path, [{"file_name": row["file_name"], "score": row["score"]} for row in rows])  # weights only
     assert weights(tmp_path) == {"a.png": (2.0, "beside"), "b.png": (None,), "c.png": (None,), "d/e.png": (0.0, "too")}
     assert says(weights(tmp_path, "")[FILES[kind]], "metadata-column", column="text or caption or prompt")
 
@@ -253,9 +253,9 @@ def test_a_file_without_permission_is_reported_and_sidecars_are_used(tmp_path, w
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", denied)
-        good, bad = read(tmp_path)
-    assert good == {"a.png": ()} and len(bad) == 1
-    assert all(name.startswith("metadata.") and "Permission denied" in reason for name, reason in bad.items())
+        captions, problems = read(tmp_path)
+    assert captions == {"a.png": ()} and len(problems) == 1
+    assert all(name.startswith("metadata.") and "Permission denied" in reason for name, reason in problems.items())
 
 
 def test_a_full_temporary_folder_is_an_error(tmp_path, monkeypatch):
@@ -263,11 +263,11 @@ def test_a_full_temporary_folder_is_an_error(tmp_path, monkeypatch):
 
     from fastsd.data.sources.metadata import Metadata
 
-    def full(*args):
+    def raise_full(*args):
         raise sqlite3.OperationalError("database or disk is full")
 
     touch(tmp_path, "a.png")
     jsonl(tmp_path, [{"file_name": "a.png", "text": "a"}])
-    monkeypatch.setattr(Metadata, "_store_row", full)
+    monkeypatch.setattr(Metadata, "_store_row", raise_full)
     with refused("temporary-folder-full", path=tmp_path / "metadata.jsonl"):
         read(tmp_path)
