@@ -1,6 +1,6 @@
 """The format of the latent cache on the disk, and its reader, `LatentCache`.
 
-    DIR/cache.sqlite              the database that a build of the cache works with (see `build.py`); training never opens it
+    DIR/cache.sqlite              the state of the cache during a build (see `build.py`); training never opens it
     DIR/shards/S.safetensors      one tensor "mean" (n <= 4096, C, h, w): the raw posterior mean, unscaled
     DIR/views/V.safetensors       the captions of every sample and the places of its latents; frozen, training maps this file
     DIR/tokens, DIR/states        token ids (`tokens.py`) and text embeddings (`text_embeddings.py`) of a view's captions

@@ -44,7 +44,8 @@ class Masks:
 
     def __init__(self, latents: cache.LatentCache) -> None:
         self.path = mask_path(latents.path.parent.parent, latents.name)
-        self._file, self._crops, self._mirrors = MasksFile(self.path), latents.meta.crops, 1 + latents.meta.flip
+        self._file = MasksFile(self.path)
+        self._crops, self._mirrors = latents.meta.crops, 1 + latents.meta.flip
         if self._file.metadata["view"] != latents.sha256:
             raise damage_error(self.path, OUTDATED)
 

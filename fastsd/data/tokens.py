@@ -43,7 +43,8 @@ class Tokens:
 
     def __init__(self, cache: LatentCache, tokenizer: Any, window: int, chunks: int = 1) -> None:
         key = tokenizer_hash(tokenizer)
-        self.path, self.window, self.chunks, self._tokenizer = tokens_path(cache, key), window, chunks, tokenizer
+        self.path, self._tokenizer = tokens_path(cache, key), tokenizer
+        self.window, self.chunks = window, chunks
         self._file = Frozen(self.path, TOKENS_FORMAT, {"offsets": np.int64, "ids": id_dtype(tokenizer)})
         self._metadata, self._ids = self._file.metadata, self._file.arrays["ids"]
         if (self._metadata.get("view"), self._metadata.get("tokenizer")) != (cache.sha256, key):
@@ -57,11 +58,11 @@ class Tokens:
 
     def row(self, sample: int, variant: int) -> Tensor:
         """Return the token ids of a caption, ready for the text encoder: int64 (L,). Raises UserError on damage."""
-        first, last = self._file.cut("offsets", sample, sample + 2).tolist()
-        ids = self._file.cut("ids", first, last)
+        start, stop = self._file.cut("offsets", sample, sample + 2).tolist()
+        ids = self._file.cut("ids", start, stop)
         ends = [-1, *np.flatnonzero(ids == self._end).tolist()]
         caption_ids = ids[ends[variant] + 1 : ends[variant + 1]] if variant + 1 < len(ends) else None
-        if caption_ids is None or len(ids) != last - first or caption_ids.max(initial=0) >= len(self._tokenizer):
+        if caption_ids is None or len(ids) != stop - start or caption_ids.max(initial=0) >= len(self._tokenizer):
             raise damage_error(self.path, f"is damaged at sample {sample}")
         return assemble(self._tokenizer, [caption_ids.tolist()], self.window, self.chunks)[0]
 

@@ -232,9 +232,7 @@ def test_damage_is_reported_never_trained_on_and_repaired(folder, tmp_path):
         folder.run("cache", "--verify")
         assert {p.name for p in intact.rglob("*")} == {p.name for p in folder.cache.rglob("*")}
         for file in folder.cache.glob("*/*.safetensors"):
-            content = file.read_bytes().replace(
-                b'"serial":"2"', b'"serial":"1"'
-            )  # counts how often a view was written
+            content = file.read_bytes().replace(b'"serial":"2"', b'"serial":"1"')  # counts how often a view was written
             assert content == (intact / file.relative_to(folder.cache)).read_bytes(), file
 
 

@@ -28,7 +28,7 @@ Size = tuple[int, int]  # width, height in pixels
 
 
 class Place(NamedTuple):
-    """The size an image as displayed is `resized` to, and the smaller or equal `size` that is cropped from it."""
+    """The `resized` size of an image as displayed, and the `size` of the crop, which is not larger."""
 
     resized: Size
     size: Size
@@ -56,7 +56,7 @@ class Buckets:
         """Choose the resize and crop of an image that has this size when it is displayed.
 
         Raises:
-            Rejected: the image is too small for a bucket, and `no_upscale` forbids to enlarge it.
+            Rejected: the image is too small for a bucket, and `no_upscale` forbids enlarging it.
         """
         if not self.sizes:
             resized = self._shrink(width, height)

@@ -56,7 +56,7 @@ class CacheCounts:
     reasons: dict[str, int]  # reason -> number of rejected images
     examples: list[str]  # "path: reason" of up to 20 rejected images
     view: str  # name of the view
-    rates: dict[str, float]  # pipeline step -> images/s that it would reach alone; only steps that had work
+    rates: dict[str, float]  # pipeline step -> images/s that it would reach alone, if it had work
 
 
 ProgressCallback = Callable[[CacheProgress], None]

@@ -35,7 +35,7 @@ from fastsd.errors import UserError
 from fastsd.model.text_encoder import TextEncoder
 
 _SHARD_BYTES = 512 << 20
-_BLOCK = 64  # captions that are encoded, written and committed together; an interruption loses at most one such block
+_BLOCK = 64  # captions that are encoded, written and committed together
 _CHUNK = 1024  # samples or entries of the index that are processed together
 
 
@@ -125,7 +125,7 @@ class _Writer:
             entries = [(i, variant) for i, count in zip(chunk, counts, strict=True) for variant in range(count)]
             start = int(self.offsets[first])
             self.offsets[first + 1 : chunk.stop + 1] = start + np.cumsum(counts)
-            hashes = (_content_hash(self.tokens.row(i, variant)) for i, variant in entries)
+            hashes = [_content_hash(self.tokens.row(i, variant)) for i, variant in entries]
             self.db.executemany(insert, enumerate(hashes, start))
         self.db.execute(insert, (int(self.offsets[-1]), _content_hash(self.empty_L)))
         self.db.execute("CREATE INDEX temp.caption_content ON caption (content)")
@@ -150,7 +150,8 @@ class _Writer:
     def _encode_all(self) -> int:
         """Encode all captions that are not encoded yet. Return their number."""
         total = int(self.db.execute(f"SELECT COUNT(DISTINCT content) {self._PENDING_ROWS}", (self.space,)).fetchone()[0])
-        previous, done, start = None, 0, time.perf_counter()
+        previous, done = None, 0
+        start = time.perf_counter()
         for block in itertools.chain(self._blocks(), [None]):
             current = self._encode(*block) if block else None  # a GPU computes this block while the previous one is written
             if previous:

@@ -33,7 +33,7 @@ from fastsd.data.sources import folders
 from fastsd.data.sources.image import DataSource, Rejected
 from fastsd.errors import UserError
 
-_VERSION = 1  # version of the decoded cells; increment it when a change of the code changes them
+_VERSION = 1  # of the decoded cells. Increment it when a change of the code changes them.
 _CHUNK = 256  # masks decoded between two commits
 
 
@@ -160,7 +160,7 @@ def _is_sound(path: Path) -> bool:
 
 
 def prune(store: Store, view_hashes: set[str], rows: bool) -> list[Path]:
-    """Delete the masks of no view from the table. Return the files of no view. Raises UserError if a file is damaged.
+    """Delete the masks that no view uses from the table. Return the files that no view uses. Raises UserError on damage.
 
     Args:
         view_hashes: sha256 of the views.

@@ -137,27 +137,28 @@ class Pipeline:
 
     def run(self) -> None:
         """Run until all rows are done, by this process or by others."""
-        total, start, done = self._pending(), time.perf_counter(), 0
-        ahead: deque[_Block] = deque()
-        depth = 1 + -(-2 * self.workers // self.config.cache.batch)
+        total, done = self._pending_count(), 0
+        start = time.perf_counter()
+        loading_blocks: deque[_Block] = deque()
+        read_ahead = 1 + -(-2 * self.workers // self.config.cache.batch)
 
         with contextlib.closing(self.claims), _Writer(self) as writer:
-            while self._unfinished():
-                encoding = None
-                for block in itertools.chain(self._claimed(), [None] * (depth + 1)):
+            while self._has_pending():
+                previous = None
+                for block in itertools.chain(self._claimed(), [None] * (read_ahead + 1)):
                     if block:
                         self._load(block)
-                        ahead.append(block)
-                    if ahead and (block is None or len(ahead) > depth):
-                        started = self._encode(ahead.popleft())
-                        if encoding:
-                            done += self._hand_over(encoding, writer)
+                        loading_blocks.append(block)
+                    if loading_blocks and (block is None or len(loading_blocks) > read_ahead):
+                        current = self._encode(loading_blocks.popleft())
+                        if previous:
+                            done += self._hand_over(previous, writer)
                             self._report_progress(min(done, total), total, start)
-                        encoding = started
-                if encoding:
-                    done += self._hand_over(encoding, writer)
+                        previous = current
+                if previous:
+                    done += self._hand_over(previous, writer)
                     self._report_progress(min(done, total), total, start)
-                elif self._unfinished():  # the last blocks are with other processes or with the writer
+                elif self._has_pending():  # the last blocks are with other processes or with the writer
                     time.sleep(_POLL_SECONDS)
                 writer.drain()
 
@@ -169,10 +170,10 @@ class Pipeline:
         " (SELECT 1 FROM sample WHERE sample.content = latent.content AND reason IS NULL)"
     )
 
-    def _pending(self) -> int:
+    def _pending_count(self) -> int:
         return int(self.store.db.execute(f"SELECT COUNT(*) {self._PENDING_ROWS}", self.query_values).fetchone()[0])
 
-    def _unfinished(self) -> bool:
+    def _has_pending(self) -> bool:
         return bool(self.store.db.execute(f"SELECT EXISTS (SELECT 1 {self._PENDING_ROWS})", self.query_values).fetchone()[0])
 
     def _claimed(self) -> Iterator[_Block]:

@@ -2,10 +2,10 @@
 
     space      one VAE and one preprocessing, or one text encoder
     file       content hashes by path, size and mtime, so that an unchanged file is not read again
-    shard      n rows of one shape; a shard is planned here before its file exists
-    latent     the shard and row of each version of a content, which is an image file (for latents) or the token ids of a
-               caption (for text embeddings); sha256 and check64 of the row's bytes, NULL until they are on the disk
-    rejected   rejected files and the reasons; size -1 means that another attempt may succeed
+    shard      n rows of one shape. A shard is planned here before its file exists.
+    latent     the shard and row of each version of a content, and the sha256 and check64 of the row's bytes. Both are NULL
+               until the row is on the disk. A content is an image file, or the token ids of a caption for text embeddings.
+    rejected   rejected files and the reasons. Size -1 means that another attempt may succeed.
     mask       masks averaged over the cells of a latent, see `mask_cells.py`
 
 A path is a file, or tar/member. It is stored as bytes, because a filename need not be valid text. Several processes may fill a

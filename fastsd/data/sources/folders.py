@@ -70,8 +70,8 @@ def scan(
         masks: ending that replaces the extension in the filename of a mask; "" = no masks. Files with it are not images.
 
     Raises:
-        UserError: a root is missing, unreadable, neither a folder nor a tar, or within an earlier root; or, at its end, it
-            has no image. Or `masks` also matches the names of images, or is given together with `latents`.
+        UserError: a root is missing, unreadable, neither a folder nor a tar, or within an earlier root; a root turns out to
+            have no image; `masks` is also an ending of images; or both `masks` and `latents` are given.
     """
     if masks and latents:
         raise UserError(
