@@ -1,6 +1,6 @@
-"""The command line: parses arguments, calls a command (which imports torch), and prints a `UserError` as one sentence.
+"""The command line. It parses arguments, calls a command (which imports torch), and prints a `UserError` as one sentence.
 
-Exit codes: 0 done, 1 our fault (with a traceback), 2 the user must change something, 130 stopped by Ctrl-C.
+Exit codes: 0 = done, 1 = a bug in fastsd (with a traceback), 2 = the user must change something, 130 = stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -338,7 +338,7 @@ def _load(path: Path, overrides: list[str] | None, precision: Precision | None =
 
 
 def main() -> None:
-    # diffusers and transformers print advice on import that the user cannot act on; errors still raise.
+    # When imported, diffusers and transformers print advice that does not help a user. Errors are still raised.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     try:

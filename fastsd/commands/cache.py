@@ -26,11 +26,11 @@ from fastsd.errors import UserError
 from fastsd.model.formats.load import load_text, load_tokenizer, load_vae, locate
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
 
-REASONS = 8  # rejection reasons that are printed
+REASONS = 8  # most rejection reasons to print
 
 
 def cache(config: Config, console: Console | None = None) -> build.CacheCounts:
-    """Encode what is missing and print a summary. Under torchrun each process uses its own GPU.
+    """Encode the images that are missing and print a summary. Under torchrun, each process uses its own GPU.
 
     Raises UserError as `build_cache` does.
     """
@@ -38,29 +38,29 @@ def cache(config: Config, console: Console | None = None) -> build.CacheCounts:
     print_message = partial(print_line, console)
     data = config.data
     for _ in folders.scan_for(data):
-        break  # a wrong folder is reported before a model is loaded
+        break  # report a wrong folder before a model is loaded
     device = choose_device(config.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     set_precision(config.cache.precision)
     vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])
-    name = config.model.vae or config.model.base
+    vae_name = config.model.vae or config.model.base
     scaling = f"scaling factor {vae.scaling_factor:g}"
-    print_message(f"VAE {name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
+    print_message(f"VAE {vae_name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
     try:
         tokenizer = load_tokenizer(config.model)[0]
-    except UserError as error:  # training will need it; encoding does not
+    except UserError as error:  # training needs a tokenizer, but encoding images does not
         tokenizer = None
         print_message(f"note: {error}")
 
-    start = time.perf_counter()
+    start_time = time.perf_counter()
     with progress(console) as report_progress:
         counts = build.build_cache(config, vae, report_progress, print_message)
         if tokenizer:
             _cache_tokens(config, counts.view, tokenizer, console)
         if config.cache.hidden_states:
             _cache_text_embeddings(config, counts.view, device, report_progress, console)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start_time
 
     print_message(
         f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {counts.encoded} encoded now, "

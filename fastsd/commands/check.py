@@ -32,10 +32,10 @@ from fastsd.train.schedule import check_length
 
 
 def check(config: Config, console: Console | None = None) -> None:
-    """Check everything a run needs, print what is found, and list all problems in one error.
+    """Check everything a run needs and print the results. One error lists all problems.
 
     Raises:
-        UserError: every problem found, one sentence each.
+        UserError: there are problems; each has one sentence.
     """
     console = console or Console()
     problems: list[str] = []
@@ -48,17 +48,17 @@ def check(config: Config, console: Console | None = None) -> None:
             print_line(console, f"error {title}")
 
     models: list[Model] = []
-    epoch: list[int] = []
+    images_per_epoch: list[int] = []  # empty until it is known, like `models`
     attempt("device", lambda: _device(config))
-    attempt("images", lambda: _images(config, epoch))
+    attempt("images", lambda: _images(config, images_per_epoch))
     attempt("model", lambda: _model(config, models))
     if models:
-        attempt("cache", lambda: _cache(config, models[0], epoch))
+        attempt("cache", lambda: _cache(config, models[0], images_per_epoch))
         if config.validate_.held_out or config.validate_.stabilised:
-            attempt("validation", lambda: _validation(config, models[0], epoch))
+            attempt("validation", lambda: _validation(config, models[0], images_per_epoch))
         attempt("samples", lambda: check_samples(models[0], config))
     for i in range(len(config.stage)):
-        attempt(config.stage_name(i), partial(_stage, config, i, models, epoch))
+        attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch))
     for note in models[0].notes if models else []:
         print_line(console, f"note  {note}")
     attempt("run folder", lambda: _disk_space(config, models))
@@ -72,9 +72,9 @@ def _device(config: Config) -> str:
     return f"{device}, kernels {choose_ops(config.kernels, device).name}"
 
 
-def _images(config: Config, epoch: list[int]) -> str:
+def _images(config: Config, images_per_epoch: list[int]) -> str:
     images, repeated = folders.count(config.data)
-    epoch.append(repeated)
+    images_per_epoch.append(repeated)
     per_epoch = f", {repeated} per epoch" if repeated != images else ""
     return f"{images} in {', '.join(root.path for root in config.data.roots)}{per_epoch}"
 
@@ -89,36 +89,37 @@ def _model(config: Config, models: list[Model]) -> str:
     return f"{config.model.base}, UNet {parameters:,} parameters, VAE scaling factor {model.vae.scaling_factor:g}"
 
 
-def _stage(config: Config, index: int, models: list[Model], epoch: list[int]) -> str:
-    stage, name, trained_size = config.stage[index], config.stage_name(index), ""
+def _stage(config: Config, index: int, models: list[Model], images_per_epoch: list[int]) -> str:
+    stage, name = config.stage[index], config.stage_name(index)
+    trained_size = ""
     if models:
         selected(models[0], stage.reinit, f"stage {name!r}: reinit")
         Objective(alphas_cumprod(models[0].scheduler), config.seed, stage=stage, prediction=models[0].prediction)
         trained = selected(models[0], stage.train, f"stage {name!r}: train")
         trained_size = f" ({parameter_count(models[0], trained):,} parameters)"
-    steps = check_length(stage, name, epoch[0]) if epoch else None
+    steps = check_length(stage, name, images_per_epoch[0]) if images_per_epoch else None
     length = f"{steps} steps" if steps and steps < ENDLESS else str(stage.until)
     return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} with {stage.batch} images per step"
 
 
-def _cache(config: Config, model: Model, epoch: list[int]) -> str:
+def _cache(config: Config, model: Model, images_per_epoch: list[int]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
         if config.cache.hidden_states:
             TextEmbeddings(config.cache, latents, model.text).close()
-        epoch[:] = [Loader(latents, model.text.tokenize, config.seed, config.stage[0], data=config.data).images]
+        images_per_epoch[:] = [Loader(latents, model.text.tokenize, config.seed, config.stage[0], data=config.data).images]
         return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
 
 
-def _validation(config: Config, model: Model, epoch: list[int]) -> str:
+def _validation(config: Config, model: Model, images_per_epoch: list[int]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
         sets, loader_args = choose_splits(latents, config), (latents, model.text.tokenize, config.seed, config.stage[0])
         loader = Loader(*loader_args, data=config.data, left_out=sets.left_out)
-        epoch[:] = [loader.images]
+        images_per_epoch[:] = [loader.images]
         return f"{Validation(model, loader, sets, config.validate_)}, every {config.validate_.every}"
 
 
 def _disk_space(config: Config, models: list[Model]) -> str:
-    """Check the disk space for the exports and all checkpoints that can exist at once (fp32 weights, optimizer state, EMA)."""
+    """Check that the disk has space for the exports and for all checkpoints that exist at once (weights, states and EMA)."""
     folder = Path(config.run).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -127,22 +128,22 @@ def _disk_space(config: Config, models: list[Model]) -> str:
         return f"{free / 1e9:.1f} GB free"
     model = models[0]
     modules = {name: model.component(name) for name in COMPONENTS} | {"vae": model.vae.module}
-    size = {name: sum(p.numel() for p in module.parameters()) * 4 for name, module in modules.items()}
+    fp32_bytes = {name: sum(p.numel() for p in module.parameters()) * 4 for name, module in modules.items()}
 
     stage_bytes = [0]
     for stage in config.stage:
-        with suppress(UserError):  # `_stage` has reported it
+        with suppress(UserError):  # `_stage` has reported the error
             trained = selected(model, stage.train, "train")
-            slots = 1 + (stage.optimizer != "lion") + (stage.ema > 0)
-            checkpoint_bytes = sum(size[name] for name in changed_components(trained))
-            checkpoint_bytes += 4 * slots * parameter_count(model, trained)
+            tensors_per_weight = 1 + (stage.optimizer != "lion") + (stage.ema > 0)  # optimizer states and EMA
+            checkpoint_bytes = sum(fp32_bytes[name] for name in changed_components(trained))
+            checkpoint_bytes += 4 * tensors_per_weight * parameter_count(model, trained)
             stage_bytes.append(checkpoint_bytes * (stage.keep_checkpoints + 1))
 
-    need = sum(size.values()) + max(stage_bytes) + export_bytes(config, size)
-    if need > free:
+    needed = sum(fp32_bytes.values()) + max(stage_bytes) + export_bytes(config, fp32_bytes)
+    if needed > free:
         raise UserError(
             "run-disk-space",
-            f"run is {config.run!r}: checkpoints and exported models need about {need / 1e9:.1f} GB, but the disk has "
+            f"run is {config.run!r}: checkpoints and exported models need about {needed / 1e9:.1f} GB, but the disk has "
             f"{free / 1e9:.1f} GB free; free up space, lower keep_checkpoints, or set export.single_file = false",
         )
-    return f"{config.run}; checkpoints and exported models need about {need / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    return f"{config.run}; checkpoints and exported models need about {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"

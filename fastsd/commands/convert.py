@@ -37,9 +37,9 @@ class ConvertOptions:
     Attributes:
         dtype: fp32, fp16 or bf16; "" = unchanged.
         ema: write the averaged (EMA) weights.
-        fold: for a single file: fold a scaling factor other than 0.18215 into the VAE.
-        variant: for a diffusers folder: a word in the names of the weight files, such as fp16.
-        shard: for a diffusers folder: GB above which a weight file is split; 0 = one file a component.
+        fold: fold a scaling factor other than 0.18215 into the VAE of a single file.
+        variant: a word in the names of a diffusers folder's weight files, such as fp16.
+        shard: size in GB above which a weight file of a diffusers folder is split; 0 = one file per component.
         vae, vae_scaling_factor, tokenizer, revision: as in `[model]` of a config.
     """
 
@@ -59,17 +59,17 @@ def convert(
 ) -> None:
     """Write a model to `out` in another format, and print what was found and what was ignored.
 
-    Only one block of a tensor is in memory at a time. Two cases load a whole model: the EMA of a run, and merging adapters.
+    Only a block of one tensor is in memory at a time. EMA weights of a run and merged adapters need the whole model in memory.
 
     Args:
         name: a diffusers folder, hub id, single file (also `.ckpt` and `.bin`), LoRA file, run or checkpoint.
-        to: diffusers, single-file, lora-kohya or lora-peft; "" = guessed from the ending of `out` and from `name`.
+        to: diffusers, single-file, lora-kohya or lora-peft; "" = inferred from the ending of `out` and from `name`.
 
     Raises:
         UserError: the model is damaged or of another family, or `out` exists or cannot be written. No partial `out` is left.
     """
     options = options or ConvertOptions()
-    to = to or _guess(name, out)
+    to = to or _infer_format(name, out)
     if out.exists():
         kind = "folder" if to == "diffusers" else "file"
         raise UserError("convert-out-exists", f"OUT is {str(out)!r}, which already exists; choose a new {kind}")
@@ -97,22 +97,23 @@ def convert(
     reporter(f"{out}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB, {to}")
 
 
-def _guess(name: str, out: Path) -> str:
+def _infer_format(name: str, out: Path) -> str:
     if out.suffix != ".safetensors":
         return "diffusers"
     path = Path(name)
-    names = TensorFile(path) if path.is_file() and path.suffix == ".safetensors" else ()
-    if names and all("lora" in tensor for tensor in names):
-        return "lora-peft" if any(tensor.startswith("lora_") for tensor in names) else "lora-kohya"
+    tensor_names = TensorFile(path) if path.is_file() and path.suffix == ".safetensors" else ()
+    if tensor_names and all("lora" in name for name in tensor_names):
+        return "lora-peft" if any(name.startswith("lora_") for name in tensor_names) else "lora-kohya"
     return "single-file"
 
 
 def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: ConvertOptions) -> list[str]:
     summary, samples = origin
     if to == "single-file":
-        vae, unet = source.components.get("vae"), source.components["unet"].config
+        vae = source.components.get("vae")
         downscale = 2 ** (len(vae.config.get("block_out_channels", (64,))) - 1) if vae else 8
-        metadata = metadata_of(summary, source.scheduler, (unet.get("sample_size") or 64) * downscale, title=out.stem)
+        size = (source.components["unet"].config.get("sample_size") or 64) * downscale
+        metadata = metadata_of(summary, source.scheduler, size, title=out.stem)
         return write_single_file(source, out, dtype=options.dtype, fold=options.fold, metadata=metadata)
     with new_folder(out) as folder:
         shard = round(options.shard * 1e9)
@@ -122,7 +123,7 @@ def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: Con
 
 
 def _find_origin(name: str, source: ModelSource, options: ConvertOptions) -> Origin:
-    """Find the training summary and the sample grid of a model: those of the run, or those stored with the model."""
+    """Find the training summary and the sample grid of a model. They come from its run, or are stored with the model."""
     run = Path(name) if (Path(name) / "checkpoints").is_dir() else None
     if run:
         run_summary = summarize(run, source.place, "ema" if options.ema else "raw")
@@ -133,23 +134,25 @@ def _find_origin(name: str, source: ModelSource, options: ConvertOptions) -> Ori
 
 
 def _source(name: str, options: ConvertOptions) -> ModelSource:
-    """Open the model to convert (of a run its newest checkpoint), with its VAE replaced by `--vae` if that is given."""
+    """Open the model to convert, or the newest checkpoint of a run. Its VAE is replaced by `--vae` if that is given."""
     base = resolve_model(name)
-    in_memory = (Path(base) / MADE_BY).is_file() or (options.ema and Path(base).is_dir())
+    load_whole = (Path(base) / MADE_BY).is_file() or (options.ema and Path(base).is_dir())
     source = open_source(
-        base, revision=options.revision, pickled=True, ema=options.ema and not in_memory, tokenizer=options.tokenizer
+        base, revision=options.revision, pickled=True, ema=options.ema and not load_whole, tokenizer=options.tokenizer
     )
-    if in_memory:
-        source.components |= _in_memory(Path(base), source, options.ema)
+    if load_whole:
+        source.components |= _load_components(Path(base), source, options.ema)
 
     if options.vae:
-        path, notes = locate(options.vae, "--vae", pickled=True), source.notes
+        notes = source.notes
+        path = locate(options.vae, "--vae", pickled=True)
         new_vae = open_file(path).read("vae", notes) if path.is_file() else read_component(path, "vae", notes, pickled=True)
         if new_vae is None:
             raise UserError("convert-no-vae", f"--vae is {options.vae!r}, which contains no VAE; give an AutoencoderKL")
         source.components["vae"] = check_component("vae", new_vae, notes)
 
-    vae, expected = source.components.get("vae"), source.components["unet"].config.get("out_channels", 4)
+    vae = source.components.get("vae")
+    expected = source.components["unet"].config.get("out_channels", 4)
     if vae is not None and options.vae_scaling_factor is not None:
         source.components["vae"] = replace(vae, config={**vae.config, "scaling_factor": options.vae_scaling_factor})
     if vae is not None and (channels := vae.config.get("latent_channels", 4)) != expected:
@@ -161,8 +164,8 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
     return source
 
 
-def _in_memory(checkpoint: Path, source: ModelSource, ema: bool) -> dict[str, ComponentFiles]:
-    """Build the components that a checkpoint's weight files do not hold: EMA weights, and weights with merged adapters."""
+def _load_components(checkpoint: Path, source: ModelSource, ema: bool) -> dict[str, ComponentFiles]:
+    """Load a checkpoint's components with EMA weights or merged adapters, which its weight files do not contain."""
     averages = averages_of(checkpoint) if ema else {}
     if ema and not averages:
         raise UserError("convert-no-ema", f"{checkpoint}: has no EMA weights; omit --ema")
@@ -176,7 +179,7 @@ def _in_memory(checkpoint: Path, source: ModelSource, ema: bool) -> dict[str, Co
 
 
 def _lora_file(name: str, ema: bool) -> Path:
-    """Find the adapters to convert: a file, a PEFT folder, or those of a run's newest checkpoint."""
+    """Find the adapters to convert: a file, a PEFT folder, or the adapters of a run (of its newest checkpoint)."""
     path = Path(resolve_model(name))
     if ema:
         ema_path = Path(name) / "lora-ema.safetensors"

@@ -13,14 +13,14 @@ from fastsd.model.formats.load import component_state_dict, load_model, write_co
 from fastsd.model.text_encoder import stretch
 from fastsd.storage import new_folder, write_text
 
-KEPT = 20  # first positions, which do not change: they hold nearly all that CLIP has learned from its short captions
+KEPT = 20  # number of first positions that stay as they are: CLIP's short captions have trained hardly any others
 
 
 def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", reporter: Callable[[str], None] = print) -> None:
     """Write `base` to `out` as a diffusers folder, with its position embeddings stretched to `tokens`.
 
     Raises:
-        UserError: the base does not load, `out` exists, or `tokens` is not more than the encoder has.
+        UserError: the base does not load, `out` exists, or the encoder already has `tokens` positions or more.
     """
     if out.exists():
         raise UserError("out-exists", f"OUT is {str(out)!r}, which already exists; choose a new folder")

@@ -1,9 +1,9 @@
 """`fastsd lr-probe`: a short D-Lion run that finds a learning rate for Lion.
 
-D-Lion's step is d lr sign(...), Lion's is lr sign(...). d rises from d0 until it estimates the distance to a solution, and then
-stays. The two signs differ: Lion takes the sign of a gradient averaged over a hundred steps. D-Lion scales its momentum by
-d lr but not the gradient it adds, so its sign is nearly that of each gradient alone. Lion's steps keep their direction for
-longer, and a third of the step size suffices. `bench/lr_probe.py` shows how near that comes to the best of a sweep.
+D-Lion's step is d * lr * sign(...), Lion's is lr * sign(...). d rises from d0 until it estimates the distance to a solution,
+and then stays constant. The two signs differ: Lion takes the sign of a gradient averaged over a hundred steps. D-Lion scales
+its momentum by d * lr but not the gradient it adds, so its sign is nearly that of the latest gradient. Lion's steps keep their
+direction for longer, and a third of the step size suffices. `bench/lr_probe.py` compares the result with the best of a sweep.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.run.loop import train
 
-SHARE = 1 / 3  # Lion's lr divided by D-Lion's d lr
-LAST, FLAT = 4, 1.02  # a plateau: over the last 1 / LAST of the run, d lr has grown by at most the factor FLAT
-ROWS = 100
+SHARE = 1 / 3  # Lion's lr divided by D-Lion's d * lr
+LAST, FLAT = 4, 1.02  # d has settled if it grew by at most the factor FLAT over the last 1 / LAST of the run
+ROWS = 100  # log rows of a probe
 PROBE_SETTINGS = {
     "optimizer": "dlion", "lr": 1.0, "schedule": "constant", "restarts": 0, "betas": None, "state": "reset",
     "growth_rate": None, "d_max": None, "freeze_d_after": 0, "ema": 0.0, "ema_power": 0.0, "ema_after": 0,
@@ -37,8 +37,8 @@ class Probe:
     """Result of a probe for one component, read from the log.
 
     Attributes:
-        plateau: d lr at the end.
-        growth: factor by which it grew in the last quarter.
+        plateau: d * lr at the end.
+        growth: factor by which d grew in the last quarter of the run.
         left_d0: True if d has risen above d0.
     """
 
@@ -58,16 +58,16 @@ class Probe:
 
 
 def lr_probe(config: Config, steps: int, stage: str = "", console: Console | None = None) -> list[Probe]:
-    """Train one stage of a config for `steps` with D-Lion in RUN/lr-probe, and print the learning rate for Lion.
+    """Train one stage of a config with D-Lion for `steps` steps in RUN/lr-probe, and print the learning rate for Lion.
 
     Args:
-        stage: name of the stage; "" = the first.
+        stage: name of the stage; "" = the first stage.
 
     Raises:
         UserError: the stage does not exist, or the training fails.
     """
     console = console or Console()
-    probe_config = _probing(config, steps, stage)
+    probe_config = _probe_config(config, steps, stage)
     folder = Path(probe_config.run)
     train(probe_config, console, export=False)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the next probe must not resume this one
@@ -78,7 +78,7 @@ def lr_probe(config: Config, steps: int, stage: str = "", console: Console | Non
     return probes
 
 
-def _probing(config: Config, steps: int, stage: str) -> Config:
+def _probe_config(config: Config, steps: int, stage: str) -> Config:
     names = [config.stage_name(i) for i in range(len(config.stage))]
     if stage and stage not in names:
         raise UserError("probe-unknown-stage", f"--stage is {stage!r}; choose from {', '.join(names)}")
@@ -97,7 +97,7 @@ def _probing(config: Config, steps: int, stage: str) -> Config:
 
 
 def _components(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the components that have a d in the log. The first one's key is "d"; a single component needs no name."""
+    """Return the components that have a d in the log. A single component has the name "", because its key is just "d"."""
     return list(COMPONENTS) if any(key.startswith("d_") for key in rows[0]) else [""]
 
 

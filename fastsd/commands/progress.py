@@ -1,4 +1,4 @@
-"""Progress of a long command: a live line on a terminal, otherwise a line every few seconds."""
+"""Show the progress of a long command: a live line on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastsd.data.building import build
 
-PLAIN_SECONDS = 10  # between progress lines when the output is not a terminal
+PLAIN_SECONDS = 10  # time between progress lines if the output is not a terminal
 
 
 @contextmanager
 def progress(console: Console) -> Iterator[build.ProgressCallback]:
-    """Yield a callback that shows progress: a live line on a terminal, otherwise a line every few seconds."""
+    """Yield a callback that shows the progress it is called with."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        yield _live(bar) if console.is_terminal else _plain(console)
+        yield _show_live(bar) if console.is_terminal else _show_lines(console)
 
 
-def _live(bar: Progress) -> build.ProgressCallback:
+def _show_live(bar: Progress) -> build.ProgressCallback:
     tasks: dict[str, object] = {}
 
     def show(event: build.CacheProgress) -> None:
@@ -35,13 +35,13 @@ def _live(bar: Progress) -> build.ProgressCallback:
     return show
 
 
-def _plain(console: Console) -> build.ProgressCallback:
-    last = time.monotonic()
+def _show_lines(console: Console) -> build.ProgressCallback:
+    last_time = time.monotonic()
 
     def show(event: build.CacheProgress) -> None:
-        nonlocal last
-        if time.monotonic() - last > PLAIN_SECONDS:
-            last = time.monotonic()
+        nonlocal last_time
+        if time.monotonic() - last_time > PLAIN_SECONDS:
+            last_time = time.monotonic()
             seconds_left = (event.total - event.done) / max(event.images_per_second, 1e-9)
             eta = f" | ETA {timedelta(seconds=round(seconds_left))}" if event.total else ""
             print_line(console, f"{event.phase} {event.done}/{event.total or '?'} | {_speed(event)}{eta}")

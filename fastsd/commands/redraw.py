@@ -1,13 +1,13 @@
 """`fastsd redraw`: a data set that a model generates from the captions or images of another data set.
 
     OUT/redraw.json                  the model, images, settings and start; written first
-    OUT/00000012.png 00000012.txt    number 12 of the cached images, and its first caption
+    OUT/00000012.png 00000012.txt    image number 12 of the cache, redrawn, and its first caption
 
-An image starts in one of three ways: from pure noise; from its latent, noised to a timestep; or from its unchanged latent,
-which is only decoded (timestep 0).
+Drawing starts in one of three ways: from pure noise; from an image's latents, noised to a timestep; or from the unchanged
+latents, which are only decoded (timestep 0).
 
-Noise is a function of (seed, number).  Batches do not depend on how many of their images are requested or already exist.
-A data set therefore has the same bits if it is made at once, in several calls, or after interruptions.
+Noise is a function of (seed, image number). Batches do not depend on how many of their images are requested or already exist.
+A data set therefore has the same bits if it is made in one call, in several calls, or with interruptions.
 
 Shapes: B images of one size, C latent channels, H x W latent positions.
 """
@@ -48,8 +48,8 @@ from fastsd.train.precision import choose_device, set_precision
 from fastsd_kernels import noise
 
 SETTINGS_FILE = "redraw.json"
-_SAMPLER_NOISE = 1 << 40  # added to an image's number: position of the noise that a stochastic sampler adds
-_SAMPLING = {"sampler", "steps", "guidance", "negative"}
+_SAMPLER_NOISE = 1 << 40  # plus an image's number: the position of the noise that a stochastic sampler adds
+_SAMPLING_KEYS = {"sampler", "steps", "guidance", "negative"}
 
 
 def redraw(
@@ -66,18 +66,18 @@ def redraw(
 
     Args:
         name: a diffusers folder, hub id, single file, run (its newest checkpoint) or checkpoint.
-        config: gives the images, tag filter, [sample] and seed, and those [model] settings that the model does not store.
+        config: has the images, the tag filter, [sample], the seed, and those [model] settings that the model does not store.
         start: timestep to which latents are noised; 0 = only decode them; None = start from pure noise.
-        limit: number of images to draw, from the first on; None = all.
-        device: "" = the config's.
+        limit: draw only the first `limit` images; None = all.
+        device: name of the device; "" = the config's.
 
     Returns:
         The number of images drawn in this call.
 
     Raises:
-        UserError: the model does not load, its noise schedule does not have `start`, there are no latents, or `out` is
-            something else, was made with other settings or cannot be written.
-        Stopped: by Ctrl-C. The images drawn so far remain.
+        UserError: the model does not load, its noise schedule does not have `start`, there are no latents, or `out` has other
+            contents, was made with other settings or cannot be written.
+        Stopped: the user pressed Ctrl-C. The images drawn so far remain.
     """
     console, start_time = console or Console(), time.perf_counter()
     table = _table(resolve_model(name), config.model)
@@ -111,7 +111,7 @@ def redraw(
 
 
 def _table(base: str, table: ModelTable) -> ModelTable:
-    """Describe the model with its own VAE. Caption settings, and all a single file does not store, are the config's."""
+    """Describe the model with its own VAE. The config has the caption settings, and everything that a single file lacks."""
     if not Path(base).is_file():
         revision = table.revision if base == table.base else ""
         return ModelTable(base=base, revision=revision, clip_skip=table.clip_skip, chunks=table.chunks)
@@ -121,7 +121,7 @@ def _table(base: str, table: ModelTable) -> ModelTable:
 
 
 def _load(table: ModelTable, config: Config, start: int | None, precision: str, device: str) -> tuple[Model | None, Vae]:
-    """Load the model (None if latents are only decoded) and the VAE that decodes."""
+    """Load the model and the VAE that decodes. The model is None if latents are only decoded."""
     if start == 0:
         set_precision(precision)
         return None, load_vae(table).to(choose_device(device), torch.float32)
@@ -137,7 +137,7 @@ def _load(table: ModelTable, config: Config, start: int | None, precision: str, 
 
 
 def _any_latents(table: ModelTable, config: Config, vae: Vae) -> LatentCache:
-    """Open the config's latents, which may be from any VAE: only their captions and sizes are used."""
+    """Open the config's latents. They may be from any VAE, because only their captions and sizes are used."""
     latents = LatentCache.open(config.cache.dir, view_name(config, load_vae(config.model).hash))
     if latents.meta.downscale != vae.downscale:
         raise UserError(
@@ -149,16 +149,16 @@ def _any_latents(table: ModelTable, config: Config, vae: Vae) -> LatentCache:
 
 
 def _settings(table: ModelTable, config: Config, latents: LatentCache, start: int | None, precision: str) -> dict[str, Any]:
-    """Collect everything that determines a data set, except the number of its images that exist."""
+    """Collect everything that determines the redrawn images, but not how many are drawn."""
     base = os.path.abspath(table.base) if os.path.exists(table.base) else table.base
     view = f"{latents.name} {latents.sha256[:16]}"
     model = table.model_dump(exclude={"lora"}) | {"base": base, "precision": precision, "start": start, "seed": config.seed}
     images = {"view": view, "include": config.data.include, "exclude": config.data.exclude}
-    return model | images | config.sample.model_dump(include=_SAMPLING)
+    return model | images | config.sample.model_dump(include=_SAMPLING_KEYS)
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Record in `out` what it will contain. Raises UserError if it already contains something else."""
+    """Write `settings` into `out`. Raises UserError if it has other settings or other contents."""
     path = out / SETTINGS_FILE
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(not name.startswith(TEMPORARY) for name in os.listdir(out))):
@@ -181,7 +181,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _batches(latents: LatentCache, selected: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Yield batches of numbers of images that have one size."""
+    """Yield batches of image numbers. The images of a batch have the same size."""
     for group in latents.groups:
         numbers = np.arange(group.first, group.first + group.count)
         if selected is not None:
@@ -191,7 +191,7 @@ def _batches(latents: LatentCache, selected: np.ndarray | None) -> Iterator[np.n
 
 @dataclass(frozen=True)
 class _Redrawer:
-    """Draws images. If `model` is None, it only decodes latents."""
+    """Draws images. Latents are only decoded if `model` is None."""
 
     config: Config
     latents: LatentCache
@@ -200,7 +200,7 @@ class _Redrawer:
     start: int | None
 
     def write(self, out: Path, batches: Iterator[np.ndarray], limit: int, report_progress: ProgressCallback) -> int:
-        """Draw those of the first `limit` images that do not exist yet, and return how many were drawn."""
+        """Draw the first `limit` images, except those that exist. Return how many were drawn."""
         start_time, done, num_drawn = time.perf_counter(), 0, 0
         for numbers_B in batches:
             names = [f"{number:08d}" for number in numbers_B[: limit - done].tolist()]

@@ -18,7 +18,7 @@ Options = TypeVar("Options", ModelTable, SampleTable)
 
 
 def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precision: str, device: str) -> None:
-    """Load a model, generate images, and write OUT/NNN-seed.png and OUT/grid.png. Raises UserError."""
+    """Generate images with a model, and write OUT/NNN-seed.png and OUT/grid.png. Raises UserError for invalid options."""
     table = _from_options(SampleTable, settings)
     prompts = read_prompts(table)
     if not prompts:
@@ -37,7 +37,7 @@ def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precisio
 
 
 def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:
-    """Build a config table from command line options. Raises UserError naming the option."""
+    """Build a config table from command line options. Raises a UserError that names an invalid option."""
     try:
         return table.model_validate(settings)
     except ValidationError as error:

@@ -1,14 +1,14 @@
-"""`fastsd swap-vae`: replace a base model's VAE and, given images, align its edge layers to the new latents.
+"""`fastsd swap-vae`: replace a base model's VAE. If there are images, align the UNet's edge layers to the new latents.
 
-    OUT/             a diffusers folder: the base's UNet and text encoder, the new VAE
-    OUT/swap.json    how it was made: the fits, their maps, R^2 and losses; the model card README.md describes it in words
+    OUT/             a diffusers folder with the base's UNet and text encoder, and the new VAE
+    OUT/swap.json    the fits with their maps, R^2 and losses; the model card README.md describes them in words
 
-The mathematics is in `fastsd/model/align.py`. --seed selects images from the whole folder. A quarter of them are left out of
-the fits and measure them by the loss that training will minimise: the mean square error of the UNet's prediction, with the
-images' captions, at one timestep of each of `STRATA` equal strata of the schedule. Timesteps and noise are a function of
-(seed, number of the image, stratum), so all fits see the same.
+The mathematics is in `fastsd/model/align.py`. --seed selects images from the whole folder. Three quarters of them determine the
+fits; the others measure each fit by the loss that training will minimise. It is the mean square error of the UNet's prediction,
+with the images' captions, at one timestep of each of `STRATA` equal strata of the schedule. Timesteps and noise are a function
+of (seed, image number, stratum), so they are the same for all fits.
 
-Shapes: N images, B of them in a forward, C latent channels of the base, D of the new VAE, S strata of timesteps.
+Shapes: N images, B images per forward, C latent channels of the base, D latent channels of the new VAE, S timestep strata.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set
 from fastsd_kernels.noise import Purpose, permutation, philox
 
 FITS = ("plain", "orthogonal", "affine", "kernel")
-FEWEST, MEASURE_EVERY = 8, 4  # images that a fit needs; one image in MEASURE_EVERY measures
-STRATA, BATCH = 10, 8
-_SELECTION = 1 << 40  # a position that no image has, for the permutation that selects images
+FEWEST = 8  # least number of images for a fit
+MEASURE_EVERY = 4  # one image in so many measures the fits
+STRATA, BATCH = 10, 8  # timestep strata; images per forward
+_SELECTION = 1 << 40  # position of the permutation that selects images; no image has it
 
 
 def swap_vae(
@@ -67,18 +68,18 @@ def swap_vae(
     seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Write `base` with `vae` in place of its own VAE to `out`, and return the contents of swap.json.
+    """Replace the VAE of `base` by `vae`, write the model to `out`, and return the contents of swap.json.
 
     Args:
-        base, vae, tokenizer, vae_scaling_factor: as `model.base` and so on of a config.
-        images: a folder of images, with captions if they have some; None = only swap the VAE.
-        fit: one of `FITS`; "" = the one with the smallest loss, or plain without images.
+        base, vae, tokenizer, vae_scaling_factor: as in `[model]` of a config.
+        images: a folder of images, with or without captions; None = only swap the VAE.
+        fit: one of `FITS`; "" = the fit with the smallest loss, or plain if there are no images.
         limit: largest number of images to use.
-        resolution: px a side that images are resized and cropped to; 0 = the UNet's own.
-        precision: fp32 or bf16, of the UNet while it is measured. The output is fp32.
+        resolution: side in px to which images are resized and cropped; 0 = the UNet's own.
+        precision: precision of the UNet while losses are measured, fp32 or bf16. The output is fp32.
 
     Raises:
-        UserError: a model does not load or the two do not fit; images are missing, unreadable or too few; `out` exists.
+        UserError: a model does not load, the VAE does not suit the base, images are missing or too few, or `out` exists.
     """
     console = console or Console()
     _check_options(out, images, fit, vae_scaling_factor, precision)
@@ -87,10 +88,10 @@ def swap_vae(
     table = ModelTable(base=base, tokenizer=tokenizer)
     model = load_model(table, choose_ops("auto", compute_device))
     new_vae = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
-    _check(model.vae, new_vae, vae, aligning=bool(images))
+    _check_vaes(model.vae, new_vae, vae, aligning=bool(images))
     _print_changes(console, model, new_vae)
 
-    fp32_weights = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # fp32, for the output
+    fp32_weights = {name: parameter.detach() for name, parameter in model.unet.named_parameters()}  # for the output
     edge_layers = align.edge_layers(model.unet)
     record: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new_vae.scaling_factor, "fit": "plain"}
     if images:
@@ -140,7 +141,7 @@ def _check_options(out: Path, images: Path | None, fit: str, vae_scaling_factor:
 
 
 def _describe(record: Mapping[str, Any]) -> str:
-    """Describe for the model card how the model was made."""
+    """Describe how the model was made, for its model card."""
     vae_only = "Only the VAE was replaced; the model must be trained before its images are usable."
     if "fits" not in record:
         return vae_only
@@ -153,20 +154,20 @@ def _describe(record: Mapping[str, Any]) -> str:
 
 
 def _images(folder: Path) -> list[DataSource]:
-    """List all images of a folder, including those that cannot be used."""
+    """List all images of a folder, including unusable ones."""
     try:
         return list(folders.scan([FolderTable(path=str(folder))]))
     except UserError as error:
         raise UserError("swap-images", str(error).replace("data.folders", "--images")) from None
 
 
-def _check(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
+def _check_vaes(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
     """Raise UserError if the VAE is the base's own, or if its latents need no alignment or cannot be aligned."""
 
-    def latents(vae: Vae) -> tuple[Any, ...]:
+    def latent_space(vae: Vae) -> tuple[Any, ...]:
         return vae.hash, vae.scaling_factor, vae.shift_factor
 
-    if latents(base) == latents(new):
+    if latent_space(base) == latent_space(new):
         state, new_state = base.module.state_dict(), new.module.state_dict()
         if state.keys() == new_state.keys() and all(torch.equal(tensor, new_state[key]) for key, tensor in state.items()):
             raise UserError("swap-same-vae", f"VAE is {name}, which the base already uses; choose another VAE")
@@ -195,12 +196,11 @@ def _print_changes(console: Console, model: Model, new: Vae) -> None:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Images encoded by both VAEs, in the order drawn.
+    """Images encoded by both VAEs, in the order in which they were selected.
 
     Attributes:
-        numbers_N: numbers of the images in their folder, which determine their noise.
-        x_NCHW, y_NDHW: scaled latents of the base's and of the new VAE, fp32, on the CPU.
-        text_embeds_NLD: text embeddings.
+        numbers_N: the images' numbers in their folder, which determine their noise.
+        x_NCHW, y_NDHW: scaled latents of the base's VAE and of the new VAE, fp32, on the CPU.
         rejected: number of rejected images by reason.
     """
 
@@ -212,7 +212,7 @@ class _Pairs:
     rejected: Counter[str]
 
     def indices(self, *, measuring: bool) -> Tensor:
-        """Return the indices of the images that measure, or of those used for the fits."""
+        """Return the indices of the images that measure the fits, or of those that determine them."""
         index_N = torch.arange(len(self.numbers_N))
         return index_N[(index_N % MEASURE_EVERY == 0) == measuring]
 
@@ -231,11 +231,13 @@ def _encode(
     resolution: int,
     report_progress: ProgressCallback,
 ) -> _Pairs:
-    """Encode images and captions. Raises UserError for a resolution that the model cannot have, or too few images."""
-    device, base, start_time = new.device, model.vae, time.perf_counter()
+    """Encode images and captions. Raises UserError if the model does not support the resolution or there are too few images."""
+    start_time = time.perf_counter()
+    device, base = new.device, model.vae
     base.to(device, torch.float32)
     model.text.module.to(device)
-    resolution, step = resolution or model.unet.cfg.sample_size * base.downscale, base.downscale * model.unet.cfg.downscale
+    resolution = resolution or model.unet.cfg.sample_size * base.downscale
+    step = base.downscale * model.unet.cfg.downscale
     if resolution % step:
         near = max(resolution // step, 1) * step
         raise UserError("swap-resolution", f"--resolution is {resolution}, not a multiple of {step}; use {near}")
@@ -278,7 +280,7 @@ def _encode(
 
 
 def _read(source: DataSource, buckets: Buckets) -> tuple[Tensor, str]:
-    """Return the pixels, uint8 (3, R, R), and the caption, "" without one. Raises Rejected."""
+    """Return an image's pixels, uint8 (3, R, R), and its first caption, or "". Raises Rejected if it is unusable."""
     if source.problem:
         raise Rejected(source.problem)
     data, captions = folders.read_bytes(source), folders.captions_of(source)
@@ -287,7 +289,7 @@ def _read(source: DataSource, buckets: Buckets) -> tuple[Tensor, str]:
 
 @dataclass
 class _Measured:
-    """A measured fit: R^2 a channel of the base ([] for the base itself), {"loss", "se"}, and {"A", "c"} if it has them."""
+    """A measured fit: R^2 of each base channel ([] for the base itself), {"loss", "se"}, and the map {"A", "c"} if it has one."""
 
     edge_layers: align.EdgeLayers
     r2: list[float] = field(default_factory=list)
@@ -296,11 +298,7 @@ class _Measured:
 
 
 class _Alignment:
-    """Computes the fits and measures them.
-
-    Args:
-        model: a model with its UNet on its device, in the precision to measure in.
-    """
+    """Computes and measures the fits. The UNet of `model` is on its device, in the precision of the measurement."""
 
     def __init__(self, model: Model, pairs: _Pairs, seed: int, report_progress: ProgressCallback) -> None:
         self.model, self.pairs, self.seed, self.report_progress = model, pairs, seed, report_progress
@@ -311,7 +309,7 @@ class _Alignment:
 
     @torch.no_grad()
     def compare(self, edge_layers: align.EdgeLayers) -> dict[str, _Measured]:
-        """Measure the base with its own VAE ("own"), then each of `FITS`."""
+        """Measure the base with its own VAE (called "own"), and each of `FITS`."""
         fit_pairs, measure_pairs = (
             align.Pairs(self.pairs.x_NCHW[i], self.pairs.y_NDHW[i]) for i in (self.fit_index_N, self.measure_index_N)
         )
@@ -348,15 +346,15 @@ class _Alignment:
         return {"loss": metrics["loss"], "se": metrics["se"]}
 
     def _forwards(self, index_N: Tensor, latents_NCHW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (UNet output, target), fp32, for each batch and, within it, each timestep stratum."""
+        """Yield (UNet output, target) in fp32 for each batch. A batch is repeated for each timestep stratum."""
         unet, prediction = self.model.unet, self.model.prediction
         device = unet.conv_in.weight.device
         tables = self.abar_T.sqrt().to(device), (1 - self.abar_T).sqrt().to(device)
-        first_S = torch.tensor(self._stratum_bounds())
+        bounds = torch.tensor(self._stratum_bounds())
         for index_B in index_N.split(BATCH):
             latents_BCHW, text_embeds_BLD = latents_NCHW[index_B].to(device), self.pairs.text_embeds_NLD[index_B].to(device)
             random_BS4 = philox(self.seed, Purpose.ALIGNMENT, self.pairs.numbers_N[index_B], torch.arange(STRATA))
-            t_BS = first_S[:-1] + (random_BS4[..., 0] * first_S.diff() >> 32)
+            t_BS = bounds[:-1] + (random_BS4[..., 0] * bounds.diff() >> 32)
             position_BS = random_BS4[..., 1] << 32 | random_BS4[..., 2]
             for t_B, position_B in zip(t_BS.T.to(device), position_BS.T.to(device), strict=True):
                 noise_args = latents_BCHW, position_B, t_B, *tables, self.seed
@@ -367,7 +365,7 @@ class _Alignment:
             self.report_progress(CacheProgress("measure", self.done, self.total, speed))
 
     def _stratum_bounds(self) -> list[int]:
-        """Return the first timestep of each stratum, and the end."""
+        """Return the first timestep of each stratum, and the number of timesteps."""
         return [stratum * len(self.abar_T) // STRATA for stratum in range(STRATA + 1)]
 
 
@@ -383,5 +381,6 @@ def _print_table(console: Console, record: dict[str, Any]) -> None:
         print_line(console, f"{sum(record['put_aside'].values())} rejected: {_reasons(record['put_aside'])}")
     print_line(console, f"{'fit':12}{'step-0 loss':20}R^2 of each channel")
     for name, row in record["fits"].items():
-        loss, r2 = f"{row['loss']:.4f} ± {row['se']:.4f}", " ".join(f"{channel_r2:.4f}" for channel_r2 in row["r2"])
+        loss = f"{row['loss']:.4f} ± {row['se']:.4f}"
+        r2 = " ".join(f"{channel_r2:.4f}" for channel_r2 in row["r2"])
         print_line(console, f"{name:12}{loss:20}{r2 or 'base model with its own VAE'}")

@@ -34,13 +34,13 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     For a run's checkpoint the result equals, to the last bit, what the run itself measured in that precision.
 
     Args:
-        name: a diffusers folder, hub id, single file, run (its newest checkpoint) or checkpoint. The config's own base is
-            measured with the config's VAE, as at the start of a run; any other model with its own VAE.
-        config: gives data, cache and [validate], and those [model] settings that the model does not store.
+        name: a diffusers folder, hub id, single file, run (its newest checkpoint) or checkpoint. The config's own base uses
+            the config's VAE, as at the start of a run. Any other model uses its own VAE.
+        config: has the data, the cache, [validate], and those [model] settings that the model does not store.
         json_file: a file to write the rows to as well.
 
     Raises:
-        UserError: the config measures nothing, there are no latents of the model's VAE, or `load_model` raises it.
+        UserError: the config has no validation images, or no latents of the model's VAE; or as `load_model`.
     """
     console, table = console or Console(), config.validate_
     if not (table.held_out or table.stabilised):
@@ -52,7 +52,8 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
             "json-folder-missing",
             f"--json is {str(json_file)!r}, but its folder does not exist; create it or name another file",
         )
-    device, precision, base = choose_device(config.device), config.stage[-1].precision, resolve_model(name)
+    device, precision = choose_device(config.device), config.stage[-1].precision
+    base = resolve_model(name)
     model_table = _table(base, config.model)
     model = load_merged(model_table, choose_ops(config.kernels, device))
 
@@ -79,8 +80,8 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
 
 
 def _table(base: str, table: ModelTable) -> ModelTable:
-    """Describe the model: the config's base as in the config, any other with its own VAE. A folder stores all but the caption
-    settings. A file has no tokenizer, and stores neither its prediction type nor its VAE's scaling factor."""
+    """Describe the model: the config's base as in the config, any other model with its own VAE. A folder stores everything but
+    caption settings. A file lacks the tokenizer, the prediction type and the VAE's scaling factor."""
     if base == table.base:
         return table
     changes: dict[str, Any] = {"base": base, "vae": "", "revision": ""}
@@ -92,7 +93,7 @@ def _table(base: str, table: ModelTable) -> ModelTable:
 
 @contextmanager
 def latents_of(name: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
-    """Open the latents of a config's images by a model's VAE, named for `model.vae`. Raises UserError if they do not exist."""
+    """Open the latents of a config's images from a VAE. `name` is the model's. Raises UserError if they are not cached."""
     view = view_name(config, vae.hash)
     if not (Path(config.cache.dir) / "views" / f"{view}.safetensors").is_file():
         scaling = f" model.vae_scaling_factor={vae.scaling_factor:g}" if Path(name).is_file() else ""
@@ -107,7 +108,7 @@ def latents_of(name: str, config: Config, vae: Vae) -> Iterator[LatentCache]:
 
 @contextmanager
 def _text_embeddings(config: Config, latents: LatentCache, model: Model, console: Console) -> Iterator[TextEmbeddings | None]:
-    """Open the cached text embeddings that a run of the config would read, if this text encoder made them."""
+    """Open the cached text embeddings that a run of the config would read. Yield None if another encoder computed them."""
     text_embeddings = None
     if config.cache.hidden_states:
         try:

@@ -1,4 +1,4 @@
-"""`fastsd compare RUN ... --out report.html`: read runs, and write a page that compares them and its pictures."""
+"""`fastsd compare RUN ... --out report.html`: write a page with pictures that compares runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastsd.errors import UserError
 from fastsd.run.settings import safe_name
 from fastsd.storage import new_folder, replace_file, write_text
 
-TABLES = "tables.json"  # the page's tables, for programs; it marks a folder as a report's, which may be replaced
+TABLES = "tables.json"  # the page's tables for other programs; a folder with this file belongs to a report and may be replaced
 
 
 def compare(
@@ -32,27 +32,27 @@ def compare(
     from_checkpoints: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Write the page `out`, and its pictures and animations into a folder beside it.
+    """Write the page `out`. Its pictures and animations go into a folder beside it.
 
     Args:
         folders: folders of runs.
-        out: the page, .html; an existing one is replaced.
-        baseline: the run that others are measured against, by folder or by label; "" = the first.
-        drawing: `KEY=a,b,c` words: draw the baseline's prompts again with these sampling settings.
-        from_checkpoints: draw from the runs' saved checkpoints: the grids over training, and the models of `drawing`.
+        out: path of the .html file; an existing file is replaced.
+        baseline: folder or label of the run that the others are compared with; "" = the first run.
+        drawing: `KEY=a,b,c` words. The baseline's prompts are drawn again with these sampling settings.
+        from_checkpoints: draw the samples during training, and those of `drawing`, from all saved checkpoints.
 
     Raises:
         UserError: a folder is not a run, the baseline is not among the runs, a setting cannot be drawn, or the page cannot
-            be written. Nothing has been written then.
+            be written. Nothing is written in these cases.
     """
     console = console or Console()
     runs = read_runs(folders)
-    base = _baseline(runs, baseline)
-    settings = draw.read_settings(drawing, base) if drawing or from_checkpoints else []
-    target = _picture_folder(out)
+    baseline_run = _baseline(runs, baseline)
+    settings = draw.read_settings(drawing, baseline_run) if drawing or from_checkpoints else []
+    picture_folder = _picture_folder(out)
 
-    with new_folder(target) as new:
-        report = ComparisonReport(runs, base, new, console)
+    with new_folder(picture_folder) as folder:
+        report = ComparisonReport(runs, baseline_run, folder, console)
         if from_checkpoints:
             report.redraw()
         report.curves()
@@ -61,17 +61,17 @@ def compare(
         if drawing:
             report.draw(settings, from_checkpoints)
         report.end()
-        write_text(new / TABLES, json.dumps(report.tables, indent=2, ensure_ascii=False))
+        write_text(folder / TABLES, json.dumps(report.tables, indent=2, ensure_ascii=False))
         title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared"
-        text = page.page(title, report.sections)
+        html = page.page(title, report.sections)
 
-    replace_file(out, text)
+    replace_file(out, html)
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    print_line(console, f"{out}: {count}, {len(text) / 1e6:.1f} MB; images in {target}")
+    print_line(console, f"{out}: {count}, {len(html) / 1e6:.1f} MB; images in {picture_folder}")
 
 
 class ComparisonReport:
-    """A page under construction. Sections are added in order; pictures are written to `folder` at once."""
+    """A page under construction. Sections are added in order. Pictures are written to `folder` as they are drawn."""
 
     def __init__(self, runs: Sequence[RunData], baseline: RunData, folder: Path, console: Console) -> None:
         self.runs, self.baseline, self.folder, self.console = runs, baseline, folder, console
@@ -81,7 +81,7 @@ class ComparisonReport:
         self.names = {run.label: f"{i}-{safe_name(run.label)}" for i, run in enumerate(runs, 1)}
 
     def redraw(self) -> None:
-        """Replace the grids drawn during training by grids drawn from the checkpoints."""
+        """Replace the sample grids of training by grids drawn from the saved checkpoints."""
         for run in self.runs:
             folder = self.folder / self.names[run.label]
             run.grids = draw.draw_checkpoints(run, self.baseline.config.sample, folder, partial(print_line, self.console))
@@ -139,8 +139,8 @@ class ComparisonReport:
         sheets = []
         for run, sources in groups:
             print_line(self.console, f"drawing {len(sources)} models with {len(settings)} settings")
-            for p, (prompt, sheet) in enumerate(draw.draw_settings(sources, settings), 1):
-                name = f"draw-{self.names[run.label] if run else 'models'}-{p}"
+            for i, (prompt, sheet) in enumerate(draw.draw_settings(sources, settings), 1):
+                name = f"draw-{self.names[run.label] if run else 'models'}-{i}"
                 caption = f"{run.label}: {prompt}" if run else prompt
                 sheets.append(self._picture(name, sheet, f"{caption}, models by sampling settings", caption))
         note = f"Each row shows one model, each column one setting. Everything else is as in {self.baseline.label}."
@@ -153,8 +153,8 @@ class ComparisonReport:
 
     def _table(self, table: Table) -> None:
         self.sections.append(page.table_section(table))
-        words = [[word.label if isinstance(word, RunData) else word for word in row] for row in (table.head, *table.rows)]
-        self.tables[table.key or table.title] = {"head": words[0], "rows": words[1:]}
+        head, *rows = [[word.label if isinstance(word, RunData) else word for word in row] for row in (table.head, *table.rows)]
+        self.tables[table.key or table.title] = {"head": head, "rows": rows}
 
     def _chart(self, title: str, note: str, name: str, figure: Figure) -> None:
         path = self.folder / f"{name}.png"
@@ -179,15 +179,15 @@ def _baseline(runs: Sequence[RunData], name: str) -> RunData:
 
 def _picture_folder(out: Path) -> Path:
     """Return the folder for a page's pictures. Raises UserError if the page or the folder would replace something else."""
-    folder, place = out.with_suffix(""), f"--out is {str(out)!r}"
+    folder, option = out.with_suffix(""), f"--out is {str(out)!r}"
     if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError("page-ending", f"{place}; give a file name that ends in .html")
+        raise UserError("page-ending", f"{option}; give a file name that ends in .html")
     if out.is_dir():
-        raise UserError("page-is-folder", f"{place}, which is a folder; give a file name that ends in .html")
+        raise UserError("page-is-folder", f"{option}, which is a folder; give a file name that ends in .html")
     if folder.exists() and not (folder / TABLES).is_file():
-        raise UserError("page-pictures-in-use", f"{place}, but the folder {folder} is not from compare; choose another name")
+        raise UserError("page-pictures-in-use", f"{option}, but the folder {folder} is not from compare; choose another name")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError("page-folder", f"{place}, but its folder cannot be made ({error.strerror}); choose another") from None
+        raise UserError("page-folder", f"{option}, but its folder cannot be made ({error.strerror}); choose another") from None
     return folder

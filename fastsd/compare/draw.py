@@ -1,4 +1,4 @@
-"""Pictures that `compare` draws itself, from finished models or checkpoints with other sampling settings."""
+"""Samples that `compare` draws itself, from finished models or checkpoints, also with other sampling settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYS = ("clip_skip", "guidance", "negative", "sampler", "seed", "size", "steps")
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to sample. If `clip_skip` is None, each run's own value applies."""
+    """The settings of one column of samples. If `clip_skip` is None, each run's own value applies."""
 
     label: str
     table: SampleTable
@@ -50,7 +50,7 @@ class DrawSource:
 
 
 def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
-    """Return the combinations of `--draw KEY=a,b,c` words. All other settings are those of the baseline's [sample].
+    """Return a `Setting` for each combination of the values in `words`. Other values are those of the baseline's [sample].
 
     Raises:
         UserError: a key is not a sampling setting, a value is not valid, or there are no prompts.
@@ -77,7 +77,7 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
 
 
 def finished_models(runs: Sequence[RunData]) -> list[DrawSource]:
-    """Return RUN/model of each run, or its newest checkpoint if it is unfinished. Raises UserError if a run has neither."""
+    """Return each run's RUN/model, or its newest checkpoint if the run is unfinished. Raises UserError if it has neither."""
     folders = [run.folder / "model" if run.finished else sources_of(run)[-1].folder for run in runs]
     return [DrawSource(run.label, run, folder) for run, folder in zip(runs, folders, strict=True)]
 
@@ -93,16 +93,16 @@ def sources_of(run: RunData) -> list[DrawSource]:
 
 
 def draw_settings(sources: Sequence[DrawSource], settings: Sequence[Setting]) -> Iterator[tuple[str, Image.Image]]:
-    """Yield for each prompt (prompt, sheet of models x settings at one seed)."""
+    """Yield each prompt with a sheet. The sheet has a row for each model and a column for each setting, at one seed."""
     prompts = read_prompts(settings[0].table)
     images_by_source = [(source.label, _draw(source, settings, prompts)) for source in sources]
-    for p, prompt in enumerate(prompts):
-        rows = [(label, [images[p] for images in by_setting]) for label, by_setting in images_by_source]
+    for i, prompt in enumerate(prompts):
+        rows = [(label, [images[i] for images in by_setting]) for label, by_setting in images_by_source]
         yield prompt, sheet([setting.label for setting in settings], rows)
 
 
 def _draw(source: DrawSource, settings: Sequence[Setting], prompts: list[str]) -> list[list[Image.Image]]:
-    """Return images by setting and prompt. The model is loaded once for each clip skip, which is a setting of the model."""
+    """Return the images of a model by setting and prompt. It is loaded once per clip skip, which is a setting of the model."""
     images: dict[int, list[Image.Image]] = {}
     for clip_skip in dict.fromkeys(setting.clip_skip for setting in settings):
         model = source.load(clip_skip)
@@ -115,7 +115,7 @@ def _draw(source: DrawSource, settings: Sequence[Setting], prompts: list[str]) -
 
 
 def draw_checkpoints(run: RunData, table: SampleTable, folder: Path, reporter: Callable[[str], None]) -> list[Grid]:
-    """Draw the grid of `table` from each saved checkpoint of a run, as `folder`/STAGE-STEP.png."""
+    """Draw the sample grid of `table` with each saved checkpoint of a run, and save it as `folder`/STAGE-STEP.png."""
     folder.mkdir(parents=True)
     stages = run.stage_starts("step")
     for source in sources_of(run):

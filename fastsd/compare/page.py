@@ -1,4 +1,4 @@
-"""The page of `fastsd compare`: one self-contained HTML file, which needs no network."""
+"""The page of `fastsd compare`, a single HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastsd.compare.numbers import Table
 from fastsd.compare.runs import RunData
 from fastsd.run.folder import Grid
 
-LONG = 44  # letters of the longest table cell that stays on one line
+LONG = 44  # a table cell with more letters may be broken into several lines
 Frames = Sequence[tuple[Grid, Image.Image]]
 
 
@@ -50,14 +50,14 @@ def table_section(table: Table) -> Section:
 
 
 def picture(image: Image.Image, alt: str, caption: str | RunData = "", *, lossless: bool = False) -> str:
-    """Return the HTML of a picture with the alternative text `alt`. `lossless` suits charts, lossy suits photographs."""
+    """Return the HTML of a picture with the alternative text `alt`. Charts should be `lossless`; photographs need not be."""
     text = f"<figcaption>{_word(caption)}</figcaption>" if caption else ""
     width = f' style="max-width:{image.width}px"' if not lossless else ""
     return f'<figure>{text}<img src="{_uri(image, lossless)}" alt="{_safe(alt)}"{width}></figure>\n'
 
 
 def film(films: Sequence[tuple[RunData, Frames]]) -> str:
-    """Return the HTML of one slider over the grids of all runs. Each run shows its newest grid up to the chosen step."""
+    """Return the HTML of a slider for the sample grids of all runs. Each run shows its last grid up to the chosen step."""
     figures = "".join(
         f'<figure><figcaption>{_word(run)} <small></small></figcaption><img alt="samples of {_safe(run.label)}"></figure>\n'
         for run, _ in films
@@ -68,8 +68,8 @@ def film(films: Sequence[tuple[RunData, Frames]]) -> str:
 
 def _cell(word: str | RunData) -> str:
     """Return the HTML of a table cell. Short text stays on one line; long text may break anywhere."""
-    kind = ' class="long"' if isinstance(word, str) and len(word) > LONG else ""
-    return f"<td{kind}>{_word(word)}</td>"
+    css_class = ' class="long"' if isinstance(word, str) and len(word) > LONG else ""
+    return f"<td{css_class}>{_word(word)}</td>"
 
 
 def _word(word: str | RunData) -> str:

@@ -1,4 +1,4 @@
-"""Logs and samples of a run's folder. It can be read while the run trains, after a kill, or from an older version."""
+"""Read a run's logs and samples. The run may still train, may have been killed, or may come from an older version."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMOOTHING_WINDOW = 0.04  # share of a run's log rows that a smoothed loss averag
 VALIDATION_TYPES: dict[str, type | tuple[type, ...]] = {
     "step": int, "images": int, "set": str, "weights": str, "loss": (int, float), "se": (int, float),
 }  # fmt: skip
-# Ten colours that most eyes can distinguish, also on paper. With more runs they repeat.
+# Colours that most people can distinguish, also on paper. They repeat after ten runs.
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3294", "#8c564b", "#5a5a5a", "#a6a61d",
 )  # fmt: skip
@@ -28,7 +28,7 @@ COLOURS = (
 
 @dataclass
 class RunData:
-    """One run. Rows are the complete rows of its .jsonl files."""
+    """A run's config, logs and samples. Incomplete rows of the .jsonl files are left out."""
 
     folder: Path
     label: str
@@ -45,26 +45,26 @@ class RunData:
         return (self.folder / "model").is_dir()
 
     def log_column(self, key: str) -> np.ndarray:
-        """Return a column of the log as float64, nan where a row lacks it."""
+        """Return a column of the log as float64. Rows without the key have nan."""
         return column(self.log, key)
 
     def epoch(self, step: int) -> float:
-        """Return the epochs done at a step, interpolated between log rows."""
+        """Return the number of epochs done at a step, interpolated between log rows."""
         steps, epochs = (np.concatenate([[0.0], self.log_column(key)]) for key in ("step", "epoch"))
         return float(np.interp(step, steps, epochs))
 
     def stage_starts(self, count: str = "images") -> list[tuple[str, int]]:
-        """Return (name, images or steps before it) of each stage that has a log row."""
+        """Return each logged stage's name, and the images (or steps, by `count`) that were done before it."""
         starts = [rows.start for rows in self.stages()]
         return [(self.log[start]["stage"], self.log[start - 1][count] if start else 0) for start in starts]
 
     def stages(self) -> list[slice]:
-        """Return the log rows of each stage."""
+        """Return the slice of the log that belongs to each stage."""
         starts = [i for i, row in enumerate(self.log) if not i or row["stage"] != self.log[i - 1]["stage"]]
         return [slice(*pair) for pair in pairwise([*starts, len(self.log)])]
 
     def smoothed_loss(self) -> np.ndarray:
-        """Return the loss after two moving averages over `SMOOTHING_WINDOW` of the rows, separately for each stage."""
+        """Return the loss, smoothed twice by a moving average over `SMOOTHING_WINDOW` of the rows. Stages are not mixed."""
         loss = self.log_column("loss")
         half = max(3, round(len(loss) * SMOOTHING_WINDOW / 2))
         for rows in self.stages():
@@ -73,7 +73,7 @@ class RunData:
         return loss
 
     def validations(self) -> list[tuple[str, str]]:
-        """Return the (set, weights) that validation measured, in a fixed order."""
+        """Return each pair (set, weights) that validation measured, in a fixed order."""
         order = ["held_out", "stabilised", "raw", "ema"]
         pairs = {(row["set"], row["weights"]) for row in self.validation}
         return sorted(pairs, key=lambda pair: [order.index(word) if word in order else len(order) for word in pair])
@@ -83,22 +83,22 @@ class RunData:
 
 
 def _average(y: np.ndarray, half: int) -> np.ndarray:
-    """Average over up to `half` neighbours on either side."""
-    total, index = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
+    """Average each value with up to `half` neighbours on either side."""
+    sums, index = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
     start, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(y))
-    return (total[end] - total[start]) / (end - start)
+    return (sums[end] - sums[start]) / (end - start)
 
 
 def column(rows: Sequence[LogRow], key: str) -> np.ndarray:
-    numbers = [row.get(key) for row in rows]
-    return np.array([n if isinstance(n, (int, float)) else np.nan for n in numbers], dtype=np.float64)
+    values = [row.get(key) for row in rows]
+    return np.array([value if isinstance(value, (int, float)) else np.nan for value in values], dtype=np.float64)
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """Read the runs in these folders, and give each a unique label and a colour.
+    """Read the runs in these folders. Each gets a unique label and a colour.
 
     Raises:
-        UserError: no folder is given, or one is not a run, holds no log row yet, or is named twice.
+        UserError: no folder is given, or a folder is not a run, has no log row yet, or is given twice.
     """
     if not folders:
         raise UserError("compare-no-runs", "no runs given; give run folders, for example runs/a runs/b")
@@ -136,6 +136,6 @@ def _read(folder: Path, label: str, colour: str) -> RunData:
 
 
 def read_grids(folder: Path) -> list[Grid]:
-    """Read the sample grids STAGE-STEP.png in a folder, by step. Incomplete files are left out."""
+    """Read the sample grids STAGE-STEP.png in a folder, sorted by step. Incomplete files are left out."""
     grids = [grid for path, stage, step in grid_files(folder) if (grid := read_grid(path, stage, step))]
     return sorted(grids, key=lambda grid: (grid.step, grid.path.name))

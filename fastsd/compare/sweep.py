@@ -1,6 +1,6 @@
 """`fastsd sweep CONFIG key=a,b,c ...`: train runs that differ only in these keys, one after the other.
 
-The same command continues a stopped sweep: finished runs are skipped, and an interrupted run resumes.
+The same command continues a stopped sweep. It skips finished runs and resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastsd.storage import replace_file
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of a sweep. `name` names its folder, as "lr=1e-05,clip_skip=1"; `values` are those of the swept keys."""
+    """One run of a sweep. Its folder is called `name`, such as "lr=1e-05,clip_skip=1"; `values` are those of the swept keys."""
 
     name: str
     values: dict[str, Any]
@@ -46,36 +46,37 @@ class Variant:
 def sweep(
     path: Path, words: Sequence[str], precision: str | None = None, baseline: str = "", console: Console | None = None
 ) -> None:
-    """Train the runs of all combinations. RUN/sweep.json lists the values of each folder; RUN/report.html compares them.
+    """Train a run for each combination of values. RUN/sweep.json lists the values by folder; RUN/report.html compares the runs.
 
     Args:
         path: the config; its `run` is the folder of the sweep.
-        words: `key=a,b,c` is swept; `key=value` is the same in all runs.
+        words: `key=a,b,c` sweeps a key; `key=value` sets one value in all runs.
         precision: replaces the precision of every stage.
-        baseline: name of the run that others are measured against; "" = the one with the config's own values, or the first.
+        baseline: name of the run to compare the others with; "" = the run with the config's own values, or the first run.
 
     Raises:
-        UserError: before any training, for invalid words, configs or models; at the end, for runs that failed.
+        UserError: words, configs or models are invalid (raised before any training), or runs failed (raised at the end).
     """
     console = console or Console()
     variants = plan_sweep(path, words, precision)
-    base = _baseline(variants, baseline, path, words, precision)
-    root = base.folder.parent
-    print_line(console, f"{len(variants)} runs in {root}, baseline {base.name}")
+    baseline_variant = _baseline(variants, baseline, path, words, precision)
+    root = baseline_variant.folder.parent
+    print_line(console, f"{len(variants)} runs in {root}, baseline {baseline_variant.name}")
     for variant in variants:
         values = ", ".join(f"{key} = {setting_text(value)}" for key, value in variant.values.items())
         print_line(console, f"  {variant.name}: {values}")
 
     _prepare(variants, console)
     root.mkdir(parents=True, exist_ok=True)
-    table = {"config": str(path), "baseline": base.name, "runs": {variant.name: variant.values for variant in variants}}
-    replace_file(root / "sweep.json", json.dumps(table, indent=2) + "\n")
+    values_by_name = {variant.name: variant.values for variant in variants}
+    record = {"config": str(path), "baseline": baseline_variant.name, "runs": values_by_name}
+    replace_file(root / "sweep.json", json.dumps(record, indent=2) + "\n")
 
     failed = _train_all(variants, console)
     logged = [v for v in variants if (log := v.folder / "log.jsonl").is_file() and log.stat().st_size]
     if logged:
-        baseline_run = base if base in logged else logged[0]
-        compare([v.folder for v in logged], root / "report.html", str(baseline_run.folder), console=console)
+        compared_with = baseline_variant if baseline_variant in logged else logged[0]
+        compare([v.folder for v in logged], root / "report.html", str(compared_with.folder), console=console)
     if failed:
         raise UserError("sweep-runs-failed", "\n".join(f"{name} failed: {why}" for name, why in failed.items()))
 
@@ -84,49 +85,49 @@ def plan_sweep(path: Path, words: Sequence[str], precision: str | None = None) -
     """Return the runs of a sweep. The values of the last key vary fastest.
 
     Raises:
-        UserError: a key without values or with one twice, nothing to sweep, an unknown key, a bad value, or two runs that
-            would be equal or share a folder.
+        UserError: no key has several values, a key is unknown, a value is invalid or given twice, or two runs would be equal
+            or share a folder.
     """
-    picked = combinations(words)
-    swept = [key for key in picked[0] if len({setting_text(combination[key][1]) for combination in picked}) > 1]
+    all_combinations = combinations(words)
+    swept = [key for key in all_combinations[0] if len({setting_text(c[key][1]) for c in all_combinations}) > 1]
     if not swept:
         raise UserError(
             "sweep-no-values", "no key has several values; sweep at least one, for example stage.caption_dropout=0.04,0.1"
         )
     if "run" in swept:
         raise UserError("sweep-several-folders", "run has several values; give one folder, in which each run gets a subfolder")
-    short = short_names(swept)
+    short_keys = short_names(swept)
     problems: list[str] = []
     variants: list[Variant] = []
-    for combination in picked:
+    for combination in all_combinations:
         try:
             config = load_config(path, [f"{key}={text}" for key, (text, _) in combination.items()], precision)
         except UserError as error:
             problems += str(error).split("\n")
             continue
-        name = ",".join(f"{short[key]}={safe_name(setting_text(combination[key][1]))}" for key in swept)
+        name = ",".join(f"{short_keys[key]}={safe_name(setting_text(combination[key][1]))}" for key in swept)
         variant_config = config.model_copy(update={"run": str(Path(config.run) / name)})
         variants.append(Variant(name, {key: combination[key][1] for key in swept}, variant_config))
     if problems:
         raise UserError("sweep-configs", "\n".join(dict.fromkeys(problems)))
-    names: dict[str, Variant] = {}
-    contents: dict[str, Variant] = {}
+    by_name: dict[str, Variant] = {}
+    by_settings: dict[str, Variant] = {}
     for variant in variants:
-        other = names.setdefault(variant.name.casefold(), variant)
+        other = by_name.setdefault(variant.name.casefold(), variant)
         if other is not variant:
             pair = " and ".join(str(v.values) for v in (other, variant))
             raise UserError(
                 "sweep-shared-folder",
                 f"{pair} would share the folder {variant.folder}; sweep one of them separately with run=FOLDER",
             )
-        other = contents.setdefault(_settings(variant.config), variant)
+        other = by_settings.setdefault(_settings(variant.config), variant)
         if other is not variant:
             raise UserError("sweep-same-run", f"{other.name} and {variant.name} are the same run; leave one out")
     return variants
 
 
 def _baseline(variants: list[Variant], name: str, path: Path, words: Sequence[str], precision: str | None) -> Variant:
-    """Return the run of that name; without a name, the run with the config's own values, otherwise the first."""
+    """Return the run called `name`. If `name` is empty, return the run with the config's own values, or the first run."""
     if name:
         match = next((variant for variant in variants if variant.name == name), None)
         if match is None:
@@ -137,10 +138,10 @@ def _baseline(variants: list[Variant], name: str, path: Path, words: Sequence[st
         return match
     fixed = [word for word in words if word.partition("=")[0].strip() not in variants[0].values]
     try:
-        base_settings = _settings(load_config(path, fixed, precision))
-    except UserError:  # it is not valid without the swept values
+        settings = _settings(load_config(path, fixed, precision))
+    except UserError:  # the config is not valid without the swept values
         return variants[0]
-    return next((variant for variant in variants if _settings(variant.config) == base_settings), variants[0])
+    return next((variant for variant in variants if _settings(variant.config) == settings), variants[0])
 
 
 def _settings(config: Config) -> str:
@@ -150,10 +151,10 @@ def _settings(config: Config) -> str:
 def _prepare(variants: Sequence[Variant], console: Console) -> None:
     """Load every model once, to report errors before the first run, and build missing caches.
 
-    Runs that have a checkpoint have passed this check and are skipped.
+    A run with a checkpoint is skipped, because it has passed this check before.
     """
     problems: list[str] = []
-    missing: dict[str, Config] = {}
+    uncached: dict[str, Config] = {}  # one config for each missing cache view
     for variant in variants:
         config = variant.config
         if checkpoints(variant.folder / "checkpoints"):
@@ -169,17 +170,17 @@ def _prepare(variants: Sequence[Variant], console: Console) -> None:
             with closing(LatentCache.open(config.cache.dir, view)):
                 pass
             if config.cache.hidden_states:  # this encoder's text embeddings may be missing
-                missing[f"{view} {config.model.model_dump_json()}"] = config
+                uncached[f"{view} {config.model.model_dump_json()}"] = config
         except UserError:
-            missing[f"{config.cache.model_dump_json()} {view}"] = config
+            uncached[f"{config.cache.model_dump_json()} {view}"] = config
     if problems:
         raise UserError("sweep-jobs", "\n".join(dict.fromkeys(problems)))
-    for config in missing.values():
+    for config in uncached.values():
         cache(config, console)
 
 
 def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
-    """Train the unfinished runs. Return the error messages of those that failed, by name."""
+    """Train the unfinished runs. Return the error message of each failed run by its name."""
     failed = {}
     for i, variant in enumerate(variants, 1):
         print_line(console, f"\n[{i}/{len(variants)}] {variant.name}")
@@ -191,7 +192,7 @@ def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
         except UserError as error:
             failed[variant.name] = str(error)
             print_line(console, f"failed: {error}\ncontinuing with the next run")
-        # The next run needs the memory of this one, and measures its own peak.
+        # The next run needs the memory of this run, and measures its own peak.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -200,7 +201,7 @@ def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
 
 
 def _finished(variant: Variant) -> bool:
-    """Return True if a run of exactly this config has exported its model. Does not load the model."""
+    """Return True if a run with exactly this config has exported its model. The model is not loaded."""
     checkpoint_paths = checkpoints(variant.folder / "checkpoints")
     if not checkpoint_paths or not (variant.folder / "model").is_dir():
         return False

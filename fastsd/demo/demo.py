@@ -1,8 +1,8 @@
 """`fastsd demo`: the whole workflow in miniature, on a machine that has only Python.
 
-A tiny model with SD1.5's architecture can draw coloured shapes. Its VAE is replaced by another one, and its pictures come out
+A tiny model with SD1.5's architecture can draw coloured shapes. Its VAE is replaced by another one, and its samples come out
 wrong. Then the user's own commands (cache, train, sample) teach it the new latents. The demo ends with one picture and the
-accuracies. The models ship with the package (`fastsd/demo/models.py` made them); the pictures are drawn on the spot.
+accuracies. The models ship with the package (`fastsd/demo/models.py` trained them). The training images are drawn by the demo.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from fastsd.sampling.generate import generate, load_to_sample
 
 MODELS = Path(__file__).parent / "assets"
 PICTURES, PICTURE_SEED = 384, 1
-SEEDS = (0, 1)  # each of the 48 prompts is drawn with both
-SHOWN = 9  # samples a panel of the final picture
+SEEDS = (0, 1)  # each of the 48 prompts is drawn with both seeds
+SHOWN = 9  # samples in a panel of the final picture
 
 
 def demo(out: Path, console: Console | None = None) -> dict[str, float]:
-    """Run the demo in `out`. Returns the accuracies and the seconds it took, and writes them to result.json."""
-    console, start = console or Console(), time.perf_counter()
+    """Run the demo in `out`. Return the accuracies and the seconds it took, and write them to result.json."""
+    console, start_time = console or Console(), time.perf_counter()
     config = _lay_out(out, console)
     table = config.model
-    base = _draw(config, table.model_copy(update={"vae": ""}))
-    swapped = _draw(config, table)
-    print_line(console, f"base model: {base[0]:.0%} of {len(base[1])} samples show the requested colour and shape")
-    print_line(console, f"base model with another VAE: {swapped[0]:.0%}\n")
+    base_share, base_images = _draw(config, table.model_copy(update={"vae": ""}))
+    swapped_share, swapped_images = _draw(config, table)
+    print_line(console, f"base model: {base_share:.0%} of {len(base_images)} samples show the requested colour and shape")
+    print_line(console, f"base model with another VAE: {swapped_share:.0%}\n")
 
     print_line(console, f"$ fastsd cache {out / 'demo.toml'}")
     cache(config, console)
@@ -44,19 +44,20 @@ def demo(out: Path, console: Console | None = None) -> dict[str, float]:
     train(config, console)
     model = Path(config.run) / "model"
     print_line(console, f"\n$ fastsd sample {model} --prompt ...")
-    after = _draw(config, ModelTable(base=str(model)))
-    _picture(out / "demo.png", base, swapped, after)
-    accuracies = {"base": base[0], "before": swapped[0], "after": after[0]}
-    result = accuracies | {"samples": len(after[1]), "seconds": round(time.perf_counter() - start, 1)}
+    trained_share, trained_images = _draw(config, ModelTable(base=str(model)))
+    columns = (base_share, base_images), (swapped_share, swapped_images), (trained_share, trained_images)
+    _picture(out / "demo.png", *columns)
+    accuracies = {"base": base_share, "before": swapped_share, "after": trained_share}
+    result = accuracies | {"samples": len(trained_images), "seconds": round(time.perf_counter() - start_time, 1)}
     (out / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    shares = f"{base[0]:.0%} base, {swapped[0]:.0%} with the VAE swapped, {after[0]:.0%} after retraining"
-    print_line(console, f"correct colour and shape: {shares} ({len(after[1])} samples each, {result['seconds']:.0f} s)")
+    shares = f"{base_share:.0%} base, {swapped_share:.0%} with the VAE swapped, {trained_share:.0%} after retraining"
+    print_line(console, f"correct colour and shape: {shares} ({len(trained_images)} samples each, {result['seconds']:.0f} s)")
     print_line(console, f"picture: {out / 'demo.png'}")
     return result
 
 
 def _lay_out(out: Path, console: Console) -> Config:
-    """Write models, pictures and config into `out`."""
+    """Write the models, the training images and the config into `out`. Return the config."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(MODELS, out / "models", dirs_exist_ok=True)
     world.write_dataset(out / "images", PICTURES, PICTURE_SEED)
@@ -73,7 +74,7 @@ def _config_file() -> Path:
 
 
 def _draw(config: Config, table: ModelTable) -> tuple[float, list[Image.Image]]:
-    """Draw every prompt with every seed. Returns (share of images with the requested colour and shape, images)."""
+    """Draw every prompt with every seed. Return the share of images with the right colour and shape, and the images."""
     model = load_to_sample(table, config.device)
     requests = [(colour, shape, prompt, seed) for seed in SEEDS for colour, shape, prompt in world.prompts()]
     size = config.data.resolution

@@ -1,8 +1,7 @@
 """Train the two models that `fastsd demo` ships with, from scratch: `python -m fastsd.demo.models OUT`.
 
-`OUT/base` is a Stable Diffusion 1.5 in miniature (a diffusers folder: tokenizer, text encoder, UNet, VAE, scheduler)
-that can draw the shapes of `world`.  `OUT/vae` is a second VAE of the same architecture with another latent space and
-another scaling factor.  All weights are stored as fp16 safetensors.
+`OUT/base` is a diffusers folder with a tiny Stable Diffusion 1.5 that can draw the shapes of `world`. `OUT/vae` is a second
+VAE. It has the same architecture, but another latent space and another scaling factor. All weights are fp16.
 """
 
 from __future__ import annotations
@@ -29,19 +28,15 @@ from fastsd.demo import world
 
 IMAGE_SIZE, LATENT_SIZE = 64, 8
 CONTEXT_LENGTH, CONTEXT_WIDTH = 77, 64
-SCHEDULE = {  # SD1.5's own
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-}
+SCHEDULE = {  # of SD1.5
+    "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    "steps_offset": 1, "set_alpha_to_one": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class VaeRecipe:
-    """Settings that differ between the VAEs: the seed of weights and pictures, and the pull to unit variance above all."""
+    """Settings that differ between the two VAEs. `kl_weight` decides how strongly latents are pulled to unit variance."""
 
     seed: int
     kl_weight: float
@@ -51,19 +46,19 @@ class VaeRecipe:
 
 BASE_VAE = VaeRecipe(seed=1, kl_weight=3e-3, steps=2500, rate=2e-3)
 OTHER_VAE = VaeRecipe(seed=2, kl_weight=1e-5, steps=300, rate=1e-3)
-# The other VAE's latent space starts as the base's, turned in two planes of its four channels, stretched and shifted.
+# The other VAE's latent space starts as the base's space, turned in two planes of its four channels, stretched and shifted.
 TURN, STRETCH, OFFSET = math.radians(60), 1.7, (0.3, -0.3, 0.2, -0.2)
 
 
 def _byte_letters() -> list[str]:
-    """Return the 256 letters that byte-level BPE uses for bytes: printable bytes as themselves, the others moved up."""
+    """Return the 256 letters that byte-level BPE uses for bytes. Unprintable bytes become letters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def _merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Return the word's BPE tokens under the merges so far."""
+def _split_word(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Return a word's BPE tokens. `ranks` holds the merges and their order."""
     tokens = [*word[:-1], word[-1] + "</w>"]
     while candidates := [pair for pair in pairwise(tokens) if pair in ranks]:
         pair = min(candidates, key=ranks.__getitem__)
@@ -75,14 +70,14 @@ def _merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 def write_tokenizer(folder: Path) -> None:
     """Write a CLIP tokenizer that has one token for every word of the captions, and splits anything else into bytes.
 
-    Each word in turn gets the merges that join its remaining tokens.  Later merges rank lower, so they never change the
-    tokens of an earlier word.
+    Merges are added word by word, until each word is a single token. Later merges rank lower, so they never change the tokens
+    of an earlier word.
     """
     wordings = re.sub("{.*?}", "", " ".join(world.TEMPLATES))
     words = sorted({*world.COLOURS, *world.SHAPES, "a", "an", *re.findall("[a-z]+", wordings)})
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
-        word_tokens = _merged(word, ranks)
+        word_tokens = _split_word(word, ranks)
         while len(word_tokens) > 1:
             ranks.setdefault((word_tokens[0], word_tokens[1]), len(ranks))
             word_tokens[:2] = [word_tokens[0] + word_tokens[1]]
@@ -130,7 +125,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Create SD1.5's UNet with three levels instead of four.  As there, `attention_head_dim` is the number of heads."""
+    """Create SD1.5's UNet with three levels instead of four. As in SD1.5, `attention_head_dim` is the number of heads."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=4,
@@ -159,19 +154,19 @@ def new_vae() -> AutoencoderKL:
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
-    """Convert pictures to the models' input: (n, 3, height, width) in -1..1."""
+    """Convert pictures to a tensor (n, 3, height, width) in [-1, 1], as the models read them."""
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """Convert (n, 3, height, width) in -1..1 to pictures."""
+    """Convert a tensor (n, 3, height, width) in [-1, 1] to pictures."""
     levels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 def _picture_for_vae(rng: np.random.Generator) -> Image.Image:
-    """Draw a picture of the world. A quarter get other colours, so that latents also cover colours without a name."""
+    """Draw a picture of the world. A quarter of them get colours without a name, so that latents cover these as well."""
     combos = world.combinations()
     picture = world.draw(*combos[rng.integers(len(combos))], rng)
     if rng.random() < 0.75:
@@ -183,11 +178,11 @@ def _picture_for_vae(rng: np.random.Generator) -> Image.Image:
 
 @torch.no_grad()
 def relative(vae: AutoencoderKL) -> AutoencoderKL:
-    """Return a copy with mixed, stretched and shifted latent channels: the same pictures, another latent space.
+    """Return a copy that decodes to the same pictures, but whose latent channels are mixed, stretched and shifted.
 
-    It relates to the base's VAE as SDXL's VAE does to SD1.5's: the parts of a picture stay where they were, the meaning of
-    the numbers there changes, and a nearly linear map leads from one to the other.  Further training adds the rest.  (A
-    UNet can also learn a VAE that was trained from other random weights, only not within a demo.)
+    The copy relates to the base's VAE as SDXL's VAE does to SD1.5's. A part of a picture keeps its latent position, the meaning
+    of the channels changes, and a nearly linear map leads from one latent space to the other. Further training makes the map
+    less linear. A UNet could also learn a VAE that was trained from other random weights, but not within a demo.
     """
     other = copy.deepcopy(vae).requires_grad_(True)
     cos, sin = math.cos(TURN), math.sin(TURN)
@@ -224,7 +219,7 @@ def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> Autoenco
             seconds = time.monotonic() - start_time
             print(f"vae {recipe.seed}: step {step + 1}, error {error.detach().abs().mean():.4f}, {seconds:.0f} s")
     vae.eval().requires_grad_(False)
-    # Round to fp16 first: the scaling factor and all later training should fit the stored weights.
+    # Round to fp16 first, so that the scaling factor and all later training suit the stored weights.
     vae.half().float()
     spread = encode(vae, [_picture_for_vae(rng) for _ in range(512)]).std() / vae.config.scaling_factor
     vae.register_to_config(scaling_factor=round(1 / spread.item(), 5))
@@ -245,14 +240,15 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> list[Image.Image]:
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Convert captions to (n, 77) token ids, padded as SD1.5 pads them."""
+    """Convert captions to token ids (n, 77), padded as SD1.5 pads them."""
     return tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
 def train_text_encoder(tokenizer: CLIPTokenizer, steps: int = 400, batch: int = 64) -> CLIPTextModel:
-    """Train a text encoder to distinguish the things that captions name, as CLIP's was trained before SD1.5.
+    """Train a text encoder to distinguish the colours and shapes that captions name.
 
-    Two linear heads, dropped later, predict colour and shape (none for an empty caption) at all positions from the end token.
+    Two linear heads predict the colour and the shape at the end token and at the padding after it. An empty caption has a class
+    of its own. The heads are dropped after the training.
     """
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -289,12 +285,12 @@ def train_base(
     rate: float = 1e-3,
     pictures: int = 4800,
 ) -> UNet2DConditionModel:
-    """Train a UNet from random weights on the VAE's latents and the text embeddings, and return its EMA."""
+    """Train a UNet from random weights on latents and text embeddings, and return the EMA of its weights."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     combos = world.combinations() * (pictures // len(world.combinations()))
     latents = encode(vae, [world.draw(c, s, rng) for c, s in combos]).clone()
-    # Each text occurs many times, so its embeddings are computed only once.
+    # Each text occurs many times, but its embeddings are computed only once.
     texts = ["", *(world.caption(c, s, rng) for c, s in combos)]
     row_by_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     with torch.no_grad():
@@ -309,7 +305,7 @@ def train_base(
     for step in range(steps):
         indices = torch.randint(len(latents), (batch,))
         noise, t = torch.randn(batch, *latents.shape[1:]), torch.randint(1000, (batch,))
-        # A tenth of the captions is dropped, which teaches the unconditional half of classifier-free guidance.
+        # A tenth of the captions is dropped, because classifier-free guidance also needs unconditional predictions.
         rows = text_rows[indices] * (torch.rand(batch) > 0.1)
         predicted = unet(noise_scheduler.add_noise(latents[indices], noise, t), t, text_embeds[rows]).sample
         loss = (predicted - noise).square().mean()
@@ -318,7 +314,7 @@ def train_base(
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        # The decay starts low, so the random initial weights have left the EMA by the end.
+        # The decay starts low, so that the EMA forgets the random initial weights.
         decay = min(0.998, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
@@ -330,7 +326,7 @@ def train_base(
 def save_base(
     folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL, tokenizer: CLIPTokenizer
 ) -> None:
-    """Write a diffusers folder with fp16 weights, and put it in place in one move."""
+    """Write a diffusers folder with fp16 weights. An existing folder is replaced when the new one is complete."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -350,7 +346,7 @@ def save_base(
 
 
 def save_vae(folder: Path, vae: AutoencoderKL) -> None:
-    """Write a VAE folder with fp16 weights, and put it in place in one move."""
+    """Write a VAE folder with fp16 weights. An existing folder is replaced when the new one is complete."""
     fresh = folder.with_name(folder.name + ".new")
     copy.deepcopy(vae).half().save_pretrained(fresh)
     _replace(fresh, folder)

@@ -1,8 +1,7 @@
 """The miniature world of `fastsd demo`: captioned pictures of coloured shapes, and a judge without a neural network.
 
-The world is small enough for a model that trains on a CPU within minutes, but makes the same demands as the real one:
-the caption's two words (a colour, a shape) must steer the picture, and the colours are right only if UNet and VAE agree
-on the latent space.
+The world is small enough for a model that trains on a CPU within minutes, but it makes the same demands as the real world. The
+caption's colour and shape must steer the picture, and the colours are right only if UNet and VAE agree on the latent space.
 """
 
 from __future__ import annotations
@@ -17,15 +16,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (216, 40, 44),
-    "orange": (246, 144, 30),
-    "yellow": (248, 220, 56),
-    "green": (44, 160, 72),
-    "cyan": (56, 200, 222),
-    "blue": (38, 82, 204),
-    "purple": (124, 50, 166),
-    "pink": (246, 132, 190),
-}
+    "red": (216, 40, 44), "orange": (246, 144, 30), "yellow": (248, 220, 56), "green": (44, 160, 72),
+    "cyan": (56, 200, 222), "blue": (38, 82, 204), "purple": (124, 50, 166), "pink": (246, 132, 190),
+}  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 BACKGROUND = (244, 241, 235)
 TEMPLATES = (
@@ -35,17 +28,16 @@ TEMPLATES = (
     "a drawing of {a} {colour} {shape}",
 )
 
-# Drawing happens at this multiple of the final size and is averaged down, which antialiases every edge.
-_SUPERSAMPLING = 4
-# The ring's hole, and the star's inner corners, relative to the outer radius; the cross's half arm width.
+_SUPERSAMPLING = 4  # shapes are drawn at this multiple of the final size and averaged, which antialiases their edges
+# Relative to the outer radius: the ring's hole, the star's inner corners, and half the width of the cross's arms.
 _RING_HOLE, _STAR_WAIST, _CROSS_ARM = 0.55, 0.45, 0.3
-_LARGEST_TURN = 8.0
-# Degrees after which a shape looks the same again; the judge tries turns up to it.
+_LARGEST_TURN = 8.0  # degrees
+# A shape looks the same again after a turn by so many degrees. The judge tries smaller turns.
 _PERIOD = {"circle": 1, "square": 90, "triangle": 120, "star": 72, "cross": 90, "ring": 1}
 
 
 def _outline(shape: str, radius: float, turn: float) -> np.ndarray:
-    """Return the corners (n, 2) of a polygonal shape about the origin, y pointing down as in pictures."""
+    """Return the corners (n, 2) of a polygonal shape around the origin. y points down, as in pictures."""
     if shape == "square":
         steps, reach = np.arange(4) + 0.5, np.full(4, 1.2)
     elif shape == "triangle":
@@ -56,8 +48,8 @@ def _outline(shape: str, radius: float, turn: float) -> np.ndarray:
         arm = _CROSS_ARM
         quarter = np.array([(1.1, -arm), (1.1, arm), (arm, arm)])
         corners = quarter[:, 0] + 1j * quarter[:, 1]
-        flat = np.concatenate([corners * 1j**k for k in range(4)]) * np.exp(1j * math.radians(turn)) * radius
-        return np.stack([flat.real, flat.imag], axis=1)
+        turned = np.concatenate([corners * 1j**k for k in range(4)]) * np.exp(1j * math.radians(turn)) * radius
+        return np.stack([turned.real, turned.imag], axis=1)
     else:
         raise ValueError(f"shape is {shape!r}, which has no corners; use square, triangle, star or cross")
     angles = steps * (2 * math.pi / len(steps)) + math.radians(turn)
@@ -65,7 +57,7 @@ def _outline(shape: str, radius: float, turn: float) -> np.ndarray:
 
 
 def _coverage(shape: str, size: int, centre: tuple[float, float], radius: float, turn: float) -> Image.Image:
-    """Draw the share of each pixel that the shape covers, as an 8-bit picture."""
+    """Draw an 8-bit picture of a shape. A pixel's value is the share of it that the shape covers."""
     k = _SUPERSAMPLING
     canvas = Image.new("L", (size * k, size * k))
     pen = ImageDraw.Draw(canvas)
@@ -76,12 +68,13 @@ def _coverage(shape: str, size: int, centre: tuple[float, float], radius: float,
             r = radius * _RING_HOLE
             pen.ellipse([(x - r) * k, (y - r) * k, (x + r) * k, (y + r) * k], fill=0)
     else:
-        pen.polygon([tuple(p) for p in ((_outline(shape, radius, turn) + (x, y)) * k).tolist()], fill=255)
+        corners = (_outline(shape, radius, turn) + (x, y)) * k
+        pen.polygon([tuple(corner) for corner in corners.tolist()], fill=255)
     return canvas.resize((size, size), Image.Resampling.BOX)
 
 
 def draw(colour: str, shape: str, rng: np.random.Generator, size: int = 64) -> Image.Image:
-    """Draw one picture: the shape in its colour, at a random place, size and turn, on the light background."""
+    """Draw a shape in a colour, at a random position, size and turn, on the light background."""
     radius = rng.uniform(0.27, 0.31) * size
     centre = (rng.uniform(0.46, 0.54) * size, rng.uniform(0.46, 0.54) * size)
     coverage = _coverage(shape, size, centre, radius, rng.uniform(-_LARGEST_TURN, _LARGEST_TURN))
@@ -95,27 +88,27 @@ def _fill(template: str, colour: str, shape: str) -> str:
 
 
 def caption(colour: str, shape: str, rng: np.random.Generator) -> str:
-    """Return a caption that names both, in one of a few wordings."""
+    """Return a caption that names the colour and the shape, in a random one of a few wordings."""
     return _fill(TEMPLATES[rng.integers(len(TEMPLATES))], colour, shape)
 
 
 def combinations() -> list[tuple[str, str]]:
-    """Return every (colour, shape), in an order in which any few neighbours differ in both."""
+    """Return every (colour, shape), in an order in which both vary among any few neighbours."""
     return [(colour, SHAPES[(i + j) % len(SHAPES)]) for j in range(len(SHAPES)) for i, colour in enumerate(COLOURS)]
 
 
 def prompts() -> list[tuple[str, str, str]]:
-    """Return (colour, shape, prompt) for every combination. Models are judged by these."""
+    """Return (colour, shape, prompt) for every combination. Models are judged by these prompts."""
     return [(c, s, _fill(TEMPLATES[i % len(TEMPLATES)], c, s)) for i, (c, s) in enumerate(combinations())]
 
 
 def write_dataset(folder: Path, count: int, seed: int) -> None:
-    """Write `count` pictures (every fifth a JPEG) with a caption file each. All combinations are equally frequent."""
+    """Write `count` pictures with caption files; every fifth is a JPEG. All combinations are equally frequent."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    every = combinations()
+    pairs = combinations()
     for i in range(count):
-        colour, shape = every[i % len(every)]
+        colour, shape = pairs[i % len(pairs)]
         picture = draw(colour, shape, rng)
         if i % 5 == 4:
             picture.save(folder / f"{i:05d}.jpg", quality=95, subsampling=0)
@@ -124,16 +117,17 @@ def write_dataset(folder: Path, count: int, seed: int) -> None:
         (folder / f"{i:05d}.txt").write_text(caption(colour, shape, rng) + "\n", encoding="utf-8")
 
 
-# Distances in RGB (0..255): a background pixel's from the background, a shape's colour from the named one, and the mean
-# of the shape's own pixels from their median.  The named colours lie at least 80 apart.
-_BACKGROUND_TOLERANCE, _COLOUR_TOLERANCE, _SPREAD_TOLERANCE = 45.0, 48.0, 40.0
-_SMALLEST_SHARE, _LARGEST_SHARE = 0.04, 0.5
-_LEAST_OVERLAP = 0.76
-_GRID = 28
+# Largest distances in RGB (0 to 255) that the judge accepts. The distance between any two named colours is at least 80.
+_BACKGROUND_TOLERANCE = 45.0  # between the background and the frame of a picture
+_COLOUR_TOLERANCE = 48.0  # between a shape's colour and a named colour
+_SPREAD_TOLERANCE = 40.0  # between a shape's pixels and their median, on average
+_SMALLEST_SHARE, _LARGEST_SHARE = 0.04, 0.5  # of the picture that a shape covers
+_LEAST_OVERLAP = 0.76  # between a picture's shape and the most similar shape
+_GRID = 28  # side of the grid on which shapes are compared
 
 
 def _normalised(coverage: np.ndarray) -> np.ndarray:
-    """Move the shape to the middle, scale it to unit area, sample it on a fixed grid and flatten it."""
+    """Move a shape to the middle, scale it to unit area, and sample it on a fixed grid. Return the flattened grid."""
     height, width = coverage.shape
     area = coverage.sum()
     y = (coverage.sum(axis=1) @ np.arange(height)) / area
@@ -148,8 +142,8 @@ def _normalised(coverage: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _templates() -> tuple[tuple[str, ...], np.ndarray]:
-    """Return every shape at every turn, normalised: names and a matrix with one row each."""
+def _reference_shapes() -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of all shapes at all turns, and a matrix with a row for each normalised shape."""
     turned = [(shape, float(turn)) for shape in SHAPES for turn in range(0, _PERIOD[shape], 6)]
     rows = [
         _normalised(np.asarray(_coverage(shape, 64, (32.0, 32.0), 20.0, turn), dtype=np.float64) / 255)
@@ -159,9 +153,9 @@ def _templates() -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def judge(image: Image.Image) -> tuple[str | None, str | None]:
-    """Return the (colour, shape) that a picture shows, from its pixels alone; None for an unknown one.
+    """Return the (colour, shape) that a picture shows, from its pixels alone. None stands for an unknown colour or shape.
 
-    The frame must be background.  The pixels that differ from it are the shape: their median gives the colour, and their
+    The frame must be background. The pixels that differ from the background are the shape. Their median is the colour. Their
     coverage, scaled to unit area, is compared with every shape at every turn (soft intersection over union).
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
@@ -172,7 +166,7 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
     inside = distance > 1.5 * _BACKGROUND_TOLERANCE
     if not _SMALLEST_SHARE < inside.mean() < _LARGEST_SHARE:
         return None, None
-    # Edge pixels are mixtures; those far from the background are the shape's own colour.
+    # Pixels at edges mix two colours. Pixels far from the background have the shape's colour.
     core = pixels[inside & (distance > 0.8 * np.median(distance[inside]))]
     middle = np.median(core, axis=0)
     if np.linalg.norm(core - middle, axis=1).mean() > _SPREAD_TOLERANCE:
@@ -183,10 +177,10 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
         return None, None
     span = middle - BACKGROUND
     coverage = np.clip((pixels - BACKGROUND) @ span / (span @ span), 0, 1)
-    # Faint ripples of the background, as a VAE leaves them, are not part of the shape.
+    # A VAE leaves faint ripples in the background, which are not part of the shape.
     shape_vector = _normalised(np.where(coverage > 0.15, coverage, 0.0))
-    names, templates = _templates()
-    overlap = np.minimum(templates, shape_vector).sum(axis=1) / np.maximum(templates, shape_vector).sum(axis=1)
+    names, references = _reference_shapes()
+    overlap = np.minimum(references, shape_vector).sum(axis=1) / np.maximum(references, shape_vector).sum(axis=1)
     best = int(overlap.argmax())
     return colour, names[best] if overlap[best] >= _LEAST_OVERLAP else None
 
@@ -194,7 +188,7 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
 def picture(
     columns: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str], scale: int = 2, across: int = 3
 ) -> Image.Image:
-    """Draw one panel for each (title, samples), side by side: enlarged samples in rows of `across`, each with a caption."""
+    """Draw a panel for each (title, samples), side by side. It has enlarged samples with captions, in rows of `across`."""
     tile = max(image.width for _, images in columns for image in images) * scale
     gap, margin, head, foot = 10, 28, 54, 38
     rows = -(-len(captions) // across)
@@ -215,6 +209,6 @@ def picture(
             sheet.paste(image.convert("RGB").resize((tile, tile), Image.Resampling.BICUBIC), (x, y))
             pen.rectangle((x, y, x + tile - 1, y + tile - 1), outline=(222, 222, 226))
             lines = textwrap.fill(text, max(1, int(tile / caption_font.getlength("n"))))
-            place = (x + tile / 2, y + tile + 3)
-            pen.multiline_text(place, lines, font=caption_font, fill=(84, 86, 98), anchor="ma", align="center")
+            position = (x + tile / 2, y + tile + 3)
+            pen.multiline_text(position, lines, font=caption_font, fill=(84, 86, 98), anchor="ma", align="center")
     return sheet

@@ -1,7 +1,7 @@
 """Image generation for sample grids during training, `fastsd sample`, and the demo.
 
-The initial latents of an image depend only on its seed, so the same seed shows the same composition while a model changes.
-Sampling uses no random generator that training uses. The schedulers are those of diffusers.
+The initial noise of an image depends only on its seed, so a seed keeps showing the same composition while a model trains.
+Sampling and training share no random generator. The schedulers are those of diffusers.
 
 Shapes: B images, C latent channels, H x W latent positions, L tokens, D width of the text embeddings.
 """
@@ -52,7 +52,8 @@ def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], table: 
     check_size(model, size)
     check_steps(model, table)
     images: list[Image.Image] = []
-    side, device = size // model.vae.downscale, model.unet.conv_in.weight.device
+    side = size // model.vae.downscale
+    device = model.unet.conv_in.weight.device
     for start in range(0, len(prompts), BATCH):
         rows = slice(start, start + BATCH)
         positions_B = torch.tensor(seeds[rows], device=device)
@@ -89,17 +90,19 @@ def denoise(
     latents_BCHW: Tensor | None = None,
     start: int = 0,
 ) -> Tensor:
-    """Denoise noise to the scaled latents of images, fp32 (B, C, H, W).
+    """Denoise to the scaled latents of images, fp32 (B, C, H, W).
 
     Args:
         eps_BCHW: standard normal noise, on the UNet's device.
-        seeds: B numbers below 2**32, seeds of the noise that stochastic samplers add in each step.
+        seeds: B seeds below 2**32 for the noise that stochastic samplers add in each step.
         table: sampler, steps, guidance and negative prompt.
-        latents_BCHW, start: scaled latents to which noise is added at timestep `start` before denoising; None = pure noise.
+        latents_BCHW: scaled latents, to which noise is added before denoising; None = start from pure noise.
+        start: timestep of the noise that is added to `latents_BCHW`.
     """
     device, count, guided = eps_BCHW.device, len(prompts), table.guidance != 1.0
-    ids = model.text.tokenize([*prompts, *[table.negative] * count] if guided else list(prompts))
-    text_embeds_BLD = model.text.encode(ids.to(model.text.device)).to(device)  # an encoder unused in training is on the CPU
+    token_ids_BL = model.text.tokenize([*prompts, *[table.negative] * count] if guided else list(prompts))
+    # A text encoder that is not trained stays on the CPU.
+    text_embeds_BLD = model.text.encode(token_ids_BL.to(model.text.device)).to(device)
     scheduler = make_sampler(table.sampler, model.scheduler)
     scheduler.set_timesteps(table.steps, device=device)
     if latents_BCHW is None:
@@ -108,9 +111,9 @@ def denoise(
         _begin_at(scheduler, start)
         x_BCHW = scheduler.add_noise(latents_BCHW, eps_BCHW, scheduler.timesteps[:1].expand(count))
 
-    # Stochastic samplers draw additional noise, from a separate generator per image.
+    # Stochastic samplers draw additional noise from a separate generator per image.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    extra = {} if table.sampler == "dpm++" else {"generator": generators}
+    step_options = {} if table.sampler == "dpm++" else {"generator": generators}
     for t in scheduler.timesteps:
         x_in = scheduler.scale_model_input(x_BCHW, t)
         t_B = t.to(device).expand(len(text_embeds_BLD))
@@ -118,16 +121,16 @@ def denoise(
         if guided:
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + table.guidance * (conditional - unconditional)
-        x_BCHW = scheduler.step(prediction, t, x_BCHW, **extra).prev_sample
+        x_BCHW = scheduler.step(prediction, t, x_BCHW, **step_options).prev_sample
     return x_BCHW
 
 
 def _begin_at(scheduler: Any, start: int) -> None:
-    """Make a sampler start at any timestep, with steps as long as those of a full sampling.
+    """Make a sampler start at any timestep, with steps as long as when it starts from pure noise.
 
-    diffusers' image-to-image starts at one of the sampler's own timesteps. With few steps the nearest one is far off.
+    In contrast, diffusers' image-to-image starts at one of the sampler's own timesteps, which may be far from `start`.
     """
-    length = scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # the only step length DDIM has
+    length = scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # DDIM supports no other step length
     timesteps = torch.arange(start, -1, -length)
     scheduler.timesteps = timesteps.to(scheduler.timesteps)
     if hasattr(scheduler, "sigmas"):
@@ -144,8 +147,8 @@ def make_sampler(name: str, config: dict[str, Any]) -> Any:
         "dpm++": "DPMSolverMultistepScheduler",
     }  # fmt: skip
     # Latents are not bounded by 1, but DDIM clips by default if the config does not mention clipping.
-    extra = {"clip_sample": False} if name == "ddim" else {}
-    return getattr(diffusers, classes[name]).from_config(config, **extra)
+    overrides = {"clip_sample": False} if name == "ddim" else {}
+    return getattr(diffusers, classes[name]).from_config(config, **overrides)
 
 
 def to_image(image_3RR: Tensor) -> Image.Image:

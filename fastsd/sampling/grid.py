@@ -1,4 +1,4 @@
-"""Prompts and sample grids: the images a config requests, arranged in rows with captions."""
+"""Read the prompts of a config, and arrange the images it requests in a sample grid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GRID_CHUNK = "fastsd"  # key of the PNG text chunk that describes a grid
 
 
 def check_samples(model: Model, config: Config) -> str:
-    """Return a description of the config's sample grid. Raises UserError before training if it could not be drawn."""
+    """Return a description of the config's sample grid. Raises UserError if the model cannot draw it."""
     table, size = config.sample, config.sample.size or config.data.resolution
     prompts = read_prompts(table)
     check_size(model, size)
@@ -30,7 +30,7 @@ def check_samples(model: Model, config: Config) -> str:
 
 
 def read_prompts(table: SampleTable) -> list[str]:
-    """Return the prompts of a config: the list, then the lines of the file. Raises UserError if the file cannot be read."""
+    """Return the listed prompts of a config, followed by those of its file. Raises UserError if the file cannot be read."""
     prompts = list(table.prompts)
     if table.prompts_file:
         try:
@@ -43,34 +43,36 @@ def read_prompts(table: SampleTable) -> list[str]:
 
 
 def sample_grid(model: Model, table: SampleTable, size: int) -> Image.Image | None:
-    """Draw the fixed grid of a config, one row per prompt and one column per seed. Return None without prompts."""
+    """Draw the sample grid of a config: one row per prompt, one column per seed. Return None if there are no prompts."""
     prompts = read_prompts(table)
     if not prompts:
         return None
     pairs = [(prompt, table.seed + column) for prompt in prompts for column in range(table.images)]
-    images = generate(model, [p for p, _ in pairs], [s for _, s in pairs], table, size)
+    images = generate(model, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], table, size)
     return grid(images, table.images, prompts, table.seed)
 
 
 def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str], seed: int = 0) -> Image.Image:
-    """Arrange images in rows of `columns`, each with its caption below. `seed` is the seed of the first column.
+    """Arrange images in rows of `columns`, with a caption below each row. `seed` is the seed of the first column.
 
-    The result's `info["cells"]` holds {"box": [left, top, right, bottom] in px, "prompt", "seed"} for each image.
+    For each image, the result's `info["cells"]` has a dict with "prompt", "seed" and "box": [left, top, right, bottom] in px.
     """
     width, height = images[0].size
-    text, gap = max(14, height // 18), max(4, width // 32)
-    font = ImageFont.load_default(size=text)
+    font_size, gap = max(14, height // 18), max(4, width // 32)
+    row_height = height + gap + 2 * font_size
+    font = ImageFont.load_default(size=font_size)
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + gap + 2 * text) + gap), "white")
-    draw, cells = ImageDraw.Draw(sheet), sheet.info.setdefault("cells", [])
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * row_height + gap), "white")
+    pen, cells = ImageDraw.Draw(sheet), sheet.info.setdefault("cells", [])
 
     for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        top = gap + r * (height + gap + 2 * text)
+        top = gap + r * row_height
         for c, image in enumerate(row):
             left = gap + c * (width + gap)
             sheet.paste(image, (left, top))
             cells.append({"box": [left, top, left + width, top + height], "prompt": caption, "seed": seed + c})
-        draw.text((gap, top + height + text // 3), _shorten(caption, font, sheet.width - 2 * gap), fill="black", font=font)
+        text = _shorten(caption, font, sheet.width - 2 * gap)
+        pen.text((gap, top + height + font_size // 3), text, fill="black", font=font)
     return sheet
 
 
@@ -80,7 +82,8 @@ def save_grid(sheet: Image.Image, path: Path, stage: str = "", step: int = 0) ->
     Raises:
         OSError: the disk is full or the folder is not writable; an older file with this name stays intact.
     """
-    metadata, temporary = PngInfo(), path.with_name(TEMPORARY + path.name)
+    temporary = path.with_name(TEMPORARY + path.name)
+    metadata = PngInfo()
     metadata.add_text(GRID_CHUNK, json.dumps({"stage": stage, "step": step, "cells": sheet.info["cells"]}))
     sheet.save(temporary, "PNG", pnginfo=metadata)
     os.replace(temporary, path)
