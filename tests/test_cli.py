@@ -1,4 +1,4 @@
-"""The command line: instant help, one sentence and exit 2 for bad input, cache, train, sample."""
+"""The command line: instant help, the commands cache, train and sample, and one sentence and exit code 2 for bad input."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from tiny import job, tiny_vae, write_images
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)  # as a user has it
+    monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)  # as for a user
     return lambda *words: fastsd(*words, monkeypatch=monkeypatch, capsys=capsys)
 
 
@@ -63,8 +63,8 @@ def test_bad_images_and_empty_captions_stop_nothing(run, tmp_path, tiny_model):
     assert code == 0 and "1 rejected" in out and "1 empty captions" in out
 
 
-def bad_jobs(tmp_path, tiny_model, images):
-    """(words of a command, code of the error, facts that its sentence states)."""
+def bad_commands(tmp_path, tiny_model, images):
+    """Return (words of a command, code of its error, facts in the error's sentence) for commands with bad input."""
     path = job(tmp_path, tiny_model, images, STAGE)
     (tmp_path / "empty").mkdir()
     (tmp_path / "only-bad").mkdir()
@@ -98,7 +98,7 @@ def bad_jobs(tmp_path, tiny_model, images):
 @pytest.mark.parametrize("number", range(20))
 def test_bad_input_gets_one_sentence_and_exit_2(number, run, tmp_path, tiny_model, images):
     assert run("cache", job(tmp_path, tiny_model, images, STAGE))[0] == 0
-    words, error, *facts = bad_jobs(tmp_path, tiny_model, images)[number]
+    words, error, *facts = bad_commands(tmp_path, tiny_model, images)[number]
     code, out, err = run(*words)
     print(err)
     assert code == 2
@@ -107,7 +107,7 @@ def test_bad_input_gets_one_sentence_and_exit_2(number, run, tmp_path, tiny_mode
     assert len(err.strip().splitlines()) == 1
 
 
-def test_check_finds_everything_at_once(run, tmp_path, tiny_model, images):
+def test_check_reports_several_problems_at_once(run, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
     code, out, err = run("check", path, "data.folders=['/no/such']", "model.base=/no/model", "device=cuda:9")
     assert code == 2 and says(out, "check-failed", check="model")

@@ -289,7 +289,7 @@ def _read(source: DataSource, buckets: Buckets) -> tuple[Tensor, str]:
 
 @dataclass
 class _Measured:
-    """A measured fit: R^2 of each base channel ([] for the base itself), {"loss", "se"}, and the map {"A", "c"} if it has one."""
+    """A measured fit: R^2 of each base channel ([] for the base itself), {"loss", "se"}, and the map {"A", "c"} if any."""
 
     edge_layers: align.EdgeLayers
     r2: list[float] = field(default_factory=list)

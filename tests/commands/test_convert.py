@@ -1,4 +1,4 @@
-"""`fastsd convert`: all formats and back with equal bits, results in other tools, and folding the VAE."""
+"""`fastsd convert`: equal bits in all formats and back, results in other tools, and folding the VAE."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ SD15 = {"unet": UNetConfig.sd15().to_diffusers(), "vae": SD15_VAE, "text_encoder
 
 
 def converted(name, out, to="", **options):
-    """Convert, and return the printed lines."""
+    """Convert a model, and return the printed lines."""
     lines = []
     convert(str(name), out, to, ConvertOptions(**options), lines.append)
     return lines
@@ -52,7 +53,7 @@ def assert_equal(a, b):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A small model with SD1.5's own counts of heads and norm groups, and SD1.5's factor."""
+    """Make a small model with SD1.5's numbers of heads and norm groups, and its scaling factor."""
     folder = tmp_path_factory.mktemp("convert") / "m"
     cfg = UNetConfig(block_out_channels=(32, 64), attention=(True, False), layers_per_block=2, cross_attention_dim=64)
     make_tiny_model(folder, cfg)
@@ -72,13 +73,13 @@ def test_file_and_back_is_bit_equal(model, file, tmp_path):
     assert_same(states(model), states(tmp_path / "back"))
     for name in ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "unet/config.json"):
         assert (model / name).read_text() == (tmp_path / "back" / name).read_text()
-    vae = [json.loads((folder / "vae" / "config.json").read_text()) for folder in (model, tmp_path / "back")]
-    assert vae[0] == vae[1]
+    configs = [json.loads((folder / "vae" / "config.json").read_text()) for folder in (model, tmp_path / "back")]
+    assert configs[0] == configs[1]
     assert all(name.startswith("text_model.") for name in states(tmp_path / "back")["text_encoder"])
 
 
 def test_original_names_are_inverted_by_diffusers():
-    """Full size: the conversion functions of diffusers map our original names back, one to one."""
+    """The conversion functions of diffusers map the original names of a full-size model back, one to one."""
     from diffusers.loaders import single_file_utils as diffusers
 
     counts = {}
@@ -100,7 +101,7 @@ def test_original_names_are_inverted_by_diffusers():
 
 
 def assert_same_image(folder, *pipes):
-    """Pipelines of diffusers draw the same image as our sampler from a folder and the same latents."""
+    """Assert that pipelines of diffusers draw the same image from the same noise as our sampler does with a folder."""
     from diffusers import DDIMScheduler
 
     from fastsd.sampling.generate import denoise, load_to_sample
@@ -118,19 +119,15 @@ def assert_same_image(folder, *pipes):
 
 
 def test_diffusers_draws_our_image(model, file, tmp_path):
-    """From the folder, from the file, and from a file whose VAE had another scaling factor."""
+    """The model comes from a folder, from a file, and from a file whose VAE had another scaling factor."""
     from diffusers import StableDiffusionPipeline
 
-    load = StableDiffusionPipeline.from_single_file
-    assert_same_image(
-        model,
-        StableDiffusionPipeline.from_pretrained(model, local_files_only=True),
-        load(file, config=str(model), local_files_only=True),
-    )
+    load_file = partial(StableDiffusionPipeline.from_single_file, config=str(model), local_files_only=True)
+    assert_same_image(model, StableDiffusionPipeline.from_pretrained(model, local_files_only=True), load_file(file))
     shutil.copytree(model, tmp_path / "xl")
     tiny_vae(groups=32, width=32, factor=0.13025, seed=5).save_pretrained(tmp_path / "xl" / "vae")
     converted(tmp_path / "xl", tmp_path / "xl.safetensors")
-    assert_same_image(tmp_path / "xl", load(tmp_path / "xl.safetensors", config=str(model), local_files_only=True))
+    assert_same_image(tmp_path / "xl", load_file(tmp_path / "xl.safetensors"))
 
 
 def test_dtype_variant_and_shards(model, tmp_path):
@@ -141,21 +138,19 @@ def test_dtype_variant_and_shards(model, tmp_path):
     assert shards[0] == f"diffusion_pytorch_model.fp16-00001-of-{len(shards):05d}.safetensors" and len(shards) > 2
     assert all(path.stat().st_size < 1e6 for path in (tmp_path / "half").rglob("*.safetensors"))
     half = {component: {name: t.half() for name, t in state.items()} for component, state in states(model).items()}
-    pipe = StableDiffusionPipeline.from_pretrained(
-        tmp_path / "half", variant="fp16", local_files_only=True, torch_dtype=torch.float16
-    )
-    weights = pipe.unet.state_dict()
+    options = {"variant": "fp16", "local_files_only": True, "torch_dtype": torch.float16}
+    weights = StableDiffusionPipeline.from_pretrained(tmp_path / "half", **options).unet.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in half["unet"].items())
     lines = converted(tmp_path / "half", tmp_path / "whole")
     assert "diffusion_pytorch_model.safetensors.index.fp16.json, " in lines[0] and lines[0].endswith(" in fp16")
     assert_same(half, states(tmp_path / "whole"))
     assert json.loads((tmp_path / "half" / "text_encoder" / "config.json").read_text())["torch_dtype"] == "float16"
-    loaded = load_model(ModelTable(base=str(tmp_path / "half")))  # shards and variants train, too
+    loaded = load_model(ModelTable(base=str(tmp_path / "half")))  # shards and variants can also be loaded for training
     assert torch.equal(loaded.unet.conv_in.weight, half["unet"]["conv_in.weight"].float())
 
 
 def test_pickled_checkpoint_with_ema_and_other_entries(model, file, tmp_path):
-    """A pickled checkpoint with EMA weights under names without dots, entries of its trainer and position ids."""
+    """The checkpoint has EMA weights under names without dots, entries of its trainer, and position ids."""
     state = read_safetensors(file)
     prefix = PREFIX["unet"]
     averages = {ema_name(name.removeprefix(prefix)): t * 2 for name, t in state.items() if name.startswith(prefix)}
@@ -170,7 +165,7 @@ def test_pickled_checkpoint_with_ema_and_other_entries(model, file, tmp_path):
 
 
 def test_checkpoint_that_names_its_trainers_class(file, tmp_path, monkeypatch):
-    """The first models have such a key beside their weights. The trainer is not installed, and no object of it is created."""
+    """Early models have such a key beside their weights. The trainer is not installed, and none of its objects is created."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     trainer = types.ModuleType(name)
     trainer.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
@@ -218,7 +213,7 @@ def test_file_without_vae_or_text_encoder(model, file, tmp_path):
 @pytest.mark.parametrize("shift", [0.0, 0.0609, -1.3])
 @pytest.mark.parametrize("factor", [0.13025, 0.3611, 1.5305])
 def test_folded_vae_equals_the_vae(factor, shift):
-    """At 0.18215 and without shift, the folded VAE is the VAE at its own factor and shift."""
+    """With factor 0.18215 and no shift, the folded VAE equals the VAE with its own factor and shift."""
     vae = tiny_vae(factor=factor, seed=1)
     config = dict(vae.config) | {"shift_factor": shift}
     folded_config, tensors = fold_vae.fold(config, vae.state_dict(), "")
@@ -254,13 +249,13 @@ def test_fold_into_a_vae_without_1x1_convolutions():
 
 
 def test_swapped_vae_in_one_file(model, tmp_path):
-    """Other tools decode it correctly. Converted back, it has its own factor and bits, and so its latent cache."""
+    """Other tools decode the VAE correctly. Converted back, it has its old factor and bits, so its latent cache stays valid."""
     shutil.copytree(model, tmp_path / "xl")
     tiny_vae(groups=32, width=32, factor=0.13025, seed=5).save_pretrained(tmp_path / "xl" / "vae")
     lines = converted(tmp_path / "xl", tmp_path / "xl.safetensors", dtype="fp16")
     assert any("0.13025 folded" in line for line in lines)
     vae = load_vae(ModelTable(base=str(tmp_path / "xl")))
-    # A tool without scaling factors reads it by the original names, at 0.18215.
+    # A tool that does not know scaling factors reads the original names and assumes 0.18215.
     read_by_others = tiny_vae(groups=32, width=32)
     state = {name: t for name, t in read_safetensors(tmp_path / "xl.safetensors").items() if name.startswith(PREFIX["vae"])}
     _, named = single_file_layout.read_component(tmp_path, state, {}, "vae", [])
@@ -298,16 +293,15 @@ def test_prediction_and_zero_snr_are_kept(model, tmp_path):
     for name in ("v", "bare"):
         converted(tmp_path / f"{name}.safetensors", tmp_path / f"back-{name}", tokenizer=str(model))
         back = json.loads((tmp_path / f"back-{name}" / "scheduler" / "scheduler_config.json").read_text())
-        assert (
-            back == scheduler if name == "v" else back["prediction_type"] == "v_prediction" and back["rescale_betas_zero_snr"]
-        )
+        assert back["prediction_type"] == "v_prediction" and back["rescale_betas_zero_snr"]
+        assert name == "bare" or back == scheduler
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path):
-    """160 MB in fp32 to fp16, in a process that may allocate at most 80 MB after loading its libraries.
+    """Convert 160 MB from fp32 to fp16 in a process that may allocate at most 80 MB after loading its libraries.
 
-    The address space is limited, because resident memory depends on the machine's load. The file is mapped before that, and at
-    most as much of the mapping may become resident.
+    The limit is on the address space, because resident memory depends on the machine's load. The file is mapped before the
+    limit is set, and at most 80 MB of the mapping may become resident.
     """
     for name, size in (("small", 40), ("big", 40_000_000)):
         write_safetensors(tmp_path / f"{name}.safetensors", {name: torch.ones(size)})
@@ -331,9 +325,9 @@ except RuntimeError:
 maps = open("/proc/self/smaps")
 print(sum(kilobytes(maps, "Rss") for line in maps if line.rstrip().endswith("big.safetensors")))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    allocation, resident = done.stdout.splitlines()
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    allocation, resident = process.stdout.splitlines()
     assert allocation == "too much" and int(resident) < 80_000
     assert read_safetensors(tmp_path / "half.safetensors")["big"].sum(dtype=torch.float64) == 40_000_000
 
@@ -341,12 +335,12 @@ print(sum(kilobytes(maps, "Rss") for line in maps if line.rstrip().endswith("big
 def test_tokenizer_from_the_hubs_cache(model, file, tmp_path, monkeypatch):
     import huggingface_hub.constants
 
-    place = tmp_path / "hub" / "models--openai--clip-vit-large-patch14"
-    shutil.copytree(model / "tokenizer", place / "snapshots" / "abc")
-    (place / "snapshots" / "abc" / "config.json").write_text("{}")  # of the complete CLIP
-    (place / "snapshots" / "abc" / "special_tokens_map.json").write_bytes(b'{"unk_token": "\xff"}\r\n')  # copied, never read
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text("abc")
+    clip = tmp_path / "hub" / "models--openai--clip-vit-large-patch14"
+    shutil.copytree(model / "tokenizer", clip / "snapshots" / "abc")
+    (clip / "snapshots" / "abc" / "config.json").write_text("{}")  # config of the complete CLIP
+    (clip / "snapshots" / "abc" / "special_tokens_map.json").write_bytes(b'{"unk_token": "\xff"}\r\n')  # copied, never read
+    (clip / "refs").mkdir()
+    (clip / "refs" / "main").write_text("abc")
     with refused("write-no-tokenizer"):
         converted(file, tmp_path / "out")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -355,12 +349,12 @@ def test_tokenizer_from_the_hubs_cache(model, file, tmp_path, monkeypatch):
         assert (tmp_path / "out" / "tokenizer" / name).read_bytes() == (model / "tokenizer" / name).read_bytes()
     assert not (tmp_path / "out" / "tokenizer" / "config.json").exists()
     assert (tmp_path / "out" / "tokenizer" / "special_tokens_map.json").read_bytes().endswith(b'\xff"}\r\n')
-    (place / "snapshots" / "abc" / "special_tokens_map.json").unlink()
+    (clip / "snapshots" / "abc" / "special_tokens_map.json").unlink()
     assert load_model(ModelTable(base=str(file))).text.tokenize(["a"]).shape == (1, 77)
 
 
 def test_hub_id_of_pickled_weights(model, tmp_path, monkeypatch):
-    """Pickled weights are fetched only if there are no others, and only for conversion; the revision is passed on."""
+    """Pickled weights are fetched only for conversion, and only if there are no others. The revision is passed on."""
     import huggingface_hub
 
     requests = []

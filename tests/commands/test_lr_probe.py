@@ -1,4 +1,4 @@
-"""`fastsd lr-probe`: reports on a d that settles, rises or stays, resuming, and cleaning up."""
+"""`fastsd lr-probe`: reports on a d that settles, rises or stays at d0, resuming, and cleaning up."""
 
 import json
 import signal
@@ -35,7 +35,7 @@ lr = { unet = 1e-4, text_encoder = 1e-5 }
 """
 
 
-def probed(tmp_path, model, images, *keys, **options) -> tuple[list[Probe], str, Path]:
+def run_probe(tmp_path, model, images, *keys, **options) -> tuple[list[Probe], str, Path]:
     out = StringIO()
     config = load_config(job(tmp_path, model, images, STAGES), list(keys))
     cache(config, Console(file=StringIO()))
@@ -44,13 +44,13 @@ def probed(tmp_path, model, images, *keys, **options) -> tuple[list[Probe], str,
 
 
 def test_trains_with_dlion_and_reads_the_log(tmp_path, tiny_model, images):
-    (probe,), out, folder = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
+    (probe,), out, folder = run_probe(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and probe.plateau == rows[-1]["d"] and probe.growth == rows[-1]["d"] / rows[-11]["d"]
     assert probe.left_d0 == (rows[-1]["d"] > 1e-5) and out.splitlines()[-1] == module._sentence(probe, 40)
     assert not list(folder.glob("checkpoints/*"))
     assert not (folder / "model").exists() and not (folder.parent / "log.jsonl").exists()
-    (again,), _, _ = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
+    (again,), _, _ = run_probe(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
     assert again == probe
 
 
@@ -58,7 +58,7 @@ def test_stopped_probe_resumes(tmp_path, tiny_model, images, monkeypatch):
     from fastsd.errors import Stopped
     from fastsd.run import loop
 
-    (whole,), _, _ = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", "run=" + str(tmp_path / "whole"), steps=40)
+    (whole,), _, _ = run_probe(tmp_path, tiny_model, images, "stage.d0=1e-5", "run=" + str(tmp_path / "whole"), steps=40)
 
     class Stopping(loop.Triggers):
         def log_due(self):
@@ -69,20 +69,20 @@ def test_stopped_probe_resumes(tmp_path, tiny_model, images, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Triggers", Stopping)
         with pytest.raises(Stopped):
-            probed(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
-    (again,), out, _ = probed(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
+            run_probe(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
+    (again,), out, _ = run_probe(tmp_path, tiny_model, images, "stage.d0=1e-5", steps=40)
     assert "step 9" in out and again == whole
 
 
 def test_each_component_has_its_own_d(tmp_path, tiny_model, images):
-    probes, out, _ = probed(tmp_path, tiny_model, images, steps=40, stage="both")
+    probes, out, _ = run_probe(tmp_path, tiny_model, images, steps=40, stage="both")
     assert [probe.component for probe in probes] == ["unet", "text_encoder"]
     assert all(f"d of the {probe.component} " in out for probe in probes)
 
 
 def test_unknown_stage_is_refused(tmp_path, tiny_model, images):
     with refused("probe-unknown-stage", stage="'last'", stages="unet, both"):
-        probed(tmp_path, tiny_model, images, steps=40, stage="last")
+        run_probe(tmp_path, tiny_model, images, steps=40, stage="last")
 
 
 REPORTS = [

@@ -1,4 +1,4 @@
-"""`fastsd redraw`: start and end of an image, equal bits after any interruption, and errors."""
+"""`fastsd redraw`: where images start and end, equal bits after interruptions, and errors."""
 
 import io
 import json
@@ -37,7 +37,7 @@ COUNT = 13
 @pytest.mark.parametrize("kind", SCHEDULERS)
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_a", "dpm++"])
 def test_exact_predictions_recover_every_image(sampler, kind, start):
-    """Denoising starts at the latent noised to `start`; timesteps are 50 apart. DDIM ends one timestep's noise early."""
+    """Denoising starts at latents noised to `start`, and timesteps are 50 apart. DDIM leaves the noise of timestep 0."""
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(2, 4, 8, 8, generator=generator).double() for _ in range(2))
     abar, calls = alphas_cumprod(SCHEDULERS[kind]).double(), []
@@ -54,16 +54,16 @@ def test_exact_predictions_recover_every_image(sampler, kind, start):
     table = SampleTable(sampler=sampler, steps=20, guidance=1.0)
     latents = denoise(model, ["a", "b"], eps.float(), [3, 4], table, x0.float(), start)
     assert [t for t, _ in calls] == list(range(start, -1, -50))
-    abar_start = abar[start] if sampler == "ddim" else abar[start].clamp(min=2**-24)  # diffusers' sigmas stay finite
-    first = abar_start.sqrt() * x0 + (1 - abar_start).sqrt() * eps
-    torch.testing.assert_close(calls[0][1].double(), first, rtol=0, atol=1e-5)
-    last = abar[0].sqrt() * x0 + (1 - abar[0]).sqrt() * eps
-    torch.testing.assert_close(latents.double(), last if sampler == "ddim" else x0, rtol=0, atol=5e-5)
+    abar_start = abar[start] if sampler == "ddim" else abar[start].clamp(min=2**-24)  # diffusers keeps sigmas finite
+    expected_input = abar_start.sqrt() * x0 + (1 - abar_start).sqrt() * eps
+    torch.testing.assert_close(calls[0][1].double(), expected_input, rtol=0, atol=1e-5)
+    ddim_latents = abar[0].sqrt() * x0 + (1 - abar[0]).sqrt() * eps
+    torch.testing.assert_close(latents.double(), ddim_latents if sampler == "ddim" else x0, rtol=0, atol=5e-5)
 
 
 @pytest.fixture
 def data(tmp_path, tiny_model, monkeypatch, capsys) -> DataSet:
-    """13 images, captioned by their numbers; cached."""
+    """13 cached images, captioned by their numbers."""
     data = DataSet(tmp_path, tiny_model, monkeypatch, capsys)
     data.put_good(*(f"{i:02d}.png" for i in range(COUNT)))
     data.run("cache")
@@ -72,12 +72,11 @@ def data(tmp_path, tiny_model, monkeypatch, capsys) -> DataSet:
 
 @pytest.fixture
 def redrawn(data, tiny_model, tmp_path, capsys, monkeypatch):
-    """`redrawn("out", *words)` runs `fastsd redraw` and returns the files of tmp_path / "out" and the output."""
+    """A function: `redrawn("out", *words)` runs `fastsd redraw`, and returns the files in tmp_path / "out" and the output."""
 
     def redraw_into(name, *words, code=0, model=tiny_model):
-        exit_code, out, err = fastsd(
-            "redraw", model, data.config, tmp_path / name, *words, capsys=capsys, monkeypatch=monkeypatch
-        )
+        command = ("redraw", model, data.config, tmp_path / name, *words)
+        exit_code, out, err = fastsd(*command, capsys=capsys, monkeypatch=monkeypatch)
         assert exit_code == code and "Traceback" not in out + err, out + err
         assert code != 2 or (err.startswith("fastsd: ") and err.count("\n") == 1), err
         folder = tmp_path / name
@@ -95,7 +94,7 @@ WAYS = {"drawn": (), "decoded": ("--start", 0), "noised": NOISED}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_writes_every_image_with_its_caption(data, redrawn, way):
+def test_writes_images_with_their_captions(data, redrawn, way):
     files, out = redrawn("out", *WAYS[way], "--limit", 9)
     assert says(out, "redrawn", count=9, drawn=9, present=0)
     with closing(LatentCache.open(data.cache)) as latents:
@@ -116,21 +115,21 @@ def test_start_0_decodes_the_cached_latents(data, redrawn, tiny_model, tmp_path)
 
 
 def test_interruptions_do_not_change_the_bits(redrawn, monkeypatch, tmp_path):
-    """At once, by limits, after kills in the middle of a file, with files missing."""
+    """In one call, with a limit, after kills in the middle of a file, and after files were deleted."""
     whole, _ = redrawn("whole", *NOISED)
     few, _ = redrawn("few", *NOISED, "--limit", 3)
-    assert few == {name: data for name, data in whole.items() if name in few} and len(few) == 7
+    assert few == {name: whole[name] for name in few} and len(few) == 7
     assert redrawn("few", *NOISED)[0] == whole
     write, paths = redraw._write, []
 
-    def dying(path, data):
+    def write_or_die(path, data):
         paths.append(path)
         if len(paths) % 7 == 0:
             path.with_name(f".tmp-{path.name}").write_bytes(data[:3])
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(redraw, "_write", dying)
+    monkeypatch.setattr(redraw, "_write", write_or_die)
     kills = 0
     while len(paths) < 2 * COUNT:
         files, out = redrawn("killed", *NOISED, code=130)
@@ -154,7 +153,7 @@ def test_noise_is_a_function_of_seed_and_number(redrawn, monkeypatch, sampler):
     other, _ = redrawn("other", *words)
     seeded, _ = redrawn("seeded", *words, "seed=1")
     names = [name for name in first if name.endswith(".png")]
-    # Other batches, other roundings: a level of 255 at most.
+    # Other batches cause other rounding errors, by at most one level of 255.
     assert max(abs(pixels(first, name) - pixels(other, name)).max() for name in names) <= 1
     assert min(abs(pixels(first, name) - pixels(seeded, name)).max() for name in names) > 20
 
@@ -171,14 +170,14 @@ def test_each_bucket_keeps_its_size(data, redrawn):
 
 
 def test_result_can_be_trained_on(data, redrawn, tmp_path):
-    """Only first captions are kept, empty ones too, the tag filter applies; a run stands for its newest checkpoint."""
+    """First captions are kept, also empty ones. The tag filter applies. A run stands for its newest checkpoint."""
     data.put("00.png", png(picture(0)), b"first, kept\nsecond\n")
     data.put("01.png", png(picture(1)), b"")
     data.put("02.png", png(picture(2)), "\u00e9t\u00e9, dropped".encode())
     data.run("cache")
     data.run("train")
     files, _ = redrawn("out", 'data.exclude=["dropped"]', model=tmp_path / "run")
-    captions = {name: data.decode() for name, data in files.items() if name.endswith(".txt")}
+    captions = {name: text.decode() for name, text in files.items() if name.endswith(".txt")}
     assert sorted(captions.values()) == ["", *(f"{i:02d}" for i in range(3, COUNT)), "first, kept"]
     assert "00000002.txt" not in captions and json.loads(files["redraw.json"])["base"].endswith("step-00000001")
     keys = (f'data.folders=["{tmp_path / "out"}"]', f"run={tmp_path / 'again'}")
@@ -209,7 +208,7 @@ def test_config_supplies_settings_the_model_does_not_store(tmp_path):
     assert redraw._table(file, table) == ModelTable(base=file, tokenizer="b", **kept)
 
 
-BAD = [
+BAD_WORDS = [
     (("--start", 1000), "redraw-start", "1000"),
     (("--start", -1), "redraw-start", "1 to 999"),
     (("sample.steps=1001",), "sample-steps", "1001"),
@@ -220,7 +219,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("words, error, fact", BAD, ids=[" ".join(map(str, words)) for words, *_ in BAD])
+@pytest.mark.parametrize("words, error, fact", BAD_WORDS, ids=[" ".join(map(str, words)) for words, *_ in BAD_WORDS])
 def test_bad_input_is_one_sentence_and_leaves_nothing(redrawn, tmp_path, words, error, fact):
     _, err = redrawn("out", *words, code=2)
     assert says(err, error) and fact in err and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""`fastsd swap-vae`: files and reports, and that bad input gets one sentence and leaves nothing behind."""
+"""`fastsd swap-vae`: files and reports. Bad input gets one sentence and leaves no files behind."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from fastsd.model.formats.load import load_model, load_vae
 
 @pytest.fixture(scope="module")
 def vaes(tmp_path_factory):
-    """Folder of VAEs: other weights, more or fewer channels, another downscale, and the base's own with another decoder."""
+    """Make a folder of VAEs: other weights, more or fewer channels, another downscale, and the base's with another decoder."""
     from diffusers import AutoencoderKL
 
     folder = tmp_path_factory.mktemp("vaes")
@@ -47,25 +47,24 @@ def test_aligns_measures_and_takes_the_best_fit(tmp_path, tiny_model, vaes, imag
     assert record["fit"] == min(losses, key=losses.get) and losses["kernel"] < losses["plain"]
     assert (record["fitted"], record["measured"], record["put_aside"], record["resolution"]) == (9, 3, {}, 32)
     assert all(len(record["fits"][name]["r2"]) == 4 for name in FITS) and record["fits"]["own"]["r2"] == []
-    turn = torch.tensor(record["fits"]["orthogonal"]["A"], dtype=torch.float64)
-    torch.testing.assert_close(turn @ turn.T, torch.eye(4, dtype=torch.float64))
+    rotation = torch.tensor(record["fits"]["orthogonal"]["A"], dtype=torch.float64)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(4, dtype=torch.float64))
     assert len(record["fits"]["affine"]["c"]) == 4 and "A" not in record["fits"]["kernel"]
     assert all(f"\n{name} " in out and f"{losses[name]:.4f} ± " in out for name in FITS)
     assert model.vae.hash == load_vae(ModelTable(base=str(vaes / "other"), vae=str(vaes / "other"))).hash
     assert model.vae.scaling_factor == 0.7
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        says(card, "swap-card", fit=record["fit"], images=9, loss=f"{losses[record['fit']]:.4f}") and str(tmp_path) not in card
-    )
+    assert says(card, "swap-card", fit=record["fit"], images=9, loss=f"{losses[record['fit']]:.4f}")
+    assert str(tmp_path) not in card
     base = load_model(ModelTable(base=str(tiny_model)))
     edges = set(align.edge_layers(base.unet))
     for (name, before), after in zip(base.unet.named_parameters(), model.unet.parameters(), strict=True):
         assert torch.equal(before, after) != (name in edges), name
     options = {"limit": 12, "fit": "orthogonal", "precision": "bf16"}
-    named, rough, _ = swapped(tiny_model, vaes / "other", tmp_path / "named", images, **options)
+    chosen_record, bf16_model, _ = swapped(tiny_model, vaes / "other", tmp_path / "named", images, **options)
     loss = record["fits"]["own"]["loss"]
-    assert named["fit"] == "orthogonal" and named["fits"]["own"]["loss"] == pytest.approx(loss, rel=0.02)
-    assert torch.equal(rough.unet.mid_block.resnets[0].conv1.weight, base.unet.mid_block.resnets[0].conv1.weight)
+    assert chosen_record["fit"] == "orthogonal" and chosen_record["fits"]["own"]["loss"] == pytest.approx(loss, rel=0.02)
+    assert torch.equal(bf16_model.unet.mid_block.resnets[0].conv1.weight, base.unet.mid_block.resnets[0].conv1.weight)
 
 
 @pytest.mark.parametrize("kind, channels", [("other", 4), ("more", 6), ("fewer", 2), ("finer", 4)])
@@ -139,17 +138,13 @@ def test_bad_input_gets_one_sentence(tmp_path, tiny_model, vaes, images, monkeyp
     assert_refused("swap-same-vae", tiny_model, tiny_model, out)
     assert_refused("swap-same-latents", tiny_model, vaes / "decoder", out, "--images", images)
     assert_refused("swap-downscale", tiny_model, vaes / "finer", out, "--images", images, downscale=1)
-    assert_refused(
-        "swap-images", tiny_model, other, out, "--images", tmp_path / "none", problem=f"--images: {tmp_path / 'none'}"
-    )
-    assert_refused(
-        "swap-images", tiny_model, other, out, "--images", tmp_path / "empty", problem=f"--images: {tmp_path / 'empty'}"
-    )
+    for folder in (tmp_path / "none", tmp_path / "empty"):
+        assert_refused("swap-images", tiny_model, other, out, "--images", folder, problem=f"--images: {folder}")
     assert_refused("swap-unknown-fit", tiny_model, other, out, "--fit", "best", fit="'best'")
     assert_refused("swap-fit-needs-images", tiny_model, other, out, "--fit", "kernel", fit="'kernel'")
-    fit = (tiny_model, other, out, "--images", images)
-    assert_refused("swap-resolution", *fit, "--resolution", "30", step=4, near=28)
-    assert_refused("swap-few-positions", *fit, "--resolution", "4", "--limit", "8", positions=24, minimum=37)
+    with_images = (tiny_model, other, out, "--images", images)
+    assert_refused("swap-resolution", *with_images, "--resolution", "30", step=4, near=28)
+    assert_refused("swap-few-positions", *with_images, "--resolution", "4", "--limit", "8", positions=24, minimum=37)
     assert_refused("swap-precision", tiny_model, other, out, "--precision", "tf32", precision="'tf32'")
     assert_refused("swap-scaling-factor", tiny_model, other, out, "--vae-scaling-factor", "0", factor=0)
-    assert "'abacus'" in assert_refused("device", *fit, "--device", "abacus")
+    assert "'abacus'" in assert_refused("device", *with_images, "--device", "abacus")

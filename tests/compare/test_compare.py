@@ -27,7 +27,7 @@ from fastsd.sampling.grid import grid, save_grid
 
 STAGE = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 4\nbatch = 2\noptimizer = "lion"\nlr = 1e-3\n'
 STAGE += "sample_every = 2\ncheckpoint_every = 2\n"
-SECOND = STAGE.replace("unet", "text").replace('["text"]', '["text_encoder"]')
+TEXT_STAGE = STAGE.replace("unet", "text").replace('["text"]', '["text_encoder"]')
 
 
 def row(step: int, stage: str = "unet", **more) -> dict:
@@ -46,13 +46,13 @@ def jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(r) + "\n" for r in rows)
 
 
-def colours(shades: list[int]) -> list[Image.Image]:
+def plain_images(shades: list[int]) -> list[Image.Image]:
     return [Image.new("RGB", (32, 32), (shade, 0, 255 - shade)) for shade in shades]
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Make the folder of a run: its log, and files by name; pictures as {step: shades of two prompts x two seeds}."""
+    """Write a run's folder with a log, other files by name, and sample grids: {step: shades for two prompts x two seeds}."""
 
     def make(name: str, rows: list[dict], *overrides: str, stages: str = STAGE, shades=None, **files: str) -> Path:
         folder = tmp_path / name
@@ -64,7 +64,7 @@ def make_run(tmp_path):
             (folder / file.replace("_json", ".json")).write_text(text)
         for step, cell_shades in (shades or {}).items():
             (folder / "samples").mkdir(exist_ok=True)
-            sheet = grid(colours(cell_shades), 2, ["red circle", "blue <star>"], seed=7)
+            sheet = grid(plain_images(cell_shades), 2, ["red circle", "blue <star>"], seed=7)
             save_grid(sheet, folder / "samples" / f"unet-{step:08d}.png", "unet", step)
         return folder
 
@@ -75,14 +75,13 @@ def read_run(folder: Path) -> RunData:
     return read_runs([folder])[0]
 
 
-def words(table: numbers.Table) -> list[list[str]]:
-    return [[word.label if isinstance(word, RunData) else word for word in row] for row in table.rows]
+def cell_texts(table: numbers.Table) -> list[list[str]]:
+    return [[cell.label if isinstance(cell, RunData) else cell for cell in row] for row in table.rows]
 
 
 def test_values_are_toml_and_commas_in_brackets_do_not_split():
-    assert choices('stage.train=["unet"],["unet", "text_encoder"]')[1] == {
-        '["unet"]': ["unet"], '["unet", "text_encoder"]': ["unet", "text_encoder"],
-    }  # fmt: skip
+    values_by_text = {'["unet"]': ["unet"], '["unet", "text_encoder"]': ["unet", "text_encoder"]}
+    assert choices('stage.train=["unet"],["unet", "text_encoder"]')[1] == values_by_text
     assert choices("a = 1e-5, x ,\"b, \\\" c\",'d,e',true,{u = 1, t = 2}")[1] == {
         "1e-5": 1e-5, "x": "x", '"b, \\" c"': 'b, " c', "'d,e'": "d,e", "true": True, "{u = 1, t = 2}": {"u": 1, "t": 2},
     }  # fmt: skip
@@ -98,7 +97,7 @@ def test_short_names_are_unique():
 def test_settings_that_differ(make_run):
     a = read_run(make_run("a", [row(1)])).config
     b = read_run(make_run("b", [row(1)], "model.clip_skip=1", "stage.0.lr=2e-3", "seed=3")).config
-    c = read_run(make_run("c", [row(1)], stages=STAGE + SECOND)).config
+    c = read_run(make_run("c", [row(1)], stages=STAGE + TEXT_STAGE)).config
     assert differences([a, b]) == {"seed": ["0", "3"], "model.clip_skip": ["0", "1"], "stage.lr": ["0.001", "0.002"]}
     assert differences([a, a]) == {}
     (key, (before, after)), *others = differences([a, c]).items()
@@ -157,7 +156,7 @@ def test_start_end_and_slope(make_run):
     validation = jsonl([validation_row(i, 0.9 - 0.002 * i) for i in (0, 10, 20, 30, 40, 50)])
     folder = make_run("run", rows)
     (folder / "validation.jsonl").write_text(validation)
-    training, held_out = words(numbers.trends([read_run(folder)]))
+    training, held_out = cell_texts(numbers.trends([read_run(folder)]))
     assert training[1:] == ["training", "0.99000", "0.50000", "-0.49000", *training[5:]]
     assert [t.split(" ±")[0] for t in training[5:]] == ["-2.50", "-2.50"]  # 0.01 a step of 4 images, per 1,000
     assert held_out[1:5] == ["held-out", "0.90000", "0.80000", "-0.10000"] and held_out[5].startswith("-0.500")
@@ -168,12 +167,12 @@ def test_agreement_of_data_comes_from_the_hashes(make_run):
     b = make_run("b", [row(i, noise=f"n{i}" if i < 7 else "other") for i in range(2, 21, 1)])
     c = make_run("c", [row(i, order=None) for i in range(50, 60)])
     runs = read_runs([a, b, c])
-    (b_label, *b_cells), (c_label, *c_cells) = words(numbers.agreement(runs, runs[0]))
+    (b_label, *b_cells), (c_label, *c_cells) = cell_texts(numbers.agreement(runs, runs[0]))
     assert (b_label, c_label) == ("b", "c") and says(b_cells[2], "first-difference", step=7)
     assert all(says(cell, "equal-rows", count=9) for cell in b_cells[:2])
     assert len(c_cells) == 3 and all(says(cell, "no-common-steps") for cell in c_cells)
     unlogged = read_run(make_run("d", [row(2, order=None)]))
-    assert says(words(numbers.agreement([runs[1], unlogged], runs[1]))[0][1], "not-logged")
+    assert says(cell_texts(numbers.agreement([runs[1], unlogged], runs[1]))[0][1], "not-logged")
 
 
 def test_difference_from_the_baseline(make_run):
@@ -181,31 +180,30 @@ def test_difference_from_the_baseline(make_run):
     a = make_run("a", [row(i) for i in range(1, 9)], shades={2: [9, 9, 9, 9], 4: shades})
     b = make_run("b", [row(i, loss=0.2) for i in range(1, 9)], shades={4: [shade + 10 for shade in shades]})
     c = make_run("c", [row(1)], shades={4: shades})
-    (a / "validation.jsonl").write_text(
-        jsonl([validation_row(0, 0.5), validation_row(8, 0.3), validation_row(8, 0.2, weights="ema")])
-    )
+    validation = [validation_row(0, 0.5), validation_row(8, 0.3), validation_row(8, 0.2, weights="ema")]
+    (a / "validation.jsonl").write_text(jsonl(validation))
     (b / "validation.jsonl").write_text(jsonl([validation_row(8, 0.35)]))
     runs = read_runs([a, b, c])
     pixels, picture, factor = pictures.pixel_differences(runs, runs[0])
     assert math.isclose(pixels["b"].mean, 20 / 3) and math.isclose(pixels["b"].psnr, 10 * math.log10(255**2 / (200 / 3)))
     assert pixels["b"].count == 4 and pixels["c"].psnr == math.inf and factor == 16 and picture.width > 300
-    b_row, c_row = words(numbers.baseline_differences(runs, runs[0], pixels))
+    b_row, c_row = cell_texts(numbers.baseline_differences(runs, runs[0], pixels))
     assert b_row[2:] == ["+0.05000 ± 0.014", ABSENT, "6.67 of 255", "29.9 dB", "4"]
     assert c_row[-3:] == ["0.00 of 255", "equal", "4"]
     assert pictures.pixel_differences(runs[:1], runs[0]) == ({}, None, 1)
 
 
 def test_grid_stores_the_boxes_of_its_cells(tmp_path):
-    images = colours([10, 90, 170, 250])
+    images = plain_images([10, 90, 170, 250])
     save_grid(grid(images, 2, ["a", "b" * 300], seed=3), tmp_path / "unet-2-00000010.png", "unet-2", 10)
     (stored,) = read_grids(tmp_path)
     assert (stored.stage, stored.step) == ("unet-2", 10)
     cells = stored.cut()
     assert list(cells) == [("a", 3), ("a", 4), ("b" * 300, 3), ("b" * 300, 4)]
-    assert [np.array_equal(cell, image) for cell, image in zip(cells.values(), images, strict=True)] == [True] * 4
-    stored.whole().save(tmp_path / "text-00000002.png")  # as by a tool that drops text chunks
-    old, _ = read_grids(tmp_path)
-    assert list(old.cells) == [WHOLE_SHEET] and old.cut()[WHOLE_SHEET].size == stored.whole().size
+    assert all(np.array_equal(cell, image) for cell, image in zip(cells.values(), images, strict=True))
+    stored.whole().save(tmp_path / "text-00000002.png")  # as a tool that drops text chunks would save it
+    plain, _ = read_grids(tmp_path)
+    assert list(plain.cells) == [WHOLE_SHEET] and plain.cut()[WHOLE_SHEET].size == stored.whole().size
     assert [path.name for path in tmp_path.glob(".tmp-*")] == []
 
 
@@ -220,7 +218,7 @@ def test_many_checkpoints_keep_the_first_and_the_last(make_run):
 
 
 class Page(HTMLParser):
-    """Open tags, addresses of everything loaded, and the text of a page."""
+    """The tags of a page that are still open, the addresses that it loads, and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -243,15 +241,17 @@ class Page(HTMLParser):
 
 
 def test_page_is_complete_and_self_contained(make_run, tmp_path):
-    name = "<i>a&b'\"$x$"
+    awkward_name = "<i>a&b'\"$x$"
     shades = {step: [step, 50, 100, 150] for step in (0, 2, 4)}
     stage = {"name": "unet", "trained": 1234, "steps": 4, "images": 16, "seconds": 75.0, "memory_gb": 1.5}
     cost = {"stages": [stage], "file_bytes": 3_200_000, "sample_seconds": 0.25}
-    first = make_run(name, [row(i, d=1e-6 * i) for i in range(1, 5)], shades=shades, cost_json=json.dumps(cost))
+    first = make_run(awkward_name, [row(i, d=1e-6 * i) for i in range(1, 5)], shades=shades, cost_json=json.dumps(cost))
     kinds = product((0, 2, 4), ("held_out", "stabilised"), ("raw", "ema"))
     rows = [validation_row(i, 0.5 - i / 50, image_set, weights) for i, image_set, weights in kinds]
     (first / "validation.jsonl").write_text(jsonl(rows))
-    second = make_run("x/run", [row(i, lr_text_encoder=1e-5) for i in range(1, 3)] + [row(3, "text")], stages=STAGE + SECOND)
+    second = make_run(
+        "x/run", [row(i, lr_text_encoder=1e-5) for i in range(1, 3)] + [row(3, "text")], stages=STAGE + TEXT_STAGE
+    )
     third = make_run("y/run", [row(1, loss=None)], "seed=5", shades={2: [0, 0, 0, 0]})
     (third / "timing.jsonl").write_text(jsonl([{"step": 1, "images_per_second": 2.0, "memory_gb": 0.5}]))
     out = tmp_path / "reports" / "page.html"
@@ -260,21 +260,21 @@ def test_page_is_complete_and_self_contained(make_run, tmp_path):
     page = Page(text)
     assert page.open == [] and "http" not in text
     assert all(address.startswith(("data:image/webp;base64,", "#")) for address in page.loaded)
-    for fact in (name, "x/run", "y/run", "seed", "1,234", "1m15s", "3.2 MB", "≈ 2s"):
+    for fact in (awkward_name, "x/run", "y/run", "seed", "1,234", "1m15s", "3.2 MB", "≈ 2s"):
         assert fact in page.text, fact
     assert says(page.text, "section-during-training") and says(page.text, "validation-loss", kind="stabilised EMA")
     films = json.loads(text.split("const films = ")[1].split(";\n")[0])
     assert [[frame[:2] for frame in film] for film in films] == [[[0, "unet 0"], [2, "unet 2"], [4, "unet 4"]]]
-    beside = out.with_suffix("")
-    names = {path.name for path in beside.iterdir()}
+    folder = out.with_suffix("")
+    names = {path.name for path in folder.iterdir()}
     assert {"loss.png", "validation.png", "bands.png", "rates.png", "samples.png", TABLES} <= names
     assert {"checkpoints-1-i-a-b-x.gif", "checkpoints-1-i-a-b-x.png"} <= names
-    with Image.open(beside / "checkpoints-1-i-a-b-x.gif") as film:
+    with Image.open(folder / "checkpoints-1-i-a-b-x.gif") as film:
         assert film.n_frames == 3
-    assert json.loads((beside / TABLES).read_text())["Cost"]["rows"][0][1:4] == ["1,234", "1m15s", "1.50 GB"]
-    compare([third], out, console=Console(file=StringIO()))  # one run, and an older report in its place
+    assert json.loads((folder / TABLES).read_text())["Cost"]["rows"][0][1:4] == ["1,234", "1m15s", "1.50 GB"]
+    compare([third], out, console=Console(file=StringIO()))  # a report on one run replaces the older report
     assert Page(out.read_text()).open == [] and not says(out.read_text(), "section-settings")
-    assert not [path for path in beside.iterdir() if path.suffix == ".gif"] and not list(out.parent.glob(".tmp-*"))
+    assert not [path for path in folder.iterdir() if path.suffix == ".gif"] and not list(out.parent.glob(".tmp-*"))
 
 
 def test_failure_half_way_leaves_the_old_report(make_run, tmp_path, monkeypatch):
@@ -288,7 +288,7 @@ def test_failure_half_way_leaves_the_old_report(make_run, tmp_path, monkeypatch)
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-BAD = [
+BAD_ARGUMENTS = [
     ((), "compare-no-runs", {}),
     (("none",), "compare-no-run", {"folder": "none"}),
     (("empty",), "compare-no-rows", {"log": "empty/log.jsonl", "interval": "1 steps (log.every)"}),
@@ -312,7 +312,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("arguments, error, fields", BAD, ids=[" ".join(arguments) for arguments, *_ in BAD])
+@pytest.mark.parametrize(
+    "arguments, error, fields", BAD_ARGUMENTS, ids=[" ".join(arguments) for arguments, *_ in BAD_ARGUMENTS]
+)
 def test_bad_input_gets_one_sentence_and_writes_nothing(arguments, error, fields, make_run, tmp_path, monkeypatch, capsys):
     for name in ("run", "other"):
         make_run(name, [row(1)])
@@ -329,7 +331,7 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(arguments, error, fields
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_model, images) -> list[Path]:
-    """Two real runs that differ in clip skip."""
+    """Train two runs that differ in clip skip."""
     folders = []
     for skip in (0, 1):
         path = job(tmp_path_factory.mktemp("trained"), tiny_model, images, STAGE, resolution=32)
@@ -342,7 +344,7 @@ def trained(tmp_path_factory, tiny_model, images) -> list[Path]:
 
 
 def test_redrawn_samples_equal_those_of_the_run(trained, tmp_path):
-    """The model with the run's own settings gives its last samples; the checkpoints give the grids of their steps."""
+    """The finished model draws the run's last samples. The checkpoints draw the grids of their steps."""
     runs = read_runs(trained)
     settings = draw.read_settings(["clip_skip=0,1", "guidance=7,1"], runs[0])
     assert [setting.label for setting in settings] == [f"clip_skip {s}\nguidance {g}" for s in (0, 1) for g in (7, 1)]
@@ -362,9 +364,9 @@ def test_redrawn_samples_equal_those_of_the_run(trained, tmp_path):
 
 
 def whole_cells(run: RunData) -> dict:
-    """Return the last samples, cut as `grid` lays them out."""
+    """Return a run's last samples by prompt and seed, cut out as `grid` lays them out."""
     sheet = run.grids[-1].whole()
-    boxes = grid(colours([0] * 4), 2, run.config.sample.prompts).info["cells"]
+    boxes = grid(plain_images([0] * 4), 2, run.config.sample.prompts).info["cells"]
     return {(cell["prompt"], cell["seed"]): sheet.crop(cell["box"]) for cell in boxes}
 
 
@@ -392,14 +394,14 @@ def test_clip_skip_beyond_the_layers_is_refused(trained, tmp_path):
 
 
 def test_validation_difference_has_a_paired_standard_error():
-    """Paired by image if both runs measured the same images; otherwise both standard errors combined."""
+    """Losses are paired by image if both runs measured the same images. Otherwise both standard errors are combined."""
     from fastsd.compare.numbers import _validation_difference
 
     rng = np.random.default_rng(0)
     base = rng.normal(0.3, 0.1, 64)
     other = base + rng.normal(0.01, 0.002, 64)
 
-    def row(losses, items):
+    def measured(losses, items):
         return {"loss": losses.mean(), "se": losses.std(ddof=1) / 8, "items": items, "each": losses.tolist()}
 
     class Run:
@@ -407,7 +409,7 @@ def test_validation_difference_has_a_paired_standard_error():
             self.validation_rows = lambda kind: list(rows)
 
     kind = ("held_out", "raw")
-    paired = _validation_difference(Run(row(other, "a")), Run(row(base, "a")), kind)
+    paired = _validation_difference(Run(measured(other, "a")), Run(measured(base, "a")), kind)
     assert paired == f"{(other - base).mean():+.5f} ± {(other - base).std(ddof=1) / 8:.2g}"
-    unpaired = _validation_difference(Run(row(other, "b")), Run(row(base, "a")), kind)
+    unpaired = _validation_difference(Run(measured(other, "b")), Run(measured(base, "a")), kind)
     assert float(unpaired.split("± ")[1]) > 20 * float(paired.split("± ")[1])

@@ -21,7 +21,7 @@ from fastsd.model.unet import UNet
 from fastsd.run.loop import train
 
 STAGE = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 3\nbatch = 2\noptimizer = "lion"\nlr = 1e-3\n'
-SECOND = STAGE.replace("unet", "text").replace('["text"]', '["text_encoder"]')
+TEXT_STAGE = STAGE.replace("unet", "text").replace('["text"]', '["text_encoder"]')
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def no_report(monkeypatch):
     monkeypatch.setattr(module, "compare", lambda *folders, **options: None)
 
 
-def run(path: Path, *words: str, baseline: str = "") -> str:
-    """Sweep, and return the output."""
+def run_sweep(path: Path, *words: str, baseline: str = "") -> str:
+    """Run a sweep, and return the printed text."""
     out = StringIO()
     sweep(path, words, baseline=baseline, console=Console(file=out, width=250))
     return out.getvalue()
@@ -47,9 +47,8 @@ def settings(folder: Path) -> dict:
 
 def test_every_combination_is_one_run(path):
     variants = plan_sweep(path, ["stage.caption_dropout=0.04,0.1", "seed=5", "model.clip_skip=0,1"], "bf16")
-    assert [variant.name for variant in variants] == [
-        f"caption_dropout={dropout},clip_skip={skip}" for dropout in ("0.04", "0.1") for skip in (0, 1)
-    ]
+    names = [f"caption_dropout={dropout},clip_skip={skip}" for dropout in ("0.04", "0.1") for skip in (0, 1)]
+    assert [variant.name for variant in variants] == names
     for variant in variants:
         config, stage = variant.config, variant.config.stage[0]
         assert variant.values == {"stage.caption_dropout": stage.caption_dropout, "model.clip_skip": config.model.clip_skip}
@@ -57,20 +56,19 @@ def test_every_combination_is_one_run(path):
 
 
 def test_folders_are_named_by_values(tmp_path, tiny_model, images):
-    path = job(tmp_path, tiny_model, images, STAGE + SECOND)
+    path = job(tmp_path, tiny_model, images, STAGE + TEXT_STAGE)
     names = [v.name for v in plan_sweep(path, ["stage.0.lr=1e-5,0.0003", "stage.1.lr=2,3.5"])]
     assert names == [f"0.lr={a},1.lr={b}" for a in ("1e-05", "0.0003") for b in ("2", "3.5")]
     words = ['stage.0.train=["unet"],["unet", "text_encoder"]', "sample.negative=,"]
     with refused("swept-value", key="sample.negative"):
         plan_sweep(path, words)
     words[1] = 'sample.negative="","a/b \\" c"'
-    assert [v.name for v in plan_sweep(path, words)] == [
-        f"train={train},negative={negative}" for train in ("unet", "unet-text_encoder") for negative in ("", "a-b-c")
-    ]
+    names = [f"train={train},negative={text}" for train in ("unet", "unet-text_encoder") for text in ("", "a-b-c")]
+    assert [v.name for v in plan_sweep(path, words)] == names
 
 
 def test_runs_differ_in_one_value_and_equal_those_of_train(path, tmp_path):
-    out = run(path, "stage.unet.caption_dropout=0.5,0.0", "log.every=1")
+    out = run_sweep(path, "stage.unet.caption_dropout=0.5,0.0", "log.every=1")
     root = tmp_path / "run"
     first, second = root / "caption_dropout=0.5", root / "caption_dropout=0"
     configs = []
@@ -79,11 +77,10 @@ def test_runs_differ_in_one_value_and_equal_those_of_train(path, tmp_path):
         assert config["stage"][0].pop("caption_dropout") == dropout and config.pop("run") == str(folder)
         configs.append(config)
     assert configs[0] == configs[1]
-    rows = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (first, second)]
-    assert [[r[key] for r in rows[0]] for key in ("order", "timesteps", "noise")] == [
-        [r[key] for r in rows[1]] for key in ("order", "timesteps", "noise")
-    ]
-    # The run with the config's own value is the baseline.
+    logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (first, second)]
+    for key in ("order", "timesteps", "noise"):
+        assert [row[key] for row in logs[0]] == [row[key] for row in logs[1]]
+    # The baseline is the run with the config's own value.
     runs = {first.name: {"stage.unet.caption_dropout": 0.5}, second.name: {"stage.unet.caption_dropout": 0.0}}
     assert json.loads((root / "sweep.json").read_text()) == {"config": str(path), "baseline": second.name, "runs": runs}
     assert says(out, "sweep-start", count=2, folder=root, baseline=second.name) and "[2/2] caption_dropout=0" in out
@@ -98,14 +95,14 @@ def test_same_command_skips_finished_runs_and_resumes_others(path, tmp_path, mon
     with monkeypatch.context() as patch:  # a stop is requested in the first step
         patch.setattr("fastsd.run.loop.stop_signal", lambda: contextlib.nullcontext([15]))
         with pytest.raises(Stopped):
-            run(path, *words)
+            run_sweep(path, *words)
     root = tmp_path / "run"
     assert (root / "lr=0.001").exists() and not (root / "lr=0.002").exists()
-    assert run(path, *words).count("resumed") == 1 and (root / "lr=0.002" / "model").is_dir()
+    assert run_sweep(path, *words).count("resumed") == 1 and (root / "lr=0.002" / "model").is_dir()
     trained = []
     monkeypatch.setattr(module, "train", lambda config, console: trained.append(config))
-    assert run(path, *words).count(LINES["sweep-finished"]) == 2 and trained == []
-    assert run(path, *words, "stage.until=4").count(LINES["sweep-finished"]) == 0 and len(trained) == 2
+    assert run_sweep(path, *words).count(LINES["sweep-finished"]) == 2 and trained == []
+    assert run_sweep(path, *words, "stage.until=4").count(LINES["sweep-finished"]) == 0 and len(trained) == 2
 
 
 def test_failed_run_does_not_stop_the_others(path, tmp_path, monkeypatch, capsys):
@@ -119,34 +116,34 @@ def test_failed_run_does_not_stop_the_others(path, tmp_path, monkeypatch, capsys
 
 
 def test_caches_are_built_once_per_view_and_models_are_freed(path, tmp_path, monkeypatch, no_report):
-    resolutions, counts = [], []
+    resolutions, model_counts = [], []
 
     def count_models():
         gc.collect()
-        return sum(type(thing) is UNet for thing in gc.get_objects())
+        return sum(type(value) is UNet for value in gc.get_objects())
 
     def counting_cache(config, console):
         resolutions.append(config.data.resolution)
         return cache(config, console)
 
     def counting_train(config, console):
-        counts.append(count_models())
+        model_counts.append(count_models())
         return train(config, console)
 
     monkeypatch.setattr(module, "cache", counting_cache)
     monkeypatch.setattr(module, "train", counting_train)
     before = count_models()
-    run(path, "data.resolution=16,24", "model.clip_skip=0,1", "stage.until=1", f"cache.dir={tmp_path / 'cache'}")
-    assert resolutions == [16, 24] and counts == [before] * 4
+    run_sweep(path, "data.resolution=16,24", "model.clip_skip=0,1", "stage.until=1", f"cache.dir={tmp_path / 'cache'}")
+    assert resolutions == [16, 24] and model_counts == [before] * 4
 
 
 def test_baseline_can_be_named(path, monkeypatch, no_report):
     monkeypatch.setattr(module, "train", lambda config, console: None)
-    assert says(run(path, "seed=1,2"), "sweep-start", baseline="seed=1")
-    assert says(run(path, "seed=1,2", baseline="seed=2"), "sweep-start", baseline="seed=2")
+    assert says(run_sweep(path, "seed=1,2"), "sweep-start", baseline="seed=1")
+    assert says(run_sweep(path, "seed=1,2", baseline="seed=2"), "sweep-start", baseline="seed=2")
 
 
-BAD = [
+BAD_SWEEPS = [
     (["stage.lrr=1e-3,2e-3"], "sweep-configs", "stage.0.lrr"),
     (["stage.batch=2,big"], "sweep-configs", "stage.0.batch is 'big' (a str)"),
     (["stage.lr=-1,1e-3"], "sweep-configs", "stage.0.lr is -1"),
@@ -169,7 +166,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("words, error, fact", BAD, ids=[" ".join(words) for words, *_ in BAD])
+@pytest.mark.parametrize("words, error, fact", BAD_SWEEPS, ids=[" ".join(words) for words, *_ in BAD_SWEEPS])
 def test_bad_sweeps_get_one_sentence_before_any_training(words, error, fact, path, tmp_path, monkeypatch, capsys):
     before = sorted(tmp_path.rglob("*"))
     code, _, err = fastsd("sweep", path, *words, monkeypatch=monkeypatch, capsys=capsys)

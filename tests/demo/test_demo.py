@@ -1,4 +1,4 @@
-"""The demo's world: the judge, the tokenizer, the shipped models and a short demo."""
+"""The demo: the judge, the data set, the tokenizer, the shipped models and a short run."""
 
 import re
 
@@ -13,21 +13,22 @@ from fastsd.model.formats.load import load_model
 from fastsd.sampling.generate import generate
 
 
-def share_right(change) -> float:
+def judge_accuracy(change) -> float:
+    """Return the share of drawn and changed images whose colour and shape the judge recognises."""
     rng = np.random.default_rng(7)
     combos = world.combinations() * 6
     images = [change(world.draw(colour, shape, rng), rng) for colour, shape in combos]
     return float(np.mean([world.judge(image) == pair for image, pair in zip(images, combos, strict=True)]))
 
 
-def add_noise(image, rng):
+def blur_and_add_noise(image, rng):
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(1)), dtype=float) + rng.normal(0, 10, (64, 64, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def test_judge_recognises_the_shapes():
-    assert share_right(lambda image, rng: image) >= 0.99
-    assert share_right(add_noise) >= 0.97
+    assert judge_accuracy(lambda image, rng: image) >= 0.99
+    assert judge_accuracy(blur_and_add_noise) >= 0.97
 
 
 def test_judge_rejects_other_images():
@@ -36,18 +37,19 @@ def test_judge_rejects_other_images():
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(50)]
     assert all(world.judge(image) == (None, None) for image in [empty, grey, *noise])
-    turned = [world.draw("red", "circle", rng), world.draw("blue", "star", rng)]
-    assert world.judge(turned[0]) != ("blue", "circle") and world.judge(turned[1]) != ("blue", "circle")
+    for colour, shape in (("red", "circle"), ("blue", "star")):
+        assert world.judge(world.draw(colour, shape, rng)) != ("blue", "circle")
 
 
-def test_data_set_is_deterministic(tmp_path):
+def test_data_set_is_deterministic_and_captioned(tmp_path):
     for name in ("a", "b"):
         world.write_dataset(tmp_path / name, 48, seed=1)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(files) == 96
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
     captions = {path.read_text().strip() for path in (tmp_path / "a").glob("*.txt")}
-    assert all(any(c in text for c in world.COLOURS) and any(s in text for s in world.SHAPES) for text in captions)
+    assert all(any(colour in text for colour in world.COLOURS) for text in captions)
+    assert all(any(shape in text for shape in world.SHAPES) for text in captions)
 
 
 def test_tokenizer_accepts_any_text(tmp_path):
@@ -72,10 +74,11 @@ def test_base_model_follows_prompts():
     model = load_model(ModelTable(base=str(MODELS / "base")))
     prompts = world.prompts()[:16]
     images = generate(model, [p for *_, p in prompts], [0] * 16, SampleTable(steps=12, guidance=2.0), 64)
-    assert sum(world.judge(i) == (c, s) for i, (c, s, _) in zip(images, prompts, strict=True)) >= 13
+    correct = [world.judge(image) == (colour, shape) for image, (colour, shape, _) in zip(images, prompts, strict=True)]
+    assert sum(correct) >= 13
 
 
-def test_final_picture_has_all_panels(tmp_path):
+def test_final_picture_has_the_size_of_two_panels():
     rng = np.random.default_rng(0)
     images = [world.draw("red", "ring", rng)] * SHOWN
     sheet = world.picture([("one", images), ("two", images)], ["a red ring"] * SHOWN)
