@@ -20,12 +20,12 @@ SheetRow = tuple[str, Sequence[Image.Image | None]]  # label and pictures
 SheetColumn = dict[Cell, Image.Image]  # pictures by (prompt, seed)
 
 # Sizes are in px.
-WIDTH, HEIGHT = 1200, 1700  # of the largest sheet; only a sheet with cells of the smallest width may exceed them
+WIDTH, HEIGHT = 1200, 1700  # size of the largest sheet; only a sheet with the narrowest cells may exceed it
 CELL = (72, 260)  # smallest and largest width of a cell; a wider picture makes its cell wider
 MARGIN = 170  # width of the row labels
 GAP = 6  # distance between cells
 HEAD = 58  # height of the column heads
-COLUMNS, ROWS = 12, 12  # most columns and rows of a sheet; if a run has more checkpoints, evenly spaced ones are shown
+COLUMNS, ROWS = 12, 12  # a sheet shows at most so many checkpoints, evenly spaced, and so many pairs (prompt, seed)
 FRAMES, FRAME_WIDTH = 60, 640  # most frames of an animation, and their largest width
 INK, GREY = "#222222", "#666666"
 

@@ -188,7 +188,7 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
 def picture(
     columns: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str], scale: int = 2, across: int = 3
 ) -> Image.Image:
-    """Draw a panel for each (title, samples), side by side. It has enlarged samples with captions, in rows of `across`."""
+    """Draw a panel for each (title, samples). A panel has enlarged samples with captions, in rows of `across`."""
     tile = max(image.width for _, images in columns for image in images) * scale
     gap, margin, head, foot = 10, 28, 54, 38
     rows = -(-len(captions) // across)
