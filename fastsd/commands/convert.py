@@ -102,8 +102,8 @@ def _infer_format(name: str, out: Path) -> str:
         return "diffusers"
     path = Path(name)
     tensor_names = TensorFile(path) if path.is_file() and path.suffix == ".safetensors" else ()
-    if tensor_names and all("lora" in name for name in tensor_names):
-        return "lora-peft" if any(name.startswith("lora_") for name in tensor_names) else "lora-kohya"
+    if tensor_names and all("lora" in tensor for tensor in tensor_names):
+        return "lora-peft" if any(tensor.startswith("lora_") for tensor in tensor_names) else "lora-kohya"
     return "single-file"
 
 

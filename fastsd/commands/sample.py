@@ -41,7 +41,7 @@ def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:
     try:
         return table.model_validate(settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        advice = sentence(first).rpartition("; ")[2]
-        raise UserError("sample-option", f"--{option} is {first['input']!r}; {advice}") from None
+        problem = error.errors()[0]
+        option = str(problem["loc"][0]).replace("_", "-")
+        advice = sentence(problem).rpartition("; ")[2]
+        raise UserError("sample-option", f"--{option} is {problem['input']!r}; {advice}") from None

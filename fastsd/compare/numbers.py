@@ -121,12 +121,12 @@ def agreement(runs: Sequence[RunData], baseline: RunData) -> Table:
     for run in runs:
         if run is not baseline:
             row_pairs = [(row, baseline_rows[row["step"]]) for row in run.log if row["step"] in baseline_rows]
-            rows.append([run, *(_agreement(row_pairs, key) for key in HASHES)])
+            rows.append([run, *(_agreement_text(row_pairs, key) for key in HASHES)])
     note = f"Compared with {baseline.label} by the hashes in log rows of equal step."
     return Table("Equality of training data", note, ["run", *HASHES.values()], rows, key="Did they see the same?")
 
 
-def _agreement(row_pairs: Sequence[tuple[Any, Any]], key: str) -> str:
+def _agreement_text(row_pairs: Sequence[tuple[Any, Any]], key: str) -> str:
     logged = [(a, b) for a, b in row_pairs if a.get(key) is not None and b.get(key) is not None]
     if not logged:
         return "not logged" if row_pairs else "no common steps"

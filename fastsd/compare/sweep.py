@@ -154,7 +154,7 @@ def _prepare(variants: Sequence[Variant], console: Console) -> None:
     A run with a checkpoint is skipped, because it has passed this check before.
     """
     problems: list[str] = []
-    uncached: dict[str, Config] = {}  # one config for each missing cache view
+    uncached: dict[str, Config] = {}  # one config for each missing cache view or set of text embeddings
     for variant in variants:
         config = variant.config
         if checkpoints(variant.folder / "checkpoints"):

@@ -142,12 +142,12 @@ def test_lines_are_least_squares_fits():
     x = np.arange(40.0)
     y = 3 - 0.25 * x + rng.normal(0, 0.3, 40)
     line = numbers.fit(x, y)
-    (slope, middle), covariance = np.polyfit(x, y, 1, cov=True)
+    (slope, intercept), covariance = np.polyfit(x, y, 1, cov=True)
     assert math.isclose(line.slope, slope) and math.isclose(line.error, math.sqrt(covariance[0, 0]), rel_tol=1e-6)
-    assert math.isclose(line.first, middle) and math.isclose(line.last, middle + 39 * slope)
-    first, last = numbers.ends(x, np.where(x == 2, np.nan, y))
-    assert math.isclose(first.slope, np.polyfit(np.delete(x, 2)[:7], np.delete(y, 2)[:7], 1)[0])
-    assert math.isclose(last.slope, np.polyfit(x[-7:], y[-7:], 1)[0])
+    assert math.isclose(line.first, intercept) and math.isclose(line.last, intercept + 39 * slope)
+    first_line, last_line = numbers.ends(x, np.where(x == 2, np.nan, y))
+    assert math.isclose(first_line.slope, np.polyfit(np.delete(x, 2)[:7], np.delete(y, 2)[:7], 1)[0])
+    assert math.isclose(last_line.slope, np.polyfit(x[-7:], y[-7:], 1)[0])
     assert numbers.fit(x[:1], y[:1]) is None and numbers.ends(x[:0], y[:0]) == (None, None)
 
 
