@@ -67,9 +67,9 @@ CASES: list[tuple[str, str, int, int, str, dict[str, Any]]] = [
 
 
 def stage_of(case: tuple[str, str, int, int, str, dict[str, Any]]) -> StageTable:
-    precision, optimizer, micro, forwards, level, overrides = case
+    precision, optimizer, micro_batch, forwards, level, overrides = case
     keys = {"train": ["unet"], "until": 1, "precision": precision, "optimizer": optimizer, "checkpointing": level}
-    sizes = {"batch": micro * forwards, "micro_batch": 0 if forwards == 1 else micro}
+    sizes = {"batch": micro_batch * forwards, "micro_batch": 0 if forwards == 1 else micro_batch}
     return StageTable.model_validate({**keys, **sizes, "lr": 1.0 if optimizer == "dlion" else 1e-6, **overrides})
 
 

@@ -128,10 +128,8 @@ def make_map(work: Path) -> None:
     """Run the suite once with coverage. Write {file: {line: [tests]}} and the seconds of each test to map.json."""
     junit, data_file, config = work / "junit.xml", work / "coverage", work / "coveragerc"
     config.write_text(f"[run]\nsource = {ROOT}/fastsd\n    {ROOT}/kernels\ndata_file = {data_file}\n")
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "auto", "--cov", f"--cov-config={config}", "--cov-context=test", "--cov-report=",
-         f"--junitxml={junit}"], cwd=ROOT,
-    )  # fmt: skip
+    options = ["--cov", f"--cov-config={config}", "--cov-context=test", "--cov-report=", f"--junitxml={junit}"]
+    subprocess.run([sys.executable, "-m", "pytest", "-n", "auto", *options], cwd=ROOT)
     import coverage
 
     data = coverage.CoverageData(str(data_file))

@@ -67,7 +67,7 @@ def _draws(captions: list[str], positions_B: Tensor, stage: StageTable, seed: in
 
 
 def _edit_tags(text: str, stage: StageTable, order: list[float], dropout: list[float]) -> str:
-    tags = [tag for part in text.split(stage.tag_separator) if (tag := part.strip())]
+    tags = [tag for entry in text.split(stage.tag_separator) if (tag := entry.strip())]
     indices: Sequence[int] = range(stage.keep_tags, len(tags))
     if stage.shuffle_tags:
         indices = sorted(indices, key=order.__getitem__)
@@ -76,7 +76,7 @@ def _edit_tags(text: str, stage: StageTable, order: list[float], dropout: list[f
 
 
 def _shuffle_sentences(text: str, order: list[float]) -> str:
-    sentences = [sentence for part in _SENTENCE_END.split(text) if (sentence := part.strip())]
+    sentences = [sentence for text_between in _SENTENCE_END.split(text) if (sentence := text_between.strip())]
     if len(sentences) < 2:
         return text
     indices = sorted(range(len(sentences)), key=order.__getitem__)

@@ -74,8 +74,10 @@ class StagePlan:
         if (micro_batch_size, level) not in self._needs:
             whole_batch = micro_batch_size == self.stage.batch
             if whole_batch not in self._rehearsals:
-                micro = 0 if whole_batch else 1
-                self._rehearsals[whole_batch] = Rehearsal(self.shapes, self.stage, self.side, self.ops, micro, self.cached_text)
+                micro_batch = 0 if whole_batch else 1
+                self._rehearsals[whole_batch] = Rehearsal(
+                    self.shapes, self.stage, self.side, self.ops, micro_batch, self.cached_text
+                )
             self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
         return self._needs[micro_batch_size, level]
 
@@ -223,12 +225,12 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[GpuSpec
 
 
 def _print_stage(entry: dict[str, Any], vram: float, print_line: Callable[[str], None]) -> None:
-    micro, batch = entry["micro_batch"], entry["batch"]
+    size, batch = entry["micro_batch"], entry["batch"]
     settings = ["+".join(entry["train"]), entry["optimizer"], entry["precision"], f"checkpointing {entry['checkpointing']}"]
     settings += ["fused backward"] if entry["fused_backward"] else []
-    print_line(f"\n{entry['name']}: {', '.join(settings)}, batch {batch} = {batch // micro} x {micro}")
+    print_line(f"\n{entry['name']}: {', '.join(settings)}, batch {batch} = {batch // size} x {size}")
     labels = {
-        "activations": f"activations saved for backward, {micro} x {entry['memory']['activations'] / micro / GIB:.2f}",
+        "activations": f"activations saved for backward, {size} x {entry['memory']['activations'] / size / GIB:.2f}",
         "working memory": "working memory at the peak of a step",
         "reserved": "CUDA context and libraries",
     }

@@ -46,12 +46,14 @@ def test_defaults_and_stages(tmp_path):
     assert Config.model_validate_json(dump_config(config)) == config
 
 
-@pytest.mark.parametrize(
-    "until, expected",
-    [(7, (7, "steps")), ("7", (7, "steps")), ("7 steps", (7, "steps")), ("2e", (2, "epochs")),
-     ("1.5 epochs", (1.5, "epochs")), ("64000 images", (64000, "images")), ("90s", (90, "seconds")), ("90m", (5400, "seconds")),
-     ("1.5 hours", (5400, "seconds")), ("2d", (172800, "seconds"))],
-)  # fmt: skip
+AMOUNTS = [
+    (7, (7, "steps")), ("7", (7, "steps")), ("7 steps", (7, "steps")), ("2e", (2, "epochs")), ("1.5 epochs", (1.5, "epochs")),
+    ("64000 images", (64000, "images")), ("90s", (90, "seconds")), ("90m", (5400, "seconds")), ("1.5 hours", (5400, "seconds")),
+    ("2d", (172800, "seconds")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("until, expected", AMOUNTS)
 def test_amounts(until, expected):
     assert parse_amount("until", until) == expected
 

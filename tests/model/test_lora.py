@@ -335,8 +335,8 @@ def test_reads_a_file_written_by_diffusers(tiny, tiny_model, tmp_path):
     layers = {f"{component}_lora_layers": get_peft_model_state_dict(module) for component, module in modules.items()}
     configs = {f"{component}_lora_adapter_metadata": m.peft_config["default"].to_dict() for component, m in modules.items()}
     pipe.save_lora_weights(tmp_path, weight_name="theirs.safetensors", **layers, **configs)
-    theirs, tensors = (read_safetensors(tmp_path / f"{name}.safetensors") for name in ("theirs", "ours"))
-    assert {name.replace("text_model.", "") for name in tensors} == {name.replace("text_model.", "") for name in theirs}
+    saved, tensors = (read_safetensors(tmp_path / f"{name}.safetensors") for name in ("theirs", "ours"))
+    assert {name.replace("text_model.", "") for name in tensors} == {name.replace("text_model.", "") for name in saved}
     other = tiny(BOTH, seed=1)
     load_lora(other, tmp_path / "theirs.safetensors")
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in lora_state_dict(other).items())

@@ -75,8 +75,8 @@ def original_names(names, cfg):
 def original_vae_name(name, levels):
     name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
     name = name.replace("mid_block.attentions.0.group_norm", "mid.attn_1.norm").replace("conv_norm_out", "norm_out")
-    for ours, theirs in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-        name = name.replace(f"mid_block.attentions.0.{ours}", f"mid.attn_1.{theirs}")
+    for ours, original in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        name = name.replace(f"mid_block.attentions.0.{ours}", f"mid.attn_1.{original}")
     for i in range(levels):
         name = name.replace(f"down_blocks.{i}.", f"down.{i}.").replace(f"up_blocks.{i}.", f"up.{levels - 1 - i}.")
     name = name.replace("resnets", "block").replace("conv_shortcut", "nin_shortcut")
