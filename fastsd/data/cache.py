@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fastsd.config.schema import Config, DataTable
 from fastsd.data.rows import LATENTS, Index, Rows, damage_error, read_header
@@ -212,8 +213,8 @@ def _visible_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
 
 
-class LatentCache(Rows):
-    """Random access to the samples of one view. Thread-safe.
+class LatentCache(Rows, Dataset[dict[str, Any]]):
+    """Random access to the samples of one view. Thread-safe. Also a dataset for `torch.utils.data.DataLoader`.
 
     `name`, `path`, `sha256`, `meta` and `groups` describe the view, see `CacheMeta` and `Group`. `versions` is the number of
     latents per sample.
@@ -248,6 +249,33 @@ class LatentCache(Rows):
 
     def __len__(self) -> int:
         return len(self._view)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """Return one sample: "latents" (C, h, w), the raw posterior mean of its first version, and "caption", its first.
+
+        Raises:
+            IndexError: `position` is outside [-len, len).
+            UserError: as `get`.
+        """
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """Return samples as `__getitem__` does, read together. They may have different shapes."""
+        index_B = np.array(positions, dtype=np.int64)
+        index_B[index_B < 0] += len(self)
+        if index_B.min() < 0 or index_B.max() >= len(self):
+            raise IndexError(f"position {positions} is outside a cache of {len(self)} samples")
+        samples: dict[int, dict[str, Any]] = {}
+        group_B = np.searchsorted([group.first for group in self.groups], index_B, side="right")
+        for group in np.unique(group_B):
+            (slots,) = np.nonzero(group_B == group)
+            latents_BCHW, captions = self.get(index_B[slots])["latents"], self.captions(index_B[slots])
+            for slot, latents_CHW, caption in zip(slots, latents_BCHW, captions, strict=True):
+                samples[int(slot)] = {"latents": latents_CHW, "caption": caption}
+        return [samples[slot] for slot in range(len(positions))]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._folder.parent, self.path)  # a spawned worker opens the files itself
 
     def get(self, positions: Positions, versions: Positions | None = None) -> dict[str, Tensor]:
         """Read samples.

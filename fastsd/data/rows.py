@@ -228,19 +228,25 @@ class Rows:
         self._starts: dict[int, int] = {}
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fastsd-read")
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None  # process, its threads
 
     def close(self) -> None:
         """Close the files. This is optional, because they are also closed when the interpreter ends."""
-        self._readers.shutdown()
+        self._readers().shutdown()
         self._open.clear()
+
+    def _readers(self) -> ThreadPoolExecutor:
+        """Return this process's threads. A forked process, such as a DataLoader's worker, inherits none and starts its own."""
+        if self._threads is None or self._threads[0] != os.getpid():
+            self._threads = os.getpid(), ThreadPoolExecutor(_READERS, thread_name_prefix="fastsd-read")
+        return self._threads[1]
 
     def _read(self, index_B: np.ndarray) -> Tensor:
         """Read rows of one shape to the CPU, (B, ...), pinned if there is a GPU. Raises UserError if a row is damaged."""
         shard_B, row_B, check_B = (self._index.take(name, index_B) for name in ("shard", "row", "check"))
         shapes = {tuple(self._index.shards[shard][1]) for shard in np.unique(shard_B)}
         assert len(shapes) == 1, f"a batch needs samples of one shape, not {sorted(shapes)}"
-        output = torch.empty((len(index_B), *shapes.pop()), dtype=self._dtype, pin_memory=torch.cuda.is_available())
+        output = torch.empty((len(index_B), *shapes.pop()), dtype=self._dtype, pin_memory=_can_pin())
         flat = output.view(torch.uint8).view(-1).numpy().data
         size = len(flat) // len(index_B)
 
@@ -255,7 +261,7 @@ class Rows:
         for shard, row, into in uncached:
             shard.expect(row, len(into))
         readers = min(_READERS, -(-len(uncached) // _ROWS_PER_READER))
-        for _ in self._readers.map(_read_all, [uncached[i::readers] for i in range(readers)]):
+        for _ in self._readers().map(_read_all, [uncached[i::readers] for i in range(readers)]):
             pass
 
         for (shard, row, into), check in zip(requests, check_B.tolist(), strict=True):
@@ -289,6 +295,11 @@ class Rows:
         if tensor["dtype"] != CODES[self._dtype]:
             raise damage_error(path, f"has dtype {tensor['dtype']}, its index expects {CODES[self._dtype]}")
         return start
+
+
+def _can_pin() -> bool:
+    """Return True if there is a GPU and this is not a DataLoader's worker, which must not use CUDA."""
+    return torch.utils.data.get_worker_info() is None and torch.cuda.is_available()
 
 
 class _Shard:
