@@ -1,8 +1,9 @@
 """Load batches: the samples at given positions of the run, with their captions and token ids.
 
-A run numbers its samples p = 0, 1, 2, ... over all stages.  The sample at p (`order.py`), its version and the edits of its
-caption (`captions.py`) are functions of (seed, p).  A batch therefore does not depend on earlier batches.  No remainder of an
-epoch is lost, a resumed run needs only p, and each of several workers loads its own part of the same global batch.
+A run numbers its samples p = 0, 1, 2, ... over all stages.  The seed and p alone decide which image stands at p (`order.py`),
+which of its stored versions (crops and mirror images) is loaded, and how its caption is edited (`captions.py`).  A batch
+therefore does not depend on earlier batches.  No remainder of an epoch is lost, a resumed run needs only p, and each of several
+workers loads its own part of the same global batch.
 
 Shapes: B samples, C x H x W latents, L tokens.
 """
@@ -115,7 +116,7 @@ class Loader:
 
     @property
     def images(self) -> int:
-        """Number of images per epoch. Repeats and weights of folders count."""
+        """Number of images per epoch, with the folders' `repeats` and `weight`."""
         return self._order.epoch
 
     def batch(self, position: int, count: int) -> Batch:
@@ -138,16 +139,16 @@ class Loader:
         captions = captions_for(variants_B, positions_B, self.stage, self.seed)
         # The index of each caption among the variants of its sample, or -1 if the caption was edited or dropped.
         pairs = zip(captions, variants_B, strict=True)
-        variant_B = [variants.index(caption) if caption in variants else -1 for caption, variants in pairs]
-        token_ids_BL = self._token_ids(captions, variant_B, index_B)
+        variant_index_B = [variants.index(caption) if caption in variants else -1 for caption, variants in pairs]
+        token_ids_BL = self._token_ids(captions, variant_index_B, index_B)
 
         has_versions = self.cache.versions > 1
         version_B = integers(self.seed, Purpose.VERSION, positions_B, self.cache.versions) if has_versions else None
         latents = self.cache.get(index_B, version_B)["latents"]
         text_embeds_BLD = None
         if self._text_embeddings is not None:
-            assert not any(caption for caption, variant in zip(captions, variant_B, strict=True) if variant < 0)
-            text_embeds_BLD = self._text_embeddings.get(index_B, variant_B)
+            assert not any(caption for caption, variant in zip(captions, variant_index_B, strict=True) if variant < 0)
+            text_embeds_BLD = self._text_embeddings.get(index_B, variant_index_B)
 
         token_ids_BL, weight_B = _pin(token_ids_BL), _pin(self._weights(index_B))
         mask_B1HW = _pin(self._masks.get(index_B, version_B, latents.shape[-2:])) if self._masks else None
@@ -178,10 +179,10 @@ class Loader:
         """Prefetch batches of `step` samples from position `start` up to `stop`. The last one may be smaller."""
         return Stream(lambda position: self.batch(position, min(step, stop - position)), range(start, stop, step))
 
-    def _token_ids(self, captions: list[str], variant_B: list[int], index_B: Tensor) -> Tensor:
+    def _token_ids(self, captions: list[str], variant_index_B: list[int], index_B: Tensor) -> Tensor:
         ids_by_slot: dict[int, Tensor] = {}
         if self._tokens is not None:
-            for i, (variant, index) in enumerate(zip(variant_B, index_B.tolist(), strict=True)):
+            for i, (variant, index) in enumerate(zip(variant_index_B, index_B.tolist(), strict=True)):
                 if variant >= 0:
                     ids_by_slot[i] = self._tokens.row(index, variant)
         missing_slots = [i for i in range(len(captions)) if i not in ids_by_slot]

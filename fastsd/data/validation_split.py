@@ -1,10 +1,14 @@
-"""Choose the images for validation: the held-out split is never trained on, the stabilised split is.
+"""Choose the images for validation.
+
+The held-out split is never trained on.  The stabilised split consists of training images that are measured in the same way: it
+shows the training loss without its sampling noise.
 
 Each image has a random key, a function of validate.seed and the xxh3 of its stored latents.  The images with the smallest keys
 are held out.  The images with the next smallest keys stay in training and are measured as well.  The path and the captions of
 an image therefore do not matter, and a new image displaces another only if its key is smaller.  Copies of an image have the
 same key: all are held out together, and only one is measured.  With validate.by = "number", the key depends on the sample's
-number instead.  Corresponding data sets then use the same samples, noise and timesteps, but copies are not detected.
+number instead.  Two data sets with the same order of samples, such as one data set at two resolutions, are then validated on
+the same samples, noise and timesteps, but copies are not detected.
 
 Shapes: N samples of the cache.
 """

@@ -47,7 +47,7 @@ class Target:
 
     Attributes:
         blocks: for each projection of the weight, the name of its module in files, or "" if it gets no adapter.
-        ndim: the number of dimensions of the weight in files. Some convolutions in files (4) are linears in the UNet.
+        ndim: the number of dimensions of the weight in files: 4 for a 1x1 convolution, although the UNet has a linear there.
         is_3x3: True for a 3x3 convolution.
     """
 
@@ -85,7 +85,7 @@ class Adapted(nn.Module, LoraLayer):
         self.lora_A, self.lora_B = nn.ParameterDict({ADAPTER_NAME: down}), nn.ParameterDict({ADAPTER_NAME: up})
 
     def operands(self) -> recompute.Layer:
-        """Return weight, bias and down, followed by up * alpha / rank of each projection, or None if it has no adapter."""
+        """Return weight, bias, down, and per projection up * alpha / rank, or None for one without an adapter."""
         up = self.lora_B[ADAPTER_NAME]
         if self.scaling[ADAPTER_NAME] != 1:
             up = self.scaling[ADAPTER_NAME] * up
@@ -102,7 +102,7 @@ class Adapted(nn.Module, LoraLayer):
         return conv(x) + F.conv2d(reduced, ups[0][:, :, None, None])
 
     def views(self, letter: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the names without component, and the views, of the file entries of lora_A or lora_B, or a tensor like it."""
+        """Yield (name without component, view) of each file entry of `tensor`, which is or resembles lora_A or lora_B."""
         for module, view in zip(self.target.modules, tensor.chunk(self.count), strict=True):
             yield f"{module}.lora_{letter}.weight", view[(...,) + (None,) * (self.target.ndim - view.ndim)]
 
@@ -151,7 +151,7 @@ def _targets(model: Model, component: str, table: LoraTable) -> tuple[dict[str, 
     """Return the layers of a component that get adapters (module path -> `Target`), and the patterns that match a layer."""
     usable = model.trainable(component)
     targets: dict[str, Target] = {}
-    unnamed_convs: dict[str, Target] = {}
+    untargeted_convs: dict[str, Target] = {}
     matched_patterns: set[str] = set()
     for path, layer in model.component(component).named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d) or f"{path}.weight" not in usable:
@@ -167,10 +167,10 @@ def _targets(model: Model, component: str, table: LoraTable) -> tuple[dict[str, 
         if any(blocks):
             targets[path] = target
         elif is_3x3 and path not in ("conv_in", "conv_out"):
-            unnamed_convs[path] = replace(target, blocks=(path,))
+            untargeted_convs[path] = replace(target, blocks=(path,))
 
     if not any(target.is_3x3 for target in targets.values()):
-        targets |= unnamed_convs  # no target names a 3x3 convolution, so all but the first and the last get an adapter
+        targets |= untargeted_convs  # no target names a 3x3 convolution, so all but the first and the last get an adapter
     return targets, matched_patterns
 
 

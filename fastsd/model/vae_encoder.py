@@ -9,10 +9,11 @@ too. It is for inference only: sums are computed in place, and tensors are freed
     mid block        a sum as above, x = x + attention(norm(x)), a sum as above
     mean, logvar = quant_conv(conv_out(silu(norm_out(x))))
 
-cuDNN adds a convolution's bias in a separate pass over the output. The Triton table avoids that pass: there, x represents
-x + `pending`, one number per channel that the next norm adds as it reads x. Only sums and convolutions lie between a
-convolution and a norm. A sum adds the `pending` of both terms. A convolution maps a constant to a constant if its padding holds
--pending, which represents zero. With other tables `pending` is None, because there the convolution adds its bias at no cost.
+cuDNN adds a convolution's bias in a separate pass over the output. The Triton table avoids that pass: there, the stored x lacks
+a bias `pending`, one number per channel, which the next norm adds as it reads x. Only sums and convolutions lie between a
+convolution and a norm. A sum adds the `pending` of both terms. A convolution turns `pending` into another constant per channel,
+provided that its padding holds -pending, which represents zero. With other tables `pending` is None, because there the
+convolution adds its bias at no cost.
 
 Shapes: B images, C channels, H x W positions; all activations are channels last.
 """

@@ -31,8 +31,8 @@ class Saving:
     """Writes the checkpoints of a run.
 
     Attributes:
-        state: tensors of the checkpoint that the run resumed from, read lazily. The next stage to start loads its optimizer
-            state from them. Afterwards it is empty.
+        state: tensors, read lazily, from which the next stage to start loads its optimizer state: those of the checkpoint that
+            the run resumed from, or of the end of a stage whose successor has state = "carry". Empty once they are loaded.
         changed: components whose weights differ from those in the newest checkpoint.
         kept: names of the checkpoints that are never deleted: ends of stages, and requested ones.
     """
@@ -69,7 +69,7 @@ class Saving:
         components = step.components
         for name, component in components.items():
             state |= {f"{name}@ema/{key}": tensor for key, tensor in component.ema_state().items()}
-        # A component that the step does not use has the function `dict`, which returns no weights: it keeps the loaded ones.
+        # `dict` returns no weights: of a component that the step does not use, the checkpoint takes those of the model.
         weights = dict.fromkeys(COMPONENTS, dict) | {name: component.state for name, component in components.items()}
         try:
             self.report.flush()

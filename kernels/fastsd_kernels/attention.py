@@ -26,7 +26,7 @@ of SD1.5 the padding, of slices and of tiles of keys, costs 3.5 %.  Narrow slice
 hold their whole operands, and tf32x3 holds each in two parts.  Where two held tiles still do not fit 255 registers (dq
 and dk of tf32x3, and of tf32 at D = 160), `HOLD` is off and both operands of q k^T and do v^T stream through in columns of 16.
 
-What lost: dk and dv in one kernel at D = 160 (368 B of spills in bf16, more in fp32); strides as plain arguments (a head's
+Rejected: dk and dv in one kernel at D = 160 (368 B of spills in bf16, more in fp32); strides as plain arguments (a head's
 stride of 40 is no multiple of 16, and loads fall to 4 bytes); held tiles for tf32x3 (up to 950 B of spills at D = 80); the
 resident tile as the right operand (1.5 times the tensor instructions, and spills).
 """

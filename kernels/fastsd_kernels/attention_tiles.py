@@ -22,14 +22,14 @@ class AttentionTile(NamedTuple):
     warps: int
     stages: int  # of the pipeline that loads the next tile while this one is processed; 1: no pipeline
     widest: int = 128  # columns of the widest slice of D
-    hold: bool = True  # the program's own tile stays in registers; otherwise both stream past in columns
+    hold: bool = True  # the program's own tile stays in registers; otherwise it is read again with every tile that streams past
     registers: int | None = None  # limit per thread. Without it the assembler may spill to fit one more block on an SM
 
 
 HEAD_DIMS = (48, 96, 160, 256)
 
-# (kernel, largest head size, bf16 or fp32's precision, architecture or 0 for any): tile.  The reasons for a tile, the most
-# important one first: no spills; two blocks an SM (128 registers at 8 warps, 49 KB) or one large one; long streamed tiles.
+# (kernel, largest head size, bf16 or fp32's precision, architecture or 0 for any): tile.  Criteria, the most important first:
+# no spills; two blocks on an SM (at most 128 registers a thread at 8 warps, 49 KB a block) or else one large one; long tiles.
 _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     # bf16: a held tile of 128 rows halves the traffic of the streamed ones. D = 160 lacks registers, so its tiles are shorter.
     ("forward", 48, "bf16", 0): AttentionTile(128, 64, 8, 3),
@@ -81,8 +81,8 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dv", 96, "tf32x3", 0): AttentionTile(32, 64, 4, 2, 16),
     ("dv", 160, "tf32x3", 0): AttentionTile(16, 32, 8, 2, 16),
     ("dv", 256, "tf32x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
-    # ieee: a thread holds its rows and columns of both operands, one slice long. With 16 numbers of the result, it does five
-    # multiply-adds per shared load. With more numbers it spills, with fewer it waits for loads.
+    # ieee: a thread holds one slice of its rows of one operand and of its columns of the other. If it computes 16 numbers of
+    # the result, it does about five multiply-adds per load from shared memory. With more it spills, with fewer it waits.
     ("forward", 48, "ieee", 0): AttentionTile(64, 64, 8, 1, 32, registers=255),
     ("forward", 96, "ieee", 0): AttentionTile(64, 64, 8, 1, 16),
     ("forward", 160, "ieee", 0): AttentionTile(64, 32, 8, 1, 16),
@@ -92,7 +92,7 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dq", 160, "ieee", 0): AttentionTile(32, 32, 8, 1, 32),
     ("dq", 256, "ieee", 0): AttentionTile(32, 32, 8, 1, 16, hold=False),
     ("dkdv", 48, "ieee", 0): AttentionTile(32, 64, 8, 2, 16, registers=255),
-    ("dkdv", 48, "ieee", 86): AttentionTile(32, 64, 8, 2, 16, registers=128),  # two blocks an SM; elsewhere 128 spill
+    ("dkdv", 48, "ieee", 86): AttentionTile(32, 64, 8, 2, 16, registers=128),  # two blocks on an SM; other GPUs spill at 128
     ("dkdv", 48, "ieee", 89): AttentionTile(32, 64, 8, 2, 16, registers=128),
     ("dkdv", 96, "ieee", 0): AttentionTile(32, 32, 4, 2, 128),
     ("dk", 160, "ieee", 0): AttentionTile(32, 32, 8, 2, 32),

@@ -11,7 +11,7 @@ Bytes moved per row are minimal: forward 2F read, F written; backward 3F read, 2
 
 A program owns a tile of rows and columns of the output and reads the two tiles of x it comes from.  Tiles are as wide as
 a power of two that divides every F of the workload, so no lane idles there and each thread moves 16 bytes at a time.
-Lost: one program a row, whose tile is the next power of two above F (1280 -> 2048: three lanes in eight idle), and the
+Rejected: one program a row, whose tile is the next power of two above F (1280 -> 2048: three lanes in eight idle), and the
 tanh approximation, which is another function: models trained with erf need erf.
 
 Read next: `layer_norm.py`, where rows are reduced.

@@ -29,7 +29,7 @@ positions only; a small second kernel merges their sums per channel into those o
 A tile takes deviations from its own mean, in registers, and tiles merge by Chan's formula.  Nothing computes
 E[x^2] - mean^2, which loses all digits where mean >> std.  Every order of summation is fixed, and an image's numbers do
 not depend on the images beside it.  d shift is computed from the sums of each channel; xhat is summed only for this.
-Lost: tiles of whole groups (loads of 4 and 8 bytes at C/G = 10, 20, 30, 60); adding the shift to the means of channels
+Rejected: tiles of whole groups (loads of 4 and 8 bytes at C/G = 10, 20, 30, 60); adding the shift to the means of channels
 (the fewest operations, but a shift that cancels a large mean leaves noise); a sum of dx in its own kernel for d shift
 (one more set of partial sums, and a launch to add them).  Not built: one program for a whole small image.
 

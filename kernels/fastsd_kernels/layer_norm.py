@@ -11,13 +11,13 @@ mean and var run over one row's F numbers, in fp32 whatever the dtype.
 Shapes: N rows (any leading dimensions), F features.  x, residual and y are fp32 or bf16; weight and bias may be fp32
 beside a bf16 x.  mean and rstd are fp32, one of each per row.
 Bytes moved at best: forward 1 read and 1 write of x (with a residual 2 and 2); backward x and dy (and ds) read, dx
-written, and a sum of 8F bytes for each of some hundred programs.
+written, and 8F bytes by each of up to a few hundred programs: its sums for the gradients of weight and bias, in fp32.
 Saved for backward: s, mean, rstd, weight.  y is never saved: `layer_norm_apply` rebuilds it, bit for bit.
 
 A tile holds whole rows, so mean and variance are taken in two passes over registers: E[x^2] - mean^2 would lose all
 digits where mean >> std.  In the backward a program walks down its share of rows with two sums per feature in registers, writes
 them once, and PyTorch adds those of all programs in a fixed order: no atomics, equal bits in every run.
-Lost: sums of the weight gradients in a kernel of their own, which reads x and dy again.
+Rejected: the weight gradients in a separate kernel, which reads x and dy again.
 
 Read next: `group_norm.py`, where no tile holds all the elements of a mean.
 """
@@ -150,7 +150,7 @@ def _backward(
         mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
 
-        # Beyond the mask xhat is not zero but dy is, and with it every product that is summed.
+        # Beyond the mask xhat is not zero. But dy is zero there, so every product that is summed is zero too.
         xhat = (x - mean) * rstd
         u = dy * weight
         u_mean = tl.sum(u, axis=1, keep_dims=True) / n_cols
@@ -167,17 +167,17 @@ def _backward(
     tl.store(partial_ptrs + n_cols, tl.sum(dbias, axis=0, keep_dims=True), col_mask)
 
 
-# {columns of a tile: (rows, warps)}, for every dtype and architecture: only bandwidth matters here.  A tile is as
-# wide as the next power of two above F, and 16 elements a thread keep two 16-byte loads of each bf16 operand in flight
-# (four of fp32) while the backward, which holds five numbers per element, stays under 128 registers.
+# {columns of a tile: (rows, warps)}, for every dtype and architecture: only bandwidth matters here.  A tile is as wide as the
+# smallest power of two from 512 that is at least F.  A thread has 16 elements: two 16-byte loads of a bf16 operand (four of
+# fp32) are in flight.  The backward holds five numbers per element and stays under 128 registers.
 _TILES = {
-    512: (4, 4),  # F = 320: the smallest program, two warps a row; the more of them, the less they wait for each other
+    512: (4, 4),  # F = 320: small programs, because many of them on an SM hide each other's waits
     1024: (4, 8),  # F = 640
     2048: (2, 8),  # F = 1280
     4096: (1, 8),
     8192: (1, 16),
 }
-# In the backward: the number of programs to aim for, enough to fill a GPU but with few sums, and the most rows of one.
+# The backward aims for this many programs, which fill a GPU and leave few sums to add. None takes more than this many rows.
 _PROGRAMS, _MOST_ROWS = 256, 64
 
 
@@ -310,7 +310,7 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, re
     """`layer_norm_reference` as one kernel each way, for F up to 8192, fp32 or bf16. y is contiguous, differentiable once.
 
     Raises:
-        ValueError: as the reference, more features, a dtype without a kernel, or tensors on a device that runs no kernels.
+        ValueError: as the reference; or F is over 8192, x is neither fp32 nor bf16, or the device runs no kernels.
     """
     _check(x, weight, bias, residual)
     require_device("layer_norm", x, weight, bias, residual)

@@ -19,8 +19,8 @@ number does not depend on where in a vector register it was computed.
 Bytes moved, per element: x_0 read, x_t and target written: 12, or 10 with x_0 in 16 bits.  The kernel takes logarithm and
 cosine in fp64, too, so its normals equal the reference's, except for one in about 10^7 that differs in the last bit.  On a
 GeForce fp64 runs at 1/64 of the rate of fp32, and 80 fp64 operations a number take 0.2 ms for 32 images of 64x64x4, which is
-negligible in a step.  Lost: tl.cos, which takes any angle in fp64 and needs a table in local memory for that.  Here the angle
-is a multiple of 2^-24 turns: quarter turns are split off exactly in integers, and a short series does the rest.
+negligible in a step.  Rejected: tl.cos, which takes any angle in fp64 and needs a table in local memory for that.  Here the
+angle is a multiple of 2^-24 turns: quarter turns are split off exactly in integers, and a short series does the rest.
 
 Shapes: B samples, K blocks.  32-bit words live in int64 tensors, which torch multiplies on every device.
 """

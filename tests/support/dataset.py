@@ -32,7 +32,7 @@ class DataSet:
         self._fixtures = {"monkeypatch": monkeypatch, "capsys": capsys}
         self.path.mkdir(parents=True)
         self.config = job(root, model, self.path, STAGE, resolution=32)
-        monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)  # as outside tests
+        monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)  # choose the precision as in a real run
 
     def __truediv__(self, name: str | bytes) -> Path:
         return self.path / os.fsdecode(name)
@@ -41,7 +41,7 @@ class DataSet:
         path = self / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
-        if len(path.name) < 250:  # else there is no room for a longer extension
+        if len(path.name) < 250:  # a file name may have 255 bytes
             path.with_suffix(".txt").write_bytes(path.stem.encode(errors="replace") if caption is None else caption)
 
     def put_good(self, *names: str | bytes) -> None:

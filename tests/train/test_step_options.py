@@ -134,8 +134,10 @@ def plain(tiny_model):
 @pytest.mark.parametrize("name", CASES)
 def test_option_trains_as_pytorch_does(name, tiny_model, plain):
     ours, losses = by_step(tiny_model, *inputs(**CASES[name]))
-    theirs, expected = by_hand(tiny_model, *inputs(**CASES[name]))
+    expected_changes, expected = by_hand(tiny_model, *inputs(**CASES[name]))
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
-    distance = (ours - theirs).norm() / theirs.norm()
+    distance = (ours - expected_changes).norm() / expected_changes.norm()
     assert distance < 1e-3
-    assert name == "nothing" or (plain - theirs).norm() / theirs.norm() > 30 * distance  # the option changes the result
+    assert (
+        name == "nothing" or (plain - expected_changes).norm() / expected_changes.norm() > 30 * distance
+    )  # the option changes the result

@@ -70,7 +70,7 @@ def text(name, content):
 
 
 def data(content, name="in.safetensors"):
-    """Return a writer of a file with the bytes `content`, or with `content` of the bytes of an undamaged file."""
+    """Return a function that writes a file with the bytes `content`. If that is a function, it gets an undamaged file's."""
 
     def make(folder, file, place):
         (place / name).write_bytes(content(file.read_bytes()) if callable(content) else content)
@@ -115,7 +115,7 @@ def pickled_component(folder, file, place):
 
 
 def index(weight_map):
-    """Return a writer of a folder with an index of the UNet's weights. A callable `weight_map` returns every tensor's file."""
+    """Return a function that writes a folder with an index of the UNet's weights, a dict or a function that names one file."""
 
     def make(folder, file, place):
         shutil.copytree(folder, place / "in")
