@@ -6,7 +6,7 @@ python examples/dlion.py
 import torch
 from torch import nn
 
-from fastsd.train.optim import DLion
+from fastsd_kernels.optim import DLion
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1))

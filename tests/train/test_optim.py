@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd.storage import TensorFile, write_safetensors
 from fastsd.train.optim import AdamW, DLion, Lion, flat_state, load_flat_state
+from fastsd_kernels.arena import join_master
+from fastsd_kernels.optim import bf16_with_masters
 
 SHAPES = [(32, 16, 3, 3), (64, 48), (77,), (1,), (5, 3), ()]
 NAMES = [f"layer{i}.weight" for i in range(len(SHAPES))]
@@ -320,3 +322,21 @@ def test_bad_flat_state_changes_nothing():
             assert_same_bits(bits(optimizer), before)
     with refused("optimizer-state-names", ValueError, names=5, parameters=6):
         flat_state(optimizer, NAMES[:-1])
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_bf16_parameters_with_masters_are_exact(name):
+    torch.manual_seed(0)
+    exact = [torch.nn.Parameter(torch.randn(7, 5)), torch.nn.Parameter(torch.randn(33))]
+    halves = [torch.nn.Parameter(p.detach().clone()) for p in exact]
+    group = bf16_with_masters(halves)
+    ours, masters = OURS[name]([group], lr=1e-3), OURS[name](exact, lr=1e-3)
+    for _ in range(5):
+        for p, half in zip(exact, halves, strict=True):
+            assert half.dtype == torch.bfloat16
+            half.grad = torch.randn_like(p).bfloat16()
+            p.grad = half.grad.float()
+        ours.step()
+        masters.step()
+    for p, half, low in zip(exact, halves, group["masters_lo"], strict=True):
+        assert torch.equal(join_master(half.detach(), low), p.detach())

@@ -1,0 +1,448 @@
+"""Lion, D-Lion and AdamW as torch optimizers, and their state as named tensors for a checkpoint.
+
+The arithmetic is in `lion.py`, `dlion.py` and `adamw.py`.  This module handles parameter groups, state and hyper-parameters.  A
+step reads nothing back from the device, so it never waits.  Any list of parameters works, in any training loop:
+
+    optimizer = DLion(model.parameters())                        # fp32 parameters
+    optimizer = Lion([bf16_with_masters(model.parameters())])    # bf16 parameters that are updated as exact fp32 masters
+
+fastsd gives each optimizer a single parameter, the arena of a component (`fastsd/train/trainable.py`).  Read next: `dlion.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastsd_kernels import REFERENCE, Ops, fastest
+from fastsd_kernels.arena import split_master
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+Group = dict[str, Any]
+Select = Callable[[Tensor], Tensor]
+Views = Callable[[Tensor], list[Tensor]]
+
+SMALL = 1 << 22  # elements: 16 MB per fp32 tensor
+# The state that all parameters share is an entry of `state`, so that torch saves, loads and copies it.
+_SHARED = "shared"
+
+
+class FastOptimizer(Optimizer):
+    """Base class of the three optimizers. It checks groups, creates state when needed, and loads state bit by bit.
+
+    `ops` is the implementation.  The default is the fastest one for the device, except on a CPU with fewer than SMALL
+    elements in total: there the reference is as fast, and its sums and roots equal the original optimizers' to the last bit.
+
+    A group may hold two lists parallel to its "params".  "masters_lo" has int16 halves, which make bf16 parameters exact fp32
+    masters.  "emas" has fp32 averages, which are updated with "ema_decay" (see `fastsd_kernels/arena.py`).  lr may be a 0-dim
+    fp64 device tensor.
+    """
+
+    name: ClassVar[str]
+    slots: ClassVar[tuple[str, ...]]  # fp32 state tensors of a parameter's shape
+
+    def __init__(self, params: Params, defaults: dict[str, Any], ops: Ops | None) -> None:
+        super().__init__(params, defaults)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        small = parameters[0].is_cpu and sum(p.numel() for p in parameters) < SMALL
+        self.ops = ops or (REFERENCE if small else fastest(parameters[0].device))
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters like `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: a hyper-parameter out of range, a parameter that is not fp32, or a second device.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._validate(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _validate(self, group: Group) -> None:
+        if not isinstance(group["lr"], Tensor):  # do not check a tensor: reading its value would wait for the device
+            _require(self.name, "lr", group["lr"], 0 <= group["lr"] < math.inf, "a finite number, 0 or more")
+        betas = group["betas"]
+        _require(self.name, "betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)")
+        weight_decay = group["weight_decay"]
+        _require(self.name, "weight_decay", weight_decay, 0 <= weight_decay < math.inf, "a finite number, 0 or more")
+        device = self.param_groups[0]["params"][0].device if self.param_groups[0]["params"] else None
+        dtype = torch.bfloat16 if group.get("masters_lo") else torch.float32
+        for p in group["params"]:
+            requirement = "fp32 parameters, or bf16 parameters with lows"
+            _require(self.name, "parameter dtype", p.dtype, p.dtype == dtype, requirement)
+            _require(self.name, "parameter device", str(p.device), p.device == device, f"parameters on {device} only")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, found_inf: Tensor | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: called first, with gradients enabled. Its result is returned.
+            found_inf: 0-dim bool or float on the parameters' device. If nonzero, no byte of parameters or state changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
+            grads = [_grad_in_layout(group["params"][i]) for i in indices]
+            self._update(group, indices, grads, None, found_inf=found_inf)
+        self._finish(found_inf)
+        return loss
+
+    @torch.no_grad()
+    def update(
+        self, gradient: Tensor, *, select: Select | None = None, found_inf: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
+        """Update the optimizer's only parameter, an arena, or some of its elements.
+
+        Args:
+            gradient: fp32 or bf16, in the layout of the arena or of the selected elements.
+            select: maps any tensor in the arena's layout to the elements to update; None = the whole arena.
+            scale: factor of the gradient, 0-dim fp32 on the device.
+
+        Every element must be updated once before `finish` ends the step.
+        """
+        (group,) = self.param_groups
+        self._update(group, [0], [gradient], select, found_inf=found_inf, scale=scale)
+
+    @torch.no_grad()
+    def finish(self, *, found_inf: Tensor | None = None) -> None:
+        """End a step that consists of calls of `update`."""
+        self._finish(found_inf)
+
+    def discard_updates(self) -> None:
+        """Drop intermediate results of an unfinished step. Parameters that it has updated are not restored."""
+
+    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        """Launch the elementwise pass for the parameters `indices` of a group, or for the elements that `select` returns."""
+        raise NotImplementedError
+
+    def _finish(self, found_inf: Tensor | None) -> None:
+        """Complete the step after all parameters are updated."""
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        """Return the state of one parameter, initialised to zeros on first use."""
+        state = self.state[p]
+        if not state:
+            state.update({slot: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for slot in self.slots})
+        return state
+
+    def _op_arguments(
+        self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None
+    ) -> tuple[list[list[Tensor]], dict[str, Any]]:
+        """Return the arguments of an op: lists of the parameters, the gradients and the state of each slot; and options."""
+        select = select or (lambda t: t)
+        states = [self._state_of(group["params"][i]) for i in indices]
+        lists = [[select(group["params"][i]) for i in indices], grads]
+        lists += [[select(state[slot]) for state in states] for slot in self.slots]
+        options: dict[str, Any] = {"lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"]}
+        for key in ("masters_lo", "emas"):
+            if group.get(key):
+                options[key] = [select(group[key][i]) for i in indices]
+        if group.get("emas"):
+            options["ema_decay"] = group["ema_decay"]
+        return lists, options
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Return the state besides the slots by name, as `flat_state` stores it."""
+        return {}
+
+    def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `extra_state` returned."""
+        for key, target in self.extra_state().items():
+            target.copy_(tensors[key])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict()` bit by bit. The tensors are copied, so the source may go on training.
+
+        Raises:
+            ValueError: the groups or their sizes differ from those of this optimizer.
+        """
+        super().load_state_dict(state_dict)
+        device = self.param_groups[0]["params"][0].device
+        for owner, state in list(self.state.items()):
+            self.state[owner] = {key: value.to(device, copy=True) for key, value in state.items()}
+
+
+class Lion(FastOptimizer):
+    """Lion, bit-equal to lion-pytorch 0.2.5 on a CPU.
+
+    Args:
+        params: fp32 parameters or groups of them, on one device.
+        lr: step size in units of the parameter.
+        betas: (decay for the update, decay of the momentum).
+        weight_decay: a step multiplies the parameters by 1 - lr * weight_decay.
+        decoupled_weight_decay: divide weight_decay by the lr given here, so that only the schedule of lr scales the decay.
+
+    Raises:
+        ValueError: a hyper-parameter out of range.
+
+    Source: Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2.
+    """
+
+    name = "Lion"
+    slots = ("exp_avg",)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        ops: Ops | None = None,
+    ) -> None:
+        if decoupled_weight_decay:
+            _require(self.name, "lr", lr, lr > 0, "a number above 0, because decoupled_weight_decay divides by it")
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
+        super().__init__(params, defaults, ops)
+
+    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        lists, settings = self._op_arguments(group, indices, grads, select)
+        if group["decoupled_weight_decay"]:
+            settings["weight_decay"] /= self.defaults["lr"]
+        self.ops.lion(*lists, **settings, **options)
+
+
+class DLion(FastOptimizer):
+    """D-Adaptation Lion, `DAdaptLion` of dadaptation 3.2. All its parameters share one d: use one per trained component.
+
+    Args:
+        params: fp32 parameters or groups of them, on one device. Groups may differ in weight_decay only.
+        lr: factor on d; leave it at 1 and let a schedule change it.
+        betas: (decay for the update, decay of momentum and s).
+        weight_decay: a step multiplies the parameters by 1 - d * lr * weight_decay.
+        d0: first estimate of d, in units of the parameter.
+        growth_rate: largest factor by which d grows per step; None = no limit, the upstream default.
+        d_max: upper limit of d; None = no limit.
+
+    Attributes:
+        frozen: 0-dim bool on the device, or None. While it is true, d is constant.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range or groups differ in betas; in `step`: groups differ in lr.
+
+    Source: Defazio and Mishchenko 2023, "Learning-rate-free learning by D-Adaptation".
+    """
+
+    name = "DLion"
+    slots = ("exp_avg", "s")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        d0: float = 1e-6,
+        growth_rate: float | None = None,
+        d_max: float | None = None,
+        ops: Ops | None = None,
+    ) -> None:
+        _require(self.name, "d0", d0, 0 < d0 < math.inf, "a finite number above 0")
+        _require(self.name, "growth_rate", growth_rate, growth_rate is None or growth_rate > 1, "a number above 1, or None")
+        _require(self.name, "d_max", d_max, d_max is None or d_max >= d0, f"d0 ({d0}) or more, or None")
+        self.growth_rate, self.d_max = growth_rate, d_max
+        self.frozen: Tensor | None = None
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, ops)
+        self._sums: list[tuple[Tensor, Tensor]] = []
+        device = self.param_groups[0]["params"][0].device
+        self.state[_SHARED] = {  # type: ignore[index]
+            "d": torch.full((), d0, dtype=torch.float64, device=device),
+            "numerator_weighted": torch.zeros((), dtype=torch.float64, device=device),
+        }
+
+    def _validate(self, group: Group) -> None:
+        super()._validate(group)
+        betas = tuple(self.param_groups[0]["betas"])
+        _require(self.name, "betas", group["betas"], tuple(group["betas"]) == betas, f"{betas} in every group")
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """The tensors "d" and "numerator_weighted", 0-dim fp64 on the device, which can be logged without waiting."""
+        return self.state[_SHARED]  # type: ignore[index]
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self.shared
+
+    def d(self) -> float:
+        """Return the estimate that the next step uses. Waits for the device."""
+        return float(self.shared["d"])
+
+    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        lr = self.param_groups[0]["lr"]
+        if group["lr"] is not lr:  # comparing two tensors would wait for the device
+            same = not isinstance(lr, Tensor) and group["lr"] == lr
+            _require(self.name, "lr", group["lr"], same, f"{lr} in every group, or use one optimizer per component")
+        lists, settings = self._op_arguments(group, indices, grads, select)
+        self._sums.append(self.ops.dlion(*lists, self.shared["d"], **settings, **options))
+
+    def discard_updates(self) -> None:
+        self._sums = []
+
+    def _finish(self, found_inf: Tensor | None) -> None:
+        dots_K, l1_K = (torch.cat(sums) for sums in zip(*self._sums, strict=True))
+        self._sums = []
+
+        d = self.shared["d"]
+        limited = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
+        previous_d = d.clone() if limited else d
+        lr, beta2 = self.param_groups[0]["lr"], self.param_groups[0]["betas"][1]
+        self.ops.dlion_estimate(*self.shared.values(), dots_K, l1_K, lr=lr, beta2=beta2, found_inf=found_inf)
+        if self.growth_rate is not None:
+            d.copy_(torch.minimum(d, previous_d * self.growth_rate))
+        if self.d_max is not None:
+            d.clamp_(max=self.d_max)
+        if self.frozen is not None:
+            d.copy_(torch.where(self.frozen, previous_d, d))
+
+
+class AdamW(FastOptimizer):
+    """AdamW, bit-equal to the plain torch.optim.AdamW on a CPU.
+
+    Args:
+        params: fp32 parameters or groups of them, on one device.
+        lr: step size in units of the parameter.
+        betas: decay of (first, second) moment.
+        eps: added to the root of the second moment, in units of the gradient.
+        weight_decay: a step multiplies the parameters by 1 - lr * weight_decay.
+
+    Raises:
+        ValueError: a hyper-parameter out of range.
+
+    Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization", algorithm 2.
+    """
+
+    name = "AdamW"
+    slots = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        ops: Ops | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, ops)
+        self._copied_steps = False
+
+    def _validate(self, group: Group) -> None:
+        super()._validate(group)
+        _require(self.name, "eps", group["eps"], 0 <= group["eps"] < math.inf, "a finite number, 0 or more")
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        state = super()._state_of(p)
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=p.device)
+        return state
+
+    def _steps(self) -> list[Tensor]:
+        return [self._state_of(p)["step"] for group in self.param_groups for p in group["params"]]
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {"step": torch.stack(self._steps())}
+
+    def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for step, loaded in zip(self._steps(), tensors["step"], strict=True):
+            step.copy_(loaded)
+
+    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+        lists, settings = self._op_arguments(group, indices, grads, select)
+        steps = [self._state_of(group["params"][i])["step"] for i in indices]
+        if select:  # every call increments copies of the step counts, and `_finish` increments the original once
+            self._copied_steps = True
+            steps = [step.clone() for step in steps]
+        self.ops.adamw(*lists, steps, eps=group["eps"], **settings, **options)
+
+    def _finish(self, found_inf: Tensor | None) -> None:
+        if self._copied_steps:
+            self._copied_steps = False
+            step = self._state_of(self.param_groups[0]["params"][0])["step"]
+            step += 1 if found_inf is None else found_inf == 0
+
+
+@torch.no_grad()
+def bf16_with_masters(params: Iterable[Tensor]) -> Group:
+    """Convert fp32 parameters to bf16 in place. Return a parameter group in which they are exact fp32 masters.
+
+    A parameter becomes the upper half of its fp32 number, and the group keeps the lower half (`arena.py`), so a step rounds
+    nothing. `arena.join_master(p, low)` returns the exact numbers.
+    """
+    group: Group = {"params": list(params), "masters_lo": []}
+    for p in group["params"]:
+        p.data, master_lo = split_master(p.data)
+        group["masters_lo"].append(master_lo)
+    return group
+
+
+def flat_state(optimizer: FastOptimizer, names: Sequence[str], views: Views | None = None) -> dict[str, Tensor]:
+    """Return the optimizer state as named tensors, for safetensors.
+
+    Args:
+        names: names of the parameters in the order of `optimizer.param_groups`, or of the parameters in an arena.
+        views: splits a tensor in the layout of an arena into one view per name; None = the parameter is not an arena.
+
+    Returns:
+        "<slot>/<name>" for each slot of the optimizer, fp32 in the parameter's shape, and zeros if the parameter never had a
+        gradient. D-Lion also has "d" and "numerator_weighted", fp64 0-dim, and AdamW "step", fp32, one number per parameter or
+        arena. Only "step" is a copy: write or clone the other tensors before the next step.
+
+    Raises:
+        ValueError: `names` has duplicates or does not match the number of parameters.
+    """
+    states = [optimizer._state_of(p) for group in optimizer.param_groups for p in group["params"]]
+    tensors: dict[str, Tensor] = {}
+    for slot in optimizer.slots:
+        slot_tensors = [state[slot] for state in states] if views is None else views(states[0][slot])
+        if len(set(names)) != len(slot_tensors) or len(names) != len(slot_tensors):
+            counts = f"{len(set(names))} distinct names for {len(slot_tensors)} parameters"
+            raise ValueError(f"optimizer state: {counts}; give one name per parameter")
+        tensors |= {f"{slot}/{name}": tensor for name, tensor in zip(names, slot_tensors, strict=True)}
+    return tensors | optimizer.extra_state()
+
+
+@torch.no_grad()
+def load_flat_state(
+    optimizer: FastOptimizer, names: Sequence[str], tensors: Mapping[str, Tensor], views: Views | None = None
+) -> None:
+    """Restore the state bit by bit from the tensors of `flat_state`, on any device. An error leaves it unchanged.
+
+    Raises:
+        ValueError: an entry is missing, unexpected, or of another shape or dtype; or `names` is invalid as in `flat_state`.
+    """
+    expected = flat_state(optimizer, names, views)
+    advice = f"load a state of {optimizer.name} for the same parameters"
+    entries = {"missing": expected.keys() - tensors.keys(), "unexpected": tensors.keys() - expected.keys()}
+    for problem, keys in entries.items():
+        if keys:
+            raise ValueError(f"optimizer state: {min(keys)!r} is {problem} ({len(keys)} {problem} in total); {advice}")
+    for key, target in expected.items():
+        loaded = tensors[key]
+        if loaded.shape != target.shape or loaded.dtype != target.dtype:
+            actual, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (loaded, target))
+            raise ValueError(f"optimizer state: {key!r} is {actual}, expected {needed}; {advice}")
+    for key, target in expected.items():
+        target.copy_(tensors[key])
+    optimizer.load_extra_state(tensors)
+
+
+def _grad_in_layout(p: Tensor) -> Tensor:
+    """Return the gradient in the parameter's memory order, which autograd ensures, but not a user who sets `p.grad`."""
+    assert p.grad is not None
+    return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
+
+
+def _require(owner: str, field: str, value: object, holds: bool, requirement: str) -> None:
+    if not holds:
+        raise ValueError(f"{owner}: {field} is {value}; give {requirement}")
