@@ -29,7 +29,7 @@ def export_newest(config: Config, model: Model, report: Callable[[str], None]) -
     Return the path to share, without EMA: the LoRA file if there is one, otherwise the single file, otherwise the folder.
 
     Raises:
-        UserError: the single file's dtype cannot represent a value, or the VAE cannot be folded.
+        UserError: the single file's dtype cannot represent a value.
         OSError: the disk is full or the folder is not writable.
     """
     newest = checkpoint.checkpoints(Path(config.run) / "checkpoints")[-1]

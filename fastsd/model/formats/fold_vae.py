@@ -45,18 +45,10 @@ def fold(config: dict[str, Any], tensors: Tensors, place: str) -> tuple[dict[str
     """Return the config and tensors of an equivalent VAE with factor 0.18215 and no shift.
 
     Raises:
-        UserError: the factor is invalid, or a convolution cannot be folded.
+        UserError: the factor is invalid.
     """
     factor, shift = factor_and_shift(config, place)
     old = _latent_convolutions(config, tensors)
-    for name in _NAMES[::2]:
-        if old[name].shape[2:] != (1, 1):
-            size = "x".join(map(str, old[name].shape[2:]))
-            advice = "use --no-fold or export.fold = false"
-            raise UserError(
-                "vae-unfoldable", f"{place}: {name} is a {size} convolution, but only 1x1 convolutions can be folded; {advice}"
-            )
-
     r, channels = factor / SD15_SCALING_FACTOR, old["post_quant_conv.weight"].shape[1]
     weight, bias, post_weight, post_bias = (old[name].double() for name in _NAMES)
     new = {

@@ -142,7 +142,7 @@ def write_single_file(
         metadata: header entries, in addition to those that fastsd needs to read the file.
 
     Raises:
-        UserError: a number is not finite, or the VAE cannot be folded.
+        UserError: a number or the VAE's factor is not finite, or the factor is 0.
         OSError: the disk is full, or the folder cannot be written.
     """
     components = dict(source.components)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 
@@ -18,6 +19,7 @@ from fastsd.model.unet import UNetConfig
 from fastsd.storage import read_safetensors, write_safetensors
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,11 @@ def rename(old, new):
     return lambda state: {name.replace(old, new): tensor for name, tensor in state.items()}
 
 
+def without(names):
+    """Return a function that leaves out the tensors whose names match a regular expression."""
+    return lambda state: {name: tensor for name, tensor in state.items() if not re.match(names, name)}
+
+
 def put(name, value):
     return lambda state: state.update({name: value})
 
@@ -142,8 +149,13 @@ SHARD = "diffusion_pytorch_model-00001-of-00001.safetensors"
 PREFIX, NORM = "model.diffusion_model.", "text_model.final_layer_norm.bias"
 ORIGINAL, CURRENT = f"{PREFIX}input_blocks.1.0.in_layers.2.weight", "down_blocks.0.resnets.0.conv1.weight"
 CONV_IN, OTHER_DTYPE = "conv_in.weight", LINES["other-dtype"].format(dtype="torch.float16")
+QUANT, FIRST_BLOCK = "quant_conv.weight", "input_blocks.1.0.out_layers.3.weight"
+IN, OUT = f"{PREFIX}input_blocks.0.0.weight", f"{PREFIX}out.2.weight"
+WORDS = "cond_stage_model.transformer.text_model."
+POSITIONS, TOKENS = "embeddings.position_embedding.weight", "embeddings.token_embedding.weight"
+INNER = "encoder.layers.0.mlp.fc1.weight"
 SYSTEM = f"{os.system.__module__}.system"
-FLAT = put(f"{PREFIX}out.2.weight", torch.ones(3))
+FLAT = put(OUT, torch.ones(3))
 ones = torch.ones
 ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 HUGE = struct.pack("<Q", 100 << 20) + b"{" + b" " * (100 << 20)
@@ -161,6 +173,23 @@ BAD = {
     "extra in a file": case(in_file(put(f"{PREFIX}x.y", ones(1))), "weights-names", kind="unexpected", name="x.y"),
     "shape in a file": case(in_file(put(ORIGINAL, ones(3))), "weights-shape", shape=(3,)),
     "flat": case(in_file(FLAT, {}), "weights-shape", shape=(3,)),
+    "no UNet": case(in_file(without(PREFIX)), "single-file-no-unet", prefix=PREFIX),
+    "no first convolution": case(in_file(without(IN)), "single-file-no-whole-unet"),
+    "no last convolution": case(in_file(without(OUT)), "single-file-no-whole-unet"),
+    "no convolution in a block": case(
+        in_file(without(PREFIX + FIRST_BLOCK)), "single-file-tensor-missing", prefix=PREFIX, last=FIRST_BLOCK
+    ),
+    "uneven levels": case(in_file(without(f"{PREFIX}input_blocks.5.")), "single-file-blocks", per_level=[2, 1]),
+    "no levels": case(in_file(without(f"{PREFIX}input_blocks.[1-5].")), "single-file-blocks", per_level=[0]),
+    "no attention": case(in_file(without(r".+attn2\.to_k")), "single-file-no-attention"),
+    "flat first convolution": case(in_file(put(IN, ones(3))), "single-file-shape", name=IN.removeprefix(PREFIX), shape=(3,)),
+    "scalar": case(in_file(put(OUT, ones(()))), "single-file-shape", name=OUT.removeprefix(PREFIX), shape=()),
+    "VAE without encoder": case(in_file(without(r"first_stage_model\.encoder.conv_in")), "single-file-no-vae"),
+    "VAE without convolution": case(in_file(without(r"first_stage_model\.post_quant")), "single-file-no-vae"),
+    "no positions": case(in_file(without(WORDS + POSITIONS)), "single-file-no-text-encoder", missing=f"text_model.{POSITIONS}"),
+    "no tokens": case(in_file(without(WORDS + TOKENS)), "single-file-no-text-encoder", missing=f"text_model.{TOKENS}"),
+    "no layers": case(in_file(without(WORDS + INNER)), "single-file-no-text-encoder", missing=f"text_model.{INNER}"),
+    "wide VAE convolution": case(tensors(put(QUANT, ones(8, 8, 3, 3)), VAE), "weights-shape", name=QUANT, shape=(8, 8, 3, 3)),
     "NaN": case(tensors(lambda s: s[CONV_IN].view(-1)[7].fill_(float("nan"))), "not-finite", count=1, total=1152),
     "infinite": case(tensors(put(NORM, ones(64) / 0), TEXT), "not-finite", count=64, total=64),
     "too large for fp16": case(tensors(lambda s: s["conv_in.bias"].fill_(1e6)), "not-finite", advice=OTHER_DTYPE),
@@ -217,10 +246,21 @@ def test_broken_models_are_refused_in_one_line(case, undamaged, tmp_path, monkey
     for out in ("m.safetensors", "m"):
         with refused(code, **fields) as error:
             convert(str(path), tmp_path / "out" / out, options=options, reporter=lambda line: None)
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
         assert header_line is None or says(str(error.value), header_line[0], **header_line[1])
     assert not list((tmp_path / "out").iterdir())
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("out", ["m.safetensors", "m"])
+def test_a_file_that_becomes_shorter_during_conversion_is_refused(out, undamaged, tmp_path):
+    folder, file = undamaged
+    path = shutil.copy(file, tmp_path / "in.safetensors")
+    size = file.stat().st_size // 2
+    with refused("file-became-shorter", path=path):
+        options = ConvertOptions(tokenizer=str(folder))
+        convert(str(path), tmp_path / out, options=options, reporter=lambda line: os.truncate(path, size))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_lora_is_not_converted_to_a_model(undamaged, tmp_path):
@@ -244,6 +284,7 @@ def test_refuses_unusable_output_and_options(undamaged, tmp_path):
         ([file, tmp_path / "x", "--tokenizer", tmp_path], "tokenizer-folder", {}),
         ([file, tmp_path / "x", "--ema"], "single-file-no-ema", {}),
         ([folder, tmp_path / "x", "--ema"], "convert-no-ema", {}),
+        ([folder, tmp_path / "x.safetensors", "--to", "lora-kohya", "--ema"], "convert-no-lora-ema", {"run": folder}),
     ):
         result = CliRunner().invoke(app, ["convert", *map(str, words)])
         assert isinstance(result.exception, UserError), (words, result.output, result.exception)

@@ -9,10 +9,10 @@ from sentences import refused
 from tiny import make_tiny_model, tiny_vae
 
 from fastsd.config.schema import ModelTable, SampleTable
-from fastsd.model.formats.load import load_model, load_vae
+from fastsd.model.formats.load import load_model, load_tokenizer, load_vae
 from fastsd.model.unet import UNetConfig
 from fastsd.model.weights import diffusers_state_dict
-from fastsd.storage import read_safetensors
+from fastsd.storage import read_safetensors, write_safetensors
 
 
 def state_dicts(model):
@@ -85,6 +85,37 @@ def test_vae_of_another_folder(tmp_path, tiny_model):
     assert model.vae.scaling_factor == 0.13025
     assert model.vae.hash != load_model(ModelTable(base=str(tiny_model))).vae.hash
     assert load_vae(ModelTable(base="", vae=str(tiny_model))).scaling_factor == 0.5  # a complete model given as VAE
+
+
+def test_a_model_without_vae_is_refused(tmp_path, tiny_model, wide):
+    path = tmp_path / "unet.safetensors"
+    state = read_safetensors(wide[1])
+    write_safetensors(path, {name: tensor for name, tensor in state.items() if not name.startswith("first_stage_model.")})
+    tables = {"base": ModelTable(base=str(path)), "vae": ModelTable(base=str(tiny_model), vae=str(path))}
+    advice = []
+    for table in tables.values():
+        with refused("no-vae", source=path) as error:
+            load_vae(table)
+        advice.append(str(error.value).rpartition("; ")[2])
+    assert advice[0] != advice[1] and all("model.vae" in words for words in advice)
+
+
+def test_a_text_encoder_of_another_width_is_refused(tmp_path, tiny_model, wide):
+    def change(folder):
+        shutil.rmtree(folder / "text_encoder")
+        shutil.copytree(wide[2].parent / "text_encoder", folder / "text_encoder")
+
+    base = spoil(tiny_model, tmp_path / "m", change)
+    with refused("text-width", base=base, width=64, cross_attention_dim=16):
+        load_model(ModelTable(base=base))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_broken_tokenizer_is_refused(name, tmp_path, tiny_model):
+    base = spoil(tiny_model, tmp_path / "m", lambda folder: (folder / "tokenizer" / name).write_text("{"))
+    with refused("tokenizer-broken", folder=tmp_path / "m" / "tokenizer") as error:
+        load_tokenizer(ModelTable(base=base))
+    assert "\n" not in str(error.value)
 
 
 def only_pickles(folder):
