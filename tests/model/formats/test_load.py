@@ -91,13 +91,10 @@ def test_a_model_without_vae_is_refused(tmp_path, tiny_model, wide):
     path = tmp_path / "unet.safetensors"
     state = read_safetensors(wide[1])
     write_safetensors(path, {name: tensor for name, tensor in state.items() if not name.startswith("first_stage_model.")})
-    tables = {"base": ModelTable(base=str(path)), "vae": ModelTable(base=str(tiny_model), vae=str(path))}
-    advice = []
-    for table in tables.values():
+    for table, is_replaced in ((ModelTable(base=str(path)), False), (ModelTable(base=str(tiny_model), vae=str(path)), True)):
         with refused("no-vae", source=path) as error:
             load_vae(table)
-        advice.append(str(error.value).rpartition("; ")[2])
-    assert advice[0] != advice[1] and all("model.vae" in words for words in advice)
+        assert ("another" in str(error.value).rpartition(";")[2]) == is_replaced
 
 
 def test_a_text_encoder_of_another_width_is_refused(tmp_path, tiny_model, wide):
