@@ -125,10 +125,9 @@ def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Pa
         )
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True), folder
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            "tokenizer-broken", f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}); download it again"
-        ) from None
+    except Exception as error:  # the libraries raise many types of errors, and tokenizers plain `Exception`s
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError("tokenizer-broken", f"{folder}: the tokenizer cannot be loaded ({reason}); download it again") from None
 
 
 def _fill_position_ids(module: torch.nn.Module) -> None:

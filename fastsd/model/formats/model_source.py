@@ -93,7 +93,7 @@ def open_source(
     base = locate(name, field, revision, pickled=pickled)
     file = open_file(base, notes) if base.is_file() else None
     if ema and file is None:
-        raise UserError("source-no-ema", f"{field} is {name!r}, a folder without EMA weights; leave out --ema")
+        raise UserError("source-no-ema", f"{field} is {name!r}, a folder without EMA weights; omit --ema")
 
     components = {}
     for component in ("unet", "text_encoder", "vae"):

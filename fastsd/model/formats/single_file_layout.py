@@ -82,7 +82,7 @@ def _unet_weights(
     if ema_count:
         notes.append(f"unet: {ema_count} EMA tensors " + ("used" if ema else "ignored; --ema uses them"))
     elif ema:
-        raise UserError("single-file-no-ema", f"{path}: has no EMA weights; leave out --ema")
+        raise UserError("single-file-no-ema", f"{path}: has no EMA weights; omit --ema")
     if not ema:
         return unet
     ema_names = {original: ema_name(original) for original in original_by_name.values()}
@@ -139,7 +139,7 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
                 raise UserError(
                     "single-file-tensor-missing", f"{path}: {PREFIX['unet']}{name} is missing; give a complete SD1.5 model file"
                 )
-            widths.append(state[name].shape[0])
+            widths.append(_dimension(state, name, 0, path))
             attention.append(f"{block}.1.proj_in.weight" in state)
         layers += 1
 
@@ -150,8 +150,8 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
             f"{path}: the UNet has {per_level} blocks per level, but SD1.5 has the same number in each; give an SD1.5 model",
         )
 
-    text_width = next((tensor.shape[-1] for name, tensor in state.items() if name.endswith("attn2.to_k.weight")), None)
-    if text_width is None:
+    to_k = next((name for name in state if name.endswith("attn2.to_k.weight")), None)
+    if to_k is None:
         raise UserError("single-file-no-attention", f"{path}: the UNet has no cross-attention; give an SD1.5 model")
     return UNetConfig(
         in_channels=_dimension(state, "input_blocks.0.0.weight", 1, path),
@@ -159,7 +159,7 @@ def _unet_config(state: Tensors, path: Path) -> dict[str, Any]:
         block_out_channels=tuple(widths),
         layers_per_block=per_level[0],
         attention=tuple(attention),
-        cross_attention_dim=text_width,
+        cross_attention_dim=_dimension(state, to_k, 1, path),
     ).to_diffusers()
 
 

@@ -150,6 +150,7 @@ PREFIX, NORM = "model.diffusion_model.", "text_model.final_layer_norm.bias"
 ORIGINAL, CURRENT = f"{PREFIX}input_blocks.1.0.in_layers.2.weight", "down_blocks.0.resnets.0.conv1.weight"
 CONV_IN, OTHER_DTYPE = "conv_in.weight", LINES["other-dtype"].format(dtype="torch.float16")
 QUANT, FIRST_BLOCK = "quant_conv.weight", "input_blocks.1.0.out_layers.3.weight"
+TO_K = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 IN, OUT = f"{PREFIX}input_blocks.0.0.weight", f"{PREFIX}out.2.weight"
 WORDS = "cond_stage_model.transformer.text_model."
 POSITIONS, TOKENS = "embeddings.position_embedding.weight", "embeddings.token_embedding.weight"
@@ -184,6 +185,8 @@ BAD = {
     "no attention": case(in_file(without(r".+attn2\.to_k")), "single-file-no-attention"),
     "flat first convolution": case(in_file(put(IN, ones(3))), "single-file-shape", name=IN.removeprefix(PREFIX), shape=(3,)),
     "scalar": case(in_file(put(OUT, ones(()))), "single-file-shape", name=OUT.removeprefix(PREFIX), shape=()),
+    "scalar in a block": case(in_file(put(PREFIX + FIRST_BLOCK, ones(()))), "single-file-shape", name=FIRST_BLOCK, shape=()),
+    "scalar in attention": case(in_file(put(PREFIX + TO_K, ones(()))), "single-file-shape", name=TO_K, shape=()),
     "VAE without encoder": case(in_file(without(r"first_stage_model\.encoder.conv_in")), "single-file-no-vae"),
     "VAE without convolution": case(in_file(without(r"first_stage_model\.post_quant")), "single-file-no-vae"),
     "no positions": case(in_file(without(WORDS + POSITIONS)), "single-file-no-text-encoder", missing=f"text_model.{POSITIONS}"),

@@ -107,7 +107,7 @@ def test_a_text_encoder_of_another_width_is_refused(tmp_path, tiny_model, wide):
         load_model(ModelTable(base=base))
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
 def test_a_broken_tokenizer_is_refused(name, tmp_path, tiny_model):
     base = spoil(tiny_model, tmp_path / "m", lambda folder: (folder / "tokenizer" / name).write_text("{"))
     with refused("tokenizer-broken", folder=tmp_path / "m" / "tokenizer") as error:
