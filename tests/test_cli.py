@@ -1,5 +1,6 @@
 """The command line: instant help, the commands cache, train and sample, and one sentence and exit code 2 for bad input."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -112,6 +113,15 @@ def test_check_reports_several_problems_at_once(run, tmp_path, tiny_model, image
     code, out, err = run("check", path, "data.folders=['/no/such']", "model.base=/no/model", "device=cuda:9")
     assert code == 2 and says(out, "check-failed", check="model")
     assert "/no/such" in err and "/no/model" in err and "cuda:9" in err
+
+
+def test_check_refuses_a_disk_too_small_for_the_run(run, tmp_path, tiny_model, images, monkeypatch):
+    path = job(tmp_path, tiny_model, images, STAGE)
+    assert run("cache", path)[0] == run("check", path)[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    code, out, err = run("check", path)
+    assert code == 2 and says(out, "check-failed", check="run folder")
+    assert says(err, "run-disk-space", run=f"'{tmp_path / 'run'}'", free="0.0") and err.count("\n") == 1
 
 
 def test_usage_errors_exit_2(run):

@@ -6,7 +6,9 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from sentences import refused, sentence
 from fastsd.data import cache as cache_module
 from fastsd.data import rows as rows_module
 from fastsd.data.building.build import build_cache
-from fastsd.data.building.store import Shard, Store
+from fastsd.data.building.store import SCHEMA_VERSION, Shard, Store
 from fastsd.data.building.upkeep import prune, stats, verify
 from fastsd.data.cache import LatentCache, read_header, view_name
 
@@ -259,6 +261,31 @@ def test_a_locked_cache_is_refused(tmp_path):
     with Store.open(tmp_path / "cache", create=True), refused("cache-locked"):
         build_cache(config(tmp_path), StubVae())
     assert build_cache(config(tmp_path), StubVae()).encoded == 3
+
+
+def test_a_cache_of_another_version_is_refused(tmp_path):
+    draw_many(tmp_path, 3)
+    build_cache(config(tmp_path), StubVae())
+    with closing(sqlite3.connect(tmp_path / "cache/cache.sqlite")) as db:
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    with refused("cache-version", folder=tmp_path / "cache", version=SCHEMA_VERSION + 1, expected=SCHEMA_VERSION):
+        build_cache(config(tmp_path), StubVae())
+
+
+@pytest.mark.parametrize("batch, advice", [(4, " to 2"), (1, "data.resolution")])
+def test_a_batch_too_large_for_the_memory_is_refused(batch, advice, tmp_path):
+    class SmallGpu(StubVae):
+        def encode(self, images_B3RR):
+            if len(images_B3RR) * images_B3RR.shape[-1] > 2 * R * (batch > 1):
+                raise torch.OutOfMemoryError
+            return super().encode(images_B3RR)
+
+    draw_many(tmp_path, 5)
+    with refused("cache-batch-memory", batch=batch) as error:
+        build_cache(config(tmp_path, batch=batch), SmallGpu())
+    assert str(error.value).endswith(advice)
+    if batch > 1:
+        assert build_cache(config(tmp_path, batch=batch // 2), SmallGpu()).encoded == 5
 
 
 def test_verify_finds_a_flipped_bit_and_it_is_encoded_again(tmp_path):

@@ -3,17 +3,20 @@
 import json
 import math
 import re
+from io import StringIO
 from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from runs import checkpoint_steps, final, rewind, rows_of, run, same
-from sentences import refused, says
+from sentences import refused, says, sentence
 from tiny import job, make_tiny_model
 
-from fastsd.config.schema import ModelTable, StageTable
+from fastsd.commands.check import check
+from fastsd.config.schema import ModelTable, StageTable, load_config
 from fastsd.model.formats.load import load_model
 from fastsd.model.select import GROUPS, reinitialise, selected
 from fastsd.model.weights import diffusers_names
@@ -174,6 +177,19 @@ def test_schedule_starts_after_the_warmup():
         assert curve[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
         assert curve[10] == 1.0 and all(a > b for a, b in pairwise(curve[10:])) and 0 < curve[-1] < 0.05
     assert lr(99, schedule="linear", lr_floor=0.25, warmup=20) == pytest.approx(0.25 + 0.75 / 80)
+
+
+def test_a_warmup_longer_than_its_stage_is_refused(tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, LION.format(name="one", train='["unet"]'))
+    keys = ["sample.prompts=[]", "stage.one.until=1e", "stage.one.warmup=7"]  # 21 images: 6 steps of 4
+    fields = {"stage": "'one'", "warmup": 7, "total": 6, "until": "'1e'", "epoch": 21}
+    with refused("warmup-too-long", **fields):
+        run(path, *keys)
+    with refused("check-problems") as error:
+        check(load_config(path, keys), Console(file=StringIO()))
+    assert str(error.value) == sentence("warmup-too-long", **fields)
+    folder, _ = run(path, *keys, "stage.one.warmup=6")
+    assert len(rows_of(folder)) == 6
 
 
 def test_restarts_are_equal_cycles():

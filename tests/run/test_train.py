@@ -290,6 +290,14 @@ def test_changes_of_fixed_settings_are_refused(uninterrupted, tmp_path, tiny_mod
     assert says(text, "resumed", step=15)
 
 
+def test_removing_the_stage_that_a_run_is_in_is_refused(uninterrupted, tmp_path, tiny_model, images):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    rewind(tmp_path / "run", 12)
+    first_stage = TWO_STAGES[: TWO_STAGES.rindex("[[stage]]")]
+    with refused("run-fewer-stages", folder=tmp_path / "run", current_stage=2, count=1):
+        run(job(tmp_path, tiny_model, images, first_stage))
+
+
 def test_two_trainers_do_not_share_a_run(tmp_path, tiny_model, images):
     from fastsd.run.run import open_run
 

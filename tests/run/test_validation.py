@@ -24,7 +24,7 @@ from fastsd.data.cache import LatentCache
 from fastsd.data.loader import Loader
 from fastsd.data.validation_split import ValidationSplits, choose_splits
 from fastsd.model.formats.load import load_model, write_rest
-from fastsd.model.unet import UNetConfig
+from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import Vae
 from fastsd.run import checkpoint
 from fastsd.run.run import open_run
@@ -406,6 +406,21 @@ def test_command_refuses_bad_models_and_configs(uninterrupted, tmp_path):
         validate("/nowhere/at/all", config)
     with refused("json-folder-missing"):
         validate(str(uninterrupted[1]), config, tmp_path / "not" / "there.json")
+
+
+def test_a_batch_too_large_for_the_memory_is_refused(uninterrupted, monkeypatch):
+    forward = UNet.forward
+
+    def forward_of_two(unet, latents, *arguments, **keys):
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError
+        return forward(unet, latents, *arguments, **keys)
+
+    monkeypatch.setattr(UNet, "forward", forward_of_two)
+    path, folder, _ = uninterrupted
+    with refused("validate-memory", batch=3):
+        measure(folder, load_config(path, [*OVERRIDES]))
+    assert measure(folder, load_config(path, [*OVERRIDES, "validate.batch=2"]))
 
 
 def test_changes_of_the_held_out_split_are_refused(uninterrupted, tmp_path, tiny_model, images):
