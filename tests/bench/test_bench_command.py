@@ -160,6 +160,16 @@ def test_failed_compilation_skips_only_that_baseline(run, monkeypatch):
         assert says(text, "bench-compile-failed", reason="no C++ compiler") and "long story" not in text
 
 
+@pytest.mark.parametrize("function", ["forward", "__init__"])
+def test_step_that_runs_out_of_memory_is_refused(function, run, monkeypatch):
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore words")
+
+    monkeypatch.setattr(baselines.OurStep if function == "__init__" else UNet, function, out_of_memory)
+    err = run("step --small --peers diffusers --steps 1 device=cpu", code=2)
+    assert says(err, "bench-step-failed") and "20.00 MiB" in err
+
+
 def test_config_provides_model_stage_and_batches(run, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
     out, _ = run("step", path, "--peers none --steps 1 device=cpu", f"cache.dir={tmp_path / 'none'}")
@@ -330,6 +340,9 @@ def test_bench_kernels_runs_the_suites(run, monkeypatch, tmp_path):
     _, figures = run("kernels --small")
     assert commands[0][1:3] == ["-m", "pytest"] and "--quick" in commands[0] and figures["results"] == [{"op": "geglu"}]
     assert says(run("kernels", code=2), "bench-kernels-failed", status=1) and "--quick" not in commands[1]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pytest_benchmark", None)
+        assert says(run("kernels", code=2), "pytest-benchmark-missing") and len(commands) == 2
     monkeypatch.setattr(suites, "SUITES", tmp_path)
     assert says(run("kernels", code=2), "bench-no-source")
 
@@ -431,6 +444,12 @@ def test_bad_input_is_refused_in_one_line(words, code, fields, run):
 def test_bad_settings_are_refused_in_one_line(words, facts, run):
     err = run(words, code=2)
     assert all(fact in err for fact in facts), err
+
+
+def test_bad_settings_without_a_config_name_bench_and_no_file():
+    with refused("bench-config", problem="bench: stage.0.bach") as error:
+        options.bench_config(options.BenchOptions("step", None, ["stage.bach=3"]))
+    assert str(error.value).startswith("bench: ")
 
 
 def test_missing_json_folder_is_refused_before_measuring(monkeypatch, capsys, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from commandline import fastsd
 from dataset import DataSet, picture, png
+from diffusers import AutoencoderKL
 from PIL import Image
 from sentences import says
 from tiny import tiny_vae
@@ -197,6 +198,16 @@ def test_images_start_from_latents_of_the_models_own_vae(data, redrawn, tmp_path
     data.run("cache", key)
     for start in (0, 300):
         assert says(redrawn("x", key, "--start", start, code=2)[1], "validate-no-latents")
+
+
+def test_latents_of_another_size_are_refused(data, redrawn, tmp_path, tiny_model):
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(tmp_path / "finer")
+    key = f"model.vae={tmp_path / 'finer'}"
+    data.run("cache", key)
+    fields = {"dir": data.cache, "downscale": 1, "base": tiny_model, "model_downscale": 2}
+    files, err = redrawn("out", key, code=2)
+    assert says(err, "redraw-downscale", **fields) and not files
+    assert len(redrawn("out", f"model.vae={tiny_model}", "--limit", 1)[0]) == 3
 
 
 def test_config_supplies_settings_the_model_does_not_store(tmp_path):

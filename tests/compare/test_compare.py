@@ -308,6 +308,11 @@ BAD_ARGUMENTS = [
     (("silent", "--checkpoints"), "draw-no-prompts", {"folder": "silent"}),
     (("run", "--out", "page"), "page-ending", {"place": "--out is 'page'"}),
     (("run", "--out", "run.html"), "page-pictures-in-use", {"place": "--out is 'run.html'", "folder": "run"}),
+    (
+        ("run", "--out", "run/log.jsonl/x.html"),
+        "page-folder",
+        {"place": "--out is 'run/log.jsonl/x.html'", "reason": "File exists"},
+    ),
     (("run", "--out", "folder.html"), "page-is-folder", {"place": "--out is 'folder.html'"}),
 ]
 

@@ -16,7 +16,7 @@ from fastsd.commands.cache import cache
 from fastsd.compare import sweep as module
 from fastsd.compare.sweep import plan_sweep, sweep
 from fastsd.config.schema import load_config
-from fastsd.errors import Stopped
+from fastsd.errors import Stopped, UserError
 from fastsd.model.unet import UNet
 from fastsd.run.loop import train
 
@@ -113,6 +113,25 @@ def test_failed_run_does_not_stop_the_others(path, tmp_path, monkeypatch, capsys
     root = tmp_path / "run"
     assert (root / "lr=0.001" / "model").is_dir() and (root / "lr=0.002" / "model").is_dir()
     assert "lr=1e+30" in (root / "report.html").read_text()
+
+
+def test_failed_runs_are_listed_at_the_end(path, monkeypatch, no_report):
+    def refuse(config, console):
+        if config.seed < 3:
+            raise UserError("run-locked", f"locked {config.seed}")
+
+    monkeypatch.setattr(module, "train", refuse)
+    with refused("sweep-runs-failed", problem="seed=1 failed: locked 1\nseed=2 failed: locked 2"):
+        run_sweep(path, "seed=1,2,3")
+
+
+def test_each_problem_of_the_models_is_reported_once(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "train", lambda config, console: pytest.fail("trained"))
+    with refused("sweep-jobs") as error:
+        run_sweep(path, "model.clip_skip=0,2", "sample.size=33,35", "seed=1,2")
+    problems = str(error.value).splitlines()
+    assert [says(problem, "sample-size", size=size) for problem, size in zip(problems, (33, 35), strict=False)] == [True, True]
+    assert len(problems) == 3 and says(problems[2], "clip-skip", clip_skip=2)
 
 
 def test_caches_are_built_once_per_view_and_models_are_freed(path, tmp_path, monkeypatch, no_report):

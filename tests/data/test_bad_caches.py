@@ -201,8 +201,8 @@ DAMAGES = {
 
 
 def loss(folder: DataSet, run: Path) -> float:
-    """Return the loss of one step."""
-    folder.run("train", f"run={run}")
+    """Return the loss of one step. Its output is kept in `folder.out`."""
+    folder.out = folder.run("train", f"run={run}")
     return json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
 
 
@@ -224,7 +224,7 @@ def test_damage_is_reported_never_trained_on_and_repaired(folder, tmp_path):
             out = folder.run("train", f"run={tmp_path / 'none'}", code=2)
             assert message.search(out) and str(folder.cache if name == "no view" else path) in out
         else:
-            assert loss(folder, tmp_path / name) == right_loss
+            assert loss(folder, tmp_path / name) == right_loss and says(folder.out, "captions-tokenized", reason=path)
         if not is_detected:
             assert path.name in folder.run("cache", "--verify", code=2)
             assert says(folder.run("train", f"run={tmp_path / 'none'}", code=2), "no-view")

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from commandline import fastsd
 from runs import run
 from safetensors import safe_open
 from sentences import refused, says
@@ -21,7 +23,7 @@ from fastsd.plan.disk import export_bytes
 from fastsd.run import checkpoint
 from fastsd.run import export as export_module
 from fastsd.run.export import bytes_of
-from fastsd.run.model_card import public_name, untrained, write_card
+from fastsd.run.model_card import public_name, summarize, untrained, write_card
 from fastsd.storage import read_safetensors
 
 STAGES = """
@@ -235,6 +237,17 @@ def test_bad_keys_are_refused(key, facts, tmp_path, tiny_model, images):
     with refused("config-invalid") as error:
         load_config(job(tmp_path, tiny_model, images, LORA_STAGE), [key, "model.lora={rank=2}"])
     assert all(fact in str(error.value) for fact in facts) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_run_without_a_readable_config_is_refused(content, exported, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(exported[0], tmp_path / "run")
+    path = folder / "config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with refused("run-config-unreadable", config=path):
+        summarize(folder, checkpoint.checkpoints(folder / "checkpoints")[-1])
+    code, _, err = fastsd("convert", folder, tmp_path / "out.safetensors", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and says(err, "run-config-unreadable", config=path) and not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_full_disk_keeps_the_previous_export(exported, monkeypatch):
