@@ -97,3 +97,9 @@ def test_every_error_has_a_code_and_its_sentence():
                     assert position >= 0, f"{code.value}: {text!r} is not in {FILE.name}"
     assert codes == ERRORS.keys()
     assert not ERRORS.keys() & LINES.keys()
+
+
+def test_a_test_looks_for_every_sentence():
+    tests = "".join(path.read_text() for path in FILES if path.is_relative_to(ROOT / "tests"))
+    missing = [name for name in ERRORS | LINES if f'"{name}"' not in tests and f"'{name}'" not in tests]
+    assert not missing, "a refusal that no test meets may vanish unnoticed; write its test, or remove a line nobody looks for"

@@ -336,6 +336,8 @@ def attempt(name: str, warnings: list[str], function: Callable[[], T]) -> T | No
         return function()
     except (UserError, torch.OutOfMemoryError) as error:
         reason = str(error).splitlines()[0]
+        if name == OURS and isinstance(error, UserError) and error.code != "out-of-memory":
+            raise
         if name == OURS:
             problem = reason.partition("; ")[0]
             raise UserError("bench-step-failed", f"bench step: {problem}; use a smaller --batch or fewer --peers") from None

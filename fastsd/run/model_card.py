@@ -54,7 +54,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     if table is None:
         raise UserError(
             "run-config-unreadable",
-            f"{run / 'config.json'}: missing or not readable as a config; run `fastsd train` again to write it",
+            f"{run / 'config.json'}: missing or not readable as a config; delete it and run `fastsd train` again to write it",
         )
     config = parse_config(table, str(run / "config.json"))
     state = read_table(checkpoint / STATE) or {}
