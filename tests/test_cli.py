@@ -32,9 +32,9 @@ def test_help_is_instant():
 def test_cache_train_sample(run, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
     code, out, err = run("cache", path)
-    assert code == 0 and says(out, "cached", cached=21, images=21), err
+    assert code == 0 and says(out, "images-cached", cached=21, images=21), err
     code, out, _ = run("cache", path)
-    assert says(out, "cached", encoded=0, present=21)
+    assert says(out, "images-cached", encoded=0, present=21)
     code, out, _ = run("check", path)
     assert code == 0 and says(out, "check-passed", check="model") and says(out, "check-passed", check="cache")
     code, out, err = run("train", "--precision", "fp32", path, "log.every=1")
@@ -58,7 +58,12 @@ def test_bad_images_and_empty_captions_stop_nothing(run, tmp_path, tiny_model):
     (folder / "0002.txt").write_text("  \n")
     path = job(tmp_path, tiny_model, folder, STAGE)
     code, out, _ = run("cache", path)
-    assert code == 0 and says(out, "cached", cached=5, images=6) and says(out, "rejected", count=1) and "0001.png" in out
+    assert (
+        code == 0
+        and says(out, "images-cached", cached=5, images=6)
+        and says(out, "images-rejected", count=1)
+        and "0001.png" in out
+    )
     assert says(out, "empty-captions", count=1)
     code, out, _ = run("train", path)
     assert code == 0 and "1 rejected" in out and "1 empty captions" in out
@@ -83,7 +88,7 @@ def bad_commands(tmp_path, tiny_model, images):
         (("train", path, f"model.vae={tmp_path / 'vae8'}"), "vae-channels", " 8 "),
         (("train", path, f"cache.dir={tmp_path / 'elsewhere'}"), "no-view", "elsewhere"),
         (("train", path, "kernels=triton"), "triton-cannot-run", "NVIDIA", "cpu"),
-        (("train", path, "device=cuda:9"), "device", "'cuda:9'"),
+        (("train", path, "device=cuda:9"), "device-unavailable", "'cuda:9'"),
         (("train", path, "log.wandb=x"), "wandb-missing"),
         (("train", path, "sample.size=33"), "sample-size", "33", " 4 px"),
         (("train", path, "sample.prompts_file=/no/prompts"), "prompts-unreadable", "/no/prompts"),

@@ -97,6 +97,7 @@ def test_every_error_has_a_code_and_its_sentence():
                     assert position >= 0, f"{code.value}: {text!r} is not in {FILE.name}"
     assert codes == ERRORS.keys()
     assert not ERRORS.keys() & LINES.keys()
+    assert all("-" in name for name in ERRORS | LINES)  # no word that also stands for something else
 
 
 def test_a_test_looks_for_every_sentence():

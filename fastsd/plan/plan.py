@@ -157,7 +157,7 @@ def plan(
     cards = [find_gpu(card)] if card else GPU_SPECS
     vram = vram if vram is not None else cards[0].memory if card else 24.0
     if not 0 < vram < math.inf:
-        raise UserError("vram", f"--vram is {vram:g}; give the memory of the card in GB, for example 24")
+        raise UserError("vram-invalid", f"--vram is {vram:g}; give the memory of the card in GB, for example 24")
     shapes, warnings = read_shapes(config.model)
     ops = REFERENCE if config.kernels == "reference" else TRITON or REFERENCE
     images = _count_images(config.data)

@@ -29,7 +29,9 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError("device", f'device is {name!r}, which is not available ({reason}); use "auto" or "cpu"') from None
+        raise UserError(
+            "device-unavailable", f'device is {name!r}, which is not available ({reason}); use "auto" or "cpu"'
+        ) from None
     return device
 
 

@@ -422,7 +422,7 @@ def test_auto_micro_batch_is_the_largest_that_fits():
         ("everything", "bench-unknown-suite", {"hint": "choose from step, memory, kernels, optim, loader, cache"}),
         ("no.toml", "config-missing", {}),
         ("step --peers apex", "bench-unknown-baseline", {"value": "'apex'", "baselines": ", ".join(baselines.BASELINES)}),
-        ("device=cuda:9", "device", {"device": "'cuda:9'"}),
+        ("device=cuda:9", "device-unavailable", {"device": "'cuda:9'"}),
         ("optim --fraction 0", "bench-fraction", {"fraction": 0}),
         ("optim --fraction 1.5", "bench-fraction", {"fraction": 1.5}),
         ("loader --rate 0", "bench-rate", {"rate": 0}),

@@ -97,7 +97,7 @@ WAYS = {"drawn": (), "decoded": ("--start", 0), "noised": NOISED}
 @pytest.mark.parametrize("way", WAYS)
 def test_writes_images_with_their_captions(data, redrawn, way):
     files, out = redrawn("out", *WAYS[way], "--limit", 9)
-    assert says(out, "redrawn", count=9, drawn=9, present=0)
+    assert says(out, "images-redrawn", count=9, drawn=9, present=0)
     with closing(LatentCache.open(data.cache)) as latents:
         captions = latents.captions(range(9))
     assert set(files) == {"redraw.json"} | {f"{i:08d}{ending}" for i in range(9) for ending in (".png", ".txt")}
@@ -139,11 +139,11 @@ def test_interruptions_do_not_change_the_bits(redrawn, monkeypatch, tmp_path):
     assert kills == 4 and set(files) < set(whole) | {name for name in files if name.startswith(".tmp-")}
     monkeypatch.setattr(redraw, "_write", write)
     files, out = redrawn("killed", *NOISED)
-    assert files == whole and says(out, "redrawn", count=COUNT)
+    assert files == whole and says(out, "images-redrawn", count=COUNT)
     for name in ("00000002.png", "00000011.txt"):
         (tmp_path / "killed" / name).unlink()
     files, out = redrawn("killed", *NOISED)
-    assert files == whole and says(out, "redrawn", drawn=2, present=11)
+    assert files == whole and says(out, "images-redrawn", drawn=2, present=11)
 
 
 @pytest.mark.parametrize("sampler", ["euler_a", "dpm++"])
@@ -225,7 +225,7 @@ BAD_WORDS = [
     (("sample.steps=1001",), "sample-steps", "1001"),
     (('data.include=["none"]',), "filter-leaves-none", "13"),
     (("cache.dir=elsewhere",), "no-view", "elsewhere"),
-    (("--device", "cuda:9"), "device", "'cuda:9'"),
+    (("--device", "cuda:9"), "device-unavailable", "'cuda:9'"),
     (("stage.0.batch=big",), "config-invalid", "stage.0.batch is 'big'"),
 ]
 

@@ -149,4 +149,4 @@ def test_bad_input_gets_one_sentence(tmp_path, tiny_model, vaes, images, monkeyp
     assert_refused("swap-scaling-factor", tiny_model, other, out, "--vae-scaling-factor", "0", factor=0)
     (tmp_path / "file").touch()
     assert_refused("swap-unwritable", tiny_model, other, tmp_path / "file" / "x", reason="Not a directory")
-    assert "'abacus'" in assert_refused("device", *with_images, "--device", "abacus")
+    assert "'abacus'" in assert_refused("device-unavailable", *with_images, "--device", "abacus")

@@ -47,7 +47,7 @@ def test_files_that_change_before_encoding_are_rejected(folder, monkeypatch):
     assert says(reasons.pop("deleted.png"), "file-unreadable", cause=os.strerror(errno.ENOENT))
     assert reasons == dict.fromkeys(("edited.png", "cut.png", "set.tar/in tar.png"), sentence("file-changed"))
     monkeypatch.setattr(collect, "fill", fill)
-    assert folder.cached() == {"good", "same", "twin", "edited", "replaced"} and says(folder.out, "cached", encoded=2)
+    assert folder.cached() == {"good", "same", "twin", "edited", "replaced"} and says(folder.out, "images-cached", encoded=2)
     assert folder.rejected() == {"cut.png": sentence("file-empty")}
     folder.run("cache", "--verify")
 
@@ -82,10 +82,10 @@ def test_the_vae_of_an_interrupted_cache_may_be_swapped(folder, tmp_path, tiny_m
     base, names = f"model.base={model}", {str(i) for i in range(24)}
     interrupt(monkeypatch)
     folder.run("cache", base, code=130)
-    assert folder.cached() == names and not says(folder.out, "cached", encoded=24)
+    assert folder.cached() == names and not says(folder.out, "images-cached", encoded=24)
     tiny_vae(seed=1).save_pretrained(model / "vae")
     assert says(folder.run("train", base, code=2), "no-view")
-    assert folder.cached(base) == names and says(folder.out, "cached", encoded=24, present=0)
+    assert folder.cached(base) == names and says(folder.out, "images-cached", encoded=24, present=0)
     folder.run("train", base)
     assert folder.cached(base, f"cache.dir={tmp_path / 'fresh'}") == names
     caches = folder.cache, tmp_path / "fresh"
@@ -146,7 +146,7 @@ def test_caching_continues_after_ctrl_c(folder, monkeypatch):
     interrupt(monkeypatch)
     assert says(folder.run("cache", code=130), "caching-stopped")
     assert folder.cached() == {str(i) for i in range(30)}
-    assert "30 of 30" in folder.out and not says(folder.out, "cached", encoded=30)
+    assert "30 of 30" in folder.out and not says(folder.out, "images-cached", encoded=30)
     folder.run("cache", "--verify")
 
 
@@ -258,7 +258,7 @@ def test_restored_backups_are_brought_up_to_date(folder, tmp_path):
                 shutil.copy(before / name, folder.cache / name)
 
     def assert_repaired(encoded: int) -> None:
-        assert folder.cached() == names and says(folder.out, "cached", encoded=encoded)
+        assert folder.cached() == names and says(folder.out, "images-cached", encoded=encoded)
         folder.run("cache", "--verify")
         assert loss(folder, tmp_path / "again") == second_loss
         shutil.rmtree(tmp_path / "again")

@@ -401,7 +401,7 @@ def test_training_and_resuming_are_bit_identical(jobs, tiny_model, monkeypatch):
     for later in checkpoint.checkpoints(folder / "checkpoints")[1:]:
         shutil.rmtree(later)
     _, out = run(jobs[1], "cache.dtype=fp32", states=True)
-    assert says(out, "resumed", step=3)
+    assert says(out, "run-resumed", step=3)
     assert same(final(folder), final(without)) and (folder / "log.jsonl").read_bytes() == (without / "log.jsonl").read_bytes()
     assert len(list((folder / "samples").glob("*.png"))) == 2  # drawn with the frozen encoder
     for name in ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):

@@ -157,7 +157,7 @@ def test_a_run_applies_masks_and_weights(tmp_path, tiny_model, level, is_unchang
     (tmp_path / "images/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = job(tmp_path, tiny_model, tmp_path / "images", '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 4\nd0 = 1e-3\n')
     folder, out = run(path, f"data.masks={ENDING}", "data.weight_key=score", "sample.prompts=[]")
-    assert says(out, "cached", cached=8, images=8)
+    assert says(out, "images-cached", cached=8, images=8)
     weights = "unet/diffusion_pytorch_model.safetensors"
     before, after = read_safetensors(tiny_model / weights), read_safetensors(folder / "model" / weights)
     assert all(torch.equal(after[name], before[name]) for name in before) == is_unchanged

@@ -243,9 +243,9 @@ def test_epochs_without_images_are_estimated_for_a_million(plan, tmp_path, tiny_
     "words, name, fields",
     [
         (["{absent}"], "config-missing", {}),
-        (["{config}", "--vram", "0"], "vram", {"vram": 0}),
-        (["{config}", "--vram", "-3"], "vram", {"vram": -3}),
-        (["{config}", "--vram", "nan"], "vram", {"vram": "nan"}),
+        (["{config}", "--vram", "0"], "vram-invalid", {"vram": 0}),
+        (["{config}", "--vram", "-3"], "vram-invalid", {"vram": -3}),
+        (["{config}", "--vram", "nan"], "vram-invalid", {"vram": "nan"}),
         (["{config}", "--card", "gtx 1080"], "unknown-card", {"card": "'gtx 1080'"}),
         (["{config}", "data.resolution=33"], "model-resolution", {}),
         (["{config}", "--json", "{absent}/plan.json"], "json-unwritable", {}),

@@ -77,7 +77,7 @@ def test_resumed_run_has_the_same_bits(stop, uninterrupted, tmp_path, tiny_model
     folder, _ = train_lora(tmp_path, tiny_model, images)
     rewind(folder, stop)
     folder, text = train_lora(tmp_path, tiny_model, images)
-    assert says(text, "resumed", step=stop) and same(final(folder), final(uninterrupted))
+    assert says(text, "run-resumed", step=stop) and same(final(folder), final(uninterrupted))
     assert (folder / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
 
 

@@ -145,11 +145,11 @@ def test_parameters_are_reinitialised_once(tmp_path, tiny_model, images):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     uninterrupted, text = run(job(tmp_path / "a", tiny_model, images, stages))
-    assert says(text, "reinitialised", names="unet.conv_out, text_encoder.layers.1")
+    assert says(text, "parameters-reinitialised", names="unet.conv_out, text_encoder.layers.1")
     path = job(tmp_path / "b", tiny_model, images, stages)
     run(path, "stage.until=1")
     resumed, text = run(path)
-    assert not says(text, "reinitialised") and same(final(resumed), final(uninterrupted))
+    assert not says(text, "parameters-reinitialised") and same(final(resumed), final(uninterrupted))
     before, after = (
         read_safetensors(root / "text_encoder/model.safetensors") for root in (tiny_model, uninterrupted / "model")
     )
@@ -302,7 +302,7 @@ def test_a_stage_can_end_by_time(tmp_path, tiny_model, images, monkeypatch):
     assert json.loads((checkpoint.checkpoints(folder / "checkpoints")[0] / "state.json").read_text())["seconds"] >= 2
     assert says(text, "log-row", stage="one", step=1) and len(list((folder / "samples").glob("one-*.png"))) >= 2
     _, text = run(tmp_path / "job.toml")
-    assert says(text, "resumed") and not re.search("^one[: ]", text, re.MULTILINE)
+    assert says(text, "run-resumed") and not re.search("^one[: ]", text, re.MULTILINE)
 
 
 def test_checkpoints_in_checkpoint_at_are_kept(tmp_path, tiny_model, images):

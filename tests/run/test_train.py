@@ -213,7 +213,7 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, tiny_model, images, monk
             run(path)
     assert checkpoint_steps(tmp_path / "run") == [2, 4]  # step 2 is kept although kept.json could not be written
     folder, text = run(path)
-    assert (folder / "model/unet").is_dir() and says(text, "resumed", step=4)
+    assert (folder / "model/unet").is_dir() and says(text, "run-resumed", step=4)
 
 
 def test_damaged_checkpoints_are_skipped(tmp_path, tiny_model, images):
@@ -230,7 +230,7 @@ def test_damaged_checkpoints_are_skipped(tmp_path, tiny_model, images):
     _, text = run(path)
     assert says(text, "checkpoint-changed", checkpoint="step-00000006", file=UNET)
     assert says(text, "checkpoint-incomplete", checkpoint="step-00000004")
-    assert says(text, "resumed", step=2)
+    assert says(text, "run-resumed", step=2)
     assert same(final(folder), before)
     for saved in checkpoint.checkpoints(folder / "checkpoints"):
         (saved / "state.json").unlink()
@@ -273,7 +273,7 @@ def test_a_stop_signal_saves_a_checkpoint(number, tmp_path, tiny_model, images, 
     os.kill(process.pid, number)
     process.join(600)
     step = checkpoint.newest(tmp_path / "run" / "checkpoints", print)[1].step
-    assert process.exitcode == 130 and says(output.read_text(), "stopped", folder=tmp_path / "run", step=step) and step >= 3
+    assert process.exitcode == 130 and says(output.read_text(), "run-stopped", folder=tmp_path / "run", step=step) and step >= 3
 
 
 def test_changes_of_fixed_settings_are_refused(uninterrupted, tmp_path, tiny_model, images):
@@ -287,7 +287,7 @@ def test_changes_of_fixed_settings_are_refused(uninterrupted, tmp_path, tiny_mod
         with refused(name, **fields):
             run(path, change)
     _, text = run(path, "log.every=5")
-    assert says(text, "resumed", step=15)
+    assert says(text, "run-resumed", step=15)
 
 
 def test_removing_the_stage_that_a_run_is_in_is_refused(uninterrupted, tmp_path, tiny_model, images):
@@ -344,7 +344,7 @@ def test_changes_of_the_cache_are_reported(tmp_path, tiny_model, images):
     config = json.loads((folder / "config.json").read_text())
     del config["data"]["crops"], config["stage"][0]["shuffle_tags"], config["cache"]["hidden_states"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert says(run(path, "stage.0.until=9")[1], "resumed", step=8)
+    assert says(run(path, "stage.0.until=9")[1], "run-resumed", step=8)
 
 
 def test_buckets_repeats_and_shuffled_tags_resume_exactly(tmp_path, tiny_model, images):

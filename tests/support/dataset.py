@@ -84,7 +84,7 @@ class DataSet:
             reasons = self.rejected()
             assert set(reasons) == set(bad)
             assert all(re.search(bad[name], reason) for name, reason in reasons.items()), reasons
-        assert says(self.out, "cached", encoded=0)
+        assert says(self.out, "images-cached", encoded=0)
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -20,10 +20,13 @@ def pattern(name: str, /, **fields: object) -> re.Pattern[str]:
     sentence = ERRORS[name] if name in ERRORS else LINES[name]
     parts = re.split(r"\{(\w+)\}", sentence)
     assert not fields.keys() - set(parts[1::2]), f"{name}: {sentence!r} has no field {sorted(fields)}"
-    for i, part in enumerate(parts):
-        is_field = i % 2 == 1
-        text = str(fields.get(part, "")) if is_field else part
-        parts[i] = r"[^\n]*?" if is_field and not text else re.escape(text)
+    for i, text in enumerate(parts):
+        if i % 2 == 0:
+            parts[i] = re.escape(text)
+        elif text in fields:
+            parts[i] = rf"(?<!\d){re.escape(str(fields[text]))}(?!\d)"  # 1 is not the beginning of 12
+        else:
+            parts[i] = r"[^\n]*?"
     return re.compile("".join(parts))
 
 

@@ -65,13 +65,13 @@ def test_reports_counts_rejections_and_contents(job_config, tmp_path):
     (tmp_path / "images/0000.txt").write_text("word " * 100)
     (tmp_path / "images/bad.jpg").write_text("no image")
     out = output(cache.cache, job_config)
-    assert says(out, "cached", cached=13, images=14, encoded=13) and says(out, "empty-captions", count=1)
+    assert says(out, "images-cached", cached=13, images=14, encoded=13) and says(out, "empty-captions", count=1)
     assert all(f"{step} " in out for step in ("decode", "encode", "write")) and "img/s" in out
     rejected = f"1 rejected:\n  1 x {sentence('image-format')}"
     assert rejected in out and "bad.jpg" in out
-    assert says(output(cache.cache, job_config), "cached", encoded=0, present=13)
+    assert says(output(cache.cache, job_config), "images-cached", encoded=0, present=13)
     out = inspect(job_config, stats=True)
-    assert says(out, "contents", latents=13, shards=1) and "sizes: 32x32 x 13" in out
+    assert says(out, "cache-contents", latents=13, shards=1) and "sizes: 32x32 x 13" in out
     assert says(out, "captions-cut", captions=1, limit=77) and f"  {rejected}" in out
     assert out.count("±") == 5  # four channels and the heading
 
@@ -100,7 +100,7 @@ def test_prune_deletes_token_ids_without_a_view(job_config, tmp_path):
     assert token_files(Path(job_config.cache.dir)) == [first_file]
     (view,) = (Path(job_config.cache.dir) / "views").iterdir()
     view.unlink()
-    assert says(inspect(job_config, prune=True), "pruned", shards=1)
+    assert says(inspect(job_config, prune=True), "shards-pruned", shards=1)
     assert not token_files(Path(job_config.cache.dir))
 
 
@@ -108,7 +108,7 @@ def test_a_missing_tokenizer_does_not_stop_encoding(job_config, tmp_path):
     keys = job_config.model.model_dump() | {"tokenizer": str(tmp_path)}
     out = output(cache.cache, job_config.model_copy(update={"model": type(job_config.model).model_validate(keys)}))
     assert "note: " in out and says(out, "no-tokenizer", source=tmp_path)
-    assert says(out, "cached", cached=12, images=12)
+    assert says(out, "images-cached", cached=12, images=12)
 
 
 def test_stats_run_beside_a_process_that_fills_the_cache(tmp_path):

@@ -102,7 +102,7 @@ def test_bad_images_are_rejected_with_reasons(folder):
     captions = {"good", "a", "b", "🐈", "caf?", "-rf", "%s{0}[b]", "trailing", "inside", ""}
     folder.check(captions, {name: reason for name, (_, reason) in files.items()})
     assert re.search(f"avif.jpg: {NO_IMAGE.pattern}", folder.out)
-    assert says(folder.out, "cached", cached=9, images=37) and "9 at 32 px" in folder.run("train")
+    assert says(folder.out, "images-cached", cached=9, images=37) and "9 at 32 px" in folder.run("train")
 
 
 def test_special_and_unreadable_files_are_rejected(folder, monkeypatch):
@@ -298,7 +298,7 @@ def test_bad_tars_are_rejected(folder):
     for prefix, reason_pattern in expected_reasons.items():
         assert any(re.search(reason_pattern, reason) for name, reason in reasons.items() if name.startswith(prefix)), prefix
     assert all(any(name.startswith(prefix) for prefix in expected_reasons) for name in reasons)
-    assert folder.cached() == captions and says(folder.out, "cached", encoded=0)
+    assert folder.cached() == captions and says(folder.out, "images-cached", encoded=0)
 
 
 def test_bad_metadata_is_reported(folder):
