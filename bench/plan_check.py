@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model, materialize
@@ -70,7 +71,7 @@ def stage_of(case: tuple[str, str, int, int, str, dict[str, Any]]) -> StageTable
     precision, optimizer, micro_batch, forwards, level, overrides = case
     keys = {"train": ["unet"], "until": 1, "precision": precision, "optimizer": optimizer, "checkpointing": level}
     sizes = {"batch": micro_batch * forwards, "micro_batch": 0 if forwards == 1 else micro_batch}
-    return StageTable.model_validate({**keys, **sizes, "lr": 1.0 if optimizer == "dlion" else 1e-6, **overrides})
+    return StageTable.model_validate({**keys, **sizes, "lr": OPTIMIZERS[optimizer].small_lr, **overrides})
 
 
 def planned(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> dict[str, int]:

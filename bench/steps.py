@@ -42,6 +42,7 @@ from torch.autograd import DeviceType
 from verdicts import step_table, time_by_kind
 
 from fastsd.bench import baselines, counters, options, suites
+from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
@@ -144,7 +145,7 @@ def measurements() -> list[Measurement]:
     stages = [("bf16", "lion"), ("fp32", "dlion")]
     our_memory = [_memory_measurement(*stage, level, baselines.OURS) for stage in stages for level in ("none", "ff")]
     plans = [Measurement("d", f"plan, {case[0]}, {_case_label(case)}", partial(check_plan, case)) for case in CASES]
-    baseline_memory = [_memory_measurement(*stage, "none", baselines.SAME_OPTIMIZER[stage[1]]) for stage in stages]
+    baseline_memory = [_memory_measurement(*stage, "none", OPTIMIZERS[stage[1]].package or "diffusers") for stage in stages]
     return [*most_important, *graphs, profile, *combinations, *other_precisions, *our_memory, *plans, *baseline_memory]
 
 

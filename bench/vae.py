@@ -107,7 +107,7 @@ def measure(precision: str, batch: int, first: bool, args: argparse.Namespace) -
         assert ours <= max_error, f"error is {ours:.1e}, and that of diffusers is {peer:.1e}"
         order = timing.in_turns(turns, args.rounds, device)
 
-    rate, image_flops = counters.matmul_rate(device, precision, args.small), flops(args.small, args.resolution)
+    rate, image_flops = counters.matmul_rate(device, precision, small=args.small), flops(args.small, args.resolution)
     shared = {"device": counters.device_name(device), "gpu": device.type == "cuda", "small": args.small, "switches": switches}
     shared |= {"tflop_per_image": image_flops / 1e12, "matmul_tflop_per_s": rate / 1e12}
     records = []

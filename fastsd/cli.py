@@ -175,7 +175,7 @@ def bench(
     size: Annotated[int | None, Option(min=1, help="Image size in px (default: per CONFIG, or 512).")] = None,
     batch: Annotated[int | None, Option(min=1, help="Images per training step (default: per CONFIG).")] = None,
     micro_batch: Annotated[int | None, Option(min=1, help="Images per forward pass (default: per CONFIG).")] = None,
-    optimizer: Annotated[str | None, Option(help="Optimizer: dlion, lion or adamw (default: per CONFIG).")] = None,
+    optimizer: Annotated[str | None, Option(help="Optimizer, as stage.optimizer (default: per CONFIG).")] = None,
     peers: Annotated[
         str | None, Option(help="Baselines: none, or a list of diffusers,compiled,dadaptation,lion-pytorch.")
     ] = None,

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fastsd.bench.counters import SLOTS
+from fastsd.config.optimizers import OPTIMIZERS, ORIGINALS, OptimizerName
 from fastsd.config.schema import Config, StageTable
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Batch, Loader
@@ -42,7 +42,8 @@ from fastsd.model.model import SD15_SCHEDULER, Model
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.model.weights import diffusers_state_dict
-from fastsd.train.step import OPTIMIZERS, Step
+from fastsd.train.optim import optimizer_class
+from fastsd.train.step import Step
 from fastsd.train.trainable import Layout
 from fastsd_kernels import Ops
 from fastsd_kernels.arena import split_master
@@ -52,10 +53,8 @@ OURS = "fastsd"
 BASELINES = {
     "diffusers": "diffusers' UNet, eager, SDPA, torch.optim.AdamW",
     "compiled": "the same channels last, torch.compile, AdamW(fused=True)",
-    "dadaptation": "as diffusers, with dadaptation's DAdaptLion",
-    "lion-pytorch": "as diffusers, with lion-pytorch's Lion",
+    **{spec.package: f"as diffusers, with {spec.package}'s {spec.class_name}" for spec in OPTIMIZERS.values() if spec.original},
 }
-SAME_OPTIMIZER = {"dlion": "dadaptation", "lion": "lion-pytorch", "adamw": "diffusers"}
 SMALL = UNetConfig(
     block_out_channels=(32, 64),
     attention=(True, False),
@@ -262,25 +261,23 @@ def draw(latents_BCHW: Tensor, positions_B: Tensor, timesteps: int) -> tuple[Ten
 
 def require(name: str) -> bool:
     """Return True if a baseline's package is installed. Otherwise raise UserError with the command that installs it."""
-    package = {"dadaptation": "dadaptation", "lion-pytorch": "lion_pytorch"}.get(name, "diffusers")
+    package = name if name in ORIGINALS else "diffusers"
     try:
-        importlib.import_module(package)
+        importlib.import_module(package.replace("-", "_"))
     except ImportError:
-        raise UserError(
-            "bench-package-missing", f"baseline {name} is not installed; run `pip install {package.replace('_', '-')}`"
-        ) from None
+        raise UserError("bench-package-missing", f"baseline {name} is not installed; run `pip install {package}`") from None
     return True
 
 
-def baseline_optimizer(name: str, parameters: Sequence[Tensor], lr: float = 1e-6) -> torch.optim.Optimizer:
+def baseline_optimizer(name: str, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     """Create a baseline's optimizer. A small lr keeps random weights stable. Raises UserError if its package is missing."""
     require(name)
-    if name == "dadaptation":
-        return importlib.import_module("dadaptation").DAdaptLion(parameters)
-    if name == "lion-pytorch":
-        return importlib.import_module("lion_pytorch").Lion(parameters, lr=lr)
+    if name in ORIGINALS:
+        spec = OPTIMIZERS[ORIGINALS[name]]
+        implementation = getattr(importlib.import_module(name.replace("-", "_")), spec.class_name)
+        return implementation(parameters, lr=spec.small_lr)
     fused, foreach = name in ("compiled", "torch fused"), name == "torch foreach"
-    return torch.optim.AdamW(parameters, lr=lr, fused=fused or None, foreach=foreach or None)
+    return torch.optim.AdamW(parameters, lr=OPTIMIZERS["adamw"].small_lr, fused=fused or None, foreach=foreach or None)
 
 
 def step_counts(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -350,14 +347,15 @@ def attempt(name: str, warnings: list[str], function: Callable[[], T]) -> T | No
     return None
 
 
-OPTIMIZER_BASELINES = {"lion": ("lion-pytorch",), "dlion": ("dadaptation",), "adamw": ("torch foreach", "torch fused")}
-# Bytes per parameter that an optimizer must move. It reads and writes the weight and each state, and reads the gradient.
-MOVED = {"lion": 20, "dlion": 28, "adamw": 28}
+def optimizer_baselines(family: OptimizerName) -> tuple[str, ...]:
+    """Return the names of the implementations that `bench optim` compares our optimizer with."""
+    return (OPTIMIZERS[family].package,) if OPTIMIZERS[family].original else ("torch foreach", "torch fused")
 
 
-def optimizer_bytes(family: str, with_bf16: bool) -> int:
+def optimizer_bytes(family: OptimizerName, *, with_bf16: bool) -> int:
     """Return the bytes per parameter that `optimizer_steps` needs for weights, gradients and the state of every candidate."""
-    return 8 + 4 * SLOTS[family] * (2 + len(OPTIMIZER_BASELINES[family])) + (with_bf16 and 6 + 4 * SLOTS[family])
+    state_bytes = 4 * len(optimizer_class(family).slots)
+    return 8 + state_bytes * (2 + len(optimizer_baselines(family))) + (with_bf16 and 6 + state_bytes)
 
 
 def spread_sizes(sizes: list[int], fraction: float) -> list[int]:
@@ -391,7 +389,9 @@ class OptimizerStep(NamedTuple):
     on_host: Callable[[], list[Tensor]] = list
 
 
-def optimizer_steps(family: str, arenas: Arenas, ops: Ops, with_bf16: bool, warnings: list[str]) -> dict[str, OptimizerStep]:
+def optimizer_steps(
+    family: OptimizerName, arenas: Arenas, ops: Ops, warnings: list[str], *, with_bf16: bool
+) -> dict[str, OptimizerStep]:
     """Create our step over an arena, as in `Step`, our step over a list of parameters, and the baselines' steps over that list.
 
     All of them update the same weights with the same gradients in turn. The tensors of the list are views of the arena, each on
@@ -401,7 +401,7 @@ def optimizer_steps(family: str, arenas: Arenas, ops: Ops, with_bf16: bool, warn
     parameters = [nn.Parameter(view) for view in layout.views(weights)]
     for parameter, view in zip(parameters, layout.views(gradient), strict=True):
         parameter.grad = view
-    make_optimizer = partial(cast(Any, OPTIMIZERS[family]), lr=1.0 if family == "dlion" else 1e-6, ops=ops)
+    make_optimizer = partial(cast(Any, optimizer_class(family)), lr=OPTIMIZERS[family].small_lr, ops=ops)
     found_inf = torch.zeros((), dtype=torch.bool, device=weights.device)
 
     def arena_step(weights: Tensor, gradient: Tensor, masters_lo: list[Tensor]) -> Callable[[], None]:
@@ -414,14 +414,14 @@ def optimizer_steps(family: str, arenas: Arenas, ops: Ops, with_bf16: bool, warn
         return step
 
     elements = sum(parameter.numel() for parameter in parameters)
-    num_bytes = MOVED[family] * elements
+    num_bytes = optimizer_class(family).bytes_per_parameter() * elements
     steps = {OURS: OptimizerStep(arena_step(weights, gradient, []), num_bytes)}
     if with_bf16:
         master_hi, master_lo = split_master(weights)
         run = arena_step(master_hi, gradient.bfloat16(), [master_lo])
         steps[f"{OURS}, bf16"] = OptimizerStep(run, num_bytes - 2 * elements)
     steps[f"{OURS}, a list"] = OptimizerStep(make_optimizer(parameters).step, num_bytes)
-    for name in OPTIMIZER_BASELINES[family]:
+    for name in optimizer_baselines(family):
         baseline = attempt(name, warnings, partial(baseline_optimizer, name, parameters))
         if baseline:
             steps[name] = OptimizerStep(baseline.step, num_bytes, partial(step_counts, baseline))

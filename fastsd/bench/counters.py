@@ -34,18 +34,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastsd.config.optimizers import ORIGINALS
 from fastsd.config.schema import StageTable
 from fastsd.model.unet import UNetConfig
 from fastsd.train.memory import LiveBytes
+from fastsd.train.optim import optimizer_class
 from fastsd.train.precision import COMPUTE_DTYPE
 
 SCALAR, COPY, SHAPE, ANY = "scalar read back", "copy to the host", "shape from data", "wait"
 _SCALAR_OPS = {"_local_scalar_dense", "equal", "allclose"}
 _SHAPE_OPS = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave", "bincount"}
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "dadaptation", "lion-pytorch")
+PACKAGES = ("torch", "triton", "diffusers", "transformers", *ORIGINALS)
 _COPY_METHODS = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
-# fp32 state elements per parameter, for our optimizers and the baselines.
-SLOTS = {"dlion": 2, "lion": 1, "adamw": 2, "diffusers": 2, "compiled": 2, "dadaptation": 2, "lion-pytorch": 1}
 # Bytes saved for backward per image, for SD1.5's shape at 64 x 64 latents in fp32; measured with `fastsd bench memory`.
 SAVED_BYTES = {"none": 1009e6, "ff": 640e6, "block": 73e6}
 DIFFUSERS_SAVED_BYTES = {"none": 1871e6, "ff": 1871e6, "block": 309e6}
@@ -181,7 +181,7 @@ def estimate_memory(
     bf16, gpu = stage.precision == "bf16", device.type == "cuda"
     scale = stage.micro_batch_size * (side / 64) ** 2 * cfg.block_out_channels[0] / 320 / (2 if bf16 else 1)
     gradient_bytes = 0 if stage.fused_backward else 2 if bf16 and stage.batch == stage.micro_batch_size else 4
-    weight_and_state_bytes = 4 + 4 * SLOTS[stage.optimizer] + (4 if stage.ema else 0)
+    weight_and_state_bytes = 4 + 4 * len(optimizer_class(stage.optimizer).slots) + (4 if stage.ema else 0)
     activations = SAVED_BYTES[stage.checkpointing] * scale
     # On a GPU our gradient arena and the activations of a CUDA graph stay allocated between turns.
     step_bytes = gradient_bytes * parameters + activations
@@ -190,7 +190,8 @@ def estimate_memory(
     baseline_rise = parameters * (6 if bf16 else 4) + DIFFUSERS_SAVED_BYTES[stage.checkpointing] * scale
     shared_model_counted = False
     for name in names:
-        bytes_per_parameter = 4 * SLOTS[name] + (4 if name == "compiled" or not shared_model_counted else 0)
+        states = len(optimizer_class(ORIGINALS.get(name, "adamw")).slots)
+        bytes_per_parameter = 4 * states + (4 if name == "compiled" or not shared_model_counted else 0)
         shared_model_counted = shared_model_counted or name != "compiled"
         estimates.append(CandidateMemory(name, bytes_per_parameter * parameters, baseline_rise))
     return estimates
@@ -213,7 +214,7 @@ def forward_flops(cfg: UNetConfig, side: int) -> int:
     return counter.get_total_flops()
 
 
-def matmul_rate(device: torch.device, precision: str, small: bool = False) -> float:
+def matmul_rate(device: torch.device, precision: str, *, small: bool = False) -> float:
     """Return the best FLOP/s of five timings of a square matmul in `precision`, with PyTorch's current switches."""
     side = 256 if small else 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device).to(COMPUTE_DTYPE[precision]) for _ in range(2))
@@ -222,7 +223,7 @@ def matmul_rate(device: torch.device, precision: str, small: bool = False) -> fl
     return 2 * side**3 / min(times[2:])
 
 
-def copy_rate(device: torch.device, small: bool = False) -> float:
+def copy_rate(device: torch.device, *, small: bool = False) -> float:
     """Return the bytes read and written per second by a copy of 1 GiB (CPU: 64 MiB, `small`: 1 MiB), the median of five."""
     size = 1 << (18 if small else 24 if device.type == "cpu" else 28)
     source, target = (torch.ones(size, device=device) for _ in range(2))

@@ -32,6 +32,7 @@ from fastsd.model.shapes import SD15_VAE
 from fastsd.model.text_encoder import assemble, ids_of
 from fastsd.model.vae import SD15_SCALING_FACTOR, Vae
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+from fastsd_kernels import Ops
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 _WORDS = ("a", "photo", "of", "red", "green", "blue", "circle", "square", "star", "on", "white", "with", "soft", "light")
@@ -147,7 +148,7 @@ def bench_cache(options: BenchOptions, config: Config, print_line: PrintLine) ->
     device = choose_device(config.device)
     ops = choose_ops(config.kernels, device)
     set_precision(config.cache.precision)
-    vae = load_vae(config.model, ops=ops) if options.config else _random_vae(options.small, ops)
+    vae = load_vae(config.model, ops=ops) if options.config else _random_vae(ops, small=options.small)
     vae.to(device, COMPUTE_DTYPE[config.cache.precision])
     gpu = device.type == "cuda"
     count = (options.steps or 1) * (8 if options.small or not gpu else 512)
@@ -177,7 +178,7 @@ def bench_cache(options: BenchOptions, config: Config, print_line: PrintLine) ->
     return device, {"settings": settings, "results": rows, "ratio": ratio, "order": order, "misses": []}
 
 
-def _random_vae(small: bool, ops: Any) -> Vae:
+def _random_vae(ops: Ops, *, small: bool) -> Vae:
     """Return the demo's VAE if `small`, otherwise a VAE of SD1.5's shape with random weights."""
     from diffusers import AutoencoderKL
 

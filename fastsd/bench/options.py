@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastsd.bench import baselines, counters
+from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import Config, StageTable, load_config
 from fastsd.errors import UserError
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, read_shapes
@@ -80,7 +81,8 @@ def bench_config(options: BenchOptions) -> Config:
     # D-Lion's state for two candidates would not fit into the main memory of an ordinary machine.
     optimizer = options.changed("optimizer") or ("dlion" if gpu or options.small else "lion")
     size, batch = (64, 2) if options.small else (512, 1)
-    text = RANDOM_CONFIG.format(size=size, batch=batch, optimizer=optimizer, lr=1.0 if optimizer == "dlion" else 1e-6)
+    lr = OPTIMIZERS[optimizer].small_lr if optimizer in OPTIMIZERS else 1.0  # loading the config reports an unknown name
+    text = RANDOM_CONFIG.format(size=size, batch=batch, optimizer=optimizer, lr=lr)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.toml"
         path.write_text(text, encoding="utf-8")

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from fastsd.bench import baselines, counters, data, timing
 from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, PrintLine, bench_config, bench_target, print_table
+from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.unet import UNet
@@ -116,7 +117,7 @@ def bench_step(options: BenchOptions, print_line: PrintLine) -> Figures:
 
     count = options.steps or (20 if target.device.type == "cuda" else 5)
     order = timing.in_turns(turns, count, target.device)
-    rate = counters.matmul_rate(target.device, stage.precision, options.small)
+    rate = counters.matmul_rate(target.device, stage.precision, small=options.small)
     flops = 3 * stage.batch * counters.forward_flops(target.cfg, target.side)
     for row in rows:
         counters.put_times(row, order, rows[0])
@@ -184,7 +185,7 @@ def _baseline_names(options: BenchOptions, target: BenchTarget, warnings: list[s
                 raise UserError("bench-unknown-baseline", f"--peers has {name!r}; choose from {choices}, or give none")
             baselines.require(name)
         return names
-    same = baselines.SAME_OPTIMIZER[target.stage.optimizer]
+    same = OPTIMIZERS[target.stage.optimizer].package or "diffusers"
     # Compiling for a CPU takes minutes, and at full size memory suffices for only one baseline.
     if target.device.type == "cuda":
         usual = ["diffusers", "compiled", "dadaptation"]
@@ -261,8 +262,8 @@ def bench_optim(options: BenchOptions, print_line: PrintLine) -> Figures:
     """Time one step of our optimizers and the baselines in turn, over all of the UNet's tensors or a fraction of them."""
     target = bench_target(options)
     chosen, with_bf16 = options.changed("optimizer"), target.stage.precision == "bf16"
-    families = [target.stage.optimizer] if chosen or options.config else list(baselines.MOVED)
-    bytes_each = max(baselines.optimizer_bytes(family, with_bf16) for family in families)
+    families = [target.stage.optimizer] if chosen or options.config else list(OPTIMIZERS)
+    bytes_each = max(baselines.optimizer_bytes(family, with_bf16=with_bf16) for family in families)
     largest_fraction = min(1.0, 0.7 * target.free / (bytes_each * sum(target.sizes)))
     fraction = largest_fraction if options.fraction is None else options.fraction
     if not 0 < fraction <= 1:
@@ -274,12 +275,12 @@ def bench_optim(options: BenchOptions, print_line: PrintLine) -> Figures:
         raise UserError("bench-optim-memory", f"bench optim needs {amounts}; use a smaller --fraction or a single --optimizer")
 
     arenas = baselines.random_arenas(sizes, target.device)
-    copy_rate, rounds = counters.copy_rate(target.device, options.small), options.steps or 7
+    copy_rate, rounds = counters.copy_rate(target.device, small=options.small), options.steps or 7
     print_line(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, copy: {copy_rate / 1e9:.3g} GB/s")
     print_line(f"{len(sizes)} of {len(target.sizes)} tensors, {sum(sizes):,} parameters")
     rows, order, warnings = list[dict[str, Any]](), list[str](), list[str]()
     for family in families:
-        steps = baselines.optimizer_steps(family, arenas, target.ops, with_bf16, warnings)
+        steps = baselines.optimizer_steps(family, arenas, target.ops, warnings, with_bf16=with_bf16)
         family_start = len(rows)
         for name, step in steps.items():
             step.run()

@@ -27,6 +27,7 @@ from fastsd.plan.disk import export_bytes
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
 from fastsd.train.objective import Objective, alphas_cumprod
+from fastsd.train.optim import optimizer_class
 from fastsd.train.precision import choose_device, choose_ops
 from fastsd.train.schedule import check_length
 
@@ -134,7 +135,7 @@ def _disk_space(config: Config, models: list[Model]) -> str:
     for stage in config.stage:
         with suppress(UserError):  # `_stage` has reported the error
             trained = selected(model, stage.train, "train")
-            tensors_per_weight = 1 + (stage.optimizer != "lion") + (stage.ema > 0)  # optimizer states and EMA
+            tensors_per_weight = len(optimizer_class(stage.optimizer).slots) + (stage.ema > 0)
             checkpoint_bytes = sum(fp32_bytes[name] for name in changed_components(trained))
             checkpoint_bytes += 4 * tensors_per_weight * parameter_count(model, trained)
             stage_bytes.append(checkpoint_bytes * (stage.keep_checkpoints + 1))

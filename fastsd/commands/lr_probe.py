@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from fastsd.commands.progress import print_line
-from fastsd.config.schema import Config
+from fastsd.config.keys import conditions, defaults
+from fastsd.config.schema import Config, StageTable
 from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.run.loop import train
@@ -25,11 +26,8 @@ from fastsd.run.loop import train
 SHARE = 1 / 3  # Lion's lr divided by D-Lion's d * lr
 LAST, FLAT = 4, 1.02  # d has settled if it grew by at most the factor FLAT over the last 1 / LAST of the run
 ROWS = 100  # log rows of a probe
-PROBE_SETTINGS = {
-    "optimizer": "dlion", "lr": 1.0, "schedule": "constant", "restarts": 0, "betas": None, "state": "reset",
-    "growth_rate": None, "d_max": None, "freeze_d_after": 0, "ema": 0.0, "ema_power": 0.0, "ema_after": 0,
-    "decoupled_weight_decay": False, "sample_every": 0, "checkpoint_at": [],
-}  # fmt: skip
+# A probe uses the defaults of these keys, and of the options of single optimizers.
+_RESET = ["lr", "schedule", "restarts", "betas", "state", "ema", "ema_power", "ema_after", "sample_every", "checkpoint_at"]
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,13 @@ def _probe_config(config: Config, steps: int, stage: str) -> Config:
         raise UserError("probe-unknown-stage", f"--stage is {stage!r}; choose from {', '.join(names)}")
     index = names.index(stage) if stage else 0
     stage_table = config.stage[index]
+    options = [key for key, only in conditions(StageTable).items() if only.option == "optimizer"]
+    reset = defaults(StageTable, _RESET + options)
     lengths = {"until": steps, "checkpoint_every": steps, "warmup": min(steps // 10, 100)}
     return config.model_copy(
         update={
             "run": str(Path(config.run) / "lr-probe"),
-            "stage": [stage_table.model_copy(update=PROBE_SETTINGS | lengths)],
+            "stage": [stage_table.model_copy(update={"optimizer": "dlion", **reset, **lengths})],
             "sample": config.sample.model_copy(update={"prompts": [], "prompts_file": ""}),
             "log": config.log.model_copy(update={"every": max(steps // ROWS, 1), "tensorboard": False, "wandb": ""}),
             "validate_": config.validate_.model_copy(update={"stabilised": 0}),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from fastsd.config.config_errors import sentence, unknown_keys
+from fastsd.config.keys import CAPTION, keys_with
 from fastsd.config.stages import Amount, StageTable, Table, parse_amount
 from fastsd.errors import UserError
 
@@ -198,7 +199,7 @@ class Config(Table):
             conflict = f"cache.hidden_states is true and stage {self.stage_name(i)!r}"
             if "text_encoder" in stage.train:
                 raise ValueError(f"{conflict} trains the text encoder; set cache.hidden_states = false")
-            for key in ("shuffle_tags", "tag_dropout", "max_tags", "shuffle_sentences"):
+            for key in keys_with(StageTable, CAPTION):
                 if getattr(stage, key):
                     raise ValueError(f"{conflict} edits captions by {key}; remove {key}, or set cache.hidden_states = false")
         return self

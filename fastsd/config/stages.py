@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fastsd.config.keys import CAPTION, COLUMN, FIXED, FREE, LIGHT, NO_EFFECT, NOISE, Only, conditions
+from fastsd.config.optimizers import OPTIMIZERS, OptimizerName
+
 Precision = Literal["fp32", "tf32", "bf16"]
 Rate = Annotated[float, Field(gt=0)]
 Amount = int | str  # a number of steps, epochs or images, or a time (see `parse_amount`)
 COMPONENTS = ("unet", "text_encoder")
 ENDLESS = 1 << 40  # number of steps of a stage that ends by time
-# Keys that apply only if another option has a certain value: key -> (option, value).
-_NEEDS = {"huber_delta": ("loss", "huber")} | dict.fromkeys(("timestep_mean", "timestep_std"), ("timesteps", "logit_normal"))
 
 
 class Table(BaseModel):
@@ -21,71 +22,94 @@ class Table(BaseModel):
 
 
 class StageTable(Table):
-    name: str = ""  # name of the stage in logs, checkpoints and overrides; "" = stage-N
+    name: Annotated[str, FREE | LIGHT | COLUMN] = ""  # name of the stage in logs, checkpoints and overrides; "" = stage-N
     # What to train; everything else is frozen and costs nothing. "unet", "text_encoder", "lora" (the adapters of [model.lora]),
     # a group of a component (unet.attention, unet.cross_attention, unet.norms, unet.in, unet.mid, unet.out, unet.conv_in, ...)
     # or parameter names as in diffusers, with * as wildcard: "unet.up_blocks.3.*", "text_encoder.layers.11"
-    train: list[str] = Field(min_length=1)
+    train: Annotated[list[str], FIXED | COLUMN] = Field(min_length=1)
     # Length of this stage: 1000 or "1000 steps" | "2e" or "2 epochs" | "64000 images" | "90m" or "12 hours"
-    until: Amount
+    until: Annotated[Amount, FREE | LIGHT | COLUMN]
     # What the stage takes over from the previous one: "reset" = the weights; "carry" = also the optimizer state, d and EMA
-    state: Literal["reset", "carry"] = "reset"
-    reinit: list[str] = []  # parameters that start from new random weights, named as in train
-    precision: Precision = "fp32"
-    batch: int = Field(32, ge=1)  # images per optimizer step
+    state: Annotated[Literal["reset", "carry"], FIXED | LIGHT] = "reset"
+    reinit: Annotated[list[str], FIXED | LIGHT] = []  # parameters that start from new random weights, named as in train
+    precision: Annotated[Precision, FREE | COLUMN] = "fp32"
+    batch: Annotated[int, FIXED | COLUMN] = Field(32, ge=1)  # images per optimizer step
     # Images per forward, a divisor of batch; gradients are accumulated. 0 = batch, "auto" = the largest that fits
-    micro_batch: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    micro_batch: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FREE | LIGHT | NO_EFFECT] = 0
     # Recomputation in the backward. "ff" recomputes the first matmul of the feed-forwards and saves a third of the memory.
     # "block" recomputes everything: it needs very little memory and a third more time. `fastsd plan` prints the figures.
-    checkpointing: Literal["none", "ff", "block"] = "none"
+    checkpointing: Annotated[Literal["none", "ff", "block"], FREE | NO_EFFECT] = "none"
     # Update each parameter when its gradient arrives, without memory for gradients. Needs micro_batch = batch, no grad_clip
-    fused_backward: bool = False
+    fused_backward: Annotated[bool, FREE | NO_EFFECT] = False
 
-    optimizer: Literal["dlion", "lion", "adamw"] = "dlion"
+    optimizer: Annotated[OptimizerName, FIXED | COLUMN] = "dlion"
     # One lr, or { unet = 1e-6, text_encoder = 3e-6 }. lion and adamw need it. For dlion it is a factor of d, 1.0 by default
-    lr: Rate | dict[Literal["unet", "text_encoder"], Rate] | None = None
-    betas: list[float] | None = Field(None, min_length=2, max_length=2)  # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    decoupled_weight_decay: bool = False  # lion: decay by weight_decay * lr / initial lr, as in lion-pytorch
-    d0: float = Field(1e-6, gt=0)  # dlion: first estimate of the step size
-    growth_rate: float | None = Field(None, gt=1)  # dlion: largest factor by which d grows per step, for example 1.02
-    d_max: float | None = Field(None, gt=0)  # dlion: upper limit of d
-    freeze_d_after: int = Field(0, ge=0)  # dlion: d is constant after this many steps of the stage; 0 = never constant
-    schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"  # schedule of lr after the warm-up
-    lr_floor: float = Field(0.0, ge=0, le=1)  # final value of the schedule, as a share of lr
-    restarts: int = Field(0, ge=0)  # restarts of the schedule, in cycles of equal length
-    warmup: int | float = Field(0, ge=0)  # steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
-    grad_clip: float = Field(0.0, ge=0)  # largest gradient norm over all trained parameters; 0 = no clipping
-    ema: float = Field(0.0, ge=0, lt=1)  # decay of the EMA of the weights, which starts with the stage; 0 = no EMA
-    ema_power: float = Field(0.0, ge=0)  # EMA warm-up: the decay in step n is at most 1 - (1 + n)^-power, e.g. 2/3; 0 = none
-    ema_after: int = Field(0, ge=0)  # steps during which the EMA equals the weights
+    lr: Annotated[Rate | dict[Literal["unet", "text_encoder"], Rate] | None, FREE | LIGHT | COLUMN] = None
+    # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
+    betas: Annotated[list[float] | None, FIXED | LIGHT] = Field(None, min_length=2, max_length=2)
+    weight_decay: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0)
+    # lion: decay by weight_decay * lr / initial lr, as in lion-pytorch
+    decoupled_weight_decay: Annotated[bool, FIXED | LIGHT, Only(optimizer="lion")] = False
+    d0: Annotated[float, FIXED] = Field(1e-6, gt=0)  # dlion: first estimate of the step size
+    # dlion: largest factor by which d grows per step, for example 1.02
+    growth_rate: Annotated[float | None, FREE, Only(optimizer="dlion")] = Field(None, gt=1)
+    d_max: Annotated[float | None, FREE, Only(optimizer="dlion")] = Field(None, gt=0)  # dlion: upper limit of d
+    # dlion: d is constant after this many steps of the stage; 0 = never constant
+    freeze_d_after: Annotated[int, FREE, Only(optimizer="dlion")] = Field(0, ge=0)
+    # Schedule of lr after the warm-up
+    schedule: Annotated[Literal["constant", "linear", "cosine", "rex"], FREE | LIGHT] = "constant"
+    lr_floor: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0, le=1)  # final value of the schedule, as a share of lr
+    # Restarts of the schedule, in cycles of equal length
+    restarts: Annotated[int, FREE | LIGHT, Only(schedule=("linear", "cosine", "rex"))] = Field(0, ge=0)
+    # Steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
+    warmup: Annotated[int | float, FREE | LIGHT] = Field(0, ge=0)
+    grad_clip: Annotated[float, FREE] = Field(0.0, ge=0)  # largest gradient norm over all trained parameters; 0 = no clipping
+    # Decay of the EMA of the weights, which starts with the stage; 0 = no EMA
+    ema: Annotated[float, FREE] = Field(0.0, ge=0, lt=1)
+    # EMA warm-up: the decay in step n is at most 1 - (1 + n)^-power, e.g. 2/3; 0 = none
+    ema_power: Annotated[float, FREE] = Field(0.0, ge=0)
+    ema_after: Annotated[int, FREE] = Field(0, ge=0)  # steps during which the EMA equals the weights
 
-    loss: Literal["mse", "mae", "huber"] = "mse"
-    huber_delta: float = Field(1.0, gt=0)  # huber: quadratic below this error, linear above
-    weighting: Literal["none", "min_snr", "debiased", "p2"] = "none"  # loss weights of timesteps
-    weighting_gamma: float | None = Field(None, gt=0)  # default: min_snr 5.0, p2 1.0
-    noise_offset: float = Field(0.0, ge=0, le=1)  # standard deviation of noise constant over a channel, e.g. 0.05 to 0.1
-    pyramid_noise: float = Field(0.0, ge=0, lt=1)  # factor of noise at half resolution, squared at a quarter, ...; e.g. 0.3
-    input_perturbation: float = Field(0.0, ge=0, le=1)  # additional noise in the input, not in the target; e.g. 0.1
-    immiscible: int = Field(1, ge=1, le=64)  # noises drawn per image, of which the nearest is used; 1 = plain noise
-    timesteps: Literal["uniform", "logit_normal", "cubic"] = "uniform"
-    timestep_range: list[int] = Field([0, 1000], min_length=2, max_length=2)  # first and end; the end is excluded
-    timestep_mean: float = 0.0  # logit_normal: above 0 favours noisy timesteps, below 0 the others
-    timestep_std: float = Field(1.0, gt=0)  # logit_normal: spread of the timesteps
-    unmasked_weight: float = Field(0.0, ge=0, le=1)  # loss weight where a mask (data.masks) is black
+    loss: Annotated[Literal["mse", "mae", "huber"], FREE] = "mse"
+    # huber: quadratic below this error, linear above
+    huber_delta: Annotated[float, FREE | LIGHT, Only(loss="huber")] = Field(1.0, gt=0)
+    weighting: Annotated[Literal["none", "min_snr", "debiased", "p2"], FREE] = "none"  # loss weights of timesteps
+    # By default 5.0 for min_snr and 1.0 for p2
+    weighting_gamma: Annotated[float | None, FREE | LIGHT, Only(weighting=("min_snr", "p2"))] = Field(None, gt=0)
+    # Standard deviation of noise constant over a channel, e.g. 0.05 to 0.1
+    noise_offset: Annotated[float, FREE | NOISE] = Field(0.0, ge=0, le=1)
+    # Factor of noise at half resolution, squared at a quarter, ...; e.g. 0.3
+    pyramid_noise: Annotated[float, FREE | NOISE] = Field(0.0, ge=0, lt=1)
+    # Additional noise in the input, not in the target; e.g. 0.1
+    input_perturbation: Annotated[float, FREE | NOISE] = Field(0.0, ge=0, le=1)
+    # Noises drawn per image, of which the nearest is used; 1 = plain noise
+    immiscible: Annotated[int, FREE | NOISE] = Field(1, ge=1, le=64)
+    timesteps: Annotated[Literal["uniform", "logit_normal", "cubic"], FREE] = "uniform"
+    # First and end; the end is excluded
+    timestep_range: Annotated[list[int], FREE | LIGHT] = Field([0, 1000], min_length=2, max_length=2)
+    # logit_normal: above 0 favours noisy timesteps, below 0 the others
+    timestep_mean: Annotated[float, FREE | LIGHT, Only(timesteps="logit_normal")] = 0.0
+    # logit_normal: spread of the timesteps
+    timestep_std: Annotated[float, FREE | LIGHT, Only(timesteps="logit_normal")] = Field(1.0, gt=0)
+    unmasked_weight: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0, le=1)  # loss weight where a mask (data.masks) is black
 
-    caption_dropout: float = Field(0.0, ge=0, le=1)  # share of captions replaced by ""
-    max_tags: int = Field(0, ge=0)  # keep the first n tags of a caption; 0 = all
-    tag_separator: str = Field(",", min_length=1)  # separator between tags
-    shuffle_tags: bool = False  # put tags in random order
-    keep_tags: int = Field(0, ge=0)  # neither shuffle nor drop the first n tags
-    tag_dropout: float = Field(0.0, ge=0, le=1)  # share of the tags that are dropped
-    shuffle_sentences: bool = False  # put sentences, which end with full stops, in random order
+    caption_dropout: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0, le=1)  # share of captions replaced by ""
+    max_tags: Annotated[int, FREE | LIGHT | CAPTION] = Field(0, ge=0)  # keep the first n tags of a caption; 0 = all
+    tag_separator: Annotated[str, FREE | LIGHT] = Field(",", min_length=1)  # separator between tags
+    shuffle_tags: Annotated[bool, FREE | LIGHT | CAPTION] = False  # put tags in random order
+    keep_tags: Annotated[int, FREE | LIGHT] = Field(0, ge=0)  # neither shuffle nor drop the first n tags
+    tag_dropout: Annotated[float, FREE | LIGHT | CAPTION] = Field(0.0, ge=0, le=1)  # share of the tags that are dropped
+    # Put sentences, which end with full stops, in random order
+    shuffle_sentences: Annotated[bool, FREE | LIGHT | CAPTION] = False
 
-    sample_every: Amount = 0  # interval of sample grids: steps, "1e", "30m"; 0 = only at the stage's end
-    checkpoint_every: Amount = 1000  # interval of checkpoints, same units; the stage's end always has one
-    keep_checkpoints: int = Field(3, ge=1)  # newest checkpoints to keep, besides stage ends, checkpoint_at and requests
-    checkpoint_at: list[Amount] = []  # checkpoints that are never deleted: ["1e", "10e", 5000]
+    # Interval of sample grids: steps, "1e", "30m"; 0 = only at the stage's end
+    sample_every: Annotated[Amount, FREE | LIGHT | NO_EFFECT] = 0
+    # Interval of checkpoints, same units; the stage's end always has one
+    checkpoint_every: Annotated[Amount, FREE | LIGHT | NO_EFFECT] = 1000
+    # Newest checkpoints to keep, besides stage ends, checkpoint_at and requests
+    keep_checkpoints: Annotated[int, FREE | LIGHT | NO_EFFECT] = Field(3, ge=1)
+    # Checkpoints that are never deleted: ["1e", "10e", 5000]
+    checkpoint_at: Annotated[list[Amount], FREE | LIGHT | NO_EFFECT] = []
 
     @property
     def components(self) -> list[str]:
@@ -99,7 +123,7 @@ class StageTable(Table):
         return amount if unit == "seconds" else None
 
     def rate_of(self, component: str) -> float:
-        """Return the lr of a trained component, with D-Lion's default filled in."""
+        """Return the lr of a trained component. The default is 1.0, of an optimizer that tunes its lr."""
         lr = self.lr[component] if isinstance(self.lr, dict) else self.lr  # type: ignore[index]
         return 1.0 if lr is None else lr
 
@@ -133,16 +157,13 @@ class StageTable(Table):
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> StageTable:
-        if self.lr is None and self.optimizer != "dlion":
+        if self.lr is None and not OPTIMIZERS[self.optimizer].tunes_lr:
             raise ValueError(f"lr is missing and {self.optimizer} needs it; add lr, for example 3e-6")
         if isinstance(self.lr, dict):
             needed = set(self.components) | ({"unet"} if "lora" in self.train else set())
             if not needed <= set(self.lr) or ("lora" not in self.train and set(self.lr) - needed):
                 raise ValueError(f"lr has keys {list(self.lr)} and train is {self.train}; set one lr per trained component")
 
-        for key in ("growth_rate", "d_max", "freeze_d_after"):
-            if getattr(self, key) and self.optimizer != "dlion":
-                raise ValueError(f"{key} is set, an option of dlion, and optimizer is {self.optimizer!r}; remove {key}")
         if self.d_max is not None and self.d_max < self.d0:
             raise ValueError(f"d_max is {self.d_max:g}, below d0 {self.d0:g}; raise d_max or lower d0")
 
@@ -167,8 +188,6 @@ class StageTable(Table):
         if unit == "seconds" and (self.schedule != "constant" or 0 < self.warmup < 1):
             option = f"schedule {self.schedule!r}" if self.schedule != "constant" else f"warmup {self.warmup:g}"
             raise ValueError(f"until is {self.until!r}, but {option} needs a number of steps; use steps, epochs or images")
-        if self.restarts and self.schedule == "constant":
-            raise ValueError(f"restarts is {self.restarts} and schedule is 'constant'; use linear, cosine or rex")
         for key in ("sample_every", "checkpoint_every"):
             if getattr(self, key) != 0 or key == "checkpoint_every":
                 parse_amount(key, getattr(self, key))
@@ -182,11 +201,16 @@ class StageTable(Table):
         first, end = self.timestep_range
         if not 0 <= first < end:
             raise ValueError(f"timestep_range is {[first, end]}; use [first, end] with 0 <= first < end")
-        if self.weighting_gamma is not None and self.weighting not in ("min_snr", "p2"):
-            raise ValueError(f"weighting_gamma is set and weighting is {self.weighting!r}; use min_snr or p2, or remove it")
-        for key, (option, value) in _NEEDS.items():
-            if getattr(self, option) != value and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is set and {option} is {getattr(self, option)!r}; use {value}, or remove {key}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_conditions(self) -> StageTable:
+        for key, only in conditions(StageTable).items():
+            value = getattr(self, only.option)
+            if value not in only.values and getattr(self, key) != StageTable.model_fields[key].default:
+                raise ValueError(
+                    f"{key} is set and {only.option} is {value!r}; use {' or '.join(only.values)}, or remove {key}"
+                )
         return self
 
 

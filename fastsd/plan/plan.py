@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastsd.config.keys import LIGHT, defaults, keys_with
 from fastsd.config.schema import Config, DataTable, StageTable
 from fastsd.config.stages import ENDLESS, parse_amount
 from fastsd.data.sources import folders
@@ -38,18 +39,13 @@ GIB = 1 << 30
 CONTEXT, SCRATCH = int(0.5 * GIB), int(0.7 * GIB)
 RESERVED = CONTEXT + SCRATCH
 LEVELS = ("none", "ff", "block")
-# Stages that differ only in these settings are planned once.
-_IRRELEVANT_SETTINGS = {
-    "name": "", "until": 1, "lr": 1.0, "micro_batch": 0, "warmup": 0, "caption_dropout": 0.0, "max_tags": 0, "sample_every": 0,
-    "checkpoint_every": 1, "keep_checkpoints": 1,
-}  # fmt: skip
 
 
 class StagePlan:
     """Plan of one stage at any micro-batch size and checkpointing level. Created by `plan_stage`."""
 
     def __init__(
-        self, shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None, cached_text: bool
+        self, shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None, *, cached_text: bool
     ) -> None:
         self.shapes, self.stage, self.device_bytes, self.cached_text = shapes, stage, device_bytes, cached_text
         self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
@@ -76,7 +72,7 @@ class StagePlan:
             if whole_batch not in self._rehearsals:
                 micro_batch = 0 if whole_batch else 1
                 self._rehearsals[whole_batch] = Rehearsal(
-                    self.shapes, self.stage, self.side, self.ops, micro_batch, self.cached_text
+                    self.shapes, self.stage, self.side, self.ops, micro_batch, cached_text=self.cached_text
                 )
             self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
         return self._needs[micro_batch_size, level]
@@ -119,7 +115,7 @@ class StagePlan:
 
 
 def plan_stage(
-    shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None = None, cached_text: bool = False
+    shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None = None, *, cached_text: bool = False
 ) -> StagePlan:
     """Plan one stage.
 
@@ -134,7 +130,7 @@ def plan_stage(
     Raises:
         UserError: the model does not support the resolution.
     """
-    return StagePlan(shapes, stage, resolution, device_bytes, ops, cached_text)
+    return StagePlan(shapes, stage, resolution, device_bytes, ops, cached_text=cached_text)
 
 
 def plan(
@@ -170,12 +166,12 @@ def plan(
     print_line(f"speed      estimated with {MATMUL_SHARE} of the card's matmul rate and {MEMORY_SHARE} of its bandwidth")
     print_line(f"images     {images or 'unknown, data.folders cannot be read'}")
 
-    plans: list[StagePlan] = []
+    plans: list[StagePlan] = []  # stages that differ only in light keys share a plan
     for i, stage in enumerate(config.stage):
-        comparable = stage.model_copy(update=_IRRELEVANT_SETTINGS)
+        comparable = stage.model_copy(update={**defaults(StageTable, keys_with(StageTable, LIGHT)), "until": 1})
         existing = next((plan for plan in plans if plan.stage == comparable), None)
         room, cached_text = int(vram * GIB) - RESERVED, config.cache.hidden_states
-        plans.append(existing or plan_stage(shapes, comparable, config.data.resolution, room, ops, cached_text))
+        plans.append(existing or plan_stage(shapes, comparable, config.data.resolution, room, ops, cached_text=cached_text))
         entry = _describe(plans[-1], stage, config.stage_name(i), cards, images)
         report["stages"].append(entry)
         _print_stage(entry, vram, print_line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fastsd.sampling.generate import BATCH
 from fastsd.train.memory import LiveBytes
 from fastsd.train.optim import flat_state
 from fastsd.train.step import Step
-from fastsd_kernels import TRITON, Ops
+from fastsd_kernels import REFERENCE, TRITON, Ops
 from fastsd_kernels.launch import recording
 
 
@@ -65,7 +65,7 @@ class Rehearsal:
     """
 
     def __init__(
-        self, shapes: Shapes, stage: StageTable, side: int, ops: Ops, micro_batch_size: int, cached_text: bool
+        self, shapes: Shapes, stage: StageTable, side: int, ops: Ops, micro_batch_size: int, *, cached_text: bool
     ) -> None:
         self._side, self._cached_text = side, cached_text
         # Meta tensors replace the tensors of a GPU. The reference ops for a CPU inspect their tensors, which must therefore
@@ -166,8 +166,8 @@ def _traceable(ops: Ops, mark: Callable[[], None]) -> Ops:
     """Return a variant of `ops` that accepts tensors without data and calls `mark` where the update starts."""
     if ops.name == "cpu" and TRITON is not None:
         # Ops that pass addresses cannot be traced. The Triton ops also work in place and need almost no extra memory.
-        names = ("gradient_norm", "lion", "dlion", "adamw", "dlion_estimate")
-        ops = replace(ops, **{name: getattr(TRITON, name) for name in names})
+        names = [field.name for field in fields(Ops) if getattr(ops, field.name) is not getattr(REFERENCE, field.name)]
+        ops = replace(ops, **{name: getattr(TRITON, name) for name in names if name != "name"})
 
     def gradient_norm(*args: Any, **kwargs: Any) -> Any:
         mark()

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsd import __version__
-from fastsd.config.schema import Config, parse_config
+from fastsd.config.keys import COLUMN, NO_EFFECT, keys_with
+from fastsd.config.optimizers import OPTIMIZERS
+from fastsd.config.schema import Config, StageTable, parse_config
 from fastsd.errors import UserError
 from fastsd.model.formats.fold_vae import SD15_SCALING_FACTOR
 from fastsd.model.formats.model_summary import SUMMARY, Adapters, Loss, ModelSummary, Samples, StageSummary, read_summary
@@ -29,10 +31,6 @@ from fastsd.storage import link_or_copy, write_text
 CARD, SAMPLES = "README.md", "samples.png"
 SDXL_SCALING_FACTOR = 0.13025
 WINDOW = 77  # context length of SD1.5's text encoder, in tokens
-# Stage settings that have a column in the card's table, and stage settings that do not affect the weights.
-_COLUMNS = {"name", "train", "optimizer", "lr", "precision", "batch", "until"}
-_NO_EFFECT = {"micro_batch", "checkpointing", "fused_backward", "sample_every", "checkpoint_every", "keep_checkpoints",
-              "checkpoint_at"}  # fmt: skip
 # Run settings that affect the weights and contain no paths.
 _RUN_SETTINGS: dict[str, Any] = {
     "data": {"crop", "crops", "flip", "buckets", "include", "exclude", "masks", "weight_key"}, "cache": {"dtype"},
@@ -124,6 +122,7 @@ def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSu
     """Summarize the stages up to a checkpoint, in order. The steps and images of finished stages are read from cost.json."""
     costs = {row["name"]: row for row in (read_table(run / "cost.json") or {}).get("stages", [])}
     current_stage = state.get("stage", 0)
+    not_listed = {*keys_with(StageTable, COLUMN), *keys_with(StageTable, NO_EFFECT)}
     summaries = []
     for i, stage in enumerate(config.stage[: current_stage + 1]):
         name = config.stage_name(i)
@@ -132,7 +131,7 @@ def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSu
             totals = {"steps": state["stage_step"], "images": state["images"] - state["stage_images"]}
         columns = stage.model_dump(include={"train", "optimizer", "precision", "batch"})
         lr = stage.lr if isinstance(stage.lr, dict) else stage.rate_of("")
-        settings = flatten(stage.model_dump(exclude_defaults=True, exclude=_COLUMNS | _NO_EFFECT))
+        settings = flatten(stage.model_dump(exclude_defaults=True, exclude=not_listed))
         counts = {key: totals.get(key) for key in ("steps", "images")}
         summaries.append(StageSummary(name=name, lr=lr, settings=settings, **columns, **counts))
     return summaries
@@ -257,7 +256,7 @@ class _Card:
             rows.append([stage.name, ", ".join(stage.train), stage.optimizer, _rates(stage.lr), stage.precision, *counts])
         notes = [f"- {stage.name}: {_settings_text(stage.settings)}" for stage in stages if stage.settings]
         notes += [f"- all stages: {_settings_text(self.summary.settings)}"] if self.summary.settings else []
-        if any(stage.optimizer == "dlion" for stage in stages):
+        if any(optimizer.tunes_lr for name, optimizer in OPTIMIZERS.items() if name in {stage.optimizer for stage in stages}):
             notes.append("- D-Lion estimates its own step size; the learning rate is a factor applied to it")
         return "\n\n".join(["## Training", _table(headings, rows), *(["\n".join(notes)] if notes else [])])
 

@@ -9,7 +9,8 @@ from operator import getitem
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastsd.config.schema import Config, dump_config, parse_config
+from fastsd.config.keys import Key, keys_with
+from fastsd.config.schema import Config, StageTable, dump_config, parse_config
 from fastsd.data.cache import LatentCache
 from fastsd.data.masks import mask_hash
 from fastsd.errors import UserError
@@ -18,7 +19,6 @@ from fastsd.storage import replace_file
 
 # Changing one of these settings would turn the rest of the run into a different run.
 FIXED = ("model", "data", "seed", "validate.held_out", "validate.seed", "validate.by")
-FIXED_IN_STAGE = ("train", "state", "reinit", "batch", "optimizer", "d0", "betas", "decoupled_weight_decay")
 
 
 def lock(folder: Path) -> TextIO:
@@ -56,12 +56,12 @@ def compare_with_start(path: Path, config: Config, progress: RunProgress | None)
             raise UserError("run-other-start", f"{path.parent}: {change} since the run was started; {advice}")
 
     warnings = list[str]()
-    current_stage = progress.stage
+    current_stage, fixed_keys = progress.stage, keys_with(StageTable, Key.FIXED)
     for i, (old_stage, new_stage) in enumerate(zip(old["stage"], new["stage"], strict=False)):
         for key in old_stage:
             if old_stage[key] != new_stage[key]:
                 change = _describe_change(f"stage.{i}.{key}", old_stage[key], new_stage[key])
-                if i < current_stage or (i == current_stage and key in FIXED_IN_STAGE and progress.stage_step):
+                if i < current_stage or (i == current_stage and key in fixed_keys and progress.stage_step):
                     raise UserError("run-other-stage", f"{path.parent}: {change} after training had begun; {advice}")
                 warnings.append(f"{change} since the last start")
     if len(new["stage"]) <= current_stage:

@@ -72,7 +72,7 @@ def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
     resident_bytes = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
     available = free_memory(run.device) - scratch + resident_bytes
     cached_text = run.data.text_embeddings is not None
-    plan = plan_stage(Shapes.of(run.model), stage, run.config.data.resolution, available, run.ops, cached_text)
+    plan = plan_stage(Shapes.of(run.model), stage, run.config.data.resolution, available, run.ops, cached_text=cached_text)
     micro_batch_size = plan.largest_micro_batch()
 
     if micro_batch_size == 0:

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+_Key = tuple[tuple[torch.Size, torch.dtype] | None, ...]  # of the arguments
 WARM_UP = 3  # number of eager calls with a shape before its capture
 
 
 @dataclass
 class _Capture:
     graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
+    inputs: list[Tensor | None]
     outputs: tuple[Tensor, ...]
 
 
@@ -33,19 +33,19 @@ class Graphed:
     """A function replayed as CUDA graphs, one per combination of argument shapes and dtypes. The results are unchanged.
 
     Args:
-        function: takes tensors on the current GPU and returns a tuple of them. During capture it must not read device
-            values or allocate memory that must outlive a call. In the eager calls it may do both.
+        function: takes tensors on the current GPU, or None, and returns a tuple of tensors. During capture it must not read
+            device values or allocate memory that must outlive a call. In the eager calls it may do both.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self.function = function
         self._stream = torch.cuda.Stream()
-        self._calls: dict[Any, int] = {}
-        self._captures: dict[Any, _Capture] = {}
-        self._pool: Any = None
+        self._calls: dict[_Key, int] = {}
+        self._captures: dict[_Key, _Capture] = {}
+        self._pool: torch.cuda._POOL_HANDLE | None = None
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        key = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
         if key not in self._captures:
             self._calls[key] = self._calls.get(key, 0) + 1
             if self._calls[key] <= WARM_UP:
@@ -54,11 +54,12 @@ class Graphed:
 
         capture = self._captures[key]
         for buffer, tensor in zip(capture.inputs, tensors, strict=True):
-            buffer.copy_(tensor, non_blocking=True)
+            if buffer is not None and tensor is not None:
+                buffer.copy_(tensor, non_blocking=True)
         capture.graph.replay()
         return tuple(output.clone() for output in capture.outputs)
 
-    def _run_eagerly(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _run_eagerly(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         # Use the stream of the capture, because autograd's leaves remember the stream of their first use.
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -66,13 +67,14 @@ class Graphed:
             outputs = self.function(*tensors)
         current.wait_stream(self._stream)
         for tensor in tensors:
-            tensor.record_stream(self._stream)
-        for tensor in outputs:
-            tensor.record_stream(current)
+            if tensor is not None:
+                tensor.record_stream(self._stream)
+        for output in outputs:
+            output.record_stream(current)
         return outputs
 
-    def _capture(self, tensors: tuple[Tensor, ...]) -> _Capture:
-        inputs = [tensor.clone() for tensor in tensors]
+    def _capture(self, tensors: tuple[Tensor | None, ...]) -> _Capture:
+        inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
         torch.cuda.empty_cache()  # the graph's own pool needs the memory that the eager calls have cached
         graph = torch.cuda.CUDAGraph()
         try:

@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = torch.device(device)
         self.now = self.peak = 0
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # address -> (storage, its number)

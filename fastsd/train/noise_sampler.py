@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastsd.config.keys import NOISE, defaults, keys_with
 from fastsd.config.stages import StageTable
 from fastsd_kernels import Ops
 from fastsd_kernels.noise import Purpose
@@ -33,9 +35,11 @@ class NoiseSampler:
     """
 
     def __init__(self, stage: StageTable, seed: int, ops: Ops) -> None:
-        self.stage, self.seed, self.ops = stage, seed, ops
-        special = stage.pyramid_noise, stage.noise_offset, stage.input_perturbation
-        self.plain = stage.immiscible == 1 and not any(special)
+        self.seed, self.ops = seed, ops
+        # Only keys that are declared as NOISE can be read here, so no other key can modify the noise.
+        plain_settings = defaults(StageTable, keys_with(StageTable, NOISE))
+        self.settings = SimpleNamespace(**{key: getattr(stage, key) for key in plain_settings})
+        self.plain = vars(self.settings) == plain_settings
 
     def __call__(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
         """Draw noise for fp32 latents at their sample positions: (eps to predict, eps in the input), both fp32 (B, C, H, W).
@@ -44,17 +48,17 @@ class NoiseSampler:
         in diffusion models", algorithm 1).  A noise offset adds sigma n_c, constant over a channel (Guttenberg 2023,
         "Diffusion with offset noise").
         """
-        stage = self.stage
+        settings = self.settings
         channels, height, width = latents_BCHW.shape[1:]
         eps_BCHW = self._nearest(latents_BCHW, positions_B)
-        if stage.pyramid_noise:
+        if settings.pyramid_noise:
             eps_BCHW = self._add_pyramid(eps_BCHW, positions_B)
-        if stage.noise_offset:
-            eps_BCHW = eps_BCHW + stage.noise_offset * self._draw(Purpose.OFFSET, positions_B, channels, 1, 1)
-        if not stage.input_perturbation:
+        if settings.noise_offset:
+            eps_BCHW = eps_BCHW + settings.noise_offset * self._draw(Purpose.OFFSET, positions_B, channels, 1, 1)
+        if not settings.input_perturbation:
             return eps_BCHW, eps_BCHW
         perturbation_BCHW = self._draw(Purpose.PERTURBATION, positions_B, channels, height, width)
-        return eps_BCHW, eps_BCHW + stage.input_perturbation * perturbation_BCHW
+        return eps_BCHW, eps_BCHW + settings.input_perturbation * perturbation_BCHW
 
     def _draw(self, purpose: Purpose, positions_B: Tensor, *shape: int) -> Tensor:
         return self.ops.normal(self.seed, purpose, positions_B, shape)
@@ -66,7 +70,7 @@ class NoiseSampler:
         Rejected: Li et al. 2024, "Immiscible diffusion". It assigns noises within a batch, so noise depends on the batch.
         """
         shape = tuple(latents_BCHW.shape[1:])
-        more = self.stage.immiscible - 1
+        more = self.settings.immiscible - 1
         plain_BCHW = self._draw(Purpose.NOISE, positions_B, *shape)
         if not more:
             return plain_BCHW
@@ -83,7 +87,7 @@ class NoiseSampler:
 
         Source: Whitaker 2023, "Multi-resolution noise for diffusion model training", where each factor is random in [2, 4).
         """
-        strength = self.stage.pyramid_noise
+        strength = self.settings.pyramid_noise
         channels, height, width = eps_BCHW.shape[1:]
         sides = [(height >> i, width >> i) for i in range(1, min(height, width).bit_length())]
         counts = [channels * h * w for h, w in sides]

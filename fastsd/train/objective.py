@@ -34,7 +34,8 @@ def alphas_cumprod(scheduler: dict[str, Any]) -> Tensor:
     """
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_config(scheduler).alphas_cumprod.float()
+    abar_T: Tensor = DDPMScheduler.from_config(scheduler).alphas_cumprod
+    return abar_T.float()
 
 
 class Objective:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fastsd.config.schema import StageTable
-from fastsd.config.stages import Amount, parse_amount, steps_of
+from fastsd.config.stages import Amount, StageTable, parse_amount, steps_of
 from fastsd.errors import UserError
 
 

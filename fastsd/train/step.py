@@ -8,30 +8,49 @@ them.  Values that change from step to step, such as lr, are written to the devi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
 
-from fastsd.config.schema import StageTable
-from fastsd.config.stages import COMPONENTS
+from fastsd.config.stages import COMPONENTS, StageTable
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
 from fastsd.model.model import Model
 from fastsd.model.select import selected
 from fastsd.train.graph import Graphed
 from fastsd.train.objective import Objective, alphas_cumprod
-from fastsd.train.optim import AdamW, DLion, FastOptimizer, Lion
+from fastsd.train.optim import FastOptimizer, optimizer_class
 from fastsd.train.schedule import ema_decay, learning_rate
 from fastsd.train.trainable import TrainableComponent
 from fastsd_kernels import noise
 from fastsd_kernels.gradient_norm import clip_scale
 
-OPTIMIZERS: dict[str, type[FastOptimizer]] = {"dlion": DLion, "lion": Lion, "adamw": AdamW}
+
+class StepInputs(NamedTuple):
+    """The tensors of a batch that a step computes with, on the device (see `Batch`). It has token ids or text embeddings."""
+
+    latents_BCHW: Tensor
+    positions_B: Tensor
+    token_ids_BL: Tensor | None
+    text_embeds_BLD: Tensor | None
+    weight_B: Tensor | None
+    mask_B1HW: Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> StepInputs:
+        """Copy a batch to the device without waiting. Token ids are omitted if there are text embeddings."""
+        token_ids_BL = batch.token_ids_BL if batch.text_embeds_BLD is None else None
+        tensors = batch.latents_BCHW, batch.positions_B, token_ids_BL, batch.text_embeds_BLD, batch.weight_B, batch.mask_B1HW
+        return cls._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
+
+    def micro_batch(self, images: slice) -> StepInputs:
+        return StepInputs._make(None if tensor is None else tensor[images] for tensor in self)
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,7 @@ class Step:
         total: int,
         seed: int,
         micro_batch_size: int | None = None,
+        *,
         graph: bool = False,
         cached_text: bool = False,
         carried_steps: int = 0,
@@ -109,24 +129,19 @@ class Step:
             self.frozen.fill_(step >= self.stage.freeze_d_after)
 
         assert (batch.text_embeds_BLD is None) == ("text_encoder" in self.components)
-        text = batch.token_ids_BL if batch.text_embeds_BLD is None else batch.text_embeds_BLD
-        inputs = batch.latents_BCHW, text, batch.positions_B, batch.weight_B, batch.mask_B1HW
-        on_device = [tensor.to(self.device, non_blocking=True) for tensor in inputs if tensor is not None]
+        inputs = StepInputs.of(batch, self.device)
         while True:
             try:
-                return StepResult(*self._run(*on_device))
+                return StepResult(*self._run(*inputs))
             except torch.OutOfMemoryError as error:
                 self._reduce_micro_batch(str(error).splitlines()[0])
 
-    def _compute(
-        self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *loss_factors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run one step and return (loss, gradient norm, steps skipped), without waiting for the device or reading from it.
+    def _compute(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Run one step with the fields of `StepInputs`, without waiting for the device or reading from it.
 
-        `text_BL` holds token ids, or text embeddings with one more dimension. `loss_factors` are weight_B and mask_B1HW, if
-        the batch has them.
+        Returns (loss, gradient norm, number of steps skipped).
         """
-        loss = self._accumulate(latents_BCHW, text_BL, positions_B, *loss_factors)
+        loss = self._accumulate(StepInputs._make(inputs))
         if self.stage.fused_backward:
             # Every parameter was already updated when its gradient arrived.
             norm, found_inf = torch.stack(self._norms).norm(), self._found_inf
@@ -143,25 +158,22 @@ class Step:
         self.skipped += found_inf
         return loss, norm, self.skipped.clone()
 
-    def _accumulate(self, latents_BCHW: Tensor, text_BL: Tensor, positions_B: Tensor, *loss_factors: Tensor) -> Tensor:
+    def _accumulate(self, inputs: StepInputs) -> Tensor:
         """Accumulate the gradients of the batch's mean loss, one micro-batch at a time, and return that loss."""
-        count = len(positions_B)
-        weight_B = next((tensor for tensor in loss_factors if tensor.ndim == 1), None)
-        mask_B1HW = next((tensor / 255 for tensor in loss_factors if tensor.ndim == 4), None)
-
+        count = len(inputs.positions_B)
         total = torch.zeros((), device=self.device)
         self._begin_step()
         for start in range(0, count, self.micro_batch_size):
-            micro_batch = slice(start, start + self.micro_batch_size)
-            latents = self.model.vae.scale(latents_BCHW[micro_batch].float())
-            noisy, t_B, target = self.objective.add_noise(latents, positions_B[micro_batch])
-            text_embeds = text_BL[micro_batch]
-            if text_embeds.ndim == 2:
+            images = inputs.micro_batch(slice(start, start + self.micro_batch_size))
+            latents = self.model.vae.scale(images.latents_BCHW.float())
+            noisy, t_B, target = self.objective.add_noise(latents, images.positions_B)
+            text_embeds = images.text_embeds_BLD
+            if images.token_ids_BL is not None:
                 with torch.set_grad_enabled("text_encoder" in self.optimizers):
-                    text_embeds = self.model.text.encode(text_embeds)
-            factors = [tensor if tensor is None else tensor[micro_batch] for tensor in (weight_B, mask_B1HW)]
+                    text_embeds = self.model.text.encode(images.token_ids_BL)
+            mask_B1HW = None if images.mask_B1HW is None else images.mask_B1HW / 255
             prediction = self.model.unet(noisy, t_B, text_embeds)
-            loss = self.objective.loss(prediction, target, t_B, *factors) * (len(latents) / count)
+            loss = self.objective.loss(prediction, target, t_B, images.weight_B, mask_B1HW) * (len(latents) / count)
             if self.stage.fused_backward:
                 self._found_inf = ~torch.isfinite(loss.detach())
             loss.backward()
@@ -226,8 +238,8 @@ class Step:
             torch.cuda.empty_cache()
 
     def d(self) -> dict[str, Tensor]:
-        """Return D-Lion's d by component, 0-dim on the device. Empty for other optimizers."""
-        return {name: opt.shared["d"] for name, opt in self.optimizers.items() if isinstance(opt, DLion)}
+        """Return the step size d by component, 0-dim on the device. Empty if the optimizer does not tune its lr."""
+        return {name: optimizer.step_size for name, optimizer in self.optimizers.items() if optimizer.step_size is not None}
 
     def batch_fingerprints(self, batch: Batch) -> dict[str, str]:
         """Hash the inputs of a step: the samples, their timesteps, and the noise of the first sample."""
@@ -259,18 +271,16 @@ class Step:
         return TrainableComponent(*args, accumulates=accumulates, arena=not stage.fused_backward, ema=stage.ema > 0)
 
     def _optimizer(self, name: str) -> FastOptimizer:
-        stage = self.stage
-        settings: dict[str, Any] = {"lr": stage.rate_of(name), "weight_decay": stage.weight_decay, "ops": self.ops}
-        if stage.betas:
-            settings["betas"] = tuple(stage.betas)
-        if stage.optimizer == "dlion":
-            settings |= {"d0": stage.d0, "growth_rate": stage.growth_rate, "d_max": stage.d_max}
-        if stage.optimizer == "lion":
-            settings["decoupled_weight_decay"] = stage.decoupled_weight_decay
-        optimizer = self.components[name].optimize(partial(OPTIMIZERS[stage.optimizer], **settings))
+        stage, implementation = self.stage, optimizer_class(self.stage.optimizer)
+        # The hyper-parameters are the stage keys that the class has as parameters. Those without a value keep its defaults.
+        parameters = inspect.signature(implementation).parameters
+        values = {key: getattr(stage, key) for key in StageTable.model_fields if key in parameters}
+        settings = {key: value for key, value in values.items() if value is not None}
+        settings |= {"lr": stage.rate_of(name), "ops": self.ops}
+        optimizer = self.components[name].optimize(partial(implementation, **settings))
         (group,) = optimizer.param_groups
         group["lr"] = self.lrs[name]
         group["ema_decay"] = self.ema_decay if stage.ema_power or stage.ema_after else stage.ema
-        if isinstance(optimizer, DLion) and stage.freeze_d_after:
+        if stage.freeze_d_after:
             optimizer.frozen = self.frozen
         return optimizer

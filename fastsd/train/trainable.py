@@ -104,7 +104,7 @@ class TrainableComponent:
         with torch.no_grad():
             self._split_frozen()
             if self.weights:
-                self._move_to_arenas(ema)
+                self._move_to_arenas(ema=ema)
         if self.weights and arena:
             self._allocate_gradients(torch.float32 if accumulates else self.dtype)
 
@@ -120,7 +120,7 @@ class TrainableComponent:
             master_hi, master_lo = split_master(parameter.data)
             parameter.data, self._frozen_lo[name] = master_hi, master_lo.cpu()
 
-    def _move_to_arenas(self, ema: bool) -> None:
+    def _move_to_arenas(self, *, ema: bool) -> None:
         """Move the trained parameters into arenas one by one, so that at most one parameter exists twice at a time."""
         device = self.weights[0].device
         self.master_hi = torch.zeros(self.layout.size, dtype=self.dtype, device=device)

@@ -1,4 +1,4 @@
-"""Lion, D-Lion and AdamW as torch optimizers, and their state as named tensors for a checkpoint.
+"""Lion, D-Lion and AdamW as torch optimizers.
 
 The arithmetic is in `lion.py`, `dlion.py` and `adamw.py`.  This module handles parameter groups, state and hyper-parameters.  A
 step reads nothing back from the device, so it never waits.  Any list of parameters works, in any training loop:
@@ -12,7 +12,7 @@ fastsd gives each optimizer a single parameter, the arena of a component (`fasts
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,6 @@ from fastsd_kernels.arena import split_master
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
 Select = Callable[[Tensor], Tensor]
-Views = Callable[[Tensor], list[Tensor]]
 
 SMALL = 1 << 22  # elements: 16 MB per fp32 tensor
 # The state that all parameters share is an entry of `state`, so that torch saves, loads and copies it.
@@ -45,6 +44,7 @@ class FastOptimizer(Optimizer):
 
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]]  # fp32 state tensors of a parameter's shape
+    frozen: Tensor | None = None  # 0-dim bool on the device; while it is true, `step_size` is constant
 
     def __init__(self, params: Params, defaults: dict[str, Any], ops: Ops | None) -> None:
         super().__init__(params, defaults)
@@ -64,6 +64,11 @@ class FastOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+
+    @classmethod
+    def bytes_per_parameter(cls) -> int:
+        """Return the bytes that an fp32 step must move per parameter: it reads the gradient, and reads and writes the rest."""
+        return 4 * (3 + 2 * len(cls.slots))
 
     def _validate(self, group: Group) -> None:
         if not isinstance(group["lr"], Tensor):  # do not check a tensor: reading its value would wait for the device
@@ -152,8 +157,13 @@ class FastOptimizer(Optimizer):
             options["ema_decay"] = group["ema_decay"]
         return lists, options
 
+    @property
+    def step_size(self) -> Tensor | None:
+        """The estimate d of an optimizer that tunes its lr, 0-dim fp64 on the device. None for the others."""
+        return None
+
     def extra_state(self) -> dict[str, Tensor]:
-        """Return the state besides the slots by name, as `flat_state` stores it."""
+        """Return the state besides the slots by name, as `optimizer_state.py` stores it."""
         return {}
 
     def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -225,9 +235,6 @@ class DLion(FastOptimizer):
         growth_rate: largest factor by which d grows per step; None = no limit, the upstream default.
         d_max: upper limit of d; None = no limit.
 
-    Attributes:
-        frozen: 0-dim bool on the device, or None. While it is true, d is constant.
-
     Raises:
         ValueError: a hyper-parameter is out of range or groups differ in betas; in `step`: groups differ in lr.
 
@@ -252,7 +259,6 @@ class DLion(FastOptimizer):
         _require(self.name, "growth_rate", growth_rate, growth_rate is None or growth_rate > 1, "a number above 1, or None")
         _require(self.name, "d_max", d_max, d_max is None or d_max >= d0, f"d0 ({d0}) or more, or None")
         self.growth_rate, self.d_max = growth_rate, d_max
-        self.frozen: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, ops)
         self._sums: list[tuple[Tensor, Tensor]] = []
         device = self.param_groups[0]["params"][0].device
@@ -271,12 +277,16 @@ class DLion(FastOptimizer):
         """The tensors "d" and "numerator_weighted", 0-dim fp64 on the device, which can be logged without waiting."""
         return self.state[_SHARED]  # type: ignore[index]
 
+    @property
+    def step_size(self) -> Tensor:
+        return self.shared["d"]
+
     def extra_state(self) -> dict[str, Tensor]:
         return self.shared
 
     def d(self) -> float:
         """Return the estimate that the next step uses. Waits for the device."""
-        return float(self.shared["d"])
+        return float(self.step_size)
 
     def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
         lr = self.param_groups[0]["lr"]
@@ -284,7 +294,7 @@ class DLion(FastOptimizer):
             same = not isinstance(lr, Tensor) and group["lr"] == lr
             _require(self.name, "lr", group["lr"], same, f"{lr} in every group, or use one optimizer per component")
         lists, settings = self._op_arguments(group, indices, grads, select)
-        self._sums.append(self.ops.dlion(*lists, self.shared["d"], **settings, **options))
+        self._sums.append(self.ops.dlion(*lists, self.step_size, **settings, **options))
 
     def discard_updates(self) -> None:
         self._sums = []
@@ -293,7 +303,7 @@ class DLion(FastOptimizer):
         dots_K, l1_K = (torch.cat(sums) for sums in zip(*self._sums, strict=True))
         self._sums = []
 
-        d = self.shared["d"]
+        d = self.step_size
         limited = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
         previous_d = d.clone() if limited else d
         lr, beta2 = self.param_groups[0]["lr"], self.param_groups[0]["betas"][1]
@@ -384,57 +394,6 @@ def bf16_with_masters(params: Iterable[Tensor]) -> Group:
         p.data, master_lo = split_master(p.data)
         group["masters_lo"].append(master_lo)
     return group
-
-
-def flat_state(optimizer: FastOptimizer, names: Sequence[str], views: Views | None = None) -> dict[str, Tensor]:
-    """Return the optimizer state as named tensors, for safetensors.
-
-    Args:
-        names: names of the parameters in the order of `optimizer.param_groups`, or of the parameters in an arena.
-        views: splits a tensor in the layout of an arena into one view per name; None = the parameter is not an arena.
-
-    Returns:
-        "<slot>/<name>" for each slot of the optimizer, fp32 in the parameter's shape, and zeros if the parameter never had a
-        gradient. D-Lion also has "d" and "numerator_weighted", fp64 0-dim, and AdamW "step", fp32, one number per parameter or
-        arena. Only "step" is a copy: write or clone the other tensors before the next step.
-
-    Raises:
-        ValueError: `names` has duplicates or does not match the number of parameters.
-    """
-    states = [optimizer._state_of(p) for group in optimizer.param_groups for p in group["params"]]
-    tensors: dict[str, Tensor] = {}
-    for slot in optimizer.slots:
-        slot_tensors = [state[slot] for state in states] if views is None else views(states[0][slot])
-        if len(set(names)) != len(slot_tensors) or len(names) != len(slot_tensors):
-            counts = f"{len(set(names))} distinct names for {len(slot_tensors)} parameters"
-            raise ValueError(f"optimizer state: {counts}; give one name per parameter")
-        tensors |= {f"{slot}/{name}": tensor for name, tensor in zip(names, slot_tensors, strict=True)}
-    return tensors | optimizer.extra_state()
-
-
-@torch.no_grad()
-def load_flat_state(
-    optimizer: FastOptimizer, names: Sequence[str], tensors: Mapping[str, Tensor], views: Views | None = None
-) -> None:
-    """Restore the state bit by bit from the tensors of `flat_state`, on any device. An error leaves it unchanged.
-
-    Raises:
-        ValueError: an entry is missing, unexpected, or of another shape or dtype; or `names` is invalid as in `flat_state`.
-    """
-    expected = flat_state(optimizer, names, views)
-    advice = f"load a state of {optimizer.name} for the same parameters"
-    entries = {"missing": expected.keys() - tensors.keys(), "unexpected": tensors.keys() - expected.keys()}
-    for problem, keys in entries.items():
-        if keys:
-            raise ValueError(f"optimizer state: {min(keys)!r} is {problem} ({len(keys)} {problem} in total); {advice}")
-    for key, target in expected.items():
-        loaded = tensors[key]
-        if loaded.shape != target.shape or loaded.dtype != target.dtype:
-            actual, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (loaded, target))
-            raise ValueError(f"optimizer state: {key!r} is {actual}, expected {needed}; {advice}")
-    for key, target in expected.items():
-        target.copy_(tensors[key])
-    optimizer.load_extra_state(tensors)
 
 
 def _grad_in_layout(p: Tensor) -> Tensor:

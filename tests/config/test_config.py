@@ -1,12 +1,15 @@
 """Configs: defaults, overrides, and one sentence for each problem."""
 
 import tomllib
+from typing import get_args
 
 import pytest
 from environment import ROOT
 from sentences import pattern, refused, says
 
 from fastsd.config.config_errors import FAMILIAR
+from fastsd.config.keys import Key, conditions, properties
+from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import _TABLES, Config, FolderTable, StageTable, dump_config, load_config, parse_config
 from fastsd.config.stages import ENDLESS, parse_amount
 from fastsd.errors import UserError
@@ -27,6 +30,10 @@ optimizer = "lion"
 lr = 3e-6
 warmup = 0.1
 """
+
+
+def option_of(key, option, value, expected):
+    return pattern("option-of", key=key, option=option, value=value, expected=expected)
 
 
 def load(tmp_path, text, *overrides, precision=None):
@@ -115,12 +122,16 @@ BAD = [
     (GOOD + "state = 'carry'\n", pattern("carry-differs", key="optimizer", value="'lion'", previous="'dlion'")),
     (GOOD.replace('name = "unet"', "state = 'carry'"), pattern("carry-first", stage="'stage-1'")),
     (GOOD + "state = 'keep'\n", choice("stage.1.state", "keep", "'reset' or 'carry'")),
-    (GOOD + "growth_rate = 1.02\n", pattern("dlion-only", key="growth_rate", optimizer="'lion'")),
-    (GOOD + "d_max = 1e-3\n", pattern("dlion-only", key="d_max")),
+    (GOOD + "growth_rate = 1.02\n", option_of("growth_rate", "optimizer", "'lion'", "dlion")),
+    (
+        GOOD.replace('name = "unet"', "decoupled_weight_decay = true"),
+        option_of("decoupled_weight_decay", "optimizer", "'dlion'", "lion"),
+    ),
+    (GOOD + "d_max = 1e-3\n", option_of("d_max", "optimizer", "'lion'", "dlion")),
     (GOOD.replace('name = "unet"', "d_max = 1e-7"), pattern("d-max-below-d0", d_max="1e-07", d0="1e-06")),
     (GOOD.replace('name = "unet"', "growth_rate = 1.0"), pattern("value-above", key="stage.0.growth_rate", value=1.0, limit=1)),
     (GOOD + "ema_power = 0.75\n", pattern("ema-is-off", key="ema_power")),
-    (GOOD + "restarts = 2\n", pattern("restarts-of-constant", restarts=2)),
+    (GOOD + "restarts = 2\n", option_of("restarts", "schedule", "'constant'", "linear or cosine or rex")),
     (GOOD + "schedule = 'step'\n", choice("stage.1.schedule", "step", "'constant', 'linear', 'cosine' or 'rex'")),
     (GOOD + "lr_floor = 2.0\n", pattern("value-at-most", key="stage.1.lr_floor", value=2.0, limit=1)),
     (GOOD + "sample_every = '1 week'\n", pattern("amount-form", key="sample_every", value="'1 week'")),
@@ -129,9 +140,9 @@ BAD = [
     (GOOD + "checkpoint_at = ['1 week']\n", pattern("amount-untimed", key="checkpoint_at", value="'1 week'")),
     (GOOD + "timestep_range = [500, 200]\n", pattern("timestep-range-order", range=[500, 200])),
     (GOOD + "timestep_range = [500]\n", pattern("value-entries", key="stage.1.timestep_range", value=[500], limit=2)),
-    (GOOD + "weighting_gamma = 5.0\n", pattern("weighting-gamma-unused", weighting="'none'")),
-    (GOOD + "huber_delta = 0.1\n", pattern("option-of", key="huber_delta", option="loss", value="'mse'", expected="huber")),
-    (GOOD + "timestep_mean = 1.0\n", pattern("option-of", key="timestep_mean", value="'uniform'", expected="logit_normal")),
+    (GOOD + "weighting_gamma = 5.0\n", option_of("weighting_gamma", "weighting", "'none'", "min_snr or p2")),
+    (GOOD + "huber_delta = 0.1\n", option_of("huber_delta", "loss", "'mse'", "huber")),
+    (GOOD + "timestep_mean = 1.0\n", option_of("timestep_mean", "timesteps", "'uniform'", "logit_normal")),
     (GOOD + "loss = 'l3'\n", choice("stage.1.loss", "l3", "'mse', 'mae' or 'huber'")),
     (GOOD + "min_snr_gamma = 5\n", pattern("key-renamed", key="stage.1.min_snr_gamma", replacement="weighting_gamma")),
     (GOOD + "[model.lora]\nrank = 0\n", pattern("value-at-least", key="model.lora.rank", value=0, limit=1)),
@@ -236,3 +247,13 @@ def test_familiar_names_map_to_existing_keys():
 def test_shipped_configs_load(name):
     config = load_config(ROOT / "configs" / name)
     assert config.stage
+
+
+def test_every_stage_key_declares_its_properties():
+    """A key that resume may not change, or may, says so. Keys that modify noise or captions are used only if they say so."""
+    for key, declared in properties(StageTable).items():
+        assert (Key.FIXED in declared) != (Key.FREE in declared), f"{key}: declare FIXED or FREE in its annotation"
+    for key, only in conditions(StageTable).items():
+        choices = get_args(StageTable.model_fields[only.option].annotation)
+        assert set(only.values) < set(choices), f"{key}: {only.option} is one of {choices}"
+    assert set(OPTIMIZERS) == set(get_args(StageTable.model_fields["optimizer"].annotation))

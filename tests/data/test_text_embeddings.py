@@ -456,7 +456,7 @@ def test_the_step_does_not_need_the_encoder(tiny_model, precision):
 def test_plan_excludes_the_encoder(tiny_model, ops, precision):
     model = load_model(ModelTable(base=str(tiny_model)))
     stage = StageTable(train=["unet"], until=1, batch=4, precision=precision)
-    plain, without = (plan_stage(Shapes.of(model), stage, 32, 0, ops, states).need(2) for states in (False, True))
+    plain, without = (plan_stage(Shapes.of(model), stage, 32, 0, ops, cached_text=states).need(2) for states in (False, True))
     owner = "weights of the text encoder, frozen"
     assert plain.owners[owner] > 0 and owner not in without.owners
     assert {name: size for name, size in plain.owners.items() if name != owner} == without.owners

@@ -13,6 +13,7 @@ from plan_check import CASES, SMALL, compare, measured, planned, stage_of
 from sentences import pattern, refused, says
 from tiny import job
 
+from fastsd.config.keys import Key, keys_with
 from fastsd.config.schema import ModelTable, StageTable, load_config
 from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model, materialize, read_shapes
@@ -41,10 +42,10 @@ PARAMETERS = sum(size * count for size, count in workload.PARAMETERS.items())
 def reuse_plans(monkeypatch, plans):
     """Plan stages only once if they differ only in the device's memory."""
 
-    def plan_or_reuse(shapes, stage, resolution, device_bytes, ops=None, cached_text=False):
+    def plan_or_reuse(shapes, stage, resolution, device_bytes, ops=None, *, cached_text=False):
         key = repr((shapes, stage, resolution, ops and ops.name, cached_text))
         if key not in plans:
-            plans[key] = plan_stage(shapes, stage, resolution, device_bytes, ops, cached_text)
+            plans[key] = plan_stage(shapes, stage, resolution, device_bytes, ops, cached_text=cached_text)
         plans[key].device_bytes = device_bytes
         return plans[key]
 
@@ -255,3 +256,20 @@ def test_bad_input_is_refused_in_one_line(plan, tmp_path, tiny_model, images, wo
     paths = {"absent": tmp_path / "absent", "config": job(tmp_path, tiny_model, images, STAGE)}
     code, _, err = plan(*(word.format(**paths) for word in words))
     assert code == 2 and says(err, name, **fields) and len(err.splitlines()) == 1
+
+
+def test_light_keys_do_not_change_the_plan():
+    """A new key that is declared as LIGHT needs a value here, other than its default, that a step would notice if it could."""
+    values = {
+        "name": "s", "until": 7, "state": "carry", "reinit": ["unet.mid"], "micro_batch": 0, "lr": 0.3, "betas": [0.5, 0.6],
+        "weight_decay": 0.1, "decoupled_weight_decay": True, "schedule": "cosine", "lr_floor": 0.1, "restarts": 2, "warmup": 3,
+        "huber_delta": 0.5, "weighting_gamma": 2.0, "timestep_range": [100, 900], "timestep_mean": 1.0, "timestep_std": 2.0,
+        "unmasked_weight": 0.5, "caption_dropout": 0.1, "max_tags": 5, "tag_separator": ";", "shuffle_tags": True,
+        "keep_tags": 1, "tag_dropout": 0.1, "shuffle_sentences": True, "sample_every": 5, "checkpoint_every": 5,
+        "keep_checkpoints": 9, "checkpoint_at": [3],
+    }  # fmt: skip
+    assert list(values) == keys_with(StageTable, Key.LIGHT)
+    for settings in ({"optimizer": "lion", "lr": 1e-4, "weighting": "p2"}, {"optimizer": "adamw", "lr": 1e-4, "loss": "huber"}):
+        stage = StageTable(train=["unet"], until=1, batch=2, timesteps="logit_normal", **settings)
+        plain, other = (plan_stage(MINIMAL, s, SMALL[1], 0).need(2) for s in (stage, stage.model_copy(update=values)))
+        assert (plain.total, plain.activations, plain.work) == (other.total, other.activations, other.work)

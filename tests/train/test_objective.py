@@ -14,7 +14,8 @@ from sentences import refused, says
 from step_inputs import Elsewhere, stage_of
 from torch.nn import functional as F
 
-from fastsd.config.schema import ModelTable, SampleTable, load_config
+from fastsd.config.keys import Key, keys_with
+from fastsd.config.schema import ModelTable, SampleTable, StageTable, load_config
 from fastsd.model.formats.load import load_model, write_rest
 from fastsd.model.model import SD15_SCHEDULER
 from fastsd.model.shapes import Shapes
@@ -360,3 +361,16 @@ def test_plan_accepts_every_objective(tiny_model):
     for ops in (REFERENCE, TRITON):
         plain, full = (plan_stage(shapes, stage_of(**settings), 32, 1 << 40, ops).need(4) for settings in ({}, EVERYTHING))
         assert full.total >= plain.total
+
+
+@pytest.mark.parametrize("key", keys_with(StageTable, Key.NOISE))
+def test_every_noise_key_modifies_the_noise(key):
+    """A key that is declared as noise must not be ignored, as it would be if the fused kernel drew plain noise."""
+    plain, modified = (make_objective(**settings) for settings in ({}, {key: 2 if key == "immiscible" else 0.5}))
+    assert plain.noise_sampler.plain and not modified.noise_sampler.plain
+    assert not torch.equal(plain.add_noise(latents(), POSITIONS)[0], modified.add_noise(latents(), POSITIONS)[0])
+
+
+def test_noise_sampler_reads_declared_keys_only():
+    settings = make_objective().noise_sampler.settings
+    assert list(vars(settings)) == keys_with(StageTable, Key.NOISE)

@@ -20,7 +20,7 @@ from fastsd.plan.plan import plan_stage
 from fastsd.run import checkpoint
 from fastsd.storage import read_safetensors
 from fastsd.train.precision import choose_ops
-from fastsd.train.step import Step
+from fastsd.train.step import Step, StepInputs
 from fastsd.train.trainable import ALIGN, Layout, TrainableComponent
 from fastsd_kernels import TRITON
 from fastsd_kernels.arena import join_master
@@ -122,7 +122,7 @@ def test_gradients_do_not_carry_over_to_the_next_step(model):
         step = Step(model, stage_of(**OPTIMIZERS["lion"]), 2, seed=0, micro_batch_size=micro)
         gradients = []
         for batch in batches(2, 4):
-            step._accumulate(batch.latents_BCHW, batch.token_ids_BL, batch.positions_B)
+            step._accumulate(StepInputs.of(batch, step.device))
             gradients.append(step.components["unet"].gradient.clone())
         results.append(gradients)
         step.release()
@@ -284,9 +284,10 @@ def test_step_stays_on_the_device_after_warm_up(settings):
     # At the start, the low halves of frozen components move to the host.
     with recording(86), mock.patch.object(torch.Tensor, "cpu", lambda self: self):
         step = Step(empty, stage_of(**settings), 9, seed=0)
-        shapes = (4, 4, 16, 16), (4, 77), (4,)
+        shapes = (4, 4, 16, 16), (4,), (4, 77)
         dtypes = torch.float16, torch.int64, torch.int64
         inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, dtypes, strict=True)]
+        inputs += [None, None, None]  # text embeddings, weights, masks
         step._compute(*inputs)
         with Elsewhere() as watch:
             step._compute(*inputs)
@@ -298,8 +299,8 @@ def test_auto_micro_batch_is_the_largest_that_fits(tmp_path, tiny_model, images,
     path = job(tmp_path, tiny_model, images, stage)
     results, plans = {}, []
 
-    def reuse_plan(*args):  # only device_bytes, the fourth argument, differs between calls
-        plans[:] = plans or [plan_stage(*args)]
+    def reuse_plan(*args, **options):  # only device_bytes, the fourth argument, differs between calls
+        plans[:] = plans or [plan_stage(*args, **options)]
         plans[0].device_bytes = args[3]
         return plans[0]
 
