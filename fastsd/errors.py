@@ -1,4 +1,6 @@
-"""Exceptions with messages written for the user."""
+"""Exceptions with messages written for the user, and the recognition of errors that mean the memory ran out."""
+
+import re
 
 
 class UserError(ValueError):
@@ -18,6 +20,30 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return self.message
+
+
+# The ways in which PyTorch and its libraries report that memory ran out, besides torch.OutOfMemoryError. cuDNN swallows the
+# failed allocation of a workspace and then finds no engine. cuBLAS cannot create its handle, or cannot allocate.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|unable to find an engine|unable to find a valid cuDNN algorithm|CUDNN_STATUS_\w*ALLOC|CUBLAS_STATUS_ALLOC"
+    r"|cublasCreate|DefaultCPUAllocator: (not enough|can't allocate) memory",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return the first line of an error that means that the memory of a device ran out. Return None for any other error.
+
+    An error that was raised while another one was handled counts too: the end of a capture that ran out of memory fails itself.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause) or type(cause).__name__
+        named = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
+        if named or (isinstance(cause, RuntimeError) and _OUT_OF_MEMORY.search(text)):
+            return text.splitlines()[0]
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 class Stopped(Exception):

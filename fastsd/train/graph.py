@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Function = Callable[..., tuple[Tensor, ...]]
 _Key = tuple[tuple[torch.Size, torch.dtype] | None, ...]  # of the arguments
 WARM_UP = 3  # number of eager calls with a shape before its capture
 
@@ -29,28 +30,32 @@ class _Capture:
     outputs: tuple[Tensor, ...]
 
 
-class Graphed:
-    """A function replayed as CUDA graphs, one per combination of argument shapes and dtypes. The results are unchanged.
+class Graphs:
+    """CUDA graphs of a function, one per combination of argument shapes and dtypes. The results are unchanged.
 
-    Args:
-        function: takes tensors on the current GPU, or None, and returns a tuple of tensors. During capture it must not read
-            device values or allocate memory that must outlive a call. In the eager calls it may do both.
+    The function is passed to each call, not kept, so that the owner of both is not part of a reference cycle.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        self.function = function
+    def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
         self._calls: dict[_Key, int] = {}
         self._captures: dict[_Key, _Capture] = {}
         self._pool: torch.cuda._POOL_HANDLE | None = None
+        self.capturing = False  # True during a capture, which executes nothing
 
-    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def __call__(self, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """Call a function, eagerly or by replaying its graph.
+
+        Args:
+            function: takes tensors on the current GPU, or None, and returns a tuple of tensors. During capture it must not read
+                device values or allocate memory that must outlive a call. In the eager calls it may do both.
+        """
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
         if key not in self._captures:
             self._calls[key] = self._calls.get(key, 0) + 1
             if self._calls[key] <= WARM_UP:
-                return self._run_eagerly(*tensors)
-            self._captures[key] = self._capture(tensors)
+                return self._run_eagerly(function, *tensors)
+            self._captures[key] = self._capture(function, tensors)
 
         capture = self._captures[key]
         for buffer, tensor in zip(capture.inputs, tensors, strict=True):
@@ -59,12 +64,12 @@ class Graphed:
         capture.graph.replay()
         return tuple(output.clone() for output in capture.outputs)
 
-    def _run_eagerly(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def _run_eagerly(self, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         # Use the stream of the capture, because autograd's leaves remember the stream of their first use.
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            outputs = self.function(*tensors)
+            outputs = function(*tensors)
         current.wait_stream(self._stream)
         for tensor in tensors:
             if tensor is not None:
@@ -73,19 +78,20 @@ class Graphed:
             output.record_stream(current)
         return outputs
 
-    def _capture(self, tensors: tuple[Tensor | None, ...]) -> _Capture:
+    def _capture(self, function: Function, tensors: tuple[Tensor | None, ...]) -> _Capture:
         inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
         torch.cuda.empty_cache()  # the graph's own pool needs the memory that the eager calls have cached
         graph = torch.cuda.CUDAGraph()
+        self.capturing = True
         try:
             # thread_local: the loader's threads pin batches during the capture, which must not invalidate it.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                outputs = self.function(*inputs)
-        except RuntimeError as error:
-            # Ending a capture that ran out of memory raises a second error; handle the first one.
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None
+                outputs = function(*inputs)
+        except BaseException:
+            self.clear()  # nothing of a failed capture is used again
             raise
+        finally:
+            self.capturing = False
         self._pool = graph.pool()  # shared by the graphs of all shapes, because only one of them runs at a time
         return _Capture(graph, inputs, outputs)
 

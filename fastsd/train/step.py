@@ -8,6 +8,7 @@ them.  Values that change from step to step, such as lr, are written to the devi
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +21,14 @@ from torch import Tensor
 
 from fastsd.config.stages import COMPONENTS, StageTable
 from fastsd.data.loader import Batch
-from fastsd.errors import UserError
+from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import Model
 from fastsd.model.select import selected
-from fastsd.train.graph import Graphed
+from fastsd.train.graph import Graphs
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import FastOptimizer, optimizer_class
 from fastsd.train.schedule import ema_decay, learning_rate
-from fastsd.train.trainable import TrainableComponent
+from fastsd.train.trainable import FusedUpdates, TrainableComponent
 from fastsd_kernels import noise
 from fastsd_kernels.gradient_norm import clip_scale
 
@@ -109,18 +110,35 @@ class Step:
         abar_T = alphas_cumprod(model.scheduler).to(self.device)
         self.objective = Objective(abar_T, seed, self.ops, stage, model.prediction)
         self.skipped = torch.zeros((), device=self.device)
+        self._arenas = [component.gradients for component in self.components.values() if component.gradients]
+        self._fused: FusedUpdates | None = None
         if stage.fused_backward:
-            # True after the first loss or gradient of the current step that is not finite.
-            self._found_inf = torch.zeros((), dtype=torch.bool, device=self.device)
-            self._norms: list[Tensor] = []
+            layouts = {name: self.components[name].layout for name in self.trained}
+            self._fused = FusedUpdates(self.ops, self.optimizers, layouts)
             for name in self.trained:
-                self.components[name].on_gradient = partial(self._update_parameter, name)
+                self.components[name].send_gradients(partial(self._fused.receive, name))
 
-        self._weights_touched = False  # True once the current step may have changed weights
-        self._run = Graphed(self._compute) if graph and self.device.type == "cuda" else self._compute
+        self._weights_touched = False  # True once the current step may have changed weights; a capture executes nothing
+        self._graphs = Graphs() if graph and self.device.type == "cuda" else None
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Train on one batch as step number `step` (from 0) of the stage."""
+        assert (batch.text_embeds_BLD is None) == ("text_encoder" in self.components)
+        run = self._compute if self._graphs is None else partial(self._graphs, self._compute)
+        while True:
+            self._weights_touched = False
+            try:
+                self._write_settings(step)
+                return StepResult(*run(*StepInputs.of(batch, self.device)))
+            except Exception as error:
+                problem = out_of_memory(error)
+                if problem is None:
+                    raise
+            # Here the error is gone, and with it the activations that its traceback refers to.
+            self._reduce_micro_batch(problem)
+
+    def _write_settings(self, step: int) -> None:
+        """Write the values that change from step to step to the device."""
         for name, lr in self.lrs.items():
             lr.fill_(learning_rate(self.stage, step, self.total, name))
         if self.stage.ema:
@@ -128,28 +146,20 @@ class Step:
         if self.stage.freeze_d_after:
             self.frozen.fill_(step >= self.stage.freeze_d_after)
 
-        assert (batch.text_embeds_BLD is None) == ("text_encoder" in self.components)
-        inputs = StepInputs.of(batch, self.device)
-        while True:
-            try:
-                return StepResult(*self._run(*inputs))
-            except torch.OutOfMemoryError as error:
-                self._reduce_micro_batch(str(error).splitlines()[0])
-
     def _compute(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Run one step with the fields of `StepInputs`, without waiting for the device or reading from it.
 
         Returns (loss, gradient norm, number of steps skipped).
         """
         loss = self._accumulate(StepInputs._make(inputs))
-        if self.stage.fused_backward:
+        if self._fused:
             # Every parameter was already updated when its gradient arrived.
-            norm, found_inf = torch.stack(self._norms).norm(), self._found_inf
+            norm, found_inf = torch.stack(self._fused.norms).norm(), self._fused.found_inf
         else:
             # A gradient that is not finite must not reach any state: if `found_inf` is set, the optimizers change no byte.
             norm, found_inf = self.ops.gradient_norm([self._gradient(name) for name in self.optimizers])
             scale = clip_scale(norm, self.stage.grad_clip) if self.stage.grad_clip else None
-            self._weights_touched = True
+            self._touch_weights()
             for name, optimizer in self.optimizers.items():
                 optimizer.update(self._gradient(name), found_inf=found_inf, scale=scale)
 
@@ -162,7 +172,8 @@ class Step:
         """Accumulate the gradients of the batch's mean loss, one micro-batch at a time, and return that loss."""
         count = len(inputs.positions_B)
         total = torch.zeros((), device=self.device)
-        self._begin_step()
+        for arena in self._arenas:
+            arena.first_micro_batch = True
         for start in range(0, count, self.micro_batch_size):
             images = inputs.micro_batch(slice(start, start + self.micro_batch_size))
             latents = self.model.vae.scale(images.latents_BCHW.float())
@@ -174,52 +185,45 @@ class Step:
             mask_B1HW = None if images.mask_B1HW is None else images.mask_B1HW / 255
             prediction = self.model.unet(noisy, t_B, text_embeds)
             loss = self.objective.loss(prediction, target, t_B, images.weight_B, mask_B1HW) * (len(latents) / count)
-            if self.stage.fused_backward:
-                self._found_inf = ~torch.isfinite(loss.detach())
+            if self._fused:
+                self._touch_weights()
+                self._fused.begin(loss.detach())
             loss.backward()
             total += loss.detach()
-            for component in self.components.values():
-                component.first_micro_batch = False
+            for arena in self._arenas:
+                arena.first_micro_batch = False
         return total
 
-    def _begin_step(self) -> None:
-        self._weights_touched = self.stage.fused_backward
-        for component in self.components.values():
-            component.first_micro_batch = True
-        if self.stage.fused_backward:
-            self._norms = []
-
-    def _update_parameter(self, name: str, i: int, gradient: Tensor) -> None:
-        """Update parameter number i of a component, unless a gradient of this step was not finite."""
-        norm, found_inf = self.ops.gradient_norm([gradient])
-        self._found_inf = self._found_inf | found_inf
-        self._norms.append(norm)
-        layout = self.components[name].layout
-        self.optimizers[name].update(gradient, select=lambda flat: layout.view(flat, i), found_inf=self._found_inf)
+    def _touch_weights(self) -> None:
+        self._weights_touched = self._graphs is None or not self._graphs.capturing
 
     def _gradient(self, name: str) -> Tensor:
-        gradient = self.components[name].gradient
-        assert gradient is not None
-        return gradient
+        arena = self.components[name].gradients
+        assert arena is not None
+        return arena.flat
 
     def _reduce_micro_batch(self, reason: str) -> None:
         """Continue with a smaller micro-batch. Raises UserError if none is left or weights may have changed."""
         self._discard_step()
         smaller_sizes = [n for n in range(1, self.micro_batch_size) if self.stage.batch % n == 0]
-        if not smaller_sizes or self._weights_touched:
-            cause = "while weights were updated" if self._weights_touched else "even with one image per forward"
-            raise UserError(
-                "out-of-memory",
-                f"out of memory {cause} ({reason}); choose settings that `fastsd plan` reports as fitting, and run again to "
-                "continue from the last checkpoint",
-            ) from None
+        if self._weights_touched:
+            raise _memory_error("while weights were updated", reason)
+        if self._fused:
+            raise _memory_error("with fused_backward, which cannot split the batch", reason)
+        if not smaller_sizes:
+            raise _memory_error("even with one image per forward", reason)
         self.warn(
             f"out of memory with {self.micro_batch_size} images per forward: continuing with {smaller_sizes[-1]}, batch stays "
             f"{self.stage.batch}; set micro_batch = {smaller_sizes[-1]} to use this from the start"
         )
         self.micro_batch_size = smaller_sizes[-1]
-        for component in self.components.values():
-            component.widen_gradients()
+        try:
+            for arena in self._arenas:
+                arena.widen()
+        except Exception as error:
+            if reason := out_of_memory(error) or "":
+                raise _memory_error("for gradients in fp32", reason) from None
+            raise
 
     def _discard_step(self) -> None:
         """Discard an unfinished step and free its memory."""
@@ -228,12 +232,13 @@ class Step:
         for component in self.components.values():
             for weight in component.weights:
                 weight.grad = None
+        gc.collect()  # what the error's traceback referred to, if it was part of a cycle
         self.clear_graphs()
 
     def clear_graphs(self) -> None:
         """Free the memory of captured steps. They are captured again when they are needed."""
-        if isinstance(self._run, Graphed):
-            self._run.clear()
+        if self._graphs:
+            self._graphs.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -284,3 +289,11 @@ class Step:
         if stage.freeze_d_after:
             optimizer.frozen = self.frozen
         return optimizer
+
+
+def _memory_error(cause: str, reason: str) -> UserError:
+    return UserError(
+        "out-of-memory",
+        f"out of memory {cause} ({reason}); choose settings that `fastsd plan` reports as fitting, and run again to continue "
+        "from the last checkpoint",
+    )

@@ -8,7 +8,8 @@
 
 One launch updates a component.  A gradient is consumed as soon as autograd produces it.  The first micro-batch copies it into
 the arena and the others add to it, so nothing is ever zeroed.  A fused backward has no gradient arena: it updates the parameter
-at once.  A change of precision between stages loses no bit of any weight.  Read next: `fastsd/train/step.py`.
+at once.  A change of precision between stages loses no bit of any weight.  No object here is part of a reference cycle, so the
+memory of a stage is free as soon as its step is.  Read next: `fastsd/train/step.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastsd.train.optim import FastOptimizer
 from fastsd.train.precision import COMPUTE_DTYPE
+from fastsd_kernels import Ops
 from fastsd_kernels.arena import join_master, split_master
 
 ALIGN = 128  # elements, so that even in bf16 every parameter starts on a 256-byte boundary, as matmul libraries prefer
@@ -53,6 +56,63 @@ def compute_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if dtype == torch.float32 else split_master(weight)[0]
 
 
+class GradientArena:
+    """Sums of a component's gradients over the micro-batches of a step.
+
+    Attributes:
+        flat: the sums, in the component's layout.
+        first_micro_batch: True if the next gradients are those of a step's first micro-batch.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+        self.layout, self.device, self.first_micro_batch = layout, device, True
+        self._allocate(dtype)
+
+    def _allocate(self, dtype: torch.dtype) -> None:
+        self.flat = torch.zeros(self.layout.size, dtype=dtype, device=self.device)
+        self._views = self.layout.views(self.flat)
+
+    def receive(self, i: int, gradient: Tensor) -> None:
+        """Add the gradient of parameter number i."""
+        if self.first_micro_batch:
+            self._views[i].copy_(gradient)
+        else:
+            self._views[i].add_(gradient)
+
+    def widen(self) -> None:
+        """Switch to several micro-batches per step. From now on, bf16 gradients are accumulated in fp32."""
+        if self.flat.dtype != torch.float32:
+            del self.flat, self._views  # before the larger arena is allocated
+            self._allocate(torch.float32)
+
+
+class FusedUpdates:
+    """Updates each parameter as soon as its gradient arrives, unless a gradient of the step was not finite.
+
+    Attributes:
+        found_inf: 0-dim bool on the device, true after the first loss or gradient of the step that is not finite.
+        norms: norms of the step's gradients so far, 0-dim on the device.
+    """
+
+    found_inf: Tensor
+    norms: list[Tensor]
+
+    def __init__(self, ops: Ops, optimizers: dict[str, FastOptimizer], layouts: dict[str, Layout]) -> None:
+        self.ops, self.optimizers, self.layouts = ops, optimizers, layouts
+
+    def begin(self, loss: Tensor) -> None:
+        """Start the backward of a step."""
+        self.found_inf, self.norms = ~torch.isfinite(loss), []
+
+    def receive(self, name: str, i: int, gradient: Tensor) -> None:
+        """Update parameter number i of a component."""
+        norm, found_inf = self.ops.gradient_norm([gradient])
+        self.found_inf = self.found_inf | found_inf
+        self.norms.append(norm)
+        layout = self.layouts[name]
+        self.optimizers[name].update(gradient, select=lambda flat: layout.view(flat, i), found_inf=self.found_inf)
+
+
 class TrainableComponent:
     """One component of a model during a stage.
 
@@ -62,15 +122,14 @@ class TrainableComponent:
         trained: names of the parameters that the optimizer updates. The others are frozen and have no gradient.
         precision: "fp32", "tf32" or "bf16".
         accumulates: True if a step has several micro-batches.
-        arena: collect gradients in an arena. If False, set `on_gradient` to use them.
+        arena: collect gradients in an arena. If False, `send_gradients` says who receives them.
         ema: maintain an EMA of the weights.
 
     Attributes:
         master_hi: the flat weights that the module computes with, or None if nothing is trained.
         master_lo: their flat low halves with bf16, otherwise None.
-        gradient, ema: the flat gradients and EMA weights, or None.
-        on_gradient: called with the number of a parameter and its gradient. By default it collects the gradient.
-        first_micro_batch: True if the next gradients are those of a step's first micro-batch.
+        gradients: the gradient arena, or None.
+        ema: the flat EMA weights, or None.
     """
 
     def __init__(
@@ -91,11 +150,9 @@ class TrainableComponent:
         self.layout = Layout(self.weights)
         self.master_hi: Tensor | None = None
         self.master_lo: Tensor | None = None
-        self.gradient: Tensor | None = None
-        self._gradients: list[Tensor] = []
+        self.gradients: GradientArena | None = None
         self.ema: Tensor | None = None
-        self.on_gradient: Callable[[int, Tensor], None] = self._collect
-        self.first_micro_batch = True
+        self._hooks: list[RemovableHandle] = []
 
         # With bf16, the low halves of frozen parameters stay in main memory.
         self._frozen = {key: parameter for key, parameter in parameters.items() if key not in trained}
@@ -105,13 +162,11 @@ class TrainableComponent:
             self._split_frozen()
             if self.weights:
                 self._move_to_arenas(ema=ema)
+        for weight in self.weights:
+            weight.requires_grad_()
         if self.weights and arena:
-            self._allocate_gradients(torch.float32 if accumulates else self.dtype)
-
-        self._hooks = [
-            weight.requires_grad_().register_post_accumulate_grad_hook(partial(self._gradient_ready, i))
-            for i, weight in enumerate(self.weights)
-        ]
+            self.gradients = GradientArena(self.layout, self.weights[0].device, torch.float32 if accumulates else self.dtype)
+            self.send_gradients(self.gradients.receive)
 
     def _split_frozen(self) -> None:
         if self.dtype == torch.float32:
@@ -150,27 +205,15 @@ class TrainableComponent:
         emas = [] if self.ema is None else [self.ema]
         return make([{"params": [self.master_hi], "masters_lo": lows, "emas": emas}])
 
-    def _gradient_ready(self, i: int, weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        assert gradient is not None
-        self.on_gradient(i, gradient)
+    def send_gradients(self, receive: Callable[[int, Tensor], None]) -> None:
+        """Call `receive` with the number of a parameter and its gradient as soon as autograd has produced it."""
 
-    def _collect(self, i: int, gradient: Tensor) -> None:
-        if self.first_micro_batch:
-            self._gradients[i].copy_(gradient)
-        else:
-            self._gradients[i].add_(gradient)
+        def hook(i: int, weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            assert gradient is not None
+            receive(i, gradient)
 
-    def widen_gradients(self) -> None:
-        """Switch to several micro-batches per step. From now on, bf16 gradients are accumulated in fp32."""
-        if self.gradient is not None and self.gradient.dtype != torch.float32:
-            self.gradient, self._gradients = None, []
-            self._allocate_gradients(torch.float32)
-
-    def _allocate_gradients(self, dtype: torch.dtype) -> None:
-        assert self.master_hi is not None
-        self.gradient = torch.zeros_like(self.master_hi, dtype=dtype)
-        self._gradients = self.layout.views(self.gradient)
+        self._hooks = [weight.register_post_accumulate_grad_hook(partial(hook, i)) for i, weight in enumerate(self.weights)]
 
     def tensors_by_role(self) -> dict[str, list[Tensor]]:
         """Return the device tensors that live as long as the stage, by role: "weights", "gradients" and "ema"."""
@@ -178,7 +221,7 @@ class TrainableComponent:
         weights = [t for t in (self.master_hi, self.master_lo) if t is not None]
         return {
             "weights": weights + frozen,
-            "gradients": [] if self.gradient is None else [self.gradient],
+            "gradients": [] if self.gradients is None else [self.gradients.flat],
             "ema": [] if self.ema is None else [self.ema],
         }
 

@@ -68,7 +68,7 @@ def train(folder, graph, sizes, after_step=lambda step: None, weighted=False, **
 def assert_graph_is_bit_equal(folder, sizes, **settings):
     eager, losses, _ = train(folder / "eager", False, sizes, **settings)
     replayed, same_losses, step = train(folder / "graph", True, sizes, **settings)
-    assert len(step._run._captures) == len(set(sizes))
+    assert len(step._graphs._captures) == len(set(sizes))
     assert torch.equal(losses, same_losses) and losses.unique().numel() == len(sizes)
     assert all(torch.equal(a, b) for a, b in zip(eager, replayed, strict=True))
 

@@ -123,7 +123,7 @@ def test_gradients_do_not_carry_over_to_the_next_step(model):
         gradients = []
         for batch in batches(2, 4):
             step._accumulate(StepInputs.of(batch, step.device))
-            gradients.append(step.components["unet"].gradient.clone())
+            gradients.append(step.components["unet"].gradients.flat.clone())
         results.append(gradients)
         step.release()
     for gradients in results[1:]:
@@ -187,7 +187,7 @@ def test_out_of_memory_reduces_the_micro_batch_not_the_batch(precision, tmp_path
     assert sizes[:4] == [6, 3, 2, 2] and step.micro_batch_size == 2
     assert len(warnings) == 2 and says(warnings[1], "step-out-of-memory", images=3, smaller=2, batch=6, micro_batch=2)
     assert same(weights, expected)  # as if training had started with this micro-batch
-    assert step.components["unet"].gradient.dtype == torch.float32
+    assert step.components["unet"].gradients.flat.dtype == torch.float32
 
 
 def test_out_of_memory_with_one_image_is_an_error(tmp_path, monkeypatch):
