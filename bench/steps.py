@@ -274,7 +274,7 @@ def most_images(precision: str, optimizer: str, level: str, name: str, setup: Se
             print(f"{name}: {images} images do not fit: {str(error).splitlines()[0][:200]}", flush=True)
             return False
         finally:
-            candidate.trainer.clear_graphs() if is_ours else candidate.optimizer.zero_grad()
+            candidate.trainer.free_graphs() if is_ours else candidate.optimizer.zero_grad()
             free_memory()
         return True
 

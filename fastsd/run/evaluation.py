@@ -68,5 +68,5 @@ def _with_graph_memory(step: Step, task: str, report: TrainReport, work: Callabl
         return work()
     except torch.OutOfMemoryError:
         report.warn(f"out of memory for {task}; the CUDA graph is freed and recorded again, cuda_graph = false avoids this")
-    step.clear_graphs()
+    step.free_graphs()
     return work()

@@ -54,6 +54,8 @@ class Graphs:
         if key not in self._captures:
             self._calls[key] = self._calls.get(key, 0) + 1
             if self._calls[key] <= WARM_UP:
+                if self._captures:
+                    self.free()  # eager calls allocate their activations outside the pool, where the graphs' still lie
                 return self._run_eagerly(function, *tensors)
             self._captures[key] = self._capture(function, tensors)
 
@@ -88,15 +90,19 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = function(*inputs)
         except BaseException:
-            self.clear()  # nothing of a failed capture is used again
+            self.free()  # nothing of a failed capture is used again
             raise
         finally:
             self.capturing = False
         self._pool = graph.pool()  # shared by the graphs of all shapes, because only one of them runs at a time
         return _Capture(graph, inputs, outputs)
 
-    def clear(self) -> None:
-        """Drop all graphs and their memory. Each shape is captured again after new eager calls."""
+    def free(self) -> None:
+        """Free the memory of all graphs. The next call with a shape captures it again, without new eager calls."""
         self._captures.clear()
-        self._calls.clear()
         self._pool = None
+        torch.cuda.empty_cache()
+
+    def forget(self) -> None:
+        """Start again with eager calls, because the function has changed. Call `free` first."""
+        self._calls.clear()

@@ -221,9 +221,10 @@ class Step:
             for arena in self._arenas:
                 arena.widen()
         except Exception as error:
-            if reason := out_of_memory(error) or "":
-                raise _memory_error("for gradients in fp32", reason) from None
-            raise
+            problem = out_of_memory(error)
+            if problem is None:
+                raise
+            raise _memory_error("for gradients in fp32", problem) from None
 
     def _discard_step(self) -> None:
         """Discard an unfinished step and free its memory."""
@@ -233,13 +234,15 @@ class Step:
             for weight in component.weights:
                 weight.grad = None
         gc.collect()  # what the error's traceback referred to, if it was part of a cycle
-        self.clear_graphs()
+        self.free_graphs()
+        if self._graphs:
+            self._graphs.forget()
 
-    def clear_graphs(self) -> None:
+    def free_graphs(self) -> None:
         """Free the memory of captured steps. They are captured again when they are needed."""
         if self._graphs:
-            self._graphs.clear()
-        if self.device.type == "cuda":
+            self._graphs.free()
+        elif self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def d(self) -> dict[str, Tensor]:

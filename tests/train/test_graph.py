@@ -92,7 +92,7 @@ def test_work_between_replays_does_not_change_results(tmp_path):
     settings = {**OPTIMIZERS["dlion"], "precision": "bf16"}
     undisturbed, _, _ = train(tmp_path / "undisturbed", True, [4] * STEPS, **settings)
     disturbed, _, _ = train(tmp_path / "disturbed", True, [4] * STEPS, use_the_unet, **settings)
-    cleared, _, _ = train(tmp_path / "cleared", True, [4] * 2 * STEPS, lambda step: step.clear_graphs(), **settings)
+    cleared, _, _ = train(tmp_path / "cleared", True, [4] * 2 * STEPS, lambda step: step.free_graphs(), **settings)
     replayed, _, _ = train(tmp_path / "replayed", True, [4] * 2 * STEPS, **settings)
     assert all(torch.equal(a, b) for a, b in zip(undisturbed, disturbed, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(cleared, replayed, strict=True))
