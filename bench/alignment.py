@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 
 from fastsd.bench.counters import stamp
 from fastsd.commands.cache import cache
 from fastsd.commands.swap_vae import swap_vae
 from fastsd.config.schema import Config, ModelTable, load_config
+from fastsd.console import Console
 from fastsd.demo import demo, world
 from fastsd.run.loop import train
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fastsd.bench.counters import stamp
 from fastsd.commands.cache import cache
 from fastsd.commands.lr_probe import lr_probe
 from fastsd.config.schema import Config, load_config
+from fastsd.console import Console
 from fastsd.demo import demo
 from fastsd.run.loop import train
 

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
+from fastsd.console import Console
 from fastsd.demo import demo
 from fastsd.run.loop import train
 

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastsd.config.optimizers import ORIGINALS
 from fastsd.config.schema import StageTable
@@ -200,18 +198,6 @@ def estimate_memory(
 def peak_memory(estimates: list[CandidateMemory]) -> float:
     """Return the bytes at the peak: everything held, the largest rise of a step, and `WORKSPACE`."""
     return sum(estimate.held for estimate in estimates) + max(estimate.rise for estimate in estimates) + WORKSPACE
-
-
-@cache
-def forward_flops(cfg: UNetConfig, side: int) -> int:
-    """Count the FLOPs of the UNet's forward for an image of side x side latents and 77 text tokens, without computing it."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet = UNet2DConditionModel.from_config(cfg.to_diffusers())
-        latents = torch.empty(1, cfg.in_channels, side, side)
-        unet(latents, torch.empty(1, dtype=torch.long), torch.empty(1, 77, cfg.cross_attention_dim))
-    return counter.get_total_flops()
 
 
 def matmul_rate(device: torch.device, precision: str, *, small: bool = False) -> float:

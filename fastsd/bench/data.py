@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastsd.bench import counters, timing
-from fastsd.bench.options import BenchOptions, Figures, PrintLine, print_table
+from fastsd.bench.options import BenchOptions, Figures
 from fastsd.config.schema import Config, DataTable
+from fastsd.console import Console
 from fastsd.data.building.build import build_cache
 from fastsd.data.building.store import Store
 from fastsd.data.cache import SHARD_ROWS, CacheMeta, Group, LatentCache, freeze, view_name
@@ -43,7 +44,7 @@ _RANDOM_META: dict[str, Any] = {
 _IMAGE_SIZE = (1024, 768)  # px; images from cameras and web pages are at least this large
 
 
-def bench_loader(options: BenchOptions, config: Config, print_line: PrintLine) -> Figures:
+def bench_loader(options: BenchOptions, config: Config, console: Console) -> Figures:
     """Measure samples per second from the cache to a step that only receives them."""
     if options.rate <= 0:
         raise UserError("bench-rate", f"--rate is {options.rate:g}; give the images per second that a step consumes, above 0")
@@ -65,8 +66,8 @@ def bench_loader(options: BenchOptions, config: Config, print_line: PrintLine) -
         figures = [f"{speed:.4g}", f"{row['mb_per_s']:.3g}", f"{batch / speed * 1e3:.3g}", f"{row['share_of_step']:.1%}"]
         rows.append(row)
         table.append([name, *figures])
-    print_table(table, print_line)
-    print_line(f"{samples} samples of {row_bytes} bytes, batch {batch}; loading runs ahead, so a step waits only above 100 %")
+    console.table(table)
+    console.echo(f"{samples} samples of {row_bytes} bytes, batch {batch}; loading runs ahead, so a step waits only above 100 %")
     settings = {"batch": batch, "batches": count, "samples": samples, "sample_bytes": row_bytes, "passes": passes}
     return torch.device("cpu"), {"settings": settings, "results": rows, "misses": []}
 
@@ -143,7 +144,7 @@ def freeze_random(folder: Path, shape: tuple[int, int, int], arrays: dict[str, n
     freeze(folder, "made", arrays, shards, [Group(shape, 0, 0, samples)], meta)
 
 
-def bench_cache(options: BenchOptions, config: Config, print_line: PrintLine) -> Figures:
+def bench_cache(options: BenchOptions, config: Config, console: Console) -> Figures:
     """Measure images per second from JPEG files to latents, by pipeline step. Time our VAE encoder in turn with diffusers'."""
     device = choose_device(config.device)
     ops = choose_ops(config.kernels, device)
@@ -154,7 +155,7 @@ def bench_cache(options: BenchOptions, config: Config, print_line: PrintLine) ->
     count = (options.steps or 1) * (8 if options.small or not gpu else 512)
     batch = config.cache.batch if gpu or options.small or options.config else 1
     size = config.data.resolution
-    print_line(f"{counters.device_name(device)}, kernels {ops.name}, {config.cache.precision}, {size} px, batch {batch}")
+    console.echo(f"{counters.device_name(device)}, kernels {ops.name}, {config.cache.precision}, {size} px, batch {batch}")
     with tempfile.TemporaryDirectory(prefix="fastsd-bench-") as folder:
         _write_images(Path(folder) / "images", count)
         data = DataTable(folders=[str(Path(folder) / "images")], resolution=size)
@@ -171,9 +172,9 @@ def bench_cache(options: BenchOptions, config: Config, print_line: PrintLine) ->
     rows: list[dict[str, Any]] = [{"name": step, "img_per_s": rate} for step, rate in counts.rates.items()]
     rows += [{"name": f"encoder, {name}", "img_per_s": batch / seconds} for name, seconds in times.items()]
     ratio = times["diffusers"] / times["fastsd"]
-    print_table([["", "img/s"]] + [[row["name"], f"{row['img_per_s']:.4g}"] for row in rows], print_line)
+    console.table([["", "img/s"]] + [[row["name"], f"{row['img_per_s']:.4g}"] for row in rows])
     width, height = _IMAGE_SIZE
-    print_line(f"{count} JPEG files of {width} x {height} px; the encoder runs at {ratio:.2f}x the speed of diffusers'")
+    console.echo(f"{count} JPEG files of {width} x {height} px; the encoder runs at {ratio:.2f}x the speed of diffusers'")
     settings = {"batch": batch, "images": count, "size": size, "precision": config.cache.precision, "kernels": ops.name}
     return device, {"settings": settings, "results": rows, "ratio": ratio, "order": order, "misses": []}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ model = {{ base = "random weights" }}
 data = {{ folders = ["generated"], resolution = {size} }}
 stage = [{{ train = ["unet"], until = 1, batch = {batch}, optimizer = "{optimizer}", lr = {lr} }}]
 """
-PrintLine = Callable[[str], None]
 Figures = tuple[torch.device, dict[str, Any]]  # the measured device; "settings", "results", "misses" and more
 
 
@@ -103,13 +101,3 @@ def bench_target(options: BenchOptions) -> BenchTarget:
     side = shapes.side(config.data.resolution)
     ops, free = choose_ops(config.kernels, device), counters.free_bytes(device)
     return BenchTarget(config, config.stage[0], device, ops, shapes.unet, side, free)
-
-
-def print_table(rows: list[list[str]], print_line: Callable[[str], None]) -> None:
-    """Print a table. Columns with a digit in the last row are aligned right, other columns left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left_aligned = [not any(character.isdigit() for character in text) for text in rows[-1]]
-    for row in rows:
-        columns = zip(row, widths, left_aligned, strict=True)
-        cells = [text.ljust(width) if left else text.rjust(width) for text, width, left in columns]
-        print_line("  ".join(cells).rstrip())

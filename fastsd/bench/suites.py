@@ -29,14 +29,15 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fastsd.bench import baselines, counters, data, timing
-from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, PrintLine, bench_config, bench_target, print_table
+from fastsd.bench.options import OPTIONS, BenchOptions, BenchTarget, Figures, bench_config, bench_target
 from fastsd.config.optimizers import OPTIMIZERS
+from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
+from fastsd.model.shapes import forward_flops
 from fastsd.model.unet import UNet
 from fastsd.storage import replace_file
 from fastsd.train.memory import saved_for_backward_bytes
@@ -49,7 +50,7 @@ def bench(
     words: Sequence[str],
     json_file: Path | None = None,
     options: dict[str, Any] | None = None,
-    console: Console | None = None,
+    console: Console = STDOUT,
     **more: Any,
 ) -> None:
     """Run `fastsd bench`.
@@ -65,17 +66,14 @@ def bench(
     """
     benchmark, config, changes = _parse(words)
     changes += [f"{OPTIONS[name]}={json.dumps(value)}" for name, value in (options or {}).items() if value is not None]
-    command_line, out = BenchOptions(benchmark, config, changes, **more), console or Console()
+    command_line = BenchOptions(benchmark, config, changes, **more)
     if json_file and not json_file.absolute().parent.is_dir():
         problem = f"--json is {str(json_file)!r}, but its folder does not exist"
         raise UserError("json-folder-missing", f"{problem}; create it or name another file")
 
-    def print_line(text: str) -> None:
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    device, figures = BENCHMARKS[benchmark](command_line, print_line)
+    device, figures = BENCHMARKS[benchmark](command_line, console)
     for warning in figures["misses"]:
-        print_line(f"note: {warning}")
+        console.echo(f"note: {warning}")
     if json_file:
         header = {"stamp": counters.stamp(device), "asked": asdict(command_line)}
         replace_file(json_file, json.dumps({**header, **figures}, indent=1) + "\n")
@@ -93,7 +91,7 @@ def _parse(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
     return benchmark or "step", config, arguments
 
 
-def bench_step(options: BenchOptions, print_line: PrintLine) -> Figures:
+def bench_step(options: BenchOptions, console: Console) -> Figures:
     """Time whole steps of our candidate and of the baselines, in turn."""
     target, warnings = bench_target(options), list[str]()
     if target.stage.train != ["unet"]:
@@ -103,10 +101,10 @@ def bench_step(options: BenchOptions, print_line: PrintLine) -> Figures:
     stage, inputs = target.stage, _inputs(options, target, warnings)
     switches = set_precision(stage.precision, inputs.model.unet, target.config.deterministic)
     graph = "CUDA graph" if inputs.graph else "no graph"
-    print_line(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
+    console.echo(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
     batch = f"batch {stage.batch} ({stage.micro_batch_size} per forward)"
     stage_summary = f"{batch}, checkpointing {stage.checkpointing}, {stage.optimizer}"
-    print_line(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
+    console.echo(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
 
     rows, turns = list[dict[str, Any]](), dict[str, timing.TimedCall]()
     for candidate in baselines.candidates(inputs, names, warnings):
@@ -118,7 +116,7 @@ def bench_step(options: BenchOptions, print_line: PrintLine) -> Figures:
     count = options.steps or (20 if target.device.type == "cuda" else 5)
     order = timing.in_turns(turns, count, target.device)
     rate = counters.matmul_rate(target.device, stage.precision, small=options.small)
-    flops = 3 * stage.batch * counters.forward_flops(target.cfg, target.side)
+    flops = 3 * stage.batch * forward_flops(target.cfg, target.side)
     for row in rows:
         counters.put_times(row, order, rows[0])
         seconds = row["ms"]["median"] / 1e3
@@ -130,10 +128,10 @@ def bench_step(options: BenchOptions, print_line: PrintLine) -> Figures:
         usage = ["-"] * 3 if opaque else [f"{row['peak_gb']:.3g}", str(row["launches"]), str(sum(row["host_waits"].values()))]
         speed = [f"{row['img_per_s']:.3g}", counters.milliseconds(row), f"{row['tflop_per_s']:.3g}", f"{row['mfu']:.0%}"]
         table.append([row["name"], *speed, *usage, f"{row['times']:.2f}x"])
-    print_table(table, print_line)
-    print_line(f"matmul: {rate / 1e12:.3g} TFLOP/s; step: {flops / 1e12:.3g} TFLOP; text embeddings are precomputed for all")
+    console.table(table)
+    console.echo(f"matmul: {rate / 1e12:.3g} TFLOP/s; step: {flops / 1e12:.3g} TFLOP; text embeddings are precomputed for all")
     for row in rows[1:]:
-        print_line(f"{row['name']}: {baselines.BASELINES[row['name']]}")
+        console.echo(f"{row['name']}: {baselines.BASELINES[row['name']]}")
     settings: dict[str, Any] = {"stage": stage.model_dump(), "resolution": target.config.data.resolution, "graph": inputs.graph}
     settings |= {"switches": switches, "kernels": target.ops.name, "rounds": count}
     figures: dict[str, Any] = {"settings": settings, "matmul_tflop_per_s": rate / 1e12, "tflop": flops / 1e12}
@@ -215,7 +213,7 @@ def _inputs(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> 
     return baselines.BenchInputs(model, stage, batches, target.device, target.config.seed, graph)
 
 
-def bench_memory(options: BenchOptions, print_line: PrintLine) -> Figures:
+def bench_memory(options: BenchOptions, console: Console) -> Figures:
     """Measure the bytes that ours and diffusers' UNet save for backward by checkpointing level, in the compute dtype."""
     target = bench_target(options)
     dtype, images = COMPUTE_DTYPE[target.stage.precision], target.stage.micro_batch_size if options.changed("batch") else 1
@@ -252,13 +250,14 @@ def bench_memory(options: BenchOptions, print_line: PrintLine) -> Figures:
         row["share"] = row["kept_mb"] / rows[0]["kept_mb"]
         figures = [f"{row['kept_mb']:.4g}", f"{row['share']:.2f}x", f"{row['peak_mb']:.4g}"]
         table.append([row["name"], row["checkpointing"], *figures])
-    print_line(f"{target.config.data.resolution} px, {images} per forward, {target.stage.precision}, kernels {target.ops.name}")
-    print_table(table, print_line)
-    setup = {"precision": target.stage.precision, "resolution": target.config.data.resolution, "images": images}
+    size, precision = target.config.data.resolution, target.stage.precision
+    console.echo(f"{size} px, {images} per forward, {precision}, kernels {target.ops.name}")
+    console.table(table)
+    setup = {"precision": precision, "resolution": size, "images": images}
     return target.device, {"settings": {**setup, "kernels": target.ops.name}, "results": rows, "misses": []}
 
 
-def bench_optim(options: BenchOptions, print_line: PrintLine) -> Figures:
+def bench_optim(options: BenchOptions, console: Console) -> Figures:
     """Time one step of our optimizers and the baselines in turn, over all of the UNet's tensors or a fraction of them."""
     target = bench_target(options)
     chosen, with_bf16 = options.changed("optimizer"), target.stage.precision == "bf16"
@@ -276,8 +275,8 @@ def bench_optim(options: BenchOptions, print_line: PrintLine) -> Figures:
 
     arenas = baselines.random_arenas(sizes, target.device)
     copy_rate, rounds = counters.copy_rate(target.device, small=options.small), options.steps or 7
-    print_line(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, copy: {copy_rate / 1e9:.3g} GB/s")
-    print_line(f"{len(sizes)} of {len(target.sizes)} tensors, {sum(sizes):,} parameters")
+    console.echo(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, copy: {copy_rate / 1e9:.3g} GB/s")
+    console.echo(f"{len(sizes)} of {len(target.sizes)} tensors, {sum(sizes):,} parameters")
     rows, order, warnings = list[dict[str, Any]](), list[str](), list[str]()
     for family in families:
         steps = baselines.optimizer_steps(family, arenas, target.ops, warnings, with_bf16=with_bf16)
@@ -300,13 +299,13 @@ def bench_optim(options: BenchOptions, print_line: PrintLine) -> Figures:
         figures = [counters.milliseconds(row), f"{row['gb_per_s']:.3g}", f"{row['share_of_copy']:.0%}"]
         figures += [str(sum(row["host_waits"].values())), f"{row['times']:.2f}x"]
         table.append([row["optimizer"], row["name"], *figures])
-    print_table(table, print_line)
+    console.table(table)
     setup = {"fraction": fraction, "tensors": len(sizes), "numbers": sum(sizes), "rounds": rounds, "kernels": target.ops.name}
     settings, rate = {**setup, "precision": target.stage.precision}, copy_rate / 1e9
     return target.device, {"settings": settings, "copy_gb_per_s": rate, "results": rows, "order": order, "misses": warnings}
 
 
-def run_suites(options: BenchOptions, print_line: PrintLine) -> Figures:
+def run_suites(options: BenchOptions, console: Console) -> Figures:
     """Run the benchmarks of the kernels with pytest. Raises UserError if there is no source tree or a benchmark fails."""
     if not (SUITES / "conftest.py").is_file():
         advice = "clone the repository and run `fastsd bench kernels` in it"
@@ -321,15 +320,15 @@ def run_suites(options: BenchOptions, print_line: PrintLine) -> Figures:
         if status:
             raise UserError("bench-kernels-failed", f"a kernel benchmark failed (pytest status {status}); see its output above")
         figures = [benchmark["extra_info"] for benchmark in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]]
-    print_line("for goals and a result file with a stamp, run on a GPU: python bench/gpu.py")
+    console.echo("for goals and a result file with a stamp, run on a GPU: python bench/gpu.py")
     return choose_device("auto"), {"settings": {}, "results": figures, "misses": []}
 
 
-BENCHMARKS: dict[str, Callable[[BenchOptions, PrintLine], Figures]] = {
+BENCHMARKS: dict[str, Callable[[BenchOptions, Console], Figures]] = {
     "step": bench_step,
     "memory": bench_memory,
     "kernels": run_suites,
     "optim": bench_optim,
-    "loader": lambda options, print_line: data.bench_loader(options, bench_config(options), print_line),
-    "cache": lambda options, print_line: data.bench_cache(options, bench_config(options), print_line),
+    "loader": lambda options, console: data.bench_loader(options, bench_config(options), console),
+    "cache": lambda options, console: data.bench_cache(options, bench_config(options), console),
 }

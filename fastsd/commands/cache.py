@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import time
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from fastsd.commands.progress import print_line, progress
+from fastsd.commands.progress import progress
 from fastsd.config.schema import Config
+from fastsd.console import STDOUT, Console
 from fastsd.data.building import build, upkeep
 from fastsd.data.building.collect import one_at_a_time
 from fastsd.data.building.embed_captions import write_text_embeddings
@@ -29,13 +28,11 @@ from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set
 REASONS = 8  # most rejection reasons to print
 
 
-def cache(config: Config, console: Console | None = None) -> build.CacheCounts:
+def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     """Encode the images that are missing and print a summary. Under torchrun, each process uses its own GPU.
 
     Raises UserError as `build_cache` does.
     """
-    console = console or Console()
-    print_message = partial(print_line, console)
     data = config.data
     for _ in folders.scan_for(data):
         break  # report a wrong folder before a model is loaded
@@ -46,53 +43,53 @@ def cache(config: Config, console: Console | None = None) -> build.CacheCounts:
     vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])
     vae_name = config.model.vae or config.model.base
     scaling = f"scaling factor {vae.scaling_factor:g}"
-    print_message(f"VAE {vae_name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
+    console.echo(f"VAE {vae_name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
     try:
         tokenizer = load_tokenizer(config.model)[0]
     except UserError as error:  # training needs a tokenizer, but encoding images does not
         tokenizer = None
-        print_message(f"note: {error}")
+        console.echo(f"note: {error}")
 
     start_time = time.perf_counter()
     with progress(console) as report_progress:
-        counts = build.build_cache(config, vae, report_progress, print_message)
+        counts = build.build_cache(config, vae, report_progress, console.echo)
         if tokenizer:
             _cache_tokens(config, counts.view, tokenizer, console)
         if config.cache.hidden_states:
             _cache_text_embeddings(config, counts.view, device, report_progress, console)
     seconds = time.perf_counter() - start_time
 
-    print_message(
+    console.echo(
         f"{counts.cached} of {counts.images} images cached in {config.cache.dir}: {counts.encoded} encoded now, "
         f"{counts.latents - counts.encoded} already cached ({seconds:.1f} s)"
     )
     if counts.encoded:
         rates = ", ".join(f"{step} {rate:.1f} img/s" for step, rate in counts.rates.items())
-        print_message(f"speed of each pipeline step alone: {rates}")
+        console.echo(f"speed of each pipeline step alone: {rates}")
     if counts.empty_captions:
-        print_message(f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
+        console.echo(f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
     if counts.rejected:
-        print_message(f"{counts.rejected} rejected:")
+        console.echo(f"{counts.rejected} rejected:")
         _print_reasons(console, counts.reasons)
         for example in counts.examples:
-            print_message(f"  {example}")
+            console.echo(f"  {example}")
         if counts.rejected > len(counts.examples):
-            print_message(f"  and {counts.rejected - len(counts.examples)} more; see the table `rejected` in cache.sqlite")
+            console.echo(f"  and {counts.rejected - len(counts.examples)} more; see the table `rejected` in cache.sqlite")
     return counts
 
 
 def _print_reasons(console: Console, reasons: dict[str, int]) -> None:
     """Print the most common reasons. Some include a position in a file, so there may be as many reasons as files."""
     for reason, count in list(reasons.items())[:REASONS]:
-        print_line(console, f"  {count} x {reason}")
+        console.echo(f"  {count} x {reason}")
     if len(reasons) > REASONS:
-        print_line(console, f"  and {len(reasons) - REASONS} other reasons")
+        console.echo(f"  and {len(reasons) - REASONS} other reasons")
 
 
 def _cache_tokens(config: Config, view: str, tokenizer: Any, console: Console) -> None:
     with (
         Store.open(Path(config.cache.dir), lock="shared") as store,
-        one_at_a_time(store, partial(print_line, console)),
+        one_at_a_time(store, console.echo),
         disk_errors(store.folder),
         closing(LatentCache.open(store.folder, view)) as latents,
     ):
@@ -105,35 +102,32 @@ def _cache_text_embeddings(
     text = load_text(config.model, locate(config.model.base, "model.base", config.model.revision))
     text.module.to(device)
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
-        counts = write_text_embeddings(config.cache, latents, text, report_progress, partial(print_line, console))
-    print_line(
-        console, f"text embeddings of {counts.captions} captions: {counts.encoded} encoded now, the others already cached"
-    )
+        counts = write_text_embeddings(config.cache, latents, text, report_progress, console.echo)
+    console.echo(f"text embeddings of {counts.captions} captions: {counts.encoded} encoded now, the others already cached")
 
 
-def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, console: Console | None = None) -> None:
+def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, console: Console = STDOUT) -> None:
     """Run `fastsd cache` with --verify, --prune or --stats. Raises UserError if the verification finds damage."""
-    console = console or Console()
     folder = config.cache.dir
     problems = upkeep.verify(folder) if verify else []
     if verify and not problems:
-        print_line(console, f"{folder}: all latents and views match their sha256")
+        console.echo(f"{folder}: all latents and views match their sha256")
     if prune:
         pruned = upkeep.prune(folder)
-        print_line(console, f"{folder}: {pruned.shards} unused shards deleted ({pruned.bytes / 1e6:.1f} MB)")
+        console.echo(f"{folder}: {pruned.shards} unused shards deleted ({pruned.bytes / 1e6:.1f} MB)")
     if stats:
         contents = upkeep.stats(folder)
         missing = f"; {contents.planned} not encoded (rejected later, or caching was interrupted)" if contents.planned else ""
         text_embeddings = f" and {contents.states} text embeddings" if contents.states else ""
         size = f"{contents.shards} shards, {contents.shard_bytes / 1e6:.1f} MB"
-        print_line(console, f"{folder}: {contents.latents} latents{text_embeddings} in {size}{missing}")
+        console.echo(f"{folder}: {contents.latents} latents{text_embeddings} in {size}{missing}")
         for name, view in contents.views.items():
             _print_view(console, name, view)
             _print_truncated(config, name, console)
         for problem in contents.damaged:
-            print_line(console, f"  damaged: {problem}")
+            console.echo(f"  damaged: {problem}")
         if contents.rejected:
-            print_line(console, f"  {sum(contents.rejected.values())} rejected:")
+            console.echo(f"  {sum(contents.rejected.values())} rejected:")
             _print_reasons(console, contents.rejected)
     if problems:
         raise UserError("cache-damaged", "\n".join(problems))
@@ -143,14 +137,14 @@ def _print_view(console: Console, name: str, view: upkeep.ViewStats) -> None:
     meta = view.meta
     versions = f", {meta.versions} latents each" if meta.versions > 1 else ""
     counts = f"{meta.rejected} rejected, {meta.empty_captions} empty captions"
-    print_line(console, f"  view {name}: {meta.cached} of {meta.images} images{versions}, VAE {meta.vae_name}, {counts}")
+    console.echo(f"  view {name}: {meta.cached} of {meta.images} images{versions}, VAE {meta.vae_name}, {counts}")
     if view.masked:
-        print_line(console, f"    {view.masked} images have a mask")
-    print_line(console, "    sizes: " + ", ".join(f"{size} x {count}" for size, count in view.buckets.items()))
+        console.echo(f"    {view.masked} images have a mask")
+    console.echo("    sizes: " + ", ".join(f"{size} x {count}" for size, count in view.buckets.items()))
     channels = ", ".join(f"{mean:+.2f} ± {std:.2f}" for mean, std in zip(view.mean, view.std, strict=True))
-    print_line(console, f"    mean ± std of each scaled channel, from {view.measured} latents: {channels}")
+    console.echo(f"    mean ± std of each scaled channel, from {view.measured} latents: {channels}")
     if view.warning:
-        print_line(console, f"    warning: {view.warning}")
+        console.echo(f"    warning: {view.warning}")
 
 
 def _print_truncated(config: Config, view: str, console: Console) -> None:
@@ -159,4 +153,4 @@ def _print_truncated(config: Config, view: str, console: Console) -> None:
         tokenizer = load_tokenizer(config.model)[0]
         tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks)
         token_limit = tokens.chunks * tokens.window
-        print_line(console, f"    {tokens.over_length()} captions are longer than {token_limit} tokens and will be truncated")
+        console.echo(f"    {tokens.over_length()} captions are longer than {token_limit} tokens and will be truncated")

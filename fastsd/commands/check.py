@@ -8,11 +8,9 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
-from fastsd.commands.progress import print_line
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS, ENDLESS
+from fastsd.console import STDOUT, Console
 from fastsd.data.building import build
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
@@ -32,21 +30,20 @@ from fastsd.train.precision import choose_device, choose_ops
 from fastsd.train.schedule import check_length
 
 
-def check(config: Config, console: Console | None = None) -> None:
+def check(config: Config, console: Console = STDOUT) -> None:
     """Check everything a run needs and print the results. One error lists all problems.
 
     Raises:
         UserError: there are problems; each has one sentence.
     """
-    console = console or Console()
     problems: list[str] = []
 
     def attempt(title: str, inspect: Callable[[], str]) -> None:
         try:
-            print_line(console, f"ok    {title}: {inspect()}")
+            console.echo(f"ok    {title}: {inspect()}")
         except UserError as error:
             problems.extend(str(error).split("\n"))
-            print_line(console, f"error {title}")
+            console.echo(f"error {title}")
 
     models: list[Model] = []
     images_per_epoch: list[int] = []  # empty until it is known, like `models`
@@ -61,7 +58,7 @@ def check(config: Config, console: Console | None = None) -> None:
     for i in range(len(config.stage)):
         attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch))
     for note in models[0].notes if models else []:
-        print_line(console, f"note  {note}")
+        console.echo(f"note  {note}")
     attempt("run folder", lambda: _disk_space(config, models))
 
     if problems:

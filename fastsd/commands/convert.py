@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastsd.config.schema import ModelTable
 from fastsd.config.stages import COMPONENTS
+from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import ADAPTERS, MADE_BY, load_merged
 from fastsd.model.formats.load import component_state_dict
@@ -54,9 +54,7 @@ class ConvertOptions:
     revision: str = ""
 
 
-def convert(
-    name: str, out: Path, to: str = "", options: ConvertOptions | None = None, reporter: Callable[[str], None] = print
-) -> None:
+def convert(name: str, out: Path, to: str = "", options: ConvertOptions | None = None, console: Console = STDOUT) -> None:
     """Write a model to `out` in another format, and print what was found and what was ignored.
 
     Only a block of one tensor is in memory at a time. EMA weights of a run and merged adapters need the whole model in memory.
@@ -86,15 +84,15 @@ def convert(
         else:
             source = _source(name, options)
             for note in source.notes:
-                reporter(note)
+                console.echo(note)
             notes = _write(source, _find_origin(name, source, options), out, to, options)
     except OSError as error:
         path, reason = error.filename or out, error.strerror or error
         raise UserError("convert-unwritable", f"{path}: {reason}; fix that and run again") from error
     for note in notes:
-        reporter(note)
+        console.echo(note)
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
-    reporter(f"{out}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB, {to}")
+    console.echo(f"{out}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB, {to}")
 
 
 def _infer_format(name: str, out: Path) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from fastsd.config.schema import ModelTable
 from fastsd.config.stages import COMPONENTS
+from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.model.formats.load import component_state_dict, load_model, write_component, write_rest
 from fastsd.model.text_encoder import stretch
@@ -16,7 +16,7 @@ from fastsd.storage import new_folder, write_text
 KEPT = 20  # number of first positions that stay as they are: CLIP's short captions have trained hardly any others
 
 
-def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", reporter: Callable[[str], None] = print) -> None:
+def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", console: Console = STDOUT) -> None:
     """Write `base` to `out` as a diffusers folder, with its position embeddings stretched to `tokens`.
 
     Raises:
@@ -38,4 +38,4 @@ def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", reporter: 
         tokenizer_config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
         write_text(config_path, json.dumps(tokenizer_config | {"model_max_length": tokens}, indent=2) + "\n")
     advice = f"train the text encoder before using captions longer than {window} tokens"
-    reporter(f"{out}: {window} positions stretched to {tokens}, the first {KEPT} kept; {advice}")
+    console.echo(f"{out}: {window} positions stretched to {tokens}, the first {KEPT} kept; {advice}")

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from fastsd.commands.progress import print_line
 from fastsd.config.keys import conditions, defaults
 from fastsd.config.schema import Config, StageTable
 from fastsd.config.stages import COMPONENTS
+from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.run.loop import train
 
@@ -55,7 +53,7 @@ class Probe:
         return self.left_d0 and self.growth <= FLAT
 
 
-def lr_probe(config: Config, steps: int, stage: str = "", console: Console | None = None) -> list[Probe]:
+def lr_probe(config: Config, steps: int, stage: str = "", console: Console = STDOUT) -> list[Probe]:
     """Train one stage of a config with D-Lion for `steps` steps in RUN/lr-probe, and print the learning rate for Lion.
 
     Args:
@@ -64,7 +62,6 @@ def lr_probe(config: Config, steps: int, stage: str = "", console: Console | Non
     Raises:
         UserError: the stage does not exist, or the training fails.
     """
-    console = console or Console()
     probe_config = _probe_config(config, steps, stage)
     folder = Path(probe_config.run)
     train(probe_config, console, export=False)
@@ -72,7 +69,7 @@ def lr_probe(config: Config, steps: int, stage: str = "", console: Console | Non
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     probes = [_read(name, i, rows, probe_config.stage[0].d0) for i, name in enumerate(_components(rows))]
     for probe in probes:
-        print_line(console, _sentence(probe, steps))
+        console.echo(_sentence(probe, steps))
     return probes
 
 

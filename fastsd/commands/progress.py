@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastsd.console import Console
 from fastsd.data.building import build
 
 PLAIN_SECONDS = 10  # time between progress lines if the output is not a terminal
@@ -44,7 +44,7 @@ def _show_lines(console: Console) -> build.ProgressCallback:
             last_time = time.monotonic()
             seconds_left = (event.total - event.done) / max(event.images_per_second, 1e-9)
             eta = f" | ETA {timedelta(seconds=round(seconds_left))}" if event.total else ""
-            print_line(console, f"{event.phase} {event.done}/{event.total or '?'} | {_speed(event)}{eta}")
+            console.echo(f"{event.phase} {event.done}/{event.total or '?'} | {_speed(event)}{eta}")
 
     return show
 
@@ -52,7 +52,3 @@ def _show_lines(console: Console) -> build.ProgressCallback:
 def _speed(event: build.CacheProgress) -> str:
     unit = "captions" if event.phase == "states" else "img"
     return f"{event.images_per_second:.1f} {unit}/s" + (f" | limited by {event.limit}" if event.limit else "")
-
-
-def print_line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

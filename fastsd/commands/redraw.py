@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from fastsd.commands.progress import print_line, progress
+from fastsd.commands.progress import progress
 from fastsd.commands.validate import latents_of
 from fastsd.config.schema import Config, ModelTable
+from fastsd.console import STDOUT, Console
 from fastsd.data.building.build import ProgressCallback
 from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.cache import LatentCache, view_name
@@ -60,7 +60,7 @@ def redraw(
     limit: int | None = None,
     precision: str = "fp32",
     device: str = "",
-    console: Console | None = None,
+    console: Console = STDOUT,
 ) -> int:
     """Redraw the cached images of a config into a folder that another config can use in `data.folders`.
 
@@ -79,7 +79,7 @@ def redraw(
             contents, was made with other settings or cannot be written.
         Stopped: the user pressed Ctrl-C. The images drawn so far remain.
     """
-    console, start_time = console or Console(), time.perf_counter()
+    start_time = time.perf_counter()
     table = _table(resolve_model(name), config.model)
     model, vae = _load(table, config, start, precision, device or config.device)
     cache = closing(_any_latents(table, config, vae)) if start is None else latents_of(table.base, config, vae)
@@ -91,7 +91,7 @@ def redraw(
         try:
             _claim(out, _settings(table, config, latents, start, precision))
             method = "from pure noise" if start is None else f"noised to timestep {start}" if start else "decoded unchanged"
-            print_line(console, f"{table.base}: {num_images} of {len(latents)} images cached in {config.cache.dir}, {method}")
+            console.echo(f"{table.base}: {num_images} of {len(latents)} images cached in {config.cache.dir}, {method}")
             with progress(console) as report_progress:
                 redrawer = _Redrawer(config, latents, vae, model, start)
                 num_drawn = redrawer.write(out, _batches(latents, selected), num_images, report_progress)
@@ -106,7 +106,7 @@ def redraw(
 
     seconds = time.perf_counter() - start_time
     counts = f"{num_drawn} drawn now, {num_images - num_drawn} already existed"
-    print_line(console, f"{num_images} images in {out}: {counts} ({seconds:.1f} s)")
+    console.echo(f"{num_images} images in {out}: {counts} ({seconds:.1f} s)")
     return num_drawn
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from fastsd.config.config_errors import sentence
 from fastsd.config.schema import ModelTable, SampleTable
+from fastsd.console import STDOUT
 from fastsd.errors import UserError
 from fastsd.run.folder import resolve_model
 from fastsd.sampling.generate import generate, load_to_sample
@@ -33,7 +34,7 @@ def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precisio
     for i, (image, (_, seed)) in enumerate(zip(images, pairs, strict=True)):
         image.save(out / f"{i:03d}-{seed}.png")
     save_grid(grid(images, table.images, prompts, table.seed), out / "grid.png")
-    print(f"{len(images)} images and grid.png written to {out}")
+    STDOUT.echo(f"{len(images)} images and grid.png written to {out}")
 
 
 def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from fastsd.commands.progress import print_line, progress
+from fastsd.commands.progress import progress
 from fastsd.config.schema import FolderTable, ModelTable
+from fastsd.console import STDOUT, Console
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.build import ProgressCallback
 from fastsd.data.building.decode import decode, probe
@@ -66,7 +66,7 @@ def swap_vae(
     precision: str = "fp32",
     device: str = "auto",
     seed: int = 0,
-    console: Console | None = None,
+    console: Console = STDOUT,
 ) -> dict[str, Any]:
     """Replace the VAE of `base` by `vae`, write the model to `out`, and return the contents of swap.json.
 
@@ -81,7 +81,6 @@ def swap_vae(
     Raises:
         UserError: a model does not load, the VAE does not suit the base, images are missing or too few, or `out` exists.
     """
-    console = console or Console()
     _check_options(out, images, fit, vae_scaling_factor, precision)
     sources = _images(images) if images else []
     compute_device = choose_device(device)
@@ -123,7 +122,7 @@ def swap_vae(
     except OSError as error:
         reason = error.strerror or error
         raise UserError("swap-unwritable", f"OUT {out} cannot be written ({reason}); fix that and run again") from error
-    print_line(console, f"{out}: {base} with VAE {vae}, fit {record['fit']}")
+    console.echo(f"{out}: {base} with VAE {vae}, fit {record['fit']}")
     return record
 
 
@@ -183,15 +182,15 @@ def _check_vaes(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
 
 def _print_changes(console: Console, model: Model, new: Vae) -> None:
     base_vae, channels = model.vae, model.unet.cfg.in_channels
-    print_line(console, f"VAE scaling factor {base_vae.scaling_factor:g} -> {new.scaling_factor:g}")
+    console.echo(f"VAE scaling factor {base_vae.scaling_factor:g} -> {new.scaling_factor:g}")
     for note in model.notes:
-        print_line(console, f"note: {note}")
+        console.echo(f"note: {note}")
     if new.channels != channels:
         change = "widened, new channels start at zero" if new.channels > channels else "narrowed, extra channels removed"
-        print_line(console, f"latent channels {channels} -> {new.channels}: first and last convolution {change}")
+        console.echo(f"latent channels {channels} -> {new.channels}: first and last convolution {change}")
     if new.downscale != base_vae.downscale:
         change = f"{base_vae.downscale} -> {new.downscale}"
-        print_line(console, f"VAE downscale {change}: latents have other sizes than those the UNet was trained on")
+        console.echo(f"VAE downscale {change}: latents have other sizes than those the UNet was trained on")
 
 
 @dataclass(frozen=True)
@@ -376,11 +375,11 @@ def _reasons(rejected: Mapping[str, int]) -> str:
 
 def _print_table(console: Console, record: dict[str, Any]) -> None:
     images = f"images of {record['images']} at {record['resolution']} px"
-    print_line(console, f"{record['fitted']} {images} for the fit, {record['measured']} others to measure it")
+    console.echo(f"{record['fitted']} {images} for the fit, {record['measured']} others to measure it")
     if record["put_aside"]:
-        print_line(console, f"{sum(record['put_aside'].values())} rejected: {_reasons(record['put_aside'])}")
-    print_line(console, f"{'fit':12}{'step-0 loss':20}R^2 of each channel")
+        console.echo(f"{sum(record['put_aside'].values())} rejected: {_reasons(record['put_aside'])}")
+    console.echo(f"{'fit':12}{'step-0 loss':20}R^2 of each channel")
     for name, row in record["fits"].items():
         loss = f"{row['loss']:.4f} ± {row['se']:.4f}"
         r2 = " ".join(f"{channel_r2:.4f}" for channel_r2 in row["r2"])
-        print_line(console, f"{name:12}{loss:20}{r2 or 'base model with its own VAE'}")
+        console.echo(f"{name:12}{loss:20}{r2 or 'base model with its own VAE'}")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from fastsd.commands.progress import print_line
 from fastsd.config.schema import Config, ModelTable
+from fastsd.console import STDOUT, Console
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
 from fastsd.data.text_embeddings import TextEmbeddings
@@ -28,7 +27,7 @@ from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set
 from fastsd.train.trainable import compute_weight
 
 
-def validate(name: str, config: Config, json_file: Path | None = None, console: Console | None = None) -> list[ValidationRow]:
+def validate(name: str, config: Config, json_file: Path | None = None, console: Console = STDOUT) -> list[ValidationRow]:
     """Measure a model on the validation sets of a config, in the precision of its last stage, and print a table.
 
     For a run's checkpoint the result equals, to the last bit, what the run itself measured in that precision.
@@ -42,7 +41,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     Raises:
         UserError: the config has no validation images, or no latents of the model's VAE; or as `load_model`.
     """
-    console, table = console or Console(), config.validate_
+    table = config.validate_
     if not (table.held_out or table.stabilised):
         raise UserError(
             "validate-nothing", "validate.held_out and validate.stabilised are both 0; add for example validate.stabilised=256"
@@ -65,7 +64,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
         switches = set_precision(precision, model.unet, config.deterministic)
         loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], text_embeddings=text_embeds)
         validation = Validation(model, loader, choose_splits(latents, config), table)
-        print_line(console, f"{base}, {switches}\n{validation}")
+        console.echo(f"{base}, {switches}\n{validation}")
         try:
             rows = validation.rows()
         except torch.OutOfMemoryError:
@@ -73,7 +72,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
                 "validate-memory", f"validate.batch is {table.batch}, which needs too much memory; lower it"
             ) from None
 
-    print_line(console, format_table(rows))
+    console.echo(format_table(rows))
     if json_file:
         replace_file(json_file, json.dumps({"model": base, "precision": precision, "rows": rows}, indent=1) + "\n")
     return rows
@@ -114,7 +113,7 @@ def _text_embeddings(config: Config, latents: LatentCache, model: Model, console
         try:
             text_embeddings = TextEmbeddings(config.cache, latents, model.text)
         except UserError as error:
-            print_line(console, f"note: captions are encoded during validation: {error}")
+            console.echo(f"note: captions are encoded during validation: {error}")
     try:
         yield text_embeddings
     finally:

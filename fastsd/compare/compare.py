@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
 
-from fastsd.commands.progress import print_line
 from fastsd.compare import charts, draw, numbers, page, pictures
 from fastsd.compare.numbers import Table
 from fastsd.compare.page import Section
 from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, read_runs
+from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.run.settings import safe_name
 from fastsd.storage import new_folder, replace_file, write_text
@@ -30,7 +28,7 @@ def compare(
     drawing: Sequence[str] = (),
     *,
     from_checkpoints: bool = False,
-    console: Console | None = None,
+    console: Console = STDOUT,
 ) -> None:
     """Write the page `out`. Its pictures and animations go into a folder beside it.
 
@@ -45,7 +43,6 @@ def compare(
         UserError: a folder is not a run, the baseline is not among the runs, a setting cannot be drawn, or the page cannot
             be written. Nothing is written in these cases.
     """
-    console = console or Console()
     runs = read_runs(folders)
     baseline_run = _baseline(runs, baseline)
     settings = draw.read_settings(drawing, baseline_run) if drawing or from_checkpoints else []
@@ -67,7 +64,7 @@ def compare(
 
     replace_file(out, html)
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    print_line(console, f"{out}: {count}, {len(html) / 1e6:.1f} MB; images in {picture_folder}")
+    console.echo(f"{out}: {count}, {len(html) / 1e6:.1f} MB; images in {picture_folder}")
 
 
 class ComparisonReport:
@@ -84,7 +81,7 @@ class ComparisonReport:
         """Replace the sample grids of training by grids drawn from the saved checkpoints."""
         for run in self.runs:
             folder = self.folder / self.names[run.label]
-            run.grids = draw.draw_checkpoints(run, self.baseline.config.sample, folder, partial(print_line, self.console))
+            run.grids = draw.draw_checkpoints(run, self.baseline.config.sample, folder, self.console.echo)
 
     def curves(self) -> None:
         self._table(numbers.overview(self.runs, self.baseline))
@@ -138,7 +135,7 @@ class ComparisonReport:
             groups = [(run, draw.sources_of(run)) for run in self.runs]
         sheets = []
         for run, sources in groups:
-            print_line(self.console, f"drawing {len(sources)} models with {len(settings)} settings")
+            self.console.echo(f"drawing {len(sources)} models with {len(settings)} settings")
             for i, (prompt, sheet) in enumerate(draw.draw_settings(sources, settings), 1):
                 name = f"draw-{self.names[run.label] if run else 'models'}-{i}"
                 caption = f"{run.label}: {prompt}" if run else prompt

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fastsd.commands.cache import cache
-from fastsd.commands.progress import print_line
 from fastsd.compare.compare import compare
 from fastsd.config.schema import Config, dump_config, load_config
+from fastsd.console import STDOUT, Console
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
@@ -44,7 +43,7 @@ class Variant:
 
 
 def sweep(
-    path: Path, words: Sequence[str], precision: str | None = None, baseline: str = "", console: Console | None = None
+    path: Path, words: Sequence[str], precision: str | None = None, baseline: str = "", console: Console = STDOUT
 ) -> None:
     """Train a run for each combination of values. RUN/sweep.json lists the values by folder; RUN/report.html compares the runs.
 
@@ -57,14 +56,13 @@ def sweep(
     Raises:
         UserError: words, configs or models are invalid (raised before any training), or runs failed (raised at the end).
     """
-    console = console or Console()
     variants = plan_sweep(path, words, precision)
     baseline_variant = _baseline(variants, baseline, path, words, precision)
     root = baseline_variant.folder.parent
-    print_line(console, f"{len(variants)} runs in {root}, baseline {baseline_variant.name}")
+    console.echo(f"{len(variants)} runs in {root}, baseline {baseline_variant.name}")
     for variant in variants:
         values = ", ".join(f"{key} = {setting_text(value)}" for key, value in variant.values.items())
-        print_line(console, f"  {variant.name}: {values}")
+        console.echo(f"  {variant.name}: {values}")
 
     _prepare(variants, console)
     root.mkdir(parents=True, exist_ok=True)
@@ -183,15 +181,15 @@ def _train_all(variants: Sequence[Variant], console: Console) -> dict[str, str]:
     """Train the unfinished runs. Return the error message of each failed run by its name."""
     failed = {}
     for i, variant in enumerate(variants, 1):
-        print_line(console, f"\n[{i}/{len(variants)}] {variant.name}")
+        console.echo(f"\n[{i}/{len(variants)}] {variant.name}")
         if _finished(variant):
-            print_line(console, "already finished")
+            console.echo("already finished")
             continue
         try:
             train(variant.config, console)
         except UserError as error:
             failed[variant.name] = str(error)
-            print_line(console, f"failed: {error}\ncontinuing with the next run")
+            console.echo(f"failed: {error}\ncontinuing with the next run")
         # The next run needs the memory of this run, and measures its own peak.
         gc.collect()
         if torch.cuda.is_available():

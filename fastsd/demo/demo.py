@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
 
 from fastsd.commands.cache import cache
-from fastsd.commands.progress import print_line
 from fastsd.config.schema import Config, ModelTable, load_config
+from fastsd.console import STDOUT, Console
 from fastsd.demo import world
 from fastsd.run.loop import train
 from fastsd.sampling.generate import generate, load_to_sample
@@ -28,22 +27,22 @@ SEEDS = (0, 1)  # each of the 48 prompts is drawn with both seeds
 SHOWN = 9  # samples in a panel of the final picture
 
 
-def demo(out: Path, console: Console | None = None) -> dict[str, float]:
+def demo(out: Path, console: Console = STDOUT) -> dict[str, float]:
     """Run the demo in `out`. Return the accuracies and the seconds it took, and write them to result.json."""
-    console, start_time = console or Console(), time.perf_counter()
+    start_time = time.perf_counter()
     config = _lay_out(out, console)
     table = config.model
     base_share, base_images = _draw(config, table.model_copy(update={"vae": ""}))
     swapped_share, swapped_images = _draw(config, table)
-    print_line(console, f"base model: {base_share:.0%} of {len(base_images)} samples show the requested colour and shape")
-    print_line(console, f"base model with another VAE: {swapped_share:.0%}\n")
+    console.echo(f"base model: {base_share:.0%} of {len(base_images)} samples show the requested colour and shape")
+    console.echo(f"base model with another VAE: {swapped_share:.0%}\n")
 
-    print_line(console, f"$ fastsd cache {out / 'demo.toml'}")
+    console.echo(f"$ fastsd cache {out / 'demo.toml'}")
     cache(config, console)
-    print_line(console, f"\n$ fastsd train {out / 'demo.toml'}")
+    console.echo(f"\n$ fastsd train {out / 'demo.toml'}")
     train(config, console)
     model = Path(config.run) / "model"
-    print_line(console, f"\n$ fastsd sample {model} --prompt ...")
+    console.echo(f"\n$ fastsd sample {model} --prompt ...")
     trained_share, trained_images = _draw(config, ModelTable(base=str(model)))
     columns = (base_share, base_images), (swapped_share, swapped_images), (trained_share, trained_images)
     _picture(out / "demo.png", *columns)
@@ -51,8 +50,8 @@ def demo(out: Path, console: Console | None = None) -> dict[str, float]:
     result = accuracies | {"samples": len(trained_images), "seconds": round(time.perf_counter() - start_time, 1)}
     (out / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     shares = f"{base_share:.0%} base, {swapped_share:.0%} with the VAE swapped, {trained_share:.0%} after retraining"
-    print_line(console, f"correct colour and shape: {shares} ({len(trained_images)} samples each, {result['seconds']:.0f} s)")
-    print_line(console, f"picture: {out / 'demo.png'}")
+    console.echo(f"correct colour and shape: {shares} ({len(trained_images)} samples each, {result['seconds']:.0f} s)")
+    console.echo(f"picture: {out / 'demo.png'}")
     return result
 
 
@@ -63,7 +62,7 @@ def _lay_out(out: Path, console: Console) -> Config:
     world.write_dataset(out / "images", PICTURES, PICTURE_SEED)
     text = _config_file().read_text(encoding="utf-8").replace("demo-out", out.as_posix())
     (out / "demo.toml").write_text(text, encoding="utf-8")
-    print_line(console, f"{PICTURES} captioned images in {out / 'images'}; a tiny SD1.5 and another VAE in {out / 'models'}")
+    console.echo(f"{PICTURES} captioned images in {out / 'images'}; a tiny SD1.5 and another VAE in {out / 'models'}")
     return load_config(out / "demo.toml")
 
 

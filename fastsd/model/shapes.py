@@ -6,11 +6,13 @@ Only `config.json` files are read. A component without one gets SD1.5's shapes, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastsd.config.schema import LoraTable, ModelTable
 from fastsd.errors import UserError
@@ -19,7 +21,7 @@ from fastsd.model.text_encoder import TextEncoder
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import Vae
 from fastsd.storage import read_json
-from fastsd_kernels import Ops
+from fastsd_kernels import REFERENCE, Ops
 
 SD15_TEXT = {
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -130,6 +132,16 @@ def empty_model(shapes: Shapes, ops: Ops) -> Model:
 
         add_lora(model, shapes.lora, seed=0)
     return model
+
+
+@cache
+def forward_flops(cfg: UNetConfig, side: int) -> int:
+    """Count the FLOPs of the UNet's forward for an image of side x side latents and 77 text tokens, without computing it."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet = UNet(cfg, REFERENCE)
+        latents = torch.empty(1, cfg.in_channels, side, side)
+        unet(latents, torch.empty(1, dtype=torch.long), torch.empty(1, 77, cfg.cross_attention_dim))
+    return counter.get_total_flops()
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:

@@ -9,6 +9,7 @@ ignored (a step is one CUDA graph), and so is the data loader (it works ahead).
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -63,6 +64,14 @@ def find_gpu(name: str) -> GpuSpec:
     close = difflib.get_close_matches(short_name, cards, n=1)
     hint = f"did you mean {cards[close[0]].name}?" if close else "or give the memory with --vram"
     raise UserError("unknown-card", f"--card is {name!r}; choose from {', '.join(card.name for card in GPU_SPECS)}; {hint}")
+
+
+def gpu_of(device: torch.device) -> GpuSpec | None:
+    """Return the specification of a device in use. None for a CPU, and for a GPU of another type, such as a laptop's."""
+    if device.type != "cuda":
+        return None
+    name = re.sub(r"^NVIDIA |GeForce |-SXM\d|[ -]\d+GB| HBM\w*", "", torch.cuda.get_device_name(device))
+    return next((card for card in GPU_SPECS if card.name == name), None)
 
 
 def _letters_and_digits(name: str) -> str:

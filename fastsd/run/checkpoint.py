@@ -129,16 +129,16 @@ def retain(folder: Path, keep: int, names: set[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, RunProgress] | None:
-    """Return the newest intact checkpoint and its progress, or None if the folder has no checkpoints.
+def newest(folder: Path) -> tuple[Path, RunProgress, list[str]] | None:
+    """Return the newest intact checkpoint, its progress and warnings, or None if the folder has no checkpoints.
 
-    Damaged checkpoints are reported through `warn`. If an older one is intact, they are renamed, so that nothing links to them.
+    Later checkpoints, which are damaged, are renamed, so that nothing links to them. Each has a warning.
 
     Raises:
         UserError: there are checkpoints, but all of them are damaged.
     """
     remove_leftovers(folder)
-    checkpoint_paths = checkpoints(folder)
+    checkpoint_paths, warnings = checkpoints(folder), list[str]()
     for i, path in reversed(list(enumerate(checkpoint_paths))):
         problem = verify(path)
         if problem is None:
@@ -149,8 +149,9 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, RunProgress
             values = json.loads((path / STATE).read_text())
             values.pop("fastsd")
             fields = {key: field for field, key in STATE_KEYS.items()}
-            return path, RunProgress(**{fields.get(key, key): value for key, value in values.items()})
-        warn(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
+            progress = RunProgress(**{fields.get(key, key): value for key, value in values.items()})
+            return path, progress, warnings
+        warnings.append(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     if checkpoint_paths:
         raise UserError(
             "checkpoints-damaged",

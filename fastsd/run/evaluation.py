@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from fastsd.config.schema import Config
+from fastsd.console import Console
 from fastsd.data.validation_split import ValidationSplits
 from fastsd.model.model import Model
 from fastsd.run.cost import CostRecorder
@@ -40,7 +41,7 @@ class Evaluation:
         config, progress = self.config, self.position.progress
         size = config.sample.size or config.data.resolution
         started_at = time.monotonic()
-        grid = _with_graph_memory(step, "sampling", self.report, lambda: sample_grid(self.model, config.sample, size))
+        grid = _with_graph_memory(step, "sampling", self.report.console, lambda: sample_grid(self.model, config.sample, size))
         if grid is None:
             return
         images = len(read_prompts(config.sample)) * config.sample.images
@@ -51,22 +52,23 @@ class Evaluation:
             path.parent.mkdir(exist_ok=True)
             save_grid(grid, path, stage, progress.step)
         except OSError as error:
-            return self.report.warn(f"samples not written to {path}: {error.strerror}; training continues")
+            return self.report.console.warn(f"samples not written to {path}: {error.strerror}; training continues")
         self.report.images(path, progress.step, grid)
 
     def validate(self, step: Step) -> None:
         """Measure the config's validation sets with the current weights, and with the EMA weights if there are any."""
         if self.sets.measured:
-            progress, stage = self.position.progress, self.config.stage_name(self.position.progress.stage)
-            rows = _with_graph_memory(step, "validation", self.report, lambda: self.validation.rows(step.components.values()))
+            progress, console = self.position.progress, self.report.console
+            stage = self.config.stage_name(progress.stage)
+            rows = _with_graph_memory(step, "validation", console, lambda: self.validation.rows(step.components.values()))
             self.report.validation([{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows])
 
 
-def _with_graph_memory(step: Step, task: str, report: TrainReport, work: Callable[[], Result]) -> Result:
+def _with_graph_memory(step: Step, task: str, console: Console, work: Callable[[], Result]) -> Result:
     """Run `work` while the step's CUDA graphs keep their memory. If memory runs out, free the graphs and run it again."""
     try:
         return work()
     except torch.OutOfMemoryError:
-        report.warn(f"out of memory for {task}; the CUDA graph is freed and recorded again, cuda_graph = false avoids this")
+        console.warn(f"out of memory for {task}; the CUDA graph is freed and recorded again, cuda_graph = false avoids this")
     step.free_graphs()
     return work()

@@ -8,11 +8,11 @@ RUN/model-ema ...       all of the above with EMA weights, if the checkpoint has
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS
+from fastsd.console import Console
 from fastsd.model.formats.adapters import Averages, write_lora_file
 from fastsd.model.formats.model_source import ModelSource, read_component
 from fastsd.model.formats.model_summary import metadata_of
@@ -23,8 +23,8 @@ from fastsd.run.model_card import last_samples, summarize, write_card
 from fastsd.storage import new_file
 
 
-def export_newest(config: Config, model: Model, report: Callable[[str], None]) -> Path:
-    """Export the newest checkpoint of `config.run`, which holds `model`. Each path written is reported through `report`.
+def export_newest(config: Config, model: Model, console: Console) -> Path:
+    """Export the newest checkpoint of `config.run`, which holds `model`. Each path written is reported to `console`.
 
     Return the path to share, without EMA: the LoRA file if there is one, otherwise the single file, otherwise the folder.
 
@@ -34,13 +34,13 @@ def export_newest(config: Config, model: Model, report: Callable[[str], None]) -
     """
     newest = checkpoint.checkpoints(Path(config.run) / "checkpoints")[-1]
     averages = checkpoint.averages_of(newest)
-    export_path = _export(config, newest, model, {}, report)
+    export_path = _export(config, newest, model, {}, console)
     if averages:
-        _export(config, newest, model, averages, report)
+        _export(config, newest, model, averages, console)
     return export_path
 
 
-def _export(config: Config, newest: Path, model: Model, averages: Averages, report: Callable[[str], None]) -> Path:
+def _export(config: Config, newest: Path, model: Model, averages: Averages, console: Console) -> Path:
     run, table = Path(config.run), config.export
     suffix = "-ema" if averages else ""
     folder, single_file = run / f"model{suffix}", run / f"model{suffix}.safetensors"
@@ -70,7 +70,7 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, repo
         outputs.append((lora_file, f"adapters with {table.lora} names"))
 
     for path, description in outputs:
-        report(f"model: {path}, {bytes_of(path) / 1e6:,.1f} MB, {description}")
+        console.echo(f"model: {path}, {bytes_of(path) / 1e6:,.1f} MB, {description}")
     return outputs[-1][0]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastsd.data.loader import Batch, Stream
 from fastsd.errors import UserError
+from fastsd.model.shapes import forward_flops
+from fastsd.plan.gpu_specs import gpu_of
 from fastsd.run.dlion_monitor import DLionMonitor
 from fastsd.run.report import memory_gb
 from fastsd.run.run import Run
@@ -47,6 +49,7 @@ class Log:
         self.pending: tuple[dict[str, Any], DeferredScalars, dict[str, float]] | None = None
         self.mark = (time.perf_counter(), run.position.progress.step, 0.0)  # time, step and data wait at the last row
         self.last_skipped, self.dead_rows = int(step.skipped), 0
+        self.mfu_per_speed = _mfu_per_speed(run, step)
         self.monitors = [DLionMonitor(component, step.stage, run.report.rows(self.name)) for component in step.d()]
 
     def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
@@ -70,6 +73,8 @@ class Log:
         speed = (progress.step - last_step) / seconds
         timing = {"stage_steps": self.step.total, "seconds": run.position.elapsed()}
         timing |= {"images_per_second": speed * self.step.stage.batch, "data_wait": (batches.waited - last_waited) / seconds}
+        if self.mfu_per_speed:
+            timing["mfu"] = self.mfu_per_speed * timing["images_per_second"]
         timing |= {"memory_gb": memory_gb(run.device), "eta": run.position.seconds_left(speed)}
         self.pending = (values, DeferredScalars(scalars), timing)
         self.mark = (now, progress.step, batches.waited)
@@ -93,13 +98,13 @@ class Log:
         self._check_skipped(skipped, values["step"])
         for i, monitor in enumerate(self.monitors):
             for warning in monitor.row(values["stage_step"], scalars[f"d_{monitor.component}" if i else "d"]):
-                self.run.report.warn(warning)
+                self.run.console.warn(warning)
 
     def _check_skipped(self, skipped: int, step: int) -> None:
         newly_skipped = skipped - self.last_skipped
         self.last_skipped = skipped
         if newly_skipped:
-            self.run.report.warn(f"skipped {newly_skipped} steps up to step {step}, because their gradients were not finite")
+            self.run.console.warn(f"skipped {newly_skipped} steps up to step {step}, because their gradients were not finite")
         self.dead_rows = self.dead_rows + 1 if newly_skipped >= self.run.config.log.every else 0
         if self.dead_rows == MAX_SKIPPED_ROWS:
             raise UserError(
@@ -107,3 +112,15 @@ class Log:
                 f"{self.run.folder}: no finite gradient for {newly_skipped * self.dead_rows} steps up to step {step}; "
                 'lower lr or set precision = "fp32", and run again to resume from the last checkpoint',
             )
+
+
+def _mfu_per_speed(run: Run, step: Step) -> float | None:
+    """Return the model-FLOP utilisation at one image per second. None if the peak of the device is unknown.
+
+    A step counts as three forwards of the UNet, whatever is trained or recomputed.  Source: PaLM (arXiv:2204.02311)
+    """
+    gpu = gpu_of(run.device)
+    if gpu is None:
+        return None
+    peak = {"fp32": gpu.fp32, "tf32": gpu.tf32, "bf16": gpu.bf16}[step.stage.precision]
+    return 3 * forward_flops(run.model.unet.cfg, run.config.data.resolution // run.model.vae.downscale) / (peak * 1e12)

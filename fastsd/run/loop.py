@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
-from rich.console import Console
-
 from fastsd.config.schema import Config
+from fastsd.console import STDOUT, Console
 from fastsd.errors import Stopped, UserError
 from fastsd.run.export import bytes_of, export_newest
 from fastsd.run.header import header
 from fastsd.run.log import Log
+from fastsd.run.profiler import Profiler
 from fastsd.run.run import Run, open_run
 from fastsd.run.stage_start import start_stage
 from fastsd.run.triggers import Triggers
 
 
-def train(config: Config, console: Console | None = None, *, export: bool = True) -> None:
+def train(config: Config, console: Console = STDOUT, *, export: bool = True) -> None:
     """Train all stages of a config, from the start or from the newest checkpoint, and export the model if `export` is True.
 
     Raises:
         UserError: the user must change something; saved checkpoints stay intact.
         Stopped: a stop signal arrived; a checkpoint is written first.
     """
-    with open_run(config, console or Console()) as run, stop_signal() as received_signals:
+    with open_run(config, console) as run, stop_signal() as received_signals:
         run.report.header(header(run))
         for warning in run.warnings:
-            run.report.warn(warning)
+            run.console.warn(warning)
         for index in range(run.position.progress.stage, len(config.stage)):
             if not run.position.finished(index):
                 train_stage(run, index, received_signals)
@@ -38,7 +38,7 @@ def train(config: Config, console: Console | None = None, *, export: bool = True
 
 
 def train_stage(run: Run, index: int, received_signals: list[int]) -> None:
-    """Train one stage to its end. After each step, write a log row, validate, sample and save a checkpoint if they are due."""
+    """Train one stage to its end. After each step, profile, log, validate, sample and save a checkpoint if they are due."""
     stage, position = run.config.stage[index], run.position
     train_step = start_stage(run, index)
     log, triggers = Log(run, train_step, index), Triggers(run, index)
@@ -51,29 +51,30 @@ def train_stage(run: Run, index: int, received_signals: list[int]) -> None:
             run.evaluation.sample(train_step)
 
     loader = run.data.loader(index, initial.stage_images)
-    with loader.stream(initial.images, end_image, stage.batch) as batches:
+    profiler = Profiler(run.folder, run.console)
+    with closing(profiler), loader.stream(initial.images, end_image, stage.batch) as batches:
         for batch in batches:
             result = train_step(batch, position.progress.stage_step)
             run.advance(train_step, result)
-            done = position.at_end(index)
+            done, due = position.at_end(index), triggers.after_step()
+            profiler.after_step(position.progress.step, requested=due.profile)
 
-            if triggers.log_due() or done:
+            if due.log or done:
                 log.row(result, batch, batches)
 
-            if triggers.validation_due() or done:
+            if due.validation or done:
                 log.flush()
                 with log.paused():
                     run.evaluation.validate(train_step)
 
-            if triggers.samples_due() or done:
+            if due.samples or done:
                 with log.paused():
                     run.evaluation.sample(train_step)
 
-            permanent = triggers.permanent_checkpoint_due()
-            if triggers.checkpoint_due() or permanent or done or received_signals:
+            if due.checkpoint or done or received_signals:
                 log.flush()
                 with log.paused():
-                    saved = run.saving.save(train_step, done, permanent)
+                    saved = run.saving.save(train_step, done=done, keep=due.permanent)
                 if received_signals and not done:
                     raise Stopped(f"{run.folder}: stopped at step {position.progress.step}")
                 if done and not saved:
@@ -90,7 +91,7 @@ def train_stage(run: Run, index: int, received_signals: list[int]) -> None:
 def export_run(run: Run) -> None:
     """Write the newest checkpoint's model for other tools. Raises UserError if it cannot be written."""
     try:
-        model = export_newest(run.config, run.model, run.report.print)
+        model = export_newest(run.config, run.model, run.console)
         run.cost.record(run.position.progress, file_bytes=bytes_of(model))
     except OSError as error:
         raise UserError(

@@ -15,18 +15,20 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 import torch
-from rich.console import Console
+from PIL import Image
 from rich.live import Live
 from rich.text import Text
 
 from fastsd.config.schema import LogTable
 from fastsd.config.stages import ENDLESS
-from fastsd.errors import UserError
+from fastsd.console import Console
+from fastsd.run.sinks import Sink, open_sinks
 from fastsd.run.validation import format_line
 
 
@@ -47,8 +49,8 @@ class TrainReport:
         self.timing = _reopen(run / "timing.jsonl", step)
         if (run / "validation.jsonl").exists():
             _reopen(run / "validation.jsonl", step or -1).close()  # the measurement before step 1 is repeated
-        self.board = _tensorboard(run, step) if table.tensorboard else None
-        self.wandb = _wandb(table.wandb, run) if table.wandb else None
+        self.sinks = open_sinks(run, table, step)
+        self._failed_sinks = set[str]()
         self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
         self.saved_at = saved_at
 
@@ -60,13 +62,6 @@ class TrainReport:
         if self.live:
             self.live.start()
 
-    def print(self, text: str) -> None:
-        """Print a permanent line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def warn(self, text: str) -> None:
-        self.console.print(Text(f"! {text}", style="bold yellow"), soft_wrap=True)
-
     def saved(self) -> None:
         self.saved_at = time.time()
 
@@ -77,21 +72,23 @@ class TrainReport:
                 file.write(_json(entry))
                 file.flush()
         except OSError as error:  # the text stays in the buffer, and the next row tries again
-            self.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training continues")
-        self._scalars({**values, **timing}, values["step"])
+            self.console.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training continues")
+        self._send(lambda sink: sink.scalars({**values, **timing}, values["step"]))
         line = _line(values, timing, self.saved_at)
         if self.live:
             self.live.update(Text(line))
         else:
-            self.print(line)
+            self.console.echo(line)
 
-    def _scalars(self, scalars: dict[str, Any], step: int) -> None:
-        if self.board:
-            for name, value in scalars.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(scalars, step=step)
+    def _send(self, send: Callable[[Sink], None]) -> None:
+        """Call `send` for each sink. Training does not depend on sinks, so the first error of each is a warning."""
+        for sink in self.sinks:
+            try:
+                send(sink)
+            except Exception as error:
+                if sink.name not in self._failed_sinks:
+                    self._failed_sinks.add(sink.name)
+                    self.console.warn(f"{sink.name} not written: {type(error).__name__}: {error}; training continues")
 
     def validation(self, rows: list[dict[str, Any]]) -> None:
         """Write the validation rows (see `validation.py`) that were measured after a step."""
@@ -108,22 +105,19 @@ class TrainReport:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            self.warn(f"validation of step {step} not written: {error.strerror}; training continues")
-        self._scalars(scalars, step)
-        self.print(f"validation at step {step}: {format_line(rows)}")
+            self.console.warn(f"validation of step {step} not written: {error.strerror}; training continues")
+        self._send(lambda sink: sink.scalars(scalars, step))
+        self.console.echo(f"validation at step {step}: {format_line(rows)}")
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """Read the rows logged so far for a stage."""
         lines = (self.run / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return [row for row in map(json.loads, lines) if row["stage"] == stage]
 
-    def images(self, path: Path, step: int, image: Any) -> None:
-        """Report a sample grid (PIL image) that was saved at `path`."""
-        self.print(f"samples: {path}")
-        if self.board:
-            import numpy as np
-
-            self.board.add_image(f"samples/{path.stem.rsplit('-', 1)[0]}", np.asarray(image), step, dataformats="HWC")
+    def images(self, path: Path, step: int, image: Image.Image) -> None:
+        """Report a sample grid that was saved at `path`."""
+        self.console.echo(f"samples: {path}")
+        self._send(lambda sink: sink.image(f"samples/{path.stem.rpartition('-')[0]}", image, step))
 
     def flush(self) -> None:
         """Flush the logs to the disk, before a checkpoint is committed. Raises OSError if the disk is full."""
@@ -134,12 +128,10 @@ class TrainReport:
     def close(self) -> None:
         if self.live:
             self.live.stop()
-        for sink in (self.log, self.timing, self.board):
-            if sink:
-                with contextlib.suppress(OSError):  # the user was already warned about a full disk
-                    sink.close()
-        if self.wandb:
-            self.wandb.finish()
+        for file in (self.log, self.timing):
+            with contextlib.suppress(OSError):  # the user was already warned about a full disk
+                file.close()
+        self._send(lambda sink: sink.close())
 
 
 def _json(values: dict[str, Any]) -> str:
@@ -162,10 +154,11 @@ def _line(values: dict[str, Any], timing: dict[str, float], saved_at: float | No
     saved = "not saved yet" if saved_at is None else f"saved {duration(max(0.0, time.time() - saved_at))} ago"
     total = f"/{timing['stage_steps']}" if timing["stage_steps"] < ENDLESS else ""
     skipped = f" | skipped {values['skipped']}" if values["skipped"] else ""
+    mfu = f" | MFU {timing['mfu']:.0%}" if "mfu" in timing else ""
     return (
         f"{values['stage']} {values['stage_step']}{total} | epoch {values['epoch']:.2f} | "
         f"loss {values['loss']:.4f} ~{values['loss_smooth']:.4f} | {lr} | grad {values['grad_norm']:.3g}{skipped} | "
-        f"{timing['images_per_second']:.1f} img/s | {timing['memory_gb']:.1f} GB | wait {timing['data_wait']:.0%} | "
+        f"{timing['images_per_second']:.1f} img/s{mfu} | {timing['memory_gb']:.1f} GB | wait {timing['data_wait']:.0%} | "
         f"ETA {duration(timing['eta'])} | {saved}"
     )
 
@@ -208,19 +201,3 @@ def _reopen(path: Path, step: int) -> TextIO:
                 continue
     path.write_text("".join(lines), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
-
-
-def _tensorboard(run: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-
-def _wandb(project: str, run: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "wandb-missing", f'log.wandb is {project!r}, but wandb is not installed; pip install "fastsd[wandb]"'
-        ) from None
-    return wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from fastsd.config.schema import Config, dump_config
+from fastsd.console import Console
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.model import Model
 from fastsd.model.select import changed_components, parameter_count, selected
@@ -66,6 +66,10 @@ class Run:
     warnings: list[str]
 
     @property
+    def console(self) -> Console:
+        return self.report.console
+
+    @property
     def resident(self) -> list[nn.Module]:
         """The modules on the training device, without the text encoder if text embeddings are cached."""
         return [self.model.unet, self.model.vae.module] + ([] if self.data.text_embeddings else [self.model.text.module])
@@ -90,8 +94,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         stack.enter_context(lock(folder))
         device = choose_device(config.device)
         ops = choose_ops(config.kernels, device)
-        warnings, data_warnings = list[str](), list[str]()
-        newest, saved_progress = checkpoint.newest(folder / "checkpoints", warnings.append) or (None, None)
+        newest, saved_progress, warnings = checkpoint.newest(folder / "checkpoints") or (None, None, [])
         warnings += compare_with_start(folder / "config.json", config, saved_progress)
         progress = saved_progress or RunProgress()
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
@@ -99,8 +102,8 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         model = _load_model(config, ops, newest)
         warnings += model.notes
         check_samples(model, config)
-        data = stack.enter_context(closing(TrainingData(config, model, data_warnings.append)))
-        warnings += compare_images(folder / "images.json", data.latents, resumed=newest is not None) + data_warnings
+        data = stack.enter_context(closing(TrainingData(config, model)))
+        warnings += compare_images(folder / "images.json", data.latents, resumed=newest is not None) + data.warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
         counts = [_count_parameters(config, index, model) for index in range(len(config.stage))]
@@ -110,7 +113,8 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         position = Position(progress, config.stage, steps, extendable="skipped" in saved)
         saved_at = newest.stat().st_mtime if newest else None
         report = stack.enter_context(closing(TrainReport(folder, config.log, progress.step, saved_at, console)))
-        smoothed = SmoothedLoss(saved, device)
+        smoothed = SmoothedLoss(device)
+        smoothed.load_state_dict(saved)
         cost = CostRecorder(config, counts, device)
         saving = Saving(config, model, position, smoothed, report, cost, saved)
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)

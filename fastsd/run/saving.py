@@ -22,7 +22,6 @@ from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
 from fastsd.storage import replace_file
-from fastsd.train.optim import flat_state
 from fastsd.train.step import Step
 
 
@@ -51,7 +50,7 @@ class Saving:
         files = [self.folder / name for name in ("kept.json", "stage-ends.json")]  # older versions wrote the second
         self.kept: set[str] = {name for path in files if path.exists() for name in json.loads(path.read_text())}
 
-    def save(self, step: Step, done: bool, keep: bool = False) -> bool:
+    def save(self, step: Step, *, done: bool, keep: bool) -> bool:
         """Commit a checkpoint. Return False, after a warning, if it cannot be written.
 
         Args:
@@ -63,12 +62,8 @@ class Saving:
         folder = self.folder / "checkpoints"
         later_stages = self.config.stage[progress.stage + 1 :]
         carried = bool(later_stages) and later_stages[0].state == "carry"
-        state = self.smoothed.state()
-        if not done or not later_stages or carried:
-            state |= optimizer_state(step)
+        state = self.smoothed.state_dict() | step.state_dict(optimizers=not done or not later_stages or carried)
         components = step.components
-        for name, component in components.items():
-            state |= {f"{name}@ema/{key}": tensor for key, tensor in component.ema_state().items()}
         # `dict` returns no weights: of a component that the step does not use, the checkpoint takes those of the model.
         weights = dict.fromkeys(COMPONENTS, dict) | {name: component.state for name, component in components.items()}
         try:
@@ -76,7 +71,7 @@ class Saving:
             adapters = {name: component.state(ADAPTER) for name, component in components.items()} if self.model.lora else None
             path = checkpoint.save(folder, progress, self.model, weights, self.changed, state, adapters)
         except OSError as error:
-            self.report.warn(
+            self.report.console.warn(
                 f"checkpoint at step {progress.step} not saved to {folder}: {error.strerror or error}; "
                 "training continues and earlier checkpoints are kept"
             )
@@ -92,15 +87,8 @@ class Saving:
             if done:
                 self.cost.record(progress)
         except OSError as error:
-            self.report.warn(f"{path.name} saved, but not recorded in {self.folder}: {error.strerror}; training continues")
+            self.report.console.warn(
+                f"{path.name} saved, but not recorded in {self.folder}: {error.strerror}; training continues"
+            )
         checkpoint.retain(folder, step.stage.keep_checkpoints, self.kept)
         return True
-
-
-def optimizer_state(step: Step) -> dict[str, Tensor]:
-    """Return the step's optimizer state under its checkpoint names, `COMPONENT|KEY`, and the number of skipped steps."""
-    state = {"skipped": step.skipped}
-    for name, optimizer in step.optimizers.items():
-        tensors = flat_state(optimizer, step.components[name].names, step.components[name].layout.views)
-        state |= {f"{name}|{key}": tensor for key, tensor in tensors.items()}
-    return state

@@ -11,15 +11,10 @@ DECAY = 0.99  # averages over about the last 100 steps
 
 
 class SmoothedLoss:
-    """Exponential moving average of the finite losses. Dividing by the sum of weights corrects the bias at the start.
+    """Exponential moving average of the finite losses. Dividing by the sum of weights corrects the bias at the start."""
 
-    Args:
-        saved: tensors of a checkpoint, with or without the entries "loss" and "weight".
-    """
-
-    def __init__(self, saved: Mapping[str, Tensor], device: torch.device) -> None:
-        zero = torch.zeros((), dtype=torch.float64)
-        self._loss, self._weight = (saved.get(key, zero).to(device, copy=True) for key in ("loss", "weight"))
+    def __init__(self, device: torch.device) -> None:
+        self._loss, self._weight = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
 
     def update(self, loss: Tensor) -> None:
         """Add the loss of a step. A loss that is not finite is ignored."""
@@ -31,6 +26,10 @@ class SmoothedLoss:
         """Return the average, 0-dim fp64 on the device. It is nan before the first finite loss."""
         return self._loss / self._weight
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors to store in a checkpoint."""
+    def state_dict(self) -> dict[str, Tensor]:
         return {"loss": self._loss, "weight": self._weight}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.state_dict().items():
+            if name in state:  # missing at the start of a run
+                tensor.copy_(state[name])

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
-from torch import Tensor
-
 from fastsd.errors import UserError
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
 from fastsd.plan.plan import SCRATCH, plan_stage
 from fastsd.run.report import free_memory
 from fastsd.run.run import Run
-from fastsd.train.optim import load_flat_state
 from fastsd.train.precision import set_precision
 from fastsd.train.step import Step
 
@@ -31,33 +26,24 @@ def start_stage(run: Run, index: int) -> Step:
     run.model.unet.checkpointing = stage.checkpointing
     switches = set_precision(stage.precision, run.model.unet, config.deterministic)
     state = f"; optimizer state: {_STATE_TEXT[stage.state]}" if index else ""
-    run.report.print(f"{name}: {switches}{state}")
+    run.console.echo(f"{name}: {switches}{state}")
 
     if stage.reinit and not resumed:
         count = reinitialise(run.model, stage.reinit, config.seed, f"stage {name!r}: reinit")
         run.saving.changed.update(entry.split(".")[0] for entry in stage.reinit)
-        run.report.print(f"{name}: {count:,} parameters reinitialised ({', '.join(stage.reinit)})")
+        run.console.echo(f"{name}: {count:,} parameters reinitialised ({', '.join(stage.reinit)})")
 
     cached_text = run.data.text_embeddings is not None
     carried = run.position.progress.carried
     args = run.model, stage, run.position.steps[index], config.seed, _micro_batch_size(run, index, resumed)
-    step = Step(*args, graph=config.cuda_graph, cached_text=cached_text, carried_steps=carried, warn=run.report.warn)
+    step = Step(*args, graph=config.cuda_graph, cached_text=cached_text, carried_steps=carried, warn=run.console.warn)
 
     if resumed or stage.state == "carry":
-        _load_state(step, run.saving.state)
-    if resumed:
-        step.skipped.copy_(run.saving.state["skipped"])
+        step.load_state_dict(run.saving.state)
+    if not resumed:
+        step.skipped.zero_()
     run.saving.state = {}
     return step
-
-
-def _load_state(step: Step, saved: Mapping[str, Tensor]) -> None:
-    for name, optimizer in step.optimizers.items():
-        component = step.components[name]
-        load_flat_state(optimizer, component.names, _PrefixedTensors(saved, f"{name}|"), component.layout.views)
-        for key, average in component.ema_state().items():
-            if f"{name}@ema/{key}" in saved:  # missing if EMA was enabled only now
-                average.copy_(saved[f"{name}@ema/{key}"])
 
 
 def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
@@ -81,21 +67,5 @@ def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
             f"stage {run.config.stage_name(index)!r} does not fit into {available / 1e9:.1f} GB on {run.device}, even with "
             "micro-batch 1; run `fastsd plan` to find checkpointing, precision and optimizer settings that fit",
         )
-    run.report.print(f"micro-batch {micro_batch_size}: the largest that is estimated to fit into {available / 1e9:.1f} GB")
+    run.console.echo(f"micro-batch {micro_batch_size}: the largest that is estimated to fit into {available / 1e9:.1f} GB")
     return micro_batch_size
-
-
-class _PrefixedTensors(Mapping[str, Tensor]):
-    """The tensors whose names start with a prefix, by their names without it. They are read lazily."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        self._tensors, self._prefix = tensors, prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._tensors if name.startswith(self._prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fastsd.config.schema import Config
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
@@ -20,27 +18,28 @@ class TrainingData:
     Args:
         config: config of the run.
         model: model with the VAE and tokenizer that the cache must match.
-        warn: called with one-line messages for the user.
 
     Attributes:
         latents: the cache view.
         tokens: token ids of the captions; None = captions are tokenized when they are read.
         text_embeddings: text embeddings of the captions; None = they are not cached.
         sets: samples that validation measures, and the held-out samples that training skips.
+        warnings: messages to the user, one line each.
         epochs: images per epoch, for each stage. They differ if the stages split captions into tags differently.
 
     Raises:
         UserError: the cache is missing, damaged, or built for another model.
     """
 
-    def __init__(self, config: Config, model: Model, warn: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, model: Model) -> None:
         self._config, self._model = config, model
         self.latents = LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))
         self.tokens: Tokens | None = None
+        self.warnings = list[str]()
         try:
             self.tokens = Tokens(self.latents, model.text.tokenizer, model.text.window, model.text.chunks)
         except UserError as error:
-            warn(f"captions are tokenized during training: {error}")
+            self.warnings.append(f"captions are tokenized during training: {error}")
         self.text_embeddings: TextEmbeddings | None = None
         if config.cache.hidden_states:
             self.text_embeddings = TextEmbeddings(config.cache, self.latents, model.text)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from fastsd.model.model import Model
 from fastsd.model.select import selected
 from fastsd.train.graph import Graphs
 from fastsd.train.objective import Objective, alphas_cumprod
-from fastsd.train.optim import FastOptimizer, optimizer_class
+from fastsd.train.optim import FastOptimizer, flat_state, load_flat_state, optimizer_class
 from fastsd.train.schedule import ema_decay, learning_rate
 from fastsd.train.trainable import FusedUpdates, TrainableComponent
 from fastsd_kernels import noise
@@ -248,6 +248,27 @@ class Step:
     def d(self) -> dict[str, Tensor]:
         """Return the step size d by component, 0-dim on the device. Empty if the optimizer does not tune its lr."""
         return {name: optimizer.step_size for name, optimizer in self.optimizers.items() if optimizer.step_size is not None}
+
+    def state_dict(self, *, optimizers: bool = True) -> dict[str, Tensor]:
+        """Return the state for a checkpoint: of the optimizers ("COMPONENT|KEY"), steps skipped, EMA ("COMPONENT@ema/KEY")."""
+        state = {"skipped": self.skipped} if optimizers else {}
+        for name, optimizer in self.optimizers.items() if optimizers else ():
+            tensors = flat_state(optimizer, self.components[name].names, self.components[name].layout.views)
+            state |= {f"{name}|{key}": tensor for key, tensor in tensors.items()}
+        for name, component in self.components.items():
+            state |= {f"{name}@ema/{key}": tensor for key, tensor in component.ema_state().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the state bit by bit. Without EMA weights in `state`, those of the step stay as they are."""
+        self.skipped.copy_(state["skipped"])
+        for name, optimizer in self.optimizers.items():
+            component = self.components[name]
+            tensors = {key.removeprefix(f"{name}|"): state[key] for key in state if key.startswith(f"{name}|")}
+            load_flat_state(optimizer, component.names, tensors, component.layout.views)
+            for key, average in component.ema_state().items():
+                if f"{name}@ema/{key}" in state:  # missing if EMA was enabled only now
+                    average.copy_(state[f"{name}@ema/{key}"])
 
     def batch_fingerprints(self, batch: Batch) -> dict[str, str]:
         """Hash the inputs of a step: the samples, their timesteps, and the noise of the first sample."""

@@ -17,6 +17,7 @@ from fastsd.bench.counters import COPY, SCALAR, SHAPE, host_waits
 from fastsd.commands.cache import cache
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable, load_config
+from fastsd.model.shapes import forward_flops
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import diffusers_state_dict
 from fastsd.train.graph import WARM_UP
@@ -355,7 +356,7 @@ def test_candidates_take_turns():
 
 
 def test_flops_match_the_workload():
-    assert counters.forward_flops(UNetConfig.sd15(), 64) == workload.FORWARD_FLOPS
+    assert forward_flops(UNetConfig.sd15(), 64) == workload.FORWARD_FLOPS
 
 
 def bench_options(*changes: str, **more) -> options.BenchOptions:

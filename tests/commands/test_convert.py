@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from functools import partial
+from io import StringIO
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny import make_tiny_model, tiny_vae
 
 from fastsd.commands.convert import ConvertOptions, convert
 from fastsd.config.schema import ModelTable, SampleTable
+from fastsd.console import Console
 from fastsd.model.formats import fold_vae, single_file_layout
 from fastsd.model.formats.load import load_model, load_vae
 from fastsd.model.formats.original_names import PREFIX, ema_name, original_names
@@ -33,9 +35,9 @@ SD15 = {"unet": UNetConfig.sd15().to_diffusers(), "vae": SD15_VAE, "text_encoder
 
 def converted(name, out, to="", **options):
     """Convert a model, and return the printed lines."""
-    lines = []
-    convert(str(name), out, to, ConvertOptions(**options), lines.append)
-    return lines
+    text = StringIO()
+    convert(str(name), out, to, ConvertOptions(**options), Console(file=text))
+    return text.getvalue().splitlines()
 
 
 def states(folder):
@@ -322,6 +324,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path):
     code = """
 import resource, torch
 from pathlib import Path
+from fastsd.console import Console
 from fastsd.storage import TensorFile, write_safetensors
 def kilobytes(file, word):
     return int(next(line for line in file if line.startswith(word)).split()[1])

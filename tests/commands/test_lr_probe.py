@@ -6,7 +6,6 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from sentences import refused, says
 from tiny import job
 
@@ -14,6 +13,7 @@ from fastsd.commands import lr_probe as module
 from fastsd.commands.cache import cache
 from fastsd.commands.lr_probe import Probe, lr_probe
 from fastsd.config.schema import load_config
+from fastsd.console import Console
 
 STAGES = """
 [[stage]]
@@ -61,10 +61,10 @@ def test_stopped_probe_resumes(tmp_path, tiny_model, images, monkeypatch):
     (whole,), _, _ = run_probe(tmp_path, tiny_model, images, "stage.d0=1e-5", "run=" + str(tmp_path / "whole"), steps=40)
 
     class Stopping(loop.Triggers):
-        def log_due(self):
+        def after_step(self):
             if self.run.position.progress.step == 9:
                 signal.raise_signal(signal.SIGINT)
-            return super().log_due()
+            return super().after_step()
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Triggers", Stopping)

@@ -7,13 +7,13 @@ from io import StringIO
 import pytest
 import torch
 from commandline import fastsd
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sentences import refused, says
 from tiny import make_tiny_model, tiny_vae, write_images
 
 from fastsd.commands.swap_vae import FITS, swap_vae
 from fastsd.config.schema import ModelTable
+from fastsd.console import Console
 from fastsd.model import align
 from fastsd.model.formats.load import load_model, load_vae
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from commandline import fastsd
 from PIL import Image
-from rich.console import Console
 from sentences import refused, says
 from tiny import job
 
@@ -20,6 +19,7 @@ from fastsd.compare import charts, draw, numbers, pictures
 from fastsd.compare.compare import TABLES, compare
 from fastsd.compare.runs import RunData, read_grids, read_runs
 from fastsd.config.schema import dump_config, load_config
+from fastsd.console import Console
 from fastsd.run.folder import WHOLE_SHEET
 from fastsd.run.loop import train
 from fastsd.run.settings import ABSENT, choices, combinations, differences, short_names

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from commandline import fastsd
-from rich.console import Console
 from sentences import LINES, refused, says
 from tiny import job
 
@@ -16,6 +15,7 @@ from fastsd.commands.cache import cache
 from fastsd.compare import sweep as module
 from fastsd.compare.sweep import plan_sweep, sweep
 from fastsd.config.schema import load_config
+from fastsd.console import Console
 from fastsd.errors import Stopped, UserError
 from fastsd.model.unet import UNet
 from fastsd.run.loop import train

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from environment import ROOT
 from PIL import Image
-from rich.console import Console
 from runs import same
 
 from fastsd.commands.cache import cache
@@ -18,6 +17,7 @@ from fastsd.commands.redraw import redraw
 from fastsd.compare.compare import compare
 from fastsd.compare.sweep import sweep
 from fastsd.config.schema import load_config
+from fastsd.console import Console
 from fastsd.demo.demo import MODELS
 from fastsd.demo.world import write_dataset
 from fastsd.model.formats.load import load_model
@@ -116,7 +116,7 @@ def test_xlsd(world):
     assert not same(texts[0], texts[1]) and same(texts[1], texts[2])
     assert {row["set"] for row in rows(run, "validation")} == {"held_out", "stabilised"}
     longer = world.folder / "xlsd-248"
-    long_clip(str(run / "model"), longer, 248, reporter=lambda _: None)
+    long_clip(str(run / "model"), longer, 248, console=Console(quiet=True))
     longer_run = world.train("xlsd-long", **{"model.base": longer})
     table = load_config(ROOT / "configs/demo.toml", [f"model.base={longer_run}/model", "model.vae="]).model
     assert load_model(table).text.window == 248

@@ -13,13 +13,13 @@ import pytest
 import torch
 from caching import StubVae, config, draw, draw_many, flip
 from commandline import function_process
-from rich.console import Console
 from runs import final, same
 from sentences import refused, says, sentence
 from tiny import job, write_images
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import ModelTable, StageTable, load_config
+from fastsd.console import Console
 from fastsd.data import cache as cache_module
 from fastsd.data.building import embed_captions
 from fastsd.data.building.build import build_cache

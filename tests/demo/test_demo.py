@@ -88,8 +88,7 @@ def test_final_picture_has_the_size_of_two_panels():
 def test_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
     from io import StringIO
 
-    from rich.console import Console
-
+    from fastsd.console import Console
     from fastsd.demo import demo as module
 
     prompts = world.prompts()[::3]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from io import StringIO
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sentences import says
 from tiny import job, make_tiny_model
 
 from fastsd.config.schema import ModelTable
+from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.model.text_encoder import stretch
 
@@ -31,9 +33,9 @@ def longer(folder, tmp_path_factory):
     from fastsd.commands.long_clip import long_clip
 
     out = tmp_path_factory.mktemp("long") / "clip"
-    lines = []
-    long_clip(str(folder), out, 248, reporter=lines.append)
-    assert {"77", "248", "20"} <= set(re.findall(r"\d+", lines[0]))
+    text = StringIO()
+    long_clip(str(folder), out, 248, console=Console(file=text))
+    assert {"77", "248", "20"} <= set(re.findall(r"\d+", text.getvalue()))
     return out
 
 

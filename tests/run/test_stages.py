@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from runs import checkpoint_steps, final, rewind, rows_of, run, same
 from sentences import refused, says, sentence
 from tiny import job, make_tiny_model
 
 from fastsd.commands.check import check
 from fastsd.config.schema import ModelTable, StageTable, load_config
+from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.model.select import GROUPS, reinitialise, selected
 from fastsd.model.weights import diffusers_names
@@ -316,13 +316,13 @@ def test_trigger_files_request_a_checkpoint_and_samples(tmp_path, tiny_model, im
     from fastsd.run import loop
 
     class TouchesTriggerFiles(loop.Triggers):
-        def log_due(self):
+        def after_step(self):
             if self.run.position.progress.step == 5:
                 (self.run.folder / "trigger.checkpoint").touch()
                 (self.run.folder / "trigger.sample").touch()
             if self.run.position.progress.step == 7:  # a folder of that name requests nothing
                 (self.run.folder / "trigger.sample").mkdir()
-            return super().log_due()
+            return super().after_step()
 
     monkeypatch.setattr(loop, "Triggers", TouchesTriggerFiles)
     text = LION.format(name="one", train='["unet"]').replace("until = 3", "until = 12") + "keep_checkpoints = 1\n"

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from runs import checkpoint_steps, final, rewind, rows_of, run, same
 from sentences import refused, says
 from tiny import job
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
+from fastsd.console import Console
 from fastsd.run import checkpoint, saving
 from fastsd.run.loop import train
 from fastsd.storage import read_safetensors
@@ -272,7 +272,7 @@ def test_a_stop_signal_saves_a_checkpoint(number, tmp_path, tiny_model, images, 
     wait_for_rows(process, tmp_path / "run" / "log.jsonl", 3)
     os.kill(process.pid, number)
     process.join(600)
-    step = checkpoint.newest(tmp_path / "run" / "checkpoints", print)[1].step
+    step = checkpoint.newest(tmp_path / "run" / "checkpoints")[1].step
     assert process.exitcode == 130 and says(output.read_text(), "run-stopped", folder=tmp_path / "run", step=step) and step >= 3
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from model_files import single_file
 from PIL import Image
-from rich.console import Console
 from runs import final, rewind, rows_of, run, same
 from sentences import refused, says
 from tiny import job, make_tiny_model, tiny_vae, write_images
@@ -20,6 +19,7 @@ from fastsd.commands.cache import cache
 from fastsd.commands.check import check
 from fastsd.commands.validate import validate
 from fastsd.config.schema import load_config
+from fastsd.console import Console
 from fastsd.data.cache import LatentCache
 from fastsd.data.loader import Loader
 from fastsd.data.validation_split import ValidationSplits, choose_splits

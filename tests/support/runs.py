@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
+from fastsd.console import Console
 from fastsd.run import checkpoint
 from fastsd.run.loop import train
 from fastsd.storage import read_safetensors

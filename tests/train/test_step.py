@@ -313,9 +313,9 @@ def test_auto_micro_batch_is_the_largest_that_fits(tmp_path, tiny_model, images,
             assert "'stage-1'" in str(error.value)
             break
         folder, text = run(path, f"run={tmp_path / str(megabytes)}")
-        results[megabytes] = checkpoint.newest(folder / "checkpoints", print)[1].micro_batch_size
+        results[megabytes] = checkpoint.newest(folder / "checkpoints")[1].micro_batch_size
         assert says(text, "micro-batch-estimated", size=results[megabytes])
     assert results[1000] == 12 > results[5] >= 1 and all(12 % micro == 0 for micro in results.values())
     monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device: 1000 << 20)
     _, text = run(path, f"run={tmp_path / '5'}", "stage.0.until=4")  # more memory on resume does not change the micro-batch
-    assert checkpoint.newest(tmp_path / "5" / "checkpoints", print)[1].micro_batch_size == results[5]
+    assert checkpoint.newest(tmp_path / "5" / "checkpoints")[1].micro_batch_size == results[5]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from caching import StubVae, config, draw_many, flip
 from PIL import Image
-from rich.console import Console
 from sentences import refused, says, sentence
 from tiny import job, write_images
 
 from fastsd.commands import cache
 from fastsd.config.schema import load_config
+from fastsd.console import Console
 from fastsd.data.building import upkeep
 from fastsd.data.building.build import build_cache
 from fastsd.data.cache import LatentCache

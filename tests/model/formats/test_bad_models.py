@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fastsd.cli import app
 from fastsd.commands.convert import ConvertOptions, convert
+from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.unet import UNetConfig
 from fastsd.storage import read_safetensors, write_safetensors
@@ -27,7 +28,7 @@ def undamaged(tmp_path_factory):
     """A model without damage, as a folder and as a file in the original layout."""
     folder = tmp_path_factory.mktemp("bad") / "m"
     make_tiny_model(folder, UNetConfig(block_out_channels=(32, 64), attention=(True, False), cross_attention_dim=64))
-    convert(str(folder), folder.parent / "m.safetensors", reporter=lambda line: None)
+    convert(str(folder), folder.parent / "m.safetensors", console=Console(quiet=True))
     return folder, folder.parent / "m.safetensors"
 
 
@@ -248,7 +249,7 @@ def test_broken_models_are_refused_in_one_line(case, undamaged, tmp_path, monkey
     options = ConvertOptions(dtype="fp16" if "fp16" in case else "", tokenizer=str(undamaged[0]))
     for out in ("m.safetensors", "m"):
         with refused(code, **fields) as error:
-            convert(str(path), tmp_path / "out" / out, options=options, reporter=lambda line: None)
+            convert(str(path), tmp_path / "out" / out, options=options, console=Console(quiet=True))
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
         assert header_line is None or says(str(error.value), header_line[0], **header_line[1])
     assert not list((tmp_path / "out").iterdir())
@@ -260,9 +261,11 @@ def test_a_file_that_becomes_shorter_during_conversion_is_refused(out, undamaged
     folder, file = undamaged
     path = shutil.copy(file, tmp_path / "in.safetensors")
     size = file.stat().st_size // 2
+    console = Console(quiet=True)
+    console.echo = lambda line: os.truncate(path, size)
     with refused("file-became-shorter", path=path):
         options = ConvertOptions(tokenizer=str(folder))
-        convert(str(path), tmp_path / out, options=options, reporter=lambda line: os.truncate(path, size))
+        convert(str(path), tmp_path / out, options=options, console=console)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -271,7 +274,7 @@ def test_a_lora_is_not_converted_to_a_model(undamaged, tmp_path):
     options = ConvertOptions(tokenizer=str(undamaged[0]))
     for out, code in (("m.safetensors", "lora-unknown-name"), ("m", "other-family")):
         with refused(code) as error:
-            convert(str(path), tmp_path / "out" / out, options=options, reporter=lambda line: None)
+            convert(str(path), tmp_path / "out" / out, options=options, console=Console(quiet=True))
         assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").iterdir())
 

@@ -1,0 +1,27 @@
+"""Output of commands."""
+
+from __future__ import annotations
+
+import rich.console
+
+
+class Console(rich.console.Console):
+    """A terminal or text file for the output of a command. Text is written as it is: not wrapped, and without markup."""
+
+    def echo(self, text: str) -> None:
+        self.out(text, highlight=False)
+
+    def warn(self, text: str) -> None:
+        self.out(f"! {text}", style="bold yellow", highlight=False)
+
+    def table(self, rows: list[list[str]]) -> None:
+        """Write a table. Columns with a digit in the last row are aligned right, other columns left."""
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        left_aligned = [not any(character.isdigit() for character in text) for text in rows[-1]]
+        for row in rows:
+            columns = zip(row, widths, left_aligned, strict=True)
+            cells = [text.ljust(width) if left else text.rjust(width) for text, width, left in columns]
+            self.echo("  ".join(cells).rstrip())
+
+
+STDOUT = Console()

@@ -1,0 +1,71 @@
+"""Programs that show a run's log while it grows: TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from fastsd.config.schema import LogTable
+from fastsd.errors import UserError
+
+
+class Sink(Protocol):
+    """Receives scalars and sample grids. Any method may raise any exception, because disks fill up and networks fail."""
+
+    name: str
+
+    def scalars(self, values: Mapping[str, Any], step: int) -> None: ...
+    def image(self, name: str, image: Image.Image, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    name = "TensorBoard"
+
+    def __init__(self, run: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, values: Mapping[str, Any], step: int) -> None:
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(name, value, step)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    name = "Weights & Biases"
+
+    def __init__(self, run: Path, project: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "wandb-missing", f'log.wandb is {project!r}, but wandb is not installed; pip install "fastsd[wandb]"'
+            ) from None
+        self._run = wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")
+
+    def scalars(self, values: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Do nothing. Log rows arrive one interval late, and wandb would drop those that are older than the image."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_sinks(run: Path, table: LogTable, step: int) -> list[Sink]:
+    """Open the sinks of a config for a run that has done `step` steps. Raises UserError if wandb is not installed."""
+    sinks: list[Sink] = [TensorBoard(run, step)] if table.tensorboard else []
+    return sinks + ([WeightsAndBiases(run, table.wandb)] if table.wandb else [])
