@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+from contextlib import AbstractContextManager
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fastsd.config.keys import Key, keys_with
 from fastsd.config.schema import Config, StageTable, dump_config, parse_config
@@ -21,24 +23,19 @@ from fastsd.storage import replace_file
 FIXED = ("model", "data", "seed", "validate.held_out", "validate.seed", "validate.by")
 
 
-def lock(folder: Path) -> TextIO:
-    """Hold RUN/lock while the returned file object exists. Two trainers in one folder would corrupt each other's logs."""
-    file = open(folder / "lock", "a")  # noqa: SIM115 - held open on purpose
+def lock(folder: Path) -> AbstractContextManager[object]:
+    """Lock RUN/lock until the context exits or the process ends. Two trainers in one folder would corrupt each other's logs."""
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+        return FileLock(folder / "lock", fallback_to_soft=False).acquire(blocking=False)
+    except Timeout:
         raise UserError(
             "run-locked", f"run is {str(folder)!r}, which another fastsd is training; wait for it or choose another folder"
         ) from None
-    return file
+    except OSError as error:
+        advice = "choose a folder that is writable and on a file system with locks"
+        raise UserError(
+            "run-not-lockable", f"run is {str(folder)!r}, which cannot be locked ({error.strerror}); {advice}"
+        ) from None
 
 
 def compare_with_start(path: Path, config: Config, progress: RunProgress | None) -> list[str]:

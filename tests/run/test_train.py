@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from fastsd.config.schema import load_config
 from fastsd.console import Console
 from fastsd.run import checkpoint, saving
 from fastsd.run.loop import train
+from fastsd.run.restart import lock
 from fastsd.storage import read_safetensors
 
 TWO_STAGES = """
@@ -306,6 +308,41 @@ def test_two_trainers_do_not_share_a_run(tmp_path, tiny_model, images):
     with open_run(config, Console(file=StringIO())):
         with refused("run-locked"):
             train(config, Console(file=StringIO()))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_refused(number, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with refused("run-not-lockable", folder=repr(str(tmp_path)), reason=os.strerror(number)):
+        lock(tmp_path)
+
+
+def test_a_lock_ends_with_its_process_and_not_with_a_child(tmp_path):
+    processes, pids = multiprocessing.get_context("fork"), multiprocessing.SimpleQueue()
+
+    def hold():
+        with lock(tmp_path):
+            os.fork()
+            pids.put(os.getpid())
+            time.sleep(60)
+
+    trainer = processes.Process(target=hold)
+    trainer.start()
+    child = next(pid for pid in (pids.get(), pids.get()) if pid != trainer.pid)
+    with refused("run-locked", folder=repr(str(tmp_path))):
+        lock(tmp_path)
+    trainer.kill()
+    trainer.join()
+    with lock(tmp_path):
+        os.kill(child, signal.SIGKILL)
+        other = processes.Process(target=lambda: None)  # a child of the process that holds the lock ends
+        other.start()
+        other.join()
+        with refused("run-locked"):
+            lock(tmp_path)
 
 
 def test_no_device_value_is_read_between_log_rows(tmp_path, tiny_model, images):
