@@ -84,6 +84,7 @@ def train(config: ConfigPath, overrides: Overrides = None, precision: StagePreci
 def cache(
     config: ConfigPath,
     overrides: Overrides = None,
+    *,
     verify: Annotated[bool, Option("--verify", help="Verify all latents and views against their stored sha256.")] = False,
     prune: Annotated[bool, Option("--prune", help="Delete shards that no view uses.")] = False,
     stats: Annotated[bool, Option("--stats", help="Print counts, sizes and statistics of the cache.")] = False,
@@ -171,6 +172,7 @@ def plan(
 def bench(
     words: BenchWords = None,
     precision: StagePrecision = None,
+    *,
     small: Annotated[bool, Option("--small", help="Use a tiny model, as a quick test of the benchmark.")] = False,
     size: Annotated[int | None, Option(min=1, help="Image size in px (default: per CONFIG, or 512).")] = None,
     batch: Annotated[int | None, Option(min=1, help="Images per training step (default: per CONFIG).")] = None,
@@ -203,6 +205,7 @@ def compare(
     draw: Annotated[
         list[str] | None, Option(metavar="KEY=a,b,c", help="Draw samples with these settings, for example clip_skip=0,1.")
     ] = None,
+    *,
     checkpoints: Annotated[bool, Option("--checkpoints", help="Draw samples from every saved checkpoint.")] = False,
 ) -> None:
     """Compare runs on one HTML page. It shows settings, curves, samples, cost, and differences from a baseline."""
@@ -282,6 +285,7 @@ def convert(
     out: Annotated[Path, Argument(metavar="OUT", help="Output: a new folder or .safetensors file.")],
     to: Annotated[Form | None, Option(help="Output format (default: inferred from OUT's extension).")] = None,
     dtype: Annotated[Dtype | None, Option(help="Data type of the weights (default: unchanged).")] = None,
+    *,
     ema: Annotated[bool, Option("--ema", help="Convert the averaged (EMA) weights.")] = False,
     fold: Annotated[bool, Option("--fold/--no-fold", help="For a single file: fold the VAE's scaling factor into it.")] = True,
     variant: Annotated[str, Option(metavar="WORD", help="For diffusers: variant in file names, for example fp16.")] = "",

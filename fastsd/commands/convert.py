@@ -80,7 +80,7 @@ def convert(name: str, out: Path, to: str = "", options: ConvertOptions | None =
         if to.startswith("lora"):
             from fastsd.model.formats.lora_files import convert_lora
 
-            notes = convert_lora(_lora_file(name, options.ema), out, to, options.dtype)
+            notes = convert_lora(_lora_file(name, ema=options.ema), out, to, options.dtype)
         else:
             source = _source(name, options)
             for note in source.notes:
@@ -139,7 +139,7 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
         base, revision=options.revision, pickled=True, ema=options.ema and not load_whole, tokenizer=options.tokenizer
     )
     if load_whole:
-        source.components |= _load_components(Path(base), source, options.ema)
+        source.components |= _load_components(Path(base), source, ema=options.ema)
 
     if options.vae:
         notes = source.notes
@@ -162,7 +162,7 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
     return source
 
 
-def _load_components(checkpoint: Path, source: ModelSource, ema: bool) -> dict[str, ComponentFiles]:
+def _load_components(checkpoint: Path, source: ModelSource, *, ema: bool) -> dict[str, ComponentFiles]:
     """Load a checkpoint's components with EMA weights or merged adapters, which its weight files do not contain."""
     averages = averages_of(checkpoint) if ema else {}
     if ema and not averages:
@@ -176,7 +176,7 @@ def _load_components(checkpoint: Path, source: ModelSource, ema: bool) -> dict[s
     return {name: replace(source.components[name], tensors=tensors[name]) for name in COMPONENTS}
 
 
-def _lora_file(name: str, ema: bool) -> Path:
+def _lora_file(name: str, *, ema: bool) -> Path:
     """Find the adapters to convert: a file, a PEFT folder, or the adapters of a run (of its newest checkpoint)."""
     path = Path(resolve_model(name))
     if ema:

@@ -166,7 +166,7 @@ def _panels(count: int, height: float, across: int | None = None) -> tuple[Figur
     return figure, panels[:count]
 
 
-def _mark_stage_starts(axes: Axes, runs: Sequence[RunData], show_names: bool = True) -> None:
+def _mark_stage_starts(axes: Axes, runs: Sequence[RunData], *, show_names: bool = True) -> None:
     """Draw a line where each stage starts. It is grey if all runs have the same starts, otherwise in the run's colour."""
     starts_per_run = [run.stage_starts() for run in runs]
     shared = all(starts == starts_per_run[0] for starts in starts_per_run)

@@ -56,7 +56,7 @@ def compare(
         report.samples()
         report.over_training()
         if drawing:
-            report.draw(settings, from_checkpoints)
+            report.draw(settings, from_checkpoints=from_checkpoints)
         report.end()
         write_text(folder / TABLES, json.dumps(report.tables, indent=2, ensure_ascii=False))
         title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared"
@@ -129,7 +129,7 @@ class ComparisonReport:
             note = "Each row shows one prompt and seed, each column one stage and step."
             self.sections.append(Section("Prompts x checkpoints", note, "".join(sheets)))
 
-    def draw(self, settings: Sequence[draw.Setting], from_checkpoints: bool) -> None:
+    def draw(self, settings: Sequence[draw.Setting], *, from_checkpoints: bool) -> None:
         groups: list[tuple[RunData | None, list[draw.DrawSource]]] = [(None, draw.finished_models(self.runs))]
         if from_checkpoints:
             groups = [(run, draw.sources_of(run)) for run in self.runs]

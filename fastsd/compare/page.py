@@ -53,7 +53,7 @@ def picture(image: Image.Image, alt: str, caption: str | RunData = "", *, lossle
     """Return the HTML of a picture with the alternative text `alt`. Charts should be `lossless`; photographs need not be."""
     text = f"<figcaption>{_word(caption)}</figcaption>" if caption else ""
     width = f' style="max-width:{image.width}px"' if not lossless else ""
-    return f'<figure>{text}<img src="{_uri(image, lossless)}" alt="{_safe(alt)}"{width}></figure>\n'
+    return f'<figure>{text}<img src="{_uri(image, lossless=lossless)}" alt="{_safe(alt)}"{width}></figure>\n'
 
 
 def film(films: Sequence[tuple[RunData, Frames]]) -> str:
@@ -62,7 +62,10 @@ def film(films: Sequence[tuple[RunData, Frames]]) -> str:
         f'<figure><figcaption>{_word(run)} <small></small></figcaption><img alt="samples of {_safe(run.label)}"></figure>\n'
         for run, _ in films
     )
-    data = [[(grid.step, f"{grid.stage} {grid.step:,}", _uri(image, False)) for grid, image in frames] for _, frames in films]
+    data = [
+        [(grid.step, f"{grid.stage} {grid.step:,}", _uri(image, lossless=False)) for grid, image in frames]
+        for _, frames in films
+    ]
     return _FILM.substitute(figures=figures, films=json.dumps(data).replace("<", "\\u003c"))
 
 
@@ -82,7 +85,7 @@ def _safe(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def _uri(image: Image.Image, lossless: bool) -> str:
+def _uri(image: Image.Image, *, lossless: bool) -> str:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "WEBP", lossless=lossless, quality=84, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -30,7 +30,7 @@ FRAMES, FRAME_WIDTH = 60, 640  # most frames of an animation, and their largest 
 INK, GREY = "#222222", "#666666"
 
 
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Load DejaVu Sans. It comes with matplotlib and has more letters than Pillow's own font."""
     return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size)
 

@@ -184,7 +184,7 @@ def relative(vae: AutoencoderKL) -> AutoencoderKL:
     of the channels changes, and a nearly linear map leads from one latent space to the other. Further training makes the map
     less linear. A UNet could also learn a VAE that was trained from other random weights, but not within a demo.
     """
-    other = copy.deepcopy(vae).requires_grad_(True)
+    other = copy.deepcopy(vae).requires_grad_(requires_grad=True)
     cos, sin = math.cos(TURN), math.sin(TURN)
     mixing = STRETCH * torch.block_diag(*[torch.tensor([[cos, -sin], [sin, cos]])] * 2)
     quant_conv, post_quant_conv = other.quant_conv, other.post_quant_conv
@@ -218,7 +218,7 @@ def train_vae(vae: AutoencoderKL, recipe: VaeRecipe, batch: int = 8) -> Autoenco
         if step % 250 == 249:
             seconds = time.monotonic() - start_time
             print(f"vae {recipe.seed}: step {step + 1}, error {error.detach().abs().mean():.4f}, {seconds:.0f} s")
-    vae.eval().requires_grad_(False)
+    vae.eval().requires_grad_(requires_grad=False)
     # Round to fp16 first, so that the scaling factor and all later training suit the stored weights.
     vae.half().float()
     spread = encode(vae, [_picture_for_vae(rng) for _ in range(512)]).std() / vae.config.scaling_factor
@@ -273,7 +273,7 @@ def train_text_encoder(tokenizer: CLIPTokenizer, steps: int = 400, batch: int = 
         loss.backward()
         optimizer.step()
     print(f"text encoder: loss {loss.item():.4f}")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def train_base(
@@ -297,7 +297,7 @@ def train_base(
         text_embeds = text_encoder(token_ids(tokenizer, list(row_by_text))).last_hidden_state
     text_rows = torch.tensor([row_by_text[text] for text in texts[1:]])
     unet = new_unet().train()
-    ema = copy.deepcopy(unet).requires_grad_(False)
+    ema = copy.deepcopy(unet).requires_grad_(requires_grad=False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
     noise_scheduler = DDPMScheduler(**{name: SCHEDULE[name] for name in SCHEDULE if name != "set_alpha_to_one"})

@@ -52,7 +52,7 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, cons
     def finish(new: Path) -> None:
         write_card(new, summary, single=single_name, fold=table.fold, samples=samples)
 
-    def metadata(lora: bool = False) -> dict[str, str]:
+    def metadata(*, lora: bool = False) -> dict[str, str]:
         return metadata_of(summary, model.scheduler, model.unet.cfg.sample_size * model.vae.downscale, lora=lora)
 
     checkpoint.export(newest, folder, model, averages, finish)

@@ -168,13 +168,13 @@ def write_card(
         (folder / SAMPLES).unlink(missing_ok=True)
         link_or_copy(samples, folder / SAMPLES)
     write_text(folder / SUMMARY, json.dumps(summary.table(), indent=2, sort_keys=True) + "\n")
-    write_text(folder / CARD, _Card(folder, summary, single, fold).text())
+    write_text(folder / CARD, _Card(folder, summary, single, fold=fold).text())
 
 
 class _Card:
     """The text of a card. It reads values such as the VAE's scaling factor from the configs in the folder."""
 
-    def __init__(self, folder: Path, summary: ModelSummary, single: str, fold: bool) -> None:
+    def __init__(self, folder: Path, summary: ModelSummary, single: str, *, fold: bool) -> None:
         vae, text = (read_table(folder / component / "config.json") or {} for component in ("vae", "text_encoder"))
         scheduler = read_table(folder / "scheduler/scheduler_config.json") or {}
         self.summary, self.single, self.folded = summary, single, fold

@@ -24,7 +24,7 @@ class Position:
         progress: current progress, as a checkpoint stores it.
     """
 
-    def __init__(self, progress: RunProgress, stages: Sequence[StageTable], steps: Sequence[int], extendable: bool) -> None:
+    def __init__(self, progress: RunProgress, stages: Sequence[StageTable], steps: Sequence[int], *, extendable: bool) -> None:
         self.progress, self.stages, self.steps = progress, stages, steps
         self._extendable = extendable
         self._updated_at = time.monotonic()  # the time of the last update of `progress.seconds`
@@ -60,7 +60,7 @@ class Position:
         self.progress = replace(new, seconds=old.seconds + now - self._updated_at)
         self._updated_at = now
 
-    def mark_done(self, done: bool) -> None:
+    def mark_done(self, *, done: bool) -> None:
         """Record whether the current stage is complete."""
         self.progress = replace(self.progress, stage_done=done)
 

@@ -69,7 +69,7 @@ def compare_with_start(path: Path, config: Config, progress: RunProgress | None)
     return warnings
 
 
-def compare_images(path: Path, latents: LatentCache, resumed: bool) -> list[str]:
+def compare_images(path: Path, latents: LatentCache, *, resumed: bool) -> list[str]:
     """Record the state of the cache that a run depends on. Return warnings about changes since the last start."""
     after = {"samples": len(latents), "view": latents.sha256, "weights": latents.weight_hash, "masks": mask_hash(latents)}
     before = after | json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else after

@@ -57,7 +57,7 @@ class Saving:
             done: True if the stage is complete.
             keep: True if the checkpoint must never be deleted.
         """
-        self.position.mark_done(done)
+        self.position.mark_done(done=done)
         progress = self.position.progress
         folder = self.folder / "checkpoints"
         later_stages = self.config.stage[progress.stage + 1 :]

@@ -35,7 +35,7 @@ def start_stage(run: Run, index: int) -> Step:
 
     cached_text = run.data.text_embeddings is not None
     carried = run.position.progress.carried
-    args = run.model, stage, run.position.steps[index], config.seed, _micro_batch_size(run, index, resumed)
+    args = run.model, stage, run.position.steps[index], config.seed, _micro_batch_size(run, index, resumed=resumed)
     step = Step(*args, graph=config.cuda_graph, cached_text=cached_text, carried_steps=carried, warn=run.console.warn)
 
     if resumed or stage.state == "carry":
@@ -46,7 +46,7 @@ def start_stage(run: Run, index: int) -> Step:
     return step
 
 
-def _micro_batch_size(run: Run, index: int, resumed: bool) -> int:
+def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
     """Return the images per forward. A resumed run keeps its previous micro-batch, so that it computes the same sums."""
     stage, progress = run.config.stage[index], run.position.progress
     if resumed and progress.micro_batch_size and progress.micro_batch_setting == stage.micro_batch:
