@@ -12,13 +12,13 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastsd.config.keys import conditions, defaults
 from fastsd.config.schema import Config, StageTable
 from fastsd.config.stages import COMPONENTS
 from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
+from fastsd.run.folder import LogRow
 from fastsd.run.loop import train
 
 SHARE = 1 / 3  # Lion's lr divided by D-Lion's d * lr
@@ -93,12 +93,12 @@ def _probe_config(config: Config, steps: int, stage: str) -> Config:
     )
 
 
-def _components(rows: list[dict[str, Any]]) -> list[str]:
+def _components(rows: list[LogRow]) -> list[str]:
     """Return the components that have a d in the log. A single component has the name "", because its key is just "d"."""
     return list(COMPONENTS) if any(key.startswith("d_") for key in rows[0]) else [""]
 
 
-def _read(component: str, index: int, rows: list[dict[str, Any]], d0: float) -> Probe:
+def _read(component: str, index: int, rows: list[LogRow], d0: float) -> Probe:
     key = f"d_{component}" if index else "d"
     d = [row[key] for row in rows]
     return Probe(component, d[-1], d[-1] / d[-1 - len(d) // LAST], d[-1] > d0)

@@ -81,7 +81,7 @@ class ComparisonReport:
         """Replace the sample grids of training by grids drawn from the saved checkpoints."""
         for run in self.runs:
             folder = self.folder / self.names[run.label]
-            run.grids = draw.draw_checkpoints(run, self.baseline.config.sample, folder, self.console.echo)
+            run.grids = draw.draw_checkpoints(run, self.baseline.config.sample, folder, self.console)
 
     def curves(self) -> None:
         self._table(numbers.overview(self.runs, self.baseline))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from fastsd.compare.pictures import sheet
 from fastsd.compare.runs import RunData, read_grids
 from fastsd.config.config_errors import sentence
 from fastsd.config.schema import ModelTable, SampleTable
+from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.model import Model
 from fastsd.run.checkpoint import checkpoints
@@ -114,14 +115,14 @@ def _draw(source: DrawSource, settings: Sequence[Setting], prompts: list[str]) -
     return [images[i] for i in range(len(settings))]
 
 
-def draw_checkpoints(run: RunData, table: SampleTable, folder: Path, reporter: Callable[[str], None]) -> list[Grid]:
+def draw_checkpoints(run: RunData, table: SampleTable, folder: Path, console: Console) -> list[Grid]:
     """Draw the sample grid of `table` with each saved checkpoint of a run, and save it as `folder`/STAGE-STEP.png."""
     folder.mkdir(parents=True)
     stages = run.stage_starts("step")
     for source in sources_of(run):
         step = int(source.folder.name.removeprefix("step-"))
         stage = next((name for name, start in reversed(stages) if start < step), stages[0][0])
-        reporter(f"drawing {run.label}, {source.label}")
+        console.echo(f"drawing {run.label}, {source.label}")
         picture = sample_grid(source.load(None), table, table.size or run.config.data.resolution)
         assert picture is not None, "read_settings has checked that there are prompts"
         save_grid(picture, folder / f"{stage}-{step:08d}.png", stage, step)

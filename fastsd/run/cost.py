@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ class CostRecorder:
         self.path = Path(config.run) / "cost.json"
         self.sample_seconds: float | None = None
 
-    def record(self, progress: RunProgress, **totals: Any) -> None:
+    def record(self, progress: RunProgress, **totals: int) -> None:
         """Record the cost of the current stage so far, or `totals` of the whole run. Raises OSError if the disk is full."""
         cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
         if progress.stage_step and not totals:

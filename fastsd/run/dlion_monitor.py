@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from fastsd.config.stages import StageTable
+from fastsd.run.folder import LogRow
 
 GROWTH_DEADLINE = 200  # steps by which d should have grown above d0
 PLATEAU = 100  # shortest plateau, in steps without growth; a fifth of the steps so far if that is more
@@ -21,7 +21,7 @@ class DLionMonitor:
         rows: rows that the stage has logged so far.
     """
 
-    def __init__(self, component: str, stage: StageTable, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, component: str, stage: StageTable, rows: Iterable[LogRow] = ()) -> None:
         self.component, self.stage = component, stage
         self._warned_no_growth = False
         self._last_growth = (0, 0.0)  # the step at which d last grew by RISE, and d after it

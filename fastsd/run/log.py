@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from fastsd.errors import UserError
 from fastsd.model.shapes import forward_flops
 from fastsd.plan.gpu_specs import gpu_of
 from fastsd.run.dlion_monitor import DLionMonitor
+from fastsd.run.folder import LogRow
 from fastsd.run.report import memory_gb
 from fastsd.run.run import Run
 from fastsd.train.schedule import learning_rate
@@ -46,17 +46,17 @@ class Log:
 
     def __init__(self, run: Run, step: Step, index: int) -> None:
         self.run, self.step, self.name = run, step, run.config.stage_name(index)
-        self.pending: tuple[dict[str, Any], DeferredScalars, dict[str, float]] | None = None
+        self.pending: tuple[LogRow, DeferredScalars, dict[str, float]] | None = None
+        self.mfu_per_speed = _mfu_per_speed(run, step)
         self.mark = (time.perf_counter(), run.position.progress.step, 0.0)  # time, step and data wait at the last row
         self.last_skipped, self.dead_rows = int(step.skipped), 0
-        self.mfu_per_speed = _mfu_per_speed(run, step)
         self.monitors = [DLionMonitor(component, step.stage, run.report.rows(self.name)) for component in step.d()]
 
     def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
         """Write the previous row, and start to copy the values of the row for this step."""
         self.flush()
         run, progress, now = self.run, self.run.position.progress, time.perf_counter()
-        values: dict[str, Any] = {"step": progress.step, "stage": self.name, "stage_step": progress.stage_step}
+        values: LogRow = {"step": progress.step, "stage": self.name, "stage_step": progress.stage_step}
         values |= {"images": progress.images, "epoch": progress.images / run.data.epochs[progress.stage]}
         values |= self.step.batch_fingerprints(batch)
         for i, component in enumerate(self.step.optimizers):  # one lr and d per component; those of the first have no suffix
@@ -92,7 +92,7 @@ class Log:
             return
         values, deferred, timing = self.pending
         self.pending = None
-        scalars: dict[str, Any] = deferred.read()
+        scalars = deferred.read()
         skipped = int(scalars["skipped"])
         self.run.report.row({**values, **scalars, "skipped": skipped}, timing)
         self._check_skipped(skipped, values["step"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from types import FrameType
 
 from fastsd.config.schema import Config
 from fastsd.console import STDOUT, Console
@@ -57,7 +57,8 @@ def train_stage(run: Run, index: int, received_signals: list[int]) -> None:
             result = train_step(batch, position.progress.stage_step)
             run.advance(train_step, result)
             done, due = position.at_end(index), triggers.after_step()
-            profiler.after_step(position.progress.step, requested=due.profile)
+            with log.paused():
+                profiler.after_step(position.progress.step, requested=due.profile)
 
             if due.log or done:
                 log.row(result, batch, batches)
@@ -106,7 +107,7 @@ def stop_signal() -> Iterator[list[int]]:
     """Yield a list to which SIGINT or SIGTERM is added, so that the loop saves and stops. A second signal stops at once."""
     received_signals: list[int] = []
 
-    def on_signal(number: int, frame: Any) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if received_signals:
             raise KeyboardInterrupt
         received_signals.append(number)

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import psutil
 import torch
@@ -28,8 +28,9 @@ from rich.text import Text
 from fastsd.config.schema import LogTable
 from fastsd.config.stages import ENDLESS
 from fastsd.console import Console
+from fastsd.run.folder import LogRow
 from fastsd.run.sinks import Sink, open_sinks
-from fastsd.run.validation import format_line
+from fastsd.run.validation import ValidationRow, format_line
 
 
 class TrainReport:
@@ -49,7 +50,7 @@ class TrainReport:
         self.timing = _reopen(run / "timing.jsonl", step)
         if (run / "validation.jsonl").exists():
             _reopen(run / "validation.jsonl", step or -1).close()  # the measurement before step 1 is repeated
-        self.sinks = open_sinks(run, table, step)
+        self.sinks = open_sinks(run, table, step, console)
         self._failed_sinks = set[str]()
         self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
         self.saved_at = saved_at
@@ -65,7 +66,7 @@ class TrainReport:
     def saved(self) -> None:
         self.saved_at = time.time()
 
-    def row(self, values: dict[str, Any], timing: dict[str, float]) -> None:
+    def row(self, values: LogRow, timing: dict[str, float]) -> None:
         """Write the row of one log interval to the files and to the console line."""
         try:
             for file, entry in ((self.log, values), (self.timing, {"step": values["step"], **timing})):
@@ -90,7 +91,7 @@ class TrainReport:
                     self._failed_sinks.add(sink.name)
                     self.console.warn(f"{sink.name} not written: {type(error).__name__}: {error}; training continues")
 
-    def validation(self, rows: list[dict[str, Any]]) -> None:
+    def validation(self, rows: list[ValidationRow]) -> None:
         """Write the validation rows (see `validation.py`) that were measured after a step."""
         step = rows[0]["step"]
         scalars = {}
@@ -109,7 +110,7 @@ class TrainReport:
         self._send(lambda sink: sink.scalars(scalars, step))
         self.console.echo(f"validation at step {step}: {format_line(rows)}")
 
-    def rows(self, stage: str) -> list[dict[str, Any]]:
+    def rows(self, stage: str) -> list[LogRow]:
         """Read the rows logged so far for a stage."""
         lines = (self.run / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return [row for row in map(json.loads, lines) if row["stage"] == stage]
@@ -134,12 +135,12 @@ class TrainReport:
         self._send(lambda sink: sink.close())
 
 
-def _json(values: dict[str, Any]) -> str:
+def _json(values: dict[str, object]) -> str:
     """Encode one row. JSON cannot represent numbers that are not finite, so these become null."""
     return json.dumps(_finite(values), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -147,7 +148,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _line(values: dict[str, Any], timing: dict[str, float], saved_at: float | None) -> str:
+def _line(values: LogRow, timing: dict[str, float], saved_at: float | None) -> str:
     lr = f"lr {values['lr']:.3g}"
     if values.get("d") is not None:
         lr = f"d*lr {values['d'] * values['lr']:.3g} (d {values['d']:.3g})"

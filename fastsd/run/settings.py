@@ -71,7 +71,7 @@ def combinations(words: Sequence[str]) -> list[dict[str, tuple[str, Any]]]:
     return [dict(zip(values_by_key, chosen_values, strict=True)) for chosen_values in products]
 
 
-def setting_text(value: Any) -> str:
+def setting_text(value: object) -> str:
     """Format a setting's value as JSON, except that text has no quotes unless it is empty, and None is `UNSET`."""
     if value is None:
         return UNSET

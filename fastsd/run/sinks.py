@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from fastsd.config.schema import LogTable
+from fastsd.console import Console
 from fastsd.errors import UserError
 
 
@@ -18,7 +20,7 @@ class Sink(Protocol):
 
     name: str
 
-    def scalars(self, values: Mapping[str, Any], step: int) -> None: ...
+    def scalars(self, values: Mapping[str, object], step: int) -> None: ...
     def image(self, name: str, image: Image.Image, step: int) -> None: ...
     def close(self) -> None: ...
 
@@ -31,7 +33,7 @@ class TensorBoard:
 
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
-    def scalars(self, values: Mapping[str, Any], step: int) -> None:
+    def scalars(self, values: Mapping[str, object], step: int) -> None:
         for name, value in values.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._writer.add_scalar(name, value, step)
@@ -55,7 +57,7 @@ class WeightsAndBiases:
             ) from None
         self._run = wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")
 
-    def scalars(self, values: Mapping[str, Any], step: int) -> None:
+    def scalars(self, values: Mapping[str, object], step: int) -> None:
         self._run.log(dict(values), step=step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
@@ -65,7 +67,23 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def open_sinks(run: Path, table: LogTable, step: int) -> list[Sink]:
-    """Open the sinks of a config for a run that has done `step` steps. Raises UserError if wandb is not installed."""
-    sinks: list[Sink] = [TensorBoard(run, step)] if table.tensorboard else []
-    return sinks + ([WeightsAndBiases(run, table.wandb)] if table.wandb else [])
+def open_sinks(run: Path, table: LogTable, step: int, console: Console) -> list[Sink]:
+    """Open the sinks of a config for a run that has done `step` steps. One that cannot be opened is left out, with a warning.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+    openers: list[tuple[str, Callable[[], Sink]]] = []
+    if table.tensorboard:
+        openers.append((TensorBoard.name, partial(TensorBoard, run, step)))
+    if table.wandb:
+        openers.append((WeightsAndBiases.name, partial(WeightsAndBiases, run, table.wandb)))
+    sinks = []
+    for name, open_sink in openers:
+        try:
+            sinks.append(open_sink())
+        except UserError:
+            raise
+        except Exception as error:
+            console.warn(f"{name} not opened: {type(error).__name__}: {error}; training continues without it")
+    return sinks

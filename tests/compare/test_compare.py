@@ -362,7 +362,7 @@ def test_redrawn_samples_equal_those_of_the_run(trained, tmp_path):
             cells = [np.asarray(sheet.crop(box(side, r, c))) for c in range(4)]
             assert np.array_equal(cells[2 * r], samples[prompt, 0])
             assert not any(np.array_equal(cells[2 * r], cells[c]) for c in range(4) if c != 2 * r)
-    drawn = draw.draw_checkpoints(runs[1], runs[1].config.sample, tmp_path / "drawn", lambda line: None)
+    drawn = draw.draw_checkpoints(runs[1], runs[1].config.sample, tmp_path / "drawn", Console(quiet=True))
     assert [(g.stage, g.step) for g in drawn] == [("unet", 2), ("unet", 4)]
     for redrawn, stored in zip(drawn, runs[1].grids[1:], strict=True):
         assert np.array_equal(redrawn.whole(), stored.whole())

@@ -51,7 +51,7 @@ class RecordingSink:
 def test_a_sink_that_fails_warns_once_and_harms_nothing_else(method, plain, tmp_path, monkeypatch):
     path, folder, _ = plain
     sinks = RecordingSink("first", method), RecordingSink("second")
-    monkeypatch.setattr(report, "open_sinks", lambda run, table, step: list(sinks))
+    monkeypatch.setattr(report, "open_sinks", lambda *args: list(sinks))
     failing, text = run(path, f"run={tmp_path / 'run'}")
     warnings = pattern("sink-failed", sink="first", error="RuntimeError", reason=f"{method} failed").findall(text)
     assert len(warnings) == 1 and not says(text, "sink-failed", sink="second")
@@ -60,6 +60,17 @@ def test_a_sink_that_fails_warns_once_and_harms_nothing_else(method, plain, tmp_
     assert [call[1:3] for call in sinks[1].calls if call[0] == "image"] == [(n, "samples/stage-1") for n in (0, 4, 7)]
     assert sinks[1].calls[-1] == ("close",)
     assert same(final(failing), final(folder)) and (failing / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
+
+
+def test_a_sink_that_cannot_be_opened_is_left_out(plain, tmp_path, monkeypatch):
+    def init(**settings):
+        raise ConnectionError("offline")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    path, folder, _ = plain
+    offline, text = run(path, f"run={tmp_path / 'run'}", "log.wandb=project")
+    assert says(text, "sink-not-opened", sink="Weights & Biases", error="ConnectionError", reason="offline")
+    assert same(final(offline), final(folder))
 
 
 def test_weights_and_biases_gets_the_rows(plain, tmp_path, monkeypatch):
