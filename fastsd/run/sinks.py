@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,9 @@ from PIL import Image
 from fastsd.config.schema import LogTable
 from fastsd.console import Console
 from fastsd.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Sink(Protocol):
@@ -29,20 +32,32 @@ class TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, run: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        self._folder = str(run / "tensorboard")
+        self._writer: SummaryWriter | None = None
+        self._open(step + 1)
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+    def _open(self, step: int) -> SummaryWriter:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self._folder, purge_step=step)
+        return self._writer
 
     def scalars(self, values: Mapping[str, object], step: int) -> None:
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._writer.add_scalar(name, value, step)
+        try:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._open(step).add_scalar(name, value, step)
+        except OSError:  # it has ended the writer's thread, so the next row needs another writer
+            self._writer = None
+            raise
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        self._open(step).add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
 
 class WeightsAndBiases:

@@ -1,7 +1,11 @@
 """Reports of a run: sinks that fail, model-FLOP utilisation, and traces that the user requests."""
 
+import errno
 import json
+import os
 import sys
+import time
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +15,12 @@ from sentences import pattern, says
 from tiny import job
 
 from fastsd.config.schema import ModelTable
+from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import forward_flops
 from fastsd.plan.gpu_specs import GpuSpec, find_gpu, gpu_of
 from fastsd.run import log, loop, report
+from fastsd.run.sinks import TensorBoard
 
 STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 7\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\nsample_every = 4\n'
 
@@ -24,6 +30,14 @@ def plain(tmp_path_factory, tiny_model, images):
     """The config, folder and output of a run without sinks, traces or a known peak."""
     path = job(tmp_path_factory.mktemp("plain"), tiny_model, images, STAGE)
     return path, *run(path)
+
+
+def test_text_is_written_as_it_is():
+    text = "[bold] :smile: 1 of 2\n" + "long " * 40
+    console = Console(file=StringIO(), width=20)
+    console.echo(text)
+    console.warn(text)
+    assert console.file.getvalue() == f"{text}\n! {text}\n"
 
 
 class RecordingSink:
@@ -60,6 +74,28 @@ def test_a_sink_that_fails_warns_once_and_harms_nothing_else(method, plain, tmp_
     assert [call[1:3] for call in sinks[1].calls if call[0] == "image"] == [(n, "samples/stage-1") for n in (0, 4, 7)]
     assert sinks[1].calls[-1] == ("close",)
     assert same(final(failing), final(folder)) and (failing / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_continues_after_a_full_disk(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def fail(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    board = TensorBoard(tmp_path, 0)
+    board.scalars({"loss": 1.0}, 1)
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(RecordWriter, "write", fail)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            for step in range(2, 100):
+                board.scalars({"loss": 1.0}, step)
+                time.sleep(0.01)  # the error is one of another thread
+    board.scalars({"loss": 0.5}, 100)
+    board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("loss")[-1].step == 100 and events.Scalars("loss")[-1].value == 0.5
 
 
 def test_a_sink_that_cannot_be_opened_is_left_out(plain, tmp_path, monkeypatch):
