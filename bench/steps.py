@@ -44,6 +44,7 @@ from verdicts import step_table, time_by_kind
 from fastsd.bench import baselines, counters, options, suites
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable
+from fastsd.console import STDOUT
 from fastsd.data.loader import Batch
 from fastsd.errors import UserError
 from fastsd.model.model import Model
@@ -172,7 +173,7 @@ def whole_steps(setting: Setting, names: tuple[str, ...], setup: Setup) -> list[
             notes.append("skipped: baseline compiled, because compiling for a CPU takes minutes")
         elif baselines.attempt(name, notes, partial(baselines.require, name)):
             available.append(name)
-    _, figures = suites.bench_step(setup.bench_options(setting, available), partial(print, flush=True))
+    _, figures = suites.bench_step(setup.bench_options(setting, available), STDOUT)
     notes += figures["misses"]
     columns = ("img_per_s", "tflop_per_s", "mfu", "peak_gb", "held_gb", "launches", "host_waits", "times", "ms", "first_loss")
     shared = {"optimizer": setting.optimizer, "batch": setting.batch, "switches": figures["settings"]["switches"]}
