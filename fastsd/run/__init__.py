@@ -2,7 +2,8 @@
 
 loop, run, stage_start                        the sequence of a run
 position, training_data, saving, evaluation   the objects a run consists of
-log, report, header, cost, validation         its output and measurements
+log, report, sinks, header, cost, validation  its output and measurements
+profiler                                      traces that the user requests
 checkpoint, restart, export, model_card       the files it writes and resumes from
 folder, settings                              readers of run folders and configs, for other commands
 """

@@ -58,7 +58,7 @@ class Saving:
             keep: True if the checkpoint must never be deleted.
         """
         self.position.mark_done(done=done)
-        progress = self.position.progress
+        progress, console = self.position.progress, self.report.console
         folder = self.folder / "checkpoints"
         later_stages = self.config.stage[progress.stage + 1 :]
         carried = bool(later_stages) and later_stages[0].state == "carry"
@@ -71,7 +71,7 @@ class Saving:
             adapters = {name: component.state(ADAPTER) for name, component in components.items()} if self.model.lora else None
             path = checkpoint.save(folder, progress, self.model, weights, self.changed, state, adapters)
         except OSError as error:
-            self.report.console.warn(
+            console.warn(
                 f"checkpoint at step {progress.step} not saved to {folder}: {error.strerror or error}; "
                 "training continues and earlier checkpoints are kept"
             )
@@ -87,8 +87,6 @@ class Saving:
             if done:
                 self.cost.record(progress)
         except OSError as error:
-            self.report.console.warn(
-                f"{path.name} saved, but not recorded in {self.folder}: {error.strerror}; training continues"
-            )
+            console.warn(f"{path.name} saved, but not recorded in {self.folder}: {error.strerror}; training continues")
         checkpoint.retain(folder, step.stage.keep_checkpoints, self.kept)
         return True
