@@ -32,7 +32,7 @@ from fastsd.model.formats.load import load_text, load_vae, locate
 from fastsd.model.shapes import SD15_VAE
 from fastsd.model.text_encoder import assemble, ids_of
 from fastsd.model.vae import SD15_SCALING_FACTOR, Vae
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
 from fastsd_kernels import Ops
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
@@ -148,7 +148,6 @@ def bench_cache(options: BenchOptions, config: Config, console: Console) -> Figu
     """Measure images per second from JPEG files to latents, by pipeline step. Time our VAE encoder in turn with diffusers'."""
     device = choose_device(config.device)
     ops = choose_ops(config.kernels, device)
-    set_precision(config.cache.precision)
     vae = load_vae(config.model, ops=ops) if options.config else _random_vae(ops, small=options.small)
     vae.to(device, COMPUTE_DTYPE[config.cache.precision])
     gpu = device.type == "cuda"
@@ -156,7 +155,7 @@ def bench_cache(options: BenchOptions, config: Config, console: Console) -> Figu
     batch = config.cache.batch if gpu or options.small or options.config else 1
     size = config.data.resolution
     console.echo(f"{counters.device_name(device)}, kernels {ops.name}, {config.cache.precision}, {size} px, batch {batch}")
-    with tempfile.TemporaryDirectory(prefix="fastsd-bench-") as folder:
+    with precision_switches(config.cache.precision), tempfile.TemporaryDirectory(prefix="fastsd-bench-") as folder:
         _write_images(Path(folder) / "images", count)
         data = DataTable(folders=[str(Path(folder) / "images")], resolution=size)
         cache = config.cache.model_copy(update={"dir": str(Path(folder) / "cache"), "batch": batch})

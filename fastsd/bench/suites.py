@@ -41,7 +41,7 @@ from fastsd.model.shapes import forward_flops
 from fastsd.model.unet import UNet
 from fastsd.storage import replace_file
 from fastsd.train.memory import saved_for_backward_bytes
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, describe_ops, set_precision
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, describe_ops, precision_switches
 
 SUITES = Path(__file__).resolve().parents[2] / "bench"
 
@@ -99,23 +99,23 @@ def bench_step(options: BenchOptions, console: Console) -> Figures:
         raise UserError("bench-trains-other", f"{problem}; add 'stage.0.train=[\"unet\"]'")
     names = _choose_fitting(options, target, warnings)
     stage, inputs = target.stage, _inputs(options, target, warnings)
-    switches = set_precision(stage.precision, inputs.model.unet, target.config.deterministic)
-    graph = "CUDA graph" if inputs.graph else "no graph"
-    console.echo(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
-    batch = f"batch {stage.batch} ({stage.micro_batch_size} per forward)"
-    stage_summary = f"{batch}, checkpointing {stage.checkpointing}, {stage.optimizer}"
-    console.echo(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
+    with precision_switches(stage.precision, inputs.model.unet, deterministic=target.config.deterministic) as switches:
+        graph = "CUDA graph" if inputs.graph else "no graph"
+        console.echo(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
+        batch = f"batch {stage.batch} ({stage.micro_batch_size} per forward)"
+        stage_summary = f"{batch}, checkpointing {stage.checkpointing}, {stage.optimizer}"
+        console.echo(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
 
-    rows, turns = list[dict[str, Any]](), dict[str, timing.TimedCall]()
-    for candidate in baselines.candidates(inputs, names, warnings):
-        row = baselines.attempt(candidate.name, warnings, partial(timing.first_steps, candidate, target.device))
-        if row:
-            rows.append(row)
-            turns[candidate.name] = candidate.step, candidate.turn
+        rows, turns = list[dict[str, Any]](), dict[str, timing.TimedCall]()
+        for candidate in baselines.candidates(inputs, names, warnings):
+            row = baselines.attempt(candidate.name, warnings, partial(timing.first_steps, candidate, target.device))
+            if row:
+                rows.append(row)
+                turns[candidate.name] = candidate.step, candidate.turn
 
-    count = options.steps or (20 if target.device.type == "cuda" else 5)
-    order = timing.in_turns(turns, count, target.device)
-    rate = counters.matmul_rate(target.device, stage.precision, small=options.small)
+        count = options.steps or (20 if target.device.type == "cuda" else 5)
+        order = timing.in_turns(turns, count, target.device)
+        rate = counters.matmul_rate(target.device, stage.precision, small=options.small)
     flops = 3 * stage.batch * forward_flops(target.cfg, target.side)
     for row in rows:
         counters.put_times(row, order, rows[0])
@@ -224,7 +224,6 @@ def bench_memory(options: BenchOptions, console: Console) -> Figures:
         advice = "use a smaller --batch or --size, or --small"
         raise UserError("bench-memory-memory", f"bench memory needs about {amounts}; {advice}")
 
-    set_precision(target.stage.precision)
     with target.device:
         unet = UNet(target.cfg, target.ops)
         baseline = baselines.diffusers_unet(unet, target.device).to(dtype)
@@ -234,8 +233,9 @@ def bench_memory(options: BenchOptions, console: Console) -> Figures:
     rows: list[dict[str, Any]] = []
 
     def measure(name: str, level: str, module: torch.nn.Module, predict: Callable[[], Tensor]) -> None:
-        saved_bytes = saved_for_backward_bytes(predict, module)
-        peak = counters.rise(lambda: predict().float().square().mean().backward(), target.device)
+        with precision_switches(target.stage.precision):
+            saved_bytes = saved_for_backward_bytes(predict, module)
+            peak = counters.rise(lambda: predict().float().square().mean().backward(), target.device)
         module.zero_grad()
         rows.append({"name": name, "checkpointing": level, "kept_mb": saved_bytes / images / 1e6, "peak_mb": peak / 1e6})
 

@@ -23,7 +23,7 @@ from fastsd.data.sources import folders
 from fastsd.data.tokens import Tokens
 from fastsd.errors import UserError
 from fastsd.model.formats.load import load_text, load_tokenizer, load_vae, locate
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
 
 REASONS = 8  # most rejection reasons to print
 
@@ -39,7 +39,6 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     device = choose_device(config.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    set_precision(config.cache.precision)
     vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])
     vae_name = config.model.vae or config.model.base
     scaling = f"scaling factor {vae.scaling_factor:g}"
@@ -51,7 +50,7 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
         console.echo(f"note: {error}")
 
     start_time = time.perf_counter()
-    with progress(console) as report_progress:
+    with precision_switches(config.cache.precision), progress(console) as report_progress:
         counts = build.build_cache(config, vae, report_progress, console.echo)
         if tokenizer:
             _cache_tokens(config, counts.view, tokenizer, console)

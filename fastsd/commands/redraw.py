@@ -44,7 +44,7 @@ from fastsd.run.folder import resolve_model
 from fastsd.sampling.generate import BATCH, check_steps, denoise, load_to_sample, to_image
 from fastsd.storage import TEMPORARY, flush_folder, replace_file, write_bytes
 from fastsd.train.objective import alphas_cumprod
-from fastsd.train.precision import choose_device, set_precision
+from fastsd.train.precision import choose_device, precision_switches
 from fastsd_kernels import noise
 
 SETTINGS_FILE = "redraw.json"
@@ -92,7 +92,7 @@ def redraw(
             _claim(out, _settings(table, config, latents, start, precision))
             method = "from pure noise" if start is None else f"noised to timestep {start}" if start else "decoded unchanged"
             console.echo(f"{table.base}: {num_images} of {len(latents)} images cached in {config.cache.dir}, {method}")
-            with progress(console) as report_progress:
+            with precision_switches(precision, model.unet if model else None), progress(console) as report_progress:
                 redrawer = _Redrawer(config, latents, vae, model, start)
                 num_drawn = redrawer.write(out, _batches(latents, selected), num_images, report_progress)
         except OSError as error:
@@ -123,7 +123,6 @@ def _table(base: str, table: ModelTable) -> ModelTable:
 def _load(table: ModelTable, config: Config, start: int | None, precision: str, device: str) -> tuple[Model | None, Vae]:
     """Load the model and the VAE that decodes. The model is None if latents are only decoded."""
     if start == 0:
-        set_precision(precision)
         return None, load_vae(table).to(choose_device(device), torch.float32)
     model = load_to_sample(table, device, precision)
     timesteps = len(alphas_cumprod(model.scheduler))

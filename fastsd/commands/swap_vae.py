@@ -43,7 +43,7 @@ from fastsd.run.model_card import untrained, write_card
 from fastsd.run.validation import aggregate
 from fastsd.storage import new_folder, write_text
 from fastsd.train.objective import alphas_cumprod
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
 from fastsd_kernels.noise import Purpose, permutation, philox
 
 FITS = ("plain", "orthogonal", "affine", "kernel")
@@ -95,11 +95,10 @@ def swap_vae(
     record: dict[str, Any] = {"base": base, "vae": vae, "vae_scaling_factor": new_vae.scaling_factor, "fit": "plain"}
     if images:
         record |= {"images": str(images), "seed": seed, "precision": precision}
-        with progress(console) as report_progress:
-            new_vae.to(compute_device, torch.float32)
+        new_vae.to(compute_device, torch.float32)
+        model.unet.to(compute_device, COMPUTE_DTYPE[precision])
+        with progress(console) as report_progress, precision_switches(precision, model.unet):
             pairs = _encode(model, new_vae, sources, limit, seed, resolution, report_progress)
-            model.unet.to(compute_device, COMPUTE_DTYPE[precision])
-            set_precision(precision, model.unet)
             results = _Alignment(model, pairs, seed, report_progress).compare(edge_layers)
         if not math.isfinite(results["own"].loss["loss"]):
             raise UserError("swap-base-not-finite", f"BASE is {base!r}, which predicts non-finite values; download it again")

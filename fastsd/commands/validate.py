@@ -23,7 +23,7 @@ from fastsd.model.vae import Vae
 from fastsd.run.folder import resolve_model
 from fastsd.run.validation import Validation, ValidationRow, format_table
 from fastsd.storage import replace_file
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
 from fastsd.train.trainable import compute_weight
 
 
@@ -57,11 +57,15 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     model = load_merged(model_table, choose_ops(config.kernels, device))
 
     vae_name = model_table.vae or base
-    with latents_of(vae_name, config, model.vae) as latents, _text_embeddings(config, latents, model, console) as text_embeds:
+    model.unet.to(device)
+    with (
+        latents_of(vae_name, config, model.vae) as latents,
+        _text_embeddings(config, latents, model, console) as text_embeds,
+        precision_switches(precision, model.unet, deterministic=config.deterministic) as switches,
+    ):
         for module in [model.unet] + ([] if text_embeds else [model.text.module]):
             for parameter in module.to(device).parameters():
                 parameter.data = compute_weight(parameter.data, COMPUTE_DTYPE[precision])
-        switches = set_precision(precision, model.unet, config.deterministic)
         loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], text_embeddings=text_embeds)
         validation = Validation(model, loader, choose_splits(latents, config), table)
         console.echo(f"{base}, {switches}\n{validation}")

@@ -26,6 +26,7 @@ class Model:
     Attributes:
         notes: messages for the user about this model, one sentence each.
         lora: the settings of the model's adapters (`fastsd/model/lora.py`), or None without adapters.
+        precision: precision in which `generate` computes; "" = that of PyTorch's current switches, as in a run.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Model:
     scheduler: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     lora: LoraTable | None = None
+    precision: str = ""
 
     @property
     def prediction(self) -> str:

@@ -17,6 +17,7 @@ from fastsd.run.profiler import Profiler
 from fastsd.run.run import Run, open_run
 from fastsd.run.stage_start import start_stage
 from fastsd.run.triggers import Triggers
+from fastsd.train.precision import precision_switches
 
 
 def train(config: Config, console: Console = STDOUT, *, export: bool = True) -> None:
@@ -32,15 +33,17 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True) -> 
             run.console.warn(warning)
         for index in range(run.position.progress.stage, len(config.stage)):
             if not run.position.finished(index):
-                train_stage(run, index, received_signals)
+                precision = config.stage[index].precision
+                with precision_switches(precision, run.model.unet, deterministic=config.deterministic) as switches:
+                    train_stage(run, index, switches, received_signals)
         if export:
             export_run(run)
 
 
-def train_stage(run: Run, index: int, received_signals: list[int]) -> None:
+def train_stage(run: Run, index: int, switches: str, received_signals: list[int]) -> None:
     """Train one stage to its end. After each step, profile, log, validate, sample and save a checkpoint if they are due."""
     stage, position = run.config.stage[index], run.position
-    train_step = start_stage(run, index)
+    train_step = start_stage(run, index, switches)
     log, triggers = Log(run, train_step, index), Triggers(run, index)
     initial = position.progress
     end_image = initial.stage_images + train_step.total * stage.batch

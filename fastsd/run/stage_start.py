@@ -8,15 +8,14 @@ from fastsd.model.shapes import Shapes
 from fastsd.plan.plan import SCRATCH, plan_stage
 from fastsd.run.report import free_memory
 from fastsd.run.run import Run
-from fastsd.train.precision import set_precision
 from fastsd.train.step import Step
 
 _STATE_TEXT = {"reset": "reset", "carry": "carried over from the previous stage"}
 
 
-def start_stage(run: Run, index: int) -> Step:
+def start_stage(run: Run, index: int, switches: str) -> Step:
     """Create the step of a stage, and load the optimizer state into it: that of the checkpoint if the run was in the middle of
-    the stage, or that of the previous stage if the config carries it over.
+    the stage, or that of the previous stage if the config carries it over. `switches` describes the precision, for a message.
 
     Raises:
         UserError: the stage does not fit into the device's memory.
@@ -24,7 +23,6 @@ def start_stage(run: Run, index: int) -> Step:
     config, stage, name = run.config, run.config.stage[index], run.config.stage_name(index)
     resumed = run.position.begin(index)
     run.model.unet.checkpointing = stage.checkpointing
-    switches = set_precision(stage.precision, run.model.unet, config.deterministic)
     state = f"; optimizer state: {_STATE_TEXT[stage.state]}" if index else ""
     run.console.echo(f"{name}: {switches}{state}")
 

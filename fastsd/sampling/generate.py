@@ -9,6 +9,7 @@ Shapes: B images, C latent channels, H x W latent positions, L tokens, D width o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.model import Model
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
 from fastsd_kernels import noise
 
 BATCH = 8  # images per UNet call; guidance doubles it
@@ -31,7 +32,7 @@ def load_to_sample(table: ModelTable, device: str = "auto", precision: str = "fp
     model = load_merged(table, choose_ops("auto", target_device))
     for module in (model.unet, model.text.module):
         module.to(target_device, COMPUTE_DTYPE[precision])
-    set_precision(precision, model.unet)
+    model.precision = precision
     model.vae.to(target_device, torch.float32)
     return model
 
@@ -54,12 +55,13 @@ def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], table: 
     images: list[Image.Image] = []
     side = size // model.vae.downscale
     device = model.unet.conv_in.weight.device
-    for start in range(0, len(prompts), BATCH):
-        rows = slice(start, start + BATCH)
-        positions_B = torch.tensor(seeds[rows], device=device)
-        eps_BCHW = noise.normal(0, noise.Purpose.SAMPLE, positions_B, (model.unet.cfg.in_channels, side, side))
-        latents = denoise(model, prompts[rows], eps_BCHW, seeds[rows], table)
-        images += [to_image(image) for image in model.vae.decode(latents)]
+    with precision_switches(model.precision, model.unet) if model.precision else nullcontext():
+        for start in range(0, len(prompts), BATCH):
+            rows = slice(start, start + BATCH)
+            positions_B = torch.tensor(seeds[rows], device=device)
+            eps_BCHW = noise.normal(0, noise.Purpose.SAMPLE, positions_B, (model.unet.cfg.in_channels, side, side))
+            latents = denoise(model, prompts[rows], eps_BCHW, seeds[rows], table)
+            images += [to_image(image) for image in model.vae.decode(latents)]
     return images
 
 

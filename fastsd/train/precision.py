@@ -9,6 +9,10 @@ Norm statistics, softmax, loss and optimizer arithmetic are fp32 in all three.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 from fastsd.errors import UserError
@@ -18,6 +22,7 @@ from fastsd_kernels.cpu_optimizers import problem as cpu_problem
 from fastsd_kernels.launch import INTERPRETED
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+_FP32_MODE = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}
 
 
 def choose_device(name: str) -> torch.device:
@@ -60,22 +65,27 @@ def describe_ops(ops: Ops) -> str:
     return f"{ops.name} ({reason}: optimizer steps are several times slower)" if reason else ops.name
 
 
-def set_precision(precision: str, unet: UNet | None = None, deterministic: bool = True) -> str:
+@contextmanager
+def precision_switches(precision: str, unet: UNet | None = None, *, deterministic: bool = True) -> Iterator[str]:
+    """Set PyTorch's switches as `set_precision` does, and restore them at the end. Yield a description of the settings."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _switches(precision, deterministic=deterministic)]
+    try:
+        yield set_precision(precision, unet, deterministic=deterministic)
+    finally:
+        for switch in before:
+            setattr(*switch)
+
+
+def set_precision(precision: str, unet: UNet | None = None, *, deterministic: bool = True) -> str:
     """Set PyTorch's switches and the UNet's attention precision for its device. Return a short description of the settings.
 
     Args:
         precision: "fp32", "tf32" or "bf16".
         deterministic: use the same cuDNN algorithms in every run, for exact resume; False = time them and use the fastest.
     """
-    fp32_mode = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = fp32_mode
-    torch.backends.cudnn.conv.fp32_precision = fp32_mode  # type: ignore[attr-defined]
-    torch.backends.mkldnn.matmul.fp32_precision = fp32_mode  # type: ignore[attr-defined]
-    torch.backends.mkldnn.conv.fp32_precision = fp32_mode  # type: ignore[attr-defined]
-    # If a bf16 matmul is split over K, its partial sums stay fp32.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic
+    fp32_mode = _FP32_MODE[precision]
+    for switch in _switches(precision, deterministic=deterministic):
+        setattr(*switch)
     settings = f"{precision} (fp32 matmuls and convolutions: {fp32_mode}{'' if deterministic else ', cuDNN benchmark mode'})"
     if unet is None:
         return settings
@@ -86,3 +96,16 @@ def set_precision(precision: str, unet: UNet | None = None, deterministic: bool 
         attention = "tf32x3"
     unet.set_attention_precision(attention)
     return f"{settings[:-1]}, attention: {attention})"
+
+
+def _switches(precision: str, *, deterministic: bool) -> list[tuple[object, str, object]]:
+    """Return PyTorch's switches as (object, attribute, value)."""
+    backends: Any = torch.backends
+    products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    return [
+        *((product, "fp32_precision", _FP32_MODE[precision]) for product in products),
+        # If a bf16 matmul is split over K, its partial sums stay fp32.
+        (backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+        (backends.cudnn, "deterministic", deterministic),
+        (backends.cudnn, "benchmark", not deterministic),
+    ]

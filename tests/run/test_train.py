@@ -359,7 +359,7 @@ def test_no_device_value_is_read_between_log_rows(tmp_path, tiny_model, images):
     config = load_config(job(tmp_path, tiny_model, images, TWO_STAGES))
     cache(config, Console(file=StringIO()))
     with open_run(config, Console(file=StringIO())) as opened:
-        step = start_stage(opened, 0)
+        step = start_stage(opened, 0, "")
         batch = opened.data.loader(0).batch(0, 6)
         with NoReading():
             for i in range(3):

@@ -229,7 +229,7 @@ def test_validation_is_reproducible(uninterrupted, tmp_path, tiny_model, images)
     path = job(tmp_path, tiny_model, images, STAGE)
     config = load_config(path, [*OVERRIDES])
     with open_run(config, Console(file=StringIO())) as opened_run:
-        step, loader = start_stage(opened_run, 0), opened_run.data.loader(0)
+        step, loader = start_stage(opened_run, 0, ""), opened_run.data.loader(0)
         validation = opened_run.evaluation.validation
         rows, weights = validation.rows(), step.components["unet"].master_hi.clone()
         assert rows == validation.rows() == rows_at(uninterrupted[1], 0)
@@ -299,7 +299,7 @@ def test_ema_weights_are_measured_and_removed_again(precision, tmp_path, tiny_mo
         rows = measure(tmp_path / name, config)
         assert [{key: row[key] for key in MEASURED} for row in rows] == last_rows(folder, weights)
     with open_run(load_config(path, [*OVERRIDES, "stage.one.until=8"], precision), Console(file=StringIO())) as opened_run:
-        unet = start_stage(opened_run, 0).components["unet"]
+        unet = start_stage(opened_run, 0, "").components["unet"]
         before, weight = unet.master_hi.clone(), unet.weights[0]
         with pytest.raises(KeyError), unet.averaged():
             expected = unet.ema if precision == "fp32" else split_master(unet.ema)[0]
