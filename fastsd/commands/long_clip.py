@@ -9,7 +9,8 @@ from fastsd.config.schema import ModelTable
 from fastsd.config.stages import COMPONENTS
 from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
-from fastsd.model.formats.load import component_state_dict, load_model, write_component, write_rest
+from fastsd.model.formats.adapters import load_merged
+from fastsd.model.formats.load import component_state_dict, write_component, write_rest
 from fastsd.model.text_encoder import stretch
 from fastsd.storage import new_folder, write_text
 
@@ -24,7 +25,7 @@ def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", console: C
     """
     if out.exists():
         raise UserError("out-exists", f"OUT is {str(out)!r}, which already exists; choose a new folder")
-    model = load_model(ModelTable(base=base, tokenizer=tokenizer))
+    model = load_merged(ModelTable(base=base, tokenizer=tokenizer))
     window = model.text.window
     try:
         stretch(model.text.module, tokens, KEPT)

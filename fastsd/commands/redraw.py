@@ -37,7 +37,7 @@ from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.captions import select
 from fastsd.errors import Stopped, UserError
-from fastsd.model.formats.load import load_vae
+from fastsd.model.formats.load import load_vae, table_of
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
 from fastsd.run.folder import resolve_model
@@ -80,7 +80,7 @@ def redraw(
         Stopped: the user pressed Ctrl-C. The images drawn so far remain.
     """
     start_time = time.perf_counter()
-    table = _table(resolve_model(name), config.model)
+    table = table_of(resolve_model(name), config.model)
     model, vae = _load(table, config, start, precision, device or config.device)
     cache = closing(_any_latents(table, config, vae)) if start is None else latents_of(table.base, config, vae)
 
@@ -108,16 +108,6 @@ def redraw(
     counts = f"{num_drawn} drawn now, {num_images - num_drawn} already existed"
     console.echo(f"{num_images} images in {out}: {counts} ({seconds:.1f} s)")
     return num_drawn
-
-
-def _table(base: str, table: ModelTable) -> ModelTable:
-    """Describe the model with its own VAE. The config has the caption settings, and everything that a single file lacks."""
-    if not Path(base).is_file():
-        revision = table.revision if base == table.base else ""
-        return ModelTable(base=base, revision=revision, clip_skip=table.clip_skip, chunks=table.chunks)
-    factor = None if table.vae else table.vae_scaling_factor  # it belongs to model.vae, which may be another VAE
-    changes = {"base": base, "vae": "", "vae_scaling_factor": factor, "tokenizer": table.tokenizer or table.base, "lora": None}
-    return table.model_copy(update=changes)
 
 
 def _load(table: ModelTable, config: Config, start: int | None, precision: str, device: str) -> tuple[Model | None, Vae]:

@@ -36,15 +36,15 @@ from fastsd.data.sources import folders
 from fastsd.data.sources.image import DataSource, Rejected
 from fastsd.errors import UserError
 from fastsd.model import align
-from fastsd.model.formats.load import component_state_dict, load_model, load_vae, write_component, write_rest
+from fastsd.model.formats.adapters import load_merged
+from fastsd.model.formats.load import component_state_dict, load_vae, write_component, write_rest
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
 from fastsd.run.model_card import untrained, write_card
-from fastsd.run.validation import aggregate
+from fastsd.run.validation import Strata, aggregate
 from fastsd.storage import new_folder, write_text
-from fastsd.train.objective import alphas_cumprod
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
-from fastsd_kernels.noise import Purpose, permutation, philox
+from fastsd_kernels.noise import Purpose, permutation
 
 FITS = ("plain", "orthogonal", "affine", "kernel")
 FEWEST = 8  # least number of images for a fit
@@ -85,7 +85,7 @@ def swap_vae(
     sources = _images(images) if images else []
     compute_device = choose_device(device)
     table = ModelTable(base=base, tokenizer=tokenizer)
-    model = load_model(table, choose_ops("auto", compute_device))
+    model = load_merged(table, choose_ops("auto", compute_device))
     new_vae = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)
     _check_vaes(model.vae, new_vae, vae, aligning=bool(images))
     _print_changes(console, model, new_vae)
@@ -299,8 +299,8 @@ class _Alignment:
     """Computes and measures the fits. The UNet of `model` is on its device, in the precision of the measurement."""
 
     def __init__(self, model: Model, pairs: _Pairs, seed: int, report_progress: ProgressCallback) -> None:
-        self.model, self.pairs, self.seed, self.report_progress = model, pairs, seed, report_progress
-        self.abar_T = alphas_cumprod(model.scheduler)
+        self.model, self.pairs, self.report_progress = model, pairs, report_progress
+        self.strata = Strata(model, STRATA, seed, Purpose.ALIGNMENT)
         self.fit_index_N, self.measure_index_N = pairs.indices(measuring=False), pairs.indices(measuring=True)
         self.start_time, self.done = time.perf_counter(), 0
         self.total = len(self.fit_index_N) + (1 + len(FITS)) * len(self.measure_index_N)
@@ -311,7 +311,7 @@ class _Alignment:
         fit_pairs, measure_pairs = (
             align.Pairs(self.pairs.x_NCHW[i], self.pairs.y_NDHW[i]) for i in (self.fit_index_N, self.measure_index_N)
         )
-        schedule = align.Schedule.of(self.abar_T, self.model.prediction)
+        schedule = align.Schedule.of(self.strata.abar_T, self.model.prediction)
         results = {"own": _Measured(edge_layers, loss=self._loss(edge_layers, self.pairs.x_NCHW))}
         fits = [align.fit_plain(*fit_pairs.channels)]
         fits += [fit(fit_pairs, schedule) for fit in (align.fit_orthogonal, align.fit_affine, align.fit_kernel)]
@@ -328,43 +328,27 @@ class _Alignment:
         align.put(self.model.unet, align.reading_features(edge_layers))
         columns = edge_layers["conv_out.weight"][0].numel() + len(edge_layers["conv_out.weight"])
         moments = align.Moments(columns, self.model.unet.conv_in.weight.device)
-        for features_BFHW, target_BDHW in self._forwards(self.fit_index_N, self.pairs.y_NDHW):
-            for features_FHW, target_DHW in zip(features_BFHW, target_BDHW, strict=True):  # only one image's patches in memory
-                moments.add(torch.cat([align.patches(features_FHW[None]), target_DHW.flatten(1).T], dim=1))
+        for batch in self._batches(self.fit_index_N, self.pairs.y_NDHW):
+            for features_BFHW, target_BDHW in self.strata.forwards(*batch):
+                for features_FHW, target_DHW in zip(features_BFHW, target_BDHW, strict=True):  # one image's patches in memory
+                    moments.add(torch.cat([align.patches(features_FHW[None]), target_DHW.flatten(1).T], dim=1))
         return align.refit_last(edge_layers, moments)
 
     def _loss(self, edge_layers: align.EdgeLayers, latents_NCHW: Tensor) -> dict[str, float]:
         align.put(self.model.unet, edge_layers)
-        errors = [
-            (predicted.double() - target.double()).square().flatten(1).mean(1)
-            for predicted, target in self._forwards(self.measure_index_N, latents_NCHW)
-        ]
-        batches = [torch.stack(errors[i : i + STRATA], dim=1) for i in range(0, len(errors), STRATA)]
-        metrics = aggregate(torch.cat(batches).tolist(), self._stratum_bounds(), STRATA)
+        errors = [self.strata.errors(*batch) for batch in self._batches(self.measure_index_N, latents_NCHW)]
+        metrics = aggregate(torch.cat(errors).tolist(), self.strata.bounds, STRATA)
         return {"loss": metrics["loss"], "se": metrics["se"]}
 
-    def _forwards(self, index_N: Tensor, latents_NCHW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (UNet output, target) in fp32 for each batch. A batch is repeated for each timestep stratum."""
-        unet, prediction = self.model.unet, self.model.prediction
-        device = unet.conv_in.weight.device
-        tables = self.abar_T.sqrt().to(device), (1 - self.abar_T).sqrt().to(device)
-        bounds = torch.tensor(self._stratum_bounds())
+    def _batches(self, index_N: Tensor, latents_NCHW: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield batches of latents, text embeddings and image numbers, the arguments of `Strata.forwards`."""
+        device = self.model.unet.conv_in.weight.device
         for index_B in index_N.split(BATCH):
-            latents_BCHW, text_embeds_BLD = latents_NCHW[index_B].to(device), self.pairs.text_embeds_NLD[index_B].to(device)
-            random_BS4 = philox(self.seed, Purpose.ALIGNMENT, self.pairs.numbers_N[index_B], torch.arange(STRATA))
-            t_BS = bounds[:-1] + (random_BS4[..., 0] * bounds.diff() >> 32)
-            position_BS = random_BS4[..., 1] << 32 | random_BS4[..., 2]
-            for t_B, position_B in zip(t_BS.T.to(device), position_BS.T.to(device), strict=True):
-                noise_args = latents_BCHW, position_B, t_B, *tables, self.seed
-                noisy_BCHW, target_BCHW = unet.ops.add_noise(*noise_args, prediction=prediction)
-                yield unet(noisy_BCHW, t_B, text_embeds_BLD).float(), target_BCHW
+            text_embeds_BLD = self.pairs.text_embeds_NLD[index_B].to(device)
+            yield latents_NCHW[index_B].to(device), text_embeds_BLD, self.pairs.numbers_N[index_B]
             self.done += len(index_B)
             speed = self.done / (time.perf_counter() - self.start_time)
             self.report_progress(CacheProgress("measure", self.done, self.total, speed))
-
-    def _stratum_bounds(self) -> list[int]:
-        """Return the first timestep of each stratum, and the number of timesteps."""
-        return [stratum * len(self.abar_T) // STRATA for stratum in range(STRATA + 1)]
 
 
 def _reasons(rejected: Mapping[str, int]) -> str:

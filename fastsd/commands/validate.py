@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastsd.config.schema import Config, ModelTable
+from fastsd.config.schema import Config
 from fastsd.console import STDOUT, Console
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
@@ -18,6 +18,7 @@ from fastsd.data.text_embeddings import TextEmbeddings
 from fastsd.data.validation_split import choose_splits
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_merged
+from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
 from fastsd.run.folder import resolve_model
@@ -53,7 +54,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
         )
     device, precision = choose_device(config.device), config.stage[-1].precision
     base = resolve_model(name)
-    model_table = _table(base, config.model)
+    model_table = config.model if _same_model(base, config.model.base) else table_of(base, config.model)
     model = load_merged(model_table, choose_ops(config.kernels, device))
 
     vae_name = model_table.vae or base
@@ -82,16 +83,8 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     return rows
 
 
-def _table(base: str, table: ModelTable) -> ModelTable:
-    """Describe the model: the config's base as in the config, any other model with its own VAE. A folder stores everything but
-    caption settings. A file lacks the tokenizer, the prediction type and the VAE's scaling factor."""
-    if base == table.base:
-        return table
-    changes: dict[str, Any] = {"base": base, "vae": "", "revision": ""}
-    if Path(base).is_file():
-        factor = None if table.vae else table.vae_scaling_factor  # it belongs to model.vae, which may be another VAE
-        return table.model_copy(update=changes | {"tokenizer": table.tokenizer or table.base, "vae_scaling_factor": factor})
-    return table.model_copy(update=changes | {"tokenizer": "", "prediction": "", "zero_snr": None, "vae_scaling_factor": None})
+def _same_model(name: str, other: str) -> bool:
+    return name == other or (os.path.exists(name) and os.path.exists(other) and os.path.samefile(name, other))
 
 
 @contextmanager

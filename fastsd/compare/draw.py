@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from pydantic import ValidationError
@@ -16,6 +15,7 @@ from fastsd.config.config_errors import sentence
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.console import Console
 from fastsd.errors import UserError
+from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
 from fastsd.run.checkpoint import checkpoints
 from fastsd.run.folder import Grid
@@ -44,10 +44,8 @@ class DrawSource:
     folder: Path
 
     def load(self, clip_skip: int | None) -> Model:
-        overrides: dict[str, Any] = {"base": str(self.folder), "vae": "", "tokenizer": "", "vae_scaling_factor": None}
-        if clip_skip is not None:
-            overrides["clip_skip"] = clip_skip
-        return load_to_sample(self.run.config.model.model_copy(update=overrides))
+        table = table_of(str(self.folder), self.run.config.model)
+        return load_to_sample(table if clip_skip is None else table.model_copy(update={"clip_skip": clip_skip}))
 
 
 def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastsd.config.schema import Config, dump_config
 from fastsd.console import Console
 from fastsd.model.formats.adapters import load_to_train
+from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
 from fastsd.model.select import changed_components, parameter_count, selected
 from fastsd.run import checkpoint
@@ -127,11 +128,8 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
 
 
 def _load_model(config: Config, ops: Ops, newest: Path | None) -> Model:
-    table = config.model
-    if newest:
-        # The checkpoint is a complete model, so the base is no longer needed.
-        table = table.model_copy(update={"base": str(newest), "vae": "", "tokenizer": "", "vae_scaling_factor": None})
-    return load_to_train(table, ops, config.seed, newest)
+    # A checkpoint is a complete model, so the base is no longer needed.
+    return load_to_train(table_of(str(newest), config.model) if newest else config.model, ops, config.seed, newest)
 
 
 def _count_parameters(config: Config, index: int, model: Model) -> int:

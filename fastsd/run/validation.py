@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
 from fastsd.config.schema import ValidateTable
 from fastsd.data.loader import Loader
@@ -39,6 +42,53 @@ from fastsd_kernels.noise import Purpose, philox
 
 # {"set", "weights", "loss", "se", "bands": [[first timestep, last + 1, loss, se], ...], "items": hash, "each": [m_i, ...]}
 ValidationRow = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Strata:
+    """Equal strata of a model's timesteps. Each image is measured at one timestep per stratum, with its own noise.
+
+    Args:
+        model: on its device, in any precision.
+        count: the number of strata.
+        seed, purpose: with an image's identity, they determine its timesteps and noise.
+    """
+
+    model: Model
+    count: int
+    seed: int
+    purpose: Purpose
+
+    @cached_property
+    def abar_T(self) -> Tensor:
+        return alphas_cumprod(self.model.scheduler)
+
+    @property
+    def bounds(self) -> list[int]:
+        """The first timestep of each stratum, and the number of timesteps."""
+        return [stratum * len(self.abar_T) // self.count for stratum in range(self.count + 1)]
+
+    def draw(self, identity_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a timestep and a noise position for each stratum and image, both int64 (S, B)."""
+        bounds = torch.tensor(self.bounds)[:, None]
+        words = philox(self.seed, self.purpose, identity_B, torch.arange(self.count)).transpose(0, 1)
+        t_SB = bounds[:-1] + (words[..., 0] * bounds.diff(dim=0) >> 32)
+        return t_SB, words[..., 1] << 32 | words[..., 2]
+
+    def forwards(self, latents_BCHW: Tensor, text_embeds_BLD: Tensor, identity_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the UNet's output and its target, both fp32 (B, C, H, W), for each stratum. Latents are scaled."""
+        unet, device = self.model.unet, latents_BCHW.device
+        tables = self.abar_T.sqrt().to(device), (1 - self.abar_T).sqrt().to(device)
+        for t_B, position_B in zip(*(tensor.to(device) for tensor in self.draw(identity_B)), strict=True):
+            noise_args = latents_BCHW, position_B, t_B, *tables, self.seed
+            noisy_BCHW, target_BCHW = unet.ops.add_noise(*noise_args, prediction=self.model.prediction)
+            yield unet(noisy_BCHW, t_B, text_embeds_BLD).float(), target_BCHW
+
+    def errors(self, latents_BCHW: Tensor, text_embeds_BLD: Tensor, identity_B: Tensor) -> Tensor:
+        """Return the mean squared errors, fp64 (B, S)."""
+        forwards = self.forwards(latents_BCHW, text_embeds_BLD, identity_B)
+        errors = [(output.double() - target.double()).square().flatten(1).mean(1) for output, target in forwards]
+        return torch.stack(errors, dim=1)
 
 
 class Validation:
@@ -56,28 +106,27 @@ class Validation:
 
     def __init__(self, model: Model, loader: Loader, sets: ValidationSplits, table: ValidateTable) -> None:
         self.model, self.loader, self.sets, self.table = model, loader, sets, table
-        self._abar_T = alphas_cumprod(model.scheduler)
-        timesteps, strata = len(self._abar_T), table.bands * table.per_band
-        if strata > timesteps:
+        self._strata = Strata(model, table.bands * table.per_band, table.seed, Purpose.VALIDATION)
+        timesteps = len(self._strata.abar_T)
+        if self._strata.count > timesteps:
             raise UserError(
                 "validate-bands",
-                f"validate.bands * validate.per_band is {table.bands} * {table.per_band} = {strata}, but the model has "
-                f"{timesteps} timesteps; lower one of them",
+                f"validate.bands * validate.per_band is {table.bands} * {table.per_band} = {self._strata.count}, but the model "
+                f"has {timesteps} timesteps; lower one of them",
             )
-        self._bounds = [stratum * timesteps // strata for stratum in range(strata + 1)]
         self._batches = {name: self._split(samples) for name, samples in sets.measured.items()}
 
     def __str__(self) -> str:
         sizes = " and ".join(f"{len(samples)} {name.replace('_', '-')}" for name, samples in self.sets.measured.items())
         left_out = len(self.sets.left_out)
         copies = f" ({left_out} not trained on, with duplicates)" if left_out > self.table.held_out else ""
-        timesteps = f"{len(self._bounds) - 1} timesteps per image ({self.table.bands} bands)"
+        timesteps = f"{self._strata.count} timesteps per image ({self.table.bands} bands)"
         return f"{sizes} images{copies}, {timesteps}: {self.forwards} forwards"
 
     @property
     def forwards(self) -> int:
         """Number of UNet forwards needed to measure one set of weights."""
-        return sum(map(len, self._batches.values())) * (len(self._bounds) - 1)
+        return sum(map(len, self._batches.values())) * self._strata.count
 
     @torch.no_grad()
     def rows(self, components: Iterable[TrainableComponent] = ()) -> list[ValidationRow]:
@@ -100,40 +149,26 @@ class Validation:
         for name, batches in self._batches.items():
             errors_nS = [errors_S for batch in batches for errors_S in self._errors(batch)]
             per_image = [math.fsum(errors_S) / len(errors_S) for errors_S in errors_nS]
-            metrics = aggregate(errors_nS, self._bounds, self.table.per_band)
+            metrics = aggregate(errors_nS, self._strata.bounds, self.table.per_band)
             rows.append({"set": name, "weights": weights, **metrics, "items": self._hash(batches), "each": per_image})
         return rows
 
     def _hash(self, batches: Sequence[np.ndarray]) -> str:
         """Hash the timesteps and noise positions of all samples in order. They depend on the samples, so the hash does too."""
-        arrays = [tensor.numpy().tobytes() for batch in batches for tensor in self._draw(batch)]
+        arrays = [tensor.numpy().tobytes() for batch in batches for tensor in self._strata.draw(self._identities(batch))]
         return xxhash.xxh3_64_hexdigest(b"".join(arrays))
 
     def _errors(self, samples: np.ndarray) -> list[list[float]]:
         """Return the mean squared errors of a batch at each stratum's timestep, (B, S)."""
-        model, table, device = self.model, self.table, self.model.unet.conv_in.weight.device
+        model, device = self.model, self.model.unet.conv_in.weight.device
         raw_BCHW, text = (tensor.to(device) for tensor in self.loader.load_unaugmented(samples))
         latents_BCHW = model.vae.scale(raw_BCHW.float())
         text_embeds_BLD = text if text.ndim == 3 else model.text.encode(text)  # cached embeddings, or token ids
-        t_SB, position_SB = (tensor.to(device) for tensor in self._draw(samples))
+        return self._strata.errors(latents_BCHW, text_embeds_BLD, self._identities(samples)).tolist()
 
-        tables = self._abar_T.sqrt().to(device), (1 - self._abar_T).sqrt().to(device)
-        errors = []
-        for t_B, position_B in zip(t_SB, position_SB, strict=True):  # one stratum at a time
-            noise_args = latents_BCHW, position_B, t_B, *tables, table.seed
-            noisy_BCHW, target_BCHW = model.unet.ops.add_noise(*noise_args, prediction=model.prediction)
-            error_BCHW = model.unet(noisy_BCHW, t_B, text_embeds_BLD).double() - target_BCHW.double()
-            errors.append(error_BCHW.square().flatten(1).mean(1))
-        return torch.stack(errors, dim=1).tolist()
-
-    def _draw(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a timestep and a noise position for each sample and stratum, both int64 (S, B)."""
+    def _identities(self, samples: np.ndarray) -> Tensor:
         cache = self.loader.cache
-        bounds = torch.tensor(self._bounds)[:, None]
-        identity_B = torch.tensor([int(identities(cache, self.table, sample, sample + 1)[0]) for sample in samples.tolist()])
-        words = philox(self.table.seed, Purpose.VALIDATION, identity_B, torch.arange(len(bounds) - 1)).transpose(0, 1)
-        t_SB = bounds[:-1] + (words[..., 0] * bounds.diff(dim=0) >> 32)
-        return t_SB, words[..., 1] << 32 | words[..., 2]
+        return torch.tensor([int(identities(cache, self.table, sample, sample + 1)[0]) for sample in samples.tolist()])
 
     def _split(self, samples: np.ndarray) -> list[np.ndarray]:
         """Group samples by shape into batches of at most `validate.batch`."""

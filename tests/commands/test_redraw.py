@@ -3,7 +3,6 @@
 import io
 import json
 from contextlib import closing
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -208,15 +207,6 @@ def test_latents_of_another_size_are_refused(data, redrawn, tmp_path, tiny_model
     files, err = redrawn("out", key, code=2)
     assert says(err, "redraw-downscale", **fields) and not files
     assert len(redrawn("out", f"model.vae={tiny_model}", "--limit", 1)[0]) == 3
-
-
-def test_config_supplies_settings_the_model_does_not_store(tmp_path):
-    table = ModelTable(base="b", vae="v", vae_scaling_factor=0.13, clip_skip=1, chunks=2, prediction="v_prediction")
-    assert redraw._table("m", table) == ModelTable(base="m", clip_skip=1, chunks=2)
-    file = str(tmp_path / "m.safetensors")
-    Path(file).touch()
-    kept = {"clip_skip": 1, "chunks": 2, "prediction": "v_prediction"}
-    assert redraw._table(file, table) == ModelTable(base=file, tokenizer="b", **kept)
 
 
 BAD_WORDS = [

@@ -4,19 +4,23 @@ import json
 import os
 import re
 import shutil
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from commandline import fastsd
+from rich.console import Console
 from runs import final, rewind, run, same
 from sentences import refused, says
-from tiny import job
+from tiny import job, tiny_vae
 
+from fastsd.commands.long_clip import long_clip
+from fastsd.commands.swap_vae import swap_vae
 from fastsd.config.schema import ModelTable, SampleTable, load_config
 from fastsd.model.formats.adapters import load_merged, load_to_train
-from fastsd.model.formats.load import load_model
+from fastsd.model.formats.load import component_state_dict, load_model
 from fastsd.model.shapes import Shapes
 from fastsd.model.weights import diffusers_state_dict
 from fastsd.plan.plan import plan_stage
@@ -104,6 +108,17 @@ def test_exported_model_and_lora_predict_like_the_checkpoint(uninterrupted):
     assert same(component_tensors(uninterrupted / "model")["unet"], diffusers_state_dict(merged.unet))
     images = [generate(m, ["a red circle"], [0], SampleTable(steps=2), 32)[0] for m in (merged, exported)]
     assert images[0].tobytes() == images[1].tobytes()
+
+
+def test_adapters_of_a_base_are_merged(uninterrupted, tmp_path):
+    newest = checkpoint.checkpoints(uninterrupted / "checkpoints")[-1]
+    merged = component_state_dict(load_merged(ModelTable(base=str(newest))), "unet")
+    assert same(component_state_dict(load_to_train(ModelTable(base=str(newest))), "unet"), merged)
+    tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
+    swap_vae(str(newest), str(tmp_path / "vae"), tmp_path / "swapped", console=Console(file=StringIO()))
+    long_clip(str(newest), tmp_path / "long", 99, reporter=str)
+    for name in ("swapped", "long"):
+        assert same(component_tensors(tmp_path / name)["unet"], merged)
 
 
 def test_ema_weights_are_exported(uninterrupted):

@@ -17,6 +17,7 @@ from tiny import job, make_tiny_model, tiny_vae, write_images
 
 from fastsd.commands.cache import cache
 from fastsd.commands.check import check
+from fastsd.commands.convert import convert
 from fastsd.commands.validate import validate
 from fastsd.config.schema import load_config
 from fastsd.console import Console
@@ -356,7 +357,19 @@ def test_single_file_and_folder_have_the_same_loss(tmp_path, images):
     path = job(tmp_path, tmp_path / "m", images, STAGE)
     config = load_config(path, [*OVERRIDES])
     cache(config, Console(file=StringIO()))
-    assert measure(tmp_path / "m", config) == measure(tmp_path / "m.safetensors", config)
+    rows = measure(tmp_path / "m", config)
+    assert measure(tmp_path / "m.safetensors", config) == rows
+    convert(str(tmp_path / "m"), tmp_path / "ours.safetensors", reporter=str)
+    keys = [*OVERRIDES, "model.prediction=v_prediction", f"model.tokenizer={tmp_path / 'm'}"]
+    config = load_config(job(tmp_path, tmp_path / "other", images, STAGE), keys)  # both know their own prediction type
+    assert measure(tmp_path / "m", config) == measure(tmp_path / "ours.safetensors", config) == rows
+
+
+def test_the_base_is_recognized_under_another_spelling(uninterrupted, tmp_path, tiny_model):
+    tiny_vae(seed=3).save_pretrained(tmp_path / "vae")
+    config = load_config(uninterrupted[0], [*OVERRIDES, f"model.vae={tmp_path / 'vae'}"])
+    cache(config, Console(file=StringIO()))
+    assert measure(f"{tiny_model}/", config) == measure(tiny_model, config)
 
 
 def test_a_model_with_another_vae_needs_its_latents(uninterrupted, tmp_path):

@@ -32,10 +32,12 @@ Averages = AdapterTensors  # the EMA of the parameters
 def load_to_train(table: ModelTable, ops: Ops = REFERENCE, seed: int = 0, checkpoint: Path | None = None) -> Model:
     """Load a model and add the adapters of `table.lora`, with values from a checkpoint, from `table.lora.file`, or new ones.
 
+    If there is no checkpoint to continue and `table.base` has adapters of its own, these are merged into its weights.
+
     Raises:
         UserError: as `load_model`; also if a target matches no layer, or a file holds other adapters.
     """
-    model = load_model(table, ops)
+    model = load_model(table, ops) if checkpoint else load_merged(table, ops)
     if table.lora is not None:
         from fastsd.model.formats.lora_weights import load_lora
         from fastsd.model.lora import add_lora

@@ -20,6 +20,7 @@ from fastsd.config.schema import ModelTable
 from fastsd.errors import UserError
 from fastsd.model.formats.fold_vae import factor_and_shift
 from fastsd.model.formats.model_source import ComponentFiles, find_tokenizer, locate, open_file, read_component, read_scheduler
+from fastsd.model.formats.single_file_layout import CONFIGS
 from fastsd.model.formats.write import write_component as write_tensors
 from fastsd.model.formats.write import write_pipeline
 from fastsd.model.model import SD15_SCHEDULER as SD15_SCHEDULER
@@ -66,6 +67,23 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
 
     scheduler, scheduler_notes = _load_scheduler(base, table)
     return Model(table.base, unet, text, vae, scheduler, notes + scheduler_notes)
+
+
+def table_of(base: str, config: ModelTable) -> ModelTable:
+    """Describe a model of the same family as a config's base: it has its own VAE, and what it does not store is as in `config`.
+
+    A folder stores everything but the settings of captions and adapters. A file lacks a tokenizer. If another program wrote it,
+    it also lacks the prediction type, the noise schedule and the VAE's scaling factor.
+    """
+    revision = config.revision if base == config.base else ""
+    changes: dict[str, Any] = {"base": base, "revision": revision, "vae": "", "tokenizer": ""}
+    stored: dict[str, Any] = {"prediction": "", "zero_snr": None, "vae_scaling_factor": None}
+    path = Path(base).expanduser()
+    if path.is_file():
+        changes["tokenizer"] = config.tokenizer or ("" if Path(config.base).expanduser().is_file() else config.base)
+        if path.suffix == ".safetensors" and CONFIGS not in open_file(path).metadata:
+            stored = {"vae_scaling_factor": None} if config.vae else {}  # the config's factor is that of its model.vae
+    return config.model_copy(update=changes | stored)
 
 
 def _open_component(base: Path, name: str, notes: list[str] | None = None) -> ComponentFiles | None:

@@ -9,7 +9,8 @@ from sentences import refused
 from tiny import make_tiny_model, tiny_vae
 
 from fastsd.config.schema import ModelTable, SampleTable
-from fastsd.model.formats.load import load_model, load_tokenizer, load_vae
+from fastsd.model.formats.load import load_model, load_tokenizer, load_vae, table_of
+from fastsd.model.formats.single_file_layout import CONFIGS
 from fastsd.model.unet import UNetConfig
 from fastsd.model.weights import diffusers_state_dict
 from fastsd.storage import read_safetensors, write_safetensors
@@ -53,6 +54,22 @@ def test_diffusers_loads_our_folder_and_draws_the_same_image(tiny_model):
     image = generate(model, ["a red circle"], [5], table, 32)[0]
     pixels = torch.tensor(list(image.getdata())).view(32, 32, 3).permute(2, 0, 1) / 255
     assert (pixels - expected).abs().max() <= 0.5 / 255 + 1e-4
+
+
+def test_config_supplies_settings_the_model_does_not_store(tmp_path):
+    config = ModelTable(base="b", vae="v", revision="r", clip_skip=1, chunks=2, prediction="v_prediction", zero_snr=True)
+    captions = {"clip_skip": 1, "chunks": 2}
+    assert table_of("m", config) == ModelTable(base="m", **captions)
+    assert table_of("b", config) == ModelTable(base="b", revision="r", **captions)
+    ours, other = tmp_path / "ours.safetensors", tmp_path / "other.safetensors"
+    write_safetensors(ours, {}, {CONFIGS: "{}"})
+    write_safetensors(other, {})
+    missing = {"prediction": "v_prediction", "zero_snr": True}
+    assert table_of(str(ours), config) == ModelTable(base=str(ours), tokenizer="b", **captions)
+    assert table_of(str(other), config) == ModelTable(base=str(other), tokenizer="b", **captions, **missing)
+    own_factor = ModelTable(base=str(ours), vae_scaling_factor=0.13)
+    assert table_of(str(other), own_factor) == ModelTable(base=str(other), vae_scaling_factor=0.13)
+    assert table_of(str(other), own_factor.model_copy(update={"vae": "v"})) == ModelTable(base=str(other))
 
 
 @pytest.fixture(scope="module")
