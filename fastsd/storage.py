@@ -218,11 +218,6 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def read_safetensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read all tensors whose names begin with `prefix`. Raise UserError if the file is damaged."""
-    return dict(TensorFile(path, prefix))
-
-
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
     """Return the position of a safetensors file's first data byte, and its header. Raise ValueError if the header is bad."""
     with open(path, "rb") as file:

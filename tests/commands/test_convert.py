@@ -11,6 +11,7 @@ from io import StringIO
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentences import refused, says
 from tiny import make_tiny_model, tiny_vae
 
@@ -24,7 +25,7 @@ from fastsd.model.shapes import SD15_TEXT, SD15_VAE
 from fastsd.model.unet import UNetConfig
 from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.model.weights import expected_tensors
-from fastsd.storage import TensorFile, read_safetensors, write_safetensors
+from fastsd.storage import TensorFile, write_safetensors
 
 FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -41,7 +42,7 @@ def converted(name, out, to="", **options):
 
 
 def states(folder):
-    return {name: read_safetensors(folder / file) for name, file in FILES.items()}
+    return {name: load_file(folder / file) for name, file in FILES.items()}
 
 
 def assert_same(a, b):
@@ -153,7 +154,7 @@ def test_dtype_variant_and_shards(model, tmp_path):
 
 def test_pickled_checkpoint_with_ema_and_other_entries(model, file, tmp_path):
     """The checkpoint has EMA weights under names without dots, entries of its trainer, and position ids."""
-    state = read_safetensors(file)
+    state = load_file(file)
     prefix = PREFIX["unet"]
     averages = {ema_name(name.removeprefix(prefix)): t * 2 for name, t in state.items() if name.startswith(prefix)}
     ids = {PREFIX["text_encoder"] + "text_model.embeddings.position_ids": torch.arange(77)[None]}
@@ -177,10 +178,10 @@ def test_checkpoint_that_names_its_trainers_class(file, tmp_path, monkeypatch):
         for parent in parents:
             patch.setitem(sys.modules, parent, types.ModuleType(parent))
         patch.setitem(sys.modules, name, trainer)
-        whole = {"state_dict": read_safetensors(file), "callbacks": {trainer.ModelCheckpoint: {"best": 1.0}}}
+        whole = {"state_dict": load_file(file), "callbacks": {trainer.ModelCheckpoint: {"best": 1.0}}}
         torch.save(whole, tmp_path / "old.ckpt")
     converted(tmp_path / "old.ckpt", tmp_path / "new.safetensors")
-    assert_equal(read_safetensors(file), read_safetensors(tmp_path / "new.safetensors"))
+    assert_equal(load_file(file), load_file(tmp_path / "new.safetensors"))
 
 
 def test_folders_of_pickled_weights(model, tmp_path):
@@ -188,7 +189,7 @@ def test_folders_of_pickled_weights(model, tmp_path):
     for component, name in FILES.items():
         path = tmp_path / "bin" / name
         stem = "pytorch_model" if component == "text_encoder" else "diffusion_pytorch_model"
-        torch.save(read_safetensors(path), path.with_name(f"{stem}.bin"))
+        torch.save(load_file(path), path.with_name(f"{stem}.bin"))
         path.unlink()
     with refused("only-pickled-weights"):
         load_model(ModelTable(base=str(tmp_path / "bin")))
@@ -273,7 +274,7 @@ def test_swapped_vae_in_one_file(model, tmp_path):
     vae = load_vae(ModelTable(base=str(tmp_path / "xl")))
     # A tool that does not know scaling factors reads the original names and assumes 0.18215.
     read_by_others = tiny_vae(groups=32, width=32)
-    state = {name: t for name, t in read_safetensors(tmp_path / "xl.safetensors").items() if name.startswith(PREFIX["vae"])}
+    state = {name: t for name, t in load_file(tmp_path / "xl.safetensors").items() if name.startswith(PREFIX["vae"])}
     _, named = single_file_layout.read_component(tmp_path, state, {}, "vae", [])
     read_by_others.load_state_dict({name: tensor.float() for name, tensor in named.items()})
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -288,7 +289,7 @@ def test_swapped_vae_in_one_file(model, tmp_path):
     lines = converted(tmp_path / "xl", tmp_path / "plain.safetensors", fold=False)
     assert any(line.startswith("warning: ") and "0.13025 not folded" in line for line in lines)
     # A VAE that replaced the folded one is not unfolded.
-    state, metadata = read_safetensors(tmp_path / "whole.safetensors"), TensorFile(tmp_path / "whole.safetensors").metadata
+    state, metadata = load_file(tmp_path / "whole.safetensors"), TensorFile(tmp_path / "whole.safetensors").metadata
     state[PREFIX["vae"] + "quant_conv.bias"] += 1
     write_safetensors(tmp_path / "baked.safetensors", state, metadata)
     lines = converted(tmp_path / "baked.safetensors", tmp_path / "baked", tokenizer=str(model))
@@ -303,7 +304,7 @@ def test_prediction_and_zero_snr_are_kept(model, tmp_path):
     scheduler |= {"timestep_spacing": "trailing", "_class_name": "DDIMScheduler"}
     path.write_text(json.dumps(scheduler))
     converted(tmp_path / "v", tmp_path / "v.safetensors")
-    state = read_safetensors(tmp_path / "v.safetensors")
+    state = load_file(tmp_path / "v.safetensors")
     assert state["v_pred"].numel() == state["ztsnr"].numel() == 0
     write_safetensors(tmp_path / "bare.safetensors", state)  # without our header
     for name in ("v", "bare"):
@@ -346,7 +347,7 @@ print(sum(kilobytes(maps, "Rss") for line in maps if line.rstrip().endswith("big
     assert process.returncode == 0, process.stderr
     allocation, resident = process.stdout.splitlines()
     assert allocation == "too much" and int(resident) < 80_000
-    assert read_safetensors(tmp_path / "half.safetensors")["big"].sum(dtype=torch.float64) == 40_000_000
+    assert load_file(tmp_path / "half.safetensors")["big"].sum(dtype=torch.float64) == 40_000_000
 
 
 def test_tokenizer_from_the_hubs_cache(model, file, tmp_path, monkeypatch):

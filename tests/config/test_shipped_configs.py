@@ -9,6 +9,7 @@ import pytest
 from environment import ROOT
 from PIL import Image
 from runs import same
+from safetensors.torch import load_file
 
 from fastsd.commands.cache import cache
 from fastsd.commands.check import check
@@ -23,7 +24,6 @@ from fastsd.demo.world import write_dataset
 from fastsd.model.formats.load import load_model
 from fastsd.run import checkpoint
 from fastsd.run.loop import train
-from fastsd.storage import read_safetensors
 
 SMALL = {
     "data.resolution": 32, "sample.prompts": ["a red circle"], "sample.images": 1, "sample.steps": 2, "sample.guidance": 2.0,
@@ -110,8 +110,8 @@ def test_check_passes_with_faked_folders(name, world):
 def test_xlsd(world):
     """Three stages with a swapped VAE are followed by a run with a longer text encoder."""
     run = world.train("xlsd", **{"model.vae": MODELS / "vae"})
-    texts = [read_safetensors(path / "text_encoder/model.safetensors") for path in stage_ends(run)]
-    unets = [read_safetensors(path / "unet/diffusion_pytorch_model.safetensors") for path in stage_ends(run)]
+    texts = [load_file(path / "text_encoder/model.safetensors") for path in stage_ends(run)]
+    unets = [load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in stage_ends(run)]
     assert same(unets[0], unets[1]) and not same(unets[1], unets[2])
     assert not same(texts[0], texts[1]) and same(texts[1], texts[2])
     assert {row["set"] for row in rows(run, "validation")} == {"held_out", "stabilised"}
@@ -129,7 +129,7 @@ def test_overtraining(world):
     unet, text = (world.train(f"overtrain-{trained}", **points) for trained in ("unet", "text"))
     assert rows(unet)[:4] == rows(text)[:4]
     for run, frozen in ((unet, "text_encoder/model"), (text, "unet/diffusion_pytorch_model")):
-        weights = [read_safetensors(path / f"{frozen}.safetensors") for path in stage_ends(run)]
+        weights = [load_file(path / f"{frozen}.safetensors") for path in stage_ends(run)]
         assert len(weights) == 3 and same(weights[0], weights[1]) and same(weights[1], weights[2])
         steps = [int(path.name[5:]) for path in checkpoint.checkpoints(run / "checkpoints")]
         assert steps == [1, 4, 5, 8, 9, 12]

@@ -84,9 +84,8 @@ def test_the_tokenizer_loads_without_the_text_encoder(tiny_model, monkeypatch, t
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 def test_stored_rows_equal_the_ids_of_the_tokenizer(tokenizer, tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(tokenize_captions, "_CHUNK", chunk)
-    cache, done = odd_cache(tmp_path), []
-    assert write_tokens(cache, tokenizer, done.append)
-    assert done[-1] == 40 and done == sorted(done)
+    cache = odd_cache(tmp_path)
+    write_tokens(cache, tokenizer)
     tokens = Tokens(cache, tokenizer, 77)
     for i, variants in enumerate(cache.all):
         rows = torch.stack([tokens.row(i, variant) for variant in range(len(variants))])
@@ -111,9 +110,11 @@ def test_existing_token_ids_are_not_written_again(tokenizer, tmp_path):
     write_tokens(cache, tokenizer)
     path = Tokens(cache, tokenizer, 77).path
     before = path.stat()
-    assert not write_tokens(cache, tokenizer) and path.stat().st_ino == before.st_ino
+    write_tokens(cache, tokenizer)
+    assert path.stat().st_ino == before.st_ino
     cache.sha256, cache.all = "2", cache.all[1:]
-    assert write_tokens(cache, tokenizer) and [file.name for file in path.parent.iterdir()] == [path.name]
+    write_tokens(cache, tokenizer)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert torch.equal(Tokens(cache, tokenizer, 77).row(0, 1), reference_ids(tokenizer, cache.all[0])[1])
 
 

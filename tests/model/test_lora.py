@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapters import BOTH, move, relative
+from safetensors.torch import load_file
 from sentences import LINES, refused
 from torch import nn
 from torch.func import functional_call
@@ -21,7 +22,7 @@ from fastsd.model.model import Model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import ADAPTER, diffusers_names, diffusers_state_dict
-from fastsd.storage import read_safetensors, write_safetensors
+from fastsd.storage import write_safetensors
 from fastsd_kernels import CPU, REFERENCE, TRITON
 
 ONE_LEVEL = replace(SMALL, block_out_channels=(16,), attention=(True,))
@@ -203,7 +204,7 @@ def test_file_size_of_sd15(tmp_path):
     size = (tmp_path / "lora.safetensors").stat().st_size
     print(f"{size / 1e6:.3f} MB")
     assert size == pytest.approx(3.2e6, rel=0.05)
-    assert len(read_safetensors(tmp_path / "lora.safetensors")) == 2 * 128
+    assert len(load_file(tmp_path / "lora.safetensors")) == 2 * 128
 
 
 @pytest.mark.parametrize("table", [LoraTable(), EVERYTHING], ids=["attention", "everything"])
@@ -297,7 +298,7 @@ def test_file_round_trip(tiny, tmp_path):
     path = "mid_block.attentions.0.transformer_blocks.0.attn1"
     ups = torch.arange(3 * 32 * 3.0).view(96, 3)
     write_lora(tmp_path / "c.safetensors", model, {"unet": {f"{path}.to_qkv.lora_B.default": ups}})
-    after, before = (read_safetensors(tmp_path / f"{name}.safetensors") for name in "ca")
+    after, before = (load_file(tmp_path / f"{name}.safetensors") for name in "ca")
     assert torch.equal(after.pop(f"unet.{path}.to_k.lora_B.weight"), ups[32:64])
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {f"unet.{path}.{name}.lora_B.weight" for name in ("to_q", "to_v")}
@@ -335,7 +336,7 @@ def test_reads_a_file_written_by_diffusers(tiny, tiny_model, tmp_path):
     layers = {f"{component}_lora_layers": get_peft_model_state_dict(module) for component, module in modules.items()}
     configs = {f"{component}_lora_adapter_metadata": m.peft_config["default"].to_dict() for component, m in modules.items()}
     pipe.save_lora_weights(tmp_path, weight_name="theirs.safetensors", **layers, **configs)
-    saved, tensors = (read_safetensors(tmp_path / f"{name}.safetensors") for name in ("theirs", "ours"))
+    saved, tensors = (load_file(tmp_path / f"{name}.safetensors") for name in ("theirs", "ours"))
     assert {name.replace("text_model.", "") for name in tensors} == {name.replace("text_model.", "") for name in saved}
     other = tiny(BOTH, seed=1)
     load_lora(other, tmp_path / "theirs.safetensors")
@@ -365,7 +366,7 @@ def test_files_that_do_not_fit_are_refused(tiny, tmp_path, change, settings, cod
     write_lora(original, tiny(BOTH))
     if change:
         path = tmp_path / "lora.safetensors"
-        write_safetensors(path, change(read_safetensors(original)))
+        write_safetensors(path, change(load_file(original)))
     model = tiny(BOTH.model_copy(update=settings), seed=2)
     before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
     with refused(code, **fields) as error:

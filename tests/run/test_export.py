@@ -12,6 +12,7 @@ import torch
 from commandline import fastsd
 from runs import run
 from safetensors import safe_open
+from safetensors.torch import load_file
 from sentences import refused, says
 from tiny import job, tiny_vae
 
@@ -24,7 +25,6 @@ from fastsd.run import checkpoint
 from fastsd.run import export as export_module
 from fastsd.run.export import bytes_of
 from fastsd.run.model_card import public_name, summarize, untrained, write_card
-from fastsd.storage import read_safetensors
 
 STAGES = """
 [[stage]]
@@ -78,7 +78,7 @@ def test_folder_and_single_file_have_the_same_weights(exported):
         for component in ("unet", "text_encoder"):
             for key, tensor in components[component].tensors.items():
                 assert torch.equal(file_components[component].tensors[key].read(), tensor.read().half()), key
-        assert all(t.dtype == torch.float16 for t in read_safetensors(file).values())
+        assert all(t.dtype == torch.float16 for t in load_file(file).values())
     newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert os.path.samefile(folder / "model" / weights, newest / weights)
@@ -168,7 +168,7 @@ def test_lora_is_exported_alone_and_merged(tmp_path, tiny_model, images):
     header = metadata(folder / "lora-ema.safetensors")
     assert header["modelspec.architecture"] == "stable-diffusion-v1/lora" and header["ss_network_module"] == "networks.lora"
     assert header["ss_network_dim"] == "2" and float(header["ss_network_alpha"]) == 1 and header["ss_steps"] == "2"
-    assert any(name.startswith("lora_unet_") for name in read_safetensors(folder / "lora.safetensors"))
+    assert any(name.startswith("lora_unet_") for name in load_file(folder / "lora.safetensors"))
     card = (folder / "model" / "README.md").read_text()
     assert "- lora\n" in card and says(card, "card-lora", rank=2, alpha=1, targets="attention")
     names = [*EXPORTED, "lora.safetensors", "lora-ema.safetensors"]
@@ -176,7 +176,7 @@ def test_lora_is_exported_alone_and_merged(tmp_path, tiny_model, images):
     run(folder.parent / "job.toml", *keys)
     assert exported_files(folder, names) == before
     run(folder.parent / "job.toml", *keys, "export.lora=peft")
-    assert all(".lora_" in name for name in read_safetensors(folder / "lora.safetensors"))
+    assert all(".lora_" in name for name in load_file(folder / "lora.safetensors"))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from commandline import fastsd
 from rich.console import Console
 from runs import final, rewind, run, same
+from safetensors.torch import load_file
 from sentences import refused, says
 from tiny import job, tiny_vae
 
@@ -26,7 +27,6 @@ from fastsd.model.weights import diffusers_state_dict
 from fastsd.plan.plan import plan_stage
 from fastsd.run import checkpoint
 from fastsd.sampling.generate import generate
-from fastsd.storage import read_safetensors
 
 STAGE = """
 [[stage]]
@@ -56,7 +56,7 @@ def uninterrupted(tmp_path_factory, tiny_model, images):
 
 
 def component_tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {path.parent.name: read_safetensors(path) for path in folder.glob("*/*.safetensors")}
+    return {path.parent.name: load_file(path) for path in folder.glob("*/*.safetensors")}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -67,10 +67,10 @@ def test_only_adapters_change_and_checkpoints_link_the_base(precision, tmp_path,
         assert all(same(component_tensors(path)[component], tensors) for path in paths)
     first_unet, last_unet = paths[0] / "unet", paths[-1] / "unet"
     assert all(os.path.samefile(first_unet / name, last_unet / name) for name in os.listdir(first_unet))
-    adapters = [read_safetensors(path / "lora.safetensors") for path in paths]
+    adapters = [load_file(path / "lora.safetensors") for path in paths]
     assert all(not same(a, b) for a, b in pairwise(adapters))
     assert {name.split(".")[0] for name in adapters[0]} == {"unet", "text_encoder"}
-    state = [name for name in read_safetensors(paths[-1] / "state.safetensors") if "/" in name]
+    state = [name for name in load_file(paths[-1] / "state.safetensors") if "/" in name]
     assert state and all(".lora_" in name for name in state)
     count = sum(tensor.numel() for tensor in adapters[0].values())
     assert says(text, "stage-length", stage="lora", parameters=f"{count:,}", steps=6)
@@ -122,9 +122,9 @@ def test_adapters_of_a_base_are_merged(uninterrupted, tmp_path):
 
 
 def test_ema_weights_are_exported(uninterrupted):
-    raw, averaged = (read_safetensors(uninterrupted / f"{name}.safetensors") for name in ("lora", "lora-ema"))
+    raw, averaged = (load_file(uninterrupted / f"{name}.safetensors") for name in ("lora", "lora-ema"))
     assert raw.keys() == averaged.keys() and not same(raw, averaged)
-    state = read_safetensors(checkpoint.checkpoints(uninterrupted / "checkpoints")[-1] / "state.safetensors")
+    state = load_file(checkpoint.checkpoints(uninterrupted / "checkpoints")[-1] / "state.safetensors")
     emas = [tensor for key, tensor in state.items() if "@ema/" in key]
     assert any(torch.equal(tensor, ema) for tensor in averaged.values() for ema in emas)
     assert not same(component_tensors(uninterrupted / "model")["unet"], component_tensors(uninterrupted / "model-ema")["unet"])
@@ -140,8 +140,8 @@ def test_training_starts_from_a_lora_file(uninterrupted, tmp_path, tiny_model, i
     file = uninterrupted / "lora.safetensors"
     keys = [f'model.lora={{rank=4, text_encoder=true, file="{file}"}}', "stage.lr=1e-30", "stage.until=1"]
     folder, _ = run(job(tmp_path, tiny_model, images, STAGE), *keys)
-    exported = read_safetensors(folder / "lora.safetensors")
-    assert all(torch.equal(tensor, exported[name]) for name, tensor in read_safetensors(file).items())
+    exported = load_file(folder / "lora.safetensors")
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in load_file(file).items())
 
 
 def test_other_commands_accept_a_run_with_adapters(uninterrupted, tmp_path, monkeypatch, capsys):

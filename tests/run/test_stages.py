@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import checkpoint_steps, final, rewind, rows_of, run, same
+from safetensors.torch import load_file
 from sentences import refused, says, sentence
 from tiny import job, make_tiny_model
 
@@ -22,7 +23,6 @@ from fastsd.model.select import GROUPS, reinitialise, selected
 from fastsd.model.weights import diffusers_names
 from fastsd.run import checkpoint
 from fastsd.run.dlion_monitor import DLionMonitor
-from fastsd.storage import read_safetensors
 from fastsd.train.optim import DLion
 from fastsd.train.schedule import Interval, ema_decay, learning_rate
 
@@ -99,7 +99,7 @@ def test_only_trained_parameters_change(train, precision, tmp_path, tiny_model, 
     folder, text = run(path, "sample.prompts=[]", precision=precision)
     changed, unchanged = set(), set()
     for component, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        before, after = (read_safetensors(root / component / f"{file}.safetensors") for root in (tiny_model, folder / "model"))
+        before, after = (load_file(root / component / f"{file}.safetensors") for root in (tiny_model, folder / "model"))
         for name in before:
             names = unchanged if torch.equal(before[name], after[name]) else changed
             names.add(f"{component}.{name.removeprefix('text_model.')}")
@@ -116,7 +116,7 @@ def test_only_trained_parameters_change(train, precision, tmp_path, tiny_model, 
 def test_frozen_parameters_have_no_optimizer_state(tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, LION.format(name="one", train='["unet.mid"]'))
     folder, _ = run(path, "sample.prompts=[]")
-    state = read_safetensors(checkpoint.checkpoints(folder / "checkpoints")[-1] / "state.safetensors")
+    state = load_file(checkpoint.checkpoints(folder / "checkpoints")[-1] / "state.safetensors")
     names = [name for name in state if "/" in name]
     assert names and all("mid_block" in name for name in names)
 
@@ -150,9 +150,7 @@ def test_parameters_are_reinitialised_once(tmp_path, tiny_model, images):
     run(path, "stage.until=1")
     resumed, text = run(path)
     assert not says(text, "parameters-reinitialised") and same(final(resumed), final(uninterrupted))
-    before, after = (
-        read_safetensors(root / "text_encoder/model.safetensors") for root in (tiny_model, uninterrupted / "model")
-    )
+    before, after = (load_file(root / "text_encoder/model.safetensors") for root in (tiny_model, uninterrupted / "model"))
     name = next(n for n in before if n.endswith("layers.1.mlp.fc1.weight"))
     assert not torch.equal(before[name], after[name])
 
@@ -285,9 +283,9 @@ def test_each_stage_starts_from_the_previous_weights(tmp_path, tiny_model, image
     ends = checkpoint.checkpoints(folder / "checkpoints")
     assert [path.name for path in ends] == ["step-00000003", "step-00000006", "step-00000009"]
 
-    unets = [read_safetensors(path / "unet/diffusion_pytorch_model.safetensors") for path in ends]
+    unets = [load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in ends]
     assert same(unets[0], unets[1]) and not same(unets[1], unets[2])
-    texts = [read_safetensors(path / "text_encoder/model.safetensors") for path in (tiny_model, *ends)]
+    texts = [load_file(path / "text_encoder/model.safetensors") for path in (tiny_model, *ends)]
     assert same(texts[0], texts[1]) and not same(texts[1], texts[2]) and same(texts[2], texts[3])
 
 

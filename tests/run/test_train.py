@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import checkpoint_steps, final, rewind, rows_of, run, same
+from safetensors.torch import load_file
 from sentences import refused, says
 from tiny import job
 
@@ -23,7 +24,6 @@ from fastsd.console import Console
 from fastsd.run import checkpoint, saving
 from fastsd.run.loop import train
 from fastsd.run.restart import lock
-from fastsd.storage import read_safetensors
 
 TWO_STAGES = """
 [[stage]]
@@ -131,7 +131,7 @@ def test_another_seed_gives_other_weights(uninterrupted, tmp_path, tiny_model, i
 
 def test_each_stage_changes_only_its_component(uninterrupted, tiny_model):
     def weights(folder, component):
-        return read_safetensors(next((folder / component).glob("*.safetensors")))
+        return load_file(next((folder / component).glob("*.safetensors")))
 
     first_end = uninterrupted / "checkpoints" / "step-00000008"
     last_end = checkpoint.checkpoints(uninterrupted / "checkpoints")[-1]
@@ -162,7 +162,7 @@ def test_bf16_trains_and_keeps_frozen_weights_exact(tmp_path, tiny_model, images
     # Exact masters use bits that bf16 weights do not have.
     assert any(not torch.equal(t, t.bfloat16().float()) for t in unet.values())
     last, file = checkpoint.checkpoints(folder / "checkpoints")[-1], "text_encoder/model.safetensors"
-    assert same(read_safetensors(last / file), read_safetensors(tiny_model / file))
+    assert same(load_file(last / file), load_file(tiny_model / file))
     (tmp_path / "fp32").mkdir()
     reference, _ = run(job(tmp_path / "fp32", tiny_model, images, UNTIL_6), precision="fp32")
     losses, fp32_losses = ([row["loss"] for row in rows_of(root)] for root in (folder, reference))
@@ -174,10 +174,10 @@ def test_precision_may_change_on_resume(tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, stage)
     folder, _ = run(path)
     rewind(folder, 2)
-    before = read_safetensors(folder / "checkpoints/step-00000002" / UNET)
+    before = load_file(folder / "checkpoints/step-00000002" / UNET)
     _, text = run(path, precision="bf16")
     assert says(text, "key-changed", key="stage.0.precision")
-    assert not same(before, read_safetensors(folder / "model" / UNET)) and len(rows_of(folder)) == 4
+    assert not same(before, load_file(folder / "model" / UNET)) and len(rows_of(folder)) == 4
 
 
 def test_training_continues_with_a_full_disk(tmp_path, tiny_model, images, monkeypatch):
@@ -256,7 +256,7 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped(tmp_path, tiny_mod
 
     monkeypatch.setattr(step_module.Objective, "loss", nan_in_third_step)
     folder, text = run(job(tmp_path, tiny_model, images, stage))
-    before, after = (read_safetensors(folder / f"checkpoints/step-0000000{n}" / UNET) for n in (2, 3))
+    before, after = (load_file(folder / f"checkpoints/step-0000000{n}" / UNET) for n in (2, 3))
     assert same(before, after)
     assert says(text, "steps-skipped", count=1, step=3)
     row = rows_of(folder)[2]

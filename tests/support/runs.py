@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
 from fastsd.console import Console
 from fastsd.run import checkpoint
 from fastsd.run.loop import train
-from fastsd.storage import read_safetensors
 
 
 def run(path: Path, *overrides: str, precision: str | None = None) -> tuple[Path, str]:
@@ -49,7 +49,7 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
     return {
         f"{path.relative_to(last)}:{name}": tensor
         for path in sorted(last.rglob("*.safetensors"))
-        for name, tensor in read_safetensors(path).items()
+        for name, tensor in load_file(path).items()
     }
 
 

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from runs import final, run, same
+from safetensors.torch import load_file
 from sentences import refused, says
 from step_inputs import OPTIMIZERS, Elsewhere, batches, stage_of
 from tiny import job, make_tiny_model
@@ -18,7 +19,6 @@ from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNetConfig
 from fastsd.plan.plan import plan_stage
 from fastsd.run import checkpoint
-from fastsd.storage import read_safetensors
 from fastsd.train.precision import choose_ops
 from fastsd.train.step import Step, StepInputs
 from fastsd.train.trainable import ALIGN, Layout, TrainableComponent
@@ -252,18 +252,18 @@ def test_ema_matches_its_formula_and_is_exported(tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, stage + "checkpoint_every = 1\nkeep_checkpoints = 9\n")
     folder, _ = run(path)
     name, file = "conv_in.weight", "unet/diffusion_pytorch_model.safetensors"
-    average = read_safetensors(tiny_model / file)[name].double()
+    average = load_file(tiny_model / file)[name].double()
     for step in checkpoint.checkpoints(folder / "checkpoints"):
-        average += 0.5 * (read_safetensors(step / file)[name].double() - average)
+        average += 0.5 * (load_file(step / file)[name].double() - average)
         torch.testing.assert_close(checkpoint.load_state(step)[f"unet@ema/{name}"].double(), average, rtol=1e-6, atol=1e-7)
-    exported = read_safetensors(folder / "model-ema" / file)
+    exported = load_file(folder / "model-ema" / file)
     assert torch.equal(exported[name], checkpoint.load_state(step)[f"unet@ema/{name}"])
     assert json.loads((folder / "model-ema" / "model_index.json").read_text())
     uninterrupted = final(folder)
     for later in checkpoint.checkpoints(folder / "checkpoints")[2:]:
         shutil.rmtree(later)
     run(path)
-    assert same(final(folder), uninterrupted) and same(read_safetensors(folder / "model-ema" / file), exported)
+    assert same(final(folder), uninterrupted) and same(load_file(folder / "model-ema" / file), exported)
 
 
 ACCUMULATED = {"optimizer": "dlion", "precision": "bf16", "micro_batch": 2, "grad_clip": 1.0, "ema": 0.9}

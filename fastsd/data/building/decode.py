@@ -61,14 +61,13 @@ def probe(data: bytes) -> tuple[int, int]:
         return (height, width) if _orientation(image)[2] else (width, height)
 
 
-def decode(data: bytes, place: Place, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> np.ndarray:
+def decode(data: bytes, place: Place, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
     """Decode an image file, resize it to `place.resized`, and crop `place.size` from that.
 
     Args:
         data: the whole file.
         place: resize and crop for the size that `probe` returns.
         crop: position of the crop in the image as displayed, from 0 (left, top) to 1 (right, bottom), rounded to pixels.
-        flip: swap left and right at the end.
 
     Returns:
         Contiguous uint8 (3, H, W), where `place.size` is (W, H).
@@ -76,8 +75,7 @@ def decode(data: bytes, place: Place, crop: tuple[float, float] = (0.5, 0.5), fl
     Raises:
         Rejected: as for `probe`, or the file is truncated or damaged.
     """
-    pixels = _decode_crop(data, place, crop, _rgb)
-    return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
+    return np.ascontiguousarray(_decode_crop(data, place, crop, _rgb))
 
 
 def decode_mask(data: bytes, place: Place, crop: tuple[float, float], cell: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -20,22 +19,18 @@ from fastsd.storage import TEMPORARY, flush_folder, safetensors_header
 _CHUNK = 1024  # samples whose captions are tokenized together
 
 
-def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], None] = lambda done: None) -> bool:
+def write_tokens(cache: LatentCache, tokenizer: Any) -> None:
     """Tokenize all captions of a cache, unless that has been done. Only one process at a time may call this.
 
     Args:
         tokenizer: transformers' CLIPTokenizer.
-        report: receives the number of samples done, after every chunk.
-
-    Returns:
-        True if the captions were tokenized by this call.
 
     Raises:
         OSError: the disk does not accept the file. No part of it is left behind.
     """
     with contextlib.suppress(UserError):
         Tokens(cache, tokenizer, 2)
-        return False
+        return
 
     key = tokenizer_hash(tokenizer)
     path = tokens_path(cache, key)
@@ -43,7 +38,7 @@ def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], Non
     path.parent.mkdir(exist_ok=True)
     try:
         with open(temporary, "w+b") as file:
-            id_count = _write_content(file, cache, tokenizer, report)
+            id_count = _write_content(file, cache, tokenizer)
             signed_dtype = {2: torch.int16, 4: torch.int32}[id_dtype(tokenizer)().itemsize]
             metadata = {"fastsd": TOKENS_FORMAT, "view": cache.sha256, "tokenizer": key, "sha256": content_hash(file)}
             shapes = {"offsets": (torch.int64, (len(cache) + 1,)), "ids": (signed_dtype, (id_count,))}
@@ -58,10 +53,9 @@ def write_tokens(cache: LatentCache, tokenizer: Any, report: Callable[[int], Non
         temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
-    return True
 
 
-def _write_content(file: Any, cache: LatentCache, tokenizer: Any, report: Callable[[int], None]) -> int:
+def _write_content(file: Any, cache: LatentCache, tokenizer: Any) -> int:
     """Write both tensors chunk by chunk. Return the number of token ids, including END."""
     dtype, samples, done = id_dtype(tokenizer), len(cache), 0
     end, ids_start = np.iinfo(dtype).max, HEADER_BYTES + 8 * (samples + 1)
@@ -78,5 +72,4 @@ def _write_content(file: Any, cache: LatentCache, tokenizer: Any, report: Callab
         file.seek(ids_start + done * ids.itemsize)
         file.write(ids)
         done += len(ids)
-        report(first + len(variants))
     return done

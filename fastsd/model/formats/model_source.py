@@ -75,13 +75,11 @@ class ModelSource:
     notes: list[str] = field(default_factory=list)
 
 
-def open_source(
-    name: str, field: str = "IN", revision: str = "", *, pickled: bool = False, ema: bool = False, tokenizer: str = ""
-) -> ModelSource:
+def open_source(name: str, revision: str = "", *, pickled: bool = False, ema: bool = False, tokenizer: str = "") -> ModelSource:
     """Find a model and check that its tensors match its configs. Their values are not read.
 
     Args:
-        name: a folder, a file or a hub id. Error messages call it `field`. `revision` belongs to the hub id.
+        name: a folder, a file or a hub id. Error messages call it IN. `revision` belongs to the hub id.
         pickled: also read `.ckpt` and `.bin` files.
         ema: use the EMA weights of the UNet in a single file that has both.
         tokenizer: a folder or hub id that has one; "" = the model's own, or CLIP's from the hub's cache.
@@ -90,10 +88,10 @@ def open_source(
         UserError: the model does not exist, or it is not a complete model of the SD1.5 family.
     """
     notes: list[str] = []
-    base = locate(name, field, revision, pickled=pickled)
+    base = locate(name, "IN", revision, pickled=pickled)
     file = open_file(base, notes) if base.is_file() else None
     if ema and file is None:
-        raise UserError("source-no-ema", f"{field} is {name!r}, a folder without EMA weights; omit --ema")
+        raise UserError("source-no-ema", f"IN is {name!r}, a folder without EMA weights; omit --ema")
 
     components = {}
     for component in ("unet", "text_encoder", "vae"):

@@ -8,6 +8,7 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentences import LINES, refused, says
 from tiny import make_tiny_model
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ from fastsd.commands.convert import ConvertOptions, convert
 from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.unet import UNetConfig
-from fastsd.storage import read_safetensors, write_safetensors
+from fastsd.storage import write_safetensors
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -35,7 +36,7 @@ def undamaged(tmp_path_factory):
 def tensors(change, name=UNET):
     def make(folder, file, place):
         shutil.copytree(folder, place / "in")
-        state = {key: tensor.clone() for key, tensor in read_safetensors(folder / name).items()}
+        state = {key: tensor.clone() for key, tensor in load_file(folder / name).items()}
         change(state)
         write_safetensors(place / "in" / name, state)
         return place / "in"
@@ -45,7 +46,7 @@ def tensors(change, name=UNET):
 
 def in_file(change, metadata=None):
     def make(folder, file, place):
-        state = read_safetensors(file)
+        state = load_file(file)
         renamed = change(state)
         write_safetensors(place / "in.safetensors", renamed if isinstance(renamed, dict) else state, metadata)
         return place / "in.safetensors"
@@ -125,7 +126,7 @@ def index(weight_map):
         weights = place / "in" / UNET
         weights.rename(weights.with_name(SHARD))
         shutil.copy(folder / UNET, place / "outside.safetensors")
-        entry = dict.fromkeys(read_safetensors(folder / UNET), weight_map(place)) if callable(weight_map) else weight_map
+        entry = dict.fromkeys(load_file(folder / UNET), weight_map(place)) if callable(weight_map) else weight_map
         index_path = weights.with_name("diffusion_pytorch_model.safetensors.index.json")
         index_path.write_text(json.dumps({"weight_map": entry}))
         return place / "in"

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from model_files import edit_json, single_file, spoil
+from safetensors.torch import load_file
 from sentences import refused
 from tiny import make_tiny_model, tiny_vae
 
@@ -13,7 +14,7 @@ from fastsd.model.formats.load import load_model, load_tokenizer, load_vae, tabl
 from fastsd.model.formats.single_file_layout import CONFIGS
 from fastsd.model.unet import UNetConfig
 from fastsd.model.weights import diffusers_state_dict
-from fastsd.storage import read_safetensors, write_safetensors
+from fastsd.storage import write_safetensors
 
 
 def state_dicts(model):
@@ -43,7 +44,7 @@ def test_diffusers_loads_our_folder_and_draws_the_same_image(tiny_model):
     from fastsd.sampling.generate import generate
     from fastsd_kernels import noise
 
-    names = read_safetensors(tiny_model / "text_encoder" / "model.safetensors")
+    names = load_file(tiny_model / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -106,7 +107,7 @@ def test_vae_of_another_folder(tmp_path, tiny_model):
 
 def test_a_model_without_vae_is_refused(tmp_path, tiny_model, wide):
     path = tmp_path / "unet.safetensors"
-    state = read_safetensors(wide[1])
+    state = load_file(wide[1])
     write_safetensors(path, {name: tensor for name, tensor in state.items() if not name.startswith("first_stage_model.")})
     for table, is_replaced in ((ModelTable(base=str(path)), False), (ModelTable(base=str(tiny_model), vae=str(path)), True)):
         with refused("no-vae", source=path) as error:

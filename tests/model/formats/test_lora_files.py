@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from adapters import BOTH, move, relative
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sentences import LINES, refused, says
 from torch import nn
 
@@ -19,7 +19,7 @@ from fastsd.model.lora import add_lora, merge_lora
 from fastsd.model.shapes import SD15_TEXT
 from fastsd.model.unet import UNetConfig
 from fastsd.sampling.generate import generate
-from fastsd.storage import TensorFile, read_safetensors, write_safetensors
+from fastsd.storage import TensorFile, write_safetensors
 from fastsd_kernels import noise
 
 
@@ -191,7 +191,7 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path, dtype):
     notes = convert_lora(peft, last, "lora-kohya")
     assert says(notes[1], "lora-alphas-differ")
 
-    before, after = read_safetensors(first), read_safetensors(last)
+    before, after = load_file(first), load_file(last)
     assert before.keys() == after.keys()
     assert all(torch.equal(t, after[n]) and t.dtype == after[n].dtype for n, t in before.items())
     alpha = before[f"{kohya_name(TO_K)}.alpha"]
@@ -238,7 +238,7 @@ def test_reads_files_of_other_tools(tmp_path):
 
     save_file({older(name): t for name, t in tensors.items()}, tmp_path / "older.safetensors")
     write_kohya(tmp_path / "kohya.safetensors", mixed())
-    plain = {name: t for name, t in read_safetensors(tmp_path / "kohya.safetensors").items() if not name.endswith("alpha")}
+    plain = {name: t for name, t in load_file(tmp_path / "kohya.safetensors").items() if not name.endswith("alpha")}
     save_file(plain, tmp_path / "plain.safetensors")
     for name, kind in (("older", "older diffusers"), ("plain", "kohya")):
         lora = read_lora(tmp_path / f"{name}.safetensors")
@@ -268,7 +268,7 @@ def kohya(**changes: torch.Tensor | None):
 
     def make(path):
         write_kohya(path, mixed())
-        state = read_safetensors(path)
+        state = load_file(path)
         for name, tensor in changes.items():
             module, leaf = name.split("__")
             state[f"{kohya_names[module]}.{ {'down': 'lora_down.weight', 'up': 'lora_up.weight'}.get(leaf, leaf) }"] = tensor
@@ -280,7 +280,7 @@ def kohya(**changes: torch.Tensor | None):
 def renamed(old: str, new: str):
     def make(path):
         write_kohya(path, mixed())
-        save_file({name.replace(old, new): tensor for name, tensor in read_safetensors(path).items()}, path)
+        save_file({name.replace(old, new): tensor for name, tensor in load_file(path).items()}, path)
 
     return make
 
