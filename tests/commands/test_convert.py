@@ -390,6 +390,6 @@ def test_a_hub_id_has_no_ema_weights(model, tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(model))
-    with refused("source-no-ema", field="IN", name="'owner/model'"):
+    with refused("source-no-ema", name="'owner/model'"):
         converted("owner/model", tmp_path / "out", ema=True)
     assert not (tmp_path / "out").exists()

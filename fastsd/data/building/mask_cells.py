@@ -159,7 +159,7 @@ def _is_sound(path: Path) -> bool:
     return False
 
 
-def prune(store: Store, view_hashes: set[str], rows: bool) -> list[Path]:
+def prune(store: Store, view_hashes: set[str], *, rows: bool) -> list[Path]:
     """Delete the masks that no view uses from the table. Return the files that no view uses. Raises UserError on damage.
 
     Args:

@@ -143,7 +143,7 @@ class Store:
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, create: bool = False, lock: str = "exclusive") -> Iterator[Store]:
+    def open(cls, folder: Path, *, create: bool = False, lock: str = "exclusive") -> Iterator[Store]:
         """Open a cache folder for writing.
 
         Args:
@@ -293,7 +293,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _disk_error(folder, error.strerror or str(error), error.errno in _FULL_ERRNOS) from error
+        raise _disk_error(folder, error.strerror or str(error), full=error.errno in _FULL_ERRNOS) from error
 
 
 @contextmanager
@@ -311,10 +311,10 @@ def database_errors(folder: Path) -> Iterator[None]:
             ) from error
         if code not in _SQLITE_DISK:
             raise
-        raise _disk_error(folder, f"cache.sqlite: {error}", code == _SQLITE_FULL) from error
+        raise _disk_error(folder, f"cache.sqlite: {error}", full=code == _SQLITE_FULL) from error
 
 
-def _disk_error(folder: Path, problem: str, full: bool) -> UserError:
+def _disk_error(folder: Path, problem: str, *, full: bool) -> UserError:
     if full:
         return UserError(
             "cache-disk-full", f"cache.dir {folder}: the disk is full; free space and run the same command again to continue"
@@ -361,7 +361,7 @@ def _folder_lock(folder: Path, lock: str) -> Iterator[None]:
         yield
 
 
-def lock_file(handle: IO[bytes], exclusive: bool) -> bool:
+def lock_file(handle: IO[bytes], *, exclusive: bool) -> bool:
     """Lock a file until it is closed or locked again. Return False if another process holds a conflicting lock."""
     try:
         if sys.platform == "win32":  # no shared locks, so only one process at a time

@@ -192,7 +192,7 @@ class _Walk:
         prefix = os.path.join(folder, "")
         with ExitStack() as open_tables:
             tables = [
-                open_tables.enter_context(closing(metadata.Metadata(prefix + name, *self.keys, bool(self.latents))))
+                open_tables.enter_context(closing(metadata.Metadata(prefix + name, *self.keys, stems=bool(self.latents))))
                 for name in metadata.FILES
                 if entries.get(name) is False
             ]

@@ -23,7 +23,7 @@ class Rejected(Exception):
     `lasting` is True if the content of the file is the reason, so another attempt fails until the file changes.
     """
 
-    def __init__(self, reason: str, lasting: bool = True):
+    def __init__(self, reason: str, *, lasting: bool = True):
         super().__init__(reason)
         self.reason = reason
         self.lasting = lasting

@@ -105,7 +105,7 @@ def _safetensors(data: bytes) -> tuple[tuple[int, int, int], list[np.ndarray]]:
     return shape, [values.astype(np.float32).reshape(shape)]
 
 
-def _npz(data: bytes, read: bool) -> tuple[tuple[int, int, int], list[np.ndarray]]:
+def _npz(data: bytes, *, read: bool) -> tuple[tuple[int, int, int], list[np.ndarray]]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             names = file.namelist()

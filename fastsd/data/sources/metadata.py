@@ -39,7 +39,7 @@ class Metadata:
         stems: look up images by their path without extension, because latents have another extension.
     """
 
-    def __init__(self, path: str, caption_key: str, weight_key: str, stems: bool) -> None:
+    def __init__(self, path: str, caption_key: str, weight_key: str, *, stems: bool) -> None:
         self.path, self._key, self._weight_key, self._stems = path, caption_key, weight_key, stems
         self._has_captions = True  # False if the file holds weights only
         self._parquet = path.endswith(".parquet")

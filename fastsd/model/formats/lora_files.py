@@ -326,7 +326,7 @@ def _scalar(alpha: float, dtype: torch.dtype) -> Tensor:
 def _network_metadata(lora: LoraFile) -> dict[str, str]:
     """Return rank and alpha as sd-scripts records them: separately for 3x3 convolutions, and "Dynamic" if modules differ."""
 
-    def common(values: Mapping[str, float], is_3x3: bool) -> str:
+    def common(values: Mapping[str, float], *, is_3x3: bool) -> str:
         modules = [module for module in values if (_KERNEL_SIDES.get(module.rpartition(".")[2]) == 3) == is_3x3]
         distinct = {f"{values[module]:g}" for module in modules}
         return "Dynamic" if len(distinct) > 1 else "".join(distinct)

@@ -221,7 +221,7 @@ def read_component(folder: Path, component: str, notes: list[str] | None = None,
     if not (folder / "config.json").is_file():
         raise UserError("component-missing", f"{base}: {component}/config.json not found; give a complete diffusers folder")
     config = read_json(folder / "config.json")
-    files = _weight_files(folder, pickled)
+    files = _weight_files(folder, pickled=pickled)
     ignored = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
     weights = files[0]
     tensors = _open_shards(weights, notes) if weights.suffix == ".json" else _open_tensors(weights, notes)
@@ -301,7 +301,7 @@ def _open_tensors(path: Path, notes: list[str]) -> Tensors:
     return TensorFile(path).stored() if path.suffix == ".safetensors" else unpickle(path, notes)
 
 
-def _weight_files(folder: Path, pickled: bool) -> list[Path]:
+def _weight_files(folder: Path, *, pickled: bool) -> list[Path]:
     """Return the file of a component's weights, or the index of its shards followed by the shards."""
     for ending in (".safetensors", ".bin") if pickled else (".safetensors",):
         for variant in _VARIANTS:

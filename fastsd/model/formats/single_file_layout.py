@@ -67,7 +67,7 @@ def read_component(
     targets = expected_tensors(component, config, str(path))
     original_by_name = original_names(component, config, targets)
     if component == "unet":
-        state = _unet_weights(path, tensors, state, original_by_name, notes, ema)
+        state = _unet_weights(path, tensors, state, original_by_name, notes, ema=ema)
     converted = {name: state[original] for name, original in original_by_name.items() if original in state}
     # The original VAE's attention has the same numbers in the shape of 1x1 convolutions.
     converted |= {name: t.view(targets[name].shape) for name, t in converted.items() if t.shape == (*targets[name].shape, 1, 1)}
@@ -75,7 +75,7 @@ def read_component(
 
 
 def _unet_weights(
-    path: Path, tensors: Tensors, unet: Tensors, original_by_name: Mapping[str, str], notes: list[str], ema: bool
+    path: Path, tensors: Tensors, unet: Tensors, original_by_name: Mapping[str, str], notes: list[str], *, ema: bool
 ) -> Tensors:
     """Return the UNet's weights, or their EMA if `ema` is set."""
     ema_count = sum(name.startswith(EMA) for name in tensors)
