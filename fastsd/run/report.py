@@ -31,6 +31,7 @@ from fastsd.console import Console
 from fastsd.run.folder import LogRow
 from fastsd.run.sinks import Sink, open_sinks
 from fastsd.run.validation import ValidationRow, format_line
+from fastsd.storage import replace_file
 
 
 class TrainReport:
@@ -191,14 +192,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def _reopen(path: Path, step: int) -> TextIO:
-    """Remove truncated rows and rows after `step` from a JSONL file, and open it for appending."""
+    """Remove damaged and truncated rows and rows after `step` from a JSONL file, and open it for appending."""
     lines = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    lines.append(line)
-            except (ValueError, KeyError):
-                continue
-    path.write_text("".join(lines), encoding="utf-8")
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a power cut may leave anything
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                lines.append(line.decode())
+    replace_file(path, "".join(lines))
     return open(path, "a", encoding="utf-8")

@@ -5,13 +5,15 @@ from typing import get_args
 
 import pytest
 from environment import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentences import pattern, refused, says
 
 from fastsd.config.config_errors import FAMILIAR
 from fastsd.config.keys import Key, conditions, properties
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import _TABLES, Config, FolderTable, StageTable, dump_config, load_config, parse_config
-from fastsd.config.stages import ENDLESS, parse_amount
+from fastsd.config.stages import ENDLESS, parse_amount, steps_of
 from fastsd.errors import UserError
 
 GOOD = """
@@ -63,6 +65,38 @@ AMOUNTS = [
 @pytest.mark.parametrize("until, expected", AMOUNTS)
 def test_amounts(until, expected):
     assert parse_amount("until", until) == expected
+
+
+WORDS = {
+    "steps": {"": 1, "step": 1, "steps": 1}, "epochs": {"e": 1, "epoch": 1, "epochs": 1}, "images": {"image": 1, "images": 1},
+    "seconds": {
+        **dict.fromkeys(["s", "second", "seconds"], 1), **dict.fromkeys(["m", "min", "mins", "minute", "minutes"], 60),
+        **dict.fromkeys(["h", "hour", "hours"], 3600), **dict.fromkeys(["d", "day", "days"], 86400),
+    },
+}  # fmt: skip
+FORMS = [(word, unit, factor) for unit, words in WORDS.items() for word, factor in words.items()]
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(1, 10**9), st.sampled_from(FORMS), st.booleans(), st.sampled_from(["", " "]))
+def test_amounts_of_every_form(number, form, is_upper, space):
+    word, unit, factor = form
+    text = f"{space}{number}{space}{word}{space}"
+    assert parse_amount("until", text.upper() if is_upper else text) == (number * factor, unit)
+    if unit in ("epochs", "seconds"):
+        assert parse_amount("until", f"{number}.5{space}{word}") == ((number + 0.5) * factor, unit)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.sampled_from(FORMS), st.integers(1, 300), st.integers(1, 10**6))
+def test_a_larger_amount_has_no_fewer_steps(number, more, form, batch, epoch):
+    word, unit, _ = form
+    steps, more_steps = (steps_of("until", f"{n}{word}", batch, epoch) for n in (number, number + more))
+    if unit == "seconds":
+        assert steps is more_steps is None
+    else:
+        images = number * {"steps": batch, "epochs": epoch, "images": 1}[unit]
+        assert (steps - 1) * batch < images <= steps * batch and steps <= more_steps
 
 
 def test_steps_of_a_stage_are_rounded_up():

@@ -7,6 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runs import final, run, same
 from safetensors.torch import load_file
 from sentences import refused, says
@@ -41,16 +43,28 @@ def train_steps(model, stage: StageTable, steps: int = 3, warn=print, **more) ->
     return {name: tensor.clone() for component in step.components.values() for name, tensor in component.state().items()}, step
 
 
-def test_layout_keeps_the_memory_order_of_every_tensor():
-    image = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
-    tensors = [torch.randn(3, 5), image, torch.randn(7), torch.randn(2, 9).t()]
+@st.composite
+def dense_tensors(draw):
+    """A tensor of any shape whose dimensions lie in memory in any order, such as channels last or transposed."""
+    shape = draw(st.lists(st.integers(1, 6), max_size=4))
+    order = draw(st.permutations(range(len(shape))))
+    tensor = torch.randn([shape[dim] for dim in order])
+    return tensor.permute([order.index(dim) for dim in range(len(shape))])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(dense_tensors(), max_size=6))
+def test_layout_keeps_the_memory_order_of_every_tensor(tensors):
     layout = Layout(tensors)
     flat = torch.full((layout.size,), torch.nan)
     for view, tensor in zip(layout.views(flat), tensors, strict=True):
-        assert view.stride() == tensor.stride() and view.storage_offset() % ALIGN == 0
+        assert view.stride() == tensor.stride() and view.shape == tensor.shape
+        assert view.data_ptr() - flat.data_ptr() == 4 * view.storage_offset() and view.storage_offset() % ALIGN == 0
         assert view.isnan().all()  # no element belongs to two views
         view.copy_(tensor)
     assert all(torch.equal(view, tensor) for view, tensor in zip(layout.views(flat), tensors, strict=True))
+    gaps = flat.isnan().sum().item()
+    assert gaps == layout.size - sum(tensor.numel() for tensor in tensors) and gaps <= len(tensors) * (ALIGN - 1)
 
 
 def test_changing_precision_and_back_keeps_all_bits(model):
