@@ -234,7 +234,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
     return 8 + length, header
 
 
-def _dict_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _dict_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     header = dict(pairs)
     if len(header) < len(pairs):
         names = [name for name, _ in pairs]

@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +136,7 @@ def _any_latents(table: ModelTable, config: Config, vae: Vae) -> LatentCache:
     return latents
 
 
-def _settings(table: ModelTable, config: Config, latents: LatentCache, start: int | None, precision: str) -> dict[str, Any]:
+def _settings(table: ModelTable, config: Config, latents: LatentCache, start: int | None, precision: str) -> dict[str, object]:
     """Collect everything that determines the redrawn images, but not how many are drawn."""
     base = os.path.abspath(table.base) if os.path.exists(table.base) else table.base
     view = f"{latents.name} {latents.sha256[:16]}"
@@ -146,7 +145,7 @@ def _settings(table: ModelTable, config: Config, latents: LatentCache, start: in
     return model | images | config.sample.model_dump(include=_SAMPLING_KEYS)
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
+def _claim(out: Path, settings: dict[str, object]) -> None:
     """Write `settings` into `out`. Raises UserError if it has other settings or other contents."""
     path = out / SETTINGS_FILE
     if not path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from fastsd.sampling.grid import grid, read_prompts, save_grid
 Options = TypeVar("Options", ModelTable, SampleTable)
 
 
-def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precision: str, device: str) -> None:
+def sample(source: dict[str, Any], settings: Mapping[str, object], out: Path, precision: str, device: str) -> None:
     """Generate images with a model, and write OUT/NNN-seed.png and OUT/grid.png. Raises UserError for invalid options."""
     table = _from_options(SampleTable, settings)
     prompts = read_prompts(table)
@@ -37,7 +38,7 @@ def sample(source: dict[str, Any], settings: dict[str, Any], out: Path, precisio
     STDOUT.echo(f"{len(images)} images and grid.png written to {out}")
 
 
-def _from_options(table: type[Options], settings: dict[str, Any]) -> Options:
+def _from_options(table: type[Options], settings: Mapping[str, object]) -> Options:
     """Build a config table from command line options. Raises a UserError that names an invalid option."""
     try:
         return table.model_validate(settings)

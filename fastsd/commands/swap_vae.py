@@ -162,7 +162,7 @@ def _images(folder: Path) -> list[DataSource]:
 def _check_vaes(base: Vae, new: Vae, name: str, *, aligning: bool) -> None:
     """Raise UserError if the VAE is the base's own, or if its latents need no alignment or cannot be aligned."""
 
-    def latent_space(vae: Vae) -> tuple[Any, ...]:
+    def latent_space(vae: Vae) -> tuple[object, ...]:
         return vae.hash, vae.scaling_factor, vae.shift_factor
 
     if latent_space(base) == latent_space(new):

@@ -115,7 +115,7 @@ def preprocessing(config: Config) -> dict[str, Any]:
     }
 
 
-def digest(*values: Any) -> str:
+def digest(*values: object) -> str:
     """Return the sha256 of the values as JSON, 64 hex digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -135,7 +135,7 @@ def view_name(config: Config, vae_hash: str) -> str:
 
 
 def freeze(
-    folder: Path, name: str, arrays: dict[str, np.ndarray], shards: list[Any], groups: Sequence[Group], meta: CacheMeta
+    folder: Path, name: str, arrays: dict[str, np.ndarray], shards: list[object], groups: Sequence[Group], meta: CacheMeta
 ) -> None:
     """Write a view atomically and make it the newest one. `shards[i]` is [name, [C, h, w]] of the shard with index i."""
     path = folder / "views" / f"{name}.safetensors"
@@ -274,7 +274,7 @@ class LatentCache(Rows, Dataset[dict[str, Any]]):
                 samples[int(slot)] = {"latents": latents_CHW, "caption": caption}
         return [samples[slot] for slot in range(len(positions))]
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self._folder.parent, self.path)  # a spawned worker opens the files itself
 
     def get(self, positions: Positions, versions: Positions | None = None) -> dict[str, Tensor]:

@@ -134,7 +134,7 @@ class Frozen:
     def _is_large(self, name: str) -> bool:
         return self.arrays[name].nbytes > _MAPPED and hasattr(os, "pread")
 
-    def _entries(self, chunks: list[bytes], count: int, dtype: np.dtype[Any]) -> np.ndarray:
+    def _entries(self, chunks: list[bytes], count: int, dtype: np.dtype[np.generic]) -> np.ndarray:
         data = b"".join(chunks)
         if len(data) != count * dtype.itemsize:
             raise damage_error(self._path, "is truncated")

@@ -13,6 +13,7 @@ Shapes: n samples, L tokens.
 from __future__ import annotations
 
 import hashlib
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,6 @@ def id_dtype(tokenizer: Any) -> type[np.unsignedinteger]:
     return np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
 
 
-def content_hash(file: Any) -> str:
+def content_hash(file: BufferedIOBase) -> str:
     file.seek(HEADER_BYTES)
     return hashlib.file_digest(file, "sha256").hexdigest()

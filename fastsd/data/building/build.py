@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -204,7 +203,7 @@ class _Build:
             store.db.execute("DELETE FROM file WHERE path = ?", (key,))
         self._store_rejected(store, condition, value)
 
-    def _store_rejected(self, store: Store, condition: str, value: Any) -> None:
+    def _store_rejected(self, store: Store, condition: str, value: bytes | int) -> None:
         rejected = f"SELECT ?, path, reason, size, mtime_ns FROM sample WHERE reason IS NOT NULL AND {condition}"
         store.db.execute(f"REPLACE INTO rejected {rejected}", (self.space, value))
 
@@ -266,7 +265,7 @@ class _Build:
         " WHERE sample.reason IS NULL AND version IN (SELECT value FROM json_each(?))"
     )
 
-    def _index(self, scratch: Path, samples: int) -> tuple[dict[str, np.ndarray], list[Any], list[cache.Group]]:
+    def _index(self, scratch: Path, samples: int) -> tuple[dict[str, np.ndarray], list[object], list[cache.Group]]:
         """Return the arrays of the view (in files, to save memory), its shards in the order of creation, and its groups."""
         shard_rows = self.db.execute(f"SELECT DISTINCT shard {self._USED_ROWS}", (self.space, json.dumps(self.stored_versions)))
         used_ids = {shard for (shard,) in shard_rows}

@@ -101,7 +101,7 @@ def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
     return None
 
 
-def row_weight(row: Mapping[str, Any], key: str) -> float | None:
+def row_weight(row: Mapping[str, object], key: str) -> float | None:
     """Return the loss weight in a JSON object or table row, or None if it has none. Raises Rejected if it is not valid."""
     value = row.get(key) if key else None
     if value is None:
@@ -113,7 +113,7 @@ def row_weight(row: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def json_object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes) -> dict[str, object]:
     """Parse a JSON object. Raises Rejected for any other value and for invalid JSON."""
     try:
         value = json.loads(data.decode("utf-8-sig"))

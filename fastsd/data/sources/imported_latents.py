@@ -18,7 +18,7 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,5 +153,5 @@ def _latent_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return sizes
 
 
-def _list_names(names: Any) -> str:
+def _list_names(names: Iterable[str]) -> str:
     return ", ".join(sorted(map(repr, names))[:8]) or "nothing"

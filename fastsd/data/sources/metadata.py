@@ -27,7 +27,7 @@ _BATCH = 256  # rows of a parquet file in memory
 _SHOWN_COLUMNS = 20  # columns that an error message lists
 
 Entry = tuple[tuple[str, ...] | None, float | None]  # captions and weight of an image; None = not given
-_Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number of a row, from 1, and the row or the reason why it is unusable
+_Rows = Iterator[tuple[int, dict[str, object] | str]]  # number of a row, from 1, and the row or the reason why it is unusable
 
 
 class Metadata:
@@ -110,7 +110,7 @@ class Metadata:
         key = posixpath.splitext(relative)[0] if self._stems else relative
         return key.encode("utf-8", "surrogatepass")
 
-    def _store_row(self, number: int, row: dict[str, Any]) -> str:
+    def _store_row(self, number: int, row: dict[str, object]) -> str:
         """Store a row. Return "", or the reason why it is not stored."""
         name = row.get("file_name")
         if not name or not isinstance(name, str):
@@ -208,7 +208,7 @@ def _parquet_rows(path: str, columns: list[str]) -> _Rows:
         yield from enumerate(itertools.chain.from_iterable(rows), 1)
 
 
-def _batch_rows(batch: Any) -> list[dict[str, Any] | str]:
+def _batch_rows(batch: Any) -> list[dict[str, object] | str]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:

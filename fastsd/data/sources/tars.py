@@ -18,7 +18,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 from fastsd.data.sources.image import (
     CAPTION_EXTENSIONS,
@@ -200,7 +200,7 @@ class _Tar:
             return self._read_json(member, row_captions, self.caption_key)
         return text_captions(self._content(member))
 
-    def _read_json(self, member: _Member, read: Callable[[dict[str, Any], str], _Value], key: str) -> _Value:
+    def _read_json(self, member: _Member, read: Callable[[dict[str, object], str], _Value], key: str) -> _Value:
         data = self._content(member)
         if len(data) > MAX_CAPTION_BYTES:
             raise Rejected(".json: larger than 1 MiB")

@@ -268,7 +268,7 @@ def write_peft(path: Path, lora: LoraFile) -> str:
 
 def peft_config(lora: LoraFile) -> str:
     """Return a LoRA's peft config in diffusers' form: the most common rank and alpha, and patterns for the other modules."""
-    config: dict[str, Any] = {}
+    config: dict[str, object] = {}
     for component in COMPONENTS:
         modules = [module for module in lora.alphas if module.startswith(f"{component}.")]
         # Text layers get the names of transformers 5. In older versions, peft matches these with the end of a longer name.
@@ -287,7 +287,7 @@ def peft_config(lora: LoraFile) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _most_common(values: Iterable[Any]) -> Any:
+def _most_common(values: Iterable[float]) -> float:
     return Counter(values).most_common(1)[0][0]
 
 

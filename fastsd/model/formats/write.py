@@ -98,7 +98,7 @@ def write_component(
 
 def _shards(tensors: Tensors, limit: int, dtype: torch.dtype | None) -> list[Tensors]:
     """Divide tensors into shards of at most `limit` bytes (0 = no limit). A larger tensor gets a shard of its own."""
-    shards, filled = [dict[str, Any]()], 0
+    shards, filled = [dict[str, torch.Tensor | Stored]()], 0
     for name, tensor in tensors.items():
         if limit and filled and filled + _size(tensor, dtype) > limit:
             shards.append({})
@@ -160,7 +160,7 @@ def write_single_file(
         else:
             notes.append(f"warning: {label} not folded; tools that assume 0.18215 will show wrong colours")
 
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor | Stored] = {}
     for name in ("unet", "vae", "text_encoder"):
         if name in components:
             component = components[name]
