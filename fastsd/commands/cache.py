@@ -22,6 +22,7 @@ from fastsd.data.cache import LatentCache
 from fastsd.data.sources import folders
 from fastsd.data.tokens import Tokens
 from fastsd.errors import UserError
+from fastsd.model.formats.adapters import MADE_BY, load_merged
 from fastsd.model.formats.load import load_text, load_tokenizer, load_vae, locate
 from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
 
@@ -98,7 +99,9 @@ def _cache_tokens(config: Config, view: str, tokenizer: Any, console: Console) -
 def _cache_text_embeddings(
     config: Config, view: str, device: torch.device, report_progress: build.ProgressCallback, console: Console
 ) -> None:
-    text = load_text(config.model, locate(config.model.base, "model.base", config.model.revision))
+    base = locate(config.model.base, "model.base", config.model.revision)
+    # Adapters of a base are merged, which needs the whole model.
+    text = load_merged(config.model).text if (base / MADE_BY).is_file() else load_text(config.model, base)
     text.module.to(device)
     with closing(LatentCache.open(config.cache.dir, view)) as latents:
         counts = write_text_embeddings(config.cache, latents, text, report_progress, console.echo)

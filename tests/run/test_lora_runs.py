@@ -121,6 +121,14 @@ def test_adapters_of_a_base_are_merged(uninterrupted, tmp_path):
         assert same(component_tensors(tmp_path / name)["unet"], merged)
 
 
+def test_text_embeddings_of_a_base_with_adapters_are_those_of_its_merged_encoder(uninterrupted, tmp_path, images):
+    newest = checkpoint.checkpoints(uninterrupted / "checkpoints")[-1]
+    stage = STAGE.replace('"lora"]', '"unet.norms"]')
+    folder, _ = run(job(tmp_path, newest, images, stage), "cache.hidden_states=true", "stage.0.until=1")
+    text = component_tensors(folder / "model")["text_encoder"]
+    assert same(text, component_state_dict(load_merged(ModelTable(base=str(newest))), "text_encoder"))
+
+
 def test_ema_weights_are_exported(uninterrupted):
     raw, averaged = (load_file(uninterrupted / f"{name}.safetensors") for name in ("lora", "lora-ema"))
     assert raw.keys() == averaged.keys() and not same(raw, averaged)

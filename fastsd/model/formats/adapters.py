@@ -67,7 +67,7 @@ def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | No
         UserError: as `load_model`; also if the adapters are damaged.
     """
     model = load_model(table, ops)
-    settings_path = Path(table.base) / MADE_BY
+    settings_path = Path(table.base).expanduser() / MADE_BY
     if settings_path.is_file():
         from fastsd.model.formats.lora_weights import load_lora
         from fastsd.model.lora import add_lora, merge_lora
