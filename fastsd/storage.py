@@ -169,18 +169,15 @@ class TensorFile(Mapping[str, Tensor]):
 
     A returned tensor is a private view of the mapped file and keeps it mapped. Copy a tensor that must live longer.
 
-    Args:
-        prefix: restrict the mapping to names with this prefix; the names are not shortened.
-
     Raises:
         UserError: the file cannot be read.
     """
 
-    def __init__(self, path: Path, prefix: str = "") -> None:
+    def __init__(self, path: Path) -> None:
         try:
             self._header = _read_header(path)
             self._file = safe_open(path, framework="pt")
-            self._names = dict.fromkeys(name for name in self._file.keys() if name.startswith(prefix))  # noqa: SIM118
+            self._names = dict.fromkeys(self._file.keys())
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise UserError(
                 "safetensors-unreadable", f"{path}: cannot be read as safetensors ({error}); download or copy the file again"

@@ -185,10 +185,9 @@ def judge(image: Image.Image) -> tuple[str | None, str | None]:
     return colour, names[best] if overlap[best] >= _LEAST_OVERLAP else None
 
 
-def picture(
-    columns: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str], scale: int = 2, across: int = 3
-) -> Image.Image:
-    """Draw a panel for each (title, samples). A panel has enlarged samples with captions, in rows of `across`."""
+def picture(columns: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str]) -> Image.Image:
+    """Draw a panel for each (title, samples). A panel has samples, twice as large, with captions, in rows of three."""
+    scale, across = 2, 3
     tile = max(image.width for _, images in columns for image in images) * scale
     gap, margin, head, foot = 10, 28, 54, 38
     rows = -(-len(captions) // across)
