@@ -46,7 +46,7 @@ from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable
 from fastsd.console import STDOUT
 from fastsd.data.loader import Batch
-from fastsd.errors import UserError
+from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import Model
 from fastsd.model.shapes import empty_model, materialize
 from fastsd.plan.plan import RESERVED, plan_stage
@@ -271,7 +271,9 @@ def most_images(precision: str, optimizer: str, level: str, name: str, setup: Se
         try:
             with candidate.turn():
                 peaks[images] = peak(lambda: [candidate.step() for _ in range(WARM_UP + 2)])
-        except (torch.OutOfMemoryError, UserError) as error:
+        except Exception as error:
+            if out_of_memory(error) is None and not isinstance(error, UserError):
+                raise
             print(f"{name}: {images} images do not fit: {str(error).splitlines()[0][:200]}", flush=True)
             return False
         finally:

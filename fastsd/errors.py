@@ -36,7 +36,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
     An error that was raised while another one was handled counts too: the end of a capture that ran out of memory fails itself.
     """
-    cause: BaseException | None = error
+    cause: BaseException | None = None if isinstance(error, UserError) else error
     while cause is not None:
         text = str(cause) or type(cause).__name__
         named = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"

@@ -37,7 +37,7 @@ from fastsd.config.optimizers import OPTIMIZERS, ORIGINALS, OptimizerName
 from fastsd.config.schema import Config, StageTable
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Batch, Loader
-from fastsd.errors import UserError
+from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import SD15_SCHEDULER, Model
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import SD15_SCALING_FACTOR
@@ -331,19 +331,20 @@ def attempt(name: str, warnings: list[str], function: Callable[[], T]) -> T | No
     """Call `function`. If a baseline fails, add the reason to `warnings` and return None. If ours fails, raise UserError."""
     try:
         return function()
-    except (UserError, torch.OutOfMemoryError) as error:
-        reason = str(error).splitlines()[0]
-        if name == OURS and isinstance(error, UserError) and error.code != "out-of-memory":
-            raise
-        if name == OURS:
-            problem = reason.partition("; ")[0]
-            raise UserError("bench-step-failed", f"bench step: {problem}; use a smaller --batch or fewer --peers") from None
-        problem = reason if isinstance(error, UserError) else f"baseline {name}, out of memory ({reason})"
-        warnings.append(f"skipped: {problem}")
     except Exception as error:
-        if name != "compiled":  # any compiler error skips only this baseline
+        memory, reason = out_of_memory(error), str(error).strip().splitlines()[0]
+        if name == OURS:
+            if memory is None and not (isinstance(error, UserError) and error.code == "out-of-memory"):
+                raise
+            problem = (memory or reason).partition("; ")[0]
+            raise UserError("bench-step-failed", f"bench step: {problem}; use a smaller --batch or fewer --peers") from None
+        if memory:
+            reason = f"baseline {name}, out of memory ({memory})"
+        elif name == "compiled" and not isinstance(error, UserError):  # any compiler error skips only this baseline
+            reason = f"baseline compiled, torch.compile failed ({reason[:160]})"
+        elif not isinstance(error, UserError):
             raise
-        warnings.append(f"skipped: baseline compiled, torch.compile failed ({str(error).strip().splitlines()[0][:160]})")
+        warnings.append(f"skipped: {reason}")
     return None
 
 

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import torch
-
 from fastsd.config.schema import Config
 from fastsd.console import STDOUT, Console
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
 from fastsd.data.text_embeddings import TextEmbeddings
 from fastsd.data.validation_split import choose_splits
-from fastsd.errors import UserError
+from fastsd.errors import UserError, out_of_memory
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
@@ -72,7 +70,9 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
         console.echo(f"{base}, {switches}\n{validation}")
         try:
             rows = validation.rows()
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if out_of_memory(error) is None:
+                raise
             raise UserError(
                 "validate-memory", f"validate.batch is {table.batch}, which needs too much memory; lower it"
             ) from None

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
+from PIL import Image
 
 from fastsd.config.schema import Config
 from fastsd.console import Console
 from fastsd.data.validation_split import ValidationSplits
+from fastsd.errors import out_of_memory
 from fastsd.model.model import Model
 from fastsd.run.cost import CostRecorder
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
-from fastsd.run.validation import Validation
+from fastsd.run.validation import Validation, ValidationRow
+from fastsd.sampling.generate import BATCH
 from fastsd.sampling.grid import read_prompts, sample_grid, save_grid
 from fastsd.train.step import Step
 
@@ -41,7 +44,11 @@ class Evaluation:
         config, progress = self.config, self.position.progress
         size = config.sample.size or config.data.resolution
         started_at = time.monotonic()
-        grid = _with_graph_memory(step, "sampling", self.report.console, lambda: sample_grid(self.model, config.sample, size))
+
+        def draw(batch: int) -> Image.Image | None:
+            return sample_grid(self.model, config.sample, size, batch)
+
+        grid = _within_memory(draw, BATCH, "sampling", step, self.report.console)
         if grid is None:
             return
         images = len(read_prompts(config.sample)) * config.sample.images
@@ -60,15 +67,28 @@ class Evaluation:
         if self.sets.measured:
             progress, console = self.position.progress, self.report.console
             stage = self.config.stage_name(progress.stage)
-            rows = _with_graph_memory(step, "validation", console, lambda: self.validation.rows(step.components.values()))
-            self.report.validation([{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows])
+
+            def measure(batch: int) -> list[ValidationRow]:
+                return self.validation.rows(step.components.values(), batch)
+
+            rows = _within_memory(measure, self.config.validate_.batch, "validation", step, console) or []
+            if rows:
+                self.report.validation(
+                    [{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows]
+                )
 
 
-def _with_graph_memory(step: Step, task: str, console: Console, work: Callable[[], Result]) -> Result:
-    """Run `work` while the step's CUDA graphs keep their memory. If memory runs out, free the graphs and run it again."""
-    try:
-        return work()
-    except torch.OutOfMemoryError:
-        console.warn(f"out of memory for {task}; the CUDA graph is freed and recorded again, cuda_graph = false avoids this")
-    step.free_graphs()
-    return work()
+def _within_memory(work: Callable[[int], Result], batch: int, task: str, step: Step, console: Console) -> Result | None:
+    """Call `work` with a number of images per forward. If memory runs out, try again with one image per forward, and then also
+    without the memory of the step's CUDA graphs. Return None, after a warning, if that does not suffice."""
+    for images, free in ((batch, False), (1, False), (1, True)):
+        if free:
+            step.free_graphs()
+        try:
+            return work(images)
+        except Exception as error:
+            if out_of_memory(error) is None:
+                raise
+        gc.collect()  # the error has ended, and with it the tensors that its traceback refers to
+    console.warn(f"out of memory for {task}, even with one image at a time; {task} is skipped, training continues")
+    return None

@@ -11,6 +11,7 @@ RUN/tensorboard      all of the above
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -184,11 +185,15 @@ def memory_gb(device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes this process can still allocate: free device memory, and unused memory that PyTorch has reserved."""
+    """Return the bytes this process can still allocate. Unused memory that PyTorch has reserved is returned to the device first.
+
+    What cannot be returned, such as the private pool of a CUDA graph, is not free.
+    """
+    gc.collect()
     if device.type != "cuda":
         return psutil.virtual_memory().available
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _reopen(path: Path, step: int) -> TextIO:

@@ -129,25 +129,30 @@ class Validation:
         return sum(map(len, self._batches.values())) * self._strata.count
 
     @torch.no_grad()
-    def rows(self, components: Iterable[TrainableComponent] = ()) -> list[ValidationRow]:
+    def rows(self, components: Iterable[TrainableComponent] = (), batch: int | None = None) -> list[ValidationRow]:
         """Measure the current weights. If some of `components` have an EMA, measure again with the EMA weights in their place.
+
+        Args:
+            batch: images per forward, at most `validate.batch`; None = `validate.batch`.
 
         Raises:
             UserError: the cache is damaged.
         """
-        rows = self._measure("raw")
+        size = batch or self.table.batch
+        rows = self._measure("raw", size)
         averaged = [component for component in components if component.ema is not None]
         if averaged:
             with ExitStack() as stack:
                 for component in averaged:
                     stack.enter_context(component.averaged())
-                rows += self._measure("ema")
+                rows += self._measure("ema", size)
         return rows
 
-    def _measure(self, weights: str) -> list[ValidationRow]:
+    def _measure(self, weights: str, size: int) -> list[ValidationRow]:
         rows = []
         for name, batches in self._batches.items():
-            errors_nS = [errors_S for batch in batches for errors_S in self._errors(batch)]
+            forwards = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
+            errors_nS = [errors_S for samples in forwards for errors_S in self._errors(samples)]
             per_image = [math.fsum(errors_S) / len(errors_S) for errors_S in errors_nS]
             metrics = aggregate(errors_nS, self._strata.bounds, self.table.per_band)
             rows.append({"set": name, "weights": weights, **metrics, "items": self._hash(batches), "each": per_image})

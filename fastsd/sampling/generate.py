@@ -38,7 +38,9 @@ def load_to_sample(table: ModelTable, device: str = "auto", precision: str = "fp
 
 
 @torch.no_grad()
-def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], table: SampleTable, size: int) -> list[Image.Image]:
+def generate(
+    model: Model, prompts: Sequence[str], seeds: Sequence[int], table: SampleTable, size: int, batch: int = BATCH
+) -> list[Image.Image]:
     """Generate one image per (prompt, seed) pair.
 
     Args:
@@ -46,6 +48,7 @@ def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], table: 
         prompts, seeds: sequences of equal length.
         table: sampler, steps, guidance and negative prompt.
         size: image size in px per side.
+        batch: images per UNet call.
 
     Raises:
         UserError: the model does not support the size, or its noise schedule has fewer timesteps than `table.steps`.
@@ -56,8 +59,8 @@ def generate(model: Model, prompts: Sequence[str], seeds: Sequence[int], table: 
     side = size // model.vae.downscale
     device = model.unet.conv_in.weight.device
     with precision_switches(model.precision, model.unet) if model.precision else nullcontext():
-        for start in range(0, len(prompts), BATCH):
-            rows = slice(start, start + BATCH)
+        for start in range(0, len(prompts), batch):
+            rows = slice(start, start + batch)
             positions_B = torch.tensor(seeds[rows], device=device)
             eps_BCHW = noise.normal(0, noise.Purpose.SAMPLE, positions_B, (model.unet.cfg.in_channels, side, side))
             latents = denoise(model, prompts[rows], eps_BCHW, seeds[rows], table)

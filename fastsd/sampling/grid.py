@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from fastsd.config.schema import Config, SampleTable
 from fastsd.errors import UserError
 from fastsd.model.model import Model
-from fastsd.sampling.generate import check_size, check_steps, generate
+from fastsd.sampling.generate import BATCH, check_size, check_steps, generate
 from fastsd.storage import TEMPORARY
 
 GRID_CHUNK = "fastsd"  # key of the PNG text chunk that describes a grid
@@ -41,13 +41,13 @@ def read_prompts(table: SampleTable) -> list[str]:
     return prompts
 
 
-def sample_grid(model: Model, table: SampleTable, size: int) -> Image.Image | None:
+def sample_grid(model: Model, table: SampleTable, size: int, batch: int = BATCH) -> Image.Image | None:
     """Draw the sample grid of a config: one row per prompt, one column per seed. Return None if there are no prompts."""
     prompts = read_prompts(table)
     if not prompts:
         return None
     pairs = [(prompt, table.seed + column) for prompt in prompts for column in range(table.images)]
-    images = generate(model, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], table, size)
+    images = generate(model, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], table, size, batch)
     return grid(images, table.images, prompts, table.seed)
 
 

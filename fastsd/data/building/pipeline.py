@@ -35,7 +35,7 @@ from fastsd.data.building.decode import decode
 from fastsd.data.building.store import Claims, Shard, Store
 from fastsd.data.sources import folders, imported_latents
 from fastsd.data.sources.folders import DataSource, Rejected
-from fastsd.errors import UserError
+from fastsd.errors import UserError, out_of_memory
 
 _WRITES_AHEAD = 8  # encoded blocks that may wait for the disk
 _POLL_SECONDS = 0.2  # between two checks for blocks that other processes have left undone
@@ -267,7 +267,9 @@ class Pipeline:
         try:
             with torch.no_grad():
                 means = encode(images)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if out_of_memory(error) is None:
+                raise
             batch = self.config.cache.batch
             advice = f"lower it, for example to {batch // 2}" if batch > 1 else "lower data.resolution"
             raise UserError("cache-batch-memory", f"cache.batch is {batch}, too large for the GPU's memory; {advice}") from None
