@@ -15,7 +15,7 @@ from measure import DTYPES, Bench, Case, Operands, forward_and_backward, fp32_ma
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastsd_kernels import workload
+from fastsd_kernels import attention, workload
 from fastsd_kernels.attention import attention_triton
 
 BACKENDS = {
@@ -62,12 +62,11 @@ def bench_attention(kind: workload.Attention, mode: str, implementation: str, be
         function = lambda q, k, v: attention_triton(q, k, v, precision=precision)  # noqa: E731
     else:
         function = _sdpa(BACKENDS[implementation])
-    # The forward reads q, k, v and writes o. The backward reads q, k, v, o, do and writes dq, dk, dv.
-    elements = 6 * bench.batch * (kind.queries + kind.keys) * kind.heads * kind.head_dim
+    num_bytes = bench.batch * attention.OP.bytes(kind, dtype.itemsize)
     # The forward has 2 matmuls, the backward 5. Recomputed matmuls count once.
     flops = bench.batch * kind.flops * 7 // 2
     count = workload.ATTENTION[kind]
-    case = Case("attention", label(kind), count, implementation, mode, elements * dtype.itemsize, flops)
+    case = Case("attention", label(kind), count, implementation, mode, num_bytes, flops)
     with fp32_matmuls(mode):
         if implementation != "triton":
             _skip_unsupported(function, make)

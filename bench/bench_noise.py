@@ -11,7 +11,7 @@ import torch
 from measure import DTYPES, Bench, Case
 
 from fastsd_kernels import workload
-from fastsd_kernels.noise import add_noise_reference, add_noise_triton
+from fastsd_kernels.noise import ADD_NOISE, add_noise_reference, add_noise_triton
 
 FIRST = min(workload.CONV, key=lambda conv: conv.inputs)  # the convolution that takes latents
 TIMESTEPS = 1000
@@ -31,7 +31,6 @@ def bench_noised(mode: str, implementation: str, bench: Bench) -> None:
 
     add_noise = add_noise_triton if implementation == "triton" else add_noise_reference
     work = randn if implementation == "torch.randn" else lambda: add_noise(x, positions, t, signal, level, 7)
-    # Reads x. Writes x_t and the target in fp32.
     kind = f"{FIRST.inputs}x{FIRST.side}x{FIRST.side}"
-    case = Case("noised", kind, 1, implementation, mode, x.numel() * (x.element_size() + 8))
+    case = Case("noised", kind, 1, implementation, mode, ADD_NOISE.bytes(x.numel(), x.element_size()))
     bench.time(case, work)

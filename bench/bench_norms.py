@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from measure import DTYPES, Bench, Case, Operands, label
 from torch import Tensor
 
-from fastsd_kernels import workload
+from fastsd_kernels import geglu, group_norm, workload
 from fastsd_kernels.geglu import geglu_reference, geglu_triton
 from fastsd_kernels.group_norm import group_norm_reference, group_norm_triton
-from fastsd_kernels.layer_norm import layer_norm_reference, layer_norm_triton
+from fastsd_kernels.layer_norm import layer_norm_bytes, layer_norm_reference, layer_norm_triton
 
 
 def _cases(table: dict, *implementations: str) -> list:
@@ -54,10 +54,11 @@ def bench_group_norm(kind: workload.GroupNorm, mode: str, implementation: str, b
         shift = (bench.tensor(*shape[:2], dtype=dtype),) if kind.shift else ()
         return (x, bench.tensor(kind.channels, dtype=dtype), bench.tensor(kind.channels, dtype=dtype), *shift), (dy,)
 
-    num_bytes = bench.batch * kind.channels * kind.side**2 * dtype.itemsize
+    num_bytes = bench.batch * group_norm.OP.bytes(kind, dtype.itemsize)
     op = "group_norm+silu" if kind.silu else "group_norm"
-    # The forward reads x twice and writes y; the backward reads x and dy twice and writes dx.  With single reads: 5, not 8.
-    case = Case(op, label(kind), workload.GROUP_NORM[kind], implementation, mode, 8 * num_bytes, bytes_once=5 * num_bytes)
+    # With single reads of x and dy, 5 images instead of 8.
+    bytes_once = num_bytes * 5 // 8
+    case = Case(op, label(kind), workload.GROUP_NORM[kind], implementation, mode, num_bytes, bytes_once=bytes_once)
     bench.differentiated(case, function, make)
 
 
@@ -79,11 +80,9 @@ def bench_layer_norm(kind: workload.LayerNorm, mode: str, implementation: str, r
         weights = [bench.tensor(kind.features, dtype=dtype) for _ in range(2)]
         return (*weights, *inputs), tuple(upstream)
 
-    num_bytes = bench.batch * kind.rows * kind.features * dtype.itemsize
+    num_bytes = bench.batch * layer_norm_bytes(kind, dtype.itemsize, residual=residual)
     op = "layer_norm+residual" if residual else "layer_norm"
-    # The forward reads x and writes y; the backward reads x and dy and writes dx.  A residual adds two reads and a write.
-    count = workload.LAYER_NORM[kind]
-    case = Case(op, label(kind), count, implementation, mode, (8 if residual else 5) * num_bytes)
+    case = Case(op, label(kind), workload.LAYER_NORM[kind], implementation, mode, num_bytes)
     bench.differentiated(case, function, make)
 
 
@@ -97,8 +96,7 @@ def bench_geglu(kind: workload.Geglu, mode: str, implementation: str, bench: Ben
     def make() -> Operands:
         return (bench.tensor(*shape, 2 * kind.features, dtype=dtype),), (bench.tensor(*shape, kind.features, dtype=dtype),)
 
-    # For F features, the forward reads 2F and writes F; the backward reads 3F and writes 2F.
-    num_bytes = 8 * bench.batch * kind.rows * kind.features * dtype.itemsize
+    num_bytes = bench.batch * geglu.OP.bytes(kind, dtype.itemsize)
     bench.differentiated(Case("geglu", label(kind), workload.GEGLU[kind], implementation, mode, num_bytes), function, make)
 
 

@@ -15,7 +15,7 @@ import torch
 from measure import Bench, Call, Case
 from torch import Tensor
 
-from fastsd_kernels import workload
+from fastsd_kernels import adamw, dlion, gradient_norm, lion, workload
 from fastsd_kernels.adamw import adamw_reference, adamw_triton
 from fastsd_kernels.dlion import dlion_estimate_reference, dlion_estimate_triton, dlion_reference, dlion_triton
 from fastsd_kernels.gradient_norm import gradient_norm_reference, gradient_norm_triton
@@ -77,10 +77,8 @@ def bench_optimizer(op: str, mode: str, implementation: str, bench: Bench) -> No
     sizes = _sizes(bench)
     numel = sum(sizes)
     halves, in_step = mode == "halves", implementation == "triton in a step"
-    # A step reads and writes the parameter and each state, 4 bytes each, and reads the gradient.  Zeroing also writes it.
-    gradient_bytes = (2 if halves else 4) * (2 if in_step else 1)
-    state_bytes = 8 if op == "lion" else 16
-    case = Case(op, "all parameters", 1, implementation, mode, numel * (8 + gradient_bytes + state_bytes))
+    num_bytes = {"lion": lion, "dlion": dlion, "adamw": adamw}[op].OP.bytes(numel, 2 if halves else 4)
+    case = Case(op, "all parameters", 1, implementation, mode, num_bytes)
     if implementation == PEERS[op]:
         parameters = [torch.nn.Parameter(bench.tensor(size)) for size in sizes]
         for p in parameters:
@@ -92,7 +90,7 @@ def bench_optimizer(op: str, mode: str, implementation: str, bench: Bench) -> No
     p, g = (bench.tensor(numel, dtype=torch.bfloat16 if halves else torch.float32) for _ in range(2))
     options: dict = {"masters_lo": [torch.zeros_like(p, dtype=torch.int16)]} if halves else {}
     if in_step:
-        options |= {"scale": torch.ones((), device=p.device), "found_inf": torch.zeros((), device=p.device), "zero_grads": True}
+        options |= {"scale": torch.ones((), device=p.device), "found_inf": torch.zeros((), device=p.device)}
     bench.time(case, _arena_step(op, implementation != "reference", p, g, options))
 
 
@@ -100,7 +98,7 @@ def bench_optimizer(op: str, mode: str, implementation: str, bench: Bench) -> No
 @pytest.mark.parametrize("implementation", ["triton", "reference", "pytorch"])
 def bench_gradient_norm(mode: str, implementation: str, bench: Bench) -> None:
     sizes, dtype = _sizes(bench), torch.bfloat16 if mode == "bf16" else torch.float32
-    case = Case("gradient_norm", "all parameters", 1, implementation, mode, sum(sizes) * dtype.itemsize)
+    case = Case("gradient_norm", "all parameters", 1, implementation, mode, gradient_norm.OP.bytes(sum(sizes), dtype.itemsize))
     if implementation == "pytorch":
         grads = _gradients(bench, sizes, dtype)
         bench.time(case, lambda: torch.isfinite(torch.nn.utils.get_total_norm(grads)))

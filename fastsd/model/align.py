@@ -148,7 +148,7 @@ class Fit:
 
 def fit_plain(channels: int, new_channels: int) -> Fit:
     """Map channel i to channel i."""
-    return _pointwise(torch.eye(channels, new_channels), torch.zeros(channels), Schedule(0, 0, 0, False))
+    return _pointwise(torch.eye(channels, new_channels), torch.zeros(channels), Schedule(0, 0, 0, velocity=False))
 
 
 def fit_orthogonal(pairs: Pairs, schedule: Schedule) -> Fit:

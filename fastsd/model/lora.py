@@ -2,7 +2,7 @@
 
 The weight W of a target becomes W + alpha / rank * up @ down (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language
 Models", section 4.1). W is frozen, down starts at random values, and up starts at zero. peft inserts the adapters according to
-its config. `fastsd/model/recompute.py` computes them, so models with and without adapters run the same code.
+its config. `fastsd/model/matmul.py` computes them, so models with and without adapters run the same code.
 
 A fused weight has one adapter for each projection that is a target, as if the projections were separate. The n down matrices
 are stacked to (n R, F_in), and the n up matrices to (n F, R). Files store them separately:
@@ -32,6 +32,7 @@ from fastsd.config.schema import LoraTable
 from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.model import recompute
+from fastsd.model.matmul import LayerTensors
 from fastsd.model.model import Model
 from fastsd.model.select import matches, uniform_like
 from fastsd.model.weights import classic_text_name, diffusers_views
@@ -84,22 +85,23 @@ class Adapted(nn.Module, LoraLayer):
         up = base.weight.new_zeros(self.count * outputs // len(target.blocks), rank)
         self.lora_A, self.lora_B = nn.ParameterDict({ADAPTER_NAME: down}), nn.ParameterDict({ADAPTER_NAME: up})
 
-    def operands(self) -> recompute.Layer:
-        """Return weight, bias, down, and per projection up * alpha / rank, or None for one without an adapter."""
+    def operands(self) -> LayerTensors:
+        """Return the layer's tensors. Each up is multiplied by alpha / rank."""
         up = self.lora_B[ADAPTER_NAME]
         if self.scaling[ADAPTER_NAME] != 1:
             up = self.scaling[ADAPTER_NAME] * up
         ups = iter(up.chunk(self.count))
-        up_or_none = [next(ups) if block else None for block in self.target.blocks]
-        return self.base_layer.weight, self.base_layer.bias, self.lora_A[ADAPTER_NAME], *up_or_none
+        ups_or_none = tuple(next(ups) if block else None for block in self.target.blocks)
+        return LayerTensors(self.base_layer.weight, self.base_layer.bias, self.lora_A[ADAPTER_NAME], ups_or_none)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, _, down, *ups = self.operands()
-        if weight.ndim == 2:
-            return recompute.linear(x, *self.operands())
-        conv = self.base_layer
-        reduced = F.conv2d(x, down, stride=conv.stride, padding=conv.padding)
-        return conv(x) + F.conv2d(reduced, ups[0][:, :, None, None])
+        layer, conv = self.operands(), self.base_layer
+        if layer.weight.ndim == 2:
+            return recompute.linear(x, layer)
+        (up,) = layer.ups
+        assert layer.down is not None and up is not None
+        reduced = F.conv2d(x, layer.down, stride=conv.stride, padding=conv.padding)
+        return conv(x) + F.conv2d(reduced, up[:, :, None, None])
 
     def views(self, letter: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (name without component, view) of each file entry of `tensor`, which is or resembles lora_A or lora_B."""
@@ -224,8 +226,8 @@ def merge_lora(model: Model) -> None:
     """Add the adapters to the weights, rounding once, and remove them from the model."""
     for component in COMPONENTS:
         for path, layer in adapted_layers(model, component):
-            weight, _, down, *ups = layer.operands()
-            assert weight.dtype == torch.float32
+            weight, _, down, ups = layer.operands()
+            assert weight.dtype == torch.float32 and down is not None
             downs = iter(down.double().flatten(1).chunk(layer.count))
             for block, up in zip(weight.chunk(len(ups)), ups, strict=True):
                 if up is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVarTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastsd.errors import UserError
 from fastsd.model import recompute
+from fastsd.model.matmul import LayerTensors
+from fastsd.model.recompute import NormTensors
 from fastsd_kernels import REFERENCE, Ops
 
+Arguments = TypeVarTuple("Arguments")
 RESNET_EPS, ATTENTION_EPS, LAYER_NORM_EPS = 1e-5, 1e-6, 1e-5
 
 
@@ -114,10 +117,10 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def operands(layer: nn.Module) -> recompute.Layer:
-    """Return weight, bias, down and up of a linear or convolution. down and up are None if it has no adapter."""
+def operands(layer: nn.Module) -> LayerTensors:
+    """Return the tensors of a linear or convolution, and of its adapter if it has one."""
     if isinstance(layer, nn.Linear | nn.Conv2d):
-        return layer.weight, layer.bias, None, None
+        return LayerTensors(layer.weight, layer.bias)
     return cast(Any, layer).operands()  # `fastsd.model.lora`
 
 
@@ -127,6 +130,9 @@ class Norm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def operands(self) -> NormTensors:
+        return NormTensors(self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -146,7 +152,7 @@ class Attention(nn.Module):
     def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
         """Attend with packed q, k, v, or with q and packed k, v. Return (B, N, C)."""
         ops = self.ops.forward_backward
-        return recompute.attention_linear(ops, self.precision, self.heads, q_BNC, kv_BLC, *operands(self.to_out[0]))
+        return recompute.attention_linear(ops, self.precision, self.heads, q_BNC, kv_BLC, operands(self.to_out[0]))
 
 
 class GegluProjection(nn.Module):
@@ -162,8 +168,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([GegluProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
-    def operands(self) -> tuple[Tensor | None, ...]:
-        return *operands(cast(GegluProjection, self.net[0]).proj), *operands(self.net[2])
+    def operands(self) -> tuple[LayerTensors, LayerTensors]:
+        return operands(cast(GegluProjection, self.net[0]).proj), operands(self.net[2])
 
 
 class TransformerBlock(nn.Module):
@@ -176,16 +182,13 @@ class TransformerBlock(nn.Module):
         self.norm3, self.ff = Norm(width), FeedForward(width)
 
     def forward(self, x_BNC: Tensor, context_BLD: Tensor) -> Tensor:
-        def norm_linear(norm: Norm, x: Tensor, residual: Tensor | None, linear: nn.Module) -> tuple[Tensor, Tensor]:
-            return recompute.layer_norm_linear(
-                self.ops.forward_backward, LAYER_NORM_EPS, x, residual, norm.weight, norm.bias, *operands(linear)
-            )
-
-        qkv, _ = norm_linear(self.norm1, x_BNC, None, self.attn1.to_qkv)
-        q, x_BNC = norm_linear(self.norm2, self.attn1(qkv), x_BNC, self.attn2.to_q)
+        ops, eps = self.ops.forward_backward, LAYER_NORM_EPS
+        norm1, norm2, norm3 = (norm.operands() for norm in (self.norm1, self.norm2, self.norm3))
+        qkv, _ = recompute.layer_norm_linear(ops, eps, x_BNC, None, norm1, operands(self.attn1.to_qkv))
+        q, s_BNC = recompute.layer_norm_linear(ops, eps, self.attn1(qkv), x_BNC, norm2, operands(self.attn2.to_q))
+        assert s_BNC is not None
         attended = self.attn2(q, self.attn2.to_kv(context_BLD))
-        ops, norm, linears = self.ops.forward_backward, self.norm3, self.ff.operands()
-        return recompute.feed_forward(ops, LAYER_NORM_EPS, self.keep_hidden, attended, x_BNC, norm.weight, norm.bias, *linears)
+        return recompute.feed_forward(ops, eps, attended, s_BNC, norm3, self.ff.operands(), keep_hidden=self.keep_hidden)
 
 
 class Transformer(nn.Module):
@@ -201,7 +204,7 @@ class Transformer(nn.Module):
 
     def forward(self, x_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
         ops = self.ops.forward_backward
-        layer = self.norm.weight, self.norm.bias, *operands(self.proj_in)
+        layer = self.norm.operands(), operands(self.proj_in)
         x_BNC = recompute.group_norm_linear(ops, self.groups, ATTENTION_EPS, x_BCHW, *layer)
         x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD))
         return x_BCHW + recompute.image(x_BNC, x_BCHW.shape[2:])
@@ -220,9 +223,8 @@ class Resnet(nn.Module):
 
     def forward(self, x_BCHW: Tensor, skip_BCHW: Tensor | None, time_BE: Tensor) -> Tensor:
         """Apply the block. `skip_BCHW` holds further channels of the input, from the down blocks."""
-        layers = [self.conv1] if self.conv_shortcut is None else [self.conv1, self.conv_shortcut]
-        h, shortcut = norm_conv(self.ops, self.groups, self.norm1, layers, x_BCHW, skip_BCHW)
-        h, _ = norm_conv(self.ops, self.groups, self.norm2, [self.conv2], h, shift=self.time_emb_proj(time_BE))
+        h, shortcut = norm_conv(self.ops, self.groups, self.norm1, self.conv1, x_BCHW, skip_BCHW, self.conv_shortcut)
+        h, _ = norm_conv(self.ops, self.groups, self.norm2, self.conv2, h, shift=self.time_emb_proj(time_BE))
         return h + (x_BCHW if shortcut is None else shortcut)
 
 
@@ -230,14 +232,15 @@ def norm_conv(
     ops: Ops,
     groups: int,
     norm: Norm,
-    layers: list[nn.Conv2d],
+    conv: nn.Conv2d,
     x: Tensor,
     skip: Tensor | None = None,
+    shortcut: nn.Conv2d | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return conv(silu(norm([x, skip] + shift))), and shortcut([x, skip]) or None. `layers` is [conv, shortcut] or [conv]."""
-    tensors = [tensor for layer in layers for tensor in operands(layer)]
-    return recompute.norm_conv(ops.forward_backward, groups, RESNET_EPS, x, skip, shift, norm.weight, norm.bias, *tensors)
+    """Return conv(silu(norm([x, skip] + shift))), and shortcut([x, skip]) or None."""
+    layers = norm.operands(), operands(conv), None if shortcut is None else operands(shortcut)
+    return recompute.norm_conv(ops.forward_backward, groups, RESNET_EPS, x, skip, shift, *layers)
 
 
 class Downsample(nn.Module):
@@ -259,13 +262,13 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor, size: torch.Size) -> Tensor:
-        return recompute.upsample_conv(*size, x_BCHW, *operands(self.conv))
+        return recompute.upsample_conv(size, x_BCHW, operands(self.conv))
 
 
 class Level(nn.Module):
     """The resnets of one resolution. A transformer follows each of them if the level has attention."""
 
-    def __init__(self, widths: list[tuple[int, int]], attends: bool, cfg: UNetConfig, ops: Ops) -> None:
+    def __init__(self, widths: list[tuple[int, int]], cfg: UNetConfig, ops: Ops, *, attends: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([Resnet(inputs, outputs, cfg, ops) for inputs, outputs in widths])
         if attends:
@@ -329,7 +332,7 @@ class UNet(nn.Module):
         skips = [widths[0]]  # widths of the skip connections to the up blocks
         for level, (width, attends) in enumerate(zip(widths, cfg.attention, strict=True)):
             in_widths = [widths[max(level - 1, 0)]] + [width] * (cfg.layers_per_block - 1)
-            block = Level([(in_width, width) for in_width in in_widths], attends, cfg, ops)
+            block = Level([(in_width, width) for in_width in in_widths], cfg, ops, attends=attends)
             skips += [width] * cfg.layers_per_block
             if level < len(widths) - 1:
                 block.downsamplers = nn.ModuleList([Downsample(width)])
@@ -343,7 +346,8 @@ class UNet(nn.Module):
         for level in reversed(range(len(widths))):
             width = widths[level]
             in_widths = [previous_width] + [width] * cfg.layers_per_block
-            block = Level([(in_width + skips.pop(), width) for in_width in in_widths], cfg.attention[level], cfg, ops)
+            channels = [(in_width + skips.pop(), width) for in_width in in_widths]
+            block = Level(channels, cfg, ops, attends=cfg.attention[level])
             if level > 0:
                 block.upsamplers = nn.ModuleList([Upsample(width)])
             self.up_blocks.append(block)
@@ -408,9 +412,9 @@ class UNet(nn.Module):
             if block.upsamplers is not None:
                 x = block.upsamplers[0](x, size=skips[-1].shape[2:])
 
-        return norm_conv(self.ops, self.cfg.norm_groups, self.conv_norm_out, [self.conv_out], x)[0]
+        return norm_conv(self.ops, self.cfg.norm_groups, self.conv_norm_out, self.conv_out, x)[0]
 
-    def _run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    def _run(self, function: Callable[[*Arguments], Tensor], *args: *Arguments) -> Tensor:
         if self.checkpointing != "block" or not torch.is_grad_enabled():
             return function(*args)
         # No random numbers are drawn inside, so no generator state needs saving.

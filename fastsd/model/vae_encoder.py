@@ -93,13 +93,13 @@ class VaeEncoder:
         bias = conv.bias.float()
         return y, bias if pending is None else bias + conv.weight.float().sum((2, 3)) @ pending
 
-    def _norm(self, norm: nn.GroupNorm, x: Tensor, pending: PendingBias, silu: bool = True) -> Tensor:
+    def _norm(self, norm: nn.GroupNorm, x: Tensor, pending: PendingBias, *, silu: bool = True) -> Tensor:
         if x.is_cpu and x.dtype == torch.float32 and not self._defers_bias:
-            return _group_norm_by_slabs(x, norm, silu)
+            return _group_norm_by_slabs(x, norm, silu=silu)
         shift = None if pending is None else pending.expand(len(x), -1)
         return self.ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, shift_BC=shift)
 
-    def _resnet(self, resnet: Any, x: Tensor, pending: PendingBias, pad: bool = False) -> tuple[Tensor, PendingBias]:
+    def _resnet(self, resnet: Any, x: Tensor, pending: PendingBias, *, pad: bool = False) -> tuple[Tensor, PendingBias]:
         """Apply a resnet. With `pad`, the result has one more row and column for the convolution of stride 2 that follows."""
         h, h_pending = self._conv(resnet.conv1, self._norm(resnet.norm1, x, pending))
         h = self._norm(resnet.norm2, h, h_pending)  # this statement frees the norm's input before the convolution
@@ -123,7 +123,7 @@ class VaeEncoder:
         x.add_(out.view(B, H, W, C).permute(0, 3, 1, 2))
 
 
-def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
+def _group_norm_by_slabs(x: Tensor, norm: nn.GroupNorm, *, silu: bool) -> Tensor:
     """Compute `group_norm_reference` in fp32 on a CPU, for images that are too large for PyTorch's own implementation.
 
     PyTorch sums all positions of a group one by one in fp32. Each norm then has an error of 1e-5 at 512 x 512, and of 1e-4 at

@@ -47,7 +47,7 @@ def diffusers_names(name: str) -> list[str]:
     return [file_name for file_name, _ in diffusers_views(name, torch.empty(6, 1, device="meta"))]
 
 
-def diffusers_state_dict(unet: UNet, grad: bool = False, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def diffusers_state_dict(unet: UNet, *, grad: bool = False, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the parameters, or their gradients, under diffusers' names (686 for SD1.5).
 
     The tensors are detached views of the module's memory: nothing is copied, and later steps change them.

@@ -26,11 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsd_kernels import cpu_optimizers
 from fastsd_kernels.arena import (
     TILES,
-    StepOptions,
     chunks,
-    clear,
     fma,
     load,
     load_gradient,
@@ -39,10 +38,12 @@ from fastsd_kernels.arena import (
     operands,
     scalars,
     should_step,
+    step_calls,
     store_parameter,
     unless_found_inf,
 )
-from fastsd_kernels.launch import launch
+from fastsd_kernels.launch import custom_op, launch, meta
+from fastsd_kernels.ops import AdamW, Op, StepOptions
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def corrections(
 
 
 @triton.jit
-def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, mask, ZERO_GRADS: tl.constexpr):
+def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, mask):
     master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
     one_minus_beta1, beta2, one_minus_beta2 = betas
     if should_step(found_inf_ptr):
@@ -120,24 +121,22 @@ def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, o
         store_parameter(
             p * decay + tl.div_rn(m * step_size, denom), p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask
         )
-    if ZERO_GRADS:
-        clear(g_ptr, start, offs, mask)
 
 
 @triton.jit
 def _adamw(
     p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr,
     one_minus_beta1, beta2, one_minus_beta2, eps, n,
-    ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
     offs = tl.arange(0, BLOCK)
     options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
     betas = one_minus_beta1, beta2, one_minus_beta2
     if start + BLOCK <= n:
-        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, None, ZERO_GRADS)
+        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, None)
     else:
-        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, offs < n - start, ZERO_GRADS)
+        _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, offs < n - start)
 
 
 def adamw_step(
@@ -154,17 +153,16 @@ def adamw_step(
     beta1: float,
     beta2: float,
     eps: float,
-    zero_grads: bool,
 ) -> None:
     """Step tensors of one dense layout in place, in one launch. factors: fp32 (1 - lr wd, -lr / (1 - b1^t), sqrt(1 - b2^t))."""
     n, tile = p.numel(), TILES["adamw"]
     operands = p, g, m, v, factors, master_lo, ema, ema_gain, scale, found_inf
     betas = 1 - beta1, beta2, 1 - beta2
     if n:
-        launch(_adamw, (triton.cdiv(n, tile.span),), *operands, *betas, eps, n, **tile.options(ZERO_GRADS=zero_grads))
+        launch(_adamw, (triton.cdiv(n, tile.span),), *operands, *betas, eps, n, **tile.options())
 
 
-_adamw_op = torch.library.custom_op("fastsd::adamw", adamw_step, mutates_args=("p", "g", "m", "v", "master_lo", "ema"))
+_adamw_op = custom_op("adamw", mutates_args=("p", "m", "v", "master_lo", "ema"))(adamw_step)
 _adamw_op.register_fake(lambda *_: None)
 
 
@@ -192,6 +190,48 @@ def adamw_triton(
     if not rows:
         return
     step_sizes, corrections2 = corrections(steps, lr, betas, options.get("found_inf"))
-    for (tensors, extra), step_size, correction2 in zip(rows, step_sizes.unbind(), corrections2.unbind(), strict=True):
+    for ((p, g, m, v), extra), step_size, correction2 in zip(rows, step_sizes.unbind(), corrections2.unbind(), strict=True):
         factors = scalars(step_size.device, 1 - lr * weight_decay, step_size, correction2)
-        _adamw_op(*tensors, factors, *extra, *betas, eps, options.get("zero_grads", False))
+        _adamw_op(p, g, m, v, factors, *extra, *betas, eps)
+
+
+@torch.no_grad()
+def adamw_cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    **options: Unpack[StepOptions],
+) -> None:
+    """`adamw_reference` in one pass.
+
+    Raises:
+        ValueError: as `lion_cpu`, or the number of step counts differs from that of parameters.
+    """
+    rows = cpu_optimizers.operands("adamw", params, grads, exp_avgs, exp_avg_sqs, scalars=(lr, *steps), **options)
+    if len(steps) != len(rows):
+        raise ValueError(f"adamw: {len(rows)} parameters and {len(steps)} step counts; pass one step count per parameter")
+    if not rows:
+        return
+    cpu_optimizers.library("adamw")  # before a step is counted
+    step_sizes_P, corrections2_P = corrections(steps, lr, betas, options.get("found_inf"))
+    decay = scalars(step_sizes_P.device, 1 - lr * weight_decay)
+    factors = torch.stack((decay.expand_as(step_sizes_P), step_sizes_P, corrections2_P), dim=1)
+    constants = 1 - betas[0], betas[1], 1 - betas[1], eps
+    cpu_optimizers.call("adamw", rows, factors, constants, **options)
+
+
+OP: Op[AdamW] = Op(
+    name="adamw",
+    reference=adamw_reference,
+    triton=adamw_triton,
+    cpu=adamw_cpu,
+    calls=lambda: step_calls(lambda p, g, m, options: adamw_step(p, g, m, m, meta(4), *options, 0.9, 0.99, 1e-8)),
+    bytes=lambda count, gradient_size: count * (24 + gradient_size),
+)

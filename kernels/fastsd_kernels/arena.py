@@ -15,9 +15,9 @@ one number in 2^17, rounds away from zero, where `bfloat16()` takes the even nei
 bf16 and 16 bits distinguish 65536, so no encoding can do both.  All other numbers equal `bfloat16()`.  A NaN stays a NaN,
 without its payload: rounded like a number, 0x7fffffff would carry into -0.0 and hide.
 
-Options of all three, applied in the pass that has the element in registers:
+Options of all three (`StepOptions`), applied in the pass that has the element in registers:
 
-    g = g * scale                                       ema = ema + (1 - ema_decay)(p - ema)        g = 0 in memory
+    g = g * scale                                       ema = ema + (1 - ema_decay)(p - ema)
 
 Roundings.  PyTorch rounds a + alpha b once, on a CPU and a GPU alike; so do `fma` here and everything the references
 do.  Kernels start with enable_fp_fusion=False: the compiler may then fuse no other product into a sum, and elementwise
@@ -30,16 +30,18 @@ Read next: `lion.py`, the shortest of the three.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd_kernels.launch import INTERPRETED, require_device
+from fastsd_kernels import workload
+from fastsd_kernels.launch import DTYPES, INTERPRETED, meta, require_device
+from fastsd_kernels.ops import Calls, StepOptions
 
 # Elements of one chunk. Four arrays and their scratch fit a shared CPU cache (2**16 and below starves the threads);
 # on a GPU a chunk bounds the scratch only, and launches should be few.
@@ -47,26 +49,6 @@ _CHUNK_CPU = 1 << 18
 _CHUNK_GPU = 1 << 26
 
 EMA_DECAY = 0.9999
-
-
-class StepOptions(TypedDict, total=False):
-    """Options of every optimizer's op beside its hyper-parameters. None is the same as leaving an option out.
-
-    Attributes:
-        found_inf: 0-dim bool or float on the device; nonzero leaves every byte unchanged, whatever the gradients hold.
-        masters_lo: int16, low halves of the masters. The parameters, then bf16, are the high halves.
-        scale: 0-dim fp32 on the device, multiplies the gradients: one over the loss scale, times the clip factor.
-        emas: fp32, moved towards the new parameters: ema + (1 - ema_decay)(p - ema).
-        ema_decay: a float or a 0-dim tensor on the device; fp64, because 1 - decay is small. `EMA_DECAY` by default.
-        zero_grads: overwrite the gradients with zeros, also if `found_inf` is set: the next must not add to rejected ones.
-    """
-
-    found_inf: Tensor | None
-    masters_lo: Sequence[Tensor] | None
-    scale: Tensor | None
-    emas: Sequence[Tensor] | None
-    ema_decay: float | Tensor
-    zero_grads: bool
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,8 +85,6 @@ def masters(
             change = torch._foreach_sub(list(fp32_params), list(emas))
             torch._foreach_mul_(change, scalars(emas[0].device, 1 - options.get("ema_decay", EMA_DECAY))[0])
             torch._foreach_add_(list(emas), change)
-    if grads and options.get("zero_grads"):
-        torch._foreach_zero_(list(grads))
 
 
 def chunks(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
@@ -140,7 +120,7 @@ def _sections(row: tuple[Tensor, ...], size: int, limit: int) -> Iterator[tuple[
     if size <= limit:
         return iter([tuple(flat)])
     count = -(-size // limit)
-    return zip(*(t.split(limit) if t.numel() == size else (t,) * count for t in flat), strict=True)
+    return zip(*(torch.split(t, limit) if t.numel() == size else (t,) * count for t in flat), strict=True)
 
 
 @contextmanager
@@ -246,14 +226,6 @@ def store_parameter(p, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs,
         tl.store(ema_ptr + start + offs, ema + tl.load(ema_gain_ptr) * (p - ema), mask)
 
 
-@triton.jit
-def clear(g_ptr, start, offs, mask):
-    """Overwrite the gradient with zeros, once every thread has read its elements."""
-    # If a stream has 2 bytes an element, a thread stores other elements of a 4-byte stream than it loads.
-    tl.debug_barrier()
-    tl.store(g_ptr + start + offs, 0.0, mask)
-
-
 class OptimizerTile(NamedTuple):
     """Sizes of a kernel: `block` elements at a time, `times` in a row, by `warps` warps with up to `registers` a thread."""
 
@@ -334,6 +306,19 @@ def operands(
                 raise layout_error(op, t, p)
         result.append(((p, g, *state), TensorOptions(master_lo, ema, gain, scale, found_inf)))
     return result
+
+
+def step_calls(step: Callable[[Tensor, Tensor, Tensor, TensorOptions], object]) -> Calls:
+    """Yield the calls of an optimizer's record. `step` takes arenas p, g and state, and the options."""
+    n = sum(size * count for size, count in workload.PARAMETERS.items())
+    state, scalar = meta(n), meta()
+    for mode, gradients in (("fp32", "fp32"), ("bf16 halves", "bf16"), ("bf16 halves", "fp32")):
+        p = meta(n, dtype=DTYPES[mode[:4]])
+        master_lo = None if mode == "fp32" else meta(n, dtype=torch.int16)
+        for ema in (None, state):
+            options = TensorOptions(master_lo, ema, None if ema is None else scalar, scalar, scalar)
+            step(p, meta(n, dtype=DTYPES[gradients]), state, options)
+            yield f"{gradients} gradients{' and EMA' if ema is not None else ''}", mode
 
 
 def require_dtypes(op: str, p: Tensor, g: Tensor, master_lo: Tensor | None, *states: Tensor | None) -> None:

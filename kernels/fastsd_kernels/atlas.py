@@ -2,7 +2,7 @@
 
     python -m fastsd_kernels.atlas [--target sm_89 ...] [--op attention ...] [--json FILE]
 
-Each op's own host functions run on meta tensors of the workload's shapes inside `recording(target)`. Every distinct launch is
+The calls of each op's record run on meta tensors of the workload's shapes inside `recording(target)`. Every distinct launch is
 compiled as Triton would compile it there, and its machine code is read. So all figures are those of the shipped code, and
 tile tables cannot disagree with them. Columns:
 
@@ -23,24 +23,17 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from fastsd_kernels import adamw, attention, dlion, geglu, gradient_norm, group_norm, layer_norm, lion, noise, workload
+from fastsd_kernels import RECORDS
 from fastsd_kernels.launch import ARCHITECTURES, INTERPRETED, recording
 from fastsd_kernels.sass import Code, compile_launch, specialise
 
 # Shared memory that a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on GeForce.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
-BATCH = 16
 # Kernels that read only a few statistics or partial sums a program, or very little compared with what they compute.
 _SMALL = ("_merge", "_merge_sums", "_estimate", "_norm", "_normal", "_add_noise")
-
-Call = Callable[[], object]
 
 
 class Entry(NamedTuple):
@@ -56,132 +49,14 @@ class Entry(NamedTuple):
     problems: list[str]
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def _attention() -> Iterator[tuple[str, str, Call]]:
-    for batch in (BATCH, 1):  # at batch 1 more programs share the queries in cross attention's backward
-        for kind in workload.ATTENTION:
-            for mode in ("bf16", *attention.PRECISIONS):
-                dtype, precision = (torch.bfloat16, "ieee") if mode == "bf16" else (torch.float32, mode)
-                q = _meta(batch, kind.queries, kind.heads, kind.head_dim, dtype=dtype)
-                k = _meta(batch, kind.keys, kind.heads, kind.head_dim, dtype=dtype)
-
-                def call(q: Tensor = q, k: Tensor = k, precision: str = precision) -> None:
-                    o, lse = attention.attention_forward(q, k, k, precision)
-                    attention.attention_backward(o, q, k, k, o, lse, precision)
-
-                yield f"{kind.queries}x{kind.keys} d{kind.head_dim}", mode, call
-
-
-def _group_norm() -> Iterator[tuple[str, str, Call]]:
-    for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM, *workload.VAE_ENCODER_GROUP_NORM):
-        for mode, dtype in DTYPES.items():
-            x = _meta(BATCH, kind.channels, kind.side, kind.side, dtype=dtype).to(memory_format=torch.channels_last)
-            # The VAE's shifts are sums of biases, stored in fp32.
-            shift_dtype = torch.float32 if kind in workload.VAE_ENCODER_GROUP_NORM else dtype
-            w, shift = _meta(kind.channels, dtype=dtype), _meta(BATCH, kind.channels, dtype=shift_dtype) if kind.shift else None
-
-            def call(kind: Any = kind, x: Tensor = x, w: Tensor = w, shift: Tensor | None = shift) -> None:
-                mean, rstd = group_norm.group_norm_statistics(x, shift, kind.groups, kind.eps)
-                group_norm.group_norm_apply(x, mean, rstd, w, w, kind.groups, kind.silu, shift)
-                group_norm.group_norm_backward(x, x, mean, rstd, w, w, kind.groups, kind.silu, shift)
-
-            yield f"{kind.channels}c {kind.side}px{' shifted' if kind.shift else ''}", mode, call
-
-
-def _layer_norm() -> Iterator[tuple[str, str, Call]]:
-    for kind in workload.LAYER_NORM:
-        for mode, dtype in DTYPES.items():
-            x, w = _meta(BATCH * kind.rows, kind.features, dtype=dtype), _meta(kind.features, dtype=dtype)
-
-            def call(kind: Any = kind, x: Tensor = x, w: Tensor = w) -> None:
-                _, *_, mean, rstd = layer_norm.layer_norm_forward(x, w, w, kind.eps)
-                layer_norm.layer_norm_forward(x, w, w, kind.eps, x)
-                layer_norm.layer_norm_apply(x, mean, rstd, w, w)
-                layer_norm.layer_norm_backward(x, x, mean, rstd, w)
-                layer_norm.layer_norm_backward(x, x, mean, rstd, w, x)
-
-            yield f"{kind.features} features", mode, call
-
-
-def _geglu() -> Iterator[tuple[str, str, Call]]:
-    for kind in workload.GEGLU:
-        for mode, dtype in DTYPES.items():
-            x, y = (_meta(BATCH * kind.rows, width * kind.features, dtype=dtype) for width in (2, 1))
-
-            def call(x: Tensor = x, y: Tensor = y) -> None:
-                geglu.geglu_forward(x)
-                geglu.geglu_backward(y, x)
-
-            yield f"{kind.features} features", mode, call
-
-
-def _optimizers() -> Iterator[tuple[str, str, Call]]:
-    n = sum(size * count for size, count in workload.PARAMETERS.items())
-    state, scalar, factors = _meta(n), _meta(), _meta(4)
-    for mode, gradients in (("fp32", "fp32"), ("bf16 halves", "bf16"), ("bf16 halves", "fp32")):
-        exact = mode == "fp32"
-        p, master_lo = _meta(n, dtype=DTYPES["fp32" if exact else "bf16"]), None if exact else _meta(n, dtype=torch.int16)
-        g = _meta(n, dtype=DTYPES[gradients])
-        for ema in (None, state):
-            options: Any = master_lo, ema, None if ema is None else scalar, scalar, scalar
-
-            def call(p: Tensor = p, g: Tensor = g, options: Any = options) -> None:
-                one_state: list[Any] = [p, g, state, factors, *options, 0.9, 0.99, True]
-                two_states: list[Any] = [p, g, state, state, factors, *options, 0.9, 0.99]
-                lion.lion_step(*one_state)
-                dlion.dlion_step(*[*two_states, True])
-                adamw.adamw_step(*[*two_states, 1e-8, True])
-
-            yield f"{gradients} gradients{' and EMA' if ema is not None else ''}", mode, call
-
-        def norm(g: Tensor = g) -> None:
-            gradient_norm.norm_of_sums(gradient_norm.square_sums(g), scalar)
-
-        yield f"{gradients} gradients", mode, norm
-    d = _meta(dtype=torch.float64)
-    yield "tail", "fp64", lambda: dlion.dlion_estimate(d, d, _meta(1 << 16), _meta(1 << 16), d, scalar, 0.99)
-
-
-def _noise() -> Iterator[tuple[str, str, Call]]:
-    position = _meta(BATCH, dtype=torch.int64)
-    for mode, dtype in DTYPES.items():
-        x = _meta(BATCH, 4, 64, 64, dtype=dtype)
-        for velocity in (False, True):
-
-            def call(x: Tensor = x, velocity: bool = velocity) -> None:
-                noise.add_noise_forward(x, position, position, _meta(1000), _meta(1000), 7, velocity)
-
-            yield "4x64x64", mode, call
-
-    def normal() -> None:
-        noise.normal_forward(7, 0, position, (4, 64, 64))
-
-    yield "4x64x64", "fp32", normal
-
-
-OPS: dict[str, Callable[[], Iterator[tuple[str, str, Call]]]] = {
-    "attention": _attention,
-    "group_norm": _group_norm,
-    "layer_norm": _layer_norm,
-    "geglu": _geglu,
-    "optimizers": _optimizers,
-    "noise": _noise,
-}
+OPS = {op.name: op for op in RECORDS}
 
 
 def survey(op: str, target: int, remainder: int = 0, divisor: int = 1) -> list[Entry]:
     """Compile those distinct configurations of one op for sm_`target` whose number is `remainder` modulo `divisor`."""
     entries: dict[str, Entry] = {}
     with recording(target) as launches:
-        for kind, mode, call in OPS[op]():
-            launches.clear()
-            call()
+        for kind, mode in OPS[op].calls():
             for launch in launches:
                 compilation = specialise(launch, target)
                 if compilation.key not in entries:
@@ -190,6 +65,7 @@ def survey(op: str, target: int, remainder: int = 0, divisor: int = 1) -> list[E
                     if len(entries) % divisor == remainder:
                         code = compile_launch(compilation)
                         entries[compilation.key] = entry._replace(code=code, problems=_problems(entry, code))
+            launches.clear()
     return [entry for entry in entries.values() if entry.code is not None]
 
 
@@ -217,7 +93,7 @@ def _line(entry: Entry) -> str:
         f"{k.removeprefix('num_').lower()}={v}" for k, v in entry.options.items() if isinstance(v, int) and k != "D"
     )
     counts = f"{code.registers:4} {code.stack:5} {code.spills_in_loop:7} {code.shared:6} {code.tensor:6} {code.fma:5}"
-    name = f"sm_{entry.target:<3} {entry.op:10} {entry.kernel:15} {entry.kind:26} {entry.mode:11}"
+    name = f"sm_{entry.target:<3} {entry.op:14} {entry.kernel:15} {entry.kind:26} {entry.mode:11}"
     return (
         f"{name} {counts} {fma_share:>4}  {loads:26} {tile}{'  OVER: ' + '; '.join(entry.problems) if entry.problems else ''}"
     )
@@ -234,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so Triton compiles nothing; unset it")
-    print(f"target {'op':10} {'kernel':15} {'kind':26} {'mode':11} regs stack in loop shared tensor   fma loop  loads")
+    print(f"target {'op':14} {'kernel':15} {'kind':26} {'mode':11} regs stack in loop shared tensor   fma loop  loads")
     divisor = 4 * options.jobs  # short tasks, so that no process waits long for the last one
     tasks = [
         (op, int(sm[3:]), remainder, divisor) for sm in options.target for op in options.op for remainder in range(divisor)

@@ -34,6 +34,7 @@ resident tile as the right operand (1.5 times the tensor instructions, and spill
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastsd_kernels import workload
 from fastsd_kernels.attention_tiles import AttentionTile, choose_tile, one_kernel_for_keys, slices
 from fastsd_kernels.head_tile import (
     add_product,
@@ -55,7 +57,8 @@ from fastsd_kernels.head_tile import (
     zero_head,
 )
 from fastsd_kernels.interpreter import rounded
-from fastsd_kernels.launch import launch, require_device
+from fastsd_kernels.launch import custom_op, launch, meta, require_device
+from fastsd_kernels.ops import Attention, Calls, Op
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
@@ -328,32 +331,23 @@ def _key_gradients(
             out.copy_(sums.sum(0))
 
 
-@torch.library.custom_op("fastsd::attention", mutates_args=())
-def attention_op(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    return attention_forward(q, k, v, precision)
+attention_op = custom_op("attention")(attention_forward)
+attention_op.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q[..., 0].mT.shape, dtype=torch.float32)))
 
 
-@attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    B, N, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=torch.float32)
-
-
-@torch.library.custom_op("fastsd::attention_backward", mutates_args=())
+@custom_op("attention_backward")
 def attention_backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return attention_backward(do, q, k, v, o, lse, precision)
 
 
-@attention_backward_op.register_fake
-def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+attention_backward_op.register_fake(lambda do, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
 
 
-@torch.library.custom_op("fastsd::attention_packed_backward", mutates_args=())
+@custom_op("attention_packed_backward")
 def attention_packed_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, self_attention: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, *, self_attention: bool
 ) -> tuple[Tensor, Tensor]:
     """Return gradients packed like the projections: (dqkv_BN3HD, empty) for `self_attention`, else (dq_BNHD, dkv_BL2HD)."""
     if self_attention:
@@ -367,7 +361,7 @@ def attention_packed_backward_op(
 
 @attention_packed_backward_op.register_fake
 def _(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, self_attention: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, *, self_attention: bool
 ) -> tuple[Tensor, Tensor]:
     if self_attention:
         return q.new_empty((*q.shape[:2], 3, *q.shape[2:])), q.new_empty(0)
@@ -389,13 +383,13 @@ attention_op.register_autograd(_differentiate, setup_context=_save)
 
 # Recomputation is not counted, as in PyTorch's formula for its own attention: 2 matmuls forward, 5 backward.
 @register_flop_formula(torch.ops.fastsd.attention)
-def _(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _(q_shape: Sequence[int], k_shape: Sequence[int], *_: object, **options: object) -> int:
     (B, N, H, D), L = q_shape, k_shape[1]
     return 4 * B * H * N * L * D
 
 
 @register_flop_formula([torch.ops.fastsd.attention_backward, torch.ops.fastsd.attention_packed_backward])
-def _(do_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _(do_shape: Sequence[int], q_shape: Sequence[int], k_shape: Sequence[int], *_: object, **options: object) -> int:
     (B, N, H, D), L = q_shape, k_shape[1]
     return 10 * B * H * N * L * D
 
@@ -429,3 +423,24 @@ def require_supported(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision:
     if B * H > 65535:
         raise ValueError(f"attention: {B} images with {H} heads are {B * H}, more than 65535; split the batch")
     require_device("attention", q_BNHD, k_BLHD, v_BLHD)
+
+
+def _calls() -> Calls:
+    for batch in (workload.BATCH, 1):  # at batch 1 more programs share the queries in cross attention's backward
+        for kind in workload.ATTENTION:
+            for mode in ("bf16", *PRECISIONS):
+                dtype, precision = (torch.bfloat16, "ieee") if mode == "bf16" else (torch.float32, mode)
+                q, k = (meta(batch, rows, kind.heads, kind.head_dim, dtype=dtype) for rows in (kind.queries, kind.keys))
+                o, lse = attention_forward(q, k, k, precision)
+                attention_backward(o, q, k, k, o, lse, precision)
+                yield f"{kind.queries}x{kind.keys} d{kind.head_dim}", mode
+
+
+OP: Op[Attention] = Op(
+    name="attention",
+    reference=attention_reference,
+    triton=attention_triton,
+    calls=_calls,
+    # The forward reads q, k, v and writes o; the backward reads q, k, v, o, do and writes dq, dk, dv.
+    bytes=lambda kind, size: 6 * (kind.queries + kind.keys) * kind.heads * kind.head_dim * size,
+)

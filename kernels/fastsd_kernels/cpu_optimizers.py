@@ -1,8 +1,8 @@
-"""Lion, D-Lion, AdamW and the gradient norm on a CPU: `optimizers.c`, compiled at first use and called through ctypes.
+"""`optimizers.c`, compiled at first use and called through ctypes: Lion, D-Lion, AdamW and the gradient norm on a CPU.
 
-Signatures are those of the references, layouts and errors those of the Triton kernels, and `optimizers.c` has the arithmetic.
-Elementwise results have the reference's bits, with AdamW's two exceptions (`adamw.py`).  A step is one call for a whole list
-of tensors, on as many threads as PyTorch uses (`torch.set_num_threads`); their number changes no bit.
+The functions that call it are in the operations' files.  Layouts and errors are those of the Triton kernels.  Elementwise
+results have the reference's bits, with AdamW's two exceptions (`adamw.py`).  A step is one call for a whole list of tensors,
+on as many threads as PyTorch uses (`torch.set_num_threads`); their number changes no bit.
 
 The library is stored in $XDG_CACHE_HOME/fastsd, or ~/.cache/fastsd.  Its name has two digests: one of source, flags, compiler
 and instruction set, so another CPU has another file, and one of its own bytes, so a damaged file is detected and rebuilt.
@@ -29,18 +29,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from fastsd_kernels.adamw import corrections
-from fastsd_kernels.arena import (
-    EMA_DECAY,
-    StepOptions,
-    dense,
-    layout_error,
-    memory_order,
-    require_dtype,
-    require_dtypes,
-    scalars,
-)
-from fastsd_kernels.dlion import step_factors
+from fastsd_kernels.arena import EMA_DECAY, dense, layout_error, memory_order, require_dtypes, scalars
+from fastsd_kernels.ops import StepOptions
 
 _SOURCE = Path(__file__).with_name("optimizers.c")
 # The last two flags change no result. They let the compiler vectorise roots and turn comparisons into selects.
@@ -60,7 +50,6 @@ class _Options(ctypes.Structure):
         ("scale", _POINTER),
         ("ema_gain", _POINTER),
         ("found_inf", _POINTER),
-        ("zero_grads", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     ]
 
@@ -131,14 +120,14 @@ def _open_library(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _library(op: str) -> ctypes.CDLL:
+def library(op: str) -> ctypes.CDLL:
     library, reason = _library_or_reason()
     if library is None:
         raise ValueError(f"{op}: the CPU kernels are not available ({reason}); use REFERENCE")
     return library
 
 
-def _require_cpu(op: str, *tensors: Any) -> None:
+def require_cpu(op: str, *tensors: Any) -> None:
     """Raise ValueError unless all tensors among the arguments are on the CPU."""
     other_devices = {str(t.device) for t in tensors if isinstance(t, Tensor) and not t.is_cpu}
     if other_devices:
@@ -147,7 +136,7 @@ def _require_cpu(op: str, *tensors: Any) -> None:
         )
 
 
-def _operands(
+def operands(
     op: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -156,7 +145,7 @@ def _operands(
     **options: Unpack[StepOptions],
 ) -> list[_Operands]:
     """Group the tensors of each parameter, and check them as `arena.operands` does, here for tensors on a CPU."""
-    _require_cpu(op, *scalars, options.get("found_inf"), options.get("scale"), options.get("ema_decay"))
+    require_cpu(op, *scalars, options.get("found_inf"), options.get("scale"), options.get("ema_decay"))
     masters_lo, emas, absent = options.get("masters_lo"), options.get("emas"), (None,) * len(params)
     two_states = states if len(states) == 2 else (states[0], absent)
     rows = list(zip(params, grads, *two_states, masters_lo or absent, emas or absent, strict=True))
@@ -166,7 +155,7 @@ def _operands(
             if t is None:
                 continue
             if not t.is_cpu:
-                _require_cpu(op, t)
+                require_cpu(op, t)
             if t.shape == shape and t.stride() == stride and (t is not p or p.is_contiguous()):
                 continue
             if not dense(t) or memory_order(t) != memory_order(p):
@@ -175,7 +164,7 @@ def _operands(
     return rows
 
 
-def _call_c(
+def call(
     op: str,
     operands: Sequence[tuple[Tensor | None, ...]],
     factors: Tensor | None,
@@ -199,124 +188,17 @@ def _call_c(
         return sums_2P
 
     # C gets addresses, so these must live until the call is over.
-    scale, found_inf, zero_grads = options.get("scale"), options.get("found_inf"), options.get("zero_grads", False)
+    scale, found_inf = options.get("scale"), options.get("found_inf")
     scale = None if scale is None else scale.float()
     gain = scalars(torch.device("cpu"), 1 - options.get("ema_decay", EMA_DECAY))
     found_inf = None if found_inf is None else found_inf != 0
     scratch_2K = torch.empty(2, spans, dtype=torch.float64)
-    c_options = _Options(
-        *(0 if t is None else t.data_ptr() for t in (scale, gain, found_inf)), zero_grads, torch.get_num_threads()
-    )
+    c_options = _Options(*(0 if t is None else t.data_ptr() for t in (scale, gain, found_inf)), torch.get_num_threads())
     rows, floats = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * len(constants))(*constants)
 
-    function = getattr(_library(op), f"fastsd_{op}")
+    function = getattr(library(op), f"fastsd_{op}")
     function(rows, count, ctypes.byref(c_options), floats, scratch_2K.data_ptr(), sums_2P.data_ptr())
     # PyTorch has not seen the writes; a backward over a graph that holds these tensors must detect them.
-    written = (t for p, g, *extras in operands for t in (p, g if zero_grads else None, *extras))
+    written = (t for p, _, *extras in operands for t in (p, *extras))
     torch.autograd.graph.increment_version([t for t in written if t is not None])
     return sums_2P
-
-
-@torch.no_grad()
-def lion_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    **options: Unpack[StepOptions],
-) -> None:
-    """`lion_reference` in one pass.
-
-    Raises:
-        ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or
-            have gaps, a tensor that is not on the CPU, or kernels that cannot be used (`problem`).
-    """
-    rows = _operands("lion", params, grads, exp_avgs, scalars=(lr,), **options)
-    factors = scalars(torch.device("cpu"), 1 - lr * weight_decay, -lr)
-    constants = betas[0], 1 - betas[0], betas[1], 1 - betas[1]
-    _call_c("lion", rows, factors, constants, **options)
-
-
-@torch.no_grad()
-def dlion_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    s: Sequence[Tensor],
-    d: Tensor,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    **options: Unpack[StepOptions],
-) -> tuple[Tensor, Tensor]:
-    """`dlion_reference` in one pass.
-
-    Returns:
-        (dots_K, l1_K): fp64, one pair of sums per tensor that is not empty, for `dlion_estimate_reference`.
-
-    Raises:
-        ValueError: as `lion_cpu`.
-    """
-    rows = _operands("dlion", params, grads, exp_avgs, s, scalars=(d, lr), **options)
-    factors = step_factors(d, lr, betas[1], weight_decay)
-    constants = betas[0], 1 - betas[0], betas[1], betas[1] ** 0.5
-    dots_K, l1_K = _call_c("dlion", rows, factors, constants, **options).unbind()
-    return dots_K, l1_K
-
-
-@torch.no_grad()
-def adamw_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    **options: Unpack[StepOptions],
-) -> None:
-    """`adamw_reference` in one pass.
-
-    Raises:
-        ValueError: as `lion_cpu`, or the number of step counts differs from that of parameters.
-    """
-    rows = _operands("adamw", params, grads, exp_avgs, exp_avg_sqs, scalars=(lr, *steps), **options)
-    if len(steps) != len(rows):
-        raise ValueError(f"adamw: {len(rows)} parameters and {len(steps)} step counts; pass one step count per parameter")
-    if not rows:
-        return
-    _library("adamw")  # before a step is counted
-    step_sizes_P, corrections2_P = corrections(steps, lr, betas, options.get("found_inf"))
-    decay = scalars(step_sizes_P.device, 1 - lr * weight_decay)
-    factors = torch.stack((decay.expand_as(step_sizes_P), step_sizes_P, corrections2_P), dim=1)
-    constants = 1 - betas[0], betas[1], 1 - betas[1], eps
-    _call_c("adamw", rows, factors, constants, **options)
-
-
-@torch.no_grad()
-def gradient_norm_cpu(grads: Sequence[Tensor], *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`gradient_norm_reference` in one pass.
-
-    Raises:
-        ValueError: no gradients, a dtype other than fp32 and bf16, a tensor that is not on the CPU, or kernels that cannot be
-            used (`problem`).
-    """
-    if not grads:
-        raise ValueError("gradient_norm: the list of gradients is empty; pass at least one")
-    _require_cpu("gradient_norm", scale, *grads)
-    for g in grads:
-        require_dtype("gradient_norm", "gradient", g, torch.float32, torch.bfloat16)
-    # Only a gradient with gaps or repeats is copied; no backward leaves such a gradient in a parameter.
-    grads = [g if dense(g) else g.contiguous() for g in grads]
-    rows = [(None, g, None, None, None, None) for g in grads]
-    total = _call_c("gradient_norm", rows, None, ())[0].sum()
-    if scale is not None:
-        total = total * scale.double().square()
-    return total.sqrt().float(), ~torch.isfinite(total)

@@ -40,11 +40,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsd_kernels import cpu_optimizers
 from fastsd_kernels.arena import (
     TILES,
-    StepOptions,
     chunks,
-    clear,
     fma,
     load,
     load_gradient,
@@ -54,10 +53,12 @@ from fastsd_kernels.arena import (
     pair_sum,
     should_step,
     sign,
+    step_calls,
     store_parameter,
     unless_found_inf,
 )
-from fastsd_kernels.launch import launch, require_device
+from fastsd_kernels.launch import custom_op, launch, meta, require_device
+from fastsd_kernels.ops import Calls, DLion, DLionEstimate, Op, StepOptions
 
 
 @torch.no_grad()
@@ -156,7 +157,7 @@ def dlion_estimate_reference(
 
 
 @triton.jit
-def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr):
+def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
     """Step elements start .. stop, in whole blocks unless BOUNDED. Returns their <u, s> and |s|_1."""
     p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr = operands
     master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
@@ -185,8 +186,6 @@ def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, ZER
             tl.store(s_ptr + start + offs, s, mask)
             tl.store(m_ptr + start + offs, fma(g, m_gain, m * beta2), mask)
             store_parameter(p * decay + update * step, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
-        if ZERO_GRADS:
-            clear(g_ptr, start, offs, mask)
         start += BLOCK
     return pair_sum(dots), pair_sum(l1)
 
@@ -195,7 +194,7 @@ def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, ZER
 def _dlion(
     p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, sums_ptr,
     beta1, one_minus_beta1, beta2, sb, n,
-    ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr, TIMES: tl.constexpr,
+    BLOCK: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     i_span = tl.program_id(0)
     start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
@@ -204,10 +203,10 @@ def _dlion(
     options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
     betas = beta1, one_minus_beta1, beta2, sb
     if stop <= n:
-        dot, l1 = _step_span(operands, options, betas, start, stop, False, ZERO_GRADS, BLOCK)
+        dot, l1 = _step_span(operands, options, betas, start, stop, BOUNDED=False, BLOCK=BLOCK)
     else:
         # Narrow blocks: single elements need an address each, and registers for 8 of them in every stream run out.
-        dot, l1 = _step_span(operands, options, betas, start, n, True, ZERO_GRADS, BLOCK // 2)
+        dot, l1 = _step_span(operands, options, betas, start, n, BOUNDED=True, BLOCK=BLOCK // 2)
     tl.store(sums_ptr + i_span, dot)
     tl.store(sums_ptr + tl.num_programs(0) + i_span, l1)
 
@@ -246,7 +245,6 @@ def dlion_step(
     found_inf: Tensor | None,
     beta1: float,
     beta2: float,
-    zero_grads: bool,
 ) -> Tensor:
     """Step tensors of one dense layout in place, in one launch. Return partial sums (2, K) of <u, s> and |s|_1."""
     n, tile = p.numel(), TILES["dlion"]
@@ -255,7 +253,7 @@ def dlion_step(
     operands = p, g, m, s, factors, master_lo, ema, ema_gain, scale, found_inf, sums_2K
     betas = beta1, 1 - beta1, beta2, beta2**0.5
     if n:
-        launch(_dlion, (programs,), *operands, *betas, n, **tile.options(ZERO_GRADS=zero_grads, TIMES=tile.times))
+        launch(_dlion, (programs,), *operands, *betas, n, **tile.options(TIMES=tile.times))
     return sums_2K
 
 
@@ -267,15 +265,11 @@ def dlion_estimate(
     launch(_estimate, (1,), d, numerator, dots_K, l1_K, dlr, found_inf, sb, 1 - sb, len(dots_K), **tile.options())
 
 
-_step_op = torch.library.custom_op("fastsd::dlion", dlion_step, mutates_args=("p", "g", "m", "s", "master_lo", "ema"))
-_estimate_op = torch.library.custom_op("fastsd::dlion_estimate", dlion_estimate, mutates_args=("d", "numerator"))
+_step_op = custom_op("dlion", mutates_args=("p", "m", "s", "master_lo", "ema"))(dlion_step)
+_estimate_op = custom_op("dlion_estimate", mutates_args=("d", "numerator"))(dlion_estimate)
 
 
-@_step_op.register_fake
-def _(p, *_):
-    return p.new_empty(2, (p.numel() + TILES["dlion"].span - 1) // TILES["dlion"].span, dtype=torch.float32)
-
-
+_step_op.register_fake(lambda p, *_: p.new_empty(2, -(-p.numel() // TILES["dlion"].span), dtype=torch.float32))
 _estimate_op.register_fake(lambda *_: None)
 
 
@@ -302,7 +296,7 @@ def dlion_triton(
     """
     rows = operands("dlion", params, grads, exp_avgs, s, device_scalars=(d, lr), **options)
     factors = step_factors(d, lr, betas[1], weight_decay)
-    sums = [_step_op(*tensors, factors, *extra, *betas, options.get("zero_grads", False)) for tensors, extra in rows]
+    sums = [_step_op(p, g, m, r, factors, *extra, *betas) for (p, g, m, r), extra in rows]
     sums_2K = torch.cat(sums, dim=1) if len(sums) > 1 else sums[0] if sums else d.new_zeros(2, 0, dtype=torch.float32)
     dots_K, l1_K = sums_2K.unbind()
     return dots_K, l1_K
@@ -326,3 +320,54 @@ def dlion_estimate_triton(
     """
     require_device("dlion", d, numerator_weighted, dots_K, l1_K, found_inf, lr if isinstance(lr, Tensor) else None)
     _estimate_op(d, numerator_weighted, dots_K.contiguous(), l1_K.contiguous(), d * lr, found_inf, beta2)
+
+
+@torch.no_grad()
+def dlion_cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    s: Sequence[Tensor],
+    d: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    **options: Unpack[StepOptions],
+) -> tuple[Tensor, Tensor]:
+    """`dlion_reference` in one pass.
+
+    Returns:
+        (dots_K, l1_K): fp64, one pair of sums per tensor that is not empty, for `dlion_estimate_reference`.
+
+    Raises:
+        ValueError: as `lion_cpu`.
+    """
+    rows = cpu_optimizers.operands("dlion", params, grads, exp_avgs, s, scalars=(d, lr), **options)
+    factors = step_factors(d, lr, betas[1], weight_decay)
+    constants = betas[0], 1 - betas[0], betas[1], betas[1] ** 0.5
+    dots_K, l1_K = cpu_optimizers.call("dlion", rows, factors, constants, **options).unbind()
+    return dots_K, l1_K
+
+
+def _estimate_calls() -> Calls:
+    d, sums_K = meta(dtype=torch.float64), meta(1 << 16)
+    dlion_estimate(d, d, sums_K, sums_K, d, meta(), 0.99)
+    yield "tail", "fp64"
+
+
+OP: Op[DLion] = Op(
+    name="dlion",
+    reference=dlion_reference,
+    triton=dlion_triton,
+    cpu=dlion_cpu,
+    calls=lambda: step_calls(lambda p, g, m, options: dlion_step(p, g, m, m, meta(4), *options, 0.9, 0.99)),
+    bytes=lambda count, gradient_size: count * (24 + gradient_size),
+)
+ESTIMATE: Op[DLionEstimate] = Op(
+    name="dlion_estimate",
+    reference=dlion_estimate_reference,
+    triton=dlion_estimate_triton,
+    calls=_estimate_calls,
+    bytes=lambda sums, _: 8 * sums,
+)

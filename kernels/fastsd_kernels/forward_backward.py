@@ -10,10 +10,6 @@ Read next: `group_norm.py`, which has a function for each of the three.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,35 +18,11 @@ from fastsd_kernels.attention import attention_op, attention_packed_backward_op,
 from fastsd_kernels.geglu import geglu_backward_op, geglu_reference, geglu_triton
 from fastsd_kernels.group_norm import group_norm_apply_op, group_norm_backward_op, group_norm_op
 from fastsd_kernels.layer_norm import layer_norm_apply_op, layer_norm_backward_op, layer_norm_op, layer_norm_residual_op
-
-Shift = Tensor | None
-
-
-@dataclass(frozen=True)
-class ForwardBackwardOps:
-    """One implementation of every function. `_recompute` rebuilds the forward's y from the saved tensors."""
-
-    # (q_BNHD, k_BLHD, v_BLHD, precision) -> (o_BNHD, lse)
-    # (do, q, k, v, o, lse, precision, self_attention) -> packed gradients, see the reference
-    attention: Callable[..., tuple[Tensor, Tensor]]
-    attention_backward: Callable[..., tuple[Tensor, Tensor]]
-    # (x_BCHW, weight, bias, groups, eps, silu, shift_BC) -> (y, mean, rstd);  (x, mean, rstd, weight, ...) -> y
-    # (dy, x, mean, rstd, weight, ...) -> (dx, dweight, dbias, dshift or None)
-    group_norm: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    group_norm_recompute: Callable[..., Tensor]
-    group_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Shift]]
-    # (x, weight, bias, eps, residual or None) -> (y, s = x + residual, mean, rstd);  (s, mean, rstd, weight, bias, eps) -> y
-    # (dy, s, mean, rstd, weight, bias, ds or None) -> (ds in all, dweight, dbias)
-    layer_norm: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    layer_norm_recompute: Callable[..., Tensor]
-    layer_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    # (x_2F) -> y_F;  (dy_F, x_2F) -> dx_2F
-    geglu: Callable[[Tensor], Tensor]
-    geglu_backward: Callable[[Tensor, Tensor], Tensor]
+from fastsd_kernels.ops import ForwardBackwardOps, Shift
 
 
-def _attention_reference(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BLHD, v_BLHD))
+def _attention_reference(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not q.is_cpu:  # a GPU's backends save different tensors, so the backward repeats the forward
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2), q.new_empty(0)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
@@ -58,12 +30,13 @@ def _attention_reference(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precisi
 
 
 def _attention_backward_reference(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, self_attention: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, *, self_attention: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients packed like the projections: (dqkv_BN3HD, empty) for `self_attention`, else (dq_BNHD, dkv_BL2HD)."""
     if q.is_cpu:
         heads = [x.transpose(1, 2) for x in (do, q, k, v, o)]
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, lse, 0.0, False)
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *heads, lse, dropout_p=0.0, is_causal=False
+        )
     else:
         with torch.enable_grad():
             q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v))
@@ -75,7 +48,7 @@ def _attention_backward_reference(
 
 
 def _group_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = _add_shift(x, shift)
     y, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
@@ -83,15 +56,24 @@ def _group_norm_reference(
 
 
 def _group_norm_recompute_reference(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
 ) -> Tensor:
-    return _group_norm_reference(x, weight, bias, groups, eps, silu, shift)[0]
+    return _group_norm_reference(x, weight, bias, groups, eps, shift, silu=silu)[0]
 
 
 def _group_norm_backward_reference(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, *options: Any
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    shift: Shift,
+    *,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Shift]:
-    groups, eps, silu, shift = options
     x = _add_shift(x, shift)
     if silu:
         z = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)[0]
@@ -121,14 +103,14 @@ def _layer_norm_reference(
     return y, s, mean, rstd
 
 
-def _layer_norm_recompute_reference(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)[0]
+def _layer_norm_recompute_reference(s: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.native_layer_norm(s, s.shape[-1:], weight, bias, eps)[0]
 
 
 def _layer_norm_backward_reference(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
+    dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = torch.ops.aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, weight, bias, [True, True, True])
+    gradients = torch.ops.aten.native_layer_norm_backward(dy, s, s.shape[-1:], mean, rstd, weight, bias, [True, True, True])
     dx, dweight, dbias = gradients
     return dx if ds is None else dx + ds, dweight, dbias
 
@@ -142,22 +124,31 @@ def _geglu_backward_reference(dy_F: Tensor, x_2F: Tensor) -> Tensor:
     return dx_2F
 
 
-def _attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    require_supported(q_BNHD, k_BLHD, v_BLHD, precision)
-    return attention_op(q_BNHD, k_BLHD, v_BLHD, precision)
+def _attention_triton(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    require_supported(q, k, v, precision)
+    return attention_op(q, k, v, precision)
 
 
 def _group_norm_recompute_triton(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
 ) -> Tensor:
-    return group_norm_apply_op(x, mean, rstd, weight, bias, groups, silu, shift)
+    return group_norm_apply_op(x, mean, rstd, weight, bias, groups, shift, silu=silu)
 
 
 def _group_norm_backward_triton(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, *options: Any
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    shift: Shift,
+    *,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Shift]:
-    groups, _, silu, shift = options
-    dx, dweight, dbias, dshift = group_norm_backward_op(dy, x, mean, rstd, weight, bias, groups, silu, shift)
+    dx, dweight, dbias, dshift = group_norm_backward_op(dy, x, mean, rstd, weight, bias, groups, shift, silu=silu)
     return dx, dweight, dbias, None if shift is None else dshift
 
 
@@ -170,14 +161,14 @@ def _layer_norm_triton(
     return y, x, mean, rstd
 
 
-def _layer_norm_recompute_triton(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return layer_norm_apply_op(x, mean, rstd, weight, bias)
+def _layer_norm_recompute_triton(s: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return layer_norm_apply_op(s, mean, rstd, weight, bias)
 
 
 def _layer_norm_backward_triton(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
+    dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return layer_norm_backward_op(dy, x, mean, rstd, weight, ds)
+    return layer_norm_backward_op(dy, s, mean, rstd, weight, ds)
 
 
 REFERENCE_FORWARD_BACKWARD = ForwardBackwardOps(

@@ -19,14 +19,18 @@ Read next: `layer_norm.py`, where rows are reduced.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsd_kernels import workload
 from fastsd_kernels.interpreter import rounded
-from fastsd_kernels.launch import launch, require_device
+from fastsd_kernels.launch import DTYPES, custom_op, launch, meta, require_device
+from fastsd_kernels.ops import Calls, Geglu, Op
 
 
 def geglu_reference(x_2F: Tensor) -> Tensor:
@@ -125,25 +129,17 @@ def as_rows(x: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-geglu_op = torch.library.custom_op("fastsd::geglu", geglu_forward, mutates_args=())
-geglu_backward_op = torch.library.custom_op("fastsd::geglu_backward", geglu_backward, mutates_args=())
+geglu_op = custom_op("geglu")(geglu_forward)
+geglu_backward_op = custom_op("geglu_backward")(geglu_backward)
+geglu_op.register_fake(lambda x_2F: x_2F.new_empty(*x_2F.shape[:-1], x_2F.shape[-1] // 2))
+geglu_backward_op.register_fake(lambda dy_F, x_2F: x_2F.new_empty(x_2F.shape))
 
 
-@geglu_op.register_fake
-def _(x_2F):
-    return x_2F.new_empty(*x_2F.shape[:-1], x_2F.shape[-1] // 2)
-
-
-@geglu_backward_op.register_fake
-def _(dy_F, x_2F):
-    return x_2F.new_empty(x_2F.shape)
-
-
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx, dy_F):
+def _differentiate(ctx: Any, dy_F: Tensor) -> Tensor:
     return geglu_backward_op(dy_F, *ctx.saved_tensors)
 
 
@@ -161,3 +157,21 @@ def geglu_triton(x_2F: Tensor) -> Tensor:
     if x_2F.dtype not in _TILES:
         raise ValueError(f"geglu: x is {x_2F.dtype}; use float32 or bfloat16")
     return geglu_op(x_2F)
+
+
+def _calls() -> Calls:
+    for kind in workload.GEGLU:
+        for mode, dtype in DTYPES.items():
+            x, y = (meta(workload.BATCH * kind.rows, width * kind.features, dtype=dtype) for width in (2, 1))
+            geglu_forward(x)
+            geglu_backward(y, x)
+            yield f"{kind.features} features", mode
+
+
+OP: Op[Geglu] = Op(
+    name="geglu",
+    reference=geglu_reference,
+    triton=geglu_triton,
+    calls=_calls,
+    bytes=lambda kind, size: 8 * kind.rows * kind.features * size,  # forward 2F read, F written; backward 3F and 2F
+)

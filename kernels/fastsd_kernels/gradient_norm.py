@@ -1,6 +1,6 @@
 """The norm of all gradients and a flag for gradients that are not finite, in one pass before a step changes any state.
 
-    norm = scale sqrt(sum g^2)          found_inf = not all g finite
+    norm = sqrt(sum g^2)          found_inf = not all g finite
 
 Layout: fp32 or bf16 tensors, dense; a list of one arena is one launch and a tail.  Bytes moved: every gradient once, 4 or 2 an
 element.  Everything stays on the device: `found_inf` and `clip_scale(norm, ...)` go into the optimizers as they are.
@@ -24,37 +24,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsd_kernels import cpu_optimizers, workload
 from fastsd_kernels.arena import TILES, chunks, dense, load, pair_sum, require_dtype
-from fastsd_kernels.launch import launch, require_device
+from fastsd_kernels.launch import DTYPES, custom_op, launch, meta, require_device
+from fastsd_kernels.ops import Calls, GradientNorm, Op
 
 
 @torch.no_grad()
-def gradient_norm_reference(grads: Sequence[Tensor], *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def gradient_norm_reference(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Compute the L2 norm of all gradients.
 
     Args:
         grads: at least one tensor, fp32 or bf16, on one device.
-        scale: 0-dim fp32 on the device, multiplies the gradients.
 
     Returns:
         norm: 0-dim fp32. It is infinite if it exceeds fp32, even if all gradients are finite.
-        found_inf: 0-dim bool, True if any scaled gradient is not finite. The optimizers take it as `found_inf`.
+        found_inf: 0-dim bool, True if any gradient is not finite. The optimizers take it as `found_inf`.
     """
     squares = [g.double().square().sum() for (chunk,) in chunks(grads) for g in chunk]
     total = torch.stack(squares).sum()
-    if scale is not None:
-        total = total * scale.double().square()
     return total.sqrt().float(), ~torch.isfinite(total)
 
 
-def clip_scale(norm: Tensor, max_norm: float, *, scale: Tensor | None = None) -> Tensor:
-    """Return the `scale` with which an optimizer clips gradients of this norm to `max_norm`: 0-dim fp32.
-
-    Args:
-        scale: the scale that the norm was computed with. The result includes it as a factor.
-    """
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return factor if scale is None else factor * scale
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """Return the `scale` with which an optimizer clips gradients of this norm to `max_norm`: 0-dim fp32."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 @triton.jit
@@ -84,22 +78,19 @@ def _squares(g_ptr, sums_ptr, n, BLOCK: tl.constexpr, TIMES: tl.constexpr):
     start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
     stop = start + BLOCK * TIMES
     if stop <= n:
-        total = _square_sum(g_ptr, start, stop, False, BLOCK)
+        total = _square_sum(g_ptr, start, stop, BOUNDED=False, BLOCK=BLOCK)
     else:
-        total = _square_sum(g_ptr, start, n, True, BLOCK)
+        total = _square_sum(g_ptr, start, n, BOUNDED=True, BLOCK=BLOCK)
     tl.store(sums_ptr + i_span, total)
 
 
 @triton.jit
-def _norm(sums_ptr, scale_ptr, norm_ptr, found_inf_ptr, n, BLOCK: tl.constexpr):
+def _norm(sums_ptr, norm_ptr, found_inf_ptr, n, BLOCK: tl.constexpr):
     sums = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         sums += tl.load(sums_ptr + offs, offs < n, other=0.0)
     total = tl.sum(sums)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float64)
-        total *= scale * scale
     tl.store(norm_ptr, tl.sqrt(total).to(tl.float32))
     tl.store(found_inf_ptr, (total < float("inf")) == 0)  # false for NaN, too
 
@@ -113,30 +104,22 @@ def square_sums(g: Tensor) -> Tensor:
     return sums_K
 
 
-def norm_of_sums(sums_K: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def norm_of_sums(sums_K: Tensor) -> tuple[Tensor, Tensor]:
     """Return (norm, found_inf) from all partial sums, in one launch of one program."""
     tile = TILES["tail"]
     norm, found_inf = sums_K.new_empty((), dtype=torch.float32), sums_K.new_empty((), dtype=torch.bool)
-    launch(_norm, (1,), sums_K, scale, norm, found_inf, len(sums_K), **tile.options())
+    launch(_norm, (1,), sums_K, norm, found_inf, len(sums_K), **tile.options())
     return norm, found_inf
 
 
-_squares_op = torch.library.custom_op("fastsd::square_sums", square_sums, mutates_args=())
-_norm_op = torch.library.custom_op("fastsd::norm_of_sums", norm_of_sums, mutates_args=())
-
-
-@_squares_op.register_fake
-def _(g):
-    return g.new_empty((g.numel() + TILES["gradient_norm"].span - 1) // TILES["gradient_norm"].span, dtype=torch.float64)
-
-
-@_norm_op.register_fake
-def _(sums_K, scale):
-    return sums_K.new_empty((), dtype=torch.float32), sums_K.new_empty((), dtype=torch.bool)
+_squares_op = custom_op("square_sums")(square_sums)
+_norm_op = custom_op("norm_of_sums")(norm_of_sums)
+_squares_op.register_fake(lambda g: g.new_empty(-(-g.numel() // TILES["gradient_norm"].span), dtype=torch.float64))
+_norm_op.register_fake(lambda sums_K: (sums_K.new_empty((), dtype=torch.float32), sums_K.new_empty((), dtype=torch.bool)))
 
 
 @torch.no_grad()
-def gradient_norm_triton(grads: Sequence[Tensor], *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def gradient_norm_triton(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`gradient_norm_reference` with one launch per tensor and one for the total.
 
     Raises:
@@ -144,9 +127,45 @@ def gradient_norm_triton(grads: Sequence[Tensor], *, scale: Tensor | None = None
     """
     if not grads:
         raise ValueError("gradient_norm: the list of gradients is empty; pass at least one")
-    require_device("gradient_norm", *grads, scale)
+    require_device("gradient_norm", *grads)
     for g in grads:
         require_dtype("gradient_norm", "gradient", g, torch.float32, torch.bfloat16)
     # Only a gradient with gaps or repeats, which no backward leaves in a parameter, is copied.
     sums = [_squares_op(g if dense(g) else g.contiguous()) for g in grads]
-    return _norm_op(sums[0] if len(sums) == 1 else torch.cat(sums), scale)
+    return _norm_op(sums[0] if len(sums) == 1 else torch.cat(sums))
+
+
+@torch.no_grad()
+def gradient_norm_cpu(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`gradient_norm_reference` in one pass.
+
+    Raises:
+        ValueError: no gradients, a dtype other than fp32 and bf16, a tensor that is not on the CPU, or kernels that cannot be
+            used (`problem`).
+    """
+    if not grads:
+        raise ValueError("gradient_norm: the list of gradients is empty; pass at least one")
+    cpu_optimizers.require_cpu("gradient_norm", *grads)
+    for g in grads:
+        require_dtype("gradient_norm", "gradient", g, torch.float32, torch.bfloat16)
+    # Only a gradient with gaps or repeats is copied; no backward leaves such a gradient in a parameter.
+    grads = [g if dense(g) else g.contiguous() for g in grads]
+    rows = [(None, g, None, None, None, None) for g in grads]
+    total = cpu_optimizers.call("gradient_norm", rows, None, ())[0].sum()
+    return total.sqrt().float(), ~torch.isfinite(total)
+
+
+def _calls() -> Calls:
+    for mode, dtype in DTYPES.items():
+        norm_of_sums(square_sums(meta(sum(size * count for size, count in workload.PARAMETERS.items()), dtype=dtype)))
+        yield f"{mode} gradients", mode
+
+
+OP: Op[GradientNorm] = Op(
+    name="gradient_norm",
+    reference=gradient_norm_reference,
+    triton=gradient_norm_triton,
+    cpu=gradient_norm_cpu,
+    calls=_calls,
+    bytes=lambda count, gradient_size: count * gradient_size,
+)

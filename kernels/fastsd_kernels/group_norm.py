@@ -7,11 +7,10 @@
     dx = rstd_g * (u - mean_g(u) - xhat * mean_g(u * xhat))        d shift = sum over positions of dx
     d weight = sum over images and positions of dz * xhat        d bias = the same of dz
 
-Means and variances run over the H*W positions and C/groups channels of one image's group, in fp32 whatever the dtype.
-The shift is the time embedding of a residual block: one number per image and channel.
+Means and variances run over the P positions and C/G channels of one image's group, in fp32 whatever the dtype.
 
-Shapes: B images, C channels, G groups, P = H*W positions; memory is channels last, that is (B, P, C).  fp32 or bf16;
-weight, bias and shift may be fp32 beside a bf16 x.  mean and rstd are fp32 (B, G).
+Shapes: B images, C channels, G groups, P = H*W positions; memory is channels last, that is (B, P, C).  fp32 or bf16; weight,
+bias and shift (B, C), the time embedding of a residual block, may be fp32 beside a bf16 x.  mean and rstd are fp32 (B, G).
 Bytes moved, without partial sums: forward 2 reads and 1 write of x, backward 2 reads of x and dy and 1 write of dx.
 Saved for backward: x, shift, mean, rstd.  y is never saved: `group_norm_apply` rebuilds it, bit for bit.
 
@@ -38,14 +37,19 @@ Read next: `attention.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsd_kernels import workload
+from fastsd_kernels.group_norm_tiles import plan
 from fastsd_kernels.interpreter import rounded
-from fastsd_kernels.launch import launch, require_device
+from fastsd_kernels.launch import DTYPES, custom_op, launch, meta, require_device
+from fastsd_kernels.ops import Calls, GroupNorm, Op, Shift
 
 
 def group_norm_reference(
@@ -73,13 +77,11 @@ def group_norm_reference(
     if shift_BC is not None:
         x_BCHW = x_BCHW + shift_BC[:, :, None, None]
     y = F.group_norm(x_BCHW, groups, weight, bias, eps)
-    if silu:
-        y = F.silu(y)
     # PyTorch's CUDA kernel returns the other layout.
-    return y.contiguous(memory_format=torch.channels_last)
+    return (F.silu(y) if silu else y).contiguous(memory_format=torch.channels_last)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Shift) -> None:
     if x.ndim != 4 or groups < 1 or x.shape[1] % groups or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         raise ValueError(
             f"group_norm: x is {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, with {groups} groups; "
@@ -291,40 +293,26 @@ def _input_gradient(
     tl.store(dx_ptr + start + offs, rounded(dx, dx_ptr.dtype.element_ty), mask)
 
 
-# {positions of a tile: warps}, for every dtype and architecture: only bandwidth matters here.  A tile is 64 channels
-# wide, a cache line of bf16; 32 elements a thread keep four 16-byte loads of each bf16 operand in flight (eight of fp32).
-_TILES = {128: 8, 64: 4, 32: 2, 16: 1}
-_COLS = 64
-# The longest tile that cuts an image into this many programs is used: few partial sums for large images (128 positions at
-# 64 x 64), enough programs for small ones (16 at 8 x 8).  The batch size is ignored, so an image's sums keep their order.
-_PROGRAMS = 64
-# Elements of a tile of partial sums: a group's channels, padded to a power of two, by as many chunks as fit.
-_MERGED = 1024
-
-
-def _plan(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int], dict[str, int]]:
-    """Return (positions, channels), the grid and tile of the kernels that read x, and the tile of those that merge."""
-    images, channels, positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
-    width, blocks = channels // groups, triton.cdiv(channels, _COLS)
-    rows = next((r for r in _TILES if blocks * triton.cdiv(positions, r) >= _PROGRAMS), min(_TILES))
-    tile = {"ROWS": rows, "COLS": _COLS, "num_warps": _TILES[rows]}
-    cols = triton.next_power_of_2(width)
-    merge = {"WIDTH": width, "CHUNKS": max(1, _MERGED // cols), "COLS": cols, "num_warps": 4}
-    return (positions, channels), (blocks, triton.cdiv(positions, rows), images), tile, merge
-
-
 def _channels_last(x: Tensor) -> Tensor:
     """Return x in channels-last memory: x itself if it has that layout, otherwise a copy."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def group_norm_statistics(x_BCHW: Tensor, shift_BC: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _empty_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), groups, dtype=torch.float32), x.new_empty(len(x), groups, dtype=torch.float32)
+
+
+def group_norm_statistics(x: Tensor, shift: Shift, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Return (mean, rstd) of x + shift, fp32 (B, G)."""
-    x, shift = _channels_last(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
-    sizes, grid, tile, merge = _plan(x, groups)
+    x, shift = _channels_last(x), None if shift is None else shift.contiguous()
+    sizes, grid, tile, merge = plan(x, groups)
     _, chunks, images = grid
     partial = x.new_empty(images, chunks, 2, x.shape[1], dtype=torch.float32)
-    mean, rstd = (x.new_empty(images, groups, dtype=torch.float32) for _ in range(2))
+    mean, rstd = _empty_statistics(x, groups)
     if x.numel():
         launch(_statistics, grid, x, shift, partial, *sizes, SHIFT=shift is not None, **tile)
         launch(_merge, (groups, images), partial, mean, rstd, *sizes, chunks, eps, ROWS=tile["ROWS"], **merge)
@@ -332,12 +320,12 @@ def group_norm_statistics(x_BCHW: Tensor, shift_BC: Tensor | None, groups: int, 
 
 
 def group_norm_apply(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool, shift: Tensor | None = None
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Shift, *, silu: bool
 ) -> Tensor:
     """Return y, channels last, from x and its statistics. This is the last step of a forward, and all of a recomputation."""
     x, shift = _channels_last(x), None if shift is None else shift.contiguous()
-    sizes, grid, tile, merge = _plan(x, groups)
-    y = torch.empty_like(x, memory_format=torch.channels_last)
+    sizes, grid, tile, merge = plan(x, groups)
+    y = _empty_like(x)
     flags = {"SILU": silu, "SHIFT": shift is not None, "WIDTH": merge["WIDTH"]}
     if x.numel():
         launch(_apply, grid, x, mean, rstd, weight.contiguous(), bias.contiguous(), shift, y, *sizes, **flags, **tile)
@@ -345,24 +333,16 @@ def group_norm_apply(
 
 
 def group_norm_backward(
-    dy_BCHW: Tensor,
-    x_BCHW: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    silu: bool,
-    shift_BC: Tensor | None = None,
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Shift, *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias, dshift) from dy in any layout. dx is channels last. Without a shift dshift is empty."""
-    dy, x, shift = _channels_last(dy_BCHW), _channels_last(x_BCHW), None if shift_BC is None else shift_BC.contiguous()
-    sizes, grid, tile, merge = _plan(x, groups)
+    dy, x, shift = _channels_last(dy), _channels_last(x), None if shift is None else shift.contiguous()
+    sizes, grid, tile, merge = plan(x, groups)
     _, chunks, images = grid
     partial = x.new_empty(images, chunks, 2 if shift is None else 3, x.shape[1], dtype=torch.float32)
     total = x.new_empty(images, 2, x.shape[1], dtype=torch.float32)
     means = torch.empty_like(mean), torch.empty_like(mean)
-    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dx = _empty_like(x)
     dshift = x.new_empty(0) if shift is None else torch.empty_like(shift)
     operands = dy, x, mean, rstd, weight.contiguous(), bias.contiguous(), shift
     flags = {"SILU": silu, "SHIFT": shift is not None, "WIDTH": merge["WIDTH"]}
@@ -371,57 +351,48 @@ def group_norm_backward(
         sums = partial, rstd, weight.contiguous(), *means, total, dshift
         launch(_merge_sums, (groups, images), *sums, *sizes, chunks, SHIFT=shift is not None, **merge)
         launch(_input_gradient, grid, *operands, *means, dx, *sizes, **flags, **tile)
-    dweight, dbias = total[:, 0].sum(0), total[:, 1].sum(0)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dshift
+    return dx, total[:, 0].sum(0).to(weight.dtype), total[:, 1].sum(0).to(bias.dtype), dshift
 
 
-group_norm_statistics_op = torch.library.custom_op("fastsd::group_norm_statistics", group_norm_statistics, mutates_args=())
-group_norm_apply_op = torch.library.custom_op("fastsd::group_norm_apply", group_norm_apply, mutates_args=())
-group_norm_backward_op = torch.library.custom_op("fastsd::group_norm_backward", group_norm_backward, mutates_args=())
+group_norm_apply_op = custom_op("group_norm_apply")(group_norm_apply)
+group_norm_backward_op = custom_op("group_norm_backward")(group_norm_backward)
+group_norm_apply_op.register_fake(lambda x, *_, **options: _empty_like(x))
 
 
-@torch.library.custom_op("fastsd::group_norm", mutates_args=())
+@custom_op("group_norm")
 def group_norm_op(
-    x_BCHW: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift_BC: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = group_norm_statistics(x_BCHW, shift_BC, groups, eps)
-    return group_norm_apply(x_BCHW, mean, rstd, weight, bias, groups, silu, shift_BC), mean, rstd
+    mean, rstd = group_norm_statistics(x, shift, groups, eps)
+    return group_norm_apply(x, mean, rstd, weight, bias, groups, shift, silu=silu), mean, rstd
 
 
-@group_norm_statistics_op.register_fake
-def _(x_BCHW, shift_BC, groups, eps):
-    return tuple(x_BCHW.new_empty(len(x_BCHW), groups, dtype=torch.float32) for _ in range(2))
-
-
-@group_norm_apply_op.register_fake
-def _(x_BCHW, mean, rstd, weight, bias, groups, silu, shift_BC=None):
-    return torch.empty_like(x_BCHW, memory_format=torch.channels_last)
+group_norm_op.register_fake(lambda x, weight, bias, groups, *_, **options: (_empty_like(x), *_empty_statistics(x, groups)))
 
 
 @group_norm_backward_op.register_fake
-def _(dy_BCHW, x_BCHW, mean, rstd, weight, bias, groups, silu, shift_BC=None):
-    dshift = x_BCHW.new_empty(0) if shift_BC is None else shift_BC.new_empty(shift_BC.shape)
-    dx = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
-    return dx, weight.new_empty(weight.shape), bias.new_empty(bias.shape), dshift
+def _(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Shift, *, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dshift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
+    return (
+        _empty_like(x),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+        dshift,
+    )
 
 
-@group_norm_op.register_fake
-def _(x_BCHW, weight, bias, groups, eps, silu, shift_BC=None):
-    statistics = (x_BCHW.new_empty(len(x_BCHW), groups, dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(x_BCHW, memory_format=torch.channels_last), *statistics
-
-
-def _save(ctx, inputs, output):
-    x, weight, bias, ctx.groups, _, ctx.silu, shift = inputs
-    _, mean, rstd = output
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, bool], output: tuple[Tensor, ...]) -> None:
+    (x, weight, bias, ctx.groups, _, shift), (_, mean, rstd), ctx.silu = inputs, output, keyword_only_inputs["silu"]
     ctx.save_for_backward(x, mean, rstd, weight, bias, shift)
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _differentiate(ctx, dy, *_):
-    *saved, shift = ctx.saved_tensors
-    dx, dweight, dbias, dshift = group_norm_backward_op(dy, *saved, ctx.groups, ctx.silu, shift)
-    return dx, dweight, dbias, None, None, None, None if shift is None else dshift
+def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, weight, bias, shift = ctx.saved_tensors
+    grads = group_norm_backward_op(dy, x, mean, rstd, weight, bias, ctx.groups, shift, silu=ctx.silu)
+    return *grads[:3], None, None, None if shift is None else grads[3]
 
 
 group_norm_op.register_autograd(_differentiate, setup_context=_save)
@@ -440,4 +411,25 @@ def group_norm_triton(
     if x_BCHW.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"group_norm: x is {x_BCHW.dtype}; use float32 or bfloat16")
     # An image in another layout is converted here, once: the backward saves and reads the copy.
-    return group_norm_op(_channels_last(x_BCHW), weight, bias, groups, eps, silu, shift_BC)[0]
+    return group_norm_op(_channels_last(x_BCHW), weight, bias, groups, eps, shift_BC, silu=silu)[0]
+
+
+def _calls() -> Calls:
+    for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM, *workload.VAE_ENCODER_GROUP_NORM):
+        for mode, dtype in DTYPES.items():
+            x = meta(workload.BATCH, kind.channels, kind.side, kind.side, dtype=dtype).to(memory_format=torch.channels_last)
+            shifts = torch.float32 if kind in workload.VAE_ENCODER_GROUP_NORM else dtype  # sums of biases, stored in fp32
+            w, shift = meta(kind.channels, dtype=dtype), meta(len(x), kind.channels, dtype=shifts) if kind.shift else None
+            mean, rstd = group_norm_statistics(x, shift, kind.groups, kind.eps)
+            group_norm_apply(x, mean, rstd, w, w, kind.groups, shift, silu=kind.silu)
+            group_norm_backward(x, x, mean, rstd, w, w, kind.groups, shift, silu=kind.silu)
+            yield f"{kind.channels}c {kind.side}px{' shifted' if kind.shift else ''}", mode
+
+
+OP: Op[GroupNorm] = Op(
+    name="group_norm",
+    reference=group_norm_reference,
+    triton=group_norm_triton,
+    calls=_calls,
+    bytes=lambda kind, size: 8 * kind.channels * kind.side**2 * size,  # forward 3 images, backward 5
+)

@@ -2,14 +2,15 @@
 
 `launch` runs a kernel. Inside `recording(target)` nothing runs: each launch is stored with the very arguments it would have
 run with, so the atlas compiles the shipped code and cannot drift from it. Tensors may then be on the meta device.
-`architecture` returns the GPU that tiles are chosen for.  Read next: `geglu.py`, the shortest kernel.
+`architecture` returns the GPU that tiles are chosen for, and `custom_op` registers a kernel's launch with torch.
+Read next: `geglu.py`, the shortest kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 import triton
@@ -17,8 +18,12 @@ from torch import Tensor
 
 from fastsd_kernels.no_triton import AVAILABLE
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # The architectures the tables are written for: 3090 is 86, 4090 is 89, 5090 is 120; 80 is A100, 90 is H100 and H200.
 ARCHITECTURES = (80, 86, 89, 90, 120)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # TRITON_INTERPRET=1 runs kernels on CPU tensors, slowly and exactly; Triton reads it when a kernel is defined.
 INTERPRETED: bool = AVAILABLE and triton.knobs.runtime.interpret
 
@@ -51,6 +56,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor without data, to record a launch with."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class CustomOp(Protocol[P, R]):
+    """The type of torch's custom operators, which torch leaves untyped."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    def register_fake(self, fake: Callable[P, R]) -> object: ...
+    def register_autograd(self, backward: Callable[..., object], *, setup_context: Callable[..., None]) -> None: ...
+
+
+def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[P, R]], CustomOp[P, R]]:
+    """Register a function as the operator "fastsd::<name>" (`torch.library.custom_op`)."""
+
+    def register(function: Callable[P, R]) -> CustomOp[P, R]:
+        return cast("CustomOp[P, R]", torch.library.custom_op(f"fastsd::{name}", function, mutates_args=mutates_args))
+
+    return register
 
 
 @contextmanager

@@ -32,9 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsd_kernels import workload
 from fastsd_kernels.geglu import as_rows
 from fastsd_kernels.interpreter import rounded
-from fastsd_kernels.launch import launch, require_device
+from fastsd_kernels.launch import DTYPES, custom_op, launch, meta, require_device
+from fastsd_kernels.ops import Calls, LayerNorm, Op
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
@@ -239,13 +241,13 @@ def layer_norm_backward(
     return dx, partial[:, 0].sum(0).to(weight.dtype), partial[:, 1].sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op("fastsd::layer_norm", mutates_args=())
+@custom_op("layer_norm")
 def layer_norm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y, _, mean, rstd = layer_norm_forward(x, weight, bias, eps)
     return y, mean, rstd
 
 
-@torch.library.custom_op("fastsd::layer_norm_residual", mutates_args=())
+@custom_op("layer_norm_residual")
 def layer_norm_residual_op(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -254,51 +256,51 @@ def layer_norm_residual_op(
     return y, s, mean, rstd
 
 
-layer_norm_apply_op = torch.library.custom_op("fastsd::layer_norm_apply", layer_norm_apply, mutates_args=())
-layer_norm_backward_op = torch.library.custom_op("fastsd::layer_norm_backward", layer_norm_backward, mutates_args=())
+layer_norm_apply_op = custom_op("layer_norm_apply")(layer_norm_apply)
+layer_norm_backward_op = custom_op("layer_norm_backward")(layer_norm_backward)
+layer_norm_apply_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
 @layer_norm_op.register_fake
-def _(x, weight, bias, eps):
-    return x.new_empty(x.shape), *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), mean, rstd
 
 
 @layer_norm_residual_op.register_fake
-def _(x, residual, weight, bias, eps):
-    y, s = x.new_empty(x.shape), x.new_empty(x.shape)
-    return y, s, *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-
-
-@layer_norm_apply_op.register_fake
-def _(x, mean, rstd, weight, bias):
-    return x.new_empty(x.shape)
+def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
 
 @layer_norm_backward_op.register_fake
-def _(dy, x, mean, rstd, weight, ds=None):
+def _(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, mean, rstd, weight)
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _differentiate(ctx, dy, *_):
+def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
     return *layer_norm_backward_op(dy, *ctx.saved_tensors), None
 
 
-def _save_residual(ctx, inputs, output):
+def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, weight, _, _ = inputs
     _, s, mean, rstd = output
     ctx.save_for_backward(s, mean, rstd, weight)
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _differentiate_residual(ctx, dy, ds, *_):
-    dx, dweight, dbias = layer_norm_backward_op(dy, *ctx.saved_tensors, ds)
+def _differentiate_residual(ctx: Any, dy: Tensor, ds: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    s, mean, rstd, weight = ctx.saved_tensors
+    dx, dweight, dbias = layer_norm_backward_op(dy, s, mean, rstd, weight, ds)
     return dx, dx, dweight, dbias, None
 
 
@@ -322,3 +324,29 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, re
         return layer_norm_op(x, weight, bias, eps)[0]
     y, s, _, _ = layer_norm_residual_op(x, residual, weight, bias, eps)
     return y, s
+
+
+def layer_norm_bytes(kind: workload.LayerNorm, size: int, *, residual: bool = False) -> int:
+    """Return `Op.bytes`. The forward reads x and writes y; the backward reads x and dy and writes dx. A residual adds 3."""
+    return (8 if residual else 5) * kind.rows * kind.features * size
+
+
+def _calls() -> Calls:
+    for kind in workload.LAYER_NORM:
+        for mode, dtype in DTYPES.items():
+            x, w = meta(workload.BATCH * kind.rows, kind.features, dtype=dtype), meta(kind.features, dtype=dtype)
+            _, _, mean, rstd = layer_norm_forward(x, w, w, kind.eps)
+            layer_norm_forward(x, w, w, kind.eps, x)
+            layer_norm_apply(x, mean, rstd, w, w)
+            layer_norm_backward(x, x, mean, rstd, w)
+            layer_norm_backward(x, x, mean, rstd, w, x)
+            yield f"{kind.features} features", mode
+
+
+OP: Op[LayerNorm] = Op(
+    name="layer_norm",
+    reference=layer_norm_reference,
+    triton=layer_norm_triton,
+    calls=_calls,
+    bytes=layer_norm_bytes,
+)

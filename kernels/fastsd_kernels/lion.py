@@ -6,7 +6,7 @@
 
 Layout: lists of fp32 tensors of any shape and strides; p, g, m of one parameter lie at the same place in their lists.
 Kernels need dense ones.  p may be bf16 with low halves, and g may be bf16: see `arena.py`.
-Bytes moved per element: 20, for p, m, g read and p, m written; 18 with g in bf16; 4 more to clear g, 8 more for an EMA.  In
+Bytes moved per element: 20, for p, m, g read and p, m written; 18 with g in bf16; 8 more for an EMA.  In
 PyTorch each line above is one or two operations, in lion-pytorch's order, so on a CPU the result has its bits.  The
 kernel has the reference's bits.
 
@@ -23,11 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsd_kernels import cpu_optimizers
 from fastsd_kernels.arena import (
     TILES,
-    StepOptions,
     chunks,
-    clear,
     fma,
     load,
     load_gradient,
@@ -37,10 +36,12 @@ from fastsd_kernels.arena import (
     scalars,
     should_step,
     sign,
+    step_calls,
     store_parameter,
     unless_found_inf,
 )
-from fastsd_kernels.launch import launch
+from fastsd_kernels.launch import custom_op, launch, meta
+from fastsd_kernels.ops import Lion, Op, StepOptions
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def lion_reference(
 
 
 @triton.jit
-def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask, ZERO_GRADS: tl.constexpr):
+def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask):
     master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
     beta1, one_minus_beta1, beta2, one_minus_beta2 = betas
     if should_step(found_inf_ptr):
@@ -93,24 +94,22 @@ def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask, Z
         update = sign(fma(g, one_minus_beta1, m * beta1))
         tl.store(m_ptr + start + offs, fma(g, one_minus_beta2, m * beta2), mask)
         store_parameter(p * decay + update * step, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
-    if ZERO_GRADS:
-        clear(g_ptr, start, offs, mask)
 
 
 @triton.jit
 def _lion(
     p_ptr, g_ptr, m_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr,
     beta1, one_minus_beta1, beta2, one_minus_beta2, n,
-    ZERO_GRADS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
     offs = tl.arange(0, BLOCK)
     options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
     betas = beta1, one_minus_beta1, beta2, one_minus_beta2
     if start + BLOCK <= n:
-        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, None, ZERO_GRADS)
+        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, None)
     else:
-        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, offs < n - start, ZERO_GRADS)
+        _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, offs < n - start)
 
 
 def lion_step(
@@ -125,17 +124,16 @@ def lion_step(
     found_inf: Tensor | None,
     beta1: float,
     beta2: float,
-    zero_grads: bool,
 ) -> None:
     """Step tensors of one dense layout in place, in one launch. factors: fp32 (1 - lr wd, -lr)."""
     n, tile = p.numel(), TILES["lion"]
     operands = p, g, m, factors, master_lo, ema, ema_gain, scale, found_inf
     betas = beta1, 1 - beta1, beta2, 1 - beta2
     if n:
-        launch(_lion, (triton.cdiv(n, tile.span),), *operands, *betas, n, **tile.options(ZERO_GRADS=zero_grads))
+        launch(_lion, (triton.cdiv(n, tile.span),), *operands, *betas, n, **tile.options())
 
 
-_lion_op = torch.library.custom_op("fastsd::lion", lion_step, mutates_args=("p", "g", "m", "master_lo", "ema"))
+_lion_op = custom_op("lion", mutates_args=("p", "m", "master_lo", "ema"))(lion_step)
 _lion_op.register_fake(lambda *_: None)
 
 
@@ -159,5 +157,38 @@ def lion_triton(
     rows = operands("lion", params, grads, exp_avgs, device_scalars=(lr,), **options)
     if rows:
         factors = scalars(params[0].device, 1 - lr * weight_decay, -lr)
-    for tensors, extra in rows:
-        _lion_op(*tensors, factors, *extra, *betas, options.get("zero_grads", False))
+    for (p, g, m), extra in rows:
+        _lion_op(p, g, m, factors, *extra, *betas)
+
+
+@torch.no_grad()
+def lion_cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    **options: Unpack[StepOptions],
+) -> None:
+    """`lion_reference` in one pass.
+
+    Raises:
+        ValueError: a dtype that `lion_reference` does not name, tensors of one parameter that differ in shape or strides or
+            have gaps, a tensor that is not on the CPU, or kernels that cannot be used (`problem`).
+    """
+    rows = cpu_optimizers.operands("lion", params, grads, exp_avgs, scalars=(lr,), **options)
+    factors = scalars(torch.device("cpu"), 1 - lr * weight_decay, -lr)
+    constants = betas[0], 1 - betas[0], betas[1], 1 - betas[1]
+    cpu_optimizers.call("lion", rows, factors, constants, **options)
+
+
+OP: Op[Lion] = Op(
+    name="lion",
+    reference=lion_reference,
+    triton=lion_triton,
+    cpu=lion_cpu,
+    calls=lambda: step_calls(lambda p, g, m, options: lion_step(p, g, m, meta(4), *options, 0.9, 0.99)),
+    bytes=lambda count, gradient_size: count * (16 + gradient_size),
+)

@@ -37,7 +37,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd_kernels.launch import launch, require_device
+from fastsd_kernels import workload
+from fastsd_kernels.launch import DTYPES, custom_op, launch, meta, require_device
+from fastsd_kernels.ops import AddNoise, Calls, Normal, Op
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -317,7 +319,7 @@ def normal_forward(seed: int, purpose: int, position_B: Tensor, shape: Sequence[
 
 
 def add_noise_forward(
-    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, velocity: bool
+    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, *, velocity: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (x_t, target), fp32 (B, C, H, W), contiguous. seed: an int64, see `_signed`."""
     x = latents_BCHW.contiguous()  # an element's noise follows from its place in this order: other layouts are copied
@@ -327,17 +329,19 @@ def add_noise_forward(
     return x_t, target
 
 
-_normal_op = torch.library.custom_op("fastsd::normal", normal_forward, mutates_args=())
-_add_noise_op = torch.library.custom_op("fastsd::add_noise", add_noise_forward, mutates_args=())
+_normal_op = custom_op("normal")(normal_forward)
+_add_noise_op = custom_op("add_noise")(add_noise_forward)
 
 
 @_normal_op.register_fake
-def _(seed, purpose, position_B, shape):
+def _(seed: int, purpose: int, position_B: Tensor, shape: Sequence[int]) -> Tensor:
     return position_B.new_empty(len(position_B), *shape, dtype=torch.float32)
 
 
 @_add_noise_op.register_fake
-def _(latents_BCHW, *_):
+def _(
+    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, *, velocity: bool
+) -> tuple[Tensor, Tensor]:
     x_t, target = (latents_BCHW.new_empty(latents_BCHW.shape, dtype=torch.float32) for _ in range(2))
     return x_t, target
 
@@ -377,4 +381,34 @@ def add_noise_triton(
     require_device("add_noise", latents_BCHW, positions_B, t_B, signal_T, sigma_T)
     if latents_BCHW.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"add_noise: latents are {latents_BCHW.dtype}; use float32, bfloat16 or float16")
-    return _add_noise_op(latents_BCHW, positions_B, t_B, signal_T, sigma_T, _signed(seed), velocity)
+    return _add_noise_op(latents_BCHW, positions_B, t_B, signal_T, sigma_T, _signed(seed), velocity=velocity)
+
+
+def _normal_calls() -> Calls:
+    normal_forward(7, 0, meta(workload.BATCH, dtype=torch.int64), (4, 64, 64))
+    yield "4x64x64", "fp32"
+
+
+def _add_noise_calls() -> Calls:
+    position, table = meta(workload.BATCH, dtype=torch.int64), meta(1000)
+    for mode, dtype in DTYPES.items():
+        for velocity in (False, True):
+            x = meta(workload.BATCH, 4, 64, 64, dtype=dtype)
+            add_noise_forward(x, position, position, table, table, 7, velocity=velocity)
+            yield "4x64x64", mode
+
+
+NORMAL: Op[Normal] = Op(
+    name="normal",
+    reference=normal,
+    triton=normal_triton,
+    calls=_normal_calls,
+    bytes=lambda count, _: 4 * count,
+)
+ADD_NOISE: Op[AddNoise] = Op(
+    name="add_noise",
+    reference=add_noise_reference,
+    triton=add_noise_triton,
+    calls=_add_noise_calls,
+    bytes=lambda count, size: count * (size + 8),  # x_0 read, x_t and target written in fp32
+)

@@ -136,20 +136,20 @@ class FastOptimizer(Optimizer):
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         """Return the state of one parameter, initialised to zeros on first use."""
-        state = self.state[p]
+        state: dict[str, Tensor] = self.state[p]
         if not state:
             state.update({slot: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for slot in self.slots})
         return state
 
     def _op_arguments(
-        self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None
+        self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, options: dict[str, Any]
     ) -> tuple[list[list[Tensor]], dict[str, Any]]:
-        """Return the arguments of an op: lists of the parameters, the gradients and the state of each slot; and options."""
+        """Return the arguments of an op: lists of the parameters, the gradients and the state of each slot; and all options."""
         select = select or (lambda t: t)
         states = [self._state_of(group["params"][i]) for i in indices]
         lists = [[select(group["params"][i]) for i in indices], grads]
         lists += [[select(state[slot]) for state in states] for slot in self.slots]
-        options: dict[str, Any] = {"lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"]}
+        options = options | {"lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"]}
         for key in ("masters_lo", "emas"):
             if group.get(key):
                 options[key] = [select(group[key][i]) for i in indices]
@@ -208,6 +208,7 @@ class Lion(FastOptimizer):
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
+        *,
         decoupled_weight_decay: bool = False,
         ops: Ops | None = None,
     ) -> None:
@@ -217,10 +218,10 @@ class Lion(FastOptimizer):
         super().__init__(params, defaults, ops)
 
     def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
-        lists, settings = self._op_arguments(group, indices, grads, select)
+        (params, grads, exp_avgs), settings = self._op_arguments(group, indices, grads, select, options)
         if group["decoupled_weight_decay"]:
             settings["weight_decay"] /= self.defaults["lr"]
-        self.ops.lion(*lists, **settings, **options)
+        self.ops.lion(params, grads, exp_avgs, **settings)
 
 
 class DLion(FastOptimizer):
@@ -275,7 +276,7 @@ class DLion(FastOptimizer):
     @property
     def shared(self) -> dict[str, Tensor]:
         """The tensors "d" and "numerator_weighted", 0-dim fp64 on the device, which can be logged without waiting."""
-        return self.state[_SHARED]  # type: ignore[index]
+        return self.state[_SHARED]  # type: ignore[index, no-any-return]
 
     @property
     def step_size(self) -> Tensor:
@@ -293,8 +294,8 @@ class DLion(FastOptimizer):
         if group["lr"] is not lr:  # comparing two tensors would wait for the device
             same = not isinstance(lr, Tensor) and group["lr"] == lr
             _require(self.name, "lr", group["lr"], same, f"{lr} in every group, or use one optimizer per component")
-        lists, settings = self._op_arguments(group, indices, grads, select)
-        self._sums.append(self.ops.dlion(*lists, self.step_size, **settings, **options))
+        (params, grads, exp_avgs, s), settings = self._op_arguments(group, indices, grads, select, options)
+        self._sums.append(self.ops.dlion(params, grads, exp_avgs, s, self.step_size, **settings))
 
     def discard_updates(self) -> None:
         self._sums = []
@@ -307,7 +308,8 @@ class DLion(FastOptimizer):
         limited = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
         previous_d = d.clone() if limited else d
         lr, beta2 = self.param_groups[0]["lr"], self.param_groups[0]["betas"][1]
-        self.ops.dlion_estimate(*self.shared.values(), dots_K, l1_K, lr=lr, beta2=beta2, found_inf=found_inf)
+        numerator_weighted = self.shared["numerator_weighted"]
+        self.ops.dlion_estimate(d, numerator_weighted, dots_K, l1_K, lr=lr, beta2=beta2, found_inf=found_inf)
         if self.growth_rate is not None:
             d.copy_(torch.minimum(d, previous_d * self.growth_rate))
         if self.d_max is not None:
@@ -368,12 +370,12 @@ class AdamW(FastOptimizer):
             step.copy_(loaded)
 
     def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
-        lists, settings = self._op_arguments(group, indices, grads, select)
+        (params, grads, exp_avgs, exp_avg_sqs), settings = self._op_arguments(group, indices, grads, select, options)
         steps = [self._state_of(group["params"][i])["step"] for i in indices]
         if select:  # every call increments copies of the step counts, and `_finish` increments the original once
             self._copied_steps = True
             steps = [step.clone() for step in steps]
-        self.ops.adamw(*lists, steps, eps=group["eps"], **settings, **options)
+        self.ops.adamw(params, grads, exp_avgs, exp_avg_sqs, steps, eps=group["eps"], **settings)
 
     def _finish(self, found_inf: Tensor | None) -> None:
         if self._copied_steps:

@@ -42,7 +42,7 @@ _Static_assert(sizeof(Row) == 80, "cpu_optimizers.py writes ten words of 64 bits
 typedef struct {
     const float *scale, *ema_gain; /* each may be NULL */
     const uint8_t *found_inf;      /* if nonzero, no byte of p, m, s, master_lo and ema changes; may be NULL */
-    int32_t zero_grads, threads;
+    int32_t threads;
 } Options;
 
 /* Update n elements, all in fp32, and add their parts to two sums. */
@@ -199,8 +199,6 @@ static void update_tile(Update *update, const Row *row, const Options *o, const 
         if (master_lo) split(n, p, master_hi, master_lo);
         if (ema) update_ema(n, ema, p, *o->ema_gain);
     }
-    if (o->zero_grads && g16) memset(g16, 0, n * sizeof *g16);
-    if (o->zero_grads && g32) memset(g32, 0, n * sizeof *g32);
 }
 
 /* Update all tensors; sums_2P gets two sums per tensor. scratch_2K: two numbers per span. */

@@ -62,6 +62,7 @@ class Linear(NamedTuple):
         return 2 * self.rows * self.inputs * self.outputs
 
 
+BATCH = 16  # images of a launch whose code the atlas reads
 ATTENTION = {
     Attention(4096, 4096, 8, 40): 5,
     Attention(4096, 77, 8, 40): 5,

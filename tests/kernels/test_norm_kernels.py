@@ -239,7 +239,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
     def run(rows):
         mean, rstd = group_norm_statistics(x[rows], shift[rows], 4, 1e-5)
-        dx, _, _, dshift = group_norm_backward(dy[rows], x[rows], mean, rstd, weight, bias, 4, True, shift[rows])
+        dx, _, _, dshift = group_norm_backward(dy[rows], x[rows], mean, rstd, weight, bias, 4, shift[rows], silu=True)
         return mean, rstd, dx, dshift
 
     together = run(slice(0, 3))
@@ -284,8 +284,8 @@ def test_recomputed_outputs_have_the_same_bits(dtype):
 
     x, weight, bias, shift = group_norm_inputs(2, 40, 5, 7, dtype=dtype, shift=True).values()
     y, mean, rstd = OPS.group_norm(x, weight, bias, 4, 1e-5, True, shift)
-    assert equal(OPS.group_norm_statistics(x, shift, 4, 1e-5), (mean, rstd))
-    assert torch.equal(OPS.group_norm_apply(x, mean, rstd, weight, bias, 4, True, shift), y)
+    assert equal(group_norm_statistics(x, shift, 4, 1e-5), (mean, rstd))
+    assert torch.equal(OPS.group_norm_apply(x, mean, rstd, weight, bias, 4, shift, silu=True), y)
 
 
 @DTYPES
@@ -304,7 +304,7 @@ def test_opcheck():
     plain = [t.detach() for t in (x, r, w, b)]
     _, mean, rstd = OPS.layer_norm(*plain[::2], plain[3], 1e-5)
     image, shift = normal(2, 6, 2, 3).to(memory_format=CHANNELS_LAST), normal(2, 6)
-    statistics = OPS.group_norm_statistics(image, shift, 3, 1e-5)
+    statistics = group_norm_statistics(image, shift, 3, 1e-5)
     differentiable = [t.clone().requires_grad_() for t in (image, w, b)]
     cases = [
         ("geglu", (x,)),
@@ -329,8 +329,8 @@ def test_every_kind_is_recorded_on_meta_tensors():
             x = torch.empty(16, kind.channels, kind.side, kind.side).to(memory_format=CHANNELS_LAST)
             weight, shift = torch.empty(kind.channels), torch.empty(16, kind.channels) if kind.shift else None
             mean, rstd = group_norm_statistics(x, shift, kind.groups, kind.eps)
-            y = group_norm_apply(x, mean, rstd, weight, weight, kind.groups, kind.silu, shift)
-            group_norm_backward(y, x, mean, rstd, weight, weight, kind.groups, kind.silu, shift)
+            y = group_norm_apply(x, mean, rstd, weight, weight, kind.groups, shift, silu=kind.silu)
+            group_norm_backward(y, x, mean, rstd, weight, weight, kind.groups, shift, silu=kind.silu)
         for kind in workload.LAYER_NORM:
             x, weight = torch.empty(16, kind.rows, kind.features), torch.empty(kind.features)
             y, s, mean, rstd = layer_norm_forward(x, weight, weight, kind.eps, residual=x)

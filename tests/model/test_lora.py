@@ -149,7 +149,7 @@ def test_a_small_change_survives_bf16():
     move(model, size=2e-4)
     kept_shares = []
     for layer in (layer.bfloat16() for layer in model.unet.modules() if isinstance(layer, Adapted)):
-        weight, bias, down, *ups = (None if value is None else value.detach() for value in layer.operands())
+        weight, bias, down, *ups = (None if value is None else value.detach() for value in layer.operands().flat())
         up = torch.block_diag(*ups)
         x = (torch.randn(256, weight.shape[1]) + 3 * down.sum(0)).bfloat16()
         change = x.double() @ down.double().t() @ up.double().t()

@@ -45,9 +45,9 @@ def derive(cfg: UNetConfig, side: int, tokens: int = 77) -> dict[str, Counter]:
         counts["attention"][w.Attention(q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
         return reference.attention(q, k, v, precision)
 
-    def group_norm(x, weight, bias, groups, eps, silu, shift):
+    def group_norm(x, weight, bias, groups, eps, shift, *, silu):
         counts["group_norm"][w.GroupNorm(x.shape[1], x.shape[2], groups, eps, silu, shift is not None)] += 1
-        return reference.group_norm(x, weight, bias, groups, eps, silu, shift)
+        return reference.group_norm(x, weight, bias, groups, eps, shift, silu=silu)
 
     def layer_norm(x, weight, bias, eps, residual):
         counts["layer_norm"][w.LayerNorm(x.shape[1], x.shape[2], eps)] += 1

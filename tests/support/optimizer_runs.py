@@ -110,12 +110,10 @@ def check_options(runs, dtype, steps):
         options = {"weight_decay": 0.1 * (step < 5), "scale": scale if step else None, "ema_decay": decay if step % 2 else 0.99}
         all_grads = [[g.to(dtype) for g in random_tensors(10 + step, shapes, device=device)] for _ in runs]
         for run, grads in zip(runs, all_grads, strict=True):
-            run.step(grads, LR[run.name], zero_grads=step > 1, **options)
+            run.step(grads, LR[run.name], **options)
             run.d.fill_(1e-3 * (step + 1))
             run.numerator.fill_(0.0)
         assert same_bits(runs[0].everything(), runs[1].everything()), step
-        for g in (g for grads in all_grads for g in grads if g.numel()):
-            assert (g == 0).all() == (step > 1)
     assert not torch.equal(runs[0].options["emas"][2], unchanged)
 
 
@@ -149,8 +147,6 @@ def check_huge_gradients(gradient_norm, device="cpu"):
         assert not found_inf
         expected = torch.tensor(value * count**0.5, dtype=torch.float64).float()
         torch.testing.assert_close(norm.cpu(), expected, rtol=2.0**-22, atol=0)
-    norm, found_inf = gradient_norm([torch.full((3,), 3e38, device=device)], scale=torch.tensor(1e-38, device=device))
-    assert not found_inf and abs(norm.item() / (3 * 3**0.5) - 1) < 1e-6
 
 
 class NoReadBack(TorchDispatchMode):

@@ -1,0 +1,169 @@
+"""The matmuls of a layer: a linear or a 3x3 convolution with an optional low-rank adapter, forward and backward.
+
+    y = weight x + bias + up (down x)
+
+Without an adapter, y = weight x + bias. down has the shape (R, F_in), or (R, C, 3, 3) for a convolution, and up (F_out, R). The
+backward recomputes down x, so the adapter's activations are not saved. A fused weight of n projections has n ups. Each is None
+or maps its part of down x to its part of y. A linear computes the adapter's product first, and the large matmul adds to it
+before rounding. Adding the product to a bf16 result would lose a quarter of a relative change of 1/600, and two thirds of a
+change of 1/2000. A convolution cannot start from another result, so it adds the adapter's product last.
+
+Nothing here is differentiable: `fastsd/model/recompute.py` has the autograd functions.
+Shapes: B images, C channels, H x W positions, F features, R the sum of the ranks of all adapters of one weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Gradient = Tensor | None
+Gradients = tuple[Gradient, ...]  # one per tensor of a layer, in the order of `LayerTensors.flat`
+
+
+class LayerTensors(NamedTuple):
+    """The tensors of a matmul. Without an adapter, down and all ups are None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None = None
+    ups: tuple[Tensor | None, ...] = (None,)
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors one by one, because autograd does not look into tuples. `unpack` is the inverse."""
+        return *self[:3], *self.ups
+
+
+class Needs(NamedTuple):
+    """For each tensor of a layer, True if its gradient is needed."""
+
+    weight: bool
+    bias: bool
+    down: bool
+    ups: tuple[bool, ...]
+
+    @property
+    def input(self) -> bool:
+        """True if the gradients require the layer's input. All but the bias gradient do."""
+        return self.weight or self.down or any(self.ups)
+
+
+Unpacked = TypeVar("Unpacked", LayerTensors, Needs)
+
+
+def unpack(kind: type[Unpacked], values: Sequence[Any]) -> Unpacked:
+    weight, bias, down, *ups = values
+    return kind(weight, bias, down, tuple(ups))
+
+
+def split(kind: type[Unpacked], values: Sequence[Any]) -> list[Unpacked]:
+    """Unpack layers with one up each."""
+    return [unpack(kind, values[i : i + 4]) for i in range(0, len(values), 4)]
+
+
+def to_nchw(x_BHWC: Tensor) -> Tensor:
+    return x_BHWC.permute(0, 3, 1, 2)
+
+
+def to_nhwc(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.permute(0, 2, 3, 1)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def linear(x: Tensor, layer: LayerTensors) -> Tensor:
+    """Compute x weight^T + bias + (x down^T) up^T over the last dimension."""
+    weight, bias, down, ups = layer
+    if down is None:
+        return F.linear(x, weight, bias)
+    rows = _as_rows(x)
+    reduced = F.linear(rows, down)
+    if len(ups) == 1:
+        assert ups[0] is not None
+        y = F.linear(reduced, ups[0], bias)
+    else:
+        assert bias is None
+        y = rows.new_empty(len(rows), len(weight))
+        for y_block, reduced_block, up in _blocks(y, reduced, ups):
+            if up is None or reduced_block is None:
+                y_block.zero_()
+            else:
+                torch.mm(reduced_block, up.t(), out=y_block)
+    return torch.addmm(y, rows, weight.t(), out=y).unflatten(0, x.shape[:-1])
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor | None, layer: LayerTensors, needs: Needs, *, need_x: bool
+) -> tuple[Gradient, Gradients]:
+    """Return dx and the layer's gradients for `linear`, None if not needed. x may be None if `needs.input` is False."""
+    weight, _, down, ups = layer
+    dy_rows = _as_rows(dy)
+    x_rows = None if x is None else _as_rows(x)
+    dx = dweight = ddown = None
+    dups: list[Gradient] = [None] * len(ups)
+    if down is not None:
+        dreduced = dy_rows.new_empty(len(dy_rows), len(down))
+        for dy_block, dreduced_block, up in _blocks(dy_rows, dreduced, ups):
+            if up is not None and dreduced_block is not None:
+                torch.mm(dy_block, up, out=dreduced_block)
+        if need_x:
+            dx = dreduced @ down
+            torch.addmm(dx, dy_rows, weight, out=dx)
+        if needs.down and x_rows is not None:
+            ddown = dreduced.t() @ x_rows
+        if any(needs.ups) and x_rows is not None:
+            blocks = _blocks(dy_rows, x_rows @ down.t(), ups)
+            dups = [None if reduced_block is None else dy_block.t() @ reduced_block for dy_block, reduced_block, _ in blocks]
+    elif need_x:
+        dx = dy_rows @ weight
+    if needs.weight and x_rows is not None:
+        dweight = dy_rows.t() @ x_rows
+    dbias = dy_rows.sum(0) if needs.bias else None
+    return None if dx is None else dx.unflatten(0, dy.shape[:-1]), (dweight, dbias, ddown, *dups)
+
+
+def _blocks(y: Tensor, reduced: Tensor, ups: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Yield the columns of y and of down x, and up, of each projection. The last two are None if it has no adapter."""
+    reduced_blocks = iter(reduced.chunk(sum(up is not None for up in ups), dim=1))
+    for y_block, up in zip(y.chunk(len(ups), dim=1), ups, strict=True):
+        yield y_block, None if up is None else next(reduced_blocks), up
+
+
+def conv(x: Tensor, layer: LayerTensors) -> Tensor:
+    """Compute a 3x3 convolution with padding 1. Its adapter is a 3x3 convolution with down and a 1x1 convolution with up."""
+    weight, bias, down, (up,) = layer
+    y = F.conv2d(x, weight, bias, padding=1)
+    if down is not None and up is not None:
+        y += to_nchw(F.linear(to_nhwc(F.conv2d(x, down, padding=1)), up))
+    return y
+
+
+def conv_backward(dy: Tensor, x: Tensor, layer: LayerTensors, needs: Needs, *, need_x: bool) -> tuple[Gradient, Gradients]:
+    """Return dx and the layer's gradients for `conv`, None if not needed. Unless `needs.input`, only x's shape matters."""
+    weight, _, down, (up,) = layer
+    dx, dweight, dbias = _conv3_backward(dy, x, weight, [need_x, needs.weight, needs.bias])
+    if down is None or up is None:
+        return dx, (dweight, dbias, None, None)
+    dreduced = to_nchw(to_nhwc(dy) @ up)
+    dx_adapter, ddown, _ = _conv3_backward(dreduced, x, down, [need_x, needs.down, False])
+    if dx is not None and dx_adapter is not None:
+        dx += dx_adapter
+    dup = _as_rows(to_nhwc(dy)).t() @ _as_rows(to_nhwc(F.conv2d(x, down, padding=1))) if any(needs.ups) else None
+    return dx, (dweight, dbias, ddown, dup)
+
+
+def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Gradient, Gradient, Gradient]:
+    """Return (dx, dweight, dbias) of a 3x3 convolution with padding 1."""
+    geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
+    return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *geometry, needs)
+
+
+def as_linear(layer: LayerTensors) -> LayerTensors:
+    """View the weight of a 1x1 convolution as that of a linear."""
+    return layer._replace(weight=layer.weight.flatten(1))
