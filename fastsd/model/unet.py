@@ -113,7 +113,7 @@ _FIXED = {
 _NEUTRAL = {"upcast_attention", "addition_embed_type_num_heads", "projection_class_embeddings_input_dim"}
 
 
-def _as_list(value: Any) -> Any:
+def _as_list(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 

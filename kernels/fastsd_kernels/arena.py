@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 import triton
@@ -239,7 +239,7 @@ class OptimizerTile(NamedTuple):
         """Elements of one program."""
         return self.block * self.times
 
-    def options(self, **more: Any) -> dict[str, Any]:
+    def options(self, **more: int) -> dict[str, int]:
         """Return the options of a launch. Only `fma` fuses: see "Roundings" above."""
         return {"BLOCK": self.block, "num_warps": self.warps, "maxnreg": self.registers, "enable_fp_fusion": False} | more
 
@@ -279,7 +279,7 @@ def operands(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     *states: Sequence[Tensor],
-    device_scalars: Sequence[Any] = (),
+    device_scalars: Sequence[float | Tensor] = (),
     **options: Unpack[StepOptions],
 ) -> list[tuple[tuple[Tensor, ...], TensorOptions]]:
     """Group each parameter with its gradient, states and options. All are checked before anything is launched.
@@ -356,6 +356,6 @@ def dense(t: Tensor) -> bool:
     return True
 
 
-def memory_order(t: Tensor) -> tuple[Any, ...]:
+def memory_order(t: Tensor) -> tuple[torch.Size, list[int]]:
     # The stride of a dimension of one element means nothing.
     return t.shape, [step for n, step in zip(t.shape, t.stride(), strict=True) if n > 1]

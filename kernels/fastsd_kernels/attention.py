@@ -261,7 +261,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) else x.contiguous()
 
 
-def _options(tile: AttentionTile, head_dim: int, precision: str) -> dict[str, Any]:
+def _options(tile: AttentionTile, head_dim: int, precision: str) -> dict[str, object]:
     sizes = {"D": head_dim, "SUM_D": slices(head_dim, tile.widest, 16), "ROWS": tile.rows, "KEYS": tile.keys}
     launch_options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
     return sizes | {"HOLD": tile.hold, "PRECISION": precision} | launch_options
@@ -332,7 +332,7 @@ def _key_gradients(
 
 
 attention_op = custom_op("attention")(attention_forward)
-attention_op.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q[..., 0].mT.shape, dtype=torch.float32)))
+attention_op.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty((*q.shape[::2], q.shape[1]), dtype=torch.float32)))
 
 
 @custom_op("attention_backward")
@@ -347,7 +347,7 @@ attention_backward_op.register_fake(lambda do, q, k, v, *_: (q.new_empty(q.shape
 
 @custom_op("attention_packed_backward")
 def attention_packed_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, *, self_attention: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, self_attention: bool
 ) -> tuple[Tensor, Tensor]:
     """Return gradients packed like the projections: (dqkv_BN3HD, empty) for `self_attention`, else (dq_BNHD, dkv_BL2HD)."""
     if self_attention:
@@ -361,7 +361,7 @@ def attention_packed_backward_op(
 
 @attention_packed_backward_op.register_fake
 def _(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, *, self_attention: bool
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, self_attention: bool
 ) -> tuple[Tensor, Tensor]:
     if self_attention:
         return q.new_empty((*q.shape[:2], 3, *q.shape[2:])), q.new_empty(0)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ def library(op: str) -> ctypes.CDLL:
     return library
 
 
-def require_cpu(op: str, *tensors: Any) -> None:
+def require_cpu(op: str, *tensors: object) -> None:
     """Raise ValueError unless all tensors among the arguments are on the CPU."""
     other_devices = {str(t.device) for t in tensors if isinstance(t, Tensor) and not t.is_cpu}
     if other_devices:
@@ -141,7 +141,7 @@ def operands(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     *states: Sequence[Tensor],
-    scalars: Sequence[Any],
+    scalars: Sequence[float | Tensor],
     **options: Unpack[StepOptions],
 ) -> list[_Operands]:
     """Group the tensors of each parameter, and check them as `arena.operands` does, here for tensors on a CPU."""

@@ -129,10 +129,22 @@ def _attention_triton(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[
     return attention_op(q, k, v, precision)
 
 
+def _attention_backward_triton(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, precision: str, *, self_attention: bool
+) -> tuple[Tensor, Tensor]:
+    return attention_packed_backward_op(do, q, k, v, o, lse, precision, self_attention)
+
+
+def _group_norm_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return group_norm_op(x, weight, bias, groups, eps, silu, shift)
+
+
 def _group_norm_recompute_triton(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
 ) -> Tensor:
-    return group_norm_apply_op(x, mean, rstd, weight, bias, groups, shift, silu=silu)
+    return group_norm_apply_op(x, mean, rstd, weight, bias, groups, silu, shift)
 
 
 def _group_norm_backward_triton(
@@ -148,7 +160,7 @@ def _group_norm_backward_triton(
     *,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Shift]:
-    dx, dweight, dbias, dshift = group_norm_backward_op(dy, x, mean, rstd, weight, bias, groups, shift, silu=silu)
+    dx, dweight, dbias, dshift = group_norm_backward_op(dy, x, mean, rstd, weight, bias, groups, silu, shift)
     return dx, dweight, dbias, None if shift is None else dshift
 
 
@@ -185,8 +197,8 @@ REFERENCE_FORWARD_BACKWARD = ForwardBackwardOps(
 )
 TRITON_FORWARD_BACKWARD = ForwardBackwardOps(
     attention=_attention_triton,
-    attention_backward=attention_packed_backward_op,
-    group_norm=group_norm_op,
+    attention_backward=_attention_backward_triton,
+    group_norm=_group_norm_triton,
     group_norm_recompute=_group_norm_recompute_triton,
     group_norm_backward=_group_norm_backward_triton,
     layer_norm=_layer_norm_triton,

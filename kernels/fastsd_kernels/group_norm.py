@@ -320,7 +320,7 @@ def group_norm_statistics(x: Tensor, shift: Shift, groups: int, eps: float) -> t
 
 
 def group_norm_apply(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Shift, *, silu: bool
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool, shift: Shift
 ) -> Tensor:
     """Return y, channels last, from x and its statistics. This is the last step of a forward, and all of a recomputation."""
     x, shift = _channels_last(x), None if shift is None else shift.contiguous()
@@ -333,7 +333,7 @@ def group_norm_apply(
 
 
 def group_norm_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Shift, *, silu: bool
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool, shift: Shift
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias, dshift) from dy in any layout. dx is channels last. Without a shift dshift is empty."""
     dy, x, shift = _channels_last(dy), _channels_last(x), None if shift is None else shift.contiguous()
@@ -356,23 +356,23 @@ def group_norm_backward(
 
 group_norm_apply_op = custom_op("group_norm_apply")(group_norm_apply)
 group_norm_backward_op = custom_op("group_norm_backward")(group_norm_backward)
-group_norm_apply_op.register_fake(lambda x, *_, **options: _empty_like(x))
+group_norm_apply_op.register_fake(lambda x, *_: _empty_like(x))
 
 
 @custom_op("group_norm")
 def group_norm_op(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Shift
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = group_norm_statistics(x, shift, groups, eps)
-    return group_norm_apply(x, mean, rstd, weight, bias, groups, shift, silu=silu), mean, rstd
+    return group_norm_apply(x, mean, rstd, weight, bias, groups, silu, shift), mean, rstd
 
 
-group_norm_op.register_fake(lambda x, weight, bias, groups, *_, **options: (_empty_like(x), *_empty_statistics(x, groups)))
+group_norm_op.register_fake(lambda x, weight, bias, groups, *_: (_empty_like(x), *_empty_statistics(x, groups)))
 
 
 @group_norm_backward_op.register_fake
 def _(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Shift, *, silu: bool
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool, shift: Shift
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dshift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape)
     return (
@@ -383,16 +383,17 @@ def _(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, bool], output: tuple[Tensor, ...]) -> None:
-    (x, weight, bias, ctx.groups, _, shift), (_, mean, rstd), ctx.silu = inputs, output, keyword_only_inputs["silu"]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, ctx.groups, _, ctx.silu, shift = inputs
+    _, mean, rstd = output
     ctx.save_for_backward(x, mean, rstd, weight, bias, shift)
     ctx.mark_non_differentiable(mean, rstd)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, shift = ctx.saved_tensors
-    grads = group_norm_backward_op(dy, x, mean, rstd, weight, bias, ctx.groups, shift, silu=ctx.silu)
-    return *grads[:3], None, None, None if shift is None else grads[3]
+    grads = group_norm_backward_op(dy, x, mean, rstd, weight, bias, ctx.groups, ctx.silu, shift)
+    return *grads[:3], None, None, None, None if shift is None else grads[3]
 
 
 group_norm_op.register_autograd(_differentiate, setup_context=_save)
@@ -411,7 +412,7 @@ def group_norm_triton(
     if x_BCHW.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"group_norm: x is {x_BCHW.dtype}; use float32 or bfloat16")
     # An image in another layout is converted here, once: the backward saves and reads the copy.
-    return group_norm_op(_channels_last(x_BCHW), weight, bias, groups, eps, shift_BC, silu=silu)[0]
+    return group_norm_op(_channels_last(x_BCHW), weight, bias, groups, eps, silu, shift_BC)[0]
 
 
 def _calls() -> Calls:
@@ -421,8 +422,8 @@ def _calls() -> Calls:
             shifts = torch.float32 if kind in workload.VAE_ENCODER_GROUP_NORM else dtype  # sums of biases, stored in fp32
             w, shift = meta(kind.channels, dtype=dtype), meta(len(x), kind.channels, dtype=shifts) if kind.shift else None
             mean, rstd = group_norm_statistics(x, shift, kind.groups, kind.eps)
-            group_norm_apply(x, mean, rstd, w, w, kind.groups, shift, silu=kind.silu)
-            group_norm_backward(x, x, mean, rstd, w, w, kind.groups, shift, silu=kind.silu)
+            group_norm_apply(x, mean, rstd, w, w, kind.groups, kind.silu, shift)
+            group_norm_backward(x, x, mean, rstd, w, w, kind.groups, kind.silu, shift)
             yield f"{kind.channels}c {kind.side}px{' shifted' if kind.shift else ''}", mode
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
 
 AVAILABLE = find_spec("triton") is not None
 
 
 class _StandIn(ModuleType):
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):  # not a package: other code that imports Triton meanwhile finds no module in it
             raise AttributeError(name)
         return self if name == "language" else lambda function=None, **_: (lambda f: f) if function is None else function

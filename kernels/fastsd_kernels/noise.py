@@ -301,7 +301,7 @@ _TILE = (128, 4)
 
 
 def _launch(
-    kernel: Any, operands: tuple[Tensor, ...], seed: int, purpose: int, samples: int, count: int, **options: Any
+    kernel: Any, operands: tuple[Tensor, ...], seed: int, purpose: int, samples: int, count: int, **options: int
 ) -> None:
     block, warps = _TILE
     if samples * count:
@@ -319,7 +319,7 @@ def normal_forward(seed: int, purpose: int, position_B: Tensor, shape: Sequence[
 
 
 def add_noise_forward(
-    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, *, velocity: bool
+    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, velocity: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (x_t, target), fp32 (B, C, H, W), contiguous. seed: an int64, see `_signed`."""
     x = latents_BCHW.contiguous()  # an element's noise follows from its place in this order: other layouts are copied
@@ -340,7 +340,7 @@ def _(seed: int, purpose: int, position_B: Tensor, shape: Sequence[int]) -> Tens
 
 @_add_noise_op.register_fake
 def _(
-    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, *, velocity: bool
+    latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor, signal_T: Tensor, sigma_T: Tensor, seed: int, velocity: bool
 ) -> tuple[Tensor, Tensor]:
     x_t, target = (latents_BCHW.new_empty(latents_BCHW.shape, dtype=torch.float32) for _ in range(2))
     return x_t, target
@@ -381,7 +381,7 @@ def add_noise_triton(
     require_device("add_noise", latents_BCHW, positions_B, t_B, signal_T, sigma_T)
     if latents_BCHW.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"add_noise: latents are {latents_BCHW.dtype}; use float32, bfloat16 or float16")
-    return _add_noise_op(latents_BCHW, positions_B, t_B, signal_T, sigma_T, _signed(seed), velocity=velocity)
+    return _add_noise_op(latents_BCHW, positions_B, t_B, signal_T, sigma_T, _signed(seed), velocity)
 
 
 def _normal_calls() -> Calls:
@@ -394,7 +394,7 @@ def _add_noise_calls() -> Calls:
     for mode, dtype in DTYPES.items():
         for velocity in (False, True):
             x = meta(workload.BATCH, 4, 64, 64, dtype=dtype)
-            add_noise_forward(x, position, position, table, table, 7, velocity=velocity)
+            add_noise_forward(x, position, position, table, table, 7, velocity)
             yield "4x64x64", mode
 
 

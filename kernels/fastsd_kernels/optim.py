@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from fastsd_kernels import REFERENCE, Ops, fastest
 from fastsd_kernels.arena import split_master
+from fastsd_kernels.ops import StepOptions, StepSettings, Tensors
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Group = dict[str, Any]
@@ -99,7 +100,7 @@ class FastOptimizer(Optimizer):
         for group in self.param_groups:
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
             grads = [_grad_in_layout(group["params"][i]) for i in indices]
-            self._update(group, indices, grads, None, found_inf=found_inf)
+            self._update(group, indices, grads, None, {"found_inf": found_inf})
         self._finish(found_inf)
         return loss
 
@@ -117,7 +118,7 @@ class FastOptimizer(Optimizer):
         Every element must be updated once before `finish` ends the step.
         """
         (group,) = self.param_groups
-        self._update(group, [0], [gradient], select, found_inf=found_inf, scale=scale)
+        self._update(group, [0], [gradient], select, {"found_inf": found_inf, "scale": scale})
 
     @torch.no_grad()
     def finish(self, *, found_inf: Tensor | None = None) -> None:
@@ -127,7 +128,7 @@ class FastOptimizer(Optimizer):
     def discard_updates(self) -> None:
         """Drop intermediate results of an unfinished step. Parameters that it has updated are not restored."""
 
-    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+    def _update(self, group: Group, indices: list[int], grads: Tensors, select: Select | None, options: StepOptions) -> None:
         """Launch the elementwise pass for the parameters `indices` of a group, or for the elements that `select` returns."""
         raise NotImplementedError
 
@@ -142,20 +143,20 @@ class FastOptimizer(Optimizer):
         return state
 
     def _op_arguments(
-        self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, options: dict[str, Any]
-    ) -> tuple[list[list[Tensor]], dict[str, Any]]:
-        """Return the arguments of an op: lists of the parameters, the gradients and the state of each slot; and all options."""
+        self, group: Group, indices: list[int], grads: Tensors, select: Select | None, options: StepOptions
+    ) -> tuple[list[Tensors], StepSettings]:
+        """Return the arguments of an op: lists of parameters, gradients and the state of each slot; and its settings."""
         select = select or (lambda t: t)
         states = [self._state_of(group["params"][i]) for i in indices]
-        lists = [[select(group["params"][i]) for i in indices], grads]
+        lists: list[Tensors] = [[select(group["params"][i]) for i in indices], grads]
         lists += [[select(state[slot]) for state in states] for slot in self.slots]
-        options = options | {"lr": group["lr"], "betas": group["betas"], "weight_decay": group["weight_decay"]}
-        for key in ("masters_lo", "emas"):
-            if group.get(key):
-                options[key] = [select(group[key][i]) for i in indices]
+        settings = StepSettings(lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"], **options)
+        if group.get("masters_lo"):
+            settings["masters_lo"] = [select(group["masters_lo"][i]) for i in indices]
         if group.get("emas"):
-            options["ema_decay"] = group["ema_decay"]
-        return lists, options
+            settings["emas"] = [select(group["emas"][i]) for i in indices]
+            settings["ema_decay"] = group["ema_decay"]
+        return lists, settings
 
     @property
     def step_size(self) -> Tensor | None:
@@ -217,7 +218,7 @@ class Lion(FastOptimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay}
         super().__init__(params, defaults, ops)
 
-    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+    def _update(self, group: Group, indices: list[int], grads: Tensors, select: Select | None, options: StepOptions) -> None:
         (params, grads, exp_avgs), settings = self._op_arguments(group, indices, grads, select, options)
         if group["decoupled_weight_decay"]:
             settings["weight_decay"] /= self.defaults["lr"]
@@ -289,7 +290,7 @@ class DLion(FastOptimizer):
         """Return the estimate that the next step uses. Waits for the device."""
         return float(self.step_size)
 
-    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+    def _update(self, group: Group, indices: list[int], grads: Tensors, select: Select | None, options: StepOptions) -> None:
         lr = self.param_groups[0]["lr"]
         if group["lr"] is not lr:  # comparing two tensors would wait for the device
             same = not isinstance(lr, Tensor) and group["lr"] == lr
@@ -308,8 +309,7 @@ class DLion(FastOptimizer):
         limited = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
         previous_d = d.clone() if limited else d
         lr, beta2 = self.param_groups[0]["lr"], self.param_groups[0]["betas"][1]
-        numerator_weighted = self.shared["numerator_weighted"]
-        self.ops.dlion_estimate(d, numerator_weighted, dots_K, l1_K, lr=lr, beta2=beta2, found_inf=found_inf)
+        self.ops.dlion_estimate(d, self.shared["numerator_weighted"], dots_K, l1_K, lr=lr, beta2=beta2, found_inf=found_inf)
         if self.growth_rate is not None:
             d.copy_(torch.minimum(d, previous_d * self.growth_rate))
         if self.d_max is not None:
@@ -369,7 +369,7 @@ class AdamW(FastOptimizer):
         for step, loaded in zip(self._steps(), tensors["step"], strict=True):
             step.copy_(loaded)
 
-    def _update(self, group: Group, indices: list[int], grads: list[Tensor], select: Select | None, **options: Any) -> None:
+    def _update(self, group: Group, indices: list[int], grads: Tensors, select: Select | None, options: StepOptions) -> None:
         (params, grads, exp_avgs, exp_avg_sqs), settings = self._op_arguments(group, indices, grads, select, options)
         steps = [self._state_of(group["params"][i])["step"] for i in indices]
         if select:  # every call increments copies of the step counts, and `_finish` increments the original once

@@ -150,8 +150,8 @@ def test_opcheck(mode):
     check(attention_op, (*leaves, "tf32"))
     o, lse = attention_op(q, k, v, "tf32")
     check(attention_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32"))
-    check(attention_packed_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32"), {"self_attention": False})
-    check(attention_packed_backward_op, (torch.randn_like(o), q, q, q, o, lse, "tf32"), {"self_attention": True})
+    check(attention_packed_backward_op, (torch.randn_like(o), q, k, v, o, lse, "tf32", False))
+    check(attention_packed_backward_op, (torch.randn_like(o), q, q, q, o, lse, "tf32", True))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -162,7 +162,7 @@ def test_packed_gradients_equal_separate_ones(mode):
         q, k, v = make(1, queries, keys, 2, 40, mode).values()
         o, lse = attention_op(q, k, v, precision)
         inputs = torch.randn_like(o), q, k, v, o, lse, precision
-        dqkv_or_dq, dkv = attention_packed_backward_op(*inputs, self_attention=self_attention)
+        dqkv_or_dq, dkv = attention_packed_backward_op(*inputs, self_attention)
         gradients = dqkv_or_dq.unbind(2) if self_attention else (dqkv_or_dq, *dkv.unbind(2))
         assert all(torch.equal(a, b) for a, b in zip(gradients, attention_backward_op(*inputs), strict=True))
 

@@ -110,8 +110,8 @@ def test_opcheck():
     objective, latents = objective_and_latents(shape=(3, 5, 7))
     t_B = torch.zeros(len(latents), dtype=torch.int64, device=DEVICE)
     operands = (latents, POSITIONS, t_B, objective.signal, objective.level, -3)
-    torch.library.opcheck(torch.ops.fastsd.add_noise.default, operands, {"velocity": False})
-    torch.library.opcheck(torch.ops.fastsd.add_noise.default, operands, {"velocity": True})
+    torch.library.opcheck(torch.ops.fastsd.add_noise.default, (*operands, False))
+    torch.library.opcheck(torch.ops.fastsd.add_noise.default, (*operands, True))
     torch.library.opcheck(torch.ops.fastsd.normal.default, (7, 4, POSITIONS, (3, 5, 7)))
 
 
