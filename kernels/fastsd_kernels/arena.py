@@ -313,7 +313,7 @@ def step_calls(step: Callable[[Tensor, Tensor, Tensor, TensorOptions], object]) 
     n = sum(size * count for size, count in workload.PARAMETERS.items())
     state, scalar = meta(n), meta()
     for mode, gradients in (("fp32", "fp32"), ("bf16 halves", "bf16"), ("bf16 halves", "fp32")):
-        p = meta(n, dtype=DTYPES[mode[:4]])
+        p = meta(n, dtype=DTYPES["fp32" if mode == "fp32" else "bf16"])
         master_lo = None if mode == "fp32" else meta(n, dtype=torch.int16)
         for ema in (None, state):
             options = TensorOptions(master_lo, ema, None if ema is None else scalar, scalar, scalar)
