@@ -134,7 +134,8 @@ class StageTable(Table):
 
     def steps(self, images_per_epoch: int) -> int:
         """Return the number of steps of this stage: `until` in steps, rounded up, or `ENDLESS` if it is a time."""
-        return steps_of("until", self.until, self.batch, images_per_epoch) or ENDLESS
+        steps = steps_of("until", self.until, self.batch, images_per_epoch)
+        return ENDLESS if steps is None else steps
 
     def warmup_steps(self, total: int) -> int:
         return int(self.warmup * total) if 0 < self.warmup < 1 else int(self.warmup)
@@ -233,16 +234,16 @@ def parse_amount(key: str, amount: Amount) -> tuple[float, str]:
     match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*([a-z]*)\s*", str(amount).lower())
     word = match[2] if match else "?"
     unit, factor = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or ("", 0)
-    if not match or not unit or float(match[1]) <= 0 or ("." in match[1] and unit in ("steps", "images")):
+    if not match or not unit or not 0 < float(match[1]) < ENDLESS or ("." in match[1] and unit in ("steps", "images")):
         time = "" if key == "checkpoint_at" else ' or a time ("12h")'
         raise ValueError(f'{key} is {amount!r}; use steps (1000), epochs ("2e"), images ("64000 images"){time}, above 0')
     return float(match[1]) * factor, unit
 
 
 def steps_of(key: str, amount: Amount, batch: int, images_per_epoch: int) -> int | None:
-    """Convert an amount to steps of `batch` images, rounded up. Return None for a time."""
+    """Convert an amount to steps of `batch` images, rounded up to at least 1. Return None for a time."""
     number, unit = parse_amount(key, amount)
     if unit == "seconds":
         return None
     images = number * {"steps": batch, "epochs": images_per_epoch, "images": 1}[unit]
-    return -(-round(images) // batch)
+    return max(-(-round(images) // batch), 1)

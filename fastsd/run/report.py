@@ -185,9 +185,10 @@ def memory_gb(device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes this process can still allocate. Unused memory that PyTorch has reserved is returned to the device first.
+    """Return the bytes this process can still allocate.
 
-    What cannot be returned, such as the private pool of a CUDA graph, is not free.
+    Unused memory that PyTorch has reserved is first returned to the device. What cannot be returned, such as the private pool
+    of a CUDA graph, is not free.
     """
     gc.collect()
     if device.type != "cuda":

@@ -144,6 +144,7 @@ BAD = [
     (GOOD.replace("until = 250", "until = [1]"), pattern("value-until", key="stage.1.until", value=[1])),
     (GOOD.replace("until = 250", "until = 'soon'"), pattern("amount-form", key="until", value="'soon'")),
     (GOOD.replace("until = 250", "until = 0"), pattern("amount-form", key="until", value=0)),
+    (GOOD.replace("until = 250", f"until = '{'9' * 400}'"), pattern("amount-form", key="until")),
     (GOOD.replace("until = 250", ""), pattern("key-missing", key="stage.1.until")),
     (GOOD.replace("lr = 3e-6", ""), pattern("lr-missing", optimizer="lion")),
     (GOOD.replace('["text_encoder"]', '["lora"]'), pattern("lora-table-missing", stage="'stage-2'")),
@@ -291,3 +292,8 @@ def test_every_stage_key_declares_its_properties():
         choices = get_args(StageTable.model_fields[only.option].annotation)
         assert set(only.values) < set(choices), f"{key}: {only.option} is one of {choices}"
     assert set(OPTIMIZERS) == set(get_args(StageTable.model_fields["optimizer"].annotation))
+
+
+def test_stage_shorter_than_an_image_has_one_step():
+    stage = StageTable(train=["unet"], until="0.1e", batch=4)
+    assert stage.steps(images_per_epoch=3) == 1

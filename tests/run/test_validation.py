@@ -359,7 +359,7 @@ def test_single_file_and_folder_have_the_same_loss(tmp_path, images):
     cache(config, Console(file=StringIO()))
     rows = measure(tmp_path / "m", config)
     assert measure(tmp_path / "m.safetensors", config) == rows
-    convert(str(tmp_path / "m"), tmp_path / "ours.safetensors", reporter=str)
+    convert(str(tmp_path / "m"), tmp_path / "ours.safetensors")
     keys = [*OVERRIDES, "model.prediction=v_prediction", f"model.tokenizer={tmp_path / 'm'}"]
     config = load_config(job(tmp_path, tmp_path / "other", images, STAGE), keys)  # both know their own prediction type
     assert measure(tmp_path / "m", config) == measure(tmp_path / "ours.safetensors", config) == rows
