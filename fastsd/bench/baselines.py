@@ -45,7 +45,7 @@ from fastsd.model.weights import diffusers_state_dict
 from fastsd.train.optim import optimizer_class
 from fastsd.train.step import Step
 from fastsd.train.trainable import Layout
-from fastsd_kernels import Ops
+from fastsd_kernels import RECORDS, Ops
 from fastsd_kernels.arena import split_master
 
 T = TypeVar("T")
@@ -415,12 +415,13 @@ def optimizer_steps(
         return step
 
     elements = sum(parameter.numel() for parameter in parameters)
-    num_bytes = optimizer_class(family).bytes_per_parameter() * elements
+    op_bytes = next(op.bytes for op in RECORDS if op.name == family)
+    num_bytes = op_bytes(elements, 4)
     steps = {OURS: OptimizerStep(arena_step(weights, gradient, []), num_bytes)}
     if with_bf16:
         master_hi, master_lo = split_master(weights)
         run = arena_step(master_hi, gradient.bfloat16(), [master_lo])
-        steps[f"{OURS}, bf16"] = OptimizerStep(run, num_bytes - 2 * elements)
+        steps[f"{OURS}, bf16"] = OptimizerStep(run, op_bytes(elements, 2))
     steps[f"{OURS}, a list"] = OptimizerStep(make_optimizer(parameters).step, num_bytes)
     for name in optimizer_baselines(family):
         baseline = attempt(name, warnings, partial(baseline_optimizer, name, parameters))

@@ -66,11 +66,6 @@ class FastOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
-    @classmethod
-    def bytes_per_parameter(cls) -> int:
-        """Return the bytes that an fp32 step must move per parameter: it reads the gradient, and reads and writes the rest."""
-        return 4 * (3 + 2 * len(cls.slots))
-
     def _validate(self, group: Group) -> None:
         if not isinstance(group["lr"], Tensor):  # do not check a tensor: reading its value would wait for the device
             _require(self.name, "lr", group["lr"], 0 <= group["lr"] < math.inf, "a finite number, 0 or more")
