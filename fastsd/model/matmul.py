@@ -52,17 +52,13 @@ class Needs(NamedTuple):
         return self.weight or self.down or any(self.ups)
 
 
+UNFUSED = 4  # tensors of a layer with one up
 Unpacked = TypeVar("Unpacked", LayerTensors, Needs)
 
 
 def unpack(kind: type[Unpacked], values: Sequence[Any]) -> Unpacked:
     weight, bias, down, *ups = values
     return kind(weight, bias, down, tuple(ups))
-
-
-def split(kind: type[Unpacked], values: Sequence[Any]) -> list[Unpacked]:
-    """Unpack layers with one up each."""
-    return [unpack(kind, values[i : i + 4]) for i in range(0, len(values), 4)]
 
 
 def to_nchw(x_BHWC: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ Read next: `fastsd/model/matmul.py` and `kernels/fastsd_kernels/forward_backward
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastsd.model import matmul
-from fastsd.model.matmul import Gradient, Gradients, LayerTensors, Needs, split, unpack
+from fastsd.model.matmul import UNFUSED, Gradient, Gradients, LayerTensors, Needs, unpack
 from fastsd_kernels.ops import ForwardBackwardOps
 
 
@@ -60,10 +61,10 @@ class NormConv(Function):
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the layer. `tensors` are those of the norm, of the convolution and, if there is one, of the shortcut."""
         norm_weight, norm_bias, *layers = tensors
-        conv, *shortcuts = split(LayerTensors, layers)
+        conv, matrix = _conv_and_shortcut(layers)
         joined = _join(x, skip)
         y, mean, rstd = ops.group_norm(joined, norm_weight, norm_bias, groups, eps, shift, silu=True)
-        shortcut = matmul.to_nchw(matmul.linear(matmul.to_nhwc(joined), matmul.as_linear(shortcuts[0]))) if shortcuts else None
+        shortcut = None if matrix is None else matmul.to_nchw(matmul.linear(matmul.to_nhwc(joined), matrix))
         ctx.save_for_backward(x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers)
         ctx.ops, ctx.groups, ctx.eps = ops, groups, eps
         return matmul.conv(y, conv), shortcut
@@ -72,8 +73,7 @@ class NormConv(Function):
     def backward(ctx: Any, dout: Tensor, dshortcut: Gradient) -> tuple[Gradient, ...]:
         x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers = ctx.saved_tensors
         _, _, _, need_x, need_skip, need_shift, need_norm, _, *needs = ctx.needs_input_grad
-        conv, *shortcuts = split(LayerTensors, layers)
-        conv_needs, *shortcut_needs = split(Needs, needs)
+        (conv, matrix), conv_needs = _conv_and_shortcut(layers), unpack(Needs, needs[:UNFUSED])
 
         need_y = need_x or need_skip or need_shift or need_norm
         joined = _join(x, skip)
@@ -84,15 +84,21 @@ class NormConv(Function):
         dx = dskip = dnorm_weight = dnorm_bias = dshift = None
         if need_y:
             dx, dnorm_weight, dnorm_bias, dshift = ctx.ops.group_norm_backward(dy, joined, mean, rstd, *norm, silu=True)
-        if dshortcut is not None and shortcuts:
-            operands = matmul.to_nhwc(dshortcut), matmul.to_nhwc(joined), matmul.as_linear(shortcuts[0]), shortcut_needs[0]
+        if dshortcut is not None and matrix is not None:
+            operands = matmul.to_nhwc(dshortcut), matmul.to_nhwc(joined), matrix, unpack(Needs, needs[UNFUSED:])
             dx_shortcut, (dmatrix, *other_gradients) = matmul.linear_backward(*operands, need_x=need_y)
-            gradients += (None if dmatrix is None else dmatrix.view_as(shortcuts[0].weight), *other_gradients)
+            gradients += (None if dmatrix is None else dmatrix.view_as(layers[UNFUSED]), *other_gradients)
             if dx is not None and dx_shortcut is not None:
                 dx = dx + matmul.to_nchw(dx_shortcut)
         if dx is not None and skip is not None:
             dx, dskip = dx.split([x.shape[1], skip.shape[1]], dim=1)
         return None, None, None, dx, dskip, dshift, dnorm_weight, dnorm_bias, *gradients
+
+
+def _conv_and_shortcut(layers: Sequence[Any]) -> tuple[LayerTensors, LayerTensors | None]:
+    """Unpack a convolution and, if there is one, a shortcut, whose weight becomes that of a linear."""
+    shortcut = layers[UNFUSED:]
+    return unpack(LayerTensors, layers[:UNFUSED]), matmul.as_linear(unpack(LayerTensors, shortcut)) if shortcut else None
 
 
 class GroupNormLinear(Function):
@@ -186,7 +192,7 @@ class FeedForward(Function):
     ) -> Tensor:
         """Apply the layer. `tensors` are those of the norm, of the first linear and of the second linear."""
         norm_weight, norm_bias, *layers = tensors
-        first, second = split(LayerTensors, layers)
+        first, second = unpack(LayerTensors, layers[:UNFUSED]), unpack(LayerTensors, layers[UNFUSED:])
         y, s, mean, rstd = ops.layer_norm(x, norm_weight, norm_bias, eps, residual)
         hidden = matmul.linear(y, first)
         saved_hidden = hidden if keep_hidden else None
@@ -198,8 +204,8 @@ class FeedForward(Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
         s, mean, rstd, hidden, norm_weight, norm_bias, *layers = ctx.saved_tensors
         _, _, _, need_x, need_residual, need_norm, _, *needs = ctx.needs_input_grad
-        first, second = split(LayerTensors, layers)
-        first_needs, second_needs = split(Needs, needs)
+        first, second = unpack(LayerTensors, layers[:UNFUSED]), unpack(LayerTensors, layers[UNFUSED:])
+        first_needs, second_needs = unpack(Needs, needs[:UNFUSED]), unpack(Needs, needs[UNFUSED:])
         need_y = need_x or need_residual or need_norm
         y: Any = None
         if hidden is None or first_needs.input:
