@@ -4,9 +4,11 @@ import environment  # noqa: F401  # isort: skip  (first: it decides how kernels 
 
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from commandline import command_line, processes
 from filelock import FileLock
 from tiny import make_tiny_model, write_images
@@ -17,6 +19,11 @@ def whole_machine(tmp_path_factory):
     """Let only one test at a time, in all test processes together, take most of the memory."""
     with FileLock(tmp_path_factory.getbasetemp().parent / "whole-machine.lock"):
         yield
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 def pytest_collection_modifyitems(items):
@@ -58,3 +65,29 @@ def images(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "images"
     write_images(folder, 21)
     return folder
+
+
+@pytest.fixture
+def disk(monkeypatch, tmp_path):
+    """Return a function that lists flushed files and folders, and renamings, in their order."""
+    calls, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+
+    def record_fsync(handle):
+        calls.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def record_rename(source, target, function):
+        function(source, target)
+        calls.append(f"-> {Path(target).name}")
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", lambda source, target: record_rename(source, target, rename))
+    monkeypatch.setattr(os, "replace", lambda source, target: record_rename(source, target, replace))
+
+    def names():
+        paths = {path.stat().st_ino: path.name for path in [tmp_path, *tmp_path.rglob("*")]}
+        result = [paths.get(call, call) for call in calls]
+        calls.clear()
+        return result
+
+    return names

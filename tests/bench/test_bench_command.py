@@ -25,7 +25,7 @@ from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.precision import choose_ops
 from fastsd_kernels import workload
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CPU = torch.device("cpu")
 
 

@@ -10,7 +10,7 @@ from fastsd.train.graph import WARM_UP
 from fastsd.train.precision import choose_ops, set_precision
 from fastsd.train.step import Step
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 STEPS = WARM_UP + 5
 CASES = {
     "fp32": {"precision": "fp32"},
