@@ -1,182 +1,386 @@
-"""Reports of a run: sinks that fail, model-FLOP utilisation, and traces that the user requests."""
+"""Console lines, log files and log rows of a run, with given numbers instead of a model."""
 
 import errno
 import json
+import math
 import os
 import sys
-import time
 from io import StringIO
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import final, rows_of, run, same
-from sentences import pattern, says
-from tiny import job
+from PIL import Image
+from rich.console import Console
+from runs import rows_of
+from sentences import refused, says
 
-from fastsd.config.schema import ModelTable
-from fastsd.console import Console
-from fastsd.model.formats.load import load_model
-from fastsd.model.shapes import forward_flops
-from fastsd.plan.gpu_specs import GpuSpec, find_gpu, gpu_of
-from fastsd.run import log, loop, report
-from fastsd.run.sinks import TensorBoard
+from fastsd.config.schema import LogTable, StageTable
+from fastsd.config.stages import ENDLESS
+from fastsd.data.loader import Batch
+from fastsd.run import log as logs
+from fastsd.run.checkpoint import RunProgress
+from fastsd.run.log import MAX_SKIPPED_ROWS, DeferredScalars, Log
+from fastsd.run.position import Position
+from fastsd.run.report import TrainReport, duration
+from fastsd.train.step import StepResult
 
-STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 7\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\nsample_every = 4\n'
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory, tiny_model, images):
-    """The config, folder and output of a run without sinks, traces or a known peak."""
-    path = job(tmp_path_factory.mktemp("plain"), tiny_model, images, STAGE)
-    return path, *run(path)
-
-
-def test_text_is_written_as_it_is():
-    text = "[bold] :smile: 1 of 2\n" + "long " * 40
-    console = Console(file=StringIO(), width=20)
-    console.echo(text)
-    console.warn(text)
-    assert console.file.getvalue() == f"{text}\n! {text}\n"
+VALUES = {
+    "step": 7, "stage": "unet", "stage_step": 3, "epoch": 1.234, "loss": 0.12345, "loss_smooth": 0.2, "lr": 1e-4,
+    "grad_norm": 1.5, "skipped": 0,
+}  # fmt: skip
+TIMING = {"stage_steps": 9, "images_per_second": 12.34, "memory_gb": 3.21, "data_wait": 0.25, "eta": 3700.0, "seconds": 5.0}
+LINE = "unet 3/9 | epoch 1.23 | loss 0.1235 ~0.2000 | lr 0.0001 | grad 1.5 | 12.3 img/s | 3.2 GB | wait 25% | ETA 1h01m | "
 
 
-class RecordingSink:
-    """Records its calls. The methods in `broken` raise."""
-
-    def __init__(self, name, *broken):
-        self.name, self.broken, self.calls = name, broken, []
-
-    def record(self, method, *args):
-        if method in self.broken:
-            raise RuntimeError(f"{method} failed")
-        self.calls.append((method, *args))
-
-    def scalars(self, values, step):
-        self.record("scalars", step, values["loss"])
-
-    def image(self, name, image, step):
-        self.record("image", step, name, image.size)
-
-    def close(self):
-        self.record("close")
+def make_report(folder, table=None, step=0, saved_at=None, terminal=False):
+    text = StringIO()
+    console = Console(file=text, width=60, force_terminal=terminal)
+    return TrainReport(folder, table or LogTable(tensorboard=False), step, saved_at, console), text
 
 
-@pytest.mark.parametrize("method", ["scalars", "image", "close"])
-def test_a_sink_that_fails_warns_once_and_harms_nothing_else(method, plain, tmp_path, monkeypatch):
-    path, folder, _ = plain
-    sinks = RecordingSink("first", method), RecordingSink("second")
-    monkeypatch.setattr(report, "open_sinks", lambda *args: list(sinks))
-    failing, text = run(path, f"run={tmp_path / 'run'}")
-    warnings = pattern("sink-failed", sink="first", error="RuntimeError", reason=f"{method} failed").findall(text)
-    assert len(warnings) == 1 and not says(text, "sink-failed", sink="second")
-    assert {call[0] for call in sinks[0].calls} == {"scalars", "image", "close"} - {method}
-    assert [call[1:] for call in sinks[1].calls if call[0] == "scalars"] == [(r["step"], r["loss"]) for r in rows_of(folder)]
-    assert [call[1:3] for call in sinks[1].calls if call[0] == "image"] == [(n, "samples/stage-1") for n in (0, 4, 7)]
-    assert sinks[1].calls[-1] == ("close",)
-    assert same(final(failing), final(folder)) and (failing / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_continues_after_a_full_disk(tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    def fail(self, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    board = TensorBoard(tmp_path, 0)
-    board.scalars({"loss": 1.0}, 1)
-    with monkeypatch.context() as full_disk:
-        full_disk.setattr(RecordWriter, "write", fail)
-        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-            for step in range(2, 100):
-                board.scalars({"loss": 1.0}, step)
-                time.sleep(0.01)  # the error is one of another thread
-    board.scalars({"loss": 0.5}, 100)
-    board.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Scalars("loss")[-1].step == 100 and events.Scalars("loss")[-1].value == 0.5
-
-
-def test_a_sink_that_cannot_be_opened_is_left_out(plain, tmp_path, monkeypatch):
-    def init(**settings):
-        raise ConnectionError("offline")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    path, folder, _ = plain
-    offline, text = run(path, f"run={tmp_path / 'run'}", "log.wandb=project")
-    assert says(text, "sink-not-opened", sink="Weights & Biases", error="ConnectionError", reason="offline")
-    assert same(final(offline), final(folder))
-
-
-def test_weights_and_biases_gets_the_rows(plain, tmp_path, monkeypatch):
-    logged = []
-    wandb_run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finish"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: logged.append(settings) or wandb_run))
-    path, folder, _ = plain
-    run(path, f"run={tmp_path / 'run'}", "log.wandb=project")
-    settings, *rows, end = logged
-    assert settings["project"] == "project" and settings["id"] == "run" and end == "finish"
-    assert [(step, values["loss"]) for step, values in rows] == [(row["step"], row["loss"]) for row in rows_of(folder)]
-
-
-def test_utilisation_is_logged_if_the_peak_is_known(plain, tiny_model, tmp_path, monkeypatch):
-    path, folder, text = plain
-    assert not any("mfu" in row for row in rows_of(folder, "timing.jsonl")) and "MFU" not in text
-    monkeypatch.setattr(log, "gpu_of", lambda device: GpuSpec("stand-in", 1, 1, bf16=2, tf32=3, fp32=0.5))
-    with_peak, text = run(path, f"run={tmp_path / 'run'}")
-    model = load_model(ModelTable(base=str(tiny_model)))
-    rows, flops = rows_of(with_peak, "timing.jsonl"), 3 * forward_flops(model.unet.cfg, 16 // model.vae.downscale)
-    assert [row["mfu"] for row in rows] == pytest.approx([flops * row["images_per_second"] / 0.5e12 for row in rows])
-    assert all(f"img/s | MFU {row['mfu']:.0%} | " in text for row in rows)
-    assert same(final(with_peak), final(folder))
-
-
-DEVICE_NAMES = {
-    "NVIDIA GeForce RTX 4090": "4090", "NVIDIA GeForce RTX 3090": "3090", "NVIDIA H200": "h200",
-    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA A100-SXM4-40GB": "a100",
-    "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA H100 PCIe": None,
-    "NVIDIA H200 NVL": None, "Tesla T4": None,
+DURATIONS = {
+    0: "0s", 59.9: "59s", 60: "1m00s", 425: "7m05s", 3599: "59m59s", 3600: "1h00m", 11520: "3h12m", 86399: "23h59m",
+    86400: "1d00h", 446400: "5d04h", math.inf: "?", math.nan: "?",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, card", DEVICE_NAMES.items())
-def test_devices_are_recognised_by_name(name, card, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert gpu_of(torch.device("cuda")) == (find_gpu(card) if card else None)
-    assert gpu_of(torch.device("cpu")) is None
+@pytest.mark.parametrize("seconds", DURATIONS)
+def test_durations(seconds):
+    assert duration(seconds) == DURATIONS[seconds]
 
 
-def request_profile_at(step, monkeypatch):
-    class RequestsProfile(loop.Triggers):
-        def after_step(self):
-            if self.run.position.progress.step == step:
-                (self.run.folder / "trigger.profile").touch()
-            return super().after_step()
+@pytest.mark.parametrize(
+    "values, timing, saved_at, line",
+    [
+        ({}, {}, None, LINE + "not saved yet"),
+        ({}, {}, 70.0, LINE + "saved 30s ago"),
+        ({}, {}, 170.0, LINE + "saved 0s ago"),  # the clock was changed
+        ({"skipped": 2}, {}, None, LINE.replace("grad 1.5", "grad 1.5 | skipped 2") + "not saved yet"),
+        ({"d": 0.5}, {}, None, LINE.replace("lr 0.0001", "d*lr 5e-05 (d 0.5)") + "not saved yet"),
+        ({}, {"stage_steps": ENDLESS}, None, LINE.replace("3/9", "3") + "not saved yet"),
+    ],
+)
+def test_console_line(values, timing, saved_at, line, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 100.0)
+    report, text = make_report(tmp_path, saved_at=saved_at)
+    report.row(VALUES | values, TIMING | timing)
+    assert text.getvalue() == f"{line}\n"
+    if saved_at is None:
+        report.saved()
+        report.row(VALUES | values, TIMING | timing)
+        assert text.getvalue().splitlines()[1] == line.replace("not saved yet", "saved 0s ago")
 
-    monkeypatch.setattr(loop, "Triggers", RequestsProfile)
+
+def test_a_terminal_has_one_live_line(tmp_path):
+    report, text = make_report(tmp_path, terminal=True)
+    report.header({"data": "[x] " + "word " * 20})
+    assert "\x1b[?25l" in text.getvalue()  # the cursor is hidden while the line is live
+    report.row(VALUES, TIMING)
+    report.close()
+    assert "\x1b[?25h" in text.getvalue() and "unet 3/9" in text.getvalue()
 
 
-@pytest.mark.parametrize("requested, last, steps", [(1, 6, 5), (5, 7, 2)])
-def test_requested_profiles_are_traces(requested, last, steps, plain, tmp_path, monkeypatch):
-    request_profile_at(requested, monkeypatch)
-    path, folder, _ = plain
-    traced, text = run(path, f"run={tmp_path / 'run'}")
-    trace = traced / "profiles" / f"step-{last:08d}.json"
-    assert says(text, "profile-written", steps=steps, path=trace) and list(trace.parent.iterdir()) == [trace]
-    events = json.loads(trace.read_text())["traceEvents"]
-    assert any("conv" in event.get("name", "") for event in events) and not (traced / "trigger.profile").exists()
-    assert same(final(traced), final(folder))
+def test_header_and_warnings_are_not_wrapped_or_interpreted(tmp_path):
+    report, text = make_report(tmp_path)
+    report.header({"data": "[red]" + "x" * 80, "longer": "y"})
+    report.print("[red] " + "p" * 80)
+    report.warn("[red] " + "w" * 80)
+    assert text.getvalue().splitlines() == [
+        "data    [red]" + "x" * 80, "longer  y", "[red] " + "p" * 80, "! [red] " + "w" * 80,
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["start", "export_chrome_trace"])
-def test_a_profile_that_fails_harms_nothing(method, plain, tmp_path, monkeypatch):
-    def fail(*args):
-        raise RuntimeError("no tracer")
+def test_rows_go_to_two_files_at_once(tmp_path):
+    report, _ = make_report(tmp_path)
+    values = VALUES | {"grad_norm": math.inf, "loss": math.nan, "list": [math.inf, 1], "d": None}
+    report.row(values, TIMING)
+    assert rows_of(tmp_path) == [values | {"grad_norm": None, "loss": None, "list": [None, 1]}]
+    assert rows_of(tmp_path, "timing.jsonl") == [{"step": 7, **TIMING}]
+    assert report.rows("unet") == rows_of(tmp_path) and report.rows("other") == []
 
-    request_profile_at(1, monkeypatch)
-    monkeypatch.setattr(torch.profiler.profile, method, fail)
-    path, folder, _ = plain
-    traced, text = run(path, f"run={tmp_path / 'run'}")
-    assert says(text, "profile-failed", reason="no tracer") and not list(traced.glob("profiles/*"))
-    assert same(final(traced), final(folder))
+
+def test_rows_after_the_checkpoint_and_half_rows_are_removed(tmp_path):
+    rows = [json.dumps({"step": step}) for step in range(4)]
+    names = ("log.jsonl", "timing.jsonl", "validation.jsonl")
+    for name in names:
+        (tmp_path / name).write_text("\n".join([rows[1], "{}", "not json", rows[2], rows[3], rows[0]]))
+    make_report(tmp_path, step=2)[0].close()
+    for name in names:
+        assert [row["step"] for row in rows_of(tmp_path, name)] == [1, 2]
+    # The measurement before step 1 is repeated, so its rows go, too.
+    (tmp_path / "validation.jsonl").write_text(rows[0] + "\n")
+    make_report(tmp_path, step=0)[0].close()
+    assert rows_of(tmp_path, "validation.jsonl") == []
+
+
+def test_a_full_disk_delays_rows(tmp_path):
+    class Full:
+        full = True
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, text):
+            self.file.write(text)
+
+        def flush(self):
+            if self.full:
+                raise OSError(errno.ENOSPC, "disk full")
+            self.file.flush()
+
+    report, text = make_report(tmp_path)
+    report.log = Full(report.log)
+    report.row(VALUES, TIMING)
+    assert says(text.getvalue(), "log-row-not-written", step=7, strerror="disk full")
+    report.log.full = False
+    report.row(VALUES | {"step": 8}, TIMING)
+    assert [row["step"] for row in rows_of(tmp_path)] == [7, 8] and text.getvalue().count("!") == 1
+
+
+def test_logs_are_on_the_disk_before_a_checkpoint(tmp_path, disk):
+    report, _ = make_report(tmp_path)
+    report.row(VALUES, TIMING)
+    report.flush()
+    assert disk() == ["log.jsonl", "timing.jsonl"]
+
+
+def validation_rows(**changes):
+    row = {"step": 4, "set": "held_out", "weights": "raw", "loss": 0.5, "images": 3, "se": 0.1}
+    return [
+        row | {"bands": [[0, 500, 0.25, 0.01], [500, 1000, 0.75, 0.02]]} | changes for changes in (changes, {"weights": "ema"})
+    ]
+
+
+def test_validation_rows(tmp_path, disk, monkeypatch):
+    report, text = make_report(tmp_path)
+    rows = validation_rows()
+    report.validation(rows)
+    assert rows_of(tmp_path, "validation.jsonl") == rows and disk() == ["validation.jsonl"]
+    assert text.getvalue().startswith("validation at step 4: ")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    report.validation(rows)
+    assert says(text.getvalue(), "validation-not-written", step=4, strerror="disk full")
+
+
+def test_tensorboard_has_numbers_and_images(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report, _ = make_report(tmp_path, LogTable(tensorboard=True))
+    report.row(VALUES | {"order": "a hash"}, TIMING)
+    report.validation(validation_rows())
+    report.images(tmp_path / "step-1.png", 7, Image.new("RGB", (6, 4), "red"))
+    report.images(tmp_path / "ema-step-1.png", 7, Image.new("RGB", (6, 4), "red"))
+    report.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()
+    kinds = ("held_out", "held_out_ema")
+    validation = {f"validation/{kind}" for kind in kinds}
+    validation |= {f"validation_{kind}/t{band}" for kind in kinds for band in ("0-499", "500-999")}
+    assert set(tags["scalars"]) == (VALUES | TIMING).keys() - {"step", "stage"} | validation
+    assert [(event.step, event.value) for event in events.Scalars("skipped")] == [(7, 0.0)]
+    assert [(event.step, event.value) for event in events.Scalars("validation_held_out/t500-999")] == [(4, 0.75)]
+    assert set(tags["images"]) == {"samples/step", "samples/ema-step"}
+    (image,) = events.Images("samples/step")
+    assert (image.step, image.width, image.height) == (7, 6, 4)
+    # A resumed run replaces what lies after its checkpoint.
+    report, _ = make_report(tmp_path, LogTable(tensorboard=True), step=5)
+    report.close()
+    assert not EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("skipped")
+
+
+def test_wandb_gets_the_same_rows(tmp_path, monkeypatch):
+    calls = []
+    wandb = SimpleNamespace(
+        init=lambda **options: calls.append(options) or wandb,
+        log=lambda scalars, step: calls.append((scalars, step)),
+        finish=lambda: calls.append("finish"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    report, _ = make_report(tmp_path, LogTable(tensorboard=False, wandb="project"))
+    report.row(VALUES, TIMING)
+    report.close()
+    name = tmp_path.name
+    assert calls == [
+        {"project": "project", "name": name, "dir": str(tmp_path), "id": name, "resume": "allow"},
+        (VALUES | TIMING, 7),
+        "finish",
+    ]
+
+
+def position(progress, *steps, **stages):
+    table = [StageTable(train=["unet"], until=until, batch=4) for until in stages.get("until", steps)]
+    return Position(progress, table, steps, extendable=stages.get("extendable", True))
+
+
+def test_time_left(monkeypatch):
+    monkeypatch.setattr("time.monotonic", lambda: 50.0)
+    progress = RunProgress(stage=1, stage_step=3, seconds=20.0)
+    assert position(progress, 10, 13, 40).seconds_left(2.0) == 10 / 2 + 40 / 2
+    assert position(progress, 10, ENDLESS, 40, until=(10, "1m", 40)).seconds_left(2.0) == 40 + 40 / 2
+    assert position(progress, 10, 13, ENDLESS, until=(10, 13, "1m")).seconds_left(2.0) == 10 / 2 + 60
+    assert position(progress, 10, ENDLESS, until=(10, "10s")).seconds_left(2.0) == 0
+
+
+def test_a_stage_ends_by_steps_or_by_time(monkeypatch):
+    now = 50.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    progress = RunProgress(stage_step=3, seconds=20.0)
+    assert not position(progress, 4).at_end(0) and position(progress, 3).at_end(0) and position(progress, 2).at_end(0)
+    timed = position(progress, ENDLESS, until=("30s",))
+    assert not timed.at_end(0) and timed.elapsed() == 20
+    now = 59.5
+    assert not timed.at_end(0)
+    now = 60.0
+    assert timed.at_end(0) and timed.elapsed() == 30
+
+
+def test_a_finished_last_stage_can_be_extended_if_its_state_exists():
+    done = RunProgress(stage=1, stage_step=3, stage_done=True)
+    assert position(done, 3, 3).finished(0) and position(done, 3, 3).finished(1)
+    assert not position(done, 3, 4).finished(1)
+    assert position(done, 3, 4, extendable=False).finished(1) and position(done, 3, 4, 9).finished(1)
+    assert not position(RunProgress(stage=1, stage_step=3), 3, 3).finished(1) and not position(done, 3, 3, 3).finished(2)
+
+
+def test_a_stage_begins_or_is_resumed(monkeypatch):
+    now = 50.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    progress = RunProgress(stage=1, stage_step=3, step=8, images=32, seconds=20.0, stage_images=20, carried=2)
+    resumed = position(progress, 5, 5, 5)
+    now = 90.0
+    assert resumed.begin(1) and resumed.progress == progress and resumed.elapsed() == 20  # the time of loading is not counted
+    reset, carried = position(progress, 5, 5, 5), position(progress, 5, 5, 5)
+    carried.stages[2] = StageTable(train=["unet"], until=5, batch=4, state="carry")
+    for entered, count in ((reset, 0), (carried, 5)):
+        assert not entered.begin(2)
+        assert entered.progress == RunProgress(stage=2, step=8, images=32, stage_images=32, carried=count)
+    assert not position(RunProgress(), 5).begin(0)
+    step = SimpleNamespace(stage=resumed.stages[1], micro_batch_size=2)
+    now = 93.0
+    resumed.advance(step)
+    resumed.mark_done(True)
+    assert resumed.progress == RunProgress(
+        stage=1,
+        stage_step=4,
+        step=9,
+        images=36,
+        seconds=23.0,
+        stage_images=20,
+        carried=2,
+        micro_batch_size=2,
+        micro_batch_setting=step.stage.micro_batch,
+        stage_done=True,
+    )
+    assert resumed.elapsed() == 23
+
+
+class Recorder:
+    """A report that collects rows and warnings."""
+
+    def __init__(self):
+        self.pairs, self.warnings = [], []
+
+    def row(self, values, timing):
+        self.pairs.append((values, timing))
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    def rows(self, stage):
+        return []
+
+
+class Steps:
+    """A step of two components, and its run, whose clock the test sets."""
+
+    def __init__(self, monkeypatch, folder, every=1):
+        self.now, self.report = 100.0, Recorder()
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+        monkeypatch.setattr(logs, "memory_gb", lambda device: 1.25)
+        rates = {"unet": 1.0, "text_encoder": 0.5}
+        self.stage = StageTable(train=list(rates), until=100, batch=4, optimizer="dlion", d0=1e-6, lr=rates)
+        self.position = SimpleNamespace(
+            progress=RunProgress(stage=1), elapsed=lambda: 11.0, seconds_left=lambda rate: 60 / rate
+        )
+        self.smoothed = SimpleNamespace(value=lambda: torch.tensor(0.75))
+        self.config = SimpleNamespace(log=SimpleNamespace(every=every), stage_name=lambda index: f"stage {index}")
+        self.data, self.device, self.folder = SimpleNamespace(epochs=[1, 20]), torch.device("cpu"), folder
+        self.total, self.optimizers, self.skipped = 100, {"unet": None, "text_encoder": None}, torch.tensor(0.0)
+        self.batches = SimpleNamespace(waited=0.0)
+        self.log = Log(self, self, 1)
+
+    def d(self):
+        return {"unet": torch.tensor(2.0), "text_encoder": torch.tensor(3.0)}
+
+    def batch_fingerprints(self, batch):
+        return {"order": f"hash of {len(batch.captions)}"}
+
+    def run(self, steps, seconds, waited=0.0, skipped=0.0):
+        """Do some steps, then report a row."""
+        self.now += seconds
+        self.batches.waited += waited
+        old = self.position.progress
+        self.position.progress = RunProgress(
+            stage=1, stage_step=old.stage_step + steps, step=old.step + steps, images=old.images + 4 * steps
+        )
+        result = StepResult(torch.tensor(0.5), torch.tensor(1.5), torch.tensor(skipped))
+        self.log.row(result, Batch(torch.zeros(2), torch.zeros(2), torch.zeros(2), ["", ""]), self.batches)
+
+
+def test_log_rows_are_written_one_interval_late(monkeypatch, tmp_path):
+    steps = Steps(monkeypatch, tmp_path)
+    steps.run(5, seconds=2.0, waited=0.5)
+    assert steps.report.pairs == []
+    steps.run(10, seconds=1.0)
+    with steps.log.paused():
+        steps.now += 1000
+    assert len(steps.report.pairs) == 1
+    steps.run(5, seconds=2.5, waited=0.25)
+    steps.log.flush()
+    steps.log.flush()
+    first, second, third = steps.report.pairs
+    values = {
+        "step": 5, "stage": "stage 1", "stage_step": 5, "images": 20, "epoch": 1.0, "order": "hash of 2",
+        "lr": 1.0, "lr_text_encoder": 0.5, "loss": 0.5, "loss_smooth": 0.75, "grad_norm": 1.5, "skipped": 0,
+        "d": 2.0, "d_text_encoder": 3.0,
+    }  # fmt: skip
+    timing = {"stage_steps": 100, "seconds": 11.0, "images_per_second": 10.0, "data_wait": 0.25, "memory_gb": 1.25, "eta": 24.0}
+    assert first == (values, timing)
+    assert second[0]["step"] == 15 and second[1]["images_per_second"] == 40 and second[1]["data_wait"] == 0
+    assert third[0]["step"] == 20 and third[1]["images_per_second"] == 8 and third[1]["data_wait"] == 0.1
+    assert list(first[0]) == list(values) and steps.report.warnings == []
+
+
+def test_skipped_steps_are_reported_and_end_the_run(monkeypatch, tmp_path):
+    steps = Steps(monkeypatch, tmp_path, every=10)
+    for total in (0, 3, 3, 13, 23, 23, 33, 43):
+        steps.run(10, seconds=1.0, skipped=float(total))
+    counts = [(2, 3), (4, 10), (5, 10), (7, 10)]
+    assert len(steps.report.warnings) == len(counts)  # the last row is not written yet
+    for text, (row, count) in zip(steps.report.warnings, counts, strict=True):
+        assert says(text, "steps-skipped", count=count, step=10 * row)
+    steps.run(10, seconds=1.0, skipped=53.0)
+    assert MAX_SKIPPED_ROWS == 3
+    with refused("no-finite-gradient", steps=30, step=90):
+        steps.log.flush()
+
+
+def test_skipped_steps_of_an_earlier_start_are_not_reported_again(monkeypatch, tmp_path):
+    steps = Steps(monkeypatch, tmp_path)
+    steps.skipped = torch.tensor(4.0)
+    steps.log = Log(steps, steps, 1)
+    steps.run(1, seconds=1.0, skipped=4.0)
+    steps.log.flush()
+    assert steps.report.warnings == []
+
+
+def test_deferred_scalars_keep_their_values():
+    value = torch.tensor(1.5)
+    deferred = DeferredScalars({"a": value, "b": torch.tensor(3)})
+    value.fill_(9)
+    assert deferred.read() == {"a": 1.5, "b": 3.0}
