@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--worker", type=int, default=0, help="This process takes mutants worker, worker + workers, ...")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument(
-        "--cap", type=float, default=60, help="Expected seconds of all tests of a mutant; the slowest are left out."
+        "--cap", type=float, default=12, help="Expected seconds of all tests of a mutant; the slowest are left out."
     )
     options = parser.parse_args()
     work = options.work.resolve()

@@ -24,6 +24,7 @@ from fastsd_kernels import workload
 NO_GPU = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")} | {"CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.mark.slow
 def test_every_suite_runs_on_a_cpu(tmp_path):
     """Run PyTorch's versions, and the kernels that are fast enough in Triton's interpreter."""
     file = tmp_path / "figures.json"
@@ -188,6 +189,7 @@ def test_optimizer_verdicts():
         assert verdict_on(records, "D-Lion fp32 over").met is met
 
 
+@pytest.mark.slow
 def test_steps_script_runs_with_a_tiny_model(visit, monkeypatch, capfd):
     """Run the measurements in worker processes of `steps`. Those of a GPU's memory are skipped with a reason."""
 

@@ -80,6 +80,7 @@ def test_without_images_only_swaps(tmp_path, tiny_model, vaes, kind, channels):
     assert says(out, "swap-downscale-change") == (kind == "finer")
 
 
+@pytest.mark.slow
 def test_other_channel_counts_are_aligned_too(tmp_path, tiny_model, vaes, images):
     for kind in ("more", "fewer"):
         record, model, _ = swapped(tiny_model, vaes / kind, tmp_path / kind, images, limit=8)

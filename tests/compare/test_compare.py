@@ -380,6 +380,7 @@ def box(side: int, r: int, c: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
+@pytest.mark.slow
 def test_page_with_everything_drawn(trained, tmp_path):
     out = StringIO()
     console = Console(file=out, width=200)

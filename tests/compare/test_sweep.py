@@ -67,6 +67,7 @@ def test_folders_are_named_by_values(tmp_path, tiny_model, images):
     assert [v.name for v in plan_sweep(path, words)] == names
 
 
+@pytest.mark.slow
 def test_runs_differ_in_one_value_and_equal_those_of_train(path, tmp_path):
     out = run_sweep(path, "stage.unet.caption_dropout=0.5,0.0", "log.every=1")
     root = tmp_path / "run"
@@ -90,6 +91,7 @@ def test_runs_differ_in_one_value_and_equal_those_of_train(path, tmp_path):
     assert (tmp_path / "alone" / "log.jsonl").read_bytes() == (first / "log.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_same_command_skips_finished_runs_and_resumes_others(path, tmp_path, monkeypatch, no_report):
     words = ("stage.lr=1e-3,2e-3",)
     with monkeypatch.context() as patch:  # a stop is requested in the first step
@@ -105,6 +107,7 @@ def test_same_command_skips_finished_runs_and_resumes_others(path, tmp_path, mon
     assert run_sweep(path, *words, "stage.until=4").count(LINES["sweep-finished"]) == 0 and len(trained) == 2
 
 
+@pytest.mark.slow
 def test_failed_run_does_not_stop_the_others(path, tmp_path, monkeypatch, capsys):
     words = ("sweep", path, "stage.lr=1e-3,1e30,2e-3", "stage.until=9", "log.every=1")
     code, out, err = fastsd(*words, monkeypatch=monkeypatch, capsys=capsys)
@@ -134,6 +137,7 @@ def test_each_problem_of_the_models_is_reported_once(path, tmp_path, monkeypatch
     assert len(problems) == 3 and says(problems[2], "clip-skip", clip_skip=2)
 
 
+@pytest.mark.slow
 def test_caches_are_built_once_per_view_and_models_are_freed(path, tmp_path, monkeypatch, no_report):
     resolutions, model_counts = [], []
 

@@ -25,6 +25,8 @@ from fastsd.model.formats.load import load_model
 from fastsd.run import checkpoint
 from fastsd.run.loop import train
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "data.resolution": 32, "sample.prompts": ["a red circle"], "sample.images": 1, "sample.steps": 2, "sample.guidance": 2.0,
     "log.every": 1, "log.tensorboard": False, "stage.until": 4, "stage.batch": 4, "stage.micro_batch": 2,

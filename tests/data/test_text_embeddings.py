@@ -452,6 +452,7 @@ def test_the_step_does_not_need_the_encoder(tiny_model, precision):
     assert {name: parameter.dtype for name, parameter in model.text.module.named_parameters()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops, precision", [(REFERENCE, "fp32"), (TRITON or REFERENCE, "bf16")], ids=["fp32", "bf16"])
 def test_plan_excludes_the_encoder(tiny_model, ops, precision):
     model = load_model(ModelTable(base=str(tiny_model)))

@@ -99,6 +99,7 @@ def batch_of(latents, **more):
 LATENTS = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, {"micro_batch": 1}, {"fused_backward": True}, {"loss": "huber"}], ids=str)
 def test_samples_of_weight_0_do_not_affect_training(tiny_model, keys):
     weight = torch.tensor([1.0, 0.0, 2.0, 0.0])

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 from PIL import Image, ImageFilter
 
 from fastsd.config.schema import ModelTable, SampleTable
@@ -85,6 +86,7 @@ def test_final_picture_has_the_size_of_two_panels():
     assert sheet.width > 600 and sheet.height > 400
 
 
+@pytest.mark.slow
 def test_short_demo_runs_the_users_commands(tmp_path, capsys, monkeypatch):
     from io import StringIO
 

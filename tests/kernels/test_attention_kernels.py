@@ -20,6 +20,8 @@ from fastsd_kernels.attention import (
     attention_triton,
 )
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = ("bf16", *PRECISIONS)
 

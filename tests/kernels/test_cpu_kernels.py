@@ -59,6 +59,7 @@ def fresh(monkeypatch, tmp_path):
     return tmp_path / "fastsd"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_120_steps_have_the_bits_of_the_reference_and_of_the_peer(name):
     start = random_tensors(0, SHAPES, scale=0.1)

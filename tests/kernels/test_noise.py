@@ -81,6 +81,7 @@ def test_permuted_has_the_statistics_of_a_random_permutation():
             assert len(steps.unique()) > 0.98 * len(steps)  # the distance of neighbours varies
 
 
+@pytest.mark.slow
 def test_permuted_has_one_fixed_point_on_average():
     count = 70_001
     index = torch.arange(count)

@@ -26,7 +26,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 CHANNELS_LAST = torch.channels_last
 OPS = torch.ops.fastsd
 # NumPy warns about the sigmoid of large negative numbers, where 1 / (1 + inf) = 0 is correct.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp2")]
 
 
 def normal(*shape: int, dtype=torch.float32, mean=0.0, std=1.0, seed=0) -> torch.Tensor:

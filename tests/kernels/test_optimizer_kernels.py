@@ -46,7 +46,7 @@ PEERS = {
 }
 # One element, less than a tile, a tile and a half, no elements, and a channels-last filter.
 SHAPES = [(1,), (63,), (3075,), (0,), (8, 5, 3, 3)]
-pytestmark = pytest.mark.usefixtures("ieee_root")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ieee_root")]
 random_tensors = partial(random_tensors, device=DEVICE)
 
 

@@ -144,6 +144,7 @@ def test_refitting_lowers_the_error_of_the_last_convolution(unet):
     assert torch.equal(unet.conv_out(features), features)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("fit_pairs, stretch", [(align.fit_orthogonal, [1.0] * 4), (align.fit_affine, [1.2, 0.85, 1.1, 0.9])])
 def test_a_fitted_unet_draws_with_the_other_vae_without_training(fit_pairs, stretch):

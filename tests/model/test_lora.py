@@ -70,6 +70,7 @@ def predict(model: Model) -> torch.Tensor:
         return model.unet(*inputs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_applied_equals_merged(table):
     model, before = small_model(table), predict(small_model(None))
@@ -118,6 +119,7 @@ OPS_AND_DTYPES = [(ops, dtype, SMALL) for ops in (REFERENCE, CPU) for dtype in (
 OPS_AND_DTYPES += [(TRITON, torch.float32, ONE_LEVEL)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops, dtype, cfg", OPS_AND_DTYPES, ids=lambda value: getattr(value, "name", ""))
 def test_gradients_are_as_close_to_fp64_as_autograds(ops, dtype, cfg):
     truth = gradients(small_model(EVERYTHING, cfg=cfg), torch.float64, plain=True)
@@ -178,6 +180,7 @@ def flops(unet: UNet) -> list[dict]:
     return counts
 
 
+@pytest.mark.slow
 def test_frozen_weights_cost_no_gradient():
     with torch.device("meta"):
         (forward, backward), adapted = flops(UNet(UNetConfig.sd15())), flops(full_model(LoraTable()).unet)
@@ -216,6 +219,7 @@ def test_diffusers_names_stay_exact(table):
     assert sum(t.numel() for t in diffusers_state_dict(model.unet).values()) == 859_520_964
 
 
+@pytest.mark.slow
 def test_saves_no_more_for_backward_than_full_training():
     def saved_bytes(table: LoraTable | None) -> int:
         return full_size(lambda: full_model(table).unet if table else UNet(UNetConfig.sd15()), data=False)
@@ -304,6 +308,7 @@ def test_file_round_trip(tiny, tmp_path):
     assert changed == {f"unet.{path}.{name}.lora_B.weight" for name in ("to_q", "to_v")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", [LoraTable(), LoraTable(conv=3, text_encoder=True), BOTH], ids=["plain", "conv", "all"])
 def test_diffusers_computes_the_same_output(tiny, tiny_model, tmp_path, table):
     from diffusers import StableDiffusionPipeline
@@ -360,6 +365,7 @@ BAD = {  # change of the file's tensors, changed settings of the model, code and
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, settings, code, fields", BAD.values(), ids=BAD)
 def test_files_that_do_not_fit_are_refused(tiny, tmp_path, change, settings, code, fields):
     original = path = tmp_path / "original.safetensors"
@@ -384,6 +390,7 @@ def test_a_damaged_file_is_refused(tiny, tmp_path):
 NO_TEXT_LAYER = LoraTable(targets=["to_q"], text_encoder=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "table, code, fields",
     [

@@ -107,6 +107,7 @@ def test_chunks_are_encoded_separately(folder, skip):
 STAGE = '[[stage]]\ntrain = ["unet", "text_encoder"]\nuntil = 2\nbatch = 4\noptimizer = "lion"\nlr = 1e-3\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["", "cache.hidden_states=true"])
 def test_training_with_chunks_from_cached_ids_or_embeddings(override, tmp_path, folder, images):
     import shutil

@@ -12,6 +12,8 @@ from fastsd.model.unet import UNet
 from fastsd.train.precision import choose_ops, describe_ops
 from fastsd_kernels import CPU, REFERENCE, TRITON
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

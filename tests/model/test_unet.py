@@ -75,12 +75,14 @@ OTHER_SIZES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side, sizes", OTHER_SIZES)
 def test_other_widths_and_depths_equal_diffusers(side, sizes):
     expected, result = run_both(UNetConfig(**sizes), side, 2)
     assert_equal(expected, result, count=len(expected[1]))
 
 
+@pytest.mark.slow
 def test_full_size_unet_equals_diffusers(whole_machine):
     assert_equal(*run_both(UNetConfig.sd15(), 16, 1), count=686)
 

@@ -83,6 +83,7 @@ def full():
     return build()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, shape", [({}, (1, 3, 64, 64)), ({}, (3, 3, 32, 64)), (SDXL, (1, 3, 64, 64))], ids=["sd", "sd-oblong", "sdxl"]
 )
@@ -253,6 +254,7 @@ def test_goals_of_the_encoder():
     assert met(record(gpu=False), {**baseline, "gpu": False, "times": 1.1}) == {gain.replace("bf16", "fp32"): None, gain: True}
 
 
+@pytest.mark.slow
 def test_small_benchmark_within_a_gpu_visit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(gpu, "read_stamp", lambda: {"gpu": "Some GPU", "date": "today"})

@@ -23,6 +23,8 @@ from fastsd.plan.plan import GIB, RESERVED, MemoryEstimate, StagePlan, plan_stag
 from fastsd.train.memory import saved_for_backward_bytes
 from fastsd_kernels import REFERENCE, TRITON, fastest, workload
 
+pytestmark = pytest.mark.slow
+
 # The fewest levels that still have every kind of block, and the smallest other components.
 ONE_BLOCK = {"block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
 MINIMAL = replace(

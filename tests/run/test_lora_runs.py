@@ -28,6 +28,8 @@ from fastsd.plan.plan import plan_stage
 from fastsd.run import checkpoint
 from fastsd.sampling.generate import generate
 
+pytestmark = pytest.mark.slow
+
 STAGE = """
 [[stage]]
 name = "lora"

@@ -92,6 +92,7 @@ def test_names_that_select_nothing_are_refused(model, entry, code, facts):
 LION = '[[stage]]\nname = "{name}"\ntrain = {train}\nuntil = 3\nbatch = 4\noptimizer = "lion"\nlr = 1e-3\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ['["unet.cross_attention"]', '["unet.conv_in", "text_encoder.layers.0"]', '["text_encoder"]'])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_only_trained_parameters_change(train, precision, tmp_path, tiny_model, images):
@@ -244,6 +245,7 @@ def run_two_stages(
     return run(job(folder, model, images, text), "sample.prompts=[]", *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIONS)
 def test_carried_state_equals_one_long_stage(optimizer, tmp_path, tiny_model, images):
     more = "ema = 0.9\nema_power = 0.75"
@@ -255,6 +257,7 @@ def test_carried_state_equals_one_long_stage(optimizer, tmp_path, tiny_model, im
     assert same(final(carried), final(single))
 
 
+@pytest.mark.slow
 def test_state_is_reset_unless_carried(tmp_path, tiny_model, images):
     longer = "stage.one.until=10", "data.resolution=32"
     carried, _ = run_two_stages(tmp_path / "carry", tiny_model, images, *longer)
@@ -265,6 +268,7 @@ def test_state_is_reset_unless_carried(tmp_path, tiny_model, images):
     assert not same(final(carried), final(reset))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 4, 6])
 def test_carried_state_survives_a_stop(stop, tmp_path, tiny_model, images):
     uninterrupted, _ = run_two_stages(tmp_path / "uninterrupted", tiny_model, images, more="ema = 0.9")
@@ -303,6 +307,7 @@ def test_a_stage_can_end_by_time(tmp_path, tiny_model, images, monkeypatch):
     assert says(text, "run-resumed") and not re.search("^one[: ]", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_checkpoints_in_checkpoint_at_are_kept(tmp_path, tiny_model, images):
     text = LION.format(name="one", train='["unet"]').replace("until = 3", 'until = "4e"')
     text += 'checkpoint_every = 1\nkeep_checkpoints = 1\ncheckpoint_at = ["1e", 9]\n'  # 21 images: 6 steps of 4 for the first
@@ -330,6 +335,7 @@ def test_trigger_files_request_a_checkpoint_and_samples(tmp_path, tiny_model, im
     assert [path.is_dir() for path in folder.glob("trigger.*")] == [True]
 
 
+@pytest.mark.slow
 def test_runs_with_one_changed_setting_see_the_same_data(tmp_path, tiny_model, images):
     def data_and_losses(name, *overrides):
         (tmp_path / name).mkdir()
@@ -380,6 +386,7 @@ def test_limits_of_d():
             d_after_each_step(1, **{key: value})
 
 
+@pytest.mark.slow
 def test_limits_of_d_from_a_config(tmp_path, tiny_model, images):
     def d(name, more):
         (tmp_path / name).mkdir()
@@ -406,3 +413,23 @@ def test_warnings_about_d():
     (warning,) = monitor.row(420, 6e-4)
     assert says(warning, "d-rises", component="unet", before=0.0005, after=0.0006, step=420, d_max=0.0005)
     assert not monitor.row(430, 9e-4)  # one warning per plateau
+
+
+@pytest.mark.parametrize("plateau, step, warns", [(99, 199, False), (100, 200, True), (199, 1000, False), (200, 1000, True)])
+def test_a_rise_of_d_is_reported_after_a_plateau_of_a_fifth_of_the_steps(plateau, step, warns):
+    dlion = StageTable(train=["unet"], until=1000, d0=1e-6)
+    monitor = DLionMonitor("unet", dlion)
+    assert not monitor.row(step - plateau, 2e-6) and not monitor.row(step - 1, 2e-6 * 1.1)
+    assert len(monitor.row(step, 2e-6 * 1.11)) == warns
+    # The first growth above d0 is no rise after a plateau.
+    monitor = DLionMonitor("unet", dlion)
+    assert not monitor.row(1, 1e-6) and not monitor.row(900, 5e-6)
+
+
+def test_warnings_about_d_follow_the_component_of_a_row():
+    dlion = StageTable(train=["unet", "text_encoder"], until=1000, d0=1e-6)
+    rows = [{"stage_step": 10, "d": 1e-5, "d_text_encoder": 1e-6}, {"stage_step": 200, "d": 1e-5, "d_text_encoder": 1e-6}]
+    # The second component has been reported before the run was stopped, and the first has grown.
+    for component in ("unet", "text_encoder"):
+        assert not DLionMonitor(component, dlion, rows).row(210, 1e-6 if component == "text_encoder" else 1e-5)
+    assert len(DLionMonitor("text_encoder", dlion, rows[:1]).row(210, 1e-6)) == 1

@@ -25,6 +25,8 @@ from fastsd.run import checkpoint, saving
 from fastsd.run.loop import train
 from fastsd.run.restart import lock
 
+pytestmark = pytest.mark.slow
+
 TWO_STAGES = """
 [[stage]]
 name = "unet"

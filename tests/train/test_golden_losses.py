@@ -18,6 +18,8 @@ from fastsd.model.formats.load import load_model
 from fastsd.train.precision import set_precision
 from fastsd.train.step import Step
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).with_name("golden_losses.json")
 STEPS = 5
 CASES = [(optimizer, precision) for optimizer in OPTIMIZERS for precision in ("fp32", "bf16")]

@@ -119,6 +119,7 @@ def diffusers_unet() -> nn.Module:
     return UNet2DConditionModel.from_config(UNetConfig.sd15().to_diffusers())
 
 
+@pytest.mark.slow
 def test_full_size_unet_saves_half_the_bytes_of_diffusers(whole_machine):
     for make in (diffusers_unet, unet_maker("none")):  # a count without data is the same, and faster
         assert full_size(make, data=True, side=16) == full_size(make, side=16)

@@ -356,6 +356,7 @@ def test_all_settings_together_stay_on_the_device():
     assert watch.operations > 50 and not watch.found
 
 
+@pytest.mark.slow
 def test_plan_accepts_every_objective(tiny_model):
     shapes = Shapes.of(load_model(ModelTable(base=str(tiny_model))))
     for ops in (REFERENCE, TRITON):

@@ -71,6 +71,7 @@ def assert_same_bits(a, b):
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed, weight_decay", [(0, 0.0), (1, 0.02)])
 @pytest.mark.parametrize("name, lr", [("lion", 3e-4), ("dlion", 1.0), ("adamw", 3e-3)])
 def test_300_steps_are_bit_equal_to_the_original(name, lr, seed, weight_decay):

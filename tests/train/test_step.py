@@ -97,6 +97,7 @@ def three_stages(optimizer: str, lr: float) -> str:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer, lr", [("dlion", 1.0), ("lion", 1e-4), ("adamw", 1e-4)])
 def test_run_with_two_precision_changes_resumes_from_any_step(optimizer, lr, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, three_stages(optimizer, lr))
@@ -146,6 +147,7 @@ def test_gradients_do_not_carry_over_to_the_next_step(model):
     assert (results[0][0] - results[0][1]).norm() > 0.1 * results[0][0].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_fused_backward_trains_the_same(name, precision, tmp_path, tiny_model, images):
@@ -283,6 +285,7 @@ def test_ema_matches_its_formula_and_is_exported(tmp_path, tiny_model, images):
 ACCUMULATED = {"optimizer": "dlion", "precision": "bf16", "micro_batch": 2, "grad_clip": 1.0, "ema": 0.9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -308,6 +311,7 @@ def test_step_stays_on_the_device_after_warm_up(settings):
     assert watch.operations > 1000 and not watch.found
 
 
+@pytest.mark.slow
 def test_auto_micro_batch_is_the_largest_that_fits(tmp_path, tiny_model, images, monkeypatch):
     stage = '[[stage]]\ntrain = ["unet"]\nuntil = 2\nbatch = 12\nmicro_batch = "auto"\noptimizer = "lion"\nlr = 1e-4\n'
     path = job(tmp_path, tiny_model, images, stage)

@@ -14,6 +14,8 @@ from fastsd.model.select import selected
 from fastsd.train.step import Step
 from fastsd_kernels.noise import Purpose, integers, normal
 
+pytestmark = pytest.mark.slow
+
 STEPS, SEED, LR = 4, 3, 1e-3
 BOTH = ["unet", "text_encoder"]
 WEIGHTS = torch.tensor([0.0, 0.5, 1.0, 3.0])

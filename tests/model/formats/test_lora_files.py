@@ -79,6 +79,7 @@ def adapted(tiny_model, tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_image_with_kohya_names(adapted, tiny_model):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
