@@ -237,7 +237,7 @@ def planted(mutant: Mutant, copy: Path) -> Iterator[None]:
 def run(work: Path, count: int, seed: int, worker: int, workers: int, cap_s: float) -> None:
     tests_map = json.loads((work / "map.json").read_text())
     results, copy = work / f"mutants-{worker}.jsonl", work / f"copy-{worker}"
-    finished = {json.loads(line)["name"] for line in results.read_text().splitlines()} if results.exists() else set()
+    finished = {row["name"] for row in rows_of(work)}
     shutil.rmtree(copy, ignore_errors=True)
     import_libraries(copy)
     gc.freeze()
@@ -265,8 +265,12 @@ def run(work: Path, count: int, seed: int, worker: int, workers: int, cap_s: flo
         print(outcome, f"{mutant.file}:{mutant.line}", mutant.kind, f"({row['s']} s)", flush=True)
 
 
+def rows_of(work: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted(work.glob("mutants-*.jsonl")) for line in path.read_text().splitlines()]
+
+
 def report(work: Path) -> None:
-    rows = [json.loads(line) for path in sorted(work.glob("mutants-*.jsonl")) for line in path.read_text().splitlines()]
+    rows = rows_of(work)
     counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("killed", "survived", "not run")}
     print(f"{len(rows)} mutants: {counts}; killed {counts['killed'] / max(len(rows), 1):.1%}")
     for row in sorted(rows, key=lambda row: row["name"]):

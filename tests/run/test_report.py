@@ -23,6 +23,7 @@ from fastsd.run.checkpoint import RunProgress
 from fastsd.run.log import MAX_SKIPPED_ROWS, DeferredScalars, Log
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport, duration
+from fastsd.run.smoothed_loss import DECAY, SmoothedLoss
 from fastsd.train.step import StepResult
 
 VALUES = {
@@ -384,3 +385,22 @@ def test_deferred_scalars_keep_their_values():
     deferred = DeferredScalars({"a": value, "b": torch.tensor(3)})
     value.fill_(9)
     assert deferred.read() == {"a": 1.5, "b": 3.0}
+
+
+def test_smoothed_loss_is_the_corrected_average_of_finite_losses():
+    losses = [4.0, 1.0, math.nan, 2.0, math.inf]
+    smoothed = SmoothedLoss({}, torch.device("cpu"))
+    assert math.isnan(smoothed.value())
+    expected = []
+    for loss in losses:
+        smoothed.update(torch.tensor(loss))
+        expected += [loss] if math.isfinite(loss) else []
+        weights = [DECAY ** (len(expected) - 1 - i) for i in range(len(expected))]
+        average = sum(weight * value for weight, value in zip(weights, expected, strict=True)) / sum(weights)
+        assert float(smoothed.value()) == pytest.approx(average, rel=1e-12) and smoothed.value().dtype == torch.float64
+    # A resumed run continues with the same numbers, in memory of its own.
+    saved = {name: tensor.clone() for name, tensor in smoothed.state().items()}
+    resumed = SmoothedLoss(saved, torch.device("cpu"))
+    for follower in (smoothed, resumed):
+        follower.update(torch.tensor(3.0))
+    assert torch.equal(smoothed.value(), resumed.value()) and not torch.equal(saved["loss"], resumed.state()["loss"])

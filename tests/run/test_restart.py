@@ -1,0 +1,134 @@
+"""Changes between two starts of a run, from configs and numbers alone, and the lock on its folder."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from sentences import refused, says
+
+from fastsd.config.schema import dump_config, parse_config
+from fastsd.run import restart
+from fastsd.run.checkpoint import RunProgress
+from fastsd.run.restart import compare_images, compare_with_start, lock
+
+TABLES = {
+    "run": "folder", "model": {"base": "model"}, "data": {"folders": ["images"]}, "cache": {"dir": "cache"},
+    "stage": [{"train": ["unet"], "until": 9, "batch": 4} for _ in range(3)],
+}  # fmt: skip
+IN_STAGE_2 = RunProgress(stage=1, stage_step=3, step=12)
+
+
+def config_with(changes):
+    tables = json.loads(json.dumps(TABLES))
+    for key, value in changes.items():
+        *folders, last = key.split(".")
+        table = tables
+        for name in folders:
+            table = table[int(name)] if isinstance(table, list) else table.setdefault(name, {})
+        table[last] = value
+    return parse_config(tables, "job.toml")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function that starts a run with one config and restarts it with another."""
+
+    def compare(progress, changes, before=()):
+        path = tmp_path / "config.json"
+        path.write_text(dump_config(config_with(dict(before))))
+        return compare_with_start(path, config_with(changes), progress)
+
+    return compare
+
+
+FIXED = {
+    "model.clip_skip": 1, "data.resolution": 256, "seed": 3, "validate.held_out": 4, "validate.seed": 4,
+    "validate.by": "number",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_some_settings_never_change(key, start):
+    with refused("run-other-start", key=key, after=repr(FIXED[key])):
+        start(RunProgress(), {key: FIXED[key]})
+
+
+CHANGES = {
+    "train": ["text_encoder"], "state": "carry", "reinit": ["unet.cross_attention"], "batch": 8, "optimizer": "adamw",
+    "d0": 1e-5, "betas": [0.8, 0.9], "decoupled_weight_decay": True,
+}  # fmt: skip
+BASE = {"decoupled_weight_decay": {"optimizer": "lion", "lr": 1e-4}, "optimizer": {"optimizer": "lion", "lr": 1e-4}}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_some_settings_of_a_stage_change_only_before_it_begins(key, start):
+    before = {f"stage.1.{name}": value for name, value in BASE.get(key, {}).items()}
+    changes = before | {f"stage.1.{key}": CHANGES[key]}
+    with refused("run-other-stage", key=f"stage.1.{key}"):
+        start(IN_STAGE_2, changes, before)
+    (warning,) = start(RunProgress(stage=1, step=9), changes, before)
+    assert says(warning, "key-changed", key=f"stage.1.{key}", after=repr(CHANGES[key]))
+    assert len(start(RunProgress(stage_step=3), changes, before)) == 1
+
+
+def test_settings_of_earlier_stages_never_change_and_others_are_reported(start):
+    with refused("run-other-stage", key="stage.0.until", before=9, after=5):
+        start(RunProgress(stage=1), {"stage.0.until": 5})
+    warnings = start(IN_STAGE_2, {"stage.1.until": 12, "stage.2.lr": 1e-5, "log.every": 3})
+    assert says(warnings[0], "key-changed", key="stage.1.until", before=9, after=12)
+    assert says(warnings[1], "key-changed", key="stage.2.lr", after="1e-05") and len(warnings) == 2
+    assert start(IN_STAGE_2, {}) == []
+
+
+def test_stages_may_be_added_and_later_ones_removed(start):
+    stages = TABLES["stage"]
+    assert start(IN_STAGE_2, {"stage": stages[:2]}) == [] == start(IN_STAGE_2, {"stage": [*stages, stages[0]]})
+    with refused("run-fewer-stages", current_stage=2, count=1):
+        start(IN_STAGE_2, {"stage": stages[:1]})
+
+
+def test_a_new_run_is_compared_with_nothing(start, tmp_path):
+    assert start(None, {"seed": 5}) == []
+    assert compare_with_start(tmp_path / "missing.json", config_with({"seed": 5}), IN_STAGE_2) == []
+
+
+class Latents(SimpleNamespace):
+    def __len__(self):
+        return self.count
+
+
+def test_changes_of_the_cache_have_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(restart, "mask_hash", lambda latents: latents.masks)
+    path = tmp_path / "images.json"
+    state = {"count": 5, "sha256": "view", "weight_hash": "weights", "masks": "masks"}
+
+    def warnings(resumed=True, **changes):
+        compare_images(path, Latents(**state), resumed=False)
+        return compare_images(path, Latents(**state | changes), resumed)
+
+    assert warnings() == []
+    assert json.loads(path.read_text()) == {"samples": 5, "view": "view", "weights": "weights", "masks": "masks"}
+    (text,) = warnings(count=6, sha256="other")
+    assert says(text, "cache-count-changed", before=5, after=6)
+    for changes, contents in (
+        ({"sha256": "other"}, "captions or images"),
+        ({"sha256": "other", "masks": ""}, "captions or images"),
+        ({"weight_hash": ""}, "weights"),
+        ({"masks": "other"}, "masks"),
+        ({"masks": "other", "weight_hash": "other"}, "masks and weights"),
+    ):
+        (text,) = warnings(**changes)
+        assert says(text, "cache-content-changed", contents=contents)
+        assert warnings(resumed=False, **changes) == []
+    # A run of an older version has recorded less.
+    path.write_text('{"samples": 5}')
+    assert compare_images(path, Latents(**state), True) == []
+    path.unlink()
+    assert compare_images(path, Latents(**state), True) == []
+
+
+def test_one_trainer_per_folder(tmp_path):
+    with lock(tmp_path):
+        with refused("run-locked", folder=repr(str(tmp_path))):
+            lock(tmp_path)
+    lock(tmp_path).close()
