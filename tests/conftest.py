@@ -69,24 +69,35 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def disk(monkeypatch, tmp_path):
-    """Return a function that lists flushed files and folders, and renamings, in their order."""
+    """Return a function that lists the files and folders below `tmp_path` that were flushed or renamed, in this order.
+
+    A file is listed as "NAME, incomplete" if it was written to after it had been flushed for the last time.
+    """
     calls, fsync, rename, replace = [], os.fsync, os.rename, os.replace
 
+    def paths():
+        return {path.stat().st_ino: path for path in [tmp_path, *tmp_path.rglob("*")]}
+
     def record_fsync(handle):
-        calls.append(os.fstat(handle).st_ino)
         fsync(handle)
+        number = os.fstat(handle).st_ino
+        path = paths().get(number)
+        calls.append((number, path.read_bytes() if path and path.is_file() else None))
 
     def record_rename(source, target, function):
         function(source, target)
-        calls.append(f"-> {Path(target).name}")
+        calls.append((f"-> {Path(target).name}", None))
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "rename", lambda source, target: record_rename(source, target, rename))
     monkeypatch.setattr(os, "replace", lambda source, target: record_rename(source, target, replace))
 
     def names():
-        paths = {path.stat().st_ino: path.name for path in [tmp_path, *tmp_path.rglob("*")]}
-        result = [paths.get(call, call) for call in calls]
+        last_contents, final_paths, result = dict(calls), paths(), []
+        for call, _ in calls:
+            path, content = final_paths.get(call), last_contents[call]
+            is_incomplete = path and content is not None and content != path.read_bytes()
+            result.append(f"{path.name}, incomplete" if is_incomplete else path.name if path else call)
         calls.clear()
         return result
 

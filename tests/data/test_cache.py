@@ -402,3 +402,24 @@ def test_kill_9_at_any_moment_leads_to_the_same_shards(tmp_path, monkeypatch):
     assert view.read_bytes() == frozen
     assert verify(tmp_path / "cache") == []
     assert build_cache(config(tmp_path), StubVae()).encoded == 0
+
+
+def test_a_large_index_is_read_in_few_calls_and_never_mapped(tmp_path, monkeypatch):
+    draw_many(tmp_path, 9)
+    build_cache(config(tmp_path), StubVae())
+    calls, pread = [], os.pread
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", counting)
+    cache = LatentCache.open(tmp_path / "cache")
+    cache.variants(range(2, 7))
+    assert not calls
+    monkeypatch.setattr(rows_module, "_MAPPED", 0)
+    cache.variants(range(2, 7))
+    assert len(calls) == 2 + 5  # starts and ends of the captions of neighbours, and each caption
+    calls.clear()
+    cache.variants([2, 4, 3])
+    assert len(calls) == 2 * 3 + 3
