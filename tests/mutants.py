@@ -223,6 +223,12 @@ def import_libraries(copy: Path) -> None:
     assert not [name for name in sys.modules if name.startswith("fastsd")]
 
 
+def distance(file: str, test: str) -> float:
+    """Return a small number for a test that is likely to check a file: a test of the same name, or in the same folder."""
+    test_file, folders = test.split("::")[0], file.split("/")
+    return 0.1 if Path(file).stem in test_file else 0.3 if test_file.startswith(f"tests/{folders[1]}/") else 1
+
+
 @contextlib.contextmanager
 def planted(mutant: Mutant, copy: Path) -> Iterator[None]:
     path = copy / mutant.file
@@ -247,9 +253,9 @@ def run(work: Path, count: int, seed: int, worker: int, workers: int, cap_s: flo
         tests = {
             test: tests_map["seconds"].get(test, 1.0) for test in tests_map["lines"][mutant.file].get(str(mutant.line), [])
         }
-        fastest = sorted(tests, key=tests.__getitem__)
-        totals_s = itertools.accumulate(tests[test] for test in fastest)
-        chosen = fastest[: max(FIRST_TESTS, sum(total_s <= cap_s for total_s in totals_s))]
+        ordered = sorted(tests, key=lambda test: tests[test] * distance(mutant.file, test))
+        totals_s = itertools.accumulate(tests[test] for test in ordered)
+        chosen = ordered[: max(FIRST_TESTS, sum(total_s <= cap_s for total_s in totals_s))]
         started_at = time.monotonic()
         killer = None
         with planted(mutant, copy):

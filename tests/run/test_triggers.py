@@ -1,4 +1,4 @@
-"""What is due after a step: intervals of each action, chosen steps, and the user's trigger files."""
+"""Actions that are due after a step: by intervals, by chosen steps, and by trigger files of the user."""
 
 from types import SimpleNamespace
 
