@@ -5,6 +5,7 @@ Run it by hand:
     pip install pytest-cov
     python tests/mutants.py map                         # run the whole suite once; WORK/map.json: the tests of every line
     python tests/mutants.py run --count 600 --seed 1    # append to WORK/mutants-0.jsonl; repeat the command to continue
+    python tests/mutants.py run --again --cap 9999      # those that survived, with all their tests
     python tests/mutants.py report
 
 A mutant is killed if one of the tests that run its line fails or takes far too long.  Its tests run on a copy of the checkout,
@@ -240,15 +241,15 @@ def planted(mutant: Mutant, copy: Path) -> Iterator[None]:
     py_compile.compile(str(path), bytecode)
 
 
-def run(work: Path, count: int, seed: int, worker: int, workers: int, cap_s: float) -> None:
+def run(work: Path, count: int, seed: int, worker: int, workers: int, cap_s: float, again: bool) -> None:
     tests_map = json.loads((work / "map.json").read_text())
     results, copy = work / f"mutants-{worker}.jsonl", work / f"copy-{worker}"
-    finished = {row["name"] for row in rows_of(work)}
+    outcomes = {row["name"]: row["outcome"] for row in rows_of(work)}
     shutil.rmtree(copy, ignore_errors=True)
     import_libraries(copy)
     gc.freeze()
     for mutant in random_mutants(count, seed)[worker::workers]:
-        if mutant.name in finished:
+        if outcomes.get(mutant.name) != ("survived" if again else None):
             continue
         tests = {
             test: tests_map["seconds"].get(test, 1.0) for test in tests_map["lines"][mutant.file].get(str(mutant.line), [])
@@ -272,7 +273,10 @@ def run(work: Path, count: int, seed: int, worker: int, workers: int, cap_s: flo
 
 
 def rows_of(work: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(work.glob("mutants-*.jsonl")) for line in path.read_text().splitlines()]
+    """Return the last row of each mutant, or that in which it was killed."""
+    rows = [json.loads(line) for path in sorted(work.glob("mutants-*.jsonl")) for line in path.read_text().splitlines()]
+    rows.sort(key=lambda row: row["outcome"] == "killed")
+    return list({row["name"]: row for row in rows}.values())
 
 
 def report(work: Path) -> None:
@@ -295,13 +299,14 @@ def main() -> None:
     parser.add_argument(
         "--cap", type=float, default=12, help="Expected seconds of all tests of a mutant; the slowest are left out."
     )
+    parser.add_argument("--again", action="store_true", help="Run those that have survived, with new tests or a higher cap.")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if options.action == "map":
         make_map(work)
     elif options.action == "run":
-        run(work, options.count, options.seed, options.worker, options.workers, options.cap)
+        run(work, options.count, options.seed, options.worker, options.workers, options.cap, options.again)
     else:
         report(work)
 

@@ -13,7 +13,7 @@ import torch
 from caching import BUCKETS, StubVae, flip, with_data
 from masked import ENDING, loader, stage
 from PIL import Image
-from sentences import pattern, refused, sentence
+from sentences import pattern, refused, says, sentence
 
 from fastsd.config.schema import parse_config
 from fastsd.data import masks
@@ -26,6 +26,7 @@ from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
 from fastsd.data.masks import Masks, mask_path
 from fastsd.data.sources import folders
+from fastsd.run.restart import compare_images
 
 GREY = StubVae().encode(torch.ones(1, 3, 8, 8))[0, 0]  # channel 0 of a white pixel's latent
 
@@ -380,3 +381,16 @@ def test_masks_in_a_batch_follow_the_latents(tmp_path):
         again = loader(config, cache).batch(8, 4)
         assert torch.equal(again.mask_B1HW, loader(config, cache).batch(8, 4).mask_B1HW)
         assert loader(config, cache)._masks is loader(config, cache)._masks  # a run maps the file only once
+
+
+def test_a_run_is_told_about_changed_masks(tmp_path):
+    def warnings(config):
+        build_cache(config, StubVae())
+        with closing(LatentCache.open(config.cache.dir)) as cache:
+            return compare_images(tmp_path / "images.json", cache, resumed=True)
+
+    write_image(tmp_path, "0.png", smooth(60, 44), smooth(60, 44, 1))
+    assert warnings(masked(tmp_path)) == [] == warnings(masked(tmp_path))
+    smooth(60, 44, 2).save(tmp_path / f"images/0{ENDING}")
+    (text,) = warnings(masked(tmp_path))
+    assert says(text, "cache-content-changed", contents="masks") and warnings(masked(tmp_path)) == []

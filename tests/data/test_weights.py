@@ -20,6 +20,7 @@ from fastsd.data.building.upkeep import verify
 from fastsd.data.cache import LatentCache, View, view_name
 from fastsd.data.loader import Batch
 from fastsd.model.formats.load import load_model
+from fastsd.run.restart import compare_images
 from fastsd.train.step import Step, StepResult
 
 
@@ -162,3 +163,22 @@ def test_a_run_applies_masks_and_weights(tmp_path, tiny_model, level, is_unchang
     weights = "unet/diffusion_pytorch_model.safetensors"
     before, after = load_file(tiny_model / weights), load_file(folder / "model" / weights)
     assert all(torch.equal(after[name], before[name]) for name in before) == is_unchanged
+
+
+def test_a_run_is_told_about_changed_weights(tmp_path):
+    write_weights(tmp_path)
+    config = weighted(tmp_path)
+
+    def warnings():
+        build_cache(config, StubVae())
+        with closing(LatentCache.open(config.cache.dir)) as cache:
+            return compare_images(tmp_path / "images.json", cache, resumed=True)
+
+    assert warnings() == [] == warnings()
+    table = tmp_path / "a/metadata.jsonl"
+    table.write_text(table.read_text().replace("0.25", "0.75"))
+    (text,) = warnings()
+    assert says(text, "cache-content-changed", contents="weights") and warnings() == []
+    build_cache(weighted(tmp_path, ""), StubVae())
+    with closing(LatentCache.open(config.cache.dir)) as cache:
+        assert cache.weight_hash == ""
