@@ -30,7 +30,7 @@ from fastsd.model.vae import Vae
 from fastsd.run import checkpoint
 from fastsd.run.run import open_run
 from fastsd.run.stage_start import start_stage
-from fastsd.run.validation import Validation, aggregate, format_table
+from fastsd.run.validation import Validation, aggregate, format_line, format_table
 from fastsd_kernels import noise
 from fastsd_kernels.arena import split_master
 
@@ -456,3 +456,28 @@ def test_check_reports_the_forwards(uninterrupted):
     assert line.startswith("ok    validation: ") and line.endswith(", every 2")
     with closing(LatentCache.open(load_config(uninterrupted[0]).cache.dir)) as latents:
         assert len(latents.checks(0, 21)) == 21 == len(set(latents.checks(0, 21).tolist()))
+
+
+def test_rows_name_their_images_timesteps_and_noise(uninterrupted):
+    path, folder, _ = uninterrupted
+    items = {
+        name: {row["items"] for row in validation_rows(folder) if row["set"] == name} for name in ("held_out", "stabilised")
+    }
+    (held_out,), (stabilised,) = items.values()  # the same at every step
+    assert len(held_out) == len(stabilised) == 16 and held_out != stabilised
+    other = measure(folder, load_config(path, [*OVERRIDES, "validate.per_band=7"]))
+    assert {row["items"] for row in other}.isdisjoint((held_out, stabilised))
+
+
+def test_numbers_are_formatted_by_band_and_set():
+    rows = [
+        {"set": "held_out", "weights": "raw", "loss": 0.5, "se": 0.01, "bands": [[0, 500, 0.25, 0.1], [500, 1000, 0.75, 0.2]]},
+        {"set": "stabilised", "weights": "ema", "loss": 0.4, "se": 0.02, "bands": [[0, 500, 0.2, 0.3], [500, 1000, 0.6, 0.4]]},
+    ]
+    assert format_line(rows) == "held out 0.5000 ± 0.0100, stabilised (ema) 0.4000 ± 0.0200, by band 0.25 0.75"
+    assert format_table(rows).splitlines() == [
+        "timesteps         held out          stabilised (ema)",
+        "0-499             0.2500 ± 0.1000   0.2000 ± 0.3000",
+        "500-999           0.7500 ± 0.2000   0.6000 ± 0.4000",
+        "all               0.5000 ± 0.0100   0.4000 ± 0.0200",
+    ]
