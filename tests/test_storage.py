@@ -86,7 +86,7 @@ def test_tensors_of_any_layout_survive_in_blocks(block, tmp_path, monkeypatch):
         "matrix": torch.arange(15.0).view(3, 5),
         "transposed": torch.arange(15.0, dtype=torch.float64).view(3, 5).T,
         "ids": torch.arange(7),
-        "empty": torch.empty(0, 3),
+        "empty": torch.empty(0, 3, dtype=torch.bfloat16),
         "scalar": torch.tensor(3, dtype=torch.uint8),
     }
     write_safetensors(tmp_path / "a", tensors, {"key": "value"})
