@@ -199,3 +199,17 @@ def test_clip_skip_reads_an_earlier_layer_through_the_final_norm(tiny_model):
     assert torch.equal(model.text.encode(ids), model.text.final_layer_norm(out.hidden_states[-2]))
     model.text.clip_skip = 0
     assert torch.equal(model.text.encode(ids), out.last_hidden_state)
+
+
+def test_a_text_encoder_beside_the_tokenizer_is_used_only_if_the_base_has_none(tmp_path, wide):
+    model, path, _ = wide
+    tokenizer = str(tmp_path / "other" / "tokenizer")
+    make_tiny_model(tmp_path / "other", model.unet.cfg, seed=5)
+    other = load_model(ModelTable(base=str(tmp_path / "other")))
+    with_own = load_model(ModelTable(base=str(path), tokenizer=tokenizer))
+    assert_same({"text": state_dicts(model)["text"]}, {"text": state_dicts(with_own)["text"]})
+    tensors = {name: tensor for name, tensor in read_safetensors(path).items() if not name.startswith("cond_stage_model.")}
+    write_safetensors(tmp_path / "no-text.safetensors", tensors)
+    without = load_model(ModelTable(base=str(tmp_path / "no-text.safetensors"), tokenizer=tokenizer))
+    assert_same({"text": state_dicts(other)["text"]}, {"text": state_dicts(without)["text"]})
+    assert_same({"unet": state_dicts(model)["unet"]}, {"unet": state_dicts(without)["unet"]})
