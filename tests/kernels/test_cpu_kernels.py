@@ -368,3 +368,11 @@ def test_compiler_flags_change_no_bit(machine, fresh, monkeypatch):
         CPU.lion(*lists[:3], lr=0.1)
         results.append([*sums, *CPU.gradient_norm(grads), *(t for column in lists for t in column)])
     assert same_bits(*results)
+
+
+@pytest.mark.parametrize("key", ["grads", "exp_avgs"])
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_tensor_of_another_shape_with_the_same_strides_is_refused(key, rows):
+    operands = {name: [torch.zeros(4, 6)] for name in ("params", "grads", "exp_avgs")} | {key: [torch.zeros(rows, 6)]}
+    with refused("operand-layout", ValueError, strides=(6, 1)):
+        CPU.lion(**operands, lr=1e-3)

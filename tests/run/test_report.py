@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 from io import StringIO
 from types import SimpleNamespace
@@ -20,11 +21,13 @@ from fastsd.config.stages import ENDLESS
 from fastsd.data.loader import Batch
 from fastsd.run import log as logs
 from fastsd.run.checkpoint import RunProgress
+from fastsd.run.header import header
 from fastsd.run.log import MAX_SKIPPED_ROWS, DeferredScalars, Log
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport, duration
 from fastsd.run.smoothed_loss import DECAY, SmoothedLoss
 from fastsd.train.step import StepResult
+from fastsd_kernels import REFERENCE
 
 VALUES = {
     "step": 7, "stage": "unet", "stage_step": 3, "epoch": 1.234, "loss": 0.12345, "loss_smooth": 0.2, "lr": 1e-4,
@@ -404,3 +407,57 @@ def test_smoothed_loss_is_the_corrected_average_of_finite_losses():
     for follower in (smoothed, resumed):
         follower.update(torch.tensor(3.0))
     assert torch.equal(smoothed.value(), resumed.value()) and not torch.equal(saved["loss"], resumed.state()["loss"])
+
+
+def header_of(images=21, epochs=(21,), step=0, cached=21, shapes=1, measured=False, **facts):
+    """Return the header of a run of two stages, of which the second ends by time."""
+    rates = {"unet": 1e-4, "text_encoder": 1e-5}
+    tables = (
+        StageTable(train=list(rates), until=9, batch=6, micro_batch=3, lr=rates, optimizer="lion"),
+        StageTable(train=["unet"], until="2h", batch=4, precision="bf16"),
+    )
+
+    class Latents:
+        meta = SimpleNamespace(
+            rejected=facts.get("rejected", 0), empty_captions=facts.get("empty", 0), cached=cached, images=images + 2
+        )
+        groups = [SimpleNamespace(shape=(4, 8, 8 + i)) for i in range(shapes)]
+
+        def __len__(self):
+            return images
+
+    run = SimpleNamespace(folder="folder", ops=REFERENCE, device=torch.device("cpu"), parameter_counts=[1000, 2000000])
+    run.config = SimpleNamespace(stage=tables, stage_name=lambda i: f"s{i}", data=SimpleNamespace(resolution=512))
+    run.config.model = SimpleNamespace(base="base", vae=facts.get("vae", ""))
+    run.config.cache, run.config.validate_ = SimpleNamespace(dir="cache"), SimpleNamespace(every=5)
+    run.data = SimpleNamespace(latents=Latents(), epochs=list(epochs), text_embeddings=facts.get("embeddings"))
+    run.data.sets = SimpleNamespace(measured=measured)
+    run.model = SimpleNamespace(vae=SimpleNamespace(channels=4, scaling_factor=0.13025))
+    run.position = SimpleNamespace(steps=[9, ENDLESS], progress=SimpleNamespace(step=step))
+    run.evaluation = SimpleNamespace(validation="4 images")
+    return header(run)
+
+
+def test_header_of_a_new_run():
+    lines = header_of()
+    assert list(lines) == ["run", "kernels", "base", "vae", "images", "cache", "stages"]
+    assert re.fullmatch(r"reference.* on cpu \(1 threads\), \d+\.\d GB in use", lines.pop("kernels"))
+    assert lines == {
+        "run": "folder (9 steps, 2h)",
+        "base": "base",
+        "vae": "base, 4 channels, scaling factor 0.13025",
+        "images": "21 at 512 px",
+        "cache": "21 of 23 images cached (cache)",
+        "stages": "s0: unet+text_encoder lion lr 0.0001/1e-05 fp32, batch 6 (micro-batch 3), 1,000 parameters, 9 steps\n"
+        "s1: unet dlion lr 1 bf16, batch 4, 2,000,000 parameters, 2h",
+    }
+
+
+def test_header_names_only_facts_that_apply():
+    lines = header_of(
+        epochs=(30, 30, 17), step=12, shapes=3, measured=True, rejected=2, empty=5, embeddings=object(), vae="other"
+    )
+    assert lines["run"] == "folder (9 steps, 2h, resumed at step 12)" and lines["vae"].startswith("other, ")
+    assert lines["images"] == "21 at 512 px in 3 sizes, 30 or 17 per epoch, 5 empty captions"
+    assert lines["cache"] == "21 of 23 images cached, 2 rejected, with text embeddings (cache)"
+    assert lines["validation"] == "4 images, every 5"
