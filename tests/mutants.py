@@ -256,7 +256,7 @@ def run(work: Path, count: int, seed: int, worker: int, workers: int, cap_s: flo
         }
         ordered = sorted(tests, key=lambda test: tests[test] * distance(mutant.file, test))
         totals_s = itertools.accumulate(tests[test] for test in ordered)
-        chosen = ordered[: max(FIRST_TESTS, sum(total_s <= cap_s for total_s in totals_s))]
+        chosen = ordered[: max(4, sum(total_s <= cap_s for total_s in totals_s))]
         started_at = time.monotonic()
         killer = None
         with planted(mutant, copy):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from sentences import refused, says
 from tiny import job, tiny_vae
 
+from fastsd import __version__
 from fastsd.config.schema import load_config
 from fastsd.model.formats.model_source import open_source
 from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
@@ -280,3 +282,31 @@ def test_converting_the_folder_gives_the_same_single_file(exported, tmp_path):
     source, summary = open_source(str(folder / "model")), read_summary(folder / "model")
     write_single_file(source, tmp_path / "a.safetensors", dtype="fp16", metadata=metadata_of(summary, source.scheduler, 32))
     assert (tmp_path / "a.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_summary_has_every_fact_of_the_run(exported):
+    """Compare the whole summary, so that no field can be left out."""
+    folder, _ = exported
+    rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    validation = []
+    for weights, first in (("raw", rows[0]), ("ema", rows[-1])):
+        last = [row for row in rows if row["weights"] == weights][-1]
+        validation.append({"set": "held_out", "weights": weights, "step": 5, "se": last["se"]})
+        validation[-1] |= {"first": first["loss"], "first_step": first["step"], "last": last["loss"]}
+    stages = [
+        {"name": "unet", "train": ["unet"], "optimizer": "dlion", "precision": "fp32", "batch": 4, "steps": 2, "images": 8,
+         "lr": 1.0, "settings": {"caption_dropout": "0.25", "d0": "0.0001"}},
+        {"name": "both", "train": ["unet", "text_encoder"], "optimizer": "lion", "precision": "fp32", "batch": 4, "steps": 3,
+         "images": 12, "lr": {"text_encoder": 0.0002, "unet": 0.001}, "settings": {"ema": "0.5"}},
+    ]  # fmt: skip
+    saved_at = (checkpoint.checkpoints(folder / "checkpoints")[-1] / "state.json").stat().st_mtime
+    expected = {
+        "version": __version__, "author": "someone", "license": "openrail", "note": "", "base": "tiny", "vae": "other-vae",
+        "vae_factor": 0.25, "clip_skip": 1, "chunks": 1, "resolution": 16, "seed": 0, "precision": "fp32", "steps": 5,
+        "images": 20, "dataset": 21, "stages": stages, "settings": {"data.flip": "true"}, "validation": validation,
+        "lora": None,
+        "samples": {"step": 5, "prompts": ["red circle", "blue star"], "sampler": "dpm++", "steps": 2, "guidance": 7.0},
+        "date": datetime.fromtimestamp(int(saved_at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }  # fmt: skip
+    for name, title, weights in (("model", "run", "raw"), ("model-ema", "run-ema", "ema")):
+        assert read_summary(folder / name).model_dump() == expected | {"title": title, "weights": weights}

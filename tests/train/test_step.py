@@ -337,3 +337,15 @@ def test_auto_micro_batch_is_the_largest_that_fits(tmp_path, tiny_model, images,
     monkeypatch.setattr("fastsd.run.stage_start.free_memory", lambda device: 1000 << 20)
     _, text = run(path, f"run={tmp_path / '5'}", "stage.0.until=4")  # more memory on resume does not change the micro-batch
     assert checkpoint.newest(tmp_path / "5" / "checkpoints")[1].micro_batch_size == results[5]
+
+
+@pytest.mark.parametrize("train", [["unet"], ["unet.cross_attention"], ["text_encoder"]], ids=str)
+def test_only_trained_weights_get_gradients(model, train):
+    step = Step(model, stage_of(train=train), 9, seed=0)
+    step(batches(1, 4)[0], 0)
+    count = 0
+    for name in ("unet", "text_encoder"):
+        for key, parameter in model.component(name).named_parameters():
+            assert parameter.requires_grad == (key in step.trained.get(name, ())), key
+            count += parameter.requires_grad
+    assert count == sum(map(len, step.trained.values())) > 0
