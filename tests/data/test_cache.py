@@ -423,3 +423,64 @@ def test_a_large_index_is_read_in_few_calls_and_never_mapped(tmp_path, monkeypat
     calls.clear()
     cache.variants([2, 4, 3])
     assert len(calls) == 2 * 3 + 3
+
+
+def test_progress_counts_files_then_new_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsd.data.building.collect._CHUNK", 6)
+    draw_many(tmp_path, 9)
+    events = []
+    build_cache(config(tmp_path), StubVae(), events.append)
+    draw(tmp_path / "images/new.png", 50)
+    build_cache(config(tmp_path), StubVae(), events.append)
+    counts = [(event.phase, event.done, event.total) for event in events]
+    assert counts[:2] == [("scan", 6, 0), ("scan", 9, 0)] and counts[2:5] == [("encode", n, 9) for n in (4, 8, 9)]
+    assert counts[5:] == [("scan", 6, 0), ("scan", 10, 0), ("encode", 1, 1)]
+    assert all(0 < event.images_per_second < 1e6 for event in events)
+
+
+class PageCache:
+    """A page cache that holds the rows of some positions, for calls of `os.preadv` with RWF_NOWAIT."""
+
+    def __init__(self, monkeypatch, is_cached):
+        self.at_once, self.later, self.expected = [], [], []
+        preadv = os.preadv
+
+        def read(handle, buffers, position, flags=0):
+            if flags and not is_cached(position):
+                raise BlockingIOError
+            (self.at_once if flags else self.later).append(position)
+            return preadv(handle, buffers, position)
+
+        monkeypatch.setattr(os, "preadv", read)
+        monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: self.expected.append(arguments[1:3]))
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs Linux")
+def test_rows_in_the_page_cache_are_read_at_once_and_others_are_announced(tmp_path, monkeypatch):
+    draw_many(tmp_path, 9)
+    build_cache(config(tmp_path), StubVae())
+    cache = LatentCache.open(tmp_path / "cache")
+    latents = cache.get(range(9))["latents"]
+    size = latents[0].nbytes
+    positions = [4096 + row * size for row in range(9)]
+    pages = PageCache(monkeypatch, lambda position: position in positions[:5])
+    assert torch.equal(cache.get(range(9))["latents"], latents)
+    assert sorted(pages.at_once) == positions[:5] and sorted(pages.later) == positions[5:]
+    assert sorted(pages.expected) == [(position, size) for position in positions[5:]]
+
+
+def test_prune_keeps_the_facts_of_files_that_exist(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsd.data.building.collect._YOUNG_NS", 0)
+    draw_many(tmp_path, 4)
+    (tmp_path / "images/bad.png").write_bytes(b"bad")
+    (tmp_path / "images/gone.png").write_bytes(b"bad")
+    build_cache(config(tmp_path), StubVae())
+    (tmp_path / "images/003.png").unlink()
+    (tmp_path / "images/gone.png").unlink()
+    prune(tmp_path / "cache")
+    with closing(sqlite3.connect(tmp_path / "cache/cache.sqlite")) as db:
+        names = [
+            sorted(Path(os.fsdecode(path)).name for (path,) in db.execute(f"SELECT path FROM {table}"))
+            for table in ("file", "rejected")
+        ]
+    assert names == [["000.png", "001.png", "002.png"], ["bad.png"]]

@@ -310,3 +310,19 @@ def test_summary_has_every_fact_of_the_run(exported):
     }  # fmt: skip
     for name, title, weights in (("model", "run", "raw"), ("model-ema", "run-ema", "ema")):
         assert read_summary(folder / name).model_dump() == expected | {"title": title, "weights": weights}
+
+
+def test_card_lists_first_and_last_losses(exported):
+    folder, _ = exported
+    raw, ema = read_summary(folder / "model").validation
+    card = (folder / "model" / "README.md").read_text()
+    assert f"| held out | as trained | {raw.first:.4f} at step 0 | {raw.last:.4f} ± {raw.se:.4f} at step 5 |" in card
+    assert f"| held out | EMA |  | {ema.last:.4f} ± {ema.se:.4f} at step 5 |" in card  # it has been measured only once
+
+
+def test_metadata_has_sorted_keys(exported):
+    header = metadata(exported[0] / "model.safetensors")
+    texts = [text for name, text in header.items() if name != "fastsd.vae_unfolded" and text[:1] in ("{", "[")]
+    assert len(texts) > 3
+    for text in texts:
+        assert text == json.dumps(json.loads(text), sort_keys=True)

@@ -1,0 +1,61 @@
+"""The precision of fp32 products by GPU, with stand-ins for devices."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastsd.train.precision import set_precision
+
+BACKENDS = torch.backends
+SWITCHES = [(owner, "fp32_precision") for owner in (
+    BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv)]  # fmt: skip
+SWITCHES += [
+    (BACKENDS.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    (BACKENDS.cudnn, "deterministic"),
+    (BACKENDS.cudnn, "benchmark"),
+]
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    values = [(owner, name, getattr(owner, name)) for owner, name in SWITCHES]
+    yield
+    for switch in values:
+        setattr(*switch)
+
+
+def attention(precision, device, capability, monkeypatch) -> str:
+    """Return the precision of attention that is chosen for a GPU."""
+    chosen = []
+    weight = SimpleNamespace(device=torch.device(device))
+    unet = SimpleNamespace(conv_in=SimpleNamespace(weight=weight), set_attention_precision=chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    text = set_precision(precision, unet)
+    assert text.endswith(f", attention: {chosen[0]})") and text.startswith(f"{precision} (")
+    return chosen[0]
+
+
+@pytest.mark.parametrize(
+    "precision, device, capability, expected",
+    [
+        ("fp32", "cuda", (8, 0), "tf32x3"),
+        ("fp32", "cuda", (9, 0), "tf32x3"),
+        ("fp32", "cuda", (8, 6), "ieee"),
+        ("fp32", "cuda", (8, 9), "ieee"),
+        ("fp32", "cuda", (12, 0), "ieee"),
+        ("fp32", "cpu", (9, 0), "ieee"),
+        ("tf32", "cuda", (9, 0), "tf32"),
+        ("bf16", "cuda", (9, 0), "tf32x3"),
+    ],
+)
+def test_attention_uses_tensor_cores_where_they_are_exact_and_faster(precision, device, capability, expected, monkeypatch):
+    assert attention(precision, device, capability, monkeypatch) == expected
+
+
+@pytest.mark.parametrize("precision, mode", [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_all_switches_follow_the_precision(precision, mode, deterministic):
+    text = set_precision(precision, deterministic=deterministic)
+    assert text == f"{precision} (fp32 matmuls and convolutions: {mode}{'' if deterministic else ', cuDNN benchmark mode'})"
+    assert [getattr(owner, name) for owner, name in SWITCHES] == [mode] * 4 + [False, deterministic, not deterministic]
