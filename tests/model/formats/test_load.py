@@ -213,3 +213,17 @@ def test_a_text_encoder_beside_the_tokenizer_is_used_only_if_the_base_has_none(t
     without = load_model(ModelTable(base=str(tmp_path / "no-text.safetensors"), tokenizer=tokenizer))
     assert_same({"text": state_dicts(other)["text"]}, {"text": state_dicts(without)["text"]})
     assert_same({"unet": state_dicts(model)["unet"]}, {"unet": state_dicts(without)["unet"]})
+
+
+def test_the_prediction_of_the_base_can_be_changed_with_a_note(tiny_model):
+    plain = load_model(ModelTable(base=str(tiny_model)))
+    same = load_model(ModelTable(base=str(tiny_model), prediction="epsilon"))
+    changed = load_model(ModelTable(base=str(tiny_model), prediction="v_prediction"))
+    assert plain.prediction == same.prediction == "epsilon" and plain.scheduler == same.scheduler
+    assert changed.prediction == "v_prediction"
+    assert plain.notes == same.notes == [] and len(changed.notes) == 1 and "v_prediction" in changed.notes[0]
+    zero = load_model(ModelTable(base=str(tiny_model), prediction="v_prediction", zero_snr=True))
+    expected = {"timestep_spacing": "trailing", "_class_name": "DDIMScheduler", "clip_sample": False}
+    assert expected.items() <= zero.scheduler.items() and zero.scheduler["rescale_betas_zero_snr"] is True
+    with refused("zero-snr-epsilon", base=tiny_model):
+        load_model(ModelTable(base=str(tiny_model), zero_snr=True))
