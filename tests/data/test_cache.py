@@ -484,3 +484,17 @@ def test_prune_keeps_the_facts_of_files_that_exist(tmp_path, monkeypatch):
             for table in ("file", "rejected")
         ]
     assert names == [["000.png", "001.png", "002.png"], ["bad.png"]]
+
+
+def test_a_block_may_have_no_readable_image(tmp_path):
+    draw_many(tmp_path, 3)
+
+    def spoil(event):
+        if event.phase == "scan":
+            (tmp_path / "images/001.png").write_bytes(b"bad")
+
+    counts = build_cache(config(tmp_path, batch=1), StubVae(), spoil)
+    assert (counts.cached, counts.encoded, counts.rejected) == (2, 2, 1)
+    cache = LatentCache.open(tmp_path / "cache")
+    paths = [tmp_path / f"images/00{i}.png" for i in (0, 2)]
+    assert torch.equal(cache.get(range(2))["latents"], torch.stack([expected(path) for path in paths]).half())

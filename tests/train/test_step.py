@@ -349,3 +349,17 @@ def test_only_trained_weights_get_gradients(model, train):
             assert parameter.requires_grad == (key in step.trained.get(name, ())), key
             count += parameter.requires_grad
     assert count == sum(map(len, step.trained.values())) > 0
+
+
+def test_decay_and_lr_on_the_device_are_exact(tiny_model):
+    """A decay that changes from step to step is a tensor, and gives the bits of the same decay as a number."""
+    results = []
+    for warm_up in ({}, {"ema_power": 60.0}):  # the warm-up is over at once
+        model = load_model(ModelTable(base=str(tiny_model)))
+        step = Step(model, stage_of(optimizer="adamw", lr=1e-3, ema=0.999, **warm_up), 9, seed=0)
+        for i, batch in enumerate(batches(2, 4)):
+            step(batch, i)
+        results.append(step.components["unet"].ema_state())
+        assert all(lr.dtype == torch.float64 and float(lr) == 1e-3 for lr in step.lrs.values())
+    assert all(torch.equal(a, b) for a, b in zip(*(result.values() for result in results), strict=True))
+    assert len(results[0]) > 0
