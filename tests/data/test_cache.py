@@ -498,3 +498,11 @@ def test_a_block_may_have_no_readable_image(tmp_path):
     cache = LatentCache.open(tmp_path / "cache")
     paths = [tmp_path / f"images/00{i}.png" for i in (0, 2)]
     assert torch.equal(cache.get(range(2))["latents"], torch.stack([expected(path) for path in paths]).half())
+
+
+def test_names_of_spaces_never_change(tmp_path):
+    """Another name would let every image be encoded again."""
+    plain = config(tmp_path)
+    assert cache_module.space_name(plain, "vae") == "f65773c6779a89af"
+    bf16 = config(tmp_path, dtype="bf16")
+    assert cache_module.space_name(bf16, "vae") == "545213a87c7ef613"

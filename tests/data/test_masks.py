@@ -394,3 +394,12 @@ def test_a_run_is_told_about_changed_masks(tmp_path):
     smooth(60, 44, 2).save(tmp_path / f"images/0{ENDING}")
     (text,) = warnings(masked(tmp_path))
     assert says(text, "cache-content-changed", contents="masks") and warnings(masked(tmp_path)) == []
+
+
+def test_a_view_whose_masks_are_all_rejected_has_no_cells(tmp_path):
+    write_image(tmp_path, "0.png", smooth(60, 44))
+    write_image(tmp_path, "1.png", smooth(60, 44, 1), smooth(44, 60))
+    counts, masks_of = build(masked(tmp_path))
+    file = masks.MasksFile(mask_path(tmp_path / "cache", counts.view))
+    assert counts.rejected == 1 and len(file.arrays["cells"]) == 0 and file.arrays["offsets"].tolist() == [0, 0]
+    assert (masks_of["0"] == 255).all()

@@ -341,3 +341,22 @@ def test_bf16_parameters_with_masters_are_exact(name):
         masters.step()
     for p, half, low in zip(exact, halves, group["masters_lo"], strict=True):
         assert torch.equal(join_master(half.detach(), low), p.detach())
+
+
+def test_adamw_counts_one_step_however_its_gradients_arrive():
+    """A flat parameter may be updated view by view, as in a fused backward, and in other steps as a whole."""
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = AdamW([parameter], lr=1e-2)
+    found_inf = torch.tensor(False)
+    halves = [lambda flat: flat[:4], lambda flat: flat[4:]]
+    for step, arrive_in_views in enumerate((True, False, True, True, False), start=1):
+        if arrive_in_views:
+            for half in halves:
+                optimizer.update(torch.ones(4), select=half, found_inf=found_inf)
+        else:
+            optimizer.update(torch.ones(8), found_inf=found_inf)
+        optimizer.finish(found_inf=found_inf)
+        assert optimizer.extra_state()["step"].tolist() == [step]
+    optimizer.update(torch.ones(4), select=halves[0], found_inf=torch.tensor(True))
+    optimizer.finish(found_inf=torch.tensor(True))
+    assert optimizer.extra_state()["step"].tolist() == [5]
