@@ -499,3 +499,7 @@ def test_the_hash_of_a_text_encoder_never_changes(tiny_model):
     assert transposed.ndim == 2
     transposed.data = transposed.data.view(transposed.shape[::-1])
     assert encoder_hash(text)[:16] != "d73ba5908debedb5"  # the same bytes in another shape
+
+
+def test_the_hash_depends_on_the_number_of_chunks(tiny_model):
+    assert len({encoder_hash(load(tiny_model, chunks=chunks)) for chunks in (1, 2, 3)}) == 3

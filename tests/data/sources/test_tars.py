@@ -392,3 +392,10 @@ def test_memory_does_not_grow_with_the_size_of_a_tar(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 3000 and peak < 1 << 20
+
+
+def test_a_pax_size_of_0_replaces_the_size_in_the_header(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(raw("pax", 9, b"x", b"9 size=0\n") + raw("a.jpg", 700) + raw("b.jpg", 1, data=b"b") + END)
+    usable, problems = read(path)
+    assert [len(data) for data, _ in usable.values()] == [0, 1] and not problems
