@@ -506,3 +506,14 @@ def test_names_of_spaces_never_change(tmp_path):
     assert cache_module.space_name(plain, "vae") == "f65773c6779a89af"
     bf16 = config(tmp_path, dtype="bf16")
     assert cache_module.space_name(bf16, "vae") == "545213a87c7ef613"
+
+
+@pytest.mark.parametrize("positions", [[-1, 0], [0, 3], [3], [[0]], []], ids=str)
+def test_positions_outside_the_cache_are_our_mistake(positions, tmp_path):
+    draw_many(tmp_path, 3)
+    build_cache(config(tmp_path), StubVae())
+    cache = LatentCache.open(tmp_path / "cache")
+    assert len(cache) == 3 and len(cache.variants([0, 2])) == 2
+    for read in (cache.get, cache.variants):
+        with pytest.raises(AssertionError):
+            read(positions)

@@ -1,14 +1,17 @@
 """Checkpoints as files: which one is resumed from, which ones are damaged, and which ones are deleted."""
 
+import errno
 import json
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 import torch
-from sentences import refused
+from sentences import refused, says
 
 from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress, averages_of, checkpoints, name_of, newest, retain, verify
+from fastsd.run.saving import Saving
 from fastsd.storage import write_safetensors
 
 
@@ -89,3 +92,80 @@ def test_averages_are_found_by_component(tmp_path):
     averages = averages_of(tmp_path)
     assert {name: set(values) for name, values in averages.items()} == {"unet": {"a.b", "c"}, "text_encoder": {"a"}}
     assert torch.equal(averages["unet"]["c"], torch.zeros(1))
+
+
+class Run:
+    """A stand-in for a run of three stages, of which the last carries state on. It records what is saved."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.calls, self.saved, self.retained = folder, [], [], []
+        stages = [SimpleNamespace(state=state) for state in ("reset", "reset", "carry")]
+        config = SimpleNamespace(run=str(folder), stage=stages)
+        self.position = SimpleNamespace(mark_done=lambda done: self.calls.append(f"done {done}"), progress=None)
+        smoothed = SimpleNamespace(state=lambda: {"loss": torch.zeros(1)})
+        report = SimpleNamespace(
+            flush=lambda: self.calls.append("flush"), saved=lambda: self.calls.append("saved"), warn=self.calls.append
+        )
+        cost = SimpleNamespace(record=lambda progress: self.calls.append(f"cost {progress.step}"))
+        component = SimpleNamespace(ema_state=lambda: {"w": torch.ones(1)}, state=lambda *kind: {"w": torch.ones(2)}, names=[])
+        self.step = SimpleNamespace(
+            components={"unet": component}, optimizers={}, skipped=torch.zeros(1), stage=SimpleNamespace(keep_checkpoints=2)
+        )
+        monkeypatch.setattr(checkpoint, "save", self.save_files)
+        monkeypatch.setattr(checkpoint, "retain", lambda *arguments: self.retained.append(arguments[1:]))
+        monkeypatch.setattr(checkpoint, "load_state", lambda path: {"from": path.name})
+        self.saving = Saving(config, SimpleNamespace(lora=None), self.position, smoothed, report, cost, {})
+        self.saving.changed = {"unet"}
+
+    def save_files(self, folder, progress, model, weights, changed, state, adapters):
+        self.saved.append((set(weights), set(changed), set(state), adapters))
+        return folder / name_of(progress.step)
+
+    def save(self, stage, step, **options):
+        self.calls.clear()
+        self.position.progress = RunProgress(stage=stage, step=step)
+        return self.saving.save(self.step, **{"done": False} | options)
+
+    def kept(self):
+        return json.loads((self.folder / "kept.json").read_text())
+
+
+def test_a_checkpoint_in_a_stage_has_all_state_and_may_be_deleted(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch)
+    assert run.save(0, 3)
+    assert run.calls == ["done False", "flush", "saved"] and run.kept() == [] and run.saving.changed == set()
+    assert run.saved == [({"unet", "text_encoder"}, {"unet"}, {"loss", "skipped", "unet@ema/w"}, None)]
+    assert run.retained == [(2, set())] and run.saving.state == {}
+
+
+def test_the_end_of_a_stage_and_requested_checkpoints_are_kept(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch)
+    assert run.save(0, 3, keep=True) and run.kept() == [name_of(3)] and "cost 3" not in run.calls
+    assert run.save(0, 5, done=True) and run.kept() == [name_of(3), name_of(5)]
+    assert run.calls == ["done True", "flush", "saved", "cost 5"]
+    assert run.saved[-1][2] == {"loss", "unet@ema/w"} and run.saving.state == {}  # the next stage starts afresh
+    assert run.save(1, 7, done=True)
+    assert "skipped" in run.saved[-1][2] and run.saving.state == {"from": name_of(7)}  # the next stage carries it on
+    assert run.save(2, 9, done=True)
+    assert "skipped" in run.saved[-1][2] and run.saving.state == {"from": name_of(7)}  # the last stage may be extended
+    assert run.retained[-1] == (2, {name_of(step) for step in (3, 5, 7, 9)})
+    # A later start reads the names, also those of an older version.
+    (tmp_path / "stage-ends.json").write_text(json.dumps([name_of(1)]))
+    assert Run(tmp_path, monkeypatch).saving.kept == {name_of(step) for step in (1, 3, 5, 7, 9)}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_tried_again(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "disk full")
+
+    run = Run(tmp_path, monkeypatch)
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert not run.save(0, 3, keep=True)
+    assert says(run.calls[-1], "checkpoint-not-saved", step=3, reason="disk full", folder=tmp_path / "checkpoints")
+    assert run.saving.changed == {"unet"} and run.saving.kept == set() and not run.retained
+    monkeypatch.setattr(checkpoint, "save", run.save_files)
+    monkeypatch.setattr("fastsd.run.saving.replace_file", full)
+    assert run.save(0, 4, done=True)
+    (warning,) = [text for text in run.calls if "recorded" in text]
+    assert says(warning, "checkpoint-not-recorded", checkpoint=name_of(4), folder=tmp_path, strerror="disk full")
+    assert run.retained == [(2, {name_of(4)})]
