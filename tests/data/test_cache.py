@@ -517,3 +517,29 @@ def test_positions_outside_the_cache_are_our_mistake(positions, tmp_path):
     for read in (cache.get, cache.variants):
         with pytest.raises(AssertionError):
             read(positions)
+
+
+def without_last(name):
+    return lambda arrays, metadata: arrays.update({name: arrays[name][:-1]})
+
+
+def with_another_group(arrays, metadata):
+    groups = json.loads(metadata["groups"])
+    metadata["groups"] = json.dumps([*groups, groups[0]])
+
+
+CHANGES = {name: without_last(name) for name in ("row", "caption_offsets")} | {"groups": with_another_group}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_view_whose_tensors_disagree_is_refused(name, tmp_path):
+    draw_many(tmp_path, 3)
+    counts = build_cache(config(tmp_path), StubVae())
+    path = tmp_path / f"cache/views/{counts.view}.safetensors"
+    view = cache_module.View(path)
+    arrays = {key: array.copy() for key, array in view.arrays.items()}
+    metadata = {key: view.metadata[key] for key in cache_module.View.HASHED_KEYS}
+    CHANGES[name](arrays, metadata)
+    cache_module.View.write(path, arrays, metadata, serial="1")
+    with refused("frozen-file-damaged", path=path):
+        LatentCache.open(tmp_path / "cache")
