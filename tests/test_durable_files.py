@@ -130,6 +130,8 @@ def test_numbers_that_are_not_finite(tmp_path):
         write_safetensors(tmp_path / "a", tensors, finite="model")
     with refused("not-finite", advice=" in torch.float16; choose another dtype"):
         write_safetensors(tmp_path / "a", {"a": torch.tensor([1e5])}, dtype=torch.float16, finite="model")
+    write_safetensors(tmp_path / "a", {"a": torch.tensor([1e5])}, dtype=torch.float16)  # not checked
+    assert storage.read_safetensors(tmp_path / "a")["a"].isinf()
     # The sum overflows, but no number does.
     write_safetensors(tmp_path / "a", {"a": torch.tensor([3e38, 3e38]), "b": torch.tensor([3])}, finite="model")
 

@@ -431,11 +431,12 @@ def test_progress_counts_files_then_new_images(tmp_path, monkeypatch):
     events = []
     build_cache(config(tmp_path), StubVae(), events.append)
     draw(tmp_path / "images/new.png", 50)
-    build_cache(config(tmp_path), StubVae(), events.append)
-    counts = [(event.phase, event.done, event.total) for event in events]
-    assert counts[:2] == [("scan", 6, 0), ("scan", 9, 0)] and counts[2:5] == [("encode", n, 9) for n in (4, 8, 9)]
-    assert counts[5:] == [("scan", 6, 0), ("scan", 10, 0), ("encode", 1, 1)]
+    counts = build_cache(config(tmp_path), StubVae(), events.append)
+    done = [(event.phase, event.done, event.total) for event in events]
+    assert done[:2] == [("scan", 6, 0), ("scan", 9, 0)] and done[2:5] == [("encode", n, 9) for n in (4, 8, 9)]
+    assert done[5:] == [("scan", 6, 0), ("scan", 10, 0), ("encode", 1, 1)]
     assert all(0 < event.images_per_second < 1e6 for event in events)
+    assert counts.rates.keys() == {"decode", "encode", "write"} and all(rate > 0 for rate in counts.rates.values())
 
 
 class PageCache:
@@ -517,6 +518,8 @@ def test_positions_outside_the_cache_are_our_mistake(positions, tmp_path):
     for read in (cache.get, cache.variants):
         with pytest.raises(AssertionError):
             read(positions)
+    with pytest.raises(AssertionError):
+        cache.get([0], [1])  # there is only version 0
 
 
 def without_last(name):
