@@ -4,6 +4,7 @@ import tracemalloc
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from caching import Texts
@@ -12,7 +13,7 @@ from sentences import refused, says, sentence
 from fastsd.config.schema import ModelTable
 from fastsd.data.building import tokenize_captions
 from fastsd.data.building.tokenize_captions import write_tokens
-from fastsd.data.tokens import Tokens
+from fastsd.data.tokens import HEADER_BYTES, Tokens, id_dtype
 from fastsd.demo.models import write_tokenizer
 from fastsd.model.formats import load
 from fastsd.model.formats.load import load_text, load_tokenizer
@@ -218,3 +219,18 @@ def test_memory_does_not_grow_with_the_number_of_captions(tokenizer, tmp_path, m
 
     peak(64, "first")  # allocates what is allocated only once
     assert peak(2000, "many") < 1.2 * peak(100, "few")
+
+
+def test_ids_that_no_token_has_are_damage(tokenizer, tmp_path):
+    cache = Texts([["red circle"]], tmp_path)
+    write_tokens(cache, tokenizer)
+    tokens = Tokens(cache, tokenizer, 77)
+    for number, is_token in ((len(tokenizer) - 1, True), (len(tokenizer), False)):
+        with tokens.path.open("r+b") as file:  # damage after the file was opened and checked
+            file.seek(HEADER_BYTES + 8 * 2)
+            file.write(np.array([number], id_dtype(tokenizer)).tobytes())
+        if is_token:
+            assert tokens.row(0, 0)[1] == number
+        else:
+            with refused("frozen-file-damaged", damage=sentence("damage-sample", sample=0)):
+                tokens.row(0, 0)
