@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from hashlib import sha256
 from types import SimpleNamespace
 
@@ -169,3 +170,14 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_tried_again(tmp_pat
     (warning,) = [text for text in run.calls if "recorded" in text]
     assert says(warning, "checkpoint-not-recorded", checkpoint=name_of(4), folder=tmp_path, strerror="disk full")
     assert run.retained == [(2, {name_of(4)})]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_training(tmp_path, monkeypatch):
+    def denied(*arguments, **options):
+        raise PermissionError
+
+    for step in (1, 2):
+        commit(tmp_path, step)
+    monkeypatch.setattr(os, "rmdir", denied)
+    retain(tmp_path, 1, set())
+    assert names(tmp_path) == [name_of(1), name_of(2)]

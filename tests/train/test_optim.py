@@ -360,3 +360,13 @@ def test_adamw_counts_one_step_however_its_gradients_arrive():
     optimizer.update(torch.ones(4), select=halves[0], found_inf=torch.tensor(True))
     optimizer.finish(found_inf=torch.tensor(True))
     assert optimizer.extra_state()["step"].tolist() == [5]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_single_parameter_resumes(name):
+    parameters = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    first, second = (OURS[name]([parameter], lr=1e-2) for parameter in parameters)
+    parameters[0].grad = torch.arange(5.0)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert_same_bits(flat_state(first, ["w"]), flat_state(second, ["w"]))

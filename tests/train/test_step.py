@@ -3,12 +3,14 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import xxhash
 from runs import final, run, same
 from safetensors.torch import load_file
 from sentences import refused, says
@@ -24,7 +26,7 @@ from fastsd.run import checkpoint
 from fastsd.train.precision import choose_ops
 from fastsd.train.step import Step, StepInputs
 from fastsd.train.trainable import ALIGN, Layout, TrainableComponent
-from fastsd_kernels import TRITON
+from fastsd_kernels import TRITON, noise
 from fastsd_kernels.arena import join_master
 from fastsd_kernels.launch import recording
 
@@ -363,3 +365,17 @@ def test_decay_and_lr_on_the_device_are_exact(tiny_model):
         assert all(lr.dtype == torch.float64 and float(lr) == 1e-3 for lr in step.lrs.values())
     assert all(torch.equal(a, b) for a, b in zip(*(result.values() for result in results), strict=True))
     assert len(results[0]) > 0
+
+
+def test_fingerprints_are_hashes_of_order_timesteps_and_the_first_noise(model):
+    def hashed(tensor):
+        return xxhash.xxh3_64_hexdigest(tensor.numpy().tobytes())
+
+    step = Step(model, stage_of(), 9, seed=3)
+    batch = replace(batches(1, 4)[0], samples_B=torch.tensor([5, 2, 9, 1]))
+    noise_B = noise.normal(3, noise.Purpose.NOISE, batch.positions_B, (4, 16, 16))
+    assert step.batch_fingerprints(batch) == {
+        "order": hashed(batch.samples_B), "timesteps": hashed(step.objective.timesteps(batch.positions_B)),
+        "noise": hashed(noise_B[:1]),
+    }  # fmt: skip
+    assert "order" not in step.batch_fingerprints(batches(1, 4)[0])
