@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import threading
 import tracemalloc
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 
@@ -503,3 +505,14 @@ def test_the_hash_of_a_text_encoder_never_changes(tiny_model):
 
 def test_the_hash_depends_on_the_number_of_chunks(tiny_model):
     assert len({encoder_hash(load(tiny_model, chunks=chunks)) for chunks in (1, 2, 3)}) == 3
+
+
+def test_progress_counts_captions(tmp_path, tiny_model):
+    draw_many(tmp_path, 9)
+    events = []
+    counts = write(tmp_path, load(tiny_model), lambda event: events.append((event.phase, event.done, event.total)))
+    states = [event for event in events if event[0] == "states"]
+    assert counts.encoded == 10  # those of nine images, and the empty one
+    assert states == [("states", 10, 10)]
+    with closing(sqlite3.connect(tmp_path / "cache/cache.sqlite")) as db:
+        assert db.execute("SELECT DISTINCT version FROM latent").fetchall() == [(0,)]  # it is a part of the shards' names

@@ -234,3 +234,12 @@ def test_ids_that_no_token_has_are_damage(tokenizer, tmp_path):
         else:
             with refused("frozen-file-damaged", damage=sentence("damage-sample", sample=0)):
                 tokens.row(0, 0)
+
+
+def test_a_file_for_another_number_of_samples_is_refused(tokenizer, tmp_path):
+    cache = odd_cache(tmp_path, 4)
+    write_tokens(cache, tokenizer)
+    for count in (3, 5):
+        with refused("frozen-file-damaged", path=Tokens(cache, tokenizer, 77).path) as error:
+            Tokens(odd_cache(tmp_path, count), tokenizer, 77)
+        assert "inconsistent lengths" in str(error.value)
