@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentences import refused
 
 from fastsd import storage
@@ -118,7 +119,7 @@ def test_a_file_that_becomes_shorter_is_noticed(tmp_path):
 
 def test_only_floating_point_tensors_are_cast(tmp_path):
     write_safetensors(tmp_path / "a", {"a": torch.tensor([1.5]), "b": torch.tensor([3])}, dtype=torch.float16)
-    assert {name: tensor.dtype for name, tensor in storage.read_safetensors(tmp_path / "a").items()} == {
+    assert {name: tensor.dtype for name, tensor in load_file(tmp_path / "a").items()} == {
         "a": torch.float16, "b": torch.int64,
     }  # fmt: skip
 
@@ -131,7 +132,7 @@ def test_numbers_that_are_not_finite(tmp_path):
     with refused("not-finite", advice=" in torch.float16; choose another dtype"):
         write_safetensors(tmp_path / "a", {"a": torch.tensor([1e5])}, dtype=torch.float16, finite="model")
     write_safetensors(tmp_path / "a", {"a": torch.tensor([1e5])}, dtype=torch.float16)  # not checked
-    assert storage.read_safetensors(tmp_path / "a")["a"].isinf()
+    assert load_file(tmp_path / "a")["a"].isinf()
     # The sum overflows, but no number does.
     write_safetensors(tmp_path / "a", {"a": torch.tensor([3e38, 3e38]), "b": torch.tensor([3])}, finite="model")
 

@@ -10,7 +10,7 @@ Norm statistics, softmax, loss and optimizer arithmetic are fp32 in all three.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -68,7 +68,10 @@ def describe_ops(ops: Ops) -> str:
 @contextmanager
 def precision_switches(precision: str, unet: UNet | None = None, *, deterministic: bool = True) -> Iterator[str]:
     """Set PyTorch's switches as `set_precision` does, and restore them at the end. Yield a description of the settings."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _switches(precision, deterministic=deterministic)]
+    before = []
+    for owner, name, _ in _switches(precision, deterministic=deterministic):
+        with suppress(RuntimeError):  # an old name cannot be read if the caller has set only new ones
+            before.append((owner, name, getattr(owner, name)))
     try:
         yield set_precision(precision, unet, deterministic=deterministic)
     finally:
@@ -101,11 +104,15 @@ def set_precision(precision: str, unet: UNet | None = None, *, deterministic: bo
 def _switches(precision: str, *, deterministic: bool) -> list[tuple[object, str, object]]:
     """Return PyTorch's switches as (object, attribute, value)."""
     backends: Any = torch.backends
-    products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    cudnn, mkldnn, fp32_mode = backends.cudnn, backends.mkldnn, _FP32_MODE[precision]
+    products = backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
     return [
-        *((product, "fp32_precision", _FP32_MODE[precision]) for product in products),
+        # The old names first, because setting them changes some of the new ones. PyTorch refuses to read an old name that
+        # disagrees with the new ones, and its compiler reads them.
+        *((owner, "allow_tf32", fp32_mode == "tf32") for owner in (backends.cuda.matmul, cudnn)),
+        *((product, "fp32_precision", fp32_mode) for product in products),
         # If a bf16 matmul is split over K, its partial sums stay fp32.
         (backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
-        (backends.cudnn, "deterministic", deterministic),
-        (backends.cudnn, "benchmark", not deterministic),
+        (cudnn, "deterministic", deterministic),
+        (cudnn, "benchmark", not deterministic),
     ]

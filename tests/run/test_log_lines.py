@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from runs import rows_of
 from sentences import refused, says
 
 from fastsd.config.schema import LogTable, StageTable
 from fastsd.config.stages import ENDLESS
+from fastsd.console import Console
 from fastsd.data.loader import Batch
 from fastsd.run import log as logs
 from fastsd.run.checkpoint import RunProgress

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import fastsd
-from rich.console import Console
 from runs import final, rewind, run, same
 from safetensors.torch import load_file
 from sentences import refused, says
@@ -20,6 +19,7 @@ from tiny import job, tiny_vae
 from fastsd.commands.long_clip import long_clip
 from fastsd.commands.swap_vae import swap_vae
 from fastsd.config.schema import ModelTable, SampleTable, load_config
+from fastsd.console import Console
 from fastsd.model.formats.adapters import load_merged, load_to_train
 from fastsd.model.formats.load import component_state_dict, load_model
 from fastsd.model.shapes import Shapes

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from tiny import job, tiny_vae
 
 from fastsd import generate, load_config, load_to_sample, train_config
@@ -17,6 +16,7 @@ from fastsd.commands.redraw import redraw
 from fastsd.commands.swap_vae import swap_vae
 from fastsd.commands.validate import validate
 from fastsd.config.schema import ModelTable, SampleTable
+from fastsd.console import Console
 from fastsd.sampling import generate as generate_module
 from fastsd.train.step import Step
 

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastsd.train.precision import set_precision
+from fastsd.train.precision import precision_switches, set_precision
 
 BACKENDS = torch.backends
 SWITCHES = [(owner, "fp32_precision") for owner in (
-    BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv)]  # fmt: skip
+    BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv,
+    BACKENDS.mkldnn.rnn)]  # fmt: skip
 SWITCHES += [
     (BACKENDS.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
     (BACKENDS.cudnn, "deterministic"),
@@ -19,10 +20,8 @@ SWITCHES += [
 
 @pytest.fixture(autouse=True)
 def restored():
-    values = [(owner, name, getattr(owner, name)) for owner, name in SWITCHES]
-    yield
-    for switch in values:
-        setattr(*switch)
+    with precision_switches("fp32"):
+        yield
 
 
 def attention(precision, device, capability, monkeypatch) -> str:
@@ -58,4 +57,17 @@ def test_attention_uses_tensor_cores_where_they_are_exact_and_faster(precision, 
 def test_all_switches_follow_the_precision(precision, mode, deterministic):
     text = set_precision(precision, deterministic=deterministic)
     assert text == f"{precision} (fp32 matmuls and convolutions: {mode}{'' if deterministic else ', cuDNN benchmark mode'})"
-    assert [getattr(owner, name) for owner, name in SWITCHES] == [mode] * 4 + [False, deterministic, not deterministic]
+    assert [getattr(owner, name) for owner, name in SWITCHES] == [mode] * 6 + [False, deterministic, not deterministic]
+    # PyTorch refuses to read an old name that disagrees with the new ones.
+    assert BACKENDS.cudnn.allow_tf32 == BACKENDS.cuda.matmul.allow_tf32 == (mode == "tf32")
+    assert torch.get_float32_matmul_precision() == {"ieee": "highest", "tf32": "high"}[mode]
+
+
+def test_settings_of_new_names_only_are_restored():
+    conv = BACKENDS.cudnn.conv
+    conv.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError):
+        print(BACKENDS.cudnn.allow_tf32)  # the caller's own mixture
+    with precision_switches("bf16"):
+        assert conv.fp32_precision == "ieee" and not BACKENDS.cudnn.allow_tf32
+    assert conv.fp32_precision == "tf32"

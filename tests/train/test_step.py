@@ -8,9 +8,9 @@ from unittest import mock
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-import xxhash
 from runs import final, run, same
 from safetensors.torch import load_file
 from sentences import refused, says
