@@ -39,7 +39,7 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
         break  # report a wrong folder before a model is loaded
     device = choose_device(config.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        device = choose_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
     vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])
     vae_name = config.model.vae or config.model.base
     scaling = f"scaling factor {vae.scaling_factor:g}"

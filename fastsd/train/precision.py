@@ -26,7 +26,13 @@ _FP32_MODE = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}
 
 
 def choose_device(name: str) -> torch.device:
-    """Return a torch device by name. "auto" is cuda if available, otherwise cpu. Raises UserError for an unavailable device."""
+    """Return a torch device by name. "auto" is cuda if available, otherwise cpu.
+
+    A GPU with a number becomes the current one, on which graphs are captured, kernels start and events are recorded.
+
+    Raises:
+        UserError: the device is not available.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -37,6 +43,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             "device-unavailable", f'device is {name!r}, which is not available ({reason}); use "auto" or "cpu"'
         ) from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
