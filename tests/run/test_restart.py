@@ -104,7 +104,7 @@ def test_changes_of_the_cache_have_names(tmp_path, monkeypatch):
 
     def warnings(resumed=True, **changes):
         compare_images(path, Latents(**state), resumed=False)
-        return compare_images(path, Latents(**state | changes), resumed)
+        return compare_images(path, Latents(**state | changes), resumed=resumed)
 
     assert warnings() == []
     assert json.loads(path.read_text()) == {"samples": 5, "view": "view", "weights": "weights", "masks": "masks"}
@@ -122,13 +122,14 @@ def test_changes_of_the_cache_have_names(tmp_path, monkeypatch):
         assert warnings(resumed=False, **changes) == []
     # A run of an older version has recorded less.
     path.write_text('{"samples": 5}')
-    assert compare_images(path, Latents(**state), True) == []
+    assert compare_images(path, Latents(**state), resumed=True) == []
     path.unlink()
-    assert compare_images(path, Latents(**state), True) == []
+    assert compare_images(path, Latents(**state), resumed=True) == []
 
 
 def test_one_trainer_per_folder(tmp_path):
     with lock(tmp_path):
-        with refused("run-locked", folder=repr(str(tmp_path))):
-            lock(tmp_path)
-    lock(tmp_path).close()
+        with refused("run-locked", folder=repr(str(tmp_path))), lock(tmp_path):
+            pass
+    with lock(tmp_path):
+        pass

@@ -7,7 +7,7 @@ import pytest
 from fastsd.config.schema import StageTable
 from fastsd.run.triggers import Triggers
 
-ACTIONS = ("log", "validation", "samples", "checkpoint", "permanent_checkpoint")
+ACTIONS = ("log", "validation", "samples", "checkpoint", "permanent", "profile")
 NEVER = {"sample_every": 0, "checkpoint_every": "9e"}
 
 
@@ -28,8 +28,9 @@ class Run:
         triggers, result = Triggers(self, 1), {}
         for step in range(start + 1, steps + 1):
             self.position.progress.stage_step = step
+            due = triggers.after_step()
             for action in ACTIONS:
-                if getattr(triggers, f"{action}_due")():
+                if getattr(due, action):
                     result.setdefault(action, []).append(step)
         return result
 
@@ -42,7 +43,7 @@ class Run:
         ({"validate": 5, "measured": False}, {}),
         ({"sample_every": "1e"}, {"samples": [5, 10]}),
         ({"checkpoint_every": 6}, {"checkpoint": [6, 12]}),
-        ({"checkpoint_at": [3, "2e"]}, {"permanent_checkpoint": [3, 10]}),
+        ({"checkpoint_at": [3, "2e"]}, {"checkpoint": [3, 10], "permanent": [3, 10]}),
     ],
 )
 def test_each_action_has_its_own_interval(settings, due, tmp_path):
@@ -53,14 +54,17 @@ def test_a_resumed_stage_keeps_the_same_steps(tmp_path):
     assert Run(tmp_path, log=4, sample_every=3).due(12, start=6) == {"log": [8, 12], "samples": [9, 12]}
 
 
-@pytest.mark.parametrize("file, action", [("sample", "samples"), ("checkpoint", "permanent_checkpoint")])
-def test_a_trigger_file_requests_one_action_and_is_deleted(file, action, tmp_path):
+@pytest.mark.parametrize(
+    "file, actions",
+    [("sample", ("samples",)), ("checkpoint", ("checkpoint", "permanent")), ("profile", ("profile",))],
+)
+def test_a_trigger_file_requests_an_action_once_and_is_deleted(file, actions, tmp_path):
     trigger = tmp_path / f"trigger.{file}"
     trigger.touch()
-    assert Run(tmp_path).due(3) == {action: [1]} and not trigger.exists()
+    assert Run(tmp_path).due(3) == {key: [1] for key in actions} and not trigger.exists()
     # It is also deleted if the action is due without it.
     trigger.touch()
-    assert Run(tmp_path, sample_every=1, checkpoint_at=[1]).due(2).get(action) in ([1], [1, 2]) and not trigger.exists()
+    assert Run(tmp_path, sample_every=1, checkpoint_at=[1]).due(2).get(actions[0]) in ([1], [1, 2]) and not trigger.exists()
     trigger.mkdir()  # it cannot be deleted as a file, so it requests nothing
     assert Run(tmp_path).due(3) == {}
 
@@ -72,5 +76,5 @@ def test_intervals_in_seconds_count_the_time_before_a_restart(tmp_path):
     times = []
     for seconds in (26.0, 34.9, 35.0, 36.0, 44.9, 45.5, 55.0, 55.5):
         run.seconds = seconds
-        times += [seconds] if triggers.checkpoint_due() else []
+        times += [seconds] if triggers.after_step().checkpoint else []
     assert times == [35.0, 45.5, 55.5]

@@ -1,11 +1,13 @@
 """The order of CUDA calls of a captured function, with stand-ins for streams and graphs: it needs no GPU."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
-from fastsd.train.graph import WARM_UP, Graphed
+from fastsd.errors import out_of_memory
+from fastsd.train.graph import WARM_UP, Graphs
 
 
 class StandIn:
@@ -82,7 +84,7 @@ def call(graphed, a: float, b: float, size: int = 1, dtype=torch.float32) -> lis
 
 
 def test_first_calls_run_eagerly_on_the_stream_of_the_capture(gpu):
-    graphed = Graphed(gpu.function)
+    graphed = partial(Graphs(), gpu.function)
     for i in range(WARM_UP):
         gpu.calls.clear()
         assert call(graphed, i, 10) == [i + 10]
@@ -94,7 +96,7 @@ def test_first_calls_run_eagerly_on_the_stream_of_the_capture(gpu):
 
 
 def test_one_capture_serves_all_later_calls(gpu):
-    graphed = Graphed(gpu.function)
+    graphed = partial(Graphs(), gpu.function)
     for i in range(WARM_UP):
         call(graphed, i, 10)
     gpu.calls.clear()
@@ -109,33 +111,52 @@ def test_one_capture_serves_all_later_calls(gpu):
     assert captured == 3 and replayed == 7 and first == 1 and second == 2
 
 
-def test_each_shape_and_dtype_has_its_own_capture_in_one_pool(gpu):
-    graphed = Graphed(gpu.function)
+def test_a_new_shape_frees_the_other_graphs_while_it_runs_eagerly(gpu):
+    """The graphs' activations would lie beside those of the eager calls. The graphs are captured again without eager calls."""
+    graphed = partial(Graphs(), gpu.function)
     for options in ({}, {"size": 2}, {"dtype": torch.float64}):
         gpu.calls.clear()
         for i in range(WARM_UP + 2):
             assert call(graphed, i, 1, **options) == [i + 1] * options.get("size", 1)
         assert gpu.calls.count("function") == WARM_UP + 1 and gpu.calls.count("capture") == 1
-    assert [options["pool"] for options in gpu.capture_options] == [None, "pool of 0", "pool of 1"]
+    assert [options["pool"] for options in gpu.capture_options] == [None, None, None]
     gpu.calls.clear()
-    assert call(graphed, 5, 6, size=2) == [11, 11] and call(graphed, 7, 8) == [15]
-    assert gpu.calls == ["replay 1", "replay 0"]
+    assert call(graphed, 5, 6, size=2) == [11, 11] and call(graphed, 7, 8) == [15] and call(graphed, 1, 2, size=2) == [3, 3]
+    assert [text for text in gpu.calls if text != "empty cache"] == [
+        "capture", "function", "replay 3", "capture", "function", "replay 4", "replay 3",
+    ]  # fmt: skip
+    assert [options["pool"] for options in gpu.capture_options[3:]] == ["pool of 2", "pool of 3"]
 
 
-def test_clear_starts_again_with_eager_calls_and_a_new_pool(gpu):
-    graphed = Graphed(gpu.function)
-    for _ in range(2):
+def test_freed_graphs_are_captured_again_and_forgotten_ones_run_eagerly_first(gpu):
+    graphs = Graphs()
+    graphed = partial(graphs, gpu.function)
+    for forget, eager_calls in ((False, WARM_UP), (True, 0), (False, WARM_UP)):
         gpu.calls.clear()
         for i in range(WARM_UP + 2):
             assert call(graphed, i, 1) == [i + 1]
-        assert gpu.calls.count("function") == WARM_UP + 1 and gpu.calls.count("capture") == 1
-        graphed.clear()
-    assert [options["pool"] for options in gpu.capture_options] == [None, None]
+        assert gpu.calls.count("function") == eager_calls + 1 and gpu.calls.count("capture") == 1
+        graphs.free()
+        if forget:
+            graphs.forget()
+    assert [options["pool"] for options in gpu.capture_options] == [None, None, None]
 
 
-@pytest.mark.parametrize("out_of_memory", [True, False])
-def test_a_failed_capture_raises_its_first_error(out_of_memory, gpu, monkeypatch):
-    cause = torch.OutOfMemoryError("no memory") if out_of_memory else ValueError("a bug")
+def test_absent_arguments_stay_absent(gpu):
+    def function(a, b):
+        assert b is None
+        return gpu.function(a, a)
+
+    graphs = Graphs()
+    for i in range(WARM_UP + 3):
+        (result,) = graphs(function, torch.tensor([float(i)]), None)
+        assert result == 2 * i
+
+
+@pytest.mark.parametrize("cause", [torch.OutOfMemoryError("no memory"), ValueError("a bug")])
+def test_a_failed_capture_leaves_nothing_behind(cause, gpu, monkeypatch):
+    """The end of a capture fails too. Its error still says that memory ran out."""
+    graphs = Graphs()
 
     @contextmanager
     def failing_graph(graph, **options):
@@ -145,15 +166,18 @@ def test_a_failed_capture_raises_its_first_error(out_of_memory, gpu, monkeypatch
             raise RuntimeError("the capture cannot end")
 
     def function(a, b):
-        if gpu.calls.count("function") == WARM_UP:
+        if graphs.capturing:
             raise cause
         return gpu.function(a, b)
 
-    monkeypatch.setattr(torch.cuda, "graph", failing_graph)
-    graphed = Graphed(function)
-    for i in range(WARM_UP):
-        call(graphed, i, 10)
-    with pytest.raises(RuntimeError) as error:
-        call(graphed, 0, 0)
-    assert error.value is cause if out_of_memory else str(error.value) == "the capture cannot end"
-    assert gpu.calls.count("function") == WARM_UP and "replay 0" not in gpu.calls
+    with monkeypatch.context() as failing:
+        failing.setattr(torch.cuda, "graph", failing_graph)
+        for i in range(WARM_UP):
+            call(partial(graphs, function), i, 10)
+        with pytest.raises(RuntimeError, match="the capture cannot end") as error:
+            call(partial(graphs, function), 0, 0)
+    assert bool(out_of_memory(error.value)) == isinstance(cause, torch.OutOfMemoryError)
+    assert gpu.calls.count("function") == WARM_UP and "replay 0" not in gpu.calls and not graphs.capturing
+    gpu.capturing = None
+    assert call(partial(graphs, gpu.function), 3, 4) == [7]  # captured now, in a new pool
+    assert gpu.capture_options[-1]["pool"] is None
