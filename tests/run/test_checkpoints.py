@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from functools import partial
 from hashlib import sha256
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress, averages_of, checkpoints, name_of, newest, retain, verify
 from fastsd.run.saving import Saving
 from fastsd.storage import write_safetensors
+from fastsd.train.step import Step
 
 
 def commit(folder, step, **state):
@@ -32,13 +34,13 @@ def names(folder):
 
 
 def test_the_newest_checkpoint_has_its_progress(tmp_path):
-    assert newest(tmp_path, pytest.fail) is None
+    assert newest(tmp_path) is None
     for step in (2, 10, 9):
         commit(tmp_path, step, stage=1, images=40, seconds=1.5)
     (tmp_path / ".tmp-step-00000011").mkdir()
     (tmp_path / "step-12").mkdir()
-    path, progress = newest(tmp_path, pytest.fail)
-    assert path.name == "step-00000010" and checkpoints(tmp_path)[-1] == path
+    path, progress, warnings = newest(tmp_path)
+    assert path.name == "step-00000010" and checkpoints(tmp_path)[-1] == path and warnings == []
     assert progress == RunProgress(stage=1, step=10, images=40, seconds=1.5, micro_batch_size=2, micro_batch_setting="auto")
     assert names(tmp_path) == ["step-00000002", "step-00000009", "step-00000010", "step-12"]
 
@@ -55,28 +57,30 @@ DAMAGE = {
 def test_damaged_checkpoints_are_set_aside_again_and_again(problem, tmp_path):
     good = commit(tmp_path, 2)
     for _ in range(2):
-        warnings = []
         for step in (4, 6):
             DAMAGE[problem](commit(tmp_path, step))
         assert problem in verify(tmp_path / name_of(6)) and verify(good) is None
-        assert newest(tmp_path, warnings.append)[0] == good
+        path, _, warnings = newest(tmp_path)
+        assert path == good
         assert [text.split()[1] for text in warnings] == [name_of(6), name_of(4)] and all(problem in text for text in warnings)
         assert names(tmp_path) == [f"damaged-{name_of(4)}", f"damaged-{name_of(6)}", name_of(2)]
-    assert newest(tmp_path, pytest.fail)[0] == good
+    path, _, warnings = newest(tmp_path)
+    assert path == good and warnings == []
 
 
 def test_if_all_checkpoints_are_damaged_they_stay(tmp_path):
     for step in (2, 4):
         DAMAGE["weights is missing"](commit(tmp_path, step))
     with refused("checkpoints-damaged", count=2):
-        newest(tmp_path, lambda text: None)
+        newest(tmp_path)
     assert names(tmp_path) == [name_of(2), name_of(4)]
 
 
 def test_an_older_damaged_checkpoint_is_left_alone(tmp_path):
     DAMAGE["weights is missing"](commit(tmp_path, 2))
-    commit(tmp_path, 4)
-    assert newest(tmp_path, pytest.fail)[0].name == name_of(4) and names(tmp_path) == [name_of(2), name_of(4)]
+    good = commit(tmp_path, 4)
+    path, _, warnings = newest(tmp_path)
+    assert path == good and warnings == [] and names(tmp_path) == [name_of(2), name_of(4)]
 
 
 def test_retention_counts_from_the_newest_and_spares_the_kept(tmp_path):
@@ -102,16 +106,19 @@ class Run:
         self.folder, self.calls, self.saved, self.retained = folder, [], [], []
         stages = [SimpleNamespace(state=state) for state in ("reset", "reset", "carry")]
         config = SimpleNamespace(run=str(folder), stage=stages)
-        self.position = SimpleNamespace(mark_done=lambda done: self.calls.append(f"done {done}"), progress=None)
-        smoothed = SimpleNamespace(state=lambda: {"loss": torch.zeros(1)})
+        self.position = SimpleNamespace(mark_done=lambda *, done: self.calls.append(f"done {done}"), progress=None)
+        smoothed = SimpleNamespace(state_dict=lambda: {"loss": torch.zeros(1)})
         report = SimpleNamespace(
-            flush=lambda: self.calls.append("flush"), saved=lambda: self.calls.append("saved"), warn=self.calls.append
+            flush=lambda: self.calls.append("flush"),
+            saved=lambda: self.calls.append("saved"),
+            console=SimpleNamespace(warn=self.calls.append),
         )
         cost = SimpleNamespace(record=lambda progress: self.calls.append(f"cost {progress.step}"))
         component = SimpleNamespace(ema_state=lambda: {"w": torch.ones(1)}, state=lambda *kind: {"w": torch.ones(2)}, names=[])
         self.step = SimpleNamespace(
             components={"unet": component}, optimizers={}, skipped=torch.zeros(1), stage=SimpleNamespace(keep_checkpoints=2)
         )
+        self.step.state_dict = partial(Step.state_dict, self.step)
         monkeypatch.setattr(checkpoint, "save", self.save_files)
         monkeypatch.setattr(checkpoint, "retain", lambda *arguments: self.retained.append(arguments[1:]))
         monkeypatch.setattr(checkpoint, "load_state", lambda path: {"from": path.name})
@@ -125,7 +132,7 @@ class Run:
     def save(self, stage, step, **options):
         self.calls.clear()
         self.position.progress = RunProgress(stage=stage, step=step)
-        return self.saving.save(self.step, **{"done": False} | options)
+        return self.saving.save(self.step, **{"done": False, "keep": False} | options)
 
     def kept(self):
         return json.loads((self.folder / "kept.json").read_text())
