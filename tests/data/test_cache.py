@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -505,6 +506,10 @@ def test_names_of_spaces_never_change(tmp_path):
     """Another name would let every image be encoded again."""
     plain = config(tmp_path)
     assert cache_module.space_name(plain, "vae") == "f65773c6779a89af"
+    draw_many(tmp_path, 3)
+    build_cache(plain, StubVae())
+    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{16}\.safetensors", name) for name in shard_bytes(tmp_path))
+    assert all(name.startswith(cache_module.space_name(plain, "stub")[:8]) for name in shard_bytes(tmp_path))
     bf16 = config(tmp_path, dtype="bf16")
     assert cache_module.space_name(bf16, "vae") == "545213a87c7ef613"
 
