@@ -551,3 +551,13 @@ def test_a_view_whose_tensors_disagree_is_refused(name, tmp_path):
     cache_module.View.write(path, arrays, metadata, serial="1")
     with refused("frozen-file-damaged", path=path):
         LatentCache.open(tmp_path / "cache")
+
+
+def test_the_rate_of_a_scan_is_files_per_second(tmp_path, monkeypatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))  # each call takes a second
+    monkeypatch.setattr("fastsd.data.building.collect._CHUNK", 6)
+    draw_many(tmp_path, 9)
+    events = []
+    build_cache(config(tmp_path), StubVae(), events.append)
+    assert [event.images_per_second for event in events if event.phase == "scan"] == [6 / 1, 9 / 2]

@@ -5,13 +5,14 @@ import hashlib
 import os
 import sqlite3
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
 from sentences import refused
 
 from fastsd.data.building import store as stores
+from fastsd.data.building.collect import one_at_a_time, sample_table
 from fastsd.data.building.store import Claims, Shard, Store, disk_errors, lock_file, wait_for
 from fastsd.data.rows import row_check
 
@@ -294,3 +295,54 @@ def test_released_claims_can_be_taken_by_others(tmp_path):
         if child == 0:
             os._exit(int(Claims(tmp_path).take(1, 10, 1)))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (not held)
+
+
+def test_the_sample_table_lives_until_its_last_user_ends(tmp_path):
+    database, filled = tmp_path / "work" / "view.sqlite", []
+
+    def use(name):
+        stack = ExitStack()
+        store = stack.enter_context(Store.open(tmp_path, create=True, lock="shared"))
+        stack.enter_context(sample_table(store, "view", lambda: filled.append(name), lambda text: filled.append(text)))
+        return store, stack
+
+    first_store, first = use("first")
+    first_store.db.execute("INSERT INTO sample (path) VALUES ('a')")
+    second_store, second = use("second")
+    assert filled == ["first"]  # the second finds the table filled
+    first.close()
+    assert database.exists() and second_store.db.execute("SELECT path FROM sample").fetchall() == [("a",)]
+    third_store, third = use("third")
+    second.close()
+    assert database.exists() and len(third_store.db.execute("SELECT path FROM sample").fetchall()) == 1
+    third.close()
+    assert filled == ["first"] and not list((tmp_path / "work").glob("view.sqlite*"))
+    use("fourth")[1].close()
+    assert filled == ["first", "fourth"]
+
+
+def test_a_table_that_a_killed_process_left_is_filled_again(tmp_path):
+    (tmp_path / "work").mkdir()
+    for ending in ("", "-wal", "-shm"):
+        (tmp_path / f"work/view.sqlite{ending}").write_text("left")
+    filled = []
+    with Store.open(tmp_path, create=True) as store, sample_table(store, "view", lambda: filled.append(1), print):
+        assert filled == [1] and store.db.execute("SELECT COUNT(*) FROM sample").fetchone() == (0,)
+
+
+def test_one_process_at_a_time_with_a_message(tmp_path, monkeypatch):
+    texts = []
+
+    def release(seconds):
+        other.close()
+
+    monkeypatch.setattr(time, "sleep", release)
+    other = (tmp_path / "turn.lock").open("a+b")
+    assert lock_file(other, exclusive=True)
+    with Store.open(tmp_path, create=True) as store, one_at_a_time(store, texts.append):
+        with (tmp_path / "turn.lock").open() as handle:
+            assert not lock_file(handle, exclusive=False)
+    assert texts == ["waiting: another process is scanning the folders"]
+    with Store.open(tmp_path) as store, one_at_a_time(store, texts.append, "other", "busy"):
+        assert (tmp_path / "other.lock").exists()
+    assert len(texts) == 1
