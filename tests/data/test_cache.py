@@ -561,3 +561,19 @@ def test_the_rate_of_a_scan_is_files_per_second(tmp_path, monkeypatch):
     events = []
     build_cache(config(tmp_path), StubVae(), events.append)
     assert [event.images_per_second for event in events if event.phase == "scan"] == [6 / 1, 9 / 2]
+
+
+def test_a_view_without_a_serial_number_is_damaged(tmp_path):
+    draw_many(tmp_path, 3)
+    counts = build_cache(config(tmp_path), StubVae())
+    path = tmp_path / f"cache/views/{counts.view}.safetensors"
+    view = cache_module.View(path)
+    arrays = {key: array.copy() for key, array in view.arrays.items()}
+    metadata = {key: view.metadata[key] for key in cache_module.View.HASHED_KEYS}
+    cache_module.View.write(path, arrays, metadata, serial="one")
+    draw_many(tmp_path, 4)
+    other = build_cache(config(tmp_path, dtype="bf16"), StubVae())  # written as the newest in spite of the damaged one
+    with closing(LatentCache.open(tmp_path / "cache", other.view)) as cache:
+        assert len(cache) == 4
+    with refused("frozen-file-damaged", path=path):
+        LatentCache.open(tmp_path / "cache")
