@@ -128,8 +128,7 @@ def test_changes_of_the_cache_have_names(tmp_path, monkeypatch):
 
 
 def test_one_trainer_per_folder(tmp_path):
-    with lock(tmp_path):
-        with refused("run-locked", folder=repr(str(tmp_path))), lock(tmp_path):
-            pass
+    with lock(tmp_path), refused("run-locked", folder=repr(str(tmp_path))):
+        lock(tmp_path)
     with lock(tmp_path):
         pass
