@@ -5,6 +5,7 @@ import time
 from contextlib import ExitStack
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -292,3 +293,11 @@ def test_a_stream_stops_when_closed_dropped_or_done():
     assert len(list(loader().stream(0, 10, 2))) == 5
     while loader_threads():
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("data", [None, DataTable(folders=["a"], exclude=["tag 8"])], ids=["all", "filtered"])
+def test_left_out_samples_are_in_no_batch(data):
+    usable = [i for i in range(10) if i not in (1, 3) and not (data and i == 8)]
+    partial = Loader(Samples((SQUARE, 0, 10)), tokenize, 3, stage(), data=data, left_out=np.array([1, 3]))
+    assert partial.images == len(usable)
+    assert sorted(sample_numbers(partial.batch(0, len(usable)))) == usable

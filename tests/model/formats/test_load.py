@@ -11,6 +11,7 @@ from tiny import make_tiny_model, tiny_vae
 
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.model.formats.load import load_model, load_tokenizer, load_vae, table_of
+from fastsd.model.formats.model_source import read_component
 from fastsd.model.formats.single_file_layout import CONFIGS
 from fastsd.model.unet import UNetConfig
 from fastsd.model.weights import diffusers_state_dict
@@ -227,3 +228,22 @@ def test_the_prediction_of_the_base_can_be_changed_with_a_note(tiny_model):
     assert expected.items() <= zero.scheduler.items() and zero.scheduler["rescale_betas_zero_snr"] is True
     with refused("zero-snr-epsilon", base=tiny_model):
         load_model(ModelTable(base=str(tiny_model), zero_snr=True))
+
+
+def test_a_vae_alone_in_a_file_may_have_the_names_of_diffusers(tmp_path):
+    from safetensors.torch import save_file
+
+    vae = tiny_vae(groups=32, width=32)
+    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+    loaded = load_vae(ModelTable(base="", vae=str(tmp_path / "vae.safetensors"), vae_scaling_factor=0.5))
+    assert_same({"vae": vae.state_dict()}, {"vae": loaded.module.state_dict()})
+
+
+def test_ignored_files_of_a_folder_are_noted(tmp_path, tiny_model):
+    shutil.copytree(tiny_model / "unet", tmp_path / "m" / "unet")
+    notes = ["earlier"]
+    assert read_component(tmp_path / "m", "unet", notes).tensors and notes == ["earlier"]
+    write_safetensors(tmp_path / "m" / "unet" / "other.safetensors", {"a": torch.ones(1)})
+    read_component(tmp_path / "m", "unet", notes)
+    assert len(notes) == 2 and "ignored other.safetensors" in notes[1]
+    assert len(read_component(tmp_path / "m", "unet").tensors) > 100  # without a list of notes
