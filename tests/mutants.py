@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,17 +156,21 @@ def make_map(work: Path) -> None:
 
     data = coverage.CoverageData(str(data_file))
     data.read()
-    lines = {}
-    for file in data.measured_files():
-        contexts = data.contexts_by_lineno(file)
-        tests = {line: sorted({name.split("|")[0] for name in names if name}) for line, names in contexts.items()}
-        lines[Path(file).relative_to(ROOT).as_posix()] = tests
-    import xml.etree.ElementTree as ElementTree
-
     seconds = {}
     for case in ElementTree.parse(junit).iter("testcase"):
         file = case.get("classname", "").replace(".", "/") + ".py"
         seconds[f"{file}::{case.get('name')}"] = float(case.get("time", 0))
+    tests_of_file: dict[str, list[str]] = {}
+    for test in seconds:
+        tests_of_file.setdefault(test.split("::")[0], []).append(test)
+    lines: dict[str, dict[int, list[str]]] = {}
+    for file in data.measured_files():
+        name = Path(file).relative_to(ROOT).as_posix()
+        for line, contexts in data.contexts_by_lineno(file).items():
+            tests = {context.split("|")[0] for context in contexts if context}
+            # A fixture runs once, in the first test that uses it.  Each test of the file may look at its result.
+            files = {context.split("::")[0] for context in contexts if context.endswith("|setup")}
+            lines.setdefault(name, {})[line] = sorted(tests.union(*(tests_of_file[file] for file in files)))
     (work / "map.json").write_text(json.dumps({"lines": lines, "seconds": seconds}))
 
 
