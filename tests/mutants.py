@@ -165,12 +165,12 @@ def make_map(work: Path) -> None:
         tests_of_file.setdefault(test.split("::")[0], []).append(test)
     lines: dict[str, dict[int, list[str]]] = {}
     for file in data.measured_files():
-        name = Path(file).relative_to(ROOT).as_posix()
+        lines_of_file = lines.setdefault(Path(file).relative_to(ROOT).as_posix(), {})
         for line, contexts in data.contexts_by_lineno(file).items():
             tests = {context.split("|")[0] for context in contexts if context}
             # A fixture runs once, in the first test that uses it.  Each test of the file may look at its result.
             files = {context.split("::")[0] for context in contexts if context.endswith("|setup")}
-            lines.setdefault(name, {})[line] = sorted(tests.union(*(tests_of_file[file] for file in files)))
+            lines_of_file[line] = sorted(tests.union(*(tests_of_file[name] for name in files)))
     (work / "map.json").write_text(json.dumps({"lines": lines, "seconds": seconds}))
 
 
