@@ -326,3 +326,10 @@ def test_metadata_has_sorted_keys(exported):
     assert len(texts) > 3
     for text in texts:
         assert text == json.dumps(json.loads(text), sort_keys=True)
+
+
+def test_components_without_adapters_are_links_to_the_checkpoint(tmp_path, tiny_model, images):
+    folder, _ = run(job(tmp_path, tiny_model, images, LORA_STAGE), "model.lora={rank=2}")
+    newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
+    for name, is_link in (("text_encoder/model.safetensors", True), ("unet/diffusion_pytorch_model.safetensors", False)):
+        assert os.path.samefile(folder / "model" / name, newest / name) == is_link

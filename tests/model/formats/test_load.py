@@ -230,11 +230,18 @@ def test_the_prediction_of_the_base_can_be_changed_with_a_note(tiny_model):
         load_model(ModelTable(base=str(tiny_model), zero_snr=True))
 
 
-def test_a_vae_alone_in_a_file_may_have_the_names_of_diffusers(tmp_path):
+@pytest.mark.parametrize("old", [False, True], ids=["current", "old"])
+def test_a_vae_alone_in_a_file_may_have_the_names_of_diffusers(old, tmp_path):
     from safetensors.torch import save_file
 
     vae = tiny_vae(groups=32, width=32)
-    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+    renamed = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."} if old else {}
+    state = {}
+    for name, tensor in vae.state_dict().items():
+        for new_name, old_name in renamed.items():
+            name = name.replace(new_name, old_name)
+        state[name] = tensor
+    save_file(state, tmp_path / "vae.safetensors")
     loaded = load_vae(ModelTable(base="", vae=str(tmp_path / "vae.safetensors"), vae_scaling_factor=0.5))
     assert_same({"vae": vae.state_dict()}, {"vae": loaded.module.state_dict()})
 
