@@ -97,7 +97,8 @@ def test_tensors_of_any_layout_survive_in_blocks(block, tmp_path, monkeypatch):
     write_safetensors(tmp_path / "b", file.stored(), {"key": "value"})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     for name, stored in file.stored().items():
-        assert torch.equal(stored.read(), tensors[name]) and torch.equal(file[name], tensors[name])
+        assert torch.equal(stored.read(), tensors[name]) and stored.read().dtype == tensors[name].dtype
+        assert torch.equal(file[name], tensors[name])
         assert stored.shape == tensors[name].shape and stored.dtype == file[name].dtype == tensors[name].dtype
         assert all(0 < part.numel() * part.itemsize <= max(block, part.itemsize) for part in stored.blocks())
         if tensors[name].numel():

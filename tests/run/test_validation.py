@@ -481,3 +481,25 @@ def test_numbers_are_formatted_by_band_and_set():
         "500-999           0.7500 ± 0.2000   0.6000 ± 0.4000",
         "all               0.5000 ± 0.0100   0.4000 ± 0.0200",
     ]
+
+
+def test_images_of_several_folders_and_shapes_are_measured(tmp_path, tiny_model):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            image = Image.effect_noise((64, 40) if i % 2 else (40, 64), 60 + i)
+            image.convert("RGB").save(tmp_path / name / f"{i}.png")
+    path = job(tmp_path, tiny_model, tmp_path / "a", STAGE, resolution=32)
+    keys = [*OVERRIDES, f'data.folders=["{tmp_path / "a"}", "{tmp_path / "b"}"]', "validate.held_out=8"]
+    keys += ["data.buckets={ min = 16, max = 64, step = 8 }"]
+    config = load_config(path, keys)
+    cache(config, Console(file=StringIO()))
+    together, alone = (measure(tiny_model, load_config(path, [*keys, f"validate.batch={size}"])) for size in (4, 1))
+    for row, row_alone in zip(together, alone, strict=True):
+        assert len(row["each"]) == {"held_out": 8, "stabilised": 3}[row["set"]]
+        assert row["each"] == pytest.approx(row_alone["each"], rel=1e-4)
+
+
+def test_error_bars_of_one_and_two_images():
+    assert aggregate([[1.0], [3.0]], [0, 1000], 1) == {"loss": 2.0, "se": 1.0, "bands": [[0, 1000, 2.0, 1.0]]}
+    assert aggregate([[3.0]], [0, 1000], 1) == {"loss": 3.0, "se": 0.0, "bands": [[0, 1000, 3.0, 0.0]]}
