@@ -379,3 +379,31 @@ def test_fingerprints_are_hashes_of_order_timesteps_and_the_first_noise(model):
         "noise": hashed(noise_B[:1]),
     }  # fmt: skip
     assert "order" not in step.batch_fingerprints(batches(1, 4)[0])
+
+
+def test_a_single_parameter_can_be_trained(model):
+    before = {name: parameter.clone() for name, parameter in model.unet.named_parameters()}
+    step = Step(model, stage_of(train=["unet.conv_in.bias"]), 9, seed=0)
+    step(batches(1, 4)[0], 0)
+    changed = [name for name, parameter in model.unet.named_parameters() if not torch.equal(parameter, before[name])]
+    assert changed == ["conv_in.bias"]
+
+
+def test_out_of_memory_in_an_update_ends_the_run(model, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    warnings = []
+    step = Step(model, stage_of(optimizer="lion", lr=1e-3), 9, seed=0, warn=warnings.append)
+    first, second = batches(2, 4)
+    step(first, 0)
+    with monkeypatch.context() as patch:  # a forward changes no weights, so a smaller micro-batch can try again
+        calls = iter([fail])
+        forward = model.unet.forward
+        patch.setattr(model.unet, "forward", lambda *tensors: next(calls, forward)(*tensors))
+        step(second, 1)
+    assert len(warnings) == 1 and step.micro_batch_size == 2
+    monkeypatch.setattr(step.optimizers["unet"], "update", fail)
+    with refused("out-of-memory", cause="while weights were updated", reason="no memory"):
+        step(second, 2)
+    assert len(warnings) == 1
