@@ -301,7 +301,7 @@ class DLion(FastOptimizer):
         self._sums = []
 
         d = self.step_size
-        limited = self.growth_rate is not None or self.d_max is not None or self.frozen is not None
+        limited = self.growth_rate is not None or self.frozen is not None
         previous_d = d.clone() if limited else d
         lr, beta2 = self.param_groups[0]["lr"], self.param_groups[0]["betas"][1]
         self.ops.dlion_estimate(d, self.shared["numerator_weighted"], dots_K, l1_K, lr=lr, beta2=beta2, found_inf=found_inf)
