@@ -333,3 +333,10 @@ def test_components_without_adapters_are_links_to_the_checkpoint(tmp_path, tiny_
     newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
     for name, is_link in (("text_encoder/model.safetensors", True), ("unet/diffusion_pytorch_model.safetensors", False)):
         assert os.path.samefile(folder / "model" / name, newest / name) == is_link
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_card_explains_long_captions_only_if_there_are_any(chunks, folder):
+    summary = untrained("swapped", "base").model_copy(update={"chunks": chunks})
+    text = card_of(folder, summary, "text_encoder/config.json", max_position_embeddings=77)
+    assert says(text, "card-long-captions", chunks=chunks) == (chunks > 1)
