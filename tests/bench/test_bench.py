@@ -48,6 +48,7 @@ def test_every_suite_runs_on_a_cpu(tmp_path):
     assert len(table(records)) == 1 + len(records)
 
 
+@pytest.mark.slow
 def test_script_without_a_gpu_is_refused_in_one_line():
     run = subprocess.run([sys.executable, "bench/gpu.py"], cwd=ROOT, env=NO_GPU, capture_output=True, text=True)
     assert run.returncode == 2
@@ -76,6 +77,7 @@ def test_all_files_of_the_gpu_script_exist():
     assert gpu.ON_GPU.keys() <= set(gpu.PARTS["tests"])
 
 
+@pytest.mark.slow
 def test_visit_records_failures_and_continues(visit, tmp_path, monkeypatch, capfd):
     broken = tmp_path / "test_broken.py"
     broken.write_text("def test_a(): pass\ndef test_b(): assert 1 == 2, 'wrong'\n")
@@ -266,6 +268,7 @@ def test_largest_finds_the_largest_that_fits(most):
         assert max(sizes) <= most and len(sizes) == len(set(sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fastsd", "lion-pytorch"])
 def test_most_images_stops_at_the_first_size_out_of_memory(name, monkeypatch):
     """Simulate a device that runs out of memory with more than five images."""

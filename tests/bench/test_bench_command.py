@@ -172,6 +172,7 @@ def test_step_that_runs_out_of_memory_is_refused(function, run, monkeypatch):
     assert says(err, "bench-step-failed") and "20.00 MiB" in err
 
 
+@pytest.mark.slow
 def test_config_provides_model_stage_and_batches(run, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
     out, _ = run("step", path, "--peers none --steps 1 device=cpu", f"cache.dir={tmp_path / 'none'}")

@@ -54,6 +54,7 @@ def test_trains_with_dlion_and_reads_the_log(tmp_path, tiny_model, images):
     assert again == probe
 
 
+@pytest.mark.slow
 def test_stopped_probe_resumes(tmp_path, tiny_model, images, monkeypatch):
     from fastsd.errors import Stopped
     from fastsd.run import loop

@@ -41,6 +41,7 @@ def swapped(base, vae, out, images=None, **options):
     return record, load_model(ModelTable(base=str(out))), text.getvalue()
 
 
+@pytest.mark.slow
 def test_aligns_measures_and_takes_the_best_fit(tmp_path, tiny_model, vaes, images):
     record, model, out = swapped(tiny_model, vaes / "other", tmp_path / "out", images, limit=12)
     losses = {name: record["fits"][name]["loss"] for name in FITS}

@@ -240,6 +240,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_page_is_complete_and_self_contained(make_run, tmp_path):
     awkward_name = "<i>a&b'\"$x$"
     shades = {step: [step, 50, 100, 150] for step in (0, 2, 4)}
@@ -348,6 +349,7 @@ def trained(tmp_path_factory, tiny_model, images) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_redrawn_samples_equal_those_of_the_run(trained, tmp_path):
     """The finished model draws the run's last samples. The checkpoints draw the grids of their steps."""
     runs = read_runs(trained)
@@ -393,6 +395,7 @@ def test_page_with_everything_drawn(trained, tmp_path):
     assert says(out.getvalue(), "page-written", page=tmp_path / "r.html", runs="2 runs")
 
 
+@pytest.mark.slow
 def test_clip_skip_beyond_the_layers_is_refused(trained, tmp_path):
     with refused("clip-skip", clip_skip=2, layers=2):
         compare(trained, tmp_path / "r.html", drawing=["clip_skip=0,2"], console=Console(file=StringIO()))

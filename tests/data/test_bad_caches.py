@@ -96,6 +96,7 @@ def test_the_vae_of_an_interrupted_cache_may_be_swapped(folder, tmp_path, tiny_m
     assert says(folder.run("cache", base, code=2), "safetensors-unreadable", path=weights)
 
 
+@pytest.mark.slow
 def test_caching_continues_after_a_full_disk_at_any_moment(folder, monkeypatch):
     folder.put_good(*(f"{i}.png" for i in range(20)))
     flush, calls_left = os.fsync, 0
@@ -206,6 +207,7 @@ def loss(folder: DataSet, run: Path) -> float:
     return json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
 
 
+@pytest.mark.slow
 def test_damage_is_reported_never_trained_on_and_repaired(folder, tmp_path):
     folder.put_good(*(f"{i}.png" for i in range(IMAGES)))
     tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
@@ -236,6 +238,7 @@ def test_damage_is_reported_never_trained_on_and_repaired(folder, tmp_path):
             assert content == (intact / file.relative_to(folder.cache)).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_restored_backups_are_brought_up_to_date(folder, tmp_path):
     folder.put_good(*(f"{i}.png" for i in range(IMAGES)))
     folder.run("cache")

@@ -396,6 +396,7 @@ def jobs(tmp_path, tiny_model):
     return [job(tmp_path / name, tiny_model, tmp_path / "images", STAGE) for name in "ab"]
 
 
+@pytest.mark.slow
 def test_training_and_resuming_are_bit_identical(jobs, tiny_model, monkeypatch):
     without, _ = run(jobs[0], "cache.dtype=fp32")
     folder, out = run(jobs[1], "cache.dtype=fp32", "stage.until=5", states=True)

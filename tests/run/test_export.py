@@ -163,6 +163,7 @@ def test_exports_contain_no_local_path(exported, tiny_model):
         assert not any(path.encode() in header for path in paths), name
 
 
+@pytest.mark.slow
 def test_lora_is_exported_alone_and_merged(tmp_path, tiny_model, images):
     keys = ["model.lora={rank=2, alpha=1, text_encoder=true}", 'model.base="' + str(tiny_model) + '"']
     folder, text = run(job(tmp_path, tiny_model, images, LORA_STAGE), *keys)

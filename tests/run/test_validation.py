@@ -154,6 +154,7 @@ def test_filters_apply_to_measured_images(tmp_path, tiny_model, images):
     assert " 12 " in str(error.value)
 
 
+@pytest.mark.slow
 def test_held_out_images_are_in_no_batch(tmp_path, tiny_model):
     write_images(tmp_path / "images", 14)
     write_images(tmp_path / "wide", 9, seed=3)
@@ -263,6 +264,7 @@ def test_rows_and_output_of_a_run(uninterrupted):
     assert says(text, "validation-planned", **PLANNED) and ", every 2\n" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [0, 2, 4])
 def test_a_stopped_run_writes_the_same_rows(stop, uninterrupted, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
@@ -275,6 +277,7 @@ def test_a_stopped_run_writes_the_same_rows(stop, uninterrupted, tmp_path, tiny_
     assert same(final(folder), final(uninterrupted[1]))
 
 
+@pytest.mark.slow
 def test_validation_does_not_change_training(uninterrupted, tmp_path, tiny_model, images):
     def trained(name, *keys):
         (tmp_path / name).mkdir()
@@ -290,6 +293,7 @@ def test_validation_does_not_change_training(uninterrupted, tmp_path, tiny_model
     assert {row["set"] for row in validation_rows(only[2])} == {"stabilised"} and not (none[2] / "validation.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ema_weights_are_measured_and_removed_again(precision, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)

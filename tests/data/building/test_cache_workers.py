@@ -10,6 +10,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 import torch
 from caching import StubVae, config, draw, draw_many, shard_bytes
 from commandline import function_process
@@ -60,6 +61,7 @@ def build_alone(root, monkeypatch):
     return shards, frozen, view
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(tmp_path, monkeypatch):
     draw_many(tmp_path, IMAGES)
     shards, frozen, view = build_alone(tmp_path, monkeypatch)
