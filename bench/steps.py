@@ -171,8 +171,10 @@ def whole_steps(setting: Setting, names: tuple[str, ...], setup: Setup) -> list[
     for name in names:
         if name == "compiled" and setup.device.type == "cpu":
             notes.append("skipped: baseline compiled, because compiling for a CPU takes minutes")
-        elif baselines.attempt(name, notes, partial(baselines.require, name)):
-            available.append(name)
+        else:
+            installed, reasons = baselines.attempt(name, partial(baselines.require, name))
+            notes += reasons
+            available += [name] if installed else []
     _, figures = suites.bench_step(setup.bench_options(setting, available), STDOUT)
     notes += figures["misses"]
     columns = ("img_per_s", "tflop_per_s", "mfu", "peak_gb", "held_gb", "launches", "host_waits", "times", "ms", "first_loss")
@@ -210,7 +212,9 @@ def profile_step(setting: Setting, setup: Setup) -> list[Record]:
     if not gpu:
         notes.append("skipped: time of kernels needs a GPU; these are operations on a CPU")
     inputs = baselines.BenchInputs(model, target.stage, batches, target.device)
-    for candidate in baselines.candidates(inputs, ["diffusers"], notes):
+    candidates, skipped = baselines.candidates(inputs, ["diffusers"])
+    notes += skipped
+    for candidate in candidates:
         with candidate.turn():
             for _ in range(WARM_UP):
                 candidate.step()
@@ -250,9 +254,11 @@ def most_images(precision: str, optimizer: str, level: str, name: str, setup: Se
 
     Our step holds all tensors of a run, including text encoder and VAE, and records a graph. A baseline holds only its UNet.
     """
-    is_ours, notes = name == baselines.OURS, list[str]()
-    if not is_ours and not baselines.attempt(name, notes, partial(baselines.require, name)):
-        raise Skipped(*notes)
+    is_ours = name == baselines.OURS
+    if not is_ours:
+        installed, reasons = baselines.attempt(name, partial(baselines.require, name))
+        if not installed:
+            raise Skipped(*reasons)
     shapes, resolution = SMALL if setup.small else FULL
     side, max_images = shapes.side(resolution), 8 if setup.small else 512
     peaks: dict[int, tuple[int, int]] = {}

@@ -157,8 +157,10 @@ class OurStep:
 
     name = OURS
 
-    def __init__(self, inputs: BenchInputs, warn: Callable[[str], None] = print) -> None:
+    def __init__(self, inputs: BenchInputs, warn: Callable[[str], None] | None = None) -> None:
         self.inputs, self.steps_done = inputs, 0
+        self.warnings: list[str] = []  # of the step, unless there is another `warn`
+        warn = warn or self.warnings.append
         self.trainer = Step(inputs.model, inputs.stage, 1 << 30, inputs.seed, graph=inputs.graph, warn=warn)
         # The arena is released between turns on a CPU only: a CUDA graph has recorded its address.
         self._released = self.trainer.tensors_by_role()["gradients"] if inputs.device.type == "cpu" else []
@@ -195,7 +197,7 @@ class Baseline:
         from diffusers import DDPMScheduler
 
         self.name, self.unet, self.optimizer = name, unet, optimizer
-        self.inputs, self.steps_done = inputs, 0
+        self.inputs, self.steps_done, self.warnings = inputs, 0, list[str]()
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.scheduler = DDPMScheduler.from_config(inputs.model.scheduler)
         self.compiled = name == "compiled"
@@ -319,18 +321,21 @@ def baseline_maker(inputs: BenchInputs) -> Callable[[str], Baseline]:
     return make
 
 
-def candidates(inputs: BenchInputs, names: list[str], warnings: list[str]) -> list[Candidate]:
-    """Create our candidate and the named baselines. Baselines are created first, because ours may convert weights to bf16."""
+def candidates(inputs: BenchInputs, names: list[str]) -> tuple[list[Candidate], list[str]]:
+    """Create our candidate and the named baselines. Return them, and the reasons why others are skipped.
+
+    Baselines are created first, because ours may convert weights to bf16.
+    """
     make = baseline_maker(inputs)
-    baselines = [attempt(name, warnings, partial(make, name)) for name in names]
-    ours = attempt(OURS, warnings, lambda: OurStep(inputs, warnings.append))
-    return [candidate for candidate in (ours, *baselines) if candidate]
+    baselines = [attempt(name, partial(make, name)) for name in names]
+    attempts: list[tuple[Candidate | None, list[str]]] = [attempt(OURS, lambda: OurStep(inputs)), *baselines]
+    return [candidate for candidate, _ in attempts if candidate], [reason for _, reasons in attempts for reason in reasons]
 
 
-def attempt(name: str, warnings: list[str], function: Callable[[], T]) -> T | None:
-    """Call `function`. If a baseline fails, add the reason to `warnings` and return None. If ours fails, raise UserError."""
+def attempt(name: str, function: Callable[[], T]) -> tuple[T | None, list[str]]:
+    """Call `function` and return its result. If a baseline fails, return None and the reason; if ours does, raise UserError."""
     try:
-        return function()
+        return function(), []
     except Exception as error:
         memory, reason = out_of_memory(error), str(error).strip().splitlines()[0]
         if name == OURS:
@@ -344,8 +349,7 @@ def attempt(name: str, warnings: list[str], function: Callable[[], T]) -> T | No
             reason = f"baseline compiled, torch.compile failed ({reason[:160]})"
         elif not isinstance(error, UserError):
             raise
-        warnings.append(f"skipped: {reason}")
-    return None
+        return None, [f"skipped: {reason}"]
 
 
 def optimizer_baselines(family: OptimizerName) -> tuple[str, ...]:
@@ -391,8 +395,8 @@ class OptimizerStep(NamedTuple):
 
 
 def optimizer_steps(
-    family: OptimizerName, arenas: Arenas, ops: Ops, warnings: list[str], *, with_bf16: bool
-) -> dict[str, OptimizerStep]:
+    family: OptimizerName, arenas: Arenas, ops: Ops, *, with_bf16: bool
+) -> tuple[dict[str, OptimizerStep], list[str]]:
     """Create our step over an arena, as in `Step`, our step over a list of parameters, and the baselines' steps over that list.
 
     All of them update the same weights with the same gradients in turn. The tensors of the list are views of the arena, each on
@@ -423,8 +427,10 @@ def optimizer_steps(
         run = arena_step(master_hi, gradient.bfloat16(), [master_lo])
         steps[f"{OURS}, bf16"] = OptimizerStep(run, op_bytes(elements, 2))
     steps[f"{OURS}, a list"] = OptimizerStep(make_optimizer(parameters).step, num_bytes)
+    warnings = list[str]()
     for name in optimizer_baselines(family):
-        baseline = attempt(name, warnings, partial(baseline_optimizer, name, parameters))
+        baseline, reasons = attempt(name, partial(baseline_optimizer, name, parameters))
+        warnings += reasons
         if baseline:
             steps[name] = OptimizerStep(baseline.step, num_bytes, partial(step_counts, baseline))
-    return steps
+    return steps, warnings

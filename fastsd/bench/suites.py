@@ -93,12 +93,13 @@ def _parse(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
 
 def bench_step(options: BenchOptions, console: Console) -> Figures:
     """Time whole steps of our candidate and of the baselines, in turn."""
-    target, warnings = bench_target(options), list[str]()
+    target = bench_target(options)
     if target.stage.train != ["unet"]:
         problem = f"stage.0.train is {target.stage.train}, but bench step compares training of the UNet"
         raise UserError("bench-trains-other", f"{problem}; add 'stage.0.train=[\"unet\"]'")
-    names = _choose_fitting(options, target, warnings)
-    stage, inputs = target.stage, _inputs(options, target, warnings)
+    names, warnings = _choose_fitting(options, target)
+    inputs, problems = _inputs(options, target)
+    stage = target.stage
     with precision_switches(stage.precision, inputs.model.unet, deterministic=target.config.deterministic) as switches:
         graph = "CUDA graph" if inputs.graph else "no graph"
         console.echo(f"{counters.device_name(target.device)}, kernels {describe_ops(target.ops)}, {switches}, {graph}")
@@ -107,8 +108,10 @@ def bench_step(options: BenchOptions, console: Console) -> Figures:
         console.echo(f"UNet of {sum(target.sizes):,} parameters, {target.config.data.resolution} px, {stage_summary}")
 
         rows, turns = list[dict[str, Any]](), dict[str, timing.TimedCall]()
-        for candidate in baselines.candidates(inputs, names, warnings):
-            row = baselines.attempt(candidate.name, warnings, partial(timing.first_steps, candidate, target.device))
+        candidates, skipped = baselines.candidates(inputs, names)
+        for candidate in candidates:
+            row, reasons = baselines.attempt(candidate.name, partial(timing.first_steps, candidate, target.device))
+            skipped += reasons
             if row:
                 rows.append(row)
                 turns[candidate.name] = candidate.step, candidate.turn
@@ -121,6 +124,7 @@ def bench_step(options: BenchOptions, console: Console) -> Figures:
         counters.put_times(row, order, rows[0])
         seconds = row["ms"]["median"] / 1e3
         row |= {"img_per_s": stage.batch / seconds, "tflop_per_s": flops / seconds / 1e12, "mfu": flops / seconds / rate}
+    warnings += [*problems, *skipped, *(warning for candidate in candidates for warning in candidate.warnings)]
     warnings += [f"fastsd is slower than {row['name']}: {row['times']:.2f}x" for row in rows if row["times"] < 1]
     table = [["", "img/s", "ms per step (min - max)", "TFLOP/s", "MFU", "peak GB", "launches", "waits", "fastsd speedup"]]
     for row in rows:
@@ -139,9 +143,13 @@ def bench_step(options: BenchOptions, console: Console) -> Figures:
     return target.device, {**figures, "results": rows, "order": [name for name, _ in order], "misses": warnings}
 
 
-def _choose_fitting(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> list[str]:
-    """Return the baselines that fit, and choose a batch or micro-batch that no option sets. Raises UserError if none fits."""
-    names, parameters = _baseline_names(options, target, warnings), sum(target.sizes)
+def _choose_fitting(options: BenchOptions, target: BenchTarget) -> tuple[list[str], list[str]]:
+    """Return the baselines that fit and the reasons for skipping others. Choose a batch or micro-batch that no option sets.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    (names, warnings), parameters = _baseline_names(options, target), sum(target.sizes)
 
     def estimates() -> list[counters.CandidateMemory]:
         return counters.estimate_memory(target.cfg, parameters, target.stage, target.side, names, target.device)
@@ -170,11 +178,15 @@ def _choose_fitting(options: BenchOptions, target: BenchTarget, warnings: list[s
             f"bench step needs {need() / 1e9:.1f} GB ({', '.join(shares)}, libraries 0.5), but {target.free / 1e9:.1f} GB are "
             "free; use --optimizer lion, fewer --peers, a smaller --batch or --size, or --small",
         )
-    return names
+    return names, warnings
 
 
-def _baseline_names(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> list[str]:
-    """Return the named baselines, or the usual ones that are installed. Raises UserError if a named one is unavailable."""
+def _baseline_names(options: BenchOptions, target: BenchTarget) -> tuple[list[str], list[str]]:
+    """Return the named baselines, or the usual ones that are installed; and the reasons for skipping others.
+
+    Raises:
+        UserError: a named baseline is not available.
+    """
     if options.peers is not None:
         names = [] if options.peers == "none" else options.peers.split(",")
         for name in names:
@@ -182,19 +194,21 @@ def _baseline_names(options: BenchOptions, target: BenchTarget, warnings: list[s
                 choices = ", ".join(baselines.BASELINES)
                 raise UserError("bench-unknown-baseline", f"--peers has {name!r}; choose from {choices}, or give none")
             baselines.require(name)
-        return names
+        return names, []
     same = OPTIMIZERS[target.stage.optimizer].package or "diffusers"
     # Compiling for a CPU takes minutes, and at full size memory suffices for only one baseline.
     if target.device.type == "cuda":
         usual = ["diffusers", "compiled", "dadaptation"]
     else:
         usual = ["diffusers", same] if options.small else [same]
-    return [name for name in dict.fromkeys(usual) if baselines.attempt(name, warnings, partial(baselines.require, name))]
+    attempts = {name: baselines.attempt(name, partial(baselines.require, name)) for name in usual}
+    installed = [name for name, (result, _) in attempts.items() if result]
+    return installed, [reason for _, reasons in attempts.values() for reason in reasons]
 
 
-def _inputs(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> baselines.BenchInputs:
-    """Load the model onto its device. Batches come from the config's cache, or are generated if no cache is usable."""
-    stage = target.stage
+def _inputs(options: BenchOptions, target: BenchTarget) -> tuple[baselines.BenchInputs, list[str]]:
+    """Load the model onto its device. Batches come from the config's cache, or are generated, with a warning."""
+    stage, warnings = target.stage, list[str]()
     if options.config:
         model = load_to_train(target.config.model, target.ops)
         try:
@@ -210,7 +224,7 @@ def _inputs(options: BenchOptions, target: BenchTarget, warnings: list[str]) -> 
     model.text.module.to(target.device)
     model.unet.checkpointing = stage.checkpointing
     graph = target.config.cuda_graph and target.device.type == "cuda"
-    return baselines.BenchInputs(model, stage, batches, target.device, target.config.seed, graph)
+    return baselines.BenchInputs(model, stage, batches, target.device, target.config.seed, graph), warnings
 
 
 def bench_memory(options: BenchOptions, console: Console) -> Figures:
@@ -279,7 +293,8 @@ def bench_optim(options: BenchOptions, console: Console) -> Figures:
     console.echo(f"{len(sizes)} of {len(target.sizes)} tensors, {sum(sizes):,} parameters")
     rows, order, warnings = list[dict[str, Any]](), list[str](), list[str]()
     for family in families:
-        steps = baselines.optimizer_steps(family, arenas, target.ops, warnings, with_bf16=with_bf16)
+        steps, skipped = baselines.optimizer_steps(family, arenas, target.ops, with_bf16=with_bf16)
+        warnings += skipped
         family_start = len(rows)
         for name, step in steps.items():
             step.run()

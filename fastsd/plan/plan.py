@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastsd.config.keys import LIGHT, defaults, keys_with
 from fastsd.config.schema import Config, DataTable, StageTable
 from fastsd.config.stages import ENDLESS, parse_amount
+from fastsd.console import STDOUT, Console
 from fastsd.data.sources import folders
 from fastsd.errors import UserError
 from fastsd.model.select import changed_components
@@ -138,7 +138,7 @@ def plan(
     vram: float | None = None,
     card: str = "",
     path: Path | None = None,
-    print_line: Callable[[str], None] = print,
+    console: Console = STDOUT,
 ) -> None:
     """Print memory, estimated speed and disk space of every stage. Implements `fastsd plan`.
 
@@ -160,11 +160,11 @@ def plan(
     report: dict[str, Any] = {"vram_gib": vram, "reserved_gib": RESERVED / GIB, "notes": warnings, "kernels": ops.name}
     report |= {"resolution": config.data.resolution, "images": images, "stages": []}
     remark = "" if ops is TRITON else " (CPU kernels, which need more memory than GPU kernels)"
-    print_line("shapes     " + ("\n           ".join(warnings) or f"from {config.model.base}"))
-    print_line(f"kernels    {ops.name}{remark}")
-    print_line(f"memory     {vram:g} GB, including {RESERVED / GIB:.1f} GB reserved for the CUDA context and libraries")
-    print_line(f"speed      estimated with {MATMUL_SHARE} of the card's matmul rate and {MEMORY_SHARE} of its bandwidth")
-    print_line(f"images     {images or 'unknown, data.folders cannot be read'}")
+    console.echo("shapes     " + ("\n           ".join(warnings) or f"from {config.model.base}"))
+    console.echo(f"kernels    {ops.name}{remark}")
+    console.echo(f"memory     {vram:g} GB, including {RESERVED / GIB:.1f} GB reserved for the CUDA context and libraries")
+    console.echo(f"speed      estimated with {MATMUL_SHARE} of the card's matmul rate and {MEMORY_SHARE} of its bandwidth")
+    console.echo(f"images     {images or 'unknown, data.folders cannot be read'}")
 
     plans: list[StagePlan] = []  # stages that differ only in light keys share a plan
     for i, stage in enumerate(config.stage):
@@ -174,10 +174,10 @@ def plan(
         plans.append(existing or plan_stage(shapes, comparable, config.data.resolution, room, ops, cached_text=cached_text))
         entry = _describe(plans[-1], stage, config.stage_name(i), cards, images)
         report["stages"].append(entry)
-        _print_stage(entry, vram, print_line)
+        _print_stage(entry, vram, console)
 
     report["disk"] = _disk(config, shapes, plans, images)
-    _print_disk(report["disk"], print_line)
+    _print_disk(report["disk"], console)
     if path:
         try:
             replace_file(path, json.dumps(report, indent=2) + "\n")
@@ -220,11 +220,11 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[GpuSpec
     return entry | {"largest_micro_batch": largest, "levels": levels, "images_per_second": speeds, "seconds": seconds}
 
 
-def _print_stage(entry: dict[str, Any], vram: float, print_line: Callable[[str], None]) -> None:
+def _print_stage(entry: dict[str, Any], vram: float, console: Console) -> None:
     size, batch = entry["micro_batch"], entry["batch"]
     settings = ["+".join(entry["train"]), entry["optimizer"], entry["precision"], f"checkpointing {entry['checkpointing']}"]
     settings += ["fused backward"] if entry["fused_backward"] else []
-    print_line(f"\n{entry['name']}: {', '.join(settings)}, batch {batch} = {batch // size} x {size}")
+    console.echo(f"\n{entry['name']}: {', '.join(settings)}, batch {batch} = {batch // size} x {size}")
     labels = {
         "activations": f"activations saved for backward, {size} x {entry['memory']['activations'] / size / GIB:.2f}",
         "working memory": "working memory at the peak of a step",
@@ -233,12 +233,12 @@ def _print_stage(entry: dict[str, Any], vram: float, print_line: Callable[[str],
     rows = [(labels.get(owner, owner), size) for owner, size in entry["memory"].items() if size]
     extra = entry["total"] - sum(size for _, size in rows)
     for owner, size in [*rows, *([("additional while sampling", extra)] if extra else []), ("total", entry["total"])]:
-        print_line(f"  {size / GIB:9.2f} GiB  {owner}")
+        console.echo(f"  {size / GIB:9.2f} GiB  {owner}")
 
-    print_line("  checkpointing   GiB per image   TFLOP per image   largest micro-batch")
+    console.echo("  checkpointing   GiB per image   TFLOP per image   largest micro-batch")
     for level, row in entry["levels"].items():
         activations, flops = row["activations_an_image"] / GIB, row["flops_an_image"] / 1e12
-        print_line(f"  {level:<13}   {activations:13.3f}   {flops:15.2f}   {row['largest_micro_batch'] or 'none fits':>19}")
+        console.echo(f"  {level:<13}   {activations:13.3f}   {flops:15.2f}   {row['largest_micro_batch'] or 'none fits':>19}")
 
     speeds, seconds = entry["images_per_second"], entry["seconds"]
     if entry["steps"] is None:
@@ -246,10 +246,10 @@ def _print_stage(entry: dict[str, Any], vram: float, print_line: Callable[[str],
     else:
         steps = f"{entry['steps']:,} steps"
     width = max(len(steps), len("estimate"))
-    print_line(f"  {'estimate':<{width}}" + "".join(f"{card:>10}" for card in speeds))
-    print_line(f"  {'images/s':<{width}}" + "".join(f"{speed:10.1f}" for speed in speeds.values()))
-    print_line(f"  {steps:<{width}}" + "".join(f"{_duration(duration):>10}" for duration in seconds.values()))
-    print_line("  " + _verdict(entry, vram))
+    console.echo(f"  {'estimate':<{width}}" + "".join(f"{card:>10}" for card in speeds))
+    console.echo(f"  {'images/s':<{width}}" + "".join(f"{speed:10.1f}" for speed in speeds.values()))
+    console.echo(f"  {steps:<{width}}" + "".join(f"{_duration(duration):>10}" for duration in seconds.values()))
+    console.echo("  " + _verdict(entry, vram))
 
 
 def _verdict(entry: dict[str, Any], vram: float) -> str:
@@ -282,15 +282,17 @@ def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | 
     return disk | {"checkpoints": total + peak + earlier_stages, "model": total, "export": export}
 
 
-def _print_disk(disk: dict[str, Any], print_line: Callable[[str], None]) -> None:
+def _print_disk(disk: dict[str, Any], console: Console) -> None:
     per_image, largest = disk["cache_an_image"], max(disk["a_checkpoint"])
     cache = disk["cache"] or per_image * 1_000_000
     scope = "" if disk["cache"] else " for 1,000,000 images"
-    print_line(f"\ndisk       {cache / 1e9:.1f} GB cache{scope}, {per_image / 1024:g} KiB per image")
+    console.echo(f"\ndisk       {cache / 1e9:.1f} GB cache{scope}, {per_image / 1024:g} KiB per image")
     checkpoint = f"{largest / 1e9:.1f} GB plus hard links each"
-    print_line(f"           {disk['checkpoints'] / 1e9:.1f} GB checkpoints at most, up to {checkpoint}")
-    print_line(f"           {disk['model'] / 1e9:.1f} GB trained model: hard links to the last checkpoint, no additional space")
-    print_line(f"           {disk['export'] / 1e9:.1f} GB exports: single files, and components that are not hard links")
+    console.echo(f"           {disk['checkpoints'] / 1e9:.1f} GB checkpoints at most, up to {checkpoint}")
+    console.echo(
+        f"           {disk['model'] / 1e9:.1f} GB trained model: hard links to the last checkpoint, no additional space"
+    )
+    console.echo(f"           {disk['export'] / 1e9:.1f} GB exports: single files, and components that are not hard links")
 
 
 def _duration(seconds: float) -> str:

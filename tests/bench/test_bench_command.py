@@ -105,7 +105,7 @@ def test_candidates_do_the_same_work(precision, tolerance, device, monkeypatch):
         return noise_BCHW, t_B
 
     monkeypatch.setattr(baselines, "draw", draw)
-    ours, baseline = baselines.candidates(inputs, ["lion-pytorch"], [])
+    ours, baseline = baselines.candidates(inputs, ["lion-pytorch"])[0]
     losses = []
     for candidate in (ours, baseline):
         with candidate.turn():
@@ -141,7 +141,7 @@ def test_releasing_the_gradient_arena_changes_no_bit():
 
 
 def test_baseline_uses_pytorchs_switches_only_in_its_turn(monkeypatch):
-    _, baseline = baselines.candidates(make_inputs(), ["diffusers"], [])
+    _, baseline = baselines.candidates(make_inputs(), ["diffusers"])[0]
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with baseline.turn():
         assert not torch.backends.cudnn.deterministic
@@ -303,7 +303,7 @@ def test_optimizers_over_an_arena_and_a_list_take_the_same_steps():
         weights_after = {}
         for name in ("fastsd", "fastsd, a list", *baselines.optimizer_baselines(family)):
             arenas = baselines.Arenas(layout, weights.clone(), gradient)
-            baselines.optimizer_steps(family, arenas, choose_ops("auto", CPU), [], with_bf16=False)[name].run()
+            baselines.optimizer_steps(family, arenas, choose_ops("auto", CPU), with_bf16=False)[0][name].run()
             weights_after[name] = arenas.weights
         assert not torch.equal(weights_after["fastsd"], weights)
         for name, result in weights_after.items():
@@ -376,7 +376,7 @@ def test_full_size_fits_24_gb_by_default(monkeypatch):
     for precision in ("fp32", "bf16"):
         target = options.bench_target(bench_options(precision=precision))
         assert len(target.sizes) == 686 and sum(target.sizes) == 859_520_964
-        assert suites._choose_fitting(bench_options(), target, []) == ["lion-pytorch"] and target.stage.optimizer == "lion"
+        assert suites._choose_fitting(bench_options(), target) == (["lion-pytorch"], []) and target.stage.optimizer == "lion"
         parameters = sum(target.sizes)
         ours, baseline = counters.estimate_memory(target.cfg, parameters, target.stage, target.side, ["lion-pytorch"], CPU)
         assert ours.held == baseline.held == 8 * 859_520_964
@@ -384,16 +384,16 @@ def test_full_size_fits_24_gb_by_default(monkeypatch):
         assert needed_bytes(target, ["lion-pytorch"]) == ours.held + baseline.held + rise + counters.WORKSPACE < 22e9
     shares = "fastsd 10.3, dadaptation 10.3, a step 5.3"
     with refused("bench-step-memory", need=26.4, shares=shares, free="22.0"):
-        suites._choose_fitting(bench_options(), options.bench_target(bench_options('stage.optimizer="dlion"')), [])
+        suites._choose_fitting(bench_options(), options.bench_target(bench_options('stage.optimizer="dlion"')))
 
 
 def test_default_baselines_are_skipped_if_memory_is_short_and_named_ones_are_not():
-    target, misses = options.bench_target(bench_options(small=True)), []
+    target = options.bench_target(bench_options(small=True))
     target.free = needed_bytes(target, ["diffusers"])
-    assert suites._choose_fitting(bench_options(small=True), target, misses) == ["diffusers"]
-    assert len(misses) == 1 and says(misses[0], "bench-baseline-memory", baseline="dadaptation")
+    names, (reason,) = suites._choose_fitting(bench_options(small=True), target)
+    assert names == ["diffusers"] and says(reason, "bench-baseline-memory", baseline="dadaptation")
     with refused("bench-step-memory"):
-        suites._choose_fitting(bench_options(small=True, peers="diffusers,dadaptation"), target, [])
+        suites._choose_fitting(bench_options(small=True, peers="diffusers,dadaptation"), target)
 
 
 def test_gpu_uses_the_largest_batch_that_fits():
@@ -403,18 +403,18 @@ def test_gpu_uses_the_largest_batch_that_fits():
     bytes_by_batch = {batch: needed_bytes(target, ["diffusers"], batch=batch) for batch in (1, 16, 32)}
     for batch, free in ((32, bytes_by_batch[32]), (8, bytes_by_batch[16] - 1), (1, bytes_by_batch[1])):
         target.free = free
-        suites._choose_fitting(requested, target, [])
+        suites._choose_fitting(requested, target)
         assert target.stage.batch == batch
     target.free = bytes_by_batch[1] - 1
     with refused("bench-step-memory"):
-        suites._choose_fitting(requested, target, [])
+        suites._choose_fitting(requested, target)
 
 
 def test_auto_micro_batch_is_the_largest_that_fits():
     requested = bench_options('stage.micro_batch="auto"', "stage.batch=12", small=True, peers="none")
     target = options.bench_target(requested)
     target.free = needed_bytes(target, [], micro_batch=6) - 1
-    suites._choose_fitting(requested, target, [])
+    suites._choose_fitting(requested, target)
     assert (target.stage.batch, target.stage.micro_batch_size) == (12, 4)
 
 
