@@ -50,8 +50,9 @@ from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import Model
 from fastsd.model.shapes import empty_model, materialize
 from fastsd.plan.plan import RESERVED, plan_stage
+from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.graph import WARM_UP
-from fastsd.train.precision import choose_device, choose_ops, set_precision
+from fastsd.train.precision import set_precision
 
 Record = dict[str, Any]
 Case = tuple[str, str, int, int, str, dict[str, Any]]  # as `plan_check.CASES`

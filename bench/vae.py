@@ -36,7 +36,8 @@ from fastsd.bench import counters, timing
 from fastsd.model.shapes import SD15_VAE
 from fastsd.model.vae import Vae
 from fastsd.storage import replace_file
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, set_precision
+from fastsd.train.device import choose_device, choose_ops
+from fastsd.train.precision import COMPUTE_DTYPE, set_precision
 
 Record = dict[str, Any]
 SMALL = {

@@ -13,7 +13,7 @@ from tiny import job, tiny_vae, write_images
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)  # as for a user
+    monkeypatch.setattr("fastsd.train.device.INTERPRETED", False)  # as for a user
     return lambda *words: fastsd(*words, monkeypatch=monkeypatch, capsys=capsys)
 
 
@@ -88,7 +88,7 @@ def bad_commands(tmp_path, tiny_model, images):
         (("train", path, f"model.vae={tmp_path / 'vae8'}"), "vae-channels", " 8 "),
         (("train", path, f"cache.dir={tmp_path / 'elsewhere'}"), "no-view", "elsewhere"),
         (("train", path, "kernels=triton"), "triton-cannot-run", "NVIDIA", "cpu"),
-        (("train", path, "device=cuda:9"), "device-unavailable", "'cuda:9'"),
+        (("train", path, "device=abacus"), "device-unavailable", "'abacus'"),
         (("train", path, "log.wandb=x"), "wandb-missing"),
         (("train", path, "sample.size=33"), "sample-size", "33", " 4 px"),
         (("train", path, "sample.prompts_file=/no/prompts"), "prompts-unreadable", "/no/prompts"),
@@ -115,9 +115,9 @@ def test_bad_input_gets_one_sentence_and_exit_2(number, run, tmp_path, tiny_mode
 
 def test_check_reports_several_problems_at_once(run, tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, STAGE)
-    code, out, err = run("check", path, "data.folders=['/no/such']", "model.base=/no/model", "device=cuda:9")
+    code, out, err = run("check", path, "data.folders=['/no/such']", "model.base=/no/model", "device=abacus")
     assert code == 2 and says(out, "check-failed", check="model")
-    assert "/no/such" in err and "/no/model" in err and "cuda:9" in err
+    assert "/no/such" in err and "/no/model" in err and "abacus" in err
 
 
 def test_check_refuses_a_disk_too_small_for_the_run(run, tmp_path, tiny_model, images, monkeypatch):

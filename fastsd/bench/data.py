@@ -32,7 +32,8 @@ from fastsd.model.formats.load import load_text, load_vae, locate
 from fastsd.model.shapes import SD15_VAE
 from fastsd.model.text_encoder import assemble, ids_of
 from fastsd.model.vae import SD15_SCALING_FACTOR, Vae
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
+from fastsd.train.device import choose_device, choose_ops
+from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd_kernels import Ops
 
 ASSETS = Path(__file__).parents[1] / "demo" / "assets"
@@ -146,7 +147,7 @@ def freeze_random(folder: Path, shape: tuple[int, int, int], arrays: dict[str, n
 
 def bench_cache(options: BenchOptions, config: Config, console: Console) -> Figures:
     """Measure images per second from JPEG files to latents, by pipeline step. Time our VAE encoder in turn with diffusers'."""
-    device = choose_device(config.device)
+    device = choose_device(config.device, console)
     ops = choose_ops(config.kernels, device)
     vae = load_vae(config.model, ops=ops) if options.config else _random_vae(ops, small=options.small)
     vae.to(device, COMPUTE_DTYPE[config.cache.precision])

@@ -16,7 +16,7 @@ from fastsd.errors import UserError
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, read_shapes
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import diffusers_state_dict
-from fastsd.train.precision import choose_device, choose_ops
+from fastsd.train.device import choose_device, choose_ops
 from fastsd_kernels import Ops
 
 # Command line options that set config values, in addition to key=value.
@@ -75,7 +75,8 @@ def bench_config(options: BenchOptions) -> Config:
     """Load the config, or create one for random weights, with the changes of the command line. Raises UserError."""
     if options.config:
         return load_config(options.config, options.changes, options.precision)
-    gpu = choose_device(options.changed("device") or "auto").type == "cuda"
+    name = options.changed("device") or "auto"
+    gpu = torch.cuda.is_available() if name == "auto" else name.startswith("cuda")
     # D-Lion's state for two candidates would not fit into the main memory of an ordinary machine.
     optimizer = options.changed("optimizer") or ("dlion" if gpu or options.small else "lion")
     size, batch = (64, 2) if options.small else (512, 1)

@@ -40,8 +40,9 @@ from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.shapes import forward_flops
 from fastsd.model.unet import UNet
 from fastsd.storage import replace_file
+from fastsd.train.device import choose_device, describe_ops
 from fastsd.train.memory import saved_for_backward_bytes
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, describe_ops, precision_switches
+from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 
 SUITES = Path(__file__).resolve().parents[2] / "bench"
 

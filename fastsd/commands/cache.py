@@ -24,7 +24,8 @@ from fastsd.data.tokens import Tokens
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import MADE_BY, load_merged
 from fastsd.model.formats.load import load_text, load_tokenizer, load_vae, locate
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
+from fastsd.train.device import choose_device, choose_ops
+from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 
 REASONS = 8  # most rejection reasons to print
 
@@ -37,7 +38,7 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     data = config.data
     for _ in folders.scan_for(data):
         break  # report a wrong folder before a model is loaded
-    device = choose_device(config.device)
+    device = choose_device(config.device, console)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = choose_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
     vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])

@@ -24,9 +24,9 @@ from fastsd.model.select import changed_components, parameter_count, selected
 from fastsd.plan.disk import export_bytes
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
+from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import optimizer_class
-from fastsd.train.precision import choose_device, choose_ops
 from fastsd.train.schedule import check_length
 
 
@@ -47,7 +47,7 @@ def check(config: Config, console: Console = STDOUT) -> None:
 
     models: list[Model] = []
     images_per_epoch: list[int] = []  # empty until it is known, like `models`
-    attempt("device", lambda: _device(config))
+    attempt("device", lambda: _device(config, console))
     attempt("images", lambda: _images(config, images_per_epoch))
     attempt("model", lambda: _model(config, models))
     if models:
@@ -65,8 +65,8 @@ def check(config: Config, console: Console = STDOUT) -> None:
         raise UserError("check-problems", "\n".join(dict.fromkeys(problems)))
 
 
-def _device(config: Config) -> str:
-    device = choose_device(config.device)
+def _device(config: Config, console: Console) -> str:
+    device = choose_device(config.device, console)
     return f"{device}, kernels {choose_ops(config.kernels, device).name}"
 
 

@@ -42,8 +42,9 @@ from fastsd.model.vae import Vae
 from fastsd.run.folder import resolve_model
 from fastsd.sampling.generate import BATCH, check_steps, denoise, load_to_sample, to_image
 from fastsd.storage import TEMPORARY, flush_folder, replace_file, write_bytes
+from fastsd.train.device import choose_device
 from fastsd.train.objective import alphas_cumprod
-from fastsd.train.precision import choose_device, precision_switches
+from fastsd.train.precision import precision_switches
 from fastsd_kernels import noise
 
 SETTINGS_FILE = "redraw.json"

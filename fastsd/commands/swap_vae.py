@@ -43,7 +43,8 @@ from fastsd.model.vae import Vae
 from fastsd.run.model_card import untrained, write_card
 from fastsd.run.validation import Strata, aggregate
 from fastsd.storage import new_folder, write_text
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
+from fastsd.train.device import choose_device, choose_ops
+from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd_kernels.noise import Purpose, permutation
 
 FITS = ("plain", "orthogonal", "affine", "kernel")
@@ -83,7 +84,7 @@ def swap_vae(
     """
     _check_options(out, images, fit, vae_scaling_factor, precision)
     sources = _images(images) if images else []
-    compute_device = choose_device(device)
+    compute_device = choose_device(device, console)
     table = ModelTable(base=base, tokenizer=tokenizer)
     model = load_merged(table, choose_ops("auto", compute_device))
     new_vae = load_vae(table.model_copy(update={"vae": vae, "vae_scaling_factor": vae_scaling_factor}), ops=model.unet.ops)

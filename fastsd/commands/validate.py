@@ -22,7 +22,8 @@ from fastsd.model.vae import Vae
 from fastsd.run.folder import resolve_model
 from fastsd.run.validation import Validation, ValidationRow, format_table
 from fastsd.storage import replace_file
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
+from fastsd.train.device import choose_device, choose_ops
+from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd.train.trainable import compute_weight
 
 
@@ -50,7 +51,7 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
             "json-folder-missing",
             f"--json is {str(json_file)!r}, but its folder does not exist; create it or name another file",
         )
-    device, precision = choose_device(config.device), config.stage[-1].precision
+    device, precision = choose_device(config.device, console), config.stage[-1].precision
     base = resolve_model(name)
     model_table = config.model if _same_model(base, config.model.base) else table_of(base, config.model)
     model = load_merged(model_table, choose_ops(config.kernels, device))

@@ -12,13 +12,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsd.errors import UserError
+
+
+def _causal_attention(
+    module: Any, q_BHWD: Tensor, k_BHWD: Tensor, v_BHWD: Tensor, mask: object, scaling: float, **options: object
+) -> tuple[Tensor, None]:
+    """Attend to a token and those before it, with the same operations in every call. For transformers.
+
+    Some versions of transformers build a mask, which selects another kernel, only while a CUDA graph is captured. On a GPU,
+    PyTorch's fused kernels sum the gradient of queries in an order that changes from run to run if there are few images or
+    many tokens. So the mask is ignored, and a GPU computes plain matmuls and a softmax, in fp32 also for bf16. At 77 tokens
+    that is a small share of the text encoder's time.
+
+    Returns:
+        (B, W, H, D) and None for the attention weights, as transformers expects.
+    """
+    with sdpa_kernel(SDPBackend.MATH) if q_BHWD.is_cuda else nullcontext():
+        o_BHWD = F.scaled_dot_product_attention(q_BHWD, k_BHWD, v_BHWD, is_causal=True, scale=scaling)
+    return o_BHWD.transpose(1, 2).contiguous(), None
 
 
 class TextEncoder:
@@ -45,6 +66,10 @@ class TextEncoder:
                 "clip-skip", f"model.clip_skip is {clip_skip}, but the text encoder has {layers} layers; use 0 to {layers - 1}"
             )
         self.module, self.tokenizer, self.clip_skip = module.eval(), tokenizer, clip_skip
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("fastsd_causal", _causal_attention)
+        module.set_attn_implementation("fastsd_causal")
         self.tokenizer_folder, self.chunks = tokenizer_folder, chunks
         self.window: int = module.config.max_position_embeddings
         self.width: int = module.config.hidden_size

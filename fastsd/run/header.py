@@ -8,7 +8,7 @@ from fastsd.config.schema import StageTable
 from fastsd.config.stages import ENDLESS
 from fastsd.run.report import memory_gb
 from fastsd.run.run import Run
-from fastsd.train.precision import describe_ops
+from fastsd.train.device import describe_ops
 
 
 def header(run: Run) -> dict[str, str]:

@@ -32,7 +32,7 @@ from fastsd.run.training_data import TrainingData
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
 from fastsd.storage import replace_file
-from fastsd.train.precision import choose_device, choose_ops
+from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.schedule import check_length
 from fastsd.train.step import Step, StepResult
 from fastsd_kernels import Ops
@@ -93,7 +93,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(lock(folder))
-        device = choose_device(config.device)
+        device = choose_device(config.device, console)
         ops = choose_ops(config.kernels, device)
         newest, saved_progress, warnings = checkpoint.newest(folder / "checkpoints") or (None, None, [])
         warnings += compare_with_start(folder / "config.json", config, saved_progress)

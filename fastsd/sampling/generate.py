@@ -20,7 +20,8 @@ from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.model import Model
-from fastsd.train.precision import COMPUTE_DTYPE, choose_device, choose_ops, precision_switches
+from fastsd.train.device import choose_device, choose_ops
+from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd_kernels import noise
 
 BATCH = 8  # images per UNet call; guidance doubles it

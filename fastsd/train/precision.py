@@ -1,4 +1,4 @@
-"""Choice of the device and of the Ops table, and the numerical switches of PyTorch.
+"""The numerical switches of PyTorch.
 
 fp32   IEEE fp32: TF32 is off for matmuls and for convolutions, whose defaults in PyTorch differ
 tf32   TF32 for matmuls and convolutions
@@ -15,62 +15,10 @@ from typing import Any
 
 import torch
 
-from fastsd.errors import UserError
 from fastsd.model.unet import UNet
-from fastsd_kernels import REFERENCE, TRITON, Ops, fastest
-from fastsd_kernels.cpu_optimizers import problem as cpu_problem
-from fastsd_kernels.launch import INTERPRETED
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 _FP32_MODE = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}
-
-
-def choose_device(name: str) -> torch.device:
-    """Return a torch device by name. "auto" is cuda if available, otherwise cpu.
-
-    A GPU with a number becomes the current one, on which graphs are captured, kernels start and events are recorded.
-
-    Raises:
-        UserError: the device is not available.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            "device-unavailable", f'device is {name!r}, which is not available ({reason}); use "auto" or "cpu"'
-        ) from None
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
-
-
-def choose_ops(kernels: str, device: torch.device) -> Ops:
-    """Return the Ops table for a value of the config key `kernels`. Raises UserError for kernels that cannot run here."""
-    can_run = TRITON is not None and (device.type == "cuda" or INTERPRETED)
-    if kernels == "triton" and not can_run:
-        reason = "is not installed" if TRITON is None else f"needs an NVIDIA GPU and device is {device}"
-        raise UserError("triton-cannot-run", f'kernels is "triton", but Triton {reason}; use "auto" or "reference"')
-    if kernels == "auto" and TRITON is None and device.type == "cuda":
-        raise UserError(
-            "triton-missing",
-            "Triton is not installed, and training on a GPU is much slower without it; run `pip install triton` (on Windows"
-            ' `pip install triton-windows`), or set kernels = "reference"',
-        )
-    if kernels == "triton":
-        assert TRITON is not None
-        return TRITON
-    # "auto" never chooses Triton's interpreter: it runs kernels on a CPU, hundreds of times slower.
-    return REFERENCE if kernels == "reference" else fastest(device)
-
-
-def describe_ops(ops: Ops) -> str:
-    """Return the name of the table, and the reason if it is not the fastest one."""
-    reason = cpu_problem() if ops is REFERENCE and not torch.cuda.is_available() else None
-    return f"{ops.name} ({reason}: optimizer steps are several times slower)" if reason else ops.name
 
 
 @contextmanager

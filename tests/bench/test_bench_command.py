@@ -20,9 +20,9 @@ from fastsd.config.schema import StageTable, load_config
 from fastsd.model.shapes import forward_flops
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import diffusers_state_dict
+from fastsd.train.device import choose_ops
 from fastsd.train.graph import WARM_UP
 from fastsd.train.objective import Objective, alphas_cumprod
-from fastsd.train.precision import choose_ops
 from fastsd_kernels import workload
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Return a function that runs `fastsd bench` and returns output and figures, or the error if `code` is not 0."""
-    monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)
+    monkeypatch.setattr("fastsd.train.device.INTERPRETED", False)
     file = tmp_path / "figures.json"
 
     def call(*words, code=0):
@@ -425,7 +425,7 @@ def test_auto_micro_batch_is_the_largest_that_fits():
         ("everything", "bench-unknown-suite", {"hint": "choose from step, memory, kernels, optim, loader, cache"}),
         ("no.toml", "config-missing", {}),
         ("step --peers apex", "bench-unknown-baseline", {"value": "'apex'", "baselines": ", ".join(baselines.BASELINES)}),
-        ("device=cuda:9", "device-unavailable", {"device": "'cuda:9'"}),
+        ("device=abacus", "device-unavailable", {"device": "'abacus'"}),
         ("optim --fraction 0", "bench-fraction", {"fraction": 0}),
         ("optim --fraction 1.5", "bench-fraction", {"fraction": 1.5}),
         ("loader --rate 0", "bench-rate", {"rate": 0}),

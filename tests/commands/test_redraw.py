@@ -215,7 +215,7 @@ BAD_WORDS = [
     (("sample.steps=1001",), "sample-steps", "1001"),
     (('data.include=["none"]',), "filter-leaves-none", "13"),
     (("cache.dir=elsewhere",), "no-view", "elsewhere"),
-    (("--device", "cuda:9"), "device-unavailable", "'cuda:9'"),
+    (("--device", "abacus"), "device-unavailable", "'abacus'"),
     (("stage.0.batch=big",), "config-invalid", "stage.0.batch is 'big'"),
 ]
 

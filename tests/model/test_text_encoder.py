@@ -6,10 +6,14 @@ from io import StringIO
 
 import pytest
 import torch
+import torch.nn.functional as F
 from commandline import fastsd
 from runs import run
 from sentences import says
 from tiny import job, make_tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
 
 from fastsd.config.schema import ModelTable
 from fastsd.console import Console
@@ -146,3 +150,57 @@ def test_stretches_to_any_length():
     stretch(module, 134, keep=20)
     assert module.config.max_position_embeddings == 134
     assert module(torch.zeros(1, 134, dtype=torch.int64)).last_hidden_state.isfinite().all()
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of operations, each with those of its tensor options."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.names.append(f"{func} {sorted(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))}")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_capture_runs_the_same_operations(skip, folder, monkeypatch):
+    """Some versions of transformers build a mask only during a capture. With it, PyTorch chooses another kernel."""
+    from transformers.models.clip import modeling_clip
+
+    mask_BHWW = torch.full((1, 1, 77, 77), -torch.inf).triu(1)
+    build = lambda *_, **__: mask_BHWW if torch.cuda.is_current_stream_capturing() else None  # noqa: E731
+    monkeypatch.setattr(modeling_clip, "create_causal_mask", build, raising=False)  # missing before version 5
+    text, runs = text_of(folder, clip_skip=skip), []
+    ids = text.tokenize([LONG, *SHORT])
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        text.module.zero_grad(set_to_none=True)
+        with Operations() as operations:
+            text_embeds = text.encode(ids)
+            text_embeds.square().sum().backward()
+        runs.append((operations.names, text_embeds, next(text.module.parameters()).grad))
+    (names, *tensors), (same_names, *same_tensors) = runs
+    assert names == same_names and any("attention" in name for name in names)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, same_tensors, strict=True))
+
+
+@pytest.mark.parametrize("device, fused", [("cuda", False), ("cpu", True)])
+def test_a_gpu_computes_attention_without_fused_kernels(device, fused, folder, monkeypatch):
+    """The gradients of fused kernels change from run to run. The tensors have no data, so that they need no GPU."""
+    attend = AttentionInterface()[text_of(folder).module.config._attn_implementation]
+    cuda, enabled = torch.backends.cuda, []
+
+    def product(q, k, v, *, is_causal, scale):
+        switches = cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled, cuda.math_sdp_enabled
+        enabled.extend(switch() for switch in switches)
+        assert is_causal and scale == 0.25
+        return v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", product)
+    with FakeTensorMode():
+        q_BHWD = torch.empty(2, 4, 77, 16, device=device)
+        o_BWHD, _ = attend(None, q_BHWD, q_BHWD, q_BHWD, None, scaling=0.25)
+    assert o_BWHD.shape == (2, 77, 4, 16) and enabled == [fused, fused, fused, True]

@@ -9,7 +9,7 @@ from sentences import refused
 from unets import CFG
 
 from fastsd.model.unet import UNet
-from fastsd.train.precision import choose_ops, describe_ops
+from fastsd.train.device import choose_ops, describe_ops
 from fastsd_kernels import CPU, REFERENCE, TRITON
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_choice_of_the_table():
 
 
 def test_a_gpu_without_triton_is_an_error(monkeypatch):
-    monkeypatch.setattr("fastsd.train.precision.TRITON", None)
+    monkeypatch.setattr("fastsd.train.device.TRITON", None)
     with refused("triton-missing"):
         choose_ops("auto", torch.device("cuda"))
     with refused("triton-cannot-run"):
@@ -73,7 +73,7 @@ def test_a_gpu_without_triton_is_an_error(monkeypatch):
 
 
 def test_a_cpu_without_a_compiler_is_described(monkeypatch):
-    for module in ("fastsd_kernels", "fastsd.train.precision"):
+    for module in ("fastsd_kernels", "fastsd.train.device"):
         monkeypatch.setattr(f"{module}.cpu_problem", lambda: "gcc: not found")
     table = choose_ops("auto", torch.device("cpu"))
     assert table is REFERENCE

@@ -155,7 +155,7 @@ def test_training_starts_from_a_lora_file(uninterrupted, tmp_path, tiny_model, i
 
 
 def test_other_commands_accept_a_run_with_adapters(uninterrupted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)
+    monkeypatch.setattr("fastsd.train.device.INTERPRETED", False)
 
     def output(*words):
         code, out, err = fastsd(*words, monkeypatch=monkeypatch, capsys=capsys)
@@ -192,7 +192,7 @@ def test_plan_counts_gradients_of_adapters_only(tiny_model, tmp_path, images):
     ],
 )
 def test_bad_adapters_are_refused(keys, name, fact, tmp_path, tiny_model, images, monkeypatch, capsys):
-    monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)
+    monkeypatch.setattr("fastsd.train.device.INTERPRETED", False)
     path = job(tmp_path, tiny_model, images, STAGE)
     code, _, err = fastsd("train", path, *keys, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2 and says(err, name) and fact in err and err.count("\n") == 1, err

@@ -32,7 +32,7 @@ class DataSet:
         self._fixtures = {"monkeypatch": monkeypatch, "capsys": capsys}
         self.path.mkdir(parents=True)
         self.config = job(root, model, self.path, STAGE, resolution=32)
-        monkeypatch.setattr("fastsd.train.precision.INTERPRETED", False)  # choose the precision as in a real run
+        monkeypatch.setattr("fastsd.train.device.INTERPRETED", False)  # choose the precision as in a real run
 
     def __truediv__(self, name: str | bytes) -> Path:
         return self.path / os.fsdecode(name)

@@ -6,8 +6,9 @@ from sentences import says
 from step_inputs import OPTIMIZERS, batches, stage_of
 from tiny import make_tiny_model
 
+from fastsd.train.device import choose_ops
 from fastsd.train.graph import WARM_UP
-from fastsd.train.precision import choose_ops, set_precision
+from fastsd.train.precision import set_precision
 from fastsd.train.step import Step
 
 pytestmark = pytest.mark.gpu

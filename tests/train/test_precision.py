@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastsd.train.precision import choose_device, precision_switches, set_precision
+from fastsd.train.precision import precision_switches, set_precision
 
 BACKENDS = torch.backends
 SWITCHES = [(owner, "fp32_precision") for owner in (
@@ -71,12 +71,3 @@ def test_settings_of_new_names_only_are_restored():
     with precision_switches("bf16"):
         assert conv.fp32_precision == "ieee" and not BACKENDS.cudnn.allow_tf32
     assert conv.fp32_precision == "tf32"
-
-
-def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
-    """Graphs, kernels and events use the current GPU, whatever the device of their tensors."""
-    chosen, empty = [], torch.empty
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))
-    assert choose_device("cuda:1") == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)]
-    assert choose_device("cuda").index is None and choose_device("cpu").type == "cpu" and len(chosen) == 1

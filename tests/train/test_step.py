@@ -23,7 +23,7 @@ from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNetConfig
 from fastsd.plan.plan import plan_stage
 from fastsd.run import checkpoint
-from fastsd.train.precision import choose_ops
+from fastsd.train.device import choose_ops
 from fastsd.train.step import Step, StepInputs
 from fastsd.train.trainable import ALIGN, Layout, TrainableComponent
 from fastsd_kernels import TRITON, noise
