@@ -189,7 +189,7 @@ def test_a_capture_runs_the_same_operations(skip, folder, monkeypatch):
 
 @pytest.mark.parametrize("device, fused", [("cuda", False), ("cpu", True)])
 def test_a_gpu_computes_attention_without_fused_kernels(device, fused, folder, monkeypatch):
-    """The gradients of fused kernels change from run to run. The tensors have no data, so that they need no GPU."""
+    """The gradients of fused kernels change from run to run. Tensors without data need no GPU."""
     attend = AttentionInterface()[text_of(folder).module.config._attn_implementation]
     cuda, enabled = torch.backends.cuda, []
 
@@ -201,6 +201,6 @@ def test_a_gpu_computes_attention_without_fused_kernels(device, fused, folder, m
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", product)
     with FakeTensorMode():
-        q_BHWD = torch.empty(2, 4, 77, 16, device=device)
+        q_BHWD = torch.empty(2, 77, 4, 16, device=device).transpose(1, 2)
         o_BWHD, _ = attend(None, q_BHWD, q_BHWD, q_BHWD, None, scaling=0.25)
     assert o_BWHD.shape == (2, 77, 4, 16) and enabled == [fused, fused, fused, True]
