@@ -112,6 +112,7 @@ def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None,
     printed when they are done, one after another.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # on a GPU kernels are compiled
+    environment["FASTSD_TEST_GPU"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*PATHS, os.environ.get("PYTHONPATH", "")]))
     start = time.monotonic()
     with ExitStack() as stack:

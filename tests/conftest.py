@@ -1,7 +1,6 @@
 """Fixtures that all tests share."""
 
-import environment  # noqa: F401  # isort: skip  (first: it decides how kernels are defined)
-
+import environment  # isort: skip  (first: it decides how kernels are defined)
 
 import gc
 import os
@@ -21,13 +20,28 @@ def whole_machine(tmp_path_factory):
         yield
 
 
+def pytest_configure():
+    if environment.ON_GPU and not torch.cuda.is_available():
+        raise pytest.UsageError("FASTSD_TEST_GPU is set, but PyTorch has no GPU; unset it")
+
+
+@pytest.fixture(scope="session", autouse=environment.ON_GPU)
+def share_of_the_gpu():
+    """Let processes that test side by side share the GPU's memory."""
+    torch.cuda.set_per_process_memory_fraction(0.8 / int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+
+
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
+    if item.get_closest_marker("gpu") and not environment.ON_GPU:
+        pytest.skip("needs a GPU and FASTSD_TEST_GPU=1")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Start the longest tests early and far apart. Otherwise they would wait for each other at the end."""
+    if environment.ON_GPU:
+        cpu_items = [item for item in items if not (item.get_closest_marker("gpu") or item.get_closest_marker("kernels"))]
+        config.hook.pytest_deselected(items=cpu_items)
+        items[:] = [item for item in items if item not in cpu_items]
     long_tests = [item for item in items if "whole_machine" in item.fixturenames]
     ordered = [item for item in items if item not in long_tests]
     for i, item in enumerate(long_tests):

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from budget import check_budget, nan_filled_memory
+from environment import DEVICE
 from sentences import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,9 +21,8 @@ from fastsd_kernels.attention import (
     attention_triton,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = ("bf16", *PRECISIONS)
 
 

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from budget import nan_filled_memory
+from environment import DEVICE
 from philox import KNOWN
 from sentences import refused
 
@@ -12,9 +13,8 @@ from fastsd.train.objective import Objective
 from fastsd_kernels.launch import launch
 from fastsd_kernels.noise import Purpose, add_noise_reference, add_noise_triton, normal, normal_triton, philox, philox_words
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POSITIONS = torch.tensor([0, 5, 2**33 + 1, 17, -1, 2**62 + 12345], device=DEVICE)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from budget import check_budget
+from environment import DEVICE
 from sentences import refused
 from torch import nn
 
@@ -21,12 +22,11 @@ from fastsd_kernels.group_norm import (
 )
 from fastsd_kernels.layer_norm import layer_norm_reference, layer_norm_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 CHANNELS_LAST = torch.channels_last
 OPS = torch.ops.fastsd
 # NumPy warns about the sigmoid of large negative numbers, where 1 / (1 + inf) = 0 is correct.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp2")]
+pytestmark = [pytest.mark.kernels, pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp2")]
 
 
 def normal(*shape: int, dtype=torch.float32, mean=0.0, std=1.0, seed=0) -> torch.Tensor:

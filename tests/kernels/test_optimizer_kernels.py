@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from budget import nan_filled_memory
+from environment import DEVICE
 from optimizer_runs import (
     BAD_OPERANDS,
     LR,
@@ -38,7 +39,6 @@ from fastsd_kernels.gradient_norm import clip_scale, gradient_norm_reference, gr
 from fastsd_kernels.launch import launch, recording
 from fastsd_kernels.lion import lion_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEERS = {
     "lion": lambda p, **kw: lion_pytorch.Lion([p], **kw),
     "dlion": lambda p, **kw: dadaptation.DAdaptLion([p], **kw),
@@ -46,7 +46,7 @@ PEERS = {
 }
 # One element, less than a tile, a tile and a half, no elements, and a channels-last filter.
 SHAPES = [(1,), (63,), (3075,), (0,), (8, 5, 3, 3)]
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ieee_root")]
+pytestmark = [pytest.mark.kernels, pytest.mark.slow, pytest.mark.usefixtures("ieee_root")]
 random_tensors = partial(random_tensors, device=DEVICE)
 
 

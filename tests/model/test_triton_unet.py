@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from environment import DEVICE
 from sentences import refused
 from unets import CFG
 
@@ -12,9 +13,7 @@ from fastsd.model.unet import UNet
 from fastsd.train.device import choose_ops, describe_ops
 from fastsd_kernels import CPU, REFERENCE, TRITON
 
-pytestmark = pytest.mark.slow
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 
 
 def run(ops, dtype):
@@ -60,7 +59,7 @@ def test_choice_of_the_table():
     if DEVICE == "cuda":
         assert choose_ops("auto", torch.device("cuda")) is TRITON
     else:
-        assert choose_ops("triton", cpu) is TRITON  # TRITON_INTERPRET is set
+        assert choose_ops("triton", cpu) is TRITON  # in the interpreter
 
 
 def test_a_gpu_without_triton_is_an_error(monkeypatch):

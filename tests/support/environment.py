@@ -1,4 +1,4 @@
-"""Settings of every test process: one thread, and Triton's interpreter if there is no GPU. Import this module first."""
+"""Settings of every test process: one thread, no GPU, and Triton's interpreter. Import this module first."""
 
 import importlib.metadata
 import importlib.util
@@ -16,8 +16,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 # A shell that starts the tests in the background lets them ignore Ctrl-C, but some tests send it to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Without a GPU, kernels run on CPU tensors. Triton reads the variable when a kernel is defined, so set it before that.
-if not torch.cuda.is_available():
+# Tests hide the GPU, so that they are the same on every machine: all of them may run side by side, fork, and compare bits.
+# With FASTSD_TEST_GPU=1, only the tests of a GPU run, and those of kernels, which run in Triton's interpreter otherwise.
+ON_GPU = os.environ.get("FASTSD_TEST_GPU") == "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Triton reads the variable when a kernel is defined, so set it before that.
     os.environ["TRITON_INTERPRET"] = "1"
     # This module replaces parts of the interpreter of Triton 3.7. With other versions, tests only take longer.
     if importlib.util.find_spec("triton") and importlib.metadata.version("triton").startswith("3.7."):
