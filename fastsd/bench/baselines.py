@@ -37,6 +37,7 @@ from fastsd.config.optimizers import OPTIMIZERS, ORIGINALS, OptimizerName
 from fastsd.config.schema import Config, StageTable
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Batch, Loader
+from fastsd.data.rows import can_pin
 from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import SD15_SCHEDULER, Model
 from fastsd.model.unet import UNet, UNetConfig
@@ -145,9 +146,9 @@ def cached_batches(config: Config, model: Model, device: torch.device) -> list[B
 
 
 def _pinned_batch(latents_BCHW: Tensor, text_indices_B: Tensor, positions_B: Tensor) -> Batch:
-    """Create a batch as the loader does, in pinned memory if there is a GPU."""
+    """Create a batch as the loader does, in pinned memory for a GPU."""
     tensors = latents_BCHW, text_indices_B[:, None], positions_B
-    if torch.cuda.is_available():
+    if can_pin():
         tensors = tuple(tensor.pin_memory() for tensor in tensors)  # type: ignore[assignment]
     return Batch(*tensors, captions=[""] * len(latents_BCHW))
 

@@ -27,6 +27,7 @@ from fastsd.data.cache import LatentCache
 from fastsd.data.captions import captions_for, select
 from fastsd.data.masks import open_masks
 from fastsd.data.order import Order
+from fastsd.data.rows import can_pin
 from fastsd.data.text_embeddings import TextEmbeddings
 from fastsd.data.tokens import Tokens
 from fastsd_kernels.noise import Purpose, integers
@@ -246,4 +247,4 @@ class Stream(Iterator[Batch]):
 
 
 def _pin(tensor: _Tensor) -> _Tensor:
-    return tensor.pin_memory() if tensor is not None and torch.cuda.is_available() else tensor
+    return tensor.pin_memory() if tensor is not None and can_pin() else tensor

@@ -242,11 +242,11 @@ class Rows:
         return self._threads[1]
 
     def _read(self, index_B: np.ndarray) -> Tensor:
-        """Read rows of one shape to the CPU, (B, ...), pinned if there is a GPU. Raises UserError if a row is damaged."""
+        """Read rows of one shape to the CPU, (B, ...), pinned for a GPU. Raises UserError if a row is damaged."""
         shard_B, row_B, check_B = (self._index.take(name, index_B) for name in ("shard", "row", "check"))
         shapes = {tuple(self._index.shards[shard][1]) for shard in np.unique(shard_B)}
         assert len(shapes) == 1, f"a batch needs samples of one shape, not {sorted(shapes)}"
-        output = torch.empty((len(index_B), *shapes.pop()), dtype=self._dtype, pin_memory=_can_pin())
+        output = torch.empty((len(index_B), *shapes.pop()), dtype=self._dtype, pin_memory=can_pin())
         flat = output.view(torch.uint8).view(-1).numpy().data
         size = len(flat) // len(index_B)
 
@@ -297,9 +297,9 @@ class Rows:
         return start
 
 
-def _can_pin() -> bool:
-    """Return True if there is a GPU and this is not a DataLoader's worker, which must not use CUDA."""
-    return torch.utils.data.get_worker_info() is None and torch.cuda.is_available()
+def can_pin() -> bool:
+    """Return True if this process computes on a GPU. DataLoader's workers and runs on the CPU must leave it alone."""
+    return torch.cuda.is_initialized()
 
 
 class _Shard:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from types import SimpleNamespace
 
 import numpy as np
@@ -301,3 +301,26 @@ def test_left_out_samples_are_in_no_batch(data):
     partial = Loader(Samples((SQUARE, 0, 10)), tokenize, 3, stage(), data=data, left_out=np.array([1, 3]))
     assert partial.images == len(usable)
     assert sorted(sample_numbers(partial.batch(0, len(usable)))) == usable
+
+
+def test_a_run_on_the_cpu_does_not_use_the_gpu(images, tiny_model, tmp_path, monkeypatch):
+    """Pinned memory creates a CUDA context of half a GB, also if the run's device is the CPU."""
+    raw = {
+        "model": {"base": str(tiny_model)},
+        "data": {"folders": [str(images)], "resolution": 32},
+        "cache": {"dir": str(tmp_path / "cache")},
+        "stage": [{"train": ["unet"], "until": 1, "batch": 4}],
+    }
+    config = parse_config(raw, "test")
+    make_cache(config)
+    pinned, empty = [], torch.empty
+    record = lambda *shape, pin_memory=False, **options: pinned.append(pin_memory) or empty(*shape, **options)  # noqa: E731
+    monkeypatch.setattr(torch, "empty", record)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(True) or tensor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with closing(LatentCache.open(config.cache.dir)) as latents:
+        for in_use in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
+            pinned.clear()
+            Loader(latents, load_text(config.model, tiny_model).tokenize, 0, config.stage[0], data=config.data).batch(0, 4)
+            assert pinned.count(True) == (3 if in_use else 0)
