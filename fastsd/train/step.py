@@ -151,7 +151,13 @@ class Step:
 
         Returns (loss, gradient norm, number of steps skipped).
         """
+        failed_allocations = self._count_failed_allocations()
         loss = self._accumulate(StepInputs._make(inputs))
+        if self._count_failed_allocations() > failed_allocations:
+            # cuDNN takes an algorithm with a smaller workspace then, which rounds differently, and says nothing.
+            if not self._fused:
+                raise torch.OutOfMemoryError("cuDNN has no memory for the workspace of its algorithm")
+            self.warn("cuDNN has no memory for the workspace of its algorithm: a resumed run may differ in the last bits")
         if self._fused:
             # Every parameter was already updated when its gradient arrived.
             norm, found_inf = torch.stack(self._fused.norms).norm(), self._fused.found_inf
@@ -193,6 +199,15 @@ class Step:
             for arena in self._arenas:
                 arena.first_micro_batch = False
         return total
+
+    def _count_failed_allocations(self) -> int:
+        """Count the allocations that have failed on the GPU, also those after which a library found another way.
+
+        With `deterministic = False`, cuDNN tries algorithms that need more memory than there is, and nothing is promised.
+        """
+        if self.device.type != "cuda" or not torch.backends.cudnn.deterministic:
+            return 0
+        return int(torch.cuda.memory_stats_as_nested_dict(self.device).get("num_ooms", 0))
 
     def _touch_weights(self) -> None:
         self._weights_touched = self._graphs is None or not self._graphs.capturing
