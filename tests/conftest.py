@@ -55,6 +55,23 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture
+def stand_in():
+    """One GPU in main memory, see `bench/cuda_stand_in.py`."""
+    from cuda_stand_in import StandIn
+
+    with StandIn() as gpu:
+        yield gpu
+
+
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def gpu_kernels(request):
+    """Kernels for tensors on a GPU: plain PyTorch on a stand-in, and Triton's on a GPU, if there is one."""
+    if request.param == "stand-in":
+        request.getfixturevalue("stand_in")
+    return "reference" if request.param == "stand-in" else "triton"
+
+
 @pytest.fixture(scope="session")
 def start():
     """Return `start(output, "train", ...)`, which runs `fastsd train ...` in a new process and appends its output to a file."""

@@ -59,14 +59,21 @@ class _OperationCounter(TorchDispatchMode):
         self._on_host = {tensor.untyped_storage()._cdata for tensor in on_host}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        if name in _SCALAR_OPS:
-            self.waits[SCALAR] += args[0].untyped_storage()._cdata not in self._on_host
-        elif _indexes_by_mask(name, args) or (name in _SHAPE_OPS and (kwargs or {}).get("output_size") is None):
-            self.waits[SHAPE] += 1
-        if not func.is_view and not name.startswith("empty"):
+        kwargs = kwargs or {}
+        kind = kind_of_wait(func, args, kwargs)
+        if kind and not (kind == SCALAR and args[0].untyped_storage()._cdata in self._on_host):
+            self.waits[kind] += 1
+        if not func.is_view and not func._schema.name.startswith("aten::empty"):
             self.launches += 1
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def kind_of_wait(func: Any, args: Any, kwargs: Any) -> str | None:
+    """Return the kind of wait that a dispatched operation causes if its operands are on a GPU: a scalar, a shape or none."""
+    name = func._schema.name.removeprefix("aten::")
+    if name in _SCALAR_OPS:
+        return SCALAR
+    return SHAPE if _indexes_by_mask(name, args) or (name in _SHAPE_OPS and kwargs.get("output_size") is None) else None
 
 
 def _indexes_by_mask(name: str, args: Any) -> bool:

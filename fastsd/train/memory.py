@@ -71,8 +71,12 @@ class LiveBytes(TorchDispatchMode):
         """Also track these tensors, from before the block. Tensors on other devices or already tracked are skipped."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if tensor.device == self.device and storage._cdata not in self._alive:
+            if tensor.device == self.device and tensor not in self:
                 self._track(storage)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        """Return True if the tensor's storage is tracked."""
+        return tensor.untyped_storage()._cdata in self._alive
 
     def restart(self) -> None:
         """Reset the peak to the bytes that are live now."""
@@ -84,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
             self._alive[tensor.untyped_storage()._cdata][1]: owner
             for owner, tensors in owners.items()
             for tensor in tensors
-            if tensor.untyped_storage()._cdata in self._alive
+            if tensor in self
         }
         bytes_by_owner = {**dict.fromkeys(owners, 0), "other": 0}
         for event in self._events[: self._peak_event]:

@@ -6,6 +6,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+# Sizes of a UNet with one resolution, for tests with many steps.
+ONE_LEVEL = {
+    "block_out_channels": (16,), "attention": (True,), "layers_per_block": 1, "heads": 2, "cross_attention_dim": 16,
+    "norm_groups": 4, "sample_size": 16,
+}  # fmt: skip
+
 
 def tiny_vae(channels: int = 4, factor: float = 0.5, seed: int = 0, groups: int = 4, width: int = 8):
     from diffusers import AutoencoderKL

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sentences import refused
 from step_inputs import OPTIMIZERS, batches, stage_of
-from tiny import make_tiny_model
+from tiny import ONE_LEVEL, make_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd.errors import UserError, out_of_memory
@@ -28,15 +28,6 @@ ERRORS = {
 }
 ERRORS["capture"].__context__ = ERRORS["allocator"]
 POINTS = 20
-ONE_LEVEL = UNetConfig(
-    block_out_channels=(16,),
-    attention=(True,),
-    layers_per_block=1,
-    heads=2,
-    cross_attention_dim=16,
-    norm_groups=4,
-    sample_size=16,
-)
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -91,7 +82,7 @@ def train(model, stage, watch: Failing, reduce: bool = False) -> tuple[list[torc
 def test_recovers_at_any_point_of_a_step_or_says_so(settings, tmp_path, monkeypatch):
     """After recovery all later bits are those of a run that had the smaller micro-batch from the start."""
     monkeypatch.setattr(gc, "collect", lambda: 0)  # it takes longer than a step
-    model, stage, watch = make_tiny_model(tmp_path, ONE_LEVEL), stage_of(**settings), Failing()
+    model, stage, watch = make_tiny_model(tmp_path, UNetConfig(**ONE_LEVEL)), stage_of(**settings), Failing()
     plain = train(model, stage, watch)
     fused = stage.fused_backward
     reduced = None if fused else train(model, stage, Failing(), reduce=True)

@@ -1,0 +1,198 @@
+"""GPUs, streams, events and graphs of the stand-in for CUDA, see `cuda_stand_in.py`."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastsd.train.memory import LiveBytes
+
+if TYPE_CHECKING:
+    from cuda_stand_in import StandIn
+
+
+class Gpu:
+    """One GPU: its live storages, and the private pools of graphs."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = self.limit = memory
+        self.live = LiveBytes("cpu")  # all storages on this GPU
+        self.pools: list[Pool] = []
+
+    def reserved(self) -> int:
+        return self.live.now + sum(pool.size - pool.live.now for pool in self.pools)
+
+    def allocate(self, tensor: Tensor, pool: Pool | None) -> None:
+        size = tensor.untyped_storage().nbytes()
+        rise = size if pool is None else max(0, pool.live.now + size - pool.size)
+        if self.reserved() + rise > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB.")
+        self.live.count(tensor)
+        if pool is not None:
+            pool.live.count(tensor)
+
+
+class Pool:
+    """Private memory of graphs. It keeps its peak as long as one of them lives."""
+
+    def __init__(self) -> None:
+        self.live, self.graphs = LiveBytes("cpu"), weakref.WeakSet[Graph]()
+
+    @property
+    def size(self) -> int:
+        return self.live.peak if self.graphs else self.live.now
+
+
+class Stream:
+    stand_in: StandIn
+
+    def __init__(self, device: Any = None, name: str = "side") -> None:
+        self.name, self.device_index = name, self.stand_in.index(device)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.stand_in.calls.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self) -> None:
+        self.stand_in.synchronize()
+
+
+class Event:
+    stand_in: StandIn
+
+    def __init__(self, **options: bool) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        self.stand_in.synchronize()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.time - self.time)
+
+
+class _View:
+    """Location of a tensor of a graph: the number of its storage, and its layout in it."""
+
+    def __init__(self, number: int, tensor: Tensor) -> None:
+        self.number, self.dtype = number, tensor.dtype
+        self.layout = tensor.storage_offset(), tensor.size(), tensor.stride()
+
+    def tensor(self, storage: torch.UntypedStorage) -> Tensor:
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.layout)
+
+
+class Graph:
+    """Records the operations of a capture on the capture's GPU.
+
+    Like a CUDA graph, it keeps no tensor alive. It knows storages by number, and those it has allocated itself are filled with
+    0xFF after the capture.
+    """
+
+    stand_in: StandIn
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, list[Any], Any, list[int | None]]] = []
+        self.storages: list[weakref.ref[torch.UntypedStorage]] = []
+        self.numbers: dict[int, int] = {}  # address of a storage -> its number
+        self.allocated: set[int] = set()  # numbers of the storages from the pool
+        self.overwritten: dict[int, Tensor] = {}  # number of a storage from outside -> its bytes before the capture
+        self.private_pool = Pool()
+        self.index = len(self.stand_in.graphs)
+        self.stand_in.graphs.append(weakref.ref(self))
+
+    def number(self, tensor: Tensor, *, allocated: bool = False) -> int:
+        storage = tensor.untyped_storage()
+        if allocated or storage._cdata not in self.numbers:
+            self.numbers[storage._cdata] = len(self.storages)
+            self.storages.append(weakref.ref(storage))
+        return self.numbers[storage._cdata]
+
+    def before(self, func: Any, args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+        """Prepare the record of an operation, and save what it overwrites."""
+        for tensor in _written(func, args, kwargs):
+            number = self.number(tensor)
+            if number not in self.allocated and number not in self.overwritten:
+                self.overwritten[number] = _bytes(tensor.untyped_storage()).clone()
+        leaves, spec = tree_flatten((args, kwargs))
+        return [self._recorded(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+
+    def _recorded(self, tensor: Tensor) -> Any:
+        if self.stand_in.place(tensor) is None:  # a launch copies a scalar of the host; pinned memory is read by the replay
+            return tensor.clone() if tensor.dim() == 0 else tensor
+        return _View(self.number(tensor), tensor)
+
+    def after(self, func: Any, inputs: tuple[list[Any], Any], results: list[Tensor], new: list[Tensor]) -> None:
+        numbers = [self.number(tensor, allocated=True) if tensor in new else None for tensor in results]
+        self.allocated.update(number for number in numbers if number is not None)
+        if not func.is_view:
+            self.operations.append((func, *inputs, numbers))
+
+    def end(self) -> None:
+        """Undo what the operations did, because a capture executes nothing."""
+        for number, content in self.overwritten.items():
+            _bytes(self._storage(number)).copy_(content)
+        for number in self.allocated:
+            storage = self.storages[number]()
+            if storage is not None:
+                _bytes(storage).fill_(255)
+        self.overwritten.clear()
+
+    def _storage(self, number: int) -> torch.UntypedStorage:
+        storage = self.storages[number]()
+        assert storage is not None, "a graph uses memory from outside that was freed"
+        return storage
+
+    def replay(self) -> None:
+        self.stand_in.calls.append(f"replay {self.index}")
+        temporary: dict[int, torch.UntypedStorage] = {}  # storages that have been freed since they were allocated
+
+        def tensor(view: _View) -> Tensor:
+            return view.tensor(temporary[view.number] if view.number in temporary else self._storage(view.number))
+
+        with self.stand_in.inactive(), torch.no_grad():
+            for func, leaves, spec, numbers in self.operations:
+                args, kwargs = tree_unflatten([tensor(leaf) if isinstance(leaf, _View) else leaf for leaf in leaves], spec)
+                for result, number in zip(tensors_of(func(*args, **kwargs)), numbers, strict=True):
+                    if number is not None:
+                        storage = self.storages[number]()
+                        if storage is None:
+                            temporary[number] = result.untyped_storage()
+                        else:
+                            _bytes(storage).copy_(_bytes(result.untyped_storage()))
+
+    def pool(self) -> Pool:
+        return self.private_pool
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors in the arguments or results of an operation. It is faster than PyTorch's pytree."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+@cache
+def _written_arguments(func: Any) -> list[tuple[int, str]]:
+    arguments = enumerate(func._schema.arguments)
+    return [(i, argument.name) for i, argument in arguments if argument.alias_info and argument.alias_info.is_write]
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors that an operation changes."""
+    return tensors_of([args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)])

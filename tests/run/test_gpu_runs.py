@@ -1,0 +1,122 @@
+"""Whole runs on a stand-in for CUDA: a CUDA graph changes no bit, and a run continues with little memory."""
+
+import pytest
+import torch
+from cuda_stand_in import StandIn
+from runs import final, rows_of, run, same
+from sentences import says
+from step_inputs import OPTIMIZERS, batches, stage_of
+from tiny import ONE_LEVEL, job, make_tiny_model
+
+from fastsd.model.unet import UNetConfig
+from fastsd.train.graph import WARM_UP
+from fastsd.train.step import Step
+
+STEPS = WARM_UP + 3
+STAGES = f"""
+[[stage]]
+train = ["unet"]
+until = {STEPS}
+batch = 4
+precision = "bf16"
+schedule = "linear"
+ema = 0.9
+ema_power = 0.75
+sample_every = {WARM_UP + 1}
+[[stage]]
+train = ["unet", "text_encoder"]
+until = {STEPS}
+batch = 4
+micro_batch = 2
+optimizer = "lion"
+lr = 1e-3
+grad_clip = 1.0
+"""
+VALIDATION = ["validate.held_out=4", "validate.stabilised=4", f"validate.every={WARM_UP + 1}"]
+CONFIG = UNetConfig(**ONE_LEVEL)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "one-level"
+    make_tiny_model(folder, CONFIG)
+    return folder
+
+
+def run_on_gpu(folder, model, images, stages: str, *overrides: str):
+    """Run a job on the stand-in. Return the run's folder, the printed text and the stand-in."""
+    folder.mkdir()
+    with StandIn(count=2) as gpu:
+        return *run(job(folder, model, images, stages), 'device="cuda"', 'kernels="reference"', *overrides), gpu
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_run_with_a_graph_has_the_bits_of_one_without(device, tmp_path, small_model, images):
+    """Samples and validation come between the replays. Each stage captures its graph, on the GPU of the config."""
+    results = []
+    for graph in ("true", "false"):
+        settings = *VALIDATION, f'device="{device}"', f"cuda_graph={graph}"
+        folder, text, gpu = run_on_gpu(tmp_path / graph, small_model, images, STAGES, *settings)
+        assert len(gpu.capture_options) == (2 if graph == "true" else 0)
+        assert "RTX 4090" in text and not gpu.gpus[device == "cuda"].live.peak
+        rows = [row for name in ("log.jsonl", "validation.jsonl") for row in rows_of(folder, name)]
+        results.append((final(folder), rows))
+    assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    assert {row["stage_step"] for row in results[0][1] if "loss_smooth" in row} == {*range(1, STEPS + 1)}
+
+
+@pytest.mark.slow
+def test_memory_of_a_stage_is_free_before_the_next(tmp_path, small_model, images):
+    """The second stage chooses the micro-batch that it would choose alone."""
+    first, second = STAGES.split("[[stage]]")[1:]
+    second = second.replace("micro_batch = 2", 'micro_batch = "auto"')
+    lines = []
+    for name, stages in (("alone", [second]), ("both", [first, second])):
+        text = "".join(f"[[stage]]\n{stage}" for stage in stages)
+        _, output, _ = run_on_gpu(tmp_path / name, small_model, images, text)
+        lines.append([line for line in output.splitlines() if line.startswith("micro-batch")])
+    assert lines[0] == lines[1] and len(lines[0]) == 1
+
+
+def train(folder, sizes: list[int], limit: float | None = None, graph: bool = True):
+    """Train one step per batch size on a GPU with `limit` bytes. Return copies of the state, the warnings and the peaks."""
+    warnings, peaks = [], []
+    with StandIn() as gpu:
+        model = make_tiny_model(folder, CONFIG)
+        for module in (model.unet, model.text.module):
+            module.to("cuda")
+        step = Step(model, stage_of(batch=8, **OPTIMIZERS["lion"]), len(sizes), seed=0, graph=graph, warn=warnings.append)
+        if limit:
+            torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+        for i, size in enumerate(sizes):
+            torch.cuda.reset_peak_memory_stats()
+            step(batches(1, size, seed=i)[0], i)
+            peaks.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
+        tensors = [tensor.clone() for tensors in step.tensors_by_role().values() for tensor in tensors]
+        return tensors, warnings, peaks, step.micro_batch_size, len(gpu.capture_options)
+
+
+def test_graphs_are_freed_before_the_eager_steps_of_another_shape(tmp_path):
+    """With memory for eager steps, but not beside a graph, the run goes on with the same images per forward."""
+    sizes = [8] * (WARM_UP + 2) + [4] * (WARM_UP + 2) + [8, 4, 8]
+    expected, _, peaks, _, _ = train(tmp_path / "eager", sizes, graph=False)
+    (resident, largest), (_, smaller) = peaks[1], peaks[WARM_UP + 2]
+    activations = largest - resident
+    limit = resident + 1.2 * activations
+    assert resident + activations + (smaller - resident) > limit
+    tensors, warnings, _, micro_batch_size, captures = train(tmp_path / "graph", sizes, limit)
+    assert not warnings and micro_batch_size == 8 and captures == 3
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_too_little_memory_reduces_the_images_per_forward(graph, tmp_path):
+    sizes = [8] * (WARM_UP + 3)
+    _, _, peaks, _, _ = train(tmp_path / "measured", sizes, graph=False)
+    resident, largest = peaks[1]
+    limit = resident + 0.6 * (largest - resident)
+    tensors, warnings, limited_peaks, micro_batch_size, captures = train(tmp_path / "limited", sizes, limit, graph)
+    assert micro_batch_size == 4 and captures == graph and max(peak for _, peak in limited_peaks) <= limit
+    assert len(warnings) == 1 and says(warnings[0], "step-out-of-memory", images=8, smaller=4, batch=8)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
