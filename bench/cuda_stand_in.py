@@ -32,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,6 +99,9 @@ class StandIn:
     def __enter__(self) -> StandIn:
         for name, function in _torch_cuda(self).items():
             self.stack.enter_context(mock.patch.object(torch.cuda, name, function))
+        for name, method in (("_cuda_endAllocateToPool", Pool.end), ("_cuda_releasePool", Pool.release)):
+            call = lambda device, pool, method=method: method(pool)  # noqa: E731
+            self.stack.enter_context(mock.patch.object(torch._C, name, call, create=True))
         record = lambda tensor, stream: self.calls.append(f"{tuple(tensor.shape)} used by {stream.name}")  # noqa: E731
         self.stack.enter_context(mock.patch.object(Tensor, "record_stream", record))  # it refuses a stand-in of a stream
         self._enter_modes_elsewhere()
@@ -186,6 +190,9 @@ class StandIn:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host")
         if func is Tensor.tolist and self.place(args[0]) is not None:
             self.wait(COPY)
+        if func is F.scaled_dot_product_attention:  # it creates a mask beside its operands
+            with self.outputs_on(self.place(args[0])):
+                return func(*args, **kwargs)
         if func in (Tensor.cpu, Tensor.cuda):
             return self.to(args[0], torch.device("cpu" if func is Tensor.cpu else "cuda"), **kwargs)
         if func is Tensor.to:
@@ -282,7 +289,7 @@ class StandIn:
     def capture(self, graph: Graph, pool: Pool | None = None, stream: Stream | None = None, **options: Any) -> Iterator[None]:
         """Stand-in for `torch.cuda.graph`."""
         self.calls.append("capture")
-        names = {"pool": f"pool of {next(iter(pool.graphs)).index}" if pool and pool.graphs else pool}
+        names = {"pool": f"pool of {min(graph.index for graph in pool.graphs)}" if pool and pool.graphs else None}
         self.capture_options.append({**names, "stream": stream.name if stream else None, **options})
         graph.private_pool = pool or Pool()
         self.capture_device = stream.device_index if stream else self.current
@@ -291,6 +298,8 @@ class StandIn:
         if graph.private_pool not in gpu.pools:
             gpu.pools.append(graph.private_pool)
         self.capturing, self.invalid = graph, False
+        graph.private_pool.is_allocating = graph.private_pool.is_lost = True
+        before, self.streams[self.capture_device] = self.streams[self.capture_device], stream or self.streams[0]
         try:
             yield
         finally:
@@ -302,6 +311,8 @@ class StandIn:
                 error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
             if error:
                 raise error
+            graph.private_pool.is_allocating = graph.private_pool.is_lost = False
+            self.streams[self.capture_device] = before
 
 
 _CLASSES: dict[str, Any] = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph}
@@ -380,6 +391,7 @@ def _torch_cuda(gpu: StandIn) -> dict[str, Any]:
         "empty_cache": lambda: gpu.calls.append("empty cache"),
         "mem_get_info": on(lambda gpu: (gpu.memory - gpu.reserved(), gpu.memory)),
         "memory_allocated": on(lambda gpu: gpu.live.now), "max_memory_allocated": on(lambda gpu: gpu.live.peak),
+        "memory_stats_as_nested_dict": on(lambda gpu: {"num_ooms": gpu.failures}),
         "memory_reserved": on(Gpu.reserved), "max_memory_reserved": on(lambda gpu: max(gpu.live.peak, gpu.reserved())),
         "reset_peak_memory_stats": on(lambda gpu: gpu.live.restart()), "set_per_process_memory_fraction": limit,
         "set_sync_debug_mode": lambda mode: setattr(gpu, "sync_mode", mode), "get_sync_debug_mode": lambda: gpu.sync_mode,

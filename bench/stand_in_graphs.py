@@ -24,6 +24,7 @@ class Gpu:
         self.memory = self.limit = memory
         self.live = LiveBytes("cpu")  # all storages on this GPU
         self.pools: list[Pool] = []
+        self.failures = 0  # number of allocations beyond the limit
 
     def reserved(self) -> int:
         return self.live.now + sum(pool.size - pool.live.now for pool in self.pools)
@@ -32,6 +33,7 @@ class Gpu:
         size = tensor.untyped_storage().nbytes()
         rise = size if pool is None else max(0, pool.live.now + size - pool.size)
         if self.reserved() + rise > self.limit:
+            self.failures += 1
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB.")
         self.live.count(tensor)
         if pool is not None:
@@ -39,14 +41,26 @@ class Gpu:
 
 
 class Pool:
-    """Private memory of graphs. It keeps its peak as long as one of them lives."""
+    """Private memory of graphs. It keeps its peak as long as one of them lives, and after a capture that could not end."""
 
     def __init__(self) -> None:
         self.live, self.graphs = LiveBytes("cpu"), weakref.WeakSet[Graph]()
+        self.is_allocating = self.is_lost = False
 
     @property
     def size(self) -> int:
-        return self.live.peak if self.graphs else self.live.now
+        return self.live.peak if self.graphs or self.is_lost else self.live.now
+
+    def end(self) -> None:
+        """Stand-in for `_cuda_endAllocateToPool`."""
+        if not self.is_allocating:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.is_allocating = False
+
+    def release(self) -> None:
+        """Stand-in for `_cuda_releasePool`."""
+        assert self.is_lost, "the pool of a graph is released twice"
+        self.is_lost = False
 
 
 class Stream:
@@ -170,6 +184,9 @@ class Graph:
                             temporary[number] = result.untyped_storage()
                         else:
                             _bytes(storage).copy_(_bytes(result.untyped_storage()))
+
+    def reset(self) -> None:
+        self.private_pool.graphs.discard(self)
 
     def pool(self) -> Pool:
         return self.private_pool

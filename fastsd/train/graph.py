@@ -13,7 +13,9 @@ Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ class Graphs:
         self._stream = torch.cuda.Stream()
         self._calls: dict[_Key, int] = {}
         self._captures: dict[_Key, _Capture] = {}
-        self._pool: torch.cuda._POOL_HANDLE | None = None
+        self._pool: Any = None  # handle of the graphs' memory
         self.capturing = False  # True during a capture, which executes nothing
 
     def __call__(self, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -83,19 +85,34 @@ class Graphs:
     def _capture(self, function: Function, tensors: tuple[Tensor | None, ...]) -> _Capture:
         inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
         torch.cuda.empty_cache()  # the graph's own pool needs the memory that the eager calls have cached
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
         self.capturing = True
+        # thread_local: the loader's threads pin batches during the capture, which must not invalidate it.
+        options: dict[str, Any] = {"pool": pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            # thread_local: the loader's threads pin batches during the capture, which must not invalidate it.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            # The outer context restores the stream. The inner one does not if the capture cannot end.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **options):
                 outputs = function(*inputs)
         except BaseException:
-            self.free()  # nothing of a failed capture is used again
+            self._abandon(graph, pool)
             raise
         finally:
             self.capturing = False
-        self._pool = graph.pool()  # shared by the graphs of all shapes, because only one of them runs at a time
+        self._pool = pool  # shared by the graphs of all shapes, because only one of them runs at a time
         return _Capture(graph, inputs, outputs)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Free everything, and the memory of a failed capture.
+
+        If a capture cannot end, PyTorch up to 2.13 goes on to allocate from its pool and never frees the pool.
+        """
+        self._captures.clear()
+        with suppress(RuntimeError):
+            graph.reset()
+        with suppress(RuntimeError):  # raised if the capture has ended, so that its pool is released already
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        self.free()
 
     def free(self) -> None:
         """Free the memory of all graphs. The next call with a shape captures it again, without new eager calls."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_stand_in import StandIn
 from runs import final, rows_of, run, same
 from sentences import says
@@ -10,6 +11,7 @@ from tiny import ONE_LEVEL, job, make_tiny_model
 
 from fastsd.model.unet import UNetConfig
 from fastsd.train.graph import WARM_UP
+from fastsd.train.precision import precision_switches
 from fastsd.train.step import Step
 
 STEPS = WARM_UP + 3
@@ -79,14 +81,16 @@ def test_memory_of_a_stage_is_free_before_the_next(tmp_path, small_model, images
     assert lines[0] == lines[1] and len(lines[0]) == 1
 
 
-def train(folder, sizes: list[int], limit: float | None = None, graph: bool = True):
+def train(folder, sizes: list[int], limit: float | None = None, graph: bool = True, **settings):
     """Train one step per batch size on a GPU with `limit` bytes. Return copies of the state, the warnings and the peaks."""
     warnings, peaks = [], []
     with StandIn() as gpu:
         model = make_tiny_model(folder, CONFIG)
         for module in (model.unet, model.text.module):
             module.to("cuda")
-        step = Step(model, stage_of(batch=8, **OPTIMIZERS["lion"]), len(sizes), seed=0, graph=graph, warn=warnings.append)
+        step = Step(
+            model, stage_of(batch=8, **OPTIMIZERS["lion"], **settings), len(sizes), seed=0, graph=graph, warn=warnings.append
+        )
         if limit:
             torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
         for i, size in enumerate(sizes):
@@ -120,3 +124,27 @@ def test_too_little_memory_reduces_the_images_per_forward(graph, tmp_path):
     assert micro_batch_size == 4 and captures == graph and max(peak for _, peak in limited_peaks) <= limit
     assert len(warnings) == 1 and says(warnings[0], "step-out-of-memory", images=8, smaller=4, batch=8)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_an_algorithm_without_memory_counts_as_out_of_memory(graph, tmp_path, monkeypatch):
+    """cuDNN takes another one, which rounds differently, without an error. A resumed run might have the memory again."""
+    conv2d, swallowed = F.conv2d, []
+
+    def convolve(x, *arguments, **options):
+        try:
+            torch.empty(len(x), 64 << 20, dtype=torch.uint8, device="cuda")  # the workspace
+        except torch.OutOfMemoryError:
+            swallowed.append(len(x))
+        return conv2d(x, *arguments, **options)
+
+    monkeypatch.setattr(F, "conv2d", convolve)
+    limit = 450 << 20
+    with precision_switches("fp32"):
+        _, warnings, _, micro_batch_size, captures = train(tmp_path / "plain", [8] * (WARM_UP + 3), limit, graph)
+        assert set(swallowed) == {8} and micro_batch_size == 4 and captures == graph
+        assert len(warnings) == 1 and says(warnings[0], "step-out-of-memory", images=8, smaller=4, batch=8)
+        _, warnings, _, _, _ = train(tmp_path / "fused", [8] * (WARM_UP + 3), limit, graph, fused_backward=True)
+        assert says(warnings[0], "algorithm-without-memory") and len(warnings) == (WARM_UP + 1 if graph else WARM_UP + 3)
+    with precision_switches("fp32", deterministic=False):
+        assert train(tmp_path / "timed", [8] * 2, limit, graph)[1] == []
