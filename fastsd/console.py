@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import IO, Any, cast
+
 import rich.console
+
+
+class _Output:
+    """A text file for output that nobody may be able to see: a closed terminal or a full disk raises no error."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
 
 
 class Console(rich.console.Console):
     """A terminal or text file for the output of a command. Text is written as it is: not wrapped, and without markup."""
+
+    @property
+    def file(self) -> IO[str]:
+        return cast("IO[str]", _Output(super().file))
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
 
     def echo(self, text: str) -> None:
         self.out(text, highlight=False)

@@ -265,14 +265,16 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     The block must flush the files that it writes. An existing `path` is replaced.
     """
-    temporary = path.with_name(TEMPORARY + path.name)
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = path.with_name(TEMPORARY + path.name), path.with_name(TEMPORARY + "old-" + path.name)
+    if old.exists() and not path.exists():  # a kill between the two renames below
+        old.rename(path)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for folder, _, _ in os.walk(temporary):
             flush_folder(Path(folder))
-        old = path.with_name(TEMPORARY + "old-" + path.name)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -299,8 +301,15 @@ def new_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder. It is renamed first, so a kill leaves it whole or as a leftover that `remove_leftovers` deletes."""
+    with contextlib.suppress(OSError):
+        path = path.rename(path.with_name(TEMPORARY + "old-" + path.name))
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary folders that an interrupted `new_folder` left in `folder`."""
+    """Delete temporary folders that an interrupted `new_folder` or `remove_folder` left in `folder`."""
     for path in folder.glob(TEMPORARY + "*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +191,32 @@ def test_json_files(tmp_path):
             storage.read_json(tmp_path / "a")
     with refused("json-unreadable"):
         storage.read_json(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_folder_whose_replacement_was_killed_is_replaced_later(renames, tmp_path, monkeypatch):
+    """The old folder has been renamed, and the new one perhaps too. The old one was not deleted."""
+
+    def write(text):
+        with new_folder(tmp_path / "saved") as folder:
+            write_text(folder / "file", text)
+
+    write("old")
+    rename, done = Path.rename, []
+
+    def dying(path, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "rename", dying)
+        killed.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt) if done else None)
+        with pytest.raises(KeyboardInterrupt):
+            write("new")
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "saved"):
+        assert (tmp_path / "saved" / "file").read_text() == ("old" if renames == 1 else "new")
+        raise ZeroDivisionError
+    write("newest")
+    assert (tmp_path / "saved" / "file").read_text() == "newest" and os.listdir(tmp_path) == ["saved"]

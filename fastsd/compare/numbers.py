@@ -163,8 +163,7 @@ def baseline_differences(runs: Sequence[RunData], baseline: RunData, pixels: Map
 def costs(runs: Sequence[RunData]) -> Table:
     rows: list[Words] = []
     for run in runs:
-        cost = run.cost or {}
-        stages = cost.get("stages") or []
+        cost, stages = run.cost, run.cost["stages"]
         parameters = " / ".join(dict.fromkeys(_number(stage.get("trained"), ",") for stage in stages)) or ABSENT
         training = [parameters, *_time_and_memory(run, stages), _number(_median_speed(run), ".3g")]
         export = [_megabytes(cost.get("file_bytes")), _number(cost.get("sample_seconds"), ".3g", " s")]

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastsd.config.schema import Config, parse_config
 from fastsd.errors import UserError
-from fastsd.run.folder import Grid, LogRow, grid_files, read_grid, read_rows, read_table
+from fastsd.run.folder import Grid, LogRow, grid_files, read_costs, read_grid, read_rows
 from fastsd.run.settings import short_names
 
 SMOOTHING_WINDOW = 0.04  # share of a run's log rows that a smoothed loss averages
@@ -37,7 +37,7 @@ class RunData:
     log: list[LogRow]
     timing: list[LogRow]
     validation: list[LogRow]
-    cost: LogRow | None
+    cost: LogRow
     grids: list[Grid] = field(default_factory=list)
 
     @property
@@ -131,7 +131,7 @@ def _read(folder: Path, label: str, colour: str) -> RunData:
         raise UserError("compare-no-rows", f"{folder / 'log.jsonl'} has no rows yet; wait for the first, after {interval}")
     timing = read_rows(folder / "timing.jsonl", {"step": int})
     validation = read_rows(folder / "validation.jsonl", VALIDATION_TYPES)
-    cost, grids = read_table(folder / "cost.json"), read_grids(folder / "samples")
+    cost, grids = read_costs(folder), read_grids(folder / "samples")
     return RunData(folder, label, colour, config, log, timing, validation, cost, grids)
 
 

@@ -20,6 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -325,16 +326,23 @@ class _Shard:
     def expect(self, row: int, size: int) -> None:
         """Ask the disk to fetch a row. Do not wait for it."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), self._start + row * size, size, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # only a hint: `read` reports what is wrong
+                os.posix_fadvise(self._file.fileno(), self._start + row * size, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, row: int, into: memoryview) -> None:
         position = self._start + row * len(into)
-        if hasattr(os, "preadv"):
-            count = os.preadv(self._file.fileno(), [into], position)
-        else:  # Windows: the file has one position, so only one thread may read at a time
-            with self._lock:
-                self._file.seek(position)
-                count = self._file.readinto(into)
+        try:
+            if hasattr(os, "preadv"):
+                count = os.preadv(self._file.fileno(), [into], position)
+            else:  # Windows: the file has one position, so only one thread may read at a time
+                with self._lock:
+                    self._file.seek(position)
+                    count = self._file.readinto(into)
+        except OSError as error:
+            raise UserError(
+                "row-unreadable",
+                f"{self.path}: row {row} cannot be read ({error.strerror}); check the disk and its connection, and run again",
+            ) from None
         if count != len(into):
             raise damage_error(self.path, "is truncated")
 

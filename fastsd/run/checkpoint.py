@@ -1,7 +1,8 @@
 """Checkpoints: complete, verified, and loadable by other tools as a diffusers folder.
 
     RUN/checkpoints/step-00001000/       a diffusers folder (unet, text_encoder, vae, tokenizer, scheduler), plus
-        state.safetensors  state.json    the optimizer state and the progress of the run
+        state.safetensors  state.json    the optimizer state, the progress of the run, and whether retention may delete it
+        run.json                         the config
         manifest.json                    sha256 of every file, written last
 
 A checkpoint is written to a temporary folder, flushed and renamed, so it exists either completely or not at all. Files
@@ -30,14 +31,15 @@ from fastsd.storage import (
     TensorFile,
     link_or_copy,
     new_folder,
+    remove_folder,
     remove_leftovers,
     sha256_of,
     write_safetensors,
     write_text,
 )
 
-MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "state.safetensors"
-TRAINING_FILES = (STATE, TENSORS, ADAPTERS, MADE_BY)  # files of a checkpoint that a base model does not have
+MANIFEST, STATE, TENSORS, CONFIG = "manifest.json", "state.json", "state.safetensors", "run.json"
+TRAINING_FILES = (STATE, TENSORS, CONFIG, ADAPTERS, MADE_BY)  # files of a checkpoint that a base model does not have
 STATE_KEYS = {"micro_batch_size": "micro", "micro_batch_setting": "micro_asked"}  # fields whose key in state.json differs
 
 
@@ -74,6 +76,9 @@ def save(
     changed: set[str],
     state: Mapping[str, Tensor],
     adapters: Averages | None = None,
+    *,
+    config: str = "{}",
+    keep: bool = False,
 ) -> Path:
     """Commit a checkpoint and return its folder.
 
@@ -83,6 +88,8 @@ def save(
         changed: components that differ from the previous checkpoint. The others become hard links to its files.
         state: all other tensors: optimizer state, EMA weights and smoothed loss.
         adapters: component name -> its exact adapters by parameter name, if the model has adapters.
+        config: the run's config as JSON.
+        keep: True if `retain` must never delete the checkpoint.
 
     Raises:
         OSError: the disk is full or the folder is not writable. Earlier checkpoints stay intact.
@@ -110,7 +117,8 @@ def save(
 
         manifest[TENSORS] = write_safetensors(new / TENSORS, state)
         values = {STATE_KEYS.get(name, name): value for name, value in asdict(progress).items()}
-        manifest[STATE] = write_text(new / STATE, json.dumps({"fastsd": __version__, **values}, indent=2))
+        manifest[STATE] = write_text(new / STATE, json.dumps({"fastsd": __version__, "keep": keep, **values}, indent=2))
+        manifest[CONFIG] = write_text(new / CONFIG, config)
         write_text(new / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
     return target
 
@@ -123,10 +131,17 @@ def _link(manifest: dict[str, str], source: Path, target: Path, names: set[str])
 
 
 def retain(folder: Path, keep: int, names: set[str]) -> None:
-    """Delete all checkpoints except the newest `keep` and those in `names`."""
+    """Delete all checkpoints except the newest `keep`, those saved with `keep=True`, and those in `names`."""
     for path in checkpoints(folder)[:-keep]:
-        if path.name not in names:
-            shutil.rmtree(path, ignore_errors=True)
+        if path.name not in names and not _must_stay(path):
+            remove_folder(path)
+
+
+def _must_stay(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / STATE).read_text()).get("keep"))
+    except (OSError, ValueError, AttributeError):
+        return True  # nobody knows, so it is not deleted
 
 
 def newest(folder: Path) -> tuple[Path, RunProgress, list[str]] | None:
@@ -145,9 +160,14 @@ def newest(folder: Path) -> tuple[Path, RunProgress, list[str]] | None:
             for damaged in checkpoint_paths[i + 1 :]:
                 renamed_path = damaged.with_name(f"damaged-{damaged.name}")
                 shutil.rmtree(renamed_path, ignore_errors=True)
-                damaged.rename(renamed_path)
+                try:
+                    damaged.rename(renamed_path)
+                except OSError as error:
+                    reason = f"is damaged and cannot be renamed ({error.strerror})"
+                    raise UserError("checkpoint-stuck", f"{damaged}: {reason}; delete it, and run again") from None
             values = json.loads((path / STATE).read_text())
-            values.pop("fastsd")
+            for other_key in ("fastsd", "keep"):
+                values.pop(other_key, None)
             fields = {key: field for field, key in STATE_KEYS.items()}
             progress = RunProgress(**{fields.get(key, key): value for key, value in values.items()})
             return path, progress, warnings
@@ -166,18 +186,22 @@ def verify(path: Path) -> str | None:
     if manifest is None:
         return f"{MANIFEST} is missing or unreadable"
     for name, digest in manifest.items():
-        if not (path / name).is_file():
+        try:
+            if sha256_of(path / name) != digest:
+                return f"{name} does not match its sha256 in {MANIFEST}"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if sha256_of(path / name) != digest:
-            return f"{name} does not match its sha256 in {MANIFEST}"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
 def _read_manifest(path: Path) -> dict[str, str] | None:
     try:
-        return json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def load_state(path: Path) -> TensorFile:

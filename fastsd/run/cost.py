@@ -10,6 +10,7 @@ import torch
 
 from fastsd.config.schema import Config
 from fastsd.run.checkpoint import RunProgress
+from fastsd.run.folder import read_costs
 from fastsd.run.report import memory_gb
 from fastsd.storage import replace_file
 
@@ -31,7 +32,7 @@ class CostRecorder:
 
     def record(self, progress: RunProgress, **totals: int) -> None:
         """Record the cost of the current stage so far, or `totals` of the whole run. Raises OSError if the disk is full."""
-        cost = json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
+        cost = read_costs(self.path.parent)
         if progress.stage_step and not totals:
             name = self.config.stage_name(progress.stage)
             images = progress.images - progress.stage_images

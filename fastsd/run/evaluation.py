@@ -45,13 +45,13 @@ class Evaluation:
         size = config.sample.size or config.data.resolution
         started_at = time.monotonic()
 
-        def draw(batch: int) -> Image.Image | None:
-            return sample_grid(self.model, config.sample, size, batch)
+        def draw(batch: int) -> tuple[Image.Image | None, int]:
+            images = len(read_prompts(config.sample)) * config.sample.images
+            return sample_grid(self.model, config.sample, size, batch), images
 
-        grid = _within_memory(draw, BATCH, "sampling", step, self.report.console)
+        grid, images = _attempt(draw, BATCH, "sampling", step, self.report.console) or (None, 0)
         if grid is None:
             return
-        images = len(read_prompts(config.sample)) * config.sample.images
         self.cost.sample_seconds = (time.monotonic() - started_at) / images
         stage = config.stage_name(progress.stage)
         path = Path(config.run) / "samples" / f"{stage}-{progress.step:08d}.png"
@@ -71,16 +71,18 @@ class Evaluation:
             def measure(batch: int) -> list[ValidationRow]:
                 return self.validation.rows(step.components.values(), batch)
 
-            rows = _within_memory(measure, self.config.validate_.batch, "validation", step, console) or []
+            rows = _attempt(measure, self.config.validate_.batch, "validation", step, console) or []
             if rows:
                 self.report.validation(
                     [{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows]
                 )
 
 
-def _within_memory(work: Callable[[int], Result], batch: int, task: str, step: Step, console: Console) -> Result | None:
-    """Call `work` with a number of images per forward. If memory runs out, try again with one image per forward, and then also
-    without the memory of the step's CUDA graphs. Return None, after a warning, if that does not suffice."""
+def _attempt(work: Callable[[int], Result], batch: int, task: str, step: Step, console: Console) -> Result | None:
+    """Call `work` with a number of images per forward. Return None, after a warning, if it fails: training does not need it.
+
+    If memory runs out, try again with one image per forward, and then also without the memory of the step's CUDA graphs.
+    """
     for images, free in ((batch, False), (1, False), (1, True)):
         if free:
             step.free_graphs()
@@ -88,7 +90,9 @@ def _within_memory(work: Callable[[int], Result], batch: int, task: str, step: S
             return work(images)
         except Exception as error:
             if out_of_memory(error) is None:
-                raise
+                reason = str(error) or type(error).__name__
+                console.warn(f"{task} failed ({reason.splitlines()[0]}); it is skipped, training continues")
+                return None
         gc.collect()  # the error has ended, and with it the tensors that its traceback refers to
     console.warn(f"out of memory for {task}, even with one image at a time; {task} is skipped, training continues")
     return None

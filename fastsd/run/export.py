@@ -20,7 +20,7 @@ from fastsd.model.formats.write import write_single_file
 from fastsd.model.model import Model
 from fastsd.run import checkpoint
 from fastsd.run.model_card import last_samples, summarize, write_card
-from fastsd.storage import new_file
+from fastsd.storage import new_file, remove_folder
 
 
 def export_newest(config: Config, model: Model, console: Console) -> Path:
@@ -37,7 +37,21 @@ def export_newest(config: Config, model: Model, console: Console) -> Path:
     export_path = _export(config, newest, model, {}, console)
     if averages:
         _export(config, newest, model, averages, console)
+    else:
+        _remove_averages(Path(config.run), console)
     return export_path
+
+
+def _remove_averages(run: Path, console: Console) -> None:
+    """Delete the EMA exports of an earlier stage: beside the model of a later one, they would look like its averages."""
+    for path in (run / "model-ema", run / "model-ema.safetensors", run / "lora-ema.safetensors"):
+        if path.is_dir():
+            remove_folder(path)
+        elif path.exists():
+            path.unlink()
+        else:
+            continue
+        console.echo(f"removed: {path}, of an earlier stage; the newest checkpoint has no EMA weights")
 
 
 def _export(config: Config, newest: Path, model: Model, averages: Averages, console: Console) -> Path:
@@ -50,7 +64,12 @@ def _export(config: Config, newest: Path, model: Model, averages: Averages, cons
     samples = last_samples(run, summary.steps or 0)
 
     def finish(new: Path) -> None:
-        write_card(new, summary, single=single_name, fold=table.fold, samples=samples)
+        try:
+            write_card(new, summary, single=single_name, fold=table.fold, samples=samples)
+        except OSError:
+            raise  # the disk is full: nothing else can be written either
+        except Exception as error:
+            console.warn(f"model card of {folder} not written: {type(error).__name__}: {error}")
 
     def metadata(*, lora: bool = False) -> dict[str, str]:
         return metadata_of(summary, model.scheduler, model.unet.cfg.sample_size * model.vae.downscale, lora=lora)

@@ -59,7 +59,7 @@ def read_rows(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[Lo
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and all(isinstance(row.get(key), value_type) for key, value_type in needed.items()):
             rows.append(row)
@@ -70,9 +70,17 @@ def read_table(path: Path) -> LogRow | None:
     """Read the table in a JSON file. Return None if the file is missing or invalid."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return table if isinstance(table, dict) else None
+
+
+def read_costs(run: Path) -> dict[str, Any]:
+    """Read RUN/cost.json. "stages" lists the rows that can be read, also if the file is damaged."""
+    cost = read_table(run / "cost.json") or {}
+    stages = cost.get("stages")
+    rows = stages if isinstance(stages, list) else []
+    return cost | {"stages": [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)]}
 
 
 def grid_files(folder: Path) -> list[tuple[Path, str, int]]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from types import FrameType
+from contextlib import closing
 
 from fastsd.config.schema import Config
 from fastsd.console import STDOUT, Console
+from fastsd.data.loader import Batch, Stream
 from fastsd.errors import Stopped, UserError
 from fastsd.run.export import bytes_of, export_newest
 from fastsd.run.header import header
 from fastsd.run.log import Log
 from fastsd.run.profiler import Profiler
 from fastsd.run.run import Run, open_run
+from fastsd.run.signals import stop_signal
 from fastsd.run.stage_start import start_stage
 from fastsd.run.triggers import Triggers
 from fastsd.train.precision import precision_switches
+from fastsd.train.step import Step
 
 
 def train(config: Config, console: Console = STDOUT, *, export: bool = True) -> None:
@@ -27,7 +28,7 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True) -> 
         UserError: the user must change something; saved checkpoints stay intact.
         Stopped: a stop signal arrived; a checkpoint is written first.
     """
-    with open_run(config, console) as run, stop_signal() as received_signals:
+    with open_run(config, console) as run, stop_signal(run.folder) as received_signals:
         run.report.header(header(run))
         for warning in run.warnings:
             run.console.warn(warning)
@@ -56,7 +57,7 @@ def train_stage(run: Run, index: int, switches: str, received_signals: list[int]
     loader = run.data.loader(index, initial.stage_images)
     profiler = Profiler(run.folder, run.console)
     with closing(profiler), loader.stream(initial.images, end_image, stage.batch) as batches:
-        for batch in batches:
+        for batch in _saved_if_unreadable(run, train_step, log, batches):
             result = train_step(batch, position.progress.stage_step)
             run.advance(train_step, result)
             done, due = position.at_end(index), triggers.after_step()
@@ -80,7 +81,7 @@ def train_stage(run: Run, index: int, switches: str, received_signals: list[int]
                 with log.paused():
                     saved = run.saving.save(train_step, done=done, keep=due.permanent)
                 if received_signals and not done:
-                    raise Stopped(f"{run.folder}: stopped at step {position.progress.step}")
+                    raise _stopped(run, saved=saved)
                 if done and not saved:
                     raise UserError(
                         "stage-end-not-saved",
@@ -90,6 +91,23 @@ def train_stage(run: Run, index: int, switches: str, received_signals: list[int]
             if done:
                 break
     train_step.release()
+
+
+def _saved_if_unreadable(run: Run, train_step: Step, log: Log, batches: Stream) -> Iterator[Batch]:
+    """Yield the batches. If the cache cannot be read, save a checkpoint before the error ends the run."""
+    try:
+        yield from batches
+    except UserError:
+        log.flush()
+        run.saving.save(train_step, done=False, keep=False)
+        raise
+
+
+def _stopped(run: Run, *, saved: bool) -> Exception:
+    step = run.position.progress.step
+    if saved:
+        return Stopped(f"{run.folder}: stopped at step {step}")
+    return UserError("stop-not-saved", f"{run.folder}: stopped at step {step}, which is not saved, see the warning above")
 
 
 def export_run(run: Run) -> None:
@@ -103,26 +121,3 @@ def export_run(run: Run) -> None:
             f"{run.folder}: training is complete, but the model could not be exported ({error.strerror or error}); "
             "fix that and run the same command again",
         ) from error
-
-
-@contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """Yield a list to which SIGINT or SIGTERM is added, so that the loop saves and stops. A second signal stops at once."""
-    received_signals: list[int] = []
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if received_signals:
-            raise KeyboardInterrupt
-        received_signals.append(number)
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        old_handlers = {number: signal.signal(number, on_signal) for number in signals}
-    except ValueError:  # not in the main thread: the caller handles signals
-        yield received_signals
-        return
-    try:
-        yield received_signals
-    finally:
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)

@@ -24,7 +24,7 @@ from fastsd.errors import UserError
 from fastsd.model.formats.fold_vae import SD15_SCALING_FACTOR
 from fastsd.model.formats.model_summary import SUMMARY, Adapters, Loss, ModelSummary, Samples, StageSummary, read_summary
 from fastsd.run.checkpoint import STATE
-from fastsd.run.folder import Grid, grid_files, read_grid, read_rows, read_table
+from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
 from fastsd.run.settings import flatten
 from fastsd.storage import link_or_copy, write_text
 
@@ -120,7 +120,7 @@ def _last_grid(run: Path, step: int) -> Grid | None:
 
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSummary]:
     """Summarize the stages up to a checkpoint, in order. The steps and images of finished stages are read from cost.json."""
-    costs = {row["name"]: row for row in (read_table(run / "cost.json") or {}).get("stages", [])}
+    costs = {row["name"]: row for row in read_costs(run)["stages"]}
     current_stage = state.get("stage", 0)
     not_listed = {*keys_with(StageTable, COLUMN), *keys_with(StageTable, NO_EFFECT)}
     summaries = []

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import psutil
 import torch
@@ -29,7 +29,7 @@ from rich.text import Text
 from fastsd.config.schema import LogTable
 from fastsd.config.stages import ENDLESS
 from fastsd.console import Console
-from fastsd.run.folder import LogRow
+from fastsd.run.folder import LogRow, read_rows
 from fastsd.run.sinks import Sink, open_sinks
 from fastsd.run.validation import ValidationRow, format_line
 from fastsd.storage import replace_file
@@ -48,10 +48,8 @@ class TrainReport:
     def __init__(self, run: Path, table: LogTable, step: int, saved_at: float | None, console: Console) -> None:
         self.console = console
         self.run = run
-        self.log = _reopen(run / "log.jsonl", step)
-        self.timing = _reopen(run / "timing.jsonl", step)
-        if (run / "validation.jsonl").exists():
-            _reopen(run / "validation.jsonl", step or -1).close()  # the measurement before step 1 is repeated
+        self.log, self.timing = (RowFile(run / name, step) for name in ("log.jsonl", "timing.jsonl"))
+        self.validations = RowFile(run / "validation.jsonl", step or -1)  # the measurement before step 1 is repeated
         self.sinks = open_sinks(run, table, step, console)
         self._failed_sinks = set[str]()
         self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
@@ -70,18 +68,23 @@ class TrainReport:
 
     def row(self, values: LogRow, timing: dict[str, float]) -> None:
         """Write the row of one log interval to the files and to the console line."""
-        try:
-            for file, entry in ((self.log, values), (self.timing, {"step": values["step"], **timing})):
-                file.write(_json(entry))
-                file.flush()
-        except OSError as error:  # the text stays in the buffer, and the next row tries again
-            self.console.warn(f"log row of step {values['step']} not written yet: {error.strerror}; training continues")
+        self._append(self.log, values)
+        self._append(self.timing, {"step": values["step"], **timing})
         self._send(lambda sink: sink.scalars({**values, **timing}, values["step"]))
         line = _line(values, timing, self.saved_at)
         if self.live:
             self.live.update(Text(line))
         else:
             self.console.echo(line)
+
+    def _append(self, file: RowFile, *rows: dict[str, Any]) -> None:
+        """Append rows to a file. Training does not depend on it, so a full disk is a warning."""
+        try:
+            file.append("".join(map(_json, rows)))
+        except OSError as error:
+            lost = "" if file.lost is None else f", and from step {file.lost} on rows are lost"
+            name, step = file.path.name, rows[-1]["step"]
+            self.console.warn(f"{name}: row of step {step} not written yet ({error.strerror}){lost}; training continues")
 
     def _send(self, send: Callable[[Sink], None]) -> None:
         """Call `send` for each sink. Training does not depend on sinks, so the first error of each is a warning."""
@@ -102,20 +105,13 @@ class TrainReport:
             scalars[f"validation/{name}"] = row["loss"]
             scalars |= {f"validation_{name}/t{first}-{end - 1}": loss for first, end, loss, _ in row["bands"]}
 
-        try:
-            with open(self.run / "validation.jsonl", "a", encoding="utf-8") as file:
-                file.write("".join(map(_json, rows)))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            self.console.warn(f"validation of step {step} not written: {error.strerror}; training continues")
+        self._append(self.validations, *rows)
         self._send(lambda sink: sink.scalars(scalars, step))
         self.console.echo(f"validation at step {step}: {format_line(rows)}")
 
     def rows(self, stage: str) -> list[LogRow]:
         """Read the rows logged so far for a stage."""
-        lines = (self.run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return [row for row in map(json.loads, lines) if row["stage"] == stage]
+        return [row for row in read_rows(self.run / "log.jsonl", {"stage": str}) if row["stage"] == stage]
 
     def images(self, path: Path, step: int, image: Image.Image) -> None:
         """Report a sample grid that was saved at `path`."""
@@ -124,17 +120,64 @@ class TrainReport:
 
     def flush(self) -> None:
         """Flush the logs to the disk, before a checkpoint is committed. Raises OSError if the disk is full."""
-        for file in (self.log, self.timing):
+        for file in (self.log, self.timing, self.validations):
             file.flush()
-            os.fsync(file.fileno())
 
     def close(self) -> None:
         if self.live:
             self.live.stop()
-        for file in (self.log, self.timing):
+        for file in (self.log, self.timing, self.validations):
             with contextlib.suppress(OSError):  # the user was already warned about a full disk
-                file.close()
+                file.flush()
         self._send(lambda sink: sink.close())
+
+
+class RowFile:
+    """A JSONL file to which rows are appended. While the disk is full, they wait in memory.
+
+    Args:
+        path: the file. Damaged and truncated rows are removed, and so are rows after `step`.
+
+    Attributes:
+        lost: step of the first row that did not fit into memory either; None = all rows are written or waiting.
+    """
+
+    LIMIT = 16 << 20  # bytes that may wait, over 30,000 rows
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.lost: int | None = None
+        self._waiting = b""
+        if not path.exists():
+            return
+        rows = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a power cut may leave anything
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    rows.append(line)
+        replace_file(path, b"".join(rows).decode())
+
+    def append(self, rows: str) -> None:
+        """Write rows, and before them those that wait. Raises OSError if they must wait."""
+        data = rows.encode()
+        if len(self._waiting) + len(data) <= self.LIMIT:
+            self._waiting += data
+        elif self.lost is None:
+            self.lost = json.loads(rows.splitlines()[0])["step"]
+        self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            with open(self.path, "ab", buffering=0) as file:
+                while self._waiting:  # a write on a full disk may write a part
+                    self._waiting = self._waiting[file.write(self._waiting) :]
+
+    def flush(self) -> None:
+        """Write the rows that wait, and flush the file to the disk. Raises OSError if the disk is full."""
+        self._write()
+        if self.path.exists():
+            with open(self.path, "ab") as file:
+                os.fsync(file.fileno())
 
 
 def _json(values: dict[str, object]) -> str:
@@ -195,14 +238,3 @@ def free_memory(device: torch.device) -> int:
         return psutil.virtual_memory().available
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
-
-
-def _reopen(path: Path, step: int) -> TextIO:
-    """Remove damaged and truncated rows and rows after `step` from a JSONL file, and open it for appending."""
-    lines = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a power cut may leave anything
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                lines.append(line.decode())
-    replace_file(path, "".join(lines))
-    return open(path, "a", encoding="utf-8")

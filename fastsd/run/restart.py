@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -16,7 +16,9 @@ from fastsd.config.schema import Config, StageTable, dump_config, parse_config
 from fastsd.data.cache import LatentCache
 from fastsd.data.masks import mask_hash
 from fastsd.errors import UserError
+from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
+from fastsd.run.folder import read_table
 from fastsd.storage import replace_file
 
 # Changing one of these settings would turn the rest of the run into a different run.
@@ -38,13 +40,23 @@ def lock(folder: Path) -> AbstractContextManager[object]:
         ) from None
 
 
-def compare_with_start(path: Path, config: Config, progress: RunProgress | None) -> list[str]:
-    """Raise UserError for changes that would break the run. Return warnings about other changes since the last start."""
-    if progress is None or not path.exists():
+def compare_with_start(path: Path, config: Config, progress: RunProgress | None, newest: Path | None = None) -> list[str]:
+    """Raise UserError for changes that would break the run. Return warnings about other changes since the last start.
+
+    Args:
+        path: RUN/config.json, which the last start wrote. If it is damaged, the config in the checkpoint takes its place.
+        newest: the checkpoint that the run resumes from.
+    """
+    if progress is None:
         return []
-    # Parse it as a config, so that keys which an older version did not write get their defaults.
-    old = json.loads(dump_config(parse_config(json.loads(path.read_text(encoding="utf-8")), str(path))))
-    new = json.loads(dump_config(config))
+    warnings, start = list[str](), _read_config(path)
+    if start is None:
+        start = _read_config(newest / checkpoint.CONFIG) if newest else None
+        source = "the checkpoint's copy is used" if start else "changes of settings since the last start are not noticed"
+        warnings.append(f"{path} is missing or damaged; {source}")
+        if start is None:
+            return warnings
+    old, new = (json.loads(dump_config(table)) for table in (start, config))
     advice = "undo the change, or start a new run with run=FOLDER"
     for key in FIXED:
         before, after = (reduce(getitem, key.split("."), config) for config in (old, new))
@@ -52,7 +64,6 @@ def compare_with_start(path: Path, config: Config, progress: RunProgress | None)
             change = _describe_change(key, before, after)
             raise UserError("run-other-start", f"{path.parent}: {change} since the run was started; {advice}")
 
-    warnings = list[str]()
     current_stage, fixed_keys = progress.stage, keys_with(StageTable, Key.FIXED)
     for i, (old_stage, new_stage) in enumerate(zip(old["stage"], new["stage"], strict=False)):
         for key in old_stage:
@@ -69,11 +80,22 @@ def compare_with_start(path: Path, config: Config, progress: RunProgress | None)
     return warnings
 
 
+def _read_config(path: Path) -> Config | None:
+    """Read a config as JSON. Keys which an older version did not write get their defaults. Return None if it is damaged."""
+    table = read_table(path)
+    with suppress(UserError):
+        return parse_config(table, str(path)) if table is not None else None
+    return None
+
+
 def compare_images(path: Path, latents: LatentCache, *, resumed: bool) -> list[str]:
     """Record the state of the cache that a run depends on. Return warnings about changes since the last start."""
     after = {"samples": len(latents), "view": latents.sha256, "weights": latents.weight_hash, "masks": mask_hash(latents)}
-    before = after | json.loads(path.read_text(encoding="utf-8")) if resumed and path.exists() else after
+    recorded = read_table(path) if resumed else after
     replace_file(path, json.dumps(after))
+    if recorded is None:
+        return [f"{path} is missing or damaged; changes of the cache since the last start are not noticed"]
+    before = after | recorded
     if before["samples"] != after["samples"]:
         counts = f"{before['samples']} to {after['samples']} images"
         return [f"the cache changed from {counts} since the last start; the order of images differs from here on"]

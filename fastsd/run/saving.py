@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastsd.config.schema import Config
+from fastsd.config.schema import Config, dump_config
 from fastsd.config.stages import COMPONENTS
 from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER
@@ -21,7 +21,6 @@ from fastsd.run.cost import CostRecorder
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
-from fastsd.storage import replace_file
 from fastsd.train.step import Step
 
 
@@ -33,7 +32,7 @@ class Saving:
         state: tensors, read lazily, from which the next stage to start loads its optimizer state: those of the checkpoint that
             the run resumed from, or of the end of a stage whose successor has state = "carry". Empty once they are loaded.
         changed: components whose weights differ from those in the newest checkpoint.
-        kept: names of the checkpoints that are never deleted: ends of stages, and requested ones.
+        kept: names of checkpoints of older versions that are never deleted. Newer ones say so themselves.
     """
 
     config: Config
@@ -47,8 +46,8 @@ class Saving:
     def __post_init__(self) -> None:
         self.folder = Path(self.config.run)
         self.changed: set[str] = set()
-        files = [self.folder / name for name in ("kept.json", "stage-ends.json")]  # older versions wrote the second
-        self.kept: set[str] = {name for path in files if path.exists() for name in json.loads(path.read_text())}
+        files = [self.folder / name for name in ("kept.json", "stage-ends.json")]
+        self.kept: set[str] = {name for path in files for name in _read_names(path)}
 
     def save(self, step: Step, *, done: bool, keep: bool) -> bool:
         """Commit a checkpoint. Return False, after a warning, if it cannot be written.
@@ -69,7 +68,8 @@ class Saving:
         try:
             self.report.flush()
             adapters = {name: component.state(ADAPTER) for name, component in components.items()} if self.model.lora else None
-            path = checkpoint.save(folder, progress, self.model, weights, self.changed, state, adapters)
+            args = folder, progress, self.model, weights, self.changed, state, adapters
+            path = checkpoint.save(*args, config=dump_config(self.config), keep=done or keep)
         except OSError as error:
             console.warn(
                 f"checkpoint at step {progress.step} not saved to {folder}: {error.strerror or error}; "
@@ -81,12 +81,22 @@ class Saving:
         self.report.saved()
         if done and carried:
             self.state = checkpoint.load_state(path)
-        self.kept |= {path.name} if done or keep else set()
-        try:
-            replace_file(self.folder / "kept.json", json.dumps(sorted(self.kept)))
-            if done:
+        if done:
+            try:
                 self.cost.record(progress)
-        except OSError as error:
-            console.warn(f"{path.name} saved, but not recorded in {self.folder}: {error.strerror}; training continues")
-        checkpoint.retain(folder, step.stage.keep_checkpoints, self.kept)
+            except OSError as error:
+                console.warn(f"cost of the stage not written to {self.folder}: {error.strerror}; training continues")
+        self.retain(step.stage.keep_checkpoints)
         return True
+
+    def retain(self, keep_checkpoints: int) -> None:
+        """Delete old checkpoints, also those that an interrupted run has left."""
+        checkpoint.retain(self.folder / "checkpoints", keep_checkpoints, self.kept)
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        names = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

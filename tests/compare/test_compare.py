@@ -115,7 +115,7 @@ def test_killed_run_is_read_up_to_the_truncated_row(make_run):
     (folder / "samples" / "unet-00000002.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
     run = read_run(folder)
     assert [r["step"] for r in run.log] == [1, 2] and not run.finished and not run.grids
-    assert run.validation == [] and run.cost is None
+    assert run.validation == [] and run.cost == {"stages": []}
 
 
 def test_thinned_curve_keeps_all_peaks():

@@ -95,7 +95,7 @@ def test_runs_differ_in_one_value_and_equal_those_of_train(path, tmp_path):
 def test_same_command_skips_finished_runs_and_resumes_others(path, tmp_path, monkeypatch, no_report):
     words = ("stage.lr=1e-3,2e-3",)
     with monkeypatch.context() as patch:  # a stop is requested in the first step
-        patch.setattr("fastsd.run.loop.stop_signal", lambda: contextlib.nullcontext([15]))
+        patch.setattr("fastsd.run.loop.stop_signal", lambda run: contextlib.nullcontext([15]))
         with pytest.raises(Stopped):
             run_sweep(path, *words)
     root = tmp_path / "run"

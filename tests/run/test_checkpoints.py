@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import shutil
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +52,8 @@ DAMAGE = {
     "manifest.json is missing": lambda path: (path / "manifest.json").write_text("{"),
     "weights is missing": lambda path: (path / "weights").unlink(),
     "weights does not match its sha256": lambda path: (path / "weights").write_text("other"),
+    "weights cannot be read: Is a directory": lambda path: ((path / "weights").unlink(), (path / "weights").mkdir()),
+    "manifest.json is missing or unreadable": lambda path: (path / "manifest.json").write_text("[]"),
 }
 
 
@@ -66,6 +70,28 @@ def test_damaged_checkpoints_are_set_aside_again_and_again(problem, tmp_path):
         assert names(tmp_path) == [f"damaged-{name_of(4)}", f"damaged-{name_of(6)}", name_of(2)]
     path, _, warnings = newest(tmp_path)
     assert path == good and warnings == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_is_damaged(number, tmp_path, monkeypatch):
+    def failing(path, sha256_of=checkpoint.sha256_of):
+        if path.parent.name == name_of(4):
+            raise OSError(number, os.strerror(number))
+        return sha256_of(path)
+
+    good, path = commit(tmp_path, 2), commit(tmp_path, 4)
+    monkeypatch.setattr(checkpoint, "sha256_of", failing)
+    chosen, _, (warning,) = newest(tmp_path)
+    assert chosen == good and f"weights cannot be read: {os.strerror(number)}" in warning and not path.exists()
+
+
+def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_one_sentence(tmp_path, monkeypatch):
+    """Later checkpoints would link to its files."""
+    commit(tmp_path, 2)
+    DAMAGE["weights is missing"](commit(tmp_path, 4))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    with refused("checkpoint-stuck", path=tmp_path / name_of(4), strerror="read-only"):
+        newest(tmp_path)
 
 
 def test_if_all_checkpoints_are_damaged_they_stay(tmp_path):
@@ -85,9 +111,20 @@ def test_an_older_damaged_checkpoint_is_left_alone(tmp_path):
 
 def test_retention_counts_from_the_newest_and_spares_the_kept(tmp_path):
     for step in range(1, 7):
-        commit(tmp_path, step)
-    retain(tmp_path, 2, {name_of(1), name_of(3), name_of(6)})
+        commit(tmp_path, step, keep=step == 3)
+    retain(tmp_path, 2, {name_of(1), name_of(6)})
     assert names(tmp_path) == [name_of(step) for step in (1, 3, 5, 6)]
+
+
+def test_retention_after_a_kill_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    for step in range(1, 4):
+        commit(tmp_path, step)
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            retain(tmp_path, 1, set())
+    assert [path.name for path in checkpoints(tmp_path)] == [name_of(2), name_of(3)]
+    assert newest(tmp_path)[0].name == name_of(3) and names(tmp_path) == [name_of(2), name_of(3)]
 
 
 def test_averages_are_found_by_component(tmp_path):
@@ -103,9 +140,10 @@ class Run:
     """A stand-in for a run of three stages, of which the last carries state on. It records what is saved."""
 
     def __init__(self, folder, monkeypatch):
-        self.folder, self.calls, self.saved, self.retained = folder, [], [], []
+        self.folder, self.calls, self.saved, self.retained, self.kept = folder, [], [], [], []
         stages = [SimpleNamespace(state=state) for state in ("reset", "reset", "carry")]
         config = SimpleNamespace(run=str(folder), stage=stages)
+        monkeypatch.setattr("fastsd.run.saving.dump_config", lambda config: "the config")
         self.position = SimpleNamespace(mark_done=lambda *, done: self.calls.append(f"done {done}"), progress=None)
         smoothed = SimpleNamespace(state_dict=lambda: {"loss": torch.zeros(1)})
         report = SimpleNamespace(
@@ -125,8 +163,10 @@ class Run:
         self.saving = Saving(config, SimpleNamespace(lora=None), self.position, smoothed, report, cost, {})
         self.saving.changed = {"unet"}
 
-    def save_files(self, folder, progress, model, weights, changed, state, adapters):
+    def save_files(self, folder, progress, model, weights, changed, state, adapters, *, config, keep):
+        assert config == "the config"
         self.saved.append((set(weights), set(changed), set(state), adapters))
+        self.kept += [progress.step] if keep else []
         return folder / name_of(progress.step)
 
     def save(self, stage, step, **options):
@@ -134,36 +174,39 @@ class Run:
         self.position.progress = RunProgress(stage=stage, step=step)
         return self.saving.save(self.step, **{"done": False, "keep": False} | options)
 
-    def kept(self):
-        return json.loads((self.folder / "kept.json").read_text())
-
 
 def test_a_checkpoint_in_a_stage_has_all_state_and_may_be_deleted(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch)
     assert run.save(0, 3)
-    assert run.calls == ["done False", "flush", "saved"] and run.kept() == [] and run.saving.changed == set()
+    assert run.calls == ["done False", "flush", "saved"] and run.kept == [] and run.saving.changed == set()
     assert run.saved == [({"unet", "text_encoder"}, {"unet"}, {"loss", "skipped", "unet@ema/w"}, None)]
     assert run.retained == [(2, set())] and run.saving.state == {}
 
 
 def test_the_end_of_a_stage_and_requested_checkpoints_are_kept(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch)
-    assert run.save(0, 3, keep=True) and run.kept() == [name_of(3)] and "cost 3" not in run.calls
-    assert run.save(0, 5, done=True) and run.kept() == [name_of(3), name_of(5)]
+    assert run.save(0, 3, keep=True) and run.kept == [3] and "cost 3" not in run.calls
+    assert run.save(0, 5, done=True) and run.kept == [3, 5]
     assert run.calls == ["done True", "flush", "saved", "cost 5"]
     assert run.saved[-1][2] == {"loss", "unet@ema/w"} and run.saving.state == {}  # the next stage starts afresh
     assert run.save(1, 7, done=True)
     assert "skipped" in run.saved[-1][2] and run.saving.state == {"from": name_of(7)}  # the next stage carries it on
     assert run.save(2, 9, done=True)
     assert "skipped" in run.saved[-1][2] and run.saving.state == {"from": name_of(7)}  # the last stage may be extended
-    assert run.retained[-1] == (2, {name_of(step) for step in (3, 5, 7, 9)})
-    # A later start reads the names, also those of an older version.
-    (tmp_path / "stage-ends.json").write_text(json.dumps([name_of(1)]))
-    assert Run(tmp_path, monkeypatch).saving.kept == {name_of(step) for step in (1, 3, 5, 7, 9)}
+    assert run.kept == [3, 5, 7, 9] and run.retained[-1] == (2, set())
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"null", b"[1]", b"\xff"])
+def test_checkpoints_that_an_older_version_kept_stay(damage, tmp_path, monkeypatch):
+    for file, step in (("stage-ends.json", 1), ("kept.json", 3)):
+        (tmp_path / file).write_text(json.dumps([name_of(step)]))
+    assert Run(tmp_path, monkeypatch).saving.kept == {name_of(1), name_of(3)}
+    (tmp_path / "kept.json").write_bytes(damage)
+    assert Run(tmp_path, monkeypatch).saving.kept == {name_of(1)}
 
 
 def test_a_checkpoint_that_cannot_be_written_is_reported_and_tried_again(tmp_path, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "disk full")
 
     run = Run(tmp_path, monkeypatch)
@@ -172,11 +215,10 @@ def test_a_checkpoint_that_cannot_be_written_is_reported_and_tried_again(tmp_pat
     assert says(run.calls[-1], "checkpoint-not-saved", step=3, reason="disk full", folder=tmp_path / "checkpoints")
     assert run.saving.changed == {"unet"} and run.saving.kept == set() and not run.retained
     monkeypatch.setattr(checkpoint, "save", run.save_files)
-    monkeypatch.setattr("fastsd.run.saving.replace_file", full)
+    run.saving.cost.record = full
     assert run.save(0, 4, done=True)
-    (warning,) = [text for text in run.calls if "recorded" in text]
-    assert says(warning, "checkpoint-not-recorded", checkpoint=name_of(4), folder=tmp_path, strerror="disk full")
-    assert run.retained == [(2, {name_of(4)})]
+    (warning,) = [text for text in run.calls if "cost" in text]
+    assert says(warning, "cost-not-written", folder=tmp_path, strerror="disk full") and run.retained == [(2, set())]
 
 
 def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_training(tmp_path, monkeypatch):
@@ -186,5 +228,6 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_training(tmp_path, mo
     for step in (1, 2):
         commit(tmp_path, step)
     monkeypatch.setattr(os, "rmdir", denied)
+    monkeypatch.setattr(os, "rename", denied)
     retain(tmp_path, 1, set())
     assert names(tmp_path) == [name_of(1), name_of(2)]

@@ -2,15 +2,12 @@
 
 import json
 import tempfile
-from io import StringIO
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsd.config.schema import LogTable
-from fastsd.console import Console
-from fastsd.run.report import TrainReport
+from fastsd.run.report import RowFile
 
 VALUES = st.one_of(st.floats(allow_nan=False), st.integers(), st.text(max_size=5), st.none())
 ROWS = st.lists(st.dictionaries(st.sampled_from(["loss", "lr", "stage"]), VALUES), min_size=1, max_size=5)
@@ -18,12 +15,6 @@ ROWS = st.lists(st.dictionaries(st.sampled_from(["loss", "lr", "stage"]), VALUES
 GARBAGE = st.one_of(
     st.binary(max_size=20), st.sampled_from([b"\0" * 9, b"7\n", b'{"step": null}\n', b"[" * 9999 + b"\n", b"\xff\n"])
 )
-
-
-def open_log(folder, step):
-    report = TrainReport(folder, LogTable(tensorboard=False), step, None, Console(file=StringIO()))
-    report.timing.close()
-    return report.log
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -36,7 +27,7 @@ def test_a_log_cut_anywhere_resumes_with_the_same_bytes(rows, data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "log.jsonl")
         path.write_bytes(whole[:cut] + data.draw(GARBAGE))
-        with open_log(Path(folder), step) as log:
-            assert path.read_bytes() == kept
-            log.write(b"".join(lines[step:]).decode())
+        log = RowFile(path, step)
+        assert path.read_bytes() == kept
+        log.append(b"".join(lines[step:]).decode())
         assert path.read_bytes() == whole

@@ -7,6 +7,8 @@ from sentences import says
 from tiny import job
 
 from fastsd.model.unet import UNet
+from fastsd.run import export
+from fastsd.run.validation import Validation
 from fastsd.train.step import Step
 
 STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 4\nbatch = 4\noptimizer = "lion"\nlr = 1e-4\nsample_every = 2\n'
@@ -48,3 +50,42 @@ def test_evaluation_without_memory_never_ends_a_run(limit, error, plain, tmp_pat
         assert len(list((short_of_memory / "samples").iterdir())) == len(list((folder / "samples").iterdir())) == 3
     else:
         assert not (short_of_memory / "validation.jsonl").exists() and not (short_of_memory / "samples").exists()
+
+
+def test_a_failing_evaluation_costs_no_step(plain, tmp_path, monkeypatch):
+    """The file of prompts is gone, and a measurement has an error of its own."""
+    path, folder, _ = plain
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle")
+
+    def broken(*_):
+        prompts.unlink(missing_ok=True)
+        raise KeyError("sampler")
+
+    monkeypatch.setattr(Validation, "rows", broken)
+    other, text = run(path, f"run={tmp_path / 'run'}", f"sample.prompts_file={prompts}", *OVERRIDES)
+    assert same(final(other), final(folder))
+    assert says(text, "evaluation-failed", task="validation", reason="'sampler'")
+    assert says(text, "evaluation-failed", task="sampling") and str(prompts) in text
+    assert not (other / "samples").exists() and (other / "model" / "README.md").exists()
+
+
+def test_a_failing_model_card_costs_no_model(plain, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("a title that is no title")
+
+    monkeypatch.setattr(export, "write_card", broken)
+    folder, text = run(plain[0], f"run={tmp_path / 'run'}", *OVERRIDES)
+    assert says(text, "card-not-written", folder=folder / "model", error="ValueError: a title that is no title")
+    assert (folder / "model" / "unet").is_dir() and not (folder / "model" / "README.md").exists()
+
+
+def test_averages_of_an_earlier_stage_are_removed(tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, STAGE.replace("until = 4", "until = 1"))
+    folder, _ = run(path, "stage.0.ema=0.5")
+    averages = [folder / "model-ema", folder / "model-ema.safetensors"]
+    assert all(file.exists() for file in averages)
+    path.write_text(path.read_text() + STAGE.replace("until = 4", "until = 1"))
+    _, text = run(path, "stage.0.ema=0.5")
+    assert not any(file.exists() for file in averages) and (folder / "model").is_dir()
+    assert all(says(text, "averages-removed", path=file) for file in averages)

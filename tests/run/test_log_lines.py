@@ -1,6 +1,7 @@
 """Console lines, log files and log rows of a run, with given numbers instead of a model."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -20,11 +21,12 @@ from fastsd.config.stages import ENDLESS
 from fastsd.console import Console
 from fastsd.data.loader import Batch
 from fastsd.run import log as logs
+from fastsd.run import report as reports
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.header import header
 from fastsd.run.log import MAX_SKIPPED_ROWS, DeferredScalars, Log
 from fastsd.run.position import Position
-from fastsd.run.report import TrainReport, duration
+from fastsd.run.report import RowFile, TrainReport, duration
 from fastsd.run.smoothed_loss import DECAY, SmoothedLoss
 from fastsd.train.step import StepResult
 from fastsd_kernels import REFERENCE
@@ -114,33 +116,60 @@ def test_rows_after_the_checkpoint_and_half_rows_are_removed(tmp_path):
     assert rows_of(tmp_path, "validation.jsonl") == []
 
 
-def test_a_full_disk_delays_rows(tmp_path):
-    class Full:
-        full = True
+class SmallDisk:
+    """A disk that takes `room` bytes more, or any number if that is None."""
 
-        def __init__(self, file):
-            self.file = file
+    def __init__(self, monkeypatch) -> None:
+        self.room: int | None = None
+        disk = self
 
-        def write(self, text):
-            self.file.write(text)
+        class File(io.FileIO):
+            def write(self, data):
+                count = len(data) if disk.room is None else min(len(data), disk.room)
+                if data and not count:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if disk.room is not None:
+                    disk.room -= count
+                return super().write(data[:count])
 
-        def flush(self):
-            if self.full:
-                raise OSError(errno.ENOSPC, "disk full")
-            self.file.flush()
+        monkeypatch.setattr(reports, "open", lambda path, mode, **_: File(path, mode), raising=False)
 
+
+def test_a_full_disk_delays_rows(tmp_path, monkeypatch):
+    """The disk takes 100 bytes more. All rows of both files are there when there is room again, also after 50 rows."""
+    disk = SmallDisk(monkeypatch)
     report, text = make_report(tmp_path)
-    report.log = Full(report.log)
     report.row(VALUES, TIMING)
-    assert says(text.getvalue(), "log-row-not-written", step=7, strerror="disk full")
-    report.log.full = False
-    report.row(VALUES | {"step": 8}, TIMING)
-    assert [row["step"] for row in rows_of(tmp_path)] == [7, 8] and text.getvalue().count("!") == 1
+    disk.room = 100
+    for step in range(8, 58):
+        report.row(VALUES | {"step": step}, TIMING)
+    assert says(text.getvalue(), "row-not-written", file="log.jsonl", step=8, strerror="No space left on device", lost="")
+    with pytest.raises(OSError, match="No space left"):
+        report.flush()
+    disk.room = None
+    report.validation(validation_rows())
+    report.flush()
+    for name in ("log.jsonl", "timing.jsonl"):
+        assert [row["step"] for row in rows_of(tmp_path, name)] == list(range(7, 58))
+
+
+def test_rows_beyond_the_memory_for_them_are_lost_with_a_word(tmp_path, monkeypatch):
+    disk = SmallDisk(monkeypatch)
+    report, text = make_report(tmp_path)
+    disk.room = 0
+    monkeypatch.setattr(RowFile, "LIMIT", 1500)
+    for step in range(7, 30):
+        report.row(VALUES | {"step": step}, TIMING)
+    disk.room = None
+    report.row(VALUES | {"step": 30}, TIMING)
+    steps = [row["step"] for row in rows_of(tmp_path)]
+    lost = steps[-1] + 1 if 30 not in steps else next(step for step in range(7, 30) if step not in steps)
+    assert 7 in steps and 29 not in steps and report.log.lost == lost
+    assert says(text.getvalue(), "row-not-written", step=29, lost=f", and from step {lost} on rows are lost")
 
 
 def test_logs_are_on_the_disk_before_a_checkpoint(tmp_path, disk):
     report, _ = make_report(tmp_path)
-    disk()  # forget the new, empty files
     report.row(VALUES, TIMING)
     report.flush()
     assert disk() == ["log.jsonl", "timing.jsonl"]
@@ -153,20 +182,13 @@ def validation_rows(**changes):
     ]
 
 
-def test_validation_rows(tmp_path, disk, monkeypatch):
+def test_validation_rows(tmp_path, disk):
     report, text = make_report(tmp_path)
     rows = validation_rows()
-    disk()  # forget the new, empty files
     report.validation(rows)
+    report.flush()
     assert rows_of(tmp_path, "validation.jsonl") == rows and disk() == ["validation.jsonl"]
     assert text.getvalue().startswith("validation at step 4: ")
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, "disk full")
-
-    monkeypatch.setattr(os, "fsync", full)
-    report.validation(rows)
-    assert says(text.getvalue(), "validation-not-written", step=4, strerror="disk full")
 
 
 def test_tensorboard_has_numbers_and_images(tmp_path):

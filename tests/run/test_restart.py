@@ -89,7 +89,21 @@ def test_stages_may_be_added_and_later_ones_removed(start):
 
 def test_a_new_run_is_compared_with_nothing(start, tmp_path):
     assert start(None, {"seed": 5}) == []
-    assert compare_with_start(tmp_path / "missing.json", config_with({"seed": 5}), IN_STAGE_2) == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"stage": 3}', b"[" * 9999])
+def test_a_damaged_record_of_the_config_is_replaced_by_that_of_the_checkpoint(content, tmp_path):
+    path, newest = tmp_path / "config.json", tmp_path / "step-00000001"
+    newest.mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    (warning,) = compare_with_start(path, config_with({"seed": 5}), IN_STAGE_2, newest)
+    assert says(warning, "record-damaged", path=path, result="changes of settings since the last start are not noticed")
+    (newest / "run.json").write_text(dump_config(config_with({})))
+    (warning,) = compare_with_start(path, config_with({}), IN_STAGE_2, newest)
+    assert says(warning, "record-damaged", path=path, result="the checkpoint's copy is used")
+    with refused("run-other-start"):
+        compare_with_start(path, config_with({"seed": 5}), IN_STAGE_2, newest)
 
 
 class Latents(SimpleNamespace):
@@ -123,8 +137,13 @@ def test_changes_of_the_cache_have_names(tmp_path, monkeypatch):
     # A run of an older version has recorded less.
     path.write_text('{"samples": 5}')
     assert compare_images(path, Latents(**state), resumed=True) == []
-    path.unlink()
-    assert compare_images(path, Latents(**state), resumed=True) == []
+    for content in (None, b"", b"[1]", b"null", b"\xff"):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        (text,) = compare_images(path, Latents(**state), resumed=True)
+        assert says(text, "record-damaged", path=path, result="changes of the cache since the last start are not noticed")
+        assert compare_images(path, Latents(**state), resumed=True) == []
 
 
 def test_one_trainer_per_folder(tmp_path):

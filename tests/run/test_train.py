@@ -1,5 +1,6 @@
 """Training end to end on a tiny model: exact resume, kills, precision, trained components, a full disk, damaged checkpoints."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -21,7 +22,8 @@ from tiny import job
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
 from fastsd.console import Console
-from fastsd.run import checkpoint, saving
+from fastsd.data.loader import Loader
+from fastsd.run import checkpoint, cost
 from fastsd.run.loop import train
 from fastsd.run.restart import lock
 
@@ -203,19 +205,18 @@ def test_training_continues_with_a_full_disk(tmp_path, tiny_model, images, monke
 
 
 def test_a_full_disk_at_the_end_loses_nothing(tmp_path, tiny_model, images, monkeypatch):
-    """Neither kept.json nor the model can be written. The same command continues."""
+    """Neither cost.json nor the model can be written. The same command continues."""
     path = job(tmp_path, tiny_model, images, PLAIN + "checkpoint_every = 1\nkeep_checkpoints = 1\ncheckpoint_at = [2]\n")
 
     def disk_full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        write = saving.replace_file
-        patch.setattr(saving, "replace_file", lambda path, text: disk_full() if path.name == "kept.json" else write(path, text))
+        patch.setattr(cost, "replace_file", disk_full)
         patch.setattr(checkpoint, "export", disk_full)
         with refused("model-not-written", strerror="No space left on device"):
             run(path)
-    assert checkpoint_steps(tmp_path / "run") == [2, 4]  # step 2 is kept although kept.json could not be written
+    assert checkpoint_steps(tmp_path / "run") == [2, 4]
     folder, text = run(path)
     assert (folder / "model/unet").is_dir() and says(text, "run-resumed", step=4)
 
@@ -267,6 +268,85 @@ def test_steps_with_gradients_that_are_not_finite_are_skipped(tmp_path, tiny_mod
     monkeypatch.setattr(step_module.Objective, "loss", lambda self, *args: true_loss(self, *args) * float("nan"))
     with refused("no-finite-gradient"):
         run(job(tmp_path, tiny_model, images, stage), f"run={tmp_path / 'dead'}")
+
+
+def test_a_closed_terminal_saves_a_checkpoint(tmp_path, tiny_model, images, start):
+    """The terminal is gone before the signal arrives, so all output fails from then on."""
+    path = job(tmp_path, tiny_model, images, PLAIN.replace("until = 4", "until = 5000"))
+    cache(load_config(path), Console(file=StringIO()))
+    terminal, screen = os.openpty()
+    process = start(Path(os.ttyname(screen)), "train", str(path))
+    os.set_blocking(terminal, False)
+    while not (tmp_path / "run" / "log.jsonl").exists() and process.is_alive():
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 4096)
+        time.sleep(0.02)
+    wait_for_rows(process, tmp_path / "run" / "log.jsonl", 3)
+    os.close(terminal)
+    os.close(screen)
+    time.sleep(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGHUP)
+    process.join(600)
+    assert process.exitcode == 130
+    step = checkpoint.newest(tmp_path / "run" / "checkpoints")[1].step
+    assert step >= 3 and len(rows_of(tmp_path / "run")) == step
+
+
+def test_signals_request_a_checkpoint_and_a_grid(tmp_path, tiny_model, images, start):
+    path, output = job(tmp_path, tiny_model, images, PLAIN.replace("until = 4", "until = 5000")), tmp_path / "output"
+    cache(load_config(path), Console(file=StringIO()))
+    process = start(output, "train", str(path))
+    wait_for_rows(process, tmp_path / "run" / "log.jsonl", 3)
+    os.kill(process.pid, signal.SIGUSR1)
+    os.kill(process.pid, signal.SIGUSR2)
+    expected_folders = [tmp_path / "run" / "checkpoints", tmp_path / "run" / "samples"]
+    while process.is_alive() and not all(folder.exists() and list(folder.glob("[!.]*")) for folder in expected_folders):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(600)
+    (on_request, at_stop) = checkpoint.checkpoints(expected_folders[0])
+    states = [json.loads((path / "state.json").read_text()) for path in (on_request, at_stop)]
+    assert process.exitcode == 130 and [state["keep"] for state in states] == [True, False]
+    assert [path.suffix for path in expected_folders[1].iterdir()] == [".png"]
+
+
+def test_a_stop_without_room_for_the_checkpoint_does_not_claim_one(tmp_path, tiny_model, images, monkeypatch):
+    def disk_full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = job(tmp_path, tiny_model, images, PLAIN)
+    monkeypatch.setattr("fastsd.run.loop.stop_signal", lambda run: contextlib.nullcontext([signal.SIGINT]))
+    monkeypatch.setattr(checkpoint, "save", disk_full)
+    with refused("stop-not-saved", step=1):
+        run(path)
+
+
+def test_a_cache_that_cannot_be_read_costs_no_step(tmp_path, tiny_model, images, monkeypatch):
+    """The disk fails in the third step. The steps before are saved, and the same command ends with the same bits."""
+    path = job(tmp_path, tiny_model, images, PLAIN)
+    uninterrupted, _ = run(path, f"run={tmp_path / 'other'}")
+    batch, failing = Loader.batch, []
+
+    def read(fd, buffers, offset, flags=0, preadv=os.preadv):
+        if failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset, flags)
+
+    def load(self, position, count):
+        if position == 12:
+            failing.append(position)
+        return batch(self, position, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "batch", load)
+        patch.setattr(os, "preadv", read)
+        patch.setattr("fastsd.data.loader._WORKERS", 1)
+        with refused("row-unreadable", strerror=os.strerror(errno.EIO)):
+            run(path)
+    assert checkpoint_steps(tmp_path / "run") == [2]
+    folder, text = run(path)
+    assert says(text, "run-resumed", step=2) and same(final(folder), final(uninterrupted))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
