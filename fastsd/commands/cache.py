@@ -14,6 +14,7 @@ from fastsd.commands.progress import progress
 from fastsd.config.schema import Config
 from fastsd.console import STDOUT, Console
 from fastsd.data.building import build, upkeep
+from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.collect import one_at_a_time
 from fastsd.data.building.embed_captions import write_text_embeddings
 from fastsd.data.building.store import Store, disk_errors
@@ -21,11 +22,16 @@ from fastsd.data.building.tokenize_captions import write_tokens
 from fastsd.data.cache import LatentCache
 from fastsd.data.sources import folders
 from fastsd.data.tokens import Tokens
-from fastsd.errors import UserError
+from fastsd.errors import Stopped, UserError
 from fastsd.model.formats.adapters import MADE_BY, load_merged
 from fastsd.model.formats.load import load_text, load_tokenizer, load_vae, locate
+from fastsd.model.vae import Vae
+from fastsd.run.compilation import compile_kernels
+from fastsd.run.launches import encoder_launches
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
+from fastsd_kernels import TRITON
+from fastsd_kernels.launch import INTERPRETED
 
 REASONS = 8  # most rejection reasons to print
 
@@ -41,7 +47,8 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     device = choose_device(config.device, console)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = choose_device(f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}")
-    vae = load_vae(config.model, ops=choose_ops(config.kernels, device)).to(device, COMPUTE_DTYPE[config.cache.precision])
+    ops = choose_ops(config.kernels, device)
+    vae = load_vae(config.model, ops=ops).to(device, COMPUTE_DTYPE[config.cache.precision])
     vae_name = config.model.vae or config.model.base
     scaling = f"scaling factor {vae.scaling_factor:g}"
     console.echo(f"VAE {vae_name}: {vae.channels} latent channels, {scaling}, {config.cache.precision} on {device}")
@@ -51,6 +58,9 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
         tokenizer = None
         console.echo(f"note: {error}")
 
+    with precision_switches(config.cache.precision):
+        if ops is TRITON and not INTERPRETED and not data.latents:
+            _compile_encoder(config, vae, console)
     start_time = time.perf_counter()
     with precision_switches(config.cache.precision), progress(console) as report_progress:
         counts = build.build_cache(config, vae, report_progress, console.echo)
@@ -77,6 +87,16 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
         if counts.rejected > len(counts.examples):
             console.echo(f"  and {counts.rejected - len(counts.examples)} more; see the table `rejected` in cache.sqlite")
     return counts
+
+
+def _compile_encoder(config: Config, vae: Vae, console: Console) -> None:
+    """Compile the kernels that encode images of the config's sizes. With `no_upscale` any size may occur: take the largest."""
+    resolution = config.data.resolution
+    sizes = Buckets(resolution, config.data.buckets).sizes or [(resolution, resolution)]
+    try:
+        compile_kernels(encoder_launches(dict(vae.module.config), vae.device, vae.dtype, sizes), console)
+    except KeyboardInterrupt:
+        raise Stopped(f"{config.cache.dir}: caching stopped") from None
 
 
 def _print_reasons(console: Console, reasons: dict[str, int]) -> None:

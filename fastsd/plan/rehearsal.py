@@ -71,7 +71,7 @@ class Rehearsal:
         # Meta tensors replace the tensors of a GPU. The reference ops for a CPU inspect their tensors, which must therefore
         # appear to be on the CPU. This needs PyTorch's fake tensors and takes five times as long.
         self._device = torch.device("meta" if ops is TRITON else "cpu")
-        self._without_data = _ToMainMemory() if ops is TRITON else FakeTensorMode()
+        self._without_data = WithoutData() if ops is TRITON else FakeTensorMode()
         self._live, self._recorder = LiveBytes(self._device), Recorder()
         self._bytes_after_forward: list[int] = []  # bytes alive at the end of each UNet forward
         self._update_starts: list[int] = []  # index of the operation at which each update starts
@@ -152,8 +152,8 @@ class Rehearsal:
             yield
 
 
-class _ToMainMemory(TorchDispatchMode):
-    """Allows copies of tensors without data to main memory. The copies take no memory, because only the GPU's is planned."""
+class WithoutData(TorchDispatchMode):
+    """Allows copies of tensors without data to main memory. The copies take no memory, because only the GPU's counts."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -15,7 +15,7 @@ from fastsd.run.log import Log
 from fastsd.run.profiler import Profiler
 from fastsd.run.run import Run, open_run
 from fastsd.run.signals import stop_signal
-from fastsd.run.stage_start import start_stage
+from fastsd.run.stage_start import compile_stages, start_stage
 from fastsd.run.triggers import Triggers
 from fastsd.train.precision import precision_switches
 from fastsd.train.step import Step
@@ -45,6 +45,7 @@ def train_stage(run: Run, index: int, switches: str, received_signals: list[int]
     """Train one stage to its end. After each step, profile, log, validate, sample and save a checkpoint if they are due."""
     stage, position = run.config.stage[index], run.position
     train_step = start_stage(run, index, switches)
+    compile_stages(run, index, train_step.micro_batch_size, received_signals)
     log, triggers = Log(run, train_step, index), Triggers(run, index)
     initial = position.progress
     end_image = initial.stage_images + train_step.total * stage.batch

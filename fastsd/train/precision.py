@@ -53,13 +53,18 @@ def set_precision(precision: str, unet: UNet | None = None, *, deterministic: bo
     settings = f"{precision} (fp32 matmuls and convolutions: {fp32_mode}{'' if deterministic else ', cuDNN benchmark mode'})"
     if unet is None:
         return settings
-    device = unet.conv_in.weight.device
-    attention = fp32_mode
-    if fp32_mode == "ieee" and device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
-        # As exact as fp32 to within a rounding, and faster, because these GPUs' tensor cores far outrun their fp32 units.
-        attention = "tf32x3"
+    attention = attention_precision(precision, unet.conv_in.weight.device)
     unet.set_attention_precision(attention)
     return f"{settings[:-1]}, attention: {attention})"
+
+
+def attention_precision(precision: str, device: torch.device) -> str:
+    """Return how the UNet's attention multiplies fp32 on a device: "ieee", "tf32" or "tf32x3"."""
+    fp32_mode = _FP32_MODE[precision]
+    if fp32_mode == "ieee" and device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
+        # As exact as fp32 to within a rounding, and faster, because these GPUs' tensor cores far outrun their fp32 units.
+        return "tf32x3"
+    return fp32_mode
 
 
 def _switches(precision: str, *, deterministic: bool) -> list[tuple[object, str, object]]:

@@ -24,6 +24,8 @@ R = TypeVar("R")
 # The architectures the tables are written for: 3090 is 86, 4090 is 89, 5090 is 120; 80 is A100, 90 is H100 and H200.
 ARCHITECTURES = (80, 86, 89, 90, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# The function of each operator by its full name. Torch calls it on tensors with data only.
+OPERATORS: dict[str, Callable[..., Any]] = {}
 # TRITON_INTERPRET=1 runs kernels on CPU tensors, slowly and exactly; Triton reads it when a kernel is defined.
 INTERPRETED: bool = AVAILABLE and triton.knobs.runtime.interpret
 
@@ -49,6 +51,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: ob
     if _Recorder.launches is not None:
         _Recorder.launches.append(Launch(kernel, grid, arguments, options))
         return
+    if not INTERPRETED:
+        cache_key(kernel)
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     if device.type == "cuda":
         # Triton launches on the current device, which need not be the tensors'.
@@ -56,6 +60,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: ob
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
+
+
+def cache_key(kernel: Any) -> str:
+    """Return the key of a kernel's source in Triton's cache. Called before a kernel is first used, it fixes the key.
+
+    Triton's own depends on what ran before: it counts a function's global constants only if the function already has a key.
+    Here functions get their keys before their callers, so that every process looks for a kernel at the same place.
+    """
+    if kernel.hash is None:
+        for name in kernel.fn.__code__.co_names:
+            function = kernel.fn.__globals__.get(name)
+            if isinstance(function, triton.JITFunction) and function is not kernel:
+                cache_key(function)
+    return cast(str, kernel.cache_key)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,6 +96,7 @@ def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Calla
     """
 
     def register(function: Callable[P, R]) -> CustomOp[P, R]:
+        OPERATORS[f"fastsd::{name}"] = function
         return cast("CustomOp[P, R]", torch.library.custom_op(f"fastsd::{name}", function, mutates_args=mutates_args))
 
     return register

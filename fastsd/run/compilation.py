@@ -1,0 +1,171 @@
+"""Compile the kernels of recorded launches side by side, before they are first used.
+
+Without this, Triton compiles each kernel when it is first launched, one after another. Here, processes compile them into
+Triton's cache on the disk, where the launches then find them. Triton itself decides on both sides which code a launch needs: it
+specialises a kernel by its arguments' dtypes and by the divisibility of addresses and sizes by 16.
+
+A process gets a kernel as JSON: [module, name, arguments, options]. An argument is a number, None, or, for a tensor,
+[dtype, address modulo 16].
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+import psutil
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import Tensor
+
+from fastsd.console import Console
+from fastsd_kernels.launch import Launch, cache_key
+
+_PROCESS_BYTES = 1 << 30  # memory of a process: PyTorch, Triton and LLVM
+# The first line of the input is the module path of this process, which may differ from that of a new one.
+_START = "import json, sys; sys.path = json.loads(input()); from fastsd.run.compile_worker import work; work()"
+
+
+def compile_kernels(launches: Iterable[Launch], console: Console, stop: Sequence[int] = ()) -> None:
+    """Compile those kernels of recorded launches that are not in Triton's cache, and print how many and for how long.
+
+    A kernel that cannot be compiled here is compiled at its first launch. A warning says so.
+
+    Args:
+        stop: compilation ends early when an element is added to it.
+    """
+    from triton.runtime.driver import driver
+
+    jobs = [*missing_kernels(launches).values()]
+    if not jobs:
+        return
+    target, start = driver.active.get_current_target(), time.monotonic()
+    count = min(len(jobs), len(psutil.Process().cpu_affinity()), max(1, psutil.virtual_memory().available // _PROCESS_BYTES))
+    noun = "process" if count == 1 else "processes"
+    console.echo(f"kernels: compiling {len(jobs)} for sm_{target.arch} on {count} {noun}, once per machine")
+    columns = TextColumn("kernels"), BarColumn(), MofNCompleteColumn()
+    problems, done = [], 0
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        _compilers(jobs, count, [target.backend, target.arch, target.warp_size]) as results,
+    ):
+        task = bar.add_task("", total=len(jobs))
+        while count and not stop:
+            with suppress(Empty):
+                problem = results.get(timeout=0.2)  # on Windows, Ctrl-C does not interrupt a wait without a limit
+                if problem is None:
+                    count -= 1
+                    continue
+                done += 1
+                problems += [problem] if problem else []
+                bar.update(task, completed=done)
+    if stop:
+        return
+    failed = len(problems) + len(jobs) - done
+    if failed:
+        warn_not_compiled(console, str(failed), problems[0] if problems else "a compiler process ended")
+    console.echo(f"kernels: {len(jobs) - failed} compiled in {time.monotonic() - start:.0f} s")
+
+
+def warn_not_compiled(console: Console, count: str, reason: str) -> None:
+    console.warn(f"kernels: {count} not compiled in advance ({reason}); they are compiled when they are first used")
+
+
+def missing_kernels(launches: Iterable[Launch]) -> dict[str, str]:
+    """Return the kernels of recorded launches that are missing in Triton's cache on the disk, as JSON by their keys there."""
+    from triton import knobs
+    from triton.runtime.cache import FileCacheManager
+
+    manager_class: Any = knobs.cache.manager_class or FileCacheManager
+
+    class LookUp(manager_class):
+        """Triton's cache, which raises the answer where Triton would compile the kernel or load it."""
+
+        def __init__(self, key: str, *args: Any, **kwargs: Any) -> None:
+            super().__init__(key, *args, **kwargs)
+            self._cache_key = key
+
+        def get_group(self, filename: str) -> Any:
+            raise _Answer(self._cache_key, present=filename in (super().get_group(filename) or {}))
+
+    jobs: dict[str, str] = {}
+    with knobs.cache.scope():
+        knobs.cache.manager_class = LookUp
+        for job, launch in {_as_json(launch): launch for launch in launches}.items():
+            cache_key(launch.kernel)
+            try:
+                launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+            except _Answer as answer:
+                if not answer.present:
+                    jobs.setdefault(answer.key, job)
+    return jobs
+
+
+class _Answer(Exception):
+    """The answer of a look-up in Triton's cache."""
+
+    def __init__(self, key: str, *, present: bool) -> None:
+        super().__init__(key)
+        self.key, self.present = key, present
+
+
+def _as_json(launch: Launch) -> str:
+    def argument(value: object) -> object:
+        return [str(value.dtype).removeprefix("torch."), value.data_ptr() % 16] if isinstance(value, Tensor) else value
+
+    function = launch.kernel.fn
+    return json.dumps([function.__module__, function.__name__, [*map(argument, launch.arguments)], launch.options])
+
+
+@contextmanager
+def _compilers(jobs: list[str], count: int, target: list[Any]) -> Iterator[SimpleQueue[str | None]]:
+    """Let `count` processes compile. Yield a queue with the result of each kernel, and None for each process without work.
+
+    A result is the reason why a kernel could not be compiled, or "". All processes end with the context.
+    """
+    waiting, results = SimpleQueue[str](), SimpleQueue[str | None]()
+    for job in jobs:
+        waiting.put(job)
+    processes: list[subprocess.Popen[str]] = []
+    threads: list[Thread] = []
+    try:
+        for _ in range(count):
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            try:
+                processes.append(subprocess.Popen([sys.executable, "-c", _START], encoding="utf-8", **pipes))
+            except OSError:
+                results.put(None)
+                continue
+            threads.append(Thread(target=_serve, args=(processes[-1], target, waiting, results), daemon=True))
+            threads[-1].start()
+        yield results
+    finally:
+        for process in processes:
+            process.kill()  # one that has ended is left alone
+        for thread in threads:
+            thread.join()
+        for process in processes:
+            process.wait()
+
+
+def _serve(
+    process: subprocess.Popen[str], target: list[Any], waiting: SimpleQueue[str], results: SimpleQueue[str | None]
+) -> None:
+    """Give a process one kernel after another until none is left or the process ends."""
+    assert process.stdin and process.stdout
+    with suppress(Empty, OSError), process.stdin as requests, process.stdout as replies:
+        requests.write(f"{json.dumps(sys.path)}\n{json.dumps(target)}\n")
+        while True:
+            requests.write(waiting.get_nowait() + "\n")
+            requests.flush()
+            reply = replies.readline()
+            if not reply:
+                break
+            results.put(json.loads(reply))
+    results.put(None)

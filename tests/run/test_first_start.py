@@ -1,0 +1,228 @@
+"""The kernels of a job are compiled before it starts: all that it launches, side by side, once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from threading import Timer
+
+import first_start
+import psutil
+import pytest
+from PIL import Image
+from sentences import says
+from tiny import job
+from triton.runtime.driver import driver
+
+from fastsd.commands.cache import cache
+from fastsd.config.schema import load_config
+from fastsd.console import Console
+from fastsd.errors import Stopped
+from fastsd.run import compilation, stage_start
+from fastsd.run.compilation import compile_kernels
+from fastsd.run.loop import train
+from fastsd_kernels import TRITON
+from fastsd_kernels.launch import recording
+
+TWO_STAGES = """
+[validate]
+held_out = 5
+batch = 5
+[[stage]]
+train = ["unet"]
+until = 2
+batch = 4
+micro_batch = 1
+optimizer = "dlion"
+immiscible = 2
+[[stage]]
+train = ["unet.attention", "text_encoder"]
+until = 2
+batch = 4
+micro_batch = 2
+precision = "bf16"
+optimizer = "lion"
+lr = 1e-5
+ema = 0.9
+checkpointing = "block"
+"""
+SHAPES = """
+[data.buckets]
+min = 8
+max = 32
+step = 8
+[model.lora]
+rank = 3
+[[stage]]
+train = ["lora"]
+until = 12
+batch = 3
+precision = "tf32"
+optimizer = "adamw"
+lr = 1e-5
+grad_clip = 1.0
+checkpointing = "ff"
+[[stage]]
+train = ["unet"]
+until = 12
+batch = 2
+precision = "bf16"
+optimizer = "dlion"
+fused_backward = true
+"""
+AUTOMATIC = """
+[[stage]]
+train = ["unet"]
+until = 1
+batch = 4
+micro_batch = "auto"
+optimizer = "dlion"
+[[stage]]
+train = ["unet"]
+until = 1
+batch = 6
+micro_batch = "auto"
+precision = "bf16"
+optimizer = "dlion"
+"""
+
+
+def program(tmp_path: Path, *words: str) -> dict:
+    """Run a program of `first_start.py` with an empty cache of Triton."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    command = [sys.executable, first_start.__file__, *words]
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def add_wide_images(folder: Path, count: int) -> None:
+    for i in range(count):
+        Image.new("RGB", (48, 24), (40 * i, 80, 120)).save(folder / f"wide-{i}.png")
+
+
+@pytest.fixture
+def images(tmp_path, images):
+    folder = tmp_path / "data" / "images"
+    folder.mkdir(parents=True)
+    for path in images.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    add_wide_images(folder, 5)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages, seed", [(TWO_STAGES, "0"), (SHAPES, "1")], ids=["two stages", "shapes"])
+def test_exactly_the_kernels_that_a_job_launches_are_compiled_at_its_start(tmp_path, tiny_model, images, stages, seed):
+    path = job(tmp_path, tiny_model, images, stages, seed=seed)
+    result = program(tmp_path, "train_job", str(path))
+    at_start, *later = result["compiled"]
+    assert at_start.keys() == result["launched"].keys()
+    assert later == [{}]  # the second stage has been compiled with the first
+    print(len(at_start), "kernels")
+
+
+@pytest.mark.slow
+def test_a_micro_batch_that_was_unknown_at_the_start(tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, AUTOMATIC)
+    result = program(tmp_path, "train_job", str(path))
+    at_start, later = result["compiled"]
+    missing = result["launched"].keys() - at_start.keys()
+    assert len(missing) <= 5 and missing <= later.keys()
+    assert len(at_start.keys() - result["launched"].keys()) <= 5
+
+
+@pytest.mark.slow
+def test_kernels_of_the_encoder(tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, SHAPES)
+    path.write_text(path.read_text().replace("[cache]\n", '[cache]\nprecision = "bf16"\n'))
+    result = program(tmp_path, "cache_job", str(path))
+    (compiled,) = result["compiled"]
+    assert result["launched"] and result["launched"].keys() <= compiled.keys()
+
+
+@pytest.mark.slow
+def test_compiled_kernels_are_found_by_their_launches(tmp_path):
+    first, second, wrong = program(tmp_path, "compile_twice")
+    assert says(first, "kernels-compiling", count=4, target="sm_89") and says(first, "kernels-compiled", count=4)
+    assert len(first.splitlines()) == 2 and second == ""
+    reason = "fastsd_kernels.geglu._forward: arange's range must be a power of 2"
+    assert says(wrong, "kernels-not-compiled", count=1, reason=reason) and says(wrong, "kernels-compiled", count=0)
+    same, unaligned = program(tmp_path, "start_compiled")
+    assert same == [] and unaligned == ["_forward"]
+
+
+SLOW = "import time; time.sleep(60)"
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """Let three kernels be missing on a GPU. Return a function that sets the program of the processes that compile them."""
+    monkeypatch.setattr(driver, "_active", first_start.Gpu(89))
+    monkeypatch.setattr(compilation, "missing_kernels", lambda launches: {name: f'"{name}"' for name in "abc"})
+    return lambda code: monkeypatch.setattr(compilation, "_START", code)
+
+
+def test_processes_that_end(compilers):
+    compilers("pass")
+    out = StringIO()
+    compile_kernels([], Console(file=out, width=200))
+    assert says(out.getvalue(), "kernels-not-compiled", count=3, reason="a compiler process ended")
+
+
+def test_processes_that_do_not_start(compilers, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    out = StringIO()
+    compile_kernels([], Console(file=out, width=200))
+    assert says(out.getvalue(), "kernels-not-compiled", count=3, reason="a compiler process ended")
+
+
+def test_ctrl_c_ends_all_processes(compilers):
+    compilers(SLOW)
+    Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        compile_kernels([], Console(file=StringIO()))
+    assert psutil.Process().children() == []
+
+
+@pytest.fixture
+def gpu_run(monkeypatch, tmp_path, tiny_model, images):
+    """Return a function that trains a job as if it were on a GPU, and returns what is printed. Its kernels are not started."""
+    config = load_config(job(tmp_path, tiny_model, images, AUTOMATIC))
+    cache(config, Console(file=StringIO()))
+    monkeypatch.setattr(stage_start, "INTERPRETED", False)
+    monkeypatch.setattr("fastsd.run.run.choose_ops", lambda *_: TRITON)
+
+    def start() -> str:
+        out = StringIO()
+        with recording(89):
+            train(config, Console(file=out, width=200))
+        return out.getvalue()
+
+    return start
+
+
+def test_a_signal_stops_a_run_that_compiles(compilers, gpu_run, monkeypatch):
+    compilers(SLOW)
+    monkeypatch.setattr(stage_start, "stage_launches", lambda *_, **__: [])
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: [0])  # for one signal: a second one would stop at once
+    monkeypatch.setattr(compilation, "_serve", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped, match="stopped at step 0"):
+        gpu_run()
+    assert psutil.Process().children() == []
+
+
+def test_a_job_that_cannot_be_recorded_is_trained(gpu_run, monkeypatch):
+    monkeypatch.setattr(stage_start, "compile_kernels", lambda launches, *_: launches == [] or pytest.fail(str(launches)))
+
+    def stage_launches(*_, **__):
+        raise RuntimeError("no such shape\nsecond line")
+
+    monkeypatch.setattr(stage_start, "stage_launches", stage_launches)
+    text = gpu_run()
+    for stage in ("stage-1", "stage-2"):
+        assert says(text, "kernels-not-compiled", count=f"those of {stage}", reason="no such shape")
+    assert says(text, "log-row", stage="stage-2")

@@ -1,0 +1,137 @@
+"""Programs that use Triton's compiler as on a GPU. Tests run them in processes of their own, without Triton's interpreter.
+
+python first_start.py PROGRAM ARGUMENT ...      prints a result as JSON
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
+from io import StringIO
+from pathlib import Path
+
+import torch
+from tiny import tiny_vae
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from fastsd.commands import cache as cache_command
+from fastsd.commands.cache import cache
+from fastsd.config.schema import load_config
+from fastsd.console import Console
+from fastsd.errors import UserError
+from fastsd.model.vae import Vae
+from fastsd.run import run, stage_start
+from fastsd.run.compilation import compile_kernels, missing_kernels
+from fastsd.run.launches import encoder_launches
+from fastsd.run.log import Log
+from fastsd.run.loop import train
+from fastsd_kernels import TRITON, geglu
+from fastsd_kernels.launch import Launch, _Recorder, launch, meta, recording
+
+
+class Gpu:
+    """A GPU for Triton's driver. Compiled kernels are loaded but not started."""
+
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
+
+    def __init__(self, capability: int) -> None:
+        self.capability, self.utils = capability, self
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 1 << 20}
+
+    def load_binary(self, name, code, shared, device):
+        return None, None, 0, 0, 1024
+
+
+class Launches(list):
+    """Recorded launches with the arguments as they are now. A parameter's dtype changes when its stage ends."""
+
+    def append(self, recorded):
+        arguments = [x.detach() if isinstance(x, Tensor) else x for x in recorded.arguments]
+        super().append(recorded._replace(arguments=arguments))
+
+
+@contextmanager
+def kernels_not_started():
+    """Use the TRITON table on CPU tensors. Its kernels are recorded and leave their results as they are in memory."""
+    for module in (run, cache_command):
+        module.choose_ops = lambda *_: TRITON
+    Vae.encode_fp32 = Vae.encode  # a second attempt for such latents
+    Log._check_skipped = lambda *_: None  # gradients are such results, too
+    with recording(89):
+        _Recorder.launches = launches = Launches()
+        yield launches
+
+
+def train_job(path: str) -> dict:
+    """Train a job whose images are cached. Return the kernels that it launches, and those that each stage's start compiles."""
+    compiled, out = [], StringIO()
+    stage_start.compile_kernels = lambda launches, *_: compiled.append(missing_kernels(launches))
+    cache(load_config(Path(path)), Console(file=StringIO()))
+    with kernels_not_started() as launches:
+        train(load_config(Path(path)), Console(file=out, width=200))
+    return {"launched": missing_kernels(launches), "compiled": compiled, "text": out.getvalue()}
+
+
+def cache_job(path: str) -> dict:
+    """Cache the images of a job. Return the kernels that this launches, and those that it compiles."""
+    compiled = []
+    cache_command.compile_kernels = lambda launches, _: compiled.append(missing_kernels(launches))
+    with kernels_not_started() as launches, suppress(UserError):  # every latent may be rejected
+        cache(load_config(Path(path)), Console(file=StringIO()))
+    return {"launched": missing_kernels(launches), "compiled": compiled}
+
+
+def start(launches: Iterable[Launch]) -> list[str]:
+    """Start launches as on a GPU. Return the names of the kernels that Triton compiles for this."""
+    compiled = []
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or compiled.append(src.name)
+        for kernel, grid, arguments, options in launches:
+            launch(kernel, grid, *arguments, **options)
+    return compiled
+
+
+def encode_and_gate(*offsets: int) -> list[Launch]:
+    """Record a norm of a VAE's encoder, and GEGLUs of bf16 numbers that begin after an offset in elements."""
+    launches = encoder_launches(dict(tiny_vae().config), torch.device("cpu"), torch.bfloat16, [(16, 16)])[:3]
+    with recording(89) as gates:
+        for offset in offsets:
+            geglu.geglu_forward(meta(4096 + offset, dtype=torch.bfloat16)[offset:].view(16, 256))
+    return [*launches, *gates]
+
+
+def compile_twice() -> list[str]:
+    """Compile kernels, compile them again, and compile one that is wrong. Return what is printed."""
+    launches, texts = encode_and_gate(0), []
+    wrong = launches[-1]._replace(options=launches[-1].options | {"ROWS": 3})
+    for batch in (launches, launches, [wrong]):
+        out = StringIO()
+        compile_kernels(batch, Console(file=out, width=200))
+        texts.append(out.getvalue())
+    return texts
+
+
+def start_compiled() -> list[list[str]]:
+    """Start the kernels of `compile_twice` in another order, one also with an address of another alignment."""
+    launches = encode_and_gate(0, 8, 4)
+    return [start(reversed(launches[:-1])), start(launches[-1:])]
+
+
+if __name__ == "__main__":
+    driver.set_active(Gpu(89))
+    _, program, *arguments = sys.argv
+    print(json.dumps(globals()[program](*arguments)))
