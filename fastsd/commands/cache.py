@@ -26,12 +26,12 @@ from fastsd.errors import Stopped, UserError
 from fastsd.model.formats.adapters import MADE_BY, load_merged
 from fastsd.model.formats.load import load_text, load_tokenizer, load_vae, locate
 from fastsd.model.vae import Vae
-from fastsd.run.compilation import compile_kernels
+from fastsd.run.compilation import compile_kernels, kernels_of
 from fastsd.run.launches import encoder_launches
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
 from fastsd_kernels import TRITON
-from fastsd_kernels.launch import INTERPRETED
+from fastsd_kernels.launch import INTERPRETED, architecture
 
 REASONS = 8  # most rejection reasons to print
 
@@ -94,7 +94,8 @@ def _compile_encoder(config: Config, vae: Vae, console: Console) -> None:
     resolution = config.data.resolution
     sizes = Buckets(resolution, config.data.buckets).sizes or [(resolution, resolution)]
     try:
-        compile_kernels(encoder_launches(dict(vae.module.config), vae.device, vae.dtype, sizes), console)
+        launches = encoder_launches(dict(vae.module.config), architecture(vae.device), vae.dtype, sizes)
+        compile_kernels(kernels_of(launches), console)
     except KeyboardInterrupt:
         raise Stopped(f"{config.cache.dir}: caching stopped") from None
 

@@ -4,7 +4,7 @@ Without this, Triton compiles each kernel when it is first launched, one after a
 Triton's cache on the disk, where the launches then find them. Triton itself decides on both sides which code a launch needs: it
 specialises a kernel by its arguments' dtypes and by the divisibility of addresses and sizes by 16.
 
-A process gets a kernel as JSON: [module, name, arguments, options]. An argument is a number, None, or, for a tensor,
+A kernel is described in JSON: [module, name, arguments, options]. An argument is a number, None, or, for a tensor,
 [dtype, address modulo 16].
 """
 
@@ -25,15 +25,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from fastsd.console import Console
-from fastsd_kernels.launch import Launch, cache_key
+from fastsd_kernels.launch import Launch
 
 _PROCESS_BYTES = 1 << 30  # memory of a process: PyTorch, Triton and LLVM
 # The first line of the input is the module path of this process, which may differ from that of a new one.
 _START = "import json, sys; sys.path = json.loads(input()); from fastsd.run.compile_worker import work; work()"
 
 
-def compile_kernels(launches: Iterable[Launch], console: Console, stop: Sequence[int] = ()) -> None:
-    """Compile those kernels of recorded launches that are not in Triton's cache, and print how many and for how long.
+def kernels_of(launches: Iterable[Launch]) -> list[str]:
+    """Return the kernels of recorded launches as JSON. Equal ones occur once."""
+
+    def argument(value: object) -> object:
+        return [str(value.dtype).removeprefix("torch."), value.data_ptr() % 16] if isinstance(value, Tensor) else value
+
+    kernels: dict[str, None] = {}
+    for launch in launches:
+        module, name = launch.kernel.fn.__module__.removeprefix("fastsd_kernels."), launch.kernel.fn.__name__
+        kernels[json.dumps([module, name, [*map(argument, launch.arguments)], launch.options])] = None
+    return list(kernels)
+
+
+def compile_kernels(kernels: Iterable[str], console: Console, stop: Sequence[int] = ()) -> None:
+    """Compile those kernels that are not in Triton's cache, and print how many they are and how long it takes.
 
     A kernel that cannot be compiled here is compiled at its first launch. A warning says so.
 
@@ -42,20 +55,20 @@ def compile_kernels(launches: Iterable[Launch], console: Console, stop: Sequence
     """
     from triton.runtime.driver import driver
 
-    jobs = [*missing_kernels(launches).values()]
-    if not jobs:
+    missing = [*missing_kernels(kernels).values()]
+    if not missing:
         return
     target, start = driver.active.get_current_target(), time.monotonic()
-    count = min(len(jobs), len(psutil.Process().cpu_affinity()), max(1, psutil.virtual_memory().available // _PROCESS_BYTES))
+    count = min(len(missing), len(psutil.Process().cpu_affinity()), max(1, psutil.virtual_memory().available // _PROCESS_BYTES))
     noun = "process" if count == 1 else "processes"
-    console.echo(f"kernels: compiling {len(jobs)} for sm_{target.arch} on {count} {noun}, once per machine")
+    console.echo(f"kernels: compiling {len(missing)} for sm_{target.arch} on {count} {noun}, once per machine")
     columns = TextColumn("kernels"), BarColumn(), MofNCompleteColumn()
     problems, done = [], 0
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-        _compilers(jobs, count, [target.backend, target.arch, target.warp_size]) as results,
+        _compilers(missing, count, [target.backend, target.arch, target.warp_size]) as results,
     ):
-        task = bar.add_task("", total=len(jobs))
+        task = bar.add_task("", total=len(missing))
         while count and not stop:
             with suppress(Empty):
                 problem = results.get(timeout=0.2)  # on Windows, Ctrl-C does not interrupt a wait without a limit
@@ -67,20 +80,22 @@ def compile_kernels(launches: Iterable[Launch], console: Console, stop: Sequence
                 bar.update(task, completed=done)
     if stop:
         return
-    failed = len(problems) + len(jobs) - done
+    failed = len(problems) + len(missing) - done
     if failed:
         warn_not_compiled(console, str(failed), problems[0] if problems else "a compiler process ended")
-    console.echo(f"kernels: {len(jobs) - failed} compiled in {time.monotonic() - start:.0f} s")
+    console.echo(f"kernels: {len(missing) - failed} compiled in {time.monotonic() - start:.0f} s")
 
 
 def warn_not_compiled(console: Console, count: str, reason: str) -> None:
     console.warn(f"kernels: {count} not compiled in advance ({reason}); they are compiled when they are first used")
 
 
-def missing_kernels(launches: Iterable[Launch]) -> dict[str, str]:
-    """Return the kernels of recorded launches that are missing in Triton's cache on the disk, as JSON by their keys there."""
+def missing_kernels(kernels: Iterable[str]) -> dict[str, str]:
+    """Return the kernels that are missing in Triton's cache on the disk, by their keys there."""
     from triton import knobs
     from triton.runtime.cache import FileCacheManager
+
+    from fastsd.run.compile_worker import warm_up
 
     manager_class: Any = knobs.cache.manager_class or FileCacheManager
 
@@ -94,17 +109,16 @@ def missing_kernels(launches: Iterable[Launch]) -> dict[str, str]:
         def get_group(self, filename: str) -> Any:
             raise _Answer(self._cache_key, present=filename in (super().get_group(filename) or {}))
 
-    jobs: dict[str, str] = {}
+    missing: dict[str, str] = {}
     with knobs.cache.scope():
         knobs.cache.manager_class = LookUp
-        for job, launch in {_as_json(launch): launch for launch in launches}.items():
-            cache_key(launch.kernel)
+        for kernel in dict.fromkeys(kernels):
             try:
-                launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
+                warm_up(kernel)
             except _Answer as answer:
                 if not answer.present:
-                    jobs.setdefault(answer.key, job)
-    return jobs
+                    missing.setdefault(answer.key, kernel)
+    return missing
 
 
 class _Answer(Exception):
@@ -115,23 +129,15 @@ class _Answer(Exception):
         self.key, self.present = key, present
 
 
-def _as_json(launch: Launch) -> str:
-    def argument(value: object) -> object:
-        return [str(value.dtype).removeprefix("torch."), value.data_ptr() % 16] if isinstance(value, Tensor) else value
-
-    function = launch.kernel.fn
-    return json.dumps([function.__module__, function.__name__, [*map(argument, launch.arguments)], launch.options])
-
-
 @contextmanager
-def _compilers(jobs: list[str], count: int, target: list[Any]) -> Iterator[SimpleQueue[str | None]]:
+def _compilers(kernels: list[str], count: int, target: list[Any]) -> Iterator[SimpleQueue[str | None]]:
     """Let `count` processes compile. Yield a queue with the result of each kernel, and None for each process without work.
 
     A result is the reason why a kernel could not be compiled, or "". All processes end with the context.
     """
     waiting, results = SimpleQueue[str](), SimpleQueue[str | None]()
-    for job in jobs:
-        waiting.put(job)
+    for kernel in kernels:
+        waiting.put(kernel)
     processes: list[subprocess.Popen[str]] = []
     threads: list[Thread] = []
     try:

@@ -38,22 +38,29 @@ def work() -> None:
     """Compile until the input ends."""
     replies, sys.stdout = sys.stdout, sys.stderr  # some of Triton's options print to stdout
     driver.set_active(_Driver(GPUTarget(*json.loads(sys.stdin.readline()))))
-    for line in sys.stdin:
-        print(json.dumps(_compile(*json.loads(line))), file=replies, flush=True)
+    for kernel in sys.stdin:
+        print(json.dumps(_problem(kernel)), file=replies, flush=True)
 
 
-def _compile(module: str, name: str, arguments: list[Any], options: dict[str, Any]) -> str:
+def _problem(kernel: str) -> str:
     try:
-        kernel = getattr(importlib.import_module(module), name)
-        cache_key(kernel)
-        constants = {key: _tuples(value) for key, value in options.items()}
-        kernel.run(*map(_argument, arguments), grid=(1,), warmup=True, **constants)
+        warm_up(kernel)
     except Exception as error:
         cause = error.__cause__ or error
         # Triton's own errors first show the source code.
         reason = getattr(cause, "error_message", None) or str(cause).strip() or type(cause).__name__
+        module, name, *_ = json.loads(kernel)
         return f"{module}.{name}: {reason.splitlines()[0]}"
     return ""
+
+
+def warm_up(kernel: str) -> None:
+    """Let Triton compile a kernel for the current target, unless it is in the cache. Triton's exceptions pass through."""
+    module, name, arguments, options = json.loads(kernel)
+    function = getattr(importlib.import_module(f"fastsd_kernels.{module}"), name)
+    cache_key(function)
+    constants = {key: _tuples(value) for key, value in options.items()}
+    function.run(*map(_argument, arguments), grid=(1,), warmup=True, **constants)
 
 
 def _argument(value: Any) -> Any:

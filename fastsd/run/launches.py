@@ -11,27 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 
-from fastsd.config.schema import Config, StageTable
+from fastsd.config.stages import StageTable
 from fastsd.data.loader import Batch
 from fastsd.model.model import Model
+from fastsd.model.select import selected
 from fastsd.model.shapes import Shapes, empty_model, materialize
 from fastsd.model.vae_encoder import VaeEncoder
 from fastsd.plan.rehearsal import WithoutData
-from fastsd.run.validation import Validation
-from fastsd.sampling.generate import BATCH
-from fastsd.sampling.grid import read_prompts
-from fastsd.train.precision import attention_precision
+from fastsd.run.validation import Strata
 from fastsd.train.step import Step
 from fastsd_kernels import TRITON
-from fastsd_kernels.launch import OPERATORS, Launch, architecture, recording
+from fastsd_kernels.launch import OPERATORS, Launch, recording
+from fastsd_kernels.noise import Purpose
 
 META = torch.device("meta")
+Sizes = tuple[tuple[int, ...], ...]  # sorted
 
 
 class _LaunchingOperators(WithoutData):
@@ -44,72 +44,84 @@ class _LaunchingOperators(WithoutData):
 
 
 @contextmanager
-def _recording(device: torch.device) -> Iterator[list[Launch]]:
-    with recording(architecture(device)) as launches, _LaunchingOperators():
+def _recording(architecture: int) -> Iterator[list[Launch]]:
+    with recording(architecture) as launches, _LaunchingOperators():
         yield launches
 
 
-def stage_launches(
-    config: Config,
-    stage: StageTable,
-    model: Model,
-    device: torch.device,
-    micro_batch_size: int,
-    shapes_CHW: Iterable[tuple[int, ...]],
-    validation: Validation,
-    *,
-    cached_text: bool,
-) -> list[Launch]:
-    """Record a step of a stage with each shape of latents, and the forwards of its samples and of validation.
+@dataclass(frozen=True)
+class StageRecorder:
+    """All that the launches of a stage depend on: its step, and the UNet's forwards of its samples and of validation.
 
-    Args:
-        model: only its shapes and its noise schedule matter.
-        device: the GPU that the launches are for.
-        micro_batch_size: images per forward.
-        shapes_CHW: shapes of an image's latents in the cache.
+    Attributes:
+        architecture: the GPU that tiles are chosen for.
+        attention: how the UNet's attention multiplies fp32.
         cached_text: True if batches contain text embeddings.
+        trained: (C, H, W) of an image's latents in the cache.
+        sampled, validated: (B, C, H, W) of latents.
+        strata, validation_seed: number of validation's timesteps per image, and its seed.
     """
-    assert TRITON is not None
-    empty = empty_model(Shapes.of(model), TRITON)
-    empty.scheduler = model.scheduler
-    unet, text = empty.unet, empty.text
-    with _recording(device) as launches:
-        for module in [unet] if cached_text else [unet, text.module]:
-            materialize(module, META)
-        unet.checkpointing = stage.checkpointing
-        unet.set_attention_precision(attention_precision(stage.precision, device))
-        step = Step(empty, stage, 1, config.seed, micro_batch_size, cached_text=cached_text)
-        # The positions of the second micro-batch may begin at an odd multiple of 8 bytes. The others are aligned like these.
-        count = min(stage.batch, 2 * micro_batch_size)
+
+    stage: StageTable
+    micro_batch_size: int
+    seed: int
+    shapes: Shapes
+    scheduler: dict[str, Any]
+    architecture: int
+    attention: str
+    cached_text: bool
+    trained: Sizes
+    sampled: Sizes
+    validated: Sizes
+    strata: int
+    validation_seed: int
+
+    def launches(self) -> list[Launch]:
+        """Record the launches."""
+        assert TRITON is not None
+        model = empty_model(self.shapes, TRITON)
+        model.scheduler = self.scheduler
+        with _recording(self.architecture) as launches:
+            materialize(model.unet, META)
+            model.unet.checkpointing = self.stage.checkpointing
+            model.unet.set_attention_precision(self.attention)
+            self._train(model)
+            with torch.no_grad():
+                self._evaluate(model)
+        return launches
+
+    def _train(self, model: Model) -> None:
+        stage, text = self.stage, model.text
+        # A frozen text encoder launches no kernels. Its output is converted like text embeddings of a cache.
+        encode = not self.cached_text and bool(selected(model, stage.train, "train").get("text_encoder"))
+        if encode:
+            materialize(text.module, META)
+        step = Step(model, stage, 1, self.seed, self.micro_batch_size, cached_text=not encode)
+        # With an odd micro-batch, the int64 positions of every second micro-batch are only aligned to 8 bytes.
+        count = min(stage.batch, (1 + self.micro_batch_size % 2) * self.micro_batch_size)
         token_ids_BL = torch.empty(count, text.length, dtype=torch.int64, device=META)
         positions_B = torch.empty(count, dtype=torch.int64, device=META)
-        text_embeds_BLD = torch.empty(count, text.length, text.width, device=META) if cached_text else None
-        for shape in sorted(set(shapes_CHW)):
-            step(Batch(torch.empty(count, *shape, device=META), token_ids_BL, positions_B, [], text_embeds_BLD), 0)
-        with torch.no_grad():
-            for B, H, W in _sampled(config, model):
-                latents_BCHW = torch.empty(B, unet.cfg.in_channels, H, W, device=META)
-                unet(latents_BCHW, torch.empty(B, device=META), torch.empty(B, text.length, text.width, device=META))
-            for B, *shape_CHW in sorted(validation.shapes):
-                text_embeds_BLD = torch.empty(B, text.length, text.width, device=META)
-                strata = replace(validation.strata, model=empty)
-                identity_B = torch.zeros(B, dtype=torch.int64)
-                # Timesteps and positions are rows of B numbers. Those of the second stratum may be aligned to 8 bytes only.
-                list(islice(strata.forwards(torch.empty(B, *shape_CHW, device=META), text_embeds_BLD, identity_B), 2))
-    return launches
+        text_embeds_BLD = None if encode else torch.empty(count, text.length, text.width, device=META)
+        for shape_CHW in self.trained:
+            latents_BCHW = torch.empty(count, *shape_CHW, device=META)
+            step(Batch(latents_BCHW, token_ids_BL, positions_B, [], text_embeds_BLD), 0)
 
+    def _evaluate(self, model: Model) -> None:
+        def text_embeds(count: int) -> torch.Tensor:
+            return torch.empty(count, model.text.length, model.text.width, device=META)
 
-def _sampled(config: Config, model: Model) -> set[tuple[int, int, int]]:
-    """Return (images, H, W) of the UNet's forwards while a sample grid is drawn. Guidance doubles the images."""
-    table = config.sample
-    side = (table.size or config.data.resolution) // model.vae.downscale
-    images = len(read_prompts(table)) * table.images
-    batches = {min(images, BATCH), images % BATCH} - {0}
-    return {(batch if table.guidance == 1 else 2 * batch, side, side) for batch in batches}
+        for shape in self.sampled:
+            model.unet(torch.empty(shape, device=META), torch.empty(shape[0], device=META), text_embeds(shape[0]))
+        strata = Strata(model, self.strata, self.validation_seed, Purpose.VALIDATION)
+        for shape in self.validated:
+            identity_B = torch.zeros(shape[0], dtype=torch.int64)
+            forwards = strata.forwards(torch.empty(shape, device=META), text_embeds(shape[0]), identity_B)
+            # Timesteps and positions are rows of B numbers. With an odd B, every second row is only aligned to 8 bytes.
+            list(islice(forwards, 1 + shape[0] % 2))
 
 
 def encoder_launches(
-    vae_config: dict[str, Any], device: torch.device, dtype: torch.dtype, sizes: Iterable[tuple[int, int]]
+    vae_config: dict[str, Any], architecture: int, dtype: torch.dtype, sizes: Iterable[tuple[int, int]]
 ) -> list[Launch]:
     """Record how a VAE encodes an image of each size (width, height) in px. Kernels do not depend on the number of images."""
     from diffusers import AutoencoderKL
@@ -118,7 +130,7 @@ def encoder_launches(
     with META:
         module = AutoencoderKL.from_config(vae_config)
     encoder = VaeEncoder(module.to(dtype, memory_format=torch.channels_last), TRITON)
-    with _recording(device) as launches, torch.no_grad():
+    with _recording(architecture) as launches, torch.no_grad():
         # The norms see only the number of positions, which a turned image shares.
         for width, height in sorted({(min(size), max(size)) for size in sizes}):
             encoder(torch.empty(1, 3, height, width, dtype=dtype, device=META).to(memory_format=torch.channels_last))

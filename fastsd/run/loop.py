@@ -15,7 +15,8 @@ from fastsd.run.log import Log
 from fastsd.run.profiler import Profiler
 from fastsd.run.run import Run, open_run
 from fastsd.run.signals import stop_signal
-from fastsd.run.stage_start import compile_stages, start_stage
+from fastsd.run.stage_kernels import compile_stages
+from fastsd.run.stage_start import start_stage
 from fastsd.run.triggers import Triggers
 from fastsd.train.precision import precision_switches
 from fastsd.train.step import Step

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastsd.config.schema import Config, StageTable, dump_config
+from fastsd.config.schema import Config, dump_config
 from fastsd.console import Console
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.formats.load import table_of
@@ -49,7 +49,6 @@ class Run:
         cost: seconds, steps and memory of each stage.
         parameter_counts: number of parameters that each stage trains.
         warnings: messages to the user about this start, one line each.
-        recorded: stages and micro-batch sizes with compiled kernels, see `compile_stages`.
     """
 
     config: Config
@@ -66,7 +65,6 @@ class Run:
     report: TrainReport
     parameter_counts: list[int]
     warnings: list[str]
-    recorded: list[tuple[StageTable, int]] = field(default_factory=list)
 
     @property
     def console(self) -> Console:

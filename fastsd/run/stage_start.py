@@ -1,23 +1,14 @@
-"""Start of a stage: create its step, load the state of the checkpoint or of the previous stage, and compile its kernels."""
+"""Start of a stage: create its step, and load the state of the checkpoint or of the previous stage."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-from fastsd.config.keys import LIGHT, defaults, keys_with
-from fastsd.config.stages import StageTable
-from fastsd.errors import Stopped, UserError
+from fastsd.errors import UserError
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
 from fastsd.plan.plan import SCRATCH, plan_stage
-from fastsd.run.compilation import compile_kernels, warn_not_compiled
-from fastsd.run.launches import stage_launches
 from fastsd.run.report import free_memory
 from fastsd.run.run import Run
 from fastsd.train.step import Step
-from fastsd_kernels import TRITON
-from fastsd_kernels.launch import INTERPRETED, Launch
 
 _STATE_TEXT = {"reset": "reset", "carry": "carried over from the previous stage"}
 
@@ -76,43 +67,3 @@ def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
         )
     run.console.echo(f"micro-batch {micro_batch_size}: the largest that is estimated to fit into {available / 1e9:.1f} GB")
     return micro_batch_size
-
-
-def compile_stages(run: Run, index: int, micro_batch_size: int, stop: Sequence[int]) -> None:
-    """Compile the Triton kernels of a stage and, at the start of a run, of all later stages.
-
-    The micro-batch of a later stage may still be unknown. This stage's is then assumed. If it turns out to be another, the
-    start of that stage compiles the few kernels that depend on it.
-
-    Args:
-        micro_batch_size: images per forward in this stage.
-        stop: signals received; the first one ends the compilation.
-
-    Raises:
-        Stopped: a signal arrived.
-    """
-    if run.ops is not TRITON or INTERPRETED:
-        return
-    launches: list[Launch] = []
-    for i, stage in enumerate(run.config.stage[index:], index):
-        known_size = math.gcd(stage.batch, micro_batch_size) if stage.micro_batch == "auto" else stage.micro_batch_size
-        size = micro_batch_size if i == index else known_size
-        comparable = stage.model_copy(update={**defaults(StageTable, keys_with(StageTable, LIGHT)), "until": 1})
-        if (comparable, size) not in run.recorded:
-            run.recorded.append((comparable, size))
-            launches += _stage_launches(run, i, size)
-    compile_kernels(launches, run.console, stop)
-    if stop:
-        raise Stopped(f"{run.folder}: stopped at step {run.position.progress.step}")
-
-
-def _stage_launches(run: Run, index: int, micro_batch_size: int) -> list[Launch]:
-    shapes = {group.shape for group in run.data.latents.groups}
-    cached_text = run.data.text_embeddings is not None
-    args = run.config, run.config.stage[index], run.model, run.device, micro_batch_size, shapes, run.evaluation.validation
-    try:
-        return stage_launches(*args, cached_text=cached_text)
-    except Exception as error:  # a run does not depend on it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warn_not_compiled(run.console, f"those of {run.config.stage_name(index)}", reason)
-        return []

@@ -23,8 +23,8 @@ from fastsd.config.schema import load_config
 from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.vae import Vae
-from fastsd.run import run, stage_start
-from fastsd.run.compilation import compile_kernels, missing_kernels
+from fastsd.run import run, stage_kernels
+from fastsd.run.compilation import compile_kernels, kernels_of, missing_kernels
 from fastsd.run.launches import encoder_launches
 from fastsd.run.log import Log
 from fastsd.run.loop import train
@@ -79,20 +79,20 @@ def kernels_not_started():
 def train_job(path: str) -> dict:
     """Train a job whose images are cached. Return the kernels that it launches, and those that each stage's start compiles."""
     compiled, out = [], StringIO()
-    stage_start.compile_kernels = lambda launches, *_: compiled.append(missing_kernels(launches))
+    stage_kernels.compile_kernels = lambda kernels, *_: compiled.append(missing_kernels(kernels))
     cache(load_config(Path(path)), Console(file=StringIO()))
     with kernels_not_started() as launches:
         train(load_config(Path(path)), Console(file=out, width=200))
-    return {"launched": missing_kernels(launches), "compiled": compiled, "text": out.getvalue()}
+    return {"launched": missing_kernels(kernels_of(launches)), "compiled": compiled, "text": out.getvalue()}
 
 
 def cache_job(path: str) -> dict:
     """Cache the images of a job. Return the kernels that this launches, and those that it compiles."""
     compiled = []
-    cache_command.compile_kernels = lambda launches, _: compiled.append(missing_kernels(launches))
+    cache_command.compile_kernels = lambda kernels, _: compiled.append(missing_kernels(kernels))
     with kernels_not_started() as launches, suppress(UserError):  # every latent may be rejected
         cache(load_config(Path(path)), Console(file=StringIO()))
-    return {"launched": missing_kernels(launches), "compiled": compiled}
+    return {"launched": missing_kernels(kernels_of(launches)), "compiled": compiled}
 
 
 def start(launches: Iterable[Launch]) -> list[str]:
@@ -107,7 +107,7 @@ def start(launches: Iterable[Launch]) -> list[str]:
 
 def encode_and_gate(*offsets: int) -> list[Launch]:
     """Record a norm of a VAE's encoder, and GEGLUs of bf16 numbers that begin after an offset in elements."""
-    launches = encoder_launches(dict(tiny_vae().config), torch.device("cpu"), torch.bfloat16, [(16, 16)])[:3]
+    launches = encoder_launches(dict(tiny_vae().config), 89, torch.bfloat16, [(16, 16)])[:3]
     with recording(89) as gates:
         for offset in offsets:
             geglu.geglu_forward(meta(4096 + offset, dtype=torch.bfloat16)[offset:].view(16, 256))
@@ -120,7 +120,7 @@ def compile_twice() -> list[str]:
     wrong = launches[-1]._replace(options=launches[-1].options | {"ROWS": 3})
     for batch in (launches, launches, [wrong]):
         out = StringIO()
-        compile_kernels(batch, Console(file=out, width=200))
+        compile_kernels(kernels_of(batch), Console(file=out, width=200))
         texts.append(out.getvalue())
     return texts
 
