@@ -118,6 +118,8 @@ def missing_kernels(kernels: Iterable[str]) -> dict[str, str]:
             except _Answer as answer:
                 if not answer.present:
                     missing.setdefault(answer.key, kernel)
+            except Exception:  # a process reports it
+                missing[kernel] = kernel
     return missing
 
 

@@ -114,6 +114,7 @@ def _stopped(run: Run, *, saved: bool) -> Exception:
 
 def export_run(run: Run) -> None:
     """Write the newest checkpoint's model for other tools. Raises UserError if it cannot be written."""
+    run.saving.retain(run.config.stage[-1].keep_checkpoints)  # a kill may have come between the last save and this
     try:
         model = export_newest(run.config, run.model, run.console)
         run.cost.record(run.position.progress, file_bytes=bytes_of(model))

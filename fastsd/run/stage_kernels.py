@@ -23,6 +23,7 @@ from fastsd.config.stages import StageTable
 from fastsd.errors import Stopped
 from fastsd.model.shapes import Shapes
 from fastsd.run.compilation import compile_kernels, kernels_of, warn_not_compiled
+from fastsd.run.folder import read_table
 from fastsd.run.launches import StageRecorder
 from fastsd.run.run import Run
 from fastsd.sampling.generate import BATCH
@@ -108,6 +109,10 @@ def _sources() -> str:
 
 
 def _read(path: Path) -> dict[str, list[str]]:
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {}
+    """Read the kernels by their hashes. What is damaged is left out, and recorded again."""
+    table = read_table(path) or {}
+    return {key: kernels for key, kernels in table.items() if isinstance(kernels, list) and kernels and _all_text(kernels)}
+
+
+def _all_text(values: list[object]) -> bool:
+    return all(isinstance(value, str) for value in values)

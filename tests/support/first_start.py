@@ -28,7 +28,7 @@ from fastsd.run.compilation import compile_kernels, kernels_of, missing_kernels
 from fastsd.run.launches import encoder_launches
 from fastsd.run.log import Log
 from fastsd.run.loop import train
-from fastsd_kernels import TRITON, geglu
+from fastsd_kernels import TRITON, attention, geglu
 from fastsd_kernels.launch import Launch, _Recorder, launch, meta, recording
 
 
@@ -105,18 +105,20 @@ def start(launches: Iterable[Launch]) -> list[str]:
     return compiled
 
 
-def encode_and_gate(*offsets: int) -> list[Launch]:
-    """Record a norm of a VAE's encoder, and GEGLUs of bf16 numbers that begin after an offset in elements."""
-    launches = encoder_launches(dict(tiny_vae().config), 89, torch.bfloat16, [(16, 16)])[:3]
-    with recording(89) as gates:
-        for offset in offsets:
-            geglu.geglu_forward(meta(4096 + offset, dtype=torch.bfloat16)[offset:].view(16, 256))
-    return [*launches, *gates]
+def record(*gates: tuple[int, int]) -> list[Launch]:
+    """Record attention, the first norm of a VAE's encoder, and GEGLUs of (rows, offset in elements) in bf16."""
+    launches = encoder_launches(dict(tiny_vae().config), 89, torch.bfloat16, [(16, 16)])[:2]
+    q = meta(1, 16, 2, 8, dtype=torch.bfloat16)
+    with recording(89) as others:
+        attention.attention_forward(q, q, q, "ieee")
+        for rows, offset in gates:
+            geglu.geglu_forward(meta(rows * 256 + offset, dtype=torch.bfloat16)[offset:].view(rows, 256))
+    return [*launches, *others]
 
 
 def compile_twice() -> list[str]:
     """Compile kernels, compile them again, and compile one that is wrong. Return what is printed."""
-    launches, texts = encode_and_gate(0), []
+    launches, texts = record((16, 0), (16, 4)), []
     wrong = launches[-1]._replace(options=launches[-1].options | {"ROWS": 3})
     for batch in (launches, launches, [wrong]):
         out = StringIO()
@@ -126,8 +128,8 @@ def compile_twice() -> list[str]:
 
 
 def start_compiled() -> list[list[str]]:
-    """Start the kernels of `compile_twice` in another order, one also with an address of another alignment."""
-    launches = encode_and_gate(0, 8, 4)
+    """Start the kernels of `compile_twice` in another order, and then one with another number of rows."""
+    launches = record((32, 8), (48, 4), (17, 0))
     return [start(reversed(launches[:-1])), start(launches[-1:])]
 
 
