@@ -44,6 +44,7 @@ class Graphs:
         self._captures: dict[_Key, _Capture] = {}
         self._pool: Any = None  # handle of the graphs' memory
         self.capturing = False  # True during a capture, which executes nothing
+        self.replayed = False  # True once a graph has been replayed in the current call
 
     def __call__(self, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """Call a function, eagerly or by replaying its graph.
@@ -52,6 +53,7 @@ class Graphs:
             function: takes tensors on the current GPU, or None, and returns a tuple of tensors. During capture it must not read
                 device values or allocate memory that must outlive a call. In the eager calls it may do both.
         """
+        self.replayed = False
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
         if key not in self._captures:
             self._calls[key] = self._calls.get(key, 0) + 1
@@ -65,8 +67,13 @@ class Graphs:
         for buffer, tensor in zip(capture.inputs, tensors, strict=True):
             if buffer is not None and tensor is not None:
                 buffer.copy_(tensor, non_blocking=True)
+        # Allocated before the replay: if memory runs out, nothing has been executed, and the call can be repeated.
+        results = tuple(map(torch.empty_like, capture.outputs))
         capture.graph.replay()
-        return tuple(output.clone() for output in capture.outputs)
+        self.replayed = True
+        for result, output in zip(results, capture.outputs, strict=True):
+            result.copy_(output)
+        return results
 
     def _run_eagerly(self, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         # Use the stream of the capture, because autograd's leaves remember the stream of their first use.

@@ -221,7 +221,7 @@ class Step:
         """Continue with a smaller micro-batch. Raises UserError if none is left or weights may have changed."""
         self._discard_step()
         smaller_sizes = [n for n in range(1, self.micro_batch_size) if self.stage.batch % n == 0]
-        if self._weights_touched:
+        if self._weights_touched or (self._graphs and self._graphs.replayed):
             raise _memory_error("while weights were updated", reason)
         if self._fused:
             raise _memory_error("with fused_backward, which cannot split the batch", reason)

@@ -3,10 +3,12 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from cuda_stand_in import StandIn
 from sentences import refused
 from step_inputs import OPTIMIZERS, batches, stage_of
 from tiny import ONE_LEVEL, make_tiny_model
@@ -14,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd.errors import UserError, out_of_memory
 from fastsd.model.unet import UNetConfig
+from fastsd.train.graph import WARM_UP
+from fastsd.train.precision import precision_switches
 from fastsd.train.step import Step
 
 # Messages as PyTorch, cuDNN, cuBLAS and Triton write them.
@@ -147,3 +151,45 @@ def test_finished_stage_frees_its_memory_without_a_collection(settings, tmp_path
         assert len(references) > 5 and not [reference() for reference in references if reference() is not None]
     finally:
         gc.enable()
+
+
+@pytest.mark.slow
+def test_recovers_at_any_point_of_steps_with_a_graph(tmp_path, monkeypatch):
+    """The points lie in eager steps, in the capture, and around a replay. All later bits are those of a planned reduction."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    settings = stage_of(**OPTIMIZERS["dlion"], precision="bf16", grad_clip=1.0)
+    steps, outcomes = WARM_UP + 2, Counter()
+
+    def train(at: int = -1, error: Exception | None = None, reduce_at: int | None = None):
+        """Train. Return the state, the images per forward, the number of operations, and the step that had the error."""
+        with StandIn() as gpu, precision_switches("bf16"):
+            model, failing, failed_at = make_tiny_model(tmp_path / "model", UNetConfig(**ONE_LEVEL)), Failing(at, error), None
+            for module in (model.unet, model.text.module):
+                module.to("cuda")
+            step = Step(model, settings, steps, seed=0, graph=True, warn=lambda _: None)
+            for i, batch in enumerate(batches(steps, 4)):
+                if reduce_at == i:
+                    step._weights_touched = step._graphs.replayed = False
+                    step._reduce_micro_batch("as planned")
+                before, captures = failing.operations, len(gpu.capture_options)
+                with failing:
+                    step(batch, i)
+                if before < at <= failing.operations:
+                    failed_at = i, len(gpu.capture_options) > captures
+            tensors = [tensor.clone() for role in ("weights", "state") for tensor in step.tensors_by_role()[role]]
+            return tensors, step.micro_batch_size, failing.operations, failed_at
+
+    _, _, operations, _ = train()
+    reduced = [train(reduce_at=i)[0] for i in range(steps)]
+    for point in range(POINTS):
+        error = list(ERRORS.values())[point % len(ERRORS)]
+        try:
+            tensors, micro_batch_size, _, (failed_at, in_capture) = train(1 + point * (operations - 1) // (POINTS - 1), error)
+        except UserError as refusal:
+            assert refusal.code == "out-of-memory"
+            outcomes["refused"] += 1
+            continue
+        outcomes["capture" if in_capture else "eager"] += 1
+        assert micro_batch_size == 2
+        assert all(torch.equal(*pair) for pair in zip(tensors, reduced[failed_at], strict=True)), (point, failed_at)
+    assert outcomes["eager"] and outcomes["capture"] and outcomes["refused"] < POINTS / 4, outcomes
