@@ -123,7 +123,7 @@ def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, o
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _adamw(
     p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr,
     one_minus_beta1, beta2, one_minus_beta2, eps, n,

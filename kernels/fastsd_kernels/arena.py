@@ -311,14 +311,15 @@ def operands(
 def step_calls(step: Callable[[Tensor, Tensor, Tensor, TensorOptions], object]) -> Calls:
     """Yield the calls of an optimizer's record. `step` takes arenas p, g and state, and the options."""
     n = sum(size * count for size, count in workload.PARAMETERS.items())
-    state, scalar = meta(n), meta()
+    state, scalar, found_inf = meta(n), meta(), meta(dtype=torch.bool)
     for mode, gradients in (("fp32", "fp32"), ("bf16 halves", "bf16"), ("bf16 halves", "fp32")):
         p = meta(n, dtype=DTYPES["fp32" if mode == "fp32" else "bf16"])
         master_lo = None if mode == "fp32" else meta(n, dtype=torch.int16)
-        for ema in (None, state):
-            options = TensorOptions(master_lo, ema, None if ema is None else scalar, scalar, scalar)
+        for ema, scale in ((None, None), (None, scalar), (state, None), (state, scalar)):
+            options = TensorOptions(master_lo, ema, None if ema is None else scalar, scale, found_inf)
             step(p, meta(n, dtype=DTYPES[gradients]), state, options)
-            yield f"{gradients} gradients{' and EMA' if ema is not None else ''}", mode
+            extras = [name for name, t in (("EMA", ema), ("scale", scale)) if t is not None]
+            yield " and ".join([f"{gradients} gradients", *extras]), mode
 
 
 def require_dtypes(op: str, p: Tensor, g: Tensor, master_lo: Tensor | None, *states: Tensor | None) -> None:

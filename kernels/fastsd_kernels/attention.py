@@ -47,17 +47,21 @@ from torch.utils.flop_counter import register_flop_formula
 from fastsd_kernels import workload
 from fastsd_kernels.attention_tiles import AttentionTile, choose_tile, one_kernel_for_keys, slices
 from fastsd_kernels.head_tile import (
+    SIZES,
     add_product,
+    head_pointer,
     load_head,
+    load_operand,
     product,
     row_dots,
     scale_head,
     store_head,
     streamed_product,
+    tile_and_head,
     zero_head,
 )
-from fastsd_kernels.interpreter import rounded
-from fastsd_kernels.launch import custom_op, launch, meta, require_device
+from fastsd_kernels.interpreter import operand, rounded
+from fastsd_kernels.launch import architecture, custom_op, launch, meta, require_device
 from fastsd_kernels.ops import Attention, Calls, Op
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -95,28 +99,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, precision: str) -> None:
         )
 
 
-@triton.jit
-def _head(ptr, image_stride, head_stride, H):
-    """Return the pointer to this program's image and head."""
-    i_image, i_head = tl.program_id(1) // H, tl.program_id(1) % H
-    return ptr + i_image.to(tl.int64) * (image_stride * 8) + i_head * (head_stride * 8)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, H, N, L, scale,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, o_image, o_row, o_head,
     D: tl.constexpr, SUM_D: tl.constexpr, OUT_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     EVEN: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, B H). `scale` is log2(e) / sqrt(D); EVEN: L is a multiple of KEYS."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Grid (B H query tiles). `scale` is log2(e) / sqrt(D); EVEN: L is a multiple of KEYS."""
+    i_tile, i_head = tile_and_head(N, ROWS)
+    rows = i_tile * ROWS + tl.arange(0, ROWS)
     row_mask = rows < N
-    q_ptrs = _head(q_ptr, q_image, q_head, H) + rows * (q_row * 8)
-    k_ptr = _head(k_ptr, k_image, k_head, H)
-    v_ptr = _head(v_ptr, v_image, v_head, H)
+    q_ptrs = head_pointer(q_ptr, i_head, q_image, q_head, H) + rows * (q_row * 8)
+    k_ptr = head_pointer(k_ptr, i_head, k_image, k_head, H)
+    v_ptr = head_pointer(v_ptr, i_head, v_image, v_head, H)
     if HOLD:
-        q = load_head(q_ptrs, row_mask, SUM_D, D)
+        q = load_operand(q_ptrs, row_mask, SUM_D, D, PRECISION)
 
     o = zero_head(ROWS, OUT_D)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -126,25 +124,26 @@ def _forward(
         key_mask = None if EVEN else keys < L
         k_ptrs = k_ptr + keys * (k_row * 8)
         if HOLD:
-            s = product(q, load_head(k_ptrs, key_mask, SUM_D, D), PRECISION)
+            s = product(q, load_operand(k_ptrs, key_mask, SUM_D, D, PRECISION), PRECISION)
         else:
             s = streamed_product(q_ptrs, row_mask, k_ptrs, keys < L, D, PRECISION)
         if not EVEN:
             s = tl.where(keys[None, :] < L, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - new_top[:, None])
+        # TF32 weights are rounded before they are added up, so that o is exactly a mean of v.
+        p = operand(tl.exp2(s * scale - new_top[:, None]), tl.float32, PRECISION)
         keep = tl.exp2(top - new_top)
         total = total * keep + tl.sum(p, 1)
         top = new_top
-        v = load_head(v_ptr + keys * (v_row * 8), key_mask, OUT_D, D)
+        v = load_operand(v_ptr + keys * (v_row * 8), key_mask, OUT_D, D, PRECISION)
         o = add_product(scale_head(o, keep[:, None]), rounded(p, v_ptr.dtype.element_ty), v, PRECISION)
 
-    o_ptrs = _head(o_ptr, o_image, o_head, H) + rows * (o_row * 8)
+    o_ptrs = head_pointer(o_ptr, i_head, o_image, o_head, H) + rows * (o_row * 8)
     store_head(o_ptrs, row_mask, scale_head(o, 1 / total[:, None]), OUT_D, D)
-    tl.store(lse_ptr + tl.program_id(1) * N + rows, top + tl.log2(total), mask=row_mask)
+    tl.store(lse_ptr + i_head * N + rows, top + tl.log2(total), mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_q(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, H, N, L, scale, sm_scale,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, o_image, o_row, o_head,
@@ -152,19 +151,21 @@ def _backward_q(
     D: tl.constexpr, SUM_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     EVEN: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, B H). Writes dq and delta. `sm_scale` is 1 / sqrt(D); EVEN: L is a multiple of KEYS."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Grid (B H query tiles). Writes dq and delta. `sm_scale` is 1 / sqrt(D); EVEN: L is a multiple of KEYS."""
+    i_tile, i_head = tile_and_head(N, ROWS)
+    rows = i_tile * ROWS + tl.arange(0, ROWS)
     row_mask = rows < N
-    q_ptrs = _head(q_ptr, q_image, q_head, H) + rows * (q_row * 8)
-    do_ptrs = _head(do_ptr, do_image, do_head, H) + rows * (do_row * 8)
-    o_ptrs = _head(o_ptr, o_image, o_head, H) + rows * (o_row * 8)
-    k_ptr = _head(k_ptr, k_image, k_head, H)
-    v_ptr = _head(v_ptr, v_image, v_head, H)
+    q_ptrs = head_pointer(q_ptr, i_head, q_image, q_head, H) + rows * (q_row * 8)
+    do_ptrs = head_pointer(do_ptr, i_head, do_image, do_head, H) + rows * (do_row * 8)
+    o_ptrs = head_pointer(o_ptr, i_head, o_image, o_head, H) + rows * (o_row * 8)
+    k_ptr = head_pointer(k_ptr, i_head, k_image, k_head, H)
+    v_ptr = head_pointer(v_ptr, i_head, v_image, v_head, H)
     if HOLD:
-        q = load_head(q_ptrs, row_mask, SUM_D, D)
-    do = load_head(do_ptrs, row_mask, SUM_D, D)
+        q = load_operand(q_ptrs, row_mask, SUM_D, D, PRECISION)
+    do = load_operand(do_ptrs, row_mask, SUM_D, D, PRECISION)
+    # From rounded numbers, as dP: most of what rounding changes in dP is the same for all keys, and dP - delta cancels it.
     delta = row_dots(load_head(o_ptrs, row_mask, SUM_D, D), do)
-    stat_offs = tl.program_id(1) * N + rows
+    stat_offs = i_head * N + rows
     tl.store(delta_ptr + stat_offs, delta, mask=row_mask)
     lse = tl.load(lse_ptr + stat_offs, mask=row_mask, other=0.0)
 
@@ -175,24 +176,24 @@ def _backward_q(
         k_ptrs = k_ptr + keys * (k_row * 8)
         v_ptrs = v_ptr + keys * (v_row * 8)
         if HOLD:
-            k = load_head(k_ptrs, key_mask, SUM_D, D)
+            k = load_operand(k_ptrs, key_mask, SUM_D, D, PRECISION)
             s = product(q, k, PRECISION)
-            dp = product(do, load_head(v_ptrs, key_mask, SUM_D, D), PRECISION)
+            dp = product(do, load_operand(v_ptrs, key_mask, SUM_D, D, PRECISION), PRECISION)
         else:
             s = streamed_product(q_ptrs, row_mask, k_ptrs, keys < L, D, PRECISION)
             dp = streamed_product(do_ptrs, row_mask, v_ptrs, keys < L, D, PRECISION)
-            k = load_head(k_ptrs, key_mask, SUM_D, D)
+            k = load_operand(k_ptrs, key_mask, SUM_D, D, PRECISION)
         ds = tl.exp2(s * scale - lse[:, None]) * (dp - delta[:, None])
         if not EVEN:
             # A key beyond L has s = 0, and exp2(-lse) may be infinite: 0 times it would be NaN.
             ds = tl.where(keys[None, :] < L, ds, 0.0)
-        dq = add_product(dq, rounded(ds, k_ptr.dtype.element_ty), k, PRECISION)
+        dq = add_product(dq, operand(ds, k_ptr.dtype.element_ty, PRECISION), k, PRECISION)
 
-    dq_ptrs = _head(dq_ptr, dq_image, dq_head, H) + rows * (dq_row * 8)
+    dq_ptrs = head_pointer(dq_ptr, i_head, dq_image, dq_head, H) + rows * (dq_row * 8)
     store_head(dq_ptrs, row_mask, scale_head(dq, sm_scale), SUM_D, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_kv(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, H, N, L, scale, sm_scale, chunk,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, do_image, do_row, do_head,
@@ -200,30 +201,31 @@ def _backward_kv(
     D: tl.constexpr, SUM_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     EVEN: tl.constexpr, HOLD: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key tiles, B H, splits of `chunk` queries). Scores lie keys by queries here. EVEN: N is a multiple of ROWS."""
-    keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    """Grid (B H key tiles, splits of `chunk` queries). Scores lie keys by queries here. EVEN: N is a multiple of ROWS."""
+    i_tile, i_head = tile_and_head(L, KEYS)
+    keys = i_tile * KEYS + tl.arange(0, KEYS)
     key_mask = keys < L
-    k_ptrs = _head(k_ptr, k_image, k_head, H) + keys * (k_row * 8)
-    v_ptrs = _head(v_ptr, v_image, v_head, H) + keys * (v_row * 8)
-    q_ptr = _head(q_ptr, q_image, q_head, H)
-    do_ptr = _head(do_ptr, do_image, do_head, H)
-    lse_ptr += tl.program_id(1) * N
-    delta_ptr += tl.program_id(1) * N
+    k_ptrs = head_pointer(k_ptr, i_head, k_image, k_head, H) + keys * (k_row * 8)
+    v_ptrs = head_pointer(v_ptr, i_head, v_image, v_head, H) + keys * (v_row * 8)
+    q_ptr = head_pointer(q_ptr, i_head, q_image, q_head, H)
+    do_ptr = head_pointer(do_ptr, i_head, do_image, do_head, H)
+    lse_ptr += i_head * N
+    delta_ptr += i_head * N
     if HOLD:
-        k = load_head(k_ptrs, key_mask, SUM_D, D)
+        k = load_operand(k_ptrs, key_mask, SUM_D, D, PRECISION)
         if WITH_K:
-            v = load_head(v_ptrs, key_mask, SUM_D, D)
+            v = load_operand(v_ptrs, key_mask, SUM_D, D, PRECISION)
 
     dk = zero_head(KEYS, SUM_D)
     dv = zero_head(KEYS, SUM_D)
-    first = tl.program_id(2) * chunk
+    first = tl.program_id(1) * chunk
     for start in range(first, min(first + chunk, N), ROWS):
         rows = start + tl.arange(0, ROWS)
         row_mask = None if EVEN else rows < N
         q_ptrs = q_ptr + rows * (q_row * 8)
         do_ptrs = do_ptr + rows * (do_row * 8)
         if HOLD:
-            q = load_head(q_ptrs, row_mask, SUM_D, D)
+            q = load_operand(q_ptrs, row_mask, SUM_D, D, PRECISION)
             s = product(k, q, PRECISION)
         else:
             s = streamed_product(k_ptrs, key_mask, q_ptrs, rows < N, D, PRECISION)
@@ -231,24 +233,24 @@ def _backward_kv(
         lse = tl.load(lse_ptr + rows, mask=row_mask, other=None if EVEN else float("inf"))
         p = tl.exp2(s * scale - lse[None, :])
         if HOLD or WITH_V:
-            do = load_head(do_ptrs, row_mask, SUM_D, D)
+            do = load_operand(do_ptrs, row_mask, SUM_D, D, PRECISION)
         if WITH_V:
-            dv = add_product(dv, rounded(p, do_ptr.dtype.element_ty), do, PRECISION)
+            dv = add_product(dv, operand(p, do_ptr.dtype.element_ty, PRECISION), do, PRECISION)
         if WITH_K:
             if HOLD:
                 dp = product(v, do, PRECISION)
             else:
                 dp = streamed_product(v_ptrs, key_mask, do_ptrs, rows < N, D, PRECISION)
-                q = load_head(q_ptrs, row_mask, SUM_D, D)
+                q = load_operand(q_ptrs, row_mask, SUM_D, D, PRECISION)
             delta = tl.load(delta_ptr + rows, mask=row_mask, other=None if EVEN else 0.0)
             ds = p * (dp - delta[None, :])
-            dk = add_product(dk, rounded(ds, q_ptr.dtype.element_ty), q, PRECISION)
+            dk = add_product(dk, operand(ds, q_ptr.dtype.element_ty, PRECISION), q, PRECISION)
 
     if WITH_K:
-        dk_ptr = _head(dk_ptr, dk_image, dk_head, H) + tl.program_id(2).to(tl.int64) * (dk_split * 8)
+        dk_ptr = head_pointer(dk_ptr, i_head, dk_image, dk_head, H) + tl.program_id(1).to(tl.int64) * (dk_split * 8)
         store_head(dk_ptr + keys * (dk_row * 8), key_mask, scale_head(dk, sm_scale), SUM_D, D)
     if WITH_V:
-        dv_ptr = _head(dv_ptr, dv_image, dv_head, H) + tl.program_id(2).to(tl.int64) * (dv_split * 8)
+        dv_ptr = head_pointer(dv_ptr, i_head, dv_image, dv_head, H) + tl.program_id(1).to(tl.int64) * (dv_split * 8)
         store_head(dv_ptr + keys * (dv_row * 8), key_mask, dv, SUM_D, D)
 
 
@@ -261,8 +263,9 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) else x.contiguous()
 
 
-def _options(tile: AttentionTile, head_dim: int, precision: str) -> dict[str, object]:
-    sizes = {"D": head_dim, "SUM_D": slices(head_dim, tile.widest, 16), "ROWS": tile.rows, "KEYS": tile.keys}
+def _options(tile: AttentionTile, q: Tensor, precision: str) -> dict[str, object]:
+    sizes = {"D": q.shape[3], "SUM_D": slices(q.shape[3], tile.widest, 16), "ROWS": tile.rows, "KEYS": tile.keys}
+    precision = precision if q.dtype == torch.float32 else "ieee"  # it does not matter, so bf16 is compiled only once
     launch_options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
     return sizes | {"HOLD": tile.hold, "PRECISION": precision} | launch_options
 
@@ -273,9 +276,9 @@ def attention_forward(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision:
     (B, N, H, D), L = q.shape, k.shape[1]
     o, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
     tile = choose_tile("forward", D, L, q.dtype, precision, q.device)
-    options = _options(tile, D, precision) | {"OUT_D": slices(D, tile.widest, 8), "EVEN": L % tile.keys == 0}
+    options = _options(tile, q, precision) | {"OUT_D": slices(D, tile.widest, 8), "EVEN": L % tile.keys == 0}
     sizes = H, N, L, math.log2(math.e) / D**0.5, *_strides(q, k, v, o)
-    launch(_forward, (triton.cdiv(N, tile.rows), B * H), q, k, v, o, lse, *sizes, **options)
+    launch(_forward, (triton.cdiv(N, tile.rows) * B * H,), q, k, v, o, lse, *sizes, **options)
     return o, lse
 
 
@@ -296,8 +299,8 @@ def attention_backward(
     tile = choose_tile("dq", D, L, q.dtype, precision, q.device)
     operands = q, k, v, o_BNHD, do, dq, lse_BHN, delta
     sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, *_strides(q, k, v, o_BNHD, do, dq)
-    options = _options(tile, D, precision) | {"EVEN": L % tile.keys == 0}
-    launch(_backward_q, (triton.cdiv(N, tile.rows), B * H), *operands, *sizes, **options)
+    options = _options(tile, q, precision) | {"EVEN": L % tile.keys == 0}
+    launch(_backward_q, (triton.cdiv(N, tile.rows) * B * H,), *operands, *sizes, **options)
     fused = one_kernel_for_keys(D, q.dtype, precision)
     for kind, outs in (("dkdv", [dk, dv]),) if fused else (("dk", [dk]), ("dv", [dv])):
         _key_gradients(kind, outs, do, q, k, v, lse_BHN, delta, precision)
@@ -324,8 +327,8 @@ def _key_gradients(
     dk, dv = partial[0], partial[-1]
     operands = q, k, v, do, dk, dv, lse, delta
     sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk, *_strides(q, k, v, do, dk, dv)
-    options = _options(tile, D, precision) | {"EVEN": N % tile.rows == 0, "WITH_K": "dk" in kernel, "WITH_V": "dv" in kernel}
-    launch(_backward_kv, (key_tiles, B * H, splits), *operands, *sizes, **options)
+    options = _options(tile, q, precision) | {"EVEN": N % tile.rows == 0, "WITH_K": "dk" in kernel, "WITH_V": "dv" in kernel}
+    launch(_backward_kv, (key_tiles * B * H, splits), *operands, *sizes, **options)
     if splits > 1:
         for out, sums in zip(outs, partial, strict=True):
             out.copy_(sums.sum(0))
@@ -417,22 +420,23 @@ def require_supported(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision:
         )
     if q_BNHD.numel() == 0 or k_BLHD.numel() == 0:
         raise ValueError(f"attention: shapes are q {tuple(q_BNHD.shape)}, k {tuple(k_BLHD.shape)}; use no empty dimension")
-    B, _, H, D = q_BNHD.shape
+    D = q_BNHD.shape[3]
     if D % 8 or D > 256:
         raise ValueError(f"attention: head size is {D}; use a multiple of 8 up to 256")
-    if B * H > 65535:
-        raise ValueError(f"attention: {B} images with {H} heads are {B * H}, more than 65535; split the batch")
     require_device("attention", q_BNHD, k_BLHD, v_BLHD)
 
 
 def _calls() -> Calls:
-    for batch in (workload.BATCH, 1):  # at batch 1 more programs share the queries in cross attention's backward
+    # There fp32 trains in tf32x3 (`fastsd/train/precision.py`). Only samples from a model without a precision use ieee.
+    tf32x3 = architecture(torch.device("meta")) in (80, 90)
+    for batch in (4 * workload.BATCH, 1):  # in the backward of a large batch, no programs share the queries
         for kind in workload.ATTENTION:
-            for mode in ("bf16", *PRECISIONS):
+            for mode in ("bf16", "ieee", "tf32", *(("tf32x3",) if tf32x3 else ())):
                 dtype, precision = (torch.bfloat16, "ieee") if mode == "bf16" else (torch.float32, mode)
                 q, k = (meta(batch, rows, kind.heads, kind.head_dim, dtype=dtype) for rows in (kind.queries, kind.keys))
                 o, lse = attention_forward(q, k, k, precision)
-                attention_backward(o, q, k, k, o, lse, precision)
+                if mode != "ieee" or not tf32x3:
+                    attention_backward(o, q, k, k, o, lse, precision)
                 yield f"{kind.queries}x{kind.keys} d{kind.head_dim}", mode
 
 

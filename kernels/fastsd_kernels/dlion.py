@@ -190,7 +190,7 @@ def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, BLO
     return pair_sum(dots), pair_sum(l1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _dlion(
     p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, sums_ptr,
     beta1, one_minus_beta1, beta2, sb, n,
@@ -211,7 +211,7 @@ def _dlion(
     tl.store(sums_ptr + tl.num_programs(0) + i_span, l1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _estimate(
     d_ptr, nw_ptr, dots_ptr, l1_ptr, dlr_ptr, found_inf_ptr, sb: tl.float64, one_minus_sb: tl.float64, n, BLOCK: tl.constexpr
 ):
@@ -352,7 +352,7 @@ def dlion_cpu(
 
 def _estimate_calls() -> Calls:
     d, sums_K = meta(dtype=torch.float64), meta(1 << 16)
-    dlion_estimate(d, d, sums_K, sums_K, d, meta(), 0.99)
+    dlion_estimate(d, d, sums_K, sums_K, d, meta(dtype=torch.bool), 0.99)
     yield "tail", "fp64"
 
 

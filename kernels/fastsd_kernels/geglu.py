@@ -58,8 +58,9 @@ def _cdf(g):
 
 @triton.jit
 def _forward(x_ptr, y_ptr, n_rows, n_cols, x_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    n_blocks = tl.cdiv(n_cols, COLS)
+    rows = tl.program_id(0) // n_blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(0) % n_blocks * COLS + tl.arange(0, COLS)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
     rows = rows.to(tl.int64)  # rows * stride may pass 2^31
 
@@ -71,8 +72,9 @@ def _forward(x_ptr, y_ptr, n_rows, n_cols, x_stride, ROWS: tl.constexpr, COLS: t
 
 @triton.jit
 def _backward(dy_ptr, x_ptr, dx_ptr, n_rows, n_cols, dy_stride, x_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    n_blocks = tl.cdiv(n_cols, COLS)
+    rows = tl.program_id(0) // n_blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.program_id(0) % n_blocks * COLS + tl.arange(0, COLS)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
     rows = rows.to(tl.int64)
 
@@ -102,7 +104,7 @@ def geglu_forward(x_2F: Tensor) -> Tensor:
     x, n_cols = as_rows(x_2F), x_2F.shape[-1] // 2
     y = x.new_empty(*x_2F.shape[:-1], n_cols)
     rows, cols, warps = _TILES[x.dtype]
-    grid = (triton.cdiv(len(x), rows), triton.cdiv(n_cols, cols))
+    grid = (triton.cdiv(len(x), rows) * triton.cdiv(n_cols, cols),)
     if y.numel():
         launch(_forward, grid, x, y, len(x), n_cols, x.stride(0), ROWS=rows, COLS=cols, num_warps=warps)
     return y
@@ -113,7 +115,7 @@ def geglu_backward(dy_F: Tensor, x_2F: Tensor) -> Tensor:
     dy, x, n_cols = as_rows(dy_F), as_rows(x_2F), x_2F.shape[-1] // 2
     dx = x.new_empty(x_2F.shape)
     rows, cols, warps = _TILES[x.dtype]
-    grid = (triton.cdiv(len(x), rows), triton.cdiv(n_cols, cols))
+    grid = (triton.cdiv(len(x), rows) * triton.cdiv(n_cols, cols),)
     strides = dy.stride(0), x.stride(0)
     if dx.numel():
         launch(_backward, grid, dy, x, dx, len(x), n_cols, *strides, ROWS=rows, COLS=cols, num_warps=warps)

@@ -72,7 +72,7 @@ def _square_sum(g_ptr, start, stop, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
     return pair_sum(usual).to(tl.float64) + pair_sum(huge).to(tl.float64) * 1.461501637330903e48  # 2^160
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _squares(g_ptr, sums_ptr, n, BLOCK: tl.constexpr, TIMES: tl.constexpr):
     i_span = tl.program_id(0)
     start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
@@ -84,7 +84,7 @@ def _squares(g_ptr, sums_ptr, n, BLOCK: tl.constexpr, TIMES: tl.constexpr):
     tl.store(sums_ptr + i_span, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _norm(sums_ptr, norm_ptr, found_inf_ptr, n, BLOCK: tl.constexpr):
     sums = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):

@@ -92,19 +92,26 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Shift) -
 
 
 @triton.jit
-def _tile(i_chunk, i_image, n_positions, n_channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _image_and_chunk(i_program, n_positions, n_channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the numbers of a program's image and chunk of positions. Programs of the same chunk follow each other."""
+    i_tile, n_chunks = i_program // tl.cdiv(n_channels, COLS), tl.cdiv(n_positions, ROWS)
+    return i_tile // n_chunks, i_tile % n_chunks
+
+
+@triton.jit
+def _tile(i_program, i_image, i_chunk, n_positions, n_channels, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return the tile's start in memory, its offsets and channels (1, COLS), each followed by its mask."""
     rows = tl.arange(0, ROWS)[:, None]
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    cols = i_program % tl.cdiv(n_channels, COLS) * COLS + tl.arange(0, COLS)[None, :]
     # Only the start may lie beyond 2^31.
     start = (i_image.to(tl.int64) * n_positions + i_chunk * ROWS) * n_channels
     return start, rows * n_channels + cols, rows < n_positions - i_chunk * ROWS, cols, cols < n_channels
 
 
 @triton.jit
-def _backwards(axis: tl.constexpr):
+def _backwards():
     """Return the program's index, counted from the last: the previous kernel's last reads may still be in the L2 cache."""
-    return tl.num_programs(axis) - 1 - tl.program_id(axis)
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit
@@ -132,13 +139,14 @@ def _statistics(
     x_ptr, shift_ptr, partial_ptr, n_positions, n_channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     """Write partial (B, chunks, 2, C): mean and sum of squared deviations of each channel over a tile's positions."""
-    i_chunk, i_image = tl.program_id(1), tl.program_id(2)
-    start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
+    i_program = tl.program_id(0)
+    i_image, i_chunk = _image_and_chunk(i_program, n_positions, n_channels, ROWS, COLS)
+    start, offs, row_mask, cols, col_mask = _tile(i_program, i_image, i_chunk, n_positions, n_channels, ROWS, COLS)
     x = _load(x_ptr, shift_ptr, start, offs, row_mask & col_mask, i_image, n_channels, cols, col_mask, SHIFT)
     count = tl.minimum(n_positions - i_chunk * ROWS, ROWS)
     mean = tl.sum(tl.where(row_mask, x, 0.0), axis=0, keep_dims=True) / count
     centred = tl.where(row_mask, x - mean, 0.0)
-    i_tile = i_image * tl.num_programs(1) + i_chunk
+    i_tile = i_program // tl.cdiv(n_channels, COLS)
     partial_ptrs = partial_ptr + i_tile.to(tl.int64) * 2 * n_channels + cols
     tl.store(partial_ptrs, mean, col_mask)
     tl.store(partial_ptrs + n_channels, tl.sum(centred * centred, axis=0, keep_dims=True), col_mask)
@@ -150,7 +158,8 @@ def _merge(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Merge the statistics of tiles into mean and rstd (B, G) of each group. COLS covers a group, ROWS is that of a tile."""
-    i_group, n_groups, i_image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    n_groups = n_channels // WIDTH
+    i_image, i_group = tl.program_id(0) // n_groups, tl.program_id(0) % n_groups
     cols = tl.arange(0, COLS)[None, :]
     col_mask = cols < WIDTH
     stride = 2 * n_channels
@@ -190,8 +199,9 @@ def _apply(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, shift_ptr, y_ptr, n_positions, n_channels,
     SILU: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    i_chunk, i_image = _backwards(1), _backwards(2)
-    start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
+    i_program = _backwards()
+    i_image, i_chunk = _image_and_chunk(i_program, n_positions, n_channels, ROWS, COLS)
+    start, offs, row_mask, cols, col_mask = _tile(i_program, i_image, i_chunk, n_positions, n_channels, ROWS, COLS)
     mask = row_mask & col_mask
     mean, rstd, weight, bias = _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, cols, col_mask, WIDTH)
     x = _load(x_ptr, shift_ptr, start, offs, mask, i_image, n_channels, cols, col_mask, SHIFT)
@@ -216,15 +226,16 @@ def _sums(
     SILU: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Write partial (B, chunks, 2 or 3, C): sums of dz, dz * xhat and, for d shift, xhat over a tile's positions."""
-    i_chunk, i_image = tl.program_id(1), tl.program_id(2)
-    start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
+    i_program = tl.program_id(0)
+    i_image, i_chunk = _image_and_chunk(i_program, n_positions, n_channels, ROWS, COLS)
+    start, offs, row_mask, cols, col_mask = _tile(i_program, i_image, i_chunk, n_positions, n_channels, ROWS, COLS)
     mask = row_mask & col_mask
     mean, rstd, weight, bias = _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, cols, col_mask, WIDTH)
     dy = tl.load(dy_ptr + start + offs, mask, other=0.0).to(tl.float32)
     xhat = (_load(x_ptr, shift_ptr, start, offs, mask, i_image, n_channels, cols, col_mask, SHIFT) - mean) * rstd
     dz = _gradient_of_z(dy, xhat, weight, bias, SILU)  # zero beyond the mask, as dy is
 
-    i_tile = i_image * tl.num_programs(1) + i_chunk
+    i_tile = i_program // tl.cdiv(n_channels, COLS)
     partial_ptrs = partial_ptr + i_tile.to(tl.int64) * (3 if SHIFT else 2) * n_channels + cols
     tl.store(partial_ptrs, tl.sum(dz, axis=0, keep_dims=True), col_mask)
     tl.store(partial_ptrs + n_channels, tl.sum(dz * xhat, axis=0, keep_dims=True), col_mask)
@@ -248,7 +259,8 @@ def _merge_sums(
     SHIFT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Write mean(u) and mean(u * xhat) (B, G), total (B, 2, C) with sums of dz * xhat and dz, and d shift (B, C)."""
-    i_group, n_groups, i_image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    n_groups = n_channels // WIDTH
+    i_image, i_group = tl.program_id(0) // n_groups, tl.program_id(0) % n_groups
     cols = tl.arange(0, COLS)[None, :]
     col_mask = cols < WIDTH
     cols += i_group * WIDTH
@@ -279,8 +291,9 @@ def _input_gradient(
     n_positions, n_channels,
     SILU: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    i_chunk, i_image = _backwards(1), _backwards(2)
-    start, offs, row_mask, cols, col_mask = _tile(i_chunk, i_image, n_positions, n_channels, ROWS, COLS)
+    i_program = _backwards()
+    i_image, i_chunk = _image_and_chunk(i_program, n_positions, n_channels, ROWS, COLS)
+    start, offs, row_mask, cols, col_mask = _tile(i_program, i_image, i_chunk, n_positions, n_channels, ROWS, COLS)
     mask = row_mask & col_mask
     mean, rstd, weight, bias = _channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, cols, col_mask, WIDTH)
     groups = i_image * (n_channels // WIDTH) + cols // WIDTH
@@ -309,13 +322,13 @@ def _empty_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def group_norm_statistics(x: Tensor, shift: Shift, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Return (mean, rstd) of x + shift, fp32 (B, G)."""
     x, shift = _channels_last(x), None if shift is None else shift.contiguous()
-    sizes, grid, tile, merge = plan(x, groups)
-    _, chunks, images = grid
+    sizes, chunks, grid, tile, merge = plan(x, groups)
+    images = len(x)
     partial = x.new_empty(images, chunks, 2, x.shape[1], dtype=torch.float32)
     mean, rstd = _empty_statistics(x, groups)
     if x.numel():
         launch(_statistics, grid, x, shift, partial, *sizes, SHIFT=shift is not None, **tile)
-        launch(_merge, (groups, images), partial, mean, rstd, *sizes, chunks, eps, ROWS=tile["ROWS"], **merge)
+        launch(_merge, (groups * images,), partial, mean, rstd, *sizes, chunks, eps, ROWS=tile["ROWS"], **merge)
     return mean, rstd
 
 
@@ -324,7 +337,7 @@ def group_norm_apply(
 ) -> Tensor:
     """Return y, channels last, from x and its statistics. This is the last step of a forward, and all of a recomputation."""
     x, shift = _channels_last(x), None if shift is None else shift.contiguous()
-    sizes, grid, tile, merge = plan(x, groups)
+    sizes, _, grid, tile, merge = plan(x, groups)
     y = _empty_like(x)
     flags = {"SILU": silu, "SHIFT": shift is not None, "WIDTH": merge["WIDTH"]}
     if x.numel():
@@ -337,8 +350,8 @@ def group_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias, dshift) from dy in any layout. dx is channels last. Without a shift dshift is empty."""
     dy, x, shift = _channels_last(dy), _channels_last(x), None if shift is None else shift.contiguous()
-    sizes, grid, tile, merge = plan(x, groups)
-    _, chunks, images = grid
+    sizes, chunks, grid, tile, merge = plan(x, groups)
+    images = len(x)
     partial = x.new_empty(images, chunks, 2 if shift is None else 3, x.shape[1], dtype=torch.float32)
     total = x.new_empty(images, 2, x.shape[1], dtype=torch.float32)
     means = torch.empty_like(mean), torch.empty_like(mean)
@@ -349,7 +362,7 @@ def group_norm_backward(
     if x.numel():
         launch(_sums, grid, *operands, partial, *sizes, **flags, **tile)
         sums = partial, rstd, weight.contiguous(), *means, total, dshift
-        launch(_merge_sums, (groups, images), *sums, *sizes, chunks, SHIFT=shift is not None, **merge)
+        launch(_merge_sums, (groups * images,), *sums, *sizes, chunks, SHIFT=shift is not None, **merge)
         launch(_input_gradient, grid, *operands, *means, dx, *sizes, **flags, **tile)
     return dx, total[:, 0].sum(0).to(weight.dtype), total[:, 1].sum(0).to(bias.dtype), dshift
 
@@ -416,14 +429,15 @@ def group_norm_triton(
 
 
 def _calls() -> Calls:
-    for kind in (*workload.GROUP_NORM, *workload.VAE_GROUP_NORM, *workload.VAE_ENCODER_GROUP_NORM):
+    for kind in (*workload.GROUP_NORM, *workload.VAE_ENCODER_GROUP_NORM):
         for mode, dtype in DTYPES.items():
             x = meta(workload.BATCH, kind.channels, kind.side, kind.side, dtype=dtype).to(memory_format=torch.channels_last)
             shifts = torch.float32 if kind in workload.VAE_ENCODER_GROUP_NORM else dtype  # sums of biases, stored in fp32
             w, shift = meta(kind.channels, dtype=dtype), meta(len(x), kind.channels, dtype=shifts) if kind.shift else None
             mean, rstd = group_norm_statistics(x, shift, kind.groups, kind.eps)
             group_norm_apply(x, mean, rstd, w, w, kind.groups, kind.silu, shift)
-            group_norm_backward(x, x, mean, rstd, w, w, kind.groups, kind.silu, shift)
+            if kind in workload.GROUP_NORM:
+                group_norm_backward(x, x, mean, rstd, w, w, kind.groups, kind.silu, shift)
             yield f"{kind.channels}c {kind.side}px{' shifted' if kind.shift else ''}", mode
 
 

@@ -16,12 +16,13 @@ _PROGRAMS = 64
 _MERGED = 1024
 
 
-def plan(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int], dict[str, int]]:
-    """Return (positions, channels), the grid and tile of the kernels that read x, and the tile of those that merge."""
+def plan(x: Tensor, groups: int) -> tuple[tuple[int, int], int, tuple[int], dict[str, int], dict[str, int]]:
+    """Return (positions, channels), the chunks of an image, grid and tile of kernels that read x, the tile of merging ones."""
     images, channels, positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
     width, blocks = channels // groups, triton.cdiv(channels, _COLS)
     rows = next((r for r in _TILES if blocks * triton.cdiv(positions, r) >= _PROGRAMS), min(_TILES))
     tile = {"ROWS": rows, "COLS": _COLS, "num_warps": _TILES[rows]}
     cols = triton.next_power_of_2(width)
     merge = {"WIDTH": width, "CHUNKS": max(1, _MERGED // cols), "COLS": cols, "num_warps": 4}
-    return (positions, channels), (blocks, triton.cdiv(positions, rows), images), tile, merge
+    chunks = triton.cdiv(positions, rows)
+    return (positions, channels), chunks, (images * chunks * blocks,), tile, merge

@@ -10,7 +10,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastsd_kernels.interpreter import dot, rounded
+from fastsd_kernels.interpreter import dot, operand, rounded
+
+# Strides in units of 8 elements allow 128-bit loads. More divisors would only multiply the variants to compile.
+_TENSORS, _AXES = ("q", "k", "v", "o", "do", "dq", "dk", "dv"), ("split", "image", "row", "head")
+SIZES = ["chunk", *(f"{name}_{axis}" for name in _TENSORS for axis in _AXES)]
+
+
+@triton.jit
+def tile_and_head(n_rows, ROWS: tl.constexpr):
+    """Return the number of the program's tile of ROWS and that of its head, counted over all images (int64)."""
+    n_tiles = tl.cdiv(n_rows, ROWS)
+    return tl.program_id(0) % n_tiles, (tl.program_id(0) // n_tiles).to(tl.int64)
+
+
+@triton.jit
+def head_pointer(ptr, i_head, image_stride, head_stride, H):
+    """Return the pointer to an image's head."""
+    return ptr + i_head // H * (image_stride * 8) + i_head % H * (head_stride * 8)
 
 
 @triton.jit
@@ -20,6 +37,16 @@ def load_head(row_ptrs, row_mask, SLICES: tl.constexpr, D: tl.constexpr):
     for i in tl.static_range(len(SLICES)):
         tiles = tiles + (_load_slice(row_ptrs, row_mask, SLICES[i][0], SLICES[i][1], D),)
     return tiles
+
+
+@triton.jit
+def load_operand(row_ptrs, row_mask, SLICES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Load a head tile as an operand of `product` and `add_product`."""
+    tiles = load_head(row_ptrs, row_mask, SLICES, D)
+    operands = ()
+    for i in tl.static_range(len(tiles)):
+        operands = operands + (operand(tiles[i], tiles[i].dtype, PRECISION),)
+    return operands
 
 
 @triton.jit
@@ -93,6 +120,7 @@ def streamed_product(a_ptrs, a_mask, b_ptrs, b_mask, D: tl.constexpr, PRECISION:
         inside = cols < D - first
         a = tl.load(a_ptrs[:, None] + first + cols, mask=a_mask[:, None] & inside, other=0.0)
         b = tl.load(b_ptrs[:, None] + first + cols, mask=b_mask[:, None] & inside, other=0.0)
+        a, b = operand(a, a.dtype, PRECISION), operand(b, b.dtype, PRECISION)
         scores = dot(a, tl.trans(b), scores, PRECISION)
     return scores
 

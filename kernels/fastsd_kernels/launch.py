@@ -26,6 +26,8 @@ ARCHITECTURES = (80, 86, 89, 90, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # The function of each operator by its full name. Torch calls it on tensors with data only.
 OPERATORS: dict[str, Callable[..., Any]] = {}
+# CUDA's limits of a grid's dimensions.
+_LARGEST_GRID = (2**31 - 1, 65535, 65535)
 # TRITON_INTERPRET=1 runs kernels on CPU tensors, slowly and exactly; Triton reads it when a kernel is defined.
 INTERPRETED: bool = AVAILABLE and triton.knobs.runtime.interpret
 
@@ -47,7 +49,16 @@ class _Recorder:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
-    """Run `kernel[grid](*arguments, **options)` on the device of its first tensor, or record it inside `recording`."""
+    """Run `kernel[grid](*arguments, **options)` on the device of its first tensor, or record it inside `recording`.
+
+    Raises:
+        ValueError: a grid that CUDA refuses, on any device. What grows with the input belongs into the first dimension.
+    """
+    if any(n > limit for n, limit in zip(grid, _LARGEST_GRID, strict=False)):
+        raise ValueError(
+            f"{kernel.__name__}: the grid is {' x '.join(map(str, grid))} programs, but a GPU takes at most "
+            f"{' x '.join(map(str, _LARGEST_GRID))}; split the input"
+        )
     if _Recorder.launches is not None:
         _Recorder.launches.append(Launch(kernel, grid, arguments, options))
         return

@@ -129,7 +129,7 @@ def _apply(
     tl.store(y_ptr + rows * n_cols + cols, rounded(y, y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_program"])
 def _backward(
     dy_ptr, ds_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, dx_ptr, partial_ptr,
     n_rows, n_cols, dy_stride, ds_stride, x_stride, rows_per_program,

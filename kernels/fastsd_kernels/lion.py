@@ -96,7 +96,7 @@ def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask):
         store_parameter(p * decay + update * step, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _lion(
     p_ptr, g_ptr, m_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr,
     beta1, one_minus_beta1, beta2, one_minus_beta2, n,

@@ -53,8 +53,6 @@ def test_calls_launch_every_kernel_of_the_file(path):
             if op.triton.__module__.endswith(f".{path.stem}"):
                 for kind, mode in op.calls():
                     assert kind and mode and launches
-                    # CUDA's limits
-                    assert all(x.grid[0] < 2**31 and max(x.grid[1:], default=0) < 2**16 for x in launches)
                     launched |= {launch.kernel.__name__ for launch in launches}
                     launches.clear()
     assert launched == kernels and kernels

@@ -1,0 +1,162 @@
+"""The compiled kernels of whole jobs, compared with the atlas. A program, because tests define kernels for the interpreter.
+
+    python step_launches.py 80 86 89 90 120
+
+Jobs run on tensors without data: training steps of the SD1.5 UNet in each precision with each kind of recomputation, those of a
+small UNet with each optimizer and all its options, samples, and the encoding of images. Prints, for each target as JSON: the
+number of kernels, those that only jobs have ("missing") and those that only the atlas has ("superfluous").
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+
+from fastsd.config.stages import StageTable
+from fastsd.data.loader import Batch
+from fastsd.model.model import SD15_SCHEDULER, Model
+from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model, materialize
+from fastsd.model.unet import UNetConfig
+from fastsd.model.vae_encoder import VaeEncoder
+from fastsd.train.precision import COMPUTE_DTYPE, precision_switches
+from fastsd.train.step import Step
+from fastsd_kernels import RECORDS, TRITON
+from fastsd_kernels.launch import Launch, meta, recording
+from fastsd_kernels.sass import specialise
+
+META = torch.device("meta")
+PRECISIONS = ("fp32", "tf32", "bf16")
+SMALL = UNetConfig(block_out_channels=(32,), attention=(False,), layers_per_block=1, heads=4, cross_attention_dim=96)
+MODEL_OPS = ("attention", "group_norm", "layer_norm", "geglu")  # their launches are taken from the UNet of SD1.5 only
+
+
+def launch_on_meta_tensors() -> None:
+    """Let operators launch their kernels on meta tensors. PyTorch would run their fakes, which only make the outputs."""
+    for name, op in OPDEFS.items():
+        if name.startswith("fastsd::"):
+            op._abstract_fn = op._init_fn
+
+
+def model_of(cfg: UNetConfig) -> Model:
+    text = SD15_TEXT | {"num_hidden_layers": 1, "hidden_size": cfg.cross_attention_dim}
+    return empty_model(Shapes(cfg, text, SD15_VAE | {"layers_per_block": 1}), TRITON)
+
+
+def attention_precision(precision: str, target: int) -> str:
+    """Return the precision of attention in a stage of this precision on a GPU."""
+    chosen: list[str] = []
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    unet = SimpleNamespace(conv_in=SimpleNamespace(weight=weight), set_attention_precision=chosen.append)
+    with mock.patch("torch.cuda.get_device_capability", lambda _: divmod(target, 10)), precision_switches(precision, unet):
+        return chosen[0]
+
+
+def train(model: Model, target: int, batch: int, prediction: str = "epsilon", **stage: object) -> None:
+    """Run one training step."""
+    unet = model.unet.float()
+    materialize(unet, META)
+    model.scheduler = SD15_SCHEDULER | {"prediction_type": prediction}
+    table = StageTable(train=["unet"], until=1, batch=batch, lr=1e-4, **stage)
+    step = Step(model, table, total=1, seed=0, cached_text=True)
+    unet.checkpointing = table.checkpointing
+    unet.set_attention_precision(attention_precision(table.precision, target))
+    latents, texts = meta(batch, 4, 64, 64, dtype=torch.float16), meta(batch, 77, unet.cfg.cross_attention_dim)
+    positions = meta(batch, dtype=torch.int64)
+    step(Batch(latents, meta(batch, 77, dtype=torch.int64), positions, [], texts), 0)
+
+
+def sample(model: Model, precision: str, attention: str) -> None:
+    """Run the UNet once without gradients, as a sampler does."""
+    unet = model.unet.requires_grad_(False).to(COMPUTE_DTYPE[precision])
+    unet.set_attention_precision(attention)
+    unet(meta(8, 4, 64, 64), meta(8), meta(8, 77, 768))
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, precision: str) -> None:
+    """Encode images as `fastsd cache` does."""
+    dtype = COMPUTE_DTYPE[precision]
+    images = meta(4, 3, 512, 512, dtype=dtype).to(memory_format=torch.channels_last)
+    VaeEncoder(vae.to(dtype, memory_format=torch.channels_last), TRITON)(images)
+
+
+def unet_jobs(model: Model, target: int) -> Iterator[None]:
+    """Run jobs of the UNet of SD1.5: steps with one forward, steps that accumulate two, and samples."""
+    optimizers, kinds = itertools.cycle(("lion", "dlion", "adamw")), itertools.cycle(("none", "block", "ff"))
+    for precision in PRECISIONS:
+        for batch, micro_batch in ((64, 64), (2, 1)):
+            options = {"precision": precision, "micro_batch": micro_batch, "optimizer": next(optimizers)}
+            yield train(model, target, batch, checkpointing=next(kinds), **options)
+        yield sample(model, precision, attention_precision(precision, target))
+    yield sample(model, "fp32", "ieee")  # a model without a precision
+
+
+def update_jobs(model: Model) -> Iterator[None]:
+    """Run the updates of each optimizer with all options, and the kinds of noise."""
+    modes = {"batch": 2, "micro_batch": 2}, {"batch": 2, "micro_batch": 1}, {"batch": 2, "fused_backward": True}
+    for optimizer, precision, mode, ema in itertools.product(("lion", "dlion", "adamw"), ("fp32", "bf16"), modes, (0.0, 0.9)):
+        for clip in (0.0,) if "fused_backward" in mode else (0.0, 1.0):
+            yield train(model, 89, optimizer=optimizer, precision=precision, ema=ema, grad_clip=clip, **mode)
+    yield train(model, 89, 3, "v_prediction")
+    yield train(model, 89, 3, noise_offset=0.1, pyramid_noise=0.3, input_perturbation=0.1, immiscible=2)
+
+
+def encoder_jobs() -> Iterator[None]:
+    vae = AutoencoderKL.from_config(SD15_VAE).to("meta")
+    for precision in ("fp32", "bf16"):
+        yield encode(vae, precision)
+
+
+def record(jobs: Iterable[object], target: int, left_out: tuple[str, ...] = ()) -> list[Launch]:
+    """Return the distinct launches of jobs, without those of the ops `left_out`."""
+    distinct = {}
+    with recording(target) as launches:
+        for _ in jobs:
+            for launch in launches:
+                values = [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else (type(x), x) for x in launch.arguments]
+                key = launch.kernel, *values, *launch.options.items()
+                if key not in distinct and module(launch) not in left_out:
+                    # Tensors become new ones: a job's parameters may have other dtypes in the next.
+                    arguments = tuple(_like(x) if isinstance(x, Tensor) else x for x in launch.arguments)
+                    distinct[key] = launch._replace(arguments=arguments)
+            launches.clear()
+    return list(distinct.values())
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return a small tensor without data of the same dtype and alignment."""
+    return meta(16, dtype=x.dtype)[x.data_ptr() % 16 // x.itemsize :]
+
+
+def module(launch: Launch) -> str:
+    return launch.kernel.fn.__module__.rpartition(".")[2]
+
+
+def keys(launches: Iterable[Launch], target: int) -> dict[str, str]:
+    """Return the keys of the compiled kernels, each with the kernel's name."""
+    return {specialise(launch, target).key: f"{module(launch)} {launch.kernel.__name__}" for launch in launches}
+
+
+def main() -> None:
+    launch_on_meta_tensors()
+    model = model_of(UNetConfig.sd15())
+    # These launches do not depend on the target.
+    others = record(update_jobs(model_of(SMALL)), 89, MODEL_OPS) + record(encoder_jobs(), 89)
+    report = {}
+    for target in map(int, sys.argv[1:]):
+        jobs = keys(record(unet_jobs(model, target), target) + others, target)
+        atlas = keys(record((kind for op in RECORDS for kind in op.calls()), target), target)
+        missing, superfluous = ({k: a[k] for k in a.keys() - b.keys()} for a, b in ((jobs, atlas), (atlas, jobs)))
+        report[target] = {"kernels": len(jobs), "missing": missing, "superfluous": superfluous}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
