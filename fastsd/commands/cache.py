@@ -58,9 +58,8 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
         tokenizer = None
         console.echo(f"note: {error}")
 
-    with precision_switches(config.cache.precision):
-        if ops is TRITON and not INTERPRETED and not data.latents:
-            _compile_encoder(config, vae, console)
+    if ops is TRITON and not INTERPRETED and not data.latents:
+        _compile_encoder(config, vae, console)
     start_time = time.perf_counter()
     with precision_switches(config.cache.precision), progress(console) as report_progress:
         counts = build.build_cache(config, vae, report_progress, console.echo)
@@ -94,7 +93,8 @@ def _compile_encoder(config: Config, vae: Vae, console: Console) -> None:
     resolution = config.data.resolution
     sizes = Buckets(resolution, config.data.buckets).sizes or [(resolution, resolution)]
     try:
-        launches = encoder_launches(dict(vae.module.config), architecture(vae.device), vae.dtype, sizes)
+        with precision_switches(config.cache.precision):
+            launches = encoder_launches(dict(vae.module.config), architecture(vae.device), vae.dtype, sizes)
         compile_kernels(kernels_of(launches), console)
     except KeyboardInterrupt:
         raise Stopped(f"{config.cache.dir}: caching stopped") from None

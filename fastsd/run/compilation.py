@@ -167,13 +167,10 @@ def _serve(
 ) -> None:
     """Give a process one kernel after another until none is left or the process ends."""
     assert process.stdin and process.stdout
-    with suppress(Empty, OSError), process.stdin as requests, process.stdout as replies:
+    with suppress(Empty, OSError, ValueError), process.stdin as requests, process.stdout as replies:
         requests.write(f"{json.dumps(sys.path)}\n{json.dumps(target)}\n")
         while True:
             requests.write(waiting.get_nowait() + "\n")
             requests.flush()
-            reply = replies.readline()
-            if not reply:
-                break
-            results.put(json.loads(reply))
+            results.put(json.loads(replies.readline()))  # the end of the replies is no JSON
     results.put(None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -36,7 +37,8 @@ class _Driver:
 
 def work() -> None:
     """Compile until the input ends."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # some of Triton's options print to stdout
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # Triton and its libraries may print
     driver.set_active(_Driver(GPUTarget(*json.loads(sys.stdin.readline()))))
     for kernel in sys.stdin:
         print(json.dumps(_problem(kernel)), file=replies, flush=True)

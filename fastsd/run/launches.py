@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -53,18 +52,18 @@ def _recording(architecture: int) -> Iterator[list[Launch]]:
 class StageRecorder:
     """All that the launches of a stage depend on: its step, and the UNet's forwards of its samples and of validation.
 
+    Kernels are not specialised on seeds.
+
     Attributes:
         architecture: the GPU that tiles are chosen for.
         attention: how the UNet's attention multiplies fp32.
         cached_text: True if batches contain text embeddings.
         trained: (C, H, W) of an image's latents in the cache.
         sampled, validated: (B, C, H, W) of latents.
-        strata, validation_seed: number of validation's timesteps per image, and its seed.
     """
 
     stage: StageTable
     micro_batch_size: int
-    seed: int
     shapes: Shapes
     scheduler: dict[str, Any]
     architecture: int
@@ -73,8 +72,6 @@ class StageRecorder:
     trained: Sizes
     sampled: Sizes
     validated: Sizes
-    strata: int
-    validation_seed: int
 
     def launches(self) -> list[Launch]:
         """Record the launches."""
@@ -96,7 +93,7 @@ class StageRecorder:
         encode = not self.cached_text and bool(selected(model, stage.train, "train").get("text_encoder"))
         if encode:
             materialize(text.module, META)
-        step = Step(model, stage, 1, self.seed, self.micro_batch_size, cached_text=not encode)
+        step = Step(model, stage, 1, 0, self.micro_batch_size, cached_text=not encode)
         # With an odd micro-batch, the int64 positions of every second micro-batch are only aligned to 8 bytes.
         count = min(stage.batch, (1 + self.micro_batch_size % 2) * self.micro_batch_size)
         token_ids_BL = torch.empty(count, text.length, dtype=torch.int64, device=META)
@@ -112,12 +109,11 @@ class StageRecorder:
 
         for shape in self.sampled:
             model.unet(torch.empty(shape, device=META), torch.empty(shape[0], device=META), text_embeds(shape[0]))
-        strata = Strata(model, self.strata, self.validation_seed, Purpose.VALIDATION)
         for shape in self.validated:
+            # Timesteps and positions are rows of B int64. With an odd B, every second row may be aligned to 8 bytes only.
+            strata = Strata(model, 1 + shape[0] % 2, 0, Purpose.VALIDATION)
             identity_B = torch.zeros(shape[0], dtype=torch.int64)
-            forwards = strata.forwards(torch.empty(shape, device=META), text_embeds(shape[0]), identity_B)
-            # Timesteps and positions are rows of B numbers. With an odd B, every second row is only aligned to 8 bytes.
-            list(islice(forwards, 1 + shape[0] % 2))
+            list(strata.forwards(torch.empty(shape, device=META), text_embeds(shape[0]), identity_B))
 
 
 def encoder_launches(

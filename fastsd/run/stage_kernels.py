@@ -68,7 +68,7 @@ def compile_stages(run: Run, index: int, micro_batch_size: int, stop: Sequence[i
 
 
 def _recorder(run: Run, stage: StageTable, micro_batch_size: int) -> StageRecorder:
-    config, model, validation = run.config, run.model, run.evaluation.validation
+    config, model = run.config, run.model
     comparable = stage.model_copy(update={**defaults(StageTable, keys_with(StageTable, LIGHT)), "until": 1})
     side = (config.sample.size or config.data.resolution) // model.vae.downscale
     images = len(read_prompts(config.sample)) * config.sample.images
@@ -77,7 +77,6 @@ def _recorder(run: Run, stage: StageTable, micro_batch_size: int) -> StageRecord
     return StageRecorder(
         stage=comparable,
         micro_batch_size=micro_batch_size,
-        seed=config.seed,
         shapes=Shapes.of(model),
         scheduler=model.scheduler,
         architecture=architecture(run.device),
@@ -85,9 +84,7 @@ def _recorder(run: Run, stage: StageTable, micro_batch_size: int) -> StageRecord
         cached_text=run.data.text_embeddings is not None,
         trained=tuple(sorted({group.shape for group in run.data.latents.groups})),
         sampled=tuple((batch, model.unet.cfg.in_channels, side, side) for batch in sorted(batches)),
-        validated=tuple(sorted(validation.shapes)),
-        strata=validation.strata.count,
-        validation_seed=validation.strata.seed,
+        validated=tuple(sorted(run.evaluation.validation.shapes)),
     )
 
 

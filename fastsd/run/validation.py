@@ -100,21 +100,18 @@ class Validation:
         sets: sets of samples to measure.
         table: `[validate]` of the config.
 
-    Attributes:
-        strata: the timesteps and noise of the images.
-
     Raises:
         UserError: there are more strata than timesteps.
     """
 
     def __init__(self, model: Model, loader: Loader, sets: ValidationSplits, table: ValidateTable) -> None:
         self.model, self.loader, self.sets, self.table = model, loader, sets, table
-        self.strata = Strata(model, table.bands * table.per_band, table.seed, Purpose.VALIDATION)
-        timesteps = len(self.strata.abar_T)
-        if self.strata.count > timesteps:
+        self._strata = Strata(model, table.bands * table.per_band, table.seed, Purpose.VALIDATION)
+        timesteps = len(self._strata.abar_T)
+        if self._strata.count > timesteps:
             raise UserError(
                 "validate-bands",
-                f"validate.bands * validate.per_band is {table.bands} * {table.per_band} = {self.strata.count}, but the model "
+                f"validate.bands * validate.per_band is {table.bands} * {table.per_band} = {self._strata.count}, but the model "
                 f"has {timesteps} timesteps; lower one of them",
             )
         self._batches = {name: self._split(samples) for name, samples in sets.measured.items()}
@@ -123,13 +120,13 @@ class Validation:
         sizes = " and ".join(f"{len(samples)} {name.replace('_', '-')}" for name, samples in self.sets.measured.items())
         left_out = len(self.sets.left_out)
         copies = f" ({left_out} not trained on, with duplicates)" if left_out > self.table.held_out else ""
-        timesteps = f"{self.strata.count} timesteps per image ({self.table.bands} bands)"
+        timesteps = f"{self._strata.count} timesteps per image ({self.table.bands} bands)"
         return f"{sizes} images{copies}, {timesteps}: {self.forwards} forwards"
 
     @property
     def forwards(self) -> int:
         """Number of UNet forwards needed to measure one set of weights."""
-        return sum(map(len, self._batches.values())) * self.strata.count
+        return sum(map(len, self._batches.values())) * self._strata.count
 
     @property
     def shapes(self) -> set[tuple[int, ...]]:
@@ -163,13 +160,13 @@ class Validation:
             forwards = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
             errors_nS = [errors_S for samples in forwards for errors_S in self._errors(samples)]
             per_image = [math.fsum(errors_S) / len(errors_S) for errors_S in errors_nS]
-            metrics = aggregate(errors_nS, self.strata.bounds, self.table.per_band)
+            metrics = aggregate(errors_nS, self._strata.bounds, self.table.per_band)
             rows.append({"set": name, "weights": weights, **metrics, "items": self._hash(batches), "each": per_image})
         return rows
 
     def _hash(self, batches: Sequence[np.ndarray]) -> str:
         """Hash the timesteps and noise positions of all samples in order. They depend on the samples, so the hash does too."""
-        arrays = [tensor.numpy().tobytes() for batch in batches for tensor in self.strata.draw(self._identities(batch))]
+        arrays = [tensor.numpy().tobytes() for batch in batches for tensor in self._strata.draw(self._identities(batch))]
         return xxhash.xxh3_64_hexdigest(b"".join(arrays))
 
     def _errors(self, samples: np.ndarray) -> list[list[float]]:
@@ -178,7 +175,7 @@ class Validation:
         raw_BCHW, text = (tensor.to(device) for tensor in self.loader.load_unaugmented(samples))
         latents_BCHW = model.vae.scale(raw_BCHW.float())
         text_embeds_BLD = text if text.ndim == 3 else model.text.encode(text)  # cached embeddings, or token ids
-        return self.strata.errors(latents_BCHW, text_embeds_BLD, self._identities(samples)).tolist()
+        return self._strata.errors(latents_BCHW, text_embeds_BLD, self._identities(samples)).tolist()
 
     def _identities(self, samples: np.ndarray) -> Tensor:
         cache = self.loader.cache

@@ -18,6 +18,7 @@ from sentences import says
 from tiny import job
 from triton.runtime.driver import driver
 
+from fastsd.commands import cache as cache_command
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
 from fastsd.console import Console
@@ -32,7 +33,7 @@ from fastsd_kernels.launch import recording
 TWO_STAGES = """
 [validate]
 held_out = 5
-batch = 5
+batch = 2
 [[stage]]
 train = ["unet"]
 until = 2
@@ -117,11 +118,11 @@ def images(tmp_path, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stages, seed", [(TWO_STAGES, "0"), (SHAPES, "1")], ids=["two stages", "shapes"])
-def test_exactly_the_kernels_that_a_job_launches_are_compiled_at_its_start(tmp_path, tiny_model, images, stages, seed):
-    path = job(tmp_path, tiny_model, images, stages, seed=seed)
-    if "text_encoder" not in stages:
-        path.write_text(path.read_text().replace("[cache]\n", "[cache]\nhidden_states = true\n"))
+@pytest.mark.parametrize("stages", [TWO_STAGES, SHAPES], ids=["two stages", "shapes"])
+def test_exactly_the_kernels_that_a_job_launches_are_compiled_at_its_start(tmp_path, tiny_model, images, stages):
+    path = job(tmp_path, tiny_model, images, stages, seed="1")
+    extra = ("[sample]\n", "size = 4\n") if "text_encoder" in stages else ("[cache]\n", "hidden_states = true\n")
+    path.write_text(path.read_text().replace(extra[0], "".join(extra)))
     result = program(tmp_path, "train_job", str(path))
     at_start, later = result["compiled"]
     assert at_start.keys() == result["launched"].keys()
@@ -159,7 +160,7 @@ def test_compiled_kernels_are_found_by_their_launches(tmp_path):
     assert same == [] and other == ["_forward"]
 
 
-SLOW = "import time; time.sleep(60)"
+SLOW = "import time; time.sleep(3600)"
 
 
 @pytest.fixture
@@ -170,8 +171,9 @@ def compilers(monkeypatch):
     return lambda code: monkeypatch.setattr(compilation, "_START", code)
 
 
-def test_processes_that_end(compilers):
-    compilers("pass")
+@pytest.mark.parametrize("code", ["pass", "print('no JSON', flush=True); input(); input(); input()"])
+def test_processes_that_end_or_print(compilers, code):
+    compilers(code)
     out = StringIO()
     compile_kernels([], Console(file=out, width=200))
     assert says(out.getvalue(), "kernels-not-compiled", count=3, reason="a compiler process ended")
@@ -184,12 +186,25 @@ def test_processes_that_do_not_start(compilers, monkeypatch):
     assert says(out.getvalue(), "kernels-not-compiled", count=3, reason="a compiler process ended")
 
 
+@pytest.mark.timeout(60)  # without an end of the processes the call would wait for them
 def test_ctrl_c_ends_all_processes(compilers):
     compilers(SLOW)
     Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         compile_kernels([], Console(file=StringIO()))
     assert psutil.Process().children() == []
+
+
+def test_ctrl_c_stops_caching_that_compiles(tmp_path, tiny_model, images, monkeypatch):
+    def compile_kernels(kernels, console):
+        assert kernels
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache_command, "INTERPRETED", False)
+    monkeypatch.setattr(cache_command, "choose_ops", lambda *_: TRITON)
+    monkeypatch.setattr(cache_command, "compile_kernels", compile_kernels)
+    with pytest.raises(Stopped, match="caching stopped"):
+        cache(load_config(job(tmp_path, tiny_model, images, SHAPES)), Console(file=StringIO()))
 
 
 @pytest.fixture
@@ -209,6 +224,7 @@ def gpu_run(monkeypatch, tmp_path, tiny_model, images):
     return start
 
 
+@pytest.mark.timeout(60)
 def test_a_signal_stops_a_run_that_compiles(compilers, gpu_run, monkeypatch):
     compilers(SLOW)
     monkeypatch.setattr(StageRecorder, "launches", lambda self: [])
