@@ -60,9 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def machine() -> Machine:
+def machine(request: pytest.FixtureRequest) -> Machine:
     """Copy bandwidth and matmul rates, measured in this run."""
-    return measure_machine(DEVICE)
+    return measure_machine(DEVICE, quick=_quick(request.config))
 
 
 @pytest.fixture

@@ -27,20 +27,20 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+if __name__ == "__main__":  # before kernels are defined, and before PyTorch starts threads, which small tensors only slow down
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+
 import torch
 import torch.nn.functional as F
+from stand_in_graphs import Event, Gpu, Graph, Pool, Stream, tensors_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-
-if __name__ == "__main__":  # kernels are defined by the imports below
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from stand_in_graphs import Event, Gpu, Graph, Pool, Stream, tensors_of
 
 from fastsd.bench.counters import COPY, kind_of_wait
 from fastsd.train import device as devices
@@ -106,6 +106,10 @@ class StandIn:
         self.stack.enter_context(mock.patch.object(Tensor, "record_stream", record))  # it refuses a stand-in of a stream
         self._enter_modes_elsewhere()
         self.stack.enter_context(mock.patch.object(devices, "fastest", lambda device: REFERENCE))
+        # PyTorch's profiler would report an error for each operation.
+        profile = partial(torch.profiler.profile, activities=[torch.profiler.ProfilerActivity.CPU])
+        replaced = lambda *, activities=None, **options: profile(**options)  # noqa: E731
+        self.stack.enter_context(mock.patch.object(torch.profiler, "profile", replaced))
         self.stack.enter_context(_Functions(self))
         self.stack.enter_context(_Operations(self))
         return self
@@ -289,9 +293,11 @@ class StandIn:
     def capture(self, graph: Graph, pool: Pool | None = None, stream: Stream | None = None, **options: Any) -> Iterator[None]:
         """Stand-in for `torch.cuda.graph`."""
         self.calls.append("capture")
-        names = {"pool": f"pool of {min(graph.index for graph in pool.graphs)}" if pool and pool.graphs else None}
-        self.capture_options.append({**names, "stream": stream.name if stream else None, **options})
+        self.capture_options.append(
+            {"pool": pool.name or None if pool else None, "stream": stream.name if stream else None, **options}
+        )
         graph.private_pool = pool or Pool()
+        graph.private_pool.name = graph.private_pool.name or f"pool of {graph.index}"
         self.capture_device = stream.device_index if stream else self.current
         graph.private_pool.graphs.add(graph)
         gpu = self.gpus[self.capture_device]
@@ -370,7 +376,8 @@ def _torch_cuda(gpu: StandIn) -> dict[str, Any]:
 
     def properties(device: Any = None) -> SimpleNamespace:
         memory = gpu.gpus[gpu.index(device)].memory
-        sizes = {"total_memory": memory, "multi_processor_count": 128, "L2_cache_size": 72 << 20}
+        # A small cache, because benchmarks fill it again and again.
+        sizes = {"total_memory": memory, "multi_processor_count": 128, "L2_cache_size": 1 << 20}
         return SimpleNamespace(name=name, major=8, minor=9, **sizes)
 
     def limit(fraction: float, device: Any = None) -> None:

@@ -18,6 +18,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastsd.model.shapes import Shapes
 
 CONFIG = """
 run = "run"
@@ -37,16 +41,9 @@ batch = 1
 optimizer = "dlion"
 """
 
-CLIP_L = {
-    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-}  # fmt: skip
-VAE = {
-    "block_out_channels": (128, 256, 512, 512), "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 4,
-}  # fmt: skip
 
-
-def make_base(folder: Path, factor: float = 0.13025) -> None:
+def make_base(folder: Path, factor: float = 0.13025, shapes: Shapes | None = None) -> None:
+    """Write a diffusers folder with random weights and SD1.5's shapes, or others."""
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -54,18 +51,21 @@ def make_base(folder: Path, factor: float = 0.13025) -> None:
     from fastsd.demo.models import write_tokenizer
     from fastsd.model.formats.load import component_state_dict, write_component, write_rest
     from fastsd.model.model import SD15_SCHEDULER, Model
+    from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes
     from fastsd.model.text_encoder import TextEncoder
     from fastsd.model.unet import UNet, UNetConfig
     from fastsd.model.vae import Vae
 
+    shapes = shapes or Shapes(UNetConfig.sd15(), SD15_TEXT, SD15_VAE)
     torch.manual_seed(0)
     write_tokenizer(folder / "words")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
-    # The sizes are CLIP-L's. Its vocabulary of 49,408 token ids includes those of the small tokenizer.
-    text_config = CLIPTextConfig(**CLIP_L, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    vae = AutoencoderKL(**VAE, scaling_factor=factor)
+    # The vocabulary includes the token ids of the small tokenizer.
+    token_ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text_config = CLIPTextConfig(**{**shapes.text, **token_ids})
+    vae = AutoencoderKL(**shapes.vae, scaling_factor=factor)
     text_encoder = TextEncoder(CLIPTextModel(text_config), tokenizer, 0, folder / "words")
-    model = Model("random", UNet(UNetConfig.sd15()), text_encoder, Vae(vae, "random"), SD15_SCHEDULER)
+    model = Model("random", UNet(shapes.unet), text_encoder, Vae(vae, "random"), SD15_SCHEDULER)
     for component in ("unet", "text_encoder"):
         write_component(folder, model, component, component_state_dict(model, component))
     write_rest(folder, model)

@@ -1,13 +1,17 @@
-"""Run all measurements on a machine with a GPU in one visit: the tests for the device, all benchmarks, and the goals.
+"""Measure on a machine with a GPU in one visit of ten minutes: the most important first, and each result as soon as it ends.
 
-    python bench/gpu.py [--only tests attention norms optimizers noise vae steps] [--limit SECONDS] [--batch 8]
-                        [--steps a b c d e]
+    python bench/gpu.py [--only PART ...] [--limit SECONDS] [--batch 8] [--steps f a b c d e]
+    python bench/gpu.py --dry            the same programs here, on a small model and the stand-in for CUDA; prints the plan
 
-The results are OUT/kernels-<gpu>.json, OUT/steps-<gpu>.json for whole steps and OUT/vae-<gpu>.json for the VAE's encoder.  Each
-file holds a stamp, the outcome of each part, all figures, and all goals with their thresholds.  Failed and skipped tests are
-included.  Benchmarks run even after a failed test.  A file is complete after each part.  A part stopped by --limit keeps its
-results so far.  Another visit to the same GPU with the same sources, versions and batch adds to a file; any other visit
-replaces it.  After a killed visit, the next one merges the lines that it wrote.
+`PARTS` lists the parts in their order, with the seconds that each is expected to take on a GPU.  A part gets half as much
+again, or its share of --limit if that is more, and never more than the time that is left.  So a part that hangs takes the time
+of the last parts only.  The plan marks the parts that do not fit into ten minutes.
+
+The results are OUT/kernels-<gpu>.json for parts that run with pytest, and OUT/<part>-<gpu>.json for the others.  Each file
+holds a stamp, the outcome of each part, all figures, and all goals with their thresholds.  Failed and skipped tests are
+included.  A file is complete after each part.  A stopped part keeps its results so far.  Another visit to the same GPU with the
+same sources, versions and batch adds to a file; any other visit replaces it.  After a killed visit, the next one merges the
+lines that it wrote.  The results of --dry are marked, and written to a temporary folder unless --out names one.
 
 Compiling takes longer than measuring.  So test files run in parallel, and several processes compile the kernels of a suite into
 Triton's cache before a single process times them.
@@ -35,31 +39,66 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = [str(ROOT / folder) for folder in ("", "bench", "kernels")]
 sys.path[:0] = PATHS
+
+
+class Part(NamedTuple):
+    """One part of a visit.
+
+    Args:
+        seconds: expected on a GPU.
+        files: test files, or one script.
+        options: of the script.
+        dry: pytest's expression for --dry; the script gets --small and --dry.
+    """
+
+    seconds: int
+    files: list[str]
+    options: tuple[str, ...] = ()
+    dry: str = ""
+
+
 PARTS = {
-    "tests": [
-        "tests/kernels/test_attention_kernels.py", "tests/kernels/test_norm_kernels.py",
-        "tests/kernels/test_optimizer_kernels.py", "tests/kernels/test_noise_kernels.py", "tests/model/test_triton_unet.py",
-        "tests/train/test_graph.py", "tests/train/test_step.py", "tests/bench/test_bench_command.py",
-    ],
-    "attention": ["bench/bench_attention.py"],
-    "norms": ["bench/bench_norms.py"],
-    "optimizers": ["bench/bench_optimizers.py"],
-    "noise": ["bench/bench_noise.py"],
-    "vae": ["bench/vae.py"],
-    "steps": ["bench/steps.py"],
+    "machine": Part(20, ["bench/gpu_machine.py"]),
+    "graphs": Part(90, ["tests/train/test_graph.py"], dry="stand-in and (lion-fp32 or d_freezes)"),
+    "stages": Part(40, ["bench/gpu_memory.py"], ("--only", "stages")),
+    "oom": Part(40, ["bench/gpu_memory.py"], ("--only", "oom")),
+    "full": Part(170, ["bench/gpu_full_size.py"]),
+    "convolutions": Part(60, ["bench/gpu_convolutions.py"]),
+    "peers": Part(80, ["bench/steps.py"], ("--only", "f")),
+    "evaluation": Part(45, ["bench/gpu_evaluation.py"], ("--only", "evaluation")),
+    "checkpoint": Part(40, ["bench/gpu_evaluation.py"], ("--only", "checkpoint")),
+    "tests": Part(
+        200,
+        [
+            "tests/kernels/test_attention_kernels.py", "tests/kernels/test_norm_kernels.py",
+            "tests/kernels/test_optimizer_kernels.py", "tests/kernels/test_noise_kernels.py", "tests/model/test_triton_unet.py",
+            "tests/train/test_step.py", "tests/bench/test_bench_command.py",
+        ],
+        dry="invalid or refused",
+    ),
+    "attention": Part(150, ["bench/bench_attention.py"], dry="bf16 and sdpa"),
+    "norms": Part(120, ["bench/bench_norms.py"], dry="geglu and pytorch"),
+    "optimizers": Part(60, ["bench/bench_optimizers.py"], dry="lion and torch"),
+    "noise": Part(30, ["bench/bench_noise.py"], dry="reference"),
+    "vae": Part(60, ["bench/vae.py"]),
+    "steps": Part(500, ["bench/steps.py"]),
 }  # fmt: skip
-# Scripts with their own result file; all other parts run with pytest.
-SCRIPTS = ("vae", "steps")
+VISIT = 600.0  # seconds of a GPU that are usually lent at a time
+STRETCH = 1.5  # a part may take this many times its expected seconds
+LEAST = 5.0  # seconds left below which no part starts
+STAND_IN = "bench/cuda_stand_in.py"
+# Parts with their own result file; all others run with pytest.
+SCRIPTS = tuple(name for name, part in PARTS.items() if part.files[0].startswith("bench/") and "/bench_" not in part.files[0])
 COMPILED_FIRST = ("attention", "norms")
 PYTEST = ("-m", "pytest")
 PACKAGES = ("lion-pytorch", "dadaptation", "diffusers", "transformers")
 # File that also has tests for a CPU -> pytest's expression that selects its tests for a GPU.
-ON_GPU = {"tests/bench/test_bench_command.py": "cuda"}
+ON_GPU = {"tests/bench/test_bench_command.py": "cuda", "tests/train/test_graph.py": "gpu"}
 # Module -> consequence if it is missing.  The tests of the optimizers need the first two.
 OPTIONAL = {
     "lion_pytorch": "lion-pytorch is skipped",
@@ -105,20 +144,39 @@ def read_stamp() -> dict[str, Any]:
     return stamp | {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
-def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None, float]:
+def plan(names: Sequence[str]) -> list[str]:
+    """Return a line per part: its expected seconds on a GPU, the time of its end, and a mark if that is too late."""
+    lines, end = [], 0
+    for name in names:
+        end += PARTS[name].seconds
+        late = "" if end <= VISIT else "  beyond ten minutes"
+        lines.append(f"  {name:13} {PARTS[name].seconds:4} s, until {end // 60:2}:{end % 60:02}{late}")
+    return lines
+
+
+def seconds_for(name: str, names: Sequence[str], limit: float, left: float) -> float:
+    """Return the seconds that a part may take, of the `left` ones of a visit of `limit` seconds to the parts `names`."""
+    share = limit * PARTS[name].seconds / sum(PARTS[other].seconds for other in names)
+    return min(left, max(STRETCH * PARTS[name].seconds, share))
+
+
+def run(
+    groups: Sequence[Sequence[str]], end: float | None, *, dry: bool = False, on_gpu: bool = True
+) -> tuple[int | None, float]:
     """Run one Python process per group of arguments, in parallel. Return the worst exit status, and the seconds.
 
     The status is None if a process was stopped.  A single process writes to the terminal.  The output of several processes is
     printed when they are done, one after another.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # on a GPU kernels are compiled
-    environment["FASTSD_TEST_GPU"] = "1"
+    environment["FASTSD_TEST_GPU"] = "1" if on_gpu else "0"
+    launcher = [STAND_IN] if dry else []
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*PATHS, os.environ.get("PYTHONPATH", "")]))
     start = time.monotonic()
     with ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) if len(groups) > 1 else None for _ in groups]
         processes = [
-            subprocess.Popen([sys.executable, *group], cwd=ROOT, env=environment, stdout=output, stderr=output)
+            subprocess.Popen([sys.executable, *launcher, *group], cwd=ROOT, env=environment, stdout=output, stderr=output)
             for group, output in zip(groups, outputs, strict=True)
         ]
 
@@ -139,16 +197,26 @@ def run(groups: Sequence[Sequence[str]], end: float | None) -> tuple[int | None,
 
 def run_part(name: str, lines: Path, options: argparse.Namespace, end: float | None) -> tuple[int | None, float]:
     """Run a part of `PARTS`. It appends its outcomes to the file `lines`. Return the same as `run`."""
+    part, dry = PARTS[name], options.dry
     outcome_args = ["-p", "outcomes", "--outcomes", str(lines)]
     if name in SCRIPTS:
-        small = ["--small", "--rounds", "1"] if options.small else []
-        only = ["--only", *options.steps] if name == "steps" else []
-        return run([[*PARTS[name], "--lines", str(lines), *only, *small]], end)
-    if name == "tests":
-        groups = [[*PYTEST, *outcome_args, *_select(ON_GPU.get(file), options.k), file] for file in PARTS[name]]
-        return run(groups, end)
-    arguments = [*PYTEST, *PARTS[name], "--batch", str(options.batch), "--benchmark-quiet"]
+        small = ["--small", "--rounds", "1"] if options.small or dry else []
+        only = ["--only", *(["e"] if dry else options.steps)] if name == "steps" else []
+        # The stand-in runs in the processes that such a script starts.
+        dry_flag = ["--dry"] if dry and name != "vae" else []
+        return run(
+            [[*part.files, "--lines", str(lines), *part.options, *only, *small, *dry_flag]], end, dry=dry and not dry_flag
+        )
+    if not part.files[0].startswith("bench/"):
+        files = part.files[:1] if dry else part.files
+        selections = {file: part.dry if dry else ON_GPU.get(file) for file in files}
+        groups = [[*PYTEST, *outcome_args, *_select(selections[file], options.k), file] for file in files]
+        own_stand_in = dry and "stand-in" in part.dry
+        return run(groups, end, dry=dry and not own_stand_in, on_gpu=not own_stand_in)
+    arguments = [*PYTEST, *part.files, "--batch", str(options.batch), "--benchmark-quiet"]
     arguments += ["--compiled"] if options.compiled else []
+    if dry:
+        return run([[*arguments, *outcome_args, "--quick", *_select(part.dry, options.k)]], end, dry=True)
     if name in COMPILED_FIRST:
         shards = max(1, min(8, (os.cpu_count() or 1) // 2))  # each holds about 0.5 GB of the GPU's memory
         only_compile = [*_select("triton", options.k), "--benchmark-disable"]
@@ -216,13 +284,18 @@ def write_result(result: dict[str, Any], path: Path) -> None:
 
 def _judge_and_table(path: Path) -> tuple[Any, Any]:
     """Return the function that judges the goals of a file's records, and the one that formats them as a table."""
-    if path.name.startswith("vae-"):
+    name = path.name.partition("-")[0]
+    if name == "vae":
         from vae import vae_table, vae_verdicts
 
         return vae_verdicts, vae_table
     from verdicts import step_table, step_verdicts, table, verdicts
 
-    return (step_verdicts, step_table) if path.name.startswith("steps-") else (verdicts, table)
+    if name in ("steps", "kernels"):
+        return (step_verdicts, step_table) if name == "steps" else (verdicts, table)
+    from measurements import figures_lines
+
+    return lambda records: [], step_table if name == "peers" else figures_lines
 
 
 def report(result: dict[str, Any], path: Path) -> bool:
@@ -242,14 +315,14 @@ def report(result: dict[str, Any], path: Path) -> bool:
         outcomes = [outcome for outcome in ("passed", "failed", "skipped") if outcome in last_run]
         counts = ", ".join(f"{last_run[outcome]} {outcome}" for outcome in outcomes)
         status = "STOPPED" if last_run["cut_off"] else f"exit status {last_run['status']}"
+        status = "no time was left" if last_run.get("not_started") else status
         print(f"  {name:10} {counts or 'nothing ran'} in {last_run['seconds']} s, {status}")
         for test, message in part["failed"].items():
             errors = [line for line in message.splitlines() if line.startswith("E ")] or message.splitlines() or [""]
             print(f"    FAILED {test}: {errors[-1][:200]}")
 
-    print("\nGoals:")
-    for verdict in judge(result["records"]):
-        print(f"  {verdict.line()}")
+    goals = [f"  {verdict.line()}" for verdict in judge(result["records"])]
+    print("\n".join(["\nGoals:", *goals] if goals else []))
     print(f"\nWritten: {path}")
     return passed
 
@@ -257,49 +330,65 @@ def report(result: dict[str, Any], path: Path) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results)")
     parser.add_argument("--batch", type=int, default=8, help="images per call (default: 8)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--skip-tests", action="store_true", help="run only the benchmarks")
-    parser.add_argument(
-        "--limit", type=float, metavar="SECONDS", help="of all parts together; the running part is then stopped"
-    )
+    help = "of all parts together (default: 600); the last parts are then left out, and the running one is stopped"
+    parser.add_argument("--limit", type=float, metavar="SECONDS", default=VISIT, help=help)
     parser.add_argument("-k", metavar="EXPRESSION", help="run only the tests and benchmarks that match, as in pytest")
     parser.add_argument("--compiled", action="store_true", help="include torch.compile's norms and GEGLU")
-    parser.add_argument("--steps", nargs="+", choices="abcde", default=list("abcde"), help="parts of steps.py (default: all)")
     parser.add_argument(
-        "--small", action="store_true", help="tiny model for whole steps and VAE: a trial run without real figures"
+        "--steps", nargs="+", choices="fabcde", default=list("abcde"), help="parts of steps.py (default: a to e)"
     )
+    parser.add_argument("--small", action="store_true", help="tiny models in the scripts: a trial run without real figures")
+    parser.add_argument("--dry", action="store_true", help="print the plan, and try everything on the stand-in for CUDA")
     options = parser.parse_args(arguments)
+    names = [name for name in options.only if not (options.skip_tests and name in ("graphs", "tests"))]
+    if options.dry:
+        print("\n".join(["Expected on a GPU:", *plan(names)]), flush=True)
+        with tempfile.TemporaryDirectory(prefix="fastsd-dry-") as folder:
+            options.out = options.out or Path(folder)
+            return visit(names, {"gpu": "stand-in", "dry": True, "date": None}, options)
     import torch
 
     if not torch.cuda.is_available():
         print("no CUDA device found; run this on a machine with a GPU, or `pytest bench` on any machine", file=sys.stderr)
         return 2
-    if not {*options.only} <= {*SCRIPTS} and importlib.util.find_spec("pytest_benchmark") is None:
+    if not {*names} <= {*SCRIPTS} and importlib.util.find_spec("pytest_benchmark") is None:
         print("pytest-benchmark is not installed; run `pip install pytest-benchmark`", file=sys.stderr)
         return 2
     for module, consequence in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
             print(f"WARNING: {module} is not installed: {consequence}", flush=True)
+    options.out = options.out or ROOT / "bench" / "results"
+    return visit(names, read_stamp(), options)
 
-    end = None if options.limit is None else time.monotonic() + options.limit
-    stamp = read_stamp()
+
+def visit(names: Sequence[str], stamp: dict[str, Any], options: argparse.Namespace) -> int:
+    """Run parts in their order, write their results, and return the exit status."""
+    end = time.monotonic() + options.limit
     print(json.dumps(stamp, indent=1), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     gpu = re.sub("[^a-z0-9]+", "-", stamp["gpu"].lower()).strip("-")
     results: dict[Path, dict[str, Any]] = {}
-    for name in options.only:
-        if name == "tests" and options.skip_tests:
-            continue
-        print(f"\n== {name}", flush=True)
+    for name in names:
         path = options.out / f"{name if name in SCRIPTS else 'kernels'}-{gpu}.json"
         if path not in results:
             settings = {"small": options.small} if name in SCRIPTS else {"batch": options.batch}
             results[path] = open_result(path, {**stamp, **settings})
             write_result(results[path], path)
+        left = end - time.monotonic()
+        if left < LEAST:
+            print(f"\n== {name}: no time left", flush=True)
+            part = results[path]["parts"].setdefault(name, {"runs": [], "failed": {}, "skipped": {}})
+            part["runs"].append({"status": None, "seconds": 0, "cut_off": True, "not_started": True})
+            write_result(results[path], path)
+            continue
+        seconds_limit = seconds_for(name, names, options.limit, left)
+        print(f"\n== {name}, at most {seconds_limit:.0f} s", flush=True)
         lines = path.with_suffix(f".{name}.jsonl")
-        status, seconds = run_part(name, lines, options, end)
+        status, seconds = run_part(name, lines, options, time.monotonic() + seconds_limit)
         merge_lines(results[path], name, lines, status, seconds)
         write_result(results[path], path)
     passed = [report(result, path) for path, result in results.items()]

@@ -45,6 +45,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.live, self.graphs = LiveBytes("cpu"), weakref.WeakSet[Graph]()
+        self.name = ""  # after its first graph
         self.is_allocating = self.is_lost = False
 
     @property
@@ -121,7 +122,7 @@ class Graph:
         self.numbers: dict[int, int] = {}  # address of a storage -> its number
         self.allocated: set[int] = set()  # numbers of the storages from the pool
         self.overwritten: dict[int, Tensor] = {}  # number of a storage from outside -> its bytes before the capture
-        self.private_pool = Pool()
+        self.private_pool: Pool
         self.index = len(self.stand_in.graphs)
         self.stand_in.graphs.append(weakref.ref(self))
 

@@ -1,7 +1,8 @@
 """Measure whole steps on a GPU: speed compared with diffusers, images in 24 GB, accuracy of `fastsd plan`, time by operation.
 
-    python bench/steps.py [--only a b c d e] [--small] [--rounds 3] [--lines FILE]
+    python bench/steps.py [--only f a b c d e] [--small] [--rounds 3] [--lines FILE]
 
+    f   first of all: bf16, batch 1 and 32, beside diffusers, and Lion beside lion-pytorch
     a   bf16: batch 32 and 64, checkpointing none and ff, cuDNN benchmark mode off and on, three optimizers, their baselines
     b   the same in tf32 and IEEE fp32 with fewer settings
     c   steps with and without a CUDA graph, batch 1 to 32
@@ -9,35 +10,33 @@
     e   time of one step by kind of operation, for ours and eager diffusers
 
 The model has SD1.5's shape and random weights, and images have 512 px. The step is that of `fastsd train`, and the baselines
-are those of `fastsd bench`. Every measurement is one line of JSON, written as soon as it is complete. The most important ones
-come first, so part a starts before c and e and ends after them.
-
-A failed measurement is recorded, and the next one starts in a new process, because a broken CUDA context breaks all later ones.
-Each measurement with capped memory has its own process. The others share one and free memory after each. A worker process ends
-when its parent ends.  `verdicts.py` judges the figures.
+are those of `fastsd bench`. The most important measurements come first, so part a starts before c and e and ends after them.
+`measurements.py` runs them, those with capped memory in a process of their own, and `verdicts.py` judges the figures.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import json
-import os
-import subprocess
 import sys
-import threading
-import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
-from plan_check import FULL, SMALL, planned, stage_of
+from measurements import (
+    Measurement,
+    Record,
+    Setup,
+    Skipped,
+    free_memory,
+    peak,
+    token_batches,
+    whole_model,
+)
+from measurements import main as run_measurements
+from plan_check import planned, stage_of
 from torch.autograd import DeviceType
 from verdicts import step_table, time_by_kind
 
@@ -45,29 +44,20 @@ from fastsd.bench import baselines, counters, options, suites
 from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable
 from fastsd.console import STDOUT
-from fastsd.data.loader import Batch
 from fastsd.errors import UserError, out_of_memory
-from fastsd.model.model import Model
-from fastsd.model.shapes import empty_model, materialize
 from fastsd.plan.plan import RESERVED, plan_stage
-from fastsd.train.device import choose_device, choose_ops
+from fastsd.train.device import choose_ops
 from fastsd.train.graph import WARM_UP
 from fastsd.train.precision import set_precision
 
-Record = dict[str, Any]
 Case = tuple[str, str, int, int, str, dict[str, Any]]  # as `plan_check.CASES`
 CAP = 24 << 30  # bytes of PyTorch's allocator, without the 0.5 GB of the CUDA context and libraries
-LONGEST = 2000  # characters from the end of a traceback
 # Cases for a GPU, with typical batches.
 CASES: list[Case] = [
     ("bf16", "lion", 32, 1, "none", {}), ("bf16", "lion", 32, 1, "ff", {}), ("fp32", "dlion", 8, 1, "none", {}),
     ("fp32", "dlion", 8, 2, "ff", {}), ("bf16", "dlion", 16, 2, "ff", {}), ("bf16", "adamw", 16, 1, "block", {"ema": 0.999}),
     ("bf16", "lion", 16, 1, "none", {"fused_backward": True}), ("tf32", "adamw", 16, 1, "none", {}),
 ]  # fmt: skip
-
-
-class Skipped(Exception):
-    """A measurement that is impossible on this machine; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -87,47 +77,16 @@ class Setting:
         return f"batch {self.batch}, {self.checkpointing}, {self.optimizer}{timed}"
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Options of the command line, and the device."""
-
-    device: torch.device
-    small: bool
-    rounds: int
-
-    def bench_options(self, setting: Setting, names: list[str]) -> options.BenchOptions:
-        settings = {f"stage.0.{key}": getattr(setting, key) for key in ("optimizer", "batch", "checkpointing")}
-        settings |= {"deterministic": setting.deterministic, "cuda_graph": setting.graph}
-        changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        extra_options: dict[str, Any] = {"steps": self.rounds, "peers": ",".join(names) or "none"}
-        return options.BenchOptions("step", None, changes, setting.precision, self.small, **extra_options)
-
-    def record(self, op: str, kind: str, mode: str, implementation: str, **figures: Any) -> Record:
-        labels = {"op": op, "kind": kind, "mode": mode, "implementation": implementation}
-        return {**labels, "device": counters.device_name(self.device), "small": self.small, **figures}
-
-
-@dataclass(frozen=True)
-class Measurement:
-    part: str
-    what: str
-    measure: Callable[[Setup], list[Record]]
-    alone: bool = False  # in its own process
-
-    @property
-    def name(self) -> str:
-        return f"{self.part}: {self.what}"
-
-
 def measurements() -> list[Measurement]:
     """Return all measurements in the order in which they run."""
     adamw = partial(Setting, "bf16", "adamw")
     most_important = [
-        _step_measurement("a", adamw(32), "diffusers"),
+        _step_measurement("f", adamw(1), "diffusers"),
+        _step_measurement("f", adamw(32), "diffusers"),
+        _step_measurement("f", Setting("bf16", "lion", 32), "lion-pytorch"),
         _step_measurement("a", adamw(32, deterministic=False), "compiled"),
         _step_measurement("a", Setting("bf16", "lion", 64, deterministic=False)),
         _step_measurement("a", Setting("bf16", "dlion", 32), "dadaptation"),
-        _step_measurement("a", Setting("bf16", "lion", 32), "lion-pytorch"),
         _step_measurement("a", adamw(64), "diffusers"),
     ]
 
@@ -146,7 +105,9 @@ def measurements() -> list[Measurement]:
     ]
     stages = [("bf16", "lion"), ("fp32", "dlion")]
     our_memory = [_memory_measurement(*stage, level, baselines.OURS) for stage in stages for level in ("none", "ff")]
-    plans = [Measurement("d", f"plan, {case[0]}, {_case_label(case)}", partial(check_plan, case)) for case in CASES]
+    plans = [
+        Measurement("d", f"plan, {case[0]}, {_case_label(case)}", partial(check_plan, case), gpu_only=True) for case in CASES
+    ]
     baseline_memory = [_memory_measurement(*stage, "none", OPTIMIZERS[stage[1]].package or "diffusers") for stage in stages]
     return [*most_important, *graphs, profile, *combinations, *other_precisions, *our_memory, *plans, *baseline_memory]
 
@@ -158,12 +119,22 @@ def _step_measurement(part: str, setting: Setting, *names: str) -> Measurement:
 
 def _memory_measurement(precision: str, optimizer: str, level: str, name: str) -> Measurement:
     measure = partial(most_images, precision, optimizer, level, name)
-    return Measurement("d", f"24 GB, {precision}, {optimizer}, {level}, {name}", measure, alone=True)
+    return Measurement("d", f"24 GB, {precision}, {optimizer}, {level}, {name}", measure, gpu_only=True, alone=True)
 
 
 def _case_label(case: Case) -> str:
     _, *values, overrides = case
     return "{}, {} x {}, {}".format(*values) + "".join(f", {key}" for key in overrides)
+
+
+def bench_options(setup: Setup, setting: Setting, names: list[str]) -> options.BenchOptions:
+    settings = {f"stage.0.{key}": getattr(setting, key) for key in ("optimizer", "batch", "checkpointing")}
+    settings |= {"deterministic": setting.deterministic, "cuda_graph": setting.graph}
+    if setup.dry:
+        settings["stage.0.batch"] = 1
+    changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    extra_options: dict[str, Any] = {"steps": setup.rounds, "peers": ",".join(names) or "none"}
+    return options.BenchOptions("step", None, changes, setting.precision, setup.small, **extra_options)
 
 
 def whole_steps(setting: Setting, names: tuple[str, ...], setup: Setup) -> list[Record]:
@@ -176,7 +147,7 @@ def whole_steps(setting: Setting, names: tuple[str, ...], setup: Setup) -> list[
             installed, reasons = baselines.attempt(name, partial(baselines.require, name))
             notes += reasons
             available += [name] if installed else []
-    _, figures = suites.bench_step(setup.bench_options(setting, available), STDOUT)
+    _, figures = suites.bench_step(bench_options(setup, setting, available), STDOUT)
     notes += figures["misses"]
     columns = ("img_per_s", "tflop_per_s", "mfu", "peak_gb", "held_gb", "launches", "host_waits", "times", "ms", "first_loss")
     shared = {"optimizer": setting.optimizer, "batch": setting.batch, "switches": figures["settings"]["switches"]}
@@ -202,7 +173,7 @@ def compare_graph(setting: Setting, setup: Setup) -> list[Record]:
 
 def profile_step(setting: Setting, setup: Setup) -> list[Record]:
     """Measure the time of kernels in one step, by the operation that launched them. On a CPU, measure that of operations."""
-    target, notes = options.bench_target(setup.bench_options(setting, [])), list[str]()
+    target, notes = options.bench_target(bench_options(setup, setting, [])), list[str]()
     model = baselines.random_model(target.cfg, target.ops)
     model.unet.to(target.device)
     model.text.module.to(target.device)
@@ -260,7 +231,7 @@ def most_images(precision: str, optimizer: str, level: str, name: str, setup: Se
         installed, reasons = baselines.attempt(name, partial(baselines.require, name))
         if not installed:
             raise Skipped(*reasons)
-    shapes, resolution = SMALL if setup.small else FULL
+    shapes, resolution = setup.shapes
     side, max_images = shapes.side(resolution), 8 if setup.small else 512
     peaks: dict[int, tuple[int, int]] = {}
     stage = stage_of((precision, optimizer, max_images, 1, level, {}))
@@ -315,7 +286,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 def planned_images(setup: Setup, stage: StageTable, most: int) -> int:
     """Return the largest micro-batch according to `fastsd plan --vram 24`."""
-    shapes, resolution = SMALL if setup.small else FULL
+    shapes, resolution = setup.shapes
     plan = plan_stage(shapes, stage, resolution, CAP - RESERVED, choose_ops("auto", setup.device))
 
     def fits(images: int) -> bool:
@@ -328,7 +299,7 @@ def planned_images(setup: Setup, stage: StageTable, most: int) -> int:
 
 def check_plan(case: Case, setup: Setup) -> list[Record]:
     """Compare the planned and measured peak of a step with existing state. A graph would need the same memory."""
-    shapes, resolution = SMALL if setup.small else FULL
+    shapes, resolution = setup.shapes
     stage, before = stage_of(case), torch.cuda.memory_allocated(setup.device)
     predicted = planned(shapes, resolution, stage, choose_ops("auto", setup.device))["peak"]
     batches = token_batches(shapes.unet.in_channels, shapes.side(resolution), stage.batch)
@@ -341,128 +312,9 @@ def check_plan(case: Case, setup: Setup) -> list[Record]:
     return [setup.record("plan", _case_label(case), stage.precision, baselines.OURS, ratio=predicted / measured, **sizes)]
 
 
-def whole_model(setup: Setup, stage: StageTable) -> Model:
-    """Create all components of a model on the device, with random weights and the stage's settings."""
-    shapes, _ = SMALL if setup.small else FULL
-    model = empty_model(shapes, choose_ops("auto", setup.device))
-    for module in (model.unet, model.text.module, model.vae.module):
-        materialize(module, setup.device)
-        with torch.no_grad():
-            for tensor in module.parameters():
-                tensor.normal_(0, 0.02)
-    for positions in model.text.module.buffers():
-        positions.copy_(torch.arange(positions.numel()).view_as(positions))
-    model.unet.checkpointing = stage.checkpointing
-    set_precision(stage.precision, model.unet)
-    return model
-
-
-def token_batches(channels: int, side: int, batch: int) -> list[Batch]:
-    """Create a batch like those of `baselines.random_batches`, but with 77 token ids per text."""
-    template = baselines.random_batches(channels, side, batch)[0]
-    return [replace(template, token_ids_BL=torch.zeros(batch, 77, dtype=torch.int64))]
-
-
-def peak(run: Callable[[], Any]) -> tuple[int, int]:
-    """Return the peak of allocated bytes and that of reserved bytes during `run()`."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-
-
-def free_memory() -> None:
-    """Free unused memory, including that of compiled code."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def outcome(measurement: Measurement, setup: Setup) -> dict[str, Any]:
-    """Run a measurement and return its line of JSON."""
-    line: dict[str, Any] = {"test": measurement.name, "outcome": "passed"}
-    start = time.monotonic()
-    try:
-        if measurement.part == "d" and setup.device.type == "cpu":
-            raise Skipped("skipped: memory measurements need a GPU")
-        line["records"] = measurement.measure(setup)
-    except Skipped as reason:
-        line |= {"outcome": "skipped", "message": str(reason)}
-    except Exception:
-        line |= {"outcome": "failed", "message": traceback.format_exc()[-LONGEST:]}
-    return line | {"seconds": round(time.monotonic() - start, 1)}
-
-
-def serve(selected: list[Measurement], setup: Setup) -> None:
-    """Run measurements one after another until one fails. Print a line of JSON for each."""
-    # Standard output is reserved for the lines; other output goes to the terminal.
-    lines = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()  # end when the parent ends
-    for measurement in selected:
-        print(f"\n-- {measurement.name}", flush=True)
-        line = outcome(measurement, setup)
-        print(json.dumps(line), file=lines, flush=True)
-        if line["outcome"] == "failed":
-            return
-        free_memory()
-
-
-def outcomes(selected: list[Measurement], options: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of all selected measurements, from as many worker processes as needed."""
-    remaining = list(selected)
-    while remaining:
-        group = remaining[:1] if remaining[0].alone else list(takewhile(lambda measurement: not measurement.alone, remaining))
-        command = [sys.executable, __file__, *options, "--serve", *(measurement.name for measurement in group)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout
-            count = 0
-            last_outcome = {"outcome": ""}
-            for line in process.stdout:
-                count += 1
-                last_outcome = json.loads(line)
-                yield last_outcome
-        if count < len(group) and last_outcome["outcome"] != "failed":
-            message = f"the process failed with exit status {process.returncode}"
-            yield {"test": group[count].name, "outcome": "failed", "message": message}
-            count += 1
-        remaining = remaining[count:]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return the exit status: 1 if anything failed, whatever the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices="abcde", default=list("abcde"), metavar="PART", help="a b c d e")
-    parser.add_argument("--small", action="store_true", help="tiny model, any device: a trial run without real figures")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each candidate, 4 steps each on a GPU (default: 3)")
-    parser.add_argument("--lines", type=Path, metavar="FILE", help="append each outcome to this file, as JSON lines")
-    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    all_measurements = measurements()
-    if options.serve:
-        setup = Setup(choose_device("auto"), options.small, options.rounds)
-        serve([entry for entry in all_measurements if entry.name in options.serve], setup)
-        return 0
-    if not (torch.cuda.is_available() or options.small):
-        print("no CUDA device found; run this on a machine with a GPU, or use --small on any machine", file=sys.stderr)
-        return 2
-
-    failed = False
-    serve_options = ["--rounds", str(options.rounds), *(["--small"] if options.small else [])]
-    # Without a GPU, measurements that need their own process are skipped immediately.
-    gpu, parts = torch.cuda.is_available(), options.only
-    selected = [replace(entry, alone=entry.alone and gpu) for entry in all_measurements if entry.part in parts]
-    for line in outcomes(selected, serve_options):
-        if options.lines:
-            with options.lines.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        failed |= line["outcome"] == "failed"
-        print(f"{line['outcome']:7} {line['test']} {line.get('message', '')}".rstrip())
-        print("\n".join(step_table(line.get("records", []))), flush=True)
-    return int(failed)
+    return run_measurements(__doc__, __file__, measurements(), step_table, arguments)
 
 
 if __name__ == "__main__":

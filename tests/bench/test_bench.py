@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import gpu
+import measurements
 import pytest
 import steps
 import torch
@@ -73,15 +75,53 @@ def visit(tmp_path, monkeypatch):
 
 
 def test_all_files_of_the_gpu_script_exist():
-    assert all((ROOT / file).is_file() for files in gpu.PARTS.values() for file in files)
-    assert gpu.ON_GPU.keys() <= set(gpu.PARTS["tests"])
+    assert all((ROOT / file).is_file() for part in gpu.PARTS.values() for file in part.files)
+    assert gpu.ON_GPU.keys() <= {*gpu.PARTS["tests"].files, *gpu.PARTS["graphs"].files}
+
+
+def test_most_important_parts_fit_a_visit():
+    """The parts come in their order of importance, and the benchmarks after the checks of a run."""
+    order = ["machine", "graphs", "stages", "oom", "full", "convolutions", "peers", "evaluation", "checkpoint"]
+    assert list(gpu.PARTS)[: len(order)] == order
+    assert sum(gpu.PARTS[name].seconds for name in order) <= gpu.VISIT < sum(part.seconds for part in gpu.PARTS.values())
+    lines = gpu.plan(list(gpu.PARTS))
+    assert len(lines) == len(gpu.PARTS)
+    assert [says(line, "visit-late") for line in lines] == [False] * len(order) + [True] * (len(lines) - len(order))
+
+
+def test_every_part_has_a_share_of_the_time():
+    names = ["machine", "full"]
+    machine, full = (gpu.PARTS[name].seconds for name in names)
+    assert gpu.seconds_for("machine", names, 10, 1000) == 1.5 * machine
+    assert gpu.seconds_for("machine", names, 10 * (machine + full), 1e6) == 10 * machine
+    assert gpu.seconds_for("full", ["full"], 570, 600) == 570
+    assert gpu.seconds_for("full", names, 600, 7) == 7  # the parts before took longer
+
+
+def test_part_that_hangs_does_not_stop_the_next(visit, tmp_path, monkeypatch, capfd):
+    """It is stopped at its limit, and the parts for which no time is left are recorded."""
+    hanging, passing = tmp_path / "test_hanging.py", tmp_path / "test_passing.py"
+    hanging.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\n")
+    passing.write_text("def test_c(): pass\n")
+    monkeypatch.setitem(gpu.PARTS, "graphs", gpu.Part(10, [str(hanging)]))
+    monkeypatch.setitem(gpu.PARTS, "tests", gpu.Part(20, [str(passing)]))
+    started_at = time.monotonic()
+    monkeypatch.setattr(gpu, "LEAST", 1e9)
+    status, result = visit("--only", "graphs", "tests", "--limit", "600")
+    assert status == 1 and [part["runs"][0]["not_started"] for part in result["parts"].values()] == [True, True]
+    assert says(capfd.readouterr().out, "visit-no-time") and time.monotonic() - started_at < 30
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
+    status, result = visit("--only", "graphs", "tests", "--limit", "60")
+    graphs, tests = (result["parts"][name]["runs"][-1] for name in ("graphs", "tests"))
+    assert status == 1 and graphs["cut_off"] and graphs["passed"] == 1 and 10 < graphs["seconds"] < 40
+    assert tests["passed"] == 1 and not tests["cut_off"]
 
 
 @pytest.mark.slow
 def test_visit_records_failures_and_continues(visit, tmp_path, monkeypatch, capfd):
     broken = tmp_path / "test_broken.py"
     broken.write_text("def test_a(): pass\ndef test_b(): assert 1 == 2, 'wrong'\n")
-    monkeypatch.setitem(gpu.PARTS, "tests", [str(broken), str(broken)])
+    monkeypatch.setitem(gpu.PARTS, "tests", gpu.Part(10, [str(broken), str(broken)]))
     status, result = visit("--only", "tests", "noise")
     assert status == 1
     ((test, message),) = result["parts"]["tests"]["failed"].items()
@@ -192,10 +232,32 @@ def test_optimizer_verdicts():
 
 
 @pytest.mark.slow
+def test_dry_visit_runs_every_part(tmp_path):
+    """Every part ends on the stand-in without a failure, and its results are marked."""
+    command = [sys.executable, "bench/gpu.py", "--dry", "--limit", "1500", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, env=NO_GPU, capture_output=True, text=True)
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("*-stand-in.json")]
+    parts = {name: part for result in results for name, part in result["parts"].items()}
+    failures = {name: part["failed"] for name, part in parts.items() if part["failed"] or part["runs"][0]["status"]}
+    assert run.returncode == 0 and not failures, f"{failures}\n{run.stdout[-3000:]}{run.stderr[-3000:]}"
+    assert parts.keys() == gpu.PARTS.keys() and all(result["stamp"]["dry"] for result in results)
+    assert all(part["runs"][0].get("passed") for part in parts.values()), parts
+    records = {(r["op"], r["kind"]): r for result in results for r in result["records"]}
+    assert records["stages", "stage 2"]["left_by_the_first"] == 0
+    assert records["out of memory", "batch 8"]["same_bits"] and records["evaluation", "validation"]["same_bits"]
+    hashes = {}
+    for result in results:
+        for r in result["records"]:
+            if r["op"] == "full size":
+                hashes.setdefault(r["mode"], []).append((r["hash"], r["losses"][-1]))
+    assert len(hashes) == 2 and all(len(ends) == 3 and len(set(ends)) == 1 for ends in hashes.values())
+
+
+@pytest.mark.slow
 def test_steps_script_runs_with_a_tiny_model(visit, monkeypatch, capfd):
     """Run the measurements in worker processes of `steps`. Those of a GPU's memory are skipped with a reason."""
 
-    def run(groups, end):
+    def run(groups, end, dry):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         ((script, *arguments),) = groups
         assert script == "bench/steps.py"
@@ -238,10 +300,9 @@ def test_failed_or_killed_measurement_does_not_stop_the_others(tmp_path, monkeyp
         "    if outcome == 'failed':\n"
         "        break\n"
     )
-    monkeypatch.setattr(steps, "__file__", str(script))
-    selected = [steps.Measurement("d", label, lambda setup: []) for label in ("works", "fails", "dies", "continues")]
-    selected += [steps.Measurement("d", label, lambda setup: [], alone=True) for label in ("alone", "also alone")]
-    lines = list(steps.outcomes(selected, []))
+    selected = [measurements.Measurement("d", label, lambda setup: []) for label in ("works", "fails", "dies", "continues")]
+    selected += [measurements.Measurement("d", label, lambda setup: [], alone=True) for label in ("alone", "also alone")]
+    lines = list(measurements.outcomes(selected, str(script), []))
     assert [line["outcome"] for line in lines] == ["passed", "failed", "failed", "passed", "passed", "passed"]
     assert says(lines[2]["message"], "steps-process-failed", status=-6)
     works, fails, _, *others = lines
@@ -249,14 +310,14 @@ def test_failed_or_killed_measurement_does_not_stop_the_others(tmp_path, monkeyp
 
 
 def test_exception_of_a_measurement_becomes_its_outcome():
-    setup = steps.Setup(torch.device("cpu"), True, 1)
+    setup = measurements.Setup(torch.device("cpu"), True, 1)
 
     def broken(setup):
         raise RuntimeError("planted")
 
-    line = steps.outcome(steps.Measurement("a", "x", broken), setup)
+    line = measurements.outcome(measurements.Measurement("a", "x", broken), setup)
     assert line["outcome"] == "failed" and line["message"].rstrip().endswith("RuntimeError: planted")
-    assert steps.outcome(steps.Measurement("a", "x", lambda setup: []), setup)["outcome"] == "passed"
+    assert measurements.outcome(measurements.Measurement("a", "x", lambda setup: []), setup)["outcome"] == "passed"
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 100])
@@ -289,14 +350,14 @@ def test_most_images_stops_at_the_first_size_out_of_memory(name, monkeypatch):
         return loss(prediction, target)
 
     monkeypatch.setattr(torch.nn.functional, "mse_loss", mse_loss)
-    (record,) = steps.most_images("bf16", "lion", "ff", name, steps.Setup(torch.device("cpu"), True, 1))
+    (record,) = steps.most_images("bf16", "lion", "ff", name, measurements.Setup(torch.device("cpu"), True, 1))
     assert memory_fractions == [0.5] and record["kind"] == "24 GB, lion, ff"
     assert record["images"] == 5 and record["peak_gb"] == 7
     assert record.get("planned") == (6 if name == "fastsd" else None)
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     if name != "fastsd":
         with refused("bench-baseline-missing", steps.Skipped, baseline="lion-pytorch"):
-            steps.most_images("bf16", "lion", "ff", name, steps.Setup(torch.device("cpu"), True, 1))
+            steps.most_images("bf16", "lion", "ff", name, measurements.Setup(torch.device("cpu"), True, 1))
 
 
 def test_kernel_times_are_counted_once_by_launching_operation():

@@ -81,10 +81,12 @@ def test_memory_of_a_stage_is_free_before_the_next(tmp_path, small_model, images
     assert lines[0] == lines[1] and len(lines[0]) == 1
 
 
-def train(folder, sizes: list[int], limit: float | None = None, graph: bool = True, **settings):
+def train(folder, sizes: list[int], limit: float | None = None, graph: bool = True, capture_error=None, calls=None, **settings):
     """Train one step per batch size on a GPU with `limit` bytes. Return copies of the state, the warnings and the peaks."""
     warnings, peaks = [], []
     with StandIn() as gpu:
+        gpu.capture_error = capture_error
+        gpu.calls = [] if calls is None else calls
         model = make_tiny_model(folder, CONFIG)
         for module in (model.unet, model.text.module):
             module.to("cuda")
@@ -148,3 +150,14 @@ def test_an_algorithm_without_memory_counts_as_out_of_memory(graph, tmp_path, mo
         assert says(warnings[0], "algorithm-without-memory") and len(warnings) == (WARM_UP + 1 if graph else WARM_UP + 3)
     with precision_switches("fp32", deterministic=False):
         assert train(tmp_path / "timed", [8] * 2, limit, graph)[1] == []
+
+
+def test_a_capture_that_runs_out_of_memory_starts_again_with_fewer_images(tmp_path):
+    """It has changed no weight, and the steps with fewer images run eagerly before their capture."""
+    sizes = [8] * (2 * WARM_UP + 2)
+    error, calls = torch.OutOfMemoryError("CUDA out of memory"), []
+    tensors, warnings, _, micro_batch_size, captures = train(tmp_path / "graph", sizes, capture_error=error, calls=calls)
+    assert micro_batch_size == 4 and len(warnings) == 1 and captures == 2
+    first, second = (i for i, text in enumerate(calls) if text == "capture")
+    assert calls[:first].count("enter side") == WARM_UP == calls[first:second].count("enter side")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -129,3 +129,16 @@ def test_a_failed_capture_leaves_nothing_behind(cause, stand_in, function):
     assert not any(pool.is_lost or pool.is_allocating for pool in stand_in.gpus[0].pools)
     assert call(partial(graphs, function), 3, 4) == [7]  # captured now, in a new pool
     assert stand_in.capture_options[-1]["pool"] is None
+
+
+def test_a_failed_capture_frees_the_graphs_of_other_shapes(stand_in, function):
+    graphs = Graphs()
+    graphed = partial(graphs, function)
+    for size in (1, 2):
+        for _ in range(WARM_UP + 1):
+            call(graphed, 1, 2, size)
+    assert [graph() is not None for graph in stand_in.graphs] == [False, True]
+    stand_in.capture_error = RuntimeError("the capture cannot end")
+    with pytest.raises(RuntimeError, match="the capture cannot end"):
+        call(graphed, 1, 2, size=1)
+    assert stand_in.graphs[1]() is None
