@@ -5,8 +5,10 @@
 The demo's first stage (D-Lion, batch 32) is trained in each precision from the same seed, and in fp32 from other seeds. Their
 spread is the noise that a change of precision must stay within. Curves are smoothed over about 20 steps.
 
-A CPU has no TF32, so "tf32" is emulated there. Every operand of a matmul, convolution or attention, forward and backward, is
-rounded to 10 bits of mantissa, as by tensor cores, and the products are summed in fp32.
+A CPU has no TF32, so "tf32" is emulated there. Every operand of a matmul or convolution, forward and backward, is rounded to 10
+bits of mantissa, to nearest, and the products are summed in fp32. Attention is that of our kernels: all its matmuls round q, k,
+v, do, P and dS in the same way, and the weights P are added up after rounding. Not emulated are the order of sums on a GPU, and
+that tensor cores do not round every partial sum to nearest. TF32 of cuBLAS and cuDNN is assumed to round its operands.
 """
 
 from __future__ import annotations
@@ -35,25 +37,73 @@ from fastsd.run.loop import train
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 SMOOTHING = 0.95
-MATMUL_OPS = {
-    "mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention_for_cpu_backward",
-}  # fmt: skip
+MATMUL_OPS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 
 
 def round_to_tf32(value: Any) -> Any:
     """Round an fp32 tensor to the nearest TF32 number (10 bits of mantissa, ties away from zero); return others unchanged."""
     if not isinstance(value, Tensor) or value.dtype != torch.float32:
         return value
-    return ((value.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(value.isfinite(), (value.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32), value)
+
+
+def _scores(q: Tensor, k: Tensor, is_causal: bool, attn_mask: Tensor | None, scale: float) -> Tensor:
+    scores = round_to_tf32(q) @ round_to_tf32(k).mT * scale
+    if is_causal:
+        attn_mask = torch.full_like(scores, float("-inf")).triu(1)
+    return scores if attn_mask is None else scores + attn_mask
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Any = None,
+    scale: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Return o (B, H, N, D) and the logarithm of the softmax's denominator, as the attention kernels compute them in "tf32"."""
+    scores = _scores(q, k, is_causal, attn_mask, scale or q.shape[-1] ** -0.5)
+    top = scores.amax(-1, keepdim=True)
+    p = round_to_tf32((scores - top).exp())
+    total = p.sum(-1, keepdim=True)
+    return p @ round_to_tf32(v) / total, (top + total.log()).squeeze(-1)
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Any = None,
+    scale: Any = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv, as the attention kernels compute them in "tf32"."""
+    scale = scale or q.shape[-1] ** -0.5
+    p = (_scores(q, k, is_causal, attn_mask, scale) - lse[..., None]).exp()
+    q, k, v, do = map(round_to_tf32, (q, k, v, do))
+    ds = round_to_tf32(p * (do @ v.mT - (o * do).sum(-1, keepdim=True)))
+    return ds @ k * scale, ds.mT @ q * scale, round_to_tf32(p).mT @ do
 
 
 class EmulatedTf32(TorchDispatchMode):
     """Rounds the operands of matmuls, convolutions and attention."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.removeprefix("aten::") in MATMUL_OPS:
+        name = func._schema.name.removeprefix("aten::")
+        if name in MATMUL_OPS:
             args = tree_map(round_to_tf32, args)
+        elif name == "_scaled_dot_product_flash_attention_for_cpu":
+            func = attention
+        elif name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+            func = attention_backward
         return func(*args, **(kwargs or {}))
 
 
