@@ -226,6 +226,7 @@ def store_parameter(p, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs,
         tl.store(ema_ptr + start + offs, ema + tl.load(ema_gain_ptr) * (p - ema), mask)
 
 
+# Kernels do not specialise on the number of elements: only the last tile could gain, and a fused backward would compile twice.
 class OptimizerTile(NamedTuple):
     """Sizes of a kernel: `block` elements at a time, `times` in a row, by `warps` warps with up to `registers` a thread."""
 

@@ -37,6 +37,7 @@ def operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         return tl.where(tl.abs(x) < float("inf"), bits + 0x1000 & -0x2000, bits).to(tl.float32, bitcast=True)
     else:
+        # Not pure: else the compiler moves it to the other side of shared memory, and each warp rounds all of a streamed tile.
         return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
 
 

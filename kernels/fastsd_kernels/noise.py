@@ -269,6 +269,7 @@ def _normals(seed, purpose, position, i_block, BLOCK: tl.constexpr):
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [4 * BLOCK])
 
 
+# The positions of a micro-batch start at any multiple of 8 bytes, which needs no variant of its own.
 @triton.jit(do_not_specialize=["seed", "purpose"], do_not_specialize_on_alignment=["position_ptr"])
 def _normal(n_ptr, position_ptr, seed: tl.int64, purpose: tl.int32, count, BLOCK: tl.constexpr):
     n_blocks = tl.cdiv(count, 4 * BLOCK)
