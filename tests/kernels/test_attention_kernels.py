@@ -7,6 +7,7 @@ import pytest
 import torch
 from budget import check_budget, nan_filled_memory
 from environment import DEVICE
+from precision_curves import EmulatedTf32
 from sentences import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,11 +37,17 @@ def make(B, N, L, H, D, mode, seed=0):
 
 @contextmanager
 def pytorch_in(mode):
-    """Let PyTorch use TF32 for "tf32", which only its plain backend does. Other modes get its best fp32 backend."""
+    """Let PyTorch use TF32 for "tf32", which only its plain backend does, and which a CPU emulates as the interpreter does.
+
+    Other modes get its best fp32 backend.
+    """
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if mode == "tf32" else "ieee"
     try:
-        with sdpa_kernel(SDPBackend.MATH) if mode == "tf32" else nullcontext():
+        with (
+            sdpa_kernel(SDPBackend.MATH) if mode == "tf32" else nullcontext(),
+            EmulatedTf32() if mode == "tf32" and DEVICE == "cpu" else nullcontext(),
+        ):
             yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
