@@ -50,7 +50,8 @@ from fastsd_kernels import REFERENCE
 MEMORY = 24 << 30  # bytes of an RTX 4090
 _AS_BEFORE = object()  # the device of an operation's outputs is that of its inputs
 _COPIES = {"aten::copy_", "aten::_to_copy"}
-_MIXED = {*_COPIES, "aten::index", "aten::index_put", "aten::index_put_"}  # may have operands on several devices
+# These may have operands on several devices.
+_MIXED = {*_COPIES, "aten::index", "aten::index_put", "aten::index_put_", "aten::_has_compatible_shallow_copy_type"}
 _FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray}
 _GETTERS: dict[Any, Callable[[torch.device], object]] = {
     Tensor.device.__get__: lambda device: device,
@@ -212,7 +213,7 @@ class StandIn:
         if kwargs.pop("pin_memory", False):
             return self.pin(func(*args, **kwargs))
         device = kwargs.get("device")
-        if device is None or func is torch.device:
+        if device is None or getattr(func, "__name__", "") == "_parse_to":
             return func(*args, **kwargs)
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if device.type == "cuda" and func in _FROM_HOST:

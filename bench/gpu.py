@@ -202,11 +202,10 @@ def run_part(name: str, lines: Path, options: argparse.Namespace, end: float | N
     if name in SCRIPTS:
         small = ["--small", "--rounds", "1"] if options.small or dry else []
         only = ["--only", *(["e"] if dry else options.steps)] if name == "steps" else []
-        # The stand-in runs in the processes that such a script starts.
-        dry_flag = ["--dry"] if dry and name != "vae" else []
-        return run(
-            [[*part.files, "--lines", str(lines), *part.options, *only, *small, *dry_flag]], end, dry=dry and not dry_flag
-        )
+        # The others start processes of their own, on the stand-in if they have --dry.
+        if dry:
+            only += ["--resolution", "32"] if name == "vae" else ["--dry"]
+        return run([[*part.files, "--lines", str(lines), *part.options, *only, *small]], end, dry=dry and name == "vae")
     if not part.files[0].startswith("bench/"):
         files = part.files[:1] if dry else part.files
         selections = {file: part.dry if dry else ON_GPU.get(file) for file in files}

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -98,22 +97,22 @@ def test_every_part_has_a_share_of_the_time():
     assert gpu.seconds_for("full", names, 600, 7) == 7  # the parts before took longer
 
 
+@pytest.mark.slow
 def test_part_that_hangs_does_not_stop_the_next(visit, tmp_path, monkeypatch, capfd):
     """It is stopped at its limit, and the parts for which no time is left are recorded."""
     hanging, passing = tmp_path / "test_hanging.py", tmp_path / "test_passing.py"
     hanging.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\n")
     passing.write_text("def test_c(): pass\n")
-    monkeypatch.setitem(gpu.PARTS, "graphs", gpu.Part(10, [str(hanging)]))
-    monkeypatch.setitem(gpu.PARTS, "tests", gpu.Part(20, [str(passing)]))
-    started_at = time.monotonic()
+    monkeypatch.setitem(gpu.PARTS, "graphs", gpu.Part(4, [str(hanging)]))
+    monkeypatch.setitem(gpu.PARTS, "tests", gpu.Part(8, [str(passing)]))
     monkeypatch.setattr(gpu, "LEAST", 1e9)
     status, result = visit("--only", "graphs", "tests", "--limit", "600")
     assert status == 1 and [part["runs"][0]["not_started"] for part in result["parts"].values()] == [True, True]
-    assert says(capfd.readouterr().out, "visit-no-time") and time.monotonic() - started_at < 30
+    assert says(capfd.readouterr().out, "visit-no-time", part="tests")
     monkeypatch.setattr(gpu, "LEAST", 0.0)
-    status, result = visit("--only", "graphs", "tests", "--limit", "60")
+    status, result = visit("--only", "graphs", "tests", "--limit", "36")
     graphs, tests = (result["parts"][name]["runs"][-1] for name in ("graphs", "tests"))
-    assert status == 1 and graphs["cut_off"] and graphs["passed"] == 1 and 10 < graphs["seconds"] < 40
+    assert status == 1 and graphs["cut_off"] and graphs["passed"] == 1
     assert tests["passed"] == 1 and not tests["cut_off"]
 
 

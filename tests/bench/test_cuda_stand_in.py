@@ -46,7 +46,8 @@ def test_tensors_know_their_device(stand_in):
 
 
 def test_gradients_and_modules_are_on_the_gpu(stand_in):
-    devices = []
+    convolution = nn.Conv2d(2, 2, 1).to(device=CUDA, dtype=torch.float32, memory_format=torch.channels_last)
+    devices = [parameter.device for parameter in convolution.parameters()]
 
     class Double(torch.autograd.Function):
         @staticmethod
@@ -62,7 +63,7 @@ def test_gradients_and_modules_are_on_the_gpu(stand_in):
     module = nn.Linear(4, 4).to(CUDA)
     module.weight.register_post_accumulate_grad_hook(lambda weight: devices.extend([weight.device, weight.grad.device]))
     Double.apply(module(torch.ones(2, 4, device=CUDA))).sum().backward()
-    assert len(devices) == 5 and {device.type for device in devices} == {"cuda"}
+    assert len(devices) == 7 and {device.type for device in devices} == {"cuda"}
 
 
 def test_a_capture_executes_nothing_and_a_replay_everything(x):
