@@ -79,6 +79,7 @@ def first_process(precision: str, optimizer: str, batch: int, setup: Setup) -> l
     """Train without a graph and with one, from the same weights, and compare the results."""
     shapes, resolution = setup.shapes
     stage = stage_of((precision, optimizer, batch, 1, "none", {}))
+    planned_bytes = planned(shapes, resolution, stage, choose_ops("auto", setup.device))["peak"]
     before = torch.cuda.memory_allocated(setup.device)
     records, results = [], []
     for graph in (False, True):
@@ -96,7 +97,7 @@ def first_process(precision: str, optimizer: str, batch: int, setup: Setup) -> l
         figures["compile_s"] = seconds[0] - figures["plain_s"]
         if graph:
             figures |= {"capture_s": seconds[WARM_UP], "replay_s": statistics.median(seconds[WARM_UP + 1 :])}
-        figures["planned_gb"] = planned(shapes, resolution, stage, choose_ops("auto", setup.device))["peak"] / 1e9
+        figures["planned_gb"] = planned_bytes / 1e9
         name = "graph" if graph else "no graph"
         records.append(setup.record("full size", f"batch {batch}", f"{precision}, {optimizer}", name, **figures))
         results.append((losses, figures["hash"]))

@@ -12,7 +12,7 @@ from tiny import ONE_LEVEL, job, make_tiny_model
 from fastsd.model.unet import UNetConfig
 from fastsd.train.graph import WARM_UP
 from fastsd.train.precision import precision_switches
-from fastsd.train.step import Step
+from fastsd.train.step import Step, StepInputs
 
 STEPS = WARM_UP + 3
 STAGES = f"""
@@ -161,3 +161,21 @@ def test_a_capture_that_runs_out_of_memory_starts_again_with_fewer_images(tmp_pa
     first, second = (i for i, text in enumerate(calls) if text == "capture")
     assert calls[:first].count("enter side") == WARM_UP == calls[first:second].count("enter side")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def test_a_graph_is_not_used_after_memory_ran_out(tmp_path, monkeypatch):
+    """It has the old number of images per forward. The next steps run eagerly, and another graph is captured."""
+    copy, copies = StepInputs.of, []
+
+    def limited(batch, device):
+        copies.append(batch)
+        if len(copies) == WARM_UP + 3:  # the third replay
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return copy(batch, device)
+
+    monkeypatch.setattr(StepInputs, "of", limited)
+    calls = []
+    _, warnings, _, micro_batch_size, captures = train(tmp_path, [8] * (2 * WARM_UP + 4), calls=calls)
+    assert micro_batch_size == 4 and len(warnings) == 1 and captures == 2
+    first, second = (i for i, text in enumerate(calls) if text == "capture")
+    assert calls[first:second].count("enter side") == WARM_UP and calls[first:second].count("replay 0") == 2
