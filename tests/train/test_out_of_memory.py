@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsd.errors import UserError, out_of_memory
 from fastsd.model.unet import UNetConfig
-from fastsd.train.graph import WARM_UP
+from fastsd.train import graph
 from fastsd.train.precision import precision_switches
 from fastsd.train.step import Step
 
@@ -47,13 +47,15 @@ def test_other_errors_are_not(error):
 
 
 class Failing(TorchDispatchMode):
-    """Counts operations, and raises an error instead of operation number `at`."""
+    """Counts operations, and raises an error instead of operation number `at`. The replay of a graph dispatches none."""
 
-    def __init__(self, at: int = -1, error: Exception | None = None) -> None:
+    def __init__(self, at: int = -1, error: Exception | None = None, gpu: StandIn | None = None) -> None:
         super().__init__()
-        self.at, self.error, self.operations = at, error, 0
+        self.at, self.error, self.gpu, self.operations = at, error, gpu, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.gpu and not self.gpu.thread.is_active:
+            return func(*args, **(kwargs or {}))
         self.operations += 1
         if self.operations == self.at:
             raise self.error
@@ -157,13 +159,18 @@ def test_finished_stage_frees_its_memory_without_a_collection(settings, tmp_path
 def test_recovers_at_any_point_of_steps_with_a_graph(tmp_path, monkeypatch):
     """The points lie in eager steps, in the capture, and around a replay. All later bits are those of a planned reduction."""
     monkeypatch.setattr(gc, "collect", lambda: 0)
+    monkeypatch.setattr(graph, "WARM_UP", 1)
     settings = stage_of(**OPTIMIZERS["dlion"], precision="bf16", grad_clip=1.0)
-    steps, outcomes = WARM_UP + 2, Counter()
+    steps, outcomes = 3, Counter()
 
     def train(at: int = -1, error: Exception | None = None, reduce_at: int | None = None):
         """Train. Return the state, the images per forward, the number of operations, and the step that had the error."""
         with StandIn() as gpu, precision_switches("bf16"):
-            model, failing, failed_at = make_tiny_model(tmp_path / "model", UNetConfig(**ONE_LEVEL)), Failing(at, error), None
+            model, failing, failed_at = (
+                make_tiny_model(tmp_path / "model", UNetConfig(**ONE_LEVEL)),
+                Failing(at, error, gpu),
+                None,
+            )
             for module in (model.unet, model.text.module):
                 module.to("cuda")
             step = Step(model, settings, steps, seed=0, graph=True, warn=lambda _: None)
