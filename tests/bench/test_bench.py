@@ -78,25 +78,6 @@ def test_all_files_of_the_gpu_script_exist():
     assert gpu.ON_GPU.keys() <= {*gpu.PARTS["tests"].files, *gpu.PARTS["graphs"].files}
 
 
-def test_most_important_parts_fit_a_visit():
-    """The parts come in their order of importance, and the benchmarks after the checks of a run."""
-    order = ["machine", "graphs", "stages", "oom", "full", "convolutions", "peers", "evaluation", "checkpoint"]
-    assert list(gpu.PARTS)[: len(order)] == order
-    assert sum(gpu.PARTS[name].seconds for name in order) <= gpu.VISIT < sum(part.seconds for part in gpu.PARTS.values())
-    lines = gpu.plan(list(gpu.PARTS))
-    assert len(lines) == len(gpu.PARTS)
-    assert [says(line, "visit-late") for line in lines] == [False] * len(order) + [True] * (len(lines) - len(order))
-
-
-def test_every_part_has_a_share_of_the_time():
-    names = ["machine", "full"]
-    machine, full = (gpu.PARTS[name].seconds for name in names)
-    assert gpu.seconds_for("machine", names, 10, 1000) == 1.5 * machine
-    assert gpu.seconds_for("machine", names, 10 * (machine + full), 1e6) == 10 * machine
-    assert gpu.seconds_for("full", ["full"], 570, 600) == 570
-    assert gpu.seconds_for("full", names, 600, 7) == 7  # the parts before took longer
-
-
 @pytest.mark.slow
 def test_part_that_hangs_does_not_stop_the_next(visit, tmp_path, monkeypatch, capfd):
     """It is stopped at its limit, and the parts for which no time is left are recorded."""
@@ -228,28 +209,6 @@ def test_optimizer_verdicts():
         # The reference is faster than dadaptation, but the goal ignores it.
         records.append(kernel_record("dlion", "all parameters", 2.0, "reference", "fp32"))
         assert verdict_on(records, "D-Lion fp32 over").met is met
-
-
-@pytest.mark.slow
-def test_dry_visit_runs_every_part(tmp_path):
-    """Every part ends on the stand-in without a failure, and its results are marked."""
-    command = [sys.executable, "bench/gpu.py", "--dry", "--limit", "1500", "--out", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, env=NO_GPU, capture_output=True, text=True)
-    results = [json.loads(path.read_text()) for path in tmp_path.glob("*-stand-in.json")]
-    parts = {name: part for result in results for name, part in result["parts"].items()}
-    failures = {name: part["failed"] for name, part in parts.items() if part["failed"] or part["runs"][0]["status"]}
-    assert run.returncode == 0 and not failures, f"{failures}\n{run.stdout[-3000:]}{run.stderr[-3000:]}"
-    assert parts.keys() == gpu.PARTS.keys() and all(result["stamp"]["dry"] for result in results)
-    assert all(part["runs"][0].get("passed") for part in parts.values()), parts
-    records = {(r["op"], r["kind"]): r for result in results for r in result["records"]}
-    assert records["stages", "stage 2"]["left_by_the_first"] == 0
-    assert records["out of memory", "batch 8"]["same_bits"] and records["evaluation", "validation"]["same_bits"]
-    hashes = {}
-    for result in results:
-        for r in result["records"]:
-            if r["op"] == "full size":
-                hashes.setdefault(r["mode"], []).append((r["hash"], r["losses"][-1]))
-    assert len(hashes) == 2 and all(len(ends) == 3 and len(set(ends)) == 1 for ends in hashes.values())
 
 
 @pytest.mark.slow
