@@ -29,6 +29,7 @@ from plan_check import FULL, SMALL
 
 from fastsd.bench import baselines, counters
 from fastsd.config.schema import StageTable
+from fastsd.console import Console
 from fastsd.data.loader import Batch
 from fastsd.model.model import Model
 from fastsd.model.shapes import Shapes, empty_model, materialize
@@ -218,7 +219,7 @@ def main(
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
-        setup = Setup(choose_device("auto"), options.small, options.rounds, options.dry, options.folder)
+        setup = Setup(choose_device("auto", Console(stderr=True)), options.small, options.rounds, options.dry, options.folder)
         serve([entry for entry in all_measurements if entry.name in options.serve], setup)
         return 0
     gpu = torch.cuda.is_available() or options.dry

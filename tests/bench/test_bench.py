@@ -298,8 +298,8 @@ def test_most_images_stops_at_the_first_size_out_of_memory(name, monkeypatch):
         monkeypatch.setattr(torch.cuda, function, Mock(return_value=value))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", memory_fractions.append)
     monkeypatch.setattr(steps, "planned_images", lambda *arguments: 6)
-    text = {**steps.SMALL[0].text, "hidden_size": baselines.SMALL.cross_attention_dim}
-    monkeypatch.setattr(steps, "SMALL", (replace(steps.SMALL[0], unet=baselines.SMALL, text=text), 16))
+    text = {**measurements.SMALL[0].text, "hidden_size": baselines.SMALL.cross_attention_dim}
+    monkeypatch.setattr(measurements, "SMALL", (replace(measurements.SMALL[0], unet=baselines.SMALL, text=text), 16))
     loss = torch.nn.functional.mse_loss
 
     def mse_loss(prediction, target):
