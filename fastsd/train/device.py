@@ -101,7 +101,7 @@ def _installed_card() -> str | None:
 def _bounded(device: torch.device) -> torch.device:
     """Keep PyTorch within the memory that is free where the driver would move more than that to main memory.
 
-    Windows' driver, also below WSL, does not fail when the GPU is full: it goes on at a tenth of the speed. With a limit,
+    Windows' driver, also below WSL, does not fail when the GPU is full: it goes on, slowly. With a limit,
     PyTorch fails first, and fastsd reduces the micro-batch.
     """
     if device.type == "cuda" and (sys.platform == "win32" or "microsoft" in platform.release().lower()):
