@@ -44,7 +44,7 @@ class Graphs:
         self._captures: dict[_Key, _Capture] = {}
         self._pool: Any = None  # handle of the graphs' memory
         self.capturing = False  # True during a capture, which executes nothing
-        self.replayed = False  # True once a graph has been replayed in the current call
+        self.replayed = False  # set to True by every replay
 
     def __call__(self, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """Call a function, eagerly or by replaying its graph.
@@ -53,7 +53,6 @@ class Graphs:
             function: takes tensors on the current GPU, or None, and returns a tuple of tensors. During capture it must not read
                 device values or allocate memory that must outlive a call. In the eager calls it may do both.
         """
-        self.replayed = False
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
         if key not in self._captures:
             self._calls[key] = self._calls.get(key, 0) + 1

@@ -127,6 +127,8 @@ class Step:
         run = self._compute if self._graphs is None else partial(self._graphs, self._compute)
         while True:
             self._weights_touched = False
+            if self._graphs:
+                self._graphs.replayed = False
             try:
                 self._write_settings(step)
                 return StepResult(*run(*StepInputs.of(batch, self.device)))

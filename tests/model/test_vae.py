@@ -259,7 +259,7 @@ def test_small_benchmark_within_a_gpu_visit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(gpu, "read_stamp", lambda: {"gpu": "Some GPU", "date": "today"})
 
-    def run(groups, end):
+    def run(groups, end, **_):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         ((script, *arguments),) = groups
         assert script == "bench/vae.py"
