@@ -78,10 +78,13 @@ class TrainReport:
             self.console.echo(line)
 
     def _append(self, file: RowFile, *rows: dict[str, Any]) -> None:
-        """Append rows to a file. Training does not depend on it, so a full disk is a warning."""
+        """Append rows to a file. Training does not depend on it: a full disk is a warning, and the first lost row another."""
+        before = file.is_waiting, file.lost
         try:
             file.append("".join(map(_json, rows)))
         except OSError as error:
+            if before == (True, file.lost):
+                return
             lost = "" if file.lost is None else f", and from step {file.lost} on rows are lost"
             name, step = file.path.name, rows[-1]["step"]
             self.console.warn(f"{name}: row of step {step} not written yet ({error.strerror}){lost}; training continues")
@@ -153,9 +156,14 @@ class RowFile:
         rows = []
         for line in path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a power cut may leave anything
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    rows.append(line)
-        replace_file(path, b"".join(rows).decode())
+                row = line.decode()
+                if row.endswith("\n") and json.loads(row)["step"] <= step:
+                    rows.append(row)
+        replace_file(path, "".join(rows))
+
+    @property
+    def is_waiting(self) -> bool:
+        return bool(self._waiting)
 
     def append(self, rows: str) -> None:
         """Write rows, and before them those that wait. Raises OSError if they must wait."""

@@ -118,6 +118,7 @@ class Step:
             for name in self.trained:
                 self.components[name].send_gradients(partial(self._fused.receive, name))
 
+        self._workspace_missed = False  # True once fused updates have used what cuDNN computed without its workspace
         self._weights_touched = False  # True once the current step may have changed weights; a capture executes nothing
         self._graphs = Graphs() if graph and self.device.type == "cuda" else None
 
@@ -159,7 +160,9 @@ class Step:
             # cuDNN takes an algorithm with a smaller workspace then, which rounds differently, and says nothing.
             if not self._fused:
                 raise torch.OutOfMemoryError("cuDNN has no memory for the workspace of its algorithm")
-            self.warn("cuDNN has no memory for the workspace of its algorithm: a resumed run may differ in the last bits")
+            if not self._workspace_missed:
+                self.warn("cuDNN has no memory for the workspace of its algorithm: a resumed run may differ in the last bits")
+            self._workspace_missed = True
         if self._fused:
             # Every parameter was already updated when its gradient arrived.
             norm, found_inf = torch.stack(self._fused.norms).norm(), self._fused.found_inf

@@ -13,7 +13,17 @@ VALUES = st.one_of(st.floats(allow_nan=False), st.integers(), st.text(max_size=5
 ROWS = st.lists(st.dictionaries(st.sampled_from(["loss", "lr", "stage"]), VALUES), min_size=1, max_size=5)
 # What a file system may leave behind the last bytes that were flushed, and other JSON.
 GARBAGE = st.one_of(
-    st.binary(max_size=20), st.sampled_from([b"\0" * 9, b"7\n", b'{"step": null}\n', b"[" * 9999 + b"\n", b"\xff\n"])
+    st.binary(max_size=20),
+    st.sampled_from(
+        [
+            '{"step": 0, "loss": "\xff"}\n'.encode("utf-16-be"),
+            b"\0" * 9,
+            b"7\n",
+            b'{"step": null}\n',
+            b"[" * 9999 + b"\n",
+            b"\xff\n",
+        ]
+    ),
 )
 
 

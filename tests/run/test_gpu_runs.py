@@ -147,7 +147,7 @@ def test_an_algorithm_without_memory_counts_as_out_of_memory(graph, tmp_path, mo
         assert set(swallowed) == {8} and micro_batch_size == 4 and captures == graph
         assert len(warnings) == 1 and says(warnings[0], "step-out-of-memory", images=8, smaller=4, batch=8)
         _, warnings, _, _, _ = train(tmp_path / "fused", [8] * (WARM_UP + 3), limit, graph, fused_backward=True)
-        assert says(warnings[0], "algorithm-without-memory") and len(warnings) == (WARM_UP + 1 if graph else WARM_UP + 3)
+        assert len(warnings) == 1 and says(warnings[0], "algorithm-without-memory")
     with precision_switches("fp32", deterministic=False):
         assert train(tmp_path / "timed", [8] * 2, limit, graph)[1] == []
 
