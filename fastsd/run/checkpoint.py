@@ -53,6 +53,8 @@ class RunProgress:
     images: int = 0  # images trained on in the run
     stage_images: int = 0  # the value of `images` at the stage's start
     stage_done: bool = False
+    validation_due: bool = False  # whether a validation follows the step, after its checkpoint
+    samples_due: bool = False  # the same for samples
     micro_batch_size: int = 0  # images per forward: chosen for `micro_batch_setting`, or reduced when memory ran out
     micro_batch_setting: int | str = 0  # `micro_batch` in the config
     seconds: float = 0.0  # time that the stage has run

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -45,13 +45,10 @@ def kernels_of(launches: Iterable[Launch]) -> list[str]:
     return list(kernels)
 
 
-def compile_kernels(kernels: Iterable[str], console: Console, stop: Sequence[int] = ()) -> None:
+def compile_kernels(kernels: Iterable[str], console: Console) -> None:
     """Compile those kernels that are not in Triton's cache, and print how many they are and how long it takes.
 
     A kernel that cannot be compiled here is compiled at its first launch. A warning says so.
-
-    Args:
-        stop: compilation ends early when an element is added to it.
     """
     from triton.runtime.driver import driver
 
@@ -69,7 +66,7 @@ def compile_kernels(kernels: Iterable[str], console: Console, stop: Sequence[int
         _compilers(missing, count, [target.backend, target.arch, target.warp_size]) as results,
     ):
         task = bar.add_task("", total=len(missing))
-        while count and not stop:
+        while count:
             with suppress(Empty):
                 problem = results.get(timeout=0.2)  # on Windows, Ctrl-C does not interrupt a wait without a limit
                 if problem is None:
@@ -78,8 +75,6 @@ def compile_kernels(kernels: Iterable[str], console: Console, stop: Sequence[int
                 done += 1
                 problems += [problem] if problem else []
                 bar.update(task, completed=done)
-    if stop:
-        return
     failed = len(problems) + len(missing) - done
     if failed:
         warn_not_compiled(console, str(failed), problems[0] if problems else "a compiler process ended")

@@ -19,6 +19,7 @@ from fastsd.model.model import Model
 from fastsd.run.cost import CostRecorder
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
+from fastsd.run.signals import StopSignals
 from fastsd.run.validation import Validation, ValidationRow
 from fastsd.sampling.generate import BATCH
 from fastsd.sampling.grid import read_prompts, sample_grid, save_grid
@@ -39,8 +40,19 @@ class Evaluation:
     report: TrainReport
     cost: CostRecorder
 
-    def sample(self, step: Step) -> None:
-        """Draw the config's sample grid with the current weights."""
+    def missing(self) -> list[Callable[[Step], None]]:
+        """Return the evaluations that were due after the newest checkpoint, but have no results because the run was ended."""
+        progress, sample = self.position.progress, self.config.sample
+        sets = len(self.sets.measured) * (1 + (self.config.stage[progress.stage].ema > 0))
+        missing: list[Callable[[Step], None]] = []
+        if progress.validation_due and sets and not self.report.has_validation(progress.step, sets):
+            missing.append(self.validate)
+        if progress.samples_due and (sample.prompts or sample.prompts_file) and not self._grid_path().exists():
+            missing.append(self.sample)
+        return missing
+
+    def sample(self, step: Step, stop: StopSignals | None = None) -> None:
+        """Draw the config's sample grid with the current weights. A signal ends the drawing."""
         config, progress = self.config, self.position.progress
         size = config.sample.size or config.data.resolution
         started_at = time.monotonic()
@@ -49,21 +61,27 @@ class Evaluation:
             images = len(read_prompts(config.sample)) * config.sample.images
             return sample_grid(self.model, config.sample, size, batch), images
 
-        grid, images = _attempt(draw, BATCH, "sampling", step, self.report.console) or (None, 0)
+        grid, images = _attempt(draw, BATCH, "sampling", step, self.report.console, stop) or (None, 0)
         if grid is None:
             return
         self.cost.sample_seconds = (time.monotonic() - started_at) / images
-        stage = config.stage_name(progress.stage)
-        path = Path(config.run) / "samples" / f"{stage}-{progress.step:08d}.png"
+        path = self._grid_path()
         try:
             path.parent.mkdir(exist_ok=True)
-            save_grid(grid, path, stage, progress.step)
+            save_grid(grid, path, config.stage_name(progress.stage), progress.step)
         except OSError as error:
             return self.report.console.warn(f"samples not written to {path}: {error.strerror}; training continues")
         self.report.images(path, progress.step, grid)
 
-    def validate(self, step: Step) -> None:
-        """Measure the config's validation sets with the current weights, and with the EMA weights if there are any."""
+    def _grid_path(self) -> Path:
+        progress = self.position.progress
+        return Path(self.config.run) / "samples" / f"{self.config.stage_name(progress.stage)}-{progress.step:08d}.png"
+
+    def validate(self, step: Step, stop: StopSignals | None = None) -> None:
+        """Measure the config's validation sets with the current weights, and with the EMA weights if there are any.
+
+        A signal ends the measurement without a result.
+        """
         if self.sets.measured:
             progress, console = self.position.progress, self.report.console
             stage = self.config.stage_name(progress.stage)
@@ -71,28 +89,44 @@ class Evaluation:
             def measure(batch: int) -> list[ValidationRow]:
                 return self.validation.rows(step.components.values(), batch)
 
-            rows = _attempt(measure, self.config.validate_.batch, "validation", step, console) or []
+            rows = _attempt(measure, self.config.validate_.batch, "validation", step, console, stop) or []
             if rows:
                 self.report.validation(
                     [{"step": progress.step, "images": progress.images, "stage": stage, **row} for row in rows]
                 )
 
 
-def _attempt(work: Callable[[int], Result], batch: int, task: str, step: Step, console: Console) -> Result | None:
+class _Interrupted(Exception):
+    """A signal has asked the run to stop. What it interrupts is repeated when the run continues."""
+
+
+def _attempt(
+    work: Callable[[int], Result], batch: int, task: str, step: Step, console: Console, stop: StopSignals | None = None
+) -> Result | None:
     """Call `work` with a number of images per forward. Return None, after a warning, if it fails: training does not need it.
 
     If memory runs out, try again with one image per forward, and then also without the memory of the step's CUDA graphs.
     """
+
+    def check(*_: object) -> None:
+        if stop:
+            raise _Interrupted
+
     for images, free in ((batch, False), (1, False), (1, True)):
         if free:
             step.free_graphs()
+        hook = step.model.unet.register_forward_pre_hook(check)
         try:
             return work(images)
+        except _Interrupted:
+            return None
         except Exception as error:
             if out_of_memory(error) is None:
                 reason = str(error) or type(error).__name__
                 console.warn(f"{task} failed ({reason.splitlines()[0]}); it is skipped, training continues")
                 return None
+        finally:
+            hook.remove()
         gc.collect()  # the error has ended, and with it the tensors that its traceback refers to
     console.warn(f"out of memory for {task}, even with one image at a time; {task} is skipped, training continues")
     return None

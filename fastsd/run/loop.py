@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 from fastsd.config.schema import Config
 from fastsd.console import STDOUT, Console
@@ -14,9 +15,9 @@ from fastsd.run.header import header
 from fastsd.run.log import Log
 from fastsd.run.profiler import Profiler
 from fastsd.run.run import Run, open_run
-from fastsd.run.signals import stop_signal
+from fastsd.run.signals import StopSignals, stop_signals
 from fastsd.run.stage_kernels import compile_stages
-from fastsd.run.stage_start import start_stage
+from fastsd.run.stage_start import evaluate_end, start_stage
 from fastsd.run.triggers import Triggers
 from fastsd.train.precision import precision_switches
 from fastsd.train.step import Step
@@ -29,24 +30,37 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True) -> 
         UserError: the user must change something; saved checkpoints stay intact.
         Stopped: a stop signal arrived; a checkpoint is written first.
     """
-    with open_run(config, console) as run, stop_signal(run.folder) as received_signals:
-        run.report.header(header(run))
-        for warning in run.warnings:
-            run.console.warn(warning)
-        for index in range(run.position.progress.stage, len(config.stage)):
-            if not run.position.finished(index):
-                precision = config.stage[index].precision
-                with precision_switches(precision, run.model.unet, deterministic=config.deterministic) as switches:
-                    train_stage(run, index, switches, received_signals)
-        if export:
-            export_run(run)
+    with stop_signals(Path(config.run)) as signals:
+        try:
+            with open_run(config, console) as run:
+                train_stages(run, signals)
+                if export:
+                    export_run(run)
+        except KeyboardInterrupt:
+            if not signals:  # it is the caller's
+                raise
+            raise Stopped(f"{config.run}: stopped, {signals.describe()}") from None
 
 
-def train_stage(run: Run, index: int, switches: str, received_signals: list[int]) -> None:
-    """Train one stage to its end. After each step, profile, log, validate, sample and save a checkpoint if they are due."""
+def train_stages(run: Run, signals: StopSignals) -> None:
+    """Train the stages that are not complete yet."""
+    run.report.header(header(run))
+    for warning in run.warnings:
+        run.console.warn(warning)
+    config, unet = run.config, run.model.unet
+    for index in range(run.position.progress.stage, len(config.stage)):
+        with precision_switches(config.stage[index].precision, unet, deterministic=config.deterministic) as switches:
+            if run.position.finished(index):
+                evaluate_end(run, index)
+            else:
+                train_stage(run, index, switches, signals)
+
+
+def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> None:
+    """Train one stage to its end. After each step, profile, log, save a checkpoint, validate and sample if they are due."""
     stage, position = run.config.stage[index], run.position
     train_step = start_stage(run, index, switches)
-    compile_stages(run, index, train_step.micro_batch_size, received_signals)
+    compile_stages(run, index, train_step.micro_batch_size)
     log, triggers = Log(run, train_step, index), Triggers(run, index)
     initial = position.progress
     end_image = initial.stage_images + train_step.total * stage.batch
@@ -55,44 +69,53 @@ def train_stage(run: Run, index: int, switches: str, received_signals: list[int]
         run.evaluation.validate(train_step)
         if stage.sample_every:
             run.evaluation.sample(train_step)
+    for evaluate in run.evaluation.missing():
+        evaluate(train_step)
 
     loader = run.data.loader(index, initial.stage_images)
     profiler = Profiler(run.folder, run.console)
-    with closing(profiler), loader.stream(initial.images, end_image, stage.batch) as batches:
+    with closing(profiler), loader.stream(initial.images, end_image, stage.batch) as batches, signals.deferred():
         for batch in _saved_if_unreadable(run, train_step, log, batches):
             result = train_step(batch, position.progress.stage_step)
             run.advance(train_step, result)
             done, due = position.at_end(index), triggers.after_step()
+            position.mark(done=done, validation=due.validation or done, samples=due.samples or done)
             with log.paused():
                 profiler.after_step(position.progress.step, requested=due.profile)
 
             if due.log or done:
                 log.row(result, batch, batches)
 
-            if due.validation or done:
-                log.flush()
-                with log.paused():
-                    run.evaluation.validate(train_step)
-
-            if due.samples or done:
-                with log.paused():
-                    run.evaluation.sample(train_step)
-
-            if due.checkpoint or done or received_signals:
-                log.flush()
-                with log.paused():
-                    saved = run.saving.save(train_step, done=done, keep=due.permanent)
-                if received_signals and not done:
-                    raise _stopped(run, saved=saved)
-                if done and not saved:
+            if due.checkpoint or done:
+                _save(run, train_step, log, keep=due.permanent or done)
+                if done and not run.saving.is_saved:
                     raise UserError(
                         "stage-end-not-saved",
                         f"{run.folder}: end of stage {index + 1} not saved, see the warning above; fix that and run again",
                     )
 
+            if (due.validation or done) and not signals:
+                log.flush()
+                with log.paused():
+                    run.evaluation.validate(train_step, signals)
+
+            if (due.samples or done) and not signals:
+                with log.paused():
+                    run.evaluation.sample(train_step, signals)
+
+            if signals:
+                raise _stopped(run, train_step, log)
+
             if done:
                 break
     train_step.release()
+
+
+def _save(run: Run, train_step: Step, log: Log, *, keep: bool = False, wait: bool = False) -> None:
+    """Save a checkpoint, and the log rows up to it."""
+    log.flush()
+    with log.paused():
+        run.saving.save(train_step, keep=keep, wait=wait)
 
 
 def _saved_if_unreadable(run: Run, train_step: Step, log: Log, batches: Stream) -> Iterator[Batch]:
@@ -100,14 +123,16 @@ def _saved_if_unreadable(run: Run, train_step: Step, log: Log, batches: Stream) 
     try:
         yield from batches
     except UserError:
-        log.flush()
-        run.saving.save(train_step, done=False, keep=False)
+        _save(run, train_step, log)
         raise
 
 
-def _stopped(run: Run, *, saved: bool) -> Exception:
+def _stopped(run: Run, train_step: Step, log: Log) -> Exception:
+    """Save a checkpoint, unless this step has one, and return the exception that ends the run."""
+    if not run.saving.is_saved:
+        _save(run, train_step, log, wait=True)
     step = run.position.progress.step
-    if saved:
+    if run.saving.is_saved:
         return Stopped(f"{run.folder}: stopped at step {step}")
     return UserError("stop-not-saved", f"{run.folder}: stopped at step {step}, which is not saved, see the warning above")
 

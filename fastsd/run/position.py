@@ -46,9 +46,8 @@ class Position:
         resumed = current.stage == index and current.stage_step > 0
         if not resumed:
             carried = current.carried + current.stage_step if stage.state == "carry" else 0
-            self.progress = replace(
-                current, stage=index, stage_step=0, stage_images=current.images, stage_done=False, seconds=0.0, carried=carried
-            )
+            new = replace(current, stage=index, stage_step=0, stage_images=current.images, seconds=0.0, carried=carried)
+            self.progress = replace(new, stage_done=False, validation_due=False, samples_due=False)
         self._updated_at = time.monotonic()
         return resumed
 
@@ -60,9 +59,9 @@ class Position:
         self.progress = replace(new, seconds=old.seconds + now - self._updated_at)
         self._updated_at = now
 
-    def mark_done(self, *, done: bool) -> None:
-        """Record whether the current stage is complete."""
-        self.progress = replace(self.progress, stage_done=done)
+    def mark(self, *, done: bool, validation: bool, samples: bool) -> None:
+        """Record what follows the latest step: the end of its stage, a validation, samples."""
+        self.progress = replace(self.progress, stage_done=done, validation_due=validation, samples_due=samples)
 
     def elapsed(self) -> float:
         """Return the seconds the current stage has run, over all starts."""

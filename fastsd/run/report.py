@@ -33,6 +33,7 @@ from fastsd.run.folder import LogRow, read_rows
 from fastsd.run.sinks import Sink, open_sinks
 from fastsd.run.validation import ValidationRow, format_line
 from fastsd.storage import replace_file
+from fastsd.train.memory import main_memory
 
 
 class TrainReport:
@@ -111,6 +112,14 @@ class TrainReport:
         self._append(self.validations, *rows)
         self._send(lambda sink: sink.scalars(scalars, step))
         self.console.echo(f"validation at step {step}: {format_line(rows)}")
+
+    def has_validation(self, step: int, count: int) -> bool:
+        """Return True if `count` rows were measured after a step. If a kill has left fewer, remove them."""
+        path = self.validations.path
+        complete = sum(row["step"] == step for row in read_rows(path, {"step": int})) == count
+        if not complete:
+            self.validations = RowFile(path, step - 1)
+        return complete
 
     def rows(self, stage: str) -> list[LogRow]:
         """Read the rows logged so far for a stage."""
@@ -243,6 +252,6 @@ def free_memory(device: torch.device) -> int:
     """
     gc.collect()
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return main_memory()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]

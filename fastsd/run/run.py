@@ -117,7 +117,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         smoothed = SmoothedLoss(device)
         smoothed.load_state_dict(saved)
         cost = CostRecorder(config, counts, device)
-        saving = Saving(config, model, position, smoothed, report, cost, saved)
+        saving = stack.enter_context(Saving(config, model, position, smoothed, report, cost, saved))
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
         run = Run(
             config, folder, device, ops, model, data, position, smoothed, saving, evaluation, cost, report, counts, warnings

@@ -1,4 +1,4 @@
-"""Saving of a run: which tensors a checkpoint holds, and which checkpoints are retained.
+"""Saving of a run: which tensors a checkpoint holds, when they are written, and which checkpoints are retained.
 
 Read next: `fastsd/run/checkpoint.py`, which writes a checkpoint so that a crash loses nothing.
 """
@@ -6,27 +6,48 @@ Read next: `fastsd/run/checkpoint.py`, which writes a checkpoint so that a crash
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 from torch import Tensor
 
 from fastsd.config.schema import Config, dump_config
 from fastsd.config.stages import COMPONENTS
+from fastsd.model.formats.adapters import Averages
 from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER
 from fastsd.run import checkpoint
+from fastsd.run.checkpoint import RunProgress
 from fastsd.run.cost import CostRecorder
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
+from fastsd.train.memory import main_memory
 from fastsd.train.step import Step
+from fastsd.train.trainable import host_copy
+
+_RESERVE = 2 << 30  # bytes of main memory that stay free beside the copies
+
+
+@dataclass
+class Content:
+    """The tensors of a checkpoint, as `checkpoint.save` takes them."""
+
+    weights: Mapping[str, Callable[[], Mapping[str, Tensor]]]
+    changed: set[str]
+    state: Mapping[str, Tensor]
+    adapters: Averages | None
 
 
 @dataclass
 class Saving:
-    """Writes the checkpoints of a run.
+    """Writes the checkpoints of a run in a thread, while training goes on.
+
+    Everything that a checkpoint holds is first copied to main memory. If there is no room for the copies, training waits. It
+    also waits for a run's first checkpoint and at the end of a stage. A crash during the writing costs only that checkpoint.
 
     Attributes:
         state: tensors, read lazily, from which the next stage to start loads its optimizer state: those of the checkpoint that
@@ -48,46 +69,124 @@ class Saving:
         self.changed: set[str] = set()
         files = [self.folder / name for name in ("kept.json", "stage-ends.json")]
         self.kept: set[str] = {name for path in files for name in _read_names(path)}
+        self._saved_step: int | None = None
+        self._writer: Thread | None = None
+        self._error: Exception | None = None  # a bug, which ended the thread
+        self._warned = False
 
-    def save(self, step: Step, *, done: bool, keep: bool) -> bool:
-        """Commit a checkpoint. Return False, after a warning, if it cannot be written.
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:  # which asks for an end at once
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+            if self._error:
+                raise self._error
+
+    @property
+    def is_saved(self) -> bool:
+        """True if the latest step has a checkpoint. If it is being written, wait for it."""
+        self.finish()
+        return self._saved_step == self.position.progress.step
+
+    def save(self, step: Step, *, keep: bool, wait: bool = False) -> None:
+        """Write a checkpoint of the latest step. If this fails, warn and go on.
 
         Args:
-            done: True if the stage is complete.
             keep: True if the checkpoint must never be deleted.
+            wait: True to return only when it is written.
         """
-        self.position.mark_done(done=done)
-        progress, console = self.position.progress, self.report.console
-        folder = self.folder / "checkpoints"
-        later_stages = self.config.stage[progress.stage + 1 :]
-        carried = bool(later_stages) and later_stages[0].state == "carry"
-        state = self.smoothed.state_dict() | step.state_dict(optimizers=not done or not later_stages or carried)
-        components = step.components
+        self.finish()
+        progress, components = self.position.progress, step.components
         # `dict` returns no weights: of a component that the step does not use, the checkpoint takes those of the model.
-        weights = dict.fromkeys(COMPONENTS, dict) | {name: component.state for name, component in components.items()}
+        weights: dict[str, Callable[[], Mapping[str, Tensor]]] = dict.fromkeys(COMPONENTS, dict)
+        weights |= {name: component.state for name, component in components.items()}
+        state = self.smoothed.state_dict() | step.state_dict(optimizers=not progress.stage_done or self._continues(progress))
+        adapters = {name: component.state(ADAPTER) for name, component in components.items()} if self.model.lora else None
+        content = Content(weights, self.changed, state, adapters)
+        self.changed = set()
         try:
             self.report.flush()
-            adapters = {name: component.state(ADAPTER) for name, component in components.items()} if self.model.lora else None
-            args = folder, progress, self.model, weights, self.changed, state, adapters
-            path = checkpoint.save(*args, config=dump_config(self.config), keep=done or keep)
         except OSError as error:
-            console.warn(
-                f"checkpoint at step {progress.step} not saved to {folder}: {error.strerror or error}; "
-                "training continues and earlier checkpoints are kept"
-            )
-            return False
+            return self._warn(progress, content, error)
 
-        self.changed = set()
+        args = progress, content, step.stage.keep_checkpoints
+        first = not checkpoint.checkpoints(self.folder / "checkpoints")
+        if wait or first or progress.stage_done or not content.changed <= components.keys() or not self._has_room(content):
+            self._write(*args, keep=keep)
+        else:
+            content.weights = {name: partial(dict, components[name].state(copy=True)) for name in content.changed}
+            content.weights = weights | content.weights
+            content.state = {name: host_copy(tensor) for name, tensor in state.items()}
+            if adapters:
+                content.adapters = {name: components[name].state(ADAPTER, copy=True) for name in adapters}
+            self._writer = Thread(target=self._write_in_thread, args=args, kwargs={"keep": keep}, daemon=True)
+            self._writer.start()
+
+    def _continues(self, progress: RunProgress) -> bool:
+        """Return True if a complete stage's optimizer state may be needed: by an extension of it, or by the next stage."""
+        later_stages = self.config.stage[progress.stage + 1 :]
+        return not later_stages or later_stages[0].state == "carry"
+
+    def _has_room(self, content: Content) -> bool:
+        """Return True if main memory has room for copies. Warn the first time that it has not."""
+        parameters = [parameter for name in content.changed for parameter in self.model.component(name).parameters()]
+        needed = sum(4 * parameter.numel() for parameter in parameters)  # in fp32
+        needed += sum(tensor.numel() * tensor.element_size() for tensor in content.state.values())
+        free = max(0, main_memory() - _RESERVE)
+        if needed > free and not self._warned:
+            self._warned = True
+            self.report.console.warn(
+                f"training waits while a checkpoint is written, because its copy needs {needed / 1e9:.1f} GB of main memory, "
+                f"and {free / 1e9:.1f} GB are free"
+            )
+        return needed <= free
+
+    def _write_in_thread(self, progress: RunProgress, content: Content, keep_checkpoints: int, *, keep: bool) -> None:
+        try:
+            self._write(progress, content, keep_checkpoints, keep=keep)
+        except Exception as error:
+            self._error = error
+
+    def _write(self, progress: RunProgress, content: Content, keep_checkpoints: int, *, keep: bool) -> None:
+        try:
+            args = (
+                self.folder / "checkpoints",
+                progress,
+                self.model,
+                content.weights,
+                content.changed,
+                content.state,
+                content.adapters,
+            )
+            path = checkpoint.save(*args, config=dump_config(self.config), keep=keep)
+        except OSError as error:
+            return self._warn(progress, content, error)
+        self._saved_step = progress.step
         self.report.saved()
-        if done and carried:
-            self.state = checkpoint.load_state(path)
-        if done:
+        if progress.stage_done:
+            if progress.stage + 1 < len(self.config.stage) and self._continues(progress):
+                self.state = checkpoint.load_state(path)
             try:
                 self.cost.record(progress)
             except OSError as error:
-                console.warn(f"cost of the stage not written to {self.folder}: {error.strerror}; training continues")
-        self.retain(step.stage.keep_checkpoints)
-        return True
+                self.report.console.warn(
+                    f"cost of the stage not written to {self.folder}: {error.strerror}; training continues"
+                )
+        self.retain(keep_checkpoints)
+
+    def _warn(self, progress: RunProgress, content: Content, error: OSError) -> None:
+        self.changed.update(content.changed)
+        self.report.console.warn(
+            f"checkpoint at step {progress.step} not saved to {self.folder / 'checkpoints'}: {error.strerror or error}; "
+            "training continues and earlier checkpoints are kept"
+        )
 
     def retain(self, keep_checkpoints: int) -> None:
         """Delete old checkpoints, also those that an interrupted run has left."""

@@ -2,6 +2,8 @@
 
 SIGINT SIGTERM SIGHUP   save and stop; a second SIGINT or SIGTERM stops at once
 SIGUSR1 SIGUSR2         the same as `touch trigger.checkpoint` and `touch trigger.sample`
+
+A signal that is ignored when the run starts stays ignored, such as SIGHUP under nohup.
 """
 
 from __future__ import annotations
@@ -23,17 +25,50 @@ REQUESTS: dict[int, str] = {
 }
 
 
+class StopSignals:
+    """The signals so far that asked a run to stop. It is true if there are any.
+
+    While the run loads, exports, or is between two stages, everything is saved: a signal raises KeyboardInterrupt. Inside
+    `deferred`, only a second one does.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._deferred = False
+
+    def __bool__(self) -> bool:
+        return bool(self._received)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the block check for signals by itself, so that it can save first."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def receive(self, number: int) -> None:
+        """Record a signal. Raises KeyboardInterrupt if the run need not or shall not save."""
+        repeated = bool(self._received)
+        self._received.append(number)
+        if not self._deferred or (repeated and number != HANGUP):
+            raise KeyboardInterrupt
+
+    def describe(self) -> str:
+        """Say what is lost by a stop through KeyboardInterrupt."""
+        return "steps after the newest checkpoint are lost" if len(self._received) > 1 else "no step is lost"
+
+
 @contextmanager
-def stop_signal(run: Path) -> Iterator[list[int]]:
-    """Obey signals. Yield a list to which those are added that ask the loop to save and stop."""
-    received_signals: list[int] = []
+def stop_signals(run: Path) -> Iterator[StopSignals]:
+    """Obey signals inside the context. `run` is the run's folder, which may not exist yet."""
+    signals = StopSignals()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if number == HANGUP:
             _leave_terminal()
-        elif received_signals:
-            raise KeyboardInterrupt
-        received_signals.append(number)
+        signals.receive(number)
 
     def request(number: int, frame: FrameType | None) -> None:
         with suppress(OSError):
@@ -41,16 +76,19 @@ def stop_signal(run: Path) -> Iterator[list[int]]:
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: stop} | dict.fromkeys(REQUESTS, request)
     handlers |= {HANGUP: stop} if HANGUP else {}
+    old_handlers = {number: signal.getsignal(number) for number in handlers}
     try:
-        old_handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        for number, handler in handlers.items():
+            if old_handlers[number] != signal.SIG_IGN or number in REQUESTS:
+                signal.signal(number, handler)
     except ValueError:  # not in the main thread: the caller handles signals
-        yield received_signals
+        yield signals
         return
     try:
-        yield received_signals
+        yield signals
     finally:
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)
+        for number, old_handler in old_handlers.items():
+            signal.signal(number, old_handler)
 
 
 def _leave_terminal() -> None:

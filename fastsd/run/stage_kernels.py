@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,6 @@ import fastsd
 import fastsd_kernels
 from fastsd.config.keys import LIGHT, defaults, keys_with
 from fastsd.config.stages import StageTable
-from fastsd.errors import Stopped
 from fastsd.model.shapes import Shapes
 from fastsd.run.compilation import compile_kernels, kernels_of, warn_not_compiled
 from fastsd.run.folder import read_table
@@ -36,7 +34,7 @@ from fastsd_kernels.launch import INTERPRETED, architecture
 FILE = "kernels.json"
 
 
-def compile_stages(run: Run, index: int, micro_batch_size: int, stop: Sequence[int]) -> None:
+def compile_stages(run: Run, index: int, micro_batch_size: int) -> None:
     """Compile the Triton kernels of a stage and, at the start of a run, of all later stages.
 
     The micro-batch of a later stage may still be unknown. This stage's is then assumed. If it turns out to be another, the
@@ -44,10 +42,6 @@ def compile_stages(run: Run, index: int, micro_batch_size: int, stop: Sequence[i
 
     Args:
         micro_batch_size: images per forward in this stage.
-        stop: signals received; the first one ends the compilation.
-
-    Raises:
-        Stopped: a signal arrived.
     """
     if run.ops is not TRITON or INTERPRETED:
         return
@@ -62,9 +56,7 @@ def compile_stages(run: Run, index: int, micro_batch_size: int, stop: Sequence[i
     if kernels.keys() - remembered.keys():
         with suppress(OSError):  # then the next start records the launches again
             replace_file(run.folder / FILE, json.dumps(kernels, indent=0))
-    compile_kernels([kernel for stage_kernels in kernels.values() for kernel in stage_kernels], run.console, stop)
-    if stop:
-        raise Stopped(f"{run.folder}: stopped at step {run.position.progress.step}")
+    compile_kernels([kernel for stage_kernels in kernels.values() for kernel in stage_kernels], run.console)
 
 
 def _recorder(run: Run, stage: StageTable, micro_batch_size: int) -> StageRecorder:

@@ -31,17 +31,30 @@ def start_stage(run: Run, index: int, switches: str) -> Step:
         run.saving.changed.update(entry.split(".")[0] for entry in stage.reinit)
         run.console.echo(f"{name}: {count:,} parameters reinitialised ({', '.join(stage.reinit)})")
 
-    cached_text = run.data.text_embeddings is not None
-    carried = run.position.progress.carried
-    args = run.model, stage, run.position.steps[index], config.seed, _micro_batch_size(run, index, resumed=resumed)
-    step = Step(*args, graph=config.cuda_graph, cached_text=cached_text, carried_steps=carried, warn=run.console.warn)
-
+    step = _create_step(run, index, _micro_batch_size(run, index, resumed=resumed))
     if resumed or stage.state == "carry":
         step.load_state_dict(run.saving.state)
     if not resumed:
         step.skipped.zero_()
     run.saving.state = {}
     return step
+
+
+def evaluate_end(run: Run, index: int) -> None:
+    """Draw the samples and measure the validation at the end of a complete stage, if a kill has prevented them."""
+    if index == run.position.progress.stage and (missing := run.evaluation.missing()):
+        step = _create_step(run, index, run.position.progress.micro_batch_size)
+        step.load_averages(run.saving.state)
+        for evaluate in missing:
+            evaluate(step)
+        step.release()
+
+
+def _create_step(run: Run, index: int, micro_batch_size: int) -> Step:
+    config, carried = run.config, run.position.progress.carried
+    cached_text = run.data.text_embeddings is not None
+    args = run.model, config.stage[index], run.position.steps[index], config.seed, micro_batch_size
+    return Step(*args, graph=config.cuda_graph, cached_text=cached_text, carried_steps=carried, warn=run.console.warn)
 
 
 def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:

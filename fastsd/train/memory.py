@@ -7,11 +7,14 @@ with the scratch memory that a library allocates and frees within one operation.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -38,6 +41,19 @@ def saved_for_backward_bytes(run: Callable[[], object], *modules: nn.Module) -> 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(storage.nbytes() for storage in saved_storages.values())
+
+
+def main_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of main memory that are free for this process. In a container, its limit counts.
+
+    Source: Linux, "Control Group v2". What the kernel caches of inactive files is free when it is needed.
+    """
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, no limit ("max"), or another system
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(statistics["inactive_file"]))
+    return max(0, free)
 
 
 class LiveBytes(TorchDispatchMode):

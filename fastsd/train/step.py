@@ -286,6 +286,11 @@ class Step:
             component = self.components[name]
             tensors = {key.removeprefix(f"{name}|"): state[key] for key in state if key.startswith(f"{name}|")}
             load_flat_state(optimizer, component.names, tensors, component.layout.views)
+        self.load_averages(state)
+
+    def load_averages(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the EMA weights. Those which are not in `state` stay as they are."""
+        for name, component in self.components.items():
             for key, average in component.ema_state().items():
                 if f"{name}@ema/{key}" in state:  # missing if EMA was enabled only now
                     average.copy_(state[f"{name}@ema/{key}"])

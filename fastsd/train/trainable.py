@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastsd.errors import out_of_memory
 from fastsd.train.optim import FastOptimizer
 from fastsd.train.precision import COMPUTE_DTYPE
 from fastsd_kernels import Ops
@@ -54,6 +55,20 @@ class Layout:
 def compute_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert fp32 weights to the tensor that a stage computes with: unchanged for fp32, their high half for bf16."""
     return weight if dtype == torch.float32 else split_master(weight)[0]
+
+
+def host_copy(tensor: Tensor, master_lo: Tensor | None = None) -> Tensor:
+    """Return a contiguous copy in main memory. With `master_lo`, return the fp32 numbers that the two halves represent.
+
+    A GPU joins and rearranges faster than the host, so this happens there if it has memory for one more tensor of that size.
+    """
+    try:
+        joined = (tensor.detach() if master_lo is None else join_master(tensor.detach(), master_lo)).contiguous()
+    except Exception as error:
+        if tensor.is_cpu or out_of_memory(error) is None:
+            raise
+        return host_copy(tensor.cpu(), None if master_lo is None else master_lo.cpu())
+    return joined.clone() if joined.data_ptr() == tensor.data_ptr() and joined.is_cpu else joined.cpu()
 
 
 class GradientArena:
@@ -225,14 +240,23 @@ class TrainableComponent:
             "ema": [] if self.ema is None else [self.ema],
         }
 
-    def state(self, containing: str = "") -> dict[str, Tensor]:
-        """Return the exact fp32 weights by parameter name, of the parameters whose names contain `containing`."""
+    def state(self, containing: str = "", *, copy: bool = False) -> dict[str, Tensor]:
+        """Return the exact fp32 weights by parameter name, of the parameters whose names contain `containing`.
+
+        With `copy`, all are contiguous copies in main memory. Without it, some are views, which change with the next step.
+        """
         tensors = {name: self._exact_weight(name) for name in self._frozen if containing in name}
+        if copy:
+            tensors = {name: host_copy(tensor) for name, tensor in tensors.items()}
         if self.master_hi is not None:
             highs = self.layout.views(self.master_hi)
             lows = self.layout.views(self.master_lo) if self.master_lo is not None else [None] * len(highs)
             for name, master_hi, master_lo in zip(self.names, highs, lows, strict=True):
-                if containing in name:
+                if containing not in name:
+                    continue
+                if copy:
+                    tensors[name] = host_copy(master_hi, master_lo)
+                else:
                     tensors[name] = master_hi if master_lo is None else join_master(master_hi.cpu(), master_lo.cpu())
         return tensors
 

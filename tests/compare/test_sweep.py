@@ -1,6 +1,5 @@
 """`fastsd sweep`: planned runs, equality in everything else, resuming, baselines and errors."""
 
-import contextlib
 import gc
 import json
 from io import StringIO
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commandline import fastsd
+from runs import stop_requested
 from sentences import LINES, refused, says
 from tiny import job
 
@@ -95,7 +95,7 @@ def test_runs_differ_in_one_value_and_equal_those_of_train(path, tmp_path):
 def test_same_command_skips_finished_runs_and_resumes_others(path, tmp_path, monkeypatch, no_report):
     words = ("stage.lr=1e-3,2e-3",)
     with monkeypatch.context() as patch:  # a stop is requested in the first step
-        patch.setattr("fastsd.run.loop.stop_signal", lambda run: contextlib.nullcontext([15]))
+        patch.setattr("fastsd.run.loop.stop_signals", stop_requested)
         with pytest.raises(Stopped):
             run_sweep(path, *words)
     root = tmp_path / "run"

@@ -144,7 +144,7 @@ class Run:
         stages = [SimpleNamespace(state=state) for state in ("reset", "reset", "carry")]
         config = SimpleNamespace(run=str(folder), stage=stages)
         monkeypatch.setattr("fastsd.run.saving.dump_config", lambda config: "the config")
-        self.position = SimpleNamespace(mark_done=lambda *, done: self.calls.append(f"done {done}"), progress=None)
+        self.position = SimpleNamespace(progress=None)
         smoothed = SimpleNamespace(state_dict=lambda: {"loss": torch.zeros(1)})
         report = SimpleNamespace(
             flush=lambda: self.calls.append("flush"),
@@ -169,31 +169,33 @@ class Run:
         self.kept += [progress.step] if keep else []
         return folder / name_of(progress.step)
 
-    def save(self, stage, step, **options):
+    def save(self, stage, step, *, done=False, keep=False):
+        """Return True if the step is saved."""
         self.calls.clear()
-        self.position.progress = RunProgress(stage=stage, step=step)
-        return self.saving.save(self.step, **{"done": False, "keep": False} | options)
+        self.position.progress = RunProgress(stage=stage, step=step, stage_done=done)
+        self.saving.save(self.step, keep=keep)
+        return self.saving.is_saved
 
 
 def test_a_checkpoint_in_a_stage_has_all_state_and_may_be_deleted(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch)
     assert run.save(0, 3)
-    assert run.calls == ["done False", "flush", "saved"] and run.kept == [] and run.saving.changed == set()
+    assert run.calls == ["flush", "saved"] and run.kept == [] and run.saving.changed == set()
     assert run.saved == [({"unet", "text_encoder"}, {"unet"}, {"loss", "skipped", "unet@ema/w"}, None)]
     assert run.retained == [(2, set())] and run.saving.state == {}
 
 
-def test_the_end_of_a_stage_and_requested_checkpoints_are_kept(tmp_path, monkeypatch):
+def test_requested_checkpoints_are_kept_and_the_next_stage_finds_its_state(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch)
     assert run.save(0, 3, keep=True) and run.kept == [3] and "cost 3" not in run.calls
-    assert run.save(0, 5, done=True) and run.kept == [3, 5]
-    assert run.calls == ["done True", "flush", "saved", "cost 5"]
+    assert run.save(0, 5, done=True)
+    assert run.calls == ["flush", "saved", "cost 5"]
     assert run.saved[-1][2] == {"loss", "unet@ema/w"} and run.saving.state == {}  # the next stage starts afresh
     assert run.save(1, 7, done=True)
     assert "skipped" in run.saved[-1][2] and run.saving.state == {"from": name_of(7)}  # the next stage carries it on
     assert run.save(2, 9, done=True)
     assert "skipped" in run.saved[-1][2] and run.saving.state == {"from": name_of(7)}  # the last stage may be extended
-    assert run.kept == [3, 5, 7, 9] and run.retained[-1] == (2, set())
+    assert run.kept == [3] and run.retained[-1] == (2, set())
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"null", b"[1]", b"\xff"])

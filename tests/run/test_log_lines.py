@@ -288,7 +288,7 @@ def test_a_stage_begins_or_is_resumed(monkeypatch):
     step = SimpleNamespace(stage=resumed.stages[1], micro_batch_size=2)
     now = 93.0
     resumed.advance(step)
-    resumed.mark_done(done=True)
+    resumed.mark(done=True, validation=True, samples=False)
     assert resumed.progress == RunProgress(
         stage=1,
         stage_step=4,
@@ -297,6 +297,7 @@ def test_a_stage_begins_or_is_resumed(monkeypatch):
         seconds=23.0,
         stage_images=20,
         carried=2,
+        validation_due=True,
         micro_batch_size=2,
         micro_batch_setting=step.stage.micro_batch,
         stage_done=True,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import checkpoint_steps, final, rewind, rows_of, run, same
+from runs import checkpoint_steps, final, rewind, rows_of, run, same, stop_requested
 from safetensors.torch import load_file
 from sentences import refused, says
 from tiny import job
@@ -316,7 +316,7 @@ def test_a_stop_without_room_for_the_checkpoint_does_not_claim_one(tmp_path, tin
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = job(tmp_path, tiny_model, images, PLAIN)
-    monkeypatch.setattr("fastsd.run.loop.stop_signal", lambda run: contextlib.nullcontext([signal.SIGINT]))
+    monkeypatch.setattr("fastsd.run.loop.stop_signals", stop_requested)
     monkeypatch.setattr(checkpoint, "save", disk_full)
     with refused("stop-not-saved", step=1):
         run(path)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+from contextlib import AbstractContextManager, nullcontext
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from fastsd.config.schema import load_config
 from fastsd.console import Console
 from fastsd.run import checkpoint
 from fastsd.run.loop import train
+from fastsd.run.signals import StopSignals
 
 
 def run(path: Path, *overrides: str, precision: str | None = None) -> tuple[Path, str]:
@@ -34,6 +37,14 @@ def rows_of(folder: Path, name: str = "log.jsonl") -> list[dict[str, Any]]:
 def checkpoint_steps(folder: Path) -> list[int]:
     """List the steps of a run's checkpoints."""
     return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(folder / "checkpoints")]
+
+
+def stop_requested(run: Path) -> AbstractContextManager[StopSignals]:
+    """Stand in for `stop_signals`: a signal arrives in the first step."""
+    signals = StopSignals()
+    with signals.deferred():
+        signals.receive(signal.SIGTERM)
+    return nullcontext(signals)
 
 
 def rewind(folder: Path, step: int) -> None:
