@@ -1,6 +1,6 @@
 """The command line. It parses arguments, calls a command (which imports torch), and prints a `UserError` as one sentence.
 
-Exit codes: 0 = done, 1 = a bug in fastsd (with a traceback), 2 = the user must change something, 130 = stopped by Ctrl-C.
+Exit codes: 0 = done, 1 = a bug in fastsd (with a traceback), 2 = the user must change something, 130 = stopped by a signal.
 """
 
 from __future__ import annotations
@@ -13,13 +13,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperGroup
 
 from fastsd.errors import Stopped, UserError
+from fastsd.run.signals import signals_of_commands
 
 if TYPE_CHECKING:
     from fastsd.config.schema import Config
 
+
+class Commands(TyperGroup):
+    """The commands. A stop signal ends a command that does not handle it with one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print(f"fastsd: {ctx.invoked_subcommand} stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Retrain Stable Diffusion 1.5, with another VAE swapped in, on one GPU.",
     no_args_is_help=True,
     add_completion=False,
@@ -346,7 +361,8 @@ def main() -> None:
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     try:
-        app()
+        with signals_of_commands():
+            app()
     except UserError as error:
         print(f"fastsd: {error}", file=sys.stderr)
         sys.exit(2)

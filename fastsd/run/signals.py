@@ -1,9 +1,10 @@
-"""Signals that a run obeys.
+"""Signals that commands obey.
 
-SIGINT SIGTERM SIGHUP   save and stop; a second SIGINT or SIGTERM stops at once
-SIGUSR1 SIGUSR2         the same as `touch trigger.checkpoint` and `touch trigger.sample`
+                        a run                                                   other commands
+SIGINT SIGTERM SIGHUP   saves and stops; at a second SIGINT or SIGTERM at once  stop and remove temporary files
+SIGUSR1 SIGUSR2         the same as `touch trigger.checkpoint`, `... .sample`   nothing
 
-A signal that is ignored when the run starts stays ignored, such as SIGHUP under nohup.
+A stop signal that is ignored when the command starts stays ignored, such as SIGHUP under nohup.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 import os
 import signal
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+
+Handler = Callable[[int, FrameType | None], None] | int
 
 # Windows has neither.
 HANGUP: int | None = getattr(signal, "SIGHUP", None)
@@ -74,20 +78,37 @@ def stop_signals(run: Path) -> Iterator[StopSignals]:
         with suppress(OSError):
             (run / f"trigger.{REQUESTS[number]}").touch()
 
-    handlers = {signal.SIGINT: stop, signal.SIGTERM: stop} | dict.fromkeys(REQUESTS, request)
-    handlers |= {HANGUP: stop} if HANGUP else {}
+    with _handlers(stop, request):
+        yield signals
+
+
+@contextmanager
+def signals_of_commands() -> Iterator[None]:
+    """Raise KeyboardInterrupt for all stop signals. Ignore requests until a run obeys them: by default they end the process."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number == HANGUP:
+            _leave_terminal()
+        raise KeyboardInterrupt
+
+    with _handlers(stop, signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handlers(stop: Handler, request: Handler) -> Iterator[None]:
+    """Handle stop signals and requests inside the context, unless this is not the main thread: then the caller does."""
+    handlers: dict[int, Handler] = dict.fromkeys(REQUESTS, request)
+    stops = [signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else [])]
+    handlers |= {number: stop for number in stops if signal.getsignal(number) != signal.SIG_IGN}
     old_handlers = {number: signal.getsignal(number) for number in handlers}
+    is_main = threading.current_thread() is threading.main_thread()
     try:
-        for number, handler in handlers.items():
-            if old_handlers[number] != signal.SIG_IGN or number in REQUESTS:
-                signal.signal(number, handler)
-    except ValueError:  # not in the main thread: the caller handles signals
-        yield signals
-        return
-    try:
-        yield signals
+        for number, handler in handlers.items() if is_main else ():
+            signal.signal(number, handler)
+        yield
     finally:
-        for number, old_handler in old_handlers.items():
+        for number, old_handler in old_handlers.items() if is_main else ():
             signal.signal(number, old_handler)
 
 

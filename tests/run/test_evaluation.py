@@ -1,13 +1,19 @@
-"""Samples and validation of a run that has no memory left for them."""
+"""Samples and validation of a run: without memory for them, with errors, and interrupted by kills and signals."""
+
+import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
-from runs import final, rows_of, run, same
-from sentences import says
+from runs import checkpoint_steps, final, rows_of, run, same
+from sentences import refused, says
 from tiny import job
 
+from fastsd.errors import Stopped
 from fastsd.model.unet import UNet
 from fastsd.run import export
+from fastsd.run.evaluation import Evaluation
+from fastsd.run.signals import StopSignals
 from fastsd.run.validation import Validation
 from fastsd.train.step import Step
 
@@ -68,6 +74,80 @@ def test_a_failing_evaluation_costs_no_step(plain, tmp_path, monkeypatch):
     assert says(text, "evaluation-failed", task="validation", reason="'sampler'")
     assert says(text, "evaluation-failed", task="sampling") and str(prompts) in text
     assert not (other / "samples").exists() and (other / "model" / "README.md").exists()
+
+
+class Killed(BaseException):
+    """Ends a run like a kill: nothing more is written."""
+
+
+EMA = *OVERRIDES, "stage.0.ema=0.5", "stage.0.checkpoint_every=2"
+
+
+@pytest.mark.parametrize("task", ["validate", "sample"])
+@pytest.mark.parametrize("step", [2, 4])
+def test_an_evaluation_that_a_kill_prevented_is_done_at_the_next_start(step, task, plain, tmp_path, monkeypatch):
+    """The checkpoint is committed before: in the middle of the stage and at its end. No step is trained again."""
+    uninterrupted, _ = run(plain[0], f"run={tmp_path / 'uninterrupted'}", *EMA)
+    evaluate, trained, train_step = getattr(Evaluation, task), [], Step.__call__
+
+    def killed(self, *args):
+        if self.position.progress.step == step:
+            raise Killed
+        return evaluate(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Evaluation, task, killed)
+        run(plain[0], f"run={tmp_path / 'run'}", *EMA)
+    assert checkpoint_steps(tmp_path / "run")[-1] == step
+    if task == "sample":  # a part of the rows that were measured before is lost too
+        rows = (tmp_path / "run/validation.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "run/validation.jsonl").write_text("".join(rows[:-1]))
+    monkeypatch.setattr(Step, "__call__", lambda self, batch, number: trained.append(number) or train_step(self, batch, number))
+    folder, _ = run(plain[0], f"run={tmp_path / 'run'}", *EMA)
+    assert trained == list(range(step, 4))
+    assert same(final(folder), final(uninterrupted))
+    assert (folder / "validation.jsonl").read_bytes() == (uninterrupted / "validation.jsonl").read_bytes()
+    grids = [{path.name: path.read_bytes() for path in (root / "samples").iterdir()} for root in (folder, uninterrupted)]
+    assert grids[0] == grids[1] and len(grids[0]) == 3
+
+
+def test_an_evaluation_that_has_results_is_not_repeated(plain, monkeypatch):
+    def repeated(*_):
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(Evaluation, "validate", repeated)
+    monkeypatch.setattr(Evaluation, "sample", repeated)
+    run(plain[0], *OVERRIDES)
+
+
+@pytest.mark.parametrize("task", ["sampling", "validation"])
+def test_a_signal_interrupts_an_evaluation(task, plain, tmp_path, monkeypatch):
+    """The run stops after at most one more forward, and the evaluation follows when the run continues."""
+    _, uninterrupted, _ = plain
+    forward, forwards, signals = UNet.forward, [], StopSignals()
+
+    def counting(unet, latents, *rest):
+        evaluates = not torch.is_grad_enabled() and trained
+        if evaluates and (len(latents) == 3) == (task == "validation"):
+            forwards.append(latents)
+            if len(forwards) == 2:
+                signals.receive(signal.SIGINT)
+        return forward(unet, latents, *rest)
+
+    trained, train_step = [], Step.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet, "forward", counting)
+        patch.setattr(Step, "__call__", lambda self, batch, number: trained.append(number) or train_step(self, batch, number))
+        patch.setattr("fastsd.run.loop.stop_signals", lambda run: nullcontext(signals))
+        with refused("run-stopped", error=Stopped, step=2):
+            run(plain[0], f"run={tmp_path / 'run'}", *OVERRIDES)
+    assert len(forwards) == 2 and checkpoint_steps(tmp_path / "run") == [2]
+    folder, _ = run(plain[0], f"run={tmp_path / 'run'}", *OVERRIDES)
+    assert same(final(folder), final(uninterrupted))
+    assert (folder / "validation.jsonl").read_bytes() == (uninterrupted / "validation.jsonl").read_bytes()
+    assert {path.name for path in (folder / "samples").iterdir()} == {
+        path.name for path in (uninterrupted / "samples").iterdir()
+    }
 
 
 def test_a_failing_model_card_costs_no_model(plain, tmp_path, monkeypatch):
