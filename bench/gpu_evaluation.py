@@ -3,8 +3,8 @@
 python bench/gpu_evaluation.py [--only evaluation checkpoint] [--small] [--lines FILE]
 
 evaluation   seconds and memory of a sample and of a validation, after which the graph continues with the same bits
-checkpoint   seconds of writing the UNet and the optimizer state: copies to the host, joining of bf16 halves, hashes, writes,
-             flushes and the rename
+checkpoint   seconds that training stands still for copies of the UNet and the optimizer state, and seconds of writing them
+             beside it: hashes, writes, flushes and the rename
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class _Digest:
 
 
 def checkpoint(setup: Setup) -> list[Record]:
-    """Write the large files of a checkpoint as a run does, and return the seconds by kind of work."""
+    """Copy and write the large tensors of a checkpoint as a run does, and return the seconds by kind of work."""
     stage = stage_of(("bf16", "lion", 1, 1, "none", {}))
     step, _ = start(setup, stage, WARM_UP + 2)
     clock, target = Clock(), setup.folder / "checkpoint"
@@ -160,13 +160,17 @@ def checkpoint(setup: Setup) -> list[Record]:
         for replacement in replacements:
             stack.enter_context(mock.patch.object(*replacement))
         stack.enter_context(mock.patch.object(storage, "open", partial(_File, clock), create=True))
+        counters.synchronize(setup.device)
         begin = time.perf_counter()
+        weights = step.components["unet"].state(copy=True)
+        state = {name: trainable.host_copy(tensor) for name, tensor in step.state_dict().items()}
+        still = time.perf_counter() - begin
         with storage.new_folder(target) as new:
-            write_component(new, step.model, "unet", component_state_dict(step.model, "unet", step.components["unet"].state()))
-            storage.write_safetensors(new / "state.safetensors", step.state_dict())
+            write_component(new, step.model, "unet", component_state_dict(step.model, "unet", weights))
+            storage.write_safetensors(new / "state.safetensors", state)
         total = time.perf_counter() - begin
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    figures = {"seconds": total, "gb": size / 1e9, **clock.seconds, "rest": total - clock.seconds.total()}
+    figures = {"still": still, "seconds": total, "gb": size / 1e9, **clock.seconds, "rest": total - clock.seconds.total()}
     return [setup.record("checkpoint", "UNet and state of Lion", "bf16", "fastsd", **figures)]
 
 
