@@ -26,6 +26,7 @@ from fastsd.run.evaluation import Evaluation
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.restart import compare_images, compare_with_start, lock
+from fastsd.run.rewind import finish_setting_aside
 from fastsd.run.saving import Saving
 from fastsd.run.smoothed_loss import SmoothedLoss
 from fastsd.run.training_data import TrainingData
@@ -93,6 +94,8 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(lock(folder))
+        if earlier := finish_setting_aside(folder):
+            console.echo(f"finished setting aside what the run recorded after the step it went back to: {earlier}")
         device = choose_device(config.device, console)
         ops = choose_ops(config.kernels, device)
         newest, saved_progress, warnings = checkpoint.newest(folder / "checkpoints") or (None, None, [])

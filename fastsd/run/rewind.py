@@ -1,0 +1,129 @@
+"""Going back to an earlier step of a run. What the run recorded after it is set aside, never deleted.
+
+RUN/set-aside-1/                      a folder like RUN, so `fastsd compare RUN RUN/set-aside-1` compares both continuations
+    checkpoints/ samples/ profiles/   those of later steps, moved
+    log.jsonl ...                     the rows of later steps
+    config.json cost.json             copies
+    model/ model.safetensors ...      exports with weights of later steps, moved: RUN/model would look like the run's result
+RUN/setting-aside.json                exists while things are moved. After a kill or a full disk, the next start moves the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from fastsd.errors import UserError
+from fastsd.model.formats.model_summary import read_summary
+from fastsd.run.checkpoint import checkpoints
+from fastsd.run.folder import grid_files, read_table
+from fastsd.storage import TEMPORARY, flush_folder, new_file, replace_file, write_bytes
+
+JOURNAL = "setting-aside.json"
+EXPORTS = ("model", "model-ema", "lora", "lora-ema")
+
+
+def set_aside(run: Path, step: int) -> Path | None:
+    """Set aside everything that a run recorded after a step. Return the new folder with it, or None if there is nothing.
+
+    The caller holds the run's lock, and has written the rows that wait in memory.
+
+    Raises:
+        UserError: the disk is full or the folder is not writable. Nothing is lost, and the next start moves the rest.
+    """
+    if not _later_paths(run, step) and not any(_split_rows(path, step)[1] for path in _row_files(run)):
+        return None
+    names = [re.fullmatch(r"set-aside-(\d+)", path.name) for path in run.iterdir()]
+    folder = run / f"set-aside-{max((int(name[1]) for name in names if name), default=0) + 1}"
+    try:
+        replace_file(run / JOURNAL, json.dumps({"step": step, "folder": folder.name}))
+        _move(run, step, folder)
+    except OSError as error:
+        raise _failed(run, error) from None
+    return folder
+
+
+def finish_setting_aside(run: Path) -> Path | None:
+    """Finish a `set_aside` that was interrupted. Return its folder, or None if there is no such call.
+
+    Raises:
+        UserError: as `set_aside`.
+    """
+    journal = read_table(run / JOURNAL) or {}
+    try:
+        match journal.get("step"), journal.get("folder"):
+            case int(step), str(name):
+                _move(run, step, run / name)
+                return run / name
+        (run / JOURNAL).unlink(missing_ok=True)  # damaged: all that it would move is still in its place, or was moved
+    except OSError as error:
+        raise _failed(run, error) from None
+    return None
+
+
+def _failed(run: Path, error: OSError) -> UserError:
+    reason = f"what follows the checkpoint could not be set aside ({error.strerror or error})"
+    return UserError("not-set-aside", f"{run}: {reason}; nothing is lost; fix that, and run the same command again")
+
+
+def _move(run: Path, step: int, folder: Path) -> None:
+    """Move what is after a step. At any moment, every file and row is in one of the two places, so a kill loses nothing."""
+    folder.mkdir(exist_ok=True)
+    flush_folder(run)
+    for name in ("config.json", "cost.json"):
+        if (run / name).is_file():
+            _replace_bytes(folder / name, (run / name).read_bytes())
+    for path in _row_files(run):
+        earlier_rows, later_rows = _split_rows(path, step)
+        if later_rows:
+            _replace_bytes(folder / path.name, b"".join(later_rows))
+            _replace_bytes(path, b"".join(earlier_rows))
+    for path in _later_paths(run, step):
+        target = folder / path.relative_to(run)
+        target.parent.mkdir(exist_ok=True)
+        flush_folder(folder)
+        path.rename(target)
+        flush_folder(target.parent)
+        flush_folder(path.parent)
+    (run / JOURNAL).unlink()
+    flush_folder(run)
+
+
+def _later_paths(run: Path, step: int) -> list[Path]:
+    """List the files and folders of later steps. The checkpoints come last and the newest first, so that the run stays whole:
+    until all of them are moved, it is at the newest one that remains."""
+    paths = [path for path, _, grid_step in grid_files(run / "samples") if grid_step > step]
+    paths += [path for path in (run / "profiles").glob("step-*.json") if _step_of(path) > step]
+    exports = [path for name in EXPORTS for path in (run / f"{name}.safetensors", run / name) if path.exists()]
+    if exports:
+        summary = read_summary(run / "model")
+        # The files are written together. Without a summary nobody knows of which step they are.
+        paths += exports if summary is None or summary.steps is None or summary.steps > step else []
+    return paths + [path for path in reversed(checkpoints(run / "checkpoints")) if _step_of(path) > step]
+
+
+def _step_of(path: Path) -> int:
+    match = re.fullmatch(r"step-(\d+)", path.stem)
+    return int(match[1]) if match else 0
+
+
+def _row_files(run: Path) -> list[Path]:
+    return [path for path in run.glob("*.jsonl") if not path.name.startswith(TEMPORARY)]
+
+
+def _split_rows(path: Path, step: int) -> tuple[list[bytes], list[bytes]]:
+    """Split the lines of a row file into those up to a step, with all that are no rows, and the rows after it."""
+    earlier_rows, later_rows = list[bytes](), list[bytes]()
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            is_later = line.endswith(b"\n") and json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_later = False
+        (later_rows if is_later else earlier_rows).append(line)
+    return earlier_rows, later_rows
+
+
+def _replace_bytes(path: Path, data: bytes) -> None:
+    with new_file(path) as temporary:
+        write_bytes(temporary, data)
