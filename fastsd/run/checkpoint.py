@@ -3,10 +3,11 @@
     RUN/checkpoints/step-00001000/       a diffusers folder (unet, text_encoder, vae, tokenizer, scheduler), plus
         state.safetensors  state.json    the optimizer state, the progress of the run, and whether retention may delete it
         run.json                         the config
-        manifest.json                    sha256 of every file, written last
+        copies.json  manifest.json       a second copy of the small files; sha256 of every file, written last
 
-A checkpoint is written to a temporary folder, flushed and renamed, so it exists either completely or not at all. Files
-that have not changed are hard links to the previous checkpoint. Old checkpoints are deleted only after a new one is committed.
+A checkpoint is written to a temporary folder, flushed and renamed, so it exists either completely or not at all. Weights
+that have not changed are hard links to the previous checkpoint, and nothing else is shared. Old checkpoints
+are deleted only after a new one is committed. Read next: `restore.py`, for files that are damaged.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -27,18 +29,20 @@ from fastsd.errors import UserError
 from fastsd.model.formats.adapters import ADAPTERS, MADE_BY, Averages, load_merged, write_adapters
 from fastsd.model.formats.load import component_state_dict, write_component, write_rest
 from fastsd.model.model import Model
+from fastsd.run.restore import WEIGHTS, read_manifest, read_small, restore, verify, write_manifest
 from fastsd.storage import (
     TensorFile,
+    copy_file,
     link_or_copy,
     new_folder,
     remove_folder,
     remove_leftovers,
-    sha256_of,
+    write_bytes,
     write_safetensors,
     write_text,
 )
 
-MANIFEST, STATE, TENSORS, CONFIG = "manifest.json", "state.json", "state.safetensors", "run.json"
+STATE, TENSORS, CONFIG = "state.json", "state.safetensors", "run.json"
 TRAINING_FILES = (STATE, TENSORS, CONFIG, ADAPTERS, MADE_BY)  # files of a checkpoint that a base model does not have
 STATE_KEYS = {"micro_batch_size": "micro", "micro_batch_setting": "micro_asked"}  # fields whose key in state.json differs
 
@@ -87,7 +91,7 @@ def save(
     Args:
         folder: RUN/checkpoints.
         weights: component name -> function that returns its exact fp32 weights by parameter name.
-        changed: components that differ from the previous checkpoint. The others become hard links to its files.
+        changed: components that differ from the previous checkpoint. The weights of the others become hard links to its files.
         state: all other tensors: optimizer state, EMA weights and smoothed loss.
         adapters: component name -> its exact adapters by parameter name, if the model has adapters.
         config: the run's config as JSON.
@@ -98,22 +102,20 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     earlier = checkpoints(folder)
-    earlier_manifest = _read_manifest(earlier[-1]) if earlier else None
+    earlier_manifest = (read_manifest(earlier[-1]) if earlier else None) or {}
     target = folder / name_of(progress.step)
     with new_folder(target) as new:
         manifest: dict[str, str] = {}
         for component in weights:
-            if earlier_manifest and component not in changed:
-                component_files = {name for name in earlier_manifest if name.startswith(f"{component}/")}
-                manifest.update(_link(earlier_manifest, earlier[-1], new, component_files))
-            else:
+            names = {name for name in earlier_manifest if name.startswith(f"{component}/") and component not in changed}
+            hashes = _take(earlier_manifest, names, earlier[-1], new) if names else None
+            if hashes is None:
                 state_dict = component_state_dict(model, component, weights[component]())
-                manifest.update(write_component(new, model, component, state_dict))
-        if earlier_manifest:
-            other_files = {name for name in earlier_manifest if name.split("/")[0] not in (*weights, *TRAINING_FILES)}
-            manifest.update(_link(earlier_manifest, earlier[-1], new, other_files))
-        else:
-            manifest.update(write_rest(new, model))
+                hashes = write_component(new, model, component, state_dict)
+            manifest |= hashes
+        names = {name for name in earlier_manifest if name.split("/")[0] not in (*weights, *TRAINING_FILES)}
+        hashes = _take(earlier_manifest, names, earlier[-1], new) if names else None
+        manifest |= write_rest(new, model) if hashes is None else hashes
         if adapters is not None:
             manifest |= write_adapters(new, model, adapters)
 
@@ -121,14 +123,23 @@ def save(
         values = {STATE_KEYS.get(name, name): value for name, value in asdict(progress).items()}
         manifest[STATE] = write_text(new / STATE, json.dumps({"fastsd": __version__, "keep": keep, **values}, indent=2))
         manifest[CONFIG] = write_text(new / CONFIG, config)
-        write_text(new / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+        write_manifest(new, manifest)
     return target
 
 
-def _link(manifest: dict[str, str], source: Path, target: Path, names: set[str]) -> dict[str, str]:
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(source / name, target / name)
+def _take(manifest: dict[str, str], names: set[str], source: Path, target: Path) -> dict[str, str] | None:
+    """Take files over from a checkpoint: weights as hard links, small files as copies. Return None if one cannot be read."""
+    try:
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(WEIGHTS):
+                link_or_copy(source / name, target / name)
+            else:
+                write_bytes(target / name, read_small(source, name, manifest[name]))
+    except OSError:
+        for name in names:
+            (target / name).unlink(missing_ok=True)  # whoever wrote into a hard link would change the earlier checkpoint
+        return None
     return {name: manifest[name] for name in names}
 
 
@@ -146,19 +157,25 @@ def _must_stay(path: Path) -> bool:
         return True  # nobody knows, so it is not deleted
 
 
-def newest(folder: Path) -> tuple[Path, RunProgress, list[str]] | None:
+def newest(folder: Path, base: ModelTable | None = None) -> tuple[Path, RunProgress, list[str]] | None:
     """Return the newest intact checkpoint, its progress and warnings, or None if the folder has no checkpoints.
 
-    Later checkpoints, which are damaged, are renamed, so that nothing links to them. Each has a warning.
+    Damaged files of a checkpoint are restored if there is another copy of them. Later checkpoints, which cannot be restored,
+    are renamed, so that nothing links to them. Each has a warning.
+
+    Args:
+        base: the model that the run started from.
 
     Raises:
-        UserError: there are checkpoints, but all of them are damaged.
+        UserError: there are checkpoints, but all of them are damaged; or a copy exists, but cannot be written.
     """
     remove_leftovers(folder)
     checkpoint_paths, warnings = checkpoints(folder), list[str]()
+    others = [*sorted(folder.glob("*step-*"), reverse=True), *folder.parent.glob("model*")]
     for i, path in reversed(list(enumerate(checkpoint_paths))):
         problem = verify(path)
-        if problem is None:
+        restored = [] if problem is None else restore(path, others, partial(_write_base, base))
+        if restored is not None:
             for damaged in checkpoint_paths[i + 1 :]:
                 renamed_path = damaged.with_name(f"damaged-{damaged.name}")
                 shutil.rmtree(renamed_path, ignore_errors=True)
@@ -172,7 +189,7 @@ def newest(folder: Path) -> tuple[Path, RunProgress, list[str]] | None:
                 values.pop(other_key, None)
             fields = {key: field for field, key in STATE_KEYS.items()}
             progress = RunProgress(**{fields.get(key, key): value for key, value in values.items()})
-            return path, progress, warnings
+            return path, progress, warnings + restored
         warnings.append(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     if checkpoint_paths:
         raise UserError(
@@ -182,28 +199,24 @@ def newest(folder: Path) -> tuple[Path, RunProgress, list[str]] | None:
     return None
 
 
-def verify(path: Path) -> str | None:
-    """Return None if every file of a checkpoint matches its manifest, otherwise a short description of the problem."""
-    manifest = _read_manifest(path)
-    if manifest is None:
-        return f"{MANIFEST} is missing or unreadable"
-    for name, digest in manifest.items():
-        try:
-            if sha256_of(path / name) != digest:
-                return f"{name} does not match its sha256 in {MANIFEST}"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
+def _write_base(table: ModelTable | None, folder: Path, names: Collection[str]) -> str:
+    """Write those components and small files of the base model that occur in `names`. Return the model's name.
 
-
-def _read_manifest(path: Path) -> dict[str, str] | None:
+    A checkpoint has the same bytes, unless the run has changed them.
+    """
+    if table is None or any(name in TRAINING_FILES for name in names):
+        return ""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+        model = load_merged(table)
+    except (UserError, OSError):
+        return ""
+    components = {name.split("/")[0] for name in names}
+    for component in components & {*COMPONENTS}:
+        write_component(folder, model, component, component_state_dict(model, component))
+    if components - {*COMPONENTS}:
+        folder.mkdir(exist_ok=True)
+        write_rest(folder, model)
+    return f"the base model {table.base}"
 
 
 def load_state(path: Path) -> TensorFile:
@@ -225,20 +238,22 @@ def averages_of(path: Path) -> dict[str, dict[str, Tensor]]:
 def export(checkpoint: Path, target: Path, model: Model, averages: Averages, finish: Callable[[Path], None]) -> None:
     """Write a checkpoint's model as a separate diffusers folder, without training state and with adapters merged.
 
-    Files that are the same as in the checkpoint are hard links to it.
+    Files that are the same as in the checkpoint are copied: whatever edits the model cannot damage the checkpoint.
 
     Args:
         averages: component name -> tensors by parameter name that replace those of the checkpoint.
         finish: called with the temporary folder, to write more files into it before it is renamed to `target`.
     """
-    manifest = _read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     assert manifest is not None, checkpoint
     merged = model if model.lora is None else load_merged(ModelTable(base=str(checkpoint)), averages=averages)
     adapted = () if model.lora is None else COMPONENTS[: 1 + model.lora.text_encoder]
     written = {*averages, *adapted}
-    linked_files = {name for name in manifest if name not in TRAINING_FILES and name.split("/")[0] not in written}
+    copied_files = [name for name in manifest if name not in TRAINING_FILES and name.split("/")[0] not in written]
     with new_folder(target) as new:
-        _link(manifest, checkpoint, new, linked_files)
+        for name in copied_files:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(checkpoint / name, new / name)
         for component in written:
             tensors = averages.get(component) if model.lora is None else None
             write_component(new, merged, component, component_state_dict(merged, component, tensors))

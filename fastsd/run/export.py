@@ -1,6 +1,6 @@
 """Export of a run's newest checkpoint for other tools. Every start of a finished run writes these files again.
 
-RUN/model               a diffusers folder in fp32, hard-linked to the checkpoint, with its model card
+RUN/model               a diffusers folder in fp32, which shares no file with the checkpoint, with its model card
 RUN/model.safetensors   the same model in one file of the original layout, for ComfyUI and A1111
 RUN/lora.safetensors    the adapters alone, if the run trains adapters; RUN/model has them merged
 RUN/model-ema ...       all of the above with EMA weights, if the checkpoint has any

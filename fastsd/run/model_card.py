@@ -26,7 +26,7 @@ from fastsd.model.formats.model_summary import SUMMARY, Adapters, Loss, ModelSum
 from fastsd.run.checkpoint import STATE
 from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
 from fastsd.run.settings import flatten
-from fastsd.storage import link_or_copy, write_text
+from fastsd.storage import copy_file, write_text
 
 CARD, SAMPLES = "README.md", "samples.png"
 SDXL_SCALING_FACTOR = 0.13025
@@ -166,7 +166,7 @@ def write_card(
     """
     if samples is not None:
         (folder / SAMPLES).unlink(missing_ok=True)
-        link_or_copy(samples, folder / SAMPLES)
+        copy_file(samples, folder / SAMPLES)
     write_text(folder / SUMMARY, json.dumps(summary.table(), indent=2, sort_keys=True) + "\n")
     write_text(folder / CARD, _Card(folder, summary, single, fold=fold).text())
 

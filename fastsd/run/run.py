@@ -98,7 +98,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
             console.echo(f"finished setting aside what the run recorded after the step it went back to: {earlier}")
         device = choose_device(config.device, console)
         ops = choose_ops(config.kernels, device)
-        newest, saved_progress, warnings = checkpoint.newest(folder / "checkpoints") or (None, None, [])
+        newest, saved_progress, warnings = checkpoint.newest(folder / "checkpoints", config.model) or (None, None, [])
         warnings += compare_with_start(folder / "config.json", config, saved_progress, newest)
         progress = saved_progress or RunProgress()
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}

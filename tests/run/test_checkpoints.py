@@ -13,7 +13,7 @@ import pytest
 import torch
 from sentences import refused, says
 
-from fastsd.run import checkpoint
+from fastsd.run import checkpoint, restore
 from fastsd.run.checkpoint import RunProgress, averages_of, checkpoints, name_of, newest, retain, verify
 from fastsd.run.saving import Saving
 from fastsd.storage import write_safetensors
@@ -74,13 +74,13 @@ def test_damaged_checkpoints_are_set_aside_again_and_again(problem, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 def test_a_checkpoint_that_cannot_be_read_is_damaged(number, tmp_path, monkeypatch):
-    def failing(path, sha256_of=checkpoint.sha256_of):
+    def failing(path, sha256_of=restore.sha256_of):
         if path.parent.name == name_of(4):
             raise OSError(number, os.strerror(number))
         return sha256_of(path)
 
     good, path = commit(tmp_path, 2), commit(tmp_path, 4)
-    monkeypatch.setattr(checkpoint, "sha256_of", failing)
+    monkeypatch.setattr(restore, "sha256_of", failing)
     chosen, _, (warning,) = newest(tmp_path)
     assert chosen == good and f"weights cannot be read: {os.strerror(number)}" in warning and not path.exists()
 

@@ -83,7 +83,8 @@ def test_folder_and_single_file_have_the_same_weights(exported):
         assert all(t.dtype == torch.float16 for t in load_file(file).values())
     newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
     weights = "unet/diffusion_pytorch_model.safetensors"
-    assert os.path.samefile(folder / "model" / weights, newest / weights)
+    assert (folder / "model" / weights).read_bytes() == (newest / weights).read_bytes()
+    assert not os.path.samefile(folder / "model" / weights, newest / weights)
     assert not any(path.name.startswith(".tmp-") for path in folder.iterdir())
     assert json.loads((folder / "cost.json").read_text())["file_bytes"] == (folder / "model.safetensors").stat().st_size
 
@@ -329,11 +330,12 @@ def test_metadata_has_sorted_keys(exported):
         assert text == json.dumps(json.loads(text), sort_keys=True)
 
 
-def test_components_without_adapters_are_links_to_the_checkpoint(tmp_path, tiny_model, images):
+def test_components_without_adapters_are_copied_from_the_checkpoint(tmp_path, tiny_model, images):
     folder, _ = run(job(tmp_path, tiny_model, images, LORA_STAGE), "model.lora={rank=2}")
     newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
-    for name, is_link in (("text_encoder/model.safetensors", True), ("unet/diffusion_pytorch_model.safetensors", False)):
-        assert os.path.samefile(folder / "model" / name, newest / name) == is_link
+    for name, is_copy in (("text_encoder/model.safetensors", True), ("unet/diffusion_pytorch_model.safetensors", False)):
+        assert ((folder / "model" / name).read_bytes() == (newest / name).read_bytes()) == is_copy
+        assert not os.path.samefile(folder / "model" / name, newest / name)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
