@@ -22,6 +22,7 @@ from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.model import Model
 from fastsd.model.select import changed_components, parameter_count, selected
 from fastsd.plan.disk import export_bytes
+from fastsd.run.restart import saved_splits
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
 from fastsd.train.device import choose_device, choose_ops
@@ -110,7 +111,8 @@ def _cache(config: Config, model: Model, images_per_epoch: list[int]) -> str:
 
 def _validation(config: Config, model: Model, images_per_epoch: list[int]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
-        sets, loader_args = choose_splits(latents, config), (latents, model.text.tokenize, config.seed, config.stage[0])
+        sets = choose_splits(latents, config, saved_splits(config))
+        loader_args = latents, model.text.tokenize, config.seed, config.stage[0]
         loader = Loader(*loader_args, data=config.data, left_out=sets.left_out)
         images_per_epoch[:] = [loader.images]
         return f"{Validation(model, loader, sets, config.validate_)}, every {config.validate_.every}"

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from fastsd.config.schema import Config
@@ -13,13 +14,14 @@ from fastsd.console import STDOUT, Console
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
 from fastsd.data.text_embeddings import TextEmbeddings
-from fastsd.data.validation_split import choose_splits
+from fastsd.data.validation_split import ValidationSplits, choose_splits
 from fastsd.errors import UserError, out_of_memory
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.formats.load import table_of
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
 from fastsd.run.folder import resolve_model
+from fastsd.run.restart import saved_splits
 from fastsd.run.validation import Validation, ValidationRow, format_table
 from fastsd.storage import replace_file
 from fastsd.train.device import choose_device, choose_ops
@@ -30,7 +32,9 @@ from fastsd.train.trainable import compute_weight
 def validate(name: str, config: Config, json_file: Path | None = None, console: Console = STDOUT) -> list[ValidationRow]:
     """Measure a model on the validation sets of a config, in the precision of its last stage, and print a table.
 
-    For a run's checkpoint the result equals, to the last bit, what the run itself measured in that precision.
+    For a run's checkpoint the result equals, to the last bit, what the run itself measured in that precision. The images are
+    those that the checkpoint's run has measured since its start. For another model, they are those of the config's run, if it
+    has a checkpoint.
 
     Args:
         name: a diffusers folder, hub id, single file, run (its newest checkpoint) or checkpoint. The config's own base uses
@@ -67,8 +71,9 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
             for parameter in module.to(device).parameters():
                 parameter.data = compute_weight(parameter.data, COMPUTE_DTYPE[precision])
         loader = Loader(latents, model.text.tokenize, config.seed, config.stage[0], text_embeddings=text_embeds)
-        validation = Validation(model, loader, choose_splits(latents, config), table)
-        console.echo(f"{base}, {switches}\n{validation}")
+        splits = _splits(base, latents, config)
+        validation = Validation(model, loader, splits, table)
+        console.echo("\n".join([f"{base}, {switches}", *(f"note: {note}" for note in splits.notes), str(validation)]))
         try:
             rows = validation.rows()
         except Exception as error:
@@ -82,6 +87,17 @@ def validate(name: str, config: Config, json_file: Path | None = None, console: 
     if json_file:
         replace_file(json_file, json.dumps({"model": base, "precision": precision, "rows": rows}, indent=1) + "\n")
     return rows
+
+
+def _splits(base: str, latents: LatentCache, config: Config) -> ValidationSplits:
+    """Return the images that the run of a checkpoint measures, or those of the config's run, or those it would choose."""
+    try:
+        return choose_splits(latents, config, saved_splits(config, Path(base)))
+    except UserError as error:
+        if error.code != "validation-images-missing":
+            raise
+        splits = choose_splits(latents, config)  # latents of another VAE, and another number of them
+        return replace(splits, notes=[f"other images than in the run: {error}"])
 
 
 def _same_model(name: str, other: str) -> bool:

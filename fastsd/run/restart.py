@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import reduce
 from operator import getitem
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from fastsd.config.keys import Key, keys_with
 from fastsd.config.schema import Config, StageTable, dump_config, parse_config
@@ -22,7 +24,8 @@ from fastsd.run.folder import read_table
 from fastsd.storage import replace_file
 
 # Changing one of these settings would turn the rest of the run into a different run.
-FIXED = ("model", "data", "seed", "validate.held_out", "validate.seed", "validate.by")
+SPLITS = ("data", "validate.held_out", "validate.seed", "validate.by")  # the settings that validation images depend on
+FIXED = ("model", "seed", *SPLITS)
 
 
 def lock(folder: Path) -> AbstractContextManager[object]:
@@ -59,7 +62,7 @@ def compare_with_start(path: Path, config: Config, progress: RunProgress | None,
     old, new = (json.loads(dump_config(table)) for table in (start, config))
     advice = "undo the change, or start a new run with run=FOLDER"
     for key in FIXED:
-        before, after = (reduce(getitem, key.split("."), config) for config in (old, new))
+        before, after = _value(start, key), _value(config, key)
         if before != after:
             change = _describe_change(key, before, after)
             raise UserError("run-other-start", f"{path.parent}: {change} since the run was started; {advice}")
@@ -104,6 +107,24 @@ def compare_images(path: Path, latents: LatentCache, *, resumed: bool) -> list[s
         return []
     description = "captions or images" if "view" in changed_keys else " and ".join(changed_keys)
     return [f"{description} in the cache have changed since the last start"]
+
+
+def saved_splits(config: Config, *paths: Path) -> Mapping[str, Tensor]:
+    """Open the state of a checkpoint whose run has the data and validation images of a config, or return {}.
+
+    Args:
+        paths: checkpoints, or other models, that are tried before those of the config's run.
+    """
+    for path in (*paths, *reversed(checkpoint.checkpoints(Path(config.run) / "checkpoints"))):
+        saved = _read_config(path / checkpoint.CONFIG)
+        if saved and all(_value(saved, key) == _value(config, key) for key in SPLITS):
+            with suppress(UserError):  # the file is missing or damaged
+                return checkpoint.load_state(path)
+    return {}
+
+
+def _value(config: Config, key: str) -> Any:
+    return reduce(getitem, key.split("."), config.model_dump(by_alias=True))
 
 
 def _describe_change(key: str, before: Any, after: Any) -> str:

@@ -106,7 +106,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         model = _load_model(config, ops, newest)
         warnings += model.notes
         check_samples(model, config)
-        data = stack.enter_context(closing(TrainingData(config, model)))
+        data = stack.enter_context(closing(TrainingData(config, model, saved)))
         warnings += compare_images(folder / "images.json", data.latents, resumed=newest is not None) + data.warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
@@ -120,7 +120,7 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         smoothed = SmoothedLoss(device)
         smoothed.load_state_dict(saved)
         cost = CostRecorder(config, counts, device)
-        saving = stack.enter_context(Saving(config, model, position, smoothed, report, cost, saved))
+        saving = stack.enter_context(Saving(config, model, position, smoothed, report, cost, saved, data.sets))
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
         run = Run(
             config, folder, device, ops, model, data, position, smoothed, saving, evaluation, cost, report, counts, warnings

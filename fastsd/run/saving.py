@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsd.config.schema import Config, dump_config
 from fastsd.config.stages import COMPONENTS
+from fastsd.data.validation_split import ValidationSplits
 from fastsd.model.formats.adapters import Averages
 from fastsd.model.model import Model
 from fastsd.model.weights import ADAPTER
@@ -52,6 +53,7 @@ class Saving:
     Attributes:
         state: tensors, read lazily, from which the next stage to start loads its optimizer state: those of the checkpoint that
             the run resumed from, or of the end of a stage whose successor has state = "carry". Empty once they are loaded.
+        sets: the images of validation, which each checkpoint keeps.
         changed: components whose weights differ from those in the newest checkpoint.
         kept: names of checkpoints of older versions that are never deleted. Newer ones say so themselves.
     """
@@ -63,6 +65,7 @@ class Saving:
     report: TrainReport
     cost: CostRecorder
     state: Mapping[str, Tensor]
+    sets: ValidationSplits
 
     def __post_init__(self) -> None:
         self.folder = Path(self.config.run)
@@ -107,7 +110,8 @@ class Saving:
         # `dict` returns no weights: of a component that the step does not use, the checkpoint takes those of the model.
         weights: dict[str, Callable[[], Mapping[str, Tensor]]] = dict.fromkeys(COMPONENTS, dict)
         weights |= {name: component.state for name, component in components.items()}
-        state = self.smoothed.state_dict() | step.state_dict(optimizers=not progress.stage_done or self._continues(progress))
+        optimizers = not progress.stage_done or self._continues(progress)
+        state = self.smoothed.state_dict() | self.sets.state_dict() | step.state_dict(optimizers=optimizers)
         adapters = {name: component.state(ADAPTER) for name, component in components.items()} if self.model.lora else None
         content = Content(weights, self.changed, state, adapters)
         self.changed = set()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from fastsd.config.schema import Config
 from fastsd.data.cache import LatentCache, view_name
 from fastsd.data.loader import Loader
@@ -18,6 +22,7 @@ class TrainingData:
     Args:
         config: config of the run.
         model: model with the VAE and tokenizer that the cache must match.
+        state: tensors of the checkpoint that the run resumes from, by which its validation images are found again.
 
     Attributes:
         latents: the cache view.
@@ -31,7 +36,7 @@ class TrainingData:
         UserError: the cache is missing, damaged, or built for another model.
     """
 
-    def __init__(self, config: Config, model: Model) -> None:
+    def __init__(self, config: Config, model: Model, state: Mapping[str, Tensor]) -> None:
         self._config, self._model = config, model
         self.latents = LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))
         self.tokens: Tokens | None = None
@@ -43,7 +48,8 @@ class TrainingData:
         self.text_embeddings: TextEmbeddings | None = None
         if config.cache.hidden_states:
             self.text_embeddings = TextEmbeddings(config.cache, self.latents, model.text)
-        self.sets = choose_splits(self.latents, config)
+        self.sets = choose_splits(self.latents, config, state)
+        self.warnings += self.sets.notes
         self.epochs = [self.loader(index).images for index in range(len(config.stage))]
 
     def loader(self, index: int, origin: int = 0) -> Loader:

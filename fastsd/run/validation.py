@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fastsd.config.schema import ValidateTable
 from fastsd.data.loader import Loader
-from fastsd.data.validation_split import ValidationSplits, identities
+from fastsd.data.validation_split import ValidationSplits
 from fastsd.errors import UserError
 from fastsd.model.model import Model
 from fastsd.train.objective import alphas_cumprod
@@ -118,8 +118,8 @@ class Validation:
 
     def __str__(self) -> str:
         sizes = " and ".join(f"{len(samples)} {name.replace('_', '-')}" for name, samples in self.sets.measured.items())
-        left_out = len(self.sets.left_out)
-        copies = f" ({left_out} not trained on, with duplicates)" if left_out > self.table.held_out else ""
+        left_out, held_out = len(self.sets.left_out), len(self.sets.measured.get("held_out", ()))
+        copies = f" ({left_out} not trained on, with duplicates)" if left_out > held_out else ""
         timesteps = f"{self._strata.count} timesteps per image ({self.table.bands} bands)"
         return f"{sizes} images{copies}, {timesteps}: {self.forwards} forwards"
 
@@ -178,8 +178,7 @@ class Validation:
         return self._strata.errors(latents_BCHW, text_embeds_BLD, self._identities(samples)).tolist()
 
     def _identities(self, samples: np.ndarray) -> Tensor:
-        cache = self.loader.cache
-        return torch.tensor([int(identities(cache, self.table, sample, sample + 1)[0]) for sample in samples.tolist()])
+        return torch.tensor([self.sets.identity[sample] for sample in samples.tolist()])
 
     def _split(self, samples: np.ndarray) -> list[np.ndarray]:
         """Group samples by shape into batches of at most `validate.batch`."""

@@ -9,10 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sentences import refused, says
 
+from fastsd.data.validation_split import ValidationSplits
 from fastsd.run import checkpoint, restore
 from fastsd.run.checkpoint import RunProgress, averages_of, checkpoints, name_of, newest, retain, verify
 from fastsd.run.saving import Saving
@@ -160,7 +162,8 @@ class Run:
         monkeypatch.setattr(checkpoint, "save", self.save_files)
         monkeypatch.setattr(checkpoint, "retain", lambda *arguments: self.retained.append(arguments[1:]))
         monkeypatch.setattr(checkpoint, "load_state", lambda path: {"from": path.name})
-        self.saving = Saving(config, SimpleNamespace(lora=None), self.position, smoothed, report, cost, {})
+        sets = ValidationSplits({}, np.empty(0), {})
+        self.saving = Saving(config, SimpleNamespace(lora=None), self.position, smoothed, report, cost, {}, sets)
         self.saving.changed = {"unet"}
 
     def save_files(self, folder, progress, model, weights, changed, state, adapters, *, config, keep):
