@@ -60,7 +60,7 @@ class StepResult:
 
     loss: Tensor  # mean over the batch
     grad_norm: Tensor  # before clipping
-    skipped: Tensor  # number of steps skipped so far
+    skipped: Tensor  # number of steps so far that were skipped, in full or for elements whose update was not finite
 
 
 class Step:
@@ -174,9 +174,8 @@ class Step:
             for name, optimizer in self.optimizers.items():
                 optimizer.update(self._gradient(name), found_inf=found_inf, scale=scale)
 
-        for optimizer in self.optimizers.values():
-            optimizer.finish(found_inf=found_inf)
-        self.skipped += found_inf
+        overflows = [optimizer.finish(found_inf=found_inf) for optimizer in self.optimizers.values()]
+        self.skipped += torch.stack([found_inf, *overflows]).any()
         return loss, norm, self.skipped.clone()
 
     def _accumulate(self, inputs: StepInputs) -> Tensor:

@@ -30,6 +30,8 @@ from fastsd_kernels import cpu_optimizers
 from fastsd_kernels.arena import (
     TILES,
     chunks,
+    finite,
+    finite_or_unchanged,
     fma,
     load,
     load_gradient,
@@ -81,7 +83,7 @@ def adamw_reference(
         for p, g, m, v, step_size, correction2 in chunks(
             params, grads, exp_avgs, exp_avg_sqs, step_sizes.unbind(), corrections2.unbind()
         ):
-            with unless_found_inf(options.get("found_inf"), p, m, v):
+            with finite_or_unchanged(p, m, v, **options):
                 torch._foreach_lerp_(m, g, 1 - beta1)
                 torch._foreach_mul_(v, beta2)
                 torch._foreach_addcmul_(v, g, g, 1 - beta2)
@@ -105,7 +107,7 @@ def corrections(
 
 @triton.jit
 def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, mask):
-    master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
+    master_lo_ptr, _, _, scale_ptr, found_inf_ptr, _ = options
     one_minus_beta1, beta2, one_minus_beta2 = betas
     if should_step(found_inf_ptr):
         decay, step_size, correction2 = tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2)
@@ -113,25 +115,25 @@ def _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, o
         g = load_gradient(g_ptr, scale_ptr, start, offs, mask)
         m = load(m_ptr, start, offs, mask)
         v = load(v_ptr, start, offs, mask)
-        m = fma(g - m, one_minus_beta1, m)
-        v = fma(g * one_minus_beta2, g, v * beta2)
-        denom = tl.div_rn(tl.sqrt_rn(v), correction2) + eps
-        tl.store(m_ptr + start + offs, m, mask)
-        tl.store(v_ptr + start + offs, v, mask)
-        store_parameter(
-            p * decay + tl.div_rn(m * step_size, denom), p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask
-        )
+        new_m = fma(g - m, one_minus_beta1, m)
+        new_v = fma(g * one_minus_beta2, g, v * beta2)
+        denom = tl.div_rn(tl.sqrt_rn(new_v), correction2) + eps
+        new_p = p * decay + tl.div_rn(new_m * step_size, denom)
+        is_finite = finite(new_p) & finite(new_m) & finite(new_v)
+        tl.store(m_ptr + start + offs, tl.where(is_finite, new_m, m), mask)
+        tl.store(v_ptr + start + offs, tl.where(is_finite, new_v, v), mask)
+        store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _adamw(
-    p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr,
+    p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr,
     one_minus_beta1, beta2, one_minus_beta2, eps, n,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
     offs = tl.arange(0, BLOCK)
-    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
+    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr
     betas = one_minus_beta1, beta2, one_minus_beta2
     if start + BLOCK <= n:
         _tile(p_ptr, g_ptr, m_ptr, v_ptr, factors_ptr, options, betas, eps, start, offs, None)
@@ -150,19 +152,20 @@ def adamw_step(
     ema_gain: Tensor | None,
     scale: Tensor | None,
     found_inf: Tensor | None,
+    overflow: Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> None:
     """Step tensors of one dense layout in place, in one launch. factors: fp32 (1 - lr wd, -lr / (1 - b1^t), sqrt(1 - b2^t))."""
     n, tile = p.numel(), TILES["adamw"]
-    operands = p, g, m, v, factors, master_lo, ema, ema_gain, scale, found_inf
+    operands = p, g, m, v, factors, master_lo, ema, ema_gain, scale, found_inf, overflow
     betas = 1 - beta1, beta2, 1 - beta2
     if n:
         launch(_adamw, (triton.cdiv(n, tile.span),), *operands, *betas, eps, n, **tile.options())
 
 
-_adamw_op = custom_op("adamw", mutates_args=("p", "m", "v", "master_lo", "ema"))(adamw_step)
+_adamw_op = custom_op("adamw", mutates_args=("p", "m", "v", "master_lo", "ema", "overflow"))(adamw_step)
 _adamw_op.register_fake(lambda *_: None)
 
 

@@ -19,6 +19,13 @@ Options of all three (`StepOptions`), applied in the pass that has the element i
 
     g = g * scale                                       ema = ema + (1 - ema_decay)(p - ema)
 
+No number becomes infinite or NaN.  Finite gradients can still give such an update: an absurd lr, a square that overflows.  An
+element whose new weight or state would not be `finite` keeps its weight and state, an EMA that would not be keeps its value,
+and the flag `overflow` is set for weights and state.  This costs no pass and no bytes: old and new values are in registers
+together.  The bound is bf16's largest number, because the forward uses the high half of a master, which rounds to infinity
+above it.  Lost: one store of the flag by a program or a thread, after a reduction, and old values read again where they are
+needed; the assembler then keeps so much in registers that AdamW spills.
+
 Roundings.  PyTorch rounds a + alpha b once, on a CPU and a GPU alike; so do `fma` here and everything the references
 do.  Kernels start with enable_fp_fusion=False: the compiler may then fuse no other product into a sum, and elementwise
 results have the reference's bits.  It costs nothing, because kernels wait for memory.  Scalars (lr, d, bias corrections) are
@@ -49,6 +56,7 @@ _CHUNK_CPU = 1 << 18
 _CHUNK_GPU = 1 << 26
 
 EMA_DECAY = 0.9999
+LARGEST = torch.finfo(torch.bfloat16).max  # the bound of `finite`, and of optimizers.c
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +89,7 @@ def masters(
                 for half, new in zip(halves, split_master(master), strict=True):
                     half.copy_(new)
     if emas:
-        with unless_found_inf(found_inf, emas):
+        with finite_or_unchanged(emas, found_inf=found_inf):
             change = torch._foreach_sub(list(fp32_params), list(emas))
             torch._foreach_mul_(change, scalars(emas[0].device, 1 - options.get("ema_decay", EMA_DECAY))[0])
             torch._foreach_add_(list(emas), change)
@@ -140,7 +148,26 @@ def unless_found_inf(found_inf: Tensor | None, *lists: Sequence[Tensor]) -> Iter
         torch.where(undo, old, new, out=new)
 
 
+@contextmanager
+def finite_or_unchanged(*lists: Sequence[Tensor], **options: Unpack[StepOptions]) -> Iterator[None]:
+    """Undo the block for elements that it has made infinite or NaN, in all of the parallel `lists`, and set `overflow`.
+
+    As in `unless_found_inf`, nothing changes if `found_inf` is nonzero.
+    """
+    found_inf, overflow = options.get("found_inf"), options.get("overflow")
+    copies = [[t.clone() for t in column] for column in lists]
+    yield
+    for old_row, new_row in zip(zip(*copies, strict=True), zip(*lists, strict=True), strict=True):
+        finite = torch.stack([new.abs() <= LARGEST for new in new_row]).all(dim=0)
+        keep = finite if found_inf is None else finite & (found_inf == 0)
+        for old, new in zip(old_row, new_row, strict=True):
+            torch.where(keep, new, old, out=new)
+        if overflow is not None:
+            overflow |= ~finite.all() if found_inf is None else ~finite.all() & (found_inf == 0)
+
+
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_LARGEST = tl.constexpr(LARGEST)
 
 
 @triton.jit
@@ -171,6 +198,11 @@ def pair_sum(x):
         if x.shape[0] > 1:
             x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), axis=1)
     return tl.sum(x)
+
+
+@triton.jit
+def finite(x):
+    return tl.abs(x) <= _LARGEST  # false for NaN
 
 
 @triton.jit
@@ -212,7 +244,9 @@ def load_parameter(p_ptr, master_lo_ptr, start, offs, mask):
 
 
 @triton.jit
-def store_parameter(p, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask):
+def store_parameter(p, is_finite, p_ptr, options, start, offs, mask):
+    """Store the parameters of a tile and update their EMAs. Set the flag `overflow` if `is_finite` is not true of all."""
+    master_lo_ptr, ema_ptr, ema_gain_ptr, _, _, overflow_ptr = options
     if master_lo_ptr is None:
         tl.store(p_ptr + start + offs, p, mask)
     else:
@@ -223,7 +257,14 @@ def store_parameter(p, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs,
         tl.store(master_lo_ptr + start + offs, tl.where(nan, 0, bits).to(tl.int16), mask)
     if ema_ptr is not None:
         ema = load(ema_ptr, start, offs, mask)
-        tl.store(ema_ptr + start + offs, ema + tl.load(ema_gain_ptr) * (p - ema), mask)
+        new_ema = ema + tl.load(ema_gain_ptr) * (p - ema)
+        tl.store(ema_ptr + start + offs, tl.where(finite(new_ema), new_ema, ema), mask)
+    if overflow_ptr is not None:
+        overflows = is_finite == 0
+        if mask is not None:
+            overflows = overflows & mask
+        # All that write the flag write the same, so they need no atomics. In a healthy step none does.
+        tl.store(overflow_ptr + offs * 0, True, overflows)
 
 
 # Kernels do not specialise on the number of elements: only the last tile could gain, and a fused backward would compile twice.
@@ -268,6 +309,7 @@ class TensorOptions(NamedTuple):
     ema_gain: Tensor | None  # 0-dim fp32, 1 - decay
     scale: Tensor | None
     found_inf: Tensor | None
+    overflow: Tensor | None
 
 
 def scalars(device: torch.device, *values: float | Tensor) -> Tensor:
@@ -292,9 +334,9 @@ def operands(
     if not params:
         return []
     masters_lo, emas = options.get("masters_lo"), options.get("emas")
-    scale, found_inf = options.get("scale"), options.get("found_inf")
+    flags = options.get("scale"), options.get("found_inf"), options.get("overflow")
     ema_decay = options.get("ema_decay", EMA_DECAY)
-    scalar_tensors = [t for t in (scale, found_inf, ema_decay, *device_scalars) if isinstance(t, Tensor)]
+    scalar_tensors = [t for t in (*flags, ema_decay, *device_scalars) if isinstance(t, Tensor)]
     gain = None if emas is None else scalars(params[0].device, 1 - ema_decay)[0]
     absent = (None,) * len(params)
     result = []
@@ -305,19 +347,19 @@ def operands(
         for t in (p, g, master_lo, *fp32_states):
             if t is not None and (not dense(t) or memory_order(t) != memory_order(p)):
                 raise layout_error(op, t, p)
-        result.append(((p, g, *state), TensorOptions(master_lo, ema, gain, scale, found_inf)))
+        result.append(((p, g, *state), TensorOptions(master_lo, ema, gain, *flags)))
     return result
 
 
 def step_calls(step: Callable[[Tensor, Tensor, Tensor, TensorOptions], object]) -> Calls:
     """Yield the calls of an optimizer's record. `step` takes arenas p, g and state, and the options."""
     n = sum(size * count for size, count in workload.PARAMETERS.items())
-    state, scalar, found_inf = meta(n), meta(), meta(dtype=torch.bool)
+    state, scalar, flag = meta(n), meta(), meta(dtype=torch.bool)
     for mode, gradients in (("fp32", "fp32"), ("bf16 halves", "bf16"), ("bf16 halves", "fp32")):
         p = meta(n, dtype=DTYPES["fp32" if mode == "fp32" else "bf16"])
         master_lo = None if mode == "fp32" else meta(n, dtype=torch.int16)
         for ema, scale in ((None, None), (None, scalar), (state, None), (state, scalar)):
-            options = TensorOptions(master_lo, ema, None if ema is None else scalar, scale, found_inf)
+            options = TensorOptions(master_lo, ema, None if ema is None else scalar, scale, flag, flag)
             step(p, meta(n, dtype=DTYPES[gradients]), state, options)
             extras = [name for name, t in (("EMA", ema), ("scale", scale)) if t is not None]
             yield " and ".join([f"{gradients} gradients", *extras]), mode

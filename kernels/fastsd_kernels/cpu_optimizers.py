@@ -50,6 +50,7 @@ class _Options(ctypes.Structure):
         ("scale", _POINTER),
         ("ema_gain", _POINTER),
         ("found_inf", _POINTER),
+        ("overflow", _POINTER),
         ("threads", ctypes.c_int32),
     ]
 
@@ -145,7 +146,7 @@ def operands(
     **options: Unpack[StepOptions],
 ) -> list[_Operands]:
     """Group the tensors of each parameter, and check them as `arena.operands` does, here for tensors on a CPU."""
-    require_cpu(op, *scalars, options.get("found_inf"), options.get("scale"), options.get("ema_decay"))
+    require_cpu(op, *scalars, *(options.get(key) for key in ("found_inf", "overflow", "scale", "ema_decay")))
     masters_lo, emas, absent = options.get("masters_lo"), options.get("emas"), (None,) * len(params)
     two_states = states if len(states) == 2 else (states[0], absent)
     rows = list(zip(params, grads, *two_states, masters_lo or absent, emas or absent, strict=True))
@@ -188,12 +189,13 @@ def call(
         return sums_2P
 
     # C gets addresses, so these must live until the call is over.
-    scale, found_inf = options.get("scale"), options.get("found_inf")
+    scale, found_inf, overflow = options.get("scale"), options.get("found_inf"), options.get("overflow")
     scale = None if scale is None else scale.float()
     gain = scalars(torch.device("cpu"), 1 - options.get("ema_decay", EMA_DECAY))
     found_inf = None if found_inf is None else found_inf != 0
     scratch_2K = torch.empty(2, spans, dtype=torch.float64)
-    c_options = _Options(*(0 if t is None else t.data_ptr() for t in (scale, gain, found_inf)), torch.get_num_threads())
+    addresses = (0 if t is None else t.data_ptr() for t in (scale, gain, found_inf, overflow))
+    c_options = _Options(*addresses, torch.get_num_threads())
     rows, floats = (ctypes.c_uint64 * len(words))(*words), (ctypes.c_float * len(constants))(*constants)
 
     function = getattr(library(op), f"fastsd_{op}")

@@ -44,6 +44,8 @@ from fastsd_kernels import cpu_optimizers
 from fastsd_kernels.arena import (
     TILES,
     chunks,
+    finite,
+    finite_or_unchanged,
     fma,
     load,
     load_gradient,
@@ -98,7 +100,7 @@ def dlion_reference(
     with masters(params, grads, **options) as (params, grads):
         for p, g, m, r in chunks(params, grads, exp_avgs, s):
             n = len(p)
-            with unless_found_inf(options.get("found_inf"), p, m, r):
+            with finite_or_unchanged(p, m, r, **options):
                 update = torch._foreach_mul(m, beta1)
                 torch._foreach_add_(update, g, alpha=1 - beta1)
                 torch._foreach_sign_(update)
@@ -111,8 +113,8 @@ def dlion_reference(
                 dots += [torch.dot(x.flatten(), y.flatten()) for x, y in zip(update, r, strict=True)]
                 torch._foreach_mul_(r, sb)
                 torch._foreach_addcmul_(r, update, [s_gain] * n)
-                # Not _foreach_norm: on a CPU its fp32 accumulation is off by a percent at a million elements.
-                l1 += [x.sum() for x in torch._foreach_abs(r)]
+            # Not _foreach_norm: on a CPU its fp32 accumulation is off by a percent at a million elements.
+            l1 += [x.sum() for x in torch._foreach_abs(r)]
 
     if not dots:
         return d.new_zeros(0, dtype=torch.float32), d.new_zeros(0, dtype=torch.float32)
@@ -147,12 +149,13 @@ def dlion_estimate_reference(
     sb = beta2**0.5
     dlr = d * lr
     l1 = l1_K.double().sum()
-    moved = l1 > 0
     weighted = sb * numerator_weighted + (1 - sb) * (dlr * dots_K.double()).sum()
+    # False where all gradients were zero, and where the sums of huge numbers overflow.
+    moved = (l1 > 0) & torch.isfinite(weighted)
     d_hat = weighted / ((1 - sb) * l1)
     with unless_found_inf(found_inf, [d, numerator_weighted]):
         # A comparison, not maximum(): a d_hat that is not a number must not become d.
-        d.copy_(torch.where(moved & (dlr > 0) & (d_hat > d), d_hat, d))
+        d.copy_(torch.where(moved & (dlr > 0) & (d_hat > d) & torch.isfinite(d_hat), d_hat, d))
         numerator_weighted.copy_(torch.where(moved, weighted, numerator_weighted))
 
 
@@ -160,11 +163,11 @@ def dlion_estimate_reference(
 def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
     """Step elements start .. stop, in whole blocks unless BOUNDED. Returns their <u, s> and |s|_1."""
     p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr = operands
-    master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
+    master_lo_ptr, _, _, scale_ptr, found_inf_ptr, _ = options
     beta1, one_minus_beta1, beta2, sb = betas
     decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
     m_gain, s_gain = tl.load(factors_ptr + 2), tl.load(factors_ptr + 3)
-    finite = should_step(found_inf_ptr)
+    steps = should_step(found_inf_ptr)
     offs = tl.arange(0, BLOCK)
     dots = tl.zeros([BLOCK], tl.float32)
     l1 = tl.zeros([BLOCK], tl.float32)
@@ -174,33 +177,35 @@ def _step_span(operands, options, betas, start, stop, BOUNDED: tl.constexpr, BLO
             mask = offs < stop - start
         else:
             mask = None
-        if finite:
+        if steps:
             p = load_parameter(p_ptr, master_lo_ptr, start, offs, mask)
             g = load_gradient(g_ptr, scale_ptr, start, offs, mask)
             m = load(m_ptr, start, offs, mask)
             s = load(s_ptr, start, offs, mask)
             update = sign(fma(g, one_minus_beta1, m * beta1))
             dots += update * s
-            s = s * sb + update * s_gain
+            new_p, new_m, new_s = p * decay + update * step, fma(g, m_gain, m * beta2), s * sb + update * s_gain
+            is_finite = finite(new_p) & finite(new_m) & finite(new_s)
+            s = tl.where(is_finite, new_s, s)
             l1 += tl.abs(s)
             tl.store(s_ptr + start + offs, s, mask)
-            tl.store(m_ptr + start + offs, fma(g, m_gain, m * beta2), mask)
-            store_parameter(p * decay + update * step, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
+            tl.store(m_ptr + start + offs, tl.where(is_finite, new_m, m), mask)
+            store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask)
         start += BLOCK
     return pair_sum(dots), pair_sum(l1)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _dlion(
-    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, sums_ptr,
-    beta1, one_minus_beta1, beta2, sb, n,
+    p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr,
+    sums_ptr, beta1, one_minus_beta1, beta2, sb, n,
     BLOCK: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     i_span = tl.program_id(0)
     start = i_span.to(tl.int64) * (BLOCK * TIMES)  # an arena may pass 2^31 elements
     stop = start + BLOCK * TIMES
     operands = p_ptr, g_ptr, m_ptr, s_ptr, factors_ptr
-    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
+    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr
     betas = beta1, one_minus_beta1, beta2, sb
     if stop <= n:
         dot, l1 = _step_span(operands, options, betas, start, stop, BOUNDED=False, BLOCK=BLOCK)
@@ -223,12 +228,12 @@ def _estimate(
         l1 += tl.load(l1_ptr + offs, offs < n, other=0.0)
     if should_step(found_inf_ptr):
         l1_sum = tl.sum(l1)
-        if l1_sum > 0:
-            d, dlr = tl.load(d_ptr), tl.load(dlr_ptr)
-            numerator = sb * tl.load(nw_ptr) + one_minus_sb * (dlr * tl.sum(dots))
+        d, dlr = tl.load(d_ptr), tl.load(dlr_ptr)
+        numerator = sb * tl.load(nw_ptr) + one_minus_sb * (dlr * tl.sum(dots))
+        if (l1_sum > 0) & (tl.abs(numerator) < float("inf")):
             d_hat = numerator / (one_minus_sb * l1_sum)
             # A comparison, not a maximum: a d_hat that is not a number must not become d.
-            tl.store(d_ptr, tl.where((dlr > 0) & (d_hat > d), d_hat, d))
+            tl.store(d_ptr, tl.where((dlr > 0) & (d_hat > d) & (d_hat < float("inf")), d_hat, d))
             tl.store(nw_ptr, numerator)
 
 
@@ -243,6 +248,7 @@ def dlion_step(
     ema_gain: Tensor | None,
     scale: Tensor | None,
     found_inf: Tensor | None,
+    overflow: Tensor | None,
     beta1: float,
     beta2: float,
 ) -> Tensor:
@@ -250,7 +256,7 @@ def dlion_step(
     n, tile = p.numel(), TILES["dlion"]
     programs = triton.cdiv(n, tile.span)
     sums_2K = p.new_empty(2, programs, dtype=torch.float32)
-    operands = p, g, m, s, factors, master_lo, ema, ema_gain, scale, found_inf, sums_2K
+    operands = p, g, m, s, factors, master_lo, ema, ema_gain, scale, found_inf, overflow, sums_2K
     betas = beta1, 1 - beta1, beta2, beta2**0.5
     if n:
         launch(_dlion, (programs,), *operands, *betas, n, **tile.options(TIMES=tile.times))
@@ -265,7 +271,7 @@ def dlion_estimate(
     launch(_estimate, (1,), d, numerator, dots_K, l1_K, dlr, found_inf, sb, 1 - sb, len(dots_K), **tile.options())
 
 
-_step_op = custom_op("dlion", mutates_args=("p", "m", "s", "master_lo", "ema"))(dlion_step)
+_step_op = custom_op("dlion", mutates_args=("p", "m", "s", "master_lo", "ema", "overflow"))(dlion_step)
 _estimate_op = custom_op("dlion_estimate", mutates_args=("d", "numerator"))(dlion_estimate)
 
 

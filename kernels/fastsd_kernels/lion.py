@@ -27,6 +27,8 @@ from fastsd_kernels import cpu_optimizers
 from fastsd_kernels.arena import (
     TILES,
     chunks,
+    finite,
+    finite_or_unchanged,
     fma,
     load,
     load_gradient,
@@ -38,7 +40,6 @@ from fastsd_kernels.arena import (
     sign,
     step_calls,
     store_parameter,
-    unless_found_inf,
 )
 from fastsd_kernels.launch import custom_op, launch, meta
 from fastsd_kernels.ops import Lion, Op, StepOptions
@@ -69,7 +70,7 @@ def lion_reference(
     beta1, beta2 = betas
     with masters(params, grads, **options) as (params, grads):
         for p, g, m in chunks(params, grads, exp_avgs):
-            with unless_found_inf(options.get("found_inf"), p, m):
+            with finite_or_unchanged(p, m, **options):
                 update = torch._foreach_mul(m, beta1)
                 torch._foreach_add_(update, g, alpha=1 - beta1)
                 torch._foreach_sign_(update)
@@ -84,7 +85,7 @@ def lion_reference(
 
 @triton.jit
 def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask):
-    master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr = options
+    master_lo_ptr, _, _, scale_ptr, found_inf_ptr, _ = options
     beta1, one_minus_beta1, beta2, one_minus_beta2 = betas
     if should_step(found_inf_ptr):
         decay, step = tl.load(factors_ptr), tl.load(factors_ptr + 1)
@@ -92,19 +93,21 @@ def _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, mask):
         g = load_gradient(g_ptr, scale_ptr, start, offs, mask)
         m = load(m_ptr, start, offs, mask)
         update = sign(fma(g, one_minus_beta1, m * beta1))
-        tl.store(m_ptr + start + offs, fma(g, one_minus_beta2, m * beta2), mask)
-        store_parameter(p * decay + update * step, p_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, start, offs, mask)
+        new_p, new_m = p * decay + update * step, fma(g, one_minus_beta2, m * beta2)
+        is_finite = finite(new_p) & finite(new_m)
+        tl.store(m_ptr + start + offs, tl.where(is_finite, new_m, m), mask)
+        store_parameter(tl.where(is_finite, new_p, p), is_finite, p_ptr, options, start, offs, mask)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _lion(
-    p_ptr, g_ptr, m_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr,
+    p_ptr, g_ptr, m_ptr, factors_ptr, master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr,
     beta1, one_minus_beta1, beta2, one_minus_beta2, n,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK  # an arena may pass 2^31 elements
     offs = tl.arange(0, BLOCK)
-    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr
+    options = master_lo_ptr, ema_ptr, ema_gain_ptr, scale_ptr, found_inf_ptr, overflow_ptr
     betas = beta1, one_minus_beta1, beta2, one_minus_beta2
     if start + BLOCK <= n:
         _tile(p_ptr, g_ptr, m_ptr, factors_ptr, options, betas, start, offs, None)
@@ -122,18 +125,19 @@ def lion_step(
     ema_gain: Tensor | None,
     scale: Tensor | None,
     found_inf: Tensor | None,
+    overflow: Tensor | None,
     beta1: float,
     beta2: float,
 ) -> None:
     """Step tensors of one dense layout in place, in one launch. factors: fp32 (1 - lr wd, -lr)."""
     n, tile = p.numel(), TILES["lion"]
-    operands = p, g, m, factors, master_lo, ema, ema_gain, scale, found_inf
+    operands = p, g, m, factors, master_lo, ema, ema_gain, scale, found_inf, overflow
     betas = beta1, 1 - beta1, beta2, 1 - beta2
     if n:
         launch(_lion, (triton.cdiv(n, tile.span),), *operands, *betas, n, **tile.options())
 
 
-_lion_op = custom_op("lion", mutates_args=("p", "m", "master_lo", "ema"))(lion_step)
+_lion_op = custom_op("lion", mutates_args=("p", "m", "master_lo", "ema", "overflow"))(lion_step)
 _lion_op.register_fake(lambda *_: None)
 
 

@@ -27,6 +27,8 @@ class StepOptions(TypedDict, total=False):
 
     Attributes:
         found_inf: 0-dim bool or float on the device; nonzero leaves every byte unchanged, whatever the gradients hold.
+        overflow: 0-dim bool on the device, set to true if an element kept its weight and state because the new ones would not
+            be finite. It is never set to false.
         masters_lo: int16, low halves of the masters. The parameters, then bf16, are the high halves.
         scale: 0-dim fp32 on the device, multiplies the gradients: one over the loss scale, times the clip factor.
         emas: fp32, moved towards the new parameters: ema + (1 - ema_decay)(p - ema).
@@ -34,6 +36,7 @@ class StepOptions(TypedDict, total=False):
     """
 
     found_inf: Tensor | None
+    overflow: Tensor | None
     masters_lo: Tensors | None
     scale: Tensor | None
     emas: Tensors | None

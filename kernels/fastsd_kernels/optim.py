@@ -52,6 +52,7 @@ class FastOptimizer(Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         small = parameters[0].is_cpu and sum(p.numel() for p in parameters) < SMALL
         self.ops = ops or (REFERENCE if small else fastest(parameters[0].device))
+        self._overflow = torch.zeros((), dtype=torch.bool, device=parameters[0].device)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters like `torch.optim.Optimizer.add_param_group`.
@@ -82,7 +83,7 @@ class FastOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, found_inf: Tensor | None = None) -> Any:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient. An element whose update would not be finite keeps its weight and state.
 
         Args:
             closure: called first, with gradients enabled. Its result is returned.
@@ -96,7 +97,7 @@ class FastOptimizer(Optimizer):
             indices = [i for i, p in enumerate(group["params"]) if p.grad is not None]
             grads = [_grad_in_layout(group["params"][i]) for i in indices]
             self._update(group, indices, grads, None, {"found_inf": found_inf})
-        self._finish(found_inf)
+        self.finish(found_inf=found_inf)
         return loss
 
     @torch.no_grad()
@@ -116,12 +117,20 @@ class FastOptimizer(Optimizer):
         self._update(group, [0], [gradient], select, {"found_inf": found_inf, "scale": scale})
 
     @torch.no_grad()
-    def finish(self, *, found_inf: Tensor | None = None) -> None:
-        """End a step that consists of calls of `update`."""
+    def finish(self, *, found_inf: Tensor | None = None) -> Tensor:
+        """End a step that consists of calls of `update`.
+
+        Returns:
+            0-dim bool on the device, true if elements kept their weights and state because an update was not finite.
+        """
         self._finish(found_inf)
+        overflow = self._overflow.clone()
+        self._overflow.zero_()
+        return overflow
 
     def discard_updates(self) -> None:
         """Drop intermediate results of an unfinished step. Parameters that it has updated are not restored."""
+        self._overflow.zero_()
 
     def _update(self, group: Group, indices: list[int], grads: Tensors, select: Select | None, options: StepOptions) -> None:
         """Launch the elementwise pass for the parameters `indices` of a group, or for the elements that `select` returns."""
@@ -146,6 +155,7 @@ class FastOptimizer(Optimizer):
         lists: list[Tensors] = [[select(group["params"][i]) for i in indices], grads]
         lists += [[select(state[slot]) for state in states] for slot in self.slots]
         settings = StepSettings(lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"], **options)
+        settings["overflow"] = self._overflow
         if group.get("masters_lo"):
             settings["masters_lo"] = [select(group["masters_lo"][i]) for i in indices]
         if group.get("emas"):
@@ -294,6 +304,7 @@ class DLion(FastOptimizer):
         self._sums.append(self.ops.dlion(params, grads, exp_avgs, s, self.step_size, **settings))
 
     def discard_updates(self) -> None:
+        super().discard_updates()
         self._sums = []
 
     def _finish(self, found_inf: Tensor | None) -> None:
@@ -304,7 +315,9 @@ class DLion(FastOptimizer):
         limited = self.growth_rate is not None or self.frozen is not None
         previous_d = d.clone() if limited else d
         lr, beta2 = self.param_groups[0]["lr"], self.param_groups[0]["betas"][1]
-        self.ops.dlion_estimate(d, self.shared["numerator_weighted"], dots_K, l1_K, lr=lr, beta2=beta2, found_inf=found_inf)
+        # If elements kept their s, the sums are not those of the whole step.
+        unsound = self._overflow if found_inf is None else self._overflow | (found_inf != 0)
+        self.ops.dlion_estimate(d, self.shared["numerator_weighted"], dots_K, l1_K, lr=lr, beta2=beta2, found_inf=unsound)
         if self.growth_rate is not None:
             d.copy_(torch.minimum(d, previous_d * self.growth_rate))
         if self.d_max is not None:

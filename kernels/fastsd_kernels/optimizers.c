@@ -42,25 +42,34 @@ _Static_assert(sizeof(Row) == 80, "cpu_optimizers.py writes ten words of 64 bits
 typedef struct {
     const float *scale, *ema_gain; /* each may be NULL */
     const uint8_t *found_inf;      /* if nonzero, no byte of p, m, s, master_lo and ema changes; may be NULL */
+    uint8_t *overflow;             /* set to 1 if an element kept its weight and state, see `finite`; may be NULL */
     int32_t threads;
 } Options;
 
-/* Update n elements, all in fp32, and add their parts to two sums. */
-typedef void Update(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
+/* Update n elements, all in fp32, and add their parts to two sums. Return nonzero if one kept its weight and state. */
+typedef int Update(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
                     const float *factors, const float *constants);
 
 static inline float sign(float x) { return (x > 0 ? 1.0f : 0.0f) - (x < 0 ? 1.0f : 0.0f); }
 
-static void lion(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
-                 const float *factors, const float *constants) {
+/* Return 0 for NaN, infinity and what the high half of a master would round to infinity: arena.py's LARGEST. */
+static inline int finite(float x) { return fabsf(x) <= 0x1.fep127f; }
+
+static int lion(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
+                const float *factors, const float *constants) {
+    int overflow = 0;
     const float decay = factors[0], step = factors[1];
     const float beta1 = constants[0], one_minus_beta1 = constants[1], beta2 = constants[2], one_minus_beta2 = constants[3];
     (void)s, (void)sums;
     for (int i = 0; i < n; i++) {
         const float update = sign(fmaf(g[i], one_minus_beta1, m[i] * beta1));
-        m[i] = fmaf(g[i], one_minus_beta2, m[i] * beta2);
-        p[i] = p[i] * decay + update * step;
+        const float new_m = fmaf(g[i], one_minus_beta2, m[i] * beta2), new_p = p[i] * decay + update * step;
+        const int is_finite = finite(new_p) & finite(new_m);
+        m[i] = is_finite ? new_m : m[i];
+        p[i] = is_finite ? new_p : p[i];
+        overflow |= !is_finite;
     }
+    return overflow;
 }
 
 /* Return the sum of the lanes, and overwrite them. */
@@ -81,51 +90,66 @@ static inline void squares_lanes(int n, const float *restrict g, double *restric
 }
 
 /* Update at most LANES elements, each of which has its own lane. */
-static inline void dlion_lanes(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s,
-                               float *restrict dots, float *restrict l1, const float *factors, const float *constants) {
+static inline int dlion_lanes(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s,
+                              float *restrict dots, float *restrict l1, const float *factors, const float *constants) {
+    int overflow = 0;
     const float decay = factors[0], step = factors[1], m_gain = factors[2], s_gain = factors[3];
     const float beta1 = constants[0], one_minus_beta1 = constants[1], beta2 = constants[2], sb = constants[3];
     for (int i = 0; i < n; i++) {
         const float update = sign(fmaf(g[i], one_minus_beta1, m[i] * beta1));
-        const float s_new = s[i] * sb + update * s_gain;
+        const float new_m = fmaf(g[i], m_gain, m[i] * beta2), new_s = s[i] * sb + update * s_gain;
+        const float new_p = p[i] * decay + update * step;
+        const int is_finite = finite(new_p) & finite(new_m) & finite(new_s);
         dots[i] += update * s[i];
-        l1[i] += fabsf(s_new);
-        s[i] = s_new;
-        m[i] = fmaf(g[i], m_gain, m[i] * beta2);
-        p[i] = p[i] * decay + update * step;
+        s[i] = is_finite ? new_s : s[i];
+        m[i] = is_finite ? new_m : m[i];
+        p[i] = is_finite ? new_p : p[i];
+        l1[i] += fabsf(s[i]);
+        overflow |= !is_finite;
     }
+    return overflow;
 }
 
-static void dlion(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
-                  const float *factors, const float *constants) {
+static int dlion(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
+                 const float *factors, const float *constants) {
     float dots[LANES] = {0}, l1[LANES] = {0};
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) dlion_lanes(LANES, p + i, g + i, m + i, s + i, dots, l1, factors, constants);
-    dlion_lanes(n - i, p + i, g + i, m + i, s + i, dots, l1, factors, constants);
+    int i = 0, overflow = 0;
+    for (; i + LANES <= n; i += LANES)
+        overflow |= dlion_lanes(LANES, p + i, g + i, m + i, s + i, dots, l1, factors, constants);
+    overflow |= dlion_lanes(n - i, p + i, g + i, m + i, s + i, dots, l1, factors, constants);
     sums[0] += sum_lanes32(dots);
     sums[1] += sum_lanes32(l1);
+    return overflow;
 }
 
-static void adamw(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict v, double *sums,
-                  const float *factors, const float *constants) {
+static int adamw(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict v, double *sums,
+                 const float *factors, const float *constants) {
+    int overflow = 0;
     const float decay = factors[0], step_size = factors[1], correction2 = factors[2];
     const float one_minus_beta1 = constants[0], beta2 = constants[1], one_minus_beta2 = constants[2], eps = constants[3];
     (void)sums;
     for (int i = 0; i < n; i++) {
-        m[i] = fmaf(g[i] - m[i], one_minus_beta1, m[i]);
-        v[i] = fmaf(g[i] * one_minus_beta2, g[i], v[i] * beta2);
-        p[i] = p[i] * decay + m[i] * step_size / (sqrtf(v[i]) / correction2 + eps);
+        const float new_m = fmaf(g[i] - m[i], one_minus_beta1, m[i]);
+        const float new_v = fmaf(g[i] * one_minus_beta2, g[i], v[i] * beta2);
+        const float new_p = p[i] * decay + new_m * step_size / (sqrtf(new_v) / correction2 + eps);
+        const int is_finite = finite(new_p) & finite(new_m) & finite(new_v);
+        m[i] = is_finite ? new_m : m[i];
+        v[i] = is_finite ? new_v : v[i];
+        p[i] = is_finite ? new_p : p[i];
+        overflow |= !is_finite;
     }
+    return overflow;
 }
 
-static void gradient_norm(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
-                          const float *factors, const float *constants) {
+static int gradient_norm(int n, float *restrict p, const float *restrict g, float *restrict m, float *restrict s, double *sums,
+                         const float *factors, const float *constants) {
     double squares[LANES] = {0};
     (void)p, (void)m, (void)s, (void)factors, (void)constants;
     int i = 0;
     for (; i + LANES <= n; i += LANES) squares_lanes(LANES, g + i, squares);
     squares_lanes(n - i, g + i, squares);
     sums[0] += sum_lanes(squares);
+    return 0;
 }
 
 static inline float from_bits(uint32_t bits) {
@@ -161,7 +185,10 @@ static void multiply(int n, float *restrict scaled, const float *restrict g, flo
 }
 
 static void update_ema(int n, float *restrict ema, const float *restrict p, float gain) {
-    for (int i = 0; i < n; i++) ema[i] = ema[i] + gain * (p[i] - ema[i]);
+    for (int i = 0; i < n; i++) {
+        const float new_ema = ema[i] + gain * (p[i] - ema[i]);
+        ema[i] = finite(new_ema) ? new_ema : ema[i];
+    }
 }
 
 static int64_t spans_of(const Row *row) { return (row->n + SPAN - 1) / SPAN; }
@@ -180,41 +207,45 @@ static inline float *offset32(float *base, int64_t at) { return base ? base + at
 
 static inline uint16_t *offset16(void *base, int64_t at) { return base ? (uint16_t *)base + at : NULL; }
 
-/* Update elements at .. at + n of one tensor and apply the step's options. */
-static void update_tile(Update *update, const Row *row, const Options *o, const float *constants, int64_t at, int n,
-                        int finite, double *sums) {
+/* Update elements at .. at + n of one tensor and apply the step's options. Return nonzero if one kept its weight and state. */
+static int update_tile(Update *update, const Row *row, const Options *o, const float *constants, int64_t at, int n,
+                       int step, double *sums) {
+    int overflow = 0;
     const float scale = o->scale ? *o->scale : 1.0f;
     float p_tile[TILE], g_tile[TILE], *p = p_tile, *const ema = offset32(row->ema, at);
     uint16_t *const master_hi = offset16(row->master_lo ? row->p : NULL, at);
     int16_t *const master_lo = row->master_lo ? row->master_lo + at : NULL;
     uint16_t *const g16 = offset16(row->g16 ? row->g : NULL, at);
     float *const g32 = offset32(row->g16 ? NULL : row->g, at), *g = g_tile;
-    if (finite) {
+    if (step) {
         if (master_lo) join(n, p, master_hi, master_lo);
         else p = offset32(row->p, at);
         if (g16) widen(n, g, g16, scale);
         else if (scale != 1.0f) multiply(n, g, g32, scale);
         else g = g32;
-        update(n, p, g, offset32(row->m, at), offset32(row->s, at), sums, row->factors, constants);
+        overflow = update(n, p, g, offset32(row->m, at), offset32(row->s, at), sums, row->factors, constants);
         if (master_lo) split(n, p, master_hi, master_lo);
         if (ema) update_ema(n, ema, p, *o->ema_gain);
     }
+    return overflow;
 }
 
 /* Update all tensors; sums_2P gets two sums per tensor. scratch_2K: two numbers per span. */
 static void update_all(Update *update, const Row *rows, int64_t count, const Options *o, const float *constants,
                        double *scratch_2K, double *sums_2P) {
     const int64_t spans = rows[count - 1].first_span + spans_of(rows + count - 1);
-    const int finite = !(o->found_inf && *o->found_inf);
-#pragma omp parallel for schedule(static) num_threads(o->threads) if (spans > 1)
+    const int step = !(o->found_inf && *o->found_inf);
+    int overflow = 0;
+#pragma omp parallel for schedule(static) num_threads(o->threads) if (spans > 1) reduction(| : overflow)
     for (int64_t k = 0; k < spans; k++) {
         const Row *row = row_of_span(rows, count, k);
         const int64_t start = (k - row->first_span) * SPAN, stop = row->n - start < SPAN ? row->n : start + SPAN;
         double sums[2] = {0, 0};
         for (int64_t at = start; at < stop; at += TILE)
-            update_tile(update, row, o, constants, at, stop - at < TILE ? (int)(stop - at) : TILE, finite, sums);
+            overflow |= update_tile(update, row, o, constants, at, stop - at < TILE ? (int)(stop - at) : TILE, step, sums);
         scratch_2K[k] = sums[0], scratch_2K[spans + k] = sums[1];
     }
+    if (overflow && o->overflow) *o->overflow = 1;
     for (int64_t i = 0; i < 2 * count; i++) {
         const Row *row = rows + i % count;
         const double *partial = scratch_2K + i / count * spans + row->first_span;

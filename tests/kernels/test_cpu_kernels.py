@@ -13,6 +13,7 @@ import lion_pytorch
 import pytest
 import torch
 from optimizer_runs import (
+    ABSURD,
     BAD_OPERANDS,
     LR,
     NAMES,
@@ -21,6 +22,7 @@ from optimizer_runs import (
     check_found_inf_false,
     check_huge_gradients,
     check_options,
+    check_stays_finite,
     exact_d,
     fill_for_found_inf,
     random_tensors,
@@ -137,6 +139,13 @@ def test_edge_values_equal_the_reference(name, halves):
     for ours, reference in zip(*(run.everything()[:-2] for run in runs), strict=True):
         nan = reference.isnan()
         assert torch.equal(ours.isnan(), nan) and same_bits([ours[~nan]], [reference[~nan]])
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["fp32", "halves"])
+@pytest.mark.parametrize("name, lr, size, d", [(name, *case) for name in NAMES for case in ABSURD[name]])
+def test_absurd_updates_leave_finite_numbers(name, lr, size, d, halves):
+    params = random_tensors(14, SHAPES, scale=0.1)
+    check_stays_finite([OptimizerRun(ops, name, params, halves, threads=2) for ops in (CPU, REFERENCE)], lr, size, d)
 
 
 @pytest.mark.parametrize("halves", [False, True], ids=["fp32", "halves"])
@@ -282,7 +291,7 @@ def test_table_replaces_four_ops():
     assert fastest(torch.device("cpu")) is CPU
     assert fastest(torch.device("meta")) is REFERENCE
     assert not COMPILED_AT_IMPORT
-    assert ctypes.sizeof(cpu_optimizers._Options) == 32
+    assert ctypes.sizeof(cpu_optimizers._Options) == 40
 
 
 def test_reference_is_used_without_a_compiler(fresh, monkeypatch, tmp_path):

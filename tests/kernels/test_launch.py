@@ -47,7 +47,7 @@ def noise(batch, side):
 
 def arena(elements):
     norm_of_sums(square_sums(meta(elements)))
-    dlion_step(*(meta(elements) for _ in range(4)), meta(4), None, None, None, None, None, 0.9, 0.99)
+    dlion_step(*(meta(elements) for _ in range(4)), meta(4), *[None] * 6, 0.9, 0.99)
 
 
 HOSTILE = {

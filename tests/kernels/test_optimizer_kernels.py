@@ -15,6 +15,7 @@ import triton.language as tl
 from budget import nan_filled_memory
 from environment import DEVICE
 from optimizer_runs import (
+    ABSURD,
     BAD_OPERANDS,
     LR,
     NAMES,
@@ -24,6 +25,7 @@ from optimizer_runs import (
     check_found_inf_false,
     check_huge_gradients,
     check_options,
+    check_stays_finite,
     exact_d,
     fill_for_found_inf,
     random_tensors,
@@ -119,6 +121,14 @@ def test_options_equal_the_reference(name, dtype, halves):
     check_options([run_of(name, params, kernels, halves) for kernels in (True, False)], dtype, steps=4)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # the interpreter's NumPy
+@pytest.mark.parametrize("halves", [False, True], ids=["fp32", "halves"])
+@pytest.mark.parametrize("name, lr, size, d", [(name, *case) for name in NAMES for case in ABSURD[name]])
+def test_absurd_updates_leave_finite_numbers(name, lr, size, d, halves):
+    params = random_tensors(14, SHAPES, scale=0.1)
+    check_stays_finite([run_of(name, params, kernels, halves) for kernels in (True, False)], lr, size, d)
+
+
 @pytest.mark.parametrize("halves", [False, True], ids=["fp32", "halves"])
 @pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
 @pytest.mark.parametrize("name", NAMES)
@@ -189,7 +199,8 @@ def _rejoin(master_ptr, master_hi_ptr, master_lo_ptr, back_ptr, BLOCK: tl.conste
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
     master = tl.load(master_ptr + start + offs)
-    store_parameter(master, master_hi_ptr, master_lo_ptr, None, None, start, offs, None)
+    options = master_lo_ptr, None, None, None, None, None
+    store_parameter(master, True, master_hi_ptr, options, start, offs, None)
     tl.store(back_ptr + start + offs, load_parameter(master_hi_ptr, master_lo_ptr, start, offs, None))
 
 
@@ -285,7 +296,8 @@ def operands(halves):
     master_hi, master_lo = split_master(p)
     state = [torch.rand(shape, device=DEVICE) for _ in range(4)]
     gain, scale = scalars(p.device, 0.01)[0], torch.ones((), device=DEVICE)
-    options = (master_lo, state[3], gain, scale, torch.tensor(False, device=DEVICE)) if halves else (None,) * 5
+    flags = [torch.tensor(False, device=DEVICE) for _ in range(2)]
+    options = (master_lo, state[3], gain, scale, *flags) if halves else (None,) * 6
     return (master_hi, state[0].bfloat16(), *state[1:3]) if halves else (p, *state[:3]), options
 
 

@@ -42,9 +42,10 @@ class OptimizerRun:
         self.steps = [torch.zeros((), device=p.device) for p in params]
         self.d = torch.full((), 1e-6, dtype=torch.float64, device=params[0].device)
         self.numerator = torch.zeros_like(self.d)
+        self.overflow = torch.zeros_like(self.d, dtype=torch.bool)
 
     def step(self, grads, lr, found_inf=None, **options):
-        options = {"lr": lr, "found_inf": found_inf, **self.options, **options}
+        options = {"lr": lr, "found_inf": found_inf, "overflow": self.overflow, **self.options, **options}
         lists = self.params, grads, *self.states
         torch.set_num_threads(self.threads)
         try:
@@ -138,6 +139,37 @@ def check_found_inf_false(runs):
             norm, _ = runs[2].ops.gradient_norm(grads)
             runs[2].step(grads, torch.tensor(lr, device=device), weight_decay=0.5, found_inf=norm * 0, scale=norm / norm)
     assert all(same_bits(runs[0].everything(), run.everything()) for run in runs[1:])
+
+
+# Settings with which finite gradients give an infinite update: lr, size of the gradients, and the first d.
+ABSURD = {
+    "lion": [(1e38, 1.0, 0.0), (3e38, 1e20, 0.0)],
+    "dlion": [(1.0, 1.0, 1e38), (1.0, 1.0, 1e300), (1.0, 1e20, 1e20), (1e38, 1.0, 1e-6)],
+    "adamw": [(1e38, 1.0, 0.0), (1e36, 1.0, 0.0), (1e-3, 1e20, 0.0), (1e-3, 1e25, 0.0), (1e-3, 3e38, 0.0)],
+}
+
+
+def check_stays_finite(runs, lr, size, d):
+    """Assert that finite gradients leave finite numbers only, with equal bits in all runs, and that `overflow` is set."""
+    params = [p.clone() for p in runs[0].masters()]
+    shapes, device = [p.shape for p in params], params[0].device
+    for run in runs:
+        run.options["emas"] = [p.clone() for p in params]
+        run.d.fill_(d)
+    overflows = []
+    for step in range(8):
+        grads = [torch.sign(g) * size for g in random_tensors(30 + step, shapes, device=device)]
+        for run in runs:
+            run.overflow.zero_()
+            run.step(grads, lr, weight_decay=0.1, ema_decay=0.5)
+            assert all(t.isfinite().all() for t in run.everything()), step
+            run.d.copy_(runs[0].d)
+            run.numerator.copy_(runs[0].numerator)
+        assert all(same_bits(runs[0].everything(), run.everything()) for run in runs), step
+        assert all(torch.equal(run.overflow, runs[0].overflow) for run in runs), step
+        overflows.append(bool(runs[0].overflow))
+    print(f"{runs[0].name}, lr {lr:g}, gradients {size:g}, d {d:g}: overflow in steps {overflows}")
+    assert any(overflows) or size == 1e20  # whose square times 1 - beta2 is below the bound
 
 
 def check_huge_gradients(gradient_norm, device="cpu"):

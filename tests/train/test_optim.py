@@ -177,6 +177,25 @@ def test_found_inf_changes_no_byte(name):
 
 
 @pytest.mark.parametrize("name", OURS)
+def test_an_absurd_update_is_reported_and_moves_no_d(name):
+    absurd = {"lion": {"lr": 1e38}, "dlion": {"d0": 1e38}, "adamw": {"lr": 1e38}}
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+    optimizer, reported = OURS[name]([parameter], **absurd[name]), []
+    for _ in range(8):
+        d = optimizer.step_size.clone() if name == "dlion" else None
+        optimizer.update(torch.ones(3))
+        reported.append(bool(optimizer.finish()))
+        tensors = [parameter, *(t for state in optimizer.state.values() for t in state.values())]
+        assert all(t.isfinite().all() for t in tensors)
+        assert not (reported[-1] and name == "dlion") or torch.equal(d, optimizer.step_size)
+    assert reported[-1]
+    parameter.data.zero_()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.update(torch.zeros(3))
+    assert not optimizer.finish()  # the flag belongs to one step
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_found_inf_false_equals_no_flag(name):
     params, set_grads = noisy_bowl(5)
     twins = copies(params)
