@@ -21,7 +21,7 @@ from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
 from fastsd.model.model import Model
 from fastsd.model.select import changed_components, parameter_count, selected
-from fastsd.plan.disk import export_bytes
+from fastsd.plan.disk import run_bytes
 from fastsd.run.restart import saved_splits
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
@@ -60,7 +60,7 @@ def check(config: Config, console: Console = STDOUT) -> None:
         attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch))
     for note in models[0].notes if models else []:
         console.echo(f"note  {note}")
-    attempt("run folder", lambda: _disk_space(config, models))
+    attempt("run folder", lambda: _disk_space(config, models, images_per_epoch))
 
     if problems:
         raise UserError("check-problems", "\n".join(dict.fromkeys(problems)))
@@ -118,8 +118,8 @@ def _validation(config: Config, model: Model, images_per_epoch: list[int]) -> st
         return f"{Validation(model, loader, sets, config.validate_)}, every {config.validate_.every}"
 
 
-def _disk_space(config: Config, models: list[Model]) -> str:
-    """Check that the disk has space for the exports and for all checkpoints that exist at once (weights, states and EMA)."""
+def _disk_space(config: Config, models: list[Model], images_per_epoch: list[int]) -> str:
+    """Check that the disk has space for all files of the run that exist at once."""
     folder = Path(config.run).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -130,20 +130,25 @@ def _disk_space(config: Config, models: list[Model]) -> str:
     modules = {name: model.component(name) for name in COMPONENTS} | {"vae": model.vae.module}
     fp32_bytes = {name: sum(p.numel() for p in module.parameters()) * 4 for name, module in modules.items()}
 
-    stage_bytes = [0]
+    sizes, lengths, changed = list[int](), list[tuple[int, float] | None](), list[list[str]]()
     for stage in config.stage:
+        trained = dict[str, set[str]]()
         with suppress(UserError):  # `_stage` has reported the error
             trained = selected(model, stage.train, "train")
-            tensors_per_weight = len(optimizer_class(stage.optimizer).slots) + (stage.ema > 0)
-            checkpoint_bytes = sum(fp32_bytes[name] for name in changed_components(trained))
-            checkpoint_bytes += 4 * tensors_per_weight * parameter_count(model, trained)
-            stage_bytes.append(checkpoint_bytes * (stage.keep_checkpoints + 1))
+        tensors_per_weight = len(optimizer_class(stage.optimizer).slots) + (stage.ema > 0)
+        changed.append(changed_components(trained))
+        state = 4 * tensors_per_weight * parameter_count(model, trained)
+        sizes.append(sum(fp32_bytes[name] for name in changed[-1]) + state)
+        steps = stage.steps(images_per_epoch[0]) if images_per_epoch else ENDLESS
+        lengths.append((steps, 0.0) if steps < ENDLESS else None)
 
-    needed = sum(fp32_bytes.values()) + max(stage_bytes) + export_bytes(config, fp32_bytes)
+    epoch = images_per_epoch[0] if images_per_epoch else 0
+    needed = run_bytes(config, fp32_bytes, sizes, changed[0], lengths, epoch)["total"]
     if needed > free:
         raise UserError(
             "run-disk-space",
-            f"run is {config.run!r}: checkpoints and exported models need about {needed / 1e9:.1f} GB, but the disk has "
-            f"{free / 1e9:.1f} GB free; free up space, lower keep_checkpoints, or set export.single_file = false",
+            f"run is {config.run!r}: its checkpoints, exported models and samples need about {needed / 1e9:.1f} GB, but the "
+            f"disk has {free / 1e9:.1f} GB free; free up space, lower keep_checkpoints, keep fewer for good (keep_every), or "
+            "set export.single_file = false",
         )
-    return f"{config.run}; checkpoints and exported models need about {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    return f"{config.run}; its files need about {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"

@@ -17,6 +17,7 @@ KINDS = {
     "validate.every": 'a number of steps, or "1e", "30m"',
     "sample_every": 'a number of steps, 0 for never, or "1e", "30m"',
     "checkpoint_every": 'a number of steps, or "1e", "30m"',
+    "keep_every": 'a number of steps, 0 for never, or "10e", "1000000 images"',
     "checkpoint_at": 'a list of steps or "1e", "5000 images"',
 }
 # Names in other trainers -> the name of the same setting here.

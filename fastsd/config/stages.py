@@ -15,6 +15,7 @@ Rate = Annotated[float, Field(gt=0)]
 Amount = int | str  # a number of steps, epochs or images, or a time (see `parse_amount`)
 COMPONENTS = ("unet", "text_encoder")
 ENDLESS = 1 << 40  # number of steps of a stage that ends by time
+UNTIMED = ("keep_every", "checkpoint_at")  # keys whose amounts must not be times, so that `fastsd plan` knows what they take
 
 
 class Table(BaseModel):
@@ -106,9 +107,11 @@ class StageTable(Table):
     sample_every: Annotated[Amount, FREE | LIGHT | NO_EFFECT] = 0
     # Interval of checkpoints, same units; the stage's end always has one
     checkpoint_every: Annotated[Amount, FREE | LIGHT | NO_EFFECT] = 1000
-    # Newest checkpoints to keep, besides stage ends, checkpoint_at and requests
+    # Newest checkpoints to keep, besides stage ends, keep_every, checkpoint_at and requests
     keep_checkpoints: Annotated[int, FREE | LIGHT | NO_EFFECT] = Field(3, ge=1)
-    # Checkpoints that are never deleted: ["1e", "10e", 5000]
+    # Interval of checkpoints that are never deleted: 50000, "10e", "1000000 images"; 0 = none
+    keep_every: Annotated[Amount, FREE | LIGHT | NO_EFFECT] = 0
+    # Single checkpoints that are never deleted: ["1e", "10e", 5000]
     checkpoint_at: Annotated[list[Amount], FREE | LIGHT | NO_EFFECT] = []
 
     @property
@@ -189,12 +192,13 @@ class StageTable(Table):
         if unit == "seconds" and (self.schedule != "constant" or 0 < self.warmup < 1):
             option = f"schedule {self.schedule!r}" if self.schedule != "constant" else f"warmup {self.warmup:g}"
             raise ValueError(f"until is {self.until!r}, but {option} needs a number of steps; use steps, epochs or images")
-        for key in ("sample_every", "checkpoint_every"):
+        for key in ("sample_every", "checkpoint_every", "keep_every"):
             if getattr(self, key) != 0 or key == "checkpoint_every":
                 parse_amount(key, getattr(self, key))
-        for point in self.checkpoint_at:
-            if parse_amount("checkpoint_at", point)[1] == "seconds":
-                raise ValueError(f"checkpoint_at has {point!r}; use steps, epochs or images")
+        for key, values in (("keep_every", [self.keep_every]), ("checkpoint_at", self.checkpoint_at)):
+            for value in values:
+                if (key, value) != ("keep_every", 0) and parse_amount(key, value)[1] == "seconds":
+                    raise ValueError(f"{key} has {value!r}; use steps, epochs or images")
         return self
 
     @model_validator(mode="after")
@@ -235,7 +239,7 @@ def parse_amount(key: str, amount: Amount) -> tuple[float, str]:
     word = match[2] if match else "?"
     unit, factor = _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or ("", 0)
     if not match or not unit or not 0 < float(match[1]) < ENDLESS or ("." in match[1] and unit in ("steps", "images")):
-        time = "" if key == "checkpoint_at" else ' or a time ("12h")'
+        time = "" if key in UNTIMED else ' or a time ("12h")'
         raise ValueError(f'{key} is {amount!r}; use steps (1000), epochs ("2e"), images ("64000 images"){time}, above 0')
     return float(match[1]) * factor, unit
 

@@ -27,7 +27,7 @@ from fastsd.data.sources import folders
 from fastsd.errors import UserError
 from fastsd.model.select import changed_components
 from fastsd.model.shapes import Shapes, read_shapes
-from fastsd.plan.disk import export_bytes
+from fastsd.plan.disk import run_bytes
 from fastsd.plan.gpu_specs import GPU_SPECS, MATMUL_SHARE, MEMORY_SHARE, GpuSpec, find_gpu
 from fastsd.plan.rehearsal import MemoryEstimate, Rehearsal
 from fastsd.storage import replace_file
@@ -176,7 +176,7 @@ def plan(
         report["stages"].append(entry)
         _print_stage(entry, vram, console)
 
-    report["disk"] = _disk(config, shapes, plans, images)
+    report["disk"] = _disk(config, shapes, plans, report["stages"], images)
     _print_disk(report["disk"], console)
     if path:
         try:
@@ -266,33 +266,55 @@ def _verdict(entry: dict[str, Any], vram: float) -> str:
     return f"does not fit {card} at any micro-batch: it needs at least {smallest_total / GIB:.1f} GiB"
 
 
-def _disk(config: Config, shapes: Shapes, plans: list[StagePlan], images: int | None) -> dict[str, Any]:
-    """Return the bytes on the disk of the cache, checkpoints, model and exports."""
+def _disk(
+    config: Config, shapes: Shapes, plans: list[StagePlan], stages: list[dict[str, Any]], images: int | None
+) -> dict[str, Any]:
+    """Return the bytes on the disk of the cache and of the run's files. `stages` are the stages as JSON."""
     elements = shapes.unet.in_channels * plans[0].side ** 2
     if config.cache.hidden_states:  # for one caption per image
         elements += shapes.chunks * shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
     bytes_per_image = elements * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
     component_bytes, _ = plans[0].files()
-    # Frozen components are hard links to files written once. One more checkpoint exists until the oldest is deleted.
-    checkpoint_sizes = [sum(component_bytes[component] for component in plan.trained) + plan.files()[1] for plan in plans]
-    peak = max(size * (stage.keep_checkpoints + 1) for size, stage in zip(checkpoint_sizes, config.stage, strict=True))
-    earlier_stages = sum(component_bytes[component] for plan in plans[:-1] for component in plan.trained)
-    total, export = sum(component_bytes.values()), export_bytes(config, component_bytes)
-    disk = {"cache_an_image": bytes_per_image, "cache": images and images * bytes_per_image, "a_checkpoint": checkpoint_sizes}
-    return disk | {"checkpoints": total + peak + earlier_stages, "model": total, "export": export}
+    sizes = [sum(component_bytes[component] for component in plan.trained) + plan.files()[1] for plan in plans]
+    lengths = [_length(stage, entry, images) for stage, entry in zip(config.stage, stages, strict=True)]
+    disk = {"cache_an_image": bytes_per_image, "cache": images and images * bytes_per_image, "a_checkpoint": sizes}
+    return disk | run_bytes(config, component_bytes, sizes, plans[0].trained, lengths, images or 0)
+
+
+def _length(stage: StageTable, entry: dict[str, Any], images: int | None) -> tuple[int, float] | None:
+    """Return the largest number of steps and of seconds that a stage may have, on any of the cards.
+
+    Return None if the length or an interval is in epochs and the number of images is unknown.
+    """
+    amounts = [stage.until, stage.sample_every, stage.checkpoint_every, stage.keep_every, *stage.checkpoint_at]
+    if not images and any(amount != 0 and parse_amount("", amount)[1] == "epochs" for amount in amounts):
+        return None
+    speeds = entry["images_per_second"].values()
+    if stage.seconds is not None:
+        return math.ceil(stage.seconds * max(speeds) / stage.batch), stage.seconds
+    return entry["steps"], entry["steps"] * stage.batch / min(speeds)
 
 
 def _print_disk(disk: dict[str, Any], console: Console) -> None:
-    per_image, largest = disk["cache_an_image"], max(disk["a_checkpoint"])
+    per_image, sizes = disk["cache_an_image"], disk["a_checkpoint"]
     cache = disk["cache"] or per_image * 1_000_000
     scope = "" if disk["cache"] else " for 1,000,000 images"
-    console.echo(f"\ndisk       {cache / 1e9:.1f} GB cache{scope}, {per_image / 1024:g} KiB per image")
-    checkpoint = f"{largest / 1e9:.1f} GB plus hard links each"
-    console.echo(f"           {disk['checkpoints'] / 1e9:.1f} GB checkpoints at most, up to {checkpoint}")
-    console.echo(
-        f"           {disk['model'] / 1e9:.1f} GB trained model: hard links to the last checkpoint, no additional space"
-    )
-    console.echo(f"           {disk['export'] / 1e9:.1f} GB exports: single files, and components that are not hard links")
+    console.echo(f"\ndisk       {_size(cache)} cache{scope}, {per_image / 1024:g} KiB per image")
+    lines = [
+        f"{_size(disk['checkpoints'])} checkpoints at most: {sum(disk['permanent'])} stay, besides the newest; "
+        f"up to {_size(max(sizes))} each",
+        f"{_size(disk['exports'])} exports: diffusers folders and single files",
+        f"{_size(disk['samples'])} sample grids and {_size(disk['logs'])} logs",
+        f"{_size(disk['total'])} in all, without the cache; {_size(disk['written'])} are written until the run ends"
+        if disk["written"] is not None
+        else f"{_size(disk['total'])} in all, without the cache and what depends on the number of images, which is unknown",
+    ]
+    for line in lines:
+        console.echo(f"           {line}")
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e12:.2f} TB" if count >= 1e12 else f"{count / 1e9:.1f} GB"
 
 
 def _duration(seconds: float) -> str:

@@ -31,6 +31,7 @@ class Triggers:
             "validation": ("validate.every", run.config.validate_.every if run.data.sets.measured else 0),
             "samples": ("sample_every", stage.sample_every),
             "checkpoint": ("checkpoint_every", stage.checkpoint_every),
+            "permanent": ("keep_every", stage.keep_every),
         }
         seconds = run.position.elapsed()
         self._intervals = {name: Interval(*amount, stage.batch, epoch, seconds) for name, amount in amounts.items()}
@@ -41,9 +42,9 @@ class Triggers:
         due = {name: interval.due(step, seconds) for name, interval in self._intervals.items()}
         requested = {action for action in ("sample", "checkpoint", "profile") if self._requested(action)}
         due["samples"] |= "sample" in requested
-        permanent = step in self.points or "checkpoint" in requested
-        due["checkpoint"] |= permanent
-        return Due(**due, permanent=permanent, profile="profile" in requested)
+        due["permanent"] |= step in self.points or "checkpoint" in requested
+        due["checkpoint"] |= due["permanent"]
+        return Due(**due, profile="profile" in requested)
 
     def _requested(self, action: str) -> bool:
         """Return True if the user has put a file trigger.ACTION into the run's folder, and delete that file."""

@@ -80,6 +80,10 @@ class Interval:
             else:
                 self._interval_images = number * {"steps": batch, "epochs": epoch, "images": 1}[unit]
 
+    def count(self, steps: int) -> int:
+        """Return how many of the first `steps` steps complete an interval; 0 for an interval in seconds."""
+        return int(steps / max(self._interval_images / self._batch, 1.0) + 1e-9) if self._interval_images else 0
+
     def due(self, step: int, seconds: float) -> bool:
         """Return True if step `step` of the stage (from 1), which ended after `seconds`, completes an interval."""
         if self._interval_images:

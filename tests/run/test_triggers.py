@@ -43,6 +43,9 @@ class Run:
         ({"validate": 5, "measured": False}, {}),
         ({"sample_every": "1e"}, {"samples": [5, 10]}),
         ({"checkpoint_every": 6}, {"checkpoint": [6, 12]}),
+        ({"keep_every": 5}, {"checkpoint": [5, 10], "permanent": [5, 10]}),
+        ({"keep_every": "1e", "checkpoint_every": 4}, {"checkpoint": [4, 5, 8, 10, 12], "permanent": [5, 10]}),
+        ({"keep_every": "18 images"}, {"checkpoint": [5, 9], "permanent": [5, 9]}),
         ({"checkpoint_at": [3, "2e"]}, {"checkpoint": [3, 10], "permanent": [3, 10]}),
     ],
 )
