@@ -268,7 +268,7 @@ def test_light_keys_do_not_change_the_plan():
         "huber_delta": 0.5, "weighting_gamma": 2.0, "timestep_range": [100, 900], "timestep_mean": 1.0, "timestep_std": 2.0,
         "unmasked_weight": 0.5, "caption_dropout": 0.1, "max_tags": 5, "tag_separator": ";", "shuffle_tags": True,
         "keep_tags": 1, "tag_dropout": 0.1, "shuffle_sentences": True, "sample_every": 5, "checkpoint_every": 5,
-        "keep_checkpoints": 9, "checkpoint_at": [3],
+        "keep_checkpoints": 9, "keep_every": 4, "checkpoint_at": [3],
     }  # fmt: skip
     assert list(values) == keys_with(StageTable, Key.LIGHT)
     for settings in ({"optimizer": "lion", "lr": 1e-4, "weighting": "p2"}, {"optimizer": "adamw", "lr": 1e-4, "loss": "huber"}):
