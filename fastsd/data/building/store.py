@@ -350,20 +350,27 @@ def _use_write_ahead_log(db: sqlite3.Connection) -> None:
 
 @contextmanager
 def _folder_lock(folder: Path, lock: str) -> Iterator[None]:
-    if not lock:
-        yield
-        return
     with disk_errors(folder):
         handle = (folder / "cache.lock").open("a+b")
     with handle:
-        if not lock_file(handle, exclusive=lock == "exclusive"):
+        if sys.platform != "win32":  # SQLite takes such locks, and would wait for them in silence
+            import fcntl
+
+            with _lock_errors(handle):
+                fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.lockf(handle, fcntl.LOCK_UN)
+        if lock and not lock_file(handle, exclusive=lock == "exclusive"):
             raise UserError("cache-locked", f"cache.dir {folder} is in use by another `fastsd cache`; wait until it ends")
         yield
 
 
 def lock_file(handle: IO[bytes], *, exclusive: bool) -> bool:
-    """Lock a file until it is closed or locked again. Return False if another process holds a conflicting lock."""
-    try:
+    """Lock a file until it is closed or locked again. Return False if another process holds a conflicting lock.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
+    with _lock_errors(handle) as conflict:
         if sys.platform == "win32":  # no shared locks, so only one process at a time
             import msvcrt
 
@@ -373,9 +380,22 @@ def lock_file(handle: IO[bytes], *, exclusive: bool) -> bool:
             import fcntl
 
             fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    return not conflict
+
+
+@contextmanager
+def _lock_errors(handle: IO[bytes]) -> Iterator[list[OSError]]:
+    """Collect the error of a lock that another process holds. Turn any other error into a UserError: it would never end."""
+    conflict = list[OSError]()
+    try:
+        yield conflict
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):  # POSIX and Windows allow either
+            raise UserError(
+                "cache-not-lockable",
+                f"cache.dir: {handle.name} cannot be locked ({error.strerror}); choose a folder on a file system with locks",
+            ) from None
+        conflict.append(error)
 
 
 def wait_for(attempt: Callable[[], bool], on_wait: Callable[[], None]) -> None:
@@ -399,16 +419,18 @@ class Claims:
             self._file = (folder / "claims.lock").open("a+b")
 
     def take(self, shard: int, first: int, count: int) -> bool:
-        """Claim rows [first, first + count) of a shard. Return False if another process has claimed one of them."""
+        """Claim rows [first, first + count) of a shard. Return False if another process has claimed one of them.
+
+        Raises:
+            UserError: the file system has no locks.
+        """
         if sys.platform == "win32":  # the folder's lock already excludes other processes
             return True
         import fcntl
 
-        try:
+        with _lock_errors(self._file) as conflict:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, shard * cache.SHARD_ROWS + first)
-        except OSError:
-            return False
-        return True
+        return not conflict
 
     def release(self, shard: int, first: int, count: int) -> None:
         if sys.platform != "win32":

@@ -175,6 +175,24 @@ def test_an_exclusive_lock_excludes_all_others(tmp_path):
         assert lock_file(handle, exclusive=False) and lock_file(other, exclusive=False)
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+@pytest.mark.parametrize("call", ["flock", "lockf"])
+@pytest.mark.parametrize("lock", ["exclusive", "shared", ""])
+def test_a_file_system_without_locks_is_refused_at_once(lock, call, number, tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(number, os.strerror(number))
+
+    with Store.open(tmp_path, create=True):
+        claims, file = Claims(tmp_path), tmp_path / "cache.lock"
+    monkeypatch.setattr(f"fcntl.{call}", failing)
+    if call == "flock" and not lock:
+        return
+    with refused("cache-not-lockable", file=file, reason=os.strerror(number)), Store.open(tmp_path, lock=lock):
+        pass
+    with file.open("a+b") as handle, refused("cache-not-lockable", reason=os.strerror(number)):
+        lock_file(handle, exclusive=True) if call == "flock" else claims.take(1, 0, 1)
+
+
 def database_error(code: int) -> sqlite3.Error:
     error = sqlite3.OperationalError("trouble")
     error.sqlite_errorcode = code
