@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastsd.model.formats.fold_vae import SD15_SCALING_FACTOR
 from fastsd.model.formats.model_summary import SUMMARY, Adapters, Loss, ModelSummary, Samples, StageSummary, read_summary
 from fastsd.run.checkpoint import STATE
 from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
+from fastsd.run.markdown import code, inline, is_hub_id, link_or_code, python_string, table, yaml_string
 from fastsd.run.settings import flatten
 from fastsd.storage import copy_file, write_text
 
@@ -187,7 +188,8 @@ class _Card:
         self.overflows = self.factor == SDXL_SCALING_FACTOR
 
     def text(self) -> str:
-        sections = [self._front_matter(), f"# {self.summary.title or 'Stable Diffusion 1.5'}", self._opening(), self._facts()]
+        title = f"# {inline(self.summary.title) or 'Stable Diffusion 1.5'}"
+        sections = [self._front_matter(), title, self._opening(), self._facts()]
         sections += [self._samples(), self._training(), self._losses(), self._lora(), "## Usage", self._diffusers()]
         sections += [self._from_file(), *self._tools(), self._long_captions()]
         return "\n\n".join(section for section in sections if section) + "\n"
@@ -196,17 +198,17 @@ class _Card:
         summary, tags = self.summary, ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "fastsd"]
         tags += ["lora"] if summary.lora else []
         lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-        lines += [f"base_model: {summary.base}"] if "/" in summary.base else []
-        lines += [f"license: {json.dumps(summary.license)}"] if summary.license else []
+        lines += [f"base_model: {summary.base}"] if is_hub_id(summary.base) else []
+        lines += [f"license: {yaml_string(summary.license)}"] if summary.license else []
         return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
     def _opening(self) -> str:
         summary = self.summary
-        origin = f"{'trained' if summary.stages else 'made'} with fastsd {summary.version}".rstrip()
-        author = f" by {summary.author}" if summary.author else ""
-        swapped = f", with its VAE replaced by {_link_or_code(summary.vae)}" if summary.vae not in ("", summary.base) else ""
-        base = f" It is based on {_link_or_code(summary.base)}{swapped}." if summary.base else ""
-        note = f"\n\n{summary.note}" if summary.note else ""
+        origin = f"{'trained' if summary.stages else 'made'} with fastsd {inline(summary.version)}".rstrip()
+        author = f" by {inline(summary.author)}" if inline(summary.author) else ""
+        swapped = f", with its VAE replaced by {link_or_code(summary.vae)}" if summary.vae not in ("", summary.base) else ""
+        base = f" It is based on {link_or_code(summary.base)}{swapped}." if summary.base else ""
+        note = f"\n\n{inline(summary.note)}" if summary.note else ""
         return f"A Stable Diffusion 1.5 model {origin}{author}.{base}{note}"
 
     def _facts(self) -> str:
@@ -214,25 +216,25 @@ class _Card:
         vae = f"{self.channels} channels, scaling factor {self.factor:g}"
         vae += f" (SD1.5: {SD15_SCALING_FACTOR:g})" if self.other_factor else ""
         if summary.vae:
-            vae = f"{summary.vae if summary.vae != summary.base else 'same as base model'}, {vae}"
+            vae = f"{inline(summary.vae) if summary.vae != summary.base else 'same as base model'}, {vae}"
         text = f"{self.window} tokens" if summary.chunks == 1 else f"{summary.chunks} chunks of {self.window} tokens"
         skip = f"clip skip {self.clip_skip} ({self.clip_skip + 1} in A1111)" if self.clip_skip else "no clip skip"
         v_prediction = "v_prediction, zero terminal SNR" if self.zero_snr else "v_prediction"
         weights = {"raw": "as trained", "ema": "exponential moving average (EMA)"}.get(summary.weights, "")
         rows = [
-            ["Base model", summary.base],
+            ["Base model", inline(summary.base)],
             ["VAE", vae],
             ["Prediction type", v_prediction if self.v_prediction else "epsilon"],
             ["Text encoder", f"{text}, {skip}"],
             ["Resolution", f"{summary.resolution} px" if summary.resolution else ""],
             ["Dataset", f"{_count(summary.dataset)} images" if summary.dataset else ""],
             ["Training", f"{_count(summary.steps)} steps, {_count(summary.images)} images seen" if summary.images else ""],
-            ["Training precision", summary.precision],
+            ["Training precision", inline(summary.precision)],
             ["Weights", weights],
             ["Seed", "" if summary.seed is None else str(summary.seed)],
-            ["Date", summary.date[:10]],
+            ["Date", inline(summary.date[:10])],
         ]
-        return _table(["", ""], [row for row in rows if row[1]])
+        return table(["", ""], [row for row in rows if row[1]])
 
     def _samples(self) -> str:
         if not self.has_samples:
@@ -240,9 +242,9 @@ class _Card:
         sections = ["## Samples", f"![samples]({SAMPLES})"]
         if samples := self.summary.samples:
             weights = " with the non-EMA weights" if self.summary.weights == "ema" else ""
-            settings = f"{samples.sampler} sampler, {samples.steps} steps, guidance scale {samples.guidance:g}"
+            settings = f"{inline(samples.sampler)} sampler, {samples.steps} steps, guidance scale {samples.guidance:g}"
             sections.append(f"Generated at step {_count(samples.step)}{weights}: {settings}.")
-            sections.append("\n".join(f"- {' '.join(prompt.split())}" for prompt in samples.prompts))
+            sections.append("\n".join(f"- {inline(prompt)}" for prompt in samples.prompts))
         return "\n\n".join(sections)
 
     def _training(self) -> str:
@@ -253,12 +255,13 @@ class _Card:
         rows = []
         for stage in stages:
             counts = f"{stage.batch}", _count(stage.steps), _count(stage.images)
-            rows.append([stage.name, ", ".join(stage.train), stage.optimizer, _rates(stage.lr), stage.precision, *counts])
-        notes = [f"- {stage.name}: {_settings_text(stage.settings)}" for stage in stages if stage.settings]
+            columns = [stage.name, ", ".join(stage.train), stage.optimizer, _rates(stage.lr), stage.precision]
+            rows.append([*map(inline, columns), *counts])
+        notes = [f"- {inline(stage.name)}: {_settings_text(stage.settings)}" for stage in stages if stage.settings]
         notes += [f"- all stages: {_settings_text(self.summary.settings)}"] if self.summary.settings else []
         if any(optimizer.tunes_lr for name, optimizer in OPTIMIZERS.items() if name in {stage.optimizer for stage in stages}):
             notes.append("- D-Lion estimates its own step size; the learning rate is a factor applied to it")
-        return "\n\n".join(["## Training", _table(headings, rows), *(["\n".join(notes)] if notes else [])])
+        return "\n\n".join(["## Training", table(headings, rows), *(["\n".join(notes)] if notes else [])])
 
     def _losses(self) -> str:
         rows = []
@@ -266,20 +269,20 @@ class _Card:
             weights = {"raw": "as trained", "ema": "EMA"}.get(loss.weights, loss.weights)
             first = f"{loss.first:.4f} at step {_count(loss.first_step)}" if loss.first_step < loss.step else ""
             last = f"{loss.last:.4f} ± {loss.se:.4f} at step {_count(loss.step)}"
-            rows.append([loss.set.replace("_", " "), weights, first, last])
+            rows.append([inline(loss.set.replace("_", " ")), inline(weights), first, last])
         method = (
             "Measured on the same images, noise and timesteps every time. Held-out images are never trained on; stabilised "
             "images are."
         )
-        table = _table(["Set", "Weights", "First", "Last ± standard error"], rows)
-        return "\n\n".join(["## Validation loss", method, table]) if rows else ""
+        losses = table(["Set", "Weights", "First", "Last ± standard error"], rows)
+        return "\n\n".join(["## Validation loss", method, losses]) if rows else ""
 
     def _lora(self) -> str:
         lora = self.summary.lora
         if lora is None:
             return ""
         components = "the UNet and the text encoder" if lora.text_encoder else "the UNet"
-        settings = f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)} of {components}"
+        settings = f"rank {lora.rank}, alpha {lora.alpha:g}, on {inline(', '.join(lora.targets))} of {components}"
         settings += f", rank {lora.conv} on 3x3 convolutions" if lora.conv else ""
         name = "lora-ema.safetensors" if self.summary.weights == "ema" else "lora.safetensors"
         return (
@@ -290,7 +293,7 @@ class _Card:
 
     def _diffusers(self) -> str:
         samples = self.summary.samples
-        prompt = json.dumps(samples.prompts[0] if samples and samples.prompts else "a red fox in the snow", ensure_ascii=False)
+        prompt = python_string(samples.prompts[0] if samples and samples.prompts else "a red fox in the snow")
         dtype, comment = ("bfloat16", "  # SDXL's VAE overflows in float16") if self.overflows else ("float16", "")
         options = f"num_inference_steps={samples.steps}, guidance_scale={samples.guidance:g}" if samples else ""
         options = (options or "num_inference_steps=25") + (f", clip_skip={self.clip_skip}" if self.clip_skip else "")
@@ -307,7 +310,7 @@ image = pipe({prompt}, {options}).images[0]
     def _from_file(self) -> str:
         if not self.single:
             return ""
-        text = f"The single file `{self.single}` loads with `StableDiffusionPipeline.from_single_file`"
+        text = f"The single file {code(self.single)} loads with `StableDiffusionPipeline.from_single_file`"
         if self.other_factor and self.folded:
             text += (
                 f". Do not pass this folder as `config`: the VAE's scaling factor {self.factor:g} is folded into the weights "
@@ -331,18 +334,19 @@ image = pipe({prompt}, {options}).images[0]
         file = self.single or "model.safetensors"
         vae, notes = "The VAE is included", []
         if not self.single:
-            notes.append(f"ComfyUI and A1111 load single files. Create one with `fastsd convert FOLDER {file}`.")
+            notes.append(f"ComfyUI and A1111 load single files. Create one with {code(f'fastsd convert FOLDER {file}')}.")
         if self.single and self.other_factor and not self.folded:
             notes.append(
-                f"**`{file}` gives wrong colours in ComfyUI and A1111**: they assume a VAE scaling factor of "
+                f"**{code(file)} gives wrong colours in ComfyUI and A1111**: they assume a VAE scaling factor of "
                 f"{SD15_SCALING_FACTOR:g}, and this file needs {self.factor:g}. `fastsd convert FOLDER OUT.safetensors` "
                 "creates a file that works there."
             )
         elif self.other_factor:
             vae += " and already scaled for SD1.5 tools"
 
-        comfy = [f"copy `{file}` to `models/checkpoints` and load it with *Load Checkpoint*. {vae}; *Load VAE* is not needed."]
-        webui = [f"copy `{file}` to `models/Stable-diffusion`. {vae}; leave *SD VAE* at Automatic or None."]
+        name = code(file)
+        comfy = [f"copy {name} to `models/checkpoints` and load it with *Load Checkpoint*. {vae}; *Load VAE* is not needed."]
+        webui = [f"copy {name} to `models/Stable-diffusion`. {vae}; leave *SD VAE* at Automatic or None."]
         if self.clip_skip:
             comfy.append(f"Add *CLIP Set Last Layer* with stop_at_clip_layer {-self.clip_skip - 1}.")
             webui.append(f"Set *Clip skip* to {self.clip_skip + 1}.")
@@ -353,7 +357,7 @@ image = pipe({prompt}, {options}).images[0]
             comfy.append(f"Add *ModelSamplingDiscrete* with v_prediction and zsnr {zsnr}, because SD1.5 defaults to epsilon.")
             webui.append(
                 "Because SD1.5 defaults to epsilon, copy `configs/v1-inference.yaml` of A1111 next to the file as "
-                f'`{Path(file).stem}.yaml` and add `parameterization: "v"` under `model`, `params`.'
+                f'{code(f"{Path(file).stem}.yaml")} and add `parameterization: "v"` under `model`, `params`.'
             )
         if self.zero_snr:
             webui.append("If A1111 does not detect the noise schedule, set *Noise schedule for sampling* to Zero Terminal SNR.")
@@ -383,14 +387,4 @@ def _rates(lr: float | Mapping[str, float]) -> str:
 
 
 def _settings_text(settings: Mapping[str, str]) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in settings.items())
-
-
-def _link_or_code(name: str) -> str:
-    """Format a hub id as a link and any other name as code."""
-    return f"[{name}](https://huggingface.co/{name})" if "/" in name else f"`{name}`"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (headings, *rows)]
-    return "\n".join([lines[0], "|---" * len(headings) + "|", *lines[1:]])
+    return inline(", ".join(f"{key} = {value}" for key, value in settings.items()))
