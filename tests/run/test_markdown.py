@@ -18,7 +18,8 @@ HOSTILE = [
     "<script>alert(1)</script>", "<!-- ", "<img src=x onerror=alert(1)>", "a\n\n# heading\n", "a\r\n---\r\nb", "| a | b |",
     "`code` ``` ~~~", "**bold** _em_ __b__ ~~s~~ ***", "[text](javascript:alert(1))", "![x](http://host/x.png)",
     "[ref]: http://x", "\\", "\\|", "\\`", "a\\", "&lt;b&gt; &amp; &#35; &", "# heading #", "- item", "+ item", "* item",
-    "1. item", "1984) a", "> quote", "---", "===", "- - -", "\x1b[31mred\x1b[0m\x07", "a\u202eb\u2028c\u0085d", "\ud800", "$x^2$", "a_b_c",
+    "1. item", "1984) a", "> quote", "---", "===", "- - -", "\x1b[31mred\x1b[0m\x07", "a\u202eb\u2028c\u0085d", "\ud800",
+    "$x^2$", "a_b_c",
     "snake_case = 1", "\tcode", '"quoted": [yaml, {a: b}] # comment', "'", "key: value", "...", "%YAML", "@a", "!tag", "null",
     "\N{GRINNING FACE} \u00e4\u6f22",
 ]  # fmt: skip
