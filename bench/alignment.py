@@ -29,6 +29,7 @@ from fastsd.config.schema import Config, ModelTable, load_config
 from fastsd.console import Console
 from fastsd.demo import demo, world
 from fastsd.run.loop import train
+from fastsd.storage import new_file, replace_file
 
 EVERY, TARGET_ACCURACY = 25, 0.9
 STARTS = ("plain", "aligned")
@@ -106,7 +107,8 @@ def picture(folder: Path, way: str, seed: int, path: Path) -> None:
     sheet = Image.new("RGB", (rows[0].width, 2 * rows[0].height))
     for i, row in enumerate(rows):
         sheet.paste(row, (0, i * row.height))
-    sheet.save(path)
+    with new_file(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 def main() -> None:
@@ -131,7 +133,7 @@ def main() -> None:
 
         for way, seed in itertools.product(args.ways, args.seeds):
             ways[way][seed] = compare_starts(folder, way, seed)
-            (args.out / "alignment-cpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            replace_file(args.out / "alignment-cpu.json", json.dumps(result, indent=1) + "\n")
             if (way, seed) == (args.ways[0], args.seeds[0]):
                 picture(folder, way, seed, args.out / "alignment.png")
 

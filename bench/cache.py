@@ -45,6 +45,7 @@ from fastsd.data.order import Order
 from fastsd.data.rows import row_check
 from fastsd.demo.demo import MODELS
 from fastsd.model.formats.load import load_vae
+from fastsd.storage import replace_file
 
 DEMO = MODELS / "base"
 ROW = (4, 64, 64)  # 32 KiB in fp16: a latent of 512 px
@@ -340,7 +341,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
         print(name, json.dumps(figures[name], indent=1), flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+            replace_file(arguments.json, json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def main() -> None:
 
     from fastsd.bench.counters import stamp
     from fastsd.demo.world import write_dataset
+    from fastsd.storage import replace_file
 
     if not (folder / "base" / "model_index.json").exists():
         make_base(folder / "base")
@@ -112,7 +113,7 @@ def main() -> None:
     print(text)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(text + "\n")
+        replace_file(arguments.json, text + "\n")
     if not arguments.folder:
         shutil.rmtree(folder)
 

@@ -24,6 +24,7 @@ import torch
 from full_size import make_base
 
 from fastsd.bench.counters import stamp
+from fastsd.storage import replace_file
 
 STEMS = {"unet": "unet/diffusion_pytorch_model", "vae": "vae/diffusion_pytorch_model", "text_encoder": "text_encoder/model"}
 PROMPT, SIZE, STEPS, GUIDANCE = "a red circle", 128, 2, 3.0
@@ -136,7 +137,7 @@ def main() -> None:
     text = json.dumps({"stamp": stamp(torch.device("cpu")), "figures": figures}, indent=2)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n")
+        replace_file(arguments.json, text + "\n")
     if not arguments.folder:
         shutil.rmtree(folder)
 

@@ -24,6 +24,7 @@ from fastsd.config.schema import Config, load_config
 from fastsd.console import Console
 from fastsd.demo import demo
 from fastsd.run.loop import train
+from fastsd.storage import replace_file
 
 OVERRIDES = [
     "sample.prompts=[]", "log.tensorboard=false", "stage.sample_every=0", "validate.held_out=64", "validate.every=100000",
@@ -58,7 +59,7 @@ def main() -> None:
     result |= {"steps": args.steps, "batch": args.batch, "plateau": probe.plateau, "settled": probe.settled, "lr": probe.rate}
     result |= {"validation_loss": losses, "best": best, "factor": max(probe.rate / best, best / probe.rate)}
     result["stamp"] = stamp(torch.device("cpu"))
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    replace_file(args.out, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

@@ -27,6 +27,7 @@ from fastsd.data.loader import Batch
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model, materialize
 from fastsd.model.unet import UNetConfig
 from fastsd.plan.plan import plan_stage
+from fastsd.storage import replace_file
 from fastsd.train.memory import LiveBytes
 from fastsd.train.precision import set_precision
 from fastsd.train.step import Step
@@ -161,7 +162,7 @@ def main() -> None:
     stamp["config"] = "a small model, 64 px" if arguments.small else "full-size SD1.5, random weights, 512 px"
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"stamp": stamp, "records": records}, indent=2) + "\n")
+        replace_file(arguments.json, json.dumps({"stamp": stamp, "records": records}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

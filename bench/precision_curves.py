@@ -33,6 +33,7 @@ from fastsd.config.schema import load_config
 from fastsd.console import Console
 from fastsd.demo import demo
 from fastsd.run.loop import train
+from fastsd.storage import new_file, replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
@@ -151,7 +152,8 @@ def draw(curves: dict[tuple[str, int], list[float]], path: Path) -> None:
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.legend()
-    figure.savefig(path, dpi=100)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 def main() -> None:
@@ -182,7 +184,7 @@ def main() -> None:
     result["largest_difference_to_fp32_after_20_steps"] = differences
     result["largest_difference_between_seeds_at_the_end"] = spread
     result["losses"] = {f"{precision} seed {seed}": values for (precision, seed), values in curves.items()}
-    (options.out / "precision-curves.json").write_text(json.dumps(result, indent=1) + "\n")
+    replace_file(options.out / "precision-curves.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}, indent=1))
 
 

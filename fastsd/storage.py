@@ -287,13 +287,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path. Rename the file there to `path` when the block ends, or delete it when the block raises.
+    """Yield a temporary path. Flush the file there and rename it to `path` when the block ends, or delete it when it raises.
 
-    The block must flush the file. An existing `path` is replaced.
+    An existing `path` is replaced.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            _flush(file)
         os.replace(temporary, path)
         flush_folder(path.parent)
     except BaseException:

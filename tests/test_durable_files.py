@@ -1,17 +1,26 @@
 """Files and folders are on the disk before their names are, and damaged or odd tensors are noticed."""
 
+import ast
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from environment import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 from sentences import refused
 
 from fastsd import storage
+from fastsd.commands.sample import sample
+from fastsd.compare.pictures import write_gif
+from fastsd.run.folder import Grid
+from fastsd.sampling.grid import save_grid
 from fastsd.storage import TensorFile, new_file, new_folder, write_safetensors, write_text
 
 
@@ -40,7 +49,8 @@ def test_new_folder_replaces_an_old_one_only_when_it_is_complete(disk, tmp_path)
 
 
 def test_new_file_is_flushed_before_and_after_its_renaming(disk, tmp_path):
-    storage.replace_file(tmp_path / "text", "a")
+    with new_file(tmp_path / "text") as path:
+        path.write_text("a")
     assert disk() == ["text", "-> text", tmp_path.name]
     with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "text") as path:
         path.write_text("half")
@@ -220,3 +230,71 @@ def test_a_folder_whose_replacement_was_killed_is_replaced_later(renames, tmp_pa
         raise ZeroDivisionError
     write("newest")
     assert (tmp_path / "saved" / "file").read_text() == "newest" and os.listdir(tmp_path) == ["saved"]
+
+
+# Calls that write over an existing file. Each stands in one of these functions, or writes to a path from `new_file`.
+WRITERS = {
+    "fastsd/storage.py": {"write_safetensors", "write_bytes", "copy_file"},  # what the others are made of
+    "fastsd/data/building/store.py": {"create", "write_rows"},  # a temporary file; rows that are not marked as done
+    "fastsd/bench/data.py": {"_write_images"},  # a temporary folder
+    "fastsd/bench/options.py": {"bench_config"},  # a temporary folder
+    "fastsd/demo/models.py": {"save_base", "save_vae", "write_tokenizer"},  # a new folder
+    "fastsd/demo/world.py": {"write_dataset"},  # a new folder
+    "fastsd/commands/redraw.py": {"write"},  # to memory
+    "fastsd/compare/page.py": {"_uri"},  # to memory
+    "kernels/fastsd_kernels/atlas.py": {"main"},  # a temporary file
+}
+
+
+def test_nothing_is_written_in_place():
+    """After a kill or on a full disk, a file that is rewritten in place is neither the old one nor the new one."""
+    writers: dict[str, set[str]] = {}
+    for path in [*(ROOT / "fastsd").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and any(map(overwrites, ast.walk(function))):
+                writers.setdefault(path.relative_to(ROOT).as_posix(), set()).add(function.name)
+    assert writers == WRITERS
+
+
+def overwrites(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    name, arguments = ast.unparse(node.func).split(".")[-1], [ast.unparse(argument) for argument in node.args]
+    if "temporary" in arguments or "str(temporary)" in arguments:  # from `new_file`
+        return False
+    if name == "open":
+        mode = next((text for text in arguments if re.fullmatch(r"'[rwaxbt+]{1,3}'", text)), "'r'")
+        return "w" in mode or ("r" in mode and "+" in mode)
+    is_method = isinstance(node.func, ast.Attribute) and not ast.unparse(node.func).endswith(("saving.save", "checkpoint.save"))
+    return is_method and name in ("write_text", "write_bytes", "save", "savefig", "save_pretrained", "export_chrome_trace")
+
+
+@pytest.mark.parametrize("ending", ["png", "gif"])
+def test_a_picture_is_on_the_disk_before_its_name_is(ending, disk, tmp_path):
+    grid = Grid(tmp_path / "source", "s", 1, {})
+    image = Image.new("RGB", (8, 8))
+    image.info["cells"] = []
+    if ending == "png":
+        save_grid(image, tmp_path / "a.png")
+    else:
+        write_gif(tmp_path / "a.gif", "label", [(grid, image)])
+    assert disk() == [f"a.{ending}", f"-> a.{ending}", tmp_path.name]
+
+
+def test_a_sample_that_cannot_be_written_leaves_the_earlier_one(tmp_path, tiny_model, monkeypatch):
+    def draw() -> None:
+        table = {"base": str(tiny_model)}
+        sample(table, {"prompts": ["a"], "steps": 1, "size": 16}, tmp_path, "fp32", "cpu")
+
+    draw()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"000-0.png", "001-1.png", "grid.png"}
+
+    def half(image, target, *args, **kwargs):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        draw()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -15,6 +15,7 @@ from fastsd.errors import UserError
 from fastsd.run.folder import resolve_model
 from fastsd.sampling.generate import generate, load_to_sample
 from fastsd.sampling.grid import grid, read_prompts, save_grid
+from fastsd.storage import new_file
 
 Options = TypeVar("Options", ModelTable, SampleTable)
 
@@ -33,7 +34,8 @@ def sample(source: dict[str, Any], settings: Mapping[str, object], out: Path, pr
     images = generate(model, [prompt for prompt, _ in pairs], [seed for _, seed in pairs], table, size)
     out.mkdir(parents=True, exist_ok=True)
     for i, (image, (_, seed)) in enumerate(zip(images, pairs, strict=True)):
-        image.save(out / f"{i:03d}-{seed}.png")
+        with new_file(out / f"{i:03d}-{seed}.png") as temporary:
+            image.save(temporary, "PNG")
     save_grid(grid(images, table.images, prompts, table.seed), out / "grid.png")
     STDOUT.echo(f"{len(images)} images and grid.png written to {out}")
 

@@ -16,7 +16,7 @@ from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, read_runs
 from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.run.settings import safe_name
-from fastsd.storage import new_folder, replace_file, write_text
+from fastsd.storage import new_file, new_folder, replace_file, write_text
 
 TABLES = "tables.json"  # the page's tables for other programs; a folder with this file belongs to a report and may be replaced
 
@@ -155,12 +155,14 @@ class ComparisonReport:
 
     def _chart(self, title: str, note: str, name: str, figure: Figure) -> None:
         path = self.folder / f"{name}.png"
-        figure.savefig(path)
+        with new_file(path) as temporary:
+            figure.savefig(temporary, format="png")
         with Image.open(path) as image:
             self.sections.append(Section(title, note, page.picture(image, title, lossless=True)))
 
     def _picture(self, name: str, image: Image.Image, alt: str, caption: str | RunData = "") -> str:
-        image.save(self.folder / f"{name}.png")
+        with new_file(self.folder / f"{name}.png") as temporary:
+            image.save(temporary, "PNG")
         return page.picture(image, alt, caption)
 
 

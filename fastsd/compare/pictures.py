@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from fastsd.compare.numbers import Pixels
 from fastsd.compare.runs import RunData
 from fastsd.run.folder import WHOLE_SHEET, Cell, Grid
+from fastsd.storage import new_file
 
 SheetRow = tuple[str, Sequence[Image.Image | None]]  # label and pictures
 SheetColumn = dict[Cell, Image.Image]  # pictures by (prompt, seed)
@@ -149,7 +150,8 @@ def write_gif(path: Path, label: str, pictures: Sequence[tuple[Grid, Image.Image
         gif_frames.append(canvas.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
     milliseconds = max(80, min(700, 9000 // len(gif_frames)))
     durations = [milliseconds] * (len(gif_frames) - 1) + [2500]
-    gif_frames[0].save(path, save_all=True, append_images=gif_frames[1:], duration=durations, loop=0)
+    with new_file(path) as temporary:
+        gif_frames[0].save(temporary, "GIF", save_all=True, append_images=gif_frames[1:], duration=durations, loop=0)
 
 
 def _distance(differences: Sequence[np.ndarray]) -> Pixels:

@@ -20,6 +20,7 @@ from fastsd.console import STDOUT, Console
 from fastsd.demo import world
 from fastsd.run.loop import train
 from fastsd.sampling.generate import generate, load_to_sample
+from fastsd.storage import copy_file, new_file, new_folder, replace_file
 
 MODELS = Path(__file__).parent / "assets"
 PICTURES, PICTURE_SEED = 384, 1
@@ -48,7 +49,7 @@ def demo(out: Path, console: Console = STDOUT) -> dict[str, float]:
     _picture(out / "demo.png", *columns)
     accuracies = {"base": base_share, "before": swapped_share, "after": trained_share}
     result = accuracies | {"samples": len(trained_images), "seconds": round(time.perf_counter() - start_time, 1)}
-    (out / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    replace_file(out / "result.json", json.dumps(result) + "\n")
     shares = f"{base_share:.0%} base, {swapped_share:.0%} with the VAE swapped, {trained_share:.0%} after retraining"
     console.echo(f"correct colour and shape: {shares} ({len(trained_images)} samples each, {result['seconds']:.0f} s)")
     console.echo(f"picture: {out / 'demo.png'}")
@@ -58,10 +59,12 @@ def demo(out: Path, console: Console = STDOUT) -> dict[str, float]:
 def _lay_out(out: Path, console: Console) -> Config:
     """Write the models, the training images and the config into `out`. Return the config."""
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(MODELS, out / "models", dirs_exist_ok=True)
-    world.write_dataset(out / "images", PICTURES, PICTURE_SEED)
+    with new_folder(out / "models") as folder:
+        shutil.copytree(MODELS, folder, copy_function=lambda *paths: copy_file(*map(Path, paths)), dirs_exist_ok=True)
+    with new_folder(out / "images") as folder:  # not flushed: every demo draws them again
+        world.write_dataset(folder, PICTURES, PICTURE_SEED)
     text = _config_file().read_text(encoding="utf-8").replace("demo-out", out.as_posix())
-    (out / "demo.toml").write_text(text, encoding="utf-8")
+    replace_file(out / "demo.toml", text)
     console.echo(f"{PICTURES} captioned images in {out / 'images'}; a tiny SD1.5 and another VAE in {out / 'models'}")
     return load_config(out / "demo.toml")
 
@@ -85,4 +88,5 @@ def _draw(config: Config, table: ModelTable) -> tuple[float, list[Image.Image]]:
 def _picture(path: Path, *columns: tuple[float, list[Image.Image]]) -> None:
     titles = ("base", "VAE swapped", "retrained")
     panels = [(f"{title}  {share:.0%}", images[:SHOWN]) for title, (share, images) in zip(titles, columns, strict=True)]
-    world.picture(panels, [prompt for _, _, prompt in world.prompts()[:SHOWN]]).save(path)
+    with new_file(path) as temporary:
+        world.picture(panels, [prompt for _, _, prompt in world.prompts()[:SHOWN]]).save(temporary, "PNG")

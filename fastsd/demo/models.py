@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fastsd.demo import world
+from fastsd.storage import new_folder
 
 IMAGE_SIZE, LATENT_SIZE = 64, 8
 CONTEXT_LENGTH, CONTEXT_WIDTH = 77, 64
@@ -337,24 +338,17 @@ def save_base(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    fresh = folder.with_name(folder.name + ".new")
-    copy.deepcopy(pipeline).to(torch.float16).save_pretrained(fresh)
-    # Replace the tokenizer files: the form in which transformers stores them depends on its version.
-    shutil.rmtree(fresh / "tokenizer")
-    write_tokenizer(fresh / "tokenizer")
-    _replace(fresh, folder)
+    with new_folder(folder) as fresh:
+        copy.deepcopy(pipeline).to(torch.float16).save_pretrained(fresh)
+        # Replace the tokenizer files: the form in which transformers stores them depends on its version.
+        shutil.rmtree(fresh / "tokenizer")
+        write_tokenizer(fresh / "tokenizer")
 
 
 def save_vae(folder: Path, vae: AutoencoderKL) -> None:
     """Write a VAE folder with fp16 weights. An existing folder is replaced when the new one is complete."""
-    fresh = folder.with_name(folder.name + ".new")
-    copy.deepcopy(vae).half().save_pretrained(fresh)
-    _replace(fresh, folder)
-
-
-def _replace(fresh: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with new_folder(folder) as fresh:
+        copy.deepcopy(vae).half().save_pretrained(fresh)
 
 
 def main() -> None:

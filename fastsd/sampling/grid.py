@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from fastsd.config.schema import Config, SampleTable
 from fastsd.errors import UserError
 from fastsd.model.model import Model
 from fastsd.sampling.generate import BATCH, check_size, check_steps, generate
-from fastsd.storage import TEMPORARY
+from fastsd.storage import new_file
 
 GRID_CHUNK = "fastsd"  # key of the PNG text chunk that describes a grid
 
@@ -81,11 +80,10 @@ def save_grid(sheet: Image.Image, path: Path, stage: str = "", step: int = 0) ->
     Raises:
         OSError: the disk is full or the folder is not writable; an older file with this name stays intact.
     """
-    temporary = path.with_name(TEMPORARY + path.name)
     metadata = PngInfo()
     metadata.add_text(GRID_CHUNK, json.dumps({"stage": stage, "step": step, "cells": sheet.info["cells"]}))
-    sheet.save(temporary, "PNG", pnginfo=metadata)
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        sheet.save(temporary, "PNG", pnginfo=metadata)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

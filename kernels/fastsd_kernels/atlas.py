@@ -22,8 +22,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsd_kernels import RECORDS
@@ -105,11 +107,13 @@ def main(arguments: list[str] | None = None) -> int:
     names = [f"sm_{target}" for target in ARCHITECTURES]
     parser.add_argument("--target", nargs="+", choices=names, default=names, metavar="sm_NN", help=", ".join(names))
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=", ".join(OPS))
-    parser.add_argument("--json", type=argparse.FileType("w"), metavar="FILE", help="also write the entries to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the entries to this file")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes (default: one a core)")
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so Triton compiles nothing; unset it")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json is {str(options.json)!r}, but its folder does not exist; create it or name another file")
     print(f"target {'op':14} {'kernel':15} {'kind':26} {'mode':11} regs stack in loop shared tensor   fma loop  loads")
     divisor = 4 * options.jobs  # short tasks, so that no process waits long for the last one
     tasks = [
@@ -128,7 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(entries)} configurations, {len(over)} over the limits")
     if options.json:
         rows = [{**entry._asdict(), "code": entry.code._asdict() if entry.code else None} for entry in entries]
-        json.dump(rows, options.json, indent=1)
+        temporary = options.json.with_name(f".tmp-{options.json.name}")
+        temporary.write_text(json.dumps(rows, indent=1))
+        os.replace(temporary, options.json)  # a run that fails leaves the earlier file
     return 1 if over else 0
 
 
