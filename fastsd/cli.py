@@ -87,12 +87,19 @@ BenchWords = Annotated[
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None, precision: StagePrecision = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    precision: StagePrecision = None,
+    start: Annotated[
+        str, Option("--from", metavar="CHECKPOINT", help="Go back to this checkpoint, and set aside what follows it.")
+    ] = "",
+) -> None:
     """Train the stages of CONFIG. Run the same command again to resume."""
     loaded = _load(config, overrides, precision)
     from fastsd.run.loop import train
 
-    train(loaded)
+    train(loaded, start=start)
 
 
 @app.command()

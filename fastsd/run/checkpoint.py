@@ -171,10 +171,9 @@ def newest(folder: Path, base: ModelTable | None = None) -> tuple[Path, RunProgr
     """
     remove_leftovers(folder)
     checkpoint_paths, warnings = checkpoints(folder), list[str]()
-    others = [*sorted(folder.glob("*step-*"), reverse=True), *folder.parent.glob("model*")]
     for i, path in reversed(list(enumerate(checkpoint_paths))):
         problem = verify(path)
-        restored = [] if problem is None else restore(path, others, partial(_write_base, base))
+        restored = [] if problem is None else _restore(path, base)
         if restored is not None:
             for damaged in checkpoint_paths[i + 1 :]:
                 renamed_path = damaged.with_name(f"damaged-{damaged.name}")
@@ -184,12 +183,7 @@ def newest(folder: Path, base: ModelTable | None = None) -> tuple[Path, RunProgr
                 except OSError as error:
                     reason = f"is damaged and cannot be renamed ({error.strerror})"
                     raise UserError("checkpoint-stuck", f"{damaged}: {reason}; delete it, and run again") from None
-            values = json.loads((path / STATE).read_text())
-            for other_key in ("fastsd", "keep"):
-                values.pop(other_key, None)
-            fields = {key: field for field, key in STATE_KEYS.items()}
-            progress = RunProgress(**{fields.get(key, key): value for key, value in values.items()})
-            return path, progress, warnings + restored
+            return path, progress_of(path), warnings + restored
         warnings.append(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     if checkpoint_paths:
         raise UserError(
@@ -197,6 +191,34 @@ def newest(folder: Path, base: ModelTable | None = None) -> tuple[Path, RunProgr
             f"{folder}: all {len(checkpoint_paths)} checkpoints are damaged; start a new run with run=FOLDER",
         )
     return None
+
+
+def open_checkpoint(path: Path, base: ModelTable | None = None) -> tuple[Path, RunProgress, list[str]]:
+    """Return what `newest` returns for one checkpoint, which need not be the newest.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    problem = verify(path)
+    restored = [] if problem is None else _restore(path, base)
+    if restored is None:
+        raise UserError("named-checkpoint-damaged", f"{path} is damaged ({problem}); go back to another checkpoint")
+    return path, progress_of(path), restored
+
+
+def _restore(path: Path, base: ModelTable | None) -> list[str] | None:
+    folder = path.parent
+    others = [*sorted(folder.glob("*step-*"), reverse=True), *folder.parent.glob("model*")]
+    return restore(path, others, partial(_write_base, base))
+
+
+def progress_of(path: Path) -> RunProgress:
+    """Read the progress in a checkpoint. Raises OSError, ValueError or TypeError if its state.json is missing or damaged."""
+    values = json.loads((path / STATE).read_text())
+    for other_key in ("fastsd", "keep"):
+        values.pop(other_key, None)
+    fields = {key: field for field, key in STATE_KEYS.items()}
+    return RunProgress(**{fields.get(key, key): value for key, value in values.items()})
 
 
 def _write_base(table: ModelTable | None, folder: Path, names: Collection[str]) -> str:

@@ -23,8 +23,11 @@ from fastsd.train.precision import precision_switches
 from fastsd.train.step import Step
 
 
-def train(config: Config, console: Console = STDOUT, *, export: bool = True) -> None:
+def train(config: Config, console: Console = STDOUT, *, export: bool = True, start: str = "") -> None:
     """Train all stages of a config, from the start or from the newest checkpoint, and export the model if `export` is True.
+
+    Args:
+        start: name of the checkpoint to go back to; "" = resume from the newest.
 
     Raises:
         UserError: the user must change something; saved checkpoints stay intact.
@@ -32,7 +35,7 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True) -> 
     """
     with stop_signals(Path(config.run)) as signals:
         try:
-            with open_run(config, console) as run:
+            with open_run(config, console, start) as run:
                 train_stages(run, signals)
                 if export:
                     export_run(run)
@@ -48,6 +51,10 @@ def train_stages(run: Run, signals: StopSignals) -> None:
     for warning in run.warnings:
         run.console.warn(warning)
     config, unet = run.config, run.model.unet
+    last = len(config.stage) - 1
+    if run.position.finished(last):
+        step, name = run.position.progress.step, config.stage_name(last)
+        run.console.echo(f"already finished at step {step}; raise until of stage {name!r} to train on")
     for index in range(run.position.progress.stage, len(config.stage)):
         with precision_switches(config.stage[index].precision, unet, deterministic=config.deterministic) as switches:
             if run.position.finished(index):

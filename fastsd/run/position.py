@@ -26,14 +26,19 @@ class Position:
 
     def __init__(self, progress: RunProgress, stages: Sequence[StageTable], steps: Sequence[int], *, extendable: bool) -> None:
         self.progress, self.stages, self.steps = progress, stages, steps
-        self._extendable = extendable
+        self._has_state = extendable
         self._updated_at = time.monotonic()  # the time of the last update of `progress.seconds`
 
     def finished(self, index: int) -> bool:
         """Return True if the stage is complete and the config does not extend it. Only the last stage can be extended."""
         progress = self.progress
-        extended = index == len(self.steps) - 1 and not self.at_end(index) and self._extendable
+        extended = self.extendable and not self.at_end(index)
         return progress.stage > index or (progress.stage == index and progress.stage_done and not extended)
+
+    @property
+    def extendable(self) -> bool:
+        """True if the current stage can go on after its end."""
+        return self.progress.stage == len(self.steps) - 1 and self._has_state
 
     def at_end(self, index: int) -> bool:
         """Return True if the current stage, number `index`, has done all its steps or used up its time."""
@@ -62,6 +67,14 @@ class Position:
     def mark(self, *, done: bool, validation: bool, samples: bool) -> None:
         """Record what follows the latest step: the end of its stage, a validation, samples."""
         self.progress = replace(self.progress, stage_done=done, validation_due=validation, samples_due=samples)
+
+    def end_at_checkpoint(self) -> bool:
+        """Complete the current stage if it ends at the newest checkpoint, because `until` was lowered to that step."""
+        progress = self.progress
+        if progress.stage_done or not progress.stage_step or progress.stage_step != self.steps[progress.stage]:
+            return False
+        self.mark(done=True, validation=True, samples=True)
+        return True
 
     def elapsed(self) -> float:
         """Return the seconds the current stage has run, over all starts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import reduce
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from fastsd.config.keys import Key, keys_with
 from fastsd.config.schema import Config, StageTable, dump_config, parse_config
+from fastsd.config.stages import ENDLESS, parse_amount
 from fastsd.data.cache import LatentCache
 from fastsd.data.masks import mask_hash
 from fastsd.errors import UserError
 from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.folder import read_table
+from fastsd.run.position import Position
 from fastsd.storage import replace_file
 
 # Changing one of these settings would turn the rest of the run into a different run.
@@ -43,39 +46,52 @@ def lock(folder: Path) -> AbstractContextManager[object]:
         ) from None
 
 
-def compare_with_start(path: Path, config: Config, progress: RunProgress | None, newest: Path | None = None) -> list[str]:
+def compare_with_start(
+    path: Path, config: Config, progress: RunProgress | None, newest: Path | None = None, *, back: bool = False
+) -> list[str]:
     """Raise UserError for changes that would break the run. Return warnings about other changes since the last start.
 
     Args:
         path: RUN/config.json, which the last start wrote. If it is damaged, the config in the checkpoint takes its place.
         newest: the checkpoint that the run resumes from.
+        back: True if the run goes back to it. Then its config counts, and what was changed later does not.
     """
     if progress is None:
         return []
-    warnings, start = list[str](), _read_config(path)
+    saved = read_config(newest / checkpoint.CONFIG) if newest else None
+    warnings, start = list[str](), saved if back and saved else read_config(path)
     if start is None:
-        start = _read_config(newest / checkpoint.CONFIG) if newest else None
+        start = saved
         source = "the checkpoint's copy is used" if start else "changes of settings since the last start are not noticed"
         warnings.append(f"{path} is missing or damaged; {source}")
         if start is None:
             return warnings
     old, new = (json.loads(dump_config(table)) for table in (start, config))
-    advice = "undo the change, or start a new run with run=FOLDER"
+    new_run = "undo the change, or start a new run with run=FOLDER"
     for key in FIXED:
         before, after = _value(start, key), _value(config, key)
         if before != after:
             change = _describe_change(key, before, after)
-            raise UserError("run-other-start", f"{path.parent}: {change} since the run was started; {advice}")
+            raise UserError("run-other-start", f"{path.parent}: {change} since the run was started; {new_run}")
 
     current_stage, fixed_keys = progress.stage, keys_with(StageTable, Key.FIXED)
+    names = [config.stage_name(i) for i in range(len(config.stage))]
+    for i, name in enumerate(map(start.stage_name, range(min(len(start.stage), current_stage + 1)))):
+        if name in names and names.index(name) != i:
+            advice = _advice("put new stages behind it", path.parent, i)
+            place = f"stage {name!r} is number {i + 1} of the run and {names.index(name) + 1} of the config"
+            raise UserError("run-stage-moved", f"{path.parent}: {place}; {advice}")
     for i, (old_stage, new_stage) in enumerate(zip(old["stage"], new["stage"], strict=False)):
         for key in old_stage:
             if old_stage[key] != new_stage[key]:
                 change = _describe_change(f"stage.{i}.{key}", old_stage[key], new_stage[key])
                 if i < current_stage or (i == current_stage and key in fixed_keys and progress.stage_step):
+                    stage = None if key in fixed_keys else config.stage[i]
+                    advice = _advice("undo the change", path.parent, i, stage)
                     raise UserError("run-other-stage", f"{path.parent}: {change} after training had begun; {advice}")
                 warnings.append(f"{change} since the last start")
     if len(new["stage"]) <= current_stage:
+        advice = _advice("undo the change", path.parent, len(new["stage"]))
         raise UserError(
             "run-fewer-stages",
             f"{path.parent}: the run is in stage {current_stage + 1}, but the config has only {len(new['stage'])}; {advice}",
@@ -83,7 +99,55 @@ def compare_with_start(path: Path, config: Config, progress: RunProgress | None,
     return warnings
 
 
-def _read_config(path: Path) -> Config | None:
+def compare_with_end(folder: Path, config: Config, position: Position, newest: Path | None) -> None:
+    """Raise UserError if the run is beyond the end that the config gives to its current stage, or cannot get there.
+
+    Args:
+        newest: the checkpoint that the run resumes from.
+    """
+    progress, index = position.progress, position.progress.stage
+    stage, saved = config.stage[index], read_config(newest / checkpoint.CONFIG) if newest else None
+    unchanged = saved is None or parse_amount("until", saved.stage[index].until) == parse_amount("until", stage.until)
+    if not progress.stage_step or (progress.stage_done and unchanged):
+        return
+    name, until = config.stage_name(index), f"until is {stage.until!r}"
+    if not _is_before_end(progress, stage, position.steps[index]):
+        length = f"{progress.stage_step} steps" if stage.seconds is None else f"{math.ceil(progress.seconds)} seconds"
+        until += f", {position.steps[index]} steps" if parse_amount("until", stage.until)[1] in ("epochs", "images") else ""
+        advice = _advice(f'set it to at least "{length}"', folder, index, stage, position.steps[index], complete=True)
+        raise UserError("stage-beyond-end", f"{folder}: stage {name!r} has trained {length}, but {until}; {advice}")
+    if progress.stage_done and not position.at_end(index) and not position.extendable:
+        reason = "is complete, and only a last stage that kept its optimizer state can go on"
+        advice = _advice("undo the change", folder, index, stage, position.steps[index])
+        raise UserError("stage-complete", f"{folder}: stage {name!r} {reason}, but {until}; {advice}")
+
+
+def _advice(
+    change: str, folder: Path, index: int, stage: StageTable | None = None, steps: int = ENDLESS, *, complete: bool = False
+) -> str:
+    """Return what the user can do: change a setting, or go back to the newest checkpoint before stage number `index`.
+
+    Args:
+        stage: if it is given, checkpoints in the middle of the stage are as good, up to its new end.
+        steps: number of steps of the stage.
+        complete: True if they may also be at the stage's end, from which it can go on.
+    """
+    for path in reversed(checkpoint.checkpoints(folder / "checkpoints")):
+        with suppress(OSError, ValueError, TypeError):
+            earlier = checkpoint.progress_of(path)
+            is_inside = stage and earlier.stage == index and (complete or not earlier.stage_done)
+            if earlier.stage < index or (stage and is_inside and _is_before_end(earlier, stage, steps)):
+                return f"{change}, or go back with --from {path.name}"
+    return f"{change}, or start a new run with run=FOLDER"
+
+
+def _is_before_end(progress: RunProgress, stage: StageTable, steps: int) -> bool:
+    return (
+        progress.stage_step <= min(steps, stage.steps(ENDLESS)) if stage.seconds is None else progress.seconds <= stage.seconds
+    )
+
+
+def read_config(path: Path) -> Config | None:
     """Read a config as JSON. Keys which an older version did not write get their defaults. Return None if it is damaged."""
     table = read_table(path)
     with suppress(UserError):
@@ -116,7 +180,7 @@ def saved_splits(config: Config, *paths: Path) -> Mapping[str, Tensor]:
         paths: checkpoints, or other models, that are tried before those of the config's run.
     """
     for path in (*paths, *reversed(checkpoint.checkpoints(Path(config.run) / "checkpoints"))):
-        saved = _read_config(path / checkpoint.CONFIG)
+        saved = read_config(path / checkpoint.CONFIG)
         if saved and all(_value(saved, key) == _value(config, key) for key in SPLITS):
             with suppress(UserError):  # the file is missing or damaged
                 return checkpoint.load_state(path)

@@ -5,6 +5,7 @@ RUN/set-aside-1/                      a folder like RUN, so `fastsd compare RUN 
     log.jsonl ...                     the rows of later steps
     config.json cost.json             copies
     model/ model.safetensors ...      exports with weights of later steps, moved: RUN/model would look like the run's result
+RUN/went-back.json                    the step that `fastsd train --from` went back to last
 RUN/setting-aside.json                exists while things are moved. After a kill or a full disk, the next start moves the rest.
 """
 
@@ -14,14 +15,69 @@ import json
 import re
 from pathlib import Path
 
+from fastsd.config.keys import Key, keys_with
+from fastsd.config.schema import Config, StageTable
+from fastsd.config.stages import parse_amount
+from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.formats.model_summary import read_summary
-from fastsd.run.checkpoint import checkpoints
+from fastsd.run.checkpoint import STATE, checkpoints, name_of
 from fastsd.run.folder import grid_files, read_table
+from fastsd.run.restart import read_config
 from fastsd.storage import TEMPORARY, flush_folder, new_file, replace_file, write_bytes
 
-JOURNAL = "setting-aside.json"
+JOURNAL, RECORD = "setting-aside.json", "went-back.json"
+_LISTED = 20  # checkpoints that a message lists
 EXPORTS = ("model", "model-ema", "lora", "lora-ema")
+
+
+def checkpoint_named(run: Path, name: str, config: Config, console: Console) -> Path | None:
+    """Return the checkpoint that the user wants to go back to: "step-00000120" or "120".
+
+    Return None, after a message, if the run has gone back to it before and trains with the same settings since then. To go back
+    once more would only train the same steps again, so a command that is repeated after a crash loses nothing.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    match = re.fullmatch(r"(?:step-)?(\d+)", name)
+    path = run / "checkpoints" / name_of(int(match[1]) if match else -1)
+    paths = checkpoints(run / "checkpoints")
+    last = read_config(run / "config.json")
+    if paths and match and (read_table(run / RECORD) or {}).get("step") == int(match[1]):
+        stage = (read_table(paths[-1] / STATE) or {}).get("stage", len(config.stage))
+        if last is None or all(map(_same_steps, last.stage[: stage + 1], config.stage[: stage + 1])):
+            console.echo(
+                f"--from {name}: the run went back there before, and has trained with these settings since; it continues from "
+                f"{paths[-1].name} (to go back again, delete {run / RECORD})"
+            )
+            return None
+    if path not in paths:
+        names = ", ".join(other.name for other in paths[-_LISTED:])
+        names += f" and {len(paths) - _LISTED} older ones" if len(paths) > _LISTED else ""
+        advice = f"choose one of {names}" if paths else "leave --from out to start the run"
+        raise UserError("unknown-checkpoint", f"--from is {name!r}, which is not a checkpoint in {path.parent}; {advice}")
+    return path
+
+
+def _same_steps(before: StageTable, after: StageTable) -> bool:
+    """Return True if a stage trains the same steps with either settings, as far as it goes."""
+    ignored = {*keys_with(StageTable, Key.NO_EFFECT), "name"}
+    (length, unit), (new_length, new_unit) = (parse_amount("until", stage.until) for stage in (before, after))
+    if unit == new_unit and length <= new_length and after.schedule == "constant" and not 0 < after.warmup < 1:
+        ignored.add("until")
+    return before.model_dump(exclude=ignored) == after.model_dump(exclude=ignored)
+
+
+def go_back(run: Path, checkpoint: Path, step: int, console: Console) -> None:
+    """Set aside what follows a checkpoint, and record that the run went back to it. Raises UserError as `set_aside`."""
+    folder = set_aside(run, step)
+    try:
+        replace_file(run / RECORD, json.dumps({"step": step}))
+    except OSError as error:
+        raise _failed(run, error) from None
+    later = f"all that followed is in {folder}, which you can delete" if folder else "nothing followed"
+    console.echo(f"went back to {checkpoint.name}; {later}")
 
 
 def set_aside(run: Path, step: int) -> Path | None:
@@ -63,7 +119,7 @@ def finish_setting_aside(run: Path) -> Path | None:
 
 
 def _failed(run: Path, error: OSError) -> UserError:
-    reason = f"what follows the checkpoint could not be set aside ({error.strerror or error})"
+    reason = f"what follows the step to go back to could not be set aside ({error.strerror or error})"
     return UserError("not-set-aside", f"{run}: {reason}; nothing is lost; fix that, and run the same command again")
 
 

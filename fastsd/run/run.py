@@ -25,8 +25,8 @@ from fastsd.run.cost import CostRecorder
 from fastsd.run.evaluation import Evaluation
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
-from fastsd.run.restart import compare_images, compare_with_start, lock
-from fastsd.run.rewind import finish_setting_aside
+from fastsd.run.restart import compare_images, compare_with_end, compare_with_start, lock
+from fastsd.run.rewind import checkpoint_named, finish_setting_aside, go_back
 from fastsd.run.saving import Saving
 from fastsd.run.smoothed_loss import SmoothedLoss
 from fastsd.run.training_data import TrainingData
@@ -84,8 +84,11 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, console: Console) -> Iterator[Run]:
+def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]:
     """Open the run of a config, and lock its folder until the context exits.
+
+    Args:
+        start: name of the checkpoint to go back to; "" = resume from the newest.
 
     Raises:
         UserError: the user must change something before training can start or continue.
@@ -98,8 +101,12 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
             console.echo(f"finished setting aside what the run recorded after the step it went back to: {earlier}")
         device = choose_device(config.device, console)
         ops = choose_ops(config.kernels, device)
-        newest, saved_progress, warnings = checkpoint.newest(folder / "checkpoints", config.model) or (None, None, [])
-        warnings += compare_with_start(folder / "config.json", config, saved_progress, newest)
+        back = checkpoint_named(folder, start, config, console) if start else None
+        opened = (
+            checkpoint.open_checkpoint(back, config.model) if back else checkpoint.newest(folder / "checkpoints", config.model)
+        )
+        newest, saved_progress, warnings = opened or (None, None, [])
+        warnings += compare_with_start(folder / "config.json", config, saved_progress, newest, back=back is not None)
         progress = saved_progress or RunProgress()
         saved: Mapping[str, Tensor] = checkpoint.load_state(newest) if newest else {}
 
@@ -113,14 +120,21 @@ def open_run(config: Config, console: Console) -> Iterator[Run]:
         counts = [_count_parameters(config, index, model) for index in range(len(config.stage))]
         validation = Validation(model, data.loader(0), data.sets, config.validate_)
 
-        replace_file(folder / "config.json", dump_config(config))
         position = Position(progress, config.stage, steps, extendable="skipped" in saved)
+        compare_with_end(folder, config, position, newest)
+        ends_here = position.end_at_checkpoint()
+
+        if back:
+            go_back(folder, back, progress.step, console)
+        replace_file(folder / "config.json", dump_config(config))
         saved_at = newest.stat().st_mtime if newest else None
         report = stack.enter_context(closing(TrainReport(folder, config.log, progress.step, saved_at, console)))
         smoothed = SmoothedLoss(device)
         smoothed.load_state_dict(saved)
         cost = CostRecorder(config, counts, device)
         saving = stack.enter_context(Saving(config, model, position, smoothed, report, cost, saved, data.sets))
+        if newest and ends_here:
+            saving.keep_for_good(newest.name)
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
         run = Run(
             config, folder, device, ops, model, data, position, smoothed, saving, evaluation, cost, report, counts, warnings

@@ -26,6 +26,7 @@ from fastsd.run.cost import CostRecorder
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
+from fastsd.storage import replace_file
 from fastsd.train.memory import main_memory
 from fastsd.train.step import Step
 from fastsd.train.trainable import host_copy
@@ -55,7 +56,7 @@ class Saving:
             the run resumed from, or of the end of a stage whose successor has state = "carry". Empty once they are loaded.
         sets: the images of validation, which each checkpoint keeps.
         changed: components whose weights differ from those in the newest checkpoint.
-        kept: names of checkpoints of older versions that are never deleted. Newer ones say so themselves.
+        kept: names of checkpoints that are never deleted, besides those that say so themselves.
     """
 
     config: Config
@@ -191,6 +192,11 @@ class Saving:
             f"checkpoint at step {progress.step} not saved to {self.folder / 'checkpoints'}: {error.strerror or error}; "
             "training continues and earlier checkpoints are kept"
         )
+
+    def keep_for_good(self, name: str) -> None:
+        """Keep a checkpoint that turned out to be the end of a stage after it was written."""
+        self.kept.add(name)
+        replace_file(self.folder / "kept.json", json.dumps(sorted(self.kept)))
 
     def retain(self, keep_checkpoints: int) -> None:
         """Delete old checkpoints, also those that an interrupted run has left."""

@@ -9,7 +9,9 @@ from sentences import refused, says
 from fastsd.config.schema import dump_config, parse_config
 from fastsd.run import restart
 from fastsd.run.checkpoint import RunProgress
-from fastsd.run.restart import compare_images, compare_with_start, lock
+from fastsd.run.position import Position
+from fastsd.run.restart import compare_images, compare_with_end, compare_with_start, lock
+from fastsd.train.schedule import check_length as stage_length
 
 TABLES = {
     "run": "folder", "model": {"base": "model"}, "data": {"folders": ["images"]}, "cache": {"dir": "cache"},
@@ -85,6 +87,45 @@ def test_stages_may_be_added_and_later_ones_removed(start):
     assert start(IN_STAGE_2, {"stage": stages[:2]}) == [] == start(IN_STAGE_2, {"stage": [*stages, stages[0]]})
     with refused("run-fewer-stages", current_stage=2, count=1):
         start(IN_STAGE_2, {"stage": stages[:1]})
+
+
+def test_a_stage_is_inserted_only_behind_the_current_one(start):
+    first, second, new = ({**TABLES["stage"][0], "name": name} for name in ("one", "two", "new"))
+    before = {"stage": [first, second]}
+    assert start(IN_STAGE_2, {"stage": [first, second, new]}, before) == []
+    for stages, name, (number, other) in (([first, new, second], "two", (2, 3)), ([new, first, second], "one", (1, 2))):
+        with refused("run-stage-moved", name=repr(name), before=number, after=other):
+            start(IN_STAGE_2, {"stage": stages}, before)
+    assert len(start(RunProgress(stage_step=3), {"stage": [first, new, second]}, before)) == 1  # the second has not begun
+    (warning,) = start(IN_STAGE_2, {"stage": [first, new]}, before)
+    assert says(warning, "key-changed", key="stage.1.name", after="'new'")
+
+
+def test_a_complete_stage_that_became_shorter_by_itself_is_complete(tmp_path):
+    """An epoch has fewer images if images were removed."""
+    config = config_with({"stage": TABLES["stage"][:2], "stage.1.until": "2e"})
+    (tmp_path / "run.json").write_text(dump_config(config))
+
+    def compare(until, done=True, seconds=0.0, newest=tmp_path):
+        changed = config_with({"stage": TABLES["stage"][:2], "stage.1.until": until})
+        progress = RunProgress(stage=1, stage_step=10, step=19, stage_done=done, seconds=seconds)
+        steps = [9, stage_length(changed.stage[1], "stage", 16)]
+        return compare_with_end(tmp_path, changed, Position(progress, changed.stage, steps, extendable=True), newest)
+
+    compare("2e")
+    compare("2 epochs")
+    compare("9e")
+    compare(10, done=False)
+    compare(4, newest=None)  # of an older version, which has no record
+    for until, done in (("1e", True), ("2e", False), (9, False)):
+        with refused("stage-beyond-end", length="10 steps"):
+            compare(until, done=done)
+    (tmp_path / "run.json").write_text(dump_config(config_with({"stage": TABLES["stage"][:2], "stage.1.until": "2m"})))
+    compare("120s", seconds=120.5)  # the last step may end later
+    compare("3m", seconds=120.5)
+    for until, done in (("1m", True), ("1m", False), ("119s", True)):
+        with refused("stage-beyond-end", length="121 seconds", until=repr(until)):
+            compare(until, done=done, seconds=120.5)
 
 
 def test_a_new_run_is_compared_with_nothing(start, tmp_path):

@@ -1,0 +1,269 @@
+"""`fastsd train --from`, and stages that end earlier than they stand."""
+
+import json
+import os
+import shutil
+from io import StringIO
+
+import pytest
+from commandline import fastsd
+from runs import checkpoint_steps, final, rewind, rows_of, run, same
+from sentences import refused, says
+from tiny import job
+
+from fastsd.compare.runs import read_runs
+from fastsd.config.schema import load_config
+from fastsd.console import Console
+from fastsd.run.checkpoint import name_of
+from fastsd.run.loop import train
+
+STAGE = """
+[[stage]]
+name = "one"
+train = ["unet.mid"]
+until = 6
+batch = 4
+optimizer = "lion"
+lr = 1e-3
+checkpoint_every = 2
+keep_checkpoints = 9
+"""
+CARRIED = STAGE + STAGE.replace('"one"', '"two"').replace("until = 6", 'until = 4\nstate = "carry"')
+RESET = CARRIED.replace('"carry"', '"reset"')
+KEYS = ["validate.stabilised=2", "validate.every=2", "validate.bands=1", "sample.prompts=[]", "export.single_file=false"]
+LOGS = ("log.jsonl", "validation.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model, images):
+    """Configs of complete runs by name."""
+    paths = {"one": STAGE, "carried": CARRIED, "reset": RESET}
+    for name, stages in paths.items():
+        paths[name] = job(tmp_path_factory.mktemp(name), tiny_model, images, stages)
+        run(paths[name], *KEYS)
+    return paths
+
+
+@pytest.fixture
+def copy_of(finished, tmp_path):
+    """Return a function that copies a complete run, and returns the copy's folder and a function that starts it again."""
+
+    def copy(name, folder="run"):
+        shutil.copytree(finished[name].parent / "run", tmp_path / folder)
+
+        def start(*overrides, back=""):
+            out = StringIO()
+            config = load_config(finished[name], [*KEYS, f"run={tmp_path / folder}", *overrides])
+            train(config, Console(file=out, width=500), start=back)
+            return out.getvalue()
+
+        return tmp_path / folder, start
+
+    return copy
+
+
+def until(rows, step):
+    return [row for row in rows if row["step"] <= step]
+
+
+@pytest.mark.parametrize("name", ["step-00000004", "4"])
+def test_going_back_trains_what_a_resumed_run_trains(name, copy_of):
+    """The later steps lie in a folder that is a run as well, and the new ones are those of a run that never had them."""
+    (before, _), (folder, start), (resumed, resume) = (copy_of("one", name) for name in ("before", "run", "resumed"))
+    aside = folder / "set-aside-1"
+    text = start("stage.lr=5e-4", back=name)
+    later = f"all that followed is in {aside}, which you can delete"
+    assert says(text, "went-back", name="step-00000004", later=later) and says(text, "key-changed", key="stage.0.lr")
+    rewind(resumed, 4)
+    resume("stage.lr=5e-4")
+    assert checkpoint_steps(folder) == [2, 4, 6] and checkpoint_steps(aside) == [6]
+    assert same(final(folder), final(resumed)) and same(final(aside), final(before))
+    for log in LOGS:
+        assert (folder / log).read_bytes() == (resumed / log).read_bytes()
+        assert [*until(rows_of(before, log), 4), *rows_of(aside, log)] == rows_of(before, log)
+    assert (aside / "model/fastsd.json").read_bytes() == (before / "model/fastsd.json").read_bytes()
+    current, set_aside = read_runs([folder, aside])  # a report shows each once
+    assert [row["step"] for row in current.log] == [1, 2, 3, 4, 5, 6] and [row["step"] for row in set_aside.log] == [5, 6]
+    assert (current.config.stage[0].lr, set_aside.config.stage[0].lr) == (5e-4, 1e-3)
+
+
+def test_a_repeated_command_goes_back_only_if_that_would_train_other_steps(copy_of):
+    folder, start = copy_of("one")
+    start("stage.lr=5e-4", back="2")
+    (folder / "checkpoints/step-00000002").rename(folder / "deleted")  # retention deletes it in time
+    weights = final(folder)
+    for overrides in ((), ("stage.checkpoint_every=1",), ("stage.until=8",), ("log.every=2", "stage.until=8")):
+        text = start("stage.lr=5e-4", *overrides, back="2")
+        newest = "step-00000008" if "log.every=2" in overrides else "step-00000006"
+        assert says(text, "went-back-before", name="2", newest=newest, record=folder / "went-back.json")
+        assert not (folder / "set-aside-2").exists()
+    assert checkpoint_steps(folder) == [4, 6, 8] and not same(final(folder), weights)
+    (folder / "deleted").rename(folder / "checkpoints/step-00000002")
+    for n, overrides in enumerate(
+        [["lr=1e-4"], ["lr=1e-4", "until=3"], ["lr=1e-4", "until=3", "schedule=cosine"], ["lr=1e-4", "schedule=cosine"]], 2
+    ):
+        assert says(start(*(f"stage.{word}" for word in overrides), back="2"), "went-back"), overrides
+        assert (folder / f"set-aside-{n}").exists()
+    text = start("stage.lr=1e-4", "stage.schedule=cosine", back="step-00000004")
+    assert says(text, "went-back", name="step-00000004")
+    (folder / "went-back.json").unlink()
+    assert says(start("stage.lr=1e-4", "stage.schedule=cosine", back="4"), "went-back")
+
+
+def test_going_back_to_the_newest_checkpoint_counts_as_well(copy_of):
+    folder, start = copy_of("one")
+    assert says(start("stage.until=8", back="6"), "went-back", name="step-00000006", later="nothing followed")
+    assert says(start("stage.until=10", back="6"), "went-back-before", newest="step-00000008")
+    assert checkpoint_steps(folder) == [2, 4, 6, 8, 10] and not (folder / "set-aside-1").exists()
+
+
+def test_a_killed_going_back_is_finished_by_any_start(copy_of, monkeypatch):
+    folder, start = copy_of("one")
+    other, go_back = copy_of("one", "other")
+    go_back(back="2")
+
+    def killed(source, target, rename=os.rename):
+        if "step-" in str(source):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(back="2")
+    assert checkpoint_steps(folder) == [2, 4, 6]
+    assert says(start(), "setting-aside-finished", folder=folder / "set-aside-1")
+    assert checkpoint_steps(folder) == [2, 4, 6] and checkpoint_steps(folder / "set-aside-1") == [4, 6]
+    assert same(final(folder), final(other))
+    for log in LOGS:
+        assert (folder / log).read_bytes() == (other / log).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["carried", "reset"])
+@pytest.mark.parametrize("step", [4, 6, 8])
+def test_going_back_over_the_end_of_a_stage(name, step, copy_of):
+    """To the middle of the earlier stage, to its end, and to the middle of the second."""
+    (before, _), (folder, start) = copy_of(name, "before"), copy_of(name)
+    start(back=str(step))
+    assert checkpoint_steps(folder) == [2, 4, 6, 8, 10] and same(final(folder), final(before))
+    for log in LOGS:
+        assert (folder / log).read_bytes() == (before / log).read_bytes()
+    assert json.loads((folder / "cost.json").read_text()).keys() == json.loads((before / "cost.json").read_text()).keys()
+
+
+def test_settings_of_later_steps_may_differ_from_those_of_the_steps_set_aside(copy_of):
+    folder, start = copy_of("carried")
+    changes = ["stage.two.state=reset", "stage.two.batch=2", "stage.two.lr=1e-4"]
+    with refused("run-other-stage", key="stage.1.batch", alternative="go back with --from step-00000006"):
+        start(*changes[1:])
+    start(*changes, back="step-00000006")
+    assert checkpoint_steps(folder) == [2, 4, 6, 8, 10] and rows_of(folder)[-1]["images"] == 6 * 4 + 4 * 2
+    with refused("run-other-start", key="seed"):
+        start("seed=3", back="6")
+    with refused("run-other-stage", key="stage.0.batch", alternative="start a new run with run=FOLDER"):
+        start("stage.batch=2", "stage.two.state=reset", back="4")
+    assert not (folder / "set-aside-2").exists()
+
+
+def test_unknown_and_damaged_checkpoints(copy_of, tmp_path, monkeypatch, capsys, finished):
+    folder, start = copy_of("one")
+    listed = "choose one of step-00000002, step-00000004, step-00000006"
+    for name in ("step-00000003", "3", "last", "step-", "-2", "../run"):
+        with refused("unknown-checkpoint", name=repr(name), folder=folder / "checkpoints", advice=listed):
+            start(back=name)
+    for step in range(100, 140):
+        (folder / "checkpoints" / name_of(step)).mkdir()
+    with refused("unknown-checkpoint") as error:
+        start(back="3")
+    assert str(error.value).endswith(", step-00000139 and 23 older ones") and "step-00000119," not in str(error.value)
+    shutil.rmtree(folder / "checkpoints")
+    with refused("unknown-checkpoint", advice="leave --from out to start the run"):
+        start(back="2")
+    words = ["train", finished["one"], *KEYS, f"run={folder}", "--from", "7"]
+    code, _, text = fastsd(*words, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and says(text, "unknown-checkpoint", name="'7'")
+    other, start = copy_of("one", "other")
+    (other / "checkpoints/step-00000002/state.safetensors").write_bytes(b"damaged")
+    before = sorted(other.rglob("*"))
+    with refused("named-checkpoint-damaged", path=other / "checkpoints/step-00000002"):
+        start(back="2")
+    assert sorted(other.rglob("*")) == before
+
+
+def test_a_stage_that_has_gone_beyond_its_end_is_refused(copy_of):
+    folder, start = copy_of("one")
+    exported = (folder / "model/fastsd.json").read_bytes()
+    fields = {"folder": folder, "name": "'one'", "length": "6 steps", "least": '"6 steps"'}
+    for amount, shown, alternative in (
+        ("5", "5", "go back with --from step-00000004"),
+        ("16 images", "'16 images', 4 steps", "go back with --from step-00000004"),
+        ("0.5e", "'0.5e', 3 steps", "go back with --from step-00000002"),
+        ("1", "1", "start a new run with run=FOLDER"),
+        ("1s", "'1s'", None),
+    ):
+        fields |= {"until": shown} | ({"alternative": alternative} if alternative else {})
+        if amount == "1s":
+            state = json.loads((folder / "checkpoints/step-00000006/state.json").read_text())
+            assert state["seconds"] > 0
+            amount, fields = f"{state['seconds'] / 2:.6f}s", {"length": "1 seconds", "least": '"1 seconds"'}
+        with refused("stage-beyond-end", **fields):
+            start(f"stage.until={amount}")
+    assert (folder / "model/fastsd.json").read_bytes() == exported and checkpoint_steps(folder) == [2, 4, 6]
+    text = start("stage.until=5", back="4")
+    assert checkpoint_steps(folder) == [2, 4, 5] and json.loads((folder / "model/fastsd.json").read_text())["steps"] == 5
+    assert not says(text, "already-finished")
+
+
+def test_the_end_of_an_earlier_stage_cannot_move_behind_the_run(copy_of):
+    folder, start = copy_of("carried")
+    for changes, alternative in (
+        (["stage.one.until=5"], "go back with --from step-00000004"),
+        (["stage.one.until=9"], "go back with --from step-00000004"),
+        (["stage.one.lr=1e-4"], "go back with --from step-00000004"),
+        (["stage.one.until=1"], "start a new run with run=FOLDER"),
+    ):
+        with refused("run-other-stage", alternative=alternative):
+            start(*changes)
+    for step in (7, 8, 9, 10):
+        shutil.rmtree(folder / "checkpoints" / name_of(step), ignore_errors=True)
+    with refused("stage-beyond-end", name="'one'", until=4, alternative="go back with --from step-00000004"):
+        start("stage.one.until=4")
+    with refused("stage-complete", name="'one'", until=9, alternative="go back with --from step-00000004"):
+        start("stage.one.until=9")
+    start("stage.one.until=5", back="4")
+    assert checkpoint_steps(folder) == [2, 4, 5, 7, 9]
+
+
+def test_a_stage_can_end_at_the_newest_checkpoint(copy_of):
+    """It needs no step then, and its state is carried over."""
+    (folder, start), (other, train_anew) = copy_of("carried"), copy_of("carried", "other")
+    rewind(folder, 4)
+    text = start("stage.one.until=4", "stage.two.keep_checkpoints=1")
+    train_anew("stage.one.until=4", back="2")
+    assert same(final(folder), final(other)) and (folder / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
+    assert rows_of(folder, "validation.jsonl") == rows_of(other, "validation.jsonl")
+    assert checkpoint_steps(folder) == [4, 8] and not says(text, "already-finished")
+    rewind(folder, 4)
+    start("stage.one.until=4", "stage.two.keep_checkpoints=1")
+    assert checkpoint_steps(folder) == [4, 8] and same(final(folder), final(other))
+
+
+def test_a_finished_run_says_so(copy_of, finished):
+    folder, start = copy_of("one")
+    shutil.rmtree(folder / "model")
+    text = start()
+    assert says(text, "already-finished", step=6, name="'one'") and (folder / "model/unet").is_dir()
+    assert not says(start("stage.until=8"), "already-finished") and says(start("stage.until=8"), "already-finished", step=8)
+
+
+def test_removed_stages(copy_of, tmp_path, tiny_model, images):
+    folder, _ = copy_of("reset")
+    path = job(tmp_path, tiny_model, images, STAGE)
+    with refused("run-fewer-stages", current_stage=2, count=1, alternative="go back with --from step-00000006"):
+        run(path, *KEYS)
+    train(load_config(path, KEYS), Console(file=StringIO()), start="6")
+    assert json.loads((folder / "model/fastsd.json").read_text())["steps"] == 6
+    with refused("stage-complete", until=8, alternative="go back with --from step-00000004"):  # its state was not kept
+        run(path, *KEYS, "stage.until=8")
+    train(load_config(path, [*KEYS, "stage.until=8"]), Console(file=StringIO()), start="4")
+    assert checkpoint_steps(folder) == [2, 4, 6, 8]
