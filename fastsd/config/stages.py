@@ -107,7 +107,7 @@ class StageTable(Table):
     sample_every: Annotated[Amount, FREE | LIGHT | NO_EFFECT] = 0
     # Interval of checkpoints, same units; the stage's end always has one
     checkpoint_every: Annotated[Amount, FREE | LIGHT | NO_EFFECT] = 1000
-    # Newest checkpoints to keep, besides stage ends, keep_every, checkpoint_at and requests
+    # Newest checkpoints to keep, besides the last healthy one, stage ends, keep_every, checkpoint_at and requests
     keep_checkpoints: Annotated[int, FREE | LIGHT | NO_EFFECT] = Field(3, ge=1)
     # Interval of checkpoints that are never deleted: 50000, "10e", "1000000 images"; 0 = none
     keep_every: Annotated[Amount, FREE | LIGHT | NO_EFFECT] = 0

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -37,12 +38,14 @@ from fastsd.storage import (
     new_folder,
     remove_folder,
     remove_leftovers,
+    replace_file,
     write_bytes,
     write_safetensors,
     write_text,
 )
 
 STATE, TENSORS, CONFIG = "state.json", "state.safetensors", "run.json"
+ROLLBACK = "rollback.json"  # fields of `RunProgress` that a rollback to a checkpoint has changed
 TRAINING_FILES = (STATE, TENSORS, CONFIG, ADAPTERS, MADE_BY)  # files of a checkpoint that a base model does not have
 STATE_KEYS = {"micro_batch_size": "micro", "micro_batch_setting": "micro_asked"}  # fields whose key in state.json differs
 
@@ -54,14 +57,17 @@ class RunProgress:
     stage: int = 0  # index of the current stage
     stage_step: int = 0  # steps done in the stage
     step: int = 0  # steps done in the run
-    images: int = 0  # images trained on in the run
+    images: int = 0  # position in the run's order of images: those trained on, and those passed over
     stage_images: int = 0  # the value of `images` at the stage's start
     stage_done: bool = False
+    healthy: bool = True  # neither were steps being skipped, nor had the loss blown up (see `loss_health.py`)
     validation_due: bool = False  # whether a validation follows the step, after its checkpoint
     samples_due: bool = False  # the same for samples
     micro_batch_size: int = 0  # images per forward: chosen for `micro_batch_setting`, or reduced when memory ran out
     micro_batch_setting: int | str = 0  # `micro_batch` in the config
     seconds: float = 0.0  # time that the stage has run
+    passed_over: int = 0  # images that a rollback has passed over (see `rollback.py`)
+    rolled_back_stage: int = -1  # index of the stage of the last rollback
     carried: int = 0  # steps of earlier stages that passed on their optimizer state and EMA
 
 
@@ -92,7 +98,7 @@ def save(
         folder: RUN/checkpoints.
         weights: component name -> function that returns its exact fp32 weights by parameter name.
         changed: components that differ from the previous checkpoint. The weights of the others become hard links to its files.
-        state: all other tensors: optimizer state, EMA weights and smoothed loss.
+        state: all other tensors: optimizer state, EMA weights and statistics of the loss.
         adapters: component name -> its exact adapters by parameter name, if the model has adapters.
         config: the run's config as JSON.
         keep: True if `retain` must never delete the checkpoint.
@@ -144,17 +150,50 @@ def _take(manifest: dict[str, str], names: set[str], source: Path, target: Path)
 
 
 def retain(folder: Path, keep: int, names: set[str]) -> None:
-    """Delete all checkpoints except the newest `keep`, those saved with `keep=True`, and those in `names`."""
+    """Delete all checkpoints except the newest `keep`, the last healthy one, those saved with `keep=True`, those in `names`."""
+    healthy = last_healthy(folder)
     for path in checkpoints(folder)[:-keep]:
-        if path.name not in names and not _must_stay(path):
+        state = _read_table(path / STATE)
+        # Nobody knows whether a checkpoint with a damaged state must stay, so it is not deleted.
+        if state and not state.get("keep") and path != healthy and path.name not in names:
             remove_folder(path)
 
 
-def _must_stay(path: Path) -> bool:
+def last_healthy(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was healthy when it was saved, or None."""
+    for path in reversed(checkpoints(folder)):
+        state = _read_table(path / STATE)
+        if state and state.get("healthy", True):
+            return path
+    return None
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """Read the table in a JSON file. It is empty if the file is missing or damaged."""
     try:
-        return bool(json.loads((path / STATE).read_text()).get("keep"))
-    except (OSError, ValueError, AttributeError):
-        return True  # nobody knows, so it is not deleted
+        table = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def read_progress(path: Path) -> RunProgress:
+    """Read the progress of a run at an intact checkpoint."""
+    values = json.loads((path / STATE).read_text())
+    for other_key in ("fastsd", "keep"):
+        values.pop(other_key, None)
+    fields = {key: field for field, key in STATE_KEYS.items()}
+    return RunProgress(**{fields.get(key, key): value for key, value in values.items()} | _read_table(path / ROLLBACK))
+
+
+def pass_over(path: Path, end_image: int, stage: int) -> RunProgress:
+    """Record that a rollback in stage `stage` to a checkpoint goes on after `end_image` images. Return the new progress."""
+    progress = read_progress(path)
+    passed_over = progress.passed_over + end_image - progress.images
+    replace_file(
+        path / ROLLBACK, json.dumps({"images": end_image, "passed_over": passed_over, "rolled_back_stage": stage}, indent=2)
+    )
+    return read_progress(path)
 
 
 def newest(folder: Path, base: ModelTable | None = None) -> tuple[Path, RunProgress, list[str]] | None:
@@ -183,7 +222,7 @@ def newest(folder: Path, base: ModelTable | None = None) -> tuple[Path, RunProgr
                 except OSError as error:
                     reason = f"is damaged and cannot be renamed ({error.strerror})"
                     raise UserError("checkpoint-stuck", f"{damaged}: {reason}; delete it, and run again") from None
-            return path, progress_of(path), warnings + restored
+            return path, read_progress(path), warnings + restored
         warnings.append(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     if checkpoint_paths:
         raise UserError(
@@ -203,22 +242,13 @@ def open_checkpoint(path: Path, base: ModelTable | None = None) -> tuple[Path, R
     restored = [] if problem is None else _restore(path, base)
     if restored is None:
         raise UserError("named-checkpoint-damaged", f"{path} is damaged ({problem}); go back to another checkpoint")
-    return path, progress_of(path), restored
+    return path, read_progress(path), restored
 
 
 def _restore(path: Path, base: ModelTable | None) -> list[str] | None:
     folder = path.parent
     others = [*sorted(folder.glob("*step-*"), reverse=True), *folder.parent.glob("model*")]
     return restore(path, others, partial(_write_base, base))
-
-
-def progress_of(path: Path) -> RunProgress:
-    """Read the progress in a checkpoint. Raises OSError, ValueError or TypeError if its state.json is missing or damaged."""
-    values = json.loads((path / STATE).read_text())
-    for other_key in ("fastsd", "keep"):
-        values.pop(other_key, None)
-    fields = {key: field for field, key in STATE_KEYS.items()}
-    return RunProgress(**{fields.get(key, key): value for key, value in values.items()})
 
 
 def _write_base(table: ModelTable | None, folder: Path, names: Collection[str]) -> str:

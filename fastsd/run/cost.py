@@ -35,7 +35,7 @@ class CostRecorder:
         cost = read_costs(self.path.parent)
         if progress.stage_step and not totals:
             name = self.config.stage_name(progress.stage)
-            images = progress.images - progress.stage_images
+            images = progress.stage_step * self.config.stage[progress.stage].batch
             stage_cost = {"name": name, "trained": self.parameter_counts[progress.stage], "steps": progress.stage_step}
             stage_cost |= {"images": images, "seconds": progress.seconds, "memory_gb": memory_gb(self.device)}
             cost["stages"] = [other for other in cost["stages"] if other["name"] != name] + [stage_cost]

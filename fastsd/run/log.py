@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from fastsd.data.loader import Batch, Stream
-from fastsd.errors import UserError
 from fastsd.model.shapes import forward_flops
 from fastsd.plan.gpu_specs import gpu_of
 from fastsd.run.dlion_monitor import DLionMonitor
 from fastsd.run.folder import LogRow
 from fastsd.run.report import memory_gb
+from fastsd.run.rollback import StepsSkipped
 from fastsd.run.run import Run
 from fastsd.train.schedule import learning_rate
 from fastsd.train.step import Step, StepResult
 
-MAX_SKIPPED_ROWS = 3  # the run stops with an error after this many consecutive log rows without a finite gradient
+MAX_SKIPPED_ROWS = 3  # log rows; if all steps of so many rows were skipped, the run goes back to its last healthy checkpoint
 
 
 class DeferredScalars:
@@ -49,7 +49,7 @@ class Log:
         self.pending: tuple[LogRow, DeferredScalars, dict[str, float]] | None = None
         self.mfu_per_speed = _mfu_per_speed(run, step)
         self.mark = (time.perf_counter(), run.position.progress.step, 0.0)  # time, step and data wait at the last row
-        self.last_skipped, self.dead_rows = int(step.skipped), 0
+        self.last_skipped = int(step.skipped)
         self.monitors = [DLionMonitor(component, step.stage, run.report.rows(self.name)) for component in step.d()]
 
     def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
@@ -64,7 +64,7 @@ class Log:
             values[f"lr_{component}" if i else "lr"] = lr
 
         scalars = {"loss": result.loss, "loss_smooth": run.smoothed.value()}
-        scalars |= {"grad_norm": result.grad_norm, "skipped": result.skipped}
+        scalars |= {"grad_norm": result.grad_norm, "skipped": result.skipped, **run.health.scalars()}
         for i, (component, d) in enumerate(self.step.d().items()):
             scalars[f"d_{component}" if i else "d"] = d
 
@@ -93,25 +93,21 @@ class Log:
         values, deferred, timing = self.pending
         self.pending = None
         scalars = deferred.read()
-        skipped = int(scalars["skipped"])
-        self.run.report.row({**values, **scalars, "skipped": skipped}, timing)
-        self._check_skipped(skipped, values["step"])
+        skipped, in_row = int(scalars["skipped"]), int(scalars.pop("skipped_in_row"))
+        self.run.report.row({**values, **scalars, "skipped": skipped, "spikes": int(scalars["spikes"])}, timing)
+        self._check_skipped(skipped, in_row, values)
         for i, monitor in enumerate(self.monitors):
             for warning in monitor.row(values["stage_step"], scalars[f"d_{monitor.component}" if i else "d"]):
                 self.run.console.warn(warning)
 
-    def _check_skipped(self, skipped: int, step: int) -> None:
-        newly_skipped = skipped - self.last_skipped
+    def _check_skipped(self, skipped: int, in_row: int, values: LogRow) -> None:
+        newly_skipped, step = skipped - self.last_skipped, values["step"]
         self.last_skipped = skipped
         if newly_skipped:
-            self.run.console.warn(f"skipped {newly_skipped} steps up to step {step}, because their gradients were not finite")
-        self.dead_rows = self.dead_rows + 1 if newly_skipped >= self.run.config.log.every else 0
-        if self.dead_rows == MAX_SKIPPED_ROWS:
-            raise UserError(
-                "no-finite-gradient",
-                f"{self.run.folder}: no finite gradient for {newly_skipped * self.dead_rows} steps up to step {step}; "
-                'lower lr or set precision = "fp32", and run again to resume from the last checkpoint',
-            )
+            reason = "because gradients or updates were not finite"
+            self.run.console.warn(f"skipped {newly_skipped} steps up to step {step}, {reason}")
+        if in_row >= MAX_SKIPPED_ROWS * self.run.config.log.every:
+            raise StepsSkipped(step - in_row + 1, step, values["images"])
 
 
 def _mfu_per_speed(run: Run, step: Step) -> float | None:

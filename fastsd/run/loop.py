@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastsd.run.export import bytes_of, export_newest
 from fastsd.run.header import header
 from fastsd.run.log import Log
 from fastsd.run.profiler import Profiler
+from fastsd.run.rollback import StepsSkipped, roll_back
 from fastsd.run.run import Run, open_run
 from fastsd.run.signals import StopSignals, stop_signals
 from fastsd.run.stage_kernels import compile_stages
@@ -35,14 +37,26 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True, sta
     """
     with stop_signals(Path(config.run)) as signals:
         try:
-            with open_run(config, console, start) as run:
-                train_stages(run, signals)
-                if export:
-                    export_run(run)
+            while not _train_once(config, console, signals, start, export=export):
+                gc.collect()  # the exception's traceback refers to the old model
+                start = ""
         except KeyboardInterrupt:
             if not signals:  # it is the caller's
                 raise
             raise Stopped(f"{config.run}: stopped, {signals.describe()}") from None
+
+
+def _train_once(config: Config, console: Console, signals: StopSignals, start: str, *, export: bool) -> bool:
+    """Open a run and train it to its end. Return False if it has gone back to a checkpoint instead."""
+    with open_run(config, console, start) as run:
+        try:
+            train_stages(run, signals)
+        except StepsSkipped as failure:
+            roll_back(run, failure)
+            return False
+        if export:
+            export_run(run)
+    return True
 
 
 def train_stages(run: Run, signals: StopSignals) -> None:
@@ -70,7 +84,7 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
     compile_stages(run, index, train_step.micro_batch_size)
     log, triggers = Log(run, train_step, index), Triggers(run, index)
     initial = position.progress
-    end_image = initial.stage_images + train_step.total * stage.batch
+    end_image = initial.images + (train_step.total - initial.stage_step) * stage.batch
 
     if initial.step == 0:
         run.evaluation.validate(train_step)

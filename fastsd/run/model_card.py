@@ -84,7 +84,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
         seed=config.seed,
         precision=", ".join(dict.fromkeys(stage.precision for stage in stages)),
         steps=step,
-        images=state.get("images"),
+        images=state["images"] - state.get("passed_over", 0) if "images" in state else None,
         dataset=(read_table(run / "images.json") or {}).get("samples"),
         stages=stages,
         settings=flatten(config.model_dump(exclude_defaults=True, include=_RUN_SETTINGS)),
@@ -129,7 +129,7 @@ def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSu
         name = config.stage_name(i)
         totals = costs.get(name, {})
         if i == current_stage and state:
-            totals = {"steps": state["stage_step"], "images": state["images"] - state["stage_images"]}
+            totals = {"steps": state["stage_step"], "images": state["stage_step"] * stage.batch}
         columns = stage.model_dump(include={"train", "optimizer", "precision", "batch"})
         lr = stage.lr if isinstance(stage.lr, dict) else stage.rate_of("")
         settings = flatten(stage.model_dump(exclude_defaults=True, exclude=not_listed))

@@ -216,11 +216,11 @@ def _line(values: LogRow, timing: dict[str, float], saved_at: float | None) -> s
         lr = f"d*lr {values['d'] * values['lr']:.3g} (d {values['d']:.3g})"
     saved = "not saved yet" if saved_at is None else f"saved {duration(max(0.0, time.time() - saved_at))} ago"
     total = f"/{timing['stage_steps']}" if timing["stage_steps"] < ENDLESS else ""
-    skipped = f" | skipped {values['skipped']}" if values["skipped"] else ""
+    counts = "".join(f" | {name} {values[name]}" for name in ("spikes", "skipped") if values[name])
     mfu = f" | MFU {timing['mfu']:.0%}" if "mfu" in timing else ""
     return (
         f"{values['stage']} {values['stage_step']}{total} | epoch {values['epoch']:.2f} | "
-        f"loss {values['loss']:.4f} ~{values['loss_smooth']:.4f} | {lr} | grad {values['grad_norm']:.3g}{skipped} | "
+        f"loss {values['loss']:.4f} ~{values['loss_smooth']:.4f} | {lr} | grad {values['grad_norm']:.3g}{counts} | "
         f"{timing['images_per_second']:.1f} img/s{mfu} | {timing['memory_gb']:.1f} GB | wait {timing['data_wait']:.0%} | "
         f"ETA {duration(timing['eta'])} | {saved}"
     )

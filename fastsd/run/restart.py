@@ -134,7 +134,7 @@ def _advice(
     """
     for path in reversed(checkpoint.checkpoints(folder / "checkpoints")):
         with suppress(OSError, ValueError, TypeError):
-            earlier = checkpoint.progress_of(path)
+            earlier = checkpoint.read_progress(path)
             is_inside = stage and earlier.stage == index and (complete or not earlier.stage_done)
             if earlier.stage < index or (stage and is_inside and _is_before_end(earlier, stage, steps)):
                 return f"{change}, or go back with --from {path.name}"

@@ -23,6 +23,7 @@ from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.cost import CostRecorder
 from fastsd.run.evaluation import Evaluation
+from fastsd.run.loss_health import LossHealth
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.restart import compare_images, compare_with_end, compare_with_start, lock
@@ -60,6 +61,7 @@ class Run:
     data: TrainingData
     position: Position
     smoothed: SmoothedLoss
+    health: LossHealth
     saving: Saving
     evaluation: Evaluation
     cost: CostRecorder
@@ -77,10 +79,11 @@ class Run:
         return [self.model.unet, self.model.vae.module] + ([] if self.data.text_embeddings else [self.model.text.module])
 
     def advance(self, step: Step, result: StepResult) -> None:
-        """Record one optimizer step: the progress, the changed components and the smoothed loss."""
+        """Record one optimizer step: the progress, the changed components and the loss."""
         self.position.advance(step)
         self.saving.changed.update(changed_components(step.trained))
         self.smoothed.update(result.loss)
+        self.health.update(result.loss, result.skipped)
 
 
 @contextmanager
@@ -129,16 +132,17 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         replace_file(folder / "config.json", dump_config(config))
         saved_at = newest.stat().st_mtime if newest else None
         report = stack.enter_context(closing(TrainReport(folder, config.log, progress.step, saved_at, console)))
-        smoothed = SmoothedLoss(device)
+        smoothed, health = SmoothedLoss(device), LossHealth(device)
         smoothed.load_state_dict(saved)
+        health.load_state_dict(saved)
         cost = CostRecorder(config, counts, device)
-        saving = stack.enter_context(Saving(config, model, position, smoothed, report, cost, saved, data.sets))
+        saving = Saving(config, model, position, smoothed, health, report, cost, saved, data.sets)
+        stack.enter_context(saving)
         if newest and ends_here:
             saving.keep_for_good(newest.name)
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
-        run = Run(
-            config, folder, device, ops, model, data, position, smoothed, saving, evaluation, cost, report, counts, warnings
-        )
+        args = config, folder, device, ops, model, data, position, smoothed, health, saving, evaluation, cost, report, counts
+        run = Run(*args, warnings)
         for module in run.resident:
             module.to(device)
         yield run

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -23,6 +23,7 @@ from fastsd.model.weights import ADAPTER
 from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.cost import CostRecorder
+from fastsd.run.loss_health import LossHealth
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
 from fastsd.run.smoothed_loss import SmoothedLoss
@@ -63,6 +64,7 @@ class Saving:
     model: Model
     position: Position
     smoothed: SmoothedLoss
+    health: LossHealth
     report: TrainReport
     cost: CostRecorder
     state: Mapping[str, Tensor]
@@ -77,6 +79,7 @@ class Saving:
         self._writer: Thread | None = None
         self._error: Exception | None = None  # a bug, which ended the thread
         self._warned = False
+        self._warned_health = False
 
     def __enter__(self) -> Saving:
         return self
@@ -107,12 +110,13 @@ class Saving:
             wait: True to return only when it is written.
         """
         self.finish()
-        progress, components = self.position.progress, step.components
+        progress, components = replace(self.position.progress, healthy=self._check_health()), step.components
         # `dict` returns no weights: of a component that the step does not use, the checkpoint takes those of the model.
         weights: dict[str, Callable[[], Mapping[str, Tensor]]] = dict.fromkeys(COMPONENTS, dict)
         weights |= {name: component.state for name, component in components.items()}
         optimizers = not progress.stage_done or self._continues(progress)
-        state = self.smoothed.state_dict() | self.sets.state_dict() | step.state_dict(optimizers=optimizers)
+        state = self.smoothed.state_dict() | self.health.state_dict() | self.sets.state_dict()
+        state |= step.state_dict(optimizers=optimizers)
         adapters = {name: component.state(ADAPTER) for name, component in components.items()} if self.model.lora else None
         content = Content(weights, self.changed, state, adapters)
         self.changed = set()
@@ -133,6 +137,17 @@ class Saving:
                 content.adapters = {name: components[name].state(ADAPTER, copy=True) for name in adapters}
             self._writer = Thread(target=self._write_in_thread, args=args, kwargs={"keep": keep}, daemon=True)
             self._writer.start()
+
+    def _check_health(self) -> bool:
+        """Return True if the run is healthy. Warn the first time that it is not."""
+        problem = self.health.problem()
+        if problem and not self._warned_health:
+            self.report.console.warn(
+                f"checkpoint at step {self.position.progress.step} is not healthy, because {problem}; the last healthy one is "
+                "kept until there is another"
+            )
+        self._warned_health = problem is not None
+        return problem is None
 
     def _continues(self, progress: RunProgress) -> bool:
         """Return True if a complete stage's optimizer state may be needed: by an extension of it, or by the next stage."""

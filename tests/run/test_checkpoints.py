@@ -148,6 +148,7 @@ class Run:
         monkeypatch.setattr("fastsd.run.saving.dump_config", lambda config: "the config")
         self.position = SimpleNamespace(progress=None)
         smoothed = SimpleNamespace(state_dict=lambda: {"loss": torch.zeros(1)})
+        health = SimpleNamespace(state_dict=dict, problem=lambda: None)
         report = SimpleNamespace(
             flush=lambda: self.calls.append("flush"),
             saved=lambda: self.calls.append("saved"),
@@ -163,7 +164,7 @@ class Run:
         monkeypatch.setattr(checkpoint, "retain", lambda *arguments: self.retained.append(arguments[1:]))
         monkeypatch.setattr(checkpoint, "load_state", lambda path: {"from": path.name})
         sets = ValidationSplits({}, np.empty(0), {})
-        self.saving = Saving(config, SimpleNamespace(lora=None), self.position, smoothed, report, cost, {}, sets)
+        self.saving = Saving(config, SimpleNamespace(lora=None), self.position, smoothed, health, report, cost, {}, sets)
         self.saving.changed = {"unet"}
 
     def save_files(self, folder, progress, model, weights, changed, state, adapters, *, config, keep):

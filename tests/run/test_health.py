@@ -1,17 +1,29 @@
 """Numeric health of a run: updates that are not finite, spikes, checkpoints kept by health, rollback and the canary."""
 
+import json
+import math
+import shutil
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
-from runs import checkpoint_steps, rows_of
+import torch
+from runs import checkpoint_steps, final, rewind, rows_of, same
 from safetensors.torch import load_file
+from sentences import refused, says
 from tiny import job
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
 from fastsd.console import Console
+from fastsd.model.formats.load import load_model
+from fastsd.run import checkpoint, loss_health, rollback
 from fastsd.run.loop import train
+from fastsd.run.loss_health import _FIELDS, LossHealth
+from fastsd.run.rewind import set_aside
+from fastsd.run.training_data import TrainingData
+from fastsd.train.objective import Objective
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +60,202 @@ def test_absurd_settings_leave_finite_checkpoints(absurd, options, kernels, tmp_
     for path in (folder / "checkpoints").rglob("*.safetensors"):
         assert not [name for name, tensor in load_file(path).items() if not tensor.isfinite().all()], path
     assert rows_of(folder)[-1]["skipped"] > 0
+
+
+def losses_of(health):
+    return dict(zip(_FIELDS, health.state_dict()["loss_health"].tolist(), strict=True))
+
+
+def test_spikes_are_counted_and_clipped():
+    rng, health = np.random.default_rng(0), LossHealth(torch.device("cpu"))
+    losses = 0.1 + 0.01 * rng.standard_normal(400)
+    losses[[10, 100, 101, 200]] = 0.2, 0.5, 0.5, 0.01  # an early loss is not judged, and a low one is no spike
+    for loss in losses:
+        health.update(torch.tensor(loss, dtype=torch.float32), torch.tensor(0.0))
+        assert health.problem() is None
+    state = losses_of(health)
+    assert state["losses"] == 400 and state["spikes"] == 2 == health.scalars()["spikes"]
+    assert state["mean"] == pytest.approx(0.1, rel=0.03) and state["variance"] == pytest.approx(1e-4, rel=0.3)
+    for _ in range(600):  # a new level: spikes at first, then it is the mean
+        health.update(torch.tensor(0.15), torch.tensor(0.0))
+    new_spikes = losses_of(health)["spikes"] - 2
+    assert new_spikes < 10 and losses_of(health)["mean"] == pytest.approx(0.15, rel=0.01) and health.problem() is None
+
+
+def test_losses_of_skipped_steps_are_left_out():
+    health, other = (LossHealth(torch.device("cpu")) for _ in range(2))
+    skipped = 0.0
+    for step, loss in enumerate([1.0, math.nan, 0.5, math.inf, 7.0, 0.25]):
+        skipped += step in (1, 3, 4)  # the gradients of step 4 were not finite, its loss was
+        health.update(torch.tensor(loss), torch.tensor(skipped))
+        assert health.scalars()["skipped_in_row"] == [0, 1, 0, 1, 2, 0][step]
+        assert (health.problem() == "steps are being skipped") == (step in (1, 3, 4))
+        if step not in (1, 3, 4):
+            other.update(torch.tensor(loss), torch.tensor(0.0))
+    ours, expected = losses_of(health), losses_of(other)
+    assert {**ours, "skipped": 0.0} == expected and ours["skipped"] == 3
+
+
+def test_a_loss_that_has_blown_up_is_not_healthy_until_it_is_the_usual_one():
+    health, problems = LossHealth(torch.device("cpu")), []
+    for step in range(3000):
+        health.update(torch.tensor(0.1 if step < 1000 else 1.5), torch.tensor(0.0))
+        problems.append(health.problem())
+    assert problems[:1002] == [None] * 1002  # three losses make the difference
+    assert problems[1002] == "the loss is about 0.229, and its long-run mean 0.1" and None not in problems[1003:]
+    resumed = LossHealth(torch.device("cpu"))
+    resumed.load_state_dict(health.state_dict())
+    assert resumed.problem() == problems[-1] is not None
+    while health.problem():
+        health.update(torch.tensor(1.5), torch.tensor(0.0))
+    assert 5000 < losses_of(health)["losses"] < 20_000
+
+
+def test_a_checkpoint_of_an_older_version_counts_as_healthy_and_its_skipped_steps_as_known():
+    health = LossHealth(torch.device("cpu"))
+    health.load_state_dict({"skipped": torch.tensor(4.0)})
+    health.update(torch.tensor(0.1), torch.tensor(4.0))
+    assert health.problem() is None and losses_of(health)["losses"] == 1
+
+
+LONG = """
+[[stage]]
+train = ["unet"]
+until = 10
+batch = 4
+optimizer = "lion"
+lr = 1e-4
+ema = 0.9
+checkpoint_every = 2
+keep_checkpoints = {keep}
+"""
+TWO = LONG + '[[stage]]\ntrain = ["unet"]\nuntil = 6\nbatch = 2\nstate = "carry"\noptimizer = "lion"\nlr = 1e-4\n'
+
+
+def wrong_targets(monkeypatch, wrong, factor=math.nan):
+    """Multiply the targets of some global positions by a factor. Return the list of all positions that are trained on."""
+    add_noise, positions = Objective.add_noise, []
+
+    def adding_noise(self, latents, positions_B):
+        noisy, t_B, target = add_noise(self, latents, positions_B)
+        positions.extend(positions_B.tolist())
+        return noisy, t_B, target * (factor if wrong(positions_B[0]) else 1)
+
+    monkeypatch.setattr(Objective, "add_noise", adding_noise)
+    return positions
+
+
+def start(path, *overrides):
+    out, config = StringIO(), load_config(path, list(overrides))
+    console = Console(file=out, width=500)
+    cache(config, console)
+    try:
+        train(config, console, export=False)
+    finally:
+        (path.parent / "output").write_text(out.getvalue())
+    return Path(config.run), out.getvalue()
+
+
+def state_of(folder, step):
+    return json.loads((folder / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
+
+
+def test_a_blown_up_run_keeps_a_checkpoint_from_before(monkeypatch, tmp_path, tiny_model, images):
+    monkeypatch.setattr(loss_health, "WARM_UP", 3)
+    wrong_targets(monkeypatch, lambda position: position >= 16, factor=100.0)
+    folder, out = start(job(tmp_path, tiny_model, images, LONG.format(keep=1)))
+    assert checkpoint_steps(folder) == [4, 10]
+    assert state_of(folder, 4)["healthy"] and not state_of(folder, 10)["healthy"]
+    assert says(out, "checkpoint-not-healthy", step=6) and out.count("is not healthy") == 1
+    assert [row["spikes"] for row in rows_of(folder)] == sorted(row["spikes"] for row in rows_of(folder))
+    assert rows_of(folder)[3]["spikes"] == 0 < rows_of(folder)[-1]["spikes"] and " | spikes " in out
+
+
+def test_retention_keeps_the_last_healthy_checkpoint(tmp_path):
+    def retained(keep, *healthy):
+        shutil.rmtree(tmp_path)
+        for step, value in enumerate(healthy, start=1):
+            folder = tmp_path / checkpoint.name_of(step)
+            folder.mkdir(parents=True)
+            table = {} if value is None else {"healthy": value}  # None: of an older version
+            (folder / "state.json").write_text(json.dumps({"step": step, **table}))
+        checkpoint.retain(tmp_path, keep, set())
+        return [int(path.name[5:]) for path in checkpoint.checkpoints(tmp_path)]
+
+    assert retained(1, True, True, True) == [3]
+    assert retained(1, True, True, False) == [2, 3]
+    assert retained(1, True, True, False, False, False) == [2, 5]
+    assert retained(2, True, False, False, True, False) == [4, 5]
+    assert retained(1, None, None, False) == [2, 3]
+    assert retained(1, False, False, False) == [3]
+
+
+@pytest.fixture
+def rolled_back(monkeypatch, tmp_path, tiny_model, images):
+    """A run whose steps 6, 7 and 8 have no finite gradients, its output, and the positions that it trained on."""
+    positions = wrong_targets(monkeypatch, lambda position: 20 <= position < 32)
+    folder, out = start(job(tmp_path, tiny_model, images, TWO.format(keep=9)))
+    return folder, out, positions
+
+
+def test_a_run_goes_back_once_and_on_past_the_images(rolled_back):
+    folder, out, positions = rolled_back
+    assert says(out, "rolled-back", first=6, last=8, step=4, image=33, folder=folder / "set-aside-1")
+    # Steps 1 to 8, whose row is read before the checkpoint of step 8; then 5 to 10, and 6 steps of the second stage.
+    assert positions == [*range(32), *range(32, 56), *range(56, 68)]
+    assert [(row["step"], row["images"]) for row in rows_of(folder)][3:7] == [(4, 16), (5, 36), (6, 40), (7, 44)]
+    assert rows_of(folder)[-1]["step"] == 16 and {row["skipped"] for row in rows_of(folder)} == {0}
+    assert checkpoint_steps(folder) == [8, 10, 16] and checkpoint_steps(folder / "set-aside-1") == [6]
+    assert not state_of(folder / "set-aside-1", 6)["healthy"]
+    last = state_of(folder, 16)
+    assert (last["images"], last["passed_over"], last["rolled_back_stage"]) == (68, 16, 0)
+    costs = json.loads((folder / "cost.json").read_text())["stages"]
+    assert [(row["steps"], row["images"]) for row in costs] == [(10, 40), (6, 12)]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_during_a_rollback_changes_nothing(moment, rolled_back, monkeypatch, tmp_path, tiny_model, images):
+    class Killed(BaseException):
+        pass
+
+    def killed(folder, step):
+        if moment == "after":
+            set_aside(folder, step)
+        raise Killed
+
+    (tmp_path / "killed").mkdir()
+    path = job(tmp_path / "killed", tiny_model, images, TWO.format(keep=9))
+    with monkeypatch.context() as patch:
+        patch.setattr(rollback, "set_aside", killed)
+        with pytest.raises(Killed):
+            start(path)
+    folder, _ = start(path)
+    assert same(final(folder), final(rolled_back[0]))
+    assert (folder / "log.jsonl").read_bytes() == (rolled_back[0] / "log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("step", [4, 6, 8, 10])
+def test_a_rolled_back_run_resumes_with_the_same_bits(step, rolled_back):
+    folder, _, _ = rolled_back
+    expected, log = final(folder), (folder / "log.jsonl").read_bytes()
+    rewind(folder, step)
+    start(folder.parent / "job.toml")
+    assert same(final(folder), expected) and (folder / "log.jsonl").read_bytes() == log
+
+
+def test_a_second_failure_in_a_stage_ends_the_run(monkeypatch, tmp_path, tiny_model, images):
+    positions = wrong_targets(monkeypatch, lambda position: position >= 20)
+    path = job(tmp_path, tiny_model, images, LONG.format(keep=9))
+    with refused("no-finite-gradient", folder=tmp_path / "run", first=5, last=7) as error:
+        start(path)
+    loader = TrainingData(load_config(path), load_model(load_config(path).model)).loader(0)
+    numbers = ", ".join(map(str, loader.batch(32, 4).samples_B.tolist()))
+    assert f" had images {numbers} of the cache; " in str(error.value)
+    assert positions == [*range(32), *range(32, 48)] and (tmp_path / "output").read_text().count("going back") == 1
+    assert state_of(tmp_path / "run", 4)["healthy"] and not state_of(tmp_path / "run", 6)["healthy"]
+
+
+def test_a_run_without_a_healthy_checkpoint_ends(monkeypatch, tmp_path, tiny_model, images):
+    wrong_targets(monkeypatch, lambda position: True)
+    with refused("no-finite-gradient", first=1, last=3):
+        start(job(tmp_path, tiny_model, images, LONG.format(keep=9)))

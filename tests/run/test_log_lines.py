@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import rows_of
-from sentences import refused, says
+from sentences import says
 
 from fastsd.config.schema import LogTable, StageTable
 from fastsd.config.stages import ENDLESS
@@ -27,13 +27,14 @@ from fastsd.run.header import header
 from fastsd.run.log import MAX_SKIPPED_ROWS, DeferredScalars, Log
 from fastsd.run.position import Position
 from fastsd.run.report import RowFile, TrainReport, duration
+from fastsd.run.rollback import StepsSkipped
 from fastsd.run.smoothed_loss import DECAY, SmoothedLoss
 from fastsd.train.step import StepResult
 from fastsd_kernels import REFERENCE
 
 VALUES = {
     "step": 7, "stage": "unet", "stage_step": 3, "epoch": 1.234, "loss": 0.12345, "loss_smooth": 0.2, "lr": 1e-4,
-    "grad_norm": 1.5, "skipped": 0,
+    "grad_norm": 1.5, "skipped": 0, "spikes": 0,
 }  # fmt: skip
 TIMING = {"stage_steps": 9, "images_per_second": 12.34, "memory_gb": 3.21, "data_wait": 0.25, "eta": 3700.0, "seconds": 5.0}
 LINE = "unet 3/9 | epoch 1.23 | loss 0.1235 ~0.2000 | lr 0.0001 | grad 1.5 | 12.3 img/s | 3.2 GB | wait 25% | ETA 1h01m | "
@@ -63,6 +64,7 @@ def test_durations(seconds):
         ({}, {}, 70.0, LINE + "saved 30s ago"),
         ({}, {}, 170.0, LINE + "saved 0s ago"),  # the clock was changed
         ({"skipped": 2}, {}, None, LINE.replace("grad 1.5", "grad 1.5 | skipped 2") + "not saved yet"),
+        ({"skipped": 2, "spikes": 1}, {}, None, LINE.replace("grad 1.5", "grad 1.5 | spikes 1 | skipped 2") + "not saved yet"),
         ({"d": 0.5}, {}, None, LINE.replace("lr 0.0001", "d*lr 5e-05 (d 0.5)") + "not saved yet"),
         ({}, {"stage_steps": ENDLESS}, None, LINE.replace("3/9", "3") + "not saved yet"),
     ],
@@ -331,7 +333,10 @@ class Steps:
         self.position = SimpleNamespace(
             progress=RunProgress(stage=1), elapsed=lambda: 11.0, seconds_left=lambda rate: 60 / rate
         )
-        self.smoothed = SimpleNamespace(value=lambda: torch.tensor(0.75))
+        self.smoothed, self.in_row = SimpleNamespace(value=lambda: torch.tensor(0.75)), 0
+        self.health = SimpleNamespace(
+            scalars=lambda: {"spikes": torch.tensor(2.0), "skipped_in_row": torch.tensor(self.in_row)}
+        )
         self.config = SimpleNamespace(log=SimpleNamespace(every=every), stage_name=lambda index: f"stage {index}")
         self.data, self.device, self.folder = SimpleNamespace(epochs=[1, 20]), torch.device("cpu"), folder
         self.total, self.optimizers, self.skipped = 100, {"unet": None, "text_encoder": None}, torch.tensor(0.0)
@@ -371,7 +376,7 @@ def test_log_rows_are_written_one_interval_late(monkeypatch, tmp_path):
     values = {
         "step": 5, "stage": "stage 1", "stage_step": 5, "images": 20, "epoch": 1.0, "order": "hash of 2",
         "lr": 1.0, "lr_text_encoder": 0.5, "loss": 0.5, "loss_smooth": 0.75, "grad_norm": 1.5, "skipped": 0,
-        "d": 2.0, "d_text_encoder": 3.0,
+        "spikes": 2, "d": 2.0, "d_text_encoder": 3.0,
     }  # fmt: skip
     timing = {"stage_steps": 100, "seconds": 11.0, "images_per_second": 10.0, "data_wait": 0.25, "memory_gb": 1.25, "eta": 24.0}
     assert first == (values, timing)
@@ -380,7 +385,7 @@ def test_log_rows_are_written_one_interval_late(monkeypatch, tmp_path):
     assert list(first[0]) == list(values) and steps.warnings == []
 
 
-def test_skipped_steps_are_reported_and_end_the_run(monkeypatch, tmp_path):
+def test_skipped_steps_are_reported_and_many_in_a_row_end_the_attempt(monkeypatch, tmp_path):
     steps = Steps(monkeypatch, tmp_path, every=10)
     for total in (0, 3, 3, 13, 23, 23, 33, 43):
         steps.run(10, seconds=1.0, skipped=float(total))
@@ -388,10 +393,15 @@ def test_skipped_steps_are_reported_and_end_the_run(monkeypatch, tmp_path):
     assert len(steps.warnings) == len(counts)  # the last row is not written yet
     for text, (row, count) in zip(steps.warnings, counts, strict=True):
         assert says(text, "steps-skipped", count=count, step=10 * row)
-    steps.run(10, seconds=1.0, skipped=53.0)
-    assert MAX_SKIPPED_ROWS == 3
-    with refused("no-finite-gradient", steps=30, step=90):
+    for steps.in_row in (29, 30):
         steps.log.flush()
+        steps.run(10, seconds=1.0, skipped=53.0)
+    assert MAX_SKIPPED_ROWS == 3
+    with pytest.raises(StepsSkipped) as error:
+        steps.log.flush()
+    assert error.value == StepsSkipped(first=71, last=100, end_image=400)
+    steps.log.flush()  # the row was written
+    assert steps.report.pairs[-1][0]["step"] == 100
 
 
 def test_skipped_steps_of_an_earlier_start_are_not_reported_again(monkeypatch, tmp_path):
