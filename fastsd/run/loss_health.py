@@ -26,13 +26,14 @@ _FIELDS = ("losses", "mean", "variance", "recent", "long_run", "spikes", "skippe
 
 
 class LossHealth:
-    """Health of the current stage. Call `reset` when a stage begins."""
+    """Health of the current stage."""
 
     def __init__(self, device: torch.device) -> None:
         self._state = torch.zeros(len(_FIELDS), dtype=torch.float64, device=device)
 
-    def reset(self) -> None:
-        self._state.zero_()
+    def begin(self, *, carried: bool) -> None:
+        """Begin a stage: with counters of zero and, unless the state of the previous one is `carried` over, no losses."""
+        self._state[_FIELDS.index("spikes") if carried else 0 :] = 0
 
     def update(self, loss: Tensor, skipped: Tensor) -> None:
         """Add a step. `skipped` is the number of steps skipped so far."""

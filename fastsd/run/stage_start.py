@@ -36,7 +36,7 @@ def start_stage(run: Run, index: int, switches: str) -> Step:
         step.load_state_dict(run.saving.state)
     if not resumed:
         step.skipped.zero_()
-        run.health.reset()
+        run.health.begin(carried=stage.state == "carry")
     run.saving.state = {}
     return step
 
