@@ -248,7 +248,7 @@ def test_a_second_failure_in_a_stage_ends_the_run(monkeypatch, tmp_path, tiny_mo
     path = job(tmp_path, tiny_model, images, LONG.format(keep=9))
     with refused("no-finite-gradient", folder=tmp_path / "run", first=5, last=7) as error:
         start(path)
-    loader = TrainingData(load_config(path), load_model(load_config(path).model)).loader(0)
+    loader = TrainingData(load_config(path), load_model(load_config(path).model), {}).loader(0)
     numbers = ", ".join(map(str, loader.batch(32, 4).samples_B.tolist()))
     assert f" had images {numbers} of the cache; " in str(error.value)
     assert positions == [*range(32), *range(32, 48)] and (tmp_path / "output").read_text().count("going back") == 1
