@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Argument, Option
-from typer.core import TyperGroup
+from typer import Argument, Option, core
 
 from fastsd.errors import Stopped, UserError
-from fastsd.run.signals import signals_of_commands
 
 if TYPE_CHECKING:
     from fastsd.config.schema import Config
 
 
-class Commands(TyperGroup):
+class Commands(core.TyperGroup):
     """The commands. A stop signal ends a command that does not handle it with one line."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -367,6 +365,8 @@ def main() -> None:
     # When imported, diffusers and transformers print advice that does not help a user. Errors are still raised.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    from fastsd.run.signals import signals_of_commands
+
     try:
         with signals_of_commands():
             app()

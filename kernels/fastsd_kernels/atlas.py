@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -134,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [{**entry._asdict(), "code": entry.code._asdict() if entry.code else None} for entry in entries]
         temporary = options.json.with_name(f".tmp-{options.json.name}")
         temporary.write_text(json.dumps(rows, indent=1))
-        os.replace(temporary, options.json)  # a run that fails leaves the earlier file
+        temporary.replace(options.json)  # a run that fails leaves the earlier file
     return 1 if over else 0
 
 
