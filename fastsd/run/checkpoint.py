@@ -246,8 +246,9 @@ def open_checkpoint(path: Path, base: ModelTable | None = None) -> tuple[Path, R
 
 
 def _restore(path: Path, base: ModelTable | None) -> list[str] | None:
-    folder = path.parent
-    others = [*sorted(folder.glob("*step-*"), reverse=True), *folder.parent.glob("model*")]
+    run = path.parent.parent
+    others = [*sorted(path.parent.glob("*step-*"), reverse=True), *run.glob("set-aside-*/checkpoints/step-*")]
+    others += run.glob("model*")
     return restore(path, others, partial(_write_base, base))
 
 

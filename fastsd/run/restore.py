@@ -55,8 +55,8 @@ def restore(path: Path, places: Sequence[Path], rebuild: Callable[[Path, Collect
     """Restore the damaged files of a checkpoint. Return a line for each, or None if one of them has no other copy.
 
     Args:
-        places: folders in which a file of the same name may have the same bytes: other checkpoints and exported models. Those
-            beside the checkpoint that share a damaged file with it get the restored file, too.
+        places: folders in which a file of the same name may have the same bytes: other checkpoints and exported models. The
+            checkpoints that share a damaged file with this one get the restored file, too.
         rebuild: writes those of the given files that the base model has into a folder, and returns the model's name.
 
     Raises:
@@ -118,16 +118,17 @@ def _copy(name: str, digest: str, damaged: Path, places: Sequence[Path], new: Pa
 def _replace(path: Path, name: str, places: Sequence[Path], new: Path) -> list[str]:
     """Move a restored file to its place, also in other checkpoints that share the damaged one. Return their names."""
     damaged = _inode(path / name)
-    sharing = [place for place in places if place.parent == path.parent and place != path and _inode(place / name) == damaged]
+    others = [place for place in places if place != path and (place / MANIFEST).exists()]
+    sharing = [place for place in others if damaged and _inode(place / name) == damaged]
     link = new.with_name("link")
-    for place in sharing if damaged else []:  # the checkpoint itself is the last, so a kill leaves none of them out
+    for place in sharing:  # the checkpoint itself is the last, so a kill leaves none of them out
         (link_or_copy if name.endswith(WEIGHTS) else copy_file)(new, link)
         os.replace(link, place / name)
         flush_folder((place / name).parent)
     (path / name).parent.mkdir(parents=True, exist_ok=True)
     os.replace(new, path / name)
     flush_folder((path / name).parent)
-    return [place.name for place in sharing] if damaged else []
+    return [place.name for place in sharing]
 
 
 def _problems(path: Path, manifest: Mapping[str, str]) -> dict[str, str]:

@@ -155,11 +155,34 @@ def test_a_run_with_a_damaged_file_goes_on(name, damage, source, trained, folder
 
 
 def test_a_file_that_several_checkpoints_share_is_restored_in_all(folder, tiny_model):
+    earlier = folder / "set-aside-1" / "checkpoints" / name_of(2)
+    earlier.parent.mkdir(parents=True)
+    (folder / "checkpoints" / name_of(2)).rename(earlier)
     flip(folder / "checkpoints" / name_of(4) / VAE)
     (line,) = reopen(folder, tiny_model)
     assert says(line, "checkpoint-restored", file=VAE) and line.endswith(f", also in {name_of(4)}, {name_of(2)}")
-    inodes = {(path / VAE).stat().st_ino for path in checkpoints(folder / "checkpoints")}
+    inodes = {(path / VAE).stat().st_ino for path in [*checkpoints(folder / "checkpoints"), earlier]}
     assert len(inodes) == 1 and (folder / "model" / VAE).stat().st_ino not in inodes
+
+
+@pytest.mark.parametrize("name", [SCHEDULER, VOCABULARY, "model_index.json", "vae/config.json"])
+@pytest.mark.parametrize("source", ["model", "base"])
+def test_checkpoints_of_an_older_version_are_restored(source, name, folder, tiny_model):
+    """They have no copies, and small files are hard links to each other, and to the exported model."""
+    first, *others = checkpoints(folder / "checkpoints")
+    for path in (first, *others):
+        (path / "copies.json").unlink()
+    for path in (*others, folder / "model"):
+        (path / name).unlink()
+        os.link(first / name, path / name)
+    shutil.copytree(folder / "model", folder / "model-ema") if source == "model" else None
+    before = (first / name).read_bytes()
+    flip(folder / "model" / name)
+    (line,) = reopen(folder, tiny_model)
+    origin = folder / "model-ema" / name if source == "model" else f"the base model {tiny_model}"
+    assert says(line, "checkpoint-restored", file=name, source=origin)
+    assert [(path / name).read_bytes() for path in (first, *others)] == [before] * 3
+    assert len({(path / name).stat().st_ino for path in (first, *others, folder / "model")}) == 4
 
 
 def test_other_bytes_are_never_accepted(folder, tiny_model):
