@@ -205,6 +205,16 @@ class Config(Table):
         return self
 
     @model_validator(mode="after")
+    def _check_canary(self) -> Config:
+        for i, stage in enumerate(self.stage):
+            if stage.canary_every and not self.deterministic:
+                raise ValueError(
+                    f"stage {self.stage_name(i)!r} has canary_every and deterministic is false, so that equal steps may differ"
+                    "; set deterministic = true"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_stages(self) -> Config:
         for i, stage in enumerate(self.stage):
             name = self.stage_name(i)

@@ -113,6 +113,8 @@ class StageTable(Table):
     keep_every: Annotated[Amount, FREE | LIGHT | NO_EFFECT] = 0
     # Single checkpoints that are never deleted: ["1e", "10e", 5000]
     checkpoint_at: Annotated[list[Amount], FREE | LIGHT | NO_EFFECT] = []
+    # Steps between checks of the hardware: a step's gradients are computed twice and compared bit by bit; 0 = no checks
+    canary_every: Annotated[int, FREE | NO_EFFECT] = Field(0, ge=0)
 
     @property
     def components(self) -> list[str]:
@@ -174,6 +176,8 @@ class StageTable(Table):
         if self.fused_backward and (self.batch != self.micro_batch_size or self.micro_batch == "auto" or self.grad_clip):
             option = "grad_clip" if self.grad_clip else "micro_batch"
             raise ValueError(f"fused_backward is true, which does not work with {option}; remove one of them")
+        if self.fused_backward and self.canary_every:
+            raise ValueError("canary_every is set and fused_backward is true, which keeps no gradients; remove one of them")
         if self.batch % self.micro_batch_size:
             raise ValueError(f"micro_batch is {self.micro_batch}, not a divisor of batch {self.batch}; use a divisor")
 

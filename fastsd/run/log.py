@@ -49,7 +49,7 @@ class Log:
         self.pending: tuple[LogRow, DeferredScalars, dict[str, float]] | None = None
         self.mfu_per_speed = _mfu_per_speed(run, step)
         self.mark = (time.perf_counter(), run.position.progress.step, 0.0)  # time, step and data wait at the last row
-        self.last_skipped = int(step.skipped)
+        self.last_skipped, self.last_canary_errors = int(step.skipped), 0
         self.monitors = [DLionMonitor(component, step.stage, run.report.rows(self.name)) for component in step.d()]
 
     def row(self, result: StepResult, batch: Batch, batches: Stream) -> None:
@@ -67,6 +67,8 @@ class Log:
         scalars |= {"grad_norm": result.grad_norm, "skipped": result.skipped, **run.health.scalars()}
         for i, (component, d) in enumerate(self.step.d().items()):
             scalars[f"d_{component}" if i else "d"] = d
+        if self.step.stage.canary_every:
+            scalars["canary_errors"] = self.step.canary_errors
 
         last_time, last_step, last_waited = self.mark
         seconds = max(now - last_time, 1e-9)
@@ -93,6 +95,9 @@ class Log:
         values, deferred, timing = self.pending
         self.pending = None
         scalars = deferred.read()
+        if "canary_errors" in scalars:  # training does not determine it, so it is not part of the row
+            timing["canary_errors"] = scalars.pop("canary_errors")
+            self._check_canary(int(timing["canary_errors"]), values["step"])
         skipped, in_row = int(scalars["skipped"]), int(scalars.pop("skipped_in_row"))
         self.run.report.row({**values, **scalars, "skipped": skipped, "spikes": int(scalars["spikes"])}, timing)
         self._check_skipped(skipped, in_row, values)
@@ -108,6 +113,14 @@ class Log:
             self.run.console.warn(f"skipped {newly_skipped} steps up to step {step}, {reason}")
         if in_row >= MAX_SKIPPED_ROWS * self.run.config.log.every:
             raise StepsSkipped(step - in_row + 1, step, values["images"])
+
+    def _check_canary(self, errors: int, step: int) -> None:
+        if errors > self.last_canary_errors:
+            self.run.console.warn(
+                f"gradients that were computed twice differ in {errors - self.last_canary_errors} steps up to step {step}: the "
+                "device makes errors; check its temperature, clocks and memory"
+            )
+        self.last_canary_errors = errors
 
 
 def _mfu_per_speed(run: Run, step: Step) -> float | None:

@@ -217,6 +217,7 @@ def _line(values: LogRow, timing: dict[str, float], saved_at: float | None) -> s
     saved = "not saved yet" if saved_at is None else f"saved {duration(max(0.0, time.time() - saved_at))} ago"
     total = f"/{timing['stage_steps']}" if timing["stage_steps"] < ENDLESS else ""
     counts = "".join(f" | {name} {values[name]}" for name in ("spikes", "skipped") if values[name])
+    counts += f" | canary errors {timing['canary_errors']:.0f}" if timing.get("canary_errors") else ""
     mfu = f" | MFU {timing['mfu']:.0%}" if "mfu" in timing else ""
     return (
         f"{values['stage']} {values['stage_step']}{total} | epoch {values['epoch']:.2f} | "

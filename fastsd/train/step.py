@@ -79,6 +79,7 @@ class Step:
 
     Attributes:
         components: all components of the step by name. Those that the stage trains also have an entry in `optimizers`.
+        canary_errors: number of steps whose gradients were computed twice and differed, 0-dim int64 on the device.
         micro_batch_size: images per forward. When memory runs out, it becomes the next smaller divisor of the batch.
     """
 
@@ -110,6 +111,7 @@ class Step:
         abar_T = alphas_cumprod(model.scheduler).to(self.device)
         self.objective = Objective(abar_T, seed, self.ops, stage, model.prediction)
         self.skipped = torch.zeros((), device=self.device)
+        self.canary_errors = torch.zeros((), dtype=torch.int64, device=self.device)
         self._arenas = [component.gradients for component in self.components.values() if component.gradients]
         self._fused: FusedUpdates | None = None
         if stage.fused_backward:
@@ -132,13 +134,43 @@ class Step:
                 self._graphs.replayed = False
             try:
                 self._write_settings(step)
-                return StepResult(*run(*StepInputs.of(batch, self.device)))
+                inputs = StepInputs.of(batch, self.device)
+                checksum = self._compute_gradients_once(inputs) if self._has_canary(step) else None
+                result = StepResult(*run(*inputs))
+                if checksum is not None:  # the step has only read its gradients
+                    self.canary_errors += self._checksum() != checksum
+                return result
             except Exception as error:
                 problem = out_of_memory(error)
                 if problem is None:
                     raise
             # Here the error is gone, and with it the activations that its traceback refers to.
             self._reduce_micro_batch(problem)
+
+    def _has_canary(self, step: int) -> bool:
+        return self.stage.canary_every > 0 and (step + 1) % self.stage.canary_every == 0
+
+    def _compute_gradients_once(self, inputs: StepInputs) -> Tensor:
+        """Compute a step's gradients, which the step will overwrite with the same bits, and return their checksum.
+
+        On a GPU they have a graph of their own in the memory of the step's graphs: activations of eager calls would lie beside
+        that memory. The last argument tells the two graphs apart.
+        """
+        if self._graphs is None:
+            return self._gradients_checksum(*inputs, None)[0]
+        (checksum,) = self._graphs(self._gradients_checksum, *inputs, None)
+        self._graphs.replayed = False  # no weight has changed
+        return checksum
+
+    def _gradients_checksum(self, *inputs: Tensor | None) -> tuple[Tensor]:
+        self._accumulate(StepInputs._make(inputs[:-1]))
+        return (self._checksum(),)
+
+    def _checksum(self) -> Tensor:
+        """Add the bits of all gradients as whole numbers, of which the order of a sum changes nothing."""
+        bits = {2: torch.int16, 4: torch.int32}
+        arenas = [arena.flat for arena in self._arenas]
+        return torch.stack([flat.view(bits[flat.element_size()]).sum(dtype=torch.int64) for flat in arenas]).sum()
 
     def _write_settings(self, step: int) -> None:
         """Write the values that change from step to step to the device."""
@@ -154,15 +186,7 @@ class Step:
 
         Returns (loss, gradient norm, number of steps skipped).
         """
-        failed_allocations = self._count_failed_allocations()
         loss = self._accumulate(StepInputs._make(inputs))
-        if self._count_failed_allocations() > failed_allocations:
-            # cuDNN takes an algorithm with a smaller workspace then, which rounds differently, and says nothing.
-            if not self._fused:
-                raise torch.OutOfMemoryError("cuDNN has no memory for the workspace of its algorithm")
-            if not self._workspace_missed:
-                self.warn("cuDNN has no memory for the workspace of its algorithm: a resumed run may differ in the last bits")
-            self._workspace_missed = True
         if self._fused:
             # Every parameter was already updated when its gradient arrived.
             norm, found_inf = torch.stack(self._fused.norms).norm(), self._fused.found_inf
@@ -182,6 +206,7 @@ class Step:
         """Accumulate the gradients of the batch's mean loss, one micro-batch at a time, and return that loss."""
         count = len(inputs.positions_B)
         total = torch.zeros((), device=self.device)
+        failed_allocations = self._count_failed_allocations()
         for arena in self._arenas:
             arena.first_micro_batch = True
         for start in range(0, count, self.micro_batch_size):
@@ -202,6 +227,13 @@ class Step:
             total += loss.detach()
             for arena in self._arenas:
                 arena.first_micro_batch = False
+        if self._count_failed_allocations() > failed_allocations:
+            # cuDNN takes an algorithm with a smaller workspace then, which rounds differently, and says nothing.
+            if not self._fused:
+                raise torch.OutOfMemoryError("cuDNN has no memory for the workspace of its algorithm")
+            if not self._workspace_missed:
+                self.warn("cuDNN has no memory for the workspace of its algorithm: a resumed run may differ in the last bits")
+            self._workspace_missed = True
         return total
 
     def _count_failed_allocations(self) -> int:

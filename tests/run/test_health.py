@@ -94,6 +94,10 @@ def test_losses_of_skipped_steps_are_left_out():
             other.update(torch.tensor(loss), torch.tensor(0.0))
     ours, expected = losses_of(health), losses_of(other)
     assert {**ours, "skipped": 0.0} == expected and ours["skipped"] == 3
+    health.begin(carried=True)  # as the step's own counter, those of the stage start from zero
+    assert losses_of(health) == expected
+    health.begin(carried=False)
+    assert not any(losses_of(health).values())
 
 
 def test_a_loss_that_has_blown_up_is_not_healthy_until_it_is_the_usual_one():
@@ -259,3 +263,25 @@ def test_a_run_without_a_healthy_checkpoint_ends(monkeypatch, tmp_path, tiny_mod
     wrong_targets(monkeypatch, lambda position: True)
     with refused("no-finite-gradient", first=1, last=3):
         start(job(tmp_path, tiny_model, images, LONG.format(keep=9)))
+
+
+def test_canary_errors_are_said_and_change_no_log_row(monkeypatch, tmp_path, tiny_model, images):
+    folders, loss, calls = [], Objective.loss, []
+    for name, canary_every in (("plain", 0), ("checked", 2)):
+        (tmp_path / name).mkdir()
+        path = job(tmp_path / name, tiny_model, images, LONG.format(keep=9) + f"canary_every = {canary_every}\n")
+        folders.append(start(path)[0])
+    plain, checked = folders
+    assert same(final(plain), final(checked)) and (plain / "log.jsonl").read_bytes() == (checked / "log.jsonl").read_bytes()
+    assert [row.get("canary_errors") for row in rows_of(checked, "timing.jsonl")] == [0.0] * 10
+    assert "canary_errors" not in rows_of(plain, "timing.jsonl")[0]
+
+    def loss_with_an_error(self, *args):
+        calls.append(args)
+        return loss(self, *args) * (1.001 if len(calls) == 5 else 1)  # the second computation of step 4 is call 6
+
+    monkeypatch.setattr(Objective, "loss", loss_with_an_error)
+    shutil.rmtree(checked)
+    _, out = start(path)
+    assert says(out, "canary-error", count=1, step=4) and out.count("computed twice") == 1 and " | canary errors 1 | " in out
+    assert same(final(plain), final(checked))

@@ -101,6 +101,15 @@ def test_one_graph_per_batch_size(gpu_kernels, tmp_path):
 
 
 @pytest.mark.slow
+def test_canary_has_a_graph_of_its_own(gpu_kernels, tmp_path):
+    settings = {**OPTIMIZERS["lion"], "precision": "bf16"}
+    plain, _, _ = train(tmp_path / "plain", gpu_kernels, True, [4] * 2 * STEPS, **settings)
+    checked, _, step = train(tmp_path / "checked", gpu_kernels, True, [4] * 2 * STEPS, canary_every=2, **settings)
+    assert len(step._graphs._captures) == 2 and int(step.canary_errors) == 0
+    assert all(torch.equal(a, b) for a, b in zip(plain, checked, strict=True))
+
+
+@pytest.mark.slow
 def test_work_between_replays_does_not_change_results(gpu_kernels, tmp_path):
     def use_the_unet(step):
         with torch.no_grad():
