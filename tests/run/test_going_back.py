@@ -1,6 +1,7 @@
 """`fastsd train --from`, and stages that end earlier than they stand."""
 
 import json
+import math
 import os
 import shutil
 from io import StringIO
@@ -85,6 +86,7 @@ def test_going_back_trains_what_a_resumed_run_trains(name, copy_of):
     current, set_aside = read_runs([folder, aside])  # a report shows each once
     assert [row["step"] for row in current.log] == [1, 2, 3, 4, 5, 6] and [row["step"] for row in set_aside.log] == [5, 6]
     assert (current.config.stage[0].lr, set_aside.config.stage[0].lr) == (5e-4, 1e-3)
+    assert not says(start(back="2"), "key-changed")  # compared with that checkpoint, not with the last start
 
 
 def test_a_repeated_command_goes_back_only_if_that_would_train_other_steps(copy_of):
@@ -115,6 +117,14 @@ def test_going_back_to_the_newest_checkpoint_counts_as_well(copy_of):
     assert says(start("stage.until=8", back="6"), "went-back", name="step-00000006", later="nothing followed")
     assert says(start("stage.until=10", back="6"), "went-back-before", newest="step-00000008")
     assert checkpoint_steps(folder) == [2, 4, 6, 8, 10] and not (folder / "set-aside-1").exists()
+
+
+def test_settings_of_a_stage_that_has_not_begun_do_not_count(copy_of):
+    folder, start = copy_of("carried")
+    start("stage.one.lr=5e-4", back="2")
+    rewind(folder, 4)
+    text = start("stage.one.lr=5e-4", "stage.two.lr=1e-4", back="2")
+    assert says(text, "went-back-before", newest="step-00000004") and checkpoint_steps(folder)[-1] == 10
 
 
 def test_a_killed_going_back_is_finished_by_any_start(copy_of, monkeypatch):
@@ -205,7 +215,8 @@ def test_a_stage_that_has_gone_beyond_its_end_is_refused(copy_of):
         if amount == "1s":
             state = json.loads((folder / "checkpoints/step-00000006/state.json").read_text())
             assert state["seconds"] > 0
-            amount, fields = f"{state['seconds'] / 2:.6f}s", {"length": "1 seconds", "least": '"1 seconds"'}
+            length = f"{math.ceil(state['seconds'])} seconds"
+            amount, fields = f"{state['seconds'] / 2:.6f}s", {"length": length, "least": f'"{length}"'}
         with refused("stage-beyond-end", **fields):
             start(f"stage.until={amount}")
     assert (folder / "model/fastsd.json").read_bytes() == exported and checkpoint_steps(folder) == [2, 4, 6]
@@ -238,6 +249,8 @@ def test_a_stage_can_end_at_the_newest_checkpoint(copy_of):
     """It needs no step then, and its state is carried over."""
     (folder, start), (other, train_anew) = copy_of("carried"), copy_of("carried", "other")
     rewind(folder, 4)
+    measured = (folder / "validation.jsonl").read_text().splitlines(keepends=True)
+    (folder / "validation.jsonl").write_text("".join(line for line in measured if json.loads(line)["step"] < 4))
     text = start("stage.one.until=4", "stage.two.keep_checkpoints=1")
     train_anew("stage.one.until=4", back="2")
     assert same(final(folder), final(other)) and (folder / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
@@ -254,6 +267,10 @@ def test_a_finished_run_says_so(copy_of, finished):
     text = start()
     assert says(text, "already-finished", step=6, name="'one'") and (folder / "model/unet").is_dir()
     assert not says(start("stage.until=8"), "already-finished") and says(start("stage.until=8"), "already-finished", step=8)
+    with refused("stage-beyond-end", alternative="go back with --from step-00000006"):
+        start("stage.until=7")
+    start("stage.until=7", back="6")
+    assert checkpoint_steps(folder) == [2, 4, 6, 7]
 
 
 def test_removed_stages(copy_of, tmp_path, tiny_model, images):
@@ -263,6 +280,7 @@ def test_removed_stages(copy_of, tmp_path, tiny_model, images):
         run(path, *KEYS)
     train(load_config(path, KEYS), Console(file=StringIO()), start="6")
     assert json.loads((folder / "model/fastsd.json").read_text())["steps"] == 6
+    assert says(run(path, *KEYS, "stage.until=24 images")[1], "already-finished", step=6)
     with refused("stage-complete", until=8, alternative="go back with --from step-00000004"):  # its state was not kept
         run(path, *KEYS, "stage.until=8")
     train(load_config(path, [*KEYS, "stage.until=8"]), Console(file=StringIO()), start="4")
