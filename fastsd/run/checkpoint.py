@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,9 @@ class RunProgress:
     passed_over: int = 0  # images that a rollback has passed over (see `rollback.py`)
     rolled_back_stage: int = -1  # index of the stage of the last rollback
     carried: int = 0  # steps of earlier stages that passed on their optimizer state and EMA
+    # Settings that were changed in the middle of a stage: {"step", "stage", "key", "before", "after"}
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    costs: list[dict[str, Any]] = field(default_factory=list)  # the complete stages, as in cost.json
 
 
 def name_of(step: int) -> str:

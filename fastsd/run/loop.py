@@ -163,7 +163,7 @@ def export_run(run: Run) -> None:
     run.saving.retain(run.config.stage[-1].keep_checkpoints)  # a kill may have come between the last save and this
     try:
         model = export_newest(run.config, run.model, run.console)
-        run.cost.record(run.position.progress, file_bytes=bytes_of(model))
+        run.cost.record(run.position.progress, run.console, file_bytes=bytes_of(model))
     except OSError as error:
         raise UserError(
             "model-not-written",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,21 @@ from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import Config, StageTable, parse_config
 from fastsd.errors import UserError
 from fastsd.model.formats.fold_vae import SD15_SCALING_FACTOR
-from fastsd.model.formats.model_summary import SUMMARY, Adapters, Loss, ModelSummary, Samples, StageSummary, read_summary
-from fastsd.run.checkpoint import STATE
+from fastsd.model.formats.model_summary import (
+    SUMMARY,
+    Adapters,
+    Change,
+    Loss,
+    ModelSummary,
+    Samples,
+    StageSummary,
+    read_summary,
+)
+from fastsd.run.checkpoint import CONFIG, STATE
 from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
 from fastsd.run.markdown import code, inline, is_hub_id, link_or_code, python_string, table, yaml_string
-from fastsd.run.settings import flatten
+from fastsd.run.restart import read_config
+from fastsd.run.settings import flatten, setting_text
 from fastsd.storage import copy_file, write_text
 
 CARD, SAMPLES = "README.md", "samples.png"
@@ -56,9 +66,10 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
             f"{run / 'config.json'}: missing or not readable as a config; delete it and run `fastsd train` again to write it",
         )
     config = parse_config(table, str(run / "config.json"))
+    trained = read_config(checkpoint / CONFIG) or config  # the settings may have been changed after the last step
     state = read_table(checkpoint / STATE) or {}
-    model, step = config.model, state.get("step", 0)
-    stages = _stages(run, config, state)
+    model, step = trained.model, state.get("step", 0)
+    stages = _stages(run, trained, state)
     saved_at = datetime.fromtimestamp(int((checkpoint / STATE).stat().st_mtime), UTC)
     lora = model.lora and Adapters.model_validate(model.lora.model_dump() | {"alpha": model.lora.alpha or model.lora.rank})
 
@@ -80,14 +91,14 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
         vae_factor=(read_table(checkpoint / "vae/config.json") or {}).get("scaling_factor"),
         clip_skip=model.clip_skip,
         chunks=model.chunks,
-        resolution=config.data.resolution,
-        seed=config.seed,
-        precision=", ".join(dict.fromkeys(stage.precision for stage in stages)),
+        resolution=trained.data.resolution,
+        seed=trained.seed,
+        precision=", ".join(dict.fromkeys(precision for stage in stages for precision in _values(stage, "precision"))),
         steps=step,
         images=state["images"] - state.get("passed_over", 0) if "images" in state else None,
         dataset=(read_table(run / "images.json") or {}).get("samples"),
         stages=stages,
-        settings=flatten(config.model_dump(exclude_defaults=True, include=_RUN_SETTINGS)),
+        settings=flatten(trained.model_dump(exclude_defaults=True, include=_RUN_SETTINGS)),
         validation=_losses(run, step),
         samples=samples,
         lora=lora,
@@ -120,8 +131,8 @@ def _last_grid(run: Path, step: int) -> Grid | None:
 
 
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSummary]:
-    """Summarize the stages up to a checkpoint, in order. The steps and images of finished stages are read from cost.json."""
-    costs = {row["name"]: row for row in read_costs(run)["stages"]}
+    """Summarize the stages up to a checkpoint, in order. In older versions, only cost.json counts those of complete stages."""
+    costs = {row["name"]: row for row in [*read_costs(run)["stages"], *state.get("costs", [])]}
     current_stage = state.get("stage", 0)
     not_listed = {*keys_with(StageTable, COLUMN), *keys_with(StageTable, NO_EFFECT)}
     summaries = []
@@ -134,8 +145,19 @@ def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSu
         lr = stage.lr if isinstance(stage.lr, dict) else stage.rate_of("")
         settings = flatten(stage.model_dump(exclude_defaults=True, exclude=not_listed))
         counts = {key: totals.get(key) for key in ("steps", "images")}
-        summaries.append(StageSummary(name=name, lr=lr, settings=settings, **columns, **counts))
+        changes = [_change(change) for change in state.get("changes", []) if change["stage"] == i]
+        summaries.append(StageSummary(name=name, lr=lr, settings=settings, changes=changes, **columns, **counts))
     return summaries
+
+
+def _change(change: Mapping[str, Any]) -> Change:
+    text = _rates if change["key"] == "lr" else setting_text
+    return Change(step=change["step"], key=change["key"], before=text(change["before"]), after=text(change["after"]))
+
+
+def _values(stage: StageSummary, key: str) -> list[str]:
+    """Return the values of a setting over the steps of a stage. The last one is its field of the same name."""
+    return [*(change.before for change in stage.changes if change.key == key), getattr(stage, key)]
 
 
 def _losses(run: Path, step: int) -> list[Loss]:
@@ -252,12 +274,15 @@ class _Card:
         if not stages:
             return ""
         headings = ["Stage", "Trained", "Optimizer", "Learning rate", "Precision", "Batch size", "Steps", "Images"]
-        rows = []
+        rows, settings = [], {}
         for stage in stages:
             counts = f"{stage.batch}", _count(stage.steps), _count(stage.images)
-            columns = [stage.name, ", ".join(stage.train), stage.optimizer, _rates(stage.lr), stage.precision]
+            changed = _over_steps(stage.changes)
+            columns = [stage.name, ", ".join(stage.train), stage.optimizer]
+            columns += [changed.pop("lr", _rates(stage.lr)), changed.pop("precision", stage.precision)]
+            settings[stage.name] = _settings_text(stage.settings | changed)
             rows.append([*map(inline, columns), *counts])
-        notes = [f"- {inline(stage.name)}: {_settings_text(stage.settings)}" for stage in stages if stage.settings]
+        notes = [f"- {inline(name)}: {text}" for name, text in settings.items() if text]
         notes += [f"- all stages: {_settings_text(self.summary.settings)}"] if self.summary.settings else []
         if any(optimizer.tunes_lr for name, optimizer in OPTIMIZERS.items() if name in {stage.optimizer for stage in stages}):
             notes.append("- D-Lion estimates its own step size; the learning rate is a factor applied to it")
@@ -380,6 +405,15 @@ image = pipe({prompt}, {options}).images[0]
 
 def _count(number: int | None) -> str:
     return "?" if number is None else f"{number:,}"
+
+
+def _over_steps(changes: Iterable[Change]) -> dict[str, str]:
+    """Format the values of each changed setting: "1e-05 until step 5,000, then 5e-06"."""
+    texts, last = dict[str, list[str]](), dict[str, str]()
+    for change in changes:
+        texts.setdefault(change.key, []).append(f"{change.before} until step {_count(change.step)}")
+        last[change.key] = change.after
+    return {key: ", ".join([*texts[key], f"then {value}"]) for key, value in last.items()}
 
 
 def _rates(lr: float | Mapping[str, float]) -> str:

@@ -173,6 +173,31 @@ def compare_images(path: Path, latents: LatentCache, *, resumed: bool) -> list[s
     return [f"{description} in the cache have changed since the last start"]
 
 
+def changes_of(saved: Config | None, config: Config, progress: RunProgress) -> list[dict[str, Any]]:
+    """List the settings of a checkpoint's stage with which its later steps will differ, as in `RunProgress.changes`."""
+    if saved is None or not progress.stage_step:
+        return []
+    old, new = ({"cache.dtype": table.cache.dtype, **_settings(table.stage[progress.stage])} for table in (saved, config))
+    if old["until"] is None or new["until"] is None:
+        old["until"] = new["until"]
+    changes = [{"key": key, "before": old[key], "after": new[key]} for key in new if old[key] != new[key]]
+    return [{"step": progress.step, "stage": progress.stage, **change} for change in changes]
+
+
+def trains_alike(before: StageTable, after: StageTable) -> bool:
+    """Return True if a stage trains the same steps with either settings, as far as the shorter one goes."""
+    (length, unit), (new_length, new_unit) = (parse_amount("until", stage.until) for stage in (before, after))
+    return _settings(before) == _settings(after) and unit == new_unit and length <= new_length
+
+
+def _settings(stage: StageTable) -> dict[str, Any]:
+    """Return the settings that the steps of a stage depend on. Its length matters only if the learning rate follows it."""
+    ignored = {*keys_with(StageTable, Key.NO_EFFECT), "name"}
+    if stage.schedule == "constant" and not 0 < stage.warmup < 1:
+        ignored.add("until")
+    return {"until": None} | stage.model_dump(exclude=ignored) | {"lr": stage.lr or stage.rate_of("")}
+
+
 def saved_splits(config: Config, *paths: Path) -> Mapping[str, Tensor]:
     """Open the state of a checkpoint whose run has the data and validation images of a config, or return {}.
 

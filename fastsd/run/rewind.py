@@ -15,15 +15,13 @@ import json
 import re
 from pathlib import Path
 
-from fastsd.config.keys import Key, keys_with
-from fastsd.config.schema import Config, StageTable
-from fastsd.config.stages import parse_amount
+from fastsd.config.schema import Config
 from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.formats.model_summary import read_summary
 from fastsd.run.checkpoint import STATE, checkpoints, name_of
 from fastsd.run.folder import grid_files, read_table
-from fastsd.run.restart import read_config
+from fastsd.run.restart import read_config, trains_alike
 from fastsd.storage import TEMPORARY, flush_folder, new_file, replace_file, write_bytes
 
 JOURNAL, RECORD = "setting-aside.json", "went-back.json"
@@ -46,7 +44,7 @@ def checkpoint_named(run: Path, name: str, config: Config, console: Console) -> 
     last = read_config(run / "config.json")
     if paths and match and (read_table(run / RECORD) or {}).get("step") == int(match[1]):
         stage = (read_table(paths[-1] / STATE) or {}).get("stage", len(config.stage))
-        if last is None or all(map(_same_steps, last.stage[: stage + 1], config.stage[: stage + 1])):
+        if last is None or all(map(trains_alike, last.stage[: stage + 1], config.stage[: stage + 1])):
             console.echo(
                 f"--from {name}: the run went back there before, and has trained with these settings since; it continues from "
                 f"{paths[-1].name} (to go back again, delete {run / RECORD})"
@@ -58,15 +56,6 @@ def checkpoint_named(run: Path, name: str, config: Config, console: Console) -> 
         advice = f"choose one of {names}" if paths else "leave --from out to start the run"
         raise UserError("unknown-checkpoint", f"--from is {name!r}, which is not a checkpoint in {path.parent}; {advice}")
     return path
-
-
-def _same_steps(before: StageTable, after: StageTable) -> bool:
-    """Return True if a stage trains the same steps with either settings, as far as it goes."""
-    ignored = {*keys_with(StageTable, Key.NO_EFFECT), "name"}
-    (length, unit), (new_length, new_unit) = (parse_amount("until", stage.until) for stage in (before, after))
-    if unit == new_unit and length <= new_length and after.schedule == "constant" and not 0 < after.warmup < 1:
-        ignored.add("until")
-    return before.model_dump(exclude=ignored) == after.model_dump(exclude=ignored)
 
 
 def go_back(run: Path, checkpoint: Path, step: int, console: Console) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from fastsd.run.evaluation import Evaluation
 from fastsd.run.loss_health import LossHealth
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
-from fastsd.run.restart import compare_images, compare_with_end, compare_with_start, lock
+from fastsd.run.restart import changes_of, compare_images, compare_with_end, compare_with_start, lock, read_config
 from fastsd.run.rewind import checkpoint_named, finish_setting_aside, go_back
 from fastsd.run.saving import Saving
 from fastsd.run.smoothed_loss import SmoothedLoss
@@ -125,7 +125,12 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
 
         position = Position(progress, config.stage, steps, extendable="skipped" in saved)
         compare_with_end(folder, config, position, newest)
-        ends_here = position.end_at_checkpoint()
+        cost, ends_here = CostRecorder(config, counts, device), position.end_at_checkpoint()
+        if ends_here:
+            position.progress = replace(position.progress, costs=cost.of_complete_stage(position.progress))
+        elif newest and not position.finished(progress.stage):
+            changes = changes_of(read_config(newest / checkpoint.CONFIG), config, progress)
+            position.progress = replace(progress, changes=progress.changes + changes)
 
         if back:
             go_back(folder, back, progress.step, console)
@@ -135,7 +140,8 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         smoothed, health = SmoothedLoss(device), LossHealth(device)
         smoothed.load_state_dict(saved)
         health.load_state_dict(saved)
-        cost = CostRecorder(config, counts, device)
+        if newest:
+            cost.record(position.progress, console)
         saving = Saving(config, model, position, smoothed, health, report, cost, saved, data.sets)
         stack.enter_context(saving)
         if newest and ends_here:

@@ -110,6 +110,8 @@ class Saving:
             wait: True to return only when it is written.
         """
         self.finish()
+        if self.position.progress.stage_done:
+            self.position.progress = replace(self.position.progress, costs=self.cost.of_complete_stage(self.position.progress))
         progress, components = replace(self.position.progress, healthy=self._check_health()), step.components
         # `dict` returns no weights: of a component that the step does not use, the checkpoint takes those of the model.
         weights: dict[str, Callable[[], Mapping[str, Tensor]]] = dict.fromkeys(COMPONENTS, dict)
@@ -193,12 +195,7 @@ class Saving:
         if progress.stage_done:
             if progress.stage + 1 < len(self.config.stage) and self._continues(progress):
                 self.state = checkpoint.load_state(path)
-            try:
-                self.cost.record(progress)
-            except OSError as error:
-                self.report.console.warn(
-                    f"cost of the stage not written to {self.folder}: {error.strerror}; training continues"
-                )
+            self.cost.record(progress, self.report.console)
         self.retain(keep_checkpoints)
 
     def _warn(self, progress: RunProgress, content: Content, error: OSError) -> None:

@@ -1,10 +1,13 @@
 """`fastsd train --from`, and stages that end earlier than they stand."""
 
+import errno
 import json
 import math
 import os
 import shutil
+from functools import partial
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from commandline import fastsd
@@ -12,11 +15,16 @@ from runs import checkpoint_steps, final, rewind, rows_of, run, same
 from sentences import refused, says
 from tiny import job
 
+from fastsd.commands.cache import cache
 from fastsd.compare.runs import read_runs
 from fastsd.config.schema import load_config
 from fastsd.console import Console
+from fastsd.model.formats.model_summary import read_summary
+from fastsd.run import cost
 from fastsd.run.checkpoint import name_of
 from fastsd.run.loop import train
+from fastsd.run.restore import read_manifest, write_manifest
+from fastsd.storage import write_text
 
 STAGE = """
 [[stage]]
@@ -285,3 +293,99 @@ def test_removed_stages(copy_of, tmp_path, tiny_model, images):
         run(path, *KEYS, "stage.until=8")
     train(load_config(path, [*KEYS, "stage.until=8"]), Console(file=StringIO()), start="4")
     assert checkpoint_steps(folder) == [2, 4, 6, 8]
+
+
+CHANGED = ["stage.one.lr=5e-4", "stage.one.precision=bf16", "stage.one.schedule=cosine", "cache.dtype=fp32"]
+
+
+def stage_costs(folder):
+    return json.loads((folder / "cost.json").read_text())["stages"]
+
+
+def test_the_card_and_the_costs_tell_the_settings_over_the_steps(copy_of, finished):
+    folder, start = copy_of("carried")
+    before = stage_costs(folder)
+    cache(load_config(finished["carried"], CHANGED), Console(file=StringIO()))
+    start("stage.one.lr=5e-4", back="2")
+    rewind(folder, 4)
+    start(*CHANGED)
+    changes = [
+        {"step": 2, "key": "lr", "before": 1e-3, "after": 5e-4},
+        {"step": 4, "key": "cache.dtype", "before": "fp16", "after": "fp32"},
+        {"step": 4, "key": "precision", "before": "fp32", "after": "bf16"},
+        {"step": 4, "key": "schedule", "before": "constant", "after": "cosine"},
+    ]
+    first, second = stage_costs(folder)
+    assert sorted(first["changes"], key=str) == sorted(changes, key=str) and "changes" not in second
+    assert [(row["steps"], row["images"]) for row in (first, second)] == [(6, 24), (4, 16)]
+    card, summary = (folder / "model/README.md").read_text(), read_summary(folder / "model")
+    assert "| one | unet.mid | lion | 0.001 until step 2, then 0.0005 | fp32 until step 4, then bf16 | 4 | 6 | 24 |" in card
+    assert "| two | unet.mid | lion | 0.001 | fp32 | 4 | 4 | 16 |" in card and "| Training precision | fp32, bf16 |" in card
+    assert "schedule = constant until step 4, then cosine" in card and "cache.dtype = fp16 until step 4, then fp32" in card
+    assert (summary.precision, summary.stages[0].lr) == ("fp32, bf16", 5e-4)
+
+    # Going back forgets what was changed after the checkpoint, and nothing else.
+    start("stage.one.lr=5e-4", back="4")
+    assert stage_costs(folder)[0]["changes"] == changes[:1]
+    assert json.loads((folder / "set-aside-2/cost.json").read_text())["stages"] == [first, second]
+    start("stage.one.schedule=cosine", back="2")
+    start("stage.one.schedule=cosine", "stage.one.until=7", back="4")
+    assert {change["key"] for change in stage_costs(folder)[0]["changes"]} == {"schedule", "until"}
+    assert "until = 6 until step 4, then 7" in (folder / "model/README.md").read_text()
+    start(back="2")
+    card = (folder / "model/README.md").read_text()
+    assert "until step" not in card and [row.keys() for row in stage_costs(folder)] == [row.keys() for row in before]
+
+
+def test_settings_that_no_step_was_trained_with_are_not_on_the_card(copy_of):
+    """Neither those of a start that trained nothing, nor those of one that was killed before its first checkpoint."""
+    folder, start = copy_of("one")
+    before = (folder / "model/README.md").read_text()
+    assert says(start("stage.lr=5e-4", "stage.precision=bf16"), "key-changed")
+    assert (folder / "model/README.md").read_text() == before
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("0.0005", "0.25"))
+    start("stage.lr=5e-4", "stage.until=8")
+    card = (folder / "model/README.md").read_text()
+    assert "| 0.001 until step 6, then 0.0005 | fp32 | 4 | 8 | 32 |" in card
+    start("stage.lr=1e-4", "stage.until=10")
+    assert "| 0.001 until step 6, 0.0005 until step 8, then 0.0001 |" in (folder / "model/README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, partial(Path.write_text, data="["), partial(Path.write_text, data="{}")])
+def test_costs_are_those_of_the_checkpoint(damage, copy_of):
+    """A kill between a checkpoint and the cost, or a damaged file, loses no stage."""
+    folder, start = copy_of("carried")
+    before = json.loads((folder / "cost.json").read_text())
+    assert before["stages"][0]["seconds"] > 0
+    damage(folder / "cost.json")
+    rewind(folder, 8)
+    start()
+    after = json.loads((folder / "cost.json").read_text())
+    assert after["stages"][0] == before["stages"][0] and after["stages"][1]["steps"] == 4
+    start(back="4")  # in the middle of the first stage, no stage is complete
+    assert json.loads((folder / "set-aside-1/cost.json").read_text()) == after
+
+
+def test_a_run_of_an_older_version_keeps_its_costs(copy_of):
+    folder, start = copy_of("carried")
+    rewind(folder, 8)
+    path = folder / "checkpoints/step-00000008"
+    state = json.loads((path / "state.json").read_text())
+    state = {key: value for key, value in state.items() if key not in ("costs", "changes")}
+    digest = write_text(path / "state.json", json.dumps(state))
+    write_manifest(path, read_manifest(path) | {"state.json": digest})
+    first = stage_costs(folder)[0]
+    start()
+    assert stage_costs(folder)[0] == first and [row["name"] for row in stage_costs(folder)] == ["one", "two"]
+    assert "| one | unet.mid | lion | 0.001 | fp32 | 4 | 6 | 24 |" in (folder / "model/README.md").read_text()
+
+
+def test_costs_that_cannot_be_written_are_a_warning(copy_of, monkeypatch):
+    folder, start = copy_of("one")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr(cost, "replace_file", full)
+    text = start("stage.until=8")
+    assert says(text, "cost-not-written", folder=folder, strerror="disk full") and checkpoint_steps(folder)[-1] == 8

@@ -22,8 +22,18 @@ class _SummaryTable(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
+class Change(_SummaryTable):
+    """A setting that was changed in the middle of a stage, after a step of the run."""
+
+    step: int
+    key: str
+    before: str
+    after: str
+
+
 class StageSummary(_SummaryTable):
-    """A stage as it ran. `settings` are those of its other settings that differ from the defaults."""
+    """A stage as it ran. `settings` are those of its other settings that differ from the defaults. All are those of its last
+    step, and `changes` has earlier ones."""
 
     name: str
     train: list[str]
@@ -34,6 +44,7 @@ class StageSummary(_SummaryTable):
     steps: int | None = None
     images: int | None = None
     settings: dict[str, str] = {}
+    changes: list[Change] = []
 
 
 class Loss(_SummaryTable):
