@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -13,9 +18,6 @@ from PIL import Image
 from fastsd.config.schema import LogTable
 from fastsd.console import Console
 from fastsd.errors import UserError
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class Sink(Protocol):
@@ -29,35 +31,51 @@ class Sink(Protocol):
 
 
 class TensorBoard:
+    """Writes event files. PyTorch's writer does so in a thread, which ends with a traceback when the disk is full."""
+
     name = "TensorBoard"
 
     def __init__(self, run: Path, step: int) -> None:
-        self._folder = str(run / "tensorboard")
-        self._writer: SummaryWriter | None = None
-        self._open(step + 1)
-
-    def _open(self, step: int) -> SummaryWriter:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(self._folder, purge_step=step)
-        return self._writer
+        self._folder, self._next_step = run / "tensorboard", step + 1
+        self._path: Path | None = None
+        with suppress(OSError):  # the first row will say it
+            self._write(self._next_step, [])
 
     def scalars(self, values: Mapping[str, object], step: int) -> None:
-        try:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._open(step).add_scalar(name, value, step)
-        except OSError:  # it has ended the writer's thread, so the next row needs another writer
-            self._writer = None
-            raise
+        from torch.utils.tensorboard.summary import scalar
+
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and name != "step"}
+        self._write(step, [scalar(name, value) for name, value in numbers.items()])
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        self._open(step).add_image(name, np.asarray(image), step, dataformats="HWC")
+        from torch.utils.tensorboard.summary import image as summary
+
+        self._write(step, [summary(name, np.asarray(image), dataformats="HWC")])
+
+    def _write(self, step: int, summaries: list[Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        events = [Event(wall_time=time.time(), step=step, summary=summary) for summary in summaries]
+        if self._path is None:
+            self._folder.mkdir(exist_ok=True)
+            self._path = self._folder / f"events.out.tfevents.{time.time_ns()}"
+            # TensorBoard hides what earlier files have for this step and later ones.
+            start = Event(step=self._next_step, session_log=SessionLog(status=SessionLog.START))
+            events = [Event(file_version="brain.Event:2"), start, *events]
+        records = BytesIO()
+        for event in events:
+            RecordWriter(records).write(event.SerializeToString())
+        try:
+            with open(self._path, "ab", buffering=0) as file:
+                if file.write(records.getbuffer()) < len(records.getbuffer()):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:  # half a record ends a file, so the next row begins another
+            self._path, self._next_step = None, step + 1
+            raise
 
     def close(self) -> None:
-        if self._writer:
-            self._writer.close()
+        """Do nothing: all rows are written."""
 
 
 class WeightsAndBiases:

@@ -1,15 +1,16 @@
 """Reports of a run: sinks that fail, model-FLOP utilisation, and traces that the user requests."""
 
-import errno
 import json
-import os
+import resource
+import signal
 import sys
-import time
+import threading
 from io import StringIO
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from runs import final, rows_of, run, same
 from sentences import pattern, says
 from tiny import job
@@ -76,26 +77,40 @@ def test_a_sink_that_fails_warns_once_and_harms_nothing_else(method, plain, tmp_
     assert same(final(failing), final(folder)) and (failing / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_continues_after_a_full_disk(tmp_path, monkeypatch):
+def steps_on_the_board(folder):
+    """Return the steps and losses that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    def fail(self, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return [(event.step, event.value) for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("loss")]
 
-    board = TensorBoard(tmp_path, 0)
+
+def test_tensorboard_continues_after_a_full_disk(tmp_path):
+    """The disk has no room for half of a row. No thread is involved, whose error would be a traceback."""
+    board, threads = TensorBoard(tmp_path, 0), threading.active_count()
     board.scalars({"loss": 1.0}, 1)
-    with monkeypatch.context() as full_disk:
-        full_disk.setattr(RecordWriter, "write", fail)
-        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-            for step in range(2, 100):
-                board.scalars({"loss": 1.0}, step)
-                time.sleep(0.01)  # the error is one of another thread
-    board.scalars({"loss": 0.5}, 100)
-    board.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert events.Scalars("loss")[-1].step == 100 and events.Scalars("loss")[-1].value == 0.5
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            board.scalars({"loss": 1.0}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert threading.active_count() == threads
+    for step in (3, 4):
+        board.scalars({"loss": 0.5, "name": "a"}, step)
+    board.image("samples/a", Image.new("RGB", (4, 3)), 4)
+    assert steps_on_the_board(tmp_path) == [(1, 1.0), (3, 0.5), (4, 0.5)]
+
+
+def test_tensorboard_hides_the_steps_that_a_restart_repeats(tmp_path):
+    for step_done, steps in ((0, (1, 2, 3, 4)), (2, (3,))):
+        board = TensorBoard(tmp_path, step_done)
+        for step in steps:
+            board.scalars({"loss": float(step_done)}, step)
+    assert steps_on_the_board(tmp_path) == [(1, 0.0), (2, 0.0), (3, 2.0)]
 
 
 def test_a_sink_that_cannot_be_opened_is_left_out(plain, tmp_path, monkeypatch):
