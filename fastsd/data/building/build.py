@@ -251,7 +251,8 @@ class _Build:
             flip=config.data.flip,
         )
 
-        with disk_errors(self.store.folder), tempfile.TemporaryDirectory(dir=self.store.folder / "work") as scratch:
+        work = self.store.folder / "work"
+        with disk_errors(work.parent), tempfile.TemporaryDirectory(prefix=f"{counts.view}-", dir=work) as scratch:
             arrays, shards, groups = self._index(Path(scratch), counts.cached)
             cache.freeze(self.store.folder, counts.view, arrays, shards, groups, meta)
             if config.data.masks:

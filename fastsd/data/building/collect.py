@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -106,6 +107,8 @@ def sample_table(store: Store, view: str, prepare: Callable[[], None], notify: C
             is_sole_user = lock_file(users_lock, exclusive=True)
             if is_sole_user:
                 _remove_database(database)
+                for leftover in folder.glob(f"{view}-*"):  # of a process that was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
             store.attach(database)
             if is_sole_user:
                 store.db.execute(_TABLE)
