@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option, core
 
-from fastsd.errors import Stopped, UserError
+from fastsd.errors import Stopped, UserError, disk_advice
 
 if TYPE_CHECKING:
     from fastsd.config.schema import Config
@@ -373,8 +373,18 @@ def main() -> None:
     except UserError as error:
         print(f"fastsd: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if (advice := disk_advice(error)) is None:
+            raise
+        print(
+            f"fastsd: {error.filename or 'a file'}: {error.strerror}; {advice} and run the same command again", file=sys.stderr
+        )
+        sys.exit(2)
     except Stopped as stopped:
         print(f"fastsd: {stopped}; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:  # before a command was chosen
+        print("fastsd: stopped", file=sys.stderr)
         sys.exit(130)
 
 

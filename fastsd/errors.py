@@ -1,5 +1,6 @@
 """Exceptions with messages written for the user, and the recognition of errors that mean the memory ran out."""
 
+import errno
 import re
 
 
@@ -44,6 +45,17 @@ def out_of_memory(error: BaseException) -> str | None:
             return text.splitlines()[0]
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+_DISK_ADVICE = {
+    errno.ENOSPC: "free space", errno.EDQUOT: "free space", errno.EIO: "check the disk", errno.EROFS: "make it writable",
+    errno.EACCES: "give yourself permission", errno.EPERM: "give yourself permission", errno.ENOLCK: "use a disk with locks",
+}  # fmt: skip
+
+
+def disk_advice(error: OSError) -> str | None:
+    """Return what to do about a disk that fails, or None for any other error."""
+    return _DISK_ADVICE.get(error.errno or 0)
 
 
 class Stopped(Exception):

@@ -123,7 +123,7 @@ def write_safetensors(
     """
     digest = hashlib.sha256()
     dtypes = {name: dtype if dtype and t.dtype.is_floating_point else t.dtype for name, t in tensors.items()}
-    with open(path, "wb") as file:
+    with named_errors(path), open(path, "wb") as file:
 
         def write(data: bytes | memoryview) -> None:
             file.write(data)
@@ -158,7 +158,7 @@ def write_text(path: Path, text: str) -> str:
 
 def write_bytes(path: Path, data: bytes) -> str:
     """Write a small file, flush it to the disk and return its sha256."""
-    with open(path, "wb") as file:
+    with named_errors(path), open(path, "wb") as file:
         file.write(data)
         _flush(file)
     return hashlib.sha256(data).hexdigest()
@@ -272,7 +272,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with named_errors(path):
+            yield temporary
         for folder, _, _ in os.walk(temporary):
             flush_folder(Path(folder))
         if path.exists():
@@ -293,9 +294,10 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(TEMPORARY + path.name)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            _flush(file)
+        with named_errors(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                _flush(file)
         os.replace(temporary, path)
         flush_folder(path.parent)
     except BaseException:
@@ -320,6 +322,24 @@ def replace_file(path: Path, text: str) -> None:
     """Replace a small text file atomically."""
     with new_file(path) as temporary:
         write_text(temporary, text)
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Name the file in each OSError of the block. The system names files that cannot be opened, but not those being written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its missing parents durably: a power cut must not lose one with all that was flushed into it."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush_folder(path.parent)
 
 
 def flush_folder(path: Path) -> None:

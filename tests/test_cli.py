@@ -1,6 +1,9 @@
 """The command line: instant help, the commands cache, train and sample, and one sentence and exit code 2 for bad input."""
 
+import errno
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +12,8 @@ import pytest
 from commandline import STAGE, fastsd
 from sentences import says
 from tiny import job, tiny_vae, write_images
+
+from fastsd import cli
 
 
 @pytest.fixture
@@ -133,3 +138,26 @@ def test_usage_errors_exit_2(run):
     for words in (("trian",), ("train",), ("train", "--precision", "fp16", "x.toml")):
         code, _, err = run(*words)
         assert code == 2 and "Usage" in err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
+def test_a_disk_that_fails_is_one_sentence(number, run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(number, os.strerror(number), str(tmp_path / "file"))
+
+    monkeypatch.setattr("fastsd.config.schema.load_config", fail)
+    code, _, err = run("train", tmp_path / "job.toml")
+    assert code == 2 and err.count("\n") == 1
+    assert says(err, "disk-fails", path=tmp_path / "file", strerror=os.strerror(number))
+
+
+def test_other_errors_of_the_system_are_ours(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsd.config.schema.load_config", lambda *_: (tmp_path / "missing").read_text())
+    with pytest.raises(FileNotFoundError):
+        run("train", tmp_path / "job.toml")
+
+
+def test_a_signal_before_a_command_is_chosen_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(signal.SIGTERM))
+    code, _, err = run("train")
+    assert code == 130 and says(err, "command-stopped-early") and err.count("\n") == 1

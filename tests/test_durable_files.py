@@ -298,3 +298,26 @@ def test_a_sample_that_cannot_be_written_leaves_the_earlier_one(tmp_path, tiny_m
     with pytest.raises(OSError, match="No space"):
         draw()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_new_folder_and_its_parents_are_flushed(disk, tmp_path):
+    storage.make_folder(tmp_path / "a" / "b")
+    assert disk() == [tmp_path.name, "a"] and (tmp_path / "a" / "b").is_dir()
+    storage.make_folder(tmp_path / "a" / "b")
+    assert disk() == []
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        storage.make_folder(tmp_path / "file")
+
+
+def test_errors_of_a_disk_name_the_file(tmp_path):
+    """The system does not name a file that is open already."""
+    for writing in (
+        lambda: new_file(tmp_path / "a"),
+        lambda: new_folder(tmp_path / "a"),
+        lambda: storage.named_errors(tmp_path / "a"),
+    ):
+        with pytest.raises(OSError, match=f"{tmp_path}/a"), writing():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="missing"), storage.named_errors(tmp_path / "a"):
+        (tmp_path / "missing").read_text()

@@ -35,6 +35,7 @@ from fastsd.storage import (
     TensorFile,
     copy_file,
     link_or_copy,
+    make_folder,
     new_folder,
     remove_folder,
     remove_leftovers,
@@ -109,7 +110,7 @@ def save(
     Raises:
         OSError: the disk is full or the folder is not writable. Earlier checkpoints stay intact.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     earlier = checkpoints(folder)
     earlier_manifest = (read_manifest(earlier[-1]) if earlier else None) or {}
     target = folder / name_of(progress.step)

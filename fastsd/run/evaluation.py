@@ -23,6 +23,7 @@ from fastsd.run.signals import StopSignals
 from fastsd.run.validation import Validation, ValidationRow
 from fastsd.sampling.generate import BATCH
 from fastsd.sampling.grid import read_prompts, sample_grid, save_grid
+from fastsd.storage import make_folder
 from fastsd.train.step import Step
 
 Result = TypeVar("Result")
@@ -67,7 +68,7 @@ class Evaluation:
         self.cost.sample_seconds = (time.monotonic() - started_at) / images
         path = self._grid_path()
         try:
-            path.parent.mkdir(exist_ok=True)
+            make_folder(path.parent)
             save_grid(grid, path, config.stage_name(progress.stage), progress.step)
         except OSError as error:
             return self.report.console.warn(f"samples not written to {path}: {error.strerror}; training continues")

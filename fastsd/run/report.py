@@ -32,7 +32,7 @@ from fastsd.console import Console
 from fastsd.run.folder import LogRow, read_rows
 from fastsd.run.sinks import Sink, open_sinks
 from fastsd.run.validation import ValidationRow, format_line
-from fastsd.storage import replace_file
+from fastsd.storage import flush_folder, replace_file
 from fastsd.train.memory import main_memory
 
 
@@ -51,6 +51,13 @@ class TrainReport:
         self.run = run
         self.log, self.timing = (RowFile(run / name, step) for name in ("log.jsonl", "timing.jsonl"))
         self.validations = RowFile(run / "validation.jsonl", step or -1)  # the measurement before step 1 is repeated
+        for file in (self.log, self.timing, self.validations):
+            if file.damaged:
+                console.warn(f"{file.path.name}: {file.damaged} damaged rows removed")
+        for file in (self.log, self.timing):
+            if file.last <= step - max(table.every, file.spacing):
+                missing = f"the rows after step {file.last} are missing"
+                console.warn(f"{file.path.name}: {missing}; training continues at step {step}")
         self.sinks = open_sinks(run, table, step, console)
         self._failed_sinks = set[str]()
         self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
@@ -152,6 +159,9 @@ class RowFile:
 
     Attributes:
         lost: step of the first row that did not fit into memory either; None = all rows are written or waiting.
+        damaged: number of removed rows that no kill explains: it can only leave half of the last row.
+        last: step of the last row that was kept, or 0.
+        spacing: largest number of steps between two rows that were kept.
     """
 
     LIMIT = 16 << 20  # bytes that may wait, over 30,000 rows
@@ -160,14 +170,19 @@ class RowFile:
         self.path = path
         self.lost: int | None = None
         self._waiting = b""
+        self.damaged = self.last = self.spacing = 0
         if not path.exists():
             return
         rows = []
         for line in path.read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a power cut may leave anything
-                row = line.decode()
-                if row.endswith("\n") and json.loads(row)["step"] <= step:
-                    rows.append(row)
+            try:  # a power cut may leave anything
+                row, row_step = line.decode(), int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                self.damaged += line.endswith(b"\n") or not line.startswith(b"{")
+                continue
+            if row.endswith("\n") and row_step <= step:
+                rows.append(row)
+                self.spacing, self.last = max(self.spacing, row_step - self.last), row_step
         replace_file(path, "".join(rows))
 
     @property
@@ -195,6 +210,7 @@ class RowFile:
         if self.path.exists():
             with open(self.path, "ab") as file:
                 os.fsync(file.fileno())
+            flush_folder(self.path.parent)  # the file may be new
 
 
 def _json(values: dict[str, object]) -> str:

@@ -33,7 +33,7 @@ from fastsd.run.smoothed_loss import SmoothedLoss
 from fastsd.run.training_data import TrainingData
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
-from fastsd.storage import replace_file
+from fastsd.storage import make_folder, replace_file
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.schedule import check_length
 from fastsd.train.step import Step, StepResult
@@ -97,7 +97,7 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         UserError: the user must change something before training can start or continue.
     """
     folder = Path(config.run)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with ExitStack() as stack:
         stack.enter_context(lock(folder))
         if earlier := finish_setting_aside(folder):

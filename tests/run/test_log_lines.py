@@ -175,7 +175,7 @@ def test_logs_are_on_the_disk_before_a_checkpoint(tmp_path, disk):
     report, _ = make_report(tmp_path)
     report.row(VALUES, TIMING)
     report.flush()
-    assert disk() == ["log.jsonl", "timing.jsonl"]
+    assert disk() == ["log.jsonl", tmp_path.name, "timing.jsonl", tmp_path.name]  # a new file's name must be there as well
 
 
 def validation_rows(**changes):
@@ -190,7 +190,7 @@ def test_validation_rows(tmp_path, disk):
     rows = validation_rows()
     report.validation(rows)
     report.flush()
-    assert rows_of(tmp_path, "validation.jsonl") == rows and disk() == ["validation.jsonl"]
+    assert rows_of(tmp_path, "validation.jsonl") == rows and disk() == ["validation.jsonl", tmp_path.name]
     assert text.getvalue().startswith("validation at step 4: ")
 
 
@@ -493,3 +493,28 @@ def test_header_names_only_facts_that_apply():
     assert lines["images"] == "21 at 512 px in 3 sizes, 30 or 17 per epoch, 5 empty captions"
     assert lines["cache"] == "21 of 23 images cached, 2 rejected, with text embeddings (cache)"
     assert lines["validation"] == "4 images, every 5"
+
+
+ROW = b'{"step": %d, "stage": "unet"}\n'
+DAMAGED_LOGS = {
+    "only a kill": (b"".join(ROW % step for step in range(1, 9)) + b'{"st', None, None),
+    "a row": (ROW % 1 + b"\xff{\n" + b"".join(ROW % step for step in range(3, 9)), 1, None),
+    "the end": (b"".join(ROW % step for step in range(1, 5)), None, 4),
+    "all": (bytes(200), 1, 0),
+    "no file": (None, None, 0),
+    "larger intervals before": (ROW % 3 + ROW % 6, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED_LOGS)
+def test_a_restart_names_rows_that_are_lost(damage, tmp_path):
+    """A checkpoint of step 8 has the rows up to there, so a kill costs only half of a later one."""
+    data, damaged, last = DAMAGED_LOGS[damage]
+    (tmp_path / "timing.jsonl").write_bytes(b"".join(ROW % step for step in range(1, 9)))
+    if data is not None:
+        (tmp_path / "log.jsonl").write_bytes(data)
+    _, text = make_report(tmp_path, LogTable(tensorboard=False, every=1), step=8)
+    lines = text.getvalue()
+    assert says(lines, "rows-damaged", file="log.jsonl", count=damaged) if damaged else not says(lines, "rows-damaged")
+    missing = says(lines, "rows-missing", file="log.jsonl", last=last, step=8)
+    assert missing if last is not None else not says(lines, "rows-missing")

@@ -219,6 +219,8 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, tiny_model, images, monk
     assert checkpoint_steps(tmp_path / "run") == [2, 4]
     folder, text = run(path)
     assert (folder / "model/unet").is_dir() and says(text, "run-resumed", step=4)
+    (stage,) = json.loads((folder / "cost.json").read_text())["stages"]
+    assert (stage["name"], stage["steps"], stage["images"]) == ("stage-1", 4, 24)
 
 
 def test_damaged_checkpoints_are_skipped(tmp_path, tiny_model, images):
