@@ -1,0 +1,155 @@
+"""The commands that are disturbed: ten small runs that together use whatever a run can write, and five other commands."""
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lab import Fault, Lab, Outcome, difference, results
+from power_loss import Call, read_trace
+from tiny import ONE_LEVEL, job, make_tiny_model, write_images
+
+UNET = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 5\nbatch = 4\noptimizer = "lion"\nlr = 1e-3\ncheckpoint_every = 2\n'
+DLION = UNET.replace('optimizer = "lion"\nlr = 1e-3', 'optimizer = "dlion"\nd0 = 1e-4')
+CARRIED = DLION.replace('name = "unet"', 'name = "more"\nstate = "carry"')
+TEXT = UNET.replace("unet", "text").replace('train = ["text"]', 'train = ["text_encoder"]\nmax_tags = 2')
+VALIDATION = ("validate.held_out=3", "validate.stabilised=2", "validate.every=2")
+
+# Checkpoints before the last, and samples: a stop adds some, and a full disk prevents some.
+OLDER = r"checkpoints/(?!LATEST).*|samples/.*"
+EVERYTHING = "validation, samples, tensorboard"  # the run that writes every kind of file
+# name -> (stages, overrides)
+JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lion": (UNET, ("stage.schedule=cosine",)),
+    "dlion, text encoder next": (DLION + TEXT, ()),
+    "adamw, accumulation": (UNET.replace("lion", "adamw") + "micro_batch = 2\n", ("stage.keep_checkpoints=2",)),
+    "bf16": (UNET, ("stage.precision=bf16",)),
+    "ema": (UNET + "ema = 0.5\n", ()),
+    "two stages, state carried": (DLION + CARRIED, ("stage.ema=0.5",)),
+    "adapters": (UNET.replace('["unet"]', '["lora"]'), ("model.lora={rank=2, text_encoder=true}",)),
+    EVERYTHING: (UNET + "sample_every = 2\n", (*VALIDATION, "log.tensorboard=true")),
+    "one checkpoint kept": (UNET.replace("every = 2", "every = 1") + "checkpoint_at = [2]\n", ("stage.keep_checkpoints=1",)),
+    "log every 2nd step": (UNET, ("log.every=2", "stage.checkpoint_every=3", "export.single_file=false")),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Arguments of fastsd, and the file or folder that they write. Some commands never replace an output."""
+
+    words: list[str]
+    output: Path
+    replaces: bool = True
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A command that nothing disturbed: a copy of its output with its digests, its calls, and its duration."""
+
+    results: dict[str, str]
+    calls: list[Call]
+    seconds: float
+    copy: Path
+
+
+class Workshop:
+    """A lab with a tiny model, images, their cache, and the commands. `fastsd train` always writes into the folder `run`."""
+
+    def __init__(self, lab: Lab) -> None:
+        from fastsd.model.unet import UNetConfig
+
+        self.lab, self.run, self.outside = lab, lab.root / "run", lab.root.parent
+        model, images = lab.root / "base", lab.root / "data" / "images"
+        make_tiny_model(model, UNetConfig(**ONE_LEVEL))
+        write_images(images, 21)
+        self.commands: dict[str, Command] = {}
+        for name, (stages, overrides) in JOBS.items():
+            folder = self.outside / name.replace(" ", "-").replace(",", "")
+            folder.mkdir()
+            config = [str(job(folder, model, images, stages)), f"run={self.run}", *overrides]
+            self.commands[name] = Command(["train", *config], self.run)
+        outcome = lab.run("cache", *config)
+        assert outcome.code == 0, outcome.text
+
+        self.reference = cache(self._reference)
+        config = self.commands[EVERYTHING].words[1:]
+        out = {name: lab.root / name for name in ("new-cache", "drawn", "loss.json", "converted.safetensors", "report.html")}
+        drawing = ["--prompt", "red circle", "--steps", "2", "--size", "32", "--device", "cpu"]
+        for name, path, words in (
+            ("cache", out["new-cache"], [*config, f"cache.dir={out['new-cache']}"]),
+            ("sample", out["drawn"], [model, *drawing, "--out", out["drawn"]]),
+            ("validate", out["loss.json"], [model, *config, "--json", out["loss.json"]]),
+            ("convert", out["converted.safetensors"], [model, out["converted.safetensors"]]),
+            ("compare", out["report.html"], [self.reference(EVERYTHING).copy, "--out", out["report.html"]]),
+        ):
+            self.commands[name] = Command([name, *map(str, words)], path, replaces=name != "convert")
+
+    def start(self, name: str, **disturbance) -> Outcome:
+        """Run a command, or continue it, with a disturbance as for `Lab.run`."""
+        return self.lab.run(*self.commands[name].words, **disturbance)
+
+    def restore(self, name: str, copy: Path | None = None) -> None:
+        """Replace the output of a command by a copy; None = by nothing."""
+        output = self.commands[name].output
+        if output.is_dir():
+            shutil.rmtree(output)
+        output.unlink(missing_ok=True)
+        if copy and copy.exists():
+            subprocess.run(["cp", "-a", copy, output], check=True)  # hard links stay
+
+    def killed(self, name: str, share: float = 0.7) -> Path:
+        """Return a copy of the output of a command that was killed after a share of its calls."""
+        fault = Fault(nth=int(len(self.reference(name).calls) * share))
+        self.restore(name)
+        self.start(name, fault=fault)
+        return self._copy(name, f"{name}, killed")
+
+    def ends_equal(self, name: str, *, besides: str = "") -> str:
+        """Run a command to its end. Return "" if its output is that of the undisturbed command, otherwise the reason.
+
+        Args:
+            besides: regular expression of files that may differ. LATEST in it stands for the last checkpoint.
+        """
+        command = self.commands[name]
+        if command.replaces or not command.output.exists():
+            self.last = self.start(name)
+            if problem := self.last.problem(0):
+                return problem
+        expected, actual = self.reference(name).results, results(command.output)
+        latest = max((path.split("/")[1] for path in expected if path.startswith("checkpoints/")), default="")
+        pattern = re.compile(besides.replace("LATEST", latest))
+        expected, actual = (
+            {path: digest for path, digest in digests.items() if not pattern.fullmatch(path)} for digests in (expected, actual)
+        )
+        return difference(expected, actual)
+
+    def _copy(self, name: str, folder: str) -> Path:
+        copy, output = self.outside / "copies" / folder, self.commands[name].output
+        copy.parent.mkdir(exist_ok=True)
+        shutil.rmtree(copy, ignore_errors=True)
+        if output.exists():
+            subprocess.run(["cp", "-a", output, copy], check=True)
+        return copy
+
+    def _reference(self, name: str) -> Reference:
+        self.restore(name)
+        started_at, trace = time.monotonic(), self.outside / "trace"
+        outcome = self.start(name, trace=trace)
+        assert not outcome.problem(0), outcome.text
+        seconds = time.monotonic() - started_at
+        calls = read_trace(trace)
+        trace.unlink()
+        return Reference(results(self.commands[name].output), calls, seconds, self._copy(name, name))
+
+
+@contextmanager
+def workshop() -> Iterator[Workshop]:
+    """Set up a workshop in a temporary folder."""
+    with TemporaryDirectory(prefix="fastsd-faults-") as folder, Lab(Path(folder) / "lab") as lab:
+        yield Workshop(lab)

@@ -1,0 +1,64 @@
+"""A sample of each kind of fault. `python tests/faults/table.py --full` tries them all, see `tests/faults/lab.py`."""
+
+import random
+
+import kinds
+import pytest
+from jobs import EVERYTHING, workshop
+from power_cuts import power_cuts
+from power_loss import Disk
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shop():
+    with workshop() as shop:
+        yield shop
+
+
+def check(trials):
+    results = list(trials)
+    assert results and [reason for reason in results if reason] == []
+
+
+def test_killed_runs_end_equal(shop):
+    check(kinds.kills(shop, 20, random.Random(1)))
+
+
+@pytest.mark.parametrize("name", [EVERYTHING, "one checkpoint kept", "two stages, state carried"])
+def test_power_cuts_lose_nothing(name, shop):
+    check(power_cuts(shop, 41, random.Random(1), [name]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_disks_that_fail_cost_nothing(seed, shop):
+    rng = random.Random(seed)
+    for kind in list(kinds.FILES)[seed::4]:
+        check(kinds.disk_errors(shop, kind, 1, rng))
+
+
+@pytest.mark.parametrize("name", kinds.COMMANDS)
+def test_signals_end_commands_with_one_line(name, shop):
+    rng = random.Random(name)
+    for number in {*rng.sample(kinds.SIGNALS, 2), rng.choice(kinds.STOPS)}:
+        check(kinds.signals(shop, name, number, rng))
+
+
+def test_damaged_files_are_rebuilt_or_named(shop):
+    check(kinds.damages(shop, 31, random.Random(1)))
+
+
+@pytest.mark.parametrize("broken", kinds.CONTROLS)
+def test_a_restore_that_leaves_something_out_is_noticed(broken, shop):
+    check(kinds.controls(shop, [broken]))
+
+
+def test_recorded_calls_give_the_files_that_are_there(shop):
+    """The model of the disk is complete: no write, link or rename escapes the shim."""
+    disk, reference = Disk(None, shop.run.name), shop.reference(EVERYTHING)
+    for call in reference.calls:
+        disk.apply(call)
+    files = {p.relative_to(reference.copy).as_posix(): p.read_bytes() for p in reference.copy.rglob("*") if p.is_file()}
+    assert disk.after_power_cut("kept", random.Random()) == files
+    assert set(disk.after_power_cut("lost", random.Random())) <= files.keys()
