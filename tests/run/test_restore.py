@@ -230,6 +230,17 @@ def test_of_two_manifests_the_one_that_the_files_match_is_right(field, damaged, 
     assert (path / damaged).read_text() == text
 
 
+def test_a_damaged_copy_is_not_used(folder, tiny_model):
+    path = folder / "checkpoints" / name_of(6)
+    before, copies = (path / SCHEDULER).read_bytes(), json.loads((path / "copies.json").read_text())
+    (path / "copies.json").write_text(json.dumps(copies | {SCHEDULER: "{}"}))
+    (path / SCHEDULER).unlink()
+    restored, written = reopen(folder, tiny_model)
+    source = folder / "checkpoints" / name_of(4) / "copies.json"
+    assert says(restored, "checkpoint-restored", file=SCHEDULER, source=source) and says(written, "manifest-restored")
+    assert (path / SCHEDULER).read_bytes() == before and json.loads((path / "copies.json").read_text()) == copies
+
+
 def test_a_file_that_cannot_be_read_is_restored(folder, tiny_model, monkeypatch):
     sha256_of, unreadable = restore.sha256_of, (folder / "checkpoints" / name_of(6) / VAE).stat().st_ino
 
@@ -301,6 +312,15 @@ def test_damage_during_a_run_does_not_reach_the_next_checkpoint(damage, name, tm
     state = {"state.json", "copies.json", "manifest.json"}
     assert {file: (second / file).read_bytes() for file in files(second) - state} == {f: whole[f] for f in whole.keys() - state}
     assert all((earlier / file).read_bytes() == whole[file] for file in whole)
+
+
+@pytest.mark.parametrize("damaged", ["manifest.json", "copies.json"])
+def test_a_wrong_sha256_does_not_reach_the_next_checkpoint(damaged, tmp_path, tiny_model):
+    model = load_model(ModelTable(base=str(tiny_model)))
+    first = save(tmp_path, 1, model)
+    digest = json.loads((first / "manifest.json").read_text())[VAE]
+    (first / damaged).write_text((first / damaged).read_text().replace(digest, "0" * 64))
+    assert verify(save(tmp_path, 2, model)) is None
 
 
 def test_weights_that_are_written_anew_are_not_written_into_the_earlier_checkpoint(tmp_path, tiny_model):
