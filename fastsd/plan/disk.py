@@ -25,7 +25,9 @@ def run_bytes(
     lengths: Sequence[tuple[int, float] | None],
     epoch: int,
 ) -> dict[str, Any]:
-    """Return the bytes of a run's files on the disk, by kind. They are upper limits, except that small files are not counted.
+    """Return the bytes of a run's files on the disk, by kind.
+
+    They are upper limits of a healthy run, except that small files are not counted.
 
     Args:
         component_bytes: bytes of each component of the model in fp32.

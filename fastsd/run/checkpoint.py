@@ -12,6 +12,7 @@ are deleted only after a new one is committed. Read next: `restore.py`, for file
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -30,7 +31,7 @@ from fastsd.errors import UserError
 from fastsd.model.formats.adapters import ADAPTERS, MADE_BY, Averages, load_merged, write_adapters
 from fastsd.model.formats.load import component_state_dict, write_component, write_rest
 from fastsd.model.model import Model
-from fastsd.run.restore import WEIGHTS, read_manifest, read_small, restore, verify, write_manifest
+from fastsd.run.restore import MANIFEST, WEIGHTS, read_manifest, read_small, restore, verify, write_manifest
 from fastsd.storage import (
     TensorFile,
     copy_file,
@@ -40,6 +41,7 @@ from fastsd.storage import (
     remove_folder,
     remove_leftovers,
     replace_file,
+    sha256_of,
     write_bytes,
     write_safetensors,
     write_text,
@@ -300,9 +302,13 @@ def export(checkpoint: Path, target: Path, model: Model, averages: Averages, fin
     Args:
         averages: component name -> tensors by parameter name that replace those of the checkpoint.
         finish: called with the temporary folder, to write more files into it before it is renamed to `target`.
+
+    Raises:
+        OSError: the disk is full, the folder is not writable, or a file of the checkpoint is damaged; a start may restore it.
     """
     manifest = read_manifest(checkpoint)
-    assert manifest is not None, checkpoint
+    if manifest is None:
+        raise OSError(errno.EIO, f"{checkpoint / MANIFEST} is damaged")
     merged = model if model.lora is None else load_merged(ModelTable(base=str(checkpoint)), averages=averages)
     adapted = () if model.lora is None else COMPONENTS[: 1 + model.lora.text_encoder]
     written = {*averages, *adapted}
@@ -311,6 +317,8 @@ def export(checkpoint: Path, target: Path, model: Model, averages: Averages, fin
         for name in copied_files:
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             copy_file(checkpoint / name, new / name)
+            if sha256_of(new / name) != manifest[name]:
+                raise OSError(errno.EIO, f"{checkpoint / name} is damaged")
         for component in written:
             tensors = averages.get(component) if model.lora is None else None
             write_component(new, merged, component, component_state_dict(merged, component, tensors))

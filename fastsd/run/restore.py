@@ -9,6 +9,7 @@ again. Bytes with another sha256 are never accepted. Checkpoints of older versio
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -43,7 +44,7 @@ def read_small(path: Path, name: str, digest: str) -> bytes:
     for data in (_read(path / name), _copies(path).get(name)):
         if data is not None and sha256(data).hexdigest() == digest:
             return data
-    raise OSError(f"{path / name} is damaged")
+    raise OSError(errno.EIO, f"{path / name} is damaged")
 
 
 def verify(path: Path) -> str | None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from fastsd.model.formats.model_summary import Adapters, Loss, ModelSummary, Samples, StageSummary
+from fastsd.model.formats.model_summary import Adapters, Change, Loss, ModelSummary, Samples, StageSummary
 from fastsd.run.markdown import code, inline, link_or_code, one_line, python_string, table, yaml_string
 from fastsd.run.model_card import write_card
 
@@ -73,6 +73,7 @@ def test_only_hub_ids_are_links():
 
 def summary(text: str, path: str) -> ModelSummary:
     stage = StageSummary(name=text, train=[text, text], optimizer=text, lr=1.0, precision=text, batch=1, settings={"a": text})
+    stage = stage.model_copy(update={"changes": [Change(step=1, key=text, before=text, after=text)]})
     loss = Loss(set=text, weights=text, first_step=0, first=1, step=2, last=1, se=0.1)
     samples = Samples(step=1, prompts=[text, text], sampler=text, steps=1, guidance=1)
     texts = dict.fromkeys(("version", "title", "author", "license", "precision", "note"), text)

@@ -332,3 +332,21 @@ def test_weights_that_are_written_anew_are_not_written_into_the_earlier_checkpoi
     second = save(tmp_path, 2, model)
     assert verify(second) is None and not os.path.samefile(first / TEXT, second / TEXT)
     assert ((first / TEXT).read_bytes(), (first / TEXT).stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize("name", [VAE, SCHEDULER, "manifest.json"])
+def test_damage_does_not_reach_the_exported_model(name, trained, folder, tiny_model):
+    """It happens after the run's start, which would restore the file. The next start does."""
+    model, path = load_model(ModelTable(base=str(tiny_model))), folder / "checkpoints" / name_of(6)
+    if name == "manifest.json":
+        (path / name).write_text((path / name).read_text().replace("vae/diff", "vaf/diff"))
+    else:
+        flip(path / name)
+    before = {file: (folder / "model" / file).read_bytes() for file in files(folder / "model")}
+    with pytest.raises(OSError, match=f"{name} is damaged"):
+        checkpoint.export(path, folder / "model", model, {}, lambda new: None)
+    assert {file: (folder / "model" / file).read_bytes() for file in files(folder / "model")} == before
+    _, text = run(trained[0], f"run={folder}")
+    assert name in text and {file: (folder / "model" / file).read_bytes() for file in {UNET, VAE, SCHEDULER}} == {
+        file: before[file] for file in (UNET, VAE, SCHEDULER)
+    }
