@@ -239,7 +239,7 @@ WRITERS = {
     "fastsd/bench/data.py": {"_write_images"},  # a temporary folder
     "fastsd/bench/options.py": {"bench_config"},  # a temporary folder
     "fastsd/demo/models.py": {"save_base", "save_vae", "write_tokenizer"},  # a new folder
-    "fastsd/demo/world.py": {"write_dataset"},  # a new folder
+    "fastsd/demo/world.py": {"write_dataset"},  # a temporary file
     "fastsd/commands/redraw.py": {"write"},  # to memory
     "fastsd/compare/page.py": {"_uri"},  # to memory
     "kernels/fastsd_kernels/atlas.py": {"main"},  # a temporary file

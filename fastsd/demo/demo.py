@@ -20,7 +20,7 @@ from fastsd.console import STDOUT, Console
 from fastsd.demo import world
 from fastsd.run.loop import train
 from fastsd.sampling.generate import generate, load_to_sample
-from fastsd.storage import copy_file, new_file, new_folder, replace_file
+from fastsd.storage import copy_file, new_file, replace_file
 
 MODELS = Path(__file__).parent / "assets"
 PICTURES, PICTURE_SEED = 384, 1
@@ -59,14 +59,17 @@ def demo(out: Path, console: Console = STDOUT) -> dict[str, float]:
 def _lay_out(out: Path, console: Console) -> Config:
     """Write the models, the training images and the config into `out`. Return the config."""
     out.mkdir(parents=True, exist_ok=True)
-    with new_folder(out / "models") as folder:
-        shutil.copytree(MODELS, folder, copy_function=lambda *paths: copy_file(*map(Path, paths)), dirs_exist_ok=True)
-    with new_folder(out / "images") as folder:  # not flushed: every demo draws them again
-        world.write_dataset(folder, PICTURES, PICTURE_SEED)
+    shutil.copytree(MODELS, out / "models", copy_function=_copy, dirs_exist_ok=True)
+    world.write_dataset(out / "images", PICTURES, PICTURE_SEED)
     text = _config_file().read_text(encoding="utf-8").replace("demo-out", out.as_posix())
     replace_file(out / "demo.toml", text)
     console.echo(f"{PICTURES} captioned images in {out / 'images'}; a tiny SD1.5 and another VAE in {out / 'models'}")
     return load_config(out / "demo.toml")
+
+
+def _copy(source: str, target: str) -> None:
+    with new_file(Path(target)) as temporary:
+        copy_file(Path(source), temporary)
 
 
 def _config_file() -> Path:

@@ -110,11 +110,16 @@ def write_dataset(folder: Path, count: int, seed: int) -> None:
     for i in range(count):
         colour, shape = pairs[i % len(pairs)]
         picture = draw(colour, shape, rng)
+        # A kill leaves no half file. Nothing is flushed, because the next demo draws the pictures again.
+        temporary = folder / ".tmp-picture"
         if i % 5 == 4:
-            picture.save(folder / f"{i:05d}.jpg", quality=95, subsampling=0)
+            picture.save(temporary, "JPEG", quality=95, subsampling=0)
+            temporary.replace(folder / f"{i:05d}.jpg")
         else:
-            picture.save(folder / f"{i:05d}.png")
-        (folder / f"{i:05d}.txt").write_text(caption(colour, shape, rng) + "\n", encoding="utf-8")
+            picture.save(temporary, "PNG")
+            temporary.replace(folder / f"{i:05d}.png")
+        temporary.write_text(caption(colour, shape, rng) + "\n", encoding="utf-8")
+        temporary.replace(folder / f"{i:05d}.txt")
 
 
 # Largest distances in RGB (0 to 255) that the judge accepts. The distance between any two named colours is at least 80.
