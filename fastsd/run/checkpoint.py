@@ -48,7 +48,8 @@ from fastsd.storage import (
 )
 
 STATE, TENSORS, CONFIG = "state.json", "state.safetensors", "run.json"
-ROLLBACK = "rollback.json"  # fields of `RunProgress` that a rollback to a checkpoint has changed
+ROLLBACK = "rollback.json"  # the fields of `RunProgress` that a rollback to a checkpoint has changed
+_ROLLBACK_KEYS = ("images", "passed_over", "rolled_back_stage")
 TRAINING_FILES = (STATE, TENSORS, CONFIG, ADAPTERS, MADE_BY)  # files of a checkpoint that a base model does not have
 STATE_KEYS = {"micro_batch_size": "micro", "micro_batch_setting": "micro_asked"}  # fields whose key in state.json differs
 
@@ -189,16 +190,17 @@ def read_progress(path: Path) -> RunProgress:
     for other_key in ("fastsd", "keep"):
         values.pop(other_key, None)
     fields = {key: field for field, key in STATE_KEYS.items()}
-    return RunProgress(**{fields.get(key, key): value for key, value in values.items()} | _read_table(path / ROLLBACK))
+    rollback = _read_table(path / ROLLBACK)
+    if all(isinstance(rollback.get(key), int) for key in _ROLLBACK_KEYS):
+        values |= {key: rollback[key] for key in _ROLLBACK_KEYS}
+    return RunProgress(**{fields.get(key, key): value for key, value in values.items()})
 
 
 def pass_over(path: Path, end_image: int, stage: int) -> RunProgress:
     """Record that a rollback in stage `stage` to a checkpoint goes on after `end_image` images. Return the new progress."""
     progress = read_progress(path)
     passed_over = progress.passed_over + end_image - progress.images
-    replace_file(
-        path / ROLLBACK, json.dumps({"images": end_image, "passed_over": passed_over, "rolled_back_stage": stage}, indent=2)
-    )
+    replace_file(path / ROLLBACK, json.dumps(dict(zip(_ROLLBACK_KEYS, (end_image, passed_over, stage), strict=True))))
     return read_progress(path)
 
 

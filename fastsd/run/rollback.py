@@ -35,17 +35,22 @@ def roll_back(run: Run, failure: StepsSkipped) -> None:
     """Set aside what follows the last healthy checkpoint. Whoever opens the run next goes on from there.
 
     Raises:
-        UserError: there is no such checkpoint, or this stage has gone back before; or see `set_aside`.
+        UserError: there is no such checkpoint, or this stage has gone back before; the disk is full or not writable.
     """
     run.saving.finish()
     stage = run.position.progress.stage
     path = checkpoint.last_healthy(run.folder / "checkpoints")
     if path is None or run.position.progress.rolled_back_stage == stage:
         raise _no_finite_update(run, failure)
-    progress = checkpoint.read_progress(path)
-    # A kill may have come between this call's two effects. The second attempt must pass over the same images.
-    if progress.rolled_back_stage != stage:
+    # After a kill in between, the run fails in the same step again, and the second attempt records the same.
+    try:
         progress = checkpoint.pass_over(path, failure.end_image, stage)
+    except OSError as error:
+        raise UserError(
+            "rollback-not-written",
+            f"{path}: the run must go back to this checkpoint, but {checkpoint.ROLLBACK} cannot be written to it "
+            f"({error.strerror or error}); fix that, and run the same command again",
+        ) from None
     with suppress(OSError):  # on a full disk, the next call reports it
         run.report.flush()
     folder = set_aside(run.folder, progress.step)

@@ -1,5 +1,6 @@
 """Numeric health of a run: updates that are not finite, spikes, checkpoints kept by health, rollback and the canary."""
 
+import errno
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from fastsd.config.schema import load_config
 from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.run import checkpoint, loss_health, rollback
+from fastsd.run.checkpoint import RunProgress
 from fastsd.run.loop import train
 from fastsd.run.loss_health import _FIELDS, LossHealth
 from fastsd.run.rewind import set_aside
@@ -257,6 +259,32 @@ def test_a_second_failure_in_a_stage_ends_the_run(monkeypatch, tmp_path, tiny_mo
     assert f" had images {numbers} of the cache; " in str(error.value)
     assert positions == [*range(32), *range(32, 48)] and (tmp_path / "output").read_text().count("going back") == 1
     assert state_of(tmp_path / "run", 4)["healthy"] and not state_of(tmp_path / "run", 6)["healthy"]
+
+
+def test_a_rollback_that_cannot_be_recorded_is_repeated(rolled_back, monkeypatch, tmp_path, tiny_model, images):
+    (tmp_path / "full").mkdir()
+    path = job(tmp_path / "full", tiny_model, images, TWO.format(keep=9))
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "replace_file", full)
+        with refused(
+            "rollback-not-written", folder=tmp_path / "full/run/checkpoints/step-00000004", reason="No space left on device"
+        ):
+            start(path)
+    folder, _ = start(path)
+    assert same(final(folder), final(rolled_back[0]))
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"images": 32}', '{"images": "a", "passed_over": 1, "rolled_back_stage": 0}'])
+def test_a_damaged_record_of_a_rollback_counts_as_none(text, tmp_path):
+    (tmp_path / "state.json").write_text('{"images": 16, "step": 4}')
+    assert checkpoint.pass_over(tmp_path, 32, 1) == RunProgress(step=4, images=32, passed_over=16, rolled_back_stage=1)
+    assert checkpoint.pass_over(tmp_path, 32, 1) == checkpoint.read_progress(tmp_path)
+    (tmp_path / checkpoint.ROLLBACK).write_text(text)
+    assert checkpoint.read_progress(tmp_path) == RunProgress(step=4, images=16)
 
 
 def test_a_run_without_a_healthy_checkpoint_ends(monkeypatch, tmp_path, tiny_model, images):
