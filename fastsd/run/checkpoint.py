@@ -196,11 +196,11 @@ def read_progress(path: Path) -> RunProgress:
     return RunProgress(**{fields.get(key, key): value for key, value in values.items()})
 
 
-def pass_over(path: Path, end_image: int, stage: int) -> RunProgress:
-    """Record that a rollback in stage `stage` to a checkpoint goes on after `end_image` images. Return the new progress."""
+def pass_over(path: Path, images: int, stage: int) -> RunProgress:
+    """Record that a rollback in stage number `stage` to a checkpoint passes over `images` images. Return the new progress."""
     progress = read_progress(path)
-    passed_over = progress.passed_over + end_image - progress.images
-    replace_file(path / ROLLBACK, json.dumps(dict(zip(_ROLLBACK_KEYS, (end_image, passed_over, stage), strict=True))))
+    values = progress.images + images, progress.passed_over + images, stage
+    replace_file(path / ROLLBACK, json.dumps(dict(zip(_ROLLBACK_KEYS, values, strict=True))))
     return read_progress(path)
 
 

@@ -40,11 +40,15 @@ def roll_back(run: Run, failure: StepsSkipped) -> None:
     run.saving.finish()
     stage = run.position.progress.stage
     path = checkpoint.last_healthy(run.folder / "checkpoints")
-    if path is None or run.position.progress.rolled_back_stage == stage:
+    if path is None or run.position.progress.rolled_back_stage >= stage:
         raise _no_finite_update(run, failure)
-    # After a kill in between, the run fails in the same step again, and the second attempt records the same.
+    saved = checkpoint.read_progress(path)
+    # Whole batches of the checkpoint's stage, if that is an earlier one. After a kill between recording this and setting aside,
+    # the run fails in the same step again, and there is nothing more to pass over.
+    batch = run.config.stage[saved.stage].batch
+    images = max(0, -(-(failure.end_image - saved.images) // batch) * batch)
     try:
-        progress = checkpoint.pass_over(path, failure.end_image, stage)
+        progress = checkpoint.pass_over(path, images, stage)
     except OSError as error:
         raise UserError(
             "rollback-not-written",

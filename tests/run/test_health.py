@@ -261,6 +261,17 @@ def test_a_second_failure_in_a_stage_ends_the_run(monkeypatch, tmp_path, tiny_mo
     assert state_of(tmp_path / "run", 4)["healthy"] and not state_of(tmp_path / "run", 6)["healthy"]
 
 
+def test_a_run_may_go_back_to_an_earlier_stage(monkeypatch, tmp_path, tiny_model, images):
+    monkeypatch.setattr(checkpoint, "last_healthy", lambda folder: folder / checkpoint.name_of(4))
+    positions = wrong_targets(monkeypatch, lambda position: 44 <= position < 50)
+    folder, out = start(job(tmp_path, tiny_model, images, TWO.format(keep=9)))
+    # Batches of 4 images, and from 40 on of 2. Step 16 is computed before the row of step 15 is read.
+    assert says(out, "rolled-back", first=13, last=15, step=4, image=53)
+    assert positions == [*range(52), *range(52, 76), *range(76, 88)]
+    last = state_of(folder, 16)
+    assert (last["stage_images"], last["images"], last["passed_over"], last["rolled_back_stage"]) == (76, 88, 36, 1)
+
+
 def test_a_rollback_that_cannot_be_recorded_is_repeated(rolled_back, monkeypatch, tmp_path, tiny_model, images):
     (tmp_path / "full").mkdir()
     path = job(tmp_path / "full", tiny_model, images, TWO.format(keep=9))
@@ -281,8 +292,9 @@ def test_a_rollback_that_cannot_be_recorded_is_repeated(rolled_back, monkeypatch
 @pytest.mark.parametrize("text", ["", "[1]", '{"images": 32}', '{"images": "a", "passed_over": 1, "rolled_back_stage": 0}'])
 def test_a_damaged_record_of_a_rollback_counts_as_none(text, tmp_path):
     (tmp_path / "state.json").write_text('{"images": 16, "step": 4}')
-    assert checkpoint.pass_over(tmp_path, 32, 1) == RunProgress(step=4, images=32, passed_over=16, rolled_back_stage=1)
-    assert checkpoint.pass_over(tmp_path, 32, 1) == checkpoint.read_progress(tmp_path)
+    assert checkpoint.pass_over(tmp_path, 8, 1) == RunProgress(step=4, images=24, passed_over=8, rolled_back_stage=1)
+    assert checkpoint.pass_over(tmp_path, 8, 2) == checkpoint.read_progress(tmp_path)
+    assert checkpoint.read_progress(tmp_path) == RunProgress(step=4, images=32, passed_over=16, rolled_back_stage=2)
     (tmp_path / checkpoint.ROLLBACK).write_text(text)
     assert checkpoint.read_progress(tmp_path) == RunProgress(step=4, images=16)
 
