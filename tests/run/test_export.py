@@ -296,9 +296,10 @@ def test_summary_has_every_fact_of_the_run(exported):
         validation[-1] |= {"first": first["loss"], "first_step": first["step"], "last": last["loss"]}
     stages = [
         {"name": "unet", "train": ["unet"], "optimizer": "dlion", "precision": "fp32", "batch": 4, "steps": 2, "images": 8,
-         "lr": 1.0, "settings": {"caption_dropout": "0.25", "d0": "0.0001"}},
+         "lr": 1.0, "settings": {"caption_dropout": "0.25", "d0": "0.0001"}, "changes": []},
         {"name": "both", "train": ["unet", "text_encoder"], "optimizer": "lion", "precision": "fp32", "batch": 4, "steps": 3,
-         "images": 12, "lr": {"text_encoder": 0.0002, "unet": 0.001}, "settings": {"ema": "0.5"}},
+         "images": 12, "lr": {"text_encoder": 0.0002, "unet": 0.001}, "settings": {"ema": "0.5"},
+         "changes": []},
     ]  # fmt: skip
     saved_at = (checkpoint.checkpoints(folder / "checkpoints")[-1] / "state.json").stat().st_mtime
     expected = {
