@@ -24,6 +24,7 @@ from fastsd.run import cost
 from fastsd.run.checkpoint import name_of
 from fastsd.run.loop import train
 from fastsd.run.restore import read_manifest, write_manifest
+from fastsd.run.run import open_run
 from fastsd.storage import write_text
 
 STAGE = """
@@ -69,6 +70,10 @@ def copy_of(finished, tmp_path):
         return tmp_path / folder, start
 
     return copy
+
+
+def stage_costs(folder):
+    return json.loads((folder / "cost.json").read_text())["stages"]
 
 
 def until(rows, step):
@@ -263,6 +268,7 @@ def test_a_stage_can_end_at_the_newest_checkpoint(copy_of):
     train_anew("stage.one.until=4", back="2")
     assert same(final(folder), final(other)) and (folder / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
     assert rows_of(folder, "validation.jsonl") == rows_of(other, "validation.jsonl")
+    assert [(row["name"], row["steps"]) for row in stage_costs(folder)] == [("one", 4), ("two", 4)]
     assert checkpoint_steps(folder) == [4, 8] and not says(text, "already-finished")
     rewind(folder, 4)
     start("stage.one.until=4", "stage.two.keep_checkpoints=1")
@@ -296,10 +302,6 @@ def test_removed_stages(copy_of, tmp_path, tiny_model, images):
 
 
 CHANGED = ["stage.one.lr=5e-4", "stage.one.precision=bf16", "stage.one.schedule=cosine", "cache.dtype=fp32"]
-
-
-def stage_costs(folder):
-    return json.loads((folder / "cost.json").read_text())["stages"]
 
 
 def test_the_card_and_the_costs_tell_the_settings_over_the_steps(copy_of, finished):
@@ -352,7 +354,7 @@ def test_settings_that_no_step_was_trained_with_are_not_on_the_card(copy_of):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, partial(Path.write_text, data="["), partial(Path.write_text, data="{}")])
-def test_costs_are_those_of_the_checkpoint(damage, copy_of):
+def test_costs_are_those_of_the_checkpoint(damage, copy_of, finished):
     """A kill between a checkpoint and the cost, or a damaged file, loses no stage."""
     folder, start = copy_of("carried")
     before = json.loads((folder / "cost.json").read_text())
@@ -362,7 +364,10 @@ def test_costs_are_those_of_the_checkpoint(damage, copy_of):
     start()
     after = json.loads((folder / "cost.json").read_text())
     assert after["stages"][0] == before["stages"][0] and after["stages"][1]["steps"] == 4
-    start(back="4")  # in the middle of the first stage, no stage is complete
+    assert after["file_bytes"] == before["file_bytes"]
+    config = load_config(finished["carried"], [*KEYS, f"run={folder}"])
+    with open_run(config, Console(file=StringIO()), "4"):  # in the middle of the first stage, no stage is complete
+        assert stage_costs(folder) == [] and "file_bytes" not in (folder / "cost.json").read_text()
     assert json.loads((folder / "set-aside-1/cost.json").read_text()) == after
 
 
