@@ -1,4 +1,4 @@
-"""A sample of each kind of fault. `python tests/faults/table.py --full` tries them all, see `tests/faults/lab.py`."""
+"""A sample of each kind of fault. `python tests/faults/table.py --share 1` tries them all, see `tests/faults/lab.py`."""
 
 import random
 
@@ -23,7 +23,7 @@ def check(trials):
 
 
 def test_killed_runs_end_equal(shop):
-    check(kinds.kills(shop, 20, random.Random(1)))
+    check(kinds.kills(shop, 10, random.Random(1)))
 
 
 @pytest.mark.parametrize("name", [EVERYTHING, "one checkpoint kept", "two stages, state carried"])
