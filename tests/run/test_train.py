@@ -223,7 +223,7 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, tiny_model, images, monk
     assert (stage["name"], stage["steps"], stage["images"]) == ("stage-1", 4, 24)
 
 
-def test_damaged_checkpoints_are_skipped(tmp_path, tiny_model, images):
+def test_damaged_checkpoints_without_other_copies_are_skipped(tmp_path, tiny_model, images):
     path = job(tmp_path, tiny_model, images, UNTIL_6)
     folder, _ = run(path)
     before = final(folder)
@@ -232,7 +232,9 @@ def test_damaged_checkpoints_are_skipped(tmp_path, tiny_model, images):
     data[-3] ^= 1
     weights.unlink()
     weights.write_bytes(data)
-    (folder / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    shutil.rmtree(folder / "model")
+    for name in ("manifest.json", "copies.json"):
+        (folder / "checkpoints" / "step-00000004" / name).unlink()
     (folder / "checkpoints" / ".tmp-step-00000008").mkdir()
     _, text = run(path)
     assert says(text, "checkpoint-changed", checkpoint="step-00000006", file=UNET)
@@ -240,7 +242,8 @@ def test_damaged_checkpoints_are_skipped(tmp_path, tiny_model, images):
     assert says(text, "run-resumed", step=2)
     assert same(final(folder), before)
     for saved in checkpoint.checkpoints(folder / "checkpoints"):
-        (saved / "state.json").unlink()
+        for name in ("state.json", "copies.json"):
+            (saved / name).unlink()
     with refused("checkpoints-damaged"):
         run(path)
 
@@ -305,6 +308,7 @@ def test_signals_request_a_checkpoint_and_a_grid(tmp_path, tiny_model, images, s
     expected_folders = [tmp_path / "run" / "checkpoints", tmp_path / "run" / "samples"]
     while process.is_alive() and not all(folder.exists() and list(folder.glob("[!.]*")) for folder in expected_folders):
         time.sleep(0.02)
+    wait_for_rows(process, tmp_path / "run" / "log.jsonl", len(rows_of(tmp_path / "run")) + 3)  # the stop has its own step
     os.kill(process.pid, signal.SIGINT)
     process.join(600)
     (on_request, at_stop) = checkpoint.checkpoints(expected_folders[0])
