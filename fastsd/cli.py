@@ -388,5 +388,15 @@ def main() -> None:
         sys.exit(130)
 
 
+def program() -> None:
+    """Run the command line as a whole process. A signal during the interpreter's exit ends it at once, without a traceback."""
+    try:
+        main()
+    finally:
+        from fastsd.run.signals import end_at_signals
+
+        end_at_signals()
+
+
 if __name__ == "__main__":
-    main()
+    program()

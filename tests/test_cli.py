@@ -161,3 +161,12 @@ def test_a_signal_before_a_command_is_chosen_is_one_line(run, monkeypatch):
     monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(signal.SIGTERM))
     code, _, err = run("train")
     assert code == 130 and says(err, "command-stopped-early") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_exit_has_no_traceback(number):
+    """It arrives when the command has ended, while Python takes its modules apart."""
+    ending = f"import atexit, os, time\natexit.register(lambda: (os.kill(os.getpid(), {number}), time.sleep(9)))"
+    command = f"{ending}\nimport sys; sys.argv = ['fastsd', '--help']\nfrom fastsd.cli import program\nprogram()"
+    process = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert process.returncode == -number and process.stderr == "" and "COMMAND" in process.stdout

@@ -112,6 +112,13 @@ def _handlers(stop: Handler, request: Handler) -> Iterator[None]:
             signal.signal(number, old_handler)
 
 
+def end_at_signals() -> None:
+    """Let stop signals end the process from here on, unless they are ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else [])):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _leave_terminal() -> None:
     """Send the output of a closed terminal nowhere. Otherwise the next line that is printed would end the run."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

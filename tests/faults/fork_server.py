@@ -75,7 +75,7 @@ def leave(code: int) -> None:
 def run() -> int:
     """Run the command line and return the exit code."""
     try:
-        cli.main()
+        cli.program()
     except SystemExit as stop:
         return int(stop.code or 0)
     except BaseException as error:

@@ -65,30 +65,34 @@ class Workshop:
         from fastsd.model.unet import UNetConfig
 
         self.lab, self.run, self.outside = lab, lab.root / "run", lab.root.parent
-        model, images = lab.root / "base", lab.root / "data" / "images"
-        make_tiny_model(model, UNetConfig(**ONE_LEVEL))
-        write_images(images, 21)
+        self.model, self.images = lab.root / "base", lab.root / "data" / "images"
+        make_tiny_model(self.model, UNetConfig(**ONE_LEVEL))
+        write_images(self.images, 21)
         self.commands: dict[str, Command] = {}
         for name, (stages, overrides) in JOBS.items():
-            folder = self.outside / name.replace(" ", "-").replace(",", "")
-            folder.mkdir()
-            config = [str(job(folder, model, images, stages)), f"run={self.run}", *overrides]
-            self.commands[name] = Command(["train", *config], self.run)
+            self.add_job(name, stages, overrides)
+        config = self.commands[EVERYTHING].words[1:]
         outcome = lab.run("cache", *config)
         assert outcome.code == 0, outcome.text
 
         self.reference = cache(self._reference)
-        config = self.commands[EVERYTHING].words[1:]
         out = {name: lab.root / name for name in ("new-cache", "drawn", "loss.json", "converted.safetensors", "report.html")}
         drawing = ["--prompt", "red circle", "--steps", "2", "--size", "32", "--device", "cpu"]
         for name, path, words in (
             ("cache", out["new-cache"], [*config, f"cache.dir={out['new-cache']}"]),
-            ("sample", out["drawn"], [model, *drawing, "--out", out["drawn"]]),
-            ("validate", out["loss.json"], [model, *config, "--json", out["loss.json"]]),
-            ("convert", out["converted.safetensors"], [model, out["converted.safetensors"]]),
+            ("sample", out["drawn"], [self.model, *drawing, "--out", out["drawn"]]),
+            ("validate", out["loss.json"], [self.model, *config, "--json", out["loss.json"]]),
+            ("convert", out["converted.safetensors"], [self.model, out["converted.safetensors"]]),
             ("compare", out["report.html"], [self.reference(EVERYTHING).copy, "--out", out["report.html"]]),
         ):
             self.commands[name] = Command([name, *map(str, words)], path, replaces=name != "convert")
+
+    def add_job(self, name: str, stages: str, overrides: tuple[str, ...] = ()) -> None:
+        """Add the training of a job to the commands."""
+        folder = self.outside / name.replace(" ", "-").replace(",", "")
+        folder.mkdir()
+        config = job(folder, self.model, self.images, stages)
+        self.commands[name] = Command(["train", str(config), f"run={self.run}", *overrides], self.run)
 
     def start(self, name: str, **disturbance) -> Outcome:
         """Run a command, or continue it, with a disturbance as for `Lab.run`."""
@@ -121,7 +125,14 @@ class Workshop:
             self.last = self.start(name)
             if problem := self.last.problem(0):
                 return problem
-        expected, actual = self.reference(name).results, results(command.output)
+        return self._difference(name, besides)
+
+    def is_complete(self, name: str) -> bool:
+        """Return True if the output of a command is that of the undisturbed command."""
+        return not self._difference(name, OLDER)
+
+    def _difference(self, name: str, besides: str) -> str:
+        expected, actual = self.reference(name).results, results(self.commands[name].output)
         latest = max((path.split("/")[1] for path in expected if path.startswith("checkpoints/")), default="")
         pattern = re.compile(besides.replace("LATEST", latest))
         expected, actual = (

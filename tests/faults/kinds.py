@@ -132,11 +132,9 @@ def signals(shop: Workshop, name: str, number: signal.Signals, rng: random.Rando
             after(0.1, signal.SIGCONT)(pid)
 
     outcome = shop.start(name, during=send)
-    codes = {0}
-    if number == signal.SIGINT or (name == EVERYTHING and number in STOPS):
-        codes |= {130}
-    elif number not in IGNORED and not (name == EVERYTHING and number in REQUESTS):
-        codes |= {-number, 130}
+    codes = {0, 130} if number in STOPS else {0, -number} if number in FATAL else {0}
+    if number in (*STOPS, *REQUESTS) and shop.is_complete(name):
+        codes |= {-number}  # it came after the end
     reason = outcome.problem(*codes) or _steps_lost(shop.run, outcome) or shop.ends_equal(name, besides=OLDER)
     yield reason and f"{name}, {number.name}: {reason}"
 
