@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,25 @@ SD15_SCHEDULER = {
     "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
     "steps_offset": 1, "trained_betas": None, "clip_sample": False, "prediction_type": "epsilon",
 }  # fmt: skip
+_ZERO_SNR_CLASSES = (  # diffusers' schedulers that read rescale_betas_zero_snr; the others ignore it
+    "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler",
+    "DPMSolverMultistepScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+
+
+def usable_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler_config.json with which diffusers samples from the noise schedule that the config describes.
+
+    With zero terminal SNR, samples must start at the last timestep (Lin et al. 2024, section 3.3), and the scheduler must be
+    one that supports the schedule, which SD1.5's PNDM does not. Other configs are returned as they are.
+    """
+    usable = dict(config)
+    if not config.get("rescale_betas_zero_snr"):
+        return usable
+    if config.get("_class_name") not in _ZERO_SNR_CLASSES:
+        usable.pop("skip_prk_steps", None)  # only PNDM has it
+        usable["_class_name"] = "DDIMScheduler"
+    return usable | {"timestep_spacing": "trailing", "clip_sample": False}
 
 
 @dataclass

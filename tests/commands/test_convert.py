@@ -19,7 +19,7 @@ from fastsd.commands.convert import ConvertOptions, convert
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.console import Console
 from fastsd.model.formats import fold_vae, single_file_layout
-from fastsd.model.formats.load import load_model, load_vae
+from fastsd.model.formats.load import load_model, load_vae, write_rest
 from fastsd.model.formats.original_names import PREFIX, ema_name, original_names
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE
 from fastsd.model.unet import UNetConfig
@@ -312,6 +312,66 @@ def test_prediction_and_zero_snr_are_kept(model, tmp_path):
         back = json.loads((tmp_path / f"back-{name}" / "scheduler" / "scheduler_config.json").read_text())
         assert back["prediction_type"] == "v_prediction" and back["rescale_betas_zero_snr"]
         assert name == "bare" or back == scheduler
+
+
+def zero_snr_folder(model, folder, **settings):
+    """Copy a model, with a zero-SNR v-prediction schedule in the copy that diffusers' PNDM does not support."""
+    shutil.copytree(model, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(path.read_text()) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(scheduler | settings))
+    return folder
+
+
+def from_bare_file(model, place):
+    """Convert a file whose only settings are the marks of other tools."""
+    converted(zero_snr_folder(model, place / "in"), place / "v.safetensors")
+    write_safetensors(place / "bare.safetensors", load_file(place / "v.safetensors"))
+    converted(place / "bare.safetensors", place / "out", tokenizer=str(model))
+
+
+def from_file_with_configs(model, place):
+    """Convert a file whose header has a schedule of PNDM, as fastsd wrote it before."""
+    converted(zero_snr_folder(model, place / "in"), place / "v.safetensors")
+    header = TensorFile(place / "v.safetensors").metadata
+    configs = json.loads(header[single_file_layout.CONFIGS])
+    configs["scheduler"] = json.loads((place / "in" / "scheduler" / "scheduler_config.json").read_text())
+    header = header | {single_file_layout.CONFIGS: json.dumps(configs)}
+    write_safetensors(place / "old.safetensors", load_file(place / "v.safetensors"), header)
+    converted(place / "old.safetensors", place / "out", tokenizer=str(model))
+
+
+def from_trained_model(model, place):
+    """Write a loaded model, as training and `swap-vae` do."""
+    loaded = load_model(ModelTable(base=str(zero_snr_folder(model, place / "in"))))
+    shutil.copytree(place / "in", place / "out")
+    write_rest(place / "out", loaded)
+
+
+ZERO_SNR = {
+    "a bare file": from_bare_file,
+    "a file with configs": from_file_with_configs,
+    "a folder": lambda model, place: converted(zero_snr_folder(model, place / "in"), place / "out"),
+    "a model": from_trained_model,
+}
+
+
+@pytest.mark.parametrize("make", ZERO_SNR.values(), ids=ZERO_SNR)
+def test_diffusers_samples_from_pure_noise_with_zero_snr(make, model, tmp_path, capfd):
+    from diffusers import DiffusionPipeline
+
+    make(model, tmp_path)
+    scheduler = DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True).scheduler
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps[0] == 999 and scheduler.alphas_cumprod[-1] == 0
+    assert type(scheduler).__name__ == "DDIMScheduler" and scheduler.config.prediction_type == "v_prediction"
+    assert "will be ignored" not in capfd.readouterr().err
+
+
+def test_a_scheduler_that_supports_zero_snr_is_kept(model, tmp_path):
+    converted(zero_snr_folder(model, tmp_path / "in", _class_name="EulerDiscreteScheduler"), tmp_path / "out")
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "EulerDiscreteScheduler" and scheduler["timestep_spacing"] == "trailing"
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path):

@@ -24,7 +24,7 @@ from fastsd.model.formats.single_file_layout import CONFIGS
 from fastsd.model.formats.write import write_component as write_tensors
 from fastsd.model.formats.write import write_pipeline
 from fastsd.model.model import SD15_SCHEDULER as SD15_SCHEDULER
-from fastsd.model.model import Model
+from fastsd.model.model import Model, usable_scheduler
 from fastsd.model.text_encoder import TextEncoder
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import Vae
@@ -200,16 +200,13 @@ def _load_scheduler(base: Path, table: ModelTable) -> tuple[dict[str, Any], list
 
     if table.zero_snr is not None:
         config["rescale_betas_zero_snr"] = table.zero_snr
-    if config.get("rescale_betas_zero_snr"):
-        if (table.prediction or prediction) == "epsilon":
-            raise UserError(
-                "zero-snr-epsilon",
-                f"model: the noise schedule of {table.base} ends in pure noise (zero SNR), which epsilon cannot express; set "
-                'model.prediction = "v_prediction" or model.zero_snr = false',
-            )
-        # Samples must start at the last timestep (Lin et al. 2024, section 3.3). SD1.5's PNDM does not support this schedule.
-        config |= {"timestep_spacing": "trailing", "_class_name": "DDIMScheduler", "clip_sample": False}
-    return config, notes
+    if config.get("rescale_betas_zero_snr") and (table.prediction or prediction) == "epsilon":
+        raise UserError(
+            "zero-snr-epsilon",
+            f"model: the noise schedule of {table.base} ends in pure noise (zero SNR), which epsilon cannot express; set "
+            'model.prediction = "v_prediction" or model.zero_snr = false',
+        )
+    return usable_scheduler(config), notes
 
 
 def component_state_dict(model: Model, component: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

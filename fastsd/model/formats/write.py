@@ -19,6 +19,7 @@ from fastsd.model.formats import fold_vae as folding
 from fastsd.model.formats.model_source import ModelSource
 from fastsd.model.formats.original_names import PREFIX, original_names
 from fastsd.model.formats.single_file_layout import CONFIGS, V_PREDICTION, ZERO_SNR
+from fastsd.model.model import usable_scheduler
 from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.storage import Stored, Tensors, new_file, write_bytes, write_safetensors, write_text
 
@@ -116,6 +117,7 @@ def write_pipeline(folder: Path, scheduler: Config, tokenizer: Path) -> dict[str
     """Write the files of a model that are not components: index, scheduler, tokenizer. Return each file's sha256 by name."""
     for name in ("scheduler", "tokenizer"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    scheduler = usable_scheduler(scheduler)
     scheduler_class = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
     hashes = {
         "model_index.json": _write_json(folder / "model_index.json", {**MODEL_INDEX, "scheduler": scheduler_class}),
@@ -169,12 +171,13 @@ def write_single_file(
                 if name == "vae" and ".attentions." in current_name and len(tensor.shape) == 2:
                     tensor = tensor.view(torch.Size([*tensor.shape, 1, 1]))
                 tensors[PREFIX[name] + original_name] = tensor
-    if source.scheduler.get("prediction_type") == "v_prediction":
+    scheduler = usable_scheduler(source.scheduler)
+    if scheduler.get("prediction_type") == "v_prediction":
         tensors[V_PREDICTION] = torch.empty(0)
-    if source.scheduler.get("rescale_betas_zero_snr"):
+    if scheduler.get("rescale_betas_zero_snr"):
         tensors[ZERO_SNR] = torch.empty(0)
 
-    configs = {name: _portable(component.config) for name, component in components.items()} | {"scheduler": source.scheduler}
+    configs = {name: _portable(component.config) for name, component in components.items()} | {"scheduler": scheduler}
     header[CONFIGS] = json.dumps(configs, sort_keys=True)
     with new_file(path) as temporary:
         write_safetensors(temporary, tensors, header, DTYPE.get(dtype), str(source.place))
