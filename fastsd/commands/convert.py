@@ -78,7 +78,7 @@ def convert(name: str, out: Path, to: str = "", options: ConvertOptions | None =
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if to.startswith("lora"):
-            from fastsd.model.formats.lora_files import convert_lora
+            from fastsd.model.formats.lora_convert import convert_lora
 
             notes = convert_lora(_lora_file(name, ema=options.ema), out, to, options.dtype)
         else:

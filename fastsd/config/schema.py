@@ -168,7 +168,9 @@ class ExportTable(Table):
     single_file: bool = True  # also write RUN/model.safetensors in the original layout, for ComfyUI and A1111
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # dtype of that file
     fold: bool = True  # fold the VAE's scaling factor into its weights, because other tools assume 0.18215
-    lora: Literal["kohya", "peft"] = "kohya"  # names in RUN/lora.safetensors: kohya's, which all tools read, or diffusers'
+    lora: Literal["kohya", "peft"] = (
+        "kohya"  # names in lora.safetensors: kohya's, for all tools, or diffusers', not for ComfyUI
+    )
     title: str = ""  # title in the files and the model card; "" = name of the run's folder
     author: str = ""  # author in the files and the model card; "" = none
     license: str = ""  # license in the same places, as the hub names it, such as "creativeml-openrail-m"; "" = none

@@ -94,7 +94,7 @@ def write_lora_file(
     """Write the adapters for other tools, with the values in `tensors`. Return the file's sha256.
 
     Args:
-        names: "kohya" for the names that every tool reads, or "peft" for the names of diffusers.
+        names: as in `lora_weights.write_lora`.
         metadata: entries for the file's header.
     """
     from fastsd.model.formats.lora_weights import write_lora
@@ -107,6 +107,6 @@ def write_adapters(folder: Path, model: Model, tensors: AdapterTensors) -> dict[
     assert model.lora is not None
     settings = {"lora": model.lora.model_dump(), "clip_skip": model.text.clip_skip}
     return {
-        ADAPTERS: write_lora_file(folder / ADAPTERS, model, tensors, "peft"),
+        ADAPTERS: write_lora_file(folder / ADAPTERS, model, tensors, "checkpoint"),
         MADE_BY: write_text(folder / MADE_BY, json.dumps(settings, indent=2) + "\n"),
     }

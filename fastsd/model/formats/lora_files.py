@@ -9,8 +9,10 @@ Each naming scheme has its own place for alpha. If a file with kohya's or diffus
     peft's own names  the file adapter_config.json in the same folder
 
 diffusers refuses a file that has both alpha tensors and the header entry. In files with kohya's names we therefore store peft's
-config under another key. Converting such a file back reproduces the original file byte for byte.
-Read next: `lora_names.py`, `fastsd/model/lora.py`.
+config under another key. Converting such a file back reproduces the original file byte for byte, if its alphas are the ranks.
+ComfyUI and older versions of diffusers do not read the header entry, and assume that alpha is the rank. Files for other tools
+with diffusers' names therefore have alpha / R folded into their matrices (`fold_alpha`).
+Read next: `lora_names.py`, `lora_convert.py`, `fastsd/model/lora.py`.
 
 Shapes: F features, C channels, k the side of a convolution's kernel, R the rank of one adapter.
 """
@@ -23,7 +25,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
 from fastsd.model.formats.lora_names import kind_of, kohya_name, parse_name, unsupported_kind
 from fastsd.model.formats.model_summary import metadata_of
-from fastsd.model.formats.write import DTYPE
-from fastsd.storage import TEMPORARY, TensorFile, check_finite, new_file, write_safetensors
+from fastsd.storage import TEMPORARY, TensorFile, check_finite, write_safetensors
 
 PEFT_CONFIG = "lora_adapter_metadata"  # diffusers' header key for peft's config
 RECORD = "fastsd_peft"  # our header key in files with kohya's names, for the data that `_restore_record` reads
@@ -77,7 +77,7 @@ def read_lora(path: Path) -> LoraFile:
         UserError: the file does not exist or is not a plain LoRA for SD1.5; or down or up is missing, a shape or a rank does
             not fit, or a number is not finite.
     """
-    path = _weights_file(path)
+    path = weights_file(path)
     file = TensorFile(path)
     stored = dict(sorted(file.stored().items(), key=lambda item: item[1].offset))
     kind, parsed = _parse_names(path, stored)
@@ -117,7 +117,13 @@ def read_lora(path: Path) -> LoraFile:
     return replace(lora, alphas=_alphas_from_config(str(path), config, ranks) | stored_alphas)
 
 
-def _weights_file(path: Path) -> Path:
+def kernel_side(module: str) -> int:
+    """Return the side of the kernel of SD1.5's convolution with that name, or 0 for a linear layer."""
+    return _KERNEL_SIDES.get(module.rpartition(".")[2], 0)
+
+
+def weights_file(path: Path) -> Path:
+    """Return the file of a LoRA: `path`, or the weights in that folder."""
     path = path.expanduser()
     if path.is_dir():
         existing = [path / name for name in _WEIGHTS_FILES if (path / name).is_file()]
@@ -173,7 +179,7 @@ def _checked_rank(path: Path, module: str, tensors: Mapping[str, Tensor]) -> int
     if not (down.is_floating_point() and up.is_floating_point()):
         raise UserError("lora-dtype", f"{path}: {module} has {down.dtype} and {up.dtype}; give a LoRA in fp16, bf16 or fp32")
 
-    side = _KERNEL_SIDES.get(module.rpartition(".")[2], 0)
+    side = kernel_side(module)
     down_kernel, up_kernel = ([side, side], [1, 1]) if side else ([], [])
     rank = down.shape[0] if down.ndim else 0
     down_fits = [*down.shape] == [rank, *down.shape[1:2], *down_kernel]
@@ -256,6 +262,31 @@ def _restore_record(lora: LoraFile) -> LoraFile:
     return replace(lora, alphas=alphas, metadata=header, short=short)
 
 
+def fold_alpha(lora: LoraFile, place: str) -> LoraFile:
+    """Return an equal LoRA whose alphas are the ranks: alpha / R is multiplied into up and down.
+
+    Down takes the power of two next to the square root of alpha / R, which is exact, and up takes the rest. Otherwise, small
+    numbers in fp16 would lose bits, because an up matrix alone times 1 / 32 often leaves fp16's normal range.
+
+    Raises:
+        UserError: a product is not finite in its dtype.
+    """
+    ranks = lora.ranks
+    tensors = dict(lora.tensors)
+    changed = [module for module, alpha in lora.alphas.items() if alpha != ranks[module]]
+    for module in changed:
+        scale = lora.alphas[module] / ranks[module]
+        down_scale = 2.0 ** round(math.log2(scale) / 2)
+        for role, factor in (("A", down_scale), ("B", scale / down_scale)):
+            name = f"{module}.lora_{role}.weight"
+            tensors[name] = (tensors[name].double() * factor).to(tensors[name].dtype)
+            check_finite(name, tensors[name], place, f" after alpha is folded in, in {tensors[name].dtype}; use --dtype fp32")
+    folded = replace(lora, tensors=tensors, alphas={module: float(rank) for module, rank in ranks.items()})
+    if changed and PEFT_CONFIG in lora.metadata:
+        folded = replace(folded, metadata={**lora.metadata, PEFT_CONFIG: peft_config(folded)})
+    return folded
+
+
 def write_peft(path: Path, lora: LoraFile) -> str:
     """Write a LoRA with diffusers' names and with peft's config in its header. Return the file's sha256."""
     metadata = lora.metadata if PEFT_CONFIG in lora.metadata else {**lora.metadata, PEFT_CONFIG: peft_config(lora)}
@@ -276,7 +307,7 @@ def peft_config(lora: LoraFile) -> str:
         ranks = {layers[module]: lora.ranks[module] for module in modules}
         alphas = {layers[module]: lora.alphas[module] for module in modules}
         if modules:
-            common_rank, common_alpha = _most_common(ranks.values()), _most_common(alphas.values())
+            common_rank, common_alpha = most_common(ranks.values()), most_common(alphas.values())
             config |= {
                 f"{component}.r": common_rank,
                 f"{component}.lora_alpha": _as_int(common_alpha),
@@ -287,7 +318,8 @@ def peft_config(lora: LoraFile) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _most_common(values: Iterable[float]) -> float:
+def most_common(values: Iterable[float]) -> float:
+    """Return the value that occurs most often."""
     return Counter(values).most_common(1)[0][0]
 
 
@@ -327,7 +359,7 @@ def _network_metadata(lora: LoraFile) -> dict[str, str]:
     """Return rank and alpha as sd-scripts records them: separately for 3x3 convolutions, and "Dynamic" if modules differ."""
 
     def common(values: Mapping[str, float], *, is_3x3: bool) -> str:
-        modules = [module for module in values if (_KERNEL_SIDES.get(module.rpartition(".")[2]) == 3) == is_3x3]
+        modules = [module for module in values if (kernel_side(module) == 3) == is_3x3]
         distinct = {f"{values[module]:g}" for module in modules}
         return "Dynamic" if len(distinct) > 1 else "".join(distinct)
 
@@ -337,59 +369,3 @@ def _network_metadata(lora: LoraFile) -> dict[str, str]:
     if conv_dim:
         metadata["ss_network_args"] = json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_alpha})
     return metadata
-
-
-def convert_lora(source: Path, out: Path, to: str, dtype: str = "") -> list[str]:
-    """Write a LoRA with the names of another tool. Return notes that describe it.
-
-    Args:
-        to: the naming scheme to write, "lora-kohya" or "lora-peft".
-        dtype: fp32, fp16 or bf16; "" = unchanged.
-
-    Raises:
-        UserError: as `read_lora`; also if `out` exists or is not a .safetensors name, or a number is not finite in `dtype`.
-        OSError: the disk is full, or the folder cannot be written.
-    """
-    lora = read_lora(source)
-    if out.exists():
-        raise UserError("lora-out-exists", f"{out} already exists; choose a new name, or remove it")
-    if out.suffix != ".safetensors":
-        raise UserError("lora-ending", f"{out}: a LoRA is one file; choose a name that ends in .safetensors")
-
-    notes = [f"{source}: {describe(lora)}"]
-    if dtype:
-        cast = {name: tensor.to(DTYPE[dtype]) for name, tensor in lora.tensors.items()}
-        for name, tensor in cast.items():
-            check_finite(name, tensor, str(source), f" in {dtype}; choose another dtype")
-        lora = replace(lora, tensors=cast)
-
-    with new_file(out) as temporary:
-        if to == "lora-peft":
-            write_peft(temporary, lora)
-        else:
-            modified = datetime.fromtimestamp(int(_weights_file(source).stat().st_mtime)).isoformat()
-            write_kohya(temporary, lora, {"modelspec.date": modified})
-            notes += _alpha_warnings(lora)
-    return notes
-
-
-def _alpha_warnings(lora: LoraFile) -> list[str]:
-    # diffusers' `get_peft_kwargs` stores the less common alphas under names that no attention layer has.
-    for component in COMPONENTS:
-        alphas = {module: alpha for module, alpha in lora.alphas.items() if module.startswith(f"{component}.")}
-        if any("attn" in module and alpha != _most_common(alphas.values()) for module, alpha in alphas.items()):
-            return [
-                "warning: alpha differs by module, but diffusers (0.42) applies the most common one to all attention layers if "
-                "names are kohya's; for diffusers, convert with --to lora-peft"
-            ]
-    return []
-
-
-def describe(lora: LoraFile) -> str:
-    """Describe a LoRA in one line."""
-    counts = Counter(module.partition(".")[0].replace("_", " ").replace("unet", "UNet") for module in lora.alphas)
-    layers = ", ".join(f"{component} {count}" for component, count in counts.items())
-    ranks = ", ".join(f"{rank:g}" for rank in sorted(set(lora.ranks.values())))
-    alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(lora.alphas.values())))
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in lora.tensors.values()})
-    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {ranks}, alpha {alphas}, {' and '.join(dtypes)}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
-from fastsd.model.formats.lora_files import PEFT_CONFIG, LoraFile, peft_config, read_lora, write_kohya, write_peft
+from fastsd.model.formats.lora_files import PEFT_CONFIG, LoraFile, fold_alpha, peft_config, read_lora, write_kohya, write_peft
 from fastsd.model.lora import ADAPTER_NAME, NamedTensors, adapted_layers, lora_state_dict
 from fastsd.model.model import Model
 from fastsd.model.weights import check_names
@@ -31,18 +31,20 @@ def write_lora(
     path: Path,
     model: Model,
     tensors: NamedTensors | None = None,
-    names: str = "peft",
+    names: str = "checkpoint",
     metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Write the result of `lora_state_dict(model, tensors)` into one .safetensors file. Return its sha256.
 
     Args:
-        names: "kohya" for kohya's names, or "peft" for diffusers' names.
+        names: "kohya" for kohya's names, "peft" for diffusers' names with alpha folded in (`fold_alpha`), or "checkpoint" for
+            diffusers' names with the exact values, and alpha in the header.
         metadata: entries for the file's header.
     """
     lora = LoraFile(lora_state_dict(model, tensors), _alphas_by_module(model))
+    lora = fold_alpha(lora, str(path)) if names == "peft" else lora
     lora = replace(lora, metadata={PEFT_CONFIG: peft_config(lora), **(metadata or {})})
-    return {"kohya": write_kohya, "peft": write_peft}[names](path, lora)
+    return {"kohya": write_kohya, "peft": write_peft, "checkpoint": write_peft}[names](path, lora)
 
 
 def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:

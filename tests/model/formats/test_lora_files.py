@@ -1,6 +1,7 @@
 """Read, write and convert LoRA files with the names of every tool, use ours in other tools, and refuse unusable ones."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.model.formats.load import load_model
-from fastsd.model.formats.lora_files import PEFT_CONFIG, LoraFile, convert_lora, read_lora, write_kohya, write_peft
+from fastsd.model.formats.lora_convert import convert_lora
+from fastsd.model.formats.lora_files import PEFT_CONFIG, LoraFile, fold_alpha, peft_config, read_lora, write_kohya, write_peft
 from fastsd.model.formats.lora_names import kohya_module, kohya_name, parse_name
 from fastsd.model.formats.lora_weights import load_lora, write_lora
 from fastsd.model.formats.original_names import original_names
@@ -137,8 +139,8 @@ def test_peft_computes_the_same_output(adapted, tiny_model, component):
 
 def test_round_trip_gives_the_same_bytes(adapted, tmp_path):
     _, folder = adapted
-    (note,) = convert_lora(folder / "peft.safetensors", tmp_path / "kohya.safetensors", "lora-kohya")
-    assert says(note, "lora-described", kind="diffusers", ranks="2, 3", alphas="4.5", dtypes="float32")
+    notes = convert_lora(folder / "peft.safetensors", tmp_path / "kohya.safetensors", "lora-kohya")
+    assert says(notes[0], "lora-described", kind="diffusers", ranks="2, 3", alphas="2, 3", dtypes="float32")
     convert_lora(tmp_path / "kohya.safetensors", tmp_path / "peft.safetensors", "lora-peft")
     convert_lora(folder / "kohya.safetensors", tmp_path / "from-kohya.safetensors", "lora-peft")
     for name in ("peft", "from-kohya"):
@@ -182,15 +184,52 @@ def mixed(dtype: torch.dtype = torch.float32) -> LoraFile:
     return LoraFile(tensors, dict(ALPHAS))
 
 
+def deltas(lora: LoraFile, *, with_alpha: bool = True) -> dict[str, torch.Tensor]:
+    """Return what each adapter adds to its weight. Without alpha: as tools compute it that do not read the header."""
+    result = {}
+    for module, rank in lora.ranks.items():
+        down, up = (lora.tensors[f"{module}.lora_{letter}.weight"].double().flatten(1) for letter in "AB")
+        result[module] = up @ down * (lora.alphas[module] / rank if with_alpha else 1)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_file_for_diffusers_has_its_strength_without_the_header(tmp_path, dtype):
+    """ComfyUI, and diffusers before 0.34, read no alpha from a file with diffusers' names."""
+    original, peft, back = mixed(dtype), tmp_path / "peft.safetensors", tmp_path / "back.safetensors"
+    write_kohya(tmp_path / "kohya.safetensors", original)
+    convert_lora(tmp_path / "kohya.safetensors", peft, "lora-peft")
+    assert read_lora(peft).alphas == original.ranks
+    convert_lora(peft, back, "lora-kohya")
+    for path in (peft, back):
+        for module, delta in deltas(read_lora(path), with_alpha=False).items():
+            assert relative(delta, deltas(original)[module]) < torch.finfo(dtype).eps
+            is_power_of_two = ALPHAS[module] / original.ranks[module] in (0.25, 0.5, 1)
+            assert not is_power_of_two or torch.equal(delta, deltas(original)[module])
+    # Times 1 / 32, the numbers of up would be below the normal range of fp16.
+    tensors = {f"{TO_K}.lora_A.weight": (1 + torch.rand(32, 8)) / 9, f"{TO_K}.lora_B.weight": (1 + torch.rand(8, 32)) / 999}
+    small = LoraFile({name: tensor.half() for name, tensor in tensors.items()}, {TO_K: 1.0})
+    assert torch.equal(deltas(fold_alpha(small, ""), with_alpha=False)[TO_K], deltas(small)[TO_K])
+
+
+def test_alpha_that_does_not_fit_into_the_dtype_is_refused(tmp_path):
+    big = replace(mixed(torch.float16), alphas=dict.fromkeys(ALPHAS, 6e9))
+    write_kohya(tmp_path / "kohya.safetensors", big)
+    with refused("not-finite", advice=LINES["alpha-not-finite"].format(dtype="torch.float16")):
+        convert_lora(tmp_path / "kohya.safetensors", tmp_path / "peft.safetensors", "lora-peft")
+    convert_lora(tmp_path / "kohya.safetensors", tmp_path / "peft.safetensors", "lora-peft", "fp32")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_ranks_and_alphas_of_each_module_survive(tmp_path, dtype):
-    first, peft, last = (tmp_path / f"{name}.safetensors" for name in ("first", "peft", "last"))
+    first, last = tmp_path / "first.safetensors", tmp_path / "last.safetensors"
     write_kohya(first, mixed(dtype), {"ss_seed": "3", "sshs_model_hash": "of the first"})
-    notes = convert_lora(first, peft, "lora-peft")
+    notes = convert_lora(first, tmp_path / "peft.safetensors", "lora-peft")
     described = {"kind": "kohya", "layers": "UNet 4, text encoder 1", "ranks": "2, 3, 4, 8", "alphas": "1, 4, 4.3, 16"}
     assert says(notes[0], "lora-described", path=first, **described)
-    notes = convert_lora(peft, last, "lora-kohya")
-    assert says(notes[1], "lora-alphas-differ")
+    assert says(notes[1], "lora-peft-comfy") and says(notes[2], "lora-ranks-differ") and len(notes) == 3
+    notes = convert_lora(first, last, "lora-kohya")
+    assert says(notes[1], "lora-convolutions") and says(notes[2], "lora-alphas-differ") and len(notes) == 3
 
     before, after = load_file(first), load_file(last)
     assert before.keys() == after.keys()
@@ -198,7 +237,7 @@ def test_ranks_and_alphas_of_each_module_survive(tmp_path, dtype):
     alpha = before[f"{kohya_name(TO_K)}.alpha"]
     assert alpha.shape == () and alpha.dtype == dtype and before[f"{kohya_name(CONV)}.alpha"].item() == pytest.approx(4.3)
 
-    settings = json.loads(TensorFile(peft).metadata[PEFT_CONFIG])
+    settings = json.loads(peft_config(mixed(dtype)))
     assert settings["unet.alpha_pattern"] == {TO_K[5:]: 1, CONV[5:]: pytest.approx(4.3)}
     assert settings["unet.rank_pattern"] == {CONV[5:]: 2, PROJ[5:]: 8} and settings["text_encoder.lora_alpha"] == 16
 
@@ -251,9 +290,9 @@ def test_reads_files_of_other_tools(tmp_path):
     config = {"r": 4, "lora_alpha": 6, "rank_pattern": {CONV[5:]: 2, PROJ[5:]: 8}}
     unet = {name[5:]: t for name, t in tensors.items() if name.startswith("unet.")}
     save_file(unet, tmp_path / "u.safetensors", {PEFT_CONFIG: json.dumps(config)})
+    assert read_lora(tmp_path / "u.safetensors").alphas == dict.fromkeys((TO_Q, TO_K, CONV, PROJ), 6)
     convert_lora(tmp_path / "u.safetensors", tmp_path / "unet.safetensors", "lora-peft")
-    assert read_lora(tmp_path / "unet.safetensors").alphas == dict.fromkeys((TO_Q, TO_K, CONV, PROJ), 6)
-    assert json.loads(TensorFile(tmp_path / "unet.safetensors").metadata[PEFT_CONFIG])["unet.lora_alpha"] == 6
+    assert json.loads(TensorFile(tmp_path / "unet.safetensors").metadata[PEFT_CONFIG])["unet.lora_alpha"] == 4
 
     write_peft(tmp_path / "first.safetensors", mixed())
     convert_lora(tmp_path / "first.safetensors", tmp_path / "second.safetensors", "lora-kohya")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fastsd.model.formats import single_file_layout
-from fastsd.model.formats.lora_files import convert_lora
+from fastsd.model.formats.lora_convert import convert_lora
 from fastsd.model.formats.lora_names import kohya_module, kohya_name, parse_name
 from fastsd.model.formats.original_names import PREFIX, original_names
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE
