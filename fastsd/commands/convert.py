@@ -21,7 +21,7 @@ from fastsd.model.formats.model_source import (
     read_component,
 )
 from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
-from fastsd.model.formats.write import write_folder, write_single_file
+from fastsd.model.formats.write import check_folder_name, write_folder, write_single_file
 from fastsd.run.checkpoint import averages_of
 from fastsd.run.folder import resolve_model
 from fastsd.run.model_card import SAMPLES, last_samples, summarize, write_card
@@ -71,9 +71,10 @@ def convert(name: str, out: Path, to: str = "", options: ConvertOptions | None =
     if out.exists():
         kind = "folder" if to == "diffusers" else "file"
         raise UserError("convert-out-exists", f"OUT is {str(out)!r}, which already exists; choose a new {kind}")
-    if (out.suffix == ".safetensors") == (to == "diffusers"):
-        advice = "choose a folder" if to == "diffusers" else "choose a name that ends in .safetensors"
-        raise UserError("convert-ending", f"OUT is {str(out)!r}, but --to is {to}; {advice}")
+    if to == "diffusers":
+        check_folder_name(out, ", or for one file a name that ends in .safetensors")
+    elif out.suffix != ".safetensors":
+        raise UserError("convert-ending", f"OUT is {str(out)!r}, but --to is {to}; choose a name that ends in .safetensors")
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,12 +113,25 @@ def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: Con
         downscale = 2 ** (len(vae.config.get("block_out_channels", (64,))) - 1) if vae else 8
         size = (source.components["unet"].config.get("sample_size") or 64) * downscale
         metadata = metadata_of(summary, source.scheduler, size, title=out.stem)
-        return write_single_file(source, out, dtype=options.dtype, fold=options.fold, metadata=metadata)
+        notes = write_single_file(source, out, dtype=options.dtype, fold=options.fold, metadata=metadata)
+        return notes + _v_prediction_notes(source, out)
     with new_folder(out) as folder:
         shard = round(options.shard * 1e9)
         write_folder(source, folder, dtype=options.dtype, variant=options.variant, shard=shard)
         write_card(folder, summary or ModelSummary(title=out.name), samples=samples)
     return []
+
+
+def _v_prediction_notes(source: ModelSource, out: Path) -> list[str]:
+    if source.scheduler.get("prediction_type") != "v_prediction":
+        return []
+    zsnr = str(bool(source.scheduler.get("rescale_betas_zero_snr"))).lower()
+    return [
+        "v-prediction, ComfyUI: "
+        f"Add ModelSamplingDiscrete with v_prediction and zsnr {zsnr}, because SD1.5 defaults to epsilon.",
+        "v-prediction, A1111: Because SD1.5 defaults to epsilon, copy `configs/v1-inference.yaml` of A1111 next to the file as "
+        f'`{out.stem}.yaml` and add `parameterization: "v"` under `model`, `params`.',
+    ]
 
 
 def _find_origin(name: str, source: ModelSource, options: ConvertOptions) -> Origin:

@@ -11,6 +11,7 @@ from fastsd.console import STDOUT, Console
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.formats.load import component_state_dict, write_component, write_rest
+from fastsd.model.formats.write import check_folder_name
 from fastsd.model.text_encoder import stretch
 from fastsd.storage import new_folder, write_text
 
@@ -23,6 +24,7 @@ def long_clip(base: str, out: Path, tokens: int, tokenizer: str = "", console: C
     Raises:
         UserError: the base does not load, `out` exists, or the encoder already has `tokens` positions or more.
     """
+    check_folder_name(out)
     if out.exists():
         raise UserError("out-exists", f"OUT is {str(out)!r}, which already exists; choose a new folder")
     model = load_merged(ModelTable(base=base, tokenizer=tokenizer))

@@ -38,6 +38,7 @@ from fastsd.errors import UserError
 from fastsd.model import align
 from fastsd.model.formats.adapters import load_merged
 from fastsd.model.formats.load import component_state_dict, load_vae, write_component, write_rest
+from fastsd.model.formats.write import check_folder_name
 from fastsd.model.model import Model
 from fastsd.model.vae import Vae
 from fastsd.run.model_card import untrained, write_card
@@ -127,6 +128,7 @@ def swap_vae(
 
 
 def _check_options(out: Path, images: Path | None, fit: str, vae_scaling_factor: float | None, precision: str) -> None:
+    check_folder_name(out)
     if out.exists():
         raise UserError("out-exists", f"OUT is {str(out)!r}, which already exists; choose a new folder")
     if fit and fit not in FITS:

@@ -20,11 +20,13 @@ from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.console import Console
 from fastsd.model.formats import fold_vae, single_file_layout
 from fastsd.model.formats.load import load_model, load_vae, write_rest
+from fastsd.model.formats.model_summary import ModelSummary
 from fastsd.model.formats.original_names import PREFIX, ema_name, original_names
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE
 from fastsd.model.unet import UNetConfig
 from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.model.weights import expected_tensors
+from fastsd.run.model_card import write_card
 from fastsd.storage import TensorFile, write_safetensors
 
 FILES = {
@@ -368,6 +370,17 @@ def test_diffusers_samples_from_pure_noise_with_zero_snr(make, model, tmp_path, 
     assert "will be ignored" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("zero_snr", [True, False])
+def test_a_v_prediction_file_prints_the_instructions_of_the_card(zero_snr, model, tmp_path):
+    folder = zero_snr_folder(model, tmp_path / "v", rescale_betas_zero_snr=zero_snr)
+    write_card(folder, ModelSummary(), single="v.safetensors")
+    card = (folder / "README.md").read_text().replace("*", "")
+    lines = [line for line in converted(folder, tmp_path / "v.safetensors") if line.startswith("v-prediction, ")]
+    assert len(lines) == 2 and all(line.partition(": ")[2] in card for line in lines)
+    assert f"zsnr {str(zero_snr).lower()}," in lines[0]
+    assert not any("v-prediction" in line for line in converted(model, tmp_path / "plain.safetensors"))
+
+
 def test_a_scheduler_that_supports_zero_snr_is_kept(model, tmp_path):
     converted(zero_snr_folder(model, tmp_path / "in", _class_name="EulerDiscreteScheduler"), tmp_path / "out")
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
@@ -386,6 +399,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path):
 import resource, torch
 from pathlib import Path
 from fastsd.console import Console
+from fastsd.run.model_card import write_card
 from fastsd.storage import TensorFile, write_safetensors
 def kilobytes(file, word):
     return int(next(line for line in file if line.startswith(word)).split()[1])

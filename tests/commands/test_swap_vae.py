@@ -135,6 +135,7 @@ def test_bad_input_gets_one_sentence(tmp_path, tiny_model, vaes, images, monkeyp
         return err
 
     assert_refused("out-exists", tiny_model, other, tmp_path / "empty")
+    assert_refused("folder-like-file", tiny_model, other, tmp_path / "out.safetensors")
     assert_refused("source-missing", tmp_path / "none", other, out)
     assert_refused("source-missing", tiny_model, tmp_path / "none", out)
     assert_refused("swap-same-vae", tiny_model, tiny_model, out)

@@ -16,7 +16,7 @@ import torch
 
 from fastsd.errors import UserError
 from fastsd.model.formats import fold_vae as folding
-from fastsd.model.formats.model_source import ModelSource
+from fastsd.model.formats.model_source import PICKLED, ModelSource
 from fastsd.model.formats.original_names import PREFIX, original_names
 from fastsd.model.formats.single_file_layout import CONFIGS, V_PREDICTION, ZERO_SNR
 from fastsd.model.model import usable_scheduler
@@ -33,8 +33,19 @@ MODEL_INDEX = {
 TOKENIZER_FILES = (  # those to copy, because the folder may hold other files of a whole CLIP
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
 )  # fmt: skip
+_FILE_ENDINGS = (".safetensors", ".safetensor", ".sft", ".gguf", ".onnx", ".zip", *PICKLED)
 Config = Mapping[str, Any]
 _STEM = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+
+
+def check_folder_name(out: Path, advice: str = "") -> None:
+    """Raise UserError if a new folder for a model has the ending of a model file. Other dots ("sd1.5") are accepted.
+
+    Args:
+        advice: text after "choose a folder".
+    """
+    if out.suffix.lower() in _FILE_ENDINGS:
+        raise UserError("folder-like-file", f"OUT is {str(out)!r}, but this command writes a folder; choose a folder{advice}")
 
 
 def write_folder(source: ModelSource, folder: Path, *, dtype: str = "", variant: str = "", shard: int = 0) -> dict[str, str]:
