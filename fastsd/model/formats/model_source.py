@@ -109,7 +109,8 @@ def open_source(name: str, revision: str = "", *, pickled: bool = False, ema: bo
         components["text_encoder"] = check_component("text_encoder", text_encoder, notes)
 
     if file and (ignored := single_file_layout.ignored(file.tensors)):
-        notes.append(f"{base.name}: ignored {', '.join(ignored)}")
+        others = f" and {len(ignored) - 30} others" if len(ignored) > 30 else ""
+        notes.append(f"{base.name}: ignored {', '.join(ignored[:30])}{others}")
     scheduler = file.scheduler() if file else read_scheduler(base)
     return ModelSource(base, components, scheduler, folder, file.metadata if file else {}, notes)
 
@@ -221,14 +222,18 @@ def read_component(folder: Path, component: str, notes: list[str] | None = None,
     if not (folder / "config.json").is_file():
         raise UserError("component-missing", f"{base}: {component}/config.json not found; give a complete diffusers folder")
     config = read_json(folder / "config.json")
+    if component == "text_encoder" and isinstance(config.get("text_config"), dict):  # the config of a whole CLIP
+        config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config["text_config"]}
     files = _weight_files(folder, pickled=pickled)
     ignored = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED) and path not in files)
     weights = files[0]
     tensors = _open_shards(weights, notes) if weights.suffix == ".json" else _open_tensors(weights, notes)
+    unused = [name for name in tensors if single_file_layout.is_unused(component, name)]
+    ignored += dict.fromkeys(name.split(".")[0] for name in unused if not name.endswith("position_ids"))
     if ignored:
         notes.append(f"{component}: ignored {', '.join(ignored)}")
     rename = {"text_encoder": classic_text_name, "vae": current_vae_name}.get(component, str)
-    renamed = {rename(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    renamed = {rename(name): tensor for name, tensor in tensors.items() if name not in unused}
     return ComponentFiles(config, renamed, str(folder), weights.name)
 
 

@@ -28,11 +28,23 @@ _VAE_CONFIG = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels":
 _TEXT_CONFIG = {
     "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "projection_dim": 768,
 }  # fmt: skip
+# Prefix of names -> another family, and the prefixes that prove it to be SD1.5's all the same: then these are leftovers.
+_UNET_OR_VAE = (PREFIX["unet"] + "input_blocks.", PREFIX["vae"], "encoder.")
 _OTHER_FAMILIES = {
-    "conditioner.": "an SDXL", "model.diffusion_model.label_emb.": "an SDXL", "cond_stage_model.model.": "an SD2",
-    "model.diffusion_model.joint_blocks.": "an SD3", "model.diffusion_model.double_blocks.": "a Flux",
-    "double_blocks.": "a Flux", "control_model.": "a ControlNet", "lora_unet_": "a LoRA", "lora_te": "a LoRA",
+    "conditioner.": ("an SDXL", (PREFIX["text_encoder"],)), "model.diffusion_model.label_emb.": ("an SDXL", ()),
+    "cond_stage_model.model.": ("an SD2", (PREFIX["text_encoder"],)),
+    "model.diffusion_model.joint_blocks.": ("an SD3", _UNET_OR_VAE),
+    "model.diffusion_model.double_blocks.": ("a Flux", _UNET_OR_VAE), "double_blocks.": ("a Flux", _UNET_OR_VAE),
+    "control_model.": ("a ControlNet", _UNET_OR_VAE),
+    "lora_unet_": ("a LoRA", _UNET_OR_VAE), "lora_te": ("a LoRA", _UNET_OR_VAE),
 }  # fmt: skip
+# Tensors that tools leave in a component, although its output does not depend on them: the other half of a whole CLIP, and
+# the loss and the averages with which a VAE was trained. A UNet has none.
+_UNUSED = {
+    "text_encoder": re.compile(r"(?:text_projection|logit_scale|visual_projection|vision_model)(?:\.|$)|.*position_ids$"),
+    "vae": re.compile(r"(?:loss|model_ema)\."),
+    "unet": re.compile(r"(?!)"),
+}
 
 
 def read_component(
@@ -46,13 +58,13 @@ def read_component(
         UserError: the file is of another model family, or the component is incomplete.
     """
     for name in tensors:
-        other_family = next((family for prefix, family in _OTHER_FAMILIES.items() if name.startswith(prefix)), None)
-        if other_family:
-            raise UserError("other-family", f"{path} is {other_family} file ({name}); give a model of the SD1.5 family")
+        for prefix, (family, proofs) in _OTHER_FAMILIES.items():
+            if name.startswith(prefix) and not any(other.startswith(proofs) for other in tensors):
+                raise UserError("other-family", f"{path} is {family} file ({name}); give a model of the SD1.5 family")
 
-    state: Tensors = {
-        name.removeprefix(PREFIX[component]): tensor for name, tensor in tensors.items() if name.startswith(PREFIX[component])
-    }
+    prefix = PREFIX[component]
+    contents = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    state: Tensors = {name: tensor for name, tensor in contents.items() if not is_unused(component, name)}
     if component == "vae" and not state:
         state = {name: tensor for name, tensor in tensors.items() if name.startswith(_VAE_TOPS)}
     if not state:
@@ -62,7 +74,7 @@ def read_component(
     if component == "vae" and any(name.startswith("encoder.down_blocks.") for name in state):
         return config, {current_vae_name(name): tensor for name, tensor in state.items()}
     if component == "text_encoder":
-        return config, {classic_text_name(name): tensor for name, tensor in state.items() if not name.endswith("position_ids")}
+        return config, {classic_text_name(name): tensor for name, tensor in state.items()}
 
     targets = expected_tensors(component, config, str(path))
     original_by_name = original_names(component, config, targets)
@@ -78,22 +90,35 @@ def _unet_weights(
     path: Path, tensors: Tensors, unet: Tensors, original_by_name: Mapping[str, str], notes: list[str], *, ema: bool
 ) -> Tensors:
     """Return the UNet's weights, or their EMA if `ema` is set."""
-    ema_count = sum(name.startswith(EMA) for name in tensors)
-    if ema_count:
-        notes.append(f"unet: {ema_count} EMA tensors " + ("used" if ema else "ignored; --ema uses them"))
+    ema_names = {original: name for original in original_by_name.values() if (name := ema_name(original)) in tensors}
+    if ema_names:
+        notes.append(f"unet: {len(ema_names)} EMA tensors " + ("used" if ema else "ignored; --ema uses them"))
     elif ema:
         raise UserError("single-file-no-ema", f"{path}: has no EMA weights; omit --ema")
-    if not ema:
-        return unet
-    ema_names = {original: ema_name(original) for original in original_by_name.values()}
-    return {original: tensors[name] for original, name in ema_names.items() if name in tensors}
+    return {original: tensors[name] for original, name in ema_names.items()} if ema else unet
+
+
+def is_unused(component: str, name: str) -> bool:
+    """Return True if a component's output does not depend on a tensor. `name` lacks the component's prefix."""
+    return _UNUSED[component].match(name) is not None
 
 
 def ignored(tensors: Tensors) -> list[str]:
-    """Return the first words of the tensor names that no component reads, without repetition."""
-    prefixes = (*PREFIX.values(), EMA, *_VAE_TOPS)
-    names = [name for name in tensors if not name.startswith(prefixes) and name not in (V_PREDICTION, ZERO_SNR)]
-    return list(dict.fromkeys(name.split(".")[0] for name in names))
+    """Return the first words of the tensor names that no component reads, after its prefix, without repetition."""
+    return list(dict.fromkeys(_label(name) for name in tensors if not _is_read(name)))
+
+
+def _is_read(name: str) -> bool:
+    for component, prefix in PREFIX.items():
+        if name.startswith(prefix):
+            return not is_unused(component, name.removeprefix(prefix)) or name.endswith("position_ids")
+    return name.startswith((f"{EMA}diffusion_model", *_VAE_TOPS)) or name in (V_PREDICTION, ZERO_SNR)
+
+
+def _label(name: str) -> str:
+    prefixes = (*PREFIX.values(), EMA, "model.", "cond_stage_model.", "first_stage_model.")
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefix + name.removeprefix(prefix).split(".")[0]
 
 
 def configs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
