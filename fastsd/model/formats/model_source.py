@@ -8,20 +8,17 @@ unpickled unless the caller asks for it. In that case torch's loader for weights
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastsd.errors import UserError
 from fastsd.model import model
 from fastsd.model.formats import fold_vae, single_file_layout
 from fastsd.model.formats.original_names import PREFIX, current_vae_name
+from fastsd.model.formats.pickles import unpickle
 from fastsd.model.weights import check_names, classic_text_name, expected_tensors
 from fastsd.storage import TensorFile, Tensors, read_json
 
@@ -263,43 +260,6 @@ def find_tokenizer(base: Path, name: str = "", field: str = "--tokenizer", notes
     source = locate(name, field) if name else base
     folder = source / "tokenizer" if (source / "tokenizer").is_dir() else source
     return folder if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() else None
-
-
-def unpickle(path: Path, notes: list[str]) -> dict[str, Tensor]:
-    """Return the tensors of a pickled file. They are mapped from the disk if its format allows that. No code in it is executed.
-
-    Raises:
-        UserError: the file is damaged, holds no tensors, or contains code.
-    """
-    # The files of the first models name a class of their trainer, in data that is not read here.
-    allowed_classes = [(_Placeholder, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-    try:
-        with torch.serialization.safe_globals(allowed_classes):  # type: ignore[arg-type]
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # damaged or hostile files raise many types of errors
-        match = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if match:
-            raise UserError(
-                "pickle-runs-code", f"{path}: contains executable code ({match[1]}), which was not run; use a .safetensors file"
-            ) from None
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(
-            "weights-unreadable", f"{path}: cannot be read as weights ({type(error).__name__}: {reason}); download it again"
-        ) from None
-
-    state = data.get("state_dict", data) if isinstance(data, dict) else {}
-    entries = state.items() if isinstance(state, dict) else ()
-    tensors = {str(name): tensor for name, tensor in entries if isinstance(tensor, Tensor)}
-    if not tensors:
-        raise UserError("weights-no-tensors", f"{path}: contains no named tensors; give the weights of a model")
-    other_entries = ", ".join(sorted(str(name) for name in data if name != "state_dict")) if state is not data else ""
-    if other_entries:
-        notes.append(f"{path.name}: ignored entries beside state_dict: {other_entries}")
-    return tensors
-
-
-class _Placeholder:
-    """Stand-in for a class that need not be installed."""
 
 
 def _open_tensors(path: Path, notes: list[str]) -> Tensors:
