@@ -150,7 +150,12 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
     base = resolve_model(name)
     load_whole = (Path(base) / MADE_BY).is_file() or (options.ema and Path(base).is_dir())
     source = open_source(
-        base, revision=options.revision, pickled=True, ema=options.ema and not load_whole, tokenizer=options.tokenizer
+        base,
+        revision=options.revision,
+        pickled=True,
+        ema=options.ema and not load_whole,
+        tokenizer=options.tokenizer,
+        omitted=("vae",) if options.vae else (),
     )
     if load_whole:
         source.components |= _load_components(Path(base), source, ema=options.ema)

@@ -49,7 +49,7 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
     base = locate(table.base, "model.base", table.revision)
     notes = list[str]()
     unet = _load_unet(base, ops, notes)
-    text = load_text(table, base)
+    text = load_text(table, base, notes)
     vae = load_vae(table, base)
 
     if vae.channels != unet.cfg.in_channels:
@@ -101,12 +101,14 @@ def _load_unet(base: Path, ops: Ops, notes: list[str]) -> UNet:
     return unet
 
 
-def load_text(table: ModelTable, base: Path) -> TextEncoder:
-    """Load the text encoder and tokenizer of a located base model."""
+def load_text(table: ModelTable, base: Path, notes: list[str] | None = None) -> TextEncoder:
+    """Load the text encoder and tokenizer of a located base model. A line on an encoder from elsewhere is added to `notes`."""
     tokenizer, tokenizer_folder = load_tokenizer(table, base)
     component = _open_component(base, "text_encoder")
     if component is None and (tokenizer_folder.parent / "text_encoder").is_dir():
         component = read_component(tokenizer_folder.parent, "text_encoder")
+        if notes is not None:
+            notes.append(f"the text encoder is from {tokenizer_folder.parent}, because {base.name} has none")
     if component is None:
         raise UserError(
             "single-file-text-encoder",

@@ -104,4 +104,5 @@ def describe(lora: LoraFile) -> str:
     ranks = ", ".join(f"{rank:g}" for rank in sorted(set(lora.ranks.values())))
     alphas = ", ".join(f"{alpha:g}" for alpha in sorted(set(lora.alphas.values())))
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in lora.tensors.values()})
-    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {ranks}, alpha {alphas}, {' and '.join(dtypes)}"
+    ignored = f"; ignored {', '.join(lora.ignored)}" if lora.ignored else ""
+    return f"a LoRA with {lora.kind} names, layers: {layers}, rank {ranks}, alpha {alphas}, {' and '.join(dtypes)}{ignored}"

@@ -55,8 +55,9 @@ class LoraFile:
         tensors: `<component>.<module>.lora_A.weight` (down) and `lora_B` (up), in the order of the file.
         alphas: `<component>.<module>` -> alpha.
         metadata: the other header entries, with peft's config if it is known; "" in its place means that the file had none.
-        kind: the naming scheme of the file: "kohya", "peft", "diffusers" or "older diffusers".
+        kind: the naming scheme of the file, as `kind_of` returns it.
         short: True if the names of text layers omit `text_model.`, as in transformers 5.
+        ignored: the embeddings of a textual inversion that OneTrainer bundles with a LoRA.
     """
 
     tensors: dict[str, Tensor]
@@ -64,6 +65,7 @@ class LoraFile:
     metadata: dict[str, str] = field(default_factory=dict)
     kind: str = "diffusers"
     short: bool = False
+    ignored: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -80,7 +82,8 @@ def read_lora(path: Path) -> LoraFile:
     path = weights_file(path)
     file = TensorFile(path)
     stored = dict(sorted(file.stored().items(), key=lambda item: item[1].offset))
-    kind, parsed = _parse_names(path, stored)
+    ignored = tuple(name for name in stored if name.startswith("bundle_emb."))
+    kind, parsed = _parse_names(path, [name for name in stored if name not in ignored])
 
     tensors: dict[str, Tensor] = {}
     stored_alphas: dict[str, float] = {}
@@ -96,7 +99,7 @@ def read_lora(path: Path) -> LoraFile:
 
     metadata = {key: value for key, value in file.metadata.items() if key != "format"}
     has_short_names = any(name.startswith(_SHORT_TEXT) and not name.startswith(_CLASSIC_TEXT) for name in parsed)
-    lora = LoraFile(tensors, ranks | stored_alphas, metadata, kind, has_short_names)
+    lora = LoraFile(tensors, ranks | stored_alphas, metadata, kind, has_short_names, ignored)
     if kind == "kohya":
         return _restore_record(lora)
 

@@ -5,6 +5,8 @@
     unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight    diffusers before peft
     lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight         kohya's sd-scripts
     lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_down.weight                 with the original layout's names
+    lora_unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_down.weight         OneTrainer, also `unet.middle_...`
+    diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.lora_down.weight           ComfyUI
 
 `lora_A` is the down matrix and `lora_B` the up matrix. In kohya's names, an underscore separates both words and modules. Since
 the modules of SD1.5 are known, each name has only one reading.
@@ -36,6 +38,16 @@ _MODULES = r"""
 _DOTTED = re.compile(_MODULES, re.VERBOSE)
 _UNDERSCORED = re.compile(_MODULES.replace(r"\.", "(_)"), re.VERBOSE)
 _PREFIXES = {"lora_unet_": "unet_", "lora_te_": "text_encoder_"}  # kohya's prefix -> component and an underscore
+# Prefixes of OneTrainer and its OMI format, of ComfyUI, and of SimpleTuner's LyCORIS files -> kohya's prefix. The names that
+# follow are diffusers' or the original layout's. Before diffusers' names, `unet.` is diffusers' own prefix.
+_DOTTED_PREFIXES = {
+    "OneTrainer": {
+        "lora_unet.": "lora_unet_", "lora_te.": "lora_te_", "clip_l.": "lora_te_",
+        **{f"unet.{block}": f"lora_unet_{block}" for block in ("input_", "middle_", "output_", "time_embed.", "out.")},
+    },
+    "ComfyUI": {"diffusion_model.": "lora_unet_", "text_encoders.clip_l.transformer.": "lora_te_"},
+    "SimpleTuner": {"lycoris_": "lora_unet_"},
+}  # fmt: skip
 _TENSOR = re.compile(r"(.+?)(?:\.(alpha)|[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.\w+)?\.weight)")
 _RENAMES = {  # names of other tools and versions -> current names; applied in this order
     r"^base_model\.model\.": "", r"^text_encoder\.encoder\.": "text_encoder.text_model.encoder.", r"\.processor\.": ".",
@@ -52,7 +64,7 @@ _UNSUPPORTED = {
     "full weight differences": r"\.diff(?:_b)?$",
     "ControlNet weights": r"controlnet|lllite",
     "Flux or SD3 weights": r"^transformer\.|^lora_transformer_|(?:double|single|joint)_(?:transformer_)?blocks|^lora_te3_",
-    "SDXL weights": r"^lora_te[12]_|^text_encoder_2\.|transformer_blocks[._][1-9]|add_embedding|label_emb",
+    "SDXL weights": r"^lora_te[12][_.]|^text_encoder_2\.|\bclip_g\.|transformer_blocks[._][1-9]|add_embedding|label_emb",
     "weights of a full model": r"^(?:model\.diffusion_model|cond_stage_model|first_stage_model)\.",
 }
 
@@ -97,9 +109,20 @@ def parse_name(name: str) -> tuple[str, str] | None:
     match = _TENSOR.fullmatch(name)
     if match is None:
         return None
-    module = kohya_module(match[1]) if kind_of(name) == "kohya" else _dotted_module(match[1])
+    module = module_of(match[1])
     role = match[2] or {"down": "A", "up": "B"}.get(match[3], match[3])
     return (module, role) if module else None
+
+
+def module_of(name: str) -> str | None:
+    """Return the module, with its component, that a layer's name in any tool stands for. None if SD1.5 has no such module."""
+    if name.startswith(tuple(_PREFIXES)):
+        return kohya_module(name)
+    for prefixes in _DOTTED_PREFIXES.values():
+        for prefix, kohya_prefix in prefixes.items():
+            if name.startswith(prefix):
+                return kohya_module(kohya_prefix + name.removeprefix(prefix).replace(".", "_"))
+    return _dotted_module(name)
 
 
 def _dotted_module(name: str) -> str | None:
@@ -110,9 +133,12 @@ def _dotted_module(name: str) -> str | None:
 
 
 def kind_of(name: str) -> str:
-    """Return the naming scheme of a tensor's name: "kohya", "peft", "diffusers" or "older diffusers"."""
+    """Return the naming scheme of a tensor's name: "kohya", "peft", "diffusers", "older diffusers", or another tool."""
     if name.startswith(tuple(_PREFIXES)):
         return "kohya"
+    for tool, prefixes in _DOTTED_PREFIXES.items():
+        if name.startswith(tuple(prefixes)):
+            return tool
     if name.startswith("base_model.model."):
         return "peft"
     return "diffusers" if re.search(r"\.lora_[AB]\.", name) else "older diffusers"

@@ -8,7 +8,7 @@ unpickled unless the caller asks for it. In that case torch's loader for weights
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from fastsd.errors import UserError
 from fastsd.model import model
 from fastsd.model.formats import fold_vae, single_file_layout
-from fastsd.model.formats.original_names import PREFIX, current_vae_name
+from fastsd.model.formats.original_names import PREFIX, current_vae_name, usual_name
 from fastsd.model.formats.pickles import unpickle
 from fastsd.model.weights import check_names, classic_text_name, expected_tensors
 from fastsd.storage import TensorFile, Tensors, read_json
@@ -72,7 +72,15 @@ class ModelSource:
     notes: list[str] = field(default_factory=list)
 
 
-def open_source(name: str, revision: str = "", *, pickled: bool = False, ema: bool = False, tokenizer: str = "") -> ModelSource:
+def open_source(
+    name: str,
+    revision: str = "",
+    *,
+    pickled: bool = False,
+    ema: bool = False,
+    tokenizer: str = "",
+    omitted: Sequence[str] = (),
+) -> ModelSource:
     """Find a model and check that its tensors match its configs. Their values are not read.
 
     Args:
@@ -80,6 +88,7 @@ def open_source(name: str, revision: str = "", *, pickled: bool = False, ema: bo
         pickled: also read `.ckpt` and `.bin` files.
         ema: use the EMA weights of the UNet in a single file that has both.
         tokenizer: a folder or hub id that has one; "" = the model's own, or CLIP's from the hub's cache.
+        omitted: components that are not read, because others replace them.
 
     Raises:
         UserError: the model does not exist, or it is not a complete model of the SD1.5 family.
@@ -91,7 +100,7 @@ def open_source(name: str, revision: str = "", *, pickled: bool = False, ema: bo
         raise UserError("source-no-ema", f"IN is {name!r}, a folder without EMA weights; omit --ema")
 
     components = {}
-    for component in ("unet", "text_encoder", "vae"):
+    for component in (name for name in ("unet", "text_encoder", "vae") if name not in omitted):
         opened = file.read(component, notes, ema=ema) if file else read_component(base, component, notes, pickled=pickled)
         if opened is not None:
             components[component] = check_component(component, opened, notes)
@@ -102,6 +111,7 @@ def open_source(name: str, revision: str = "", *, pickled: bool = False, ema: bo
             "tokenizer-folder", f"--tokenizer is {tokenizer!r}, which has no vocab.json and merges.txt; give a folder with both"
         )
     if "text_encoder" not in components and folder is not None and (folder.parent / "text_encoder" / "config.json").is_file():
+        notes.append(f"text_encoder: from {folder.parent}, because {base.name} has none")
         text_encoder = read_component(folder.parent, "text_encoder", notes)
         components["text_encoder"] = check_component("text_encoder", text_encoder, notes)
 
@@ -152,10 +162,16 @@ class File:
 
 def open_file(path: Path, notes: list[str] | None = None) -> File:
     """Open a file in the original layout, `.safetensors` or pickled."""
+    tensors: Tensors
+    metadata: Mapping[str, str] = {}
     if path.suffix == ".safetensors":
         tensor_file = TensorFile(path)
-        return File(path, tensor_file.stored(), tensor_file.metadata)
-    return File(path, unpickle(path, [] if notes is None else notes), {})
+        tensors, metadata = tensor_file.stored(), tensor_file.metadata
+    else:
+        tensors = unpickle(path, [] if notes is None else notes)
+    # A tensor under its usual name takes precedence. Another one of that name then keeps its own, and is ignored and named.
+    usual_names = {name: usual for name in tensors if (usual := usual_name(name)) not in tensors}
+    return File(path, {usual_names.get(name, name): tensor for name, tensor in tensors.items()}, metadata)
 
 
 def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) -> Path:

@@ -35,6 +35,14 @@ _VAE = {
     "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", ".resnets.": ".block.", "downsamplers.0": "downsample",
     "upsamplers.0": "upsample", "down_blocks.": "down.",
 }  # fmt: skip
+_OTHER_PREFIXES = {  # of ComfyUI and of merging tools -> ours
+    "text_encoders.clip_l.transformer.": PREFIX["text_encoder"], "cond_stage_model.clip_l.transformer.": PREFIX["text_encoder"],
+    "clip_l.transformer.": PREFIX["text_encoder"], "text_encoders.clip_l.": "cond_stage_model.", "vae.": PREFIX["vae"],
+}  # fmt: skip
+_OTHER_ATTENTION = {  # of old scripts that convert from diffusers: they renamed the attention of a VAE, but not its layers
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "query": "q", "key": "k", "value": "v",
+    "proj_attn": "proj_out", "group_norm": "norm",
+}  # fmt: skip
 _DEPRECATED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -50,6 +58,15 @@ def original_names(component: str, config: dict[str, Any], names: Iterable[str])
     if component == "vae":
         return {name: _vae_name(name, len(config.get("block_out_channels", (64,)))) for name in names}
     return {name: name for name in names}
+
+
+def usual_name(name: str) -> str:
+    """Return the usual name, in the original layout, of a tensor of a single file, with its prefix."""
+    prefix = next((prefix for prefix in _OTHER_PREFIXES if name.startswith(prefix)), None)
+    if prefix:
+        name = _OTHER_PREFIXES[prefix] + name.removeprefix(prefix)
+    match = re.fullmatch(r"(.*(?:en|de)coder\.mid\.attn_1\.)(.+)\.(weight|bias)", name)
+    return f"{match[1]}{_OTHER_ATTENTION.get(match[2], match[2])}.{match[3]}" if match else name
 
 
 def _unet_name(name: str, cfg: UNetConfig) -> str:

@@ -46,6 +46,11 @@ _UNUSED = {
     "unet": re.compile(r"(?!)"),
 }
 
+# A layer of a text encoder, under any name.
+_TEXT_LAYER = re.compile(
+    r"(?:cond_stage|conditioner|text_?enc|text_?model|clip|te\d?[._]|transformer\.).*(?:layers?|resblocks|blocks?)\.\d+\."
+)
+
 
 def read_component(
     path: Path, tensors: Tensors, metadata: Mapping[str, str], component: str, notes: list[str], *, ema: bool = False
@@ -68,6 +73,13 @@ def read_component(
     if component == "vae" and not state:
         state = {name: tensor for name, tensor in tensors.items() if name.startswith(_VAE_TOPS)}
     if not state:
+        unknown = next((name for name in tensors if _TEXT_LAYER.match(name)), None) if component == "text_encoder" else None
+        if unknown:
+            raise UserError(
+                "single-file-text-names",
+                f"{path}: has a text encoder with unknown names ({unknown}); rename its tensors to {prefix}text_model..., "
+                "or remove them to use another text encoder",
+            )
         return None
 
     config = configs(path, metadata).get(component) or _FROM_SHAPES[component](state, path)

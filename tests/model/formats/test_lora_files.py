@@ -302,6 +302,43 @@ def test_reads_files_of_other_tools(tmp_path):
     assert read_lora(tmp_path / "changed.safetensors").alphas[TO_K] == 2
 
 
+def original(module):
+    """Return the name of a UNet module in the original layout."""
+    names = original_names("unet", UNetConfig.sd15().to_diffusers(), [f"{module.removeprefix('unet.')}.weight"])
+    return next(iter(names.values())).removesuffix(".weight")
+
+
+TEXT_MODEL = "text_encoder.text_model."
+OTHER_TOOLS = {
+    "OneTrainer": lambda m: m.replace("unet.", "lora_unet.", 1).replace(TEXT_MODEL, "lora_te.text_model."),
+    "OneTrainer's OMI": lambda m: (
+        f"unet.{original(m)}" if m.startswith("unet.") else m.replace(TEXT_MODEL, "clip_l.text_model.")
+    ),
+    "ComfyUI": lambda m: (
+        f"diffusion_model.{original(m)}" if m.startswith("unet.")
+        else m.replace(TEXT_MODEL, "text_encoders.clip_l.transformer.text_model.")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", OTHER_TOOLS)
+@pytest.mark.parametrize("to", ["lora-kohya", "lora-peft"])
+def test_reads_names_of_other_tools(tool, to, tmp_path):
+    lora, state = mixed(), {}
+    for name, tensor in lora.tensors.items():
+        module, matrix, _ = name.rsplit(".", 2)
+        other = OTHER_TOOLS[tool](module)
+        state[f"{other}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = tensor
+        state[f"{other}.alpha"] = torch.tensor(ALPHAS[module])
+    save_file(state | {"bundle_emb.x.string_to_param.*": torch.ones(2, 8)}, tmp_path / "in.safetensors")
+    notes = convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to)
+    assert says(notes[0], "lora-described", kind=tool.split("'")[0]) and "; ignored bundle_emb.x" in notes[0]
+    converted = read_lora(tmp_path / "out.safetensors")
+    assert converted.ranks.keys() == lora.ranks.keys()
+    for module, delta in deltas(converted).items():
+        assert relative(delta, deltas(lora)[module]) < 1e-6
+
+
 def kohya(**changes: torch.Tensor | None):
     """Return a writer of a file with kohya's names and changed tensors `<module>__<down, up or alpha>`. None removes one."""
     kohya_names = {"k": kohya_name(TO_K), "conv": kohya_name(CONV), "proj": kohya_name(PROJ), "again": SAME_AS_K}

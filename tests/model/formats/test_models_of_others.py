@@ -7,12 +7,13 @@ from io import StringIO
 import pytest
 import torch
 from safetensors.torch import load_file
-from sentences import refused
+from sentences import refused, says
 from tiny import make_tiny_model, tiny_vae
 
 from fastsd.commands.convert import ConvertOptions, convert
 from fastsd.config.schema import ModelTable
 from fastsd.console import Console
+from fastsd.errors import UserError
 from fastsd.model.formats.load import component_state_dict, load_model
 from fastsd.model.formats.original_names import PREFIX
 from fastsd.model.unet import UNetConfig
@@ -138,3 +139,88 @@ def test_a_whole_clip_as_text_encoder_of_a_folder(model, tmp_path):
     assert_same(states(model), states(tmp_path / "out"))
     loaded = load_model(ModelTable(base=str(folder)))
     assert_same({"text_encoder": component_state_dict(loaded, "text_encoder")}, {"text_encoder": tensors})
+
+
+def renamed(state, *replacements):
+    def new_name(name):
+        for old, new in replacements:
+            name = name.replace(old, new)
+        return name
+
+    return {new_name(name): tensor for name, tensor in state.items()}
+
+
+ATTENTION = (("attn_1.q.", "attn_1.to_q."), ("attn_1.k.", "attn_1.to_k."), ("attn_1.v.", "attn_1.to_v."))
+NAMES = {
+    "ComfyUI's text encoder": ((TEXT, "text_encoders.clip_l.transformer."),),
+    "text encoder by name": ((TEXT, "cond_stage_model.clip_l.transformer."),),
+    "text encoder without its prefix": ((TEXT, "clip_l.transformer."),),
+    "text encoder without text_model": ((TEXT + "text_model.", TEXT),),
+    "VAE": ((VAE, "vae."),),
+    "half-converted attention": (*ATTENTION, ("attn_1.proj_out.", "attn_1.to_out.0.")),
+    "old half-converted attention": (
+        ("attn_1.q.", "attn_1.query."), ("attn_1.k.", "attn_1.key."), ("attn_1.v.", "attn_1.value."),
+        ("attn_1.proj_out.", "attn_1.proj_attn."), ("attn_1.norm.", "attn_1.group_norm."),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("replacements", NAMES.values(), ids=NAMES)
+def test_names_of_other_tools(replacements, model, state, tmp_path):
+    path = tmp_path / "in.safetensors"
+    tensors = renamed(state, *replacements)
+    assert tensors.keys() != state.keys()
+    write_safetensors(path, tensors)
+    assert ": ignored" not in assert_read(path, model, tmp_path / "out")
+    torch.save(tensors, tmp_path / "in.ckpt")
+    assert_read(tmp_path / "in.ckpt", model, tmp_path / "out2")
+
+
+def test_the_usual_name_takes_precedence(model, state, tmp_path):
+    path = tmp_path / "in.safetensors"
+    write_safetensors(path, {"vae.quant_conv.bias": ones(8), **state})
+    assert "ignored vae\n" in assert_read(path, model, tmp_path / "out")
+
+
+UNKNOWN = {
+    "cond_stage_model.wrapped.text_model.": "cond_stage_model.wrapped.text_model.encoder.layers.0.layer_norm1.bias",
+    "te.text_model.": "te.text_model.encoder.layers.0.layer_norm1.bias",
+    "text_encoder.model.": "text_encoder.model.encoder.layers.0.layer_norm1.bias",
+}
+
+
+@pytest.mark.parametrize("prefix", UNKNOWN)
+def test_a_text_encoder_with_unknown_names_is_not_replaced(prefix, model, state, tmp_path):
+    path = tmp_path / "in.safetensors"
+    write_safetensors(path, dict(sorted(renamed(state, (TEXT + "text_model.", prefix)).items())))
+    with refused("single-file-text-names", name=UNKNOWN[prefix]):
+        converted(path, tmp_path / "out", tokenizer=str(model / "tokenizer"))
+    with refused("single-file-text-names", name=UNKNOWN[prefix]):
+        load_model(ModelTable(base=str(path), tokenizer=str(model / "tokenizer")))
+
+
+def test_a_text_encoder_from_elsewhere_is_named(model, state, tmp_path):
+    path = tmp_path / "in.safetensors"
+    write_safetensors(path, {name: tensor for name, tensor in state.items() if not name.startswith(TEXT)})
+    assert says(assert_read(path, model, tmp_path / "out"), "text-encoder-from", folder=model, file="in.safetensors")
+    notes = load_model(ModelTable(base=str(path), tokenizer=str(model / "tokenizer"))).notes
+    assert says("\n".join(notes), "text-encoder-from-2", folder=model, file="in.safetensors")
+    write_safetensors(tmp_path / "whole.safetensors", state)
+    assert not load_model(ModelTable(base=str(tmp_path / "whole.safetensors"), tokenizer=str(model / "tokenizer"))).notes
+
+
+@pytest.mark.parametrize("lost", ["encoder.", "decoder.mid", "quant_conv"])
+def test_another_vae_replaces_half_a_vae(lost, model, state, tmp_path):
+    path = tmp_path / "in.safetensors"
+    write_safetensors(path, {name: tensor for name, tensor in state.items() if not name.startswith(VAE + lost)})
+    with pytest.raises(UserError):
+        converted(path, tmp_path / "out", tokenizer=str(model / "tokenizer"))
+    assert_read(path, model, tmp_path / "out", vae=str(model / "vae"))
+
+
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda vae: (vae / "diffusion_pytorch_model.safetensors").unlink()])
+def test_another_vae_replaces_that_of_a_folder(change, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "m")
+    change(folder / "vae")
+    converted(folder, tmp_path / "out", vae=str(model / "vae"))
+    assert_same(states(model), states(tmp_path / "out"))
