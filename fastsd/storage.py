@@ -27,6 +27,7 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # only read; see `Stored`
 TEMPORARY = ".tmp-"
 BLOCK = 1 << 24  # bytes of a tensor that are in memory while it is streamed
 MAX_HEADER = 16 << 20  # bytes; the header of SD1.5 as a single file has 140 thousand
@@ -34,12 +35,20 @@ MAX_HEADER = 16 << 20  # bytes; the header of SD1.5 as a single file has 140 tho
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file that has not been read yet. It is contiguous and starts at byte `offset`."""
+    """A tensor in a file that has not been read yet. It is contiguous and starts at byte `offset`.
+
+    Attributes:
+        dtype: the dtype that is returned.
+        encoded: the dtype in the file, if that is another one, such as fp8.
+        scale: a factor of all values; None = 1.
+    """
 
     path: Path
     offset: int
     dtype: torch.dtype
     shape: torch.Size
+    encoded: torch.dtype | None = None
+    scale: float | None = None
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -59,18 +68,22 @@ class Stored:
         yield from (self._read(start, min(start + length, self.numel())) for start in range(0, self.numel(), length))
 
     def _read(self, start: int, end: int) -> Tensor:
-        size = (end - start) * self.dtype.itemsize
+        itemsize = (self.encoded or self.dtype).itemsize
+        size = (end - start) * itemsize
         if not size:
             return torch.empty(0, dtype=self.dtype)
         data = bytearray(size)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset + start * self.dtype.itemsize)
+            file.seek(self.offset + start * itemsize)
             filled, buffer = 0, memoryview(data)
             while count := file.readinto(buffer[filled:]):
                 filled += count
         if filled != size:
             raise UserError("file-became-shorter", f"{self.path}: became shorter while it was read; copy the file again")
-        return torch.frombuffer(data, dtype=self.dtype)
+        numbers = torch.frombuffer(data, dtype=self.encoded or self.dtype)
+        if self.encoded is None:
+            return numbers
+        return numbers.to(self.dtype) if self.scale is None else numbers.to(self.dtype) * self.scale
 
 
 Tensors = Mapping[str, Tensor | Stored]
@@ -189,18 +202,20 @@ class TensorFile(Mapping[str, Tensor]):
         return self._header[1].get("__metadata__") or {}
 
     def stored(self) -> dict[str, Stored]:
-        """Return all tensors, unread, in the order of the header. Raise UserError for a dtype that is not in `DTYPES`."""
+        """Return all tensors, unread, in the order of the header, those in fp8 as bf16. Raise UserError for any other dtype."""
         data_start, entries = self._header
         tensors = {}
         for name, entry in entries.items():
             if name not in self._names:
                 continue
-            dtype = next((dtype for dtype, label in DTYPES.items() if label == entry["dtype"]), None)
+            encoded = FP8.get(entry["dtype"])
+            dtype = next((dtype for dtype, label in DTYPES.items() if label == entry["dtype"]), encoded and torch.bfloat16)
             if dtype is None:
                 raise UserError(
-                    "tensor-dtype", f"{self._path}: {name} has dtype {entry['dtype']}; give a model in fp16, bf16 or fp32"
+                    "tensor-dtype", f"{self._path}: {name} has dtype {entry['dtype']}; give a model in fp8, fp16, bf16 or fp32"
                 )
-            tensors[name] = Stored(self._path, data_start + entry["data_offsets"][0], dtype, torch.Size(entry["shape"]))
+            offset = data_start + entry["data_offsets"][0]
+            tensors[name] = Stored(self._path, offset, dtype, torch.Size(entry["shape"]), encoded)
         return tensors
 
     def __getitem__(self, name: str) -> Tensor:

@@ -76,6 +76,7 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
     notes = [f"{name}: SD1.5's ({sources[name][0]} has no config.json here)" for name in configs if configs[name] is None]
     unet_config = configs["UNet"]
     unet = UNetConfig.sd15() if unet_config is None else UNetConfig.from_diffusers(unet_config, f"{table.base}: unet config")
+    check_text_to_image(unet, table.base)
     text, vae = configs["text encoder"] or SD15_TEXT, configs["VAE"] or SD15_VAE
     shapes = Shapes(unet, text, vae, table.clip_skip, table.chunks, table.lora)
 
@@ -87,6 +88,18 @@ def read_shapes(table: ModelTable) -> tuple[Shapes, list[str]]:
             f"has {channels} and the text encoder has width {width}; choose matching components",
         )
     return shapes, notes
+
+
+def check_text_to_image(cfg: UNetConfig, base: str) -> None:
+    """Raise UserError if a UNet also takes an image, as for inpainting, or for editing (Brooks et al. 2023, section 3.2)."""
+    kind = {2 * cfg.out_channels + 1: "an inpainting base", 2 * cfg.out_channels: "a base for editing images (InstructPix2Pix)"}
+    if cfg.in_channels in kind:
+        raise UserError(
+            "base-takes-images",
+            f"model.base is {base}, {kind[cfg.in_channels]}, which is not supported: its UNet takes {cfg.in_channels} "
+            f"channels, {cfg.out_channels} of them latents and the others an image; fastsd only converts such models; choose "
+            "a text-to-image base",
+        )
 
 
 def _read_config(name: str, revision: str, folders: list[str]) -> dict[str, Any] | None:

@@ -132,7 +132,13 @@ def expected_tensors(component: str, config: dict[str, Any], place: str) -> dict
 def check_names(
     expected: Mapping[str, Tensor], tensors: Tensors, place: str, advice: str = "give weights that match the config"
 ) -> None:
-    """Raise UserError, which names the first wrong tensor, unless `tensors` has exactly the names and shapes of `expected`."""
+    """Raise UserError unless `tensors` are floating-point and have exactly the names and shapes of `expected`."""
+    for name in expected.keys() & tensors.keys():
+        if not tensors[name].dtype.is_floating_point:
+            dtype = str(tensors[name].dtype).removeprefix("torch.")
+            raise UserError(
+                "weights-quantized", f"{place}: {name} is quantised to {dtype}; give weights in fp8, fp16, bf16 or fp32"
+            )
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     if missing or extra:

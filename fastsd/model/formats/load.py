@@ -25,6 +25,7 @@ from fastsd.model.formats.write import write_component as write_tensors
 from fastsd.model.formats.write import write_pipeline
 from fastsd.model.model import SD15_SCHEDULER as SD15_SCHEDULER
 from fastsd.model.model import Model, usable_scheduler
+from fastsd.model.shapes import check_text_to_image
 from fastsd.model.text_encoder import TextEncoder
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import Vae
@@ -49,6 +50,7 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
     base = locate(table.base, "model.base", table.revision)
     notes = list[str]()
     unet = _load_unet(base, ops, notes)
+    check_text_to_image(unet.cfg, table.base)
     text = load_text(table, base, notes)
     vae = load_vae(table, base)
 

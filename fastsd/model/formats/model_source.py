@@ -19,6 +19,7 @@ from fastsd.model import model
 from fastsd.model.formats import fold_vae, single_file_layout
 from fastsd.model.formats.original_names import PREFIX, current_vae_name, usual_name
 from fastsd.model.formats.pickles import unpickle
+from fastsd.model.formats.quantized import dequantize
 from fastsd.model.weights import check_names, classic_text_name, expected_tensors
 from fastsd.storage import TensorFile, Tensors, read_json
 
@@ -26,6 +27,11 @@ from fastsd.storage import TensorFile, Tensors, read_json
 CLIP_TOKENIZERS = (
     "openai/clip-vit-large-patch14", "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
     "CompVis/stable-diffusion-v1-4",
+)  # fmt: skip
+# diffusers' classes with the components of a text-to-image model, which a converted folder keeps.
+_PIPELINES = (
+    "StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInstructPix2PixPipeline", "StableDiffusionInpaintPipelineLegacy",
 )  # fmt: skip
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _VARIANTS = ("", ".fp16", ".bf16", ".fp32")
@@ -70,6 +76,16 @@ class ModelSource:
     tokenizer: Path | None
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def pipeline(self) -> str:
+        """The class of diffusers that loads the model: the folder's, or that of a UNet with so many channels."""
+        index = self.place / "model_index.json"
+        name = read_json(index).get("_class_name") if index.is_file() else None
+        unet = self.components["unet"].config
+        inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
+        by_channels = {2 * outputs + 1: _PIPELINES[1], 2 * outputs: _PIPELINES[3]}.get(inputs, _PIPELINES[0])
+        return name if name in _PIPELINES else by_channels
 
 
 def open_source(
@@ -171,7 +187,8 @@ def open_file(path: Path, notes: list[str] | None = None) -> File:
         tensors = unpickle(path, [] if notes is None else notes)
     # A tensor under its usual name takes precedence. Another one of that name then keeps its own, and is ignored and named.
     usual_names = {name: usual for name in tensors if (usual := usual_name(name)) not in tensors}
-    return File(path, {usual_names.get(name, name): tensor for name, tensor in tensors.items()}, metadata)
+    tensors = {usual_names.get(name, name): tensor for name, tensor in tensors.items()}
+    return File(path, dequantize(path, tensors, [] if notes is None else notes), metadata)
 
 
 def locate(name: str, field: str, revision: str = "", *, pickled: bool = False) -> Path:
@@ -279,7 +296,8 @@ def find_tokenizer(base: Path, name: str = "", field: str = "--tokenizer", notes
 
 
 def _open_tensors(path: Path, notes: list[str]) -> Tensors:
-    return TensorFile(path).stored() if path.suffix == ".safetensors" else unpickle(path, notes)
+    tensors = TensorFile(path).stored() if path.suffix == ".safetensors" else unpickle(path, notes)
+    return dequantize(path, tensors, notes)
 
 
 def _weight_files(folder: Path, *, pickled: bool) -> list[Path]:

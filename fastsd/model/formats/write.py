@@ -69,7 +69,7 @@ def write_folder(source: ModelSource, folder: Path, *, dtype: str = "", variant:
         raise UserError(
             "write-no-tokenizer", f"{source.place}: has no tokenizer; use for example --tokenizer openai/clip-vit-large-patch14"
         )
-    hashes = write_pipeline(folder, source.scheduler, source.tokenizer)
+    hashes = write_pipeline(folder, source.scheduler, source.tokenizer, source.pipeline)
     for name, component in source.components.items():
         hashes |= write_component(folder, name, component.config, component.tensors, dtype, variant, shard, str(source.place))
     return hashes
@@ -124,14 +124,20 @@ def _size(tensor: torch.Tensor | Stored, dtype: torch.dtype | None) -> int:
     return tensor.numel() * (dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
 
 
-def write_pipeline(folder: Path, scheduler: Config, tokenizer: Path) -> dict[str, str]:
-    """Write the files of a model that are not components: index, scheduler, tokenizer. Return each file's sha256 by name."""
+def write_pipeline(
+    folder: Path, scheduler: Config, tokenizer: Path, pipeline: str = "StableDiffusionPipeline"
+) -> dict[str, str]:
+    """Write the files of a model that are not components: index, scheduler, tokenizer. Return each file's sha256 by name.
+
+    Args:
+        pipeline: the class that diffusers loads the model with.
+    """
     for name in ("scheduler", "tokenizer"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     scheduler = usable_scheduler(scheduler)
-    scheduler_class = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
+    index = {"_class_name": pipeline, "scheduler": ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]}
     hashes = {
-        "model_index.json": _write_json(folder / "model_index.json", {**MODEL_INDEX, "scheduler": scheduler_class}),
+        "model_index.json": _write_json(folder / "model_index.json", {**MODEL_INDEX, **index}),
         "scheduler/scheduler_config.json": _write_json(folder / "scheduler" / "scheduler_config.json", scheduler),
     }
     for name in TOKENIZER_FILES:

@@ -157,6 +157,8 @@ IN, OUT = f"{PREFIX}input_blocks.0.0.weight", f"{PREFIX}out.2.weight"
 WORDS = "cond_stage_model.transformer.text_model."
 POSITIONS, TOKENS = "embeddings.position_embedding.weight", "embeddings.token_embedding.weight"
 INNER = "encoder.layers.0.mlp.fc1.weight"
+SCALE = ORIGINAL.replace(".weight", ".scale_weight")
+NO_SCALE = f"{PREFIX}x.scale_weight"
 SYSTEM = f"{os.system.__module__}.system"
 FLAT = put(OUT, torch.ones(3))
 ones = torch.ones
@@ -218,7 +220,19 @@ BAD = {
     "a name twice": case(data(repeat_entry), "safetensors-unreadable", error=("header-name-twice", {})),
     "data outside": case(header(x={**ENTRY, "shape": [8], "data_offsets": [0, 32]}), "safetensors-unreadable"),
     "data shared": case(header(x=ENTRY, y=ENTRY), "safetensors-unreadable"),
-    "fp8": case(header(x={**ENTRY, "dtype": "F8_E4M3", "shape": [16]}), "tensor-dtype", dtype="F8_E4M3"),
+    "fp8 scales": case(header(x={**ENTRY, "dtype": "F8_E8M0", "shape": [16]}), "tensor-dtype", dtype="F8_E8M0"),
+    "int8": case(in_file(lambda s: s.update({ORIGINAL: s[ORIGINAL].char()})), "weights-quantized", name=CURRENT, dtype="int8"),
+    "NF4": case(in_file(put(ORIGINAL, ones(9, 1).byte())), "weights-quantized", name=CURRENT, dtype="uint8"),
+    "int8 in a folder": case(tensors(put(CONV_IN, ones(2).char())), "weights-quantized", name=CONV_IN, dtype="int8"),
+    "a scale of each row": case(in_file(put(SCALE, ones(32))), "scale-not-a-number", name=SCALE),
+    "a negative scale": case(in_file(put(SCALE, -ones(1))), "scale-not-a-number", name=SCALE),
+    "a scale without a weight": case(in_file(put(NO_SCALE, ones(1))), "scale-of-no-tensor", name=NO_SCALE),
+    "scaled int8": case(
+        in_file(lambda s: s.update({ORIGINAL: s[ORIGINAL].char(), SCALE: ones(1)})),
+        "weights-quantized",
+        name=CURRENT,
+        dtype="int8",
+    ),
     "escape": case(index(lambda place: "../../outside.safetensors"), "index-outside", name="'../../outside.safetensors'"),
     "absolute": case(index(lambda place: str(place / "outside.safetensors")), "index-outside"),
     "no shard": case(index(lambda place: "gone.safetensors"), "index-file-missing", name="gone.safetensors"),

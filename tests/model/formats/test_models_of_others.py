@@ -6,7 +6,7 @@ from io import StringIO
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentences import refused, says
 from tiny import make_tiny_model, tiny_vae
 
@@ -16,6 +16,7 @@ from fastsd.console import Console
 from fastsd.errors import UserError
 from fastsd.model.formats.load import component_state_dict, load_model
 from fastsd.model.formats.original_names import PREFIX
+from fastsd.model.shapes import read_shapes
 from fastsd.model.unet import UNetConfig
 from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.storage import write_safetensors
@@ -224,3 +225,93 @@ def test_another_vae_replaces_that_of_a_folder(change, model, tmp_path):
     change(folder / "vae")
     converted(folder, tmp_path / "out", vae=str(model / "vae"))
     assert_same(states(model), states(tmp_path / "out"))
+
+
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def in_fp8(state, dtype, scale_name=""):
+    """Return the weights of linears and convolutions in fp8, with the scales of a tool, and the values that they stand for."""
+    tensors, values = {}, {}
+    for name, tensor in state.items():
+        if tensor.ndim < 2 or not name.startswith((UNET, TEXT)):
+            tensors[name] = values[name] = tensor
+            continue
+        scale = (tensor.abs().max() / 100).reshape(1) if scale_name else ones(1)
+        tensors[name] = (tensor / scale).to(dtype)
+        values[name] = tensors[name].float() * scale if scale_name else tensors[name].bfloat16()
+        if scale_name:
+            tensors[name.replace(".weight", scale_name)] = scale
+            tensors[name.replace(".weight", ".scale_input")] = ones(1)
+    return tensors, values
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("scale_name", ["", ".scale_weight", ".weight_scale"])
+@pytest.mark.parametrize("dtype", FP8.values(), ids=FP8)
+def test_fp8_is_read_exactly(dtype, scale_name, ending, model, state, tmp_path):
+    path, expected = tmp_path / f"in.{ending}", tmp_path / "expected.safetensors"
+    tensors, values = in_fp8(state, dtype, scale_name)
+    write_safetensors(expected, values)
+    marked = tensors | ({UNET + "scaled_fp8": torch.empty(0, dtype=dtype)} if scale_name else {})
+    save_file(marked, path) if ending == "safetensors" else torch.save(marked, path)
+    text = converted(path, tmp_path / "out", tokenizer=str(model / "tokenizer"))
+    converted(expected, tmp_path / "expected", tokenizer=str(model / "tokenizer"))
+    assert_same(states(tmp_path / "expected"), states(tmp_path / "out"))
+    count = sum(tensor.dtype == dtype for tensor in tensors.values())
+    assert count > 20 and says(
+        text.replace("in.ckpt", "in.safetensors"), "fp8-scaled" if scale_name else "fp8-read", count=count
+    )
+    weight = states(tmp_path / "out")["unet"]["conv_in.weight"]
+    assert weight.dtype == (torch.float32 if scale_name else torch.bfloat16)
+    if ending == "safetensors":
+        loaded = load_model(ModelTable(base=str(path), tokenizer=str(model / "tokenizer")))
+        assert torch.equal(loaded.unet.conv_in.weight, weight.float())
+
+
+def with_channels(model, folder, inputs, pipeline):
+    """Copy a model, and widen the first convolution of its UNet."""
+    shutil.copytree(model, folder)
+    tensors = load_file(model / FILES["unet"])
+    conv_in = tensors["conv_in.weight"]
+    extra = torch.linspace(-1, 1, 32 * (inputs - 4) * 9).view(32, inputs - 4, 3, 3)
+    write_safetensors(folder / FILES["unet"], tensors | {"conv_in.weight": torch.cat([conv_in, extra], 1)})
+    for name, changes in (("unet/config.json", {"in_channels": inputs}), ("model_index.json", {"_class_name": pipeline})):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+IMAGES = {
+    "StableDiffusionInpaintPipeline": (9, "an inpainting base"),
+    "StableDiffusionInstructPix2PixPipeline": (8, "a base for editing images (InstructPix2Pix)"),
+}
+
+
+@pytest.mark.parametrize("pipeline", IMAGES)
+def test_models_that_take_images_keep_their_pipeline_and_are_not_trained(pipeline, model, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    inputs, kind = IMAGES[pipeline]
+    folder = with_channels(model, tmp_path / "in", inputs, pipeline)
+    converted(folder, tmp_path / "m.safetensors")
+    converted(folder, tmp_path / "folder")
+    write_safetensors(tmp_path / "bare.safetensors", load_file(tmp_path / "m.safetensors"))
+    converted(tmp_path / "bare.safetensors", tmp_path / "file", tokenizer=str(model / "tokenizer"))
+    for name in ("folder", "file"):
+        assert_same(states(folder), states(tmp_path / name))
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / name, local_files_only=True)
+        assert type(loaded).__name__ == pipeline and loaded.unet.config.in_channels == inputs
+    table = ModelTable(base=str(folder), tokenizer=str(model / "tokenizer"))
+    for read in (load_model, read_shapes):
+        with refused("base-takes-images", kind=kind, inputs=inputs, outputs=4):
+            read(table)
+    with refused("base-takes-images", kind=kind):
+        load_model(table.model_copy(update={"base": str(tmp_path / "bare.safetensors")}))
+
+
+def test_another_pipeline_with_the_same_components_is_kept(model, tmp_path):
+    names = {"StableDiffusionImg2ImgPipeline": "StableDiffusionImg2ImgPipeline", "SomePipeline": "StableDiffusionPipeline"}
+    for name, expected in names.items():
+        converted(with_channels(model, tmp_path / f"in-{name}", 4, name), tmp_path / name)
+        assert json.loads((tmp_path / name / "model_index.json").read_text())["_class_name"] == expected
