@@ -316,12 +316,28 @@ def convert(
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
     revision: Annotated[str, Option(help="Revision of a hub id.")] = "",
+    merge: Annotated[
+        list[str] | None,
+        Option(
+            metavar="LORA[:weight]",
+            help="Adapter to merge, any of LyCORIS' kinds; may be repeated, for example a.safetensors:0.8.",
+        ),
+    ] = None,
 ) -> None:
     """Convert a model to another format. Writes a diffusers folder, a single file, or a LoRA with kohya or PEFT names."""
     from fastsd.commands.convert import ConvertOptions, convert
 
     options = ConvertOptions(
-        dtype.value if dtype else "", ema, fold, variant, shard, vae, vae_scaling_factor, tokenizer, revision
+        dtype.value if dtype else "",
+        ema,
+        fold,
+        variant,
+        shard,
+        vae,
+        vae_scaling_factor,
+        tokenizer,
+        revision,
+        tuple(merge or ()),
     )
     convert(source, out, to.value if to else "", options)
 

@@ -41,6 +41,7 @@ class ConvertOptions:
         variant: a word in the names of a diffusers folder's weight files, such as fp16.
         shard: size in GB above which a weight file of a diffusers folder is split; 0 = one file per component.
         vae, vae_scaling_factor, tokenizer, revision: as in `[model]` of a config.
+        merge: adapters to merge into the weights, each LORA[:weight].
     """
 
     dtype: str = ""
@@ -52,6 +53,7 @@ class ConvertOptions:
     vae_scaling_factor: float | None = None
     tokenizer: str = ""
     revision: str = ""
+    merge: tuple[str, ...] = ()
 
 
 def convert(name: str, out: Path, to: str = "", options: ConvertOptions | None = None, console: Console = STDOUT) -> None:
@@ -79,6 +81,8 @@ def convert(name: str, out: Path, to: str = "", options: ConvertOptions | None =
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if to.startswith("lora"):
+            if options.merge:
+                raise UserError("merge-into-lora", f"--to is {to}, but --merge needs a model; omit one of them")
             from fastsd.model.formats.lora_convert import convert_lora
 
             notes = convert_lora(_lora_file(name, ema=options.ema), out, to, options.dtype)
@@ -108,6 +112,10 @@ def _infer_format(name: str, out: Path) -> str:
 
 def _write(source: ModelSource, origin: Origin, out: Path, to: str, options: ConvertOptions) -> list[str]:
     summary, samples = origin
+    if options.merge:
+        adapters = ", ".join(f"{Path(text).name}" for text in options.merge)
+        summary = summary or ModelSummary(title=out.stem)
+        summary = summary.model_copy(update={"note": f"{summary.note} Adapters merged into the weights: {adapters}.".strip()})
     if to == "single-file":
         vae = source.components.get("vae")
         downscale = 2 ** (len(vae.config.get("block_out_channels", (64,))) - 1) if vae else 8
@@ -167,6 +175,16 @@ def _source(name: str, options: ConvertOptions) -> ModelSource:
         if new_vae is None:
             raise UserError("convert-no-vae", f"--vae is {options.vae!r}, which contains no VAE; give an AutoencoderKL")
         source.components["vae"] = check_component("vae", new_vae, notes)
+
+    if options.merge:
+        from fastsd.model.formats.merge import merge_into
+
+        changed, notes = merge_into(source.components, options.merge)
+        for component, tensors in changed.items():
+            if tensors:
+                files = source.components[component]
+                source.components[component] = replace(files, tensors={**files.tensors, **tensors})
+        source.notes += notes
 
     vae = source.components.get("vae")
     expected = source.components["unet"].config.get("out_channels", 4)

@@ -3,5 +3,5 @@
 single_file_layout, original_names, lora_names   the names of tensors
 model_source, pickles, lora_files, model_summary the contents of files and folders
 load, adapters, lora_weights                     loading these contents into a `Model`
-write, fold_vae, lora_convert                    writing models for other tools
+write, fold_vae, lora_convert, merge             writing models for other tools
 """

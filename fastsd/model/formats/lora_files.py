@@ -103,7 +103,7 @@ def read_lora(path: Path) -> LoraFile:
     if kind == "kohya":
         return _restore_record(lora)
 
-    config = _json(path, PEFT_CONFIG, metadata.get(PEFT_CONFIG, "{}"))
+    config = json_table(path, PEFT_CONFIG, metadata.get(PEFT_CONFIG, "{}"))
     # A stored config can be written again only if the file has the names that we write, and no alpha tensors.
     has_our_names = kind == "diffusers" and all(name.startswith(COMPONENTS) for name in parsed)
     if has_our_names and not stored_alphas:
@@ -116,8 +116,8 @@ def read_lora(path: Path) -> LoraFile:
             raise UserError(
                 "peft-config-missing", f"{path}: has peft's names but no adapter_config.json (with alpha) beside it; add it"
             )
-        config = _json(path, config_path.name, config_path.read_text(encoding="utf-8", errors="replace"))
-    return replace(lora, alphas=_alphas_from_config(str(path), config, ranks) | stored_alphas)
+        config = json_table(path, config_path.name, config_path.read_text(encoding="utf-8", errors="replace"))
+    return replace(lora, alphas=alphas_from_config(str(path), config, ranks) | stored_alphas)
 
 
 def kernel_side(module: str) -> int:
@@ -198,7 +198,8 @@ def _checked_rank(path: Path, module: str, tensors: Mapping[str, Tensor]) -> int
     return rank
 
 
-def _json(place: object, name: str, text: str) -> dict[str, Any]:
+def json_table(place: object, name: str, text: str) -> dict[str, Any]:
+    """Return a JSON object, the entry or file `name` of the LoRA at `place`. Raise UserError for anything else."""
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
@@ -207,7 +208,7 @@ def _json(place: object, name: str, text: str) -> dict[str, Any]:
         ) from None
 
 
-def _alphas_from_config(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+def alphas_from_config(place: str, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
     """Return each module's alpha as peft reads it from a config. A key may begin with the only component that it applies to.
 
     A rank-stabilised LoRA scales by alpha / sqrt(R) (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning
@@ -251,9 +252,9 @@ def _restore_record(lora: LoraFile) -> LoraFile:
     if record is None:
         return replace(lora, metadata=metadata)
     try:
-        entries = _json("", RECORD, record)
-        config = _json("", RECORD, entries[PEFT_CONFIG] or "{}")
-        alphas = _alphas_from_config("", config, lora.ranks)
+        entries = json_table("", RECORD, record)
+        config = json_table("", RECORD, entries[PEFT_CONFIG] or "{}")
+        alphas = alphas_from_config("", config, lora.ranks)
         header = {key: value for key, value in lora.metadata.items() if key not in entries["added"]}
         header = {PEFT_CONFIG if key == RECORD else key: value for key, value in header.items()}
         header[PEFT_CONFIG] = entries[PEFT_CONFIG]

@@ -106,23 +106,30 @@ def _modules_by_original_name() -> dict[str, str]:
 
 def parse_name(name: str) -> tuple[str, str] | None:
     """Return the module, with its component, and the role of a LoRA tensor: "A", "B" or "alpha". None if it is unknown."""
-    match = _TENSOR.fullmatch(name)
-    if match is None:
-        return None
-    module = module_of(match[1])
-    role = match[2] or {"down": "A", "up": "B"}.get(match[3], match[3])
+    layer, role = split_name(name) or ("", "")
+    module = module_of(layer) if layer else None
     return (module, role) if module else None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return the layer, as its tool names it, and the role of a LoRA tensor. None for any other tensor."""
+    match = _TENSOR.fullmatch(name)
+    return match and (match[1], match[2] or {"down": "A", "up": "B"}.get(match[3], match[3]))
 
 
 def module_of(name: str) -> str | None:
     """Return the module, with its component, that a layer's name in any tool stands for. None if SD1.5 has no such module."""
+    kohya = kohya_form(name)
+    return kohya_module(kohya) if kohya else _dotted_module(name)
+
+
+def kohya_form(name: str) -> str | None:
+    """Return a layer's name with kohya's prefix and underscores, or None if it has the names of diffusers or peft."""
     if name.startswith(tuple(_PREFIXES)):
-        return kohya_module(name)
-    for prefixes in _DOTTED_PREFIXES.values():
-        for prefix, kohya_prefix in prefixes.items():
-            if name.startswith(prefix):
-                return kohya_module(kohya_prefix + name.removeprefix(prefix).replace(".", "_"))
-    return _dotted_module(name)
+        return name
+    prefixes = {prefix: kohya for table in _DOTTED_PREFIXES.values() for prefix, kohya in table.items()}
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+    return prefix and prefixes[prefix].replace(".", "_") + name.removeprefix(prefix).replace(".", "_")
 
 
 def _dotted_module(name: str) -> str | None:
