@@ -105,7 +105,8 @@ def _infer_format(name: str, out: Path) -> str:
         return "diffusers"
     path = Path(name)
     tensor_names = TensorFile(path) if path.is_file() and path.suffix == ".safetensors" else ()
-    if tensor_names and all("lora" in tensor for tensor in tensor_names):
+    others = [tensor for tensor in tensor_names if "lora" not in tensor]
+    if len(others) < len(tensor_names) and all(name.endswith(".alpha") or name.startswith("bundle_emb.") for name in others):
         return "lora-peft" if any(tensor.startswith("lora_") for tensor in tensor_names) else "lora-kohya"
     return "single-file"
 

@@ -67,6 +67,8 @@ _UNSUPPORTED = {
     "SDXL weights": r"^lora_te[12][_.]|^text_encoder_2\.|\bclip_g\.|transformer_blocks[._][1-9]|add_embedding|label_emb",
     "weights of a full model": r"^(?:model\.diffusion_model|cond_stage_model|first_stage_model)\.",
 }
+# Those of them that `merge.py` reads.
+MERGEABLE = ("LoHa weights", "LoKr weights", "DoRA weights", "Tucker-decomposed weights", "full weight differences")
 
 
 def kohya_name(module: str) -> str:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from sentences import LINES, refused, says
 from torch import nn
 
+from fastsd.commands.convert import _infer_format
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.model.formats.load import load_model
 from fastsd.model.formats.lora_convert import convert_lora
@@ -331,6 +332,7 @@ def test_reads_names_of_other_tools(tool, to, tmp_path):
         state[f"{other}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = tensor
         state[f"{other}.alpha"] = torch.tensor(ALPHAS[module])
     save_file(state | {"bundle_emb.x.string_to_param.*": torch.ones(2, 8)}, tmp_path / "in.safetensors")
+    assert _infer_format(str(tmp_path / "in.safetensors"), tmp_path / "out.safetensors").startswith("lora-")
     notes = convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to)
     assert says(notes[0], "lora-described", kind=tool.split("'")[0]) and "; ignored bundle_emb.x" in notes[0]
     converted = read_lora(tmp_path / "out.safetensors")
@@ -379,7 +381,8 @@ def peft(change):
     return make
 
 
-ones, UNSUPPORTED = torch.ones, "lora-unsupported"
+ones, UNSUPPORTED, MERGE = torch.ones, "lora-unsupported", LINES["merge-this-file"]
+TUCKER = "Tucker-decomposed weights"
 FILES = "pytorch_lora_weights.safetensors nor adapter_model.safetensors"
 
 
@@ -394,13 +397,18 @@ def as_peft(path):
 
 BROKEN = {
     "SDXL": case(renamed("lora_te_", "lora_te1_"), UNSUPPORTED, unsupported="SDXL weights"),
-    "SDXL's UNet": case(renamed("transformer_blocks_0", "transformer_blocks_3"), UNSUPPORTED, unsupported="SDXL weights"),
+    "SDXL's UNet": case(
+        renamed("transformer_blocks_0", "transformer_blocks_3"), UNSUPPORTED, unsupported="SDXL weights", merge=""
+    ),
     "Flux": case(renamed("mid_block_attentions_0", "double_blocks_0_img"), UNSUPPORTED, unsupported="Flux or SD3 weights"),
-    "LoHa": case(renamed("lora_up.weight", "hada_w1_a"), UNSUPPORTED, unsupported="LoHa weights"),
-    "LoKr": case(renamed("lora_up.weight", "lokr_w1"), UNSUPPORTED, unsupported="LoKr weights"),
+    "LoHa": case(renamed("lora_up.weight", "hada_w1_a"), UNSUPPORTED, unsupported="LoHa weights", merge=MERGE),
+    "LoKr": case(renamed("lora_up.weight", "lokr_w1"), UNSUPPORTED, unsupported="LoKr weights", merge=MERGE),
     "OFT": case(renamed("lora_up.weight", "oft_blocks"), UNSUPPORTED, unsupported="OFT weights"),
-    "DoRA": case(kohya(k__dora_scale=ones(8, 1)), UNSUPPORTED, unsupported="DoRA weights"),
-    "LoCon": case(renamed("conv2.lora_up", "conv2.lora_mid"), UNSUPPORTED, unsupported="Tucker-decomposed weights"),
+    "DoRA": case(kohya(k__dora_scale=ones(8, 1)), UNSUPPORTED, unsupported="DoRA weights", merge=MERGE),
+    "LoCon": case(
+        renamed("conv2.lora_up", "conv2.lora_mid"), UNSUPPORTED, unsupported="Tucker-decomposed weights", merge=MERGE
+    ),
+    "a difference": case(renamed("lora_up.weight", "diff"), UNSUPPORTED, unsupported="full weight differences", merge=MERGE),
     "ControlNet": case(only("lora_controlnet"), UNSUPPORTED, unsupported="ControlNet weights"),
     "a model": case(only("model.diffusion_model.out.2.weight"), UNSUPPORTED, unsupported="weights of a full model"),
     "a VAE": case(only("encoder.conv_in.weight"), "lora-unknown-name", name="encoder.conv_in.weight"),
