@@ -320,7 +320,7 @@ def convert(
         list[str] | None,
         Option(
             metavar="LORA[:weight]",
-            help="Adapter to merge, any of LyCORIS' kinds; may be repeated, for example a.safetensors:0.8.",
+            help="Adapter to merge (LoRA, LoHa, LoKr, DoRA, full difference); may be repeated.",
         ),
     ] = None,
 ) -> None:
