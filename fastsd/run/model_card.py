@@ -131,8 +131,8 @@ def _last_grid(run: Path, step: int) -> Grid | None:
 
 
 def _stages(run: Path, config: Config, state: Mapping[str, Any]) -> list[StageSummary]:
-    """Summarize the stages up to a checkpoint, in order. In older versions, only cost.json counts those of complete stages."""
-    costs = {row["name"]: row for row in [*read_costs(run)["stages"], *state.get("costs", [])]}
+    """Summarize the stages up to a checkpoint, in order. The steps and images of finished stages are read from cost.json."""
+    costs = {row["name"]: row for row in read_costs(run)["stages"]}
     current_stage = state.get("stage", 0)
     not_listed = {*keys_with(StageTable, COLUMN), *keys_with(StageTable, NO_EFFECT)}
     summaries = []

@@ -75,6 +75,8 @@ def compare_with_start(
             raise UserError("run-other-start", f"{path.parent}: {change} since the run was started; {new_run}")
 
     current_stage, fixed_keys = progress.stage, keys_with(StageTable, Key.FIXED)
+    # A complete stage can have another name. Its length is compared in `compare_with_end`.
+    lasting_keys = {*StageTable.model_fields} - {*keys_with(StageTable, Key.NO_EFFECT), "name", "until"}
     names = [config.stage_name(i) for i in range(len(config.stage))]
     for i, name in enumerate(map(start.stage_name, range(min(len(start.stage), current_stage + 1)))):
         if name in names and names.index(name) != i:
@@ -85,7 +87,8 @@ def compare_with_start(
         for key in old_stage:
             if old_stage[key] != new_stage[key]:
                 change = _describe_change(f"stage.{i}.{key}", old_stage[key], new_stage[key])
-                if i < current_stage or (i == current_stage and key in fixed_keys and progress.stage_step):
+                is_complete = i < current_stage or (progress.stage_done and i < len(new["stage"]) - 1 and key in lasting_keys)
+                if i <= current_stage and (is_complete or (i == current_stage and key in fixed_keys and progress.stage_step)):
                     stage = None if key in fixed_keys else config.stage[i]
                     advice = _advice("undo the change", path.parent, i, stage)
                     raise UserError("run-other-stage", f"{path.parent}: {change} after training had begun; {advice}")

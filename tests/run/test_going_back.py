@@ -248,8 +248,11 @@ def test_the_end_of_an_earlier_stage_cannot_move_behind_the_run(copy_of):
     ):
         with refused("run-other-stage", alternative=alternative):
             start(*changes)
-    for step in (7, 8, 9, 10):
+    assert checkpoint_steps(folder)[-1] == 10
+    for step in (8, 10):
         shutil.rmtree(folder / "checkpoints" / name_of(step), ignore_errors=True)
+    with refused("run-other-stage", key="stage.0.lr", alternative="go back with --from step-00000004"):
+        start("stage.one.lr=1e-4")  # the stage is complete, and the next has not begun
     with refused("stage-beyond-end", name="'one'", until=4, alternative="go back with --from step-00000004"):
         start("stage.one.until=4")
     with refused("stage-complete", name="'one'", until=9, alternative="go back with --from step-00000004"):
@@ -337,6 +340,16 @@ def test_the_card_and_the_costs_tell_the_settings_over_the_steps(copy_of, finish
     start(back="2")
     card = (folder / "model/README.md").read_text()
     assert "until step" not in card and [row.keys() for row in stage_costs(folder)] == [row.keys() for row in before]
+
+
+def test_settings_between_two_stages_belong_to_the_later(copy_of, finished):
+    folder, start = copy_of("carried")
+    rewind(folder, 6)
+    cache(load_config(finished["carried"], CHANGED), Console(file=StringIO()))
+    start("stage.two.lr=5e-4", "stage.one.checkpoint_every=3", "cache.dtype=fp32")
+    card = (folder / "model/README.md").read_text()
+    assert "| one | unet.mid | lion | 0.001 |" in card and "| two | unet.mid | lion | 0.0005 |" in card
+    assert "until step" not in card
 
 
 def test_settings_that_no_step_was_trained_with_are_not_on_the_card(copy_of):
