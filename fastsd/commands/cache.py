@@ -20,6 +20,7 @@ from fastsd.data.building.embed_captions import write_text_embeddings
 from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.building.tokenize_captions import write_tokens
 from fastsd.data.cache import LatentCache
+from fastsd.data.captions import several_captions
 from fastsd.data.sources import folders
 from fastsd.data.tokens import Tokens
 from fastsd.errors import Stopped, UserError
@@ -76,6 +77,8 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
     if counts.encoded:
         rates = ", ".join(f"{step} {rate:.1f} img/s" for step, rate in counts.rates.items())
         console.echo(f"speed of each pipeline step alone: {rates}")
+    with closing(LatentCache.open(config.cache.dir, counts.view)) as latents:
+        _echo(console, several_captions(latents))
     if counts.empty_captions:
         console.echo(f'{counts.empty_captions} images have no caption or an empty one and are trained with ""')
     if counts.rejected:
@@ -98,6 +101,11 @@ def _compile_encoder(config: Config, vae: Vae, console: Console) -> None:
         compile_kernels(kernels_of(launches), console)
     except KeyboardInterrupt:
         raise Stopped(f"{config.cache.dir}: caching stopped") from None
+
+
+def _echo(console: Console, line: str, indent: str = "") -> None:
+    if line:
+        console.echo(indent + line)
 
 
 def _print_reasons(console: Console, reasons: dict[str, int]) -> None:
@@ -147,7 +155,7 @@ def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, con
         console.echo(f"{folder}: {contents.latents} latents{text_embeddings} in {size}{missing}")
         for name, view in contents.views.items():
             _print_view(console, name, view)
-            _print_truncated(config, name, console)
+            _print_captions(config, name, console)
         for problem in contents.damaged:
             console.echo(f"  damaged: {problem}")
         if contents.rejected:
@@ -171,9 +179,10 @@ def _print_view(console: Console, name: str, view: upkeep.ViewStats) -> None:
         console.echo(f"    warning: {view.warning}")
 
 
-def _print_truncated(config: Config, view: str, console: Console) -> None:
-    """Print how many captions will be truncated for the text encoder, if their token ids are cached."""
+def _print_captions(config: Config, view: str, console: Console) -> None:
+    """Print how many images have several captions. Print how many captions will be truncated, if their token ids are cached."""
     with suppress(UserError), closing(LatentCache.open(config.cache.dir, view)) as latents:
+        _echo(console, several_captions(latents), indent="    ")
         tokenizer = load_tokenizer(config.model)[0]
         tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks)
         token_limit = tokens.chunks * tokens.window

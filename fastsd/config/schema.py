@@ -90,6 +90,8 @@ class DataTable(Table):
     buckets: BucketTable | None = None  # the table [data.buckets]: aspect-ratio buckets instead of squares
     latents: Literal["", "img_sdxl", "img_sdvae", "npz"] = ""  # "" = encode images; or import another trainer's latents
     caption_key: str = ""  # key in metadata and .json; "" = the first of text, caption, prompt
+    # Lines of a .txt or .caption: "variants" = each is a caption, and training picks one; "join" = all are one caption
+    caption_lines: Literal["variants", "join"] = "variants"
     weight_key: str = ""  # key in metadata, whose value is a factor of the image's loss; "" = none
     masks: str = ""  # suffix of the masks beside images, such as "-mask.png"; white is learned; "" = none
     include: list[str] = []  # use only images with at least one of these tags
@@ -268,7 +270,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, precision:
     """
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(
             "config-missing", f"{path} does not exist; use the path of a .toml file, for example configs/xlsd.toml"

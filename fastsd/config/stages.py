@@ -96,7 +96,7 @@ class StageTable(Table):
 
     caption_dropout: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0, le=1)  # share of captions replaced by ""
     max_tags: Annotated[int, FREE | LIGHT | CAPTION] = Field(0, ge=0)  # keep the first n tags of a caption; 0 = all
-    tag_separator: Annotated[str, FREE | LIGHT] = Field(",", min_length=1)  # separator between tags
+    tag_separator: Annotated[str, FREE | LIGHT] = Field(",", min_length=1)  # between tags; also joins edited ones
     shuffle_tags: Annotated[bool, FREE | LIGHT | CAPTION] = False  # put tags in random order
     keep_tags: Annotated[int, FREE | LIGHT] = Field(0, ge=0)  # neither shuffle nor drop the first n tags
     tag_dropout: Annotated[float, FREE | LIGHT | CAPTION] = Field(0.0, ge=0, le=1)  # share of the tags that are dropped

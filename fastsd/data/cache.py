@@ -130,7 +130,8 @@ def view_name(config: Config, vae_hash: str) -> str:
     data = config.data
     folders = [os.fsencode(os.path.abspath(root.path)).hex() for root in data.roots]
     # Keys added in later versions enter the name only if they are set, so existing views keep their names.
-    optional_settings = [{key: value} for key in ("weight_key", "masks") if (value := getattr(data, key))]
+    added = {"weight_key": "", "masks": "", "caption_lines": "variants"}
+    optional_settings = [{key: value} for key, default in added.items() if (value := getattr(data, key)) != default]
     return digest(vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key, *optional_settings)[:16]
 
 

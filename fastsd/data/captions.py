@@ -11,6 +11,7 @@ ordered by number 4 + 4 i and dropped by number 5 + 4 i.  Sentence i is ordered 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -36,7 +37,8 @@ def captions_for(variants_B: Sequence[Sequence[str]], positions_B: Tensor, stage
         positions_B: the samples' global positions, int64. With the seed, they determine all random choices.
         stage: `caption_dropout` is the fraction of captions that are replaced by "".  `shuffle_sentences` reorders
             sentences, which end with full stops.  `shuffle_tags`, `tag_dropout` and `max_tags` edit tags, but the first
-            `keep_tags` tags are neither shuffled nor dropped.  Edited tags are stripped and joined with ", ".
+            `keep_tags` tags are neither shuffled nor dropped.  Edited tags are stripped and joined with the separator and a
+            space.
         seed: the seed of the run.
     """
     assert len(variants_B) == len(positions_B)
@@ -72,7 +74,8 @@ def _edit_tags(text: str, stage: StageTable, order: list[float], dropout: list[f
     if stage.shuffle_tags:
         indices = sorted(indices, key=order.__getitem__)
     kept = [tags[i] for i in indices if dropout[i] >= stage.tag_dropout]
-    return ", ".join([*tags[: stage.keep_tags], *kept][: stage.max_tags or None])
+    separator = stage.tag_separator if stage.tag_separator[-1].isspace() else f"{stage.tag_separator} "
+    return separator.join([*tags[: stage.keep_tags], *kept][: stage.max_tags or None])
 
 
 def _shuffle_sentences(text: str, order: list[float]) -> str:
@@ -81,6 +84,16 @@ def _shuffle_sentences(text: str, order: list[float]) -> str:
         return text
     indices = sorted(range(len(sentences)), key=order.__getitem__)
     return ". ".join(sentences[i] for i in indices) + ("." if text.rstrip().endswith(".") else "")
+
+
+def several_captions(cache: LatentCache) -> str:
+    """Return a sentence on the samples that have several captions, or "" if there are none."""
+    counts: Counter[int] = Counter()
+    for first in range(0, len(cache), _CHUNK):
+        counts.update(map(len, cache.variants(range(first, min(first + _CHUNK, len(cache))))))
+    several = counts.total() - counts[1]
+    advice = 'training picks one each time; data.caption_lines = "join" makes one of all lines of a text file'
+    return f"{several} images have several captions, up to {max(counts)}: {advice}" if several else ""
 
 
 def select(cache: LatentCache, include: tuple[str, ...], exclude: tuple[str, ...], separator: str) -> np.ndarray | None:

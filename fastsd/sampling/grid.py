@@ -32,7 +32,7 @@ def read_prompts(table: SampleTable) -> list[str]:
     prompts = list(table.prompts)
     if table.prompts_file:
         try:
-            lines = Path(table.prompts_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(table.prompts_file).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             problem = f"sample.prompts_file is {table.prompts_file!r}, which cannot be read ({error})"
             raise UserError("prompts-unreadable", f"{problem}; give a UTF-8 text file") from None

@@ -12,9 +12,10 @@ from sentences import pattern, refused, says
 from fastsd.config.config_errors import FAMILIAR
 from fastsd.config.keys import Key, conditions, properties
 from fastsd.config.optimizers import OPTIMIZERS
-from fastsd.config.schema import _TABLES, Config, FolderTable, StageTable, dump_config, load_config, parse_config
+from fastsd.config.schema import _TABLES, Config, FolderTable, SampleTable, StageTable, dump_config, load_config, parse_config
 from fastsd.config.stages import ENDLESS, parse_amount, steps_of
 from fastsd.errors import UserError
+from fastsd.sampling.grid import read_prompts
 
 GOOD = """
 [model]
@@ -105,6 +106,17 @@ def test_steps_of_a_stage_are_rounded_up():
 
     assert [steps(until) for until in (7, "2e", "1.5e", "64 images", "65 images")] == [7, 7, 5, 2, 3]
     assert steps("3h") == ENDLESS
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path):
+    (tmp_path / "c.toml").write_text(GOOD, encoding="utf-8-sig")
+    assert load_config(tmp_path / "c.toml") == load(tmp_path, GOOD)
+
+
+def test_prompts_end_only_at_the_ends_of_lines(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red fox\r\n\n one\x85\u2028two \rthree".encode())
+    table = SampleTable(prompts=["first"], prompts_file=str(tmp_path / "prompts.txt"))
+    assert read_prompts(table) == ["first", "a red fox", "one\x85\u2028two", "three"]
 
 
 def test_overrides(tmp_path):

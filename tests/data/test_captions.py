@@ -30,7 +30,9 @@ def test_captions_stay_unchanged_without_edits(text):
 
 def test_max_tags_keeps_the_first_and_normalises_the_separators():
     assert edited("a ,b,,  c, d", max_tags=3) == ["a, b, c"]
-    assert edited("a|b, still b|c", max_tags=2, tag_separator="|") == ["a, b, still b"]
+    assert edited("a|b, still b|c", max_tags=2, tag_separator="|") == ["a| b, still b"]
+    assert edited("a; b;c;d", max_tags=3, tag_separator=";") == ["a; b; c"]
+    assert edited("a  b c d", max_tags=3, tag_separator=" ") == ["a b c"]
     assert edited("", max_tags=2) == [""]
 
 
@@ -86,7 +88,7 @@ def test_sentences_are_shuffled():
 def test_sentences_are_shuffled_before_tags():
     # Joining the shuffled sentences adds a separator.
     both = edited("one two.\nthree four", 300, shuffle_sentences=True, shuffle_tags=True, tag_separator=" ")
-    tags = {tuple(sorted(text.split(", "))) for text in both}
+    tags = {tuple(sorted(text.split(" "))) for text in both}
     assert tags == {("four", "one", "three", "two."), ("four.", "one", "three", "two")}
     assert len(set(both)) > 30
 

@@ -184,7 +184,7 @@ def _inspect(
     try:
         if source.problem:
             raise Rejected(source.problem)
-        captions = "\n".join(folders.captions_of(source))
+        captions = "\n".join(folders.captions_of(source, data.caption_lines))
         size_and_mtime = _size_and_mtime(source)
         sample = sample._replace(captions=captions, weight=source.weight, size=size_and_mtime[0], mtime_ns=size_and_mtime[1])
         if rejection and rejection[:2] == size_and_mtime:  # the same bytes would be rejected again

@@ -50,7 +50,13 @@ _Sources: TypeAlias = "Iterator[DataSource | _Sources]"
 
 
 def scan(
-    roots: Sequence[FolderTable], *, caption_key: str = "", weight_key: str = "", latents: str = "", masks: str = ""
+    roots: Sequence[FolderTable],
+    *,
+    caption_key: str = "",
+    caption_lines: str = "variants",
+    weight_key: str = "",
+    latents: str = "",
+    masks: str = "",
 ) -> Iterator[DataSource]:
     """Yield every image in `roots` and every problem, lazily. Roots are in order, and images are sorted within a root.
 
@@ -60,10 +66,12 @@ def scan(
 
     The caption of an image comes from the nearest `metadata.jsonl` or `.parquet` that lists the image. This file is beside or
     above the image, within its root. If there is none, the caption comes from the `.txt`, or else the `.caption`, beside the
-    image. A weight comes from the nearest metadata file that has one for the image. A mask is always beside its image.
+    image. An empty caption counts as none. A weight comes from the nearest metadata file that has one for the image. A mask is
+    always beside its image.
 
     Args:
         caption_key: column of metadata files, and key in a tar's `.json`; "" = the first of text, caption, prompt.
+        caption_lines: "variants" = each line of a text file is a caption; "join" = all lines are one caption.
         weight_key: as `caption_key`, for the factor of an image's loss; "" = no weights.
         latents: kind of another trainer's latents to find instead of images: `img_sdxl`, `img_sdvae` or `npz`. Captions
             have the name of the image.
@@ -101,7 +109,11 @@ def scan(
                 raise UserError("folder-within-folder", f"data.folders: {shown(path)} {problem}")
             earlier_roots.add(path)
             root_paths.append((number, path))
-    return _scan([root.path for root in roots], root_paths, lambda root: _Walk(root, (caption_key, weight_key), latents, masks))
+    return _scan(
+        [root.path for root in roots],
+        root_paths,
+        lambda root: _Walk(root, (caption_key, weight_key), latents, masks, caption_lines),
+    )
 
 
 def _scan(root_names: list[str], root_paths: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[DataSource]:
@@ -152,8 +164,8 @@ def _expand(pattern: str) -> Iterator[str]:
 class _Walk:
     """The search of one root."""
 
-    def __init__(self, root: int, keys: tuple[str, str], latents: str, masks: str) -> None:
-        self.root, self.keys, self.latents, self.masks = root, keys, latents, masks
+    def __init__(self, root: int, keys: tuple[str, str], latents: str, masks: str, caption_lines: str) -> None:
+        self.root, self.keys, self.latents, self.masks, self.caption_lines = root, keys, latents, masks, caption_lines
         self.extensions = (f".{latents}",) if latents else IMAGE_EXTENSIONS
         self.visited: set[tuple[int, int]] = set()  # (device, inode) of each folder, because links may form loops
 
@@ -222,7 +234,7 @@ class _Walk:
                 yield from (DataSource(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
 
     def _tar(self, path: str) -> Iterator[DataSource]:
-        return tars.samples(path, self.root, self.extensions, *self.keys, self.masks)
+        return tars.samples(path, self.root, self.extensions, *self.keys, self.masks, self.caption_lines)
 
     def _stem(self, name: str, entries: dict[str, bool]) -> str:
         """Return the name of an image without its extension, or "" for a file that is no image."""
@@ -242,21 +254,21 @@ class _Walk:
         tables: list[metadata.Metadata],
         mask: DataSource | None,
     ) -> DataSource:
-        captions, weight, problem = None, None, ""
+        captions: tuple[str, ...] = ()
+        weight, problem = None, ""
         for table in tables:  # every table records which of its images were looked up
             row: metadata.Entry = (), None
             try:
                 row = table.lookup(prefix + (stem if self.latents else name))
             except Rejected as error:
-                problem = problem or (error.reason if captions is None else "")
-            captions = row[0] if captions is None else captions
+                problem = problem or ("" if captions else error.reason)
+            captions = captions or row[0]
             weight = row[1] if weight is None else weight
-        if captions is not None:
-            return DataSource(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
-        caption_path = next(
-            (prefix + stem + extension for extension in CAPTION_EXTENSIONS if entries.get(stem + extension) is False), ""
-        )
-        return DataSource(prefix + name, self.root, caption_path=caption_path, weight=weight, mask=mask)
+        source = DataSource(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
+        if captions or problem:
+            return source
+        texts = (stem + extension for extension in CAPTION_EXTENSIONS)
+        return replace(source, caption_paths=tuple(prefix + text for text in texts if entries.get(text) is False))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -266,7 +278,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def scan_for(data: DataTable) -> Iterator[DataSource]:
     """Call `scan` with the settings of `[data]`."""
-    return scan(data.roots, caption_key=data.caption_key, weight_key=data.weight_key, latents=data.latents, masks=data.masks)
+    options = {key: getattr(data, key) for key in ("caption_key", "caption_lines", "weight_key", "latents", "masks")}
+    return scan(data.roots, **options)
 
 
 def count(data: DataTable) -> tuple[int, int]:
@@ -275,11 +288,14 @@ def count(data: DataTable) -> tuple[int, int]:
     return images_per_root.total(), sum(data.roots[root].repeats * images for root, images in images_per_root.items())
 
 
-def captions_of(source: DataSource) -> tuple[str, ...]:
-    """Return an image's captions, stripped and without empty ones. Raises Rejected if its text file cannot be used."""
-    if not source.caption_path:
-        return source.captions
-    return text_captions(_read(source.caption_path, "caption: ", MAX_CAPTION_BYTES))
+def captions_of(source: DataSource, lines: str = "variants") -> tuple[str, ...]:
+    """Return an image's captions, stripped and without empty ones. `lines` is data.caption_lines.
+
+    Raises:
+        Rejected: a text file cannot be used.
+    """
+    texts = (text_captions(_read(path, "caption: ", MAX_CAPTION_BYTES), lines) for path in source.caption_paths)
+    return source.captions or next(filter(None, texts), ())
 
 
 def read_bytes(source: DataSource) -> bytes:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-CAPTION_EXTENSIONS = (".txt", ".caption")  # beside an image; the first that exists is used
+CAPTION_EXTENSIONS = (".txt", ".caption")  # beside an image; the first with text is used
 MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 30
 MAX_WEIGHT = float.fromhex("0x1.fffffep+127")  # the largest finite fp32 number
 MASK_WITHOUT_IMAGE = "mask (data.masks) without an image of the same name"
 CAPTION_KEYS = ("text", "caption", "prompt")
+_LINE_END = re.compile(r"\r\n?|\n")  # `str.splitlines` also ends lines at U+0085, U+2028, form feeds and other characters
 
 
 class Rejected(Exception):
@@ -38,7 +42,7 @@ class DataSource:
     member: str = ""  # name inside a tar, or the line or row of a metadata file that has a problem
     offset: int = 0  # where the bytes of the image start in `path`
     length: int = -1  # number of these bytes; -1 = the whole file
-    caption_path: str = ""  # a text file that `captions_of` reads
+    caption_paths: tuple[str, ...] = ()  # text files beside the image; `captions_of` reads the first that has text
     captions: tuple[str, ...] = ()  # captions from metadata or a tar, which are read already
     problem: str = ""  # reason why it cannot be used
     weight: float | None = None  # factor of the image's loss, from metadata
@@ -61,21 +65,35 @@ def ends_in(name: str, ending: str) -> bool:
     return bool(ending) and name[-len(ending) :].lower() == ending.lower()
 
 
-def text_captions(data: bytes) -> tuple[str, ...]:
+def text_captions(data: bytes, lines: str = "variants") -> tuple[str, ...]:
     """Split a text file into captions, one per line. They are stripped, and empty ones are left out.
+
+    Args:
+        lines: data.caption_lines. "join" makes one caption of all lines.
 
     Raises:
         Rejected: the file is not UTF-8 text or is larger than `MAX_CAPTION_BYTES`.
     """
-    if len(data) > MAX_CAPTION_BYTES:
-        raise Rejected("caption: larger than 1 MiB", lasting=False)
+    _check_size(data)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Rejected(f"caption: not UTF-8 (byte {error.start})", lasting=False) from None
+        encoding = "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "WINDOWS-1252"
+        advice = f"convert it, for example with `iconv -f {encoding} -t UTF-8 OLD > NEW`"
+        raise Rejected(f"caption: not UTF-8 (byte {error.start}); {advice}", lasting=False) from None
+    return _captions(text, lines)
+
+
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_CAPTION_BYTES:
+        raise Rejected("caption: larger than 1 MiB", lasting=False)
+
+
+def _captions(text: str, lines: str) -> tuple[str, ...]:
     if "\0" in text:
         raise Rejected("caption: contains NUL characters", lasting=False)
-    return tuple(stripped for line in text.splitlines() if (stripped := line.strip()))
+    captions = tuple(stripped for line in _LINE_END.split(text) if (stripped := line.strip()))
+    return (" ".join(captions),) if captions and lines == "join" else captions
 
 
 def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
@@ -96,8 +114,11 @@ def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
         for text in texts:
             if not isinstance(text, str):
                 raise Rejected(f"caption ({name}): {type(text).__name__} instead of text", lasting=False)
-        lines = (" ".join(text_captions(text.encode("utf-8", "surrogatepass"))) for text in texts)
-        return tuple(line for line in lines if line)
+            try:
+                _check_size(text.encode())
+            except UnicodeEncodeError as error:  # a surrogate that a JSON escape has left alone
+                raise Rejected(f"caption: not UTF-8 (character {error.start})", lasting=False) from None
+        return tuple(itertools.chain.from_iterable(_captions(text, "join") for text in texts))
     return None
 
 

@@ -26,7 +26,7 @@ _MAX_LINE = 1 << 20  # bytes
 _BATCH = 256  # rows of a parquet file in memory
 _SHOWN_COLUMNS = 20  # columns that an error message lists
 
-Entry = tuple[tuple[str, ...] | None, float | None]  # captions and weight of an image; None = not given
+Entry = tuple[tuple[str, ...], float | None]  # captions and weight of an image; () and None = not given
 _Rows = Iterator[tuple[int, dict[str, object] | str]]  # number of a row, from 1, and the row or the reason why it is unusable
 
 
@@ -41,7 +41,6 @@ class Metadata:
 
     def __init__(self, path: str, caption_key: str, weight_key: str, *, stems: bool) -> None:
         self.path, self._key, self._weight_key, self._stems = path, caption_key, weight_key, stems
-        self._has_captions = True  # False if the file holds weights only
         self._parquet = path.endswith(".parquet")
         self._prefix = len(os.path.join(os.path.dirname(path), ""))
         self._looked_up = bytearray()  # for each stored row: 1 if its image was looked up, else 0
@@ -88,13 +87,12 @@ class Metadata:
         key = self._image_key(image[self._prefix :].replace(os.sep, "/"))
         row = self._db.execute("SELECT id, number, captions, weight, reason FROM row WHERE image = ?", (key,)).fetchone()
         if not row:
-            return None, None
+            return (), None
         id, number, captions, weight, reason = row
         self._looked_up[id] = 1
         if reason:
             raise Rejected(f"{reason} ({self._row_name(number)} of {os.path.basename(self.path)})", lasting=False)
-        texts = tuple(captions.split("\n")) if captions else ()
-        return texts if self._has_captions else None, weight
+        return tuple(captions.split("\n")) if captions else (), weight
 
     def unmatched(self) -> Iterator[tuple[str, str]]:
         """Yield (row, reason) for every row whose image was never looked up, because it does not exist."""
@@ -131,7 +129,7 @@ class Metadata:
         return ""
 
     def _missing_column(self) -> str:
-        """Return the problem if no row has a required column, otherwise "". Sets `_has_captions`."""
+        """Return the problem if no row has a required column, otherwise ""."""
         caption_keys = (self._key,) if self._key else CAPTION_KEYS
         has_names = has_captions = has_weights = False
         seen_columns: dict[str, None] = {}
@@ -144,7 +142,6 @@ class Metadata:
             if len(seen_columns) < _SHOWN_COLUMNS:
                 seen_columns |= dict.fromkeys(columns)
         if has_names and has_weights:
-            self._has_captions = False
             return ""
         listed = ", ".join(map(_printable, list(seen_columns)[:_SHOWN_COLUMNS])) or "nothing"
         if not has_names:

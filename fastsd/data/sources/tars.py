@@ -63,11 +63,17 @@ class _Group:
 
 
 def samples(
-    path: str, root: int, extensions: tuple[str, ...], caption_key: str, weight_key: str = "", masks: str = ""
+    path: str,
+    root: int,
+    extensions: tuple[str, ...],
+    caption_key: str,
+    weight_key: str = "",
+    masks: str = "",
+    caption_lines: str = "variants",
 ) -> Iterator[DataSource]:
     """Yield the images in a tar, in its order, and every problem.
 
-    Captions come from `.txt`, then `.caption` (one per line), then `.json`. With a `caption_key`, `.json` comes first.
+    Captions come from the first of `.txt`, `.caption` and `.json` that has any. With a `caption_key`, `.json` comes first.
 
     Args:
         root: index in data.folders, for the sources.
@@ -75,13 +81,15 @@ def samples(
         caption_key: key in the `.json`; "" = the first of text, caption, prompt.
         weight_key: key in the `.json`; "" = no weights.
         masks: ending that follows the key in the name of a mask; "" = no masks.
+        caption_lines: "variants" = each line of a text is a caption; "join" = all lines are one caption.
     """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
             raise Rejected("not a regular file")
         with open(path, "rb") as file:
-            yield from _Tar(file, status.st_size, path, root, extensions, caption_key, weight_key, masks).samples()
+            options = extensions, caption_key, weight_key, masks, caption_lines
+            yield from _Tar(file, status.st_size, path, root, *options).samples()
     except OSError as error:
         yield DataSource(path, root, problem=f"cannot be read ({error.strerror})")
     except Rejected as error:
@@ -98,6 +106,7 @@ class _Tar:
     caption_key: str
     weight_key: str
     masks: str
+    caption_lines: str
     seen_keys: set[bytes] = field(default_factory=set)  # hashes of the keys of the samples read so far
     masks_by_key: dict[str, _Member] = field(default_factory=dict)  # masks of the samples that are not read yet
 
@@ -189,7 +198,7 @@ class _Tar:
             for extension in extensions:
                 if extension in members:
                     captions = self._read_captions(members[extension], extension)
-                    if captions is not None:
+                    if captions:
                         return captions, weight, ""
         except Rejected as error:
             return (), None, error.reason
@@ -198,7 +207,7 @@ class _Tar:
     def _read_captions(self, member: _Member, extension: str) -> tuple[str, ...] | None:
         if extension == "json":
             return self._read_json(member, row_captions, self.caption_key)
-        return text_captions(self._content(member))
+        return text_captions(self._content(member), self.caption_lines)
 
     def _read_json(self, member: _Member, read: Callable[[dict[str, object], str], _Value], key: str) -> _Value:
         data = self._content(member)

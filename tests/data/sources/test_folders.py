@@ -25,7 +25,7 @@ def names(folder, *folders, **options):
 def test_scan_is_recursive_sorted_and_skips_hidden_files(tmp_path):
     touch(tmp_path, "b.JPG", "a.png", "d/c.webp", "d/e/f.bmp", "c.jpeg", "c.txt", ".x.png", ".git/y.png", "notes.md", "jpg")
     assert names(tmp_path) == ["a.png", "b.JPG", "c.jpeg", "d/c.webp", "d/e/f.bmp"]
-    assert [bool(source.caption_path) for source in scanned(tmp_path)] == [False, False, True, False, False]
+    assert [bool(source.caption_paths) for source in scanned(tmp_path)] == [False, False, True, False, False]
     assert not any(source.problem or source.root for source in scanned(tmp_path))
 
 
@@ -134,7 +134,7 @@ def test_files_with_odd_names_are_read(tmp_path, name):
 )
 def test_captions_are_the_lines_that_are_not_blank(tmp_path, data, captions):
     (tmp_path / "x.txt").write_bytes(data)
-    assert captions_of(DataSource("x.png", caption_path=str(tmp_path / "x.txt"))) == captions
+    assert captions_of(DataSource("x.png", caption_paths=(str(tmp_path / "x.txt"),))) == captions
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,42 @@ def test_bad_captions_are_rejected(tmp_path, data, reason):
     if data is not None:
         (tmp_path / "x.txt").write_bytes(data)
     with refused(f"caption-{reason}", Rejected) as error:
-        captions_of(DataSource("x.png", caption_path=str(tmp_path / "x.txt")))
+        captions_of(DataSource("x.png", caption_paths=(str(tmp_path / "x.txt"),)))
     assert not error.value.lasting
 
 
-def test_a_caption_comes_from_txt_or_else_from_caption(tmp_path):
-    touch(tmp_path, "a.png", "b.png", "c.png", "c.txt/d.png")
-    for name, text in {"a.txt": "text", "a.caption": "caption", "b.caption": "only\nthis"}.items():
+def test_a_caption_comes_from_the_first_text_that_is_not_empty(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.png", "c.txt/d.png", "e.png", "f.png")
+    texts = {
+        "a.txt": "text",
+        "a.caption": "caption",
+        "b.caption": "only\nthis",
+        "e.txt": " \n",
+        "e.caption": "fuller",
+        "f.txt": "",
+    }
+    for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    assert [captions_of(source) for source in scanned(tmp_path)] == [("text",), ("only", "this"), (), ()]
+    captions = [("text",), ("only", "this"), (), (), ("fuller",), ()]
+    assert [captions_of(source) for source in scanned(tmp_path)] == captions
+
+
+def test_only_line_ends_separate_captions_and_they_can_be_joined(tmp_path):
+    odd = "a\x85b\x0bc\x0cd\x1ce\u2028f\u2029g"
+    (tmp_path / "a.txt").write_bytes(f"{odd}\rsecond\r\nthird\n\n fourth ".encode())
+    source = DataSource("a.png", caption_paths=(str(tmp_path / "a.txt"),))
+    assert captions_of(source) == (odd, "second", "third", "fourth")
+    assert captions_of(source, "join") == (f"{odd} second third fourth",)
+    (tmp_path / "a.txt").write_text("\n \n")
+    assert captions_of(source, "join") == ()
+
+
+@pytest.mark.parametrize("data, encoding", [("café".encode("cp1252"), "WINDOWS-1252"), ("café".encode("utf-16"), "UTF-16")])
+def test_the_advice_for_a_caption_that_is_not_utf8_converts_it(tmp_path, data, encoding):
+    (tmp_path / "x.txt").write_bytes(data)
+    with refused("caption-not-utf8", Rejected, encoding=encoding):
+        captions_of(DataSource("x.png", caption_paths=(str(tmp_path / "x.txt"),)))
+    assert data.decode(encoding) == "café"
 
 
 def test_read_bytes_reads_ranges_and_rejects_unreadable_files(tmp_path, monkeypatch):
@@ -176,14 +203,14 @@ def test_read_bytes_reads_ranges_and_rejects_unreadable_files(tmp_path, monkeypa
     with refused("file-unreadable", Rejected, cause="Permission denied"):
         read_bytes(DataSource(str(path)))
     with refused("caption-unreadable", Rejected, cause="Permission denied"):
-        captions_of(DataSource("x.png", caption_path=str(path)))
+        captions_of(DataSource("x.png", caption_paths=(str(path),)))
 
 
 def test_latents_take_the_place_of_images(tmp_path):
     touch(tmp_path, "a.png", "a.img_sdxl", "a.img_sdvae", "a.txt", "d/b.img_sdxl", "d/b.caption", "c.png", "c.img_sdxl.webp")
     for kind in ("img_sdxl", "img_sdvae"):
         sources = scanned(tmp_path, latents=kind)
-        assert sources[0] == DataSource(str(tmp_path / f"a.{kind}"), caption_path=str(tmp_path / "a.txt"))
+        assert sources[0] == DataSource(str(tmp_path / f"a.{kind}"), caption_paths=(str(tmp_path / "a.txt"),))
     assert names(tmp_path, latents="img_sdxl") == ["a.img_sdxl", "d/b.img_sdxl"]
     with refused("folder-empty", extensions=".npz"):
         scanned(tmp_path, latents="npz")

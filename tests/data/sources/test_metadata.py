@@ -42,7 +42,9 @@ BOTH = pytest.mark.parametrize("write, kind", [(jsonl, "line"), (parquet, "row")
 
 @BOTH
 def test_captions_and_variants_are_read(tmp_path, write, kind):
-    touch(tmp_path, "a.png", "b.png", "d/c.png", "e.png", "f.png")
+    touch(tmp_path, "a.png", "b.png", "d/c.png", "e.png", "f.png", "g.png", "h.png")
+    (tmp_path / "g.txt").write_text("beside an empty row")
+    (tmp_path / "h.txt").write_text("beside a null")
     (tmp_path / "a.txt").write_text("ignored")
     (tmp_path / "e.txt").write_text("sidecar")
     write(
@@ -51,6 +53,8 @@ def test_captions_and_variants_are_read(tmp_path, write, kind):
             {"file_name": "b.png", "text": ["one", " two \n lines ", "", None]},
             {"file_name": "./d//c.png", "text": ["deep"]},
             {"file_name": "f.png", "text": None},
+            {"file_name": "g.png", "text": [" "]},
+            {"file_name": "h.png", "text": None},
             {"file_name": "a.png", "text": ["naïve 🐈"]},
         ],
     )
@@ -61,6 +65,8 @@ def test_captions_and_variants_are_read(tmp_path, write, kind):
         "d/c.png": ("deep",),
         "e.png": ("sidecar",),
         "f.png": (),
+        "g.png": ("beside an empty row",),
+        "h.png": ("beside a null",),
     }
 
 
@@ -121,7 +127,7 @@ def test_broken_lines_are_reported_and_the_others_used(tmp_path):
         ({"en": "x"}, sentence("caption-not-text", key="text", type="dict")),
         (["x", 1], sentence("caption-not-text", key="text", type="int")),
         ("a\0b", sentence("caption-contains-nul")),
-        ("\ud83d", sentence("caption-not-utf8", position=0)),
+        ("\ud83d", sentence("caption-not-text-characters", position=0)),
     ],
 )
 def test_images_with_bad_captions_are_rejected(tmp_path, caption, reason):

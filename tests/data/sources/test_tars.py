@@ -43,10 +43,10 @@ def sample(key, caption="caption", extension="jpg"):
     return (f"{key}.{extension}", f"bytes of {key}".encode()), (f"{key}.txt", caption.encode())
 
 
-def read(path, caption_key=""):
+def read(path, caption_key="", **options):
     """Read the samples of a tar. Return the bytes and captions of each image, and each problem, by name."""
     usable, problems = {}, {}
-    for source in samples(str(path), 0, IMAGE_EXTENSIONS, caption_key):
+    for source in samples(str(path), 0, IMAGE_EXTENSIONS, caption_key, **options):
         assert source.name not in problems and source.member not in usable
         if source.problem:
             assert "\n" not in source.problem
@@ -123,6 +123,15 @@ def test_captions_are_read_from_json(tmp_path):
     usable, problems = read(path, caption_key="long")
     assert {name[0]: captions for name, (_, captions) in usable.items()} == {"a": ("l1", "l2"), "b": (), "c": ()}
     assert sorted(name[0] for name in problems) == ["d", "e", "f", "g"]
+
+
+def test_an_empty_caption_hides_no_other_and_lines_can_be_joined(tmp_path):
+    empty_text = [("a.png", b"1"), ("a.txt", b" \n"), ("a.caption", b"c\n\nd"), ("a.json", b'{"text": "json"}')]
+    empty_json = [("b.png", b"2"), ("b.json", b'{"text": ""}'), ("b.txt", b"t")]
+    path = tar(tmp_path / "x.tar", *empty_text, *empty_json)
+    assert read(path)[0] == {"a.png": (b"1", ("c", "d")), "b.png": (b"2", ("t",))}
+    assert read(path, "text", caption_lines="join")[0] == {"a.png": (b"1", ("json",)), "b.png": (b"2", ("t",))}
+    assert read(path, caption_lines="join")[0]["a.png"] == (b"1", ("c d",))
 
 
 def test_weights_are_read_from_json(tmp_path):
