@@ -4,7 +4,7 @@
 `problem` of a `DataSource`, or raises `Rejected`, and does not stop the scan. An error that the user must fix, such as a
 missing folder, raises `UserError`.
 
-Read next: `metadata.py`, `tars.py`, `imported_latents.py`.
+Read next: `names.py`, `metadata.py`, `tars.py`, `imported_latents.py`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from fastsd.data.sources.image import (
     shown,
     text_captions,
 )
+from fastsd.data.sources.names import Partners, folded, is_system
 from fastsd.errors import UserError
 
 # Filename patterns for each value of data.latents. Group 1 is the image's name without extension. sd-scripts writes foo.npz, or
 # foo_0512x0768_sd.npz with the image's width and height. Its text embeddings have a similar name, which is excluded here.
 _NAME_PATTERNS = {
     "": re.compile(rf"(.+)(?:{'|'.join(map(re.escape, IMAGE_EXTENSIONS))})", re.DOTALL | re.IGNORECASE),
-    "img_sdxl": re.compile(r"(.+)\.img_sdxl", re.DOTALL),
-    "img_sdvae": re.compile(r"(.+)\.img_sdvae", re.DOTALL),
-    "npz": re.compile(r"(.+?)(?:_\d+x\d+)?(?:_sdxl|_sd)?(?<!_te_outputs)\.npz", re.DOTALL),
+    "img_sdxl": re.compile(r"(.+)\.img_sdxl", re.DOTALL | re.IGNORECASE),
+    "img_sdvae": re.compile(r"(.+)\.img_sdvae", re.DOTALL | re.IGNORECASE),
+    "npz": re.compile(r"(.+?)(?:_\d+x\d+)?(?:_sdxl|_sd)?(?<!_te_outputs)\.npz", re.DOTALL | re.IGNORECASE),
 }
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -61,13 +62,14 @@ def scan(
     """Yield every image in `roots` and every problem, lazily. Roots are in order, and images are sorted within a root.
 
     A root is a folder, a tar, or a pattern of these such as `shards/{00000..00099}.tar`. Folders are searched recursively.
-    Hidden files are skipped. Links are followed, but each folder is searched only once. The images of a tar are yielded in
-    the order of the tar. If a later root contains an earlier one, the images of the earlier one are not repeated.
+    Hidden files and the folders of operating systems are skipped, see `names.py`. Links are followed, but each folder is
+    searched only once. The images of a tar are yielded in the order of the tar. If a later root contains an earlier one, the
+    images of the earlier one are not repeated.
 
     The caption of an image comes from the nearest `metadata.jsonl` or `.parquet` that lists the image. This file is beside or
     above the image, within its root. If there is none, the caption comes from the `.txt`, or else the `.caption`, beside the
-    image. An empty caption counts as none. A weight comes from the nearest metadata file that has one for the image. A mask is
-    always beside its image.
+    image. Case and the encoding of accents make no difference. An empty caption counts as none. A weight comes from the
+    nearest metadata file that has one for the image. A mask is always beside its image.
 
     Args:
         caption_key: column of metadata files, and key in a tar's `.json`; "" = the first of text, caption, prompt.
@@ -196,7 +198,7 @@ class _Walk:
                 return
             self.visited.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as listing:
-                entries = {entry.name: _is_folder(entry) for entry in listing if not entry.name.startswith(".")}
+                entries = {entry.name: _is_folder(entry) for entry in listing if not is_system(entry.name)}
         except OSError as error:
             yield DataSource(folder, self.root, problem=f"cannot be listed ({error.strerror})")
             return
@@ -205,54 +207,50 @@ class _Walk:
         with ExitStack() as open_tables:
             tables = [
                 open_tables.enter_context(closing(metadata.Metadata(prefix + name, *self.keys, stems=bool(self.latents))))
-                for name in metadata.FILES
-                if entries.get(name) is False
+                for name in sorted(entries)
+                if name.lower() in metadata.FILES and not entries[name]
             ]
             for table in tables:
                 yield from (DataSource(table.path, self.root, row, problem=reason) for row, reason in table.load())
 
-            stems = Counter(self._stem(name, entries) for name in entries) if self.masks or self.latents == "npz" else Counter()
-            masks = {
-                name[: -len(self.masks)]: DataSource(prefix + name, self.root)
-                for name in sorted(entries)
-                if ends_in(name, self.masks) and not entries[name]
-            }
-
+            names = [name for name in sorted(entries) if not entries[name]]
+            stems = self._stems(names)
+            uses = Counter(stems.values())
+            texts = Partners(names, CAPTION_EXTENSIONS, uses)
+            masks = Partners(names, (self.masks.lower(),) if self.masks else (), uses)
             for name in sorted(entries):
                 if entries[name]:
                     yield self._folder(prefix + name, tables + above)
                 elif name.lower().endswith(tars.TARS):
                     yield self._tar(prefix + name)
-                elif stem := self._stem(name, entries):
-                    if self.latents and stems[stem] > 1:
-                        reason = "image has several files of latents; keep those of one VAE and size"
-                        yield DataSource(prefix + name, self.root, problem=reason)
-                    else:
-                        yield self._image(prefix, name, stem, entries, tables + above, masks.get(stem))
-            yield from (replace(mask, problem=MASK_WITHOUT_IMAGE) for stem, mask in masks.items() if stem not in stems)
+                elif name in stems and self.latents and uses[stems[name]] > 1:
+                    reason = "image has several files of latents; keep those of one VAE and size"
+                    yield DataSource(prefix + name, self.root, problem=reason)
+                elif name in stems:
+                    yield self._image(prefix, name, stems[name], texts, masks, tables + above)
+            for name in sorted(masks.unmatched):
+                yield DataSource(prefix + name, self.root, problem=MASK_WITHOUT_IMAGE)
             for table in tables:
                 yield from (DataSource(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
 
     def _tar(self, path: str) -> Iterator[DataSource]:
         return tars.samples(path, self.root, self.extensions, *self.keys, self.masks, self.caption_lines)
 
-    def _stem(self, name: str, entries: dict[str, bool]) -> str:
-        """Return the name of an image without its extension, or "" for a file that is no image."""
-        match = _NAME_PATTERNS[self.latents].fullmatch(name)
-        if not match or ends_in(name, self.masks):
-            return ""
+    def _stems(self, names: list[str]) -> dict[str, str]:
+        """Return the name of each image without its extension. Files that are no images are left out."""
+        matches = {name: match for name in names if (match := _NAME_PATTERNS[self.latents].fullmatch(name))}
         # foo_sd.npz belongs to foo_sd if such an image or caption exists, otherwise to foo.
-        full = name.rpartition(".")[0]
-        return full if any(full + extension in entries for extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS) else match[1]
+        beside = set(map(folded, names)) if self.latents == "npz" else set()
+        stems = {}
+        for name, match in matches.items():
+            full = name.rpartition(".")[0]
+            has_partner = any(folded(full + extension) in beside for extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS)
+            if not ends_in(name, self.masks):
+                stems[name] = full if has_partner else match[1]
+        return stems
 
     def _image(
-        self,
-        prefix: str,
-        name: str,
-        stem: str,
-        entries: dict[str, bool],
-        tables: list[metadata.Metadata],
-        mask: DataSource | None,
+        self, prefix: str, name: str, stem: str, texts: Partners, masks: Partners, tables: list[metadata.Metadata]
     ) -> DataSource:
         captions: tuple[str, ...] = ()
         weight, problem = None, ""
@@ -264,11 +262,13 @@ class _Walk:
                 problem = problem or ("" if captions else error.reason)
             captions = captions or row[0]
             weight = row[1] if weight is None else weight
+        mask_name = masks.find(stem, self.masks)
+        mask = DataSource(prefix + mask_name, self.root) if mask_name else None
         source = DataSource(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
         if captions or problem:
             return source
-        texts = (stem + extension for extension in CAPTION_EXTENSIONS)
-        return replace(source, caption_paths=tuple(prefix + text for text in texts if entries.get(text) is False))
+        paths = [prefix + text for extension in CAPTION_EXTENSIONS if (text := texts.find(stem, extension))]
+        return replace(source, caption_paths=tuple(paths))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastsd.data.sources.image import CAPTION_KEYS, Rejected, json_object, row_captions, row_weight, shown
+from fastsd.data.sources.names import folded
 from fastsd.errors import UserError
 
 FILES = ("metadata.jsonl", "metadata.parquet")
@@ -41,15 +42,15 @@ class Metadata:
 
     def __init__(self, path: str, caption_key: str, weight_key: str, *, stems: bool) -> None:
         self.path, self._key, self._weight_key, self._stems = path, caption_key, weight_key, stems
-        self._parquet = path.endswith(".parquet")
+        self._parquet = path.lower().endswith(".parquet")
         self._prefix = len(os.path.join(os.path.dirname(path), ""))
         self._looked_up = bytearray()  # for each stored row: 1 if its image was looked up, else 0
         # Different threads may use the connection, but never two at once.
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA cache_size = -32768; BEGIN;"
-            "CREATE TABLE row (image BLOB PRIMARY KEY, id INTEGER, number INTEGER, captions TEXT, weight REAL, reason TEXT)"
-            " WITHOUT ROWID"
+            "CREATE TABLE row (image BLOB PRIMARY KEY, id INTEGER, number INTEGER, captions TEXT, weight REAL, reason TEXT,"
+            " folded BLOB) WITHOUT ROWID"
         )
 
     def close(self) -> None:
@@ -71,6 +72,7 @@ class Metadata:
                 reason = row if isinstance(row, str) else self._store_row(number, row)
                 if reason:
                     yield self._row_name(number), reason
+            self._db.execute("CREATE INDEX row_folded ON row (folded)")
         except OSError as error:
             yield "", f"cannot be read ({error.strerror})"
         except Rejected as error:
@@ -84,11 +86,15 @@ class Metadata:
 
     def lookup(self, image: str) -> Entry:
         """Look up an image by its path, without extension if `stems`. Raises Rejected if its row is invalid."""
-        key = self._image_key(image[self._prefix :].replace(os.sep, "/"))
-        row = self._db.execute("SELECT id, number, captions, weight, reason FROM row WHERE image = ?", (key,)).fetchone()
+        name = image[self._prefix :].replace(os.sep, "/")
+        query = "SELECT id, number, captions, weight, reason, image FROM row WHERE"
+        row = self._db.execute(f"{query} image = ?", (self._image_key(name),)).fetchone()
+        if not row:
+            similar = self._db.execute(f"{query} folded = ? ORDER BY number", (self._folded_key(name),)).fetchall()
+            row = next((row for row in similar if not self._is_of_another(row[-1], image)), None)
         if not row:
             return (), None
-        id, number, captions, weight, reason = row
+        id, number, captions, weight, reason, _ = row
         self._looked_up[id] = 1
         if reason:
             raise Rejected(f"{reason} ({self._row_name(number)} of {os.path.basename(self.path)})", lasting=False)
@@ -108,6 +114,16 @@ class Metadata:
         key = posixpath.splitext(relative)[0] if self._stems else relative
         return key.encode("utf-8", "surrogatepass")
 
+    def _folded_key(self, relative: str) -> bytes:
+        return self._image_key(folded(relative.replace("\\", "/")))  # Windows separates folders by backslashes
+
+    def _is_of_another(self, key: bytes, image: str) -> bool:
+        """Return True if the row with this key names a file that exists and is not `image`."""
+        path = image[: self._prefix] + key.decode("utf-8", "surrogatepass")
+        if self._stems or not os.path.exists(path):
+            return False
+        return not os.path.exists(image) or not os.path.samefile(path, image)
+
     def _store_row(self, number: int, row: dict[str, object]) -> str:
         """Store a row. Return "", or the reason why it is not stored."""
         name = row.get("file_name")
@@ -122,8 +138,9 @@ class Metadata:
             weight = row_weight(row, self._weight_key)
         except Rejected as error:
             reason = error.reason
-        values = (self._image_key(normalized_name), len(self._looked_up), number, captions, weight, reason)
-        if not self._db.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?, ?, ?)", values).rowcount:
+        keys = self._image_key(normalized_name), self._folded_key(normalized_name)
+        values = (keys[0], len(self._looked_up), number, captions, weight, reason, keys[1])
+        if not self._db.execute("INSERT OR IGNORE INTO row VALUES (?, ?, ?, ?, ?, ?, ?)", values).rowcount:
             return f"file_name {_printable(name)}: repeated; the first row is used"
         self._looked_up.append(0)
         return ""

@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from fastsd.data.sources.image import (
     shown,
     text_captions,
 )
+from fastsd.data.sources.names import is_system
 
 _Value = TypeVar("_Value")
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -117,9 +119,11 @@ class _Tar:
         group = _Group("")
         try:
             for member in self._members():
-                match = _KEY_AND_EXTENSION.fullmatch(member.name)
+                match = _KEY_AND_EXTENSION.fullmatch(unicodedata.normalize("NFC", member.name))
                 key, extension = (match[1], match[2].lower()) if match else ("", "")
-                if ends_in(member.name, self.masks) or (not member.problem and not self._is_relevant(extension)):
+                if ends_in(member.name, self.masks) or _is_system(member.name):
+                    continue
+                if not member.problem and not self._is_relevant(extension):
                     continue
                 if key != group.key:
                     yield from self._finish(group)
@@ -144,7 +148,7 @@ class _Tar:
         with suppress(Rejected):  # reported when the images are read
             for member in self._members() if self.masks else ():
                 if ends_in(member.name, self.masks):
-                    key = member.name[: -len(self.masks)]
+                    key = unicodedata.normalize("NFC", member.name[: -len(self.masks)])
                     problem = "repeated in the tar" if key in self.masks_by_key else member.problem
                     self.masks_by_key[key] = member._replace(problem=problem)
 
@@ -312,6 +316,10 @@ class _Extended:
             elif key.startswith(b"GNU.sparse."):
                 self.problem = _unsupported(b"S")
             offset += length
+
+
+def _is_system(name: str) -> bool:
+    return any(map(is_system, (folder for folder in name.split("/") if folder not in (".", ".."))))
 
 
 def _unsupported(kind: bytes) -> str:

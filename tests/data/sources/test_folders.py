@@ -247,3 +247,43 @@ def test_paths_are_shown_on_one_line():
     assert shown("a\nb.png") == r"a\nb.png"
     assert shown("🐈.png") == "🐈.png"
     assert shown(b"caf\xe9.png") == r"caf\xe9.png"
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def captions_by_name(folder, **options):
+    return {os.path.relpath(source.path, folder): captions_of(source) for source in scanned(folder, **options)}
+
+
+def test_texts_and_masks_are_matched_whatever_their_case_and_accents(tmp_path):
+    touch(tmp_path, "A.JPG", "b.png", "B.png", f"{NFD}.png", f"d/{NFC}.jpg", "c.jpg", "C.JPG", "e.png")
+    texts = ("A.TXT", "b.txt", f"{NFC}.txt", f"d/{NFD.upper()}.Caption", "C.txt", "E.txt", "e.TXT")
+    for text in texts:
+        (tmp_path / text).write_text(text)
+    assert captions_by_name(tmp_path) == {
+        "A.JPG": ("A.TXT",), "b.png": ("b.txt",), "B.png": (), f"{NFD}.png": (f"{NFC}.txt",),
+        f"d/{NFC}.jpg": (f"d/{NFD.upper()}.Caption",), "c.jpg": (), "C.JPG": ("C.txt",), "e.png": ("e.TXT",),
+    }  # fmt: skip
+    touch(tmp_path, "a-MASK.png", f"{NFC}-mask.png", "B-mask.png")
+    masks = {source.path: source.mask and os.path.basename(source.mask.path) for source in scanned(tmp_path, masks="-mask.png")}
+    masks = {os.path.relpath(path, tmp_path): mask for path, mask in masks.items() if mask}
+    assert masks == {"A.JPG": "a-MASK.png", f"{NFD}.png": f"{NFC}-mask.png", "B.png": "B-mask.png"}
+
+
+def test_latents_are_matched_whatever_their_case(tmp_path):
+    touch(tmp_path, "A_SD.NPZ", "a_sd.JPG", "B.IMG_SDXL")
+    (tmp_path / "a_sd.TXT").write_text("a")
+    assert captions_by_name(tmp_path, latents="npz") == {"A_SD.NPZ": ("a",)}
+    assert captions_by_name(tmp_path, latents="img_sdxl") == {"B.IMG_SDXL": ()}
+
+
+SYSTEM_FOLDERS = (
+    "@eaDir", "#recycle", "__MACOSX", ".thumbnails", "$RECYCLE.BIN", "System Volume Information", "@Recycle", "lost+found",
+)  # fmt: skip
+
+
+def test_folders_of_systems_are_skipped_unless_they_are_a_root(tmp_path):
+    touch(tmp_path, "a.png", *(f"{name}/x.png" for name in SYSTEM_FOLDERS), "b/@eadir/c.png/SYNOPHOTO_THUMB_XL.jpg", "b/c.png")
+    assert names(tmp_path) == ["a.png", "b/c.png"]
+    assert names(tmp_path / "@eaDir") == ["x.png"]

@@ -71,6 +71,26 @@ def test_captions_and_variants_are_read(tmp_path, write, kind):
 
 
 @BOTH
+def test_rows_are_matched_whatever_case_accents_and_separators(tmp_path, write, kind):
+    touch(tmp_path, "A.JPG", "cafe\u0301.png", "d/b.png", "e.png", "E.png", "f.png")
+    rows = {"a.jpg": "case", "caf\u00e9.png": "accents", "d\\b.png": "separator", "E.png": "exact", "F.PNG": "a", "f.Png": "b"}
+    write(tmp_path, [{"file_name": name, "text": text} for name, text in rows.items()])
+    captions, problems = read(tmp_path)
+    assert captions == {
+        "A.JPG": ("case",), "cafe\u0301.png": ("accents",), "d/b.png": ("separator",), "e.png": (), "E.png": ("exact",),
+        "f.png": ("a",),
+    }  # fmt: skip
+    assert list(problems.values()) == [sentence("metadata-no-image", file_name="f.Png")]
+
+
+def test_metadata_files_are_found_whatever_their_case(tmp_path):
+    touch(tmp_path, "a.png")
+    jsonl(tmp_path, [{"file_name": "a.png", "text": "a"}])
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "Metadata.JSONL")
+    assert read(tmp_path) == ({"a.png": ("a",)}, {})
+
+
+@BOTH
 @pytest.mark.parametrize(
     "keys, key, caption",
     [

@@ -134,6 +134,14 @@ def test_an_empty_caption_hides_no_other_and_lines_can_be_joined(tmp_path):
     assert read(path, caption_lines="join")[0]["a.png"] == (b"1", ("c d",))
 
 
+def test_accents_make_no_difference_and_folders_of_systems_are_skipped(tmp_path):
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    members = [(f"{nfd}.png", b"1"), (f"{nfc}.txt", b"accents"), *sample("__MACOSX/a"), *sample("d/@eaDir/b"), *sample(".c/d")]
+    path = tar(tmp_path / "x.tar", *members, *sample("./e"), (f"{nfc}-mask.png", b"m"))
+    usable, problems = read(path, masks="-mask.png")
+    assert usable == {f"{nfd}.png": (b"1", ("accents",)), "./e.jpg": (b"bytes of ./e", ("caption",))} and not problems
+
+
 def test_weights_are_read_from_json(tmp_path):
     rows = {
         "a": {"score": 0.5, "caption": "ignored"},
