@@ -13,7 +13,7 @@ import torch
 from fastsd.commands.progress import progress
 from fastsd.config.schema import Config
 from fastsd.console import STDOUT, Console
-from fastsd.data.building import build, upkeep
+from fastsd.data.building import build, lists, upkeep
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.collect import one_at_a_time
 from fastsd.data.building.embed_captions import write_text_embeddings
@@ -87,8 +87,18 @@ def cache(config: Config, console: Console = STDOUT) -> build.CacheCounts:
         for example in counts.examples:
             console.echo(f"  {example}")
         if counts.rejected > len(counts.examples):
-            console.echo(f"  and {counts.rejected - len(counts.examples)} more; see the table `rejected` in cache.sqlite")
+            console.echo(f"  and {counts.rejected - len(counts.examples)} more")
+    _print_lists(Path(config.cache.dir), counts.view, console)
     return counts
+
+
+def _print_lists(folder: Path, view: str, console: Console, indent: str = "") -> None:
+    """Print what was found in the folders besides usable images, and the file that names it all."""
+    for line in (lists.enlarged(folder, view), *lists.unused_files(folder, view).lines()):
+        _echo(console, line, indent)
+    path = lists.list_path(folder, view)
+    if path.exists() and path.stat().st_size:
+        console.echo(f"{indent}these files are named in {path}")
 
 
 def _compile_encoder(config: Config, vae: Vae, console: Console) -> None:
@@ -156,6 +166,7 @@ def inspect_cache(config: Config, *, verify: bool, prune: bool, stats: bool, con
         for name, view in contents.views.items():
             _print_view(console, name, view)
             _print_captions(config, name, console)
+            _print_lists(Path(folder), name, console, indent="    ")
         for problem in contents.damaged:
             console.echo(f"  damaged: {problem}")
         if contents.rejected:

@@ -11,10 +11,12 @@ from pathlib import Path
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS, ENDLESS
 from fastsd.console import STDOUT, Console
-from fastsd.data.building import build
+from fastsd.data.building import build, lists
 from fastsd.data.cache import LatentCache, view_name
+from fastsd.data.captions import several_captions
 from fastsd.data.loader import Loader
 from fastsd.data.sources import folders
+from fastsd.data.sources.unused import UnusedFiles
 from fastsd.data.text_embeddings import TextEmbeddings
 from fastsd.data.validation_split import choose_splits
 from fastsd.errors import UserError
@@ -49,16 +51,17 @@ def check(config: Config, console: Console = STDOUT) -> None:
     models: list[Model] = []
     images_per_epoch: list[int] = []  # empty until it is known, like `models`
     attempt("device", lambda: _device(config, console))
-    attempt("images", lambda: _images(config, images_per_epoch))
+    notes: list[str] = []
+    attempt("images", lambda: _images(config, images_per_epoch, notes))
     attempt("model", lambda: _model(config, models))
     if models:
-        attempt("cache", lambda: _cache(config, models[0], images_per_epoch))
+        attempt("cache", lambda: _cache(config, models[0], images_per_epoch, notes))
         if config.validate_.held_out or config.validate_.stabilised:
             attempt("validation", lambda: _validation(config, models[0], images_per_epoch))
         attempt("samples", lambda: check_samples(models[0], config))
     for i in range(len(config.stage)):
         attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch))
-    for note in models[0].notes if models else []:
+    for note in (models[0].notes if models else []) + notes:
         console.echo(f"note  {note}")
     attempt("run folder", lambda: _disk_space(config, models, images_per_epoch))
 
@@ -71,8 +74,10 @@ def _device(config: Config, console: Console) -> str:
     return f"{device}, kernels {choose_ops(config.kernels, device).name}"
 
 
-def _images(config: Config, images_per_epoch: list[int]) -> str:
-    images, repeated = folders.count(config.data)
+def _images(config: Config, images_per_epoch: list[int], notes: list[str]) -> str:
+    unused = UnusedFiles()
+    images, repeated = folders.count(config.data, unused.add)
+    notes += unused.lines()
     images_per_epoch.append(repeated)
     per_epoch = f", {repeated} per epoch" if repeated != images else ""
     return f"{images} in {', '.join(root.path for root in config.data.roots)}{per_epoch}"
@@ -101,8 +106,9 @@ def _stage(config: Config, index: int, models: list[Model], images_per_epoch: li
     return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} with {stage.batch} images per step"
 
 
-def _cache(config: Config, model: Model, images_per_epoch: list[int]) -> str:
+def _cache(config: Config, model: Model, images_per_epoch: list[int], notes: list[str]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
+        notes += filter(None, (several_captions(latents), lists.enlarged(Path(config.cache.dir), latents.name)))
         if config.cache.hidden_states:
             TextEmbeddings(config.cache, latents, model.text).close()
         images_per_epoch[:] = [Loader(latents, model.text.tokenize, config.seed, config.stage[0], data=config.data).images]

@@ -80,8 +80,8 @@ class BucketTable(Table):
 
 
 class DataTable(Table):
-    # Each entry is a path, { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }. Captions lie beside their images
-    # (.txt or .caption, several lines = variants), in the folder's metadata.jsonl or .parquet, or in the tar.
+    # Each entry is a path, { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }. Captions lie in the folder's
+    # metadata.jsonl, .parquet or .csv, beside their images (.txt or .caption), or in the tar.
     folders: list[str | FolderTable] = Field(min_length=1)
     resolution: int = Field(512, ge=8)  # px: side of the square, or square root of the largest bucket area
     crop: Literal["centre", "random"] = "centre"  # position of the square or bucket in the resized image
@@ -89,6 +89,9 @@ class DataTable(Table):
     flip: bool = False  # also store mirrored latents; training picks one of the two each time
     buckets: BucketTable | None = None  # the table [data.buckets]: aspect-ratio buckets instead of squares
     latents: Literal["", "img_sdxl", "img_sdvae", "npz"] = ""  # "" = encode images; or import another trainer's latents
+    # Source of captions: "file" = the metadata file that lists the image, or else the text beside it; "sidecar" = only the
+    # text beside it; "filename" = its name without extension
+    captions: Literal["file", "sidecar", "filename"] = "file"
     caption_key: str = ""  # key in metadata and .json; "" = the first of text, caption, prompt
     # Lines of a .txt or .caption: "variants" = each is a caption, and training picks one; "join" = all are one caption
     caption_lines: Literal["variants", "join"] = "variants"

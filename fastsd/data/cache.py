@@ -5,6 +5,7 @@
     DIR/views/V.safetensors       the captions of every sample and the places of its latents; frozen, training maps this file
     DIR/tokens, DIR/states        token ids (`tokens.py`) and text embeddings (`text_embeddings.py`) of a view's captions
     DIR/masks                     masks of a view's images (`masks.py`)
+    DIR/lists                     names of the files of a view, for people and for `fastsd check` (`building/lists.py`)
 
 Shards and views are ordinary safetensors files, see `rows.py`.  A view belongs to one combination of folders, preprocessing,
 VAE and dtype.  Its name is a function of the config and the VAE, so training finds it without reading any image.
@@ -130,7 +131,7 @@ def view_name(config: Config, vae_hash: str) -> str:
     data = config.data
     folders = [os.fsencode(os.path.abspath(root.path)).hex() for root in data.roots]
     # Keys added in later versions enter the name only if they are set, so existing views keep their names.
-    added = {"weight_key": "", "masks": "", "caption_lines": "variants"}
+    added = {"weight_key": "", "masks": "", "caption_lines": "variants", "captions": "file"}
     optional_settings = [{key: value} for key, default in added.items() if (value := getattr(data, key)) != default]
     return digest(vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key, *optional_settings)[:16]
 

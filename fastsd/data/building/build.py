@@ -32,7 +32,7 @@ from PIL import Image
 
 from fastsd.config.schema import Config
 from fastsd.data import cache
-from fastsd.data.building import collect, mask_cells
+from fastsd.data.building import collect, lists, mask_cells
 from fastsd.data.building.pipeline import CacheProgress, LatentEncoder, Pipeline
 from fastsd.data.building.store import Store, disk_errors
 from fastsd.data.sources import folders, imported_latents
@@ -74,10 +74,12 @@ def build_cache(
         Stopped: the user has pressed Ctrl-C. The latents encoded so far remain in the cache.
     """
     check_resolution(config, vae.downscale)
-    sources = folders.scan_for(config.data)
+    unused: list[tuple[str, str]] = []
+    sources = folders.scan_for(config.data, lambda path, reason: unused.append((path, reason)))
     try:
         with Store.open(Path(config.cache.dir), create=True, lock="shared") as store:
-            return _Build(config, vae, store, report or (lambda event: None), notify or (lambda line: None)).run(sources)
+            build = _Build(config, vae, store, report or (lambda event: None), notify or (lambda line: None))
+            return build.run(sources, unused)
     except KeyboardInterrupt:
         raise Stopped(f"{config.cache.dir}: caching stopped") from None
 
@@ -116,13 +118,13 @@ class _Build:
         }
         self.space = store.space(self.space_name, metadata, config.cache.dtype)
 
-    def run(self, sources: Iterator[DataSource]) -> CacheCounts:
+    def run(self, sources: Iterator[DataSource], unused: list[tuple[str, str]]) -> CacheCounts:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="fastsd-decode")
         pipeline = Pipeline(self.config, self.vae, self.store, self.space, pool, self.workers, self._reject, self.report)
 
         def prepare() -> None:
             data, downscale = self.config.data, self.vae.downscale
-            collect.fill(self.store, self.space, sources, data, downscale, pool, self.report)
+            collect.fill(self.store, self.space, sources, unused, data, downscale, pool, self.report)
             self._check_keys()
             if data.masks:
                 self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
@@ -253,6 +255,7 @@ class _Build:
 
         work = self.store.folder / "work"
         with disk_errors(work.parent), tempfile.TemporaryDirectory(prefix=f"{counts.view}-", dir=work) as scratch:
+            lists.write_lists(self.store, counts.view)
             arrays, shards, groups = self._index(Path(scratch), counts.cached)
             cache.freeze(self.store.folder, counts.view, arrays, shards, groups, meta)
             if config.data.masks:

@@ -13,6 +13,10 @@ folders. Processes that start while the table is in use share it, so a million f
     weight                         factor of the image's loss; NULL = not given
     mask                           key in the table `mask`, a hash of all that determines the mask's cells; NULL = no mask
     mask_path, mask_file, mask_offset, mask_length    as for the image
+    state, companions              see `lists.py`
+    enlarged                       factor by which the image is resized; above 1, it is enlarged
+
+The table `unused` has the files that are no part of the data: path and reason.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from fastsd.config.schema import DataTable
 from fastsd.data.building import mask_cells
 from fastsd.data.building.buckets import Buckets
 from fastsd.data.building.decode import probe
+from fastsd.data.building.lists import companions, state
 from fastsd.data.building.pipeline import CacheProgress
 from fastsd.data.building.store import Store, disk_errors, lock_file, wait_for
 from fastsd.data.sources import folders, imported_latents
@@ -42,8 +47,9 @@ _TABLE = """
 CREATE TABLE work.sample (id INTEGER PRIMARY KEY, path BLOB, root INTEGER, file BLOB, offset INTEGER, length INTEGER,
     content BLOB, width INTEGER, height INTEGER, bucket_width INTEGER, bucket_height INTEGER, captions TEXT, size INTEGER,
     mtime_ns INTEGER, reason TEXT, weight REAL, mask BLOB, mask_path BLOB, mask_file BLOB, mask_offset INTEGER,
-    mask_length INTEGER)
+    mask_length INTEGER, state TEXT, companions TEXT, enlarged REAL)
 """
+_UNUSED_TABLE = "CREATE TABLE work.unused (path BLOB, reason TEXT)"
 _CHUNK = 512  # images inspected between two commits
 # A file may change without a new timestamp if it is very young. The facts about younger files than this are not stored.
 _YOUNG_NS = 2_000_000_000
@@ -72,6 +78,9 @@ class Sample(NamedTuple):
     mask_file: bytes | None = None
     mask_offset: int = 0
     mask_length: int = 0
+    state: str = ""
+    companions: str = ""
+    enlarged: float = 0.0
 
 
 class _FileFacts(NamedTuple):
@@ -112,6 +121,7 @@ def sample_table(store: Store, view: str, prepare: Callable[[], None], notify: C
             store.attach(database)
             if is_sole_user:
                 store.db.execute(_TABLE)
+                store.db.execute(_UNUSED_TABLE)
                 prepare()
             lock_file(users_lock, exclusive=False)
         yield
@@ -142,12 +152,13 @@ def fill(
     store: Store,
     space: int,
     sources: Iterator[DataSource],
+    unused: list[tuple[str, str]],
     data: DataTable,
     downscale: int,
     pool: ThreadPoolExecutor,
     report: Callable[[CacheProgress], None],
 ) -> None:
-    """Inspect the sources and store them in the table `sample`."""
+    """Inspect the sources and store them in the table `sample`. `unused` fills while they are listed, and is stored too."""
     rejected_query = "SELECT size, mtime_ns, reason FROM rejected WHERE space = ? AND path = ?"
     insert = f"INSERT INTO sample ({', '.join(Sample._fields)}) VALUES ({', '.join('?' * len(Sample._fields))})"
     inspect = functools.partial(_inspect, data=data, buckets=Buckets(data.resolution, data.buckets), downscale=downscale)
@@ -159,6 +170,10 @@ def fill(
         row = store.db.execute("SELECT * FROM file WHERE path = ?", (os.fsencode(source.name),)).fetchone()
         return row and _FileFacts(*row)
 
+    def store_unused() -> None:
+        store.db.executemany("INSERT INTO unused VALUES (?, ?)", [(os.fsencode(path), reason) for path, reason in unused])
+        unused.clear()
+
     while chunk := list(itertools.islice(sources, _CHUNK)):
         stored = [(stored_file(source), stored_file(source.mask)) for source in chunk]
         rejections = [store.db.execute(rejected_query, (space, os.fsencode(source.name))).fetchone() for source in chunk]
@@ -167,9 +182,11 @@ def fill(
                 store.db.execute(insert, sample)
                 new_files = [file for file in files if file not in old_files and file.mtime_ns < time.time_ns() - _YOUNG_NS]
                 store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", new_files)
+            store_unused()
         done += len(chunk)
         report(CacheProgress("scan", done, 0, done / (time.perf_counter() - start)))
     with store.transaction():
+        store_unused()
         store.db.execute("CREATE INDEX work.sample_content ON sample (content)")
         if data.masks:
             store.db.execute("CREATE INDEX work.sample_mask ON sample (mask)")
@@ -180,6 +197,7 @@ def _inspect(
 ) -> tuple[Sample, list[_FileFacts]]:
     """Return a row of `sample` and rows of `file` for a source. `stored` and `rejection` come from an earlier run."""
     sample = Sample(os.fsencode(source.name), source.root, os.fsencode(source.path), source.offset, source.length)
+    sample = sample._replace(state=state(source), companions=companions(source))
     files: list[_FileFacts] = []
     try:
         if source.problem:
@@ -193,7 +211,11 @@ def _inspect(
         image = _file_facts(source, size_and_mtime, stored[0], data.latents)
         files.append(image)
         sample = sample._replace(content=image.content, width=image.width, height=image.height)
-        bucket = image.dimensions if data.latents else buckets.place(*image.dimensions).size
+        if data.latents:
+            bucket = image.dimensions
+        else:
+            (resized_width, _), bucket = buckets.place(*image.dimensions)
+            sample = sample._replace(enlarged=resized_width / image.width)
         sample = sample._replace(bucket_width=bucket[0], bucket_height=bucket[1])
 
         if source.mask:

@@ -7,7 +7,10 @@ The output is sRGB on a white background for every kind of input:
     16 bit      Values are scaled to 8 bits.
     ICC         The image is converted to sRGB after the resize. A broken profile, or one for other pixels, is ignored.
     CMYK        The image is converted with its profile, otherwise by Pillow. With Adobe's marker, ink is stored inverted.
-    animation   The first frame is decoded.
+    animation   The first frame is decoded, as is the first page of a TIFF.
+    32 bit      Values have no known range, so the image is rejected.
+
+HEIC and JPEG XL need packages of their own, which `pip install "fastsd[formats]"` installs.
 
 Only the brightness of a mask is decoded. Its transparency is ignored, because people who paint masks do not change it.
 
@@ -18,10 +21,11 @@ including an early end, raises `Rejected`.
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 
 import numpy as np
@@ -33,7 +37,12 @@ from fastsd.data.sources.image import Rejected
 CropBox = tuple[float, float, float, float]  # left, top, right, bottom
 Orientation = tuple[bool, bool, bool]  # turn an image upright: mirror columns, mirror rows, then swap the two
 # JPEG includes MPO, which some cameras write. Pillow's other decoders are not used.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+# How the files of formats that need a package start: bytes, their offset, and the name of the format.
+_PACKAGED = {"HEIC": "HEIF", "JPEG XL": "JXL"}  # their names in Pillow
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_SIGNATURES = [(4, b"ftyp" + brand, "HEIC") for brand in _HEIC_BRANDS]
+_SIGNATURES += [(0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL")]
 MAX_PIXELS = 178_956_970  # above this size, Pillow raises an error instead of warning
 _MAX_PROFILE_BYTES = 4 << 20
 _EXIF_ORIENTATION = 0x0112
@@ -126,14 +135,17 @@ def _open(data: bytes) -> Iterator[Image.Image]:
     if not data:
         raise Rejected("file is empty")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Rejected(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
             yield image
     except Rejected:
         raise
     except UnidentifiedImageError:
-        raise Rejected("not a JPEG, PNG, WebP, BMP or GIF image") from None
+        packed = next((name for at, start, name in _SIGNATURES if data.startswith(start, at)), "")
+        if packed and _PACKAGED[packed] not in _formats():
+            raise Rejected(f'{packed} needs a package; run `pip install "fastsd[formats]"`', lasting=False) from None
+        raise Rejected("not a JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF image") from None
     except Image.DecompressionBombError:
         raise Rejected(f"size is more than {MAX_PIXELS} pixels") from None
     except MemoryError:
@@ -145,7 +157,23 @@ def _open(data: bytes) -> Iterator[Image.Image]:
         raise Rejected(f"cannot be decoded ({message or type(error).__name__})") from None
 
 
+@lru_cache
+def _formats() -> tuple[str, ...]:
+    """Return Pillow's names of all formats that can be read, with those of the packages that are installed."""
+    formats = list(FORMATS)
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        formats.append("HEIF")
+    with suppress(ImportError):
+        importlib.import_module("pillow_jxl")  # registers itself
+        formats.append("JXL")
+    return tuple(formats)
+
+
 def _orientation(image: Image.Image) -> Orientation:
+    # Some decoders turn the image themselves, also if its EXIF block still has the orientation. A JPEG within a JPEG XL stays.
+    if image.format == "TIFF" or (image.format == "JXL" and not getattr(image, "jpeg", False)):
+        return _UPRIGHT
     try:
         # PNG's own method decodes all pixels to look for EXIF data after them, so call that of the base class.
         return _ORIENTATIONS.get(int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)), _UPRIGHT)
@@ -176,10 +204,10 @@ def _crop_box(image: Image.Image, place: Place, crop: tuple[float, float], orien
 
 def _rgb(image: Image.Image, box: CropBox, size: Size) -> np.ndarray:
     """Resize a box of the image as stored to (W, H) and convert it to sRGB: uint8 (3, H, W)."""
-    profile, adobe = image.info.get("icc_profile"), "adobe" in image.info
+    profile, inverted = image.info.get("icc_profile"), image.format != "TIFF" and "adobe" not in image.info
     image = _to_colour_mode(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=3.0)
-    if image.mode == "CMYK" and not adobe:
-        image = ImageChops.invert(image)  # Pillow decodes every file as if it had Adobe's marker
+    if image.mode == "CMYK" and inverted:
+        image = ImageChops.invert(image)  # Pillow decodes every JPEG as if it had Adobe's marker
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     if alpha:
         image = image.convert(image.mode.removesuffix("A"))
@@ -195,7 +223,7 @@ def _rgb(image: Image.Image, box: CropBox, size: Size) -> np.ndarray:
 
 def _brightness(image: Image.Image, box: CropBox, size: Size) -> np.ndarray:
     """Resize the brightness of a box to (W, H), without overshoot at edges: uint8 (1, H, W)."""
-    grey = _eight_bits(np.asarray(image)) if image.mode == "I;16" else image.convert("L")
+    grey = _eight_bits(np.asarray(image)) if image.mode in ("I;16", "I;16B") else image.convert("L")
     return np.asarray(grey.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=3.0))[None]
 
 
@@ -206,7 +234,11 @@ def _eight_bits(values: np.ndarray) -> Image.Image:
 
 def _to_colour_mode(image: Image.Image) -> Image.Image:
     """Convert any mode to L, LA, RGB, RGBA or CMYK. Palette indices and 16-bit values cannot be resampled."""
-    if image.mode == "I;16":
+    if image.mode in ("I", "F"):
+        raise Rejected("has 32 bits per sample, of no known range; save it with 8 or 16 bits")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.mode in ("I;16", "I;16B"):
         values, transparent = np.asarray(image), image.info.get("transparency")
         grey = _eight_bits(values)
         if transparent is not None:

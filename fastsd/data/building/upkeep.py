@@ -171,7 +171,7 @@ def prune(dir: str | Path) -> Pruned:
         view_names = {path.stem for path in views}
         with disk_errors(store.folder):
             # Delete only the text embeddings of deleted views. If captions have changed, most embeddings remain useful.
-            for path in cache.states_paths(store.folder):
+            for path in cache.states_paths(store.folder) + sorted((store.folder / "lists").glob("*.tsv")):
                 if path.stem.partition("-")[0] not in view_names:
                     path.unlink()
 

@@ -30,10 +30,12 @@ from fastsd.data.sources.image import (
     DataSource,
     Rejected,
     ends_in,
+    name_captions,
     shown,
     text_captions,
 )
 from fastsd.data.sources.names import Partners, folded, is_system
+from fastsd.data.sources.unused import HIDDEN, METADATA, OTHER, STRAY, ReportUnused
 from fastsd.errors import UserError
 
 # Filename patterns for each value of data.latents. Group 1 is the image's name without extension. sd-scripts writes foo.npz, or
@@ -53,11 +55,13 @@ _Sources: TypeAlias = "Iterator[DataSource | _Sources]"
 def scan(
     roots: Sequence[FolderTable],
     *,
+    captions: str = "file",
     caption_key: str = "",
     caption_lines: str = "variants",
     weight_key: str = "",
     latents: str = "",
     masks: str = "",
+    unused: ReportUnused = lambda path, reason: None,
 ) -> Iterator[DataSource]:
     """Yield every image in `roots` and every problem, lazily. Roots are in order, and images are sorted within a root.
 
@@ -72,12 +76,14 @@ def scan(
     nearest metadata file that has one for the image. A mask is always beside its image.
 
     Args:
+        captions: "file" = as above; "sidecar" = only texts beside the image; "filename" = the name of the image.
         caption_key: column of metadata files, and key in a tar's `.json`; "" = the first of text, caption, prompt.
         caption_lines: "variants" = each line of a text file is a caption; "join" = all lines are one caption.
         weight_key: as `caption_key`, for the factor of an image's loss; "" = no weights.
         latents: kind of another trainer's latents to find instead of images: `img_sdxl`, `img_sdvae` or `npz`. Captions
             have the name of the image.
         masks: ending that replaces the extension in the filename of a mask; "" = no masks. Files with it are not images.
+        unused: receives each file that is not used, with the reason, see `unused.py`. A skipped folder counts as one file.
 
     Raises:
         UserError: a root is missing, unreadable, neither a folder nor a tar, or within an earlier root; a root turns out to
@@ -114,7 +120,7 @@ def scan(
     return _scan(
         [root.path for root in roots],
         root_paths,
-        lambda root: _Walk(root, (caption_key, weight_key), latents, masks, caption_lines),
+        lambda root: _Walk(root, (caption_key, weight_key), latents, masks, captions, caption_lines, unused),
     )
 
 
@@ -166,8 +172,18 @@ def _expand(pattern: str) -> Iterator[str]:
 class _Walk:
     """The search of one root."""
 
-    def __init__(self, root: int, keys: tuple[str, str], latents: str, masks: str, caption_lines: str) -> None:
-        self.root, self.keys, self.latents, self.masks, self.caption_lines = root, keys, latents, masks, caption_lines
+    def __init__(
+        self,
+        root: int,
+        keys: tuple[str, str],
+        latents: str,
+        masks: str,
+        captions: str,
+        caption_lines: str,
+        unused: ReportUnused,
+    ) -> None:
+        self.root, self.keys, self.latents, self.masks = root, keys, latents, masks
+        self.captions, self.caption_lines, self.unused = captions, caption_lines, unused
         self.extensions = (f".{latents}",) if latents else IMAGE_EXTENSIONS
         self.visited: set[tuple[int, int]] = set()  # (device, inode) of each folder, because links may form loops
 
@@ -198,18 +214,23 @@ class _Walk:
                 return
             self.visited.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as listing:
-                entries = {entry.name: _is_folder(entry) for entry in listing if not is_system(entry.name)}
+                entries = {entry.name: _is_folder(entry) for entry in listing}
         except OSError as error:
             yield DataSource(folder, self.root, problem=f"cannot be listed ({error.strerror})")
             return
 
         prefix = os.path.join(folder, "")
+        for name in filter(is_system, sorted(entries)):
+            self.unused(prefix + name, HIDDEN)
+            del entries[name]
         with ExitStack() as open_tables:
-            tables = [
-                open_tables.enter_context(closing(metadata.Metadata(prefix + name, *self.keys, stems=bool(self.latents))))
-                for name in sorted(entries)
-                if name.lower() in metadata.FILES and not entries[name]
-            ]
+            tables = []
+            for name in sorted(entries):
+                if name.lower() in metadata.FILES and not entries[name]:
+                    is_used = self.captions == "file" or self.keys[1]
+                    self.unused(prefix + name, METADATA if is_used else OTHER)
+                    if is_used:
+                        tables.append(open_tables.enter_context(closing(self._metadata(prefix + name))))
             for table in tables:
                 yield from (DataSource(table.path, self.root, row, problem=reason) for row, reason in table.load())
 
@@ -228,13 +249,29 @@ class _Walk:
                     yield DataSource(prefix + name, self.root, problem=reason)
                 elif name in stems:
                     yield self._image(prefix, name, stems[name], texts, masks, tables + above)
+                elif not texts.has(name) and not masks.has(name) and name.lower() not in metadata.FILES:
+                    self.unused(prefix + name, OTHER)
+            for name in sorted(texts.unmatched):
+                self.unused(prefix + name, STRAY)
             for name in sorted(masks.unmatched):
                 yield DataSource(prefix + name, self.root, problem=MASK_WITHOUT_IMAGE)
             for table in tables:
                 yield from (DataSource(table.path, self.root, row, problem=reason) for row, reason in table.unmatched())
 
+    def _metadata(self, path: str) -> metadata.Metadata:
+        return metadata.Metadata(path, *self.keys, stems=bool(self.latents), captions=self.captions == "file")
+
     def _tar(self, path: str) -> Iterator[DataSource]:
-        return tars.samples(path, self.root, self.extensions, *self.keys, self.masks, self.caption_lines)
+        return tars.samples(
+            path,
+            self.root,
+            self.extensions,
+            *self.keys,
+            self.masks,
+            captions=self.captions,
+            caption_lines=self.caption_lines,
+            unused=self.unused,
+        )
 
     def _stems(self, names: list[str]) -> dict[str, str]:
         """Return the name of each image without its extension. Files that are no images are left out."""
@@ -262,13 +299,16 @@ class _Walk:
                 problem = problem or ("" if captions else error.reason)
             captions = captions or row[0]
             weight = row[1] if weight is None else weight
+        paths = [prefix + text for extension in CAPTION_EXTENSIONS if (text := texts.find(stem, extension))]
+        if self.captions == "filename":
+            try:
+                captions = name_captions(stem)
+            except Rejected as error:
+                problem = problem or error.reason
         mask_name = masks.find(stem, self.masks)
         mask = DataSource(prefix + mask_name, self.root) if mask_name else None
         source = DataSource(prefix + name, self.root, captions=captions, problem=problem, weight=weight, mask=mask)
-        if captions or problem:
-            return source
-        paths = [prefix + text for extension in CAPTION_EXTENSIONS if (text := texts.find(stem, extension))]
-        return replace(source, caption_paths=tuple(paths))
+        return source if captions or problem else replace(source, caption_paths=tuple(paths))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -276,15 +316,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
-def scan_for(data: DataTable) -> Iterator[DataSource]:
+def scan_for(data: DataTable, unused: ReportUnused = lambda path, reason: None) -> Iterator[DataSource]:
     """Call `scan` with the settings of `[data]`."""
-    options = {key: getattr(data, key) for key in ("caption_key", "caption_lines", "weight_key", "latents", "masks")}
-    return scan(data.roots, **options)
+    keys = ("captions", "caption_key", "caption_lines", "weight_key", "latents", "masks")
+    return scan(data.roots, **{key: getattr(data, key) for key in keys}, unused=unused)
 
 
-def count(data: DataTable) -> tuple[int, int]:
+def count(data: DataTable, unused: ReportUnused = lambda path, reason: None) -> tuple[int, int]:
     """Count the images, and the images per epoch with repeats, without any filter by tag. Raises UserError as `scan` does."""
-    images_per_root = Counter(source.root for source in scan_for(data) if not source.problem)
+    images_per_root = Counter(source.root for source in scan_for(data, unused) if not source.problem)
     return images_per_root.total(), sum(data.roots[root].repeats * images for root, images in images_per_root.items())
 
 

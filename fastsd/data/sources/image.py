@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+    *(".heic", ".heif", ".jxl"),  # need the extra "formats"
+)
 CAPTION_EXTENSIONS = (".txt", ".caption")  # beside an image; the first with text is used
 MAX_CAPTION_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 30
@@ -94,6 +97,15 @@ def _captions(text: str, lines: str) -> tuple[str, ...]:
         raise Rejected("caption: contains NUL characters", lasting=False)
     captions = tuple(stripped for line in _LINE_END.split(text) if (stripped := line.strip()))
     return (" ".join(captions),) if captions and lines == "join" else captions
+
+
+def name_captions(name: str) -> tuple[str, ...]:
+    """Return the caption in the name of an image without its extension. Raises Rejected if the name is not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise Rejected("caption: the file's name is not UTF-8; rename it", lasting=False) from None
+    return _captions(name, "join")
 
 
 def row_captions(row: Mapping[str, Any], key: str) -> tuple[str, ...] | None:

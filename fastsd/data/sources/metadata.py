@@ -1,4 +1,4 @@
-"""Read the captions of a folder from `metadata.jsonl` or `metadata.parquet`, in the format of Hugging Face's imagefolder.
+"""Read the captions of a folder from `metadata.jsonl`, `.parquet` or `.csv`, in the format of Hugging Face's imagefolder.
 
 A row has the `file_name` of an image, its caption, and optionally its loss weight. The name is relative to the folder of the
 metadata file, and may be in a subfolder. If a file has only weights, the captions are beside the images.
@@ -9,20 +9,22 @@ with the number of rows.
 
 from __future__ import annotations
 
+import csv
 import itertools
 import os
 import posixpath
 import sqlite3
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fastsd.data.sources.image import CAPTION_KEYS, Rejected, json_object, row_captions, row_weight, shown
 from fastsd.data.sources.names import folded
 from fastsd.errors import UserError
 
-FILES = ("metadata.jsonl", "metadata.parquet")
+FILES = ("metadata.jsonl", "metadata.parquet", "metadata.csv")
+_DELIMITERS = (",", ";", "\t")  # of a .csv; spreadsheets write semicolons where a comma separates decimals
 _MAX_LINE = 1 << 20  # bytes
 _BATCH = 256  # rows of a parquet file in memory
 _SHOWN_COLUMNS = 20  # columns that an error message lists
@@ -32,16 +34,18 @@ _Rows = Iterator[tuple[int, dict[str, object] | str]]  # number of a row, from 1
 
 
 class Metadata:
-    """One `metadata.jsonl` or `metadata.parquet`.
+    """One `metadata.jsonl`, `metadata.parquet` or `metadata.csv`.
 
     Args:
         caption_key: the column with captions; "" = the first of text, caption, prompt.
         weight_key: the column with weights; "" = no weights.
         stems: look up images by their path without extension, because latents have another extension.
+        captions: False = use only the weights.
     """
 
-    def __init__(self, path: str, caption_key: str, weight_key: str, *, stems: bool) -> None:
+    def __init__(self, path: str, caption_key: str, weight_key: str, *, stems: bool, captions: bool = True) -> None:
         self.path, self._key, self._weight_key, self._stems = path, caption_key, weight_key, stems
+        self._captions, self._csv = captions, path.lower().endswith(".csv")
         self._parquet = path.lower().endswith(".parquet")
         self._prefix = len(os.path.join(os.path.dirname(path), ""))
         self._looked_up = bytearray()  # for each stored row: 1 if its image was looked up, else 0
@@ -134,7 +138,7 @@ class Metadata:
             return f"file_name {_printable(name)}: outside the folder"
         captions, weight, reason = None, None, None
         try:
-            captions = "\n".join(row_captions(row, self._key) or ())
+            captions = "\n".join((row_captions(row, self._key) if self._captions else None) or ())
             weight = row_weight(row, self._weight_key)
         except Rejected as error:
             reason = error.reason
@@ -158,7 +162,7 @@ class Metadata:
                 return ""
             if len(seen_columns) < _SHOWN_COLUMNS:
                 seen_columns |= dict.fromkeys(columns)
-        if has_names and has_weights:
+        if has_names and (has_weights or not self._captions):
             return ""
         listed = ", ".join(map(_printable, list(seen_columns)[:_SHOWN_COLUMNS])) or "nothing"
         if not has_names:
@@ -168,10 +172,14 @@ class Metadata:
     def _columns(self) -> Iterator[list[str]]:
         if self._parquet:
             yield list(_parquet_names(self.path))
+        elif self._csv:
+            yield next((list(row) for _, row in self._rows() if isinstance(row, dict)), [])
         else:
             yield from (list(row) for _, row in _json_rows(self.path) if isinstance(row, dict))
 
     def _rows(self) -> _Rows:
+        if self._csv:
+            return _csv_rows(self.path, self._weight_key)
         if not self._parquet:
             return _json_rows(self.path)
         columns = ("file_name", self._weight_key, *((self._key,) if self._key else CAPTION_KEYS))
@@ -197,6 +205,32 @@ def _json_rows(path: str) -> _Rows:
                     yield number, json_object(line)
                 except Rejected as error:
                     yield number, error.reason
+
+
+def _csv_rows(path: str, weight_key: str) -> _Rows:
+    """Yield the rows of a table with a header, each with the number of its last line. Empty cells are left out."""
+    with open(path, "rb") as file:
+        first_line = file.readline(_MAX_LINE).decode("utf-8-sig", "replace")
+    delimiter = next((mark for mark in _DELIMITERS if "file_name" in next(csv.reader([first_line], delimiter=mark))), ",")
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        try:
+            columns = next(reader, [])
+            for cells in reader:
+                row: dict[str, object] = {name: cell for name, cell in zip(columns, cells, strict=False) if cell}
+                with suppress(KeyError, ValueError):  # a weight that is no number is reported as text
+                    row[weight_key] = float(str(row[weight_key]))
+                if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+                    yield reader.line_num, "not UTF-8"
+                elif len(cells) > len(columns):
+                    yield (
+                        reader.line_num,
+                        f"has {len(cells)} cells, but the header has {len(columns)}; quote texts with {delimiter!r}",
+                    )
+                elif cells:
+                    yield reader.line_num, row
+        except csv.Error as error:
+            yield reader.line_num, f"cannot be read as CSV ({error})"
 
 
 @contextmanager

@@ -44,7 +44,12 @@ class Partners:
         for name in names:
             if name.lower().endswith(endings):
                 self._by_folded.setdefault(folded(name), []).append(name)
-        self.unmatched = {name for group in self._by_folded.values() for name in group}
+        self._names = {name for group in self._by_folded.values() for name in group}
+        self.unmatched = set(self._names)
+
+    def has(self, name: str) -> bool:
+        """Return True for a file with one of the endings."""
+        return name in self._names
 
     def find(self, stem: str, ending: str) -> str:
         """Return the name of the file that belongs to an image, or "". It is no longer in `unmatched`."""

@@ -30,12 +30,14 @@ from fastsd.data.sources.image import (
     Rejected,
     ends_in,
     json_object,
+    name_captions,
     row_captions,
     row_weight,
     shown,
     text_captions,
 )
 from fastsd.data.sources.names import is_system
+from fastsd.data.sources.unused import HIDDEN, OTHER, STRAY, ReportUnused
 
 _Value = TypeVar("_Value")
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -71,7 +73,10 @@ def samples(
     caption_key: str,
     weight_key: str = "",
     masks: str = "",
+    *,
+    captions: str = "file",
     caption_lines: str = "variants",
+    unused: ReportUnused = lambda path, reason: None,
 ) -> Iterator[DataSource]:
     """Yield the images in a tar, in its order, and every problem.
 
@@ -83,14 +88,16 @@ def samples(
         caption_key: key in the `.json`; "" = the first of text, caption, prompt.
         weight_key: key in the `.json`; "" = no weights.
         masks: ending that follows the key in the name of a mask; "" = no masks.
+        captions: "file" = as above; "sidecar" = not from `.json`; "filename" = the key without its folder.
         caption_lines: "variants" = each line of a text is a caption; "join" = all lines are one caption.
+        unused: receives each member that is not used, with the reason.
     """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
             raise Rejected("not a regular file")
         with open(path, "rb") as file:
-            options = extensions, caption_key, weight_key, masks, caption_lines
+            options = extensions, caption_key, weight_key, masks, captions, caption_lines, unused
             yield from _Tar(file, status.st_size, path, root, *options).samples()
     except OSError as error:
         yield DataSource(path, root, problem=f"cannot be read ({error.strerror})")
@@ -108,7 +115,9 @@ class _Tar:
     caption_key: str
     weight_key: str
     masks: str
+    captions: str
     caption_lines: str
+    unused: ReportUnused
     seen_keys: set[bytes] = field(default_factory=set)  # hashes of the keys of the samples read so far
     masks_by_key: dict[str, _Member] = field(default_factory=dict)  # masks of the samples that are not read yet
 
@@ -121,9 +130,10 @@ class _Tar:
             for member in self._members():
                 match = _KEY_AND_EXTENSION.fullmatch(unicodedata.normalize("NFC", member.name))
                 key, extension = (match[1], match[2].lower()) if match else ("", "")
-                if ends_in(member.name, self.masks) or _is_system(member.name):
+                if ends_in(member.name, self.masks):
                     continue
-                if not member.problem and not self._is_relevant(extension):
+                if _is_system(member.name) or (not member.problem and not self._is_relevant(extension)):
+                    self.unused(f"{self.path}/{member.name}", HIDDEN if _is_system(member.name) else OTHER)
                     continue
                 if key != group.key:
                     yield from self._finish(group)
@@ -173,6 +183,9 @@ class _Tar:
             return
 
         images = [member for extension, member in group.members.items() if f".{extension}" in self.extensions]
+        for extension, member in group.members.items() if not images else ():
+            if not member.problem and not f".{extension}".endswith(self.extensions):
+                self.unused(f"{self.path}/{member.name}", STRAY)
         for extension, member in group.members.items():
             if member.problem and member not in images:
                 yield DataSource(self.path, self.root, member.name, problem=member.problem)
@@ -182,7 +195,7 @@ class _Tar:
                 yield self._reject(member, reason)
 
         if images:
-            captions, weight, problem = self._caption_and_weight(group.members)
+            captions, weight, problem = self._caption_and_weight(group)
             mask = self.masks_by_key.pop(group.key, None)
             mask_source = mask and DataSource(self.path, self.root, mask.name, mask.offset, mask.size, problem=mask.problem)
             if end_reason and (not captions or (self.masks and not mask)):
@@ -193,12 +206,16 @@ class _Tar:
                     *location, captions=captions, problem=image_problem or problem, weight=weight, mask=mask_source
                 )
 
-    def _caption_and_weight(self, members: dict[str, _Member]) -> tuple[tuple[str, ...], float | None, str]:
+    def _caption_and_weight(self, group: _Group) -> tuple[tuple[str, ...], float | None, str]:
         """Return the captions and weight of a sample, and the reason why it cannot be used, or ""."""
+        members = group.members
         extensions = ("json", *_TEXT_EXTENSIONS) if self.caption_key else (*_TEXT_EXTENSIONS, "json")
+        extensions = extensions if self.captions == "file" else _TEXT_EXTENSIONS
         try:
             has_weight = self.weight_key and "json" in members
             weight = self._read_json(members["json"], row_weight, self.weight_key) if has_weight else None
+            if self.captions == "filename":
+                return name_captions(group.key.rpartition("/")[2]), weight, ""
             for extension in extensions:
                 if extension in members:
                     captions = self._read_captions(members[extension], extension)

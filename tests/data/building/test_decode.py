@@ -2,6 +2,8 @@
 
 import io
 import struct
+import sys
+import types
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
-from sentences import pattern
+from sentences import pattern, refused
 
+from fastsd.data.building import decode as decode_module
 from fastsd.data.building.buckets import Buckets, Place
 from fastsd.data.building.decode import decode, probe
 from fastsd.data.sources.image import Rejected
@@ -270,6 +273,59 @@ def test_exif_orientation_is_applied(orientation):
         assert np.array_equal(decode(data, place, crop), decode(encoded(upright), place, crop))
 
 
+TURNED_FORMATS = [("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("AVIF", {"quality": 100, "subsampling": "4:4:4"})]
+
+
+@pytest.mark.parametrize("format, options", TURNED_FORMATS)
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_orientation_is_applied_once_in_other_formats(format, options, orientation):
+    upright = oriented(orientation)["data"]
+    data = encoded(MUTED, format, exif=oriented(orientation)["exif"], **options)
+    assert probe(data) == probe(upright)
+    place = Buckets(R, None).place(*probe(data))
+    difference = np.subtract(decode(data, place), decode(upright, place), dtype=int)
+    assert np.abs(difference).mean() <= (2 if format == "AVIF" else 0)
+
+
+def test_the_modes_of_tiff_have_their_colours():
+    deep = np.full((48, 40), RED[0] << 8, np.uint16)
+    assert_colour(encoded(plain(), "TIFF"), RED)
+    for values in (deep, deep.astype(">u2")):
+        assert_colour(encoded(Image.fromarray(values), "TIFF"), (RED[0],) * 3)
+    assert_colour(encoded(plain("CMYK", colour=(0, 255, 255, 0)), "TIFF"), (255, 0, 0), 3)
+    assert_colour(encoded(plain("LA", colour=(0, 0)), "TIFF"), (255,) * 3)
+    pages = {"save_all": True, "append_images": [plain(colour=(0, 0, 255))]}
+    for format in ("TIFF", "GIF"):
+        assert_colour(encoded(plain(), format, **pages), RED)
+    for mode in ("I", "F"):
+        with refused("image-bits", Rejected):
+            colour(encoded(Image.new(mode, (40, 48)), "TIFF"))
+
+
+HEIC, JXL = b"\0\0\0\x18ftypheic" + bytes(99), b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99)
+
+
+@pytest.mark.parametrize("data, name, module", [(HEIC, "HEIC", "pillow_heif"), (JXL, "JPEG XL", "pillow_jxl")])
+def test_formats_that_need_a_package_say_so_until_it_is_installed(data, name, module, monkeypatch, request):
+    request.addfinalizer(decode_module._formats.cache_clear)
+    monkeypatch.setitem(sys.modules, module, None)
+    decode_module._formats.cache_clear()
+    with refused("image-needs-package", Rejected, format=name) as error:
+        probe(data)
+    assert not error.value.lasting  # it is tried again when the package is there
+
+    code = {"HEIC": "HEIF", "JPEG XL": "JXL"}[name]
+    package = types.ModuleType(module)
+    package.register_heif_opener = lambda: None
+    monkeypatch.setitem(sys.modules, module, package)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    Image.register_open(code, lambda file, name: plain(), lambda start: start == data[:16])
+    decode_module._formats.cache_clear()
+    assert probe(data) == (40, 48)
+    with refused("image-format", Rejected):
+        probe(b"rubbish")
+
+
 @pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage", b"Exif\0\0", b"x" * 900])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_broken_exif_is_ignored(exif, format):
@@ -358,8 +414,11 @@ def flipped(data, position):
         (b"this is text", NOT_AN_IMAGE),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NOT_AN_IMAGE),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NOT_AN_IMAGE),
-        (encoded(plain(), "TIFF"), NOT_AN_IMAGE),
-        (encoded(Image.new("F", (9, 9)), "TIFF"), NOT_AN_IMAGE),
+        (encoded(plain(), "ICO"), NOT_AN_IMAGE),
+        (encoded(plain(), "PPM"), NOT_AN_IMAGE),
+        (encoded(Image.new("F", (9, 9)), "TIFF"), any_of("image-bits")),
+        (encoded(plain(), "TIFF")[:-999], TRUNCATED),
+        (encoded(plain(), "AVIF")[:-99], any_of("image-format", "image-truncated", "image-undecodable")),
         (b"\x89PNG\r\n\x1a\n", BAD_HEADER),
         (png(100, 100, 8, 2, bytes(99)), TRUNCATED),
         (png(0, 0, 8, 2, b""), BAD_HEADER),

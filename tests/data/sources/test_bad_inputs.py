@@ -70,8 +70,9 @@ def bad_images() -> dict[str, tuple[bytes, str | re.Pattern]]:
         "text.jpg": (b"these are not the bytes of an image\n" * 30, NO_IMAGE),
         "page.png": (b"<!DOCTYPE html><html><title>404</title></html>", NO_IMAGE),
         "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', NO_IMAGE),
-        "tiff.jpg": (saved(picture(53), "TIFF"), NO_IMAGE),
+        "cut-tiff.jpg": (saved(picture(53), "TIFF")[:-999], TRUNCATED),
         "avif.jpg": (b"\0\0\0\x20ftypavif" + bytes(500), NO_IMAGE),
+        "icon.png": (saved(picture(53), "ICO"), NO_IMAGE),
         "giant.png": (giant_png(20000), TOO_MANY),
         "sum-head.png": (clean[: head + 17] + b"abcd" + clean[head + 21 :], NO_IMAGE),
         "sum-pixels.png": (clean[:-20] + bytes(4) + clean[-16:], "bad header checksum"),
@@ -102,7 +103,7 @@ def test_bad_images_are_rejected_with_reasons(folder):
     captions = {"good", "a", "b", "🐈", "caf?", "-rf", "%s{0}[b]", "trailing", "inside", ""}
     folder.check(captions, {name: reason for name, (_, reason) in files.items()})
     assert re.search(f"avif.jpg: {NO_IMAGE.pattern}", folder.out)
-    assert says(folder.out, "images-cached", cached=9, images=37) and "9 at 32 px" in folder.run("train")
+    assert says(folder.out, "images-cached", cached=9, images=38) and "9 at 32 px" in folder.run("train")
 
 
 def test_special_and_unreadable_files_are_rejected(folder, monkeypatch):

@@ -108,8 +108,8 @@ def test_the_caption_column_is_the_key_or_the_first_usual_one(tmp_path, write, k
 
 @BOTH
 def test_rows_without_an_image_are_reported(tmp_path, write, kind):
-    touch(tmp_path, "a.png", "b.gif")
-    rows = ["gone.png", "../a.png", "/etc/a.png", None, "a.png", "a.png", "b.gif", "x/../../a.png"]
+    touch(tmp_path, "a.png", "b.svg")
+    rows = ["gone.png", "../a.png", "/etc/a.png", None, "a.png", "a.png", "b.svg", "x/../../a.png"]
     write(tmp_path, [{"file_name": name, "text": f"{i}"} for i, name in enumerate(rows, 1)])
     captions, problems = read(tmp_path)
     assert captions == {"a.png": ("5",)}
