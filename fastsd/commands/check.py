@@ -108,11 +108,30 @@ def _stage(config: Config, index: int, models: list[Model], images_per_epoch: li
 
 def _cache(config: Config, model: Model, images_per_epoch: list[int], notes: list[str]) -> str:
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
-        notes += filter(None, (several_captions(latents), lists.enlarged(Path(config.cache.dir), latents.name)))
+        folder = Path(config.cache.dir)
+        notes += filter(None, (several_captions(latents), lists.enlarged(folder, latents.name)))
+        notes += filter(None, (_rare_shapes(config, i, model, latents) for i in range(len(config.stage))))
+        if changes := lists.changes(config.data, folder, latents.name):
+            notes.append(f"{changes}; run `fastsd cache CONFIG`, or the old images and captions are trained on")
+        elif not lists.list_path(folder, latents.name).exists():
+            notes.append(
+                f"cache.dir {folder} does not know its files; run `fastsd cache CONFIG` once, so that changes are noticed"
+            )
         if config.cache.hidden_states:
             TextEmbeddings(config.cache, latents, model.text).close()
         images_per_epoch[:] = [Loader(latents, model.text.tokenize, config.seed, config.stage[0], data=config.data).images]
         return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
+
+
+def _rare_shapes(config: Config, index: int, model: Model, latents: LatentCache) -> str:
+    """Return a sentence on the images that a stage never trains on, because a batch has one shape, or ""."""
+    stage = config.stage[index]
+    loader = Loader(latents, model.text.tokenize, config.seed, stage, data=config.data)
+    images = loader.unused_samples(stage.steps(loader.images))
+    if not images:
+        return ""
+    problem = f"{images} images are never trained on, because their sizes have too few images for a batch of {stage.batch}"
+    return f"stage {config.stage_name(index)!r}: {problem}; raise until or data.buckets.step, or lower batch"
 
 
 def _validation(config: Config, model: Model, images_per_epoch: list[int]) -> str:

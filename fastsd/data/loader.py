@@ -115,6 +115,10 @@ class Loader:
         roots = data.roots if data else ()
         self._order = Order(cache.groups, roots, seed, batch=stage.batch, origin=origin, selected=selected)
 
+    def unused_samples(self, steps: int) -> int:
+        """Count the samples that a stage of `steps` steps cannot reach, because their shape has too few for a batch."""
+        return self._order.unused_samples(steps)
+
     @property
     def images(self) -> int:
         """Number of images per epoch, with the folders' `repeats` and `weight`."""

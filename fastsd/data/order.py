@@ -90,6 +90,15 @@ class Order:
         self._block = lru_cache(_CACHED_BLOCKS)(self._make_block)
         self._slots = lru_cache(2)(self._make_slots)
 
+    def unused_samples(self, steps: int) -> int:
+        """Count the samples whose shape has no batch within the epoch in which a stage of `steps` steps ends."""
+        if len(self._shapes) == 1:
+            return 0
+        last_epoch = max(0, steps * self.batch_size - 1) // self.epoch
+        batches = self._batches(last_epoch + 1)
+        shapes = zip(self._shapes, batches, strict=True)
+        return sum(segment.count for segments, number in shapes if not number for segment in segments)
+
     def batch(self, position: int, count: int) -> Tensor:
         """Return the indices of the samples at global positions [position, position + count): int64 (count,).
 

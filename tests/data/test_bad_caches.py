@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tiny import tiny_vae
 from fastsd.config.schema import load_config
 from fastsd.data.building import collect, pipeline
 from fastsd.data.cache import LatentCache, View, freeze
+from fastsd.data.sources import folders
 from fastsd.data.tokens import Tokens
 from fastsd.errors import UserError
 from fastsd.model.formats.load import load_tokenizer
@@ -52,15 +54,36 @@ def test_files_that_change_before_encoding_are_rejected(folder, monkeypatch):
     folder.run("cache", "--verify")
 
 
-def test_a_file_that_changed_but_kept_its_time_stamp_is_rejected(folder, tmp_path):
+def test_a_file_that_changed_but_kept_its_size_and_mtime_is_read_again(folder):
     folder.put_good("good.png")
-    tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
-    for seed, keys in ((1, ()), (2, (f"model.vae={tmp_path / 'vae'}",))):
-        folder.put("sly.bmp", saved(picture(seed), "BMP"))
+    good, broken = saved(picture(1), "BMP"), b"no image".ljust(len(saved(picture(1), "BMP")))
+    for data, captions, encoded in ((good, {"good", "sly"}, 2), (saved(picture(2), "BMP"), {"good", "sly"}, 1)):
+        folder.put("sly.bmp", data)
         os.utime(folder / "sly.bmp", (1e9, 1e9))
-        captions = folder.cached(*keys)
-    assert captions == {"good"} and f"sly.bmp: {sentence('file-changed')}" in folder.out
-    assert folder.cached(*keys) == {"good", "sly"}
+        assert folder.cached() == captions and says(folder.out, "images-cached", encoded=encoded)
+    for data, captions in ((broken, {"good"}), (good, {"good", "sly"})):
+        folder.put("sly.bmp", data)
+        os.utime(folder / "sly.bmp", (1e9, 1e9))
+        assert folder.cached() == captions and says(folder.out, "images-cached", encoded=0)
+
+
+def test_facts_of_an_earlier_version_hold_and_are_renewed(folder, monkeypatch):
+    monkeypatch.setattr(collect, "_YOUNG_NS", 0)
+    folder.put_good("0.png", "1.png")
+    folder.put("bad.png", b"no image")
+    folder.cached()
+    with closing(sqlite3.connect(folder.cache / "cache.sqlite")) as db:
+        times = dict(db.execute("SELECT path, mtime_ns FROM file UNION SELECT path, mtime_ns FROM rejected"))
+        for table in ("file", "rejected"):
+            for (path,) in db.execute(f"SELECT path FROM {table}").fetchall():
+                db.execute(f"UPDATE {table} SET mtime_ns = ? WHERE path = ?", (os.stat(path).st_mtime_ns, path))
+        db.commit()
+    reads = []
+    monkeypatch.setattr(folders, "read_bytes", lambda source: reads.append(source.path))
+    folder.cached()
+    assert not reads and len(times) == 3
+    with closing(sqlite3.connect(folder.cache / "cache.sqlite")) as db:
+        assert dict(db.execute("SELECT path, mtime_ns FROM file UNION SELECT path, mtime_ns FROM rejected")) == times
 
 
 def interrupt(monkeypatch) -> None:

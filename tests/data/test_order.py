@@ -64,6 +64,18 @@ def test_a_batch_has_one_shape_and_remainders_are_carried_on():
             assert 0 <= epoch * len(samples) - sum(times) < 4 and max(times) - min(times) <= 1
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 12, 40, 200])
+def test_samples_of_rare_shapes_that_a_stage_never_reaches_are_counted(steps):
+    stage = order((WIDE, 0, 40), (HIGH, 0, 3), (SQUARE, 0, 1), (HIGH, 1, 2), batch=8)
+    seen = set(flat(batches(stage, steps)))
+    reached = {shape for shape, samples in (("high", {40, 41, 42, 44, 45}), ("square", {43})) if seen & samples}
+    never = stage.unused_samples(steps)
+    assert never in (0, 1, 6) and never <= 46 - len(seen)
+    if steps * 8 % stage.epoch == 0:  # at the end of an epoch, the bound is exact
+        assert never == {(): 6, ("high",): 1, ("high", "square"): 0}[tuple(sorted(reached))]
+    assert order((WIDE, 0, 3), batch=8).unused_samples(steps) == 0
+
+
 def test_shapes_alternate_in_a_new_order_in_every_epoch_and_stage():
     def turns(origin):
         return [batch[0] < 40 for batch in batches(order((WIDE, 0, 40), (HIGH, 0, 40), origin=origin), 40, origin)]

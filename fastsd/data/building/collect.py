@@ -84,11 +84,11 @@ class Sample(NamedTuple):
 
 
 class _FileFacts(NamedTuple):
-    """A row of the table `file`: facts about an image or a mask that hold while its size and mtime stay the same."""
+    """A row of the table `file`: facts about an image or a mask that hold while its size and times stay the same."""
 
     path: bytes
     size: int
-    mtime_ns: int
+    mtime_ns: int  # `_Stamp.times`, or the mtime alone in a row of an earlier version
     content: bytes
     width: int
     height: int
@@ -99,8 +99,27 @@ class _FileFacts(NamedTuple):
         return self.width, self.height
 
 
+class _Stamp(NamedTuple):
+    """The size and the times of a file, which change when the file changes.
+
+    A copy or an archive can give a replaced file the size and mtime of the old one, but not its ctime. `times` has both.
+    """
+
+    size: int
+    mtime_ns: int
+    times: int
+
+    def matches(self, size: int, times: int) -> bool:
+        """Return True if a stored stamp is equal. That of an earlier version has only the mtime."""
+        return size == self.size and times in (self.times, self.mtime_ns)
+
+    @property
+    def is_old(self) -> bool:
+        return self.mtime_ns < time.time_ns() - _YOUNG_NS
+
+
 _StoredFacts = tuple[_FileFacts | None, _FileFacts | None]  # facts about an image and its mask from an earlier run
-_Rejection = tuple[int, int, str]  # size, mtime_ns and reason
+_Rejection = tuple[int, int, str]  # size, times and reason
 
 
 @contextmanager
@@ -180,7 +199,7 @@ def fill(
         with store.transaction():
             for old_files, (sample, files) in zip(stored, pool.map(inspect, chunk, stored, rejections), strict=True):
                 store.db.execute(insert, sample)
-                new_files = [file for file in files if file not in old_files and file.mtime_ns < time.time_ns() - _YOUNG_NS]
+                new_files = [file for file in files if file not in old_files]
                 store.db.executemany("REPLACE INTO file VALUES (?, ?, ?, ?, ?, ?)", new_files)
             store_unused()
         done += len(chunk)
@@ -203,13 +222,13 @@ def _inspect(
         if source.problem:
             raise Rejected(source.problem)
         captions = "\n".join(folders.captions_of(source, data.caption_lines))
-        size_and_mtime = _size_and_mtime(source)
-        sample = sample._replace(captions=captions, weight=source.weight, size=size_and_mtime[0], mtime_ns=size_and_mtime[1])
-        if rejection and rejection[:2] == size_and_mtime:  # the same bytes would be rejected again
+        stamp = _stamp(source)
+        sample = sample._replace(captions=captions, weight=source.weight, size=stamp.size, mtime_ns=stamp.times)
+        if rejection and stamp.matches(*rejection[:2]):  # the same bytes would be rejected again
             raise Rejected(rejection[2])
 
-        image = _file_facts(source, size_and_mtime, stored[0], data.latents)
-        files.append(image)
+        image = _file_facts(source, stamp, stored[0], data.latents)
+        files += [image] if stamp.is_old else []
         sample = sample._replace(content=image.content, width=image.width, height=image.height)
         if data.latents:
             bucket = image.dimensions
@@ -223,8 +242,9 @@ def _inspect(
             with mask_cells.as_mask_rejection():
                 if source.mask.problem:
                     raise Rejected(source.mask.problem)
-                mask = _file_facts(source.mask, _size_and_mtime(source.mask), stored[1])
-                files.append(mask)
+                mask_stamp = _stamp(source.mask)
+                mask = _file_facts(source.mask, mask_stamp, stored[1])
+                files += [mask] if mask_stamp.is_old else []
                 mask_cells.check_shape(mask.dimensions, image.dimensions)
             sample = sample._replace(mask=mask_cells.mask_key(data, downscale, mask.content, image.content, image.dimensions))
     except Rejected as error:
@@ -239,17 +259,17 @@ def _with_mask(sample: Sample, mask: DataSource) -> Sample:
     return sample._replace(mask_path=path, mask_file=file, mask_offset=mask.offset, mask_length=mask.length)
 
 
-def _file_facts(source: DataSource, size_and_mtime: tuple[int, int], old: _FileFacts | None, latents: str = "") -> _FileFacts:
+def _file_facts(source: DataSource, stamp: _Stamp, old: _FileFacts | None, latents: str = "") -> _FileFacts:
     """Return the facts about a file: the `old` ones if the file is unchanged, otherwise new ones. Raises Rejected."""
-    if old and old[1:3] == size_and_mtime:
-        return old
+    if old and stamp.matches(old.size, old.mtime_ns):
+        return old._replace(mtime_ns=stamp.times)
     data = folders.read_bytes(source)
     width, height = imported_latents.probe_latent(data, latents)[:0:-1] if latents else probe(data)
-    return _FileFacts(os.fsencode(source.name), *size_and_mtime, hashlib.sha256(data).digest(), width, height)
+    return _FileFacts(os.fsencode(source.name), stamp.size, stamp.times, hashlib.sha256(data).digest(), width, height)
 
 
-def _size_and_mtime(source: DataSource) -> tuple[int, int]:
-    """Return the size in bytes and the mtime in ns, which change when a file changes. Raises Rejected."""
+def _stamp(source: DataSource) -> _Stamp:
+    """Return the stamp of an image or a mask. Raises Rejected."""
     try:
         status = os.stat(source.path)
     except OSError as error:
@@ -259,4 +279,5 @@ def _size_and_mtime(source: DataSource) -> tuple[int, int]:
     size = status.st_size if source.length < 0 else source.length
     if size > folders.MAX_IMAGE_BYTES:
         raise Rejected("larger than 1 GiB")
-    return size, status.st_mtime_ns
+    times = hashlib.blake2b(f"{status.st_mtime_ns} {status.st_ctime_ns}".encode(), digest_size=7).digest()
+    return _Stamp(size, status.st_mtime_ns, int.from_bytes(times, "little"))

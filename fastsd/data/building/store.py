@@ -1,7 +1,8 @@
 """Write a cache to the disk: SQLite tables, shards and locks.
 
     space      one VAE and one preprocessing, or one text encoder
-    file       content hashes by path, size and mtime, so that an unchanged file is not read again
+    file       content hashes by path, size and times, so that an unchanged file is not read again. mtime_ns is a hash of the
+               mtime and the ctime; earlier versions stored the mtime
     shard      n rows of one shape. A shard is planned here before its file exists.
     latent     the shard and row of each version of a content, and the sha256 and check64 of the row's bytes. Both are NULL
                until the row is on the disk. A content is an image file, or the token ids of a caption for text embeddings.

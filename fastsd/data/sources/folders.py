@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import TypeAlias
@@ -35,7 +35,7 @@ from fastsd.data.sources.image import (
     text_captions,
 )
 from fastsd.data.sources.names import Partners, folded, is_system
-from fastsd.data.sources.unused import HIDDEN, METADATA, OTHER, STRAY, ReportUnused
+from fastsd.data.sources.unused import HIDDEN, METADATA, OTHER, REPEATED, STRAY, ReportUnused
 from fastsd.errors import UserError
 
 # Filename patterns for each value of data.latents. Group 1 is the image's name without extension. sd-scripts writes foo.npz, or
@@ -67,8 +67,8 @@ def scan(
 
     A root is a folder, a tar, or a pattern of these such as `shards/{00000..00099}.tar`. Folders are searched recursively.
     Hidden files and the folders of operating systems are skipped, see `names.py`. Links are followed, but each folder is
-    searched only once. The images of a tar are yielded in the order of the tar. If a later root contains an earlier one, the
-    images of the earlier one are not repeated.
+    searched only once, and a folder that is a root itself only for this root. The images of a tar are yielded in the order of
+    the tar.
 
     The caption of an image comes from the nearest `metadata.jsonl` or `.parquet` that lists the image. This file is beside or
     above the image, within its root. If there is none, the caption comes from the `.txt`, or else the `.caption`, beside the
@@ -101,7 +101,8 @@ def scan(
         )
 
     root_paths: list[tuple[int, str]] = []
-    earlier_roots: set[str] = set()
+    earlier_roots: dict[str, str] = {}  # by the path without links
+    earlier_files: dict[tuple[int, int], str] = {}
     for number, root in enumerate(roots):
         paths = [root.path] if os.path.exists(root.path) else list(dict.fromkeys(_expand(root.path)))
         if not any(map(os.path.exists, paths)):
@@ -111,41 +112,47 @@ def scan(
                 raise UserError(
                     "folder-is-file", f"data.folders: {shown(path)} is a file but not a .tar; give the folder that contains it"
                 )
-            if enclosing := _within(path, earlier_roots):
+            same = earlier_files.get(_identity(path), "")
+            if enclosing := same or earlier_roots.get(_within(os.path.realpath(path), earlier_roots), ""):
                 problem = f"is inside {shown(enclosing)}, which is listed before it; remove it or list it first"
+                problem = f"is the same as {shown(same)}, which is listed before it; remove one" if same else problem
                 problem = "is listed twice; remove one" if enclosing == path else problem
                 raise UserError("folder-within-folder", f"data.folders: {shown(path)} {problem}")
-            earlier_roots.add(path)
+            earlier_roots[os.path.realpath(path)] = path
+            if os.path.exists(path):
+                earlier_files[_identity(path)] = path
             root_paths.append((number, path))
-    return _scan(
-        [root.path for root in roots],
-        root_paths,
-        lambda root: _Walk(root, (caption_key, weight_key), latents, masks, captions, caption_lines, unused),
-    )
+    visited = set(earlier_files)  # a walk leaves out what is a root itself, so this belongs to its own root
+    options = (caption_key, weight_key), latents, masks, captions, caption_lines, unused, visited, earlier_files
+    return _scan([root.path for root in roots], root_paths, lambda root: _Walk(root, *options))
 
 
 def _scan(root_names: list[str], root_paths: list[tuple[int, str]], walk_of: Callable[[int], _Walk]) -> Iterator[DataSource]:
-    earlier_roots: set[str] = set()
     for number, group in itertools.groupby(root_paths, lambda item: item[0]):
         has_images, first_problem, walk = False, "", walk_of(number)
         for _, path in group:
-            prefix = os.path.join(path, "")
-            inner_roots = {other for other in earlier_roots if other.startswith(prefix)} if os.path.isdir(path) else set()
             for source in walk.search(path):
                 if not source.problem:
                     has_images = True
                 elif not first_problem:
                     first_problem = f" (first problem: {shown(source.name)}: {source.problem})"
-                if not inner_roots or not _within(source.path, inner_roots):
-                    yield source
-            earlier_roots.add(path)
-        if not has_images:
+                yield source
+        if not has_images and not walk.has_other_roots:
             extensions = ", ".join(walk.extensions)
             problem = f"{shown(root_names[number])} has no images ({extensions})"
             raise UserError("folder-empty", f"data.folders: {problem}; add images or remove it{first_problem}")
 
 
-def _within(path: str, folders: set[str]) -> str:
+def _identity(path: str) -> tuple[int, int]:
+    """Return (device, inode) of a file or folder, which all of its names share, or (0, 0) if it cannot be read."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
+
+
+def _within(path: str, folders: Collection[str]) -> str:
     """Return the entry of `folders` that equals or contains `path`, or "" if there is none."""
     while path not in folders:
         path, below = os.path.dirname(path), path
@@ -181,18 +188,22 @@ class _Walk:
         captions: str,
         caption_lines: str,
         unused: ReportUnused,
+        visited: set[tuple[int, int]],
+        roots: Collection[tuple[int, int]],
     ) -> None:
         self.root, self.keys, self.latents, self.masks = root, keys, latents, masks
         self.captions, self.caption_lines, self.unused = captions, caption_lines, unused
         self.extensions = (f".{latents}",) if latents else IMAGE_EXTENSIONS
-        self.visited: set[tuple[int, int]] = set()  # (device, inode) of each folder, because links may form loops
+        self.visited = visited  # (device, inode) of each folder and tar, because links may form loops or lead to another root
+        self.roots, self.has_other_roots, self.top = roots, False, (0, 0)
 
     def search(self, top: str) -> Iterator[DataSource]:
         """Yield all sources below a folder or in a tar. Raises UserError if the folder `top` is unreadable."""
+        self.top = _identity(top)
         if not os.path.isdir(top):
-            yield from self._tar(top)
+            yield from self._samples(top)
             return
-        stack: list[_Sources] = [self._folder(top, [])]  # no recursion, because folders may nest deeper than Python allows
+        stack: list[_Sources] = [self._listed(top, [])]  # no recursion, because folders may nest deeper than Python allows
         while stack:
             item = next(stack[-1], None)
             if item is None:
@@ -206,13 +217,23 @@ class _Walk:
             else:
                 yield item
 
+    def _is_visited(self, path: str) -> bool:
+        """Return True for a folder or tar that is read under another name or for another root."""
+        identity = _identity(path)
+        if identity in self.visited:
+            self.has_other_roots |= identity in self.roots and identity != self.top
+            self.unused(path, REPEATED)
+            return True
+        if any(identity):
+            self.visited.add(identity)
+        return False
+
     def _folder(self, folder: str, above: list[metadata.Metadata]) -> _Sources:
+        return iter(()) if self._is_visited(folder) else self._listed(folder, above)
+
+    def _listed(self, folder: str, above: list[metadata.Metadata]) -> _Sources:
         """Yield a folder's sources and an iterator per subfolder or tar. `above` is its parents' metadata, nearest first."""
         try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in self.visited:
-                return
-            self.visited.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as listing:
                 entries = {entry.name: _is_folder(entry) for entry in listing}
         except OSError as error:
@@ -262,6 +283,9 @@ class _Walk:
         return metadata.Metadata(path, *self.keys, stems=bool(self.latents), captions=self.captions == "file")
 
     def _tar(self, path: str) -> Iterator[DataSource]:
+        return iter(()) if self._is_visited(path) else self._samples(path)
+
+    def _samples(self, path: str) -> Iterator[DataSource]:
         return tars.samples(
             path,
             self.root,

@@ -173,7 +173,8 @@ class Metadata:
         if self._parquet:
             yield list(_parquet_names(self.path))
         elif self._csv:
-            yield next((list(row) for _, row in self._rows() if isinstance(row, dict)), [])
+            with _csv(self.path) as (columns, _):
+                yield columns
         else:
             yield from (list(row) for _, row in _json_rows(self.path) if isinstance(row, dict))
 
@@ -207,30 +208,37 @@ def _json_rows(path: str) -> _Rows:
                     yield number, error.reason
 
 
-def _csv_rows(path: str, weight_key: str) -> _Rows:
-    """Yield the rows of a table with a header, each with the number of its last line. Empty cells are left out."""
-    with open(path, "rb") as file:
-        first_line = file.readline(_MAX_LINE).decode("utf-8-sig", "replace")
-    delimiter = next((mark for mark in _DELIMITERS if "file_name" in next(csv.reader([first_line], delimiter=mark))), ",")
+@contextmanager
+def _csv(path: str) -> Iterator[tuple[list[str], Any]]:
+    """Open a table. Return its header and a `csv.reader` of the lines after it. Raises Rejected if it is no CSV."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter)
+        first_line = file.readline(_MAX_LINE)
         try:
-            columns = next(reader, [])
+            headers = {mark: next(csv.reader([first_line], delimiter=mark), []) for mark in _DELIMITERS}
+        except csv.Error as error:
+            raise Rejected(f"cannot be read as CSV ({error})") from None
+        delimiter = next((mark for mark, header in headers.items() if "file_name" in header), ",")
+        yield headers[delimiter], csv.reader(file, delimiter=delimiter)
+
+
+def _csv_rows(path: str, weight_key: str) -> _Rows:
+    """Yield the rows of a table, each with the number of its last line. Empty cells are left out."""
+    with _csv(path) as (columns, reader):
+        try:
             for cells in reader:
+                number = 1 + reader.line_num
                 row: dict[str, object] = {name: cell for name, cell in zip(columns, cells, strict=False) if cell}
                 with suppress(KeyError, ValueError):  # a weight that is no number is reported as text
                     row[weight_key] = float(str(row[weight_key]))
                 if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
-                    yield reader.line_num, "not UTF-8"
+                    yield number, "not UTF-8"
                 elif len(cells) > len(columns):
-                    yield (
-                        reader.line_num,
-                        f"has {len(cells)} cells, but the header has {len(columns)}; quote texts with {delimiter!r}",
-                    )
+                    counts = f"{len(cells)} cells, but the header has {len(columns)}"
+                    yield number, f"has {counts}; quote texts with {reader.dialect.delimiter!r}"
                 elif cells:
-                    yield reader.line_num, row
+                    yield number, row
         except csv.Error as error:
-            yield reader.line_num, f"cannot be read as CSV ({error})"
+            yield 1 + reader.line_num, f"cannot be read as CSV ({error})"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from fastsd.data.sources.image import shown
 OTHER = "neither an image nor a caption"
 HIDDEN = "hidden, or made by a system"
 STRAY = "caption without an image of the same name"
+REPEATED = "a folder or tar that is read under another name"
 METADATA = "metadata file"  # used for captions or weights
 
 ReportUnused = Callable[[str, str], None]  # receives a path and one of the reasons above

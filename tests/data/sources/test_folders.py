@@ -287,3 +287,34 @@ def test_folders_of_systems_are_skipped_unless_they_are_a_root(tmp_path):
     touch(tmp_path, "a.png", *(f"{name}/x.png" for name in SYSTEM_FOLDERS), "b/@eadir/c.png/SYNOPHOTO_THUMB_XL.jpg", "b/c.png")
     assert names(tmp_path) == ["a.png", "b/c.png"]
     assert names(tmp_path / "@eaDir") == ["x.png"]
+
+
+def test_a_root_with_two_names_is_refused(tmp_path):
+    touch(tmp_path, "a/x.png", "a/in/y.png", "t.tar")
+    (tmp_path / "link").symlink_to("a", target_is_directory=True)
+    (tmp_path / "inner").symlink_to("a/in", target_is_directory=True)
+    (tmp_path / "u.tar").hardlink_to(tmp_path / "t.tar")
+    first, tar = tmp_path / "a", tmp_path / "t.tar"
+    for roots, problem in {
+        ("a", "link"): f"is the same as {first}, which is listed before it; remove one",
+        ("a", "inner"): f"is inside {first}, which is listed before it; remove it or list it first",
+        ("a", "a/"): "is listed twice; remove one",
+        ("t.tar", "u.tar"): f"is the same as {tar}, which is listed before it; remove one",
+    }.items():
+        with refused("folder-within-folder", problem=problem):
+            scanned(*(f"{tmp_path}/{root}" for root in roots))
+
+
+def test_a_folder_that_another_root_reaches_by_a_link_belongs_to_its_own_root(tmp_path):
+    touch(tmp_path, "a/x.png", "art/y.png", "only/z.txt")
+    (tmp_path / "a/link").symlink_to(tmp_path / "art", target_is_directory=True)
+    (tmp_path / "only/link").symlink_to(tmp_path / "art", target_is_directory=True)
+    roots = (tmp_path / "a", tmp_path / "only", tmp_path / "art")
+    assert [(os.path.relpath(source.path, tmp_path), source.root) for source in scanned(*roots)] == [
+        ("a/x.png", 0),
+        ("art/y.png", 2),
+    ]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/loop").symlink_to(tmp_path / "empty", target_is_directory=True)
+    with refused("folder-empty"):
+        scanned(tmp_path / "empty")

@@ -297,3 +297,38 @@ def test_a_full_temporary_folder_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Metadata, "_store_row", raise_full)
     with refused("temporary-folder-full", path=tmp_path / "metadata.jsonl"):
         read(tmp_path)
+
+
+def test_tables_of_spreadsheets_are_read(tmp_path):
+    touch(tmp_path, "a.png", "b.png", "c.png", "d.png", "e.png")
+    rows = [
+        b"\xef\xbb\xbffile_name;text;weight",
+        b'a.png;"two\n lines; quoted";0.5',
+        b"b.png;;1,5",
+        b"c.png;caf\xe9",
+        b"d.png;a;1;b",
+        b"",
+        b"e.png;plain;",
+        b"f.png;gone",
+    ]
+    (tmp_path / "metadata.csv").write_bytes(b"\r\n".join(rows))
+    captions, problems = read(tmp_path)
+    assert captions == {"a.png": ("two lines; quoted",), "b.png": (), "c.png": (), "d.png": (), "e.png": ("plain",)}
+    assert problems == {
+        "metadata.csv/line 5": sentence("metadata-not-utf8"),
+        "metadata.csv/line 6": sentence("metadata-cells", cells=4, columns=3, delimiter="';'"),
+        "metadata.csv/line 9": sentence("metadata-no-image", file_name="f.png"),
+    }
+    weights = {source.name: source.weight for source in scan([FolderTable(path=str(tmp_path))], weight_key="weight")}
+    assert weights[str(tmp_path / "a.png")] == 0.5 and weights[str(tmp_path / "e.png")] is None
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png," + b"x" * 200_000)
+    problems = read(tmp_path)[1]
+    assert list(problems) == ["metadata.csv/line 2"] and says(problems["metadata.csv/line 2"], "metadata-not-csv")
+    (tmp_path / "metadata.csv").write_bytes(b"x" * 200_000)
+    assert says(read(tmp_path)[1]["metadata.csv"], "metadata-not-csv")
+
+
+def test_a_weight_that_is_no_number_is_reported(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text,weight\na.png,a,much\n")
+    assert list(read(tmp_path, weight_key="weight")[1]) == ["a.png"]

@@ -192,3 +192,35 @@ def test_every_file_of_an_odd_folder_is_counted_and_named(folder, monkeypatch):
         path.unlink()
     folder.run("cache", "--prune")
     assert not list((folder.cache / "lists").iterdir())
+
+
+def test_check_notices_changes_of_the_folders(folder):
+    folder.put_good(*(f"{name}.png" for name in "abcdef"))
+    folder.cached()
+    assert not says(folder.run("check"), "folders-changed")
+    (folder / "a.png").unlink()
+    folder.put("new.png", png(picture(9)))
+    (folder / "b.txt").write_text("another caption")
+    (folder / "c.txt").unlink()
+    stamp = (folder / "d.png").stat()
+    folder.put("d.png", (folder / "d.png").read_bytes())
+    os.utime(folder / "d.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    changes = {"changes": "1 new, 1 missing, 3 changed", "names": "new.png, a.png, b.png, ..."}
+    assert says(folder.run("check"), "folders-changed", **changes)
+    folder.cached()
+    assert not says(folder.run("check"), "folders-changed")
+    for path in (folder.cache / "lists").iterdir():  # as in a cache of an earlier version
+        path.unlink()
+    out = folder.run("check")
+    assert says(out, "files-unknown", dir=folder.cache) and not says(out, "folders-changed")
+
+
+def test_check_counts_images_that_a_stage_never_reaches(folder):
+    for i in range(14):
+        folder.put(f"{i}.png", png(picture(i)))
+    for i in range(3):
+        folder.put(f"wide{i}.png", png(picture(20 + i, 60, 20)))
+    keys = "data.buckets={min=16, max=64, step=8}", "stage.batch=4"
+    folder.cached(*keys)
+    assert says(folder.run("check", *keys), "rare-shapes", stage="'stage-1'", images=3, batch=4)
+    assert not says(folder.run("check", *keys, "stage.until=3e"), "rare-shapes")
