@@ -7,9 +7,15 @@ from typing import IO, Any, cast
 
 import rich.console
 
+# Our own signs in terminals whose encoding has too few characters.
+_PLAIN = str.maketrans({"±": "+-", "×": "x", "≈": "~", "—": "-", "…": "...", "·": "*"})
+
 
 class _Output:
-    """A text file for output that nobody may be able to see: a closed terminal or a full disk raises no error."""
+    """A text file for output that nobody may be able to see: a closed terminal or a full disk raises no error.
+
+    Characters that the encoding of the file does not have, for example in the name of an image, are escaped.
+    """
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -19,7 +25,11 @@ class _Output:
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            self._file.write(text)
+            try:
+                self._file.write(text)
+            except UnicodeEncodeError:
+                encoding = self._file.encoding or "ascii"
+                self._file.write(text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:

@@ -1,5 +1,6 @@
 """Folders as people have them: nothing is ignored in silence, and nothing is read differently than its owner meant."""
 
+import io
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ import pytest
 from dataset import DataSet, picture, png, saved, shot, tar_of, touch
 from sentences import pattern, says
 
+from fastsd import cli
 from fastsd.config.schema import FolderTable
 from fastsd.data.building import decode
 from fastsd.data.cache import LatentCache
@@ -224,3 +226,18 @@ def test_check_counts_images_that_a_stage_never_reaches(folder):
     folder.cached(*keys)
     assert says(folder.run("check", *keys), "rare-shapes", stage="'stage-1'", images=3, batch=4)
     assert not says(folder.run("check", *keys, "stage.until=3e"), "rare-shapes")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp932", "utf-8"])
+def test_a_console_that_lacks_characters_ends_nothing(folder, monkeypatch, encoding):
+    folder.put("good.png", png(picture(1)))
+    folder.put("caf\u00e9 \U0001f408.png", b"broken")
+    for words, text in ((["cache"], "caf\u00e9 \U0001f408.png: not a JPEG"), (["cache", "--stats"], " \u00b1 ")):
+        buffer = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding=encoding))
+        monkeypatch.setattr(sys, "argv", ["fastsd", *words[:1], str(folder.config), *words[1:], "sample.prompts=[]"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        sys.stdout.flush()
+        text = text.replace("\u00b1", "+-") if encoding == "ascii" else text
+        assert end.value.code == 0 and text.encode(encoding, "backslashreplace") in buffer.getvalue()
