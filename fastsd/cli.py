@@ -60,21 +60,42 @@ class Form(StrEnum):
     lora_peft = "lora-peft"
 
 
-ConfigPath = Annotated[Path, Argument(metavar="CONFIG", help="Config file in TOML format; configs/ has examples.")]
+def _text(value: str) -> str:
+    """Expand `~` and environment variables in a path on the command line, as in a config. Hub ids stay as they are."""
+    from fastsd.config.paths import expanded
+
+    try:
+        return expanded(os.fspath(value))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _path(value: str) -> Path:
+    """Make a path of a text on the command line."""
+    return Path(_text(value))
+
+
+ConfigPath = Annotated[
+    Path, Argument(parser=_path, metavar="CONFIG", help="Config file in TOML format; configs/ has examples.")
+]
 Overrides = Annotated[
     list[str] | None, Argument(metavar="[key=value ...]", help="Config values to replace, for example stage.0.batch=8.")
 ]
-BaseModel = Annotated[str, Argument(metavar="BASE", help="Base model: diffusers folder, single file or hub id.")]
-AnyModel = Annotated[str, Argument(metavar="MODEL", help="Diffusers folder, single file, hub id, run folder or checkpoint.")]
-NewFolder = Annotated[Path, Argument(metavar="OUT", help="Output: a diffusers folder that does not exist yet.")]
+BaseModel = Annotated[str, Argument(parser=_text, metavar="BASE", help="Base model: diffusers folder, single file or hub id.")]
+AnyModel = Annotated[
+    str, Argument(parser=_text, metavar="MODEL", help="Diffusers folder, single file, hub id, run folder or checkpoint.")
+]
+NewFolder = Annotated[Path, Argument(parser=_path, metavar="OUT", help="Output: a diffusers folder that does not exist yet.")]
 StagePrecision = Annotated[
     Precision | None, Option("--precision", help="Compute precision for all stages (default: per config).")
 ]
 ComputePrecision = Annotated[Precision, Option("--precision", help="Compute precision.")]
 Device = Annotated[str, Option(help="Compute device: auto, cpu, cuda or cuda:N.")]
 ScalingFactor = Annotated[float | None, Option("--vae-scaling-factor", help="Scaling factor of the VAE (default: as stored).")]
-Tokenizer = Annotated[str, Option(help="Tokenizer folder or hub id, for a model that is a single file.")]
-JsonFile = Annotated[Path | None, Option("--json", metavar="FILE", help="JSON file to write the results to as well.")]
+Tokenizer = Annotated[str, Option(parser=_text, help="Tokenizer folder or hub id, for a model that is a single file.")]
+JsonFile = Annotated[
+    Path | None, Option("--json", parser=_path, metavar="FILE", help="JSON file to write the results to as well.")
+]
 BenchWords = Annotated[
     list[str] | None,
     Argument(
@@ -123,8 +144,8 @@ def cache(
 def sample(
     model: AnyModel,
     prompt: Annotated[list[str] | None, Option(help="Prompt to draw; can be given several times.")] = None,
-    prompts: Annotated[Path | None, Option(help="Text file with one prompt per line.")] = None,
-    out: Annotated[Path, Option(help="Output folder for the images and their grid.")] = Path("samples"),
+    prompts: Annotated[Path | None, Option(parser=_path, help="Text file with one prompt per line.")] = None,
+    out: Annotated[Path, Option(parser=_path, help="Output folder for the images and their grid.")] = Path("samples"),
     images: Annotated[int, Option(min=1, help="Images per prompt.")] = 1,
     seed: Annotated[int, Option(min=0, help="Seed of the first image of each prompt; later ones count up.")] = 0,
     steps: Annotated[int, Option(min=1, help="Number of sampling steps.")] = 20,
@@ -132,7 +153,7 @@ def sample(
     negative: Annotated[str, Option(help="Negative prompt for all images.")] = "",
     sampler: Annotated[str, Option(help="Sampler: ddim, euler, euler_a or dpm++.")] = "dpm++",
     size: Annotated[int, Option(min=0, help="Image width and height in px; 0 = the model's native size.")] = 0,
-    vae: Annotated[str, Option(help="VAE to decode with (default: the model's own).")] = "",
+    vae: Annotated[str, Option(parser=_text, help="VAE to decode with (default: the model's own).")] = "",
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
     clip_skip: Annotated[int, Option(min=0, help="Last text encoder layers to skip; 0 = none.")] = 0,
@@ -219,8 +240,10 @@ def bench(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path] | None, Argument(metavar="RUN ...", help="Run folders to compare.")] = None,
-    out: Annotated[Path, Option(help="HTML page to write; its images go into a folder beside it.")] = Path("report.html"),
+    runs: Annotated[list[Path] | None, Argument(parser=_path, metavar="RUN ...", help="Run folders to compare.")] = None,
+    out: Annotated[Path, Option(parser=_path, help="HTML page to write; its images go into a folder beside it.")] = Path(
+        "report.html"
+    ),
     baseline: Annotated[str, Option(metavar="RUN", help="Run to compare the others with (default: the first).")] = "",
     draw: Annotated[
         list[str] | None, Option(metavar="KEY=a,b,c", help="Draw samples with these settings, for example clip_skip=0,1.")
@@ -280,9 +303,13 @@ def long_clip(
 @app.command(name="swap-vae")
 def swap_vae(
     base: BaseModel,
-    vae: Annotated[str, Argument(metavar="VAE", help="VAE, or model with a VAE, in any form that BASE can have.")],
+    vae: Annotated[
+        str, Argument(parser=_text, metavar="VAE", help="VAE, or model with a VAE, in any form that BASE can have.")
+    ],
     out: NewFolder,
-    images: Annotated[Path | None, Option(metavar="DIR", help="Images for aligning the UNet to the new latents.")] = None,
+    images: Annotated[
+        Path | None, Option(parser=_path, metavar="DIR", help="Images for aligning the UNet to the new latents.")
+    ] = None,
     limit: Annotated[int, Option(min=8, metavar="N", help="Largest number of images to use.")] = 256,
     fit: Annotated[str, Option(help="Fit: plain, orthogonal, affine or kernel (default: smallest loss).")] = "",
     vae_scaling_factor: ScalingFactor = None,
@@ -301,8 +328,10 @@ def swap_vae(
 
 @app.command()
 def convert(
-    source: Annotated[str, Argument(metavar="IN", help="Folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")],
-    out: Annotated[Path, Argument(metavar="OUT", help="Output: a new folder or .safetensors file.")],
+    source: Annotated[
+        str, Argument(parser=_text, metavar="IN", help="Folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")
+    ],
+    out: Annotated[Path, Argument(parser=_path, metavar="OUT", help="Output: a new folder or .safetensors file.")],
     to: Annotated[Form | None, Option(help="Output format (default: inferred from OUT's extension).")] = None,
     dtype: Annotated[Dtype | None, Option(help="Data type of the weights (default: unchanged).")] = None,
     *,
@@ -312,7 +341,7 @@ def convert(
     shard: Annotated[
         float, Option(metavar="GB", min=0.0, help="For diffusers: size above which files are split; 0 = off.")
     ] = 0.0,
-    vae: Annotated[str, Option(help="VAE to use instead of the model's own.")] = "",
+    vae: Annotated[str, Option(parser=_text, help="VAE to use instead of the model's own.")] = "",
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
     revision: Annotated[str, Option(help="Revision of a hub id.")] = "",
@@ -346,7 +375,9 @@ def convert(
 def redraw(
     model: AnyModel,
     config: ConfigPath,
-    out: Annotated[Path, Argument(metavar="OUT", help="Output: a new folder, or that of an interrupted run of this command.")],
+    out: Annotated[
+        Path, Argument(parser=_path, metavar="OUT", help="Output: a new folder, or that of an interrupted run of this command.")
+    ],
     overrides: Overrides = None,
     start: Annotated[
         int | None,
@@ -364,7 +395,7 @@ def redraw(
 
 
 @app.command()
-def demo(out: Annotated[Path, Option(help="Output folder.")] = Path("demo-out")) -> None:
+def demo(out: Annotated[Path, Option(parser=_path, help="Output folder.")] = Path("demo-out")) -> None:
     """Try the whole workflow on tiny models. Swaps the VAE, caches, trains, samples: minutes on CPU or GPU, no downloads."""
     from fastsd.demo.demo import demo
 

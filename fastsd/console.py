@@ -28,7 +28,7 @@ class _Output:
             try:
                 self._file.write(text)
             except UnicodeEncodeError:
-                encoding = self._file.encoding or "ascii"
+                encoding = getattr(self._file, "encoding", None) or "ascii"
                 self._file.write(text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 

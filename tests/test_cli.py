@@ -74,6 +74,22 @@ def test_bad_images_and_empty_captions_stop_nothing(run, tmp_path, tiny_model):
     assert code == 0 and "1 rejected" in out and "1 empty captions" in out
 
 
+def test_paths_on_the_command_line_are_expanded(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    for written in ("~/x", "$PLACE/x", "${PLACE}/x"):
+        for words in (
+            ("check", written),
+            ("convert", written, "out"),
+            ("sample", written, "--prompt", "a"),
+            ("compare", written),
+        ):
+            exit_code, _, err = run(*words)
+            assert exit_code == 2 and str(tmp_path / "x") in err, (words, err)
+    exit_code, _, err = run("check", "${UNSET}/x.toml")
+    assert exit_code == 2 and says(err, "path-variable", variable="UNSET")
+
+
 def bad_commands(tmp_path, tiny_model, images):
     """Return (words of a command, code of its error, facts in the error's sentence) for commands with bad input."""
     path = job(tmp_path, tiny_model, images, STAGE)

@@ -112,7 +112,7 @@ def _cache(config: Config, model: Model, images_per_epoch: list[int], notes: lis
         notes += filter(None, (several_captions(latents), lists.enlarged(folder, latents.name)))
         notes += filter(None, (_rare_shapes(config, i, model, latents) for i in range(len(config.stage))))
         if changes := lists.changes(config.data, folder, latents.name):
-            notes.append(f"{changes}; run `fastsd cache CONFIG`, or the old images and captions are trained on")
+            notes.append(str(changes))
         elif not lists.list_path(folder, latents.name).exists():
             notes.append(
                 f"cache.dir {folder} does not know its files; run `fastsd cache CONFIG` once, so that changes are noticed"

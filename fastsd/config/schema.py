@@ -3,6 +3,8 @@
 A config is TOML: a few top-level keys, the tables `[model] [data] [cache] [sample] [validate] [log] [export]`, and an
 ordered list of `[[stage]]`.  Files in `configs/` set only what differs from the defaults below.  An unknown key is an error,
 and the message suggests a similar key.  Read next: `configs/xlsd.toml`.
+
+In every path, `~`, `$NAME` and `${NAME}` are expanded. Relative paths start at the current folder, as on the command line.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fastsd.config.config_errors import sentence, unknown_keys
 from fastsd.config.keys import CAPTION, keys_with
+from fastsd.config.paths import PathText, expanded
 from fastsd.config.stages import Amount, StageTable, Table, parse_amount
 from fastsd.errors import UserError
 
@@ -29,13 +32,13 @@ class LoraTable(Table):
     targets: list[str] = Field(["attention"], min_length=1)  # groups or names of linear layers, as in train without component
     conv: int = Field(0, ge=0)  # rank of the adapters of 3x3 convolutions; 0 = none
     text_encoder: bool = False  # also add adapters to the targets in the text encoder
-    file: str = ""  # start from this LoRA, a .safetensors file with the names of any tool
+    file: PathText = ""  # start from this LoRA, a .safetensors file with the names of any tool
 
 
 class ModelTable(Table):
-    base: str  # diffusers folder, hub id, or one .safetensors in the original SD layout
-    vae: str = ""  # folder, hub id or .safetensors file; "" = the VAE of the base
-    tokenizer: str = ""  # folder or hub id; "" = the tokenizer of the base, but a single file has none
+    base: PathText  # diffusers folder, hub id, or one .safetensors in the original SD layout
+    vae: PathText = ""  # folder, hub id or .safetensors file; "" = the VAE of the base
+    tokenizer: PathText = ""  # folder or hub id; "" = the tokenizer of the base, but a single file has none
     revision: str = ""  # branch, tag or commit of a base on the hub; "" = its default branch
     vae_scaling_factor: float | None = Field(None, gt=0)  # only for a VAE file without a config
     clip_skip: int = Field(0, ge=0)  # 0 = use the last layer; n = use the n-th layer before it, then the final layer norm
@@ -100,6 +103,15 @@ class DataTable(Table):
     include: list[str] = []  # use only images with at least one of these tags
     exclude: list[str] = []  # use no image with any of these tags
 
+    @field_validator("folders")  # here, because a union of types would report a problem of a path once for each type
+    @classmethod
+    def _expand(cls, folders: list[str | FolderTable]) -> list[str | FolderTable]:
+        tables = (
+            folder if isinstance(folder, str) else folder.model_copy(update={"path": expanded(folder.path)})
+            for folder in folders
+        )
+        return [expanded(folder) if isinstance(folder, str) else folder for folder in tables]
+
     @property
     def roots(self) -> list[FolderTable]:
         return [FolderTable(path=f) if isinstance(f, str) else f for f in self.folders]
@@ -124,7 +136,7 @@ class DataTable(Table):
 
 
 class CacheTable(Table):
-    dir: str = "cache"  # runs may share it, because its keys include image, VAE and preprocessing
+    dir: PathText = "cache"  # runs may share it, because its keys include image, VAE and preprocessing
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # dtype of the stored latents; fp16 takes 32 KiB per image at 512 px
     precision: Literal["fp32", "bf16"] = "fp32"  # precision of the VAE encoder; SDXL's VAE would overflow in fp16
     batch: int = Field(8, ge=1)  # images per VAE call; an interruption can lose the work of one call
@@ -136,7 +148,7 @@ class CacheTable(Table):
 
 class SampleTable(Table):
     prompts: list[str] = []  # one row of the grid per prompt
-    prompts_file: str = ""  # file of more prompts, one per line
+    prompts_file: PathText = ""  # file of more prompts, one per line
     negative: str = ""  # negative prompt, which replaces the empty prompt of the guidance
     images: int = Field(2, ge=1)  # columns of the grid: images per prompt, each with its own fixed seed
     seed: int = Field(0, ge=0)  # seed of the first column; each further column adds 1
@@ -190,7 +202,7 @@ class Config(Table):
     validate_: ValidateTable = Field(ValidateTable(), alias="validate")
     log: LogTable = LogTable()
     export: ExportTable = ExportTable()
-    run: str = "runs/run"  # folder of the run's files; the same command resumes from it
+    run: PathText = "runs/run"  # folder of the run's files; the same command resumes from it
     seed: int = Field(0, ge=0, lt=2**63)  # seed of noise, timesteps, dropout and order
     kernels: Literal["auto", "triton", "reference"] = "auto"  # the Ops table; auto = the fastest for the device
     device: str = "auto"  # auto = cuda if available, otherwise cpu
@@ -253,6 +265,7 @@ class Config(Table):
         return self
 
 
+_LINE = re.compile(r"\(at line (\d+)")  # in the message of a `tomllib.TOMLDecodeError`
 _TABLES: dict[str, type[Table]] = {
     "model": ModelTable, "model.lora": LoraTable, "data": DataTable, "data.buckets": BucketTable, "cache": CacheTable,
     "sample": SampleTable, "validate": ValidateTable, "log": LogTable, "export": ExportTable, "stage": StageTable,
@@ -281,7 +294,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None, precision:
     except IsADirectoryError:
         raise UserError("config-is-folder", f"{path} is a folder; use the path of a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError("config-no-toml", f"{path} cannot be read as TOML ({error}); fix the file") from None
+        advice = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "fix the file"
+        line = _LINE.search(str(error))
+        if line and "\\" in path.read_text(encoding="utf-8-sig").split("\n")[int(line[1]) - 1]:
+            advice = "write paths with / or in 'single quotes', because a backslash in double quotes starts an escape"
+        raise UserError("config-no-toml", f"{path} cannot be read as TOML ({error}); {advice}") from None
     for item in overrides or []:
         _override(raw, item)
     if precision is not None:
@@ -309,10 +326,17 @@ def dump_config(config: Config) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a value from the command line as TOML. Return the text unchanged if it is not TOML."""
+    """Parse a value from the command line as TOML. Return the text unchanged if it is not TOML.
+
+    Raises:
+        UserError: a backslash keeps a list, a table or a quoted text from being TOML.
+    """
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
+        if text.startswith(("[", "{", '"')) and "\\" in text:
+            advice = "write paths with / or in 'single quotes', because a backslash in double quotes starts an escape"
+            raise UserError("override-backslash", f"{text} is not a TOML value; {advice}") from None
         return text
 
 

@@ -127,17 +127,98 @@ def space_name(config: Config, vae_hash: str) -> str:
 
 
 def view_name(config: Config, vae_hash: str) -> str:
-    """Return the name of the view that caching `config` with this VAE writes."""
+    """Return the name of the view that caching `config` with this VAE writes.
+
+    The name of a new view depends on its folders. If there is no such view, it is that of the view with the same settings whose
+    folders were moved, or whose folders are the same under other names.
+    """
+    folders = [os.fsencode(os.path.abspath(root.path)).hex() for root in config.data.roots]
+    name = digest(*_settings(config, vae_hash, folders))[:16]
+    cache_folder = Path(config.cache.dir)
+    if (cache_folder / "views" / f"{name}.safetensors").is_file():
+        return name
+    settings = view_settings(config, vae_hash)
+    for path in view_paths(cache_folder):
+        place = view_place(path)
+        if place and place.settings == settings and place.is_same_data(config.data):
+            return path.stem
+    return name
+
+
+def view_settings(config: Config, vae_hash: str) -> str:
+    """Return a hash of all that determines a view, except the places of its folders."""
+    return digest(*_settings(config, vae_hash, []))
+
+
+def _settings(config: Config, vae_hash: str, folders: list[str]) -> list[object]:
     data = config.data
-    folders = [os.fsencode(os.path.abspath(root.path)).hex() for root in data.roots]
     # Keys added in later versions enter the name only if they are set, so existing views keep their names.
     added = {"weight_key": "", "masks": "", "caption_lines": "variants", "captions": "file"}
     optional_settings = [{key: value} for key, default in added.items() if (value := getattr(data, key)) != default]
-    return digest(vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key, *optional_settings)[:16]
+    return [vae_hash, preprocessing(config), folders, data.crops, data.flip, data.caption_key, *optional_settings]
+
+
+def folder_base(path: str) -> str:
+    """Return the folder or tar that the files of a root are in. For a pattern, this is the folder before the first brace."""
+    before, brace, _ = path.partition("{")
+    return os.path.abspath(os.path.dirname(before) if brace and not os.path.exists(path) else path)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a view's data, so that the view is found again when they are moved.
+
+    Attributes:
+        settings: `view_settings`.
+        paths: `data.folders` as written in the config.
+        bases: `folder_base` of each.
+        samples: some images: root, path below its base, offset, length and sha256.
+    """
+
+    settings: str
+    paths: list[str]
+    bases: list[str]
+    samples: list[tuple[int, str, int, int, str]]
+
+    def is_same_data(self, data: DataTable) -> bool:
+        """Return True if all folders of `data` are the same, or were moved. A folder that exists elsewhere was copied."""
+        bases = [folder_base(root.path) for root in data.roots]
+        if len(bases) != len(self.bases):
+            return False
+        for path, root, old, new in zip(self.paths, data.roots, self.bases, bases, strict=True):
+            if not os.path.exists(new) and path != root.path:
+                return False
+            if os.path.exists(old) and not (os.path.exists(new) and os.path.samefile(old, new)):
+                return False
+        present = [sample for sample in self.samples if os.path.exists(bases[sample[0]])]
+        return bool(self.samples) and all(_is_there(bases[sample[0]], *sample[1:]) for sample in present)
+
+
+def _is_there(base: str, below: str, offset: int, length: int, sha256: str) -> bool:
+    try:
+        with open(os.path.normpath(os.path.join(base, below)), "rb") as file:
+            file.seek(offset)
+            return hashlib.sha256(file.read(length)).hexdigest() == sha256
+    except OSError:
+        return False
+
+
+def view_place(path: Path) -> Place | None:
+    """Return the place of a view's data, or None if the view is damaged or from an earlier version."""
+    try:
+        return Place(**json.loads(read_header(path, View.FORMAT)[1]["place"]))
+    except (UserError, KeyError, ValueError, TypeError):
+        return None
 
 
 def freeze(
-    folder: Path, name: str, arrays: dict[str, np.ndarray], shards: list[object], groups: Sequence[Group], meta: CacheMeta
+    folder: Path,
+    name: str,
+    arrays: dict[str, np.ndarray],
+    shards: list[object],
+    groups: Sequence[Group],
+    meta: CacheMeta,
+    place: Place | None = None,
 ) -> None:
     """Write a view atomically and make it the newest one. `shards[i]` is [name, [C, h, w]] of the shard with index i."""
     path = folder / "views" / f"{name}.safetensors"
@@ -146,6 +227,7 @@ def freeze(
         "groups": json.dumps([[group.shape, group.root, group.count] for group in groups]),
         "meta": json.dumps(asdict(meta), sort_keys=True),
     }
+    unhashed = {"place": json.dumps(asdict(place), sort_keys=True)} if place else {}
     serials = {}
     for other in view_paths(folder):
         try:
@@ -154,9 +236,10 @@ def freeze(
             continue  # the view is damaged
     newest = max(serials.values(), default=0)
     with contextlib.suppress(UserError):  # a view that is damaged after its header is written again
-        if serials.get(path) == newest and View.hashes(arrays, content).items() <= View(path).metadata.items():
+        expected = View.hashes(arrays, content).items() | unhashed.items()
+        if serials.get(path) == newest and expected <= View(path).metadata.items():
             return
-    View.write(path, arrays, content, serial=str(newest + 1))
+    View.write(path, arrays, content, serial=str(newest + 1), **unhashed)
 
 
 class View(Index):

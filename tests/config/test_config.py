@@ -113,6 +113,56 @@ def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path):
     assert load_config(tmp_path / "c.toml") == load(tmp_path, GOOD)
 
 
+def test_paths_are_expanded_and_have_one_spelling(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/disk")
+    keys = "model.base", "model.vae", "model.tokenizer", "model.lora.file", "cache.dir", "sample.prompts_file", "run"
+    paths = ["~/x/", "$DISK/y", "${DISK}/y", "plain/", "/", "$UNSET/z"]
+    expected = ["/home/me/x", "/disk/y", "/disk/y", "plain", "/", "$UNSET/z"]
+    for path, full in zip(paths, expected, strict=True):
+        folders = f'data.folders=["{path}", {{path = "{path}", repeats = 2}}]'
+        config = load(tmp_path, GOOD, *(f"{key}={path}" for key in keys), folders)
+        assert config == load(tmp_path, GOOD, *(f"{key}={full}" for key in keys), folders.replace(path, full))
+        assert [root.path for root in config.data.roots] == [full, full] and config.data.roots[1].repeats == 2
+        assert {config.model.base, config.model.lora.file, config.cache.dir, config.sample.prompts_file, config.run} == {full}
+    for key in (*keys, "data.folders"):
+        value = ['["${UNSET}/a"]', '[{ path = "${UNSET}/a" }]'] if key == "data.folders" else ["${UNSET}/a"]
+        for text in value:
+            with refused("config-invalid") as error:
+                load(tmp_path, GOOD, f"{key}={text}")
+            assert str(error.value).count("\n") == 0 and says(str(error.value), "path-variable", variable="UNSET")
+
+
+@pytest.mark.parametrize(
+    "path, advised", [("C:\\Users\\me", True), ("C:\\pics", True), ("C:\\new\\temp", None), ("a] = [", False)]
+)
+def test_backslashes_in_paths_get_the_advice_they_need(tmp_path, path, advised):
+    text = f'run = "{path}' + ("\n" if advised is False else '"\n') + GOOD
+    if advised is None:  # \n and \t are valid escapes
+        with refused("config-invalid") as error:
+            load(tmp_path, text)
+        assert says(str(error.value), "path-control")
+    else:
+        advice = "write paths with / or in 'single quotes', because a backslash in double quotes starts an escape"
+        with refused("config-no-toml", advice=advice if advised else "fix the file"):
+            load(tmp_path, text)
+    assert advised is False or load(tmp_path, text.replace(f'"{path}"', f"'{path}'")).run == path
+
+
+def test_backslashes_in_overrides_get_the_advice_they_need(tmp_path):
+    assert load(tmp_path, GOOD, "run=C:\\pics").run == "C:\\pics"
+    assert load(tmp_path, GOOD, "data.folders=['C:\\pics']").data.folders == ["C:\\pics"]
+    for value in ('["C:\\pics"]', '"C:\\pics"', '[{ path = "C:\\pics" }]'):
+        with refused("override-backslash", value=value):
+            load(tmp_path, GOOD, f"data.folders={value}")
+
+
+def test_a_config_that_is_not_utf8_gets_advice(tmp_path):
+    (tmp_path / "c.toml").write_bytes(f"run = 'caf\u00e9'\n{GOOD}".encode("latin-1"))
+    with refused("config-no-toml", advice="save it as UTF-8"):
+        load_config(tmp_path / "c.toml")
+
+
 def test_prompts_end_only_at_the_ends_of_lines(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa red fox\r\n\n one\x85\u2028two \rthree".encode())
     table = SampleTable(prompts=["first"], prompts_file=str(tmp_path / "prompts.txt"))

@@ -17,7 +17,7 @@ from tiny import tiny_vae
 
 from fastsd.config.schema import load_config
 from fastsd.data.building import collect, pipeline
-from fastsd.data.cache import LatentCache, View, freeze
+from fastsd.data.cache import LatentCache, View, freeze, view_place
 from fastsd.data.sources import folders
 from fastsd.data.tokens import Tokens
 from fastsd.errors import UserError
@@ -338,7 +338,8 @@ def test_every_flipped_bit_of_an_index_is_detected(folder):
                 path.write_bytes(data)
     index = View(view)
     arrays = {name: array.copy() for name, array in index.arrays.items()}
+    place = view_place(view)
     for offset in range(0, view.stat().st_size, 50):
         flip(view, offset)
-        freeze(folder.cache, view.stem, arrays, index.shards, index.groups, index.meta)
-        assert View(view).metadata["sha256"] == index.metadata["sha256"]
+        freeze(folder.cache, view.stem, arrays, index.shards, index.groups, index.meta, place)
+        assert View(view).metadata["sha256"] == index.metadata["sha256"] and view_place(view) == place

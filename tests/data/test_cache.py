@@ -16,15 +16,18 @@ import pytest
 import torch
 from caching import R, StubVae, config, draw, draw_many, expected, flip, shard_bytes
 from commandline import function_process
+from dataset import shot, tar_of
 from safetensors import safe_open
 from sentences import refused, sentence
 
 from fastsd.data import cache as cache_module
 from fastsd.data import rows as rows_module
+from fastsd.data.building import build
 from fastsd.data.building.build import build_cache
+from fastsd.data.building.lists import changes
 from fastsd.data.building.store import SCHEMA_VERSION, Shard, Store
 from fastsd.data.building.upkeep import prune, stats, verify
-from fastsd.data.cache import LatentCache, read_header, view_name
+from fastsd.data.cache import LatentCache, read_header, view_name, view_place
 
 
 @pytest.fixture(autouse=True)
@@ -577,3 +580,85 @@ def test_a_view_without_a_serial_number_is_damaged(tmp_path):
         assert len(cache) == 4
     with refused("frozen-file-damaged", path=path):
         LatentCache.open(tmp_path / "cache")
+
+
+def test_a_view_is_found_however_its_folders_are_spelt_and_wherever_they_are_moved(tmp_path, monkeypatch):
+    cache_key = {"dir": str(tmp_path / "cache")}
+    draw_many(tmp_path / "old")
+    first = build_cache(config(tmp_path / "old", **cache_key), StubVae())
+    (tmp_path / "link").symlink_to(tmp_path / "old", target_is_directory=True)
+    assert view_name(config(tmp_path / "link", **cache_key), "stub") == first.view
+
+    shutil.copytree(tmp_path / "old", tmp_path / "copy")  # a copy may be edited, so it has a view of its own
+    (tmp_path / "copy/images/000.txt").write_text("edited")
+    assert view_name(config(tmp_path / "copy", **cache_key), "stub") != first.view
+    draw_many(tmp_path / "other", 9)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = config(tmp_path / "new", **cache_key)
+    assert view_name(moved, "stub") == first.view and changes(moved.data, tmp_path / "cache", first.view) is None
+    draw(tmp_path / "other/images/000.png", 77)
+    assert view_name(config(tmp_path / "other", **cache_key), "stub") != first.view
+    assert view_name(moved, "another VAE") != first.view
+    more = moved.model_copy(update={"data": moved.data.model_copy(update={"caption_lines": "join"})})
+    assert view_name(more, "stub") != first.view
+
+    draw(tmp_path / "new/images/new.png", 50)
+    assert changes(moved.data, tmp_path / "cache", first.view)[:3] == (1, 0, 0)
+    second = build_cache(moved, StubVae())
+    assert second.view == first.view and second.encoded == 1
+    assert changes(moved.data, tmp_path / "cache", first.view) is None
+    shutil.rmtree(tmp_path / "new")
+    assert view_name(moved, "stub") == first.view
+
+
+@pytest.mark.parametrize("pattern", ["set-{0..1}.tar", "tars/{0..1}.tar", "set-0.tar"])
+def test_moved_tars_are_found_and_others_are_not(tmp_path, monkeypatch, pattern):
+    relative = config(tmp_path)
+    relative = relative.model_copy(update={"data": relative.data.model_copy(update={"folders": [pattern]})})
+
+    def pack(folder, seed):
+        for number in range(2):
+            path = folder / pattern.replace("{0..1}", str(number))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tar_of(*shot(f"image {number}", seed + number)))
+        monkeypatch.chdir(folder)
+
+    pack(tmp_path / "a", 1)
+    first = build_cache(relative, StubVae())
+    pack(tmp_path / "b", 3)
+    assert view_name(relative, "stub") != first.view
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert view_name(relative, "stub") != first.view
+    monkeypatch.chdir(tmp_path / "c")
+    assert view_name(relative, "stub") == first.view
+    assert changes(relative.data, tmp_path / "cache", first.view) is None
+
+
+def test_a_view_is_found_without_its_images_if_the_config_is_the_same(tmp_path, monkeypatch):
+    draw_many(tmp_path / "a")
+    relative = config(tmp_path)
+    relative = relative.model_copy(update={"data": relative.data.model_copy(update={"folders": ["images"]})})
+    monkeypatch.chdir(tmp_path / "a")
+    first = build_cache(relative, StubVae())
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "b")
+    assert view_name(relative, "stub") != first.view  # the images of `a` are still there
+    shutil.rmtree(tmp_path / "a")
+    assert view_name(relative, "stub") == first.view
+    draw_many(tmp_path / "b")
+    draw(tmp_path / "b/images/003.png", 99)
+    assert view_name(relative, "stub") != first.view
+
+
+def test_a_view_of_an_earlier_version_gets_its_place_and_keeps_its_hash(tmp_path, monkeypatch):
+    draw_many(tmp_path)
+    place = build._Build._place
+    monkeypatch.setattr(build._Build, "_place", lambda self: None)
+    view = build_cache(config(tmp_path), StubVae()).view
+    path = tmp_path / f"cache/views/{view}.safetensors"
+    sha256 = LatentCache.open(tmp_path / "cache", view).sha256
+    assert view_place(path) is None and "place" not in read_header(path, "view-2")[1]
+    monkeypatch.setattr(build._Build, "_place", place)
+    assert build_cache(config(tmp_path), StubVae()).view == view
+    assert view_place(path).bases == [str(tmp_path / "images")]
+    assert LatentCache.open(tmp_path / "cache", view).sha256 == sha256

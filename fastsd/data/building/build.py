@@ -257,12 +257,27 @@ class _Build:
         with disk_errors(work.parent), tempfile.TemporaryDirectory(prefix=f"{counts.view}-", dir=work) as scratch:
             lists.write_lists(self.store, counts.view)
             arrays, shards, groups = self._index(Path(scratch), counts.cached)
-            cache.freeze(self.store.folder, counts.view, arrays, shards, groups, meta)
+            cache.freeze(self.store.folder, counts.view, arrays, shards, groups, meta, self._place())
             if config.data.masks:
                 mask_cells.freeze(self.store, counts.view, config.data.crops)
         with self.store.transaction():
             self.db.execute("UPDATE space SET unfinished = 0 WHERE id = ?", (self.space,))
         return counts
+
+    def _place(self) -> cache.Place:
+        """Return the place of the data, with up to `_EXAMPLES` images in even steps."""
+        config = self.config
+        paths = [root.path for root in config.data.roots]
+        bases = [cache.folder_base(path) for path in paths]
+        query = (
+            "SELECT root, file, offset, length, content FROM sample WHERE reason IS NULL AND id % (SELECT 1 + COUNT(*) / ?"
+            " FROM sample) = 0"
+        )
+        samples = [
+            (root, os.path.relpath(os.fsdecode(file), bases[root]), offset, length, content.hex())
+            for root, file, offset, length, content in self.db.execute(query, (_EXAMPLES,))
+        ]
+        return cache.Place(cache.view_settings(config, self.vae.hash), paths, bases, samples)
 
     _USED_ROWS = (
         "FROM sample JOIN latent ON latent.space = ? AND latent.content = sample.content"

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from fastsd.config.schema import DataTable
 from fastsd.data.building.store import Store
+from fastsd.data.cache import folder_base, view_place
 from fastsd.data.sources import folders
 from fastsd.data.sources.image import DataSource, shown
 from fastsd.data.sources.unused import UnusedFiles
@@ -119,7 +120,8 @@ class Changes(NamedTuple):
     def __str__(self) -> str:
         counts = [f"{count} {word}" for word, count in zip(self._fields, self[:3], strict=False) if count]
         names = ", ".join(self.examples) + (", ..." if sum(self[:3]) > len(self.examples) else "")
-        return f"the folders have changed since they were cached: {', '.join(counts)} ({names})"
+        advice = "run `fastsd cache CONFIG`, or the old images and captions are trained on"
+        return f"the folders have changed since they were cached: {', '.join(counts)} ({names}); {advice}"
 
 
 def changes(data: DataTable, folder: Path, view: str) -> Changes | None:
@@ -133,8 +135,13 @@ def changes(data: DataTable, folder: Path, view: str) -> Changes | None:
     if not cached:
         return None
     missing, new, changed = set(cached), list[str](), list[str]()
+    bases = [folder_base(root.path) for root in data.roots]
+    place = view_place(folder / "views" / f"{view}.safetensors")
+    old_bases = place.bases if place else bases
     for source in folders.scan_for(data):
-        path = shown(source.name)
+        base = bases[source.root]
+        is_below = source.name.startswith(base)
+        path = shown(old_bases[source.root] + source.name.removeprefix(base) if is_below else source.name)
         missing.discard(path)
         if state(source) not in cached.get(path, ()):
             (changed if path in cached else new).append(path)

@@ -46,6 +46,7 @@ _NAME_PATTERNS = {
     "img_sdvae": re.compile(r"(.+)\.img_sdvae", re.DOTALL | re.IGNORECASE),
     "npz": re.compile(r"(.+?)(?:_\d+x\d+)?(?:_sdxl|_sd)?(?<!_te_outputs)\.npz", re.DOTALL | re.IGNORECASE),
 }
+_NEVER_MASKS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # masks may have any other ending, also one of images
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -94,7 +95,7 @@ def scan(
             "masks-and-latents",
             f"data.masks is {masks!r}, but the crops of data.latents {latents!r} are unknown; remove one of them",
         )
-    if any(ends_in(extension, masks) for extension in IMAGE_EXTENSIONS):
+    if any(ends_in(extension, masks) for extension in _NEVER_MASKS):
         raise UserError(
             "masks-ending",
             f'data.masks is {masks!r}, also an ending of images; use an ending that only masks have, such as "-mask.png"',

@@ -318,3 +318,9 @@ def test_a_folder_that_another_root_reaches_by_a_link_belongs_to_its_own_root(tm
     (tmp_path / "empty/loop").symlink_to(tmp_path / "empty", target_is_directory=True)
     with refused("folder-empty"):
         scanned(tmp_path / "empty")
+
+
+def test_masks_may_have_an_ending_of_images_that_is_rare(tmp_path):
+    touch(tmp_path, "a.jpg", "a.tif", "b.jpg")
+    masks = [source.mask and os.path.basename(source.mask.path) for source in scanned(tmp_path, masks=".tif")]
+    assert masks == ["a.tif", None]
