@@ -29,6 +29,7 @@ DTYPES = {
 }  # fmt: skip
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # only read; see `Stored`
 TEMPORARY = ".tmp-"
+_OLD = ".tmp-old-"  # a folder that is being replaced
 BLOCK = 1 << 24  # bytes of a tensor that are in memory while it is streamed
 MAX_HEADER = 16 << 20  # bytes; the header of SD1.5 as a single file has 140 thousand
 
@@ -280,7 +281,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     The block must flush the files that it writes. An existing `path` is replaced.
     """
-    temporary, old = path.with_name(TEMPORARY + path.name), path.with_name(TEMPORARY + "old-" + path.name)
+    temporary, old = path.with_name(TEMPORARY + path.name), path.with_name(_OLD + path.name)
     if old.exists() and not path.exists():  # a kill between the two renames below
         old.rename(path)
     for leftover in (temporary, old):
@@ -298,6 +299,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
         raise
 
 
@@ -323,12 +326,19 @@ def new_file(path: Path) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Delete a folder. It is renamed first, so a kill leaves it whole or as a leftover that `remove_leftovers` deletes."""
     with contextlib.suppress(OSError):
-        path = path.rename(path.with_name(TEMPORARY + "old-" + path.name))
+        path = path.rename(path.with_name(TEMPORARY + "removed-" + path.name))
     shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary folders that an interrupted `new_folder` or `remove_folder` left in `folder`."""
+    """Delete temporary folders that an interrupted `new_folder` or `remove_folder` left in `folder`.
+
+    A folder that was about to be replaced when the interruption came is restored.
+    """
+    for old in folder.glob(_OLD + "*"):
+        path = old.with_name(old.name.removeprefix(_OLD))
+        if not path.exists():
+            old.rename(path)
     for path in folder.glob(TEMPORARY + "*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -85,11 +85,27 @@ def test_link_or_copy(disk, tmp_path, monkeypatch):
     assert disk() == ["copied"]
 
 
-def test_leftovers_are_removed(tmp_path):
-    for name in (".tmp-a", ".tmp-old-b", "c"):
+def test_leftovers_are_removed_and_a_folder_without_its_replacement_is_restored(tmp_path):
+    for name in (".tmp-a", ".tmp-old-b", "c", ".tmp-old-c", ".tmp-removed-d"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
     storage.remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {"b": ".tmp-old-b", "c": "c"}
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "saved").mkdir()
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == ".tmp-saved":
+            raise OSError(errno.EIO, "the disk fails")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="the disk fails"), new_folder(tmp_path / "saved") as folder:
+        write_text(folder / "file", "new")
+    assert os.listdir(tmp_path) == ["saved"] and not os.listdir(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("block", [8, 24, 1 << 24])  # 8 bytes hold one number of fp64
@@ -236,6 +252,7 @@ def test_a_folder_whose_replacement_was_killed_is_replaced_later(renames, tmp_pa
 WRITERS = {
     "fastsd/storage.py": {"write_safetensors", "write_bytes", "copy_file"},  # what the others are made of
     "fastsd/data/building/store.py": {"create", "write_rows"},  # a temporary file; rows that are not marked as done
+    "fastsd/data/building/lists.py": {"_write"},  # a temporary file
     "fastsd/bench/data.py": {"_write_images"},  # a temporary folder
     "fastsd/bench/options.py": {"bench_config"},  # a temporary folder
     "fastsd/demo/models.py": {"save_base", "save_vae", "write_tokenizer"},  # a new folder

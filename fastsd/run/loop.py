@@ -144,7 +144,8 @@ def _saved_if_unreadable(run: Run, train_step: Step, log: Log, batches: Stream) 
     try:
         yield from batches
     except UserError:
-        _save(run, train_step, log)
+        if not run.saving.is_saved:
+            _save(run, train_step, log)
         raise
 
 

@@ -75,7 +75,7 @@ class Saving:
         self.changed: set[str] = set()
         files = [self.folder / name for name in ("kept.json", "stage-ends.json")]
         self.kept: set[str] = {name for path in files for name in _read_names(path)}
-        self._saved_step: int | None = None
+        self._saved_step = self.position.progress.step if self.state else None
         self._writer: Thread | None = None
         self._error: Exception | None = None  # a bug, which ended the thread
         self._warned = False

@@ -18,7 +18,7 @@ from fastsd.data.validation_split import ValidationSplits
 from fastsd.run import checkpoint, restore
 from fastsd.run.checkpoint import RunProgress, averages_of, checkpoints, name_of, newest, retain, verify
 from fastsd.run.saving import Saving
-from fastsd.storage import write_safetensors
+from fastsd.storage import new_folder, write_safetensors
 from fastsd.train.step import Step
 
 
@@ -127,6 +127,32 @@ def test_retention_after_a_kill_leaves_no_half_checkpoint(tmp_path, monkeypatch)
             retain(tmp_path, 1, set())
     assert [path.name for path in checkpoints(tmp_path)] == [name_of(2), name_of(3)]
     assert newest(tmp_path)[0].name == name_of(3) and names(tmp_path) == [name_of(2), name_of(3)]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path, monkeypatch):
+    """A run saves a step again if the disk fails in its first step after a start."""
+    commit(tmp_path, 4)
+    rename, rmtree, killed = Path.rename, shutil.rmtree, []
+
+    def dying(path, target):
+        if path.name == f".tmp-{name_of(4)}":
+            killed.append(path)
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", dying)
+        patch.setattr(shutil, "rmtree", lambda *args, **options: killed or rmtree(*args, **options))
+        with new_folder(tmp_path / name_of(4)):
+            patch.setattr(Path, "exists", lambda path: not killed and os.path.exists(path))  # nothing happens after a kill
+    assert killed and sorted(os.listdir(tmp_path)) == [f".tmp-old-{name_of(4)}", f".tmp-{name_of(4)}"]
+    assert newest(tmp_path)[0].name == name_of(4) and names(tmp_path) == [name_of(4)]
+
+
+def test_checkpoints_are_ordered_by_their_steps(tmp_path):
+    for step in (100_000_000, 99_999_999):
+        commit(tmp_path, step)
+    assert newest(tmp_path)[0].name == "step-100000000"
 
 
 def test_averages_are_found_by_component(tmp_path):
