@@ -1,10 +1,12 @@
 """Real processes of fastsd in which a chosen call to the file system fails, and the comparison of what they leave.
 
-tests/faults/shim.c             makes calls fail; it is compiled here and preloaded
-tests/faults/fork_server.py     starts a process in milliseconds
-tests/faults/jobs.py            the runs that are disturbed
-tests/faults/kinds.py           the kinds of faults, and `tests/faults/power_loss.py` the lost writes of a power cut
-tests/faults/table.py           the table: tried, survived, and the reasons
+shim.c            makes calls fail; it is compiled here and preloaded
+fork_server.py    starts a process in milliseconds
+jobs.py           the commands that are disturbed
+kinds.py          kinds of faults: kills, failing disks, signals, damaged files, broken restores
+power_cuts.py     power cuts; power_loss.py has the disks that they leave
+table.py          the table: tried, survived, and the reasons; test_faults.py tries a sample
+soak.py           many steps in one process: memory, files, threads
 """
 
 import contextlib

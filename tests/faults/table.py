@@ -4,7 +4,7 @@
     python tests/faults/table.py --share 1        200 kills, 25 failing disks for each kind of file, every power cut; hours
     python tests/faults/table.py --only "kill"    only kinds whose name matches
 
-`PYTHONPATH` must have the checkout, kernels, tests/support and tests/faults.
+`PYTHONPATH` must have the checkout, kernels, tests/support and tests/faults. Read first: `tests/faults/lab.py`.
 """
 
 import argparse
