@@ -408,6 +408,26 @@ def test_kill_9_at_any_moment_leads_to_the_same_shards(tmp_path, monkeypatch):
     assert build_cache(config(tmp_path), StubVae()).encoded == 0
 
 
+def test_what_a_killed_build_left_in_work_is_removed(tmp_path, monkeypatch):
+    """The index of a view is collected in a folder there. A kill leaves it, and that of another view is in use."""
+    draw_many(tmp_path, 3)
+    folders, freeze = [], cache_module.freeze
+
+    def watched(*args):
+        folders.extend(path for path in (tmp_path / "cache/work").iterdir() if path.is_dir())
+        return freeze(*args)
+
+    monkeypatch.setattr(cache_module, "freeze", watched)
+    build_cache(config(tmp_path), StubVae())
+    (left,) = folders
+    other = left.with_name(f"other-{left.name}")
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "shard").touch()
+    build_cache(config(tmp_path), StubVae())
+    assert not left.exists() and other.exists()
+
+
 def test_a_large_index_is_read_in_few_calls_and_never_mapped(tmp_path, monkeypatch):
     draw_many(tmp_path, 9)
     build_cache(config(tmp_path), StubVae())

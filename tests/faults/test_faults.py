@@ -1,6 +1,7 @@
 """A sample of each kind of fault. `python tests/faults/table.py --share 1` tries them all, see `tests/faults/lab.py`."""
 
 import random
+import sys
 
 import kinds
 import pytest
@@ -8,7 +9,7 @@ from jobs import EVERYTHING, workshop
 from power_cuts import power_cuts
 from power_loss import Disk
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")]
 
 
 @pytest.fixture(scope="module")
