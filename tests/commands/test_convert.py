@@ -1,8 +1,8 @@
 """`fastsd convert`: equal bits in all formats and back, results in other tools, and folding the VAE."""
 
 import json
-import os
 import math
+import os
 import shutil
 import subprocess
 import sys
