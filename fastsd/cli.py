@@ -7,13 +7,31 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option, core
 
+from fastsd.arguments import (
+    AnyModel,
+    BaseModel,
+    BenchWords,
+    ComputePrecision,
+    ConfigPath,
+    Device,
+    Dtype,
+    Form,
+    JsonFile,
+    NewFolder,
+    Overrides,
+    Precision,
+    ScalingFactor,
+    StagePrecision,
+    Tokenizer,
+    path,
+    text,
+)
 from fastsd.errors import Stopped, UserError, disk_advice
 
 if TYPE_CHECKING:
@@ -39,70 +57,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Precision(StrEnum):
-    fp32 = "fp32"
-    tf32 = "tf32"
-    bf16 = "bf16"
-
-
-class Dtype(StrEnum):
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-class Form(StrEnum):
-    diffusers = "diffusers"
-    single_file = "single-file"
-    lora_kohya = "lora-kohya"
-    lora_peft = "lora-peft"
-
-
-def _text(value: str) -> str:
-    """Expand `~` and environment variables in a path on the command line, as in a config. Hub ids stay as they are."""
-    from fastsd.config.paths import expanded
-
-    try:
-        return expanded(os.fspath(value))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _path(value: str) -> Path:
-    """Make a path of a text on the command line."""
-    return Path(_text(value))
-
-
-ConfigPath = Annotated[
-    Path, Argument(parser=_path, metavar="CONFIG", help="Config file in TOML format; configs/ has examples.")
-]
-Overrides = Annotated[
-    list[str] | None, Argument(metavar="[key=value ...]", help="Config values to replace, for example stage.0.batch=8.")
-]
-BaseModel = Annotated[str, Argument(parser=_text, metavar="BASE", help="Base model: diffusers folder, single file or hub id.")]
-AnyModel = Annotated[
-    str, Argument(parser=_text, metavar="MODEL", help="Diffusers folder, single file, hub id, run folder or checkpoint.")
-]
-NewFolder = Annotated[Path, Argument(parser=_path, metavar="OUT", help="Output: a diffusers folder that does not exist yet.")]
-StagePrecision = Annotated[
-    Precision | None, Option("--precision", help="Compute precision for all stages (default: per config).")
-]
-ComputePrecision = Annotated[Precision, Option("--precision", help="Compute precision.")]
-Device = Annotated[str, Option(help="Compute device: auto, cpu, cuda or cuda:N.")]
-ScalingFactor = Annotated[float | None, Option("--vae-scaling-factor", help="Scaling factor of the VAE (default: as stored).")]
-Tokenizer = Annotated[str, Option(parser=_text, help="Tokenizer folder or hub id, for a model that is a single file.")]
-JsonFile = Annotated[
-    Path | None, Option("--json", parser=_path, metavar="FILE", help="JSON file to write the results to as well.")
-]
-BenchWords = Annotated[
-    list[str] | None,
-    Argument(
-        metavar="[WHAT] [CONFIG] [key=value ...]",
-        help="What to measure: step, memory, kernels, optim, loader or cache (default: step).",
-    ),
-]
 
 
 @app.command()
@@ -144,8 +98,8 @@ def cache(
 def sample(
     model: AnyModel,
     prompt: Annotated[list[str] | None, Option(help="Prompt to draw; can be given several times.")] = None,
-    prompts: Annotated[Path | None, Option(parser=_path, help="Text file with one prompt per line.")] = None,
-    out: Annotated[Path, Option(parser=_path, help="Output folder for the images and their grid.")] = Path("samples"),
+    prompts: Annotated[Path | None, Option(parser=path, help="Text file with one prompt per line.")] = None,
+    out: Annotated[Path, Option(parser=path, help="Output folder for the images and their grid.")] = Path("samples"),
     images: Annotated[int, Option(min=1, help="Images per prompt.")] = 1,
     seed: Annotated[int, Option(min=0, help="Seed of the first image of each prompt; later ones count up.")] = 0,
     steps: Annotated[int, Option(min=1, help="Number of sampling steps.")] = 20,
@@ -153,7 +107,7 @@ def sample(
     negative: Annotated[str, Option(help="Negative prompt for all images.")] = "",
     sampler: Annotated[str, Option(help="Sampler: ddim, euler, euler_a or dpm++.")] = "dpm++",
     size: Annotated[int, Option(min=0, help="Image width and height in px; 0 = the model's native size.")] = 0,
-    vae: Annotated[str, Option(parser=_text, help="VAE to decode with (default: the model's own).")] = "",
+    vae: Annotated[str, Option(parser=text, help="VAE to decode with (default: the model's own).")] = "",
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
     clip_skip: Annotated[int, Option(min=0, help="Last text encoder layers to skip; 0 = none.")] = 0,
@@ -240,8 +194,8 @@ def bench(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path] | None, Argument(parser=_path, metavar="RUN ...", help="Run folders to compare.")] = None,
-    out: Annotated[Path, Option(parser=_path, help="HTML page to write; its images go into a folder beside it.")] = Path(
+    runs: Annotated[list[Path] | None, Argument(parser=path, metavar="RUN ...", help="Run folders to compare.")] = None,
+    out: Annotated[Path, Option(parser=path, help="HTML page to write; its images go into a folder beside it.")] = Path(
         "report.html"
     ),
     baseline: Annotated[str, Option(metavar="RUN", help="Run to compare the others with (default: the first).")] = "",
@@ -303,12 +257,10 @@ def long_clip(
 @app.command(name="swap-vae")
 def swap_vae(
     base: BaseModel,
-    vae: Annotated[
-        str, Argument(parser=_text, metavar="VAE", help="VAE, or model with a VAE, in any form that BASE can have.")
-    ],
+    vae: Annotated[str, Argument(parser=text, metavar="VAE", help="VAE, or model with a VAE, in any form that BASE can have.")],
     out: NewFolder,
     images: Annotated[
-        Path | None, Option(parser=_path, metavar="DIR", help="Images for aligning the UNet to the new latents.")
+        Path | None, Option(parser=path, metavar="DIR", help="Images for aligning the UNet to the new latents.")
     ] = None,
     limit: Annotated[int, Option(min=8, metavar="N", help="Largest number of images to use.")] = 256,
     fit: Annotated[str, Option(help="Fit: plain, orthogonal, affine or kernel (default: smallest loss).")] = "",
@@ -329,9 +281,9 @@ def swap_vae(
 @app.command()
 def convert(
     source: Annotated[
-        str, Argument(parser=_text, metavar="IN", help="Folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")
+        str, Argument(parser=text, metavar="IN", help="Folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")
     ],
-    out: Annotated[Path, Argument(parser=_path, metavar="OUT", help="Output: a new folder or .safetensors file.")],
+    out: Annotated[Path, Argument(parser=path, metavar="OUT", help="Output: a new folder or .safetensors file.")],
     to: Annotated[Form | None, Option(help="Output format (default: inferred from OUT's extension).")] = None,
     dtype: Annotated[Dtype | None, Option(help="Data type of the weights (default: unchanged).")] = None,
     *,
@@ -341,7 +293,7 @@ def convert(
     shard: Annotated[
         float, Option(metavar="GB", min=0.0, help="For diffusers: size above which files are split; 0 = off.")
     ] = 0.0,
-    vae: Annotated[str, Option(parser=_text, help="VAE to use instead of the model's own.")] = "",
+    vae: Annotated[str, Option(parser=text, help="VAE to use instead of the model's own.")] = "",
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
     revision: Annotated[str, Option(help="Revision of a hub id.")] = "",
@@ -356,18 +308,8 @@ def convert(
     """Convert a model to another format. Writes a diffusers folder, a single file, or a LoRA with kohya or PEFT names."""
     from fastsd.commands.convert import ConvertOptions, convert
 
-    options = ConvertOptions(
-        dtype.value if dtype else "",
-        ema,
-        fold,
-        variant,
-        shard,
-        vae,
-        vae_scaling_factor,
-        tokenizer,
-        revision,
-        tuple(merge or ()),
-    )
+    how = (ema, fold, variant, shard, vae, vae_scaling_factor, tokenizer, revision, tuple(merge or ()))
+    options = ConvertOptions(dtype.value if dtype else "", *how)
     convert(source, out, to.value if to else "", options)
 
 
@@ -376,7 +318,7 @@ def redraw(
     model: AnyModel,
     config: ConfigPath,
     out: Annotated[
-        Path, Argument(parser=_path, metavar="OUT", help="Output: a new folder, or that of an interrupted run of this command.")
+        Path, Argument(parser=path, metavar="OUT", help="Output: a new folder, or that of an interrupted run of this command.")
     ],
     overrides: Overrides = None,
     start: Annotated[
@@ -395,7 +337,7 @@ def redraw(
 
 
 @app.command()
-def demo(out: Annotated[Path, Option(parser=_path, help="Output folder.")] = Path("demo-out")) -> None:
+def demo(out: Annotated[Path, Option(parser=path, help="Output folder.")] = Path("demo-out")) -> None:
     """Try the whole workflow on tiny models. Swaps the VAE, caches, trains, samples: minutes on CPU or GPU, no downloads."""
     from fastsd.demo.demo import demo
 
