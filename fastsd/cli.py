@@ -198,7 +198,9 @@ def compare(
     out: Annotated[Path, Option(parser=path, help="HTML page to write; its images go into a folder beside it.")] = Path(
         "report.html"
     ),
-    baseline: Annotated[str, Option(metavar="RUN", help="Run to compare the others with (default: the first).")] = "",
+    baseline: Annotated[
+        str, Option(parser=text, metavar="RUN", help="Run to compare the others with (default: the first).")
+    ] = "",
     draw: Annotated[
         list[str] | None, Option(metavar="KEY=a,b,c", help="Draw samples with these settings, for example clip_skip=0,1.")
     ] = None,
@@ -300,6 +302,7 @@ def convert(
     merge: Annotated[
         list[str] | None,
         Option(
+            parser=text,
             metavar="LORA[:weight]",
             help="Adapter to merge (LoRA, LoHa, LoKr, DoRA, full difference); may be repeated.",
         ),

@@ -74,7 +74,7 @@ def test_bad_images_and_empty_captions_stop_nothing(run, tmp_path, tiny_model):
     assert code == 0 and "1 rejected" in out and "1 empty captions" in out
 
 
-def test_paths_on_the_command_line_are_expanded(run, tmp_path, monkeypatch):
+def test_paths_on_the_command_line_are_expanded(run, tmp_path, tiny_model, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PLACE", str(tmp_path))
     for written in ("~/x", "$PLACE/x", "${PLACE}/x"):
@@ -83,6 +83,7 @@ def test_paths_on_the_command_line_are_expanded(run, tmp_path, monkeypatch):
             ("convert", written, "out"),
             ("sample", written, "--prompt", "a"),
             ("compare", written),
+            ("convert", tiny_model, tmp_path / "out", "--merge", f"{written}:0.5"),
         ):
             exit_code, _, err = run(*words)
             assert exit_code == 2 and str(tmp_path / "x") in err, (words, err)

@@ -25,6 +25,7 @@ from fastsd.model.model import Model
 from fastsd.model.select import changed_components, parameter_count, selected
 from fastsd.plan.disk import run_bytes
 from fastsd.run.restart import saved_splits
+from fastsd.run.training_data import rare_shapes
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
 from fastsd.train.device import choose_device, choose_ops
@@ -110,7 +111,9 @@ def _cache(config: Config, model: Model, images_per_epoch: list[int], notes: lis
     with closing(LatentCache.open(config.cache.dir, view_name(config, model.vae.hash))) as latents:
         folder = Path(config.cache.dir)
         notes += filter(None, (several_captions(latents), lists.enlarged(folder, latents.name)))
-        notes += filter(None, (_rare_shapes(config, i, model, latents) for i in range(len(config.stage))))
+        args = latents, model.text.tokenize, config.seed
+        loaders = [Loader(*args, stage, data=config.data) for stage in config.stage]
+        notes += filter(None, (rare_shapes(config, index, loader) for index, loader in enumerate(loaders)))
         if changes := lists.changes(config.data, folder, latents.name):
             notes.append(str(changes))
         elif not lists.list_path(folder, latents.name).exists():
@@ -119,19 +122,8 @@ def _cache(config: Config, model: Model, images_per_epoch: list[int], notes: lis
             )
         if config.cache.hidden_states:
             TextEmbeddings(config.cache, latents, model.text).close()
-        images_per_epoch[:] = [Loader(latents, model.text.tokenize, config.seed, config.stage[0], data=config.data).images]
+        images_per_epoch[:] = [loaders[0].images]
         return f"{latents.meta.cached} of {latents.meta.images} images cached in {config.cache.dir}"
-
-
-def _rare_shapes(config: Config, index: int, model: Model, latents: LatentCache) -> str:
-    """Return a sentence on the images that a stage never trains on, because a batch has one shape, or ""."""
-    stage = config.stage[index]
-    loader = Loader(latents, model.text.tokenize, config.seed, stage, data=config.data)
-    images = loader.unused_samples(stage.steps(loader.images))
-    if not images:
-        return ""
-    problem = f"{images} images are never trained on, because their sizes have too few images for a batch of {stage.batch}"
-    return f"stage {config.stage_name(index)!r}: {problem}; raise until or data.buckets.step, or lower batch"
 
 
 def _validation(config: Config, model: Model, images_per_epoch: list[int]) -> str:

@@ -397,6 +397,16 @@ class LatentCache(Rows, Dataset[dict[str, Any]]):
         encoded = (self._view.cut("captions", start, end).tobytes() for start, end in zip(starts, ends, strict=True))
         return [text.decode().split("\n") for text in encoded]
 
+    def content_hashes(self) -> dict[str, str]:
+        """Return the sha256 of the captions and of the latents, in their groups. They do not depend on where any file is."""
+        hashes = {}
+        for key, names in (("captions", ("caption_offsets", "captions")), ("latents", ("check",))):
+            sha = hashlib.sha256(self._view.metadata["groups"].encode())
+            for name in names:
+                sha.update(self._view.arrays[name].view(np.uint8).data)
+            hashes[key] = sha.hexdigest()
+        return hashes
+
     @property
     def weight_hash(self) -> str:
         """The sha256 of the weights, or "" if there are no weights."""

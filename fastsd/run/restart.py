@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import reduce
@@ -66,6 +67,8 @@ def compare_with_start(
         warnings.append(f"{path} is missing or damaged; {source}")
         if start is None:
             return warnings
+    start, moved = _at_places_of(config, start)
+    warnings += [f"{change} since the run was started, and the run goes on from its checkpoint" for change in moved]
     old, new = (json.loads(dump_config(table)) for table in (start, config))
     new_run = "undo the change, or start a new run with run=FOLDER"
     for key in FIXED:
@@ -158,22 +161,85 @@ def read_config(path: Path) -> Config | None:
     return None
 
 
-def compare_images(path: Path, latents: LatentCache, *, resumed: bool) -> list[str]:
-    """Record the state of the cache that a run depends on. Return warnings about changes since the last start."""
+def compare_images(path: Path, latents: LatentCache, config: Config, *, resumed: bool) -> list[str]:
+    """Record the state of the cache that a run depends on. Return warnings about changes since the last start.
+
+    Args:
+        path: RUN/images.json. Beside it lies the config of the last start.
+
+    Raises:
+        UserError: the data are in other folders than at the last start, and their images or captions differ.
+    """
     after = {"samples": len(latents), "view": latents.sha256, "weights": latents.weight_hash, "masks": mask_hash(latents)}
-    recorded = read_table(path) if resumed else after
+    recorded = read_table(path) if resumed else None
+    if recorded and recorded.get("view") == latents.sha256 and "captions" in recorded:
+        after |= {key: recorded[key] for key in ("captions", "latents")}
+    else:
+        after |= latents.content_hashes()
+    before = after | (recorded or {})
+    # An older version has recorded only the hash of the view.
+    contents = (
+        {"captions": "captions", "latents": "latents"} if "captions" in (recorded or after) else {"view": "captions or images"}
+    )
+    contents |= {"weights": "weights", "masks": "masks"}
+    changed = [name for key, name in contents.items() if before[key] != after[key]]
+
+    start = read_config(path.with_name("config.json")) if resumed and changed and changed[0].startswith("captions") else None
+    if start and not _has_folders(config, start):
+        old, new = ([root.path for root in table.data.roots] for table in (start, config))
+        problem = f"{path.parent}: {_describe_change('data.folders', old, new)} since the run was started"
+        advice = "undo the change, or start a new run with run=FOLDER"
+        raise UserError("run-other-images", f"{problem}, and their images or captions differ; {advice}")
     replace_file(path, json.dumps(after))
     if recorded is None:
-        return [f"{path} is missing or damaged; changes of the cache since the last start are not noticed"]
-    before = after | recorded
+        lost = f"{path} is missing or damaged; changes of the cache since the last start are not noticed"
+        return [lost] if resumed else []
     if before["samples"] != after["samples"]:
         counts = f"{before['samples']} to {after['samples']} images"
         return [f"the cache changed from {counts} since the last start; the order of images differs from here on"]
-    changed_keys = sorted(key for key in after if before[key] != after[key])
-    if not changed_keys:
+    if not changed:
         return []
-    description = "captions or images" if "view" in changed_keys else " and ".join(changed_keys)
+    description = ", ".join(changed[:-1]) + " and " * (len(changed) > 1) + changed[-1]
     return [f"{description} in the cache have changed since the last start"]
+
+
+def _at_places_of(config: Config, before: Config) -> tuple[Config, list[str]]:
+    """Return an earlier config of a run with the paths of `config`, and descriptions of the paths of models that were moved.
+
+    A run depends neither on how a path is written nor on where files lie: a checkpoint is a complete model, and
+    `compare_images` compares the data. A model at another place that is not the old one moved keeps its old path.
+    """
+    lora, new_lora = before.model.lora, config.model.lora
+    tables = (before.model, config.model)
+    paths = {f"model.{key}": tuple(getattr(table, key) for table in tables) for key in ("base", "vae", "tokenizer")}
+    if lora and new_lora:
+        paths["model.lora.file"] = (lora.file, new_lora.file)
+    moved = {key for key, (old, new) in paths.items() if old and os.path.exists(new) and not os.path.exists(old)}
+    models = {key: new if key in moved or _is_same_place(old, new) else old for key, (old, new) in paths.items()}
+    if lora and new_lora:
+        lora = lora.model_copy(update={"file": models.pop("model.lora.file")})
+    model = before.model.model_copy(update={key.removeprefix("model."): path for key, path in models.items()} | {"lora": lora})
+
+    data, roots = before.data, before.data.roots
+    if len(roots) == len(config.data.roots):
+        folders = [old.model_copy(update={"path": new.path}) for old, new in zip(roots, config.data.roots, strict=True)]
+        data = data.model_copy(update={"folders": config.data.folders if folders == config.data.roots else folders})
+    changes = [_describe_change(key, *paths[key]) for key in sorted(moved)]
+    return before.model_copy(update={"model": model, "data": data}), changes
+
+
+def _has_folders(config: Config, other: Config) -> bool:
+    """Return True if both configs name the same folders of data, however they are written."""
+    old, new = ([root.path for root in table.data.roots] for table in (other, config))
+    return len(old) == len(new) and all(map(_is_same_place, old, new))
+
+
+def _is_same_place(old: str, new: str) -> bool:
+    if old == new or "" in (old, new):
+        return old == new
+    with suppress(OSError):
+        return os.path.abspath(old) == os.path.abspath(new) or os.path.samefile(old, new)
+    return False
 
 
 def changes_of(saved: Config | None, config: Config, progress: RunProgress) -> list[dict[str, Any]]:
@@ -209,7 +275,10 @@ def saved_splits(config: Config, *paths: Path) -> Mapping[str, Tensor]:
     """
     for path in (*paths, *reversed(checkpoint.checkpoints(Path(config.run) / "checkpoints"))):
         saved = read_config(path / checkpoint.CONFIG)
-        if saved and all(_value(saved, key) == _value(config, key) for key in SPLITS):
+        if not saved or not _has_folders(config, saved):
+            continue
+        saved, _ = _at_places_of(config, saved)
+        if all(_value(saved, key) == _value(config, key) for key in SPLITS):
             with suppress(UserError):  # the file is missing or damaged
                 return checkpoint.load_state(path)
     return {}

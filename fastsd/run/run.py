@@ -23,6 +23,7 @@ from fastsd.run import checkpoint
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.cost import CostRecorder
 from fastsd.run.evaluation import Evaluation
+from fastsd.run.folder_changes import noticed_changes
 from fastsd.run.loss_health import LossHealth
 from fastsd.run.position import Position
 from fastsd.run.report import TrainReport
@@ -117,7 +118,7 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         warnings += model.notes
         check_samples(model, config)
         data = stack.enter_context(closing(TrainingData(config, model, saved)))
-        warnings += compare_images(folder / "images.json", data.latents, resumed=newest is not None) + data.warnings
+        warnings += compare_images(folder / "images.json", data.latents, config, resumed=newest is not None) + data.warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
         counts = [_count_parameters(config, index, model) for index in range(len(config.stage))]
@@ -149,6 +150,7 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         evaluation = Evaluation(config, model, data.sets, validation, position, report, cost)
         args = config, folder, device, ops, model, data, position, smoothed, health, saving, evaluation, cost, report, counts
         run = Run(*args, warnings)
+        stack.enter_context(noticed_changes(config, data.latents.name, console))
         for module in run.resident:
             module.to(device)
         yield run

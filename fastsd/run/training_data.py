@@ -50,7 +50,9 @@ class TrainingData:
             self.text_embeddings = TextEmbeddings(config.cache, self.latents, model.text)
         self.sets = choose_splits(self.latents, config, state)
         self.warnings += self.sets.notes
-        self.epochs = [self.loader(index).images for index in range(len(config.stage))]
+        loaders = [self.loader(index) for index in range(len(config.stage))]
+        self.epochs = [loader.images for loader in loaders]
+        self.warnings += filter(None, (rare_shapes(config, index, loader) for index, loader in enumerate(loaders)))
 
     def loader(self, index: int, origin: int = 0) -> Loader:
         """Return the loader of batches for a stage that started after `origin` images of the run."""
@@ -69,3 +71,13 @@ class TrainingData:
         self.latents.close()
         if self.text_embeddings:
             self.text_embeddings.close()
+
+
+def rare_shapes(config: Config, index: int, loader: Loader) -> str:
+    """Return a sentence on the images that a stage never trains on, because a batch has one shape, or ""."""
+    stage = config.stage[index]
+    images = loader.unused_samples(stage.steps(loader.images))
+    if not images:
+        return ""
+    problem = f"{images} images are never trained on, because their sizes have too few images for a batch of {stage.batch}"
+    return f"stage {config.stage_name(index)!r}: {problem}; raise until or data.buckets.step, or lower batch"

@@ -387,7 +387,7 @@ def test_a_run_is_told_about_changed_masks(tmp_path):
     def warnings(config):
         build_cache(config, StubVae())
         with closing(LatentCache.open(config.cache.dir)) as cache:
-            return compare_images(tmp_path / "images.json", cache, resumed=(tmp_path / "images.json").exists())
+            return compare_images(tmp_path / "images.json", cache, config, resumed=(tmp_path / "images.json").exists())
 
     write_image(tmp_path, "0.png", smooth(60, 44), smooth(60, 44, 1))
     assert warnings(masked(tmp_path)) == [] == warnings(masked(tmp_path))

@@ -172,7 +172,7 @@ def test_a_run_is_told_about_changed_weights(tmp_path):
     def warnings():
         build_cache(config, StubVae())
         with closing(LatentCache.open(config.cache.dir)) as cache:
-            return compare_images(tmp_path / "images.json", cache, resumed=(tmp_path / "images.json").exists())
+            return compare_images(tmp_path / "images.json", cache, config, resumed=(tmp_path / "images.json").exists())
 
     assert warnings() == [] == warnings()
     table = tmp_path / "a/metadata.jsonl"

@@ -147,44 +147,108 @@ def test_a_damaged_record_of_the_config_is_replaced_by_that_of_the_checkpoint(co
         compare_with_start(path, config_with({"seed": 5}), IN_STAGE_2, newest)
 
 
+PLACES = {
+    "model.base": "base", "model.vae": "vae.safetensors", "model.tokenizer": "tokenizer", "model.lora.file": "lora.safetensors",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_a_run_is_not_tied_to_the_place_of_its_model(key, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old, new, other = (tmp_path / folder / PLACES[key] for folder in ("old", "new", "other"))
+    for path in (old, other):
+        path.parent.mkdir()
+        path.touch()
+    lora = {"model.lora": {}} if key == "model.lora.file" else {}
+    (tmp_path / "link").symlink_to("old")
+    for spelling in (str(old), f"old/{PLACES[key]}", f"old//./{PLACES[key]}", f"link/{PLACES[key]}"):
+        assert start(RunProgress(), lora | {key: spelling}, lora | {key: str(old)}) == []
+    for changed in (other, tmp_path / "missing"):
+        with refused("run-other-start", key=key, before=repr(str(old)), after=repr(str(changed))):
+            start(RunProgress(), lora | {key: str(changed)}, lora | {key: str(old)})
+    new.parent.mkdir()
+    old.rename(new)
+    (warning,) = start(RunProgress(), lora | {key: str(new)}, lora | {key: str(old)})
+    assert says(warning, "model-moved", key=key, before=repr(str(old)), after=repr(str(new)))
+    assert start(RunProgress(), lora | {key: str(old)}, lora | {key: str(old)}) == []
+
+
 class Latents(SimpleNamespace):
     def __len__(self):
         return self.count
 
+    def content_hashes(self):
+        return {"captions": self.captions, "latents": self.latents}
 
-def test_changes_of_the_cache_have_names(tmp_path, monkeypatch):
+
+@pytest.fixture
+def cache_states(tmp_path, monkeypatch):
+    """Return a function that records one state of a cache, compares another with it, and returns the warnings."""
     monkeypatch.setattr(restart, "mask_hash", lambda latents: latents.masks)
+    path, config = tmp_path / "images.json", config_with({})
+    state = {"count": 5, "sha256": "view", "captions": "c", "latents": "l", "weight_hash": "weights", "masks": "masks"}
+
+    def compare(resumed=True, record=True, config=config, **changes):
+        if record:
+            (tmp_path / "config.json").write_text(dump_config(config_with({})))
+            compare_images(path, Latents(**state), config, resumed=False)
+        return compare_images(path, Latents(**state | changes), config, resumed=resumed)
+
+    return compare
+
+
+def test_changes_of_the_cache_have_names(cache_states, tmp_path):
     path = tmp_path / "images.json"
-    state = {"count": 5, "sha256": "view", "weight_hash": "weights", "masks": "masks"}
-
-    def warnings(resumed=True, **changes):
-        compare_images(path, Latents(**state), resumed=False)
-        return compare_images(path, Latents(**state | changes), resumed=resumed)
-
-    assert warnings() == []
-    assert json.loads(path.read_text()) == {"samples": 5, "view": "view", "weights": "weights", "masks": "masks"}
-    (text,) = warnings(count=6, sha256="other")
+    assert cache_states() == []
+    keys = {"samples": 5, "view": "view", "weights": "weights", "masks": "masks", "captions": "c", "latents": "l"}
+    assert json.loads(path.read_text()) == keys
+    (text,) = cache_states(count=6, sha256="other", captions="other")
     assert says(text, "cache-count-changed", before=5, after=6)
     for changes, contents in (
-        ({"sha256": "other"}, "captions or images"),
-        ({"sha256": "other", "masks": ""}, "captions or images"),
+        ({"sha256": "other", "captions": "other"}, "captions"),
+        ({"sha256": "other", "latents": "other", "masks": ""}, "latents and masks"),
         ({"weight_hash": ""}, "weights"),
         ({"masks": "other"}, "masks"),
-        ({"masks": "other", "weight_hash": "other"}, "masks and weights"),
+        ({"sha256": "other", "captions": "", "latents": "", "weight_hash": ""}, "captions, latents and weights"),
     ):
-        (text,) = warnings(**changes)
+        (text,) = cache_states(**changes)
         assert says(text, "cache-content-changed", contents=contents)
-        assert warnings(resumed=False, **changes) == []
-    # A run of an older version has recorded less.
-    path.write_text('{"samples": 5}')
-    assert compare_images(path, Latents(**state), resumed=True) == []
+        assert cache_states(resumed=False, **changes) == []
+    assert cache_states(sha256="cached from another folder") == []
     for content in (None, b"", b"[1]", b"null", b"\xff"):
         path.unlink()
         if content is not None:
             path.write_bytes(content)
-        (text,) = compare_images(path, Latents(**state), resumed=True)
+        (text,) = cache_states(record=False)
         assert says(text, "record-damaged", path=path, result="changes of the cache since the last start are not noticed")
-        assert compare_images(path, Latents(**state), resumed=True) == []
+        assert cache_states(record=False) == []
+
+
+def test_a_run_of_an_older_version_has_recorded_less(cache_states, tmp_path):
+    path = tmp_path / "images.json"
+    cache_states()
+    path.write_text('{"samples": 5}')
+    assert cache_states(record=False) == []
+    old = {"samples": 5, "view": "view", "weights": "weights", "masks": "masks"}
+    path.write_text(json.dumps(old))
+    assert cache_states(record=False) == [] and "captions" in json.loads(path.read_text())
+    path.write_text(json.dumps(old))
+    (text,) = cache_states(record=False, sha256="other")
+    assert says(text, "cache-content-changed", contents="captions or images")
+
+
+def test_data_may_move_but_not_change_with_their_place(cache_states, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    config = config_with({"data.folders": ["elsewhere"]})
+    assert cache_states(config=config, sha256="other") == []  # the samples are equal
+    (text,) = cache_states(config=config, sha256="other", latents="of another GPU")
+    assert says(text, "cache-content-changed", contents="latents")
+    with refused("run-other-images", before="['images']", after="['elsewhere']"):
+        cache_states(config=config, sha256="other", captions="other")
+    assert json.loads((tmp_path / "images.json").read_text())["captions"] == "c"
+    for spelling in ("./images", str(tmp_path / "images")):
+        assert cache_states(config=config_with({"data.folders": [spelling]}), sha256="other", captions="other")
 
 
 def test_one_trainer_per_folder(tmp_path):

@@ -464,12 +464,40 @@ def test_changes_of_the_cache_are_reported(tmp_path, tiny_model, images):
     assert says(text, "cache-count-changed", before=21, after=22)
     (copies / "more.txt").write_text("another caption")
     _, text = run(path, "stage.0.until=8")
-    assert says(text, "cache-content-changed", contents="captions or images")
+    assert says(text, "cache-content-changed", contents="captions")
     # Keys that an older version did not write get their defaults.
     config = json.loads((folder / "config.json").read_text())
     del config["data"]["crops"], config["stage"][0]["shuffle_tags"], config["cache"]["hidden_states"]
     (folder / "config.json").write_text(json.dumps(config))
     assert says(run(path, "stage.0.until=9")[1], "run-resumed", step=8)
+
+
+def test_a_run_goes_on_where_its_files_were_moved(uninterrupted, tmp_path, tiny_model, images, monkeypatch):
+    """Everything but the run's folder has another place and another spelling, and the data were copied."""
+    shutil.copytree(tiny_model, tmp_path / "old" / "base")
+    shutil.copytree(images, tmp_path / "old" / "images")
+    path = job(tmp_path, tmp_path / "old" / "base", tmp_path / "old" / "images", TWO_STAGES)
+    folder, text = run(path, "stage.unet.until=5", "stage.keep_checkpoints=9")
+    assert not says(text, "folders-changed")
+    rewind(folder, 3)
+    (tmp_path / "old" / "base").rename(tmp_path / "new-base")
+    shutil.copytree(tmp_path / "old" / "images", tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    _, text = run(path, "model.base=new-base/", 'data.folders=["./new"]')
+    assert says(text, "model-moved", key="model.base", after="'new-base'")
+    assert not says(text, "cache-content-changed") and not says(text, "folders-changed")
+    assert same(final(folder), final(uninterrupted))
+
+
+def test_train_says_that_the_folders_have_changed(tmp_path, tiny_model, images):
+    copies = shutil.copytree(images, tmp_path / "copies")
+    path = job(tmp_path, tiny_model, copies, PLAIN)
+    _, text = run(path)
+    assert not says(text, "folders-changed")
+    (copies / "0003.png").unlink()
+    out = StringIO()
+    train(load_config(path, ["stage.0.until=5"]), Console(file=out, width=500))
+    assert says(out.getvalue(), "folders-changed", changes="1 missing", names="0003.png")
 
 
 def test_buckets_repeats_and_shuffled_tags_resume_exactly(tmp_path, tiny_model, images):

@@ -217,14 +217,15 @@ def test_check_notices_changes_of_the_folders(folder):
     assert says(out, "files-unknown", dir=folder.cache) and not says(out, "folders-changed")
 
 
-def test_check_counts_images_that_a_stage_never_reaches(folder):
+def test_images_that_a_stage_never_reaches_are_counted(folder):
     for i in range(14):
         folder.put(f"{i}.png", png(picture(i)))
     for i in range(3):
         folder.put(f"wide{i}.png", png(picture(20 + i, 60, 20)))
     keys = "data.buckets={min=16, max=64, step=8}", "stage.batch=4"
     folder.cached(*keys)
-    assert says(folder.run("check", *keys), "rare-shapes", stage="'stage-1'", images=3, batch=4)
+    for command in ("check", "train"):
+        assert says(folder.run(command, *keys), "rare-shapes", stage="'stage-1'", images=3, batch=4)
     assert not says(folder.run("check", *keys, "stage.until=3e"), "rare-shapes")
 
 
