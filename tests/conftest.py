@@ -42,6 +42,10 @@ def pytest_collection_modifyitems(config, items):
         cpu_items = [item for item in items if not (item.get_closest_marker("gpu") or item.get_closest_marker("kernels"))]
         config.hook.pytest_deselected(items=cpu_items)
         items[:] = [item for item in items if item not in cpu_items]
+    if "hours" not in config.option.markexpr:
+        hours = [item for item in items if item.get_closest_marker("hours")]
+        config.hook.pytest_deselected(items=hours)
+        items[:] = [item for item in items if item not in hours]
     long_tests = [item for item in items if "whole_machine" in item.fixturenames]
     ordered = [item for item in items if item not in long_tests]
     for i, item in enumerate(long_tests):

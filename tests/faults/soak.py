@@ -47,6 +47,11 @@ def soak(steps: int, warm_up: int) -> list[dict[str, float]]:
     return rows
 
 
+def growth(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return how much of each quantity was added at most since the first row, as a share."""
+    return {name: max(row[name] for row in rows) / rows[0][name] - 1 for name in COLUMNS[1:]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
@@ -54,9 +59,9 @@ def main() -> None:
     options = parser.parse_args()
     print(*(f"{name:>10}" for name in COLUMNS), flush=True)
     rows = soak(options.steps, options.warm_up)
-    growth = {name: max(row[name] for row in rows) / rows[0][name] - 1 for name in COLUMNS[1:]}
-    print("growth since the warm-up:", ", ".join(f"{name} {value:+.2%}" for name, value in growth.items()))
-    sys.exit(any(value > 0.01 for value in growth.values()))
+    shares = growth(rows)
+    print("growth since the warm-up:", ", ".join(f"{name} {value:+.2%}" for name, value in shares.items()))
+    sys.exit(any(value > 0.01 for value in shares.values()))
 
 
 if __name__ == "__main__":
