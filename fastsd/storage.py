@@ -324,10 +324,15 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder. It is renamed first, so a kill leaves it whole or as a leftover that `remove_leftovers` deletes."""
+    """Delete a folder if the disk allows it.
+
+    It is renamed first, and deleted when that is durable, so a kill or a power cut leaves it whole or as a leftover that
+    `remove_leftovers` deletes.
+    """
     with contextlib.suppress(OSError):
         path = path.rename(path.with_name(TEMPORARY + "removed-" + path.name))
-    shutil.rmtree(path, ignore_errors=True)
+        flush_folder(path.parent)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

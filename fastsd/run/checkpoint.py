@@ -75,6 +75,7 @@ class RunProgress:
     carried: int = 0  # steps of earlier stages that passed on their optimizer state and EMA
     # Settings that were changed in the middle of a stage: {"step", "stage", "key", "before", "after"}
     changes: list[dict[str, Any]] = field(default_factory=list)
+    logs: dict[str, Any] = field(default_factory=dict)  # digests of log files, by name (see `report.py`)
     costs: list[dict[str, Any]] = field(default_factory=list)  # the complete stages, as in cost.json
 
 

@@ -51,7 +51,8 @@ def _remove_averages(run: Path, console: Console) -> None:
             path.unlink()
         else:
             continue
-        console.echo(f"removed: {path}, of an earlier stage; the newest checkpoint has no EMA weights")
+        if not path.exists():
+            console.echo(f"removed: {path}, of an earlier stage; the newest checkpoint has no EMA weights")
 
 
 def _export(config: Config, newest: Path, model: Model, averages: Averages, console: Console) -> Path:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypedDict
 
 import psutil
 import torch
@@ -44,20 +46,31 @@ class TrainReport:
         table: `[log]` of the config.
         step: steps done. Rows of later steps, which an interrupted run has left, are removed.
         saved_at: time of the newest checkpoint as in `time.time()`; None = no checkpoint.
+        logs: `digests` at that checkpoint.
     """
 
-    def __init__(self, run: Path, table: LogTable, step: int, saved_at: float | None, console: Console) -> None:
+    def __init__(
+        self,
+        run: Path,
+        table: LogTable,
+        step: int,
+        saved_at: float | None,
+        console: Console,
+        logs: Mapping[str, RowsDigest] = MappingProxyType({}),
+    ) -> None:
         self.console = console
         self.run = run
-        self.log, self.timing = (RowFile(run / name, step) for name in ("log.jsonl", "timing.jsonl"))
-        self.validations = RowFile(run / "validation.jsonl", step or -1)  # the measurement before step 1 is repeated
+        self.log, self.timing = (RowFile(run / name, step, logs.get(name)) for name in ("log.jsonl", "timing.jsonl"))
+        # The measurement before step 1 is repeated.
+        self.validations = RowFile(run / "validation.jsonl", step or -1, logs.get("validation.jsonl"))
         for file in (self.log, self.timing, self.validations):
+            name = file.path.name
             if file.damaged:
-                console.warn(f"{file.path.name}: {file.damaged} damaged rows removed")
-        for file in (self.log, self.timing):
-            if file.last <= step - max(table.every, file.spacing):
-                missing = f"the rows after step {file.last} are missing"
-                console.warn(f"{file.path.name}: {missing}; training continues at step {step}")
+                console.warn(f"{name}: {file.damaged} damaged rows removed")
+            if file is not self.validations and file.last <= step - max(table.every, file.spacing):
+                console.warn(f"{name}: the rows after step {file.last} are missing; training continues at step {step}")
+            elif file.changed and not file.damaged:
+                console.warn(f"{name}: rows are missing or not those that were logged; training continues at step {step}")
         self.sinks = open_sinks(run, table, step, console)
         self._failed_sinks = set[str]()
         self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
@@ -70,6 +83,10 @@ class TrainReport:
             self.console.print(Text.assemble((name.ljust(width), "bold"), value), soft_wrap=True)
         if self.live:
             self.live.start()
+
+    def digests(self) -> dict[str, RowsDigest]:
+        """Return the digests of the files whose rows a repeated run writes again."""
+        return {file.path.name: digest for file in (self.log, self.validations) if (digest := file.digest())}
 
     def saved(self) -> None:
         self.saved_at = time.time()
@@ -151,26 +168,37 @@ class TrainReport:
         self._send(lambda sink: sink.close())
 
 
+class RowsDigest(TypedDict):
+    """Describes the first rows of a file."""
+
+    rows: int
+    sha256: str
+
+
 class RowFile:
     """A JSONL file to which rows are appended. While the disk is full, they wait in memory.
 
     Args:
         path: the file. Damaged and truncated rows are removed, and so are rows after `step`.
+        recorded: digest of the rows that must be there.
 
     Attributes:
         lost: step of the first row that did not fit into memory either; None = all rows are written or waiting.
         damaged: number of removed rows that no kill explains: it can only leave half of the last row.
+        changed: True if the first rows are not those that were recorded.
         last: step of the last row that was kept, or 0.
         spacing: largest number of steps between two rows that were kept.
     """
 
     LIMIT = 16 << 20  # bytes that may wait, over 30,000 rows
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, recorded: RowsDigest | None = None) -> None:
         self.path = path
         self.lost: int | None = None
         self._waiting = b""
         self.damaged = self.last = self.spacing = 0
+        self._count, self._hash = 0, hashlib.sha256()
+        self.changed = recorded is not None and recorded != self.digest()
         if not path.exists():
             return
         rows = []
@@ -182,8 +210,19 @@ class RowFile:
                 continue
             if row.endswith("\n") and row_step <= step:
                 rows.append(row)
+                self._add(line)
+                if recorded and self._count == recorded["rows"]:
+                    self.changed = recorded != self.digest()
                 self.spacing, self.last = max(self.spacing, row_step - self.last), row_step
         replace_file(path, "".join(rows))
+
+    def _add(self, row: bytes) -> None:
+        self._count += 1
+        self._hash.update(row)
+
+    def digest(self) -> RowsDigest | None:
+        """Return the digest of all rows, or None if some are lost."""
+        return None if self.lost is not None else {"rows": self._count, "sha256": self._hash.hexdigest()}
 
     @property
     def is_waiting(self) -> bool:
@@ -194,6 +233,8 @@ class RowFile:
         data = rows.encode()
         if len(self._waiting) + len(data) <= self.LIMIT:
             self._waiting += data
+            for row in data.splitlines(keepends=True):
+                self._add(row)
         elif self.lost is None:
             self.lost = json.loads(rows.splitlines()[0])["step"]
         self._write()

@@ -137,7 +137,8 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
             go_back(folder, back, progress.step, console)
         replace_file(folder / "config.json", dump_config(config))
         saved_at = newest.stat().st_mtime if newest else None
-        report = stack.enter_context(closing(TrainReport(folder, config.log, progress.step, saved_at, console)))
+        report = TrainReport(folder, config.log, progress.step, saved_at, console, progress.logs)
+        stack.enter_context(closing(report))
         smoothed, health = SmoothedLoss(device), LossHealth(device)
         smoothed.load_state_dict(saved)
         health.load_state_dict(saved)

@@ -127,6 +127,7 @@ class Saving:
         except OSError as error:
             return self._warn(progress, content, error)
 
+        progress = replace(progress, logs=self.report.digests())
         args = progress, content, step.stage.keep_checkpoints
         first = not checkpoint.checkpoints(self.folder / "checkpoints")
         if wait or first or progress.stage_done or not content.changed <= components.keys() or not self._has_room(content):

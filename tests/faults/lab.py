@@ -136,7 +136,8 @@ def after(seconds: float, number: int) -> Callable[[int], None]:
 
 
 DATES = re.compile(rb"20\d\d-\d\d-\d\d(T\d\d:\d\d:\d\dZ)?")
-MEASURED = re.compile(rb'"(seconds|memory_gb)": [\d.e+-]+')
+# Also the digests of logs in state.json, because the logs themselves are compared.
+MEASURED = re.compile(rb'"(seconds|memory_gb)": [\d.e+-]+|"logs": \{(.*?\}\s*)?\}', re.DOTALL)
 # Manifests and copies repeat measured values, a database has its own order of writing, and a request may come after the end.
 UNCOMPARED = re.compile(r".*lock|tensorboard/.*|checkpoints/.*/(manifest|copies)\.json|cache\.sqlite.*|trigger\..*")
 

@@ -15,6 +15,8 @@ from functools import lru_cache
 from jobs import JOBS, Workshop
 from power_loss import VARIANTS, Disk, Files, read_trace, write_files
 
+from fastsd.run.checkpoint import name_of
+
 STARTS = ("first start", "restart", "export")
 RESUMED = 0.002  # share of the disks that are trained to the end, beside the last one of each start
 
@@ -99,6 +101,10 @@ def _loss(files: Files, safe: int, staying: set[int], logs: Files) -> str:
         return f"the newest whole checkpoint is {newest}, but {safe} was safe"
     if missing := staying - whole.keys():
         return f"checkpoint {min(missing)}, which must stay, is gone or damaged"
+    if halves := {name.split("/")[1] for name in files if name.startswith("checkpoints/step-")} - {
+        name_of(step) for step in whole
+    }:
+        return f"{min(halves)} is half there"
     for name, log in logs.items():
         step = newest - (name == "validation.jsonl")  # a restart measures again what was due at the newest checkpoint
         if rows_until(files.get(name, b""), step) != rows_until(log, step):

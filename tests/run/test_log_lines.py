@@ -40,10 +40,10 @@ TIMING = {"stage_steps": 9, "images_per_second": 12.34, "memory_gb": 3.21, "data
 LINE = "unet 3/9 | epoch 1.23 | loss 0.1235 ~0.2000 | lr 0.0001 | grad 1.5 | 12.3 img/s | 3.2 GB | wait 25% | ETA 1h01m | "
 
 
-def make_report(folder, table=None, step=0, saved_at=None, terminal=False):
+def make_report(folder, table=None, step=0, saved_at=None, terminal=False, logs=None):
     text = StringIO()
     console = Console(file=text, width=60, force_terminal=terminal)
-    return TrainReport(folder, table or LogTable(tensorboard=False), step, saved_at, console), text
+    return TrainReport(folder, table or LogTable(tensorboard=False), step, saved_at, console, logs or {}), text
 
 
 DURATIONS = {
@@ -518,3 +518,37 @@ def test_a_restart_names_rows_that_are_lost(damage, tmp_path):
     assert says(lines, "rows-damaged", file="log.jsonl", count=damaged) if damaged else not says(lines, "rows-damaged")
     missing = says(lines, "rows-missing", file="log.jsonl", last=last, step=8)
     assert missing if last is not None else not says(lines, "rows-missing")
+
+
+LATER = b'{"step": 8, "set": "held_out"}\n'  # measured after the checkpoint of step 8
+CHANGES = {
+    "nothing": lambda data: data,
+    "later rows": lambda data: data + LATER,
+    "half a later row": lambda data: data + LATER[:9],
+    "deleted": lambda data: None,
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "a row less": lambda data: data[data.index(b"\n") + 1 :],
+    "a row twice": lambda data: data[: data.index(b"\n") + 1] + data,
+    "another digit": lambda data: data.replace(b"0.25", b"0.75"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["log.jsonl", "validation.jsonl"])
+def test_a_restart_notices_every_change_of_the_rows_that_a_checkpoint_recorded(name, change, tmp_path):
+    table = LogTable(tensorboard=False, every=1)
+    report, _ = make_report(tmp_path, table)
+    file = {"log.jsonl": report.log, "validation.jsonl": report.validations}[name]
+    for step in (2, 4, 6):
+        file.append(f'{{"step": {step}, "loss": 0.25}}\n')
+    digests = report.digests()
+    assert {key: digest["rows"] for key, digest in digests.items()} == {"log.jsonl": 0, "validation.jsonl": 0} | {name: 3}
+    path = tmp_path / name
+    data = CHANGES[change](path.read_bytes())
+    path.unlink() if data is None else path.write_bytes(data)
+    report, text = make_report(tmp_path, table, step=8, logs=digests)
+    text, is_whole = text.getvalue(), change in ("nothing", "later rows", "half a later row")
+    named = says(text, "rows-changed", file=name, step=8) or says(text, "rows-missing", file=name, step=8)
+    assert named or says(text, "rows-damaged", file=name) if not is_whole else not says(text, "rows-changed")
+    assert not is_whole or report.digests()[name]["rows"] == 3 + (change == "later rows")
