@@ -144,7 +144,9 @@ def test_check_reports_several_problems_at_once(run, tmp_path, tiny_model, image
 
 def test_check_refuses_a_disk_too_small_for_the_run(run, tmp_path, tiny_model, images, monkeypatch):
     path = job(tmp_path, tiny_model, images, STAGE)
-    assert run("cache", path)[0] == run("check", path)[0] == 0
+    assert run("cache", path)[0] == 0
+    code, out, _ = run("check", path, "model.clip_skip=1")
+    assert code == 0 and says(out, "clip-skip-counts", clip_skip=1, place="2nd", others=2)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     code, out, err = run("check", path)
     assert code == 2 and says(out, "check-failed", check="run folder")

@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
+from fastsd.config.conversion import clip_skip_note
 from fastsd.config.schema import Config
 from fastsd.config.stages import COMPONENTS, ENDLESS
 from fastsd.console import STDOUT, Console
@@ -62,6 +63,7 @@ def check(config: Config, console: Console = STDOUT) -> None:
         attempt("samples", lambda: check_samples(models[0], config))
     for i in range(len(config.stage)):
         attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch))
+    notes += [clip_skip_note(config.model.clip_skip)] if config.model.clip_skip else []
     for note in (models[0].notes if models else []) + notes:
         console.echo(f"note  {note}")
     attempt("run folder", lambda: _disk_space(config, models, images_per_epoch))

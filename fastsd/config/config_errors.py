@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from fastsd.config.conversion import hint
+from fastsd.config.other_trainers import conversion_of
+
 Tables = Mapping[str, Any]  # pydantic models by table name; a nested table has a dotted name, such as data.buckets
 
 # Descriptions of the accepted values, for keys that accept more than one type.
@@ -20,41 +23,6 @@ KINDS = {
     "keep_every": 'a number of steps, 0 for never, or "10e", "1000000 images"',
     "checkpoint_at": 'a list of steps or "1e", "5000 images"',
 }
-# Names in other trainers -> the name of the same setting here.
-# fmt: off
-FAMILIAR = {
-    "learning_rate": "lr", "train_batch_size": "batch", "batch_size": "batch", "mixed_precision": "precision",
-    "pretrained_model_name_or_path": "model.base", "base_model": "model.base", "vae_path": "model.vae",
-    "max_train_steps": "until", "max_train_epochs": "until", "num_train_epochs": "until", "epochs": "until",
-    "steps": "until", "gradient_accumulation_steps": "micro_batch", "gradient_checkpointing": "checkpointing",
-    "optimizer_type": "optimizer", "lr_scheduler": "schedule", "lr_warmup_steps": "warmup", "warmup_steps": "warmup",
-    "max_grad_norm": "grad_clip", "caption_dropout_rate": "caption_dropout", "output_dir": "run", "logging_dir": "run",
-    "train_data_dir": "data.folders", "instance_data_dir": "data.folders", "folder": "folders", "images": "folders",
-    "save_every_n_steps": "checkpoint_every", "checkpointing_steps": "checkpoint_every", "initial_d": "d0",
-    "sample_every_n_steps": "sample_every", "sample_prompts": "sample.prompts", "cfg": "guidance",
-    "guidance_scale": "guidance", "num_inference_steps": "steps", "scheduler": "sampler", "decay": "weight_decay",
-    "enable_bucket": "data.buckets", "min_bucket_reso": "data.buckets.min", "max_bucket_reso": "data.buckets.max",
-    "bucket_reso_steps": "data.buckets.step", "bucket_no_upscale": "data.buckets.no_upscale", "num_repeats": "repeats",
-    "random_crop": "crop", "center_crop": "crop", "flip_aug": "flip", "random_flip": "flip", "shuffle_caption": "shuffle_tags",
-    "keep_tokens": "keep_tags", "caption_tag_dropout_rate": "tag_dropout", "caption_separator": "tag_separator",
-    "caption_column": "data.caption_key", "cache_latents": "cache.dir", "cache_text_encoder_outputs": "cache.hidden_states",
-    "train_unet": "train", "train_text_encoder": "train", "vae_batch_size": "cache.batch", "log_every": "log.every",
-    "lora": "model.lora", "network_dim": "model.lora.rank", "network_alpha": "model.lora.alpha", "lora_rank": "model.lora.rank",
-    "lora_alpha": "model.lora.alpha", "target_modules": "model.lora.targets", "network_weights": "model.lora.file",
-    "prediction": "model.prediction", "prediction_type": "model.prediction", "v_parameterization": "model.prediction",
-    "zero_snr": "model.zero_snr", "zero_terminal_snr": "model.zero_snr", "rescale_betas_zero_snr": "model.zero_snr",
-    "max_token_length": "model.chunks", "loss_type": "loss", "huber_c": "huber_delta", "min_snr": "weighting",
-    "min_snr_gamma": "weighting_gamma", "snr_gamma": "weighting_gamma", "debiased_estimation_loss": "weighting",
-    "p2_gamma": "weighting_gamma", "multires_noise_discount": "pyramid_noise", "ip_noise_gamma": "input_perturbation",
-    "min_timestep": "timestep_range", "max_timestep": "timestep_range", "timestep_sampling": "timesteps",
-    "logit_mean": "timestep_mean", "logit_std": "timestep_std", "masked_loss": "data.masks", "masked_training": "data.masks",
-    "lr_scheduler_num_cycles": "restarts", "lr_scheduler_min_lr_ratio": "lr_floor", "min_lr": "lr_floor",
-    "use_ema": "ema", "ema_decay": "ema", "ema_max_decay": "ema", "num_validation_images": "validate.held_out",
-    "save_precision": "export.dtype", "save_model_as": "export.single_file", "metadata_title": "export.title",
-    "metadata_author": "export.author", "metadata_license": "export.license",
-    "validation_split": "validate.held_out", "validation_steps": "validate.every", "freeze": "train", "unfreeze": "train",
-}
-# fmt: on
 
 
 def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> list[str]:
@@ -62,7 +30,7 @@ def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> l
     problems = []
     for key in raw:
         if key not in top:
-            problems.append(f"{key}: unknown key{_did_you_mean(key, sorted(top), tables)}")
+            problems.append(f"{key}: unknown key{_did_you_mean(key, raw, '', sorted(top), tables)}")
     for name, table in tables.items():
         entries: Any = raw
         for segment in name.split("."):
@@ -71,15 +39,16 @@ def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> l
             place = f"stage.{i}" if name == "stage" else name
             for key in entry if isinstance(entry, dict) else []:
                 if key not in table.model_fields:
-                    problems.append(f"{place}.{key}: unknown key{_did_you_mean(key, sorted(table.model_fields), tables)}")
+                    advice = _did_you_mean(key, entry, name, sorted(table.model_fields), tables)
+                    problems.append(f"{place}.{key}: unknown key{advice}")
     return problems
 
 
-def _did_you_mean(key: str, names: list[str], tables: Tables) -> str:
-    full_names = {field: f"{table}.{field}" for table, cls in tables.items() for field in cls.model_fields}
-    if key in FAMILIAR:
-        target = FAMILIAR[key]
-        return f"; use {target if target in names else full_names.get(target, target)}"
+def _did_you_mean(key: str, entry: dict[str, Any], table: str, names: list[str], tables: Tables) -> str:
+    """Return the end of the sentence about a key of `entry`, which has the keys of a table that are valid or not."""
+    full_names = {field: f"{name}.{field}" for name, cls in tables.items() for field in cls.model_fields}
+    if conversion := conversion_of(key, entry[key], entry):
+        return f"; {hint(conversion, table)}"
     close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"

@@ -31,8 +31,15 @@ class LoraTable(Table):
     alpha: float | None = Field(None, gt=0)  # unset = rank, so that the factor alpha / rank is 1
     targets: list[str] = Field(["attention"], min_length=1)  # groups or names of linear layers, as in train without component
     conv: int = Field(0, ge=0)  # rank of the adapters of 3x3 convolutions; 0 = none
+    conv_alpha: float | None = Field(None, gt=0)  # alpha of the adapters of 3x3 convolutions; unset = alpha, or else conv
     text_encoder: bool = False  # also add adapters to the targets in the text encoder
     file: PathText = ""  # start from this LoRA, a .safetensors file with the names of any tool
+
+    @model_validator(mode="after")
+    def _check_convolutions(self) -> LoraTable:
+        if self.conv_alpha is not None and not self.conv:
+            raise ValueError(f"conv_alpha is {self.conv_alpha:g} and conv is 0; set conv, the rank of 3x3 convolutions")
+        return self
 
 
 class ModelTable(Table):

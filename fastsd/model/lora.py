@@ -143,7 +143,7 @@ def _inject(module: nn.Module, targets: Mapping[str, Target], table: LoraTable) 
         lora_alpha=cast(int, table.alpha or table.rank),
         target_modules=sorted(targets),
         rank_pattern=dict.fromkeys(conv_names, table.conv),
-        alpha_pattern=dict.fromkeys(conv_names, table.alpha or table.conv),
+        alpha_pattern=dict.fromkeys(conv_names, table.conv_alpha or table.alpha or table.conv),
     )
     config._register_custom_module({nn.Module: cast(type[nn.Module], adapt)})
     inject_adapter_in_model(config, module, ADAPTER_NAME)
@@ -199,6 +199,16 @@ def _check_targets(table: LoraTable, targets_by_component: Mapping[str, tuple[di
 def _file_views(component: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield the names that a parameter has in its component's file, each with the view of the tensor that it stands for."""
     yield from diffusers_views(name, tensor) if component == "unet" else [(classic_text_name(name), tensor)]
+
+
+def adaptable_layers(model: Model, component: str) -> list[str]:
+    """Return the layers of a component that can have an adapter, with their names in files."""
+    return [
+        name.removesuffix(".weight")
+        for path, layer in model.component(component).named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        for name, _ in _file_views(component, f"{path.removesuffix('.base_layer')}.weight", layer.weight)
+    ]
 
 
 def adapted_layers(model: Model, component: str) -> list[tuple[str, Adapted]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastsd.config.conversion import clip_skip_note
 from fastsd.config.schema import StageTable
 from fastsd.config.stages import ENDLESS
 from fastsd.run.report import memory_gb
@@ -39,6 +40,8 @@ def header(run: Run) -> dict[str, str]:
         "cache": f"{meta.cached} of {meta.images} images cached{rejected}{embeddings} ({config.cache.dir})",
         "stages": "\n".join(stages),
     }
+    if config.model.clip_skip:
+        lines["text"] = clip_skip_note(config.model.clip_skip)
     if data.sets.measured:
         lines["validation"] = f"{run.evaluation.validation}, every {config.validate_.every}"
     return lines

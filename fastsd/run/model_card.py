@@ -308,7 +308,8 @@ class _Card:
             return ""
         components = "the UNet and the text encoder" if lora.text_encoder else "the UNet"
         settings = f"rank {lora.rank}, alpha {lora.alpha:g}, on {inline(', '.join(lora.targets))} of {components}"
-        settings += f", rank {lora.conv} on 3x3 convolutions" if lora.conv else ""
+        conv_alpha = f" and alpha {lora.conv_alpha:g}" if lora.conv_alpha else ""
+        settings += f", rank {lora.conv}{conv_alpha} on 3x3 convolutions" if lora.conv else ""
         name = "lora-ema.safetensors" if self.summary.weights == "ema" else "lora.safetensors"
         return (
             f"## LoRA\n\nTrained as a LoRA ({settings}) and merged into these weights. The LoRA alone is in `{name}`. "

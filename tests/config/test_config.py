@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentences import pattern, refused, says
 
-from fastsd.config.config_errors import FAMILIAR
 from fastsd.config.keys import Key, conditions, properties
 from fastsd.config.optimizers import OPTIMIZERS
-from fastsd.config.schema import _TABLES, Config, FolderTable, SampleTable, StageTable, dump_config, load_config, parse_config
+from fastsd.config.schema import Config, SampleTable, StageTable, dump_config, load_config, parse_config
 from fastsd.config.stages import ENDLESS, parse_amount, steps_of
 from fastsd.errors import UserError
 from fastsd.sampling.grid import read_prompts
@@ -186,8 +185,8 @@ def choice(key, value, choices):
 
 BAD = [
     ("seeed = 1\n" + GOOD, pattern("key-similar", key="seeed", suggestion="seed")),
-    ("learning_rate = 1\n" + GOOD, pattern("key-renamed", key="learning_rate", replacement="stage.lr")),
-    (GOOD + "train_batch_size = 4\n", pattern("key-renamed", key="stage.1.train_batch_size", replacement="batch")),
+    ("learning_rate = 1\n" + GOOD, pattern("key-renamed", key="learning_rate", replacement="stage.lr = 1")),
+    (GOOD + "train_batch_size = 4\n", pattern("key-renamed", key="stage.1.train_batch_size", replacement="batch = 4")),
     (GOOD + "optimiser = 'lion'\n", pattern("key-similar", key="stage.1.optimiser", suggestion="optimizer")),
     (GOOD + "guidance = 3.0\n", pattern("key-similar", key="stage.1.guidance", suggestion="sample.guidance")),
     (GOOD + "[modell]\nbase = 'x'\n", pattern("key-similar", key="modell", suggestion="model")),
@@ -244,7 +243,10 @@ BAD = [
     (GOOD + "huber_delta = 0.1\n", option_of("huber_delta", "loss", "'mse'", "huber")),
     (GOOD + "timestep_mean = 1.0\n", option_of("timestep_mean", "timesteps", "'uniform'", "logit_normal")),
     (GOOD + "loss = 'l3'\n", choice("stage.1.loss", "l3", "'mse', 'mae' or 'huber'")),
-    (GOOD + "min_snr_gamma = 5\n", pattern("key-renamed", key="stage.1.min_snr_gamma", replacement="weighting_gamma")),
+    (
+        GOOD + "min_snr_gamma = 5\n",
+        pattern("key-renamed", key="stage.1.min_snr_gamma", replacement='weighting = "min_snr" and weighting_gamma = 5'),
+    ),
     (GOOD + "[model.lora]\nrank = 0\n", pattern("value-at-least", key="model.lora.rank", value=0, limit=1)),
     (GOOD + "[model.lora]\nrnk = 4\n", pattern("key-similar", key="model.lora.rnk", suggestion="rank")),
     (GOOD + "[model.lora]\ntargets = []\n", pattern("value-entries", key="model.lora.targets", value=[], limit=1)),
@@ -285,14 +287,14 @@ BAD_DATA = [
     ("buckets = { mn = 128 }", pattern("key-similar", key="data.buckets.mn", suggestion="min")),
     (
         "buckets = { min_bucket_reso = 128 }",
-        pattern("key-renamed", key="data.buckets.min_bucket_reso", replacement="data.buckets.min"),
+        pattern("key-renamed", key="data.buckets.min_bucket_reso", replacement="min = 128"),
     ),
     ("buckets = { min = 100 }", pattern("bucket-step", key="min", value=100, step=64, near=64)),
     ("buckets = { max = 520 }", pattern("bucket-step", key="max", value=520, step=64, near=576)),
     ("buckets = { min = 512, max = 256 }", pattern("buckets-min-above-max", min=512, max=256)),
     ("buckets = { min = 576, max = 1024 }", pattern("buckets-above-resolution", min=576, resolution=512)),
     ("buckets = { max = 448 }", pattern("buckets-below-resolution", max=448, resolution=512)),
-    ("enable_bucket = true", pattern("key-renamed", key="data.enable_bucket", replacement="data.buckets")),
+    ("enable_bucket = true", pattern("key-renamed", key="data.enable_bucket", replacement="buckets = {}")),
     ('include = "cat"', pattern("value-list", key="data.include", value="'cat'", type="str")),
 ]
 
@@ -337,13 +339,6 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         load_config(tmp_path / "no.toml")
     with refused("config-is-folder", path=tmp_path):
         load_config(tmp_path)
-
-
-def test_familiar_names_map_to_existing_keys():
-    for target in FAMILIAR.values():
-        table_name, _, key = target.rpartition(".")
-        tables = [_TABLES[table_name]] if table_name else [Config, FolderTable, *_TABLES.values()]
-        assert any(key in table.model_fields for table in tables), target
 
 
 @pytest.mark.parametrize("name", ["xlsd.toml", "demo.toml"])

@@ -1,5 +1,8 @@
 """Test the adapters' results, gradients and cost, and exchange LoRA files with other tools."""
 
+import json
+import re
+import tomllib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 from adapters import BOTH, move, relative
 from safetensors.torch import load_file
-from sentences import LINES, refused
+from sentences import LINES, pattern, refused
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +18,7 @@ from unets import CFG as SMALL
 from unets import full_size
 
 from fastsd.config.schema import LoraTable, ModelTable
+from fastsd.errors import UserError
 from fastsd.model.formats.load import component_state_dict, load_model
 from fastsd.model.formats.lora_weights import load_lora, write_lora
 from fastsd.model.lora import Adapted, add_lora, lora_state_dict, merge_lora
@@ -22,7 +26,7 @@ from fastsd.model.model import Model
 from fastsd.model.shapes import SD15_TEXT, SD15_VAE, Shapes, empty_model
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.weights import ADAPTER, diffusers_names, diffusers_state_dict
-from fastsd.storage import write_safetensors
+from fastsd.storage import TensorFile, write_safetensors
 from fastsd_kernels import CPU, REFERENCE, TRITON
 
 ONE_LEVEL = replace(SMALL, block_out_channels=(16,), attention=(True,))
@@ -349,20 +353,72 @@ def test_reads_a_file_written_by_diffusers(tiny, tiny_model, tmp_path):
 
 
 CONV_IN_ADAPTER = {
-    "unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3),
-    "unet.conv_in.lora_B.weight": torch.zeros(16, 2, 1, 1),
+    "unet.conv_in.lora_A.weight": torch.zeros(3, 4, 3, 3),
+    "unet.conv_in.lora_B.weight": torch.zeros(16, 3, 1, 1),
 }
 UNEXPECTED = {"kind": "unexpected", "name": "unet.conv_in.lora_A.weight"}
-ADVICE, SET_ALPHA = LINES["match-lora-settings"], LINES["set-alpha"].format(alpha=4.5)
-MISSING = {"kind": "missing", "count": "2 of 158", "advice": ADVICE}
+SET_RANK, SET_CONV, SET_ALPHA = (
+    LINES["set-lora-settings"].format(settings=setting) for setting in ("rank = 3", "conv = 2", "alpha = 4.5")
+)
+MISSING = {"kind": "missing", "count": "2 of 158", "advice": LINES["match-lora-settings"]}
 BAD = {  # change of the file's tensors, changed settings of the model, code and fields of the error
     "missing": (lambda state: dict(list(state.items())[2:]), {}, "weights-names", MISSING),
     "unexpected": (lambda state: {**state, **CONV_IN_ADAPTER}, {}, "weights-names", UNEXPECTED),
-    "rank": (None, {"rank": 4}, "weights-shape", {"shape": (3, 16, 1, 1), "expected_shape": (4, 16, 1, 1), "advice": ADVICE}),
-    "conv": (None, {"conv": 1}, "weights-shape", {"shape": (2, 16, 3, 3), "expected_shape": (1, 16, 3, 3)}),
+    "rank": (None, {"rank": 4}, "weights-shape", {"shape": (3, 16, 1, 1), "expected_shape": (4, 16, 1, 1), "advice": SET_RANK}),
+    "conv": (None, {"conv": 1}, "weights-shape", {"shape": (2, 16, 3, 3), "expected_shape": (1, 16, 3, 3), "advice": SET_CONV}),
     "text encoder": (None, {"text_encoder": False}, "weights-names", {"kind": "unexpected", "count": 24}),
     "alpha": (None, {"alpha": 3.0}, "lora-other-alpha", {"scale": 2.25, "config_scale": 1.5, "advice": SET_ALPHA}),
 }
+
+
+LOCON = LoraTable(
+    rank=4, alpha=2.0, conv=3, conv_alpha=1.0, text_encoder=True, targets=["transformers", "resnets", "attention"]
+)
+
+
+def test_alpha_of_convolutions(tiny, tmp_path):
+    """A 3x3 convolution W becomes W + conv_alpha / conv up down, another layer W + alpha / rank up down."""
+    model, plain = tiny(LOCON), {**component_state_dict(tiny(None), "unet")}
+    adapters = lora_state_dict(model)
+    merge_lora(model)
+    merged = component_state_dict(model, "unet")
+    for module, scale in (
+        ("mid_block.resnets.0.conv1", 1 / 3),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 0.5),
+    ):
+        down, up = (adapters[f"unet.{module}.lora_{letter}.weight"].double().flatten(1) for letter in "AB")
+        change = merged[f"{module}.weight"].double() - plain[f"{module}.weight"].double()
+        assert relative(change, scale * (up @ down).view_as(change)) < 1e-5
+
+
+@pytest.mark.parametrize("names", ["kohya", "peft", "checkpoint"])
+def test_a_locon_is_continued_with_the_settings_that_the_message_names(tiny, tmp_path, names):
+    """From the defaults, each message names settings, and the model has them after at most two."""
+    write_lora(tmp_path / "locon.safetensors", tiny(LOCON), names=names)
+    settings: dict = {}
+    for _ in range(3):
+        model = tiny(LoraTable(**settings), seed=3)
+        try:
+            load_lora(model, tmp_path / "locon.safetensors")
+            break
+        except UserError as error:
+            advice = re.search(pattern("set-lora-settings"), str(error))[0]
+            new = tomllib.loads(advice.removeprefix("set ").removesuffix(" in model.lora").replace(" and ", "\n"))
+            assert not new.items() <= settings.items(), "the advice goes in a circle"
+            settings |= new
+    x, t, context = torch.randn(1, 4, 16, 16), torch.tensor([5]), torch.randn(1, 77, 16)
+    with torch.no_grad():
+        outputs = [m.unet(x, t, context) for m in (model, tiny(LOCON), tiny(None))]
+    assert relative(outputs[0], outputs[1]) < 1e-6 < 1e-3 < relative(outputs[2], outputs[1])
+    assert settings["conv"] == 3 and settings["text_encoder"]
+    if names != "peft":  # alpha is folded in there
+        assert (settings["alpha"], settings["conv_alpha"]) == (2.0, 1.0)
+
+
+def test_alpha_of_convolutions_in_the_header_of_kohya(tiny, tmp_path):
+    write_lora(tmp_path / "locon.safetensors", tiny(LOCON), names="kohya")
+    arguments = json.loads(TensorFile(tmp_path / "locon.safetensors").metadata["ss_network_args"])
+    assert arguments == {"conv_dim": "3", "conv_alpha": "1"}
 
 
 @pytest.mark.slow
@@ -372,7 +428,7 @@ def test_files_that_do_not_fit_are_refused(tiny, tmp_path, change, settings, cod
     write_lora(original, tiny(BOTH))
     if change:
         path = tmp_path / "lora.safetensors"
-        write_safetensors(path, change(load_file(original)))
+        write_safetensors(path, change(load_file(original)), TensorFile(original).metadata)
     model = tiny(BOTH.model_copy(update=settings), seed=2)
     before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
     with refused(code, **fields) as error:

@@ -166,15 +166,18 @@ def test_exports_contain_no_local_path(exported, tiny_model):
 
 @pytest.mark.slow
 def test_lora_is_exported_alone_and_merged(tmp_path, tiny_model, images):
-    keys = ["model.lora={rank=2, alpha=1, text_encoder=true}", 'model.base="' + str(tiny_model) + '"']
+    keys = ["model.lora={rank=2, alpha=1, conv=3, conv_alpha=1.5, text_encoder=true}", 'model.base="' + str(tiny_model) + '"']
     folder, text = run(job(tmp_path, tiny_model, images, LORA_STAGE), *keys)
     assert says(text, "exported-lora", path=folder / "lora.safetensors", names="kohya")
     header = metadata(folder / "lora-ema.safetensors")
     assert header["modelspec.architecture"] == "stable-diffusion-v1/lora" and header["ss_network_module"] == "networks.lora"
     assert header["ss_network_dim"] == "2" and float(header["ss_network_alpha"]) == 1 and header["ss_steps"] == "2"
-    assert any(name.startswith("lora_unet_") for name in load_file(folder / "lora.safetensors"))
+    assert json.loads(header["ss_network_args"]) == {"conv_dim": "3", "conv_alpha": "1.5"}
+    exported = load_file(folder / "lora.safetensors")
+    assert exported["lora_unet_mid_block_resnets_0_conv1.alpha"] == 1.5
     card = (folder / "model" / "README.md").read_text()
     assert "- lora\n" in card and says(card, "card-lora", rank=2, alpha=1, targets="attention")
+    assert says(card, "card-lora-convolutions", rank=3, alpha=1.5)
     names = [*EXPORTED, "lora.safetensors", "lora-ema.safetensors"]
     before = exported_files(folder, names)
     run(folder.parent / "job.toml", *keys)

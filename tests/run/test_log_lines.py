@@ -460,7 +460,7 @@ def header_of(images=21, epochs=(21,), step=0, cached=21, shapes=1, measured=Fal
 
     run = SimpleNamespace(folder="folder", ops=REFERENCE, device=torch.device("cpu"), parameter_counts=[1000, 2000000])
     run.config = SimpleNamespace(stage=tables, stage_name=lambda i: f"s{i}", data=SimpleNamespace(resolution=512))
-    run.config.model = SimpleNamespace(base="base", vae=facts.get("vae", ""))
+    run.config.model = SimpleNamespace(base="base", vae=facts.get("vae", ""), clip_skip=facts.get("clip_skip", 0))
     run.config.cache, run.config.validate_ = SimpleNamespace(dir="cache"), SimpleNamespace(every=5)
     run.data = SimpleNamespace(latents=Latents(), epochs=list(epochs), text_embeddings=facts.get("embeddings"))
     run.data.sets = SimpleNamespace(measured=measured)
@@ -487,12 +487,21 @@ def test_header_of_a_new_run():
 
 def test_header_names_only_facts_that_apply():
     lines = header_of(
-        epochs=(30, 30, 17), step=12, shapes=3, measured=True, rejected=2, empty=5, embeddings=object(), vae="other"
+        epochs=(30, 30, 17),
+        step=12,
+        shapes=3,
+        measured=True,
+        rejected=2,
+        empty=5,
+        embeddings=object(),
+        vae="other",
+        clip_skip=2,
     )
     assert lines["run"] == "folder (9 steps, 2h, resumed at step 12)" and lines["vae"].startswith("other, ")
     assert lines["images"] == "21 at 512 px in 3 sizes, 30 or 17 per epoch, 5 empty captions"
     assert lines["cache"] == "21 of 23 images cached, 2 rejected, with text embeddings (cache)"
     assert lines["validation"] == "4 images, every 5"
+    assert says(lines["text"], "clip-skip-counts", clip_skip=2, place="3rd", others=3)
 
 
 ROW = b'{"step": %d, "stage": "unet"}\n'

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from fastsd.config.conversion import toml_value
+from fastsd.config.schema import LoraTable
 from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
-from fastsd.model.formats.lora_files import PEFT_CONFIG, LoraFile, fold_alpha, peft_config, read_lora, write_kohya, write_peft
-from fastsd.model.lora import ADAPTER_NAME, NamedTensors, adapted_layers, lora_state_dict
+from fastsd.model.formats.lora_files import (
+    PEFT_CONFIG,
+    LoraFile,
+    fold_alpha,
+    kernel_side,
+    peft_config,
+    read_lora,
+    write_kohya,
+    write_peft,
+)
+from fastsd.model.lora import ADAPTER_NAME, NamedTensors, adaptable_layers, adapted_layers, lora_state_dict
 from fastsd.model.model import Model
+from fastsd.model.select import matches
 from fastsd.model.weights import check_names
 
 
@@ -60,16 +73,13 @@ def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
     lora = LoraFile(dict(source), {}) if isinstance(source, Mapping) else read_lora(source)
     place = "lora" if isinstance(source, Mapping) else str(source)
     targets = lora_state_dict(model)
-    check_names(targets, lora.tensors, place, "set rank, targets, conv and text_encoder in model.lora as in the file")
+    advice = _advice(model, model.lora, lora)
+    check_names(targets, lora.tensors, place, advice)
 
     for module, alpha in _alphas_by_module(model).items():
         stored_alpha = lora.alphas.get(module, alpha)
         if not math.isclose(alpha, stored_alpha, rel_tol=1e-6):
-            rank, advice = lora.ranks[module], "give a LoRA with one alpha for all layers"
-            if len({*lora.alphas.values()}) == 1:
-                advice = f"set model.lora.alpha to {stored_alpha:g}"
-            elif lora.alphas == lora.ranks:
-                advice = "remove model.lora.alpha"
+            rank = lora.ranks[module]
             raise UserError(
                 "lora-other-alpha",
                 f"{place}: alpha / rank of {module} is {stored_alpha / rank:g}, but model.lora makes it "
@@ -77,3 +87,52 @@ def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
             )
     for name, target in targets.items():
         target.copy_(lora.tensors[name])
+
+
+def _advice(model: Model, table: LoraTable, lora: LoraFile) -> str:
+    """Say which settings of `table` to change, so that the model's adapters are those of the file."""
+    linears, convs = ([m for m in lora.alphas if (kernel_side(m) == 3) == is_3x3] for is_3x3 in (False, True))
+    if any(len({values[m] for m in modules}) > 1 for values in (lora.ranks, lora.alphas) for modules in (linears, convs)):
+        return "give a LoRA with one rank and alpha for its 3x3 convolutions, and one for its other layers"
+
+    changes: dict[str, object] = {}
+    rank, alpha, conv_alpha = table.rank, table.alpha, table.conv_alpha
+    if linears:
+        rank, stored_alpha = lora.ranks[linears[0]], lora.alphas[linears[0]]
+        changes |= {"rank": rank} if rank != table.rank else {}
+        if not math.isclose(stored_alpha, alpha or rank, rel_tol=1e-6):
+            changes["alpha"] = alpha = stored_alpha
+    if lora.alphas and table.conv != (conv := lora.ranks[convs[0]] if convs else 0):
+        changes["conv"] = conv
+    if convs and not math.isclose(lora.alphas[convs[0]], conv_alpha or alpha or conv, rel_tol=1e-6):
+        changes["conv_alpha"] = lora.alphas[convs[0]]
+    has_text = any(module.startswith("text_encoder.") for module in lora.alphas)
+    changes |= {"text_encoder": has_text} if lora.alphas and has_text != table.text_encoder else {}
+    targets = _targets_of(model, list(lora.alphas))
+    return (
+        f"set {' and '.join(f'{key} = {toml_value(value)}' for key, value in (changes | targets).items())} in model.lora"
+        if changes or targets
+        else "set rank, targets, conv and text_encoder in model.lora as in the file"
+    )
+
+
+def _targets_of(model: Model, modules: list[str]) -> dict[str, object]:
+    """Return the setting `targets` that gives these modules adapters, or {} if it need not change or cannot name them."""
+
+    def by_kind(names: Iterable[str]) -> dict[tuple[str, bool], set[str]]:
+        kinds: dict[tuple[str, bool], set[str]] = {}
+        for name in names:
+            kinds.setdefault((name.split(".")[0], kernel_side(name) == 3), set()).add(name)
+        return kinds
+
+    stored, adapted = by_kind(modules), by_kind(_alphas_by_module(model))
+    if all(adapted.get(kind, names) == names for kind, names in stored.items()):
+        return {}  # the kinds of layers that differ depend on `conv` and `text_encoder`
+    endings = sorted({re.split(r"\.\d+\.(?=[a-z])", module)[-1].removesuffix(".0") for module in modules})
+    selected = {
+        f"{component}.{layer}"
+        for component in dict.fromkeys(component for component, _ in stored)
+        for layer in adaptable_layers(model, component)
+        if any(matches(component, ending, f"{layer}.weight") for ending in endings)
+    }
+    return {"targets": endings} if selected == set(modules) else {}

@@ -76,6 +76,7 @@ class Adapters(_SummaryTable):
     alpha: float
     targets: list[str]
     conv: int = 0
+    conv_alpha: float | None = None
     text_encoder: bool = False
 
 

@@ -469,5 +469,7 @@ def test_nothing_is_overwritten_or_left(tmp_path):
 def test_another_alpha_than_the_models_is_refused(tiny_model, adapted):
     model = load_model(ModelTable(base=str(tiny_model)))
     add_lora(model, BOTH.model_copy(update={"alpha": 3.0}), 0)
-    with refused("lora-other-alpha", scale=2.25, config_scale=1.5, advice=LINES["set-alpha"].format(alpha=4.5)):
+    with refused(
+        "lora-other-alpha", scale=2.25, config_scale=1.5, advice=LINES["set-lora-settings"].format(settings="alpha = 4.5")
+    ):
         load_lora(model, adapted[1] / "kohya.safetensors")
