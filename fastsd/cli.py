@@ -316,6 +316,19 @@ def convert(
     convert(source, out, to.value if to else "", options)
 
 
+@app.command(name="convert-config")
+def convert_config(
+    source: Annotated[Path, Argument(parser=path, metavar="FILE", help="Config of sd-scripts, OneTrainer or EveryDream2.")],
+    out: Annotated[
+        Path | None, Argument(parser=path, metavar="OUT", help="TOML file to write (default: FILE-fastsd.toml).")
+    ] = None,
+) -> None:
+    """Convert a config of another trainer. Prints what becomes of each key, and what has no equal."""
+    from fastsd.commands.convert_config import convert_config
+
+    convert_config(source, out)
+
+
 @app.command()
 def redraw(
     model: AnyModel,

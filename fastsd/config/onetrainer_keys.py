@@ -129,6 +129,15 @@ def _timesteps(_: Any, settings: Settings) -> Conversion:
     return Conversion("converted", values, "the standard deviation is noising_weight + 1")
 
 
+def _everydream_rates(_: Any, settings: Settings) -> Conversion:
+    common: Any = settings.get("optimizer_config.base.lr") or settings.get("lr")
+    scale = settings.get("optimizer_config.text_encoder_lr_scale") or 1.0
+    text = settings.get("optimizer_config.text_encoder_overrides.lr") or common * scale
+    if text == common or settings.get("disable_textenc_training"):
+        return Conversion("same", {"stage.lr": common})
+    return Conversion("converted", {"stage.lr": {"unet": common, "text_encoder": text}})
+
+
 def _range(_: Any, settings: Settings) -> Conversion:
     ends = settings.get("min_noising_strength", 0.0), settings.get("max_noising_strength", 1.0)
     first, end = (int(1000 * strength) for strength in ends)
@@ -241,7 +250,8 @@ ONETRAINER: Rules = {
         "optimizer.beta1") or 0.9, beta]}),
     "optimizer.weight_decay": same("stage.weight_decay"), "optimizer.d0": same("stage.d0"),
     "optimizer.growth_rate": lambda rate, _: Conversion("same", {"stage.growth_rate": rate}) if 1 < rate < 1e9 else OFF,
-    "optimizer.fused_back_pass": switch("stage.fused_backward", True), "sample_skip_first": no_equal("samples have no start"),
+    "optimizer.fused_back_pass": choose("stage.fused_backward", "it needs grad_clip = 0"),
+    "sample_skip_first": no_equal("samples have no start"),
     "sample_after": _interval("stage.sample_every", "sample_after"), "save_skip_first": no_equal("use checkpoint_at"),
     "backup_after": _interval("stage.checkpoint_every", "backup_after"),
     "save_every": _interval("stage.keep_every", "save_every"), "rolling_backup_count": same("stage.keep_checkpoints"),
@@ -271,7 +281,7 @@ CONCEPT: Rules = {
 EVERYDREAM: Rules = {
     "resume_ckpt": same("model.base"), "data_root": computed("data.folders", lambda path: [path], "multiply.txt: use repeats"),
     "batch_size": batch_rule, "grad_accum": batch_rule, "max_epochs": computed("stage.until", lambda n: f"{n}e"),
-    "resolution": computed("data.resolution", int), "lr": same("stage.lr"), "lr_scheduler": choices(
+    "resolution": computed("data.resolution", int), "lr": _everydream_rates, "lr_scheduler": choices(
         "stage.schedule", {name: name for name in ("constant", "linear", "cosine")}), "lr_warmup_steps": same("stage.warmup"),
     "clip_skip": computed("model.clip_skip", lambda n: max(n - 1, 0), "there, 1 is the last layer; here it is 0"),
     "cond_dropout": same("stage.caption_dropout"), "clip_grad_norm": same("stage.grad_clip"),
@@ -285,11 +295,16 @@ EVERYDREAM: Rules = {
     "loss_type": choices("stage.loss", {"mse": "mse", "huber": "huber"}, {"mse_huber": ("mse", "the two mixed by timestep")}),
     "optimizer_config.base.optimizer": lambda value, settings: optimizer_rule(value, {
         key.removeprefix("optimizer_config.base."): entry for key, entry in settings.items() if entry is not None}),
-    "optimizer_config.base.lr": same("stage.lr"), "optimizer_config.base.betas": same("stage.betas"),
+    "optimizer_config.base.lr": _everydream_rates, "optimizer_config.text_encoder_overrides.lr": _everydream_rates,
+    "optimizer_config.text_encoder_lr_scale": _everydream_rates, "optimizer_config.base.epsilon": lambda epsilon, _: (
+        OFF if epsilon == 1e-8 else Conversion("no equal", {}, "it is 1e-8")),
+    "optimizer_config.text_encoder_freezing.*": no_equal("name the layers in train, such as text_encoder.layers.11"),
+    "optimizer_config.apply_grad_scaler_step_tweaks": not_needed("there is no gradient scaler"),
+     "optimizer_config.base.betas": same("stage.betas"),
     "optimizer_config.base.weight_decay": same("stage.weight_decay"), "optimizer_config.base.lr_scheduler": choices(
         "stage.schedule", {name: name for name in ("constant", "linear", "cosine")}),
-    "optimizer_config.base.lr_warmup_steps": same("stage.warmup"), "optimizer_config.doc.*": not_needed("a description"),
-    "optimizer_config.*": no_equal("the text encoder has the UNet's settings; set lr = { unet = ..., text_encoder = ... }"),
+    "optimizer_config.base.lr_warmup_steps": same("stage.warmup"),
+    "optimizer_config.*": no_equal("only lr differs between the components"),
     "project_name": same("export.title"), "logdir": same("run"), "sample_prompts": same("sample.prompts_file"),
     "sample_steps": same("stage.sample_every"), "save_every_n_epochs": computed(
         "stage.checkpoint_every", lambda n: f"{n}e"), "ckpt_every_n_minutes": computed(

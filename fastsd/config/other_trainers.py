@@ -132,6 +132,12 @@ def _conv_rank(value: Any, settings: Settings) -> Conversion:
     return Conversion("converted", {"model.lora.conv": int(value), "model.lora.conv_alpha": alpha or 1}, why)
 
 
+def _conv_alpha(value: Any, settings: Settings) -> Conversion:
+    if "network_args.conv_dim" not in settings:
+        return Conversion("not needed", {}, "without conv_dim it has no effect")
+    return Conversion("same", {"model.lora.conv_alpha": value})
+
+
 def arguments_of(key: str, value: Any) -> dict[str, Any]:
     """Return the entries of `network_args` or `optimizer_args`, a list of "name=value" or a table, as `key.name` -> value."""
     entries = value.items() if isinstance(value, Mapping) else [str(entry).partition("=")[::2] for entry in value]
@@ -255,7 +261,7 @@ KOHYA: Rules = {
     "v_parameterization": switch("model.prediction", "v_prediction"), "zero_terminal_snr": switch("model.zero_snr", True),
     "network_module": _network, "network_dim": _rank, "network_alpha": _alpha, "network_weights": same("model.lora.file"),
     "network_args": _arguments("network_args"), "network_args.conv_dim": _conv_rank, "conv_dim": _conv_rank,
-    "network_args.conv_alpha": same("model.lora.conv_alpha"), "conv_alpha": same("model.lora.conv_alpha"),
+    "network_args.conv_alpha": _conv_alpha, "conv_alpha": same("model.lora.conv_alpha"),
     "network_args.algo": lambda value, _: OFF if value in ("lora", "locon") else Conversion("no equal", {}, "only LoRA"),
     "network_train_unet_only": switch("model.lora.text_encoder", False), "train_text_encoder": lambda _, settings: Conversion(
         "converted", {"stage.train": ["unet", "text_encoder"] if kohya_trains_text(settings) else ["unet"]}),
@@ -282,11 +288,12 @@ KOHYA: Rules = {
     "optimizer_type": optimizer_rule, "use_8bit_adam": switch("stage.optimizer", "adamw", "its state is fp32"),
     "use_lion_optimizer": switch("stage.optimizer", "lion"), "optimizer_args": _arguments("optimizer_args"),
     "optimizer_args.weight_decay": same("stage.weight_decay"), "optimizer_args.betas": computed("stage.betas", list),
-    "optimizer_args.d0": same("stage.d0"), "optimizer_args.growth_rate": same("stage.growth_rate"),
+    "optimizer_args.d0": same("stage.d0"),
+    "optimizer_args.growth_rate": lambda rate, _: Conversion("same", {"stage.growth_rate": rate}) if 1 < rate < 1e9 else OFF,
     "optimizer_args.decouple": not_needed("weight decay is decoupled"), "max_grad_norm": same("stage.grad_clip"),
     "lr_scheduler": _schedule, "lr_scheduler_num_cycles": _restarts, "lr_warmup_steps": same("stage.warmup"),
-    "lr_scheduler_min_lr_ratio": same("stage.lr_floor"), "max_train_steps": _steps, "fused_backward_pass": switch(
-        "stage.fused_backward", True), "seed": same("seed"),
+    "lr_scheduler_min_lr_ratio": same("stage.lr_floor"), "max_train_steps": _steps, "fused_backward_pass": choose(
+        "stage.fused_backward", "it needs grad_clip = 0 and no accumulation"), "seed": same("seed"),
     "loss_type": _loss, "huber_c": _huber, "noise_offset": same("stage.noise_offset"), "multires_noise_discount": _multires,
     "multires_noise_iterations": _multires, "ip_noise_gamma": same("stage.input_perturbation"),
     "min_snr_gamma": lambda gamma, _: Conversion(
@@ -303,7 +310,8 @@ KOHYA: Rules = {
         "dpmsolver++": "dpm++"}, {"dpmsolver": ("dpm++", "it is the newer version")}),
     "validation_split": choose("validate.held_out", "a number of images, not a share"),
     "validate_every_n_steps": same("validate.every"), "max_validation_steps": no_equal("all held-out images are measured"),
-    "validate_every_n_epochs": computed("validate.every", lambda n: f"{n}e"), "output_dir": same("run"),
+    "validate_every_n_epochs": computed("validate.every", lambda n: f"{n}e"), "output_dir": lambda folder, settings: Conversion(
+        "converted", {"run": "/".join([folder, *filter(None, [settings.get("output_name")])])}),
     "output_name": same("export.title"), "save_precision": choices(
         "export.dtype", {"float": "fp32", "fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}),
     "save_model_as": lambda value, _: Conversion("converted", {"export.single_file": "diffusers" not in str(value)}),
