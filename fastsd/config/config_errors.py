@@ -47,7 +47,8 @@ def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> l
 def _did_you_mean(key: str, entry: dict[str, Any], table: str, names: list[str], tables: Tables) -> str:
     """Return the end of the sentence about a key of `entry`, which has the keys of a table that are valid or not."""
     full_names = {field: f"{name}.{field}" for name, cls in tables.items() for field in cls.model_fields}
-    if conversion := conversion_of(key, entry[key], entry):
+    conversion = conversion_of(key, entry[key], entry)
+    if conversion and (conversion.values or key not in full_names):
         return f"; {hint(conversion, table)}"
     close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
     if close:

@@ -41,7 +41,7 @@ def same(key: str) -> Rule:
 
 
 def computed(key: str, function: Callable[[Any], Any], why: str = "", status: Status = "converted") -> Rule:
-    return lambda value, _: Conversion(status, {key: function(value)}, why)
+    return lambda value, _: OFF if status == "nearest" and not value else Conversion(status, {key: function(value)}, why)
 
 
 def switch(key: str, value: Any, why: str = "", status: Status = "converted") -> Rule:
@@ -92,7 +92,7 @@ def convert_key(rule: Rule, value: Any, settings: Settings) -> Conversion:
         return OFF
     try:
         return rule(value, settings)
-    except (ValueError, TypeError, AttributeError, KeyError):
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
         return Conversion("no equal", {}, "its value is not understood")
 
 
@@ -120,7 +120,7 @@ def toml_value(value: Any) -> str:
         return "{ " + ", ".join(f"{key} = {toml_value(entry)}" for key, entry in value.items()) + " }" if value else "{}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else json.dumps(value)
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else json.dumps(value, default=str)
 
 
 def clip_skip_note(clip_skip: int) -> str:

@@ -34,7 +34,8 @@ from fastsd.config.conversion import (
 ONETRAINER_DEFAULTS = {
     "training_method": "FINE_TUNE", "optimizer.optimizer": "ADAMW", "learning_rate": 3e-6, "learning_rate_warmup_steps": 200,
     "epochs": 100, "batch_size": 1, "clip_grad_norm": 1.0, "train_dtype": "FLOAT_16", "aspect_ratio_bucketing": True,
-    "unet.gradient_checkpointing": True,
+    "unet.gradient_checkpointing": True, "loss_weight_fn": "CONSTANT", "timestep_distribution": "UNIFORM",
+    "learning_rate_scheduler": "CONSTANT",
 }  # fmt: skip
 ONETRAINER_LORA_DEFAULTS = {"lora_rank": 16, "lora_alpha": 1.0}
 EVERYDREAM_DEFAULTS = {
@@ -118,8 +119,20 @@ def _weighting(value: Any, settings: Settings) -> Conversion:
     return choices("stage.weighting", {"constant": "none"}, nearest)(value, settings)
 
 
+def _strength(value: Any, settings: Settings) -> Conversion:
+    if settings.get("loss_weight_fn") in ("MIN_SNR_GAMMA", "P2"):
+        return _weighting(settings["loss_weight_fn"], settings)
+    return OFF if "loss_weight_fn" in settings else Conversion("same", {"stage.weighting_gamma": value})
+
+
+def _cycles(value: Any, settings: Settings) -> Conversion:
+    if settings.get("learning_rate_scheduler", "COSINE_WITH_HARD_RESTARTS") != "COSINE_WITH_HARD_RESTARTS":
+        return OFF
+    return _schedule("COSINE_WITH_HARD_RESTARTS", {"learning_rate_cycles": value})
+
+
 def _timesteps(_: Any, settings: Settings) -> Conversion:
-    name = settings.get("timestep_distribution", "UNIFORM")
+    name = settings.get("timestep_distribution", "LOGIT_NORMAL")
     if name == "UNIFORM":
         return OFF
     if name != "LOGIT_NORMAL":
@@ -150,7 +163,7 @@ def _interval(key: str, name: str) -> Rule:
         suffixes = {"STEP": "", "EPOCH": "e", "SECOND": "s", "MINUTE": "m", "HOUR": "h"}
         if unit not in suffixes or not count:
             return OFF
-        count = count // (settings.get("gradient_accumulation_steps") or 1) if unit == "STEP" else count
+        count = max(count // (settings.get("gradient_accumulation_steps") or 1), 1) if unit == "STEP" else count
         return Conversion("converted", {key: count if unit == "STEP" else f"{count}{suffixes[unit]}"})
 
     return rule
@@ -186,7 +199,7 @@ ONETRAINER_NOT_NEEDED = {
     "attention_mechanism fallback_train_dtype dataloader_threads huggingface_cache_dir offline_mode",
     "the same command resumes a run": "continue_last_backup backup_before_save rolling_backup",
     "masters are fp32": "unet.weight_dtype text_encoder.weight_dtype vae.weight_dtype lora_weight_dtype weight_dtype",
-    "another key has it": "noising_weight noising_bias huber_delta loss_weight_strength learning_rate_cycles ema_decay "
+    "another key has it": "huber_delta ema_decay "
     "ema_update_step_interval sample_after_unit backup_after_unit save_every_unit validate_after_unit layer_filter_preset "
     "unet.train text_encoder.train unet.include text_encoder.include layer_filter concept_file_name concepts "
     "learning_rate_scaler sample_definition_file_name samples",
@@ -240,7 +253,9 @@ ONETRAINER: Rules = {
     "clip_grad_norm": same("stage.grad_clip"), "offset_noise_weight": same("stage.noise_offset"),
     "perturbation_noise_weight": computed(
         "stage.input_perturbation", float, "there, the target contains it as well", "nearest"),
-    "min_noising_strength": _range, "max_noising_strength": _range, "timestep_distribution": _timesteps,
+    "noising_weight": _timesteps, "noising_bias": _timesteps, "loss_weight_strength": _strength,
+    "learning_rate_cycles": _cycles, "min_noising_strength": _range,
+    "max_noising_strength": _range, "timestep_distribution": _timesteps,
     "timestep_shift": lambda value, _: OFF if value == 1 else Conversion("no equal", {}, "use timesteps = \"logit_normal\""),
     "optimizer.optimizer": lambda value, settings: optimizer_rule(str(value).replace("_", ""), {
         key.removeprefix("optimizer."): entry for key, entry in settings.items() if entry is not None}),
@@ -251,7 +266,7 @@ ONETRAINER: Rules = {
     "optimizer.weight_decay": same("stage.weight_decay"), "optimizer.d0": same("stage.d0"),
     "optimizer.growth_rate": lambda rate, _: Conversion("same", {"stage.growth_rate": rate}) if 1 < rate < 1e9 else OFF,
     "optimizer.fused_back_pass": choose("stage.fused_backward", "it needs grad_clip = 0"),
-    "sample_skip_first": no_equal("samples have no start"),
+    "sample_skip_first": no_equal("sample_every counts from the start"),
     "sample_after": _interval("stage.sample_every", "sample_after"), "save_skip_first": no_equal("use checkpoint_at"),
     "backup_after": _interval("stage.checkpoint_every", "backup_after"),
     "save_every": _interval("stage.keep_every", "save_every"), "rolling_backup_count": same("stage.keep_checkpoints"),
@@ -318,10 +333,11 @@ EVERYDREAM: Rules = {
     "zero_frequency_noise_ratio": same("stage.noise_offset"), "pyramid_noise_discount": pyramid_rule,
     "enable_zero_terminal_snr": switch("model.zero_snr", True), "min_snr_gamma": lambda gamma, _: Conversion(
         "converted", {"stage.weighting": "min_snr", "stage.weighting_gamma": gamma}), "ema_decay_rate": averages_rule,
+    "wandb": choose("log.wandb", "the project's name"),
     "embedding_perturbation": no_equal("embeddings are not perturbed"), "validation_config": choose(
         "validate.held_out", "a number of images"), "ema_strength_target": no_equal("choose ema"),
     **with_reasons(not_needed, {
-        "a setting of the program": "amp attn_type gpuid notebook optimizer_config run_name wandb write_schedule log_step "
+        "a setting of the program": "amp attn_type gpuid notebook optimizer_config run_name write_schedule log_step "
         "load_settings_every_epoch save_optimizer save_ckpts_from_n_epochs save_ckpt_dir no_prepend_last no_save_ckpt "
         "save_full_precision ema_device ema_sample_nonema_model ema_sample_ema_model ema_update_interval ema_resume_model "
         "train_sampler lr_decay_steps plugins rated_dataset rated_dataset_target_dropout_percent config"}),

@@ -229,7 +229,7 @@ KOHYA_NOT_NEEDED = {
     "RUN has a log and the settings": "logging_dir log_with log_prefix log_tracker_name log_tracker_config wandb_run_name "
     "log_config output_config config_file no_metadata debug_dataset use_safetensors wandb_api_key validation_seed",
     "SD1.5 does not use it": "weighting_scheme mode_scale tokenizer_cache_dir",
-    "another key has it": "huber_scale save_last_n_steps save_last_n_epochs sample_at_first",
+    "another key has it": "save_last_n_steps save_last_n_epochs",
 }  # fmt: skip
 KOHYA_NO_EQUAL = {
     "captions are used as they are": "caption_prefix caption_suffix enable_wildcard secondary_separator weighted_captions "
@@ -294,7 +294,9 @@ KOHYA: Rules = {
     "lr_scheduler": _schedule, "lr_scheduler_num_cycles": _restarts, "lr_warmup_steps": same("stage.warmup"),
     "lr_scheduler_min_lr_ratio": same("stage.lr_floor"), "max_train_steps": _steps, "fused_backward_pass": choose(
         "stage.fused_backward", "it needs grad_clip = 0 and no accumulation"), "seed": same("seed"),
-    "loss_type": _loss, "huber_c": _huber, "noise_offset": same("stage.noise_offset"), "multires_noise_discount": _multires,
+    "loss_type": _loss, "huber_c": _huber, "huber_scale": _huber,
+    "sample_at_first": no_equal("use `fastsd sample` on the base"),
+    "noise_offset": same("stage.noise_offset"), "multires_noise_discount": _multires,
     "multires_noise_iterations": _multires, "ip_noise_gamma": same("stage.input_perturbation"),
     "min_snr_gamma": lambda gamma, _: Conversion(
         "converted", {"stage.weighting": "min_snr", "stage.weighting_gamma": gamma}) if gamma else OFF,

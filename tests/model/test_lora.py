@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapters import BOTH, move, relative
 from safetensors.torch import load_file
-from sentences import LINES, pattern, refused
+from sentences import LINES, pattern, refused, says
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -413,6 +413,16 @@ def test_a_locon_is_continued_with_the_settings_that_the_message_names(tiny, tmp
     assert settings["conv"] == 3 and settings["text_encoder"]
     if names != "peft":  # alpha is folded in there
         assert (settings["alpha"], settings["conv_alpha"]) == (2.0, 1.0)
+
+
+def test_adapters_of_skipped_layers_are_left_out(tiny, tmp_path):
+    """sd-scripts with its clip_skip = 2 makes adapters for the last layer as well. The others predict as in the file."""
+    write_lora(tmp_path / "all.safetensors", tiny(BOTH), names="kohya")
+    model, expected = tiny(BOTH, seed=3, clip_skip=1), tiny(BOTH, clip_skip=1)
+    load_lora(model, tmp_path / "all.safetensors")
+    ids = model.text.tokenize(["a red circle"])
+    assert torch.equal(model.text.encode(ids), expected.text.encode(ids))
+    assert says("\n".join(model.notes), "lora-skipped-layers", path=tmp_path / "all.safetensors", clip_skip=1)
 
 
 def test_alpha_of_convolutions_in_the_header_of_kohya(tiny, tmp_path):

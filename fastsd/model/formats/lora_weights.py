@@ -70,7 +70,7 @@ def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
         UserError: the file is not a LoRA, or its layers, a rank or an alpha differ from the model's.
     """
     assert model.lora is not None
-    lora = LoraFile(dict(source), {}) if isinstance(source, Mapping) else read_lora(source)
+    lora = LoraFile(dict(source), {}) if isinstance(source, Mapping) else _without_skipped(model, read_lora(source), source)
     place = "lora" if isinstance(source, Mapping) else str(source)
     targets = lora_state_dict(model)
     advice = _advice(model, model.lora, lora)
@@ -87,6 +87,22 @@ def load_lora(model: Model, source: Path | Mapping[str, Tensor]) -> None:
             )
     for name, target in targets.items():
         target.copy_(lora.tensors[name])
+
+
+def _without_skipped(model: Model, lora: LoraFile, path: Path) -> LoraFile:
+    """Leave out the adapters of layers that `clip_skip` skips. sd-scripts makes them, but never uses or trains them."""
+    modules = [module for module in lora.alphas if module.startswith("text_encoder.")]
+    if not modules or not model.text.clip_skip:
+        return lora
+    end = model.text.module.config.num_hidden_layers - model.text.clip_skip
+    skipped = {module for module in modules if (match := re.search(r"\.layers\.(\d+)\.", module)) and int(match[1]) >= end}
+    if skipped:
+        model.notes.append(f"{path}: adapters of layers that clip_skip {model.text.clip_skip} leaves out are not loaded")
+    return replace(
+        lora,
+        tensors={name: tensor for name, tensor in lora.tensors.items() if name.rsplit(".lora_", 1)[0] not in skipped},
+        alphas={module: alpha for module, alpha in lora.alphas.items() if module not in skipped},
+    )
 
 
 def _advice(model: Model, table: LoraTable, lora: LoraFile) -> str:
