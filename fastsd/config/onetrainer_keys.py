@@ -56,6 +56,8 @@ def _method(value: Any, settings: Settings) -> Conversion:
         return Conversion("no equal", {}, "only the UNet, the text encoder and LoRA can be trained")
     layers = [name.strip() for name in str(settings.get("layer_filter") or "").split(",") if name.strip()]
     targets = [f"*{layer}*" for layer in layers] or ["*"]
+    if layers and "text_encoder" in components:
+        targets += ["self_attn", "mlp"]  # all layers of the text encoder, which the filter is not for
     values: dict[str, Any] = {"stage.train": ["lora"], "model.lora.targets": targets}
     values |= {} if layers else {"model.lora.conv": settings.get("lora_rank", 16)}
     return Conversion("converted", values | {"model.lora.text_encoder": "text_encoder" in components})

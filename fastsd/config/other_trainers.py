@@ -49,7 +49,8 @@ def kohya_trains_text(settings: Settings) -> bool:
     """Return True if sd-scripts trains the text encoder: with a network by default, in fine_tune only if told to."""
     if settings.get("network_module"):
         rate = settings.get("text_encoder_lr")
-        return not settings.get("network_train_unet_only") and (rate is None or bool(_first(rate)))
+        frozen = settings.get("network_train_unet_only") or settings.get("cache_text_encoder_outputs")
+        return not frozen and (rate is None or bool(_first(rate)))
     if any(key in settings for key in _TRAINED_BY_DREAMBOOTH):
         return not settings.get("no_train_text_encoder")
     return bool(settings.get("train_text_encoder"))
@@ -228,17 +229,18 @@ KOHYA_NOT_NEEDED = {
     "save_last_n_epochs_state initial_step skip_until_initial_step resume_from_huggingface",
     "RUN has a log and the settings": "logging_dir log_with log_prefix log_tracker_name log_tracker_config wandb_run_name "
     "log_config output_config config_file no_metadata debug_dataset use_safetensors wandb_api_key validation_seed",
-    "SD1.5 does not use it": "weighting_scheme mode_scale tokenizer_cache_dir",
+    "it is a name or a secret of the program": "huggingface_token dataset_class",
+    "SD1.5 does not use it": "weighting_scheme mode_scale logit_mean logit_std tokenizer_cache_dir",
     "another key has it": "save_last_n_steps save_last_n_epochs",
 }  # fmt: skip
 KOHYA_NO_EQUAL = {
     "captions are used as they are": "caption_prefix caption_suffix enable_wildcard secondary_separator weighted_captions "
-    "keep_tokens_separator",
+    "keep_tokens_separator custom_attributes no_token_padding",
     "use caption_dropout": "caption_dropout_every_n_epochs", "use tag_dropout": "token_warmup_min token_warmup_step",
     "only crops and mirrored images are made": "color_aug face_crop_aug_range resize_interpolation",
     "its strength is constant": "noise_offset_random_strength adaptive_noise_scale ip_noise_gamma_random_strength",
     "the loss has no such term": "v_pred_like_loss scale_v_pred_loss_like_noise_pred",
-    "give regularisation images as a folder with loss_weight": "prior_loss_weight",
+    "give regularisation images as a folder with loss_weight": "prior_loss_weight network_multiplier",
     "write one [[stage]] for each phase": "stop_text_encoder_training",
     "LoRA is trained without it": "scale_weight_norms network_dropout dim_from_weights network_args.dropout "
     "network_args.rank_dropout network_args.module_dropout network_args.block_dims network_args.block_alphas",
@@ -248,7 +250,7 @@ KOHYA_NO_EQUAL = {
     "masks are files beside the images; see data.masks": "alpha_mask conditioning_data_dir",
     "write metadata.jsonl into the folder": "in_json metadata_file", "only SD1.5 can be trained": "v2",
     "export and uploads are separate": "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo async_upload "
-    "huggingface_token huggingface_repo_visibility save_state_to_huggingface training_comment save_n_epoch_ratio",
+    "huggingface_repo_visibility save_state_to_huggingface training_comment save_n_epoch_ratio",
     "write captions into files": "class_tokens", "our huber has a constant threshold": "huber_schedule",
     "train = [\"lora\"] trains the UNet too": "network_train_text_encoder_only",
 }  # fmt: skip
@@ -348,7 +350,6 @@ COMMON: Rules = {
 
 def conversion_of(key: str, value: Any, settings: Settings) -> Conversion | None:
     """Return what stands here for a key of any trainer, or None if no trainer has it."""
-    for rules in (KOHYA, COMMON, ONETRAINER, EVERYDREAM):
-        if key in rules:
-            return convert_key(rules[key], value, settings)
-    return None
+    tables = (rules for rules in (KOHYA, COMMON, ONETRAINER, EVERYDREAM) if key in rules)
+    conversions = [convert_key(rules[key], value, settings) for rules in tables]
+    return next((conversion for conversion in conversions if conversion.values), next(iter(conversions), None))

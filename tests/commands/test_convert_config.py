@@ -6,12 +6,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from commandline import fastsd
 from sentences import refused, says
 from tiny import write_images
 
 from fastsd.commands.convert_config import convert_config
 from fastsd.config.schema import load_config
+from fastsd.model.formats.adapters import load_to_train
+from fastsd.model.lora import adaptable_layers, lora_state_dict
 
 KOHYA = """
 [model_arguments]
@@ -43,6 +46,7 @@ huber_c = 0.1
 output_dir = "{folder}/out"
 output_name = "mine"
 weighted_captions = true
+huggingface_token = "secret-value"
 my_own_key = 5
 validate_every_n_steps = 5
 """
@@ -116,6 +120,7 @@ def train_two_steps(run, config: str, *overrides: str) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_a_config_of_sd_scripts(run, tmp_path, tiny_model, images):
     (tmp_path / "clip.toml").write_text(KOHYA.format(model=tiny_model, folder=tmp_path))
     write_images(tmp_path / "others", 4, seed=1)
@@ -137,12 +142,14 @@ def test_a_config_of_sd_scripts(run, tmp_path, tiny_model, images):
     for key in (*listed, "validate_every_n_steps"):
         assert key in no_equal and key in (tmp_path / "clip-fastsd.toml").read_text(), key
     assert "my_own_key = 5" in rows(out, "unknown") and "model.vae" in rows(out, "to do")
-    assert rows(out, "not needed").split(None, 2)[2].split(", ") == ["huber_c", "v2", "xformers"]
+    assert rows(out, "not needed").split(None, 2)[2].split(", ") == ["huber_c", "huggingface_token", "v2", "xformers"]
+    assert "secret-value" not in out + (tmp_path / "clip-fastsd.toml").read_text()
     train_two_steps(run, "clip-fastsd.toml")
     assert (tmp_path / "out" / "mine" / "checkpoints" / "step-00000002").is_dir()
     assert (tmp_path / "out" / "mine" / "lora.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_config_of_onetrainer(run, tmp_path, tiny_model, images):
     (tmp_path / "ot.json").write_text(json.dumps(onetrainer(tmp_path, tiny_model, images)))
     (tmp_path / "concepts.json").write_text(json.dumps([CONCEPTS[0] | {"path": str(images)}, *CONCEPTS[1:]]))
@@ -182,6 +189,44 @@ def test_a_config_of_everydream(run, tmp_path):
     assert config.stage[0].lr == {"unet": 1e-6, "text_encoder": 5e-7} and config.stage[0].weight_decay == 0.01
     assert (config.stage[0].caption_dropout, config.stage[0].noise_offset) == (0.04, 0.02)  # its defaults
     assert (config.model.clip_skip, config.stage[0].until, config.stage[0].precision) == (1, "40e", "fp32")
+
+
+@pytest.mark.parametrize("layers", ["", "attentions"])
+def test_layers_of_a_lora_of_onetrainer(layers, run, tmp_path, tiny_model):
+    """Without a filter, it adapts all linear layers and convolutions of the UNet; the filter is not for the text encoder."""
+    settings = {"training_method": "LORA", "base_model_name": str(tiny_model), "lora_rank": 2, "layer_filter": layers}
+    (tmp_path / "ot.json").write_text(json.dumps(settings))
+    assert run("convert-config", "ot.json")[0] == 0
+    model = load_to_train(load_config(tmp_path / "ot-fastsd.toml").model)
+    adapted = {name.split(".lora_")[0] for name in lora_state_dict(model)}
+    expected = {f"unet.{layer}" for layer in adaptable_layers(model, "unet") if layers in layer}
+    assert adapted == expected | {f"text_encoder.{layer}" for layer in adaptable_layers(model, "text_encoder")}
+
+
+@pytest.mark.parametrize("arguments, conv", [([], 0), (["conv_dim=2"], 2)])
+def test_layers_and_alphas_of_networks_lora(arguments, conv, run, tmp_path, tiny_model):
+    """networks.lora adapts linear layers and 1x1 convolutions in Transformer2DModel, and with conv_dim ResNets and samplers.
+
+    Alpha is 1 by default, that of 3x3 convolutions as well.
+    """
+    from diffusers import UNet2DConditionModel
+
+    text = f'pretrained_model_name_or_path = "{tiny_model}"\nnetwork_module = "networks.lora"\nnetwork_args = {arguments}\n'
+    (tmp_path / "k.toml").write_text(text)
+    assert run("convert-config", "k.toml")[0] == 0
+    config = load_config(tmp_path / "k-fastsd.toml").model
+    model = load_to_train(config)
+    classes = {"Transformer2DModel"} | ({"ResnetBlock2D", "Downsample2D", "Upsample2D"} if conv else set())
+    unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+    expected = {
+        f"unet.{name}.{child}"
+        for name, module in unet.named_modules()
+        if type(module).__name__ in classes
+        for child, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    } | {f"text_encoder.{layer}" for layer in adaptable_layers(model, "text_encoder")}
+    assert {name.split(".lora_")[0] for name in lora_state_dict(model)} == expected
+    assert (config.lora.rank, config.lora.alpha, config.lora.conv, config.lora.conv_alpha) == (4, 1, conv, 1 if conv else None)
 
 
 def test_folders_of_dreambooth(run, tmp_path):
