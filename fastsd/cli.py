@@ -97,30 +97,63 @@ def cache(
 @app.command()
 def sample(
     model: AnyModel,
-    prompt: Annotated[list[str] | None, Option(help="Prompt to draw; can be given several times.")] = None,
-    prompts: Annotated[Path | None, Option(parser=path, help="Text file with one prompt per line.")] = None,
+    prompt: Annotated[list[str] | None, Option(help="Prompt, as a line of --prompts; can be given several times.")] = None,
+    prompts: Annotated[
+        Path | None,
+        Option(parser=path, help="Text file with one prompt per line, and options as in sd-scripts: --w --h --d --s --l --n."),
+    ] = None,
     out: Annotated[Path, Option(parser=path, help="Output folder for the images and their grid.")] = Path("samples"),
-    images: Annotated[int, Option(min=1, help="Images per prompt.")] = 1,
-    seed: Annotated[int, Option(min=0, help="Seed of the first image of each prompt; later ones count up.")] = 0,
-    steps: Annotated[int, Option(min=1, help="Number of sampling steps.")] = 20,
-    guidance: Annotated[float, Option(min=0.0, help="Scale of classifier-free guidance; 1 turns it off.")] = 7.0,
-    negative: Annotated[str, Option(help="Negative prompt for all images.")] = "",
-    sampler: Annotated[str, Option(help="Sampler: ddim, euler, euler_a or dpm++.")] = "dpm++",
-    size: Annotated[int, Option(min=0, help="Image width and height in px; 0 = the model's native size.")] = 0,
-    vae: Annotated[str, Option(parser=text, help="VAE to decode with (default: the model's own).")] = "",
+    images: Annotated[int | None, Option(min=1, help="Images per prompt (default: 1).")] = None,
+    seed: Annotated[int | None, Option(min=0, help="Seed of the first image of each prompt, counting up (default: 0).")] = None,
+    steps: Annotated[int | None, Option(min=1, help="Number of sampling steps (default: 20).")] = None,
+    guidance: Annotated[
+        float | None, Option(min=0.0, help="Scale of classifier-free guidance; 1 turns it off (default: 7).")
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, Option(min=0.0, max=1.0, help="Share of the guidance's spread to remove, 0.7 for zero SNR (default: 0).")
+    ] = None,
+    negative: Annotated[str | None, Option(help="Negative prompt for all images (default: empty).")] = None,
+    sampler: Annotated[str | None, Option(help="Sampler: ddim, euler, euler_a or dpm++ (default: dpm++).")] = None,
+    size: Annotated[int | None, Option(min=0, help="Image width and height in px (default: the model's native size).")] = None,
+    width: Annotated[int | None, Option(min=0, help="Image width in px (default: --size).")] = None,
+    height: Annotated[int | None, Option(min=0, help="Image height in px (default: --size).")] = None,
+    *,
+    ema: Annotated[
+        bool | None, Option("--ema/--no-ema", help="Use a checkpoint's averaged (EMA) weights (default: no).")
+    ] = None,
+    lora: Annotated[list[str] | None, Option(metavar="LORA[:weight]", help="Adapter to draw with; may be repeated.")] = None,
+    vae: Annotated[str | None, Option(parser=text, help="VAE to decode with (default: the model's own).")] = None,
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
-    clip_skip: Annotated[int, Option(min=0, help="Last text encoder layers to skip; 0 = none.")] = 0,
-    precision: ComputePrecision = Precision.fp32,
-    device: Device = "auto",
+    clip_skip: Annotated[int | None, Option(min=0, help="Last text encoder layers to skip (default: 0).")] = None,
+    chunks: Annotated[str | None, Option(metavar="N", help="Chunks of 75 tokens to read of a prompt (default: 1).")] = None,
+    precision: Annotated[Precision | None, Option(help="Compute precision (default: fp32, or that of a run's stage).")] = None,
+    device: Annotated[str, Option(help="Compute device: auto, cpu, cuda or cuda:N (default: auto).")] = "",
 ) -> None:
-    """Generate images from prompts with MODEL."""
-    from fastsd.commands.sample import sample
+    """Generate images from prompts with MODEL. A run's settings are the defaults for a run and its checkpoints.
 
-    settings = {"prompts": prompt or [], "prompts_file": str(prompts or ""), "images": images, "seed": seed, "steps": steps}
-    settings |= {"guidance": guidance, "negative": negative, "sampler": sampler, "size": size}
-    source = {"base": model, "vae": vae, "vae_scaling_factor": vae_scaling_factor, "tokenizer": tokenizer}
-    sample(source | {"clip_skip": clip_skip}, settings, out, precision.value, device)
+    A prompt's own options come before those of the command.
+    """
+    from fastsd.commands.sample import SampleOptions, sample
+
+    settings: dict[str, Any] = {
+        "images": images,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "guidance_rescale": guidance_rescale,
+    }
+    settings |= {"negative": negative, "sampler": sampler, "size": size, "width": width, "height": height}
+    settings |= {"prompts_file": prompts and str(prompts), "weights": None if ema is None else ("ema" if ema else "model")}
+    source: dict[str, Any] = {
+        "vae": vae,
+        "vae_scaling_factor": vae_scaling_factor,
+        "tokenizer": tokenizer or None,
+        "clip_skip": clip_skip,
+    }
+    source |= {"chunks": int(chunks) if chunks and chunks.isdecimal() else chunks}
+    options = SampleOptions(out, prompt or (), precision.value if precision else "", device, lora or ())
+    sample(model, source, settings, options)
 
 
 @app.command()

@@ -29,6 +29,7 @@ from fastsd.run.restart import saved_splits
 from fastsd.run.training_data import rare_shapes
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
+from fastsd.sampling.prompts import notes_on_prompts
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import optimizer_class
@@ -60,7 +61,7 @@ def check(config: Config, console: Console = STDOUT) -> None:
         attempt("cache", lambda: _cache(config, models[0], images_per_epoch, notes))
         if config.validate_.held_out or config.validate_.stabilised:
             attempt("validation", lambda: _validation(config, models[0], images_per_epoch))
-        attempt("samples", lambda: check_samples(models[0], config))
+        attempt("samples", lambda: _samples(models[0], config, notes))
     for i in range(len(config.stage)):
         attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch))
     notes += [clip_skip_note(config.model.clip_skip)] if config.model.clip_skip else []
@@ -94,6 +95,12 @@ def _model(config: Config, models: list[Model]) -> str:
         build.check_resolution(config, model.vae.downscale * model.unet.cfg.downscale, "UNet")
     parameters = sum(p.numel() for p in model.unet.parameters())
     return f"{config.model.base}, UNet {parameters:,} parameters, VAE scaling factor {model.vae.scaling_factor:g}"
+
+
+def _samples(model: Model, config: Config, notes: list[str]) -> str:
+    description = check_samples(model, config)
+    notes += notes_on_prompts(model.text, config.sample)
+    return description
 
 
 def _stage(config: Config, index: int, models: list[Model], images_per_epoch: list[int]) -> str:

@@ -121,7 +121,7 @@ def _load(table: ModelTable, config: Config, start: int | None, precision: str, 
         raise UserError(
             "redraw-start", f"--start is {start}, but the noise schedule of {table.base} has {timesteps} timesteps; {advice}"
         )
-    check_steps(model, config.sample)
+    check_steps(model, config.sample.steps)
     return model, model.vae
 
 
@@ -143,7 +143,9 @@ def _settings(table: ModelTable, config: Config, latents: LatentCache, start: in
     view = f"{latents.name} {latents.sha256[:16]}"
     model = table.model_dump(exclude={"lora"}) | {"base": base, "precision": precision, "start": start, "seed": config.seed}
     images = {"view": view, "include": config.data.include, "exclude": config.data.exclude}
-    return model | images | config.sample.model_dump(include=_SAMPLING_KEYS)
+    # Folders of older versions do not have this key.
+    rescale = {"guidance_rescale": config.sample.guidance_rescale} if config.sample.guidance_rescale else {}
+    return model | images | config.sample.model_dump(include=_SAMPLING_KEYS) | rescale
 
 
 def _claim(out: Path, settings: dict[str, object]) -> None:

@@ -20,10 +20,11 @@ from fastsd.model.model import Model
 from fastsd.run.checkpoint import checkpoints
 from fastsd.run.folder import Grid
 from fastsd.run.settings import combinations, setting_text
-from fastsd.sampling.generate import generate, load_to_sample
-from fastsd.sampling.grid import read_prompts, sample_grid, save_grid
+from fastsd.sampling.generate import draw, load_to_sample
+from fastsd.sampling.grid import sample_grid, save_grid
+from fastsd.sampling.prompts import images_of, read_prompts
 
-KEYS = ("clip_skip", "guidance", "negative", "sampler", "seed", "size", "steps")
+KEYS = ("clip_skip", "guidance", "guidance_rescale", "height", "negative", "sampler", "seed", "size", "steps", "width")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
         UserError: a key is not a sampling setting, a value is not valid, or there are no prompts.
     """
     config, settings = baseline.config, []
-    if not read_prompts(config.sample):
+    prompts = read_prompts(config.sample)
+    if not prompts:
         raise UserError("draw-no-prompts", f"{baseline.folder} has no sample.prompts; choose a --baseline that has some")
     for combination in combinations(words):
         values = {key.removeprefix("sample.").removeprefix("model."): value for key, (_, value) in combination.items()}
@@ -65,7 +67,11 @@ def read_settings(words: Sequence[str], baseline: RunData) -> list[Setting]:
             raise UserError("draw-unknown-key", f"--draw has the key {unknown!r}, which is not a sampling setting; {advice}")
         clip_skip = values.pop("clip_skip", None)
         try:
-            table = SampleTable.model_validate(config.sample.model_dump() | values)
+            # A prompt's own settings give way to those that are compared.
+            sides = {"width": 0, "height": 0} if "size" in values else {}
+            plain = [prompt.model_dump(exclude={*values, *sides}, exclude_none=True) for prompt in prompts]
+            sample = config.sample.model_dump() | {"prompts": plain, "prompts_file": ""}
+            table = SampleTable.model_validate(sample | sides | values)
             if clip_skip is not None:
                 ModelTable.model_validate({"base": "x", "clip_skip": clip_skip})
         except ValidationError as error:
@@ -94,22 +100,21 @@ def sources_of(run: RunData) -> list[DrawSource]:
 def draw_settings(sources: Sequence[DrawSource], settings: Sequence[Setting]) -> Iterator[tuple[str, Image.Image]]:
     """Yield each prompt with a sheet. The sheet has a row for each model and a column for each setting, at one seed."""
     prompts = read_prompts(settings[0].table)
-    images_by_source = [(source.label, _draw(source, settings, prompts)) for source in sources]
+    images_by_source = [(source.label, _draw(source, settings)) for source in sources]
     for i, prompt in enumerate(prompts):
         rows = [(label, [images[i] for images in by_setting]) for label, by_setting in images_by_source]
-        yield prompt, sheet([setting.label for setting in settings], rows)
+        yield prompt.prompt, sheet([setting.label for setting in settings], rows)
 
 
-def _draw(source: DrawSource, settings: Sequence[Setting], prompts: list[str]) -> list[list[Image.Image]]:
+def _draw(source: DrawSource, settings: Sequence[Setting]) -> list[list[Image.Image]]:
     """Return the images of a model by setting and prompt. It is loaded once per clip skip, which is a setting of the model."""
     images: dict[int, list[Image.Image]] = {}
     for clip_skip in dict.fromkeys(setting.clip_skip for setting in settings):
         model = source.load(clip_skip)
         for i, setting in enumerate(settings):
             if setting.clip_skip == clip_skip:
-                table = setting.table
-                size = table.size or source.run.config.data.resolution
-                images[i] = generate(model, prompts, [table.seed] * len(prompts), table, size)
+                table = setting.table.model_copy(update={"images": 1})
+                images[i] = draw(model, images_of(table, source.run.config.data.resolution), table)
     return [images[i] for i in range(len(settings))]
 
 

@@ -36,7 +36,7 @@ def unknown_keys(raw: dict[str, Any], top: Collection[str], tables: Tables) -> l
         for segment in name.split("."):
             entries = entries.get(segment, {}) if isinstance(entries, dict) else {}
         for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-            place = f"stage.{i}" if name == "stage" else name
+            place = f"{name}.{i}" if isinstance(entries, list) else name
             for key in entry if isinstance(entry, dict) else []:
                 if key not in table.model_fields:
                     advice = _did_you_mean(key, entry, name, sorted(table.model_fields), tables)
@@ -60,7 +60,7 @@ def _did_you_mean(key: str, entry: dict[str, Any], table: str, names: list[str],
 
 def sentence(item: Any) -> str:
     """Turn a pydantic error into a sentence: the field, the value found and what to do."""
-    place = ".".join(str(segment) for segment in item["loc"] if segment not in ("int", "str", "float"))
+    place = ".".join(str(segment) for segment in item["loc"] if segment not in ("int", "str", "float", "table"))
     value = item["input"]
     for i, segment in enumerate(item["loc"]):
         location = ".".join(map(str, item["loc"][: i + 1]))

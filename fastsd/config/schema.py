@@ -13,9 +13,9 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from fastsd.config.config_errors import sentence, unknown_keys
 from fastsd.config.keys import CAPTION, keys_with
@@ -153,16 +153,46 @@ class CacheTable(Table):
     hidden_states: bool = False
 
 
+class PromptTable(Table):
+    """A prompt with settings of its own. Those that are unset are as in `[sample]`."""
+
+    prompt: str
+    negative: str | None = None
+    width: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**64)
+    steps: int | None = Field(None, ge=1)
+    guidance: float | None = Field(None, ge=0)
+
+
+def _prompt_kind(prompt: object) -> str:
+    return "str" if isinstance(prompt, str) else "table"
+
+
+# Without the tags, pydantic would report a problem of a table once for each type.
+Prompt = Annotated[Annotated[str, Tag("str")] | Annotated[PromptTable, Tag("table")], Discriminator(_prompt_kind)]
+
+
 class SampleTable(Table):
-    prompts: list[str] = []  # one row of the grid per prompt
-    prompts_file: PathText = ""  # file of more prompts, one per line
+    # One row of the grid per prompt. Each entry is a text, or a table with settings of its own, all of them optional:
+    # { prompt = "a cat", negative = "blurry", width = 768, height = 512, seed = 5, steps = 30, guidance = 5.0 }
+    prompts: list[Prompt] = []
+    # File of more prompts, one per line, with options as in kohya's sd-scripts for width, height, seed, steps, guidance and
+    # negative: a cat --w 768 --h 512 --d 5 --s 30 --l 5 --n blurry. Lines that start with # are comments
+    prompts_file: PathText = ""
     negative: str = ""  # negative prompt, which replaces the empty prompt of the guidance
     images: int = Field(2, ge=1)  # columns of the grid: images per prompt, each with its own fixed seed
-    seed: int = Field(0, ge=0)  # seed of the first column; each further column adds 1
+    seed: int = Field(0, ge=0, lt=2**64)  # seed of the first column; each further column adds 1
     sampler: Literal["ddim", "euler", "euler_a", "dpm++"] = "dpm++"
     steps: int = Field(20, ge=1)
     guidance: float = Field(7.0, ge=0)  # classifier-free guidance scale; 1 = off
+    # Share of the guided prediction whose spread is reduced to that of the prompt's; 0.7 for models with zero_snr, 0 = off
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
     size: int = Field(0, ge=0)  # px; 0 = data.resolution
+    width: int = Field(0, ge=0)  # px; 0 = size
+    height: int = Field(0, ge=0)  # px; 0 = size
+    # Weights that draw the grids of a run: "ema" = the EMA weights, in stages that have them
+    weights: Literal["model", "ema"] = "model"
 
 
 class ValidateTable(Table):
@@ -231,6 +261,12 @@ class Config(Table):
         return self
 
     @model_validator(mode="after")
+    def _check_sampled_weights(self) -> Config:
+        if self.sample.weights == "ema" and not any(stage.ema for stage in self.stage):
+            raise ValueError('sample.weights is "ema" and no stage has ema; set ema in a stage, for example 0.9999')
+        return self
+
+    @model_validator(mode="after")
     def _check_canary(self) -> Config:
         for i, stage in enumerate(self.stage):
             if stage.canary_every and not self.deterministic:
@@ -275,7 +311,8 @@ class Config(Table):
 _LINE = re.compile(r"\(at line (\d+)")  # in the message of a `tomllib.TOMLDecodeError`
 _TABLES: dict[str, type[Table]] = {
     "model": ModelTable, "model.lora": LoraTable, "data": DataTable, "data.buckets": BucketTable, "cache": CacheTable,
-    "sample": SampleTable, "validate": ValidateTable, "log": LogTable, "export": ExportTable, "stage": StageTable,
+    "sample.prompts": PromptTable, "sample": SampleTable, "validate": ValidateTable, "log": LogTable, "export": ExportTable,
+    "stage": StageTable,
 }  # fmt: skip
 
 

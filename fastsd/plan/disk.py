@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ from fastsd.config.schema import Config
 from fastsd.config.stages import StageTable, parse_amount
 from fastsd.errors import UserError
 from fastsd.model.formats.write import DTYPE
-from fastsd.sampling.grid import read_prompts
+from fastsd.sampling.prompts import images_of
 from fastsd.train.schedule import Interval, points
 
 ROW, TENSORBOARD_ROW = 600, 800  # bytes of a row of log.jsonl and timing.jsonl together, and of the same row in TensorBoard
@@ -82,7 +81,8 @@ def export_bytes(config: Config, component_bytes: Mapping[str, int]) -> int:
 
 def grid_bytes(config: Config) -> int:
     """Return the bytes of a sample grid's pixels. Compressed, they are about two thirds."""
-    prompts = list(config.sample.prompts)
-    with suppress(UserError):  # `fastsd check` reports it
-        prompts = read_prompts(config.sample)
-    return 3 * (config.sample.size or config.data.resolution) ** 2 * len(prompts) * config.sample.images
+    try:
+        images = images_of(config.sample, config.data.resolution)
+    except UserError:  # `fastsd check` reports it
+        images = images_of(config.sample.model_copy(update={"prompts_file": ""}), config.data.resolution)
+    return 3 * sum(image.width * image.height for image in images)

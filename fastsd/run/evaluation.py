@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +23,8 @@ from fastsd.run.report import TrainReport
 from fastsd.run.signals import StopSignals
 from fastsd.run.validation import Validation, ValidationRow
 from fastsd.sampling.generate import BATCH
-from fastsd.sampling.grid import read_prompts, sample_grid, save_grid
+from fastsd.sampling.grid import sample_grid, save_grid
+from fastsd.sampling.prompts import images_of
 from fastsd.storage import make_folder
 from fastsd.train.step import Step
 
@@ -48,35 +50,42 @@ class Evaluation:
         missing: list[Callable[[Step], None]] = []
         if progress.validation_due and sets and not self.report.has_validation(progress.step, sets):
             missing.append(self.validate)
-        if progress.samples_due and (sample.prompts or sample.prompts_file) and not self._grid_path().exists():
+        if progress.samples_due and (sample.prompts or sample.prompts_file) and not self._grid_path()[0].exists():
             missing.append(self.sample)
         return missing
 
     def sample(self, step: Step, stop: StopSignals | None = None) -> None:
-        """Draw the config's sample grid with the current weights. A signal ends the drawing."""
+        """Draw the config's sample grid, with the current weights or with the EMA weights. A signal ends the drawing."""
         config, progress = self.config, self.position.progress
         size = config.sample.size or config.data.resolution
+        path, weights = self._grid_path()
         started_at = time.monotonic()
 
         def draw(batch: int) -> tuple[Image.Image | None, int]:
-            images = len(read_prompts(config.sample)) * config.sample.images
-            return sample_grid(self.model, config.sample, size, batch), images
+            with ExitStack() as stack:
+                for component in step.components.values() if weights == "ema" else ():
+                    if component.ema is not None:
+                        stack.enter_context(component.averaged())
+                images = len(images_of(config.sample, size))
+                return sample_grid(self.model, config.sample, size, batch), images
 
         grid, images = _attempt(draw, BATCH, "sampling", step, self.report.console, stop) or (None, 0)
         if grid is None:
             return
         self.cost.sample_seconds = (time.monotonic() - started_at) / images
-        path = self._grid_path()
         try:
             make_folder(path.parent)
-            save_grid(grid, path, config.stage_name(progress.stage), progress.step)
+            save_grid(grid, path, config.stage_name(progress.stage), progress.step, weights)
         except OSError as error:
             return self.report.console.warn(f"samples not written to {path}: {error.strerror}; training continues")
         self.report.images(path, progress.step, grid)
 
-    def _grid_path(self) -> Path:
+    def _grid_path(self) -> tuple[Path, str]:
+        """Return the path of the current step's grid, and the kind of weights that draw it."""
         progress = self.position.progress
-        return Path(self.config.run) / "samples" / f"{self.config.stage_name(progress.stage)}-{progress.step:08d}.png"
+        averaged = self.config.sample.weights == "ema" and self.config.stage[progress.stage].ema > 0
+        name = f"{self.config.stage_name(progress.stage)}{'-ema' if averaged else ''}-{progress.step:08d}.png"
+        return Path(self.config.run) / "samples" / name, "ema" if averaged else "model"
 
     def validate(self, step: Step, stop: StopSignals | None = None) -> None:
         """Measure the config's validation sets with the current weights, and with the EMA weights if there are any.

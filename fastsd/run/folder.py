@@ -27,7 +27,7 @@ def resolve_model(name: str) -> str:
 
 
 LogRow = dict[str, Any]
-Cell = tuple[str, int]  # prompt and seed
+Cell = tuple[str, int]  # prompt, with those settings that it has itself, and seed
 CellBox = tuple[int, int, int, int]  # left, top, right, bottom in px
 PNG_END = b"IEND\xaeB`\x82"
 WHOLE_SHEET: Cell = ("", 0)  # the only cell of a grid without stored cell positions
@@ -35,12 +35,13 @@ WHOLE_SHEET: Cell = ("", 0)  # the only cell of a grid without stored cell posit
 
 @dataclass(frozen=True)
 class Grid:
-    """A sample grid image and the positions of its cells."""
+    """A sample grid image, the positions of its cells, and the kind of weights that drew it, "model" or "ema"."""
 
     path: Path
     stage: str
     step: int
     cells: dict[Cell, CellBox]
+    weights: str = "model"
 
     def whole(self) -> Image.Image:
         with Image.open(self.path) as sheet:
@@ -103,7 +104,11 @@ def read_grid(path: Path, stage: str, step: int) -> Grid | None:
 def _grid(path: Path, stage: str, step: int, sheet: Image.Image) -> Grid:
     try:
         metadata = json.loads(sheet.info[GRID_CHUNK])
-        cells = {(str(cell["prompt"]), int(cell["seed"])): tuple(map(int, cell["box"])) for cell in metadata["cells"]}
-    except (KeyError, TypeError, ValueError):
-        cells = {}
-    return Grid(path, stage, step, cells or {WHOLE_SHEET: (0, 0, *sheet.size)})  # type: ignore[arg-type]
+        weights = str(metadata.get("weights", "model"))
+        cells = {
+            (str(cell.get("label") or cell["prompt"]), int(cell["seed"])): tuple(map(int, cell["box"]))
+            for cell in metadata["cells"]
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        cells, weights = {}, "model"
+    return Grid(path, stage, step, cells or {WHOLE_SHEET: (0, 0, *sheet.size)}, weights)  # type: ignore[arg-type]

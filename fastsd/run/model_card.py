@@ -77,7 +77,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     if grid := _last_grid(run, step):
         prompts = list(dict.fromkeys(prompt for prompt, _ in grid.cells if prompt))
         settings = config.sample.model_dump(include={"sampler", "steps", "guidance"})
-        samples = Samples(step=grid.step, prompts=prompts, **settings)
+        samples = Samples(step=grid.step, prompts=prompts, **settings, weights=grid.weights)
 
     return ModelSummary(
         version=__version__,
@@ -263,7 +263,8 @@ class _Card:
             return ""
         sections = ["## Samples", f"![samples]({SAMPLES})"]
         if samples := self.summary.samples:
-            weights = " with the non-EMA weights" if self.summary.weights == "ema" else ""
+            same = (samples.weights == "ema") == (self.summary.weights == "ema")
+            weights = "" if same else f" with the {'EMA' if samples.weights == 'ema' else 'non-EMA'} weights"
             settings = f"{inline(samples.sampler)} sampler, {samples.steps} steps, guidance scale {samples.guidance:g}"
             sections.append(f"Generated at step {_count(samples.step)}{weights}: {settings}.")
             sections.append("\n".join(f"- {inline(prompt)}" for prompt in samples.prompts))
@@ -319,7 +320,7 @@ class _Card:
 
     def _diffusers(self) -> str:
         samples = self.summary.samples
-        prompt = python_string(samples.prompts[0] if samples and samples.prompts else "a red fox in the snow")
+        prompt = python_string(samples.prompts[0].split(" --")[0] if samples and samples.prompts else "a red fox in the snow")
         dtype, comment = ("bfloat16", "  # SDXL's VAE overflows in float16") if self.overflows else ("float16", "")
         options = f"num_inference_steps={samples.steps}, guidance_scale={samples.guidance:g}" if samples else ""
         options = (options or "num_inference_steps=25") + (f", clip_skip={self.clip_skip}" if self.clip_skip else "")

@@ -34,6 +34,7 @@ from fastsd.run.smoothed_loss import SmoothedLoss
 from fastsd.run.training_data import TrainingData
 from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
+from fastsd.sampling.prompts import notes_on_prompts
 from fastsd.storage import make_folder, replace_file
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.schedule import check_length
@@ -117,6 +118,7 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         model = _load_model(config, ops, newest)
         warnings += model.notes
         check_samples(model, config)
+        warnings += notes_on_prompts(model.text, config.sample)
         data = stack.enter_context(closing(TrainingData(config, model, saved)))
         warnings += compare_images(folder / "images.json", data.latents, config, resumed=newest is not None) + data.warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]

@@ -25,7 +25,7 @@ from fastsd.run.folder import read_table
 from fastsd.run.launches import StageRecorder
 from fastsd.run.run import Run
 from fastsd.sampling.generate import BATCH
-from fastsd.sampling.grid import read_prompts
+from fastsd.sampling.prompts import batches_of, images_of
 from fastsd.storage import replace_file
 from fastsd.train.precision import attention_precision
 from fastsd_kernels import TRITON
@@ -62,10 +62,12 @@ def compile_stages(run: Run, index: int, micro_batch_size: int) -> None:
 def _recorder(run: Run, stage: StageTable, micro_batch_size: int) -> StageRecorder:
     config, model = run.config, run.model
     comparable = stage.model_copy(update={**defaults(StageTable, keys_with(StageTable, LIGHT)), "until": 1})
-    side = (config.sample.size or config.data.resolution) // model.vae.downscale
-    images = len(read_prompts(config.sample)) * config.sample.images
-    guidance = 1 if config.sample.guidance == 1 else 2
-    batches = {guidance * batch for batch in (min(images, BATCH), images % BATCH) if batch}
+    images, downscale = images_of(config.sample, config.data.resolution), model.vae.downscale
+    sampled = set()
+    for numbers in batches_of(images, BATCH):
+        first = images[numbers[0]]
+        batch = len(numbers) * (1 if first.guidance == 1 else 2)
+        sampled.add((batch, model.unet.cfg.in_channels, first.height // downscale, first.width // downscale))
     return StageRecorder(
         stage=comparable,
         micro_batch_size=micro_batch_size,
@@ -75,7 +77,7 @@ def _recorder(run: Run, stage: StageTable, micro_batch_size: int) -> StageRecord
         attention=attention_precision(stage.precision, run.device),
         cached_text=run.data.text_embeddings is not None,
         trained=tuple(sorted({group.shape for group in run.data.latents.groups})),
-        sampled=tuple((batch, model.unet.cfg.in_channels, side, side) for batch in sorted(batches)),
+        sampled=tuple(sorted(sampled)),
         validated=tuple(sorted(run.evaluation.validation.shapes)),
     )
 

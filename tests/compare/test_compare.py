@@ -18,12 +18,13 @@ from fastsd.commands.cache import cache
 from fastsd.compare import charts, draw, numbers, pictures
 from fastsd.compare.compare import TABLES, compare
 from fastsd.compare.runs import RunData, read_grids, read_runs
-from fastsd.config.schema import dump_config, load_config
+from fastsd.config.schema import SampleTable, dump_config, load_config
 from fastsd.console import Console
 from fastsd.run.folder import WHOLE_SHEET
 from fastsd.run.loop import train
 from fastsd.run.settings import ABSENT, choices, combinations, differences, short_names
 from fastsd.sampling.grid import grid, save_grid
+from fastsd.sampling.prompts import images_of
 
 STAGE = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 4\nbatch = 2\noptimizer = "lion"\nlr = 1e-3\n'
 STAGE += "sample_every = 2\ncheckpoint_every = 2\n"
@@ -50,6 +51,11 @@ def plain_images(shades: list[int]) -> list[Image.Image]:
     return [Image.new("RGB", (32, 32), (shade, 0, 255 - shade)) for shade in shades]
 
 
+def plain_grid(shades: list[int], prompts: list[str], seed: int = 0) -> Image.Image:
+    table = SampleTable(prompts=prompts, seed=seed)
+    return grid(plain_images(shades), images_of(table, 32), table.images)
+
+
 @pytest.fixture
 def make_run(tmp_path):
     """Write a run's folder with a log, other files by name, and sample grids: {step: shades for two prompts x two seeds}."""
@@ -64,7 +70,7 @@ def make_run(tmp_path):
             (folder / file.replace("_json", ".json")).write_text(text)
         for step, cell_shades in (shades or {}).items():
             (folder / "samples").mkdir(exist_ok=True)
-            sheet = grid(plain_images(cell_shades), 2, ["red circle", "blue <star>"], seed=7)
+            sheet = plain_grid(cell_shades, ["red circle", "blue <star>"], seed=7)
             save_grid(sheet, folder / "samples" / f"unet-{step:08d}.png", "unet", step)
         return folder
 
@@ -195,7 +201,7 @@ def test_difference_from_the_baseline(make_run):
 
 def test_grid_stores_the_boxes_of_its_cells(tmp_path):
     images = plain_images([10, 90, 170, 250])
-    save_grid(grid(images, 2, ["a", "b" * 300], seed=3), tmp_path / "unet-2-00000010.png", "unet-2", 10)
+    save_grid(plain_grid([10, 90, 170, 250], ["a", "b" * 300], seed=3), tmp_path / "unet-2-00000010.png", "unet-2", 10)
     (stored,) = read_grids(tmp_path)
     assert (stored.stage, stored.step) == ("unet-2", 10)
     cells = stored.cut()
@@ -373,7 +379,7 @@ def test_redrawn_samples_equal_those_of_the_run(trained, tmp_path):
 def whole_cells(run: RunData) -> dict:
     """Return a run's last samples by prompt and seed, cut out as `grid` lays them out."""
     sheet = run.grids[-1].whole()
-    boxes = grid(plain_images([0] * 4), 2, run.config.sample.prompts).info["cells"]
+    boxes = plain_grid([0] * 4, run.config.sample.prompts).info["cells"]
     return {(cell["prompt"], cell["seed"]): sheet.crop(cell["box"]) for cell in boxes}
 
 

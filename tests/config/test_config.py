@@ -14,7 +14,7 @@ from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import Config, SampleTable, StageTable, dump_config, load_config, parse_config
 from fastsd.config.stages import ENDLESS, parse_amount, steps_of
 from fastsd.errors import UserError
-from fastsd.sampling.grid import read_prompts
+from fastsd.sampling.prompts import read_prompts
 
 GOOD = """
 [model]
@@ -165,7 +165,7 @@ def test_a_config_that_is_not_utf8_gets_advice(tmp_path):
 def test_prompts_end_only_at_the_ends_of_lines(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa red fox\r\n\n one\x85\u2028two \rthree".encode())
     table = SampleTable(prompts=["first"], prompts_file=str(tmp_path / "prompts.txt"))
-    assert read_prompts(table) == ["first", "a red fox", "one\x85\u2028two", "three"]
+    assert [prompt.prompt for prompt in read_prompts(table)] == ["first", "a red fox", "one\x85\u2028two", "three"]
 
 
 def test_overrides(tmp_path):

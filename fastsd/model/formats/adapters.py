@@ -21,6 +21,7 @@ from fastsd.config.schema import LoraTable, ModelTable
 from fastsd.errors import UserError
 from fastsd.model.formats.load import load_model
 from fastsd.model.model import Model
+from fastsd.model.weights import classic_text_name
 from fastsd.storage import write_text
 from fastsd_kernels import REFERENCE, Ops
 
@@ -61,31 +62,38 @@ def load_merged(table: ModelTable, ops: Ops = REFERENCE, averages: Averages | No
     """Load a model. If `table.base` is a checkpoint with adapters, merge them into its weights.
 
     Args:
-        averages: used in place of the stored adapters.
+        averages: used in place of the stored adapters and weights.
 
     Raises:
         UserError: as `load_model`; also if the adapters are damaged.
     """
     model = load_model(table, ops)
     settings_path = Path(table.base).expanduser() / MADE_BY
-    if settings_path.is_file():
-        from fastsd.model.formats.lora_weights import load_lora
-        from fastsd.model.lora import add_lora, merge_lora
+    if not settings_path.is_file():
+        use_averages(model, averages or {})
+        return model
+    from fastsd.model.formats.lora_weights import load_lora
+    from fastsd.model.lora import add_lora, merge_lora
 
-        settings = json.loads(settings_path.read_text(encoding="utf-8"))
-        # The clip_skip of the training decides which layers have adapters, whatever clip_skip the caller asks for.
-        requested_clip_skip = model.text.clip_skip
-        model.text.clip_skip = settings["clip_skip"]
-        add_lora(model, LoraTable(**settings["lora"]), seed=0)
-        load_lora(model, settings_path.with_name(ADAPTERS))
-        for component, tensors in (averages or {}).items():
-            parameters = dict(model.component(component).named_parameters())
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    parameters[name].copy_(tensor)
-        merge_lora(model)
-        model.text.clip_skip = requested_clip_skip
+    settings = json.loads(settings_path.read_text(encoding="utf-8"))
+    # The clip_skip of the training decides which layers have adapters, whatever clip_skip the caller asks for.
+    requested_clip_skip = model.text.clip_skip
+    model.text.clip_skip = settings["clip_skip"]
+    add_lora(model, LoraTable(**settings["lora"]), seed=0)
+    load_lora(model, settings_path.with_name(ADAPTERS))
+    use_averages(model, averages or {})
+    merge_lora(model)
+    model.text.clip_skip = requested_clip_skip
     return model
+
+
+@torch.no_grad()
+def use_averages(model: Model, averages: Averages) -> None:
+    """Replace parameters of a loaded model by their averages."""
+    for component, tensors in averages.items():
+        parameters = {classic_text_name(name): tensor for name, tensor in model.component(component).named_parameters()}
+        for name, tensor in tensors.items():  # of any version of transformers
+            parameters[classic_text_name(name)].copy_(tensor)
 
 
 def write_lora_file(

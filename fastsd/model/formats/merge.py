@@ -29,10 +29,12 @@ from torch import Tensor
 
 from fastsd.config.stages import COMPONENTS
 from fastsd.errors import UserError
+from fastsd.model.formats.load import component_state_dict
 from fastsd.model.formats.lora_files import PEFT_CONFIG, alphas_from_config, json_table, weights_file
 from fastsd.model.formats.lora_names import kohya_form, kohya_name, module_of, split_name
 from fastsd.model.formats.model_source import ComponentFiles
 from fastsd.model.formats.original_names import original_names
+from fastsd.model.model import Model
 from fastsd.storage import TensorFile, as_tensor, check_finite
 
 Group = dict[str, Tensor]  # the tensors of one layer, by their last names
@@ -43,32 +45,33 @@ _LEAF = re.compile(
 _ROLES = {"w_norm": "diff", "b_norm": "diff_b"}
 
 
-def parse_merge(text: str) -> tuple[Path, float]:
-    """Return the file and the strength in LORA[:weight]. Raise UserError if the strength is not finite."""
+def parse_merge(text: str, option: str = "--merge") -> tuple[Path, float]:
+    """Return the file and the strength in LORA[:weight]. Raise UserError, naming `option`, if the strength is not finite."""
     name, _, tail = text.rpartition(":")
     try:
         strength = float(tail) if name else 1.0
     except ValueError:  # the colon belongs to the path
         name, strength = "", 1.0
     if not math.isfinite(strength):
-        raise UserError("merge-strength", f"--merge is {text!r}; give a finite weight after the colon, such as 0.8")
+        raise UserError("merge-strength", f"{option} is {text!r}; give a finite weight after the colon, such as 0.8")
     return Path(name or text).expanduser(), strength
 
 
 def merge_into(
-    components: Mapping[str, ComponentFiles], merges: Iterable[str]
+    components: Mapping[str, ComponentFiles], merges: Iterable[str], option: str = "--merge"
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Return the changed tensors of each component in their own dtype, rounded once, and one note for each adapter file.
 
     Args:
         components: "unet" and, if the model has one, "text_encoder".
         merges: LORA[:weight], in the order in which they are merged.
+        option: the command line's name for them, for an error.
 
     Raises:
         UserError: a file cannot be read, has tensors of another kind, or does not fit the model.
     """
     layers = _layers(components)
-    files = [_read(*parse_merge(text), layers) for text in merges]
+    files = [_read(*parse_merge(text, option), layers) for text in merges]
     changed: dict[str, dict[str, Tensor]] = {name: {} for name in COMPONENTS}
     for module in dict.fromkeys(module for file in files for module in file.groups):
         component, _, stem = module.partition(".")
@@ -87,6 +90,19 @@ def merge_into(
                     tensor = file.apply(module, leaf, tensor)
             changed[component][f"{stem}.{leaf}"] = tensor.to(stored.dtype)
     return changed, [file.note() for file in files]
+
+
+def merge_loaded(model: Model, merges: Iterable[str], option: str) -> list[str]:
+    """Merge adapters into a loaded model's weights, as `merge_into` does. Return a note for each adapter file."""
+    configs = {"unet": model.unet.cfg.to_diffusers(), "text_encoder": model.text.module.config.to_dict()}
+    states = {name: component_state_dict(model, name) for name in COMPONENTS}
+    components = {name: ComponentFiles(configs[name], states[name], model.name, "") for name in COMPONENTS}
+    changed, notes = merge_into(components, merges, option)
+    with torch.no_grad():
+        for component, tensors in changed.items():
+            for name, tensor in tensors.items():
+                states[component][name].copy_(tensor)  # a view of the parameter
+    return notes
 
 
 def _layers(components: Mapping[str, ComponentFiles]) -> dict[str, str]:

@@ -60,13 +60,14 @@ class Loss(_SummaryTable):
 
 
 class Samples(_SummaryTable):
-    """The settings of the last grid of samples."""
+    """The settings of the last grid of samples. `prompts` are with settings of their own; `weights` are "model" or "ema"."""
 
     step: int
     prompts: list[str]
     sampler: str
     steps: int
     guidance: float
+    weights: str = "model"
 
 
 class Adapters(_SummaryTable):
