@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -25,7 +25,7 @@ from fastsd.run.restart import read_config
 from fastsd.sampling.generate import draw, prepare_to_sample
 from fastsd.sampling.grid import grid, save_grid
 from fastsd.sampling.prompts import images_of, notes_on_prompts, parse_prompt
-from fastsd.storage import new_file
+from fastsd.storage import TEMPORARY, new_file
 from fastsd.train.device import choose_device, choose_ops
 
 Options = TypeVar("Options", ModelTable, SampleTable)
@@ -70,7 +70,10 @@ def sample(name: str, model_settings: Settings, settings: Settings, options: Sam
     drawn = draw(model, images, table)
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    first = max((int(path.name.split("-")[0]) + 1 for path in _images_in(out)), default=0)
+    for path in out.glob(f"{TEMPORARY}*.png"):  # of a call that was killed
+        path.unlink()
+    numbers = [int(match[1]) for path in out.iterdir() if (match := re.fullmatch(r"(\d{3,})-\d+\.png", path.name))]
+    first = max(numbers, default=-1) + 1
     for number, (image, image_settings) in enumerate(zip(drawn, images, strict=True), start=first):
         with new_file(out / f"{number:03d}-{image_settings.seed}.png") as temporary:
             image.save(temporary, "PNG")
@@ -78,10 +81,6 @@ def sample(name: str, model_settings: Settings, settings: Settings, options: Sam
     path = next(out / name for name in names if not (out / name).exists())
     save_grid(grid(drawn, images, table.images), path, weights=table.weights)
     console.echo(f"{len(images)} images and {path.name} written to {out}")
-
-
-def _images_in(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if re.fullmatch(r"\d{3,}-\d+\.png", path.name))
 
 
 def _run_config(checkpoint: Path, console: Console) -> Config | None:

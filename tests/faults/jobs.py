@@ -15,6 +15,8 @@ from lab import Fault, Lab, Outcome, difference, results
 from power_loss import Call, read_trace
 from tiny import ONE_LEVEL, job, make_tiny_model, write_images
 
+from fastsd.storage import TEMPORARY
+
 UNET = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 5\nbatch = 4\noptimizer = "lion"\nlr = 1e-3\ncheckpoint_every = 2\n'
 DLION = UNET.replace('optimizer = "lion"\nlr = 1e-3', 'optimizer = "dlion"\nd0 = 1e-4')
 CARRIED = DLION.replace('name = "unet"', 'name = "more"\nstate = "carry"')
@@ -41,11 +43,17 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Command:
-    """Arguments of fastsd, and the file or folder that they write. Some commands never replace an output."""
+    """Arguments of fastsd, and the file or folder that they write.
+
+    Attributes:
+        replaces: False = the command never replaces an output.
+        adds: the command adds files to those in the folder, with other names.
+    """
 
     words: list[str]
     output: Path
     replaces: bool = True
+    adds: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Workshop:
             ("convert", out["converted.safetensors"], [self.model, out["converted.safetensors"]]),
             ("compare", out["report.html"], [self.reference(EVERYTHING).copy, "--out", out["report.html"]]),
         ):
-            self.commands[name] = Command([name, *map(str, words)], path, replaces=name != "convert")
+            self.commands[name] = Command([name, *map(str, words)], path, name != "convert", name == "sample")
 
     def add_job(self, name: str, stages: str, overrides: tuple[str, ...] = ()) -> None:
         """Add the training of a job to the commands."""
@@ -121,11 +129,22 @@ class Workshop:
             besides: regular expression of files that may differ. LATEST in it stands for the last checkpoint.
         """
         command = self.commands[name]
+        if command.adds:
+            if problem := self._incomplete(name):
+                return problem
+            self.restore(name)
         if command.replaces or not command.output.exists():
             self.last = self.start(name)
             if problem := self.last.problem(0):
                 return problem
         return self._difference(name, besides)
+
+    def _incomplete(self, name: str) -> str:
+        """Return "" if each file that a disturbed command has left, except temporary ones, is one of the reference's."""
+        output, whole = self.commands[name].output, set(self.reference(name).results.values())
+        files = results(output).items() if output.exists() else ()
+        damaged = [path for path, digest in files if digest not in whole and not path.startswith(TEMPORARY)]
+        return f"{', '.join(damaged)} is not complete" if damaged else ""
 
     def is_complete(self, name: str) -> bool:
         """Return True if the output of a command is that of the undisturbed command."""

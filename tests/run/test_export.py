@@ -310,7 +310,10 @@ def test_summary_has_every_fact_of_the_run(exported):
         "vae_factor": 0.25, "clip_skip": 1, "chunks": 1, "resolution": 16, "seed": 0, "precision": "fp32", "steps": 5,
         "images": 20, "dataset": 21, "stages": stages, "settings": {"data.flip": "true"}, "validation": validation,
         "lora": None,
-        "samples": {"step": 5, "prompts": ["red circle", "blue star"], "sampler": "dpm++", "steps": 2, "guidance": 7.0},
+        "samples": {
+            "step": 5, "prompts": ["red circle", "blue star"], "sampler": "dpm++", "steps": 2, "guidance": 7.0,
+            "weights": "model",
+        },
         "date": datetime.fromtimestamp(int(saved_at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }  # fmt: skip
     for name, title, weights in (("model", "run", "raw"), ("model-ema", "run-ema", "ema")):

@@ -87,7 +87,12 @@ def test_every_call_restores_the_process(calls):
 def test_switches_last_for_the_whole_stage(calls, monkeypatch):
     calls["cache"]()
     seen, forward = [], generate_module.denoise
-    monkeypatch.setattr(generate_module, "denoise", lambda *args: seen.append(switches()) or forward(*args))
+
+    def recorded(*args, **options):
+        seen.append(switches())
+        return forward(*args, **options)
+
+    monkeypatch.setattr(generate_module, "denoise", recorded)
     step = Step.__call__
     monkeypatch.setattr(Step, "__call__", lambda *args: seen.append(switches()) or step(*args))
     calls["train"]()
@@ -100,7 +105,7 @@ def test_switches_last_for_the_whole_stage(calls, monkeypatch):
 def test_a_failed_call_restores_the_process_too(calls, monkeypatch):
     calls["cache"]()
 
-    def fail(*args):
+    def fail(*args, **options):
         raise ZeroDivisionError
 
     monkeypatch.setattr(Step, "__call__", fail)
