@@ -142,6 +142,16 @@ def test_check_reports_several_problems_at_once(run, tmp_path, tiny_model, image
     assert "/no/such" in err and "/no/model" in err and "abacus" in err
 
 
+def test_check_and_a_run_name_prompts_that_are_cut(run, tmp_path, tiny_model, images):
+    path = job(tmp_path, tiny_model, images, STAGE)
+    assert run("cache", path)[0] == 0
+    prompts = f"sample.prompts=[{', '.join(['red'] * 76)!r}, 'a --w 16']"
+    for command in ("check", "train"):
+        code, out, _ = run(command, path, prompts)
+        assert code == 0 and says(out, "prompt-cut", capacity=75) and says(out, "prompt-options-as-text", prompt="'a --w 16'")
+    assert not says(run("check", path, prompts, "model.chunks=8")[1], "prompt-cut")
+
+
 def test_check_refuses_a_disk_too_small_for_the_run(run, tmp_path, tiny_model, images, monkeypatch):
     path = job(tmp_path, tiny_model, images, STAGE)
     assert run("cache", path)[0] == 0

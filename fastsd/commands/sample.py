@@ -119,7 +119,8 @@ def _load(
     stored = table_of(base, config.model).model_dump() if config else {"base": base}
     table = _from_options(ModelTable, stored | chosen)
     device = choose_device(options.device or (config.device if config else "auto"), console)
-    ops = choose_ops(config.kernels if config else "auto", device)
+    # On a GPU, "auto" is "triton", with which a CPU would be an error.
+    ops = choose_ops("reference" if config and config.kernels == "reference" else "auto", device)
     precision, text_on_device = "fp32", True
     if config:
         stage = read_progress(Path(base)).stage

@@ -401,6 +401,26 @@ def test_page_with_everything_drawn(trained, tmp_path):
     assert says(out.getvalue(), "page-written", page=tmp_path / "r.html", runs="2 runs")
 
 
+def test_settings_that_are_compared_replace_those_of_single_prompts(make_run):
+    """Otherwise the columns of such a prompt would be equal."""
+    prompts = 'sample.prompts=["a", {prompt="b", steps=9, width=48, seed=3, negative="c"}]'
+    run = read_run(make_run("run", [row(1)], prompts, "sample.height=64"))
+
+    def drawn(word):
+        tables = [setting.table for setting in draw.read_settings([word], run)]
+        images = [image for table in tables for image in images_of(table, 32)[:: table.images]]
+        return [(image.steps, image.seed, image.width, image.height, image.negative) for image in images]
+
+    assert drawn("guidance=2,3") == [(2, 0, 32, 64, ""), (9, 3, 48, 64, "c")] * 2
+    assert drawn("steps=4,5") == [
+        (n, seed, width, 64, text) for n in (4, 5) for seed, width, text in ((0, 32, ""), (3, 48, "c"))
+    ]
+    assert drawn("size=16,24") == [
+        (n, seed, size, size, text) for size in (16, 24) for n, seed, text in ((2, 0, ""), (9, 3, "c"))
+    ]
+    assert drawn("width=16") == [(2, 0, 16, 64, ""), (9, 3, 16, 64, "c")]
+
+
 @pytest.mark.slow
 def test_clip_skip_beyond_the_layers_is_refused(trained, tmp_path):
     with refused("clip-skip", clip_skip=2, layers=2):

@@ -11,7 +11,8 @@ from runs import run
 from sentences import says
 from tiny import job
 
-from fastsd.plan.disk import ROW, TENSORBOARD_ROW
+from fastsd.config.schema import load_config
+from fastsd.plan.disk import ROW, TENSORBOARD_ROW, grid_bytes
 from fastsd.run import checkpoint
 from fastsd.train.schedule import Interval
 
@@ -125,3 +126,10 @@ def test_unknown_images_are_said(plan, tmp_path, tiny_model, images):
     for epochs in ("until", "keep_every", "sample_every"):
         disk, out = plan(path, absent, f"stage.1.{epochs}=2e")
         assert disk["written"] is None and disk["permanent"] == [4, 1] and says(out, "plan-not-known")
+
+
+def test_pixels_of_a_grid_are_counted_in_their_sizes(tmp_path):
+    path = job(tmp_path, tmp_path, tmp_path, STAGES)
+    prompts = 'sample.prompts=["a", {prompt="b", width=48, height=32}]'
+    assert grid_bytes(load_config(path, [prompts, "sample.images=2"])) == 2 * 3 * (16 * 16 + 48 * 32)
+    assert grid_bytes(load_config(path, [prompts, "sample.prompts_file=/none", "sample.size=8"])) == 3 * (8 * 8 + 48 * 32)

@@ -13,6 +13,7 @@ from fastsd.errors import Stopped
 from fastsd.model.unet import UNet
 from fastsd.run import export
 from fastsd.run.evaluation import Evaluation
+from fastsd.run.folder import read_grid
 from fastsd.run.signals import StopSignals
 from fastsd.run.validation import Validation
 from fastsd.train.step import Step
@@ -83,11 +84,36 @@ class Killed(BaseException):
 EMA = *OVERRIDES, "stage.0.ema=0.5", "stage.0.checkpoint_every=2"
 
 
-@pytest.mark.parametrize("task", ["validate", "sample"])
+def test_grids_of_the_ema_weights_have_names_of_their_own(plain, tmp_path):
+    """A stage without EMA draws with its weights. The card says by which weights its samples are drawn."""
+    path, folder, _ = plain
+    ema, _ = run(path, f"run={tmp_path / 'run'}", *EMA, "sample.weights=ema")
+    names = [f"stage-1-ema-{step:08d}.png" for step in (0, 2, 4)]
+    assert sorted(path.name for path in (ema / "samples").iterdir()) == names
+    grids = [
+        read_grid(root / "samples" / name.replace(word, ""), "", 0)
+        for root, word in ((ema, ""), (folder, "-ema"))
+        for name in names
+    ]
+    assert [grid.weights for grid in grids] == ["ema"] * 3 + ["model"] * 3
+    equal = [a.whole().tobytes() == b.whole().tobytes() for a, b in zip(grids[:3], grids[3:], strict=True)]
+    assert equal == [True, False, False]  # the average starts with the weights
+    assert same(final(ema), final(run(path, f"run={tmp_path / 'model'}", *EMA)[0]))
+    cards = [(root / name / "README.md").read_text() for root, name in ((ema, "model"), (ema, "model-ema"), (folder, "model"))]
+    assert [("with the EMA weights" in card, "with the non-EMA weights" in card) for card in cards] == [
+        (True, False), (False, False), (False, False),
+    ]  # fmt: skip
+    with refused("config-invalid") as info:
+        run(path, f"run={tmp_path / 'none'}", "sample.weights=ema")
+    assert "no stage has ema" in str(info.value)
+
+
+@pytest.mark.parametrize(("task", "weights"), [("validate", "model"), ("sample", "model"), ("sample", "ema")])
 @pytest.mark.parametrize("step", [2, 4])
-def test_an_evaluation_that_a_kill_prevented_is_done_at_the_next_start(step, task, plain, tmp_path, monkeypatch):
+def test_an_evaluation_that_a_kill_prevented_is_done_at_the_next_start(step, task, weights, plain, tmp_path, monkeypatch):
     """The checkpoint is committed before: in the middle of the stage and at its end. No step is trained again."""
-    uninterrupted, _ = run(plain[0], f"run={tmp_path / 'uninterrupted'}", *EMA)
+    settings = *EMA, f"sample.weights={weights}"
+    uninterrupted, _ = run(plain[0], f"run={tmp_path / 'uninterrupted'}", *settings)
     evaluate, trained, train_step = getattr(Evaluation, task), [], Step.__call__
 
     def killed(self, *args):
@@ -97,13 +123,13 @@ def test_an_evaluation_that_a_kill_prevented_is_done_at_the_next_start(step, tas
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Evaluation, task, killed)
-        run(plain[0], f"run={tmp_path / 'run'}", *EMA)
+        run(plain[0], f"run={tmp_path / 'run'}", *settings)
     assert checkpoint_steps(tmp_path / "run")[-1] == step
     if task == "sample":  # a part of the rows that were measured before is lost too
         rows = (tmp_path / "run/validation.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "run/validation.jsonl").write_text("".join(rows[:-1]))
     monkeypatch.setattr(Step, "__call__", lambda self, batch, number: trained.append(number) or train_step(self, batch, number))
-    folder, _ = run(plain[0], f"run={tmp_path / 'run'}", *EMA)
+    folder, _ = run(plain[0], f"run={tmp_path / 'run'}", *settings)
     assert trained == list(range(step, 4))
     assert same(final(folder), final(uninterrupted))
     assert (folder / "validation.jsonl").read_bytes() == (uninterrupted / "validation.jsonl").read_bytes()

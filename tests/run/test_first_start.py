@@ -121,11 +121,13 @@ def images(tmp_path, images):
 @pytest.mark.parametrize("stages", [TWO_STAGES, SHAPES], ids=["two stages", "shapes"])
 def test_exactly_the_kernels_that_a_job_launches_are_compiled_at_its_start(tmp_path, tiny_model, images, stages):
     path = job(tmp_path, tiny_model, images, stages, seed="1")
-    # With guidance, a sample's forward has 16 images of 1 x 1 positions at the lowest level, and without it 8.
+    # With guidance, a sample's forward has 16 images of 1 x 1 positions at the lowest level, and without it 8. The samples of
+    # one prompt have another shape and no guidance.
     before, after = (
         ("images = 1", "images = 4\nsize = 4") if stages == TWO_STAGES else ("[cache]", "[cache]\nhidden_states = true")
     )
-    path.write_text(path.read_text().replace(before, after))
+    other = ', { prompt = "c", width = 20, height = 12, guidance = 1.0 }]' if stages == TWO_STAGES else "]"
+    path.write_text(path.read_text().replace(before, after).replace('"blue star"]', f'"blue star"{other}'))
     result = program(tmp_path, "train_job", str(path))
     at_start, later = result["compiled"]
     assert at_start.keys() == result["launched"].keys()
