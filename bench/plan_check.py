@@ -98,7 +98,7 @@ def measured(shapes: Shapes, resolution: int, stage: StageTable, ops: Ops) -> di
 
         step = Step(model, stage, total=2, seed=0)
         latents = torch.randn(stage.batch, shapes.unet.in_channels, side, side).half()
-        token_ids = torch.zeros(stage.batch, model.text.length, dtype=torch.int64)
+        token_ids = torch.zeros(stage.batch, model.text.lengths[-1], dtype=torch.int64)
         step(Batch(latents, token_ids, torch.arange(stage.batch), []), 0)
         bytes_before = live.now
         live.restart()

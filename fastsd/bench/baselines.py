@@ -40,6 +40,7 @@ from fastsd.data.loader import Batch, Loader
 from fastsd.data.rows import can_pin
 from fastsd.errors import UserError, out_of_memory
 from fastsd.model.model import SD15_SCHEDULER, Model
+from fastsd.model.text_encoder import pad
 from fastsd.model.unet import UNet, UNetConfig
 from fastsd.model.vae import SD15_SCALING_FACTOR
 from fastsd.model.weights import diffusers_state_dict
@@ -140,8 +141,8 @@ def cached_batches(config: Config, model: Model, device: torch.device) -> list[B
         batches = [loader.batch(i * stage.batch, stage.batch) for i in range(BATCHES)]
     model.text.module.to(device)
     with torch.no_grad():
-        text_embeds = [model.text.encode(batch.token_ids_BL.to(device)) for batch in batches]
-    model.text = cast(Any, FixedTextEmbeddings(torch.cat(text_embeds)))
+        text_embeds = [row for batch in batches for row in model.text.encode(batch.token_ids_BL.to(device))]
+    model.text = cast(Any, FixedTextEmbeddings(pad(text_embeds)))
     return [_pinned_batch(batch.latents_BCHW, batch.positions_B, batch.positions_B) for batch in batches]
 
 

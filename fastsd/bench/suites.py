@@ -216,7 +216,7 @@ def _inputs(options: BenchOptions, target: BenchTarget) -> tuple[baselines.Bench
             batches = baselines.cached_batches(target.config, model, target.device)
         except UserError as error:
             warnings.append(f"random latents and text embeddings are used: {error}")
-            model.text = baselines.random_text_embeddings(target.cfg, model.text.length)
+            model.text = baselines.random_text_embeddings(target.cfg, model.text.lengths[-1])
             batches = baselines.random_batches(target.cfg.in_channels, target.side, stage.batch)
     else:
         model = baselines.random_model(target.cfg, target.ops)

@@ -195,6 +195,5 @@ def _print_captions(config: Config, view: str, console: Console) -> None:
     with suppress(UserError), closing(LatentCache.open(config.cache.dir, view)) as latents:
         _echo(console, several_captions(latents), indent="    ")
         tokenizer = load_tokenizer(config.model)[0]
-        tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks)
-        token_limit = tokens.chunks * tokens.window
-        console.echo(f"    {tokens.over_length()} captions are longer than {token_limit} tokens and will be truncated")
+        tokens = Tokens(latents, tokenizer, tokenizer.model_max_length, config.model.chunks, config.model.cut)
+        _echo(console, tokens.truncation(), indent="    ")

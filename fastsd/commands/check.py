@@ -19,6 +19,7 @@ from fastsd.data.loader import Loader
 from fastsd.data.sources import folders
 from fastsd.data.sources.unused import UnusedFiles
 from fastsd.data.text_embeddings import TextEmbeddings
+from fastsd.data.tokens import Tokens
 from fastsd.data.validation_split import choose_splits
 from fastsd.errors import UserError
 from fastsd.model.formats.adapters import load_to_train
@@ -129,6 +130,9 @@ def _cache(config: Config, model: Model, images_per_epoch: list[int], notes: lis
             notes.append(
                 f"cache.dir {folder} does not know its files; run `fastsd cache CONFIG` once, so that changes are noticed"
             )
+        with suppress(UserError):  # captions are then tokenized during training, which says so
+            text = model.text
+            notes += filter(None, [Tokens(latents, text.tokenizer, text.window, text.chunks, text.cut).truncation()])
         if config.cache.hidden_states:
             TextEmbeddings(config.cache, latents, model.text).close()
         images_per_epoch[:] = [loaders[0].images]

@@ -14,6 +14,7 @@ Tables = Mapping[str, Any]  # pydantic models by table name; a nested table has 
 # Descriptions of the accepted values, for keys that accept more than one type.
 KINDS = {
     "folders": 'a list of paths, each a string or { path = "...", repeats = 2 } or { path = "...", weight = 0.5 }',
+    "model.chunks": 'a whole number from 1 to 8, or "auto"',
     "micro_batch": 'a whole number, 0 for the whole batch, or "auto"',
     "lr": "a number above 0, or one per trained component: { unet = 1e-6, text_encoder = 3e-6 }",
     "until": 'a number of steps, or "2e", "64000 images", "12h"',

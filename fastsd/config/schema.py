@@ -23,6 +23,9 @@ from fastsd.config.paths import PathText, expanded
 from fastsd.config.stages import Amount, StageTable, Table, parse_amount
 from fastsd.errors import UserError
 
+Chunks = int | Literal["auto"]  # ModelTable.chunks
+Cut = Literal["tokens", "commas", "words"]  # ModelTable.cut
+
 
 class LoraTable(Table):
     """Low-rank adapters (LoRA): the weight W of every target becomes W + alpha / rank * up @ down."""
@@ -49,7 +52,12 @@ class ModelTable(Table):
     revision: str = ""  # branch, tag or commit of a base on the hub; "" = its default branch
     vae_scaling_factor: float | None = Field(None, gt=0)  # only for a VAE file without a config
     clip_skip: int = Field(0, ge=0)  # 0 = use the last layer; n = use the n-th layer before it, then the final layer norm
-    chunks: int = Field(1, ge=1, le=8)  # 1 = cut captions at 75 tokens; n = encode up to n chunks of 75 tokens separately
+    # 1 = cut captions at 75 tokens; n = encode n chunks of 75 tokens separately, also those that a caption leaves empty;
+    # "auto" = encode as many as a caption fills, up to 3, as ComfyUI and A1111 do with a prompt
+    chunks: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = 1
+    # Where a full chunk ends: "tokens" = after 75 tokens, as in ComfyUI; "commas" = after the last comma among the last 20 of
+    # them, as in A1111; "words" = before a word of less than 8 tokens that does not fit, as in earlier versions of ComfyUI
+    cut: Cut = "tokens"
     prediction: Literal["", "epsilon", "v_prediction"] = ""  # what the UNet predicts from x_t; "" = as in the base
     zero_snr: bool | None = None  # rescale the noise schedule so that it ends in pure noise; unset = as in the base
     lora: LoraTable | None = None  # the table [model.lora]: adapters, which train = ["lora"] trains

@@ -30,6 +30,7 @@ from fastsd.data.order import Order
 from fastsd.data.rows import can_pin
 from fastsd.data.text_embeddings import TextEmbeddings
 from fastsd.data.tokens import Tokens
+from fastsd.model.text_encoder import pad
 from fastsd_kernels.noise import Purpose, integers
 
 PREFETCH = 8  # batches that are ready or in preparation before the step asks for them
@@ -68,7 +69,7 @@ class Loader:
 
     Args:
         cache: the samples.
-        tokenize: maps a list of captions to token ids, int64 (B, L), with the same L in every call.
+        tokenize: maps a list of captions to token ids, int64 (B, L). L may depend on the captions, see `pad`.
         seed: the seed of the run.
         stage: has the batch size and the caption edits, see `captions_for`.
         data: has repeats and weights of folders, the filter by tag, and the keys of image weights and masks; None = every
@@ -135,25 +136,27 @@ class Loader:
         """
         if count % self.world:
             raise ValueError(f"batch is {count}, not divisible by {self.world} workers; use a multiple of {self.world}")
-        worker_count = count // self.world
-        position += self.rank * worker_count
-        positions_B = torch.arange(position, position + worker_count)
-        index_B = self._order.batch(position, worker_count)
+        positions_B = torch.arange(position, position + count)
+        index_B = self._order.batch(position, count)
 
         variants_B = self.cache.variants(index_B)
         captions = captions_for(variants_B, positions_B, self.stage, self.seed)
         # The index of each caption among the variants of its sample, or -1 if the caption was edited or dropped.
         pairs = zip(captions, variants_B, strict=True)
         variant_index_B = [variants.index(caption) if caption in variants else -1 for caption, variants in pairs]
-        token_ids_BL = self._token_ids(captions, variant_index_B, index_B)
+        token_ids_BL = self._token_ids(captions, variant_index_B, index_B)  # L is that of the whole batch for every worker
 
+        worker_count = count // self.world
+        share = slice(self.rank * worker_count, (self.rank + 1) * worker_count)
+        positions_B, index_B, token_ids_BL = positions_B[share], index_B[share], token_ids_BL[share]
+        captions, variant_index_B = captions[share], variant_index_B[share]
         has_versions = self.cache.versions > 1
         version_B = integers(self.seed, Purpose.VERSION, positions_B, self.cache.versions) if has_versions else None
         latents = self.cache.get(index_B, version_B)["latents"]
         text_embeds_BLD = None
         if self._text_embeddings is not None:
             assert not any(caption for caption, variant in zip(captions, variant_index_B, strict=True) if variant < 0)
-            text_embeds_BLD = self._text_embeddings.get(index_B, variant_index_B)
+            text_embeds_BLD = self._text_embeddings.get(index_B, variant_index_B, token_ids_BL.shape[1])
 
         token_ids_BL, weight_B = _pin(token_ids_BL), _pin(self._weights(index_B))
         mask_B1HW = _pin(self._masks.get(index_B, version_B, latents.shape[-2:])) if self._masks else None
@@ -192,15 +195,15 @@ class Loader:
                     ids_by_slot[i] = self._tokens.row(index, variant)
         missing_slots = [i for i in range(len(captions)) if i not in ids_by_slot]
         ids_by_slot.update(zip(missing_slots, self._tokenized([captions[i] for i in missing_slots]), strict=True))
-        return torch.stack([ids_by_slot[i] for i in range(len(captions))])
+        return pad([ids_by_slot[i] for i in range(len(captions))])
 
     def _tokenized(self, captions: list[str]) -> list[Tensor]:
         with self._memo_lock:  # also because not every tokenizer is thread-safe
             if len(self._memo) + len(captions) > _MEMO_CAPTIONS:
                 self._memo = {}
             unknown = [caption for caption in dict.fromkeys(captions) if caption not in self._memo]
-            if unknown:
-                self._memo.update(zip(unknown, self._tokenize(unknown), strict=True))
+            # Each alone, because the length of its row would otherwise depend on the others.
+            self._memo.update((caption, self._tokenize([caption])[0]) for caption in unknown)
             return [self._memo[caption] for caption in captions]
 
 

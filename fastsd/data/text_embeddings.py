@@ -1,6 +1,7 @@
 """Text embeddings of every caption of a view, encoded once: an option for training with a frozen text encoder.
 
-    DIR/shards/S.safetensors      one tensor "states" (n, L, D), n <= 4096 and no more than 512 MiB
+    DIR/shards/S.safetensors      one tensor "states" (n, L, D), n <= 4096 and no more than 512 MiB; with chunks = "auto",
+                                  captions with different numbers of windows are in different shards
     DIR/states/V-K.safetensors    the places of the embeddings of every caption of view V; frozen, training maps this file
 
 K identifies the text encoder, `cache.dtype` and `cache.precision`.  Variant j of sample i is entry offsets[i] + j of the index.
@@ -24,8 +25,8 @@ from torch import Tensor
 from fastsd.config.schema import CacheTable
 from fastsd.data import cache
 from fastsd.data.cache import DTYPES, LatentCache, TextEmbeddingsIndex
-from fastsd.data.rows import OUTDATED, STATES, Rows, damage_error
-from fastsd.model.text_encoder import TextEncoder, tokenizer_hash
+from fastsd.data.rows import OUTDATED, STATES, Rows, can_pin, damage_error
+from fastsd.model.text_encoder import TextEncoder, pad, tokenizer_hash
 
 
 class TextEmbeddings(Rows):
@@ -45,19 +46,29 @@ class TextEmbeddings(Rows):
         index = open_index(latents, space_name(table, metadata))
         super().__init__(Path(table.dir), index, DTYPES[table.dtype], metadata)
 
-    def get(self, samples: cache.Positions, variants: cache.Positions) -> Tensor:
+    def get(self, samples: cache.Positions, variants: cache.Positions, length: int = 0) -> Tensor:
         """Read text embeddings in the stored dtype to the CPU, (B, L, D), pinned if there is a GPU.
 
         Args:
             samples: B cache indices of samples.
             variants: index of the caption of each sample; -1 = "".
+            length: L, see `pad`.
 
         Raises:
             UserError: a shard is missing or damaged.
         """
         variant_B = np.asarray(variants)
         entry_B = self._index.take("offsets", np.asarray(samples)) + variant_B
-        return self._read(np.where(variant_B < 0, self._index.arrays["offsets"][-1], entry_B))
+        entry_B = np.where(variant_B < 0, self._index.arrays["offsets"][-1], entry_B)
+        length_B = np.array([self._index.shards[shard][1][0] for shard in self._index.take("shard", entry_B).tolist()])
+        if (length_B == (length or length_B[0])).all():
+            return self._read(entry_B)
+        rows: dict[int, Tensor] = {}
+        for row_length in np.unique(length_B):
+            slots = np.flatnonzero(length_B == row_length)
+            rows.update(zip(slots.tolist(), self._read(entry_B[slots]), strict=True))
+        text_embeds_BLD = pad([rows[slot] for slot in range(len(entry_B))], length)
+        return text_embeds_BLD.pin_memory() if can_pin() else text_embeds_BLD
 
 
 def shard_metadata(table: CacheTable, text: TextEncoder) -> dict[str, str]:
@@ -69,7 +80,8 @@ def encoder_hash(text: TextEncoder) -> str:
     """Return the sha256 of all that determines text embeddings: fp32 weights, architecture, clip skip, tokenizer."""
     config, used_names = text.module.config, text.used_parameters()
     architecture = [config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps, text.window]
-    architecture += [text.chunks] if text.chunks > 1 else []
+    architecture += [text.chunks] if text.chunks != 1 else []
+    architecture += [text.cut] if text.cut != "tokens" else []
     sha = hashlib.sha256(json.dumps([architecture, text.clip_skip, tokenizer_hash(text.tokenizer)]).encode())
     for name, tensor in sorted(text.module.named_parameters()):
         if name in used_names:

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fastsd.config.schema import Chunks, Cut
 from fastsd.data.cache import LatentCache
 from fastsd.data.rows import OUTDATED, Frozen, damage_error, read_header
 from fastsd.errors import UserError
-from fastsd.model.text_encoder import assemble, tokenizer_hash
+from fastsd.model.text_encoder import COMMA_TOKENS, assemble, chunk_limit, divide, tokenizer_hash
 
 TOKENS_FORMAT = "tokens-1"
 HEADER_BYTES = 4096  # size of the header, which is written last because it contains the sha256 of the data
@@ -36,16 +37,16 @@ class Tokens:
         cache: the cache with the captions.
         tokenizer: the tokenizer that must have produced the token ids.
         window: number of tokens that the text encoder takes at once, including start and end token.
-        chunks: number of windows that a caption may fill.
+        chunks, cut: how a caption is divided into windows, see `ModelTable`.
 
     Raises:
         UserError: the token ids are missing, damaged, or belong to another state of the view.
     """
 
-    def __init__(self, cache: LatentCache, tokenizer: Any, window: int, chunks: int = 1) -> None:
+    def __init__(self, cache: LatentCache, tokenizer: Any, window: int, chunks: Chunks = 1, cut: Cut = "tokens") -> None:
         key = tokenizer_hash(tokenizer)
         self.path, self._tokenizer = tokens_path(cache, key), tokenizer
-        self.window, self.chunks = window, chunks
+        self.window, self.chunks, self.cut = window, chunks, cut
         self._file = Frozen(self.path, TOKENS_FORMAT, {"offsets": np.int64, "ids": id_dtype(tokenizer)})
         self._metadata, self._ids = self._file.metadata, self._file.arrays["ids"]
         if (self._metadata.get("view"), self._metadata.get("tokenizer")) != (cache.sha256, key):
@@ -65,17 +66,25 @@ class Tokens:
         caption_ids = ids[ends[variant] + 1 : ends[variant + 1]] if variant + 1 < len(ends) else None
         if caption_ids is None or len(ids) != stop - start or caption_ids.max(initial=0) >= len(self._tokenizer):
             raise damage_error(self.path, f"is damaged at sample {sample}")
-        return assemble(self._tokenizer, [caption_ids.tolist()], self.window, self.chunks)[0]
+        return assemble(self._tokenizer, [caption_ids.tolist()], self.window, self.chunks, self.cut)[0]
 
-    def over_length(self) -> int:
-        """Count the captions that are truncated for the text encoder."""
+    def truncation(self) -> str:
+        """Return a sentence on the captions that are truncated for the text encoder, or "" if there are none."""
         truncated, last_end = 0, -1
+        capacity, limit = self.window - 2, chunk_limit(self.chunks)
         for first in range(0, len(self._ids), 1 << 22):
             ends = first + np.flatnonzero(self._ids[first : first + (1 << 22)] == self._end)
-            lengths = np.diff(ends, prepend=last_end) - 1
-            truncated += int((lengths > self.chunks * (self.window - 2)).sum())
+            starts = np.append(last_end, ends[:-1]) + 1 if len(ends) else ends
+            too_long = ends - starts > limit * capacity
+            truncated += int(too_long.sum())
+            if self.cut != "tokens":  # then windows may end early, by less than COMMA_TOKENS
+                undecided = ~too_long & (ends - starts > limit * max(capacity - COMMA_TOKENS, 1))
+                for start, end in zip(starts[undecided].tolist(), ends[undecided].tolist(), strict=True):
+                    ids = self._ids[start:end].tolist()
+                    truncated += len(divide(self._tokenizer, ids, capacity, self.cut)) > limit
             last_end = ends[-1] if len(ends) else last_end
-        return truncated
+        room = f"{capacity} tokens" if limit == 1 else f"{limit} chunks of {capacity} tokens"
+        return f"{truncated} captions do not fit into {room} and are truncated; see model.chunks" if truncated else ""
 
     def is_sound(self) -> bool:
         """Return True if all bytes match their sha256. This reads the whole file."""

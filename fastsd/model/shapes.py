@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastsd.config.schema import LoraTable, ModelTable
+from fastsd.config.schema import Chunks, LoraTable, ModelTable
 from fastsd.errors import UserError
 from fastsd.model.model import SD15_SCHEDULER, Model
 from fastsd.model.text_encoder import TextEncoder
@@ -41,7 +41,7 @@ class Shapes:
     text: dict[str, Any]
     vae: dict[str, Any]
     clip_skip: int = 0
-    chunks: int = 1
+    chunks: Chunks = 1
     lora: LoraTable | None = None
 
     @classmethod

@@ -27,6 +27,7 @@ from fastsd.data.sources import folders
 from fastsd.errors import UserError
 from fastsd.model.select import changed_components
 from fastsd.model.shapes import Shapes, read_shapes
+from fastsd.model.text_encoder import chunk_limit, context_lengths
 from fastsd.plan.disk import run_bytes
 from fastsd.plan.gpu_specs import GPU_SPECS, MATMUL_SHARE, MEMORY_SHARE, GpuSpec, find_gpu
 from fastsd.plan.rehearsal import MemoryEstimate, Rehearsal
@@ -164,6 +165,13 @@ def plan(
     console.echo(f"kernels    {ops.name}{remark}")
     console.echo(f"memory     {vram:g} GB, including {RESERVED / GIB:.1f} GB reserved for the CUDA context and libraries")
     console.echo(f"speed      estimated with {MATMUL_SHARE} of the card's matmul rate and {MEMORY_SHARE} of its bandwidth")
+    lengths = context_lengths(shapes.text.get("max_position_embeddings", 77), shapes.chunks)
+    report["text_lengths"] = lengths
+    if len(lengths) > 1:
+        console.echo(
+            f'text       {lengths[-1]} tokens: with model.chunks = "auto", a batch has {", ".join(map(str, lengths[:-1]))} or '
+            f"{lengths[-1]}, and the longest is planned for"
+        )
     console.echo(f"images     {images or 'unknown, data.folders cannot be read'}")
 
     plans: list[StagePlan] = []  # stages that differ only in light keys share a plan
@@ -271,8 +279,10 @@ def _disk(
 ) -> dict[str, Any]:
     """Return the bytes on the disk of the cache and of the run's files. `stages` are the stages as JSON."""
     elements = shapes.unet.in_channels * plans[0].side ** 2
-    if config.cache.hidden_states:  # for one caption per image
-        elements += shapes.chunks * shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
+    if config.cache.hidden_states:  # for one caption per image, which has all chunks
+        elements += (
+            chunk_limit(shapes.chunks) * shapes.text.get("max_position_embeddings", 77) * shapes.unet.cross_attention_dim
+        )
     bytes_per_image = elements * {"fp16": 2, "bf16": 2, "fp32": 4}[config.cache.dtype]
     component_bytes, _ = plans[0].files()
     sizes = [sum(component_bytes[component] for component in plan.trained) + plan.files()[1] for plan in plans]

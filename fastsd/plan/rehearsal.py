@@ -102,9 +102,10 @@ class Rehearsal:
         with self._without_data:
             channels, text = self._model.unet.cfg.in_channels, self._model.text
             latents = torch.empty(micro_batch_size, channels, self._side, self._side, dtype=torch.float16)
-            token_ids = torch.empty(micro_batch_size, text.length, dtype=torch.int64)
+            length = text.lengths[-1]
+            token_ids = torch.empty(micro_batch_size, length, dtype=torch.int64)
             positions = torch.empty(micro_batch_size, dtype=torch.int64)
-            text_shape = micro_batch_size, text.length, text.width
+            text_shape = micro_batch_size, length, text.width
             text_embeds = torch.empty(text_shape, dtype=torch.float16) if self._cached_text else None
         with self._tracing(), self._recorder:
             self._live.restart()
@@ -125,10 +126,11 @@ class Rehearsal:
             self._live.restart()
             bytes_before = self._live.now
             latents = torch.empty(count, model.unet.cfg.in_channels, self._side, self._side, device=self._device)
+            length = model.text.lengths[-1]
             if self._cached_text:  # the text encoder runs in main memory
-                text_embeds = torch.empty(count, model.text.length, model.text.width, device=self._device)
+                text_embeds = torch.empty(count, length, model.text.width, device=self._device)
             else:
-                text_embeds = model.text.encode(torch.empty(count, model.text.length, dtype=torch.int64, device=self._device))
+                text_embeds = model.text.encode(torch.empty(count, length, dtype=torch.int64, device=self._device))
             model.unet(latents, torch.empty(count, device=self._device), text_embeds)
             model.vae.decode(latents[:1])
         return self._live.peak - bytes_before

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -96,24 +97,24 @@ class StageRecorder:
         step = Step(model, stage, 1, 0, self.micro_batch_size, cached_text=not encode)
         # With an odd micro-batch, the int64 positions of every second micro-batch are only aligned to 8 bytes.
         count = min(stage.batch, (1 + self.micro_batch_size % 2) * self.micro_batch_size)
-        token_ids_BL = torch.empty(count, text.length, dtype=torch.int64, device=META)
         positions_B = torch.empty(count, dtype=torch.int64, device=META)
-        text_embeds_BLD = None if encode else torch.empty(count, text.length, text.width, device=META)
-        for shape_CHW in self.trained:
+        for shape_CHW, length in product(self.trained, text.lengths):
+            token_ids_BL = torch.empty(count, length, dtype=torch.int64, device=META)
+            text_embeds_BLD = None if encode else torch.empty(count, length, text.width, device=META)
             latents_BCHW = torch.empty(count, *shape_CHW, device=META)
             step(Batch(latents_BCHW, token_ids_BL, positions_B, [], text_embeds_BLD), 0)
 
     def _evaluate(self, model: Model) -> None:
-        def text_embeds(count: int) -> torch.Tensor:
-            return torch.empty(count, model.text.length, model.text.width, device=META)
+        def text_embeds(count: int, length: int) -> torch.Tensor:
+            return torch.empty(count, length, model.text.width, device=META)
 
-        for shape in self.sampled:
-            model.unet(torch.empty(shape, device=META), torch.empty(shape[0], device=META), text_embeds(shape[0]))
-        for shape in self.validated:
+        for shape, length in product(self.sampled, model.text.lengths):
+            model.unet(torch.empty(shape, device=META), torch.empty(shape[0], device=META), text_embeds(shape[0], length))
+        for shape, length in product(self.validated, model.text.lengths):
             # Timesteps and positions are rows of B int64. With an odd B, every second row may be aligned to 8 bytes only.
             strata = Strata(model, 1 + shape[0] % 2, 0, Purpose.VALIDATION)
             identity_B = torch.zeros(shape[0], dtype=torch.int64)
-            list(strata.forwards(torch.empty(shape, device=META), text_embeds(shape[0]), identity_B))
+            list(strata.forwards(torch.empty(shape, device=META), text_embeds(shape[0], length), identity_B))
 
 
 def encoder_launches(

@@ -32,6 +32,7 @@ from fastsd.model.formats.model_summary import (
     StageSummary,
     read_summary,
 )
+from fastsd.model.text_encoder import AUTO_CHUNKS
 from fastsd.run.checkpoint import CONFIG, STATE
 from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
 from fastsd.run.markdown import code, inline, is_hub_id, link_or_code, python_string, table, yaml_string
@@ -42,6 +43,12 @@ from fastsd.storage import copy_file, write_text
 CARD, SAMPLES = "README.md", "samples.png"
 SDXL_SCALING_FACTOR = 0.13025
 WINDOW = 77  # context length of SD1.5's text encoder, in tokens
+# Where the chunks of captions end, and how other tools cut a prompt without weights in the same places.
+_CUTS = {
+    "tokens": "Each chunk ends after {size} tokens, as in ComfyUI; in A1111, set *Prompt word wrap length limit* to 0.",
+    "commas": "A full chunk ends at a comma among its last 20 tokens, as in A1111; ComfyUI cuts after {size} tokens.",
+    "words": "A full chunk ends between words, as in earlier versions of ComfyUI; today's cuts after {size} tokens.",
+}
 # Run settings that affect the weights and contain no paths.
 _RUN_SETTINGS: dict[str, Any] = {
     "data": {"crop", "crops", "flip", "buckets", "include", "exclude", "masks", "weight_key"}, "cache": {"dtype"},
@@ -91,6 +98,7 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
         vae_factor=(read_table(checkpoint / "vae/config.json") or {}).get("scaling_factor"),
         clip_skip=model.clip_skip,
         chunks=model.chunks,
+        cut=model.cut,
         resolution=trained.data.resolution,
         seed=trained.seed,
         precision=", ".join(dict.fromkeys(precision for stage in stages for precision in _values(stage, "precision"))),
@@ -239,7 +247,8 @@ class _Card:
         vae += f" (SD1.5: {SD15_SCALING_FACTOR:g})" if self.other_factor else ""
         if summary.vae:
             vae = f"{inline(summary.vae) if summary.vae != summary.base else 'same as base model'}, {vae}"
-        text = f"{self.window} tokens" if summary.chunks == 1 else f"{summary.chunks} chunks of {self.window} tokens"
+        chunks = f"up to {AUTO_CHUNKS}" if summary.chunks == "auto" else summary.chunks
+        text = f"{self.window} tokens" if chunks == 1 else f"{chunks} chunks of {self.window} tokens"
         skip = f"clip skip {self.clip_skip} ({self.clip_skip + 1} in A1111)" if self.clip_skip else "no clip skip"
         v_prediction = "v_prediction, zero terminal SNR" if self.zero_snr else "v_prediction"
         weights = {"raw": "as trained", "ema": "exponential moving average (EMA)"}.get(summary.weights, "")
@@ -391,18 +400,27 @@ image = pipe({prompt}, {options}).images[0]
         return [*notes, f"**ComfyUI**: {' '.join(comfy)}", f"**A1111, Forge**: {' '.join(webui)}"]
 
     def _long_captions(self) -> str:
+        """Return what to do for the reading of prompts that the captions of training had."""
+        chunks, size, sentences = self.summary.chunks, self.window - 2, []
         if self.window > WINDOW:
-            return (
+            sentences.append(
                 f"The text encoder has a context of {self.window} tokens instead of SD1.5's {WINDOW}. Tools written for "
                 f"{WINDOW} tokens may fail to load its position embeddings, or truncate them."
             )
-        if self.summary.chunks > 1:
-            return (
-                f"Trained on captions of up to {self.summary.chunks} chunks of {self.window - 2} tokens, which are encoded "
-                "separately and concatenated. ComfyUI and A1111 encode long prompts in the same way; diffusers truncates them "
-                f"after {self.window - 2} tokens."
+        if chunks != 1:
+            limit = AUTO_CHUNKS if chunks == "auto" else chunks
+            sentences.append(
+                f"Trained on captions of up to {limit} chunks of {size} tokens, which are encoded separately and concatenated. "
+                f"diffusers truncates prompts after {size} tokens. ComfyUI and A1111 encode the chunks that a prompt fills."
             )
-        return ""
+            if chunks != "auto":
+                sentences.append(
+                    f"In training, captions that filled fewer than {limit} were completed with empty chunks. To do this with a "
+                    "prompt and its negative prompt, ComfyUI: append one empty prompt for each missing chunk with "
+                    "*Conditioning (Concat)*; A1111: end the prompt with one `BREAK` more than chunks are missing."
+                )
+            sentences.append(_CUTS[self.summary.cut].format(size=size))
+        return " ".join(sentences)
 
 
 def _count(number: int | None) -> str:

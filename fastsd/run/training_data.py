@@ -42,7 +42,7 @@ class TrainingData:
         self.tokens: Tokens | None = None
         self.warnings = list[str]()
         try:
-            self.tokens = Tokens(self.latents, model.text.tokenizer, model.text.window, model.text.chunks)
+            self.tokens = Tokens(self.latents, model.text.tokenizer, model.text.window, model.text.chunks, model.text.cut)
         except UserError as error:
             self.warnings.append(f"captions are tokenized during training: {error}")
         self.text_embeddings: TextEmbeddings | None = None

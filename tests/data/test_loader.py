@@ -1,5 +1,6 @@
 """The loader: batches depend only on their position, for any number of workers, and prefetching ends cleanly."""
 
+import math
 import threading
 import time
 from contextlib import ExitStack, closing
@@ -18,6 +19,7 @@ from fastsd.data.cache import Group, LatentCache
 from fastsd.data.loader import PREFETCH, Loader
 from fastsd.data.tokens import Tokens
 from fastsd.model.formats.load import load_text
+from fastsd.model.text_encoder import pad
 
 LENGTH = 4
 SQUARE, WIDE = (4, 2, 2), (4, 1, 4)
@@ -218,13 +220,33 @@ def test_batches_of_buckets_crops_and_mirror_images(tmp_path, tiny_model):
         loader = Loader(cache, text.tokenize, 3, config.stage[0], data=config.data, **keys)
         return list(loader.stream(0, loader.images * 4, 4))
 
-    plain, with_tokens = batches(), batches(tokens=Tokens(cache, text.tokenizer, text.length))
+    plain, with_tokens = batches(), batches(tokens=Tokens(cache, text.tokenizer, text.window))
     assert all(same(*pair) for pair in zip(plain, with_tokens, strict=True))
     shapes = {tuple(batch.latents_BCHW.shape[1:]) for batch in plain}
     assert len(shapes) == 3 == len(cache.groups) and len({batch.latents_BCHW[0].double().sum().item() for batch in plain}) > 25
     captions = {caption for batch in plain for caption in batch.captions}
     assert "" in captions and len(captions) > 45  # nearly all samples have occurred with both variants
     cache.close()
+
+
+def test_token_ids_are_as_long_as_the_whole_batch_needs():
+    """Their number depends on neither the workers nor the captions tokenized before."""
+
+    def tokenize(texts):
+        return pad([torch.full((len(text) - 4,), len(text)) for text in texts])  # "tag 9" has 1, "tag 10" 2, "tag 100" 3
+
+    def batches(start=0, rank=0, world=1):
+        keys = {"max_tags": 1, "batch": 4, "rank": rank, "world": world}
+        return list(loader(Samples(300), tokenize=tokenize, **keys).stream(start, 1200, 4))
+
+    whole = batches()
+    for batch in whole:
+        assert batch.token_ids_BL.shape[1] == math.lcm(*(len(caption) - 4 for caption in batch.captions))
+        assert all(set(row) == {len(text)} for row, text in zip(batch.token_ids_BL.tolist(), batch.captions, strict=True))
+    assert {batch.token_ids_BL.shape[1] for batch in whole} >= {2, 3, 6}
+    assert all(same(*pair) for pair in zip(whole[101:], batches(start=404), strict=True))
+    for shares in zip(*(batches(rank=rank, world=2) for rank in range(2)), whole, strict=True):
+        assert torch.equal(torch.cat([share.token_ids_BL for share in shares[:2]]), shares[2].token_ids_BL)
 
 
 def test_stream_works_ahead_and_counts_the_waiting(monkeypatch):

@@ -504,8 +504,37 @@ def test_the_hash_of_a_text_encoder_never_changes(tiny_model):
     assert encoder_hash(text)[:16] != "d73ba5908debedb5"  # the same bytes in another shape
 
 
-def test_the_hash_depends_on_the_number_of_chunks(tiny_model):
-    assert len({encoder_hash(load(tiny_model, chunks=chunks)) for chunks in (1, 2, 3)}) == 3
+def test_the_hash_depends_on_the_division_into_chunks(tiny_model):
+    divisions = [{"chunks": chunks, "cut": cut} for chunks in (1, 2, 3, "auto") for cut in ("tokens", "commas", "words")]
+    assert len({encoder_hash(load(tiny_model, **division)) for division in divisions}) == 12
+
+
+def test_captions_of_any_number_of_chunks_are_stored_at_their_length(tmp_path, tiny_model):
+    text = load(tiny_model, chunks="auto", cut="commas")
+    draw_many(tmp_path, 9)
+    for i, count in enumerate([90, 40, 200, 60, 100]):
+        (tmp_path / f"images/00{i}.txt").write_text("red circle, " * count)
+    (tmp_path / "images/005.txt").write_text("blue star, " * 70 + "\nsecond")
+    assert write(tmp_path, text, dtype="fp32") == EmbeddingCounts(captions=10, encoded=9)  # the longest three are the same
+    latents, embeddings = opened(tmp_path, text, dtype="fp32")
+    samples = [*range(9), 5, 5]
+    variants = [*[0] * 9, 1, -1]
+    captions = [*(latents.variants([i])[0][max(variant, 0)] for i, variant in zip(samples[:10], variants, strict=False)), ""]
+    expected = encoded(text, captions)
+    assert expected.shape[1] == 6 * 77
+    torch.testing.assert_close(embeddings.get(samples, variants), expected)
+    for i in range(len(samples)):  # alone, each has its length
+        alone = embeddings.get(samples[i : i + 1], variants[i : i + 1])
+        torch.testing.assert_close(alone, encoded(text, captions[i : i + 1]))
+        torch.testing.assert_close(embeddings.get(samples[i : i + 1], variants[i : i + 1], 6 * 77)[0], expected[i])
+    assert {tuple(shape) for _, shape in json.loads(embeddings._index.metadata["shards"])} == {(77, 16), (154, 16), (231, 16)}
+    assert write(tmp_path, text, dtype="fp32") == EmbeddingCounts(10, 0) and verify(tmp_path / "cache") == []
+    loader = Loader(latents, text.tokenize, 3, StageTable(train=["unet"], until=1, batch=4), text_embeddings=embeddings)
+    lengths = set()
+    for batch in loader.stream(0, 40, 4):
+        torch.testing.assert_close(batch.text_embeds_BLD, encoded(text, batch.captions))
+        lengths.add(batch.text_embeds_BLD.shape[1])
+    assert len(lengths) > 1
 
 
 def test_progress_counts_captions(tmp_path, tiny_model):

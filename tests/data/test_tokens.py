@@ -17,7 +17,7 @@ from fastsd.data.tokens import HEADER_BYTES, Tokens, id_dtype
 from fastsd.demo.models import write_tokenizer
 from fastsd.model.formats import load
 from fastsd.model.formats.load import load_text, load_tokenizer
-from fastsd.model.text_encoder import assemble, ids_of, tokenizer_hash
+from fastsd.model.text_encoder import assemble, divide, ids_of, tokenizer_hash
 from fastsd.storage import sha256_of
 
 TEXTS = ["", "a red circle", " ".join(["word"] * 500), "naïve 🦊 fox 🦊🦊", "A RED Circle, BLUE-ish", "tab\tand\u00a0space "]
@@ -99,12 +99,19 @@ def test_stored_rows_equal_the_ids_of_the_tokenizer(tokenizer, tmp_path, monkeyp
     assert sha256_of(tokens.path) == sha256_of(Tokens(copy, tokenizer, 77).path)  # for any chunk size
 
 
-def test_captions_over_length_are_counted(tokenizer, tmp_path):
+@pytest.mark.parametrize("cut", ["tokens", "commas", "words"])
+def test_truncated_captions_are_counted(tokenizer, tmp_path, cut):
     write_tokens(odd_cache(tmp_path, 39), tokenizer)
     texts = [text for variants in odd_cache(tmp_path, 39).all for text in variants]
-    for length in (77, 78, 6):
-        expected = sum(len(ids) > length - 2 for ids in ids_of(tokenizer, texts))
-        assert Tokens(odd_cache(tmp_path, 39), tokenizer, length).over_length() == expected
+    counts = set()
+    for length, chunks, limit in ((77, 1, 1), (78, 1, 1), (6, 1, 1), (6, 3, 3), (32, "auto", 3), (8, "auto", 3)):
+        count = sum(len(divide(tokenizer, ids, length - 2, cut)) > limit for ids in ids_of(tokenizer, texts))
+        text = Tokens(odd_cache(tmp_path, 39), tokenizer, length, chunks, cut).truncation()
+        fields = {"captions": count, "capacity": length - 2} | ({"chunks": limit} if limit > 1 else {})
+        name = "truncated-captions" if limit == 1 else "truncated-chunks"
+        assert text == (sentence(name, **fields) if count else "")
+        counts.add(count)
+    assert len(counts) > 3
 
 
 def test_existing_token_ids_are_not_written_again(tokenizer, tmp_path):

@@ -234,6 +234,19 @@ def test_stage_that_does_not_fit_gets_advice(plan, tmp_path, tiny_model, images)
     assert code == 0 and says(out, "plan-more-checkpointing", micro_batch=8)
 
 
+def test_an_automatic_number_of_chunks_is_planned_with_the_longest_batch(plan, tmp_path, tiny_model, images):
+    config, stages = job(tmp_path, tiny_model, images, STAGE), {}
+    for chunks in (3, 6, "auto"):
+        json_file = tmp_path / f"{chunks}.json"
+        code, out, _ = plan(config, f"model.chunks={chunks}", "cache.hidden_states=true", "--json", json_file)
+        stages[chunks] = json.loads(json_file.read_text())
+        line = says(out, "plan-text-lengths", longest=462, others="77, 154, 231")
+        assert code == 0 and line == (chunks == "auto") and max(map(len, out.splitlines())) <= 120
+    assert stages["auto"]["stages"] == stages[6]["stages"] != stages[3]["stages"]
+    assert stages["auto"]["text_lengths"] == [77, 154, 231, 462] and stages[6]["text_lengths"] == [462]
+    assert stages["auto"]["disk"]["cache_an_image"] == stages[3]["disk"]["cache_an_image"]
+
+
 def test_epochs_without_images_are_estimated_for_a_million(plan, tmp_path, tiny_model, images):
     config = job(tmp_path, tiny_model, images, STAGE.replace("1000", '"2e"'))
     code, out, _ = plan(config, f'data.folders=["{tmp_path / "absent"}"]', "--card", "4090")

@@ -307,8 +307,8 @@ def test_summary_has_every_fact_of_the_run(exported):
     saved_at = (checkpoint.checkpoints(folder / "checkpoints")[-1] / "state.json").stat().st_mtime
     expected = {
         "version": __version__, "author": "someone", "license": "openrail", "note": "", "base": "tiny", "vae": "other-vae",
-        "vae_factor": 0.25, "clip_skip": 1, "chunks": 1, "resolution": 16, "seed": 0, "precision": "fp32", "steps": 5,
-        "images": 20, "dataset": 21, "stages": stages, "settings": {"data.flip": "true"}, "validation": validation,
+        "vae_factor": 0.25, "clip_skip": 1, "chunks": 1, "cut": "tokens", "resolution": 16, "seed": 0, "precision": "fp32",
+        "steps": 5, "images": 20, "dataset": 21, "stages": stages, "settings": {"data.flip": "true"}, "validation": validation,
         "lora": None,
         "samples": {
             "step": 5, "prompts": ["red circle", "blue star"], "sampler": "dpm++", "steps": 2, "guidance": 7.0,
@@ -344,8 +344,16 @@ def test_components_without_adapters_are_copied_from_the_checkpoint(tmp_path, ti
         assert not os.path.samefile(folder / "model" / name, newest / name)
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_card_explains_long_captions_only_if_there_are_any(chunks, folder):
-    summary = untrained("swapped", "base").model_copy(update={"chunks": chunks})
-    text = card_of(folder, summary, "text_encoder/config.json", max_position_embeddings=77)
-    assert says(text, "card-long-captions", chunks=chunks) == (chunks > 1)
+@pytest.mark.parametrize("window", [77, 248])
+@pytest.mark.parametrize("cut", ["tokens", "commas", "words"])
+@pytest.mark.parametrize("chunks", [1, 2, "auto"])
+def test_card_explains_long_captions_only_if_there_are_any(chunks, cut, window, folder):
+    """`tests/model/test_chunks.py` compares what it says with the formulas of the other tools."""
+    summary = untrained("swapped", "base").model_copy(update={"chunks": chunks, "cut": cut})
+    text = card_of(folder, summary, "text_encoder/config.json", max_position_embeddings=window)
+    assert says(text, "card-long-captions", chunks=3 if chunks == "auto" else chunks, tokens=window - 2) == (chunks != 1)
+    assert says(text, "card-empty-chunks", chunks=2) == (chunks == 2)
+    names = {"tokens": "card-cut-tokens", "commas": "card-cut-commas", "words": "card-cut-words"}
+    assert [name for name in names.values() if says(text, name)] == ([names[cut]] if chunks != 1 else [])
+    assert says(text, "card-chunks", chunks="up to 3", window=window) == (chunks == "auto")
+    assert says(text, "card-window", window=248) == (window == 248)

@@ -17,7 +17,7 @@ from PIL import Image
 from runs import checkpoint_steps, final, rewind, rows_of, run, same, stop_requested
 from safetensors.torch import load_file
 from sentences import refused, says
-from tiny import job
+from tiny import job, write_images
 
 from fastsd.commands.cache import cache
 from fastsd.config.schema import load_config
@@ -498,6 +498,37 @@ def test_train_says_that_the_folders_have_changed(tmp_path, tiny_model, images):
     out = StringIO()
     train(load_config(path, ["stage.0.until=5"]), Console(file=out, width=500))
     assert says(out.getvalue(), "folders-changed", changes="1 missing", names="0003.png")
+
+
+@pytest.mark.parametrize("cached_text", [False, True])
+def test_captions_of_different_numbers_of_chunks_resume_exactly(tmp_path, tiny_model, cached_text):
+    """Batches have different numbers of tokens, which micro-batches and a resume do not change."""
+    write_images(tmp_path / "images", 9)
+    for i, count in enumerate([1, 30, 60, 10, 50, 90, 1, 15, 100]):
+        (tmp_path / f"images/{i:04d}.txt").write_text(", ".join(f"red circle {j % 7}" for j in range(count)))
+    edits = "" if cached_text else "shuffle_tags = true\ntag_dropout = 0.3\n"
+    stage = PLAIN.replace("until = 4", "until = 6").replace("batch = 6", "batch = 2") + f"checkpoint_every = 2\n{edits}"
+    stage = stage if cached_text else stage.replace('["unet"]', '["unet", "text_encoder"]')
+    path = job(tmp_path, tiny_model, tmp_path / "images", stage)
+    keys = ["model.chunks=auto", "model.cut=commas", "validate.held_out=3", f"cache.hidden_states={str(cached_text).lower()}"]
+    lengths = set()
+    token_ids = Loader._token_ids
+
+    def recorded(*args):
+        ids_BL = token_ids(*args)
+        lengths.add(ids_BL.shape[1] // 77)
+        return ids_BL
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "_token_ids", recorded)
+        folder, _ = run(path, *keys)
+    assert len(lengths) > 1
+    uninterrupted, losses = final(folder), [row["loss"] for row in rows_of(folder)]
+    rewind(folder, 2)
+    run(path, *keys)
+    assert same(final(folder), uninterrupted) and [row["loss"] for row in rows_of(folder)] == losses
+    other, _ = run(path, *keys, f"run={tmp_path / 'other'}", "stage.0.micro_batch=1")
+    assert [row["loss"] for row in rows_of(other)] == pytest.approx(losses, rel=1e-5)
 
 
 def test_buckets_repeats_and_shuffled_tags_resume_exactly(tmp_path, tiny_model, images):

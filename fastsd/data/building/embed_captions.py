@@ -80,7 +80,7 @@ class _Writer:
         self, table: CacheTable, latents: LatentCache, text: TextEncoder, store: Store, report: Callable[[CacheProgress], None]
     ) -> None:
         self.latents, self.text, self.store, self.report, self.db = latents, text, store, report, store.db
-        self.tokens = Tokens(latents, text.tokenizer, text.window, text.chunks)
+        self.tokens = Tokens(latents, text.tokenizer, text.window, text.chunks, text.cut)
         metadata = shard_metadata(table, text)
         self.name = space_name(table, metadata)
         self.space = store.space(self.name, metadata, table.dtype)
@@ -94,7 +94,7 @@ class _Writer:
         if current is not None:
             return EmbeddingCounts(int(current.arrays["offsets"][-1]), 0)
         # SQLite stores temporary tables in an unnamed file, which disappears when the process ends for any reason.
-        self.db.execute("CREATE TEMP TABLE caption (entry INTEGER PRIMARY KEY, content BLOB)")
+        self.db.execute("CREATE TEMP TABLE caption (entry INTEGER PRIMARY KEY, content BLOB, length INTEGER)")
         self.offsets = self._zeros(np.int64, len(self.latents) + 1)
         self._collect()
         self._plan()
@@ -117,32 +117,33 @@ class _Writer:
             return np.memmap(file, dtype, "w+", shape=(size,))
 
     def _collect(self) -> None:
-        """Fill `offsets`, and write the hash of every entry's token ids to the table `caption`."""
-        samples, insert = len(self.latents), "INSERT INTO caption VALUES (?, ?)"
+        """Fill `offsets`, and write the hash and the number of every entry's token ids to the table `caption`."""
+        samples, insert = len(self.latents), "INSERT INTO caption VALUES (?, ?, ?)"
         for first in range(0, samples, _CHUNK):
             chunk = range(first, min(first + _CHUNK, samples))
             counts = [len(variants) for variants in self.latents.variants(chunk)]
             entries = [(i, variant) for i, count in zip(chunk, counts, strict=True) for variant in range(count)]
             start = int(self.offsets[first])
             self.offsets[first + 1 : chunk.stop + 1] = start + np.cumsum(counts)
-            hashes = [_content_hash(self.tokens.row(i, variant)) for i, variant in entries]
-            self.db.executemany(insert, enumerate(hashes, start))
-        self.db.execute(insert, (int(self.offsets[-1]), _content_hash(self.empty_L)))
+            rows = (self.tokens.row(i, variant) for i, variant in entries)
+            self.db.executemany(insert, ((entry, _content_hash(ids_L), len(ids_L)) for entry, ids_L in enumerate(rows, start)))
+        self.db.execute(insert, (int(self.offsets[-1]), _content_hash(self.empty_L), len(self.empty_L)))
         self.db.execute("CREATE INDEX temp.caption_content ON caption (content)")
 
     def _plan(self) -> None:
         """Assign a row to every new caption, in sorted order."""
-        shape = [self.text.length, self.text.width]
-        shard_rows = min(cache.SHARD_ROWS, max(_SHARD_BYTES // (math.prod(shape) * self.dtype.itemsize), 1))
         self.db.execute(
-            "CREATE TEMP TABLE missing AS SELECT DISTINCT content FROM caption WHERE NOT EXISTS"
+            "CREATE TEMP TABLE missing AS SELECT DISTINCT content, length FROM caption WHERE NOT EXISTS"
             " (SELECT 1 FROM latent WHERE space = ? AND latent.content = caption.content) ORDER BY content",
             (self.space,),
         )
         with self.store.transaction():
             self.db.execute("UPDATE space SET unfinished = 1 WHERE id = ?", (self.space,))
-            contents = self.db.execute("SELECT content FROM missing ORDER BY rowid")
-            self.store.plan(self.space, self.name[:8], shape, ((content, 0) for (content,) in contents), shard_rows)
+            for (length,) in self.db.execute("SELECT DISTINCT length FROM missing ORDER BY length").fetchall():
+                shape = [length, self.text.width]
+                shard_rows = min(cache.SHARD_ROWS, max(_SHARD_BYTES // (math.prod(shape) * self.dtype.itemsize), 1))
+                contents = self.db.execute("SELECT content FROM missing WHERE length = ? ORDER BY rowid", (length,))
+                self.store.plan(self.space, self.name[:8], shape, ((content, 0) for (content,) in contents), shard_rows)
         self.store.check_room(self.space)
 
     _PENDING_ROWS = "FROM latent JOIN caption USING (content) WHERE space = ? AND sha256 IS NULL"

@@ -121,7 +121,7 @@ def load_text(table: ModelTable, base: Path, notes: list[str] | None = None) -> 
     _fill_position_ids(module)
     targets = {classic_text_name(name): tensor for name, tensor in module.state_dict().items()}
     copy_tensors(targets, component.tensors, component.place)
-    return TextEncoder(module, tokenizer, table.clip_skip, tokenizer_folder, table.chunks)
+    return TextEncoder(module, tokenizer, table.clip_skip, tokenizer_folder, table.chunks, table.cut)
 
 
 def load_tokenizer(table: ModelTable, base: Path | None = None) -> tuple[Any, Path]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fastsd.config.schema import Chunks, Cut
+
 SUMMARY = "fastsd.json"
 PREFIX = "fastsd."
 
@@ -89,7 +91,7 @@ class ModelSummary(_SummaryTable):
         weights: "raw" or "ema" (exponential moving average of the weights).
         base, vae: a hub id; or for a path, the title of the model there or the path's last element.
         vae_factor: the scaling factor in training.
-        clip_skip, chunks, resolution (px), seed: as in the config. `precision` lists that of every stage.
+        clip_skip, chunks, cut, resolution (px), seed: as in the config. `precision` lists that of every stage.
         steps, images: steps trained and images seen in all stages. `dataset` is the number of images available.
         settings: other settings of the run that differ from the defaults.
         note: further remarks, in sentences.
@@ -105,7 +107,8 @@ class ModelSummary(_SummaryTable):
     vae: str = ""
     vae_factor: float | None = None
     clip_skip: int | None = None
-    chunks: int = 1
+    chunks: Chunks = 1
+    cut: Cut = "tokens"
     resolution: int | None = None
     seed: int | None = None
     precision: str = ""

@@ -37,6 +37,16 @@ def test_several_captions_are_reported_and_can_be_joined(folder):
     assert not says(folder.out, "several-captions")
 
 
+def test_captions_that_are_cut_are_counted(folder):
+    folder.put("a.png", png(picture(1)), b"red circle, " * 30)
+    folder.put("b.png", png(picture(2)), b"one")
+    folder.cached()
+    for command in (["cache", "--stats"], ["check"]):
+        assert says(folder.run(*command), "truncated-captions", captions=1, capacity=75)
+        assert not says(folder.run(*command, "model.chunks=2"), "truncated-chunks")
+        assert not says(folder.run(*command, "model.chunks=auto", "model.cut=commas"), "truncated-chunks")
+
+
 def scanned(folder, **options):
     """Scan a folder. Return the captions of each image or its problem, and the unused files, by name."""
     unused = {}
