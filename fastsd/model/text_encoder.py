@@ -10,8 +10,8 @@ The UNet attends to the text embeddings of all chunks in a row. `stretch` length
 With "auto", the captions of a batch may have different numbers of windows. `pad` repeats all windows of a caption until they
 are as many as those of the others. Every key of the UNet's attention then occurs equally often, so softmax weights are shared
 among equal keys and the output is that of the caption alone, except for rounding. With empty windows instead, the output would
-depend on the other captions of the batch. Two tools repeat in the same way: ComfyUI, where a prompt and its negative prompt
-differ in length; A1111 runs them separately, with the same result.
+depend on the other captions of the batch. ComfyUI repeats in the same way if a prompt and its negative prompt differ in length.
+A1111 runs the two separately.
 
 `cut` is the rule for the end of a window that a caption fills (`_end`).
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from threading import Timer
@@ -20,11 +21,14 @@ from triton.runtime.driver import driver
 
 from fastsd.commands import cache as cache_command
 from fastsd.commands.cache import cache
-from fastsd.config.schema import load_config
+from fastsd.config.schema import ModelTable, StageTable, load_config
 from fastsd.console import Console
 from fastsd.errors import Stopped
+from fastsd.model.formats.load import load_model
+from fastsd.model.model import SD15_SCHEDULER
+from fastsd.model.shapes import Shapes
 from fastsd.run import compilation, stage_kernels
-from fastsd.run.compilation import compile_kernels
+from fastsd.run.compilation import compile_kernels, kernels_of
 from fastsd.run.launches import StageRecorder
 from fastsd.run.loop import train
 from fastsd_kernels import TRITON
@@ -252,6 +256,22 @@ def test_a_job_that_cannot_be_recorded_is_trained(gpu_run, monkeypatch):
     for stage in ("stage-1", "stage-2"):
         assert says(text, "kernels-not-compiled", count=f"those of {stage}", reason="no such shape")
     assert says(text, "log-row", stage="stage-2")
+
+
+def test_kernels_are_recorded_for_every_number_of_tokens(tiny_model):
+    """With an automatic number of chunks, batches have those of 1, 2, 3 or 6. Some kernels depend on it."""
+    shapes = Shapes.of(load_model(ModelTable(base=str(tiny_model))))
+    stage = StageTable(train=["unet"], until=1, batch=2, optimizer="dlion")
+
+    def kernels(chunks):
+        latents = (4, 8, 8)
+        settings = {"architecture": 86, "attention": "ieee", "scheduler": SD15_SCHEDULER, "cached_text": False}
+        sizes = {"trained": (latents,), "sampled": ((2, *latents),), "validated": ((3, *latents),)}
+        recorder = StageRecorder(stage, 2, shapes=replace(shapes, chunks=chunks), **settings, **sizes)
+        return set(kernels_of(recorder.launches()))
+
+    by_chunks = [kernels(chunks) for chunks in (1, 2, 3, 6)]
+    assert kernels("auto") == set.union(*by_chunks) and len({frozenset(names) for names in by_chunks}) > 1
 
 
 def test_a_restart_remembers_the_kernels(gpu_run, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ from cuda_stand_in import StandIn
 from runs import final, rows_of, run, same
 from sentences import says
 from step_inputs import OPTIMIZERS, batches, stage_of
-from tiny import ONE_LEVEL, job, make_tiny_model
+from tiny import ONE_LEVEL, job, make_tiny_model, write_images
 
 from fastsd.model.unet import UNetConfig
 from fastsd.train.graph import WARM_UP
@@ -66,6 +66,31 @@ def test_run_with_a_graph_has_the_bits_of_one_without(device, tmp_path, small_mo
         results.append((final(folder), rows))
     assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
     assert {row["stage_step"] for row in results[0][1] if "loss_smooth" in row} == {*range(1, STEPS + 1)}
+
+
+@pytest.mark.slow
+def test_each_number_of_tokens_has_a_graph(tmp_path, small_model, monkeypatch):
+    """With an automatic number of chunks, it changes from batch to batch."""
+    write_images(tmp_path / "images", 6)
+    for i, count in enumerate([1, 1, 40, 40, 1, 80]):
+        (tmp_path / f"images/{i:04d}.txt").write_text("red circle " * count)
+    stage = f'[[stage]]\ntrain = ["unet"]\nuntil = {4 * WARM_UP}\nbatch = 1\noptimizer = "lion"\nlr = 1e-4\n'
+    lengths, copy, results = list[int](), StepInputs.of, []
+
+    def copied(batch, device):
+        lengths.append(batch.token_ids_BL.shape[1])
+        return copy(batch, device)
+
+    monkeypatch.setattr(StepInputs, "of", copied)
+    for graph in ("true", "false"):
+        lengths.clear()
+        settings = "model.chunks=auto", f"cuda_graph={graph}"
+        folder, _, gpu = run_on_gpu(tmp_path / graph, small_model, tmp_path / "images", stage, *settings)
+        captured = {length for length in lengths if lengths.count(length) > WARM_UP}
+        assert len(captured) > 1 and set(lengths) <= {77, 154, 231}
+        assert (len(gpu.capture_options) >= len(captured)) == (graph == "true")
+        results.append((final(folder), [row["loss"] for row in rows_of(folder)]))
+    assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
 @pytest.mark.slow
