@@ -157,7 +157,7 @@ class CacheTable(Table):
     batch: int = Field(8, ge=1)  # images per VAE call; an interruption can lose the work of one call
     workers: int = Field(0, ge=0)  # decoding threads; 0 = one per core
     # Also store the text embeddings of every caption, so that training needs no text encoder on the GPU. The stages may neither
-    # train it nor edit captions. Takes 116 KiB per caption in fp16. `precision` also applies to the text encoder
+    # train it nor edit captions. Takes 116 KiB per chunk of a caption in fp16. `precision` also applies to the text encoder
     hidden_states: bool = False
 
 

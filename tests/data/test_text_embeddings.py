@@ -529,10 +529,14 @@ def test_captions_of_any_number_of_chunks_are_stored_at_their_length(tmp_path, t
         torch.testing.assert_close(embeddings.get(samples[i : i + 1], variants[i : i + 1], 6 * 77)[0], expected[i])
     assert {tuple(shape) for _, shape in json.loads(embeddings._index.metadata["shards"])} == {(77, 16), (154, 16), (231, 16)}
     assert write(tmp_path, text, dtype="fp32") == EmbeddingCounts(10, 0) and verify(tmp_path / "cache") == []
-    loader = Loader(latents, text.tokenize, 3, StageTable(train=["unet"], until=1, batch=4), text_embeddings=embeddings)
-    lengths = set()
-    for batch in loader.stream(0, 40, 4):
+    args, lengths = (latents, text.tokenize, 3, StageTable(train=["unet"], until=1, batch=4)), set()
+    whole, *shares = (
+        Loader(*args, text_embeddings=embeddings, rank=rank, world=world).stream(0, 40, 4)
+        for rank, world in ((0, 1), (0, 2), (1, 2))
+    )
+    for batch, *halves in zip(whole, *shares, strict=True):
         torch.testing.assert_close(batch.text_embeds_BLD, encoded(text, batch.captions))
+        assert torch.equal(torch.cat([half.text_embeds_BLD for half in halves]), batch.text_embeds_BLD)
         lengths.add(batch.text_embeds_BLD.shape[1])
     assert len(lengths) > 1
 

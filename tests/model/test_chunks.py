@@ -15,7 +15,21 @@ from fastsd.model.formats.load import load_model
 from fastsd.model.text_encoder import AUTO_CHUNKS, chunk_limit, divide, ids_of, pad
 from fastsd.sampling.generate import denoise
 
-WORDS = ["red", "circle", "extraordinary", "of", "(blue)", "star's", "a", "unbelievablenonsense", "x1", "<|endoftext|>", "é"]
+WORDS = [
+    "red",
+    "circle",
+    "qvwxkzj",
+    "qvwxkzjb",
+    "extraordinary",
+    "of",
+    "(blue)",
+    "star's",
+    "a",
+    "unbelievablenonsense",
+    "x1",
+    "<|endoftext|>",
+    "é",
+]
 
 
 @pytest.fixture(scope="module")
