@@ -8,17 +8,16 @@ import subprocess
 import sys
 import types
 from functools import partial
-from io import StringIO
 
+import model_files
 import pytest
 import torch
+from model_files import FILES, assert_same, make_small_sd15, states, zero_snr_folder
 from safetensors.torch import load_file
 from sentences import refused, says
-from tiny import make_tiny_model, tiny_vae
+from tiny import tiny_vae
 
-from fastsd.commands.convert import ConvertOptions, convert
 from fastsd.config.schema import ModelTable, SampleTable
-from fastsd.console import Console
 from fastsd.model.formats import fold_vae, single_file_layout
 from fastsd.model.formats.load import load_model, load_vae, write_rest
 from fastsd.model.formats.model_summary import ModelSummary
@@ -30,27 +29,12 @@ from fastsd.model.weights import expected_tensors
 from fastsd.run.model_card import write_card
 from fastsd.storage import TensorFile, write_safetensors
 
-FILES = {
-    "unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-}  # fmt: skip
 SD15 = {"unet": UNetConfig.sd15().to_diffusers(), "vae": SD15_VAE, "text_encoder": SD15_TEXT}
 
 
-def converted(name, out, to="", **options):
+def converted(*arguments, **options):
     """Convert a model, and return the printed lines."""
-    text = StringIO()
-    convert(str(name), out, to, ConvertOptions(**options), Console(file=text))
-    return text.getvalue().splitlines()
-
-
-def states(folder):
-    return {name: load_file(folder / file) for name, file in FILES.items()}
-
-
-def assert_same(a, b):
-    for component in a:
-        assert_equal(a[component], b[component])
+    return model_files.converted(*arguments, **options).splitlines()
 
 
 def assert_equal(a, b):
@@ -59,11 +43,8 @@ def assert_equal(a, b):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Make a small model with SD1.5's numbers of heads and norm groups, and its scaling factor."""
     folder = tmp_path_factory.mktemp("convert") / "m"
-    cfg = UNetConfig(block_out_channels=(32, 64), attention=(True, False), layers_per_block=2, cross_attention_dim=64)
-    make_tiny_model(folder, cfg)
-    tiny_vae(groups=32, width=32, factor=SD15_SCALING_FACTOR).save_pretrained(folder / "vae")
+    make_small_sd15(folder)
     return folder
 
 
@@ -315,15 +296,6 @@ def test_prediction_and_zero_snr_are_kept(model, tmp_path):
         back = json.loads((tmp_path / f"back-{name}" / "scheduler" / "scheduler_config.json").read_text())
         assert back["prediction_type"] == "v_prediction" and back["rescale_betas_zero_snr"]
         assert name == "bare" or back == scheduler
-
-
-def zero_snr_folder(model, folder, **settings):
-    """Copy a model, with a zero-SNR v-prediction schedule in the copy that diffusers' PNDM does not support."""
-    shutil.copytree(model, folder)
-    path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = json.loads(path.read_text()) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    path.write_text(json.dumps(scheduler | settings))
-    return folder
 
 
 def from_bare_file(model, place):

@@ -4,16 +4,15 @@ import shutil
 
 import pytest
 import torch
-from model_files import edit_json, single_file, spoil
+from model_files import assert_same, edit_json, make_small_sd15, single_file, spoil
 from safetensors.torch import load_file
-from sentences import refused
+from sentences import refused, says
 from tiny import make_tiny_model, tiny_vae
 
 from fastsd.config.schema import ModelTable, SampleTable
 from fastsd.model.formats.load import load_model, load_tokenizer, load_vae, table_of
 from fastsd.model.formats.model_source import read_component
 from fastsd.model.formats.single_file_layout import CONFIGS
-from fastsd.model.unet import UNetConfig
 from fastsd.model.weights import diffusers_state_dict
 from fastsd.storage import write_safetensors
 
@@ -21,12 +20,6 @@ from fastsd.storage import write_safetensors
 def state_dicts(model):
     modules = {"text": model.text.module, "vae": model.vae.module}
     return {"unet": diffusers_state_dict(model.unet), **{name: module.state_dict() for name, module in modules.items()}}
-
-
-def assert_same(states, others):
-    for component, state in states.items():
-        assert state.keys() == others[component].keys()
-        assert all(torch.equal(tensor, others[component][name]) for name, tensor in state.items()), component
 
 
 def test_folder_round_trip(tmp_path):
@@ -77,10 +70,8 @@ def test_config_supplies_settings_the_model_does_not_store(tmp_path):
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A small model with SD1.5's counts of heads and norm groups, which a single file does not contain."""
-    cfg = UNetConfig(block_out_channels=(32, 64), attention=(True, False), layers_per_block=2, cross_attention_dim=64)
     folder = tmp_path_factory.mktemp("wide") / "m"
-    model = make_tiny_model(folder, cfg)
-    model.vae.module = tiny_vae(groups=32, width=32, factor=0.18215)
+    model = make_small_sd15(folder)
     single_file(folder.parent / "m.safetensors", model)
     return model, folder.parent / "m.safetensors", folder / "tokenizer"
 
@@ -214,6 +205,8 @@ def test_a_text_encoder_beside_the_tokenizer_is_used_only_if_the_base_has_none(t
     without = load_model(ModelTable(base=str(tmp_path / "no-text.safetensors"), tokenizer=tokenizer))
     assert_same({"text": state_dicts(other)["text"]}, {"text": state_dicts(without)["text"]})
     assert_same({"unet": state_dicts(model)["unet"]}, {"unet": state_dicts(without)["unet"]})
+    assert not with_own.notes
+    assert says("\n".join(without.notes), "text-encoder-from-2", folder=tmp_path / "other", file="no-text.safetensors")
 
 
 def test_the_prediction_of_the_base_can_be_changed_with_a_note(tiny_model):

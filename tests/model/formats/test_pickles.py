@@ -10,15 +10,13 @@ import pathlib
 import pickle
 import runpy
 import subprocess
-import sys
 import tarfile
-import types
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from sentences import refused, says
+from sentences import refused
 
 from fastsd.errors import UserError
 from fastsd.model.formats.pickles import unpickle
@@ -33,56 +31,6 @@ def read(path):
 
 def assert_weights(state):
     assert state.keys() == WEIGHTS.keys() and all(torch.equal(state[name], tensor) for name, tensor in WEIGHTS.items())
-
-
-HARMLESS = {
-    "a scalar of numpy": np.float64(0.25),
-    "a dtype": np.dtype("float32"),
-    "an array": np.arange(3),
-    "an array of objects": np.array([{"a": 1}, "b"], dtype=object),
-    "options": argparse.Namespace(lr=1e-4, out=pathlib.PurePosixPath("/out")),
-    "a namespace": types.SimpleNamespace(a=[1]),
-    "a path": pathlib.PosixPath("/out"),
-    "a path of Windows": pathlib.PureWindowsPath("C:/out"),
-    "a time": datetime.datetime(2023, 1, 1, tzinfo=datetime.UTC),
-    "a defaultdict": collections.defaultdict(dict, {"a": {"b": 1}}),
-    "counts": collections.Counter("aab"),
-}
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("value", HARMLESS.values(), ids=HARMLESS)
-def test_harmless_objects_beside_the_weights(value, zipped, tmp_path):
-    path = tmp_path / "in.ckpt"
-    torch.save({"state_dict": WEIGHTS, "x": {"y": [value]}}, path, _use_new_zipfile_serialization=zipped)
-    state, notes = read(path)
-    assert_weights(state)
-    assert says(notes, "entries-ignored", key="state_dict", entries="x")
-
-
-@pytest.mark.parametrize("name", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_both_names_of_numpys_functions(name, tmp_path, monkeypatch):
-    class Scalar:
-        def __reduce__(self):
-            return module.scalar, (np.dtype("f8"), b"12345678")
-
-    module = types.ModuleType(name)
-    module.scalar = type("scalar", (), {"__module__": name})
-    monkeypatch.setitem(sys.modules, name, module)
-    torch.save({"state_dict": WEIGHTS, "x": Scalar()}, tmp_path / "in.ckpt")
-    monkeypatch.undo()
-    assert_weights(read(tmp_path / "in.ckpt")[0])
-
-
-@pytest.mark.parametrize("name", ["pytorch_lightning.utilities.parsing", "lightning_fabric.utilities.data"])
-def test_hyperparameters_of_lightning(name, tmp_path, monkeypatch):
-    kind = type("AttributeDict", (dict,), {"__module__": name})
-    for parent in ("pytorch_lightning", "pytorch_lightning.utilities", "lightning_fabric", "lightning_fabric.utilities", name):
-        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-    sys.modules[name].AttributeDict = kind
-    torch.save({"state_dict": WEIGHTS, "hyper_parameters": kind(lr=1e-4)}, tmp_path / "in.ckpt")
-    monkeypatch.undo()
-    assert_weights(read(tmp_path / "in.ckpt")[0])
 
 
 NESTED = {
