@@ -24,6 +24,7 @@ from fastsd.config.stages import Amount, StageTable, Table, parse_amount
 from fastsd.errors import UserError
 
 Chunks = int | Literal["auto"]  # ModelTable.chunks
+MOST_CHUNKS = 8
 Cut = Literal["tokens", "commas", "words"]  # ModelTable.cut
 
 
@@ -54,7 +55,7 @@ class ModelTable(Table):
     clip_skip: int = Field(0, ge=0)  # 0 = use the last layer; n = use the n-th layer before it, then the final layer norm
     # 1 = cut captions at 75 tokens; n = encode n chunks of 75 tokens separately, also those that a caption leaves empty;
     # "auto" = encode as many as a caption fills, up to 3, as ComfyUI and A1111 do with a prompt
-    chunks: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = 1
+    chunks: Annotated[int, Field(ge=1, le=MOST_CHUNKS)] | Literal["auto"] = 1
     # Where a full chunk ends: "tokens" = after 75 tokens, as in ComfyUI; "commas" = after the last comma among the last 20 of
     # them, as in A1111; "words" = before a word of less than 8 tokens that does not fit, as in earlier versions of ComfyUI
     cut: Cut = "tokens"

@@ -16,9 +16,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fastsd.config.config_errors import sentence
-from fastsd.config.schema import PromptTable, SampleTable
+from fastsd.config.schema import MOST_CHUNKS, PromptTable, SampleTable
 from fastsd.errors import UserError
-from fastsd.model.text_encoder import TextEncoder, ids_of
+from fastsd.model.text_encoder import TextEncoder, chunk_limit, divide, ids_of
 
 _OPTIONS: dict[str, tuple[str, Callable[[str], object], str]] = {
     "w": ("width", int, "a whole number"), "h": ("height", int, "a whole number"), "d": ("seed", int, "a whole number"),
@@ -129,11 +129,12 @@ def notes_on_prompts(text: TextEncoder, table: SampleTable) -> list[str]:
     prompts = read_prompts(table)
     texts = [prompt.prompt for prompt in prompts] + [table.negative] + [prompt.negative or "" for prompt in prompts]
     unique = list(dict.fromkeys(texts))
-    capacity = text.length // text.window * (text.window - 2)  # without begin and end tokens
     for prompt_text, ids in zip(unique, ids_of(text.tokenizer, unique), strict=True):
-        if len(ids) > capacity:
-            unread, chunks = text.tokenizer.decode(ids[capacity:]), -(-len(ids) // (text.window - 2))
+        windows = divide(text.tokenizer, ids, text.window - 2, text.cut)
+        if len(windows) > chunk_limit(text.chunks):
+            read = sum(map(len, windows[: chunk_limit(text.chunks)]))
             short = prompt_text if len(prompt_text) <= 40 else f"{prompt_text[:37]}..."
-            problem = f"the prompt {short!r} has {len(ids)} tokens, of which {capacity} are read, without {unread!r}"
-            notes.append(f"{problem}; shorten it, or raise chunks to {chunks}")
+            unread = text.tokenizer.decode(ids[read:])
+            problem = f"the prompt {short!r} has {len(ids)} tokens, of which {read} are read, without {unread!r}"
+            notes.append(f"{problem}; shorten it{f', or set chunks to {len(windows)}' if len(windows) <= MOST_CHUNKS else ''}")
     return notes

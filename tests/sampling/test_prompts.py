@@ -12,6 +12,7 @@ from sentences import pattern, refused, says
 from fastsd.config.schema import ModelTable, PromptTable, SampleTable, dump_config, load_config, parse_config
 from fastsd.model.formats.load import load_model
 from fastsd.model.model import Model
+from fastsd.model.text_encoder import divide
 from fastsd.run.folder import WHOLE_SHEET, read_grid
 from fastsd.sampling.generate import draw, generate
 from fastsd.sampling.grid import sample_grid, save_grid
@@ -229,11 +230,27 @@ def test_a_prompt_that_is_cut_is_named_with_the_rest(place, model):
     }[place]
     (note,) = notes_on_prompts(model.text, table)
     chunks = -(-len(ids) // 75)
-    assert says(note, "prompt-cut", count=len(ids), capacity=capacity, chunks=chunks)
+    assert says(note, "prompt-cut", count=len(ids), capacity=capacity, advice=f", or set chunks to {chunks}")
     unread = pattern("prompt-cut", count=len(ids)).fullmatch(note)
     assert unread and note.count(model.text.tokenizer.decode(ids[75:])) == 1 and "star" in note
     exactly = model.text.tokenizer.decode(ids[:75])
     assert notes_on_prompts(model.text, SampleTable(prompts=[exactly])) == []
+
+
+def test_a_prompt_that_is_cut_is_divided_as_the_config_says(model, monkeypatch):
+    text = ", ".join(["red circle"] * 90)
+    ids = model.text.tokenizer(text, add_special_tokens=False).input_ids
+    for chunks, cut in (("auto", "tokens"), (2, "commas"), (1, "words")):
+        monkeypatch.setattr(model.text, "chunks", chunks)
+        monkeypatch.setattr(model.text, "cut", cut)
+        windows = divide(model.text.tokenizer, ids, 75, cut)
+        read = sum(map(len, windows[: 3 if chunks == "auto" else chunks]))
+        (note,) = notes_on_prompts(model.text, SampleTable(prompts=[text]))
+        assert says(note, "prompt-cut", count=len(ids), capacity=read, unread=repr(model.text.tokenizer.decode(ids[read:])))
+    monkeypatch.setattr(model.text, "chunks", "auto")
+    assert notes_on_prompts(model.text, SampleTable(prompts=[model.text.tokenizer.decode(ids[:225])])) == []
+    (note,) = notes_on_prompts(model.text, SampleTable(prompts=[text * 9]))
+    assert note.endswith("shorten it")  # more chunks than a config may have
 
 
 def test_options_in_the_list_of_prompts_are_named(model):
