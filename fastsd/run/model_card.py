@@ -33,9 +33,10 @@ from fastsd.model.formats.model_summary import (
     read_summary,
 )
 from fastsd.model.text_encoder import AUTO_CHUNKS
+from fastsd.run import card_code
 from fastsd.run.checkpoint import CONFIG, STATE
 from fastsd.run.folder import Grid, grid_files, read_costs, read_grid, read_rows, read_table
-from fastsd.run.markdown import code, inline, is_hub_id, link_or_code, python_string, table, yaml_string
+from fastsd.run.markdown import code, inline, is_hub_id, link_or_code, table, yaml_string
 from fastsd.run.restart import read_config
 from fastsd.run.settings import flatten, setting_text
 from fastsd.storage import copy_file, write_text
@@ -83,7 +84,9 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     samples = None
     if grid := _last_grid(run, step):
         prompts = list(dict.fromkeys(prompt for prompt, _ in grid.cells if prompt))
-        settings = config.sample.model_dump(include={"sampler", "steps", "guidance"})
+        table, resolution = config.sample, config.data.resolution
+        settings = table.model_dump(include={"sampler", "steps", "guidance", "guidance_rescale", "negative"})
+        settings |= {"width": table.width or table.size or resolution, "height": table.height or table.size or resolution}
         samples = Samples(step=grid.step, prompts=prompts, **settings, weights=grid.weights)
 
     return ModelSummary(
@@ -216,6 +219,7 @@ class _Card:
         self.clip_skip, self.has_samples = summary.clip_skip or 0, (folder / SAMPLES).is_file()
         self.other_factor = self.factor != SD15_SCALING_FACTOR  # other tools would scale the latents incorrectly
         self.overflows = self.factor == SDXL_SCALING_FACTOR
+        self.dtype = "bfloat16" if self.overflows else "float16"
 
     def text(self) -> str:
         title = f"# {inline(self.summary.title) or 'Stable Diffusion 1.5'}"
@@ -321,45 +325,30 @@ class _Card:
         conv_alpha = f" and alpha {lora.conv_alpha:g}" if lora.conv_alpha else ""
         settings += f", rank {lora.conv}{conv_alpha} on 3x3 convolutions" if lora.conv else ""
         name = "lora-ema.safetensors" if self.summary.weights == "ema" else "lora.safetensors"
-        return (
+        base = self.summary.base if is_hub_id(self.summary.base) else "BASE"
+        load = card_code.load_lora(name, base, self.dtype, other_vae=self.summary.vae not in ("", self.summary.base))
+        replaced = "the base model" if base == "BASE" else code(base)
+        return _python(
             f"## LoRA\n\nTrained as a LoRA ({settings}) and merged into these weights. The LoRA alone is in `{name}`. "
-            "To apply it to the base model, use `pipe.load_lora_weights` in diffusers, or copy it to `models/loras` in ComfyUI "
-            "or `models/Lora` in A1111."
+            f"To apply it to {replaced}, copy it to `models/loras` in ComfyUI or `models/Lora` in A1111. In diffusers, replace "
+            "the line `pipe = ...` of the program below by this:",
+            load,
         )
 
     def _diffusers(self) -> str:
-        samples = self.summary.samples
-        prompt = python_string(samples.prompts[0].split(" --")[0] if samples and samples.prompts else "a red fox in the snow")
-        dtype, comment = ("bfloat16", "  # SDXL's VAE overflows in float16") if self.overflows else ("float16", "")
-        options = f"num_inference_steps={samples.steps}, guidance_scale={samples.guidance:g}" if samples else ""
-        options = (options or "num_inference_steps=25") + (f", clip_skip={self.clip_skip}" if self.clip_skip else "")
-        return f"""**Diffusers** (replace `FOLDER` with the path or Hub id of this model):
-
-```python
-import torch
-from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.{dtype}).to("cuda"){comment}
-image = pipe({prompt}, {options}).images[0]
-```"""
+        program = card_code.draw(self.summary, self.dtype, self.window)
+        comment = "; SDXL's VAE overflows in float16" if self.overflows else ""
+        return _python(f"**Diffusers** (replace `FOLDER` with the path or Hub id of this model{comment}):", program)
 
     def _from_file(self) -> str:
         if not self.single:
             return ""
-        text = f"The single file {code(self.single)} loads with `StableDiffusionPipeline.from_single_file`"
-        if self.other_factor and self.folded:
-            text += (
-                f". Do not pass this folder as `config`: the VAE's scaling factor {self.factor:g} is folded into the weights "
-                "of the file, so the default SD1.5 config is the right one."
-            )
-        elif self.other_factor:
-            text += f' and `config="FOLDER"`, which sets the VAE\'s scaling factor to {self.factor:g}.'
-        else:
-            text += " and the default SD1.5 config."
-        if self.v_prediction:
-            scheduler = 'DDIMScheduler.from_pretrained("FOLDER", subfolder="scheduler")'
-            text += f" Pass `scheduler={scheduler}`, because diffusers does not read the prediction type from the file."
-        return text
+        folded = self.other_factor and self.folded
+        reason = f", because the VAE's scaling factor {self.factor:g} is folded into the weights of the file" if folded else ""
+        load = card_code.load_file(self.single, self.dtype, SD15_SCALING_FACTOR if folded else None)
+        return _python(
+            f"To load the single file {code(self.single)} instead, replace the line `pipe = ...` by this{reason}:", load
+        )
 
     def _tools(self) -> list[str]:
         """Return instructions for ComfyUI and A1111, with every setting they cannot read from the file."""
@@ -410,8 +399,8 @@ image = pipe({prompt}, {options}).images[0]
         if chunks != 1:
             limit = AUTO_CHUNKS if chunks == "auto" else chunks
             sentences.append(
-                f"Trained on captions of up to {limit} chunks of {size} tokens, which are encoded separately and concatenated. "
-                f"diffusers truncates prompts after {size} tokens. ComfyUI and A1111 encode the chunks that a prompt fills."
+                f"Trained on captions of up to {limit} chunks of {size} tokens, which are encoded separately and concatenated, "
+                "and so are prompts in the program above. ComfyUI and A1111 encode the chunks that a prompt fills."
             )
             if chunks != "auto":
                 sentences.append(
@@ -421,6 +410,10 @@ image = pipe({prompt}, {options}).images[0]
                 )
             sentences.append(_CUTS[self.summary.cut].format(size=size))
         return " ".join(sentences)
+
+
+def _python(text: str, program: str) -> str:
+    return f"{text}\n\n```python\n{program}\n```"
 
 
 def _count(number: int | None) -> str:

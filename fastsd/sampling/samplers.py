@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 
+SAMPLERS = {
+    "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}  # fmt: skip
+
 
 def make_sampler(name: str, config: dict[str, Any], steps: int, device: torch.device) -> Any:
     """Create a diffusers scheduler by its short name, with the noise schedule and prediction type of a scheduler config.
@@ -21,19 +26,19 @@ def make_sampler(name: str, config: dict[str, Any], steps: int, device: torch.de
     """
     import diffusers
 
-    classes = {
-        "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
-        "dpm++": "DPMSolverMultistepScheduler",
-    }  # fmt: skip
-    # Latents are not bounded by 1, but DDIM clips by default if the config does not mention clipping.
-    overrides = {"clip_sample": False} if name == "ddim" else {}
-    scheduler = getattr(diffusers, classes[name]).from_config(config, **overrides)
+    scheduler = getattr(diffusers, SAMPLERS[name]).from_config(config, **sampler_options(name))
     total = scheduler.config.num_train_timesteps
     leads = scheduler.config.timestep_spacing == "leading" and total // (steps + (name == "dpm++")) < 2
     if leads or steps == total:
         scheduler.register_to_config(timestep_spacing="trailing")
     scheduler.set_timesteps(steps, device=device)
     return scheduler
+
+
+def sampler_options(name: str) -> dict[str, bool]:
+    """Return what a sampler's scheduler needs besides the model's scheduler config."""
+    # Latents are not bounded by 1, but DDIM clips by default if the config does not mention clipping.
+    return {"clip_sample": False} if name == "ddim" else {}
 
 
 def begin_at(scheduler: Any, start: int) -> None:

@@ -147,7 +147,7 @@ def test_card_matches_the_run(exported):
         "- unet: d0 = 0.0001, caption_dropout = 0.25",
         "- both: ema = 0.5",
         "- red circle",
-        "guidance_scale=7, clip_skip=1).images[0]",
+        "    num_inference_steps=2, guidance_scale=7,",
     ):
         assert line in card, line
     assert "base_model" not in card  # a local folder is not a model of the hub
@@ -312,7 +312,7 @@ def test_summary_has_every_fact_of_the_run(exported):
         "lora": None,
         "samples": {
             "step": 5, "prompts": ["red circle", "blue star"], "sampler": "dpm++", "steps": 2, "guidance": 7.0,
-            "weights": "model",
+            "guidance_rescale": 0.0, "weights": "model", "negative": "", "width": 16, "height": 16,
         },
         "date": datetime.fromtimestamp(int(saved_at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }  # fmt: skip

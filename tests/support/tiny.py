@@ -28,7 +28,7 @@ def tiny_vae(channels: int = 4, factor: float = 0.5, seed: int = 0, groups: int 
     )
 
 
-def make_tiny_model(folder: Path, cfg=None, seed: int = 0):
+def make_tiny_model(folder: Path, cfg=None, seed: int = 0, text_layers: int = 2):
     """Write a small model of SD1.5's structure, with random weights, as a diffusers folder for images of 32 px."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -56,7 +56,7 @@ def make_tiny_model(folder: Path, cfg=None, seed: int = 0):
             vocab_size=len(tokenizer),
             hidden_size=cfg.cross_attention_dim,
             intermediate_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=text_layers,
             num_attention_heads=2,
             max_position_embeddings=77,
             bos_token_id=tokenizer.bos_token_id,

@@ -70,6 +70,10 @@ class Samples(_SummaryTable):
     steps: int
     guidance: float
     weights: str = "model"
+    negative: str = ""
+    guidance_rescale: float = 0.0
+    width: int | None = None
+    height: int | None = None
 
 
 class Adapters(_SummaryTable):
