@@ -1,0 +1,305 @@
+"""Code in the documentation and in messages: every block is run or read as what it is, every command is parsed."""
+
+import ast
+import json
+import re
+import shlex
+import shutil
+import tarfile
+import tomllib
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import typer
+from adapters import BOTH, move
+from commandline import fastsd
+from environment import ROOT
+from model_files import single_file
+from pydantic import BaseModel, TypeAdapter
+from safetensors.torch import load_file
+from sentences import ERRORS, LINES
+from tiny import job, make_tiny_model, tiny_vae, write_images
+
+from fastsd.commands.cache import cache as build
+from fastsd.commands.check import check
+from fastsd.config.schema import Config, load_config, parse_config
+from fastsd.console import Console
+from fastsd.model.formats.lora_weights import write_lora
+from fastsd.model.lora import add_lora
+from fastsd.model.unet import UNetConfig
+from fastsd.run.loop import train
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", "bench/README.md", "kernels/README.md", "docs/glossary.md"]
+CONFIGS = sorted(ROOT.glob("configs/*.toml"))
+FIGURES = {  # blocks that are no code, by their first word
+    "unet": "the line that a run shows",
+    "runs/xlsd/": "the files of a run",
+    "kernels/": "the folders of the repository",
+    "kernels/fastsd_kernels/": "the floors",
+}
+NOT_RUN = {  # programs that are only checked to exist, with the reason
+    "fastsd demo": "takes minutes; .ci/run and tests/demo run it",
+    "pip": "installs",
+    "pytest": "is this test's own program",
+    "ruff": "checks the code; .ci/run runs it",
+    ".ci/run": "runs all of these",
+    "python": "takes minutes or compiles for GPUs; tests/bench runs what does not",
+}
+
+
+SUFFIXES = ("py", "sqlite", "safetensors", "jsonl", "json")  # of files that are named like a table of the config
+
+SQL = re.compile(r"\b(SELECT|FROM|WHERE|ON|INDEX|TABLE|UPDATE)\b|sample\.content")
+
+
+def blocks(document: str) -> list[str]:
+    """Return the indented and fenced blocks of a document that is no list."""
+    text = (ROOT / document).read_text()
+    matches = re.findall(r"(?<=\n\n)(?: {4}.+\n|\n(?= {4}))+|^```.*\n(?:.*\n)*?```", text, re.MULTILINE)
+    return [re.sub(r"^ {4}|^```.*$", "", block, flags=re.MULTILINE).strip("\n") for block in matches]
+
+
+def kind(block: str) -> str:
+    first = block.split()[0]
+    if first in FIGURES:
+        return "figure"
+    if first.startswith("["):
+        return "toml"
+    if first in ("from", "import"):
+        return "python"
+    assert first == "fastsd" or first in NOT_RUN or "=" in first, block
+    return "shell"
+
+
+def all_blocks(kind_: str) -> list[str]:
+    return [block for document in DOCUMENTS for block in blocks(document) if kind(block) == kind_]
+
+
+def command_of(line: str) -> list[str]:
+    """Return the words of a line of a shell block, without the explanation, which follows after two spaces or #."""
+    program, _, rest = line.split("  #")[0].strip().partition(" ")
+    name, _, rest = rest.strip().partition(" ")
+    return shlex.split(f"{program} {name} " + re.split(r"\s{2,}", rest.strip())[0])
+
+
+@cache
+def printed_texts() -> list[str]:
+    """Return the texts in fastsd's source. What varies is X."""
+    texts = []
+    for path in sorted([*ROOT.glob("fastsd/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("examples/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(v.value if isinstance(v, ast.Constant) else "X" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def mentioned_commands() -> list[list[str]]:
+    """Return the commands of fastsd in documents, configs and messages."""
+    texts = [(ROOT / document).read_text() for document in DOCUMENTS]
+    texts += [
+        "\n".join(line.removeprefix("# ") for line in path.read_text().splitlines()) for path in CONFIGS
+    ] + printed_texts()
+    spans = {" ".join(span.split()) for text in texts for span in re.findall(r"`fastsd ([^`]+)`", text)}
+    lines = [line for path in CONFIGS for line in re.findall(r"^# {5}fastsd .*$", path.read_text(), re.MULTILINE)]
+    lines = [line.removeprefix("#").strip() for line in lines]
+    return [shlex.split(span) for span in sorted(spans)] + [command_of(line)[1:] for line in lines]
+
+
+def parse(words: list[str]) -> None:
+    """Parse a command as the command line does. Without arguments, it is only a mention of a command, or of its options."""
+    from fastsd import cli
+
+    command = typer.main.get_command(cli.app).commands[words[0]]
+    options = {option for parameter in command.params for option in parameter.opts}
+    if words[1:] and not words[1].startswith("--"):
+        command.make_context(words[0], [word.replace("...", "X") for word in words[1:]])
+    assert {word for word in words if word.startswith("--")} <= options, words
+
+
+def test_every_block_is_of_a_known_kind():
+    kinds = [kind(block) for document in DOCUMENTS for block in blocks(document)]
+    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 8, "toml": 2, "python": 2}
+    assert {block.split()[0] for block in all_blocks("figure")} == FIGURES.keys()
+
+
+def test_mentioned_commands_are_parsed():
+    commands = mentioned_commands()
+    assert len(commands) > 40
+    for words in commands:
+        parse(words)
+
+
+WRONG_COMMANDS = ("cash CONFIG", "cache CONFIG --verfy", "plan --ram", "convert IN", "convert IN OUT --shard T")
+
+
+@pytest.mark.parametrize("command", WRONG_COMMANDS)
+def test_a_wrong_command_is_noticed(command):
+    with pytest.raises((AssertionError, KeyError, typer._click.exceptions.UsageError)):
+        parse(command.split())
+
+
+def test_other_programs_exist_and_have_the_options():
+    """Scripts are in the repository, and their sources name each option."""
+    lines = [line for block in all_blocks("shell") for line in block.splitlines() if line.split()[0] != "fastsd"]
+    scripts, bench = 0, "".join(path.read_text() for path in ROOT.glob("bench/*.py"))
+    for line in lines:
+        words = [word for word in shlex.split(line.split("  ")[0].partition(" #")[0]) if not re.fullmatch(r"[A-Z_]+=\w+", word)]
+        assert words[0] in NOT_RUN, line
+        if words[0] == "python":
+            module = words[1] == "-m"
+            path = ROOT / (f"kernels/{words[2].replace('.', '/')}.py" if module else words[1])
+            assert all(f'"{word}"' in bench + path.read_text() for word in words[2:] if word.startswith("--")), line
+            scripts += 1
+    assert scripts > 15
+
+
+def config_fields() -> dict[str, object]:
+    """Return the field of each config key: by "table.key", and by "key" alone for those of a stage."""
+    fields = {}
+
+    def add(table: type[BaseModel], prefix: str) -> None:
+        for name, field in table.model_fields.items():
+            key = prefix + (field.alias or name)
+            fields[key] = field
+            for inner in re.findall(r"\b(\w+Table)\b", str(field.annotation)):
+                add(getattr(__import__("fastsd.config.schema", fromlist=[inner]), inner), f"{key}.")
+
+    add(Config, "")
+    return fields | {key.removeprefix("stage."): field for key, field in fields.items() if key.startswith("stage.")}
+
+
+def test_keys_and_values_in_messages_exist():
+    """A message that says `key = value` names a key of the config, and a value that it takes."""
+    fields, dotted, valued = config_fields(), 0, 0
+    by_name = {key.rpartition(".")[2]: field for key, field in fields.items()}
+    tables = "model|data|cache|sample|validate|log|export|stage"
+    for text in [
+        *ERRORS.values(),
+        *LINES.values(),
+        *(text for text in printed_texts() if " " in text and "\n" not in text and not SQL.search(text)),
+    ]:
+        for key in re.findall(rf"(?<![\w./`-])((?:{tables})(?:\.[a-z_]+)+)\b(?![(/])", text):
+            dotted += 1
+            assert key in fields or key.rpartition(".")[2] in SUFFIXES, (key, text)
+        text = text.replace("{ unet = 1e-6, text_encoder = 3e-6 }", "")  # the keys of lr
+        for key, value in re.findall(r"(?<![\w.])([a-z_][a-z_.]*) = (\"[\w.]+\"|true|false|\d[\d.e-]*)", text):
+            if value != '"X"' and (field := fields.get(key) or by_name.get(key)):
+                valued += 1
+                TypeAdapter(field.rebuild_annotation()).validate_python(tomllib.loads(f"x = {value.rstrip('.')}")["x"])
+    assert dotted > 100 and valued > 25, (dotted, valued)
+
+
+class World:
+    """A folder in which the names of the documents exist: a small job, models, LoRA files and pictures."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        write_images(folder / "photos", 12)
+        make_tiny_model(folder / "models/tiny", text_layers=4)
+        path = job(folder, folder / "models/tiny", folder / "photos", "[validate]\nheld_out = 4\nbands = 2\n" + STAGES)
+        (folder / "configs").mkdir()
+        text = path.read_text().replace(str(folder / "run"), "runs/xlsd").replace(str(folder / "cache"), "cache/xlsd")
+        (folder / "configs/xlsd.toml").write_text(text)
+        # Files of other tools are read with SD1.5's numbers of heads and norm groups.
+        cfg = UNetConfig(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, cross_attention_dim=64)
+        model = make_tiny_model(folder / "models/old", cfg)
+        model.vae.module = tiny_vae(groups=32, width=32)
+        single_file(folder / "old.safetensors", model)
+        torch.save({"state_dict": load_file(folder / "old.safetensors")}, folder / "old.ckpt")
+        tiny_vae(factor=0.13025, seed=1).save_pretrained(folder / "sdxl-vae")
+        add_lora(model, BOTH, 0)
+        move(model)
+        for name in ("lora", "a", "b"):
+            write_lora(folder / f"{name}.safetensors", model, names="kohya", metadata={})
+
+    def words(self, line: str) -> list[str]:
+        """Return a command of a document with names of this folder."""
+        names = {
+            "CONFIG": "configs/xlsd.toml",
+            "MODEL": "models/tiny",
+            "BASE": "models/tiny",
+            "FOLDER": "models/tiny/tokenizer",
+        }
+        words = command_of(line.replace("[--start T]", "--start 100"))
+        shorter = ["--steps", "40"] if words[1] == "lr-probe" else []
+        return [names.get(word, f"{words[1]}-out" if word == "OUT" else word) for word in words[1:]] + shorter
+
+
+STAGES = """
+[[stage]]
+name = "unet"
+train = ["unet"]
+until = 2
+batch = 4
+optimizer = "dlion"
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run_in_their_order(world, monkeypatch, capsys):
+    monkeypatch.chdir(world.folder)
+    lines = [line for block in blocks("README.md") if kind(block) == "shell" for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith("fastsd ") and line not in NOT_RUN]
+    assert len(lines) == 19
+    for line in lines:
+        if "runs/a" in line and not Path("runs/a").exists():
+            for name in ("a", "b"):
+                shutil.copytree("runs/xlsd", f"runs/{name}")
+        print(line)
+        code, out, err = fastsd(*world.words(line), monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 0, (line, out, err)
+    for path in ("report.html", "xlsd.safetensors", "sd15/unet", "style/unet", "lora-peft.safetensors", "xl-start/vae"):
+        assert Path(path).exists(), path
+
+
+SMALL = {"resolution": 16, "buckets": {"min": 8, "max": 24, "step": 8}}
+VALIDATION = {"held_out": 4, "stabilised": 4, "bands": 2, "per_band": 1}
+
+
+def test_toml_blocks_are_configs_that_train(world, monkeypatch):
+    """Each block is accepted as it is, in a config with the other tables, and a small version of it trains."""
+    monkeypatch.chdir(world.folder)
+    write_images(world.folder / "art", 5, seed=1)
+    shutil.copy("photos/0000.png", "photos/0001-mask.png")
+    Path("art/metadata.jsonl").write_text('{"file_name": "0000.png", "text": "red", "weight": 2.0}\n')
+    Path("set").mkdir()
+    with tarfile.open("set/00000.tar", "w") as tar:
+        for path in sorted(Path("photos").glob("000[2-7].*")):
+            tar.add(path, path.name)
+    for number, block in enumerate(all_blocks("toml")):
+        table = {"run": f"runs/toml-{number}", "model": {"base": "models/tiny"}, "data": {"folders": ["photos"]}}
+        table |= {"cache": {"dir": f"cache/toml-{number}"}} | tomllib.loads(block)
+        table["stage"] = [{"train": ["unet"], "until": 1, "batch": 2} | stage for stage in table["stage"]]
+        parse_config(table, "block")
+        table["data"] |= {key: value for key, value in SMALL.items() if key in table["data"] or key == "resolution"}
+        table["data"]["folders"] = json.loads(json.dumps(table["data"]["folders"]).replace("{00000..00099}", "{00000..00000}"))
+        if "validate" in table:
+            table["validate"] = {key: VALIDATION[key] for key in table["validate"]} | VALIDATION
+        for stage in table["stage"]:
+            stage |= {"until": 1, "batch": 2}
+        config, console = parse_config(table, "block"), Console(file=StringIO())
+        build(config, console)
+        check(config, console)
+        train(config, console)
+        assert (Path(config.run) / "model/unet").is_dir()
+
+
+def test_python_blocks_run(world, monkeypatch):
+    monkeypatch.chdir(world.folder)
+    build(load_config("configs/xlsd.toml"), Console(file=StringIO()))
+    for block in all_blocks("python"):
+        namespace = vars(ModuleType("block"))
+        exec(block, namespace)
+        if "latents" in namespace:
+            assert namespace["latents"].shape == (3, 4, 8, 8)
