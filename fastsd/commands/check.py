@@ -32,9 +32,9 @@ from fastsd.run.validation import Validation
 from fastsd.sampling.grid import check_samples
 from fastsd.sampling.prompts import notes_on_prompts
 from fastsd.train.device import choose_device, choose_ops
-from fastsd.train.objective import Objective, alphas_cumprod
 from fastsd.train.optim import optimizer_class
 from fastsd.train.schedule import check_length
+from fastsd.train.stage_notes import stage_notes
 
 
 def check(config: Config, console: Console = STDOUT) -> None:
@@ -64,7 +64,7 @@ def check(config: Config, console: Console = STDOUT) -> None:
             attempt("validation", lambda: _validation(config, models[0], images_per_epoch))
         attempt("samples", lambda: _samples(models[0], config, notes))
     for i in range(len(config.stage)):
-        attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch))
+        attempt(config.stage_name(i), partial(_stage, config, i, models, images_per_epoch, notes))
     notes += [clip_skip_note(config.model.clip_skip)] if config.model.clip_skip else []
     for note in (models[0].notes if models else []) + notes:
         console.echo(f"note  {note}")
@@ -104,15 +104,16 @@ def _samples(model: Model, config: Config, notes: list[str]) -> str:
     return description
 
 
-def _stage(config: Config, index: int, models: list[Model], images_per_epoch: list[int]) -> str:
+def _stage(config: Config, index: int, models: list[Model], images_per_epoch: list[int], notes: list[str]) -> str:
     stage, name = config.stage[index], config.stage_name(index)
     trained_size = ""
     if models:
         selected(models[0], stage.reinit, f"stage {name!r}: reinit")
-        Objective(alphas_cumprod(models[0].scheduler), config.seed, stage=stage, prediction=models[0].prediction)
         trained = selected(models[0], stage.train, f"stage {name!r}: train")
         trained_size = f" ({parameter_count(models[0], trained):,} parameters)"
     steps = check_length(stage, name, images_per_epoch[0]) if images_per_epoch else None
+    if models:
+        notes += stage_notes(stage, name, steps or ENDLESS, models[0].scheduler, models[0].prediction)
     length = f"{steps} steps" if steps and steps < ENDLESS else str(stage.until)
     return f"{stage.optimizer} on {'+'.join(stage.train)}{trained_size}, {length} with {stage.batch} images per step"
 

@@ -59,27 +59,43 @@ class StageTable(Table):
     freeze_d_after: Annotated[int, FREE, Only(optimizer="dlion")] = Field(0, ge=0)
     # Schedule of lr after the warm-up
     schedule: Annotated[Literal["constant", "linear", "cosine", "rex"], FREE | LIGHT] = "constant"
+    # rex: how late lr falls. 0.5 = as in the paper, 0.9 = as in OneTrainer, 0 = linear
+    rex_bend: Annotated[float, FREE | LIGHT, Only(schedule="rex")] = Field(0.5, ge=0, lt=1)
     lr_floor: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0, le=1)  # final value of the schedule, as a share of lr
     # Restarts of the schedule, in cycles of equal length
     restarts: Annotated[int, FREE | LIGHT, Only(schedule=("linear", "cosine", "rex"))] = Field(0, ge=0)
     # Steps, or a fraction of the stage when below 1 (0.1 = the first 10 %)
     warmup: Annotated[int | float, FREE | LIGHT] = Field(0, ge=0)
     grad_clip: Annotated[float, FREE] = Field(0.0, ge=0)  # largest gradient norm over all trained parameters; 0 = no clipping
-    # Decay of the EMA of the weights, which starts with the stage; 0 = no EMA
+    # Decay of the EMA of the weights, which starts with the stage; 0 = no EMA. Without a warm-up, 0.9999 keeps 74 % of the
+    # starting weights for 3,000 steps; diffusers and OneTrainer always warm up
     ema: Annotated[float, FREE] = Field(0.0, ge=0, lt=1)
-    # EMA warm-up: the decay in step n is at most 1 - (1 + n)^-power, e.g. 2/3; 0 = none
+    # EMA warm-up: the decay in step n is at most 1 - (1 + n)^-power, as with use_ema_warmup in diffusers: 0.67 for a million
+    # steps, 0.75 for some ten thousand; 0 = none
     ema_power: Annotated[float, FREE] = Field(0.0, ge=0)
     ema_after: Annotated[int, FREE] = Field(0, ge=0)  # steps during which the EMA equals the weights
 
-    loss: Annotated[Literal["mse", "mae", "huber"], FREE] = "mse"
-    # huber: quadratic below this error, linear above
-    huber_delta: Annotated[float, FREE | LIGHT, Only(loss="huber")] = Field(1.0, gt=0)
+    # "huber" is PyTorch's and half of "mse" for small errors. "pseudo_huber" is huber of sd-scripts with a constant huber_c;
+    # its smooth_l1 is the same divided by huber_c
+    loss: Annotated[Literal["mse", "mae", "huber", "pseudo_huber"], FREE] = "mse"
+    # huber and pseudo_huber: quadratic below this error, linear above; huber_c of sd-scripts, where it is 0.1 by default
+    huber_delta: Annotated[float, FREE | LIGHT, Only(loss=("huber", "pseudo_huber"))] = Field(1.0, gt=0)
     weighting: Annotated[Literal["none", "min_snr", "debiased", "p2"], FREE] = "none"  # loss weights of timesteps
+    # Form of the weights. "paper" = those of the papers, which are for epsilon. For v-prediction, they are converted through
+    # x_0, so that debiased and p2 fall towards pure noise. With "sd-scripts" (no p2) and "onetrainer" they rise there, as these
+    # trainers have them. min_snr is the same in all of them
+    weighting_form: Annotated[
+        Literal["paper", "sd-scripts", "onetrainer"], FREE | LIGHT, Only(weighting=("min_snr", "debiased", "p2"))
+    ] = "paper"
+    # Smallest weight, e.g. 0.1 for zero_snr, where min_snr and all weights of the papers are 0 at the last timestep, from which
+    # sampling starts
+    weighting_min: Annotated[float, FREE | LIGHT, Only(weighting=("min_snr", "debiased", "p2"))] = Field(0.0, ge=0)
     # By default 5.0 for min_snr and 1.0 for p2
     weighting_gamma: Annotated[float | None, FREE | LIGHT, Only(weighting=("min_snr", "p2"))] = Field(None, gt=0)
     # Standard deviation of noise constant over a channel, e.g. 0.05 to 0.1
     noise_offset: Annotated[float, FREE | NOISE] = Field(0.0, ge=0, le=1)
-    # Factor of noise at half resolution, squared at a quarter, ...; e.g. 0.3
+    # Factor of noise at half resolution, squared at a quarter, ...; e.g. 0.3. In multires_noise of sd-scripts, sizes are random
+    # and fall faster, so that the same factor gives low frequencies of up to twice the strength
     pyramid_noise: Annotated[float, FREE | NOISE] = Field(0.0, ge=0, lt=1)
     # Additional noise in the input, not in the target; e.g. 0.1
     input_perturbation: Annotated[float, FREE | NOISE] = Field(0.0, ge=0, le=1)
@@ -92,7 +108,9 @@ class StageTable(Table):
     timestep_mean: Annotated[float, FREE | LIGHT, Only(timesteps="logit_normal")] = 0.0
     # logit_normal: spread of the timesteps
     timestep_std: Annotated[float, FREE | LIGHT, Only(timesteps="logit_normal")] = Field(1.0, gt=0)
-    unmasked_weight: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0, le=1)  # loss weight where a mask (data.masks) is black
+    # Loss weight where a mask (data.masks) is black. Grey lies between it and 1 in proportion. In OneTrainer, dark grey is
+    # raised to this weight, and all else has the weight of its grey
+    unmasked_weight: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0, le=1)
 
     caption_dropout: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0, le=1)  # share of captions replaced by ""
     max_tags: Annotated[int, FREE | LIGHT | CAPTION] = Field(0, ge=0)  # keep the first n tags of a caption; 0 = all
@@ -210,6 +228,8 @@ class StageTable(Table):
         first, end = self.timestep_range
         if not 0 <= first < end:
             raise ValueError(f"timestep_range is {[first, end]}; use [first, end] with 0 <= first < end")
+        if self.weighting == "p2" and self.weighting_form == "sd-scripts":
+            raise ValueError('weighting_form is "sd-scripts", which has no p2; use "onetrainer" or "paper"')
         return self
 
     @model_validator(mode="after")

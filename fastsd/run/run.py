@@ -38,6 +38,7 @@ from fastsd.sampling.prompts import notes_on_prompts
 from fastsd.storage import make_folder, replace_file
 from fastsd.train.device import choose_device, choose_ops
 from fastsd.train.schedule import check_length
+from fastsd.train.stage_notes import stage_notes
 from fastsd.train.step import Step, StepResult
 from fastsd_kernels import Ops
 
@@ -123,6 +124,8 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         warnings += compare_images(folder / "images.json", data.latents, config, resumed=newest is not None) + data.warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]
         steps = [check_length(*args) for args in zip(config.stage, names, data.epochs, strict=True)]
+        stages = zip(config.stage, names, steps, strict=True)
+        warnings += [note for args in stages for note in stage_notes(*args, model.scheduler, model.prediction)]
         counts = [_count_parameters(config, index, model) for index in range(len(config.stage))]
         validation = Validation(model, data.loader(0), data.sets, config.validate_)
 

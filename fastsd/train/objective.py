@@ -67,7 +67,9 @@ class Objective:
         self.noise_sampler = NoiseSampler(self.stage, seed, ops)
         self.weights_T = timestep_weights(self.stage, alphas_cumprod, prediction)
         huber = partial(F.huber_loss, delta=self.stage.huber_delta)
+        pseudo_huber = partial(_pseudo_huber, delta=self.stage.huber_delta)
         distances: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": huber}
+        distances["pseudo_huber"] = pseudo_huber
         self._distance = distances[self.stage.loss]
 
     def timesteps(self, positions_B: Tensor) -> Tensor:
@@ -135,6 +137,17 @@ class Objective:
         return loss_B.mean()
 
 
+def _pseudo_huber(prediction: Tensor, target: Tensor, *, delta: float, reduction: str = "mean") -> Tensor:
+    """Compute 2 c (sqrt(d^2 + c^2) - c): d^2 for small differences d, 2 c |d| for large ones (c = delta).
+
+    Written without the difference of two near numbers.  Source: Charbonnier et al. 1997, "Deterministic edge-preserving
+    regularization in computed imaging"; sd-scripts, `huber` with a constant schedule.
+    """
+    d = prediction - target
+    loss = 2 * delta * d * d / ((d * d + delta**2).sqrt() + delta)
+    return loss.mean() if reduction == "mean" else loss
+
+
 def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str) -> Tensor | None:
     """Compute the loss weight of each timestep, fp32 (T,). Return None if the weights are equal.
 
@@ -149,18 +162,30 @@ def timestep_weights(stage: StageTable, alphas_cumprod: Tensor, prediction: str)
         p2        1 / (1 + SNR)^gamma      gamma 1    Choi et al. 2022, "Perception prioritized training", k = 1
 
     For v, all three are 0 where SNR is 0, so nothing is learned from pure noise.  The weights are not normalised.
+
+    Two trainers have other weights for v, with a limit of SNR to 1000 in "debiased", also for eps:
+
+        sd-scripts   debiased  1 / sqrt(SNR)    for v  1 / (SNR + 1)
+        onetrainer   debiased  1 / sqrt(SNR)    for v  1 / sqrt(SNR + 1)
+                     p2        1 / (1 + SNR)^gamma    for v  1 / (2 + SNR)^gamma
     """
     if stage.weighting == "none":
         return None
     abar_T = alphas_cumprod.double()
     snr_T = abar_T / (1 - abar_T).clamp(min=2.0**-24)  # finite where abar rounds to 1
+    denominator_T = snr_T + 1 if prediction == "v_prediction" else snr_T
     if stage.weighting == "min_snr":
-        x0_weight_T = snr_T.clamp(max=stage.weighting_gamma or 5.0)
-    elif stage.weighting == "debiased":
-        x0_weight_T = snr_T.sqrt()
+        weight_T = snr_T.clamp(max=stage.weighting_gamma or 5.0) / denominator_T
+    elif stage.weighting_form == "paper" and stage.weighting == "debiased":
+        weight_T = snr_T.sqrt() / denominator_T
+    elif stage.weighting_form == "paper":
+        weight_T = snr_T / (1 + snr_T) ** (stage.weighting_gamma or 1.0) / denominator_T
+    elif stage.weighting == "p2":
+        weight_T = 1 / (1 + denominator_T) ** (stage.weighting_gamma or 1.0)
     else:
-        x0_weight_T = snr_T / (1 + snr_T) ** (stage.weighting_gamma or 1.0)
-    return (x0_weight_T / (snr_T + 1 if prediction == "v_prediction" else snr_T)).float()
+        power = 1.0 if prediction == "v_prediction" and stage.weighting_form == "sd-scripts" else 0.5
+        weight_T = 1 / denominator_T.clamp(max=1000 + (prediction == "v_prediction")) ** power
+    return weight_T.clamp(min=stage.weighting_min).float()
 
 
 def _timestep_range(stage: StageTable, timesteps: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ def learning_rate(stage: StageTable, step: int, total: int, component: str) -> f
 
         linear   1 - x
         cosine   (1 + cos(pi x)) / 2
-        rex      (1 - x) / (1 - x / 2)
+        rex      (1 - x) / (1 - bend x)        bend 1/2
 
     scaled so that they fall from 1 at the first step of a cycle to `lr_floor`, one step after its last.
 
@@ -30,7 +30,8 @@ def learning_rate(stage: StageTable, step: int, total: int, component: str) -> f
         return rate
     cycles = (step - warmup) / max(total - warmup, 1) * (stage.restarts + 1)
     x = min(cycles, stage.restarts + 1 - 1e-9) % 1
-    remaining = {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "rex": (1 - x) / (1 - x / 2)}[stage.schedule]
+    rex = (1 - x) / (1 - stage.rex_bend * x)
+    remaining = {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "rex": rex}[stage.schedule]
     return rate * (stage.lr_floor + (1 - stage.lr_floor) * remaining)
 
 
@@ -52,7 +53,8 @@ def ema_decay(stage: StageTable, step: int) -> float:
     The decay is 0 for the first `ema_after` steps, in which the EMA equals the weights.  After them it is `ema`, and with a
     warm-up at most 1 - (1 + n)^-ema_power in the n-th step (from 1).
 
-    Source: the EMA warm-up of timm and diffusers.  A power of 2/3 suits a million steps, and 3/4 some ten thousand.
+    Source: the EMA warm-up of timm and diffusers.  A power of 2/3 suits a million steps, and 3/4 some ten thousand.  diffusers
+    copies the weights in the first step, and is one step behind after it.
     """
     averaged_steps = step - stage.ema_after
     if averaged_steps < 0:

@@ -277,8 +277,10 @@ def test_light_keys_do_not_change_the_plan():
     """A new key that is declared as LIGHT needs a value here, other than its default, that a step would notice if it could."""
     values = {
         "name": "s", "until": 7, "state": "carry", "reinit": ["unet.mid"], "micro_batch": 0, "lr": 0.3, "betas": [0.5, 0.6],
-        "weight_decay": 0.1, "decoupled_weight_decay": True, "schedule": "cosine", "lr_floor": 0.1, "restarts": 2, "warmup": 3,
-        "huber_delta": 0.5, "weighting_gamma": 2.0, "timestep_range": [100, 900], "timestep_mean": 1.0, "timestep_std": 2.0,
+        "weight_decay": 0.1, "decoupled_weight_decay": True,
+        "schedule": "cosine", "rex_bend": 0.9, "lr_floor": 0.1, "restarts": 2, "warmup": 3,
+        "huber_delta": 0.5, "weighting_form": "onetrainer", "weighting_min": 0.1, "weighting_gamma": 2.0,
+        "timestep_range": [100, 900], "timestep_mean": 1.0, "timestep_std": 2.0,
         "unmasked_weight": 0.5, "caption_dropout": 0.1, "max_tags": 5, "tag_separator": ";", "shuffle_tags": True,
         "keep_tags": 1, "tag_dropout": 0.1, "shuffle_sentences": True, "sample_every": 5, "checkpoint_every": 5,
         "keep_checkpoints": 9, "keep_every": 4, "checkpoint_at": [3],

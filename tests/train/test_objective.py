@@ -157,10 +157,62 @@ def test_min_snr_of_v_matches_its_paper():
     torch.testing.assert_close(weights, snr.clamp(max=5) / (snr + 1), rtol=1e-5, atol=0)
 
 
+SNR = {kind: (abar := alphas_cumprod(scheduler).double()) / (1 - abar) for kind, scheduler in SCHEDULERS.items()}
+
+
+def sd_scripts(weighting: str, snr: torch.Tensor, v: bool) -> torch.Tensor:
+    """kohya's sd-scripts, `apply_snr_weight` and `apply_debiased_estimation` in library/custom_train_functions.py."""
+    if weighting == "min_snr":
+        return torch.minimum(snr, torch.full_like(snr, 5)) / (snr + 1 if v else snr)
+    snr = torch.minimum(snr, torch.full_like(snr, 1000))
+    return 1 / (snr + 1) if v else 1 / snr.sqrt()
+
+
+def onetrainer(weighting: str, snr: torch.Tensor, v: bool) -> torch.Tensor:
+    """OneTrainer's `ModelSetupDiffusionLossMixin`, with a strength of 5 for min-SNR and 1 for P2."""
+    if weighting == "min_snr":
+        return torch.minimum(snr, torch.full_like(snr, 5)) / (snr + v)
+    if weighting == "p2":
+        return (1 + snr + v) ** -1.0
+    return (snr.clip(max=1e3) + v).rsqrt()
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize(
+    "form, weighting",
+    [(sd_scripts, "min_snr"), (sd_scripts, "debiased"), (onetrainer, "min_snr"), (onetrainer, "debiased"), (onetrainer, "p2")],
+)
+def test_weightings_of_other_trainers(form, weighting, kind):
+    name, v = form.__name__.replace("_", "-"), kind != "epsilon"
+    weights = make_objective(kind, weighting=weighting, weighting_form=name).weights_T
+    expected = form(weighting, SNR[kind], v)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=0)
+    paper = make_objective(kind, weighting=weighting).weights_T
+    if weighting == "min_snr":
+        assert torch.equal(weights, paper)
+    elif v:  # towards pure noise, the paper's form falls where that of the trainer rises
+        assert (weights[500:].diff() > 0).all() and (paper[500:].diff() < 0).all() and weights[-1] > 10 * paper[-1]
+    else:  # they differ only where SNR is above 1000
+        torch.testing.assert_close(weights[SNR[kind] < 1000], paper[SNR[kind] < 1000], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTS)
+def test_smallest_weight_trains_pure_noise(weighting):
+    """SimpleTuner gives min-SNR a weight of 1 where SNR is 0. Here no weight is below `weighting_min`."""
+    weights, floored = (make_objective("zero", weighting=weighting, weighting_min=w).weights_T for w in (0.0, 0.1))
+    assert weights[-1] == 0 and floored[-1].item() == floored.min().item() == pytest.approx(0.1)
+    assert torch.equal(floored[weights > 0.1], weights[weights > 0.1]) and (floored > 0).all()
+    x, y = latents()[:1].requires_grad_(), torch.zeros(1, 4, 12, 20)
+    for minimum, learned in ((0.0, False), (0.1, True)):
+        loss = make_objective("zero", weighting=weighting, weighting_min=minimum).loss(x, y, torch.tensor([999]))
+        assert bool(torch.autograd.grad(loss, x)[0].any()) == learned
+
+
 LOSSES = {
     "mse": lambda d: d**2,
     "mae": abs,
     "huber": lambda d: d**2 / 2 if abs(d) < 0.3 else 0.3 * (abs(d) - 0.15),
+    "pseudo_huber": lambda d: 2 * 0.3 * (math.sqrt(d**2 + 0.3**2) - 0.3),  # `huber` of sd-scripts with huber_c = 0.3
 }
 
 
@@ -168,7 +220,7 @@ LOSSES = {
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_losses_match_the_formulas(loss, masked, weighted):
-    objective = make_objective(loss=loss, unmasked_weight=0.25, **({"huber_delta": 0.3} if loss == "huber" else {}))
+    objective = make_objective(loss=loss, unmasked_weight=0.25, **({"huber_delta": 0.3} if "huber" in loss else {}))
     x, y = latents(3, 5), latents(3, 5).flip(0)
     mask = torch.rand(6, 1, 3, 5, generator=torch.Generator().manual_seed(1)) if masked else torch.ones(6, 1, 3, 5)
     weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0]) if weighted else torch.ones(6)
@@ -182,6 +234,51 @@ def test_losses_match_the_formulas(loss, masked, weighted):
     result = objective.loss(x, y, POSITIONS % 1000, **args)
     assert result.shape == () and result.dtype == torch.float32 and result.item() == pytest.approx(total, rel=1e-6)
     assert objective.loss(x.bfloat16(), y, POSITIONS % 1000, **args).dtype == torch.float32
+
+
+def test_pseudo_huber_is_huber_of_sd_scripts_and_exact_for_small_errors():
+    """sd-scripts: huber = 2 c (sqrt(d^2 + c^2) - c), smooth_l1 = 2 (sqrt(d^2 + c^2) - c). PyTorch's huber is half as large."""
+    y, c = torch.zeros(1, 4, 3, 5), 0.1
+    losses = {}
+    for d in (1e-3, 1e-2, 0.5, 3.0):
+        for loss in ("huber", "pseudo_huber"):
+            objective = make_objective(loss=loss, huber_delta=c)
+            losses[loss] = objective.loss(torch.full_like(y, d), y, torch.tensor([5])).item()
+        huber, smooth_l1 = 2 * c * (math.sqrt(d**2 + c**2) - c), 2 * (math.sqrt(d**2 + c**2) - c)
+        assert losses["pseudo_huber"] == pytest.approx(huber, rel=2e-6) == pytest.approx(c * smooth_l1)
+        assert losses["huber"] == pytest.approx(losses["pseudo_huber"] / 2, rel=0.2)  # equal but for the bend and a factor of 2
+    gradient = torch.autograd.functional.jacobian(lambda x: objective.loss(x, y, torch.tensor([5])), y)
+    assert torch.equal(gradient, y)
+
+
+def test_masks_are_weighted_as_in_onetrainer_but_for_grey():
+    """OneTrainer multiplies by clamp(mask, unmasked_weight, 1), sd-scripts by the mask. Here weights are in proportion."""
+    objective, share = make_objective(unmasked_weight=0.2), torch.tensor([0.0, 0.1, 0.5, 1.0])
+    x, y = torch.ones(1, 4, 1, 1), torch.zeros(1, 4, 1, 1)
+    weights = torch.stack([objective.loss(x, y, torch.tensor([5]), mask_B1HW=m.view(1, 1, 1, 1)) for m in share])
+    onetrainers = share.clamp(0.2, 1)
+    assert torch.equal(weights[[0, 3]], onetrainers[[0, 3]])
+    torch.testing.assert_close(weights - onetrainers, torch.tensor([0.0, 0.08, 0.1, 0.0]))
+
+
+def test_pyramid_noise_is_finer_than_multires_noise():
+    """sd-scripts: noise += discount^i noise at 1 / r^i of the size, i from 0, r random in [2, 4); then noise / std.
+
+    Sizes fall faster than 1 / 2^i, so noise of a coarse size has a larger factor, and the mean of a channel spreads more.
+    """
+    plain, spreads = torch.zeros(64, 4, 32, 32), []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        multires = torch.randn(plain.shape, generator=generator)
+        for i in range(6):
+            side = max(1, int(32 / (torch.rand((), generator=generator).item() * 2 + 2) ** i))
+            coarse = torch.randn(64, 4, side, side, generator=generator)
+            multires += F.interpolate(coarse, (32, 32), mode="bilinear") * 0.4**i
+            if side == 1:
+                break
+        spreads.append((multires / multires.std()).mean((2, 3)).std().item())
+    _, _, eps = make_objective(pyramid_noise=0.4).add_noise(plain, torch.arange(64))
+    assert 1 / 32 < 0.8 * eps.mean((2, 3)).std().item() < eps.mean((2, 3)).std().item() < min(spreads)
 
 
 DISTRIBUTIONS = {  # (settings, cumulative distribution of the fraction)

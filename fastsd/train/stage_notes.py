@@ -1,0 +1,69 @@
+"""Notes on the settings of a stage that are valid and often not meant. `fastsd check` and the start of a run print them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastsd.config.stages import ENDLESS, StageTable
+from fastsd.train.objective import Objective, alphas_cumprod
+
+LARGEST_SHARE = 0.05  # of the starting weights in an EMA
+
+
+def stage_notes(stage: StageTable, name: str, steps: int, scheduler: dict[str, object], prediction: str) -> list[str]:
+    """Return a sentence for each such setting.
+
+    Args:
+        name: the stage's name for messages.
+        steps: its length in steps, `ENDLESS` if that is a time.
+        scheduler, prediction: the model's scheduler config and prediction type.
+
+    Raises:
+        UserError: as `Objective`.
+    """
+    notes = [_ema_note(stage, steps), _weighting_note(stage, scheduler, prediction)]
+    return [f"stage {name!r}: {note}" for note in notes if note]
+
+
+def starting_share(stage: StageTable, steps: int) -> float:
+    """Compute the share of the weights with which an EMA starts in its value after `steps` steps of a stage."""
+    averaged_steps = max(steps - stage.ema_after, 0)
+    if not stage.ema_power:
+        return float(stage.ema**averaged_steps)
+    n = torch.arange(1, min(averaged_steps, 1_000_000) + 1, dtype=torch.float64)
+    return math.exp((1 - (1 + n) ** -stage.ema_power).clamp(max=stage.ema).log().sum().item())
+
+
+def _ema_note(stage: StageTable, steps: int) -> str:
+    if not stage.ema or stage.state == "carry" or steps >= ENDLESS:
+        return ""
+    share, power = starting_share(stage, steps), 0.67 if steps >= 100_000 else 0.75
+    advised = stage.model_copy(update={"ema_power": power})
+    if share <= LARGEST_SHARE or starting_share(advised, steps) > LARGEST_SHARE:
+        return ""
+    return (
+        f"ema is {stage.ema:g}, so after {steps:,} steps {share:.0%} of the EMA are still the weights it started with; "
+        f"set ema_power = {power:g}, or lower ema"
+    )
+
+
+def _weighting_note(stage: StageTable, scheduler: dict[str, object], prediction: str) -> str:
+    abar_T = alphas_cumprod(scheduler)
+    objective = Objective(abar_T, 0, stage=stage, prediction=prediction)
+    if objective.weights_T is None or prediction != "v_prediction":
+        return ""
+    last = len(abar_T) - 1
+    if objective.weights_T[last] == 0 and objective.end > last:
+        return (
+            f"weighting is {stage.weighting!r}, whose weight is 0 at timestep {last}, so the pure noise from which sampling "
+            'starts is never trained; set weighting_min = 0.1, or weighting = "none"'
+        )
+    if stage.weighting_form == "paper" and stage.weighting != "min_snr":
+        other = '"sd-scripts" or "onetrainer"' if stage.weighting == "debiased" else '"onetrainer"'
+        return (
+            f"weighting {stage.weighting!r} of v-prediction has the form of its paper, whose weights fall towards pure noise, "
+            f"where those of other trainers rise; for theirs, set weighting_form to {other}"
+        )
+    return ""
