@@ -60,7 +60,8 @@ def blocks(document: str) -> list[str]:
     """Return the indented and fenced blocks of a document that is no list."""
     text = (ROOT / document).read_text()
     matches = re.findall(r"(?<=\n\n)(?: {4}.+\n|\n(?= {4}))+|^```.*\n(?:.*\n)*?```", text, re.MULTILINE)
-    return [re.sub(r"^ {4}|^```.*$", "", block, flags=re.MULTILINE).strip("\n") for block in matches]
+    plain = [re.sub(r"^ {4}|^```.*$", "", block, flags=re.MULTILINE).strip("\n") for block in matches]
+    return [block for text in plain for block in text.split("\n\n")]
 
 
 def kind(block: str) -> str:
@@ -69,6 +70,8 @@ def kind(block: str) -> str:
         return "figure"
     if first.startswith("["):
         return "toml"
+    if " --w " in block:
+        return "prompts"
     if first in ("from", "import"):
         return "python"
     assert first == "fastsd" or first in NOT_RUN or "=" in first, block
@@ -124,7 +127,7 @@ def parse(words: list[str]) -> None:
 
 def test_every_block_is_of_a_known_kind():
     kinds = [kind(block) for document in DOCUMENTS for block in blocks(document)]
-    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 8, "toml": 2, "python": 2}
+    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 10, "toml": 3, "python": 2}
     assert {block.split()[0] for block in all_blocks("figure")} == FIGURES.keys()
 
 
@@ -201,11 +204,19 @@ class World:
     def __init__(self, folder: Path):
         self.folder = folder
         write_images(folder / "photos", 12)
-        make_tiny_model(folder / "models/tiny", text_layers=4)
+        tiny = make_tiny_model(folder / "models/tiny", text_layers=4)
         path = job(folder, folder / "models/tiny", folder / "photos", "[validate]\nheld_out = 4\nbands = 2\n" + STAGES)
         (folder / "configs").mkdir()
         text = path.read_text().replace(str(folder / "run"), "runs/xlsd").replace(str(folder / "cache"), "cache/xlsd")
         (folder / "configs/xlsd.toml").write_text(text)
+        add_lora(tiny, BOTH, 0)
+        write_lora(folder / "style.safetensors", tiny, names="kohya", metadata={})
+        (prompts,) = all_blocks("prompts")
+        (folder / "prompts.txt").write_text(prompts.replace("768", "32").replace("512", "16") + "\n")
+        (folder / "config.toml").write_text(
+            'pretrained_model_name_or_path = "models/tiny"\ntrain_data_dir = "photos"\noutput_dir = "runs/kohya"\n'
+            'learning_rate = 1e-5\noptimizer_type = "Lion"\nmax_train_steps = 10\n'
+        )
         # Files of other tools are read with SD1.5's numbers of heads and norm groups.
         cfg = UNetConfig(block_out_channels=(32, 64), attention=(True, False), layers_per_block=1, cross_attention_dim=64)
         model = make_tiny_model(folder / "models/old", cfg)
@@ -226,7 +237,9 @@ class World:
             "BASE": "models/tiny",
             "FOLDER": "models/tiny/tokenizer",
         }
-        words = command_of(line.replace("[--start T]", "--start 100"))
+        for text, replacement in {"[--start T]": "--start 100", "[xl.toml]": "", "768": "32", "512": "16"}.items():
+            line = line.replace(text, replacement)
+        words = command_of(line)
         shorter = ["--steps", "40"] if words[1] == "lr-probe" else []
         return [names.get(word, f"{words[1]}-out" if word == "OUT" else word) for word in words[1:]] + shorter
 
@@ -238,6 +251,7 @@ train = ["unet"]
 until = 2
 batch = 4
 optimizer = "dlion"
+ema = 0.5
 """
 
 
@@ -251,7 +265,7 @@ def test_commands_of_the_readme_run_in_their_order(world, monkeypatch, capsys):
     monkeypatch.chdir(world.folder)
     lines = [line for block in blocks("README.md") if kind(block) == "shell" for line in block.splitlines()]
     lines = [line for line in lines if line.startswith("fastsd ") and line not in NOT_RUN]
-    assert len(lines) == 19
+    assert len(lines) == 23
     for line in lines:
         if "runs/a" in line and not Path("runs/a").exists():
             for name in ("a", "b"):
@@ -280,10 +294,12 @@ def test_toml_blocks_are_configs_that_train(world, monkeypatch):
     for number, block in enumerate(all_blocks("toml")):
         table = {"run": f"runs/toml-{number}", "model": {"base": "models/tiny"}, "data": {"folders": ["photos"]}}
         table |= {"cache": {"dir": f"cache/toml-{number}"}} | tomllib.loads(block)
-        table["stage"] = [{"train": ["unet"], "until": 1, "batch": 2} | stage for stage in table["stage"]]
+        table["stage"] = [{"train": ["unet"], "until": 1, "ema": 0.5} | stage for stage in table.get("stage", [{}])]
         parse_config(table, "block")
         table["data"] |= {key: value for key, value in SMALL.items() if key in table["data"] or key == "resolution"}
         table["data"]["folders"] = json.loads(json.dumps(table["data"]["folders"]).replace("{00000..00099}", "{00000..00000}"))
+        if "sample" in table:
+            table["sample"] = json.loads(json.dumps(table["sample"]).replace("768", "32").replace("512", "16"))
         if "validate" in table:
             table["validate"] = {key: VALIDATION[key] for key in table["validate"]} | VALIDATION
         for stage in table["stage"]:

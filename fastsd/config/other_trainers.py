@@ -244,7 +244,7 @@ KOHYA_NO_EQUAL = {
     "write one [[stage]] for each phase": "stop_text_encoder_training",
     "LoRA is trained without it": "scale_weight_norms network_dropout dim_from_weights network_args.dropout "
     "network_args.rank_dropout network_args.module_dropout network_args.block_dims network_args.block_alphas",
-    "merge them first with `fastsd convert MODEL OUT --merge`": "base_weights base_weights_multiplier",
+    "merge them first with `fastsd convert MODEL OUT --merge FILE`": "base_weights base_weights_multiplier",
     "the schedules are constant, linear, cosine and rex": "lr_decay_steps lr_scheduler_power lr_scheduler_timescale "
     "lr_scheduler_type lr_scheduler_args optimizer_schedulefree_wrapper schedulefree_wrapper_args",
     "masks are files beside the images; see data.masks": "alpha_mask conditioning_data_dir",

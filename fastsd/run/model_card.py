@@ -84,9 +84,9 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     samples = None
     if grid := _last_grid(run, step):
         prompts = list(dict.fromkeys(prompt for prompt, _ in grid.cells if prompt))
-        table, resolution = config.sample, config.data.resolution
-        settings = table.model_dump(include={"sampler", "steps", "guidance", "guidance_rescale", "negative"})
-        settings |= {"width": table.width or table.size or resolution, "height": table.height or table.size or resolution}
+        sample, size = config.sample, config.sample.size or config.data.resolution
+        settings = sample.model_dump(include={"sampler", "steps", "guidance", "guidance_rescale", "negative"})
+        settings |= {"width": sample.width or size, "height": sample.height or size}
         samples = Samples(step=grid.step, prompts=prompts, **settings, weights=grid.weights)
 
     return ModelSummary(
