@@ -89,6 +89,16 @@ def test_program_draws_our_image(clip_skip, chunks, sampler, base, tmp_path, mon
     assert difference(image, ours(folder, table, clip_skip=clip_skip, chunks=3 - chunks)) > 4
 
 
+@pytest.mark.parametrize("chunks", [3, "auto"])
+@pytest.mark.parametrize("cut", ["tokens", "commas", "words"])
+def test_program_cuts_prompts_as_training_does(cut, chunks, base, tmp_path, monkeypatch):
+    folder, table = spoil(base, tmp_path / "model", lambda _: None), TABLES["dpm++"]
+    write_card(tmp_path / "model", summary_of(table, clip_skip=1, chunks=chunks, cut=cut))
+    (program,) = programs(tmp_path / "model")
+    image = drawn(program, monkeypatch, FOLDER=folder)
+    assert difference(image, ours(folder, table, clip_skip=1, chunks=chunks, cut=cut)) <= 1
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("scheduler", [{}, ZERO_SNR], ids=["epsilon", "zero-snr"])
 def test_program_names_sampler_negative_prompt_and_size(scheduler, sampler, base, tmp_path, monkeypatch):
