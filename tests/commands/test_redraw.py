@@ -241,7 +241,7 @@ def test_a_folder_keeps_its_settings(redrawn, tmp_path):
     changes = {
         "--start 5": "start None (now 5)", "seed=7": "seed 0 (now 7)", "model.clip_skip=1": "clip_skip 0 (now 1)",
         "sample.guidance=2.0": "guidance 7.0 (now 2.0)", "--precision bf16": "precision 'fp32' (now 'bf16')",
-        'data.exclude=["03"]': "exclude [] (now ['03'])",
+        'data.exclude=["03"]': "exclude [] (now ['03'])", "sample.guidance_rescale=0.5": "guidance_rescale None (now 0.5)",
     }  # fmt: skip
     for words, differences in changes.items():
         assert says(redrawn("out", *words.split(), code=2)[1], "redraw-settings-differ", differences=differences)

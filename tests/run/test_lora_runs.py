@@ -8,9 +8,11 @@ from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commandline import fastsd
+from PIL import Image
 from runs import final, rewind, run, same
 from safetensors.torch import load_file
 from sentences import refused, says
@@ -165,8 +167,9 @@ def test_other_commands_accept_a_run_with_adapters(uninterrupted, tmp_path, monk
 
     for i, model in enumerate((uninterrupted, uninterrupted / "model", uninterrupted / "checkpoints/step-00000006")):
         output("sample", model, "--prompt", "a red circle", "--steps", 2, "--out", tmp_path / str(i), "--size", 32)
-    grids = [(tmp_path / str(i) / "000-0.png").read_bytes() for i in range(3)]
-    assert grids[0] == grids[1] == grids[2]
+    run_image, merged, checkpoint = (np.asarray(Image.open(tmp_path / str(i) / "000-0.png")).astype(int) for i in range(3))
+    assert np.array_equal(run_image, checkpoint)
+    assert np.abs(run_image - merged).max() <= 1  # a run's adapters are not merged, so sums are rounded differently
     output("sample", uninterrupted, "--prompt", "x", "--steps", 2, "--out", tmp_path / "skip", "--size", 32, "--clip-skip", 1)
     keys = ["validate.stabilised=8", LORA_OVERRIDE.format(rank=4, text="true")]
     path = uninterrupted.parent / "job.toml"
