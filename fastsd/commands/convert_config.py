@@ -49,7 +49,7 @@ class Result:
         Args:
             by_default: the file does not have the key, so it has the other trainer's default.
         """
-        origin = f"{name} = {_short(value)}" + (", its default there" if by_default else "")
+        origin = f"{' '.join(name.split())} = {_short(value)}" + (", its default there" if by_default else "")
         key = name.removeprefix("concepts.")
         rule = next((rules[pattern] for pattern in _patterns(key) if pattern in rules), None)
         if rule is None:

@@ -6,6 +6,8 @@ import tomllib
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sentences import pattern, refused, says
 
 from fastsd.config.conversion import Conversion, clip_skip_note, convert_key, toml_value
@@ -175,6 +177,12 @@ def test_keys_of_the_rules_exist():
 def test_the_count_of_clip_skip(clip_skip, place):
     note = clip_skip_note(clip_skip)
     assert pattern("clip-skip-counts", clip_skip=clip_skip, place=place, others=clip_skip + 1).fullmatch(note)
+
+
+@given(st.recursive(st.text() | st.integers() | st.booleans() | st.floats(allow_nan=False), st.lists, max_leaves=5))
+def test_values_survive_toml(value):
+    text = toml_value(value)
+    assert "\n" not in text and "\r" not in text and tomllib.loads(f"v = {text}")["v"] == value
 
 
 # --- the formulas of the other trainers, in a few lines each, against what the conversion gives ---
