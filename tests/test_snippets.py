@@ -223,6 +223,7 @@ class World:
         model.vae.module = tiny_vae(groups=32, width=32)
         single_file(folder / "old.safetensors", model)
         torch.save({"state_dict": load_file(folder / "old.safetensors")}, folder / "old.ckpt")
+        (folder / "config.toml").write_text('pretrained_model_name_or_path = "models/tiny"\n')  # of sd-scripts
         tiny_vae(factor=0.13025, seed=1).save_pretrained(folder / "sdxl-vae")
         add_lora(model, BOTH, 0)
         move(model)
@@ -273,7 +274,15 @@ def test_commands_of_the_readme_run_in_their_order(world, monkeypatch, capsys):
         print(line)
         code, out, err = fastsd(*world.words(line), monkeypatch=monkeypatch, capsys=capsys)
         assert code == 0, (line, out, err)
-    for path in ("report.html", "xlsd.safetensors", "sd15/unet", "style/unet", "lora-peft.safetensors", "xl-start/vae"):
+    for path in (
+        "report.html",
+        "xlsd.safetensors",
+        "sd15/unet",
+        "style/unet",
+        "lora-peft.safetensors",
+        "xl-start/vae",
+        "xl.toml",
+    ):
         assert Path(path).exists(), path
 
 

@@ -92,8 +92,9 @@ def _schedule(value: Any, settings: Settings) -> Conversion:
     if value == "COSINE_WITH_HARD_RESTARTS" and float(cycles).is_integer():
         values: dict[str, Any] = {"stage.schedule": "cosine"} | ({"stage.restarts": int(cycles) - 1} if cycles > 1 else {})
         return Conversion("converted", values, "cycles minus one" if cycles > 1 else "")
-    nearest = {"rex": ("rex", "the paper's; OneTrainer's stays high for longer")}
-    return choices("stage.schedule", {name: name for name in ("constant", "linear", "cosine")}, nearest)(value, settings)
+    if value == "REX":
+        return Conversion("converted", {"stage.schedule": "rex", "stage.rex_bend": 0.9})
+    return choices("stage.schedule", {name: name for name in ("constant", "linear", "cosine")})(value, settings)
 
 
 def _loss(_: Any, settings: Settings) -> Conversion:
@@ -110,15 +111,14 @@ def _loss(_: Any, settings: Settings) -> Conversion:
 
 def _weighting(value: Any, settings: Settings) -> Conversion:
     strength = settings.get("loss_weight_strength", 5.0)
-    if str(value) in ("MIN_SNR_GAMMA", "P2"):
-        values: dict[str, Any] = {
-            "stage.weighting": "min_snr" if value == "MIN_SNR_GAMMA" else "p2",
-            "stage.weighting_gamma": strength,
-        }
-        why = "for v_prediction, the weights differ" if value == "P2" else ""
-        return Conversion("nearest" if value == "P2" and settings.get("force_v_prediction") else "converted", values, why)
-    nearest = {"debiased_estimation": ("debiased", "without the limit of 1000 for SNR; for v_prediction, the weights differ")}
-    return choices("stage.weighting", {"constant": "none"}, nearest)(value, settings)
+    if value == "MIN_SNR_GAMMA":
+        return Conversion("converted", {"stage.weighting": "min_snr", "stage.weighting_gamma": strength})
+    if value in ("P2", "DEBIASED_ESTIMATION"):
+        values = (
+            {"stage.weighting": "p2", "stage.weighting_gamma": strength} if value == "P2" else {"stage.weighting": "debiased"}
+        )
+        return Conversion("converted", values | {"stage.weighting_form": "onetrainer"})
+    return choices("stage.weighting", {"constant": "none"})(value, settings)
 
 
 def _strength(value: Any, settings: Settings) -> Conversion:

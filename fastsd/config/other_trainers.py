@@ -166,16 +166,17 @@ def _arguments(key: str) -> Rule:
 
 
 def _huber(_: Any, settings: Settings) -> Conversion:
-    """sd-scripts: 2 c (sqrt(x^2 + c^2) - c), which is x^2 near 0 and 2 c |x| far away: twice our huber with delta c."""
-    if settings.get("loss_type", "huber") not in ("huber", "smooth_l1"):
+    """sd-scripts: 2 c (sqrt(x^2 + c^2) - c), our pseudo_huber; that over c is its smooth_l1. c may depend on the timestep."""
+    loss, schedule = settings.get("loss_type", "huber"), settings.get("huber_schedule")
+    if loss not in ("huber", "smooth_l1"):
         return Conversion("not needed", {}, "only loss_type huber and smooth_l1 use it")
-    schedule = settings.get("huber_schedule")
     if schedule not in (None, "constant"):
         return Conversion("no equal", {}, f'with huber_schedule "{schedule}" the threshold depends on the timestep')
     delta = settings.get("huber_c", 0.1) * settings.get("huber_scale", 1.0)
-    why = "half of sd-scripts' loss at both ends, with a corner"
-    why += ', for huber_schedule "constant"; others have no equal' if schedule is None else ""
-    return Conversion("nearest", {"stage.loss": "huber", "stage.huber_delta": delta}, why)
+    reasons = ["without the factor 1 / huber_c of the loss"] if loss == "smooth_l1" else []
+    reasons += ['equal for huber_schedule "constant"; the others have no equal'] if schedule is None else []
+    values = {"stage.loss": "pseudo_huber", "stage.huber_delta": delta}
+    return Conversion("nearest" if reasons else "converted", values, "; ".join(reasons))
 
 
 def _loss(value: Any, settings: Settings) -> Conversion:
@@ -302,8 +303,8 @@ KOHYA: Rules = {
     "multires_noise_iterations": _multires, "ip_noise_gamma": same("stage.input_perturbation"),
     "min_snr_gamma": lambda gamma, _: Conversion(
         "converted", {"stage.weighting": "min_snr", "stage.weighting_gamma": gamma}) if gamma else OFF,
-    "debiased_estimation_loss": switch(
-        "stage.weighting", "debiased", "without the limit of 1000 for SNR; for v_prediction, the weights differ", "nearest"),
+    "debiased_estimation_loss": lambda on, _: Conversion(
+        "converted", {"stage.weighting": "debiased", "stage.weighting_form": "sd-scripts"}) if on else OFF,
     "min_timestep": _timesteps, "max_timestep": _timesteps, "shuffle_caption": same("stage.shuffle_tags"),
     "keep_tokens": same("stage.keep_tags"), "caption_separator": same("stage.tag_separator"),
     "caption_dropout_rate": same("stage.caption_dropout"), "caption_tag_dropout_rate": same("stage.tag_dropout"),

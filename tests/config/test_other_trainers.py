@@ -15,7 +15,7 @@ from fastsd.config.onetrainer_keys import CONCEPT, EVERYDREAM, ONETRAINER
 from fastsd.config.other_trainers import COMMON, KOHYA
 from fastsd.config.schema import _TABLES, Config, load_config
 from fastsd.errors import UserError
-from fastsd.train.objective import Objective
+from fastsd.train.objective import Objective, timestep_weights
 from fastsd.train.schedule import learning_rate
 
 CONFIG = """
@@ -38,8 +38,8 @@ HINTS = [
     ("train_batch_size = 6", "", {"batch": 6}),
     ("clip_skip = 2", "", {"model.clip_skip": 1}),
     ("max_token_length = 225", "", {"model.chunks": 3}),
-    ("huber_c = 0.2", "", {"loss": "huber", "huber_delta": 0.2}),
-    ('loss_type = "smooth_l1"', "", {"loss": "huber", "huber_delta": 0.1}),
+    ("huber_c = 0.2", "", {"loss": "pseudo_huber", "huber_delta": 0.2}),
+    ('loss_type = "smooth_l1"', "", {"loss": "pseudo_huber", "huber_delta": 0.1}),
     ('loss_type = "l2"', "", {"loss": "mse"}),
     ("multires_noise_discount = 0.4", "", {"pyramid_noise": 0.2828}),
     ("multires_noise_iterations = 6", "", {"pyramid_noise": 0.2121}),
@@ -77,6 +77,13 @@ HINTS = [
     ),
     ('loss_weight_fn = "MIN_SNR_GAMMA"', "loss_weight_strength = 4.0", {"weighting": "min_snr", "weighting_gamma": 4.0}),
     ("learning_rate_warmup_steps = 200", "gradient_accumulation_steps = 4", {"warmup": 50}),
+    ("debiased_estimation_loss = true", "", {"weighting": "debiased", "weighting_form": "sd-scripts"}),
+    (
+        'loss_weight_fn = "P2"',
+        "loss_weight_strength = 1.0",
+        {"weighting": "p2", "weighting_gamma": 1.0, "weighting_form": "onetrainer"},
+    ),
+    ('learning_rate_scheduler = "REX"', "", {"schedule": "rex", "rex_bend": 0.9}),
     ("loss_weight_strength = 4.0", 'weighting = "min_snr"', {"weighting_gamma": 4.0}),
     ("learning_rate_cycles = 2.0", "", {"schedule": "cosine", "restarts": 1}),
     ("noising_bias = -0.3", "", {"timesteps": "logit_normal", "timestep_mean": -0.3, "timestep_std": 1.0}),
@@ -262,32 +269,48 @@ def test_perturbation_is_not_onetrainers(tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", ["huber", "smooth_l1"])
-def test_huber_has_the_curvature_and_the_slope_of_sd_scripts(loss_type):
-    """2 c (sqrt(x^2 + c^2) - c), and that over c for smooth_l1: twice our huber near 0 and far away, and 1 / c times that."""
+def test_huber_of_sd_scripts(loss_type, tmp_path):
+    """2 c (sqrt(x^2 + c^2) - c) with a constant threshold c; smooth_l1 is that over c, a factor that the conversion names."""
     c = 0.25
     settings = {"loss_type": loss_type, "huber_c": c, "huber_schedule": "constant"}
-    values = convert_key(KOHYA["loss_type"], loss_type, settings).values
-    assert values == {"stage.loss": "huber", "stage.huber_delta": c}
-    x = torch.tensor([1e-4, 1e4], dtype=torch.float64)
-    others = 2 * c * (torch.sqrt(x**2 + c**2) - c) / (c if loss_type == "smooth_l1" else 1)
-    ours = torch.nn.functional.huber_loss(x, torch.zeros(2, dtype=torch.float64), reduction="none", delta=c)
-    assert (others / ours).tolist() == pytest.approx([2 / (c if loss_type == "smooth_l1" else 1)] * 2, rel=1e-3)
+    conversion = convert_key(KOHYA["loss_type"], loss_type, settings)
+    assert ("1 / huber_c" in conversion.why) == (loss_type == "smooth_l1")
+    (tmp_path / "job.toml").write_text(CONFIG)
+    overrides = [f"{key}={toml_value(value)}" for key, value in conversion.values.items()]
+    stage = load_config(tmp_path / "job.toml", overrides).stage[0]
+    x = torch.randn(3, 4, 8, 8)
+    loss = Objective(torch.linspace(0.99, 0.01, 1000), 0, stage=stage).loss(x, torch.zeros_like(x), torch.arange(3))
+    assert loss.item() == pytest.approx((2 * c * (torch.sqrt(x**2 + c**2) - c)).mean().item(), rel=1e-5)
 
 
-def test_min_snr_of_onetrainer(tmp_path):
-    """min(SNR, gamma) / SNR for epsilon, over SNR + 1 for v."""
-    from fastsd.train.objective import timestep_weights
+# sd-scripts and OneTrainer: weights of epsilon and of v, from snr and snr limited to 1000
+WEIGHTS = {
+    "MIN_SNR_GAMMA": (lambda snr, _: snr.clamp(max=3.0) / snr, lambda snr, _: snr.clamp(max=3.0) / (snr + 1)),
+    "P2": (lambda snr, _: (1 + snr) ** -3.0, lambda snr, _: (2 + snr) ** -3.0),
+    "DEBIASED_ESTIMATION": (lambda _, limited: limited**-0.5, lambda _, limited: (limited + 1) ** -0.5),
+    "debiased_estimation_loss": (lambda _, limited: limited**-0.5, lambda _, limited: 1 / (limited + 1)),
+}
 
-    stage = stage_of(
-        tmp_path,
-        'loss_weight_fn = "MIN_SNR_GAMMA"\nloss_weight_strength = 3.0',
-        {**ONETRAINER, "loss_weight_strength": lambda value, _: Conversion("not needed", {})},
-    ).stage[0]
-    abar = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_timesteps(name, tmp_path):
+    lines = f'loss_weight_fn = "{name}"\nloss_weight_strength = 3.0'
+    is_kohya = name == "debiased_estimation_loss"
+    stage = stage_of(tmp_path, f"{name} = true" if is_kohya else lines, KOHYA if is_kohya else ONETRAINER).stage[0]
+    abar = torch.linspace(0.99995, 0.005, 1000, dtype=torch.float64)
     snr = abar / (1 - abar)
-    for prediction, divisor in (("epsilon", snr), ("v_prediction", snr + 1)):
-        weights = timestep_weights(stage, abar.float(), prediction)
-        torch.testing.assert_close(weights, (snr.clamp(max=3.0) / divisor).float(), rtol=1e-4, atol=1e-6)
+    for prediction, formula in zip(("epsilon", "v_prediction"), WEIGHTS[name], strict=True):
+        weights = timestep_weights(stage, abar, prediction)
+        torch.testing.assert_close(weights, formula(snr, snr.clamp(max=1000)).float(), rtol=1e-5, atol=1e-9)
+
+
+def test_rex_of_onetrainer(tmp_path):
+    """(1 - x) / ((1 - d) + d (1 - x)) with d = 0.9, after a warm-up of `warmup / accumulation` steps."""
+    lines = 'learning_rate_scheduler = "REX"\nlearning_rate_warmup_steps = 20.0\ngradient_accumulation_steps = 2'
+    stage = stage_of(tmp_path, lines, {**ONETRAINER}).stage[0]
+    for step in range(10, 100, 9):
+        x = (step - 10) / 90
+        assert learning_rate(stage, step, 100, "unet") == pytest.approx(1e-5 * (1 - x) / (0.1 + 0.9 * (1 - x)), rel=1e-6)
 
 
 def test_logit_normal_timesteps_of_onetrainer(tmp_path):

@@ -407,7 +407,7 @@ def test_zero_snr_with_epsilon_is_refused(tmp_path, tiny_model, base, table):
 BAD_SETTINGS = [  # table, lines, facts in the message
     ("model", 'prediction = "epsilon"\nzero_snr = true', ["zero_snr", "true", '"epsilon"']),
     ("model", 'prediction = "sample"', ["model.prediction", "'sample'"]),
-    ("model", "zero_terminal_snr = true", ["zero_terminal_snr", "model.zero_snr"]),
+    ("model", "zero_terminal_snr = true", ["model.zero_terminal_snr", "use zero_snr = true"]),
     ("stage", "timestep_range = [500, 500]", ["timestep_range", "[500, 500]"]),
     ("stage", "timestep_range = [-1, 500]", ["timestep_range", "[-1, 500]"]),
     ("stage", "timestep_range = [500]", ["stage.0.timestep_range", "[500]", "2"]),
