@@ -171,11 +171,8 @@ def compare_images(path: Path, latents: LatentCache, config: Config, *, resumed:
         UserError: the data are in other folders than at the last start, and their images or captions differ.
     """
     after = {"samples": len(latents), "view": latents.sha256, "weights": latents.weight_hash, "masks": mask_hash(latents)}
+    after |= latents.content_hashes()
     recorded = read_table(path) if resumed else None
-    if recorded and recorded.get("view") == latents.sha256 and "captions" in recorded:
-        after |= {key: recorded[key] for key in ("captions", "latents")}
-    else:
-        after |= latents.content_hashes()
     before = after | (recorded or {})
     # An older version has recorded only the hash of the view.
     contents = (

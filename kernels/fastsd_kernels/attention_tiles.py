@@ -128,11 +128,13 @@ def choose_tile(
     queries and 77 keys, D = 40, batch 8, bf16 on an RTX 4090: 81 us with 2 warps, 273 us with 8.
     """
     size, kind = _row(head_dim, dtype, precision)
-    tile = _TILES.get((kernel, size, kind, architecture(device))) or _TILES[kernel, size, kind, 0]
+    general = _TILES[kernel, size, kind, 0]
+    tile = _TILES.get((kernel, size, kind, architecture(device)), general)
     width, rows, warps = tile.keys, tile.rows, tile.warps
     while width > 16 and triton.cdiv(keys, width) * width > 1.25 * keys:
         width //= 2
-    if width < tile.keys and kernel in ("dk", "dv", "dkdv") and kind != "ieee":
+    # tf32x3, and the tiles that wgmma was given, lack the registers for it.
+    if width < tile.keys and kernel in ("dk", "dv", "dkdv") and kind in ("bf16", "tf32") and tile == general:
         rows, warps = min(rows, width), min(warps, width // 16)
     return tile._replace(rows=rows, keys=width, warps=warps)
 

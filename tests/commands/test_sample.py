@@ -113,7 +113,7 @@ def test_prompts_and_chunks_replace_those_of_a_run(trained, tmp_path, sample):
     text = ", ".join(["red"] * 40 + ["blue"])
     for chunks in (None, 1):
         out = sample(trained, "--prompt", text, "--images", 1, "--out", tmp_path, *(["--chunks", chunks] if chunks else []))
-        assert says(out, "prompt-cut", capacity=75, chunks=2) == (chunks == 1)
+        assert says(out, "prompt-cut", capacity=75, advice=", or set chunks to 2") == (chunks == 1)
     stored = read_grid(tmp_path / "grid.png", "", 0)
     assert list(stored.cells) == [(text, 5)]
     assert not np.array_equal(pixels(tmp_path / "grid.png"), pixels(tmp_path / "grid-2.png"))

@@ -133,7 +133,7 @@ def test_each_problem_of_the_models_is_reported_once(path, tmp_path, monkeypatch
     with refused("sweep-jobs") as error:
         run_sweep(path, "model.clip_skip=0,2", "sample.size=33,35", "seed=1,2")
     problems = str(error.value).splitlines()
-    assert [says(problem, "sample-size", size=size) for problem, size in zip(problems, (33, 35), strict=False)] == [True, True]
+    assert [says(problem, "sample-size", width=size) for problem, size in zip(problems, (33, 35), strict=False)] == [True, True]
     assert len(problems) == 3 and says(problems[2], "clip-skip", clip_skip=2)
 
 
