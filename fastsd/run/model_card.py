@@ -79,7 +79,8 @@ def summarize(run: Path, checkpoint: Path, weights: str = "raw") -> ModelSummary
     model, step = trained.model, state.get("step", 0)
     stages = _stages(run, trained, state)
     saved_at = datetime.fromtimestamp(int((checkpoint / STATE).stat().st_mtime), UTC)
-    lora = model.lora and Adapters.model_validate(model.lora.model_dump() | {"alpha": model.lora.alpha or model.lora.rank})
+    adapters = {"names": config.export.lora, "alpha": model.lora.alpha or model.lora.rank} if model.lora else {}
+    lora = model.lora and Adapters.model_validate(model.lora.model_dump() | adapters)
 
     samples = None
     if grid := _last_grid(run, step):
@@ -328,10 +329,15 @@ class _Card:
         base = self.summary.base if is_hub_id(self.summary.base) else "BASE"
         load = card_code.load_lora(name, base, self.dtype, other_vae=self.summary.vae not in ("", self.summary.base))
         replaced = "the base model" if base == "BASE" else code(base)
+        file, convert = "it", ""
+        if lora.names == "peft":
+            file = "the result of this command"
+            command = code(f"fastsd convert {name} lora-kohya.safetensors --to lora-kohya")
+            convert = f": {command}. ComfyUI ignores the UNet's attention layers in a file with diffusers' names"
         return _python(
             f"## LoRA\n\nTrained as a LoRA ({settings}) and merged into these weights. The LoRA alone is in `{name}`. "
-            f"To apply it to {replaced}, copy it to `models/loras` in ComfyUI or `models/Lora` in A1111. In diffusers, replace "
-            "the line `pipe = ...` of the program below by this:",
+            f"To apply it to {replaced}, copy {file} to `models/loras` in ComfyUI or `models/Lora` in A1111{convert}. In "
+            "diffusers, replace the line `pipe = ...` of the program below by this:",
             load,
         )
 

@@ -18,7 +18,9 @@ from sentences import refused, says
 from tiny import job, tiny_vae
 
 from fastsd import __version__
+from fastsd.commands.convert import convert
 from fastsd.config.schema import load_config
+from fastsd.console import Console
 from fastsd.model.formats.model_source import open_source
 from fastsd.model.formats.model_summary import ModelSummary, metadata_of, read_summary, summary_in
 from fastsd.model.formats.write import write_single_file
@@ -184,6 +186,12 @@ def test_lora_is_exported_alone_and_merged(tmp_path, tiny_model, images):
     assert exported_files(folder, names) == before
     run(folder.parent / "job.toml", *keys, "export.lora=peft")
     assert all(".lora_" in name for name in load_file(folder / "lora.safetensors"))
+    assert says(card, "card-lora-file", file="it") and not says(card, "card-lora-peft")
+    card = (folder / "model-ema" / "README.md").read_text()
+    assert says(card, "card-lora-file", file="the result of this command") and says(card, "card-lora-peft", name="lora-ema")
+    command = card.partition("A1111: `fastsd convert ")[2].partition("`")[0].split()
+    convert(str(folder / command[0]), tmp_path / command[1], command[3], console=Console(quiet=True))
+    assert all(name.startswith("lora_") for name in load_file(tmp_path / command[1]))
 
 
 @pytest.fixture

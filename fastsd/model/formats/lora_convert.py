@@ -15,7 +15,6 @@ from fastsd.errors import UserError
 from fastsd.model.formats.lora_files import (
     LoraFile,
     fold_alpha,
-    kernel_side,
     most_common,
     read_lora,
     weights_file,
@@ -80,10 +79,11 @@ def _peft_warnings(lora: LoraFile) -> list[str]:
 
 def _kohya_warnings(lora: LoraFile) -> list[str]:
     warnings = []
-    if any(kernel_side(module) == 3 for module in lora.alphas):
+    if lora.alphas.keys() & {"unet.conv_in", "unet.conv_out"}:
+        # It takes the underscore of these names for a dot. All other convolutions are read exactly (`bench/clients.py`).
         warnings.append(
-            "warning: diffusers 0.24 reads 3x3 convolutions with kohya's names wrongly; use a newer version, or merge the LoRA "
-            "into a model with --merge"
+            "warning: diffusers 0.24 cannot load conv_in and conv_out with kohya's names; use a newer version, or merge the "
+            "LoRA into a model with --merge"
         )
     # diffusers' `get_peft_kwargs` stores the less common alphas under names that no attention layer has.
     for component in COMPONENTS:

@@ -77,7 +77,7 @@ class Samples(_SummaryTable):
 
 
 class Adapters(_SummaryTable):
-    """The settings of `[model.lora]`, with alpha filled in."""
+    """The settings of `[model.lora]`, with alpha filled in, and the names in the LoRA's file, "kohya" or "peft"."""
 
     rank: int
     alpha: float
@@ -85,6 +85,7 @@ class Adapters(_SummaryTable):
     conv: int = 0
     conv_alpha: float | None = None
     text_encoder: bool = False
+    names: str = "kohya"
 
 
 class ModelSummary(_SummaryTable):
