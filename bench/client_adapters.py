@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+NOT_READ = 3  # exit status for a product that the program does not claim to read
 Job = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 ALPHAS_OF_SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -75,6 +76,8 @@ def diffusers(job: Job) -> Arrays:
 
     inputs, options = tensors_of(job), {"local_files_only": True, "torch_dtype": torch.float32, "safety_checker": None}
     if job["kind"] == "file":
+        if tuple(map(int, __version__.split(".")[:2])) < (0, 28):
+            raise NotImplementedError("before 0.28, it needs the yaml of the original code for a single file")
         pipe = StableDiffusionPipeline.from_single_file(job["file"], config=job["config"], **options)
     else:
         pipe = StableDiffusionPipeline.from_pretrained(job["folder"], **options)
@@ -96,7 +99,7 @@ def diffusers(job: Job) -> Arrays:
 def comfyui(job: Job) -> Arrays:
     """ComfyUI, from a checkout. Zero-SNR v-prediction is set by its node, as the model card tells users."""
     sys.path.insert(0, job["checkout"])
-    sys.argv = ["main.py", "--cpu", "--force-fp32"]
+    sys.argv = ["comfyui", "--cpu", "--force-fp32", "--fp32-text-enc", "--fp32-vae"]
     import comfy.options  # type: ignore[import-not-found]
 
     comfy.options.enable_args_parsing()
@@ -129,7 +132,7 @@ def comfyui(job: Job) -> Arrays:
 
 
 def sd_scripts(job: Job) -> Arrays:
-    """kohya-ss' sd-scripts, from a checkout. As in its `gen_img.py`, the user states the prediction type."""
+    """kohya-ss' sd-scripts, from a checkout. As with its image generator, the user states the prediction type."""
     sys.path.insert(0, job["checkout"])
     import torch
     from diffusers import DDIMScheduler
@@ -182,7 +185,11 @@ def main() -> None:
 
     logging.disable(logging.WARNING)
     name, job, result = sys.argv[1:]
-    values = ADAPTERS[name](json.loads(Path(job).read_text()))
+    try:
+        values = ADAPTERS[name](json.loads(Path(job).read_text()))
+    except NotImplementedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(NOT_READ)
     version = str(values.pop("version"))
     arrays = {key: np.ascontiguousarray(np.asarray(value, dtype=np.float32)) for key, value in values.items()}
     save_file(arrays, result, {"version": version})

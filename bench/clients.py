@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from client_adapters import NOT_READ
 from full_size import make_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -125,7 +126,7 @@ CLIENTS = {
 
 def is_warned(client: Client, product: Product) -> bool:
     """Return True if `fastsd convert` warns that this program reads the product wrongly."""
-    return client.name == "ComfyUI" and product.lora.endswith("-peft")
+    return client.name in ("ComfyUI", "stable-diffusion.cpp") and product.lora.endswith("-peft")
 
 
 def shapes_of(size: str) -> Shapes:
@@ -222,6 +223,10 @@ class AdapterFailed(Exception):
     """A program could not load a product. The message is the last line that it printed."""
 
 
+class NotRead(Exception):
+    """A program does not claim to read a product. The message is its reason."""
+
+
 def run_adapter(client: Client, job: dict[str, Any]) -> tuple[str, Values]:
     """Run an adapter in the program's environment. Return the program's version and the tensors."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -234,25 +239,27 @@ def run_adapter(client: Client, job: dict[str, Any]) -> tuple[str, Values]:
         process = subprocess.run(command, capture_output=True, text=True, env=environment)
         if process.returncode:
             lines = (process.stderr or process.stdout).strip().splitlines() or ["no message"]
+            if process.returncode == NOT_READ:
+                raise NotRead(lines[-1])
             raise AdapterFailed(f"exit status {process.returncode}: {lines[-1][:200]}")
         return TensorFile(result).metadata["version"], {name: t.clone() for name, t in load_file(result).items()}
 
 
-def differences(ours: Values, theirs: Values, our_plain: Values | None, their_plain: Values | None) -> dict[str, float]:
+def differences(ours: Values, result_values: Values, our_plain: Values | None, client_plain: Values | None) -> dict[str, float]:
     """Return the largest difference of each quantity that the program gives out.
 
     Args:
-        our_plain, their_plain: the same without the LoRA, to measure its strength; None if the product has none.
+        our_plain, client_plain: the same without the LoRA, to measure its strength; None if the product has none.
     """
     result = {}
-    for name, values in theirs.items():
+    for name, values in result_values.items():
         scale = 1.0 if name == "image" else ours[name].std().item()
         result[name] = (values - ours[name]).abs().max().item() / scale
-    if our_plain is not None and their_plain is not None:
+    if our_plain is not None and client_plain is not None:
         effects = []
-        for name in [name for name in ("conditioning", "eps") if name in theirs] or ["image"]:
+        for name in [name for name in ("conditioning", "eps") if name in result_values] or ["image"]:
             expected = (ours[name] - our_plain[name]).double()
-            effects.append(((theirs[name] - their_plain[name]).double() * expected).sum() / expected.square().sum() - 1)
+            effects.append(((result_values[name] - client_plain[name]).double() * expected).sum() / expected.square().sum() - 1)
         result["LoRA strength"] = max((effect.item() for effect in effects), key=abs)
     return result
 
@@ -279,14 +286,14 @@ def compare(
             add(product, "", None, f"not run: {omitted}")
             continue
         try:
-            version, theirs = run(client, job_of(product, folder, client))
-        except AdapterFailed as error:
-            add(product, "", None, f"FAILED: {error}")
+            version, result_values = run(client, job_of(product, folder, client))
+        except (AdapterFailed, NotRead) as error:
+            add(product, "", None, f"{'FAILED' if isinstance(error, AdapterFailed) else 'not run'}: {error}")
             continue
         if (product.kind or client.kind) == client.kind and not product.lora and product.model == "plain":
-            plain = theirs
+            plain = result_values
         our_plain = ours[products[0].name] if product.lora else None
-        for quantity, difference in differences(ours[product.name], theirs, our_plain, plain).items():
+        for quantity, difference in differences(ours[product.name], result_values, our_plain, plain).items():
             is_over = not abs(difference) <= client.limits[quantity]
             warned = is_warned(client, product)
             add(product, quantity, difference, ("over, as convert warns" if warned else "OVER") if is_over else "ok")
@@ -313,12 +320,12 @@ def selected(arguments: argparse.Namespace) -> list[Client]:
     """Return the programs that the command line gives."""
     clients = []
     for key, client in CLIENTS.items():
-        given = getattr(arguments, key)
+        words = getattr(arguments, key)
         if client.adapter in ("diffusers", "sd_cpp"):
-            clients += [Client(**{**vars(client), "python": python}) for python in given]
-        elif given:
-            python = given[1] if len(given) > 1 else sys.executable
-            clients.append(Client(**{**vars(client), "python": python, "checkout": str(Path(given[0]).resolve())}))
+            clients += [Client(**{**vars(client), "python": python}) for python in words]
+        elif words:
+            python = words[1] if len(words) > 1 else sys.executable
+            clients.append(Client(**{**vars(client), "python": python, "checkout": str(Path(words[0]).resolve())}))
     return clients
 
 

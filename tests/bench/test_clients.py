@@ -90,13 +90,15 @@ def test_a_program_that_reads_them_wrongly_is_over(fault, products, tmp_path):
     assert {key for key, verdict in rows.items() if verdict == "OVER"} == {(name, quantity) for quantity in quantities}
 
 
-def test_a_program_that_fails_is_named(products):
-    def run(client, job):
-        if job["lora"]:
-            raise clients.AdapterFailed("exit status 1: KeyError")
-        return in_process(client, job)
-
-    assert verdicts(products, run, ["folder", "LoRA"])["LoRA", ""] == "FAILED: exit status 1: KeyError"
+def test_a_program_that_fails_is_named(products, tmp_path):
+    """The interpreter of a program that is damaged or too old ends with an exit status and a message."""
+    for status, verdict in ((1, "FAILED: exit status 1: no such layer"), (client_adapters.NOT_READ, "not run: no such layer")):
+        python = tmp_path / f"python-{status}"
+        python.write_text(f"#!/bin/sh\necho no such layer >&2\nexit {status}\n")
+        python.chmod(0o755)
+        program = clients.Client("old", "diffusers", str(python), size="small", kind="folder")
+        rows = clients.compare(program, *products, [BY_NAME["folder"]])
+        assert [row["verdict"] for row in rows] == [verdict]
 
 
 def test_what_convert_warns_of_is_no_failure(products):

@@ -68,6 +68,12 @@ def _peft_warnings(lora: LoraFile) -> list[str]:
             "warning: ComfyUI ignores the UNet's attention layers in a LoRA with diffusers' names; for ComfyUI and A1111, "
             "convert with --to lora-kohya"
         )
+    if any(module.startswith("text_encoder.") for module in lora.alphas):
+        # It reads `text_encoder.` as `text.encoder.`, which is no layer of its models (`bench/clients.py`).
+        warnings.append(
+            "warning: stable-diffusion.cpp ignores the text encoder's layers in a LoRA with diffusers' names; for it, convert "
+            "with --to lora-kohya"
+        )
     if any(len({lora.ranks[m] for m in lora.alphas if m.startswith(f"{component}.")}) > 1 for component in COMPONENTS):
         # Without the header entry, diffusers' `get_peft_kwargs` takes the first rank as alpha of all modules.
         warnings.append(
