@@ -125,7 +125,9 @@ def sample(
     vae: Annotated[str | None, Option(parser=text, help="VAE to decode with (default: the model's own).")] = None,
     vae_scaling_factor: ScalingFactor = None,
     tokenizer: Tokenizer = "",
-    clip_skip: Annotated[int | None, Option(min=0, help="Last text encoder layers to skip (default: 0).")] = None,
+    clip_skip: Annotated[
+        int | None, Option(min=0, help="Last text encoder layers to skip, 1 less than in kohya and A1111 (default: 0).")
+    ] = None,
     chunks: Annotated[str | None, Option(metavar="N", help="Chunks of 75 tokens to read of a prompt (default: 1).")] = None,
     precision: Annotated[Precision | None, Option(help="Compute precision (default: fp32, or that of a run's stage).")] = None,
     device: Annotated[str, Option(help="Compute device: auto, cpu, cuda or cuda:N (default: auto).")] = "",

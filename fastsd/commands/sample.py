@@ -54,8 +54,11 @@ def sample(name: str, model_settings: Settings, settings: Settings, options: Sam
         model_settings, settings: keys of `[model]` and `[sample]`, in place of the run's.
 
     Raises:
-        UserError: an option is invalid, there are no prompts, or the model does not load.
+        UserError: an option is invalid, OUT is a file, there are no prompts, or the model does not load.
     """
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise UserError("sample-out-file", f"--out is {str(out)!r}, a file; give a folder")
     base = resolve_model(name)
     config = _run_config(Path(base), console)
     table = _sample_table(config, settings, options.prompts)
@@ -68,7 +71,6 @@ def sample(name: str, model_settings: Settings, settings: Settings, options: Sam
 
     images = images_of(table, size)
     drawn = draw(model, images, table)
-    out = options.out
     out.mkdir(parents=True, exist_ok=True)
     for path in out.glob(f"{TEMPORARY}*.png"):  # of a call that was killed
         path.unlink()

@@ -152,6 +152,12 @@ def test_a_seed_beyond_64_bits_is_refused(tiny_model, tmp_path, sample):
     assert says(err, "sample-option", option="seed", value=2**64)
 
 
+def test_a_file_as_output_is_refused(tiny_model, tmp_path, sample):
+    (tmp_path / "image.png").write_bytes(b"mine")
+    err = sample(tiny_model, "--prompt", "a", "--out", tmp_path / "image.png", code=2)
+    assert says(err, "sample-out-file", out=repr(str(tmp_path / "image.png")))
+
+
 def test_a_model_without_averages_is_refused(tiny_model, trained, tmp_path, sample):
     for model in (tiny_model, trained / "model"):
         err = sample(model, "--prompt", "a", "--ema", "--out", tmp_path / "out", code=2)
