@@ -24,7 +24,7 @@ from fastsd.config.onetrainer_keys import (
     ONETRAINER_DEFAULTS,
     ONETRAINER_LORA_DEFAULTS,
 )
-from fastsd.config.other_trainers import KOHYA, KOHYA_DEFAULTS, KOHYA_LORA_DEFAULTS, arguments_of
+from fastsd.config.other_trainers import KOHYA, KOHYA_DEFAULTS, KOHYA_LORA_DEFAULTS, arguments_of, kohya_trains_text
 from fastsd.errors import UserError
 
 _SUBSET_KEYS = ("image_dir", "num_repeats", "is_reg")  # of a subset of sd-scripts, read here
@@ -68,6 +68,12 @@ def read_foreign(path: Path) -> Foreign:
         raise UserError("convert-config-list", f"{path}: contains a list, not settings; give the trainer's config file")
     if "stage" in raw:
         raise UserError("convert-config-own", f"{path} is a config of fastsd already; use it as it is")
+    if path.suffix.lower() == ".json" and raw.keys() & {"LoRA_type", "max_resolution", "num_cpu_threads_per_process"}:
+        raise UserError(
+            "convert-config-gui",
+            f"{path} has the settings of kohya's GUI, under its names; give the .toml file that the GUI writes into output_dir "
+            "when it trains",
+        )
     scores = {
         reader: len(keys & rules.keys())
         for reader, rules, keys in (
@@ -127,9 +133,10 @@ def _kohya(path: Path, raw: Mapping[str, Any]) -> Foreign:
     if settings.get("network_module"):
         foreign.defaults |= KOHYA_LORA_DEFAULTS
     elif "no_train_text_encoder" not in settings:
-        foreign.defaults["train_text_encoder"] = False
+        foreign.defaults["train_text_encoder"] = trains_text = kohya_trains_text(settings)
         if "train_text_encoder" not in settings:
-            foreign.notes.append("stage.train: as in fine_tune of sd-scripts; train_db trains the text encoder as well")
+            other = "fine_tune trains only the UNet" if trains_text else "train_db trains the text encoder as well"
+            foreign.notes.append(f"stage.train: as in {'train_db' if trains_text else 'fine_tune'} of sd-scripts; {other}")
     if settings.get("max_train_epochs"):
         del foreign.defaults["max_train_steps"]
     if settings.get("loss_type") in ("huber", "smooth_l1"):
@@ -271,15 +278,22 @@ def _read_concepts(foreign: Foreign, concepts: list[dict[str, Any]]) -> None:
 def _read_samples(foreign: Foreign, samples: list[dict[str, Any]]) -> None:
     if not samples:
         return
-    foreign.values["sample.prompts"] = [str(sample.get("prompt", "")) for sample in samples], "prompt of the samples"
+    prompts: list[dict[str, Any]] = [{"prompt": str(sample.get("prompt", ""))} for sample in samples]
     for sample_key, key in (
-        ("negative_prompt", "negative"), ("diffusion_steps", "steps"), ("cfg_scale", "guidance"), ("seed", "seed"),
+        ("negative_prompt", "negative"), ("width", "width"), ("height", "height"), ("diffusion_steps", "steps"),
+        ("cfg_scale", "guidance"), ("seed", "seed"),
     ):  # fmt: skip
-        values = {sample.get(sample_key) for sample in samples}
-        if len(values) == 1 and None not in values:
-            foreign.values[f"sample.{key}"] = values.pop(), f"{sample_key} of the samples"
-        elif len(values) > 1:
-            foreign.without_equal.setdefault("the samples differ", []).append(sample_key)
+        values = [sample.get(sample_key) for sample in samples]
+        if values[0] is not None and values.count(values[0]) == len(values):
+            foreign.values[f"sample.{key}"] = values[0], f"{sample_key} of the samples"
+        else:
+            for prompt, value in zip(prompts, values, strict=True):
+                prompt |= {key: value} if value is not None else {}
+    entries = [prompt if len(prompt) > 1 else prompt["prompt"] for prompt in prompts]
+    foreign.values["sample.prompts"] = entries, "prompts of the samples, with the settings that differ"
+    unequal = [key for key in ("noise_scheduler", "random_seed") if any(sample.get(key) for sample in samples)]
+    if unequal:
+        foreign.without_equal["set sample.sampler and sample.seed, which are for all samples"] = unequal
 
 
 def _everydream(path: Path, raw: Mapping[str, Any]) -> Foreign:

@@ -140,8 +140,13 @@ def _conv_alpha(value: Any, settings: Settings) -> Conversion:
 
 
 def arguments_of(key: str, value: Any) -> dict[str, Any]:
-    """Return the entries of `network_args` or `optimizer_args`, a list of "name=value" or a table, as `key.name` -> value."""
-    entries = value.items() if isinstance(value, Mapping) else [str(entry).partition("=")[::2] for entry in value]
+    """Return the entries of `network_args` or `optimizer_args` as `key.name` -> value.
+
+    Args:
+        value: a list of "name=value", a text with several of them, or a table.
+    """
+    values = value.split() if isinstance(value, str) else value
+    entries = values.items() if isinstance(values, Mapping) else [str(entry).partition("=")[::2] for entry in values]
     return {f"{key}.{name.strip()}": _literal(text) for name, text in entries}
 
 
@@ -199,6 +204,8 @@ def _timesteps(_: Any, settings: Settings) -> Conversion:
 
 def _saving(unit: str) -> Rule:
     def rule(value: Any, settings: Settings) -> Conversion:
+        if not value:
+            return OFF
         interval = f"{value}e" if unit == "epochs" else value
         kept = settings.get(f"save_last_n_{unit}")
         if kept:
@@ -216,7 +223,17 @@ def side_of(value: Any) -> int:
     return sides[0] if len(set(sides)) == 1 else round(math.sqrt(math.prod(sides)) / 64) * 64
 
 
-_EPOCHS = {key: computed(f"stage.{ours}", lambda n: f"{n}e") for key, ours in (
+def _epochs(key: str) -> Rule:
+    return lambda value, _: Conversion("converted", {key: f"{value}e"}) if value else OFF
+
+
+def _sample_steps(value: Any, settings: Settings) -> Conversion:
+    if settings.get("sample_every_n_epochs"):
+        return Conversion("not needed", {}, "sample_every_n_epochs replaces it")
+    return Conversion("same", {"stage.sample_every": value})
+
+
+_EPOCHS = {key: _epochs(f"stage.{ours}") for key, ours in (
     ("max_train_epochs", "until"), ("num_train_epochs", "until"), ("sample_every_n_epochs", "sample_every"),
 )}  # fmt: skip
 KOHYA_NOT_NEEDED = {
@@ -233,6 +250,8 @@ KOHYA_NOT_NEEDED = {
     "it is a name or a secret of the program": "huggingface_token dataset_class",
     "SD1.5 does not use it": "weighting_scheme mode_scale logit_mean logit_std tokenizer_cache_dir",
     "another key has it": "save_last_n_steps save_last_n_epochs",
+    "other optimizers use it": "optimizer_args.scale_parameter optimizer_args.relative_step optimizer_args.warmup_init "
+    "optimizer_args.safeguard_warmup optimizer_args.use_bias_correction",
 }  # fmt: skip
 KOHYA_NO_EQUAL = {
     "captions are used as they are": "caption_prefix caption_suffix enable_wildcard secondary_separator weighted_captions "
@@ -309,7 +328,7 @@ KOHYA: Rules = {
     "keep_tokens": same("stage.keep_tags"), "caption_separator": same("stage.tag_separator"),
     "caption_dropout_rate": same("stage.caption_dropout"), "caption_tag_dropout_rate": same("stage.tag_dropout"),
     "save_every_n_steps": _saving("steps"), "save_every_n_epochs": _saving("epochs"),
-    "sample_every_n_steps": same("stage.sample_every"), "sample_prompts": same("sample.prompts_file"),
+    "sample_every_n_steps": _sample_steps, "sample_prompts": same("sample.prompts_file"),
     "sample_sampler": choices("sample.sampler", {
         "ddim": "ddim", "euler": "euler", "k_euler": "euler", "euler_a": "euler_a", "k_euler_a": "euler_a",
         "dpmsolver++": "dpm++"}, {"dpmsolver": ("dpm++", "it is the newer version")}),

@@ -85,7 +85,8 @@ def onetrainer(folder: Path, model: Path, images: Path) -> dict:
         "max_noising_strength": 0.9, "masked_training": False, "unmasked_weight": 0.2, "transformer": {"train": True},
         "sample_after": 10, "sample_after_unit": "NEVER", "concept_file_name": "concepts.json", "weird_key": 1,
         "samples": [
-            {"prompt": "red circle", "seed": 42, "cfg_scale": 5.0}, {"prompt": "blue star", "seed": 42, "cfg_scale": 6.0},
+            {"prompt": "red circle", "seed": 42, "cfg_scale": 5.0, "width": 32, "noise_scheduler": "DDIM"},
+            {"prompt": "blue star", "seed": 42, "cfg_scale": 6.0, "width": 32},
         ],
     }  # fmt: skip
 
@@ -166,10 +167,16 @@ def test_a_config_of_onetrainer(run, tmp_path, tiny_model, images):
     assert (stage.shuffle_tags, stage.keep_tags, stage.checkpointing) == (True, 1, "block")
     (root,) = config.data.roots
     assert (root.path, root.repeats, root.loss_weight) == (str(images), 2, 0.5)
-    assert (config.sample.prompts, config.sample.seed) == (["red circle", "blue star"], 42)
+    assert [(prompt.prompt, prompt.guidance) for prompt in config.sample.prompts] == [("red circle", 5.0), ("blue star", 6.0)]
+    assert (config.sample.seed, config.sample.width, config.sample.height) == (42, 32, 0)
 
     no_equal = rows(out, "no equal")
-    for key in ("generalized_offset_noise", "text.caps_randomize_enable", "concept validation, type VALIDATION", "cfg_scale"):
+    for key in (
+        "generalized_offset_noise",
+        "text.caps_randomize_enable",
+        "concept validation, type VALIDATION",
+        "noise_scheduler",
+    ):
         assert key in no_equal, key
     assert "weird_key = 1" in rows(out, "unknown") and "transformer.train" in rows(out, "not needed")
     assert "ema" in rows(out, "nearest")
@@ -239,6 +246,20 @@ def test_folders_of_dreambooth(run, tmp_path):
     assert config.stage[0].until == "2e" and config.stage[0].weight_decay == 0.01 and config.stage[0].batch == 1
 
 
+def test_zero_is_off_and_arguments_are_text(run, tmp_path):
+    """0 epochs are no length and no interval, and the steps of samples count only without epochs."""
+    (tmp_path / "zero.toml").write_text(
+        "max_train_epochs = 0\nmax_train_steps = 7\nsave_every_n_epochs = 0\nsave_every_n_steps = 5\n"
+        'sample_every_n_epochs = 2\nsample_every_n_steps = 0\noptimizer_args = "weight_decay=0.3 betas=0.9,0.95"\n'
+        "prior_loss_weight = 1.0\n"
+    )
+    _, out, _ = run("convert-config", "zero.toml")
+    stage = load_config(tmp_path / "zero-fastsd.toml").stage[0]
+    assert (stage.until, stage.checkpoint_every, stage.sample_every) == (7, 5, "2e")
+    assert (stage.weight_decay, stage.betas, stage.train) == (0.3, [0.9, 0.95], ["unet", "text_encoder"])
+    assert "train_db of sd-scripts" in rows(out, "to do") and "train_text_encoder = true" in rows(out, "converted")
+
+
 def test_a_file_with_little_in_it_is_completed(run, tmp_path):
     (tmp_path / "little.toml").write_text("learning_rate = 1e-5\ndataset_config = 'none.toml'\n")
     _, out, _ = run("convert-config", "little.toml")
@@ -257,6 +278,7 @@ REFUSED = {
     "bad.json": ("{", "convert-config-unreadable"),
     "list.json": ("[]", "convert-config-list"),
     "ours.toml": ("[[stage]]\n", "convert-config-own"),
+    "gui.json": ('{"LoRA_type": "Standard", "epoch": 10, "network_dim": 8}', "convert-config-gui"),
     "else.toml": ("[tool]\nx = 1\n", "convert-config-unknown"),
 }
 
