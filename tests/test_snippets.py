@@ -241,8 +241,8 @@ class World:
         for text, replacement in {"[--start T]": "--start 100", "[xl.toml]": "", "768": "32", "512": "16"}.items():
             line = line.replace(text, replacement)
         words = command_of(line)
-        shorter = ["--steps", "40"] if words[1] == "lr-probe" else []
-        return [names.get(word, f"{words[1]}-out" if word == "OUT" else word) for word in words[1:]] + shorter
+        quick = {"lr-probe": ["--steps", "40"], "swap-vae": ["--resolution", "32"]}.get(words[1], [])
+        return [names.get(word, f"{words[1]}-out" if word == "OUT" else word) for word in words[1:]] + quick
 
 
 STAGES = """

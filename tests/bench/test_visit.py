@@ -32,8 +32,12 @@ def test_every_part_has_a_share_of_the_time():
 
 @pytest.mark.slow
 def test_dry_visit_runs_the_parts_of_a_visit(tmp_path):
-    """Every part ends on the stand-in without a failure, and its results are marked. Suites are tested in `test_bench.py`."""
-    names = [name for name, part in gpu.PARTS.items() if "/bench_" not in part.files[0] and name not in ("tests", "steps")]
+    """Every part ends on the stand-in without a failure, and its results are marked.
+
+    Suites are tested in `test_bench.py`, and the tests that the parts "graphs" and "tests" select run here anyway.
+    """
+    other = ("graphs", "tests", "steps")
+    names = [name for name, part in gpu.PARTS.items() if "/bench_" not in part.files[0] and name not in other]
     command = [sys.executable, "bench/gpu.py", "--dry", "--limit", "1500", "--out", str(tmp_path), "--only", *names]
     # pytest-benchmark would disable itself in a process of xdist.
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
