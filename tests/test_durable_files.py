@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sentences import refused
 
 from fastsd import storage
-from fastsd.commands.sample import sample
+from fastsd.commands.sample import SampleOptions, sample
 from fastsd.compare.pictures import write_gif
 from fastsd.run.folder import Grid
 from fastsd.sampling.grid import save_grid
@@ -298,10 +298,10 @@ def test_a_picture_is_on_the_disk_before_its_name_is(ending, disk, tmp_path):
     assert disk() == [f"a.{ending}", f"-> a.{ending}", tmp_path.name]
 
 
-def test_a_sample_that_cannot_be_written_leaves_the_earlier_one(tmp_path, tiny_model, monkeypatch):
+def test_a_sample_that_cannot_be_written_leaves_the_earlier_ones(tmp_path, tiny_model, monkeypatch):
     def draw() -> None:
-        table = {"base": str(tiny_model)}
-        sample(table, {"prompts": ["a"], "steps": 1, "size": 16}, tmp_path, "fp32", "cpu")
+        options = SampleOptions(tmp_path, ["a"], "fp32", "cpu")
+        sample(str(tiny_model), {}, {"steps": 1, "size": 16, "images": 2}, options)
 
     draw()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

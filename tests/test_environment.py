@@ -36,10 +36,21 @@ def test_only_tests_for_a_gpu_run_there(pytestconfig, monkeypatch):
     def item(*markers):
         return SimpleNamespace(fixturenames=[], get_closest_marker=lambda name: name in markers)
 
+    config = SimpleNamespace(hook=hook, option=SimpleNamespace(markexpr=""))
     on_gpu, kernels, other = item("gpu"), item("kernels", "slow"), item("slow")
     items = [on_gpu, kernels, other]
-    conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+    conftest.pytest_collection_modifyitems(config, items)
     assert items == [on_gpu, kernels, other] and not deselected
     monkeypatch.setattr(environment, "ON_GPU", True)
-    conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+    conftest.pytest_collection_modifyitems(config, items)
     assert items == [on_gpu, kernels] and deselected == [other]
+
+
+def test_faults_for_hours_run_only_on_request(pytestconfig):
+    (conftest,) = [p for p in pytestconfig.pluginmanager.get_plugins() if getattr(p, "__file__", "") == str(CONFTEST)]
+    for expression, expected in (("", 1), ("not slow", 1), ("hours", 2)):
+        items = [SimpleNamespace(fixturenames=[], get_closest_marker=names.__contains__) for names in (["hours"], ["slow"])]
+        hook = SimpleNamespace(pytest_deselected=lambda items: None)
+        config = SimpleNamespace(hook=hook, option=SimpleNamespace(markexpr=expression))
+        conftest.pytest_collection_modifyitems(config, items)
+        assert len(items) == expected
