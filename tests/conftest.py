@@ -4,6 +4,7 @@ import environment  # isort: skip  (first: it decides how kernels are defined)
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def whole_machine(tmp_path_factory):
 def pytest_configure():
     if environment.ON_GPU and not torch.cuda.is_available():
         raise pytest.UsageError("FASTSD_TEST_GPU is set, but PyTorch has no GPU; unset it")
+
+
+@pytest.fixture(scope="session", autouse=hasattr(signal, "SIGHUP"))
+def hangups_have_their_effect():
+    """Let tests that are started under `nohup` not inherit the ignored signal, which would stay ignored in a run."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=environment.ON_GPU)

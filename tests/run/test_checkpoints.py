@@ -177,6 +177,7 @@ class Run:
         health = SimpleNamespace(state_dict=dict, problem=lambda: None)
         report = SimpleNamespace(
             flush=lambda: self.calls.append("flush"),
+            digests=dict,
             saved=lambda: self.calls.append("saved"),
             console=SimpleNamespace(warn=self.calls.append),
         )

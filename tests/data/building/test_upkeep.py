@@ -72,7 +72,7 @@ def test_reports_counts_rejections_and_contents(job_config, tmp_path):
     assert says(output(cache.cache, job_config), "images-cached", encoded=0, present=13)
     out = inspect(job_config, stats=True)
     assert says(out, "cache-contents", latents=13, shards=1) and "sizes: 32x32 x 13" in out
-    assert says(out, "captions-cut", captions=1, limit=77) and f"  {rejected}" in out
+    assert says(out, "truncated-captions", captions=1, capacity=75) and f"  {rejected}" in out
     assert out.count("±") == 5  # four channels and the heading
 
 

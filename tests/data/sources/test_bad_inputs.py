@@ -261,7 +261,7 @@ def test_images_with_bad_captions_are_rejected(folder):
     good_captions = {largest.decode(), ("word " * 10_000).strip(), "one", "two", "marked", ""}
     folder.check(good_captions, {f"{name}.png": reason for name, (_, reason) in captions.items() if reason})
     assert says(folder.out, "empty-captions", count=2)  # `folder` and `blank`
-    assert says(folder.run("cache", "--stats"), "captions-cut", captions=1, limit=77)
+    assert says(folder.run("cache", "--stats"), "truncated-captions", captions=1, capacity=75)
     folder.run("train")
 
 
