@@ -92,7 +92,7 @@ class TextEncoder:
         layers = module.config.num_hidden_layers
         if clip_skip >= layers:
             raise UserError(
-                "clip-skip", f"model.clip_skip is {clip_skip}, but the text encoder has {layers} layers; use 0 to {layers - 1}"
+                "clip-skip", f"clip_skip is {clip_skip}, but the text encoder has {layers} layers; use 0 to {layers - 1}"
             )
         self.module, self.tokenizer, self.clip_skip = module.eval(), tokenizer, clip_skip
         from transformers import AttentionInterface

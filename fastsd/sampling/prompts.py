@@ -55,7 +55,7 @@ def read_prompts(table: SampleTable) -> list[PromptTable]:
         try:
             lines = Path(table.prompts_file).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            problem = f"sample.prompts_file is {table.prompts_file!r}, which cannot be read ({error})"
+            problem = f"the file of prompts {table.prompts_file!r} cannot be read ({error})"
             raise UserError("prompts-unreadable", f"{problem}; give a UTF-8 text file") from None
         for number, line in enumerate(lines, start=1):
             if line.strip() and not line.lstrip().startswith("#"):

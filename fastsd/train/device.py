@@ -40,7 +40,7 @@ def choose_device(name: str, console: Console = STDOUT) -> torch.device:
         console.warn(f'running on the CPU: {_missing_gpu()}; choose the device "cpu" to hide this line')
         return torch.device("cpu")
     if name.split(":")[0] == "cuda" and not torch.cuda.is_available():
-        raise UserError("gpu-missing", f'device is {name!r}, but {_missing_gpu()}; or use "cpu"')
+        raise UserError("gpu-missing", f'device is {name!r}, but {_missing_gpu()}; without a GPU, use "cpu"')
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
