@@ -286,6 +286,29 @@ def test_commands_of_the_readme_run_in_their_order(world, monkeypatch, capsys):
         assert Path(path).exists(), path
 
 
+ADVICE = {
+    "CONFIG": "configs/xlsd.toml", "RUN": "runs/advice", "RUN/set-aside-1": "runs/advice/set-aside-1",
+    "FOLDER": "runs/advice/model", "MODEL": "models/tiny", "FILE": "style.safetensors", "X": "models/tiny",
+    "key=a,b,c": "seed=1,2", "model.vae=XX": "model.vae=sdxl-vae",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_commands_in_messages_run(world, monkeypatch, capsys):
+    """Each command with arguments that fastsd prints as advice ends without an error."""
+    monkeypatch.chdir(world.folder)
+    spans = {" ".join(span.split()) for text in printed_texts() for span in re.findall(r"`fastsd ([^`]+)`", text)}
+    commands = [words for words in map(shlex.split, sorted(spans)) if words[1:] and words[1] in ADVICE]
+    assert len(commands) >= 10
+    run = ["run=runs/advice", "stage.checkpoint_every=1"]
+    first = (["cache", "CONFIG"], ["train", "CONFIG", *run], ["train", "CONFIG", *run, "--from", "step-00000001"])
+    for number, words in enumerate([*first, *commands]):
+        names = ADVICE | {"OUT": f"advice-{number}", "OUT.safetensors": f"advice-{number}.safetensors"}
+        line = [names.get(word, word) for word in words if word != "..."]
+        code, out, err = fastsd(*line, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 0, (line, out, err)
+
+
 SMALL = {"resolution": 16, "buckets": {"min": 8, "max": 24, "step": 8}}
 VALIDATION = {"held_out": 4, "stabilised": 4, "bands": 2, "per_band": 1}
 
