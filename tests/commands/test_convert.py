@@ -390,7 +390,7 @@ except RuntimeError:
 maps = open("/proc/self/smaps")
 print(sum(kilobytes(maps, "Rss") for line in maps if line.rstrip().endswith("big.safetensors")))
 """
-    # Only what is in use is counted: no address space for threads and their arenas, and none of freed memory that glibc would keep.
+    # Only what is in use is counted: no address space of threads and their arenas, nor freed memory that glibc keeps.
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
