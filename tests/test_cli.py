@@ -149,6 +149,9 @@ def test_check_and_a_run_name_prompts_that_are_cut(run, tmp_path, tiny_model, im
     for command in ("check", "train"):
         code, out, _ = run(command, path, prompts)
         assert code == 0 and says(out, "prompt-cut", capacity=75) and says(out, "prompt-options-as-text", prompt="'a --w 16'")
+        assert "shorten it, or set chunks to" in out
+    _, out, _ = run("train", path, prompts, "stage.until=3")  # a run that has started keeps its chunks
+    assert says(out, "prompt-cut", capacity=75) and "set chunks to" not in out
     assert not says(run("check", path, prompts, "model.chunks=8")[1], "prompt-cut")
 
 

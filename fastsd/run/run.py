@@ -119,7 +119,7 @@ def open_run(config: Config, console: Console, start: str = "") -> Iterator[Run]
         model = _load_model(config, ops, newest)
         warnings += model.notes
         check_samples(model, config)
-        warnings += notes_on_prompts(model.text, config.sample)
+        warnings += notes_on_prompts(model.text, config.sample, chunks_fixed=newest is not None)
         data = stack.enter_context(closing(TrainingData(config, model, saved)))
         warnings += compare_images(folder / "images.json", data.latents, config, resumed=newest is not None) + data.warnings
         names = [config.stage_name(index) for index in range(len(config.stage))]

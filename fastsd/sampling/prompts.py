@@ -114,8 +114,11 @@ def batches_of(images: Sequence[ImageSettings], batch: int) -> list[list[int]]:
     return [group[start : start + batch] for group in groups.values() for start in range(0, len(group), batch)]
 
 
-def notes_on_prompts(text: TextEncoder, table: SampleTable) -> list[str]:
+def notes_on_prompts(text: TextEncoder, table: SampleTable, *, chunks_fixed: bool = False) -> list[str]:
     """Return a sentence for each prompt that the text encoder does not read to its end, or whose options are read as text.
+
+    Args:
+        chunks_fixed: True if the number of chunks must stay, as in a run that has started.
 
     Raises:
         UserError: as `read_prompts`.
@@ -136,5 +139,6 @@ def notes_on_prompts(text: TextEncoder, table: SampleTable) -> list[str]:
             short = prompt_text if len(prompt_text) <= 40 else f"{prompt_text[:37]}..."
             unread = text.tokenizer.decode(ids[read:])
             problem = f"the prompt {short!r} has {len(ids)} tokens, of which {read} are read, without {unread!r}"
-            notes.append(f"{problem}; shorten it{f', or set chunks to {len(windows)}' if len(windows) <= MOST_CHUNKS else ''}")
+            more = f", or set chunks to {len(windows)}" if len(windows) <= MOST_CHUNKS and not chunks_fixed else ""
+            notes.append(f"{problem}; shorten it{more}")
     return notes
