@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsd_kernels import RECORDS
+from fastsd_kernels.cards import MULTIPROCESSORS
 from fastsd_kernels.launch import ARCHITECTURES, INTERPRETED, recording
 from fastsd_kernels.sass import Code, compile_launch, specialise
 
-# Shared memory that a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on GeForce.
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 # Kernels that read only a few statistics or partial sums a program, or very little compared with what they compute.
 _SMALL = ("_merge", "_merge_sums", "_estimate", "_norm", "_normal", "_add_noise")
 
@@ -76,8 +75,9 @@ def _problems(entry: Entry, code: Code) -> list[str]:
     allowed = 64 if entry.op == "attention" and entry.options["D"] > 80 else 0
     if code.stack > allowed or code.spills_in_loop:
         problems.append(f"stack {code.stack}, {code.spills_in_loop} in loops")
-    if code.shared > SHARED_LIMIT[entry.target]:
-        problems.append(f"shared {code.shared} > {SHARED_LIMIT[entry.target]}")
+    limit = MULTIPROCESSORS[entry.target].block_shared
+    if code.shared > limit:
+        problems.append(f"shared {code.shared} > {limit}")
     if entry.kernel not in _SMALL and not code.loads.keys() & {"128", "async"}:
         problems.append("narrow loads only")
     if entry.op == "attention" and (code.tensor == 0) != (entry.mode == "ieee"):
