@@ -98,11 +98,18 @@ def linear_backward(
     dy: Tensor, x: Tensor | None, layer: LayerTensors, needs: Needs, *, need_x: bool
 ) -> tuple[Gradient, Gradients]:
     """Return dx and the layer's gradients for `linear`, None if not needed. x may be None if `needs.input` is False."""
+    dx, dreduced = linear_input_gradient(dy, layer, need_x=need_x)
+    return dx, linear_gradients(dy, x, layer, needs, dreduced)
+
+
+def linear_input_gradient(dy: Tensor, layer: LayerTensors, *, need_x: bool) -> tuple[Gradient, Gradient]:
+    """Return dx, None if not needed, and the gradient of down x, None without an adapter.
+
+    The norm or gate before the linear can then rebuild x in the pass that reads dx, and `linear_gradients` comes after it.
+    """
     weight, _, down, ups = layer
     dy_rows = _as_rows(dy)
-    x_rows = None if x is None else _as_rows(x)
-    dx = dweight = ddown = None
-    dups: list[Gradient] = [None] * len(ups)
+    dx = dreduced = None
     if down is not None:
         dreduced = dy_rows.new_empty(len(dy_rows), len(down))
         for dy_block, dreduced_block, up in _blocks(dy_rows, dreduced, ups):
@@ -111,17 +118,31 @@ def linear_backward(
         if need_x:
             dx = dreduced @ down
             torch.addmm(dx, dy_rows, weight, out=dx)
-        if needs.down and x_rows is not None:
-            ddown = dreduced.t() @ x_rows
-        if any(needs.ups) and x_rows is not None:
-            blocks = _blocks(dy_rows, x_rows @ down.t(), ups)
-            dups = [None if reduced_block is None else dy_block.t() @ reduced_block for dy_block, reduced_block, _ in blocks]
     elif need_x:
         dx = dy_rows @ weight
+    return None if dx is None else dx.unflatten(0, dy.shape[:-1]), dreduced
+
+
+def linear_gradients(
+    dy: Tensor, x: Tensor | None, layer: LayerTensors, needs: Needs, dreduced: Gradient, *, dbias: Gradient = None
+) -> Gradients:
+    """Return the layer's gradients. `dreduced` is from `linear_input_gradient`; `dbias` is passed if it is summed already."""
+    _, _, down, ups = layer
+    dy_rows = _as_rows(dy)
+    x_rows = None if x is None else _as_rows(x)
+    dweight = ddown = None
+    dups: list[Gradient] = [None] * len(ups)
+    if dreduced is not None and down is not None and x_rows is not None:
+        if needs.down:
+            ddown = dreduced.t() @ x_rows
+        if any(needs.ups):
+            blocks = _blocks(dy_rows, x_rows @ down.t(), ups)
+            dups = [None if reduced_block is None else dy_block.t() @ reduced_block for dy_block, reduced_block, _ in blocks]
     if needs.weight and x_rows is not None:
         dweight = dy_rows.t() @ x_rows
-    dbias = dy_rows.sum(0) if needs.bias else None
-    return None if dx is None else dx.unflatten(0, dy.shape[:-1]), (dweight, dbias, ddown, *dups)
+    if needs.bias and dbias is None:
+        dbias = dy_rows.sum(0)
+    return dweight, dbias, ddown, *dups
 
 
 def _blocks(y: Tensor, reduced: Tensor, ups: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
