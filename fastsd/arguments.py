@@ -1,14 +1,18 @@
-"""Types of the arguments and options that several commands of the command line have. Read next: `cli.py`."""
+"""Types of the arguments and options of the command line, with their help, and the commands' group. Read next: `cli.py`.
+
+A default in parentheses is the command's, not the option's: it depends on the config or the model.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Argument, Option, core
 
 
 class Precision(StrEnum):
@@ -45,6 +49,39 @@ def path(value: str) -> Path:
     return Path(text(value))
 
 
+class Commands(core.TyperGroup):
+    """The commands. A stop signal ends a command that does not handle it with one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print(f"fastsd: {ctx.invoked_subcommand} stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def examples(*commands: str) -> str:
+    """Return the end of a command's help. Typer leaves a paragraph after a backspace character as it is."""
+    return "\n".join(["\b", "Examples:", *(f"  fastsd {command}" for command in commands)])
+
+
+def show_version(*, show: bool) -> None:
+    """Print the versions of fastsd and of the libraries that matter for its results, and exit."""
+    if show:
+        from importlib.metadata import PackageNotFoundError, version
+
+        versions = []
+        for name in ("fastsd", "torch", "triton", "diffusers", "transformers"):
+            try:
+                versions.append(f"{name} {version(name)}")
+            except PackageNotFoundError:  # Triton, on a platform without it
+                versions.append(f"{name} missing")
+        print(", ".join(versions))
+        raise typer.Exit
+
+
+Version = Annotated[bool, Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")]
+
 ConfigPath = Annotated[Path, Argument(parser=path, metavar="CONFIG", help="Config file in TOML format; configs/ has examples.")]
 Overrides = Annotated[
     list[str] | None, Argument(metavar="[key=value ...]", help="Config values to replace, for example stage.0.batch=8.")
@@ -54,16 +91,105 @@ AnyModel = Annotated[
     str, Argument(parser=text, metavar="MODEL", help="Diffusers folder, single file, hub id, run folder or checkpoint.")
 ]
 NewFolder = Annotated[Path, Argument(parser=path, metavar="OUT", help="Output: a diffusers folder that does not exist yet.")]
+
 StagePrecision = Annotated[
     Precision | None, Option("--precision", help="Compute precision for all stages (default: per config).")
 ]
 ComputePrecision = Annotated[Precision, Option("--precision", help="Compute precision.")]
-Device = Annotated[str, Option(help="Compute device: auto, cpu, cuda or cuda:N.")]
-ScalingFactor = Annotated[float | None, Option("--vae-scaling-factor", help="Scaling factor of the VAE (default: as stored).")]
-Tokenizer = Annotated[str, Option(parser=text, help="Tokenizer folder or hub id, for a model that is a single file.")]
+Device = Annotated[str, Option("--device", metavar="NAME", help="Compute device: auto, cpu, cuda or cuda:N (default: auto).")]
+ConfigDevice = Annotated[
+    str, Option("--device", metavar="NAME", help="Compute device: auto, cpu, cuda or cuda:N (default: per config).")
+]
+ScalingFactor = Annotated[
+    float | None, Option("--vae-scaling-factor", metavar="X", help="Scaling factor of the VAE (default: as stored).")
+]
+Tokenizer = Annotated[
+    str,
+    Option("--tokenizer", parser=text, metavar="PATH", help="Tokenizer folder or hub id, for a model that is a single file."),
+]
 JsonFile = Annotated[
     Path | None, Option("--json", parser=path, metavar="FILE", help="JSON file to write the results to as well.")
 ]
+
+# train, cache
+StartCheckpoint = Annotated[
+    str, Option("--from", metavar="CHECKPOINT", help="Go back to this checkpoint, and set aside what follows it.")
+]
+Verify = Annotated[bool, Option("--verify", help="Verify all latents and views against their stored sha256.")]
+Prune = Annotated[bool, Option("--prune", help="Delete shards that no view uses.")]
+Stats = Annotated[bool, Option("--stats", help="Print counts, sizes and statistics of the cache.")]
+
+# sample
+Prompts = Annotated[
+    list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="Prompt, as a line of --prompts; may be repeated.")
+]
+PromptFile = Annotated[
+    Path | None,
+    Option(
+        "--prompts",
+        parser=path,
+        metavar="FILE",
+        help="Text file with one prompt per line, and options as in sd-scripts: --w --h --d --s --l --n.",
+    ),
+]
+SampleFolder = Annotated[
+    Path, Option("--out", "-o", parser=path, metavar="DIR", help="Output folder for the images and their grid.")
+]
+Images = Annotated[int | None, Option("--images", min=1, metavar="N", help="Images per prompt (default: 1).")]
+FirstSeed = Annotated[
+    int | None,
+    Option("--seed", min=0, metavar="N", help="Seed of the first image of each prompt, counting up (default: 0)."),
+]
+SampleSteps = Annotated[int | None, Option("--steps", min=1, metavar="N", help="Number of sampling steps (default: 20).")]
+Guidance = Annotated[
+    float | None,
+    Option("--guidance", "--cfg", min=0.0, metavar="X", help="Scale of classifier-free guidance; 1 is off (default: 7)."),
+]
+GuidanceRescale = Annotated[
+    float | None,
+    Option(
+        "--guidance-rescale",
+        min=0.0,
+        max=1.0,
+        metavar="X",
+        help="Share of the guidance's spread to remove, 0.7 for zero SNR (default: 0).",
+    ),
+]
+Negative = Annotated[str | None, Option("--negative", "-n", metavar="TEXT", help="Negative prompt for all images.")]
+Sampler = Annotated[
+    str | None, Option("--sampler", metavar="NAME", help="Sampler: ddim, euler, euler_a or dpm++ (default: dpm++).")
+]
+Size = Annotated[
+    int | None, Option("--size", min=0, metavar="PX", help="Width and height of the images (default: the model's size).")
+]
+Width = Annotated[int | None, Option("--width", min=0, metavar="PX", help="Width of the images (default: --size).")]
+Height = Annotated[int | None, Option("--height", min=0, metavar="PX", help="Height of the images (default: --size).")]
+DrawEma = Annotated[bool | None, Option("--ema/--no-ema", help="Use a checkpoint's averaged (EMA) weights (default: no).")]
+Adapters = Annotated[list[str] | None, Option("--lora", metavar="LORA[:weight]", help="Adapter to draw with; may be repeated.")]
+DecodingVae = Annotated[
+    str | None, Option("--vae", parser=text, metavar="PATH", help="VAE to decode with (default: the model's own).")
+]
+ClipSkip = Annotated[
+    int | None,
+    Option(
+        "--clip-skip", min=0, metavar="N", help="Last text encoder layers to skip, 1 less than in kohya and A1111 (default: 0)."
+    ),
+]
+Chunks = Annotated[
+    str | None, Option("--chunks", metavar="N", help="Chunks of 75 tokens to read of a prompt, or auto (default: 1).")
+]
+SamplePrecision = Annotated[
+    Precision | None, Option("--precision", help="Compute precision (default: fp32, or that of a run's stage).")
+]
+
+# validate, plan
+ValidatePrecision = Annotated[
+    Precision | None, Option("--precision", help="Compute precision (default: that of the last stage).")
+]
+Vram = Annotated[float | None, Option("--vram", metavar="GB", help="GPU memory in GB (default: that of --card, or 24).")]
+Card = Annotated[str, Option("--card", metavar="NAME", help="GPU to estimate for, for example 4090 (default: all known).")]
+
+# bench
 BenchWords = Annotated[
     list[str] | None,
     Argument(
@@ -71,3 +197,96 @@ BenchWords = Annotated[
         help="What to measure: step, memory, kernels, optim, loader or cache (default: step).",
     ),
 ]
+Small = Annotated[bool, Option("--small", help="Use a tiny model, as a quick test of the benchmark.")]
+BenchSize = Annotated[int | None, Option("--size", min=1, metavar="PX", help="Image size (default: per CONFIG, or 512).")]
+BenchBatch = Annotated[
+    int | None, Option("--batch", min=1, metavar="N", help="Images per training step (default: per CONFIG).")
+]
+BenchMicroBatch = Annotated[
+    int | None, Option("--micro-batch", min=1, metavar="N", help="Images per forward pass (default: per CONFIG).")
+]
+BenchOptimizer = Annotated[
+    str | None, Option("--optimizer", metavar="NAME", help="Optimizer, as stage.optimizer (default: per CONFIG).")
+]
+Peers = Annotated[
+    str | None,
+    Option("--peers", metavar="LIST", help="Baselines: none, or a list of diffusers,compiled,dadaptation,lion-pytorch."),
+]
+Graph = Annotated[bool | None, Option("--graph/--no-graph", help="Run the step as a CUDA graph (default: per CONFIG).")]
+Rounds = Annotated[int | None, Option("--steps", min=1, metavar="N", help="Rounds to time (loader: batches to load).")]
+Fraction = Annotated[float | None, Option("--fraction", metavar="X", help="For optim: fraction of the UNet's tensors to use.")]
+Rate = Annotated[float, Option("--rate", metavar="X", help="For loader: images per second that the training step consumes.")]
+
+# compare, sweep, lr-probe
+RunFolders = Annotated[list[Path] | None, Argument(parser=path, metavar="RUN ...", help="Run folders to compare.")]
+ReportFile = Annotated[
+    Path, Option("--out", "-o", parser=path, metavar="FILE", help="HTML page to write; its images go into a folder beside it.")
+]
+Baseline = Annotated[
+    str,
+    Option("--baseline", parser=text, metavar="RUN", help="Run to compare the others with (default: the first)."),
+]
+Draw = Annotated[
+    list[str] | None,
+    Option("--draw", metavar="KEY=a,b,c", help="Draw samples with these settings, for example clip_skip=0,1."),
+]
+DrawCheckpoints = Annotated[bool, Option("--checkpoints", help="Draw samples from every saved checkpoint.")]
+SweepValues = Annotated[
+    list[str] | None, Argument(metavar="key=a,b,c ...", help="Values to sweep; key=value sets one value for all runs.")
+]
+SweepBaseline = Annotated[
+    str, Option("--baseline", metavar="NAME", help="Run to compare the others with (default: CONFIG's own).")
+]
+ProbeSteps = Annotated[int, Option("--steps", min=40, metavar="N", help="Length of the D-Lion run in steps.")]
+ProbeStage = Annotated[str, Option("--stage", metavar="NAME", help="Stage to probe (default: the first).")]
+
+# long-clip, swap-vae
+NewTokens = Annotated[int, Option("--tokens", min=1, metavar="N", help="New length of the text encoder in tokens.")]
+NewVae = Annotated[str, Argument(parser=text, metavar="VAE", help="VAE, or model with a VAE, in any form that BASE can have.")]
+AlignmentImages = Annotated[
+    Path | None, Option("--images", parser=path, metavar="DIR", help="Images for aligning the UNet to the new latents.")
+]
+MostImages = Annotated[int, Option("--limit", min=8, metavar="N", help="Largest number of images to use.")]
+Fit = Annotated[str, Option("--fit", metavar="NAME", help="Fit: plain, orthogonal, affine or kernel (default: smallest loss).")]
+Resolution = Annotated[int, Option("--resolution", min=0, metavar="PX", help="Image size; 0 = the model's native size.")]
+SwapPrecision = Annotated[Precision, Option("--precision", help="Precision of measurements: fp32 or bf16.")]
+Seed = Annotated[int, Option("--seed", min=0, metavar="N", help="Seed that selects images, noise and timesteps.")]
+
+# convert, config, convert-config
+AnyFile = Annotated[
+    str, Argument(parser=text, metavar="IN", help="Folder, hub id, .safetensors, .ckpt, LoRA, run or checkpoint.")
+]
+NewModel = Annotated[Path, Argument(parser=path, metavar="OUT", help="Output: a new folder or .safetensors file.")]
+OutputForm = Annotated[Form | None, Option("--to", help="Output format (default: inferred from OUT's extension).")]
+OutputDtype = Annotated[Dtype | None, Option("--dtype", help="Data type of the weights (default: unchanged).")]
+ConvertEma = Annotated[bool, Option("--ema", help="Convert the averaged (EMA) weights.")]
+Fold = Annotated[bool, Option("--fold/--no-fold", help="For a single file: fold the VAE's scaling factor into it.")]
+Variant = Annotated[str, Option("--variant", metavar="WORD", help="For diffusers: variant in file names, for example fp16.")]
+Shard = Annotated[
+    float, Option("--shard", metavar="GB", min=0.0, help="For diffusers: size above which files are split; 0 = off.")
+]
+OtherVae = Annotated[str, Option("--vae", parser=text, metavar="PATH", help="VAE to use instead of the model's own.")]
+Revision = Annotated[str, Option("--revision", metavar="NAME", help="Branch, tag or commit of a hub id.")]
+Merge = Annotated[
+    list[str] | None,
+    Option(
+        "--merge",
+        parser=text,
+        metavar="LORA[:weight]",
+        help="Adapter to merge (LoRA, LoHa, LoKr, DoRA, full difference); may be repeated.",
+    ),
+]
+ConfigKey = Annotated[str, Argument(metavar="[KEY]", help="Key or table, for example lr or stage.lr (default: list all keys).")]
+ForeignConfig = Annotated[Path, Argument(parser=path, metavar="FILE", help="Config of sd-scripts, OneTrainer or EveryDream2.")]
+NewConfig = Annotated[Path | None, Argument(parser=path, metavar="OUT", help="TOML file to write (default: FILE-fastsd.toml).")]
+
+# redraw, demo
+NewDataset = Annotated[
+    Path, Argument(parser=path, metavar="OUT", help="Output: a new folder, or that of an interrupted run of this command.")
+]
+StartTimestep = Annotated[
+    int | None,
+    Option("--start", metavar="T", help="Timestep to which latents are noised; 0 = only decode them (default: pure noise)."),
+]
+Limit = Annotated[int | None, Option("--limit", min=1, metavar="N", help="Number of images to draw (default: all).")]
+DemoFolder = Annotated[Path, Option("--out", "-o", parser=path, metavar="DIR", help="Output folder.")]

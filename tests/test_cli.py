@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import time
 
 import pytest
+import torch
+import typer
 from commandline import STAGE, fastsd
 from sentences import says
 from tiny import job, tiny_vae, write_images
 
-from fastsd import cli
+from fastsd import __version__, cli
 
 
 @pytest.fixture
@@ -32,6 +35,45 @@ def test_help_is_instant():
     assert all(word in process.stdout for word in ("train", "cache", "sample", "check", "demo"))
     code = "import sys; from fastsd import cli; assert not {'torch', 'numpy', 'pydantic', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+COMMANDS = typer.main.get_command(cli.app).commands
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_a_terminal_and_has_examples(run, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(*([name] if name else []), "-h")
+    lines = out.splitlines()
+    assert code == 0 and max(map(len, lines)) <= 80
+    assert name or not any(line.endswith("...") for line in lines[1:])  # a summary that is cut
+    examples = out.partition("Examples:\n")[2].splitlines()
+    assert examples and all(line.startswith(f"  fastsd {name}".rstrip()) or not name for line in (x[2:] for x in examples))
+    for line in examples:
+        words = shlex.split(line.strip().split("  ")[0])
+        try:
+            COMMANDS[words[1]].make_context(words[1], words[2:])
+        except typer.Exit:
+            assert words[2:] == ["--help"]
+
+
+def test_values_of_options_are_named():
+    for name, command in COMMANDS.items():
+        for parameter in command.params:
+            if not getattr(parameter, "is_flag", False) and parameter.name not in ("help", "precision", "dtype", "to"):
+                assert parameter.metavar, f"{name} {parameter.name}"
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert code == 0 and out.startswith(f"fastsd {__version__}, torch {torch.__version__.partition('+')[0]}")
+
+
+def test_shell_completion():
+    environment = os.environ | {"_FASTSD_COMPLETE": "complete_bash", "COMP_WORDS": "fastsd conv", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['fastsd']; from fastsd.cli import app; app(prog_name='fastsd')"
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert process.stdout.split() == ["convert", "convert-config"]
 
 
 def test_cache_train_sample(run, tmp_path, tiny_model, images):

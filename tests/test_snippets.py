@@ -33,7 +33,15 @@ from fastsd.model.lora import add_lora
 from fastsd.model.unet import UNetConfig
 from fastsd.run.loop import train
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "configs/README.md", "bench/README.md", "kernels/README.md", "docs/glossary.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "configs/README.md",
+    "bench/README.md",
+    "kernels/README.md",
+    "docs/glossary.md",
+    "docs/config.md",
+]
 CONFIGS = sorted(ROOT.glob("configs/*.toml"))
 FIGURES = {  # blocks that are no code, by their first word
     "unet": "the line that a run shows",

@@ -31,7 +31,7 @@ Cut = Literal["tokens", "commas", "words"]  # ModelTable.cut
 class LoraTable(Table):
     """Low-rank adapters (LoRA): the weight W of every target becomes W + alpha / rank * up @ down."""
 
-    rank: int = Field(4, ge=1)
+    rank: int = Field(4, ge=1)  # rank of the adapters of linear layers
     alpha: float | None = Field(None, gt=0)  # unset = rank, so that the factor alpha / rank is 1
     targets: list[str] = Field(["attention"], min_length=1)  # groups or names of linear layers, as in train without component
     conv: int = Field(0, ge=0)  # rank of the adapters of 3x3 convolutions; 0 = none
@@ -152,7 +152,7 @@ class DataTable(Table):
 
 
 class CacheTable(Table):
-    dir: PathText = "cache"  # runs may share it, because its keys include image, VAE and preprocessing
+    dir: PathText = "cache"  # folder of the cache; runs may share it, because its keys include image, VAE and preprocessing
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # dtype of the stored latents; fp16 takes 32 KiB per image at 512 px
     precision: Literal["fp32", "bf16"] = "fp32"  # precision of the VAE encoder; SDXL's VAE would overflow in fp16
     batch: int = Field(8, ge=1)  # images per VAE call; an interruption can lose the work of one call
@@ -165,13 +165,13 @@ class CacheTable(Table):
 class PromptTable(Table):
     """A prompt with settings of its own. Those that are unset are as in `[sample]`."""
 
-    prompt: str
-    negative: str | None = None
-    width: int | None = Field(None, ge=1)
-    height: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=0, lt=2**64)
-    steps: int | None = Field(None, ge=1)
-    guidance: float | None = Field(None, ge=0)
+    prompt: str  # text of the prompt
+    negative: str | None = None  # negative prompt
+    width: int | None = Field(None, ge=1)  # px
+    height: int | None = Field(None, ge=1)  # px
+    seed: int | None = Field(None, ge=0, lt=2**64)  # seed of the first column
+    steps: int | None = Field(None, ge=1)  # sampler steps
+    guidance: float | None = Field(None, ge=0)  # classifier-free guidance scale; 1 = off
 
 
 def _prompt_kind(prompt: object) -> str:
@@ -192,12 +192,12 @@ class SampleTable(Table):
     negative: str = ""  # negative prompt, which replaces the empty prompt of the guidance
     images: int = Field(2, ge=1)  # columns of the grid: images per prompt, each with its own fixed seed
     seed: int = Field(0, ge=0, lt=2**64)  # seed of the first column; each further column adds 1
-    sampler: Literal["ddim", "euler", "euler_a", "dpm++"] = "dpm++"
-    steps: int = Field(20, ge=1)
+    sampler: Literal["ddim", "euler", "euler_a", "dpm++"] = "dpm++"  # dpm++ is DPM++ 2M
+    steps: int = Field(20, ge=1)  # sampler steps
     guidance: float = Field(7.0, ge=0)  # classifier-free guidance scale; 1 = off
     # Share of the guided prediction whose spread is reduced to that of the prompt's; 0.7 for models with zero_snr, 0 = off
     guidance_rescale: float = Field(0.0, ge=0, le=1)
-    size: int = Field(0, ge=0)  # px; 0 = data.resolution
+    size: int = Field(0, ge=0)  # px, width and height; 0 = data.resolution
     width: int = Field(0, ge=0)  # px; 0 = size
     height: int = Field(0, ge=0)  # px; 0 = size
     # Weights that draw the grids of a run: "ema" = the EMA weights, in stages that have them
@@ -251,7 +251,7 @@ class Config(Table):
     run: PathText = "runs/run"  # folder of the run's files; the same command resumes from it
     seed: int = Field(0, ge=0, lt=2**63)  # seed of noise, timesteps, dropout and order
     kernels: Literal["auto", "triton", "reference"] = "auto"  # the Ops table; auto = the fastest for the device
-    device: str = "auto"  # auto = cuda if available, otherwise cpu
+    device: str = "auto"  # cpu, cuda or cuda:N; auto = cuda if available, otherwise cpu
     cuda_graph: bool = True  # replay the whole step as one CUDA graph on a GPU; the results are the same
     deterministic: bool = True  # resume exactly on a GPU; false = cuDNN times its algorithms at every start
 
@@ -318,7 +318,7 @@ class Config(Table):
 
 
 _LINE = re.compile(r"\(at line (\d+)")  # in the message of a `tomllib.TOMLDecodeError`
-_TABLES: dict[str, type[Table]] = {
+TABLES: dict[str, type[Table]] = {
     "model": ModelTable, "model.lora": LoraTable, "data": DataTable, "data.buckets": BucketTable, "cache": CacheTable,
     "sample.prompts": PromptTable, "sample": SampleTable, "validate": ValidateTable, "log": LogTable, "export": ExportTable,
     "stage": StageTable,
@@ -361,7 +361,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, precision:
 
 def parse_config(raw: dict[str, Any], source: str) -> Config:
     """Validate a parsed TOML dict. Raises UserError with one line per problem; each line starts with `source`."""
-    problems = unknown_keys(raw, {field.alias or name for name, field in Config.model_fields.items()}, _TABLES)
+    problems = unknown_keys(raw, {field.alias or name for name, field in Config.model_fields.items()}, TABLES)
     try:
         config = Config.model_validate(raw, strict=True)
     except ValidationError as error:

@@ -33,7 +33,7 @@ class StageTable(Table):
     # What the stage takes over from the previous one: "reset" = the weights; "carry" = also the optimizer state, d and EMA
     state: Annotated[Literal["reset", "carry"], FIXED | LIGHT] = "reset"
     reinit: Annotated[list[str], FIXED | LIGHT] = []  # parameters that start from new random weights, named as in train
-    precision: Annotated[Precision, FREE | COLUMN] = "fp32"
+    precision: Annotated[Precision, FREE | COLUMN] = "fp32"  # of the computation; a change loses no bit of the weights
     batch: Annotated[int, FIXED | COLUMN] = Field(32, ge=1)  # images per optimizer step
     # Images per forward, a divisor of batch; gradients are accumulated. 0 = batch, "auto" = the largest that fits
     micro_batch: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], FREE | LIGHT | NO_EFFECT] = 0
@@ -43,12 +43,12 @@ class StageTable(Table):
     # Update each parameter when its gradient arrives, without memory for gradients. Needs micro_batch = batch, no grad_clip
     fused_backward: Annotated[bool, FREE | NO_EFFECT] = False
 
-    optimizer: Annotated[OptimizerName, FIXED | COLUMN] = "dlion"
+    optimizer: Annotated[OptimizerName, FIXED | COLUMN] = "dlion"  # dlion finds the step size itself
     # One lr, or { unet = 1e-6, text_encoder = 3e-6 }. lion and adamw need it. For dlion it is a factor of d, 1.0 by default
     lr: Annotated[Rate | dict[Literal["unet", "text_encoder"], Rate] | None, FREE | LIGHT | COLUMN] = None
     # dlion and lion (0.9, 0.99), adamw (0.9, 0.999)
     betas: Annotated[list[float] | None, FIXED | LIGHT] = Field(None, min_length=2, max_length=2)
-    weight_decay: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0)
+    weight_decay: Annotated[float, FREE | LIGHT] = Field(0.0, ge=0)  # decoupled: a step subtracts lr * weight_decay * weight
     # lion: decay by weight_decay * lr / initial lr, as in lion-pytorch
     decoupled_weight_decay: Annotated[bool, FIXED | LIGHT, Only(optimizer="lion")] = False
     d0: Annotated[float, FIXED] = Field(1e-6, gt=0)  # dlion: first estimate of the step size
@@ -101,7 +101,7 @@ class StageTable(Table):
     input_perturbation: Annotated[float, FREE | NOISE] = Field(0.0, ge=0, le=1)
     # Noises drawn per image, of which the nearest is used; 1 = plain noise
     immiscible: Annotated[int, FREE | NOISE] = Field(1, ge=1, le=64)
-    timesteps: Annotated[Literal["uniform", "logit_normal", "cubic"], FREE] = "uniform"
+    timesteps: Annotated[Literal["uniform", "logit_normal", "cubic"], FREE] = "uniform"  # distribution of the timesteps
     # First and end; the end is excluded
     timestep_range: Annotated[list[int], FREE | LIGHT] = Field([0, 1000], min_length=2, max_length=2)
     # logit_normal: above 0 favours noisy timesteps, below 0 the others

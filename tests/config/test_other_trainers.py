@@ -13,7 +13,7 @@ from sentences import pattern, refused, says
 from fastsd.config.conversion import Conversion, clip_skip_note, convert_key, toml_value
 from fastsd.config.onetrainer_keys import CONCEPT, EVERYDREAM, ONETRAINER
 from fastsd.config.other_trainers import COMMON, KOHYA
-from fastsd.config.schema import _TABLES, Config, load_config
+from fastsd.config.schema import TABLES, Config, load_config
 from fastsd.errors import UserError
 from fastsd.train.objective import Objective, timestep_weights
 from fastsd.train.schedule import learning_rate
@@ -132,14 +132,14 @@ def test_a_hint_applied_as_it_stands(line, others, expected, tmp_path):
 
 
 def valid_in_a_stage(line: str) -> bool:
-    return line.partition(" ")[0] in _TABLES["stage"].model_fields
+    return line.partition(" ")[0] in TABLES["stage"].model_fields
 
 
 def flat(values: dict, place: str = "") -> dict:
     """Return dotted keys of tables of the config. The value of a key may be a table as well."""
     result = {}
     for key, value in values.items():
-        is_table = isinstance(value, dict) and (f"{place}{key}" in _TABLES or place) and f"{place}{key}" != "data.buckets"
+        is_table = isinstance(value, dict) and (f"{place}{key}" in TABLES or place) and f"{place}{key}" != "data.buckets"
         result |= flat(value, f"{place}{key}.") if is_table else {f"{place}{key}": value}
     return result
 
@@ -169,7 +169,7 @@ def test_a_key_without_an_equal_says_so(lines, tmp_path):
 
 def test_keys_of_the_rules_exist():
     """Rules that were given a value name keys of the schema only."""
-    keys = {f"{table}.{field}" for table, fields in _TABLES.items() for field in fields.model_fields}
+    keys = {f"{table}.{field}" for table, fields in TABLES.items() for field in fields.model_fields}
     keys |= {field.alias or name for name, field in Config.model_fields.items()}
     values = (True, 2, 0.5, "constant", "l2", "512", "networks.lora", ["conv_dim=4"], "COSINE_WITH_HARD_RESTARTS", "LORA",
               "REX", "ADAMW", "P2", "MIN_SNR_GAMMA", "FLOAT_32", "fp16", "bf16", "filename", "ddim", "a.txt")  # fmt: skip
