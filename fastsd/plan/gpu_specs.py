@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, NamedTuple
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from fastsd.errors import UserError
+from fastsd.plan.operations import Operation
 
 # Efficiency of a whole step. Convolutions, matmuls and attention reach a share of the matmul rate below, and all other
 # operations a share of the bandwidth. Chosen, not measured. For SD1.5 in bf16 at 512 px they predict 163 images/s on an
@@ -78,76 +74,13 @@ def _letters_and_digits(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
-class Operation(NamedTuple):
-    flops: int
-    bytes: int
-    narrow: bool  # operands in bf16
-    attention: bool
-
-
-@dataclass
-class StepOperations:
-    """Operations of one step: `accumulate` runs forward and backward for each micro-batch, `update` runs once per step."""
-
-    accumulate: list[Operation] = field(default_factory=list)
-    update: list[Operation] = field(default_factory=list)
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of one micro-batch."""
-        return sum(operation.flops for operation in self.accumulate)
-
-    def seconds(self, card: GpuSpec, precision: str, micro_batches: int) -> float:
-        """Estimate the seconds of a step with `micro_batches` micro-batches, by the formula above."""
-        micro_batch_seconds = sum(_seconds(operation, card, precision) for operation in self.accumulate)
-        return micro_batches * micro_batch_seconds + sum(_seconds(operation, card, precision) for operation in self.update)
+def step_seconds(operations: Counter[Operation], card: GpuSpec, precision: str) -> float:
+    """Estimate the seconds of a step by the formula above."""
+    return sum(_seconds(operation, card, precision) * count for operation, count in operations.items())
 
 
 def _seconds(operation: Operation, card: GpuSpec, precision: str) -> float:
     rate = card.bf16 if operation.narrow else card.tf32 if precision == "tf32" else card.fp32
-    if operation.attention and not operation.narrow:
+    if operation.kind == "attention" and not operation.narrow:
         rate = max(rate, card.tf32 / 3)  # fp32 attention uses the faster of two methods, see `set_precision`
     return max(operation.flops / (MATMUL_SHARE * rate * 1e12), operation.bytes / (MEMORY_SHARE * card.bandwidth * 1e9))
-
-
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# PyTorch has FLOP formulas only for its GPU attention.
-_COUNTED_AS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
-    ),
-}
-
-
-class Recorder(TorchDispatchMode):
-    """Records the operations of a `with` block, with PyTorch's FLOP formulas. Views and allocations are not recorded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[Operation] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name, indices, new = _signature(func)
-        if (indices or new) and name not in _ALLOCATIONS:
-            read = _tensors((args, kwargs))
-            written = _tensors([args[index] for index in indices if index < len(args)]) + (_tensors(result) if new else [])
-            formula = flop_registry.get(_COUNTED_AS.get(func.overloadpacket, func.overloadpacket))
-            flops = formula(*args, **kwargs, out_val=result) if formula else 0
-            num_bytes = sum(t.numel() * t.itemsize for t in (*read, *written))
-            narrow = any(t.dtype == torch.bfloat16 for t in read)
-            self.operations.append(Operation(flops, num_bytes, narrow, "attention" in name))
-        return result
-
-
-@cache
-def _signature(func: Any) -> tuple[str, list[int], bool]:
-    """Return an operation's name, the indices of the arguments it writes, and True if its results are no views."""
-    indices = [i for i, argument in enumerate(func._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
-    return func.overloadpacket.__name__, indices, not any(value.alias_info for value in func._schema.returns)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from fastsd.model.select import changed_components
 from fastsd.model.shapes import Shapes, read_shapes
 from fastsd.model.text_encoder import chunk_limit, context_lengths
 from fastsd.plan.disk import run_bytes
-from fastsd.plan.gpu_specs import GPU_SPECS, MATMUL_SHARE, MEMORY_SHARE, GpuSpec, find_gpu
+from fastsd.plan.gpu_specs import GPU_SPECS, MATMUL_SHARE, MEMORY_SHARE, GpuSpec, find_gpu, step_seconds
+from fastsd.plan.operations import Operation
 from fastsd.plan.rehearsal import MemoryEstimate, Rehearsal
 from fastsd.storage import replace_file
 from fastsd_kernels import REFERENCE, TRITON, Ops
@@ -52,6 +54,7 @@ class StagePlan:
         self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
         self._rehearsals: dict[bool, Rehearsal] = {}
         self._needs: dict[tuple[int, str], MemoryEstimate] = {}
+        self._later: dict[tuple[int, str], Counter[Operation]] = {}  # operations of every micro-batch but the first
 
     @property
     def micro_batches(self) -> list[int]:
@@ -77,6 +80,19 @@ class StagePlan:
                 )
             self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
         return self._needs[micro_batch_size, level]
+
+    def operations(self, micro_batch_size: int, checkpointing: str | None = None) -> Counter[Operation]:
+        """Return how often each operation runs in a whole step."""
+        level = checkpointing or self.stage.checkpointing
+        operations = Counter(self.need(micro_batch_size, level).operations)
+        later = self.stage.batch // micro_batch_size - 1
+        if later:
+            # The first micro-batch writes the gradients, the others add to them.
+            if (micro_batch_size, level) not in self._later:
+                self._later[micro_batch_size, level] = self._rehearsals[False].step(micro_batch_size, level, 2).operations
+                self._later[micro_batch_size, level].subtract(operations)
+            operations.update({op: later * count for op, count in self._later[micro_batch_size, level].items()})
+        return operations
 
     def largest_micro_batch(self, bytes: int | None = None, checkpointing: str | None = None) -> int:
         """Find the largest micro-batch size with which the stage fits.
@@ -104,8 +120,8 @@ class StagePlan:
 
     def images_per_second(self, card: GpuSpec, micro_batch_size: int, checkpointing: str | None = None) -> float:
         """Estimate the training speed as in `gpu_specs.py`."""
-        work = self.need(micro_batch_size, checkpointing).work
-        return self.stage.batch / work.seconds(card, self.stage.precision, self.stage.batch // micro_batch_size)
+        operations = self.operations(micro_batch_size, checkpointing)
+        return self.stage.batch / step_seconds(operations, card, self.stage.precision)
 
     def files(self) -> tuple[dict[str, int], int]:
         """Return the bytes of each component in fp32, and the bytes of the stage's optimizer state and EMA."""
@@ -214,7 +230,7 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[GpuSpec
     for level in LEVELS:
         level_largest = plan.largest_micro_batch(checkpointing=level)
         level_need = plan.need(level_largest or plan.micro_batches[0], level)
-        per_image = {"activations_an_image": level_need.activations, "flops_an_image": level_need.work.flops}
+        per_image = {"activations_an_image": level_need.activations, "flops_an_image": level_need.flops}
         levels[level] = {"largest_micro_batch": level_largest, "total": level_need.total + RESERVED}
         levels[level] |= {key: value // level_need.micro_batch_size for key, value in per_image.items()}
 

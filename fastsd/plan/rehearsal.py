@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from fastsd.config.schema import StageTable
 from fastsd.data.loader import Batch
 from fastsd.model.shapes import Shapes, empty_model, materialize
-from fastsd.plan.gpu_specs import Recorder, StepOperations
+from fastsd.plan.operations import Operation, Recorder
 from fastsd.sampling.generate import BATCH
 from fastsd.train.memory import LiveBytes
 from fastsd.train.optim import flat_state
 from fastsd.train.step import Step
 from fastsd_kernels import REFERENCE, TRITON, Ops
-from fastsd_kernels.launch import recording
+from fastsd_kernels.launch import Launch, recording
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class MemoryEstimate:
         activations: activations alive when the forward of one micro-batch ends.
         working: memory needed at the peak of the step, beyond `owners` and `activations`.
         sampling: memory needed to draw samples between steps, beyond `owners`.
-        work: operations of the step.
+        operations: how often each operation runs in a step with one micro-batch.
     """
 
     micro_batch_size: int
@@ -40,7 +43,12 @@ class MemoryEstimate:
     activations: int
     working: int
     sampling: int
-    work: StepOperations
+    operations: Counter[Operation]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one micro-batch."""
+        return sum(operation.flops * count for operation, count in self.operations.items())
 
     @property
     def step(self) -> int:
@@ -72,11 +80,10 @@ class Rehearsal:
         # appear to be on the CPU. This needs PyTorch's fake tensors and takes five times as long.
         self._device = torch.device("meta" if ops is TRITON else "cpu")
         self._without_data = WithoutData() if ops is TRITON else FakeTensorMode()
-        self._live, self._recorder = LiveBytes(self._device), Recorder()
+        self._live = LiveBytes(self._device)
         self._bytes_after_forward: list[int] = []  # bytes alive at the end of each UNet forward
-        self._update_starts: list[int] = []  # index of the operation at which each update starts
 
-        self._model = empty_model(shapes, _traceable(ops, self._mark_update))
+        self._model = empty_model(shapes, _traceable(ops))
         self.modules = {"unet": self._model.unet, "text_encoder": self._model.text.module, "vae": self._model.vae.module}
         with self._tracing():
             for name, module in self.modules.items():
@@ -95,29 +102,27 @@ class Rehearsal:
         self._sampling = self._sample()
         self._model.unet.register_forward_hook(lambda *_: self._bytes_after_forward.append(self._live.now))
 
-    def step(self, micro_batch_size: int, checkpointing: str) -> MemoryEstimate:
-        """Run one forward, backward and update with `micro_batch_size` images."""
+    def step(self, micro_batch_size: int, checkpointing: str, micro_batches: int = 1) -> MemoryEstimate:
+        """Run one step of `micro_batches` forwards and backwards with `micro_batch_size` images each, and one update."""
         self._model.unet.checkpointing, self._step.micro_batch_size = checkpointing, micro_batch_size
-        self._recorder.operations, self._update_starts, self._bytes_after_forward = [], [], []
+        self._bytes_after_forward = []
+        count = micro_batches * micro_batch_size
         with self._without_data:
             channels, text = self._model.unet.cfg.in_channels, self._model.text
-            latents = torch.empty(micro_batch_size, channels, self._side, self._side, dtype=torch.float16)
+            latents = torch.empty(count, channels, self._side, self._side, dtype=torch.float16)
             length = text.lengths[-1]
-            token_ids = torch.empty(micro_batch_size, length, dtype=torch.int64)
-            positions = torch.empty(micro_batch_size, dtype=torch.int64)
-            text_shape = micro_batch_size, length, text.width
-            text_embeds = torch.empty(text_shape, dtype=torch.float16) if self._cached_text else None
-        with self._tracing(), self._recorder:
+            token_ids = torch.empty(count, length, dtype=torch.int64)
+            positions = torch.empty(count, dtype=torch.int64)
+            text_embeds = torch.empty(count, length, text.width, dtype=torch.float16) if self._cached_text else None
+        with self._tracing() as launches, Recorder(launches) as recorder:
+            recorder.arenas = {arena.untyped_storage()._cdata for arena in self._step.tensors_by_role()["gradients"]}
             self._live.restart()
             bytes_before = self._live.now
             self._step(Batch(latents, token_ids, positions, [], text_embeds), 0)
 
-        forward_bytes, operations = self._bytes_after_forward[0], self._recorder.operations
-        # A step fused with the backward has one micro-batch and no separate update.
-        update = len(operations) if self._step.stage.fused_backward else self._update_starts[0]
-        work = StepOperations(operations[:update], operations[update:])
+        forward_bytes, operations = self._bytes_after_forward[0], recorder.operations
         working = self._live.peak - forward_bytes + self._unowned_bytes
-        return MemoryEstimate(micro_batch_size, self.owners, forward_bytes - bytes_before, working, self._sampling, work)
+        return MemoryEstimate(micro_batch_size, self.owners, forward_bytes - bytes_before, working, self._sampling, operations)
 
     def _sample(self) -> int:
         """Return the bytes by which drawing a full batch of guided samples raises memory. Samples are decoded one by one."""
@@ -144,35 +149,40 @@ class Rehearsal:
         owners |= {"gradients": step_owners["gradients"], "optimizer state": step_owners["state"], "EMA": step_owners["ema"]}
         return {owner: sum(t.untyped_storage().nbytes() for t in tensors) for owner, tensors in owners.items()}
 
-    def _mark_update(self) -> None:
-        self._update_starts.append(len(self._recorder.operations))
-
     @contextmanager
-    def _tracing(self) -> Iterator[None]:
-        # 86 selects the tiles of an RTX 3090. The kernels need some choice; the counts do not depend on it.
-        with recording(86), self._without_data, self._live:
-            yield
+    def _tracing(self) -> Iterator[list[Launch]]:
+        # 86 selects the tiles of an RTX 3090. The kernels need some choice; the counts hardly depend on it.
+        with recording(86) as launches, self._without_data, self._live:
+            yield launches
+
+
+_CONVOLUTIONS = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
 
 
 class WithoutData(TorchDispatchMode):
-    """Allows copies of tensors without data to main memory. The copies take no memory, because only the GPU's counts."""
+    """Corrects PyTorch's operations on tensors without data.
+
+    Copies to main memory are allowed. They take no memory, because only the GPU's counts. Convolutions of channels-last images
+    return such images, as cuDNN does.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _CONVOLUTIONS:
+            results = func(*args, **kwargs)
+            layout, images = torch.channels_last, [x for x in args[:3] if isinstance(x, Tensor) and x.ndim == 4]
+            if not any(x.is_contiguous(memory_format=layout) for x in images):
+                return results
+            return tree_map(lambda x: x.to(memory_format=layout) if isinstance(x, Tensor) and x.ndim == 4 else x, results)
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.zeros((), dtype=kwargs.get("dtype") or args[0].dtype).expand(args[0].shape)
         return func(*args, **kwargs)
 
 
-def _traceable(ops: Ops, mark: Callable[[], None]) -> Ops:
-    """Return a variant of `ops` that accepts tensors without data and calls `mark` where the update starts."""
+def _traceable(ops: Ops) -> Ops:
+    """Return a variant of `ops` that accepts tensors without data."""
     if ops.name == "cpu" and TRITON is not None:
         # Ops that pass addresses cannot be traced. The Triton ops also work in place and need almost no extra memory.
         names = [field.name for field in fields(Ops) if getattr(ops, field.name) is not getattr(REFERENCE, field.name)]
         ops = replace(ops, **{name: getattr(TRITON, name) for name in names if name != "name"})
-
-    def gradient_norm(*args: Any, **kwargs: Any) -> Any:
-        mark()
-        return ops.gradient_norm(*args, **kwargs)
-
-    return replace(ops, gradient_norm=gradient_norm)
+    return ops
