@@ -376,7 +376,14 @@ def main() -> None:
         with signals_of_commands():
             app()
     except UserError as error:
-        print(f"fastsd: {error}", file=sys.stderr)
+        text = f"fastsd: {error}"
+        if sys.stderr.isatty():
+            from shutil import get_terminal_size
+
+            from fastsd.console import fit
+
+            text = fit(text, get_terminal_size().columns)
+        print(text, file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if (advice := disk_advice(error)) is None:

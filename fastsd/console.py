@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
+from textwrap import wrap
 from typing import IO, Any, cast
 
 import rich.console
@@ -37,8 +39,19 @@ class _Output:
             self._file.flush()
 
 
+def fit(text: str, width: int) -> str:
+    """Wrap the lines of a text between words. Commands in backticks stay whole, so that they can be copied."""
+    lines = []
+    for line in text.split("\n"):
+        whole = re.sub(r"`[^`]*`", lambda match: match[0].replace(" ", "\0"), line)
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+        lines += wrap(whole, width, subsequent_indent=indent, drop_whitespace=True, **options) if len(line) > width else [whole]
+    return "\n".join(lines).replace("\0", " ")
+
+
 class Console(rich.console.Console):
-    """A terminal or text file for the output of a command. Text is written as it is: not wrapped, and without markup."""
+    """A terminal or text file for the output of a command. Text has no markup. On a terminal, lines are wrapped."""
 
     @property
     def file(self) -> IO[str]:
@@ -49,10 +62,13 @@ class Console(rich.console.Console):
         self._file = new_file
 
     def echo(self, text: str) -> None:
-        self.out(text, highlight=False)
+        self.out(self._fit(text), highlight=False)
 
     def warn(self, text: str) -> None:
-        self.out(f"! {text}", style="bold yellow", highlight=False)
+        self.out(self._fit(f"! {text}"), style="bold yellow", highlight=False)
+
+    def _fit(self, text: str) -> str:
+        return fit(text, self.width) if self.is_terminal else text
 
     def table(self, rows: list[list[str]]) -> None:
         """Write a table. Columns with a digit in the last row are aligned right, other columns left."""
@@ -61,7 +77,7 @@ class Console(rich.console.Console):
         for row in rows:
             columns = zip(row, widths, left_aligned, strict=True)
             cells = [text.ljust(width) if left else text.rjust(width) for text, width, left in columns]
-            self.echo("  ".join(cells).rstrip())
+            self.out("  ".join(cells).rstrip(), highlight=False)
 
 
 STDOUT = Console()

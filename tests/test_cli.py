@@ -2,21 +2,26 @@
 
 import errno
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 
 import pytest
 import torch
 import typer
 from commandline import STAGE, fastsd
-from sentences import says
+from sentences import refused, says
 from tiny import job, tiny_vae, write_images
 
 from fastsd import __version__, cli
+from fastsd.commands.check import check
+from fastsd.config.schema import load_config
+from fastsd.console import Console
 
 
 @pytest.fixture
@@ -181,7 +186,14 @@ def test_check_reports_several_problems_at_once(run, tmp_path, tiny_model, image
     path = job(tmp_path, tiny_model, images, STAGE)
     code, out, err = run("check", path, "data.folders=['/no/such']", "model.base=/no/model", "device=abacus")
     assert code == 2 and says(out, "check-failed", check="model")
-    assert "/no/such" in err and "/no/model" in err and "abacus" in err
+    facts = {"device": "abacus", "images": "/no/such", "model": "/no/model"}
+    for title, fact in facts.items():
+        assert fact in err and re.search(f"^error {title}: .*{fact}", out, re.MULTILINE)  # the reason stands beside it
+    out = StringIO()
+    with refused("check-problems-shown", count=len(facts)):
+        options = ["data.folders=['/no/such']", "model.base=/no/model", "device=abacus"]
+        check(load_config(path, options), Console(file=out, width=200, force_terminal=True))
+    assert all(fact in out.getvalue() for fact in facts.values())
 
 
 def test_check_and_a_run_name_prompts_that_are_cut(run, tmp_path, tiny_model, images):

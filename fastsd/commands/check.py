@@ -49,8 +49,9 @@ def check(config: Config, console: Console = STDOUT) -> None:
         try:
             console.echo(f"ok    {title}: {inspect()}")
         except UserError as error:
-            problems.extend(str(error).split("\n"))
-            console.echo(f"error {title}")
+            reasons = str(error).split("\n")
+            problems.extend(reasons)
+            console.echo("\n".join([f"error {title}: {reasons[0]}", *(f"      {reason}" for reason in reasons[1:])]))
 
     models: list[Model] = []
     images_per_epoch: list[int] = []  # empty until it is known, like `models`
@@ -71,7 +72,10 @@ def check(config: Config, console: Console = STDOUT) -> None:
     attempt("run folder", lambda: _disk_space(config, models, images_per_epoch))
 
     if problems:
-        raise UserError("check-problems", "\n".join(dict.fromkeys(problems)))
+        unique = list(dict.fromkeys(problems))
+        if console.is_terminal:
+            raise UserError("check-problems-shown", f"problems named above: {len(unique)}")
+        raise UserError("check-problems", "\n".join(unique))
 
 
 def _device(config: Config, console: Console) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastsd.compare.runs import SMOOTHING_WINDOW, RunData, column
-from fastsd.run.report import duration
+from fastsd.run.live_line import duration
 from fastsd.run.settings import ABSENT, differences
 
 HASHES = {"order": "image order", "timesteps": "timesteps", "noise": "noise"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from fastsd.config.conversion import clip_skip_note
+from fastsd.config.optimizers import OPTIMIZERS
 from fastsd.config.schema import StageTable
 from fastsd.config.stages import ENDLESS
+from fastsd.run.live_line import legend
 from fastsd.run.report import memory_gb
 from fastsd.run.run import Run
 from fastsd.train.device import describe_ops
@@ -42,6 +44,7 @@ def header(run: Run) -> dict[str, str]:
     }
     if config.model.clip_skip:
         lines["text"] = clip_skip_note(config.model.clip_skip)
+    lines["line"] = legend(tunes_lr=any(OPTIMIZERS[stage.optimizer].tunes_lr for stage in config.stage))
     if data.sets.measured:
         lines["validation"] = f"{run.evaluation.validation}, every {config.validate_.every}"
     return lines

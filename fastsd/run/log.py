@@ -78,6 +78,7 @@ class Log:
         if self.mfu_per_speed:
             timing["mfu"] = self.mfu_per_speed * timing["images_per_second"]
         timing |= {"memory_gb": memory_gb(run.device), "eta": run.position.seconds_left(speed)}
+        timing["stage_eta"] = run.position.seconds_left(speed, stages=1)
         self.pending = (values, DeferredScalars(scalars), timing)
         self.mark = (now, progress.step, batches.waited)
 

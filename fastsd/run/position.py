@@ -80,11 +80,11 @@ class Position:
         """Return the seconds the current stage has run, over all starts."""
         return self.progress.seconds + time.monotonic() - self._updated_at
 
-    def seconds_left(self, steps_per_second: float) -> float:
-        """Estimate the seconds until all stages are complete, at the given speed."""
+    def seconds_left(self, steps_per_second: float, stages: int | None = None) -> float:
+        """Estimate the seconds until all stages are complete, or the next `stages`, at the given speed."""
         progress = self.progress
         total = 0.0
-        for index in range(progress.stage, len(self.steps)):
+        for index in range(progress.stage, len(self.steps))[:stages]:
             is_current, limit = index == progress.stage, self.stages[index].seconds
             if limit is not None:
                 total += max(limit - (self.elapsed() if is_current else 0), 0)

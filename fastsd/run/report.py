@@ -29,11 +29,11 @@ from rich.live import Live
 from rich.text import Text
 
 from fastsd.config.schema import LogTable
-from fastsd.config.stages import ENDLESS
 from fastsd.console import Console
 from fastsd.run.folder import LogRow, read_rows
+from fastsd.run.live_line import charts, live_line
 from fastsd.run.sinks import Sink, open_sinks
-from fastsd.run.validation import ValidationRow, format_line
+from fastsd.run.validation import ValidationRow, band_label, format_line
 from fastsd.storage import flush_folder, replace_file
 from fastsd.train.memory import main_memory
 
@@ -79,8 +79,9 @@ class TrainReport:
     def header(self, rows: dict[str, str]) -> None:
         width = max(map(len, rows)) + 2
         for name, value in rows.items():
+            lines = value.replace("\n", "\n" + " " * width)
             # A rich table would wrap the lines at 80 columns in a log file.
-            self.console.print(Text.assemble((name.ljust(width), "bold"), value), soft_wrap=True)
+            self.console.print(Text.assemble((name.ljust(width), "bold"), lines), soft_wrap=True)
         if self.live:
             self.live.start()
 
@@ -95,12 +96,11 @@ class TrainReport:
         """Write the row of one log interval to the files and to the console line."""
         self._append(self.log, values)
         self._append(self.timing, {"step": values["step"], **timing})
-        self._send(lambda sink: sink.scalars({**values, **timing}, values["step"]))
-        line = _line(values, timing, self.saved_at)
+        self._send(lambda sink: sink.scalars(charts(values, timing), values["step"]))
         if self.live:
-            self.live.update(Text(line))
+            self.live.update(Text(live_line(values, timing, self.saved_at, self.console.width)))
         else:
-            self.console.echo(line)
+            self.console.echo(live_line(values, timing, self.saved_at))
 
     def _append(self, file: RowFile, *rows: dict[str, Any]) -> None:
         """Append rows to a file. Training does not depend on it: a full disk is a warning, and the first lost row another."""
@@ -131,7 +131,7 @@ class TrainReport:
         for row in rows:
             name = row["set"] + ("_ema" if row["weights"] == "ema" else "")
             scalars[f"validation/{name}"] = row["loss"]
-            scalars |= {f"validation_{name}/t{first}-{end - 1}": loss for first, end, loss, _ in row["bands"]}
+            scalars |= {f"validation_{name}/t{band_label(first, end)}": loss for first, end, loss, _ in row["bands"]}
 
         self._append(self.validations, *rows)
         self._send(lambda sink: sink.scalars(scalars, step))
@@ -265,34 +265,6 @@ def _finite(value: object) -> object:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _line(values: LogRow, timing: dict[str, float], saved_at: float | None) -> str:
-    lr = f"lr {values['lr']:.3g}"
-    if values.get("d") is not None:
-        lr = f"d*lr {values['d'] * values['lr']:.3g} (d {values['d']:.3g})"
-    saved = "not saved yet" if saved_at is None else f"saved {duration(max(0.0, time.time() - saved_at))} ago"
-    total = f"/{timing['stage_steps']}" if timing["stage_steps"] < ENDLESS else ""
-    counts = "".join(f" | {name} {values[name]}" for name in ("spikes", "skipped") if values[name])
-    counts += f" | canary errors {timing['canary_errors']:.0f}" if timing.get("canary_errors") else ""
-    mfu = f" | MFU {timing['mfu']:.0%}" if "mfu" in timing else ""
-    return (
-        f"{values['stage']} {values['stage_step']}{total} | epoch {values['epoch']:.2f} | "
-        f"loss {values['loss']:.4f} ~{values['loss_smooth']:.4f} | {lr} | grad {values['grad_norm']:.3g}{counts} | "
-        f"{timing['images_per_second']:.1f} img/s{mfu} | {timing['memory_gb']:.1f} GB | wait {timing['data_wait']:.0%} | "
-        f"ETA {duration(timing['eta'])} | {saved}"
-    )
-
-
-def duration(seconds: float) -> str:
-    """Format seconds for reading: 42s, 7m05s, 3h12m, 5d04h."""
-    if not math.isfinite(seconds):
-        return "?"
-    seconds = int(seconds)
-    for size, unit, part_size, part_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // part_size:02d}{part_unit}"
-    return f"{seconds}s"
 
 
 def memory_gb(device: torch.device) -> float:

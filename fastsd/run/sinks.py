@@ -25,7 +25,7 @@ class Sink(Protocol):
 
     name: str
 
-    def scalars(self, values: Mapping[str, object], step: int) -> None: ...
+    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
     def image(self, name: str, image: Image.Image, step: int) -> None: ...
     def close(self) -> None: ...
 
@@ -41,11 +41,10 @@ class TensorBoard:
         with suppress(OSError):  # the first row will say it
             self._write(self._next_step, [])
 
-    def scalars(self, values: Mapping[str, object], step: int) -> None:
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
         from torch.utils.tensorboard.summary import scalar
 
-        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and name != "step"}
-        self._write(step, [scalar(name, value) for name, value in numbers.items()])
+        self._write(step, [scalar(name, value) for name, value in values.items()])
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         from torch.utils.tensorboard.summary import image as summary
@@ -90,7 +89,7 @@ class WeightsAndBiases:
             ) from None
         self._run = wandb.init(project=project, name=run.name, dir=str(run), id=run.name, resume="allow")
 
-    def scalars(self, values: Mapping[str, object], step: int) -> None:
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:

@@ -211,16 +211,21 @@ def _mean_and_standard_error(errors: Sequence[Sequence[float]]) -> tuple[float, 
 
 
 def format_line(rows: Sequence[ValidationRow]) -> str:
-    """Format as "held out 0.1432 ± 0.0021, stabilised 0.1398 ± 0.0020, by band 0.31 0.16 ...", with the first row's bands."""
+    """Format as "held out 0.1432 ± 0.0021, stabilised 0.1398 ± 0.0020; t 0000-0199 0.3100, ...", with the first row's bands."""
     losses = ", ".join(f"{_title(row)} {row['loss']:.4f} ± {row['se']:.4f}" for row in rows)
-    return f"{losses}, by band {' '.join(f'{loss:.2g}' for _, _, loss, _ in rows[0]['bands'])}"
+    return f"{losses}; t {', '.join(f'{band_label(*band[:2])} {band[2]:.4f}' for band in rows[0]['bands'])}"
+
+
+def band_label(first: int, end: int) -> str:
+    """Return a range of timesteps with four digits each, so that names are in the order of numbers."""
+    return f"{first:04}-{end - 1:04}"
 
 
 def format_table(rows: Sequence[ValidationRow]) -> str:
     """Format as a table with one line per band and one column per row."""
     lines = [["timesteps", *map(_title, rows)]]
     for bands in zip(*(row["bands"] for row in rows), strict=True):
-        lines.append([f"{bands[0][0]}-{bands[0][1] - 1}", *(f"{loss:.4f} ± {se:.4f}" for _, _, loss, se in bands)])
+        lines.append([band_label(*bands[0][:2]), *(f"{loss:.4f} ± {se:.4f}" for _, _, loss, se in bands)])
     lines.append(["all", *(f"{row['loss']:.4f} ± {row['se']:.4f}" for row in rows)])
     return "\n".join("".join(cell.ljust(18) for cell in line).rstrip() for line in lines)
 

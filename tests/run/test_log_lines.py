@@ -24,9 +24,10 @@ from fastsd.run import log as logs
 from fastsd.run import report as reports
 from fastsd.run.checkpoint import RunProgress
 from fastsd.run.header import header
+from fastsd.run.live_line import charts, duration, live_line
 from fastsd.run.log import MAX_SKIPPED_ROWS, DeferredScalars, Log
 from fastsd.run.position import Position
-from fastsd.run.report import RowFile, TrainReport, duration
+from fastsd.run.report import RowFile, TrainReport
 from fastsd.run.rollback import StepsSkipped
 from fastsd.run.smoothed_loss import DECAY, SmoothedLoss
 from fastsd.train.step import StepResult
@@ -36,8 +37,19 @@ VALUES = {
     "step": 7, "stage": "unet", "stage_step": 3, "epoch": 1.234, "loss": 0.12345, "loss_smooth": 0.2, "lr": 1e-4,
     "grad_norm": 1.5, "skipped": 0, "spikes": 0,
 }  # fmt: skip
-TIMING = {"stage_steps": 9, "images_per_second": 12.34, "memory_gb": 3.21, "data_wait": 0.25, "eta": 3700.0, "seconds": 5.0}
-LINE = "unet 3/9 | epoch 1.23 | loss 0.1235 ~0.2000 | lr 0.0001 | grad 1.5 | 12.3 img/s | 3.2 GB | wait 25% | ETA 1h01m | "
+TIMING = {
+    "stage_steps": 9,
+    "images_per_second": 12.34,
+    "memory_gb": 3.21,
+    "data_wait": 0.25,
+    "eta": 3700.0,
+    "stage_eta": 3700.0,
+    "seconds": 5.0,
+}
+LINE = (
+    "unet 3/9 | loss 0.1235 ~0.2000 | ETA 1h01m | 12.3 img/s | lr 0.0001 | not saved yet | 3.2 GB | grad 1.5 | wait 25% | "
+    "epoch 1.23"
+)
 
 
 def make_report(folder, table=None, step=0, saved_at=None, terminal=False, logs=None):
@@ -60,13 +72,16 @@ def test_durations(seconds):
 @pytest.mark.parametrize(
     "values, timing, saved_at, line",
     [
-        ({}, {}, None, LINE + "not saved yet"),
-        ({}, {}, 70.0, LINE + "saved 30s ago"),
-        ({}, {}, 170.0, LINE + "saved 0s ago"),  # the clock was changed
-        ({"skipped": 2}, {}, None, LINE.replace("grad 1.5", "grad 1.5 | skipped 2") + "not saved yet"),
-        ({"skipped": 2, "spikes": 1}, {}, None, LINE.replace("grad 1.5", "grad 1.5 | spikes 1 | skipped 2") + "not saved yet"),
-        ({"d": 0.5}, {}, None, LINE.replace("lr 0.0001", "d*lr 5e-05 (d 0.5)") + "not saved yet"),
-        ({}, {"stage_steps": ENDLESS}, None, LINE.replace("3/9", "3") + "not saved yet"),
+        ({}, {}, None, LINE),
+        ({}, {}, 70.0, LINE.replace("not saved yet", "saved 30s ago")),
+        ({}, {}, 170.0, LINE.replace("not saved yet", "saved 0s ago")),  # the clock was changed
+        ({"skipped": 2}, {}, None, LINE.replace("3/9", "3/9 | skipped 2")),
+        ({"skipped": 2, "spikes": 1}, {}, None, LINE.replace("3/9", "3/9 | spikes 1 | skipped 2")),
+        ({}, {"canary_errors": 3.0}, None, LINE.replace("3/9", "3/9 | canary errors 3")),
+        ({"d": 0.5}, {}, None, LINE.replace("lr 0.0001", "d*lr 5e-05") + " | d 0.5"),
+        ({}, {"mfu": 0.4}, None, LINE + " | MFU 40%"),
+        ({}, {"stage_steps": ENDLESS}, None, LINE.replace("3/9", "3")),
+        ({}, {"eta": 8000.0}, None, LINE.replace("ETA 1h01m", "ETA 1h01m, all 2h13m")),
     ],
 )
 def test_console_line(values, timing, saved_at, line, tmp_path, monkeypatch):
@@ -80,6 +95,20 @@ def test_console_line(values, timing, saved_at, line, tmp_path, monkeypatch):
         assert text.getvalue().splitlines()[1] == line.replace("not saved yet", "saved 0s ago")
 
 
+@pytest.mark.parametrize(
+    "width, last", [(1, "u"), (8, "unet 3/9"), (29, "unet 3/9"), (30, "~0.2000"), (80, "lr 0.0001"), (120, "wait 25%")]
+)
+def test_a_line_drops_what_does_not_fit(width, last):
+    line = live_line(VALUES, TIMING, None, width)
+    assert line.endswith(last) and len(line) <= width and LINE.startswith(line)
+
+
+def test_charts_are_grouped_and_leave_out_what_is_no_curve():
+    names = set(charts(VALUES | {"images": 12}, TIMING))
+    numbers = {"train/epoch", "train/loss", "train/loss_smooth", "train/lr", "train/grad_norm", "train/skipped", "train/spikes"}
+    assert names == numbers | {"speed/images_per_second", "speed/memory_gb", "speed/data_wait"}
+
+
 def test_a_terminal_has_one_live_line(tmp_path):
     report, text = make_report(tmp_path, terminal=True)
     report.header({"data": "[x] " + "word " * 20})
@@ -91,8 +120,8 @@ def test_a_terminal_has_one_live_line(tmp_path):
 
 def test_header_is_not_wrapped_or_interpreted(tmp_path):
     report, text = make_report(tmp_path)
-    report.header({"data": "[red]" + "x" * 80, "longer": "y"})
-    assert text.getvalue().splitlines() == ["data    [red]" + "x" * 80, "longer  y"]
+    report.header({"data": "[red]" + "x" * 80, "longer": "y\nz"})
+    assert text.getvalue().splitlines() == ["data    [red]" + "x" * 80, "longer  y", "        z"]
 
 
 def test_rows_go_to_two_files_at_once(tmp_path):
@@ -207,17 +236,17 @@ def test_tensorboard_has_numbers_and_images(tmp_path):
     tags = events.Tags()
     kinds = ("held_out", "held_out_ema")
     validation = {f"validation/{kind}" for kind in kinds}
-    validation |= {f"validation_{kind}/t{band}" for kind in kinds for band in ("0-499", "500-999")}
-    assert set(tags["scalars"]) == (VALUES | TIMING).keys() - {"step", "stage"} | validation
-    assert [(event.step, event.value) for event in events.Scalars("skipped")] == [(7, 0.0)]
-    assert [(event.step, event.value) for event in events.Scalars("validation_held_out/t500-999")] == [(4, 0.75)]
+    validation |= {f"validation_{kind}/t{band}" for kind in kinds for band in ("0000-0499", "0500-0999")}
+    assert set(tags["scalars"]) == charts(VALUES, TIMING).keys() | validation
+    assert [(event.step, event.value) for event in events.Scalars("train/skipped")] == [(7, 0.0)]
+    assert [(event.step, event.value) for event in events.Scalars("validation_held_out/t0500-0999")] == [(4, 0.75)]
     assert set(tags["images"]) == {"samples/step", "samples/ema-step"}
     (image,) = events.Images("samples/step")
     assert (image.step, image.width, image.height) == (7, 6, 4)
     # A resumed run replaces what lies after its checkpoint.
     report, _ = make_report(tmp_path, LogTable(tensorboard=True), step=5)
     report.close()
-    assert not EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("skipped")
+    assert not EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/skipped")
 
 
 def test_wandb_gets_the_same_rows(tmp_path, monkeypatch):
@@ -234,7 +263,7 @@ def test_wandb_gets_the_same_rows(tmp_path, monkeypatch):
     name = tmp_path.name
     assert calls == [
         {"project": "project", "name": name, "dir": str(tmp_path), "id": name, "resume": "allow"},
-        (VALUES | TIMING, 7),
+        (charts(VALUES, TIMING), 7),
         "finish",
     ]
 
@@ -248,6 +277,7 @@ def test_time_left(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: 50.0)
     progress = RunProgress(stage=1, stage_step=3, seconds=20.0)
     assert position(progress, 10, 13, 40).seconds_left(2.0) == 10 / 2 + 40 / 2
+    assert position(progress, 10, 13, 40).seconds_left(2.0, stages=1) == 10 / 2
     assert position(progress, 10, ENDLESS, 40, until=(10, "1m", 40)).seconds_left(2.0) == 40 + 40 / 2
     assert position(progress, 10, 13, ENDLESS, until=(10, 13, "1m")).seconds_left(2.0) == 10 / 2 + 60
     assert position(progress, 10, ENDLESS, until=(10, "10s")).seconds_left(2.0) == 0
@@ -331,7 +361,9 @@ class Steps:
         rates = {"unet": 1.0, "text_encoder": 0.5}
         self.stage = StageTable(train=list(rates), until=100, batch=4, optimizer="dlion", d0=1e-6, lr=rates)
         self.position = SimpleNamespace(
-            progress=RunProgress(stage=1), elapsed=lambda: 11.0, seconds_left=lambda rate: 60 / rate
+            progress=RunProgress(stage=1),
+            elapsed=lambda: 11.0,
+            seconds_left=lambda rate, stages=None: (30 if stages else 60) / rate,
         )
         self.smoothed, self.in_row = SimpleNamespace(value=lambda: torch.tensor(0.75)), 0
         self.health = SimpleNamespace(
@@ -378,7 +410,15 @@ def test_log_rows_are_written_one_interval_late(monkeypatch, tmp_path):
         "lr": 1.0, "lr_text_encoder": 0.5, "loss": 0.5, "loss_smooth": 0.75, "grad_norm": 1.5, "skipped": 0,
         "spikes": 2, "d": 2.0, "d_text_encoder": 3.0,
     }  # fmt: skip
-    timing = {"stage_steps": 100, "seconds": 11.0, "images_per_second": 10.0, "data_wait": 0.25, "memory_gb": 1.25, "eta": 24.0}
+    timing = {
+        "stage_steps": 100,
+        "seconds": 11.0,
+        "images_per_second": 10.0,
+        "data_wait": 0.25,
+        "memory_gb": 1.25,
+        "eta": 24.0,
+        "stage_eta": 12.0,
+    }
     assert first == (values, timing)
     assert second[0]["step"] == 15 and second[1]["images_per_second"] == 40 and second[1]["data_wait"] == 0
     assert third[0]["step"] == 20 and third[1]["images_per_second"] == 8 and third[1]["data_wait"] == 0.1
@@ -472,7 +512,7 @@ def header_of(images=21, epochs=(21,), step=0, cached=21, shapes=1, measured=Fal
 
 def test_header_of_a_new_run():
     lines = header_of()
-    assert list(lines) == ["run", "kernels", "base", "vae", "images", "cache", "stages"]
+    assert list(lines) == ["run", "kernels", "base", "vae", "images", "cache", "stages", "line"]
     assert re.fullmatch(r"reference.* on cpu \(1 threads\), \d+\.\d GB in use", lines.pop("kernels"))
     assert lines == {
         "run": "folder (9 steps, 2h)",
@@ -482,6 +522,7 @@ def test_header_of_a_new_run():
         "cache": "21 of 23 images cached (cache)",
         "stages": "s0: unet+text_encoder lion lr 0.0001/1e-05 fp32, batch 6 (micro-batch 3), 1,000 parameters, 9 steps\n"
         "s1: unet dlion lr 1 bf16, batch 4, 2,000,000 parameters, 2h",
+        "line": "~ = smoothed loss, d*lr = step size of D-Lion, which finds d, wait = share of the time spent waiting for data",
     }
 
 

@@ -53,7 +53,7 @@ class RecordingSink:
         self.calls.append((method, *args))
 
     def scalars(self, values, step):
-        self.record("scalars", step, values["loss"])
+        self.record("scalars", step, values["train/loss"])
 
     def image(self, name, image, step):
         self.record("image", step, name, image.size)
@@ -81,26 +81,26 @@ def steps_on_the_board(folder):
     """Return the steps and losses that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return [(event.step, event.value) for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("loss")]
+    return [(event.step, event.value) for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("train/loss")]
 
 
 def test_tensorboard_continues_after_a_full_disk(tmp_path):
     """The disk has no room for half of a row. No thread is involved, whose error would be a traceback."""
     board, threads = TensorBoard(tmp_path, 0), threading.active_count()
-    board.scalars({"loss": 1.0}, 1)
+    board.scalars({"train/loss": 1.0}, 1)
     (file,) = (tmp_path / "tensorboard").iterdir()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, limits[1]))
     try:
         with pytest.raises(OSError):
-            board.scalars({"loss": 1.0}, 2)
+            board.scalars({"train/loss": 1.0}, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
     assert threading.active_count() == threads
     for step in (3, 4):
-        board.scalars({"loss": 0.5, "name": "a"}, step)
+        board.scalars({"train/loss": 0.5}, step)
     board.image("samples/a", Image.new("RGB", (4, 3)), 4)
     assert steps_on_the_board(tmp_path) == [(1, 1.0), (3, 0.5), (4, 0.5)]
 
@@ -109,7 +109,7 @@ def test_tensorboard_hides_the_steps_that_a_restart_repeats(tmp_path):
     for step_done, steps in ((0, (1, 2, 3, 4)), (2, (3,))):
         board = TensorBoard(tmp_path, step_done)
         for step in steps:
-            board.scalars({"loss": float(step_done)}, step)
+            board.scalars({"train/loss": float(step_done)}, step)
     assert steps_on_the_board(tmp_path) == [(1, 0.0), (2, 0.0), (3, 2.0)]
 
 
@@ -132,7 +132,7 @@ def test_weights_and_biases_gets_the_rows(plain, tmp_path, monkeypatch):
     run(path, f"run={tmp_path / 'run'}", "log.wandb=project")
     settings, *rows, end = logged
     assert settings["project"] == "project" and settings["id"] == "run" and end == "finish"
-    assert [(step, values["loss"]) for step, values in rows] == [(row["step"], row["loss"]) for row in rows_of(folder)]
+    assert [(step, values["train/loss"]) for step, values in rows] == [(row["step"], row["loss"]) for row in rows_of(folder)]
 
 
 def test_utilisation_is_logged_if_the_peak_is_known(plain, tiny_model, tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_utilisation_is_logged_if_the_peak_is_known(plain, tiny_model, tmp_path,
     model = load_model(ModelTable(base=str(tiny_model)))
     rows, flops = rows_of(with_peak, "timing.jsonl"), 3 * forward_flops(model.unet.cfg, 16 // model.vae.downscale)
     assert [row["mfu"] for row in rows] == pytest.approx([flops * row["images_per_second"] / 0.5e12 for row in rows])
-    assert all(f"img/s | MFU {row['mfu']:.0%} | " in text for row in rows)
+    assert all(f" | MFU {row['mfu']:.0%}\n" in text for row in rows)
     assert same(final(with_peak), final(folder))
 
 

@@ -479,11 +479,13 @@ def test_numbers_are_formatted_by_band_and_set():
         {"set": "held_out", "weights": "raw", "loss": 0.5, "se": 0.01, "bands": [[0, 500, 0.25, 0.1], [500, 1000, 0.75, 0.2]]},
         {"set": "stabilised", "weights": "ema", "loss": 0.4, "se": 0.02, "bands": [[0, 500, 0.2, 0.3], [500, 1000, 0.6, 0.4]]},
     ]
-    assert format_line(rows) == "held out 0.5000 ± 0.0100, stabilised (ema) 0.4000 ± 0.0200, by band 0.25 0.75"
+    assert (
+        format_line(rows) == "held out 0.5000 ± 0.0100, stabilised (ema) 0.4000 ± 0.0200; t 0000-0499 0.2500, 0500-0999 0.7500"
+    )
     assert format_table(rows).splitlines() == [
         "timesteps         held out          stabilised (ema)",
-        "0-499             0.2500 ± 0.1000   0.2000 ± 0.3000",
-        "500-999           0.7500 ± 0.2000   0.6000 ± 0.4000",
+        "0000-0499         0.2500 ± 0.1000   0.2000 ± 0.3000",
+        "0500-0999         0.7500 ± 0.2000   0.6000 ± 0.4000",
         "all               0.5000 ± 0.0100   0.4000 ± 0.0200",
     ]
 
