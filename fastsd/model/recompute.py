@@ -128,23 +128,26 @@ class LayerNormLinear(Function):
     @staticmethod
     def forward(
         ctx: Any, ops: ForwardBackwardOps, eps: float, x: Tensor, residual: Tensor | None, *tensors: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         norm_weight, norm_bias, *layer = tensors
         y, s, mean, rstd = ops.layer_norm(x, norm_weight, norm_bias, eps, residual)
         ctx.save_for_backward(s, mean, rstd, norm_weight, norm_bias, *layer)
         ctx.ops, ctx.eps, ctx.added = ops, eps, residual is not None
-        return matmul.linear(y, unpack(LayerTensors, layer)), s if residual is not None else None
+        return matmul.linear(y, unpack(LayerTensors, layer)), s
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, ds: Gradient) -> tuple[Gradient, ...]:
-        s, mean, rstd, norm_weight, norm_bias, *layer = ctx.saved_tensors
-        _, _, need_x, need_residual, need_norm, _, *layer_needs = ctx.needs_input_grad
-        needs, need_y = unpack(Needs, layer_needs), need_x or need_residual or need_norm
-        y = ctx.ops.layer_norm_recompute(s, mean, rstd, norm_weight, norm_bias, ctx.eps) if needs.input else None
-        dy, gradients = matmul.linear_backward(dout, y, unpack(LayerTensors, layer), needs, need_x=need_y)
-        dx = dnorm_weight = dnorm_bias = None
+    def backward(ctx: Any, dout: Tensor, ds: Tensor) -> tuple[Gradient, ...]:
+        s, mean, rstd, norm_weight, norm_bias, *tensors = ctx.saved_tensors
+        layer, needs = unpack(LayerTensors, tensors), unpack(Needs, ctx.needs_input_grad[6:])
+        need_y = any(ctx.needs_input_grad[2:6])
+        norm = s, mean, rstd, norm_weight, norm_bias, ctx.eps
+        dy, dreduced = matmul.linear_input_gradient(dout, layer, need_x=need_y)
+        dx = dnorm_weight = dnorm_bias = y = None
         if dy is not None:
-            dx, dnorm_weight, dnorm_bias = ctx.ops.layer_norm_backward(dy, s, mean, rstd, norm_weight, norm_bias, ds)
+            dx, dnorm_weight, dnorm_bias, y = ctx.ops.layer_norm_backward(dy, *norm, ds, output=needs.input)
+        elif needs.input:
+            y = ctx.ops.layer_norm_recompute(*norm)
+        gradients = matmul.linear_gradients(dout, y, layer, needs, dreduced)
         return None, None, dx, dx if ctx.added else None, dnorm_weight, dnorm_bias, *gradients
 
 
@@ -203,29 +206,39 @@ class FeedForward(Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
         s, mean, rstd, hidden, norm_weight, norm_bias, *layers = ctx.saved_tensors
-        _, _, _, need_x, need_residual, need_norm, _, *needs = ctx.needs_input_grad
+        need_y, needs = any(ctx.needs_input_grad[3:7]), ctx.needs_input_grad[7:]
         first, second = unpack(LayerTensors, layers[:UNFUSED]), unpack(LayerTensors, layers[UNFUSED:])
         first_needs, second_needs = unpack(Needs, needs[:UNFUSED]), unpack(Needs, needs[UNFUSED:])
-        need_y = need_x or need_residual or need_norm
-        y: Any = None
-        if hidden is None or first_needs.input:
-            y = ctx.ops.layer_norm_recompute(s, mean, rstd, norm_weight, norm_bias, ctx.eps)
+        norm = s, mean, rstd, norm_weight, norm_bias, ctx.eps
+        y = None
         if hidden is None:
+            y = ctx.ops.layer_norm_recompute(*norm)
             hidden = matmul.linear(y, first)
 
-        gated = ctx.ops.geglu(hidden) if second_needs.input else None
         need_gated = need_y or first_needs.input or first_needs.bias
-        dgated, second_gradients = matmul.linear_backward(dout, gated, second, second_needs, need_x=need_gated)
+        dgated, dreduced = matmul.linear_input_gradient(dout, second, need_x=need_gated)
+        gated = dhidden = dbias = None
+        if dgated is not None:
+            rest = {"output": second_needs.input, "sums": first_needs.bias}
+            dhidden, gated, dbias = ctx.ops.geglu_backward(dgated, hidden, **rest)
+            del dgated
+        elif second_needs.input:
+            gated = ctx.ops.geglu(hidden)
+        del hidden
+        second_gradients = matmul.linear_gradients(dout, gated, second, second_needs, dreduced)
         del gated
+
         dx = dnorm_weight = dnorm_bias = None
         first_gradients: Gradients = (None,) * 4
-        if dgated is not None:
-            dhidden = ctx.ops.geglu_backward(dgated, hidden)
-            del dgated, hidden
-            dy, first_gradients = matmul.linear_backward(dhidden, y, first, first_needs, need_x=need_y)
-            del dhidden, y
+        if dhidden is not None:
+            dy, dreduced = matmul.linear_input_gradient(dhidden, first, need_x=need_y)
             if dy is not None:
-                dx, dnorm_weight, dnorm_bias = ctx.ops.layer_norm_backward(dy, s, mean, rstd, norm_weight, norm_bias, dout)
+                output = first_needs.input and y is None
+                dx, dnorm_weight, dnorm_bias, rebuilt = ctx.ops.layer_norm_backward(dy, *norm, dout, output=output)
+                y = rebuilt if y is None else y
+            elif first_needs.input and y is None:
+                y = ctx.ops.layer_norm_recompute(*norm)
+            first_gradients = matmul.linear_gradients(dhidden, y, first, first_needs, dreduced, dbias=dbias)
         return None, None, None, dx, dx, dnorm_weight, dnorm_bias, *first_gradients, *second_gradients
 
 
@@ -286,8 +299,11 @@ def group_norm_linear(
 
 def layer_norm_linear(
     ops: ForwardBackwardOps, eps: float, x: Tensor, residual: Tensor | None, norm: NormTensors, layer: LayerTensors
-) -> tuple[Tensor, Tensor | None]:
-    """Return linear(norm(x + residual)), and x + residual, or None without a residual."""
+) -> tuple[Tensor, Tensor]:
+    """Return linear(norm(x + residual)), and x + residual. Without a residual the second is x.
+
+    Other uses of x should read the second result. Their gradient is then added by the norm's backward.
+    """
     return LayerNormLinear.apply(ops, eps, x, residual, *norm, *layer.flat())
 
 

@@ -184,9 +184,8 @@ class TransformerBlock(nn.Module):
     def forward(self, x_BNC: Tensor, context_BLD: Tensor) -> Tensor:
         ops, eps = self.ops.forward_backward, LAYER_NORM_EPS
         norm1, norm2, norm3 = (norm.operands() for norm in (self.norm1, self.norm2, self.norm3))
-        qkv, _ = recompute.layer_norm_linear(ops, eps, x_BNC, None, norm1, operands(self.attn1.to_qkv))
+        qkv, x_BNC = recompute.layer_norm_linear(ops, eps, x_BNC, None, norm1, operands(self.attn1.to_qkv))
         q, s_BNC = recompute.layer_norm_linear(ops, eps, self.attn1(qkv), x_BNC, norm2, operands(self.attn2.to_q))
-        assert s_BNC is not None
         attended = self.attn2(q, self.attn2.to_kv(context_BLD))
         return recompute.feed_forward(ops, eps, attended, s_BNC, norm3, self.ff.operands(), keep_hidden=self.keep_hidden)
 

@@ -15,9 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsd_kernels.attention import attention_op, attention_packed_backward_op, require_supported
-from fastsd_kernels.geglu import geglu_backward_op, geglu_reference, geglu_triton
+from fastsd_kernels.geglu import geglu_backward_in_place_op, geglu_reference, geglu_triton
 from fastsd_kernels.group_norm import group_norm_apply_op, group_norm_backward_op, group_norm_op
-from fastsd_kernels.layer_norm import layer_norm_apply_op, layer_norm_backward_op, layer_norm_op, layer_norm_residual_op
+from fastsd_kernels.layer_norm import (
+    layer_norm_apply_op,
+    layer_norm_backward_in_place_op,
+    layer_norm_backward_op,
+    layer_norm_op,
+    layer_norm_residual_op,
+)
 from fastsd_kernels.ops import ForwardBackwardOps, Shift
 
 
@@ -108,20 +114,35 @@ def _layer_norm_recompute_reference(s: Tensor, mean: Tensor, rstd: Tensor, weigh
 
 
 def _layer_norm_backward_reference(
-    dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    s: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ds: Tensor | None,
+    *,
+    output: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     gradients = torch.ops.aten.native_layer_norm_backward(dy, s, s.shape[-1:], mean, rstd, weight, bias, [True, True, True])
     dx, dweight, dbias = gradients
-    return dx if ds is None else dx + ds, dweight, dbias
+    y = _layer_norm_recompute_reference(s, mean, rstd, weight, bias, eps) if output else None
+    return dx if ds is None else dx + ds, dweight, dbias, y
 
 
-def _geglu_backward_reference(dy_F: Tensor, x_2F: Tensor) -> Tensor:
+def _geglu_backward_reference(
+    dy_F: Tensor, x_2F: Tensor, *, output: bool, sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     value, gate = x_2F.chunk(2, dim=-1)
     dx_2F = torch.empty_like(x_2F)
     dvalue, dgate = dx_2F.chunk(2, dim=-1)
-    torch.mul(dy_F, F.gelu(gate), out=dvalue)
+    y = F.gelu(gate)
+    torch.mul(dy_F, y, out=dvalue)
+    if output:
+        y *= value
     torch.ops.aten.gelu_backward.grad_input(dy_F * value, gate, grad_input=dgate)
-    return dx_2F
+    return dx_2F, y if output else None, dx_2F.flatten(0, -2).sum(0) if sums else None
 
 
 def _attention_triton(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -178,9 +199,29 @@ def _layer_norm_recompute_triton(s: Tensor, mean: Tensor, rstd: Tensor, weight: 
 
 
 def _layer_norm_backward_triton(
-    dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return layer_norm_backward_op(dy, s, mean, rstd, weight, ds)
+    dy: Tensor,
+    s: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    ds: Tensor | None,
+    *,
+    output: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if output:
+        dx, dparameters = layer_norm_backward_in_place_op(dy, s, mean, rstd, weight, bias, ds)
+    else:
+        dx, dparameters = layer_norm_backward_op(dy, s, mean, rstd, weight, ds)
+    return dx, dparameters[0], dparameters[1], dy if output else None
+
+
+def _geglu_backward_triton(
+    dy_F: Tensor, x_2F: Tensor, *, output: bool, sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dx, dx_sums = geglu_backward_in_place_op(dy_F, x_2F, output, sums)
+    return dx, dy_F if output else None, dx_sums if sums else None
 
 
 REFERENCE_FORWARD_BACKWARD = ForwardBackwardOps(
@@ -205,5 +246,5 @@ TRITON_FORWARD_BACKWARD = ForwardBackwardOps(
     layer_norm_recompute=_layer_norm_recompute_triton,
     layer_norm_backward=_layer_norm_backward_triton,
     geglu=geglu_triton,
-    geglu_backward=geglu_backward_op,
+    geglu_backward=_geglu_backward_triton,
 )

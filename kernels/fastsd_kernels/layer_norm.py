@@ -13,10 +13,12 @@ beside a bf16 x.  mean and rstd are fp32, one of each per row.
 Bytes moved at best: forward 1 read and 1 write of x (with a residual 2 and 2); backward x and dy (and ds) read, dx
 written, and 8F bytes by each of up to a few hundred programs: its sums for the gradients of weight and bias, in fp32.
 Saved for backward: s, mean, rstd, weight.  y is never saved: `layer_norm_apply` rebuilds it, bit for bit.
+A linear after the norm needs y for its weight gradient, and dy comes first.  So `layer_norm_backward_in_place` also rebuilds
+y, and overwrites dy with it: one more write, in place of a pass that reads s and writes y.
 
 A tile holds whole rows, so mean and variance are taken in two passes over registers: E[x^2] - mean^2 would lose all
 digits where mean >> std.  In the backward a program walks down its share of rows with two sums per feature in registers, writes
-them once, and PyTorch adds those of all programs in a fixed order: no atomics, equal bits in every run.
+them once, and `column_sums` adds those of all programs in a fixed order: no atomics, equal bits in every run.
 Rejected: the weight gradients in a separate kernel, which reads x and dy again.
 
 Read next: `group_norm.py`, where no tile holds all the elements of a mean.
@@ -37,6 +39,7 @@ from fastsd_kernels.geglu import as_rows
 from fastsd_kernels.interpreter import rounded
 from fastsd_kernels.launch import DTYPES, custom_op, launch, meta, require_device
 from fastsd_kernels.ops import Calls, LayerNorm, Op
+from fastsd_kernels.partial_sums import column_sums
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
@@ -75,7 +78,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
 
 @triton.jit
 def _scale(centred, rstd, weight, bias):
-    """Compute the last step of forward and apply. They share this function, so they round alike."""
+    """Compute the last step of forward, apply and backward. They share this function, so they round alike."""
     return centred * rstd * weight + bias
 
 
@@ -131,14 +134,16 @@ def _apply(
 
 @triton.jit(do_not_specialize=["rows_per_program"])
 def _backward(
-    dy_ptr, ds_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, dx_ptr, partial_ptr,
+    dy_ptr, ds_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dx_ptr, partial_ptr,
     n_rows, n_cols, dy_stride, ds_stride, x_stride, rows_per_program,
-    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    RESIDUAL: tl.constexpr, OUTPUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     cols = tl.arange(0, COLS)[None, :]
     col_mask = cols < n_cols
     weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(tl.float32)
+    if OUTPUT:
+        bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, COLS], tl.float32)
     dbias = tl.zeros([ROWS, COLS], tl.float32)
 
@@ -147,7 +152,8 @@ def _backward(
         row_mask = rows < n_rows
         mask = row_mask & col_mask
         rows = rows.to(tl.int64)
-        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask, other=0.0).to(tl.float32)
+        dy_ptrs = dy_ptr + rows * dy_stride + cols
+        dy = tl.load(dy_ptrs, mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows * x_stride + cols, mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
@@ -161,6 +167,8 @@ def _backward(
         if RESIDUAL:
             dx += tl.load(ds_ptr + rows * ds_stride + cols, mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows * n_cols + cols, rounded(dx, dx_ptr.dtype.element_ty), mask)
+        if OUTPUT:  # a thread overwrites the numbers that it has read, and no others
+            tl.store(dy_ptrs, rounded(_scale(x - mean, rstd, weight, bias), dy_ptr.dtype.element_ty), mask)
         dweight += dy * xhat
         dbias += dy
 
@@ -171,11 +179,11 @@ def _backward(
 
 # {columns of a tile: (rows, warps)}, for every dtype and architecture: only bandwidth matters here.  A tile is as wide as the
 # smallest power of two from 512 that is at least F.  A thread has 16 elements: two 16-byte loads of a bf16 operand (four of
-# fp32) are in flight.  The backward holds five numbers per element and stays under 128 registers.
+# fp32) are in flight.  The backward holds six numbers per element in up to 168 registers: an SM holds three blocks of 4 warps.
 _TILES = {
     512: (4, 4),  # F = 320: small programs, because many of them on an SM hide each other's waits
-    1024: (4, 8),  # F = 640
-    2048: (2, 8),  # F = 1280
+    1024: (2, 4),  # F = 640
+    2048: (1, 4),  # F = 1280
     4096: (1, 8),
     8192: (1, 16),
 }
@@ -220,25 +228,42 @@ def layer_norm_apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias
 
 def layer_norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dx, dweight, dbias). x is the normalised input; with a residual it is s, and dx the gradient of both summands.
+) -> tuple[Tensor, Tensor]:
+    """Return dx and the gradients of weight and bias (2, F). x is the normalised input; with a residual it is s, and dx the
+    gradient of both summands.
 
     Args:
         ds: the gradient of s from its other uses, added to dx.
     """
-    rows, dy_rows, tile = as_rows(x), as_rows(dy), _tile(x.shape[-1])
+    return _launch_backward(as_rows(dy), x, mean, rstd, weight, None, ds)
+
+
+def layer_norm_backward_in_place(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return as `layer_norm_backward`, and overwrite dy, contiguous, with y. y has the bits of the forward."""
+    assert dy.is_contiguous()
+    return _launch_backward(as_rows(dy), x, mean, rstd, weight, bias, ds)
+
+
+def _launch_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, ds: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward of rows dy. With a bias, y overwrites dy."""
+    rows, tile = as_rows(x), _tile(x.shape[-1])
     ds_rows = None if ds is None else as_rows(ds)
     n_rows, n_cols = rows.shape
     rows_per_program = min(max(triton.next_power_of_2(triton.cdiv(n_rows, _PROGRAMS)), tile["ROWS"]), _MOST_ROWS)
     programs = triton.cdiv(n_rows, rows_per_program)
     dx = x.new_empty(x.shape)
-    partial = x.new_empty(programs, 2, n_cols, dtype=torch.float32)
+    partial = x.new_empty(programs, 2 * n_cols, dtype=torch.float32)
     if x.numel():
-        operands = dy_rows, ds_rows, rows, mean, rstd, weight.contiguous(), dx, partial
-        strides = dy_rows.stride(0), 0 if ds_rows is None else ds_rows.stride(0), rows.stride(0)
-        sizes = *rows.shape, *strides, rows_per_program
-        launch(_backward, (programs,), *operands, *sizes, RESIDUAL=ds_rows is not None, **tile)
-    return dx, partial[:, 0].sum(0).to(weight.dtype), partial[:, 1].sum(0).to(weight.dtype)
+        vectors = weight.contiguous(), None if bias is None else bias.contiguous()
+        operands = dy, ds_rows, rows, mean, rstd, *vectors, dx, partial
+        sizes = *rows.shape, dy.stride(0), 0 if ds_rows is None else ds_rows.stride(0), rows.stride(0), rows_per_program
+        flags = {"RESIDUAL": ds_rows is not None, "OUTPUT": bias is not None}
+        launch(_backward, (programs,), *operands, *sizes, **flags, **tile)
+    return dx, column_sums(partial, weight.dtype).view(2, n_cols)
 
 
 @custom_op("layer_norm")
@@ -258,6 +283,7 @@ def layer_norm_residual_op(
 
 layer_norm_apply_op = custom_op("layer_norm_apply")(layer_norm_apply)
 layer_norm_backward_op = custom_op("layer_norm_backward")(layer_norm_backward)
+layer_norm_backward_in_place_op = custom_op("layer_norm_backward_in_place", mutates_args=("dy",))(layer_norm_backward_in_place)
 layer_norm_apply_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
@@ -274,10 +300,15 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
 
 
 @layer_norm_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(2, *weight.shape)
+
+
+@layer_norm_backward_in_place_op.register_fake
 def _(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(2, *weight.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -288,7 +319,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *layer_norm_backward_op(dy, *ctx.saved_tensors), None
+    dx, dparameters = layer_norm_backward_op(dy, *ctx.saved_tensors)
+    return dx, dparameters[0], dparameters[1], None
 
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -300,8 +332,8 @@ def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_residual(ctx: Any, dy: Tensor, ds: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     s, mean, rstd, weight = ctx.saved_tensors
-    dx, dweight, dbias = layer_norm_backward_op(dy, s, mean, rstd, weight, ds)
-    return dx, dx, dweight, dbias, None
+    dx, dparameters = layer_norm_backward_op(dy, s, mean, rstd, weight, ds)
+    return dx, dx, dparameters[0], dparameters[1], None
 
 
 layer_norm_op.register_autograd(_differentiate, setup_context=_save)
@@ -338,8 +370,8 @@ def _calls() -> Calls:
             _, _, mean, rstd = layer_norm_forward(x, w, w, kind.eps)
             layer_norm_forward(x, w, w, kind.eps, x)
             layer_norm_apply(x, mean, rstd, w, w)
-            layer_norm_backward(x, x, mean, rstd, w)
             layer_norm_backward(x, x, mean, rstd, w, x)
+            layer_norm_backward_in_place(x, x, mean, rstd, w, w, x)
             yield f"{kind.features} features", mode
 
 

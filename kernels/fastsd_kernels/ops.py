@@ -210,14 +210,30 @@ class LayerNormRecompute(Protocol):
 
 class LayerNormBackward(Protocol):
     def __call__(
-        self, dy: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the whole gradient of s (`ds` is that from its other uses), dweight and dbias."""
+        self,
+        dy: Tensor,
+        s: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        ds: Tensor | None,
+        *,
+        output: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the whole gradient of s (`ds` is that from its other uses), dweight, dbias and, with `output`, y.
+
+        y has the bits of the forward. It may overwrite dy, which must not be used afterwards.
+        """
 
 
 class GegluBackward(Protocol):
-    def __call__(self, dy_F: Tensor, x_2F: Tensor) -> Tensor:
-        """Return dx (..., 2F)."""
+    def __call__(self, dy_F: Tensor, x_2F: Tensor, *, output: bool, sums: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return dx (..., 2F), with `output` y (..., F), and with `sums` the sum of dx over all rows (2F).
+
+        y has the bits of the forward. It may overwrite dy, which must not be used afterwards.
+        """
 
 
 @dataclass(frozen=True)

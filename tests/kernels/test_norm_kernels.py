@@ -13,6 +13,7 @@ from sentences import refused
 from torch import nn
 
 from fastsd_kernels import workload
+from fastsd_kernels.forward_backward import REFERENCE_FORWARD_BACKWARD, TRITON_FORWARD_BACKWARD
 from fastsd_kernels.geglu import as_rows, geglu_reference, geglu_triton
 from fastsd_kernels.group_norm import (
     group_norm_backward,
@@ -21,6 +22,7 @@ from fastsd_kernels.group_norm import (
     group_norm_triton,
 )
 from fastsd_kernels.layer_norm import layer_norm_reference, layer_norm_triton
+from fastsd_kernels.partial_sums import column_sums
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 CHANNELS_LAST = torch.channels_last
@@ -62,6 +64,29 @@ def test_geglu_layouts(dtype):
     assert as_rows(sliced).data_ptr() == sliced.data_ptr()  # used in place
     for x in (sliced, wide.transpose(0, 1), wide.transpose(1, 2)[..., :4], wide[..., ::2], wide[0, 0]):
         check_budget(f"geglu strides {x.stride()} {dtype}", geglu_triton, geglu_reference, {"x_2F": x})
+
+
+@DTYPES
+@pytest.mark.parametrize("rows, features", [(1, 7), (77, 97), (130, 24)])
+def test_geglu_backward_gives_its_output_and_sums(rows, features, dtype):
+    x, dy = normal(rows, 2 * features, dtype=dtype, std=2), normal(rows, features, dtype=dtype)
+    value, gate = x.double().chunk(2, dim=-1)
+    dgate = torch.ops.aten.gelu_backward(dy.double() * value, gate)
+    exact = torch.cat([dy * nn.functional.gelu(gate), dgate], dim=-1).sum(0)
+    dx, y, sums = OPS.geglu_backward(dy, x), geglu_triton(x), None
+    pytorch_error = (dx.sum(0).double() - exact).norm()
+    for output, summed in ((True, True), (True, False), (False, True), (False, False)):
+        overwritten = dy.clone()
+        results = TRITON_FORWARD_BACKWARD.geglu_backward(overwritten, x, output=output, sums=summed)
+        assert torch.equal(results[0], dx)
+        assert torch.equal(results[1], y) if output else results[1] is None
+        assert torch.equal(overwritten, y if output else dy)
+        if not summed:
+            assert results[2] is None
+            continue
+        assert sums is None or torch.equal(results[2], sums)
+        sums = results[2]
+        assert (sums.double() - exact).norm() <= 2 * pytorch_error and sums.dtype == dtype
 
 
 # LayerNorm
@@ -144,6 +169,27 @@ def test_layer_norm_when_one_output_is_used():
         )
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows, features, added", [(1, 33, True), (70, 40, False), (130, 320, True)])
+def test_layer_norm_backward_gives_its_output(rows, features, added, dtype):
+    x, weight, bias, ds = layer_norm_inputs(rows, features, dtype=dtype, residual=True).values()
+    dy, (y, mean, rstd) = normal(rows, features, dtype=dtype, seed=3), OPS.layer_norm(x, weight, bias, 1e-5)
+    inputs = x, mean, rstd, weight, bias, 1e-5, ds if added else None
+    *expected, none = TRITON_FORWARD_BACKWARD.layer_norm_backward(overwritten := dy.clone(), *inputs, output=False)
+    assert none is None and torch.equal(overwritten, dy)
+    *gradients, rebuilt = TRITON_FORWARD_BACKWARD.layer_norm_backward(overwritten, *inputs, output=True)
+    assert equal(gradients, expected) and torch.equal(rebuilt, y) and torch.equal(overwritten, y)
+
+
+def test_references_rebuild_the_output_of_the_forward():
+    x, weight, bias, ds = layer_norm_inputs(9, 40, dtype=torch.bfloat16, residual=True).values()
+    ops = REFERENCE_FORWARD_BACKWARD
+    y, s, mean, rstd = ops.layer_norm(x, weight, bias, 1e-2, None)
+    assert torch.equal(ops.layer_norm_backward(ds, s, mean, rstd, weight, bias, 1e-2, None, output=True)[3], y)
+    dx, gated, sums = ops.geglu_backward(ds[:, :20], x, output=True, sums=True)
+    assert torch.equal(gated, ops.geglu(x)) and torch.equal(sums, dx.sum(0))
 
 
 def test_reference_rounds_the_residual_sum():
@@ -247,6 +293,16 @@ def test_an_image_does_not_depend_on_its_batch():
 # All three
 
 
+@DTYPES
+@pytest.mark.parametrize("rows, columns", [(1, 1), (63, 33), (64, 32), (200, 70), (0, 5), (3, 0)])
+def test_column_sums(rows, columns, dtype):
+    x = normal(rows, columns + 1)[:, :columns].contiguous()
+    y, exact = column_sums(x, dtype), x.double().sum(0)
+    assert y.dtype == dtype and torch.equal(y, column_sums(x, dtype))
+    rounding = max((exact.to(dtype) - exact).norm(), (x.sum(0).to(dtype) - exact).norm())
+    assert (y - exact).norm() <= 2 * rounding
+
+
 def runs(dtype=torch.bfloat16):
     """Return the function and the differentiable inputs of each op, by name."""
     layer = layer_norm_inputs(70, 40, dtype=dtype, residual=True)
@@ -311,6 +367,8 @@ def test_opcheck():
         ("layer_norm_residual", (x, r, w, b, 1e-5)),
         ("layer_norm_apply", (plain[0], mean, rstd, *plain[2:])),
         ("layer_norm_backward", (plain[1], plain[0], mean, rstd, plain[2], plain[1])),
+        ("layer_norm_backward_in_place", (plain[1].clone(), plain[0], mean, rstd, *plain[2:], plain[1])),
+        ("geglu_backward_in_place", (normal(5, 3), plain[0], True, True)),
         ("group_norm", (*differentiable, 3, 1e-5, True, shift.clone().requires_grad_())),
         ("group_norm_apply", (image, *statistics, *plain[2:], 3, True, shift)),
         ("group_norm_backward", (image.contiguous(), image, *statistics, *plain[2:], 3, True, shift)),

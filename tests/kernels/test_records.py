@@ -1,6 +1,7 @@
 """The records of the operations: they agree with the tables, with the README, and with the launches of the kernels' files."""
 
 import ast
+import functools
 import re
 from dataclasses import fields
 
@@ -42,20 +43,27 @@ def test_tables_have_the_implementations_of_the_record(op):
     assert getattr(CPU, op.name) is (op.cpu or op.reference)
 
 
-@pytest.mark.parametrize("path", sorted({ROOT / f"kernels/{op.triton.__module__.replace('.', '/')}.py" for op in RECORDS}))
-def test_calls_launch_every_kernel_of_the_file(path):
-    tree = ast.parse(path.read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in ("launch", "_launch")]
-    kernels = {f.name for f in functions(path) if is_kernel(f)} & {ast.unparse(call.args[0]) for call in calls}
-    launched = set()
+@functools.cache
+def launched() -> set[tuple[str, str]]:
+    """Return the module and name of each kernel that the calls of the records launch."""
+    kernels = set()
     with recording(89) as launches:
         for op in RECORDS:
-            if op.triton.__module__.endswith(f".{path.stem}"):
-                for kind, mode in op.calls():
-                    assert kind and mode and launches
-                    launched |= {launch.kernel.__name__ for launch in launches}
-                    launches.clear()
-    assert launched == kernels and kernels
+            for kind, mode in op.calls():
+                assert kind and mode and launches
+                kernels |= {(launch.kernel.fn.__module__, launch.kernel.__name__) for launch in launches}
+                launches.clear()
+    return kernels
+
+
+def test_calls_launch_every_kernel():
+    kernels = set()
+    for path in FILES:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        started = {ast.unparse(call.args[0]) for call in calls if ast.unparse(call.func) in ("launch", "_launch")}
+        kernels |= {(f"fastsd_kernels.{path.stem}", f.name) for f in functions(path) if is_kernel(f) and f.name in started}
+    assert launched() == kernels
+    assert {op.triton.__module__ for op in RECORDS} <= {module for module, _ in kernels}
 
 
 @pytest.mark.parametrize("op", RECORDS, ids=lambda op: op.name)
