@@ -22,7 +22,7 @@ write partial sums that are added in a fixed order.
 
 A head size is cut into slices (`head_tile.py`), powers of two, narrow at the end: 40 = 32 + 8.  One padded tile of 64 would
 run 60 % more multiply-adds; a matmul contracts at least 16, so only sums over D pad the last slice to 16.  Over a training step
-of SD1.5 the padding, of slices and of tiles of keys, costs 3.5 %.  Narrow slices also bound the registers: plain fp32 dots
+of SD1.5 the padding, of slices and of tiles of keys, costs 2.2 %.  Narrow slices also bound the registers: plain fp32 dots
 hold their whole operands, and tf32x3 holds each in two parts.  Where two held tiles still do not fit 255 registers (dq
 and dk of tf32x3, and of tf32 at D = 160), `HOLD` is off and both operands of q k^T and do v^T stream through in columns of 16.
 
@@ -45,10 +45,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastsd_kernels import workload
-from fastsd_kernels.attention_tiles import AttentionTile, choose_tile, one_kernel_for_keys, slices
+from fastsd_kernels.attention_tiles import choose_tile, launch_options, one_kernel_for_keys, queries_of_a_split
 from fastsd_kernels.head_tile import (
     SIZES,
     add_product,
+    cut_for_output,
     head_pointer,
     load_head,
     load_operand,
@@ -148,7 +149,7 @@ def _backward_q(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, H, N, L, scale, sm_scale,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, o_image, o_row, o_head,
     do_image, do_row, do_head, dq_image, dq_row, dq_head,
-    D: tl.constexpr, SUM_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, SUM_D: tl.constexpr, OUT_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     EVEN: tl.constexpr, HOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H query tiles). Writes dq and delta. `sm_scale` is 1 / sqrt(D); EVEN: L is a multiple of KEYS."""
@@ -169,7 +170,7 @@ def _backward_q(
     tl.store(delta_ptr + stat_offs, delta, mask=row_mask)
     lse = tl.load(lse_ptr + stat_offs, mask=row_mask, other=0.0)
 
-    dq = zero_head(ROWS, SUM_D)
+    dq = zero_head(ROWS, OUT_D)
     for start in range(0, L, KEYS):
         keys = start + tl.arange(0, KEYS)
         key_mask = None if EVEN else keys < L
@@ -182,15 +183,16 @@ def _backward_q(
         else:
             s = streamed_product(q_ptrs, row_mask, k_ptrs, keys < L, D, PRECISION)
             dp = streamed_product(do_ptrs, row_mask, v_ptrs, keys < L, D, PRECISION)
-            k = load_operand(k_ptrs, key_mask, SUM_D, D, PRECISION)
+            k = load_operand(k_ptrs, key_mask, OUT_D, D, PRECISION)
         ds = tl.exp2(s * scale - lse[:, None]) * (dp - delta[:, None])
         if not EVEN:
             # A key beyond L has s = 0, and exp2(-lse) may be infinite: 0 times it would be NaN.
             ds = tl.where(keys[None, :] < L, ds, 0.0)
+        k = cut_for_output(k, k_ptrs, key_mask, OUT_D, D, PRECISION)
         dq = add_product(dq, operand(ds, k_ptr.dtype.element_ty, PRECISION), k, PRECISION)
 
     dq_ptrs = head_pointer(dq_ptr, i_head, dq_image, dq_head, H) + rows * (dq_row * 8)
-    store_head(dq_ptrs, row_mask, scale_head(dq, sm_scale), SUM_D, D)
+    store_head(dq_ptrs, row_mask, scale_head(dq, sm_scale), OUT_D, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -198,7 +200,7 @@ def _backward_kv(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, H, N, L, scale, sm_scale, chunk,
     q_image, q_row, q_head, k_image, k_row, k_head, v_image, v_row, v_head, do_image, do_row, do_head,
     dk_split, dk_image, dk_row, dk_head, dv_split, dv_image, dv_row, dv_head,
-    D: tl.constexpr, SUM_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, SUM_D: tl.constexpr, OUT_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     EVEN: tl.constexpr, HOLD: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H key tiles, splits of `chunk` queries). Scores lie keys by queries here. EVEN: N is a multiple of ROWS."""
@@ -216,8 +218,8 @@ def _backward_kv(
         if WITH_K:
             v = load_operand(v_ptrs, key_mask, SUM_D, D, PRECISION)
 
-    dk = zero_head(KEYS, SUM_D)
-    dv = zero_head(KEYS, SUM_D)
+    dk = zero_head(KEYS, OUT_D)
+    dv = zero_head(KEYS, OUT_D)
     first = tl.program_id(1) * chunk
     for start in range(first, min(first + chunk, N), ROWS):
         rows = start + tl.arange(0, ROWS)
@@ -235,23 +237,25 @@ def _backward_kv(
         if HOLD or WITH_V:
             do = load_operand(do_ptrs, row_mask, SUM_D, D, PRECISION)
         if WITH_V:
-            dv = add_product(dv, operand(p, do_ptr.dtype.element_ty, PRECISION), do, PRECISION)
+            do_out = cut_for_output(do, do_ptrs, row_mask, OUT_D, D, PRECISION)
+            dv = add_product(dv, operand(p, do_ptr.dtype.element_ty, PRECISION), do_out, PRECISION)
         if WITH_K:
             if HOLD:
                 dp = product(v, do, PRECISION)
             else:
                 dp = streamed_product(v_ptrs, key_mask, do_ptrs, rows < N, D, PRECISION)
-                q = load_operand(q_ptrs, row_mask, SUM_D, D, PRECISION)
+                q = load_operand(q_ptrs, row_mask, OUT_D, D, PRECISION)
             delta = tl.load(delta_ptr + rows, mask=row_mask, other=None if EVEN else 0.0)
             ds = p * (dp - delta[None, :])
+            q = cut_for_output(q, q_ptrs, row_mask, OUT_D, D, PRECISION)
             dk = add_product(dk, operand(ds, q_ptr.dtype.element_ty, PRECISION), q, PRECISION)
 
     if WITH_K:
         dk_ptr = head_pointer(dk_ptr, i_head, dk_image, dk_head, H) + tl.program_id(1).to(tl.int64) * (dk_split * 8)
-        store_head(dk_ptr + keys * (dk_row * 8), key_mask, scale_head(dk, sm_scale), SUM_D, D)
+        store_head(dk_ptr + keys * (dk_row * 8), key_mask, scale_head(dk, sm_scale), OUT_D, D)
     if WITH_V:
         dv_ptr = head_pointer(dv_ptr, i_head, dv_image, dv_head, H) + tl.program_id(1).to(tl.int64) * (dv_split * 8)
-        store_head(dv_ptr + keys * (dv_row * 8), key_mask, dv, SUM_D, D)
+        store_head(dv_ptr + keys * (dv_row * 8), key_mask, dv, OUT_D, D)
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -263,20 +267,13 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) else x.contiguous()
 
 
-def _options(tile: AttentionTile, q: Tensor, precision: str) -> dict[str, object]:
-    sizes = {"D": q.shape[3], "SUM_D": slices(q.shape[3], tile.widest, 16), "ROWS": tile.rows, "KEYS": tile.keys}
-    precision = precision if q.dtype == torch.float32 else "ieee"  # it does not matter, so bf16 is compiled only once
-    launch_options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
-    return sizes | {"HOLD": tile.hold, "PRECISION": precision} | launch_options
-
-
 def attention_forward(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """Return o (B, N, H, D), contiguous, and lse (B, H, N), fp32 in log2 units."""
     q, k, v = map(_aligned, (q_BNHD, k_BLHD, v_BLHD))
     (B, N, H, D), L = q.shape, k.shape[1]
     o, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
-    tile = choose_tile("forward", D, L, q.dtype, precision, q.device)
-    options = _options(tile, q, precision) | {"OUT_D": slices(D, tile.widest, 8), "EVEN": L % tile.keys == 0}
+    tile = choose_tile("forward", D, N, L, q.dtype, precision, q.device)
+    options = launch_options(tile, D, q.dtype, precision) | {"EVEN": L % tile.keys == 0}
     sizes = H, N, L, math.log2(math.e) / D**0.5, *_strides(q, k, v, o)
     launch(_forward, (triton.cdiv(N, tile.rows) * B * H,), q, k, v, o, lse, *sizes, **options)
     return o, lse
@@ -296,10 +293,10 @@ def attention_backward(
     do, q, k, v = map(_aligned, (do_BNHD, q_BNHD, k_BLHD, v_BLHD))
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     (B, N, H, D), L, delta = q.shape, k.shape[1], torch.empty_like(lse_BHN)
-    tile = choose_tile("dq", D, L, q.dtype, precision, q.device)
+    tile = choose_tile("dq", D, N, L, q.dtype, precision, q.device)
     operands = q, k, v, o_BNHD, do, dq, lse_BHN, delta
     sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, *_strides(q, k, v, o_BNHD, do, dq)
-    options = _options(tile, q, precision) | {"EVEN": L % tile.keys == 0}
+    options = launch_options(tile, D, q.dtype, precision) | {"EVEN": L % tile.keys == 0}
     launch(_backward_q, (triton.cdiv(N, tile.rows) * B * H,), *operands, *sizes, **options)
     fused = one_kernel_for_keys(D, q.dtype, precision)
     for kind, outs in (("dkdv", [dk, dv]),) if fused else (("dk", [dk]), ("dv", [dv])):
@@ -316,18 +313,20 @@ def _key_gradients(
 ) -> None:
     """Write "dk", "dv" or both ("dkdv") to `outs`, in one launch."""
     (B, N, H, D), L = q.shape, k.shape[1]
-    tile = choose_tile(kernel, D, L, q.dtype, precision, q.device)
-    key_tiles, row_tiles = triton.cdiv(L, tile.keys), triton.cdiv(N, tile.rows)
-    # 512 programs fill a GPU. The sums of a split with fewer than 4 row tiles cost more than it saves.
-    splits = min(triton.cdiv(512, key_tiles * B * H), triton.cdiv(row_tiles, 4))
-    chunk = triton.cdiv(row_tiles, splits) * tile.rows
+    tile = choose_tile(kernel, D, N, L, q.dtype, precision, q.device)
+    key_tiles = triton.cdiv(L, tile.keys)
+    chunk = queries_of_a_split(tile, N, key_tiles * B * H)
     splits = triton.cdiv(N, chunk)
     # A single split is written to the gradient itself; several are added up in fp32 first.
     partial = [q.new_empty((splits, B, L, H, D), dtype=torch.float32) if splits > 1 else out[None] for out in outs]
     dk, dv = partial[0], partial[-1]
     operands = q, k, v, do, dk, dv, lse, delta
     sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk, *_strides(q, k, v, do, dk, dv)
-    options = _options(tile, q, precision) | {"EVEN": N % tile.rows == 0, "WITH_K": "dk" in kernel, "WITH_V": "dv" in kernel}
+    options = launch_options(tile, D, q.dtype, precision) | {
+        "EVEN": N % tile.rows == 0,
+        "WITH_K": "dk" in kernel,
+        "WITH_V": "dv" in kernel,
+    }
     launch(_backward_kv, (key_tiles * B * H, splits), *operands, *sizes, **options)
     if splits > 1:
         for out, sums in zip(outs, partial, strict=True):

@@ -24,10 +24,13 @@ class AttentionTile(NamedTuple):
     stages: int  # of the pipeline that loads the next tile while this one is processed; 1: no pipeline
     widest: int = 128  # columns of the widest slice of D
     hold: bool = True  # the program's own tile stays in registers; otherwise it is read again with every tile that streams past
+    narrowest: int = 8  # columns of the narrowest slice of an output
     registers: int | None = None  # limit per thread. Without it the assembler may spill to fit one more block on an SM
 
 
 HEAD_DIMS = (48, 96, 160, 256)
+# Multiply-adds with padding of columns and keys, over those needed, at most. 77 keys are 80 in tiles of 16, 96 in tiles of 32.
+MOST_WORK = 1.3
 
 # (kernel, largest head size, bf16 or fp32's precision, architecture or 0 for any): tile.  Criteria, the most important first:
 # no spills; two blocks on an SM (at most 128 registers a thread at 8 warps, 49 KB a block) or else one large one; long tiles.
@@ -57,11 +60,11 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("forward", 96, "tf32", 0): AttentionTile(64, 16, 4, 2, 16),
     ("forward", 160, "tf32", 0): AttentionTile(64, 16, 4, 2, 32),
     ("forward", 256, "tf32", 0): AttentionTile(64, 16, 8, 1, 32, hold=False),
-    ("dq", 48, "tf32", 0): AttentionTile(64, 32, 4, 2, 16),
+    ("dq", 48, "tf32", 0): AttentionTile(64, 32, 4, 2, 16, registers=255),
     ("dq", 96, "tf32", 0): AttentionTile(64, 32, 4, 2, 16),
     ("dq", 160, "tf32", 0): AttentionTile(64, 16, 4, 2, 16, hold=False),
     ("dq", 256, "tf32", 0): AttentionTile(32, 16, 8, 1, 16, hold=False),
-    ("dkdv", 48, "tf32", 0): AttentionTile(16, 64, 4, 2, 16, registers=255),
+    ("dkdv", 48, "tf32", 0): AttentionTile(16, 64, 4, 2, 16),
     ("dkdv", 96, "tf32", 0): AttentionTile(32, 64, 4, 2, 16, registers=255),
     ("dk", 160, "tf32", 0): AttentionTile(16, 64, 4, 2, 32, hold=False),
     ("dk", 256, "tf32", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
@@ -98,18 +101,20 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dv", 160, "tf32x3", 0): AttentionTile(16, 32, 8, 2, 16),
     ("dv", 256, "tf32x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
     # ieee: a thread holds one slice of its rows of one operand and of its columns of the other. If it computes 16 numbers of
-    # the result, it does about five multiply-adds per load from shared memory. With more it spills, with fewer it waits.
+    # the result, it does about five multiply-adds per load from shared memory. With more it spills, with fewer it waits: so it
+    # does on 8 columns of dq, dk and dv.
     ("forward", 48, "ieee", 0): AttentionTile(64, 64, 8, 1, 32, registers=255),
     ("forward", 96, "ieee", 0): AttentionTile(64, 64, 8, 1, 16),
     ("forward", 160, "ieee", 0): AttentionTile(64, 32, 8, 1, 16),
     ("forward", 256, "ieee", 0): AttentionTile(32, 32, 8, 1, 16, hold=False),
-    ("dq", 48, "ieee", 0): AttentionTile(64, 32, 4, 2, 16),
+    ("dq", 48, "ieee", 0): AttentionTile(64, 32, 4, 2, 16, narrowest=16),
     ("dq", 96, "ieee", 0): AttentionTile(64, 32, 8, 2, 16),
     ("dq", 160, "ieee", 0): AttentionTile(32, 32, 8, 1, 32),
     ("dq", 256, "ieee", 0): AttentionTile(32, 32, 8, 1, 16, hold=False),
-    ("dkdv", 48, "ieee", 0): AttentionTile(32, 64, 8, 2, 16, registers=255),
-    ("dkdv", 48, "ieee", 86): AttentionTile(32, 64, 8, 2, 16, registers=128),  # two blocks on an SM; other GPUs spill at 128
-    ("dkdv", 48, "ieee", 89): AttentionTile(32, 64, 8, 2, 16, registers=128),
+    ("dkdv", 48, "ieee", 0): AttentionTile(32, 64, 8, 2, 16, narrowest=16, registers=255),
+    # Two blocks on an SM; other GPUs spill at 128.
+    ("dkdv", 48, "ieee", 86): AttentionTile(32, 64, 8, 2, 16, narrowest=16, registers=128),
+    ("dkdv", 48, "ieee", 89): AttentionTile(32, 64, 8, 2, 16, narrowest=16, registers=128),
     ("dkdv", 96, "ieee", 0): AttentionTile(32, 32, 4, 2, 128),
     ("dk", 160, "ieee", 0): AttentionTile(32, 32, 8, 2, 32),
     ("dk", 256, "ieee", 0): AttentionTile(32, 32, 8, 1, 16, hold=False),
@@ -119,24 +124,50 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
 
 
 def choose_tile(
-    kernel: str, head_dim: int, keys: int, dtype: torch.dtype, precision: str, device: torch.device
+    kernel: str, head_dim: int, queries: int, keys: int, dtype: torch.dtype, precision: str, device: torch.device
 ) -> AttentionTile:
-    """Return the tile of "forward", "dq", "dk", "dv" or "dkdv". It has fewer keys if padding would add over a quarter.
+    """Return the tile of "forward", "dq", "dk", "dv" or "dkdv". It is shorter where it would multiply over `MOST_WORK`.
 
-    A warp of a tensor core kernel computes at least 16 rows of its result. Further warps would repeat the products of others:
-    if the result has a row per key, a tile with fewer keys has fewer warps, and fewer queries. Predicted for dk and dv of 4096
-    queries and 77 keys, D = 40, batch 8, bf16 on an RTX 4090: 81 us with 2 warps, 273 us with 8.
+    A warp of a tensor core kernel computes at least 16 rows of its result. Further warps would repeat the products of others,
+    so a tile that is cut on the side of the result's rows has fewer warps.
     """
     size, kind = _row(head_dim, dtype, precision)
     general = _TILES[kernel, size, kind, 0]
     tile = _TILES.get((kernel, size, kind, architecture(device)), general)
-    width, rows, warps = tile.keys, tile.rows, tile.warps
-    while width > 16 and triton.cdiv(keys, width) * width > 1.25 * keys:
-        width //= 2
-    # tf32x3, and the tiles that wgmma was given, lack the registers for it.
-    if width < tile.keys and kernel in ("dk", "dv", "dkdv") and kind in ("bf16", "tf32") and tile == general:
-        rows, warps = min(rows, width), min(warps, width // 16)
-    return tile._replace(rows=rows, keys=width, warps=warps)
+    # Columns are padded, too: 40 to 48 where they are summed over.
+    columns = sum(width for _, width in slices(head_dim, tile.widest, 16)) / head_dim
+    width = _cut(tile.keys, keys, MOST_WORK / columns)
+    # tf32x3, and the tiles that wgmma was given, lack the registers for fewer warps.
+    if kind not in ("bf16", "tf32") or (architecture(device) == 90 and tile != general):
+        return tile._replace(keys=width)
+    if kernel in ("forward", "dq"):
+        rows = _cut(tile.rows, queries, MOST_WORK)
+        return tile._replace(rows=rows, keys=width, warps=min(tile.warps, rows // 16))
+    if width == tile.keys:
+        return tile
+    return tile._replace(rows=max(16, tile.rows * width // tile.keys), keys=width, warps=min(tile.warps, width // 16))
+
+
+def _cut(length: int, total: int, limit: float) -> int:
+    """Return the longest tile, of at most `length`, whose padding makes `total` at most `limit` times as long."""
+    while length > 16 and triton.cdiv(total, length) * length > limit * total:
+        length //= 2
+    return length
+
+
+def queries_of_a_split(tile: AttentionTile, queries: int, programs: int) -> int:
+    """Return how many queries a program streams for dk and dv, if without splits there are so many programs."""
+    # So many fill a GPU. The sums of a split with fewer than 128 queries cost more than it saves.
+    splits = min(triton.cdiv(512 if tile.warps > 1 else 1024, programs), triton.cdiv(queries, 128))
+    return int(triton.cdiv(triton.cdiv(queries, tile.rows), splits) * tile.rows)
+
+
+def launch_options(tile: AttentionTile, head_dim: int, dtype: torch.dtype, precision: str) -> dict[str, object]:
+    """Return the constants of a kernel that has this tile, and its launch options."""
+    widths = {"SUM_D": slices(head_dim, tile.widest, 16), "OUT_D": slices(head_dim, tile.widest, tile.narrowest)}
+    precision = precision if dtype == torch.float32 else "ieee"  # it does not matter, so bf16 is compiled only once
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
+    return {"D": head_dim, **widths, "ROWS": tile.rows, "KEYS": tile.keys, "HOLD": tile.hold, "PRECISION": precision, **options}
 
 
 def one_kernel_for_keys(head_dim: int, dtype: torch.dtype, precision: str) -> bool:

@@ -66,6 +66,19 @@ def _load_slice(row_ptrs, row_mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, D:
 
 
 @triton.jit
+def cut_for_output(tiles, row_ptrs, row_mask, SLICES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the head tile `tiles` cut into SLICES. A slice of 8, which `tiles` have padded to 16, is loaded again."""
+    cut = ()
+    for i in tl.static_range(len(SLICES)):
+        if SLICES[i][1] == tiles[i].shape[1]:
+            cut = cut + (tiles[i],)
+        else:
+            tile = _load_slice(row_ptrs, row_mask, SLICES[i][0], SLICES[i][1], D)
+            cut = cut + (operand(tile, tile.dtype, PRECISION),)
+    return cut
+
+
+@triton.jit
 def store_head(row_ptrs, row_mask, tiles, SLICES: tl.constexpr, D: tl.constexpr):
     for i in tl.static_range(len(SLICES)):
         cols = SLICES[i][0] + tl.arange(0, SLICES[i][1])

@@ -21,6 +21,8 @@ from fastsd_kernels.attention import (
     attention_reference,
     attention_triton,
 )
+from fastsd_kernels.attention_tiles import choose_tile, launch_options, one_kernel_for_keys
+from fastsd_kernels.launch import recording
 
 pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 
@@ -188,30 +190,42 @@ def test_flop_formula_equals_pytorchs():
         assert counted[0] == counted[1]
 
 
+def multiply_adds(kernel, kind, dtype, precision):
+    """Return the multiply-adds of one kernel for a head with padding, those needed, and how often warps repeat them."""
+    D, N, L = kind.head_dim, kind.queries, kind.keys
+    tile = choose_tile(kernel, D, N, L, dtype, precision, torch.device("cpu"))
+    options = launch_options(tile, D, dtype, precision)
+    sum_width, out_width = (sum(width for _, width in options[name]) for name in ("SUM_D", "OUT_D"))
+    sums = {"forward": 1, "dq": 2, "dkdv": 2, "dk": 2, "dv": 1}[kernel]  # matmuls that contract D
+    outs = {"forward": 1, "dq": 1, "dkdv": 2, "dk": 1, "dv": 1}[kernel]  # matmuls whose result is D wide
+    rows, keys = -(-N // tile.rows) * tile.rows, -(-L // tile.keys) * tile.keys
+    result_rows = tile.rows if kernel in ("forward", "dq") else tile.keys
+    repeated = max(1, 16 * tile.warps / result_rows)  # a warp of tensor cores computes at least 16 rows
+    return rows * keys * (sums * sum_width + outs * out_width), N * L * D * (sums + outs), repeated
+
+
+def kernels_of(kind, dtype, precision):
+    return "forward", "dq", *(("dkdv",) if one_kernel_for_keys(kind.head_dim, dtype, precision) else ("dk", "dv"))
+
+
+@pytest.mark.parametrize("target", [80, 86, 89, 120])
+@pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, "ieee"), (torch.float32, "tf32")])
+def test_no_kernel_multiplies_over_1_3_times_what_is_needed(dtype, precision, target):
+    with recording(target):
+        for kind in workload.ATTENTION:
+            for kernel in kernels_of(kind, dtype, precision):
+                run, needed, repeated = multiply_adds(kernel, kind, dtype, precision)
+                assert run * repeated <= 1.3 * needed, (kind, kernel, run * repeated / needed)
+
+
 def test_padding_costs_at_most_six_percent():
     """Count the multiply-adds of a UNet step with the padding of slices and tiles, and without."""
-    from fastsd_kernels.attention_tiles import choose_tile, one_kernel_for_keys, slices
-
     for dtype, precision in ((torch.bfloat16, "ieee"), *((torch.float32, precision) for precision in PRECISIONS)):
-        needed = run = 0
+        run = needed = 0
         for kind, count in workload.ATTENTION.items():
-            D, L = kind.head_dim, kind.keys
-
-            def tile(kernel, D=D, L=L, dtype=dtype, precision=precision):
-                return choose_tile(kernel, D, L, dtype, precision, torch.device("cpu"))
-
-            def width(kernel, least, D=D, tile=tile):
-                return sum(slice_width for _, slice_width in slices(D, tile(kernel).widest, least))
-
-            key_kernels = ("dkdv",) if one_kernel_for_keys(D, dtype, precision) else ("dk", "dv")
-            sums = {"forward": 1, "dq": 2, "dkdv": 2, "dk": 2, "dv": 1}  # matmuls that contract D
-            outs = {"forward": 1, "dq": 1, "dkdv": 2, "dk": 1, "dv": 1}  # matmuls whose result is D wide
-            rows = count * kind.queries * kind.heads
-            for kernel in ("forward", "dq", *key_kernels):
-                padded_keys = -(-L // tile(kernel).keys) * tile(kernel).keys
-                out_width = width(kernel, 8 if kernel == "forward" else 16)
-                run += rows * padded_keys * (sums[kernel] * width(kernel, 16) + outs[kernel] * out_width)
-                needed += rows * L * (sums[kernel] + outs[kernel]) * D
+            for kernel in kernels_of(kind, dtype, precision):
+                counts = multiply_adds(kernel, kind, dtype, precision)
+                run, needed = run + count * kind.heads * counts[0], needed + count * kind.heads * counts[1]
         step = 3 * workload.FORWARD_FLOPS / 2 - 3 * sum(k.flops * n for k, n in workload.ATTENTION.items()) / 2
         ratio = (step + run) / (step + needed)
         print(f"{dtype} {precision}: attention {run / needed:.3f}, step {ratio:.3f}")

@@ -33,12 +33,14 @@ def test_atlas_has_exactly_the_kernels_of_jobs():
 def work(kernel):
     """Return the numbers that a kernel rounds for each tile of the loop and before it, and the multiply-adds of a tile."""
     rows, keys = kernel["ROWS"], kernel["KEYS"]
-    width, out_width = (sum(columns for _, columns in kernel.get(name, ())) for name in ("SUM_D", "OUT_D"))
+    width, out_width = (sum(columns for _, columns in kernel[name]) for name in ("SUM_D", "OUT_D"))
+    again = min(columns for _, columns in kernel["OUT_D"])  # of an operand that is also summed over rows
     if kernel["kernel"] == "_forward":  # q, k, v and P
         return rows * width + keys * (width + out_width) + rows * keys, rows * keys * (width + out_width)
-    if kernel["kernel"] == "_backward_q":  # q, do, k, v and dS
-        return 2 * (rows + keys) * width + rows * keys, 3 * rows * keys * width
-    return 2 * (rows + keys) * width + 2 * rows * keys, 4 * rows * keys * width  # k, v, q, do, P and dS
+    if kernel["kernel"] == "_backward_q":  # q, do, k, v, dS, and k's last slice
+        return 2 * (rows + keys) * width + rows * keys + keys * again, rows * keys * (2 * width + out_width)
+    # k, v, q, do, P, dS, and the last slices of q and do
+    return 2 * (rows + keys) * width + 2 * rows * (keys + again), rows * keys * 2 * (width + out_width)
 
 
 def test_operands_of_tf32_matmuls_are_rounded_once():
