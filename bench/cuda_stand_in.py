@@ -105,6 +105,10 @@ class StandIn:
             self.stack.enter_context(mock.patch.object(torch._C, name, call, create=True))
         record = lambda tensor, stream: self.calls.append(f"{tuple(tensor.shape)} used by {stream.name}")  # noqa: E731
         self.stack.enter_context(mock.patch.object(Tensor, "record_stream", record))  # it refuses a stand-in of a stream
+        library = torch.library.Library("aten", "IMPL")
+        self.stack.callback(library._destroy)
+        for name, function in (("mm.dtype_out", _wide_mm), ("addmm.dtype_out", _wide_addmm)):
+            library.impl(name, function, "CPU")
         self._enter_modes_elsewhere()
         self.stack.enter_context(mock.patch.object(devices, "fastest", lambda device: REFERENCE))
         # PyTorch's profiler would report an error for each operation.
@@ -323,6 +327,17 @@ class StandIn:
 
 
 _CLASSES: dict[str, Any] = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph}
+
+
+def _wide_mm(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    """Multiply bf16 matrices into an fp32 one, which PyTorch does on GPUs only."""
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+def _wide_addmm(
+    x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, beta: float = 1, alpha: float = 1, out: Tensor
+) -> Tensor:
+    return torch.addmm(x, a.to(dtype), b.to(dtype), beta=beta, alpha=alpha, out=out)
 
 
 class _Identities(list[Tensor]):

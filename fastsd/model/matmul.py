@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsd.model.gradient_sink import sink_of
+
 Gradient = Tensor | None
 Gradients = tuple[Gradient, ...]  # one per tensor of a layer, in the order of `LayerTensors.flat`
 
@@ -97,7 +99,10 @@ def linear(x: Tensor, layer: LayerTensors) -> Tensor:
 def linear_backward(
     dy: Tensor, x: Tensor | None, layer: LayerTensors, needs: Needs, *, need_x: bool
 ) -> tuple[Gradient, Gradients]:
-    """Return dx and the layer's gradients for `linear`, None if not needed. x may be None if `needs.input` is False."""
+    """Return dx and the layer's gradients for `linear`, None if not needed. x may be None if `needs.input` is False.
+
+    A gradient whose tensor has a sink (`gradient_sink.py`) is written there, and None is returned for it.
+    """
     dx, dreduced = linear_input_gradient(dy, layer, need_x=need_x)
     return dx, linear_gradients(dy, x, layer, needs, dreduced)
 
@@ -127,22 +132,40 @@ def linear_gradients(
     dy: Tensor, x: Tensor | None, layer: LayerTensors, needs: Needs, dreduced: Gradient, *, dbias: Gradient = None
 ) -> Gradients:
     """Return the layer's gradients. `dreduced` is from `linear_input_gradient`; `dbias` is passed if it is summed already."""
-    _, _, down, ups = layer
+    weight, bias, down, ups = layer
     dy_rows = _as_rows(dy)
     x_rows = None if x is None else _as_rows(x)
     dweight = ddown = None
     dups: list[Gradient] = [None] * len(ups)
     if dreduced is not None and down is not None and x_rows is not None:
         if needs.down:
-            ddown = dreduced.t() @ x_rows
+            ddown = _product(down, dreduced, x_rows)
         if any(needs.ups):
             blocks = _blocks(dy_rows, x_rows @ down.t(), ups)
             dups = [None if reduced_block is None else dy_block.t() @ reduced_block for dy_block, reduced_block, _ in blocks]
     if needs.weight and x_rows is not None:
-        dweight = dy_rows.t() @ x_rows
-    if needs.bias and dbias is None:
-        dbias = dy_rows.sum(0)
+        dweight = _product(weight, dy_rows, x_rows)
+    if needs.bias and dbias is None and bias is not None:
+        dbias = _sum(bias, dy_rows)
     return dweight, dbias, ddown, *dups
+
+
+def _product(weight: Tensor, dy_rows: Tensor, x_rows: Tensor) -> Gradient:
+    """Return the gradient of a linear's weight, or None if it went to a sink."""
+    sink = sink_of(weight)
+    if sink is None:
+        return dy_rows.t() @ x_rows
+    sink.add_product(dy_rows.t(), x_rows)
+    return None
+
+
+def _sum(bias: Tensor, dy_rows: Tensor) -> Gradient:
+    """Return the gradient of a linear's bias, or None if it went to a sink."""
+    sink = sink_of(bias)
+    if sink is None:
+        return dy_rows.sum(0)
+    sink.add_sum(dy_rows)
+    return None
 
 
 def _blocks(y: Tensor, reduced: Tensor, ups: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:

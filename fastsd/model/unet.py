@@ -135,6 +135,13 @@ class Norm(nn.Module):
         return NormTensors(self.weight, self.bias)
 
 
+class Linear(nn.Linear):
+    """A linear whose gradients may go to sinks (`fastsd/model/gradient_sink.py`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recompute.linear(x, operands(self))
+
+
 class Attention(nn.Module):
     """Self-attention with fused q/k/v if `text_dim` is None, otherwise cross-attention with fused k/v of the text."""
 
@@ -143,11 +150,11 @@ class Attention(nn.Module):
         self.heads, self.ops = heads, ops
         self.precision = "ieee"  # see `UNet.set_attention_precision`
         if text_dim is None:
-            self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+            self.to_qkv = Linear(width, 3 * width, bias=False)
         else:
-            self.to_q = nn.Linear(width, width, bias=False)
-            self.to_kv = nn.Linear(text_dim, 2 * width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+            self.to_q = Linear(width, width, bias=False)
+            self.to_kv = Linear(text_dim, 2 * width, bias=False)
+        self.to_out = nn.ModuleList([Linear(width, width)])
 
     def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
         """Attend with packed q, k, v, or with q and packed k, v. Return (B, N, C)."""
@@ -158,7 +165,7 @@ class Attention(nn.Module):
 class GegluProjection(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
+        self.proj = Linear(width, 2 * inner)
 
 
 class FeedForward(nn.Module):
@@ -166,7 +173,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GegluProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList([GegluProjection(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
 
     def operands(self) -> tuple[LayerTensors, LayerTensors]:
         return operands(cast(GegluProjection, self.net[0]).proj), operands(self.net[2])
@@ -197,9 +204,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.ops, self.groups = ops, cfg.norm_groups
         self.norm = Norm(width)
-        self.proj_in = nn.Linear(width, width)
+        self.proj_in = Linear(width, width)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, cfg, ops)])
-        self.proj_out = nn.Linear(width, width)
+        self.proj_out = Linear(width, width)
 
     def forward(self, x_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
         ops = self.ops.forward_backward
@@ -215,7 +222,7 @@ class Resnet(nn.Module):
         self.ops, self.groups = ops, cfg.norm_groups
         self.norm1 = Norm(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.time_emb_proj = nn.Linear(cfg.time_dim, outputs)
+        self.time_emb_proj = Linear(cfg.time_dim, outputs)
         self.norm2 = Norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
@@ -297,8 +304,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(cfg.block_out_channels[0], cfg.time_dim)
-        self.linear_2 = nn.Linear(cfg.time_dim, cfg.time_dim)
+        self.linear_1 = Linear(cfg.block_out_channels[0], cfg.time_dim)
+        self.linear_2 = Linear(cfg.time_dim, cfg.time_dim)
 
     def forward(self, t_B: Tensor) -> Tensor:
         half = self.linear_1.in_features // 2

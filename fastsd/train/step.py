@@ -208,7 +208,7 @@ class Step:
         total = torch.zeros((), device=self.device)
         failed_allocations = self._count_failed_allocations()
         for arena in self._arenas:
-            arena.first_micro_batch = True
+            arena.begin()
         for start in range(0, count, self.micro_batch_size):
             images = inputs.micro_batch(slice(start, start + self.micro_batch_size))
             latents = self.model.vae.scale(images.latents_BCHW.float())
@@ -225,8 +225,6 @@ class Step:
                 self._fused.begin(loss.detach())
             loss.backward()
             total += loss.detach()
-            for arena in self._arenas:
-                arena.first_micro_batch = False
         if self._count_failed_allocations() > failed_allocations:
             # cuDNN takes an algorithm with a smaller workspace then, which rounds differently, and says nothing.
             if not self._fused:

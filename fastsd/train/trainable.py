@@ -6,10 +6,11 @@
     state       of the optimizer, in the same layout
     ema         fp32, optional
 
-One launch updates a component.  A gradient is consumed as soon as autograd produces it.  The first micro-batch copies it into
-the arena and the others add to it, so nothing is ever zeroed.  A fused backward has no gradient arena: it updates the parameter
-at once.  A change of precision between stages loses no bit of any weight.  No object here is part of a reference cycle, so the
-memory of a stage is free as soon as its step is.  Read next: `fastsd/train/step.py`.
+One launch updates a component. The matmuls of the UNet's linears write their gradients into the arena; every other gradient
+is consumed as soon as autograd produces it. The first gradient of a step overwrites the arena and the others add to it, so
+nothing is ever zeroed. A fused backward has no gradient arena: it updates the parameter at once. A change of precision
+between stages loses no bit of any weight. No object here is part of a reference cycle, so the memory of a stage is free as
+soon as its step is. Read next: `fastsd/train/step.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastsd.errors import out_of_memory
+from fastsd.model.gradient_sink import GradientSink
 from fastsd.train.optim import FastOptimizer
 from fastsd.train.precision import COMPUTE_DTYPE
 from fastsd_kernels import Ops
@@ -72,33 +74,43 @@ def host_copy(tensor: Tensor, master_lo: Tensor | None = None) -> Tensor:
 
 
 class GradientArena:
-    """Sums of a component's gradients over the micro-batches of a step.
+    """Sums of a component's gradients over the micro-batches of a step. Every parameter has a sink.
+
+    Args:
+        layout: the component's layout.
+        weights: its flat weights.
+        dtype: of the sums.
 
     Attributes:
         flat: the sums, in the component's layout.
-        first_micro_batch: True if the next gradients are those of a step's first micro-batch.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
-        self.layout, self.device, self.first_micro_batch = layout, device, True
+    def __init__(self, layout: Layout, weights: Tensor, dtype: torch.dtype) -> None:
+        self._layout, self._weights = layout, weights
         self._allocate(dtype)
 
     def _allocate(self, dtype: torch.dtype) -> None:
-        self.flat = torch.zeros(self.layout.size, dtype=dtype, device=self.device)
-        self._views = self.layout.views(self.flat)
+        self.flat = torch.zeros(self._layout.size, dtype=dtype, device=self._weights.device)
+        self._sinks = list(map(GradientSink, self._layout.views(self._weights), self._layout.views(self.flat)))
+
+    def begin(self) -> None:
+        """Begin a step: its first gradients overwrite the sums."""
+        for sink in self._sinks:
+            sink.empty = True
 
     def receive(self, i: int, gradient: Tensor) -> None:
-        """Add the gradient of parameter number i."""
-        if self.first_micro_batch:
-            self._views[i].copy_(gradient)
-        else:
-            self._views[i].add_(gradient)
+        """Add the gradient of parameter number i that autograd has produced."""
+        self._sinks[i].add(gradient)
 
     def widen(self) -> None:
         """Switch to several micro-batches per step. From now on, bf16 gradients are accumulated in fp32."""
         if self.flat.dtype != torch.float32:
-            del self.flat, self._views  # before the larger arena is allocated
+            del self.flat, self._sinks  # before the larger arena is allocated
             self._allocate(torch.float32)
+
+    def release(self) -> None:
+        """Return the gradients of later backwards to autograd."""
+        self._sinks = []
 
 
 class FusedUpdates:
@@ -179,8 +191,8 @@ class TrainableComponent:
                 self._move_to_arenas(ema=ema)
         for weight in self.weights:
             weight.requires_grad_()
-        if self.weights and arena:
-            self.gradients = GradientArena(self.layout, self.weights[0].device, torch.float32 if accumulates else self.dtype)
+        if self.master_hi is not None and arena:
+            self.gradients = GradientArena(self.layout, self.master_hi, torch.float32 if accumulates else self.dtype)
             self.send_gradients(self.gradients.receive)
 
     def _split_frozen(self) -> None:
@@ -221,12 +233,12 @@ class TrainableComponent:
         return make([{"params": [self.master_hi], "masters_lo": lows, "emas": emas}])
 
     def send_gradients(self, receive: Callable[[int, Tensor], None]) -> None:
-        """Call `receive` with the number of a parameter and its gradient as soon as autograd has produced it."""
+        """Call `receive` with the number of a parameter and its gradient as soon as autograd has produced one."""
 
         def hook(i: int, weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
-            assert gradient is not None
-            receive(i, gradient)
+            if gradient is not None:  # None: it went to the sink
+                receive(i, gradient)
 
         self._hooks = [weight.register_post_accumulate_grad_hook(partial(hook, i)) for i, weight in enumerate(self.weights)]
 
@@ -284,6 +296,8 @@ class TrainableComponent:
         """End the stage: restore the module's exact fp32 weights and drop its gradients."""
         for hook in self._hooks:
             hook.remove()
+        if self.gradients is not None:
+            self.gradients.release()
         exact_weights = self.state()
         for name, parameter in self.module.named_parameters():
             parameter.data = exact_weights[name].to(parameter.device)
