@@ -217,8 +217,10 @@ Rounds = Annotated[int | None, Option("--steps", min=1, metavar="N", help="Round
 Fraction = Annotated[float | None, Option("--fraction", metavar="X", help="For optim: fraction of the UNet's tensors to use.")]
 Rate = Annotated[float, Option("--rate", metavar="X", help="For loader: images per second that the training step consumes.")]
 
-# compare, sweep, lr-probe
+# compare, watch, sweep, lr-probe
 RunFolders = Annotated[list[Path] | None, Argument(parser=path, metavar="RUN ...", help="Run folders to compare.")]
+Port = Annotated[int, Option("--port", min=0, max=65535, metavar="N", help="Port of the page; 0 = any free one.")]
+WatchedRuns = Annotated[list[Path], Argument(parser=path, metavar="RUN ...", help="Run folders to show.")]
 ReportFile = Annotated[
     Path, Option("--out", "-o", parser=path, metavar="FILE", help="HTML page to write; its images go into a folder beside it.")
 ]

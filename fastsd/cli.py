@@ -224,6 +224,14 @@ def compare(
     compare(runs or [], out, baseline, draw or [], from_checkpoints=checkpoints)
 
 
+@app.command(epilog=examples("watch runs/xlsd", "watch runs/a runs/b --port 8500"))
+def watch(runs: args.WatchedRuns, port: args.Port = 8421) -> None:
+    """Show runs on one page in the browser while they train. It refreshes itself, and is served on this machine only."""
+    from fastsd.compare.watch import watch
+
+    watch(runs, port)
+
+
 @app.command(epilog=examples("sweep configs/xlsd.toml stage.lr=1e-5,3e-5 model.clip_skip=0,1"))
 def sweep(
     config: args.ConfigPath,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from textwrap import wrap
 from typing import IO, Any, cast
@@ -51,7 +52,13 @@ def fit(text: str, width: int) -> str:
 
 
 class Console(rich.console.Console):
-    """A terminal or text file for the output of a command. Text has no markup. On a terminal, lines are wrapped."""
+    """A terminal or text file for the output of a command. Text has no markup. On a terminal, lines are wrapped.
+
+    Attributes:
+        on_warning: also receives the text of each warning; None = nobody.
+    """
+
+    on_warning: Callable[[str], None] | None = None
 
     @property
     def file(self) -> IO[str]:
@@ -66,6 +73,8 @@ class Console(rich.console.Console):
 
     def warn(self, text: str) -> None:
         self.out(self._fit(f"! {text}"), style="bold yellow", highlight=False)
+        if self.on_warning:
+            self.on_warning(text)
 
     def _fit(self, text: str) -> str:
         return fit(text, self.width) if self.is_terminal else text

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from fastsd.compare import charts, draw, numbers, page, pictures
@@ -52,9 +52,10 @@ def compare(
         report = ComparisonReport(runs, baseline_run, folder, console)
         if from_checkpoints:
             report.redraw()
-        report.curves()
+        report.overview()
         report.samples()
         report.over_training()
+        report.curves()
         if drawing:
             report.draw(settings, from_checkpoints=from_checkpoints)
         report.end()
@@ -83,21 +84,20 @@ class ComparisonReport:
             folder = self.folder / self.names[run.label]
             run.grids = draw.draw_checkpoints(run, self.baseline.config.sample, folder, self.console)
 
-    def curves(self) -> None:
+    def overview(self) -> None:
         self._table(numbers.overview(self.runs, self.baseline))
         if self.several:
             self._table(numbers.settings(self.runs))
+
+    def curves(self) -> None:
         note = f"Faint: as logged. Bold: moving average over {SMOOTHING_WINDOW:.0%} of the log rows, computed per stage."
-        self._chart("Training loss", note, "loss", charts.loss_chart(self.runs))
-        validation, bands = charts.validation_chart(self.runs), charts.band_chart(self.runs)
-        if validation:
-            note = "Every point uses the same images, noise and timesteps. Error bars show one standard error."
-            self._chart("Validation loss", note, "validation", validation)
-        if bands:
-            note = "High timesteps are nearly pure noise and determine composition; low timesteps determine detail."
-            self._chart("Validation loss by timestep", note, "bands", bands)
+        self._chart("Training loss", note, "loss", charts.loss_chart)
+        note = "Every point uses the same images, noise and timesteps. Error bars show one standard error."
+        self._chart("Validation loss", note, "validation", charts.validation_chart)
+        note = "High timesteps are nearly pure noise and determine composition; low timesteps determine detail."
+        self._chart("Validation loss by timestep", note, "bands", charts.band_chart)
         self._table(numbers.trends(self.runs))
-        self._chart("Learning rate", "With D-Lion, the step size is d · lr.", "rates", charts.rate_chart(self.runs))
+        self._chart("Learning rate", "With D-Lion, the step size is d · lr.", "rates", charts.rate_chart)
 
     def samples(self) -> None:
         sheet = pictures.side_by_side(self.runs)
@@ -118,7 +118,7 @@ class ComparisonReport:
             if len(run.grids) > 1:
                 frames = pictures.frames(run.grids)
                 pictures.write_gif(self.folder / f"checkpoints-{self.names[run.label]}.gif", run.label, frames)
-                films.append((run, frames))
+                films.append((run, [(grid, page.data_uri(image)) for grid, image in frames]))
         if films:
             note = "Samples of each run at the selected step or the last one before it. The image folder has them as GIFs."
             self.sections.append(Section("Samples during training", note, page.film(films)))
@@ -153,12 +153,14 @@ class ComparisonReport:
         head, *rows = [[word.label if isinstance(word, RunData) else word for word in row] for row in (table.head, *table.rows)]
         self.tables[table.key or table.title] = {"head": head, "rows": rows}
 
-    def _chart(self, title: str, note: str, name: str, figure: Figure) -> None:
-        path = self.folder / f"{name}.png"
-        with new_file(path) as temporary:
+    def _chart(self, title: str, note: str, name: str, draw_chart: charts.Chart) -> None:
+        """Add a chart if there is anything to draw, and write it to the folder too."""
+        figure = draw_chart(self.runs)
+        if figure is None:
+            return
+        with new_file(self.folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png")
-        with Image.open(path) as image:
-            self.sections.append(Section(title, note, page.picture(image, title, lossless=True)))
+        self.sections.append(Section(title, note, page.chart(partial(draw_chart, self.runs), title)))
 
     def _picture(self, name: str, image: Image.Image, alt: str, caption: str | RunData = "") -> str:
         with new_file(self.folder / f"{name}.png") as temporary:

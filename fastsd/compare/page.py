@@ -1,4 +1,4 @@
-"""The page of `fastsd compare`, a single HTML file that needs no network."""
+"""The pages of `fastsd compare` and `fastsd watch`: HTML that needs no network, for wide and narrow screens, light and dark."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import Template
 
+from matplotlib.figure import Figure
 from PIL import Image
 
+from fastsd.compare import charts
 from fastsd.compare.numbers import Table
 from fastsd.compare.runs import RunData
 from fastsd.run.folder import Grid
 
 LONG = 44  # a table cell with more letters may be broken into several lines
-Frames = Sequence[tuple[Grid, Image.Image]]
+Frames = Sequence[tuple[Grid, str]]
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,23 @@ class Section:
     def anchor(self) -> str:
         return "".join(c if c.isalnum() else "-" for c in self.title.lower())
 
+    @property
+    def html(self) -> str:
+        anchor, title = _safe(self.anchor), _safe(self.title)
+        return f'<section id="{anchor}"><h2>{title}</h2>\n<p>{_safe(self.note)}</p>\n{self.body}</section>'
 
-def page(title: str, sections: Sequence[Section]) -> str:
+
+def page(title: str, sections: Sequence[Section], seconds: float = 0) -> str:
+    """Return a whole page. One with `seconds` gets its sections again after so many, from the address "sections"."""
     links = " ".join(f'<a href="#{_safe(s.anchor)}">{_safe(s.title)}</a>' for s in sections)
-    bodies = "\n".join(
-        f'<section id="{_safe(s.anchor)}"><h2>{_safe(s.title)}</h2>\n<p>{_safe(s.note)}</p>\n{s.body}</section>'
-        for s in sections
-    )
-    return _PAGE.substitute(title=_safe(title), links=links, body=bodies)
+    script = _FILM_SCRIPT + (_LIVE_SCRIPT.substitute(milliseconds=round(1000 * seconds)) if seconds else "")
+    head = f"<nav>{links}</nav>" if not seconds else '<p id="state" aria-live="polite"></p>'
+    return _PAGE.substitute(title=_safe(title), head=head, body="\n".join(s.html for s in sections), script=script)
 
 
 def table_section(table: Table) -> Section:
-    head = "".join(f"<th>{_word(word)}</th>" for word in table.head)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in table.rows)
+    head = "".join(f'<th scope="col">{_word(word)}</th>' for word in table.head)
+    rows = "".join(f"<tr>{_cell(first, 'th')}{''.join(map(_cell, others))}</tr>\n" for first, *others in table.rows)
     body = f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>' if table.rows else ""
     return Section(table.title, table.note, body)
 
@@ -53,26 +59,33 @@ def picture(image: Image.Image, alt: str, caption: str | RunData = "", *, lossle
     """Return the HTML of a picture with the alternative text `alt`. Charts should be `lossless`; photographs need not be."""
     text = f"<figcaption>{_word(caption)}</figcaption>" if caption else ""
     width = f' style="max-width:{image.width}px"' if not lossless else ""
-    return f'<figure>{text}<img src="{_uri(image, lossless=lossless)}" alt="{_safe(alt)}"{width}></figure>\n'
+    return f'<figure>{text}<img src="{data_uri(image, lossless=lossless)}" alt="{_safe(alt)}"{width}></figure>\n'
+
+
+def chart(draw: Callable[[float], Figure | None], description: str) -> str:
+    """Return the HTML of a chart in two widths, of which the page shows the one that fits, or "" if there is none to draw."""
+    figures = [(name, draw(width)) for name, width in (("wide-only", charts.WIDE), ("narrow-only", charts.NARROW))]
+    return "".join(f'<figure class="{name}">{charts.svg(figure, description)}</figure>\n' for name, figure in figures if figure)
 
 
 def film(films: Sequence[tuple[RunData, Frames]]) -> str:
-    """Return the HTML of a slider for the sample grids of all runs. Each run shows its last grid up to the chosen step."""
+    """Return the HTML of a slider for the sample grids of all runs. Each run shows its last grid up to the chosen step.
+
+    `films` has, for each run, its grids with the address of each one's picture: a path, or a `data_uri`.
+    """
     figures = "".join(
         f'<figure><figcaption>{_word(run)} <small></small></figcaption><img alt="samples of {_safe(run.label)}"></figure>\n'
         for run, _ in films
     )
-    data = [
-        [(grid.step, f"{grid.stage} {grid.step:,}", _uri(image, lossless=False)) for grid, image in frames]
-        for _, frames in films
-    ]
-    return _FILM.substitute(figures=figures, films=json.dumps(data).replace("<", "\\u003c"))
+    data = [[(grid.step, f"{grid.stage} {grid.step:,}", uri) for grid, uri in frames] for _, frames in films]
+    return _FILM.substitute(figures=figures, films=_safe(json.dumps(data)))
 
 
-def _cell(word: str | RunData) -> str:
+def _cell(word: str | RunData, kind: str = "td") -> str:
     """Return the HTML of a table cell. Short text stays on one line; long text may break anywhere."""
     css_class = ' class="long"' if isinstance(word, str) and len(word) > LONG else ""
-    return f"<td{css_class}>{_word(word)}</td>"
+    scope = ' scope="row"' if kind == "th" else ""
+    return f"<{kind}{css_class}{scope}>{_word(word)}</{kind}>"
 
 
 def _word(word: str | RunData) -> str:
@@ -85,25 +98,30 @@ def _safe(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def _uri(image: Image.Image, *, lossless: bool) -> str:
+def data_uri(image: Image.Image, *, lossless: bool = False) -> str:
+    """Return an image as an address that contains it."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "WEBP", lossless=lossless, quality=84, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-_FILM = Template("""<div class="bar"><button type="button">play</button><input type="range" min="0" aria-label="step">
-<output></output></div>
-<div class="film">$figures</div>
-<script>
-(() => {
-  const films = $films;
+_FILM = Template("""<div class="films" data-films="$films"><div class="bar"><button type="button">play</button>
+<input type="range" min="0" aria-label="step"><output></output></div>
+<div class="film">$figures</div></div>
+""")
+
+_FILM_SCRIPT = """<script>
+const positions = new Map();  // of the sliders, by section: a section may be replaced by one with more steps
+const startFilms = () => document.querySelectorAll(".films:not(.started)").forEach(element => {
+  element.classList.add("started");
+  const films = JSON.parse(element.dataset.films), key = element.closest("section").id;
   const steps = [...new Set(films.flat().map(frame => frame[0]))].sort((a, b) => a - b);
-  const section = document.currentScript.parentElement;
-  const [play, slider, output] = ["button", "input", "output"].map(kind => section.querySelector(kind));
-  const figures = section.querySelectorAll("figure");
+  const [play, slider, output] = ["button", "input", "output"].map(kind => element.querySelector(kind));
+  const figures = element.querySelectorAll("figure");
   let timer = 0;
   const show = () => {
     const step = steps[slider.value];
+    positions.set(key, +slider.value === steps.length - 1 ? Infinity : step);
     output.value = "step " + step.toLocaleString("en");
     films.forEach((film, i) => {
       const frame = film.filter(frame => frame[0] <= step).pop() || film[0];
@@ -112,16 +130,42 @@ _FILM = Template("""<div class="bar"><button type="button">play</button><input t
     });
   };
   const stop = () => { clearInterval(timer); timer = 0; play.textContent = "play"; };
+  const before = positions.get(key) ?? Infinity;
   slider.max = steps.length - 1;
-  slider.value = steps.length - 1;
+  slider.value = before === Infinity ? steps.length - 1 : Math.max(steps.findLastIndex(step => step <= before), 0);
   slider.oninput = () => { stop(); show(); };
   play.onclick = () => {
     if (timer) return stop();
     play.textContent = "stop";
-    timer = setInterval(() => { slider.value = (+slider.value + 1) % steps.length; show(); }, 500);
+    timer = setInterval(() => {
+      if (!element.isConnected) return clearInterval(timer);
+      slider.value = (+slider.value + 1) % steps.length;
+      show();
+    }, 500);
   };
   show();
-})();
+});
+startFilms();
+</script>
+"""
+
+_LIVE_SCRIPT = Template("""<script>
+const state = document.getElementById("state"), main = document.querySelector("main"), last = new Map();
+const update = async () => {
+  try {
+    const sections = await (await fetch("sections", {cache: "no-store"})).json();
+    if (sections.map(([id]) => id).join() !== [...main.children].map(section => section.id).join()) {
+      main.innerHTML = sections.map(([, html]) => html).join("");
+    } else {
+      sections.forEach(([id, html]) => { if (last.get(id) !== html) document.getElementById(id).outerHTML = html; });
+    }
+    sections.forEach(([id, html]) => last.set(id, html));
+    startFilms();
+    state.textContent = "live, " + new Date().toLocaleTimeString();
+  } catch { state.textContent = "no connection to fastsd watch"; }
+};
+update();
+setInterval(() => document.hidden || update(), $milliseconds);
 </script>
 """)
 
@@ -132,40 +176,56 @@ _PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-  body { max-width: 1200px; margin: 32px auto; padding: 0 24px; background: #fff; color: #1c1c1e;
+  :root { color-scheme: light dark; --paper: #fff; --ink: #1c1c1e; --soft: #55555c; --line: #e4e4e7; --link: #0a5ea8;
+          --button: #f7f7f8; --grid: #e8e8e8; --mark: #6f6f76; }
+  @media (prefers-color-scheme: dark) {
+    :root { --paper: #161618; --ink: #ececee; --soft: #a8a8b0; --line: #38383d; --link: #6cb6ff; --button: #2a2a2e;
+            --grid: #333338; --mark: #9a9aa2; }
+  }
+  body { max-width: 1200px; margin: 32px auto; padding: 0 24px; background: var(--paper); color: var(--ink);
          font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
   h1 { font-size: 26px; margin: 0 0 6px; }
-  h2 { font-size: 19px; margin: 44px 0 2px; padding-top: 14px; border-top: 1px solid #e4e4e7; }
-  p { margin: 2px 0 12px; color: #55555c; max-width: 96ch; }
+  h2 { font-size: 19px; margin: 44px 0 2px; padding-top: 14px; border-top: 1px solid var(--line); }
+  p { margin: 2px 0 12px; color: var(--soft); max-width: 96ch; }
   nav { margin-bottom: 8px; line-height: 1.9; }
-  nav a { margin-right: 16px; color: #0a5ea8; text-decoration: none; }
+  nav a { margin-right: 16px; color: var(--link); text-decoration: none; }
   .wide { overflow-x: auto; }
   table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-  th, td { text-align: left; vertical-align: top; padding: 5px 20px 5px 0; border-bottom: 1px solid #ececef; }
-  th { vertical-align: bottom; font-weight: 600; line-height: 1.3; color: #44444a; }
-  td, .run { white-space: nowrap; }
-  td.long { white-space: normal; overflow-wrap: anywhere; min-width: 320px; }
-  .run { font-weight: 600; }
+  th, td { text-align: left; vertical-align: top; padding: 5px 20px 5px 0; border-bottom: 1px solid var(--line); }
+  th { font-weight: 600; color: var(--soft); }
+  thead th { vertical-align: bottom; line-height: 1.3; }
+  td, tbody th, .run { white-space: nowrap; }
+  tbody .long { white-space: normal; overflow-wrap: anywhere; min-width: 320px; }
+  .run { font-weight: 600; color: var(--ink); }
   .run i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 7px; }
   figure { margin: 0 0 20px; overflow-x: auto; }
   figcaption { margin: 8px 0 6px; }
-  figcaption small { color: #66666d; margin-left: 6px; }
-  img { width: 100%; height: auto; display: block; }
+  figcaption small { color: var(--soft); margin-left: 6px; }
+  img, figure svg { width: 100%; height: auto; display: block; }
+  svg text { fill: var(--ink); font-family: system-ui, -apple-system, "Segoe UI", sans-serif !important; }
+  .narrow-only { display: none; }
+  @media (max-width: 760px) {
+    body { margin: 16px auto; padding: 0 12px; }
+    .wide-only { display: none; }
+    .narrow-only { display: block; }
+  }
   .film { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 20px; }
   .film img { max-width: 640px; }
-  .bar { display: flex; align-items: center; gap: 14px; margin: 6px 0 10px; position: sticky; top: 0; background: #fff;
+  .bar { display: flex; align-items: center; gap: 14px; margin: 6px 0 10px; position: sticky; top: 0; background: var(--paper);
          padding: 8px 0; }
   .bar input { flex: 1; }
   .bar output { min-width: 9em; font-variant-numeric: tabular-nums; }
-  button { font: inherit; min-width: 5em; padding: 3px 12px; border: 1px solid #c8c8cd; border-radius: 6px;
-           background: #f7f7f8; }
+  button { font: inherit; min-width: 5em; padding: 3px 12px; border: 1px solid var(--line); border-radius: 6px;
+           background: var(--button); color: var(--ink); }
   @media print { .bar { display: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
 </style>
 </head>
 <body>
 <h1>$title</h1>
-<nav>$links</nav>
+$head
+<main>
 $body
-</body>
+</main>
+$script</body>
 </html>
 """)

@@ -223,6 +223,9 @@ class LogTable(Table):
     every: int = Field(10, ge=1)  # steps per log line; the step never waits, because values are read one line later
     tensorboard: bool = True  # event files under RUN/tensorboard; RUN/log.jsonl is always written
     wandb: str = ""  # project name; needs the extra: pip install "fastsd[wandb]"
+    # Command that is run when a stage ends, the run finishes or an error ends it; "" = none. Its environment has FASTSD_EVENT,
+    # FASTSD_RUN and FASTSD_MESSAGE: notify = 'mail -s "$FASTSD_MESSAGE" me@example.org < /dev/null'
+    notify: str = ""
 
 
 class ExportTable(Table):

@@ -14,6 +14,7 @@ from fastsd.errors import Stopped, UserError
 from fastsd.run.export import bytes_of, export_newest
 from fastsd.run.header import header
 from fastsd.run.log import Log
+from fastsd.run.notify import notified_end, notify
 from fastsd.run.profiler import Profiler
 from fastsd.run.rollback import StepsSkipped, roll_back
 from fastsd.run.run import Run, open_run
@@ -35,7 +36,7 @@ def train(config: Config, console: Console = STDOUT, *, export: bool = True, sta
         UserError: the user must change something; saved checkpoints stay intact.
         Stopped: a stop signal arrived; a checkpoint is written first.
     """
-    with stop_signals(Path(config.run)) as signals:
+    with stop_signals(Path(config.run)) as signals, notified_end(config):
         try:
             while not _train_once(config, console, signals, start, export=export):
                 gc.collect()  # the exception's traceback refers to the old model
@@ -128,6 +129,7 @@ def train_stage(run: Run, index: int, switches: str, signals: StopSignals) -> No
                 raise _stopped(run, train_step, log)
 
             if done:
+                notify(run.config, "stage", f"{run.folder}: stage {log.name} ended at step {position.progress.step}")
                 break
     train_step.release()
 

@@ -5,7 +5,8 @@ RUN/log.jsonl        one row per log interval; it holds only values that trainin
                      bit, however often the run is interrupted
 RUN/timing.jsonl     speed, memory and time spent waiting for data, for the same steps
 RUN/validation.jsonl one row per measurement, set and kind of weights (raw or EMA); reproducible in the same way
-RUN/tensorboard      all of the above
+RUN/warnings.jsonl   the warnings of all starts, with time and step
+RUN/tensorboard      all of the above but the warnings
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class TrainReport:
         self._failed_sinks = set[str]()
         self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
         self.saved_at = saved_at
+        self._step = step  # of the newest row
+        console.on_warning = self._record_warning
 
     def header(self, rows: dict[str, str]) -> None:
         width = max(map(len, rows)) + 2
@@ -94,6 +97,7 @@ class TrainReport:
 
     def row(self, values: LogRow, timing: dict[str, float]) -> None:
         """Write the row of one log interval to the files and to the console line."""
+        self._step = values["step"]
         self._append(self.log, values)
         self._append(self.timing, {"step": values["step"], **timing})
         self._send(lambda sink: sink.scalars(charts(values, timing), values["step"]))
@@ -101,6 +105,11 @@ class TrainReport:
             self.live.update(Text(live_line(values, timing, self.saved_at, self.console.width)))
         else:
             self.console.echo(live_line(values, timing, self.saved_at))
+
+    def _record_warning(self, text: str) -> None:
+        """Append a warning to its file, for `fastsd watch`. Nothing depends on it, so a full disk loses it."""
+        with contextlib.suppress(OSError), open(self.run / "warnings.jsonl", "a", encoding="utf-8") as file:
+            file.write(_json({"time": time.time(), "step": self._step, "text": text}))
 
     def _append(self, file: RowFile, *rows: dict[str, Any]) -> None:
         """Append rows to a file. Training does not depend on it: a full disk is a warning, and the first lost row another."""
@@ -160,6 +169,7 @@ class TrainReport:
             file.flush()
 
     def close(self) -> None:
+        self.console.on_warning = None
         if self.live:
             self.live.stop()
         for file in (self.log, self.timing, self.validations):

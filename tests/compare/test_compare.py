@@ -1,5 +1,6 @@
 """`fastsd compare`: reading complete, killed and unusual runs, the numbers, pictures and page, and errors."""
 
+import html
 import json
 import math
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from commandline import fastsd
 from PIL import Image
+from run_folders import STAGE, TEXT_STAGE, jsonl, plain_grid, plain_images, row, validation_row
 from sentences import refused, says
 from tiny import job
 
@@ -18,63 +20,13 @@ from fastsd.commands.cache import cache
 from fastsd.compare import charts, draw, numbers, pictures
 from fastsd.compare.compare import TABLES, compare
 from fastsd.compare.runs import RunData, read_grids, read_runs
-from fastsd.config.schema import SampleTable, dump_config, load_config
+from fastsd.config.schema import load_config
 from fastsd.console import Console
 from fastsd.run.folder import WHOLE_SHEET
 from fastsd.run.loop import train
 from fastsd.run.settings import ABSENT, choices, combinations, differences, short_names
-from fastsd.sampling.grid import grid, save_grid
+from fastsd.sampling.grid import save_grid
 from fastsd.sampling.prompts import images_of
-
-STAGE = '[[stage]]\nname = "unet"\ntrain = ["unet"]\nuntil = 4\nbatch = 2\noptimizer = "lion"\nlr = 1e-3\n'
-STAGE += "sample_every = 2\ncheckpoint_every = 2\n"
-TEXT_STAGE = STAGE.replace("unet", "text").replace('["text"]', '["text_encoder"]')
-
-
-def row(step: int, stage: str = "unet", **more) -> dict:
-    loss = 0.5 / step + 0.1
-    hashes = {"order": f"o{step}", "timesteps": f"t{step}", "noise": f"n{step}"}
-    return {"step": step, "stage": stage, "images": 4 * step, "epoch": step / 5, "lr": 1e-3, "loss": loss, **hashes, **more}
-
-
-def validation_row(step: int, loss: float, image_set: str = "held_out", weights: str = "raw") -> dict:
-    bands = [[250 * b, 250 * b + 250, loss + b / 100, 0.02] for b in range(4)]
-    measurement = {"set": image_set, "weights": weights, "loss": loss, "se": 0.01, "bands": bands}
-    return {"step": step, "images": 4 * step, "stage": "unet", **measurement}
-
-
-def jsonl(rows: list[dict]) -> str:
-    return "".join(json.dumps(r) + "\n" for r in rows)
-
-
-def plain_images(shades: list[int]) -> list[Image.Image]:
-    return [Image.new("RGB", (32, 32), (shade, 0, 255 - shade)) for shade in shades]
-
-
-def plain_grid(shades: list[int], prompts: list[str], seed: int = 0) -> Image.Image:
-    table = SampleTable(prompts=prompts, seed=seed)
-    return grid(plain_images(shades), images_of(table, 32), table.images)
-
-
-@pytest.fixture
-def make_run(tmp_path):
-    """Write a run's folder with a log, other files by name, and sample grids: {step: shades for two prompts x two seeds}."""
-
-    def make(name: str, rows: list[dict], *overrides: str, stages: str = STAGE, shades=None, **files: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        config = load_config(job(tmp_path, tmp_path / "model", tmp_path / "images", stages), list(overrides))
-        (folder / "config.json").write_text(dump_config(config))
-        (folder / "log.jsonl").write_text(jsonl(rows))
-        for file, text in files.items():
-            (folder / file.replace("_json", ".json")).write_text(text)
-        for step, cell_shades in (shades or {}).items():
-            (folder / "samples").mkdir(exist_ok=True)
-            sheet = plain_grid(cell_shades, ["red circle", "blue <star>"], seed=7)
-            save_grid(sheet, folder / "samples" / f"unet-{step:08d}.png", "unet", step)
-        return folder
-
-    return make
 
 
 def read_run(folder: Path) -> RunData:
@@ -270,7 +222,7 @@ def test_page_is_complete_and_self_contained(make_run, tmp_path):
     for fact in (awkward_name, "x/run", "y/run", "seed", "1,234", "1m15s", "3.2 MB", "≈ 2s"):
         assert fact in page.text, fact
     assert says(page.text, "section-during-training") and says(page.text, "validation-loss", kind="stabilised EMA")
-    films = json.loads(text.split("const films = ")[1].split(";\n")[0])
+    films = json.loads(html.unescape(text.split('data-films="')[1].split('"')[0]))
     assert [[frame[:2] for frame in film] for film in films] == [[[0, "unet 0"], [2, "unet 2"], [4, "unet 4"]]]
     folder = out.with_suffix("")
     names = {path.name for path in folder.iterdir()}

@@ -47,7 +47,7 @@ def test_a_key_is_explained_with_and_without_its_table(name, names, text):
 
 
 def test_a_table_is_all_of_its_keys():
-    assert [entry.key for entry in lookup("[log]")] == ["every", "tensorboard", "wandb"]
+    assert [entry.key for entry in lookup("[log]")] == ["every", "tensorboard", "wandb", "notify"]
     assert [entry.name for entry in lookup("model.lora")][:2] == ["model.lora", "model.lora.rank"]
 
 
