@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsd.model.gradient_sink import sink_of
+from fastsd_kernels.ops import Images
 
 Gradient = Tensor | None
 Gradients = tuple[Gradient, ...]  # one per tensor of a layer, in the order of `LayerTensors.flat`
@@ -55,6 +56,7 @@ class Needs(NamedTuple):
 
 
 UNFUSED = 4  # tensors of a layer with one up
+NO_NEEDS = Needs(False, False, False, (False,))  # of such a layer, where only the gradient of its input is needed
 Unpacked = TypeVar("Unpacked", LayerTensors, Needs)
 
 
@@ -200,10 +202,57 @@ def conv_backward(dy: Tensor, x: Tensor, layer: LayerTensors, needs: Needs, *, n
 
 def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Gradient, Gradient, Gradient]:
     """Return (dx, dweight, dbias) of a 3x3 convolution with padding 1."""
+    if not any(needs):
+        return None, None, None
     geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
     return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *geometry, needs)
 
 
-def as_linear(layer: LayerTensors) -> LayerTensors:
-    """View the weight of a 1x1 convolution as that of a linear."""
-    return layer._replace(weight=layer.weight.flatten(1))
+def conv1(images: Images, layer: LayerTensors) -> Tensor:
+    """Compute a 1x1 convolution. The channels of its input are those of the images, one after the other."""
+    (image, block), *others = _blocks_of_weight(images, layer)
+    y = linear(to_nhwc(image), block)
+    for image, block in others:
+        if block.down is None:
+            _as_rows(y).addmm_(_as_rows(to_nhwc(image)), block.weight.t())
+        else:
+            y += linear(to_nhwc(image), block)
+    return to_nchw(y)
+
+
+def conv1_backward(
+    dy: Tensor, images: Images, layer: LayerTensors, needs: Needs, *, need_x: bool
+) -> tuple[Images | None, Gradients]:
+    """Return dimages, None if not needed, and the layer's gradients for `conv1`."""
+    if len(images) == 1:
+        (image, block), *_ = _blocks_of_weight(images, layer)
+        dx, (dweight, *others) = linear_backward(to_nhwc(dy), to_nhwc(image), block, needs, need_x=need_x)
+        dweight = None if dweight is None else dweight.view_as(layer.weight)
+        return None if dx is None else (to_nchw(dx),), (dweight, *others)
+
+    dweight = torch.empty_like(layer.weight) if needs.weight else None
+    dimages: list[Tensor] = []
+    gradients: list[Gradients] = []
+    start = 0
+    for image, block in _blocks_of_weight(images, layer):
+        other_needs = needs._replace(weight=False, bias=needs.bias and not start)
+        dx, block_gradients = linear_backward(to_nhwc(dy), to_nhwc(image), block, other_needs, need_x=need_x)
+        dimages += [] if dx is None else [to_nchw(dx)]
+        gradients.append(block_gradients)
+        if dweight is not None:  # the columns of a matrix need no copy
+            columns = dweight.view(len(dweight), -1)[:, start : start + image.shape[1]]
+            columns.addmm_(_as_rows(to_nhwc(dy)).t(), _as_rows(to_nhwc(image)), beta=0)
+        start += image.shape[1]
+    _, (dbias, _), ddowns, dups = zip(*gradients, strict=True)
+    ddown = None if ddowns[0] is None else torch.cat(ddowns, dim=1)
+    return tuple(dimages) if need_x else None, (dweight, dbias, ddown, None if dups[0] is None else dups[0] + dups[1])
+
+
+def _blocks_of_weight(images: Images, layer: LayerTensors) -> Iterator[tuple[Tensor, LayerTensors]]:
+    """Yield each image with the linear of its channels. The first linear has the bias."""
+    start, weight, bias = 0, layer.weight.flatten(1), layer.bias
+    for image in images:
+        channels = slice(start, start := start + image.shape[1])
+        down = None if layer.down is None else layer.down[:, channels]
+        yield image, layer._replace(weight=weight[:, channels], bias=bias, down=down)
+        bias = None

@@ -13,8 +13,13 @@ backward. SD1.5's UNet at 512 px then has 252 M numbers per image saved for back
     upsample_conv       nearest neighbour -> conv 3x3                                                 saves the small x
     linear              x -> linear with an adapter                                                   saves x
 
-A concatenation with a skip is computed twice and never saved. No gradient of a frozen weight is computed. All layers are as
-exact as plain ones: a recomputed tensor equals that of the forward bit for bit.
+With `fused` operations (on a GPU), a pass over memory does more than one thing. The norm reads x and skip as two images; its
+backward adds the gradient of a residual to that of x, and writes the norm's output over its gradient. The norm or sum after a
+convolution adds its bias, and a sum also takes the next norm's statistics (`Image.partial`). Other operations concatenate the
+skip twice, and never save the concatenation.
+
+No gradient of a frozen weight is computed. All layers are as exact as plain ones: a recomputed tensor has the bits of the
+forward.
 
 Shapes: B images, C channels, H x W positions, N tokens, F features; x_BCHW is channels last, so its tokens are a view.
 Read next: `fastsd/model/matmul.py` and `kernels/fastsd_kernels/forward_backward.py`, which these functions call.
@@ -31,8 +36,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastsd.model import matmul
-from fastsd.model.matmul import UNFUSED, Gradient, Gradients, LayerTensors, Needs, unpack
-from fastsd_kernels.ops import ForwardBackwardOps
+from fastsd.model.matmul import NO_NEEDS, UNFUSED, Gradient, Gradients, LayerTensors, Needs, unpack
+from fastsd_kernels.ops import ForwardBackwardOps, Images
 
 
 class NormTensors(NamedTuple):
@@ -50,78 +55,115 @@ def image(x_BNC: Tensor, size: torch.Size) -> Tensor:
     return x_BNC.unflatten(1, size).permute(0, 3, 1, 2)
 
 
-def _join(x: Tensor, skip: Tensor | None) -> Tensor:
-    return x if skip is None else torch.cat([x, skip], dim=1)
+class Image(NamedTuple):
+    """An image, and its partial statistics (`fastsd_kernels.group_norm_statistics`), if the pass that wrote it took them."""
+
+    x_BCHW: Tensor
+    partial: Tensor | None = None
+
+
+def _images(ops: ForwardBackwardOps, x: Tensor, skip: Tensor | None) -> Images:
+    """Return x and the skip as the norm reads them: as two images, or concatenated."""
+    return (x,) if skip is None else (x, skip) if ops.fused else (torch.cat([x, skip], dim=1),)
+
+
+def _shape_of(images: Images) -> Tensor:
+    """Return a tensor in the shape of the concatenated images, without memory of its own."""
+    return images[0] if len(images) == 1 else images[0][:, :1].expand(-1, sum(image.shape[1] for image in images), -1, -1)
 
 
 class NormConv(Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: ForwardBackwardOps, groups: int, eps: float, x: Tensor, skip: Any, shift: Any, *tensors: Any
+        ctx: Any,
+        ops: ForwardBackwardOps,
+        groups: int,
+        eps: float,
+        residual: bool,
+        x: Tensor,
+        skip: Any,
+        partial: Any,
+        skip_partial: Any,
+        shift: Any,
+        *tensors: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the layer. `tensors` are those of the norm, of the convolution and, if there is one, of the shortcut."""
         norm_weight, norm_bias, *layers = tensors
-        conv, matrix = _conv_and_shortcut(layers)
-        joined = _join(x, skip)
-        y, mean, rstd = ops.group_norm(joined, norm_weight, norm_bias, groups, eps, shift, silu=True)
-        shortcut = None if matrix is None else matmul.to_nchw(matmul.linear(matmul.to_nhwc(joined), matrix))
+        conv, shortcut = _conv_and_shortcut(layers)
+        images = _images(ops, x, skip)
+        norm = norm_weight, norm_bias, groups, eps, shift
+        y, mean, rstd = ops.group_norm(images, *norm, silu=True, partials=(partial, skip_partial))
         ctx.save_for_backward(x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers)
         ctx.ops, ctx.groups, ctx.eps = ops, groups, eps
-        return matmul.conv(y, conv), shortcut
+        passed = matmul.conv1(images, shortcut) if shortcut is not None else x.view_as(x) if residual else None
+        return matmul.conv(y, conv), passed
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dshortcut: Gradient) -> tuple[Gradient, ...]:
+    def backward(ctx: Any, dout: Tensor, dpassed: Gradient) -> tuple[Gradient, ...]:
         x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers = ctx.saved_tensors
-        _, _, _, need_x, need_skip, need_shift, need_norm, _, *needs = ctx.needs_input_grad
-        (conv, matrix), conv_needs = _conv_and_shortcut(layers), unpack(Needs, needs[:UNFUSED])
+        _, _, _, _, need_x, need_skip, _, _, need_shift, need_norm, _, *needs = ctx.needs_input_grad
+        (conv, shortcut), conv_needs = _conv_and_shortcut(layers), unpack(Needs, needs[:UNFUSED])
 
         need_y = need_x or need_skip or need_shift or need_norm
-        joined = _join(x, skip)
-        norm = norm_weight, norm_bias, ctx.groups, ctx.eps, shift
-        y = ctx.ops.group_norm_recompute(joined, mean, rstd, *norm, silu=True) if conv_needs.input else joined
-        dy, gradients = matmul.conv_backward(dout, y, conv, conv_needs, need_x=need_y)
-        del y
+        images, norm = _images(ctx.ops, x, skip), (norm_weight, norm_bias, ctx.groups, ctx.eps, shift)
+        through: Images | None = None if dpassed is None else (dpassed,)
+        shortcut_gradients: Gradients = ()
+        if dpassed is not None and shortcut is not None:
+            shortcut_needs = unpack(Needs, needs[UNFUSED:])
+            through, shortcut_gradients = matmul.conv1_backward(dpassed, images, shortcut, shortcut_needs, need_x=need_y)
+        y = _shape_of(images)
         dx = dskip = dnorm_weight = dnorm_bias = dshift = None
         if need_y:
-            dx, dnorm_weight, dnorm_bias, dshift = ctx.ops.group_norm_backward(dy, joined, mean, rstd, *norm, silu=True)
-        if dshortcut is not None and matrix is not None:
-            operands = matmul.to_nhwc(dshortcut), matmul.to_nhwc(joined), matrix, unpack(Needs, needs[UNFUSED:])
-            dx_shortcut, (dmatrix, *other_gradients) = matmul.linear_backward(*operands, need_x=need_y)
-            gradients += (None if dmatrix is None else dmatrix.view_as(layers[UNFUSED]), *other_gradients)
-            if dx is not None and dx_shortcut is not None:
-                dx = dx + matmul.to_nchw(dx_shortcut)
-        if dx is not None and skip is not None:
-            dx, dskip = dx.split([x.shape[1], skip.shape[1]], dim=1)
-        return None, None, None, dx, dskip, dshift, dnorm_weight, dnorm_bias, *gradients
+            dy, _ = matmul.conv_backward(dout, y, conv, NO_NEEDS, need_x=True)
+            # dy becomes y, which the convolution's weight gradient needs.
+            options = {"silu": True, "through": through, "output": conv_needs.input}
+            gradients = ctx.ops.group_norm_backward(dy, images, mean, rstd, *norm, **options)
+            del dy, through
+            (dx, *dskips), dnorm_weight, dnorm_bias, dshift, output = gradients
+            y = y if output is None else output
+            if skip is not None:
+                dx, dskip = (dx, *dskips) if dskips else dx.split([x.shape[1], skip.shape[1]], dim=1)
+        elif conv_needs.input:
+            y = ctx.ops.group_norm_recompute(images, mean, rstd, *norm, silu=True)
+        _, conv_gradients = matmul.conv_backward(dout, y, conv, conv_needs, need_x=False)
+        gradients = *conv_gradients, *shortcut_gradients
+        return None, None, None, None, dx, dskip, None, None, dshift, dnorm_weight, dnorm_bias, *gradients
 
 
 def _conv_and_shortcut(layers: Sequence[Any]) -> tuple[LayerTensors, LayerTensors | None]:
-    """Unpack a convolution and, if there is one, a shortcut, whose weight becomes that of a linear."""
+    """Unpack a convolution and, if there is one, a shortcut."""
     shortcut = layers[UNFUSED:]
-    return unpack(LayerTensors, layers[:UNFUSED]), matmul.as_linear(unpack(LayerTensors, shortcut)) if shortcut else None
+    return unpack(LayerTensors, layers[:UNFUSED]), unpack(LayerTensors, shortcut) if shortcut else None
 
 
 class GroupNormLinear(Function):
     @staticmethod
-    def forward(ctx: Any, ops: ForwardBackwardOps, groups: int, eps: float, x: Tensor, *tensors: Any) -> Tensor:
+    def forward(
+        ctx: Any, ops: ForwardBackwardOps, groups: int, eps: float, x: Tensor, partial: Any, *tensors: Any
+    ) -> tuple[Tensor, Tensor | None]:
         norm_weight, norm_bias, *layer = tensors
-        y, mean, rstd = ops.group_norm(x, norm_weight, norm_bias, groups, eps, None, silu=False)
+        y, mean, rstd = ops.group_norm((x,), norm_weight, norm_bias, groups, eps, None, silu=False, partials=(partial,))
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, *layer)
         ctx.ops, ctx.groups, ctx.eps = ops, groups, eps
-        return matmul.linear(tokens(y), unpack(LayerTensors, layer))
+        return matmul.linear(tokens(y), unpack(LayerTensors, layer)), x.view_as(x) if ops.fused else None
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
-        x, mean, rstd, norm_weight, norm_bias, *layer = ctx.saved_tensors
-        _, _, _, need_x, need_norm, _, *layer_needs = ctx.needs_input_grad
-        needs, norm = unpack(Needs, layer_needs), (norm_weight, norm_bias, ctx.groups, ctx.eps, None)
-        y = tokens(ctx.ops.group_norm_recompute(x, mean, rstd, *norm, silu=False)) if needs.input else None
-        dy, gradients = matmul.linear_backward(dout, y, unpack(LayerTensors, layer), needs, need_x=need_x or need_norm)
-        dx = dnorm_weight = dnorm_bias = None
+    def backward(ctx: Any, dout: Tensor, dresidual: Gradient) -> tuple[Gradient, ...]:
+        x, mean, rstd, norm_weight, norm_bias, *tensors = ctx.saved_tensors
+        _, _, _, need_x, _, need_norm, _, *layer_needs = ctx.needs_input_grad
+        layer, needs = unpack(LayerTensors, tensors), unpack(Needs, layer_needs)
+        norm = norm_weight, norm_bias, ctx.groups, ctx.eps, None
+        dx = dnorm_weight = dnorm_bias = y = None
+        dy, dreduced = matmul.linear_input_gradient(dout, layer, need_x=need_x or need_norm)
         if dy is not None:
-            dy = image(dy, x.shape[2:])
-            dx, dnorm_weight, dnorm_bias, _ = ctx.ops.group_norm_backward(dy, x, mean, rstd, *norm, silu=False)
-        return None, None, None, dx, dnorm_weight, dnorm_bias, *gradients
+            options = {"silu": False, "through": None if dresidual is None else (dresidual,), "output": needs.input}
+            gradients = ctx.ops.group_norm_backward(image(dy, x.shape[2:]), (x,), mean, rstd, *norm, **options)
+            del dy
+            (dx,), dnorm_weight, dnorm_bias, _, y = gradients
+        elif needs.input:
+            y = ctx.ops.group_norm_recompute((x,), mean, rstd, *norm, silu=False)
+        gradients = matmul.linear_gradients(dout, None if y is None else tokens(y), layer, needs, dreduced)
+        return None, None, None, dx, None, dnorm_weight, dnorm_bias, *gradients
 
 
 class LayerNormLinear(Function):
@@ -279,22 +321,42 @@ def norm_conv(
     ops: ForwardBackwardOps,
     groups: int,
     eps: float,
-    x: Tensor,
-    skip: Tensor | None,
+    x: Image,
+    skip: Image | None,
     shift: Tensor | None,
     norm: NormTensors,
     conv: LayerTensors,
     shortcut: LayerTensors | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return conv(silu(norm([x, skip] + shift))), and shortcut([x, skip]) or None."""
+    *,
+    residual: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return conv(silu(norm([x, skip] + shift))), and shortcut([x, skip]), or x without a shortcut.
+
+    With `residual`, x has a further use as the second result. The gradient of that is then added where dx is written.
+    """
     layers = conv.flat() if shortcut is None else (*conv.flat(), *shortcut.flat())
-    return NormConv.apply(ops, groups, eps, x, skip, shift, *norm, *layers)
+    other, skip_partial = (None, None) if skip is None else skip
+    images = x.x_BCHW, other, x.partial, skip_partial
+    h, passed = NormConv.apply(ops, groups, eps, ops.fused and residual, *images, shift, *norm, *layers)
+    return h, x.x_BCHW if passed is None else passed
 
 
 def group_norm_linear(
-    ops: ForwardBackwardOps, groups: int, eps: float, x: Tensor, norm: NormTensors, layer: LayerTensors
-) -> Tensor:
-    return GroupNormLinear.apply(ops, groups, eps, x, *norm, *layer.flat())
+    ops: ForwardBackwardOps, groups: int, eps: float, x: Image, norm: NormTensors, layer: LayerTensors
+) -> tuple[Tensor, Tensor]:
+    """Return linear(norm(x)), and x as in `norm_conv` with `residual`."""
+    y, residual = GroupNormLinear.apply(ops, groups, eps, *x, *norm, *layer.flat())
+    return y, x.x_BCHW if residual is None else residual
+
+
+def add(ops: ForwardBackwardOps, h: Tensor, bias: Tensor | None, residual: Tensor | None) -> Image:
+    """Return h + bias + residual."""
+    return Image(*ops.add_statistics(h, bias, residual))
+
+
+def without_bias(ops: ForwardBackwardOps, layer: LayerTensors) -> tuple[LayerTensors, Tensor | None]:
+    """Return a convolution, and the bias that the next pass over its result has to add: None if the convolution adds it."""
+    return (layer._replace(bias=None), layer.bias) if ops.fused else (layer, None)
 
 
 def layer_norm_linear(

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fastsd.errors import UserError
 from fastsd.model import recompute
 from fastsd.model.matmul import LayerTensors
-from fastsd.model.recompute import NormTensors
+from fastsd.model.recompute import Image, NormTensors
 from fastsd_kernels import REFERENCE, Ops
 
 Arguments = TypeVarTuple("Arguments")
@@ -208,12 +208,12 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, cfg, ops)])
         self.proj_out = Linear(width, width)
 
-    def forward(self, x_BCHW: Tensor, context_BLD: Tensor) -> Tensor:
+    def forward(self, image: Image, context_BLD: Tensor) -> Image:
         ops = self.ops.forward_backward
         layer = self.norm.operands(), operands(self.proj_in)
-        x_BNC = recompute.group_norm_linear(ops, self.groups, ATTENTION_EPS, x_BCHW, *layer)
+        x_BNC, x_BCHW = recompute.group_norm_linear(ops, self.groups, ATTENTION_EPS, image, *layer)
         x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD))
-        return x_BCHW + recompute.image(x_BNC, x_BCHW.shape[2:])
+        return recompute.add(ops, recompute.image(x_BNC, x_BCHW.shape[2:]), None, x_BCHW)
 
 
 class Resnet(nn.Module):
@@ -227,26 +227,17 @@ class Resnet(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
-    def forward(self, x_BCHW: Tensor, skip_BCHW: Tensor | None, time_BE: Tensor) -> Tensor:
-        """Apply the block. `skip_BCHW` holds further channels of the input, from the down blocks."""
-        h, shortcut = norm_conv(self.ops, self.groups, self.norm1, self.conv1, x_BCHW, skip_BCHW, self.conv_shortcut)
-        h, _ = norm_conv(self.ops, self.groups, self.norm2, self.conv2, h, shift=self.time_emb_proj(time_BE))
-        return h + (x_BCHW if shortcut is None else shortcut)
-
-
-def norm_conv(
-    ops: Ops,
-    groups: int,
-    norm: Norm,
-    conv: nn.Conv2d,
-    x: Tensor,
-    skip: Tensor | None = None,
-    shortcut: nn.Conv2d | None = None,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return conv(silu(norm([x, skip] + shift))), and shortcut([x, skip]) or None."""
-    layers = norm.operands(), operands(conv), None if shortcut is None else operands(shortcut)
-    return recompute.norm_conv(ops.forward_backward, groups, RESNET_EPS, x, skip, shift, *layers)
+    def forward(self, image: Image, skip: Image | None, time_BE: Tensor) -> Image:
+        """Apply the block. `skip` holds further channels of the input, from the down blocks."""
+        ops, norms = self.ops.forward_backward, (self.norm1.operands(), self.norm2.operands())
+        (conv1, bias1), (conv2, bias2) = (recompute.without_bias(ops, operands(conv)) for conv in (self.conv1, self.conv2))
+        shortcut = None if self.conv_shortcut is None else operands(self.conv_shortcut)
+        layer = ops, self.groups, RESNET_EPS
+        h, residual = recompute.norm_conv(*layer, image, skip, None, norms[0], conv1, shortcut, residual=True)
+        shift = self.time_emb_proj(time_BE)
+        shift = shift if bias1 is None else shift + bias1
+        h, _ = recompute.norm_conv(*layer, Image(h), None, shift, norms[1], conv2, None)
+        return recompute.add(ops, h, bias2, residual)
 
 
 class Downsample(nn.Module):
@@ -256,19 +247,23 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(x_BCHW)
+    def forward(self, image: Image) -> Image:
+        return Image(self.conv(image.x_BCHW))
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling to a given size, followed by a convolution."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x_BCHW: Tensor, size: torch.Size) -> Tensor:
-        return recompute.upsample_conv(size, x_BCHW, operands(self.conv))
+    def forward(self, image: Image, size: torch.Size) -> Image:
+        ops = self.ops.forward_backward
+        layer, bias = recompute.without_bias(ops, operands(self.conv))
+        h = recompute.upsample_conv(size, image.x_BCHW, layer)
+        return Image(h) if bias is None else recompute.add(ops, h, bias, None)
 
 
 class Level(nn.Module):
@@ -283,9 +278,9 @@ class Level(nn.Module):
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
-    def layer(self, i: int, x_BCHW: Tensor, skip_BCHW: Tensor | None, time_BE: Tensor, context_BLD: Tensor) -> Tensor:
-        x_BCHW = self.resnets[i](x_BCHW, skip_BCHW, time_BE)
-        return self.attentions[i](x_BCHW, context_BLD) if self.attends else x_BCHW
+    def layer(self, i: int, image: Image, skip: Image | None, time_BE: Tensor, context_BLD: Tensor) -> Image:
+        image = self.resnets[i](image, skip, time_BE)
+        return self.attentions[i](image, context_BLD) if self.attends else image
 
 
 class MidBlock(nn.Module):
@@ -294,9 +289,9 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([Resnet(width, width, cfg, ops) for _ in range(2)])
         self.attentions = nn.ModuleList([Transformer(width, cfg, ops)])
 
-    def forward(self, x_BCHW: Tensor, time_BE: Tensor, context_BLD: Tensor) -> Tensor:
-        x_BCHW = self.attentions[0](self.resnets[0](x_BCHW, None, time_BE), context_BLD)
-        return self.resnets[1](x_BCHW, None, time_BE)
+    def forward(self, image: Image, time_BE: Tensor, context_BLD: Tensor) -> Image:
+        image = self.attentions[0](self.resnets[0](image, None, time_BE), context_BLD)
+        return self.resnets[1](image, None, time_BE)
 
 
 class TimeEmbedding(nn.Module):
@@ -355,7 +350,7 @@ class UNet(nn.Module):
             channels = [(in_width + skips.pop(), width) for in_width in in_widths]
             block = Level(channels, cfg, ops, attends=cfg.attention[level])
             if level > 0:
-                block.upsamplers = nn.ModuleList([Upsample(width)])
+                block.upsamplers = nn.ModuleList([Upsample(width, ops)])
             self.up_blocks.append(block)
             previous_width = width
 
@@ -396,32 +391,34 @@ class UNet(nn.Module):
             (B, out_channels, H, W), channels last, in the dtype of the weights.
         """
         dtype = self.conv_in.weight.dtype
-        x = latents_BCHW.to(dtype, memory_format=torch.channels_last)
         context_BLD = context_BLD.to(dtype)
         time_BE = F.silu(self.time_embedding(t_B))  # computed once, because every resnet applies the same SiLU
 
-        x = self.conv_in(x)
-        skips = [x]
+        image = Image(self.conv_in(latents_BCHW.to(dtype, memory_format=torch.channels_last)))
+        skips = [image]
         for block in cast(Iterable[Level], self.down_blocks):
             for i in range(len(block.resnets)):
-                x = self._run(block.layer, i, x, None, time_BE, context_BLD)
-                skips.append(x)
+                image = self._run(block.layer, i, image, None, time_BE, context_BLD)
+                skips.append(image)
             if block.downsamplers is not None:
-                x = block.downsamplers[0](x)
-                skips.append(x)
+                image = block.downsamplers[0](image)
+                skips.append(image)
 
-        x = self._run(self.mid_block, x, time_BE, context_BLD)
+        image = self._run(self.mid_block, image, time_BE, context_BLD)
 
         for block in cast(Iterable[Level], self.up_blocks):
             for i in range(len(block.resnets)):
-                x = self._run(block.layer, i, x, skips.pop(), time_BE, context_BLD)
+                image = self._run(block.layer, i, image, skips.pop(), time_BE, context_BLD)
             if block.upsamplers is not None:
-                x = block.upsamplers[0](x, size=skips[-1].shape[2:])
+                image = block.upsamplers[0](image, size=skips[-1].x_BCHW.shape[2:])
 
-        return norm_conv(self.ops, self.cfg.norm_groups, self.conv_norm_out, self.conv_out, x)[0]
+        layer = self.conv_norm_out.operands(), operands(self.conv_out), None
+        return recompute.norm_conv(self.ops.forward_backward, self.cfg.norm_groups, RESNET_EPS, image, None, None, *layer)[0]
 
-    def _run(self, function: Callable[[*Arguments], Tensor], *args: *Arguments) -> Tensor:
+    def _run(self, function: Callable[[*Arguments], Image], *args: *Arguments) -> Image:
         if self.checkpointing != "block" or not torch.is_grad_enabled():
             return function(*args)
+        # Statistics are taken again rather than saved.
+        images = (Image(arg.x_BCHW) if isinstance(arg, Image) else arg for arg in args)
         # No random numbers are drawn inside, so no generator state needs saving.
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return cast(Image, checkpoint(function, *images, use_reentrant=False, preserve_rng_state=False))

@@ -30,6 +30,7 @@ SUMS, BIAS_SUMS, CONV_BIAS = "sums of residuals and gradients", "bias sums", "co
 ARENA, JOINS, UPDATE, OTHER = "gradients into the arena", "concatenation, upsampling", "optimizer and norm", "casts and others"
 GROUPS = ("GEGLU", "LayerNorm", "GroupNorm", SUMS, BIAS_SUMS, CONV_BIAS, ARENA, JOINS, UPDATE, OTHER)
 _GROUP_OF_KERNELS = {"geglu": "GEGLU", "layer_norm": "LayerNorm", "group_norm": "GroupNorm"}
+_GROUP_OF_KERNELS["group_norm_statistics"] = SUMS  # the sum that a norm reads
 _GROUP_OF_KERNELS |= dict.fromkeys(("gradient_norm", "lion", "dlion", "adamw"), UPDATE)
 _GROUP_OF_OPERATION = {"add": SUMS, "add_": SUMS, "sum": BIAS_SUMS}
 _GROUP_OF_OPERATION |= dict.fromkeys(("cat", "upsample_nearest2d", "upsample_nearest2d_backward"), JOINS)
@@ -37,8 +38,10 @@ _OVERWRITES = {"copy_", "fill_", "zero_"}  # write their first argument without 
 _OUTPUTS = {"out", "grad_input"}  # arguments that are only written
 _WITH_ADDEND = {"addmm", "baddbmm", "addmm_", "baddbmm_"}
 _NO_WORK = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# PyTorch has FLOP formulas only for its GPU attention.
+# PyTorch has no FLOP formulas for products in place, nor for its attention on a CPU.
 _COUNTED_AS = {
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         torch.ops.aten._scaled_dot_product_flash_attention_backward
@@ -131,9 +134,13 @@ class Recorder(TorchDispatchMode):
             with self:  # what it calls of PyTorch belongs to its group
                 result = function(*args, **kwargs)
             twice = {tensor.untyped_storage()._cdata for tensor in mutated}
-            for launch in self._launches:
+            for launch in reversed(self._launches):
                 operands = _tensors(launch.arguments)
-                again = [tensor for tensor in operands if tensor.untyped_storage()._cdata in twice]
+                storages = Counter(tensor.untyped_storage()._cdata for tensor in operands)
+                # The last launch with a tensor that the operator changes writes it. What it reads there may be an argument too.
+                once = {storage for storage in twice if storages[storage] == 1}
+                twice -= storages.keys()
+                again = [tensor for tensor in operands if tensor.untyped_storage()._cdata in once]
                 self._add_pass(self._group, _bytes((*operands, *again)))
         finally:
             self._launches.clear()

@@ -10,6 +10,8 @@ Read next: `group_norm.py`, which has a function for each of the three.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from fastsd_kernels.attention import attention_op, attention_packed_backward_op, require_supported
 from fastsd_kernels.geglu import geglu_backward_in_place_op, geglu_reference, geglu_triton
 from fastsd_kernels.group_norm import group_norm_apply_op, group_norm_backward_op, group_norm_op
+from fastsd_kernels.group_norm_statistics import add_statistics_op, channels_last
 from fastsd_kernels.layer_norm import (
     layer_norm_apply_op,
     layer_norm_backward_in_place_op,
@@ -24,7 +27,7 @@ from fastsd_kernels.layer_norm import (
     layer_norm_op,
     layer_norm_residual_op,
 )
-from fastsd_kernels.ops import ForwardBackwardOps, Shift
+from fastsd_kernels.ops import ForwardBackwardOps, Images, Partials, Shift
 
 
 def _attention_reference(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -54,22 +57,23 @@ def _attention_backward_reference(
 
 
 def _group_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
+    images: Images,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    shift: Shift,
+    *,
+    silu: bool,
+    partials: Partials = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _add_shift(x, shift)
+    x = _add_shift(_join(images), shift)
     y, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
     return F.silu(y) if silu else y, mean, rstd
 
 
 def _group_norm_recompute_reference(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
-) -> Tensor:
-    return _group_norm_reference(x, weight, bias, groups, eps, shift, silu=silu)[0]
-
-
-def _group_norm_backward_reference(
-    dy: Tensor,
-    x: Tensor,
+    images: Images,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
@@ -79,16 +83,49 @@ def _group_norm_backward_reference(
     shift: Shift,
     *,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Shift]:
-    x = _add_shift(x, shift)
-    if silu:
-        z = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)[0]
-        dy = torch.ops.aten.silu_backward(dy, z)
+) -> Tensor:
+    return _group_norm_reference(images, weight, bias, groups, eps, shift, silu=silu)[0]
+
+
+def _group_norm_backward_reference(
+    dy: Tensor,
+    images: Images,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    shift: Shift,
+    *,
+    silu: bool,
+    through: Images | None,
+    output: bool,
+) -> tuple[Images, Tensor, Tensor, Shift, Tensor | None]:
+    x, y = _add_shift(_join(images), shift), None
+    if silu or output:
+        y = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)[0]
+        if silu:
+            dy = torch.ops.aten.silu_backward(dy, y)
+            F.silu(y, inplace=True)
     dy = dy.contiguous(memory_format=torch.channels_last if x.is_cpu else torch.contiguous_format)
     dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
         dy, x, mean, rstd, weight, *_sizes(x), groups, [True, True, True]
     )
-    return dx, dweight, dbias, None if shift is None else dx.sum((2, 3))
+    dshift = None if shift is None else dx.sum((2, 3))
+    if through is not None:
+        dx += _join(through)
+    return dx.split([image.shape[1] for image in images], dim=1), dweight, dbias, dshift, y if output else None
+
+
+def _join(images: Images) -> Tensor:
+    return torch.cat(images, dim=1) if len(images) > 1 else images[0]
+
+
+def _add_statistics_reference(h: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor, None]:
+    if bias is not None:
+        h = h + bias[:, None, None]
+    return h if residual is None else h + residual, None
 
 
 def _add_shift(x: Tensor, shift: Shift) -> Tensor:
@@ -156,21 +193,28 @@ def _attention_backward_triton(
     return attention_packed_backward_op(do, q, k, v, o, lse, precision, self_attention)
 
 
+def _two(tensors: Sequence[Tensor | None] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return two of one, two or no tensors, None for those that do not exist."""
+    first, second, *_ = (*(tensors or ()), None, None)
+    return first, second
+
+
 def _group_norm_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
+    images: Images,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    shift: Shift,
+    *,
+    silu: bool,
+    partials: Partials = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return group_norm_op(x, weight, bias, groups, eps, silu, shift)
+    return group_norm_op(images[0], weight, bias, groups, eps, silu, shift, _two(images)[1], *_two(partials))
 
 
 def _group_norm_recompute_triton(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
-) -> Tensor:
-    return group_norm_apply_op(x, mean, rstd, weight, bias, groups, silu, shift)
-
-
-def _group_norm_backward_triton(
-    dy: Tensor,
-    x: Tensor,
+    images: Images,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
@@ -180,9 +224,30 @@ def _group_norm_backward_triton(
     shift: Shift,
     *,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Shift]:
-    dx, dweight, dbias, dshift = group_norm_backward_op(dy, x, mean, rstd, weight, bias, groups, silu, shift)
-    return dx, dweight, dbias, None if shift is None else dshift
+) -> Tensor:
+    return group_norm_apply_op(images[0], _two(images)[1], mean, rstd, weight, bias, groups, silu, shift)
+
+
+def _group_norm_backward_triton(
+    dy: Tensor,
+    images: Images,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    shift: Shift,
+    *,
+    silu: bool,
+    through: Images | None,
+    output: bool,
+) -> tuple[Images, Tensor, Tensor, Shift, Tensor | None]:
+    dy = channels_last(dy)
+    y = dy if output else None
+    norm = mean, rstd, weight, bias, groups, silu, shift
+    dx, dskip, dweight, dbias, dshift = group_norm_backward_op(dy, images[0], _two(images)[1], *norm, *_two(through), y)
+    return (dx, dskip)[: len(images)], dweight, dbias, None if shift is None else dshift, y
 
 
 def _layer_norm_triton(
@@ -230,11 +295,13 @@ REFERENCE_FORWARD_BACKWARD = ForwardBackwardOps(
     group_norm=_group_norm_reference,
     group_norm_recompute=_group_norm_recompute_reference,
     group_norm_backward=_group_norm_backward_reference,
+    add_statistics=_add_statistics_reference,
     layer_norm=_layer_norm_reference,
     layer_norm_recompute=_layer_norm_recompute_reference,
     layer_norm_backward=_layer_norm_backward_reference,
     geglu=geglu_reference,
     geglu_backward=_geglu_backward_reference,
+    fused=False,
 )
 TRITON_FORWARD_BACKWARD = ForwardBackwardOps(
     attention=_attention_triton,
@@ -242,9 +309,11 @@ TRITON_FORWARD_BACKWARD = ForwardBackwardOps(
     group_norm=_group_norm_triton,
     group_norm_recompute=_group_norm_recompute_triton,
     group_norm_backward=_group_norm_backward_triton,
+    add_statistics=add_statistics_op,
     layer_norm=_layer_norm_triton,
     layer_norm_recompute=_layer_norm_recompute_triton,
     layer_norm_backward=_layer_norm_backward_triton,
     geglu=geglu_triton,
     geglu_backward=_geglu_backward_triton,
+    fused=True,
 )

@@ -20,6 +20,8 @@ F = TypeVar("F")
 Calls = Iterator[tuple[str, str]]  # see `Op.calls`
 Tensors = Sequence[Tensor]
 Shift = Tensor | None  # (B, C), added to an image before its norm
+Images = tuple[Tensor, ...]  # x, or x and a skip connection, whose channels follow those of x
+Partials = tuple[Tensor | None, ...]  # the partial statistics of `Images` (`group_norm_statistics.py`)
 
 
 class StepOptions(TypedDict, total=False):
@@ -156,15 +158,24 @@ class AttentionBackward(Protocol):
 
 class GroupNormForward(Protocol):
     def __call__(
-        self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Shift, *, silu: bool
+        self,
+        images: Images,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        shift: Shift,
+        *,
+        silu: bool,
+        partials: Partials = ...,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y, mean and rstd."""
+        """Return y, mean and rstd. `partials` are the images' partial statistics, if they are known."""
 
 
 class GroupNormRecompute(Protocol):
     def __call__(
         self,
-        x: Tensor,
+        images: Images,
         mean: Tensor,
         rstd: Tensor,
         weight: Tensor,
@@ -182,7 +193,7 @@ class GroupNormBackward(Protocol):
     def __call__(
         self,
         dy: Tensor,
-        x: Tensor,
+        images: Images,
         mean: Tensor,
         rstd: Tensor,
         weight: Tensor,
@@ -192,8 +203,18 @@ class GroupNormBackward(Protocol):
         shift: Shift,
         *,
         silu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return dx, dweight, dbias and dshift, which is None without a shift."""
+        through: Images | None,
+        output: bool,
+    ) -> tuple[Images, Tensor, Tensor, Shift, Tensor | None]:
+        """Return dimages, dweight, dbias, dshift, and with `output` y, with the bits of the forward. dy may be overwritten.
+
+        `through`, gradients of the images from their other uses, is added to dimages. dshift is None without a shift.
+        """
+
+
+class AddStatistics(Protocol):
+    def __call__(self, h: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return h + bias (C,) + residual, channels last, and its partial statistics, or None if the norm computes its own."""
 
 
 class LayerNormForward(Protocol):
@@ -238,18 +259,24 @@ class GegluBackward(Protocol):
 
 @dataclass(frozen=True)
 class ForwardBackwardOps:
-    """One implementation of every function. `_recompute` rebuilds the forward's y from the saved tensors."""
+    """One implementation of every function. `_recompute` rebuilds the forward's y from the saved tensors.
+
+    With `fused`, a layer leaves a convolution's bias to the norm or the sum after it, and gives a norm x and a skip connection
+    as two images. On a GPU, the bias and the concatenation would be passes over memory. On a CPU, the bias is not.
+    """
 
     attention: AttentionForward
     attention_backward: AttentionBackward
     group_norm: GroupNormForward
     group_norm_recompute: GroupNormRecompute
     group_norm_backward: GroupNormBackward
+    add_statistics: AddStatistics
     layer_norm: LayerNormForward
     layer_norm_recompute: LayerNormRecompute
     layer_norm_backward: LayerNormBackward
     geglu: Geglu
     geglu_backward: GegluBackward
+    fused: bool
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class GroupNorm(NamedTuple):
     eps: float
     silu: bool
     shift: bool  # the time embedding is added first
+    skip: int = 0  # of the channels, those of a skip connection
 
 
 class LayerNorm(NamedTuple):
@@ -74,20 +75,20 @@ ATTENTION = {
     Attention(64, 64, 8, 160): 1,
 }
 GROUP_NORM = {
-    GroupNorm(2560, 16, 32, 1e-05, True, False): 2,
-    GroupNorm(2560, 8, 32, 1e-05, True, False): 3,
-    GroupNorm(1920, 32, 32, 1e-05, True, False): 1,
-    GroupNorm(1920, 16, 32, 1e-05, True, False): 1,
-    GroupNorm(1280, 32, 32, 1e-05, True, False): 1,
+    GroupNorm(2560, 16, 32, 1e-05, True, False, 1280): 2,
+    GroupNorm(2560, 8, 32, 1e-05, True, False, 1280): 3,
+    GroupNorm(1920, 32, 32, 1e-05, True, False, 640): 1,
+    GroupNorm(1920, 16, 32, 1e-05, True, False, 640): 1,
+    GroupNorm(1280, 32, 32, 1e-05, True, False, 640): 1,
     GroupNorm(1280, 16, 32, 1e-06, False, False): 5,
     GroupNorm(1280, 16, 32, 1e-05, True, True): 5,
     GroupNorm(1280, 16, 32, 1e-05, True, False): 1,
     GroupNorm(1280, 8, 32, 1e-06, False, False): 1,
     GroupNorm(1280, 8, 32, 1e-05, True, True): 7,
     GroupNorm(1280, 8, 32, 1e-05, True, False): 4,
-    GroupNorm(960, 64, 32, 1e-05, True, False): 1,
-    GroupNorm(960, 32, 32, 1e-05, True, False): 1,
-    GroupNorm(640, 64, 32, 1e-05, True, False): 2,
+    GroupNorm(960, 64, 32, 1e-05, True, False, 320): 1,
+    GroupNorm(960, 32, 32, 1e-05, True, False, 320): 1,
+    GroupNorm(640, 64, 32, 1e-05, True, False, 320): 2,
     GroupNorm(640, 32, 32, 1e-06, False, False): 5,
     GroupNorm(640, 32, 32, 1e-05, True, True): 5,
     GroupNorm(640, 32, 32, 1e-05, True, False): 1,
@@ -97,6 +98,9 @@ GROUP_NORM = {
     GroupNorm(320, 64, 32, 1e-05, True, False): 3,
     GroupNorm(320, 32, 32, 1e-05, True, False): 1,
 }
+# The norm before the last convolution: the only one whose input has no other use.
+LAST_GROUP_NORM = GroupNorm(320, 64, 32, 1e-05, True, False)
+SMALLEST_SIDE = 8
 # The SDXL VAE at 512 px, encoder and decoder together.
 VAE_GROUP_NORM = {
     GroupNorm(512, 256, 32, 1e-06, True, False): 1,

@@ -15,12 +15,8 @@ from torch import nn
 from fastsd_kernels import workload
 from fastsd_kernels.forward_backward import REFERENCE_FORWARD_BACKWARD, TRITON_FORWARD_BACKWARD
 from fastsd_kernels.geglu import as_rows, geglu_reference, geglu_triton
-from fastsd_kernels.group_norm import (
-    group_norm_backward,
-    group_norm_reference,
-    group_norm_statistics,
-    group_norm_triton,
-)
+from fastsd_kernels.group_norm import group_norm_backward, group_norm_reference, group_norm_triton
+from fastsd_kernels.group_norm_statistics import add_statistics_op, group_norm_statistics, partial_statistics
 from fastsd_kernels.layer_norm import layer_norm_reference, layer_norm_triton
 from fastsd_kernels.partial_sums import column_sums
 
@@ -282,12 +278,51 @@ def test_an_image_does_not_depend_on_its_batch():
     dy = normal(*x.shape, dtype=x.dtype, seed=5)
 
     def run(rows):
-        mean, rstd = group_norm_statistics(x[rows], shift[rows], 4, 1e-5)
-        dx, _, _, dshift = group_norm_backward(dy[rows], x[rows], mean, rstd, weight, bias, 4, True, shift[rows])
+        mean, rstd = group_norm_statistics(x[rows], None, None, None, shift[rows], 4, 1e-5)
+        dx, _, _, _, dshift = group_norm_backward(dy[rows], x[rows], None, mean, rstd, weight, bias, 4, True, shift[rows])
         return mean, rstd, dx, dshift
 
     together = run(slice(0, 3))
     assert equal(run(slice(1, 2)), [value[1:2] for value in together])
+
+
+@DTYPES
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("channels, skip_channels, groups", [(64, 128, 12), (35, 29, 4), (1, 7, 2)])
+def test_two_images_have_the_bits_of_a_concatenated_one(channels, skip_channels, groups, silu, dtype):
+    """A group may have channels of both, and no image needs whole tiles."""
+    total, ops = channels + skip_channels, TRITON_FORWARD_BACKWARD
+    joined, weight, bias = group_norm_inputs(2, total, 5, 7, dtype=dtype).values()
+    dy, through = (normal(2, total, 5, 7, dtype=dtype, seed=i).to(memory_format=CHANNELS_LAST) for i in (3, 4))
+    two, through_of_two = (x.split([channels, skip_channels], dim=1) for x in (joined, through))
+    runs = []
+    for images, other in (((joined,), (through,)), (two, through_of_two)):
+        y, mean, rstd = ops.group_norm(images, weight, bias, groups, 1e-5, None, silu=silu)
+        norm = mean, rstd, weight, bias, groups, 1e-5, None
+        recomputed = ops.group_norm_recompute(images, *norm, silu=silu)
+        backward = ops.group_norm_backward(dy.clone(), images, *norm, silu=silu, through=other, output=True)
+        dimages, *gradients, _, output = backward
+        runs.append((y, mean, rstd, torch.cat(dimages, dim=1), *gradients, output))
+        assert torch.equal(recomputed, y) and torch.equal(output, y)
+    assert equal(*runs)
+
+
+@DTYPES
+@pytest.mark.parametrize("images, channels, height, width", [(2, 70, 7, 9), (1, 64, 23, 24), (1, 5, 1, 1)])
+@pytest.mark.parametrize("with_bias, with_residual", [(True, True), (False, True), (True, False)])
+def test_sums_have_the_statistics_that_the_norm_would_take(images, channels, height, width, with_bias, with_residual, dtype):
+    h, residual = (normal(images, channels, height, width, dtype=dtype, mean=3.0, seed=i) for i in (0, 1))
+    inputs = {"h": h.to(memory_format=CHANNELS_LAST)} | ({"bias": normal(channels, dtype=dtype)} if with_bias else {})
+    inputs |= {"residual": residual} if with_residual else {}  # in the other layout
+
+    def sum_of(function):
+        return lambda h, bias=None, residual=None: function(h, bias, residual)[0]
+
+    reference = REFERENCE_FORWARD_BACKWARD.add_statistics
+    check_budget(f"add {list(inputs)} {dtype}", sum_of(add_statistics_op), sum_of(reference), inputs)
+    out, partial = add_statistics_op(*(inputs.get(name) for name in ("h", "bias", "residual")))
+    assert out.is_contiguous(memory_format=CHANNELS_LAST)
+    assert torch.equal(partial, partial_statistics(out, None))
 
 
 # All three
@@ -337,9 +372,14 @@ def test_recomputed_outputs_have_the_same_bits(dtype):
     assert torch.equal(OPS.layer_norm_apply(x, mean, rstd, weight, bias), y)
 
     x, weight, bias, shift = group_norm_inputs(2, 40, 5, 7, dtype=dtype, shift=True).values()
-    y, mean, rstd = OPS.group_norm(x, weight, bias, 4, 1e-5, True, shift)
-    assert equal(group_norm_statistics(x, shift, 4, 1e-5), (mean, rstd))
-    assert torch.equal(OPS.group_norm_apply(x, mean, rstd, weight, bias, 4, True, shift), y)
+    y, mean, rstd = OPS.group_norm(x, weight, bias, 4, 1e-5, True, shift, None, None, None)
+    assert equal(group_norm_statistics(x, None, None, None, shift, 4, 1e-5), (mean, rstd))
+    norm = mean, rstd, weight, bias, 4, True, shift
+    assert torch.equal(OPS.group_norm_apply(x, None, *norm), y)
+    dy = normal(*x.shape, dtype=dtype, seed=3).to(memory_format=CHANNELS_LAST)
+    gradients = OPS.group_norm_backward(dy, x, None, *norm, None, None, None)
+    assert equal(OPS.group_norm_backward(dy, x, None, *norm, None, None, dy), gradients)
+    assert torch.equal(dy, y)  # the memory of dy
 
 
 @DTYPES
@@ -358,7 +398,8 @@ def test_opcheck():
     plain = [t.detach() for t in (x, r, w, b)]
     _, mean, rstd = OPS.layer_norm(*plain[::2], plain[3], 1e-5)
     image, shift = normal(2, 6, 2, 3).to(memory_format=CHANNELS_LAST), normal(2, 6)
-    statistics = group_norm_statistics(image, shift, 3, 1e-5)
+    statistics = group_norm_statistics(image, None, None, None, shift, 3, 1e-5)
+    norm = *statistics, *plain[2:], 3, True
     differentiable = [t.clone().requires_grad_() for t in (image, w, b)]
     cases = [
         ("geglu", (x,)),
@@ -369,9 +410,14 @@ def test_opcheck():
         ("layer_norm_backward", (plain[1], plain[0], mean, rstd, plain[2], plain[1])),
         ("layer_norm_backward_in_place", (plain[1].clone(), plain[0], mean, rstd, *plain[2:], plain[1])),
         ("geglu_backward_in_place", (normal(5, 3), plain[0], True, True)),
-        ("group_norm", (*differentiable, 3, 1e-5, True, shift.clone().requires_grad_())),
-        ("group_norm_apply", (image, *statistics, *plain[2:], 3, True, shift)),
-        ("group_norm_backward", (image.contiguous(), image, *statistics, *plain[2:], 3, True, shift)),
+        ("group_norm", (*differentiable, 3, 1e-5, True, shift.clone().requires_grad_(), None, None, None)),
+        ("group_norm_apply", (image, None, *norm, shift)),
+        ("group_norm_backward", (image.contiguous(), image, None, *norm, shift)),
+        (
+            "group_norm_backward",
+            (image, image, None, *statistics, *plain[2:], 3, True, None, image, None, torch.empty_like(image)),
+        ),
+        ("add_statistics", tuple(t.clone().requires_grad_() for t in (image, b, image))),
     ]
     for name, arguments in cases:
         torch.library.opcheck(getattr(OPS, name).default, arguments)

@@ -16,10 +16,10 @@ from fastsd_kernels import CPU, REFERENCE, TRITON
 pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 
 
-def run(ops, dtype):
+def run(ops, dtype, checkpointing="none"):
     """Return the prediction and all gradients of a UNet. Its weights and inputs are the same for every table and dtype."""
     torch.manual_seed(0)
-    unet = UNet(CFG, ops).to(DEVICE, dtype)
+    unet = UNet(CFG, ops, checkpointing).to(DEVICE, dtype)
     x, context, target = torch.randn(2, 4, 4, 4), torch.randn(2, 7, 16), torch.randn(2, 4, 4, 4)
     x, context, target = (value.to(DEVICE, dtype) for value in (x, context, target))
     out = unet(x, torch.tensor([3, 700], device=DEVICE), context)
@@ -38,6 +38,12 @@ def test_output_and_gradients_are_as_close_to_fp64_as_pytorchs(dtype):
     triton_error, reference_error = (error(run(ops, dtype), truth) for ops in (TRITON, REFERENCE))
     print(f"{dtype}: {triton_error:.2e} against {reference_error:.2e}")
     assert triton_error <= 2 * reference_error
+
+
+def test_statistics_that_are_taken_again_change_no_bit():
+    """Checkpointed blocks take the statistics of their inputs, and others get them from the sum before."""
+    passed, taken_again = (run(TRITON, torch.bfloat16, level) for level in ("none", "block"))
+    assert all(torch.equal(value, taken_again[name]) for name, value in passed.items())
 
 
 def test_compiles_into_one_graph():

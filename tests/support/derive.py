@@ -13,7 +13,13 @@ from fastsd_kernels import workload as w
 
 
 class Matmuls(TorchFunctionMode):
-    """Counts convolutions and linear layers. A linear layer over an image is a 1x1 convolution."""
+    """Counts convolutions and linear layers. A linear layer over an image is a 1x1 convolution.
+
+    Attributes:
+        skip: the channels of the skip connection of the last concatenated image.
+    """
+
+    skip = 0
 
     def __init__(self, counts: dict[str, Counter]):
         super().__init__()
@@ -26,6 +32,8 @@ class Matmuls(TorchFunctionMode):
             stride = (kwargs or {}).get("stride", args[3] if len(args) > 3 else 1)
             stride = stride if isinstance(stride, int) else stride[0]
             self.counts["conv"][w.Conv(inputs, outputs, kernel, stride, output.shape[2])] += 1
+        elif function is torch.cat and args[0][0].ndim == 4:
+            self.skip = args[0][1].shape[1]
         elif function is F.linear and args[0].ndim == 4:
             self.counts["conv"][w.Conv(args[0].shape[3], output.shape[3], 1, 1, output.shape[2])] += 1
         elif function is F.linear:
@@ -45,9 +53,11 @@ def derive(cfg: UNetConfig, side: int, tokens: int = 77) -> dict[str, Counter]:
         counts["attention"][w.Attention(q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
         return reference.attention(q, k, v, precision)
 
-    def group_norm(x, weight, bias, groups, eps, shift, *, silu):
-        counts["group_norm"][w.GroupNorm(x.shape[1], x.shape[2], groups, eps, silu, shift is not None)] += 1
-        return reference.group_norm(x, weight, bias, groups, eps, shift, silu=silu)
+    def group_norm(images, weight, bias, groups, eps, shift, *, silu, partials):
+        (x,), skip = images, matmuls.skip
+        counts["group_norm"][w.GroupNorm(x.shape[1], x.shape[2], groups, eps, silu, shift is not None, skip)] += 1
+        matmuls.skip = 0
+        return reference.group_norm(images, weight, bias, groups, eps, shift, silu=silu)
 
     def layer_norm(x, weight, bias, eps, residual):
         counts["layer_norm"][w.LayerNorm(x.shape[1], x.shape[2], eps)] += 1
@@ -58,7 +68,8 @@ def derive(cfg: UNetConfig, side: int, tokens: int = 77) -> dict[str, Counter]:
         return reference.geglu(x)
 
     recording = replace(reference, attention=attention, group_norm=group_norm, layer_norm=layer_norm, geglu=geglu)
-    with torch.device("meta"), Matmuls(counts):
+    matmuls = Matmuls(counts)
+    with torch.device("meta"), matmuls:
         unet = UNet(cfg, replace(REFERENCE, name="recording", forward_backward=recording))
         unet(
             torch.empty(1, cfg.in_channels, side, side),

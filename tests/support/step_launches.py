@@ -34,7 +34,8 @@ from fastsd_kernels.sass import specialise
 META = torch.device("meta")
 PRECISIONS = ("fp32", "tf32", "bf16")
 SMALL = UNetConfig(block_out_channels=(32,), attention=(False,), layers_per_block=1, heads=4, cross_attention_dim=96)
-MODEL_OPS = ("attention", "group_norm", "layer_norm", "geglu")  # their launches are taken from the UNet of SD1.5 only
+# Their launches are taken from the UNet of SD1.5 only.
+MODEL_OPS = ("attention", "group_norm", "group_norm_statistics", "layer_norm", "geglu")
 
 
 def launch_on_meta_tensors() -> None:
