@@ -15,6 +15,7 @@ object: checkpointing and views, such as a 1x1 convolution's weight as that of a
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -53,17 +54,13 @@ class GradientSink:
     def add_product(self, a_FN: Tensor, b_NK: Tensor) -> None:
         """Add a @ b, whose shape is the parameter's with all but its first dimension flattened."""
         memory = self.memory.view(len(a_FN), -1)
-        if memory.dtype == a_FN.dtype:
-            if self._starts():
-                torch.mm(a_FN, b_NK, out=memory)
-            else:
-                memory.addmm_(a_FN, b_NK)
-        elif a_FN.is_cpu:  # no matmul of bf16 with an fp32 result
+        options: dict[str, Any] = {} if memory.dtype == a_FN.dtype else {"out_dtype": memory.dtype}
+        if options and a_FN.is_cpu:  # it has no matmul of bf16 with an fp32 result
             self.add((a_FN @ b_NK).view_as(self.memory))
         elif self._starts():
-            torch.mm(a_FN, b_NK, out_dtype=memory.dtype, out=memory)
+            torch.mm(a_FN, b_NK, out=memory, **options)
         else:
-            torch.addmm(memory, a_FN, b_NK, out_dtype=memory.dtype, out=memory)
+            torch.addmm(memory, a_FN, b_NK, out=memory, **options)
 
     def _starts(self) -> bool:
         started, self.empty = self.empty, False

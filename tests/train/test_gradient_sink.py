@@ -121,9 +121,7 @@ def test_on_a_gpu_the_matmul_adds_to_the_fp32_sum(dtype):
     names = [func for func in operations.functions if func is not torch.ops.aten.t.default]
     aten = torch.ops.aten
     wide = [aten.mm.dtype_out, aten.addmm.dtype_out]
-    assert [f for f in names if "view" not in str(f)] == (
-        [aten.mm.out, aten.addmm_.default] if dtype == torch.float32 else wide
-    )
+    assert [f for f in names if "view" not in str(f)] == ([aten.mm.out, aten.addmm.out] if dtype == torch.float32 else wide)
     assert not sink.empty
 
 
