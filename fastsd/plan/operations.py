@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -98,6 +99,8 @@ class Recorder(TorchDispatchMode):
             return result
         operands = args[1:] if name in _OVERWRITES else args, {key: x for key, x in kwargs.items() if key not in _OUTPUTS}
         read, written = _tensors(operands), written + (_tensors(result) if new else [])
+        if all(tensor.is_cpu and not isinstance(tensor, FakeTensor) for tensor in (*read, *written)):
+            return result  # the host's work beside a GPU
         num_bytes, narrow = _bytes((*read, *written)), any(tensor.dtype == torch.bfloat16 for tensor in read)
         formula = flop_registry.get(_COUNTED_AS.get(func.overloadpacket, func.overloadpacket))
         if formula is None:

@@ -89,9 +89,13 @@ class Objective:
             fraction_B = torch.sigmoid(stage.timestep_mean + stage.timestep_std * noise.normal(*draw, (1,))[:, 0].double())
         return self.first + (fraction_B * count).long().clamp(max=count - 1)  # a fraction may round to 1
 
-    def add_noise(self, latents_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add noise to scaled latents at their sample positions. Return (x_t fp32, t int64 (B,), target fp32)."""
-        t_B = self.timesteps(positions_B)
+    def add_noise(self, latents_BCHW: Tensor, positions_B: Tensor, t_B: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Add noise to scaled latents at their sample positions. Return (x_t fp32, t int64 (B,), target fp32).
+
+        Args:
+            t_B: what `timesteps` returned for the positions, on the device of the latents; None = draw it here.
+        """
+        t_B = self.timesteps(positions_B) if t_B is None else t_B
         tables = self.signal, self.level
         if self.noise_sampler.plain:
             args = latents_BCHW, positions_B, t_B, *tables, self.seed

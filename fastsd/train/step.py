@@ -34,20 +34,26 @@ from fastsd_kernels.gradient_norm import clip_scale
 
 
 class StepInputs(NamedTuple):
-    """The tensors of a batch that a step computes with, on the device (see `Batch`). It has token ids or text embeddings."""
+    """The tensors of a batch that a step computes with, on the device (see `Batch`). It has token ids or text embeddings.
+
+    Timesteps are a function of positions. The host draws them, because that takes a GPU some hundred launches of nothing.
+    """
 
     latents_BCHW: Tensor
     positions_B: Tensor
+    t_B: Tensor
     token_ids_BL: Tensor | None
     text_embeds_BLD: Tensor | None
     weight_B: Tensor | None
     mask_B1HW: Tensor | None
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> StepInputs:
-        """Copy a batch to the device without waiting. Token ids are omitted if there are text embeddings."""
+    def of(cls, batch: Batch, t_B: Tensor, device: torch.device) -> StepInputs:
+        """Copy a batch and its timesteps to the device without waiting. Token ids are omitted if there are text embeddings."""
         token_ids_BL = batch.token_ids_BL if batch.text_embeds_BLD is None else None
-        tensors = batch.latents_BCHW, batch.positions_B, token_ids_BL, batch.text_embeds_BLD, batch.weight_B, batch.mask_B1HW
+        t_B = t_B.pin_memory() if device.type == "cuda" else t_B
+        text = token_ids_BL, batch.text_embeds_BLD
+        tensors = batch.latents_BCHW, batch.positions_B, t_B, *text, batch.weight_B, batch.mask_B1HW
         return cls._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
 
     def micro_batch(self, images: slice) -> StepInputs:
@@ -134,7 +140,7 @@ class Step:
                 self._graphs.replayed = False
             try:
                 self._write_settings(step)
-                inputs = StepInputs.of(batch, self.device)
+                inputs = StepInputs.of(batch, self.objective.timesteps(batch.positions_B), self.device)
                 checksum = self._compute_gradients_once(inputs) if self._has_canary(step) else None
                 result = StepResult(*run(*inputs))
                 if checksum is not None:  # the step has only read its gradients
@@ -212,7 +218,7 @@ class Step:
         for start in range(0, count, self.micro_batch_size):
             images = inputs.micro_batch(slice(start, start + self.micro_batch_size))
             latents = self.model.vae.scale(images.latents_BCHW.float())
-            noisy, t_B, target = self.objective.add_noise(latents, images.positions_B)
+            noisy, t_B, target = self.objective.add_noise(latents, images.positions_B, images.t_B)
             text_embeds = images.text_embeds_BLD
             if images.token_ids_BL is not None:
                 with torch.set_grad_enabled("text_encoder" in self.optimizers):

@@ -77,9 +77,9 @@ def test_each_number_of_tokens_has_a_graph(tmp_path, small_model, monkeypatch):
     stage = f'[[stage]]\ntrain = ["unet"]\nuntil = {4 * WARM_UP}\nbatch = 1\noptimizer = "lion"\nlr = 1e-4\n'
     lengths, copy, results = list[int](), StepInputs.of, []
 
-    def copied(batch, device):
+    def copied(batch, t_B, device):
         lengths.append(batch.token_ids_BL.shape[1])
-        return copy(batch, device)
+        return copy(batch, t_B, device)
 
     monkeypatch.setattr(StepInputs, "of", copied)
     for graph in ("true", "false"):
@@ -192,11 +192,11 @@ def test_a_graph_is_not_used_after_memory_ran_out(tmp_path, monkeypatch):
     """It has the old number of images per forward. The next steps run eagerly, and another graph is captured."""
     copy, copies = StepInputs.of, []
 
-    def limited(batch, device):
+    def limited(batch, t_B, device):
         copies.append(batch)
         if len(copies) == WARM_UP + 3:  # the third replay
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return copy(batch, device)
+        return copy(batch, t_B, device)
 
     monkeypatch.setattr(StepInputs, "of", limited)
     calls = []

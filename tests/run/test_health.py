@@ -142,8 +142,8 @@ def wrong_targets(monkeypatch, wrong, factor=math.nan):
     """Multiply the targets of some global positions by a factor. Return the list of all positions that are trained on."""
     add_noise, positions = Objective.add_noise, []
 
-    def adding_noise(self, latents, positions_B):
-        noisy, t_B, target = add_noise(self, latents, positions_B)
+    def adding_noise(self, latents, positions_B, t_B):
+        noisy, t_B, target = add_noise(self, latents, positions_B, t_B)
         positions.extend(positions_B.tolist())
         return noisy, t_B, target * (factor if wrong(positions_B[0]) else 1)
 

@@ -61,7 +61,7 @@ def test_arena_has_the_gradients_that_autograd_returns(tmp_path, monkeypatch, pr
         monkeypatch.setattr(matmul, "sink_of", find)
         step = Step(model, stage_of(precision=precision, micro_batch=2, lr=1e-4, optimizer="lion"), 1, seed=0)
         for _ in range(2):  # the second step starts anew
-            step._accumulate(StepInputs.of(batch, step.device))
+            step._accumulate(StepInputs.of(batch, step.objective.timesteps(batch.positions_B), step.device))
         component = step.components["unet"]
         gradients.append([view.clone() for view in component.layout.views(component.gradients.flat)])
         step.release()

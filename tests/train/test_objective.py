@@ -5,13 +5,14 @@ import math
 from dataclasses import replace
 from statistics import NormalDist
 from types import SimpleNamespace
+from unittest import mock
 from unittest.mock import Mock
 
 import pytest
 import torch
 from model_files import edit_json, spoil
 from sentences import refused, says
-from step_inputs import Elsewhere, stage_of
+from step_inputs import Elsewhere, batches, stage_of
 from torch.nn import functional as F
 
 from fastsd.config.keys import Key, keys_with
@@ -22,6 +23,7 @@ from fastsd.model.shapes import Shapes
 from fastsd.plan.plan import plan_stage
 from fastsd.sampling.generate import denoise
 from fastsd.train.objective import Objective, alphas_cumprod
+from fastsd.train.step import Step, StepInputs
 from fastsd_kernels import REFERENCE, TRITON, noise
 from fastsd_kernels.launch import recording
 from fastsd_kernels.noise import Purpose
@@ -472,3 +474,17 @@ def test_every_noise_key_modifies_the_noise(key):
 def test_noise_sampler_reads_declared_keys_only():
     settings = make_objective().noise_sampler.settings
     assert list(vars(settings)) == keys_with(StageTable, Key.NOISE)
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "cubic", "logit_normal"])
+def test_a_step_computes_no_timestep_on_the_device(timesteps, tiny_model):
+    """The host draws them: philox alone is some hundred launches. The step uses those that it is given."""
+    batch = batches(1, 2)[0]
+    stage = stage_of(batch=2, lr=1e-4, optimizer="lion", timesteps=timesteps)
+    step = Step(load_model(ModelTable(base=str(tiny_model))), stage, 1, seed=0)
+    t_B = step.objective.timesteps(batch.positions_B)
+    expected = step._accumulate(StepInputs.of(batch, t_B, step.device))
+    with mock.patch.object(Objective, "timesteps", side_effect=AssertionError):
+        assert torch.equal(step._accumulate(StepInputs.of(batch, t_B, step.device)), expected)
+        assert not torch.equal(step._accumulate(StepInputs.of(batch, 999 - t_B, step.device)), expected)
+    step.release()

@@ -139,7 +139,7 @@ def test_gradients_do_not_carry_over_to_the_next_step(model):
         step = Step(model, stage_of(**OPTIMIZERS["lion"]), 2, seed=0, micro_batch_size=micro)
         gradients = []
         for batch in batches(2, 4):
-            step._accumulate(StepInputs.of(batch, step.device))
+            step._accumulate(StepInputs.of(batch, step.objective.timesteps(batch.positions_B), step.device))
             gradients.append(step.components["unet"].gradients.flat.clone())
         results.append(gradients)
         step.release()
@@ -303,8 +303,8 @@ def test_step_stays_on_the_device_after_warm_up(settings):
     # At the start, the low halves of frozen components move to the host.
     with recording(86), mock.patch.object(torch.Tensor, "cpu", lambda self: self):
         step = Step(empty, stage_of(**settings), 9, seed=0)
-        shapes = (4, 4, 16, 16), (4,), (4, 77)
-        dtypes = torch.float16, torch.int64, torch.int64
+        shapes = (4, 4, 16, 16), (4,), (4,), (4, 77)
+        dtypes = torch.float16, *[torch.int64] * 3
         inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in zip(shapes, dtypes, strict=True)]
         inputs += [None, None, None]  # text embeddings, weights, masks
         step._compute(*inputs)
