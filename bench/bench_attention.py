@@ -28,6 +28,7 @@ PEERS = {
     "bf16": tuple(BACKENDS),
     "tf32": ("sdpa math",),
     "ieee": ("sdpa efficient", "sdpa math"),
+    "fp16x3": (),
     "tf32x3": (),
 }
 CASES = [

@@ -221,8 +221,9 @@ def rates(case: Case, seconds: float, machine: Machine) -> dict[str, float]:
     if case.bytes_once:
         figures["share_of_copy_once"] = figures["share_of_copy"] * case.bytes_once / case.bytes
     if case.flops:
-        # tf32x3 computes three TF32 products for each product counted, so its share is at most a third.
-        peak_rate = machine.matmul_tflop_per_s["tf32" if case.mode == "tf32x3" else case.mode]
+        # These compute three products for each one counted, so their shares are at most a third. fp16 has bf16's rate.
+        products = {"tf32x3": "tf32", "fp16x3": "bf16"}.get(case.mode, case.mode)
+        peak_rate = machine.matmul_tflop_per_s[products]
         figures |= {"tflop_per_s": case.flops / seconds / 1e12, "matmul_tflop_per_s": peak_rate}
         figures["share_of_matmul"] = figures["tflop_per_s"] / peak_rate
     return figures

@@ -374,7 +374,7 @@ class UNet(nn.Module):
                 module.keep_hidden = level != "ff"
 
     def set_attention_precision(self, precision: str) -> None:
-        """Set how attention multiplies fp32 on a GPU: "ieee", "tf32" or "tf32x3"."""
+        """Set how attention multiplies fp32 on a GPU: "ieee", "fp16x3", "tf32" or "tf32x3"."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.precision = precision

@@ -59,11 +59,12 @@ def set_precision(precision: str, unet: UNet | None = None, *, deterministic: bo
 
 
 def attention_precision(precision: str, device: torch.device) -> str:
-    """Return how the UNet's attention multiplies fp32 on a device: "ieee", "tf32" or "tf32x3"."""
+    """Return how the UNet's attention multiplies fp32 on a device: "ieee", "fp16x3", "tf32" or "tf32x3"."""
     fp32_mode = _FP32_MODE[precision]
-    if fp32_mode == "ieee" and device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)):
-        # As exact as fp32 to within a rounding, and faster, because these GPUs' tensor cores far outrun their fp32 units.
-        return "tf32x3"
+    if fp32_mode == "ieee" and device.type == "cuda":
+        # Both are as exact as fp32 to within a rounding, and faster: fp32 units are slower than tensor cores, and wait for
+        # shared memory.
+        return "tf32x3" if torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)) else "fp16x3"
     return fp32_mode
 
 

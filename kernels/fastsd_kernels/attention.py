@@ -25,6 +25,8 @@ run 60 % more multiply-adds; a matmul contracts at least 16, so only sums over D
 of SD1.5 the padding, of slices and of tiles of keys, costs 2.2 %.  Narrow slices also bound the registers: plain fp32 dots
 hold their whole operands, and tf32x3 holds each in two parts.  Where two held tiles still do not fit 255 registers (dq
 and dk of tf32x3, and of tf32 at D = 160), `HOLD` is off and both operands of q k^T and do v^T stream through in columns of 16.
+"fp16x3" replaces fp32 multiply-adds, which wait for shared memory, by three products of tensor cores at twice their rate
+(`head_tile.py`).  By emulation of tensor cores, its errors are 0.3 to 1.6 times those of "ieee".
 
 Rejected: dk and dv in one kernel at D = 160 (368 B of spills in bf16, more in fp32); strides as plain arguments (a head's
 stride of 40 is no multiple of 16, and loads fall to 4 bytes); held tiles for tf32x3 (up to 950 B of spills at D = 80); the
@@ -65,7 +67,7 @@ from fastsd_kernels.interpreter import operand, rounded
 from fastsd_kernels.launch import architecture, custom_op, launch, meta, require_device
 from fastsd_kernels.ops import Attention, Calls, Op
 
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+PRECISIONS = ("ieee", "fp16x3", "tf32", "tf32x3")
 
 
 def attention_reference(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, precision: str = "ieee") -> Tensor:
@@ -74,8 +76,7 @@ def attention_reference(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, preci
     Args:
         q_BNHD: queries (B, N, H, D).
         k_BLHD, v_BLHD: keys and values (B, L, H, D).
-        precision: "ieee", "tf32" or "tf32x3", for fp32 inputs on a GPU. PyTorch follows its own global setting, so here it
-            is checked and otherwise without effect.
+        precision: one of `PRECISIONS`, for fp32 inputs on a GPU. PyTorch follows its own setting, so it is only checked.
 
     Returns:
         (B, N, H, D) in the dtype of q.
@@ -165,7 +166,7 @@ def _backward_q(
         q = load_operand(q_ptrs, row_mask, SUM_D, D, PRECISION)
     do = load_operand(do_ptrs, row_mask, SUM_D, D, PRECISION)
     # From rounded numbers, as dP: most of what rounding changes in dP is the same for all keys, and dP - delta cancels it.
-    delta = row_dots(load_head(o_ptrs, row_mask, SUM_D, D), do)
+    delta = row_dots(load_head(o_ptrs, row_mask, SUM_D, D), do, PRECISION)
     stat_offs = i_head * N + rows
     tl.store(delta_ptr + stat_offs, delta, mask=row_mask)
     lse = tl.load(lse_ptr + stat_offs, mask=row_mask, other=0.0)
@@ -399,8 +400,8 @@ def _(do_shape: Sequence[int], q_shape: Sequence[int], k_shape: Sequence[int], *
 def attention_triton(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, precision: str = "ieee") -> Tensor:
     """`attention_reference` as fused, deterministic kernels for bf16 or fp32 and any D that is a multiple of 8 up to 256.
 
-    For fp32, `precision` selects the matmuls: "ieee" (fused multiply-adds), "tf32", or "tf32x3" (three TF32 products, about
-    as exact as ieee). bf16 always uses bf16 tensor cores. Softmax and sums are fp32.
+    For fp32, `precision` selects the matmuls: "ieee" (fused multiply-adds), "tf32", or three products about as exact as ieee:
+    "fp16x3" or "tf32x3". bf16 always uses bf16 tensor cores. Softmax and sums are fp32.
     q, k, v are read in place if their rows of D are contiguous and other strides multiples of 8, otherwise copied first.
 
     Raises:
@@ -426,15 +427,15 @@ def require_supported(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision:
 
 
 def _calls() -> Calls:
-    # There fp32 trains in tf32x3 (`fastsd/train/precision.py`). Only samples from a model without a precision use ieee.
-    tf32x3 = architecture(torch.device("meta")) in (80, 90)
+    # So fp32 trains (`fastsd/train/precision.py`). Only samples from a model without a precision use ieee.
+    exact = "tf32x3" if architecture(torch.device("meta")) in (80, 90) else "fp16x3"
     for batch in (4 * workload.BATCH, 1):  # in the backward of a large batch, no programs share the queries
         for kind in workload.ATTENTION:
-            for mode in ("bf16", "ieee", "tf32", *(("tf32x3",) if tf32x3 else ())):
+            for mode in ("bf16", "ieee", "tf32", exact):
                 dtype, precision = (torch.bfloat16, "ieee") if mode == "bf16" else (torch.float32, mode)
                 q, k = (meta(batch, rows, kind.heads, kind.head_dim, dtype=dtype) for rows in (kind.queries, kind.keys))
                 o, lse = attention_forward(q, k, k, precision)
-                if mode != "ieee" or not tf32x3:
+                if mode != "ieee":
                     attention_backward(o, q, k, k, o, lse, precision)
                 yield f"{kind.queries}x{kind.keys} d{kind.head_dim}", mode
 

@@ -100,6 +100,22 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dv", 96, "tf32x3", 0): AttentionTile(32, 64, 4, 2, 16),
     ("dv", 160, "tf32x3", 0): AttentionTile(16, 32, 8, 2, 16),
     ("dv", 256, "tf32x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
+    # fp16x3: an operand has two parts of 16 bits. Streamed tiles have at most 32 rows, because tensor cores cut their sums.
+    ("forward", 48, "fp16x3", 0): AttentionTile(64, 32, 4, 2, 32),
+    ("dq", 48, "fp16x3", 0): AttentionTile(64, 32, 4, 2, 32, registers=168),
+    ("dkdv", 48, "fp16x3", 0): AttentionTile(32, 64, 4, 2, 16, registers=255),
+    ("dkdv", 48, "fp16x3", 120): AttentionTile(16, 64, 4, 2, 32),  # the other tile spills there
+    ("forward", 96, "fp16x3", 0): AttentionTile(64, 16, 4, 2, 16),
+    ("dq", 96, "fp16x3", 0): AttentionTile(64, 16, 4, 1, 16),
+    ("dkdv", 96, "fp16x3", 0): AttentionTile(16, 64, 4, 2, 16),
+    ("forward", 160, "fp16x3", 0): AttentionTile(64, 16, 4, 2, 32),
+    ("dq", 160, "fp16x3", 0): AttentionTile(64, 16, 4, 1, 32),
+    ("dk", 160, "fp16x3", 0): AttentionTile(16, 64, 4, 1, 32),
+    ("dv", 160, "fp16x3", 0): AttentionTile(16, 64, 4, 2, 32),
+    ("forward", 256, "fp16x3", 0): AttentionTile(64, 16, 8, 1, 16, hold=False),
+    ("dq", 256, "fp16x3", 0): AttentionTile(32, 16, 8, 1, 16, hold=False),
+    ("dk", 256, "fp16x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
+    ("dv", 256, "fp16x3", 0): AttentionTile(16, 32, 8, 1, 16, hold=False),
     # ieee: a thread holds one slice of its rows of one operand and of its columns of the other. If it computes 16 numbers of
     # the result, it does about five multiply-adds per load from shared memory. With more it spills, with fewer it waits: so it
     # does on 8 columns of dq, dk and dv.
@@ -138,7 +154,7 @@ def choose_tile(
     columns = sum(width for _, width in slices(head_dim, tile.widest, 16)) / head_dim
     width = _cut(tile.keys, keys, MOST_WORK / columns)
     # tf32x3, and the tiles that wgmma was given, lack the registers for fewer warps.
-    if kind not in ("bf16", "tf32") or (architecture(device) == 90 and tile != general):
+    if kind not in ("bf16", "tf32", "fp16x3") or (architecture(device) == 90 and tile != general):
         return tile._replace(keys=width)
     if kernel in ("forward", "dq"):
         rows = _cut(tile.rows, queries, MOST_WORK)

@@ -42,6 +42,21 @@ def operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def fp16_factor(top):
+    """Return a power of two that takes fp32 `top` to 2^14 .. 2^15, just below fp16's largest number, and its inverse."""
+    exponent = top.to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(268 - exponent, 1), 253)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fp16_pair(x):
+    """Return fp32 x rounded to fp16, and the rest of it in fp16."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
 def _read_by_tensor_cores(x, PRECISION: tl.constexpr):
     if PRECISION == "tf32" and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True) & -0x2000
@@ -51,7 +66,7 @@ def _read_by_tensor_cores(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot(a, b, sums, PRECISION: tl.constexpr):
-    """Return sums + a b in fp32. bf16, "tf32" and "tf32x3" use tensor cores; "ieee" is for fp32.
+    """Return sums + a b in fp32. bf16, fp16, "tf32" and "tf32x3" use tensor cores; "ieee" is for fp32.
 
     For "tf32", a and b must have been rounded by `operand`.
     """

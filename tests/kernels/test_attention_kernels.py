@@ -92,6 +92,25 @@ def test_head_sizes(d, mode):
     check(f"20x33 d{d}", make(1, 20, 33, 1, d, mode, seed=d), mode)
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+@pytest.mark.parametrize("n, keys, d", [(65, 77, 40), (40, 33, 160)])
+def test_fp16x3_is_as_exact_at_any_size(n, keys, d, size):
+    """Values and gradients are far outside of fp16's range, and rows of one tensor differ by orders of magnitude."""
+    inputs = make(1, n, keys, 1, d, "fp16x3")
+    generator = torch.Generator().manual_seed(1)
+    for name, spread in (("q", 0.5), ("k", 0.5), ("v", 3.0)):
+        inputs[name] = (
+            inputs[name] * torch.exp(spread * torch.randn(inputs[name].shape[:-1], generator=generator)).to(DEVICE)[..., None]
+        )
+    inputs["v"] = inputs["v"] * size
+    check_budget(
+        f"attention fp16x3 {n}x{keys} d{d}, values about {size:.0e}",
+        lambda q, k, v: attention_triton(q, k, v, precision="fp16x3") * size,
+        lambda q, k, v: attention_reference(q, k, v).contiguous() * size,
+        inputs,
+    )
+
+
 def transposed(x):
     """Return the same numbers, stored as (B, H, N, D) as in other code."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -209,7 +228,7 @@ def kernels_of(kind, dtype, precision):
 
 
 @pytest.mark.parametrize("target", [80, 86, 89, 120])
-@pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, "ieee"), (torch.float32, "tf32")])
+@pytest.mark.parametrize("dtype, precision", [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "fp16x3")])
 def test_no_kernel_multiplies_over_1_3_times_what_is_needed(dtype, precision, target):
     with recording(target):
         for kind in workload.ATTENTION:

@@ -40,9 +40,9 @@ def attention(precision, device, capability, monkeypatch) -> str:
     [
         ("fp32", "cuda", (8, 0), "tf32x3"),
         ("fp32", "cuda", (9, 0), "tf32x3"),
-        ("fp32", "cuda", (8, 6), "ieee"),
-        ("fp32", "cuda", (8, 9), "ieee"),
-        ("fp32", "cuda", (12, 0), "ieee"),
+        ("fp32", "cuda", (8, 6), "fp16x3"),
+        ("fp32", "cuda", (8, 9), "fp16x3"),
+        ("fp32", "cuda", (12, 0), "fp16x3"),
         ("fp32", "cpu", (9, 0), "ieee"),
         ("tf32", "cuda", (9, 0), "tf32"),
         ("bf16", "cuda", (9, 0), "tf32x3"),
