@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsd.model import conv_as_matmul
 from fastsd.model.gradient_sink import sink_of
 from fastsd_kernels.ops import Images
 
@@ -180,9 +181,9 @@ def _blocks(y: Tensor, reduced: Tensor, ups: Sequence[Tensor | None]) -> Iterato
 def conv(x: Tensor, layer: LayerTensors) -> Tensor:
     """Compute a 3x3 convolution with padding 1. Its adapter is a 3x3 convolution with down and a 1x1 convolution with up."""
     weight, bias, down, (up,) = layer
-    y = F.conv2d(x, weight, bias, padding=1)
+    y = _conv3(x, weight, bias)
     if down is not None and up is not None:
-        y += to_nchw(F.linear(to_nhwc(F.conv2d(x, down, padding=1)), up))
+        y += to_nchw(F.linear(to_nhwc(_conv3(x, down, None)), up))
     return y
 
 
@@ -196,16 +197,33 @@ def conv_backward(dy: Tensor, x: Tensor, layer: LayerTensors, needs: Needs, *, n
     dx_adapter, ddown, _ = _conv3_backward(dreduced, x, down, [need_x, needs.down, False])
     if dx is not None and dx_adapter is not None:
         dx += dx_adapter
-    dup = _as_rows(to_nhwc(dy)).t() @ _as_rows(to_nhwc(F.conv2d(x, down, padding=1))) if any(needs.ups) else None
+    dup = _as_rows(to_nhwc(dy)).t() @ _as_rows(to_nhwc(_conv3(x, down, None))) if any(needs.ups) else None
     return dx, (dweight, dbias, ddown, dup)
+
+
+def _conv3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a 3x3 convolution with padding 1."""
+    if conv_as_matmul.prefers_columns(x, weight):
+        return conv_as_matmul.output(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=1)
 
 
 def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Gradient, Gradient, Gradient]:
     """Return (dx, dweight, dbias) of a 3x3 convolution with padding 1."""
     if not any(needs):
         return None, None, None
-    geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
-    return torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *geometry, needs)
+    dx = conv_as_matmul.input_gradient(dy, weight) if needs[0] and conv_as_matmul.prefers_columns(x, weight) else None
+    by_matmul = needs[1] and conv_as_matmul.prefers_matmul_gradient(x, weight)
+    dweight = conv_as_matmul.weight_gradient(dy, x, weight) if by_matmul else None
+    dbias = dy.sum((0, 2, 3)) if needs[2] and by_matmul else None
+    missing = [need and gradient is None for need, gradient in zip(needs, (dx, dweight, dbias), strict=True)]
+    if any(missing):
+        geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
+        others = torch.ops.aten.convolution_backward(dy, x, weight, [len(weight)], *geometry, missing)
+        dx, dweight, dbias = (
+            other if needed else gradient for other, needed, gradient in zip(others, missing, (dx, dweight, dbias), strict=True)
+        )
+    return dx, dweight, dbias
 
 
 def conv1(images: Images, layer: LayerTensors) -> Tensor:
