@@ -157,9 +157,9 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _group_of(self, name: str, written: Iterable[Tensor]) -> str:
-        if any(tensor.untyped_storage()._cdata in self.arenas for tensor in written):
-            return ARENA
-        return _GROUP_OF_OPERATION.get(name, OTHER)
+        group = _GROUP_OF_OPERATION.get(name, OTHER)
+        in_arena = any(tensor.untyped_storage()._cdata in self.arenas for tensor in written)
+        return ARENA if in_arena and group in (SUMS, OTHER) else group
 
     def _add(self, operation: Operation) -> None:
         self.operations[operation] += 1
