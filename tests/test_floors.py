@@ -25,13 +25,14 @@ FLOORS = {
 }  # fmt: skip
 FLOOR_0 = {"torch", "triton", "fastsd_kernels", "math", "enum", "dataclasses", "collections", "typing", "__future__",
            "contextlib"}  # fmt: skip
-TOOL = {"argparse", "concurrent", "json", "multiprocessing", "pathlib", "re", "subprocess", "sys", "tempfile"}
+TOOL = {"argparse", "concurrent", "json", "multiprocessing", "operator", "pathlib", "re", "subprocess", "sys", "tempfile"}
 MORE_ON_FLOOR_0 = {
     "fastsd_kernels.no_triton": {"importlib", "sys", "types"},
     # This module compiles and loads a library.
     "fastsd_kernels.cpu_optimizers": {"ctypes", "functools", "hashlib", "os", "pathlib", "shlex", "shutil", "subprocess",
                                       "tempfile"},
-    "fastsd_kernels.atlas": TOOL, "fastsd_kernels.sass": TOOL,  # training never imports them
+    # Training never imports these.
+    **{f"fastsd_kernels.{name}": TOOL for name in ("atlas", "prediction", "replay", "sass", "ttir", "warp_path")},
 }  # fmt: skip
 FILES = sorted([*ROOT.glob("fastsd/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from fastsd_kernels.launch import architecture
+from fastsd_kernels.launch import Launch, architecture
 
 
 class AttentionTile(NamedTuple):
@@ -206,3 +206,15 @@ def slices(head_dim: int, widest: int, least: int) -> tuple[tuple[int, int], ...
         cut.append((first, width))
         first += width
     return tuple(cut)
+
+
+def needed_flops(launch: Launch) -> int:
+    """Return the FLOPs that a launch's results need without padding: of the scores, of dP for dq and dk, and of each result."""
+    operands = dict(zip((parameter.name for parameter in launch.kernel.params), launch.arguments, strict=False))
+    q, k = operands["q_ptr"], operands["k_ptr"]
+    assert isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)
+    results = operands.keys() & {"o_ptr", "dq_ptr", "dk_ptr", "dv_ptr"} - ({"o_ptr"} if "do_ptr" in operands else set())
+    results -= {f"d{x.lower()}_ptr" for x in "KV" if not launch.options.get(f"WITH_{x}", True)}
+    products = 1 + bool(results & {"dq_ptr", "dk_ptr"}) + len(results)
+    (B, N, H, D), L = q.shape, k.shape[1]
+    return 2 * products * B * H * N * L * D

@@ -10,7 +10,6 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,29 @@ from triton.runtime.jit import create_function_from_signature
 from fastsd_kernels.launch import Launch
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+# An instruction's address, guard, name and operands, and on the next line the high half of its code.
+_INSTRUCTION = re.compile(
+    r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)([^;]*);[^\n]*\n\s*/\* 0x([0-9a-f]{16}) \*/"
+)
 _WIDTH = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+
+class Instruction(NamedTuple):
+    """One instruction with the assembler's control bits, by which it is issued."""
+
+    address: int
+    name: str  # with its modifiers
+    operands: str
+    guard: str  # the predicate, or ""
+    stall: int  # cycles until the warp may issue its next instruction
+    sets: int  # the scoreboard that is set until the result is there; 7: none
+    frees: int  # the scoreboard that is set until the operands are read; 7: none
+    waits: int  # mask of the scoreboards that must be clear before
+    target: int | None  # the address that a branch leads to
+
+    @property
+    def opcode(self) -> str:
+        return self.name.split(".")[0]
 
 
 class Code(NamedTuple):
@@ -31,13 +51,22 @@ class Code(NamedTuple):
 
     registers: int  # a thread
     stack: int  # bytes of local memory a thread: spills, and arrays not held in registers
-    spills_in_loop: int  # local loads and stores inside loops
     shared: int  # bytes a block
     loads: dict[str, int]  # global loads by width in bits; "async": straight into shared memory
     tensor: int  # tensor-core instructions
     fma: int  # fp32 fused multiply-adds, packed ones counted twice
     loop: int  # instructions of the longest loop
     loop_fma: int  # fused multiply-adds among them
+    rounded: int  # conversions to TF32, in PTX
+
+
+class Compiled(NamedTuple):
+    """A compiled launch: counts of its machine code, the code, and Triton's intermediate representation."""
+
+    code: Code
+    instructions: list[Instruction]
+    ttir: str
+    warps: int  # of a block
 
 
 class Compilation(NamedTuple):
@@ -62,7 +91,7 @@ def specialise(launch: Launch, target: int) -> Compilation:
     return Compilation(launch, target, key, ASTSource(kernel, signature, constants, attributes), options.__dict__)
 
 
-def compile_launch(compilation: Compilation) -> Code:
+def compile_launch(compilation: Compilation) -> Compiled:
     """Compile down to machine code and read it. Triton's exceptions pass through."""
     target = GPUTarget("cuda", compilation.target, 32)
     compiled = triton.compile(compilation.source, target=target, options=compilation.options)
@@ -73,30 +102,36 @@ def compile_launch(compilation: Compilation) -> Code:
             subprocess.run([_CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
-    return read(usage, sass, compiled.metadata.shared)
+    instructions = decode(sass)
+    code = read(usage, instructions, compiled.metadata.shared, compiled.asm["ptx"].count("cvt.rna.tf32"))
+    return Compiled(code, instructions, compiled.asm["ttir"], compiled.metadata.num_warps)
 
 
-def read(usage: str, sass: str, shared: int) -> Code:
-    """Read the counts from cuobjdump's two listings. `shared` is the launch's request; the listing has only its static part."""
-    instructions = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(sass)]
+def decode(sass: str) -> list[Instruction]:
+    """Decode the listing of one kernel. The control bits are bits 105 to 121 of an instruction's 128.
+
+    Source: Jia et al. 2018, "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", section 2.
+    """
+    instructions = []
+    for match in _INSTRUCTION.finditer(sass):
+        address, guard, name, operands, word = match.groups()
+        bits = int(word, 16) >> 41
+        jumps = name.split(".")[0] in ("BRA", "CALL") and re.search(r"0x([0-9a-f]+)", operands)
+        target = int(jumps[1], 16) if jumps else None
+        control = bits & 15, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63
+        instructions.append(Instruction(int(address, 16), name, operands, (guard or "").strip(), *control, target))
+    return instructions
+
+
+def read(usage: str, instructions: list[Instruction], shared: int, rounded: int) -> Code:
+    """Read the counts from cuobjdump's listings. `shared` is the launch's request; the listing has only its static part."""
     registers, stack, static = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "SHARED"))  # type: ignore[index]
-    loops = list(_loops(instructions))
-    inside = {address for first, last in loops for address, _, _ in instructions if first <= address <= last}
-    local = sum(op.split(".")[0] in ("LDL", "STL") for address, op, _ in instructions if address in inside)
-    longest = max(([op for a, op, _ in instructions if first <= a <= last] for first, last in loops), key=len, default=[])
-    names = [op for _, op, _ in instructions]
+    loops = [(x.target, x.address) for x in instructions if x.opcode == "BRA" and x.target is not None and x.target < x.address]
+    longest = max(([x.name for x in instructions if first <= x.address <= last] for first, last in loops), key=len, default=[])
+    names = [x.name for x in instructions]
     tensor = sum(map(_is_tensor, names))
     shared = max(shared, static)
-    return Code(registers, stack, local, shared, _loads(names), tensor, _fma(names), len(longest), _fma(longest))
-
-
-def _loops(instructions: list[tuple[int, str, str]]) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) address of every backward branch's body, except the endless self-branch that pads a kernel."""
-    for address, op, operands in instructions:
-        if op.split(".")[0] == "BRA" and (match := re.search(r"0x([0-9a-f]+)", operands)):
-            target = int(match[1], 16)
-            if target < address:
-                yield target, address
+    return Code(registers, stack, shared, _loads(names), tensor, _fma(names), len(longest), _fma(longest), rounded)
 
 
 def _loads(names: list[str]) -> dict[str, int]:

@@ -10,6 +10,7 @@ import pytest
 from environment import ROOT
 
 from fastsd_kernels.launch import ARCHITECTURES
+from fastsd_kernels.prediction import LAUNCH_US
 
 pytestmark = pytest.mark.slow
 
@@ -58,3 +59,13 @@ def test_operands_of_tf32_matmuls_are_rounded_once():
                 assert kernel["matmuls"] == products / prod((16, 8, 8)) / kernel["num_warps"]
     assert len(kernels["bf16"]) == len(kernels["ieee"]) == 6
     assert all(kernel["rounded"] == kernel["matmuls"] == 0 for mode in ("bf16", "ieee") for kernel in kernels[mode])
+
+
+def test_compiled_kernels_are_predicted():
+    report = output("predicted_kernels.py")
+    for predicted, least in report["copy"].values():
+        assert predicted - LAUNCH_US == pytest.approx(least, rel=0.01)
+    assert report["last"] == 16 * (report["instructions"] - 1)  # none is left out
+    fitting, planted = report["problems"]["1 warp, 16 keys"], report["problems"]["8 warps, 32 keys"]
+    assert fitting == [] and len(planted) == 1
+    assert planted[0].startswith("executes 6.") and "times the matmul work that it needs" in planted[0]
