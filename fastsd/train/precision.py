@@ -62,9 +62,8 @@ def attention_precision(precision: str, device: torch.device) -> str:
     """Return how the UNet's attention multiplies fp32 on a device: "ieee", "fp16x3", "tf32" or "tf32x3"."""
     fp32_mode = _FP32_MODE[precision]
     if fp32_mode == "ieee" and device.type == "cuda":
-        # Both are as exact as fp32 to within a rounding, and faster: fp32 units are slower than tensor cores, and wait for
-        # shared memory.
-        return "tf32x3" if torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)) else "fp16x3"
+        # As exact as fp32 to within a rounding, and faster: tensor cores outrun fp32 units, which also wait for shared memory.
+        return "fp16x3"
     return fp32_mode
 
 

@@ -64,7 +64,7 @@ from fastsd_kernels.head_tile import (
     zero_head,
 )
 from fastsd_kernels.interpreter import operand, rounded
-from fastsd_kernels.launch import architecture, custom_op, launch, meta, require_device
+from fastsd_kernels.launch import custom_op, launch, meta, require_device
 from fastsd_kernels.ops import Attention, Calls, Op
 
 PRECISIONS = ("ieee", "fp16x3", "tf32", "tf32x3")
@@ -427,15 +427,13 @@ def require_supported(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision:
 
 
 def _calls() -> Calls:
-    # So fp32 trains (`fastsd/train/precision.py`). Only samples from a model without a precision use ieee.
-    exact = "tf32x3" if architecture(torch.device("meta")) in (80, 90) else "fp16x3"
     for batch in (4 * workload.BATCH, 1):  # in the backward of a large batch, no programs share the queries
         for kind in workload.ATTENTION:
-            for mode in ("bf16", "ieee", "tf32", exact):
+            for mode in ("bf16", "ieee", "tf32", "fp16x3"):
                 dtype, precision = (torch.bfloat16, "ieee") if mode == "bf16" else (torch.float32, mode)
                 q, k = (meta(batch, rows, kind.heads, kind.head_dim, dtype=dtype) for rows in (kind.queries, kind.keys))
                 o, lse = attention_forward(q, k, k, precision)
-                if mode != "ieee":
+                if mode != "ieee":  # samples from a model without a precision; fp32 trains in fp16x3
                     attention_backward(o, q, k, k, o, lse, precision)
                 yield f"{kind.queries}x{kind.keys} d{kind.head_dim}", mode
 

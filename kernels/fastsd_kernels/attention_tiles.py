@@ -110,7 +110,7 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dkdv", 96, "fp16x3", 0): AttentionTile(16, 64, 4, 2, 16),
     ("forward", 160, "fp16x3", 0): AttentionTile(64, 16, 4, 2, 32),
     ("dq", 160, "fp16x3", 0): AttentionTile(64, 16, 4, 1, 32),
-    ("dk", 160, "fp16x3", 0): AttentionTile(16, 64, 4, 1, 32),
+    ("dk", 160, "fp16x3", 0): AttentionTile(16, 64, 4, 2, 32, hold=False),
     ("dv", 160, "fp16x3", 0): AttentionTile(16, 64, 4, 2, 32),
     ("forward", 256, "fp16x3", 0): AttentionTile(64, 16, 8, 1, 16, hold=False),
     ("dq", 256, "fp16x3", 0): AttentionTile(32, 16, 8, 1, 16, hold=False),

@@ -38,14 +38,14 @@ def attention(precision, device, capability, monkeypatch) -> str:
 @pytest.mark.parametrize(
     "precision, device, capability, expected",
     [
-        ("fp32", "cuda", (8, 0), "tf32x3"),
-        ("fp32", "cuda", (9, 0), "tf32x3"),
+        ("fp32", "cuda", (8, 0), "fp16x3"),
+        ("fp32", "cuda", (9, 0), "fp16x3"),
         ("fp32", "cuda", (8, 6), "fp16x3"),
         ("fp32", "cuda", (8, 9), "fp16x3"),
         ("fp32", "cuda", (12, 0), "fp16x3"),
         ("fp32", "cpu", (9, 0), "ieee"),
         ("tf32", "cuda", (9, 0), "tf32"),
-        ("bf16", "cuda", (9, 0), "tf32x3"),
+        ("bf16", "cuda", (9, 0), "fp16x3"),
     ],
 )
 def test_attention_uses_tensor_cores_where_they_are_exact_and_faster(precision, device, capability, expected, monkeypatch):
