@@ -16,9 +16,8 @@ Backward, with P = exp2(q k^T scale - lse), dP = do v^T, delta = rowsum(o do), d
     dk = dS^T q / sqrt(D)      one program a tile of keys, streams queries
     dv = P^T do
 
-Two kernels recompute P and dP twice: 7 matmuls where one kernel needs 5.  The one kernel would add its dq from many programs
-at once, and float atomics give other bits every time.  Where few keys leave the GPU idle, programs share the queries and
-write partial sums that are added in a fixed order.
+Two kernels recompute P and dP twice: 7 matmuls. For long sequences, one kernel with 5 is faster (`attention_backward.py`).
+Where few keys leave the GPU idle, programs share the queries and write partial sums that are added in a fixed order.
 
 A head size is cut into slices (`head_tile.py`), powers of two, narrow at the end: 40 = 32 + 8.  One padded tile of 64 would
 run 60 % more multiply-adds; a matmul contracts at least 16, so only sums over D pad the last slice to 16.  Over a training step
@@ -47,7 +46,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastsd_kernels import workload
-from fastsd_kernels.attention_tiles import choose_tile, launch_options, one_kernel_for_keys, queries_of_a_split
+from fastsd_kernels.attention_backward import one_pass
+from fastsd_kernels.attention_tiles import choose_tile, launch_options, one_kernel_for_keys, one_pass_tile, queries_of_a_split
 from fastsd_kernels.head_tile import (
     SIZES,
     add_product,
@@ -60,6 +60,7 @@ from fastsd_kernels.head_tile import (
     scale_head,
     store_head,
     streamed_product,
+    strides,
     tile_and_head,
     zero_head,
 )
@@ -259,12 +260,8 @@ def _backward_kv(
         store_head(dv_ptr + keys * (dv_row * 8), key_mask, dv, OUT_D, D)
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride // 8 for x in tensors for stride in x.stride()[:-1])
-
-
 def _aligned(x: Tensor) -> Tensor:
-    """Return x itself if its rows of D are contiguous and other strides multiples of 8, otherwise a contiguous copy."""
+    """Return x itself if its rows of D are contiguous and other strides multiples of 8, else a contiguous copy."""
     return x if x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1]) else x.contiguous()
 
 
@@ -275,7 +272,7 @@ def attention_forward(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, precision:
     o, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
     tile = choose_tile("forward", D, N, L, q.dtype, precision, q.device)
     options = launch_options(tile, D, q.dtype, precision) | {"EVEN": L % tile.keys == 0}
-    sizes = H, N, L, math.log2(math.e) / D**0.5, *_strides(q, k, v, o)
+    sizes = H, N, L, math.log2(math.e) / D**0.5, *strides(q, k, v, o)
     launch(_forward, (triton.cdiv(N, tile.rows) * B * H,), q, k, v, o, lse, *sizes, **options)
     return o, lse
 
@@ -294,9 +291,12 @@ def attention_backward(
     do, q, k, v = map(_aligned, (do_BNHD, q_BNHD, k_BLHD, v_BLHD))
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     (B, N, H, D), L, delta = q.shape, k.shape[1], torch.empty_like(lse_BHN)
+    tile = one_pass_tile(D, L, q.dtype, precision, q.device)
+    if tile and one_pass(tile, do, q, k, v, o_BNHD, lse_BHN, precision, (dq, dk, dv)):
+        return dq, dk, dv
     tile = choose_tile("dq", D, N, L, q.dtype, precision, q.device)
     operands = q, k, v, o_BNHD, do, dq, lse_BHN, delta
-    sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, *_strides(q, k, v, o_BNHD, do, dq)
+    sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, *strides(q, k, v, o_BNHD, do, dq)
     options = launch_options(tile, D, q.dtype, precision) | {"EVEN": L % tile.keys == 0}
     launch(_backward_q, (triton.cdiv(N, tile.rows) * B * H,), *operands, *sizes, **options)
     fused = one_kernel_for_keys(D, q.dtype, precision)
@@ -322,7 +322,7 @@ def _key_gradients(
     partial = [q.new_empty((splits, B, L, H, D), dtype=torch.float32) if splits > 1 else out[None] for out in outs]
     dk, dv = partial[0], partial[-1]
     operands = q, k, v, do, dk, dv, lse, delta
-    sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk, *_strides(q, k, v, do, dk, dv)
+    sizes = H, N, L, math.log2(math.e) / D**0.5, 1 / D**0.5, chunk, *strides(q, k, v, do, dk, dv)
     options = launch_options(tile, D, q.dtype, precision) | {
         "EVEN": N % tile.rows == 0,
         "WITH_K": "dk" in kernel,

@@ -51,6 +51,10 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dk", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
     ("dv", 160, "bf16", 0): AttentionTile(64, 64, 4, 2),
     ("dv", 256, "bf16", 0): AttentionTile(32, 32, 8, 1, 64, hold=False),
+    # Tiles of one pass for all gradients, for cards whose memory keeps up with their tensor cores (`attention_backward.py`).
+    ("dqdkdv", 48, "bf16", 86): AttentionTile(32, 128, 4, 2),
+    ("dqdkdv", 48, "bf16", 89): AttentionTile(32, 128, 4, 2),
+    ("dqdkdv", 48, "bf16", 120): AttentionTile(32, 128, 4, 2),
     # wgmma reads the streamed operand from shared memory, not registers: longer tiles fit.
     ("forward", 48, "bf16", 90): AttentionTile(128, 128, 8, 2),
     ("forward", 96, "bf16", 90): AttentionTile(128, 128, 8, 2),
@@ -184,6 +188,12 @@ def launch_options(tile: AttentionTile, head_dim: int, dtype: torch.dtype, preci
     precision = precision if dtype == torch.float32 else "ieee"  # it does not matter, so bf16 is compiled only once
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
     return {"D": head_dim, **widths, "ROWS": tile.rows, "KEYS": tile.keys, "HOLD": tile.hold, "PRECISION": precision, **options}
+
+
+def one_pass_tile(head_dim: int, keys: int, dtype: torch.dtype, precision: str, device: torch.device) -> AttentionTile | None:
+    """Return the tile of the kernel for all gradients, or None where two kernels are faster: with less than 8 tiles of keys."""
+    tile = _TILES.get(("dqdkdv", *_row(head_dim, dtype, precision), architecture(device)))
+    return tile if tile and keys >= 8 * tile.keys else None
 
 
 def one_kernel_for_keys(head_dim: int, dtype: torch.dtype, precision: str) -> bool:

@@ -15,12 +15,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastsd_kernels.interpreter import dot, fp16_factor, fp16_pair, operand, rounded
 
 # Strides in units of 8 elements allow 128-bit loads. More divisors would only multiply the variants to compile.
 _TENSORS, _AXES = ("q", "k", "v", "o", "do", "dq", "dk", "dv"), ("split", "image", "row", "head")
 SIZES = ["chunk", *(f"{name}_{axis}" for name in _TENSORS for axis in _AXES)]
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Return all strides but the last of each tensor, in units of 8 elements, as the kernels take them."""
+    return tuple(stride // 8 for x in tensors for stride in x.stride()[:-1])
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from sentences import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastsd_kernels import workload
+from fastsd_kernels import attention_backward, attention_tiles, workload
 from fastsd_kernels.attention import (
     PRECISIONS,
     attention_backward_op,
@@ -21,8 +21,8 @@ from fastsd_kernels.attention import (
     attention_reference,
     attention_triton,
 )
-from fastsd_kernels.attention_tiles import choose_tile, launch_options, one_kernel_for_keys
-from fastsd_kernels.launch import recording
+from fastsd_kernels.attention_tiles import AttentionTile, choose_tile, launch_options, one_kernel_for_keys
+from fastsd_kernels.launch import architecture, meta, recording
 
 pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 
@@ -159,6 +159,87 @@ def test_repeated_backward_passes_have_the_same_bits(mode):
             gradients = torch.autograd.grad(attention_triton(*leaves), leaves, dy)
         expected = expected or gradients
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Let one pass compute all gradients on any GPU. Return a function that sets its programs, and a list of its kernels."""
+    target, kernels = architecture(torch.device(DEVICE)), []
+    real = attention_backward.launch
+    monkeypatch.setattr(
+        attention_backward,
+        "launch",
+        lambda kernel, *a, **options: (kernels.append(kernel.__name__), real(kernel, *a, **options)),
+    )
+
+    def on(programs):
+        for kind in ("bf16", *PRECISIONS):
+            monkeypatch.setitem(attention_tiles._TILES, ("dqdkdv", 48, kind, target), AttentionTile(32, 128, 4, 2, 16))
+        monkeypatch.setitem(attention_backward._PROGRAMS, target, programs)
+
+    return on, kernels
+
+
+# Programs end within a head's tiles, at its end, and take those of several heads.
+@pytest.mark.parametrize(
+    "n, keys, heads, programs, mode", [(40, 1030, 2, 5, "bf16"), (64, 1024, 1, 2, "ieee"), (33, 1027, 3, 6, "tf32")]
+)
+def test_one_pass_for_all_gradients(n, keys, heads, programs, mode, passes):
+    on, kernels = passes
+    on(programs)
+    check(f"one pass {n}x{keys} x{heads}", make(1, n, keys, heads, 40, mode), mode)
+    assert kernels == ["_backward", "_add_copies"]
+
+
+def test_one_pass_ignores_padded_keys(passes):
+    """A padded key's score of 0 is then so far above the others that its weight would be infinite."""
+    on, _ = passes
+    on(4)
+    inputs = make(1, 32, 1030, 1, 40, "ieee")
+    inputs["q"], inputs["k"] = inputs["q"].abs() * 30, -inputs["k"].abs()
+    check("scores below -100", inputs, "ieee")
+
+
+def test_one_pass_repeats_its_bits_in_any_layout(passes):
+    on, kernels = passes
+    on(2)
+    q, k, v = make(1, 40, 1030, 2, 40, "bf16").values()
+    o, lse = attention_op(q, k, v, "ieee")
+    do = torch.randn_like(o)
+    expected = attention_backward_op(do, q, k, v, o, lse, "ieee")
+    for _ in range(10 if DEVICE == "cuda" else 1):
+        with nan_filled_memory():
+            dq, dkv = attention_packed_backward_op(do, q, k, v, o, lse, "ieee", False)
+        assert all(torch.equal(a, b) for a, b in zip((dq, *dkv.unbind(2)), expected, strict=True))
+    assert "_backward" in kernels
+
+
+@pytest.mark.parametrize("programs", [1, 2, 5, 7, 13])
+@pytest.mark.parametrize("heads, keys", [(1, 1024), (3, 1027), (8, 4096), (24, 1536)])
+def test_one_pass_takes_as_many_copies_as_programs_share_a_head(heads, keys, programs, passes):
+    passes[0](programs)
+    q, k = (meta(1, n, heads, 40, dtype=torch.bfloat16) for n in (64, keys))
+    lse, target = meta(1, heads, 64), architecture(torch.device(DEVICE))
+    with recording(target) as launches:
+        attention_backward.one_pass(AttentionTile(32, 128, 4, 2), q, q, k, k, q, lse, "ieee", (q, k, k))
+    (backward, _), tiles = launches, -(-keys // 128)
+    share = -(-tiles * heads // programs)
+    shared = [{unit // share for unit in range(tiles * i, tiles * (i + 1))} for i in range(heads)]
+    assert backward.arguments[5].shape[0] == max(map(len, shared))
+    assert backward.grid == (1 + max(map(max, shared)),)
+
+
+def test_one_pass_needs_long_sequences_and_few_copies(passes):
+    on, kernels = passes
+    on(10**6)
+    q, k, v = make(1, 16, 1152, 1, 40, "bf16").values()  # 9 tiles of keys
+    o, lse = attention_op(q, k, v, "ieee")
+    attention_backward_op(o, q, k, v, o, lse, "ieee")
+    on(1)
+    attention_backward_op(o, q, k[:, :1000], v[:, :1000], o, lse, "ieee")
+    assert kernels == []
+    attention_backward_op(o, q, k, v, o, lse, "ieee")
+    assert kernels == ["_backward", "_add_copies"]
 
 
 def test_only_inputs_output_and_row_statistics_are_saved():
