@@ -33,15 +33,10 @@ from fastsd.model.lora import add_lora
 from fastsd.model.unet import UNetConfig
 from fastsd.run.loop import train
 
-DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "configs/README.md",
-    "bench/README.md",
-    "kernels/README.md",
-    "docs/glossary.md",
-    "docs/config.md",
-]
+# The pages for users, in the order in which their commands work.
+NAMES = "install data first-run monitoring d-lion smaller-cards other-trainers using-models experiments performance library"
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES.split()), "docs/troubleshooting.md", "docs/config.md"]
+DOCUMENTS = [*PAGES, "CONTRIBUTING.md", "configs/README.md", "bench/README.md", "kernels/README.md", "docs/glossary.md"]
 CONFIGS = sorted(ROOT.glob("configs/*.toml"))
 FIGURES = {  # blocks that are no code, by their first word
     "unet": "the line that a run shows",
@@ -51,6 +46,7 @@ FIGURES = {  # blocks that are no code, by their first word
 }
 NOT_RUN = {  # programs that are only checked to exist, with the reason
     "fastsd demo": "takes minutes; .ci/run and tests/demo run it",
+    "fastsd watch": "ends at Ctrl-C; tests/compare/test_watch.py runs it",
     "pip": "installs",
     "pytest": "is this test's own program",
     "ruff": "checks the code; .ci/run runs it",
@@ -126,7 +122,11 @@ def parse(words: list[str]) -> None:
     """Parse a command as the command line does. Without arguments, it is only a mention of a command, or of its options."""
     from fastsd import cli
 
-    command = typer.main.get_command(cli.app).commands[words[0]]
+    group = typer.main.get_command(cli.app)
+    if words[0].startswith("--"):
+        assert words[0] in {option for parameter in group.params for option in parameter.opts}
+        return
+    command = group.commands[words[0]]
     options = {option for parameter in command.params for option in parameter.opts}
     if words[1:] and not words[1].startswith("--"):
         command.make_context(words[0], [word.replace("...", "X") for word in words[1:]])
@@ -135,8 +135,20 @@ def parse(words: list[str]) -> None:
 
 def test_every_block_is_of_a_known_kind():
     kinds = [kind(block) for document in DOCUMENTS for block in blocks(document)]
-    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 11, "toml": 3, "python": 2}
+    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 19, "toml": 5, "python": 2}
     assert {block.split()[0] for block in all_blocks("figure")} == FIGURES.keys()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    """Each link to a file of the repository names one, and one to a heading names a heading."""
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / document).read_text()):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
 def test_mentioned_commands_are_parsed():
@@ -270,11 +282,11 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme_run_in_their_order(world, monkeypatch, capsys):
+def test_commands_of_the_pages_run_in_their_order(world, monkeypatch, capsys):
     monkeypatch.chdir(world.folder)
-    lines = [line for block in blocks("README.md") if kind(block) == "shell" for line in block.splitlines()]
-    lines = [line for line in lines if line.startswith("fastsd ") and line not in NOT_RUN]
-    assert len(lines) == 23
+    lines = [line.strip() for page in PAGES for block in blocks(page) if kind(block) == "shell" for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith("fastsd ") and " ".join(line.split()[:2]) not in NOT_RUN]
+    assert len(lines) == 29
     for line in lines:
         if "runs/a" in line and not Path("runs/a").exists():
             for name in ("a", "b"):
@@ -307,6 +319,7 @@ def test_commands_in_messages_run(world, monkeypatch, capsys):
     monkeypatch.chdir(world.folder)
     spans = {" ".join(span.split()) for text in printed_texts() for span in re.findall(r"`fastsd ([^`]+)`", text)}
     commands = [words for words in map(shlex.split, sorted(spans)) if words[1:] and words[1] in ADVICE]
+    commands = [words for words in commands if f"fastsd {words[0]}" not in NOT_RUN]
     assert len(commands) >= 10
     run = ["run=runs/advice", "stage.checkpoint_every=1"]
     first = (["cache", "CONFIG"], ["train", "CONFIG", *run], ["train", "CONFIG", *run, "--from", "step-00000001"])
