@@ -8,6 +8,8 @@ the sink's memory and adds the later ones there, before rounding. To autograd it
     if sink is None:  return the gradient
     sink.add_product(dy_rows.t(), x_rows)         or  sink.add_sum(dy_rows)  or  sink.add(gradient)
 
+A kernel that sums the gradients of a layer's vectors writes them itself: `destination_of(weight, bias)`.
+
 A layer may ignore sinks. The owner of the parameters (`fastsd/train/trainable.py`) passes what autograd delivers to `add`, so a
 parameter may be used several times in a step, in both ways. A sink belongs to the memory of its parameter, not to the tensor
 object: checkpointing and views, such as a 1x1 convolution's weight as that of a linear, give the layer other objects.
@@ -20,6 +22,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+from fastsd_kernels.ops import Destination
 
 
 class GradientSink:
@@ -69,8 +73,24 @@ class GradientSink:
 
 def sink_of(tensor: Tensor) -> GradientSink | None:
     """Return the sink of the parameter that `tensor` is, or is a view of in full. None if it has none."""
+    if torch.compiler.is_compiling():  # a compiled graph returns its gradients to autograd
+        return None
     sink = _SINKS.get(_place(tensor))
     return sink if sink is not None and sink.memory.numel() == tensor.numel() else None
+
+
+def destination_of(*vectors: Tensor) -> Destination | None:
+    """Return the memory of the vectors' sinks for a kernel that sums their gradients together. It must write all of them.
+
+    None if a vector has no sink, or if only some of them have received a gradient.
+    """
+    sinks = [sink for sink in map(sink_of, vectors) if sink is not None]
+    if len(sinks) < len(vectors) or len({sink.empty for sink in sinks}) > 1:
+        return None
+    add = not sinks[0].empty
+    for sink in sinks:
+        sink.empty = False
+    return [sink.memory for sink in sinks], add
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

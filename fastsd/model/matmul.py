@@ -131,14 +131,12 @@ def linear_input_gradient(dy: Tensor, layer: LayerTensors, *, need_x: bool) -> t
     return None if dx is None else dx.unflatten(0, dy.shape[:-1]), dreduced
 
 
-def linear_gradients(
-    dy: Tensor, x: Tensor | None, layer: LayerTensors, needs: Needs, dreduced: Gradient, *, dbias: Gradient = None
-) -> Gradients:
-    """Return the layer's gradients. `dreduced` is from `linear_input_gradient`; `dbias` is passed if it is summed already."""
+def linear_gradients(dy: Tensor, x: Tensor | None, layer: LayerTensors, needs: Needs, dreduced: Gradient) -> Gradients:
+    """Return the layer's gradients. `dreduced` is from `linear_input_gradient`."""
     weight, bias, down, ups = layer
     dy_rows = _as_rows(dy)
     x_rows = None if x is None else _as_rows(x)
-    dweight = ddown = None
+    dweight = dbias = ddown = None
     dups: list[Gradient] = [None] * len(ups)
     if dreduced is not None and down is not None and x_rows is not None:
         if needs.down:
@@ -148,7 +146,7 @@ def linear_gradients(
             dups = [None if reduced_block is None else dy_block.t() @ reduced_block for dy_block, reduced_block, _ in blocks]
     if needs.weight and x_rows is not None:
         dweight = _product(weight, dy_rows, x_rows)
-    if needs.bias and dbias is None and bias is not None:
+    if needs.bias and bias is not None:
         dbias = _sum(bias, dy_rows)
     return dweight, dbias, ddown, *dups
 

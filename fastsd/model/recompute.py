@@ -36,8 +36,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastsd.model import matmul
+from fastsd.model.gradient_sink import destination_of
 from fastsd.model.matmul import NO_NEEDS, UNFUSED, Gradient, Gradients, LayerTensors, Needs, unpack
-from fastsd_kernels.ops import ForwardBackwardOps, Images
+from fastsd_kernels.ops import Destination, ForwardBackwardOps, Images
 
 
 class NormTensors(NamedTuple):
@@ -72,6 +73,12 @@ def _shape_of(images: Images) -> Tensor:
     return images[0] if len(images) == 1 else images[0][:, :1].expand(-1, sum(image.shape[1] for image in images), -1, -1)
 
 
+def _destination(needed: Sequence[bool], *vectors: Tensor | None) -> Destination | None:
+    """Return where the gradients of the vectors go, or None if they are returned to autograd, or not all of them are needed."""
+    needed_vectors = [vector for vector, needs in zip(vectors, needed, strict=True) if needs and vector is not None]
+    return destination_of(*needed_vectors) if len(needed_vectors) == len(vectors) else None
+
+
 class NormConv(Function):
     @staticmethod
     def forward(
@@ -101,10 +108,9 @@ class NormConv(Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dpassed: Gradient) -> tuple[Gradient, ...]:
         x, skip, shift, mean, rstd, norm_weight, norm_bias, *layers = ctx.saved_tensors
-        _, _, _, _, need_x, need_skip, _, _, need_shift, need_norm, _, *needs = ctx.needs_input_grad
+        need_y, needs = any(ctx.needs_input_grad[4:11]), ctx.needs_input_grad[11:]
         (conv, shortcut), conv_needs = _conv_and_shortcut(layers), unpack(Needs, needs[:UNFUSED])
 
-        need_y = need_x or need_skip or need_shift or need_norm
         images, norm = _images(ctx.ops, x, skip), (norm_weight, norm_bias, ctx.groups, ctx.eps, shift)
         through: Images | None = None if dpassed is None else (dpassed,)
         shortcut_gradients: Gradients = ()
@@ -116,7 +122,8 @@ class NormConv(Function):
         if need_y:
             dy, _ = matmul.conv_backward(dout, y, conv, NO_NEEDS, need_x=True)
             # dy becomes y, which the convolution's weight gradient needs.
-            options = {"silu": True, "through": through, "output": conv_needs.input}
+            into = _destination(ctx.needs_input_grad[9:11], norm_weight, norm_bias)
+            options = {"silu": True, "through": through, "output": conv_needs.input, "into": into}
             gradients = ctx.ops.group_norm_backward(dy, images, mean, rstd, *norm, **options)
             del dy, through
             (dx, *dskips), dnorm_weight, dnorm_bias, dshift, output = gradients
@@ -150,13 +157,15 @@ class GroupNormLinear(Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dresidual: Gradient) -> tuple[Gradient, ...]:
         x, mean, rstd, norm_weight, norm_bias, *tensors = ctx.saved_tensors
-        _, _, _, need_x, _, need_norm, _, *layer_needs = ctx.needs_input_grad
-        layer, needs = unpack(LayerTensors, tensors), unpack(Needs, layer_needs)
+        need_y = any(ctx.needs_input_grad[3:7])
+        layer, needs = unpack(LayerTensors, tensors), unpack(Needs, ctx.needs_input_grad[7:])
         norm = norm_weight, norm_bias, ctx.groups, ctx.eps, None
         dx = dnorm_weight = dnorm_bias = y = None
-        dy, dreduced = matmul.linear_input_gradient(dout, layer, need_x=need_x or need_norm)
+        dy, dreduced = matmul.linear_input_gradient(dout, layer, need_x=need_y)
         if dy is not None:
-            options = {"silu": False, "through": None if dresidual is None else (dresidual,), "output": needs.input}
+            through = None if dresidual is None else (dresidual,)
+            into = _destination(ctx.needs_input_grad[5:7], norm_weight, norm_bias)
+            options = {"silu": False, "through": through, "output": needs.input, "into": into}
             gradients = ctx.ops.group_norm_backward(image(dy, x.shape[2:]), (x,), mean, rstd, *norm, **options)
             del dy
             (dx,), dnorm_weight, dnorm_bias, _, y = gradients
@@ -186,7 +195,8 @@ class LayerNormLinear(Function):
         dy, dreduced = matmul.linear_input_gradient(dout, layer, need_x=need_y)
         dx = dnorm_weight = dnorm_bias = y = None
         if dy is not None:
-            dx, dnorm_weight, dnorm_bias, y = ctx.ops.layer_norm_backward(dy, *norm, ds, output=needs.input)
+            options = {"output": needs.input, "into": _destination(ctx.needs_input_grad[4:6], norm_weight, norm_bias)}
+            dx, dnorm_weight, dnorm_bias, y = ctx.ops.layer_norm_backward(dy, *norm, ds, **options)
         elif needs.input:
             y = ctx.ops.layer_norm_recompute(*norm)
         gradients = matmul.linear_gradients(dout, y, layer, needs, dreduced)
@@ -261,8 +271,9 @@ class FeedForward(Function):
         dgated, dreduced = matmul.linear_input_gradient(dout, second, need_x=need_gated)
         gated = dhidden = dbias = None
         if dgated is not None:
-            rest = {"output": second_needs.input, "sums": first_needs.bias}
-            dhidden, gated, dbias = ctx.ops.geglu_backward(dgated, hidden, **rest)
+            into = _destination([first_needs.bias], first.bias)
+            options = {"output": second_needs.input, "sums": first_needs.bias, "into": into}
+            dhidden, gated, dbias = ctx.ops.geglu_backward(dgated, hidden, **options)
             del dgated
         elif second_needs.input:
             gated = ctx.ops.geglu(hidden)
@@ -275,12 +286,15 @@ class FeedForward(Function):
         if dhidden is not None:
             dy, dreduced = matmul.linear_input_gradient(dhidden, first, need_x=need_y)
             if dy is not None:
-                output = first_needs.input and y is None
-                dx, dnorm_weight, dnorm_bias, rebuilt = ctx.ops.layer_norm_backward(dy, *norm, dout, output=output)
+                into = _destination(ctx.needs_input_grad[5:7], norm_weight, norm_bias)
+                options = {"output": first_needs.input and y is None, "into": into}
+                dx, dnorm_weight, dnorm_bias, rebuilt = ctx.ops.layer_norm_backward(dy, *norm, dout, **options)
                 y = rebuilt if y is None else y
             elif first_needs.input and y is None:
                 y = ctx.ops.layer_norm_recompute(*norm)
-            first_gradients = matmul.linear_gradients(dhidden, y, first, first_needs, dreduced, dbias=dbias)
+            no_bias = first_needs._replace(bias=False)  # it is summed already
+            dweight, _, *dadapter = matmul.linear_gradients(dhidden, y, first, no_bias, dreduced)
+            first_gradients = dweight, dbias, *dadapter
         return None, None, None, dx, dx, dnorm_weight, dnorm_bias, *first_gradients, *second_gradients
 
 

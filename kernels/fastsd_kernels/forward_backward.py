@@ -23,11 +23,12 @@ from fastsd_kernels.group_norm_statistics import add_statistics_op, channels_las
 from fastsd_kernels.layer_norm import (
     layer_norm_apply_op,
     layer_norm_backward_in_place_op,
-    layer_norm_backward_op,
     layer_norm_op,
     layer_norm_residual_op,
 )
-from fastsd_kernels.ops import ForwardBackwardOps, Images, Partials, Shift
+from fastsd_kernels.ops import Destination, ForwardBackwardOps, Images, Partials, Shift
+
+Gradient = Tensor | None
 
 
 def _attention_reference(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,8 @@ def _group_norm_backward_reference(
     silu: bool,
     through: Images | None,
     output: bool,
-) -> tuple[Images, Tensor, Tensor, Shift, Tensor | None]:
+    into: Destination | None = None,
+) -> tuple[Images, Gradient, Gradient, Shift, Tensor | None]:
     x, y = _add_shift(_join(images), shift), None
     if silu or output:
         y = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)[0]
@@ -113,6 +115,7 @@ def _group_norm_backward_reference(
         dy, x, mean, rstd, weight, *_sizes(x), groups, [True, True, True]
     )
     dshift = None if shift is None else dx.sum((2, 3))
+    dweight, dbias = _accumulate(into, dweight, dbias)
     if through is not None:
         dx += _join(through)
     return dx.split([image.shape[1] for image in images], dim=1), dweight, dbias, dshift, y if output else None
@@ -161,16 +164,18 @@ def _layer_norm_backward_reference(
     ds: Tensor | None,
     *,
     output: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    into: Destination | None = None,
+) -> tuple[Tensor, Gradient, Gradient, Tensor | None]:
     gradients = torch.ops.aten.native_layer_norm_backward(dy, s, s.shape[-1:], mean, rstd, weight, bias, [True, True, True])
     dx, dweight, dbias = gradients
     y = _layer_norm_recompute_reference(s, mean, rstd, weight, bias, eps) if output else None
+    dweight, dbias = _accumulate(into, dweight, dbias)
     return dx if ds is None else dx + ds, dweight, dbias, y
 
 
 def _geglu_backward_reference(
-    dy_F: Tensor, x_2F: Tensor, *, output: bool, sums: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dy_F: Tensor, x_2F: Tensor, *, output: bool, sums: bool, into: Destination | None = None
+) -> tuple[Tensor, Tensor | None, Gradient]:
     value, gate = x_2F.chunk(2, dim=-1)
     dx_2F = torch.empty_like(x_2F)
     dvalue, dgate = dx_2F.chunk(2, dim=-1)
@@ -179,7 +184,18 @@ def _geglu_backward_reference(
     if output:
         y *= value
     torch.ops.aten.gelu_backward.grad_input(dy_F * value, gate, grad_input=dgate)
-    return dx_2F, y if output else None, dx_2F.flatten(0, -2).sum(0) if sums else None
+    (dx_sums,) = _accumulate(into, dx_2F.flatten(0, -2).sum(0)) if sums else (None,)
+    return dx_2F, y if output else None, dx_sums
+
+
+def _accumulate(into: Destination | None, *gradients: Tensor) -> tuple[Gradient, ...]:
+    """Return the gradients, or write them into memory and return None for each."""
+    if into is None:
+        return gradients
+    memory, add = into
+    for target, gradient in zip(memory, gradients, strict=True):
+        target.add_(gradient) if add else target.copy_(gradient)
+    return (None,) * len(gradients)
 
 
 def _attention_triton(q: Tensor, k: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
@@ -242,12 +258,16 @@ def _group_norm_backward_triton(
     silu: bool,
     through: Images | None,
     output: bool,
-) -> tuple[Images, Tensor, Tensor, Shift, Tensor | None]:
+    into: Destination | None = None,
+) -> tuple[Images, Gradient, Gradient, Shift, Tensor | None]:
     dy = channels_last(dy)
     y = dy if output else None
     norm = mean, rstd, weight, bias, groups, silu, shift
-    dx, dskip, dweight, dbias, dshift = group_norm_backward_op(dy, images[0], _two(images)[1], *norm, *_two(through), y)
-    return (dx, dskip)[: len(images)], dweight, dbias, None if shift is None else dshift, y
+    memory, add = into or ((None, None), False)
+    operands = dy, images[0], _two(images)[1], *norm, *_two(through), y, *memory, add
+    dx, dskip, dweight, dbias, dshift = group_norm_backward_op(*operands)
+    gradients = (dweight, dbias) if into is None else (None, None)
+    return (dx, dskip)[: len(images)], *gradients, None if shift is None else dshift, y
 
 
 def _layer_norm_triton(
@@ -274,19 +294,20 @@ def _layer_norm_backward_triton(
     ds: Tensor | None,
     *,
     output: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if output:
-        dx, dparameters = layer_norm_backward_in_place_op(dy, s, mean, rstd, weight, bias, ds)
-    else:
-        dx, dparameters = layer_norm_backward_op(dy, s, mean, rstd, weight, ds)
-    return dx, dparameters[0], dparameters[1], dy if output else None
+    into: Destination | None = None,
+) -> tuple[Tensor, Gradient, Gradient, Tensor | None]:
+    memory, add = into or ([], False)
+    dx, dweight, dbias = layer_norm_backward_in_place_op(dy, s, mean, rstd, weight, bias, ds, output, memory, add)
+    y = dy if output else None
+    return (dx, dweight, dbias, y) if into is None else (dx, None, None, y)
 
 
 def _geglu_backward_triton(
-    dy_F: Tensor, x_2F: Tensor, *, output: bool, sums: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    dx, dx_sums = geglu_backward_in_place_op(dy_F, x_2F, output, sums)
-    return dx, dy_F if output else None, dx_sums if sums else None
+    dy_F: Tensor, x_2F: Tensor, *, output: bool, sums: bool, into: Destination | None = None
+) -> tuple[Tensor, Tensor | None, Gradient]:
+    memory, add = into or ([], False)
+    dx, dx_sums = geglu_backward_in_place_op(dy_F, x_2F, output, sums, memory, add)
+    return dx, dy_F if output else None, dx_sums if sums and into is None else None
 
 
 REFERENCE_FORWARD_BACKWARD = ForwardBackwardOps(

@@ -143,15 +143,19 @@ def geglu_backward(dy_F: Tensor, x_2F: Tensor) -> Tensor:
     return _launch_backward(as_rows(dy_F), x_2F, output=False, sums=False)[0]
 
 
-def geglu_backward_in_place(dy_F: Tensor, x_2F: Tensor, output: bool, sums: bool) -> tuple[Tensor, Tensor]:
+def geglu_backward_in_place(
+    dy_F: Tensor, x_2F: Tensor, output: bool, sums: bool, memory: list[Tensor], add: bool
+) -> tuple[Tensor, Tensor]:
     """Return dx (..., 2F) and, with `sums`, its sum over all rows (2F), otherwise an empty tensor.
 
     Args:
         dy_F: (..., F), contiguous. With `output`, y overwrites it.
+        memory: one tensor (2F) into which the sum is written, or added if `add`, instead of being returned; or none.
     """
     assert dy_F.is_contiguous()
     dx, partial = _launch_backward(as_rows(dy_F), x_2F, output=output, sums=sums)
-    return dx, x_2F.new_empty(0) if partial is None else column_sums(partial, x_2F.dtype)
+    new = [] if partial is None else column_sums(partial, 1, x_2F.dtype, (memory, add) if memory else None)
+    return dx, new[0] if new and not memory else x_2F.new_empty(0)
 
 
 def _launch_backward(dy: Tensor, x_2F: Tensor, *, output: bool, sums: bool) -> tuple[Tensor, Tensor | None]:
@@ -181,14 +185,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 geglu_op = custom_op("geglu")(geglu_forward)
 geglu_backward_op = custom_op("geglu_backward")(geglu_backward)
-geglu_backward_in_place_op = custom_op("geglu_backward_in_place", mutates_args=("dy_F",))(geglu_backward_in_place)
+geglu_backward_in_place_op = custom_op("geglu_backward_in_place", mutates_args=("dy_F", "memory"))(geglu_backward_in_place)
 geglu_op.register_fake(lambda x_2F: x_2F.new_empty(*x_2F.shape[:-1], x_2F.shape[-1] // 2))
 geglu_backward_op.register_fake(lambda dy_F, x_2F: x_2F.new_empty(x_2F.shape))
 
 
 @geglu_backward_in_place_op.register_fake
-def _(dy_F: Tensor, x_2F: Tensor, output: bool, sums: bool) -> tuple[Tensor, Tensor]:
-    return x_2F.new_empty(x_2F.shape), x_2F.new_empty(x_2F.shape[-1] if sums else 0)
+def _(dy_F: Tensor, x_2F: Tensor, output: bool, sums: bool, memory: list[Tensor], add: bool) -> tuple[Tensor, Tensor]:
+    return x_2F.new_empty(x_2F.shape), x_2F.new_empty(x_2F.shape[-1] if sums and not memory else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -220,7 +224,8 @@ def _calls() -> Calls:
         for mode, dtype in DTYPES.items():
             x, y = (meta(workload.BATCH * kind.rows, width * kind.features, dtype=dtype) for width in (2, 1))
             geglu_forward(x)
-            geglu_backward_in_place(y, x, True, True)
+            geglu_backward_in_place(y, x, True, True, [], False)
+            geglu_backward_in_place(y, x, True, True, [meta(2 * kind.features)], True)
             yield f"{kind.features} features", mode
 
 

@@ -183,7 +183,7 @@ def _merge_sums(
     partial_ptr, rstd_ptr, weight_ptr, u_mean_ptr, u_xhat_mean_ptr, total_ptr, dshift_ptr, n_positions, n_channels, n_chunks,
     SHIFT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Write mean(u) and mean(u * xhat) (B, G), total (2, B, C) with sums of dz * xhat and dz, and d shift (B, C)."""
+    """Write mean(u) and mean(u * xhat) (B, G), total (B, 2, C) with sums of dz * xhat and dz, and d shift (B, C)."""
     n_groups = n_channels // WIDTH
     i_image, i_group = tl.program_id(0) // n_groups, tl.program_id(0) % n_groups
     cols = tl.arange(0, COLS)[None, :]
@@ -194,9 +194,9 @@ def _merge_sums(
     partial_ptrs = partial_ptr + i_image.to(tl.int64) * n_chunks * stride + cols
     dz = sum_chunks(partial_ptrs, stride, n_chunks, col_mask, CHUNKS, COLS)
     dz_xhat = sum_chunks(partial_ptrs + n_channels, stride, n_chunks, col_mask, CHUNKS, COLS)
-    total_ptrs = total_ptr + i_image * n_channels + cols
+    total_ptrs = total_ptr + i_image * 2 * n_channels + cols
     tl.store(total_ptrs, dz_xhat, col_mask)
-    tl.store(total_ptrs + tl.num_programs(0) // n_groups * n_channels, dz, col_mask)
+    tl.store(total_ptrs + n_channels, dz, col_mask)
 
     weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(tl.float32)
     u_mean = tl.sum(dz * weight) / elements
@@ -243,10 +243,6 @@ def _input_gradient(
     if OUTPUT:
         tl.debug_barrier()  # every thread has read dy
         tl.store(y_ptr + start + offs, rounded(_output(xhat, weight, bias, SILU), y_ptr.dtype.element_ty), mask)
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def empty_joined(x: Tensor, skip: Tensor | None) -> Tensor:
@@ -304,9 +300,12 @@ def group_norm_backward(
     groups: int,
     silu: bool,
     shift: Shift,
-    through: Tensor | None = None,
-    skip_through: Tensor | None = None,
-    y: Tensor | None = None,
+    through: Tensor | None,
+    skip_through: Tensor | None,
+    y: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    add: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (dx, dskip, dweight, dbias, dshift), dx and dskip channels last. dskip and dshift are empty if there are none.
 
@@ -314,33 +313,38 @@ def group_norm_backward(
         dy: (B, C, H, W) in any layout.
         through, skip_through: added to dx and dskip; both or none, if there is a skip.
         y: channels last. The norm's output is written to it. It may be dy itself.
+        dweight, dbias: written, or added to if `add`. Empty tensors are returned in their place.
     """
     dy, ((x, skip, shift), sizes, chunks) = channels_last(dy), _image(x, skip, shift)
     images, n_channels, with_shift = len(x), sizes[1], shift is not None
     partial = x.new_empty(images, chunks, 3 if with_shift else 2, n_channels, dtype=torch.float32)
-    total = x.new_empty(2, images, n_channels, dtype=torch.float32)
+    total = x.new_empty(images, 2 * n_channels, dtype=torch.float32)
     means = torch.empty_like(mean), torch.empty_like(mean)
-    gradients = _empty_like(x), None if skip is None else _empty_like(skip)
+    gradients = empty_joined(x, None), None if skip is None else empty_joined(skip, None)
     dshift = x.new_empty(0) if shift is None else torch.empty_like(shift)
     throughs = (None if t is None else channels_last(t) for t in (through, skip_through))
     operands = dy, x, skip, mean, rstd, weight.contiguous(), bias.contiguous(), shift
     flags, programs = _flags(sizes, groups, silu, skip, shift), grid(images, chunks, *_widths(sizes))
     if x.numel():
         launch(_sums, programs, *operands, partial, *sizes, **flags)
-        sums = partial, rstd, operands[5], *means, total, dshift
-        launch(_merge_sums, (groups * images,), *sums, *sizes[:2], chunks, SHIFT=with_shift, **merging_tile(n_channels, groups))
+        merged = partial, rstd, operands[5], *means, total, dshift
+        launch(
+            _merge_sums, (groups * images,), *merged, *sizes[:2], chunks, SHIFT=with_shift, **merging_tile(n_channels, groups)
+        )
         outputs = *means, *throughs, *gradients, y
         # Five operands of half a tile leave registers for a second program.
         flags |= {"THROUGH": through is not None, "OUTPUT": y is not None, "ROWS": flags["ROWS"] // 2}
         programs = grid(images, triton.cdiv(sizes[0], flags["ROWS"]), *_widths(sizes))
         launch(_input_gradient, programs, *operands, *outputs, *sizes, **flags)
     dx, dskip = gradients
-    dweight, dbias = (column_sums(sums, p.dtype) for sums, p in zip(total, (weight, bias), strict=True))
-    return dx, x.new_empty(0) if dskip is None else dskip, dweight, dbias, dshift
+    memory = None if dweight is None or dbias is None else ([dweight, dbias], add)
+    sums = column_sums(total, 2, weight.dtype, memory)
+    new_dweight, new_dbias = sums if memory is None else (x.new_empty(0), x.new_empty(0))
+    return dx, x.new_empty(0) if dskip is None else dskip, new_dweight, new_dbias, dshift
 
 
 group_norm_apply_op = custom_op("group_norm_apply")(group_norm_apply)
-group_norm_backward_op = custom_op("group_norm_backward", mutates_args=("y",))(group_norm_backward)
+group_norm_backward_op = custom_op("group_norm_backward", mutates_args=("y", "dweight", "dbias"))(group_norm_backward)
 group_norm_apply_op.register_fake(lambda x, skip, *_: empty_joined(x, skip))
 
 
@@ -362,21 +366,19 @@ def group_norm_op(
 
 
 group_norm_op.register_fake(
-    lambda x, weight, bias, groups, eps, silu, shift, skip, *_: (empty_joined(x, skip), *_empty_statistics(x, groups))
+    lambda x, weight, bias, groups, eps, silu, shift, skip, *_: (
+        empty_joined(x, skip),
+        *(x.new_empty(len(x), groups, dtype=torch.float32) for _ in range(2)),
+    )
 )
 group_norm_backward_op.register_fake(
-    lambda dy, x, skip, mean, rstd, weight, bias, groups, silu, shift, *_: (
-        _empty_like(x),
-        x.new_empty(0) if skip is None else _empty_like(skip),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
+    lambda dy, x, skip, mean, rstd, weight, bias, groups, silu, shift, through, skip_through, y, dweight, *_: (
+        empty_joined(x, None),
+        x.new_empty(0) if skip is None else empty_joined(skip, None),
+        *(weight.new_empty(len(weight) if dweight is None else 0) for _ in range(2)),
         x.new_empty(0) if shift is None else shift.new_empty(shift.shape),
     )
 )
-
-
-def _empty_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), groups, dtype=torch.float32), x.new_empty(len(x), groups, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -389,7 +391,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy: Tensor, *statistics: None) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, shift = ctx.saved_tensors
     norm = mean, rstd, weight, bias, ctx.groups, ctx.silu, shift
-    dx, _, dweight, dbias, dshift = group_norm_backward_op(dy, x, None, *norm, *(None,) * 3)
+    dx, _, dweight, dbias, dshift = group_norm_backward_op(dy, x, None, *norm, *(None,) * 5, False)
     return dx, dweight, dbias, None, None, None, None if shift is None else dshift, None, None, None
 
 
@@ -433,7 +435,7 @@ def _record(kind: workload.GroupNorm, dtype: torch.dtype) -> None:
     throughs = [] if not trained else [None] if kind.shift else [x, None] if kind == workload.LAST_GROUP_NORM else [x]
     for through in throughs:
         norm = mean, rstd, w, w, kind.groups, kind.silu, shift
-        group_norm_backward(y, x, skip, *norm, through, skip if through is x else None, y)
+        group_norm_backward(y, x, skip, *norm, through, skip if through is x else None, y, None, None, False)
     if not kind.silu and trained:  # the sums before and after a transformer, and the input of a level that was enlarged
         for bias, residual in ((w, x), (None, x), (w, None))[: 3 if kind.side > workload.SMALLEST_SIDE else 2]:
             add_statistics(x, bias, residual)

@@ -228,28 +228,46 @@ def layer_norm_apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias
 
 def layer_norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return dx and the gradients of weight and bias (2, F). x is the normalised input; with a residual it is s, and dx the
-    gradient of both summands.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dx, dweight, dbias). x is the normalised input; with a residual it is s, and dx the gradient of both summands.
 
     Args:
         ds: the gradient of s from its other uses, added to dx.
     """
-    return _launch_backward(as_rows(dy), x, mean, rstd, weight, None, ds)
+    dx, partial = _launch_backward(as_rows(dy), x, mean, rstd, weight, None, ds)
+    dweight, dbias = column_sums(partial, 2, weight.dtype)
+    return dx, dweight, dbias
 
 
 def layer_norm_backward_in_place(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return as `layer_norm_backward`, and overwrite dy, contiguous, with y. y has the bits of the forward."""
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ds: Tensor | None,
+    output: bool,
+    memory: list[Tensor],
+    add: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return as `layer_norm_backward`.
+
+    Args:
+        dy: contiguous. With `output`, y overwrites it, with the bits of the forward.
+        memory: two tensors (F) into which dweight and dbias are written, or added if `add`, instead of being returned; or none.
+    """
     assert dy.is_contiguous()
-    return _launch_backward(as_rows(dy), x, mean, rstd, weight, bias, ds)
+    dx, partial = _launch_backward(as_rows(dy), x, mean, rstd, weight, bias if output else None, ds)
+    new = column_sums(partial, 2, weight.dtype, (memory, add) if memory else None)
+    dweight, dbias = (weight.new_empty(0), weight.new_empty(0)) if memory else new
+    return dx, dweight, dbias
 
 
 def _launch_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, ds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward of rows dy. With a bias, y overwrites dy."""
+    """Return dx and partial sums (programs, 2F) from rows dy. With a bias, y overwrites dy."""
     rows, tile = as_rows(x), _tile(x.shape[-1])
     ds_rows = None if ds is None else as_rows(ds)
     n_rows, n_cols = rows.shape
@@ -263,7 +281,7 @@ def _launch_backward(
         sizes = *rows.shape, dy.stride(0), 0 if ds_rows is None else ds_rows.stride(0), rows.stride(0), rows_per_program
         flags = {"RESIDUAL": ds_rows is not None, "OUTPUT": bias is not None}
         launch(_backward, (programs,), *operands, *sizes, **flags, **tile)
-    return dx, column_sums(partial, weight.dtype).view(2, n_cols)
+    return dx, partial
 
 
 @custom_op("layer_norm")
@@ -283,7 +301,9 @@ def layer_norm_residual_op(
 
 layer_norm_apply_op = custom_op("layer_norm_apply")(layer_norm_apply)
 layer_norm_backward_op = custom_op("layer_norm_backward")(layer_norm_backward)
-layer_norm_backward_in_place_op = custom_op("layer_norm_backward_in_place", mutates_args=("dy",))(layer_norm_backward_in_place)
+layer_norm_backward_in_place_op = custom_op("layer_norm_backward_in_place", mutates_args=("dy", "memory"))(
+    layer_norm_backward_in_place
+)
 layer_norm_apply_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
@@ -300,15 +320,27 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
 
 
 @layer_norm_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(2, *weight.shape)
+def _(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, ds: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 @layer_norm_backward_in_place_op.register_fake
 def _(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, ds: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(2, *weight.shape)
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ds: Tensor | None,
+    output: bool,
+    memory: list[Tensor],
+    add: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = 0 if memory else len(weight)
+    return x.new_empty(x.shape), weight.new_empty(size), weight.new_empty(size)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -319,8 +351,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    dx, dparameters = layer_norm_backward_op(dy, *ctx.saved_tensors)
-    return dx, dparameters[0], dparameters[1], None
+    return *layer_norm_backward_op(dy, *ctx.saved_tensors), None
 
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -332,8 +363,8 @@ def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_residual(ctx: Any, dy: Tensor, ds: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     s, mean, rstd, weight = ctx.saved_tensors
-    dx, dparameters = layer_norm_backward_op(dy, s, mean, rstd, weight, ds)
-    return dx, dx, dparameters[0], dparameters[1], None
+    dx, dweight, dbias = layer_norm_backward_op(dy, s, mean, rstd, weight, ds)
+    return dx, dx, dweight, dbias, None
 
 
 layer_norm_op.register_autograd(_differentiate, setup_context=_save)
@@ -370,8 +401,9 @@ def _calls() -> Calls:
             _, _, mean, rstd = layer_norm_forward(x, w, w, kind.eps)
             layer_norm_forward(x, w, w, kind.eps, x)
             layer_norm_apply(x, mean, rstd, w, w)
-            layer_norm_backward(x, x, mean, rstd, w, x)
-            layer_norm_backward_in_place(x, x, mean, rstd, w, w, x)
+            for output in (True, False):
+                layer_norm_backward_in_place(x, x, mean, rstd, w, w, x, output, [], False)
+            layer_norm_backward_in_place(x, x, mean, rstd, w, w, x, True, [meta(kind.features), meta(kind.features)], True)
             yield f"{kind.features} features", mode
 
 

@@ -22,6 +22,8 @@ Tensors = Sequence[Tensor]
 Shift = Tensor | None  # (B, C), added to an image before its norm
 Images = tuple[Tensor, ...]  # x, or x and a skip connection, whose channels follow those of x
 Partials = tuple[Tensor | None, ...]  # the partial statistics of `Images` (`group_norm_statistics.py`)
+# Memory for the gradients of a layer's vectors, fp32 or in their dtype, and True if the gradients are to be added to it.
+Destination = tuple[list[Tensor], bool]
 
 
 class StepOptions(TypedDict, total=False):
@@ -205,10 +207,12 @@ class GroupNormBackward(Protocol):
         silu: bool,
         through: Images | None,
         output: bool,
-    ) -> tuple[Images, Tensor, Tensor, Shift, Tensor | None]:
+        into: Destination | None = ...,
+    ) -> tuple[Images, Tensor | None, Tensor | None, Shift, Tensor | None]:
         """Return dimages, dweight, dbias, dshift, and with `output` y, with the bits of the forward. dy may be overwritten.
 
-        `through`, gradients of the images from their other uses, is added to dimages. dshift is None without a shift.
+        `through`, gradients of the images from their other uses, is added to dimages. dweight and dbias are None if they went
+        `into` memory, dshift without a shift.
         """
 
 
@@ -242,18 +246,23 @@ class LayerNormBackward(Protocol):
         ds: Tensor | None,
         *,
         output: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        into: Destination | None = ...,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Return the whole gradient of s (`ds` is that from its other uses), dweight, dbias and, with `output`, y.
 
-        y has the bits of the forward. It may overwrite dy, which must not be used afterwards.
+        dweight and dbias are None if they went `into` memory. y has the bits of the forward. It may overwrite dy, which must
+        not be used afterwards.
         """
 
 
 class GegluBackward(Protocol):
-    def __call__(self, dy_F: Tensor, x_2F: Tensor, *, output: bool, sums: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def __call__(
+        self, dy_F: Tensor, x_2F: Tensor, *, output: bool, sums: bool, into: Destination | None = ...
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return dx (..., 2F), with `output` y (..., F), and with `sums` the sum of dx over all rows (2F).
 
-        y has the bits of the forward. It may overwrite dy, which must not be used afterwards.
+        The sum is None if it went `into` memory. y has the bits of the forward. It may overwrite dy, which must not be used
+        afterwards.
         """
 
 

@@ -279,7 +279,8 @@ def test_an_image_does_not_depend_on_its_batch():
 
     def run(rows):
         mean, rstd = group_norm_statistics(x[rows], None, None, None, shift[rows], 4, 1e-5)
-        dx, _, _, _, dshift = group_norm_backward(dy[rows], x[rows], None, mean, rstd, weight, bias, 4, True, shift[rows])
+        norm = mean, rstd, weight, bias, 4, True, shift[rows]
+        dx, _, _, _, dshift = group_norm_backward(dy[rows], x[rows], None, *norm, *(None,) * 5, False)
         return mean, rstd, dx, dshift
 
     together = run(slice(0, 3))
@@ -331,11 +332,22 @@ def test_sums_have_the_statistics_that_the_norm_would_take(images, channels, hei
 @DTYPES
 @pytest.mark.parametrize("rows, columns", [(1, 1), (63, 33), (64, 32), (200, 70), (0, 5), (3, 0)])
 def test_column_sums(rows, columns, dtype):
-    x = normal(rows, columns + 1)[:, :columns].contiguous()
-    y, exact = column_sums(x, dtype), x.double().sum(0)
-    assert y.dtype == dtype and torch.equal(y, column_sums(x, dtype))
+    x = normal(rows, 2 * columns)
+    (y,), exact = column_sums(x, 1, dtype), x.double().sum(0)
+    assert y.dtype == dtype
+    assert equal(column_sums(x, 2, dtype), y.split(columns) if columns else (y, y))
     rounding = max((exact.to(dtype) - exact).norm(), (x.sum(0).to(dtype) - exact).norm())
     assert (y - exact).norm() <= 2 * rounding
+    memory = normal(3, columns + 8).unbind()  # fp32, for gradients of any dtype
+    first, second = (vector[4 : 4 + columns] for vector in memory[:2])
+    before = [vector.clone() for vector in memory]
+    assert column_sums(x, 2, dtype, ([first, second], True))[0] is first
+    added = torch.cat([first - before[0][4:-4], second - before[1][4:-4]])
+    assert torch.allclose(added.double(), exact, atol=1e-4)
+    column_sums(x, 2, dtype, ([first, second], False))
+    assert equal((first, second), column_sums(x, 2, torch.float32))
+    first[:], second[:] = before[0][4:-4], before[1][4:-4]
+    assert equal(memory, before)  # nothing around the vectors is written
 
 
 def runs(dtype=torch.bfloat16):
@@ -377,8 +389,8 @@ def test_recomputed_outputs_have_the_same_bits(dtype):
     norm = mean, rstd, weight, bias, 4, True, shift
     assert torch.equal(OPS.group_norm_apply(x, None, *norm), y)
     dy = normal(*x.shape, dtype=dtype, seed=3).to(memory_format=CHANNELS_LAST)
-    gradients = OPS.group_norm_backward(dy, x, None, *norm, None, None, None)
-    assert equal(OPS.group_norm_backward(dy, x, None, *norm, None, None, dy), gradients)
+    gradients = OPS.group_norm_backward(dy, x, None, *norm, *(None,) * 5, False)
+    assert equal(OPS.group_norm_backward(dy, x, None, *norm, None, None, dy, None, None, False), gradients)
     assert torch.equal(dy, y)  # the memory of dy
 
 
@@ -401,6 +413,7 @@ def test_opcheck():
     statistics = group_norm_statistics(image, None, None, None, shift, 3, 1e-5)
     norm = *statistics, *plain[2:], 3, True
     differentiable = [t.clone().requires_grad_() for t in (image, w, b)]
+    in_place = plain[1].clone(), plain[0], mean, rstd, *plain[2:]
     cases = [
         ("geglu", (x,)),
         ("geglu_backward", (normal(5, 3), plain[0])),
@@ -408,15 +421,32 @@ def test_opcheck():
         ("layer_norm_residual", (x, r, w, b, 1e-5)),
         ("layer_norm_apply", (plain[0], mean, rstd, *plain[2:])),
         ("layer_norm_backward", (plain[1], plain[0], mean, rstd, plain[2], plain[1])),
-        ("layer_norm_backward_in_place", (plain[1].clone(), plain[0], mean, rstd, *plain[2:], plain[1])),
-        ("geglu_backward_in_place", (normal(5, 3), plain[0], True, True)),
+        ("layer_norm_backward_in_place", (*in_place, plain[1], True, [], False)),
+        ("layer_norm_backward_in_place", (*in_place, None, False, [normal(6), normal(6)], True)),
+        ("geglu_backward_in_place", (normal(5, 3), plain[0], True, True, [], False)),
+        ("geglu_backward_in_place", (normal(5, 3), plain[0], False, True, [normal(6)], False)),
         ("group_norm", (*differentiable, 3, 1e-5, True, shift.clone().requires_grad_(), None, None, None)),
         ("group_norm_apply", (image, None, *norm, shift)),
-        ("group_norm_backward", (image.contiguous(), image, None, *norm, shift)),
+        ("group_norm_backward", (image.contiguous(), image, None, *norm, shift, *(None,) * 5, False)),
         (
             "group_norm_backward",
-            (image, image, None, *statistics, *plain[2:], 3, True, None, image, None, torch.empty_like(image)),
+            (
+                image,
+                image,
+                None,
+                *statistics,
+                *plain[2:],
+                3,
+                True,
+                None,
+                image,
+                None,
+                torch.empty_like(image),
+                *(None,) * 2,
+                False,
+            ),
         ),
+        ("group_norm_backward", (image, image, None, *norm, None, None, None, None, normal(6), normal(6), True)),
         ("add_statistics", tuple(t.clone().requires_grad_() for t in (image, b, image))),
     ]
     for name, arguments in cases:

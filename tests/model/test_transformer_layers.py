@@ -1,4 +1,4 @@
-"""The layers of a transformer block: each gradient is the same alone and among others, and no pass is made twice."""
+"""The layers of transformers and resnets: each gradient is the same alone and among others, and no pass is made twice."""
 
 from collections import Counter
 
@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unets import CFG
 
 from fastsd.model import recompute
+from fastsd.model.gradient_sink import GradientSink, destination_of
 from fastsd.model.matmul import LayerTensors
-from fastsd.model.recompute import NormTensors
+from fastsd.model.recompute import Image, NormTensors
 from fastsd.model.unet import TransformerBlock
 from fastsd_kernels import REFERENCE, TRITON
 
@@ -25,6 +26,7 @@ def tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 NORM = {"x": (2, 5, WIDTH), "residual": (2, 5, WIDTH), "norm_weight": (WIDTH,), "norm_bias": (WIDTH,)}
+IMAGE = {name: NORM[name] for name in ("norm_weight", "norm_bias")} | {"x": (2, WIDTH, 3, 4)}
 FIRST = {"weight1": (8 * WIDTH, WIDTH), "bias1": (8 * WIDTH,)}
 SECOND = {"weight2": (WIDTH, 4 * WIDTH), "bias2": (WIDTH,)}
 
@@ -48,7 +50,35 @@ def layer_norm_linear(ops, added):
     return run, NORM | FIRST
 
 
+def group_norm_linear(ops, option):
+    def run(x, norm_weight, norm_bias, weight1, bias1):
+        norm, layer = NormTensors(norm_weight, norm_bias), LayerTensors(weight1, bias1)
+        y, residual = recompute.group_norm_linear(ops.forward_backward, 4, EPS, Image(channels_last(x)), norm, layer)
+        return torch.cat([y.flatten(1), residual.flatten(1)], dim=1)
+
+    return run, IMAGE | FIRST
+
+
+def norm_conv(ops, with_shortcut):
+    def run(x, norm_weight, norm_bias, shift, weight1, bias1, weight2, bias2):
+        norm, conv = NormTensors(norm_weight, norm_bias), LayerTensors(weight1, bias1)
+        shortcut = LayerTensors(weight2, bias2) if with_shortcut else None
+        images = Image(channels_last(x[:, :8])), Image(channels_last(x[:, 8:]))
+        y, passed = recompute.norm_conv(ops.forward_backward, 4, EPS, *images, shift, norm, conv, shortcut)
+        return y + passed if with_shortcut else y + (weight2.sum() + bias2.sum())
+
+    conv = {"weight1": (8, WIDTH, 3, 3), "bias1": (8,), "weight2": (8, WIDTH, 1, 1), "bias2": (8,)}
+    return run, IMAGE | {"shift": (2, WIDTH)} | conv
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 LAYERS = {
+    "group norm, linear": (group_norm_linear, None),
+    "group norm, convolution": (norm_conv, False),
+    "group norm, convolution, shortcut": (norm_conv, True),
     "feed-forward": (feed_forward, True),
     "feed-forward without hidden": (feed_forward, False),
     "layer norm, linear": (layer_norm_linear, False),
@@ -79,10 +109,12 @@ def test_frozen_tensors_change_no_other_gradient(ops, make, option):
 class Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.calls = Counter()
+        self.calls, self.rebuilt = Counter(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.overloadpacket.__name__] += 1
+        name = func.overloadpacket.__name__
+        self.calls[name] += 1
+        self.rebuilt[name] += any(argument is True for argument in args)
         return func(*args, **kwargs or {})
 
 
@@ -95,10 +127,46 @@ def test_a_blocks_backward_makes_no_pass_twice(keep_hidden):
     with Count() as count:
         out.backward(values["upstream"])
     calls = count.calls
-    # Without the hidden layer, it is computed again from the norm's output; the last norm then has no need to give it.
-    recomputed = 0 if keep_hidden else 1
-    assert calls["layer_norm_apply"] == recomputed and calls["layer_norm_backward"] == recomputed
-    assert calls["layer_norm_backward_in_place"] == 3 - recomputed
-    assert calls["geglu"] == 0 and calls["geglu_backward_in_place"] == 1
+    # Without the hidden layer, it is computed again from the norm's output; the last norm then has no need to rebuild it.
+    assert calls["layer_norm_apply"] == (0 if keep_hidden else 1)
+    assert calls["layer_norm_backward_in_place"] == 3
+    assert count.rebuilt["layer_norm_backward_in_place"] == (3 if keep_hidden else 2)
+    assert calls["geglu"] == 0 and calls["geglu_backward_in_place"] == count.rebuilt["geglu_backward_in_place"] == 1
     # The norms add the gradients of the residual stream. The sums are of three biases: both outputs and the second linear.
     assert calls["add"] == calls["add_"] == 0 and calls["sum"] == 3
+
+
+@OPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make, option", LAYERS.values(), ids=LAYERS)
+def test_gradients_of_vectors_go_to_their_sinks(make, option, ops, dtype):
+    """The sums of two backwards in fp32 sinks equal the sums of what autograd returns without sinks."""
+    run, shapes = make(ops, option)
+    leaves = {name: value.to(dtype).requires_grad_() for name, value in tensors(**shapes).items()}
+    vectors = [leaves[name] for name in ("norm_weight", "norm_bias", *(["bias1"] if make is feed_forward else []))]
+
+    def backward():
+        out = run(**leaves)
+        (out * torch.arange(out.numel(), device=DEVICE).view_as(out).cos().to(dtype)).sum().backward()
+
+    backward()
+    expected = [2 * vector.grad.float() for vector in vectors]
+    for leaf in leaves.values():
+        leaf.grad = None
+    sinks = [GradientSink(vector, torch.full_like(vector, torch.nan, dtype=torch.float32)) for vector in vectors]
+    for _ in range(2):
+        backward()
+    assert all(vector.grad is None for vector in vectors)
+    for sink, exact in zip(sinks, expected, strict=True):
+        assert (sink.memory - exact).norm() <= (1e-6 if dtype == torch.float32 else 2**-8) * exact.norm()
+
+
+def test_a_vector_that_is_ahead_of_the_other_is_summed_apart():
+    weight, bias = torch.ones(8), torch.zeros(8)
+    first = GradientSink(weight, torch.empty(8))
+    assert destination_of(weight, bias) is None  # only one has a sink
+    second = GradientSink(bias, torch.empty(8))
+    first.add(torch.ones(8))
+    assert destination_of(weight, bias) is None and second.empty
+    second.add(torch.ones(8))
+    assert destination_of(weight, bias) == ([first.memory, second.memory], True)
