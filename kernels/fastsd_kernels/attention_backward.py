@@ -110,7 +110,7 @@ def _backward(
             do = load_operand(do_ptrs, row_mask, SUM_D, D, PRECISION)
             dp = product(v, do, PRECISION)
             # From rounded numbers, as in `attention.py`.
-            delta = row_dots(load_head(o_head_ptr + rows * (o_row * 8), row_mask, SUM_D, D), do)
+            delta = row_dots(load_head(o_head_ptr + rows * (o_row * 8), row_mask, SUM_D, D), do, PRECISION)
             do_out = load_operand(do_ptrs, row_mask, OUT_D, D, PRECISION)
             dv = add_product(dv, operand(p, do_ptr.dtype.element_ty, PRECISION), do_out, PRECISION)
             ds = p * (dp - delta[None, :])
