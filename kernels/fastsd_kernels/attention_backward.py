@@ -39,6 +39,7 @@ from fastsd_kernels.attention_tiles import AttentionTile, launch_options
 from fastsd_kernels.head_tile import (
     SIZES,
     add_product,
+    cut_for_output,
     head_pointer,
     load_head,
     load_operand,
@@ -103,7 +104,8 @@ def _backward(
             row_mask = None if EVEN else rows < N
             q_ptrs = q_head_ptr + rows * (q_row * 8)
             do_ptrs = do_head_ptr + rows * (do_row * 8)
-            s = product(k, load_operand(q_ptrs, row_mask, SUM_D, D, PRECISION), PRECISION)
+            q = load_operand(q_ptrs, row_mask, SUM_D, D, PRECISION)
+            s = product(k, q, PRECISION)
             # exp2(s - inf) = 0: a query beyond N adds nothing.
             lse = tl.load(lse_ptr + i_head * N + rows, mask=row_mask, other=None if EVEN else float("inf"))
             p = tl.exp2(s * scale - lse[None, :])
@@ -111,14 +113,14 @@ def _backward(
             dp = product(v, do, PRECISION)
             # From rounded numbers, as in `attention.py`.
             delta = row_dots(load_head(o_head_ptr + rows * (o_row * 8), row_mask, SUM_D, D), do, PRECISION)
-            do_out = load_operand(do_ptrs, row_mask, OUT_D, D, PRECISION)
+            do_out = cut_for_output(do, do_ptrs, row_mask, OUT_D, D, PRECISION)
             dv = add_product(dv, operand(p, do_ptr.dtype.element_ty, PRECISION), do_out, PRECISION)
             ds = p * (dp - delta[None, :])
             if not EVEN:
                 # A key beyond L has s = 0, and exp2(-lse) may be infinite: 0 times it would be NaN.
                 ds = tl.where(key_mask[:, None], ds, 0.0)
             ds = operand(ds, q_ptr.dtype.element_ty, PRECISION)
-            dk = add_product(dk, ds, load_operand(q_ptrs, row_mask, OUT_D, D, PRECISION), PRECISION)
+            dk = add_product(dk, ds, cut_for_output(q, q_ptrs, row_mask, OUT_D, D, PRECISION), PRECISION)
             dq = add_product(zero_head(ROWS, SUM_D), tl.trans(ds), k, PRECISION)
             for i in tl.static_range(len(SUM_D)):
                 exists = left[i][:, None] > i

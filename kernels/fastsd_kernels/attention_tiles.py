@@ -221,6 +221,8 @@ def slices(head_dim: int, widest: int, least: int) -> tuple[tuple[int, int], ...
 def needed_flops(launch: Launch) -> int:
     """Return the FLOPs that a launch's results need without padding: of the scores, of dP for dq and dk, and of each result."""
     operands = dict(zip((parameter.name for parameter in launch.kernel.params), launch.arguments, strict=False))
+    if "q_ptr" not in operands:
+        return 0  # it adds copies of dq
     q, k = operands["q_ptr"], operands["k_ptr"]
     assert isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)
     results = operands.keys() & {"o_ptr", "dq_ptr", "dk_ptr", "dv_ptr"} - ({"o_ptr"} if "do_ptr" in operands else set())

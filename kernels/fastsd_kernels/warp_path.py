@@ -140,6 +140,8 @@ class Flow:
             region, ahead = self._inner[i], self._next[i]
             if region is not None:
                 last_turn = turns[region.header] + 1 >= min(region.turns, limits.get(region.header, region.turns))
+                if last_turn and self.instructions[i].opcode == "EXIT" and self._ends_program(region):
+                    break
                 if i in region.ends and not (last_turn and len(ahead) > 1):
                     turns[region.header] += 1
                     i = region.header
@@ -159,6 +161,10 @@ class Flow:
         if not inside or (leaves and not self._leaves_at_end(region)):
             return tuple(j for j in ahead if j not in region.body) or ahead
         return inside
+
+    def _ends_program(self, region: _Region) -> bool:
+        """Return True if no branch leads out of a loop, so that only the program's exit does."""
+        return all(j in region.body for i in region.body for j in self._next[i])
 
     def _leaves_at_end(self, region: _Region) -> bool:
         return any(len(self._next[i]) > 1 for i in region.ends)

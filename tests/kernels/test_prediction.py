@@ -165,6 +165,12 @@ def test_loops_that_are_left_in_the_middle():
     assert Flow(instructions, []).path({}) == [0, 1, 3, 4]  # around the subroutine for rare numbers
 
 
+def test_loops_that_end_with_the_program():
+    instructions = code("MOV", "FFMA", "LDS", "@P1 BRA 2", "STG", "@P0 EXIT", "MUFU", "BRA 1")
+    flow = Flow(instructions, [Loop(3, False, [Loop(2, False, [])])])
+    assert flow.path({}) == [0, *[1, 2, 3, 2, 3, 4, 5, 6, 7] * 2, 1, 2, 3, 2, 3, 4, 5]
+
+
 def test_branches_lead_to_whole_tiles():
     # Tiles with masks move as many bytes in more instructions; the other branch skips the tile.
     instructions = code("@P0 BRA 7", "@P1 BRA 5", "LDG.E.128", "STG.E.128", "BRA 7", *["LDG.E"] * 2, "EXIT")
@@ -244,6 +250,7 @@ def test_needed_flops_count_products_without_padding():
     assert needed_flops(launch) == 2 * product == 2 * workload.Attention(4096, 77, 8, 40).flops
     backward = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr")
     assert needed_flops(launch_of(q, k, k, q, q, q, names=backward)) == 3 * product
+    assert needed_flops(launch_of(q, q, names=("sums_ptr", "dq_ptr"))) == 0
     keys = launch_of(q, k, k, q, k, k, names=("q_ptr", "k_ptr", "v_ptr", "do_ptr", "dk_ptr", "dv_ptr"))
     for with_k, with_v, products in ((True, True, 4), (True, False, 3), (False, True, 2)):
         assert needed_flops(keys._replace(options={"WITH_K": with_k, "WITH_V": with_v})) == products * product
