@@ -79,6 +79,13 @@ def _destination(needed: Sequence[bool], *vectors: Tensor | None) -> Destination
     return destination_of(*needed_vectors) if len(needed_vectors) == len(vectors) else None
 
 
+def _norm_sums(needed: Sequence[bool], weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> dict[str, Any]:
+    """Return which sums a LayerNorm's backward computes, and their destination. `needed` is that of x_bias, weight and bias."""
+    sums, *norm = needed
+    vectors = (weight, bias, x_bias) if sums else (weight, bias)
+    return {"sums": sums, "into": _destination((*norm, *([sums] if sums else [])), *vectors)}
+
+
 class NormConv(Function):
     @staticmethod
     def forward(
@@ -178,29 +185,29 @@ class GroupNormLinear(Function):
 class LayerNormLinear(Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: ForwardBackwardOps, eps: float, x: Tensor, residual: Tensor | None, *tensors: Any
+        ctx: Any, ops: ForwardBackwardOps, eps: float, x: Tensor, residual: Any, x_bias: Any, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
         norm_weight, norm_bias, *layer = tensors
         y, s, mean, rstd = ops.layer_norm(x, norm_weight, norm_bias, eps, residual)
-        ctx.save_for_backward(s, mean, rstd, norm_weight, norm_bias, *layer)
+        ctx.save_for_backward(s, mean, rstd, x_bias, norm_weight, norm_bias, *layer)
         ctx.ops, ctx.eps, ctx.added = ops, eps, residual is not None
         return matmul.linear(y, unpack(LayerTensors, layer)), s
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, ds: Tensor) -> tuple[Gradient, ...]:
-        s, mean, rstd, norm_weight, norm_bias, *tensors = ctx.saved_tensors
-        layer, needs = unpack(LayerTensors, tensors), unpack(Needs, ctx.needs_input_grad[6:])
-        need_y = any(ctx.needs_input_grad[2:6])
+        s, mean, rstd, x_bias, norm_weight, norm_bias, *tensors = ctx.saved_tensors
+        layer, needs = unpack(LayerTensors, tensors), unpack(Needs, ctx.needs_input_grad[7:])
+        need_y = any(ctx.needs_input_grad[2:7])
         norm = s, mean, rstd, norm_weight, norm_bias, ctx.eps
         dy, dreduced = matmul.linear_input_gradient(dout, layer, need_x=need_y)
-        dx = dnorm_weight = dnorm_bias = y = None
+        dx = dx_bias = dnorm_weight = dnorm_bias = y = None
         if dy is not None:
-            options = {"output": needs.input, "into": _destination(ctx.needs_input_grad[4:6], norm_weight, norm_bias)}
-            dx, dnorm_weight, dnorm_bias, y = ctx.ops.layer_norm_backward(dy, *norm, ds, **options)
+            options = {"output": needs.input, **_norm_sums(ctx.needs_input_grad[4:7], norm_weight, norm_bias, x_bias)}
+            dx, dnorm_weight, dnorm_bias, dx_bias, y = ctx.ops.layer_norm_backward(dy, *norm, ds, **options)
         elif needs.input:
             y = ctx.ops.layer_norm_recompute(*norm)
         gradients = matmul.linear_gradients(dout, y, layer, needs, dreduced)
-        return None, None, dx, dx if ctx.added else None, dnorm_weight, dnorm_bias, *gradients
+        return None, None, dx, dx if ctx.added else None, dx_bias, dnorm_weight, dnorm_bias, *gradients
 
 
 class AttentionLinear(Function):
@@ -243,7 +250,14 @@ def _split_heads(q: Tensor, kv: Tensor | None, heads: int) -> tuple[Tensor, Tens
 class FeedForward(Function):
     @staticmethod
     def forward(
-        ctx: Any, ops: ForwardBackwardOps, eps: float, keep_hidden: bool, x: Tensor, residual: Tensor, *tensors: Any
+        ctx: Any,
+        ops: ForwardBackwardOps,
+        eps: float,
+        keep_hidden: bool,
+        x: Tensor,
+        residual: Tensor,
+        x_bias: Any,
+        *tensors: Any,
     ) -> Tensor:
         """Apply the layer. `tensors` are those of the norm, of the first linear and of the second linear."""
         norm_weight, norm_bias, *layers = tensors
@@ -251,14 +265,14 @@ class FeedForward(Function):
         y, s, mean, rstd = ops.layer_norm(x, norm_weight, norm_bias, eps, residual)
         hidden = matmul.linear(y, first)
         saved_hidden = hidden if keep_hidden else None
-        ctx.save_for_backward(s, mean, rstd, saved_hidden, norm_weight, norm_bias, *layers)
+        ctx.save_for_backward(s, mean, rstd, saved_hidden, x_bias, norm_weight, norm_bias, *layers)
         ctx.ops, ctx.eps = ops, eps
         return s + matmul.linear(ops.geglu(hidden), second)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Gradient, ...]:
-        s, mean, rstd, hidden, norm_weight, norm_bias, *layers = ctx.saved_tensors
-        need_y, needs = any(ctx.needs_input_grad[3:7]), ctx.needs_input_grad[7:]
+        s, mean, rstd, hidden, x_bias, norm_weight, norm_bias, *layers = ctx.saved_tensors
+        need_y, needs = any(ctx.needs_input_grad[3:8]), ctx.needs_input_grad[8:]
         first, second = unpack(LayerTensors, layers[:UNFUSED]), unpack(LayerTensors, layers[UNFUSED:])
         first_needs, second_needs = unpack(Needs, needs[:UNFUSED]), unpack(Needs, needs[UNFUSED:])
         norm = s, mean, rstd, norm_weight, norm_bias, ctx.eps
@@ -281,21 +295,21 @@ class FeedForward(Function):
         second_gradients = matmul.linear_gradients(dout, gated, second, second_needs, dreduced)
         del gated
 
-        dx = dnorm_weight = dnorm_bias = None
+        dx = dx_bias = dnorm_weight = dnorm_bias = None
         first_gradients: Gradients = (None,) * 4
         if dhidden is not None:
             dy, dreduced = matmul.linear_input_gradient(dhidden, first, need_x=need_y)
             if dy is not None:
-                into = _destination(ctx.needs_input_grad[5:7], norm_weight, norm_bias)
-                options = {"output": first_needs.input and y is None, "into": into}
-                dx, dnorm_weight, dnorm_bias, rebuilt = ctx.ops.layer_norm_backward(dy, *norm, dout, **options)
+                options = _norm_sums(ctx.needs_input_grad[5:8], norm_weight, norm_bias, x_bias)
+                options["output"] = first_needs.input and y is None
+                dx, dnorm_weight, dnorm_bias, dx_bias, rebuilt = ctx.ops.layer_norm_backward(dy, *norm, dout, **options)
                 y = rebuilt if y is None else y
             elif first_needs.input and y is None:
                 y = ctx.ops.layer_norm_recompute(*norm)
             no_bias = first_needs._replace(bias=False)  # it is summed already
             dweight, _, *dadapter = matmul.linear_gradients(dhidden, y, first, no_bias, dreduced)
             first_gradients = dweight, dbias, *dadapter
-        return None, None, None, dx, dx, dnorm_weight, dnorm_bias, *first_gradients, *second_gradients
+        return None, None, None, dx, dx, dx_bias, dnorm_weight, dnorm_bias, *first_gradients, *second_gradients
 
 
 class UpsampleConv(Function):
@@ -374,13 +388,22 @@ def without_bias(ops: ForwardBackwardOps, layer: LayerTensors) -> tuple[LayerTen
 
 
 def layer_norm_linear(
-    ops: ForwardBackwardOps, eps: float, x: Tensor, residual: Tensor | None, norm: NormTensors, layer: LayerTensors
+    ops: ForwardBackwardOps,
+    eps: float,
+    x: Tensor,
+    residual: Tensor | None,
+    norm: NormTensors,
+    layer: LayerTensors,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return linear(norm(x + residual)), and x + residual. Without a residual the second is x.
 
     Other uses of x should read the second result. Their gradient is then added by the norm's backward.
+
+    Args:
+        x_bias: a bias that x contains already, detached. Its gradient is the sum of that of x, which the norm's backward has.
     """
-    return LayerNormLinear.apply(ops, eps, x, residual, *norm, *layer.flat())
+    return LayerNormLinear.apply(ops, eps, x, residual, x_bias, *norm, *layer.flat())
 
 
 def attention_linear(
@@ -399,9 +422,11 @@ def feed_forward(
     layers: tuple[LayerTensors, LayerTensors],
     *,
     keep_hidden: bool,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
+    """Return s + linear(geglu(linear(norm(s)))) with s = x + residual. `x_bias` is as in `layer_norm_linear`."""
     first, second = layers
-    return FeedForward.apply(ops, eps, keep_hidden, x, residual, *norm, *first.flat(), *second.flat())
+    return FeedForward.apply(ops, eps, keep_hidden, x, residual, x_bias, *norm, *first.flat(), *second.flat())
 
 
 def upsample_conv(size: torch.Size, x: Tensor, layer: LayerTensors) -> Tensor:

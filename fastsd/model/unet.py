@@ -124,6 +124,12 @@ def operands(layer: nn.Module) -> LayerTensors:
     return cast(Any, layer).operands()  # `fastsd.model.lora`
 
 
+def operands_with_summed_bias(layer: nn.Module) -> tuple[LayerTensors, Tensor | None]:
+    """Return the tensors of a linear with its bias detached, and the bias, of which the next LayerNorm sums the gradient."""
+    tensors = operands(layer)
+    return tensors._replace(bias=None if tensors.bias is None else tensors.bias.detach()), tensors.bias
+
+
 class Norm(nn.Module):
     """The weight and bias of a GroupNorm or LayerNorm. The next layer computes the norm (`fastsd/model/recompute.py`)."""
 
@@ -156,10 +162,11 @@ class Attention(nn.Module):
             self.to_kv = Linear(text_dim, 2 * width, bias=False)
         self.to_out = nn.ModuleList([Linear(width, width)])
 
-    def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> Tensor:
-        """Attend with packed q, k, v, or with q and packed k, v. Return (B, N, C)."""
-        ops = self.ops.forward_backward
-        return recompute.attention_linear(ops, self.precision, self.heads, q_BNC, kv_BLC, operands(self.to_out[0]))
+    def forward(self, q_BNC: Tensor, kv_BLC: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Attend with packed q, k, v, or with q and packed k, v. Return (B, N, C), and its bias for `layer_norm_linear`."""
+        layer, bias = operands_with_summed_bias(self.to_out[0])
+        attention = self.ops.forward_backward, self.precision, self.heads
+        return recompute.attention_linear(*attention, q_BNC, kv_BLC, layer), bias
 
 
 class GegluProjection(nn.Module):
@@ -188,13 +195,16 @@ class TransformerBlock(nn.Module):
         self.norm2, self.attn2 = Norm(width), Attention(width, cfg.cross_attention_dim, cfg.heads, ops)
         self.norm3, self.ff = Norm(width), FeedForward(width)
 
-    def forward(self, x_BNC: Tensor, context_BLD: Tensor) -> Tensor:
+    def forward(self, x_BNC: Tensor, context_BLD: Tensor, x_bias: Tensor | None = None) -> Tensor:
+        """Apply the block. `x_bias` is as in `recompute.layer_norm_linear`."""
         ops, eps = self.ops.forward_backward, LAYER_NORM_EPS
         norm1, norm2, norm3 = (norm.operands() for norm in (self.norm1, self.norm2, self.norm3))
-        qkv, x_BNC = recompute.layer_norm_linear(ops, eps, x_BNC, None, norm1, operands(self.attn1.to_qkv))
-        q, s_BNC = recompute.layer_norm_linear(ops, eps, self.attn1(qkv), x_BNC, norm2, operands(self.attn2.to_q))
-        attended = self.attn2(q, self.attn2.to_kv(context_BLD))
-        return recompute.feed_forward(ops, eps, attended, s_BNC, norm3, self.ff.operands(), keep_hidden=self.keep_hidden)
+        qkv, x_BNC = recompute.layer_norm_linear(ops, eps, x_BNC, None, norm1, operands(self.attn1.to_qkv), x_bias)
+        attended, bias = self.attn1(qkv)
+        q, s_BNC = recompute.layer_norm_linear(ops, eps, attended, x_BNC, norm2, operands(self.attn2.to_q), bias)
+        attended, bias = self.attn2(q, self.attn2.to_kv(context_BLD))
+        layers = self.ff.operands()
+        return recompute.feed_forward(ops, eps, attended, s_BNC, norm3, layers, keep_hidden=self.keep_hidden, x_bias=bias)
 
 
 class Transformer(nn.Module):
@@ -210,9 +220,10 @@ class Transformer(nn.Module):
 
     def forward(self, image: Image, context_BLD: Tensor) -> Image:
         ops = self.ops.forward_backward
-        layer = self.norm.operands(), operands(self.proj_in)
+        proj_in, bias = operands_with_summed_bias(self.proj_in)
+        layer = self.norm.operands(), proj_in
         x_BNC, x_BCHW = recompute.group_norm_linear(ops, self.groups, ATTENTION_EPS, image, *layer)
-        x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD))
+        x_BNC = self.proj_out(self.transformer_blocks[0](x_BNC, context_BLD, bias))
         return recompute.add(ops, recompute.image(x_BNC, x_BCHW.shape[2:]), None, x_BCHW)
 
 

@@ -164,13 +164,15 @@ def _layer_norm_backward_reference(
     ds: Tensor | None,
     *,
     output: bool,
+    sums: bool = False,
     into: Destination | None = None,
-) -> tuple[Tensor, Gradient, Gradient, Tensor | None]:
+) -> tuple[Tensor, Gradient, Gradient, Gradient, Tensor | None]:
     gradients = torch.ops.aten.native_layer_norm_backward(dy, s, s.shape[-1:], mean, rstd, weight, bias, [True, True, True])
     dx, dweight, dbias = gradients
     y = _layer_norm_recompute_reference(s, mean, rstd, weight, bias, eps) if output else None
-    dweight, dbias = _accumulate(into, dweight, dbias)
-    return dx if ds is None else dx + ds, dweight, dbias, y
+    dx = dx if ds is None else dx + ds
+    vectors = _accumulate(into, dweight, dbias, *([dx.flatten(0, -2).sum(0)] if sums else []))
+    return dx, vectors[0], vectors[1], vectors[2] if sums else None, y
 
 
 def _geglu_backward_reference(
@@ -294,12 +296,13 @@ def _layer_norm_backward_triton(
     ds: Tensor | None,
     *,
     output: bool,
+    sums: bool = False,
     into: Destination | None = None,
-) -> tuple[Tensor, Gradient, Gradient, Tensor | None]:
+) -> tuple[Tensor, Gradient, Gradient, Gradient, Tensor | None]:
     memory, add = into or ([], False)
-    dx, dweight, dbias = layer_norm_backward_in_place_op(dy, s, mean, rstd, weight, bias, ds, output, memory, add)
-    y = dy if output else None
-    return (dx, dweight, dbias, y) if into is None else (dx, None, None, y)
+    dx, *vectors = layer_norm_backward_in_place_op(dy, s, mean, rstd, weight, bias, ds, output, sums, memory, add)
+    dweight, dbias, dx_sum = (vector if vector.numel() else None for vector in vectors)
+    return dx, dweight, dbias, dx_sum, dy if output else None
 
 
 def _geglu_backward_triton(

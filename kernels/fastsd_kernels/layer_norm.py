@@ -4,7 +4,7 @@
     y = xhat * weight + bias        xhat = (s - mean) * rstd        rstd = 1 / sqrt(var + eps)
 
     dx = d residual = ds + rstd * (u - mean_F(u) - xhat * mean_F(u * xhat))        u = dy * weight
-    d weight = sum_N(dy * xhat)        d bias = sum_N(dy)
+    d weight = sum_N(dy * xhat)        d bias = sum_N(dy)        on demand sum_N(dx), the bias gradient of the linear before
 
 mean and var run over one row's F numbers, in fp32 whatever the dtype.
 
@@ -136,7 +136,7 @@ def _apply(
 def _backward(
     dy_ptr, ds_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dx_ptr, partial_ptr,
     n_rows, n_cols, dy_stride, ds_stride, x_stride, rows_per_program,
-    RESIDUAL: tl.constexpr, OUTPUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    RESIDUAL: tl.constexpr, OUTPUT: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     cols = tl.arange(0, COLS)[None, :]
@@ -146,6 +146,7 @@ def _backward(
         bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, COLS], tl.float32)
     dbias = tl.zeros([ROWS, COLS], tl.float32)
+    dx_sum = tl.zeros([ROWS, COLS], tl.float32)
 
     for first in range(i_program * rows_per_program, min((i_program + 1) * rows_per_program, n_rows), ROWS):
         rows = first + tl.arange(0, ROWS)[:, None]
@@ -171,10 +172,14 @@ def _backward(
             tl.store(dy_ptrs, rounded(_scale(x - mean, rstd, weight, bias), dy_ptr.dtype.element_ty), mask)
         dweight += dy * xhat
         dbias += dy
+        if VECTORS == 3:  # beyond the rows rstd is zero, and so is dx
+            dx_sum += dx
 
-    partial_ptrs = partial_ptr + i_program * 2 * n_cols + cols
+    partial_ptrs = partial_ptr + i_program * VECTORS * n_cols + cols
     tl.store(partial_ptrs, tl.sum(dweight, axis=0, keep_dims=True), col_mask)
     tl.store(partial_ptrs + n_cols, tl.sum(dbias, axis=0, keep_dims=True), col_mask)
+    if VECTORS == 3:
+        tl.store(partial_ptrs + 2 * n_cols, tl.sum(dx_sum, axis=0, keep_dims=True), col_mask)
 
 
 # {columns of a tile: (rows, warps)}, for every dtype and architecture: only bandwidth matters here.  A tile is as wide as the
@@ -234,7 +239,7 @@ def layer_norm_backward(
     Args:
         ds: the gradient of s from its other uses, added to dx.
     """
-    dx, partial = _launch_backward(as_rows(dy), x, mean, rstd, weight, None, ds)
+    dx, partial = _launch_backward(as_rows(dy), x, mean, rstd, weight, None, ds, 2)
     dweight, dbias = column_sums(partial, 2, weight.dtype)
     return dx, dweight, dbias
 
@@ -248,38 +253,39 @@ def layer_norm_backward_in_place(
     bias: Tensor,
     ds: Tensor | None,
     output: bool,
+    sums: bool,
     memory: list[Tensor],
     add: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return as `layer_norm_backward`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dweight, dbias and, with `sums`, the sum of dx over all rows. A vector that is not returned is empty.
 
     Args:
         dy: contiguous. With `output`, y overwrites it, with the bits of the forward.
-        memory: two tensors (F) into which dweight and dbias are written, or added if `add`, instead of being returned; or none.
+        memory: tensors (F) into which these vectors are written, or added if `add`, instead of being returned; or none.
     """
     assert dy.is_contiguous()
-    dx, partial = _launch_backward(as_rows(dy), x, mean, rstd, weight, bias if output else None, ds)
-    new = column_sums(partial, 2, weight.dtype, (memory, add) if memory else None)
-    dweight, dbias = (weight.new_empty(0), weight.new_empty(0)) if memory else new
-    return dx, dweight, dbias
+    dx, partial = _launch_backward(as_rows(dy), x, mean, rstd, weight, bias if output else None, ds, 2 + sums)
+    new = column_sums(partial, 2 + sums, weight.dtype, (memory, add) if memory else None)
+    dweight, dbias, dx_sum, *_ = *([] if memory else new), *(weight.new_empty(0) for _ in range(3))
+    return dx, dweight, dbias, dx_sum
 
 
 def _launch_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, ds: Tensor | None
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, ds: Tensor | None, vectors: int
 ) -> tuple[Tensor, Tensor]:
-    """Return dx and partial sums (programs, 2F) from rows dy. With a bias, y overwrites dy."""
+    """Return dx and partial sums (programs, vectors * F) from rows dy. With a bias, y overwrites dy."""
     rows, tile = as_rows(x), _tile(x.shape[-1])
     ds_rows = None if ds is None else as_rows(ds)
     n_rows, n_cols = rows.shape
     rows_per_program = min(max(triton.next_power_of_2(triton.cdiv(n_rows, _PROGRAMS)), tile["ROWS"]), _MOST_ROWS)
     programs = triton.cdiv(n_rows, rows_per_program)
     dx = x.new_empty(x.shape)
-    partial = x.new_empty(programs, 2 * n_cols, dtype=torch.float32)
+    partial = x.new_empty(programs, vectors * n_cols, dtype=torch.float32)
     if x.numel():
-        vectors = weight.contiguous(), None if bias is None else bias.contiguous()
-        operands = dy, ds_rows, rows, mean, rstd, *vectors, dx, partial
+        parameters = weight.contiguous(), None if bias is None else bias.contiguous()
+        operands = dy, ds_rows, rows, mean, rstd, *parameters, dx, partial
         sizes = *rows.shape, dy.stride(0), 0 if ds_rows is None else ds_rows.stride(0), rows.stride(0), rows_per_program
-        flags = {"RESIDUAL": ds_rows is not None, "OUTPUT": bias is not None}
+        flags = {"RESIDUAL": ds_rows is not None, "OUTPUT": bias is not None, "VECTORS": vectors}
         launch(_backward, (programs,), *operands, *sizes, **flags, **tile)
     return dx, partial
 
@@ -336,11 +342,12 @@ def _(
     bias: Tensor,
     ds: Tensor | None,
     output: bool,
+    sums: bool,
     memory: list[Tensor],
     add: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = 0 if memory else len(weight)
-    return x.new_empty(x.shape), weight.new_empty(size), weight.new_empty(size)
+    return x.new_empty(x.shape), weight.new_empty(size), weight.new_empty(size), weight.new_empty(size * sums)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -402,8 +409,8 @@ def _calls() -> Calls:
             layer_norm_forward(x, w, w, kind.eps, x)
             layer_norm_apply(x, mean, rstd, w, w)
             for output in (True, False):
-                layer_norm_backward_in_place(x, x, mean, rstd, w, w, x, output, [], False)
-            layer_norm_backward_in_place(x, x, mean, rstd, w, w, x, True, [meta(kind.features), meta(kind.features)], True)
+                layer_norm_backward_in_place(x, x, mean, rstd, w, w, x, output, True, [], False)
+            layer_norm_backward_in_place(x, x, mean, rstd, w, w, x, True, True, [meta(kind.features) for _ in range(3)], True)
             yield f"{kind.features} features", mode
 
 

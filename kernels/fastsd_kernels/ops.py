@@ -246,11 +246,13 @@ class LayerNormBackward(Protocol):
         ds: Tensor | None,
         *,
         output: bool,
+        sums: bool = ...,
         into: Destination | None = ...,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Return the whole gradient of s (`ds` is that from its other uses), dweight, dbias and, with `output`, y.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return (ds, dweight, dbias, sum of ds, y): the whole gradient of s, where `ds` is that from its other uses.
 
-        dweight and dbias are None if they went `into` memory. y has the bits of the forward. It may overwrite dy, which must
+        Its sum over all rows is computed with `sums`, y with `output`; otherwise they are None. The three vectors are None if
+        they went `into` memory. y has the bits of the forward. It may overwrite dy, which must
         not be used afterwards.
         """
 

@@ -23,10 +23,10 @@ from fastsd_kernels.ops import Destination
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _merge_rows(
-    x_ptr, first_ptr, second_ptr, n_rows, n_cols, n_first,
-    TWO: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x_ptr, first_ptr, second_ptr, third_ptr, n_rows, n_cols, n_first,
+    VECTORS: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows of x. The first `n_first` sums go to one vector; with TWO, the others go to another."""
+    """Add the rows of x. The first `n_first` sums go to one vector, as many to another, and the others to a third."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     col_mask = cols < n_cols
     sums = tl.zeros([ROWS, COLS], tl.float32)
@@ -36,8 +36,10 @@ def _merge_rows(
     # In two steps: the interpreter adds the rows of a tile one after the other, which would lose more digits than a GPU's tree.
     total = tl.sum(tl.sum(tl.reshape(sums, [8, ROWS // 8, COLS]), axis=1), axis=0)[None, :]
     _store(first_ptr + cols, total, cols < n_first, ADD)
-    if TWO:
-        _store(second_ptr + cols - n_first, total, (cols >= n_first) & col_mask, ADD)
+    if VECTORS > 1:
+        _store(second_ptr + cols - n_first, total, (cols >= n_first) & (cols < 2 * n_first), ADD)
+    if VECTORS > 2:
+        _store(third_ptr + cols - 2 * n_first, total, (cols >= 2 * n_first) & col_mask, ADD)
 
 
 @triton.jit
@@ -52,7 +54,7 @@ _TILE = {"ROWS": 64, "COLS": 32, "num_warps": 4}
 
 
 def column_sums(x_KC: Tensor, vectors: int, dtype: torch.dtype, into: Destination | None = None) -> list[Tensor]:
-    """Sum fp32 (K, C), contiguous, over K. The sums are one vector or two of equal length, each of them contiguous.
+    """Sum fp32 (K, C), contiguous, over K. The sums are up to three vectors of equal length, each of them contiguous.
 
     Args:
         into: the vectors' memory; without it, new vectors of `dtype` are made.
@@ -60,7 +62,9 @@ def column_sums(x_KC: Tensor, vectors: int, dtype: torch.dtype, into: Destinatio
     n_rows, n_cols = x_KC.shape
     outs, add = into or ([x_KC.new_empty(n_cols // vectors, dtype=dtype) for _ in range(vectors)], False)
     if n_cols:
-        flags = {"TWO": vectors == 2, "ADD": add}
+        flags = {"VECTORS": vectors, "ADD": add}
         grid = (triton.cdiv(n_cols, _TILE["COLS"]),)
-        launch(_merge_rows, grid, x_KC, outs[0], outs[-1], n_rows, n_cols, n_cols // vectors, **flags, **_TILE)
+        launch(
+            _merge_rows, grid, x_KC, outs[0], outs[vectors > 1], outs[-1], n_rows, n_cols, n_cols // vectors, **flags, **_TILE
+        )
     return outs

@@ -173,17 +173,28 @@ def test_layer_norm_backward_gives_its_output(rows, features, added, dtype):
     x, weight, bias, ds = layer_norm_inputs(rows, features, dtype=dtype, residual=True).values()
     dy, (y, mean, rstd) = normal(rows, features, dtype=dtype, seed=3), OPS.layer_norm(x, weight, bias, 1e-5)
     inputs = x, mean, rstd, weight, bias, 1e-5, ds if added else None
-    *expected, none = TRITON_FORWARD_BACKWARD.layer_norm_backward(overwritten := dy.clone(), *inputs, output=False)
-    assert none is None and torch.equal(overwritten, dy)
-    *gradients, rebuilt = TRITON_FORWARD_BACKWARD.layer_norm_backward(overwritten, *inputs, output=True)
+    backward = TRITON_FORWARD_BACKWARD.layer_norm_backward
+    *expected, no_sum, no_output = backward(overwritten := dy.clone(), *inputs, output=False)
+    assert no_sum is no_output is None and torch.equal(overwritten, dy)
+    *gradients, dx_sum, rebuilt = backward(overwritten, *inputs, output=True, sums=True)
     assert equal(gradients, expected) and torch.equal(rebuilt, y) and torch.equal(overwritten, y)
+
+    def plain_sum(dtype):
+        values = [None if value is None else value.to(dtype) for value in (dy, x, weight, bias, inputs[-1])]
+        _, s, *statistics = REFERENCE_FORWARD_BACKWARD.layer_norm(*values[1:4], 1e-5, None)
+        arguments = values[0], s, *statistics, *values[2:4], 1e-5, values[4]
+        return REFERENCE_FORWARD_BACKWARD.layer_norm_backward(*arguments, output=False, sums=True)[3].double()
+
+    exact = plain_sum(torch.float64)
+    rounding = (exact.to(dtype).double() - exact).norm()
+    assert (dx_sum.double() - exact).norm() <= 2 * max((plain_sum(dtype) - exact).norm(), rounding)
 
 
 def test_references_rebuild_the_output_of_the_forward():
     x, weight, bias, ds = layer_norm_inputs(9, 40, dtype=torch.bfloat16, residual=True).values()
     ops = REFERENCE_FORWARD_BACKWARD
     y, s, mean, rstd = ops.layer_norm(x, weight, bias, 1e-2, None)
-    assert torch.equal(ops.layer_norm_backward(ds, s, mean, rstd, weight, bias, 1e-2, None, output=True)[3], y)
+    assert torch.equal(ops.layer_norm_backward(ds, s, mean, rstd, weight, bias, 1e-2, None, output=True)[4], y)
     dx, gated, sums = ops.geglu_backward(ds[:, :20], x, output=True, sums=True)
     assert torch.equal(gated, ops.geglu(x)) and torch.equal(sums, dx.sum(0))
 
@@ -421,8 +432,8 @@ def test_opcheck():
         ("layer_norm_residual", (x, r, w, b, 1e-5)),
         ("layer_norm_apply", (plain[0], mean, rstd, *plain[2:])),
         ("layer_norm_backward", (plain[1], plain[0], mean, rstd, plain[2], plain[1])),
-        ("layer_norm_backward_in_place", (*in_place, plain[1], True, [], False)),
-        ("layer_norm_backward_in_place", (*in_place, None, False, [normal(6), normal(6)], True)),
+        ("layer_norm_backward_in_place", (*in_place, plain[1], True, False, [], False)),
+        ("layer_norm_backward_in_place", (*in_place, None, False, True, [normal(6), normal(6), normal(6)], True)),
         ("geglu_backward_in_place", (normal(5, 3), plain[0], True, True, [], False)),
         ("geglu_backward_in_place", (normal(5, 3), plain[0], False, True, [normal(6)], False)),
         ("group_norm", (*differentiable, 3, 1e-5, True, shift.clone().requires_grad_(), None, None, None)),
