@@ -208,8 +208,6 @@ def _conv3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _conv3_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Gradient, Gradient, Gradient]:
     """Return (dx, dweight, dbias) of a 3x3 convolution with padding 1."""
-    if not any(needs):
-        return None, None, None
     dx = conv_as_matmul.input_gradient(dy, weight) if needs[0] and conv_as_matmul.prefers_columns(x, weight) else None
     by_matmul = needs[1] and conv_as_matmul.prefers_matmul_gradient(x, weight)
     dweight = conv_as_matmul.weight_gradient(dy, x, weight) if by_matmul else None
