@@ -1,14 +1,15 @@
 """Memory, time and disk space of a job, planned from the config alone, without a GPU.
 
 No formulas model the step. The plan runs the real training step on tensors with shapes but no data, counts memory as it is
-allocated and freed (`train/memory.py`), and records the operations (`gpu_specs.py`). Planning one micro-batch takes a second
-at any size, so no result is extrapolated from another.
+allocated and freed (`train/memory.py`), and records the operations (`operations.py`), of which `step_time.py` predicts the
+time. Planning one micro-batch takes a second at any size, so no result is extrapolated from another.
 
     weights, gradients, state, EMA    tensors listed by `Step.tensors_by_role`
     activations                       allocated in the forward and alive when it ends
-    working memory                    needed at the peak of the step, beyond all of these
+    working memory                    needed at the peak of the step, beyond all of these, with the workspace of convolutions
 
-`RESERVED` is a constant for memory no tensor shows: the CUDA context, libraries, and their scratch within an operation.
+cuDNN's workspace is what its heuristics choose for each card (`bench/cudnn_workspace.py`). `RESERVED` is a constant for memory
+no tensor shows: the CUDA context, libraries, and gaps between tensors.
 Read next: `fastsd/plan/rehearsal.py`, `fastsd/train/step.py`.
 """
 
@@ -17,6 +18,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +33,18 @@ from fastsd.model.select import changed_components
 from fastsd.model.shapes import Shapes, read_shapes
 from fastsd.model.text_encoder import chunk_limit, context_lengths
 from fastsd.plan.disk import run_bytes
-from fastsd.plan.gpu_specs import GPU_SPECS, MATMUL_SHARE, MEMORY_SHARE, GpuSpec, find_gpu, step_seconds
+from fastsd.plan.gpu_specs import find_gpu
 from fastsd.plan.operations import Operation
 from fastsd.plan.rehearsal import MemoryEstimate, Rehearsal
+from fastsd.plan.step_time import step_seconds, workspace_bytes
 from fastsd.storage import replace_file
 from fastsd_kernels import REFERENCE, TRITON, Ops
+from fastsd_kernels.cards import CARDS, Card
 
 GIB = 1 << 30
-# Memory that no tensor shows: the CUDA context with its kernels and library handles, and scratch, which covers the workspace
-# of convolutions and the fragmentation of the allocator. These values are not measured.
-CONTEXT, SCRATCH = int(0.5 * GIB), int(0.7 * GIB)
+# Memory that no tensor shows: the CUDA context with its kernels and library handles, and scratch, which covers the gaps of the
+# allocator and the workspace of matmuls. These values are not measured.
+CONTEXT, SCRATCH = int(0.5 * GIB), int(0.3 * GIB)
 RESERVED = CONTEXT + SCRATCH
 LEVELS = ("none", "ff", "block")
 
@@ -48,9 +53,18 @@ class StagePlan:
     """Plan of one stage at any micro-batch size and checkpointing level. Created by `plan_stage`."""
 
     def __init__(
-        self, shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None, *, cached_text: bool
+        self,
+        shapes: Shapes,
+        stage: StageTable,
+        resolution: int,
+        device_bytes: int,
+        ops: Ops | None,
+        *,
+        cached_text: bool,
+        card: Card | None,
     ) -> None:
         self.shapes, self.stage, self.device_bytes, self.cached_text = shapes, stage, device_bytes, cached_text
+        self.card = card
         self.ops, self.side = ops or TRITON or REFERENCE, shapes.side(resolution)
         self._rehearsals: dict[bool, Rehearsal] = {}
         self._needs: dict[tuple[int, str], MemoryEstimate] = {}
@@ -79,7 +93,11 @@ class StagePlan:
                     self.shapes, self.stage, self.side, self.ops, micro_batch, cached_text=self.cached_text
                 )
             self._needs[micro_batch_size, level] = self._rehearsals[whole_batch].step(micro_batch_size, level)
-        return self._needs[micro_batch_size, level]
+        need = self._needs[micro_batch_size, level]
+        if self.ops is not TRITON:  # on a CPU
+            return need
+        images = micro_batch_size * (self.side / 64) ** 2
+        return replace(need, working=need.working + workspace_bytes(self.stage.precision, images, self.card))
 
     def operations(self, micro_batch_size: int, checkpointing: str | None = None) -> Counter[Operation]:
         """Return how often each operation runs in a whole step."""
@@ -118,10 +136,10 @@ class StagePlan:
                 candidates = candidates[:middle]
         return largest
 
-    def images_per_second(self, card: GpuSpec, micro_batch_size: int, checkpointing: str | None = None) -> float:
-        """Estimate the training speed as in `gpu_specs.py`."""
-        operations = self.operations(micro_batch_size, checkpointing)
-        return self.stage.batch / step_seconds(operations, card, self.stage.precision)
+    def images_per_second(self, card: Card, micro_batch_size: int, checkpointing: str | None = None) -> tuple[float, float]:
+        """Predict the training speed as in `step_time.py`, as (slowest, fastest)."""
+        fewest, most = step_seconds(self.operations(micro_batch_size, checkpointing), card, self.stage.precision)
+        return self.stage.batch / most, self.stage.batch / fewest
 
     def files(self) -> tuple[dict[str, int], int]:
         """Return the bytes of each component in fp32, and the bytes of the stage's optimizer state and EMA."""
@@ -132,7 +150,14 @@ class StagePlan:
 
 
 def plan_stage(
-    shapes: Shapes, stage: StageTable, resolution: int, device_bytes: int, ops: Ops | None = None, *, cached_text: bool = False
+    shapes: Shapes,
+    stage: StageTable,
+    resolution: int,
+    device_bytes: int,
+    ops: Ops | None = None,
+    *,
+    cached_text: bool = False,
+    card: Card | None = None,
 ) -> StagePlan:
     """Plan one stage.
 
@@ -143,11 +168,12 @@ def plan_stage(
             already has a CUDA context, free memory plus that of its own tensors, minus `SCRATCH`.
         ops: the ops the step will use; None = `TRITON` on a GPU, or `REFERENCE` on a CPU if Triton is missing.
         cached_text: True if text embeddings are cached, so that the text encoder takes no memory.
+        card: whose workspace of convolutions is planned for; None = the card that takes most.
 
     Raises:
         UserError: the model does not support the resolution.
     """
-    return StagePlan(shapes, stage, resolution, device_bytes, ops, cached_text=cached_text)
+    return StagePlan(shapes, stage, resolution, device_bytes, ops, cached_text=cached_text, card=card)
 
 
 def plan(
@@ -161,13 +187,13 @@ def plan(
 
     Args:
         vram: memory of the card in GiB; None = that of `card`, or 24.
-        card: a name in `gpu_specs.GPU_SPECS`; "" = estimates for all of them.
+        card: the name of a card in `fastsd_kernels/cards.py`; "" = predictions for all of them.
         path: file to which all results are also written as JSON; None = no file.
 
     Raises:
         UserError: an argument or the config is invalid. A stage that does not fit is a result, not an error.
     """
-    cards = [find_gpu(card)] if card else GPU_SPECS
+    cards = [find_gpu(card)] if card else list(CARDS.values())
     vram = vram if vram is not None else cards[0].memory if card else 24.0
     if not 0 < vram < math.inf:
         raise UserError("vram-invalid", f"--vram is {vram:g}; give the memory of the card in GB, for example 24")
@@ -180,7 +206,7 @@ def plan(
     console.echo("shapes     " + ("\n           ".join(warnings) or f"from {config.model.base}"))
     console.echo(f"kernels    {ops.name}{remark}")
     console.echo(f"memory     {vram:g} GB, including {RESERVED / GIB:.1f} GB reserved for the CUDA context and libraries")
-    console.echo(f"speed      estimated with {MATMUL_SHARE} of the card's matmul rate and {MEMORY_SHARE} of its bandwidth")
+    console.echo("speed      predicted from each operation's products, bytes and launches, not measured; slowest-fastest")
     lengths = context_lengths(shapes.text.get("max_position_embeddings", 77), shapes.chunks)
     report["text_lengths"] = lengths
     if len(lengths) > 1:
@@ -195,7 +221,8 @@ def plan(
         comparable = stage.model_copy(update={**defaults(StageTable, keys_with(StageTable, LIGHT)), "until": 1})
         existing = next((plan for plan in plans if plan.stage == comparable), None)
         room, cached_text = int(vram * GIB) - RESERVED, config.cache.hidden_states
-        plans.append(existing or plan_stage(shapes, comparable, config.data.resolution, room, ops, cached_text=cached_text))
+        size, limit = (config.data.resolution, room), cards[0] if card else None
+        plans.append(existing or plan_stage(shapes, comparable, *size, ops, cached_text=cached_text, card=limit))
         entry = _describe(plans[-1], stage, config.stage_name(i), cards, images)
         report["stages"].append(entry)
         _print_stage(entry, vram, console)
@@ -218,7 +245,7 @@ def _count_images(data: DataTable) -> int | None:
         return None
 
 
-def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[GpuSpec], images: int | None) -> dict[str, Any]:
+def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[Card], images: int | None) -> dict[str, Any]:
     """Describe one stage as JSON, with sizes in bytes and times in seconds."""
     largest = plan.largest_micro_batch()
     micro_batch_size = stage.micro_batch_size if stage.micro_batch != "auto" else largest or plan.micro_batches[0]
@@ -235,7 +262,8 @@ def _describe(plan: StagePlan, stage: StageTable, name: str, cards: list[GpuSpec
         levels[level] |= {key: value // level_need.micro_batch_size for key, value in per_image.items()}
 
     speeds = {card.name: plan.images_per_second(card, micro_batch_size) for card in cards}
-    seconds = {card: steps and steps * stage.batch / speed for card, speed in speeds.items()}
+    images_trained = steps and steps * stage.batch
+    seconds = {card: images_trained and [images_trained / speed for speed in pair[::-1]] for card, pair in speeds.items()}
     settings = ("train", "optimizer", "precision", "batch", "checkpointing", "fused_backward")
     entry = {key: getattr(stage, key) for key in settings}
     entry |= {"name": name, "micro_batch": micro_batch_size, "steps": steps}
@@ -266,13 +294,12 @@ def _print_stage(entry: dict[str, Any], vram: float, console: Console) -> None:
 
     speeds, seconds = entry["images_per_second"], entry["seconds"]
     if entry["steps"] is None:
-        steps, seconds = "1,000,000 images", {card: 1e6 / speed for card, speed in speeds.items()}
+        steps, seconds = "1,000,000 images", {card: [1e6 / speed for speed in pair[::-1]] for card, pair in speeds.items()}
     else:
         steps = f"{entry['steps']:,} steps"
-    width = max(len(steps), len("estimate"))
-    console.echo(f"  {'estimate':<{width}}" + "".join(f"{card:>10}" for card in speeds))
-    console.echo(f"  {'images/s':<{width}}" + "".join(f"{speed:10.1f}" for speed in speeds.values()))
-    console.echo(f"  {steps:<{width}}" + "".join(f"{_duration(duration):>10}" for duration in seconds.values()))
+    console.echo(f"  {'predicted':<12}{'images/s':>12}   {steps}")
+    for card, pair in speeds.items():
+        console.echo(f"  {card:<12}{_range(pair):>12}   {_durations(*seconds[card])}")
     console.echo("  " + _verdict(entry, vram))
 
 
@@ -315,7 +342,7 @@ def _length(stage: StageTable, entry: dict[str, Any], images: int | None) -> tup
     amounts = [stage.until, stage.sample_every, stage.checkpoint_every, stage.keep_every, *stage.checkpoint_at]
     if not images and any(amount != 0 and parse_amount("", amount)[1] == "epochs" for amount in amounts):
         return None
-    speeds = entry["images_per_second"].values()
+    speeds = [speed for pair in entry["images_per_second"].values() for speed in pair]
     if stage.seconds is not None:
         return math.ceil(stage.seconds * max(speeds) / stage.batch), stage.seconds
     return entry["steps"], entry["steps"] * stage.batch / min(speeds)
@@ -343,8 +370,13 @@ def _size(count: float) -> str:
     return f"{count / 1e12:.2f} TB" if count >= 1e12 else f"{count / 1e9:.1f} GB"
 
 
-def _duration(seconds: float) -> str:
+def _range(pair: Sequence[float]) -> str:
+    """Format a range with two or three significant digits."""
+    return "-".join(f"{value:.3g}" if value >= 100 else f"{value:.1f}" for value in pair)
+
+
+def _durations(fewest: float, most: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+        if most >= size:
+            return f"{fewest / size:.1f}-{most / size:.1f} {unit}"
+    return f"{fewest:.0f}-{most:.0f} s"

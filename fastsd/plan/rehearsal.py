@@ -156,6 +156,9 @@ class Rehearsal:
             yield launches
 
 
+_IN_PLACE = torch.ops.aten.copy_.default, torch.ops.aten.add_.Tensor
+_MATMULS = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+_ADD = torch.ops.aten.add.Tensor
 _CONVOLUTIONS = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
 
 
@@ -163,11 +166,18 @@ class WithoutData(TorchDispatchMode):
     """Corrects PyTorch's operations on tensors without data.
 
     Copies to main memory are allowed. They take no memory, because only the GPU's counts. Convolutions of channels-last images
-    return such images, as cuDNN does.
+    return such images, as cuDNN does. Frequent operations return their result at once: PyTorch first runs their decomposition.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _IN_PLACE:
+            return args[0]
+        if func in _MATMULS:
+            rows, columns = args[-2:]
+            return rows.new_empty(len(rows), columns.shape[1])
+        if func is _ADD and _alike(*args[:2]):
+            return torch.empty_like(args[0])
         if func in _CONVOLUTIONS:
             results = func(*args, **kwargs)
             layout, images = torch.channels_last, [x for x in args[:3] if isinstance(x, Tensor) and x.ndim == 4]
@@ -177,6 +187,11 @@ class WithoutData(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.zeros((), dtype=kwargs.get("dtype") or args[0].dtype).expand(args[0].shape)
         return func(*args, **kwargs)
+
+
+def _alike(a: Tensor, b: Any) -> bool:
+    """Return True for tensors of one dense layout and dtype."""
+    return isinstance(b, Tensor) and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 def _traceable(ops: Ops) -> Ops:

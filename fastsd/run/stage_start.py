@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastsd.errors import UserError
 from fastsd.model.select import reinitialise
 from fastsd.model.shapes import Shapes
+from fastsd.plan.gpu_specs import gpu_of
 from fastsd.plan.plan import SCRATCH, plan_stage
 from fastsd.run.report import free_memory
 from fastsd.run.run import Run
@@ -69,8 +70,9 @@ def _micro_batch_size(run: Run, index: int, *, resumed: bool) -> int:
     scratch = SCRATCH if run.device.type == "cuda" else 0
     resident_bytes = sum(p.numel() * p.element_size() for module in run.resident for p in module.parameters())
     available = free_memory(run.device) - scratch + resident_bytes
-    cached_text = run.data.text_embeddings is not None
-    plan = plan_stage(Shapes.of(run.model), stage, run.config.data.resolution, available, run.ops, cached_text=cached_text)
+    cached_text, card = run.data.text_embeddings is not None, gpu_of(run.device)
+    size = run.config.data.resolution, available
+    plan = plan_stage(Shapes.of(run.model), stage, *size, run.ops, cached_text=cached_text, card=card)
     micro_batch_size = plan.largest_micro_batch()
 
     if micro_batch_size == 0:

@@ -19,9 +19,10 @@ from fastsd.config.schema import ModelTable
 from fastsd.console import Console
 from fastsd.model.formats.load import load_model
 from fastsd.model.shapes import forward_flops
-from fastsd.plan.gpu_specs import GpuSpec, find_gpu, gpu_of
+from fastsd.plan.gpu_specs import find_gpu, gpu_of
 from fastsd.run import log, loop, report
 from fastsd.run.sinks import TensorBoard
+from fastsd_kernels.cards import CARDS
 
 STAGE = '[[stage]]\ntrain = ["unet"]\nuntil = 7\nbatch = 6\noptimizer = "lion"\nlr = 1e-4\nsample_every = 4\n'
 
@@ -138,7 +139,7 @@ def test_weights_and_biases_gets_the_rows(plain, tmp_path, monkeypatch):
 def test_utilisation_is_logged_if_the_peak_is_known(plain, tiny_model, tmp_path, monkeypatch):
     path, folder, text = plain
     assert not any("mfu" in row for row in rows_of(folder, "timing.jsonl")) and "MFU" not in text
-    monkeypatch.setattr(log, "gpu_of", lambda device: GpuSpec("stand-in", 1, 1, bf16=2, tf32=3, fp32=0.5))
+    monkeypatch.setattr(log, "gpu_of", lambda device: CARDS["4090"]._replace(bf16=2, tf32=3, fp32=0.5))
     with_peak, text = run(path, f"run={tmp_path / 'run'}")
     model = load_model(ModelTable(base=str(tiny_model)))
     rows, flops = rows_of(with_peak, "timing.jsonl"), 3 * forward_flops(model.unet.cfg, 16 // model.vae.downscale)
