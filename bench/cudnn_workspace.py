@@ -113,8 +113,8 @@ def main() -> None:
         for precision in ("bf16", "tf32", "fp32"):
             row = []
             for images in IMAGES:
-                asked = [(kind, product) for kind in kinds for product in ("forward", "input", "weight")]
-                row.append(max(workspace(cudnn, device, kind, images, precision, product)[0] for kind, product in asked))
+                pairs = [(kind, product) for kind in kinds for product in ("forward", "input", "weight")]
+                row.append(max(workspace(cudnn, device, kind, images, precision, product)[0] for kind, product in pairs))
             print(f"{card.name:10} {precision}  " + "  ".join(f"{size / 1e6:7.1f}" for size in row), flush=True)
             table.setdefault(precision, {})[card.name] = row
     if arguments.write:

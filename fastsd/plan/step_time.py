@@ -24,7 +24,7 @@ from fastsd_kernels.cards import CARDS, Card
 
 
 class Shares(NamedTuple):
-    """How well a step uses a card.
+    """Shares of a card that a step uses.
 
     Attributes:
         product: share of `Card.bf16`, `tf32` or `fp32` that a product with whole waves of tiles reaches.
@@ -96,8 +96,8 @@ def _attention_rate(operation: Operation, card: Card, precision: str) -> tuple[f
     nearest = min(rows, key=lambda size: abs(int(size) - width))
     kind = "forward" if operation.group == "attention" else "backward"
     rate = 1e12 * float(rows[nearest][kind if queries == keys else f"{kind}, text"])
-    # fp32 attention multiplies with tensor cores (`attention_precision` in `train/precision.py`).
-    unit = mode if mode != "fp32" else "tf32" if card.sm in (80, 90) else "bf16"
+    # fp32 attention multiplies with fp16 on tensor cores (`attention_precision` in `train/precision.py`).
+    unit = "bf16" if mode == "fp32" else mode
     rate *= min(getattr(card, unit) / getattr(other, unit), card.sms * card.ghz / (other.sms * other.ghz))
     low, high = _ATTENTION_OF_ARCHITECTURE.get(card.sm, _ATTENTION)
     return low * rate, high * rate
