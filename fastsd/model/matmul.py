@@ -235,31 +235,37 @@ def conv1(images: Images, layer: LayerTensors) -> Tensor:
 
 
 def conv1_backward(
-    dy: Tensor, images: Images, layer: LayerTensors, needs: Needs, *, need_x: bool
-) -> tuple[Images | None, Gradients]:
-    """Return dimages, None if not needed, and the layer's gradients for `conv1`."""
-    if len(images) == 1:
-        (image, block), *_ = _blocks_of_weight(images, layer)
-        dx, (dweight, *others) = linear_backward(to_nhwc(dy), to_nhwc(image), block, needs, need_x=need_x)
-        dweight = None if dweight is None else dweight.view_as(layer.weight)
-        return None if dx is None else (to_nchw(dx),), (dweight, *others)
+    dy: Tensor, images: Images, layer: LayerTensors, needs: Needs, dimages: Images | None, *, in_product: bool
+) -> Gradients:
+    """Add the gradients of the images to `dimages`, if it is not None, and return the layer's gradients for `conv1`.
 
-    dweight = torch.empty_like(layer.weight) if needs.weight else None
-    dimages: list[Tensor] = []
+    With `in_product`, the matmul adds: it saves a pass over memory and a rounding. `dimages` must then be channels last.
+    """
+    dy = to_nhwc(dy)
+    several = len(images) > 1
+    # The blocks of a matrix's columns need no copy.
+    dweight = torch.empty_like(layer.weight) if several and needs.weight else None
     gradients: list[Gradients] = []
     start = 0
-    for image, block in _blocks_of_weight(images, layer):
-        other_needs = needs._replace(weight=False, bias=needs.bias and not start)
-        dx, block_gradients = linear_backward(to_nhwc(dy), to_nhwc(image), block, other_needs, need_x=need_x)
-        dimages += [] if dx is None else [to_nchw(dx)]
-        gradients.append(block_gradients)
-        if dweight is not None:  # the columns of a matrix need no copy
+    for i, (image, block) in enumerate(_blocks_of_weight(images, layer)):
+        accumulates = dimages is not None and in_product and block.down is None
+        dx, dreduced = linear_input_gradient(dy, block, need_x=dimages is not None and not accumulates)
+        if dimages is not None and dx is not None:
+            dimages[i].add_(to_nchw(dx))
+        elif dimages is not None:
+            _as_rows(to_nhwc(dimages[i])).addmm_(_as_rows(dy), block.weight)
+        block_needs = needs._replace(weight=needs.weight and not several, bias=needs.bias and i == 0)
+        gradients.append(linear_gradients(dy, to_nhwc(image), block, block_needs, dreduced))
+        if dweight is not None:
             columns = dweight.view(len(dweight), -1)[:, start : start + image.shape[1]]
-            columns.addmm_(_as_rows(to_nhwc(dy)).t(), _as_rows(to_nhwc(image)), beta=0)
+            columns.addmm_(_as_rows(dy).t(), _as_rows(to_nhwc(image)), beta=0)
         start += image.shape[1]
+    if not several:
+        dweight, *others = gradients[0]
+        return None if dweight is None else dweight.view_as(layer.weight), *others
     _, (dbias, _), ddowns, dups = zip(*gradients, strict=True)
     ddown = None if ddowns[0] is None else torch.cat(ddowns, dim=1)
-    return tuple(dimages) if need_x else None, (dweight, dbias, ddown, None if dups[0] is None else dups[0] + dups[1])
+    return dweight, dbias, ddown, None if dups[0] is None else dups[0] + dups[1]
 
 
 def _blocks_of_weight(images: Images, layer: LayerTensors) -> Iterator[tuple[Tensor, LayerTensors]]:

@@ -119,12 +119,8 @@ class NormConv(Function):
         (conv, shortcut), conv_needs = _conv_and_shortcut(layers), unpack(Needs, needs[:UNFUSED])
 
         images, norm = _images(ctx.ops, x, skip), (norm_weight, norm_bias, ctx.groups, ctx.eps, shift)
-        through: Images | None = None if dpassed is None else (dpassed,)
-        shortcut_gradients: Gradients = ()
-        if dpassed is not None and shortcut is not None:
-            shortcut_needs = unpack(Needs, needs[UNFUSED:])
-            through, shortcut_gradients = matmul.conv1_backward(dpassed, images, shortcut, shortcut_needs, need_x=need_y)
-        y = _shape_of(images)
+        through = dpassed if shortcut is None else None
+        y, dimages = _shape_of(images), None
         dx = dskip = dnorm_weight = dnorm_bias = dshift = None
         if need_y:
             dy, _ = matmul.conv_backward(dout, y, conv, NO_NEEDS, need_x=True)
@@ -132,15 +128,20 @@ class NormConv(Function):
             into = _destination(ctx.needs_input_grad[9:11], norm_weight, norm_bias)
             options = {"silu": True, "through": through, "output": conv_needs.input, "into": into}
             gradients = ctx.ops.group_norm_backward(dy, images, mean, rstd, *norm, **options)
-            del dy, through
-            (dx, *dskips), dnorm_weight, dnorm_bias, dshift, output = gradients
+            del dy
+            dimages, dnorm_weight, dnorm_bias, dshift, output = gradients
             y = y if output is None else output
-            if skip is not None:
-                dx, dskip = (dx, *dskips) if dskips else dx.split([x.shape[1], skip.shape[1]], dim=1)
         elif conv_needs.input:
             y = ctx.ops.group_norm_recompute(images, mean, rstd, *norm, silu=True)
-        _, conv_gradients = matmul.conv_backward(dout, y, conv, conv_needs, need_x=False)
-        gradients = *conv_gradients, *shortcut_gradients
+        _, gradients = matmul.conv_backward(dout, y, conv, conv_needs, need_x=False)
+        del y
+        if dpassed is not None and shortcut is not None:
+            operands = dpassed, images, shortcut, unpack(Needs, needs[UNFUSED:]), dimages
+            gradients += matmul.conv1_backward(*operands, in_product=ctx.ops.fused)
+        if dimages is not None:
+            dx, dskip = dimages if len(dimages) > 1 else (dimages[0], None)
+            if skip is not None and dskip is None:
+                dx, dskip = dx.split([x.shape[1], skip.shape[1]], dim=1)
         return None, None, None, None, dx, dskip, None, None, dshift, dnorm_weight, dnorm_bias, *gradients
 
 
@@ -170,9 +171,8 @@ class GroupNormLinear(Function):
         dx = dnorm_weight = dnorm_bias = y = None
         dy, dreduced = matmul.linear_input_gradient(dout, layer, need_x=need_y)
         if dy is not None:
-            through = None if dresidual is None else (dresidual,)
             into = _destination(ctx.needs_input_grad[5:7], norm_weight, norm_bias)
-            options = {"silu": False, "through": through, "output": needs.input, "into": into}
+            options = {"silu": False, "through": dresidual, "output": needs.input, "into": into}
             gradients = ctx.ops.group_norm_backward(image(dy, x.shape[2:]), (x,), mean, rstd, *norm, **options)
             del dy
             (dx,), dnorm_weight, dnorm_bias, _, y = gradients

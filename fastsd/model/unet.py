@@ -242,7 +242,10 @@ class Resnet(nn.Module):
         """Apply the block. `skip` holds further channels of the input, from the down blocks."""
         ops, norms = self.ops.forward_backward, (self.norm1.operands(), self.norm2.operands())
         (conv1, bias1), (conv2, bias2) = (recompute.without_bias(ops, operands(conv)) for conv in (self.conv1, self.conv2))
-        shortcut = None if self.conv_shortcut is None else operands(self.conv_shortcut)
+        shortcut = None
+        if self.conv_shortcut is not None:
+            shortcut, bias = recompute.without_bias(ops, operands(self.conv_shortcut))
+            bias2 = bias2 if bias is None or bias2 is None else bias2 + bias  # their gradients are the same sum
         layer = ops, self.groups, RESNET_EPS
         h, residual = recompute.norm_conv(*layer, image, skip, None, norms[0], conv1, shortcut, residual=True)
         shift = self.time_emb_proj(time_BE)
@@ -251,15 +254,24 @@ class Resnet(nn.Module):
         return recompute.add(ops, h, bias2, residual)
 
 
+def convolve(ops: Ops, conv: nn.Conv2d, x_BCHW: Tensor) -> Image:
+    """Apply a convolution without a norm before it. An adapted one adds its bias itself."""
+    layer, bias = recompute.without_bias(ops.forward_backward, operands(conv))
+    if bias is None or layer.down is not None:
+        return Image(conv(x_BCHW))
+    return recompute.add(ops.forward_backward, F.conv2d(x_BCHW, layer.weight, None, conv.stride, conv.padding), bias, None)
+
+
 class Downsample(nn.Module):
     """A convolution of stride 2, which halves height and width."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, image: Image) -> Image:
-        return Image(self.conv(image.x_BCHW))
+        return convolve(self.ops, self.conv, image.x_BCHW)
 
 
 class Upsample(nn.Module):
@@ -347,7 +359,7 @@ class UNet(nn.Module):
             block = Level([(in_width, width) for in_width in in_widths], cfg, ops, attends=attends)
             skips += [width] * cfg.layers_per_block
             if level < len(widths) - 1:
-                block.downsamplers = nn.ModuleList([Downsample(width)])
+                block.downsamplers = nn.ModuleList([Downsample(width, ops)])
                 skips.append(width)
             self.down_blocks.append(block)
 
@@ -405,7 +417,7 @@ class UNet(nn.Module):
         context_BLD = context_BLD.to(dtype)
         time_BE = F.silu(self.time_embedding(t_B))  # computed once, because every resnet applies the same SiLU
 
-        image = Image(self.conv_in(latents_BCHW.to(dtype, memory_format=torch.channels_last)))
+        image = convolve(self.ops, self.conv_in, latents_BCHW.to(dtype, memory_format=torch.channels_last))
         skips = [image]
         for block in cast(Iterable[Level], self.down_blocks):
             for i in range(len(block.resnets)):

@@ -100,7 +100,7 @@ def _group_norm_backward_reference(
     shift: Shift,
     *,
     silu: bool,
-    through: Images | None,
+    through: Tensor | None,
     output: bool,
     into: Destination | None = None,
 ) -> tuple[Images, Gradient, Gradient, Shift, Tensor | None]:
@@ -117,7 +117,7 @@ def _group_norm_backward_reference(
     dshift = None if shift is None else dx.sum((2, 3))
     dweight, dbias = _accumulate(into, dweight, dbias)
     if through is not None:
-        dx += _join(through)
+        dx += through
     return dx.split([image.shape[1] for image in images], dim=1), dweight, dbias, dshift, y if output else None
 
 
@@ -211,9 +211,9 @@ def _attention_backward_triton(
     return attention_packed_backward_op(do, q, k, v, o, lse, precision, self_attention)
 
 
-def _two(tensors: Sequence[Tensor | None] | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return two of one, two or no tensors, None for those that do not exist."""
-    first, second, *_ = (*(tensors or ()), None, None)
+def _two(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Return two of at most two tensors, None for those that do not exist."""
+    first, second, *_ = (*tensors, None, None)
     return first, second
 
 
@@ -258,7 +258,7 @@ def _group_norm_backward_triton(
     shift: Shift,
     *,
     silu: bool,
-    through: Images | None,
+    through: Tensor | None,
     output: bool,
     into: Destination | None = None,
 ) -> tuple[Images, Gradient, Gradient, Shift, Tensor | None]:
@@ -266,7 +266,7 @@ def _group_norm_backward_triton(
     y = dy if output else None
     norm = mean, rstd, weight, bias, groups, silu, shift
     memory, add = into or ((None, None), False)
-    operands = dy, images[0], _two(images)[1], *norm, *_two(through), y, *memory, add
+    operands = dy, images[0], _two(images)[1], *norm, through, y, *memory, add
     dx, dskip, dweight, dbias, dshift = group_norm_backward_op(*operands)
     gradients = (dweight, dbias) if into is None else (None, None)
     return (dx, dskip)[: len(images)], *gradients, None if shift is None else dshift, y

@@ -13,7 +13,7 @@ Shapes: B images, C channels, G groups, P = H*W positions; memory is channels la
 bias and shift (B, C), the time embedding of a residual block, may be fp32 beside a bf16 x.  mean and rstd are fp32 (B, G).
 The image may be two tensors, x and a skip connection, whose channels follow each other; nothing concatenates or splits them.
 Bytes moved, without partial sums: forward 2 reads and 1 write of x, or 1 read if x comes with its partial statistics; backward
-2 reads of x and dy, 1 write of dx.  Gradients of x from elsewhere are read and added to dx ("through").
+2 reads of x and dy, 1 write of dx.  A gradient of x from elsewhere is read and added to dx ("through").
 Saved for backward: x, shift, mean, rstd.  y is never saved: the backward writes it again where it reads x anyway, over dy, for
 the convolution's weight gradient. Without a backward of the norm, `group_norm_apply` does. Both have the forward's bits.
 
@@ -213,7 +213,7 @@ def _merge_sums(
 @triton.jit
 def _input_gradient(
     dy_ptr, x_ptr, skip_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, shift_ptr, u_mean_ptr, u_xhat_mean_ptr,
-    through_ptr, skip_through_ptr, dx_ptr, dskip_ptr, y_ptr, n_positions, n_channels, n_first,
+    through_ptr, dx_ptr, dskip_ptr, y_ptr, n_positions, n_channels, n_first,
     SILU: tl.constexpr, SHIFT: tl.constexpr, SKIP: tl.constexpr, THROUGH: tl.constexpr, OUTPUT: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -225,8 +225,6 @@ def _input_gradient(
     if SKIP:
         x_ptr = tl.where(in_skip, skip_ptr, x_ptr)
         dx_ptr = tl.where(in_skip, dskip_ptr, dx_ptr)
-        if THROUGH:
-            through_ptr = tl.where(in_skip, skip_through_ptr, through_ptr)
     mask = row_mask & col_mask
     mean, rstd, weight, bias = channels(i_image, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n_channels, cols, col_mask, WIDTH)
     groups = i_image * (n_channels // WIDTH) + cols // WIDTH
@@ -301,7 +299,6 @@ def group_norm_backward(
     silu: bool,
     shift: Shift,
     through: Tensor | None,
-    skip_through: Tensor | None,
     y: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
@@ -311,7 +308,7 @@ def group_norm_backward(
 
     Args:
         dy: (B, C, H, W) in any layout.
-        through, skip_through: added to dx and dskip; both or none, if there is a skip.
+        through: added to dx; only without a skip.
         y: channels last. The norm's output is written to it. It may be dy itself.
         dweight, dbias: written, or added to if `add`. Empty tensors are returned in their place.
     """
@@ -322,7 +319,8 @@ def group_norm_backward(
     means = torch.empty_like(mean), torch.empty_like(mean)
     gradients = empty_joined(x, None), None if skip is None else empty_joined(skip, None)
     dshift = x.new_empty(0) if shift is None else torch.empty_like(shift)
-    throughs = (None if t is None else channels_last(t) for t in (through, skip_through))
+    assert through is None or skip is None
+    through = None if through is None else channels_last(through)
     operands = dy, x, skip, mean, rstd, weight.contiguous(), bias.contiguous(), shift
     flags, programs = _flags(sizes, groups, silu, skip, shift), grid(images, chunks, *_widths(sizes))
     if x.numel():
@@ -331,7 +329,7 @@ def group_norm_backward(
         launch(
             _merge_sums, (groups * images,), *merged, *sizes[:2], chunks, SHIFT=with_shift, **merging_tile(n_channels, groups)
         )
-        outputs = *means, *throughs, *gradients, y
+        outputs = *means, through, *gradients, y
         # Five operands of half a tile leave registers for a second program.
         flags |= {"THROUGH": through is not None, "OUTPUT": y is not None, "ROWS": flags["ROWS"] // 2}
         programs = grid(images, triton.cdiv(sizes[0], flags["ROWS"]), *_widths(sizes))
@@ -372,7 +370,7 @@ group_norm_op.register_fake(
     )
 )
 group_norm_backward_op.register_fake(
-    lambda dy, x, skip, mean, rstd, weight, bias, groups, silu, shift, through, skip_through, y, dweight, *_: (
+    lambda dy, x, skip, mean, rstd, weight, bias, groups, silu, shift, through, y, dweight, *_: (
         empty_joined(x, None),
         x.new_empty(0) if skip is None else empty_joined(skip, None),
         *(weight.new_empty(len(weight) if dweight is None else 0) for _ in range(2)),
@@ -391,7 +389,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy: Tensor, *statistics: None) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, shift = ctx.saved_tensors
     norm = mean, rstd, weight, bias, ctx.groups, ctx.silu, shift
-    dx, _, dweight, dbias, dshift = group_norm_backward_op(dy, x, None, *norm, *(None,) * 5, False)
+    dx, _, dweight, dbias, dshift = group_norm_backward_op(dy, x, None, *norm, *(None,) * 4, False)
     return dx, dweight, dbias, None, None, None, None if shift is None else dshift, None, None, None
 
 
@@ -432,12 +430,12 @@ def _record(kind: workload.GroupNorm, dtype: torch.dtype) -> None:
     w, shift = meta(kind.channels, dtype=dtype), meta(len(x), kind.channels, dtype=shifts) if kind.shift else None
     mean, rstd = group_norm_statistics(x, skip, None, None, shift, kind.groups, kind.eps)
     y = group_norm_apply(x, skip, mean, rstd, w, w, kind.groups, kind.silu, shift)
-    throughs = [] if not trained else [None] if kind.shift else [x, None] if kind == workload.LAST_GROUP_NORM else [x]
-    for through in throughs:
+    through = None if kind.shift or kind.skip or kind in workload.GROUP_NORM_WITHOUT_RESIDUAL else x
+    if trained:
         norm = mean, rstd, w, w, kind.groups, kind.silu, shift
-        group_norm_backward(y, x, skip, *norm, through, skip if through is x else None, y, None, None, False)
-    if not kind.silu and trained:  # the sums before and after a transformer, and the input of a level that was enlarged
-        for bias, residual in ((w, x), (None, x), (w, None))[: 3 if kind.side > workload.SMALLEST_SIDE else 2]:
+        group_norm_backward(y, x, skip, *norm, through, y, None, None, False)
+    if not kind.silu and trained:  # the sums before and after a transformer, and the first input of a level
+        for bias, residual in ((w, x), (None, x), (w, None)):
             add_statistics(x, bias, residual)
 
 

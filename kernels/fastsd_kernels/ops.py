@@ -205,13 +205,13 @@ class GroupNormBackward(Protocol):
         shift: Shift,
         *,
         silu: bool,
-        through: Images | None,
+        through: Tensor | None,
         output: bool,
         into: Destination | None = ...,
     ) -> tuple[Images, Tensor | None, Tensor | None, Shift, Tensor | None]:
         """Return dimages, dweight, dbias, dshift, and with `output` y, with the bits of the forward. dy may be overwritten.
 
-        `through`, gradients of the images from their other uses, is added to dimages. dweight and dbias are None if they went
+        `through`, the gradient of a single image from another use, is added to its own. dweight and dbias are None if they went
         `into` memory, dshift without a shift.
         """
 

@@ -98,9 +98,9 @@ GROUP_NORM = {
     GroupNorm(320, 64, 32, 1e-05, True, False): 3,
     GroupNorm(320, 32, 32, 1e-05, True, False): 1,
 }
-# The norm before the last convolution: the only one whose input has no other use.
-LAST_GROUP_NORM = GroupNorm(320, 64, 32, 1e-05, True, False)
-SMALLEST_SIDE = 8
+# Before a resnet's first convolution where the channels change: the matmul of the shortcut adds to the gradient of their input.
+# Those of a skip connection, and those with a shift, do not add another gradient to it either.
+GROUP_NORM_WITHOUT_RESIDUAL = {GroupNorm(640, 16, 32, 1e-05, True, False), GroupNorm(320, 32, 32, 1e-05, True, False)}
 # The SDXL VAE at 512 px, encoder and decoder together.
 VAE_GROUP_NORM = {
     GroupNorm(512, 256, 32, 1e-06, True, False): 1,

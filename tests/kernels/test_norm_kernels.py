@@ -305,18 +305,46 @@ def test_two_images_have_the_bits_of_a_concatenated_one(channels, skip_channels,
     """A group may have channels of both, and no image needs whole tiles."""
     total, ops = channels + skip_channels, TRITON_FORWARD_BACKWARD
     joined, weight, bias = group_norm_inputs(2, total, 5, 7, dtype=dtype).values()
-    dy, through = (normal(2, total, 5, 7, dtype=dtype, seed=i).to(memory_format=CHANNELS_LAST) for i in (3, 4))
-    two, through_of_two = (x.split([channels, skip_channels], dim=1) for x in (joined, through))
+    dy = normal(2, total, 5, 7, dtype=dtype, seed=3).to(memory_format=CHANNELS_LAST)
     runs = []
-    for images, other in (((joined,), (through,)), (two, through_of_two)):
+    for images in ((joined,), joined.split([channels, skip_channels], dim=1)):
         y, mean, rstd = ops.group_norm(images, weight, bias, groups, 1e-5, None, silu=silu)
         norm = mean, rstd, weight, bias, groups, 1e-5, None
         recomputed = ops.group_norm_recompute(images, *norm, silu=silu)
-        backward = ops.group_norm_backward(dy.clone(), images, *norm, silu=silu, through=other, output=True)
+        backward = ops.group_norm_backward(dy.clone(), images, *norm, silu=silu, through=None, output=True)
         dimages, *gradients, _, output = backward
         runs.append((y, mean, rstd, torch.cat(dimages, dim=1), *gradients, output))
         assert torch.equal(recomputed, y) and torch.equal(output, y)
     assert equal(*runs)
+
+
+@DTYPES
+def test_the_gradient_of_a_residual_is_added_before_rounding(dtype):
+    """It is a gradient of x beside that of the norm, as in h(norm(x)) + x."""
+
+    def both_of(function):
+        return lambda x, weight, bias: (function(x, weight, bias, 4, 1e-5), x * 1)
+
+    class WithResidual(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, groups, eps):
+            norm = weight, bias, groups, eps, None
+            y, mean, rstd = TRITON_FORWARD_BACKWARD.group_norm((x,), *norm, silu=False)
+            ctx.save_for_backward(x, mean, rstd)
+            ctx.norm = norm
+            return y, x * 1
+
+        @staticmethod
+        def backward(ctx, dy, dx):
+            x, mean, rstd = ctx.saved_tensors
+            options = {"silu": False, "through": dx, "output": False}
+            run = TRITON_FORWARD_BACKWARD.group_norm_backward(dy, (x,), mean, rstd, *ctx.norm, **options)
+            (dx,), dweight, dbias, _, _ = run
+            return dx, dweight, dbias, None, None
+
+    inputs = group_norm_inputs(2, 40, 5, 7, dtype=dtype)
+    label, reference = f"group_norm with a residual {dtype}", both_of(group_norm_reference)
+    check_budget(label, lambda *tensors, **named: WithResidual.apply(*tensors, *named.values(), 4, 1e-5), reference, inputs)
 
 
 @DTYPES
@@ -400,8 +428,8 @@ def test_recomputed_outputs_have_the_same_bits(dtype):
     norm = mean, rstd, weight, bias, 4, True, shift
     assert torch.equal(OPS.group_norm_apply(x, None, *norm), y)
     dy = normal(*x.shape, dtype=dtype, seed=3).to(memory_format=CHANNELS_LAST)
-    gradients = OPS.group_norm_backward(dy, x, None, *norm, *(None,) * 5, False)
-    assert equal(OPS.group_norm_backward(dy, x, None, *norm, None, None, dy, None, None, False), gradients)
+    gradients = OPS.group_norm_backward(dy, x, None, *norm, *(None,) * 4, False)
+    assert equal(OPS.group_norm_backward(dy, x, None, *norm, None, dy, None, None, False), gradients)
     assert torch.equal(dy, y)  # the memory of dy
 
 
@@ -441,21 +469,7 @@ def test_opcheck():
         ("group_norm_backward", (image.contiguous(), image, None, *norm, shift, *(None,) * 5, False)),
         (
             "group_norm_backward",
-            (
-                image,
-                image,
-                None,
-                *statistics,
-                *plain[2:],
-                3,
-                True,
-                None,
-                image,
-                None,
-                torch.empty_like(image),
-                *(None,) * 2,
-                False,
-            ),
+            (image, image, None, *statistics, *plain[2:], 3, True, None, image, torch.empty_like(image), None, None, False),
         ),
         ("group_norm_backward", (image, image, None, *norm, None, None, None, None, normal(6), normal(6), True)),
         ("add_statistics", tuple(t.clone().requires_grad_() for t in (image, b, image))),

@@ -63,13 +63,14 @@ def test_a_1x1_convolution_of_images_is_that_of_their_concatenation(sizes, rank)
     expected = torch.autograd.grad(y, leaves, dy)
     torch.testing.assert_close(matmul.conv1(images, layer), y.detach())
 
-    for need_x, *needs in product([True, False], repeat=5 if rank else 3):
+    for need_x, in_product, *needs in product([True, False], repeat=6 if rank else 4):
         need_weight, need_bias, need_down, need_up = (*needs, False, False)[:4]
         choice = Needs(need_weight, need_bias, need_down, (need_up,))
-        dimages, results = matmul.conv1_backward(dy, images, layer, choice, need_x=need_x)
-        assert (dimages is not None) == need_x
-        pairs = [*zip(dimages or (), expected, strict=False), *zip(results, expected[len(sizes) :], strict=False)]
+        dimages = [torch.ones_like(image) for image in images] if need_x else None
+        results = matmul.conv1_backward(dy, images, layer, choice, dimages, in_product=in_product)
         assert [result is not None for result in results] == [need_weight, need_bias, need_down, need_up]
-        for result, exact in pairs:
+        for dimage, value in zip(dimages or (), expected, strict=False):
+            torch.testing.assert_close(dimage, 1 + value)
+        for result, value in zip(results, expected[len(sizes) :], strict=False):
             if result is not None:
-                torch.testing.assert_close(result, exact)
+                torch.testing.assert_close(result, value)
