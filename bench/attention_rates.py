@@ -17,12 +17,14 @@ from pathlib import Path
 
 from kernel_times import PRECISIONS, Row, predict_step
 
+import fastsd_kernels.attention
 from fastsd.storage import replace_file
 from fastsd_kernels.cards import CARDS
 from fastsd_kernels.prediction import LAUNCH_US
 
 TABLE = Path(__file__).parents[1] / "fastsd/plan/attention_rates.json"
 BATCH = 8
+FILES = [file.stem for file in Path(fastsd_kernels.attention.__file__).parent.glob("attention*.py")]
 Rates = dict[str, dict[str, dict[str, dict[str, float]]]]
 
 
@@ -33,7 +35,7 @@ def rates(rows: list[Row]) -> Rates:
     for row in rows:
         sizes = [[int(n) for n in shape.split("x")] for shape in row.shape.split()]
         (batch, queries, heads, size), keys = sizes[0], sizes[-1][1]
-        kind = row.kernel.split("_")[0].split()[0] + (", text" if keys < queries else "")
+        kind = ("forward" if row.kernel.startswith("forward") else "backward") + (", text" if keys < queries else "")
         key = row.precision, CARDS[row.card].name, str(size), kind
         microseconds[key] += row.count * (row.us - LAUNCH_US)
         if kind.startswith("forward"):
@@ -55,7 +57,7 @@ def main() -> None:
     table: Rates = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     for precision in options.precision:
         for name in options.card:
-            new = rates(predict_step([name], precision, [BATCH], ["attention"]))
+            new = rates(predict_step([name], precision, [BATCH], FILES))
             table.setdefault(precision, {}).update(new[precision])
             _write(table)
 
