@@ -334,7 +334,8 @@ class UpsampleConv(Function):
 class Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *layer: Any) -> Tensor:
-        ctx.save_for_backward(x, *layer)
+        needs = unpack(Needs, ctx.needs_input_grad[1:])
+        ctx.save_for_backward(x if needs.input else None, *layer)
         return matmul.linear(x, unpack(LayerTensors, layer))
 
     @staticmethod

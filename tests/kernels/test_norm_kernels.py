@@ -291,7 +291,7 @@ def test_an_image_does_not_depend_on_its_batch():
     def run(rows):
         mean, rstd = group_norm_statistics(x[rows], None, None, None, shift[rows], 4, 1e-5)
         norm = mean, rstd, weight, bias, 4, True, shift[rows]
-        dx, _, _, _, dshift = group_norm_backward(dy[rows], x[rows], None, *norm, *(None,) * 5, False)
+        dx, _, _, _, dshift = group_norm_backward(dy[rows], x[rows], None, *norm, *(None,) * 4, False)
         return mean, rstd, dx, dshift
 
     together = run(slice(0, 3))
@@ -466,12 +466,12 @@ def test_opcheck():
         ("geglu_backward_in_place", (normal(5, 3), plain[0], False, True, [normal(6)], False)),
         ("group_norm", (*differentiable, 3, 1e-5, True, shift.clone().requires_grad_(), None, None, None)),
         ("group_norm_apply", (image, None, *norm, shift)),
-        ("group_norm_backward", (image.contiguous(), image, None, *norm, shift, *(None,) * 5, False)),
+        ("group_norm_backward", (image.contiguous(), image, None, *norm, shift, *(None,) * 4, False)),
         (
             "group_norm_backward",
             (image, image, None, *statistics, *plain[2:], 3, True, None, image, torch.empty_like(image), None, None, False),
         ),
-        ("group_norm_backward", (image, image, None, *norm, None, None, None, None, normal(6), normal(6), True)),
+        ("group_norm_backward", (image, image, None, *norm, None, None, None, normal(6), normal(6), True)),
         ("add_statistics", tuple(t.clone().requires_grad_() for t in (image, b, image))),
     ]
     for name, arguments in cases:
