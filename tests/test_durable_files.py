@@ -258,7 +258,8 @@ WRITERS = {
     "fastsd/demo/models.py": {"save_base", "save_vae", "write_tokenizer"},  # a new folder
     "fastsd/demo/world.py": {"write_dataset"},  # a temporary file
     "fastsd/commands/redraw.py": {"write"},  # to memory
-    "fastsd/compare/page.py": {"_uri"},  # to memory
+    "fastsd/compare/page.py": {"data_uri"},  # to memory
+    "fastsd/compare/charts.py": {"svg"},  # to memory
     "kernels/fastsd_kernels/atlas.py": {"main"},  # a temporary file
 }
 

@@ -434,6 +434,7 @@ def _record(kind: workload.GroupNorm, dtype: torch.dtype) -> None:
     if trained:
         norm = mean, rstd, w, w, kind.groups, kind.silu, shift
         group_norm_backward(y, x, skip, *norm, through, y, None, None, False)
+        group_norm_backward(y, x, skip, *norm, through, y, meta(kind.channels), meta(kind.channels), True)
     if not kind.silu and trained:  # the sums before and after a transformer, and the first input of a level
         for bias, residual in ((w, x), (None, x), (w, None)):
             add_statistics(x, bias, residual)

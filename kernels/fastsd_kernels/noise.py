@@ -279,7 +279,7 @@ def _normal(n_ptr, position_ptr, seed: tl.int64, purpose: tl.int32, count, BLOCK
     tl.store(n_ptr + i_sample.to(tl.int64) * count + offs, eps, offs < count)
 
 
-@triton.jit(do_not_specialize=["seed", "purpose"], do_not_specialize_on_alignment=["position_ptr"])
+@triton.jit(do_not_specialize=["seed", "purpose"], do_not_specialize_on_alignment=["position_ptr", "t_ptr"])
 def _add_noise(
     x_ptr, xt_ptr, target_ptr, position_ptr, t_ptr, signal_ptr, sigma_ptr,
     seed: tl.int64, purpose: tl.int32, count,

@@ -139,7 +139,10 @@ DATES = re.compile(rb"20\d\d-\d\d-\d\d(T\d\d:\d\d:\d\dZ)?")
 # Also the digests of logs in state.json, because the logs themselves are compared.
 MEASURED = re.compile(rb'"(seconds|memory_gb)": [\d.e+-]+|"logs": \{(.*?\}\s*)?\}', re.DOTALL)
 # Manifests and copies repeat measured values, a database has its own order of writing, and a request may come after the end.
-UNCOMPARED = re.compile(r".*lock|tensorboard/.*|checkpoints/.*/(manifest|copies)\.json|cache\.sqlite.*|trigger\..*")
+# Warnings belong to one start.
+UNCOMPARED = re.compile(
+    r".*lock|warnings\.jsonl|tensorboard/.*|checkpoints/.*/(manifest|copies)\.json|cache\.sqlite.*|trigger\..*"
+)
 
 
 def results(output: Path) -> dict[str, str]:

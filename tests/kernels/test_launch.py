@@ -27,7 +27,7 @@ def group_norm(batch, channels, side):
     mean, rstd = group_norm_statistics(x, x, None, None, None, 32, 1e-5)
     w = meta(2 * channels)
     group_norm_apply(x, x, mean, rstd, w, w, 32, True, None)
-    group_norm_backward(x, x, x, mean, rstd, w, w, 32, True, *(None,) * 6, False)
+    group_norm_backward(x, x, x, mean, rstd, w, w, 32, True, *(None,) * 5, False)
     add_statistics(x, None, x)
 
 

@@ -113,9 +113,9 @@ def test_a_stage_that_ends_by_time_has_as_many_checkpoints_as_the_fastest_card_s
     disk, _ = plan(path)
     others = disk["total"] - disk["checkpoints"]
     assert disk["written"] - others == pytest.approx(21 * disk["a_checkpoint"][0], rel=0.2)  # the first one has all components
-    fast, slow = (plan(path, "stage.0.keep_every=1000000", "--card", card)[0]["permanent"][0] for card in ("H200", "3090"))
-    both = plan(path, "stage.0.keep_every=1000000")[0]["permanent"][0]
-    assert slow < fast <= both
+    counts = [plan(path, "stage.0.keep_every=100000", "--card", card)[0]["permanent"][0] for card in ("H200", "4090", "3090")]
+    assert len(set(counts)) > 1
+    assert plan(path, "stage.0.keep_every=100000")[0]["permanent"][0] >= max(counts)
 
 
 def test_unknown_images_are_said(plan, tmp_path, tiny_model, images):

@@ -259,7 +259,7 @@ def test_rows_and_output_of_a_run(uninterrupted):
     (line,) = [line for line in text.splitlines() if says(line, "validation-measured", step=6)]
     values = {"held_out": f"{rows[-4]['loss']:.4f}", "held_out_se": f"{rows[-4]['se']:.4f}"}
     assert says(line, "validation-measured", stabilised=f"{rows[-3]['loss']:.4f}", **values)
-    assert f" {rows[-4]['bands'][0][2]:.2g} " in line
+    assert f"; t 0000-0499 {rows[-4]['bands'][0][2]:.4f}, " in line
     assert says(text, "images-counted", images=21, resolution=16, sizes="", epoch=17)
     assert says(text, "validation-planned", **PLANNED) and ", every 2\n" in text
 
@@ -343,7 +343,7 @@ def test_command_measures_runs_checkpoints_and_models(uninterrupted, tmp_path, t
     values = json.loads(json_file.read_text())
     assert values["rows"] == last_rows(folder) and values["precision"] == "fp32"
     lines = output.read_text().splitlines()
-    assert lines[-4].startswith("timesteps") and lines[-3].startswith("0-499 ")
+    assert lines[-4].startswith("timesteps") and lines[-3].startswith("0000-0499 ")
     assert "\n".join(lines[-4:]) == format_table(values["rows"])
     config = load_config(path, [*OVERRIDES])
     early = checkpoint.checkpoints(folder / "checkpoints")[0]

@@ -260,7 +260,7 @@ def test_options_in_the_list_of_prompts_are_named(model):
     assert [image.prompt for image in images_of(SampleTable(prompts=["a --w 64"], images=1), 16)] == ["a --w 64"]
 
 
-def test_the_readme_has_a_line_with_options():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    lines = [line for line in readme.splitlines() if " --w " in line and " --n " in line]
+def test_the_documents_have_a_line_with_options():
+    page = (Path(__file__).parents[2] / "docs" / "using-models.md").read_text()
+    lines = [line for line in page.splitlines() if " --w " in line and " --n " in line]
     assert lines and all(parse_prompt(line.strip(), "").width for line in lines)
