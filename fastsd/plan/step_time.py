@@ -6,7 +6,7 @@
     all         a fixed time per launch, too
 
 Operations run one after another. The host is not counted (a step is one CUDA graph), nor is the data loader (it works ahead).
-Nothing is fitted to a step. `bench/plan_check.py --peers` compares with what others have published.
+Nothing is fitted to a step. `bench/predictions.py` compares with what others have published.
 """
 
 from __future__ import annotations
