@@ -151,8 +151,7 @@ def predict_launch(name: str, card: Card, launch: Launch, precision: str, batch:
     compiled = compile_once(compilation)
     p = predictor().predict(card, compilation.key, compiled, launch)
     op, kernel, shape = describe(launch)
-    products = 3 if str(launch.options.get("PRECISION")).endswith("x3") else 1
-    needed = products * needed_flops(launch) if op.startswith("attention") else 0
+    needed = needed_flops(launch) if op.startswith("attention") else 0
     work = p.executed / needed if needed else 0
     code, share = compiled.code, p.shares[p.busiest]
     figures = p.us, p.floor_us, p.busiest, share, p.blocks, p.waves, work, p.per_load, p.wgmma, code.rounded, code.stack

@@ -12,7 +12,8 @@ tile tables cannot disagree with them. Columns:
     local     per cent of the instructions that a warp executes that are local loads and stores
     shared    bytes of shared memory a block
     loads     global loads by width in bits; "async" is cp.async or TMA, straight into shared memory
-    tensor    tensor-core instructions
+    mma       tensor-core instructions of one warp
+    wgmma     those of four warps together, on sm_90
     work      FLOPs that the tensor cores execute over those that the results need, at the worst shape
     fma       fp32 fused multiply-adds, and their share of the longest loop's instructions
 
@@ -38,9 +39,11 @@ from fastsd_kernels.prediction import Kernel, executed_flops
 from fastsd_kernels.sass import Code, Compiled, compile_launch, specialise
 from fastsd_kernels.ttir import evaluate
 
-# FLOPs executed over needed, for bf16 and tf32. Tiles pad 40 columns to 48 and 77 keys to 80 or 96, which is up to 1.25.
-# sm_90's wgmma needs 64 rows, and the last tile of 77 keys is mostly padding there.
+# FLOPs executed over needed. Tiles pad 40 columns to 48 and 77 keys to 80 or 96, which is up to 1.25. On sm_90, dk and dv of
+# 77 keys need 128: wgmma computes 64 rows, and with mma and less padding they are predicted to take longer.
 WORK_LIMIT = 1.3
+# On sm_90, share of an attention kernel's FLOPs by mma. Only slices of 8 columns are: 8 of 40 in one product of two, or fewer.
+MMA_LIMIT = 0.1
 # Each local access takes an issue slot and four cycles of L1. Up to a fortieth of the instructions are in the noise of a
 # prediction; above, a tile must be faster by more than they cost, which `--time` shows, and then the limit should say so.
 LOCAL_LIMIT = 0.025
@@ -59,6 +62,7 @@ class Entry(NamedTuple):
     options: dict[str, Any]  # constexpr arguments, warps, stages
     code: Code | None
     work: float  # matmul FLOPs executed over needed, at the worst of the workload's shapes; 0 without matmuls
+    mma: float  # share of them by mma
     local: float  # share of the executed instructions that access local memory
     problems: list[str]
 
@@ -77,16 +81,17 @@ def survey(op: str, target: int, remainder: int = 0, divisor: int = 1) -> list[E
                 key = compilation.key
                 is_new = key not in entries
                 if is_new:
-                    entries[key] = Entry(op, kind, mode, launch.kernel.__name__, target, launch.options, None, 0, 0, [])
+                    entries[key] = Entry(op, kind, mode, launch.kernel.__name__, target, launch.options, None, 0, 0, 0, [])
                     if len(entries) % divisor == remainder:
                         compiled[key] = compile_launch(compilation)
                         entries[key] = entries[key]._replace(code=compiled[key].code)
                 if key in compiled and (is_new or op == "attention"):
                     kernel = Kernel(compiled[key], evaluate(compiled[key].ttir, launch))
-                    needed = needed_flops(launch) if op == "attention" and mode in ("bf16", "tf32") else 0
+                    rows = 64 if compiled[key].code.wgmma else 1
+                    needed = needed_flops(launch, rows) if op == "attention" and mode != "ieee" else 0
                     work = executed_flops(kernel, launch) / needed if needed else 0
                     work, local = max(work, entries[key].work), max(kernel.local_share, entries[key].local)
-                    entries[key] = entries[key]._replace(work=work, local=local)
+                    entries[key] = entries[key]._replace(work=work, mma=kernel.mma_share, local=local)
             launches.clear()
     return [entry._replace(problems=_problems(entry, entry.code)) for entry in entries.values() if entry.code is not None]
 
@@ -95,8 +100,10 @@ def _problems(entry: Entry, code: Code) -> list[str]:
     problems = []
     if entry.local > LOCAL_LIMIT:
         problems.append(f"{entry.local:.1%} of the executed instructions access local memory")
-    if entry.work > WORK_LIMIT and entry.target in (86, 89, 120):
+    if entry.work > WORK_LIMIT:
         problems.append(f"executes {entry.work:.2f} times the matmul work that it needs")
+    if entry.target == 90 and entry.work and entry.mma > MMA_LIMIT:
+        problems.append(f"executes {entry.mma:.0%} of its matmul work by mma, not wgmma")
     limit = MULTIPROCESSORS[entry.target].block_shared
     if code.shared > limit:
         problems.append(f"shared {code.shared} > {limit}")
@@ -117,7 +124,8 @@ def _line(entry: Entry) -> str:
         f"{k.removeprefix('num_').lower()}={v}" for k, v in entry.options.items() if isinstance(v, int) and k != "D"
     )
     work = f"{entry.work:.2f}" if entry.work else "-"
-    counts = f"{code.registers:4} {code.stack:5} {entry.local:5.1%} {code.shared:6} {code.tensor:6} {work:>4} {code.fma:5}"
+    tensor = f"{code.tensor - code.wgmma:6} {code.wgmma:5} {work:>4}"
+    counts = f"{code.registers:4} {code.stack:5} {entry.local:5.1%} {code.shared:6} {tensor} {code.fma:5}"
     name = f"sm_{entry.target:<3} {entry.op:14} {entry.kernel:15} {entry.kind:26} {entry.mode:11}"
     return (
         f"{name} {counts} {fma_share:>4}  {loads:26} {tile}{'  OVER: ' + '; '.join(entry.problems) if entry.problems else ''}"
@@ -141,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, so Triton compiles nothing; unset it")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json is {str(options.json)!r}, but its folder does not exist; create it or name another file")
-    print(f"target {'op':14} {'kernel':15} {'kind':26} {'mode':11} regs stack local shared tensor work   fma loop  loads")
+    print(f"target {'op':14} {'kernel':15} {'kind':26} {'mode':11} regs stack local shared    mma wgmma work   fma loop  loads")
     divisor = 4 * options.jobs  # short tasks, so that no process waits long for the last one
     tasks = [
         (op, int(sm[3:]), remainder, divisor) for sm in options.target for op in options.op for remainder in range(divisor)

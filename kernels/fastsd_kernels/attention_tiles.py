@@ -55,9 +55,13 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dqdkdv", 48, "bf16", 86): AttentionTile(32, 128, 4, 2),
     ("dqdkdv", 48, "bf16", 89): AttentionTile(32, 128, 4, 2),
     ("dqdkdv", 48, "bf16", 120): AttentionTile(32, 128, 4, 2),
-    # wgmma reads the streamed operand from shared memory, not registers: longer tiles fit.
-    ("forward", 48, "bf16", 90): AttentionTile(128, 128, 8, 2),
-    ("forward", 96, "bf16", 90): AttentionTile(128, 128, 8, 2),
+    # wgmma multiplies 64 rows in 4 warps. Three or four such blocks on an SM hide more latency than a larger one.
+    ("forward", 48, "bf16", 90): AttentionTile(64, 64, 4, 3),
+    ("forward", 96, "bf16", 90): AttentionTile(64, 64, 4, 2),
+    ("dq", 48, "bf16", 90): AttentionTile(64, 64, 4, 3),
+    ("dq", 96, "bf16", 90): AttentionTile(64, 64, 4, 2),
+    ("dkdv", 48, "bf16", 90): AttentionTile(64, 64, 4, 3, narrowest=16),
+    ("dkdv", 96, "bf16", 90): AttentionTile(64, 64, 4, 3),
     # tf32: operands take twice the registers of bf16. Rounded tiles lie in shared memory a second time, so at D = 160 dq and dk
     # stream. 4 warps of 16 rows each: with 8 warps, half of them would repeat the other half's products of a tile of 64.
     ("forward", 48, "tf32", 0): AttentionTile(64, 32, 4, 2, 32),
@@ -78,13 +82,13 @@ _TILES: dict[tuple[str, int, str, int], AttentionTile] = {
     ("dq", 160, "tf32", 80): AttentionTile(64, 32, 4, 2, 16),
     ("dk", 160, "tf32", 80): AttentionTile(32, 64, 4, 2, 32),
     # wgmma reads the streamed operand from shared memory: longer tiles fit, and at D = 160 held ones.
-    ("forward", 48, "tf32", 90): AttentionTile(64, 64, 4, 2, 32, registers=168),
+    ("forward", 48, "tf32", 90): AttentionTile(64, 32, 4, 2, 32),
     ("forward", 96, "tf32", 90): AttentionTile(128, 32, 8, 2, 32),
     ("forward", 160, "tf32", 90): AttentionTile(128, 64, 8, 2, 32),
     ("dq", 48, "tf32", 90): AttentionTile(64, 64, 4, 2, 16),
     ("dq", 96, "tf32", 90): AttentionTile(128, 64, 8, 2, 32),
     ("dq", 160, "tf32", 90): AttentionTile(128, 32, 8, 1, 32),
-    ("dkdv", 48, "tf32", 90): AttentionTile(32, 64, 4, 2, 32),
+    ("dkdv", 48, "tf32", 90): AttentionTile(32, 64, 4, 3, 16),
     ("dkdv", 96, "tf32", 90): AttentionTile(32, 128, 8, 2, 32),
     ("dk", 160, "tf32", 90): AttentionTile(32, 128, 8, 1, 32),
     ("dv", 160, "tf32", 90): AttentionTile(32, 64, 4, 1, 32),
@@ -149,28 +153,29 @@ def choose_tile(
     """Return the tile of "forward", "dq", "dk", "dv" or "dkdv". It is shorter where it would multiply over `MOST_WORK`.
 
     A warp of a tensor core kernel computes at least 16 rows of its result. Further warps would repeat the products of others,
-    so a tile that is cut on the side of the result's rows has fewer warps.
+    so a tile that is cut on the side of the result's rows has fewer warps. On sm_90 it keeps the 64 rows of wgmma: for dk and
+    dv of 77 keys that is predicted faster than mma with less padding.
     """
     size, kind = _row(head_dim, dtype, precision)
-    general = _TILES[kernel, size, kind, 0]
-    tile = _TILES.get((kernel, size, kind, architecture(device)), general)
+    tile = _TILES.get((kernel, size, kind, architecture(device)), _TILES[kernel, size, kind, 0])
+    least = 64 if architecture(device) == 90 else 16
     # Columns are padded, too: 40 to 48 where they are summed over.
     columns = sum(width for _, width in slices(head_dim, tile.widest, 16)) / head_dim
     width = _cut(tile.keys, keys, MOST_WORK / columns)
-    # tf32x3, and the tiles that wgmma was given, lack the registers for fewer warps.
-    if kind not in ("bf16", "tf32", "fp16x3") or (architecture(device) == 90 and tile != general):
+    if kind not in ("bf16", "tf32", "fp16x3"):  # tf32x3 lacks the registers for fewer warps
         return tile._replace(keys=width)
     if kernel in ("forward", "dq"):
-        rows = _cut(tile.rows, queries, MOST_WORK)
+        rows = _cut(tile.rows, queries, MOST_WORK, least)
         return tile._replace(rows=rows, keys=width, warps=min(tile.warps, rows // 16))
+    width = _cut(tile.keys, keys, MOST_WORK / columns, least)
     if width == tile.keys:
         return tile
     return tile._replace(rows=max(16, tile.rows * width // tile.keys), keys=width, warps=min(tile.warps, width // 16))
 
 
-def _cut(length: int, total: int, limit: float) -> int:
-    """Return the longest tile, of at most `length`, whose padding makes `total` at most `limit` times as long."""
-    while length > 16 and triton.cdiv(total, length) * length > limit * total:
+def _cut(length: int, total: int, limit: float, least: int = 16) -> int:
+    """Return the longest tile, from `least` to `length`, whose padding makes `total` at most `limit` times as long."""
+    while length > least and triton.cdiv(total, length) * length > limit * total:
         length //= 2
     return length
 
@@ -218,8 +223,11 @@ def slices(head_dim: int, widest: int, least: int) -> tuple[tuple[int, int], ...
     return tuple(cut)
 
 
-def needed_flops(launch: Launch) -> int:
-    """Return the FLOPs that a launch's results need without padding: of the scores, of dP for dq and dk, and of each result."""
+def needed_flops(launch: Launch, rows: int = 1) -> int:
+    """Return the FLOPs that a launch's results need: of the scores, of dP for dq and dk, and of each result.
+
+    An operand of two parts needs three times as many. Results have whole tiles of `rows`; nothing else is padded.
+    """
     operands = dict(zip((parameter.name for parameter in launch.kernel.params), launch.arguments, strict=False))
     if "q_ptr" not in operands:
         return 0  # it adds copies of dq
@@ -229,4 +237,10 @@ def needed_flops(launch: Launch) -> int:
     results -= {f"d{x.lower()}_ptr" for x in "KV" if not launch.options.get(f"WITH_{x}", True)}
     products = 1 + bool(results & {"dq_ptr", "dk_ptr"}) + len(results)
     (B, N, H, D), L = q.shape, k.shape[1]
+    if results & {"dk_ptr", "dv_ptr"}:
+        L = triton.cdiv(L, rows) * rows
+    else:
+        N = triton.cdiv(N, rows) * rows
+    if str(launch.options.get("PRECISION")).endswith("x3"):
+        products *= 3
     return 2 * products * B * H * N * L * D

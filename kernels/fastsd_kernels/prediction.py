@@ -97,6 +97,12 @@ class Kernel:
         """The share of a warp's instructions that are loads and stores of local memory."""
         return self.counts()["local"] / sum(self.executed.values())
 
+    @property
+    def mma_share(self) -> float:
+        """The share of the tensor-core FLOPs by mma, not wgmma; 0 without any."""
+        counts = self.counts()
+        return counts["HMMA"] / (counts["HMMA"] + counts["HGMMA"] or 1)
+
 
 def executed_flops(kernel: Kernel, launch: Launch) -> int:
     """Return the matmul FLOPs that all warps execute: those of tensor cores, or else of fused multiply-adds."""
@@ -151,7 +157,6 @@ def predict(card: Card, kernel: Kernel, launch: Launch, work: Work) -> Predictio
     busiest = max(times, key=lambda unit: times[unit])
     shares = {unit: time / expected for unit, time in times.items()}
     counts = kernel.counts()
-    tensor = counts["HMMA"] + counts["HGMMA"]
     return Prediction(
         expected + LAUNCH_US,
         times[busiest],
@@ -161,5 +166,5 @@ def predict(card: Card, kernel: Kernel, launch: Launch, work: Work) -> Predictio
         programs / (card.sms * resident),
         executed_flops(kernel, launch),
         counts["fma"] / counts["loaded"] if counts["loaded"] else 0,
-        counts["HGMMA"] / tensor if tensor else 0,
+        1 - kernel.mma_share if counts["HGMMA"] else 0,
     )

@@ -54,6 +54,7 @@ class Code(NamedTuple):
     shared: int  # bytes a block
     loads: dict[str, int]  # global loads by width in bits; "async": straight into shared memory
     tensor: int  # tensor-core instructions
+    wgmma: int  # of them, those of four warps together (HGMMA on sm_90)
     fma: int  # fp32 fused multiply-adds, packed ones counted twice
     loop: int  # instructions of the longest loop
     loop_fma: int  # fused multiply-adds among them
@@ -129,9 +130,9 @@ def read(usage: str, instructions: list[Instruction], shared: int, rounded: int)
     loops = [(x.target, x.address) for x in instructions if x.opcode == "BRA" and x.target is not None and x.target < x.address]
     longest = max(([x.name for x in instructions if first <= x.address <= last] for first, last in loops), key=len, default=[])
     names = [x.name for x in instructions]
-    tensor = sum(map(_is_tensor, names))
+    tensor, wgmma = sum(map(_is_tensor, names)), sum(name.startswith("HGMMA") for name in names)
     shared = max(shared, static)
-    return Code(registers, stack, shared, _loads(names), tensor, _fma(names), len(longest), _fma(longest), rounded)
+    return Code(registers, stack, shared, _loads(names), tensor, wgmma, _fma(names), len(longest), _fma(longest), rounded)
 
 
 def _loads(names: list[str]) -> dict[str, int]:

@@ -66,6 +66,8 @@ def test_compiled_kernels_are_predicted():
     for predicted, least in report["copy"].values():
         assert predicted - LAUNCH_US == pytest.approx(least, rel=0.01)
     assert report["last"] == 16 * (report["instructions"] - 1)  # none is left out
-    fitting, planted = report["problems"]["1 warp, 16 keys"], report["problems"]["8 warps, 32 keys"]
-    assert fitting == [] and len(planted) == 1
-    assert planted[0].startswith("executes 5.66 ") and "times the matmul work that it needs" in planted[0]
+    problems = report["problems"]
+    assert problems["sm_89, 1 warp, 16 keys"] == problems["sm_90, 4 warps, 64 keys"] == []
+    assert problems["sm_89, 8 warps, 32 keys"] == ["executes 5.66 times the matmul work that it needs"]
+    assert problems["sm_90, 1 warp, 16 keys"] == ["executes 100% of its matmul work by mma, not wgmma"]
+    assert problems["sm_90, 8 warps, 64 keys"][0] == "executes 1.80 times the matmul work that it needs"

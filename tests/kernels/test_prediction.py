@@ -90,7 +90,7 @@ def code(*lines):
 
 
 def kernel_of(instructions, loops=(), registers=32, shared=0, warps=4, work=None):
-    counts = Code(registers, 0, shared, {}, 0, 0, 0, 0, 0)
+    counts = Code(registers, 0, shared, {}, 0, 0, 0, 0, 0, 0)
     return Kernel(Compiled(counts, instructions, "", warps), work or Work(list(loops), 1024, 1024, 2048, 0))
 
 
@@ -129,7 +129,7 @@ def test_every_card_has_an_architecture_with_tiles():
     ],
 )
 def test_blocks_per_sm(card, registers, shared, warps, blocks):
-    assert blocks_per_sm(CARDS[card], Code(registers, 0, shared, {}, 0, 0, 0, 0, 0), warps) == blocks
+    assert blocks_per_sm(CARDS[card], Code(registers, 0, shared, {}, 0, 0, 0, 0, 0, 0), warps) == blocks
 
 
 def test_loops_bytes_and_products_come_from_the_source():
@@ -251,9 +251,13 @@ def test_needed_flops_count_products_without_padding():
     backward = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr")
     assert needed_flops(launch_of(q, k, k, q, q, q, names=backward)) == 3 * product
     assert needed_flops(launch_of(q, q, names=("sums_ptr", "dq_ptr"))) == 0
+    assert needed_flops(launch, 64) == needed_flops(launch)
+    assert needed_flops(launch._replace(options={"PRECISION": "fp16x3"})) == 3 * needed_flops(launch)
     keys = launch_of(q, k, k, q, k, k, names=("q_ptr", "k_ptr", "v_ptr", "do_ptr", "dk_ptr", "dv_ptr"))
     for with_k, with_v, products in ((True, True, 4), (True, False, 3), (False, True, 2)):
-        assert needed_flops(keys._replace(options={"WITH_K": with_k, "WITH_V": with_v})) == products * product
+        chosen = keys._replace(options={"WITH_K": with_k, "WITH_V": with_v})
+        assert needed_flops(chosen) == products * product
+        assert needed_flops(chosen, 64) == products * product // 77 * 128
 
 
 def test_steps_are_those_of_the_model(capsys):

@@ -2,7 +2,7 @@
 
 copy        predicted and least microseconds of a copy of each size in MiB, on an RTX 4090
 instructions, last   number of the copy's instructions, and the last one's address
-problems    the atlas' problems of dk and dv with the tiles of `attention_tiles.py`, and with a tile for 8 warps and 32 keys
+problems    the atlas' problems of dk and dv with tiles that fit and with others, on sm_89 and sm_90
 """
 
 import json
@@ -38,8 +38,8 @@ def copies() -> dict[str, object]:
     return {"copy": times, "instructions": len(compiled.instructions), "last": compiled.instructions[-1].address}
 
 
-def problems(tile: AttentionTile) -> list[str]:
-    """Return the atlas' problems of attention to 77 keys if dk and dv have this tile."""
+def problems(tile: AttentionTile, target: int) -> list[str]:
+    """Return the atlas' problems of attention to 77 keys on sm_`target` if dk and dv have this tile."""
     choose, kind = attention.choose_tile, workload.Attention(4096, 77, 8, 40)
 
     def calls():
@@ -52,13 +52,19 @@ def problems(tile: AttentionTile) -> list[str]:
         return tile if kernel == "dkdv" else choose(kernel, *arguments)
 
     with mock.patch.object(attention, "choose_tile", chosen), mock.patch.dict(atlas.OPS, attention=mock.Mock(calls=calls)):
-        entries = [entry for entry in atlas.survey("attention", 89) if entry.options.get("WITH_V")]
+        entries = [entry for entry in atlas.survey("attention", target) if entry.options.get("WITH_V")]
     return [problem for entry in entries for problem in entry.problems]
 
 
 def main() -> None:
-    tiles = {"1 warp, 16 keys": AttentionTile(64, 16, 1, 2), "8 warps, 32 keys": AttentionTile(64, 32, 8, 2)}
-    print(json.dumps(copies() | {"problems": {name: problems(tile) for name, tile in tiles.items()}}))
+    tiles = {
+        "sm_89, 1 warp, 16 keys": (AttentionTile(64, 16, 1, 2), 89),
+        "sm_89, 8 warps, 32 keys": (AttentionTile(64, 32, 8, 2), 89),
+        "sm_90, 4 warps, 64 keys": (AttentionTile(64, 64, 4, 2), 90),
+        "sm_90, 1 warp, 16 keys": (AttentionTile(64, 16, 1, 2), 90),
+        "sm_90, 8 warps, 64 keys": (AttentionTile(64, 64, 8, 2), 90),
+    }
+    print(json.dumps(copies() | {"problems": {name: problems(*tile) for name, tile in tiles.items()}}))
 
 
 if __name__ == "__main__":
