@@ -189,6 +189,29 @@ ValidatePrecision = Annotated[
 Vram = Annotated[float | None, Option("--vram", metavar="GB", help="GPU memory in GB (default: that of --card, or 24).")]
 Card = Annotated[str, Option("--card", metavar="NAME", help="GPU to estimate for, for example 4090 (default: all known).")]
 
+# init
+InitConfig = Annotated[
+    Path | None, Argument(parser=path, metavar="[OUT]", help="Config to write (default: named after the images and the goal).")
+]
+InitGoal = Annotated[
+    str,
+    Option("--goal", metavar="NAME", help="Job: vae, finetune, lora or text-encoder (default: vae or finetune)."),
+]
+InitBase = Annotated[
+    str, Option("--base", metavar="MODEL", help="Base model: folder, .safetensors or hub id (default: SD1.5 on the hub).")
+]
+InitVae = Annotated[str, Option("--vae", metavar="VAE", help="New VAE: folder, file or hub id (default for vae: SDXL's).")]
+InitImages = Annotated[str, Option("--images", metavar="FOLDER", help="Folder of images with captions, or a .tar.")]
+InitCard = Annotated[
+    str, Option("--card", metavar="CARD", help="GPU, or its memory in GB, such as 4090 or 12 (default: this machine's, or 24).")
+]
+InitPrecision = Annotated[Precision | None, Option("--precision", help="Compute precision (default: bf16).")]
+InitUntil = Annotated[str, Option("--until", metavar="N", help="Length: steps, 2e (epochs) or 12h (default: by the goal).")]
+InitResolution = Annotated[str, Option("--resolution", metavar="PX", help="Image size (default: that of the base).")]
+InitFactor = Annotated[
+    str, Option("--vae-scaling-factor", metavar="X", help="Scaling factor of a VAE that is a file without one.")
+]
+
 # bench
 BenchWords = Annotated[
     list[str] | None,

@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Retrain Stable Diffusion 1.5, with another VAE swapped in, on one GPU.",
     epilog=examples(
         "demo                                the whole story in miniature",
+        "init                                write a config for your images and card",
         "plan configs/xlsd.toml --card 4090  memory, speed and disk space",
         "train configs/xlsd.toml             train; the same command resumes",
         "train --help                        options and examples of a command",
@@ -38,6 +39,26 @@ app = typer.Typer(
 @app.callback()
 def fastsd(*, version: args.Version = False) -> None:
     pass
+
+
+@app.command(epilog=examples("init", "init --images photos --card 4090", "init my.toml --images photos --goal lora --card 12"))
+def init(
+    out: args.InitConfig = None,
+    goal: args.InitGoal = "",
+    base: args.InitBase = "",
+    vae: args.InitVae = "",
+    images: args.InitImages = "",
+    card: args.InitCard = "",
+    precision: args.InitPrecision = None,
+    until: args.InitUntil = "",
+    resolution: args.InitResolution = "",
+    vae_scaling_factor: args.InitFactor = "",
+) -> None:
+    """Write a config for your images and card. Without options, at a terminal, it asks for them."""
+    from fastsd.commands.init import Answers, init
+
+    options = (goal, base, vae, images, card, precision.value if precision else "", until, resolution, vae_scaling_factor)
+    init(out, Answers(*options), input if not any(options) and sys.stdin.isatty() else None)
 
 
 @app.command(

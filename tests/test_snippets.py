@@ -46,6 +46,7 @@ FIGURES = {  # blocks that are no code, by their first word
 }
 NOT_RUN = {  # programs that are only checked to exist, with the reason
     "fastsd demo": "takes minutes; .ci/run and tests/demo run it",
+    "fastsd init": "asks at a terminal; tests/commands/test_init.py runs it",
     "fastsd watch": "ends at Ctrl-C; tests/compare/test_watch.py runs it",
     "pip": "installs",
     "pytest": "is this test's own program",
@@ -135,7 +136,7 @@ def parse(words: list[str]) -> None:
 
 def test_every_block_is_of_a_known_kind():
     kinds = [kind(block) for document in DOCUMENTS for block in blocks(document)]
-    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 19, "toml": 5, "python": 2}
+    assert {name: kinds.count(name) for name in ("shell", "toml", "python")} == {"shell": 20, "toml": 5, "python": 2}
     assert {block.split()[0] for block in all_blocks("figure")} == FIGURES.keys()
 
 

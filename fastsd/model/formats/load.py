@@ -54,12 +54,7 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
     text = load_text(table, base, notes)
     vae = load_vae(table, base)
 
-    if vae.channels != unet.cfg.in_channels:
-        raise UserError(
-            "vae-channels",
-            f"model.vae: {vae.name} has {vae.channels} latent channels, but the UNet of {table.base} takes "
-            f"{unet.cfg.in_channels}; choose a VAE with {unet.cfg.in_channels}",
-        )
+    check_vae_channels(vae.name, vae.channels, table.base, unet.cfg.in_channels)
     if text.width != unet.cfg.cross_attention_dim:
         raise UserError(
             "text-width",
@@ -69,6 +64,16 @@ def load_model(table: ModelTable, ops: Ops = REFERENCE) -> Model:
 
     scheduler, scheduler_notes = _load_scheduler(base, table)
     return Model(table.base, unet, text, vae, scheduler, notes + scheduler_notes)
+
+
+def check_vae_channels(vae: str, channels: int, base: str, in_channels: int) -> None:
+    """Raise UserError unless a VAE has as many latent channels as the UNet of a base takes."""
+    if channels != in_channels:
+        raise UserError(
+            "vae-channels",
+            f"model.vae: {vae} has {channels} latent channels, but the UNet of {base} takes {in_channels}; choose a VAE with "
+            f"{in_channels}",
+        )
 
 
 def table_of(base: str, config: ModelTable) -> ModelTable:
